@@ -1,0 +1,172 @@
+"""The contract between the core and a backend.  Versioned: a change here changes `API_VERSION`.
+
+A plugin announces a `BackendPlugin` (see `lfm2kit.hookspecs`).  The core creates the backend once
+per run, asks it for each block that the plan gives it, and from then on only calls the blocks.
+Protocols, not base classes: there is nothing to inherit.  What a backend *can* do beyond building
+blocks it shows by having the method of one of the capabilities at the end of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from lfm2kit.batch import Batch
+from lfm2kit.memory import HOST, Array, HostMemory, Memory
+from lfm2kit.specs import Spec
+from lfm2kit.weights import DType, Tensor, Weights
+
+API_VERSION = 1
+
+__all__ = [
+    "API_VERSION",
+    "HOST",
+    "Array",
+    "Backend",
+    "BackendPlugin",
+    "Batch",
+    "Block",
+    "Captures",
+    "Ceilings",
+    "Context",
+    "DType",
+    "Explains",
+    "HostMemory",
+    "Measures",
+    "Memory",
+    "NeedsWorkspace",
+    "Operator",
+    "Spec",
+    "State",
+    "Tensor",
+    "Weights",
+]
+
+State = Any  # opaque to the core: made by an operator's `new_state`, handed back to it only
+
+
+class Block(Protocol):
+    """A ready callable: weights packed, kernels compiled, buffers owned.
+
+    It is called as its spec's docstring says.  It never writes its arguments (but see `RMSNorm`),
+    and an array that it returns keeps its values until the same block is called again.
+    """
+
+    def __call__(self, *inputs: Any) -> Any: ...
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """A block of a `ShortConv`, an `Attention` or a `Layer`: the ones that look across tokens.
+
+    Its last argument is the state, or None for one forward over whole sequences.
+    """
+
+    def __call__(self, *inputs: Any) -> Any: ...
+
+    def new_state(self, slots: int, max_tokens: int) -> State:
+        """Room for `slots` sequences of up to `max_tokens` tokens each; contents arbitrary."""
+        ...
+
+    def state_bytes(self, slots: int, max_tokens: int) -> int:
+        """How many bytes `new_state` takes."""
+        ...
+
+
+class Backend(Protocol):
+    """Builds blocks.  Nothing is decided later than here: the forward only calls blocks."""
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        """None if `build(spec, ...)` will work, else the reason in a few words."""
+        ...
+
+    def memory(self, spec: Spec) -> Memory:
+        """Where the block of `spec` takes its arrays and leaves its result."""
+        ...
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        """The block of a spec that `why_unsupported` has accepted.
+
+        `weights` holds exactly the names of `spec.parameters()`, in shape.  The tensors may be
+        views of a memory map that outlives the block; what is packed is the block's own.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a backend may know of the run that it is created for."""
+
+    precision: str = "fp32"
+    threads: int | None = None  # None: what suits the machine and the ranks that share it
+    local_ranks: int = 1  # processes of this run on this machine
+    local_rank: int = 0
+    create_backend: Callable[[str], Backend] = field(  # any installed backend, by name
+        default=lambda name: _no_backends(name), repr=False
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BackendPlugin:
+    """What a plugin announces.  Making one must be free: heavy imports belong into `create`."""
+
+    name: str  # as in `--backend NAME`
+    summary: str  # one line for `lfm2kit backends`
+    create: Callable[[Context], Backend]
+    api_version: int  # the API_VERSION that it was written for
+    why_unavailable: Callable[[], str | None] = lambda: None  # why it cannot run on this machine
+    precisions: Sequence[str] = ("fp32",)
+    preference: int = 0  # `--backend auto` takes the highest that can run; 0 is never taken
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """Capability: a backend with something to say about this run, in `plan` and on stderr."""
+
+    def notes(self) -> Sequence[str]:
+        """One line each, without the backend's name."""
+        ...
+
+
+@runtime_checkable
+class NeedsWorkspace(Protocol):
+    """Capability: a backend that can say how much memory a block takes beyond its weights."""
+
+    def workspace_bytes(self, spec: Spec, tokens: int) -> int:
+        """Bytes of packed copies and scratch of one block at `tokens` rows, before it is built."""
+        ...
+
+
+class Ceilings(NamedTuple):
+    """What the machine gives at best, as measured."""
+
+    flops: float  # per second, fused multiply-add in float32
+    bytes: float  # per second, reading memory too large for any cache
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """Capability: a backend that can measure the ceilings of the machine it runs on."""
+
+    def ceilings(self) -> Ceilings: ...
+
+
+@runtime_checkable
+class Captures(Protocol):
+    """Capability: a backend that can record a whole forward and replay it, as a CUDA graph does.
+
+    Asked for only where every block of the model is in this backend's memory.
+    """
+
+    def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Callable[[Batch], Array]:
+        """A replay of `forward` for every batch of the same `Batch.shape`.
+
+        `forward` takes a batch whose arrays lie in the backend's memory, which this method puts
+        there; the replay takes host batches.
+        """
+        ...
+
+
+def _no_backends(name: str) -> Backend:
+    raise LookupError(f"no backend {name!r}: this context was made without plugins")

@@ -1,0 +1,42 @@
+"""The kinds of memory that arrays live in, and the way between them: always through the host."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = Any  # numpy.ndarray in the host's memory, whatever a backend says in its own
+
+
+class Memory(Protocol):
+    """A memory space.  Two blocks whose memories have one name hand arrays over without a copy."""
+
+    @property
+    def name(self) -> str:
+        """The name that `lfm2kit plan` shows: "host", "cuda", ..."""
+        ...
+
+    def from_host(self, array: npt.NDArray[Any]) -> Array:
+        """A copy of a NumPy array in this memory; dtype and shape stay."""
+        ...
+
+    def to_host(self, array: Array) -> npt.NDArray[Any]:
+        """A NumPy array with the values of `array`, complete when this returns."""
+        ...
+
+
+class HostMemory:
+    """The process's own memory: NumPy arrays, handed over as they are."""
+
+    name = "host"
+
+    def from_host(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array
+
+    def to_host(self, array: Array) -> npt.NDArray[Any]:
+        return np.asarray(array)
+
+
+HOST = HostMemory()

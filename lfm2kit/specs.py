@@ -1,0 +1,368 @@
+"""The model as data: frozen dataclasses whose docstrings are the contracts of their blocks.
+
+A block built for a spec is called exactly as its spec's docstring says.  Tensors are flat over
+tokens; activations, residual stream and logits are float32; integers are int32.  `parameters()`
+names a spec's weights as the checkpoint does, relative to the block's scope; weights are
+`[out, in]`.  Formulas: the `lfm2_moe` implementation in Hugging Face transformers.
+
+Every block accepts zero rows.  No result may depend on which other rows are in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from lfm2kit.batch import Batch
+from lfm2kit.memory import HOST
+
+Shape = tuple[int, ...]
+
+
+class Work(NamedTuple):
+    """What a block must at least do: floating-point operations, and bytes read or written once."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: object) -> Work:
+        assert isinstance(other, Work)
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+class Part(NamedTuple):
+    """One part of a larger spec: its role there, and its scope in the checkpoint's names."""
+
+    role: str
+    scope: str
+    spec: Spec
+
+
+class Spec:
+    """A block as data.  `kind` is its name in a plan (`conv`, `moe`, ...)."""
+
+    kind: ClassVar[str]
+
+    def parameters(self) -> dict[str, Shape]:
+        """Name and shape of each weight of this spec and its parts, relative to its scope."""
+        return {_join(p.scope, n): s for p in self.parts() for n, s in p.spec.parameters().items()}
+
+    def parts(self) -> tuple[Part, ...]:
+        """The specs that make up this one, where no backend builds it whole; () for a plain one."""
+        return ()
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        """The least work on `batch`, weights being `itemsize` bytes an element."""
+        total = Work(0, 0)
+        for part in self.parts():
+            total += part.spec.work(batch, itemsize)
+        return total
+
+    def weight_elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.parameters().values())
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding(Spec):
+    """(batch) -> hidden [tokens, hidden_size]: row `batch.token_ids[t]` of `weight`.
+
+    Ids lie in [0, vocab_size): the core has checked them.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    kind: ClassVar[str] = "embed"
+
+    def parameters(self) -> dict[str, Shape]:
+        return {"weight": (self.vocab_size, self.hidden_size)}
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        return Work(0, batch.tokens * self.hidden_size * (itemsize + 4))
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm(Spec):
+    """(hidden, delta | None) -> (hidden + delta, x), both [rows, hidden_size].
+
+    x = h / sqrt(mean(h^2) + eps) * weight, with h = hidden + delta.  `delta` is a block's output
+    not yet added to the residual stream, None before the first layer.  The one block that may
+    write an argument: it may add `delta` into `hidden` in place and return that.
+    """
+
+    hidden_size: int
+    eps: float
+    kind: ClassVar[str] = "norm"
+
+    def parameters(self) -> dict[str, Shape]:
+        return {"weight": (self.hidden_size,)}
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        elements = batch.tokens * self.hidden_size
+        return Work(5 * elements, 16 * elements + self.hidden_size * itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConv(Spec):
+    """(x, batch, state) -> delta; x and delta [tokens, hidden_size].
+
+    B, C, X = split(in_proj(x)) in this order; u = B * X;
+    y[t] = sum_j conv.weight[:, 0, j] * u[t - (kernel_size - 1) + j], within t's own sequence only;
+    delta = out_proj(C * y).  `bias` adds a bias to in_proj, conv and out_proj.
+    State: the last kernel_size - 1 rows of u of each slot; rows before a sequence's start are 0.
+    """
+
+    hidden_size: int
+    kernel_size: int
+    bias: bool = False
+    kind: ClassVar[str] = "conv"
+    scope: ClassVar[str] = "conv"
+
+    def parameters(self) -> dict[str, Shape]:
+        h = self.hidden_size
+        weights: dict[str, Shape] = {
+            "in_proj.weight": (3 * h, h),
+            "conv.weight": (h, 1, self.kernel_size),
+            "out_proj.weight": (h, h),
+        }
+        if self.bias:
+            weights |= {"in_proj.bias": (3 * h,), "conv.bias": (h,), "out_proj.bias": (h,)}
+        return weights
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        h = self.hidden_size
+        flops = batch.tokens * h * (8 * h + 2 * self.kernel_size + 2)
+        return Work(flops, self.weight_elements() * itemsize + 8 * batch.tokens * h)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention(Spec):
+    """(x, batch, state) -> delta; x and delta [tokens, hidden_size].
+
+    Causal grouped-query attention within each sequence.  q, k, v = {q,k,v}_proj(x), in heads of
+    head_dim; RMSNorm over head_dim of q and k (`{q,k}_layernorm`, eps) *before* the rotary
+    embedding; RoPE in the rotate-half form, theta_i = rope_theta^(-2i / head_dim), angle
+    position * theta_i in float32; scores scaled by head_dim^-0.5; query head h reads key/value
+    head h // (num_attention_heads / num_key_value_heads); delta = out_proj(heads).
+    State: the normed and rotated keys, and the values, of every position of each slot.
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    kind: ClassVar[str] = "attn"
+    scope: ClassVar[str] = "self_attn"
+
+    def parameters(self) -> dict[str, Shape]:
+        h = self.hidden_size
+        q_size = self.num_attention_heads * self.head_dim
+        kv_size = self.num_key_value_heads * self.head_dim
+        return {
+            "q_proj.weight": (q_size, h),
+            "k_proj.weight": (kv_size, h),
+            "v_proj.weight": (kv_size, h),
+            "out_proj.weight": (h, q_size),
+            "q_layernorm.weight": (self.head_dim,),
+            "k_layernorm.weight": (self.head_dim,),
+        }
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        pairs = float(np.sum(batch.on(HOST).positions + 1.0))  # (query, key) pairs that are seen
+        projections = 2 * self.weight_elements() * batch.tokens
+        flops = projections + 4 * pairs * self.num_attention_heads * self.head_dim
+        return Work(flops, self.weight_elements() * itemsize + 8 * batch.tokens * self.hidden_size)
+
+
+@dataclass(frozen=True, slots=True)
+class MLP(Spec):
+    """(x) -> delta = w2(silu(w1 x) * w3 x); x and delta [tokens, hidden_size].
+
+    w1 is the gate, w3 the up and w2 the down projection; silu(a) = a / (1 + exp(-a)).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    kind: ClassVar[str] = "mlp"
+    scope: ClassVar[str] = "feed_forward"
+
+    def parameters(self) -> dict[str, Shape]:
+        h, m = self.hidden_size, self.intermediate_size
+        return {"w1.weight": (m, h), "w3.weight": (m, h), "w2.weight": (h, m)}
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        elements = self.weight_elements()
+        return Work(
+            2 * elements * batch.tokens,
+            elements * itemsize + 8 * batch.tokens * self.hidden_size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Router(Spec):
+    """(x) -> (expert_ids int32, expert_weights float32), both [tokens, num_experts_per_tok].
+
+    scores = sigmoid(gate(x)); the experts with the highest scores + expert_bias are taken, in
+    descending order, the lower id first among equals; weights = the scores *without* the bias,
+    divided by (their sum + 1e-6) if norm_topk_prob, times routed_scaling_factor.  Logits, scores,
+    bias and weights are rounded to float32 in every precision: a saturated sigmoid is exactly 1.
+    """
+
+    hidden_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    use_expert_bias: bool
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    kind: ClassVar[str] = "router"
+
+    def parameters(self) -> dict[str, Shape]:
+        weights: dict[str, Shape] = {"gate.weight": (self.num_experts, self.hidden_size)}
+        return weights | ({"expert_bias": (self.num_experts,)} if self.use_expert_bias else {})
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        elements = self.num_experts * self.hidden_size
+        return Work(
+            2 * elements * batch.tokens, elements * itemsize + 4 * batch.tokens * self.hidden_size
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Experts(Spec):
+    """(x, expert_ids, expert_weights) -> delta; x and delta [rows, hidden_size].
+
+    delta[t] = sum_k expert_weights[t, k] * E(x[t]), E = the MLP number expert_ids[t, k], for any
+    k >= 1.  Each product is rounded to float32 and they are added in the order of k, starting
+    from the first: so the sum has the same bits when expert parallelism adds it elsewhere.
+    Every id lies in `local_experts`, and only those experts' weights may be asked for.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int  # what a model's router hands over; expert_ids.shape[1] is what counts
+    local_experts: range
+    kind: ClassVar[str] = "experts"
+
+    @property
+    def expert(self) -> MLP:
+        return MLP(self.hidden_size, self.intermediate_size)
+
+    def parameters(self) -> dict[str, Shape]:
+        one = self.expert.parameters()
+        return {f"experts.{e}.{n}": s for e in self.local_experts for n, s in one.items()}
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        pairs = batch.tokens * self.num_experts_per_tok
+        one = self.expert.weight_elements()
+        read = min(len(self.local_experts), pairs) * one * itemsize
+        return Work(2 * one * pairs, read + 8 * batch.tokens * self.hidden_size)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseMoe(Spec):
+    """(x) -> delta = experts(x, *router(x)); x and delta [tokens, hidden_size]."""
+
+    router: Router
+    experts: Experts
+    kind: ClassVar[str] = "moe"
+    scope: ClassVar[str] = "feed_forward"
+
+    def parts(self) -> tuple[Part, ...]:
+        return Part("router", "", self.router), Part("experts", "", self.experts)
+
+
+@dataclass(frozen=True, slots=True)
+class LastRows(Spec):
+    """(hidden, delta, batch) -> (hidden, delta) of the rows `batch.logits_rows`, in that order."""
+
+    hidden_size: int
+    kind: ClassVar[str] = "rows"
+
+    def parameters(self) -> dict[str, Shape]:
+        return {}
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        return Work(0, 16 * len(batch.logits_rows) * self.hidden_size)
+
+
+@dataclass(frozen=True, slots=True)
+class LMHead(Spec):
+    """(x) -> logits [rows, vocab_size] = x @ weight.T; x [rows, hidden_size]."""
+
+    vocab_size: int
+    hidden_size: int
+    kind: ClassVar[str] = "head"
+
+    def parameters(self) -> dict[str, Shape]:
+        return {"weight": (self.vocab_size, self.hidden_size)}
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        rows, elements = len(batch.logits_rows), self.weight_elements()
+        return Work(2 * elements * rows, elements * itemsize + 4 * rows * self.vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer(Spec):
+    """(hidden, delta, batch, state) -> (hidden, delta), all [tokens, hidden_size].
+
+    hidden, x = operator_norm(hidden, delta); delta = operator(x, batch, state);
+    hidden, x = ffn_norm(hidden, delta);      delta = feed_forward(x).
+    State: the operator's.
+    """
+
+    operator_norm: RMSNorm
+    operator: ShortConv | Attention
+    ffn_norm: RMSNorm
+    feed_forward: Spec  # MLP, SparseMoe, or a wrapper around a SparseMoe's parts
+    kind: ClassVar[str] = "layer"
+
+    def parts(self) -> tuple[Part, ...]:
+        return (
+            Part("operator_norm", "operator_norm", self.operator_norm),
+            Part("operator", self.operator.scope, self.operator),
+            Part("ffn_norm", "ffn_norm", self.ffn_norm),
+            Part("feed_forward", "feed_forward", self.feed_forward),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Model(Spec):
+    """ids -> embedding -> layers -> norm of the last rows -> logits [logits, vocab_size]."""
+
+    embed_tokens: Embedding
+    layers: tuple[Layer, ...]
+    last_rows: LastRows
+    embedding_norm: RMSNorm
+    lm_head: LMHead
+    tie_word_embeddings: bool = field(default=True)
+    kind: ClassVar[str] = "model"
+
+    def parts(self) -> tuple[Part, ...]:
+        return (
+            Part("embed_tokens", "embed_tokens", self.embed_tokens),
+            *(Part(f"layers.{i}", f"layers.{i}", layer) for i, layer in enumerate(self.layers)),
+            Part("last_rows", "last_rows", self.last_rows),
+            Part("embedding_norm", "embedding_norm", self.embedding_norm),
+            Part(
+                "lm_head", "embed_tokens" if self.tie_word_embeddings else "lm_head", self.lm_head
+            ),
+        )
+
+
+def leaves(spec: Spec) -> Iterator[Spec]:
+    """The plain specs of a spec, in the order of the forward."""
+    parts = spec.parts()
+    if not parts:
+        yield spec
+    for part in parts:
+        yield from leaves(part.spec)
+
+
+def _join(scope: str, name: str) -> str:
+    return f"{scope}.{name}" if scope else name

@@ -1,0 +1,86 @@
+"""What several ranks talk over.  A transport is a plugin too (`lfm2kit_transports`).
+
+The core never imports an MPI: `backends/mpi` announces the transport "mpi".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class World(NamedTuple):
+    """A process's place among the ranks of one job."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1  # ranks on this machine
+
+
+class Transport(Protocol):
+    """Collective operations over host arrays: every rank calls each of them, in the same order."""
+
+    @property
+    def world(self) -> World: ...
+
+    def all_to_all(
+        self, rows: npt.NDArray[Any], send_counts: Sequence[int]
+    ) -> tuple[npt.NDArray[Any], list[int]]:
+        """Sends `send_counts[r]` consecutive rows of `rows` to each rank r, in order of r.
+
+        Returns the rows that came, those of rank 0 first, and how many each rank sent.  `rows`
+        is C-contiguous; all ranks pass one dtype and row shape; counts may be 0.
+        """
+        ...
+
+    def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """All ranks' rows in order of rank, on rank 0; None elsewhere."""
+        ...
+
+    def barrier(self) -> None: ...
+
+    def abort(self, exit_code: int) -> None:
+        """Ends every rank's process at once; does not return."""
+        ...
+
+
+class Launcher(Protocol):
+    """How a job of several ranks is started, and how a process knows that it is part of one."""
+
+    def world_size(self) -> int | None:
+        """How many ranks the job has that this process was started in; None outside any job.
+
+        Reads the environment only: nothing is initialised.
+        """
+        ...
+
+    def launch(self, ranks: int, arguments: Sequence[str]) -> int:
+        """Runs `lfm2kit *arguments` on `ranks` ranks; the job's exit code.
+
+        Raises `Lfm2kitError` where no launcher is installed.
+        """
+        ...
+
+    def connect(self) -> Transport:
+        """This rank's transport; called in every process of a job."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TransportPlugin:
+    """What a plugin announces; making one must be free."""
+
+    name: str
+    summary: str
+    launcher: Launcher
+
+
+def share(count: int, size: int, rank: int) -> range:
+    """The part of `range(count)` that is `rank`'s: contiguous, sizes differ by one at most."""
+    bounds = np.linspace(0, count, size + 1).astype(int)
+    return range(int(bounds[rank]), int(bounds[rank + 1]))
