@@ -80,7 +80,7 @@ class Batch:
         )
 
     def on(self, memory: Memory) -> Batch:
-        """This batch with its arrays in `memory`; each memory's copy is made once and remembered."""
+        """This batch with its arrays in `memory`; each copy is made once and remembered."""
         if memory.name == self.memory.name:
             return self
         if memory.name not in self.views:

@@ -214,7 +214,7 @@ def _head_dim(fields: Mapping[str, Any], hidden_size: int, heads: int) -> int:
 
 
 def _rope_theta(fields: Mapping[str, Any]) -> float:
-    """Flat `rope_theta`, or nested in `rope_parameters` (LFM2.5); scaled rotary forms are refused."""
+    """Flat `rope_theta`, or nested in `rope_parameters` (LFM2.5); no scaled rotary form."""
     for key in ("rope_parameters", "rope_scaling"):
         nested = fields.get(key)
         if nested is None:

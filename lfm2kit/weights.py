@@ -45,7 +45,7 @@ class Tensor:
 
 
 class Weights(Mapping[str, Tensor]):
-    """Tensors by name below a scope: `weights["w1.weight"]` for `layers.0.feed_forward.w1.weight`."""
+    """Tensors by name below a scope: "w1.weight" for "layers.0.feed_forward.w1.weight"."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
         self._tensors = tensors

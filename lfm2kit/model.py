@@ -1,0 +1,171 @@
+"""The forward pass, and the building of it: from placed specs and weights to ready blocks.
+
+`Forward` is the model as prose.  `build_model` is where everything is decided; nothing of it is
+left to the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit import specs
+from lfm2kit.backend import Array, Backend, Block, Captures, Operator, State
+from lfm2kit.batch import Batch
+from lfm2kit.memory import Memory
+from lfm2kit.placement import Join, Joins, Placed
+from lfm2kit.seam import Seam
+from lfm2kit.specs import Spec
+from lfm2kit.weights import Weights
+
+
+class Forward:
+    """ids -> embedding -> layers -> norm of the last rows -> logits [logits, vocab_size]."""
+
+    def __init__(self, spec: specs.Model, **blocks: Any) -> None:
+        self.embed_tokens: Block = blocks["embed_tokens"]
+        self.layers: list[Operator] = [blocks[f"layers.{i}"] for i in range(len(spec.layers))]
+        self.last_rows: Block = blocks["last_rows"]
+        self.embedding_norm: Block = blocks["embedding_norm"]
+        self.lm_head: Block = blocks["lm_head"]
+
+    def __call__(self, batch: Batch, state: Sequence[State] | None = None) -> Array:
+        hidden, delta = self.embed_tokens(batch), None
+        for layer, layer_state in zip(self.layers, state or repeat(None), strict=False):
+            hidden, delta = layer(hidden, delta, batch, layer_state)
+        hidden, delta = self.last_rows(hidden, delta, batch)
+        _, x = self.embedding_norm(hidden, delta)
+        return self.lm_head(x)
+
+    def new_state(self, slots: int, max_tokens: int) -> list[State]:
+        return [layer.new_state(slots, max_tokens) for layer in self.layers]
+
+    def state_bytes(self, slots: int, max_tokens: int) -> int:
+        return sum(layer.state_bytes(slots, max_tokens) for layer in self.layers)
+
+
+class DecoderLayer:
+    """An operator and a feed-forward, each after a norm; `delta` is not yet added to `hidden`."""
+
+    def __init__(
+        self,
+        spec: specs.Layer,
+        operator_norm: Block,
+        operator: Operator,
+        ffn_norm: Block,
+        feed_forward: Block,
+    ) -> None:
+        self.operator_norm = operator_norm
+        self.operator = operator
+        self.ffn_norm = ffn_norm
+        self.feed_forward = feed_forward
+        self.new_state = operator.new_state
+        self.state_bytes = operator.state_bytes
+
+    def __call__(
+        self, hidden: Array, delta: Array | None, batch: Batch, state: State
+    ) -> tuple[Array, Array]:
+        hidden, x = self.operator_norm(hidden, delta)
+        delta = self.operator(x, batch, state)
+        hidden, x = self.ffn_norm(hidden, delta)
+        return hidden, self.feed_forward(x)
+
+
+class RoutedExperts:
+    """A sparse MoE of a router and experts that were built apart."""
+
+    def __init__(self, spec: specs.SparseMoe, router: Block, experts: Block) -> None:
+        self.router = router
+        self.experts = experts
+
+    def __call__(self, x: Array) -> Array:
+        expert_ids, expert_weights = self.router(x)
+        return self.experts(x, expert_ids, expert_weights)
+
+
+JOINS: Joins = {
+    specs.Model: Join(Forward),
+    specs.Layer: Join(DecoderLayer),
+    specs.SparseMoe: Join(RoutedExperts),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """Makes the blocks of a placed model."""
+
+    weights: Weights
+    create: Callable[[str], Backend]
+    joins: Joins = field(default_factory=lambda: JOINS)
+    wrap: Callable[[str, Spec, Block], Block] = lambda name, spec, block: block
+    built: Callable[[Placed], None] = lambda placed: None  # called after each leaf: progress
+
+    def build(self, placed: Placed) -> Any:
+        """The block of `placed`, ready to be called from the memory around it."""
+        if placed.backend is None:
+            blocks = {role: self.build(part) for role, part in placed.parts}
+            block = self.joins[type(placed.spec)].make(placed.spec, **blocks)
+        else:
+            weights = self.weights.scope(placed.scope)
+            block = self.create(placed.backend).build(placed.spec, weights)
+            self.built(placed)
+        return self._seamed(placed, block)
+
+    def _seamed(self, placed: Placed, block: Block) -> Block:
+        wrapped = self.wrap(placed.name, placed.spec, block)
+        if wrapped is block and not placed.is_copied:
+            return block
+        return Seam(wrapped, placed.memory, placed.outer, state_of=block)
+
+
+@dataclass(frozen=True, slots=True)
+class LFM2:
+    """A model that is ready to run.  Ids enter and logits leave as NumPy arrays."""
+
+    spec: specs.Model
+    placed: Placed
+    forward: Forward
+    home: Memory
+    backend: Backend  # the plan's default
+    _replays: dict[tuple[int, ...], Callable[[Batch], Array]] = field(default_factory=dict)
+
+    def logits(self, batch: Batch, state: Sequence[State] | None = None) -> npt.NDArray[np.float32]:
+        """float32 [len(batch.logits_rows), vocab_size].
+
+        With a `state` (see `new_state`) each sequence goes on from what its slot has seen.
+        """
+        if state is None and self._is_capturable:
+            return self.home.to_host(self._replay(batch)(batch))
+        return self.home.to_host(self.forward(batch.on(self.home), state))
+
+    def new_state(self, slots: int, max_tokens: int) -> list[State]:
+        """Room for `slots` sequences of up to `max_tokens` tokens each."""
+        return self.forward.new_state(slots, max_tokens)
+
+    @property
+    def _is_capturable(self) -> bool:
+        return isinstance(self.backend, Captures) and self.placed.copies() == 0
+
+    def _replay(self, batch: Batch) -> Callable[[Batch], Array]:
+        """The captured forward for batches of this shape; a graph per shape, made once."""
+        assert isinstance(self.backend, Captures)
+        if batch.shape not in self._replays:
+            self._replays[batch.shape] = self.backend.capture(self.forward, batch)
+        return self._replays[batch.shape]
+
+
+def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
+    """The model that `placed` describes, with `builder`'s weights."""
+    assert isinstance(placed.spec, specs.Model)
+    return LFM2(
+        spec=placed.spec,
+        placed=placed,
+        forward=builder.build(placed),
+        home=placed.outer,
+        backend=builder.create(default_backend),
+    )

@@ -1,0 +1,71 @@
+"""The feed-forward blocks: MLP, router, experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit import specs
+from lfm2kit.backend import Weights
+from lfm2kit.reference.linear import Float32, linear
+
+Int32 = npt.NDArray[np.int32]
+
+
+class MLP:
+    def __init__(self, spec: specs.MLP, weights: Weights) -> None:
+        self.weights = weights
+
+    def __call__(self, x: Float32) -> Float32:
+        gate = linear(x, self.weights["w1.weight"])
+        up = linear(x, self.weights["w3.weight"])
+        silu = gate * _sigmoid(gate)
+        return linear(silu * up, self.weights["w2.weight"]).astype(np.float32)
+
+
+class Router:
+    def __init__(self, spec: specs.Router, weights: Weights) -> None:
+        self.spec = spec
+        self.weights = weights
+
+    def __call__(self, x: Float32) -> tuple[Int32, Float32]:
+        """The bias selects the experts; it does not weigh them."""
+        logits = linear(x, self.weights["gate.weight"]).astype(np.float32)
+        scores = _sigmoid(logits)
+        bias = self.weights.float32("expert_bias") if self.spec.use_expert_bias else np.float32(0)
+        # A stable sort: of equal scores the lower id comes first.
+        order = np.argsort(-(scores + bias), axis=1, kind="stable")
+        expert_ids = order[:, : self.spec.num_experts_per_tok]
+        weights = np.take_along_axis(scores, expert_ids, axis=1)
+        if self.spec.norm_topk_prob:
+            weights = weights / (weights.sum(axis=1, keepdims=True) + np.float32(1e-6))
+        weights = weights * np.float32(self.spec.routed_scaling_factor)
+        return expert_ids.astype(np.int32), weights
+
+
+class Experts:
+    def __init__(self, spec: specs.Experts, weights: Weights) -> None:
+        self.experts = {
+            e: MLP(spec.expert, weights.scope(f"experts.{e}")) for e in spec.local_experts
+        }
+
+    def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
+        """Every product is rounded to float32, and they are added in the order of k."""
+        products = np.empty((*expert_ids.shape, x.shape[1]), dtype=np.float32)
+        for e in np.unique(expert_ids):
+            rows, slots = np.nonzero(expert_ids == e)
+            products[rows, slots] = expert_weights[rows, slots, None] * self.experts[int(e)](
+                x[rows]
+            )
+        delta = products[:, 0].copy()
+        for k in range(1, products.shape[1]):
+            delta += products[:, k]
+        return delta
+
+
+def _sigmoid(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """1 / (1 + exp(-a)) in the type of `a`, without overflow at either end."""
+    e = np.exp(-np.abs(a))
+    return np.asarray(np.where(a >= 0, 1 / (1 + e), e / (1 + e)))
