@@ -138,7 +138,10 @@ class LFM2:
         """float32 [len(batch.logits_rows), vocab_size].
 
         With a `state` (see `new_state`) each sequence goes on from what its slot has seen.
+        The array is the model's own until the next call: copy it to keep it.
+        Raises ValueError for an id outside the vocabulary.
         """
+        self._check_ids(batch.token_ids)
         if state is None and self._is_capturable:
             return self.home.to_host(self._replay(batch)(batch))
         return self.home.to_host(self.forward(batch.on(self.home), state))
@@ -146,6 +149,11 @@ class LFM2:
     def new_state(self, slots: int, max_tokens: int) -> list[State]:
         """Room for `slots` sequences of up to `max_tokens` tokens each."""
         return self.forward.new_state(slots, max_tokens)
+
+    def _check_ids(self, token_ids: npt.NDArray[np.int32]) -> None:
+        size = self.spec.embed_tokens.vocab_size
+        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < size:
+            raise ValueError(f"a token id lies outside the vocabulary of {size}")
 
     @property
     def _is_capturable(self) -> bool:

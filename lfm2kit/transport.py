@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 
@@ -82,5 +81,4 @@ class TransportPlugin:
 
 def share(count: int, size: int, rank: int) -> range:
     """The part of `range(count)` that is `rank`'s: contiguous, sizes differ by one at most."""
-    bounds = np.linspace(0, count, size + 1).astype(int)
-    return range(int(bounds[rank]), int(bounds[rank + 1]))
+    return range(count * rank // size, count * (rank + 1) // size)

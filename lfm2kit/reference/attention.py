@@ -26,7 +26,7 @@ class Attention:
             rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
             keys, values = self._context(k[rows], v[rows], state, slot, batch.positions[rows.start])
             heads[rows] = self._attend(q[rows], keys, values)
-        flat = heads.reshape(len(x), -1)
+        flat = heads.reshape(len(x), self.spec.num_attention_heads * self.spec.head_dim)
         return linear(flat, self.weights["out_proj.weight"]).astype(np.float32)
 
     def new_state(self, slots: int, max_tokens: int) -> State:

@@ -1,0 +1,24 @@
+"""The hybrid backend: GPU blocks, with the MoE routing on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import lfm2kit
+from lfm2kit.backend import Backend, BackendPlugin, Context
+
+
+def _create(context: Context) -> Backend:
+    from lfm2kit_hybrid.backend import HybridBackend
+
+    return HybridBackend(context)
+
+
+@lfm2kit.hookimpl
+def lfm2kit_backends() -> Iterator[BackendPlugin]:
+    yield BackendPlugin(
+        name="hybrid",
+        summary="GPU blocks, with the MoE routing on the CPU",
+        create=_create,
+        api_version=1,
+    )

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# All checks:  ./check.sh  (lint, types, tests).  Arguments go to pytest:  ./check.sh -k router
+# Makes .venv and installs lfm2kit and what the tests need into it the first time.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$root/scripts/environment.sh"
+ensure_environment "$root" test
+cd "$root"
+export PATH="$root/.venv/bin:$PATH"
+ruff check .
+ruff format --check .
+mypy
+python -m pytest -n 2 --timeout 300 "$@"

@@ -1,0 +1,156 @@
+"""Measures forwards and single blocks: medians over repetitions, contenders interleaved.
+
+Interleaved, because machines drift: what is to be compared takes turns within one run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lfm2kit import specs
+from lfm2kit.backend import Ceilings, Measures
+from lfm2kit.batch import Batch
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.loading import Setup
+from lfm2kit.model import LFM2
+from lfm2kit.placement import Placed
+from lfm2kit.specs import Work
+
+WARM_UPS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something to time: called once per repetition; `work` is the least that a call must do."""
+
+    backend: str
+    test: str
+    samples: int
+    tokens: int
+    work: Work
+    call: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The seconds of each repetition of one contender, and what they amount to."""
+
+    contender: Contender
+    seconds: Sequence[float]
+    ceilings: Ceilings | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the seconds; 0 for a single repetition."""
+        return statistics.stdev(self.seconds) if len(self.seconds) > 1 else 0.0
+
+    @property
+    def roofline(self) -> float | None:
+        """The share of what the measured ceilings allow: 1 is as fast as this machine can."""
+        if self.ceilings is None:
+            return None
+        work = self.contender.work
+        least = max(work.flops / self.ceilings.flops, work.bytes / self.ceilings.bytes)
+        return least / self.median
+
+
+def measure(
+    contenders: Sequence[Contender],
+    repetitions: int,
+    ceilings: dict[str, Ceilings],
+    done: Callable[[], None] = lambda: None,
+) -> list[Measured]:
+    """Times every contender `repetitions` times, in turns, after a warm-up."""
+    times: list[list[float]] = [[] for _ in contenders]
+    for repetition in range(WARM_UPS + repetitions):
+        for contender, seconds in zip(contenders, times, strict=True):
+            start = time.perf_counter()
+            contender.call()
+            if repetition >= WARM_UPS:
+                seconds.append(time.perf_counter() - start)
+            done()
+    return [
+        Measured(contender, seconds, ceilings.get(contender.backend))
+        for contender, seconds in zip(contenders, times, strict=True)
+    ]
+
+
+def measured_ceilings(setup: Setup) -> Ceilings | None:
+    """The machine's ceilings, by the plan's default backend, if it can measure them."""
+    backend = setup.create(setup.plan.default)
+    return backend.ceilings() if isinstance(backend, Measures) else None
+
+
+def random_batch(samples: int, seq_len: int, vocab_size: int, seed: int) -> Batch:
+    ids = np.random.default_rng(seed).integers(0, vocab_size, (samples, seq_len), dtype=np.int32)
+    return Batch.of_sequences(list(ids))
+
+
+def forwards(
+    setup: Setup, model: LFM2, samples: Sequence[int], seq_len: int, seed: int
+) -> Iterator[Contender]:
+    """The whole model, ids in to logits out on the host, at each number of samples."""
+    for n in samples:
+        batch = random_batch(n, seq_len, model.spec.embed_tokens.vocab_size, seed)
+        yield Contender(
+            backend=str(setup.plan),
+            test=f"model {n}x{seq_len}",
+            samples=n,
+            tokens=n * seq_len,
+            work=model.spec.work(batch, _itemsize(setup, model.placed)),
+            call=lambda batch=batch: model.logits(batch),  # type: ignore[misc]
+        )
+
+
+def single_blocks(
+    setup: Setup, kind: str, samples: Sequence[int], seq_len: int, seed: int
+) -> Iterator[Contender]:
+    """The model's first block of `kind`, host array in, host array out."""
+    placed = _first(setup.placed, kind)
+    home = setup.placed.outer
+    block = setup.builder().build(placed)
+    rng = np.random.default_rng(seed)
+    for n in samples:
+        batch = random_batch(n, seq_len, setup.checkpoint.spec.embed_tokens.vocab_size, seed)
+        hidden_size = setup.checkpoint.spec.embed_tokens.hidden_size
+        x = rng.standard_normal((batch.tokens, hidden_size), dtype=np.float32)
+        rest = (batch.on(home), None) if kind in ("conv", "attn") else ()
+        yield Contender(
+            backend=str(setup.plan),
+            test=f"{kind} {n}x{seq_len}",
+            samples=n,
+            tokens=n * seq_len,
+            work=placed.spec.work(batch, _itemsize(setup, placed)),
+            call=lambda x=x, rest=rest: home.to_host(block(home.from_host(x), *rest)),  # type: ignore[misc]
+        )
+
+
+def _first(placed: Placed, kind: str) -> Placed:
+    """The first block of `kind`, whether a backend builds it whole or the core joins it."""
+    found = next((p for p in _walk(placed) if p.spec.kind == kind), None)
+    if found is None:
+        there = sorted({leaf.kind for leaf in specs.leaves(placed.spec)})
+        raise Lfm2kitError(f"--block {kind}: the plan builds none; there is: {', '.join(there)}")
+    return found
+
+
+def _walk(placed: Placed) -> Iterator[Placed]:
+    yield placed
+    for _, part in placed.parts:
+        yield from _walk(part)
+
+
+def _itemsize(setup: Setup, placed: Placed) -> float:
+    """Bytes per weight element as stored."""
+    weights = setup.checkpoint.weights.scope(placed.scope)
+    names = placed.spec.parameters()
+    return sum(weights[name].nbytes for name in names) / max(placed.spec.weight_elements(), 1)

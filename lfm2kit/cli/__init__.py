@@ -1,0 +1,44 @@
+"""The command line: one module per command, `options` for what they share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import lfm2kit
+from lfm2kit.cli.backends import backends
+from lfm2kit.cli.bench import bench
+from lfm2kit.cli.env import env
+from lfm2kit.cli.plan import plan
+from lfm2kit.cli.run import run
+
+app = typer.Typer(
+    name="lfm2kit",
+    help="Runs the LFM2-MoE family with every block's implementation coming from a plugin.",
+    epilog="Begin with:  lfm2kit run -v   (the embedded model, the best backend of this machine)",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(run)
+app.command()(plan)
+app.add_typer(backends, name="backends")
+app.command()(bench)
+app.command()(env)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lfm2kit {lfm2kit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass

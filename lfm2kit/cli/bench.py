@@ -1,0 +1,145 @@
+"""`lfm2kit bench`: a table of medians, beside what the machine allows."""
+
+from __future__ import annotations
+
+import csv
+import enum
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from lfm2kit.bench import (
+    WARM_UPS,
+    Contender,
+    Measured,
+    forwards,
+    measure,
+    measured_ceilings,
+    single_blocks,
+)
+from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.cli import options
+from lfm2kit.cli.console import Report, progress, remark
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.loading import AUTO, Setup, set_up
+from lfm2kit.plan import Plan
+from lfm2kit.plugins import installed_plugins
+from lfm2kit.transport import World
+
+
+class Block(enum.StrEnum):
+    conv = "conv"
+    attn = "attn"
+    moe = "moe"
+
+
+class Form(enum.StrEnum):
+    md = "md"
+    json = "json"
+    csv = "csv"
+
+
+def bench(
+    model: options.ModelOption = "tiny",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option("--backend", "-b", metavar="PLAN", help="Repeat it to compare several."),
+    ] = None,
+    n: Annotated[
+        str, typer.Option("-n", help="Samples in a forward: a list, as 1,16,64.")
+    ] = "1,16,64",
+    block: Annotated[
+        list[Block] | None, typer.Option(help="A single block instead of the whole model.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a sample.")] = 16,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
+    output: Annotated[Form, typer.Option("-o", "--output", help="Form of the table.")] = Form.md,
+    precision: options.PrecisionOption = "fp32",
+    threads: options.ThreadsOption = None,
+    seed: Annotated[int, typer.Option(help="Of the random ids and activations.")] = 0,
+) -> None:
+    """Measures the model or its blocks: median and spread, beside this machine's ceilings."""
+    samples = _whole_numbers(n)
+    checkpoint = options.open_model(model)
+    setups = [_set_up(checkpoint, text, precision, threads) for text in backend or [AUTO]]
+    for setup in setups:
+        for note in setup.notes():
+            remark(note)
+    contenders = [
+        contender
+        for setup in setups
+        for contender in _contenders(setup, block or [], samples, seq_len, seed)
+    ]
+    ceilings = {str(s.plan): c for s in setups if (c := measured_ceilings(s)) is not None}
+    total = (WARM_UPS + repetitions) * len(contenders)
+    with progress("measuring", total, "calls") as advance:
+        measured = measure(contenders, repetitions, ceilings, lambda: advance(1))
+    rows = [_row(checkpoint, m, precision, threads) for m in measured]
+    _print(rows, output)
+    for plan, ceiling in ceilings.items():
+        gflops, gbytes = ceiling.flops / 1e9, ceiling.bytes / 1e9
+        remark(f"{plan}: this machine's ceilings: {gflops:.0f} GFLOP/s FMA, {gbytes:.1f} GB/s read")
+
+
+def _set_up(checkpoint: Checkpoint, text: str, precision: str, threads: int | None) -> Setup:
+    context = options.context_for(precision, threads, World())
+    return set_up(checkpoint, Plan.parse(text), context=context, plugins=installed_plugins())
+
+
+def _contenders(
+    setup: Setup, blocks: Sequence[Block], samples: Sequence[int], seq_len: int, seed: int
+) -> list[Contender]:
+    if not blocks:
+        return list(forwards(setup, setup.build(), samples, seq_len, seed))
+    return [c for b in blocks for c in single_blocks(setup, b.value, samples, seq_len, seed)]
+
+
+def _row(
+    checkpoint: Checkpoint, measured: Measured, precision: str, threads: int | None
+) -> dict[str, Any]:
+    contender, median = measured.contender, measured.median
+    deviation = measured.spread / median
+    roofline = measured.roofline
+    return {
+        "model": checkpoint.path.name,
+        "params": f"{checkpoint.spec.weight_elements() / 1e6:.4g} M",
+        "backend": contender.backend,
+        "precision": precision,
+        "threads": threads or "auto",
+        "test": contender.test,
+        "samples/s": f"{contender.samples / median:.4g}",
+        "tokens/s": f"{contender.tokens / median:.4g} ± {100 * deviation:.0f} %",
+        "ms": f"{median * 1e3:.4g}",
+        "GFLOP/s": f"{contender.work.flops / median / 1e9:.3g}",
+        "GB/s": f"{contender.work.bytes / median / 1e9:.3g}",
+        "% of roofline": "-" if roofline is None else f"{100 * roofline:.0f}",
+        "seconds": list(measured.seconds),
+    }
+
+
+def _print(rows: Sequence[dict[str, Any]], form: Form) -> None:
+    if form is Form.json:
+        report = Report("-")
+        report.fields = {"results": list(rows)}
+        report.write()
+        return
+    columns = [name for name in rows[0] if name != "seconds"]
+    table = [[str(row[name]) for name in columns] for row in rows]
+    if form is Form.csv:
+        csv.writer(sys.stdout).writerows([columns, *table])
+        return
+    widths = [max(len(line[i]) for line in [columns, *table]) for i in range(len(columns))]
+    for line in [columns, ["-" * width for width in widths], *table]:
+        print("| " + " | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + " |")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(item) for item in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise Lfm2kitError(f"-n {text}: expected whole numbers of 1 or more, as 1,16,64")
+    return numbers

@@ -1,0 +1,90 @@
+"""Where text goes: results to stdout, everything else to stderr; progress only to a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.files import replaced
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+STDOUT = "-"
+
+
+def complain(sentence: str) -> None:
+    err.print(f"[bold red]lfm2kit:[/] error: {_plain(sentence)}")
+
+
+def remark(sentence: str) -> None:
+    err.print(f"[dim]lfm2kit:[/] {_plain(sentence)}")
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")  # rich would take it for markup
+
+
+class Report:
+    """A command's result: lines for people, and a JSON document where `--json` asks for one.
+
+    With `--json -` stdout holds the document alone, and the lines go to stderr.
+    """
+
+    def __init__(self, target: str | None) -> None:
+        self.target = target
+        self.fields: dict[str, Any] = {}
+        if target not in (None, STDOUT) and not Path(str(target)).absolute().parent.is_dir():
+            raise Lfm2kitError(f"--json {target}: there is no such folder")
+
+    def line(self, text: str = "") -> None:
+        print(text, file=sys.stderr if self.target == STDOUT else sys.stdout, flush=True)
+
+    def write(self) -> None:
+        """Writes the document; NaN, which JSON has not, becomes null."""
+        text = json.dumps(_without_nan(self.fields), indent=2)
+        if self.target == STDOUT:
+            print(text)
+        elif self.target is not None:
+            with replaced(Path(self.target)) as file:
+                file.write(text.encode() + b"\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    is_nan = isinstance(value, float) and not abs(value) < float("inf")
+    return None if is_nan else value
+
+
+@contextmanager
+def progress(
+    title: str, total: int, unit: str, scale: float = 1, *, visible: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """A bar that the yielded function moves on; nothing where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
+    )
+    hidden = not (visible and err.is_terminal)
+    with Progress(*columns, console=err, transient=True, disable=hidden) as bar:
+        task = bar.add_task(title, total=total, amount="")
+
+        def advance(amount: int) -> None:
+            done = bar.tasks[task].completed + amount
+            rate = done / max(bar.tasks[task].elapsed or 0, 1e-9)
+            text = f"{done / scale:.3g}/{total / scale:.3g} {unit}, {rate / scale:.3g} {unit}/s"
+            bar.update(task, advance=amount, amount=text)
+
+        yield advance

@@ -1,0 +1,77 @@
+"""`lfm2kit env`: what a bug report should say about the machine and the installation."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+from typing import Any
+
+from lfm2kit.cli import options
+from lfm2kit.cli.console import Report
+from lfm2kit.plugins import ALLOW_LIST, installed_plugins
+
+PACKAGES = ("numpy", "numba", "llvmlite", "cupy-cuda12x", "cupy-cuda13x", "mpi4py", "pluggy")
+VARIABLES = ("LFM2KIT_BACKEND", ALLOW_LIST, "NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def env(json: options.JsonOption = None) -> None:
+    """Shows versions, machine and plugins: put it into a bug report."""
+    report = Report(json)
+    report.fields = _environment()
+    for key, value in report.fields.items():
+        report.line(f"{key + ':':12} {_text(value)}")
+    report.write()
+
+
+def _environment() -> dict[str, Any]:
+    plugins = installed_plugins()
+    ours = {d.name: d.version for d in distributions() if (d.name or "").startswith("lfm2kit")}
+    return {
+        **dict(sorted(ours.items())),
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": _cores(),
+        "memory": _memory(),
+        "packages": {name: _version(name) for name in PACKAGES if _version(name)},
+        "mpiexec": shutil.which("mpiexec") or "none on the PATH",
+        "backends": {n: b.why_not or "ready" for n, b in sorted(plugins.backends.items())},
+        "broken": {b.name: b.reason for b in plugins.broken},
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {item}" for key, item in value.items()) or "none"
+    return str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """The processor's name, from Linux where it says; else what Python knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
+
+
+def _memory() -> str:
+    if not hasattr(os, "sysconf"):
+        return "unknown"
+    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"

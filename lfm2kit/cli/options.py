@@ -1,0 +1,69 @@
+"""The options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lfm2kit.backend import Context
+from lfm2kit.checkpoint import Checkpoint, open_checkpoint
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.loading import AUTO, find_model
+from lfm2kit.plan import Plan
+from lfm2kit.transport import World
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Checkpoint folder, model.bin, or an embedded model.")
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        "-b",
+        metavar="PLAN",
+        envvar="LFM2KIT_BACKEND",
+        help="Which backend builds what: auto, cpu_simd, 'cpu_simd,2-4.moe=reference'. "
+        "[default: auto]",
+    ),
+]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="The plan as a TOML file instead.")
+]
+PrecisionOption = Annotated[
+    str, typer.Option(help="fp32, or a precision that the backends of the plan have.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. [default: the cores of this machine]")
+]
+CpuMoeOption = Annotated[
+    int,
+    typer.Option("--n-cpu-moe", "-ncmoe", min=0, help="Experts of the first N MoE layers on CPU."),
+]
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE|-", help="Also write the result as JSON; - is stdout."),
+]
+
+
+def open_model(name: str) -> Checkpoint:
+    return open_checkpoint(find_model(name))
+
+
+def chosen_plan(backend: str | None, plan_file: Path | None) -> Plan:
+    """The plan that `--backend` or `--plan` says."""
+    if plan_file is None:
+        return Plan.parse(backend or AUTO)
+    if backend is not None:
+        raise Lfm2kitError(f"--backend {backend} and --plan {plan_file}: give one of them")
+    return Plan.read(plan_file)
+
+
+def context_for(precision: str, threads: int | None, world: World) -> Context:
+    return Context(
+        precision=precision,
+        threads=threads,
+        local_ranks=world.local_size,
+        local_rank=world.local_rank,
+    )

@@ -1,0 +1,109 @@
+"""`lfm2kit plan`: what would be built, block by block, before a weight is read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lfm2kit.backend import Backend, NeedsWorkspace
+from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.cli import options
+from lfm2kit.cli.console import Report
+from lfm2kit.loading import Setup, set_up
+from lfm2kit.placement import Placed
+from lfm2kit.transport import World
+
+
+def plan(
+    model: options.ModelOption = "tiny",
+    backend: options.BackendOption = None,
+    plan: options.PlanOption = None,
+    precision: options.PrecisionOption = "fp32",
+    threads: options.ThreadsOption = None,
+    n_cpu_moe: options.CpuMoeOption = 0,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a forward, for the workspace.")
+    ] = 2048,
+    json: options.JsonOption = None,
+) -> None:
+    """Shows each block's backend, memory, bytes and copies; nothing is loaded."""
+    report = Report(json)
+    checkpoint = options.open_model(model)
+    context = options.context_for(precision, threads, World())
+    chosen = options.chosen_plan(backend, plan)
+    setup = set_up(checkpoint, chosen, context=context, n_cpu_moe=n_cpu_moe)
+    rows = [_row(leaf, setup.create, checkpoint, tokens) for leaf in setup.placed.leaves()]
+    totals = _totals(rows)
+    report.fields = {
+        "model": str(checkpoint.path),
+        "plan": str(setup.plan),
+        "precision": precision,
+        "blocks": rows,
+        "totals": totals,
+        "copies": setup.placed.copies(),
+        "notes": list(setup.notes()),
+    }
+    if json != "-":
+        _show(setup, rows, totals, tokens)
+    report.write()
+
+
+def _row(leaf: Placed, create: Any, checkpoint: Checkpoint, tokens: int) -> dict[str, Any]:
+    weights = checkpoint.weights.scope(leaf.scope)
+    backend: Backend = create(leaf.backend)
+    workspace = (
+        backend.workspace_bytes(leaf.spec, tokens) if isinstance(backend, NeedsWorkspace) else None
+    )
+    return {
+        "block": leaf.name,
+        "spec": type(leaf.spec).__name__,
+        "backend": leaf.backend,
+        "memory": leaf.memory.name,
+        "weight_bytes": sum(weights[name].nbytes for name in leaf.spec.parameters()),
+        "workspace_bytes": workspace,
+        "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
+    }
+
+
+def _totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Bytes per memory.  A tied head's weights count again: the block may pack them anew."""
+    totals: dict[str, dict[str, int]] = {}
+    for row in rows:
+        total = totals.setdefault(row["memory"], {"weight_bytes": 0, "workspace_bytes": 0})
+        total["weight_bytes"] += row["weight_bytes"]
+        total["workspace_bytes"] += row["workspace_bytes"] or 0
+    return totals
+
+
+def _show(
+    setup: Setup, rows: list[dict[str, Any]], totals: dict[str, dict[str, int]], tokens: int
+) -> None:
+    console = Console(highlight=False)
+    table = Table(title=f"{setup.checkpoint.path}: {setup.plan}", title_justify="left")
+    for heading in ("block", "spec", "backend", "memory", "copy"):
+        table.add_column(heading)
+    for heading in ("weights", f"workspace at {tokens} tokens"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
+        table.add_row(*texts, _size(row["weight_bytes"]), _size(row["workspace_bytes"]))
+    console.print(table)
+    for memory, total in totals.items():
+        sizes = f"{_size(total['weight_bytes'])} of weights as stored"
+        console.print(f"{memory}: {sizes}, {_size(total['workspace_bytes'])} of workspace")
+    console.print(f"copies between memories in a forward: {setup.placed.copies()}")
+    for note in setup.notes():
+        console.print(note)
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "?"
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"

@@ -1,0 +1,117 @@
+"""From a checkpoint and a plan to a model that is ready to run, in two steps.
+
+`Setup` resolves everything that needs no weights (`lfm2kit plan` stops there); `Setup.build`
+reads, packs and compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lfm2kit import specs
+from lfm2kit.backend import Backend, Context, Explains
+from lfm2kit.checkpoint import Checkpoint, open_checkpoint
+from lfm2kit.errors import Lfm2kitError, choices
+from lfm2kit.memory import HOST
+from lfm2kit.model import JOINS, LFM2, Builder, build_model
+from lfm2kit.parallel import ExpertParallelMoe, join, shard
+from lfm2kit.placement import Join, Joins, Placed, Placer
+from lfm2kit.plan import Plan
+from lfm2kit.plugins import Plugins, installed_plugins
+from lfm2kit.transport import Transport
+
+EMBEDDED = Path(__file__).parent / "models"
+AUTO = "auto"
+
+
+def find_model(name: str) -> Path:
+    """The path that `--model` means: a path, or the name of a model that comes with lfm2kit."""
+    if Path(name).exists():
+        return Path(name)
+    embedded = sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())
+    if name in embedded:
+        return EMBEDDED / name
+    raise Lfm2kitError(
+        f"no model '{name}': neither a path nor an embedded model; {choices(name, embedded)}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A model with every block's backend settled, and nothing built yet."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    placed: Placed
+    plugins: Plugins
+    create: Callable[[str], Backend]
+    joins: Joins
+
+    def notes(self) -> Iterator[str]:
+        """What the backends of the plan have to say about this run."""
+        for name in sorted(self.plan.backends()):
+            backend = self.create(name)
+            if isinstance(backend, Explains):
+                yield from (f"{name}: {note}" for note in backend.notes())
+
+    def build(self, built: Callable[[Placed], None] = lambda placed: None) -> LFM2:
+        """The model, ready to run; `built` is called after each block."""
+        return build_model(self.placed, self.builder(built), self.plan.default)
+
+    def builder(self, built: Callable[[Placed], None] = lambda placed: None) -> Builder:
+        """What makes the blocks of `placed`, or of a part of it."""
+        wrap = self.plugins.wrap
+        return Builder(self.checkpoint.weights, self.create, self.joins, wrap, built)
+
+
+def set_up(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    *,
+    context: Context | None = None,
+    n_cpu_moe: int = 0,
+    transport: Transport | None = None,
+    plugins: Plugins | None = None,
+) -> Setup:
+    """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
+
+    `n_cpu_moe` puts the experts of the first so many MoE layers on the CPU; with a `transport`
+    of several ranks, each holds its share of every layer's experts.
+    """
+    plugins = plugins or installed_plugins()
+    context = context or Context()
+    plan = _resolve_auto(plan, plugins, context)
+    if n_cpu_moe:
+        plan = plan.with_cpu_experts(n_cpu_moe, checkpoint.spec, "cpu_simd")
+    for name in sorted(plan.backends()):
+        plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
+    create = plugins.creator(context)
+    model: specs.Model = checkpoint.spec
+    joins: Joins = JOINS
+    if transport is not None:
+        model = shard(model, transport.world)
+        joins = {**JOINS, ExpertParallelMoe: Join(join(transport), HOST)}
+    placed = Placer(plan, create, joins, plugins.backends).place(model)
+    return Setup(checkpoint, plan, placed, plugins, create, joins)
+
+
+def load_model(path: str | Path, backend: str = AUTO, *, threads: int | None = None) -> LFM2:
+    """The model at `path` (or an embedded model's name), its blocks from the plan `backend`.
+
+    model = load_model("tiny", "cpu_simd,attn=reference")
+    logits = model.logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))
+    """
+    checkpoint = open_checkpoint(find_model(str(path)))
+    context = Context(threads=threads)
+    return set_up(checkpoint, Plan.parse(backend), context=context).build()
+
+
+def _resolve_auto(plan: Plan, plugins: Plugins, context: Context) -> Plan:
+    """`auto` spelt out, wherever the plan says it."""
+    if AUTO not in plan.backends():
+        return plan
+    best = plugins.auto(context.precision)
+    rules = tuple(replace(r, backend=best) if r.backend == AUTO else r for r in plan.rules)
+    return Plan(best if plan.default == AUTO else plan.default, rules)

@@ -1,0 +1,64 @@
+"""Runs samples through a model in batches, alone or as one of several ranks, and times it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.batch import Batch
+from lfm2kit.model import LFM2
+from lfm2kit.transport import Transport, World, share
+
+TOKENS_PER_BATCH = 4096  # by default: enough to be compute-bound, small enough for any machine
+
+
+class Timed(NamedTuple):
+    """The logits [n, vocab_size] of all samples (None but on rank 0), and how long it took."""
+
+    logits: npt.NDArray[np.float32] | None
+    seconds: float
+
+
+def default_batch_size(seq_len: int) -> int:
+    return max(1, TOKENS_PER_BATCH // seq_len)
+
+
+def run_samples(
+    model: LFM2,
+    inputs: npt.NDArray[np.int32],
+    batch_size: int,
+    *,
+    transport: Transport | None = None,
+    done: Callable[[int], None] = lambda samples: None,
+) -> Timed:
+    """The last token's logits of each sample of `inputs` int32 [n, seq_len].
+
+    The samples are shared out over the ranks of `transport`; every rank makes the same number of
+    forwards, some perhaps of no samples, because they exchange tokens in each.
+    """
+    world = transport.world if transport is not None else World()
+    mine = inputs[_slice(share(len(inputs), world.size, world.rank))]
+    largest = -(-len(inputs) // world.size)  # samples of the rank that has most
+    logits = np.empty((len(mine), model.spec.lm_head.vocab_size), dtype=np.float32)
+    start = _now(transport)
+    for i in range(-(-largest // batch_size)):
+        rows = slice(i * batch_size, (i + 1) * batch_size)
+        logits[rows] = model.logits(Batch.of_sequences(list(mine[rows])))
+        done(len(mine[rows]))
+    everyone = transport.gather(logits) if transport is not None else logits
+    return Timed(everyone, _now(transport) - start)
+
+
+def _slice(part: range) -> slice:
+    return slice(part.start, part.stop)
+
+
+def _now(transport: Transport | None) -> float:
+    """The time at which all ranks are here."""
+    if transport is not None:
+        transport.barrier()
+    return time.perf_counter()

@@ -1,0 +1,109 @@
+"""Judges logits against answers as the assignment does, without its gaps.
+
+The assignment's own validators let NaN pass (`fabs(NaN) > 1e-3` is false) and compare only as
+many samples as happen to be there.  Here every sample counts, and what is not finite is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+TOLERANCE = 1e-3  # of |output - answer|, the assignment's for FP32
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """One logit that differs too much."""
+
+    sample: int
+    vocab: int
+    flat: int  # index into the flat outputs, as the assignment prints it
+    output: float
+    answer: float
+
+    def __str__(self) -> str:
+        return (
+            f"First mismatch at sample[{self.sample}], vocab[{self.vocab}] "
+            f"(output[{self.flat}]={self.output:.6f} <-> answer[{self.flat}]={self.answer:.6f})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the comparison of n samples gave."""
+
+    samples: int
+    values: int
+    top1_matches: int
+    mismatches: int
+    first: Mismatch | None
+    max_difference: float  # NaN where an output is not a number
+    judged_by: str  # "logits" or "top-1"
+    problem: str | None = None  # why there was nothing to compare
+
+    @property
+    def is_valid(self) -> bool:
+        if self.problem is not None or not np.isfinite(self.max_difference):
+            return False
+        wrong = self.mismatches if self.judged_by == "logits" else 0
+        return wrong == 0 and self.top1_matches == self.samples
+
+    def lines(self) -> Iterator[str]:
+        """What graders grep for, word for word; then what the assignment does not print."""
+        accuracy = 100 * self.top1_matches / max(self.samples, 1)
+        yield f"Top-1 Prediction Accuracy: {accuracy:g}% ({self.top1_matches}/{self.samples})"
+        yield "VALID" if self.is_valid else "INVALID"
+        if self.problem is not None:
+            yield self.problem
+        if self.first is not None:
+            yield str(self.first)
+            yield f"Total mismatches: {self.mismatches}/{self.values}"
+        if self.problem is None:
+            yield f"Largest difference: {self.max_difference:.3g} (tolerance {TOLERANCE:g})"
+
+
+def validate(
+    outputs: npt.NDArray[np.float32], answers: npt.NDArray[np.float32], precision: str
+) -> Verdict:
+    """Compares outputs [n, vocab] with the first n answers.
+
+    fp32 precisions are judged by every logit and top-1, 16-bit ones by top-1 alone, as the
+    assignment says; their differences are reported all the same.
+    """
+    judged_by = "top-1" if precision in ("fp16", "bf16") else "logits"
+    samples = len(outputs)
+    if len(answers) < samples:
+        return _nothing(samples, judged_by, f"{samples} samples, but only {len(answers)} answers")
+    if answers.shape[1:] != outputs.shape[1:]:
+        widths = f"{outputs.shape[1]} logits a sample, but {answers.shape[1]} in the answers"
+        return _nothing(samples, judged_by, widths)
+    answers = answers[:samples]
+    difference = np.abs(outputs.astype(np.float64) - answers)
+    wrong = ~(difference <= TOLERANCE)  # true for NaN as well
+    flat = np.flatnonzero(wrong)
+    return Verdict(
+        samples=samples,
+        values=outputs.size,
+        top1_matches=int(np.sum(outputs.argmax(axis=1) == answers.argmax(axis=1))),
+        mismatches=len(flat),
+        first=_mismatch(int(flat[0]), outputs, answers) if len(flat) else None,
+        max_difference=float(difference.max(initial=0)),
+        judged_by=judged_by,
+    )
+
+
+def _mismatch(
+    flat: int, outputs: npt.NDArray[np.float32], answers: npt.NDArray[np.float32]
+) -> Mismatch:
+    sample, vocab = divmod(flat, outputs.shape[1])
+    return Mismatch(
+        sample, vocab, flat, float(outputs[sample, vocab]), float(answers[sample, vocab])
+    )
+
+
+def _nothing(samples: int, judged_by: str, problem: str) -> Verdict:
+    return Verdict(samples, 0, 0, 0, None, float("nan"), judged_by, problem)

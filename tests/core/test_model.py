@@ -1,0 +1,239 @@
+"""The forward and its building: parts and wholes, memories, captures, state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit import specs
+from lfm2kit.backend import HOST, Batch, Block, Memory, Spec, Weights
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.model import DecoderLayer, Forward, RoutedExperts
+from lfm2kit.reference.backend import ReferenceBackend
+from tests.core.small import build, small_spec
+
+SEQUENCES = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
+
+
+class Elsewhere:
+    """A memory that NumPy cannot read: an array there is boxed."""
+
+    name = "elsewhere"
+
+    def __init__(self) -> None:
+        self.crossings = 0
+
+    def from_host(self, array: Any) -> Any:
+        assert isinstance(array, np.ndarray)
+        self.crossings += 1
+        return Box(array.copy())
+
+    def to_host(self, array: Any) -> Any:
+        assert isinstance(array, Box)
+        self.crossings += 1
+        return array.values.copy()
+
+
+class Box:
+    def __init__(self, values: Any) -> None:
+        self.values = values
+        self.shape = values.shape
+
+
+class DeviceBackend:
+    """The reference's blocks behind boxed arrays: stands in for any backend of another memory."""
+
+    def __init__(self) -> None:
+        self.there = Elsewhere()
+        self.reference = ReferenceBackend()
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return self.reference.why_unsupported(spec)
+
+    def memory(self, spec: Spec) -> Memory:
+        return self.there
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        return DeviceBlock(self.reference.build(spec, weights))
+
+
+class DeviceBlock:
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        if hasattr(block, "new_state"):
+            self.new_state = block.new_state
+            self.state_bytes = block.state_bytes
+
+    def __call__(self, *inputs: Any) -> Any:
+        result = self.block(*map(_unboxed, inputs))
+        return tuple(map(Box, result)) if isinstance(result, tuple) else Box(result)
+
+
+def _unboxed(value: Any) -> Any:
+    if isinstance(value, Batch):
+        assert value.memory.name == "elsewhere", "a batch came in the wrong memory"
+        return value.on(HOST)
+    assert not isinstance(value, np.ndarray) or value.dtype == np.float64, "host array"
+    return value.values if isinstance(value, Box) else value
+
+
+class FusingBackend(ReferenceBackend):
+    """Builds the specs of one larger type whole, by joining the reference's parts itself."""
+
+    def __init__(self, fused: type[Spec], make: Callable[..., Block]) -> None:
+        self.fused = fused
+        self.make = make
+        self.made = 0
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if isinstance(spec, self.fused) else super().why_unsupported(spec)
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        if not isinstance(spec, self.fused):
+            return super().build(spec, weights)
+        self.made += 1
+        return self._joined(spec, weights)
+
+    def _joined(self, spec: Spec, weights: Weights) -> Block:
+        if not spec.parts():
+            return super().build(spec, weights)
+        makes = {specs.SparseMoe: RoutedExperts, specs.Layer: DecoderLayer, specs.Model: Forward}
+        parts = {p.role: self._joined(p.spec, weights.scope(p.scope)) for p in spec.parts()}
+        return makes[type(spec)](spec, **parts)
+
+
+@pytest.fixture
+def expected() -> Any:
+    return build(small_spec()).logits(Batch.of_sequences(SEQUENCES)).copy()
+
+
+def test_logits_are_those_of_each_sequences_last_token(expected: Any) -> None:
+    model = build(small_spec())
+    assert expected.shape == (3, 50)
+    assert expected.dtype == np.float32
+    for i, sequence in enumerate(SEQUENCES):
+        np.testing.assert_array_equal(
+            model.logits(Batch.of_sequences([sequence])), expected[i : i + 1]
+        )
+
+
+@pytest.mark.parametrize(
+    ("fused", "count"), [(specs.SparseMoe, 2), (specs.Layer, 4), (specs.Model, 1)]
+)
+def test_the_largest_spec_that_a_backend_has_is_built_whole(
+    fused: type[Spec], count: int, expected: Any
+) -> None:
+    backend = FusingBackend(fused, Forward)
+    model = build(small_spec(), "fusing", {"fusing": backend})
+    np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
+    assert backend.made == count
+
+
+def test_a_layer_shared_by_two_backends_is_made_of_its_parts(expected: Any) -> None:
+    backend = FusingBackend(specs.Layer, Forward)
+    model = build(small_spec(), "fusing,2.moe=reference", {"fusing": backend})
+    np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
+    assert backend.made == 3
+
+
+@pytest.mark.parametrize(
+    ("plan", "copies"),
+    [
+        ("device", 0),
+        ("reference,moe=device", 4),
+        ("device,router=reference", 2),
+        ("device,1=reference", 4),
+        ("reference,attn=device,embed=device,head=device,rows=device", 5),
+    ],
+)
+def test_arrays_are_moved_at_the_seams_and_counted(plan: str, copies: int, expected: Any) -> None:
+    model = build(small_spec(), plan, {"device": DeviceBackend()})
+    assert model.placed.copies() == copies
+    np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
+
+
+def test_within_one_memory_only_ids_enter_and_logits_leave() -> None:
+    backend = DeviceBackend()
+    build(small_spec(), "device", {"device": backend}).logits(Batch.of_sequences(SEQUENCES))
+    arrays_of_a_batch = 5
+    assert backend.there.crossings == arrays_of_a_batch + 1
+
+
+class CapturingBackend(DeviceBackend):
+    """Records which shapes were captured; its replay is the forward itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def capture(self, forward: Callable[[Batch], Any], batch: Batch) -> Callable[[Batch], Any]:
+        self.shapes.append(batch.shape)
+        return lambda batch: forward(batch.on(self.there))
+
+
+def test_a_forward_is_captured_once_per_shape_and_replayed(expected: Any) -> None:
+    backend = CapturingBackend()
+    model = build(small_spec(), "capturing", {"capturing": backend})
+    for _ in range(3):
+        np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
+    model.logits(Batch.of_sequences([[1, 2]]))
+    assert len(backend.shapes) == 2
+
+
+def test_a_forward_that_leaves_the_memory_is_not_captured() -> None:
+    backend = CapturingBackend()
+    model = build(small_spec(), "capturing,router=reference", {"capturing": backend})
+    model.logits(Batch.of_sequences(SEQUENCES))
+    assert backend.shapes == []
+
+
+@pytest.mark.parametrize("plan", ["reference", "device", "reference,operator=device"])
+def test_chunks_with_state_give_what_one_forward_gives(plan: str, expected: Any) -> None:
+    model = build(small_spec(), plan, {"device": DeviceBackend()})
+    state = model.new_state(slots=5, max_tokens=8)
+    slots, seen, logits = [4, 0, 2], [0, 0, 0], np.empty_like(expected)
+    while any(n < len(s) for n, s in zip(seen, SEQUENCES, strict=True)):
+        going = [i for i, s in enumerate(SEQUENCES) if seen[i] < len(s)]
+        chunks = [SEQUENCES[i][seen[i] : seen[i] + 2] for i in going]
+        batch = Batch.of_sequences(
+            chunks, starts=[seen[i] for i in going], slots=[slots[i] for i in going]
+        )
+        logits[going] = model.logits(batch, state)
+        for i, chunk in zip(going, chunks, strict=True):
+            seen[i] += len(chunk)
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+
+
+def test_a_wrapper_sees_every_block_and_keeps_its_state(expected: Any) -> None:
+    names: list[str] = []
+
+    def wrap(name: str, spec: Spec, block: Block) -> Block:
+        return lambda *inputs: (names.append(name), block(*inputs))[1]
+
+    model = build(small_spec(), wrap=wrap)
+    np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
+    assert {"embed_tokens", "layers.2.feed_forward.router", "layers.3", "lm_head"} <= set(names)
+    state = model.new_state(3, 8)
+    np.testing.assert_allclose(model.logits(Batch.of_sequences(SEQUENCES), state), expected, 1e-5)
+
+
+def test_a_missing_block_says_who_has_it() -> None:
+    class Nothing(ReferenceBackend):
+        def why_unsupported(self, spec: Spec) -> str | None:
+            return "it has none"
+
+    with pytest.raises(Lfm2kitError, match=r"layers\.2\.feed_forward\.router.*reference can build"):
+        build(small_spec(), "reference,moe=nothing", {"nothing": Nothing()})
+
+
+@pytest.mark.parametrize("token", [-1, 50])
+def test_an_id_outside_the_vocabulary_never_reaches_a_block(token: int) -> None:
+    with pytest.raises(ValueError, match="vocabulary of 50"):
+        build(small_spec()).logits(Batch.of_sequences([[1, token]]))
+
+
+def test_a_batch_of_no_sequences_gives_no_logits() -> None:
+    assert build(small_spec()).logits(Batch.of_sequences([])).shape == (0, 50)

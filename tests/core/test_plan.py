@@ -1,0 +1,109 @@
+"""Plans as text and as TOML: what fits which block, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.plan import KINDS, Plan
+from tests.core.small import small_spec
+
+
+def test_the_last_rule_that_fits_wins() -> None:
+    plan = Plan.parse("a,moe=b,2-4.moe=c,3=d,attn=e")
+    assert plan.backend_for(None, "embed") == "a"
+    assert plan.backend_for(0, "router") == "b"
+    assert plan.backend_for(2, "experts") == "c"
+    assert plan.backend_for(3, "experts") == "d"
+    assert plan.backend_for(3, "norm") == "d"
+    assert plan.backend_for(3, "attn") == "e"
+
+
+def test_a_rule_for_layers_says_nothing_of_what_lies_outside_them() -> None:
+    assert Plan.parse("a,0-9=b").backend_for(None, "norm") == "a"
+
+
+def test_router_and_experts_can_be_told_apart() -> None:
+    plan = Plan.parse("a,router=b")
+    assert (plan.backend_for(1, "router"), plan.backend_for(1, "experts")) == ("b", "a")
+
+
+rules = st.builds(
+    lambda layers, kind, backend: f"{layers}{'.' if layers else ''}{kind}={backend}",
+    st.sampled_from(["", "3", "0-2", "1-1"]),
+    st.sampled_from(sorted(KINDS)),
+    st.sampled_from(["x", "my-backend", "b_2"]),
+)
+
+
+@given(st.lists(rules, max_size=5))
+def test_a_plan_says_itself_as_text(items: list[str]) -> None:
+    plan = Plan.parse(",".join(["default", *items]))
+    assert Plan.parse(str(plan)) == plan
+
+
+def test_a_toml_file_says_the_same_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(
+        'default = "a"\n'
+        '[[rule]]\nlayers = "2-4"\nkind = "moe"\nbackend = "b"\n'
+        '[[rule]]\nlayers = 3\nbackend = "c"\n'
+        '[[rule]]\nkind = "attn"\nbackend = "d"\n'
+    )
+    assert Plan.read(path) == Plan.parse("a,2-4.moe=b,3=c,attn=d")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "default"),
+        ("moe=a", "moe=a"),
+        ("a,moe", "moe"),
+        ("a,mow=b", "Did you mean 'moe'"),
+        ("a,2-x.moe=b", "2-x"),
+        ("a,4-2.moe=b", "4-2"),
+        ("a,moe=", "moe="),
+        ("a,,moe=b", "''"),
+        ("a,-1.moe=b", "-1"),
+    ],
+)
+def test_bad_text_names_the_item(text: str, named: str) -> None:
+    with pytest.raises(Lfm2kitError, match=named):
+        Plan.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "default = 3",
+        "rule = 3",
+        'default = "a"\nrules = []',
+        'default = "a"\n[[rule]]\nkind = "moe"',
+        'default = "a"\n[[rule]]\nlayer = 3\nbackend = "b"',
+        "default = ",
+    ],
+)
+def test_a_bad_toml_plan_is_one_line_that_names_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    with pytest.raises(Lfm2kitError, match=r"plan\.toml") as caught:
+        Plan.read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("item", ["9.moe=b", "2-4.moe=b", "0.moe=b", "0-1.experts=b", "0.attn=b"])
+def test_a_rule_that_fits_no_block_is_an_error(item: str) -> None:
+    with pytest.raises(Lfm2kitError, match=item.replace(".", r"\.")):
+        Plan.parse(f"a,{item}").check(small_spec())
+
+
+def test_experts_of_the_first_moe_layers_on_the_cpu() -> None:
+    plan = Plan.parse("a").with_cpu_experts(1, small_spec(), "cpu")
+    assert [plan.backend_for(i, "experts") for i in range(4)] == ["a", "a", "cpu", "a"]
+    assert plan.backend_for(2, "router") == "a"
+    with pytest.raises(Lfm2kitError, match="2 MoE layers"):
+        Plan.parse("a").with_cpu_experts(3, small_spec(), "cpu")
