@@ -117,7 +117,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         rope_theta=_rope_theta(fields),
         tie_word_embeddings=_tied(fields),
     )
-    _check(config)
+    model_spec(config, tied=True)  # the specs refuse what does not fit together
     return config
 
 
@@ -169,22 +169,6 @@ def _moe(c: ModelConfig) -> specs.SparseMoe:
             range(c.num_experts),
         ),
     )
-
-
-def _check(c: ModelConfig) -> None:
-    if c.num_attention_heads % c.num_key_value_heads:
-        raise Lfm2kitError(
-            f"num_attention_heads {c.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads {c.num_key_value_heads}"
-        )
-    if c.head_dim % 2:
-        raise Lfm2kitError(f"head_dim {c.head_dim} is odd: rotary embedding needs pairs")
-    if c.num_experts_per_tok > c.num_experts:
-        raise Lfm2kitError(
-            f"num_experts_per_tok {c.num_experts_per_tok} is more than num_experts {c.num_experts}"
-        )
-    if c.norm_eps <= 0 or c.rope_theta <= 0:
-        raise Lfm2kitError(f"norm_eps {c.norm_eps} and rope_theta {c.rope_theta} must be positive")
 
 
 def _layer_types(fields: Mapping[str, Any]) -> tuple[str, ...]:

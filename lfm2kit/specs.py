@@ -18,6 +18,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from lfm2kit.batch import Batch
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST
 
 Shape = tuple[int, ...]
@@ -97,6 +98,9 @@ class RMSNorm(Spec):
     eps: float
     kind: ClassVar[str] = "norm"
 
+    def __post_init__(self) -> None:
+        _require(self.eps > 0, f"norm_eps {self.eps} is not positive")
+
     def parameters(self) -> dict[str, Shape]:
         return {"weight": (self.hidden_size,)}
 
@@ -159,6 +163,15 @@ class Attention(Spec):
     kind: ClassVar[str] = "attn"
     scope: ClassVar[str] = "self_attn"
 
+    def __post_init__(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        _require(
+            heads % kv_heads == 0,
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: RoPE needs pairs")
+        _require(self.rope_theta > 0, f"rope_theta {self.rope_theta} is not positive")
+
     def parameters(self) -> dict[str, Shape]:
         h = self.hidden_size
         q_size = self.num_attention_heads * self.head_dim
@@ -220,6 +233,10 @@ class Router(Spec):
     norm_topk_prob: bool
     routed_scaling_factor: float
     kind: ClassVar[str] = "router"
+
+    def __post_init__(self) -> None:
+        taken, there = self.num_experts_per_tok, self.num_experts
+        _require(taken <= there, f"num_experts_per_tok {taken} is more than num_experts {there}")
 
     def parameters(self) -> dict[str, Shape]:
         weights: dict[str, Shape] = {"gate.weight": (self.num_experts, self.hidden_size)}
@@ -362,6 +379,11 @@ def leaves(spec: Spec) -> Iterator[Spec]:
         yield spec
     for part in parts:
         yield from leaves(part.spec)
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Lfm2kitError(otherwise)
 
 
 def _join(scope: str, name: str) -> str:

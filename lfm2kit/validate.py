@@ -82,7 +82,8 @@ def validate(
         widths = f"{outputs.shape[1]} logits a sample, but {answers.shape[1]} in the answers"
         return _nothing(samples, judged_by, widths)
     answers = answers[:samples]
-    difference = np.abs(outputs.astype(np.float64) - answers)
+    with np.errstate(invalid="ignore"):  # inf - inf: NaN, which counts as wrong
+        difference = np.abs(outputs.astype(np.float64) - answers)
     wrong = ~(difference <= TOLERANCE)  # true for NaN as well
     flat = np.flatnonzero(wrong)
     return Verdict(

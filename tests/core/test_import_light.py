@@ -1,0 +1,31 @@
+"""The core imports nothing heavy, and listing plugins imports none of theirs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lfm2kit
+
+HEAVY = {"cupy", "numba", "mpi4py", "torch", "transformers"}
+
+
+def test_no_module_of_the_core_names_a_heavy_import() -> None:
+    for path in Path(lfm2kit.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & HEAVY, path
+
+
+def test_listing_the_installed_plugins_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from lfm2kit.plugins import installed_plugins; installed_plugins();"
+        f"print(sorted(set(sys.modules) & {HEAVY}))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert output.strip() == "[]"
