@@ -41,7 +41,7 @@ class Tensor:
         """The values in float32, exactly; F32 is handed over as it lies, possibly read-only."""
         if self.dtype == "BF16":
             return (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return self.data.astype(np.float32, copy=False)
+        return np.require(self.data, np.float32, "A")  # a copy if the file holds it unaligned
 
 
 class Weights(Mapping[str, Tensor]):

@@ -1,0 +1,122 @@
+"""Opens checkpoints: finds the description and the tensors, and checks the one against the other.
+
+Nothing is read but headers; the tensors are views of memory maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lfm2kit import specs
+from lfm2kit.checkpoint.huggingface import canonical, read_folder
+from lfm2kit.checkpoint.model_bin import read_model_bin
+from lfm2kit.checkpoint.safetensors import read_safetensors
+from lfm2kit.config import LFM2_8B_A1B, ModelConfig, model_spec, read_config
+from lfm2kit.errors import Lfm2kitError, choices
+from lfm2kit.spec_files import read_spec
+from lfm2kit.weights import Tensor, Weights
+
+CONFIG, SPECS, MODEL_BIN = "config.json", "model.toml", "model.bin"
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+ROWS_AT_ONCE = 4096  # of a head compared with the embedding: a few MB at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's description and weights, found to fit each other."""
+
+    path: Path
+    spec: specs.Model
+    weights: Weights  # by canonical name: Hugging Face's without `model.`
+    config: ModelConfig | None  # None where specs describe the model
+
+    def beside(self, name: str) -> Path:
+        """The file `name` beside the model, or in `data/` there, as the assignment has it."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return folder / "data" / name if (folder / "data" / name).exists() else folder / name
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A folder with config.json (or model.toml) and tensors, a .safetensors file, or a model.bin.
+
+    Raises `Lfm2kitError` naming file, tensor and cause where anything is missing, left over,
+    misshapen, truncated or untrue.
+    """
+    if not path.exists():
+        raise Lfm2kitError(f"{path}: no such file or folder")
+    tensors = _read_tensors(path)
+    folder = path if path.is_dir() else path.parent
+    config = _read_config(path, folder)
+    if config is None:
+        spec = read_spec(folder / SPECS)
+    else:
+        stated = config.tie_word_embeddings
+        spec = model_spec(config, tied=HEAD not in tensors if stated is None else stated)
+    if spec.tie_word_embeddings:
+        _drop_tied_head(path, tensors)
+    _check_tensors(path, spec.parameters(), tensors)
+    return Checkpoint(path, spec, Weights(tensors), config)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        is_bin = (path / MODEL_BIN).exists() and not list(path.glob("model.safetensors*"))
+        return read_model_bin(path / MODEL_BIN) if is_bin else read_folder(path)
+    if path.suffix == ".safetensors":
+        return canonical(read_safetensors(path))
+    return read_model_bin(path)
+
+
+def _read_config(path: Path, folder: Path) -> ModelConfig | None:
+    """The config beside the tensors; None where model.toml describes the model instead."""
+    if (folder / CONFIG).exists():
+        return read_config(folder / CONFIG)
+    if (folder / SPECS).exists():
+        return None
+    if path.suffix == ".safetensors" or not (path.is_file() or (path / MODEL_BIN).exists()):
+        raise Lfm2kitError(f"{folder}: there is neither {CONFIG} nor {SPECS}")
+    return LFM2_8B_A1B  # a model.bin alone: the assignment's model, or the shapes will tell
+
+
+def _drop_tied_head(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A tied model may store its head all the same, if it is the embedding's twin."""
+    if HEAD not in tensors or EMBEDDING not in tensors:
+        return
+    head, embedding = tensors.pop(HEAD), tensors[EMBEDDING]
+    if head.shape != embedding.shape or not _equal(head, embedding):
+        raise Lfm2kitError(f"{path}: word embeddings are tied, but '{HEAD}' differs from them")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return all(
+        np.array_equal(
+            Tensor("", a.dtype, a.data[i : i + ROWS_AT_ONCE]).float32(),
+            Tensor("", b.dtype, b.data[i : i + ROWS_AT_ONCE]).float32(),
+        )
+        for i in range(0, a.shape[0], ROWS_AT_ONCE)
+    )
+
+
+def _check_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
+) -> None:
+    for name, shape in expected.items():
+        if name not in tensors:
+            others = [other for other in tensors if other not in expected]
+            hint = choices(name, others) if 0 < len(others) <= 5 else "truncated download?"
+            raise Lfm2kitError(f"{path}: there is no tensor '{name}' ({hint})")
+        if tensors[name].shape != shape:
+            raise Lfm2kitError(
+                f"{path}: tensor '{name}' has shape {list(tensors[name].shape)}, "
+                f"the model's is {list(shape)}"
+            )
+    extra = [name for name in tensors if name not in expected]
+    if extra:
+        more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+        raise Lfm2kitError(
+            f"{path}: the model has no place for tensor {', '.join(extra[:3])}{more}"
+        )

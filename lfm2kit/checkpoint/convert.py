@@ -1,0 +1,220 @@
+"""Writes checkpoints: Hugging Face folders and `model.bin`, from one another or at random.
+
+Tensor by tensor: a file of any size passes through a few hundred MB of memory.  What is written
+appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.checkpoint import CONFIG, Checkpoint
+from lfm2kit.checkpoint.huggingface import INDEX, SINGLE
+from lfm2kit.checkpoint.model_bin import write_model_bin
+from lfm2kit.checkpoint.safetensors import write_safetensors
+from lfm2kit.config import ModelConfig
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.files import replaced
+from lfm2kit.weights import STORED_AS, DType, Tensor
+
+MAX_SHARD = 5_000_000_000  # bytes: Hugging Face's own default
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What to write: shapes known beforehand, values made when their turn comes."""
+
+    config: Mapping[str, Any]  # the keys of config.json
+    shapes: Mapping[str, tuple[int, ...]]  # by canonical name
+    dtypes: Mapping[str, DType]
+    tensor: Callable[[str], Tensor]
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """A checkpoint that was opened, as a source."""
+    weights = checkpoint.weights
+    return Source(
+        config=_config_fields(checkpoint),
+        shapes={name: tensor.shape for name, tensor in weights.items()},
+        dtypes={name: tensor.dtype for name, tensor in weights.items()},
+        tensor=weights.__getitem__,
+    )
+
+
+def write_checkpoint(
+    source: Source,
+    target: Path,
+    dtype: DType | None = None,
+    *,
+    overwrite: bool = False,
+    max_shard: int = MAX_SHARD,
+    done: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Writes a `model.bin` with its config.json if `target` ends in .bin, else a folder.
+
+    `dtype` None keeps each tensor's type (a model.bin is F32 always); `expert_bias` is never
+    narrowed.  `done` is told the bytes of each tensor written.  Raises `Lfm2kitError` where the
+    target exists already, or a value does not fit into F16.
+    """
+    if target.exists() and not overwrite:
+        raise Lfm2kitError(f"{target} exists already; give --overwrite to replace it")
+    if not target.absolute().parent.is_dir():
+        raise Lfm2kitError(f"{target}: there is no folder {target.absolute().parent}")
+
+    def data_of(name: str, stored: DType) -> npt.NDArray[Any]:
+        data = narrowed(source.tensor(name), stored)
+        done(data.nbytes)
+        return data
+
+    if target.suffix == ".bin":
+        _write_bin(source, target, dtype, data_of)
+    else:
+        _write_folder(source, target, dtype, max_shard, data_of)
+
+
+def narrowed(tensor: Tensor, dtype: DType) -> npt.NDArray[Any]:
+    """The elements of `tensor` stored as `dtype`, rounded to nearest, ties to even."""
+    if tensor.dtype == dtype:
+        return np.ascontiguousarray(tensor.data)
+    values = tensor.float32()
+    if dtype == "BF16":
+        return _bfloat16(values)
+    with np.errstate(over="ignore"):
+        stored = values.astype(STORED_AS[dtype])
+    if np.any(np.isinf(stored) & np.isfinite(values)):
+        raise Lfm2kitError(f"tensor '{tensor.name}' has values beyond F16's 65504; take BF16")
+    return stored
+
+
+def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The upper halves of the bits, rounded to nearest even; a NaN stays one."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
+
+
+def _write_bin(source: Source, target: Path, dtype: DType | None, data_of: Any) -> None:
+    if dtype not in (None, "F32"):
+        raise Lfm2kitError(f"a model.bin holds F32; for {dtype} give a folder as the target")
+    with replaced(target) as file:
+        write_model_bin(file, list(source.shapes.items()), lambda name: data_of(name, "F32"))
+    _write_json(target.with_name(CONFIG), source.config)
+
+
+def _write_folder(
+    source: Source, target: Path, dtype: DType | None, max_shard: int, data_of: Any
+) -> None:
+    stored = {n: _stored_type(n, dtype or source.dtypes[n]) for n in source.shapes}
+    sizes = {n: math.prod(s) * STORED_AS[stored[n]].itemsize for n, s in source.shapes.items()}
+    shards = list(_shards(sizes, max_shard))
+    with _replaced_folder(target) as folder:
+        weight_map: dict[str, str] = {}
+        for i, names in enumerate(shards):
+            file_name = SINGLE if len(shards) == 1 else _shard_name(i, len(shards))
+            with open(folder / file_name, "wb") as file:
+                _write_shard(file, source, names, stored, data_of)
+            weight_map |= dict.fromkeys(map(_on_disk, names), file_name)
+        if len(shards) > 1:
+            total = {"total_size": sum(sizes.values())}
+            _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+        _write_json(folder / CONFIG, source.config)
+
+
+def _write_shard(
+    file: BinaryIO,
+    source: Source,
+    names: Sequence[str],
+    stored: Mapping[str, DType],
+    data_of: Callable[[str, DType], npt.NDArray[Any]],
+) -> None:
+    canonical = {_on_disk(name): name for name in names}
+    entries = [(d, stored[name], source.shapes[name]) for d, name in canonical.items()]
+    write_safetensors(file, entries, lambda d: data_of(canonical[d], stored[canonical[d]]))
+
+
+def _stored_type(name: str, dtype: DType) -> DType:
+    """A router's bias rounded to 16 bits selects other experts."""
+    return "F32" if name.endswith("expert_bias") else dtype
+
+
+def _on_disk(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _shards(sizes: Mapping[str, int], max_shard: int) -> Iterator[list[str]]:
+    """The names in order, in groups of at most `max_shard` bytes (or of one larger tensor)."""
+    shard: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if shard and filled + size > max_shard:
+            yield shard
+            shard, filled = [], 0
+        shard.append(name)
+        filled += size
+    yield shard
+
+
+@contextmanager
+def _replaced_folder(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target` if the block ends well, else vanishes."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        if target.exists():
+            _remove(target)
+        partial.rename(target)
+    except BaseException:  # Ctrl-C as well
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _remove(target: Path) -> None:
+    """Removes a checkpoint's folder, and refuses one that holds anything else."""
+    known = {CONFIG, INDEX}
+    files = [p for p in target.iterdir() if p.suffix != ".safetensors"]
+    others = [p.name for p in files if p.name not in known]
+    if others:
+        raise Lfm2kitError(f"{target} holds '{others[0]}' besides a checkpoint; remove it yourself")
+    shutil.rmtree(target)
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    with replaced(path) as file:
+        file.write(json.dumps(fields, indent=2).encode() + b"\n")
+
+
+def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's own config.json, or the keys of the config that it was taken for."""
+    path = checkpoint.beside(CONFIG)
+    if path.exists():
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return fields
+    if checkpoint.config is None:
+        raise Lfm2kitError(f"{checkpoint.path}: it has no config.json to convert")
+    return config_fields(checkpoint.config)
+
+
+def config_fields(config: ModelConfig) -> dict[str, Any]:
+    """The keys of a config.json that says what `config` says."""
+    fields = dataclasses.asdict(config)
+    fields["layer_types"] = list(config.layer_types)
+    fields |= {"model_type": "lfm2_moe", "num_hidden_layers": config.num_hidden_layers}
+    return {name: value for name, value in fields.items() if value is not None}

@@ -1,0 +1,57 @@
+"""Files mapped into memory, and the check that both formats make before they believe a header."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.errors import Lfm2kitError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Extent(NamedTuple):
+    """Where a tensor's bytes lie in its file, if the header is to be believed."""
+
+    name: str
+    begin: int
+    end: int
+
+
+def map_file(path: Path) -> Bytes:
+    """The bytes of a file, read-only; nothing is read until someone looks."""
+    try:
+        if os.stat(path).st_size == 0:
+            raise Lfm2kitError(f"{path}: the file is empty")
+        return np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise Lfm2kitError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_extents(path: Path, extents: Iterable[Extent], start: int, size: int) -> None:
+    """`Lfm2kitError` if a tensor leaves [start, size) or overlaps another."""
+    previous = Extent("the header", 0, start)
+    for extent in sorted(extents, key=lambda e: (e.begin, e.end)):
+        if not start <= extent.begin <= extent.end:
+            raise Lfm2kitError(
+                f"{path}: tensor '{extent.name}' claims bytes {extent.begin} to {extent.end}, "
+                f"but data begins at {start}"
+            )
+        if extent.end > size:
+            raise Lfm2kitError(
+                f"{path}: tensor '{extent.name}' ends at byte {extent.end}, but the file has "
+                f"{size} (truncated download?)"
+            )
+        if extent.begin < previous.end and extent.end > extent.begin:
+            raise Lfm2kitError(f"{path}: tensor '{extent.name}' overlaps '{previous.name}'")
+        previous = max(previous, extent, key=lambda e: e.end)
+
+
+def view(data: Bytes, extent: Extent, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+    """The tensor's elements where they lie, of any alignment."""
+    return data[extent.begin : extent.end].view(dtype).reshape(shape)

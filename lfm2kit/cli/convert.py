@@ -1,0 +1,62 @@
+"""`lfm2kit convert`: Hugging Face folders to `model.bin` and back, or a random checkpoint."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
+from lfm2kit.checkpoint.synth import KNOWN, random_source
+from lfm2kit.cli import options
+from lfm2kit.cli.console import progress, remark
+from lfm2kit.config import read_config
+from lfm2kit.weights import STORED_AS, DType
+
+
+class StoredAs(enum.StrEnum):
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, model.bin, embedded model.")],
+    target: Annotated[Path, typer.Argument(help="A new folder, or a file ending in .bin.")],
+    dtype: Annotated[
+        StoredAs | None, typer.Option(help="Type of the weights. [default: as stored]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+    random: Annotated[
+        bool,
+        typer.Option(help=f"Random weights; SOURCE is a config.json or {', '.join(KNOWN)}."),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 0,
+) -> None:
+    """Converts a checkpoint to the other layout, or to another type of weights."""
+    weights = _random(source, seed) if random else source_of(options.open_model(source))
+    stored: DType | None = None if dtype is None else dtype.value
+    with progress("writing", _size(weights, stored, target), "GB", 1e9) as advance:
+        write_checkpoint(weights, target, stored, overwrite=overwrite, done=advance)
+    remark(f"wrote {target}")
+
+
+def _random(source: str, seed: int) -> Source:
+    if source in KNOWN:
+        return random_source(KNOWN[source], seed)
+    read_config(Path(source))  # refuses what cannot be run
+    return random_source(json.loads(Path(source).read_text(encoding="utf-8")), seed)
+
+
+def _size(source: Source, dtype: DType | None, target: Path) -> int:
+    """Bytes to be written, for the progress bar."""
+    fixed: DType | None = "F32" if target.suffix == ".bin" else dtype
+    sizes = (
+        math.prod(shape) * STORED_AS[fixed or source.dtypes[name]].itemsize
+        for name, shape in source.shapes.items()
+    )
+    return sum(sizes)

@@ -1,0 +1,90 @@
+"""The assignment's sample files: token ids in, logits of the last token out.  Little-endian.
+
+inputs.bin              i32 n, i32 seq_len, i32 ids [n, seq_len]
+outputs.bin, answers.bin    i32 n, i32 vocab_size, f32 logits [n, vocab_size]
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.files import replaced
+
+HEADER = np.dtype("<i4")
+
+
+class BadAnswersError(Lfm2kitError):
+    """An answers file that cannot be compared with: the validator calls the outputs INVALID."""
+
+
+def read_inputs(path: Path) -> npt.NDArray[np.int32]:
+    """Token ids int32 [n, seq_len], memory-mapped."""
+    ids: npt.NDArray[np.int32] = _read(path, np.dtype("<i4"), "seq_len", Lfm2kitError)
+    return ids
+
+
+def read_answers(path: Path) -> npt.NDArray[np.float32]:
+    """Logits float32 [n, vocab_size], memory-mapped; `BadAnswersError` for no such file."""
+    logits: npt.NDArray[np.float32] = _read(path, np.dtype("<f4"), "vocab_size", BadAnswersError)
+    return logits
+
+
+def write_inputs(path: Path, token_ids: npt.NDArray[np.int32]) -> None:
+    """Writes token ids [n, seq_len]; a reader sees the old file or the whole new one."""
+    _write(path, token_ids, np.dtype("<i4"))
+
+
+def write_outputs(path: Path, logits: npt.NDArray[np.float32]) -> None:
+    """Writes logits [n, vocab_size]; a reader sees the old file or the whole new one."""
+    _write(path, logits, np.dtype("<f4"))
+
+
+def take(token_ids: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.int32]:
+    """The first n samples; `Lfm2kitError` if there are not so many."""
+    if not 1 <= n <= len(token_ids):
+        raise Lfm2kitError(f"-n {n}: the inputs hold {len(token_ids)} samples; ask for 1 to that")
+    return token_ids[:n]
+
+
+def check_ids(token_ids: npt.NDArray[np.int32], vocab_size: int) -> None:
+    """`Lfm2kitError` naming the first id outside [0, vocab_size)."""
+    bad = np.argwhere((token_ids < 0) | (token_ids >= vocab_size))
+    if len(bad):
+        sample, position = bad[0]
+        raise Lfm2kitError(
+            f"sample {sample}, position {position}: token id {token_ids[sample, position]} "
+            f"is outside the vocabulary of {vocab_size}"
+        )
+
+
+def _read(path: Path, dtype: np.dtype[Any], width: str, wrong: type[Lfm2kitError]) -> Any:
+    """The array of a file whose size is exactly what its header says."""
+    try:
+        size = os.stat(path).st_size
+        with open(path, "rb") as file:
+            header = file.read(2 * HEADER.itemsize)
+    except OSError as error:
+        raise Lfm2kitError(f"{path}: {error.strerror}") from None
+    if len(header) < 2 * HEADER.itemsize:
+        raise wrong(f"{path}: {size} bytes are too few for a header")
+    rows, columns = (int(value) for value in np.frombuffer(header, HEADER))
+    if rows < 1 or columns < 1:
+        raise wrong(f"{path}: the header says {rows} samples with {width} {columns}")
+    expected = 2 * HEADER.itemsize + rows * columns * dtype.itemsize
+    if size != expected:
+        raise wrong(
+            f"{path}: {size} bytes, but {rows} samples with {width} {columns} take {expected}"
+        )
+    return np.memmap(path, dtype, "r", offset=2 * HEADER.itemsize, shape=(rows, columns))
+
+
+def _write(path: Path, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> None:
+    with replaced(path) as file:
+        file.write(np.array(array.shape, dtype=HEADER).tobytes())
+        file.write(np.ascontiguousarray(array, dtype=dtype).tobytes())
