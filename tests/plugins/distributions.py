@@ -1,0 +1,77 @@
+"""Small distributions with real entry points, and processes that find them on their path."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+from typing import Any
+
+ANNOUNCES = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_backends():
+        from lfm2kit.reference.backend import ReferenceBackend
+        yield lfm2kit.BackendPlugin(
+            "{name}", "a twin of reference", lambda context: ReferenceBackend(), api_version=1
+        )
+"""
+
+
+def announcing(name: str) -> str:
+    """The source of a plugin that announces a backend `name` which works."""
+    return ANNOUNCES.format(name=name)
+
+
+def install(site: Path, name: str, source: str, entry_point: str = "") -> None:
+    """The distribution `lfm2kit-{name}` 1.0 of one module, as an installer would leave it."""
+    module = f"lfm2kit_{name}"
+    (site / f"{module}.py").write_text(textwrap.dedent(source))
+    info = site / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lfm2kit-{name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[lfm2kit]\n{entry_point or name} = {module}\n")
+
+
+def install_project(project: Path, site: Path, wheels: Path) -> None:
+    """The wheel of `project`, unpacked: what installing it comes to, without an installer."""
+    zipfile.ZipFile(build_wheel(project, wheels)).extractall(site)
+
+
+def build_wheel(project: Path, into: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(into)]
+    subprocess.run(command, cwd=project, check=True, capture_output=True, text=True)
+    return max(into.glob("*.whl"), key=os.path.getmtime)
+
+
+def environment(site: Path, **variables: str) -> dict[str, str]:
+    """This environment with `site` on Python's path, and no LFM2KIT variable but `variables`."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("LFM2KIT_")}
+    return {**clean, "PYTHONPATH": str(site), **variables}
+
+
+def lfm2kit(
+    site: Path, *arguments: str, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """`lfm2kit *arguments` in a process that finds the distributions in `site`."""
+    return subprocess.run(
+        [sys.executable, "-m", "lfm2kit", *arguments],
+        cwd=cwd or site,
+        env=environment(site, **variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def listing(site: Path, **variables: str) -> dict[str, Any]:
+    """What `lfm2kit backends` says, each list as a dict by name."""
+    done = lfm2kit(site, "backends", "--json", "-", **variables)
+    assert done.returncode == 0, done.stderr
+    fields = json.loads(done.stdout)
+    return {what: {row["name"]: row for row in rows} for what, rows in fields.items()}

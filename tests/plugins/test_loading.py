@@ -1,0 +1,178 @@
+"""Plugins as they are installed: found by their entry points, kept apart where they are broken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.distributions import announcing, environment, install, lfm2kit, listing
+
+ABSENT_IMPORT = "import a_module_that_is_not_there"
+EXITS = "import sys; sys.exit('no licence')"
+MISSPELT = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_backend():
+        yield
+"""
+WRONG_ARGUMENT = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_block_wrapper(name, spek):
+        return None
+"""
+YIELDS_NONSENSE = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_backends():
+        yield "odd"
+"""
+YIELDS_NO_TRANSPORT = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_transports():
+        yield 7
+"""
+RAISES_IN_HOOK = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_backends():
+        raise RuntimeError("first line\\nsecond line")
+"""
+OLD_API = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_backends():
+        def create(context):
+            raise AssertionError("created, though written for another API")
+        yield lfm2kit.BackendPlugin("odd", "from the future", create, api_version=99)
+"""
+
+
+def test_a_backend_is_found_by_its_entry_point_and_runs(tmp_path: Path) -> None:
+    install(tmp_path, "mine", announcing("mine"))
+    listed = listing(tmp_path)
+    assert listed["backends"]["mine"]["distribution"] == "lfm2kit-mine 1.0"
+    assert listed["backends"]["mine"]["cannot_run"] is None
+    assert listed["broken"] == {}
+    run = lfm2kit(tmp_path, "run", "--backend", "mine", "-n", "2", "-v")
+    assert (run.returncode, "\nVALID\n" in run.stdout) == (0, True), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (ABSENT_IMPORT, "No module named 'a_module_that_is_not_there'"),
+        (EXITS, "SystemExit: no licence"),
+        (MISSPELT, "'lfm2kit_backend' does not exist"),
+        (WRONG_ARGUMENT, "PluginValidationError"),
+        (YIELDS_NONSENSE, "yielded 'odd', not a BackendPlugin"),
+        (YIELDS_NO_TRANSPORT, "yielded 7, not a TransportPlugin"),
+        (RAISES_IN_HOOK, "RuntimeError: first line"),
+    ],
+)
+def test_a_broken_plugin_is_listed_with_its_traceback_and_harms_no_other(
+    tmp_path: Path, source: str, reason: str
+) -> None:
+    install(tmp_path, "odd", source)
+    install(tmp_path, "mine", announcing("mine"))
+    listed = listing(tmp_path)
+    assert list(listed["broken"]) == ["odd"]
+    broken = listed["broken"]["odd"]
+    assert reason in broken["reason"]
+    assert "\n" not in broken["reason"]
+    assert broken["distribution"] == "lfm2kit-odd 1.0"
+    assert broken["traceback"].startswith("Traceback")
+    assert {"mine", "reference"} <= set(listed["backends"])
+    assert "odd" not in listed["backends"]
+
+
+def test_a_misspelt_hook_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+    install(tmp_path, "odd", MISSPELT)
+    reason = listing(tmp_path)["broken"]["odd"]["reason"]
+    assert "Did you mean 'lfm2kit_backends'?" in reason
+
+
+def test_a_wrong_argument_name_is_shown_in_the_traceback(tmp_path: Path) -> None:
+    install(tmp_path, "odd", WRONG_ARGUMENT)
+    assert "spek" in listing(tmp_path)["broken"]["odd"]["traceback"]
+
+
+def test_another_api_version_is_listed_with_both_numbers_and_never_created(tmp_path: Path) -> None:
+    install(tmp_path, "odd", OLD_API)
+    row = listing(tmp_path)["backends"]["odd"]
+    assert row["api_version"] == 99
+    assert "99" in row["cannot_run"]
+    assert "this lfm2kit has 1" in row["cannot_run"]
+    run = lfm2kit(tmp_path, "run", "--backend", "odd", "-n", "1")
+    assert run.returncode == 2
+    assert "backend API 99" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_of_two_backends_of_one_name_the_second_is_refused_and_the_first_named(
+    tmp_path: Path,
+) -> None:
+    install(tmp_path, "one", announcing("same"))
+    install(tmp_path, "two", announcing("same"))
+    listed = listing(tmp_path)
+    assert listed["backends"]["same"]["distribution"] == "lfm2kit-one 1.0"
+    assert "backend 'same' is lfm2kit-one 1.0's already" in listed["broken"]["two"]["reason"]
+
+
+def test_no_plugin_can_take_the_name_of_a_backend_of_ours(tmp_path: Path) -> None:
+    install(tmp_path, "zealous", announcing("reference"))
+    listed = listing(tmp_path)
+    assert listed["backends"]["reference"]["distribution"].startswith("lfm2kit ")
+    assert "zealous" in listed["broken"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [
+        ("mine,reference", {"mine", "reference"}),
+        (" mine , ", {"mine"}),
+        ("none", set()),
+        ("", set()),
+    ],
+)
+def test_the_allow_list_alone_says_what_is_loaded(
+    tmp_path: Path, allowed: str, expected: set[str]
+) -> None:
+    install(tmp_path, "mine", announcing("mine"))
+    install(tmp_path, "odd", EXITS)
+    listed = listing(tmp_path, LFM2KIT_PLUGINS=allowed)
+    assert set(listed["backends"]) == expected
+    assert listed["broken"] == {}
+
+
+def test_an_unknown_name_in_the_allow_list_is_an_error_with_the_nearest(tmp_path: Path) -> None:
+    install(tmp_path, "mine", announcing("mine"))
+    done = lfm2kit(tmp_path, "backends", LFM2KIT_PLUGINS="reference,mien")
+    assert done.returncode == 2
+    assert "LFM2KIT_PLUGINS names 'mien'" in done.stderr
+    assert "Did you mean 'mine'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_listing_plugins_imports_no_compiler_no_device_and_no_mpi(tmp_path: Path) -> None:
+    """All plugins of this environment, whichever they are: importing one must be free."""
+    code = """
+import sys, lfm2kit
+from lfm2kit.plugins import installed_plugins
+installed_plugins()
+print(sorted({"numba", "cupy", "mpi4py", "torch", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
