@@ -1,0 +1,35 @@
+"""The conformance suite that judges every backend, ours and anyone's.
+
+    lfm2kit backends check mine                                  a table of verdicts
+    pytest --pyargs lfm2kit.testing --lfm2kit-backend mine       the same, without code
+
+    @lfm2kit.testing.parametrize_backend_checks("mine")          in a plugin's own tests
+    def test_conformance(check):
+        check()
+
+The checks are the functions of `lfm2kit.testing.checks`; their docstrings say what they guard.
+"""
+
+from __future__ import annotations
+
+from lfm2kit.testing.checks import CHECKS, Check
+from lfm2kit.testing.parametrize import parametrize_backend_checks
+from lfm2kit.testing.random_inputs import random_batch, random_inputs
+from lfm2kit.testing.random_weights import random_weights
+from lfm2kit.testing.runner import Result, run_checks
+from lfm2kit.testing.trial import Trial
+from lfm2kit.testing.verdicts import CheckFailed, Skipped
+
+__all__ = [
+    "CHECKS",
+    "Check",
+    "CheckFailed",
+    "Result",
+    "Skipped",
+    "Trial",
+    "parametrize_backend_checks",
+    "random_batch",
+    "random_inputs",
+    "random_weights",
+    "run_checks",
+]

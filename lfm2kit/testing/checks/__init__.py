@@ -1,0 +1,26 @@
+"""All checks, by subject.  `CHECKS` maps their ids to them, in the order in which they run."""
+
+from lfm2kit.testing.checks import (  # noqa: I001 (the order in which they run)
+    contract,
+    values,
+    feed_forward,
+    router,
+    attention,
+    rows,
+    state,
+    whole_model,
+)
+from lfm2kit.testing.checks.registry import CHECKS, Check
+
+__all__ = [
+    "CHECKS",
+    "Check",
+    "attention",
+    "contract",
+    "feed_forward",
+    "router",
+    "rows",
+    "state",
+    "values",
+    "whole_model",
+]

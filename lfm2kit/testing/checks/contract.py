@@ -1,0 +1,137 @@
+"""What the contract says of every block beyond its values: memory, arguments, results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lfm2kit import specs
+from lfm2kit.batch import Batch
+from lfm2kit.specs import Spec
+from lfm2kit.testing.checks.registry import check
+from lfm2kit.testing.compare import Result, assert_same, each
+from lfm2kit.testing.random_inputs import random_inputs
+from lfm2kit.testing.random_weights import random_weights
+from lfm2kit.testing.trial import Trial
+from lfm2kit.testing.verdicts import CheckFailed
+
+
+@dataclass(frozen=True, slots=True)
+class _Unheard(Spec):
+    """A spec that no backend knows."""
+
+    kind = "unheard"
+
+    def parameters(self) -> dict[str, specs.Shape]:
+        return {}
+
+
+@check
+def unknown_spec_is_refused(trial: Trial) -> None:
+    """`why_unsupported` gives a reason for a spec it has never heard of, and does not raise.
+
+    The core asks for the largest spec first, some of them a plugin's own.
+    """
+    reason = trial.backend.why_unsupported(_Unheard())
+    if not isinstance(reason, str) or not reason:
+        raise CheckFailed(f"why_unsupported returned {reason!r} for a spec that nobody builds")
+
+
+@check
+def memory_round_trip(trial: Trial) -> None:
+    """`from_host` and then `to_host` gives the same values, type and shape, empty arrays too."""
+    for spec in trial.first_of_kinds():
+        if trial.backend.why_unsupported(spec) is not None:
+            continue  # joined of parts, which have their turn
+        memory = trial.backend.memory(spec)
+        for dtype in (np.int32, np.float32):
+            for shape in ((5,), (3, 7), (0, 7), (0,)):
+                array = (100 * trial.rng.standard_normal(shape)).astype(dtype)
+                back = memory.to_host(memory.from_host(array.copy()))
+                what = f"memory {memory.name!r} of {spec}, {dtype.__name__} {shape}"
+                assert_same(back, array, what)
+                if back.dtype != dtype:
+                    raise CheckFailed(f"{what}: came back as {back.dtype}")
+
+
+@check
+def output_dtype_and_shape(trial: Trial) -> None:
+    """Results are float32 (expert ids int32) and of the shapes that the spec says, in precision.
+
+    Whatever the precision of the weights: the residual stream is float32.
+    """
+    for spec in trial.first_of_kinds():
+        block, reference = trial.pair(spec)
+        for rows in (1, 17):
+            inputs = random_inputs(spec, trial.rng, rows)
+            got, want = each(block(*inputs)), each(reference(*inputs))
+            described = [[f"{a.dtype}{list(a.shape)}" for a in some] for some in (got, want)]
+            if described[0] != described[1]:
+                raise CheckFailed(f"{spec}: returned {described[0]}, expected {described[1]}")
+
+
+@check
+def outputs_finite(trial: Trial) -> None:
+    """No NaN or infinity for rows of zeros, of large and of tiny values.
+
+    A norm of zeros divides by eps alone; exp(-x) of a large gate overflows.
+    """
+    for spec in trial.first_of_kinds():
+        block = trial.build(spec, random_weights(spec, trial.rng))
+        for scale in (0.0, 1e-20, 1.0, 300.0):
+            for rows in (1, 17):
+                result = block(*random_inputs(spec, trial.rng, rows, scale))
+                _require_finite(result, f"{spec} at {rows} rows of size {scale:g}")
+
+
+@check
+def inputs_not_written(trial: Trial) -> None:
+    """A block writes none of its arguments; only RMSNorm may write `hidden`.
+
+    Arguments are other blocks' results, or the batch, which every layer reads.
+    """
+    for spec in trial.first_of_kinds():
+        block = trial.build(spec, random_weights(spec, trial.rng))
+        inputs = random_inputs(spec, trial.rng, 17)
+        before = [(name, array.copy()) for name, array in _arrays(inputs)]
+        moved = block.to_memory(inputs)
+        block.to_host(block.block(*moved))
+        for (name, was), (_, array) in zip(before, _arrays(moved), strict=True):
+            if name != "argument 0" or not isinstance(spec, specs.RMSNorm | specs.Layer):
+                assert_same(block.to_host(array), was, f"{spec}: {name} after the call")
+
+
+@check
+def outputs_survive_until_next_call(trial: Trial) -> None:
+    """A result keeps its values until the same block is called again, whoever else is called.
+
+    So blocks of one backend may not share the buffer that they return; a layer's `hidden` is
+    read again after its operator has run.
+    """
+    kept = []
+    for spec in [s for s in trial.first_of_kinds() for _ in range(2)]:  # two blocks of each kind
+        block = trial.build(spec, random_weights(spec, trial.rng))
+        result = block.block(*block.to_memory(random_inputs(spec, trial.rng, 17)))
+        kept.append((spec, block, result, block.to_host(result)))
+    for spec, block, result, was in kept:
+        assert_same(block.to_host(result), was, f"{spec}: a result after calls of other blocks")
+
+
+def _require_finite(result: Result, what: str) -> None:
+    for array in each(result):
+        if not np.all(np.isfinite(array)):
+            first = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+            raise CheckFailed(f"{what}: {array[first]} at {list(first)}")
+
+
+def _arrays(inputs: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays among the arguments of a block, and those of its batch."""
+    for i, value in enumerate(inputs):
+        if isinstance(value, Batch):
+            names = ("token_ids", "positions", "cu_seqlens", "state_slots", "logits_rows")
+            yield from ((f"batch.{name}", getattr(value, name)) for name in names)
+        elif value is not None:
+            yield f"argument {i}", value

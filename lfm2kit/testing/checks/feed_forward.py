@@ -1,0 +1,120 @@
+"""The MLP's roles and the experts: empty ones, local ones, and the order of their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from lfm2kit import specs
+from lfm2kit.testing.cases import CASES
+from lfm2kit.testing.checks.registry import check
+from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.random_inputs import random_inputs, random_rows
+from lfm2kit.testing.random_weights import frozen_weights, random_weights
+from lfm2kit.testing.trial import Trial
+from lfm2kit.testing.verdicts import CheckFailed
+from lfm2kit.weights import Tensor, Weights
+
+
+@check
+def mlp_w1_is_the_gate(trial: Trial) -> None:
+    """w1 is the gate (inside silu), w3 the up and w2 the down projection; in experts as well.
+
+    The gate is always below -8 here, where silu is nearly 0: swapped with w3, which is large, the
+    result is a thousand times larger.  Other libraries call them gate, up and down, and at least
+    one loaded them in another order (sglang#27813).
+    """
+    for spec in trial.first_of_kinds(("mlp", "experts")):
+        assert isinstance(spec, specs.MLP | specs.Experts)
+        arrays = {n: t.float32().copy() for n, t in random_weights(spec, trial.rng).items()}
+        for name, array in arrays.items():
+            if name.endswith("w1.weight"):
+                array[:] = -10 / spec.hidden_size
+        block, reference = trial.pair(spec, frozen_weights(arrays))
+        _, *routing = random_inputs(spec, trial.rng, 17)
+        x = 1 + 0.1 * random_rows(trial.rng, 17, spec.hidden_size)
+        assert_close(block(x, *routing), reference(x, *routing), 10 * trial.tolerance, str(spec))
+
+
+@check
+def moe_empty_expert(trial: Trial) -> None:
+    """Experts that no row, one row, or every row goes to.
+
+    With few rows most experts are empty in every batch; a kernel launched for one must do nothing.
+    """
+    for spec in _experts(trial):
+        block, reference = trial.pair(spec)
+        for ids in ([0], [spec.num_experts - 1], [1, spec.num_experts - 1]):
+            x = random_rows(trial.rng, 17, spec.hidden_size)
+            expert_ids = np.tile(np.array(ids, dtype=np.int32), (17, 1))
+            expert_ids[3, 0] = 2  # one expert of a single row
+            weights = trial.rng.uniform(0.1, 1, expert_ids.shape).astype(np.float32)
+            inputs = (x, expert_ids, weights)
+            what = f"{spec}, all rows but one to experts {ids}"
+            assert_close(block(*inputs), reference(*inputs), trial.tolerance, what)
+
+
+@check
+def experts_local_range(trial: Trial) -> None:
+    """Under expert parallelism a block holds `local_experts` only, and reads no other weights.
+
+    Ids stay those of the whole model: expert 3 of `range(2, 5)` is its second.
+    """
+    for spec in _experts(trial):
+        part = replace(spec, local_experts=range(2, 5))
+        weights = Weights(_ReadOnly(random_weights(spec, trial.rng), part.parameters()))
+        block, reference = trial.pair(part, weights)
+        for rows in (1, 17):
+            inputs = random_inputs(part, trial.rng, rows)
+            assert_close(block(*inputs), reference(*inputs), trial.tolerance, f"{part}")
+
+
+@check
+def experts_split_by_slot_bitwise(trial: Trial) -> None:
+    """The sum over k has the same bits when each slot is computed apart and added in NumPy.
+
+    So an expert-parallel run has the very result of a single one: each product is rounded to
+    float32, and they are added in the order of k, not in the order of expert ids (vllm#45683).
+    """
+    for spec in trial.supported([s for s in _experts(trial) if s.num_experts_per_tok > 2]):
+        block = trial.build(spec, random_weights(spec, trial.rng))
+        for rows in (1, 5, 33):
+            x, ids, weights = random_inputs(spec, trial.rng, rows)
+            whole = block(x, ids, weights)
+            total = block(x, ids[:, :1].copy(), weights[:, :1].copy())
+            for k in range(1, ids.shape[1]):
+                total = total + block(x, ids[:, k : k + 1].copy(), weights[:, k : k + 1].copy())
+            assert_same(whole, total, f"{spec} at {rows} rows, one call and its slots added")
+
+
+def _experts(trial: Trial) -> list[specs.Experts]:
+    candidates = [spec for spec in CASES["experts"] if isinstance(spec, specs.Experts)]
+    return trial.supported(candidates)
+
+
+class _ForeignWeightError(CheckFailed, KeyError):
+    """A KeyError too, so that `name in weights` may be asked."""
+
+    def __str__(self) -> str:
+        return f"read {self.args[0]!r}, which is not in spec.parameters()"
+
+
+class _ReadOnly(Mapping[str, Tensor]):
+    """Tensors of which only `names` may be read, though all are listed, as in a checkpoint."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Container[str]) -> None:
+        self._tensors = tensors
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise _ForeignWeightError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

@@ -1,0 +1,160 @@
+"""Every kind of block against the reference: odd sizes, and numbers of rows around tile edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lfm2kit.specs import Spec
+from lfm2kit.testing.cases import CASES, REAL_WIDTHS
+from lfm2kit.testing.checks.registry import check
+from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.host_block import host_block
+from lfm2kit.testing.near_ties import GapWatch
+from lfm2kit.testing.random_inputs import random_inputs
+from lfm2kit.testing.random_weights import random_weights, stored_as
+from lfm2kit.testing.trial import Trial
+from lfm2kit.weights import DType, Weights
+
+ROWS = (0, 1, 2, 15, 16, 17, 33)
+
+
+@check
+def embedding(trial: Trial) -> None:
+    """The embedding's rows are the table's rows, bit for bit in fp32."""
+    for spec in trial.supported(CASES["embed"]):
+        block, reference = trial.pair(spec)
+        for rows in ROWS:
+            inputs = random_inputs(spec, trial.rng, rows)
+            got, want = block(*inputs), reference(*inputs)
+            if trial.precision == "fp32":
+                assert_same(got, want, f"{spec} at {rows} rows")
+            assert_close(got, want, trial.tolerance, f"{spec} at {rows} rows")
+
+
+@check
+def norm(trial: Trial) -> None:
+    """RMSNorm adds `delta` to `hidden`, returns the sum, and norms it in float32.
+
+    Also without a `delta`, as before the first layer; and for rows so small that eps decides, or
+    so large that squares in 16 bits would overflow.
+    """
+    for spec in trial.supported(CASES["norm"]):
+        block, reference = trial.pair(spec)
+        for rows in ROWS:
+            for scale in (1e-3, 1.0, 1e3):
+                hidden, delta = random_inputs(spec, trial.rng, rows, scale)
+                what = f"{spec} at {rows} rows of size {scale:g}"
+                got, want = block(hidden, delta), reference(hidden, delta)
+                assert_close(got, want, trial.tolerance, what)
+                got, want = block(hidden, None), reference(hidden, None)
+                assert_close(got, want, trial.tolerance, f"{what} without delta")
+
+
+@check
+def short_conv(trial: Trial) -> None:
+    """ShortConv over whole sequences, for kernels of 1 to 4 taps, with and without biases.
+
+    The batches are ragged: a sequence's first rows must see zeros before them, not the end of the
+    sequence that lies before it in memory.
+    """
+    _judge(trial, CASES["conv"])
+
+
+@check
+def attention(trial: Trial) -> None:
+    """Attention over whole sequences: groups of query heads, odd head sizes, several thetas."""
+    _judge(trial, CASES["attn"])
+
+
+@check
+def mlp(trial: Trial) -> None:
+    """MLP: w2(silu(w1 x) * w3 x)."""
+    _judge(trial, CASES["mlp"])
+
+
+@check
+def router(trial: Trial) -> None:
+    """Router: the same experts in the same order, and their weights.
+
+    Rows where the reference itself is within rounding of another choice are left out.
+    """
+    _judge(trial, CASES["router"])
+
+
+@check
+def experts(trial: Trial) -> None:
+    """Experts: the weighted sum of each row's experts."""
+    _judge(trial, CASES["experts"])
+
+
+@check
+def sparse_moe(trial: Trial) -> None:
+    """SparseMoe: router and experts together, built whole or joined of the backend's own parts."""
+    _judge(trial, CASES["moe"])
+
+
+@check
+def last_rows(trial: Trial) -> None:
+    """LastRows: the wanted rows of `hidden` and `delta`, in the order they are asked for."""
+    for spec in trial.supported(CASES["rows"]):
+        block, reference = trial.pair(spec)
+        for rows in ROWS[1:]:
+            inputs = random_inputs(spec, trial.rng, rows)
+            assert_same(block(*inputs), reference(*inputs), f"{spec} at {rows} rows")
+
+
+@check
+def lm_head(trial: Trial) -> None:
+    """LMHead: x @ weight.T, also for a vocabulary that no tile divides."""
+    _judge(trial, CASES["head"])
+
+
+@check
+def layer(trial: Trial) -> None:
+    """A whole layer, of either operator and either feed-forward, also as the model's first."""
+    _judge(trial, CASES["layer"])
+    spec = trial.supported(CASES["layer"])[0]
+    block, reference = trial.pair(spec)
+    hidden, _, batch, _ = random_inputs(spec, trial.rng, 17)
+    inputs = (hidden, None, batch, None)
+    what = f"{spec} without delta, as the first layer is called"
+    assert_close(block(*inputs), reference(*inputs), trial.tolerance, what)
+
+
+@check
+def real_widths(trial: Trial) -> None:
+    """The widths of LFM2-8B-A1B (2048, 1792, 32 experts) on a few rows: long sums stay exact."""
+    _judge(trial, REAL_WIDTHS, rows=(1, 5))
+
+
+@check
+def bf16_and_f16_weights(trial: Trial) -> None:
+    """Weights stored as BF16 or F16 mean their exact float32 values.
+
+    `Tensor.data` of BF16 holds raw bits: `Tensor.float32()` is the way to read it.  The expert
+    bias stays F32 in such checkpoints, and must not be rounded to the matrices' type.
+    """
+    stored: tuple[DType, ...] = ("BF16", "F16")
+    for spec in trial.first_of_kinds():
+        for dtype in stored:
+            weights = stored_as(random_weights(spec, trial.rng), dtype)
+            _judge_weights(trial, spec, weights, (17,), f"{spec} of {dtype} weights")
+
+
+def _judge(trial: Trial, candidates: Iterable[Spec], rows: Iterable[int] = ROWS) -> None:
+    for spec in trial.supported(candidates):
+        _judge_weights(trial, spec, random_weights(spec, trial.rng), rows, str(spec))
+
+
+def _judge_weights(
+    trial: Trial, spec: Spec, weights: Weights, rows: Iterable[int], what: str
+) -> None:
+    """Calls with several numbers of rows, compared where no router is near a tie."""
+    watch = GapWatch(trial.reference)
+    block, reference = trial.build(spec, weights), host_block(watch, spec, weights)
+    for count in rows:
+        inputs = random_inputs(spec, trial.rng, count)
+        watch.gaps.clear()
+        got, want = block(*inputs), reference(*inputs)
+        clear = watch.clear_rows(trial.near_tie)
+        assert_close(got, want, trial.tolerance, f"{what} at {count} rows", clear)

@@ -1,0 +1,123 @@
+"""A whole small model through the core: placed, built, run, decoded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit import specs
+from lfm2kit.batch import Batch
+from lfm2kit.testing.cases import MODELS
+from lfm2kit.testing.checks.registry import check
+from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.near_ties import GapWatch
+from lfm2kit.testing.random_weights import random_weights
+from lfm2kit.testing.tiny_model import build_tiny_model, plan_for, recorded_run
+from lfm2kit.testing.trial import Trial
+from lfm2kit.testing.verdicts import CheckFailed, Skipped
+from lfm2kit.weights import Weights
+
+LENGTHS = (5, 1, 8, 2)
+GROWTH = 20  # how much larger than one block's an error may be after all layers
+DRAWS = 50
+
+
+@check
+def whole_model(trial: Trial) -> None:
+    """Four layers, every kind of block, against the same model built of the reference alone.
+
+    The backend gets every block that it builds, the reference the others, arrays crossing between
+    their memories.  A failure names the first block whose result is off.
+    """
+    for spec in _models(trial):
+        weights, batch, want = _without_near_ties(trial, spec)
+        model = build_tiny_model(spec, weights, trial.reference, trial.backend)
+        try:
+            assert_close(model.logits(batch), want, GROWTH * trial.tolerance, "logits")
+        except CheckFailed as failure:
+            where = _first_difference(trial, spec, weights, batch)
+            raise CheckFailed(f"{failure}; the first block to differ: {where}") from None
+
+
+@check
+def whole_model_decodes(trial: Trial) -> None:
+    """Prefill, then one token at a time, gives the logits of one forward over all tokens."""
+    for spec in _models(trial):
+        weights, batch, want = _without_near_ties(trial, spec)
+        model = build_tiny_model(spec, weights, trial.reference, trial.backend)
+        slots = [3, 0, 4, 1]
+        state = model.new_state(5, max(LENGTHS))
+        ids = _sequences(batch)
+        seen = [(len(one) + 1) // 2 for one in ids]
+        prompts = [one[:n] for one, n in zip(ids, seen, strict=True)]
+        got = model.logits(Batch.of_sequences(prompts, slots=slots), state).copy()
+        while left := [i for i, one in enumerate(ids) if seen[i] < len(one)]:
+            step = Batch.of_sequences(
+                [ids[i][seen[i] : seen[i] + 1] for i in left],
+                starts=[seen[i] for i in left],
+                slots=[slots[i] for i in left],
+            )
+            got[left] = model.logits(step, state)
+            for i in left:
+                seen[i] += 1
+        assert_close(got, want, GROWTH * trial.tolerance, "logits of the last tokens")
+
+
+@check
+def whole_model_batch_independence(trial: Trial) -> None:
+    """A sequence's logits have the same bits alone, in a batch, and in a permuted batch."""
+    for spec in _models(trial):
+        weights = random_weights(spec, trial.rng)
+        model = build_tiny_model(spec, weights, trial.reference, trial.backend)
+        ids = _sequences(_random_batch(trial, spec))
+        together = model.logits(Batch.of_sequences(ids)).copy()
+        for i, one in enumerate(ids):
+            alone = model.logits(Batch.of_sequences([one]))[0]
+            assert_same(alone, together[i], f"logits of {len(one)} tokens, alone and in a batch")
+        order = trial.rng.permutation(len(ids))
+        permuted = model.logits(Batch.of_sequences([ids[i] for i in order]))
+        assert_same(permuted, together[order], "logits of a permuted batch")
+
+
+def _models(trial: Trial) -> list[specs.Model]:
+    """The models in which the backend has a block."""
+    models = [m for m in MODELS if plan_for(m, trial.backend).backends() != {"reference"}]
+    if not models:
+        raise Skipped("it builds no block of the tiny models")
+    return models
+
+
+def _without_near_ties(
+    trial: Trial, spec: specs.Model
+) -> tuple[Weights, Batch, npt.NDArray[np.float32]]:
+    """Weights, a batch and the reference's logits, no router's choice being within rounding."""
+    for _ in range(DRAWS):
+        weights, batch = random_weights(spec, trial.rng), _random_batch(trial, spec)
+        watch = GapWatch(trial.reference)
+        logits = build_tiny_model(spec, weights, watch, None).logits(batch)
+        if all(np.all(gaps > 10 * trial.near_tie) for gaps in watch.gaps):
+            return weights, batch, logits.copy()
+    raise Skipped(f"in {DRAWS} draws a router was always near a tie in {trial.precision}")
+
+
+def _random_batch(trial: Trial, spec: specs.Model) -> Batch:
+    vocab = spec.embed_tokens.vocab_size
+    return Batch.of_sequences([trial.rng.integers(vocab, size=n) for n in LENGTHS])
+
+
+def _sequences(batch: Batch) -> list[Any]:
+    return np.split(batch.token_ids, batch.cu_seqlens[1:-1])
+
+
+def _first_difference(trial: Trial, spec: specs.Model, weights: Weights, batch: Batch) -> str:
+    got = recorded_run(spec, weights, trial.reference, trial.backend, batch)
+    want = recorded_run(spec, weights, trial.reference, None, batch)
+    for name in (n for n in got if n in want):
+        within = 5 * trial.tolerance
+        try:
+            assert_close(got[name], want[name], within, name)
+        except CheckFailed as failure:
+            return str(failure)
+    return "none, where every block is called alone"

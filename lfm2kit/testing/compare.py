@@ -1,0 +1,86 @@
+"""Compares what a block returned with what it should have: exactly, or within the tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.testing.verdicts import CheckFailed
+
+HostArray = npt.NDArray[Any]
+Result = HostArray | tuple[HostArray, ...]
+
+FP32 = 2e-5  # of the largest value: some hundred roundings of float32
+SIXTEEN_BIT = 2e-2
+
+
+def tolerance(precision: str) -> float:
+    """The largest error that a precision may make, relative to a result's largest value."""
+    return FP32 if precision == "fp32" else SIXTEEN_BIT
+
+
+def assert_close(
+    got: Result, want: Result, within: float, what: str, rows: Any = slice(None)
+) -> None:
+    """`CheckFailed` unless all of `got` is finite and within `within * max|want|` of `want`.
+
+    The arrays of a tuple are compared one by one; integers must be equal.  Of each array only
+    `rows` are compared.
+    """
+    for name, array, expected in _pairs(got, want, what, rows):
+        largest = float(np.max(np.abs(expected), initial=0))
+        is_exact = np.issubdtype(expected.dtype, np.integer)
+        limit = 0.0 if is_exact else within * max(largest, 1e-6)
+        with np.errstate(invalid="ignore"):
+            error = np.abs(array.astype(np.float64) - expected)
+        if not np.all(error <= limit):  # false for NaN as well
+            raise CheckFailed(
+                f"{name}: {_worst(error, array, expected)}; allowed is {limit:.2g}, "
+                f"{np.sum(~(error <= limit))} of {error.size} values are off"
+            )
+
+
+def assert_same(got: Result, want: Result, what: str) -> None:
+    """`CheckFailed` unless `got` has the values of `want`, to the last bit."""
+    for name, array, expected in _pairs(got, want, what):
+        if not np.array_equal(array, expected):
+            error = np.abs(array.astype(np.float64) - expected)
+            raise CheckFailed(
+                f"{name}: not the same bits: {_worst(error, array, expected)}, "
+                f"{np.sum(array != expected)} of {error.size} values differ"
+            )
+
+
+def each(result: Result) -> tuple[HostArray, ...]:
+    """The arrays of a block's result, which may be one array or a tuple."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def rows_of(result: Result, rows: Any) -> Result:
+    """Some rows of every array of a result."""
+    return tuple(array[rows] for array in result) if isinstance(result, tuple) else result[rows]
+
+
+def _pairs(
+    got: Result, want: Result, what: str, rows: Any = slice(None)
+) -> Iterator[tuple[str, HostArray, HostArray]]:
+    arrays, expected = each(got), each(want)
+    if len(arrays) != len(expected):
+        raise CheckFailed(f"{what}: returned {len(arrays)} arrays, expected {len(expected)}")
+    names = [what] if len(expected) == 1 else [f"{what}, result {i}" for i in range(len(expected))]
+    for name, one, other in zip(names, arrays, expected, strict=True):
+        if one.shape != other.shape:
+            raise CheckFailed(f"{name}: shape {one.shape}, expected {other.shape}")
+        yield name, one[rows], other[rows]
+
+
+def _worst(error: npt.NDArray[np.float64], got: HostArray, want: HostArray) -> str:
+    """The largest error (the first NaN, if there is one) and where it is."""
+    where = np.unravel_index(int(np.argmax(error)), error.shape)
+    at = ", ".join(str(int(i)) for i in where)
+    return (
+        f"max abs error {error[where]:.3g} at [{at}]: got {got[where]:.8g}, want {want[where]:.8g}"
+    )

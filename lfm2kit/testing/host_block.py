@@ -1,0 +1,70 @@
+"""A block that is called with host arrays, whatever memory it works in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lfm2kit import specs
+from lfm2kit.backend import Array, Backend, Block, State
+from lfm2kit.batch import Batch
+from lfm2kit.memory import HOST, Memory
+from lfm2kit.model import JOINS
+from lfm2kit.specs import Spec
+from lfm2kit.weights import Weights
+
+
+class HostBlock:
+    """`block`, which works in `memory`; it is given copies, and its results are copied at once."""
+
+    def __init__(self, spec: Spec, block: Block, memory: Memory) -> None:
+        self.block = block
+        self.memory = memory
+        self._has_state = isinstance(spec, specs.ShortConv | specs.Attention | specs.Layer)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.to_host(self.block(*self.to_memory(inputs)))
+
+    def new_state(self, slots: int, max_tokens: int) -> State:
+        return self.block.new_state(slots, max_tokens)  # type: ignore[attr-defined]
+
+    def state_bytes(self, slots: int, max_tokens: int) -> int:
+        return int(self.block.state_bytes(slots, max_tokens))  # type: ignore[attr-defined]
+
+    def to_memory(self, inputs: Sequence[Any]) -> list[Any]:
+        """Copies of the arguments in the block's memory; a state, which is there, as it is."""
+        moved, state = (inputs[:-1], inputs[-1:]) if self._has_state else (inputs, ())
+        return [*map(self._moved, moved), *state]
+
+    def to_host(self, result: Array | tuple[Array, ...]) -> Any:
+        if isinstance(result, tuple):
+            return tuple(np.array(self.memory.to_host(array)) for array in result)
+        return np.array(self.memory.to_host(result))
+
+    def _moved(self, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, Batch):
+            return value.on(self.memory)
+        return self.memory.from_host(value.copy())
+
+
+def why_not_built(backend: Backend, spec: Spec) -> str | None:
+    """None if `backend` builds `spec`, whole or all its parts; else the reason it gives."""
+    reason = backend.why_unsupported(spec)
+    if reason is None or not spec.parts():
+        return reason
+    return next((r for part in spec.parts() if (r := why_not_built(backend, part.spec))), None)
+
+
+def host_block(backend: Backend, spec: Spec, weights: Weights) -> HostBlock:
+    """The block of `spec`, built whole or joined of its parts as the core would."""
+    if backend.why_unsupported(spec) is None:
+        return HostBlock(spec, backend.build(spec, weights), backend.memory(spec))
+    parts = {
+        part.role: host_block(backend, part.spec, weights.scope(part.scope))
+        for part in spec.parts()
+    }
+    return HostBlock(spec, JOINS[type(spec)].make(spec, **parts), HOST)

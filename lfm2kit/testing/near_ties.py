@@ -1,0 +1,68 @@
+"""Which router decisions are too close to be judged.
+
+Where two experts' scores differ by less than rounding, either choice is right; and what follows
+from the choice cannot be compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit import specs
+from lfm2kit.backend import Backend, Block
+from lfm2kit.memory import Memory
+from lfm2kit.specs import Spec
+from lfm2kit.weights import Weights
+
+Gaps = npt.NDArray[np.float64]
+Rows = slice | npt.NDArray[np.intp]
+
+NEAR_TIE = 1e-5  # a gap between two scores (with bias) that roundings in float32 may turn round
+
+
+def selection_gaps(spec: specs.Router, weights: Weights, x: npt.NDArray[Any]) -> Gaps:
+    """How close each row came to another selection or order: float64 [rows].
+
+    The smallest difference between neighbours among the num_experts_per_tok + 1 highest scores.
+    """
+    logits = x.astype(np.float64) @ weights.float32("gate.weight").astype(np.float64).T
+    scores = 1 / (1 + np.exp(-np.clip(logits, -700, 700)))
+    if spec.use_expert_bias:
+        scores = scores + weights.float32("expert_bias")
+    highest = np.sort(scores, axis=1)[:, ::-1][:, : spec.num_experts_per_tok + 1]
+    gaps: Gaps = np.min(-np.diff(highest, axis=1), axis=1, initial=np.inf)
+    return gaps
+
+
+class GapWatch:
+    """A backend that notes how close the routers it builds come to a tie."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.gaps: list[Gaps] = []  # one array [rows] for each call of a router
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return self._backend.why_unsupported(spec)
+
+    def memory(self, spec: Spec) -> Memory:
+        return self._backend.memory(spec)
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        block = self._backend.build(spec, weights)
+        if not isinstance(spec, specs.Router):
+            return block
+
+        def router(x: npt.NDArray[Any]) -> Any:
+            self.gaps.append(selection_gaps(spec, weights, x))
+            return block(x)
+
+        return router
+
+    def clear_rows(self, margin: float) -> Rows:
+        """The rows that no router since `gaps` was cleared took closer to a tie than `margin`."""
+        if not self.gaps:
+            return slice(None)
+        return np.flatnonzero(np.min(self.gaps, axis=0) > margin)

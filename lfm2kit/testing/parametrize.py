@@ -1,0 +1,82 @@
+"""The checks as pytest cases, for the tests of whoever writes a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from lfm2kit.backend import Backend, Context
+from lfm2kit.plugins import installed_plugins
+from lfm2kit.testing.checks import CHECKS
+from lfm2kit.testing.runner import run_check, selected
+from lfm2kit.testing.verdicts import Skipped
+
+if TYPE_CHECKING:
+    import pytest
+
+
+class BackendCheck:
+    """One check of one backend, to be called in a test; the backend is created by the first."""
+
+    def __init__(self, name: str, create: Callable[[], Backend], precision: str) -> None:
+        self.id = name
+        self._create = create
+        self._precision = precision
+
+    def __call__(self) -> None:
+        """Raises `CheckFailed`, or skips the test where the backend builds no such block."""
+        import pytest
+
+        try:
+            run_check(self.id, self._create(), self._precision)
+        except Skipped as reason:
+            pytest.skip(str(reason))
+
+
+def parametrize_backend_checks(
+    backend: str,
+    expected_failures: Mapping[str, str] | None = None,
+    precision: str = "fp32",
+) -> pytest.MarkDecorator:
+    """A case for every check of an installed backend:
+
+        @lfm2kit.testing.parametrize_backend_checks("mine", {"repeatable": "atomic additions"})
+        def test_conformance(check):
+            check()
+
+    `expected_failures` maps check ids to reasons.  Such a check must fail: its passing is an
+    error, so that the list stays true.  Raises `Lfm2kitError` for an id that is no check's.
+    """
+    import pytest
+
+    return pytest.mark.parametrize("check", backend_cases(backend, expected_failures, precision))
+
+
+def backend_cases(
+    backend: str, expected_failures: Mapping[str, str] | None = None, precision: str = "fp32"
+) -> list[Any]:
+    """The cases of `parametrize_backend_checks`, their ids those of the checks."""
+    import pytest
+
+    expected = expected_failures or {}
+    selected(expected)
+    create = _created_once(backend, precision)
+    return [
+        pytest.param(
+            BackendCheck(name, create, precision),
+            id=name,
+            marks=[pytest.mark.xfail(reason=expected[name], strict=True)] * (name in expected),
+        )
+        for name in CHECKS
+    ]
+
+
+def _created_once(name: str, precision: str) -> Callable[[], Backend]:
+    """Creates the backend when the first case asks for it: collecting tests stays free."""
+
+    @cache
+    def create() -> Backend:
+        return installed_plugins().creator(Context(precision))(name)
+
+    return create

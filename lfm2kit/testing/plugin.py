@@ -1,0 +1,26 @@
+"""The pytest plugin: which backend `pytest --pyargs lfm2kit.testing` judges.
+
+A plugin rather than a conftest.py: pytest finds the conftest of a package given by `--pyargs` only
+after it has read the command line, too late for an option.  Imports nothing of lfm2kit, since
+pytest loads it in every run where lfm2kit is installed.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lfm2kit", "conformance of lfm2kit backends")
+    group.addoption("--lfm2kit-backend", metavar="NAME", help="The installed backend to judge.")
+    group.addoption("--lfm2kit-precision", metavar="NAME", default="fp32", help="[default: fp32]")
+    group.addoption(
+        "--lfm2kit-expected-failures",
+        metavar="FILE",
+        help='A TOML file of lines  check-id = "reason":  checks that must fail.',
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    name = config.getoption("--lfm2kit-backend")
+    return f"lfm2kit backend on trial: {name}" if name else None

@@ -1,0 +1,90 @@
+"""Random arguments for a block of any kind: ragged batches, hidden rows, routings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit import specs
+from lfm2kit.batch import Batch
+from lfm2kit.specs import Spec
+
+Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+
+
+def random_rows(rng: np.random.Generator, rows: int, size: int, scale: float = 1.0) -> Float32:
+    """float32 [rows, size], N(0, scale)."""
+    return (scale * rng.standard_normal((rows, size))).astype(np.float32)
+
+
+def random_lengths(rng: np.random.Generator, rows: int) -> list[int]:
+    """The lengths of some sequences, `rows` in all."""
+    if rows == 0:
+        return []
+    cuts = rng.choice(np.arange(1, rows), size=min(3, rows - 1), replace=False)
+    return [int(n) for n in np.diff([0, *sorted(cuts), rows])]
+
+
+def random_batch(
+    rng: np.random.Generator,
+    lengths: Sequence[int],
+    *,
+    vocab_size: int = 10,
+    starts: Sequence[int] | None = None,
+    slots: Sequence[int] | None = None,
+) -> Batch:
+    """A ragged batch of sequences of these lengths, or of their next chunks."""
+    ids = [rng.integers(vocab_size, size=n) for n in lengths]
+    return Batch.of_sequences(ids, starts=starts, slots=slots)
+
+
+def random_routing(
+    rng: np.random.Generator, spec: specs.Experts, rows: int
+) -> tuple[Int32, Float32]:
+    """(expert_ids, expert_weights), each row's ids distinct and local."""
+    k = min(spec.num_experts_per_tok, len(spec.local_experts))
+    order = rng.random((rows, len(spec.local_experts))).argsort(axis=1)[:, :k]
+    ids = (order + spec.local_experts.start).astype(np.int32)
+    return ids, rng.uniform(0.1, 1, (rows, k)).astype(np.float32)
+
+
+def random_inputs(
+    spec: Spec, rng: np.random.Generator, rows: int, scale: float = 1.0
+) -> tuple[Any, ...]:
+    """Arguments for one call of a block of `spec`; operators get no state."""
+    lengths = random_lengths(rng, rows)
+    match spec:
+        case specs.Embedding():
+            return (random_batch(rng, lengths, vocab_size=spec.vocab_size),)
+        case specs.ShortConv() | specs.Attention():
+            x = random_rows(rng, rows, spec.hidden_size, scale)
+            return x, random_batch(rng, lengths), None
+        case specs.RMSNorm():
+            return _hidden_and_delta(rng, rows, spec.hidden_size, scale)
+        case specs.Experts():
+            x = random_rows(rng, rows, spec.hidden_size, scale)
+            return x, *random_routing(rng, spec, rows)
+        case specs.SparseMoe():
+            return (random_rows(rng, rows, spec.router.hidden_size, scale),)
+        case specs.LastRows():
+            hidden, delta = _hidden_and_delta(rng, rows, spec.hidden_size, scale)
+            wanted = rng.permutation(rows)[: rows // 2 + 1].astype(np.int32)
+            return hidden, delta, replace(random_batch(rng, lengths), logits_rows=wanted)
+        case specs.Layer():
+            size = spec.operator_norm.hidden_size
+            hidden, delta = _hidden_and_delta(rng, rows, size, scale)
+            return hidden, delta, random_batch(rng, lengths), None
+        case specs.MLP() | specs.Router() | specs.LMHead():
+            return (random_rows(rng, rows, spec.hidden_size, scale),)
+    raise TypeError(f"no inputs are known for a {type(spec).__name__}")
+
+
+def _hidden_and_delta(
+    rng: np.random.Generator, rows: int, size: int, scale: float
+) -> tuple[Float32, Float32]:
+    return random_rows(rng, rows, size, scale), random_rows(rng, rows, size, scale)

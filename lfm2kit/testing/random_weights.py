@@ -1,0 +1,72 @@
+"""Random weights for any spec, such that no mistake can hide behind their symmetry."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.specs import Shape, Spec
+from lfm2kit.weights import STORED_AS, DType, Tensor, Weights
+
+Float32 = npt.NDArray[np.float32]
+
+
+def random_weights(spec: Spec, rng: np.random.Generator | int = 0) -> Weights:
+    """Float32 weights for all of `spec.parameters()`, read-only as a checkpoint's memory map is.
+
+    Matrices keep the size of what goes through them (1 / sqrt(fan_in)); w3 is smaller than w1, the
+    taps of a convolution differ in size, norm weights are 1 + 0.2 N(0, 1), biases are nonzero.
+    The expert bias has a standard deviation of 0.3: with one of 0, as models are initialised, a
+    router that adds it to the weights, or forgets it, selects the very same experts.
+    """
+    rng = np.random.default_rng(rng)
+    return frozen_weights({n: _values(n, s, rng) for n, s in spec.parameters().items()})
+
+
+def frozen_weights(arrays: Mapping[str, Float32]) -> Weights:
+    """Weights that raise ValueError where a block writes them."""
+    for array in arrays.values():
+        array.flags.writeable = False
+    return Weights.of_arrays(arrays)
+
+
+def stored_as(weights: Weights, dtype: DType) -> Weights:
+    """The same weights rounded to another type; the expert bias stays F32, as in checkpoints."""
+    return Weights(
+        {n: t if n.endswith("expert_bias") else _stored(t, dtype) for n, t in weights.items()}
+    )
+
+
+def seed_of(name: str) -> int:
+    """A seed that belongs to a name, the same on every machine and day."""
+    return zlib.crc32(name.encode())
+
+
+def _values(name: str, shape: Shape, rng: np.random.Generator) -> Float32:
+    values = rng.standard_normal(shape)
+    if "norm" in name or (len(shape) == 1 and name == "weight"):
+        values = 1 + 0.2 * values
+    elif name.endswith("expert_bias"):
+        values *= 0.3
+    elif name.endswith("bias"):
+        values *= 0.5
+    elif name.endswith("conv.weight"):
+        values *= np.linspace(0.4, 1.2, shape[-1])
+    else:
+        values *= shape[-1] ** -0.5 * (0.6 if name.endswith("w3.weight") else 1.0)
+    return values.astype(np.float32)
+
+
+def _stored(tensor: Tensor, dtype: DType) -> Tensor:
+    values = tensor.float32()
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)  # round half to even
+        data = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(STORED_AS["BF16"])
+    else:
+        data = values.astype(STORED_AS[dtype])
+    data.flags.writeable = False
+    return Tensor(tensor.name, dtype, data)

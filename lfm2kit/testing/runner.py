@@ -1,0 +1,100 @@
+"""Runs the checks on an installed backend, for `lfm2kit backends check` and for pytest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from lfm2kit.backend import Backend, Context
+from lfm2kit.errors import Lfm2kitError, choices
+from lfm2kit.plugins import Plugins
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.testing.checks import CHECKS
+from lfm2kit.testing.random_weights import seed_of
+from lfm2kit.testing.trial import Trial
+from lfm2kit.testing.verdicts import CheckFailed, Skipped
+
+Verdict = Literal["passed", "failed", "skipped", "expected-failure", "unexpected-pass"]
+
+
+class Result(NamedTuple):
+    """What one check said of a backend."""
+
+    id: str
+    verdict: Verdict
+    detail: str  # one line: the failure, or why it was skipped
+    seconds: float
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the backend as a whole fails by this: an unexpected pass counts."""
+        return self.verdict in ("failed", "unexpected-pass")
+
+
+def selected(only: Iterable[str] | None) -> list[str]:
+    """The ids of the checks to run, in their order; `Lfm2kitError` for an id that is none."""
+    if only is None:
+        return list(CHECKS)
+    wanted = {name.strip() for name in only}
+    for name in sorted(wanted):
+        if name not in CHECKS:
+            raise Lfm2kitError(f"unknown check '{name}'; {choices(name, CHECKS)}")
+    return [name for name in CHECKS if name in wanted]
+
+
+def run_checks(
+    backend_name: str,
+    plugins: Plugins,
+    context: Context,
+    only: Iterable[str] | None = None,
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    done: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """The result of every check (or of those in `only`) for an installed backend.
+
+    `expected_failures` maps check ids to reasons: such a check must fail.  `done` is called after
+    each check.  Raises `Lfm2kitError` if the backend is not there, cannot run, or lacks the
+    precision, and for an id that is no check's; what a check raises is its result.
+    """
+    ids = selected(only)
+    expected = dict(expected_failures or {})
+    selected(expected)
+    backend = plugins.creator(context)(backend_name)
+    results = []
+    for name in ids:
+        result = judged(name, backend, context.precision, expected.get(name))
+        done(result)
+        results.append(result)
+    return results
+
+
+def judged(name: str, backend: Backend, precision: str, expected: str | None = None) -> Result:
+    """The result of one check; `expected` is why it is expected to fail."""
+    start = time.perf_counter()
+    verdict: Verdict = "passed"
+    detail = ""
+    try:
+        run_check(name, backend, precision)
+    except Skipped as reason:
+        verdict, detail = "skipped", str(reason)
+    except CheckFailed as failure:
+        verdict, detail = "failed", str(failure)
+    except Exception as error:  # whatever a backend raises is a verdict on it
+        first_line = (str(error).splitlines() or [""])[0]
+        verdict, detail = "failed", f"{type(error).__name__}: {first_line}"
+    if expected is not None and verdict == "failed":
+        verdict, detail = "expected-failure", expected
+    elif expected is not None and verdict == "passed":
+        verdict, detail = "unexpected-pass", f"expected to fail: {expected}"
+    return Result(name, verdict, detail, time.perf_counter() - start)
+
+
+def run_check(name: str, backend: Backend, precision: str) -> None:
+    """One check, of the same random numbers every time; raises what the check raises."""
+    rng = np.random.default_rng(seed_of(name))
+    with np.errstate(all="ignore"):  # NaN and infinities are what some checks are about
+        CHECKS[name].run(Trial(backend, ReferenceBackend(), rng, precision))

@@ -1,0 +1,46 @@
+"""Judges the backend that `--lfm2kit-backend` names, in `pytest --pyargs lfm2kit.testing`."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.plugins import installed_plugins
+from lfm2kit.testing.parametrize import backend_cases
+
+USAGE = "which backend? pytest --pyargs lfm2kit.testing --lfm2kit-backend NAME"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    backend = config.getoption("--lfm2kit-backend", default=None)
+    if backend is None:
+        raise pytest.UsageError(USAGE)
+    try:
+        installed_plugins().backend(backend)
+        expected = _expected_failures(config.getoption("--lfm2kit-expected-failures"))
+        cases = backend_cases(backend, expected, config.getoption("--lfm2kit-precision"))
+    except Lfm2kitError as error:
+        raise pytest.UsageError(str(error)) from None
+    metafunc.parametrize("check", cases)
+
+
+def test_backend(check: Callable[[], None]) -> None:
+    check()
+
+
+def _expected_failures(file: str | None) -> dict[str, str]:
+    if file is None:
+        return {}
+    try:
+        table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise Lfm2kitError(f"{file}: not a readable TOML file: {error}") from None
+    for name, reason in table.items():
+        if not isinstance(reason, str):
+            raise Lfm2kitError(f'{file}: {name} is {reason!r}; expected {name} = "reason"')
+    return table

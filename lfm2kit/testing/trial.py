@@ -1,0 +1,65 @@
+"""What a check is given: the backend on trial, the reference, and a generator of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from lfm2kit.backend import Backend
+from lfm2kit.specs import Spec
+from lfm2kit.testing import compare
+from lfm2kit.testing.cases import CASES
+from lfm2kit.testing.host_block import HostBlock, host_block, why_not_built
+from lfm2kit.testing.near_ties import NEAR_TIE
+from lfm2kit.testing.random_weights import random_weights
+from lfm2kit.testing.verdicts import Skipped
+from lfm2kit.weights import Weights
+
+S = TypeVar("S", bound=Spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One backend before one check.  The reference works in the host's memory."""
+
+    backend: Backend
+    reference: Backend
+    rng: np.random.Generator
+    precision: str = "fp32"
+
+    @property
+    def tolerance(self) -> float:
+        return compare.tolerance(self.precision)
+
+    @property
+    def near_tie(self) -> float:
+        """The gap between two scores of a router below which either choice is right."""
+        return NEAR_TIE if self.precision == "fp32" else self.tolerance
+
+    def supported(self, candidates: Iterable[S]) -> list[S]:
+        """Those that the backend builds; raises `Skipped` with its reason if there are none."""
+        reasons = {spec: why_not_built(self.backend, spec) for spec in candidates}
+        built = [spec for spec, reason in reasons.items() if reason is None]
+        if not built:
+            raise Skipped(next(f"no {s.kind} block: {reason}" for s, reason in reasons.items()))
+        return built
+
+    def first_of_kinds(self, kinds: Iterable[str] = CASES) -> list[Spec]:
+        """One spec of each of these kinds that the backend builds."""
+        candidates = [spec for kind in kinds for spec in CASES[kind]]
+        first = {spec.kind: spec for spec in reversed(self.supported(candidates))}
+        return [first[kind] for kind in kinds if kind in first]
+
+    def build(self, spec: Spec, weights: Weights) -> HostBlock:
+        return host_block(self.backend, spec, weights)
+
+    def build_reference(self, spec: Spec, weights: Weights) -> HostBlock:
+        return host_block(self.reference, spec, weights)
+
+    def pair(self, spec: Spec, weights: Weights | None = None) -> tuple[HostBlock, HostBlock]:
+        """The backend's block and the reference's, of the same weights (random ones)."""
+        weights = random_weights(spec, self.rng) if weights is None else weights
+        return self.build(spec, weights), self.build_reference(spec, weights)
