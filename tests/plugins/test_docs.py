@@ -1,0 +1,148 @@
+"""docs/plugins.md: its files are written as they stand, installed, and its commands are run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.distributions import environment, install_project
+
+PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
+GROWING = "## Growing it"
+PLUGIN = "lfm2kit_mine.py"
+
+
+def fences(page: str, *languages: str) -> Iterator[str]:
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        if language in languages:
+            yield text
+
+
+def files(page: str) -> dict[str, str]:
+    """The blocks whose first line is a comment that names a file."""
+    texts = fences(page, "python", "toml")
+    return {m[1]: t for t in texts if (m := re.match(r"# (\S+\.(?:py|toml))\n", t))}
+
+
+def commands(page: str) -> list[str]:
+    """What a reader types, but for the installing: of that `install_project` takes care."""
+    lines = "".join(fences(page, "console")).splitlines()
+    typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    return [line for line in typed if not line.startswith("pip install ")]
+
+
+FIRST, REST = PAGE.split(GROWING)
+SMALLEST = files(FIRST)
+GROWN = {name: text for name, text in files(PAGE).items() if name != PLUGIN}
+
+
+def installed(folder: Path, contents: dict[str, str]) -> Path:
+    """`folder` with the files of the page, the plugin installed into its folder `site`."""
+    for name, text in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    install_project(folder, folder / "site", folder / "dist")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(tmp_path_factory.mktemp("smallest"), SMALLEST)
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(tmp_path_factory.mktemp("grown"), GROWN)
+
+
+def run(command: str, project: Path) -> subprocess.CompletedProcess[str]:
+    """A line of the page, with this interpreter's `lfm2kit` and `pytest`."""
+    words = shlex.split(command)
+    variables = [
+        words.pop(0).split("=", 1) for word in list(words) if re.match(r"[A-Z_0-9]+=", word)
+    ]
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=project,
+        env=environment(project / "site", **dict(variables)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("command", commands(FIRST))
+def test_every_command_of_the_first_part_works(command: str, smallest: Path) -> None:
+    done = run(command, smallest)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if " run " in command:
+        assert "\nVALID\n" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["lfm2kit backends check mine", *commands(REST)])
+def test_every_command_of_the_second_part_works(command: str, grown: Path) -> None:
+    done = run(command, grown)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_grown_plugin_runs_all_its_blocks_in_both_memories(grown: Path) -> None:
+    plan = "reference,mlp=mine,experts=mine,conv=mine,head=mine"
+    done = run(f"lfm2kit run --backend {plan} --threads 2 -n 4 -v", grown)
+    assert (done.returncode, "\nVALID\n" in done.stdout) == (0, True), done.stdout + done.stderr
+    assert "mine: it has one thread, whatever --threads says" in done.stderr
+    blocks = json.loads(run(f"lfm2kit plan --backend {plan} --json -", grown).stdout)["blocks"]
+    copies = {block["block"]: block["copy"] for block in blocks if block["copy"]}
+    assert copies == {"lm_head": "host <-> mine"}
+
+
+def test_importing_the_grown_plugin_imports_none_of_its_work(grown: Path) -> None:
+    code = "import sys, lfm2kit_mine; print([m for m in sys.modules if m.startswith('lfm2kit_m')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=os.sep,
+        env=environment(grown / "site"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "['lfm2kit_mine']", done.stderr
+
+
+def test_the_wrapper_of_the_page_wraps_what_it_says() -> None:
+    (source,) = (text for text in fences(PAGE, "python") if "def lfm2kit_block_wrapper" in text)
+    names: dict[str, object] = {}
+    exec(f"import lfm2kit\nimport numpy as np\n{source}", names)
+    from lfm2kit.specs import MLP, LMHead
+
+    hook = names["lfm2kit_block_wrapper"]
+    assert callable(hook)
+    assert hook("lm_head", LMHead(5, 2)) is None
+    wrapped = hook("layers.0.feed_forward", MLP(2, 3))(lambda x: x)
+    assert wrapped(1.0) == 1.0
+    with pytest.raises(AssertionError, match="left the numbers"):
+        wrapped(float("nan"))
+
+
+def test_every_link_within_the_page_has_its_heading() -> None:
+    headings = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", PAGE, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([\w-]+)\)", PAGE)) <= headings
+
+
+def test_the_table_of_blocks_names_every_spec_and_its_kind() -> None:
+    from lfm2kit import specs
+
+    blocks = {
+        s.kind: s.__name__ for s in specs.Spec.__subclasses__() if s.__module__ == specs.__name__
+    }
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \| `\(", PAGE, re.MULTILINE))
+    assert rows == blocks
