@@ -1,0 +1,31 @@
+"""The cpu_simd backend: SIMD kernels in Numba.  Nothing heavy is imported before `create`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import lfm2kit
+from lfm2kit.backend import Backend, BackendPlugin, Context
+
+
+def _create(context: Context) -> Backend:
+    from lfm2kit_cpu_simd.backend import CpuSimdBackend
+
+    return CpuSimdBackend(context)
+
+
+def _why_unavailable() -> str | None:
+    return None if find_spec("numba") else "numba is not installed; pip install numba"
+
+
+@lfm2kit.hookimpl
+def lfm2kit_backends() -> Iterator[BackendPlugin]:
+    yield BackendPlugin(
+        name="cpu_simd",
+        summary="SIMD kernels in Numba, on all cores",
+        create=_create,
+        api_version=1,
+        why_unavailable=_why_unavailable,
+        preference=50,
+    )

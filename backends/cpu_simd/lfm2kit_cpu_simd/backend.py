@@ -1,0 +1,57 @@
+"""Builds the SIMD blocks: one class per spec, found in one table."""
+
+from __future__ import annotations
+
+from lfm2kit import specs
+from lfm2kit.backend import HOST, Block, Ceilings, Context, Memory, Spec, Weights
+from lfm2kit_cpu_simd.compiling import compiled_kernels
+from lfm2kit_cpu_simd.threads import set_threads
+
+with compiled_kernels():
+    from lfm2kit_cpu_simd import ceilings
+    from lfm2kit_cpu_simd.blocks.attention import Attention
+    from lfm2kit_cpu_simd.blocks.feed_forward import MLP, Experts, SparseMoe
+    from lfm2kit_cpu_simd.blocks.router import Router
+    from lfm2kit_cpu_simd.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
+    from lfm2kit_cpu_simd.blocks.short_conv import ShortConv
+    from lfm2kit_cpu_simd.gemm import packed_elements
+
+BLOCKS = {
+    specs.Embedding: Embedding,
+    specs.RMSNorm: RMSNorm,
+    specs.ShortConv: ShortConv,
+    specs.Attention: Attention,
+    specs.MLP: MLP,
+    specs.Router: Router,
+    specs.Experts: Experts,
+    specs.SparseMoe: SparseMoe,
+    specs.LastRows: LastRows,
+    specs.LMHead: LMHead,
+}
+
+
+class CpuSimdBackend:
+    def __init__(self, context: Context) -> None:
+        set_threads(context)
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if type(spec) in BLOCKS else "it builds blocks up to SparseMoe"
+
+    def memory(self, spec: Spec) -> Memory:
+        return HOST
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        block: Block = BLOCKS[type(spec)](spec, weights)
+        return block
+
+    def workspace_bytes(self, spec: Spec, tokens: int) -> int:
+        """The packed copy of every matrix; activations are a few arrays as large as x."""
+        return sum(
+            4 * packed_elements(shape)
+            for leaf in specs.leaves(spec)
+            for shape in leaf.parameters().values()
+            if len(shape) == 2 and not isinstance(leaf, specs.Embedding)
+        )
+
+    def ceilings(self) -> Ceilings:
+        return Ceilings(ceilings.flops_per_second(), ceilings.bytes_per_second())

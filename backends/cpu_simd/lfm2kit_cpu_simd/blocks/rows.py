@@ -1,0 +1,76 @@
+"""The blocks that look at each row alone: embedding, norm, last rows, head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from lfm2kit import specs
+from lfm2kit.backend import Batch, Tensor, Weights
+from lfm2kit_cpu_simd.gemm import Float32, linear, pack
+from lfm2kit_cpu_simd.signatures import FLOAT, ROWS, ROWS_OUT, VECTOR
+
+
+class Embedding:
+    """The table stays a view of the checkpoint; rows are widened as they are looked up."""
+
+    def __init__(self, spec: specs.Embedding, weights: Weights) -> None:
+        self.table = weights["weight"]
+
+    def __call__(self, batch: Batch) -> Float32:
+        rows = self.table.data[batch.token_ids]
+        return np.ascontiguousarray(Tensor("", self.table.dtype, rows).float32())
+
+
+class RMSNorm:
+    def __init__(self, spec: specs.RMSNorm, weights: Weights) -> None:
+        self.weight = np.array(weights.float32("weight"))
+        self.eps = np.float32(spec.eps)
+
+    def __call__(self, hidden: Float32, delta: Float32 | None) -> tuple[Float32, Float32]:
+        x = np.empty_like(hidden)
+        if delta is None:
+            hidden, delta = hidden.copy(), np.zeros((0, hidden.shape[1]), np.float32)
+        _add_and_norm(hidden, delta, self.weight, self.eps, x)
+        return hidden, x
+
+
+class LastRows:
+    def __init__(self, spec: specs.LastRows, weights: Weights) -> None:
+        pass
+
+    def __call__(self, hidden: Float32, delta: Float32, batch: Batch) -> tuple[Float32, Float32]:
+        return hidden[batch.logits_rows], delta[batch.logits_rows]
+
+
+class LMHead:
+    def __init__(self, spec: specs.LMHead, weights: Weights) -> None:
+        self.panels = pack([weights.float32("weight")])
+        self.vocab_size = spec.vocab_size
+
+    def __call__(self, x: Float32) -> Float32:
+        return linear(x, self.panels, self.vocab_size)
+
+
+@numba.njit(
+    types.void(ROWS_OUT, ROWS, VECTOR, FLOAT, ROWS_OUT),
+    parallel=True,
+    cache=True,
+    error_model="numpy",
+    fastmath={"reassoc"},  # the sum of squares in vector lanes; its order depends on nothing else
+)
+def _add_and_norm(hidden: Any, delta: Any, weight: Any, eps: Any, x: Any) -> None:
+    """hidden += delta (unless delta is empty); x = hidden / rms(hidden) * weight."""
+    for row in numba.prange(hidden.shape[0]):
+        if delta.shape[0]:
+            for j in range(hidden.shape[1]):
+                hidden[row, j] += delta[row, j]
+        squares = np.float32(0)
+        for j in range(hidden.shape[1]):
+            squares += hidden[row, j] * hidden[row, j]
+        scale = np.float32(1) / np.sqrt(squares / np.float32(hidden.shape[1]) + eps)
+        for j in range(hidden.shape[1]):
+            x[row, j] = hidden[row, j] * scale * weight[j]

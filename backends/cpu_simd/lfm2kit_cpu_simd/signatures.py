@@ -1,0 +1,24 @@
+"""The Numba types of kernel arguments.  What a kernel only reads may be a read-only array."""
+
+from __future__ import annotations
+
+from numba import types
+
+
+def _read(element: types.Type, ndim: int) -> types.Array:
+    return types.Array(element, ndim, "C", readonly=True)
+
+
+VECTOR = _read(types.float32, 1)
+ROWS = _read(types.float32, 2)
+PAST = _read(types.float32, 3)
+PANELS = _read(types.float32, 4)
+IDS = _read(types.int32, 1)
+OFFSETS = _read(types.int64, 1)
+PLACES = _read(types.int64, 2)
+
+ROWS_OUT = types.float32[:, ::1]
+STATE_OUT = types.float32[:, :, ::1]
+IDS_OUT = types.int32[:, ::1]
+
+INT, FLOAT, BOOL = types.int64, types.float32, types.boolean

@@ -1,0 +1,25 @@
+"""How many threads, and on which of Numba's threading layers."""
+
+from __future__ import annotations
+
+import os
+
+import numba
+
+from lfm2kit.backend import Context
+from lfm2kit.errors import Lfm2kitError
+
+# workqueue, always there, takes fifty times as long to start a parallel region as OpenMP.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
+def set_threads(context: Context) -> None:
+    """The asked-for number, or this rank's share of the cores that the process may use."""
+    most = numba.config.NUMBA_NUM_THREADS
+    if context.threads is not None and context.threads > most:
+        raise Lfm2kitError(
+            f"--threads {context.threads}: this process may use {most} "
+            "(cores of its affinity mask, or NUMBA_NUM_THREADS)"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else most
+    numba.set_num_threads(context.threads or max(1, min(most, cores // context.local_ranks)))
