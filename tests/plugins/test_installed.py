@@ -1,0 +1,122 @@
+"""What a user has: wheels of lfm2kit and of two plugins, in an environment without the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.distributions import build_wheel
+
+pytestmark = pytest.mark.wheels
+
+ROOT = Path(__file__).parents[2]
+PROJECTS = {name: ROOT / "plugins" / name for name in ("lfm2kit-blas", "lfm2kit-trace")}
+
+
+class Installed:
+    """An environment's programs, run from an empty folder."""
+
+    def __init__(self, environment: Path, folder: Path) -> None:
+        self.programs = environment / "bin"
+        self.folder = folder
+
+    def run(
+        self, program: str, *arguments: str, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("LFM2KIT_", "PYTHON"))}
+        return subprocess.run(
+            [str(self.programs / program), *arguments],
+            cwd=self.folder,
+            env={**clean, **variables},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def succeeds(self, program: str, *arguments: str, **variables: str) -> str:
+        """Its stdout."""
+        done = self.run(program, *arguments, **variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    into = tmp_path_factory.mktemp("wheels")
+    return {
+        name: build_wheel(project, into) for name, project in {"lfm2kit": ROOT, **PROJECTS}.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def installed(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    environment = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    installed = Installed(environment, tmp_path_factory.mktemp("empty"))
+    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    if (probe := installed.run("python", *pip, "numpy")).returncode != 0:
+        pytest.skip(f"no package index can be reached: {probe.stderr.strip().splitlines()[-1]}")
+    core = f"lfm2kit[testing] @ {wheels['lfm2kit'].as_uri()}"
+    installed.succeeds("python", *pip, core, *(str(wheels[name]) for name in PROJECTS))
+    return installed
+
+
+def test_wheels_hold_their_package_and_nothing_of_the_checkout_around_it(
+    wheels: dict[str, Path],
+) -> None:
+    tops = {
+        name: {Path(entry).parts[0] for entry in zipfile.ZipFile(wheel).namelist()}
+        for name, wheel in wheels.items()
+    }
+    assert tops == {
+        "lfm2kit": {"lfm2kit", "lfm2kit-0.1.0.dist-info"},
+        "lfm2kit-blas": {"lfm2kit_blas", "lfm2kit_blas-0.1.0.dist-info"},
+        "lfm2kit-trace": {"lfm2kit_trace.py", "lfm2kit_trace-0.1.0.dist-info"},
+    }
+
+
+def test_the_installed_core_is_used_and_the_plugins_are_found(installed: Installed) -> None:
+    where = installed.succeeds("python", "-c", "import lfm2kit; print(lfm2kit.__file__)")
+    assert Path(where).is_relative_to(installed.programs.parent)
+    listed = json.loads(installed.succeeds("lfm2kit", "backends", "--json", "-"))
+    backends = {row["name"]: row for row in listed["backends"]}
+    assert set(backends) == {"reference", "blas"}
+    assert backends["blas"]["distribution"] == "lfm2kit-blas 0.1.0"
+    assert backends["blas"]["cannot_run"] is None
+    assert listed["broken"] == []
+
+
+@pytest.mark.parametrize(
+    "plan", ["auto", "reference,mlp=blas", "reference,ffn=blas,router=reference"]
+)
+def test_the_embedded_model_is_valid(installed: Installed, plan: str) -> None:
+    assert "\nVALID\n" in installed.succeeds("lfm2kit", "run", "--backend", plan, "-n", "8", "-v")
+
+
+def test_the_suite_can_be_run_and_its_verdict_is_the_exit_code(installed: Installed) -> None:
+    check = ("backends", "check", "blas", "--json", "-", "--only")
+    passed = installed.run("lfm2kit", *check, "mlp,zero-rows")
+    assert (passed.returncode, json.loads(passed.stdout)["passed"]) == (0, 2), passed.stderr
+    failed = installed.run("lfm2kit", *check, "batch-independence")
+    assert (failed.returncode, json.loads(failed.stdout)["failed"]) == (1, 1), failed.stderr
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_a_plugins_own_tests_pass_without_its_checkout(installed: Installed, name: str) -> None:
+    tests = installed.folder / name
+    shutil.copytree(PROJECTS[name] / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
+    installed.succeeds("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+
+
+def test_the_trace_is_written(installed: Installed, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    installed.succeeds("lfm2kit", "run", "-b", "reference", "-n", "1", LFM2KIT_TRACE=str(trace))
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"model", "layers.0", "layers.0.operator", "lm_head"} <= names
