@@ -1,0 +1,101 @@
+"""Starts MPI jobs, and tells from the environment whether this process is part of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.transport import Transport
+
+# What launchers set for each process: Open MPI, MPICH and Intel MPI and Slurm's PMI, MVAPICH.
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+PATIENCE = 10.0  # seconds that a job has to end after an interrupt, before it is killed
+
+
+class MpiLauncher:
+    def world_size(self) -> int | None:
+        """From the environment alone: importing mpi4py would start MPI."""
+        for variable in SIZE_VARIABLES:
+            if os.environ.get(variable, "").isdigit():
+                return int(os.environ[variable])
+        # srun's PMIx says no size of its own; Slurm's counts, in a step that has PMIx.
+        if "PMIX_RANK" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "").isdigit():
+            return int(os.environ["SLURM_STEP_NUM_TASKS"])
+        return None
+
+    def launch(self, ranks: int, arguments: Sequence[str]) -> int:
+        mpiexec = find_mpiexec()
+        command = [mpiexec, *_flags(mpiexec), "-n", str(ranks)]
+        command += [sys.executable, "-m", "lfm2kit", *arguments]
+        # A group of its own: an interrupt is passed on once, by us, and reaches every process.
+        job = subprocess.Popen(command, start_new_session=True)
+        try:
+            with _passing_on_termination():
+                return job.wait()
+        except KeyboardInterrupt:
+            _end(job)
+            raise
+
+    def connect(self) -> Transport:
+        from lfm2kit_mpi.transport import MpiTransport
+
+        transport = MpiTransport()
+        if transport.world.size != self.world_size():
+            raise Lfm2kitError(
+                f"the launcher started {self.world_size()} ranks, but mpi4py sees "
+                f"{transport.world.size}: its MPI is another than mpiexec's. Install mpi4py for "
+                "the MPI of this machine"
+            )
+        return transport
+
+
+def find_mpiexec() -> str:
+    """This environment's mpiexec (the mpich wheel's), else the PATH's; `Lfm2kitError` if none."""
+    if find_spec("mpi4py") is None:
+        raise Lfm2kitError("--ranks needs mpi4py; pip install 'lfm2kit-mpi[mpich]'")
+    beside = Path(sys.executable).parent / "mpiexec"
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if found is None:
+        raise Lfm2kitError(
+            "--ranks needs mpiexec, and there is none; load the cluster's MPI, or "
+            "pip install 'lfm2kit-mpi[mpich]'"
+        )
+    return found
+
+
+def _flags(mpiexec: str) -> list[str]:
+    """Open MPI refuses root, and more ranks than cores, unless told."""
+    said = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False)
+    if "Open MPI" not in said.stdout and "OpenRTE" not in said.stdout:
+        return []
+    return ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+
+
+class _passing_on_termination:  # noqa: N801  (a context manager, named as it reads)
+    """SIGTERM to us becomes an interrupt: a job must not outlive what started it."""
+
+    def __enter__(self) -> None:
+        def interrupt(number: int, frame: object) -> None:
+            raise KeyboardInterrupt
+
+        self.before = signal.signal(signal.SIGTERM, interrupt)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+
+def _end(job: subprocess.Popen[bytes]) -> None:
+    """mpiexec passes SIGTERM on to its ranks; what has not ended by then is killed with it."""
+    job.terminate()
+    try:
+        job.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()

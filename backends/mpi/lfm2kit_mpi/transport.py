@@ -1,0 +1,70 @@
+"""Collectives over host arrays with mpi4py.  Importing this module starts MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from lfm2kit.transport import World
+
+
+class MpiTransport:
+    """The ranks of MPI's COMM_WORLD."""
+
+    def __init__(self) -> None:
+        self.comm = MPI.COMM_WORLD
+        # Not rank % n: launchers may number the ranks of one machine in any way.
+        local = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        rank, size = self.comm.Get_rank(), self.comm.Get_size()
+        self.world = World(rank, size, local.Get_rank(), local.Get_size())
+
+    def all_to_all(
+        self, rows: npt.NDArray[Any], send_counts: Sequence[int]
+    ) -> tuple[npt.NDArray[Any], list[int]]:
+        counts = [int(count) for count in self.comm.alltoall(list(send_counts))]
+        received = np.empty((sum(counts), *rows.shape[1:]), rows.dtype)
+        row = _row_type(rows)
+        try:
+            self.comm.Alltoallv(
+                [rows, (list(send_counts), _starts(send_counts)), row],
+                [received, (counts, _starts(counts)), row],
+            )
+        finally:
+            row.Free()
+        return received, counts
+
+    def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        counts = self.comm.gather(len(rows))
+        row = _row_type(rows)
+        try:
+            if counts is None:
+                self.comm.Gatherv([np.ascontiguousarray(rows), len(rows), row], None)
+                return None
+            everyone = np.empty((sum(counts), *rows.shape[1:]), rows.dtype)
+            self.comm.Gatherv(
+                [np.ascontiguousarray(rows), len(rows), row],
+                [everyone, (counts, _starts(counts)), row],
+            )
+            return everyone
+        finally:
+            row.Free()
+
+    def barrier(self) -> None:
+        self.comm.Barrier()
+
+    def abort(self, exit_code: int) -> None:
+        self.comm.Abort(exit_code)
+
+
+def _row_type(rows: npt.NDArray[Any]) -> MPI.Datatype:
+    """One row as a single element: counts of bytes would pass 2^31 at a few hundred MB."""
+    nbytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
+    return MPI.BYTE.Create_contiguous(nbytes).Commit()
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    return [sum(counts[:i]) for i in range(len(counts))]
