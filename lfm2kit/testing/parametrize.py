@@ -62,12 +62,9 @@ def backend_cases(
     expected = expected_failures or {}
     selected(expected)
     create = _created_once(backend, precision)
+    marks = {name: pytest.mark.xfail(reason=why, strict=True) for name, why in expected.items()}
     return [
-        pytest.param(
-            BackendCheck(name, create, precision),
-            id=name,
-            marks=[pytest.mark.xfail(reason=expected[name], strict=True)] * (name in expected),
-        )
+        pytest.param(BackendCheck(name, create, precision), id=name, marks=marks.get(name, ()))
         for name in CHECKS
     ]
 

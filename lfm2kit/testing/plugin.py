@@ -1,8 +1,7 @@
 """The pytest plugin: which backend `pytest --pyargs lfm2kit.testing` judges.
 
 A plugin rather than a conftest.py: pytest finds the conftest of a package given by `--pyargs` only
-after it has read the command line, too late for an option.  Imports nothing of lfm2kit, since
-pytest loads it in every run where lfm2kit is installed.
+after it has read the command line, too late for an option.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def seed_of(name: str) -> int:
 
 
 def _values(name: str, shape: Shape, rng: np.random.Generator) -> Float32:
-    values = rng.standard_normal(shape)
+    values = rng.standard_normal(shape, dtype=np.float32)
     if "norm" in name or (len(shape) == 1 and name == "weight"):
         values = 1 + 0.2 * values
     elif name.endswith("expert_bias"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lfm2kit.backend import Context
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.testing.parametrize import backend_cases
@@ -21,9 +22,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if backend is None:
         raise pytest.UsageError(USAGE)
     try:
-        installed_plugins().backend(backend)
+        precision = config.getoption("--lfm2kit-precision")
+        installed_plugins().creator(Context(precision))(backend)  # refuses now, not in every test
         expected = _expected_failures(config.getoption("--lfm2kit-expected-failures"))
-        cases = backend_cases(backend, expected, config.getoption("--lfm2kit-precision"))
+        cases = backend_cases(backend, expected, precision)
     except Lfm2kitError as error:
         raise pytest.UsageError(str(error)) from None
     metafunc.parametrize("check", cases)

@@ -84,7 +84,7 @@ def router_extreme_logits(trial: Trial) -> None:
     Logarithms of sigmoids underflow there and change the selection (onnxruntime-genai#2575);
     down to logits of -80 the scores are float32 numbers, and their order counts.
     """
-    for norm_topk_prob in (True, False):
+    for norm_topk_prob in (True, False):  # the last one's weights are the scores
         spec = _first(trial, use_expert_bias=False, norm_topk_prob=norm_topk_prob)
         rising = np.arange(spec.num_experts) / spec.num_experts
         logits = [
@@ -94,16 +94,11 @@ def router_extreme_logits(trial: Trial) -> None:
             np.where(rising > 0.5, 500.0, 20.0),
             -80 + 60 * rising,
             -20 - 60 * rising,
+            -80 + 15 * rising,
         ]
         _judge_logits(trial, spec, np.array(logits), "of extreme logits")
-        if not norm_topk_prob:
-            _judge_logits(
-                trial,
-                spec,
-                np.array([[20.0], [120.0], [1e4]]).repeat(spec.num_experts, 1),
-                "of saturated scores",
-                within=0,
-            )
+    saturated = np.repeat([[20.0], [120.0], [1e4]], spec.num_experts, axis=1)
+    _judge_logits(trial, spec, saturated, "of saturated scores", within=0)  # exactly 1
 
 
 @check

@@ -1,0 +1,562 @@
+"""Backends that are wrong in one way each: what the conformance suite must catch.
+
+Each is the reference with one defect that other implementations have had, or might.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lfm2kit import specs
+from lfm2kit.backend import HOST, Block, Memory, Spec, Weights
+from lfm2kit.reference import attention, feed_forward, rows, short_conv
+from lfm2kit.reference.backend import BLOCKS, ReferenceBackend
+from lfm2kit.reference.linear import linear, rms_norm
+
+Build = Callable[[Any, Weights], Block]
+
+
+class BrokenBackend:
+    """The reference backend, but for the blocks of some specs."""
+
+    def __init__(self, instead: dict[type[Spec], Build]) -> None:
+        self.instead = instead
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return ReferenceBackend().why_unsupported(spec)
+
+    def memory(self, spec: Spec) -> Memory:
+        return HOST
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        build: Build = self.instead.get(type(spec), BLOCKS[type(spec)])
+        return build(spec, weights)
+
+
+class Around:
+    """A block that does something before or after another's call; state goes to the other."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+
+# Routers
+
+
+class OwnRouter(feed_forward.Router):
+    """The reference router in steps that a defect can replace."""
+
+    def logits(self, x):
+        return linear(x, self.weights["gate.weight"]).astype(np.float32)
+
+    def scores(self, logits):
+        with np.errstate(over="ignore"):
+            return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+
+    def bias(self):
+        bias = self.spec.use_expert_bias
+        return self.weights.float32("expert_bias") if bias else np.float32(0)
+
+    def order(self, biased):
+        return np.argsort(-biased, axis=1, kind="stable")
+
+    def weigh(self, weights):
+        if self.spec.norm_topk_prob:
+            weights = weights / (weights.sum(axis=1, keepdims=True) + np.float32(1e-6))
+        return weights * np.float32(self.spec.routed_scaling_factor)
+
+    def taken_weights(self, scores, expert_ids):
+        return np.take_along_axis(scores, expert_ids, axis=1)
+
+    def __call__(self, x):
+        scores = self.scores(self.logits(x))
+        expert_ids = self.order(scores + self.bias())[:, : self.spec.num_experts_per_tok]
+        weights = self.weigh(self.taken_weights(scores, expert_ids))
+        return expert_ids.astype(np.int32), weights.astype(np.float32)
+
+
+class SoftmaxRouter(OwnRouter):
+    def scores(self, logits):
+        e = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+
+
+class BiasInTheWeights(OwnRouter):
+    def taken_weights(self, scores, expert_ids):
+        return np.take_along_axis(scores + self.bias(), expert_ids, axis=1)
+
+
+class BiasIgnored(OwnRouter):
+    def bias(self):
+        return np.float32(0)
+
+
+class BiasAlwaysAsked(OwnRouter):
+    def bias(self):
+        return self.weights.float32("expert_bias")
+
+
+class NeverNormalised(OwnRouter):
+    def weigh(self, weights):
+        return weights * np.float32(self.spec.routed_scaling_factor)
+
+
+class AlwaysNormalised(OwnRouter):
+    def weigh(self, weights):
+        weights = weights / (weights.sum(axis=1, keepdims=True) + np.float32(1e-6))
+        return weights * np.float32(self.spec.routed_scaling_factor)
+
+
+class NoEpsilon(OwnRouter):
+    def weigh(self, weights):
+        if self.spec.norm_topk_prob:
+            weights = weights / weights.sum(axis=1, keepdims=True)
+        return weights * np.float32(self.spec.routed_scaling_factor)
+
+
+class ScalingDropped(OwnRouter):
+    def weigh(self, weights):
+        total = weights.sum(axis=1, keepdims=True) + np.float32(1e-6)
+        return weights / total if self.spec.norm_topk_prob else weights
+
+
+class HigherIdFirst(OwnRouter):
+    def order(self, biased):
+        return biased.shape[1] - 1 - np.argsort(-biased[:, ::-1], axis=1, kind="stable")
+
+
+class LogSigmoid(OwnRouter):
+    """Selects by the logarithm of a float32 sigmoid, which underflows."""
+
+    def order(self, biased):
+        with np.errstate(divide="ignore"):
+            return np.argsort(-np.log(biased), axis=1, kind="stable")
+
+    def scores(self, logits):
+        return np.where(logits < -60, 0, super().scores(logits)).astype(np.float32)
+
+
+class Bf16Logits(OwnRouter):
+    def logits(self, x):
+        return bf16(super().logits(x))
+
+
+class Bf16LogitsInLargeBatches(OwnRouter):
+    def logits(self, x):
+        logits = super().logits(x)
+        return bf16(logits) if len(x) > 8 else logits
+
+
+class Bf16Bias(OwnRouter):
+    def bias(self):
+        return bf16(np.asarray(super().bias()))
+
+
+class PaddedExperts(OwnRouter):
+    """Pads the experts to a multiple of 4 with zeros, and may take one of those."""
+
+    def logits(self, x):
+        logits = super().logits(x)
+        return np.pad(logits, ((0, 0), (0, -logits.shape[1] % 4)))
+
+    def bias(self):
+        padding = -self.spec.num_experts % 4
+        return np.pad(np.broadcast_to(super().bias(), (self.spec.num_experts,)), (0, padding))
+
+
+def bf16(values):
+    """Rounded to BF16 towards zero."""
+    return (values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+# Experts and MLP
+
+
+def w1_w3_swapped(build: Build) -> Build:
+    def swapped(spec: Any, weights: Weights) -> Block:
+        names = {"w1": "w3", "w3": "w1"}
+        return build(spec, Weights({_renamed(name, names): weights[name] for name in weights}))
+
+    return swapped
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    return ".".join(names.get(part, part) for part in name.split("."))
+
+
+class EmptyExpertCrashes(feed_forward.Experts):
+    def __call__(self, x, expert_ids, expert_weights):
+        counts = np.bincount(expert_ids.ravel(), minlength=max(self.experts) + 1)
+        if len(x) and not counts[list(self.experts)].all():
+            raise ZeroDivisionError("an expert has no rows")
+        return super().__call__(x, expert_ids, expert_weights)
+
+
+class SummedInIdOrder(feed_forward.Experts):
+    def __call__(self, x, expert_ids, expert_weights):
+        order = np.argsort(expert_ids, axis=1)
+        by_id = np.take_along_axis(expert_ids, order, axis=1)
+        return super().__call__(x, by_id, np.take_along_axis(expert_weights, order, axis=1))
+
+
+class SummedInFloat64(feed_forward.Experts):
+    """More exact than the contract, and so not what an expert-parallel run can give."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        total = np.zeros(x.shape)
+        for k in range(expert_ids.shape[1]):
+            for row, e in enumerate(expert_ids[:, k]):
+                total[row] += (
+                    np.float64(expert_weights[row, k]) * self.experts[int(e)](x[row : row + 1])[0]
+                )
+        return total.astype(np.float32)
+
+
+def reads_all_experts(spec: specs.Experts, weights: Weights) -> Block:
+    for name in weights:
+        weights.float32(name)
+    return feed_forward.Experts(spec, weights)
+
+
+# Attention
+
+
+class InterleavedRope(attention.Attention):
+    """Rotates neighbours instead of halves."""
+
+    def _rotated(self, heads, name, positions):
+        size = self.spec.head_dim
+        neighbours = np.arange(size).reshape(2, size // 2, order="F").ravel()  # 0 2 4 .. 1 3 5 ..
+        heads = rms_norm(heads, self.weights[f"{name}_layernorm.weight"], self.spec.norm_eps)
+        rotated = rotate(self, heads[..., neighbours], positions)
+        return rotated[..., np.argsort(neighbours)]
+
+
+class RopeBeforeNorm(attention.Attention):
+    def _rotated(self, heads, name, positions):
+        rotated = rotate(self, heads, positions)
+        return rms_norm(rotated, self.weights[f"{name}_layernorm.weight"], self.spec.norm_eps)
+
+
+class ThetaOfTenThousand(attention.Attention):
+    def __init__(self, spec, weights):
+        super().__init__(replace(spec, rope_theta=10000.0), weights)
+
+
+class PositionsInBf16(attention.Attention):
+    """Exact up to position 256."""
+
+    def _rotated(self, heads, name, positions):
+        return super()._rotated(heads, name, bf16(positions))
+
+
+class NoMaximumSubtracted(attention.Attention):
+    def _attend(self, q, k, v):
+        group = self.spec.num_attention_heads // self.spec.num_key_value_heads
+        scores = np.einsum("qhd,khd->hqk", q, np.repeat(k, group, axis=1)).astype(np.float32)
+        scores *= np.float32(self.spec.head_dim**-0.5)
+        e = np.tril(np.exp(scores), k=len(k) - len(q))
+        e /= e.sum(axis=2, keepdims=True)
+        return np.einsum("hqk,khd->qhd", e, np.repeat(v, group, axis=1)).astype(np.float64)
+
+
+class HeadsInTurn(attention.Attention):
+    """Query head h reads key/value head h % kv_heads."""
+
+    def _attend(self, q, k, v):
+        order = np.arange(q.shape[1]).reshape(-1, k.shape[1]).T.ravel()
+        return super()._attend(q[:, order], k, v)[:, np.argsort(order)]
+
+
+class SeesTheNextRow(attention.Attention):
+    def _attend(self, q, k, v):
+        return super()._attend(np.concatenate([q[1:], q[-1:]]), k, v)
+
+
+def rotate(block, heads, positions):
+    exponents = np.arange(0, block.spec.head_dim, 2, dtype=np.float32) / block.spec.head_dim
+    inverse = (1 / np.float32(block.spec.rope_theta) ** exponents).astype(np.float32)
+    angles = (positions.astype(np.float32)[:, None, None] * inverse).astype(np.float64)
+    a, b = np.split(heads, 2, axis=2)
+    turned = a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)
+    return np.concatenate(turned, axis=2)
+
+
+# State
+
+
+class ConvStateNotReset(short_conv.ShortConv):
+    def _past(self, state, slot, position):
+        return super()._past(state, slot, 10**6)
+
+
+class ConvPaddedFromTheSlot(short_conv.ShortConv):
+    """Fresh at position 0, but then takes more rows than the sequence has had."""
+
+    def _past(self, state, slot, position):
+        return super()._past(state, slot, 10**6 if position else 0)
+
+    def __call__(self, x, batch, state):
+        if state is None:
+            return super().__call__(x, batch, state)
+        before = state.copy()
+        delta = super().__call__(x, batch, state)
+        for i, slot in enumerate(batch.state_slots):
+            length = batch.cu_seqlens[i + 1] - batch.cu_seqlens[i]
+            kept = state.shape[1] - length
+            if kept > 0 and batch.positions[batch.cu_seqlens[i]] == 0:
+                state[slot, :kept] = before[slot, -kept:]
+        return delta
+
+
+class ConvLeaksOverBoundaries(short_conv.ShortConv):
+    """Convolves the packed rows as if they were one sequence."""
+
+    def __call__(self, x, batch, state):
+        if state is None and batch.sequences:
+            ends = np.array([0, batch.tokens], dtype=np.int32)
+            batch = replace(batch, cu_seqlens=ends, state_slots=batch.state_slots[:1])
+        return super().__call__(x, batch, state)
+
+
+class ConvShortChunkLosesTaps(short_conv.ShortConv):
+    """Keeps the last rows of the chunk alone, with zeros where it is shorter than the kernel."""
+
+    def __call__(self, x, batch, state):
+        delta = super().__call__(x, batch, state)
+        if state is not None:
+            for i, slot in enumerate(batch.state_slots):
+                length = batch.cu_seqlens[i + 1] - batch.cu_seqlens[i]
+                state[slot, : max(0, state.shape[1] - length)] = 0
+        return delta
+
+
+class SlotsAreRowsOfTheBatch(Around):
+    """Takes sequence i's state from slot i, whatever its slot is."""
+
+    def __call__(self, x, batch, state):
+        slots = np.arange(batch.sequences, dtype=np.int32)
+        return self.block(x, replace(batch, state_slots=slots), state)
+
+
+class FirstSlotIsShared(Around):
+    def __call__(self, x, batch, state):
+        return self.block(x, replace(batch, state_slots=batch.state_slots // 2), state)
+
+
+class FreshIfTheFirstIs(Around):
+    """Looks at the batch's first position alone to tell a prefill from a decode."""
+
+    def __call__(self, x, batch, state):
+        is_fresh = batch.sequences > 0 and batch.positions[0] == 0
+        if state is not None and is_fresh:
+            state[batch.state_slots] = 0
+        return self.block(x, batch, state)
+
+
+class AttentionReadsTheWholeCache(attention.Attention):
+    """Masks the cache's unused rows by a weight of zero, which NaN survives."""
+
+    def _context(self, k, v, state, slot, start):
+        keys, values = super()._context(k, v, state, slot, start)
+        if state is not None:
+            values = values + 0 * state[1][slot].sum(axis=0)
+        return keys, values
+
+
+def without_state_bytes(spec, weights):
+    block = short_conv.ShortConv(spec, weights)
+    return lambda x, batch, state: block(x, batch, state)
+
+
+# Rows, buffers, results
+
+
+class NaNForOneRow(Around):
+    def __call__(self, x):
+        return self.block(x) * (np.float32("nan") if len(x) == 1 else np.float32(1))
+
+
+class NaNForZeroRows(rows.RMSNorm):
+    """Forgets eps."""
+
+    def __call__(self, hidden, delta):
+        hidden = hidden if delta is None else hidden + delta
+        size = np.sqrt(np.mean(hidden * hidden, axis=-1, keepdims=True))
+        with np.errstate(invalid="ignore"):
+            return hidden, hidden / size * self.weight.float32()
+
+
+class NoRowsCrashes(Around):
+    def __call__(self, *inputs):
+        if len(inputs[0]) == 0:
+            raise ValueError("grid of size 0")
+        return self.block(*inputs)
+
+
+class PerturbedByTheNumberOfRows(Around):
+    def __call__(self, x):
+        return self.block(x) * np.float32(1 + 1e-7 * (len(x) > 8))
+
+
+class OtherSumForManyRows(feed_forward.MLP):
+    """As BLAS does: another order of summation in a matrix product of several rows."""
+
+    def __call__(self, x):
+        w2 = self.weights.float32("w2.weight")
+        weights = {n: self.weights.float32(n) for n in ("w1.weight", "w3.weight")}
+        gate, up = (sums(x, weights[n]) for n in weights)
+        return sums(gate / (1 + np.exp(-gate)) * up, w2)
+
+
+def sums(x, weight):
+    """x @ weight.T in float32, from the other end where there are more than 4 rows."""
+    step = -1 if len(x) > 4 else 1
+    products = (x[:, None, :] * weight)[:, :, ::step]
+    return np.cumsum(products, axis=2, dtype=np.float32)[:, :, -1]
+
+
+class WritesItsInput(Around):
+    def __call__(self, x, *others):
+        result = self.block(x, *others)
+        if len(x):
+            x[-1] += 1
+        return result
+
+
+class WritesTheBatch(Around):
+    def __call__(self, x, batch, state):
+        result = self.block(x, batch, state)
+        batch.positions[...] += 1
+        return result
+
+
+class AddsIntoDelta(rows.RMSNorm):
+    def __call__(self, hidden, delta):
+        if delta is not None:
+            hidden = np.add(hidden, delta, out=delta)
+        return super().__call__(hidden, None)
+
+
+class WritesItsWeights(feed_forward.MLP):
+    def __init__(self, spec, weights):
+        weights.float32("w1.weight")[...] *= 1
+        super().__init__(spec, weights)
+
+
+class SharedBuffer(Around):
+    """Every block returns the same memory."""
+
+    buffer = np.empty(100_000, np.float32)
+
+    def __call__(self, x):
+        result = self.block(x)
+        out = self.buffer[: result.size].reshape(result.shape)
+        out[...] = result
+        return out
+
+
+class StaleScratch(Around):
+    """Pads its rows to a multiple of 4 with old ones, and lets their sum into the result."""
+
+    def __init__(self, block):
+        super().__init__(block)
+        self.old = np.zeros(1, np.float32)
+
+    def __call__(self, x):
+        result = self.block(x) + 0 * self.old.sum()
+        self.old = x[:1].copy()
+        return result
+
+
+class RaceBetweenCalls(Around):
+    calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return self.block(x) * np.float32(1 + 2e-7 * (self.calls % 2))
+
+
+class Float64Result(Around):
+    def __call__(self, x):
+        return self.block(x).astype(np.float64)
+
+
+class RawBits(rows.LMHead):
+    """Reads BF16's raw bits as if they were values."""
+
+    def __call__(self, x):
+        return x @ self.weight.data.astype(np.float32).T
+
+
+class EmbeddingIn16Bits(rows.Embedding):
+    def __call__(self, batch):
+        return super().__call__(batch).astype(np.float16).astype(np.float32)
+
+
+class HeadIn16Bits(rows.LMHead):
+    def __call__(self, x):
+        return super().__call__(x.astype(np.float16).astype(np.float32))
+
+
+class StopsAt1024Columns(Around):
+    def __call__(self, x):
+        return self.block(np.where(np.arange(x.shape[1]) < 1024, x, np.float32(0)))
+
+
+class LogitsRowsSorted(rows.LastRows):
+    def __call__(self, hidden, delta, batch):
+        return super().__call__(
+            hidden, delta, replace(batch, logits_rows=np.sort(batch.logits_rows))
+        )
+
+
+class NormIn16Bits(rows.RMSNorm):
+    def __call__(self, hidden, delta):
+        hidden, x = super().__call__(hidden, delta)
+        return hidden, x.astype(np.float16).astype(np.float32)
+
+
+class NormDropsDelta(rows.RMSNorm):
+    """Norms the sum but hands the residual stream on without it."""
+
+    def __call__(self, hidden, delta):
+        return hidden, super().__call__(hidden, delta)[1]
+
+
+class RaisesForUnknownSpecs(BrokenBackend):
+    """Looks a spec up in its table without asking whether it is there."""
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if BLOCKS[type(spec)] else "unreachable"
+
+
+class LossyMemory:
+    name = "lossy"
+
+    def from_host(self, array):
+        return array.astype(np.float32)
+
+    def to_host(self, array):
+        return array
+
+
+class LivesInLossyMemory(BrokenBackend):
+    def memory(self, spec: Spec) -> Memory:
+        return LossyMemory()
+
+
+def around(kind: type[Spec], wrapper: Callable[[Block], Block]) -> BrokenBackend:
+    """The reference with one kind of block inside a wrapper."""
+    return BrokenBackend({kind: lambda spec, weights: wrapper(BLOCKS[kind](spec, weights))})
+
+
+def with_swapped_weights() -> BrokenBackend:
+    return BrokenBackend({kind: w1_w3_swapped(BLOCKS[kind]) for kind in (specs.MLP, specs.Experts)})

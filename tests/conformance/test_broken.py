@@ -1,0 +1,207 @@
+"""Each deliberately broken backend is caught, and by the checks whose name says what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from lfm2kit import specs
+from lfm2kit.testing import CHECKS
+from lfm2kit.testing.runner import judged
+from tests.conformance import broken
+from tests.conformance.broken import BrokenBackend, around
+
+ROUTER, EXPERTS, MLP, NORM = specs.Router, specs.Experts, specs.MLP, specs.RMSNorm
+CONV, ATTENTION, HEAD = specs.ShortConv, specs.Attention, specs.LMHead
+
+# Name of the defect: the backend that has it, and the checks that must fail.
+DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
+    "softmax router": (
+        BrokenBackend({ROUTER: broken.SoftmaxRouter}),
+        ("router-sigmoid-not-softmax", "router", "sparse-moe", "whole-model"),
+    ),
+    "bias in the weights": (
+        BrokenBackend({ROUTER: broken.BiasInTheWeights}),
+        ("router-bias-selects-but-does-not-weigh", "router"),
+    ),
+    "bias ignored": (
+        BrokenBackend({ROUTER: broken.BiasIgnored}),
+        ("router-bias-selects-but-does-not-weigh", "router"),
+    ),
+    "bias always asked for": (
+        BrokenBackend({ROUTER: broken.BiasAlwaysAsked}),
+        ("router-without-bias",),
+    ),
+    "never normalised": (
+        BrokenBackend({ROUTER: broken.NeverNormalised}),
+        ("router-normalisation", "router"),
+    ),
+    "always normalised": (
+        BrokenBackend({ROUTER: broken.AlwaysNormalised}),
+        ("router-normalisation", "router"),
+    ),
+    "no epsilon under the weights": (
+        BrokenBackend({ROUTER: broken.NoEpsilon}),
+        ("router-normalisation", "router-extreme-logits"),
+    ),
+    "scaling dropped": (
+        BrokenBackend({ROUTER: broken.ScalingDropped}),
+        ("router-scaling", "router"),
+    ),
+    "padded experts taken": (
+        BrokenBackend({ROUTER: broken.PaddedExperts}),
+        ("router-shape-grid", "router"),
+    ),
+    "ties to the higher id": (BrokenBackend({ROUTER: broken.HigherIdFirst}), ("router-ties",)),
+    "logarithm of the sigmoid": (
+        BrokenBackend({ROUTER: broken.LogSigmoid}),
+        ("router-extreme-logits",),
+    ),
+    "logits in bf16": (
+        BrokenBackend({ROUTER: broken.Bf16Logits}),
+        ("router-is-float32", "router"),
+    ),
+    "bias in bf16": (BrokenBackend({ROUTER: broken.Bf16Bias}), ("router-is-float32",)),
+    "logits in bf16 beyond 8 rows": (
+        BrokenBackend({ROUTER: broken.Bf16LogitsInLargeBatches}),
+        ("router-ids-independent-of-batch-size", "batch-independence", "router"),
+    ),
+    "w1 and w3 swapped": (
+        broken.with_swapped_weights(),
+        ("mlp-w1-is-the-gate", "mlp", "experts", "sparse-moe", "layer"),
+    ),
+    "empty expert crashes": (
+        BrokenBackend({EXPERTS: broken.EmptyExpertCrashes}),
+        ("moe-empty-expert",),
+    ),
+    "experts summed in the order of ids": (
+        BrokenBackend({EXPERTS: broken.SummedInIdOrder}),
+        ("experts-split-by-slot-bitwise",),
+    ),
+    "experts summed in float64": (
+        BrokenBackend({EXPERTS: broken.SummedInFloat64}),
+        ("experts-split-by-slot-bitwise",),
+    ),
+    "all experts read": (
+        BrokenBackend({EXPERTS: broken.reads_all_experts}),
+        ("experts-local-range",),
+    ),
+    "interleaved RoPE": (
+        BrokenBackend({ATTENTION: broken.InterleavedRope}),
+        ("rope-rotates-halves", "attention"),
+    ),
+    "RoPE before norm": (
+        BrokenBackend({ATTENTION: broken.RopeBeforeNorm}),
+        ("norm-before-rope", "attention"),
+    ),
+    "theta of 10000": (BrokenBackend({ATTENTION: broken.ThetaOfTenThousand}), ("rope-theta",)),
+    "positions in bf16": (
+        BrokenBackend({ATTENTION: broken.PositionsInBf16}),
+        ("rope-beyond-position-1000",),
+    ),
+    "no maximum subtracted": (
+        BrokenBackend({ATTENTION: broken.NoMaximumSubtracted}),
+        ("attention-large-scores",),
+    ),
+    "key heads taken in turn": (BrokenBackend({ATTENTION: broken.HeadsInTurn}), ("attention",)),
+    "the next row seen": (
+        BrokenBackend({ATTENTION: broken.SeesTheNextRow}),
+        ("attention-is-causal", "attention"),
+    ),
+    "conv state not reset": (
+        BrokenBackend({CONV: broken.ConvStateNotReset}),
+        ("state-fresh-at-position-zero",),
+    ),
+    "conv state padded from the slot": (
+        BrokenBackend({CONV: broken.ConvPaddedFromTheSlot}),
+        ("state-fresh-at-position-zero",),
+    ),
+    "attention reads the whole cache": (
+        BrokenBackend({ATTENTION: broken.AttentionReadsTheWholeCache}),
+        ("state-fresh-at-position-zero",),
+    ),
+    "conv leaks over boundaries": (
+        BrokenBackend({CONV: broken.ConvLeaksOverBoundaries}),
+        ("short-conv", "batch-independence", "whole-model-batch-independence"),
+    ),
+    "short chunk loses taps": (
+        BrokenBackend({CONV: broken.ConvShortChunkLosesTaps}),
+        ("state-chunked-equals-one-shot", "state-decode-batch", "whole-model-decodes"),
+    ),
+    "slots are rows of the batch": (
+        around(CONV, broken.SlotsAreRowsOfTheBatch),
+        ("state-decode-batch", "state-random-schedule", "whole-model-decodes"),
+    ),
+    "two slots share their state": (
+        around(ATTENTION, broken.FirstSlotIsShared),
+        ("state-slots-do-not-leak", "state-random-schedule"),
+    ),
+    "fresh if the first is": (
+        around(CONV, broken.FreshIfTheFirstIs),
+        ("state-prefill-beside-decode",),
+    ),
+    "no state methods": (
+        BrokenBackend({CONV: broken.without_state_bytes}),
+        ("operator-has-state",),
+    ),
+    "NaN for one row": (
+        around(MLP, broken.NaNForOneRow),
+        ("outputs-finite", "mlp", "batch-independence"),
+    ),
+    "NaN for rows of zeros": (
+        BrokenBackend({NORM: broken.NaNForZeroRows}),
+        ("outputs-finite", "norm"),
+    ),
+    "no rows crash": (around(MLP, broken.NoRowsCrashes), ("zero-rows", "mlp")),
+    "perturbed by the number of rows": (
+        around(MLP, broken.PerturbedByTheNumberOfRows),
+        ("batch-independence",),
+    ),
+    "another sum for many rows": (
+        BrokenBackend({MLP: broken.OtherSumForManyRows}),
+        ("batch-independence", "whole-model-batch-independence"),
+    ),
+    "writes its input": (around(MLP, broken.WritesItsInput), ("inputs-not-written",)),
+    "writes the batch": (around(CONV, broken.WritesTheBatch), ("inputs-not-written",)),
+    "adds into delta": (BrokenBackend({NORM: broken.AddsIntoDelta}), ("inputs-not-written",)),
+    "writes its weights": (BrokenBackend({MLP: broken.WritesItsWeights}), ("mlp",)),
+    "one buffer for all blocks": (
+        around(MLP, broken.SharedBuffer),
+        ("outputs-survive-until-next-call",),
+    ),
+    "stale scratch": (around(MLP, broken.StaleScratch), ("scratch-is-not-seen",)),
+    "a race": (around(MLP, broken.RaceBetweenCalls), ("repeatable",)),
+    "float64 result": (around(MLP, broken.Float64Result), ("output-dtype-and-shape",)),
+    "raw bits of BF16": (BrokenBackend({HEAD: broken.RawBits}), ("bf16-and-f16-weights",)),
+    "embedding in 16 bits": (
+        BrokenBackend({specs.Embedding: broken.EmbeddingIn16Bits}),
+        ("embedding",),
+    ),
+    "head in 16 bits": (BrokenBackend({HEAD: broken.HeadIn16Bits}), ("lm-head",)),
+    "norm in 16 bits": (BrokenBackend({NORM: broken.NormIn16Bits}), ("norm",)),
+    "delta dropped": (BrokenBackend({NORM: broken.NormDropsDelta}), ("norm", "layer")),
+    "last rows sorted": (
+        BrokenBackend({specs.LastRows: broken.LogitsRowsSorted}),
+        ("last-rows",),
+    ),
+    "columns beyond 1024": (around(MLP, broken.StopsAt1024Columns), ("real-widths",)),
+    "unknown spec raises": (broken.RaisesForUnknownSpecs({}), ("unknown-spec-is-refused",)),
+    "lossy memory": (broken.LivesInLossyMemory({}), ("memory-round-trip",)),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_the_named_checks_catch_the_defect(defect: str) -> None:
+    backend, names = DEFECTS[defect]
+    verdicts = {name: judged(name, backend, "fp32").verdict for name in names}
+    assert verdicts == dict.fromkeys(names, "failed")
+
+
+def test_every_check_catches_something() -> None:
+    caught = {name for _, names in DEFECTS.values() for name in names}
+    assert sorted(set(CHECKS) - caught) == []
+
+
+def test_the_first_layer_to_differ_is_named() -> None:
+    backend, _ = DEFECTS["softmax router"]
+    detail = judged("whole-model", backend, "fp32").detail
+    assert "the first block to differ: layers.2.feed_forward.router" in detail

@@ -1,0 +1,57 @@
+"""Every installed backend before the conformance suite."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lfm2kit.plugins import GROUP, installed_plugins
+from lfm2kit.testing import CHECKS
+from lfm2kit.testing.parametrize import backend_cases
+
+# Backends that break the contract knowingly, and where.
+BLAS_SUMS = "BLAS sums in another order where there are other rows"
+EXPECTED_FAILURES = {
+    "blas": {
+        "batch-independence": BLAS_SUMS,
+        "experts-split-by-slot-bitwise": BLAS_SUMS,
+        "whole-model-batch-independence": BLAS_SUMS,
+    },
+}
+
+
+def cases() -> Iterator[Any]:
+    """A case for each check and installed backend; one that is skipped for each that cannot run."""
+    for name, installed in installed_plugins().backends.items():
+        if (reason := installed.why_not) is not None:
+            yield pytest.param(None, id=name, marks=pytest.mark.skip(reason))
+            continue
+        for case in backend_cases(name, EXPECTED_FAILURES.get(name)):
+            yield pytest.param(*case.values, id=f"{name}-{case.id}", marks=case.marks)
+
+
+@pytest.mark.parametrize("check", list(cases()))
+def test_backend(check: Any) -> None:
+    check()
+
+
+def test_all_our_backends_are_installed() -> None:
+    """A backend of this repository that is not installed would go unjudged in silence."""
+    root = Path(__file__).parents[2]
+    projects = [*root.glob("backends/*/pyproject.toml"), *root.glob("plugins/*/pyproject.toml")]
+    announced = set()
+    for project in projects:
+        table = tomllib.loads(project.read_text(encoding="utf-8"))
+        announced |= table["project"].get("entry-points", {}).get(GROUP, {}).keys()
+    assert announced <= {entry.name for entry in entry_points(group=GROUP)}
+
+
+def test_every_check_is_documented() -> None:
+    for check in CHECKS.values():
+        assert check.summary.endswith((".", ":")) or len(check.documentation) > len(check.summary)
+        assert len(check.summary) > 20

@@ -1,0 +1,100 @@
+"""Sound backends unlike the reference: in another memory, of larger blocks.  They must pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit import specs
+from lfm2kit.backend import HOST, Backend, Batch, Block, Memory, Spec, Weights
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.testing import CHECKS
+from lfm2kit.testing.host_block import host_block
+from lfm2kit.testing.runner import judged
+
+
+class Box:
+    """An array that NumPy cannot read."""
+
+    def __init__(self, values: np.ndarray[Any, Any]) -> None:
+        self.values = values
+        self.shape = values.shape
+
+
+class BoxMemory:
+    name = "boxes"
+
+    def from_host(self, array: Any) -> Box:
+        assert isinstance(array, np.ndarray)
+        return Box(array.copy())
+
+    def to_host(self, array: Any) -> Any:
+        assert isinstance(array, Box)
+        return array.values.copy()
+
+
+class BoxBlock:
+    """A block of the reference that takes and returns boxes."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        if hasattr(block, "new_state"):
+            self.new_state = block.new_state
+            self.state_bytes = block.state_bytes
+
+    def __call__(self, *inputs: Any) -> Any:
+        result = self.block(*map(_unboxed, inputs))
+        return tuple(map(Box, result)) if isinstance(result, tuple) else Box(result)
+
+
+def _unboxed(value: Any) -> Any:
+    if isinstance(value, Batch):
+        assert value.memory.name == "boxes"
+        assert isinstance(value.positions, Box)
+        return value.on(HOST)
+    assert not isinstance(value, np.ndarray) or value.dtype == np.float64, "a host array"
+    return value.values if isinstance(value, Box) else value
+
+
+class BoxBackend(ReferenceBackend):
+    def memory(self, spec: Spec) -> Memory:
+        return BoxMemory()
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        return BoxBlock(super().build(spec, weights))
+
+
+class BuildsOnly:
+    """The reference's parts as one block, for specs of these types alone."""
+
+    def __init__(self, *kinds: type[Spec]) -> None:
+        self.kinds = kinds
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if isinstance(spec, self.kinds) else "too small"
+
+    def memory(self, spec: Spec) -> Memory:
+        return HOST
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        return host_block(ReferenceBackend(), spec, weights)
+
+
+OTHERS: dict[str, Backend] = {
+    "another memory": BoxBackend(),
+    "whole layers": BuildsOnly(specs.Layer),
+    "whole MoEs": BuildsOnly(specs.SparseMoe),
+    "the whole model": BuildsOnly(specs.Model),
+    "norms and layers": BuildsOnly(specs.RMSNorm, specs.Layer),
+    "nothing": BuildsOnly(),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_no_check_fails(other: str) -> None:
+    results = {name: judged(name, OTHERS[other], "fp32") for name in CHECKS}
+    assert [r for r in results.values() if r.verdict not in ("passed", "skipped")] == []
+    whole_models = [r.verdict for name, r in results.items() if name.startswith("whole-model")]
+    assert whole_models == ["skipped" if other == "nothing" else "passed"] * 3
