@@ -10,4 +10,6 @@ export PATH="$root/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n 2 --timeout 300 "$@"
+# Two workers share the cores: idle threads must sleep, not spin.
+export OMP_WAIT_POLICY=PASSIVE
+python -m pytest -n 2 --dist loadfile --timeout 300 "$@"

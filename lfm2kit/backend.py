@@ -88,8 +88,9 @@ class Backend(Protocol):
     def build(self, spec: Spec, weights: Weights) -> Block:
         """The block of a spec that `why_unsupported` has accepted.
 
-        `weights` holds exactly the names of `spec.parameters()`, in shape.  The tensors may be
-        views of a memory map that outlives the block; what is packed is the block's own.
+        `weights` holds the names of `spec.parameters()`, in shape, and perhaps others: only what
+        is asked for is read.  The tensors may be read-only views of a memory map that outlives
+        the block; what is packed is the block's own.
         """
         ...
 

@@ -124,6 +124,25 @@ class Builder:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelState:
+    """What every layer's operator remembers of the sequences in its slots."""
+
+    slots: int
+    max_tokens: int
+    layers: list[State]
+
+    def check(self, batch: Batch) -> None:
+        """ValueError where `batch` would write beyond its slots: blocks do not look."""
+        slots = batch.state_slots
+        if len(slots) and not 0 <= slots.min() <= slots.max() < self.slots:
+            raise ValueError(f"a state slot lies outside the {self.slots} there are")
+        if len(np.unique(slots)) < len(slots):
+            raise ValueError("two sequences of the batch share a state slot")
+        if batch.max_context > self.max_tokens:
+            raise ValueError(f"{batch.max_context} tokens do not fit in slots of {self.max_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
 class LFM2:
     """A model that is ready to run.  Ids enter and logits leave as NumPy arrays."""
 
@@ -134,21 +153,24 @@ class LFM2:
     backend: Backend  # the plan's default
     _replays: dict[tuple[int, ...], Callable[[Batch], Array]] = field(default_factory=dict)
 
-    def logits(self, batch: Batch, state: Sequence[State] | None = None) -> npt.NDArray[np.float32]:
+    def logits(self, batch: Batch, state: ModelState | None = None) -> npt.NDArray[np.float32]:
         """float32 [len(batch.logits_rows), vocab_size].
 
         With a `state` (see `new_state`) each sequence goes on from what its slot has seen.
         The array is the model's own until the next call: copy it to keep it.
-        Raises ValueError for an id outside the vocabulary.
+        Raises ValueError for an id outside the vocabulary, or a batch that its state cannot hold.
         """
         self._check_ids(batch.token_ids)
+        if state is not None:
+            state.check(batch)
         if state is None and self._is_capturable:
             return self.home.to_host(self._replay(batch)(batch))
-        return self.home.to_host(self.forward(batch.on(self.home), state))
+        layers = None if state is None else state.layers
+        return self.home.to_host(self.forward(batch.on(self.home), layers))
 
-    def new_state(self, slots: int, max_tokens: int) -> list[State]:
+    def new_state(self, slots: int, max_tokens: int) -> ModelState:
         """Room for `slots` sequences of up to `max_tokens` tokens each."""
-        return self.forward.new_state(slots, max_tokens)
+        return ModelState(slots, max_tokens, self.forward.new_state(slots, max_tokens))
 
     def _check_ids(self, token_ids: npt.NDArray[np.int32]) -> None:
         size = self.spec.embed_tokens.vocab_size

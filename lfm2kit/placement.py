@@ -106,8 +106,8 @@ class Placer:
             try:
                 if self.create(name).why_unsupported(spec) is None:
                     yield name
-            except Lfm2kitError:
-                continue  # it cannot run here: no help to name it
+            except Exception:
+                continue  # it cannot run here, or is broken: no help to name it
 
 
 def _part_place(

@@ -7,8 +7,9 @@ A plugin that cannot be imported or announces nonsense is kept as a `BrokenPlugi
 from __future__ import annotations
 
 import os
+import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -23,6 +24,8 @@ from lfm2kit.specs import Spec
 from lfm2kit.transport import TransportPlugin
 
 GROUP = "lfm2kit"
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+RESERVED = {"auto"}  # in a plan: the best backend of this machine
 ALLOW_LIST = "LFM2KIT_PLUGINS"  # comma-separated entry-point names; "none" for none
 
 
@@ -53,7 +56,7 @@ class InstalledBackend:
             )
         try:
             return self.plugin.why_unavailable()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return f"its why_unavailable() raised {type(error).__name__}: {error}"
 
 
@@ -76,7 +79,7 @@ class Plugins:
             manager.add_hookspecs(hookspecs)
             plugin = entry.load()
             manager.register(plugin, entry.name)
-            _refuse_unknown_hooks(plugin)
+            _check_hooks(plugin)
             backends = [b for some in manager.hook.lfm2kit_backends() for b in some]
             transports = [t for some in manager.hook.lfm2kit_transports() for t in some]
             self._announce(backends, transports, distribution)
@@ -90,21 +93,21 @@ class Plugins:
             )
 
     def _announce(self, backends: list[Any], transports: list[Any], distribution: str) -> None:
-        for backend in backends:
-            if not isinstance(backend, BackendPlugin):
-                raise TypeError(f"lfm2kit_backends yielded {backend!r}, not a BackendPlugin")
-            if (other := self.backends.get(backend.name)) is not None:
-                raise ValueError(f"backend '{backend.name}' is {other.distribution}'s already")
-        for transport in transports:
-            if not isinstance(transport, TransportPlugin):
-                raise TypeError(f"lfm2kit_transports yielded {transport!r}, not a TransportPlugin")
+        """All that a plugin yields, or nothing of it: a bad name leaves no half behind."""
+        owners = {name: b.distribution for name, b in self.backends.items()}
+        _check_announced("lfm2kit_backends", backends, BackendPlugin, owners)
+        others = dict.fromkeys(self.transports, "another plugin")
+        _check_announced("lfm2kit_transports", transports, TransportPlugin, others)
         self.backends |= {b.name: InstalledBackend(b, distribution) for b in backends}
         self.transports |= {t.name: t for t in transports}
 
     def backend(self, name: str) -> BackendPlugin:
         """The announced backend `name`, if it can run here; else `Lfm2kitError`."""
         if name not in self.backends:
-            raise Lfm2kitError(f"unknown backend '{name}'; {choices(name, self.backends)}")
+            skipped = next(
+                (f"; its plugin was skipped: {b.reason}" for b in self.broken if b.name == name), ""
+            )
+            raise Lfm2kitError(f"unknown backend '{name}'; {choices(name, self.backends)}{skipped}")
         installed = self.backends[name]
         if (reason := installed.why_not) is not None:
             others = ", ".join(sorted(n for n, b in self.backends.items() if b.why_not is None))
@@ -121,8 +124,11 @@ class Plugins:
             if b.plugin.preference > 0 and precision in b.plugin.precisions and b.why_not is None
         ]
         if not ready:
+            limit = (
+                f"{ALLOW_LIST} is {os.environ[ALLOW_LIST]}; " if ALLOW_LIST in os.environ else ""
+            )
             raise Lfm2kitError(
-                f"no backend for precision {precision} can run here; see lfm2kit backends"
+                f"no backend for precision {precision} can run here; {limit}see lfm2kit backends"
             )
         return max(ready, key=lambda plugin: plugin.preference).name
 
@@ -137,15 +143,20 @@ class Plugins:
                     f"backend '{name}' has no precision {context.precision}; "
                     f"there is: {', '.join(plugin.precisions)}"
                 )
-            return plugin.create(replace(context, create_backend=create))
+            try:
+                return plugin.create(replace(context, create_backend=create))
+            except ImportError as error:
+                raise Lfm2kitError(f"backend '{name}' cannot be imported: {error}") from error
 
         return create
 
     def wrap(self, name: str, spec: Spec, block: Block) -> Block:
         """`block` inside the wrappers that plugins have for it, usually none."""
-        for _, manager in self._wrappers:
+        for plugin, manager in self._wrappers:
             for wrapper in manager.hook.lfm2kit_block_wrapper(name=name, spec=spec):
                 block = wrapper(block)
+                if not callable(block):
+                    raise TypeError(f"plugin '{plugin}' wraps {name} in {block!r}: no block")
         return block
 
     def transport(self, name: str) -> TransportPlugin:
@@ -174,13 +185,29 @@ def _allowed(allow_list: str | None) -> Iterator[EntryPoint]:
     yield from (entry for entry in entries if entry.name in names)
 
 
-def _refuse_unknown_hooks(plugin: Any) -> None:
-    """A misspelt hook would otherwise be ignored in silence (pluggy checks only marked ones)."""
+def _check_hooks(plugin: Any) -> None:
+    """A misspelt hook, and one without its mark, would otherwise be ignored in silence."""
     known = {hook.__name__ for hook in hookspecs.HOOKS}
     for name in dir(plugin):
-        if name.startswith("lfm2kit_") and name not in known and _is_marked(plugin, name):
+        is_marked = hasattr(getattr(plugin, name), "lfm2kit_impl")
+        if is_marked and name not in known:
             raise AttributeError(f"hook '{name}' does not exist; {choices(name, known)}")
+        if name in known and not is_marked:
+            raise AttributeError(f"hook '{name}' is not marked with @lfm2kit.hookimpl")
 
 
-def _is_marked(plugin: Any, name: str) -> bool:
-    return hasattr(getattr(plugin, name), "lfm2kit_impl")
+def _check_announced(
+    hook: str, announced: list[Any], expected: type[Any], owners: Mapping[str, str]
+) -> None:
+    """What a hook yielded is of its type, under names that a plan can say and nobody has."""
+    owners = dict(owners)
+    for plugin in announced:
+        if not isinstance(plugin, expected):
+            raise TypeError(f"{hook} yielded {plugin!r}, not a {expected.__name__}")
+        if not isinstance(plugin.name, str) or not NAME.fullmatch(plugin.name):
+            raise ValueError(f"{hook} yielded the name {plugin.name!r}; a name is like my_backend")
+        if plugin.name in RESERVED:
+            raise ValueError(f"{hook} yielded the name '{plugin.name}', which means something else")
+        if plugin.name in owners:
+            raise ValueError(f"{hook} yielded '{plugin.name}', which is {owners[plugin.name]}'s")
+        owners[plugin.name] = "its own already"

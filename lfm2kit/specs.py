@@ -5,7 +5,8 @@ tokens; activations, residual stream and logits are float32; integers are int32.
 names a spec's weights as the checkpoint does, relative to the block's scope; weights are
 `[out, in]`.  Formulas: the `lfm2_moe` implementation in Hugging Face transformers.
 
-Every block accepts zero rows.  No result may depend on which other rows are in the batch.
+Arrays that blocks are given, and that they return, are C-contiguous.  Every block accepts zero
+rows.  No result may depend on which other rows are in the batch.
 """
 
 from __future__ import annotations
@@ -149,8 +150,9 @@ class Attention(Spec):
     Causal grouped-query attention within each sequence.  q, k, v = {q,k,v}_proj(x), in heads of
     head_dim; RMSNorm over head_dim of q and k (`{q,k}_layernorm`, eps) *before* the rotary
     embedding; RoPE in the rotate-half form, theta_i = rope_theta^(-2i / head_dim), angle
-    position * theta_i in float32; scores scaled by head_dim^-0.5; query head h reads key/value
-    head h // (num_attention_heads / num_key_value_heads); delta = out_proj(heads).
+    position * theta_i in float32; heads = softmax(q k^T * head_dim^-0.5) v, where query head h
+    reads key/value head h // (num_attention_heads / num_key_value_heads);
+    delta = out_proj(heads).
     State: the normed and rotated keys, and the values, of every position of each slot.
     """
 

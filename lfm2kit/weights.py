@@ -38,7 +38,7 @@ class Tensor:
         return int(self.data.nbytes)
 
     def float32(self) -> npt.NDArray[np.float32]:
-        """The values in float32, exactly; F32 is handed over as it lies, possibly read-only."""
+        """The values in float32, exactly and aligned; F32 as it lies if it can, and read-only."""
         if self.dtype == "BF16":
             return (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return np.require(self.data, np.float32, "A")  # a copy if the file holds it unaligned

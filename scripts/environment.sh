@@ -12,7 +12,9 @@ ensure_environment() {
   # Without an MPI on the machine, its wheel brings one.
   if command -v mpiexec >/dev/null; then packages+=(-e "$root/backends/mpi")
   else packages+=(-e "$root/backends/mpi[mpich]"); fi
-  [ "$purpose" = test ] && packages+=(-e "$root[dev]")
+  if [ "$purpose" = test ]; then
+    packages+=(-e "$root[dev]" -e "$root/plugins/lfm2kit-blas" -e "$root/plugins/lfm2kit-trace")
+  fi
   if command -v uv >/dev/null; then
     [ -x "$venv/bin/python" ] || uv venv --quiet --python ">=3.11" "$venv"
     uv pip install --quiet --python "$venv/bin/python" "${packages[@]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -54,7 +55,10 @@ def check(
         results = run_checks(
             name, plugins, Context(precision, threads), only=ids, done=lambda _: advance(1)
         )
-    table = Table("check", "verdict", "detail", title=f"conformance of '{name}'")
+    table = Table(title=f"conformance of '{name}'", box=SIMPLE_HEAD)
+    table.add_column("check", no_wrap=True)  # to be copied into --only
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("detail")
     for result in results:
         table.add_row(result.id, result.verdict, result.detail)
     if json != "-":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -81,19 +82,22 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 def _show(
     setup: Setup, rows: list[dict[str, Any]], totals: dict[str, dict[str, int]], tokens: int
 ) -> None:
-    console = Console(highlight=False)
-    table = Table(title=f"{setup.checkpoint.path}: {setup.plan}", title_justify="left")
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("block", "spec", "backend", "memory", "copy"):
-        table.add_column(heading)
-    for heading in ("weights", f"workspace at {tokens} tokens"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, no_wrap=True)
+    for heading in ("weights", "workspace"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
         table.add_row(*texts, _size(row["weight_bytes"]), _size(row["workspace_bytes"]))
+    console.print(f"{setup.checkpoint.path}: {setup.plan}")
     console.print(table)
     for memory, total in totals.items():
         sizes = f"{_size(total['weight_bytes'])} of weights as stored"
-        console.print(f"{memory}: {sizes}, {_size(total['workspace_bytes'])} of workspace")
+        console.print(
+            f"{memory}: {sizes}, {_size(total['workspace_bytes'])} of workspace at {tokens} tokens"
+        )
     console.print(f"copies between memories in a forward: {setup.placed.copies()}")
     for note in setup.notes():
         console.print(note)

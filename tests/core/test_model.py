@@ -235,5 +235,25 @@ def test_an_id_outside_the_vocabulary_never_reaches_a_block(token: int) -> None:
         build(small_spec()).logits(Batch.of_sequences([[1, token]]))
 
 
+@pytest.mark.parametrize(
+    ("length", "start", "slots", "problem"),
+    [
+        (9, 0, [0], "do not fit in slots of 8"),
+        (1, 8, [1], "do not fit in slots of 8"),
+        (1, 0, [3], "outside the 3"),
+        (1, 0, [-1], "outside the 3"),
+        (1, 0, [2, 2], "share"),
+    ],
+)
+def test_a_batch_that_its_state_cannot_hold_never_reaches_a_block(
+    length: int, start: int, slots: list[int], problem: str
+) -> None:
+    model = build(small_spec())
+    sequences = [[1] * length] * len(slots)
+    batch = Batch.of_sequences(sequences, starts=[start] * len(slots), slots=slots)
+    with pytest.raises(ValueError, match=problem):
+        model.logits(batch, model.new_state(slots=3, max_tokens=8))
+
+
 def test_a_batch_of_no_sequences_gives_no_logits() -> None:
     assert build(small_spec()).logits(Batch.of_sequences([])).shape == (0, 50)

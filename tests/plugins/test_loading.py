@@ -126,7 +126,7 @@ def test_of_two_backends_of_one_name_the_second_is_refused_and_the_first_named(
     install(tmp_path, "two", announcing("same"))
     listed = listing(tmp_path)
     assert listed["backends"]["same"]["distribution"] == "lfm2kit-one 1.0"
-    assert "backend 'same' is lfm2kit-one 1.0's already" in listed["broken"]["two"]["reason"]
+    assert "'same', which is lfm2kit-one 1.0's" in listed["broken"]["two"]["reason"]
 
 
 def test_no_plugin_can_take_the_name_of_a_backend_of_ours(tmp_path: Path) -> None:

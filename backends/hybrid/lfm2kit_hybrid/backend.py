@@ -3,7 +3,7 @@ memories is the core's business: it asks where each block lives and puts the cop
 
 from __future__ import annotations
 
-from lfm2kit.backend import Backend, Block, Context, Memory, Spec, Weights
+from lfm2kit.backend import Backend, Block, Context, Memory, NeedsWorkspace, Spec, Weights
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.specs import Router, leaves
 
@@ -27,6 +27,10 @@ class HybridBackend:
     def build(self, spec: Spec, weights: Weights) -> Block:
         return self._backend_of(spec).build(spec, weights)
 
+    def workspace_bytes(self, spec: Spec, tokens: int) -> int:
+        backend = self._backend_of(spec)
+        return backend.workspace_bytes(spec, tokens) if isinstance(backend, NeedsWorkspace) else 0
+
     def notes(self) -> list[str]:
         return self._notes
 
@@ -37,5 +41,5 @@ class HybridBackend:
         try:
             return context.create_backend(GPU)
         except Lfm2kitError as error:
-            self._notes.append(f"no GPU half ({error}); its blocks run on {CPU}")
+            self._notes.append(f"its GPU blocks run on {CPU}: {error}")
             return self._cpu

@@ -1,0 +1,141 @@
+"""The transport and the expert-parallel block, on real ranks, against one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
+
+from lfm2kit_mpi.launcher import MpiLauncher, find_mpiexec
+
+A_WHILE = 120
+
+
+def run_mpi(ranks: int, script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script on real ranks; `transport`, `world`, `np` and `rng` are there."""
+    path = tmp_path / "script.py"
+    path.write_text(PROLOGUE + script)
+    return subprocess.run(
+        [find_mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=A_WHILE,
+    )
+
+
+PROLOGUE = """
+import numpy as np
+from lfm2kit_mpi.launcher import MpiLauncher
+transport = MpiLauncher().connect()
+world = transport.world
+rng = np.random.default_rng(world.rank)
+"""
+
+EXCHANGE = """
+record = [("a", "<i4"), ("b", "<f4", 5)]
+for dtype, shape in [("<f4", (7,)), ("<i4", ()), ("<f8", (2, 3)), (record, ())]:
+    counts = [(world.rank * 3 + to) % 4 for to in range(world.size)]  # some are 0
+    rows = np.zeros((sum(counts), *shape), dtype)
+    width = rows.dtype.itemsize * int(np.prod(shape, dtype=int))
+    flat = rows.view(np.uint8).reshape(len(rows), width)
+    destination = np.repeat(np.arange(world.size), counts)
+    flat[:] = (100 + 10 * world.rank + destination)[:, None]
+    received, came = transport.all_to_all(rows, counts)
+    assert came == [(source * 3 + world.rank) % 4 for source in range(world.size)]
+    want = np.repeat([100 + 10 * s + world.rank for s in range(world.size)], came)
+    got = received.view(np.uint8).reshape(len(received), width)
+    assert received.dtype == rows.dtype and (got == want[:, None]).all()
+gathered = transport.gather(np.full((world.rank, 2), world.rank, np.float32))
+if world.rank == 0:
+    assert gathered[:, 0].tolist() == [r for r in range(world.size) for _ in range(r)]
+else:
+    assert gathered is None
+transport.barrier()
+print("fine")
+"""
+
+EXPERTS = """
+from lfm2kit import specs
+from lfm2kit.parallel import ExpertParallelMoe, join, shard
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.model import RoutedExperts
+from lfm2kit.transport import share
+from lfm2kit.weights import Weights
+from dataclasses import replace
+
+E, K, H = {experts}, {k}, 8
+router = specs.Router(H, E, K, True, True, 1.0)
+experts = specs.Experts(H, 6, E, K, range(E))
+whole = specs.SparseMoe(router, experts)
+same = np.random.default_rng(9)
+weights = Weights.of_arrays({{n: same.normal(0, 0.5, s) for n, s in whole.parameters().items()}})
+if {one}:
+    weights = Weights({{**weights, "expert_bias": Weights.of_arrays(
+        {{"expert_bias": np.r_[9.0 * np.arange(E, 0, -1) * (np.arange(E) < K)]}})["expert_bias"]}})
+backend = ReferenceBackend()
+alone = RoutedExperts(whole, backend.build(router, weights), backend.build(experts, weights))
+mine = replace(experts, local_experts=share(E, world.size, world.rank))
+block = join(transport)(ExpertParallelMoe(router, mine),
+                        router=backend.build(router, weights), experts=backend.build(mine, weights))
+sent = []
+all_to_all = transport.all_to_all
+transport.all_to_all = lambda rows, counts: (sent.append(sum(counts)), all_to_all(rows, counts))[1]
+for tokens in (0, 1, 17) if world.rank % 2 else (5, 0, 9):
+    x = rng.normal(size=(tokens, H)).astype(np.float32)
+    np.testing.assert_array_equal(block(x), alone(x) if tokens else x)
+    assert sent[-2] == tokens * K
+print("fine")
+"""
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_rows_of_any_type_reach_the_rank_they_are_sent_to(ranks: int, tmp_path: Path) -> None:
+    done = run_mpi(ranks, EXCHANGE, tmp_path)
+    assert done.stdout.count("fine") == ranks, done.stderr  # ranks may share a line
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("ranks", "experts", "k", "one"),
+    [(2, 5, 3, False), (3, 12, 4, False), (4, 3, 2, False), (4, 8, 2, True)],
+    ids=["uneven", "three", "more-ranks-than-experts", "all-tokens-to-the-same-experts"],
+)
+def test_t18_every_token_gets_the_bits_that_one_process_gives_it(
+    ranks: int, experts: int, k: int, one: bool, tmp_path: Path
+) -> None:
+    done = run_mpi(ranks, EXPERTS.format(experts=experts, k=k, one=one), tmp_path)
+    assert done.stdout.count("fine") == ranks, done.stderr  # ranks may share a line
+
+
+@pytest.mark.mpi
+def test_t16_local_ranks_are_the_places_on_this_machine(tmp_path: Path) -> None:
+    script = "assert (world.local_size, world.local_rank) == (4, world.rank); print('fine')"
+    done = run_mpi(4, script, tmp_path)
+    assert done.stdout.count("fine") == 4, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "size"),
+    [
+        ({}, None),
+        ({"PMI_SIZE": "4", "PMI_RANK": "1"}, 4),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, 3),
+        ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "8"}, 8),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, None),
+        ({"PMI_SIZE": "many"}, None),
+    ],
+)
+def test_t16_the_environment_says_whether_this_is_a_job(
+    environment: dict[str, str], size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PMIX_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert MpiLauncher().world_size() == size
