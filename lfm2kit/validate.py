@@ -77,10 +77,10 @@ def validate(
     judged_by = "top-1" if precision in ("fp16", "bf16") else "logits"
     samples = len(outputs)
     if len(answers) < samples:
-        return _nothing(samples, judged_by, f"{samples} samples, but only {len(answers)} answers")
+        return nothing_to_compare(samples, f"{samples} samples, but only {len(answers)} answers")
     if answers.shape[1:] != outputs.shape[1:]:
         widths = f"{outputs.shape[1]} logits a sample, but {answers.shape[1]} in the answers"
-        return _nothing(samples, judged_by, widths)
+        return nothing_to_compare(samples, widths)
     answers = answers[:samples]
     with np.errstate(invalid="ignore"):  # inf - inf: NaN, which counts as wrong
         difference = np.abs(outputs.astype(np.float64) - answers)
@@ -106,5 +106,6 @@ def _mismatch(
     )
 
 
-def _nothing(samples: int, judged_by: str, problem: str) -> Verdict:
-    return Verdict(samples, 0, 0, 0, None, float("nan"), judged_by, problem)
+def nothing_to_compare(samples: int, problem: str) -> Verdict:
+    """INVALID, because there are no such answers: `problem` says why."""
+    return Verdict(samples, 0, 0, 0, None, float("nan"), "logits", problem)

@@ -100,22 +100,40 @@ def _row(
     checkpoint: Checkpoint, measured: Measured, precision: str, threads: int | None
 ) -> dict[str, Any]:
     contender, median = measured.contender, measured.median
-    deviation = measured.spread / median
-    roofline = measured.roofline
     return {
         "model": checkpoint.path.name,
-        "params": f"{checkpoint.spec.weight_elements() / 1e6:.4g} M",
+        "parameters": checkpoint.spec.weight_elements(),
         "backend": contender.backend,
         "precision": precision,
-        "threads": threads or "auto",
+        "threads": threads or "all",
         "test": contender.test,
-        "samples/s": f"{contender.samples / median:.4g}",
-        "tokens/s": f"{contender.tokens / median:.4g} ± {100 * deviation:.0f} %",
-        "ms": f"{median * 1e3:.4g}",
-        "GFLOP/s": f"{contender.work.flops / median / 1e9:.3g}",
-        "GB/s": f"{contender.work.bytes / median / 1e9:.3g}",
-        "% of roofline": "-" if roofline is None else f"{100 * roofline:.0f}",
+        "samples_per_second": contender.samples / median,
+        "tokens_per_second": contender.tokens / median,
+        "median_seconds": median,
+        "deviation": measured.spread / median,
+        "gflops": contender.work.flops / median / 1e9,
+        "gbytes_per_second": contender.work.bytes / median / 1e9,
+        "roofline": measured.roofline,
         "seconds": list(measured.seconds),
+    }
+
+
+def _texts(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the table: as llama-bench's, and what the machine would allow."""
+    roofline = row["roofline"]
+    return {
+        "model": row["model"],
+        "params": f"{row['parameters'] / 1e6:.4g} M",
+        "backend": row["backend"],
+        "precision": row["precision"],
+        "threads": str(row["threads"]),
+        "test": row["test"],
+        "samples/s": f"{row['samples_per_second']:.4g}",
+        "tokens/s": f"{row['tokens_per_second']:.4g} ± {100 * row['deviation']:.0f} %",
+        "ms": f"{1e3 * row['median_seconds']:.4g}",
+        "GFLOP/s": f"{row['gflops']:.3g}",
+        "GB/s": f"{row['gbytes_per_second']:.3g}",
+        "% of roofline": "-" if roofline is None else f"{100 * roofline:.2g}",
     }
 
 
@@ -125,13 +143,14 @@ def _print(rows: Sequence[dict[str, Any]], form: Form) -> None:
         report.fields = {"results": list(rows)}
         report.write()
         return
-    columns = [name for name in rows[0] if name != "seconds"]
-    table = [[str(row[name]) for name in columns] for row in rows]
+    texts = [_texts(row) for row in rows]
+    table = [list(texts[0]), *(list(row.values()) for row in texts)]
     if form is Form.csv:
-        csv.writer(sys.stdout).writerows([columns, *table])
+        csv.writer(sys.stdout).writerows(table)
         return
-    widths = [max(len(line[i]) for line in [columns, *table]) for i in range(len(columns))]
-    for line in [columns, ["-" * width for width in widths], *table]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    for line in table:
         print("| " + " | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + " |")
 
 

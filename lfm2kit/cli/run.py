@@ -23,7 +23,7 @@ from lfm2kit.plan import Plan
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.running import Timed, default_batch_size, run_samples
 from lfm2kit.transport import Transport, World
-from lfm2kit.validate import Verdict, validate
+from lfm2kit.validate import Verdict, nothing_to_compare, validate
 
 MOST_BY_DEFAULT = 128  # samples: the assignment's largest choice
 
@@ -211,7 +211,11 @@ def run_timed(
 def judge(logits: npt.NDArray[np.float32], answers: Path | None, precision: str) -> Verdict | None:
     if answers is None:
         return None
-    return validate(logits, samples.read_answers(answers), precision)
+    try:
+        expected = samples.read_answers(answers)
+    except samples.BadAnswersError as error:
+        return nothing_to_compare(len(logits), str(error))
+    return validate(logits, expected, precision)
 
 
 def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) -> None:
