@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from lfm2kit.cli import app
 from lfm2kit.cli.console import complain
 from lfm2kit.errors import Lfm2kitError
 
+TRACEBACK = "LFM2KIT_TRACEBACK"  # set: errors show where they come from, for plugin writers
 INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
 
 
@@ -16,6 +18,8 @@ def main() -> None:
     try:
         app()
     except Lfm2kitError as error:
+        if os.environ.get(TRACEBACK):
+            raise
         complain(str(error))
         sys.exit(2)
     except BrokenPipeError:

@@ -96,6 +96,7 @@ class Plugins:
         """All that a plugin yields, or nothing of it: a bad name leaves no half behind."""
         owners = {name: b.distribution for name, b in self.backends.items()}
         _check_announced("lfm2kit_backends", backends, BackendPlugin, owners)
+        _check_precisions(backends)
         others = dict.fromkeys(self.transports, "another plugin")
         _check_announced("lfm2kit_transports", transports, TransportPlugin, others)
         self.backends |= {b.name: InstalledBackend(b, distribution) for b in backends}
@@ -145,8 +146,13 @@ class Plugins:
                 )
             try:
                 return plugin.create(replace(context, create_backend=create))
-            except ImportError as error:
-                raise Lfm2kitError(f"backend '{name}' cannot be imported: {error}") from error
+            except Lfm2kitError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise Lfm2kitError(
+                    f"backend '{name}' of {self.backends[name].distribution} cannot be created: "
+                    f"{type(error).__name__}: {error}; its traceback: LFM2KIT_TRACEBACK=1"
+                ) from error
 
         return create
 
@@ -211,3 +217,13 @@ def _check_announced(
         if plugin.name in owners:
             raise ValueError(f"{hook} yielded '{plugin.name}', which is {owners[plugin.name]}'s")
         owners[plugin.name] = "its own already"
+
+
+def _check_precisions(backends: list[BackendPlugin]) -> None:
+    """A single string is a sequence too, but of letters."""
+    for backend in backends:
+        if isinstance(backend.precisions, str):
+            raise TypeError(
+                f"backend '{backend.name}' has the precisions {backend.precisions!r}; "
+                f"write ({backend.precisions!r},)"
+            )

@@ -47,6 +47,26 @@ RAISES_IN_HOOK = """
     def lfm2kit_backends():
         raise RuntimeError("first line\\nsecond line")
 """
+PRECISIONS_OF_LETTERS = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_backends():
+        yield lfm2kit.BackendPlugin("odd", "", lambda context: None, 1, precisions="fp32")
+"""
+UNMARKED = """
+    def lfm2kit_backends():
+        return []
+"""
+FAILS_WHEN_CREATED = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_backends():
+        def create(context):
+            raise {error}
+        yield lfm2kit.BackendPlugin("odd", "fails", create, api_version=1)
+"""
 OLD_API = """
     import lfm2kit
 
@@ -78,6 +98,8 @@ def test_a_backend_is_found_by_its_entry_point_and_runs(tmp_path: Path) -> None:
         (YIELDS_NONSENSE, "yielded 'odd', not a BackendPlugin"),
         (YIELDS_NO_TRANSPORT, "yielded 7, not a TransportPlugin"),
         (RAISES_IN_HOOK, "RuntimeError: first line"),
+        (PRECISIONS_OF_LETTERS, "write ('fp32',)"),
+        (UNMARKED, "'lfm2kit_backends' is not marked with @lfm2kit.hookimpl"),
     ],
 )
 def test_a_broken_plugin_is_listed_with_its_traceback_and_harms_no_other(
@@ -117,6 +139,22 @@ def test_another_api_version_is_listed_with_both_numbers_and_never_created(tmp_p
     assert run.returncode == 2
     assert "backend API 99" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    "error", ["TypeError('no such chip')", "SystemExit('no licence')", "ImportError('no driver')"]
+)
+def test_a_backend_that_cannot_be_created_is_one_line_and_a_traceback_on_request(
+    tmp_path: Path, error: str
+) -> None:
+    install(tmp_path, "odd", FAILS_WHEN_CREATED.format(error=error))
+    run = lfm2kit(tmp_path, "run", "--backend", "odd", "-n", "1")
+    kind = error.partition("(")[0]
+    assert run.returncode == 2
+    assert f"backend 'odd' of lfm2kit-odd 1.0 cannot be created: {kind}: no" in run.stderr
+    assert run.stderr.count("\n") == 1
+    traced = lfm2kit(tmp_path, "run", "--backend", "odd", "-n", "1", LFM2KIT_TRACEBACK="1")
+    assert "in create" in traced.stderr
 
 
 def test_of_two_backends_of_one_name_the_second_is_refused_and_the_first_named(
