@@ -52,6 +52,11 @@ def check_extents(path: Path, extents: Iterable[Extent], start: int, size: int) 
         previous = max(previous, extent, key=lambda e: e.end)
 
 
-def view(data: Bytes, extent: Extent, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+def view(
+    path: Path, data: Bytes, extent: Extent, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> Any:
     """The tensor's elements where they lie, of any alignment."""
-    return data[extent.begin : extent.end].view(dtype).reshape(shape)
+    try:
+        return data[extent.begin : extent.end].view(dtype).reshape(shape)
+    except ValueError:  # no elements, but other dimensions that overflow
+        raise Lfm2kitError(f"{path}: tensor '{extent.name}' has shape {list(shape)}") from None

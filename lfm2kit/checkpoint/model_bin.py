@@ -35,7 +35,7 @@ def read_model_bin(path: Path) -> dict[str, Tensor]:
         if extent.name in tensors:
             raise Lfm2kitError(f"{path}: the table has '{extent.name}' twice")
         tensors[extent.name] = Tensor(
-            extent.name, "F32", view(data, extent, STORED_AS["F32"], shape)
+            extent.name, "F32", view(path, data, extent, STORED_AS["F32"], shape)
         )
     return tensors
 

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from reprlib import repr as brief  # of what a header says, however long it is
 from typing import Any, BinaryIO, NamedTuple
 
 from lfm2kit.checkpoint.mapped import Extent, check_extents, map_file, view
@@ -44,7 +45,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             f"{path}: {len(data) - start} bytes of data, but its tensors take {used}"
         )
     return {
-        name: Tensor(name, e.dtype, view(data, extent, STORED_AS[e.dtype], e.shape))
+        name: Tensor(name, e.dtype, view(path, data, extent, STORED_AS[e.dtype], e.shape))
         for (name, e), extent in zip(entries.items(), extents, strict=True)
     }
 
@@ -88,11 +89,12 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     """The JSON header; a key that comes twice is refused, where `json` would take the last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise Lfm2kitError(f"{path}: the header has '{twice}' twice")
-        return dict(pairs)
+        fields: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in fields:
+                raise Lfm2kitError(f"{path}: the header has '{key}' twice")
+            fields[key] = value
+        return fields
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
@@ -109,11 +111,12 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Entry:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in STORED_AS:
         raise Lfm2kitError(
-            f"{path}: tensor '{name}' has dtype {dtype!r}; lfm2kit reads {', '.join(STORED_AS)}"
+            f"{path}: tensor '{name}' has dtype {brief(dtype)}; "
+            f"lfm2kit reads {', '.join(STORED_AS)}"
         )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise Lfm2kitError(
-            f"{path}: tensor '{name}' has shape {shape!r} and data_offsets {offsets!r}"
+            f"{path}: tensor '{name}' has shape {brief(shape)} and data_offsets {brief(offsets)}"
         )
     begin, end = offsets
     itemsize = STORED_AS[dtype].itemsize
