@@ -14,7 +14,6 @@ with compiled_kernels():
     from lfm2kit_cpu_simd.blocks.router import Router
     from lfm2kit_cpu_simd.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
     from lfm2kit_cpu_simd.blocks.short_conv import ShortConv
-    from lfm2kit_cpu_simd.gemm import packed_elements
 
 BLOCKS = {
     specs.Embedding: Embedding,
@@ -45,13 +44,23 @@ class CpuSimdBackend:
         return block
 
     def workspace_bytes(self, spec: Spec, tokens: int) -> int:
-        """The packed copy of every matrix; activations are a few arrays as large as x."""
-        return sum(
-            4 * packed_elements(shape)
-            for leaf in specs.leaves(spec)
-            for shape in leaf.parameters().values()
-            if len(shape) == 2 and not isinstance(leaf, specs.Embedding)
-        )
+        """Activations between the kernels of a block; packed weights take the mapped ones' place."""
+        return sum(4 * tokens * _floats_per_row(leaf) for leaf in specs.leaves(spec))
 
     def ceilings(self) -> Ceilings:
         return Ceilings(ceilings.flops_per_second(), ceilings.bytes_per_second())
+
+
+def _floats_per_row(spec: Spec) -> int:
+    """What a block keeps of each row at once, beside its arguments and its result."""
+    match spec:
+        case specs.ShortConv():
+            return 4 * spec.hidden_size
+        case specs.Attention():
+            heads = 2 * spec.num_attention_heads + 4 * spec.num_key_value_heads
+            return heads * spec.head_dim
+        case specs.MLP():
+            return spec.intermediate_size
+        case specs.Experts():
+            return spec.num_experts_per_tok * (2 * spec.hidden_size + spec.intermediate_size)
+    return 0

@@ -1,4 +1,4 @@
-"""What this machine gives at best: fused multiply-adds from L1, and reads of main memory."""
+"""What this machine gives at best: fused multiply-adds in registers, and reads of main memory."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from lfm2kit_cpu_simd.signatures import FLOAT, INT, OFFSETS, VECTOR
-from lfm2kit_cpu_simd.tile import MR, NR, TABLE, call_tile
+from lfm2kit_cpu_simd.machine import NV, VL
+from lfm2kit_cpu_simd.signatures import FLOAT, INT, VECTOR
+from lfm2kit_cpu_simd.tile import MR
 
 REPETITIONS = 5
-DEPTH = 128  # k of a tile whose panel stays in L1
-CALLS = 20_000
+CHAINS = MR * NV  # as many independent sums as the tile has: enough to hide an addition's latency
+STEPS = 2_000_000
 READ_BYTES = 512 * 2**20  # larger than the caches of one core's share; shared ones may hold half
 
 
 def flops_per_second() -> float:
-    """The tile on one small panel, over and over, on every thread."""
+    """Multiply-adds that read no memory, on every thread."""
     threads = numba.get_num_threads()
-    seconds = _best(lambda: _multiply_in_cache(CALLS, DEPTH, TABLE, threads))
-    return threads * CALLS * 2.0 * MR * NR * DEPTH / seconds
+    seconds = _best(lambda: _multiply_add(STEPS, threads))
+    return threads * STEPS * 2.0 * CHAINS * VL / seconds
 
 
 def bytes_per_second() -> float:
@@ -42,13 +46,48 @@ def _best(call: Callable[[], Any]) -> float:
     return min(seconds)
 
 
-@numba.njit(types.void(INT, INT, OFFSETS, INT), parallel=True, cache=True)
-def _multiply_in_cache(calls: Any, depth: Any, table: Any, threads: Any) -> None:
+@intrinsic
+def _step(typingctx: Any, sums_at: Any, steps: Any) -> Any:
+    """`CHAINS` vectors at address `sums_at`, each `steps` times multiplied and added to."""
+    signature = types.void(types.intp, types.intp)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.FloatType(), VL)
+        fmuladd = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{VL}f32"
+        )
+        base = builder.inttoptr(args[0], vector.as_pointer())
+        places = [builder.gep(base, [ir.IntType(64)(i)]) for i in range(CHAINS)]
+        factor = ir.Constant(vector, [1e-9] * VL)
+        before = builder.basic_block
+        head, after = builder.append_basic_block("head"), builder.append_basic_block("after")
+        first = [builder.load(place, align=4) for place in places]
+        builder.branch(head)
+        builder.position_at_end(head)
+        turn = builder.phi(ir.IntType(64))
+        turn.add_incoming(ir.IntType(64)(0), before)
+        sums = [builder.phi(vector) for _ in places]
+        for phi, value in zip(sums, first, strict=True):
+            phi.add_incoming(value, before)
+        values = [builder.call(fmuladd, [value, factor, factor]) for value in sums]
+        for phi, value in zip(sums, values, strict=True):
+            phi.add_incoming(value, head)
+        following = builder.add(turn, ir.IntType(64)(1))
+        turn.add_incoming(following, head)
+        builder.cbranch(builder.icmp_signed("<", following, args[1]), head, after)
+        builder.position_at_end(after)
+        for place, value in zip(places, values, strict=True):
+            builder.store(value, place, align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@numba.njit(types.void(INT, INT), parallel=True, cache=True)
+def _multiply_add(steps: Any, threads: Any) -> None:
     for _thread in numba.prange(threads):
-        x, panel = np.zeros((MR, depth), np.float32), np.zeros((depth, NR), np.float32)
-        out = np.empty((MR, NR), np.float32)
-        for _ in range(calls):
-            call_tile(table[MR], x.ctypes.data, depth, panel.ctypes.data, depth, out.ctypes.data)
+        sums = np.ones((CHAINS, VL), np.float32)
+        _step(sums.ctypes.data, steps)
 
 
 @numba.njit(FLOAT(VECTOR), parallel=True, cache=True, fastmath={"reassoc"})

@@ -1,13 +1,12 @@
 """Grouped matrix products over packed weights: one driver for dense layers, experts and head.
 
 Rows come sorted by group (an expert, or all rows for a dense layer).  The work is shared out as
-(group, panel) pairs: a pair reads its weights once, whatever the number of rows.
+(group, panel) pairs: a pair reads its weights once, whatever the number of rows, and while it
+computes it fetches the panel that its thread takes next.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -16,124 +15,99 @@ import numpy.typing as npt
 from numba import types
 
 from lfm2kit_cpu_simd.elementwise import silu
-from lfm2kit_cpu_simd.signatures import INT, OFFSETS, PANELS, ROWS, ROWS_OUT, VECTOR
-from lfm2kit_cpu_simd.tile import MR, NR, TABLE, call_tile
+from lfm2kit_cpu_simd.packing import HALF, Panels
+from lfm2kit_cpu_simd.signatures import BOOL, INT, OFFSETS, ROWS, ROWS_OUT, TABLE, VECTOR
+from lfm2kit_cpu_simd.tile import CACHE_LINE, MR, NR, TABLES, call_tile, call_widener
 
 Float32 = npt.NDArray[np.float32]
-HALF = NR // 2
-
-
-def pack(matrices: Sequence[Float32]) -> Float32:
-    """[groups][out, in] -> panels [groups, ceil(out / NR), in, NR], padded with zeros."""
-    rows, k = matrices[0].shape
-    panels = np.zeros((len(matrices), -(-rows // NR), k, NR), np.float32)
-    for panel, matrix in zip(panels, matrices, strict=True):
-        for p in range(len(panel)):
-            part = matrix[p * NR : (p + 1) * NR]
-            panel[p, :, : len(part)] = part.T
-    return panels
-
-
-def pack_gated(gates: Sequence[Float32], ups: Sequence[Float32]) -> Float32:
-    """w1 and w3 in turns, HALF columns each: a tile then holds both halves of its outputs."""
-    rows, k = gates[0].shape
-    panels = np.zeros((len(gates), -(-rows // HALF), k, NR), np.float32)
-    for panel, gate, up in zip(panels, gates, ups, strict=True):
-        for p in range(len(panel)):
-            g, u = gate[p * HALF : (p + 1) * HALF], up[p * HALF : (p + 1) * HALF]
-            panel[p, :, : len(g)] = g.T
-            panel[p, :, HALF : HALF + len(u)] = u.T
-    return panels
-
-
-def packed_elements(shape: tuple[int, ...]) -> int:
-    """Elements of a packed [out, in] matrix, padding included."""
-    return -(-shape[0] // NR) * NR * math.prod(shape[1:])
-
+Int64 = npt.NDArray[np.int64]
 
 NO_BIAS = np.empty(0, np.float32)
+# From so many rows on, 16-bit panels are widened once, into the second-level cache, and not in
+# registers by every tile.
+WIDEN_FROM = 4 * MR
 
 
-def linear(x: Float32, panels: Float32, columns: int, bias: Float32 = NO_BIAS) -> Float32:
-    """x [rows, in] @ W.T + bias -> [rows, columns], W packed by `pack`."""
+def linear(x: Float32, panels: Panels, columns: int, bias: Float32 = NO_BIAS) -> Float32:
+    """x [rows, in] @ W.T + bias -> [rows, columns]."""
+    return grouped(x, np.array([0, len(x)]), panels, columns, bias)
+
+
+def grouped(
+    x: Float32, offsets: Int64, panels: Panels, columns: int, bias: Float32 = NO_BIAS
+) -> Float32:
+    """Rows offsets[g] to offsets[g + 1] of x times matrix g -> [rows, columns].
+
+    Gated panels: silu(x @ w1.T) * (x @ w3.T).  `bias` is every group's.
+    """
     out = np.empty((len(x), columns), np.float32)
-    _grouped(x, _one_group(x), panels, bias, out, TABLE, numba.get_num_threads())
+    data = panels.data
+    _grouped(
+        x, offsets, data.ctypes.data, data.shape[1], panels.itemsize, panels.table,
+        TABLES["F32"], panels.is_gated, bias, out, numba.get_num_threads(),
+    )  # fmt: skip
     return out
-
-
-def grouped(x: Float32, offsets: npt.NDArray[np.int64], panels: Float32, columns: int) -> Float32:
-    """Rows offsets[g] to offsets[g + 1] of x times matrix g; [rows, columns]."""
-    out = np.empty((len(x), columns), np.float32)
-    _grouped(x, offsets, panels, NO_BIAS, out, TABLE, numba.get_num_threads())
-    return out
-
-
-def gated(x: Float32, offsets: npt.NDArray[np.int64], panels: Float32, columns: int) -> Float32:
-    """silu(x @ w1.T) * (x @ w3.T) by group, packed by `pack_gated`; [rows, columns]."""
-    out = np.empty((len(x), columns), np.float32)
-    _gated(x, offsets, panels, out, TABLE, numba.get_num_threads())
-    return out
-
-
-def all_rows(x: Float32) -> npt.NDArray[np.int64]:
-    """The offsets of a single group that holds all rows."""
-    return np.array([0, len(x)], dtype=np.int64)
-
-
-_one_group = all_rows
 
 
 @numba.njit(inline="always")
-def _run_tile(x: Any, row: int, m: int, panel: Any, scratch: Any, table: Any) -> None:
-    k = x.shape[1]
-    at = x.ctypes.data + 4 * row * k
-    call_tile(table[m], at, k, panel.ctypes.data, k, scratch.ctypes.data)
+def _finish(scratch: Any, row: Any, m: Any, panel: Any, is_gated: Any, bias: Any, out: Any) -> None:
+    """Stores a tile's rows in `out`, after the gate or the bias."""
+    width = HALF if is_gated else NR
+    at = panel * width
+    columns = min(width, out.shape[1] - at)
+    for i in range(m):
+        if is_gated:
+            for j in range(HALF):
+                scratch[i, j] = silu(scratch[i, j]) * scratch[i, HALF + j]
+        for j in range(columns):
+            out[row + i, at + j] = scratch[i, j]
+        if bias.size:
+            for j in range(columns):
+                out[row + i, at + j] += bias[at + j]
 
 
 @numba.njit(
-    types.void(ROWS, OFFSETS, PANELS, VECTOR, ROWS_OUT, OFFSETS, INT),
-    parallel=True,
-    cache=True,
-)
-def _grouped(
-    x: Any, offsets: Any, panels: Any, bias: Any, out: Any, table: Any, threads: Any
-) -> None:
-    count = panels.shape[1]
-    for thread in numba.prange(threads):
-        scratch = np.empty((MR, NR), np.float32)
-        for task in range(thread, panels.shape[0] * count, threads):
-            group, p = task // count, task % count
-            columns = min(NR, out.shape[1] - p * NR)
-            for row in range(offsets[group], offsets[group + 1], MR):
-                m = min(MR, offsets[group + 1] - row)
-                _run_tile(x, row, m, panels[group, p], scratch, table)
-                for i in range(m):
-                    for j in range(columns):
-                        out[row + i, p * NR + j] = scratch[i, j]
-                if bias.size:
-                    for i in range(m):
-                        for j in range(columns):
-                            out[row + i, p * NR + j] += bias[p * NR + j]
-
-
-@numba.njit(
-    types.void(ROWS, OFFSETS, PANELS, ROWS_OUT, OFFSETS, INT),
+    types.void(ROWS, OFFSETS, INT, INT, INT, TABLE, TABLE, BOOL, VECTOR, ROWS_OUT, INT),
     parallel=True,
     cache=True,
     error_model="numpy",  # a check for division by zero would keep silu from being vectorised
 )
-def _gated(x: Any, offsets: Any, panels: Any, out: Any, table: Any, threads: Any) -> None:
-    count = panels.shape[1]
+def _grouped(
+    x: Any,
+    offsets: Any,
+    panels_at: Any,
+    count: Any,
+    itemsize: Any,
+    stored_table: Any,
+    float_table: Any,
+    is_gated: Any,
+    bias: Any,
+    out: Any,
+    threads: Any,
+) -> None:
+    k = x.shape[1]
+    size = itemsize * NR * k
+    tasks = (offsets.shape[0] - 1) * count
     for thread in numba.prange(threads):
         scratch = np.empty((MR, NR), np.float32)
-        for task in range(thread, panels.shape[0] * count, threads):
-            group, p = task // count, task % count
-            columns = min(HALF, out.shape[1] - p * HALF)
-            for row in range(offsets[group], offsets[group + 1], MR):
-                m = min(MR, offsets[group + 1] - row)
-                _run_tile(x, row, m, panels[group, p], scratch, table)
-                for i in range(m):
-                    for j in range(HALF):
-                        scratch[i, j] = silu(scratch[i, j]) * scratch[i, HALF + j]
-                    for j in range(columns):
-                        out[row + i, p * HALF + j] = scratch[i, j]
+        wide = np.empty(0 if itemsize == 4 else k * NR + CACHE_LINE, np.float32)
+        wide_at = (wide.ctypes.data + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+        for task in range(thread, tasks, threads):
+            first, last = offsets[task // count], offsets[task // count + 1]
+            if first == last:
+                continue
+            panel, table = panels_at + task * size, stored_table
+            following = panel + threads * size if task + threads < tasks else panel
+            if itemsize < 4 and last - first >= WIDEN_FROM:
+                call_widener(stored_table[0], panel, k, wide_at)
+                panel, table = wide_at, float_table
+            tiles = -(-(last - first) // MR)
+            row = first
+            for tile in range(tiles):
+                m = (last - row) // (tiles - tile)  # of nearly the same height
+                ahead = following + (tile % 2) * (size // 2) if tile < 2 else panel
+                call_tile(
+                    table[m], x.ctypes.data + 4 * row * k, k, panel, k, scratch.ctypes.data, ahead
+                )
+                _finish(scratch, row, m, task % count, is_gated, bias, out)
+                row += m

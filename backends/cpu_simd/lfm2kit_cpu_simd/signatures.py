@@ -9,16 +9,15 @@ def _read(element: types.Type, ndim: int) -> types.Array:
     return types.Array(element, ndim, "C", readonly=True)
 
 
+INT, FLOAT, BOOL, WORD = types.int64, types.float32, types.boolean, types.uint16
+
 VECTOR = _read(types.float32, 1)
 ROWS = _read(types.float32, 2)
 PAST = _read(types.float32, 3)
-PANELS = _read(types.float32, 4)
 IDS = _read(types.int32, 1)
-OFFSETS = _read(types.int64, 1)
+OFFSETS = ORDER = TABLE = _read(types.int64, 1)
 PLACES = _read(types.int64, 2)
 
 ROWS_OUT = types.float32[:, ::1]
 STATE_OUT = types.float32[:, :, ::1]
 IDS_OUT = types.int32[:, ::1]
-
-INT, FLOAT, BOOL = types.int64, types.float32, types.boolean

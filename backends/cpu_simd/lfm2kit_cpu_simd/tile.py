@@ -2,9 +2,10 @@
 
     out[i, j] = sum_k x[i, k] * panel[k, j]        i < m <= MR, j < NR, k in order
 
-A panel holds NR = NV * VL columns of a weight matrix's transpose, k by k: row k of it is NV vector
-loads, and one broadcast of x[i, k] feeds NV fused multiply-adds.  The m * NV accumulators stay in
-registers: 12 of AVX2's 16, 24 of AVX-512's 32.  Row-major x needs no packing at 6 rows.
+A panel holds NR = NV * VL columns of a weight matrix's transpose, k by k: row k of it is NV
+vectors, and one broadcast of x[i, k] feeds NV fused multiply-adds.  The m * NV accumulators stay
+in registers: 12 of AVX2's 16, 24 of AVX-512's 32.  Row-major x needs no packing at 6 rows.
+Weights of 16 bits are widened in registers; the arithmetic is the same.
 
 Each out[i, j] is one chain of fused multiply-adds, the same for every m: its bits depend neither
 on the number of rows nor on a row's place.  `llvm.fmuladd` and not `llvm.fma`, which becomes a
@@ -13,9 +14,9 @@ library call per lane on a CPU without FMA.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 from llvmlite import ir
@@ -23,70 +24,111 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lfm2kit_cpu_simd.machine import HAS_F16C, NV, VL
+
 MR = 6  # rows of a tile
-
-
-def _vector_shape() -> tuple[int, int]:
-    """(VL, NV): float32 lanes of a vector, vectors of a panel's row."""
-    features = numba.config.CPU_FEATURES
-    has = (
-        features.split(",")
-        if features
-        else [f"+{name}" for name, there in llvm.get_host_cpu_features().items() if there]
-    )
-    if "+avx512f" in has:
-        return 16, 4
-    return (8, 2) if "+avx2" in has else (4, 4)
-
-
-VL, NV = _vector_shape()
 NR = NV * VL  # columns of a panel
 UNROLL = 4  # steps of k per turn of the loop
+CACHE_LINE = 64
+STORAGES = ("F32", "BF16", "F16") if HAS_F16C else ("F32", "BF16")
+ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
+
+
+def lane_order(storage: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where in a row of a panel each of its NR columns lies.
+
+    BF16 columns j and j + VL share 32 bits, for a shift and a mask widen them both.
+    """
+    columns = np.arange(NR)
+    if storage != "BF16":
+        return columns
+    pair, half, lane = columns // (2 * VL), columns // VL % 2, columns % VL
+    return pair * 2 * VL + 2 * lane + half
 
 
 @intrinsic(prefer_literal=True)
-def _multiply(typingctx: Any, m: Any, x: Any, stride: Any, panel: Any, k: Any, out: Any) -> Any:
-    """Addresses x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR]; m is literal."""
-    signature = types.void(m, types.intp, types.intp, types.intp, types.intp, types.intp)
-    rows = m.literal_value
+def _multiply(
+    typingctx: Any,
+    storage: Any,
+    m: Any,
+    x: Any,
+    stride: Any,
+    panel: Any,
+    k: Any,
+    out: Any,
+    ahead: Any,
+) -> Any:
+    """Addresses x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR].
+
+    `storage` (an index of STORAGES) and m are literals.  While it computes, the tile asks for
+    the memory at `ahead`, half as much as it reads itself: two tiles fetch the next panel.
+    """
+    signature = types.void(storage, m, *[types.intp] * 6)
+    emitter = _Emitter(STORAGES[storage.literal_value], m.literal_value)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, x_at, stride, panel_at, k, out_at = args
-        _Emitter(builder, rows).emit(x_at, stride, panel_at, k, out_at)
+        emitter.emit_tile(builder, *args[2:])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def _widen(typingctx: Any, storage: Any, panel: Any, k: Any, out: Any) -> Any:
+    """Addresses panel [k, NR] as stored and out [k, NR] in float32; `storage` is a literal."""
+    signature = types.void(storage, types.intp, types.intp, types.intp)
+    emitter = _Emitter(STORAGES[storage.literal_value], 0)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        emitter.emit_widen(builder, *args[1:])
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 class _Emitter:
-    """Emits the tile's code at the builder's place."""
+    """Emits vector code at a builder's place."""
 
-    def __init__(self, builder: Any, rows: int) -> None:
-        self.builder = builder
+    def __init__(self, storage: str, rows: int) -> None:
+        self.storage = storage
         self.rows = rows
+        self.row_bytes = NR * ITEMSIZE[storage]
         self.float = ir.FloatType()
         self.vector = ir.VectorType(self.float, VL)
+        self.words = ir.VectorType(ir.IntType(32), VL)
+        self.halves = ir.VectorType(ir.HalfType(), VL)
         self.index = ir.IntType(64)
-        self.fmuladd = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(self.vector, [self.vector] * 3),
-            f"llvm.fmuladd.v{VL}f32",
-        )
 
-    def emit(self, x_at: Any, stride: Any, panel_at: Any, k: Any, out_at: Any) -> None:
-        b = self.builder
-        x = [self._offset(x_at, b.mul(stride, self._constant(4 * i))) for i in range(self.rows)]
+    def emit_tile(
+        self, b: Any, x_at: Any, stride: Any, panel_at: Any, k: Any, out_at: Any, ahead: Any
+    ) -> None:
+        self.builder = b
+        fma = ir.FunctionType(self.vector, [self.vector] * 3)
+        self.fmuladd = cgutils.get_or_insert_function(b.module, fma, f"llvm.fmuladd.v{VL}f32")
+        x = [b.add(x_at, b.mul(stride, self._constant(4 * i))) for i in range(self.rows)]
+
+        def step(k: Any, sums: Sequence[Any]) -> list[Any]:
+            self._prefetch(b.add(ahead, b.mul(k, self._constant(self.row_bytes // 2))))
+            return self._multiply_add(k, x, self._row(panel_at, k), sums)
+
         unrolled = b.and_(k, self._constant(-UNROLL))
         zero = [ir.Constant(self.vector, None)] * (self.rows * NV)
-        sums = self._loop(self._constant(0), unrolled, UNROLL, x, panel_at, zero)
-        sums = self._loop(unrolled, k, 1, x, panel_at, sums)
-        for i, value in enumerate(sums):
-            b.store(value, self._pointer(out_at, self._constant(4 * VL * i), self.vector), align=4)
+        sums = self._loop(self._constant(0), unrolled, UNROLL, step, zero)
+        sums = self._loop(unrolled, k, 1, step, sums)
+        self._store(sums, out_at)
 
-    def _loop(
-        self, first: Any, last: Any, step: int, x: list[Any], panel_at: Any, sums: list[Any]
-    ) -> list[Any]:
-        """for k in range(first, last, step), the sums in registers all the way."""
+    def emit_widen(self, b: Any, panel_at: Any, k: Any, out_at: Any) -> None:
+        self.builder = b
+
+        def step(k: Any, nothing: Sequence[Any]) -> list[Any]:
+            row = self._row(panel_at, k)
+            self._store(row, b.add(out_at, b.mul(k, self._constant(4 * NR))))
+            return []
+
+        self._loop(self._constant(0), k, 1, step, [])
+
+    def _loop(self, first: Any, last: Any, stride: int, step: Any, sums: Sequence[Any]) -> Any:
+        """for k in range(first, last, stride), the sums in registers all the way."""
         b = self.builder
         before = b.basic_block
         head, body, after = (b.append_basic_block(name) for name in ("k.head", "k.body", "k.end"))
@@ -100,82 +142,133 @@ class _Emitter:
         b.cbranch(b.icmp_signed("<", k, last), body, after)
         b.position_at_end(body)
         values = list(phis)
-        for u in range(step):
-            values = self._step(b.add(k, self._constant(u)), x, panel_at, values)
-        following = b.add(k, self._constant(step))
-        k.add_incoming(following, b.basic_block)
+        for u in range(stride):
+            values = step(b.add(k, self._constant(u)), values)
+        k.add_incoming(b.add(k, self._constant(stride)), b.basic_block)
         for phi, value in zip(phis, values, strict=True):
             phi.add_incoming(value, b.basic_block)
         b.branch(head)
         b.position_at_end(after)
         return phis
 
-    def _step(self, k: Any, x: list[Any], panel_at: Any, sums: list[Any]) -> list[Any]:
-        """One k: NV loads of weights, and for each row a broadcast and NV multiply-adds."""
+    def _multiply_add(
+        self, k: Any, x: Sequence[Any], weights: Sequence[Any], sums: Sequence[Any]
+    ) -> list[Any]:
+        """One k: for each row a broadcast and NV multiply-adds."""
         b = self.builder
-        row = b.mul(k, self._constant(4 * NR))
-        weights = [
-            b.load(
-                self._pointer(panel_at, b.add(row, self._constant(4 * VL * v)), self.vector),
-                align=4,
-            )
-            for v in range(NV)
-        ]
         values = []
         for i in range(self.rows):
-            scalar = b.load(self._pointer(x[i], b.mul(k, self._constant(4)), self.float), align=4)
-            splat = self._splat(scalar)
+            at = b.add(x[i], b.mul(k, self._constant(4)))
+            splat = self._splat(self._load(at, self.float))
             values += [
                 b.call(self.fmuladd, [splat, weights[v], sums[i * NV + v]]) for v in range(NV)
             ]
         return values
+
+    def _row(self, panel_at: Any, k: Any) -> list[Any]:
+        """Row k of the panel as NV vectors of float32."""
+        b = self.builder
+        at = b.add(panel_at, b.mul(k, self._constant(self.row_bytes)))
+        if self.storage == "BF16":
+            pairs = [self._load(at, self.words, 4 * VL * v) for v in range(NV // 2)]
+            return [half for pair in pairs for half in self._widened_pair(pair)]
+        if self.storage == "F16":
+            halves = [self._load(at, self.halves, 2 * VL * v) for v in range(NV)]
+            return [b.fpext(half, self.vector) for half in halves]
+        return [self._load(at, self.vector, 4 * VL * v) for v in range(NV)]
+
+    def _widened_pair(self, pair: Any) -> list[Any]:
+        """BF16 is the upper half of a float32: the lower of a pair is shifted, the upper masked."""
+        b = self.builder
+        low = b.shl(pair, ir.Constant(self.words, [16] * VL))
+        high = b.and_(pair, ir.Constant(self.words, [0xFFFF0000] * VL))
+        return [b.bitcast(low, self.vector), b.bitcast(high, self.vector)]
+
+    def _prefetch(self, at: Any) -> None:
+        """Half of what a row of the panel takes, into the second-level cache, to be read once."""
+        b = self.builder
+        pointer = ir.IntType(8).as_pointer()
+        word = ir.IntType(32)
+        prefetch = cgutils.get_or_insert_function(
+            b.module, ir.FunctionType(ir.VoidType(), [pointer, word, word, word]), "llvm.prefetch"
+        )
+        read, into_second_level, data = word(0), word(2), word(1)
+        for line in range(0, max(self.row_bytes // 2, 1), CACHE_LINE):
+            target = b.inttoptr(b.add(at, self._constant(line)), pointer)
+            b.call(prefetch, [target, read, into_second_level, data])
 
     def _splat(self, scalar: Any) -> Any:
         b = self.builder
         lane = b.insert_element(
             ir.Constant(self.vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0)
         )
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), VL), None)
+        mask = ir.Constant(self.words, None)
         return b.shuffle_vector(lane, ir.Constant(self.vector, ir.Undefined), mask)
+
+    def _load(self, at: Any, kind: Any, offset: int = 0) -> Any:
+        at = self.builder.add(at, self._constant(offset))
+        return self.builder.load(self.builder.inttoptr(at, kind.as_pointer()), align=2)
+
+    def _store(self, values: Sequence[Any], at: Any) -> None:
+        b = self.builder
+        for i, value in enumerate(values):
+            place = b.add(at, self._constant(4 * VL * i))
+            b.store(value, b.inttoptr(place, self.vector.as_pointer()), align=4)
 
     def _constant(self, value: int) -> Any:
         return ir.Constant(self.index, value)
 
-    def _offset(self, address: Any, nbytes: Any) -> Any:
-        return self.builder.add(address, nbytes)
 
-    def _pointer(self, address: Any, nbytes: Any, pointee: Any) -> Any:
-        return self.builder.inttoptr(self._offset(address, nbytes), pointee.as_pointer())
+TILE = types.void(*[types.intp] * 6)
 
 
-TILE = types.void(types.intp, types.intp, types.intp, types.intp, types.intp)
-
-
-def _tile(m: int) -> Any:
+def _tile(storage: int, m: int) -> Any:
     """The compiled tile of m rows, a C function: drivers call it by address, and so compile
     in a second instead of taking it in and optimising it again."""
 
     @numba.cfunc(TILE, cache=True)
-    def tile(x: int, stride: int, panel: int, k: int, out: int) -> None:
-        _multiply(m, x, stride, panel, k, out)
+    def tile(x: int, stride: int, panel: int, k: int, out: int, ahead: int) -> None:
+        _multiply(storage, m, x, stride, panel, k, out, ahead)
 
     return tile
 
 
-_TILES = [_tile(m) for m in range(1, MR + 1)]  # kept: their addresses are in TABLE
-TABLE = np.array([0, *(tile.address for tile in _TILES)], dtype=np.int64)  # by number of rows
+def _widener(storage: int) -> Any:
+    @numba.cfunc(types.void(*[types.intp] * 3), cache=True)
+    def widen(panel: int, k: int, out: int) -> None:
+        _widen(storage, panel, k, out)
+
+    return widen
+
+
+# By storage: the widener, then the tiles by number of rows.  Kept: their addresses are in TABLES.
+_FUNCTIONS = [[_widener(s), *(_tile(s, m) for m in range(1, MR + 1))] for s in range(len(STORAGES))]
+TABLES = {
+    storage: np.array([function.address for function in functions], dtype=np.int64)
+    for storage, functions in zip(STORAGES, _FUNCTIONS, strict=True)
+}
 
 
 @intrinsic
 def call_tile(
-    typingctx: Any, address: Any, x: Any, stride: Any, panel: Any, k: Any, out: Any
+    typingctx: Any, address: Any, x: Any, stride: Any, panel: Any, k: Any, out: Any, ahead: Any
 ) -> Any:
-    """Calls an entry of TABLE with the tile's five arguments."""
-    signature = types.void(*[types.intp] * 6)
+    """Calls an entry of a table with the tile's six arguments."""
+    return _call_by_address(6)
+
+
+@intrinsic
+def call_widener(typingctx: Any, address: Any, panel: Any, k: Any, out: Any) -> Any:
+    """Calls the first entry of a table with the widener's three arguments."""
+    return _call_by_address(3)
+
+
+def _call_by_address(count: int) -> Any:
+    signature = types.void(*[types.intp] * (1 + count))
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         integer = ir.IntType(64)
-        function = ir.FunctionType(ir.VoidType(), [integer] * 5)
+        function = ir.FunctionType(ir.VoidType(), [integer] * count)
         builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
         return context.get_dummy_value()
 

@@ -12,7 +12,8 @@ from numba import types
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Weights
 from lfm2kit_cpu_simd.elementwise import exp
-from lfm2kit_cpu_simd.gemm import Float32, linear, pack
+from lfm2kit_cpu_simd.gemm import Float32, linear
+from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import FLOAT, IDS, INT, OFFSETS, ROWS, ROWS_OUT, VECTOR
 
 State = tuple[Float32, Float32]  # keys, values: [slots, max_tokens, kv_heads * head_dim]
@@ -22,9 +23,8 @@ class Attention:
     def __init__(self, spec: specs.Attention, weights: Weights) -> None:
         self.spec = spec
         names = ("q_proj", "k_proj", "v_proj")
-        matrices = [weights.float32(f"{name}.weight") for name in names]
-        self.qkv_proj = pack([np.concatenate(matrices)])
-        self.out_proj = pack([weights.float32("out_proj.weight")])
+        self.qkv_proj = pack([[weights[f"{name}.weight"] for name in names]])
+        self.out_proj = pack([[weights["out_proj.weight"]]])
         self.q_layernorm = np.array(weights.float32("q_layernorm.weight"))
         self.k_layernorm = np.array(weights.float32("k_layernorm.weight"))
         # As transformers computes them: at position 1000 the rounding of the angles shows.

@@ -12,32 +12,32 @@ from numba import types
 from lfm2kit import specs
 from lfm2kit.backend import Weights
 from lfm2kit_cpu_simd.blocks.router import Int32, Router
-from lfm2kit_cpu_simd.gemm import Float32, all_rows, gated, grouped, pack, pack_gated
+from lfm2kit_cpu_simd.gemm import Float32, grouped, linear
+from lfm2kit_cpu_simd.packing import pack, pack_gated
 from lfm2kit_cpu_simd.signatures import PLACES, ROWS, ROWS_OUT
 
 
 class MLP:
     def __init__(self, spec: specs.MLP, weights: Weights) -> None:
         self.spec = spec
-        w1, w3, w2 = (weights.float32(f"{name}.weight") for name in ("w1", "w3", "w2"))
-        self.w13, self.w2 = pack_gated([w1], [w3]), pack([w2])
+        w1, w3, w2 = (weights[f"{name}.weight"] for name in ("w1", "w3", "w2"))
+        self.w13, self.w2 = pack_gated([w1], [w3]), pack([[w2]])
 
     def __call__(self, x: Float32) -> Float32:
-        rows = all_rows(x)
-        inner = gated(x, rows, self.w13, self.spec.intermediate_size)
-        return grouped(inner, rows, self.w2, self.spec.hidden_size)
+        inner = linear(x, self.w13, self.spec.intermediate_size)
+        return linear(inner, self.w2, self.spec.hidden_size)
 
 
 class Experts:
     def __init__(self, spec: specs.Experts, weights: Weights) -> None:
         self.spec = spec
         matrices = {
-            name: [weights.float32(f"experts.{e}.{name}.weight") for e in spec.local_experts]
+            name: [weights[f"experts.{e}.{name}.weight"] for e in spec.local_experts]
             for name in ("w1", "w3", "w2")
         }
         if spec.local_experts:
             self.w13 = pack_gated(matrices["w1"], matrices["w3"])
-            self.w2 = pack(matrices["w2"])
+            self.w2 = pack([[w2] for w2 in matrices["w2"]])
 
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
         if not self.spec.local_experts:
@@ -46,7 +46,7 @@ class Experts:
         order = np.argsort(local, kind="stable")  # the (row, k) pairs by expert
         counts = np.bincount(local, minlength=len(self.spec.local_experts))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        inner = gated(
+        inner = grouped(
             x[order // expert_ids.shape[1]], offsets, self.w13, self.spec.intermediate_size
         )
         outputs = grouped(inner, offsets, self.w2, self.spec.hidden_size)

@@ -12,7 +12,8 @@ from numba import types
 
 from lfm2kit import specs
 from lfm2kit.backend import Weights
-from lfm2kit_cpu_simd.gemm import Float32, linear, pack
+from lfm2kit_cpu_simd.gemm import Float32, linear
+from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import BOOL, FLOAT, IDS_OUT, ROWS, ROWS_OUT, VECTOR
 
 Int32 = npt.NDArray[np.int32]
@@ -21,7 +22,7 @@ Int32 = npt.NDArray[np.int32]
 class Router:
     def __init__(self, spec: specs.Router, weights: Weights) -> None:
         self.spec = spec
-        self.gate = pack([weights.float32("gate.weight")])
+        self.gate = pack([[weights["gate.weight"]]])
         bias = weights.float32("expert_bias") if spec.use_expert_bias else np.zeros(0, np.float32)
         self.bias = np.array(bias)
         self.scaling = np.float32(spec.routed_scaling_factor)

@@ -10,7 +10,8 @@ from numba import types
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Tensor, Weights
-from lfm2kit_cpu_simd.gemm import Float32, linear, pack
+from lfm2kit_cpu_simd.gemm import Float32, linear
+from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import FLOAT, ROWS, ROWS_OUT, VECTOR
 
 
@@ -48,7 +49,7 @@ class LastRows:
 
 class LMHead:
     def __init__(self, spec: specs.LMHead, weights: Weights) -> None:
-        self.panels = pack([weights.float32("weight")])
+        self.panels = pack([[weights["weight"]]])
         self.vocab_size = spec.vocab_size
 
     def __call__(self, x: Float32) -> Float32:

@@ -10,7 +10,8 @@ from numba import types
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Weights
-from lfm2kit_cpu_simd.gemm import NO_BIAS, Float32, linear, pack
+from lfm2kit_cpu_simd.gemm import NO_BIAS, Float32, linear
+from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import IDS, PAST, ROWS, ROWS_OUT, STATE_OUT, VECTOR
 
 NO_STATE = np.empty((0, 0, 0), np.float32)
@@ -19,8 +20,8 @@ NO_STATE = np.empty((0, 0, 0), np.float32)
 class ShortConv:
     def __init__(self, spec: specs.ShortConv, weights: Weights) -> None:
         self.spec = spec
-        self.in_proj = pack([weights.float32("in_proj.weight")])
-        self.out_proj = pack([weights.float32("out_proj.weight")])
+        self.in_proj = pack([[weights["in_proj.weight"]]])
+        self.out_proj = pack([[weights["out_proj.weight"]]])
         taps = weights.float32("conv.weight")[:, 0, :].T
         self.taps = np.ascontiguousarray(taps)  # [kernel_size, hidden_size]
         biases = [f"{name}.bias" for name in ("in_proj", "conv", "out_proj")]

@@ -1,0 +1,34 @@
+"""What the kernels are made for: the vectors of this CPU, or of the one Numba is told of."""
+
+from __future__ import annotations
+
+import platform
+
+import llvmlite.binding as llvm
+import numba
+
+
+def _features() -> set[str]:
+    """The CPU's features by LLVM's names, as Numba compiles for them."""
+    if numba.config.CPU_FEATURES:
+        named = numba.config.CPU_FEATURES.split(",")
+        return {feature[1:] for feature in named if feature.startswith("+")}
+    return {name for name, there in llvm.get_host_cpu_features().items() if there}
+
+
+def _vector_shape() -> tuple[int, int]:
+    """(VL, NV): float32 lanes of a vector, vectors of a panel's row.
+
+    With 6 rows NV vectors each fill three quarters of the registers: 24 of 32, or 12 of 16.
+    """
+    if "avx512f" in FEATURES:
+        return 16, 4
+    if "avx2" in FEATURES:
+        return 8, 2
+    return 4, 4 if IS_ARM else 2
+
+
+FEATURES = _features()
+IS_ARM = platform.machine() in ("aarch64", "arm64")
+VL, NV = _vector_shape()
+HAS_F16C = "f16c" in FEATURES or IS_ARM  # else widening float16 would be a library call per lane

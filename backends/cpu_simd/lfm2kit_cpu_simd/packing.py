@@ -1,0 +1,105 @@
+"""Weights packed into panels for the tile, in the type in which the checkpoint stores them.
+
+A panel holds NR rows of a matrix [out, in], transposed: [in, NR], its columns in the tile's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba import types
+
+from lfm2kit.backend import Tensor
+from lfm2kit_cpu_simd.signatures import FLOAT, INT, ORDER, WORD
+from lfm2kit_cpu_simd.tile import CACHE_LINE, ITEMSIZE, NR, STORAGES, TABLES, lane_order
+
+HALF = NR // 2
+ELEMENTS = {"F32": np.float32, "BF16": np.uint16, "F16": np.uint16}
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Matrices of one shape, a group each: data [groups, ceil(out / NR), in, NR], zero-padded."""
+
+    data: npt.NDArray[Any]
+    table: npt.NDArray[np.int64]  # the tiles for this storage
+    is_gated: bool
+
+    @property
+    def itemsize(self) -> int:
+        return int(self.data.itemsize)
+
+
+def pack(groups: Sequence[Sequence[Tensor]]) -> Panels:
+    """Each group's matrices [out_i, in] below each other."""
+    storage = _common_storage(groups)
+    rows = sum(t.shape[0] for t in groups[0])
+    panels = _empty_panels(len(groups), -(-rows // NR), groups[0][0].shape[1], storage)
+    order = lane_order(storage)
+    for panel, tensors in zip(panels, groups, strict=True):
+        first = 0
+        for tensor in tensors:
+            _place(_elements(tensor, storage), panel, order, first)
+            first += tensor.shape[0]
+    return Panels(panels, TABLES[storage], is_gated=False)
+
+
+def pack_gated(gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Panels:
+    """w1 and w3 in turns, HALF columns each: a tile then holds both halves of its outputs."""
+    storage = _common_storage([gates, ups])
+    rows, k = gates[0].shape
+    panels = _empty_panels(len(gates), -(-rows // HALF), k, storage)
+    order = lane_order(storage)
+    for panel, gate, up in zip(panels, gates, ups, strict=True):
+        _place(_elements(gate, storage), panel, order[:HALF], 0)
+        _place(_elements(up, storage), panel, order[HALF:], 0)
+    return Panels(panels, TABLES[storage], is_gated=True)
+
+
+def _common_storage(groups: Sequence[Sequence[Tensor]]) -> str:
+    """The type that all are stored in; float32, which holds any exactly, if they differ."""
+    stored: set[str] = {tensor.dtype for tensors in groups for tensor in tensors}
+    storage = stored.pop()
+    return storage if not stored and storage in STORAGES else "F32"
+
+
+def _elements(tensor: Tensor, storage: str) -> npt.NDArray[Any]:
+    """The matrix as floats, or as the bits of its 16-bit type, aligned and contiguous."""
+    if storage == "F32":
+        return np.ascontiguousarray(tensor.float32())
+    return np.require(tensor.data, requirements="CA").view(np.uint16)
+
+
+def _empty_panels(groups: int, panels: int, k: int, storage: str) -> npt.NDArray[Any]:
+    """Zeros that begin on a cache line: a vector load across two takes twice as long."""
+    shape = (groups, panels, k, NR)
+    count = int(np.prod(shape))
+    itemsize = ITEMSIZE[storage]
+    memory = np.zeros(count + CACHE_LINE // itemsize, ELEMENTS[storage])
+    skipped = -memory.ctypes.data % CACHE_LINE // itemsize
+    return memory[skipped : skipped + count].reshape(shape)
+
+
+def _signature(element: types.Type) -> Any:
+    source = types.Array(element, 2, "C", readonly=True)
+    return types.void(source, types.Array(element, 3, "C"), ORDER, INT)
+
+
+@numba.njit([_signature(FLOAT), _signature(WORD)], parallel=True, cache=True)
+def _place(source: Any, panels: Any, order: Any, first: Any) -> None:
+    """Row r of `source` becomes place order[(first + r) % n] of panel (first + r) // n.
+
+    A cache line's worth of columns at a time, so that lines of both are used whole.
+    """
+    n, k = order.shape[0], source.shape[1]
+    for turn in numba.prange(-(-k // 32)):
+        begin, end = turn * 32, min(k, turn * 32 + 32)
+        for r in range(source.shape[0]):
+            panel, place = (first + r) // n, order[(first + r) % n]
+            for c in range(begin, end):
+                panels[panel, c, place] = source[r, c]
