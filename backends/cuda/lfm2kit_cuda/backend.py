@@ -1,0 +1,73 @@
+"""Builds the CUDA blocks: one class per spec, found in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cupy
+
+from lfm2kit import specs
+from lfm2kit.backend import Array, Batch, Block, Context, Memory, Spec, Weights
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit_cuda import gemm
+from lfm2kit_cuda.blocks.attention import Attention
+from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
+from lfm2kit_cuda.blocks.router import Router
+from lfm2kit_cuda.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
+from lfm2kit_cuda.blocks.short_conv import ShortConv
+from lfm2kit_cuda.capture import Replay
+from lfm2kit_cuda.device import choose_device
+from lfm2kit_cuda.memory import CUDA
+
+BLOCKS = {
+    specs.Embedding: Embedding,
+    specs.RMSNorm: RMSNorm,
+    specs.ShortConv: ShortConv,
+    specs.Attention: Attention,
+    specs.MLP: MLP,
+    specs.Router: Router,
+    specs.Experts: Experts,
+    specs.SparseMoe: SparseMoe,
+    specs.LastRows: LastRows,
+    specs.LMHead: LMHead,
+}
+
+
+class CudaBackend:
+    def __init__(self, context: Context) -> None:
+        choose_device(context)
+        self._gemm = gemm.Gemm()
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if type(spec) in BLOCKS else "it builds blocks up to SparseMoe"
+
+    def memory(self, spec: Spec) -> Memory:
+        return CUDA
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        try:
+            block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
+        except cupy.cuda.memory.OutOfMemoryError:
+            raise Lfm2kitError(_out_of_memory(spec)) from None
+        return block
+
+    def workspace_bytes(self, spec: Spec, tokens: int) -> int:
+        """The packed copy of every matrix; activations are a few arrays as large as x."""
+        return sum(
+            gemm.packed_bytes(shape)
+            for leaf in specs.leaves(spec)
+            for shape in leaf.parameters().values()
+            if len(shape) == 2 and not isinstance(leaf, specs.Embedding)
+        )
+
+    def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Callable[[Batch], Array]:
+        return Replay(forward, batch)
+
+
+def _out_of_memory(spec: Spec) -> str:
+    free, total = (size / 1e9 for size in cupy.cuda.runtime.memGetInfo())
+    return (
+        f"the GPU's memory does not hold the model: {free:.1f} of {total:.1f} GB are left, and a "
+        f"block of kind '{spec.kind}' needs {4e-9 * spec.weight_elements():.1f} GB; "
+        "try --n-cpu-moe N, which keeps the experts of N layers on the CPU"
+    )

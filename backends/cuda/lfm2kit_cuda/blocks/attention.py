@@ -1,0 +1,69 @@
+"""Causal grouped-query attention with normed, rotated queries and keys."""
+
+from __future__ import annotations
+
+import cupy
+import numpy as np
+
+from lfm2kit import specs
+from lfm2kit.backend import Batch, Tensor, Weights
+from lfm2kit_cuda.gemm import Gemm
+from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.upload import upload
+
+SOURCE = "blocks/attention"
+ROTATE_THREADS, ATTEND_THREADS = 256, 128
+MOST_ROWS = 16  # query rows of a block; kRows in attention.cu
+
+State = tuple[cupy.ndarray, cupy.ndarray]  # keys, values: [slots, max_tokens, kv_heads, head_dim]
+
+
+class Attention:
+    def __init__(self, spec: specs.Attention, weights: Weights, gemm: Gemm) -> None:
+        self.spec = spec
+        self.gemm = gemm
+        self.qkv_proj = gemm.pack([_stacked([weights[f"{n}_proj.weight"] for n in "qkv"])])
+        self.out_proj = gemm.pack([weights["out_proj.weight"]])
+        self.q_layernorm = upload(weights.float32("q_layernorm.weight"))
+        self.k_layernorm = upload(weights.float32("k_layernorm.weight"))
+        # As transformers computes them: at position 1000 the rounding of the angles shows.
+        exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
+        self.inverse = upload((1 / np.float32(spec.rope_theta) ** exponents).astype(np.float32))
+        heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+        self.rows = max(1, MOST_ROWS * kv_heads // heads)
+        self.norm_and_rotate, self.attend = (
+            load_kernel(SOURCE, name, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=spec.head_dim)
+            for name in ("norm_and_rotate", "attend")
+        )
+
+    def __call__(self, x: cupy.ndarray, batch: Batch, state: State | None) -> cupy.ndarray:
+        s, of_sequences = self.spec, (batch.cu_seqlens, batch.state_slots)
+        keys, values = state or (None, None)
+        max_tokens = 0 if keys is None else keys.shape[1]
+        qkv = self.gemm.linear(self.gemm.rounded(x), self.qkv_proj)
+        self.norm_and_rotate(
+            (len(x),), ROTATE_THREADS, qkv, self.q_layernorm, self.k_layernorm, self.inverse,
+            batch.positions, *of_sequences, keys, values, batch.sequences, max_tokens, s.norm_eps,
+        )  # fmt: skip
+        heads = cupy.empty((len(x), s.num_attention_heads * s.head_dim), cupy.float32)
+        grid = (-(-batch.max_seqlen // self.rows), batch.sequences, s.num_key_value_heads)
+        self.attend(
+            grid, ATTEND_THREADS, qkv, keys, values, batch.positions, *of_sequences, heads,
+            max_tokens, s.head_dim**-0.5,
+        )  # fmt: skip
+        return self.gemm.linear(self.gemm.rounded(heads), self.out_proj)
+
+    def new_state(self, slots: int, max_tokens: int) -> State:
+        shape = (slots, max_tokens, self.spec.num_key_value_heads, self.spec.head_dim)
+        return cupy.empty(shape, cupy.float32), cupy.empty(shape, cupy.float32)
+
+    def state_bytes(self, slots: int, max_tokens: int) -> int:
+        return 8 * slots * max_tokens * self.spec.num_key_value_heads * self.spec.head_dim
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """One matrix of all their rows, in the type that they are stored as, if it is one."""
+    dtypes = {matrix.dtype for matrix in matrices}
+    if len(dtypes) == 1:
+        return Tensor("qkv", matrices[0].dtype, np.concatenate([m.data for m in matrices]))
+    return Tensor("qkv", "F32", np.concatenate([m.float32() for m in matrices]))

@@ -1,0 +1,76 @@
+// Around the grouped products of the experts: grouping (token, k) pairs by expert, and the
+// weighted sum over k.  t tokens, h hidden_size, p pairs = tokens * taken.
+#include "types.cuh"
+
+constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;
+
+// Sorts the pairs by expert, in order within each, and lists the tiles of rows: a block per local
+// expert, which counts all pairs before it.  A tile has at most kTileRows rows; an expert's rows
+// are shared out evenly over as few tiles as will do.
+//   source_p[slot]  the token whose row a slot holds
+//   place_p[pair]   the slot of a pair
+//   tiles           (expert, first slot, slots, 0) each; *tile_count of them
+extern "C" __global__ void __launch_bounds__(kThreads)
+    group_by_expert(const int* expert_ids_p, int pairs, int taken, int first_expert,
+                    int* source_p, int* place_p, int4* tiles, int* tile_count, int tile_rows) {
+  extern __shared__ int counts_e[];
+  __shared__ int before_w[kWarps];
+  __shared__ int slot0, tile0;
+  int expert = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int e = threadIdx.x; e < gridDim.x; e += kThreads) counts_e[e] = 0;
+  if (threadIdx.x == 0) slot0 = tile0 = 0;
+  __syncthreads();
+
+  // Each warp looks through a range of the pairs: how many are of which expert?
+  int range = (pairs + kWarps - 1) / kWarps, begin = min(warp * range, pairs);
+  int end = min(begin + range, pairs), mine = 0;
+  for (int p0 = begin; p0 < end; p0 += kWarp) {
+    int id = p0 + lane < end ? expert_ids_p[p0 + lane] - first_expert : -1;
+    if (id >= 0) atomicAdd(&counts_e[id], 1);
+    mine += __popc(__ballot_sync(~0u, id == expert));
+  }
+  if (lane == 0) before_w[warp] = mine;
+  __syncthreads();
+  for (int e = threadIdx.x; e < expert; e += kThreads) {
+    atomicAdd(&slot0, counts_e[e]);
+    atomicAdd(&tile0, (counts_e[e] + tile_rows - 1) / tile_rows);
+  }
+  __syncthreads();
+
+  int slot = slot0;
+  for (int w = 0; w < warp; ++w) slot += before_w[w];
+  for (int p0 = begin; p0 < end; p0 += kWarp) {
+    int pair = p0 + lane;
+    bool is_mine = pair < end && expert_ids_p[pair] - first_expert == expert;
+    u32 matches = __ballot_sync(~0u, is_mine);
+    if (is_mine) {
+      int at = slot + __popc(matches & ((1u << lane) - 1));
+      source_p[at] = pair / taken;
+      place_p[pair] = at;
+    }
+    slot += __popc(matches);
+  }
+
+  int rows = counts_e[expert], count = (rows + tile_rows - 1) / tile_rows;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    int from = int(u64(rows) * i / count), to = int(u64(rows) * (i + 1) / count);
+    tiles[tile0 + i] = make_int4(expert, slot0 + from, to - from, 0);
+  }
+  if (expert == gridDim.x - 1 && threadIdx.x == 0) *tile_count = tile0 + count;
+}
+
+// delta_th[t] = sum_k weights_p[t, k] * outputs_ph[place_p[t, k]]: each product rounded, added in
+// the order of k from the first, so that expert parallelism, which adds elsewhere, has these bits.
+extern "C" __global__ void combine(const float* outputs_ph, const int* place_p,
+                                   const float* weights_p, float* delta_th, int taken, int h) {
+  int token = blockIdx.x;
+  for (int i = threadIdx.x; i < h; i += blockDim.x) {
+    float sum = 0;
+    for (int k = 0; k < taken; ++k) {
+      int pair = token * taken + k;
+      float product = __fmul_rn(weights_p[pair], outputs_ph[size_t(place_p[pair]) * h + i]);
+      sum = k == 0 ? product : __fadd_rn(sum, product);
+    }
+    delta_th[size_t(token) * h + i] = sum;
+  }
+}

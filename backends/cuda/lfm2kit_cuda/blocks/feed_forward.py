@@ -1,0 +1,71 @@
+"""MLP, experts and the sparse MoE: grouped products over rows sorted by expert on the device."""
+
+from __future__ import annotations
+
+import cupy
+
+from lfm2kit import specs
+from lfm2kit.backend import Weights
+from lfm2kit_cuda.blocks.router import Router
+from lfm2kit_cuda.gemm import TILE_ROWS, Gemm, RowTiles
+from lfm2kit_cuda.kernels import load_kernel
+
+SOURCE = "blocks/experts"
+GROUP_THREADS, COMBINE_THREADS = 512, 256
+
+
+class MLP:
+    def __init__(self, spec: specs.MLP, weights: Weights, gemm: Gemm) -> None:
+        self.gemm = gemm
+        self.w13 = gemm.pack_gated([weights["w1.weight"]], [weights["w3.weight"]])
+        self.w2 = gemm.pack([weights["w2.weight"]])
+
+    def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
+        inner = self.gemm.gated(self.gemm.rounded(x), self.w13)
+        return self.gemm.linear(inner, self.w2)
+
+
+class Experts:
+    def __init__(self, spec: specs.Experts, weights: Weights, gemm: Gemm) -> None:
+        self.spec = spec
+        self.gemm = gemm
+        w1, w3, w2 = (
+            [weights[f"experts.{e}.{name}.weight"] for e in spec.local_experts]
+            for name in ("w1", "w3", "w2")
+        )
+        self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack(w2)
+        self.combine = load_kernel(SOURCE, "combine")
+
+    def __call__(
+        self, x: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
+    ) -> cupy.ndarray:
+        tiles, place = grouped_by_expert(expert_ids, self.spec.local_experts)
+        inner = self.gemm.gated(self.gemm.rounded(x), self.w13, tiles)
+        outputs = self.gemm.linear(inner, self.w2, tiles=tiles.in_place())
+        delta, (tokens, taken) = cupy.empty_like(x), expert_ids.shape
+        h = self.spec.hidden_size
+        self.combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, taken, h)
+        return delta
+
+
+class SparseMoe:
+    def __init__(self, spec: specs.SparseMoe, weights: Weights, gemm: Gemm) -> None:
+        self.router = Router(spec.router, weights, gemm)
+        self.experts = Experts(spec.experts, weights, gemm)
+
+    def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
+        return self.experts(x, *self.router(x))
+
+
+def grouped_by_expert(expert_ids: cupy.ndarray, local: range) -> tuple[RowTiles, cupy.ndarray]:
+    """The (token, k) pairs sorted by expert; and where each pair went, int32 [pairs]."""
+    pairs, taken = expert_ids.size, expert_ids.shape[1]
+    source, place = cupy.empty(pairs, cupy.int32), cupy.empty(pairs, cupy.int32)
+    tiles = cupy.empty((min(pairs, pairs // TILE_ROWS + len(local)), 4), cupy.int32)
+    count = cupy.empty(1, cupy.int32)
+    group = load_kernel(SOURCE, "group_by_expert", shared_bytes=4 * len(local))
+    group(
+        (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, taken, local.start,
+        source, place, tiles, count, TILE_ROWS,
+    )  # fmt: skip
+    return RowTiles(pairs, tiles, count, source), place

@@ -1,0 +1,49 @@
+// The blocks that look at each row alone: embedding, norm, last rows.  t tokens, h hidden_size.
+#include "reduce.cuh"
+#include "types.cuh"
+
+// out_th[t] = table_vh[token_ids_t[t]], widened; a block per token.
+template <class Stored>
+__device__ void embed(const Stored* table_vh, const int* token_ids_t, float* out_th, int h) {
+  const Stored* row = table_vh + size_t(token_ids_t[blockIdx.x]) * h;
+  float* out = out_th + size_t(blockIdx.x) * h;
+  for (int i = threadIdx.x; i < h; i += blockDim.x) out[i] = Stored::to_float(row[i]);
+}
+
+#define EMBED(Stored)                                                                             \
+  extern "C" __global__ void embed_##Stored(const Stored* table_vh, const int* token_ids_t,       \
+                                            float* out_th, int h) {                               \
+    embed(table_vh, token_ids_t, out_th, h);                                                      \
+  }
+EMBED(F32)
+EMBED(BF16)
+EMBED(F16)
+
+// hidden_th += delta_th (unless delta_th is null); x_th = hidden / rms(hidden) * weight_h.
+// A block per row; the sum of squares is added in an order that depends on h alone.
+constexpr int kThreads = 256;
+extern "C" __global__ void __launch_bounds__(kThreads)
+    add_norm(float* hidden_th, const float* delta_th, const float* weight_h, float* x_th, int h,
+             float eps) {
+  __shared__ float sums[kThreads / kWarp];
+  size_t row = size_t(blockIdx.x) * h;
+  float squares = 0;
+  for (int i = threadIdx.x; i < h; i += kThreads) {
+    float value = hidden_th[row + i];
+    if (delta_th) hidden_th[row + i] = value = value + delta_th[row + i];
+    squares = fmaf(value, value, squares);
+  }
+  float scale = 1 / sqrtf(block_sum<kThreads>(squares, sums) / h + eps);
+  for (int i = threadIdx.x; i < h; i += kThreads)
+    x_th[row + i] = hidden_th[row + i] * scale * weight_h[i];
+}
+
+// The rows `rows_l` of two arrays; a block per row.
+extern "C" __global__ void last_rows(const float* hidden_th, const float* delta_th,
+                                     const int* rows_l, float* hidden_lh, float* delta_lh, int h) {
+  size_t from = size_t(rows_l[blockIdx.x]) * h, to = size_t(blockIdx.x) * h;
+  for (int i = threadIdx.x; i < h; i += blockDim.x) {
+    hidden_lh[to + i] = hidden_th[from + i];
+    delta_lh[to + i] = delta_th[from + i];
+  }
+}

@@ -1,0 +1,68 @@
+"""The blocks that look at each row alone: embedding, norm, last rows, head."""
+
+from __future__ import annotations
+
+import cupy
+
+from lfm2kit import specs
+from lfm2kit.backend import Batch, Weights
+from lfm2kit_cuda.gemm import Gemm
+from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.upload import upload
+
+SOURCE, THREADS = "blocks/rows", 256
+
+
+class Embedding:
+    """The table stays as the checkpoint stores it; rows are widened as they are looked up."""
+
+    def __init__(self, spec: specs.Embedding, weights: Weights, gemm: Gemm) -> None:
+        table = weights["weight"]
+        self.table = upload(table.data)
+        self.kernel = load_kernel(SOURCE, f"embed_{table.dtype}")
+
+    def __call__(self, batch: Batch) -> cupy.ndarray:
+        hidden = cupy.empty((batch.tokens, self.table.shape[1]), cupy.float32)
+        arguments = self.table, batch.token_ids, hidden, self.table.shape[1]
+        self.kernel((batch.tokens,), THREADS, *arguments)
+        return hidden
+
+
+class RMSNorm:
+    """Adds `delta` into `hidden` in place."""
+
+    def __init__(self, spec: specs.RMSNorm, weights: Weights, gemm: Gemm) -> None:
+        self.spec = spec
+        self.weight = upload(weights.float32("weight"))
+        self.kernel = load_kernel(SOURCE, "add_norm")
+
+    def __call__(
+        self, hidden: cupy.ndarray, delta: cupy.ndarray | None
+    ) -> tuple[cupy.ndarray, cupy.ndarray]:
+        x = cupy.empty_like(hidden)
+        h, eps = self.spec.hidden_size, self.spec.eps
+        self.kernel((len(hidden),), THREADS, hidden, delta, self.weight, x, h, eps)
+        return hidden, x
+
+
+class LastRows:
+    def __init__(self, spec: specs.LastRows, weights: Weights, gemm: Gemm) -> None:
+        self.hidden_size = spec.hidden_size
+        self.kernel = load_kernel(SOURCE, "last_rows")
+
+    def __call__(
+        self, hidden: cupy.ndarray, delta: cupy.ndarray, batch: Batch
+    ) -> tuple[cupy.ndarray, cupy.ndarray]:
+        rows = batch.logits_rows
+        last = [cupy.empty((len(rows), self.hidden_size), cupy.float32) for _ in range(2)]
+        self.kernel((len(rows),), THREADS, hidden, delta, rows, *last, self.hidden_size)
+        return last[0], last[1]
+
+
+class LMHead:
+    def __init__(self, spec: specs.LMHead, weights: Weights, gemm: Gemm) -> None:
+        self.gemm = gemm
+        self.weight = gemm.pack([weights["weight"]])
+
+    def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
+        return self.gemm.linear(self.gemm.rounded(x), self.weight)

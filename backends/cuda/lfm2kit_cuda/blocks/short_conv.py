@@ -1,0 +1,53 @@
+"""ShortConv: two matrix products around a gated convolution over a few tokens."""
+
+from __future__ import annotations
+
+import cupy
+import numpy as np
+
+from lfm2kit import specs
+from lfm2kit.backend import Batch, Weights
+from lfm2kit_cuda.gemm import Gemm
+from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.upload import upload
+
+SOURCE, THREADS = "blocks/short_conv", 256
+
+
+class ShortConv:
+    def __init__(self, spec: specs.ShortConv, weights: Weights, gemm: Gemm) -> None:
+        self.spec = spec
+        self.gemm = gemm
+        self.in_proj = gemm.pack([weights["in_proj.weight"]])
+        self.out_proj = gemm.pack([weights["out_proj.weight"]])
+        self.taps = upload(np.ascontiguousarray(weights.float32("conv.weight")[:, 0, :].T))
+        self.in_bias, self.conv_bias, self.out_bias = (
+            upload(weights.float32(f"{name}.bias")) if spec.bias else None
+            for name in ("in_proj", "conv", "out_proj")
+        )
+        self.convolve, self.remember = (
+            load_kernel(SOURCE, name, KERNEL_SIZE=spec.kernel_size)
+            for name in ("convolve", "remember")
+        )
+
+    def __call__(self, x: cupy.ndarray, batch: Batch, state: cupy.ndarray | None) -> cupy.ndarray:
+        h, rounded = self.spec.hidden_size, self.gemm.rounded
+        BCX = self.gemm.linear(rounded(x), self.in_proj, self.in_bias)
+        y = cupy.empty_like(x)
+        parts = -(-h // THREADS)
+        self.convolve(
+            (len(x), parts), THREADS, BCX, self.taps, self.conv_bias, batch.positions,
+            batch.cu_seqlens, batch.state_slots, state, y, batch.sequences, h,
+        )  # fmt: skip
+        if state is not None:
+            of_sequences = batch.cu_seqlens, batch.state_slots
+            self.remember((batch.sequences, parts), THREADS, BCX, *of_sequences, state, h)
+        return self.gemm.linear(rounded(y), self.out_proj, self.out_bias)
+
+    def new_state(self, slots: int, max_tokens: int) -> cupy.ndarray:
+        """The last kernel_size - 1 rows of u = B * X of each slot."""
+        shape = (slots, self.spec.kernel_size - 1, self.spec.hidden_size)
+        return cupy.empty(shape, cupy.float32)
+
+    def state_bytes(self, slots: int, max_tokens: int) -> int:
+        return 4 * slots * (self.spec.kernel_size - 1) * self.spec.hidden_size

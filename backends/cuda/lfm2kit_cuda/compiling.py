@@ -1,0 +1,69 @@
+"""CUDA sources to machine code: compiled once per chip, then kept in the user's cache folder.
+
+A kernel's sizes are constants of its compilation (`-DHEAD_DIM=64`).  The name of what is kept
+carries a hash of all that it depends on: source, headers, constants, options, NVRTC's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from lfm2kit_cuda import nvrtc
+
+SOURCES = Path(__file__).parent
+INCLUDE = SOURCES / "include"
+OPTIONS = ("-std=c++17", f"-I{INCLUDE}")
+
+
+def compile_source(stem: str, architecture: str, constants: dict[str, int | str]) -> bytes:
+    """Machine code of `{stem}.cu` for an architecture such as sm_90a, from the cache or new."""
+    kept = _cache_folder() / f"{Path(stem).name}-{_key(stem, architecture, constants)}.cubin"
+    if kept.exists():
+        return kept.read_bytes()
+    options = (f"--gpu-architecture={architecture}", *OPTIONS, *_definitions(constants))
+    cubin = nvrtc.compile_cubin(_source(stem), f"{stem}.cu", options)
+    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as partial:
+        partial.write(cubin)
+    os.replace(partial.name, kept)
+    return cubin
+
+
+def architecture_name(major: int, minor: int) -> str:
+    """The architecture to compile for; Hopper's own instructions need the `a`."""
+    return f"sm_{major}{minor}" + ("a" if major == 9 else "")
+
+
+@cache
+def _source(stem: str) -> str:
+    return (SOURCES / f"{stem}.cu").read_text(encoding="utf-8")
+
+
+@cache
+def _headers() -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(INCLUDE.glob("*.cuh")))
+
+
+def _definitions(constants: dict[str, int | str]) -> list[str]:
+    return [f"-D{name}={value}" for name, value in constants.items()]
+
+
+def _key(stem: str, architecture: str, constants: dict[str, int | str]) -> str:
+    parts = [architecture, *OPTIONS[:-1], *_definitions(constants), str(nvrtc.version())]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    digest.update(_source(stem).encode() + _headers())
+    return digest.hexdigest()[:24]
+
+
+@cache
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(home) / "lfm2kit" / "cuda"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written: compile again next time
+        return Path(tempfile.mkdtemp(prefix="lfm2kit-cuda-"))
+    return folder

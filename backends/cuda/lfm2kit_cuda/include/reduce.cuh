@@ -1,0 +1,28 @@
+// Reductions over a warp or a block, always in the same order: equal inputs give equal bits.
+#pragma once
+
+constexpr int kWarp = 32;
+
+__device__ inline float infinity() { return __int_as_float(0x7f800000); }
+
+__device__ inline float warp_sum(float x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+
+__device__ inline float warp_max(float x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+  return x;
+}
+
+// The sum over a block of kThreads, in every thread.  `shared` holds a float per warp.
+template <int kThreads>
+__device__ float block_sum(float x, float* shared) {
+  x = warp_sum(x);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  float total = 0;
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) total += shared[warp];
+  return total;
+}

@@ -1,0 +1,38 @@
+// The types that weights are stored as, and their exact values as float.  No CUDA header is
+// included anywhere: NVRTC then needs none to be installed.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct F32 {
+  float value;
+  __device__ static float to_float(F32 x) { return x.value; }
+  __device__ static F32 from_float(float x) { return F32{x}; }
+};
+
+struct BF16 {
+  u16 bits;
+  __device__ static float to_float(BF16 x) { return __uint_as_float(u32(x.bits) << 16); }
+  __device__ static BF16 from_float(float x) {  // to nearest even; a NaN stays one
+    u32 bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return BF16{u16(bits >> 16 | 0x40u)};
+    return BF16{u16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+  }
+};
+
+struct F16 {
+  u16 bits;
+  __device__ static float to_float(F16 x) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+    return value;
+  }
+  __device__ static F16 from_float(float x) {
+    F16 half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
+    return half;
+  }
+};

@@ -1,0 +1,67 @@
+// Weights as the kernels read them, from matrices as checkpoints store them: [out, in] of F32,
+// BF16 or F16.  Matrices may be interleaved: `run` rows of one, then `run` rows of the next, so
+// row i of a matrix becomes row (i / run) * stride + offset + i % run of the packed one.
+#include "types.cuh"
+
+__device__ inline int packed_row(int i, int run, int stride, int offset) {
+  return i / run * stride + offset + i % run;
+}
+
+// packed_in[k][row] = matrix_on[i][k]: transposed, `width` columns; 32 x 32 elements in a block.
+template <class Stored>
+__device__ void transpose(const Stored* matrix_oi, float* packed_iw, int out, int in, int width,
+                          int run, int stride, int offset) {
+  __shared__ float tile[32][33];
+  int i0 = blockIdx.x * 32, k0 = blockIdx.y * 32, x = threadIdx.x % 32;
+  for (int y = threadIdx.x / 32; y < 32; y += blockDim.x / 32)
+    if (i0 + y < out && k0 + x < in)
+      tile[y][x] = Stored::to_float(matrix_oi[size_t(i0 + y) * in + k0 + x]);
+  __syncthreads();
+  for (int y = threadIdx.x / 32; y < 32; y += blockDim.x / 32)
+    if (i0 + x < out && k0 + y < in)
+      packed_iw[size_t(k0 + y) * width + packed_row(i0 + x, run, stride, offset)] = tile[x][y];
+}
+
+// packed_ow[row][k] = matrix_oi[i][k], rows `width` apart; a block per row.
+template <class Stored, class Kept>
+__device__ void narrow(const Stored* matrix_oi, Kept* packed_ow, int in, int width, int run,
+                       int stride, int offset) {
+  const Stored* from = matrix_oi + size_t(blockIdx.x) * in;
+  Kept* to = packed_ow + size_t(packed_row(blockIdx.x, run, stride, offset)) * width;
+  for (int k = threadIdx.x; k < in; k += blockDim.x)
+    to[k] = Kept::from_float(Stored::to_float(from[k]));
+}
+
+#define PACK(Stored)                                                                              \
+  extern "C" __global__ void transpose_##Stored(const Stored* matrix, float* packed, int out,     \
+                                                int in, int width, int run, int stride,           \
+                                                int offset) {                                     \
+    transpose(matrix, packed, out, in, width, run, stride, offset);                               \
+  }                                                                                               \
+  extern "C" __global__ void narrow_##Stored##_BF16(const Stored* matrix, BF16* packed, int in,   \
+                                                    int width, int run, int stride,               \
+                                                    int offset) {                                 \
+    narrow(matrix, packed, in, width, run, stride, offset);                                       \
+  }                                                                                               \
+  extern "C" __global__ void narrow_##Stored##_F16(const Stored* matrix, F16* packed, int in,     \
+                                                   int width, int run, int stride, int offset) {  \
+    narrow(matrix, packed, in, width, run, stride, offset);                                       \
+  }
+PACK(F32)
+PACK(BF16)
+PACK(F16)
+
+// packed_mw[t][k] = x_mk[t][k] in 16 bits, rows `width` apart and padded with zeros.
+template <class Kept>
+__device__ void round_rows(const float* x_mk, Kept* packed_mw, int k, int width) {
+  for (int i = threadIdx.x; i < width; i += blockDim.x)
+    packed_mw[size_t(blockIdx.x) * width + i] =
+        Kept::from_float(i < k ? x_mk[size_t(blockIdx.x) * k + i] : 0);
+}
+
+extern "C" __global__ void round_BF16(const float* x_mk, BF16* packed_mw, int k, int width) {
+  round_rows(x_mk, packed_mw, k, width);
+}
+extern "C" __global__ void round_F16(const float* x_mk, F16* packed_mw, int k, int width) {
+  round_rows(x_mk, packed_mw, k, width);
+}
