@@ -12,6 +12,7 @@ from lfm2kit import specs
 from lfm2kit.errors import Lfm2kitError
 
 CONV, ATTENTION = "conv", "full_attention"
+MOST_LAYERS = MOST_EXPERTS = 1024  # what no such model comes near: larger numbers are not believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def read_config(path: Path) -> ModelConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Lfm2kitError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Lfm2kitError(f"{path}: not a readable JSON file: {error}") from None
     if not isinstance(fields, dict):
         raise Lfm2kitError(f"{path}: expected a JSON object, got {type(fields).__name__}")
@@ -106,7 +107,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         num_key_value_heads=_whole(fields, "num_key_value_heads"),
         head_dim=_head_dim(fields, hidden_size, heads),
         num_dense_layers=min(dense, len(layer_types)),
-        num_experts=_whole(fields, "num_experts") if sparse else 0,
+        num_experts=_whole(fields, "num_experts", most=MOST_EXPERTS) if sparse else 0,
         num_experts_per_tok=_whole(fields, "num_experts_per_tok") if sparse else 0,
         norm_topk_prob=_flag(fields, "norm_topk_prob"),
         use_expert_bias=_flag(fields, "use_expert_bias"),
@@ -174,10 +175,8 @@ def _moe(c: ModelConfig) -> specs.SparseMoe:
 def _layer_types(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """`layer_types`, or what the older `full_attn_idxs` says of `num_hidden_layers`."""
     kinds = fields.get("layer_types")
-    if kinds is None and isinstance(fields.get("full_attn_idxs"), list):
-        attention = set(fields["full_attn_idxs"])
-        count = _whole(fields, "num_hidden_layers")
-        kinds = [ATTENTION if i in attention else CONV for i in range(count)]
+    if kinds is None and fields.get("full_attn_idxs") is not None:
+        return _layers_by_index(fields)
     if not isinstance(kinds, list) or not kinds:
         raise Lfm2kitError(f"layer_types is {kinds!r}; expected a list of one name per layer")
     for i, kind in enumerate(kinds):
@@ -187,6 +186,14 @@ def _layer_types(fields: Mapping[str, Any]) -> tuple[str, ...]:
     if count != len(kinds):
         raise Lfm2kitError(f"num_hidden_layers is {count}, layer_types has {len(kinds)}")
     return tuple(kinds)
+
+
+def _layers_by_index(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    attention = fields["full_attn_idxs"]
+    layers = range(_whole(fields, "num_hidden_layers", most=MOST_LAYERS))
+    if not isinstance(attention, list) or not all(i in layers for i in attention):
+        raise Lfm2kitError(f"full_attn_idxs is {attention!r}; there are layers 0 to {layers[-1]}")
+    return tuple(ATTENTION if i in attention else CONV for i in layers)
 
 
 def _head_dim(fields: Mapping[str, Any], hidden_size: int, heads: int) -> int:
@@ -229,10 +236,10 @@ def _value(fields: Mapping[str, Any], key: str, within: str = "") -> Any:
     return fields[key]
 
 
-def _whole(fields: Mapping[str, Any], key: str, least: int = 1) -> int:
+def _whole(fields: Mapping[str, Any], key: str, least: int = 1, most: int = 2**31 - 1) -> int:
     value = _value(fields, key)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        raise Lfm2kitError(f"{key} is {value!r}; expected a whole number of {least} or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise Lfm2kitError(f"{key} is {value!r}; expected a whole number from {least} to {most}")
     return value
 
 
