@@ -56,9 +56,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     else:
         stated = config.tie_word_embeddings
         spec = model_spec(config, tied=HEAD not in tensors if stated is None else stated)
-    if spec.tie_word_embeddings:
-        _drop_tied_head(path, tensors)
+    twin = tensors.pop(HEAD, None) if spec.tie_word_embeddings else None
     _check_tensors(path, spec.parameters(), tensors)
+    if twin is not None and not _equal(twin, tensors[EMBEDDING]):
+        raise Lfm2kitError(f"{path}: word embeddings are tied, but '{HEAD}' differs from them")
     return Checkpoint(path, spec, Weights(tensors), config)
 
 
@@ -67,7 +68,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         is_bin = (path / MODEL_BIN).exists() and not list(path.glob("model.safetensors*"))
         return read_model_bin(path / MODEL_BIN) if is_bin else read_folder(path)
     if path.suffix == ".safetensors":
-        return canonical(read_safetensors(path))
+        return canonical(path, read_safetensors(path))
     return read_model_bin(path)
 
 
@@ -82,17 +83,9 @@ def _read_config(path: Path, folder: Path) -> ModelConfig | None:
     return LFM2_8B_A1B  # a model.bin alone: the assignment's model, or the shapes will tell
 
 
-def _drop_tied_head(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A tied model may store its head all the same, if it is the embedding's twin."""
-    if HEAD not in tensors or EMBEDDING not in tensors:
-        return
-    head, embedding = tensors.pop(HEAD), tensors[EMBEDDING]
-    if head.shape != embedding.shape or not _equal(head, embedding):
-        raise Lfm2kitError(f"{path}: word embeddings are tied, but '{HEAD}' differs from them")
-
-
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return all(
+    """The same values, whatever their types: a tied model may store its head all the same."""
+    return a.shape == b.shape and all(
         np.array_equal(
             Tensor("", a.dtype, a.data[i : i + ROWS_AT_ONCE]).float32(),
             Tensor("", b.dtype, b.data[i : i + ROWS_AT_ONCE]).float32(),

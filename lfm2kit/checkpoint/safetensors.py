@@ -35,7 +35,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             "(truncated, or no safetensors file?)"
         )
     start = LENGTH + length
-    header = _parse(path, data[LENGTH:start].tobytes())
+    header = json_object(path, data[LENGTH:start].tobytes())
     entries = {n: _entry(path, n, e, start) for n, e in header.items() if n != "__metadata__"}
     extents = [Extent(name, entry.begin, entry.end) for name, entry in entries.items()]
     check_extents(path, extents, start, len(data))
@@ -85,24 +85,24 @@ def write_safetensors(
         file.write(memoryview(data.reshape(-1)).cast("B"))
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    """The JSON header; a key that comes twice is refused, where `json` would take the last."""
+def json_object(path: Path, text: bytes) -> dict[str, Any]:
+    """The fields in `text`; a key that comes twice is refused, where `json` would take the last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
         for key, value in pairs:
             if key in fields:
-                raise Lfm2kitError(f"{path}: the header has '{key}' twice")
+                raise Lfm2kitError(f"{path}: the JSON has '{key}' twice")
             fields[key] = value
         return fields
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        fields = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise Lfm2kitError(f"{path}: the header is no JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise Lfm2kitError(f"{path}: the header is no JSON object")
-    return header
+        raise Lfm2kitError(f"{path}: no readable JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise Lfm2kitError(f"{path}: this is no JSON object")
+    return fields
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> Entry:
