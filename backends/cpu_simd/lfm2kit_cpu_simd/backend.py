@@ -44,7 +44,7 @@ class CpuSimdBackend:
         return block
 
     def workspace_bytes(self, spec: Spec, tokens: int) -> int:
-        """Activations between the kernels of a block; packed weights take the mapped ones' place."""
+        """Activations between a block's kernels; packed weights take the place of mapped ones."""
         return sum(4 * tokens * _floats_per_row(leaf) for leaf in specs.leaves(spec))
 
     def ceilings(self) -> Ceilings:

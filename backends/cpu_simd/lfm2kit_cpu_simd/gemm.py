@@ -17,15 +17,16 @@ from numba import types
 from lfm2kit_cpu_simd.elementwise import silu
 from lfm2kit_cpu_simd.packing import HALF, Panels
 from lfm2kit_cpu_simd.signatures import BOOL, INT, OFFSETS, ROWS, ROWS_OUT, TABLE, VECTOR
-from lfm2kit_cpu_simd.tile import CACHE_LINE, MR, NR, TABLES, call_tile, call_widener
+from lfm2kit_cpu_simd.tile import MR, NR, call_tile
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 NO_BIAS = np.empty(0, np.float32)
-# From so many rows on, 16-bit panels are widened once, into the second-level cache, and not in
-# registers by every tile.
-WIDEN_FROM = 4 * MR
+# With so few rows a tile is done before its memory arrives: it fetches just ahead of itself.
+# Taller ones fetch the panel that comes next.
+SKINNY = 4
+JUST_AHEAD = 1024  # bytes
 
 
 def linear(x: Float32, panels: Panels, columns: int, bias: Float32 = NO_BIAS) -> Float32:
@@ -43,8 +44,8 @@ def grouped(
     out = np.empty((len(x), columns), np.float32)
     data = panels.data
     _grouped(
-        x, offsets, data.ctypes.data, data.shape[1], panels.itemsize, panels.table,
-        TABLES["F32"], panels.is_gated, bias, out, numba.get_num_threads(),
+        x, offsets, data.ctypes.data, data.shape[1], data.itemsize, panels.table, panels.is_gated,
+        bias, out, numba.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -67,7 +68,7 @@ def _finish(scratch: Any, row: Any, m: Any, panel: Any, is_gated: Any, bias: Any
 
 
 @numba.njit(
-    types.void(ROWS, OFFSETS, INT, INT, INT, TABLE, TABLE, BOOL, VECTOR, ROWS_OUT, INT),
+    types.void(ROWS, OFFSETS, INT, INT, INT, TABLE, BOOL, VECTOR, ROWS_OUT, INT),
     parallel=True,
     cache=True,
     error_model="numpy",  # a check for division by zero would keep silu from being vectorised
@@ -78,8 +79,7 @@ def _grouped(
     panels_at: Any,
     count: Any,
     itemsize: Any,
-    stored_table: Any,
-    float_table: Any,
+    table: Any,
     is_gated: Any,
     bias: Any,
     out: Any,
@@ -90,22 +90,18 @@ def _grouped(
     tasks = (offsets.shape[0] - 1) * count
     for thread in numba.prange(threads):
         scratch = np.empty((MR, NR), np.float32)
-        wide = np.empty(0 if itemsize == 4 else k * NR + CACHE_LINE, np.float32)
-        wide_at = (wide.ctypes.data + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
         for task in range(thread, tasks, threads):
             first, last = offsets[task // count], offsets[task // count + 1]
             if first == last:
                 continue
-            panel, table = panels_at + task * size, stored_table
+            panel = panels_at + task * size
             following = panel + threads * size if task + threads < tasks else panel
-            if itemsize < 4 and last - first >= WIDEN_FROM:
-                call_widener(stored_table[0], panel, k, wide_at)
-                panel, table = wide_at, float_table
             tiles = -(-(last - first) // MR)
             row = first
             for tile in range(tiles):
                 m = (last - row) // (tiles - tile)  # of nearly the same height
-                ahead = following + (tile % 2) * (size // 2) if tile < 2 else panel
+                elsewhere = following if tile == 0 else panel
+                ahead = panel + JUST_AHEAD if m <= SKINNY else elsewhere
                 call_tile(
                     table[m], x.ctypes.data + 4 * row * k, k, panel, k, scratch.ctypes.data, ahead
                 )

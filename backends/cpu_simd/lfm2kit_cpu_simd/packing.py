@@ -30,10 +30,6 @@ class Panels:
     table: npt.NDArray[np.int64]  # the tiles for this storage
     is_gated: bool
 
-    @property
-    def itemsize(self) -> int:
-        return int(self.data.itemsize)
-
 
 def pack(groups: Sequence[Sequence[Tensor]]) -> Panels:
     """Each group's matrices [out_i, in] below each other."""

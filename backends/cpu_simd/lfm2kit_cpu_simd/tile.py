@@ -60,27 +60,14 @@ def _multiply(
 ) -> Any:
     """Addresses x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR].
 
-    `storage` (an index of STORAGES) and m are literals.  While it computes, the tile asks for
-    the memory at `ahead`, half as much as it reads itself: two tiles fetch the next panel.
+    `storage` (an index of STORAGES) and m are literals.  While it computes, the tile fetches as
+    much memory from `ahead` on as it reads of the panel.
     """
     signature = types.void(storage, m, *[types.intp] * 6)
     emitter = _Emitter(STORAGES[storage.literal_value], m.literal_value)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        emitter.emit_tile(builder, *args[2:])
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@intrinsic(prefer_literal=True)
-def _widen(typingctx: Any, storage: Any, panel: Any, k: Any, out: Any) -> Any:
-    """Addresses panel [k, NR] as stored and out [k, NR] in float32; `storage` is a literal."""
-    signature = types.void(storage, types.intp, types.intp, types.intp)
-    emitter = _Emitter(STORAGES[storage.literal_value], 0)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        emitter.emit_widen(builder, *args[1:])
+        emitter.emit(builder, *args[2:])
         return context.get_dummy_value()
 
     return signature, codegen
@@ -99,7 +86,7 @@ class _Emitter:
         self.halves = ir.VectorType(ir.HalfType(), VL)
         self.index = ir.IntType(64)
 
-    def emit_tile(
+    def emit(
         self, b: Any, x_at: Any, stride: Any, panel_at: Any, k: Any, out_at: Any, ahead: Any
     ) -> None:
         self.builder = b
@@ -108,7 +95,7 @@ class _Emitter:
         x = [b.add(x_at, b.mul(stride, self._constant(4 * i))) for i in range(self.rows)]
 
         def step(k: Any, sums: Sequence[Any]) -> list[Any]:
-            self._prefetch(b.add(ahead, b.mul(k, self._constant(self.row_bytes // 2))))
+            self._prefetch(b.add(ahead, b.mul(k, self._constant(self.row_bytes))))
             return self._multiply_add(k, x, self._row(panel_at, k), sums)
 
         unrolled = b.and_(k, self._constant(-UNROLL))
@@ -116,16 +103,6 @@ class _Emitter:
         sums = self._loop(self._constant(0), unrolled, UNROLL, step, zero)
         sums = self._loop(unrolled, k, 1, step, sums)
         self._store(sums, out_at)
-
-    def emit_widen(self, b: Any, panel_at: Any, k: Any, out_at: Any) -> None:
-        self.builder = b
-
-        def step(k: Any, nothing: Sequence[Any]) -> list[Any]:
-            row = self._row(panel_at, k)
-            self._store(row, b.add(out_at, b.mul(k, self._constant(4 * NR))))
-            return []
-
-        self._loop(self._constant(0), k, 1, step, [])
 
     def _loop(self, first: Any, last: Any, stride: int, step: Any, sums: Sequence[Any]) -> Any:
         """for k in range(first, last, stride), the sums in registers all the way."""
@@ -185,7 +162,7 @@ class _Emitter:
         return [b.bitcast(low, self.vector), b.bitcast(high, self.vector)]
 
     def _prefetch(self, at: Any) -> None:
-        """Half of what a row of the panel takes, into the second-level cache, to be read once."""
+        """What a row of the panel takes, into the second-level cache."""
         b = self.builder
         pointer = ir.IntType(8).as_pointer()
         word = ir.IntType(32)
@@ -193,7 +170,7 @@ class _Emitter:
             b.module, ir.FunctionType(ir.VoidType(), [pointer, word, word, word]), "llvm.prefetch"
         )
         read, into_second_level, data = word(0), word(2), word(1)
-        for line in range(0, max(self.row_bytes // 2, 1), CACHE_LINE):
+        for line in range(0, self.row_bytes, CACHE_LINE):
             target = b.inttoptr(b.add(at, self._constant(line)), pointer)
             b.call(prefetch, [target, read, into_second_level, data])
 
@@ -233,18 +210,10 @@ def _tile(storage: int, m: int) -> Any:
     return tile
 
 
-def _widener(storage: int) -> Any:
-    @numba.cfunc(types.void(*[types.intp] * 3), cache=True)
-    def widen(panel: int, k: int, out: int) -> None:
-        _widen(storage, panel, k, out)
-
-    return widen
-
-
-# By storage: the widener, then the tiles by number of rows.  Kept: their addresses are in TABLES.
-_FUNCTIONS = [[_widener(s), *(_tile(s, m) for m in range(1, MR + 1))] for s in range(len(STORAGES))]
+# By storage and number of rows.  Kept: their addresses are in TABLES.
+_FUNCTIONS = [[_tile(s, m) for m in range(1, MR + 1)] for s in range(len(STORAGES))]
 TABLES = {
-    storage: np.array([function.address for function in functions], dtype=np.int64)
+    storage: np.array([0, *(function.address for function in functions)], dtype=np.int64)
     for storage, functions in zip(STORAGES, _FUNCTIONS, strict=True)
 }
 
@@ -254,21 +223,11 @@ def call_tile(
     typingctx: Any, address: Any, x: Any, stride: Any, panel: Any, k: Any, out: Any, ahead: Any
 ) -> Any:
     """Calls an entry of a table with the tile's six arguments."""
-    return _call_by_address(6)
-
-
-@intrinsic
-def call_widener(typingctx: Any, address: Any, panel: Any, k: Any, out: Any) -> Any:
-    """Calls the first entry of a table with the widener's three arguments."""
-    return _call_by_address(3)
-
-
-def _call_by_address(count: int) -> Any:
-    signature = types.void(*[types.intp] * (1 + count))
+    signature = types.void(*[types.intp] * 7)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         integer = ir.IntType(64)
-        function = ir.FunctionType(ir.VoidType(), [integer] * count)
+        function = ir.FunctionType(ir.VoidType(), [integer] * 6)
         builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
         return context.get_dummy_value()
 

@@ -6,15 +6,23 @@ from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 from numba import types
 
 from lfm2kit import specs
 from lfm2kit.backend import Weights
 from lfm2kit_cpu_simd.blocks.router import Int32, Router
-from lfm2kit_cpu_simd.gemm import Float32, grouped, linear
+from lfm2kit_cpu_simd.gemm import Float32, Int64, grouped, linear
 from lfm2kit_cpu_simd.packing import pack, pack_gated
-from lfm2kit_cpu_simd.signatures import PLACES, ROWS, ROWS_OUT
+from lfm2kit_cpu_simd.signatures import (
+    IDS_2D,
+    INDICES_OUT,
+    INT,
+    OFFSETS,
+    PLACES,
+    PLACES_OUT,
+    ROWS,
+    ROWS_OUT,
+)
 
 
 class MLP:
@@ -42,16 +50,11 @@ class Experts:
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
         if not self.spec.local_experts:
             return np.zeros_like(x)  # no id can be local: there are no rows
-        local = expert_ids.reshape(-1) - np.int32(self.spec.local_experts.start)
-        order = np.argsort(local, kind="stable")  # the (row, k) pairs by expert
-        counts = np.bincount(local, minlength=len(self.spec.local_experts))
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        inner = grouped(
-            x[order // expert_ids.shape[1]], offsets, self.w13, self.spec.intermediate_size
-        )
+        offsets, rows, places = sort_by_expert(expert_ids, self.spec.local_experts)
+        inner = grouped(_gather(x, rows), offsets, self.w13, self.spec.intermediate_size)
         outputs = grouped(inner, offsets, self.w2, self.spec.hidden_size)
         delta = np.empty_like(x)
-        _combine(outputs, _inverse(order).reshape(expert_ids.shape), expert_weights, delta)
+        _combine(outputs, places, expert_weights, delta)
         return delta
 
 
@@ -64,24 +67,54 @@ class SparseMoe:
         return self.experts(x, *self.router(x))
 
 
-def _inverse(order: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-    """Where each (row, k) pair went."""
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
-    return places
+def sort_by_expert(expert_ids: Int32, local_experts: range) -> tuple[Int64, Int64, Int64]:
+    """The (row, k) pairs by expert, and within an expert in their order.
+
+    Returns where each expert's pairs begin [local experts + 1], each pair's row [pairs], and the
+    place of each pair [rows, k].
+    """
+    offsets = np.zeros(len(local_experts) + 1, np.int64)
+    rows = np.empty(expert_ids.size, np.int64)
+    places = np.empty(expert_ids.shape, np.int64)
+    _sort(expert_ids, local_experts.start, offsets, rows, places)
+    return offsets, rows, places
 
 
-@numba.njit(
-    types.void(ROWS, PLACES, ROWS, ROWS_OUT),
-    parallel=True,
-    cache=True,
-)
+@numba.njit(types.void(IDS_2D, INT, INDICES_OUT, INDICES_OUT, PLACES_OUT), cache=True)
+def _sort(expert_ids: Any, first: Any, offsets: Any, rows: Any, places: Any) -> None:
+    """A counting sort."""
+    for expert in expert_ids.flat:
+        offsets[expert - first + 1] += 1
+    for e in range(1, offsets.shape[0]):
+        offsets[e] += offsets[e - 1]
+    following = offsets.copy()
+    for row in range(expert_ids.shape[0]):
+        for k in range(expert_ids.shape[1]):
+            expert = expert_ids[row, k] - first
+            places[row, k] = following[expert]
+            rows[following[expert]] = row
+            following[expert] += 1
+
+
+def _gather(x: Float32, rows: Int64) -> Float32:
+    out = np.empty((len(rows), x.shape[1]), np.float32)
+    _copy_rows(x, rows, out)
+    return out
+
+
+@numba.njit(types.void(ROWS, OFFSETS, ROWS_OUT), parallel=True, cache=True)
+def _copy_rows(x: Any, rows: Any, out: Any) -> None:
+    for i in numba.prange(rows.shape[0]):
+        out[i] = x[rows[i]]
+
+
+@numba.njit(types.void(ROWS, PLACES, ROWS, ROWS_OUT), parallel=True, cache=True)
 def _combine(outputs: Any, places: Any, weights: Any, delta: Any) -> None:
     """delta[row] = the sum over k, in order, of the *rounded* products: no fused multiply-add,
     so that expert parallelism, which adds elsewhere, gets the same bits."""
     for row in numba.prange(delta.shape[0]):
         for c in range(delta.shape[1]):
-            total = weights[row, 0] * outputs[places[row, 0], c]
-            for k in range(1, places.shape[1]):
-                total = total + weights[row, k] * outputs[places[row, k], c]
-            delta[row, c] = total
+            delta[row, c] = weights[row, 0] * outputs[places[row, 0], c]
+        for k in range(1, places.shape[1]):
+            for c in range(delta.shape[1]):
+                delta[row, c] += weights[row, k] * outputs[places[row, k], c]
