@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import replaced
@@ -21,15 +22,16 @@ STDOUT = "-"
 
 
 def complain(sentence: str) -> None:
-    err.print(f"[bold red]lfm2kit:[/] error: {_plain(sentence)}")
+    err.print(Text.assemble(("lfm2kit:", "bold red"), " error: ", _in_one_line(sentence)))
 
 
 def remark(sentence: str) -> None:
-    err.print(f"[dim]lfm2kit:[/] {_plain(sentence)}")
+    err.print(Text.assemble(("lfm2kit:", "dim"), " ", _in_one_line(sentence)))
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")  # rich would take it for markup
+def _in_one_line(text: str) -> str:
+    """What a file's names bring along, line ends or a terminal's commands, comes escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Report:
