@@ -6,6 +6,7 @@ reads, packs and compiles.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ AUTO = "auto"
 
 def find_model(name: str) -> Path:
     """The path that `--model` means: a path, or the name of a model that comes with lfm2kit."""
-    if Path(name).exists():
+    if os.path.exists(name):  # not Path's: that raises where a name is too long
         return Path(name)
     embedded = sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())
     if name in embedded:
