@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from lfm2kit.errors import Lfm2kitError
+
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the block ends well, and vanishes if not."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _beside(path, "partial")
     try:
         with partial.open("wb") as file:
             yield file
         partial.replace(path)
-    except BaseException:  # Ctrl-C as well
-        with suppress(FileNotFoundError):
+    except OSError as error:
+        raise Lfm2kitError(f"{path}: {error.strerror}") from error
+    finally:  # Ctrl-C as well
+        with suppress(OSError):
             partial.unlink()
-        raise
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder: the old one stays until the new one is complete."""
+    partial, old = _beside(path, "partial"), _beside(path, "old")
+    try:
+        partial.mkdir()
+        yield partial
+        if os.path.exists(path):
+            path.rename(old)
+        partial.rename(path)
+    except OSError as error:
+        raise Lfm2kitError(f"{path}: {error.strerror}") from error
+    finally:
+        if os.path.isdir(old) and not os.path.exists(path):  # interrupted between the two
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")

@@ -34,10 +34,14 @@ class Checkpoint:
     weights: Weights  # by canonical name: Hugging Face's without `model.`
     config: ModelConfig | None  # None where specs describe the model
 
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
     def beside(self, name: str) -> Path:
         """The file `name` beside the model, or in `data/` there, as the assignment has it."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        return folder / "data" / name if (folder / "data" / name).exists() else folder / name
+        in_data = self.folder / "data" / name
+        return in_data if in_data.exists() else self.folder / name
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -10,9 +10,7 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,9 +22,9 @@ from lfm2kit.checkpoint import CONFIG, Checkpoint
 from lfm2kit.checkpoint.huggingface import INDEX, SINGLE
 from lfm2kit.checkpoint.model_bin import write_model_bin
 from lfm2kit.checkpoint.safetensors import write_safetensors
-from lfm2kit.config import ModelConfig
+from lfm2kit.config import ModelConfig, parse_config, read_config
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.files import replaced
+from lfm2kit.files import replaced, replaced_folder
 from lfm2kit.weights import STORED_AS, DType, Tensor
 
 MAX_SHARD = 5_000_000_000  # bytes: Hugging Face's own default
@@ -68,18 +66,17 @@ def write_checkpoint(
     narrowed.  `done` is told the bytes of each tensor written.  Raises `Lfm2kitError` where the
     target exists already, or a value does not fit into F16.
     """
-    if target.exists() and not overwrite:
-        raise Lfm2kitError(f"{target} exists already; give --overwrite to replace it")
-    if not target.absolute().parent.is_dir():
-        raise Lfm2kitError(f"{target}: there is no folder {target.absolute().parent}")
+    target = Path(os.path.realpath(target))  # "." gets its name, a link stays one
+    is_bin = target.suffix == ".bin"
+    _check_target(target, is_bin, overwrite)
 
     def data_of(name: str, stored: DType) -> npt.NDArray[Any]:
         data = narrowed(source.tensor(name), stored)
         done(data.nbytes)
         return data
 
-    if target.suffix == ".bin":
-        _write_bin(source, target, dtype, data_of)
+    if is_bin:
+        _write_bin(source, target, dtype, overwrite, data_of)
     else:
         _write_folder(source, target, dtype, max_shard, data_of)
 
@@ -106,12 +103,36 @@ def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
 
 
-def _write_bin(source: Source, target: Path, dtype: DType | None, data_of: Any) -> None:
+def _check_target(target: Path, is_bin: bool, overwrite: bool) -> None:
+    """Nothing is replaced unasked, and nothing but a checkpoint even then."""
+    if not target.parent.is_dir():
+        raise Lfm2kitError(f"{target}: there is no folder {target.parent}")
+    if not os.path.exists(target):
+        return
+    if not overwrite:
+        raise Lfm2kitError(f"{target} exists already; give --overwrite to replace it")
+    if is_bin == target.is_dir():
+        raise Lfm2kitError(f"{target} is a {'folder' if is_bin else 'file'}; remove it yourself")
+    for path in () if is_bin else target.iterdir():
+        if path.is_dir() or not (path.suffix == ".safetensors" or path.name in (CONFIG, INDEX)):
+            raise Lfm2kitError(
+                f"{target} holds '{path.name}' besides a checkpoint; remove it yourself"
+            )
+
+
+def _write_bin(
+    source: Source, target: Path, dtype: DType | None, overwrite: bool, data_of: Any
+) -> None:
     if dtype not in (None, "F32"):
         raise Lfm2kitError(f"a model.bin holds F32; for {dtype} give a folder as the target")
+    config = target.with_name(CONFIG)
+    has_config = config.exists() and not overwrite
+    if has_config and read_config(config) != parse_config(source.config):
+        raise Lfm2kitError(f"{config} is another model's; give --overwrite or another folder")
     with replaced(target) as file:
         write_model_bin(file, list(source.shapes.items()), lambda name: data_of(name, "F32"))
-    _write_json(target.with_name(CONFIG), source.config)
+        if not has_config:
+            _write_json(config, source.config)
 
 
 def _write_folder(
@@ -120,7 +141,7 @@ def _write_folder(
     stored = {n: _stored_type(n, dtype or source.dtypes[n]) for n in source.shapes}
     sizes = {n: math.prod(s) * STORED_AS[stored[n]].itemsize for n, s in source.shapes.items()}
     shards = list(_shards(sizes, max_shard))
-    with _replaced_folder(target) as folder:
+    with replaced_folder(target) as folder:
         weight_map: dict[str, str] = {}
         for i, names in enumerate(shards):
             file_name = SINGLE if len(shards) == 1 else _shard_name(i, len(shards))
@@ -171,31 +192,6 @@ def _shards(sizes: Mapping[str, int], max_shard: int) -> Iterator[list[str]]:
     yield shard
 
 
-@contextmanager
-def _replaced_folder(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target` if the block ends well, else vanishes."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            _remove(target)
-        partial.rename(target)
-    except BaseException:  # Ctrl-C as well
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _remove(target: Path) -> None:
-    """Removes a checkpoint's folder, and refuses one that holds anything else."""
-    known = {CONFIG, INDEX}
-    files = [p for p in target.iterdir() if p.suffix != ".safetensors"]
-    others = [p.name for p in files if p.name not in known]
-    if others:
-        raise Lfm2kitError(f"{target} holds '{others[0]}' besides a checkpoint; remove it yourself")
-    shutil.rmtree(target)
-
-
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
     with replaced(path) as file:
         file.write(json.dumps(fields, indent=2).encode() + b"\n")
@@ -203,7 +199,7 @@ def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
 
 def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's own config.json, or the keys of the config that it was taken for."""
-    path = checkpoint.beside(CONFIG)
+    path = checkpoint.folder / CONFIG
     if path.exists():
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return fields

@@ -30,7 +30,8 @@ def random_source(config: Mapping[str, Any], seed: int = 0) -> Source:
     bias of 0, as models are initialised, half of all routing bugs change nothing.  A tensor's
     values depend on its name and the seed alone.
     """
-    spec = model_spec(parse_config(config), tied=config.get("tie_word_embeddings", True))
+    parsed = parse_config(config)
+    spec = model_spec(parsed, tied=parsed.tie_word_embeddings is not False)
     shapes = spec.parameters()
 
     def tensor(name: str) -> Tensor:

@@ -1,0 +1,334 @@
+"""Conversion both ways to the same bits; what it replaces, refuses and leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lfm2kit.checkpoint import HEAD, Checkpoint, open_checkpoint
+from lfm2kit.checkpoint.convert import Source, narrowed, source_of, write_checkpoint
+from lfm2kit.checkpoint.huggingface import INDEX, SINGLE
+from lfm2kit.checkpoint.safetensors import read_safetensors
+from lfm2kit.checkpoint.synth import random_source
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.weights import DType, Tensor
+from tests.checkpoint.attempt import Content, content
+from tests.checkpoint.folders import ORACLE, change_json, copied
+from tests.checkpoint.typed import Cli
+from tests.core.small import FIELDS
+
+CASES = sorted(path.name for path in ORACLE.iterdir())
+CASE = "t14_experts_stored_apart"
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def source(case: str = CASE) -> Source:
+    return source_of(open_checkpoint(ORACLE / case))
+
+
+def bits(checkpoint: Checkpoint) -> Content:
+    return content(checkpoint.weights)
+
+
+# ---- both ways ----
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back_gives_the_same_bits(case: str, tmp_path: Path) -> None:
+    there, back = tmp_path / "model.bin", tmp_path / "back"
+    original = open_checkpoint(ORACLE / case)
+    write_checkpoint(source_of(original), there)
+    write_checkpoint(source_of(open_checkpoint(there)), back)
+    returned = open_checkpoint(back)
+    assert returned.config == original.config
+    for name, tensor in original.weights.items():
+        assert returned.weights[name].dtype == "F32"
+        assert returned.weights[name].float32().tobytes() == tensor.float32().tobytes()
+
+
+@pytest.mark.parametrize("case", ["t03_bias_stays_float32", "odd_stored_as_f16"])
+def test_16_bit_types_survive_the_way_through_float32(case: str, tmp_path: Path) -> None:
+    original = open_checkpoint(ORACLE / case)
+    write_checkpoint(source_of(original), tmp_path / "model.bin")
+    stored: DType = "F16" if "f16" in case else "BF16"
+    write_checkpoint(source_of(open_checkpoint(tmp_path / "model.bin")), tmp_path / "back", stored)
+    assert bits(open_checkpoint(tmp_path / "back")) == bits(original)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_the_bias_of_the_router_is_never_narrowed(dtype: DType, tmp_path: Path) -> None:
+    original = source("t03_bias_stays_float32")
+    write_checkpoint(original, tmp_path / "narrow", dtype)
+    narrow = open_checkpoint(tmp_path / "narrow").weights
+    name = "layers.1.feed_forward.expert_bias"
+    assert narrow[name].dtype == "F32"
+    np.testing.assert_array_equal(narrow[name].data, original.tensor(name).data)
+    assert narrow["layers.1.feed_forward.gate.weight"].dtype == dtype
+
+
+@pytest.mark.parametrize("max_shard", [1, 20_000, 10**9])
+def test_shards_of_any_size_hold_the_same_model(max_shard: int, tmp_path: Path) -> None:
+    write_checkpoint(source(), tmp_path / "shards", max_shard=max_shard)
+    assert bits(open_checkpoint(tmp_path / "shards")) == bits(open_checkpoint(ORACLE / CASE))
+    assert (tmp_path / "shards" / INDEX).exists() == (max_shard < 10**9)
+
+
+def test_names_on_disk_are_hugging_faces(tmp_path: Path) -> None:
+    write_checkpoint(source("odd_untied_attention_first"), tmp_path / "there")
+    written = read_safetensors(tmp_path / "there" / SINGLE)
+    assert written.keys() == read_safetensors(ORACLE / "odd_untied_attention_first" / SINGLE).keys()
+    assert HEAD in written
+    assert all(name.startswith("model.") for name in written if name != HEAD)
+
+
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [
+        (1 + 2.0**-8, 0x3F80),  # halfway: to even, which is down
+        (1 + 3 * 2.0**-8, 0x3F82),  # halfway: to even, which is up
+        (1 + 2.0**-8 + 2.0**-20, 0x3F81),
+        (3.4e38, 0x7F80),  # beyond the largest: infinity, as the formats have it
+        (-np.inf, 0xFF80),
+        (2.0**-133, 0x0001),
+        (-0.0, 0x8000),
+    ],
+)
+def test_bfloat16_is_rounded_to_nearest_even(value: float, stored: int) -> None:
+    tensor = Tensor("x", "F32", np.array([value], np.float32))
+    assert narrowed(tensor, "BF16").tolist() == [stored]
+
+
+@pytest.mark.parametrize("payload", [0x7F800001, 0x7FFFFFFF, 0xFF80FFFF])
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_a_nan_stays_one(payload: int, dtype: DType) -> None:
+    tensor = Tensor("x", "F32", np.array([payload], np.uint32).view(np.float32))
+    assert np.isnan(Tensor("x", dtype, narrowed(tensor, dtype)).float32())
+
+
+def test_a_value_beyond_f16_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
+    def tensor(name: str) -> Tensor:
+        scale = np.float32(1e6 if name == "layers.3.ffn_norm.weight" else 1)
+        return Tensor(name, "F32", source().tensor(name).float32() * scale)
+
+    with pytest.raises(Lfm2kitError, match=r"layers\.3\.ffn_norm\.weight.*BF16"):
+        write_checkpoint(replace(source(), tensor=tensor), tmp_path / "narrow", "F16")
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_config_says_untied_under_either_key(tmp_path: Path) -> None:
+    config = {**FIELDS, "tie_word_embeddings": None, "tie_embedding": False}
+    write_checkpoint(random_source(config), tmp_path / "random")
+    assert HEAD in open_checkpoint(tmp_path / "random").weights
+
+
+def test_the_config_written_is_the_one_that_was_read(tmp_path: Path) -> None:
+    """Also where data/, which may hold inputs and answers, has a config.json of its own."""
+    folder = copied(CASE, tmp_path / "model")
+    change_json(folder / "config.json", eos_token_id=7)
+    (folder / "data").mkdir()
+    (folder / "data" / "config.json").write_text("{}")
+    write_checkpoint(source_of(open_checkpoint(folder)), tmp_path / "there")
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["eos_token_id"] == 7
+
+
+def test_conversion_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """Tens of megabytes of weights pass through the memory of a few tensors."""
+    wide = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 5, "vocab_size": 512}
+    original = random_source({**FIELDS, **wide})
+    sizes = [4 * int(np.prod(shape)) for shape in original.shapes.values()]
+    tracemalloc.start()
+    write_checkpoint(original, tmp_path / "model.bin")
+    write_checkpoint(source_of(open_checkpoint(tmp_path / "model.bin")), tmp_path / "to", "BF16")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(sizes) > 8 * max(sizes)
+    assert peak < 5 * max(sizes)
+
+
+# ---- what is replaced, and what is not ----
+
+
+def test_an_old_folder_gives_way_whole(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    write_checkpoint(source(), target, max_shard=20_000)
+    write_checkpoint(source("odd_one_kv_head"), target, overwrite=True)
+    assert sorted(snapshot(tmp_path)) == ["model", "model/config.json", f"model/{SINGLE}"]
+    assert open_checkpoint(target).spec == open_checkpoint(ORACLE / "odd_one_kv_head").spec
+
+
+def test_a_checkpoint_may_be_rewritten_in_its_own_place(tmp_path: Path) -> None:
+    folder, path = copied(CASE, tmp_path / "model"), tmp_path / "model.bin"
+    write_checkpoint(source_of(open_checkpoint(folder)), folder, "BF16", overwrite=True)
+    assert open_checkpoint(folder).weights["embed_tokens.weight"].dtype == "BF16"
+    write_checkpoint(source(), path)
+    before = path.read_bytes()
+    write_checkpoint(source_of(open_checkpoint(path)), path, overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_a_config_beside_the_target_stays_if_it_says_the_same(tmp_path: Path) -> None:
+    folder = copied(CASE, tmp_path / "model")
+    before = (folder / "config.json").read_bytes() + b"\n\n"
+    (folder / "config.json").write_bytes(before)
+    write_checkpoint(source_of(open_checkpoint(folder)), folder / "model.bin")
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_another_models_config_beside_the_target_is_not_replaced_unasked(tmp_path: Path) -> None:
+    folder = copied("odd_one_kv_head", tmp_path / "model")
+    before = snapshot(folder)
+    with pytest.raises(Lfm2kitError, match="another model's"):
+        write_checkpoint(source(), folder / "model.bin")
+    assert snapshot(folder) == before
+    write_checkpoint(source(), folder / "model.bin", overwrite=True)
+    assert open_checkpoint(folder / "model.bin").config == open_checkpoint(ORACLE / CASE).config
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    write_checkpoint(source(), tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    write_checkpoint(source("odd_one_kv_head"), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert open_checkpoint(tmp_path / "model").config.num_key_value_heads == 1  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with much that must stay as it is."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder", "folder.bin", "keeps/x.safetensors"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("folder/thesis.txt", "keeps/x.safetensors/thesis.txt", "notes", "model.bin"):
+        (tmp_path / name).write_text("precious")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["folder"], ["folder", "exists", "--overwrite"]),
+        (["notes"], ["notes", "exists", "--overwrite"]),
+        (["model.bin"], ["model.bin", "exists", "--overwrite"]),
+        (["."], ["exists", "--overwrite"]),
+        (["folder", "--overwrite"], ["thesis.txt"]),
+        (["notes", "--overwrite"], ["notes", "is a file"]),
+        (["folder.bin", "--overwrite"], ["folder.bin", "is a folder"]),
+        (["keeps", "--overwrite"], ["keeps", "x.safetensors"]),
+        ([".", "--overwrite"], ["holds"]),
+        (["..", "--overwrite"], ["holds"]),
+        (["/", "--overwrite"], ["holds"]),
+        (["nowhere/model.bin"], ["no folder", "nowhere"]),
+        (["nowhere/model"], ["no folder", "nowhere"]),
+        (["notes/model.bin"], ["no folder", "notes"]),
+        (["n" * 300], ["nnn", "name too long"]),
+        (["n" * 300 + ".bin"], ["nnn", "name too long"]),
+        (["/proc/model.bin"], ["/proc/model.bin"]),
+        (["half.bin", "--dtype", "F16"], ["F16", "folder"]),
+    ],
+)
+def test_a_bad_target_is_one_line_and_changes_nothing(
+    full: Path, cli: Cli, arguments: list[str], words: list[str]
+) -> None:
+    before = snapshot(full)
+    cli("convert", ORACLE / CASE, *arguments).assert_fails(*words)
+    assert snapshot(full) == before
+
+
+@pytest.mark.parametrize("name", ["tinny", "n" * 5000, "folder", "notes"])
+def test_a_bad_source_is_one_line_and_writes_nothing(full: Path, cli: Cli, name: str) -> None:
+    before = snapshot(full)
+    cli("convert", name, "target").assert_fails(name)
+    assert snapshot(full) == before
+
+
+@pytest.mark.parametrize("arguments", [["--dtype", "F64"], ["--seed", "-1"], ["--nonsense"]])
+def test_a_wrong_option_is_exit_code_2(full: Path, cli: Cli, arguments: list[str]) -> None:
+    assert cli("convert", ORACLE / CASE, "target", *arguments).code == 2
+    assert not (full / "target").exists()
+
+
+# ---- what breaks it off ----
+
+
+def stopping(error: BaseException) -> Callable[[int], None]:
+    """Lets five tensors pass, then fails."""
+    passed: list[int] = []
+
+    def done(nbytes: int) -> None:
+        passed.append(nbytes)
+        if len(passed) > 5:
+            raise error
+
+    return done
+
+
+@pytest.mark.parametrize("name", ["model", "model.bin"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_what_breaks_off_leaves_the_old_and_nothing_new(
+    tmp_path: Path, name: str, error: BaseException
+) -> None:
+    write_checkpoint(source(), tmp_path / name)
+    before = snapshot(tmp_path)
+    other = source("odd_one_kv_head")
+    with pytest.raises((KeyboardInterrupt, Lfm2kitError)):
+        write_checkpoint(other, tmp_path / name, overwrite=True, done=stopping(error))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_full_disk_is_an_error_that_names_the_target(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(Lfm2kitError, match=r"model\.bin: No space left on device"):
+        write_checkpoint(source(), tmp_path / "model.bin", done=stopping(full))
+
+
+MANY_LAYERS = {**FIELDS, "layer_types": ["conv"] * 200, "num_hidden_layers": 200} | {
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "num_experts": 32,
+}
+
+
+@pytest.mark.parametrize("name", ["model", "model.bin"])
+def test_ctrl_c_in_the_middle_leaves_no_file_behind(tmp_path: Path, name: str) -> None:
+    config, target = tmp_path / "config.json", tmp_path / "out" / name
+    config.write_text(json.dumps(MANY_LAYERS))
+    target.parent.mkdir()
+    job = subprocess.Popen(
+        [sys.executable, "-m", "lfm2kit", "convert", "--random", str(config), str(target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    wait_for_data(target.parent, job)
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=60)
+    assert (job.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert snapshot(target.parent) == {}
+
+
+def wait_for_data(folder: Path, job: subprocess.Popen[str]) -> None:
+    """Until a megabyte has been written."""
+    while sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1e6:
+        assert job.poll() is None, job.stderr and job.stderr.read()
+        time.sleep(0.02)
