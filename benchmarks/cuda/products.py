@@ -15,10 +15,10 @@ from collections.abc import Callable
 import cupy
 import numpy as np
 import torch
-
-from lfm2kit.backend import Tensor
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+
+from lfm2kit.backend import Tensor
 
 SHAPES = (  # rows, out, in
     (256, 6144, 2048),
@@ -78,7 +78,6 @@ def dense(precision: str, dtype: torch.dtype) -> None:
 
 def experts(precision: str, dtype: torch.dtype) -> None:
     ours, rng = arithmetic(precision), np.random.default_rng(0)
-    shape = (INTERMEDIATE, HIDDEN)
     w1, w3 = (
         [Tensor("w", "F32", random_matrix(rng, *shape)) for _ in range(EXPERTS)] for _ in "13"
     )

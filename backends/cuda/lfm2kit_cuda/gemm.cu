@@ -3,130 +3,160 @@
 //
 //   a_mk    rows of activations, taken in place or gathered through source_m
 //   w_gkw   matrices packed by `transpose` in packing.cu, [groups][k][width], width a multiple of
-//           kTileN, padded with zeros
+//           256, padded with zeros
 //   tiles   (group, first row, rows, 0); without a list, rows in steps of tile_rows, group 0
 //
-// A block makes kTileN columns of one tile of up to 128 rows; it has 16 x 16 threads of
-// kRows x 8 outputs each, where kRows = rows / 16 rounded up is chosen per tile: an expert with
-// few tokens costs few multiplications.  Activations lie in shared memory as they do in global
-// memory (k inside), so that rows can be gathered 16 bytes at a time; a thread reads four k of its
-// rows at once.  Weights lie with k outside, and a thread reads 2 x 4 columns, 32 apart: in the
-// gated kernel these are four of w1 and their four of w3.
+// What limits is how fast registers can be filled from shared memory: 128 bytes per cycle and
+// multiprocessor, broadcast or not, so that 8 x 8 outputs per thread would keep it as busy as the
+// multipliers.  Hence 16 x 8 outputs per thread, 128 threads, two blocks per multiprocessor.  A
+// block makes 128 rows x 128 columns, or up to 64 rows x 256 columns: an expert with few tokens
+// costs few multiplications.  Both operands lie in shared memory with k outside; the fragments of
+// the next k are read while this one's are multiplied.
 #include "async_copy.cuh"
 
-#ifndef TILE_K
-#define TILE_K 16
-#endif
-#ifndef STAGES
-#define STAGES (__CUDA_ARCH__ >= 800 ? 4 : 3)
-#endif
-constexpr int kTileN = 128, kTileK = TILE_K, kThreads = 256, kColumns = 8;
-constexpr int kStages = STAGES;
-constexpr int kRowA = kTileK + 4;  // the padding puts eight rows of a warp in different banks
-constexpr int kVector = VECTOR;    // floats per copy of activations: 4, or 1 for odd widths
+constexpr int kTileK = TILE_K, kStages = STAGES, kThreads = 128, kColumns = 8;
+constexpr int kCopyK = 8, kCopyRows = kThreads / kCopyK;  // of A, per copy of all threads
 
 struct Tile {
-  int group, row, rows;
+  int group, row, rows, column;
 };
 
-// acc += A[rows of this thread, kTileK] @ W[kTileK, columns of this thread]
-template <int kRows>
-__device__ __forceinline__ void multiply(const float* a, const float* w,
-                                         float (&acc)[kRows][kColumns]) {
+// kRows x kColumns outputs per thread, 4 x 8 threads per warp, kWarpsM x (4 / kWarpsM) warps.
+template <int kRows, int kWarpsM>
+struct Product {
+  static constexpr int kTileM = kRows * 4 * kWarpsM, kTileN = 256 / kWarpsM;
+  static constexpr int kRowA = kTileM + 4;  // puts the 8 k x 4 rows that a warp copies in 32 banks
+  static constexpr int kStageA = kTileK * kRowA, kStage = kStageA + kTileK * kTileN;
+  static constexpr int kCopiesA = (kTileM + kCopyRows - 1) / kCopyRows;
+  static constexpr int kCopiesW = kTileK * kTileN / (4 * kThreads);
+  static constexpr int kRowsW = 4 * kThreads / kTileN;  // of W, per copy of all threads
+
+  const float* a_of[kCopiesA];
+  const float* w_at;
+  float* shared;
+  int k, width, k_a, row_a, k_w, column_w, row, column;
+
+  __device__ Product(const float* a_mk, const int* source_m, const float* w_kw, Tile tile, int k,
+                     int width, float* shared)
+      : shared(shared), k(k), width(width) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    k_a = threadIdx.x % kCopyK;
+    row_a = threadIdx.x / kCopyK;
 #pragma unroll
-  for (int k = 0; k < kTileK; k += 4) {
-    float4 a_of_row[kRows];
+    for (int i = 0; i < kCopiesA; ++i) {
+      int from = tile.row + min(row_a + i * kCopyRows, tile.rows - 1);  // the last again, unused
+      a_of[i] = a_mk + size_t(source_m ? source_m[from] : from) * k + k_a;
+    }
+    k_w = threadIdx.x / (kTileN / 4);
+    column_w = threadIdx.x % (kTileN / 4) * 4;
+    w_at = w_kw + size_t(k_w) * width + tile.column + column_w;
+    row = warp % kWarpsM * kRows * 4 + lane / 8 * 4;
+    column = warp / kWarpsM * 64 + lane % 8 * 4;
+  }
+
+  // Starts the copies of k0 to k0 + kTileK; beyond k both operands are zero.
+  __device__ __forceinline__ void load(int stage, int k0) const {
+    float* to_a = shared + stage * kStage + k_a * kRowA + row_a;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      a_of_row[i] = *reinterpret_cast<const float4*>(a + i * 16 * kRowA + k);
+    for (int step = 0; step < kTileK; step += kCopyK)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float4 w0 = *reinterpret_cast<const float4*>(w + (k + j) * kTileN);
-      float4 w1 = *reinterpret_cast<const float4*>(w + (k + j) * kTileN + 32);
-      float columns[kColumns] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
+      for (int i = 0; i < kCopiesA; ++i)
+        copy_async<4>(to_a + step * kRowA + i * kCopyRows, a_of[i] + k0 + step,
+                      k0 + step + k_a < k ? 4 : 0);
+    float* to_w = shared + stage * kStage + kStageA + k_w * kTileN + column_w;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const float4& four = a_of_row[i];
-        float element = j == 0 ? four.x : j == 1 ? four.y : j == 2 ? four.z : four.w;
+    for (int i = 0; i < kCopiesW; ++i)
+      copy_async<16>(to_w + i * kRowsW * kTileN, w_at + size_t(k0 + i * kRowsW) * width,
+                     k0 + i * kRowsW + k_w < k ? 16 : 0);
+  }
+
+  struct Fragment {
+    float a[kRows], w[kColumns];
+  };
+
+  __device__ __forceinline__ void read(Fragment& fragment, int stage, int in_stage) const {
+    const float* a = shared + stage * kStage + in_stage * kRowA + row;
+    const float* w = shared + stage * kStage + kStageA + in_stage * kTileN + column;
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) acc[i][n] = fmaf(element, columns[n], acc[i][n]);
+    for (int i = 0; i < kRows; i += 4)
+      *reinterpret_cast<float4*>(fragment.a + i) = *reinterpret_cast<const float4*>(a + 4 * i);
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4)
+      *reinterpret_cast<float4*>(fragment.w + i) = *reinterpret_cast<const float4*>(w + 8 * i);
+  }
+
+  __device__ __forceinline__ void run(float (&acc)[kRows][kColumns]) const {
+    int steps = (k + kTileK - 1) / kTileK, stage = 0;
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (s < steps) load(s, s * kTileK);
+      commit_copies();
+    }
+    wait_copies<kStages - 2>();
+    __syncthreads();
+    Fragment fragments[2];
+    read(fragments[0], 0, 0);
+    for (int s = 0; s < steps; ++s) {
+      int next = s + kStages - 1;
+      if (next < steps) load(stage == 0 ? kStages - 1 : stage - 1, next * kTileK);
+      commit_copies();
+#pragma unroll
+      for (int in_stage = 0; in_stage < kTileK; ++in_stage) {
+        if (in_stage + 1 == kTileK) {
+          stage = stage + 1 == kStages ? 0 : stage + 1;
+          wait_copies<kStages - 2>();
+          __syncthreads();
+        }
+        read(fragments[(in_stage + 1) % 2], stage, (in_stage + 1) % kTileK);
+        const Fragment& now = fragments[in_stage % 2];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n) acc[i][n] = fmaf(now.a[i], now.w[n], acc[i][n]);
       }
     }
   }
-}
-
-// Copies tiles of A and W into the stages of shared memory.
-template <int kRows>
-struct Loader {
-  static constexpr int kPerRow = kTileK / kVector, kStep = kThreads / kPerRow;
-  static constexpr int kCopies = (kRows * 16 + kStep - 1) / kStep;
-  static constexpr int kStageA = kRows * 16 * kRowA, kStageW = kTileK * kTileN;
-  const float* a_of[kCopies];
-  const float* w_at;
-  float *to_a, *to_w;
-  int k_a, k_w, k_end, width;
-
-  __device__ Loader(const float* a_mk, const int* source_m, const float* w_kw, Tile tile,
-                    int column, int k, int width, float* shared)
-      : k_end(k), width(width) {
-    int row = threadIdx.x / kPerRow;
-    k_a = threadIdx.x % kPerRow * kVector;
-    k_w = threadIdx.x / 32;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      int from = tile.row + min(row + i * kStep, tile.rows - 1);  // the last row again, unused
-      a_of[i] = a_mk + size_t(source_m ? source_m[from] : from) * k + k_a;
-    }
-    w_at = w_kw + size_t(k_w) * width + column + threadIdx.x % 32 * 4;
-    to_a = shared + row * kRowA + k_a;
-    to_w = shared + kStages * kStageA + k_w * kTileN + threadIdx.x % 32 * 4;
-  }
-
-  __device__ __forceinline__ void load(int stage, int k) const {
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      if (kRows * 16 % kStep && threadIdx.x / kPerRow + i * kStep >= kRows * 16) continue;
-      copy_async<4 * kVector>(to_a + stage * kStageA + i * kStep * kRowA, a_of[i] + k,
-                              k + k_a < k_end ? 4 * kVector : 0);
-    }
-#pragma unroll
-    for (int i = 0; i < kTileK / 8; ++i)
-      copy_async<16>(to_w + stage * kStageW + i * 8 * kTileN, w_at + size_t(k + i * 8) * width,
-                     k + k_w + i * 8 < k_end ? 16 : 0);
-  }
 };
 
-// The products of one tile; `store` is given (row in the tile, column in the block, 8 values),
-// whose second four belong 32 columns to the right of the first.
-template <int kRows, class Store>
+// The products of one tile; `store` is given the row and column of 8 values, whose second four
+// belong 32 columns to the right of the first.
+template <int kRows, int kWarpsM, class Store>
 __device__ __forceinline__ void compute_tile(const float* a_mk, const int* source_m,
-                                             const float* w_kw, Tile tile, int column, int k,
-                                             int width, float* shared, Store store) {
-  using Load = Loader<kRows>;
-  Load loader(a_mk, source_m, w_kw, tile, column, k, width, shared);
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int my_row = warp / 2 * 4 + lane / 8, my_column = warp % 2 * 64 + lane % 8 * 4;
-  const float* a = shared + my_row * kRowA;
-  const float* w = shared + kStages * Load::kStageA + my_column;
+                                             const float* w_gkw, Tile tile, int k, int width,
+                                             Store store) {
+  extern __shared__ float shared[];
+  if (kWarpsM == 1) {  // twice as wide: every other block has nothing to do
+    if (blockIdx.x % 2) return;
+  }
+  const float* w_kw = w_gkw + size_t(tile.group) * k * width;
+  Product<kRows, kWarpsM> product(a_mk, source_m, w_kw, tile, k, width, shared);
   float acc[kRows][kColumns] = {};
-  int steps = (k + kTileK - 1) / kTileK;
+  product.run(acc);
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
-    if (s < steps) loader.load(s, s * kTileK);
-    commit_copies();
+  for (int i = 0; i < kRows; ++i) {
+    int row = product.row + i / 4 * 16 + i % 4;
+    if (row < tile.rows) store(tile.row + row, tile.column + product.column, acc[i]);
   }
-  for (int s = 0, stage = 0; s < steps; ++s) {
-    wait_copies<kStages - 2>();
-    __syncthreads();
-    int freed = stage == 0 ? kStages - 1 : stage - 1, next = s + kStages - 1;
-    if (next < steps) loader.load(freed, next * kTileK);
-    commit_copies();
-    multiply<kRows>(a + stage * Load::kStageA, w + stage * Load::kStageW, acc);
-    stage = stage + 1 == kStages ? 0 : stage + 1;
+}
+
+template <class Store>
+__device__ __forceinline__ void compute(const float* a_mk, const int* source_m,
+                                        const float* w_gkw, const int4* tiles,
+                                        const int* tile_count, int tile_rows, int m, int k,
+                                        int width, Store store) {
+  int row = blockIdx.y * tile_rows;
+  Tile tile{0, row, min(tile_rows, m - row), int(blockIdx.x) * 128};
+  if (tiles) {
+    if (blockIdx.y >= *tile_count) return;
+    int4 listed = tiles[blockIdx.y];
+    tile.group = listed.x, tile.row = listed.y, tile.rows = listed.z;
   }
-#pragma unroll
-  for (int i = 0; i < kRows; ++i)
-    if (my_row + 16 * i < tile.rows) store(my_row + 16 * i, my_column, acc[i]);
+  if (tile.rows > 96) compute_tile<16, 2>(a_mk, source_m, w_gkw, tile, k, width, store);
+  else if (tile.rows > 64) compute_tile<12, 2>(a_mk, source_m, w_gkw, tile, k, width, store);
+  else if (tile.rows > 48) compute_tile<16, 1>(a_mk, source_m, w_gkw, tile, k, width, store);
+  else if (tile.rows > 32) compute_tile<12, 1>(a_mk, source_m, w_gkw, tile, k, width, store);
+  else if (tile.rows > 16) compute_tile<8, 1>(a_mk, source_m, w_gkw, tile, k, width, store);
+  else compute_tile<4, 1>(a_mk, source_m, w_gkw, tile, k, width, store);
 }
 
 // Stores up to four columns of a row that has n.
@@ -139,33 +169,6 @@ __device__ __forceinline__ void store_four(float* row, int column, int n, const 
     for (int i = 0; i < 4; ++i)
       if (column + i < n) row[column + i] = values[i];
   }
-}
-
-template <class Store>
-__device__ __forceinline__ void compute(const float* a_mk, const int* source_m,
-                                        const float* w_gkw, const int4* tiles,
-                                        const int* tile_count, int tile_rows, int m, int k,
-                                        int width, Store store) {
-  extern __shared__ float shared[];
-  Tile tile{0, int(blockIdx.y) * tile_rows, min(tile_rows, m - int(blockIdx.y) * tile_rows)};
-  if (tiles) {
-    if (blockIdx.y >= *tile_count) return;
-    int4 listed = tiles[blockIdx.y];
-    tile = Tile{listed.x, listed.y, listed.z};
-  }
-  const float* w_kw = w_gkw + size_t(tile.group) * k * width;
-  int column = blockIdx.x * kTileN;
-  auto store_row = [&](int row, int in_block, const float* values) {
-    store(tile.row + row, column + in_block, values);
-  };
-#define ROWS(count)                                                                       \
-  case count:                                                                             \
-    compute_tile<count>(a_mk, source_m, w_kw, tile, column, k, width, shared, store_row); \
-    break;
-  switch ((tile.rows + 15) / 16) {
-    ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
-  }
-#undef ROWS
 }
 
 // out_mn = A @ W + bias_n (null for none)

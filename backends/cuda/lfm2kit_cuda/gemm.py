@@ -16,8 +16,13 @@ from lfm2kit_cuda.device import compute_capability, processors
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.upload import upload
 
-TILE_N, TILE_K, TILE_ROWS, THREADS = 128, 16, 128, 256
+TILE_N, TILE_K, TILE_ROWS, THREADS = 128, 16, 128, 128
+WIDTH = 256  # packed matrices have a multiple of so many columns
 RUN = 32  # columns of w1 before as many of w3
+
+# What gemm.cu makes of so many rows: columns of a block, and its cycles per k on a multiprocessor
+# that others share (the busier of the multipliers and shared memory).
+MENU = {16: (256, 48), 32: (256, 64), 48: (256, 96), 64: (256, 128), 96: (128, 96), 128: (128, 128)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +94,20 @@ class Gemm:
 
 def packed_bytes(shape: tuple[int, ...]) -> int:
     """Of one packed [out, in] matrix."""
-    return 4 * -(-shape[0] // TILE_N) * TILE_N * shape[1]
+    return 4 * -(-shape[0] // WIDTH) * WIDTH * shape[1]
 
 
-def best_tile_rows(rows: int, column_tiles: int) -> int:
-    """The rows of a tile that leave the fewest idle multiprocessors and little padding.
+def best_tile_rows(rows: int, width: int) -> int:
+    """The rows of a tile for which the busiest multiprocessor has the least to do."""
 
-    A model of the time: the busiest multiprocessor's blocks, each as long as its rows plus what
-    reading the weights costs; one block alone cannot fill a multiprocessor.
-    """
-
-    def cost(sixteens: int) -> float:
-        blocks = -(-rows // (16 * sixteens)) * column_tiles
+    def cycles(tile_rows: int) -> float:
+        columns, cycles_per_k = MENU[tile_rows]
+        blocks = -(-rows // tile_rows) * (width // columns)
         per_processor = -(-blocks // processors())
-        return per_processor * (sixteens + 0.7) * (1.3 if per_processor == 1 else 1)
+        alone = 1.5 if per_processor == 1 else 1.0  # one block cannot fill a multiprocessor
+        return alone * per_processor * cycles_per_k
 
-    return 16 * min(range(TILE_ROWS // 16, 0, -1), key=cost)
+    return min(reversed(MENU), key=cycles)
 
 
 def _launch(
@@ -116,24 +119,24 @@ def _launch(
         listed = (tiles.tiles, tiles.count, TILE_ROWS, tiles.rows)
         source = tiles.source
     else:
-        rows = best_tile_rows(len(x), column_tiles)
+        rows = best_tile_rows(len(x), matrix.width)
         grid = (column_tiles, -(-len(x) // rows))
         listed, source = (None, None, rows, len(x)), None
-    _kernel(name, matrix.inputs)(
+    _kernel(name)(
         grid, THREADS, x, source, matrix.packed, *outputs, *listed,
         matrix.inputs, matrix.width, matrix.columns,
     )  # fmt: skip
 
 
-def _kernel(name: str, inputs: int) -> Kernel:
+def _kernel(name: str) -> Kernel:
     stages = 4 if compute_capability() >= (8, 0) else 3
-    shared_bytes = 4 * stages * (TILE_ROWS * (TILE_K + 4) + TILE_K * TILE_N)
-    vector = 4 if inputs % 4 == 0 else 1
-    return load_kernel("gemm", name, shared_bytes, VECTOR=vector, STAGES=stages, TILE_K=TILE_K)
+    widest = max(rows + 4 + columns for rows, (columns, _) in MENU.items())
+    shared_bytes = 4 * stages * TILE_K * widest
+    return load_kernel("gemm", name, shared_bytes, STAGES=stages, TILE_K=TILE_K)
 
 
 def _panels(groups: int, inputs: int, columns: int) -> cupy.ndarray:
-    return cupy.zeros((groups, inputs, -(-columns // TILE_N) * TILE_N), cupy.float32)
+    return cupy.zeros((groups, inputs, -(-columns // WIDTH) * WIDTH), cupy.float32)
 
 
 def _transpose(matrix: Tensor, panel: cupy.ndarray, run: int, stride: int, offset: int) -> None:

@@ -5,8 +5,7 @@
 constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;
 
 // Sorts the pairs by expert, in order within each, and lists the tiles of rows: a block per local
-// expert, which counts all pairs before it.  A tile has at most kTileRows rows; an expert's rows
-// are shared out evenly over as few tiles as will do.
+// expert, which counts all pairs before it.  Only an expert's last tile has less than tile_rows.
 //   source_p[slot]  the token whose row a slot holds
 //   place_p[pair]   the slot of a pair
 //   tiles           (expert, first slot, slots, 0) each; *tile_count of them
@@ -53,8 +52,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   int rows = counts_e[expert], count = (rows + tile_rows - 1) / tile_rows;
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    int from = int(u64(rows) * i / count), to = int(u64(rows) * (i + 1) / count);
-    tiles[tile0 + i] = make_int4(expert, slot0 + from, to - from, 0);
+    int from = i * tile_rows;
+    tiles[tile0 + i] = make_int4(expert, slot0 + from, min(tile_rows, rows - from), 0);
   }
   if (expert == gridDim.x - 1 && threadIdx.x == 0) *tile_count = tile0 + count;
 }
