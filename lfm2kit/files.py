@@ -46,5 +46,17 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_target(option: str, path: Path) -> None:
+    """`Lfm2kitError` where no file can come to be: better before the work than after it."""
+    if os.path.isdir(path):
+        raise Lfm2kitError(f"{option} {path}: this is a folder")
+    partial = _beside(path, "partial")
+    try:
+        partial.touch()
+        partial.unlink(missing_ok=True)  # other ranks try as well
+    except OSError as error:
+        raise Lfm2kitError(f"{option} {path}: {error.strerror}") from None
+
+
 def _beside(path: Path, ending: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{ending}")

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from lfm2kit.errors import Lfm2kitError
-from lfm2kit.files import replaced
+from lfm2kit.files import check_target, replaced
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -43,8 +42,8 @@ class Report:
     def __init__(self, target: str | None) -> None:
         self.target = target
         self.fields: dict[str, Any] = {}
-        if target not in (None, STDOUT) and not Path(str(target)).absolute().parent.is_dir():
-            raise Lfm2kitError(f"--json {target}: there is no such folder")
+        if target is not None and target != STDOUT:
+            check_target("--json", Path(target))
 
     def line(self, text: str = "") -> None:
         print(text, file=sys.stderr if self.target == STDOUT else sys.stdout, flush=True)

@@ -17,6 +17,7 @@ from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, progress, remark
 from lfm2kit.cli.ranks import ending_all_ranks, joined_job, launched
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.files import check_target
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.model import LFM2
 from lfm2kit.plan import Plan
@@ -135,8 +136,8 @@ def prepare(request: Request, plugins: Plugins, transport: Transport | None) -> 
     n = request.n or min(len(token_ids), MOST_BY_DEFAULT)
     token_ids = samples.take(token_ids, n)
     samples.check_ids(token_ids, checkpoint.spec.embed_tokens.vocab_size)
-    if request.outputs is not None and not request.outputs.absolute().parent.is_dir():
-        raise Lfm2kitError(f"--outputs {request.outputs}: there is no such folder")
+    if request.outputs is not None:
+        check_target("--outputs", request.outputs)
     answers = (request.answers or checkpoint.beside("answers.bin")) if request.validate else None
     if answers is not None and not answers.is_file():
         raise Lfm2kitError(f"-v needs answers, and {answers} is not there; give --answers FILE")
@@ -159,9 +160,9 @@ def perform(
     timed = run_timed(model, prepared, transport, is_first)
     if timed.logits is None:
         return None
-    if request.outputs is not None:
-        samples.write_outputs(request.outputs, timed.logits)
     verdict = judge(timed.logits, prepared.answers, request.precision)
+    if request.outputs is not None:  # after judging: it may take the place of the answers
+        samples.write_outputs(request.outputs, timed.logits)
     conclude(timed.seconds, len(prepared.inputs), verdict, report)
     return verdict
 
