@@ -1,10 +1,25 @@
-"""The arithmetic of each precision: how matrices are packed and multiplied."""
+"""The arithmetic of each precision."""
 
 from __future__ import annotations
 
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit_cuda import device
 from lfm2kit_cuda.gemm import Gemm
+from lfm2kit_cuda.gemm16 import TensorCoreGemm
+from lfm2kit_cuda.products import Arithmetic
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+BF16_FROM = (8, 0)
 
 
-def arithmetic(precision: str) -> Gemm:
-    """What the blocks of a precision multiply with."""
-    return {"fp32": Gemm}[precision]()
+def arithmetic(precision: str) -> Arithmetic:
+    """What the blocks of a precision multiply with; `Lfm2kitError` if this GPU cannot."""
+    if precision == "bf16" and device.compute_capability() < BF16_FROM:
+        major, minor = device.compute_capability()
+        raise Lfm2kitError(
+            f"precision bf16 needs tensor cores of compute capability 8.0, {device.name()} has "
+            f"{major}.{minor}; try --precision fp16"
+        )
+    if precision == "fp32":
+        return Gemm()
+    return TensorCoreGemm(precision.upper().replace("FP", "F"))

@@ -9,7 +9,7 @@ import cupy
 from lfm2kit import specs
 from lfm2kit.backend import Array, Batch, Block, Context, Memory, Spec, Weights
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit_cuda import gemm
+from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
 from lfm2kit_cuda.blocks.router import Router
@@ -36,7 +36,7 @@ BLOCKS = {
 class CudaBackend:
     def __init__(self, context: Context) -> None:
         choose_device(context)
-        self._gemm = gemm.Gemm()
+        self._gemm = arithmetic(context.precision)
 
     def why_unsupported(self, spec: Spec) -> str | None:
         return None if type(spec) in BLOCKS else "it builds blocks up to SparseMoe"
@@ -54,7 +54,7 @@ class CudaBackend:
     def workspace_bytes(self, spec: Spec, tokens: int) -> int:
         """The packed copy of every matrix; activations are a few arrays as large as x."""
         return sum(
-            gemm.packed_bytes(shape)
+            self._gemm.packed_bytes(shape)
             for leaf in specs.leaves(spec)
             for shape in leaf.parameters().values()
             if len(shape) == 2 and not isinstance(leaf, specs.Embedding)

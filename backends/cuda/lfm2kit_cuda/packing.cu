@@ -22,31 +22,30 @@ __device__ void transpose(const Stored* matrix_oi, float* packed_iw, int out, in
       packed_iw[size_t(k0 + y) * width + packed_row(i0 + x, run, stride, offset)] = tile[x][y];
 }
 
-// packed_ow[row][k] = matrix_oi[i][k], rows `width` apart; a block per row.
+// packed_ow[row][k] = matrix_oi[i][k] * scale, rows `width` apart; a block per row.
 template <class Stored, class Kept>
 __device__ void narrow(const Stored* matrix_oi, Kept* packed_ow, int in, int width, int run,
-                       int stride, int offset) {
+                       int stride, int offset, float scale) {
   const Stored* from = matrix_oi + size_t(blockIdx.x) * in;
   Kept* to = packed_ow + size_t(packed_row(blockIdx.x, run, stride, offset)) * width;
   for (int k = threadIdx.x; k < in; k += blockDim.x)
-    to[k] = Kept::from_float(Stored::to_float(from[k]));
+    to[k] = Kept::from_float(Stored::to_float(from[k]) * scale);
 }
 
+#define NARROW(Stored, Kept)                                                                      \
+  extern "C" __global__ void narrow_##Stored##_##Kept(const Stored* matrix, Kept* packed, int in, \
+                                                      int width, int run, int stride, int offset, \
+                                                      float scale) {                              \
+    narrow(matrix, packed, in, width, run, stride, offset, scale);                                \
+  }
 #define PACK(Stored)                                                                              \
   extern "C" __global__ void transpose_##Stored(const Stored* matrix, float* packed, int out,     \
                                                 int in, int width, int run, int stride,           \
                                                 int offset) {                                     \
     transpose(matrix, packed, out, in, width, run, stride, offset);                               \
   }                                                                                               \
-  extern "C" __global__ void narrow_##Stored##_BF16(const Stored* matrix, BF16* packed, int in,   \
-                                                    int width, int run, int stride,               \
-                                                    int offset) {                                 \
-    narrow(matrix, packed, in, width, run, stride, offset);                                       \
-  }                                                                                               \
-  extern "C" __global__ void narrow_##Stored##_F16(const Stored* matrix, F16* packed, int in,     \
-                                                   int width, int run, int stride, int offset) {  \
-    narrow(matrix, packed, in, width, run, stride, offset);                                       \
-  }
+  NARROW(Stored, BF16)                                                                            \
+  NARROW(Stored, F16)
 PACK(F32)
 PACK(BF16)
 PACK(F16)

@@ -3,6 +3,7 @@
 // A row of qkv holds all queries, then all keys, then all values.
 #include "reduce.cuh"
 #include "sequences.cuh"
+#include "types.cuh"
 
 constexpr int kQueries = HEADS * HEAD_DIM, kKeys = KV_HEADS * HEAD_DIM;
 constexpr int kRow = kQueries + 2 * kKeys;
@@ -63,7 +64,8 @@ extern "C" __global__ void norm_and_rotate(float* qkv_t, const float* q_weight_d
 // Flash attention in float32: keys pass by in tiles of 32, in order from the sequence's first, so
 // that a row's bits depend on nothing but its own past.  A block takes kRows rows of one sequence
 // with the query heads of one key head; a warp takes (row, head) pairs in turn; in a pair, lane j
-// scores key j of the tile, then lane d sums element d of the values.
+// scores key j of the tile, then lane d sums element d of the values.  The result is of type OUT,
+// as the next product reads it, in rows `width` apart.
 constexpr int kThreads = 128, kTile = 32;
 constexpr int kRows = kGroup >= 16 ? 1 : 16 / kGroup;
 constexpr int kPairs = kRows * kGroup;
@@ -73,8 +75,8 @@ constexpr int kPairsOfWarp = (kPairs + kThreads / kWarp - 1) / (kThreads / kWarp
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     attend(const float* qkv_t, const float* keys, const float* values, const int* positions_t,
-           const int* cu_seqlens_s, const int* state_slots_s, float* out_t, int max_tokens,
-           float scale) {
+           const int* cu_seqlens_s, const int* state_slots_s, OUT* out_t, int width,
+           int max_tokens, float scale) {
   __shared__ float tile_keys[kTile * kPadded], tile_values[kTile * HEAD_DIM];
   int sequence = blockIdx.y, kv_head = blockIdx.z;
   int end = cu_seqlens_s[sequence + 1];
@@ -150,10 +152,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int p = 0; p < kPairsOfWarp; ++p) {
     int pair = warp + p * (kThreads / kWarp);
     if (pair >= rows * kGroup) continue;
-    float* out = out_t + size_t(row0 + pair / kGroup) * kQueries
-                 + (kv_head * kGroup + pair % kGroup) * HEAD_DIM;
+    OUT* out = out_t + size_t(row0 + pair / kGroup) * width
+               + (kv_head * kGroup + pair % kGroup) * HEAD_DIM;
 #pragma unroll
     for (int d = 0; d < kDims; ++d)
-      if (lane + d * kWarp < HEAD_DIM) out[lane + d * kWarp] = sum[p][d] / total[p];
+      if (lane + d * kWarp < HEAD_DIM)
+        out[lane + d * kWarp] = OUT::from_float(sum[p][d] / total[p]);
   }
 }

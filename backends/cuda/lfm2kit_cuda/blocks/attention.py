@@ -7,8 +7,8 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Tensor, Weights
-from lfm2kit_cuda.gemm import Gemm
 from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.products import Arithmetic
 from lfm2kit_cuda.upload import upload
 
 SOURCE = "blocks/attention"
@@ -19,7 +19,7 @@ State = tuple[cupy.ndarray, cupy.ndarray]  # keys, values: [slots, max_tokens, k
 
 
 class Attention:
-    def __init__(self, spec: specs.Attention, weights: Weights, gemm: Gemm) -> None:
+    def __init__(self, spec: specs.Attention, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec
         self.gemm = gemm
         self.qkv_proj = gemm.pack([_stacked([weights[f"{n}_proj.weight"] for n in "qkv"])])
@@ -32,7 +32,14 @@ class Attention:
         heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
         self.rows = max(1, MOST_ROWS * kv_heads // heads)
         self.norm_and_rotate, self.attend = (
-            load_kernel(SOURCE, name, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=spec.head_dim)
+            load_kernel(
+                SOURCE,
+                name,
+                HEADS=heads,
+                KV_HEADS=kv_heads,
+                HEAD_DIM=spec.head_dim,
+                OUT=gemm.activation,
+            )
             for name in ("norm_and_rotate", "attend")
         )
 
@@ -45,13 +52,13 @@ class Attention:
             (len(x),), ROTATE_THREADS, qkv, self.q_layernorm, self.k_layernorm, self.inverse,
             batch.positions, *of_sequences, keys, values, batch.sequences, max_tokens, s.norm_eps,
         )  # fmt: skip
-        heads = cupy.empty((len(x), s.num_attention_heads * s.head_dim), cupy.float32)
+        heads = self.gemm.empty(len(x), s.num_attention_heads * s.head_dim)
         grid = (-(-batch.max_seqlen // self.rows), batch.sequences, s.num_key_value_heads)
         self.attend(
             grid, ATTEND_THREADS, qkv, keys, values, batch.positions, *of_sequences, heads,
-            max_tokens, s.head_dim**-0.5,
+            heads.shape[1], max_tokens, s.head_dim**-0.5,
         )  # fmt: skip
-        return self.gemm.linear(self.gemm.rounded(heads), self.out_proj)
+        return self.gemm.linear(heads, self.out_proj)
 
     def new_state(self, slots: int, max_tokens: int) -> State:
         shape = (slots, max_tokens, self.spec.num_key_value_heads, self.spec.head_dim)

@@ -7,18 +7,18 @@ import cupy
 from lfm2kit import specs
 from lfm2kit.backend import Weights
 from lfm2kit_cuda.blocks.router import Router
-from lfm2kit_cuda.gemm import TILE_ROWS, Gemm, RowTiles
 from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.products import TILE_ROWS, Arithmetic, RowTiles
 
 SOURCE = "blocks/experts"
 GROUP_THREADS, COMBINE_THREADS = 512, 256
 
 
 class MLP:
-    def __init__(self, spec: specs.MLP, weights: Weights, gemm: Gemm) -> None:
+    def __init__(self, spec: specs.MLP, weights: Weights, gemm: Arithmetic) -> None:
         self.gemm = gemm
         self.w13 = gemm.pack_gated([weights["w1.weight"]], [weights["w3.weight"]])
-        self.w2 = gemm.pack([weights["w2.weight"]])
+        self.w2 = gemm.pack_down([weights["w2.weight"]])
 
     def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
         inner = self.gemm.gated(self.gemm.rounded(x), self.w13)
@@ -26,14 +26,14 @@ class MLP:
 
 
 class Experts:
-    def __init__(self, spec: specs.Experts, weights: Weights, gemm: Gemm) -> None:
+    def __init__(self, spec: specs.Experts, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec
         self.gemm = gemm
         w1, w3, w2 = (
             [weights[f"experts.{e}.{name}.weight"] for e in spec.local_experts]
             for name in ("w1", "w3", "w2")
         )
-        self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack(w2)
+        self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack_down(w2)
         self.combine = load_kernel(SOURCE, "combine")
 
     def __call__(
@@ -49,7 +49,7 @@ class Experts:
 
 
 class SparseMoe:
-    def __init__(self, spec: specs.SparseMoe, weights: Weights, gemm: Gemm) -> None:
+    def __init__(self, spec: specs.SparseMoe, weights: Weights, gemm: Arithmetic) -> None:
         self.router = Router(spec.router, weights, gemm)
         self.experts = Experts(spec.experts, weights, gemm)
 

@@ -7,15 +7,15 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Weights
-from lfm2kit_cuda.gemm import Gemm
 from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.products import Arithmetic
 from lfm2kit_cuda.upload import upload
 
 ROWS, WARPS, THREADS = 8, 8, 256  # of a block, as in router.cu
 
 
 class Router:
-    def __init__(self, spec: specs.Router, weights: Weights, gemm: Gemm) -> None:
+    def __init__(self, spec: specs.Router, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec
         self.gate = upload(np.ascontiguousarray(weights.float32("gate.weight").T))
         self.bias = upload(weights.float32("expert_bias")) if spec.use_expert_bias else None

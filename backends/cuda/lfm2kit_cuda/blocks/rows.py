@@ -6,8 +6,8 @@ import cupy
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Weights
-from lfm2kit_cuda.gemm import Gemm
 from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.products import Arithmetic
 from lfm2kit_cuda.upload import upload
 
 SOURCE, THREADS = "blocks/rows", 256
@@ -16,7 +16,7 @@ SOURCE, THREADS = "blocks/rows", 256
 class Embedding:
     """The table stays as the checkpoint stores it; rows are widened as they are looked up."""
 
-    def __init__(self, spec: specs.Embedding, weights: Weights, gemm: Gemm) -> None:
+    def __init__(self, spec: specs.Embedding, weights: Weights, gemm: Arithmetic) -> None:
         table = weights["weight"]
         self.table = upload(table.data)
         self.kernel = load_kernel(SOURCE, f"embed_{table.dtype}")
@@ -31,7 +31,7 @@ class Embedding:
 class RMSNorm:
     """Adds `delta` into `hidden` in place."""
 
-    def __init__(self, spec: specs.RMSNorm, weights: Weights, gemm: Gemm) -> None:
+    def __init__(self, spec: specs.RMSNorm, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec
         self.weight = upload(weights.float32("weight"))
         self.kernel = load_kernel(SOURCE, "add_norm")
@@ -46,7 +46,7 @@ class RMSNorm:
 
 
 class LastRows:
-    def __init__(self, spec: specs.LastRows, weights: Weights, gemm: Gemm) -> None:
+    def __init__(self, spec: specs.LastRows, weights: Weights, gemm: Arithmetic) -> None:
         self.hidden_size = spec.hidden_size
         self.kernel = load_kernel(SOURCE, "last_rows")
 
@@ -60,7 +60,7 @@ class LastRows:
 
 
 class LMHead:
-    def __init__(self, spec: specs.LMHead, weights: Weights, gemm: Gemm) -> None:
+    def __init__(self, spec: specs.LMHead, weights: Weights, gemm: Arithmetic) -> None:
         self.gemm = gemm
         self.weight = gemm.pack([weights["weight"]])
 

@@ -1,5 +1,6 @@
 // The gated convolution between ShortConv's two projections, and its state.
-// t tokens, h hidden_size, s sequences; kKernel taps.  bcx_t3h holds B, C and X side by side.
+// t tokens, h hidden_size, s sequences; KERNEL_SIZE taps.  bcx_t3h holds B, C and X side by side;
+// the result is of type OUT, as the next product reads it, in rows `width` apart.
 #include "sequences.cuh"
 #include "types.cuh"
 
@@ -11,13 +12,14 @@ __device__ inline float gated_input(const float* bcx_t3h, size_t row, int h, int
   return at[0] * at[2 * h];
 }
 
-// out_th[t] = C[t] * (sum_j taps_jh[j] * u[t - kPast + j] + bias_h), in the row's own sequence.
+// out_tw[t] = C[t] * (sum_j taps_jh[j] * u[t - kPast + j] + bias_h), in the row's own sequence.
 // A thread per row and channel; it computes the u of the rows before it anew.  `past_sph` (null
 // in one forward over whole sequences) holds the newest kPast rows of u of every slot.
 extern "C" __global__ void convolve(const float* bcx_t3h, const float* taps_jh,
                                     const float* bias_h, const int* positions_t,
                                     const int* cu_seqlens_s, const int* state_slots_s,
-                                    const float* past_sph, float* out_th, int sequences, int h) {
+                                    const float* past_sph, OUT* out_tw, int sequences, int h,
+                                    int width) {
   int row = blockIdx.x, channel = blockIdx.y * blockDim.x + threadIdx.x;
   if (channel >= h) return;
   int sequence = 0, first = 0;
@@ -40,7 +42,8 @@ extern "C" __global__ void convolve(const float* bcx_t3h, const float* taps_jh,
     y = fmaf(taps_jh[j * h + channel], u, y);
   }
   if (bias_h) y += bias_h[channel];
-  out_th[size_t(row) * h + channel] = bcx_t3h[(size_t(row) * 3 + 1) * h + channel] * y;
+  out_tw[size_t(row) * width + channel] =
+      OUT::from_float(bcx_t3h[(size_t(row) * 3 + 1) * h + channel] * y);
 }
 
 // Leaves the newest kPast rows of u in each sequence's slot, moving older ones up.

@@ -7,15 +7,15 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Weights
-from lfm2kit_cuda.gemm import Gemm
 from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.products import Arithmetic
 from lfm2kit_cuda.upload import upload
 
 SOURCE, THREADS = "blocks/short_conv", 256
 
 
 class ShortConv:
-    def __init__(self, spec: specs.ShortConv, weights: Weights, gemm: Gemm) -> None:
+    def __init__(self, spec: specs.ShortConv, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec
         self.gemm = gemm
         self.in_proj = gemm.pack([weights["in_proj.weight"]])
@@ -26,23 +26,23 @@ class ShortConv:
             for name in ("in_proj", "conv", "out_proj")
         )
         self.convolve, self.remember = (
-            load_kernel(SOURCE, name, KERNEL_SIZE=spec.kernel_size)
+            load_kernel(SOURCE, name, KERNEL_SIZE=spec.kernel_size, OUT=gemm.activation)
             for name in ("convolve", "remember")
         )
 
     def __call__(self, x: cupy.ndarray, batch: Batch, state: cupy.ndarray | None) -> cupy.ndarray:
-        h, rounded = self.spec.hidden_size, self.gemm.rounded
-        BCX = self.gemm.linear(rounded(x), self.in_proj, self.in_bias)
-        y = cupy.empty_like(x)
+        h = self.spec.hidden_size
+        BCX = self.gemm.linear(self.gemm.rounded(x), self.in_proj, self.in_bias)
+        y = self.gemm.empty(len(x), h)
         parts = -(-h // THREADS)
         self.convolve(
             (len(x), parts), THREADS, BCX, self.taps, self.conv_bias, batch.positions,
-            batch.cu_seqlens, batch.state_slots, state, y, batch.sequences, h,
+            batch.cu_seqlens, batch.state_slots, state, y, batch.sequences, h, y.shape[1],
         )  # fmt: skip
         if state is not None:
             of_sequences = batch.cu_seqlens, batch.state_slots
             self.remember((batch.sequences, parts), THREADS, BCX, *of_sequences, state, h)
-        return self.gemm.linear(rounded(y), self.out_proj, self.out_bias)
+        return self.gemm.linear(y, self.out_proj, self.out_bias)
 
     def new_state(self, slots: int, max_tokens: int) -> cupy.ndarray:
         """The last kernel_size - 1 rows of u = B * X of each slot."""

@@ -1,0 +1,212 @@
+// out = A @ W.T on tensor cores (mma.sync): operands in 16 bits, sums in float32, in steps of 16
+// over k, from 0 on, whatever the tile: equal bits in every batch.  HALF is BF16 or F16.
+//
+//   a_mk    rows of activations of `k` elements (a multiple of 8), in place or through source_m
+//   w_gnk   matrices packed by `narrow` in packing.cu, [groups][width][k], width a multiple of 128
+//   tiles   (group, first row, rows, 0); without a list, rows in steps of tile_rows, group 0
+//
+// A block makes 128 columns of up to 128 rows.  Both operands lie in shared memory with k inside,
+// 64 elements in a row of 128 bytes, whose 16-byte chunks are swizzled: chunk c of row r stands at
+// c ^ (r % 8), so that ldmatrix finds eight rows in different banks.  In the gated kernel W has 8
+// rows of w1, then 8 of w3, and so on: a thread's sums of both belong together.
+#include "async_copy.cuh"
+
+constexpr int kTileN = 128, kTileK = 64, kThreads = 256, kWarps = kThreads / 32;
+constexpr int kChunk = 8, kChunks = kTileK / kChunk;  // elements of 16 bytes
+constexpr int kCopyRows = kThreads / kChunks;
+
+struct Tile {
+  int group, row, rows, column;
+};
+
+__device__ inline u32 swizzled(int row, int chunk) {  // in bytes
+  return (row * kChunks + (chunk ^ (row % 8))) * 16;
+}
+
+__device__ inline void read_matrices(u32 (&to)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address));
+}
+
+// acc[16 x 8] += a[16 x 16] @ b[8 x 16].T
+__device__ inline void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  for (int half = 0; half < 2; ++half)
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." MMA_TYPE "." MMA_TYPE
+                 ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+                 : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(half ? b1 : b0));
+#endif
+}
+
+// kM blocks of 16 rows per warp, kWarpsM x (8 / kWarpsM) warps.
+template <int kM, int kWarpsM>
+struct Product {
+  static constexpr int kTileM = kM * 16 * kWarpsM;
+  static constexpr int kN = kTileN / (kWarps / kWarpsM) / 8;  // blocks of 8 columns per warp
+  static constexpr int kStage = (kTileM + kTileN) * kTileK * 2;
+  static constexpr int kStages = SHARED_BYTES / kStage < 6 ? SHARED_BYTES / kStage : 6;
+  static constexpr int kCopiesA = (kTileM + kCopyRows - 1) / kCopyRows;
+  static constexpr int kCopiesW = kTileN / kCopyRows;
+
+  const HALF* a_of[kCopiesA];
+  const HALF* w_at;
+  char* shared;
+  int k, chunk, copy_row, row, column;
+
+  __device__ Product(const HALF* a_mk, const int* source_m, const HALF* w_nk, Tile tile, int k,
+                     char* shared)
+      : shared(shared), k(k) {
+    chunk = threadIdx.x % kChunks;
+    copy_row = threadIdx.x / kChunks;
+#pragma unroll
+    for (int i = 0; i < kCopiesA; ++i) {
+      int from = tile.row + min(copy_row + i * kCopyRows, tile.rows - 1);  // the last again
+      a_of[i] = a_mk + size_t(source_m ? source_m[from] : from) * k + chunk * kChunk;
+    }
+    w_at = w_nk + size_t(tile.column + copy_row) * k + chunk * kChunk;
+    int warp = threadIdx.x / 32;
+    row = warp % kWarpsM * kM * 16;
+    column = warp / kWarpsM * kN * 8;
+  }
+
+  __device__ __forceinline__ void load(int stage, int k0) const {
+    int wanted = k0 + chunk * kChunk < k ? 16 : 0;
+    char* a = shared + stage * kStage;
+#pragma unroll
+    for (int i = 0; i < kCopiesA; ++i) {
+      int to = copy_row + i * kCopyRows;
+      if (kTileM % kCopyRows && to >= kTileM) continue;
+      copy_async<16>(a + swizzled(to, chunk), a_of[i] + k0, wanted);
+    }
+    char* w = a + kTileM * kTileK * 2;
+#pragma unroll
+    for (int i = 0; i < kCopiesW; ++i)
+      copy_async<16>(w + swizzled(copy_row + i * kCopyRows, chunk),
+                     w_at + size_t(i * kCopyRows) * k + k0, wanted);
+  }
+
+  __device__ __forceinline__ void multiply_stage(int stage, float (&acc)[kM][kN][4]) const {
+    u32 a = shared_address(shared + stage * kStage), w = a + kTileM * kTileK * 2;
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < kTileK / 16; ++step) {
+      u32 rows[kM][4], columns[kN / 2][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+        read_matrices(rows[m], a + swizzled(row + m * 16 + lane % 16, step * 2 + lane / 16));
+#pragma unroll
+      for (int n = 0; n < kN / 2; ++n)
+        read_matrices(columns[n], w + swizzled(column + n * 16 + lane % 8 + lane / 16 * 8,
+                                               step * 2 + lane / 8 % 2));
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+          multiply(acc[m][n], rows[m], columns[n / 2][n % 2 * 2], columns[n / 2][n % 2 * 2 + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void run(float (&acc)[kM][kN][4]) const {
+    int steps = (k + kTileK - 1) / kTileK, stage = 0;
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      if (s < steps) load(s, s * kTileK);
+      commit_copies();
+    }
+    for (int s = 0; s < steps; ++s) {
+      wait_copies<kStages - 2>();
+      __syncthreads();
+      int next = s + kStages - 1;
+      if (next < steps) load(stage == 0 ? kStages - 1 : stage - 1, next * kTileK);
+      commit_copies();
+      multiply_stage(stage, acc);
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+  }
+};
+
+// The products of one tile; `store` is given a row and column, and the sums of two columns there
+// and of two in the next block of 8.
+template <int kM, int kWarpsM, class Store>
+__device__ __forceinline__ void compute_tile(const HALF* a_mk, const int* source_m,
+                                             const HALF* w_gnk, Tile tile, int k, int width,
+                                             Store store) {
+  extern __shared__ __align__(128) char shared[];
+  using Mine = Product<kM, kWarpsM>;
+  const HALF* w_nk = w_gnk + size_t(tile.group) * width * k;
+  Mine product(a_mk, source_m, w_nk, tile, k, shared);
+  float acc[kM][Mine::kN][4] = {};
+  product.run(acc);
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < Mine::kN; n += 2)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int row = product.row + m * 16 + half * 8 + lane / 4;
+        if (row < tile.rows)
+          store(tile.row + row, tile.column + product.column + n * 8 + lane % 4 * 2,
+                acc[m][n] + half * 2, acc[m][n + 1] + half * 2);
+      }
+}
+
+template <class Store>
+__device__ __forceinline__ void compute(const HALF* a_mk, const int* source_m, const HALF* w_gnk,
+                                        const int4* tiles, const int* tile_count, int tile_rows,
+                                        int m, int k, int width, Store store) {
+  int row = blockIdx.y * tile_rows;
+  Tile tile{0, row, min(tile_rows, m - row), int(blockIdx.x) * kTileN};
+  if (tiles) {
+    if (blockIdx.y >= *tile_count) return;
+    int4 listed = tiles[blockIdx.y];
+    tile.group = listed.x, tile.row = listed.y, tile.rows = listed.z;
+  }
+  if (tile.rows > 96) compute_tile<4, 2>(a_mk, source_m, w_gnk, tile, k, width, store);
+  else if (tile.rows > 64) compute_tile<3, 2>(a_mk, source_m, w_gnk, tile, k, width, store);
+  else if (tile.rows > 48) compute_tile<2, 2>(a_mk, source_m, w_gnk, tile, k, width, store);
+  else if (tile.rows > 32) compute_tile<3, 1>(a_mk, source_m, w_gnk, tile, k, width, store);
+  else if (tile.rows > 16) compute_tile<1, 2>(a_mk, source_m, w_gnk, tile, k, width, store);
+  else compute_tile<1, 1>(a_mk, source_m, w_gnk, tile, k, width, store);
+}
+
+// out_mn = A @ W.T + bias_n (null for none), in float32
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
+    linear(const HALF* a_mk, const int* source_m, const HALF* w_gnk, const float* bias_n,
+           float* out_mn, const int4* tiles, const int* tile_count, int tile_rows, int m, int k,
+           int width, int n) {
+  compute(a_mk, source_m, w_gnk, tiles, tile_count, tile_rows, m, k, width,
+          [=](int row, int column, const float* first, const float* second) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              int c = column + i / 2 * 8 + i % 2;
+              float sum = i < 2 ? first[i] : second[i - 2];
+              if (c < n) out_mn[size_t(row) * n + c] = bias_n ? sum + bias_n[c] : sum;
+            }
+          });
+}
+
+// out_mn = silu(A @ w1.T) * (A @ w3.T) * GATED_SCALE, in 16 bits; n is a multiple of 8.
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
+    gated(const HALF* a_mk, const int* source_m, const HALF* w_gnk, HALF* out_mn,
+          const int4* tiles, const int* tile_count, int tile_rows, int m, int k, int width,
+          int n) {
+  compute(a_mk, source_m, w_gnk, tiles, tile_count, tile_rows, m, k, width,
+          [=](int row, int column, const float* gate, const float* up) {
+            int c = column / 16 * 8 + column % 8;
+            if (c >= n) return;
+            HALF products[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+              products[i] = HALF::from_float(gate[i] / (1 + expf(-gate[i])) * up[i] * GATED_SCALE);
+            *reinterpret_cast<u32*>(out_mn + size_t(row) * n + c) =
+                u32(products[0].bits) | u32(products[1].bits) << 16;
+          });
+}

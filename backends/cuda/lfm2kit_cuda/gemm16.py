@@ -1,0 +1,123 @@
+"""Matrix products on tensor cores: the arithmetic of precisions bf16 and fp16.
+
+Weights and the activations that products read have 16 bits; sums, and all that is handed from
+block to block, have 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cupy
+
+from lfm2kit.backend import Tensor
+from lfm2kit_cuda.device import compute_capability
+from lfm2kit_cuda.kernels import Kernel, load_kernel
+from lfm2kit_cuda.products import Matrix, RowTiles, TileCost, launch, padded
+from lfm2kit_cuda.upload import upload
+
+THREADS = 256
+WIDTH = 128  # packed matrices have a multiple of so many rows
+CHUNK = 8  # elements that are copied at once: rows have a multiple of them
+RUN = 8  # rows of w1 before as many of w3
+
+MENU = {
+    16: TileCost(128, 40),
+    32: TileCost(128, 48),
+    48: TileCost(128, 64),
+    64: TileCost(128, 72),
+    96: TileCost(128, 100),
+    128: TileCost(128, 128),
+}
+
+# In F16 the products of SwiGLU could pass 65504: they are kept 64 times smaller, w2 larger.
+GATED_SCALE = {"BF16": 1.0, "F16": 1 / 64}
+
+
+class TensorCoreGemm:
+    def __init__(self, activation: str) -> None:
+        self.activation = activation
+        self._scale = GATED_SCALE[activation]
+
+    def pack(self, matrices: Sequence[Tensor], scale: float = 1.0) -> Matrix:
+        columns, inputs = matrices[0].shape
+        packed = self._panels(len(matrices), inputs, columns)
+        for panel, matrix in zip(packed, matrices, strict=True):
+            self._narrow(matrix, panel, run=columns, stride=0, offset=0, scale=scale)
+        return Matrix(packed, packed.shape[2], columns, packed.shape[1])
+
+    def pack_gated(self, gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Matrix:
+        """w1 and w3 in turns of RUN rows."""
+        columns, inputs = gates[0].shape
+        packed = self._panels(len(gates), inputs, 2 * padded(columns, RUN))
+        for panel, gate, up in zip(packed, gates, ups, strict=True):
+            self._narrow(gate, panel, run=RUN, stride=2 * RUN, offset=0)
+            self._narrow(up, panel, run=RUN, stride=2 * RUN, offset=RUN)
+        return Matrix(packed, packed.shape[2], columns, packed.shape[1])
+
+    def pack_down(self, matrices: Sequence[Tensor]) -> Matrix:
+        return self.pack(matrices, 1 / self._scale)
+
+    def packed_bytes(self, shape: tuple[int, ...]) -> int:
+        return 2 * padded(shape[0], WIDTH) * padded(shape[1], CHUNK)
+
+    def empty(self, rows: int, columns: int) -> cupy.ndarray:
+        is_padded = columns % CHUNK > 0
+        return (cupy.zeros if is_padded else cupy.empty)(
+            (rows, padded(columns, CHUNK)), cupy.uint16
+        )
+
+    def rounded(self, x: cupy.ndarray) -> cupy.ndarray:
+        rows, columns = x.shape
+        out = cupy.empty((rows, padded(columns, CHUNK)), cupy.uint16)
+        kernel = load_kernel("packing", f"round_{self.activation}")
+        kernel((rows,), THREADS, x, out, columns, out.shape[1])
+        return out
+
+    def linear(
+        self,
+        x: cupy.ndarray,
+        matrix: Matrix,
+        bias: cupy.ndarray | None = None,
+        tiles: RowTiles | None = None,
+    ) -> cupy.ndarray:
+        out = cupy.empty((tiles.rows if tiles else len(x), matrix.columns), cupy.float32)
+        kernel = self._kernel("linear")
+        launch(kernel, THREADS, MENU, x, matrix, (bias, out), tiles, matrix.columns)
+        return out
+
+    def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
+        columns = padded(matrix.columns, CHUNK)  # the padding is silu(0) * 0
+        out = cupy.empty((tiles.rows if tiles else len(x), columns), cupy.uint16)
+        launch(self._kernel("gated"), THREADS, MENU, x, matrix, (out,), tiles, columns)
+        return out
+
+    def _kernel(self, name: str) -> Kernel:
+        shared_bytes = (96 if compute_capability() >= (8, 0) else 64) * 1024
+        return load_kernel(
+            "gemm16",
+            name,
+            shared_bytes,
+            HALF=self.activation,
+            MMA_TYPE=f'"{self.activation.lower()}"',
+            SHARED_BYTES=shared_bytes,
+            GATED_SCALE=f"{self._scale}f",
+        )
+
+    def _panels(self, groups: int, inputs: int, columns: int) -> cupy.ndarray:
+        shape = groups, padded(columns, WIDTH), padded(inputs, CHUNK)
+        return cupy.zeros(shape, cupy.uint16)
+
+    def _narrow(
+        self,
+        matrix: Tensor,
+        panel: cupy.ndarray,
+        run: int,
+        stride: int,
+        offset: int,
+        scale: float = 1.0,
+    ) -> None:
+        out, inputs = matrix.shape
+        kernel = load_kernel("packing", f"narrow_{matrix.dtype}_{self.activation}")
+        weights = upload(matrix.data)
+        kernel((out,), THREADS, weights, panel, inputs, panel.shape[1], run, stride, offset, scale)
