@@ -151,6 +151,4 @@ def _walk(placed: Placed) -> Iterator[Placed]:
 
 def _itemsize(setup: Setup, placed: Placed) -> float:
     """Bytes per weight element as stored."""
-    weights = setup.checkpoint.weights.scope(placed.scope)
-    names = placed.spec.parameters()
-    return sum(weights[name].nbytes for name in names) / max(placed.spec.weight_elements(), 1)
+    return setup.stored_bytes(placed) / max(placed.spec.weight_elements(), 1)

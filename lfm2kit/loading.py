@@ -63,8 +63,17 @@ class Setup:
 
     def builder(self, built: Callable[[Placed], None] = lambda placed: None) -> Builder:
         """What makes the blocks of `placed`, or of a part of it."""
+
+        def done(placed: Placed) -> None:
+            self.checkpoint.release(placed.scope, placed.spec)
+            built(placed)
+
         wrap = self.plugins.wrap
-        return Builder(self.checkpoint.weights, self.create, self.joins, wrap, built)
+        return Builder(self.checkpoint.weights, self.create, self.joins, wrap, done)
+
+    def stored_bytes(self, placed: Placed) -> int:
+        """Of the weights of `placed`, in the checkpoint."""
+        return sum(t.nbytes for t in self.checkpoint.tensors_of(placed.scope, placed.spec))
 
 
 def set_up(

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from lfm2kit import specs
+from lfm2kit.checkpoint import mapped
 from lfm2kit.checkpoint.huggingface import canonical, read_folder
 from lfm2kit.checkpoint.model_bin import read_model_bin
 from lfm2kit.checkpoint.safetensors import read_safetensors
 from lfm2kit.config import LFM2_8B_A1B, ModelConfig, model_spec, read_config
 from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.spec_files import read_spec
+from lfm2kit.specs import Spec
 from lfm2kit.weights import Tensor, Weights
 
 CONFIG, SPECS, MODEL_BIN = "config.json", "model.toml", "model.bin"
@@ -37,6 +39,16 @@ class Checkpoint:
     @property
     def folder(self) -> Path:
         return self.path if self.path.is_dir() else self.path.parent
+
+    def tensors_of(self, scope: str, spec: Spec) -> list[Tensor]:
+        """The tensors of a block of `spec` whose names begin with `scope`."""
+        weights = self.weights.scope(scope)
+        return [weights[name] for name in spec.parameters()]
+
+    def release(self, scope: str, spec: Spec) -> None:
+        """Gives back the memory that reading a block's tensors took."""
+        for tensor in self.tensors_of(scope, spec):
+            mapped.release(tensor.data)
 
     def beside(self, name: str) -> Path:
         """The file `name` beside the model, or in `data/` there, as the assignment has it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,6 +51,23 @@ def check_extents(path: Path, extents: Iterable[Extent], start: int, size: int) 
         if extent.begin < previous.end and extent.end > extent.begin:
             raise Lfm2kitError(f"{path}: tensor '{extent.name}' overlaps '{previous.name}'")
         previous = max(previous, extent, key=lambda e: e.end)
+
+
+def release(array: npt.NDArray[Any]) -> None:
+    """Gives back the memory of a view of a map; who looks again reads the file again.
+
+    What a backend has packed need not stay in memory a second time.
+    """
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if not isinstance(owner, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = array.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        owner.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def view(

@@ -133,7 +133,7 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
         "ms": f"{1e3 * row['median_seconds']:.4g}",
         "GFLOP/s": f"{row['gflops']:.3g}",
         "GB/s": f"{row['gbytes_per_second']:.3g}",
-        "% of roofline": "-" if roofline is None else f"{100 * roofline:.2g}",
+        "% of roofline": "-" if roofline is None else f"{100 * roofline:.0f}",
     }
 
 

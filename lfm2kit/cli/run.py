@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,9 +195,9 @@ def introduce(
 
 def built(setup: Setup, is_first: bool) -> LFM2:
     """The model, with a progress bar over the bytes of its weights."""
-    total = 4 * sum(leaf.spec.weight_elements() for leaf in setup.placed.leaves())
+    total = sum(setup.stored_bytes(leaf) for leaf in setup.placed.leaves())
     with progress("loading", total, "GB", 1e9, visible=is_first) as advance:
-        return setup.build(lambda leaf: advance(4 * leaf.spec.weight_elements()))
+        return setup.build(lambda leaf: advance(setup.stored_bytes(leaf)))
 
 
 def run_timed(
@@ -223,9 +224,20 @@ def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) ->
     """The lines that graders grep for, word for word."""
     report.line(f"Elapsed time: {seconds:f} (sec)")
     report.line(f"Throughput: {n / seconds:f} (samples/sec)")
-    report.fields |= {"seconds": seconds, "samples_per_second": n / seconds}
+    report.line(f"Peak memory: {peak_memory() / 1e9:.3g} GB")
+    report.fields |= {
+        "seconds": seconds,
+        "samples_per_second": n / seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
     if verdict is not None:
         for line in verdict.lines():
             report.line(line)
         report.fields["validation"] = asdict(verdict) | {"valid": verdict.is_valid}
     report.write()
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has had in memory at once, mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -19,6 +19,7 @@ from lfm2kit_cpu_simd.signatures import FLOAT, INT, ORDER, WORD
 from lfm2kit_cpu_simd.tile import CACHE_LINE, ITEMSIZE, NR, STORAGES, TABLES, lane_order
 
 HALF = NR // 2
+BLOCK = 32  # columns that are transposed at once: a cache line of 16-bit weights
 ELEMENTS = {"F32": np.float32, "BF16": np.uint16, "F16": np.uint16}
 
 
@@ -90,12 +91,13 @@ def _signature(element: types.Type) -> Any:
 def _place(source: Any, panels: Any, order: Any, first: Any) -> None:
     """Row r of `source` becomes place order[(first + r) % n] of panel (first + r) // n.
 
-    A cache line's worth of columns at a time, so that lines of both are used whole.
+    A block of columns at a time, whose part of the panel stays in the first-level cache.
     """
-    n, k = order.shape[0], source.shape[1]
-    for turn in numba.prange(-(-k // 32)):
-        begin, end = turn * 32, min(k, turn * 32 + 32)
-        for r in range(source.shape[0]):
-            panel, place = (first + r) // n, order[(first + r) % n]
-            for c in range(begin, end):
-                panels[panel, c, place] = source[r, c]
+    n, (rows, k) = order.shape[0], source.shape
+    for panel in numba.prange(first // n, -(-(first + rows) // n)):
+        for begin in range(0, k, BLOCK):
+            end = min(k, begin + BLOCK)
+            for r in range(max(0, panel * n - first), min(rows, (panel + 1) * n - first)):
+                place = order[first + r - panel * n]
+                for c in range(begin, end):
+                    panels[panel, c, place] = source[r, c]
