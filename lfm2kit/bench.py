@@ -22,6 +22,7 @@ from lfm2kit.placement import Placed
 from lfm2kit.specs import Work
 
 WARM_UPS = 1
+MOST_STEPS = 256  # tokens that a decoding sequence grows by
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,52 @@ def forwards(
             work=model.spec.work(batch, _itemsize(setup, model.placed)),
             call=lambda batch=batch: model.logits(batch),  # type: ignore[misc]
         )
+
+
+def decodings(
+    setup: Setup, model: LFM2, sequences: Sequence[int], seq_len: int, seed: int
+) -> Iterator[Contender]:
+    """One token after another, after a prompt of `seq_len` tokens, for so many sequences at once.
+
+    The next tokens are random: chosen by the model, they would soon go round in the same experts.
+    """
+    for n in sequences:
+        decoder = Decoder(model, n, seq_len, seed)
+        batch = decoder.next_batch(seq_len)
+        yield Contender(
+            backend=str(setup.plan),
+            test=f"decode {n}",
+            samples=n,
+            tokens=n,
+            work=model.spec.work(batch, _itemsize(setup, model.placed)),
+            call=decoder.step,
+        )
+
+
+class Decoder:
+    """A state of some sequences that grows by a token each at every step."""
+
+    def __init__(self, model: LFM2, sequences: int, seq_len: int, seed: int) -> None:
+        self._model = model
+        self._sequences = sequences
+        self._start = self._position = seq_len
+        self._rng = np.random.default_rng(seed)
+        self._state = model.new_state(sequences, seq_len + MOST_STEPS)
+        vocab_size = model.spec.embed_tokens.vocab_size
+        model.logits(random_batch(sequences, seq_len, vocab_size, seed), self._state)
+
+    def next_batch(self, position: int) -> Batch:
+        ids = self._rng.integers(
+            0, self._model.spec.embed_tokens.vocab_size, (self._sequences, 1), dtype=np.int32
+        )
+        return Batch.of_sequences(list(ids), starts=[position] * self._sequences)
+
+    def step(self) -> None:
+        """The next token of every sequence; after `MOST_STEPS` again from the prompt's end."""
+        self._model.logits(self.next_batch(self._position), self._state)
+        self._position += 1
+        if self._position == self._start + MOST_STEPS:
+            self._position = self._start
 
 
 def single_blocks(

@@ -14,6 +14,7 @@ from lfm2kit.bench import (
     WARM_UPS,
     Contender,
     Measured,
+    decodings,
     forwards,
     measure,
     measured_ceilings,
@@ -53,7 +54,10 @@ def bench(
     block: Annotated[
         list[Block] | None, typer.Option(help="A single block instead of the whole model.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a sample.")] = 16,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="One token after another, for -n sequences at once.")
+    ] = False,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a sample, or in a prompt.")] = 16,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
     output: Annotated[Form, typer.Option("-o", "--output", help="Form of the table.")] = Form.md,
     precision: options.PrecisionOption = "fp32",
@@ -62,6 +66,8 @@ def bench(
 ) -> None:
     """Measures the model or its blocks: median and spread, beside this machine's ceilings."""
     samples = _whole_numbers(n)
+    if decode and block:
+        raise Lfm2kitError("--decode measures the whole model; leave out --block")
     checkpoint = options.open_model(model)
     setups = [_set_up(checkpoint, text, precision, threads) for text in backend or [AUTO]]
     for setup in setups:
@@ -70,7 +76,7 @@ def bench(
     contenders = [
         contender
         for setup in setups
-        for contender in _contenders(setup, block or [], samples, seq_len, seed)
+        for contender in _contenders(setup, block or [], decode, samples, seq_len, seed)
     ]
     ceilings = {str(s.plan): c for s in setups if (c := measured_ceilings(s)) is not None}
     total = (WARM_UPS + repetitions) * len(contenders)
@@ -89,8 +95,15 @@ def _set_up(checkpoint: Checkpoint, text: str, precision: str, threads: int | No
 
 
 def _contenders(
-    setup: Setup, blocks: Sequence[Block], samples: Sequence[int], seq_len: int, seed: int
+    setup: Setup,
+    blocks: Sequence[Block],
+    decode: bool,
+    samples: Sequence[int],
+    seq_len: int,
+    seed: int,
 ) -> list[Contender]:
+    if decode:
+        return list(decodings(setup, setup.build(), samples, seq_len, seed))
     if not blocks:
         return list(forwards(setup, setup.build(), samples, seq_len, seed))
     return [c for b in blocks for c in single_blocks(setup, b.value, samples, seq_len, seed)]

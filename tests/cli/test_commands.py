@@ -284,8 +284,17 @@ def test_bench_measures_single_blocks_against_the_roofline(cli: Cli, block: str)
     assert row["roofline"] > 0
 
 
+def test_bench_decodes_one_token_after_another(cli: Cli) -> None:
+    done = cli("bench", "--decode", "-n", "1,3", "-r", 2, "-b", "cpu_simd", "-o", "json")
+    rows = json.loads(done.out)["results"]
+    assert [row["test"] for row in rows] == ["decode 1", "decode 3"]
+    three = rows[1]
+    assert three["tokens_per_second"] == pytest.approx(3 / three["median_seconds"])
+
+
 def test_bench_refuses_nonsense(cli: Cli) -> None:
     fails(cli("bench", "-n", "1,x"), "1,x")
+    fails(cli("bench", "--decode", "--block", "moe"), "leave out --block")
 
 
 def test_convert_goes_both_ways_to_the_same_bits(cli: Cli, tmp_path: Path) -> None:
