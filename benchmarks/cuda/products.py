@@ -78,16 +78,14 @@ def dense(precision: str, dtype: torch.dtype) -> None:
 
 def experts(precision: str, dtype: torch.dtype) -> None:
     ours, rng = arithmetic(precision), np.random.default_rng(0)
-    w1, w3 = (
-        [Tensor("w", "F32", random_matrix(rng, *shape)) for _ in range(EXPERTS)] for _ in "13"
+    w1, w3, w2 = (
+        [Tensor("w", "F32", random_matrix(rng, *shape)) for _ in range(EXPERTS)]
+        for shape in ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
     )
-    w2 = [Tensor("w", "F32", random_matrix(rng, *shape[::-1])) for _ in range(EXPERTS)]
     w13, down = ours.pack_gated(w1, w3), ours.pack(w2)
     torch_w13 = torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, device="cuda", dtype=dtype)
     torch_w2 = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, device="cuda", dtype=dtype)
-    print(
-        "\n| experts, rows each | gated | down | cuBLAS gated | cuBLAS down |\n|---|---|---|---|---|"
-    )
+    print("\n| rows each | gated | down | cuBLAS gated | cuBLAS down |\n|---|---|---|---|---|")
     for n in (16, 32, 64, 128):
         tokens = 16 * n
         ids = rng.random((tokens, EXPERTS)).argsort(axis=1)[:, :TAKEN].astype(np.int32)
@@ -114,7 +112,7 @@ def main() -> None:
     precision = parser.parse_args().precision
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     torch.backends.cuda.matmul.allow_tf32 = False
-    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+    with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
         print(f"{torch.cuda.get_device_name()}, {precision}, TFLOP/s\n")
         dense(precision, dtypes[precision])
         experts(precision, dtypes[precision])

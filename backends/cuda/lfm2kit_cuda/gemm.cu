@@ -11,7 +11,12 @@
 // multipliers.  Hence 16 x 8 outputs per thread, 128 threads, two blocks per multiprocessor.  A
 // block makes 128 rows x 128 columns, or up to 64 rows x 256 columns: an expert with few tokens
 // costs few multiplications.  Both operands lie in shared memory with k outside; the fragments of
-// the next k are read while this one's are multiplied.
+// the next k, or of several where a thread has few rows, are read while this one's are multiplied.
+//
+// A multiprocessor starts one multiplication per scheduler and cycle only if two of its operands
+// come from different banks of registers and the third is kept from the one before.  Hence the
+// multiplications go to and fro over the columns; hence too that `linear` adds its bias always:
+// stored as they are, four sums would have to lie in the banks of the weights that they meet.
 #include "async_copy.cuh"
 
 constexpr int kTileK = TILE_K, kStages = STAGES, kThreads = 128, kColumns = 8;
@@ -30,6 +35,8 @@ struct Product {
   static constexpr int kCopiesA = (kTileM + kCopyRows - 1) / kCopyRows;
   static constexpr int kCopiesW = kTileK * kTileN / (4 * kThreads);
   static constexpr int kRowsW = 4 * kThreads / kTileN;  // of W, per copy of all threads
+  static constexpr int kGroup = kRows < 12 ? 16 / kRows : 1;  // k whose fragments are read at once
+  static_assert(kTileK % (2 * kGroup) == 0, "an even number of groups in a stage");
 
   const float* a_of[kCopiesA];
   const float* w_at;
@@ -74,15 +81,32 @@ struct Product {
     float a[kRows], w[kColumns];
   };
 
-  __device__ __forceinline__ void read(Fragment& fragment, int stage, int in_stage) const {
-    const float* a = shared + stage * kStage + in_stage * kRowA + row;
-    const float* w = shared + stage * kStage + kStageA + in_stage * kTileN + column;
+  __device__ __forceinline__ void read(Fragment (&fragments)[kGroup], int stage,
+                                       int in_stage) const {
 #pragma unroll
-    for (int i = 0; i < kRows; i += 4)
-      *reinterpret_cast<float4*>(fragment.a + i) = *reinterpret_cast<const float4*>(a + 4 * i);
+    for (int g = 0; g < kGroup; ++g) {
+      const float* a = shared + stage * kStage + (in_stage + g) * kRowA + row;
+      const float* w = shared + stage * kStage + kStageA + (in_stage + g) * kTileN + column;
 #pragma unroll
-    for (int i = 0; i < kColumns; i += 4)
-      *reinterpret_cast<float4*>(fragment.w + i) = *reinterpret_cast<const float4*>(w + 8 * i);
+      for (int i = 0; i < kRows; i += 4)
+        *reinterpret_cast<float4*>(fragments[g].a + i) = *reinterpret_cast<const float4*>(a + 4 * i);
+#pragma unroll
+      for (int i = 0; i < kColumns; i += 4)
+        *reinterpret_cast<float4*>(fragments[g].w + i) = *reinterpret_cast<const float4*>(w + 8 * i);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const Fragment (&fragments)[kGroup],
+                                           float (&acc)[kRows][kColumns]) const {
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          int n = i % 2 ? kColumns - 1 - j : j;
+          acc[i][n] = fmaf(fragments[g].a[i], fragments[g].w[n], acc[i][n]);
+        }
   }
 
   __device__ __forceinline__ void run(float (&acc)[kRows][kColumns]) const {
@@ -94,25 +118,22 @@ struct Product {
     }
     wait_copies<kStages - 2>();
     __syncthreads();
-    Fragment fragments[2];
+    Fragment fragments[2][kGroup];
     read(fragments[0], 0, 0);
     for (int s = 0; s < steps; ++s) {
       int next = s + kStages - 1;
       if (next < steps) load(stage == 0 ? kStages - 1 : stage - 1, next * kTileK);
       commit_copies();
 #pragma unroll
-      for (int in_stage = 0; in_stage < kTileK; ++in_stage) {
-        if (in_stage + 1 == kTileK) {
+      for (int in_stage = 0; in_stage < kTileK; in_stage += kGroup) {
+        int group = in_stage / kGroup;
+        if (in_stage + kGroup == kTileK) {
           stage = stage + 1 == kStages ? 0 : stage + 1;
           wait_copies<kStages - 2>();
           __syncthreads();
         }
-        read(fragments[(in_stage + 1) % 2], stage, (in_stage + 1) % kTileK);
-        const Fragment& now = fragments[in_stage % 2];
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-#pragma unroll
-          for (int n = 0; n < kColumns; ++n) acc[i][n] = fmaf(now.a[i], now.w[n], acc[i][n]);
+        read(fragments[(group + 1) % 2], stage, (in_stage + kGroup) % kTileK);
+        multiply(fragments[group % 2], acc);
       }
     }
   }
@@ -182,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
               int c = column + i % 4 + i / 4 * 32;
-              sums[i] = bias_n && c < n ? values[i] + bias_n[c] : values[i];
+              sums[i] = values[i] + (bias_n && c < n ? bias_n[c] : 0);
             }
             store_four(out_mn + size_t(row) * n, column, n, sums);
             store_four(out_mn + size_t(row) * n, column + 32, n, sums + 4);

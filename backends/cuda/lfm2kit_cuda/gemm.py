@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import cupy
 
 from lfm2kit.backend import Tensor
-from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Matrix, RowTiles, TileCost, launch, padded
 from lfm2kit_cuda.upload import upload
 
-TILE_K, THREADS = 16, 128
+TILE_K, STAGES, THREADS = 8, 6, 128
 WIDTH = 256  # packed matrices have a multiple of so many columns
 RUN = 32  # columns of w1 before as many of w3
 
@@ -76,10 +75,9 @@ class Gemm:
 
 
 def _kernel(name: str) -> Kernel:
-    stages = 4 if compute_capability() >= (8, 0) else 3
     widest = max(rows + 4 + cost.columns for rows, cost in MENU.items())
-    shared_bytes = 4 * stages * TILE_K * widest
-    return load_kernel("gemm", name, shared_bytes, STAGES=stages, TILE_K=TILE_K)
+    shared_bytes = 4 * STAGES * TILE_K * widest
+    return load_kernel("gemm", name, shared_bytes, STAGES=STAGES, TILE_K=TILE_K)
 
 
 def _panels(groups: int, inputs: int, columns: int) -> cupy.ndarray:
