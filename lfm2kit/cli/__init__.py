@@ -13,6 +13,7 @@ from lfm2kit.cli.convert import convert
 from lfm2kit.cli.env import env
 from lfm2kit.cli.plan import plan
 from lfm2kit.cli.run import run
+from lfm2kit.cli.warmup import warmup
 
 app = typer.Typer(
     name="lfm2kit",
@@ -28,6 +29,7 @@ app.command()(plan)
 app.add_typer(backends, name="backends")
 app.command()(bench)
 app.command()(convert)
+app.command()(warmup)
 app.command()(env)
 
 

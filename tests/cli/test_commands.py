@@ -292,6 +292,13 @@ def test_bench_decodes_one_token_after_another(cli: Cli) -> None:
     assert three["tokens_per_second"] == pytest.approx(3 / three["median_seconds"])
 
 
+def test_warmup_names_the_plan_that_is_ready(cli: Cli) -> None:
+    done = cli("warmup", "-b", "cpu_simd,attn=reference", "--json", "-")
+    fields = json.loads(done.out)
+    assert (done.code, fields["backend"]) == (0, "cpu_simd,attn=reference")
+    fails(cli("warmup", "-b", "nonsense"), "nonsense")
+
+
 def test_bench_refuses_nonsense(cli: Cli) -> None:
     fails(cli("bench", "-n", "1,x"), "1,x")
     fails(cli("bench", "--decode", "--block", "moe"), "leave out --block")

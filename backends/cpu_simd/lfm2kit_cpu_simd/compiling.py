@@ -8,17 +8,21 @@ home folder is never read by another kind of machine.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import llvmlite
 import llvmlite.binding as llvm
 import numba
+from numba.core import event
 
 
 @contextmanager
@@ -29,26 +33,80 @@ def compiled_kernels() -> Iterator[None]:
         return
     folder = _cache_folder()
     is_new = not (folder / "complete").exists()
+    with _kept_in(folder), _announced(folder) if is_new else nullcontext():
+        yield
     if is_new:
-        print("cpu_simd: compiling its kernels for this CPU, once ...", file=sys.stderr, flush=True)
-    start = time.perf_counter()
+        (folder / "complete").touch()
+
+
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
     try:
         yield
     finally:
         numba.config.CACHE_DIR = before
-    if is_new and folder.is_dir():
-        (folder / "complete").touch()
-        seconds = time.perf_counter() - start
-        print(f"cpu_simd: compiled in {seconds:.0f} s, kept in {folder}", file=sys.stderr)
+
+
+@contextmanager
+def _announced(folder: Path) -> Iterator[None]:
+    """Says that kernels are compiled, on a terminal how many, and how long it took."""
+    _say("cpu_simd: compiling its kernels for this CPU, once ...")
+    progress = Progress()
+    start = time.perf_counter()
+    with event.install_listener("numba:compile", progress):
+        yield
+    progress.clear()
+    seconds = time.perf_counter() - start
+    _say(f"cpu_simd: compiled {progress.count} in {seconds:.0f} s, kept in {folder}")
+
+
+class Progress(event.Listener):
+    """Counts the compiled functions, on one line that is written over and over."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shows = sys.stderr.isatty()
+
+    def on_start(self, event: event.Event) -> None:
+        pass
+
+    def on_end(self, event: event.Event) -> None:
+        self.count += 1
+        if self._shows:
+            sys.stderr.write(f"\r\x1b[K  {self.count} kernels")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self._shows:
+            sys.stderr.write("\r\x1b[K")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _cache_folder() -> Path:
+    """A folder that can be written: of the user, or else of this process.
+
+    Numba would otherwise keep kernels beside the sources, where they may be stale.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "lfm2kit" / f"cpu_simd-{_fingerprint()}"
+    folder = Path(home) / "lfm2kit" / f"cpu_simd-{fingerprint()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK) or (folder / "complete").exists():
+            return folder
+    except OSError:
+        pass
+    temporary = Path(tempfile.mkdtemp(prefix="lfm2kit-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    _say(f"cpu_simd: {folder} cannot be written, so that kernels are compiled for this run only")
+    return temporary
 
 
-def _fingerprint() -> str:
+def fingerprint() -> str:
+    """Changes with this package's sources, the compilers and the CPU that they compile for."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

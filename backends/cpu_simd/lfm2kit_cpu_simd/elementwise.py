@@ -34,5 +34,5 @@ def exp(x: float) -> float:
 
 @numba.njit(inline="always")
 def silu(x: float) -> float:
-    """x / (1 + e^-x)."""
+    """x / (1 + e^-x); of numbers below -88 of no size that matters, where it should be 0."""
     return x / (np.float32(1) + exp(-x))

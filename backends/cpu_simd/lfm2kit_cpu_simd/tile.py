@@ -64,7 +64,7 @@ def _multiply(
     much memory from `ahead` on as it reads of the panel.
     """
     signature = types.void(storage, m, *[types.intp] * 6)
-    emitter = _Emitter(STORAGES[storage.literal_value], m.literal_value)
+    emitter = Emitter(STORAGES[storage.literal_value], m.literal_value)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         emitter.emit(builder, *args[2:])
@@ -73,17 +73,18 @@ def _multiply(
     return signature, codegen
 
 
-class _Emitter:
-    """Emits vector code at a builder's place."""
+class Emitter:
+    """Emits the tile's vector code at a builder's place, for vectors of `vl` floats."""
 
-    def __init__(self, storage: str, rows: int) -> None:
+    def __init__(self, storage: str, rows: int, vl: int = VL, nv: int = NV) -> None:
         self.storage = storage
         self.rows = rows
-        self.row_bytes = NR * ITEMSIZE[storage]
+        self.vl, self.nv = vl, nv
+        self.row_bytes = nv * vl * ITEMSIZE[storage]
         self.float = ir.FloatType()
-        self.vector = ir.VectorType(self.float, VL)
-        self.words = ir.VectorType(ir.IntType(32), VL)
-        self.halves = ir.VectorType(ir.HalfType(), VL)
+        self.vector = ir.VectorType(self.float, vl)
+        self.words = ir.VectorType(ir.IntType(32), vl)
+        self.halves = ir.VectorType(ir.HalfType(), vl)
         self.index = ir.IntType(64)
 
     def emit(
@@ -91,7 +92,7 @@ class _Emitter:
     ) -> None:
         self.builder = b
         fma = ir.FunctionType(self.vector, [self.vector] * 3)
-        self.fmuladd = cgutils.get_or_insert_function(b.module, fma, f"llvm.fmuladd.v{VL}f32")
+        self.fmuladd = cgutils.get_or_insert_function(b.module, fma, f"llvm.fmuladd.v{self.vl}f32")
         x = [b.add(x_at, b.mul(stride, self._constant(4 * i))) for i in range(self.rows)]
 
         def step(k: Any, sums: Sequence[Any]) -> list[Any]:
@@ -99,7 +100,7 @@ class _Emitter:
             return self._multiply_add(k, x, self._row(panel_at, k), sums)
 
         unrolled = b.and_(k, self._constant(-UNROLL))
-        zero = [ir.Constant(self.vector, None)] * (self.rows * NV)
+        zero = [ir.Constant(self.vector, None)] * (self.rows * self.nv)
         sums = self._loop(self._constant(0), unrolled, UNROLL, step, zero)
         sums = self._loop(unrolled, k, 1, step, sums)
         self._store(sums, out_at)
@@ -131,34 +132,35 @@ class _Emitter:
     def _multiply_add(
         self, k: Any, x: Sequence[Any], weights: Sequence[Any], sums: Sequence[Any]
     ) -> list[Any]:
-        """One k: for each row a broadcast and NV multiply-adds."""
+        """One k: for each row a broadcast and self.nv multiply-adds."""
         b = self.builder
         values = []
         for i in range(self.rows):
             at = b.add(x[i], b.mul(k, self._constant(4)))
             splat = self._splat(self._load(at, self.float))
             values += [
-                b.call(self.fmuladd, [splat, weights[v], sums[i * NV + v]]) for v in range(NV)
+                b.call(self.fmuladd, [splat, weights[v], sums[i * self.nv + v]])
+                for v in range(self.nv)
             ]
         return values
 
     def _row(self, panel_at: Any, k: Any) -> list[Any]:
-        """Row k of the panel as NV vectors of float32."""
+        """Row k of the panel as self.nv vectors of float32."""
         b = self.builder
         at = b.add(panel_at, b.mul(k, self._constant(self.row_bytes)))
         if self.storage == "BF16":
-            pairs = [self._load(at, self.words, 4 * VL * v) for v in range(NV // 2)]
+            pairs = [self._load(at, self.words, 4 * self.vl * v) for v in range(self.nv // 2)]
             return [half for pair in pairs for half in self._widened_pair(pair)]
         if self.storage == "F16":
-            halves = [self._load(at, self.halves, 2 * VL * v) for v in range(NV)]
+            halves = [self._load(at, self.halves, 2 * self.vl * v) for v in range(self.nv)]
             return [b.fpext(half, self.vector) for half in halves]
-        return [self._load(at, self.vector, 4 * VL * v) for v in range(NV)]
+        return [self._load(at, self.vector, 4 * self.vl * v) for v in range(self.nv)]
 
     def _widened_pair(self, pair: Any) -> list[Any]:
         """BF16 is the upper half of a float32: the lower of a pair is shifted, the upper masked."""
         b = self.builder
-        low = b.shl(pair, ir.Constant(self.words, [16] * VL))
-        high = b.and_(pair, ir.Constant(self.words, [0xFFFF0000] * VL))
+        low = b.shl(pair, ir.Constant(self.words, [16] * self.vl))
+        high = b.and_(pair, ir.Constant(self.words, [0xFFFF0000] * self.vl))
         return [b.bitcast(low, self.vector), b.bitcast(high, self.vector)]
 
     def _prefetch(self, at: Any) -> None:
@@ -189,7 +191,7 @@ class _Emitter:
     def _store(self, values: Sequence[Any], at: Any) -> None:
         b = self.builder
         for i, value in enumerate(values):
-            place = b.add(at, self._constant(4 * VL * i))
+            place = b.add(at, self._constant(4 * self.vl * i))
             b.store(value, b.inttoptr(place, self.vector.as_pointer()), align=4)
 
     def _constant(self, value: int) -> Any:

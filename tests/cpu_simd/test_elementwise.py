@@ -1,0 +1,40 @@
+"""exp and silu, to the last bits of float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from lfm2kit_cpu_simd import elementwise
+
+
+@numba.vectorize(["float32(float32)"])
+def vector_exp(x: Any) -> Any:
+    return elementwise.exp(x)
+
+
+@numba.vectorize(["float32(float32)"])
+def vector_silu(x: Any) -> Any:
+    return elementwise.silu(x)
+
+
+def test_exp_is_within_two_units_of_the_last_place() -> None:
+    x = np.linspace(-87, 88, 1_000_001).astype(np.float32)
+    want = np.exp(x.astype(np.float64))
+    assert np.max(np.abs(vector_exp(x) - want) / want) < 2.4e-7
+
+
+def test_exp_of_numbers_beyond_float32_stays_finite() -> None:
+    x = np.array([-np.inf, -1e30, -200, 200, 1e30, np.inf], np.float32)
+    assert np.all(np.isfinite(vector_exp(x)))
+
+
+def test_silu_of_any_number_is_finite_and_right() -> None:
+    x = np.concatenate([np.linspace(-100, 100, 100_001), [-1e6, 1e6]]).astype(np.float32)
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore"):
+        want = wide / (1 + np.exp(-wide))
+    got = vector_silu(x)
+    assert np.all(np.isfinite(got))
+    np.testing.assert_allclose(got, want, rtol=4e-7, atol=1e-30)
