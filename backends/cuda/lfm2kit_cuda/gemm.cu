@@ -8,10 +8,10 @@
 //
 // What limits is how fast registers can be filled from shared memory: 128 bytes per cycle and
 // multiprocessor, broadcast or not, so that 8 x 8 outputs per thread would keep it as busy as the
-// multipliers.  Hence 16 x 8 outputs per thread, 128 threads, two blocks per multiprocessor.  A
-// block makes 128 rows x 128 columns, or up to 64 rows x 256 columns: an expert with few tokens
-// costs few multiplications.  Both operands lie in shared memory with k outside; the fragments of
-// the next k, or of several where a thread has few rows, are read while this one's are multiplied.
+// multipliers.  Hence up to 16 x 8 outputs per thread, 128 threads, two blocks per multiprocessor.
+// A block makes 256 columns of 16, 32, 48 or 64 rows: an expert with few tokens costs few
+// multiplications.  Both operands lie in shared memory with k outside; the fragments of the next
+// k, or of several where a thread has few rows, are read while this one's are multiplied.
 //
 // A multiprocessor starts one multiplication per scheduler and cycle only if two of its operands
 // come from different banks of registers and the third is kept from the one before.  Hence the
@@ -19,22 +19,22 @@
 // stored as they are, four sums would have to lie in the banks of the weights that they meet.
 #include "async_copy.cuh"
 
-constexpr int kTileK = TILE_K, kStages = STAGES, kThreads = 128, kColumns = 8;
+constexpr int kTileN = 256, kTileK = TILE_K, kStages = STAGES, kThreads = 128, kColumns = 8;
 constexpr int kCopyK = 8, kCopyRows = kThreads / kCopyK;  // of A, per copy of all threads
+constexpr int kCopyRowsW = 4 * kThreads / kTileN;         // of W, likewise
 
 struct Tile {
   int group, row, rows, column;
 };
 
-// kRows x kColumns outputs per thread, 4 x 8 threads per warp, kWarpsM x (4 / kWarpsM) warps.
-template <int kRows, int kWarpsM>
+// kRows x kColumns outputs per thread, 4 x 8 threads per warp, 4 warps side by side.
+template <int kRows>
 struct Product {
-  static constexpr int kTileM = kRows * 4 * kWarpsM, kTileN = 256 / kWarpsM;
+  static constexpr int kTileM = kRows * 4;
   static constexpr int kRowA = kTileM + 4;  // puts the 8 k x 4 rows that a warp copies in 32 banks
   static constexpr int kStageA = kTileK * kRowA, kStage = kStageA + kTileK * kTileN;
-  static constexpr int kCopiesA = (kTileM + kCopyRows - 1) / kCopyRows;
+  static constexpr int kCopiesA = kTileM / kCopyRows;
   static constexpr int kCopiesW = kTileK * kTileN / (4 * kThreads);
-  static constexpr int kRowsW = 4 * kThreads / kTileN;  // of W, per copy of all threads
   static constexpr int kGroup = kRows < 12 ? 16 / kRows : 1;  // k whose fragments are read at once
   static_assert(kTileK % (2 * kGroup) == 0, "an even number of groups in a stage");
 
@@ -57,8 +57,8 @@ struct Product {
     k_w = threadIdx.x / (kTileN / 4);
     column_w = threadIdx.x % (kTileN / 4) * 4;
     w_at = w_kw + size_t(k_w) * width + tile.column + column_w;
-    row = warp % kWarpsM * kRows * 4 + lane / 8 * 4;
-    column = warp / kWarpsM * 64 + lane % 8 * 4;
+    row = lane / 8 * 4;
+    column = warp * 64 + lane % 8 * 4;
   }
 
   // Starts the copies of k0 to k0 + kTileK; beyond k both operands are zero.
@@ -73,8 +73,8 @@ struct Product {
     float* to_w = shared + stage * kStage + kStageA + k_w * kTileN + column_w;
 #pragma unroll
     for (int i = 0; i < kCopiesW; ++i)
-      copy_async<16>(to_w + i * kRowsW * kTileN, w_at + size_t(k0 + i * kRowsW) * width,
-                     k0 + i * kRowsW + k_w < k ? 16 : 0);
+      copy_async<16>(to_w + i * kCopyRowsW * kTileN, w_at + size_t(k0 + i * kCopyRowsW) * width,
+                     k0 + i * kCopyRowsW + k_w < k ? 16 : 0);
   }
 
   struct Fragment {
@@ -141,16 +141,13 @@ struct Product {
 
 // The products of one tile; `store` is given the row and column of 8 values, whose second four
 // belong 32 columns to the right of the first.
-template <int kRows, int kWarpsM, class Store>
+template <int kRows, class Store>
 __device__ __forceinline__ void compute_tile(const float* a_mk, const int* source_m,
                                              const float* w_gkw, Tile tile, int k, int width,
                                              Store store) {
   extern __shared__ float shared[];
-  if (kWarpsM == 1) {  // twice as wide: every other block has nothing to do
-    if (blockIdx.x % 2) return;
-  }
   const float* w_kw = w_gkw + size_t(tile.group) * k * width;
-  Product<kRows, kWarpsM> product(a_mk, source_m, w_kw, tile, k, width, shared);
+  Product<kRows> product(a_mk, source_m, w_kw, tile, k, width, shared);
   float acc[kRows][kColumns] = {};
   product.run(acc);
 #pragma unroll
@@ -166,18 +163,16 @@ __device__ __forceinline__ void compute(const float* a_mk, const int* source_m,
                                         const int* tile_count, int tile_rows, int m, int k,
                                         int width, Store store) {
   int row = blockIdx.y * tile_rows;
-  Tile tile{0, row, min(tile_rows, m - row), int(blockIdx.x) * 128};
+  Tile tile{0, row, min(tile_rows, m - row), int(blockIdx.x) * kTileN};
   if (tiles) {
     if (blockIdx.y >= *tile_count) return;
     int4 listed = tiles[blockIdx.y];
     tile.group = listed.x, tile.row = listed.y, tile.rows = listed.z;
   }
-  if (tile.rows > 96) compute_tile<16, 2>(a_mk, source_m, w_gkw, tile, k, width, store);
-  else if (tile.rows > 64) compute_tile<12, 2>(a_mk, source_m, w_gkw, tile, k, width, store);
-  else if (tile.rows > 48) compute_tile<16, 1>(a_mk, source_m, w_gkw, tile, k, width, store);
-  else if (tile.rows > 32) compute_tile<12, 1>(a_mk, source_m, w_gkw, tile, k, width, store);
-  else if (tile.rows > 16) compute_tile<8, 1>(a_mk, source_m, w_gkw, tile, k, width, store);
-  else compute_tile<4, 1>(a_mk, source_m, w_gkw, tile, k, width, store);
+  if (tile.rows > 48) compute_tile<16>(a_mk, source_m, w_gkw, tile, k, width, store);
+  else if (tile.rows > 32) compute_tile<12>(a_mk, source_m, w_gkw, tile, k, width, store);
+  else if (tile.rows > 16) compute_tile<8>(a_mk, source_m, w_gkw, tile, k, width, store);
+  else compute_tile<4>(a_mk, source_m, w_gkw, tile, k, width, store);
 }
 
 // Stores up to four columns of a row that has n.

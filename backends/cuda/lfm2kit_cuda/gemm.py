@@ -8,26 +8,20 @@ import cupy
 
 from lfm2kit.backend import Tensor
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Matrix, RowTiles, TileCost, launch, padded
+from lfm2kit_cuda.products import Matrix, RowTiles, TileShape, launch, padded
 from lfm2kit_cuda.upload import upload
 
 TILE_K, STAGES, THREADS = 8, 6, 128
-WIDTH = 256  # packed matrices have a multiple of so many columns
+WIDTH = 256  # columns of a block; packed matrices have a multiple of them
 RUN = 32  # columns of w1 before as many of w3
 
-# The busier of the multipliers and of shared memory decides.
-MENU = {
-    16: TileCost(256, 48),
-    32: TileCost(256, 64),
-    48: TileCost(256, 96),
-    64: TileCost(256, 128),
-    96: TileCost(128, 96),
-    128: TileCost(128, 128),
-}
+MENU = {16: 45, 32: 73, 48: 100, 64: 128}  # rows of a tile, and what it costs, as measured
+TILE_ROWS = 64
 
 
 class Gemm:
     activation = "F32"
+    tile_rows = TILE_ROWS
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
         columns, inputs = matrices[0].shape
@@ -64,19 +58,28 @@ class Gemm:
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
         out = self.empty(tiles.rows if tiles else len(x), matrix.columns)
-        kernel = _kernel("linear")
-        launch(kernel, THREADS, MENU, x, matrix, (bias, out), tiles, matrix.columns)
+        self._launch("linear", x, matrix, (bias, out), tiles)
         return out
 
     def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
         out = self.empty(tiles.rows if tiles else len(x), matrix.columns)
-        launch(_kernel("gated"), THREADS, MENU, x, matrix, (out,), tiles, matrix.columns)
+        self._launch("gated", x, matrix, (out,), tiles)
         return out
+
+    def _launch(
+        self,
+        name: str,
+        x: cupy.ndarray,
+        matrix: Matrix,
+        outputs: tuple[cupy.ndarray | None, ...],
+        tiles: RowTiles | None,
+    ) -> None:
+        shape = TileShape(THREADS, WIDTH, MENU)
+        launch(_kernel(name), shape, x, matrix, outputs, tiles, matrix.columns)
 
 
 def _kernel(name: str) -> Kernel:
-    widest = max(rows + 4 + cost.columns for rows, cost in MENU.items())
-    shared_bytes = 4 * STAGES * TILE_K * widest
+    shared_bytes = 4 * STAGES * TILE_K * (TILE_ROWS + 4 + WIDTH)
     return load_kernel("gemm", name, shared_bytes, STAGES=STAGES, TILE_K=TILE_K)
 
 

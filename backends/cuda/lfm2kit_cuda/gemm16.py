@@ -13,7 +13,7 @@ import cupy
 from lfm2kit.backend import Tensor
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Matrix, RowTiles, TileCost, launch, padded
+from lfm2kit_cuda.products import Matrix, RowTiles, TileShape, launch, padded
 from lfm2kit_cuda.upload import upload
 
 THREADS = 256
@@ -21,20 +21,15 @@ WIDTH = 128  # packed matrices have a multiple of so many rows
 CHUNK = 8  # elements that are copied at once: rows have a multiple of them
 RUN = 8  # rows of w1 before as many of w3
 
-MENU = {
-    16: TileCost(128, 40),
-    32: TileCost(128, 48),
-    48: TileCost(128, 64),
-    64: TileCost(128, 72),
-    96: TileCost(128, 100),
-    128: TileCost(128, 128),
-}
+MENU = {16: 40, 32: 48, 48: 64, 64: 72, 96: 100, 128: 128}  # rows of a tile, and what it costs
 
 # In F16 the products of SwiGLU could pass 65504: they are kept 64 times smaller, w2 larger.
 GATED_SCALE = {"BF16": 1.0, "F16": 1 / 64}
 
 
 class TensorCoreGemm:
+    tile_rows = 128
+
     def __init__(self, activation: str) -> None:
         self.activation = activation
         self._scale = GATED_SCALE[activation]
@@ -82,14 +77,15 @@ class TensorCoreGemm:
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
         out = cupy.empty((tiles.rows if tiles else len(x), matrix.columns), cupy.float32)
-        kernel = self._kernel("linear")
-        launch(kernel, THREADS, MENU, x, matrix, (bias, out), tiles, matrix.columns)
+        shape = TileShape(THREADS, WIDTH, MENU)
+        launch(self._kernel("linear"), shape, x, matrix, (bias, out), tiles, matrix.columns)
         return out
 
     def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
         columns = padded(matrix.columns, CHUNK)  # the padding is silu(0) * 0
         out = cupy.empty((tiles.rows if tiles else len(x), columns), cupy.uint16)
-        launch(self._kernel("gated"), THREADS, MENU, x, matrix, (out,), tiles, columns)
+        shape = TileShape(THREADS, WIDTH, MENU)
+        launch(self._kernel("gated"), shape, x, matrix, (out,), tiles, columns)
         return out
 
     def _kernel(self, name: str) -> Kernel:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import cupy
 
@@ -15,8 +15,7 @@ from lfm2kit.backend import Tensor
 from lfm2kit_cuda.device import processors
 from lfm2kit_cuda.kernels import Kernel
 
-TILE_ROWS = 128  # of the largest tile
-GRID_COLUMNS = 128  # of the matrix, per block of a grid's first dimension
+ALONE = 1.3  # the time of a block that has a multiprocessor to itself, in its share of a pair's
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,7 @@ class Arithmetic(Protocol):
     """How one precision packs and multiplies."""
 
     activation: str  # the type that products read: F32, BF16 or F16
+    tile_rows: int  # at most, in a list of row tiles
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
         """[out, in] of each group."""
@@ -88,48 +88,50 @@ class Arithmetic(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TileCost:
-    """What a kernel makes of a tile of some rows."""
+class TileShape:
+    """The blocks of a kernel: their threads and columns; `menu` has the cost by number of rows."""
 
-    columns: int  # of a block
-    cycles: int  # per k, on a multiprocessor that other blocks share
+    threads: int
+    columns: int
+    menu: Mapping[int, int]
 
 
 def launch(
     kernel: Kernel,
-    threads: int,
-    menu: Mapping[int, TileCost],
+    shape: TileShape,
     x: cupy.ndarray,
     matrix: Matrix,
-    outputs: tuple[Any, ...],
+    outputs: tuple[cupy.ndarray | None, ...],
     tiles: RowTiles | None,
     columns: int,
 ) -> None:
-    """Starts the product of all tiles; without a list, of tiles of the best size from `menu`."""
+    """Starts the product of all tiles; without a list, of tiles of the best size on the menu."""
     source, listed = None, (None, None)
     if tiles is not None:
         source, listed = tiles.source, (tiles.tiles, tiles.count)
-        count, tile_rows, rows = len(tiles.tiles), TILE_ROWS, tiles.rows
+        count, tile_rows, rows = len(tiles.tiles), 0, tiles.rows
     else:
         rows = len(x)
-        tile_rows = best_tile_rows(rows, matrix.width, menu)
+        tile_rows = best_tile_rows(rows, matrix.width // shape.columns, shape.menu)
         count = -(-rows // tile_rows)
     kernel(
-        (matrix.width // GRID_COLUMNS, count), threads, x, source, matrix.packed, *outputs,
+        (matrix.width // shape.columns, count), shape.threads, x, source, matrix.packed, *outputs,
         *listed, tile_rows, rows, matrix.inputs, matrix.width, columns,
     )  # fmt: skip
 
 
-def best_tile_rows(rows: int, width: int, menu: Mapping[int, TileCost]) -> int:
-    """The rows of a tile for which the busiest multiprocessor has the least to do."""
+def best_tile_rows(rows: int, column_tiles: int, menu: Mapping[int, int]) -> int:
+    """The rows of a tile for which the busiest multiprocessor is done first.
 
-    def cycles(tile_rows: int) -> float:
-        blocks = -(-rows // tile_rows) * (width // menu[tile_rows].columns)
-        per_processor = -(-blocks // processors())
-        alone = 1.5 if per_processor == 1 else 1.0  # one block cannot fill a multiprocessor
-        return alone * per_processor * menu[tile_rows].cycles
+    It has two blocks at a time; a last one that is alone takes longer than its half.
+    """
 
-    return min(reversed(menu), key=cycles)
+    def cost(tile_rows: int) -> float:
+        blocks = -(-rows // tile_rows) * column_tiles
+        pairs, alone = divmod(-(-blocks // processors()), 2)
+        return (2 * pairs + ALONE * alone) * menu[tile_rows]
+
+    return min(reversed(menu), key=cost)
 
 
 def padded(size: int, multiple: int) -> int:

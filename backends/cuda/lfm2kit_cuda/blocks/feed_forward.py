@@ -8,7 +8,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Weights
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.kernels import load_kernel
-from lfm2kit_cuda.products import TILE_ROWS, Arithmetic, RowTiles
+from lfm2kit_cuda.products import Arithmetic, RowTiles
 
 SOURCE = "blocks/experts"
 GROUP_THREADS, COMBINE_THREADS = 512, 256
@@ -39,7 +39,7 @@ class Experts:
     def __call__(
         self, x: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
     ) -> cupy.ndarray:
-        tiles, place = grouped_by_expert(expert_ids, self.spec.local_experts)
+        tiles, place = grouped_by_expert(expert_ids, self.spec.local_experts, self.gemm.tile_rows)
         inner = self.gemm.gated(self.gemm.rounded(x), self.w13, tiles)
         outputs = self.gemm.linear(inner, self.w2, tiles=tiles.in_place())
         delta, (tokens, taken) = cupy.empty_like(x), expert_ids.shape
@@ -57,15 +57,17 @@ class SparseMoe:
         return self.experts(x, *self.router(x))
 
 
-def grouped_by_expert(expert_ids: cupy.ndarray, local: range) -> tuple[RowTiles, cupy.ndarray]:
+def grouped_by_expert(
+    expert_ids: cupy.ndarray, local: range, tile_rows: int
+) -> tuple[RowTiles, cupy.ndarray]:
     """The (token, k) pairs sorted by expert; and where each pair went, int32 [pairs]."""
     pairs, taken = expert_ids.size, expert_ids.shape[1]
     source, place = cupy.empty(pairs, cupy.int32), cupy.empty(pairs, cupy.int32)
-    tiles = cupy.empty((min(pairs, pairs // TILE_ROWS + len(local)), 4), cupy.int32)
+    tiles = cupy.empty((min(pairs, pairs // tile_rows + len(local)), 4), cupy.int32)
     count = cupy.empty(1, cupy.int32)
     group = load_kernel(SOURCE, "group_by_expert", shared_bytes=4 * len(local))
     group(
         (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, taken, local.start,
-        source, place, tiles, count, TILE_ROWS,
+        source, place, tiles, count, tile_rows,
     )  # fmt: skip
     return RowTiles(pairs, tiles, count, source), place

@@ -6,9 +6,9 @@
 // expert e's sum; then warp r chooses for row r.
 #include "reduce.cuh"
 
-constexpr int kWarps = 8, kRows = 8, kStep = 32;
+constexpr int kWarps = 16, kRows = 8, kStep = 32;
 constexpr int kPerLane = (EXPERTS + kWarp - 1) / kWarp;
-static_assert(kWarps == kRows, "a warp chooses for each row");
+static_assert(kWarps >= kRows, "a warp chooses for each row");
 
 // In double, rounded once: exactly 1 or 0 where float has nothing between.
 __device__ inline float sigmoid(float logit) { return float(1 / (1 + exp(-double(logit)))); }
@@ -19,27 +19,38 @@ __device__ inline bool is_better(float score, int id, float than, int than_id) {
   return score > than || (score == than && id < than_id);
 }
 
-// The sums of this warp's range of h for all rows, to sums_re.
+// The sums of this warp's range of h for all rows, to sums_re.  A step's weights are all asked for
+// before the first is used: what takes time here is waiting for them.
 __device__ void partial_logits(const float* x_th, const float* gate_he, float* sums_re,
-                               float (*x_rk)[kStep], int row0, int rows, int h) {
+                               float4 (*x_rk)[kStep / 4], int row0, int rows, int h) {
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int range = (h + kWarps * kStep - 1) / (kWarps * kStep) * kStep;
   int begin = min(warp * range, h), end = min(begin + range, h);
   float sum[kRows][kPerLane] = {};
   for (int k0 = begin; k0 < end; k0 += kStep) {
     __syncwarp();
+#pragma unroll
     for (int r = 0; r < kRows; ++r)
-      x_rk[r][lane] = r < rows && k0 + lane < end ? x_th[size_t(row0 + r) * h + k0 + lane] : 0;
+      reinterpret_cast<float*>(x_rk[r])[lane] =
+          r < rows && k0 + lane < end ? x_th[size_t(row0 + r) * h + k0 + lane] : 0;
     __syncwarp();
-#pragma unroll 8
-    for (int k = 0; k < min(kStep, end - k0); ++k) {
 #pragma unroll
-      for (int e = 0; e < kPerLane; ++e) {
-        int expert = lane + e * kWarp;
-        float gate = expert < EXPERTS ? gate_he[size_t(k0 + k) * EXPERTS + expert] : 0;
+    for (int e = 0; e < kPerLane; ++e) {
+      int expert = lane + e * kWarp;
+      float gate[kStep];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) sum[r][e] = fmaf(gate, x_rk[r][k], sum[r][e]);
-      }
+      for (int k = 0; k < kStep; ++k)
+        gate[k] = expert < EXPERTS && k0 + k < end ? gate_he[size_t(k0 + k) * EXPERTS + expert] : 0;
+#pragma unroll
+      for (int k = 0; k < kStep; k += 4)
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          float4 x = x_rk[r][k / 4];
+          sum[r][e] = fmaf(gate[k], x.x, sum[r][e]);
+          sum[r][e] = fmaf(gate[k + 1], x.y, sum[r][e]);
+          sum[r][e] = fmaf(gate[k + 2], x.z, sum[r][e]);
+          sum[r][e] = fmaf(gate[k + 3], x.w, sum[r][e]);
+        }
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -51,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
     route(const float* x_th, const float* gate_he, const float* bias_e, int* expert_ids_tk,
           float* expert_weights_tk, int tokens, int h, int normalise, float scaling) {
   extern __shared__ float sums_wre[];
-  __shared__ float x_wrk[kWarps][kRows][kStep];
+  __shared__ float4 x_wrk[kWarps][kRows][kStep / 4];
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int row0 = blockIdx.x * kRows, rows = min(kRows, tokens - row0);
   partial_logits(x_th, gate_he, sums_wre + warp * kRows * EXPERTS, x_wrk[warp], row0, rows, h);

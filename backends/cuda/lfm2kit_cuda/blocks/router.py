@@ -11,7 +11,7 @@ from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.products import Arithmetic
 from lfm2kit_cuda.upload import upload
 
-ROWS, WARPS, THREADS = 8, 8, 256  # of a block, as in router.cu
+ROWS, WARPS, THREADS = 8, 16, 512  # of a block, as in router.cu
 
 
 class Router:

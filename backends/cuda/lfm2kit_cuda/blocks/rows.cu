@@ -20,22 +20,45 @@ EMBED(BF16)
 EMBED(F16)
 
 // hidden_th += delta_th (unless delta_th is null); x_th = hidden / rms(hidden) * weight_h.
-// A block per row; the sum of squares is added in an order that depends on h alone.
-constexpr int kThreads = 256;
+// A block per row of HIDDEN elements, VECTOR at a time; a thread keeps its own in registers.  The
+// sum of squares is added in an order that depends on HIDDEN alone.
+constexpr int kThreads = 256, kStep = kThreads * VECTOR;
+constexpr int kParts = (HIDDEN + kStep - 1) / kStep;
+
+struct alignas(4 * VECTOR) Vector {
+  float of[VECTOR];
+};
+
+__device__ inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
+__device__ inline void store(float* at, Vector v) { *reinterpret_cast<Vector*>(at) = v; }
+
 extern "C" __global__ void __launch_bounds__(kThreads)
-    add_norm(float* hidden_th, const float* delta_th, const float* weight_h, float* x_th, int h,
+    add_norm(float* hidden_th, const float* delta_th, const float* weight_h, float* x_th,
              float eps) {
   __shared__ float sums[kThreads / kWarp];
-  size_t row = size_t(blockIdx.x) * h;
+  size_t row = size_t(blockIdx.x) * HIDDEN;
+  Vector values[kParts] = {};
   float squares = 0;
-  for (int i = threadIdx.x; i < h; i += kThreads) {
-    float value = hidden_th[row + i];
-    if (delta_th) hidden_th[row + i] = value = value + delta_th[row + i];
-    squares = fmaf(value, value, squares);
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    int i = p * kStep + threadIdx.x * VECTOR;
+    if (i < HIDDEN) values[p] = load(hidden_th + row + i);
+    if (i < HIDDEN && delta_th) {
+      Vector delta = load(delta_th + row + i);
+      for (int v = 0; v < VECTOR; ++v) values[p].of[v] += delta.of[v];
+      store(hidden_th + row + i, values[p]);
+    }
+    for (int v = 0; v < VECTOR; ++v) squares = fmaf(values[p].of[v], values[p].of[v], squares);
   }
-  float scale = 1 / sqrtf(block_sum<kThreads>(squares, sums) / h + eps);
-  for (int i = threadIdx.x; i < h; i += kThreads)
-    x_th[row + i] = hidden_th[row + i] * scale * weight_h[i];
+  float scale = 1 / sqrtf(block_sum<kThreads>(squares, sums) / HIDDEN + eps);
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    int i = p * kStep + threadIdx.x * VECTOR;
+    if (i >= HIDDEN) continue;
+    Vector weight = load(weight_h + i);
+    for (int v = 0; v < VECTOR; ++v) weight.of[v] *= values[p].of[v] * scale;
+    store(x_th + row + i, weight);
+  }
 }
 
 // The rows `rows_l` of two arrays; a block per row.

@@ -6,7 +6,7 @@ import cupy
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Weights
-from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Arithmetic
 from lfm2kit_cuda.upload import upload
 
@@ -19,7 +19,7 @@ class Embedding:
     def __init__(self, spec: specs.Embedding, weights: Weights, gemm: Arithmetic) -> None:
         table = weights["weight"]
         self.table = upload(table.data)
-        self.kernel = load_kernel(SOURCE, f"embed_{table.dtype}")
+        self.kernel = _kernel(f"embed_{table.dtype}", spec.hidden_size)
 
     def __call__(self, batch: Batch) -> cupy.ndarray:
         hidden = cupy.empty((batch.tokens, self.table.shape[1]), cupy.float32)
@@ -34,21 +34,20 @@ class RMSNorm:
     def __init__(self, spec: specs.RMSNorm, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec
         self.weight = upload(weights.float32("weight"))
-        self.kernel = load_kernel(SOURCE, "add_norm")
+        self.kernel = _kernel("add_norm", spec.hidden_size)
 
     def __call__(
         self, hidden: cupy.ndarray, delta: cupy.ndarray | None
     ) -> tuple[cupy.ndarray, cupy.ndarray]:
         x = cupy.empty_like(hidden)
-        h, eps = self.spec.hidden_size, self.spec.eps
-        self.kernel((len(hidden),), THREADS, hidden, delta, self.weight, x, h, eps)
+        self.kernel((len(hidden),), THREADS, hidden, delta, self.weight, x, self.spec.eps)
         return hidden, x
 
 
 class LastRows:
     def __init__(self, spec: specs.LastRows, weights: Weights, gemm: Arithmetic) -> None:
         self.hidden_size = spec.hidden_size
-        self.kernel = load_kernel(SOURCE, "last_rows")
+        self.kernel = _kernel("last_rows", spec.hidden_size)
 
     def __call__(
         self, hidden: cupy.ndarray, delta: cupy.ndarray, batch: Batch
@@ -66,3 +65,8 @@ class LMHead:
 
     def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
         return self.gemm.linear(self.gemm.rounded(x), self.weight)
+
+
+def _kernel(name: str, hidden_size: int) -> Kernel:
+    vector = 4 if hidden_size % 4 == 0 else 1
+    return load_kernel(SOURCE, name, HIDDEN=hidden_size, VECTOR=vector)
