@@ -153,6 +153,10 @@ LIES: dict[str, tuple[bytes, list[str]]] = {
     "overlap": (two((0, 12), (8, 16)), ["'w'", "overlaps", "'v'"]),
     "the same bytes twice": (two((0, 8), (0, 8)), ["'w'", "overlaps", "'v'"]),
     "one within another": (two((0, 16), (4, 8)), ["'w'", "overlaps", "'v'"]),
+    "overlap behind an empty tensor within": (
+        table(row(b"v", [4], 91, 16), row(b"e", [0], 99, 0), row(b"w", [2], 103, 8)) + bytes(20),
+        ["'w'", "overlaps", "'v'"],
+    ),
     "a name twice": (
         table(row(b"w", [1], 62, 4), row(b"w", [1], 66, 4)).ljust(70, b"\0"),
         ["'w'", "twice"],
