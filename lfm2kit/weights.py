@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.errors import Lfm2kitError
+
 DType = Literal["F32", "F16", "BF16"]
 
 STORED_AS: dict[DType, np.dtype[Any]] = {
@@ -42,6 +44,30 @@ class Tensor:
         if self.dtype == "BF16":
             return (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
         return np.require(self.data, np.float32, "A")  # a copy if the file holds it unaligned
+
+    def stored_as(self, dtype: DType) -> Tensor:
+        """The same values rounded to nearest, ties to even; this tensor if it is of `dtype`.
+
+        Raises `Lfm2kitError` for values beyond F16's largest.
+        """
+        if self.dtype == dtype:
+            return self
+        values = self.float32()
+        if dtype == "BF16":
+            return Tensor(self.name, dtype, _bfloat16(values))
+        with np.errstate(over="ignore"):
+            stored = values.astype(STORED_AS[dtype])
+        if np.any(np.isinf(stored) & np.isfinite(values)):
+            raise Lfm2kitError(f"tensor '{self.name}' has values beyond F16's 65504; take BF16")
+        return Tensor(self.name, dtype, stored)
+
+
+def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The upper halves of the bits, rounded to nearest even; a NaN stays one."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
 
 
 class Weights(Mapping[str, Tensor]):

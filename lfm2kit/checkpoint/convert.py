@@ -71,7 +71,7 @@ def write_checkpoint(
     _check_target(target, is_bin, overwrite)
 
     def data_of(name: str, stored: DType) -> npt.NDArray[Any]:
-        data = narrowed(source.tensor(name), stored)
+        data = np.ascontiguousarray(source.tensor(name).stored_as(stored).data)
         done(data.nbytes)
         return data
 
@@ -79,28 +79,6 @@ def write_checkpoint(
         _write_bin(source, target, dtype, overwrite, data_of)
     else:
         _write_folder(source, target, dtype, max_shard, data_of)
-
-
-def narrowed(tensor: Tensor, dtype: DType) -> npt.NDArray[Any]:
-    """The elements of `tensor` stored as `dtype`, rounded to nearest, ties to even."""
-    if tensor.dtype == dtype:
-        return np.ascontiguousarray(tensor.data)
-    values = tensor.float32()
-    if dtype == "BF16":
-        return _bfloat16(values)
-    with np.errstate(over="ignore"):
-        stored = values.astype(STORED_AS[dtype])
-    if np.any(np.isinf(stored) & np.isfinite(values)):
-        raise Lfm2kitError(f"tensor '{tensor.name}' has values beyond F16's 65504; take BF16")
-    return stored
-
-
-def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The upper halves of the bits, rounded to nearest even; a NaN stays one."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
 
 
 def _check_target(target: Path, is_bin: bool, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.specs import Shape, Spec
-from lfm2kit.weights import STORED_AS, DType, Tensor, Weights
+from lfm2kit.weights import DType, Tensor, Weights
 
 Float32 = npt.NDArray[np.float32]
 
@@ -61,12 +61,6 @@ def _values(name: str, shape: Shape, rng: np.random.Generator) -> Float32:
 
 
 def _stored(tensor: Tensor, dtype: DType) -> Tensor:
-    values = tensor.float32()
-    if dtype == "BF16":
-        bits = values.view(np.uint32)
-        odd = (bits >> np.uint32(16)) & np.uint32(1)  # round half to even
-        data = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(STORED_AS["BF16"])
-    else:
-        data = values.astype(STORED_AS[dtype])
-    data.flags.writeable = False
-    return Tensor(tensor.name, dtype, data)
+    stored = tensor.stored_as(dtype)
+    stored.data.flags.writeable = False
+    return stored

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from lfm2kit.checkpoint import HEAD, Checkpoint, open_checkpoint
-from lfm2kit.checkpoint.convert import Source, narrowed, source_of, write_checkpoint
+from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
 from lfm2kit.checkpoint.huggingface import INDEX, SINGLE
 from lfm2kit.checkpoint.safetensors import header_bytes, read_safetensors
 from lfm2kit.checkpoint.synth import random_source
@@ -113,14 +113,14 @@ def test_names_on_disk_are_hugging_faces(tmp_path: Path) -> None:
 )
 def test_bfloat16_is_rounded_to_nearest_even(value: float, stored: int) -> None:
     tensor = Tensor("x", "F32", np.array([value], np.float32))
-    assert narrowed(tensor, "BF16").tolist() == [stored]
+    assert tensor.stored_as("BF16").data.tolist() == [stored]
 
 
 @pytest.mark.parametrize("payload", [0x7F800001, 0x7FFFFFFF, 0xFF80FFFF])
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_a_nan_stays_one(payload: int, dtype: DType) -> None:
     tensor = Tensor("x", "F32", np.array([payload], np.uint32).view(np.float32))
-    assert np.isnan(Tensor("x", dtype, narrowed(tensor, dtype)).float32())
+    assert np.isnan(tensor.stored_as(dtype).float32())
 
 
 def test_a_value_beyond_f16_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:

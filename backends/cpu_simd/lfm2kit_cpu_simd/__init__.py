@@ -27,5 +27,6 @@ def lfm2kit_backends() -> Iterator[BackendPlugin]:
         create=_create,
         api_version=1,
         why_unavailable=_why_unavailable,
+        precisions=("fp32", "bf16", "fp16"),
         preference=50,
     )

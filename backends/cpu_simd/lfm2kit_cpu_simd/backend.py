@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Block, Ceilings, Context, Memory, Spec, Weights
+from lfm2kit.backend import HOST, Block, Ceilings, Context, DType, Memory, Spec, Weights
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit_cpu_simd.compiling import compiled_kernels
 from lfm2kit_cpu_simd.threads import set_threads
 
@@ -14,6 +15,7 @@ with compiled_kernels():
     from lfm2kit_cpu_simd.blocks.router import Router
     from lfm2kit_cpu_simd.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
     from lfm2kit_cpu_simd.blocks.short_conv import ShortConv
+    from lfm2kit_cpu_simd.tile import STORAGES
 
 BLOCKS = {
     specs.Embedding: Embedding,
@@ -29,9 +31,18 @@ BLOCKS = {
 }
 
 
+# The type that matrices are rounded to; in fp32 they stay as the checkpoint has them.
+STORED: dict[str, DType | None] = {"fp32": None, "bf16": "BF16", "fp16": "F16"}
+
+
 class CpuSimdBackend:
     def __init__(self, context: Context) -> None:
         set_threads(context)
+        self._dtype = STORED[context.precision]
+        if self._dtype not in (None, *STORAGES):
+            raise Lfm2kitError(
+                f"--precision {context.precision}: this CPU cannot widen {self._dtype}; try bf16"
+            )
 
     def why_unsupported(self, spec: Spec) -> str | None:
         return None if type(spec) in BLOCKS else "it builds blocks up to SparseMoe"
@@ -40,7 +51,7 @@ class CpuSimdBackend:
         return HOST
 
     def build(self, spec: Spec, weights: Weights) -> Block:
-        block: Block = BLOCKS[type(spec)](spec, weights)
+        block: Block = BLOCKS[type(spec)](spec, weights, self._dtype)
         return block
 
     def workspace_bytes(self, spec: Spec, tokens: int) -> int:

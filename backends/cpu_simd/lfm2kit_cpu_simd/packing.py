@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from lfm2kit.backend import Tensor
+from lfm2kit.backend import DType, Tensor
 from lfm2kit_cpu_simd.signatures import FLOAT, INT, ORDER, WORD
 from lfm2kit_cpu_simd.tile import CACHE_LINE, ITEMSIZE, NR, STORAGES, TABLES, lane_order
 
@@ -32,9 +32,9 @@ class Panels:
     is_gated: bool
 
 
-def pack(groups: Sequence[Sequence[Tensor]]) -> Panels:
-    """Each group's matrices [out_i, in] below each other."""
-    storage = _common_storage(groups)
+def pack(groups: Sequence[Sequence[Tensor]], dtype: DType | None = None) -> Panels:
+    """Each group's matrices [out_i, in] below each other; rounded to `dtype`, or as they are."""
+    storage = dtype or _common_storage(groups)
     rows = sum(t.shape[0] for t in groups[0])
     panels = _empty_panels(len(groups), -(-rows // NR), groups[0][0].shape[1], storage)
     order = lane_order(storage)
@@ -46,9 +46,11 @@ def pack(groups: Sequence[Sequence[Tensor]]) -> Panels:
     return Panels(panels, TABLES[storage], is_gated=False)
 
 
-def pack_gated(gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Panels:
+def pack_gated(
+    gates: Sequence[Tensor], ups: Sequence[Tensor], dtype: DType | None = None
+) -> Panels:
     """w1 and w3 in turns, HALF columns each: a tile then holds both halves of its outputs."""
-    storage = _common_storage([gates, ups])
+    storage = dtype or _common_storage([gates, ups])
     rows, k = gates[0].shape
     panels = _empty_panels(len(gates), -(-rows // HALF), k, storage)
     order = lane_order(storage)
@@ -58,21 +60,21 @@ def pack_gated(gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Panels:
     return Panels(panels, TABLES[storage], is_gated=True)
 
 
-def _common_storage(groups: Sequence[Sequence[Tensor]]) -> str:
+def _common_storage(groups: Sequence[Sequence[Tensor]]) -> DType:
     """The type that all are stored in; float32, which holds any exactly, if they differ."""
-    stored: set[str] = {tensor.dtype for tensors in groups for tensor in tensors}
+    stored = {tensor.dtype for tensors in groups for tensor in tensors}
     storage = stored.pop()
     return storage if not stored and storage in STORAGES else "F32"
 
 
-def _elements(tensor: Tensor, storage: str) -> npt.NDArray[Any]:
+def _elements(tensor: Tensor, storage: DType) -> npt.NDArray[Any]:
     """The matrix as floats, or as the bits of its 16-bit type, aligned and contiguous."""
     if storage == "F32":
         return np.ascontiguousarray(tensor.float32())
-    return np.require(tensor.data, requirements="CA").view(np.uint16)
+    return np.require(tensor.stored_as(storage).data, requirements="CA").view(np.uint16)
 
 
-def _empty_panels(groups: int, panels: int, k: int, storage: str) -> npt.NDArray[Any]:
+def _empty_panels(groups: int, panels: int, k: int, storage: DType) -> npt.NDArray[Any]:
     """Zeros that begin on a cache line: a vector load across two takes twice as long."""
     shape = (groups, panels, k, NR)
     count = int(np.prod(shape))

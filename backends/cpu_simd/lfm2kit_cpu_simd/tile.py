@@ -24,17 +24,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lfm2kit.backend import DType
 from lfm2kit_cpu_simd.machine import HAS_F16C, NV, VL
 
 MR = 6  # rows of a tile
 NR = NV * VL  # columns of a panel
 UNROLL = 4  # steps of k per turn of the loop
 CACHE_LINE = 64
-STORAGES = ("F32", "BF16", "F16") if HAS_F16C else ("F32", "BF16")
-ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
+STORAGES: tuple[DType, ...] = ("F32", "BF16", "F16") if HAS_F16C else ("F32", "BF16")
+ITEMSIZE: dict[DType, int] = {"F32": 4, "BF16": 2, "F16": 2}
 
 
-def lane_order(storage: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+def lane_order(storage: DType) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Where in a row of a panel each of its NR columns lies.
 
     BF16 columns j and j + VL share 32 bits, for a shift and a mask widen them both.
@@ -76,7 +77,7 @@ def _multiply(
 class Emitter:
     """Emits the tile's vector code at a builder's place, for vectors of `vl` floats."""
 
-    def __init__(self, storage: str, rows: int, vl: int = VL, nv: int = NV) -> None:
+    def __init__(self, storage: DType, rows: int, vl: int = VL, nv: int = NV) -> None:
         self.storage = storage
         self.rows = rows
         self.vl, self.nv = vl, nv

@@ -1,4 +1,4 @@
-"""The router: scores by the SIMD tile, the choice row by row."""
+"""The router: scores by the SIMD tile, the choice row by row; of float32 in every precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import Weights
+from lfm2kit.backend import DType, Weights
 from lfm2kit_cpu_simd.gemm import Float32, linear
 from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import BOOL, FLOAT, IDS_OUT, ROWS, ROWS_OUT, VECTOR
@@ -20,7 +20,7 @@ Int32 = npt.NDArray[np.int32]
 
 
 class Router:
-    def __init__(self, spec: specs.Router, weights: Weights) -> None:
+    def __init__(self, spec: specs.Router, weights: Weights, dtype: DType | None) -> None:
         self.spec = spec
         self.gate = pack([[weights["gate.weight"]]])
         bias = weights.float32("expert_bias") if spec.use_expert_bias else np.zeros(0, np.float32)
