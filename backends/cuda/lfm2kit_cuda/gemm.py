@@ -8,15 +8,17 @@ import cupy
 
 from lfm2kit.backend import Tensor
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Matrix, RowTiles, TileShape, launch, padded
+from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, launch, padded
 from lfm2kit_cuda.upload import upload
 
-TILE_K, STAGES, THREADS = 8, 6, 128
+TILE_K, STAGES, TILE_ROWS = 8, 6, 64
 WIDTH = 256  # columns of a block; packed matrices have a multiple of them
 RUN = 32  # columns of w1 before as many of w3
-
-MENU = {16: 45, 32: 73, 48: 100, 64: 128}  # rows of a tile, and what it costs, as measured
-TILE_ROWS = 64
+BLOCKS = Blocks(
+    threads=128,
+    per_processor=2,
+    menu={(64, WIDTH): 128, (48, WIDTH): 100, (32, WIDTH): 73, (16, WIDTH): 45},
+)
 
 
 class Gemm:
@@ -74,8 +76,7 @@ class Gemm:
         outputs: tuple[cupy.ndarray | None, ...],
         tiles: RowTiles | None,
     ) -> None:
-        shape = TileShape(THREADS, WIDTH, MENU)
-        launch(_kernel(name), shape, x, matrix, outputs, tiles, matrix.columns)
+        launch(_kernel(name), BLOCKS, x, matrix, outputs, tiles, matrix.columns)
 
 
 def _kernel(name: str) -> Kernel:

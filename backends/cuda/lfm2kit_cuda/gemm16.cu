@@ -10,6 +10,7 @@
 // c ^ (r % 8), so that ldmatrix finds eight rows in different banks.  In the gated kernel W has 8
 // rows of w1, then 8 of w3, and so on: a thread's sums of both belong together.
 #include "async_copy.cuh"
+#include "epilogue16.cuh"
 
 constexpr int kTileN = 128, kTileK = 64, kThreads = 256, kWarps = kThreads / 32;
 constexpr int kChunk = 8, kChunks = kTileK / kChunk;  // elements of 16 bytes
@@ -184,12 +185,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
            int width, int n) {
   compute(a_mk, source_m, w_gnk, tiles, tile_count, tile_rows, m, k, width,
           [=](int row, int column, const float* first, const float* second) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              int c = column + i / 2 * 8 + i % 2;
-              float sum = i < 2 ? first[i] : second[i - 2];
-              if (c < n) out_mn[size_t(row) * n + c] = bias_n ? sum + bias_n[c] : sum;
-            }
+            store_sums(out_mn + size_t(row) * n, column, n, bias_n, first);
+            store_sums(out_mn + size_t(row) * n, column + 8, n, bias_n, second);
           });
 }
 
@@ -201,12 +198,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   compute(a_mk, source_m, w_gnk, tiles, tile_count, tile_rows, m, k, width,
           [=](int row, int column, const float* gate, const float* up) {
             int c = column / 16 * 8 + column % 8;
-            if (c >= n) return;
-            HALF products[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              products[i] = HALF::from_float(gate[i] / (1 + expf(-gate[i])) * up[i] * GATED_SCALE);
-            *reinterpret_cast<u32*>(out_mn + size_t(row) * n + c) =
-                u32(products[0].bits) | u32(products[1].bits) << 16;
+            if (c < n) store_gated(out_mn + size_t(row) * n + c, gate, up);
           });
 }

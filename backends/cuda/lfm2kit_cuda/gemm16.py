@@ -13,15 +13,31 @@ import cupy
 from lfm2kit.backend import Tensor
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Matrix, RowTiles, TileShape, launch, padded
+from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, launch, padded
 from lfm2kit_cuda.upload import upload
 
 THREADS = 256
-WIDTH = 128  # packed matrices have a multiple of so many rows
+WIDTH = 256  # packed matrices have a multiple of so many rows
 CHUNK = 8  # elements that are copied at once: rows have a multiple of them
 RUN = 8  # rows of w1 before as many of w3
 
-MENU = {16: 40, 32: 48, 48: 64, 64: 72, 96: 100, 128: 128}  # rows of a tile, and what it costs
+MMA = Blocks(
+    THREADS,
+    per_processor=2,
+    menu={
+        (128, 128): 128,
+        (96, 128): 100,
+        (64, 128): 72,
+        (48, 128): 64,
+        (32, 128): 48,
+        (16, 128): 40,
+    },
+)
+WGMMA = Blocks(
+    THREADS,
+    per_processor=1,
+    menu={(128, 256): 110, (64, 256): 64, (64, 128): 40, (64, 64): 30},
+)
 
 # In F16 the products of SwiGLU could pass 65504: they are kept 64 times smaller, w2 larger.
 GATED_SCALE = {"BF16": 1.0, "F16": 1 / 64}
@@ -32,6 +48,8 @@ class TensorCoreGemm:
 
     def __init__(self, activation: str) -> None:
         self.activation = activation
+        self._is_hopper = compute_capability()[0] == 9
+        self._blocks = WGMMA if self._is_hopper else MMA
         self._scale = GATED_SCALE[activation]
 
     def pack(self, matrices: Sequence[Tensor], scale: float = 1.0) -> Matrix:
@@ -77,21 +95,20 @@ class TensorCoreGemm:
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
         out = cupy.empty((tiles.rows if tiles else len(x), matrix.columns), cupy.float32)
-        shape = TileShape(THREADS, WIDTH, MENU)
-        launch(self._kernel("linear"), shape, x, matrix, (bias, out), tiles, matrix.columns)
+        kernel, outputs = self._kernel("linear"), (bias, out)
+        launch(kernel, self._blocks, x, matrix, outputs, tiles, matrix.columns)
         return out
 
     def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
         columns = padded(matrix.columns, CHUNK)  # the padding is silu(0) * 0
         out = cupy.empty((tiles.rows if tiles else len(x), columns), cupy.uint16)
-        shape = TileShape(THREADS, WIDTH, MENU)
-        launch(self._kernel("gated"), shape, x, matrix, (out,), tiles, columns)
+        launch(self._kernel("gated"), self._blocks, x, matrix, (out,), tiles, columns)
         return out
 
     def _kernel(self, name: str) -> Kernel:
-        shared_bytes = (96 if compute_capability() >= (8, 0) else 64) * 1024
+        shared_bytes = 1024 * _shared_kilobytes()
         return load_kernel(
-            "gemm16",
+            "gemm90" if self._is_hopper else "gemm16",
             name,
             shared_bytes,
             HALF=self.activation,
@@ -117,3 +134,9 @@ class TensorCoreGemm:
         kernel = load_kernel("packing", f"narrow_{matrix.dtype}_{self.activation}")
         weights = upload(matrix.data)
         kernel((out,), THREADS, weights, panel, inputs, panel.shape[1], run, stride, offset, scale)
+
+
+def _shared_kilobytes() -> int:
+    """Of a block: two share a multiprocessor, but for Hopper's kernel."""
+    capability = compute_capability()
+    return 208 if capability[0] == 9 else 96 if capability >= (8, 0) else 64

@@ -88,17 +88,31 @@ class Arithmetic(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TileShape:
-    """The blocks of a kernel: their threads and columns; `menu` has the cost by number of rows."""
+class Blocks:
+    """The blocks of a kernel: their threads, how many share a multiprocessor, and what they cost.
+
+    `menu` has the rows and columns of a block, and its time in a unit of its own.  Listed tiles
+    are made in blocks of the first entry's columns.
+    """
 
     threads: int
-    columns: int
-    menu: Mapping[int, int]
+    per_processor: int
+    menu: Mapping[tuple[int, int], int]
+
+    def best(self, rows: int, width: int) -> tuple[int, int]:
+        """The entry with which the busiest multiprocessor is done first."""
+
+        def time(entry: tuple[int, int]) -> float:
+            blocks = -(-rows // entry[0]) * (width // entry[1])
+            shared, alone = divmod(-(-blocks // processors()), self.per_processor)
+            return (shared * self.per_processor + ALONE * alone) * self.menu[entry]
+
+        return min(self.menu, key=time)
 
 
 def launch(
     kernel: Kernel,
-    shape: TileShape,
+    blocks: Blocks,
     x: cupy.ndarray,
     matrix: Matrix,
     outputs: tuple[cupy.ndarray | None, ...],
@@ -106,32 +120,18 @@ def launch(
     columns: int,
 ) -> None:
     """Starts the product of all tiles; without a list, of tiles of the best size on the menu."""
-    source, listed = None, (None, None)
-    if tiles is not None:
-        source, listed = tiles.source, (tiles.tiles, tiles.count)
-        count, tile_rows, rows = len(tiles.tiles), 0, tiles.rows
-    else:
-        rows = len(x)
-        tile_rows = best_tile_rows(rows, matrix.width // shape.columns, shape.menu)
+    if tiles is None:
+        rows, source, listed = len(x), None, (None, None)
+        tile_rows, tile_columns = blocks.best(rows, matrix.width)
         count = -(-rows // tile_rows)
+    else:
+        rows, source, listed = tiles.rows, tiles.source, (tiles.tiles, tiles.count)
+        tile_rows, tile_columns = next(iter(blocks.menu))
+        count = len(tiles.tiles)
     kernel(
-        (matrix.width // shape.columns, count), shape.threads, x, source, matrix.packed, *outputs,
+        (matrix.width // tile_columns, count), blocks.threads, x, source, matrix.packed, *outputs,
         *listed, tile_rows, rows, matrix.inputs, matrix.width, columns,
     )  # fmt: skip
-
-
-def best_tile_rows(rows: int, column_tiles: int, menu: Mapping[int, int]) -> int:
-    """The rows of a tile for which the busiest multiprocessor is done first.
-
-    It has two blocks at a time; a last one that is alone takes longer than its half.
-    """
-
-    def cost(tile_rows: int) -> float:
-        blocks = -(-rows // tile_rows) * column_tiles
-        pairs, alone = divmod(-(-blocks // processors()), 2)
-        return (2 * pairs + ALONE * alone) * menu[tile_rows]
-
-    return min(reversed(menu), key=cost)
 
 
 def padded(size: int, multiple: int) -> int:
