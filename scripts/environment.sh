@@ -12,8 +12,9 @@ ensure_environment() {
   # Without an MPI on the machine, its wheel brings one.
   if command -v mpiexec >/dev/null; then packages+=(-e "$root/backends/mpi")
   else packages+=(-e "$root/backends/mpi[mpich]"); fi
+  packages+=(-e "$root/backends/cuda$(cupy_for_the_driver)")
   if [ "$purpose" = test ]; then
-    packages+=(-e "$root[dev]" -e "$root/plugins/lfm2kit-blas" -e "$root/plugins/lfm2kit-trace")
+    packages+=(-e "$root[dev]" -e "$root/backends/cuda[nvrtc]" -e "$root/plugins/lfm2kit-blas" -e "$root/plugins/lfm2kit-trace")
   fi
   if command -v uv >/dev/null; then
     [ -x "$venv/bin/python" ] || uv venv --quiet --python ">=3.11" "$venv"
@@ -23,6 +24,15 @@ ensure_environment() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
   fi
   echo "$wanted" >"$stamp"
+}
+
+# The extra of the cuda backend that suits the NVIDIA driver; none without a driver.
+cupy_for_the_driver() {
+  case "$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')" in
+    "" | [0-9] | 10 | 11) ;;
+    12) echo "[cuda12]" ;;
+    *) echo "[cuda13]" ;;
+  esac
 }
 
 # The first Python on the PATH that is new enough.
