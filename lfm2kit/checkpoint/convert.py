@@ -27,6 +27,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import replaced, replaced_folder
 from lfm2kit.weights import STORED_AS, DType, Tensor
 
+TORCH_NAMES: Mapping[DType, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MAX_SHARD = 5_000_000_000  # bytes: Hugging Face's own default
 
 
@@ -110,7 +111,15 @@ def _write_bin(
     with replaced(target) as file:
         write_model_bin(file, list(source.shapes.items()), lambda name: data_of(name, "F32"))
         if not has_config:
-            _write_json(config, source.config)
+            _write_json(config, _stating(source.config, "F32"))
+
+
+def _stating(config: Mapping[str, Any], dtype: DType | None) -> Mapping[str, Any]:
+    """The config with the type that the weights were converted to."""
+    if dtype is None:
+        return config
+    others = {key: value for key, value in config.items() if key != "torch_dtype"}
+    return others | {"dtype": TORCH_NAMES[dtype]}
 
 
 def _write_folder(
@@ -129,7 +138,7 @@ def _write_folder(
         if len(shards) > 1:
             total = {"total_size": sum(sizes.values())}
             _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
-        _write_json(folder / CONFIG, source.config)
+        _write_json(folder / CONFIG, _stating(source.config, dtype))
 
 
 def _write_shard(

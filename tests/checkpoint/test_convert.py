@@ -149,6 +149,11 @@ def test_the_config_written_is_the_one_that_was_read(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "there" / "config.json").read_text())["eos_token_id"] == 7
 
 
+def test_the_config_states_the_type_that_was_asked_for(tmp_path: Path) -> None:
+    write_checkpoint(source(), tmp_path / "narrow", "BF16")
+    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_conversion_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     """Tens of megabytes of weights pass through the memory of a few tensors."""
     wide = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 5, "vocab_size": 512}
