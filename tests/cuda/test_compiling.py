@@ -1,0 +1,99 @@
+"""Every kernel compiles for every architecture: NVRTC needs no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lfm2kit_cuda import compiling, nvrtc
+from lfm2kit_cuda.compiling import SOURCES, architecture_name, compile_source
+
+pytestmark = pytest.mark.skipif(
+    nvrtc.why_unavailable() is not None, reason=str(nvrtc.why_unavailable())
+)
+
+ALL = ("sm_75", "sm_80", "sm_90a", "sm_100")
+FROM_SM_80 = ALL[1:]
+HALVES = {
+    "bf16": {"HALF": "BF16", "MMA_TYPE": '"bf16"', "GATED_SCALE": "1.0f"},
+    "fp16": {"HALF": "F16", "MMA_TYPE": '"f16"', "GATED_SCALE": "0.015625f"},
+}
+ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
+
+# Each source with the constants of LFM2-8B-A1B, and with odd ones where they change the code.
+KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("packing", {}, ALL),
+    ("gemm", {"TILE_K": 8, "STAGES": 6}, ALL),
+    ("gemm16", {**HALVES["fp16"], "SHARED_BYTES": 64 * 1024}, ALL),
+    ("gemm16", {**HALVES["bf16"], "SHARED_BYTES": 96 * 1024}, FROM_SM_80),
+    ("gemm90", {**HALVES["bf16"], "SHARED_BYTES": 208 * 1024}, ("sm_90a",)),
+    ("gemm90", {**HALVES["fp16"], "SHARED_BYTES": 208 * 1024}, ("sm_90a",)),
+    ("blocks/rows", {"HIDDEN": 2048, "VECTOR": 4}, ALL),
+    ("blocks/rows", {"HIDDEN": 13, "VECTOR": 1}, ALL),
+    ("blocks/short_conv", {"KERNEL_SIZE": 3, "OUT": "F32"}, ALL),
+    ("blocks/short_conv", {"KERNEL_SIZE": 1, "OUT": "BF16"}, ALL),
+    ("blocks/attention", {**ATTENTION, "OUT": "F32"}, ALL),
+    ("blocks/attention", {"HEADS": 3, "KV_HEADS": 1, "HEAD_DIM": 2, "OUT": "F16"}, ALL),
+    ("blocks/router", {"EXPERTS": 32, "TAKEN": 4}, ALL),
+    ("blocks/router", {"EXPERTS": 33, "TAKEN": 8}, ALL),
+    ("blocks/experts", {}, ALL),
+]
+CASES = [
+    pytest.param(stem, constants, arch, id=f"{stem}-{i}-{arch}")
+    for i, (stem, constants, architectures) in enumerate(KERNELS)
+    for arch in architectures
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder that holds nothing from before."""
+    monkeypatch.setattr(compiling, "_cache_folder", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("stem", "constants", "architecture"), CASES)
+def test_kernels_compile(stem: str, constants: dict[str, Any], architecture: str) -> None:
+    assert compile_source(stem, architecture, constants).startswith(b"\x7fELF")
+
+
+def test_every_source_is_compiled_here() -> None:
+    sources = {str(p.relative_to(SOURCES).with_suffix("")) for p in SOURCES.rglob("*.cu")}
+    assert sources == {stem for stem, _, _ in KERNELS}
+
+
+def test_what_was_compiled_is_kept_and_read_again(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = compile_source("packing", "sm_80", {})
+    assert [path.read_bytes() for path in own_cache.iterdir()] == [new]
+    monkeypatch.setattr(nvrtc, "compile_cubin", None)  # calling it would fail
+    assert compile_source("packing", "sm_80", {}) == new
+
+
+def test_other_constants_or_another_architecture_are_another_kernel(own_cache: Path) -> None:
+    for vector in (1, 4):
+        compile_source("blocks/rows", "sm_80", {"HIDDEN": 8, "VECTOR": vector})
+    compile_source("blocks/rows", "sm_90a", {"HIDDEN": 8, "VECTOR": 4})
+    assert len(list(own_cache.iterdir())) == 3
+
+
+def test_a_changed_header_is_another_kernel(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_source("packing", "sm_80", {})
+    monkeypatch.setattr(compiling, "_headers", lambda: b"changed")
+    compile_source("packing", "sm_80", {})
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_an_error_in_a_source_is_told_with_its_line() -> None:
+    with pytest.raises(nvrtc.CompileError, match=r"wrong\.cu\(2\): error"):
+        nvrtc.compile_cubin("\nint x = y;", "wrong.cu", ["--gpu-architecture=sm_80"])
+
+
+def test_hopper_is_compiled_for_with_its_own_instructions() -> None:
+    assert architecture_name(9, 0) == "sm_90a"
+    assert architecture_name(7, 5) == "sm_75"
+    assert architecture_name(10, 0) == "sm_100"

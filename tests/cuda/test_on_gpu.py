@@ -1,0 +1,72 @@
+"""The backend on a real GPU: conformance in every precision, and what a CUDA graph must keep."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from lfm2kit_cuda.requirements import why_unavailable
+
+from lfm2kit.backend import Backend, Context
+from lfm2kit.batch import Batch
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.loading import load_model
+from lfm2kit.plugins import installed_plugins
+from lfm2kit.testing import CHECKS
+from lfm2kit.testing.runner import run_check
+from lfm2kit.testing.verdicts import Skipped
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
+]
+
+
+@cache
+def backend(precision: str) -> Backend:
+    return installed_plugins().creator(Context(precision=precision))("cuda")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", CHECKS)
+def test_conformance(name: str, precision: str) -> None:
+    try:
+        run_check(name, backend(precision), precision)
+    except Skipped as reason:
+        pytest.skip(str(reason))
+
+
+def random_samples(rng: np.random.Generator, *lengths: int) -> list[Any]:
+    return [rng.integers(1024, size=n, dtype=np.int32) for n in lengths]
+
+
+def test_a_replayed_graph_gives_the_bits_of_the_plain_forward() -> None:
+    model, rng = load_model("tiny", "cuda"), np.random.default_rng(0)
+    for _ in range(3):  # the second and third are replays
+        batch = Batch.of_sequences(random_samples(rng, 16, 5, 1, 33))
+        plain = model.home.to_host(model.forward(batch.on(model.home))).copy()
+        assert np.array_equal(model.logits(batch), plain)
+
+
+def test_graphs_of_several_shapes_do_not_share_memory() -> None:
+    model, rng = load_model("tiny", "cuda"), np.random.default_rng(1)
+    batches = [Batch.of_sequences(random_samples(rng, *[16] * n)) for n in (1, 64, 2, 17)]
+    first = [model.logits(batch).copy() for batch in batches]
+    again = [model.logits(batch).copy() for batch in batches]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_sample_has_the_same_bits_in_batches_that_take_other_tiles() -> None:
+    model, rng = load_model("tiny", "cuda"), np.random.default_rng(2)
+    samples = random_samples(rng, *[16] * 128)
+    alone = model.logits(Batch.of_sequences(samples[:1])).copy()
+    for n in (2, 3, 16, 17, 128):
+        assert np.array_equal(model.logits(Batch.of_sequences(samples[:n]))[:1], alone)
+
+
+def test_more_ranks_than_devices_are_an_error() -> None:
+    context = Context(local_ranks=99, local_rank=98)
+    with pytest.raises(Lfm2kitError, match="99 ranks on this machine"):
+        installed_plugins().creator(context)("cuda")
