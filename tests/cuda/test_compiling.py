@@ -31,13 +31,14 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("gemm90", {**HALVES["fp16"], "SHARED_BYTES": 208 * 1024}, ("sm_90a",)),
     ("blocks/rows", {"HIDDEN": 2048, "VECTOR": 4}, ALL),
     ("blocks/rows", {"HIDDEN": 13, "VECTOR": 1}, ALL),
-    ("blocks/short_conv", {"KERNEL_SIZE": 3, "OUT": "F32"}, ALL),
-    ("blocks/short_conv", {"KERNEL_SIZE": 1, "OUT": "BF16"}, ALL),
+    ("blocks/short_conv", {"KERNEL_SIZE": 3, "VECTOR": 4, "OUT": "F32"}, ALL),
+    ("blocks/short_conv", {"KERNEL_SIZE": 1, "VECTOR": 1, "OUT": "BF16"}, ALL),
     ("blocks/attention", {**ATTENTION, "OUT": "F32"}, ALL),
     ("blocks/attention", {"HEADS": 3, "KV_HEADS": 1, "HEAD_DIM": 2, "OUT": "F16"}, ALL),
     ("blocks/router", {"EXPERTS": 32, "TAKEN": 4}, ALL),
     ("blocks/router", {"EXPERTS": 33, "TAKEN": 8}, ALL),
-    ("blocks/experts", {}, ALL),
+    ("blocks/experts", {"VECTOR": 4}, ALL),
+    ("blocks/experts", {"VECTOR": 1}, ALL),
 ]
 CASES = [
     pytest.param(stem, constants, arch, id=f"{stem}-{i}-{arch}")

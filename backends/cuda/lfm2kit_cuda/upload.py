@@ -15,7 +15,7 @@ import cupyx
 import numpy as np
 import numpy.typing as npt
 
-BUFFERS, BUFFER_BYTES = 6, 8 << 20
+BUFFERS, BUFFER_BYTES = 16, 1 << 20
 
 
 class Uploader:

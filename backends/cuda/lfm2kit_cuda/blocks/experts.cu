@@ -1,6 +1,7 @@
 // Around the grouped products of the experts: grouping (token, k) pairs by expert, and the
 // weighted sum over k.  t tokens, h hidden_size, p pairs = tokens * taken.
 #include "types.cuh"
+#include "vector.cuh"
 
 constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;
 
@@ -63,13 +64,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 extern "C" __global__ void combine(const float* outputs_ph, const int* place_p,
                                    const float* weights_p, float* delta_th, int taken, int h) {
   int token = blockIdx.x;
-  for (int i = threadIdx.x; i < h; i += blockDim.x) {
-    float sum = 0;
+  for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {
+    Vector sum = {};
     for (int k = 0; k < taken; ++k) {
       int pair = token * taken + k;
-      float product = __fmul_rn(weights_p[pair], outputs_ph[size_t(place_p[pair]) * h + i]);
-      sum = k == 0 ? product : __fadd_rn(sum, product);
+      Vector output = load(outputs_ph + size_t(place_p[pair]) * h + i);
+#pragma unroll
+      for (int v = 0; v < VECTOR; ++v) {
+        float product = __fmul_rn(weights_p[pair], output.of[v]);
+        sum.of[v] = k == 0 ? product : __fadd_rn(sum.of[v], product);
+      }
     }
-    delta_th[size_t(token) * h + i] = sum;
+    store(delta_th + size_t(token) * h + i, sum);
   }
 }

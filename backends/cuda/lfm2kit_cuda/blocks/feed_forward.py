@@ -7,7 +7,7 @@ import cupy
 from lfm2kit import specs
 from lfm2kit.backend import Weights
 from lfm2kit_cuda.blocks.router import Router
-from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Arithmetic, RowTiles
 
 SOURCE = "blocks/experts"
@@ -34,7 +34,7 @@ class Experts:
             for name in ("w1", "w3", "w2")
         )
         self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack_down(w2)
-        self.combine = load_kernel(SOURCE, "combine")
+        self.combine = _kernel("combine", spec.hidden_size)
 
     def __call__(
         self, x: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
@@ -65,9 +65,13 @@ def grouped_by_expert(
     source, place = cupy.empty(pairs, cupy.int32), cupy.empty(pairs, cupy.int32)
     tiles = cupy.empty((min(pairs, pairs // tile_rows + len(local)), 4), cupy.int32)
     count = cupy.empty(1, cupy.int32)
-    group = load_kernel(SOURCE, "group_by_expert", shared_bytes=4 * len(local))
+    group = _kernel("group_by_expert", shared_bytes=4 * len(local))
     group(
         (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, taken, local.start,
         source, place, tiles, count, tile_rows,
     )  # fmt: skip
     return RowTiles(pairs, tiles, count, source), place
+
+
+def _kernel(name: str, hidden_size: int = 1, shared_bytes: int = 0) -> Kernel:
+    return load_kernel(SOURCE, name, shared_bytes, VECTOR=4 if hidden_size % 4 == 0 else 1)

@@ -1,6 +1,7 @@
 // The blocks that look at each row alone: embedding, norm, last rows.  t tokens, h hidden_size.
 #include "reduce.cuh"
 #include "types.cuh"
+#include "vector.cuh"
 
 // out_th[t] = table_vh[token_ids_t[t]], widened; a block per token.
 template <class Stored>
@@ -24,13 +25,6 @@ EMBED(F16)
 // sum of squares is added in an order that depends on HIDDEN alone.
 constexpr int kThreads = 256, kStep = kThreads * VECTOR;
 constexpr int kParts = (HIDDEN + kStep - 1) / kStep;
-
-struct alignas(4 * VECTOR) Vector {
-  float of[VECTOR];
-};
-
-__device__ inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
-__device__ inline void store(float* at, Vector v) { *reinterpret_cast<Vector*>(at) = v; }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_norm(float* hidden_th, const float* delta_th, const float* weight_h, float* x_th,

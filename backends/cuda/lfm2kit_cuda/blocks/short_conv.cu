@@ -3,60 +3,69 @@
 // the result is of type OUT, as the next product reads it, in rows `width` apart.
 #include "sequences.cuh"
 #include "types.cuh"
+#include "vector.cuh"
 
 constexpr int kPast = KERNEL_SIZE - 1;
 
-// u[row] = B * X of one channel
-__device__ inline float gated_input(const float* bcx_t3h, size_t row, int h, int channel) {
+// u[row] = B * X of VECTOR channels
+__device__ inline Vector gated_input(const float* bcx_t3h, size_t row, int h, int channel) {
   const float* at = bcx_t3h + row * 3 * h + channel;
-  return at[0] * at[2 * h];
+  Vector u = load(at), x = load(at + 2 * h);
+#pragma unroll
+  for (int v = 0; v < VECTOR; ++v) u.of[v] *= x.of[v];
+  return u;
 }
 
 // out_tw[t] = C[t] * (sum_j taps_jh[j] * u[t - kPast + j] + bias_h), in the row's own sequence.
-// A thread per row and channel; it computes the u of the rows before it anew.  `past_sph` (null
-// in one forward over whole sequences) holds the newest kPast rows of u of every slot.
+// A thread per row and VECTOR channels; it computes the u of the rows before it anew.  `past_sph`
+// (null in one forward over whole sequences) holds the newest kPast rows of u of every slot.
 extern "C" __global__ void convolve(const float* bcx_t3h, const float* taps_jh,
                                     const float* bias_h, const int* positions_t,
                                     const int* cu_seqlens_s, const int* state_slots_s,
                                     const float* past_sph, OUT* out_tw, int sequences, int h,
                                     int width) {
-  int row = blockIdx.x, channel = blockIdx.y * blockDim.x + threadIdx.x;
+  int row = blockIdx.x, channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   if (channel >= h) return;
   int sequence = 0, first = 0;
   if (past_sph) {
     sequence = sequence_of(row, cu_seqlens_s, sequences);
     first = cu_seqlens_s[sequence];
   }
-  float y = 0;
+  Vector y = {};
 #pragma unroll
   for (int j = 0; j < KERNEL_SIZE; ++j) {
     int before = kPast - j;
     if (positions_t[row] < before) continue;
-    float u;
+    Vector u, tap = load(taps_jh + j * h + channel);
     if (!past_sph || row - before >= first) {
       u = gated_input(bcx_t3h, row - before, h, channel);
     } else {
       int newest = row - before - first + kPast;  // counted in the slot's rows
-      u = past_sph[(size_t(state_slots_s[sequence]) * kPast + newest) * h + channel];
+      u = load(past_sph + (size_t(state_slots_s[sequence]) * kPast + newest) * h + channel);
     }
-    y = fmaf(taps_jh[j * h + channel], u, y);
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) y.of[v] = fmaf(tap.of[v], u.of[v], y.of[v]);
   }
-  if (bias_h) y += bias_h[channel];
-  out_tw[size_t(row) * width + channel] =
-      OUT::from_float(bcx_t3h[(size_t(row) * 3 + 1) * h + channel] * y);
+  Vector c = load(bcx_t3h + (size_t(row) * 3 + 1) * h + channel);
+#pragma unroll
+  for (int v = 0; v < VECTOR; ++v) {
+    if (bias_h) y.of[v] += bias_h[channel + v];
+    out_tw[size_t(row) * width + channel + v] = OUT::from_float(c.of[v] * y.of[v]);
+  }
 }
 
 // Leaves the newest kPast rows of u in each sequence's slot, moving older ones up.
-// A thread per sequence and channel, so that it reads each row before it writes it.
+// A thread per sequence and VECTOR channels, so that it reads each row before it writes it.
 extern "C" __global__ void remember(const float* bcx_t3h, const int* cu_seqlens_s,
                                     const int* state_slots_s, float* past_sph, int h) {
-  int channel = blockIdx.y * blockDim.x + threadIdx.x;
+  int channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   if (channel >= h) return;
   int first = cu_seqlens_s[blockIdx.x], end = cu_seqlens_s[blockIdx.x + 1];
   float* slot = past_sph + size_t(state_slots_s[blockIdx.x]) * kPast * h + channel;
   for (int i = 0; i < kPast; ++i) {
     int row = end - kPast + i;
-    slot[size_t(i) * h] = row >= first ? gated_input(bcx_t3h, row, h, channel)
-                                       : slot[size_t(i + end - first) * h];
+    Vector u = row >= first ? gated_input(bcx_t3h, row, h, channel)
+                            : load(slot + size_t(i + end - first) * h);
+    store(slot + size_t(i) * h, u);
   }
 }

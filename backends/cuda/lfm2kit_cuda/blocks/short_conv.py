@@ -25,23 +25,23 @@ class ShortConv:
             upload(weights.float32(f"{name}.bias")) if spec.bias else None
             for name in ("in_proj", "conv", "out_proj")
         )
-        self.convolve, self.remember = (
-            load_kernel(SOURCE, name, KERNEL_SIZE=spec.kernel_size, OUT=gemm.activation)
-            for name in ("convolve", "remember")
-        )
+        vector = 4 if spec.hidden_size % 4 == 0 else 1
+        self.blocks = -(-spec.hidden_size // (THREADS * vector))  # of threads, per row
+        constants = {"KERNEL_SIZE": spec.kernel_size, "VECTOR": vector, "OUT": gemm.activation}
+        self.convolve = load_kernel(SOURCE, "convolve", **constants)
+        self.remember = load_kernel(SOURCE, "remember", **constants)
 
     def __call__(self, x: cupy.ndarray, batch: Batch, state: cupy.ndarray | None) -> cupy.ndarray:
         h = self.spec.hidden_size
         BCX = self.gemm.linear(self.gemm.rounded(x), self.in_proj, self.in_bias)
         y = self.gemm.empty(len(x), h)
-        parts = -(-h // THREADS)
         self.convolve(
-            (len(x), parts), THREADS, BCX, self.taps, self.conv_bias, batch.positions,
+            (len(x), self.blocks), THREADS, BCX, self.taps, self.conv_bias, batch.positions,
             batch.cu_seqlens, batch.state_slots, state, y, batch.sequences, h, y.shape[1],
         )  # fmt: skip
         if state is not None:
             of_sequences = batch.cu_seqlens, batch.state_slots
-            self.remember((batch.sequences, parts), THREADS, BCX, *of_sequences, state, h)
+            self.remember((batch.sequences, self.blocks), THREADS, BCX, *of_sequences, state, h)
         return self.gemm.linear(y, self.out_proj, self.out_bias)
 
     def new_state(self, slots: int, max_tokens: int) -> cupy.ndarray:

@@ -1,0 +1,9 @@
+// VECTOR floats that are read and written at once: 4 where a row's length allows, else 1.
+#pragma once
+
+struct alignas(4 * VECTOR) Vector {
+  float of[VECTOR];
+};
+
+__device__ inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
+__device__ inline void store(float* at, Vector v) { *reinterpret_cast<Vector*>(at) = v; }
