@@ -110,11 +110,12 @@ def _remember(
 
 
 @numba.njit(inline="always")
-def _softmax(scores: Any, row: Any, seen: Any, pages: Any, scale: Any) -> Any:
+def _softmax(scores: Any, row: Any, seen: Any, scale: Any) -> Any:
     """Row `row` of scores [pages, rows, TOKENS] becomes e^(score - most), 0 from `seen` on.
 
     Returns their sum.
     """
+    pages = scores.shape[0]
     most = np.float32(-np.inf)
     for page in range(pages):
         for j in range(min(TOKENS, seen - page * TOKENS)):
@@ -130,20 +131,41 @@ def _softmax(scores: Any, row: Any, seen: Any, pages: Any, scale: Any) -> Any:
 
 
 @numba.njit(inline="always")
+def _score(queries: Any, keys: Any, first_page: Any, head: Any, table: Any, scores: Any) -> None:
+    """scores [pages, rows, TOKENS] of queries [rows, head_dim] against pages of keys."""
+    rows, head_dim = queries.shape
+    for page in range(scores.shape[0]):
+        at = keys[first_page + page, head].ctypes.data
+        for r in range(0, rows, MR):
+            m = min(MR, rows - r)
+            call_tile(
+                table[m], queries[r].ctypes.data, head_dim, at, head_dim,
+                scores[page, r].ctypes.data, at,
+            )  # fmt: skip
+
+
+@numba.njit(inline="always")
+def _weigh(
+    scores: Any, r: Any, m: Any, seen: Any, values: Any, first_page: Any, head: Any, part: Any,
+    table: Any, sums: Any,
+) -> None:  # fmt: skip
+    """sums [m, NR] of values' columns `part`, weighed by rows r to r + m of scores."""
+    product = np.empty((MR, NR), np.float32)
+    sums[:] = 0
+    for page in range(scores.shape[0]):
+        at = values[first_page + page, head, part].ctypes.data
+        k = min(TOKENS, seen - page * TOKENS)
+        call_tile(table[m], scores[page, r].ctypes.data, TOKENS, at, k, product.ctypes.data, at)
+        for i in range(m):
+            for j in range(NR):
+                sums[i, j] += product[i, j]
+
+
+@numba.njit(inline="always")
 def _attend_rows(
-    qkv: Any,
-    begin: Any,
-    end: Any,
-    positions: Any,
-    head: Any,
-    group: Any,
-    keys: Any,
-    values: Any,
-    first_page: Any,
-    scale: Any,
-    table: Any,
-    out: Any,
-) -> None:
+    qkv: Any, begin: Any, end: Any, positions: Any, head: Any, group: Any, keys: Any, values: Any,
+    first_page: Any, scale: Any, table: Any, out: Any,
+) -> None:  # fmt: skip
     """The query heads that share key head `head`, of rows begin to end of one sequence."""
     head_dim, rows = keys.shape[2], (end - begin) * group
     queries = np.empty((rows, head_dim), np.float32)
@@ -152,37 +174,19 @@ def _attend_rows(
         for d in range(head_dim):
             queries[r, d] = qkv[begin + r // group, at + d]
     seen = positions[end - 1] + 1
-    pages = -(-seen // TOKENS)
-    scores = np.empty((pages, rows, TOKENS), np.float32)
-    for page in range(pages):
-        at = keys[first_page + page, head].ctypes.data
-        for r in range(0, rows, MR):
-            m = min(MR, rows - r)
-            call_tile(
-                table[m], queries[r].ctypes.data, head_dim, at, head_dim,
-                scores[page, r].ctypes.data, at,
-            )  # fmt: skip
+    scores = np.empty((-(-seen // TOKENS), rows, TOKENS), np.float32)
+    _score(queries, keys, first_page, head, table, scores)
     totals = np.empty(rows, np.float32)
     for r in range(rows):
-        totals[r] = _softmax(scores, r, positions[begin + r // group] + 1, pages, scale)
-    product = np.empty((MR, NR), np.float32)
+        totals[r] = _softmax(scores, r, positions[begin + r // group] + 1, scale)
+    sums = np.empty((MR, NR), np.float32)
     for part in range(values.shape[2]):
-        columns = min(NR, head_dim - part * NR)
         for r in range(0, rows, MR):
             m = min(MR, rows - r)
-            sums = np.zeros((MR, NR), np.float32)
-            for page in range(pages):
-                at = values[first_page + page, head, part].ctypes.data
-                k = min(TOKENS, seen - page * TOKENS)
-                call_tile(
-                    table[m], scores[page, r].ctypes.data, TOKENS, at, k, product.ctypes.data, at
-                )
-                for i in range(m):
-                    for j in range(NR):
-                        sums[i, j] += product[i, j]
+            _weigh(scores, r, m, seen, values, first_page, head, part, table, sums)
             for i in range(m):
                 at = (head * group + (r + i) % group) * head_dim + part * NR
-                for j in range(columns):
+                for j in range(min(NR, head_dim - part * NR)):
                     out[begin + (r + i) // group, at + j] = sums[i, j] / totals[r + i]
 
 
