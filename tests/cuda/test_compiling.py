@@ -29,8 +29,8 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("gemm16", {**HALVES["bf16"], "SHARED_BYTES": 96 * 1024}, FROM_SM_80),
     ("gemm90", {**HALVES["bf16"], "SHARED_BYTES": 208 * 1024}, ("sm_90a",)),
     ("gemm90", {**HALVES["fp16"], "SHARED_BYTES": 208 * 1024}, ("sm_90a",)),
-    ("blocks/rows", {"HIDDEN": 2048, "VECTOR": 4}, ALL),
-    ("blocks/rows", {"HIDDEN": 13, "VECTOR": 1}, ALL),
+    ("blocks/rows", {"HIDDEN": 2048, "VECTOR": 4, "OUT": "BF16"}, ALL),
+    ("blocks/rows", {"HIDDEN": 13, "VECTOR": 1, "OUT": "F32"}, ALL),
     ("blocks/short_conv", {"KERNEL_SIZE": 3, "VECTOR": 4, "OUT": "F32"}, ALL),
     ("blocks/short_conv", {"KERNEL_SIZE": 1, "VECTOR": 1, "OUT": "BF16"}, ALL),
     ("blocks/attention", {**ATTENTION, "OUT": "F32"}, ALL),
@@ -75,8 +75,8 @@ def test_what_was_compiled_is_kept_and_read_again(
 
 def test_other_constants_or_another_architecture_are_another_kernel(own_cache: Path) -> None:
     for vector in (1, 4):
-        compile_source("blocks/rows", "sm_80", {"HIDDEN": 8, "VECTOR": vector})
-    compile_source("blocks/rows", "sm_90a", {"HIDDEN": 8, "VECTOR": 4})
+        compile_source("blocks/rows", "sm_80", {"HIDDEN": 8, "VECTOR": vector, "OUT": "F32"})
+    compile_source("blocks/rows", "sm_90a", {"HIDDEN": 8, "VECTOR": 4, "OUT": "F32"})
     assert len(list(own_cache.iterdir())) == 3
 
 

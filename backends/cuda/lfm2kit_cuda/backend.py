@@ -12,6 +12,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
+from lfm2kit_cuda.blocks.layer import PARTS, Layer
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
 from lfm2kit_cuda.blocks.short_conv import ShortConv
@@ -30,6 +31,7 @@ BLOCKS = {
     specs.SparseMoe: SparseMoe,
     specs.LastRows: LastRows,
     specs.LMHead: LMHead,
+    specs.Layer: Layer,
 }
 
 
@@ -39,7 +41,11 @@ class CudaBackend:
         self._gemm = arithmetic(context.precision)
 
     def why_unsupported(self, spec: Spec) -> str | None:
-        return None if type(spec) in BLOCKS else "it builds blocks up to SparseMoe"
+        if type(spec) not in BLOCKS:
+            return "it builds blocks up to Layer"
+        if isinstance(spec, specs.Layer):
+            return self._why_not_whole(spec)
+        return None
 
     def memory(self, spec: Spec) -> Memory:
         return CUDA
@@ -59,6 +65,13 @@ class CudaBackend:
             for shape in leaf.parameters().values()
             if len(shape) == 2 and not isinstance(leaf, specs.Embedding)
         )
+
+    def _why_not_whole(self, layer: specs.Layer) -> str | None:
+        """A layer is built whole where its norms have something to round."""
+        if self._gemm.activation == "F32":
+            return "in fp32 a layer is no faster whole"
+        known = all(type(part.spec) in PARTS for part in layer.parts())
+        return None if known else "its feed-forward is not one of ours"
 
     def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Callable[[Batch], Array]:
         return Replay(forward, batch)

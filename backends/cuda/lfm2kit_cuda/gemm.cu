@@ -15,8 +15,9 @@
 //
 // A multiprocessor starts one multiplication per scheduler and cycle only if two of its operands
 // come from different banks of registers and the third is kept from the one before.  Hence the
-// multiplications go to and fro over the columns; hence too that `linear` adds its bias always:
-// stored as they are, four sums would have to lie in the banks of the weights that they meet.
+// multiplications go to and fro over the columns, even ones apart from odd; hence too that
+// `linear` adds a bias always: stored as they are, four sums would have to lie in the banks of the
+// weights that they meet.
 #include "async_copy.cuh"
 
 constexpr int kTileN = 256, kTileK = TILE_K, kStages = STAGES, kThreads = 128, kColumns = 8;
@@ -104,7 +105,7 @@ struct Product {
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          int n = i % 2 ? kColumns - 1 - j : j;
+          int to = i % 2 ? kColumns - 1 - j : j, n = to % 4 * 2 + to / 4;  // evens, then odds
           acc[i][n] = fmaf(fragments[g].a[i], fragments[g].w[n], acc[i][n]);
         }
   }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import cupy
 
@@ -40,6 +40,13 @@ class RowTiles:
     def in_place(self) -> RowTiles:
         """The same rows of an x that is sorted already."""
         return replace(self, source=None)
+
+
+class Activations(NamedTuple):
+    """The input of a block inside a layer."""
+
+    x: cupy.ndarray | None  # float32 [tokens, hidden_size], for routers
+    rounded: cupy.ndarray  # as products read it
 
 
 class Arithmetic(Protocol):

@@ -8,7 +8,7 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Tensor, Weights
 from lfm2kit_cuda.kernels import load_kernel
-from lfm2kit_cuda.products import Arithmetic
+from lfm2kit_cuda.products import Activations, Arithmetic
 from lfm2kit_cuda.upload import upload
 
 SOURCE = "blocks/attention"
@@ -44,15 +44,20 @@ class Attention:
         )
 
     def __call__(self, x: cupy.ndarray, batch: Batch, state: State | None) -> cupy.ndarray:
+        return self.of(Activations(x, self.gemm.rounded(x)), batch, state)
+
+    def of(self, inputs: Activations, batch: Batch, state: State | None) -> cupy.ndarray:
+        """As a call, of an input that is rounded already."""
+        tokens = len(inputs.rounded)
         s, of_sequences = self.spec, (batch.cu_seqlens, batch.state_slots)
         keys, values = state or (None, None)
         max_tokens = 0 if keys is None else keys.shape[1]
-        qkv = self.gemm.linear(self.gemm.rounded(x), self.qkv_proj)
+        qkv = self.gemm.linear(inputs.rounded, self.qkv_proj)
         self.norm_and_rotate(
-            (len(x),), ROTATE_THREADS, qkv, self.q_layernorm, self.k_layernorm, self.inverse,
+            (tokens,), ROTATE_THREADS, qkv, self.q_layernorm, self.k_layernorm, self.inverse,
             batch.positions, *of_sequences, keys, values, batch.sequences, max_tokens, s.norm_eps,
         )  # fmt: skip
-        heads = self.gemm.empty(len(x), s.num_attention_heads * s.head_dim)
+        heads = self.gemm.empty(tokens, s.num_attention_heads * s.head_dim)
         grid = (-(-batch.max_seqlen // self.rows), batch.sequences, s.num_key_value_heads)
         self.attend(
             grid, ATTEND_THREADS, qkv, keys, values, batch.positions, *of_sequences, heads,

@@ -8,7 +8,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Weights
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Arithmetic, RowTiles
+from lfm2kit_cuda.products import Activations, Arithmetic, RowTiles
 
 SOURCE = "blocks/experts"
 GROUP_THREADS, COMBINE_THREADS = 512, 256
@@ -21,8 +21,11 @@ class MLP:
         self.w2 = gemm.pack_down([weights["w2.weight"]])
 
     def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
-        inner = self.gemm.gated(self.gemm.rounded(x), self.w13)
-        return self.gemm.linear(inner, self.w2)
+        return self.of(Activations(x, self.gemm.rounded(x)))
+
+    def of(self, inputs: Activations) -> cupy.ndarray:
+        """As a call, of an input that is rounded already."""
+        return self.gemm.linear(self.gemm.gated(inputs.rounded, self.w13), self.w2)
 
 
 class Experts:
@@ -39,11 +42,17 @@ class Experts:
     def __call__(
         self, x: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
     ) -> cupy.ndarray:
+        return self.of(self.gemm.rounded(x), expert_ids, expert_weights)
+
+    def of(
+        self, rounded: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
+    ) -> cupy.ndarray:
+        """As a call, of an input that is rounded already."""
         tiles, place = grouped_by_expert(expert_ids, self.spec.local_experts, self.gemm.tile_rows)
-        inner = self.gemm.gated(self.gemm.rounded(x), self.w13, tiles)
+        inner = self.gemm.gated(rounded, self.w13, tiles)
         outputs = self.gemm.linear(inner, self.w2, tiles=tiles.in_place())
-        delta, (tokens, taken) = cupy.empty_like(x), expert_ids.shape
-        h = self.spec.hidden_size
+        h, (tokens, taken) = self.spec.hidden_size, expert_ids.shape
+        delta = cupy.empty((tokens, h), cupy.float32)
         self.combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, taken, h)
         return delta
 
@@ -55,6 +64,10 @@ class SparseMoe:
 
     def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
         return self.experts(x, *self.router(x))
+
+    def of(self, inputs: Activations) -> cupy.ndarray:
+        """As a call, of an input that is rounded already."""
+        return self.experts.of(inputs.rounded, *self.router(inputs.x))
 
 
 def grouped_by_expert(

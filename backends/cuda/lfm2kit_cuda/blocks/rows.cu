@@ -20,7 +20,8 @@ EMBED(F32)
 EMBED(BF16)
 EMBED(F16)
 
-// hidden_th += delta_th (unless delta_th is null); x_th = hidden / rms(hidden) * weight_h.
+// hidden_th += delta_th (unless delta_th is null); x_th = hidden / rms(hidden) * weight_h, and the
+// same as the next product reads it, of type OUT, rows `width` apart; either may be null.
 // A block per row of HIDDEN elements, VECTOR at a time; a thread keeps its own in registers.  The
 // sum of squares is added in an order that depends on HIDDEN alone.
 constexpr int kThreads = 256, kStep = kThreads * VECTOR;
@@ -28,7 +29,7 @@ constexpr int kParts = (HIDDEN + kStep - 1) / kStep;
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_norm(float* hidden_th, const float* delta_th, const float* weight_h, float* x_th,
-             float eps) {
+             OUT* rounded_tw, int width, float eps) {
   __shared__ float sums[kThreads / kWarp];
   size_t row = size_t(blockIdx.x) * HIDDEN;
   Vector values[kParts] = {};
@@ -51,7 +52,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (i >= HIDDEN) continue;
     Vector weight = load(weight_h + i);
     for (int v = 0; v < VECTOR; ++v) weight.of[v] *= values[p].of[v] * scale;
-    store(x_th + row + i, weight);
+    if (x_th) store(x_th + row + i, weight);
+    if (rounded_tw)
+      for (int v = 0; v < VECTOR; ++v)
+        rounded_tw[size_t(blockIdx.x) * width + i + v] = OUT::from_float(weight.of[v]);
   }
 }
 

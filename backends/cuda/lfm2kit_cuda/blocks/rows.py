@@ -7,7 +7,7 @@ import cupy
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Weights
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Arithmetic
+from lfm2kit_cuda.products import Activations, Arithmetic
 from lfm2kit_cuda.upload import upload
 
 SOURCE, THREADS = "blocks/rows", 256
@@ -33,15 +33,31 @@ class RMSNorm:
 
     def __init__(self, spec: specs.RMSNorm, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec
+        self.gemm = gemm
         self.weight = upload(weights.float32("weight"))
-        self.kernel = _kernel("add_norm", spec.hidden_size)
+        self.kernel = _kernel("add_norm", spec.hidden_size, gemm.activation)
 
     def __call__(
         self, hidden: cupy.ndarray, delta: cupy.ndarray | None
     ) -> tuple[cupy.ndarray, cupy.ndarray]:
         x = cupy.empty_like(hidden)
-        self.kernel((len(hidden),), THREADS, hidden, delta, self.weight, x, self.spec.eps)
+        self.kernel((len(hidden),), THREADS, hidden, delta, self.weight, x, None, 0, self.spec.eps)
         return hidden, x
+
+    def rounded(
+        self, hidden: cupy.ndarray, delta: cupy.ndarray | None, *, is_routed: bool
+    ) -> tuple[cupy.ndarray, Activations]:
+        """As a call, with x rounded for products in the same pass; in float32 too for a router."""
+        if self.gemm.activation == "F32":
+            hidden, x = self(hidden, delta)
+            return hidden, Activations(x, x)
+        x = cupy.empty_like(hidden) if is_routed else None
+        rounded = self.gemm.empty(len(hidden), self.spec.hidden_size)
+        self.kernel(
+            (len(hidden),), THREADS, hidden, delta, self.weight, x, rounded, rounded.shape[1],
+            self.spec.eps,
+        )  # fmt: skip
+        return hidden, Activations(x, rounded)
 
 
 class LastRows:
@@ -67,6 +83,6 @@ class LMHead:
         return self.gemm.linear(self.gemm.rounded(x), self.weight)
 
 
-def _kernel(name: str, hidden_size: int) -> Kernel:
+def _kernel(name: str, hidden_size: int, activation: str = "F32") -> Kernel:
     vector = 4 if hidden_size % 4 == 0 else 1
-    return load_kernel(SOURCE, name, HIDDEN=hidden_size, VECTOR=vector)
+    return load_kernel(SOURCE, name, HIDDEN=hidden_size, VECTOR=vector, OUT=activation)

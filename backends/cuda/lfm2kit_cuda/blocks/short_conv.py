@@ -8,7 +8,7 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Weights
 from lfm2kit_cuda.kernels import load_kernel
-from lfm2kit_cuda.products import Arithmetic
+from lfm2kit_cuda.products import Activations, Arithmetic
 from lfm2kit_cuda.upload import upload
 
 SOURCE, THREADS = "blocks/short_conv", 256
@@ -32,11 +32,15 @@ class ShortConv:
         self.remember = load_kernel(SOURCE, "remember", **constants)
 
     def __call__(self, x: cupy.ndarray, batch: Batch, state: cupy.ndarray | None) -> cupy.ndarray:
-        h = self.spec.hidden_size
-        BCX = self.gemm.linear(self.gemm.rounded(x), self.in_proj, self.in_bias)
-        y = self.gemm.empty(len(x), h)
+        return self.of(Activations(x, self.gemm.rounded(x)), batch, state)
+
+    def of(self, inputs: Activations, batch: Batch, state: cupy.ndarray | None) -> cupy.ndarray:
+        """As a call, of an input that is rounded already."""
+        h, tokens = self.spec.hidden_size, len(inputs.rounded)
+        BCX = self.gemm.linear(inputs.rounded, self.in_proj, self.in_bias)
+        y = self.gemm.empty(tokens, h)
         self.convolve(
-            (len(x), self.blocks), THREADS, BCX, self.taps, self.conv_bias, batch.positions,
+            (tokens, self.blocks), THREADS, BCX, self.taps, self.conv_bias, batch.positions,
             batch.cu_seqlens, batch.state_slots, state, y, batch.sequences, h, y.shape[1],
         )  # fmt: skip
         if state is not None:

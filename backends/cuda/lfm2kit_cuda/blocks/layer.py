@@ -1,0 +1,44 @@
+"""A whole layer: its norms round x for the products that follow, in the pass that makes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+
+from lfm2kit import specs
+from lfm2kit.backend import Batch, Weights
+from lfm2kit_cuda.blocks.attention import Attention
+from lfm2kit_cuda.blocks.feed_forward import MLP, SparseMoe
+from lfm2kit_cuda.blocks.rows import RMSNorm
+from lfm2kit_cuda.blocks.short_conv import ShortConv
+from lfm2kit_cuda.products import Arithmetic
+
+PARTS = {
+    specs.RMSNorm: RMSNorm,
+    specs.ShortConv: ShortConv,
+    specs.Attention: Attention,
+    specs.MLP: MLP,
+    specs.SparseMoe: SparseMoe,
+}
+
+
+class Layer:
+    def __init__(self, spec: specs.Layer, weights: Weights, gemm: Arithmetic) -> None:
+        parts: dict[str, Any] = {
+            part.role: PARTS[type(part.spec)](part.spec, weights.scope(part.scope), gemm)
+            for part in spec.parts()
+        }
+        self.operator_norm, self.operator = parts["operator_norm"], parts["operator"]
+        self.ffn_norm, self.feed_forward = parts["ffn_norm"], parts["feed_forward"]
+        self.is_routed = isinstance(spec.feed_forward, specs.SparseMoe)
+        self.new_state = self.operator.new_state
+        self.state_bytes = self.operator.state_bytes
+
+    def __call__(
+        self, hidden: cupy.ndarray, delta: cupy.ndarray | None, batch: Batch, state: Any
+    ) -> tuple[cupy.ndarray, cupy.ndarray]:
+        hidden, x = self.operator_norm.rounded(hidden, delta, is_routed=False)
+        delta = self.operator.of(x, batch, state)
+        hidden, x = self.ffn_norm.rounded(hidden, delta, is_routed=self.is_routed)
+        return hidden, self.feed_forward.of(x)
