@@ -48,7 +48,7 @@ class RandomTensors(Mapping[str, Tensor]):
             return Tensor(name, "F32", np.ones(shape, np.float32))
         size = int(np.prod(shape))
         if name.endswith("expert_bias"):
-            return Tensor(name, "F32", self._view(self._pool, name, size).reshape(shape))
+            return Tensor(name, "F32", 2.5 * self._view(self._pool, name, size).reshape(shape))
         if size > POOL:
             repeats = -(-size // POOL)
             return Tensor(name, self._dtype, np.tile(self._stored, repeats)[:size].reshape(shape))

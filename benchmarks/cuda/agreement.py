@@ -1,0 +1,78 @@
+"""FP32 logits of the full-size model beside those of transformers in FP32, on one GPU.
+
+    python benchmarks/cuda/agreement.py -n 16
+
+Both get the same random weights.  A sample may differ by more where a router of either is within
+rounding of another choice: how many do is printed beside the largest difference.  Needs torch,
+transformers and 70 GB of GPU memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from full_size import RandomTensors, build
+from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
+
+from lfm2kit.bench import random_batch
+from lfm2kit.config import LFM2_8B_A1B as C
+from lfm2kit.config import model_spec
+from lfm2kit.plan import Plan
+
+TOLERANCE = 1e-3
+
+
+def transformers_model(tensors: RandomTensors) -> Lfm2MoeForCausalLM:
+    names = (
+        "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads "
+        "num_key_value_heads num_dense_layers num_experts num_experts_per_tok norm_topk_prob "
+        "use_expert_bias routed_scaling_factor conv_L_cache conv_bias norm_eps tie_word_embeddings"
+    )
+    config = Lfm2MoeConfig(
+        **{name: getattr(C, name) for name in names.split()},
+        num_hidden_layers=C.num_hidden_layers,
+        layer_types=list(C.layer_types),
+        rope_parameters={"rope_type": "default", "rope_theta": C.rope_theta},
+    )
+    with torch.device("cuda"):
+        model = Lfm2MoeForCausalLM(config)
+    for name, weight in model.state_dict().items():
+        weight.copy_(_value(tensors, name.removeprefix("model.")))
+    return model.eval()
+
+
+def _value(tensors: RandomTensors, name: str) -> torch.Tensor:
+    scope, _, last = name.rpartition(".")
+    experts = [f"{scope}.{e}" for e in range(C.num_experts)]
+    if last == "gate_up_proj":
+        return torch.stack([torch.cat([_value(tensors, f"{e}.{w}.weight") for w in ("w1", "w3")])
+                            for e in experts])  # fmt: skip
+    if last == "down_proj":
+        return torch.stack([_value(tensors, f"{e}.w2.weight") for e in experts])
+    return torch.tensor(tensors["embed_tokens.weight" if scope == "lm_head" else name].float32())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-n", type=int, default=16)
+    parser.add_argument("--precision", default="fp32")
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    batch = random_batch(options.n, 16, C.vocab_size, seed=0)
+    ours = build(Plan.parse("cuda"), options.precision, "F32").logits(batch).copy()
+    theirs = transformers_model(RandomTensors(model_spec(C, tied=True).parameters(), "F32"))
+    ids = torch.tensor(batch.token_ids.reshape(options.n, -1), device="cuda", dtype=torch.long)
+    with torch.inference_mode():
+        logits = theirs(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+    expected = logits[:, -1].float().cpu().numpy()
+    worst = np.abs(ours - expected).max(axis=1)
+    top1 = (ours.argmax(1) == expected.argmax(1)).mean()
+    print(f"logits of std {expected.std():.3f}; largest difference {worst.max():.2e}, median over "
+          f"samples {np.median(worst):.2e}; {np.sum(worst > TOLERANCE)} of {options.n} samples "
+          f"beyond {TOLERANCE:g}; top-1 equal for {top1:.0%}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
