@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
+from lfm2kit_cpu_simd.threads import threading_notes
 
 from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
@@ -64,3 +65,13 @@ def test_idle_threads_do_not_spin_after_a_forward() -> None:
         [sys.executable, "-c", SPINNING], env=environment, capture_output=True, text=True
     )
     assert float(done.stdout) < 0.2, done.stderr
+
+
+def test_a_machine_without_openmp_and_tbb_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threading_notes() == []
+
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr("lfm2kit_cpu_simd.threads.import_module", missing)
+    assert "libgomp" in threading_notes()[0]

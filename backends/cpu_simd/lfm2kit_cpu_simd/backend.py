@@ -6,7 +6,7 @@ from lfm2kit import specs
 from lfm2kit.backend import HOST, Block, Ceilings, Context, DType, Memory, Spec, Weights
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit_cpu_simd.compiling import compiled_kernels
-from lfm2kit_cpu_simd.threads import set_threads
+from lfm2kit_cpu_simd.threads import set_threads, threading_notes
 
 with compiled_kernels():
     from lfm2kit_cpu_simd import ceilings
@@ -57,6 +57,9 @@ class CpuSimdBackend:
     def workspace_bytes(self, spec: Spec, tokens: int) -> int:
         """Activations between a block's kernels; packed weights take the place of mapped ones."""
         return sum(4 * tokens * _floats_per_row(leaf) for leaf in specs.leaves(spec))
+
+    def notes(self) -> list[str]:
+        return threading_notes()
 
     def ceilings(self) -> Ceilings:
         return Ceilings(ceilings.flops_per_second(), ceilings.bytes_per_second())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 
 import numba
 
@@ -11,6 +12,17 @@ from lfm2kit.errors import Lfm2kitError
 
 # workqueue, always there, takes fifty times as long to start a parallel region as OpenMP.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
+def threading_notes() -> list[str]:
+    """What is missing for threads to start fast."""
+    for layer in ("omppool", "tbbpool"):
+        try:
+            import_module(f"numba.np.ufunc.{layer}")
+        except ImportError:
+            continue
+        return []
+    return ["there is neither libgomp nor tbb: threads start slowly; install libgomp1, or pip tbb"]
 
 
 def set_threads(context: Context) -> None:
