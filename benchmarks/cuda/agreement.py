@@ -28,11 +28,12 @@ def transformers_model(tensors: RandomTensors) -> Lfm2MoeForCausalLM:
     names = (
         "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads "
         "num_key_value_heads num_dense_layers num_experts num_experts_per_tok norm_topk_prob "
-        "use_expert_bias routed_scaling_factor conv_L_cache conv_bias norm_eps tie_word_embeddings"
+        "use_expert_bias routed_scaling_factor conv_L_cache conv_bias norm_eps"
     )
     config = Lfm2MoeConfig(
         **{name: getattr(C, name) for name in names.split()},
         num_hidden_layers=C.num_hidden_layers,
+        tie_word_embeddings=True,
         layer_types=list(C.layer_types),
         rope_parameters={"rope_type": "default", "rope_theta": C.rope_theta},
     )

@@ -2,16 +2,17 @@
 // k, from 0 on, whatever the tile.  So its bits depend neither on the batch nor on the tile menu.
 //
 //   a_mk    rows of activations, taken in place or gathered through source_m
-//   w_gkw   matrices packed by `transpose` in packing.cu, [groups][k][width], width a multiple of
-//           256, padded with zeros
+//   w_gpkc  matrices packed by `transpose` in packing.cu: groups, panels of 256 columns (padded
+//           with zeros), k, columns
 //   tiles   (group, first row, rows, 0); without a list, rows in steps of tile_rows, group 0
 //
 // What limits is how fast registers can be filled from shared memory: 128 bytes per cycle and
 // multiprocessor, broadcast or not, so that 8 x 8 outputs per thread would keep it as busy as the
-// multipliers.  Hence up to 16 x 8 outputs per thread, 128 threads, two blocks per multiprocessor.
-// A block makes 256 columns of 16, 32, 48 or 64 rows: an expert with few tokens costs few
-// multiplications.  Both operands lie in shared memory with k outside; the fragments of the next
-// k, or of several where a thread has few rows, are read while this one's are multiplied.
+// multipliers.  Hence up to 12 x 8 outputs per thread, 128 threads, three blocks per
+// multiprocessor (with 16 x 8 there is room for two, which wait for each other too often).  A
+// block makes a panel of 16, 32 or 48 rows: an expert with few tokens costs few multiplications.
+// Both operands lie in shared memory with k outside; the fragments of the next k, or of several
+// where a thread has few rows, are read while this one's are multiplied.
 //
 // A multiprocessor starts one multiplication per scheduler and cycle only if two of its operands
 // come from different banks of registers and the third is kept from the one before.  Hence the
@@ -42,40 +43,49 @@ struct Product {
   const float* a_of[kCopiesA];
   const float* w_at;
   float* shared;
-  int k, width, k_a, row_a, k_w, column_w, row, column;
+  int k, k_a, k_w, to_a, to_w, row, column;
 
-  __device__ Product(const float* a_mk, const int* source_m, const float* w_kw, Tile tile, int k,
-                     int width, float* shared)
-      : shared(shared), k(k), width(width) {
+  __device__ Product(const float* a_mk, const int* source_m, const float* w_kc, Tile tile, int k,
+                     float* shared)
+      : shared(shared), k(k) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     k_a = threadIdx.x % kCopyK;
-    row_a = threadIdx.x / kCopyK;
+    int row_a = threadIdx.x / kCopyK;
 #pragma unroll
     for (int i = 0; i < kCopiesA; ++i) {
       int from = tile.row + min(row_a + i * kCopyRows, tile.rows - 1);  // the last again, unused
       a_of[i] = a_mk + size_t(source_m ? source_m[from] : from) * k + k_a;
     }
     k_w = threadIdx.x / (kTileN / 4);
-    column_w = threadIdx.x % (kTileN / 4) * 4;
-    w_at = w_kw + size_t(k_w) * width + tile.column + column_w;
+    w_at = w_kc + threadIdx.x * 4;
+    to_a = k_a * kRowA + row_a;
+    to_w = kStageA + threadIdx.x * 4;
     row = lane / 8 * 4;
     column = warp * 64 + lane % 8 * 4;
   }
 
-  // Starts the copies of k0 to k0 + kTileK; beyond k both operands are zero.
-  __device__ __forceinline__ void load(int stage, int k0) const {
-    float* to_a = shared + stage * kStage + k_a * kRowA + row_a;
+  // Starts the copies of the next kTileK of k, of which `left` are there; beyond, zeros.
+  __device__ __forceinline__ void load(int stage, int left) {
+    float* to = shared + stage * kStage;
+    if (left >= kTileK) copy(to, [](int) { return true; });
+    else copy(to, [=](int in_stage) { return in_stage < left; });
+#pragma unroll
+    for (int i = 0; i < kCopiesA; ++i) a_of[i] += kTileK;
+    w_at += kTileK * kTileN;
+  }
+
+  template <class IsThere>
+  __device__ __forceinline__ void copy(float* to, IsThere is_there) const {
 #pragma unroll
     for (int step = 0; step < kTileK; step += kCopyK)
 #pragma unroll
       for (int i = 0; i < kCopiesA; ++i)
-        copy_async<4>(to_a + step * kRowA + i * kCopyRows, a_of[i] + k0 + step,
-                      k0 + step + k_a < k ? 4 : 0);
-    float* to_w = shared + stage * kStage + kStageA + k_w * kTileN + column_w;
+        copy_async<4>(to + to_a + step * kRowA + i * kCopyRows, a_of[i] + step,
+                      is_there(step + k_a) ? 4 : 0);
 #pragma unroll
     for (int i = 0; i < kCopiesW; ++i)
-      copy_async<16>(to_w + i * kCopyRowsW * kTileN, w_at + size_t(k0 + i * kCopyRowsW) * width,
-                     k0 + i * kCopyRowsW + k_w < k ? 16 : 0);
+      copy_async<16>(to + to_w + i * kCopyRowsW * kTileN, w_at + i * kCopyRowsW * kTileN,
+                     is_there(i * kCopyRowsW + k_w) ? 16 : 0);
   }
 
   struct Fragment {
@@ -110,11 +120,11 @@ struct Product {
         }
   }
 
-  __device__ __forceinline__ void run(float (&acc)[kRows][kColumns]) const {
+  __device__ __forceinline__ void run(float (&acc)[kRows][kColumns]) {
     int steps = (k + kTileK - 1) / kTileK, stage = 0;
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
-      if (s < steps) load(s, s * kTileK);
+      if (s < steps) load(s, k - s * kTileK);
       commit_copies();
     }
     wait_copies<kStages - 2>();
@@ -123,7 +133,7 @@ struct Product {
     read(fragments[0], 0, 0);
     for (int s = 0; s < steps; ++s) {
       int next = s + kStages - 1;
-      if (next < steps) load(stage == 0 ? kStages - 1 : stage - 1, next * kTileK);
+      if (next < steps) load(stage == 0 ? kStages - 1 : stage - 1, k - next * kTileK);
       commit_copies();
 #pragma unroll
       for (int in_stage = 0; in_stage < kTileK; in_stage += kGroup) {
@@ -144,11 +154,11 @@ struct Product {
 // belong 32 columns to the right of the first.
 template <int kRows, class Store>
 __device__ __forceinline__ void compute_tile(const float* a_mk, const int* source_m,
-                                             const float* w_gkw, Tile tile, int k, int width,
+                                             const float* w_gpkc, Tile tile, int k, int width,
                                              Store store) {
   extern __shared__ float shared[];
-  const float* w_kw = w_gkw + size_t(tile.group) * k * width;
-  Product<kRows> product(a_mk, source_m, w_kw, tile, k, width, shared);
+  const float* w_kc = w_gpkc + (size_t(tile.group) * width + tile.column) * k;
+  Product<kRows> product(a_mk, source_m, w_kc, tile, k, shared);
   float acc[kRows][kColumns] = {};
   product.run(acc);
 #pragma unroll
@@ -160,7 +170,7 @@ __device__ __forceinline__ void compute_tile(const float* a_mk, const int* sourc
 
 template <class Store>
 __device__ __forceinline__ void compute(const float* a_mk, const int* source_m,
-                                        const float* w_gkw, const int4* tiles,
+                                        const float* w_gpkc, const int4* tiles,
                                         const int* tile_count, int tile_rows, int m, int k,
                                         int width, Store store) {
   int row = blockIdx.y * tile_rows;
@@ -170,10 +180,9 @@ __device__ __forceinline__ void compute(const float* a_mk, const int* source_m,
     int4 listed = tiles[blockIdx.y];
     tile.group = listed.x, tile.row = listed.y, tile.rows = listed.z;
   }
-  if (tile.rows > 48) compute_tile<16>(a_mk, source_m, w_gkw, tile, k, width, store);
-  else if (tile.rows > 32) compute_tile<12>(a_mk, source_m, w_gkw, tile, k, width, store);
-  else if (tile.rows > 16) compute_tile<8>(a_mk, source_m, w_gkw, tile, k, width, store);
-  else compute_tile<4>(a_mk, source_m, w_gkw, tile, k, width, store);
+  if (tile.rows > 32) compute_tile<12>(a_mk, source_m, w_gpkc, tile, k, width, store);
+  else if (tile.rows > 16) compute_tile<8>(a_mk, source_m, w_gpkc, tile, k, width, store);
+  else compute_tile<4>(a_mk, source_m, w_gpkc, tile, k, width, store);
 }
 
 // Stores up to four columns of a row that has n.
@@ -189,11 +198,11 @@ __device__ __forceinline__ void store_four(float* row, int column, int n, const 
 }
 
 // out_mn = A @ W + bias_n (null for none)
-extern "C" __global__ void __launch_bounds__(kThreads, 2)
-    linear(const float* a_mk, const int* source_m, const float* w_gkw, const float* bias_n,
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+    linear(const float* a_mk, const int* source_m, const float* w_gpkc, const float* bias_n,
            float* out_mn, const int4* tiles, const int* tile_count, int tile_rows, int m, int k,
            int width, int n) {
-  compute(a_mk, source_m, w_gkw, tiles, tile_count, tile_rows, m, k, width,
+  compute(a_mk, source_m, w_gpkc, tiles, tile_count, tile_rows, m, k, width,
           [=](int row, int column, const float* values) {
             float sums[kColumns];
 #pragma unroll
@@ -207,11 +216,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // out_mn = silu(A @ w1) * (A @ w3); W has 32 columns of w1, then 32 of w3, and so on.
-extern "C" __global__ void __launch_bounds__(kThreads, 2)
-    gated(const float* a_mk, const int* source_m, const float* w_gkw, float* out_mn,
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+    gated(const float* a_mk, const int* source_m, const float* w_gpkc, float* out_mn,
           const int4* tiles, const int* tile_count, int tile_rows, int m, int k, int width,
           int n) {
-  compute(a_mk, source_m, w_gkw, tiles, tile_count, tile_rows, m, k, width,
+  compute(a_mk, source_m, w_gpkc, tiles, tile_count, tile_rows, m, k, width,
           [=](int row, int column, const float* values) {
             float products[4];
 #pragma unroll

@@ -11,13 +11,13 @@ from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, launch, padded
 from lfm2kit_cuda.upload import upload
 
-TILE_K, STAGES, TILE_ROWS = 8, 6, 64
-WIDTH = 256  # columns of a block; packed matrices have a multiple of them
+TILE_K, STAGES, TILE_ROWS = 8, 4, 48
+WIDTH = 256  # columns of a panel, which a block multiplies by
 RUN = 32  # columns of w1 before as many of w3
 BLOCKS = Blocks(
     threads=128,
-    per_processor=2,
-    menu={(64, WIDTH): 128, (48, WIDTH): 100, (32, WIDTH): 73, (16, WIDTH): 45},
+    per_processor=3,
+    menu={(48, WIDTH): 100, (32, WIDTH): 71, (16, WIDTH): 47},
 )
 
 
@@ -30,7 +30,7 @@ class Gemm:
         packed = _panels(len(matrices), inputs, columns)
         for panel, matrix in zip(packed, matrices, strict=True):
             _transpose(matrix, panel, run=columns, stride=0, offset=0)
-        return Matrix(packed, inputs, columns, packed.shape[2])
+        return Matrix(packed, inputs, columns, packed.shape[1] * WIDTH)
 
     def pack_gated(self, gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Matrix:
         """w1 and w3 in turns of RUN columns."""
@@ -39,7 +39,7 @@ class Gemm:
         for panel, gate, up in zip(packed, gates, ups, strict=True):
             _transpose(gate, panel, run=RUN, stride=2 * RUN, offset=0)
             _transpose(up, panel, run=RUN, stride=2 * RUN, offset=RUN)
-        return Matrix(packed, inputs, columns, packed.shape[2])
+        return Matrix(packed, inputs, columns, packed.shape[1] * WIDTH)
 
     pack_down = pack
 
@@ -85,11 +85,11 @@ def _kernel(name: str) -> Kernel:
 
 
 def _panels(groups: int, inputs: int, columns: int) -> cupy.ndarray:
-    return cupy.zeros((groups, inputs, padded(columns, WIDTH)), cupy.float32)
+    return cupy.zeros((groups, padded(columns, WIDTH) // WIDTH, inputs, WIDTH), cupy.float32)
 
 
 def _transpose(matrix: Tensor, panel: cupy.ndarray, run: int, stride: int, offset: int) -> None:
     out, inputs = matrix.shape
     kernel = load_kernel("packing", f"transpose_{matrix.dtype}")
     grid = (padded(out, 32) // 32, padded(inputs, 32) // 32)
-    kernel(grid, 256, upload(matrix.data), panel, out, inputs, panel.shape[1], run, stride, offset)
+    kernel(grid, 256, upload(matrix.data), panel, out, inputs, WIDTH, run, stride, offset)

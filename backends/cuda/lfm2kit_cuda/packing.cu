@@ -7,9 +7,10 @@ __device__ inline int packed_row(int i, int run, int stride, int offset) {
   return i / run * stride + offset + i % run;
 }
 
-// packed_in[k][row] = matrix_on[i][k]: transposed, `width` columns; 32 x 32 elements in a block.
+// packed_pic[row / panel][k][row % panel] = matrix_oi[i][k]: transposed, in panels of so many
+// columns; 32 x 32 elements in a block.
 template <class Stored>
-__device__ void transpose(const Stored* matrix_oi, float* packed_iw, int out, int in, int width,
+__device__ void transpose(const Stored* matrix_oi, float* packed_pic, int out, int in, int panel,
                           int run, int stride, int offset) {
   __shared__ float tile[32][33];
   int i0 = blockIdx.x * 32, k0 = blockIdx.y * 32, x = threadIdx.x % 32;
@@ -18,8 +19,10 @@ __device__ void transpose(const Stored* matrix_oi, float* packed_iw, int out, in
       tile[y][x] = Stored::to_float(matrix_oi[size_t(i0 + y) * in + k0 + x]);
   __syncthreads();
   for (int y = threadIdx.x / 32; y < 32; y += blockDim.x / 32)
-    if (i0 + x < out && k0 + y < in)
-      packed_iw[size_t(k0 + y) * width + packed_row(i0 + x, run, stride, offset)] = tile[x][y];
+    if (i0 + x < out && k0 + y < in) {
+      int row = packed_row(i0 + x, run, stride, offset);
+      packed_pic[(size_t(row / panel) * in + k0 + y) * panel + row % panel] = tile[x][y];
+    }
 }
 
 // packed_ow[row][k] = matrix_oi[i][k] * scale, rows `width` apart; a block per row.
@@ -40,9 +43,9 @@ __device__ void narrow(const Stored* matrix_oi, Kept* packed_ow, int in, int wid
   }
 #define PACK(Stored)                                                                              \
   extern "C" __global__ void transpose_##Stored(const Stored* matrix, float* packed, int out,     \
-                                                int in, int width, int run, int stride,           \
+                                                int in, int panel, int run, int stride,           \
                                                 int offset) {                                     \
-    transpose(matrix, packed, out, in, width, run, stride, offset);                               \
+    transpose(matrix, packed, out, in, panel, run, stride, offset);                               \
   }                                                                                               \
   NARROW(Stored, BF16)                                                                            \
   NARROW(Stored, F16)
