@@ -16,7 +16,7 @@ WIDTH = 256  # columns of a panel, which a block multiplies by
 RUN = 32  # columns of w1 before as many of w3
 BLOCKS = Blocks(
     threads=128,
-    per_processor=3,
+    sharing=(1.45, 2.1, 3.0),
     menu={(48, WIDTH): 100, (32, WIDTH): 71, (16, WIDTH): 47},
 )
 

@@ -23,7 +23,7 @@ RUN = 8  # rows of w1 before as many of w3
 
 MMA = Blocks(
     THREADS,
-    per_processor=2,
+    sharing=(1.3, 2.0),
     menu={
         (128, 128): 128,
         (96, 128): 100,
@@ -35,7 +35,7 @@ MMA = Blocks(
 )
 WGMMA = Blocks(
     THREADS,
-    per_processor=1,
+    sharing=(1.0,),
     menu={(128, 256): 110, (64, 256): 64, (64, 128): 40, (64, 64): 30},
 )
 

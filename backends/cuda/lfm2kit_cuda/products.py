@@ -15,8 +15,6 @@ from lfm2kit.backend import Tensor
 from lfm2kit_cuda.device import processors
 from lfm2kit_cuda.kernels import Kernel
 
-ALONE = 1.3  # the time of a block that has a multiprocessor to itself, in its share of a pair's
-
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
@@ -96,14 +94,15 @@ class Arithmetic(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The blocks of a kernel: their threads, how many share a multiprocessor, and what they cost.
+    """The blocks of a kernel: their threads, and what they cost.
 
-    `menu` has the rows and columns of a block, and its time in a unit of its own.  Listed tiles
-    are made in blocks of the first entry's columns.
+    `menu` has the rows and columns of a block, and its time in a unit of its own where a
+    multiprocessor is full; `sharing[i]` is how many such times i + 1 blocks take together.
+    Listed tiles are made in blocks of the first entry's columns.
     """
 
     threads: int
-    per_processor: int
+    sharing: tuple[float, ...]
     menu: Mapping[tuple[int, int], int]
 
     def best(self, rows: int, width: int) -> tuple[int, int]:
@@ -111,8 +110,8 @@ class Blocks:
 
         def time(entry: tuple[int, int]) -> float:
             blocks = -(-rows // entry[0]) * (width // entry[1])
-            shared, alone = divmod(-(-blocks // processors()), self.per_processor)
-            return (shared * self.per_processor + ALONE * alone) * self.menu[entry]
+            full, rest = divmod(-(-blocks // processors()), len(self.sharing))
+            return (full * self.sharing[-1] + (0, *self.sharing)[rest]) * self.menu[entry]
 
         return min(self.menu, key=time)
 
