@@ -112,6 +112,15 @@ def test_a_rank_that_fails_ends_the_job(failing_plugin: str) -> None:
     assert "the second rank fails" in done.stderr
 
 
+def test_ranks_that_would_swamp_the_machine_are_refused_but_in_an_allocation() -> None:
+    cores = os.cpu_count() or 1
+    done = lfm2kit("run", "-n", "1", "--ranks", str(8 * cores + 1))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"this machine has {cores} cores" in done.stderr
+    wrong = lfm2kit("run", "-n", "10000", "--ranks", str(8 * cores + 1), SLURM_JOB_ID="1")
+    assert "cores" not in wrong.stderr
+
+
 def test_what_is_wrong_is_said_once_before_any_rank_starts() -> None:
     done = lfm2kit("run", "--ranks", "3", "-n", "100000")
     assert done.returncode == 2

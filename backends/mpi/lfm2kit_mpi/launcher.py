@@ -16,6 +16,9 @@ from lfm2kit.transport import Transport
 
 # What launchers set for each process: Open MPI, MPICH and Intel MPI and Slurm's PMI, MVAPICH.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# What batch systems set in an allocation: there this machine's cores say nothing.
+ALLOCATION_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+MOST_PER_CORE = 8  # ranks: more of them only swamp the machine
 PATIENCE = 10.0  # seconds that a job has to end after an interrupt, before it is killed
 
 
@@ -31,6 +34,7 @@ class MpiLauncher:
         return None
 
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
+        _check_cores(ranks)
         mpiexec = find_mpiexec()
         command = [mpiexec, *_flags(mpiexec), "-n", str(ranks)]
         command += [sys.executable, "-m", "lfm2kit", *arguments]
@@ -54,6 +58,16 @@ class MpiLauncher:
                 "the MPI of this machine"
             )
         return transport
+
+
+def _check_cores(ranks: int) -> None:
+    cores = os.cpu_count() or 1
+    is_allocation = any(name in os.environ for name in ALLOCATION_VARIABLES)
+    if ranks > MOST_PER_CORE * cores and not is_allocation:
+        raise Lfm2kitError(
+            f"--ranks {ranks}: this machine has {cores} cores, enough for {MOST_PER_CORE * cores}; "
+            "start more of them over several machines, in an allocation"
+        )
 
 
 def find_mpiexec() -> str:
