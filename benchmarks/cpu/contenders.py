@@ -6,8 +6,9 @@ Apart, because each engine brings its own threads; a process that waits for a qu
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from engines import ENGINES
+from engines import ENGINES, Call
 
 GIGA = 1e9
+LEAST_SECONDS = 0.2  # of calls that a turn is made of: one of a millisecond would be mere chance
 ASIDE = 1.5 * GIGA  # of memory: a process, its libraries and activations
 
 
@@ -97,7 +99,7 @@ def running(contenders: list[Contender], data: Path, threads: int) -> Iterator[l
 
 
 def _serve(pipe: Connection, engine: str, path: Path, threads: int) -> None:
-    """The far end: times one call a question, until the pipe is closed."""
+    """The far end: answers until the pipe is closed."""
     make, *options = ENGINES[engine]
     model = make(path, threads, *options)
     pipe.send("ready")
@@ -106,8 +108,16 @@ def _serve(pipe: Connection, engine: str, path: Path, threads: int) -> None:
             method, arguments, wanted = pipe.recv()
         except EOFError:
             return
-        call = getattr(model, method)(*arguments)
+        seconds, result = _turn(getattr(model, method), arguments)
+        pipe.send((seconds, result if wanted else None))
+
+
+def _turn(prepare: Callable[..., Call], arguments: tuple[Any, ...]) -> Answer:
+    """The median of as many calls as `LEAST_SECONDS` take, at least one."""
+    seconds: list[float] = []
+    while sum(seconds) < LEAST_SECONDS:
+        call = prepare(*arguments)
         start = time.perf_counter()
         result = call()
-        seconds = time.perf_counter() - start
-        pipe.send((seconds, result if wanted else None))
+        seconds.append(time.perf_counter() - start)
+    return Answer(statistics.median(seconds), result)

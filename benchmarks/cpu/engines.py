@@ -76,7 +76,10 @@ class Transformers:
     def __init__(self, folder: Path, threads: int, experts: str) -> None:
         import torch
         from transformers import Lfm2MoeForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self._model = Lfm2MoeForCausalLM.from_pretrained(
@@ -112,7 +115,7 @@ class Transformers:
         module = next(m for m in self._modules(role) if kind != "moe" or hasattr(m, "experts"))
         if kind != "attn":
             return lambda: module(x).reshape(-1, x.shape[-1]).numpy()
-        angles = self._model.model.rotary_emb(x, torch.arange(SEQ_LEN)[None])
+        angles = self._model.model.pos_emb(x, torch.arange(SEQ_LEN)[None])
         return lambda: module(x, angles, None)[0].reshape(-1, x.shape[-1]).numpy()
 
     def _modules(self, role: str) -> list[Any]:

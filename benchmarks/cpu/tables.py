@@ -86,7 +86,7 @@ def _ceilings(rows: Sequence[Row]) -> str:
     reads = [row.peak_bytes / 1e9 for row in rows]
     return (
         f"FMA peak {min(flops):.0f} to {max(flops):.0f} GFLOP/s, reading {min(reads):.1f} to "
-        f"{max(reads):.1f} GB/s, measured at the start of each bout; shares are of that bout's."
+        f"{max(reads):.1f} GB/s, the best of each bout; shares are of the own bout's."
     )
 
 
