@@ -24,6 +24,7 @@ ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
 # Each source with the constants of LFM2-8B-A1B, and with odd ones where they change the code.
 KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("packing", {}, ALL),
+    ("ceilings", {}, ALL),
     ("gemm", {"TILE_K": 8, "STAGES": 4}, ALL),
     ("gemm16", {**HALVES["fp16"], "SHARED_BYTES": 64 * 1024}, ALL),
     ("gemm16", {**HALVES["bf16"], "SHARED_BYTES": 96 * 1024}, FROM_SM_80),

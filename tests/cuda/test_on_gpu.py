@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.backend import Backend, Context
+from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import load_model
@@ -17,15 +17,18 @@ from lfm2kit.plugins import installed_plugins
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import run_check
 from lfm2kit.testing.verdicts import Skipped
+from tests.test_oracle import CASES, expected, setup
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
 ]
 
+TOLERANCE = 1e-4  # of logits of std 3
+
 
 @cache
-def backend(precision: str) -> Backend:
+def backend(precision: str) -> Any:
     return installed_plugins().creator(Context(precision=precision))("cuda")
 
 
@@ -36,6 +39,19 @@ def test_conformance(name: str, precision: str) -> None:
         run_check(name, backend(precision), precision)
     except Skipped as reason:
         pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_transformers(case: str) -> None:
+    model = setup(case, "cuda").build()
+    logits = model.logits(Batch.of_sequences(expected(case).ids()))
+    assert np.abs(logits - expected(case).last_logits()).max() <= TOLERANCE
+
+
+def test_ceilings_are_those_of_a_gpu() -> None:
+    ceilings = backend("fp32").ceilings()
+    assert 1e12 < ceilings.flops < 1e15
+    assert 1e11 < ceilings.bytes < 1e14
 
 
 def random_samples(rng: np.random.Generator, *lengths: int) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import cupy
 
 from lfm2kit import specs
-from lfm2kit.backend import Array, Batch, Block, Context, Memory, Spec, Weights
+from lfm2kit.backend import Array, Batch, Block, Ceilings, Context, Memory, Spec, Weights
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
@@ -17,6 +17,7 @@ from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
 from lfm2kit_cuda.blocks.short_conv import ShortConv
 from lfm2kit_cuda.capture import Replay
+from lfm2kit_cuda.ceilings import measure_ceilings
 from lfm2kit_cuda.device import choose_device
 from lfm2kit_cuda.memory import CUDA
 
@@ -65,6 +66,9 @@ class CudaBackend:
             for shape in leaf.parameters().values()
             if len(shape) == 2 and not isinstance(leaf, specs.Embedding)
         )
+
+    def ceilings(self) -> Ceilings:
+        return measure_ceilings()
 
     def _why_not_whole(self, layer: specs.Layer) -> str | None:
         """A layer is built whole where its norms have something to round."""
