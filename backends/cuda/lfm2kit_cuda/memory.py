@@ -9,8 +9,6 @@ import cupyx
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit_cuda.upload import upload
-
 
 class CudaMemory:
     """Arrays are `cupy.ndarray`s of the current device."""
@@ -18,7 +16,7 @@ class CudaMemory:
     name = "cuda"
 
     def from_host(self, array: npt.NDArray[Any]) -> cupy.ndarray:
-        return upload(array)
+        return cupy.asarray(np.ascontiguousarray(array))
 
     def to_host(self, array: cupy.ndarray) -> npt.NDArray[Any]:
         """Into pinned memory, which the device writes at the link's speed; waits for it."""
