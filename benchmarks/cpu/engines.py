@@ -138,7 +138,10 @@ def _block_input(samples: int, hidden_size: int) -> npt.NDArray[np.float32]:
 
 
 class LlamaCpp:
-    """llama.cpp on a GGUF file, all in one micro-batch; keys and values in float32."""
+    """llama.cpp on a GGUF file, all in one micro-batch; keys and values in float32.
+
+    One cache for all sequences, or a context for one sequence alone, made no difference.
+    """
 
     SEQUENCES = 64
     TOKENS = SEQUENCES * SEQ_LEN
