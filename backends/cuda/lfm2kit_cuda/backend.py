@@ -55,7 +55,7 @@ class CudaBackend:
         try:
             block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
         except cupy.cuda.memory.OutOfMemoryError:
-            raise Lfm2kitError(_out_of_memory(spec)) from None
+            raise Lfm2kitError(self._out_of_memory(spec)) from None
         return block
 
     def workspace_bytes(self, spec: Spec, tokens: int) -> int:
@@ -80,11 +80,11 @@ class CudaBackend:
     def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Callable[[Batch], Array]:
         return Replay(forward, batch)
 
-
-def _out_of_memory(spec: Spec) -> str:
-    free, total = (size / 1e9 for size in cupy.cuda.runtime.memGetInfo())
-    return (
-        f"the GPU's memory does not hold the model: {free:.1f} of {total:.1f} GB are left, and a "
-        f"block of kind '{spec.kind}' needs {4e-9 * spec.weight_elements():.1f} GB; "
-        "try --n-cpu-moe N, which keeps the experts of N layers on the CPU"
-    )
+    def _out_of_memory(self, spec: Spec) -> str:
+        free, total = (size / 1e9 for size in cupy.cuda.runtime.memGetInfo())
+        smaller = "--precision bf16, or " if self._gemm.activation == "F32" else ""
+        return (
+            f"the GPU's memory does not hold the model: {free:.1f} of {total:.1f} GB are left, and "
+            f"a block of kind '{spec.kind}' needs {1e-9 * self.workspace_bytes(spec, 1):.1f} GB; "
+            f"try {smaller}--n-cpu-moe N, which keeps the experts of N layers on the CPU"
+        )

@@ -37,7 +37,7 @@ def _bytes_per_second() -> float:
 
 def _seconds(launch: Callable[[], None]) -> float:
     """The median time of a launch on the device."""
-    times = []
+    times: list[float] = []
     for _ in range(REPETITIONS):
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
         begin.record()

@@ -22,7 +22,7 @@ class CudaMemory:
         """Into pinned memory, which the device writes at the link's speed; waits for it."""
         if array.size == 0:
             return np.empty(array.shape, array.dtype)
-        host = cupyx.empty_pinned(array.shape, array.dtype)
+        host: npt.NDArray[Any] = cupyx.empty_pinned(array.shape, array.dtype)
         array.get(out=host)
         return host
 
