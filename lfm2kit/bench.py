@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -162,7 +162,7 @@ def single_blocks(
     setup: Setup, kind: str, samples: Sequence[int], seq_len: int, seed: int
 ) -> Iterator[Contender]:
     """The model's first block of `kind`, host array in, host array out."""
-    placed = _first(setup.placed, kind)
+    placed = _first(setup, kind)
     home = setup.placed.outer
     block = setup.builder().build(placed)
     rng = np.random.default_rng(seed)
@@ -181,19 +181,28 @@ def single_blocks(
         )
 
 
-def _first(placed: Placed, kind: str) -> Placed:
-    """The first block of `kind`, whether a backend builds it whole or the core joins it."""
-    found = next((p for p in _walk(placed) if p.spec.kind == kind), None)
+def _first(setup: Setup, kind: str) -> Placed:
+    """The first block of `kind`: joined by the core, built whole, or a part of a larger one."""
+    found = next((p for p in _walk(setup, setup.placed) if p.spec.kind == kind), None)
     if found is None:
-        there = sorted({leaf.kind for leaf in specs.leaves(placed.spec)})
+        there = sorted({leaf.kind for leaf in specs.leaves(setup.placed.spec)})
         raise Lfm2kitError(f"--block {kind}: the plan builds none; there is: {', '.join(there)}")
     return found
 
 
-def _walk(placed: Placed) -> Iterator[Placed]:
+def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
+    """`placed` and its parts; of a block that is built whole, those that can be built alone."""
     yield placed
     for _, part in placed.parts:
-        yield from _walk(part)
+        yield from _walk(setup, part)
+    if placed.backend is None:
+        return
+    backend = setup.create(placed.backend)
+    for role, scope, spec in placed.spec.parts():
+        if backend.why_unsupported(spec) is None:
+            name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
+            alone = replace(placed, name=name, scope=scope, spec=spec, memory=backend.memory(spec))
+            yield from _walk(setup, alone)
 
 
 def _itemsize(setup: Setup, placed: Placed) -> float:

@@ -1,0 +1,45 @@
+"""What `bench` measures: a single block, wherever the plan has put it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit import specs
+from lfm2kit.backend import BackendPlugin, Block, Spec, Weights
+from lfm2kit.bench import single_blocks
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.loading import find_model, set_up
+from lfm2kit.plan import Plan
+from lfm2kit.plugins import InstalledBackend, installed_plugins
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.testing.host_block import host_block
+
+
+class WholeLayers(ReferenceBackend):
+    """The reference, its layers built whole; their parts it builds alone too."""
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if isinstance(spec, specs.Layer) else super().why_unsupported(spec)
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        if isinstance(spec, specs.Layer):
+            return host_block(ReferenceBackend(), spec, weights)
+        return super().build(spec, weights)
+
+
+def result_of(backend: str, kind: str) -> Any:
+    plugins = installed_plugins()
+    whole = BackendPlugin("whole", "whole layers", lambda context: WholeLayers(), 1)
+    plugins.backends["whole"] = InstalledBackend(whole, "this test")
+    setup = set_up(open_checkpoint(find_model("tiny")), Plan(backend), plugins=plugins)
+    (contender,) = single_blocks(setup, kind, [2], 16, seed=0)
+    return contender.call()
+
+
+@pytest.mark.parametrize("kind", ["conv", "attn", "mlp"])
+def test_a_block_of_a_layer_that_is_built_whole_is_measured_alone(kind: str) -> None:
+    got, want = result_of("whole", kind), result_of("reference", kind)
+    assert np.array_equal(np.asarray(got), np.asarray(want))
