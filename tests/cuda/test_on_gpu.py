@@ -48,6 +48,23 @@ def test_logits_of_transformers(case: str) -> None:
     assert np.abs(logits - expected(case).last_logits()).max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_kernel_for_older_chips(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lfm2kit_cuda import gemm16
+
+    monkeypatch.setattr(gemm16, "compute_capability", lambda: (8, 0))
+    older = installed_plugins().creator(Context(precision=precision))("cuda")
+    for name in ("mlp", "experts", "short-conv", "lm-head", "batch-independence", "zero-rows"):
+        run_check(name, older, precision)
+
+
+def test_hybrid_computes_here_and_routes_on_the_cpu() -> None:
+    hybrid, cuda = load_model("tiny", "hybrid"), load_model("tiny", "cuda")
+    batch = Batch.of_sequences(random_samples(np.random.default_rng(3), 16, 16, 5))
+    assert hybrid.placed.copies() == 6  # a router in each sparse layer
+    assert np.abs(hybrid.logits(batch) - cuda.logits(batch)).max() <= TOLERANCE
+
+
 def test_ceilings_are_those_of_a_gpu() -> None:
     ceilings = backend("fp32").ceilings()
     assert 1e12 < ceilings.flops < 1e15
