@@ -9,6 +9,8 @@ import pytest
 from lfm2kit_cuda import compiling, nvrtc
 from lfm2kit_cuda.compiling import SOURCES, architecture_name, compile_source
 
+from lfm2kit.errors import Lfm2kitError
+
 pytestmark = pytest.mark.skipif(
     nvrtc.why_unavailable() is not None, reason=str(nvrtc.why_unavailable())
 )
@@ -93,6 +95,14 @@ def test_a_changed_header_is_another_kernel(
 def test_an_error_in_a_source_is_told_with_its_line() -> None:
     with pytest.raises(nvrtc.CompileError, match=r"wrong\.cu\(2\): error"):
         nvrtc.compile_cubin("\nint x = y;", "wrong.cu", ["--gpu-architecture=sm_80"])
+
+
+def test_a_gpu_that_the_compiler_does_not_know_is_told_in_a_line() -> None:
+    with pytest.raises(
+        Lfm2kitError, match=r"gpu-architecture.*pip install -U nvidia-cuda-nvrtc"
+    ) as error:
+        nvrtc.compile_cubin("", "new.cu", ["--gpu-architecture=sm_999"])
+    assert "\n" not in str(error.value)
 
 
 def test_hopper_is_compiled_for_with_its_own_instructions() -> None:

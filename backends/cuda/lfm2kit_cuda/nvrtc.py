@@ -16,7 +16,7 @@ from pathlib import Path
 from lfm2kit.errors import Lfm2kitError
 
 VERSIONS = (13, 12)
-SUCCESS, COMPILATION_ERROR = 0, 6
+SUCCESS, INVALID_OPTION, COMPILATION_ERROR = 0, 5, 6
 
 
 class CompileError(Exception):
@@ -51,12 +51,21 @@ def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
     try:
         arguments = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         status = library.nvrtcCompileProgram(program, len(options), arguments)
-        if status == COMPILATION_ERROR:
-            raise CompileError(_output(program, "ProgramLog").rstrip(b"\0").decode())
+        if status in (INVALID_OPTION, COMPILATION_ERROR):
+            log = _output(program, "ProgramLog").rstrip(b"\0").decode().strip()
+            raise CompileError(log) if status == COMPILATION_ERROR else _unknown_option(log)
         _check(status, "nvrtcCompileProgram")
         return _output(program, "CUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _unknown_option(log: str) -> Lfm2kitError:
+    """Most likely the architecture: a GPU that is newer than the compiler."""
+    return Lfm2kitError(
+        f"NVRTC {'.'.join(map(str, version()))}: {log}; "
+        "a newer one may know this GPU: pip install -U nvidia-cuda-nvrtc"
+    )
 
 
 def _output(program: ctypes.c_void_p, what: str) -> bytes:
