@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,17 +16,22 @@ from lfm2kit.errors import Lfm2kitError
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends well, and vanishes if not."""
-    partial = _beside(path, "partial")
+    """A new file that takes the place of `path` when the block ends well, and vanishes if not.
+
+    A link stays one: what it points to is replaced.  A pipe or a device is written as it is.
+    """
+    path = Path(os.path.realpath(path))
+    partial = path if _is_special(path) else _beside(path, "partial")
     try:
-        with partial.open("wb") as file:
+        with _ended_by_sigterm(), partial.open("wb") as file:
             yield file
         partial.replace(path)
     except OSError as error:
         raise Lfm2kitError(f"{path}: {error.strerror}") from error
     finally:  # Ctrl-C as well
-        with suppress(OSError):
-            partial.unlink()
+        if partial != path:
+            with suppress(OSError):
+                partial.unlink()
 
 
 @contextmanager
@@ -33,7 +40,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     partial, old = _beside(path, "partial"), _beside(path, "old")
     try:
         partial.mkdir()
-        yield partial
+        with _ended_by_sigterm():
+            yield partial
         if os.path.exists(path):
             path.rename(old)
         partial.rename(path)
@@ -50,12 +58,32 @@ def check_target(option: str, path: Path) -> None:
     """`Lfm2kitError` where no file can come to be: better before the work than after it."""
     if os.path.isdir(path):
         raise Lfm2kitError(f"{option} {path}: this is a folder")
+    path = Path(os.path.realpath(path))
+    if _is_special(path):
+        return
     partial = _beside(path, "partial")
     try:
         partial.touch()
         partial.unlink(missing_ok=True)  # other ranks try as well
     except OSError as error:
         raise Lfm2kitError(f"{option} {path}: {error.strerror}") from None
+
+
+def _is_special(path: Path) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path)  # not Path's: they may raise
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM, as batch systems and `timeout` send it, ends the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -28,12 +28,12 @@ AUTO = "auto"
 
 
 def find_model(name: str) -> Path:
-    """The path that `--model` means: a path, or the name of a model that comes with lfm2kit."""
+    """The path that `--model` means: the name of a model that comes with lfm2kit, or a path."""
+    embedded = sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())
+    if name in embedded:  # even where a folder is called so: that is ./NAME
+        return EMBEDDED / name
     if os.path.exists(name):  # not Path's: that raises where a name is too long
         return Path(name)
-    embedded = sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())
-    if name in embedded:
-        return EMBEDDED / name
     raise Lfm2kitError(
         f"no model '{name}': neither a path nor an embedded model; {choices(name, embedded)}"
     )

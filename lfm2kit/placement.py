@@ -98,7 +98,7 @@ class Placer:
         others = ", ".join(self._supporting(spec)) or "no installed backend"
         return Lfm2kitError(
             f"{name}: backend '{backend}' has no {type(spec).__name__} block ({reason}); "
-            f"{others} can build it. Try --backend '{self.plan.default},{spec.kind}=NAME'"
+            f"{others} can build it. Try --backend '{self.plan},{spec.kind}=NAME'"
         )
 
     def _supporting(self, spec: Spec) -> Iterator[str]:

@@ -23,6 +23,7 @@ from lfm2kit.specs import Spec
 from lfm2kit.weights import Tensor, Weights
 
 CONFIG, SPECS, MODEL_BIN = "config.json", "model.toml", "model.bin"
+INPUTS = "inputs.bin"
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 ROWS_AT_ONCE = 4096  # of a head compared with the embedding: a few MB at a time
 
@@ -54,6 +55,13 @@ class Checkpoint:
         """The file `name` beside the model, or in `data/` there, as the assignment has it."""
         in_data = self.folder / "data" / name
         return in_data if in_data.exists() else self.folder / name
+
+
+def check_no_part(option: str, path: Path) -> None:
+    """`Lfm2kitError` where writing `path` would replace a file that a checkpoint consists of."""
+    is_part = path.name in (CONFIG, SPECS, MODEL_BIN, INPUTS) or ".safetensors" in path.name
+    if is_part and path.exists():
+        raise Lfm2kitError(f"{option} {path}: this is a checkpoint's file; give another name")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -6,12 +6,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from lfm2kit.backend import Context
 from lfm2kit.cli import options
-from lfm2kit.cli.console import Report, progress
+from lfm2kit.cli.console import Report, progress, tables
 from lfm2kit.plugins import Plugins, installed_plugins
 
 backends = typer.Typer(help="Lists the installed backends, or checks one.")
@@ -62,7 +61,7 @@ def check(
     for result in results:
         table.add_row(result.id, result.verdict, result.detail)
     if json != "-":
-        Console(highlight=False, markup=False).print(table)
+        tables().print(table)
     failed = [result.id for result in results if result.verdict == "failed"]
     counts = {v: sum(r.verdict == v for r in results) for v in ("passed", "failed", "skipped")}
     report.line(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
@@ -102,8 +101,10 @@ def _description(plugins: Plugins) -> dict[str, Any]:
 
 
 def _show(fields: dict[str, Any]) -> None:
-    console = Console(highlight=False, markup=False)
-    table = Table("backend", "what it is", "from", "precisions", "here")
+    console = tables()
+    table = Table()
+    for heading in ("backend", "what it is", "from", "precisions", "here"):
+        table.add_column(heading, overflow="fold")
     for row in fields["backends"]:
         here = row["cannot_run"] or "ready"
         precisions = ", ".join(row["precisions"])

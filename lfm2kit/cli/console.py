@@ -13,11 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from lfm2kit.checkpoint import check_no_part
 from lfm2kit.files import check_target, replaced
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 STDOUT = "-"
+
+
+def tables() -> Console:
+    """For tables on stdout: in a file or a pipe as wide as they are, nothing cut off."""
+    return Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False)
 
 
 def complain(sentence: str) -> None:
@@ -44,6 +50,7 @@ class Report:
         self.fields: dict[str, Any] = {}
         if target is not None and target != STDOUT:
             check_target("--json", Path(target))
+            check_no_part("--json", Path(target))
 
     def line(self, text: str = "") -> None:
         print(text, file=sys.stderr if self.target == STDOUT else sys.stdout, flush=True)

@@ -15,6 +15,7 @@ from lfm2kit.checkpoint.synth import KNOWN, random_source
 from lfm2kit.cli import options
 from lfm2kit.cli.console import progress, remark
 from lfm2kit.config import read_config
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import STORED_AS, DType
 
 
@@ -35,10 +36,14 @@ def convert(
         bool,
         typer.Option(help=f"Random weights; SOURCE is a config.json or {', '.join(KNOWN)}."),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the random weights. [default: 0]")
+    ] = None,
 ) -> None:
     """Converts a checkpoint to the other layout, or to another type of weights."""
-    weights = _random(source, seed) if random else source_of(options.open_model(source))
+    if seed is not None and not random:
+        raise Lfm2kitError(f"--seed {seed} is for --random, which is not given")
+    weights = _random(source, seed or 0) if random else source_of(options.open_model(source))
     stored: DType | None = None if dtype is None else dtype.value
     with progress("writing", _size(weights, stored, target), "GB", 1e9) as advance:
         write_checkpoint(weights, target, stored, overwrite=overwrite, done=advance)

@@ -54,7 +54,7 @@ def open_model(name: str) -> Checkpoint:
 def chosen_plan(backend: str | None, plan_file: Path | None) -> Plan:
     """The plan that `--backend` or `--plan` says."""
     if plan_file is None:
-        return Plan.parse(backend or AUTO)
+        return Plan.parse(AUTO if backend is None else backend)
     if backend is not None:
         raise Lfm2kitError(f"--backend {backend} and --plan {plan_file}: give one of them")
     return Plan.read(plan_file)

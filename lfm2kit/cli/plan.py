@@ -6,13 +6,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from lfm2kit.backend import Backend, NeedsWorkspace
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli import options
-from lfm2kit.cli.console import Report
+from lfm2kit.cli.console import Report, tables
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.placement import Placed
 from lfm2kit.transport import World
@@ -82,10 +81,10 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 def _show(
     setup: Setup, rows: list[dict[str, Any]], totals: dict[str, dict[str, int]], tokens: int
 ) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = tables()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("block", "spec", "backend", "memory", "copy"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading, overflow="fold")
     for heading in ("weights", "workspace"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import typer
 
 from lfm2kit import samples
-from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, progress, remark
 from lfm2kit.cli.ranks import ending_all_ranks, joined_job, launched
@@ -49,6 +50,11 @@ def run(
     inputs: Annotated[
         Path | None, typer.Option(help="Token ids. [default: inputs.bin beside the model]")
     ] = None,
+    random_inputs: Annotated[
+        int | None,
+        typer.Option(metavar="TOKENS", min=1, help="Random ids, so many a sample, not a file."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random ids.")] = 0,
     answers: Annotated[
         Path | None, typer.Option(help="Expected logits. [default: answers.bin beside the model]")
     ] = None,
@@ -73,11 +79,14 @@ def run(
         warmup=warmup,
         batch_size=batch_size,
         inputs=inputs,
+        random_inputs=random_inputs,
+        seed=seed,
         answers=answers,
         outputs=outputs,
         precision=precision,
         threads=threads,
         n_cpu_moe=n_cpu_moe,
+        json=json,
     )
     report = Report(json)
     plugins = installed_plugins()
@@ -102,11 +111,14 @@ class Request:
     warmup: bool
     batch_size: int | None
     inputs: Path | None
+    random_inputs: int | None  # tokens of a sample
+    seed: int
     answers: Path | None
     outputs: Path | None
     precision: str
     threads: int | None
     n_cpu_moe: int
+    json: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +144,55 @@ def prepare(request: Request, plugins: Plugins, transport: Transport | None) -> 
         transport=transport,
         plugins=plugins,
     )
-    source = request.inputs or checkpoint.beside("inputs.bin")
-    token_ids = samples.read_inputs(source)
-    n = request.n or min(len(token_ids), MOST_BY_DEFAULT)
-    token_ids = samples.take(token_ids, n)
-    samples.check_ids(token_ids, checkpoint.spec.embed_tokens.vocab_size)
-    if request.outputs is not None:
-        check_target("--outputs", request.outputs)
-    answers = (request.answers or checkpoint.beside("answers.bin")) if request.validate else None
-    if answers is not None and not answers.is_file():
-        raise Lfm2kitError(f"-v needs answers, and {answers} is not there; give --answers FILE")
+    token_ids = token_ids_of(request, checkpoint)
+    check_outputs(request, checkpoint)
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
-    return Prepared(checkpoint, setup, token_ids, answers, batch_size)
+    return Prepared(checkpoint, setup, token_ids, answers_of(request, checkpoint), batch_size)
+
+
+def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
+    """The ids [n, seq_len] that were asked for: from a file, or random ones."""
+    vocab_size = checkpoint.spec.embed_tokens.vocab_size
+    if request.random_inputs is not None:
+        if request.inputs is not None:
+            raise Lfm2kitError("--inputs and --random-inputs: give one of them")
+        shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
+        return np.random.default_rng(request.seed).integers(0, vocab_size, shape, dtype=np.int32)
+    source = request.inputs or checkpoint.beside("inputs.bin")
+    if request.inputs is None and not source.exists():
+        raise Lfm2kitError(
+            f"there is no {source}; give --inputs FILE, or --random-inputs 16 for random ids"
+        )
+    token_ids = samples.read_inputs(source)
+    token_ids = samples.take(token_ids, request.n or min(len(token_ids), MOST_BY_DEFAULT))
+    samples.check_ids(token_ids, vocab_size)
+    return token_ids
+
+
+def check_outputs(request: Request, checkpoint: Checkpoint) -> None:
+    """`Lfm2kitError` where the outputs cannot be written, or would take a file's place."""
+    if request.outputs is None:
+        return
+    check_target("--outputs", request.outputs)
+    check_no_part("--outputs", request.outputs)
+    others = {"--inputs": request.inputs, "--json": request.json, "--model": checkpoint.path}
+    for option, path in others.items():
+        if path is not None and os.path.realpath(path) == os.path.realpath(request.outputs):
+            raise Lfm2kitError(f"--outputs {request.outputs} is {option}'s file as well")
+
+
+def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
+    """The answers to compare with, if that was asked for."""
+    if not request.validate:
+        if request.answers is not None:
+            raise Lfm2kitError(f"--answers {request.answers} is for -v, which is not given")
+        return None
+    answers = request.answers or checkpoint.beside("answers.bin")
+    if request.random_inputs is not None:
+        raise Lfm2kitError("-v: there are no answers to random inputs; leave one of the two out")
+    if not answers.is_file():
+        raise Lfm2kitError(f"-v needs answers, and {answers} is not there; give --answers FILE")
+    return answers
 
 
 def perform(

@@ -165,7 +165,7 @@ def pytest_elsewhere(folder: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-PLUGIN = ("-p", "lfm2kit.testing.plugin", "--pyargs", "lfm2kit.testing")
+PLUGIN = ("--pyargs", "lfm2kit.testing")
 
 
 def test_the_suite_runs_without_code_from_an_empty_folder(tmp_path: Path) -> None:

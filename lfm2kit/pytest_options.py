@@ -1,7 +1,8 @@
 """The pytest plugin: which backend `pytest --pyargs lfm2kit.testing` judges.
 
 A plugin rather than a conftest.py: pytest finds the conftest of a package given by `--pyargs` only
-after it has read the command line, too late for an option.
+after it has read the command line, too late for an option.  Outside `lfm2kit.testing`, and light,
+because every pytest of an environment loads it.
 """
 
 from __future__ import annotations

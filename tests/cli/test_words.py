@@ -1,0 +1,156 @@
+"""What a command line may say, what it may not touch, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.checkpoint.convert import source_of, write_checkpoint
+from lfm2kit.loading import EMBEDDED
+
+LFM2KIT = [sys.executable, "-m", "lfm2kit"]
+RUN = ["run", "-b", "reference", "-n", "1"]
+
+
+def lfm2kit(
+    *words: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LFM2KIT, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rnu"], ["'rnu'", "Did you mean 'run'?", "see lfm2kit --help"]),
+        (["run", "-n", "0"], ["'-n'", "see lfm2kit run --help"]),
+        (["run", "--nosuch"], ["--nosuch", "see lfm2kit run --help"]),
+        (["bench", "--block", "nosuch"], ["nosuch", "conv", "see lfm2kit bench --help"]),
+        (["run", "--answers", "nosuch"], ["--answers nosuch", "-v"]),
+        (["run", "--backend", ""], ["''"]),
+        (["run", "-v", "--random-inputs", "4"], ["-v", "random inputs"]),
+        (["run", "--inputs", "x", "--random-inputs", "4"], ["--inputs", "--random-inputs"]),
+        (["convert", "tiny", "there", "--seed", "5"], ["--seed 5", "--random"]),
+    ],
+)
+def test_wrong_words_are_one_line_that_names_them(
+    words: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    assert_refused(lfm2kit(*words, cwd=tmp_path), *expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_inputs_says_how_to_give_some(tmp_path: Path) -> None:
+    write_checkpoint(source_of(open_checkpoint(EMBEDDED / "tiny")), tmp_path / "model")
+    refused = lfm2kit(*RUN, "-m", tmp_path / "model")
+    assert_refused(refused, "inputs.bin", "--inputs FILE", "--random-inputs 16")
+    done = lfm2kit(*RUN, "-m", tmp_path / "model", "--random-inputs", 5)
+    assert (done.returncode, "1 of 5 tokens" in done.stdout) == (0, True), done.stderr
+
+
+def test_an_embedded_model_is_not_hidden_by_a_folder_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    assert lfm2kit(*RUN, cwd=tmp_path).returncode == 0
+    assert_refused(lfm2kit(*RUN, "-m", "./tiny", cwd=tmp_path), "tiny")
+
+
+@pytest.mark.parametrize("option", ["--outputs", "--json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "inputs.bin"])
+def test_no_result_takes_the_place_of_a_checkpoints_file(
+    option: str, name: str, tmp_path: Path
+) -> None:
+    source = EMBEDDED / "tiny" / name
+    (tmp_path / name).write_bytes(source.read_bytes())
+    assert_refused(lfm2kit(*RUN, option, name, cwd=tmp_path), option, name)
+    assert (tmp_path / name).read_bytes() == source.read_bytes()
+
+
+def test_outputs_and_json_are_two_files(tmp_path: Path) -> None:
+    assert_refused(lfm2kit(*RUN, "--outputs", "x", "--json", "./x", cwd=tmp_path), "--json")
+
+
+@pytest.mark.parametrize("option", ["--outputs", "--json"])
+def test_a_device_stays_one_and_a_link_too(option: str, tmp_path: Path) -> None:
+    device, link = tmp_path / "device", tmp_path / "link"
+    device.symlink_to("/dev/null")
+    link.symlink_to("real")
+    for target in (device, link):
+        assert lfm2kit(*RUN, option, target).returncode == 0
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert link.is_symlink()
+    assert (tmp_path / "real").stat().st_size > 0
+
+
+def test_a_full_device_is_one_line(tmp_path: Path) -> None:
+    done = lfm2kit(*RUN, "--outputs", "/dev/full")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "No space left" in done.stderr
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_conversion_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    job = subprocess.Popen(
+        [*LFM2KIT, "convert", "wide-6", "there", "--random"], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    while not any(p.is_dir() and list(p.iterdir()) for p in tmp_path.iterdir()):
+        assert job.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)  # beyond the first use of NumPy's random module, whose import may swallow it
+    job.send_signal(number)
+    assert job.wait(30) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    """1 would say that the outputs are INVALID."""
+    (tmp_path / "broken.py").write_text("""
+import lfm2kit
+
+
+class Broken:
+    def why_unsupported(self, spec):
+        return None
+
+    def memory(self, spec):
+        raise RuntimeError("a bug")
+
+
+@lfm2kit.hookimpl
+def lfm2kit_backends():
+    yield lfm2kit.BackendPlugin("broken", "", lambda context: Broken(), 1)
+""")
+    info = tmp_path / "broken-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[lfm2kit]\nbroken = broken\n")
+    done = lfm2kit("run", "-b", "broken", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 3
+    assert "RuntimeError: a bug" in done.stderr
+    assert "lfm2kit env" in done.stderr
+
+
+def test_tables_in_a_pipe_are_not_cut_off() -> None:
+    done = lfm2kit("plan", COLUMNS="40")
+    assert "…" not in done.stdout
+    assert "layers.0.feed_forward" in done.stdout
