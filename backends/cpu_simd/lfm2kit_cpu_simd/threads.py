@@ -10,6 +10,12 @@ import numba
 from lfm2kit.backend import Context
 from lfm2kit.errors import Lfm2kitError
 
+# Idle OpenMP threads spin, by default for milliseconds: where other processes want the cores, what
+# is to be done waits for what spins.  This long is enough from one kernel to the next.  libgomp
+# reads it once, when the first parallel kernel is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 # workqueue, always there, takes fifty times as long to start a parallel region as OpenMP.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
