@@ -27,6 +27,8 @@ NO_BIAS = np.empty(0, np.float32)
 # Taller ones fetch the panel that comes next.
 SKINNY = 4
 JUST_AHEAD = 1024  # bytes
+# Sums of sums: the error of one chain over all of k would be twice as large.
+STRETCH = 512
 
 
 def linear(x: Float32, panels: Panels, columns: int, bias: Float32 = NO_BIAS) -> Float32:
@@ -48,6 +50,26 @@ def grouped(
         bias, out, numba.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+@numba.njit(inline="always")
+def _multiply(
+    x: Any, row: Any, m: Any, panel: Any, itemsize: Any, table: Any, ahead: Any, product: Any,
+    sums: Any,
+) -> None:  # fmt: skip
+    """sums [m, NR] of rows row to row + m of x and a panel, a stretch of k at a time."""
+    k = x.shape[1]
+    for first in range(0, k, STRETCH):
+        out = product if first else sums
+        skipped = first * NR * itemsize
+        call_tile(
+            table[m], x.ctypes.data + 4 * (row * k + first), k, panel + skipped,
+            min(STRETCH, k - first), out.ctypes.data, ahead + skipped,
+        )  # fmt: skip
+        if first:
+            for i in range(m):
+                for j in range(NR):
+                    sums[i, j] += product[i, j]
 
 
 @numba.njit(inline="always")
@@ -90,6 +112,7 @@ def _grouped(
     tasks = (offsets.shape[0] - 1) * count
     for thread in numba.prange(threads):
         scratch = np.empty((MR, NR), np.float32)
+        product = np.empty((MR, NR), np.float32)
         for task in range(thread, tasks, threads):
             first, last = offsets[task // count], offsets[task // count + 1]
             if first == last:
@@ -102,8 +125,6 @@ def _grouped(
                 m = (last - row) // (tiles - tile)  # of nearly the same height
                 elsewhere = following if tile == 0 else panel
                 ahead = panel + JUST_AHEAD if m <= SKINNY else elsewhere
-                call_tile(
-                    table[m], x.ctypes.data + 4 * row * k, k, panel, k, scratch.ctypes.data, ahead
-                )
+                _multiply(x, row, m, panel, itemsize, table, ahead, product, scratch)
                 _finish(scratch, row, m, task % count, is_gated, bias, out)
                 row += m
