@@ -21,4 +21,5 @@ def lfm2kit_backends() -> Iterator[BackendPlugin]:
         summary="GPU blocks, with the MoE routing on the CPU",
         create=_create,
         api_version=1,
+        precisions=("fp32", "bf16", "fp16"),
     )
