@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
+from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.elementwise import silu
 from lfm2kit_cpu_simd.packing import HALF, Panels
 from lfm2kit_cpu_simd.signatures import BOOL, INT, OFFSETS, ROWS, ROWS_OUT, TABLE, VECTOR
@@ -31,19 +32,36 @@ JUST_AHEAD = 1024  # bytes
 STRETCH = 512
 
 
-def linear(x: Float32, panels: Panels, columns: int, bias: Float32 = NO_BIAS) -> Float32:
-    """x [rows, in] @ W.T + bias -> [rows, columns]."""
-    return grouped(x, np.array([0, len(x)]), panels, columns, bias)
+def linear(
+    x: Float32,
+    panels: Panels,
+    columns: int,
+    bias: Float32 = NO_BIAS,
+    *,
+    buffer: str | None = None,
+) -> Float32:
+    """x [rows, in] @ W.T + bias -> [rows, columns]; see `grouped`."""
+    return grouped(x, np.array([0, len(x)]), panels, columns, bias, buffer=buffer)
 
 
 def grouped(
-    x: Float32, offsets: Int64, panels: Panels, columns: int, bias: Float32 = NO_BIAS
+    x: Float32,
+    offsets: Int64,
+    panels: Panels,
+    columns: int,
+    bias: Float32 = NO_BIAS,
+    *,
+    buffer: str | None = None,
 ) -> Float32:
     """Rows offsets[g] to offsets[g + 1] of x times matrix g -> [rows, columns].
 
-    Gated panels: silu(x @ w1.T) * (x @ w3.T).  `bias` is every group's.
+    Gated panels: silu(x @ w1.T) * (x @ w3.T).  `bias` is every group's.  The result is a new
+    array, or lies in the `buffer` of that role.
     """
-    out = np.empty((len(x), columns), np.float32)
+    if buffer is None:
+        out = np.empty((len(x), columns), np.float32)
+    else:
+        out = BUFFERS.array(buffer, len(x), columns)
     data = panels.data
     _grouped(
         x, offsets, data.ctypes.data, data.shape[1], data.itemsize, panels.table, panels.is_gated,

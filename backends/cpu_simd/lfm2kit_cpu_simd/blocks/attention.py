@@ -31,7 +31,8 @@ class Attention:
     def __call__(self, x: Float32, batch: Batch, state: Pages | None) -> Float32:
         s = self.spec
         heads, kv_heads = s.num_attention_heads, s.num_key_value_heads
-        qkv = linear(x, self.qkv_proj, (heads + 2 * kv_heads) * s.head_dim)
+        columns = (heads + 2 * kv_heads) * s.head_dim
+        qkv = linear(x, self.qkv_proj, columns, buffer="projected")
         _norm_and_rotate(qkv, self.q_layernorm, self.k_layernorm, np.float32(s.norm_eps),
                          self.inverse, batch.positions, heads, kv_heads)  # fmt: skip
         if state is None:

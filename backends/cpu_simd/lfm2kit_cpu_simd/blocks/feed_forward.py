@@ -11,6 +11,7 @@ from numba import types
 from lfm2kit import specs
 from lfm2kit.backend import DType, Weights
 from lfm2kit_cpu_simd.blocks.router import Int32, Router
+from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.gemm import Float32, Int64, grouped, linear
 from lfm2kit_cpu_simd.packing import pack, pack_gated
 from lfm2kit_cpu_simd.signatures import (
@@ -32,7 +33,7 @@ class MLP:
         self.w13, self.w2 = pack_gated([w1], [w3], dtype), pack([[w2]], dtype)
 
     def __call__(self, x: Float32) -> Float32:
-        inner = linear(x, self.w13, self.spec.intermediate_size)
+        inner = linear(x, self.w13, self.spec.intermediate_size, buffer="inner")
         return linear(inner, self.w2, self.spec.hidden_size)
 
 
@@ -51,8 +52,9 @@ class Experts:
         if not self.spec.local_experts:
             return np.zeros_like(x)  # no id can be local: there are no rows
         offsets, rows, places = sort_by_expert(expert_ids, self.spec.local_experts)
-        inner = grouped(_gather(x, rows), offsets, self.w13, self.spec.intermediate_size)
-        outputs = grouped(inner, offsets, self.w2, self.spec.hidden_size)
+        size = self.spec.intermediate_size
+        inner = grouped(_gather(x, rows), offsets, self.w13, size, buffer="inner")
+        outputs = grouped(inner, offsets, self.w2, self.spec.hidden_size, buffer="outputs")
         delta = np.empty_like(x)
         _combine(outputs, places, expert_weights, delta)
         return delta
@@ -97,7 +99,7 @@ def _sort(expert_ids: Any, first: Any, offsets: Any, rows: Any, places: Any) -> 
 
 
 def _gather(x: Float32, rows: Int64) -> Float32:
-    out = np.empty((len(rows), x.shape[1]), np.float32)
+    out = BUFFERS.array("gathered", len(rows), x.shape[1])
     _copy_rows(x, rows, out)
     return out
 

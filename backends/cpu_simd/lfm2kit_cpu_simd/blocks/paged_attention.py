@@ -20,6 +20,7 @@ from numba import types
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch
+from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.elementwise import exp
 from lfm2kit_cpu_simd.gemm import Float32, Int64
 from lfm2kit_cpu_simd.signatures import FLOAT, IDS, INT, OFFSETS, ROWS, ROWS_OUT, TABLE
@@ -43,26 +44,30 @@ class Pages:
     @classmethod
     def of_slots(cls, spec: specs.Attention, slots: int, max_tokens: int) -> Pages:
         pages_per_slot = -(-max_tokens // TOKENS)
-        return cls._empty(spec, slots * pages_per_slot, pages_per_slot)
+        shapes = cls._shapes(spec, slots * pages_per_slot)
+        return cls(*(np.empty(s, np.float32) for s in shapes.values()), pages_per_slot)
 
     @classmethod
     def of_whole_sequences(cls, spec: specs.Attention, cu_seqlens: Any) -> tuple[Pages, Int64]:
-        """Pages for one forward, and each sequence's first."""
+        """Pages for one forward, in buffers, and each sequence's first."""
         counts = -(-np.diff(cu_seqlens).astype(np.int64) // TOKENS)
         ends = np.cumsum(counts)
-        return cls._empty(spec, int(counts.sum()), 0), ends - counts
+        shapes = cls._shapes(spec, int(counts.sum()))
+        keys, values = (BUFFERS.array(role, *shape) for role, shape in shapes.items())
+        return cls(keys, values, 0), ends - counts
 
     @staticmethod
     def nbytes(spec: specs.Attention, slots: int, max_tokens: int) -> int:
         columns = spec.head_dim + -(-spec.head_dim // NR) * NR
         return 4 * slots * -(-max_tokens // TOKENS) * TOKENS * spec.num_key_value_heads * columns
 
-    @classmethod
-    def _empty(cls, spec: specs.Attention, pages: int, pages_per_slot: int) -> Pages:
+    @staticmethod
+    def _shapes(spec: specs.Attention, pages: int) -> dict[str, tuple[int, ...]]:
         heads, size = spec.num_key_value_heads, spec.head_dim
-        keys = np.empty((pages, heads, size, TOKENS), np.float32)
-        values = np.empty((pages, heads, -(-size // NR), TOKENS, NR), np.float32)
-        return cls(keys, values, pages_per_slot)
+        return {
+            "keys": (pages, heads, size, TOKENS),
+            "values": (pages, heads, -(-size // NR), TOKENS, NR),
+        }
 
     def first_pages(self, slots: Any) -> Int64:
         first: Int64 = slots.astype(np.int64) * self.pages_per_slot
@@ -78,7 +83,7 @@ def attend(
     qkv: Float32, batch: Batch, pages: Pages, first_pages: Int64, spec: specs.Attention
 ) -> Float32:
     """What each query head makes of the values up to its token: [rows, heads * head_dim]."""
-    out = np.empty((len(qkv), spec.num_attention_heads * spec.head_dim), np.float32)
+    out = BUFFERS.array("heads", len(qkv), spec.num_attention_heads * spec.head_dim)
     _attend(
         qkv, batch.cu_seqlens, batch.positions, first_pages, pages.keys, pages.values,
         np.float32(spec.head_dim**-0.5), TABLES["F32"], out, numba.get_num_threads(),

@@ -10,6 +10,7 @@ from numba import types
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, DType, Weights
+from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.gemm import NO_BIAS, Float32, linear
 from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import IDS, PAST, ROWS, ROWS_OUT, STATE_OUT, VECTOR
@@ -31,8 +32,8 @@ class ShortConv:
 
     def __call__(self, x: Float32, batch: Batch, state: Float32 | None) -> Float32:
         h = self.spec.hidden_size
-        BCX = linear(x, self.in_proj, 3 * h, self.in_bias)
-        gated = np.empty((len(x), h), np.float32)
+        BCX = linear(x, self.in_proj, 3 * h, self.in_bias, buffer="projected")
+        gated = BUFFERS.array("gated", len(x), h)
         past = NO_STATE if state is None else state
         _convolve(BCX, self.taps, self.conv_bias, batch.cu_seqlens, batch.positions,
                   batch.state_slots, past, gated)  # fmt: skip
