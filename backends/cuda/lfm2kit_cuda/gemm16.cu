@@ -5,24 +5,13 @@
 //   w_gnk   matrices packed by `narrow` in packing.cu, [groups][width][k], width a multiple of 128
 //   tiles   (group, first row, rows, 0); without a list, rows in steps of tile_rows, group 0
 //
-// A block makes 128 columns of up to 128 rows.  Both operands lie in shared memory with k inside,
-// 64 elements in a row of 128 bytes, whose 16-byte chunks are swizzled: chunk c of row r stands at
-// c ^ (r % 8), so that ldmatrix finds eight rows in different banks.  In the gated kernel W has 8
-// rows of w1, then 8 of w3, and so on: a thread's sums of both belong together.
+// A block makes 128 columns of up to 128 rows.  Shared memory is swizzled (tile16.cuh) so that
+// ldmatrix finds eight rows in different banks.  In the gated kernel W has 8 rows of w1, then 8 of
+// w3, and so on: a thread's sums of both belong together.
 #include "async_copy.cuh"
-#include "epilogue16.cuh"
+#include "tile16.cuh"
 
-constexpr int kTileN = 128, kTileK = 64, kThreads = 256, kWarps = kThreads / 32;
-constexpr int kChunk = 8, kChunks = kTileK / kChunk;  // elements of 16 bytes
-constexpr int kCopyRows = kThreads / kChunks;
-
-struct Tile {
-  int group, row, rows, column;
-};
-
-__device__ inline u32 swizzled(int row, int chunk) {  // in bytes
-  return (row * kChunks + (chunk ^ (row % 8))) * 16;
-}
+constexpr int kTileN = 128, kWarps = kThreads / 32, kBlocks = 2;
 
 __device__ inline void read_matrices(u32 (&to)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -178,26 +167,4 @@ __device__ __forceinline__ void compute(const HALF* a_mk, const int* source_m, c
   else compute_tile<1, 1>(a_mk, source_m, w_gnk, tile, k, width, store);
 }
 
-// out_mn = A @ W.T + bias_n (null for none), in float32
-extern "C" __global__ void __launch_bounds__(kThreads, 2)
-    linear(const HALF* a_mk, const int* source_m, const HALF* w_gnk, const float* bias_n,
-           float* out_mn, const int4* tiles, const int* tile_count, int tile_rows, int m, int k,
-           int width, int n) {
-  compute(a_mk, source_m, w_gnk, tiles, tile_count, tile_rows, m, k, width,
-          [=](int row, int column, const float* first, const float* second) {
-            store_sums(out_mn + size_t(row) * n, column, n, bias_n, first);
-            store_sums(out_mn + size_t(row) * n, column + 8, n, bias_n, second);
-          });
-}
-
-// out_mn = silu(A @ w1.T) * (A @ w3.T) * GATED_SCALE, in 16 bits; n is a multiple of 8.
-extern "C" __global__ void __launch_bounds__(kThreads, 2)
-    gated(const HALF* a_mk, const int* source_m, const HALF* w_gnk, HALF* out_mn,
-          const int4* tiles, const int* tile_count, int tile_rows, int m, int k, int width,
-          int n) {
-  compute(a_mk, source_m, w_gnk, tiles, tile_count, tile_rows, m, k, width,
-          [=](int row, int column, const float* gate, const float* up) {
-            int c = column / 16 * 8 + column % 8;
-            if (c < n) store_gated(out_mn + size_t(row) * n + c, gate, up);
-          });
-}
+#include "kernels16.cuh"

@@ -6,21 +6,10 @@
 // k in all of them.  Threads copy both operands to shared memory 16 bytes at a time, so that rows
 // can be gathered; the matrix instructions read them there, and run on while the next are started.
 #include "async_copy.cuh"
-#include "epilogue16.cuh"
+#include "tile16.cuh"
 #include "wgmma.cuh"
 
-constexpr int kTileK = 64, kThreads = 256;
-constexpr int kChunk = 8, kChunks = kTileK / kChunk;  // elements of 16 bytes
-constexpr int kCopyRows = kThreads / kChunks;
-constexpr int kRowBytes = kTileK * 2;
-
-struct Tile {
-  int group, row, rows, column;
-};
-
-__device__ inline u32 swizzled(int row, int chunk) {  // in bytes
-  return (row * kChunks + (chunk ^ (row % 8))) * 16;
-}
+constexpr int kRowBytes = kTileK * 2, kBlocks = 1;
 
 template <int kTileM, int kTileN>
 struct Product {
@@ -139,26 +128,4 @@ __device__ __forceinline__ void compute(const HALF* a_mk, const int* source_m, c
   else compute_tile<64, 64>(a_mk, source_m, w_gnk, tile, k, width, store);
 }
 
-// out_mn = A @ W.T + bias_n (null for none), in float32
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    linear(const HALF* a_mk, const int* source_m, const HALF* w_gnk, const float* bias_n,
-           float* out_mn, const int4* tiles, const int* tile_count, int tile_rows, int m, int k,
-           int width, int n) {
-  compute(a_mk, source_m, w_gnk, tiles, tile_count, tile_rows, m, k, width,
-          [=](int row, int column, const float* first, const float* second) {
-            store_sums(out_mn + size_t(row) * n, column, n, bias_n, first);
-            store_sums(out_mn + size_t(row) * n, column + 8, n, bias_n, second);
-          });
-}
-
-// out_mn = silu(A @ w1.T) * (A @ w3.T) * GATED_SCALE, in 16 bits; n is a multiple of 8.
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    gated(const HALF* a_mk, const int* source_m, const HALF* w_gnk, HALF* out_mn,
-          const int4* tiles, const int* tile_count, int tile_rows, int m, int k, int width,
-          int n) {
-  compute(a_mk, source_m, w_gnk, tiles, tile_count, tile_rows, m, k, width,
-          [=](int row, int column, const float* gate, const float* up) {
-            int c = column / 16 * 8 + column % 8;
-            if (c < n) store_gated(out_mn + size_t(row) * n + c, gate, up);
-          });
-}
+#include "kernels16.cuh"
