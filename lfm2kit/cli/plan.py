@@ -8,8 +8,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lfm2kit.backend import Backend, NeedsWorkspace
-from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.backend import NeedsWorkspace
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, tables
 from lfm2kit.loading import Setup, set_up
@@ -35,7 +34,7 @@ def plan(
     context = options.context_for(precision, threads, World())
     chosen = options.chosen_plan(backend, plan)
     setup = set_up(checkpoint, chosen, context=context, n_cpu_moe=n_cpu_moe)
-    rows = [_row(leaf, setup.create, checkpoint, tokens) for leaf in setup.placed.leaves()]
+    rows = [_row(leaf, setup, tokens) for leaf in setup.placed.leaves()]
     totals = _totals(rows)
     report.fields = {
         "model": str(checkpoint.path),
@@ -51,9 +50,9 @@ def plan(
     report.write()
 
 
-def _row(leaf: Placed, create: Any, checkpoint: Checkpoint, tokens: int) -> dict[str, Any]:
-    weights = checkpoint.weights.scope(leaf.scope)
-    backend: Backend = create(leaf.backend)
+def _row(leaf: Placed, setup: Setup, tokens: int) -> dict[str, Any]:
+    assert leaf.backend is not None  # a leaf's always is
+    backend = setup.create(leaf.backend)
     workspace = (
         backend.workspace_bytes(leaf.spec, tokens) if isinstance(backend, NeedsWorkspace) else None
     )
@@ -62,7 +61,7 @@ def _row(leaf: Placed, create: Any, checkpoint: Checkpoint, tokens: int) -> dict
         "spec": type(leaf.spec).__name__,
         "backend": leaf.backend,
         "memory": leaf.memory.name,
-        "weight_bytes": sum(weights[name].nbytes for name in leaf.spec.parameters()),
+        "weight_bytes": setup.stored_bytes(leaf),
         "workspace_bytes": workspace,
         "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
     }
