@@ -24,6 +24,7 @@ BLOCKS = Blocks(
 class Gemm:
     activation = "F32"
     tile_rows = TILE_ROWS
+    tile_step = 8
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
         columns, inputs = matrices[0].shape

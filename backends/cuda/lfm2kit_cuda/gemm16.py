@@ -44,7 +44,7 @@ GATED_SCALE = {"BF16": 1.0, "F16": 1 / 64}
 
 
 class TensorCoreGemm:
-    tile_rows = 128
+    tile_rows = tile_step = 128
 
     def __init__(self, activation: str) -> None:
         self.activation = activation

@@ -52,6 +52,7 @@ class Arithmetic(Protocol):
 
     activation: str  # the type that products read: F32, BF16 or F16
     tile_rows: int  # at most, in a list of row tiles
+    tile_step: int  # an expert's tiles but the last have a multiple of so many rows, or tile_rows
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
         """[out, in] of each group."""

@@ -5,20 +5,31 @@
 
 constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;
 
+// Rows of each of an expert's tiles: as few tiles as tile_rows allows, evenly filled, in steps.
+__device__ inline int rows_of_tile(int rows, int tile_rows, int step) {
+  if (rows == 0) return 0;
+  int count = (rows + tile_rows - 1) / tile_rows;
+  int even = (rows + count - 1) / count;
+  return min(tile_rows, (even + step - 1) / step * step);
+}
+
 // Sorts the pairs by expert, in order within each, and lists the tiles of rows: a block per local
-// expert, which counts all pairs before it.  Only an expert's last tile has less than tile_rows.
+// expert, which counts all pairs.  Experts with many rows have their tiles first, so that the
+// longest work starts first; among equals the lower id.
 //   source_p[slot]  the token whose row a slot holds
 //   place_p[pair]   the slot of a pair
-//   tiles           (expert, first slot, slots, 0) each; *tile_count of them
+//   tiles           (expert, first slot, slots, the expert's first tile | its tiles << 16) each;
+//                   *tile_count of them
 extern "C" __global__ void __launch_bounds__(kThreads)
     group_by_expert(const int* expert_ids_p, int pairs, int taken, int first_expert,
-                    int* source_p, int* place_p, int4* tiles, int* tile_count, int tile_rows) {
+                    int* source_p, int* place_p, int4* tiles, int* tile_count, int tile_rows,
+                    int step) {
   extern __shared__ int counts_e[];
   __shared__ int before_w[kWarps];
-  __shared__ int slot0, tile0;
+  __shared__ int slot0, tile0, all_tiles;
   int expert = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int e = threadIdx.x; e < gridDim.x; e += kThreads) counts_e[e] = 0;
-  if (threadIdx.x == 0) slot0 = tile0 = 0;
+  if (threadIdx.x == 0) slot0 = tile0 = all_tiles = 0;
   __syncthreads();
 
   // Each warp looks through a range of the pairs: how many are of which expert?
@@ -31,9 +42,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   if (lane == 0) before_w[warp] = mine;
   __syncthreads();
-  for (int e = threadIdx.x; e < expert; e += kThreads) {
-    atomicAdd(&slot0, counts_e[e]);
-    atomicAdd(&tile0, (counts_e[e] + tile_rows - 1) / tile_rows);
+  int rows = counts_e[expert];
+  for (int e = threadIdx.x; e < gridDim.x; e += kThreads) {
+    int its = counts_e[e], its_tiles = (its + tile_rows - 1) / tile_rows;
+    if (e < expert) atomicAdd(&slot0, its);
+    if (its > rows || (its == rows && e < expert)) atomicAdd(&tile0, its_tiles);
+    atomicAdd(&all_tiles, its_tiles);
   }
   __syncthreads();
 
@@ -51,12 +65,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     slot += __popc(matches);
   }
 
-  int rows = counts_e[expert], count = (rows + tile_rows - 1) / tile_rows;
+  int count = (rows + tile_rows - 1) / tile_rows, of_tile = rows_of_tile(rows, tile_rows, step);
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    int from = i * tile_rows;
-    tiles[tile0 + i] = make_int4(expert, slot0 + from, min(tile_rows, rows - from), 0);
+    int from = i * of_tile;
+    tiles[tile0 + i] =
+        make_int4(expert, slot0 + from, min(of_tile, rows - from), tile0 | count << 16);
   }
-  if (expert == gridDim.x - 1 && threadIdx.x == 0) *tile_count = tile0 + count;
+  if (expert == 0 && threadIdx.x == 0) *tile_count = all_tiles;
 }
 
 // delta_th[t] = sum_k weights_p[t, k] * outputs_ph[place_p[t, k]]: each product rounded, added in

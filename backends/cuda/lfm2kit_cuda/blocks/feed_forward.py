@@ -48,7 +48,7 @@ class Experts:
         self, rounded: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
     ) -> cupy.ndarray:
         """As a call, of an input that is rounded already."""
-        tiles, place = grouped_by_expert(expert_ids, self.spec.local_experts, self.gemm.tile_rows)
+        tiles, place = grouped_by_expert(expert_ids, self.spec.local_experts, self.gemm)
         inner = self.gemm.gated(rounded, self.w13, tiles)
         outputs = self.gemm.linear(inner, self.w2, tiles=tiles.in_place())
         h, (tokens, taken) = self.spec.hidden_size, expert_ids.shape
@@ -71,17 +71,17 @@ class SparseMoe:
 
 
 def grouped_by_expert(
-    expert_ids: cupy.ndarray, local: range, tile_rows: int
+    expert_ids: cupy.ndarray, local: range, gemm: Arithmetic
 ) -> tuple[RowTiles, cupy.ndarray]:
     """The (token, k) pairs sorted by expert; and where each pair went, int32 [pairs]."""
     pairs, taken = expert_ids.size, expert_ids.shape[1]
     source, place = cupy.empty(pairs, cupy.int32), cupy.empty(pairs, cupy.int32)
-    tiles = cupy.empty((min(pairs, pairs // tile_rows + len(local)), 4), cupy.int32)
+    tiles = cupy.empty((min(pairs, pairs // gemm.tile_rows + len(local)), 4), cupy.int32)
     count = cupy.empty(1, cupy.int32)
     group = _kernel("group_by_expert", shared_bytes=4 * len(local))
     group(
         (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, taken, local.start,
-        source, place, tiles, count, tile_rows,
+        source, place, tiles, count, gemm.tile_rows, gemm.tile_step,
     )  # fmt: skip
     return RowTiles(pairs, tiles, count, source), place
 

@@ -1,0 +1,85 @@
+"""The grouping of (token, k) pairs by expert on a real GPU, against a NumPy twin."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from lfm2kit_cuda.requirements import why_unavailable
+
+Ints = npt.NDArray[np.int32]
+
+
+def grouped(ids: Ints, local: range, tile_rows: int, step: int) -> tuple[Ints, Ints, Ints]:
+    """source, place and tiles as `group_by_expert` makes them, one expert after another."""
+    pairs = ids.reshape(-1)
+    order = np.argsort(pairs, kind="stable")
+    place = np.empty_like(pairs)
+    place[order] = np.arange(len(pairs))
+    rows = [int((pairs == e).sum()) for e in local]
+    tiles: list[tuple[int, int, int, int]] = []
+    for e in sorted(range(len(local)), key=lambda e: (-rows[e], e)):
+        first_slot, first, count = sum(rows[:e]), len(tiles), -(-rows[e] // tile_rows)
+        even = -(-rows[e] // max(count, 1))
+        of_tile = min(tile_rows, -(-even // step) * step)
+        for begin in range(0, rows[e], of_tile or 1):
+            many = min(of_tile, rows[e] - begin)
+            tiles.append((e, first_slot + begin, many, first | count << 16))
+    return (order // ids.shape[1]).astype(np.int32), place, np.array(tiles, np.int32).reshape(-1, 4)
+
+
+def random_ids(tokens: int, taken: int, local: range, favourites: float = 0.0) -> Ints:
+    """Different experts for each token; the low ones more often, if there are favourites."""
+    rng = np.random.default_rng(tokens + len(local))
+    scores = rng.random((tokens, len(local))) + favourites * np.linspace(1, 0, len(local))
+    return (local.start + np.argsort(-scores, axis=1)[:, :taken]).astype(np.int32)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 47, 48, 49, 96, 97, 128, 129, 1000])
+@pytest.mark.parametrize(("tile_rows", "step"), [(48, 8), (128, 128), (128, 64), (5, 3)])
+def test_tiles_cover_an_expert_evenly(rows: int, tile_rows: int, step: int) -> None:
+    _, _, tiles = grouped(np.zeros((rows, 1), np.int32), range(1), tile_rows, step)
+    sizes = tiles[:, 2]
+    assert sizes.sum() == rows
+    assert len(sizes) == -(-rows // tile_rows)
+    assert all(0 < size <= tile_rows for size in sizes)
+    assert all(size in (tile_rows, sizes[0]) or size == sizes[-1] for size in sizes)
+    if step == tile_rows:
+        assert all(size == tile_rows for size in sizes[:-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+@pytest.mark.parametrize(("tile_rows", "step"), [(48, 8), (128, 128), (64, 16)])
+@pytest.mark.parametrize(
+    ("tokens", "taken", "local", "favourites"),
+    [
+        (0, 4, range(32), 0.0),
+        (1, 4, range(32), 0.0),
+        (256, 4, range(32), 0.0),
+        (2048, 4, range(32), 0.0),
+        (2048, 4, range(32), 9.0),  # most experts have no token
+        (333, 1, range(8, 16), 0.5),
+        (100, 3, range(33), 0.5),
+        (4097, 8, range(256), 0.2),
+    ],
+)
+def test_grouping_on_the_device(
+    tokens: int, taken: int, local: range, favourites: float, tile_rows: int, step: int
+) -> None:
+    import cupy
+    from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+
+    ids = random_ids(tokens, taken, local, favourites)
+    gemm: Any = SimpleNamespace(tile_rows=tile_rows, tile_step=step)
+    listed, place = grouped_by_expert(cupy.asarray(ids), local, gemm)
+    source, expected_place, tiles = grouped(ids, local, tile_rows, step)
+    if tokens == 0:  # nothing is launched, and nothing read
+        return
+    assert np.array_equal(cupy.asnumpy(listed.source), source)
+    assert np.array_equal(cupy.asnumpy(place), expected_place)
+    assert int(listed.count[0]) == len(tiles)
+    assert np.array_equal(cupy.asnumpy(listed.tiles)[: len(tiles)], tiles)
