@@ -27,7 +27,10 @@ ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
 KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("packing", {}, ALL),
     ("ceilings", {}, ALL),
-    ("gemm", {"TILE_K": 8, "STAGES": 4}, ALL),
+    ("gemm", {"ROWS": 12, "TILE_K": 4, "PASS": 2}, ("sm_75",)),
+    ("gemm", {"ROWS": 6, "TILE_K": 8, "PASS": 2}, ("sm_80",)),
+    *(("gemm", {"ROWS": n, "TILE_K": 16, "PASS": 4}, ("sm_90a", "sm_100")) for n in (4, 10, 12)),
+    ("panels", {"ROWS": 10}, ALL),
     ("gemm16", {**HALVES["fp16"], "SHARED_BYTES": 64 * 1024}, ALL),
     ("gemm16", {**HALVES["bf16"], "SHARED_BYTES": 96 * 1024}, FROM_SM_80),
     ("gemm90", {**HALVES["bf16"], "SHARED_BYTES": 208 * 1024}, ("sm_90a",)),

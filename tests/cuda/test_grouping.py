@@ -74,7 +74,7 @@ def test_grouping_on_the_device(
     from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
 
     ids = random_ids(tokens, taken, local, favourites)
-    gemm: Any = SimpleNamespace(tile_rows=tile_rows, tile_step=step)
+    gemm: Any = SimpleNamespace(row_tiles=lambda pairs, groups: (tile_rows, step))
     listed, place = grouped_by_expert(cupy.asarray(ids), local, gemm)
     source, expected_place, tiles = grouped(ids, local, tile_rows, step)
     if tokens == 0:  # nothing is launched, and nothing read

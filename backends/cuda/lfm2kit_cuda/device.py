@@ -35,6 +35,12 @@ def processors() -> int:
     return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
 
+@cache
+def most_shared_bytes() -> int:
+    """Of shared memory that a block can have."""
+    return int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
+
+
 def name() -> str:
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
     return str(properties["name"].decode())

@@ -2,50 +2,69 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 import cupy
 
 from lfm2kit.backend import Tensor
+from lfm2kit_cuda.device import most_shared_bytes, processors
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, launch, padded
+from lfm2kit_cuda.products import Matrix, RowTiles, padded
 from lfm2kit_cuda.upload import upload
 
-TILE_K, STAGES, TILE_ROWS = 8, 4, 48
-WIDTH = 256  # columns of a panel, which a block multiplies by
+# As in gemm.cu.
+THREADS, GROUPS, STAGES = 384, 6, 2
+WIDTH = 128  # columns of a tile, and of a panel of W
 RUN = 32  # columns of w1 before as many of w3
-BLOCKS = Blocks(
-    threads=128,
-    sharing=(1.45, 2.1, 3.0),
-    menu={(48, WIDTH): 100, (32, WIDTH): 71, (16, WIDTH): 47},
-)
+STEP = 16  # panels have a multiple of so many k
+PART, ARRANGE_THREADS = 64, 256  # as in panels.cu
+
+ROWS_STEP = 8
+# The rows that a tile may have, and its time in a unit of its own: measured on an H200.
+HEIGHTS = {48: 100, 40: 83, 32: 68, 24: 56, 16: 41}
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Activations as gemm.cu reads them: a panel for each tile of rows."""
+
+    array: cupy.ndarray  # float32 [most tiles, k, height]
+    rows: int
+
+    @property
+    def height(self) -> int:
+        return int(self.array.shape[2])
 
 
 class Gemm:
     activation = "F32"
-    tile_rows = TILE_ROWS
-    tile_step = 8
+
+    def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
+        return _height_of_groups(pairs, groups), ROWS_STEP
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
         columns, inputs = matrices[0].shape
-        packed = _panels(len(matrices), inputs, columns)
-        for panel, matrix in zip(packed, matrices, strict=True):
-            _transpose(matrix, panel, run=columns, stride=0, offset=0)
-        return Matrix(packed, inputs, columns, packed.shape[1] * WIDTH)
+        packed = _packed(len(matrices), inputs, columns)
+        for panels, matrix in zip(packed, matrices, strict=True):
+            _transpose(matrix, panels, run=columns, stride=0, offset=0)
+        return _matrix(packed, columns)
 
     def pack_gated(self, gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Matrix:
         """w1 and w3 in turns of RUN columns."""
         columns, inputs = gates[0].shape
-        packed = _panels(len(gates), inputs, 2 * padded(columns, RUN))
-        for panel, gate, up in zip(packed, gates, ups, strict=True):
-            _transpose(gate, panel, run=RUN, stride=2 * RUN, offset=0)
-            _transpose(up, panel, run=RUN, stride=2 * RUN, offset=RUN)
-        return Matrix(packed, inputs, columns, packed.shape[1] * WIDTH)
+        packed = _packed(len(gates), inputs, 2 * padded(columns, RUN))
+        for panels, gate, up in zip(packed, gates, ups, strict=True):
+            _transpose(gate, panels, run=RUN, stride=2 * RUN, offset=0)
+            _transpose(up, panels, run=RUN, stride=2 * RUN, offset=RUN)
+        return _matrix(packed, columns)
 
     pack_down = pack
 
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
-        return 4 * padded(shape[0], WIDTH) * shape[1]
+        return 4 * padded(shape[0], WIDTH) * padded(shape[1], STEP)
 
     def empty(self, rows: int, columns: int) -> cupy.ndarray:
         return cupy.empty((rows, columns), cupy.float32)
@@ -55,42 +74,118 @@ class Gemm:
 
     def linear(
         self,
-        x: cupy.ndarray,
+        x: cupy.ndarray | Panels,
         matrix: Matrix,
         bias: cupy.ndarray | None = None,
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
-        out = self.empty(tiles.rows if tiles else len(x), matrix.columns)
-        self._launch("linear", x, matrix, (bias, out), tiles)
+        panels = x if isinstance(x, Panels) else _arranged(x, matrix, tiles)
+        out = self.empty(panels.rows, matrix.columns)
+        _launch("linear", panels, matrix, (bias, out), tiles, matrix.columns)
         return out
 
-    def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
-        out = self.empty(tiles.rows if tiles else len(x), matrix.columns)
-        self._launch("gated", x, matrix, (out,), tiles)
+    def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> Panels:
+        panels, columns = _arranged(x, matrix, tiles), padded(matrix.columns, STEP)
+        shape = (len(panels.array), columns, panels.height)
+        out = replace(panels, array=cupy.empty(shape, cupy.float32))
+        _launch("gated", panels, matrix, (out.array,), tiles, columns)
         return out
 
-    def _launch(
-        self,
-        name: str,
-        x: cupy.ndarray,
-        matrix: Matrix,
-        outputs: tuple[cupy.ndarray | None, ...],
-        tiles: RowTiles | None,
-    ) -> None:
-        launch(_kernel(name), BLOCKS, x, matrix, outputs, tiles, matrix.columns)
+
+def _arranged(x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None) -> Panels:
+    """Panels for `tiles`; without a list, of the height that suits the product."""
+    rows = tiles.rows if tiles else len(x)
+    height = tiles.tile_rows if tiles else _height(rows, matrix.width)
+    most = len(tiles.tiles) if tiles else -(-rows // height)
+    panels = cupy.empty((most, matrix.inputs, height), cupy.float32)
+    listed = (tiles.tiles, tiles.count) if tiles else (None, None)
+    load_kernel("panels", "arrange", ROWS=height // 4)(
+        (-(-matrix.inputs // PART), most), ARRANGE_THREADS, x, tiles.source if tiles else None,
+        panels, *listed, rows, x.shape[1], matrix.inputs,
+    )  # fmt: skip
+    return Panels(panels, rows)
 
 
-def _kernel(name: str) -> Kernel:
-    shared_bytes = 4 * STAGES * TILE_K * (TILE_ROWS + 4 + WIDTH)
-    return load_kernel("gemm", name, shared_bytes, STAGES=STAGES, TILE_K=TILE_K)
+def _launch(
+    name: str,
+    panels: Panels,
+    matrix: Matrix,
+    outputs: tuple[cupy.ndarray | None, ...],
+    tiles: RowTiles | None,
+    columns: int,
+) -> None:
+    most = len(panels.array) * (matrix.width // WIDTH)
+    listed = (tiles.tiles, tiles.count) if tiles else (None, None)
+    _kernel(name, panels.height)(
+        (min(most, processors()),), THREADS, panels.array, matrix.packed, *outputs, *listed,
+        panels.rows, matrix.inputs, matrix.width, columns,
+    )  # fmt: skip
 
 
-def _panels(groups: int, inputs: int, columns: int) -> cupy.ndarray:
-    return cupy.zeros((groups, padded(columns, WIDTH) // WIDTH, inputs, WIDTH), cupy.float32)
+@cache
+def _kernel(name: str, height: int) -> Kernel:
+    tile_k, rows_at_once = _sizes()
+    stages = GROUPS * STAGES * tile_k * (WIDTH + height)
+    sums = GROUPS * 4 * rows_at_once * (WIDTH + 4)
+    constants = {"ROWS": height // 4, "TILE_K": tile_k, "PASS": rows_at_once}
+    return load_kernel("gemm", name, 4 * (stages + sums), **constants)
 
 
-def _transpose(matrix: Tensor, panel: cupy.ndarray, run: int, stride: int, offset: int) -> None:
+def _sizes() -> tuple[int, int]:
+    """k of a stage, and rows of a thread that are added at once: what shared memory has room for.
+
+    Hopper has 227 KB, Ampere and later from 99 on, Turing 64.
+    """
+    kilobytes = most_shared_bytes() / 1024
+    return (16, 4) if kilobytes >= 200 else (8, 2) if kilobytes >= 96 else (4, 2)
+
+
+@cache
+def _height(rows: int, width: int) -> int:
+    """Of the tiles with which the busiest multiprocessor is done first."""
+
+    def time(height: int) -> int:
+        tiles = -(-rows // height) * (width // WIDTH)
+        return -(-tiles // processors()) * HEIGHTS[height]
+
+    return min(HEIGHTS, key=time)
+
+
+@cache
+def _height_of_groups(pairs: int, groups: int) -> int:
+    """Of the tiles that take the least time if a group's rows are about Poisson distributed."""
+    mean = max(pairs / groups, 1e-3)
+    most = math.ceil(mean + 8 * math.sqrt(mean) + 8)
+    chances = [math.exp(n * math.log(mean) - mean - math.lgamma(n + 1)) for n in range(most)]
+
+    def time(height: int) -> float:
+        return sum(p * _time_of_group(rows, height) for rows, p in enumerate(chances) if rows)
+
+    return min(HEIGHTS, key=time)
+
+
+def _time_of_group(rows: int, height: int) -> int:
+    """Of its tiles, evenly filled: low ones take a shorter loop (kShort in gemm.cu)."""
+    count = -(-rows // height)
+    low = max(16, (height - 1) // 16 * 16)
+    return count * HEIGHTS[low if rows <= count * low else height]
+
+
+def _packed(groups: int, inputs: int, columns: int) -> cupy.ndarray:
+    shape = (groups, padded(columns, WIDTH) // WIDTH, padded(inputs, STEP), WIDTH)
+    return cupy.zeros(shape, cupy.float32)
+
+
+def _matrix(packed: cupy.ndarray, columns: int) -> Matrix:
+    _, panels, inputs, width = packed.shape
+    return Matrix(packed, inputs, columns, panels * width)
+
+
+def _transpose(matrix: Tensor, panels: cupy.ndarray, run: int, stride: int, offset: int) -> None:
     out, inputs = matrix.shape
     kernel = load_kernel("packing", f"transpose_{matrix.dtype}")
     grid = (padded(out, 32) // 32, padded(inputs, 32) // 32)
-    kernel(grid, 256, upload(matrix.data), panel, out, inputs, WIDTH, run, stride, offset)
+    kernel(
+        grid, 256, upload(matrix.data), panels, out, inputs, panels.shape[1], WIDTH, run, stride,
+        offset,
+    )  # fmt: skip

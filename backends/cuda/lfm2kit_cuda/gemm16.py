@@ -17,6 +17,7 @@ from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, launch, padded
 from lfm2kit_cuda.upload import upload
 
 THREADS = 256
+TILE_ROWS = 128  # at most
 WIDTH = 256  # packed matrices have a multiple of so many rows
 CHUNK = 8  # elements that are copied at once: rows have a multiple of them
 RUN = 8  # rows of w1 before as many of w3
@@ -44,13 +45,14 @@ GATED_SCALE = {"BF16": 1.0, "F16": 1 / 64}
 
 
 class TensorCoreGemm:
-    tile_rows = tile_step = 128
-
     def __init__(self, activation: str) -> None:
         self.activation = activation
         self._is_hopper = compute_capability()[0] == 9
         self._blocks = WGMMA if self._is_hopper else MMA
         self._scale = GATED_SCALE[activation]
+
+    def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
+        return TILE_ROWS, TILE_ROWS
 
     def pack(self, matrices: Sequence[Tensor], scale: float = 1.0) -> Matrix:
         columns, inputs = matrices[0].shape

@@ -7,11 +7,11 @@ __device__ inline int packed_row(int i, int run, int stride, int offset) {
   return i / run * stride + offset + i % run;
 }
 
-// packed_pic[row / panel][k][row % panel] = matrix_oi[i][k]: transposed, in panels of so many
+// packed_pkc[row / panel][i][row % panel] = matrix_oi[row][i]: transposed, in panels of k x so many
 // columns; 32 x 32 elements in a block.
 template <class Stored>
-__device__ void transpose(const Stored* matrix_oi, float* packed_pic, int out, int in, int panel,
-                          int run, int stride, int offset) {
+__device__ void transpose(const Stored* matrix_oi, float* packed_pkc, int out, int in, int k,
+                          int panel, int run, int stride, int offset) {
   __shared__ float tile[32][33];
   int i0 = blockIdx.x * 32, k0 = blockIdx.y * 32, x = threadIdx.x % 32;
   for (int y = threadIdx.x / 32; y < 32; y += blockDim.x / 32)
@@ -21,7 +21,7 @@ __device__ void transpose(const Stored* matrix_oi, float* packed_pic, int out, i
   for (int y = threadIdx.x / 32; y < 32; y += blockDim.x / 32)
     if (i0 + x < out && k0 + y < in) {
       int row = packed_row(i0 + x, run, stride, offset);
-      packed_pic[(size_t(row / panel) * in + k0 + y) * panel + row % panel] = tile[x][y];
+      packed_pkc[(size_t(row / panel) * k + k0 + y) * panel + row % panel] = tile[x][y];
     }
 }
 
@@ -43,9 +43,9 @@ __device__ void narrow(const Stored* matrix_oi, Kept* packed_ow, int in, int wid
   }
 #define PACK(Stored)                                                                              \
   extern "C" __global__ void transpose_##Stored(const Stored* matrix, float* packed, int out,     \
-                                                int in, int panel, int run, int stride,           \
+                                                int in, int k, int panel, int run, int stride,    \
                                                 int offset) {                                     \
-    transpose(matrix, packed, out, in, panel, run, stride, offset);                               \
+    transpose(matrix, packed, out, in, k, panel, run, stride, offset);                            \
   }                                                                                               \
   NARROW(Stored, BF16)                                                                            \
   NARROW(Stored, F16)

@@ -31,6 +31,7 @@ class RowTiles:
     """Which rows belong to which group, as `group_by_expert` lists them."""
 
     rows: int
+    tile_rows: int  # at most
     tiles: cupy.ndarray  # int32 [most, 4]
     count: cupy.ndarray  # int32 [1]
     source: cupy.ndarray | None  # int32 [rows]: the row of x that each reads; None: its own
@@ -51,8 +52,11 @@ class Arithmetic(Protocol):
     """How one precision packs and multiplies."""
 
     activation: str  # the type that products read: F32, BF16 or F16
-    tile_rows: int  # at most, in a list of row tiles
-    tile_step: int  # an expert's tiles but the last have a multiple of so many rows, or tile_rows
+
+    def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
+        """Of a list of row tiles: the most rows of one, and what all but the last of a group are
+        a multiple of, if they have not the most."""
+        ...
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
         """[out, in] of each group."""

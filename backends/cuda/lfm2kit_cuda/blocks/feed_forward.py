@@ -76,14 +76,15 @@ def grouped_by_expert(
     """The (token, k) pairs sorted by expert; and where each pair went, int32 [pairs]."""
     pairs, taken = expert_ids.size, expert_ids.shape[1]
     source, place = cupy.empty(pairs, cupy.int32), cupy.empty(pairs, cupy.int32)
-    tiles = cupy.empty((min(pairs, pairs // gemm.tile_rows + len(local)), 4), cupy.int32)
+    tile_rows, step = gemm.row_tiles(pairs, len(local))
+    tiles = cupy.empty((min(pairs, pairs // tile_rows + len(local)), 4), cupy.int32)
     count = cupy.empty(1, cupy.int32)
     group = _kernel("group_by_expert", shared_bytes=4 * len(local))
     group(
         (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, taken, local.start,
-        source, place, tiles, count, gemm.tile_rows, gemm.tile_step,
+        source, place, tiles, count, tile_rows, step,
     )  # fmt: skip
-    return RowTiles(pairs, tiles, count, source), place
+    return RowTiles(pairs, tile_rows, tiles, count, source), place
 
 
 def _kernel(name: str, hidden_size: int = 1, shared_bytes: int = 0) -> Kernel:
