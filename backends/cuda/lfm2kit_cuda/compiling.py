@@ -32,6 +32,11 @@ def compile_source(stem: str, architecture: str, constants: dict[str, int | str]
     return cubin
 
 
+def waits_for_previous(stem: str) -> bool:
+    """Whether the kernels of `{stem}.cu` may be launched early: what dependent.cuh promises."""
+    return '#include "dependent.cuh"' in _source(stem)
+
+
 def architecture_name(major: int, minor: int) -> str:
     """The architecture to compile for; Hopper's own instructions need the `a`."""
     return f"sm_{major}{minor}" + ("a" if major == 9 else "")

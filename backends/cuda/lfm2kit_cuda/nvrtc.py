@@ -41,6 +41,15 @@ def version() -> tuple[int, int]:
 
 def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
     """Machine code of `source`; `CompileError` with the log if it has errors."""
+    return _compile(source, name, options, "CUBIN")
+
+
+def compile_ptx(source: str, name: str, options: Sequence[str]) -> bytes:
+    """The same in PTX, for a virtual architecture (`compute_90`): to be read, not run."""
+    return _compile(source, name, options, "PTX")
+
+
+def _compile(source: str, name: str, options: Sequence[str], output: str) -> bytes:
     library, program = _library(), ctypes.c_void_p()
     _check(
         library.nvrtcCreateProgram(
@@ -55,7 +64,7 @@ def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
             log = _output(program, "ProgramLog").rstrip(b"\0").decode().strip()
             raise CompileError(log) if status == COMPILATION_ERROR else _unknown_option(log)
         _check(status, "nvrtcCompileProgram")
-        return _output(program, "CUBIN")
+        return _output(program, output)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 

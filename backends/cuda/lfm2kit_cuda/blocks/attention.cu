@@ -1,6 +1,7 @@
 // Between the projections of attention: norm and rotation of queries and keys, then attention.
 // t tokens, s sequences; HEADS query heads share KV_HEADS key/value heads, of HEAD_DIM elements.
 // A row of qkv holds all queries, then all keys, then all values.
+#include "dependent.cuh"
 #include "reduce.cuh"
 #include "sequences.cuh"
 #include "types.cuh"
@@ -44,6 +45,7 @@ extern "C" __global__ void norm_and_rotate(float* qkv_t, const float* q_weight_d
                                            const int* positions_t, const int* cu_seqlens_s,
                                            const int* state_slots_s, float* keys, float* values,
                                            int sequences, int max_tokens, float eps) {
+  wait_for_previous();
   int row = blockIdx.x, position = positions_t[row];
   float* qkv = qkv_t + size_t(row) * kRow;
   float *new_keys = qkv + kQueries, *new_values = new_keys + kKeys;
@@ -78,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
            const int* cu_seqlens_s, const int* state_slots_s, OUT* out_t, int width,
            int max_tokens, float scale) {
   __shared__ float tile_keys[kTile * kPadded], tile_values[kTile * HEAD_DIM];
+  wait_for_previous();
   int sequence = blockIdx.y, kv_head = blockIdx.z;
   int end = cu_seqlens_s[sequence + 1];
   int row0 = cu_seqlens_s[sequence] + blockIdx.x * kRows;

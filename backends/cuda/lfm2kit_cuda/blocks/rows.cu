@@ -1,4 +1,5 @@
 // The blocks that look at each row alone: embedding, norm, last rows.  t tokens, h hidden_size.
+#include "dependent.cuh"
 #include "reduce.cuh"
 #include "types.cuh"
 #include "vector.cuh"
@@ -6,6 +7,7 @@
 // out_th[t] = table_vh[token_ids_t[t]], widened; a block per token.
 template <class Stored>
 __device__ void embed(const Stored* table_vh, const int* token_ids_t, float* out_th, int h) {
+  wait_for_previous();
   const Stored* row = table_vh + size_t(token_ids_t[blockIdx.x]) * h;
   float* out = out_th + size_t(blockIdx.x) * h;
   for (int i = threadIdx.x; i < h; i += blockDim.x) out[i] = Stored::to_float(row[i]);
@@ -32,7 +34,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
              OUT* rounded_tw, int width, float eps) {
   __shared__ float sums[kThreads / kWarp];
   size_t row = size_t(blockIdx.x) * HIDDEN;
-  Vector values[kParts] = {};
+  Vector values[kParts] = {}, weights[kParts];
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    int i = p * kStep + threadIdx.x * VECTOR;
+    if (i < HIDDEN) weights[p] = load(weight_h + i);
+  }
+  wait_for_previous();
   float squares = 0;
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
@@ -50,21 +58,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int p = 0; p < kParts; ++p) {
     int i = p * kStep + threadIdx.x * VECTOR;
     if (i >= HIDDEN) continue;
-    Vector weight = load(weight_h + i);
-    for (int v = 0; v < VECTOR; ++v) weight.of[v] *= values[p].of[v] * scale;
-    if (x_th) store(x_th + row + i, weight);
-    if (rounded_tw)
-      for (int v = 0; v < VECTOR; ++v)
-        rounded_tw[size_t(blockIdx.x) * width + i + v] = OUT::from_float(weight.of[v]);
+    Vector x = weights[p];
+    for (int v = 0; v < VECTOR; ++v) x.of[v] *= values[p].of[v] * scale;
+    if (x_th) store(x_th + row + i, x);
+    if (rounded_tw) store(rounded_tw + size_t(blockIdx.x) * width + i, x);
   }
 }
 
 // The rows `rows_l` of two arrays; a block per row.
 extern "C" __global__ void last_rows(const float* hidden_th, const float* delta_th,
                                      const int* rows_l, float* hidden_lh, float* delta_lh, int h) {
+  wait_for_previous();
   size_t from = size_t(rows_l[blockIdx.x]) * h, to = size_t(blockIdx.x) * h;
-  for (int i = threadIdx.x; i < h; i += blockDim.x) {
-    hidden_lh[to + i] = hidden_th[from + i];
-    delta_lh[to + i] = delta_th[from + i];
+  for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {
+    store(hidden_lh + to + i, load(hidden_th + from + i));
+    store(delta_lh + to + i, load(delta_th + from + i));
   }
 }

@@ -1,11 +1,12 @@
 // The gated convolution between ShortConv's two projections, and its state.
 // t tokens, h hidden_size, s sequences; KERNEL_SIZE taps.  bcx_t3h holds B, C and X side by side;
 // the result is of type OUT, as the next product reads it, in rows `width` apart.
+#include "dependent.cuh"
 #include "sequences.cuh"
 #include "types.cuh"
 #include "vector.cuh"
 
-constexpr int kPast = KERNEL_SIZE - 1;
+constexpr int kPast = KERNEL_SIZE - 1, kRows = 4;
 
 // u[row] = B * X of VECTOR channels
 __device__ inline Vector gated_input(const float* bcx_t3h, size_t row, int h, int channel) {
@@ -17,40 +18,53 @@ __device__ inline Vector gated_input(const float* bcx_t3h, size_t row, int h, in
 }
 
 // out_tw[t] = C[t] * (sum_j taps_jh[j] * u[t - kPast + j] + bias_h), in the row's own sequence.
-// A thread per row and VECTOR channels; it computes the u of the rows before it anew.  `past_sph`
-// (null in one forward over whole sequences) holds the newest kPast rows of u of every slot.
+// A thread per kRows rows and VECTOR channels; of the rows before them it computes u anew.
+// `past_sph` (null in one forward over whole sequences) holds the newest kPast rows of u of every
+// slot.
 extern "C" __global__ void convolve(const float* bcx_t3h, const float* taps_jh,
                                     const float* bias_h, const int* positions_t,
                                     const int* cu_seqlens_s, const int* state_slots_s,
-                                    const float* past_sph, OUT* out_tw, int sequences, int h,
-                                    int width) {
-  int row = blockIdx.x, channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
+                                    const float* past_sph, OUT* out_tw, int sequences, int tokens,
+                                    int h, int width) {
+  int row0 = blockIdx.x * kRows, channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
+  wait_for_previous();
   if (channel >= h) return;
-  int sequence = 0, first = 0;
-  if (past_sph) {
-    sequence = sequence_of(row, cu_seqlens_s, sequences);
-    first = cu_seqlens_s[sequence];
-  }
-  Vector y = {};
+  Vector u[kPast + kRows] = {}, c[kRows] = {};  // u[i] is that of row0 - kPast + i
 #pragma unroll
-  for (int j = 0; j < KERNEL_SIZE; ++j) {
-    int before = kPast - j;
-    if (positions_t[row] < before) continue;
-    Vector u, tap = load(taps_jh + j * h + channel);
-    if (!past_sph || row - before >= first) {
-      u = gated_input(bcx_t3h, row - before, h, channel);
-    } else {
-      int newest = row - before - first + kPast;  // counted in the slot's rows
-      u = load(past_sph + (size_t(state_slots_s[sequence]) * kPast + newest) * h + channel);
+  for (int i = 0; i < kPast + kRows; ++i) {
+    int row = row0 - kPast + i;
+    if (row >= 0 && row < tokens) u[i] = gated_input(bcx_t3h, row, h, channel);
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    if (row0 + i < tokens) c[i] = load(bcx_t3h + (size_t(row0 + i) * 3 + 1) * h + channel);
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    int row = row0 + i;
+    if (row >= tokens) return;
+    int position = positions_t[row], first = 0;
+    const float* past_ph = nullptr;
+    if (past_sph) {
+      int sequence = sequence_of(row, cu_seqlens_s, sequences);
+      first = cu_seqlens_s[sequence];
+      past_ph = past_sph + size_t(state_slots_s[sequence]) * kPast * h + channel;
+    }
+    Vector y = {};
+#pragma unroll
+    for (int j = 0; j < KERNEL_SIZE; ++j) {
+      int before = kPast - j;
+      if (position < before) continue;
+      Vector tap = load(taps_jh + j * h + channel), its = u[i + j];
+      if (past_sph && row - before < first) its = load(past_ph + (row - before - first + kPast) * h);
+#pragma unroll
+      for (int v = 0; v < VECTOR; ++v) y.of[v] = fmaf(tap.of[v], its.of[v], y.of[v]);
     }
 #pragma unroll
-    for (int v = 0; v < VECTOR; ++v) y.of[v] = fmaf(tap.of[v], u.of[v], y.of[v]);
-  }
-  Vector c = load(bcx_t3h + (size_t(row) * 3 + 1) * h + channel);
-#pragma unroll
-  for (int v = 0; v < VECTOR; ++v) {
-    if (bias_h) y.of[v] += bias_h[channel + v];
-    out_tw[size_t(row) * width + channel + v] = OUT::from_float(c.of[v] * y.of[v]);
+    for (int v = 0; v < VECTOR; ++v) {
+      if (bias_h) y.of[v] += bias_h[channel + v];
+      y.of[v] *= c[i].of[v];
+    }
+    store(out_tw + size_t(row) * width + channel, y);
   }
 }
 
@@ -58,6 +72,7 @@ extern "C" __global__ void convolve(const float* bcx_t3h, const float* taps_jh,
 // A thread per sequence and VECTOR channels, so that it reads each row before it writes it.
 extern "C" __global__ void remember(const float* bcx_t3h, const int* cu_seqlens_s,
                                     const int* state_slots_s, float* past_sph, int h) {
+  wait_for_previous();
   int channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   if (channel >= h) return;
   int first = cu_seqlens_s[blockIdx.x], end = cu_seqlens_s[blockIdx.x + 1];

@@ -12,6 +12,7 @@ from lfm2kit_cuda.products import Activations, Arithmetic
 from lfm2kit_cuda.upload import upload
 
 SOURCE, THREADS = "blocks/short_conv", 256
+ROWS = 4  # of a thread; kRows in short_conv.cu
 
 
 class ShortConv:
@@ -40,8 +41,9 @@ class ShortConv:
         BCX = self.gemm.linear(inputs.rounded, self.in_proj, self.in_bias)
         y = self.gemm.empty(tokens, h)
         self.convolve(
-            (tokens, self.blocks), THREADS, BCX, self.taps, self.conv_bias, batch.positions,
-            batch.cu_seqlens, batch.state_slots, state, y, batch.sequences, h, y.shape[1],
+            (-(-tokens // ROWS), self.blocks), THREADS, BCX, self.taps, self.conv_bias,
+            batch.positions, batch.cu_seqlens, batch.state_slots, state, y, batch.sequences,
+            tokens, h, y.shape[1],
         )  # fmt: skip
         if state is not None:
             of_sequences = batch.cu_seqlens, batch.state_slots

@@ -7,3 +7,14 @@ struct alignas(4 * VECTOR) Vector {
 
 __device__ inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
 __device__ inline void store(float* at, Vector v) { *reinterpret_cast<Vector*>(at) = v; }
+
+// The same as `Stored`, the type that the next product reads.
+template <class Stored>
+__device__ inline void store(Stored* at, Vector v) {
+  struct alignas(sizeof(Stored) * VECTOR) Narrow {
+    Stored of[VECTOR];
+  } narrow;
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) narrow.of[i] = Stored::from_float(v.of[i]);
+  *reinterpret_cast<Narrow*>(at) = narrow;
+}

@@ -1,0 +1,15 @@
+// Programmatic dependent launch (from sm_90 on): a kernel's blocks are placed while the kernel
+// before it still runs, so that what comes before a block's first load takes no time of its own.
+//
+// A source that includes this header promises that every block of each of its kernels calls
+// `wait_for_previous` before it reads or writes what another kernel reads or writes; before the
+// call there is nothing to touch but weights.  `kernels.py` launches such a source's kernels early.
+// Each kernel lets the next start at once: its blocks are placed where there is room, and wait.
+#pragma once
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

@@ -1,0 +1,48 @@
+"""Kernels that are launched early wait for the one before: what dependent.cuh promises."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from lfm2kit_cuda import nvrtc
+from lfm2kit_cuda.compiling import OPTIONS, SOURCES, waits_for_previous
+
+from tests.cuda.test_compiling import KERNELS
+
+pytestmark = pytest.mark.skipif(
+    nvrtc.why_unavailable() is not None, reason=str(nvrtc.why_unavailable())
+)
+
+
+def ptx(stem: str, architecture: str, constants: dict[str, object]) -> str:
+    source = (SOURCES / f"{stem}.cu").read_text(encoding="utf-8")
+    definitions = [f"-D{name}={value}" for name, value in constants.items()]
+    options = (f"--gpu-architecture={architecture}", *OPTIONS, *definitions)
+    return nvrtc.compile_ptx(source, f"{stem}.cu", options).decode()
+
+
+def kernels_in(text: str) -> dict[str, str]:
+    """The body of each kernel by name."""
+    parts = re.split(r"\.entry (\w+)\(", text)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+EARLY = [(stem, constants) for stem, constants, _ in KERNELS if waits_for_previous(stem)]
+
+
+@pytest.mark.parametrize(("stem", "constants"), EARLY, ids=[stem for stem, _ in EARLY])
+def test_every_kernel_of_an_early_source_waits(stem: str, constants: dict[str, object]) -> None:
+    kernels = kernels_in(ptx(stem, "compute_90a", constants))
+    assert kernels
+    for name, body in kernels.items():
+        assert "griddepcontrol.wait" in body, name
+
+
+def test_older_chips_have_nothing_to_wait_with() -> None:
+    stem, constants = EARLY[0]
+    assert "griddepcontrol" not in ptx(stem, "compute_80", constants)
+
+
+def test_a_source_that_does_not_promise_is_not_launched_early() -> None:
+    assert not waits_for_previous("packing")
