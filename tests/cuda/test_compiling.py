@@ -41,10 +41,10 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("blocks/short_conv", {"KERNEL_SIZE": 1, "VECTOR": 1, "OUT": "BF16"}, ALL),
     ("blocks/attention", {**ATTENTION, "OUT": "F32"}, ALL),
     ("blocks/attention", {"HEADS": 3, "KV_HEADS": 1, "HEAD_DIM": 2, "OUT": "F16"}, ALL),
-    ("blocks/router", {"EXPERTS": 32, "TAKEN": 4}, ALL),
-    ("blocks/router", {"EXPERTS": 33, "TAKEN": 8}, ALL),
-    ("blocks/experts", {"VECTOR": 4}, ALL),
-    ("blocks/experts", {"VECTOR": 1}, ALL),
+    ("blocks/router", {"HIDDEN": 2048, "VECTOR": 4, "EXPERTS": 32, "TAKEN": 4}, ALL),
+    ("blocks/router", {"HIDDEN": 13, "VECTOR": 1, "EXPERTS": 33, "TAKEN": 8}, ALL),
+    ("blocks/experts", {"VECTOR": 4, "TAKEN": 4}, ALL),
+    ("blocks/experts", {"VECTOR": 1, "TAKEN": 1}, ALL),
 ]
 CASES = [
     pytest.param(stem, constants, arch, id=f"{stem}-{i}-{arch}")

@@ -1,9 +1,11 @@
 // Around the grouped products of the experts: grouping (token, k) pairs by expert, and the
-// weighted sum over k.  t tokens, h hidden_size, p pairs = tokens * taken.
+// weighted sum over k.  t tokens, h hidden_size, p pairs = tokens * TAKEN.
+#include "dependent.cuh"
 #include "types.cuh"
 #include "vector.cuh"
 
-constexpr int kWarp = 32, kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kWarp = 32, kThreads = 1024, kWarps = kThreads / kWarp;
+constexpr int kIds = 4;  // that a lane asks for at once
 
 // Rows of each of an expert's tiles: as few tiles as tile_rows allows, evenly filled, in steps.
 __device__ inline int rows_of_tile(int rows, int tile_rows, int step) {
@@ -11,6 +13,15 @@ __device__ inline int rows_of_tile(int rows, int tile_rows, int step) {
   int count = (rows + tile_rows - 1) / tile_rows;
   int even = (rows + count - 1) / count;
   return min(tile_rows, (even + step - 1) / step * step);
+}
+
+// The local numbers of the experts of pairs p0 + lane, p0 + lane + 32, ...; -1 from `end` on.
+__device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int first_expert,
+                                int (&ids)[kIds]) {
+  int pair = p0 + threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kIds; ++i)
+    ids[i] = pair + i * kWarp < end ? expert_ids_p[pair + i * kWarp] - first_expert : -1;
 }
 
 // Sorts the pairs by expert, in order within each, and lists the tiles of rows: a block per local
@@ -21,9 +32,8 @@ __device__ inline int rows_of_tile(int rows, int tile_rows, int step) {
 //   tiles           (expert, first slot, slots, the expert's first tile | its tiles << 16) each;
 //                   *tile_count of them
 extern "C" __global__ void __launch_bounds__(kThreads)
-    group_by_expert(const int* expert_ids_p, int pairs, int taken, int first_expert,
-                    int* source_p, int* place_p, int4* tiles, int* tile_count, int tile_rows,
-                    int step) {
+    group_by_expert(const int* expert_ids_p, int pairs, int first_expert, int* source_p,
+                    int* place_p, int4* tiles, int* tile_count, int tile_rows, int step) {
   extern __shared__ int counts_e[];
   __shared__ int before_w[kWarps];
   __shared__ int slot0, tile0, all_tiles;
@@ -35,10 +45,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   // Each warp looks through a range of the pairs: how many are of which expert?
   int range = (pairs + kWarps - 1) / kWarps, begin = min(warp * range, pairs);
   int end = min(begin + range, pairs), mine = 0;
-  for (int p0 = begin; p0 < end; p0 += kWarp) {
-    int id = p0 + lane < end ? expert_ids_p[p0 + lane] - first_expert : -1;
-    if (id >= 0) atomicAdd(&counts_e[id], 1);
-    mine += __popc(__ballot_sync(~0u, id == expert));
+  wait_for_previous();
+  for (int p0 = begin; p0 < end; p0 += kIds * kWarp) {
+    int ids[kIds];
+    read_ids(expert_ids_p, p0, end, first_expert, ids);
+#pragma unroll
+    for (int id : ids) {
+      if (id >= 0) atomicAdd(&counts_e[id], 1);
+      mine += __popc(__ballot_sync(~0u, id == expert));
+    }
   }
   if (lane == 0) before_w[warp] = mine;
   __syncthreads();
@@ -53,16 +68,19 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   int slot = slot0;
   for (int w = 0; w < warp; ++w) slot += before_w[w];
-  for (int p0 = begin; p0 < end; p0 += kWarp) {
-    int pair = p0 + lane;
-    bool is_mine = pair < end && expert_ids_p[pair] - first_expert == expert;
-    u32 matches = __ballot_sync(~0u, is_mine);
-    if (is_mine) {
-      int at = slot + __popc(matches & ((1u << lane) - 1));
-      source_p[at] = pair / taken;
-      place_p[pair] = at;
+  for (int p0 = begin; p0 < end; p0 += kIds * kWarp) {
+    int ids[kIds];
+    read_ids(expert_ids_p, p0, end, first_expert, ids);
+#pragma unroll
+    for (int i = 0; i < kIds; ++i) {
+      u32 matches = __ballot_sync(~0u, ids[i] == expert);
+      if (ids[i] == expert) {
+        int pair = p0 + i * kWarp + lane, at = slot + __popc(matches & ((1u << lane) - 1));
+        source_p[at] = pair / TAKEN;
+        place_p[pair] = at;
+      }
+      slot += __popc(matches);
     }
-    slot += __popc(matches);
   }
 
   int count = (rows + tile_rows - 1) / tile_rows, of_tile = rows_of_tile(rows, tile_rows, step);
@@ -76,20 +94,29 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // delta_th[t] = sum_k weights_p[t, k] * outputs_ph[place_p[t, k]]: each product rounded, added in
 // the order of k from the first, so that expert parallelism, which adds elsewhere, has these bits.
+// A block per token; all that it reads is asked for before the first is used.
 extern "C" __global__ void combine(const float* outputs_ph, const int* place_p,
-                                   const float* weights_p, float* delta_th, int taken, int h) {
-  int token = blockIdx.x;
-  for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {
-    Vector sum = {};
-    for (int k = 0; k < taken; ++k) {
-      int pair = token * taken + k;
-      Vector output = load(outputs_ph + size_t(place_p[pair]) * h + i);
+                                   const float* weights_p, float* delta_th, int h) {
+  size_t token = blockIdx.x;
+  wait_for_previous();
+  const float* from[TAKEN];
+  float weight[TAKEN];
 #pragma unroll
-      for (int v = 0; v < VECTOR; ++v) {
-        float product = __fmul_rn(weights_p[pair], output.of[v]);
-        sum.of[v] = k == 0 ? product : __fadd_rn(sum.of[v], product);
-      }
+  for (int k = 0; k < TAKEN; ++k) {
+    from[k] = outputs_ph + size_t(place_p[token * TAKEN + k]) * h;
+    weight[k] = weights_p[token * TAKEN + k];
+  }
+  for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {
+    Vector outputs[TAKEN], sum;
+#pragma unroll
+    for (int k = 0; k < TAKEN; ++k) outputs[k] = load(from[k] + i);
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) {
+      sum.of[v] = __fmul_rn(weight[0], outputs[0].of[v]);
+#pragma unroll
+      for (int k = 1; k < TAKEN; ++k)
+        sum.of[v] = __fadd_rn(sum.of[v], __fmul_rn(weight[k], outputs[k].of[v]));
     }
-    store(delta_th + size_t(token) * h + i, sum);
+    store(delta_th + token * h + i, sum);
   }
 }

@@ -10,8 +10,7 @@ from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Activations, Arithmetic, RowTiles
 
-SOURCE = "blocks/experts"
-GROUP_THREADS, COMBINE_THREADS = 512, 256
+GROUP_THREADS, COMBINE_THREADS = 1024, 512
 
 
 class MLP:
@@ -37,7 +36,6 @@ class Experts:
             for name in ("w1", "w3", "w2")
         )
         self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack_down(w2)
-        self.combine = _kernel("combine", spec.hidden_size)
 
     def __call__(
         self, x: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
@@ -53,7 +51,8 @@ class Experts:
         outputs = self.gemm.linear(inner, self.w2, tiles=tiles.in_place())
         h, (tokens, taken) = self.spec.hidden_size, expert_ids.shape
         delta = cupy.empty((tokens, h), cupy.float32)
-        self.combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, taken, h)
+        combine = _kernel("combine", taken, h)
+        combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, h)
         return delta
 
 
@@ -79,13 +78,14 @@ def grouped_by_expert(
     tile_rows, step = gemm.row_tiles(pairs, len(local))
     tiles = cupy.empty((min(pairs, pairs // tile_rows + len(local)), 4), cupy.int32)
     count = cupy.empty(1, cupy.int32)
-    group = _kernel("group_by_expert", shared_bytes=4 * len(local))
+    group = _kernel("group_by_expert", taken, shared_bytes=4 * len(local))
     group(
-        (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, taken, local.start,
-        source, place, tiles, count, tile_rows, step,
+        (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, local.start, source,
+        place, tiles, count, tile_rows, step,
     )  # fmt: skip
     return RowTiles(pairs, tile_rows, tiles, count, source), place
 
 
-def _kernel(name: str, hidden_size: int = 1, shared_bytes: int = 0) -> Kernel:
-    return load_kernel(SOURCE, name, shared_bytes, VECTOR=4 if hidden_size % 4 == 0 else 1)
+def _kernel(name: str, taken: int, hidden_size: int = 4, shared_bytes: int = 0) -> Kernel:
+    vector = 4 if hidden_size % 4 == 0 else 1
+    return load_kernel("blocks/experts", name, shared_bytes, VECTOR=vector, TAKEN=taken)

@@ -1,114 +1,157 @@
 // The router: scores = sigmoid(gate x), the TAKEN best of EXPERTS by score + bias, their weights.
 // t tokens, h hidden_size, e = EXPERTS, k = TAKEN.  Float32 in every precision.
 //
-// A block takes kRows rows.  Its warps share out h, each over a fixed range and in order, and the
-// warps' sums are added in order: a row's bits do not depend on the rows beside it.  Lane e holds
-// expert e's sum; then warp r chooses for row r.
+// HIDDEN is cut into kSplits x kWarps pieces of kPiece: `logits` sums each piece on its own, in
+// order, and adds a block's pieces in order; `choose` adds the blocks' sums in order.  So a row's
+// bits depend neither on the rows beside it nor on how many there are.
+#include "async_copy.cuh"
+#include "dependent.cuh"
 #include "reduce.cuh"
 
-constexpr int kWarps = 16, kRows = 8, kStep = 32;
-constexpr int kPerLane = (EXPERTS + kWarp - 1) / kWarp;
-static_assert(kWarps >= kRows, "a warp chooses for each row");
+constexpr int kSplits = 8, kWarps = 4, kRows = 16, kChoosingRows = 8, kStep = 64;
+constexpr int kPiece = (HIDDEN + kSplits * kWarps * 4 - 1) / (kSplits * kWarps * 4) * 4;
+constexpr int kPanel = kWarp;  // experts of a block
+constexpr int kPanels = (EXPERTS + kPanel - 1) / kPanel;
+constexpr int kRowX = kStep + 4;  // puts four rows in different banks
+constexpr int kRoom = kRows * kRowX + kStep * kPanel;  // floats of a warp
+
+// Starts the copies of `wanted` (a multiple of 4) rows of a panel of the gate.
+__device__ inline void copy_gate(float* gate_ke, const float* from, int wanted) {
+  for (int i = threadIdx.x % kWarp; i < wanted * kPanel / 4; i += kWarp)
+    copy_async<16>(gate_ke + 4 * i, from + 4 * i, 16);
+}
+
+// Starts the copies of columns k0 to k0 + wanted of the block's rows; zeros where there is none.
+__device__ inline void copy_x(float* x_rk, const float* x_th, int row0, int rows, int k0,
+                              int wanted) {
+  for (int i = threadIdx.x % kWarp; i < kRows * wanted / VECTOR; i += kWarp) {
+    int r = i / (wanted / VECTOR), k = i % (wanted / VECTOR) * VECTOR;
+    bool is_there = r < rows && k0 + k < HIDDEN;
+    const float* from = x_th + size_t(row0) * HIDDEN;
+    copy_async<4 * VECTOR>(x_rk + r * kRowX + k,
+                           is_there ? from + size_t(r) * HIDDEN + k0 + k : from,
+                           is_there ? 4 * VECTOR : 0);
+  }
+}
+
+// sums[i][j] += x[4 r + i] . gate[4 c + j] over `wanted` k; lane = 8 r + c.
+__device__ inline void multiply(const float* x_rk, const float* gate_ke, int wanted,
+                                float (&sums)[4][4]) {
+  int r = threadIdx.x % kWarp / 8, c = threadIdx.x % 8;
+  for (int k = 0; k < wanted; k += 4) {
+    float x[4][4], gate[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      *reinterpret_cast<float4*>(x[i]) =
+          *reinterpret_cast<const float4*>(x_rk + (4 * r + i) * kRowX + k);
+      *reinterpret_cast<float4*>(gate[i]) =
+          *reinterpret_cast<const float4*>(gate_ke + (k + i) * kPanel + 4 * c);
+    }
+#pragma unroll
+    for (int l = 0; l < 4; ++l)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i][j] = fmaf(x[i][l], gate[l][j], sums[i][j]);
+  }
+}
+
+// sums_ste[split] = the sums over a split's pieces; blocks are (rows, split, panel).  The gate is
+// packed by panels, its k padded with zeros to whole pieces.
+extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
+    logits(const float* x_th, const float* gate_pke, float* sums_ste, int tokens) {
+  extern __shared__ __align__(16) float shared[];
+  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int row0 = blockIdx.x * kRows, rows = min(kRows, tokens - row0);
+  int k0 = (blockIdx.y * kWarps + warp) * kPiece;
+  float *x_rk = shared + warp * kRoom, *gate_ke = x_rk + kRows * kRowX;
+  const float* gate = gate_pke + (size_t(blockIdx.z) * kSplits * kWarps * kPiece + k0) * kPanel;
+  float sums[4][4] = {};
+  for (int done = 0; done < kPiece; done += kStep) {
+    int wanted = min(kStep, kPiece - done);
+    __syncwarp();
+    copy_gate(gate_ke, gate + done * kPanel, wanted);
+    if (done == 0) wait_for_previous();
+    copy_x(x_rk, x_th, row0, rows, k0 + done, wanted);
+    commit_copies();
+    wait_copies<0>();
+    __syncwarp();
+    multiply(x_rk, gate_ke, wanted, sums);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    *reinterpret_cast<float4*>(x_rk + (lane / 8 * 4 + i) * kPanel + lane % 8 * 4) =
+        *reinterpret_cast<float4*>(sums[i]);
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * kPanel; i += kWarps * kWarp) {
+    int expert = blockIdx.z * kPanel + i % kPanel;
+    float sum = shared[i];
+    for (int w = 1; w < kWarps; ++w) sum += shared[w * kRoom + i];
+    if (expert < EXPERTS)
+      sums_ste[(size_t(blockIdx.y) * tokens + row0 + i / kPanel) * EXPERTS + expert] = sum;
+  }
+}
 
 // In double, rounded once: exactly 1 or 0 where float has nothing between.
 __device__ inline float sigmoid(float logit) { return float(1 / (1 + exp(-double(logit)))); }
 
-// The better of two candidates: the higher score, the lower id among equals; id -1 is none.
-__device__ inline bool is_better(float score, int id, float than, int than_id) {
-  if (id < 0 || than_id < 0) return id >= 0;
-  return score > than || (score == than && id < than_id);
+// Larger for a larger float, and never 0.
+__device__ inline u32 rank_of(float x) {
+  u32 bits = __float_as_uint(x + 0.0f);  // no -0
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// The sums of this warp's range of h for all rows, to sums_re.  A step's weights are all asked for
-// before the first is used: what takes time here is waiting for them.
-__device__ void partial_logits(const float* x_th, const float* gate_he, float* sums_re,
-                               float4 (*x_rk)[kStep / 4], int row0, int rows, int h) {
-  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int range = (h + kWarps * kStep - 1) / (kWarps * kStep) * kStep;
-  int begin = min(warp * range, h), end = min(begin + range, h);
-  float sum[kRows][kPerLane] = {};
-  for (int k0 = begin; k0 < end; k0 += kStep) {
-    __syncwarp();
+// A warp per row: lane e has the experts e, e + 32, ...
+extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
+    choose(const float* sums_ste, const float* bias_e, int* expert_ids_tk,
+           float* expert_weights_tk, int tokens, int normalise, float scaling) {
+  int lane = threadIdx.x % kWarp;
+  int row = blockIdx.x * kChoosingRows + threadIdx.x / kWarp;
+  wait_for_previous();
+  if (row >= tokens) return;
+  float score[kPanels];
+  u32 rank[kPanels];  // 0 where there is no expert, or it is taken
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      reinterpret_cast<float*>(x_rk[r])[lane] =
-          r < rows && k0 + lane < end ? x_th[size_t(row0 + r) * h + k0 + lane] : 0;
-    __syncwarp();
+  for (int p = 0; p < kPanels; ++p) {
+    int expert = lane + p * kWarp;
+    float sums[kSplits], logit = 0;
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e) {
-      int expert = lane + e * kWarp;
-      float gate[kStep];
+    for (int s = 0; s < kSplits; ++s)
+      sums[s] = expert < EXPERTS ? sums_ste[(size_t(s) * tokens + row) * EXPERTS + expert] : 0;
 #pragma unroll
-      for (int k = 0; k < kStep; ++k)
-        gate[k] = expert < EXPERTS && k0 + k < end ? gate_he[size_t(k0 + k) * EXPERTS + expert] : 0;
-#pragma unroll
-      for (int k = 0; k < kStep; k += 4)
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          float4 x = x_rk[r][k / 4];
-          sum[r][e] = fmaf(gate[k], x.x, sum[r][e]);
-          sum[r][e] = fmaf(gate[k + 1], x.y, sum[r][e]);
-          sum[r][e] = fmaf(gate[k + 2], x.z, sum[r][e]);
-          sum[r][e] = fmaf(gate[k + 3], x.w, sum[r][e]);
-        }
-    }
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int e = 0; e < kPerLane; ++e)
-      if (lane + e * kWarp < EXPERTS) sums_re[r * EXPERTS + lane + e * kWarp] = sum[r][e];
-}
-
-extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
-    route(const float* x_th, const float* gate_he, const float* bias_e, int* expert_ids_tk,
-          float* expert_weights_tk, int tokens, int h, int normalise, float scaling) {
-  extern __shared__ float sums_wre[];
-  __shared__ float4 x_wrk[kWarps][kRows][kStep / 4];
-  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int row0 = blockIdx.x * kRows, rows = min(kRows, tokens - row0);
-  partial_logits(x_th, gate_he, sums_wre + warp * kRows * EXPERTS, x_wrk[warp], row0, rows, h);
-  __syncthreads();
-  if (warp >= rows) return;
-
-  float score[kPerLane], biased[kPerLane];
-  bool is_taken[kPerLane] = {};
-#pragma unroll
-  for (int e = 0; e < kPerLane; ++e) {
-    int expert = lane + e * kWarp;
-    if (expert >= EXPERTS) continue;
-    float logit = 0;
-    for (int w = 0; w < kWarps; ++w) logit += sums_wre[(w * kRows + warp) * EXPERTS + expert];
-    score[e] = sigmoid(logit);
-    biased[e] = bias_e ? score[e] + bias_e[expert] : score[e];
+    for (int s = 0; s < kSplits; ++s) logit += sums[s];
+    score[p] = sigmoid(logit);
+    float biased = bias_e && expert < EXPERTS ? score[p] + bias_e[expert] : score[p];
+    rank[p] = expert < EXPERTS ? rank_of(biased) : 0;
   }
   int ids[TAKEN];
   float weights[TAKEN], total = 0;
 #pragma unroll
   for (int k = 0; k < TAKEN; ++k) {
-    float best = 0, weight = 0;
-    int id = -1;
+    u32 mine = 0;
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e) {
-      int expert = lane + e * kWarp;
-      if (expert < EXPERTS && !is_taken[e] && is_better(biased[e], expert, best, id))
-        best = biased[e], id = expert, weight = score[e];
+    for (int p = 0; p < kPanels; ++p) mine = max(mine, rank[p]);
+    u32 best = warp_max(mine);
+    ids[k] = EXPERTS;
+    float weight = 0;
+#pragma unroll
+    for (int p = kPanels - 1; p >= 0; --p) {  // the lowest id among equals
+      u32 equals = __ballot_sync(~0u, rank[p] == best);
+      if (!equals) continue;
+      ids[k] = __ffs(equals) - 1 + p * kWarp;
+      weight = score[p];
     }
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      float other = __shfl_down_sync(~0u, best, offset), its = __shfl_down_sync(~0u, weight, offset);
-      int other_id = __shfl_down_sync(~0u, id, offset);
-      if (lane + offset < kWarp && is_better(other, other_id, best, id))
-        best = other, id = other_id, weight = its;
-    }
-    ids[k] = __shfl_sync(~0u, id, 0);
-    weights[k] = __shfl_sync(~0u, weight, 0);
+    weights[k] = __shfl_sync(~0u, weight, ids[k] % kWarp);
     total += weights[k];
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e)
-      if (lane + e * kWarp == ids[k]) is_taken[e] = true;
+    for (int p = 0; p < kPanels; ++p)
+      if (lane + p * kWarp == ids[k]) rank[p] = 0;
   }
   if (lane > 0) return;
 #pragma unroll
   for (int k = 0; k < TAKEN; ++k) {
-    size_t at = size_t(row0 + warp) * TAKEN + k;
+    size_t at = size_t(row) * TAKEN + k;
     float weight = normalise ? weights[k] / (total + 1e-6f) : weights[k];
     expert_ids_tk[at] = ids[k];
     expert_weights_tk[at] = weight * scaling;

@@ -4,34 +4,52 @@ from __future__ import annotations
 
 import cupy
 import numpy as np
+import numpy.typing as npt
 
 from lfm2kit import specs
 from lfm2kit.backend import Weights
 from lfm2kit_cuda.kernels import load_kernel
-from lfm2kit_cuda.products import Arithmetic
+from lfm2kit_cuda.products import Arithmetic, padded
 from lfm2kit_cuda.upload import upload
 
-ROWS, WARPS, THREADS = 8, 16, 512  # of a block, as in router.cu
+# As in router.cu.
+SPLITS, WARPS, ROWS, CHOOSING_ROWS, PANEL = 8, 4, 16, 8, 32
+SHARED_BYTES = 4 * WARPS * (ROWS * (64 + 4) + 64 * PANEL)
 
 
 class Router:
     def __init__(self, spec: specs.Router, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec
-        self.gate = upload(np.ascontiguousarray(weights.float32("gate.weight").T))
+        self.gate = upload(_panels(weights.float32("gate.weight")))
         self.bias = upload(weights.float32("expert_bias")) if spec.use_expert_bias else None
-        self.kernel = load_kernel(
-            "blocks/router",
-            "route",
-            shared_bytes=4 * WARPS * ROWS * spec.num_experts,
-            EXPERTS=spec.num_experts,
-            TAKEN=spec.num_experts_per_tok,
-        )
+        constants = {
+            "HIDDEN": spec.hidden_size,
+            "VECTOR": 4 if spec.hidden_size % 4 == 0 else 1,
+            "EXPERTS": spec.num_experts,
+            "TAKEN": spec.num_experts_per_tok,
+        }
+        self.logits = load_kernel("blocks/router", "logits", SHARED_BYTES, **constants)
+        self.choose = load_kernel("blocks/router", "choose", **constants)
 
     def __call__(self, x: cupy.ndarray) -> tuple[cupy.ndarray, cupy.ndarray]:
-        s, shape = self.spec, (len(x), self.spec.num_experts_per_tok)
+        s, tokens = self.spec, len(x)
+        sums = cupy.empty((SPLITS, tokens, s.num_experts), cupy.float32)
+        self.logits(
+            (-(-tokens // ROWS), SPLITS, len(self.gate)), 32 * WARPS, x, self.gate, sums, tokens
+        )
+        shape = (tokens, s.num_experts_per_tok)
         ids, weights = cupy.empty(shape, cupy.int32), cupy.empty(shape, cupy.float32)
-        self.kernel(
-            (-(-len(x) // ROWS),), THREADS, x, self.gate, self.bias, ids, weights,
-            len(x), s.hidden_size, s.norm_topk_prob, s.routed_scaling_factor,
+        self.choose(
+            (-(-tokens // CHOOSING_ROWS),), 32 * CHOOSING_ROWS, sums, self.bias, ids, weights,
+            tokens, s.norm_topk_prob, s.routed_scaling_factor,
         )  # fmt: skip
         return ids, weights
+
+
+def _panels(gate: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """[panels, k, PANEL] of [experts, h]: padded with zeros to whole panels and pieces of k."""
+    experts, h = gate.shape
+    columns, rows = padded(experts, PANEL), padded(h, SPLITS * WARPS * 4)
+    panels = np.zeros((columns, rows), np.float32)
+    panels[:experts, :h] = gate
+    return np.ascontiguousarray(panels.reshape(-1, PANEL, rows).transpose(0, 2, 1))
