@@ -65,101 +65,168 @@ extern "C" __global__ void norm_and_rotate(float* qkv_t, const float* q_weight_d
 
 // Flash attention in float32: keys pass by in tiles of 32, in order from the sequence's first, so
 // that a row's bits depend on nothing but its own past.  A block takes kRows rows of one sequence
-// with the query heads of one key head; a warp takes (row, head) pairs in turn; in a pair, lane j
-// scores key j of the tile, then lane d sums element d of the values.  The result is of type OUT,
-// as the next product reads it, in rows `width` apart.
-constexpr int kThreads = 128, kTile = 32;
+// with the query heads of one key head; a warp takes some of these (row, head) pairs and steps
+// through a tile with all of them at once, so that what it reads of a key or value serves all: lane
+// j scores key j, then lane d sums element d of the values.  The result is of type OUT, as the next
+// product reads it, in rows `width` apart.
+constexpr int kThreads = 128, kTile = 32, kWarps = kThreads / kWarp;
 constexpr int kRows = kGroup >= 16 ? 1 : 16 / kGroup;
 constexpr int kPairs = kRows * kGroup;
-constexpr int kPadded = HEAD_DIM + 1;  // keeps the lanes' keys in different banks
 constexpr int kDims = (HEAD_DIM + kWarp - 1) / kWarp;
-constexpr int kPairsOfWarp = (kPairs + kThreads / kWarp - 1) / (kThreads / kWarp);
+constexpr int kPairsOfWarp = (kPairs + kWarps - 1) / kWarps;
+constexpr int kPart = HEAD_DIM % 4 == 0 ? 4 : 1;  // elements that are read at once
+constexpr int kPadded = HEAD_DIM + kPart;         // keeps the lanes' keys in different banks
+
+struct alignas(4 * kPart) Part {
+  float of[kPart];
+};
+__device__ inline const Part& part_at(const float* at) {
+  return *reinterpret_cast<const Part*>(at);
+}
+__device__ inline void copy_part(float* to, const float* from) {
+  *reinterpret_cast<Part*>(to) = part_at(from);
+}
+
+struct alignas(16) Room {
+  float queries[kPairs][HEAD_DIM], keys[kTile][kPadded], values[kTile][HEAD_DIM];
+  float weights[kWarps][kTile][kPairsOfWarp];
+};
+
+// The keys and values of one sequence and key head: rows `stride` apart.
+struct Past {
+  const float *keys, *values;
+  size_t stride;
+};
+
+// `count` keys and values from key0 on.
+__device__ inline void load_tile(Room& room, const Past& past, int key0, int count) {
+  for (int i = threadIdx.x; i < count * HEAD_DIM / kPart; i += kThreads) {
+    int j = i / (HEAD_DIM / kPart), d = i % (HEAD_DIM / kPart) * kPart;
+    size_t at = (key0 + j) * past.stride + d;
+    copy_part(&room.keys[j][d], past.keys + at);
+    copy_part(&room.values[j][d], past.values + at);
+  }
+}
+
+// What a warp has of kMine pairs so far: softmax's maximum and sum, and the weighted values.
+template <int kMine>
+struct Sums {
+  float most[kMine], total[kMine], of[kMine][kDims];
+};
+
+// score[p] = query of pair p . key of this lane; pair p of a warp is pair warp + p * kWarps.
+template <int kMine>
+__device__ inline void score_keys(const Room& room, float (&score)[kMine]) {
+  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll 4
+  for (int d = 0; d < HEAD_DIM; d += kPart) {
+    Part key = part_at(&room.keys[lane][d]);
+#pragma unroll
+    for (int p = 0; p < kMine; ++p) {
+      Part query = part_at(&room.queries[min(warp + p * kWarps, kPairs - 1)][d]);
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) score[p] = fmaf(query.of[i], key.of[i], score[p]);
+    }
+  }
+}
+
+// Adds a tile of which pair p sees the first seen[p] keys.
+template <int kMine>
+__device__ inline void add_tile(Room& room, Sums<kMine>& sums, const int (&seen)[kMine],
+                                float scale) {
+  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, most_seen = 0;
+  float score[kMine] = {};
+  score_keys(room, score);
+#pragma unroll
+  for (int p = 0; p < kMine; ++p) {
+    bool is_seen = lane < seen[p];
+    float scaled = is_seen ? score[p] * scale : -infinity();
+    float now = fmaxf(sums.most[p], warp_max(scaled));
+    float weight = is_seen ? expf(scaled - now) : 0;
+    float fade = seen[p] > 0 ? expf(sums.most[p] - now) : 1;
+    room.weights[warp][lane][p] = weight;
+    sums.most[p] = now;
+    sums.total[p] = sums.total[p] * fade + warp_sum(weight);
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) sums.of[p][i] *= fade;
+    most_seen = max(most_seen, seen[p]);
+  }
+  __syncwarp();
+  for (int j = 0; j < most_seen; ++j) {
+    float value[kDims];
+#pragma unroll
+    for (int i = 0; i < kDims; ++i)
+      value[i] = lane + i * kWarp < HEAD_DIM ? room.values[j][lane + i * kWarp] : 0;
+#pragma unroll
+    for (int p = 0; p < kMine; ++p)
+#pragma unroll
+      for (int i = 0; i < kDims; ++i)
+        sums.of[p][i] = fmaf(room.weights[warp][j][p], value[i], sums.of[p][i]);
+  }
+}
+
+// The attention of `pairs` pairs, kMine per warp, whose rows stand at positions_r[pair / kGroup];
+// `out` is the first pair's.
+template <int kMine>
+__device__ inline void attend_pairs(Room& room, const Past& past, const int* positions_r,
+                                    int pairs, OUT* out, int width, float scale) {
+  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  Sums<kMine> sums = {};
+  int context[kMine];  // keys that a pair sees
+#pragma unroll
+  for (int p = 0; p < kMine; ++p) {
+    int pair = warp + p * kWarps;
+    sums.most[p] = -infinity();
+    context[p] = pair < pairs ? positions_r[pair / kGroup] + 1 : 0;
+  }
+  int longest = positions_r[(pairs - 1) / kGroup] + 1;
+  for (int key0 = 0; key0 < longest; key0 += kTile) {
+    int count = min(kTile, longest - key0), seen[kMine];
+    __syncthreads();
+    load_tile(room, past, key0, count);
+    __syncthreads();
+#pragma unroll
+    for (int p = 0; p < kMine; ++p) seen[p] = min(count, context[p] - key0);
+    add_tile(room, sums, seen, scale);
+  }
+#pragma unroll
+  for (int p = 0; p < kMine; ++p) {
+    int pair = warp + p * kWarps;
+    if (pair >= pairs) continue;
+    OUT* to = out + size_t(pair / kGroup) * width + pair % kGroup * HEAD_DIM;
+#pragma unroll
+    for (int i = 0; i < kDims; ++i)
+      if (lane + i * kWarp < HEAD_DIM)
+        to[lane + i * kWarp] = OUT::from_float(sums.of[p][i] / sums.total[p]);
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     attend(const float* qkv_t, const float* keys, const float* values, const int* positions_t,
            const int* cu_seqlens_s, const int* state_slots_s, OUT* out_t, int width,
            int max_tokens, float scale) {
-  __shared__ float tile_keys[kTile * kPadded], tile_values[kTile * HEAD_DIM];
+  __shared__ Room room;
   wait_for_previous();
   int sequence = blockIdx.y, kv_head = blockIdx.z;
-  int end = cu_seqlens_s[sequence + 1];
-  int row0 = cu_seqlens_s[sequence] + blockIdx.x * kRows;
+  int first = cu_seqlens_s[sequence], end = cu_seqlens_s[sequence + 1];
+  int row0 = first + blockIdx.x * kRows;
   if (row0 >= end) return;
-  int rows = min(kRows, end - row0);
-  size_t first = 0, stride = kKeys;  // of the sequence's first key
+  int pairs = min(kRows, end - row0) * kGroup;
+  const float* queries = qkv_t + size_t(row0) * kRow + kv_head * kGroup * HEAD_DIM;
+  for (int i = threadIdx.x; i < pairs * HEAD_DIM / kPart; i += kThreads) {
+    int pair = i / (HEAD_DIM / kPart), d = i % (HEAD_DIM / kPart) * kPart;
+    copy_part(&room.queries[pair][d],
+              queries + size_t(pair / kGroup) * kRow + pair % kGroup * HEAD_DIM + d);
+  }
+  Past past{qkv_t + size_t(first) * kRow + kQueries, nullptr, kRow};
+  past.values = past.keys + kKeys;
   if (keys) {
-    first = size_t(state_slots_s[sequence]) * max_tokens;
-  } else {
-    keys = qkv_t + kQueries;
-    values = keys + kKeys;
-    first = cu_seqlens_s[sequence];
-    stride = kRow;
+    size_t slot = size_t(state_slots_s[sequence]) * max_tokens * kKeys;
+    past = Past{keys + slot, values + slot, kKeys};
   }
-  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  float query[kPairsOfWarp][kDims], most[kPairsOfWarp], total[kPairsOfWarp];
-  float sum[kPairsOfWarp][kDims];
-#pragma unroll
-  for (int p = 0; p < kPairsOfWarp; ++p) {
-    int pair = warp + p * (kThreads / kWarp);
-    int row = row0 + min(pair / kGroup, rows - 1), head = kv_head * kGroup + pair % kGroup;
-    most[p] = -infinity();
-    total[p] = 0;
-#pragma unroll
-    for (int d = 0; d < kDims; ++d) {
-      int i = lane + d * kWarp;
-      query[p][d] = i < HEAD_DIM ? qkv_t[size_t(row) * kRow + head * HEAD_DIM + i] : 0;
-      sum[p][d] = 0;
-    }
-  }
-  int context = positions_t[row0 + rows - 1] + 1;
-  for (int key0 = 0; key0 < context; key0 += kTile) {
-    int count = min(kTile, context - key0);
-    __syncthreads();
-    for (int i = threadIdx.x; i < count * HEAD_DIM; i += kThreads) {
-      int j = i / HEAD_DIM, d = i % HEAD_DIM;
-      size_t at = (first + key0 + j) * stride + kv_head * HEAD_DIM + d;
-      tile_keys[j * kPadded + d] = keys[at];
-      tile_values[j * HEAD_DIM + d] = values[at];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int p = 0; p < kPairsOfWarp; ++p) {
-      int pair = warp + p * (kThreads / kWarp);
-      if (pair >= rows * kGroup) continue;
-      int seen = min(count, positions_t[row0 + pair / kGroup] + 1 - key0);
-      if (seen <= 0) continue;
-      float score = 0;
-#pragma unroll
-      for (int d = 0; d < HEAD_DIM; ++d) {
-        float q = __shfl_sync(~0u, query[p][d / kWarp], d % kWarp);
-        score = fmaf(q, tile_keys[lane * kPadded + d], score);
-      }
-      score = lane < seen ? score * scale : -infinity();
-      float now = fmaxf(most[p], warp_max(score));
-      float weight = lane < seen ? expf(score - now) : 0, fade = expf(most[p] - now);
-      most[p] = now;
-      total[p] = total[p] * fade + warp_sum(weight);
-#pragma unroll
-      for (int d = 0; d < kDims; ++d) sum[p][d] *= fade;
-      for (int j = 0; j < seen; ++j) {
-        float w = __shfl_sync(~0u, weight, j);
-#pragma unroll
-        for (int d = 0; d < kDims; ++d) {
-          int i = lane + d * kWarp;
-          if (i < HEAD_DIM) sum[p][d] = fmaf(w, tile_values[j * HEAD_DIM + i], sum[p][d]);
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int p = 0; p < kPairsOfWarp; ++p) {
-    int pair = warp + p * (kThreads / kWarp);
-    if (pair >= rows * kGroup) continue;
-    OUT* out = out_t + size_t(row0 + pair / kGroup) * width
-               + (kv_head * kGroup + pair % kGroup) * HEAD_DIM;
-#pragma unroll
-    for (int d = 0; d < kDims; ++d)
-      if (lane + d * kWarp < HEAD_DIM)
-        out[lane + d * kWarp] = OUT::from_float(sum[p][d] / total[p]);
-  }
+  past.keys += kv_head * HEAD_DIM;
+  past.values += kv_head * HEAD_DIM;
+  OUT* out = out_t + size_t(row0) * width + kv_head * kGroup * HEAD_DIM;
+  if (pairs <= kWarps) attend_pairs<1>(room, past, positions_t + row0, pairs, out, width, scale);
+  else attend_pairs<kPairsOfWarp>(room, past, positions_t + row0, pairs, out, width, scale);
 }

@@ -8,49 +8,55 @@
 #include "dependent.cuh"
 #include "reduce.cuh"
 
-constexpr int kSplits = 8, kWarps = 4, kRows = 16, kChoosingRows = 8, kStep = 64;
-constexpr int kPiece = (HIDDEN + kSplits * kWarps * 4 - 1) / (kSplits * kWarps * 4) * 4;
+constexpr int kSplits = 16, kWarps = 2, kRows = 32, kChoosingRows = 8, kMostStep = 64;
+constexpr int kAtLeast = (HIDDEN + kSplits * kWarps * 4 - 1) / (kSplits * kWarps * 4) * 4;
+constexpr int kStep = kAtLeast < kMostStep ? kAtLeast : kMostStep;
+constexpr int kPiece = (kAtLeast + kStep - 1) / kStep * kStep;
 constexpr int kPanel = kWarp;  // experts of a block
 constexpr int kPanels = (EXPERTS + kPanel - 1) / kPanel;
-constexpr int kRowX = kStep + 4;  // puts four rows in different banks
-constexpr int kRoom = kRows * kRowX + kStep * kPanel;  // floats of a warp
+constexpr int kRowX = kMostStep + 4;  // puts four rows in different banks
+constexpr int kLaneRows = kRows / 4;
 
-// Starts the copies of `wanted` (a multiple of 4) rows of a panel of the gate.
-__device__ inline void copy_gate(float* gate_ke, const float* from, int wanted) {
-  for (int i = threadIdx.x % kWarp; i < wanted * kPanel / 4; i += kWarp)
-    copy_async<16>(gate_ke + 4 * i, from + 4 * i, 16);
+struct Room {  // of a warp
+  float x_rk[kRows][kRowX], gate_ke[kStep][kPanel];
+};
+
+// Starts the copies of kStep rows of a panel of the gate.
+__device__ inline void copy_gate(Room& to, const float* gate_ke) {
+#pragma unroll
+  for (int i = threadIdx.x % kWarp; i < kStep * kPanel / 4; i += kWarp)
+    copy_async<16>(to.gate_ke[0] + 4 * i, gate_ke + 4 * i, 16);
 }
 
-// Starts the copies of columns k0 to k0 + wanted of the block's rows; zeros where there is none.
-__device__ inline void copy_x(float* x_rk, const float* x_th, int row0, int rows, int k0,
-                              int wanted) {
-  for (int i = threadIdx.x % kWarp; i < kRows * wanted / VECTOR; i += kWarp) {
-    int r = i / (wanted / VECTOR), k = i % (wanted / VECTOR) * VECTOR;
+// Starts the copies of kStep columns from k0 on of the block's rows; zeros where there is none.
+__device__ inline void copy_x(Room& to, const float* x_rh, int rows, int k0) {
+#pragma unroll
+  for (int i = threadIdx.x % kWarp; i < kRows * kStep / VECTOR; i += kWarp) {
+    int r = i / (kStep / VECTOR), k = i % (kStep / VECTOR) * VECTOR;
     bool is_there = r < rows && k0 + k < HIDDEN;
-    const float* from = x_th + size_t(row0) * HIDDEN;
-    copy_async<4 * VECTOR>(x_rk + r * kRowX + k,
-                           is_there ? from + size_t(r) * HIDDEN + k0 + k : from,
+    copy_async<4 * VECTOR>(to.x_rk[r] + k, x_rh + (is_there ? size_t(r) * HIDDEN + k0 + k : 0),
                            is_there ? 4 * VECTOR : 0);
   }
 }
 
-// sums[i][j] += x[4 r + i] . gate[4 c + j] over `wanted` k; lane = 8 r + c.
-__device__ inline void multiply(const float* x_rk, const float* gate_ke, int wanted,
-                                float (&sums)[4][4]) {
+// sums[i][j] += x[4 i + r] . gate[4 c + j] over a step; lane = 8 r + c.
+__device__ inline void multiply(const Room& from, float (&sums)[kLaneRows][4]) {
   int r = threadIdx.x % kWarp / 8, c = threadIdx.x % 8;
-  for (int k = 0; k < wanted; k += 4) {
-    float x[4][4], gate[4][4];
+#pragma unroll 2
+  for (int k = 0; k < kStep; k += 4) {
+    float x[kLaneRows][4], gate[4][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kLaneRows; ++i)
       *reinterpret_cast<float4*>(x[i]) =
-          *reinterpret_cast<const float4*>(x_rk + (4 * r + i) * kRowX + k);
-      *reinterpret_cast<float4*>(gate[i]) =
-          *reinterpret_cast<const float4*>(gate_ke + (k + i) * kPanel + 4 * c);
-    }
+          *reinterpret_cast<const float4*>(from.x_rk[4 * i + r] + k);
+#pragma unroll
+    for (int l = 0; l < 4; ++l)
+      *reinterpret_cast<float4*>(gate[l]) =
+          *reinterpret_cast<const float4*>(from.gate_ke[k + l] + 4 * c);
 #pragma unroll
     for (int l = 0; l < 4; ++l)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < kLaneRows; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[i][j] = fmaf(x[i][l], gate[l][j], sums[i][j]);
   }
@@ -60,36 +66,35 @@ __device__ inline void multiply(const float* x_rk, const float* gate_ke, int wan
 // packed by panels, its k padded with zeros to whole pieces.
 extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
     logits(const float* x_th, const float* gate_pke, float* sums_ste, int tokens) {
-  extern __shared__ __align__(16) float shared[];
+  __shared__ __align__(16) Room rooms[kWarps];
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int row0 = blockIdx.x * kRows, rows = min(kRows, tokens - row0);
   int k0 = (blockIdx.y * kWarps + warp) * kPiece;
-  float *x_rk = shared + warp * kRoom, *gate_ke = x_rk + kRows * kRowX;
+  Room& room = rooms[warp];
   const float* gate = gate_pke + (size_t(blockIdx.z) * kSplits * kWarps * kPiece + k0) * kPanel;
-  float sums[4][4] = {};
+  float sums[kLaneRows][4] = {};
   for (int done = 0; done < kPiece; done += kStep) {
-    int wanted = min(kStep, kPiece - done);
     __syncwarp();
-    copy_gate(gate_ke, gate + done * kPanel, wanted);
+    copy_gate(room, gate + done * kPanel);
     if (done == 0) wait_for_previous();
-    copy_x(x_rk, x_th, row0, rows, k0 + done, wanted);
+    copy_x(room, x_th + size_t(row0) * HIDDEN, rows, k0 + done);
     commit_copies();
     wait_copies<0>();
     __syncwarp();
-    multiply(x_rk, gate_ke, wanted, sums);
+    multiply(room, sums);
   }
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    *reinterpret_cast<float4*>(x_rk + (lane / 8 * 4 + i) * kPanel + lane % 8 * 4) =
+  for (int i = 0; i < kLaneRows; ++i)
+    *reinterpret_cast<float4*>(room.x_rk[4 * i + lane / 8] + lane % 8 * 4) =
         *reinterpret_cast<float4*>(sums[i]);
   __syncthreads();
   for (int i = threadIdx.x; i < rows * kPanel; i += kWarps * kWarp) {
-    int expert = blockIdx.z * kPanel + i % kPanel;
-    float sum = shared[i];
-    for (int w = 1; w < kWarps; ++w) sum += shared[w * kRoom + i];
+    int row = i / kPanel, expert = blockIdx.z * kPanel + i % kPanel;
+    float sum = rooms[0].x_rk[row][i % kPanel];
+    for (int w = 1; w < kWarps; ++w) sum += rooms[w].x_rk[row][i % kPanel];
     if (expert < EXPERTS)
-      sums_ste[(size_t(blockIdx.y) * tokens + row0 + i / kPanel) * EXPERTS + expert] = sum;
+      sums_ste[(size_t(blockIdx.y) * tokens + row0 + row) * EXPERTS + expert] = sum;
   }
 }
 

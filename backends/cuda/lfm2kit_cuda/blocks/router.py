@@ -13,8 +13,7 @@ from lfm2kit_cuda.products import Arithmetic, padded
 from lfm2kit_cuda.upload import upload
 
 # As in router.cu.
-SPLITS, WARPS, ROWS, CHOOSING_ROWS, PANEL = 8, 4, 16, 8, 32
-SHARED_BYTES = 4 * WARPS * (ROWS * (64 + 4) + 64 * PANEL)
+SPLITS, WARPS, ROWS, CHOOSING_ROWS, PANEL, MOST_STEP = 16, 2, 32, 8, 32, 64
 
 
 class Router:
@@ -28,7 +27,7 @@ class Router:
             "EXPERTS": spec.num_experts,
             "TAKEN": spec.num_experts_per_tok,
         }
-        self.logits = load_kernel("blocks/router", "logits", SHARED_BYTES, **constants)
+        self.logits = load_kernel("blocks/router", "logits", **constants)
         self.choose = load_kernel("blocks/router", "choose", **constants)
 
     def __call__(self, x: cupy.ndarray) -> tuple[cupy.ndarray, cupy.ndarray]:
@@ -49,7 +48,8 @@ class Router:
 def _panels(gate: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """[panels, k, PANEL] of [experts, h]: padded with zeros to whole panels and pieces of k."""
     experts, h = gate.shape
-    columns, rows = padded(experts, PANEL), padded(h, SPLITS * WARPS * 4)
-    panels = np.zeros((columns, rows), np.float32)
+    piece = padded(h, SPLITS * WARPS * 4) // (SPLITS * WARPS)
+    rows = SPLITS * WARPS * padded(piece, min(piece, MOST_STEP))
+    panels = np.zeros((padded(experts, PANEL), rows), np.float32)
     panels[:experts, :h] = gate
     return np.ascontiguousarray(panels.reshape(-1, PANEL, rows).transpose(0, 2, 1))

@@ -4,12 +4,13 @@
 // A source that includes this header promises that every block of each of its kernels calls
 // `wait_for_previous` before it reads or writes what another kernel reads or writes; before the
 // call there is nothing to touch but weights.  `kernels.py` launches such a source's kernels early.
-// Each kernel lets the next start at once: its blocks are placed where there is room, and wait.
+// It lets the next kernel's blocks be placed from then on, not earlier: while a product still runs
+// they would crowd on the few multiprocessors that it leaves free.
 #pragma once
 
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
