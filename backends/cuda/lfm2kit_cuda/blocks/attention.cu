@@ -46,6 +46,7 @@ extern "C" __global__ void norm_and_rotate(float* qkv_t, const float* q_weight_d
                                            const int* state_slots_s, float* keys, float* values,
                                            int sequences, int max_tokens, float eps) {
   wait_for_previous();
+  let_next_start();
   int row = blockIdx.x, position = positions_t[row];
   float* qkv = qkv_t + size_t(row) * kRow;
   float *new_keys = qkv + kQueries, *new_values = new_keys + kKeys;
@@ -207,6 +208,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
            int max_tokens, float scale) {
   __shared__ Room room;
   wait_for_previous();
+  let_next_start();
   int sequence = blockIdx.y, kv_head = blockIdx.z;
   int first = cu_seqlens_s[sequence], end = cu_seqlens_s[sequence + 1];
   int row0 = first + blockIdx.x * kRows;

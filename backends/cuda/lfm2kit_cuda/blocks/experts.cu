@@ -46,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   int range = (pairs + kWarps - 1) / kWarps, begin = min(warp * range, pairs);
   int end = min(begin + range, pairs), mine = 0;
   wait_for_previous();
+  let_next_start();
   for (int p0 = begin; p0 < end; p0 += kIds * kWarp) {
     int ids[kIds];
     read_ids(expert_ids_p, p0, end, first_expert, ids);
@@ -99,6 +100,7 @@ extern "C" __global__ void combine(const float* outputs_ph, const int* place_p,
                                    const float* weights_p, float* delta_th, int h) {
   size_t token = blockIdx.x;
   wait_for_previous();
+  let_next_start();
   const float* from[TAKEN];
   float weight[TAKEN];
 #pragma unroll

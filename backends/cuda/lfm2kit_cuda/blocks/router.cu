@@ -8,7 +8,7 @@
 #include "dependent.cuh"
 #include "reduce.cuh"
 
-constexpr int kSplits = 16, kWarps = 2, kRows = 32, kChoosingRows = 8, kMostStep = 64;
+constexpr int kSplits = 16, kWarps = 4, kRows = 16, kChoosingRows = 8, kMostStep = 64;
 constexpr int kAtLeast = (HIDDEN + kSplits * kWarps * 4 - 1) / (kSplits * kWarps * 4) * 4;
 constexpr int kStep = kAtLeast < kMostStep ? kAtLeast : kMostStep;
 constexpr int kPiece = (kAtLeast + kStep - 1) / kStep * kStep;
@@ -76,7 +76,10 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
   for (int done = 0; done < kPiece; done += kStep) {
     __syncwarp();
     copy_gate(room, gate + done * kPanel);
-    if (done == 0) wait_for_previous();
+    if (done == 0) {
+      wait_for_previous();
+      let_next_start();
+    }
     copy_x(room, x_th + size_t(row0) * HIDDEN, rows, k0 + done);
     commit_copies();
     wait_copies<0>();
@@ -114,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
   int lane = threadIdx.x % kWarp;
   int row = blockIdx.x * kChoosingRows + threadIdx.x / kWarp;
   wait_for_previous();
+  let_next_start();
   if (row >= tokens) return;
   float score[kPanels];
   u32 rank[kPanels];  // 0 where there is no expert, or it is taken

@@ -13,7 +13,7 @@ from lfm2kit_cuda.products import Arithmetic, padded
 from lfm2kit_cuda.upload import upload
 
 # As in router.cu.
-SPLITS, WARPS, ROWS, CHOOSING_ROWS, PANEL, MOST_STEP = 16, 2, 32, 8, 32, 64
+SPLITS, WARPS, ROWS, CHOOSING_ROWS, PANEL, MOST_STEP = 16, 4, 16, 8, 32, 64
 
 
 class Router:

@@ -8,6 +8,7 @@
 template <class Stored>
 __device__ void embed(const Stored* table_vh, const int* token_ids_t, float* out_th, int h) {
   wait_for_previous();
+  let_next_start();
   const Stored* row = table_vh + size_t(token_ids_t[blockIdx.x]) * h;
   float* out = out_th + size_t(blockIdx.x) * h;
   for (int i = threadIdx.x; i < h; i += blockDim.x) out[i] = Stored::to_float(row[i]);
@@ -41,6 +42,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (i < HIDDEN) weights[p] = load(weight_h + i);
   }
   wait_for_previous();
+  let_next_start();
   float squares = 0;
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
@@ -69,6 +71,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 extern "C" __global__ void last_rows(const float* hidden_th, const float* delta_th,
                                      const int* rows_l, float* hidden_lh, float* delta_lh, int h) {
   wait_for_previous();
+  let_next_start();
   size_t from = size_t(rows_l[blockIdx.x]) * h, to = size_t(blockIdx.x) * h;
   for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {
     store(hidden_lh + to + i, load(hidden_th + from + i));

@@ -28,6 +28,7 @@ extern "C" __global__ void convolve(const float* bcx_t3h, const float* taps_jh,
                                     int h, int width) {
   int row0 = blockIdx.x * kRows, channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   wait_for_previous();
+  let_next_start();
   if (channel >= h) return;
   Vector u[kPast + kRows] = {}, c[kRows] = {};  // u[i] is that of row0 - kPast + i
 #pragma unroll
@@ -73,6 +74,7 @@ extern "C" __global__ void convolve(const float* bcx_t3h, const float* taps_jh,
 extern "C" __global__ void remember(const float* bcx_t3h, const int* cu_seqlens_s,
                                     const int* state_slots_s, float* past_sph, int h) {
   wait_for_previous();
+  let_next_start();
   int channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   if (channel >= h) return;
   int first = cu_seqlens_s[blockIdx.x], end = cu_seqlens_s[blockIdx.x + 1];

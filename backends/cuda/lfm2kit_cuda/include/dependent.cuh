@@ -4,13 +4,19 @@
 // A source that includes this header promises that every block of each of its kernels calls
 // `wait_for_previous` before it reads or writes what another kernel reads or writes; before the
 // call there is nothing to touch but weights.  `kernels.py` launches such a source's kernels early.
-// It lets the next kernel's blocks be placed from then on, not earlier: while a product still runs
-// they would crowd on the few multiprocessors that it leaves free.
 #pragma once
 
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From here on the next kernel's blocks may be placed, once every block has come here or ended.  A
+// kernel that fills the device calls this late or never: placed early, they would crowd on the few
+// multiprocessors that it leaves free.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
