@@ -9,6 +9,8 @@ import cupyx
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit_cuda.upload import upload
+
 
 class CudaMemory:
     """Arrays are `cupy.ndarray`s of the current device."""
@@ -16,7 +18,7 @@ class CudaMemory:
     name = "cuda"
 
     def from_host(self, array: npt.NDArray[Any]) -> cupy.ndarray:
-        return cupy.asarray(np.ascontiguousarray(array))
+        return upload(array)
 
     def to_host(self, array: cupy.ndarray) -> npt.NDArray[Any]:
         """Into pinned memory, which the device writes at the link's speed; waits for it."""
