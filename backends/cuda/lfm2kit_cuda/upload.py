@@ -1,8 +1,7 @@
 """From the host's memory, usually a checkpoint's memory map, to the device through pinned buffers.
 
-The device reads pinned memory at the link's speed.  Threads fill several buffers at once: a
-single one does not copy as fast as the link takes it.  To wake one takes as long as to copy some
-hundred kilobytes, so that what fits in the buffers is shared out among few, this one included.
+The device reads pinned memory at the link's speed.  A single thread does not copy as fast as the
+link takes it, so several fill buffers at once.
 """
 
 from __future__ import annotations
@@ -17,63 +16,36 @@ import numpy as np
 import numpy.typing as npt
 
 BUFFERS, BUFFER_BYTES = 16, 1 << 20
-PARTS = 4  # of what fits in the buffers
+PARTS, MOST_IN_PARTS = 4, BUFFERS * BUFFER_BYTES
+
+Bytes = npt.NDArray[np.uint8]
 
 
-class Uploader:
-    """Copies arrays piece by piece, each piece through one of the pinned buffers in turn."""
+class InPieces:
+    """Copies piece by piece, each through one of many buffers in turn: for arrays of any size."""
 
     def __init__(self) -> None:
-        self._room = cupyx.empty_pinned(BUFFERS * BUFFER_BYTES, np.uint8)
-        self._buffers = self._room.reshape(BUFFERS, BUFFER_BYTES)
+        self._buffers = [cupyx.empty_pinned(BUFFER_BYTES, np.uint8) for _ in range(BUFFERS)]
         self._sent = [cupy.cuda.Event(disable_timing=True) for _ in range(BUFFERS)]
         self._threads = ThreadPoolExecutor(BUFFERS)
         self._turn = 0
 
-    def upload(self, array: npt.NDArray[Any]) -> cupy.ndarray:
-        """A copy of `array` on the device, whose bytes stay as they are."""
-        device = cupy.empty(array.shape, array.dtype)
-        source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        target = device.reshape(-1).view(cupy.uint8)
-        if len(source) <= BUFFER_BYTES:
-            self._send(self._fill(self._next(), source), target)
-        elif len(source) <= len(self._room):
-            self._upload_in_parts(source, target)
-        else:
-            self._upload_piece_by_piece(source, target)
-        return device
-
-    def _upload_piece_by_piece(self, source: npt.NDArray[np.uint8], target: cupy.ndarray) -> None:
+    def copy(self, source: Bytes, target: cupy.ndarray) -> None:
         pieces = _slices(len(source), BUFFER_BYTES)
+        if len(pieces) == 1:
+            self._send(self._fill(self._next(), source), target)
+            return
         filled: list[Future[int]] = []
         for i, piece in enumerate(pieces):
             for ahead in pieces[len(filled) : i + BUFFERS]:
                 filled.append(self._threads.submit(self._fill, self._next(), source[ahead]))
             self._send(filled[i].result(), target[piece])
 
-    def _upload_in_parts(self, source: npt.NDArray[np.uint8], target: cupy.ndarray) -> None:
-        """Through all buffers as one."""
-        for sent in self._sent:
-            sent.synchronize()
-        first, *rest = _slices(len(source), -(-len(source) // PARTS))
-        filled = [self._threads.submit(np.copyto, self._room[p], source[p]) for p in rest]
-        np.copyto(self._room[first], source[first])
-        self._send_part(first, target)
-        for part, others in zip(rest, filled, strict=True):
-            others.result()
-            self._send_part(part, target)
-        for sent in self._sent:
-            sent.record()
-
-    def _send_part(self, part: slice, target: cupy.ndarray) -> None:
-        to = target[part]
-        to.data.copy_from_host_async(self._room[part].ctypes.data, to.nbytes)
-
     def _next(self) -> int:
         self._turn = (self._turn + 1) % BUFFERS
         return self._turn
 
-    def _fill(self, buffer: int, piece: npt.NDArray[np.uint8]) -> int:
+    def _fill(self, buffer: int, piece: Bytes) -> int:
         self._sent[buffer].synchronize()
         np.copyto(self._buffers[buffer][: len(piece)], piece)
         return buffer
@@ -83,15 +55,49 @@ class Uploader:
         self._sent[buffer].record()
 
 
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+class InParts:
+    """Copies at once, this thread a part and a few others one each: for a few megabytes.
+
+    To wake a thread takes as long as to copy some hundred kilobytes, and to hand over a piece not
+    much less.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = cupyx.empty_pinned(MOST_IN_PARTS, np.uint8)
+        self._sent = cupy.cuda.Event(disable_timing=True)
+        self._threads = ThreadPoolExecutor(PARTS - 1)
+
+    def copy(self, source: Bytes, target: cupy.ndarray) -> None:
+        first, *rest = _slices(len(source), -(-len(source) // PARTS))
+        self._sent.synchronize()
+        filled = [self._threads.submit(self._fill, part, source) for part in rest]
+        self._fill(first, source)
+        self._send(first, target)
+        for part, fill in zip(rest, filled, strict=True):
+            fill.result()
+            self._send(part, target)
+        self._sent.record()
+
+    def _fill(self, part: slice, source: Bytes) -> None:
+        np.copyto(self._buffer[part], source[part])
+
+    def _send(self, part: slice, target: cupy.ndarray) -> None:
+        to = target[part]
+        to.data.copy_from_host_async(self._buffer.ctypes.data + part.start, to.nbytes)
 
 
-@cache
-def _uploader() -> Uploader:
-    return Uploader()
+in_pieces, in_parts = cache(InPieces), cache(InParts)
 
 
 def upload(array: npt.NDArray[Any]) -> cupy.ndarray:
-    """A copy of a host array on the current device."""
-    return _uploader().upload(array)
+    """A copy of a host array on the current device, whose bytes stay as they are."""
+    device = cupy.empty(array.shape, array.dtype)
+    source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    way = in_parts() if BUFFER_BYTES < len(source) <= MOST_IN_PARTS else in_pieces()
+    if len(source):
+        way.copy(source, device.reshape(-1).view(cupy.uint8))
+    return device
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
