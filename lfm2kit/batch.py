@@ -6,7 +6,7 @@ given a `Batch`.  The known ShortConv bugs of other libraries are all implicit b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,8 @@ class Batch:
     max_seqlen: int  # rows of the longest sequence; 0 in an empty batch
     max_context: int  # 1 + the highest position; 0 in an empty batch
     memory: Memory = HOST
-    views: dict[str, Batch] = field(default_factory=dict, repr=False)  # this batch, by memory name
+    # What was made of this batch: by a memory's name the same there, else fewer of its rows.
+    views: dict[Hashable, Batch] = field(default_factory=dict, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -87,6 +88,42 @@ class Batch:
             self.views.setdefault(self.memory.name, self)
             self.views[memory.name] = self._moved(memory)
         return self.views[memory.name]
+
+    def trimmed(self, reach_in: int | None, reach_out: int | None) -> Batch:
+        """Fewer rows, for an operator without state: each sequence from `reach_in` rows before its
+        first one in `logits_rows` on, as a whole sequence; None: all rows, as they are.
+
+        `logits_rows` are then its rows from `reach_out` before that one on; None: the same as ever.
+        It depends on the shape alone, so its token ids mean nothing; made once and remembered.
+        """
+        key = (reach_in, reach_out)
+        if key not in self.views:
+            self.views[key] = self.on(HOST)._narrowed(reach_in)._keeping(reach_out)
+        return self.views[key].on(self.memory)
+
+    def _narrowed(self, reach: int | None) -> Batch:
+        if reach is None:
+            return self
+        rows = self._rows_from(reach)
+        _, lengths = np.unique(self._sequence_of_rows()[rows], return_counts=True)
+        narrowed = Batch.of_sequences([np.zeros(n) for n in lengths])
+        logits_rows = np.searchsorted(rows, self.logits_rows).astype(np.int32)
+        return replace(narrowed, logits_rows=logits_rows)
+
+    def _keeping(self, reach: int | None) -> Batch:
+        if reach is None:
+            return self
+        return replace(self, logits_rows=self._rows_from(reach), views={})
+
+    def _rows_from(self, reach: int) -> npt.NDArray[np.int32]:
+        """Each sequence's rows from `reach` before the first of its `logits_rows` on."""
+        sequence = self._sequence_of_rows()
+        first = np.full(self.sequences, self.tokens + reach)  # where none is wanted: out of reach
+        np.minimum.at(first, sequence[self.logits_rows], self.logits_rows)
+        return np.flatnonzero(np.arange(self.tokens) >= first[sequence] - reach).astype(np.int32)
+
+    def _sequence_of_rows(self) -> npt.NDArray[np.intp]:
+        return np.repeat(np.arange(self.sequences), np.diff(self.cu_seqlens))
 
     def _moved(self, memory: Memory) -> Batch:
         def move(array: Any) -> Any:

@@ -20,6 +20,7 @@ from lfm2kit.loading import Setup
 from lfm2kit.model import LFM2
 from lfm2kit.placement import Placed
 from lfm2kit.specs import Work
+from lfm2kit.trim import TrimmedModel
 
 WARM_UPS = 1
 MOST_STEPS = 256  # tokens that a decoding sequence grows by
@@ -100,11 +101,12 @@ def forwards(
     setup: Setup, model: LFM2, samples: Sequence[int], seq_len: int, seed: int
 ) -> Iterator[Contender]:
     """The whole model, ids in to logits out on the host, at each number of samples."""
+    name = "trimmed model" if isinstance(model.spec, TrimmedModel) else "model"
     for n in samples:
         batch = random_batch(n, seq_len, model.spec.embed_tokens.vocab_size, seed)
         yield Contender(
             backend=str(setup.plan),
-            test=f"model {n}x{seq_len}",
+            test=f"{name} {n}x{seq_len}",
             samples=n,
             tokens=n * seq_len,
             work=model.spec.work(batch, _itemsize(setup, model.placed)),

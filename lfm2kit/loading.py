@@ -22,6 +22,7 @@ from lfm2kit.placement import Join, Joins, Placed, Placer
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.transport import Transport
+from lfm2kit.trim import trim as trimmed
 
 EMBEDDED = Path(__file__).parent / "models"
 AUTO = "auto"
@@ -82,13 +83,15 @@ def set_up(
     *,
     context: Context | None = None,
     n_cpu_moe: int = 0,
+    trim: bool = False,
     transport: Transport | None = None,
     plugins: Plugins | None = None,
 ) -> Setup:
     """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
 
-    `n_cpu_moe` puts the experts of the first so many MoE layers on the CPU; with a `transport`
-    of several ranks, each holds its share of every layer's experts.
+    `n_cpu_moe` puts the experts of the first so many MoE layers on the CPU; `trim` leaves out
+    rows that no logit depends on (see `lfm2kit.trim`); with a `transport` of several ranks, each
+    holds its share of every layer's experts.
     """
     plugins = plugins or installed_plugins()
     context = context or Context()
@@ -103,7 +106,8 @@ def set_up(
     if transport is not None:
         model = shard(model, transport.world)
         joins = {**JOINS, ExpertParallelMoe: Join(join(transport), HOST)}
-    placed = Placer(plan, create, joins, plugins.backends).place(model)
+    placer = Placer(plan, create, joins, plugins.backends)
+    placed = placer.place(trimmed(model) if trim else model)
     return Setup(checkpoint, plan, placed, plugins, create, joins)
 
 

@@ -16,6 +16,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import Memory
 from lfm2kit.plan import Plan
 from lfm2kit.specs import Spec
+from lfm2kit.trim import TrimmedModel
 
 
 class Join(NamedTuple):
@@ -65,7 +66,7 @@ class Placer:
     joins: Joins
     installed: Iterable[str] = ()
 
-    def place(self, model: specs.Model) -> Placed:
+    def place(self, model: specs.Model | TrimmedModel) -> Placed:
         """The whole model's tree; `Lfm2kitError` where a backend lacks a block it is given."""
         self.plan.check(model)
         home = self.create(self.plan.default).memory(model.embed_tokens)
@@ -113,7 +114,7 @@ class Placer:
 def _part_place(
     name: str, scope: str, part: specs.Part, layer: int | None
 ) -> tuple[str, str, Spec, int | None]:
-    if isinstance(part.spec, specs.Layer):
+    if part.spec.kind == specs.Layer.kind:
         layer = int(part.role.removeprefix("layers."))
     return _dotted(name, part.role), _dotted(scope, part.scope), part.spec, layer
 

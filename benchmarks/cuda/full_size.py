@@ -26,6 +26,7 @@ from lfm2kit.model import JOINS, LFM2, Builder, build_model
 from lfm2kit.placement import Placer
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import installed_plugins
+from lfm2kit.trim import trim
 
 POOL = 1 << 26  # random numbers that all tensors share
 
@@ -65,12 +66,13 @@ class RandomTensors(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def build(plan: Plan, precision: str, stored_as: DType) -> LFM2:
+def build(plan: Plan, precision: str, stored_as: DType, trimmed: bool = False) -> LFM2:
     """The full-size model, its blocks from `plan`."""
     plugins = installed_plugins()
     create = plugins.creator(Context(precision=precision))
     spec = model_spec(LFM2_8B_A1B, tied=True)
-    placed = Placer(plan, create, JOINS, plugins.backends).place(spec)
+    placer = Placer(plan, create, JOINS, plugins.backends)
+    placed = placer.place(trim(spec) if trimmed else spec)
     weights = Weights(RandomTensors(spec.parameters(), stored_as))
     return build_model(placed, Builder(weights, create), plan.default)
 
@@ -93,9 +95,11 @@ def main() -> None:
     parser.add_argument("--stored-as", default="BF16", choices=("F32", "BF16"))
     parser.add_argument("-n", default="16,32,64,128")
     parser.add_argument("-r", "--repetitions", type=int, default=10)
+    parser.add_argument("--trim", action="store_true", help="leave out rows that no logit needs")
     options = parser.parse_args()
     start = time.perf_counter()
-    model = build(Plan.parse(options.backend), options.precision, options.stored_as)
+    plan = Plan.parse(options.backend)
+    model = build(plan, options.precision, options.stored_as, options.trim)
     seconds = time.perf_counter() - start
     size = model.spec.weight_elements() * (2 if options.stored_as == "BF16" else 4)
     print(f"loaded in {seconds:.1f} s, {size / 1e9 / seconds:.1f} GB/s as stored\n")

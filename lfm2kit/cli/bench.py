@@ -62,14 +62,17 @@ def bench(
     output: Annotated[Form, typer.Option("-o", "--output", help="Form of the table.")] = Form.md,
     precision: options.PrecisionOption = "fp32",
     threads: options.ThreadsOption = None,
+    trim: options.TrimOption = False,
     seed: Annotated[int, typer.Option(help="Of the random ids and activations.")] = 0,
 ) -> None:
     """Measures the model or its blocks: median and spread, beside this machine's ceilings."""
     samples = _whole_numbers(n)
     if decode and block:
         raise Lfm2kitError("--decode measures the whole model; leave out --block")
+    if trim and (decode or block):
+        raise Lfm2kitError("--trim is for whole samples through the whole model; leave it out here")
     checkpoint = options.open_model(model)
-    setups = [_set_up(checkpoint, text, precision, threads) for text in backend or [AUTO]]
+    setups = [_set_up(checkpoint, text, precision, threads, trim) for text in backend or [AUTO]]
     for setup in setups:
         for note in setup.notes():
             remark(note)
@@ -89,9 +92,12 @@ def bench(
         remark(f"{plan}: this machine's ceilings: {gflops:.0f} GFLOP/s FMA, {gbytes:.1f} GB/s read")
 
 
-def _set_up(checkpoint: Checkpoint, text: str, precision: str, threads: int | None) -> Setup:
+def _set_up(
+    checkpoint: Checkpoint, text: str, precision: str, threads: int | None, trim: bool
+) -> Setup:
     context = options.context_for(precision, threads, World())
-    return set_up(checkpoint, Plan.parse(text), context=context, plugins=installed_plugins())
+    plan, plugins = Plan.parse(text), installed_plugins()
+    return set_up(checkpoint, plan, context=context, trim=trim, plugins=plugins)
 
 
 def _contenders(

@@ -41,6 +41,10 @@ CpuMoeOption = Annotated[
     int,
     typer.Option("--n-cpu-moe", "-ncmoe", min=0, help="Experts of the first N MoE layers on CPU."),
 ]
+TrimOption = Annotated[
+    bool,
+    typer.Option("--trim", help="Leave out rows that no logit depends on, in the last layers."),
+]
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE|-", help="Also write the result as JSON; - is stdout."),

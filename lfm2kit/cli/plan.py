@@ -14,6 +14,7 @@ from lfm2kit.cli.console import Report, tables
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.placement import Placed
 from lfm2kit.transport import World
+from lfm2kit.trim import TrimmedLayer, TrimmedModel
 
 
 def plan(
@@ -23,6 +24,7 @@ def plan(
     precision: options.PrecisionOption = "fp32",
     threads: options.ThreadsOption = None,
     n_cpu_moe: options.CpuMoeOption = 0,
+    trim: options.TrimOption = False,
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of a forward, for the workspace.")
     ] = 2048,
@@ -33,7 +35,7 @@ def plan(
     checkpoint = options.open_model(model)
     context = options.context_for(precision, threads, World())
     chosen = options.chosen_plan(backend, plan)
-    setup = set_up(checkpoint, chosen, context=context, n_cpu_moe=n_cpu_moe)
+    setup = set_up(checkpoint, chosen, context=context, n_cpu_moe=n_cpu_moe, trim=trim)
     rows = [_row(leaf, setup, tokens) for leaf in setup.placed.leaves()]
     totals = _totals(rows)
     report.fields = {
@@ -43,6 +45,7 @@ def plan(
         "blocks": rows,
         "totals": totals,
         "copies": setup.placed.copies(),
+        "rows_kept": _rows_kept(setup),
         "notes": list(setup.notes()),
     }
     if json != "-":
@@ -65,6 +68,13 @@ def _row(leaf: Placed, setup: Setup, tokens: int) -> dict[str, Any]:
         "workspace_bytes": workspace,
         "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
     }
+
+
+def _rows_kept(setup: Setup) -> dict[str, int]:
+    """What `--trim` leaves of a sample, by layer."""
+    model = setup.placed.spec
+    layers = enumerate(model.layers if isinstance(model, TrimmedModel) else ())
+    return {f"layers.{i}": one.rows_out for i, one in layers if isinstance(one, TrimmedLayer)}
 
 
 def _totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -97,6 +107,8 @@ def _show(
             f"{memory}: {sizes}, {_size(total['workspace_bytes'])} of workspace at {tokens} tokens"
         )
     console.print(f"copies between memories in a forward: {setup.placed.copies()}")
+    for layer, kept in _rows_kept(setup).items():
+        console.print(f"{layer}: {kept} of a sample's rows go on after its operator")
     for note in setup.notes():
         console.print(note)
 

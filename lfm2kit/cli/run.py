@@ -64,6 +64,7 @@ def run(
     precision: options.PrecisionOption = "fp32",
     threads: options.ThreadsOption = None,
     n_cpu_moe: options.CpuMoeOption = 0,
+    trim: options.TrimOption = False,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Processes that share samples and experts (MPI).")
     ] = None,
@@ -86,6 +87,7 @@ def run(
         precision=precision,
         threads=threads,
         n_cpu_moe=n_cpu_moe,
+        trim=trim,
         json=json,
     )
     report = Report(json)
@@ -118,6 +120,7 @@ class Request:
     precision: str
     threads: int | None
     n_cpu_moe: int
+    trim: bool
     json: str | None
 
 
@@ -141,6 +144,7 @@ def prepare(request: Request, plugins: Plugins, transport: Transport | None) -> 
         request.plan,
         context=options.context_for(request.precision, request.threads, world),
         n_cpu_moe=request.n_cpu_moe,
+        trim=request.trim,
         transport=transport,
         plugins=plugins,
     )
@@ -230,13 +234,17 @@ def introduce(
         "parameters": size,
         "backend": str(prepared.setup.plan),
         "precision": request.precision,
+        "trim": request.trim,
         "ranks": ranks,
         "samples": n,
         "tokens_per_sample": seq_len,
         "batch_size": prepared.batch_size,
     }
     report.line(f"Model: {prepared.checkpoint.path} ({size / 1e6:.4g} M parameters)")
-    report.line(f"Backend: {prepared.setup.plan}{chosen}, {request.precision}, ranks: {ranks}")
+    trimmed = ", trimmed" if request.trim else ""
+    report.line(
+        f"Backend: {prepared.setup.plan}{chosen}, {request.precision}{trimmed}, ranks: {ranks}"
+    )
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
     for note in prepared.setup.notes():
         remark(note)

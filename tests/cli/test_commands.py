@@ -93,6 +93,16 @@ def test_outputs_are_the_same_bits_at_every_batch_size(
     assert samples.read_answers(whole).shape == (7, 1024)
 
 
+@pytest.mark.parametrize("plan", ["reference", "cpu_simd", "hybrid", "cpu_simd,moe=reference"])
+def test_outputs_are_the_same_bits_when_trimmed(cli: Cli, plan: str, tmp_path: Path) -> None:
+    whole, trimmed = tmp_path / "whole.bin", tmp_path / "trimmed.bin"
+    assert cli("run", "-n", 7, "-b", plan, "--outputs", whole).code == 0
+    done = cli("run", "-n", 7, "-b", plan, "--outputs", trimmed, "--trim", "--json", "-")
+    assert json.loads(done.out)["trim"] is True
+    assert "fp32, trimmed" in done.err
+    assert whole.read_bytes() == trimmed.read_bytes()
+
+
 def test_the_number_of_threads_does_not_change_a_bit(cli: Cli, tmp_path: Path) -> None:
     one, two = tmp_path / "one.bin", tmp_path / "two.bin"
     assert cli("run", "-n", 9, "--threads", 1, "--outputs", one).code == 0
@@ -226,6 +236,14 @@ def test_plan_shows_every_block_once_and_adds_up(cli: Cli) -> None:
     assert "layers.7.operator" in cli("plan").out
 
 
+def test_plan_shows_how_many_rows_trimmed_layers_keep(cli: Cli) -> None:
+    fields = json.loads(cli("plan", "--trim", "--json", "-").out)
+    assert fields["rows_kept"] == {"layers.5": 5, "layers.6": 3, "layers.7": 1}
+    assert "layers.7.last_rows" in {row["block"] for row in fields["blocks"]}
+    assert "layers.7: 1 of a sample's rows" in cli("plan", "--trim").out
+    assert json.loads(cli("plan", "--json", "-").out)["rows_kept"] == {}
+
+
 def test_a_plan_file_says_the_same_as_text(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     path.write_text('default = "cpu_simd"\n[[rule]]\nkind = "attn"\nbackend = "reference"\n')
@@ -292,6 +310,15 @@ def test_bench_decodes_one_token_after_another(cli: Cli) -> None:
     assert three["tokens_per_second"] == pytest.approx(3 / three["median_seconds"])
 
 
+def test_bench_measures_a_trimmed_model_by_the_work_that_is_left(cli: Cli) -> None:
+    arguments = ("bench", "-n", "2", "-r", 2, "-b", "cpu_simd", "-o", "json")
+    (whole,) = json.loads(cli(*arguments).out)["results"]
+    (trimmed,) = json.loads(cli(*arguments, "--trim").out)["results"]
+    assert (whole["test"], trimmed["test"]) == ("model 2x16", "trimmed model 2x16")
+    flops = [row["gflops"] * row["median_seconds"] for row in (whole, trimmed)]
+    assert 0.7 < flops[1] / flops[0] < 0.9  # 2.2 of 8 layers are left out
+
+
 def test_warmup_names_the_plan_that_is_ready(cli: Cli) -> None:
     done = cli("warmup", "-b", "cpu_simd,attn=reference", "--json", "-")
     fields = json.loads(done.out)
@@ -302,6 +329,8 @@ def test_warmup_names_the_plan_that_is_ready(cli: Cli) -> None:
 def test_bench_refuses_nonsense(cli: Cli) -> None:
     fails(cli("bench", "-n", "1,x"), "1,x")
     fails(cli("bench", "--decode", "--block", "moe"), "leave out --block")
+    fails(cli("bench", "--decode", "--trim"), "whole samples")
+    fails(cli("bench", "--block", "moe", "--trim"), "whole samples")
 
 
 def test_convert_goes_both_ways_to_the_same_bits(cli: Cli, tmp_path: Path) -> None:

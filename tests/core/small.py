@@ -13,6 +13,7 @@ from lfm2kit.model import JOINS, LFM2, Builder, build_model
 from lfm2kit.placement import Placer
 from lfm2kit.plan import Plan
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.trim import TrimmedModel
 from lfm2kit.weights import Weights
 
 FIELDS = {
@@ -58,7 +59,7 @@ def random_weights(spec: specs.Spec, seed: int = 0) -> Weights:
 
 
 def build(
-    spec: specs.Model,
+    spec: specs.Model | TrimmedModel,
     plan: str = "reference",
     backends: Mapping[str, Backend] | None = None,
     **builder: object,

@@ -53,13 +53,26 @@ def test_t18_the_logits_of_several_ranks_have_the_bits_of_one(
     np.testing.assert_array_equal(samples.read_answers(path), alone)
 
 
-def test_more_ranks_than_samples_leave_some_without_any(alone: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trim", [[], ["--trim"]])
+def test_more_ranks_than_samples_leave_some_without_any(
+    trim: list[str], alone: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "outputs.bin"
     done = lfm2kit(
-        "run", "-n", "1", "--ranks", "4", "--backend", "cpu_simd", "--outputs", str(path)
+        "run", "-n", "1", "--ranks", "4", "--backend", "cpu_simd", "--outputs", str(path), *trim
     )
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(samples.read_answers(path), alone[:1])
+
+
+def test_trimmed_layers_have_the_same_bits_on_several_ranks(alone: Any, tmp_path: Path) -> None:
+    path = tmp_path / "outputs.bin"
+    done = lfm2kit(
+        "run", "-n", "21", "--ranks", "2", "--backend", "cpu_simd", "--batch-size", "4", "--trim",
+        "--outputs", str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(samples.read_answers(path), alone)
 
 
 def test_a_plan_with_several_backends_works_across_ranks() -> None:
