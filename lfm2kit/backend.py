@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lfm2kit.batch import Batch
-from lfm2kit.memory import HOST, Array, HostMemory, Memory
+from lfm2kit.memory import HOST, Array, Bounded, HostMemory, Memory
 from lfm2kit.specs import Spec
 from lfm2kit.weights import DType, Tensor, Weights
 
@@ -27,6 +27,7 @@ __all__ = [
     "BackendPlugin",
     "Batch",
     "Block",
+    "Bounded",
     "Captures",
     "Ceilings",
     "Context",
@@ -135,7 +136,11 @@ class NeedsWorkspace(Protocol):
     """Capability: a backend that can say how much memory a block takes beyond its weights."""
 
     def workspace_bytes(self, spec: Spec, tokens: int) -> int:
-        """Bytes of packed copies and scratch of one block at `tokens` rows, before it is built."""
+        """Bytes of packed copies and scratch of one block at `tokens` rows, before it is built.
+
+        In a memory of its own, all that it keeps of its weights there is a copy.  At 0 rows it is
+        what the block takes at least.
+        """
         ...
 
 

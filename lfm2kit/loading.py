@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Context, Explains
+from lfm2kit.capacity import shortage
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.memory import HOST
@@ -50,6 +52,8 @@ class Setup:
     plugins: Plugins
     create: Callable[[str], Backend]
     joins: Joins
+    context: Context
+    again: Callable[..., Setup]  # the same, but for the options of `set_up` that it is given
 
     def notes(self) -> Iterator[str]:
         """What the backends of the plan have to say about this run."""
@@ -59,8 +63,39 @@ class Setup:
                 yield from (f"{name}: {note}" for note in backend.notes())
 
     def build(self, built: Callable[[Placed], None] = lambda placed: None) -> LFM2:
-        """The model, ready to run; `built` is called after each block."""
+        """The model, ready to run; `built` is called after each block.
+
+        Raises `Lfm2kitError` where a memory is too small, before any of it is taken.
+        """
+        if (sentence := self.shortage()) is not None:
+            raise Lfm2kitError(sentence)
         return build_model(self.placed, self.builder(built), self.plan.default)
+
+    def shortage(self) -> str | None:
+        """Which memory is too small, by how much, and what would fit; None if all is well."""
+        short = shortage(self.placed, self.create)
+        if short is None:
+            return None
+        nothing = "a smaller model: no --precision or --n-cpu-moe is enough"
+        return f"{short}; try {' or '.join(self._fitting()) or nothing}"
+
+    def _fitting(self) -> Iterator[str]:
+        """The options with which this setup would fit: a precision, and the fewest layers."""
+        for precision in self.plugins.backend(self.plan.default).precisions:
+            if self._fits(context=replace(self.context, precision=precision)):
+                yield f"--precision {precision}"
+                break
+        for count in range(1, 1 + len(self.checkpoint.spec.layers)):
+            if self._fits(n_cpu_moe=count):
+                yield f"--n-cpu-moe {count}"
+                break
+
+    def _fits(self, **changes: object) -> bool:
+        try:
+            other = self.again(**changes)
+        except Lfm2kitError:  # no such precision in a backend of the plan, or no such layer
+            return False
+        return shortage(other.placed, other.create) is None
 
     def builder(self, built: Callable[[Placed], None] = lambda placed: None) -> Builder:
         """What makes the blocks of `placed`, or of a part of it."""
@@ -96,6 +131,10 @@ def set_up(
     plugins = plugins or installed_plugins()
     context = context or Context()
     plan = _resolve_auto(plan, plugins, context)
+    again = partial(
+        set_up, checkpoint, plan, context=context, n_cpu_moe=n_cpu_moe, trim=trim,
+        transport=transport, plugins=plugins,
+    )  # fmt: skip
     if n_cpu_moe:
         plan = plan.with_cpu_experts(n_cpu_moe, checkpoint.spec, "cpu_simd")
     for name in sorted(plan.backends()):
@@ -108,7 +147,7 @@ def set_up(
         joins = {**JOINS, ExpertParallelMoe: Join(join(transport), HOST)}
     placer = Placer(plan, create, joins, plugins.backends)
     placed = placer.place(trimmed(model) if trim else model)
-    return Setup(checkpoint, plan, placed, plugins, create, joins)
+    return Setup(checkpoint, plan, placed, plugins, create, joins, context, again)
 
 
 def load_model(path: str | Path, backend: str = AUTO, *, threads: int | None = None) -> LFM2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,21 @@ class Memory(Protocol):
 
     def to_host(self, array: Array) -> npt.NDArray[Any]:
         """A NumPy array with the values of `array`, complete when this returns."""
+        ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """Capability of a memory that can say how much of it is left.
+
+    A model whose blocks need more of it (see `NeedsWorkspace`) is refused before it is built.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def free_bytes(self) -> int:
+        """Bytes that blocks can still take."""
         ...
 
 

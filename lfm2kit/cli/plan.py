@@ -8,7 +8,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lfm2kit.backend import NeedsWorkspace
+from lfm2kit.capacity import free_bytes, workspace_bytes
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, tables
 from lfm2kit.loading import Setup, set_up
@@ -46,6 +46,8 @@ def plan(
         "totals": totals,
         "copies": setup.placed.copies(),
         "rows_kept": _rows_kept(setup),
+        "free_bytes": free_bytes(setup.placed),
+        "shortage": setup.shortage(),
         "notes": list(setup.notes()),
     }
     if json != "-":
@@ -54,18 +56,13 @@ def plan(
 
 
 def _row(leaf: Placed, setup: Setup, tokens: int) -> dict[str, Any]:
-    assert leaf.backend is not None  # a leaf's always is
-    backend = setup.create(leaf.backend)
-    workspace = (
-        backend.workspace_bytes(leaf.spec, tokens) if isinstance(backend, NeedsWorkspace) else None
-    )
     return {
         "block": leaf.name,
         "spec": type(leaf.spec).__name__,
         "backend": leaf.backend,
         "memory": leaf.memory.name,
         "weight_bytes": setup.stored_bytes(leaf),
-        "workspace_bytes": workspace,
+        "workspace_bytes": workspace_bytes(leaf, setup.create, tokens),
         "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
     }
 
@@ -101,11 +98,14 @@ def _show(
         table.add_row(*texts, _size(row["weight_bytes"]), _size(row["workspace_bytes"]))
     console.print(f"{setup.checkpoint.path}: {setup.plan}")
     console.print(table)
+    free = free_bytes(setup.placed)
     for memory, total in totals.items():
         sizes = f"{_size(total['weight_bytes'])} of weights as stored"
-        console.print(
-            f"{memory}: {sizes}, {_size(total['workspace_bytes'])} of workspace at {tokens} tokens"
-        )
+        left = f"; {_size(free[memory])} are free" if memory in free else ""
+        workspace = f"{_size(total['workspace_bytes'])} of workspace at {tokens} tokens"
+        console.print(f"{memory}: {sizes}, {workspace}{left}")
+    if (shortage := setup.shortage()) is not None:
+        console.print(shortage)
     console.print(f"copies between memories in a forward: {setup.placed.copies()}")
     for layer, kept in _rows_kept(setup).items():
         console.print(f"{layer}: {kept} of a sample's rows go on after its operator")

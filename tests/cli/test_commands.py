@@ -18,6 +18,8 @@ import pytest
 from lfm2kit import samples
 from lfm2kit.__main__ import main
 from lfm2kit.loading import EMBEDDED
+from lfm2kit.memory import HostMemory
+from lfm2kit.reference.backend import ReferenceBackend
 
 TINY = EMBEDDED / "tiny"
 
@@ -242,6 +244,35 @@ def test_plan_shows_how_many_rows_trimmed_layers_keep(cli: Cli) -> None:
     assert "layers.7.last_rows" in {row["block"] for row in fields["blocks"]}
     assert "layers.7: 1 of a sample's rows" in cli("plan", "--trim").out
     assert json.loads(cli("plan", "--json", "-").out)["rows_kept"] == {}
+
+
+@pytest.fixture
+def half_a_gigabyte_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostMemory, "free_bytes", lambda self: 500_000_000, raising=False)
+    monkeypatch.setattr(
+        ReferenceBackend, "workspace_bytes", lambda self, spec, tokens: 100_000_000, raising=False
+    )
+
+
+@pytest.mark.usefixtures("half_a_gigabyte_free")
+@pytest.mark.parametrize("command", ["run", "bench", "warmup"])
+def test_too_little_memory_is_an_error_before_loading(cli: Cli, command: str) -> None:
+    done = cli(command, "-b", "reference")
+    assert done.code == 2
+    (line,) = (line for line in done.err.splitlines() if "error:" in line)
+    assert "memory 'host' is too small" in line
+    assert "3.7 GB are missing" in line
+    assert "Elapsed" not in done.out
+
+
+@pytest.mark.usefixtures("half_a_gigabyte_free")
+def test_plan_shows_what_is_free_and_missing(cli: Cli) -> None:
+    fields = json.loads(cli("plan", "-b", "reference", "--json", "-").out)
+    assert fields["free_bytes"] == {"host": 500_000_000}
+    assert "3.7 GB are missing" in fields["shortage"]
+    out = cli("plan", "-b", "reference").out
+    assert "of workspace at 2048 tokens; 500 MB are free" in out
+    assert fields["shortage"] in out
 
 
 def test_a_plan_file_says_the_same_as_text(cli: Cli, tmp_path: Path) -> None:

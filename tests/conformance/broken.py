@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Block, Memory, Spec, Weights
+from lfm2kit.backend import HOST, Block, HostMemory, Memory, Spec, Weights
 from lfm2kit.reference import attention, feed_forward, rows, short_conv
 from lfm2kit.reference.backend import BLOCKS, ReferenceBackend
 from lfm2kit.reference.linear import linear, rms_norm
@@ -551,6 +551,21 @@ class LossyMemory:
 class LivesInLossyMemory(BrokenBackend):
     def memory(self, spec: Spec) -> Memory:
         return LossyMemory()
+
+
+class WorkspaceForNoRows(BrokenBackend):
+    def workspace_bytes(self, spec: Spec, tokens: int) -> int:
+        return 4096 // max(tokens, 1)
+
+
+class LivesInOverdrawnMemory(BrokenBackend):
+    def memory(self, spec: Spec) -> Memory:
+        return OverdrawnMemory()
+
+
+class OverdrawnMemory(HostMemory):
+    def free_bytes(self) -> int:
+        return -1
 
 
 def around(kind: type[Spec], wrapper: Callable[[Block], Block]) -> BrokenBackend:

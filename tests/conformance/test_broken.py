@@ -186,6 +186,14 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
     "columns beyond 1024": (around(MLP, broken.StopsAt1024Columns), ("real-widths",)),
     "unknown spec raises": (broken.RaisesForUnknownSpecs({}), ("unknown-spec-is-refused",)),
     "lossy memory": (broken.LivesInLossyMemory({}), ("memory-round-trip",)),
+    "less workspace for more rows": (
+        broken.WorkspaceForNoRows({}),
+        ("sizes-are-known-before-building",),
+    ),
+    "less than nothing free": (
+        broken.LivesInOverdrawnMemory({}),
+        ("sizes-are-known-before-building",),
+    ),
 }
 
 

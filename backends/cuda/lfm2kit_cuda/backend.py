@@ -60,11 +60,13 @@ class CudaBackend:
 
     def workspace_bytes(self, spec: Spec, tokens: int) -> int:
         """The packed copy of every matrix; activations are a few arrays as large as x."""
+        if isinstance(spec, specs.Embedding):
+            return 2 * spec.weight_elements()  # at least: it stays as it is stored
         return sum(
             self._gemm.packed_bytes(shape)
             for leaf in specs.leaves(spec)
             for shape in leaf.parameters().values()
-            if len(shape) == 2 and not isinstance(leaf, specs.Embedding)
+            if len(shape) == 2
         )
 
     def ceilings(self) -> Ceilings:

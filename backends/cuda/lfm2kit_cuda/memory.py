@@ -28,5 +28,10 @@ class CudaMemory:
         array.get(out=host)
         return host
 
+    def free_bytes(self) -> int:
+        """What the driver has left, and what CuPy's pool holds for later."""
+        free, _ = cupy.cuda.runtime.memGetInfo()
+        return int(free) + int(cupy.get_default_memory_pool().free_bytes())
+
 
 CUDA = CudaMemory()

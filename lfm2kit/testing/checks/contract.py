@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
+from lfm2kit.backend import Bounded, NeedsWorkspace
 from lfm2kit.batch import Batch
 from lfm2kit.specs import Spec
 from lfm2kit.testing.checks.registry import check
@@ -55,6 +56,25 @@ def memory_round_trip(trial: Trial) -> None:
                 assert_same(back, array, what)
                 if back.dtype != dtype:
                     raise CheckFailed(f"{what}: came back as {back.dtype}")
+
+
+@check
+def sizes_are_known_before_building(trial: Trial) -> None:
+    """What `workspace_bytes` and a memory's `free_bytes` say are whole numbers, in order.
+
+    A run is refused where blocks need more at 0 rows than is free.
+    """
+    for spec in trial.first_of_kinds():
+        if trial.backend.why_unsupported(spec) is not None:
+            continue  # joined of parts, which have their turn
+        memory, sizes = trial.backend.memory(spec), [0]
+        if isinstance(trial.backend, NeedsWorkspace):
+            sizes += [trial.backend.workspace_bytes(spec, tokens) for tokens in (0, 1, 17, 4096)]
+        if sizes != sorted(sizes) or not all(type(size) is int for size in sizes):
+            raise CheckFailed(f"{spec}: workspace_bytes at 0, 1, 17 and 4096 rows: {sizes[1:]}")
+        free = memory.free_bytes() if isinstance(memory, Bounded) else 0
+        if type(free) is not int or free < 0:
+            raise CheckFailed(f"memory {memory.name!r}: free_bytes() is {free!r}")
 
 
 @check
