@@ -50,9 +50,9 @@ def test_logits_of_transformers(case: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_kernel_for_older_chips(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lfm2kit_cuda import gemm16
+    from lfm2kit_cuda import device
 
-    monkeypatch.setattr(gemm16, "compute_capability", lambda: (8, 0))
+    monkeypatch.setattr(device, "compute_capability", lambda: (8, 0))
     older = installed_plugins().creator(Context(precision=precision))("cuda")
     for name in ("mlp", "experts", "short-conv", "lm-head", "batch-independence", "zero-rows"):
         run_check(name, older, precision)

@@ -6,10 +6,11 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit_cuda import device
 from lfm2kit_cuda.gemm import Gemm
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
+from lfm2kit_cuda.gemm90 import HopperGemm
 from lfm2kit_cuda.products import Arithmetic
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-BF16_FROM = (8, 0)
+BF16_FROM, HOPPER = (8, 0), 9
 
 
 def arithmetic(precision: str) -> Arithmetic:
@@ -22,4 +23,5 @@ def arithmetic(precision: str) -> Arithmetic:
         )
     if precision == "fp32":
         return Gemm()
-    return TensorCoreGemm(precision.upper().replace("FP", "F"))
+    tensor_cores = HopperGemm if device.compute_capability()[0] == HOPPER else TensorCoreGemm
+    return tensor_cores(precision.upper().replace("FP", "F"))

@@ -1,4 +1,4 @@
-"""Matrix products on tensor cores: the arithmetic of precisions bf16 and fp16.
+"""Matrix products on tensor cores (mma.sync): precisions bf16 and fp16.
 
 Weights and the activations that products read have 16 bits; sums, and all that is handed from
 block to block, have 32.
@@ -34,11 +34,6 @@ MMA = Blocks(
         (16, 128): 40,
     },
 )
-WGMMA = Blocks(
-    THREADS,
-    sharing=(1.0,),
-    menu={(128, 256): 110, (64, 256): 64, (64, 128): 40, (64, 64): 30},
-)
 
 # In F16 the products of SwiGLU could pass 65504: they are kept 64 times smaller, w2 larger.
 GATED_SCALE = {"BF16": 1.0, "F16": 1 / 64}
@@ -47,9 +42,12 @@ GATED_SCALE = {"BF16": 1.0, "F16": 1 / 64}
 class TensorCoreGemm:
     def __init__(self, activation: str) -> None:
         self.activation = activation
-        self._is_hopper = compute_capability()[0] == 9
-        self._blocks = WGMMA if self._is_hopper else MMA
         self._scale = GATED_SCALE[activation]
+        self._constants = {
+            "HALF": activation,
+            "MMA_TYPE": f'"{activation.lower()}"',
+            "GATED_SCALE": f"{self._scale}f",
+        }
 
     def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
         return TILE_ROWS, TILE_ROWS
@@ -97,27 +95,31 @@ class TensorCoreGemm:
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
         out = cupy.empty((tiles.rows if tiles else len(x), matrix.columns), cupy.float32)
-        kernel, outputs = self._kernel("linear"), (bias, out)
-        launch(kernel, self._blocks, x, matrix, outputs, tiles, matrix.columns)
+        self._launch("linear", x, matrix, (bias, out), tiles, matrix.columns)
         return out
 
     def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
         columns = padded(matrix.columns, CHUNK)  # the padding is silu(0) * 0
         out = cupy.empty((tiles.rows if tiles else len(x), columns), cupy.uint16)
-        launch(self._kernel("gated"), self._blocks, x, matrix, (out,), tiles, columns)
+        self._launch("gated", x, matrix, (out,), tiles, columns)
         return out
 
+    def _launch(
+        self,
+        name: str,
+        x: cupy.ndarray,
+        matrix: Matrix,
+        outputs: tuple[cupy.ndarray | None, ...],
+        tiles: RowTiles | None,
+        columns: int,
+    ) -> None:
+        launch(self._kernel(name), MMA, x, matrix, outputs, tiles, columns)
+
     def _kernel(self, name: str) -> Kernel:
-        shared_bytes = 1024 * _shared_kilobytes()
-        return load_kernel(
-            "gemm90" if self._is_hopper else "gemm16",
-            name,
-            shared_bytes,
-            HALF=self.activation,
-            MMA_TYPE=f'"{self.activation.lower()}"',
-            SHARED_BYTES=shared_bytes,
-            GATED_SCALE=f"{self._scale}f",
-        )
+        kilobytes = 96 if compute_capability() >= (8, 0) else 64  # two blocks share a processor's
+        shared_bytes = 1024 * kilobytes
+        constants = {**self._constants, "SHARED_BYTES": shared_bytes}
+        return load_kernel("gemm16", name, shared_bytes, **constants)
 
     def _panels(self, groups: int, inputs: int, columns: int) -> cupy.ndarray:
         shape = groups, padded(columns, WIDTH), padded(inputs, CHUNK)
@@ -136,9 +138,3 @@ class TensorCoreGemm:
         kernel = load_kernel("packing", f"narrow_{matrix.dtype}_{self.activation}")
         weights = upload(matrix.data)
         kernel((out,), THREADS, weights, panel, inputs, panel.shape[1], run, stride, offset, scale)
-
-
-def _shared_kilobytes() -> int:
-    """Of a block: two share a multiprocessor, but for Hopper's kernel."""
-    capability = compute_capability()
-    return 208 if capability[0] == 9 else 96 if capability >= (8, 0) else 64

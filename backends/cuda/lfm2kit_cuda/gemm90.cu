@@ -1,131 +1,217 @@
-// out = A @ W.T on Hopper's tensor cores (wgmma): as gemm16.cu, with the same operands, tiles and
-// interleaving of w1 and w3, for chips of compute capability 9.0.  HALF is BF16 or F16.
+// out = A @ W.T on Hopper's tensor cores (wgmma): operands in 16 bits, sums in float32, in steps of
+// 16 over k, from 0 on, whatever the tile: equal bits in every batch.  HALF is BF16 or F16.
 //
-// A block of two warpgroups makes 128 rows x 256 columns, a warpgroup 64 rows; or 64 rows x 256,
-// 128 or 64 columns, a warpgroup half of the columns.  Every output element is the same chain over
-// k in all of them.  Threads copy both operands to shared memory 16 bytes at a time, so that rows
-// can be gathered; the matrix instructions read them there, and run on while the next are started.
-#include "async_copy.cuh"
-#include "tile16.cuh"
+//   a_mk      rows of activations of `k` elements (a multiple of 8), in place or through source_m
+//   w_gpsrk   matrices packed by `panel` in packing.cu: [groups][width / 256][steps][256][64]
+//   tiles     (group, first row, rows, the group's first tile | its tiles << 16); without a list,
+//             rows in steps of tile_rows, group 0
+//
+// Weights are the instruction's rows of 64 and activations its n, so that n follows the rows of an
+// expert.  As many blocks as multiprocessors take tiles in turns.  In a block one warpgroup copies
+// stages of 64 k, and two multiply, each 128 columns by all rows of the tile, or, if the tile has
+// only 128 columns, by half of them.  A tile's copies begin while the last is being stored.
+//
+// Weights come as whole stretches, as they are; rows of activations, which may be gathered, 16
+// bytes at a time.  Both have k inside, 64 elements in a row of 128 bytes, swizzled.
+#include "epilogue90.cuh"
+#include "ring.cuh"
 #include "wgmma.cuh"
 
-constexpr int kRowBytes = kTileK * 2, kBlocks = 1;
+constexpr int kTileK = 64, kRowBytes = kTileK * 2;
+constexpr int kPanel = 256, kHalf = 128;              // columns of a panel, of a warpgroup
+constexpr int kChunk = 8, kChunks = kTileK / kChunk;  // elements of 16 bytes
+constexpr int kGroup = 128, kThreads = 3 * kGroup;    // threads of a warpgroup, of a block
+constexpr int kStep = 16;                             // a warpgroup's rows are a multiple of it
+constexpr int kMostRows = 256;                        // of a tile
+constexpr int kCopyRows = kGroup / kChunks, kMostCopies = kMostRows / kCopyRows;
 
-template <int kTileM, int kTileN>
-struct Product {
-  static constexpr int kColumns = kTileM == 128 ? kTileN : kTileN / 2;  // of a warpgroup
-  static constexpr int kStage = (kTileM + kTileN) * kRowBytes;
-  static constexpr int kStages = SHARED_BYTES / kStage < 8 ? SHARED_BYTES / kStage : 8;
-  static constexpr int kAhead = kStages - 2;  // the stage before last may still be multiplied
-  static constexpr int kCopiesA = kTileM / kCopyRows, kCopiesW = kTileN / kCopyRows;
+struct Operands {
+  const HALF* a_mk;
+  const int* source_m;
+  const HALF* w_gpsrk;
+  const int4* tiles;
+  const int* tile_count;
+  int tile_rows, tile_columns;
+  int m, k, width;
 
-  const HALF* a_of[kCopiesA];
-  const HALF* w_at;
-  char* shared;
-  int k, chunk, copy_row, row, column;
+  __device__ int steps() const { return (k + kTileK - 1) / kTileK; }
+};
 
-  __device__ Product(const HALF* a_mk, const int* source_m, const HALF* w_nk, Tile tile, int k,
-                     char* shared)
-      : shared(shared), k(k) {
-    chunk = threadIdx.x % kChunks;
-    copy_row = threadIdx.x / kChunks;
+struct Tile {
+  int group, row, rows, column;  // rows < 0: there is none
+};
+
+// Listed tiles of a group take turns at each block of columns, so that its weights are read from
+// memory once.
+__device__ inline Tile tile_at(int index, const Operands& of) {
+  int blocks = of.width / of.tile_columns;
+  if (!of.tiles) {
+    int count = (of.m + of.tile_rows - 1) / of.tile_rows, row = index % count * of.tile_rows;
+    if (index >= count * blocks) return Tile{0, 0, -1, 0};
+    return Tile{0, row, min(of.tile_rows, of.m - row), index / count * of.tile_columns};
+  }
+  if (index >= *of.tile_count * blocks) return Tile{0, 0, -1, 0};
+  int siblings = of.tiles[index / blocks].w, first = siblings & 0xffff, count = siblings >> 16;
+  int turn = index - first * blocks;
+  int4 listed = of.tiles[first + turn % count];
+  return Tile{listed.x, listed.y, listed.z, turn / count * of.tile_columns};
+}
+
+// The rows of a tile that a warpgroup multiplies, with padding.
+__device__ inline int rows_each(const Tile& tile, int tile_columns) {
+  int rows = tile_columns == kPanel ? tile.rows : (tile.rows + 1) / 2;
+  return (rows + kStep - 1) / kStep * kStep;
+}
+
+// Fills the ring's stages with the operands of this block's tiles, and at last one without a tile.
+__device__ __forceinline__ void copy_tiles(Ring ring, Tile* tile_of, const Operands& of) {
+  int thread = threadIdx.x % kGroup, chunk = thread % kChunks, copy_row = thread / kChunks;
+  int steps = of.steps(), panels = of.width / kPanel, weight_bytes = of.tile_columns * kRowBytes;
+  int to = weight_bytes + (copy_row * kChunks + (chunk ^ copy_row % 8)) * 16;
+  const char* activations = reinterpret_cast<const char*>(of.a_mk);
+  for (int index = blockIdx.x;; index += gridDim.x) {
+    Tile tile = tile_at(index, of);
+    if (tile.rows < 0) break;
+    int copies = rows_each(tile, of.tile_columns) * (kPanel / of.tile_columns) / kCopyRows;
+    u32 from[kMostCopies];  // in chunks
 #pragma unroll
-    for (int i = 0; i < kCopiesA; ++i) {
-      int from = tile.row + min(copy_row + i * kCopyRows, tile.rows - 1);  // the last again
-      a_of[i] = a_mk + size_t(source_m ? source_m[from] : from) * k + chunk * kChunk;
+    for (int i = 0; i < kMostCopies; ++i) {
+      int row = tile.row + min(copy_row + i * kCopyRows, tile.rows - 1);  // the last again
+      if (i < copies) from[i] = (of.source_m ? of.source_m[row] : row) * u32(of.k / kChunk) + chunk;
     }
-    w_at = w_nk + size_t(tile.column + copy_row) * k + chunk * kChunk;
-    int warpgroup = threadIdx.x / 128;
-    row = kTileM == 128 ? warpgroup * 64 : 0;
-    column = kTileM == 128 ? 0 : warpgroup * kColumns;
-  }
-
-  __device__ __forceinline__ void load(int stage, int k0) const {
-    int wanted = k0 + chunk * kChunk < k ? 16 : 0;
-    char* a = shared + stage * kStage;
+    size_t panel = size_t(tile.group) * panels + tile.column / kPanel;
+    const char* weights = reinterpret_cast<const char*>(of.w_gpsrk)
+                          + (panel * steps * kPanel + tile.column % kPanel) * kRowBytes;
+    for (int s = 0; s < steps; ++s, ring.next()) {
+      u64* filled = ring.filled + ring.stage;
+      ring.wait_until_read();
+      if (thread == 0) {
+        tile_of[ring.stage] = tile;
+        barrier_expect(filled, weight_bytes);
+        copy_stretch(ring.at(), weights + size_t(s) * kPanel * kRowBytes, weight_bytes, filled);
+      }
+      int wanted = s * kTileK + chunk * kChunk < of.k ? 16 : 0;
 #pragma unroll
-    for (int i = 0; i < kCopiesA; ++i)
-      copy_async<16>(a + swizzled(copy_row + i * kCopyRows, chunk), a_of[i] + k0, wanted);
-    char* w = a + kTileM * kRowBytes;
-#pragma unroll
-    for (int i = 0; i < kCopiesW; ++i)
-      copy_async<16>(w + swizzled(copy_row + i * kCopyRows, chunk),
-                     w_at + size_t(i * kCopyRows) * k + k0, wanted);
+      for (int i = 0; i < kMostCopies; ++i)
+        if (i < copies)
+          copy_async<16>(ring.at() + to + i * kCopyRows * kRowBytes,
+                         activations + size_t(from[i]) * 16 + s * kRowBytes, wanted);
+      barrier_arrive_after_copies(filled);
+    }
   }
+  ring.wait_until_read();
+  if (thread == 0) {
+    tile_of[ring.stage].rows = -1;
+    barrier_arrive(ring.filled + ring.stage);
+  }
+  barrier_arrive(ring.filled + ring.stage);
+}
 
-  __device__ __forceinline__ void multiply_stage(int stage, float (&acc)[kColumns / 2]) const {
-    u32 a = shared_address(shared + stage * kStage) + row * kRowBytes;
-    u32 w = shared_address(shared + stage * kStage) + (kTileM + column) * kRowBytes;
+// This warpgroup's part of a tile: 2 x 64 columns, n rows.
+template <int n, class Store>
+__device__ __forceinline__ void multiply(Ring& ring, const Tile& tile, const Operands& of,
+                                         Store store) {
+  float sums[2][n / 2] = {};
+  int warpgroup = threadIdx.x / kGroup - 1, steps = of.steps();
+  bool is_beside = of.tile_columns == kPanel;  // the other warpgroup's columns, else its rows
+  int w_at = is_beside ? warpgroup * kHalf * kRowBytes : 0;
+  int a_at = (of.tile_columns + (is_beside ? 0 : warpgroup * n)) * kRowBytes;
+  u64* last = nullptr;
+  for (int s = 0; s < steps; ++s, ring.next()) {
+    ring.wait_until_filled();
+    fence_copies();
+    u64 w = matrix_descriptor(shared_address(ring.at()) + w_at);
+    u64 a = matrix_descriptor(shared_address(ring.at()) + a_at);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < kTileK / 16; ++step)
-      Wgmma<kColumns>::multiply(acc, matrix_descriptor(a + step * 32),
-                                matrix_descriptor(w + step * 32));
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        Wgmma<n>::multiply(sums[half], w + half * 64 * kRowBytes / 16 + step * 2, a + step * 2);
     wgmma_commit();
+    wgmma_wait<1>();
+    if (last && threadIdx.x % 32 == 0) barrier_arrive(last);
+    last = ring.read + ring.stage;
   }
-
-  __device__ __forceinline__ void run(float (&acc)[kColumns / 2]) const {
-    int steps = (k + kTileK - 1) / kTileK, stage = 0, free = kAhead;
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) {
-      if (s < steps) load(s, s * kTileK);
-      commit_copies();
-    }
-    for (int s = 0; s < steps; ++s) {
-      wait_copies<kAhead - 1>();
-      fence_copies();
-      __syncthreads();  // all have copied stage s, and multiplied stage s - 2
-      multiply_stage(stage, acc);
-      if (s + kAhead < steps) load(free, (s + kAhead) * kTileK);
-      commit_copies();
-      wgmma_wait<1>();
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-      free = free + 1 == kStages ? 0 : free + 1;
-    }
-    wgmma_wait<0>();
-  }
-};
-
-// The products of one tile; `store` is given a row and column, and the sums of two columns there
-// and of two in the next block of 8.
-template <int kTileM, int kTileN, class Store>
-__device__ __forceinline__ void compute_tile(const HALF* a_mk, const int* source_m,
-                                             const HALF* w_gnk, Tile tile, int k, int width,
-                                             Store store) {
-  extern __shared__ __align__(1024) char shared[];
-  using Mine = Product<kTileM, kTileN>;
-  tile.column = blockIdx.x * kTileN;
-  const HALF* w_nk = w_gnk + size_t(tile.group) * width * k;
-  Mine product(a_mk, source_m, w_nk, tile, k, shared);
-  float acc[Mine::kColumns / 2] = {};
-  product.run(acc);
+  wgmma_wait<0>();
+  if (threadIdx.x % 32 == 0) barrier_arrive(last);
+  wgmma_end(sums[0]);
+  wgmma_end(sums[1]);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  int column = tile.column + (is_beside ? warpgroup * kHalf : 0) + warp * 32 + lane / 4 * 4;
+  int row = (is_beside ? 0 : warpgroup * n) + lane % 4 * 2;
+  if (!store.begin(tile.row + row, column)) return;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int row = product.row + warp * 16 + half * 8 + lane / 4;
-    if (row >= tile.rows) continue;
+  for (int i = 0; i < n / 8; ++i)
 #pragma unroll
-    for (int n = 0; n < Mine::kColumns / 8; n += 2)
-      store(tile.row + row, tile.column + product.column + n * 8 + lane % 4 * 2,
-            acc + n * 4 + half * 2, acc + n * 4 + 4 + half * 2);
+    for (int l = 0; l < 2; ++l)
+      if (row + i * 8 + l < tile.rows)
+        store.store(i * 8 + l, sums[0][i * 4 + l], sums[0][i * 4 + 2 + l], sums[1][i * 4 + l],
+                    sums[1][i * 4 + 2 + l]);
+}
+
+template <class Store>
+__device__ __forceinline__ void multiply_tiles(Ring ring, const Tile* tile_of, const Operands& of,
+                                               Store store) {
+  while (true) {
+    ring.wait_until_filled();
+    Tile tile = tile_of[ring.stage];
+    if (tile.rows < 0) return;
+    switch (rows_each(tile, of.tile_columns)) {
+      case 16: multiply<16>(ring, tile, of, store); break;
+      case 32: multiply<32>(ring, tile, of, store); break;
+      case 48: multiply<48>(ring, tile, of, store); break;
+      case 64: multiply<64>(ring, tile, of, store); break;
+      case 80: multiply<80>(ring, tile, of, store); break;
+      case 96: multiply<96>(ring, tile, of, store); break;
+      case 112: multiply<112>(ring, tile, of, store); break;
+      case 128: multiply<128>(ring, tile, of, store); break;
+      case 144: multiply<144>(ring, tile, of, store); break;
+      case 160: multiply<160>(ring, tile, of, store); break;
+      case 176: multiply<176>(ring, tile, of, store); break;
+      default: multiply<192>(ring, tile, of, store);
+    }
   }
 }
 
 template <class Store>
-__device__ __forceinline__ void compute(const HALF* a_mk, const int* source_m, const HALF* w_gnk,
-                                        const int4* tiles, const int* tile_count, int tile_rows,
-                                        int m, int k, int width, Store store) {
-  int row = blockIdx.y * tile_rows, columns = width / gridDim.x;
-  Tile tile{0, row, min(tile_rows, m - row), 0};
-  if (tiles) {
-    if (blockIdx.y >= *tile_count) return;
-    int4 listed = tiles[blockIdx.y];
-    tile.group = listed.x, tile.row = listed.y, tile.rows = listed.z;
+__device__ __forceinline__ void compute(const Operands& of, int stages, int stage_bytes,
+                                        Store store) {
+  extern __shared__ __align__(1024) char shared[];
+  __shared__ u64 filled[kMostStages], read[kMostStages];
+  __shared__ Tile tile_of[kMostStages];
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(filled + i, kGroup + 1);        // the copying threads, and one for the weights
+      barrier_init(read + i, 2 * kGroup / 32);  // the multiplying warps
+    }
+    fence_copies();
   }
-  if (tile.rows > 64) compute_tile<128, 256>(a_mk, source_m, w_gnk, tile, k, width, store);
-  else if (columns == 256) compute_tile<64, 256>(a_mk, source_m, w_gnk, tile, k, width, store);
-  else if (columns == 128) compute_tile<64, 128>(a_mk, source_m, w_gnk, tile, k, width, store);
-  else compute_tile<64, 64>(a_mk, source_m, w_gnk, tile, k, width, store);
+  __syncthreads();
+  Ring ring{shared, filled, read, stages, stage_bytes};
+  if (threadIdx.x < kGroup) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    copy_tiles(ring, tile_of, of);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    multiply_tiles(ring, tile_of, of, store);
+  }
 }
 
-#include "kernels16.cuh"
+// out_mn = A @ W.T + bias_n
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    linear(const HALF* a_mk, const int* source_m, const HALF* w_gpsrk, const float* bias_n,
+           float* out_mn, const int4* tiles, const int* tile_count, int tile_rows,
+           int tile_columns, int m, int k, int width, int n, int stages, int stage_bytes) {
+  compute({a_mk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width},
+          stages, stage_bytes, Sums(bias_n, out_mn, n));
+}
+
+// out_mn = silu(A @ w1.T) * (A @ w3.T), where W has rows of w1 and of w3 in turns
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    gated(const HALF* a_mk, const int* source_m, const HALF* w_gpsrk, HALF* out_mn,
+          const int4* tiles, const int* tile_count, int tile_rows, int tile_columns, int m, int k,
+          int width, int n, int stages, int stage_bytes) {
+  compute({a_mk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width},
+          stages, stage_bytes, Gated{out_mn, n});
+}

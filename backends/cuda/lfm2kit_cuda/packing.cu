@@ -35,11 +35,38 @@ __device__ void narrow(const Stored* matrix_oi, Kept* packed_ow, int in, int wid
     to[k] = Kept::from_float(Stored::to_float(from[k]) * scale);
 }
 
+// As Hopper's products read them (gemm90.cu): packed_psrk[row / 256][k / 64][place][k % 64] =
+// matrix_oi[i][k] * scale with row = i * stride + offset, the 16-byte chunks of 64 k swizzled: chunk
+// c stands at c ^ (place % 8).  A block per row of the matrix.
+//
+// Places are such that a thread, which gets the sums of four places from two instructions, has four
+// neighbouring rows.
+__device__ inline int place_of(int row) {
+  int half = row / 128 % 2, warp = row / 32 % 4, lane = row / 4 % 8;
+  return (half * 2 + row / 2 % 2) * 64 + warp * 16 + row % 2 * 8 + lane;
+}
+
+template <class Stored, class Kept>
+__device__ void panel(const Stored* matrix_oi, Kept* packed_psrk, int in, int steps,
+                      int stride, int offset, float scale) {
+  const Stored* from = matrix_oi + size_t(blockIdx.x) * in;
+  int row = blockIdx.x * stride + offset, place = place_of(row);
+  Kept* to = packed_psrk + (size_t(row / 256) * steps * 256 + place) * 64;
+  for (int k = threadIdx.x; k < in; k += blockDim.x)
+    to[size_t(k / 64) * 256 * 64 + (k / 8 % 8 ^ place % 8) * 8 + k % 8] =
+        Kept::from_float(Stored::to_float(from[k]) * scale);
+}
+
 #define NARROW(Stored, Kept)                                                                      \
   extern "C" __global__ void narrow_##Stored##_##Kept(const Stored* matrix, Kept* packed, int in, \
                                                       int width, int run, int stride, int offset, \
                                                       float scale) {                              \
     narrow(matrix, packed, in, width, run, stride, offset, scale);                                \
+  }                                                                                               \
+  extern "C" __global__ void panel_##Stored##_##Kept(const Stored* matrix, Kept* packed, int in,  \
+                                                     int steps, int stride, int offset,           \
+                                                     float scale) {                               \
+    panel(matrix, packed, in, steps, stride, offset, scale);                                      \
   }
 #define PACK(Stored)                                                                              \
   extern "C" __global__ void transpose_##Stored(const Stored* matrix, float* packed, int out,     \

@@ -21,6 +21,11 @@ struct BF16 {
     if ((bits & 0x7fffffffu) > 0x7f800000u) return BF16{u16(bits >> 16 | 0x40u)};
     return BF16{u16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
   }
+  __device__ static u32 both(float x, float y) {  // of two neighbours, rounded alike
+    u32 bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(y), "f"(x));
+    return bits;
+  }
 };
 
 struct F16 {
@@ -35,5 +40,8 @@ struct F16 {
     if (x == x) x = fminf(fmaxf(x, -65504.0f), 65504.0f);
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
     return half;
+  }
+  __device__ static u32 both(float x, float y) {
+    return u32(from_float(x).bits) | u32(from_float(y).bits) << 16;
   }
 };

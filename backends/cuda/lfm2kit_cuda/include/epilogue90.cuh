@@ -1,0 +1,62 @@
+// What becomes of the sums of gemm90.cu: a thread has four neighbouring columns of several rows.
+// `begin` says whether any of the columns is to be stored; rows then count from its row.
+#pragma once
+#include "types.cuh"
+
+struct Sums {  // + bias_n (null for none), in float32; rows of n
+  const float* bias_n;
+  float* out_mn;
+  int n;
+  int columns = 0;
+  float bias[4] = {};
+
+  __device__ Sums(const float* bias_n, float* out_mn, int n)
+      : bias_n(bias_n), out_mn(out_mn), n(n) {}
+
+  __device__ bool begin(int row, int column) {
+    out_mn += size_t(row) * n + column;
+    columns = n - column;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (bias_n && i < columns) bias[i] = bias_n[column + i];
+    return columns > 0;
+  }
+
+  __device__ __forceinline__ void store(int row, float a, float b, float c, float d) const {
+    float* out = out_mn + size_t(row) * n;
+    float4 sums = make_float4(a + bias[0], b + bias[1], c + bias[2], d + bias[3]);
+    if (n % 4 == 0) {
+      *reinterpret_cast<float4*>(out) = sums;
+    } else {
+      out[0] = sums.x;
+      if (columns > 1) out[1] = sums.y;
+      if (columns > 2) out[2] = sums.z;
+      if (columns > 3) out[3] = sums.w;
+    }
+  }
+};
+
+// Within some 2^-22, of which 16 bits show nothing.
+__device__ __forceinline__ float silu(float x) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
+  return x * inverse;
+}
+
+// silu(gate) * up * GATED_SCALE of two channels, in 16 bits; rows of n, a multiple of 8
+struct Gated {
+  HALF* out_mn;
+  int n;
+
+  __device__ bool begin(int row, int column) {
+    out_mn += size_t(row) * n + column / 2;
+    return column / 2 < n;
+  }
+
+  __device__ __forceinline__ void store(int row, float gate0, float up0, float gate1,
+                                        float up1) const {
+    float first = silu(gate0) * up0 * GATED_SCALE, second = silu(gate1) * up1 * GATED_SCALE;
+    *reinterpret_cast<u32*>(out_mn + size_t(row) * n) = HALF::both(first, second);
+  }
+};

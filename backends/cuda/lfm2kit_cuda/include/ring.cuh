@@ -1,0 +1,21 @@
+// Stages of shared memory that pass in turn from the threads that fill them to those that read
+// them, and back (from sm_90 on).
+#pragma once
+#include "barrier.cuh"
+
+constexpr int kMostStages = 8;
+
+struct Ring {
+  char* stages;
+  u64 *filled, *read;  // a barrier per stage
+  int count, bytes;    // of stages, of one
+  int stage = 0;
+  u32 parity = 0;
+
+  __device__ char* at() const { return stages + stage * bytes; }
+  __device__ void wait_until_filled() const { barrier_wait(filled + stage, parity); }
+  __device__ void wait_until_read() const { barrier_wait(read + stage, parity ^ 1); }
+  __device__ void next() {
+    if (++stage == count) stage = 0, parity ^= 1;
+  }
+};
