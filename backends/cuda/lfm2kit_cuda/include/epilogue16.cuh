@@ -1,4 +1,4 @@
-// What is done with the sums of the tensor cores, of which a thread holds two neighbours.
+// What gemm16.cu does with sums, of which a thread holds two neighbours.
 #pragma once
 #include "types.cuh"
 

@@ -1,5 +1,5 @@
-// The kernels of the products on tensor cores, made of the including file's `compute` and of kBlocks,
-// how many of its blocks share a multiprocessor.
+// The kernels of gemm16.cu, made of its `compute` and of kBlocks, how many of its blocks share a
+// multiprocessor.
 #pragma once
 #include "epilogue16.cuh"
 

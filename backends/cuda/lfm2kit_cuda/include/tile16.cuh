@@ -1,6 +1,6 @@
-// What the products on tensor cores share, whichever instruction multiplies: the tile of a block, and
-// where its operands lie in shared memory, with k inside, 64 elements in a row of 128 bytes, whose
-// 16-byte chunks are swizzled: chunk c of row r stands at c ^ (r % 8).
+// The tile of a block of gemm16.cu, and where its operands lie in shared memory, with k inside, 64
+// elements in a row of 128 bytes, whose 16-byte chunks are swizzled: chunk c of row r stands at
+// c ^ (r % 8).
 #pragma once
 #include "types.cuh"
 
