@@ -40,6 +40,11 @@ def stored_as(weights: Weights, dtype: DType) -> Weights:
     )
 
 
+def with_bf16_values(weights: Weights) -> Weights:
+    """The same weights in float32, all matrices but a router's rounded to values of BF16."""
+    return frozen_weights({n: _bf16_values(n, t) for n, t in weights.items()})
+
+
 def seed_of(name: str) -> int:
     """A seed that belongs to a name, the same on every machine and day."""
     return zlib.crc32(name.encode())
@@ -58,6 +63,11 @@ def _values(name: str, shape: Shape, rng: np.random.Generator) -> Float32:
     else:
         values *= shape[-1] ** -0.5 * (0.6 if name.endswith("w3.weight") else 1.0)
     return values.astype(np.float32)
+
+
+def _bf16_values(name: str, tensor: Tensor) -> Float32:
+    is_rounded = tensor.data.ndim == 2 and not name.endswith("gate.weight")
+    return (tensor.stored_as("BF16") if is_rounded else tensor).float32()
 
 
 def _stored(tensor: Tensor, dtype: DType) -> Tensor:

@@ -11,7 +11,7 @@ from lfm2kit.specs import Router
 from lfm2kit.testing.compare import assert_close, rows_of
 from lfm2kit.testing.near_ties import NEAR_TIE, selection_gaps
 from lfm2kit.testing.random_inputs import random_rows
-from lfm2kit.testing.random_weights import frozen_weights, random_weights
+from lfm2kit.testing.random_weights import frozen_weights
 from lfm2kit.testing.trial import Trial
 
 WITHIN = 2e-5  # of the largest weight, in every precision: the router is always float32
@@ -30,7 +30,7 @@ def routers(trial: Trial, **changes: Any) -> list[Router]:
 
 def judge_rows(trial: Trial, spec: Router, rows: int) -> None:
     """Random rows against the reference, but those near a tie."""
-    weights = random_weights(spec, trial.rng)
+    weights = trial.random_weights(spec)
     block, reference = trial.pair(spec, weights)
     x = random_rows(trial.rng, rows, spec.hidden_size)
     clear = np.flatnonzero(selection_gaps(spec, weights, x) > NEAR_TIE)

@@ -14,7 +14,7 @@ from lfm2kit.testing import compare
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.host_block import HostBlock, host_block, why_not_built
 from lfm2kit.testing.near_ties import NEAR_TIE
-from lfm2kit.testing.random_weights import random_weights
+from lfm2kit.testing.random_weights import random_weights, with_bf16_values
 from lfm2kit.testing.verdicts import Skipped
 from lfm2kit.weights import Weights
 
@@ -37,7 +37,7 @@ class Trial:
     @property
     def near_tie(self) -> float:
         """The gap between two scores of a router below which either choice is right."""
-        return NEAR_TIE if self.precision == "fp32" else self.tolerance
+        return NEAR_TIE if self.precision in compare.FP32_GRADE else self.tolerance
 
     def supported(self, candidates: Iterable[S]) -> list[S]:
         """Those that the backend builds; raises `Skipped` with its reason if there are none."""
@@ -59,7 +59,18 @@ class Trial:
     def build_reference(self, spec: Spec, weights: Weights) -> HostBlock:
         return host_block(self.reference, spec, weights)
 
+    def random_weights(self, spec: Spec) -> Weights:
+        """Random ones that the precision takes."""
+        return self.as_taken(random_weights(spec, self.rng))
+
+    def as_taken(self, weights: Weights) -> Weights:
+        """`weights`, for fp32x3 with matrices rounded to values of BF16: it refuses others.
+
+        They are still stored as float32; the router's, which stays float32, is not rounded.
+        """
+        return with_bf16_values(weights) if self.precision == "fp32x3" else weights
+
     def pair(self, spec: Spec, weights: Weights | None = None) -> tuple[HostBlock, HostBlock]:
         """The backend's block and the reference's, of the same weights (random ones)."""
-        weights = random_weights(spec, self.rng) if weights is None else weights
+        weights = self.random_weights(spec) if weights is None else weights
         return self.build(spec, weights), self.build_reference(spec, weights)

@@ -13,7 +13,7 @@ import pytest
 
 import lfm2kit.testing
 from lfm2kit import specs
-from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Context
+from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context, Spec, Weights
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
@@ -227,3 +227,21 @@ def test_the_kit_needs_pytest_for_tests_only() -> None:
 def test_every_installed_backend_can_be_asked_for_by_name() -> None:
     ready = [n for n, b in installed_plugins().backends.items() if b.why_not is None]
     assert "reference" in ready
+
+
+class BF16Values(ReferenceBackend):
+    """The reference, but it refuses matrices that BF16 does not hold, as fp32x3 does."""
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        if not isinstance(spec, specs.Router):
+            for name, shape in spec.parameters().items():
+                values = weights.float32(name)
+                if len(shape) == 2 and np.any(weights[name].stored_as("BF16").float32() != values):
+                    raise Lfm2kitError(f"BF16 does not hold {name}")
+        return super().build(spec, weights)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_fp32x3_is_given_weights_that_bf16_holds(name: str) -> None:
+    result = judged(name, BF16Values(), "fp32x3")
+    assert result.verdict in ("passed", "skipped"), result.detail

@@ -13,7 +13,7 @@ from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_close, assert_same
 from lfm2kit.testing.random_inputs import random_batch, random_inputs, random_rows
-from lfm2kit.testing.random_weights import frozen_weights, random_weights
+from lfm2kit.testing.random_weights import frozen_weights
 from lfm2kit.testing.trial import Trial
 from lfm2kit.weights import Weights
 
@@ -47,7 +47,7 @@ def rope_theta(trial: Trial) -> None:
     A missed setting means 10000 elsewhere, and short prompts still look right (mlx-lm#908).
     """
     for spec in _attentions(trial):
-        weights = random_weights(spec, trial.rng)
+        weights = trial.random_weights(spec)
         for theta in (5000.0, 1e6, 5e6):
             block, reference = trial.pair(replace(spec, rope_theta=theta), weights)
             inputs = random_inputs(spec, trial.rng, 33)
@@ -79,7 +79,7 @@ def attention_large_scores(trial: Trial) -> None:
 def attention_is_causal(trial: Trial) -> None:
     """A row's result has the same bits whatever stands in the rows after it."""
     for spec in _attentions(trial):
-        block = trial.build(spec, random_weights(spec, trial.rng))
+        block = trial.build(spec, trial.random_weights(spec))
         x, batch = random_rows(trial.rng, 33, spec.hidden_size), random_batch(trial.rng, [33])
         changed = x.copy()
         changed[20:] = random_rows(trial.rng, 13, spec.hidden_size, 50.0)
@@ -101,7 +101,7 @@ def _judge_layernorm(
 
 
 def _with_layernorm(trial: Trial, spec: specs.Attention, weight: Float64) -> Weights:
-    arrays = {n: t.float32().copy() for n, t in random_weights(spec, trial.rng).items()}
+    arrays = {n: t.float32().copy() for n, t in trial.random_weights(spec).items()}
     for name in ("q_layernorm.weight", "k_layernorm.weight"):
         arrays[name][:] = weight
     return frozen_weights(arrays)

@@ -15,7 +15,6 @@ from lfm2kit.specs import Spec
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import Result, assert_same, each
 from lfm2kit.testing.random_inputs import random_inputs
-from lfm2kit.testing.random_weights import random_weights
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 
@@ -100,7 +99,7 @@ def outputs_finite(trial: Trial) -> None:
     A norm of zeros divides by eps alone; exp(-x) of a large gate overflows.
     """
     for spec in trial.first_of_kinds():
-        block = trial.build(spec, random_weights(spec, trial.rng))
+        block = trial.build(spec, trial.random_weights(spec))
         for scale in (0.0, 1e-20, 1.0, 300.0):
             for rows in (1, 17):
                 result = block(*random_inputs(spec, trial.rng, rows, scale))
@@ -114,7 +113,7 @@ def inputs_not_written(trial: Trial) -> None:
     Arguments are other blocks' results, or the batch, which every layer reads.
     """
     for spec in trial.first_of_kinds():
-        block = trial.build(spec, random_weights(spec, trial.rng))
+        block = trial.build(spec, trial.random_weights(spec))
         inputs = random_inputs(spec, trial.rng, 17)
         before = [(name, array.copy()) for name, array in _arrays(inputs)]
         moved = block.to_memory(inputs)
@@ -133,7 +132,7 @@ def outputs_survive_until_next_call(trial: Trial) -> None:
     """
     kept = []
     for spec in [s for s in trial.first_of_kinds() for _ in range(2)]:  # two blocks of each kind
-        block = trial.build(spec, random_weights(spec, trial.rng))
+        block = trial.build(spec, trial.random_weights(spec))
         result = block.block(*block.to_memory(random_inputs(spec, trial.rng, 17)))
         kept.append((spec, block, result, block.to_host(result)))
     for spec, block, result, was in kept:

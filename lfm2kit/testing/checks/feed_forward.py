@@ -12,7 +12,7 @@ from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_close, assert_same
 from lfm2kit.testing.random_inputs import random_inputs, random_rows
-from lfm2kit.testing.random_weights import frozen_weights, random_weights
+from lfm2kit.testing.random_weights import frozen_weights
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 from lfm2kit.weights import Tensor, Weights
@@ -28,11 +28,11 @@ def mlp_w1_is_the_gate(trial: Trial) -> None:
     """
     for spec in trial.first_of_kinds(("mlp", "experts")):
         assert isinstance(spec, specs.MLP | specs.Experts)
-        arrays = {n: t.float32().copy() for n, t in random_weights(spec, trial.rng).items()}
+        arrays = {n: t.float32().copy() for n, t in trial.random_weights(spec).items()}
         for name, array in arrays.items():
             if name.endswith("w1.weight"):
                 array[:] = -10 / spec.hidden_size
-        block, reference = trial.pair(spec, frozen_weights(arrays))
+        block, reference = trial.pair(spec, trial.as_taken(frozen_weights(arrays)))
         _, *routing = random_inputs(spec, trial.rng, 17)
         x = 1 + 0.1 * random_rows(trial.rng, 17, spec.hidden_size)
         assert_close(block(x, *routing), reference(x, *routing), 10 * trial.tolerance, str(spec))
@@ -64,7 +64,7 @@ def experts_local_range(trial: Trial) -> None:
     """
     for spec in _experts(trial):
         part = replace(spec, local_experts=range(2, 5))
-        weights = Weights(_ReadOnly(random_weights(spec, trial.rng), part.parameters()))
+        weights = Weights(_ReadOnly(trial.random_weights(spec), part.parameters()))
         block, reference = trial.pair(part, weights)
         for rows in (1, 17):
             inputs = random_inputs(part, trial.rng, rows)
@@ -79,7 +79,7 @@ def experts_split_by_slot_bitwise(trial: Trial) -> None:
     float32, and they are added in the order of k, not in the order of expert ids (vllm#45683).
     """
     for spec in trial.supported([s for s in _experts(trial) if s.num_experts_per_tok > 2]):
-        block = trial.build(spec, random_weights(spec, trial.rng))
+        block = trial.build(spec, trial.random_weights(spec))
         for rows in (1, 5, 33):
             x, ids, weights = random_inputs(spec, trial.rng, rows)
             whole = block(x, ids, weights)

@@ -7,7 +7,6 @@ import numpy as np
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_same, rows_of
 from lfm2kit.testing.random_inputs import random_rows
-from lfm2kit.testing.random_weights import random_weights
 from lfm2kit.testing.router_cases import judge_logits, routers
 from lfm2kit.testing.trial import Trial
 
@@ -73,7 +72,7 @@ def router_ids_independent_of_batch_size(trial: Trial) -> None:
     Elsewhere logits were rounded to BF16 in batches of more than 8 rows only (vllm#54048).
     """
     for spec in routers(trial):
-        block = trial.build(spec, random_weights(spec, trial.rng))
+        block = trial.build(spec, trial.random_weights(spec))
         x = random_rows(trial.rng, 128, spec.hidden_size)
         whole = block(x)
         for count in (1, 8, 9, 33):

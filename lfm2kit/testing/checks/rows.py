@@ -17,7 +17,6 @@ from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_same, each, rows_of
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_inputs
-from lfm2kit.testing.random_weights import random_weights
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 
@@ -34,7 +33,7 @@ def batch_independence(trial: Trial) -> None:
     """
     kinds = [kind for kind in CASES if kind != "rows"]
     for spec in trial.supported([spec for kind in kinds for spec in CASES[kind]]):
-        block = trial.build(spec, random_weights(spec, trial.rng))
+        block = trial.build(spec, trial.random_weights(spec))
         rows = _Sequences.random(spec, trial)
         together = rows.run(block, range(len(LENGTHS)))
         for i in range(len(LENGTHS)):
@@ -62,7 +61,7 @@ def zero_rows(trial: Trial) -> None:
 def repeatable(trial: Trial) -> None:
     """The same call gives the same bits every time: no race, no order of atomic additions."""
     for spec in trial.first_of_kinds():
-        block = trial.build(spec, random_weights(spec, trial.rng))
+        block = trial.build(spec, trial.random_weights(spec))
         inputs = random_inputs(spec, trial.rng, 33)
         first = block(*inputs)
         for _ in range(3):
@@ -76,7 +75,7 @@ def scratch_is_not_seen(trial: Trial) -> None:
     Blocks own buffers that are larger than a small batch; the rows beyond it are old ones.
     """
     for spec in trial.first_of_kinds():
-        block = trial.build(spec, random_weights(spec, trial.rng))
+        block = trial.build(spec, trial.random_weights(spec))
         inputs = random_inputs(spec, trial.rng, 5)
         clean = block(*inputs)
         block(*_poisoned(spec, random_inputs(spec, trial.rng, 33)))

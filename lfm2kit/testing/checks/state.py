@@ -14,7 +14,6 @@ from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import Result, assert_close, assert_same
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_rows
-from lfm2kit.testing.random_weights import random_weights
 from lfm2kit.testing.sessions import Float32, Session, joined, one_shot
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
@@ -34,7 +33,7 @@ def operator_has_state(trial: Trial) -> None:
     `state_bytes` is what `lfm2kit plan` and a server's admission count with.
     """
     for spec in trial.supported(OPERATORS):
-        block = trial.build(spec, random_weights(spec, trial.rng))
+        block = trial.build(spec, trial.random_weights(spec))
         for method in ("new_state", "state_bytes"):
             if not callable(getattr(block.block, method, None)):
                 raise CheckFailed(f"{spec}: the block has no method {method}")

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from lfm2kit.specs import Spec
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS
 from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.compare import FP32_GRADE, assert_close, assert_same
 from lfm2kit.testing.host_block import host_block
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.testing.random_inputs import random_inputs
-from lfm2kit.testing.random_weights import random_weights, stored_as
+from lfm2kit.testing.random_weights import stored_as
 from lfm2kit.testing.trial import Trial
 from lfm2kit.weights import DType, Weights
 
@@ -20,13 +20,13 @@ ROWS = (0, 1, 2, 15, 16, 17, 33)
 
 @check
 def embedding(trial: Trial) -> None:
-    """The embedding's rows are the table's rows, bit for bit in fp32."""
+    """The embedding's rows are the table's rows, bit for bit in fp32 and fp32x3."""
     for spec in trial.supported(CASES["embed"]):
         block, reference = trial.pair(spec)
         for rows in ROWS:
             inputs = random_inputs(spec, trial.rng, rows)
             got, want = block(*inputs), reference(*inputs)
-            if trial.precision == "fp32":
+            if trial.precision in FP32_GRADE:
                 assert_same(got, want, f"{spec} at {rows} rows")
             assert_close(got, want, trial.tolerance, f"{spec} at {rows} rows")
 
@@ -137,13 +137,13 @@ def bf16_and_f16_weights(trial: Trial) -> None:
     stored: tuple[DType, ...] = ("BF16", "F16")
     for spec in trial.first_of_kinds():
         for dtype in stored:
-            weights = stored_as(random_weights(spec, trial.rng), dtype)
+            weights = stored_as(trial.random_weights(spec), dtype)
             _judge_weights(trial, spec, weights, (17,), f"{spec} of {dtype} weights")
 
 
 def _judge(trial: Trial, candidates: Iterable[Spec], rows: Iterable[int] = ROWS) -> None:
     for spec in trial.supported(candidates):
-        _judge_weights(trial, spec, random_weights(spec, trial.rng), rows, str(spec))
+        _judge_weights(trial, spec, trial.random_weights(spec), rows, str(spec))
 
 
 def _judge_weights(

@@ -13,7 +13,6 @@ from lfm2kit.testing.cases import MODELS
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_close, assert_same
 from lfm2kit.testing.near_ties import GapWatch
-from lfm2kit.testing.random_weights import random_weights
 from lfm2kit.testing.tiny_model import build_tiny_model, plan_for, recorded_run
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed, Skipped
@@ -69,7 +68,7 @@ def whole_model_decodes(trial: Trial) -> None:
 def whole_model_batch_independence(trial: Trial) -> None:
     """A sequence's logits have the same bits alone, in a batch, and in a permuted batch."""
     for spec in _models(trial):
-        weights = random_weights(spec, trial.rng)
+        weights = trial.random_weights(spec)
         model = build_tiny_model(spec, weights, trial.reference, trial.backend)
         ids = _sequences(_random_batch(trial, spec))
         together = model.logits(Batch.of_sequences(ids)).copy()
@@ -94,7 +93,7 @@ def _without_near_ties(
 ) -> tuple[Weights, Batch, npt.NDArray[np.float32]]:
     """Weights, a batch and the reference's logits, no router's choice being within rounding."""
     for _ in range(DRAWS):
-        weights, batch = random_weights(spec, trial.rng), _random_batch(trial, spec)
+        weights, batch = trial.random_weights(spec), _random_batch(trial, spec)
         watch = GapWatch(trial.reference)
         logits = build_tiny_model(spec, weights, watch, None).logits(batch)
         if all(np.all(gaps > 10 * trial.near_tie) for gaps in watch.gaps):
