@@ -39,6 +39,12 @@ SHAPES = (  # rows, out, in
     (128, 65536, 2048),
 )
 EXPERTS, HIDDEN, INTERMEDIATE, TAKEN = 32, 2048, 1792, 4
+DTYPES = {  # of cuBLAS's product
+    "fp32": torch.float32,
+    "fp32x3": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 SLEEP_CYCLES = 3_000_000  # 1.5 ms
 
 
@@ -70,7 +76,7 @@ def dense(precision: str, dtype: torch.dtype) -> None:
     print("| rows x out x in | ours | cuBLAS | ratio |\n|---|---|---|---|")
     for rows, out, inputs in SHAPES:
         weight = random_matrix(rng, out, inputs)
-        matrix = ours.pack([Tensor("w", "F32", weight)])
+        matrix = ours.pack([Tensor("w", "F32", weight).stored_as("BF16")])
         x = ours.rounded(cupy.asarray(random_matrix(rng, rows, inputs)))
         a = torch.randn(rows, inputs, device="cuda", dtype=dtype)
         w = torch.tensor(weight, device="cuda", dtype=dtype)
@@ -84,7 +90,7 @@ def dense(precision: str, dtype: torch.dtype) -> None:
 def experts(precision: str, dtype: torch.dtype) -> None:
     ours, rng = arithmetic(precision), np.random.default_rng(0)
     w1, w3, w2 = (
-        [Tensor("w", "F32", random_matrix(rng, *shape)) for _ in range(EXPERTS)]
+        [Tensor("w", "F32", random_matrix(rng, *shape)).stored_as("BF16") for _ in range(EXPERTS)]
         for shape in ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
     )
     w13, down = ours.pack_gated(w1, w3), ours.pack(w2)
@@ -113,14 +119,13 @@ def experts(precision: str, dtype: torch.dtype) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--precision", default="fp32", choices=tuple(DTYPES))
     precision = parser.parse_args().precision
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     torch.backends.cuda.matmul.allow_tf32 = False
     with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
         print(f"{torch.cuda.get_device_name()}, {precision}, TFLOP/s\n")
-        dense(precision, dtypes[precision])
-        experts(precision, dtypes[precision])
+        dense(precision, DTYPES[precision])
+        experts(precision, DTYPES[precision])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.backend import Tensor
+from lfm2kit.backend import DType, Tensor
+from lfm2kit.errors import Lfm2kitError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,12 +23,11 @@ SHAPES = ((37, 13), (128, 64), (300, 136), (513, 200))  # out, in
 
 
 def hopper(precision: str) -> Any:
-    from lfm2kit_cuda import arithmetic, gemm90
+    from lfm2kit_cuda import arithmetic, device
 
-    gemm = arithmetic.arithmetic(precision)
-    if not isinstance(gemm, gemm90.HopperGemm):
+    if device.compute_capability()[0] != 9:
         pytest.skip("it takes a chip of compute capability 9.0")
-    return gemm
+    return arithmetic.arithmetic(precision)
 
 
 def random(rng: np.random.Generator, *shape: int) -> Float32:
@@ -44,7 +44,7 @@ def assert_close(got: Any, want: npt.NDArray[np.float64], within: float) -> None
     assert error <= within  # false for NaN as well
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32x3"])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear(precision: str, rows: int, shape: tuple[int, int]) -> None:
@@ -60,11 +60,12 @@ def test_linear(precision: str, rows: int, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("favourites", [0.0, 3.0])
 @pytest.mark.parametrize("tokens", ROWS)
-def test_experts_rows_are_gathered(tokens: int, favourites: float) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp32x3"])
+def test_experts_rows_are_gathered(precision: str, tokens: int, favourites: float) -> None:
     import cupy
     from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
 
-    gemm, rng, experts, taken = hopper("bf16"), np.random.default_rng(tokens), 5, 2
+    gemm, rng, experts, taken = hopper(precision), np.random.default_rng(tokens), 5, 2
     weights, x = matrices(rng, experts, 300, 136), random(rng, tokens, 136)
     scores = rng.random((tokens, experts)) + favourites * np.linspace(1, 0, experts)
     ids = np.argsort(-scores, axis=1)[:, :taken].astype(np.int32)
@@ -93,20 +94,57 @@ def test_gated_is_that_of_the_kernel_for_older_chips(precision: str, rows: int) 
     assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)  # a rounding in some places
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("rows", "inputs"), [(33, 136), (256, 2048), (256, 7168)])
+def test_three_terms_are_as_near_as_float32(rows: int, inputs: int) -> None:
+    import cupy
+    from lfm2kit_cuda.gemm import Gemm
+
+    rng = np.random.default_rng(inputs)
+    (weight,) = matrices(rng, 1, 300, inputs)
+    x = rng.standard_normal((rows, inputs), dtype=np.float32)
+    want = x.astype(np.float64) @ weight.data.astype(np.float64).T
+    three, single = (
+        gemm.linear(gemm.rounded(cupy.asarray(x)), gemm.pack([weight])).get()
+        for gemm in (hopper("fp32x3"), Gemm())
+    )
+    assert np.linalg.norm(three - want) <= np.linalg.norm(single - want)
+
+
+def test_three_terms_of_gated_go_on_as_float32() -> None:
+    import cupy
+
+    gemm, rng = hopper("fp32x3"), np.random.default_rng(3)
+    (w1, w3), (w2,) = matrices(rng, 2, 300, 136), matrices(rng, 1, 24, 300)
+    x = rng.standard_normal((97, 136), dtype=np.float32) / 8
+    got = gemm.linear(gemm.gated(cupy.asarray(x), gemm.pack_gated([w1], [w3])), gemm.pack([w2]))
+    gate, up = (x.astype(np.float64) @ w.data.astype(np.float64).T for w in (w1, w3))
+    want = gate / (1 + np.exp(-gate)) * up @ w2.data.astype(np.float64).T
+    assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_three_terms_refuse_weights_that_bf16_does_not_hold(dtype: DType) -> None:
+    gemm = hopper("fp32x3")
+    weight = np.ones((40, 30), np.float32)
+    gemm.pack([Tensor("w", "F32", weight).stored_as(dtype)])
+    weight[39, 29] = 1 + 2.0**-8
+    with pytest.raises(Lfm2kitError, match=r"'layers\.0\.w'.*--precision fp32"):
+        gemm.pack([Tensor("layers.0.w", "F32", weight).stored_as(dtype)])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32x3"])
 def test_every_tile_gives_the_same_bits(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
-    from lfm2kit_cuda import gemm90
     from lfm2kit_cuda.products import Blocks
 
     gemm, rng = hopper(precision), np.random.default_rng(5)
     x = gemm.rounded(cupy.asarray(rng.standard_normal((400, 330), dtype=np.float32)))
-    w1, w3 = (Tensor("w", "F32", rng.standard_normal((200, 330), np.float32)) for _ in range(2))
+    w1, w3 = matrices(rng, 2, 200, 330)
     linear, gated = gemm.pack([w1]), gemm.pack_gated([w1], [w3])
     first: list[Any] = []
-    for tile in gemm90.BLOCKS.menu:
-        menu = Blocks(gemm90.BLOCKS.threads, (1.0,), {tile: 1})
-        monkeypatch.setattr(gemm90, "BLOCKS", menu)
+    for tile in gemm._blocks.menu:
+        menu = Blocks(gemm._blocks.threads, (1.0,), {tile: 1})
+        monkeypatch.setattr(gemm, "_blocks", menu)
         results = [gemm.linear(x, linear).get(), gemm.gated(x, gated).get()]
         first = first or results
         for result, expected in zip(results, first, strict=True):

@@ -43,7 +43,7 @@ class TensorCoreGemm:
     def __init__(self, activation: str) -> None:
         self.activation = activation
         self._scale = GATED_SCALE[activation]
-        self._constants = {
+        self._constants: dict[str, int | str] = {
             "HALF": activation,
             "MMA_TYPE": f'"{activation.lower()}"',
             "GATED_SCALE": f"{self._scale}f",

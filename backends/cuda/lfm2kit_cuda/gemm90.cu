@@ -1,7 +1,10 @@
 // out = A @ W.T on Hopper's tensor cores (wgmma): operands in 16 bits, sums in float32, in steps of
-// 16 over k, from 0 on, whatever the tile: equal bits in every batch.  HALF is BF16 or F16.
+// 16 over k, from 0 on, whatever the tile: equal bits in every batch.  HALF is BF16 or F16.  With
+// TERMS == 3 an activation is the exact sum of three BF16 numbers, and all are multiplied by the
+// same stage of weights.
 //
-//   a_mk      rows of activations of `k` elements (a multiple of 8), in place or through source_m
+//   a_mtk     rows of TERMS x k elements of activations (k a multiple of 8), in place or through
+//             source_m
 //   w_gpsrk   matrices packed by `panel` in packing.cu: [groups][width / 256][steps][256][64]
 //   tiles     (group, first row, rows, the group's first tile | its tiles << 16); without a list,
 //             rows in steps of tile_rows, group 0
@@ -21,18 +24,25 @@ constexpr int kTileK = 64, kRowBytes = kTileK * 2;
 constexpr int kPanel = 256, kHalf = 128;              // columns of a panel, of a warpgroup
 constexpr int kChunk = 8, kChunks = kTileK / kChunk;  // elements of 16 bytes
 constexpr int kGroup = 128, kThreads = 3 * kGroup;    // threads of a warpgroup, of a block
-constexpr int kStep = 16;                             // a warpgroup's rows are a multiple of it
-constexpr int kMostRows = 256;                        // of a tile
+constexpr int kStep = TERMS == 1 ? 16 : 8;            // a warpgroup's rows are a multiple of it
+constexpr int kMostRows = TERMS == 1 ? 256 : 128;     // of a tile
+// The tensor cores' additions cut off what float32 does not hold, always towards zero.  Chains of
+// three terms are kept short, and their sums added as float32 does.
+constexpr int kChain = 2;  // stages
+// Of a thread; together no more than a block begins with.
+constexpr int kCopyRegisters = TERMS == 1 ? 56 : 40, kMultiplyRegisters = TERMS == 1 ? 224 : 232;
+static_assert(kCopyRegisters + 2 * kMultiplyRegisters <= 3 * 168, "else the block waits for ever");
 constexpr int kCopyRows = kGroup / kChunks, kMostCopies = kMostRows / kCopyRows;
 
 struct Operands {
-  const HALF* a_mk;
+  const HALF* a_mtk;
   const int* source_m;
   const HALF* w_gpsrk;
   const int4* tiles;
   const int* tile_count;
   int tile_rows, tile_columns;
   int m, k, width;
+  int term_rows;  // room in a stage for each term of the activations
 
   __device__ int steps() const { return (k + kTileK - 1) / kTileK; }
 };
@@ -68,16 +78,18 @@ __device__ __forceinline__ void copy_tiles(Ring ring, Tile* tile_of, const Opera
   int thread = threadIdx.x % kGroup, chunk = thread % kChunks, copy_row = thread / kChunks;
   int steps = of.steps(), panels = of.width / kPanel, weight_bytes = of.tile_columns * kRowBytes;
   int to = weight_bytes + (copy_row * kChunks + (chunk ^ copy_row % 8)) * 16;
-  const char* activations = reinterpret_cast<const char*>(of.a_mk);
+  const char* activations = reinterpret_cast<const char*>(of.a_mtk);
   for (int index = blockIdx.x;; index += gridDim.x) {
     Tile tile = tile_at(index, of);
     if (tile.rows < 0) break;
-    int copies = rows_each(tile, of.tile_columns) * (kPanel / of.tile_columns) / kCopyRows;
+    int rows = rows_each(tile, of.tile_columns) * (kPanel / of.tile_columns);
+    int copies = (rows + kCopyRows - 1) / kCopyRows;
     u32 from[kMostCopies];  // in chunks
 #pragma unroll
     for (int i = 0; i < kMostCopies; ++i) {
       int row = tile.row + min(copy_row + i * kCopyRows, tile.rows - 1);  // the last again
-      if (i < copies) from[i] = (of.source_m ? of.source_m[row] : row) * u32(of.k / kChunk) + chunk;
+      if (i < copies)
+        from[i] = (of.source_m ? of.source_m[row] : row) * u32(TERMS * of.k / kChunk) + chunk;
     }
     size_t panel = size_t(tile.group) * panels + tile.column / kPanel;
     const char* weights = reinterpret_cast<const char*>(of.w_gpsrk)
@@ -92,10 +104,13 @@ __device__ __forceinline__ void copy_tiles(Ring ring, Tile* tile_of, const Opera
       }
       int wanted = s * kTileK + chunk * kChunk < of.k ? 16 : 0;
 #pragma unroll
-      for (int i = 0; i < kMostCopies; ++i)
-        if (i < copies)
-          copy_async<16>(ring.at() + to + i * kCopyRows * kRowBytes,
-                         activations + size_t(from[i]) * 16 + s * kRowBytes, wanted);
+      for (int term = 0; term < TERMS; ++term)
+#pragma unroll
+        for (int i = 0; i < kMostCopies; ++i)
+          if (i < copies)
+            copy_async<16>(ring.at() + to + (term * of.term_rows + i * kCopyRows) * kRowBytes,
+                           activations + size_t(from[i]) * 16 + s * kRowBytes + term * of.k * 2,
+                           wanted);
       barrier_arrive_after_copies(filled);
     }
   }
@@ -105,6 +120,35 @@ __device__ __forceinline__ void copy_tiles(Ring ring, Tile* tile_of, const Opera
     barrier_arrive(ring.filled + ring.stage);
   }
   barrier_arrive(ring.filled + ring.stage);
+}
+
+// sums += the products of `steps` stages, of which W begins at w_at, A at a_at.  `last` is the
+// barrier of the stage that was read last, and is still to be told so.
+template <int n>
+__device__ __forceinline__ void add_products(float (&sums)[2][n / 2], Ring& ring, u64*& last,
+                                             int steps, int w_at, int a_at, int term_rows) {
+  for (int s = 0; s < steps; ++s, ring.next()) {
+    ring.wait_until_filled();
+    fence_copies();
+    u64 w = matrix_descriptor(shared_address(ring.at()) + w_at);
+    u64 a = matrix_descriptor(shared_address(ring.at()) + a_at);
+    wgmma_begin();
+#pragma unroll
+    for (int term = TERMS - 1; term >= 0; --term)  // the smallest first
+#pragma unroll
+      for (int step = 0; step < kTileK / 16; ++step)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          Wgmma<n>::multiply(sums[half], w + half * 64 * kRowBytes / 16 + step * 2,
+                             a + term * term_rows * kRowBytes / 16 + step * 2);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (last && threadIdx.x % 32 == 0) barrier_arrive(last);
+    last = ring.read + ring.stage;
+  }
+  wgmma_wait<0>();
+  wgmma_end(sums[0]);
+  wgmma_end(sums[1]);
 }
 
 // This warpgroup's part of a tile: 2 x 64 columns, n rows.
@@ -117,26 +161,17 @@ __device__ __forceinline__ void multiply(Ring& ring, const Tile& tile, const Ope
   int w_at = is_beside ? warpgroup * kHalf * kRowBytes : 0;
   int a_at = (of.tile_columns + (is_beside ? 0 : warpgroup * n)) * kRowBytes;
   u64* last = nullptr;
-  for (int s = 0; s < steps; ++s, ring.next()) {
-    ring.wait_until_filled();
-    fence_copies();
-    u64 w = matrix_descriptor(shared_address(ring.at()) + w_at);
-    u64 a = matrix_descriptor(shared_address(ring.at()) + a_at);
-    wgmma_begin();
+  if constexpr (TERMS == 1) {
+    add_products<n>(sums, ring, last, steps, w_at, a_at, of.term_rows);
+  } else {
+    for (int s = 0; s < steps; s += kChain) {
+      float chain[2][n / 2] = {};
+      add_products<n>(chain, ring, last, min(kChain, steps - s), w_at, a_at, of.term_rows);
 #pragma unroll
-    for (int step = 0; step < kTileK / 16; ++step)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        Wgmma<n>::multiply(sums[half], w + half * 64 * kRowBytes / 16 + step * 2, a + step * 2);
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (last && threadIdx.x % 32 == 0) barrier_arrive(last);
-    last = ring.read + ring.stage;
+      for (int i = 0; i < n / 2; ++i) sums[0][i] += chain[0][i], sums[1][i] += chain[1][i];
+    }
   }
-  wgmma_wait<0>();
   if (threadIdx.x % 32 == 0) barrier_arrive(last);
-  wgmma_end(sums[0]);
-  wgmma_end(sums[1]);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   int column = tile.column + (is_beside ? warpgroup * kHalf : 0) + warp * 32 + lane / 4 * 4;
   int row = (is_beside ? 0 : warpgroup * n) + lane % 4 * 2;
@@ -157,19 +192,19 @@ __device__ __forceinline__ void multiply_tiles(Ring ring, const Tile* tile_of, c
     ring.wait_until_filled();
     Tile tile = tile_of[ring.stage];
     if (tile.rows < 0) return;
-    switch (rows_each(tile, of.tile_columns)) {
-      case 16: multiply<16>(ring, tile, of, store); break;
-      case 32: multiply<32>(ring, tile, of, store); break;
-      case 48: multiply<48>(ring, tile, of, store); break;
-      case 64: multiply<64>(ring, tile, of, store); break;
-      case 80: multiply<80>(ring, tile, of, store); break;
-      case 96: multiply<96>(ring, tile, of, store); break;
-      case 112: multiply<112>(ring, tile, of, store); break;
-      case 128: multiply<128>(ring, tile, of, store); break;
-      case 144: multiply<144>(ring, tile, of, store); break;
-      case 160: multiply<160>(ring, tile, of, store); break;
-      case 176: multiply<176>(ring, tile, of, store); break;
-      default: multiply<192>(ring, tile, of, store);
+    switch (rows_each(tile, of.tile_columns) / kStep) {
+      case 1: multiply<1 * kStep>(ring, tile, of, store); break;
+      case 2: multiply<2 * kStep>(ring, tile, of, store); break;
+      case 3: multiply<3 * kStep>(ring, tile, of, store); break;
+      case 4: multiply<4 * kStep>(ring, tile, of, store); break;
+      case 5: multiply<5 * kStep>(ring, tile, of, store); break;
+      case 6: multiply<6 * kStep>(ring, tile, of, store); break;
+      case 7: multiply<7 * kStep>(ring, tile, of, store); break;
+      case 8: multiply<8 * kStep>(ring, tile, of, store); break;
+      case 9: multiply<9 * kStep>(ring, tile, of, store); break;
+      case 10: multiply<10 * kStep>(ring, tile, of, store); break;
+      case 11: multiply<11 * kStep>(ring, tile, of, store); break;
+      default: multiply<12 * kStep>(ring, tile, of, store);
     }
   }
 }
@@ -190,28 +225,32 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
   __syncthreads();
   Ring ring{shared, filled, read, stages, stage_bytes};
   if (threadIdx.x < kGroup) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopyRegisters));
     copy_tiles(ring, tile_of, of);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMultiplyRegisters));
     multiply_tiles(ring, tile_of, of, store);
   }
 }
 
 // out_mn = A @ W.T + bias_n
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    linear(const HALF* a_mk, const int* source_m, const HALF* w_gpsrk, const float* bias_n,
+    linear(const HALF* a_mtk, const int* source_m, const HALF* w_gpsrk, const float* bias_n,
            float* out_mn, const int4* tiles, const int* tile_count, int tile_rows,
-           int tile_columns, int m, int k, int width, int n, int stages, int stage_bytes) {
-  compute({a_mk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width},
+           int tile_columns, int m, int k, int width, int n, int stages, int stage_bytes,
+          int term_rows) {
+  compute({a_mtk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width,
+           term_rows},
           stages, stage_bytes, Sums(bias_n, out_mn, n));
 }
 
-// out_mn = silu(A @ w1.T) * (A @ w3.T), where W has rows of w1 and of w3 in turns
+// out_mtn = silu(A @ w1.T) * (A @ w3.T), where W has rows of w1 and of w3 in turns
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    gated(const HALF* a_mk, const int* source_m, const HALF* w_gpsrk, HALF* out_mn,
+    gated(const HALF* a_mtk, const int* source_m, const HALF* w_gpsrk, HALF* out_mtn,
           const int4* tiles, const int* tile_count, int tile_rows, int tile_columns, int m, int k,
-          int width, int n, int stages, int stage_bytes) {
-  compute({a_mk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width},
-          stages, stage_bytes, Gated{out_mn, n});
+          int width, int n, int stages, int stage_bytes,
+          int term_rows) {
+  compute({a_mtk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width,
+           term_rows},
+          stages, stage_bytes, Gated{out_mtn, n});
 }

@@ -1,4 +1,8 @@
-"""Matrix products on Hopper's own tensor instructions: precisions bf16 and fp16 on its chips."""
+"""Matrix products on Hopper's own tensor instructions: bf16 and fp16 on its chips, and fp32x3.
+
+fp32x3 has the grade of float32: its weights are numbers that BF16 holds, and each activation is
+the exact sum of three BF16 terms, which are multiplied by the same weights and added in float32.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Sequence
 import cupy
 
 from lfm2kit.backend import Tensor
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit_cuda.device import processors
 from lfm2kit_cuda.gemm16 import CHUNK, TensorCoreGemm
 from lfm2kit_cuda.kernels import Kernel, load_kernel
@@ -15,6 +20,8 @@ from lfm2kit_cuda.upload import upload
 
 PANEL, TILE_K, ROW_BYTES = 256, 64, 128  # of packed weights: columns, k, bytes of a row of k
 STEP, MOST_ROWS = 16, 192  # of activations, in a tile of PANEL columns
+STEP_OF_TERMS, MOST_ROWS_OF_TERMS = 8, 96
+TERMS, COPY_ROWS = 3, 16
 SHARED_BYTES, MOST_STAGES = 224 * 1024, 8
 PACK_THREADS = 256
 
@@ -25,11 +32,25 @@ BLOCKS = Blocks(
     menu={(rows, PANEL): max(17.5, 10.5 + 0.175 * rows) for rows in range(16, MOST_ROWS + 1, 16)}
     | {(rows, PANEL // 2): max(18.0, 13.0 + 0.083 * rows) for rows in range(32, 257, 32)},
 )
+# Estimated from what the matrix instructions take, not measured.
+BLOCKS_OF_TERMS = Blocks(
+    threads=384,
+    sharing=(1.0,),
+    menu={(rows, PANEL): 6 + 0.44 * max(rows, 64) for rows in range(16, MOST_ROWS_OF_TERMS + 1, 8)}
+    | {(rows, PANEL // 2): 6.5 + 0.22 * max(rows, 128) for rows in range(32, 129, 32)},
+)
 
 
 class HopperGemm(TensorCoreGemm):
+    terms, most_rows, step = 1, MOST_ROWS, STEP
+
+    def __init__(self, activation: str) -> None:
+        super().__init__(activation)
+        self._blocks = BLOCKS
+        self._constants["TERMS"] = self.terms
+
     def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
-        return MOST_ROWS, STEP
+        return self.most_rows, self.step
 
     def pack(self, matrices: Sequence[Tensor], scale: float = 1.0) -> Matrix:
         columns, inputs = matrices[0].shape
@@ -61,18 +82,19 @@ class HopperGemm(TensorCoreGemm):
     ) -> None:
         if tiles is None:
             rows, source, listed = len(x), None, (None, None)
-            tile_rows, tile_columns = BLOCKS.best(rows, matrix.width)
+            tile_rows, tile_columns = self._blocks.best(rows, matrix.width)
             count = -(-rows // tile_rows)
         else:
             rows, source, listed = tiles.rows, tiles.source, (tiles.tiles, tiles.count)
             tile_rows, tile_columns = tiles.tile_rows, PANEL
             count = len(tiles.tiles)
-        stage_bytes = ROW_BYTES * (tile_columns + tile_rows)
+        term_rows = padded(tile_rows, COPY_ROWS)
+        stage_bytes = ROW_BYTES * (tile_columns + self.terms * term_rows)
         self._kernel(name)(
-            (min(processors(), count * (matrix.width // tile_columns)),), BLOCKS.threads, x,
+            (min(processors(), count * (matrix.width // tile_columns)),), self._blocks.threads, x,
             source, matrix.packed, *outputs, *listed, tile_rows, tile_columns, rows,
             matrix.inputs, matrix.width, columns, min(MOST_STAGES, SHARED_BYTES // stage_bytes),
-            stage_bytes,
+            stage_bytes, term_rows,
         )  # fmt: skip
 
     def _kernel(self, name: str) -> Kernel:
@@ -86,9 +108,73 @@ class HopperGemm(TensorCoreGemm):
         self, matrix: Tensor, panels: cupy.ndarray, stride: int, offset: int, scale: float = 1.0
     ) -> None:
         out, inputs = matrix.shape
-        kernel = load_kernel("packing", f"panel_{matrix.dtype}_{self.activation}")
-        weights, steps = upload(matrix.data), panels.shape[1]
+        kernel = load_kernel("packing", f"panel_{matrix.dtype}_{self._constants['HALF']}")
+        weights, steps = self._uploaded(matrix), panels.shape[1]
         kernel((out,), PACK_THREADS, weights, panels, inputs, steps, stride, offset, scale)
+
+    def _uploaded(self, matrix: Tensor) -> cupy.ndarray:
+        return upload(matrix.data)
+
+
+class ThreeTermGemm(HopperGemm):
+    """Activations are handed on in float32 and split where a product reads them.
+
+    `rounded` leaves them as they are; what `gated` returns is split already.
+    """
+
+    terms, most_rows, step = TERMS, MOST_ROWS_OF_TERMS, STEP_OF_TERMS
+
+    def __init__(self) -> None:
+        super().__init__("BF16")
+        self._blocks = BLOCKS_OF_TERMS
+        self.activation = "F32"
+
+    def empty(self, rows: int, columns: int) -> cupy.ndarray:
+        return cupy.empty((rows, columns), cupy.float32)
+
+    def rounded(self, x: cupy.ndarray) -> cupy.ndarray:
+        return x
+
+    def linear(
+        self,
+        x: cupy.ndarray,
+        matrix: Matrix,
+        bias: cupy.ndarray | None = None,
+        tiles: RowTiles | None = None,
+    ) -> cupy.ndarray:
+        return super().linear(_split(x), matrix, bias, tiles)
+
+    def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
+        columns = padded(matrix.columns, CHUNK)  # the padding is silu(0) * 0
+        out = cupy.empty((tiles.rows if tiles else len(x), TERMS, columns), cupy.uint16)
+        self._launch("gated", _split(x), matrix, (out,), tiles, columns)
+        return out
+
+    def _uploaded(self, matrix: Tensor) -> cupy.ndarray:
+        """The matrix on the device; `Lfm2kitError` if BF16 does not hold its values."""
+        weights = upload(matrix.data)
+        if matrix.dtype == "BF16":
+            return weights
+        found = cupy.zeros(1, cupy.int32)
+        kernel = load_kernel("packing", f"find_inexact_{matrix.dtype}")
+        kernel((matrix.shape[0],), PACK_THREADS, weights, matrix.shape[1], found)
+        if int(found[0]):
+            raise Lfm2kitError(
+                f"precision fp32x3 takes weights that BF16 holds exactly, and '{matrix.name}' has "
+                "others; try --precision fp32"
+            )
+        return weights
+
+
+def _split(x: cupy.ndarray) -> cupy.ndarray:
+    """float32 [rows, columns] as three terms, uint16 [rows, 3, columns]; terms as they are."""
+    if x.dtype == cupy.uint16:
+        return x
+    rows, columns = x.shape
+    terms = cupy.empty((rows, TERMS, padded(columns, CHUNK)), cupy.uint16)
+    split = load_kernel("packing", "split_rows")
+    split((rows,), PACK_THREADS, x, terms, columns, terms.shape[2])
+    return terms
 
 
 def _matrix(packed: cupy.ndarray, inputs: int, columns: int) -> Matrix:

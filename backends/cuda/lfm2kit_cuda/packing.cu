@@ -57,6 +57,14 @@ __device__ void panel(const Stored* matrix_oi, Kept* packed_psrk, int in, int st
         Kept::from_float(Stored::to_float(from[k]) * scale);
 }
 
+// *found = 1 if BF16 does not hold a value; a block per row.
+template <class Stored>
+__device__ void find_inexact(const Stored* matrix_oi, int in, int* found) {
+  const Stored* row = matrix_oi + size_t(blockIdx.x) * in;
+  for (int k = threadIdx.x; k < in; k += blockDim.x)
+    if (__float_as_uint(Stored::to_float(row[k])) & 0xffffu) *found = 1;
+}
+
 #define NARROW(Stored, Kept)                                                                      \
   extern "C" __global__ void narrow_##Stored##_##Kept(const Stored* matrix, Kept* packed, int in, \
                                                       int width, int run, int stride, int offset, \
@@ -73,6 +81,9 @@ __device__ void panel(const Stored* matrix_oi, Kept* packed_psrk, int in, int st
                                                 int in, int k, int panel, int run, int stride,    \
                                                 int offset) {                                     \
     transpose(matrix, packed, out, in, k, panel, run, stride, offset);                            \
+  }                                                                                               \
+  extern "C" __global__ void find_inexact_##Stored(const Stored* matrix, int in, int* found) {    \
+    find_inexact(matrix, in, found);                                                              \
   }                                                                                               \
   NARROW(Stored, BF16)                                                                            \
   NARROW(Stored, F16)
@@ -93,4 +104,18 @@ extern "C" __global__ void round_BF16(const float* x_mk, BF16* packed_mw, int k,
 }
 extern "C" __global__ void round_F16(const float* x_mk, F16* packed_mw, int k, int width) {
   round_rows(x_mk, packed_mw, k, width);
+}
+
+// packed_mtw[row][term][i], three terms of BF16 whose exact sum is x_mk[row][i], each as near as it
+// can be to what the terms before it leave; rows of a term `width` long, padded with zeros.
+extern "C" __global__ void split_rows(const float* x_mk, BF16* packed_mtw, int k, int width) {
+  BF16* to = packed_mtw + size_t(blockIdx.x) * 3 * width;
+  for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    float rest = i < k ? x_mk[size_t(blockIdx.x) * k + i] : 0;
+    for (int term = 0; term < 3; ++term) {
+      BF16 rounded = BF16::from_float(rest);
+      to[term * width + i] = rounded;
+      rest -= BF16::to_float(rounded);
+    }
+  }
 }

@@ -75,7 +75,7 @@ class Attention:
 
 def _stacked(matrices: list[Tensor]) -> Tensor:
     """One matrix of all their rows, in the type that they are stored as, if it is one."""
-    dtypes = {matrix.dtype for matrix in matrices}
+    name, dtypes = ", ".join(m.name for m in matrices), {matrix.dtype for matrix in matrices}
     if len(dtypes) == 1:
-        return Tensor("qkv", matrices[0].dtype, np.concatenate([m.data for m in matrices]))
-    return Tensor("qkv", "F32", np.concatenate([m.float32() for m in matrices]))
+        return Tensor(name, matrices[0].dtype, np.concatenate([m.data for m in matrices]))
+    return Tensor(name, "F32", np.concatenate([m.float32() for m in matrices]))

@@ -36,27 +36,36 @@ struct Sums {  // + bias_n (null for none), in float32; rows of n
   }
 };
 
-// Within some 2^-22, of which 16 bits show nothing.
+// Of one term within some 2^-22, of which 16 bits show nothing.
 __device__ __forceinline__ float silu(float x) {
+  if constexpr (TERMS > 1) return x / (1 + expf(-x));
   float power, inverse;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
   return x * inverse;
 }
 
-// silu(gate) * up * GATED_SCALE of two channels, in 16 bits; rows of n, a multiple of 8
+// silu(gate) * up * GATED_SCALE of two channels, as the next product reads it: rows of TERMS x n
+// elements, n a multiple of 8
 struct Gated {
-  HALF* out_mn;
+  HALF* out_mtn;
   int n;
 
   __device__ bool begin(int row, int column) {
-    out_mn += size_t(row) * n + column / 2;
+    out_mtn += size_t(row) * TERMS * n + column / 2;
     return column / 2 < n;
   }
 
   __device__ __forceinline__ void store(int row, float gate0, float up0, float gate1,
                                         float up1) const {
     float first = silu(gate0) * up0 * GATED_SCALE, second = silu(gate1) * up1 * GATED_SCALE;
-    *reinterpret_cast<u32*>(out_mn + size_t(row) * n) = HALF::both(first, second);
+    HALF* out = out_mtn + size_t(row) * TERMS * n;
+#pragma unroll
+    for (int term = 0; term < TERMS; ++term) {
+      HALF low = HALF::from_float(first), high = HALF::from_float(second);
+      *reinterpret_cast<u32*>(out + term * n) = HALF::both(first, second);
+      first -= HALF::to_float(low);
+      second -= HALF::to_float(high);
+    }
   }
 };
