@@ -22,6 +22,7 @@
 // banks of registers and the third is kept from the one before.  Hence the multiplications go to
 // and fro over the columns; hence too that four sums are stored as (1, 0, 3, 2): as they are, they
 // would have to lie in the banks of the weights that they meet.
+#include "shared_memory.cuh"
 #include "stages.cuh"
 
 constexpr int kRows = ROWS, kHeight = 4 * kRows;  // of a thread, of a tile
@@ -47,16 +48,6 @@ struct Tile {
 struct Fragment {
   float a[kRows], w[kColumns];
 };
-
-__device__ __forceinline__ void read_four(float* to, u32 address) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-               : "r"(address));
-}
-
-__device__ __forceinline__ void read_two(float* to, u32 address) {
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address));
-}
 
 template <int kCount>
 __device__ __forceinline__ void read(Fragment& fragment, u32 stage, int in_stage) {

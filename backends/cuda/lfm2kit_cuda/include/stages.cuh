@@ -5,6 +5,7 @@
 // loops that use a ring have no registers to spare.
 #pragma once
 #include "async_copy.cuh"
+#include "shared_memory.cuh"
 
 // kStages stages for a group of kThreads threads: kFirst floats of one operand, kSecond of another.
 template <int kStages, int kFirst, int kSecond, int kThreads>
@@ -46,9 +47,9 @@ class Stages {
     if (!leads()) return;
     shared->source = source;
 #else
-    synchronize();
+    synchronize_group<kThreads>(group);
     if (threadIdx.x % kThreads == 0) shared->source = source;
-    synchronize();
+    synchronize_group<kThreads>(group);
 #endif
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) copy(i, used + i);
@@ -68,7 +69,7 @@ class Stages {
     wait_for(barrier(used % kStages), used / kStages % 2);
 #else
     wait_copies<kStages - 2>();
-    synchronize();
+    synchronize_group<kThreads>(group);
 #endif
   }
 
@@ -149,10 +150,6 @@ class Stages {
     char* shared = static_cast<char*>(__cvta_shared_to_generic(to));
     for (int i = threadIdx.x % kThreads * 4; i < floats; i += kThreads * 4)
       copy_async<16>(shared + 4 * i, from + i, 16);
-  }
-
-  __device__ __forceinline__ void synchronize() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kThreads) : "memory");
   }
 
   int group;

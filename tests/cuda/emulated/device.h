@@ -1,0 +1,78 @@
+// What kernels take from CUDA C++, on a host: a host thread per thread of a block.  Blocks run one
+// after another, so the shared memory of a block is memory of the program.
+#pragma once
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <thread>
+#include <vector>
+
+#include "types.cuh"
+
+#define __CUDA_ARCH__ 750  // a chip without copies that run beside the arithmetic
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __launch_bounds__(...)
+
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct Index {
+  u32 x, y;
+};
+
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float __fdividef(float x, float y) { return x / y; }
+using std::min;
+
+inline thread_local Index threadIdx;
+inline Index blockIdx, gridDim;
+
+// Addresses in shared memory count from the beginning of what a launch asks for.
+extern __align__(128) float shared[];
+inline size_t __cvta_generic_to_shared(const void* pointer) {
+  return static_cast<const char*>(pointer) - reinterpret_cast<char*>(shared);
+}
+inline void* __cvta_shared_to_generic(size_t address) {
+  return reinterpret_cast<char*>(shared) + address;
+}
+
+struct Barriers {
+  std::barrier<> of_block;
+  std::deque<std::barrier<>> of_groups;
+
+  Barriers(int threads, int groups) : of_block(threads) {
+    for (int i = 0; i < groups; ++i) of_groups.emplace_back(threads / groups);
+  }
+};
+inline Barriers* barriers;  // of the launch
+
+inline void __syncthreads() { barriers->of_block.arrive_and_wait(); }
+
+// `prepare` before each block.
+template <class Prepare, class Kernel>
+void launch(Index grid, int threads, int groups, Prepare prepare, Kernel kernel) {
+  Barriers own(threads, groups);
+  barriers = &own, gridDim = grid;
+  auto run = [=](u32 thread) {
+    threadIdx = {thread, 0};
+    for (u32 i = 0; i < grid.x * grid.y; ++i) {
+      __syncthreads();
+      if (thread == 0) blockIdx = {i % grid.x, i / grid.x}, prepare();
+      __syncthreads();
+      kernel();
+    }
+  };
+  std::vector<std::jthread> running;
+  for (int i = 0; i < threads; ++i) running.emplace_back(run, i);
+}

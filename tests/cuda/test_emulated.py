@@ -1,0 +1,333 @@
+"""The kernels of the FP32 product on the CPU, a host thread for each CUDA thread, against float64.
+
+So what is most easily wrong in them (indices, the ring of stages, the reduction, lists of tiles,
+what is stored where) is checked on machines without a GPU too.  Bulk copies and their barriers
+(from sm_90 on) are not: stages are filled as on older chips.  Every array that a kernel writes is
+full of NaN before, and every element of it is looked at.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from lfm2kit_cuda.compiling import INCLUDE, SOURCES
+
+from tests.cuda.test_grouping import grouped
+
+COMPILER = shutil.which("g++")
+HEIGHTS = (16, 24, 32, 40, 48)
+HOPPER, AMPERE, TURING = (16, 4), (8, 2), (4, 2)  # k of a stage, and rows added at once: gemm.py
+WIDTH, RUN, STEP, ROWS_STEP, PART = 128, 32, 16, 8, 64  # as in gemm.py
+MARGIN = 1000  # elements behind an output, which are to stay as they are
+ROUNDING = 2.0**-24
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+Judged = tuple[Float64, Float64]  # what is expected, and the most that a result may be off
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """As `RowTiles`; group_of holds the group of each row."""
+
+    source: Ints
+    tiles: Ints
+    group_of: Ints
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """What gemm.py launches, by blocks that take several tiles each."""
+
+    program: Path
+    height: int
+
+    def arrange(self, x: Float32, tiles: Tiles | None = None) -> Float32:
+        rows, inputs = self._rows(x, tiles), padded(x.shape[1], STEP)
+        most = len(tiles.tiles) + 1 if tiles else -(-rows // self.height)
+        source = tiles.source if tiles else None
+        return self._run(
+            "arrange", (-(-inputs // PART), most), (rows, x.shape[1], inputs),
+            (x, source, None, *listed(tiles)), (most, inputs, self.height),
+        )  # fmt: skip
+
+    def linear(
+        self,
+        panels: Float32,
+        packed: Float32,
+        rows: int,
+        columns: int,
+        bias: Float32 | None = None,
+        tiles: Tiles | None = None,
+        blocks: int = 2,
+    ) -> Float32:
+        return self._run(
+            "linear", (blocks, 1), (rows, panels.shape[1], width(packed), columns),
+            (panels, packed, bias, None, *listed(tiles)), (rows, columns), output=3,
+        )  # fmt: skip
+
+    def gated(
+        self,
+        panels: Float32,
+        packed: Float32,
+        rows: int,
+        columns: int,
+        tiles: Tiles | None = None,
+        blocks: int = 2,
+    ) -> Float32:
+        shape = (len(panels), padded(columns, STEP), self.height)
+        return self._run(
+            "gated", (blocks, 1), (rows, panels.shape[1], width(packed), shape[1]),
+            (panels, packed, None, *listed(tiles)), shape,
+        )  # fmt: skip
+
+    def rows_of(self, panels: Float32, rows: int, tiles: Tiles | None = None) -> Float32:
+        """Panels as rows again: [rows, k]."""
+        if tiles is None:
+            return panels.transpose(0, 2, 1).reshape(-1, panels.shape[1])[:rows]
+        out = np.full((rows, panels.shape[1]), np.nan, np.float32)
+        for panel, (_, first, many, _) in zip(panels, tiles.tiles, strict=False):
+            out[first : first + many] = panel.T[:many]
+        return out
+
+    def _rows(self, x: Float32, tiles: Tiles | None) -> int:
+        return len(tiles.source) if tiles else len(x)
+
+    def _run(
+        self,
+        name: str,
+        grid: tuple[int, int],
+        numbers: tuple[int, ...],
+        arrays: tuple[npt.NDArray[np.generic] | None, ...],
+        shape: tuple[int, ...],
+        output: int = 2,
+    ) -> Float32:
+        size = int(np.prod(shape))
+        poisoned = np.full(size + MARGIN, np.nan, np.float32)
+        given = [poisoned if i == output else a for i, a in enumerate(arrays)]
+        done = subprocess.run(
+            [str(self.program), name, *map(str, (*grid, *numbers))],
+            input=b"".join(map(framed, given)), stdout=subprocess.PIPE, check=True, timeout=100,
+        )  # fmt: skip
+        written = np.frombuffer(done.stdout, np.float32)
+        assert np.isnan(written[size:]).all()
+        return written[:size].reshape(shape)
+
+
+def framed(array: npt.NDArray[np.generic] | None) -> bytes:
+    content = b"" if array is None else array.tobytes()
+    return len(content).to_bytes(8, "little") + content
+
+
+def listed(tiles: Tiles | None) -> tuple[Ints | None, Ints | None]:
+    """The list, with room for a tile more, and its length."""
+    if tiles is None:
+        return None, None
+    more = np.full((1, 4), -1, np.int32)
+    return np.concatenate([tiles.tiles, more]), np.array([len(tiles.tiles)], np.int32)
+
+
+def padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def width(packed: Float32) -> int:
+    return packed.shape[1] * WIDTH
+
+
+def pack(matrices_gnk: Float32) -> Float32:
+    """As `Gemm.pack`: groups, panels, k, columns."""
+    groups, columns, inputs = matrices_gnk.shape
+    room = np.zeros((groups, padded(columns, WIDTH), padded(inputs, STEP)), np.float32)
+    room[:, :columns, :inputs] = matrices_gnk
+    return np.ascontiguousarray(room.reshape(groups, -1, WIDTH, room.shape[2]).swapaxes(2, 3))
+
+
+def pack_gated(gates_gnk: Float32, ups_gnk: Float32) -> Float32:
+    groups, columns, inputs = gates_gnk.shape
+    room = np.zeros((groups, 2, padded(columns, RUN), inputs), np.float32)
+    room[:, 0, :columns], room[:, 1, :columns] = gates_gnk, ups_gnk
+    runs = room.reshape(groups, 2, -1, RUN, inputs).swapaxes(1, 2)
+    return pack(runs.reshape(groups, -1, inputs))
+
+
+def product(x: Float32, matrices_gnk: Float32, group_of: Ints) -> Judged:
+    """Rows times the matrices of their groups: no sum of floats can be further off than this."""
+    x64, w64 = x.astype(np.float64), matrices_gnk.astype(np.float64)[group_of]
+    want = np.einsum("mk,mnk->mn", x64, w64)
+    size = np.einsum("mk,mnk->mn", abs(x64), abs(w64))
+    return want, (x.shape[1] + 8) * ROUNDING * size
+
+
+def gated_product(x: Float32, gates: Float32, ups: Float32, group_of: Ints) -> Judged:
+    (gate, gate_off), (up, up_off) = product(x, gates, group_of), product(x, ups, group_of)
+    silu = gate / (1 + np.exp(-gate))
+    off = 1.1 * gate_off * (abs(up) + up_off) + abs(silu) * up_off  # 1.1: the slope of silu
+    return silu * up, off + 16 * ROUNDING * abs(silu * up)
+
+
+def assert_near(got: Float32, judged: Judged) -> None:
+    want, off = judged
+    assert got.shape == want.shape
+    assert (abs(got - want) <= off).all()  # false for NaN as well
+
+
+def tiles_of(rng: np.random.Generator, counts: tuple[int, ...], height: int, tokens: int) -> Tiles:
+    """Of groups with so many rows, gathered from so many tokens, with repeats."""
+    group_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    _, _, tiles = grouped(group_of[:, None], range(len(counts)), height, ROWS_STEP)
+    return Tiles(rng.integers(0, tokens, len(group_of), np.int32), tiles, group_of)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Float32:
+    return rng.standard_normal(shape).astype(np.float32) / np.float32(2)
+
+
+def counts_around(height: int) -> tuple[int, ...]:
+    """Rows of groups: astride the edges of tiles, and one with none."""
+    return (1, 15, 16, 17, 0, 33, height - 1, height, height + 1)
+
+
+def of_one_group(rows: int) -> Ints:
+    return np.zeros(rows, np.int32)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Other numbers in every run; the seed is shown if a test fails."""
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated]:
+    """By the height of tiles; compiled from headers of which some are replaced by those here."""
+    if COMPILER is None:
+        pytest.skip("there is no g++ to compile kernels for the CPU with")
+    folder = tmp_path_factory.mktemp("emulated")
+    sources = shutil.copytree(INCLUDE, folder / "sources")
+    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+
+    @cache
+    def compiled(height: int, sizes: tuple[int, int] = HOPPER) -> Emulated:
+        constants = {"ROWS": height // 4, "TILE_K": sizes[0], "PASS": sizes[1]}
+        program = folder / "-".join(map(str, ("products", *constants.values())))
+        includes = (f"-I{sources}", f"-I{SOURCES}")
+        subprocess.run(
+            [str(COMPILER), "-std=c++20", "-O1", "-pthread", *includes,
+             *(f"-D{name}={value}" for name, value in constants.items()),
+             str(sources / "products.cpp"), "-o", str(program)], check=True,
+        )  # fmt: skip
+        return Emulated(program, height)
+
+    if not has_cpp20(folder):
+        pytest.skip("g++ here has no std::barrier (C++20), with which kernels run on the CPU")
+    return compiled
+
+
+def has_cpp20(folder: Path) -> bool:
+    command = [str(COMPILER), "-std=c++20", "-fsyntax-only", "-xc++", "-"]
+    source = b"#include <barrier>\nstd::barrier<> one(1);"
+    return subprocess.run(command, input=source, stderr=subprocess.PIPE, cwd=folder).returncode == 0
+
+
+@pytest.mark.parametrize("height", HEIGHTS)
+def test_panels(emulated: Callable[..., Emulated], rng: np.random.Generator, height: int) -> None:
+    gemm, x = emulated(height), normal(rng, 29, 70)
+    tiles = tiles_of(rng, counts_around(height), height, len(x))
+    panels = gemm.arrange(x, tiles)
+    assert np.isnan(panels[-1]).all()  # of the tile that is not in the list
+    for panel, (_, first, many, _) in zip(panels, tiles.tiles, strict=False):
+        rows = tiles.source[first + np.minimum(np.arange(height), many - 1)]
+        assert np.array_equal(panel[:70], x[rows].T)
+        assert not panel[70:].any()
+
+
+@pytest.mark.parametrize("height", HEIGHTS)
+def test_linear_of_dense_rows(
+    emulated: Callable[..., Emulated], rng: np.random.Generator, height: int
+) -> None:
+    """With few k most of a block's groups have nothing to sum."""
+    gemm = emulated(height)
+    shapes = [(132, 16), (37, 32), (132, 107), (129, 300)]  # columns, inputs
+    for i, rows in enumerate((1, 17, height - 1, 2 * height + 1)):
+        columns, inputs = shapes[i]
+        x, weight = normal(rng, rows, inputs), normal(rng, 1, columns, inputs)
+        bias = normal(rng, columns) if i >= 2 else None
+        got = gemm.linear(gemm.arrange(x), pack(weight), rows, columns, bias, blocks=1 + i % 3)
+        want, off = product(x, weight, of_one_group(rows))
+        if bias is not None:
+            want, off = want + bias, off + 2 * ROUNDING * abs(want + bias)
+        assert_near(got, (want, off))
+
+
+@pytest.mark.parametrize(
+    ("height", "sizes"), [*((h, HOPPER) for h in HEIGHTS), (48, AMPERE), (40, TURING)]
+)
+def test_experts(
+    emulated: Callable[..., Emulated],
+    rng: np.random.Generator,
+    height: int,
+    sizes: tuple[int, int],
+) -> None:
+    """A list of tiles: gated, whose panels the next product reads."""
+    gemm, counts, hidden, inner = emulated(height, sizes), counts_around(height), 107, 69
+    tiles, x = tiles_of(rng, counts, height, 50), normal(rng, 50, hidden)
+    rows, groups = len(tiles.source), len(counts)
+    gates, ups = normal(rng, groups, inner, hidden), normal(rng, groups, inner, hidden)
+    down = normal(rng, groups, 101, inner)
+
+    panels = gemm.gated(gemm.arrange(x, tiles), pack_gated(gates, ups), rows, inner, tiles, 3)
+    got = gemm.rows_of(panels, rows, tiles)
+    assert_near(got[:, :inner], gated_product(x[tiles.source], gates, ups, tiles.group_of))
+    assert not got[:, inner:].any()  # the padding that the next product reads
+    assert np.isfinite(panels[:-1]).all()
+    assert np.isnan(panels[-1]).all()
+
+    out = gemm.linear(panels, pack(down), rows, 101, tiles=tiles, blocks=5)
+    assert_near(out, product(got[:, :inner], down, tiles.group_of))
+
+
+@pytest.mark.parametrize("columns", [1, 31, 33, 65])
+def test_gated_of_dense_rows(
+    emulated: Callable[..., Emulated], rng: np.random.Generator, columns: int
+) -> None:
+    gemm, rows, inputs = emulated(24), 50, 45
+    gates, ups = normal(rng, 1, columns, inputs), normal(rng, 1, columns, inputs)
+    x = normal(rng, rows, inputs)
+    panels = gemm.gated(gemm.arrange(x), pack_gated(gates, ups), rows, columns)
+    got = gemm.rows_of(panels, rows)
+    assert_near(got[:, :columns], gated_product(x, gates, ups, of_one_group(rows)))
+    assert not got[:, columns:].any()
+
+
+def test_a_row_has_the_same_bits_in_every_tile(
+    emulated: Callable[..., Emulated], rng: np.random.Generator
+) -> None:
+    """Alone, among others, in tiles of every height, and gathered."""
+    x, weight, bias = normal(rng, 53, 107), normal(rng, 1, 132, 107), normal(rng, 132)
+    gates, ups = normal(rng, 1, 40, 107), normal(rng, 1, 40, 107)
+
+    def both(gemm: Emulated, x: Float32, tiles: Tiles | None = None) -> Float32:
+        rows, panels = len(tiles.source) if tiles else len(x), gemm.arrange(x, tiles)
+        linear = gemm.linear(panels, pack(weight), rows, 132, bias, tiles)
+        gated = gemm.gated(panels, pack_gated(gates, ups), rows, 40, tiles)
+        return np.hstack([linear, gemm.rows_of(gated, rows, tiles)])
+
+    want = both(emulated(48), x)
+    for height in HEIGHTS:
+        gemm, tiles = emulated(height), tiles_of(rng, (70,), height, len(x))
+        assert np.array_equal(both(gemm, x), want)
+        assert np.array_equal(both(gemm, x, tiles), want[tiles.source])
+        row = int(rng.integers(len(x)))
+        assert np.array_equal(both(gemm, x[row : row + 1])[0], want[row])
