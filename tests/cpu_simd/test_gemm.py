@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend  # first: it says where kernels are kept
-from lfm2kit_cpu_simd.gemm import grouped, linear
+from lfm2kit_cpu_simd.gemm import ROWS_AT_ONCE, STRETCH, grouped, linear
 from lfm2kit_cpu_simd.packing import HALF, pack, pack_gated
 from lfm2kit_cpu_simd.tile import NR, STORAGES, lane_order
 
@@ -75,6 +75,18 @@ def test_a_dense_product_at_every_edge(rows: int, storage: str, threads: int) ->
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("rows", [1, 7, ROWS_AT_ONCE - 1, ROWS_AT_ONCE, ROWS_AT_ONCE + 1])
+def test_a_product_at_the_edges_of_stretches_and_of_rows_at_once(
+    rows: int, storage: str, threads: int
+) -> None:
+    rng = np.random.default_rng(rows)
+    for k in (STRETCH - 1, STRETCH, STRETCH + 1, 2 * STRETCH + 3):
+        (w,) = matrices(rng, 1, (NR + 1, k), storage)
+        x = rng.standard_normal((rows, k)).astype(np.float32)
+        assert_close(linear(x, pack([[w]]), NR + 1), slow(x, [0, rows], [w]))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
 def test_groups_of_every_size_some_of_them_empty(storage: str, threads: int) -> None:
     rng = np.random.default_rng(1)
     counts = np.array([0, 7, 0, 1, 33, 16, 0])
@@ -103,21 +115,23 @@ def test_a_gated_product_pairs_each_gate_with_its_own_up(
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(storage: str, threads: int) -> None:
     rng = np.random.default_rng(2)
-    (w,) = matrices(rng, 1, (NR + 5, 100), storage)
+    (w,) = matrices(rng, 1, (NR + 5, STRETCH + 100), storage)
     panels = pack([[w]])
-    x = rng.standard_normal((33, 100)).astype(np.float32)
-    alone = np.concatenate([linear(x[i : i + 1], panels, NR + 5) for i in range(33)])
-    for rows in range(1, 34):
+    most = ROWS_AT_ONCE + 2
+    x = rng.standard_normal((most, STRETCH + 100)).astype(np.float32)
+    alone = np.concatenate([linear(x[i : i + 1], panels, NR + 5) for i in range(most)])
+    for rows in range(1, most + 1):
         np.testing.assert_array_equal(linear(x[:rows], panels, NR + 5), alone[:rows])
 
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_storage_of_16_bits_has_the_bits_of_its_float32_values(storage: str) -> None:
     rng = np.random.default_rng(3)
-    (w,) = matrices(rng, 1, (70, 50), storage)
-    x = rng.standard_normal((17, 50)).astype(np.float32)
+    (w,) = matrices(rng, 1, (70, STRETCH + 50), storage)
     wide = Tensor("", "F32", w.float32())
-    np.testing.assert_array_equal(linear(x, pack([[w]]), 70), linear(x, pack([[wide]]), 70))
+    for rows in (1, 6, 17, ROWS_AT_ONCE + 1):
+        x = rng.standard_normal((rows, STRETCH + 50)).astype(np.float32)
+        np.testing.assert_array_equal(linear(x, pack([[w]]), 70), linear(x, pack([[wide]]), 70))
 
 
 def test_matrices_of_several_types_are_kept_in_one_that_holds_them_all() -> None:

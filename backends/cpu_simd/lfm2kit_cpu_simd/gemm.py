@@ -1,8 +1,9 @@
 """Grouped matrix products over packed weights: one driver for dense layers, experts and head.
 
 Rows come sorted by group (an expert, or all rows for a dense layer).  The work is shared out as
-(group, panel) pairs: a pair reads its weights once, whatever the number of rows, and while it
-computes it fetches the panel that its thread takes next.
+(group, panel) pairs: a pair reads its weights once, whatever the number of rows.  A panel is taken
+in stretches of k that stay in the first-level cache while all rows use them; meanwhile the
+stretch that comes next is fetched, as evenly as the multiply-adds go on.
 """
 
 from __future__ import annotations
@@ -18,18 +19,15 @@ from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.elementwise import silu
 from lfm2kit_cpu_simd.packing import HALF, Panels
 from lfm2kit_cpu_simd.signatures import BOOL, INT, OFFSETS, ROWS, ROWS_OUT, TABLE, VECTOR
-from lfm2kit_cpu_simd.tile import MR, NR, call_tile
+from lfm2kit_cpu_simd.tile import CACHE_LINE, MR, NR, UNROLL, call_tile
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 NO_BIAS = np.empty(0, np.float32)
-# With so few rows a tile is done before its memory arrives: it fetches just ahead of itself.
-# Taller ones fetch the panel that comes next.
-SKINNY = 4
-JUST_AHEAD = 1024  # bytes
-# Sums of sums: the error of one chain over all of k would be twice as large.
-STRETCH = 512
+# Of k: in float32 32 KB of a panel.  Sums of sums: one chain over all of k would round worse.
+STRETCH = 128
+ROWS_AT_ONCE = 8 * MR  # their sums stay in the first-level cache as well
 
 
 def linear(
@@ -72,36 +70,41 @@ def grouped(
 
 @numba.njit(inline="always")
 def _multiply(
-    x: Any, row: Any, m: Any, panel: Any, itemsize: Any, table: Any, ahead: Any, product: Any,
-    sums: Any,
+    x: Any, row: Any, rows: Any, panel: Any, following: Any, itemsize: Any, table: Any, sums: Any
 ) -> None:  # fmt: skip
-    """sums [m, NR] of rows row to row + m of x and a panel, a stretch of k at a time."""
+    """sums [rows, NR] of so many rows of x, from `row` on, and a panel."""
     k = x.shape[1]
+    row_bytes = NR * itemsize
+    tiles = -(-rows // MR)
+    lines = -(-UNROLL * row_bytes // (CACHE_LINE * tiles))
+    sums[:rows] = 0
     for first in range(0, k, STRETCH):
-        out = product if first else sums
-        skipped = first * NR * itemsize
-        call_tile(
-            table[m], x.ctypes.data + 4 * (row * k + first), k, panel + skipped,
-            min(STRETCH, k - first), out.ctypes.data, ahead + skipped,
-        )  # fmt: skip
-        if first:
-            for i in range(m):
-                for j in range(NR):
-                    sums[i, j] += product[i, j]
+        depth = min(STRETCH, k - first)
+        at = panel + first * row_bytes
+        ahead = at + depth * row_bytes if first + depth < k else following
+        done = 0
+        for tile in range(tiles):
+            m = (rows - done) // (tiles - tile)  # of nearly the same height
+            call_tile(
+                table[m], x.ctypes.data + 4 * ((row + done) * k + first), k, at, depth,
+                sums[done].ctypes.data, ahead, lines,
+            )  # fmt: skip
+            ahead += depth // UNROLL * lines * CACHE_LINE
+            done += m
 
 
 @numba.njit(inline="always")
-def _finish(scratch: Any, row: Any, m: Any, panel: Any, is_gated: Any, bias: Any, out: Any) -> None:
-    """Stores a tile's rows in `out`, after the gate or the bias."""
+def _finish(sums: Any, row: Any, rows: Any, panel: Any, is_gated: Any, bias: Any, out: Any) -> None:
+    """Stores a panel's sums in `out`, after the gate or the bias."""
     width = HALF if is_gated else NR
     at = panel * width
     columns = min(width, out.shape[1] - at)
-    for i in range(m):
+    for i in range(rows):
         if is_gated:
             for j in range(HALF):
-                scratch[i, j] = silu(scratch[i, j]) * scratch[i, HALF + j]
+                sums[i, j] = silu(sums[i, j]) * sums[i, HALF + j]
         for j in range(columns):
-            out[row + i, at + j] = scratch[i, j]
+            out[row + i, at + j] = sums[i, j]
         if bias.size:
             for j in range(columns):
                 out[row + i, at + j] += bias[at + j]
@@ -125,24 +128,15 @@ def _grouped(
     out: Any,
     threads: Any,
 ) -> None:
-    k = x.shape[1]
-    size = itemsize * NR * k
+    size = itemsize * NR * x.shape[1]
     tasks = (offsets.shape[0] - 1) * count
     for thread in numba.prange(threads):
-        scratch = np.empty((MR, NR), np.float32)
-        product = np.empty((MR, NR), np.float32)
+        sums = np.empty((ROWS_AT_ONCE, NR), np.float32)
         for task in range(thread, tasks, threads):
             first, last = offsets[task // count], offsets[task // count + 1]
-            if first == last:
-                continue
             panel = panels_at + task * size
             following = panel + threads * size if task + threads < tasks else panel
-            tiles = -(-(last - first) // MR)
-            row = first
-            for tile in range(tiles):
-                m = (last - row) // (tiles - tile)  # of nearly the same height
-                elsewhere = following if tile == 0 else panel
-                ahead = panel + JUST_AHEAD if m <= SKINNY else elsewhere
-                _multiply(x, row, m, panel, itemsize, table, ahead, product, scratch)
-                _finish(scratch, row, m, task % count, is_gated, bias, out)
-                row += m
+            for row in range(first, last, ROWS_AT_ONCE):
+                rows = min(ROWS_AT_ONCE, last - row)
+                _multiply(x, row, rows, panel, following, itemsize, table, sums)
+                _finish(sums, row, rows, task % count, is_gated, bias, out)

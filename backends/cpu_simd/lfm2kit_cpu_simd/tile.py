@@ -1,14 +1,14 @@
 """The register tile: m rows of x times one panel of weights, as LLVM vector code.
 
-    out[i, j] = sum_k x[i, k] * panel[k, j]        i < m <= MR, j < NR, k in order
+    out[i, j] += sum_k x[i, k] * panel[k, j]       i < m <= MR, j < NR, k in order
 
 A panel holds NR = NV * VL columns of a weight matrix's transpose, k by k: row k of it is NV
 vectors, and one broadcast of x[i, k] feeds NV fused multiply-adds.  The m * NV accumulators stay
 in registers: 12 of AVX2's 16, 24 of AVX-512's 32.  Row-major x needs no packing at 6 rows.
 Weights of 16 bits are widened in registers; the arithmetic is the same.
 
-Each out[i, j] is one chain of fused multiply-adds, the same for every m: its bits depend neither
-on the number of rows nor on a row's place.  `llvm.fmuladd` and not `llvm.fma`, which becomes a
+The sum is one chain of fused multiply-adds, the same for every m: its bits depend neither on the
+number of rows nor on a row's place.  `llvm.fmuladd` and not `llvm.fma`, which becomes a
 library call per lane on a CPU without FMA.
 """
 
@@ -58,13 +58,14 @@ def _multiply(
     k: Any,
     out: Any,
     ahead: Any,
+    lines: Any,
 ) -> Any:
     """Addresses x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR].
 
-    `storage` (an index of STORAGES) and m are literals.  While it computes, the tile fetches as
-    much memory from `ahead` on as it reads of the panel.
+    `storage` (an index of STORAGES) and m are literals.  While it computes, the tile fetches memory
+    from `ahead` on: `lines` cache lines with every UNROLL steps of k.
     """
-    signature = types.void(storage, m, *[types.intp] * 6)
+    signature = types.void(storage, m, *[types.intp] * 7)
     emitter = Emitter(STORAGES[storage.literal_value], m.literal_value)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -89,24 +90,38 @@ class Emitter:
         self.index = ir.IntType(64)
 
     def emit(
-        self, b: Any, x_at: Any, stride: Any, panel_at: Any, k: Any, out_at: Any, ahead: Any
+        self,
+        b: Any,
+        x_at: Any,
+        stride: Any,
+        panel_at: Any,
+        k: Any,
+        out_at: Any,
+        ahead: Any,
+        lines: Any,
     ) -> None:
         self.builder = b
         fma = ir.FunctionType(self.vector, [self.vector] * 3)
         self.fmuladd = cgutils.get_or_insert_function(b.module, fma, f"llvm.fmuladd.v{self.vl}f32")
         x = [b.add(x_at, b.mul(stride, self._constant(4 * i))) for i in range(self.rows)]
 
-        def step(k: Any, sums: Sequence[Any]) -> list[Any]:
-            self._prefetch(b.add(ahead, b.mul(k, self._constant(self.row_bytes))))
+        def step(k: Any, sums: Sequence[Any]) -> Sequence[Any]:
             return self._multiply_add(k, x, self._row(panel_at, k), sums)
+
+        def turn(k: Any, sums: Sequence[Any]) -> Sequence[Any]:
+            fetched = b.mul(b.mul(k, lines), self._constant(CACHE_LINE // UNROLL))
+            self._prefetch(b.add(ahead, fetched), lines)
+            for u in range(UNROLL):
+                sums = step(b.add(k, self._constant(u)), sums)
+            return sums
 
         unrolled = b.and_(k, self._constant(-UNROLL))
         zero = [ir.Constant(self.vector, None)] * (self.rows * self.nv)
-        sums = self._loop(self._constant(0), unrolled, UNROLL, step, zero)
+        sums = self._loop(self._constant(0), unrolled, UNROLL, turn, zero)
         sums = self._loop(unrolled, k, 1, step, sums)
-        self._store(sums, out_at)
+        self._add_to(sums, out_at)
 
-    def _loop(self, first: Any, last: Any, stride: int, step: Any, sums: Sequence[Any]) -> Any:
+    def _loop(self, first: Any, last: Any, stride: int, turn: Any, sums: Sequence[Any]) -> Any:
         """for k in range(first, last, stride), the sums in registers all the way."""
         b = self.builder
         before = b.basic_block
@@ -120,9 +135,7 @@ class Emitter:
             phi.add_incoming(value, before)
         b.cbranch(b.icmp_signed("<", k, last), body, after)
         b.position_at_end(body)
-        values = list(phis)
-        for u in range(stride):
-            values = step(b.add(k, self._constant(u)), values)
+        values = turn(k, phis)
         k.add_incoming(b.add(k, self._constant(stride)), b.basic_block)
         for phi, value in zip(phis, values, strict=True):
             phi.add_incoming(value, b.basic_block)
@@ -164,8 +177,8 @@ class Emitter:
         high = b.and_(pair, ir.Constant(self.words, [0xFFFF0000] * self.vl))
         return [b.bitcast(low, self.vector), b.bitcast(high, self.vector)]
 
-    def _prefetch(self, at: Any) -> None:
-        """What a row of the panel takes, into the second-level cache."""
+    def _prefetch(self, at: Any, lines: Any) -> None:
+        """So many cache lines into the second-level cache."""
         b = self.builder
         pointer = ir.IntType(8).as_pointer()
         word = ir.IntType(32)
@@ -173,9 +186,13 @@ class Emitter:
             b.module, ir.FunctionType(ir.VoidType(), [pointer, word, word, word]), "llvm.prefetch"
         )
         read, into_second_level, data = word(0), word(2), word(1)
-        for line in range(0, self.row_bytes, CACHE_LINE):
-            target = b.inttoptr(b.add(at, self._constant(line)), pointer)
+
+        def fetch(line: Any, sums: Sequence[Any]) -> Sequence[Any]:
+            target = b.inttoptr(b.add(at, b.mul(line, self._constant(CACHE_LINE))), pointer)
             b.call(prefetch, [target, read, into_second_level, data])
+            return sums
+
+        self._loop(self._constant(0), lines, 1, fetch, [])
 
     def _splat(self, scalar: Any) -> Any:
         b = self.builder
@@ -189,17 +206,18 @@ class Emitter:
         at = self.builder.add(at, self._constant(offset))
         return self.builder.load(self.builder.inttoptr(at, kind.as_pointer()), align=2)
 
-    def _store(self, values: Sequence[Any], at: Any) -> None:
+    def _add_to(self, values: Sequence[Any], at: Any) -> None:
         b = self.builder
         for i, value in enumerate(values):
             place = b.add(at, self._constant(4 * self.vl * i))
-            b.store(value, b.inttoptr(place, self.vector.as_pointer()), align=4)
+            pointer = b.inttoptr(place, self.vector.as_pointer())
+            b.store(b.fadd(b.load(pointer, align=4), value), pointer, align=4)
 
     def _constant(self, value: int) -> Any:
         return ir.Constant(self.index, value)
 
 
-TILE = types.void(*[types.intp] * 6)
+TILE = types.void(*[types.intp] * 7)
 
 
 def _tile(storage: int, m: int) -> Any:
@@ -207,8 +225,8 @@ def _tile(storage: int, m: int) -> Any:
     in a second instead of taking it in and optimising it again."""
 
     @numba.cfunc(TILE, cache=True)
-    def tile(x: int, stride: int, panel: int, k: int, out: int, ahead: int) -> None:
-        _multiply(storage, m, x, stride, panel, k, out, ahead)
+    def tile(x: int, stride: int, panel: int, k: int, out: int, ahead: int, lines: int) -> None:
+        _multiply(storage, m, x, stride, panel, k, out, ahead, lines)
 
     return tile
 
@@ -223,14 +241,22 @@ TABLES = {
 
 @intrinsic
 def call_tile(
-    typingctx: Any, address: Any, x: Any, stride: Any, panel: Any, k: Any, out: Any, ahead: Any
+    typingctx: Any,
+    address: Any,
+    x: Any,
+    stride: Any,
+    panel: Any,
+    k: Any,
+    out: Any,
+    ahead: Any,
+    lines: Any,
 ) -> Any:
-    """Calls an entry of a table with the tile's six arguments."""
-    signature = types.void(*[types.intp] * 7)
+    """Calls an entry of a table with the tile's seven arguments."""
+    signature = types.void(*[types.intp] * 8)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         integer = ir.IntType(64)
-        function = ir.FunctionType(ir.VoidType(), [integer] * 6)
+        function = ir.FunctionType(ir.VoidType(), [integer] * 7)
         builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
         return context.get_dummy_value()
 

@@ -139,13 +139,14 @@ def _softmax(scores: Any, row: Any, seen: Any, scale: Any) -> Any:
 def _score(queries: Any, keys: Any, first_page: Any, head: Any, table: Any, scores: Any) -> None:
     """scores [pages, rows, TOKENS] of queries [rows, head_dim] against pages of keys."""
     rows, head_dim = queries.shape
+    scores[:] = 0
     for page in range(scores.shape[0]):
         at = keys[first_page + page, head].ctypes.data
         for r in range(0, rows, MR):
             m = min(MR, rows - r)
             call_tile(
                 table[m], queries[r].ctypes.data, head_dim, at, head_dim,
-                scores[page, r].ctypes.data, at,
+                scores[page, r].ctypes.data, at, 0,
             )  # fmt: skip
 
 
@@ -155,15 +156,11 @@ def _weigh(
     table: Any, sums: Any,
 ) -> None:  # fmt: skip
     """sums [m, NR] of values' columns `part`, weighed by rows r to r + m of scores."""
-    product = np.empty((MR, NR), np.float32)
     sums[:] = 0
     for page in range(scores.shape[0]):
         at = values[first_page + page, head, part].ctypes.data
         k = min(TOKENS, seen - page * TOKENS)
-        call_tile(table[m], scores[page, r].ctypes.data, TOKENS, at, k, product.ctypes.data, at)
-        for i in range(m):
-            for j in range(NR):
-                sums[i, j] += product[i, j]
+        call_tile(table[m], scores[page, r].ctypes.data, TOKENS, at, k, sums.ctypes.data, at, 0)
 
 
 @numba.njit(inline="always")
