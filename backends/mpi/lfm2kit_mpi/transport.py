@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from lfm2kit.transport import World
+
+LAST_WORDS_SECONDS = 0.3
 
 
 class MpiTransport:
@@ -57,6 +60,8 @@ class MpiTransport:
         self.comm.Barrier()
 
     def abort(self, exit_code: int) -> None:
+        # An aborted job's mpiexec drops what it has not passed on yet: the reason, most likely.
+        time.sleep(LAST_WORDS_SECONDS)
         self.comm.Abort(exit_code)
 
 
