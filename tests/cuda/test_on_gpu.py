@@ -35,9 +35,7 @@ def compute_capability() -> tuple[int, int]:
 
 @cache
 def backend(precision: str) -> Any:
-    from lfm2kit_cuda.backend import CudaBackend
-
-    return CudaBackend(Context(precision=precision))  # fp32x3 is not offered yet
+    return installed_plugins().creator(Context(precision=precision))("cuda")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp32x3"])

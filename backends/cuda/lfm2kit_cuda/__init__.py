@@ -28,6 +28,6 @@ def lfm2kit_backends() -> Iterator[BackendPlugin]:
         create=_create,
         api_version=1,
         why_unavailable=_why_unavailable,
-        precisions=("fp32", "bf16", "fp16"),  # fp32x3 when it has run on a GPU
+        precisions=("fp32", "bf16", "fp16", "fp32x3"),
         preference=100,
     )

@@ -28,7 +28,7 @@ constexpr int kStep = TERMS == 1 ? 16 : 8;            // a warpgroup's rows are 
 constexpr int kMostRows = TERMS == 1 ? 256 : 128;     // of a tile
 // The tensor cores' additions cut off what float32 does not hold, always towards zero.  Chains of
 // three terms are kept short, and their sums added as float32 does.
-constexpr int kChain = 2;  // stages
+constexpr int kChain = 1;  // stages
 // Of a thread; together no more than a block begins with.
 constexpr int kCopyRegisters = TERMS == 1 ? 56 : 40, kMultiplyRegisters = TERMS == 1 ? 224 : 232;
 static_assert(kCopyRegisters + 2 * kMultiplyRegisters <= 3 * 168, "else the block waits for ever");
