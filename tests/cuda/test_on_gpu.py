@@ -14,7 +14,13 @@ from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import load_model
 from lfm2kit.plugins import installed_plugins
+from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS
+from lfm2kit.testing.cases import WIDE_MOE, WIDE_OPERATORS
+from lfm2kit.testing.compare import assert_close, tolerance
+from lfm2kit.testing.host_block import host_block
+from lfm2kit.testing.random_inputs import random_inputs
+from lfm2kit.testing.random_weights import frozen_weights, random_weights
 from lfm2kit.testing.runner import run_check
 from lfm2kit.testing.verdicts import Skipped
 from tests.test_oracle import CASES, expected, setup
@@ -62,8 +68,35 @@ def test_the_kernel_for_older_chips(precision: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(device, "compute_capability", lambda: (8, 0))
     older = installed_plugins().creator(Context(precision=precision))("cuda")
-    for name in ("mlp", "experts", "short-conv", "lm-head", "batch-independence", "zero-rows"):
+    for name in (
+        "mlp", "experts", "short-conv", "attention", "lm-head", "batch-independence", "zero-rows",
+        "state-decode-batch",
+    ):  # fmt: skip
         run_check(name, older, precision)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_saturated_experts_have_results_beyond_f16(precision: str) -> None:
+    """Weights and inputs are positive, as in the assignment's block test: nothing cancels."""
+    spec, rng = WIDE_MOE.experts, np.random.default_rng(4)
+    weights = frozen_weights(
+        {n: rng.random(shape, np.float32) for n, shape in spec.parameters().items()}
+    )
+    x, *routing = random_inputs(spec, rng, 33)
+    inputs = 8 * rng.random(x.shape, np.float32), *routing
+    want = host_block(ReferenceBackend(), spec, weights)(*inputs)
+    got = host_block(backend(precision), spec, weights)(*inputs)
+    assert want.min() > 4 * 65504  # of four experts, whose weights are at most 1
+    assert_close(got, want, tolerance(precision), precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("spec", WIDE_OPERATORS)
+def test_a_state_takes_as_many_bytes_as_it_says(precision: str, spec: Any) -> None:
+    block: Any = backend(precision).build(spec, random_weights(spec))
+    state = block.new_state(3, 10)
+    arrays = state if isinstance(state, tuple) else (state,)
+    assert sum(array.nbytes for array in arrays) == block.state_bytes(3, 10)
 
 
 def test_hybrid_computes_here_and_routes_on_the_cpu() -> None:

@@ -20,6 +20,7 @@ pytestmark = [
 Float32 = npt.NDArray[np.float32]
 ROWS = (1, 15, 16, 17, 33, 96, 191, 193, 257)
 SHAPES = ((37, 13), (128, 64), (300, 136), (513, 200))  # out, in
+ROUNDING: dict[DType, float] = {"BF16": 2.0**-8, "F16": 2.0**-11}  # at most, relative
 
 
 def hopper(precision: str) -> Any:
@@ -44,6 +45,12 @@ def assert_close(got: Any, want: npt.NDArray[np.float64], within: float) -> None
     assert error <= within  # false for NaN as well
 
 
+def assert_rounded(got: Any, sums: Any, dtype: DType) -> None:
+    """`got` has the bits of what is nearest to `sums`, of two the even."""
+    want = Tensor("sums", "F32", sums.get()).stored_as(dtype).data
+    assert np.array_equal(got.get(), want.view(np.uint16))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32x3"])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,6 +63,56 @@ def test_linear(precision: str, rows: int, shape: tuple[int, int]) -> None:
     got = gemm.linear(gemm.rounded(cupy.asarray(x)), gemm.pack([weight]), cupy.asarray(bias))
     want = x.astype(np.float64) @ weight.data.astype(np.float64).T + bias
     assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_rounded(precision: str, rows: int, shape: tuple[int, int]) -> None:
+    """By the kernel for older chips too; sums are multiples of 2^-12, and ties are common."""
+    import cupy
+    from lfm2kit_cuda.gemm16 import TensorCoreGemm
+
+    newest, rng = hopper(precision), np.random.default_rng(rows)
+    (weight,), x, bias = (
+        matrices(rng, 1, *shape),
+        random(rng, rows, shape[1]),
+        random(rng, shape[0]),
+    )
+    want = x.astype(np.float64) @ weight.data.astype(np.float64).T + bias
+    dtype = newest.activation
+    for gemm in (newest, TensorCoreGemm(dtype)):
+        of = gemm.rounded(cupy.asarray(x)), gemm.pack([weight]), cupy.asarray(bias)
+        got = gemm.linear_rounded(*of)
+        assert_rounded(got, gemm.linear(*of), dtype)
+        bits = got.get() if dtype == "BF16" else got.get().view(np.float16)
+        error = abs(Tensor("got", dtype, bits).float32() - want)
+        assert (error <= ROUNDING[dtype] * abs(want) + 1e-6 * abs(want).max()).all()
+
+
+@pytest.mark.parametrize("columns", [37, 300])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_linear_rounded_of_experts(precision: str, columns: int) -> None:
+    import cupy
+    from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+    from lfm2kit_cuda.gemm16 import TensorCoreGemm
+
+    newest, rng = hopper(precision), np.random.default_rng(columns)
+    weights, x = matrices(rng, 5, columns, 136), cupy.asarray(random(rng, 97, 136))
+    ids = cupy.asarray(rng.random((97, 5)).argsort(axis=1)[:, :2].astype(np.int32))
+    for gemm in (newest, TensorCoreGemm(newest.activation)):
+        tiles, _ = grouped_by_expert(ids, range(5), gemm)
+        of = gemm.rounded(x), gemm.pack(weights), None, tiles
+        assert_rounded(gemm.linear_rounded(*of), gemm.linear(*of), newest.activation)
+
+
+def test_what_f16_does_not_hold_becomes_its_largest() -> None:
+    import cupy
+
+    gemm = hopper("fp16")
+    x = gemm.rounded(cupy.asarray([[1e4], [-1e4]], cupy.float32))
+    got = gemm.linear_rounded(x, gemm.pack([Tensor("w", "F32", np.full((8, 1), 10, np.float32))]))
+    assert np.array_equal(got.get().view(np.float16)[:, 0], [65504, -65504])
 
 
 @pytest.mark.parametrize("favourites", [0.0, 3.0])
@@ -145,7 +202,11 @@ def test_every_tile_gives_the_same_bits(precision: str, monkeypatch: pytest.Monk
     for tile in gemm._blocks.menu:
         menu = Blocks(gemm._blocks.threads, (1.0,), {tile: 1})
         monkeypatch.setattr(gemm, "_blocks", menu)
-        results = [gemm.linear(x, linear).get(), gemm.gated(x, gated).get()]
+        results = [
+            gemm.linear(x, linear).get(),
+            gemm.linear_rounded(x, linear).get(),
+            gemm.gated(x, gated).get(),
+        ]
         first = first or results
         for result, expected in zip(results, first, strict=True):
             assert np.array_equal(result, expected), tile

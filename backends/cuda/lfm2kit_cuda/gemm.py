@@ -84,6 +84,8 @@ class Gemm:
         _launch("linear", panels, matrix, (bias, out), tiles, matrix.columns)
         return out
 
+    linear_rounded = linear
+
     def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> Panels:
         panels, columns = _arranged(x, matrix, tiles), padded(matrix.columns, STEP)
         shape = (len(panels.array), columns, panels.height)

@@ -1,7 +1,7 @@
 """Matrix products on tensor cores (mma.sync): precisions bf16 and fp16.
 
-Weights and the activations that products read have 16 bits; sums, and all that is handed from
-block to block, have 32.
+Weights and the activations that products read have 16 bits, as has what is stored inside a block;
+sums, and all that is handed from block to block, have 32.
 """
 
 from __future__ import annotations
@@ -96,6 +96,17 @@ class TensorCoreGemm:
     ) -> cupy.ndarray:
         out = cupy.empty((tiles.rows if tiles else len(x), matrix.columns), cupy.float32)
         self._launch("linear", x, matrix, (bias, out), tiles, matrix.columns)
+        return out
+
+    def linear_rounded(
+        self,
+        x: cupy.ndarray,
+        matrix: Matrix,
+        bias: cupy.ndarray | None = None,
+        tiles: RowTiles | None = None,
+    ) -> cupy.ndarray:
+        out = cupy.empty((tiles.rows if tiles else len(x), matrix.columns), cupy.uint16)
+        self._launch("linear_rounded", x, matrix, (bias, out), tiles, matrix.columns)
         return out
 
     def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:

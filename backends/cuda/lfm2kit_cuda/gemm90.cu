@@ -233,16 +233,21 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
   }
 }
 
-// out_mn = A @ W.T + bias_n
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    linear(const HALF* a_mtk, const int* source_m, const HALF* w_gpsrk, const float* bias_n,
-           float* out_mn, const int4* tiles, const int* tile_count, int tile_rows,
-           int tile_columns, int m, int k, int width, int n, int stages, int stage_bytes,
-          int term_rows) {
-  compute({a_mtk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width,
-           term_rows},
-          stages, stage_bytes, Sums(bias_n, out_mn, n));
-}
+// out_mn = A @ W.T + bias_n (null for none), as `Stored`
+#define LINEAR(name, Stored)                                                                      \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1)                                       \
+      name(const HALF* a_mtk, const int* source_m, const HALF* w_gpsrk, const float* bias_n,      \
+           Stored* out_mn, const int4* tiles, const int* tile_count, int tile_rows,               \
+           int tile_columns, int m, int k, int width, int n, int stages, int stage_bytes,         \
+           int term_rows) {                                                                       \
+    compute({a_mtk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width,   \
+             term_rows},                                                                          \
+            stages, stage_bytes, Sums<Stored>(bias_n, out_mn, n));                                \
+  }
+LINEAR(linear, F32)
+#if TERMS == 1
+LINEAR(linear_rounded, HALF)
+#endif
 
 // out_mtn = silu(A @ w1.T) * (A @ w3.T), where W has rows of w1 and of w3 in turns
 extern "C" __global__ void __launch_bounds__(kThreads, 1)

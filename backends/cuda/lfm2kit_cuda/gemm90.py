@@ -144,6 +144,8 @@ class ThreeTermGemm(HopperGemm):
     ) -> cupy.ndarray:
         return super().linear(_split(x), matrix, bias, tiles)
 
+    linear_rounded = linear
+
     def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
         columns = padded(matrix.columns, CHUNK)  # the padding is silu(0) * 0
         out = cupy.empty((tiles.rows if tiles else len(x), TERMS, columns), cupy.uint16)

@@ -51,7 +51,7 @@ class Activations(NamedTuple):
 class Arithmetic(Protocol):
     """How one precision packs and multiplies."""
 
-    activation: str  # the type that products read: F32, BF16 or F16
+    activation: str  # the type that products read, and of what blocks store: F32, BF16 or F16
 
     def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
         """Of a list of row tiles: the most rows of one, and what all but the last of a group are
@@ -90,6 +90,16 @@ class Arithmetic(Protocol):
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
         """x @ W.T + bias: float32 [rows, columns]."""
+        ...
+
+    def linear_rounded(
+        self,
+        x: cupy.ndarray,
+        matrix: Matrix,
+        bias: cupy.ndarray | None = None,
+        tiles: RowTiles | None = None,
+    ) -> cupy.ndarray:
+        """`linear` as `activation`, for kernels of the same block: [rows, columns], not padded."""
         ...
 
     def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:

@@ -1,6 +1,7 @@
 // Between the projections of attention: norm and rotation of queries and keys, then attention.
 // t tokens, s sequences; HEADS query heads share KV_HEADS key/value heads, of HEAD_DIM elements.
-// A row of qkv holds all queries, then all keys, then all values.
+// A row of qkv holds all queries, then all keys, then all values.  They, kept keys and values, and
+// the result are of type INNER, as the next product reads it; the arithmetic is in float32.
 #include "dependent.cuh"
 #include "reduce.cuh"
 #include "sequences.cuh"
@@ -13,7 +14,7 @@ constexpr int kGroup = HEADS / KV_HEADS;
 
 // x -> x / rms(x) * weight, then (a, b) -> (a cos - b sin, b cos + a sin) by halves, to `to`.
 // A warp per head; lane i holds the pairs i, i + 32, ... of the head.
-__device__ void norm_and_rotate_head(const float* from, float* to, const float* weight,
+__device__ void norm_and_rotate_head(const INNER* from, INNER* to, const float* weight,
                                      const float* inverse, float position, float eps) {
   constexpr int kPairs = (kHalf + kWarp - 1) / kWarp;
   int lane = threadIdx.x % kWarp;
@@ -21,8 +22,8 @@ __device__ void norm_and_rotate_head(const float* from, float* to, const float* 
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     int i = lane + p * kWarp;
-    a[p] = i < kHalf ? from[i] : 0;
-    b[p] = i < kHalf ? from[i + kHalf] : 0;
+    a[p] = i < kHalf ? INNER::to_float(from[i]) : 0;
+    b[p] = i < kHalf ? INNER::to_float(from[i + kHalf]) : 0;
     squares = fmaf(b[p], b[p], fmaf(a[p], a[p], squares));
   }
   float scale = 1 / sqrtf(warp_sum(squares) / HEAD_DIM + eps);
@@ -33,23 +34,23 @@ __device__ void norm_and_rotate_head(const float* from, float* to, const float* 
     float sin, cos;
     sincosf(position * inverse[i], &sin, &cos);
     float x = a[p] * scale * weight[i], y = b[p] * scale * weight[i + kHalf];
-    to[i] = x * cos - y * sin;
-    to[i + kHalf] = y * cos + x * sin;
+    to[i] = INNER::from_float(x * cos - y * sin);
+    to[i + kHalf] = INNER::from_float(y * cos + x * sin);
   }
 }
 
 // In place in qkv; keys and values go to their slot's cache instead, where there is one.
 // A block per row, its warps share out the heads.
-extern "C" __global__ void norm_and_rotate(float* qkv_t, const float* q_weight_d,
+extern "C" __global__ void norm_and_rotate(INNER* qkv_t, const float* q_weight_d,
                                            const float* k_weight_d, const float* inverse,
                                            const int* positions_t, const int* cu_seqlens_s,
-                                           const int* state_slots_s, float* keys, float* values,
+                                           const int* state_slots_s, INNER* keys, INNER* values,
                                            int sequences, int max_tokens, float eps) {
   wait_for_previous();
   let_next_start();
   int row = blockIdx.x, position = positions_t[row];
-  float* qkv = qkv_t + size_t(row) * kRow;
-  float *new_keys = qkv + kQueries, *new_values = new_keys + kKeys;
+  INNER* qkv = qkv_t + size_t(row) * kRow;
+  INNER *new_keys = qkv + kQueries, *new_values = new_keys + kKeys;
   if (keys) {
     int slot = state_slots_s[sequence_of(row, cu_seqlens_s, sequences)];
     size_t at = (size_t(slot) * max_tokens + position) * kKeys;
@@ -58,8 +59,8 @@ extern "C" __global__ void norm_and_rotate(float* qkv_t, const float* q_weight_d
   }
   for (int head = threadIdx.x / kWarp; head < HEADS + KV_HEADS; head += blockDim.x / kWarp) {
     bool is_query = head < HEADS;
-    float* from = qkv + head * HEAD_DIM;
-    float* to = is_query ? from : new_keys + (head - HEADS) * HEAD_DIM;
+    INNER* from = qkv + head * HEAD_DIM;
+    INNER* to = is_query ? from : new_keys + (head - HEADS) * HEAD_DIM;
     norm_and_rotate_head(from, to, is_query ? q_weight_d : k_weight_d, inverse, position, eps);
   }
 }
@@ -68,8 +69,7 @@ extern "C" __global__ void norm_and_rotate(float* qkv_t, const float* q_weight_d
 // that a row's bits depend on nothing but its own past.  A block takes kRows rows of one sequence
 // with the query heads of one key head; a warp takes some of these (row, head) pairs and steps
 // through a tile with all of them at once, so that what it reads of a key or value serves all: lane
-// j scores key j, then lane d sums element d of the values.  The result is of type OUT, as the next
-// product reads it, in rows `width` apart.
+// j scores key j, then lane d sums element d of the values.  The result's rows are `width` apart.
 constexpr int kThreads = 128, kTile = 32, kWarps = kThreads / kWarp;
 constexpr int kRows = kGroup >= 16 ? 1 : 16 / kGroup;
 constexpr int kPairs = kRows * kGroup;
@@ -84,8 +84,15 @@ struct alignas(4 * kPart) Part {
 __device__ inline const Part& part_at(const float* at) {
   return *reinterpret_cast<const Part*>(at);
 }
-__device__ inline void copy_part(float* to, const float* from) {
-  *reinterpret_cast<Part*>(to) = part_at(from);
+struct alignas(sizeof(INNER) * kPart) InnerPart {
+  INNER of[kPart];
+};
+__device__ inline void copy_part(float* to, const INNER* from) {
+  InnerPart part = *reinterpret_cast<const InnerPart*>(from);
+  Part wide;
+#pragma unroll
+  for (int i = 0; i < kPart; ++i) wide.of[i] = INNER::to_float(part.of[i]);
+  *reinterpret_cast<Part*>(to) = wide;
 }
 
 struct alignas(16) Room {
@@ -95,7 +102,7 @@ struct alignas(16) Room {
 
 // The keys and values of one sequence and key head: rows `stride` apart.
 struct Past {
-  const float *keys, *values;
+  const INNER *keys, *values;
   size_t stride;
 };
 
@@ -170,7 +177,7 @@ __device__ inline void add_tile(Room& room, Sums<kMine>& sums, const int (&seen)
 // `out` is the first pair's.
 template <int kMine>
 __device__ inline void attend_pairs(Room& room, const Past& past, const int* positions_r,
-                                    int pairs, OUT* out, int width, float scale) {
+                                    int pairs, INNER* out, int width, float scale) {
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Sums<kMine> sums = {};
   int context[kMine];  // keys that a pair sees
@@ -194,17 +201,17 @@ __device__ inline void attend_pairs(Room& room, const Past& past, const int* pos
   for (int p = 0; p < kMine; ++p) {
     int pair = warp + p * kWarps;
     if (pair >= pairs) continue;
-    OUT* to = out + size_t(pair / kGroup) * width + pair % kGroup * HEAD_DIM;
+    INNER* to = out + size_t(pair / kGroup) * width + pair % kGroup * HEAD_DIM;
 #pragma unroll
     for (int i = 0; i < kDims; ++i)
       if (lane + i * kWarp < HEAD_DIM)
-        to[lane + i * kWarp] = OUT::from_float(sums.of[p][i] / sums.total[p]);
+        to[lane + i * kWarp] = INNER::from_float(sums.of[p][i] / sums.total[p]);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    attend(const float* qkv_t, const float* keys, const float* values, const int* positions_t,
-           const int* cu_seqlens_s, const int* state_slots_s, OUT* out_t, int width,
+    attend(const INNER* qkv_t, const INNER* keys, const INNER* values, const int* positions_t,
+           const int* cu_seqlens_s, const int* state_slots_s, INNER* out_t, int width,
            int max_tokens, float scale) {
   __shared__ Room room;
   wait_for_previous();
@@ -214,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   int row0 = first + blockIdx.x * kRows;
   if (row0 >= end) return;
   int pairs = min(kRows, end - row0) * kGroup;
-  const float* queries = qkv_t + size_t(row0) * kRow + kv_head * kGroup * HEAD_DIM;
+  const INNER* queries = qkv_t + size_t(row0) * kRow + kv_head * kGroup * HEAD_DIM;
   for (int i = threadIdx.x; i < pairs * HEAD_DIM / kPart; i += kThreads) {
     int pair = i / (HEAD_DIM / kPart), d = i % (HEAD_DIM / kPart) * kPart;
     copy_part(&room.queries[pair][d],
@@ -228,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   past.keys += kv_head * HEAD_DIM;
   past.values += kv_head * HEAD_DIM;
-  OUT* out = out_t + size_t(row0) * width + kv_head * kGroup * HEAD_DIM;
+  INNER* out = out_t + size_t(row0) * width + kv_head * kGroup * HEAD_DIM;
   if (pairs <= kWarps) attend_pairs<1>(room, past, positions_t + row0, pairs, out, width, scale);
   else attend_pairs<kPairsOfWarp>(room, past, positions_t + row0, pairs, out, width, scale);
 }

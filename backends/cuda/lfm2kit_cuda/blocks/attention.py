@@ -22,6 +22,7 @@ class Attention:
     def __init__(self, spec: specs.Attention, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec
         self.gemm = gemm
+        self.dtype = np.dtype(np.float32 if gemm.activation == "F32" else np.uint16)
         self.qkv_proj = gemm.pack([_stacked([weights[f"{n}_proj.weight"] for n in "qkv"])])
         self.out_proj = gemm.pack([weights["out_proj.weight"]])
         self.q_layernorm = upload(weights.float32("q_layernorm.weight"))
@@ -38,7 +39,7 @@ class Attention:
                 HEADS=heads,
                 KV_HEADS=kv_heads,
                 HEAD_DIM=spec.head_dim,
-                OUT=gemm.activation,
+                INNER=gemm.activation,
             )
             for name in ("norm_and_rotate", "attend")
         )
@@ -52,7 +53,7 @@ class Attention:
         s, of_sequences = self.spec, (batch.cu_seqlens, batch.state_slots)
         keys, values = state or (None, None)
         max_tokens = 0 if keys is None else keys.shape[1]
-        qkv = self.gemm.linear(inputs.rounded, self.qkv_proj)
+        qkv = self.gemm.linear_rounded(inputs.rounded, self.qkv_proj)
         self.norm_and_rotate(
             (tokens,), ROTATE_THREADS, qkv, self.q_layernorm, self.k_layernorm, self.inverse,
             batch.positions, *of_sequences, keys, values, batch.sequences, max_tokens, s.norm_eps,
@@ -67,10 +68,11 @@ class Attention:
 
     def new_state(self, slots: int, max_tokens: int) -> State:
         shape = (slots, max_tokens, self.spec.num_key_value_heads, self.spec.head_dim)
-        return cupy.empty(shape, cupy.float32), cupy.empty(shape, cupy.float32)
+        return cupy.empty(shape, self.dtype), cupy.empty(shape, self.dtype)
 
     def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return 8 * slots * max_tokens * self.spec.num_key_value_heads * self.spec.head_dim
+        elements = slots * max_tokens * self.spec.num_key_value_heads * self.spec.head_dim
+        return 2 * self.dtype.itemsize * elements
 
 
 def _stacked(matrices: list[Tensor]) -> Tensor:

@@ -96,12 +96,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // delta_th[t] = sum_k weights_p[t, k] * outputs_ph[place_p[t, k]]: each product rounded, added in
 // the order of k from the first, so that expert parallelism, which adds elsewhere, has these bits.
 // A block per token; all that it reads is asked for before the first is used.
-extern "C" __global__ void combine(const float* outputs_ph, const int* place_p,
-                                   const float* weights_p, float* delta_th, int h) {
+template <class Stored>
+__device__ void combine(const Stored* outputs_ph, const int* place_p, const float* weights_p,
+                        float* delta_th, int h) {
   size_t token = blockIdx.x;
   wait_for_previous();
   let_next_start();
-  const float* from[TAKEN];
+  const Stored* from[TAKEN];
   float weight[TAKEN];
 #pragma unroll
   for (int k = 0; k < TAKEN; ++k) {
@@ -122,3 +123,11 @@ extern "C" __global__ void combine(const float* outputs_ph, const int* place_p,
     store(delta_th + token * h + i, sum);
   }
 }
+
+#define COMBINE(Stored)                                                                          \
+  extern "C" __global__ void combine_##Stored(const Stored* outputs_ph, const int* place_p,      \
+                                              const float* weights_p, float* delta_th, int h) {  \
+    combine(outputs_ph, place_p, weights_p, delta_th, h);                                        \
+  }
+COMBINE(F32)
+COMBINE(BF16)

@@ -36,6 +36,9 @@ class Experts:
             for name in ("w1", "w3", "w2")
         )
         self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack_down(w2)
+        # F16 ends at 65504, and saturated experts' results do not.
+        self.down = gemm.linear if gemm.activation == "F16" else gemm.linear_rounded
+        self.combine = "combine_BF16" if gemm.activation == "BF16" else "combine_F32"
 
     def __call__(
         self, x: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
@@ -48,10 +51,10 @@ class Experts:
         """As a call, of an input that is rounded already."""
         tiles, place = grouped_by_expert(expert_ids, self.spec.local_experts, self.gemm)
         inner = self.gemm.gated(rounded, self.w13, tiles)
-        outputs = self.gemm.linear(inner, self.w2, tiles=tiles.in_place())
+        outputs = self.down(inner, self.w2, tiles=tiles.in_place())
         h, (tokens, taken) = self.spec.hidden_size, expert_ids.shape
         delta = cupy.empty((tokens, h), cupy.float32)
-        combine = _kernel("combine", taken, h)
+        combine = _kernel(self.combine, taken, h)
         combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, h)
         return delta
 

@@ -1,6 +1,6 @@
 // The gated convolution between ShortConv's two projections, and its state.
-// t tokens, h hidden_size, s sequences; KERNEL_SIZE taps.  bcx_t3h holds B, C and X side by side;
-// the result is of type OUT, as the next product reads it, in rows `width` apart.
+// t tokens, h hidden_size, s sequences; KERNEL_SIZE taps.  bcx_t3h holds B, C and X side by side.
+// It and the result, whose rows are `width` apart, are of type INNER, as the next product reads it.
 #include "dependent.cuh"
 #include "sequences.cuh"
 #include "types.cuh"
@@ -9,8 +9,8 @@
 constexpr int kPast = KERNEL_SIZE - 1, kRows = 4;
 
 // u[row] = B * X of VECTOR channels
-__device__ inline Vector gated_input(const float* bcx_t3h, size_t row, int h, int channel) {
-  const float* at = bcx_t3h + row * 3 * h + channel;
+__device__ inline Vector gated_input(const INNER* bcx_t3h, size_t row, int h, int channel) {
+  const INNER* at = bcx_t3h + row * 3 * h + channel;
   Vector u = load(at), x = load(at + 2 * h);
 #pragma unroll
   for (int v = 0; v < VECTOR; ++v) u.of[v] *= x.of[v];
@@ -21,10 +21,10 @@ __device__ inline Vector gated_input(const float* bcx_t3h, size_t row, int h, in
 // A thread per kRows rows and VECTOR channels; of the rows before them it computes u anew.
 // `past_sph` (null in one forward over whole sequences) holds the newest kPast rows of u of every
 // slot.
-extern "C" __global__ void convolve(const float* bcx_t3h, const float* taps_jh,
+extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
                                     const float* bias_h, const int* positions_t,
                                     const int* cu_seqlens_s, const int* state_slots_s,
-                                    const float* past_sph, OUT* out_tw, int sequences, int tokens,
+                                    const float* past_sph, INNER* out_tw, int sequences, int tokens,
                                     int h, int width) {
   int row0 = blockIdx.x * kRows, channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   wait_for_previous();
@@ -71,7 +71,7 @@ extern "C" __global__ void convolve(const float* bcx_t3h, const float* taps_jh,
 
 // Leaves the newest kPast rows of u in each sequence's slot, moving older ones up.
 // A thread per sequence and VECTOR channels, so that it reads each row before it writes it.
-extern "C" __global__ void remember(const float* bcx_t3h, const int* cu_seqlens_s,
+extern "C" __global__ void remember(const INNER* bcx_t3h, const int* cu_seqlens_s,
                                     const int* state_slots_s, float* past_sph, int h) {
   wait_for_previous();
   let_next_start();

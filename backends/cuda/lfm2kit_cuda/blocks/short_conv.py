@@ -28,7 +28,7 @@ class ShortConv:
         )
         vector = 4 if spec.hidden_size % 4 == 0 else 1
         self.blocks = -(-spec.hidden_size // (THREADS * vector))  # of threads, per row
-        constants = {"KERNEL_SIZE": spec.kernel_size, "VECTOR": vector, "OUT": gemm.activation}
+        constants = {"KERNEL_SIZE": spec.kernel_size, "VECTOR": vector, "INNER": gemm.activation}
         self.convolve = load_kernel(SOURCE, "convolve", **constants)
         self.remember = load_kernel(SOURCE, "remember", **constants)
 
@@ -38,7 +38,7 @@ class ShortConv:
     def of(self, inputs: Activations, batch: Batch, state: cupy.ndarray | None) -> cupy.ndarray:
         """As a call, of an input that is rounded already."""
         h, tokens = self.spec.hidden_size, len(inputs.rounded)
-        BCX = self.gemm.linear(inputs.rounded, self.in_proj, self.in_bias)
+        BCX = self.gemm.linear_rounded(inputs.rounded, self.in_proj, self.in_bias)
         y = self.gemm.empty(tokens, h)
         self.convolve(
             (-(-tokens // ROWS), self.blocks), THREADS, BCX, self.taps, self.conv_bias,

@@ -1,19 +1,17 @@
 // What gemm16.cu does with sums, of which a thread holds two neighbours.
 #pragma once
+#include "neighbours.cuh"
 #include "types.cuh"
 
 // Two columns of a row that has n, plus bias_n (null for none).
-__device__ __forceinline__ void store_sums(float* row, int column, int n, const float* bias_n,
+template <class Stored>
+__device__ __forceinline__ void store_sums(Stored* row, int column, int n, const float* bias_n,
                                            const float* sums) {
-  if (n % 2 == 0 && column < n) {
-    float2 both = make_float2(sums[0], sums[1]);
-    if (bias_n) both.x += bias_n[column], both.y += bias_n[column + 1];
-    *reinterpret_cast<float2*>(row + column) = both;
-  } else {
+  float both[2] = {sums[0], sums[1]};
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (column + i < n) row[column + i] = bias_n ? sums[i] + bias_n[column + i] : sums[i];
-  }
+  for (int i = 0; i < 2; ++i)
+    if (bias_n && column + i < n) both[i] += bias_n[column + i];
+  store_neighbours(row + column, both, n - column, n % 2 == 0);
 }
 
 // silu(gate) * up * GATED_SCALE of two columns.

@@ -1,16 +1,18 @@
 // What becomes of the sums of gemm90.cu: a thread has four neighbouring columns of several rows.
 // `begin` says whether any of the columns is to be stored; rows then count from its row.
 #pragma once
+#include "neighbours.cuh"
 #include "types.cuh"
 
-struct Sums {  // + bias_n (null for none), in float32; rows of n
+template <class Stored>
+struct Sums {  // + bias_n (null for none); rows of n
   const float* bias_n;
-  float* out_mn;
+  Stored* out_mn;
   int n;
   int columns = 0;
   float bias[4] = {};
 
-  __device__ Sums(const float* bias_n, float* out_mn, int n)
+  __device__ Sums(const float* bias_n, Stored* out_mn, int n)
       : bias_n(bias_n), out_mn(out_mn), n(n) {}
 
   __device__ bool begin(int row, int column) {
@@ -23,16 +25,8 @@ struct Sums {  // + bias_n (null for none), in float32; rows of n
   }
 
   __device__ __forceinline__ void store(int row, float a, float b, float c, float d) const {
-    float* out = out_mn + size_t(row) * n;
-    float4 sums = make_float4(a + bias[0], b + bias[1], c + bias[2], d + bias[3]);
-    if (n % 4 == 0) {
-      *reinterpret_cast<float4*>(out) = sums;
-    } else {
-      out[0] = sums.x;
-      if (columns > 1) out[1] = sums.y;
-      if (columns > 2) out[2] = sums.z;
-      if (columns > 3) out[3] = sums.w;
-    }
+    float sums[4] = {a + bias[0], b + bias[1], c + bias[2], d + bias[3]};
+    store_neighbours(out_mn + size_t(row) * n, sums, columns, n % 4 == 0);
   }
 };
 
