@@ -16,6 +16,7 @@
 //
 // Weights come as whole stretches, as they are; rows of activations, which may be gathered, 16
 // bytes at a time.  Both have k inside, 64 elements in a row of 128 bytes, swizzled.
+#include "dependent.cuh"
 #include "epilogue90.cuh"
 #include "ring.cuh"
 #include "wgmma.cuh"
@@ -73,13 +74,34 @@ __device__ inline int rows_each(const Tile& tile, int tile_columns) {
   return (rows + kStep - 1) / kStep * kStep;
 }
 
+// Starts the copy of a tile's weights, step s, to the ring's stage.
+__device__ inline void copy_weights(const Ring& ring, const Tile& tile, int s, const Operands& of) {
+  int panels = of.width / kPanel, bytes = of.tile_columns * kRowBytes;
+  size_t panel = size_t(tile.group) * panels + tile.column / kPanel;
+  size_t row = (panel * of.steps() + s) * kPanel + tile.column % kPanel;
+  u64* filled = ring.filled + ring.stage;
+  barrier_promise(filled, bytes);
+  copy_stretch(ring.at(), reinterpret_cast<const char*>(of.w_gpsrk) + row * kRowBytes, bytes, filled);
+}
+
+// The first weights of a dense layer, which were packed at load, and so may be read before the kernel
+// ahead of this one has ended; returns of how many stages.
+__device__ inline int copy_first_weights(Ring ring, const Operands& of) {
+  if (of.tiles) return 0;
+  int stages = min(ring.count, of.steps());
+  Tile tile = tile_at(blockIdx.x, of);
+  for (int s = 0; threadIdx.x == 0 && s < stages; ++s, ring.next()) copy_weights(ring, tile, s, of);
+  return stages;
+}
+
 // Fills the ring's stages with the operands of this block's tiles, and at last one without a tile.
 __device__ __forceinline__ void copy_tiles(Ring ring, Tile* tile_of, const Operands& of) {
   int thread = threadIdx.x % kGroup, chunk = thread % kChunks, copy_row = thread / kChunks;
-  int steps = of.steps(), panels = of.width / kPanel, weight_bytes = of.tile_columns * kRowBytes;
-  int to = weight_bytes + (copy_row * kChunks + (chunk ^ copy_row % 8)) * 16;
+  int steps = of.steps(), ahead = copy_first_weights(ring, of);
+  int to = of.tile_columns * kRowBytes + (copy_row * kChunks + (chunk ^ copy_row % 8)) * 16;
   const char* activations = reinterpret_cast<const char*>(of.a_mtk);
-  for (int index = blockIdx.x;; index += gridDim.x) {
+  wait_for_previous();
+  for (int index = blockIdx.x;; index += gridDim.x, ahead = 0) {
     Tile tile = tile_at(index, of);
     if (tile.rows < 0) break;
     int rows = rows_each(tile, of.tile_columns) * (kPanel / of.tile_columns);
@@ -91,16 +113,13 @@ __device__ __forceinline__ void copy_tiles(Ring ring, Tile* tile_of, const Opera
       if (i < copies)
         from[i] = (of.source_m ? of.source_m[row] : row) * u32(TERMS * of.k / kChunk) + chunk;
     }
-    size_t panel = size_t(tile.group) * panels + tile.column / kPanel;
-    const char* weights = reinterpret_cast<const char*>(of.w_gpsrk)
-                          + (panel * steps * kPanel + tile.column % kPanel) * kRowBytes;
     for (int s = 0; s < steps; ++s, ring.next()) {
       u64* filled = ring.filled + ring.stage;
       ring.wait_until_read();
       if (thread == 0) {
         tile_of[ring.stage] = tile;
-        barrier_expect(filled, weight_bytes);
-        copy_stretch(ring.at(), weights + size_t(s) * kPanel * kRowBytes, weight_bytes, filled);
+        if (s >= ahead) copy_weights(ring, tile, s, of);
+        barrier_arrive(filled);
       }
       int wanted = s * kTileK + chunk * kChunk < of.k ? 16 : 0;
 #pragma unroll
@@ -114,6 +133,7 @@ __device__ __forceinline__ void copy_tiles(Ring ring, Tile* tile_of, const Opera
       barrier_arrive_after_copies(filled);
     }
   }
+  let_next_start();
   ring.wait_until_read();
   if (thread == 0) {
     tile_of[ring.stage].rows = -1;
@@ -188,6 +208,7 @@ __device__ __forceinline__ void multiply(Ring& ring, const Tile& tile, const Ope
 template <class Store>
 __device__ __forceinline__ void multiply_tiles(Ring ring, const Tile* tile_of, const Operands& of,
                                                Store store) {
+  wait_for_previous();
   while (true) {
     ring.wait_until_filled();
     Tile tile = tile_of[ring.stage];

@@ -11,9 +11,10 @@ __device__ inline void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// An arrival that also announces bytes to come.
-__device__ inline void barrier_expect(u64* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+// Announces bytes to come to the phase that is under way.
+__device__ inline void barrier_promise(u64* barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(
+                   shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
