@@ -7,6 +7,7 @@ the exact sum of three BF16 terms, which are multiplied by the same weights and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isqrt
 
 import cupy
 
@@ -50,7 +51,9 @@ class HopperGemm(TensorCoreGemm):
         self._constants["TERMS"] = self.terms
 
     def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
-        return self.most_rows, self.step
+        """Room for most experts under even routing: stages of fewer rows are smaller, and more."""
+        mean = pairs // groups
+        return min(self.most_rows, padded(mean + 4 * isqrt(mean) + 1, COPY_ROWS)), self.step
 
     def pack(self, matrices: Sequence[Tensor], scale: float = 1.0) -> Matrix:
         columns, inputs = matrices[0].shape
