@@ -26,10 +26,8 @@ constexpr int kPanel = 256, kHalf = 128;              // columns of a panel, of 
 constexpr int kChunk = 8, kChunks = kTileK / kChunk;  // elements of 16 bytes
 constexpr int kGroup = 128, kThreads = 3 * kGroup;    // threads of a warpgroup, of a block
 constexpr int kStep = TERMS == 1 ? 16 : 8;            // a warpgroup's rows are a multiple of it
-constexpr int kMostRows = TERMS == 1 ? 256 : 128;     // of a tile
-// The tensor cores' additions cut off what float32 does not hold, always towards zero.  Chains of
-// three terms are kept short, and their sums added as float32 does.
-constexpr int kChain = 1;  // stages
+constexpr int kMostOfWarpgroup = TERMS == 1 ? 192 : 144;  // rows that a warpgroup multiplies
+constexpr int kMostRows = TERMS == 1 ? 256 : 144;         // rows of a tile
 // Of a thread; together no more than a block begins with.
 constexpr int kCopyRegisters = TERMS == 1 ? 56 : 40, kMultiplyRegisters = TERMS == 1 ? 224 : 232;
 static_assert(kCopyRegisters + 2 * kMultiplyRegisters <= 3 * 168, "else the block waits for ever");
@@ -84,8 +82,7 @@ __device__ inline void copy_weights(const Ring& ring, const Tile& tile, int s, c
   copy_stretch(ring.at(), reinterpret_cast<const char*>(of.w_gpsrk) + row * kRowBytes, bytes, filled);
 }
 
-// The first weights of a dense layer, which were packed at load, and so may be read before the kernel
-// ahead of this one has ended; returns of how many stages.
+// The first weights of a dense layer, which no kernel before this one makes; returns how many.
 __device__ inline int copy_first_weights(Ring ring, const Operands& of) {
   if (of.tiles) return 0;
   int stages = min(ring.count, of.steps());
@@ -142,11 +139,16 @@ __device__ __forceinline__ void copy_tiles(Ring ring, Tile* tile_of, const Opera
   barrier_arrive(ring.filled + ring.stage);
 }
 
-// sums += the products of `steps` stages, of which W begins at w_at, A at a_at.  `last` is the
-// barrier of the stage that was read last, and is still to be told so.
+// Gives a stage back (null: none) to the threads that copy.
+__device__ inline void release(u64* read) {
+  if (read && threadIdx.x % 32 == 0) barrier_arrive(read);
+}
+
+// sums = the products of all stages, of which W begins at w_at, A at a_at.
 template <int n>
-__device__ __forceinline__ void add_products(float (&sums)[2][n / 2], Ring& ring, u64*& last,
-                                             int steps, int w_at, int a_at, int term_rows) {
+__device__ __forceinline__ void sum_stages(float (&sums)[2][n / 2], Ring& ring, int steps, int w_at,
+                                           int a_at) {
+  u64* last = nullptr;  // the barrier of the stage that was read last
   for (int s = 0; s < steps; ++s, ring.next()) {
     ring.wait_until_filled();
     fence_copies();
@@ -154,21 +156,54 @@ __device__ __forceinline__ void add_products(float (&sums)[2][n / 2], Ring& ring
     u64 a = matrix_descriptor(shared_address(ring.at()) + a_at);
     wgmma_begin();
 #pragma unroll
-    for (int term = TERMS - 1; term >= 0; --term)  // the smallest first
+    for (int step = 0; step < kTileK / 16; ++step)
 #pragma unroll
-      for (int step = 0; step < kTileK / 16; ++step)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          Wgmma<n>::multiply(sums[half], w + half * 64 * kRowBytes / 16 + step * 2,
-                             a + term * term_rows * kRowBytes / 16 + step * 2);
+      for (int half = 0; half < 2; ++half)
+        Wgmma<n>::multiply(sums[half], w + half * 64 * kRowBytes / 16 + step * 2, a + step * 2);
     wgmma_commit();
     wgmma_wait<1>();
-    if (last && threadIdx.x % 32 == 0) barrier_arrive(last);
+    release(last);
     last = ring.read + ring.stage;
   }
   wgmma_wait<0>();
   wgmma_end(sums[0]);
   wgmma_end(sums[1]);
+  release(last);
+}
+
+// The same of three terms.  The tensor cores' additions cut off what float32 does not hold, always
+// towards zero; so a chain is one stage long, the smallest terms first, and chains are added as
+// float32 does.  While one warpgroup adds, the other multiplies.
+template <int n>
+__device__ __forceinline__ void sum_terms(float (&sums)[2][n / 2], Ring& ring, int steps, int w_at,
+                                          int a_at, int term_rows) {
+  float chain[n / 2] = {};
+  for (int s = 0; s < steps; ++s, ring.next()) {
+    ring.wait_until_filled();
+    fence_copies();
+    u64 w = matrix_descriptor(shared_address(ring.at()) + w_at);
+    u64 a = matrix_descriptor(shared_address(ring.at()) + a_at);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      wgmma_begin();
+      u64 w_half = w + half * 64 * kRowBytes / 16;
+#pragma unroll
+      for (int term = TERMS - 1; term >= 0; --term) {
+        u64 a_term = a + term * term_rows * kRowBytes / 16;
+        if (term == TERMS - 1) Wgmma<n>::template multiply<false>(chain, w_half, a_term);
+        else Wgmma<n>::multiply(chain, w_half, a_term);
+#pragma unroll
+        for (int step = 1; step < kTileK / 16; ++step)
+          Wgmma<n>::multiply(chain, w_half + step * 2, a_term + step * 2);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      wgmma_end(chain);
+#pragma unroll
+      for (int i = 0; i < n / 2; ++i) sums[half][i] += chain[i];
+    }
+    release(ring.read + ring.stage);
+  }
 }
 
 // This warpgroup's part of a tile: 2 x 64 columns, n rows.
@@ -180,18 +215,8 @@ __device__ __forceinline__ void multiply(Ring& ring, const Tile& tile, const Ope
   bool is_beside = of.tile_columns == kPanel;  // the other warpgroup's columns, else its rows
   int w_at = is_beside ? warpgroup * kHalf * kRowBytes : 0;
   int a_at = (of.tile_columns + (is_beside ? 0 : warpgroup * n)) * kRowBytes;
-  u64* last = nullptr;
-  if constexpr (TERMS == 1) {
-    add_products<n>(sums, ring, last, steps, w_at, a_at, of.term_rows);
-  } else {
-    for (int s = 0; s < steps; s += kChain) {
-      float chain[2][n / 2] = {};
-      add_products<n>(chain, ring, last, min(kChain, steps - s), w_at, a_at, of.term_rows);
-#pragma unroll
-      for (int i = 0; i < n / 2; ++i) sums[0][i] += chain[0][i], sums[1][i] += chain[1][i];
-    }
-  }
-  if (threadIdx.x % 32 == 0) barrier_arrive(last);
+  if constexpr (TERMS == 1) sum_stages<n>(sums, ring, steps, w_at, a_at);
+  else sum_terms<n>(sums, ring, steps, w_at, a_at, of.term_rows);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   int column = tile.column + (is_beside ? warpgroup * kHalf : 0) + warp * 32 + lane / 4 * 4;
   int row = (is_beside ? 0 : warpgroup * n) + lane % 4 * 2;
@@ -205,6 +230,15 @@ __device__ __forceinline__ void multiply(Ring& ring, const Tile& tile, const Ope
                     sums[1][i * 4 + 2 + l]);
 }
 
+// With a loop and an epilogue for each number of rows: registers are named, not counted.
+template <int n = kStep, class Store>
+__device__ __forceinline__ void multiply_rows(int rows, Ring& ring, const Tile& tile,
+                                              const Operands& of, Store store) {
+  if constexpr (n < kMostOfWarpgroup)
+    if (rows > n) return multiply_rows<n + kStep>(rows, ring, tile, of, store);
+  multiply<n>(ring, tile, of, store);
+}
+
 template <class Store>
 __device__ __forceinline__ void multiply_tiles(Ring ring, const Tile* tile_of, const Operands& of,
                                                Store store) {
@@ -213,20 +247,7 @@ __device__ __forceinline__ void multiply_tiles(Ring ring, const Tile* tile_of, c
     ring.wait_until_filled();
     Tile tile = tile_of[ring.stage];
     if (tile.rows < 0) return;
-    switch (rows_each(tile, of.tile_columns) / kStep) {
-      case 1: multiply<1 * kStep>(ring, tile, of, store); break;
-      case 2: multiply<2 * kStep>(ring, tile, of, store); break;
-      case 3: multiply<3 * kStep>(ring, tile, of, store); break;
-      case 4: multiply<4 * kStep>(ring, tile, of, store); break;
-      case 5: multiply<5 * kStep>(ring, tile, of, store); break;
-      case 6: multiply<6 * kStep>(ring, tile, of, store); break;
-      case 7: multiply<7 * kStep>(ring, tile, of, store); break;
-      case 8: multiply<8 * kStep>(ring, tile, of, store); break;
-      case 9: multiply<9 * kStep>(ring, tile, of, store); break;
-      case 10: multiply<10 * kStep>(ring, tile, of, store); break;
-      case 11: multiply<11 * kStep>(ring, tile, of, store); break;
-      default: multiply<12 * kStep>(ring, tile, of, store);
-    }
+    multiply_rows(rows_each(tile, of.tile_columns), ring, tile, of, store);
   }
 }
 

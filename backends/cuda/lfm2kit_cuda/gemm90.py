@@ -21,7 +21,7 @@ from lfm2kit_cuda.upload import upload
 
 PANEL, TILE_K, ROW_BYTES = 256, 64, 128  # of packed weights: columns, k, bytes of a row of k
 STEP, MOST_ROWS = 16, 192  # of activations, in a tile of PANEL columns
-STEP_OF_TERMS, MOST_ROWS_OF_TERMS = 8, 96
+STEP_OF_TERMS, MOST_ROWS_OF_TERMS = 8, 144
 TERMS, COPY_ROWS = 3, 16
 SHARED_BYTES, MOST_STAGES = 224 * 1024, 8
 PACK_THREADS = 256
@@ -33,12 +33,11 @@ BLOCKS = Blocks(
     menu={(rows, PANEL): max(17.5, 10.5 + 0.175 * rows) for rows in range(16, MOST_ROWS + 1, 16)}
     | {(rows, PANEL // 2): max(18.0, 13.0 + 0.083 * rows) for rows in range(32, 257, 32)},
 )
-# Estimated from what the matrix instructions take, not measured.
 BLOCKS_OF_TERMS = Blocks(
     threads=384,
     sharing=(1.0,),
-    menu={(rows, PANEL): 6 + 0.44 * max(rows, 64) for rows in range(16, MOST_ROWS_OF_TERMS + 1, 8)}
-    | {(rows, PANEL // 2): 6.5 + 0.22 * max(rows, 128) for rows in range(32, 129, 32)},
+    menu={(rows, PANEL): max(31, 9 + 0.55 * rows) for rows in range(16, MOST_ROWS_OF_TERMS + 1, 8)}
+    | {(rows, PANEL // 2): max(31, 22 + 0.22 * rows) for rows in range(32, 129, 32)},
 )
 
 

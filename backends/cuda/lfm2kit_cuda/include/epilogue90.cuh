@@ -32,7 +32,8 @@ struct Sums {  // + bias_n (null for none); rows of n
 
 // Of one term within some 2^-22, of which 16 bits show nothing.
 __device__ __forceinline__ float silu(float x) {
-  if constexpr (TERMS > 1) return x / (1 + expf(-x));
+  // Not `/`, whose rare cases are a call.
+  if constexpr (TERMS > 1) return __fdividef(x, 1 + expf(-x));
   float power, inverse;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
@@ -56,10 +57,10 @@ struct Gated {
     HALF* out = out_mtn + size_t(row) * TERMS * n;
 #pragma unroll
     for (int term = 0; term < TERMS; ++term) {
-      HALF low = HALF::from_float(first), high = HALF::from_float(second);
-      *reinterpret_cast<u32*>(out + term * n) = HALF::both(first, second);
-      first -= HALF::to_float(low);
-      second -= HALF::to_float(high);
+      u32 both = HALF::both(first, second);
+      *reinterpret_cast<u32*>(out + term * n) = both;
+      first -= HALF::to_float(HALF{u16(both)});
+      second -= HALF::to_float(HALF{u16(both >> 16)});
     }
   }
 };
