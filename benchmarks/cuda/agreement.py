@@ -87,8 +87,8 @@ def compared(ours: Float32, expected: Float32) -> str:
     return (
         f"largest difference {worst.max():.2e}, median over samples {np.median(worst):.2e}; "
         f"{np.sum(worst > TOLERANCE)} of {len(ours)} samples beyond {TOLERANCE:g}; top-1 equal for "
-        f"{is_equal.mean():.0%}, for {is_equal[sure].sum()} of the {sure.sum()} whose margin is more "
-        "than twice the mean difference"
+        f"{is_equal.mean():.0%}, for {is_equal[sure].sum()} of the {sure.sum()} whose margin is "
+        "more than twice the mean difference"
     )
 
 
