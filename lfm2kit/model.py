@@ -232,9 +232,10 @@ class LFM2:
     def _replay(self, batch: Batch) -> Callable[[Batch], Array]:
         """The captured forward for batches of this shape; a graph per shape, made once."""
         assert isinstance(self.backend, Captures)
-        if batch.shape not in self._replays:
-            self._replays[batch.shape] = self.backend.capture(self.forward, batch)
-        return self._replays[batch.shape]
+        shape = batch.shape
+        if shape not in self._replays:
+            self._replays[shape] = self.backend.capture(self.forward, batch)
+        return self._replays[shape]
 
 
 def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
