@@ -62,7 +62,7 @@ def test_a_changed_source_has_another_cache(
     assert fingerprint() != before
 
 
-def assembly(triple: str, cpu: str, storage: str, rows: int, vl: int, nv: int) -> str:
+def assembly(triple: str, cpu: str, vl: int, nv: int, storage: str, leaves: bool) -> str:
     """The tile, compiled for another machine."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
@@ -71,13 +71,15 @@ def assembly(triple: str, cpu: str, storage: str, rows: int, vl: int, nv: int) -
     index = ir.IntType(64)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [index] * len(TILE.args)), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
-    Emitter(storage, rows, vl, nv).emit(builder, *function.args)
+    Emitter(storage, 6, vl, nv, leaves=leaves).emit(builder, *function.args)
     builder.ret_void()
     target = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
     return target.emit_assembly(llvm.parse_assembly(str(module)))
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    ("storage", "leaves"), [("F32", False), *((s, b) for s in STORAGES[1:] for b in (False, True))]
+)
 @pytest.mark.parametrize(
     ("triple", "cpu", "vl", "nv", "multiply_add", "call"),
     [
@@ -89,8 +91,15 @@ def assembly(triple: str, cpu: str, storage: str, rows: int, vl: int, nv: int) -
     ],
 )
 def test_the_tile_lowers_to_fused_multiply_adds_and_calls_nothing(
-    triple: str, cpu: str, vl: int, nv: int, multiply_add: str, call: str, storage: str
+    triple: str,
+    cpu: str,
+    vl: int,
+    nv: int,
+    multiply_add: str,
+    call: str,
+    storage: str,
+    leaves: bool,
 ) -> None:
-    text = assembly(triple, cpu, storage, 6, vl, nv)
+    text = assembly(triple, cpu, vl, nv, storage, leaves)
     assert text.count(multiply_add) >= 6 * nv
     assert call not in text

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend  # first: it says where kernels are kept
+from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.gemm import ROWS_AT_ONCE, STRETCH, grouped, linear
 from lfm2kit_cpu_simd.packing import HALF, pack, pack_gated
-from lfm2kit_cpu_simd.tile import NR, STORAGES, lane_order
+from lfm2kit_cpu_simd.tile import MR, NR, SHARED_FROM, STORAGES, lane_order
 
 from lfm2kit.testing.random_weights import stored_as
 from lfm2kit.weights import Tensor, Weights
@@ -22,6 +23,12 @@ assert CpuSimdBackend
 ROWS = (0, 1, 3, 5, 6, 7, 15, 16, 17, 33)
 COLUMNS = (1, HALF - 1, HALF, HALF + 1, NR - 1, NR, NR + 1, 2 * NR + 3)
 DEPTHS = (1, 2, 3, 4, 5, 7, 64, 65)
+# The most whose tiles each widen for themselves, and one more.
+SHARED_ROWS = [(SHARED_FROM[s] - 1) * MR + i for s in STORAGES[1:] for i in (0, 1)]
+MANY_ROWS = sorted({
+    *SHARED_ROWS, ROWS_AT_ONCE - 1, ROWS_AT_ONCE, ROWS_AT_ONCE + 1, 2 * ROWS_AT_ONCE + 1,
+    255, 256, 257,
+})  # fmt: skip
 
 Float64 = npt.NDArray[np.float64]
 
@@ -75,8 +82,8 @@ def test_a_dense_product_at_every_edge(rows: int, storage: str, threads: int) ->
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("rows", [1, 7, ROWS_AT_ONCE - 1, ROWS_AT_ONCE, ROWS_AT_ONCE + 1])
-def test_a_product_at_the_edges_of_stretches_and_of_rows_at_once(
+@pytest.mark.parametrize("rows", [1, 7, *MANY_ROWS])
+def test_a_product_at_the_edges_of_stretches_and_blocks(
     rows: int, storage: str, threads: int
 ) -> None:
     rng = np.random.default_rng(rows)
@@ -86,10 +93,22 @@ def test_a_product_at_the_edges_of_stretches_and_of_rows_at_once(
         assert_close(linear(x, pack([[w]]), NR + 1), slow(x, [0, rows], [w]))
 
 
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33, *MANY_ROWS])
+def test_a_product_writes_all_of_its_result_and_nothing_behind_it(rows: int, threads: int) -> None:
+    rng = np.random.default_rng(rows)
+    columns, k = 3 * NR + 5, STRETCH + 3
+    (w,) = matrices(rng, 1, (columns, k), "BF16")
+    x = rng.standard_normal((rows, k)).astype(np.float32)
+    memory = BUFFERS.array("poisoned", rows + 1, columns)
+    memory[:] = np.nan
+    assert_close(linear(x, pack([[w]]), columns, buffer="poisoned"), slow(x, [0, rows], [w]))
+    assert np.isnan(memory[rows]).all()
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_groups_of_every_size_some_of_them_empty(storage: str, threads: int) -> None:
     rng = np.random.default_rng(1)
-    counts = np.array([0, 7, 0, 1, 33, 16, 0])
+    counts = np.array([0, 7, 0, 1, 33, 2 * ROWS_AT_ONCE + 1, 16, 0])
     offsets = np.concatenate([[0], np.cumsum(counts)])
     for columns in COLUMNS:
         w = matrices(rng, len(counts), (columns, 13), storage)
@@ -117,11 +136,27 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(storage: str, threa
     rng = np.random.default_rng(2)
     (w,) = matrices(rng, 1, (NR + 5, STRETCH + 100), storage)
     panels = pack([[w]])
-    most = ROWS_AT_ONCE + 2
+    most = max(MANY_ROWS)
     x = rng.standard_normal((most, STRETCH + 100)).astype(np.float32)
     alone = np.concatenate([linear(x[i : i + 1], panels, NR + 5) for i in range(most)])
-    for rows in range(1, most + 1):
+    for rows in (*range(1, ROWS_AT_ONCE + 3), *MANY_ROWS):
         np.testing.assert_array_equal(linear(x[:rows], panels, NR + 5), alone[:rows])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_two_threads_give_the_bits_of_one(storage: str) -> None:
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("one core")
+    rng = np.random.default_rng(6)
+    w = matrices(rng, 2, (3 * NR, STRETCH + 1), storage)
+    panels, offsets = pack([[m] for m in w]), np.array([0, ROWS_AT_ONCE + 1, 257])
+    x = rng.standard_normal((257, STRETCH + 1)).astype(np.float32)
+    before, got = numba.get_num_threads(), []
+    for count in (1, 2):
+        numba.set_num_threads(count)
+        got.append(grouped(x, offsets, panels, 3 * NR))
+    numba.set_num_threads(before)
+    np.testing.assert_array_equal(*got)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -129,7 +164,7 @@ def test_a_storage_of_16_bits_has_the_bits_of_its_float32_values(storage: str) -
     rng = np.random.default_rng(3)
     (w,) = matrices(rng, 1, (70, STRETCH + 50), storage)
     wide = Tensor("", "F32", w.float32())
-    for rows in (1, 6, 17, ROWS_AT_ONCE + 1):
+    for rows in (1, 6, *MANY_ROWS):
         x = rng.standard_normal((rows, STRETCH + 50)).astype(np.float32)
         np.testing.assert_array_equal(linear(x, pack([[w]]), 70), linear(x, pack([[wide]]), 70))
 

@@ -16,7 +16,7 @@ from numba import types
 
 from lfm2kit.backend import DType, Tensor
 from lfm2kit_cpu_simd.signatures import FLOAT, INT, ORDER, WORD
-from lfm2kit_cpu_simd.tile import CACHE_LINE, ITEMSIZE, NR, STORAGES, TABLES, lane_order
+from lfm2kit_cpu_simd.tile import CACHE_LINE, ITEMSIZE, NR, STORAGES, lane_order
 
 HALF = NR // 2
 BLOCK = 32  # columns that are transposed at once: a cache line of 16-bit weights
@@ -28,7 +28,7 @@ class Panels:
     """Matrices of one shape, a group each: data [groups, ceil(out / NR), in, NR], zero-padded."""
 
     data: npt.NDArray[Any]
-    table: npt.NDArray[np.int64]  # the tiles for this storage
+    storage: DType
     is_gated: bool
 
 
@@ -43,7 +43,7 @@ def pack(groups: Sequence[Sequence[Tensor]], dtype: DType | None = None) -> Pane
         for tensor in tensors:
             _place(_elements(tensor, storage), panel, order, first)
             first += tensor.shape[0]
-    return Panels(panels, TABLES[storage], is_gated=False)
+    return Panels(panels, storage, is_gated=False)
 
 
 def pack_gated(
@@ -57,7 +57,7 @@ def pack_gated(
     for panel, gate, up in zip(panels, gates, ups, strict=True):
         _place(_elements(gate, storage), panel, order[:HALF], 0)
         _place(_elements(up, storage), panel, order[HALF:], 0)
-    return Panels(panels, TABLES[storage], is_gated=True)
+    return Panels(panels, storage, is_gated=True)
 
 
 def _common_storage(groups: Sequence[Sequence[Tensor]]) -> DType:

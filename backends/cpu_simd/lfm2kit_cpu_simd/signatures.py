@@ -16,8 +16,8 @@ ROWS = _read(types.float32, 2)
 PAST = _read(types.float32, 3)
 IDS = _read(types.int32, 1)
 IDS_2D = _read(types.int32, 2)
-OFFSETS = ORDER = TABLE = _read(types.int64, 1)
-PLACES = _read(types.int64, 2)
+OFFSETS = ORDER = _read(types.int64, 1)
+PLACES = TABLE = _read(types.int64, 2)
 
 ROWS_OUT = types.float32[:, ::1]
 STATE_OUT = types.float32[:, :, ::1]

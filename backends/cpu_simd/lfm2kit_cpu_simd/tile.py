@@ -5,7 +5,8 @@
 A panel holds NR = NV * VL columns of a weight matrix's transpose, k by k: row k of it is NV
 vectors, and one broadcast of x[i, k] feeds NV fused multiply-adds.  The m * NV accumulators stay
 in registers: 12 of AVX2's 16, 24 of AVX-512's 32.  Row-major x needs no packing at 6 rows.
-Weights of 16 bits are widened in registers; the arithmetic is the same.
+Weights of 16 bits are widened in registers; where several tiles use them, the first one leaves them
+in float32 for the others.  The arithmetic is the same.
 
 The sum is one chain of fused multiply-adds, the same for every m: its bits depend neither on the
 number of rows nor on a row's place.  `llvm.fmuladd` and not `llvm.fma`, which becomes a
@@ -14,6 +15,7 @@ library call per lane on a CPU without FMA.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +35,8 @@ UNROLL = 4  # steps of k per turn of the loop
 CACHE_LINE = 64
 STORAGES: tuple[DType, ...] = ("F32", "BF16", "F16") if HAS_F16C else ("F32", "BF16")
 ITEMSIZE: dict[DType, int] = {"F32": 4, "BF16": 2, "F16": 2}
+# From so many tiles on it is faster that one widens for all; BF16 is widened with less work.
+SHARED_FROM: dict[DType, int] = {"F32": sys.maxsize, "BF16": 4, "F16": 3}
 
 
 def lane_order(storage: DType) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -52,6 +56,7 @@ def _multiply(
     typingctx: Any,
     storage: Any,
     m: Any,
+    leaves: Any,
     x: Any,
     stride: Any,
     panel: Any,
@@ -59,17 +64,20 @@ def _multiply(
     out: Any,
     ahead: Any,
     lines: Any,
+    wide: Any,
 ) -> Any:
     """Addresses x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR].
 
-    `storage` (an index of STORAGES) and m are literals.  While it computes, the tile fetches memory
-    from `ahead` on: `lines` cache lines with every UNROLL steps of k.
+    `storage` (an index of STORAGES), m and `leaves` are literals.  While it computes, the tile
+    fetches memory from `ahead` on: `lines` cache lines with every UNROLL steps of k.  If it
+    `leaves` its weights, they are in float32 at `wide` [k, NR] afterwards.
     """
-    signature = types.void(storage, m, *[types.intp] * 7)
-    emitter = Emitter(STORAGES[storage.literal_value], m.literal_value)
+    signature = types.void(storage, m, leaves, *[types.intp] * 8)
+    dtype, rows = STORAGES[storage.literal_value], m.literal_value
+    emitter = Emitter(dtype, rows, leaves=bool(leaves.literal_value))
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        emitter.emit(builder, *args[2:])
+        emitter.emit(builder, *args[3:])
         return context.get_dummy_value()
 
     return signature, codegen
@@ -78,9 +86,12 @@ def _multiply(
 class Emitter:
     """Emits the tile's vector code at a builder's place, for vectors of `vl` floats."""
 
-    def __init__(self, storage: DType, rows: int, vl: int = VL, nv: int = NV) -> None:
+    def __init__(
+        self, storage: DType, rows: int, vl: int = VL, nv: int = NV, *, leaves: bool = False
+    ) -> None:
         self.storage = storage
         self.rows = rows
+        self.leaves = leaves
         self.vl, self.nv = vl, nv
         self.row_bytes = nv * vl * ITEMSIZE[storage]
         self.float = ir.FloatType()
@@ -99,6 +110,7 @@ class Emitter:
         out_at: Any,
         ahead: Any,
         lines: Any,
+        wide: Any,
     ) -> None:
         self.builder = b
         fma = ir.FunctionType(self.vector, [self.vector] * 3)
@@ -106,7 +118,10 @@ class Emitter:
         x = [b.add(x_at, b.mul(stride, self._constant(4 * i))) for i in range(self.rows)]
 
         def step(k: Any, sums: Sequence[Any]) -> Sequence[Any]:
-            return self._multiply_add(k, x, self._row(panel_at, k), sums)
+            weights = self._row(panel_at, k)
+            if self.leaves:
+                self._leave(weights, wide, k)
+            return self._multiply_add(k, x, weights, sums)
 
         def turn(k: Any, sums: Sequence[Any]) -> Sequence[Any]:
             fetched = b.mul(b.mul(k, lines), self._constant(CACHE_LINE // UNROLL))
@@ -177,6 +192,13 @@ class Emitter:
         high = b.and_(pair, ir.Constant(self.words, [0xFFFF0000] * self.vl))
         return [b.bitcast(low, self.vector), b.bitcast(high, self.vector)]
 
+    def _leave(self, weights: Sequence[Any], wide: Any, k: Any) -> None:
+        """Stores row k of the panel as `_row` gives it."""
+        b = self.builder
+        at = b.add(wide, b.mul(k, self._constant(4 * self.vl * self.nv)))
+        for v, value in enumerate(weights):
+            b.store(value, self._vector_at(at, v), align=4)
+
     def _prefetch(self, at: Any, lines: Any) -> None:
         """So many cache lines into the second-level cache."""
         b = self.builder
@@ -209,33 +231,53 @@ class Emitter:
     def _add_to(self, values: Sequence[Any], at: Any) -> None:
         b = self.builder
         for i, value in enumerate(values):
-            place = b.add(at, self._constant(4 * self.vl * i))
-            pointer = b.inttoptr(place, self.vector.as_pointer())
+            pointer = self._vector_at(at, i)
             b.store(b.fadd(b.load(pointer, align=4), value), pointer, align=4)
+
+    def _vector_at(self, at: Any, i: int) -> Any:
+        b = self.builder
+        return b.inttoptr(b.add(at, self._constant(4 * self.vl * i)), self.vector.as_pointer())
 
     def _constant(self, value: int) -> Any:
         return ir.Constant(self.index, value)
 
 
-TILE = types.void(*[types.intp] * 7)
+TILE = types.void(*[types.intp] * 8)
 
 
-def _tile(storage: int, m: int) -> Any:
+def _tile(storage: int, m: int, leaves: int) -> Any:
     """The compiled tile of m rows, a C function: drivers call it by address, and so compile
     in a second instead of taking it in and optimising it again."""
 
     @numba.cfunc(TILE, cache=True)
-    def tile(x: int, stride: int, panel: int, k: int, out: int, ahead: int, lines: int) -> None:
-        _multiply(storage, m, x, stride, panel, k, out, ahead, lines)
+    def tile(
+        x: int, stride: int, panel: int, k: int, out: int, ahead: int, lines: int, wide: int
+    ) -> None:
+        _multiply(storage, m, leaves, x, stride, panel, k, out, ahead, lines, wide)
 
     return tile
 
 
-# By storage and number of rows.  Kept: their addresses are in TABLES.
-_FUNCTIONS = [[_tile(s, m) for m in range(1, MR + 1)] for s in range(len(STORAGES))]
+# By storage, whether they leave their weights, and number of rows.  Kept: TABLES has addresses.
+_FUNCTIONS = {
+    (storage, leaves): [_tile(s, m, leaves) for m in range(1, MR + 1)]
+    for s, storage in enumerate(STORAGES)
+    for leaves in ((0,) if storage == "F32" else (0, 1))
+}
+
+
+def _addresses(storage: DType, leaves: int) -> list[int]:
+    return [0, *(function.address for function in _FUNCTIONS[storage, leaves])]
+
+
+# Of a storage [3, MR + 1]: the tiles that use a panel ALONE, the FIRST of several, which leaves it
+# in float32, and LATER ones, which take it from there; and for each number of rows.
+ALONE, FIRST, LATER = 0, 1, 2
 TABLES = {
-    storage: np.array([0, *(function.address for function in functions)], dtype=np.int64)
-    for storage, functions in zip(STORAGES, _FUNCTIONS, strict=True)
+    storage: np.array(
+        [_addresses(storage, 0), _addresses(storage, storage != "F32"), _addresses("F32", 0)]
+    )
+    for storage in STORAGES
 }
 
 
@@ -250,13 +292,14 @@ def call_tile(
     out: Any,
     ahead: Any,
     lines: Any,
+    wide: Any,
 ) -> Any:
-    """Calls an entry of a table with the tile's seven arguments."""
-    signature = types.void(*[types.intp] * 8)
+    """Calls an entry of a table with the tile's eight arguments."""
+    signature = types.void(*[types.intp] * 9)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         integer = ir.IntType(64)
-        function = ir.FunctionType(ir.VoidType(), [integer] * 7)
+        function = ir.FunctionType(ir.VoidType(), [integer] * 8)
         builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
         return context.get_dummy_value()
 

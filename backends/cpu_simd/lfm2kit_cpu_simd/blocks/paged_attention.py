@@ -24,7 +24,7 @@ from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.elementwise import exp
 from lfm2kit_cpu_simd.gemm import Float32, Int64
 from lfm2kit_cpu_simd.signatures import FLOAT, IDS, INT, OFFSETS, ROWS, ROWS_OUT, TABLE
-from lfm2kit_cpu_simd.tile import MR, NR, TABLES, call_tile
+from lfm2kit_cpu_simd.tile import ALONE, MR, NR, TABLES, call_tile
 
 TOKENS = NR  # of a page
 ROWS_AT_ONCE = 4 * MR  # of queries: their scores stay in the second-level cache
@@ -145,8 +145,8 @@ def _score(queries: Any, keys: Any, first_page: Any, head: Any, table: Any, scor
         for r in range(0, rows, MR):
             m = min(MR, rows - r)
             call_tile(
-                table[m], queries[r].ctypes.data, head_dim, at, head_dim,
-                scores[page, r].ctypes.data, at, 0,
+                table[ALONE, m], queries[r].ctypes.data, head_dim, at, head_dim,
+                scores[page, r].ctypes.data, at, 0, 0,
             )  # fmt: skip
 
 
@@ -160,7 +160,9 @@ def _weigh(
     for page in range(scores.shape[0]):
         at = values[first_page + page, head, part].ctypes.data
         k = min(TOKENS, seen - page * TOKENS)
-        call_tile(table[m], scores[page, r].ctypes.data, TOKENS, at, k, sums.ctypes.data, at, 0)
+        call_tile(
+            table[ALONE, m], scores[page, r].ctypes.data, TOKENS, at, k, sums.ctypes.data, at, 0, 0
+        )
 
 
 @numba.njit(inline="always")
