@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend  # first: it says where kernels are kept
 from lfm2kit_cpu_simd.buffers import BUFFERS
-from lfm2kit_cpu_simd.gemm import ROWS_AT_ONCE, STRETCH, grouped, linear
+from lfm2kit_cpu_simd.gemm import ROWS_AT_ONCE, STRETCH, following_panel, grouped, linear
 from lfm2kit_cpu_simd.packing import HALF, pack, pack_gated
 from lfm2kit_cpu_simd.tile import MR, NR, SHARED_FROM, STORAGES, lane_order
 
@@ -143,20 +143,34 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(storage: str, threa
         np.testing.assert_array_equal(linear(x[:rows], panels, NR + 5), alone[:rows])
 
 
+@pytest.mark.parametrize("columns", [NR - 1, 3 * NR])  # fewer panels than threads, and more
 @pytest.mark.parametrize("storage", STORAGES)
-def test_two_threads_give_the_bits_of_one(storage: str) -> None:
+def test_two_threads_give_the_bits_of_one(storage: str, columns: int) -> None:
     if numba.config.NUMBA_NUM_THREADS < 2:
         pytest.skip("one core")
     rng = np.random.default_rng(6)
-    w = matrices(rng, 2, (3 * NR, STRETCH + 1), storage)
+    w = matrices(rng, 2, (columns, STRETCH + 1), storage)
     panels, offsets = pack([[m] for m in w]), np.array([0, ROWS_AT_ONCE + 1, 257])
     x = rng.standard_normal((257, STRETCH + 1)).astype(np.float32)
     before, got = numba.get_num_threads(), []
-    for count in (1, 2):
-        numba.set_num_threads(count)
-        got.append(grouped(x, offsets, panels, 3 * NR))
-    numba.set_num_threads(before)
+    try:
+        for count in (1, 2):
+            numba.set_num_threads(count)
+            got.append(grouped(x, offsets, panels, columns))
+    finally:
+        numba.set_num_threads(before)
     np.testing.assert_array_equal(*got)
+
+
+@pytest.mark.parametrize(("count", "threads"), [(1, 1), (1, 2), (3, 1), (3, 2), (2, 4)])
+def test_what_is_fetched_ahead_is_a_panel_that_the_thread_takes(count: int, threads: int) -> None:
+    last = following_panel(1, count - 1, count, 2, threads, False)
+    assert last == 2 * count - 1  # nothing follows
+    for panel in range(count):
+        again = following_panel(0, panel, count, 2, threads, True)
+        assert 0 <= again < count
+        assert (again - panel - threads) % count == 0
+        assert following_panel(0, panel, count, 2, threads, False) < 2 * count
 
 
 @pytest.mark.parametrize("storage", STORAGES)

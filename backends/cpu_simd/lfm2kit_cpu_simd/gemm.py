@@ -124,14 +124,29 @@ def _multiply(
             m = (rows - done) // (tiles - tile)  # of nearly the same height
             call_tile(
                 table[kind, m], x.ctypes.data + 4 * ((row + done) * k + first), k, at, depth,
-                sums[done].ctypes.data, ahead, lines, wide,
+                sums[done].ctypes.data, ahead, lines, wide.ctypes.data,
             )  # fmt: skip
             if is_last:
                 _finish(sums, done, m, row + done, panel, is_gated, bias, out)
             if is_shared:
-                kind, at = LATER, wide
+                kind, at = LATER, np.int64(wide.ctypes.data)
             ahead += depth // UNROLL * lines * CACHE_LINE
             done += m
+
+
+@numba.njit(inline="always")
+def following_panel(
+    group: Any, panel: Any, count: Any, groups: Any, threads: Any, is_again: Any
+) -> Any:
+    """The place among all groups' panels of the one to fetch while this one is multiplied.
+
+    A thread takes the next of its turns, and past the group's last one the group's first ones
+    again, or else the next group's; where nothing comes any more, this one.
+    """
+    this = group * count + panel
+    if is_again:
+        return group * count + (panel + threads) % count
+    return this + threads if this + threads < groups * count else this
 
 
 @numba.njit(
@@ -153,22 +168,24 @@ def _grouped(
     out: Any,
     threads: Any,
 ) -> None:
-    size = itemsize * NR * x.shape[1]
+    size, groups = itemsize * NR * x.shape[1], offsets.shape[0] - 1
     for thread in numba.prange(threads):
         sums = np.empty((ROWS_AT_ONCE, NR), np.float32)
         memory = np.empty(STRETCH * NR + CACHE_LINE // 4, np.float32)
-        wide = -(-memory.ctypes.data // CACHE_LINE) * CACHE_LINE
+        # An array to the end: of one whose address alone is used Numba may free the memory.
+        wide = memory[-(memory.ctypes.data // 4) % (CACHE_LINE // 4) :]
         tasks = 0
-        for group in range(offsets.shape[0] - 1):
+        for group in range(groups):
             first, rows = offsets[group], offsets[group + 1] - offsets[group]
             blocks = -(-rows // ROWS_AT_ONCE)
             for block in range(blocks):
                 begin, end = rows * block // blocks, rows * (block + 1) // blocks
                 for panel in range((thread - tasks) % threads, count, threads):
                     at = panels_at + (group * count + panel) * size
-                    # Past the last panel comes the next group, or this one again.
-                    again = panel + threads >= count and block + 1 < blocks
-                    following = at + (threads - count if again else threads) * size
-                    _multiply(x, first + begin, end - begin, at, following, itemsize, table,
-                              shared_from, sums, wide, panel, is_gated, bias, out)  # fmt: skip
+                    place = following_panel(
+                        group, panel, count, groups, threads, block + 1 < blocks
+                    )
+                    _multiply(x, first + begin, end - begin, at, panels_at + place * size,
+                              itemsize, table, shared_from, sums, wide, panel, is_gated, bias,
+                              out)  # fmt: skip
                 tasks += count
