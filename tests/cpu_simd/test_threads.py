@@ -59,6 +59,27 @@ def test_ranks_on_one_machine_share_its_cores() -> None:
     assert numba.get_num_threads() == 1
 
 
+BOUND = """
+from lfm2kit.loading import load_model
+from tests.cpu_simd.test_threads import BATCH
+import numba
+for _ in range(2):
+    load_model("tiny", "cpu_simd").logits(BATCH)
+    print(numba.get_num_threads())
+"""
+
+
+def test_threads_that_openmp_binds_stay_as_many() -> None:
+    environment = {**os.environ, "OMP_PROC_BIND": "true"}
+    environment.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", BOUND], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split()
+    assert first == second == str(numba.config.NUMBA_NUM_THREADS)
+
+
 def test_idle_threads_do_not_spin_after_a_forward() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     done = subprocess.run(

@@ -19,6 +19,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # workqueue, always there, takes fifty times as long to start a parallel region as OpenMP.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
+# Asked for before anything runs: with OMP_PROC_BIND the first parallel kernel binds this thread to
+# one core, which is then all that it is told of.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 def threading_notes() -> list[str]:
     """What is missing for threads to start fast."""
@@ -39,5 +43,4 @@ def set_threads(context: Context) -> None:
             f"--threads {context.threads}: this process may use {most} "
             "(cores of its affinity mask, or NUMBA_NUM_THREADS)"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else most
-    numba.set_num_threads(context.threads or max(1, min(most, cores // context.local_ranks)))
+    numba.set_num_threads(context.threads or max(1, min(most, CORES // context.local_ranks)))
