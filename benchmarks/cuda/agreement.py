@@ -72,8 +72,8 @@ def main() -> None:
     theirs = transformers_model(RandomTensors(model_spec(C, tied=True).parameters(), "BF16"))
     ids = torch.tensor(batch.token_ids.reshape(options.n, -1), device="cuda", dtype=torch.long)
     with torch.inference_mode():
-        logits = theirs(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-    expected = logits[:, -1].float().cpu().numpy()
+        answer = theirs(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+    expected = answer[:, -1].float().cpu().numpy()
     print(f"logits of std {expected.std():.3f}")
     for precision, logits in ours.items():
         print(f"{precision}: {compared(logits, expected)}")

@@ -28,6 +28,7 @@ def kernels_in(text: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
+WAYS = {"gemm90": 2}  # its warpgroups part before they wait: those that copy, those that multiply
 EARLY = [(stem, constants) for stem, constants, _ in KERNELS if waits_for_previous(stem)]
 
 
@@ -35,8 +36,9 @@ EARLY = [(stem, constants) for stem, constants, _ in KERNELS if waits_for_previo
 def test_every_kernel_of_an_early_source_waits(stem: str, constants: dict[str, object]) -> None:
     kernels = kernels_in(ptx(stem, "compute_90a", constants))
     assert kernels
+    ways = WAYS.get(stem, 1)
     for name, body in kernels.items():
-        assert "griddepcontrol.wait" in body, name
+        assert body.count("griddepcontrol.wait") >= ways, name
 
 
 def test_older_chips_have_nothing_to_wait_with() -> None:

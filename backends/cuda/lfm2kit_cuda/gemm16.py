@@ -1,6 +1,6 @@
 """Matrix products on tensor cores (mma.sync): precisions bf16 and fp16.
 
-Weights and the activations that products read have 16 bits, as has what is stored inside a block;
+Weights and the activations that products read have 16 bits, as has what `linear_rounded` stores;
 sums, and all that is handed from block to block, have 32.
 """
 

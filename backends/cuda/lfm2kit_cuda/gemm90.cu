@@ -79,10 +79,12 @@ __device__ inline void copy_weights(const Ring& ring, const Tile& tile, int s, c
   size_t row = (panel * of.steps() + s) * kPanel + tile.column % kPanel;
   u64* filled = ring.filled + ring.stage;
   barrier_promise(filled, bytes);
-  copy_stretch(ring.at(), reinterpret_cast<const char*>(of.w_gpsrk) + row * kRowBytes, bytes, filled);
+  const char* weights = reinterpret_cast<const char*>(of.w_gpsrk) + row * kRowBytes;
+  copy_stretch(ring.at(), weights, bytes, filled);
 }
 
-// The first weights of a dense layer, which no kernel before this one makes; returns how many.
+// The first weights of a dense layer, which may be read before the kernel ahead of this one has ended:
+// they were packed at load, at least one kernel before it.  Returns of how many stages.
 __device__ inline int copy_first_weights(Ring ring, const Operands& of) {
   if (of.tiles) return 0;
   int stages = min(ring.count, of.steps());
@@ -259,7 +261,7 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
   __shared__ Tile tile_of[kMostStages];
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
-      barrier_init(filled + i, kGroup + 1);        // the copying threads, and one for the weights
+      barrier_init(filled + i, kGroup + 1);     // the copying threads, and one for the weights
       barrier_init(read + i, 2 * kGroup / 32);  // the multiplying warps
     }
     fence_copies();
@@ -295,8 +297,7 @@ LINEAR(linear_rounded, HALF)
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     gated(const HALF* a_mtk, const int* source_m, const HALF* w_gpsrk, HALF* out_mtn,
           const int4* tiles, const int* tile_count, int tile_rows, int tile_columns, int m, int k,
-          int width, int n, int stages, int stage_bytes,
-          int term_rows) {
+          int width, int n, int stages, int stage_bytes, int term_rows) {
   compute({a_mtk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width,
            term_rows},
           stages, stage_bytes, Gated{out_mtn, n});
