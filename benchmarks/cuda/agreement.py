@@ -80,10 +80,11 @@ def main() -> None:
 
 
 def compared(ours: Float32, expected: Float32) -> str:
-    worst = np.abs(ours - expected).max(axis=1)
+    difference = np.abs(ours - expected)
+    worst = difference.max(axis=1)
     second, first = np.sort(expected, axis=1)[:, -2:].T
     is_equal = ours.argmax(axis=1) == expected.argmax(axis=1)
-    sure = first - second > np.abs(ours - expected).mean(axis=1) * 2
+    sure = first - second > 2 * difference.mean(axis=1)
     return (
         f"largest difference {worst.max():.2e}, median over samples {np.median(worst):.2e}; "
         f"{np.sum(worst > TOLERANCE)} of {len(ours)} samples beyond {TOLERANCE:g}; top-1 equal for "

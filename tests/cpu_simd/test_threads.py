@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
-from lfm2kit_cpu_simd.threads import threading_notes
+from lfm2kit_cpu_simd.threads import CORES, threading_notes
 
 from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
@@ -54,8 +54,7 @@ def test_more_threads_than_cores_are_refused() -> None:
 
 
 def test_ranks_on_one_machine_share_its_cores() -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    CpuSimdBackend(Context(local_ranks=cores or 1))
+    CpuSimdBackend(Context(local_ranks=CORES))
     assert numba.get_num_threads() == 1
 
 

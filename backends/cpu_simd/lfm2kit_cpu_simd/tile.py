@@ -275,7 +275,7 @@ def _addresses(storage: DType, leaves: int) -> list[int]:
 ALONE, FIRST, LATER = 0, 1, 2
 TABLES = {
     storage: np.array(
-        [_addresses(storage, 0), _addresses(storage, storage != "F32"), _addresses("F32", 0)]
+        [_addresses(storage, 0), _addresses(storage, int(storage != "F32")), _addresses("F32", 0)]
     )
     for storage in STORAGES
 }
