@@ -97,8 +97,7 @@ def experts(precision: str, dtype: torch.dtype) -> None:
         [Tensor("w", "F32", random_matrix(rng, *shape)).stored_as("BF16") for _ in range(EXPERTS)]
         for shape in ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
     )
-    w13, down = ours.pack_gated(w1, w3), ours.pack(w2)
-    linear = ours.linear if precision == "fp16" else ours.linear_rounded
+    w13, down = ours.pack_gated(w1, w3), ours.pack_down(w2)
     torch_w13 = torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, device="cuda", dtype=dtype)
     torch_w2 = torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, device="cuda", dtype=dtype)
     print("\n| rows each | gated | down | cuBLAS gated | cuBLAS down |\n|---|---|---|---|---|")
@@ -113,7 +112,7 @@ def experts(precision: str, dtype: torch.dtype) -> None:
         inners = [torch.randn(int(c), INTERMEDIATE, device="cuda", dtype=dtype) for c in counts]
         times = seconds([
             lambda: ours.gated(x, w13, tiles),  # noqa: B023
-            lambda: linear(inner, down, tiles=tiles.in_place()),  # noqa: B023
+            lambda: ours.down(inner, down, tiles),  # noqa: B023
             lambda: [r @ w.T for r, w in zip(rows, torch_w13, strict=True)],  # noqa: B023
             lambda: [r @ w.T for r, w in zip(inners, torch_w2, strict=True)],  # noqa: B023
         ])  # fmt: skip

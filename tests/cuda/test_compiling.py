@@ -31,6 +31,7 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("gemm", {"ROWS": 6, "TILE_K": 8, "PASS": 2}, ("sm_80",)),
     *(("gemm", {"ROWS": n, "TILE_K": 16, "PASS": 4}, ("sm_90a", "sm_100")) for n in (4, 10, 12)),
     ("panels", {"ROWS": 10}, ALL),
+    ("slabs", {}, ALL),
     ("gemm16", {**HALVES["fp16"], "SHARED_BYTES": 64 * 1024}, ALL),
     ("gemm16", {**HALVES["bf16"], "SHARED_BYTES": 96 * 1024}, FROM_SM_80),
     ("gemm90", {**HALVES["bf16"], "TERMS": 1}, ("sm_90a",)),

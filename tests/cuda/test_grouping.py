@@ -14,21 +14,25 @@ Ints = npt.NDArray[np.int32]
 
 
 def grouped(ids: Ints, local: range, tile_rows: int, step: int) -> tuple[Ints, Ints, Ints]:
-    """source, place and tiles as `group_by_expert` makes them, one expert after another."""
+    """source, place and tiles as `group_by_expert` makes them: experts begin at eighth slots."""
     pairs = ids.reshape(-1)
-    order = np.argsort(pairs, kind="stable")
     place = np.empty_like(pairs)
-    place[order] = np.arange(len(pairs))
     rows = [int((pairs == e).sum()) for e in local]
+    slots = [-(-its // 8) * 8 for its in rows]
+    source = np.full(sum(slots), -1, np.int32)
+    for e, its in enumerate(rows):
+        of_expert = np.flatnonzero(pairs == local[e])
+        place[of_expert] = sum(slots[:e]) + np.arange(its)
+        source[place[of_expert]] = of_expert // ids.shape[1]
     tiles: list[tuple[int, int, int, int]] = []
     for e in sorted(range(len(local)), key=lambda e: (-rows[e], e)):
-        first_slot, first, count = sum(rows[:e]), len(tiles), -(-rows[e] // tile_rows)
+        first_slot, first, count = sum(slots[:e]), len(tiles), -(-rows[e] // tile_rows)
         even = -(-rows[e] // max(count, 1))
         of_tile = min(tile_rows, -(-even // step) * step)
         for begin in range(0, rows[e], of_tile or 1):
             many = min(of_tile, rows[e] - begin)
             tiles.append((e, first_slot + begin, many, first | count << 16))
-    return (order // ids.shape[1]).astype(np.int32), place, np.array(tiles, np.int32).reshape(-1, 4)
+    return source, place, np.array(tiles, np.int32).reshape(-1, 4)
 
 
 def random_ids(tokens: int, taken: int, local: range, favourites: float = 0.0) -> Ints:
@@ -79,7 +83,10 @@ def test_grouping_on_the_device(
     source, expected_place, tiles = grouped(ids, local, tile_rows, step)
     if tokens == 0:  # nothing is launched, and nothing read
         return
-    assert np.array_equal(cupy.asnumpy(listed.source), source)
+    got = cupy.asnumpy(listed.source)
+    assert np.array_equal(got[: len(source)], source)
+    assert (got[len(source) :] == -1).all()
+    assert len(got) == listed.rows
     assert np.array_equal(cupy.asnumpy(place), expected_place)
     assert int(listed.count[0]) == len(tiles)
     assert np.array_equal(cupy.asnumpy(listed.tiles)[: len(tiles)], tiles)

@@ -10,9 +10,10 @@ from functools import cache
 import cupy
 
 from lfm2kit.backend import Tensor
+from lfm2kit_cuda.activations import Rows
 from lfm2kit_cuda.device import most_shared_bytes, processors
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Matrix, RowTiles, padded
+from lfm2kit_cuda.products import Matrix, RowTiles, listed, padded
 from lfm2kit_cuda.upload import upload
 
 # As in gemm.cu.
@@ -66,44 +67,46 @@ class Gemm:
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
         return 4 * padded(shape[0], WIDTH) * padded(shape[1], STEP)
 
-    def empty(self, rows: int, columns: int) -> cupy.ndarray:
-        return cupy.empty((rows, columns), cupy.float32)
+    def empty(self, rows: int, columns: int) -> Rows:
+        return Rows(cupy.empty((rows, columns), cupy.float32))
 
-    def rounded(self, x: cupy.ndarray) -> cupy.ndarray:
-        return x
+    def rounded(self, x: cupy.ndarray) -> Rows:
+        return Rows(x)
 
     def linear(
         self,
-        x: cupy.ndarray | Panels,
+        x: Rows | Panels,
         matrix: Matrix,
         bias: cupy.ndarray | None = None,
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
         panels = x if isinstance(x, Panels) else _arranged(x, matrix, tiles)
-        out = self.empty(panels.rows, matrix.columns)
+        out = cupy.empty((panels.rows, matrix.columns), cupy.float32)
         _launch("linear", panels, matrix, (bias, out), tiles, matrix.columns)
         return out
 
     linear_rounded = linear
 
-    def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> Panels:
+    def gated(self, x: Rows, matrix: Matrix, tiles: RowTiles | None = None) -> Panels:
         panels, columns = _arranged(x, matrix, tiles), padded(matrix.columns, STEP)
         shape = (len(panels.array), columns, panels.height)
         out = replace(panels, array=cupy.empty(shape, cupy.float32))
         _launch("gated", panels, matrix, (out.array,), tiles, columns)
         return out
 
+    def down(self, x: Panels, matrix: Matrix, tiles: RowTiles) -> cupy.ndarray:
+        return self.linear(x, matrix, tiles=tiles)
 
-def _arranged(x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None) -> Panels:
+
+def _arranged(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> Panels:
     """Panels for `tiles`; without a list, of the height that suits the product."""
     rows = tiles.rows if tiles else len(x)
     height = tiles.tile_rows if tiles else _height(rows, matrix.width)
     most = len(tiles.tiles) if tiles else -(-rows // height)
     panels = cupy.empty((most, matrix.inputs, height), cupy.float32)
-    listed = (tiles.tiles, tiles.count) if tiles else (None, None)
     load_kernel("panels", "arrange", ROWS=height // 4)(
-        (-(-matrix.inputs // PART), most), ARRANGE_THREADS, x, tiles.source if tiles else None,
-        panels, *listed, rows, x.shape[1], matrix.inputs,
+        (-(-matrix.inputs // PART), most), ARRANGE_THREADS, x.array,
+        tiles.source if tiles else None, panels, *listed(tiles), rows, x.extent, matrix.inputs,
     )  # fmt: skip
     return Panels(panels, rows)
 
@@ -117,9 +120,8 @@ def _launch(
     columns: int,
 ) -> None:
     most = len(panels.array) * (matrix.width // WIDTH)
-    listed = (tiles.tiles, tiles.count) if tiles else (None, None)
     _kernel(name, panels.height)(
-        (min(most, processors()),), THREADS, panels.array, matrix.packed, *outputs, *listed,
+        (min(most, processors()),), THREADS, panels.array, matrix.packed, *outputs, *listed(tiles),
         panels.rows, matrix.inputs, matrix.width, columns,
     )  # fmt: skip
 

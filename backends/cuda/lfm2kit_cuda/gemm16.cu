@@ -1,8 +1,9 @@
 // out = A @ W.T on tensor cores (mma.sync): operands in 16 bits, sums in float32, in steps of 16
 // over k, from 0 on, whatever the tile: equal bits in every batch.  HALF is BF16 or F16.
 //
-//   a_mk    rows of activations of `k` elements (a multiple of 8), in place or through source_m
-//   w_gnk   matrices packed by `narrow` in packing.cu, [groups][width][k], width a multiple of 128
+//   a       rows of activations in slabs (slabs.cuh) of `extent` rows
+//   w_gnk   matrices packed by `narrow` in packing.cu, [groups][width][k], width a multiple of 128,
+//           k of 8
 //   tiles   (group, first row, rows, 0); without a list, rows in steps of tile_rows, group 0
 //
 // A block makes 128 columns of up to 128 rows.  Shared memory is swizzled (tile16.cuh) so that
@@ -48,17 +49,16 @@ struct Product {
   const HALF* a_of[kCopiesA];
   const HALF* w_at;
   char* shared;
-  int k, chunk, copy_row, row, column;
+  int k, slab, chunk, copy_row, row, column;
 
-  __device__ Product(const HALF* a_mk, const int* source_m, const HALF* w_nk, Tile tile, int k,
-                     char* shared)
-      : shared(shared), k(k) {
+  __device__ Product(const HALF* a, int extent, const HALF* w_nk, Tile tile, int k, char* shared)
+      : shared(shared), k(k), slab(extent * kSlabK) {
     chunk = threadIdx.x % kChunks;
     copy_row = threadIdx.x / kChunks;
 #pragma unroll
     for (int i = 0; i < kCopiesA; ++i) {
       int from = tile.row + min(copy_row + i * kCopyRows, tile.rows - 1);  // the last again
-      a_of[i] = a_mk + size_t(source_m ? source_m[from] : from) * k + chunk * kChunk;
+      a_of[i] = a + in_slabs(from, chunk * kChunk, extent);
     }
     w_at = w_nk + size_t(tile.column + copy_row) * k + chunk * kChunk;
     int warp = threadIdx.x / 32;
@@ -73,7 +73,7 @@ struct Product {
     for (int i = 0; i < kCopiesA; ++i) {
       int to = copy_row + i * kCopyRows;
       if (kTileM % kCopyRows && to >= kTileM) continue;
-      copy_async<16>(a + swizzled(to, chunk), a_of[i] + k0, wanted);
+      copy_async<16>(a + swizzled(to, chunk), a_of[i] + size_t(k0 / kTileK) * slab, 16);
     }
     char* w = a + kTileM * kTileK * 2;
 #pragma unroll
@@ -125,13 +125,12 @@ struct Product {
 // The products of one tile; `store` is given a row and column, and the sums of two columns there
 // and of two in the next block of 8.
 template <int kM, int kWarpsM, class Store>
-__device__ __forceinline__ void compute_tile(const HALF* a_mk, const int* source_m,
-                                             const HALF* w_gnk, Tile tile, int k, int width,
-                                             Store store) {
+__device__ __forceinline__ void compute_tile(const HALF* a, int extent, const HALF* w_gnk,
+                                             Tile tile, int k, int width, Store store) {
   extern __shared__ __align__(128) char shared[];
   using Mine = Product<kM, kWarpsM>;
   const HALF* w_nk = w_gnk + size_t(tile.group) * width * k;
-  Mine product(a_mk, source_m, w_nk, tile, k, shared);
+  Mine product(a, extent, w_nk, tile, k, shared);
   float acc[kM][Mine::kN][4] = {};
   product.run(acc);
   int lane = threadIdx.x % 32;
@@ -149,7 +148,7 @@ __device__ __forceinline__ void compute_tile(const HALF* a_mk, const int* source
 }
 
 template <class Store>
-__device__ __forceinline__ void compute(const HALF* a_mk, const int* source_m, const HALF* w_gnk,
+__device__ __forceinline__ void compute(const HALF* a, int extent, const HALF* w_gnk,
                                         const int4* tiles, const int* tile_count, int tile_rows,
                                         int m, int k, int width, Store store) {
   int row = blockIdx.y * tile_rows;
@@ -159,12 +158,12 @@ __device__ __forceinline__ void compute(const HALF* a_mk, const int* source_m, c
     int4 listed = tiles[blockIdx.y];
     tile.group = listed.x, tile.row = listed.y, tile.rows = listed.z;
   }
-  if (tile.rows > 96) compute_tile<4, 2>(a_mk, source_m, w_gnk, tile, k, width, store);
-  else if (tile.rows > 64) compute_tile<3, 2>(a_mk, source_m, w_gnk, tile, k, width, store);
-  else if (tile.rows > 48) compute_tile<2, 2>(a_mk, source_m, w_gnk, tile, k, width, store);
-  else if (tile.rows > 32) compute_tile<3, 1>(a_mk, source_m, w_gnk, tile, k, width, store);
-  else if (tile.rows > 16) compute_tile<1, 2>(a_mk, source_m, w_gnk, tile, k, width, store);
-  else compute_tile<1, 1>(a_mk, source_m, w_gnk, tile, k, width, store);
+  if (tile.rows > 96) compute_tile<4, 2>(a, extent, w_gnk, tile, k, width, store);
+  else if (tile.rows > 64) compute_tile<3, 2>(a, extent, w_gnk, tile, k, width, store);
+  else if (tile.rows > 48) compute_tile<2, 2>(a, extent, w_gnk, tile, k, width, store);
+  else if (tile.rows > 32) compute_tile<3, 1>(a, extent, w_gnk, tile, k, width, store);
+  else if (tile.rows > 16) compute_tile<1, 2>(a, extent, w_gnk, tile, k, width, store);
+  else compute_tile<1, 1>(a, extent, w_gnk, tile, k, width, store);
 }
 
 #include "kernels16.cuh"

@@ -7,19 +7,21 @@ sums, and all that is handed from block to block, have 32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cupy
 
 from lfm2kit.backend import Tensor
+from lfm2kit_cuda.activations import Slabs, empty_slabs, gathered, rounded, zero_slabs
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, launch, padded
+from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, listed, padded
 from lfm2kit_cuda.upload import upload
 
 THREADS = 256
-TILE_ROWS = 128  # at most
+TILE_ROWS, TILE_COLUMNS = 128, 128  # at most
 WIDTH = 256  # packed matrices have a multiple of so many rows
-CHUNK = 8  # elements that are copied at once: rows have a multiple of them
+CHUNK = 8  # elements that are copied at once: packed rows have a multiple of them
 RUN = 8  # rows of w1 before as many of w3
 
 MMA = Blocks(
@@ -74,57 +76,80 @@ class TensorCoreGemm:
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
         return 2 * padded(shape[0], WIDTH) * padded(shape[1], CHUNK)
 
-    def empty(self, rows: int, columns: int) -> cupy.ndarray:
-        is_padded = columns % CHUNK > 0
-        return (cupy.zeros if is_padded else cupy.empty)(
-            (rows, padded(columns, CHUNK)), cupy.uint16
-        )
+    def empty(self, rows: int, columns: int) -> Any:
+        return zero_slabs(rows, columns)
 
-    def rounded(self, x: cupy.ndarray) -> cupy.ndarray:
-        rows, columns = x.shape
-        out = cupy.empty((rows, padded(columns, CHUNK)), cupy.uint16)
-        kernel = load_kernel("packing", f"round_{self.activation}")
-        kernel((rows,), THREADS, x, out, columns, out.shape[1])
-        return out
+    def rounded(self, x: cupy.ndarray) -> Any:
+        return rounded(x, self.activation)
 
     def linear(
         self,
-        x: cupy.ndarray,
+        x: Any,
         matrix: Matrix,
         bias: cupy.ndarray | None = None,
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
-        out = cupy.empty((tiles.rows if tiles else len(x), matrix.columns), cupy.float32)
-        self._launch("linear", x, matrix, (bias, out), tiles, matrix.columns)
-        return out
+        return self._linear("linear", cupy.float32, x, matrix, bias, tiles)
 
     def linear_rounded(
         self,
-        x: cupy.ndarray,
+        x: Any,
         matrix: Matrix,
         bias: cupy.ndarray | None = None,
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
-        out = cupy.empty((tiles.rows if tiles else len(x), matrix.columns), cupy.uint16)
-        self._launch("linear_rounded", x, matrix, (bias, out), tiles, matrix.columns)
+        return self._linear("linear_rounded", cupy.uint16, x, matrix, bias, tiles)
+
+    def gated(self, x: Any, matrix: Matrix, tiles: RowTiles | None = None) -> Slabs:
+        slabs = self._slabs(x, tiles)
+        out = empty_slabs(len(slabs), matrix.columns, len(slabs.array))
+        # The kernel makes the padding too: silu(0) * 0.
+        self._launch("gated", slabs, matrix, (out.array,), tiles, out.columns)
         return out
 
-    def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
-        columns = padded(matrix.columns, CHUNK)  # the padding is silu(0) * 0
-        out = cupy.empty((tiles.rows if tiles else len(x), columns), cupy.uint16)
-        self._launch("gated", x, matrix, (out,), tiles, columns)
+    def down(self, x: Any, matrix: Matrix, tiles: RowTiles) -> cupy.ndarray:
+        """In F16's case float32: it ends at 65504, and saturated experts' results do not."""
+        linear = self.linear if self.activation == "F16" else self.linear_rounded
+        return linear(x, matrix, tiles=tiles.in_place())
+
+    def _linear(
+        self,
+        name: str,
+        dtype: Any,
+        x: Any,
+        matrix: Matrix,
+        bias: cupy.ndarray | None,
+        tiles: RowTiles | None,
+    ) -> cupy.ndarray:
+        slabs = self._slabs(x, tiles)
+        out = cupy.empty((len(slabs), matrix.columns), dtype)
+        self._launch(name, slabs, matrix, (bias, out), tiles, matrix.columns)
         return out
+
+    def _slabs(self, x: Any, tiles: RowTiles | None) -> Slabs:
+        """Activations in the order of the tiles."""
+        slabs: Slabs = x
+        return slabs if tiles is None or tiles.source is None else gathered(slabs, tiles.source)
 
     def _launch(
         self,
         name: str,
-        x: cupy.ndarray,
+        x: Slabs,
         matrix: Matrix,
         outputs: tuple[cupy.ndarray | None, ...],
         tiles: RowTiles | None,
         columns: int,
     ) -> None:
-        launch(self._kernel(name), MMA, x, matrix, outputs, tiles, columns)
+        if tiles is None:
+            tile_rows, tile_columns = MMA.best(len(x), matrix.width)
+            count = -(-len(x) // tile_rows)
+        else:
+            tile_rows, tile_columns = TILE_ROWS, TILE_COLUMNS
+            count = len(tiles.tiles)
+        self._kernel(name)(
+            (matrix.width // tile_columns, count), MMA.threads, x.array, matrix.packed, *outputs,
+            *listed(tiles), tile_rows, len(x), x.extent, matrix.inputs, matrix.width, columns,
+        )  # fmt: skip
 
     def _kernel(self, name: str) -> Kernel:
         kilobytes = 96 if compute_capability() >= (8, 0) else 64  # two blocks share a processor's

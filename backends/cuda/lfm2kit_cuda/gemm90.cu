@@ -3,47 +3,41 @@
 // TERMS == 3 an activation is the exact sum of three BF16 numbers, and all are multiplied by the
 // same stage of weights.
 //
-//   a_mtk     rows of TERMS x k elements of activations (k a multiple of 8), in place or through
-//             source_m
+//   a         rows of activations in slabs (slabs.cuh), first those of one term, then of the next
 //   w_gpsrk   matrices packed by `panel` in packing.cu: [groups][width / 256][steps][256][64]
 //   tiles     (group, first row, rows, the group's first tile | its tiles << 16); without a list,
 //             rows in steps of tile_rows, group 0
 //
 // Weights are the instruction's rows of 64 and activations its n, so that n follows the rows of an
-// expert.  As many blocks as multiprocessors take tiles in turns.  In a block one warpgroup copies
-// stages of 64 k, and two multiply, each 128 columns by all rows of the tile, or, if the tile has
-// only 128 columns, by half of them.  A tile's copies begin while the last is being stored.
+// expert.  As many blocks as multiprocessors take tiles in turns.  In a block one thread copies
+// stages of 64 k, and two warpgroups multiply, each 128 columns by all rows of the tile, or, if the
+// tile has only 128 columns, by half of them.  A tile's copies begin while the last is being stored.
 //
-// Weights come as whole stretches, as they are; rows of activations, which may be gathered, 16
-// bytes at a time.  Both have k inside, 64 elements in a row of 128 bytes, swizzled.
+// Both operands lie in memory as they are to lie in a stage, with k inside, 64 elements in a row of
+// 128 bytes, swizzled: what a stage needs of each is one stretch.
 #include "dependent.cuh"
 #include "epilogue90.cuh"
 #include "ring.cuh"
+#include "slabs.cuh"
 #include "wgmma.cuh"
 
-constexpr int kTileK = 64, kRowBytes = kTileK * 2;
-constexpr int kPanel = 256, kHalf = 128;              // columns of a panel, of a warpgroup
-constexpr int kChunk = 8, kChunks = kTileK / kChunk;  // elements of 16 bytes
-constexpr int kGroup = 128, kThreads = 3 * kGroup;    // threads of a warpgroup, of a block
-constexpr int kStep = TERMS == 1 ? 16 : 8;            // a warpgroup's rows are a multiple of it
+constexpr int kTileK = kSlabK, kRowBytes = kTileK * 2;
+constexpr int kPanel = 256, kHalf = 128;            // columns of a panel, of a warpgroup
+constexpr int kGroup = 128, kThreads = 3 * kGroup;  // threads of a warpgroup, of a block
+constexpr int kStep = TERMS == 1 ? 16 : 8;          // a warpgroup's rows are a multiple of it
 constexpr int kMostOfWarpgroup = TERMS == 1 ? 192 : 144;  // rows that a warpgroup multiplies
-constexpr int kMostRows = TERMS == 1 ? 256 : 144;         // rows of a tile
 // Of a thread; together no more than a block begins with.
-constexpr int kCopyRegisters = TERMS == 1 ? 56 : 40, kMultiplyRegisters = TERMS == 1 ? 224 : 232;
+constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;
 static_assert(kCopyRegisters + 2 * kMultiplyRegisters <= 3 * 168, "else the block waits for ever");
-constexpr int kCopyRows = kGroup / kChunks, kMostCopies = kMostRows / kCopyRows;
 
 struct Operands {
-  const HALF* a_mtk;
-  const int* source_m;
+  const HALF* a;
   const HALF* w_gpsrk;
   const int4* tiles;
   const int* tile_count;
   int tile_rows, tile_columns;
-  int m, k, width;
-  int term_rows;  // room in a stage for each term of the activations
-
-  __device__ int steps() const { return (k + kTileK - 1) / kTileK; }
+  int m, extent, steps, width;  // rows of activations, and of a slab; stages in all of k
+  int term_rows;                // room in a stage for each term of the activations
 };
 
 struct Tile {
@@ -76,7 +70,7 @@ __device__ inline int rows_each(const Tile& tile, int tile_columns) {
 __device__ inline void copy_weights(const Ring& ring, const Tile& tile, int s, const Operands& of) {
   int panels = of.width / kPanel, bytes = of.tile_columns * kRowBytes;
   size_t panel = size_t(tile.group) * panels + tile.column / kPanel;
-  size_t row = (panel * of.steps() + s) * kPanel + tile.column % kPanel;
+  size_t row = (panel * of.steps + s) * kPanel + tile.column % kPanel;
   u64* filled = ring.filled + ring.stage;
   barrier_promise(filled, bytes);
   const char* weights = reinterpret_cast<const char*>(of.w_gpsrk) + row * kRowBytes;
@@ -87,58 +81,43 @@ __device__ inline void copy_weights(const Ring& ring, const Tile& tile, int s, c
 // they were packed at load, at least one kernel before it.  Returns of how many stages.
 __device__ inline int copy_first_weights(Ring ring, const Operands& of) {
   if (of.tiles) return 0;
-  int stages = min(ring.count, of.steps());
+  int stages = min(ring.count, of.steps);
   Tile tile = tile_at(blockIdx.x, of);
-  for (int s = 0; threadIdx.x == 0 && s < stages; ++s, ring.next()) copy_weights(ring, tile, s, of);
+  for (int s = 0; s < stages; ++s, ring.next()) copy_weights(ring, tile, s, of);
   return stages;
 }
 
-// Fills the ring's stages with the operands of this block's tiles, and at last one without a tile.
-__device__ __forceinline__ void copy_tiles(Ring ring, Tile* tile_of, const Operands& of) {
-  int thread = threadIdx.x % kGroup, chunk = thread % kChunks, copy_row = thread / kChunks;
-  int steps = of.steps(), ahead = copy_first_weights(ring, of);
-  int to = of.tile_columns * kRowBytes + (copy_row * kChunks + (chunk ^ copy_row % 8)) * 16;
-  const char* activations = reinterpret_cast<const char*>(of.a_mtk);
+// Starts the copy of a tile's activations, step s, to the ring's stage; rows beyond the last are
+// whatever lay there, and their sums are not stored.
+__device__ inline void copy_activations(const Ring& ring, const Tile& tile, int s,
+                                        const Operands& of) {
+  int rows = rows_each(tile, of.tile_columns) * (kPanel / of.tile_columns);
+  int bytes = min(rows, of.extent - tile.row) * kRowBytes;
+  u64* filled = ring.filled + ring.stage;
+  barrier_promise(filled, TERMS * bytes);
+#pragma unroll
+  for (int term = 0; term < TERMS; ++term) {
+    size_t row = (size_t(term) * of.steps + s) * of.extent + tile.row;
+    copy_stretch(ring.at() + (of.tile_columns + term * of.term_rows) * kRowBytes,
+                 reinterpret_cast<const char*>(of.a) + row * kRowBytes, bytes, filled);
+  }
+}
+
+// Fills the ring's stages with the operands of this block's tiles.
+__device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
+  int ahead = copy_first_weights(ring, of);
   wait_for_previous();
   for (int index = blockIdx.x;; index += gridDim.x, ahead = 0) {
     Tile tile = tile_at(index, of);
     if (tile.rows < 0) break;
-    int rows = rows_each(tile, of.tile_columns) * (kPanel / of.tile_columns);
-    int copies = (rows + kCopyRows - 1) / kCopyRows;
-    u32 from[kMostCopies];  // in chunks
-#pragma unroll
-    for (int i = 0; i < kMostCopies; ++i) {
-      int row = tile.row + min(copy_row + i * kCopyRows, tile.rows - 1);  // the last again
-      if (i < copies)
-        from[i] = (of.source_m ? of.source_m[row] : row) * u32(TERMS * of.k / kChunk) + chunk;
-    }
-    for (int s = 0; s < steps; ++s, ring.next()) {
-      u64* filled = ring.filled + ring.stage;
+    for (int s = 0; s < of.steps; ++s, ring.next()) {
       ring.wait_until_read();
-      if (thread == 0) {
-        tile_of[ring.stage] = tile;
-        if (s >= ahead) copy_weights(ring, tile, s, of);
-        barrier_arrive(filled);
-      }
-      int wanted = s * kTileK + chunk * kChunk < of.k ? 16 : 0;
-#pragma unroll
-      for (int term = 0; term < TERMS; ++term)
-#pragma unroll
-        for (int i = 0; i < kMostCopies; ++i)
-          if (i < copies)
-            copy_async<16>(ring.at() + to + (term * of.term_rows + i * kCopyRows) * kRowBytes,
-                           activations + size_t(from[i]) * 16 + s * kRowBytes + term * of.k * 2,
-                           wanted);
-      barrier_arrive_after_copies(filled);
+      if (s >= ahead) copy_weights(ring, tile, s, of);
+      copy_activations(ring, tile, s, of);
+      barrier_arrive(ring.filled + ring.stage);
     }
   }
   let_next_start();
-  ring.wait_until_read();
-  if (thread == 0) {
-    tile_of[ring.stage].rows = -1;
-    barrier_arrive(ring.filled + ring.stage);
-  }
-  barrier_arrive(ring.filled + ring.stage);
 }
 
 // Gives a stage back (null: none) to the threads that copy.
@@ -153,7 +132,6 @@ __device__ __forceinline__ void sum_stages(float (&sums)[2][n / 2], Ring& ring, 
   u64* last = nullptr;  // the barrier of the stage that was read last
   for (int s = 0; s < steps; ++s, ring.next()) {
     ring.wait_until_filled();
-    fence_copies();
     u64 w = matrix_descriptor(shared_address(ring.at()) + w_at);
     u64 a = matrix_descriptor(shared_address(ring.at()) + a_at);
     wgmma_begin();
@@ -182,7 +160,6 @@ __device__ __forceinline__ void sum_terms(float (&sums)[2][n / 2], Ring& ring, i
   float chain[n / 2] = {};
   for (int s = 0; s < steps; ++s, ring.next()) {
     ring.wait_until_filled();
-    fence_copies();
     u64 w = matrix_descriptor(shared_address(ring.at()) + w_at);
     u64 a = matrix_descriptor(shared_address(ring.at()) + a_at);
 #pragma unroll
@@ -213,7 +190,7 @@ template <int n, class Store>
 __device__ __forceinline__ void multiply(Ring& ring, const Tile& tile, const Operands& of,
                                          Store store) {
   float sums[2][n / 2] = {};
-  int warpgroup = threadIdx.x / kGroup - 1, steps = of.steps();
+  int warpgroup = threadIdx.x / kGroup - 1, steps = of.steps;
   bool is_beside = of.tile_columns == kPanel;  // the other warpgroup's columns, else its rows
   int w_at = is_beside ? warpgroup * kHalf * kRowBytes : 0;
   int a_at = (of.tile_columns + (is_beside ? 0 : warpgroup * n)) * kRowBytes;
@@ -242,14 +219,14 @@ __device__ __forceinline__ void multiply_rows(int rows, Ring& ring, const Tile& 
 }
 
 template <class Store>
-__device__ __forceinline__ void multiply_tiles(Ring ring, const Tile* tile_of, const Operands& of,
-                                               Store store) {
+__device__ __forceinline__ void multiply_tiles(Ring ring, const Operands& of, Store store) {
   wait_for_previous();
-  while (true) {
-    ring.wait_until_filled();
-    Tile tile = tile_of[ring.stage];
-    if (tile.rows < 0) return;
+  int index = blockIdx.x;
+  Tile tile = tile_at(index, of);
+  while (tile.rows >= 0) {
+    Tile next = tile_at(index += gridDim.x, of);  // early: it takes two reads from memory
     multiply_rows(rows_each(tile, of.tile_columns), ring, tile, of, store);
+    tile = next;
   }
 }
 
@@ -258,10 +235,9 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
                                         Store store) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ u64 filled[kMostStages], read[kMostStages];
-  __shared__ Tile tile_of[kMostStages];
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
-      barrier_init(filled + i, kGroup + 1);     // the copying threads, and one for the weights
+      barrier_init(filled + i, 1);
       barrier_init(read + i, 2 * kGroup / 32);  // the multiplying warps
     }
     fence_copies();
@@ -270,21 +246,20 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
   Ring ring{shared, filled, read, stages, stage_bytes};
   if (threadIdx.x < kGroup) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopyRegisters));
-    copy_tiles(ring, tile_of, of);
+    if (threadIdx.x == 0) copy_tiles(ring, of);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMultiplyRegisters));
-    multiply_tiles(ring, tile_of, of, store);
+    multiply_tiles(ring, of, store);
   }
 }
 
 // out_mn = A @ W.T + bias_n (null for none), as `Stored`
 #define LINEAR(name, Stored)                                                                      \
   extern "C" __global__ void __launch_bounds__(kThreads, 1)                                       \
-      name(const HALF* a_mtk, const int* source_m, const HALF* w_gpsrk, const float* bias_n,      \
-           Stored* out_mn, const int4* tiles, const int* tile_count, int tile_rows,               \
-           int tile_columns, int m, int k, int width, int n, int stages, int stage_bytes,         \
-           int term_rows) {                                                                       \
-    compute({a_mtk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width,   \
+      name(const HALF* a, const HALF* w_gpsrk, const float* bias_n, Stored* out_mn,               \
+           const int4* tiles, const int* tile_count, int tile_rows, int tile_columns, int m,      \
+           int extent, int steps, int width, int n, int stages, int stage_bytes, int term_rows) { \
+    compute({a, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, extent, steps, width,     \
              term_rows},                                                                          \
             stages, stage_bytes, Sums<Stored>(bias_n, out_mn, n));                                \
   }
@@ -293,12 +268,13 @@ LINEAR(linear, F32)
 LINEAR(linear_rounded, HALF)
 #endif
 
-// out_mtn = silu(A @ w1.T) * (A @ w3.T), where W has rows of w1 and of w3 in turns
+// out = silu(A @ w1.T) * (A @ w3.T), in slabs of the same extent, where W has rows of w1 and of w3 in
+// turns
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    gated(const HALF* a_mtk, const int* source_m, const HALF* w_gpsrk, HALF* out_mtn,
-          const int4* tiles, const int* tile_count, int tile_rows, int tile_columns, int m, int k,
-          int width, int n, int stages, int stage_bytes, int term_rows) {
-  compute({a_mtk, source_m, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, k, width,
+    gated(const HALF* a, const HALF* w_gpsrk, HALF* out, const int4* tiles, const int* tile_count,
+          int tile_rows, int tile_columns, int m, int extent, int steps, int width, int n,
+          int stages, int stage_bytes, int term_rows) {
+  compute({a, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, extent, steps, width,
            term_rows},
-          stages, stage_bytes, Gated{out_mtn, n});
+          stages, stage_bytes, Gated{out, n, extent});
 }

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isqrt
+from typing import Any
 
 import cupy
 
 from lfm2kit.backend import Tensor
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit_cuda.activations import TERMS, Rows, Slabs, split
 from lfm2kit_cuda.device import processors
-from lfm2kit_cuda.gemm16 import CHUNK, TensorCoreGemm
+from lfm2kit_cuda.gemm16 import TensorCoreGemm
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, padded
+from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, listed, padded
 from lfm2kit_cuda.upload import upload
 
 PANEL, TILE_K, ROW_BYTES = 256, 64, 128  # of packed weights: columns, k, bytes of a row of k
 STEP, MOST_ROWS = 16, 192  # of activations, in a tile of PANEL columns
 STEP_OF_TERMS, MOST_ROWS_OF_TERMS = 8, 144
-TERMS, COPY_ROWS = 3, 16
 SHARED_BYTES, MOST_STAGES = 224 * 1024, 8
 PACK_THREADS = 256
 
@@ -52,14 +53,14 @@ class HopperGemm(TensorCoreGemm):
     def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
         """Room for most experts under even routing: stages of fewer rows are smaller, and more."""
         mean = pairs // groups
-        return min(self.most_rows, padded(mean + 4 * isqrt(mean) + 1, COPY_ROWS)), self.step
+        return min(self.most_rows, padded(mean + 4 * isqrt(mean) + 1, STEP)), self.step
 
     def pack(self, matrices: Sequence[Tensor], scale: float = 1.0) -> Matrix:
         columns, inputs = matrices[0].shape
         packed = self._panels(len(matrices), inputs, columns)
         for panels, matrix in zip(packed, matrices, strict=True):
             self._panel(matrix, panels, stride=1, offset=0, scale=scale)
-        return _matrix(packed, inputs, columns)
+        return _matrix(packed, columns)
 
     def pack_gated(self, gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Matrix:
         """Rows of w1 and of w3 in turns."""
@@ -68,7 +69,7 @@ class HopperGemm(TensorCoreGemm):
         for panels, gate, up in zip(packed, gates, ups, strict=True):
             self._panel(gate, panels, stride=2, offset=0)
             self._panel(up, panels, stride=2, offset=1)
-        return _matrix(packed, inputs, columns)
+        return _matrix(packed, columns)
 
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
         return 2 * padded(shape[0], PANEL) * padded(shape[1], TILE_K)
@@ -76,27 +77,25 @@ class HopperGemm(TensorCoreGemm):
     def _launch(
         self,
         name: str,
-        x: cupy.ndarray,
+        x: Slabs,
         matrix: Matrix,
         outputs: tuple[cupy.ndarray | None, ...],
         tiles: RowTiles | None,
         columns: int,
     ) -> None:
         if tiles is None:
-            rows, source, listed = len(x), None, (None, None)
-            tile_rows, tile_columns = self._blocks.best(rows, matrix.width)
-            count = -(-rows // tile_rows)
+            tile_rows, tile_columns = self._blocks.best(len(x), matrix.width)
+            count = -(-len(x) // tile_rows)
         else:
-            rows, source, listed = tiles.rows, tiles.source, (tiles.tiles, tiles.count)
             tile_rows, tile_columns = tiles.tile_rows, PANEL
             count = len(tiles.tiles)
-        term_rows = padded(tile_rows, COPY_ROWS)
+        term_rows = padded(tile_rows, STEP)
         stage_bytes = ROW_BYTES * (tile_columns + self.terms * term_rows)
         self._kernel(name)(
-            (min(processors(), count * (matrix.width // tile_columns)),), self._blocks.threads, x,
-            source, matrix.packed, *outputs, *listed, tile_rows, tile_columns, rows,
-            matrix.inputs, matrix.width, columns, min(MOST_STAGES, SHARED_BYTES // stage_bytes),
-            stage_bytes, term_rows,
+            (min(processors(), count * (matrix.width // tile_columns)),), self._blocks.threads,
+            x.array, matrix.packed, *outputs, *listed(tiles), tile_rows, tile_columns, len(x),
+            x.extent, matrix.inputs // TILE_K, matrix.width, columns,
+            min(MOST_STAGES, SHARED_BYTES // stage_bytes), stage_bytes, term_rows,
         )  # fmt: skip
 
     def _kernel(self, name: str) -> Kernel:
@@ -131,28 +130,19 @@ class ThreeTermGemm(HopperGemm):
         self._blocks = BLOCKS_OF_TERMS
         self.activation = "F32"
 
-    def empty(self, rows: int, columns: int) -> cupy.ndarray:
-        return cupy.empty((rows, columns), cupy.float32)
+    def empty(self, rows: int, columns: int) -> Rows:
+        return Rows(cupy.empty((rows, columns), cupy.float32))
 
-    def rounded(self, x: cupy.ndarray) -> cupy.ndarray:
-        return x
+    def rounded(self, x: cupy.ndarray) -> Rows:
+        return Rows(x)
 
-    def linear(
-        self,
-        x: cupy.ndarray,
-        matrix: Matrix,
-        bias: cupy.ndarray | None = None,
-        tiles: RowTiles | None = None,
-    ) -> cupy.ndarray:
-        return super().linear(_split(x), matrix, bias, tiles)
+    linear_rounded = TensorCoreGemm.linear
 
-    linear_rounded = linear
-
-    def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
-        columns = padded(matrix.columns, CHUNK)  # the padding is silu(0) * 0
-        out = cupy.empty((tiles.rows if tiles else len(x), TERMS, columns), cupy.uint16)
-        self._launch("gated", _split(x), matrix, (out,), tiles, columns)
-        return out
+    def _slabs(self, x: Any, tiles: RowTiles | None) -> Slabs:
+        """Split already, or split and gathered in one."""
+        if isinstance(x, Slabs):
+            return x
+        return split(x.array, tiles.source if tiles else None)
 
     def _uploaded(self, matrix: Tensor) -> cupy.ndarray:
         """The matrix on the device; `Lfm2kitError` if BF16 does not hold its values."""
@@ -170,16 +160,5 @@ class ThreeTermGemm(HopperGemm):
         return weights
 
 
-def _split(x: cupy.ndarray) -> cupy.ndarray:
-    """float32 [rows, columns] as three terms, uint16 [rows, 3, columns]; terms as they are."""
-    if x.dtype == cupy.uint16:
-        return x
-    rows, columns = x.shape
-    terms = cupy.empty((rows, TERMS, padded(columns, CHUNK)), cupy.uint16)
-    split = load_kernel("packing", "split_rows")
-    split((rows,), PACK_THREADS, x, terms, columns, terms.shape[2])
-    return terms
-
-
-def _matrix(packed: cupy.ndarray, inputs: int, columns: int) -> Matrix:
-    return Matrix(packed, padded(inputs, CHUNK), columns, packed.shape[1] * PANEL)
+def _matrix(packed: cupy.ndarray, columns: int) -> Matrix:
+    return Matrix(packed, packed.shape[2] * TILE_K, columns, packed.shape[1] * PANEL)

@@ -90,32 +90,3 @@ __device__ void find_inexact(const Stored* matrix_oi, int in, int* found) {
 PACK(F32)
 PACK(BF16)
 PACK(F16)
-
-// packed_mw[t][k] = x_mk[t][k] in 16 bits, rows `width` apart and padded with zeros.
-template <class Kept>
-__device__ void round_rows(const float* x_mk, Kept* packed_mw, int k, int width) {
-  for (int i = threadIdx.x; i < width; i += blockDim.x)
-    packed_mw[size_t(blockIdx.x) * width + i] =
-        Kept::from_float(i < k ? x_mk[size_t(blockIdx.x) * k + i] : 0);
-}
-
-extern "C" __global__ void round_BF16(const float* x_mk, BF16* packed_mw, int k, int width) {
-  round_rows(x_mk, packed_mw, k, width);
-}
-extern "C" __global__ void round_F16(const float* x_mk, F16* packed_mw, int k, int width) {
-  round_rows(x_mk, packed_mw, k, width);
-}
-
-// packed_mtw[row][term][i], three terms of BF16 whose exact sum is x_mk[row][i], each as near as it
-// can be to what the terms before it leave; rows of a term `width` long, padded with zeros.
-extern "C" __global__ void split_rows(const float* x_mk, BF16* packed_mtw, int k, int width) {
-  BF16* to = packed_mtw + size_t(blockIdx.x) * 3 * width;
-  for (int i = threadIdx.x; i < width; i += blockDim.x) {
-    float rest = i < k ? x_mk[size_t(blockIdx.x) * k + i] : 0;
-    for (int term = 0; term < 3; ++term) {
-      BF16 rounded = BF16::from_float(rest);
-      to[term * width + i] = rounded;
-      rest -= BF16::to_float(rounded);
-    }
-  }
-}

@@ -1,4 +1,4 @@
-"""What the matrix products of every precision share: packed matrices, row tiles, the launch.
+"""What the matrix products of every precision share: packed matrices, row tiles, sizes.
 
 A dense layer is a product of one group; experts bring a list of row tiles made on the device.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cupy
 
 from lfm2kit.backend import Tensor
 from lfm2kit_cuda.device import processors
-from lfm2kit_cuda.kernels import Kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +29,11 @@ class Matrix:
 class RowTiles:
     """Which rows belong to which group, as `group_by_expert` lists them."""
 
-    rows: int
+    rows: int  # with those that belong to none, between the groups
     tile_rows: int  # at most
     tiles: cupy.ndarray  # int32 [most, 4]
     count: cupy.ndarray  # int32 [1]
-    source: cupy.ndarray | None  # int32 [rows]: the row of x that each reads; None: its own
+    source: cupy.ndarray | None  # int32 [rows]: the row of x that each is, < 0: none; None: its own
 
     def in_place(self) -> RowTiles:
         """The same rows of an x that is sorted already."""
@@ -45,11 +44,16 @@ class Activations(NamedTuple):
     """The input of a block inside a layer."""
 
     x: cupy.ndarray | None  # float32 [tokens, hidden_size], for routers
-    rounded: cupy.ndarray  # as products read it
+    rounded: Any  # as products read it
 
 
 class Arithmetic(Protocol):
-    """How one precision packs and multiplies."""
+    """How one precision packs and multiplies.
+
+    What its products read (`Any` here) comes from its own `empty`, `rounded` and `gated`: it has a
+    length, and if from `empty` an `array` and an `extent` for the kernels that fill it
+    (activations.py).
+    """
 
     activation: str  # the type that products read, and of what blocks store: F32, BF16 or F16
 
@@ -74,17 +78,17 @@ class Arithmetic(Protocol):
         """Of one packed [out, in] matrix."""
         ...
 
-    def empty(self, rows: int, columns: int) -> cupy.ndarray:
-        """Room for activations that products read: rows may be padded, with zeros."""
+    def empty(self, rows: int, columns: int) -> Any:
+        """Room for activations that products read: `activation_at` in slabs.cuh says where."""
         ...
 
-    def rounded(self, x: cupy.ndarray) -> cupy.ndarray:
+    def rounded(self, x: cupy.ndarray) -> Any:
         """float32 activations as products read them."""
         ...
 
     def linear(
         self,
-        x: cupy.ndarray,
+        x: Any,
         matrix: Matrix,
         bias: cupy.ndarray | None = None,
         tiles: RowTiles | None = None,
@@ -94,7 +98,7 @@ class Arithmetic(Protocol):
 
     def linear_rounded(
         self,
-        x: cupy.ndarray,
+        x: Any,
         matrix: Matrix,
         bias: cupy.ndarray | None = None,
         tiles: RowTiles | None = None,
@@ -102,8 +106,12 @@ class Arithmetic(Protocol):
         """`linear` as `activation`, for kernels of the same block: [rows, columns], not padded."""
         ...
 
-    def gated(self, x: cupy.ndarray, matrix: Matrix, tiles: RowTiles | None = None) -> cupy.ndarray:
+    def gated(self, x: Any, matrix: Matrix, tiles: RowTiles | None = None) -> Any:
         """silu(x @ w1.T) * (x @ w3.T), as products read it."""
+        ...
+
+    def down(self, x: Any, matrix: Matrix, tiles: RowTiles) -> cupy.ndarray:
+        """`linear` of what `gated` returned for the same tiles, in 16 bits if they hold it."""
         ...
 
 
@@ -131,28 +139,9 @@ class Blocks:
         return min(self.menu, key=time)
 
 
-def launch(
-    kernel: Kernel,
-    blocks: Blocks,
-    x: cupy.ndarray,
-    matrix: Matrix,
-    outputs: tuple[cupy.ndarray | None, ...],
-    tiles: RowTiles | None,
-    columns: int,
-) -> None:
-    """Starts the product of all tiles; without a list, of tiles of the best size on the menu."""
-    if tiles is None:
-        rows, source, listed = len(x), None, (None, None)
-        tile_rows, tile_columns = blocks.best(rows, matrix.width)
-        count = -(-rows // tile_rows)
-    else:
-        rows, source, listed = tiles.rows, tiles.source, (tiles.tiles, tiles.count)
-        tile_rows, tile_columns = next(iter(blocks.menu))
-        count = len(tiles.tiles)
-    kernel(
-        (matrix.width // tile_columns, count), blocks.threads, x, source, matrix.packed, *outputs,
-        *listed, tile_rows, rows, matrix.inputs, matrix.width, columns,
-    )  # fmt: skip
+def listed(tiles: RowTiles | None) -> tuple[cupy.ndarray | None, cupy.ndarray | None]:
+    """What kernels are told of a list of tiles, or of there being none."""
+    return (tiles.tiles, tiles.count) if tiles else (None, None)
 
 
 def padded(size: int, multiple: int) -> int:

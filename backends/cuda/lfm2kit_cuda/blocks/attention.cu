@@ -1,10 +1,12 @@
 // Between the projections of attention: norm and rotation of queries and keys, then attention.
 // t tokens, s sequences; HEADS query heads share KV_HEADS key/value heads, of HEAD_DIM elements.
 // A row of qkv holds all queries, then all keys, then all values.  They, kept keys and values, and
-// the result are of type INNER, as the next product reads it; the arithmetic is in float32.
+// the result are of type INNER, and the result as the next product reads it; the arithmetic is in
+// float32.
 #include "dependent.cuh"
 #include "reduce.cuh"
 #include "sequences.cuh"
+#include "slabs.cuh"
 #include "types.cuh"
 
 constexpr int kQueries = HEADS * HEAD_DIM, kKeys = KV_HEADS * HEAD_DIM;
@@ -69,7 +71,7 @@ extern "C" __global__ void norm_and_rotate(INNER* qkv_t, const float* q_weight_d
 // that a row's bits depend on nothing but its own past.  A block takes kRows rows of one sequence
 // with the query heads of one key head; a warp takes some of these (row, head) pairs and steps
 // through a tile with all of them at once, so that what it reads of a key or value serves all: lane
-// j scores key j, then lane d sums element d of the values.  The result's rows are `width` apart.
+// j scores key j, then lane d sums element d of the values.
 constexpr int kThreads = 128, kTile = 32, kWarps = kThreads / kWarp;
 constexpr int kRows = kGroup >= 16 ? 1 : 16 / kGroup;
 constexpr int kPairs = kRows * kGroup;
@@ -173,11 +175,16 @@ __device__ inline void add_tile(Room& room, Sums<kMine>& sums, const int (&seen)
   }
 }
 
-// The attention of `pairs` pairs, kMine per warp, whose rows stand at positions_r[pair / kGroup];
-// `out` is the first pair's.
+// Where the heads of a block go: the first pair's row and element.
+struct Heads {
+  INNER* all;
+  int row, element, extent;
+};
+
+// The attention of `pairs` pairs, kMine per warp, whose rows stand at positions_r[pair / kGroup].
 template <int kMine>
 __device__ inline void attend_pairs(Room& room, const Past& past, const int* positions_r,
-                                    int pairs, INNER* out, int width, float scale) {
+                                    int pairs, const Heads& heads, float scale) {
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Sums<kMine> sums = {};
   int context[kMine];  // keys that a pair sees
@@ -201,17 +208,18 @@ __device__ inline void attend_pairs(Room& room, const Past& past, const int* pos
   for (int p = 0; p < kMine; ++p) {
     int pair = warp + p * kWarps;
     if (pair >= pairs) continue;
-    INNER* to = out + size_t(pair / kGroup) * width + pair % kGroup * HEAD_DIM;
+    int row = heads.row + pair / kGroup, first = heads.element + pair % kGroup * HEAD_DIM;
 #pragma unroll
     for (int i = 0; i < kDims; ++i)
       if (lane + i * kWarp < HEAD_DIM)
-        to[lane + i * kWarp] = INNER::from_float(sums.of[p][i] / sums.total[p]);
+        *activation_at(heads.all, row, first + lane + i * kWarp, heads.extent) =
+            INNER::from_float(sums.of[p][i] / sums.total[p]);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     attend(const INNER* qkv_t, const INNER* keys, const INNER* values, const int* positions_t,
-           const int* cu_seqlens_s, const int* state_slots_s, INNER* out_t, int width,
+           const int* cu_seqlens_s, const int* state_slots_s, INNER* out, int extent,
            int max_tokens, float scale) {
   __shared__ Room room;
   wait_for_previous();
@@ -235,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   past.keys += kv_head * HEAD_DIM;
   past.values += kv_head * HEAD_DIM;
-  INNER* out = out_t + size_t(row0) * width + kv_head * kGroup * HEAD_DIM;
-  if (pairs <= kWarps) attend_pairs<1>(room, past, positions_t + row0, pairs, out, width, scale);
-  else attend_pairs<kPairsOfWarp>(room, past, positions_t + row0, pairs, out, width, scale);
+  Heads heads{out, row0, kv_head * kGroup * HEAD_DIM, extent};
+  if (pairs <= kWarps) attend_pairs<1>(room, past, positions_t + row0, pairs, heads, scale);
+  else attend_pairs<kPairsOfWarp>(room, past, positions_t + row0, pairs, heads, scale);
 }

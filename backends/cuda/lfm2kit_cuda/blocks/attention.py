@@ -61,8 +61,8 @@ class Attention:
         heads = self.gemm.empty(tokens, s.num_attention_heads * s.head_dim)
         grid = (-(-batch.max_seqlen // self.rows), batch.sequences, s.num_key_value_heads)
         self.attend(
-            grid, ATTEND_THREADS, qkv, keys, values, batch.positions, *of_sequences, heads,
-            heads.shape[1], max_tokens, s.head_dim**-0.5,
+            grid, ATTEND_THREADS, qkv, keys, values, batch.positions, *of_sequences, heads.array,
+            heads.extent, max_tokens, s.head_dim**-0.5,
         )  # fmt: skip
         return self.gemm.linear(heads, self.out_proj)
 

@@ -5,7 +5,10 @@
 #include "vector.cuh"
 
 constexpr int kWarp = 32, kThreads = 1024, kWarps = kThreads / kWarp;
-constexpr int kIds = 4;  // that a lane asks for at once
+constexpr int kIds = 4;         // that a lane asks for at once
+constexpr int kAlignment = 8;  // an expert's first slot is a multiple of it, as products want it
+
+__device__ inline int slots_of(int rows) { return (rows + kAlignment - 1) / kAlignment * kAlignment; }
 
 // Rows of each of an expert's tiles: as few tiles as tile_rows allows, evenly filled, in steps.
 __device__ inline int rows_of_tile(int rows, int tile_rows, int step) {
@@ -27,12 +30,12 @@ __device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int fi
 // Sorts the pairs by expert, in order within each, and lists the tiles of rows: a block per local
 // expert, which counts all pairs.  Experts with many rows have their tiles first, so that the
 // longest work starts first; among equals the lower id.
-//   source_p[slot]  the token whose row a slot holds
+//   source_p[slot]  the token whose row a slot holds; -1 for none, of `slots`
 //   place_p[pair]   the slot of a pair
 //   tiles           (expert, first slot, slots, the expert's first tile | its tiles << 16) each;
 //                   *tile_count of them
 extern "C" __global__ void __launch_bounds__(kThreads)
-    group_by_expert(const int* expert_ids_p, int pairs, int first_expert, int* source_p,
+    group_by_expert(const int* expert_ids_p, int pairs, int first_expert, int* source_p, int slots,
                     int* place_p, int4* tiles, int* tile_count, int tile_rows, int step) {
   extern __shared__ int counts_e[];
   __shared__ int before_w[kWarps];
@@ -61,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   int rows = counts_e[expert];
   for (int e = threadIdx.x; e < gridDim.x; e += kThreads) {
     int its = counts_e[e], its_tiles = (its + tile_rows - 1) / tile_rows;
-    if (e < expert) atomicAdd(&slot0, its);
+    if (e < expert) atomicAdd(&slot0, slots_of(its));
     if (its > rows || (its == rows && e < expert)) atomicAdd(&tile0, its_tiles);
     atomicAdd(&all_tiles, its_tiles);
   }
@@ -84,6 +87,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  int end_slot = expert == gridDim.x - 1 ? slots : slot0 + slots_of(rows);
+  for (int i = slot0 + rows + threadIdx.x; i < end_slot; i += kThreads) source_p[i] = -1;
   int count = (rows + tile_rows - 1) / tile_rows, of_tile = rows_of_tile(rows, tile_rows, step);
   for (int i = threadIdx.x; i < count; i += kThreads) {
     int from = i * of_tile;

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cupy
+import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Weights
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Activations, Arithmetic, RowTiles
+from lfm2kit_cuda.products import Activations, Arithmetic, RowTiles, padded
 
 GROUP_THREADS, COMBINE_THREADS = 1024, 512
+ALIGNMENT = 8  # as in experts.cu
+COMBINED = {np.float32: "F32", np.uint16: "BF16"}  # what `down` returns
 
 
 class MLP:
@@ -36,9 +41,6 @@ class Experts:
             for name in ("w1", "w3", "w2")
         )
         self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack_down(w2)
-        # F16 ends at 65504, and saturated experts' results do not.
-        self.down = gemm.linear if gemm.activation == "F16" else gemm.linear_rounded
-        self.combine = "combine_BF16" if gemm.activation == "BF16" else "combine_F32"
 
     def __call__(
         self, x: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
@@ -46,15 +48,14 @@ class Experts:
         return self.of(self.gemm.rounded(x), expert_ids, expert_weights)
 
     def of(
-        self, rounded: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
+        self, rounded: Any, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
     ) -> cupy.ndarray:
         """As a call, of an input that is rounded already."""
         tiles, place = grouped_by_expert(expert_ids, self.spec.local_experts, self.gemm)
-        inner = self.gemm.gated(rounded, self.w13, tiles)
-        outputs = self.down(inner, self.w2, tiles=tiles.in_place())
+        outputs = self.gemm.down(self.gemm.gated(rounded, self.w13, tiles), self.w2, tiles)
         h, (tokens, taken) = self.spec.hidden_size, expert_ids.shape
         delta = cupy.empty((tokens, h), cupy.float32)
-        combine = _kernel(self.combine, taken, h)
+        combine = _kernel(f"combine_{COMBINED[outputs.dtype.type]}", taken, h)
         combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, h)
         return delta
 
@@ -77,16 +78,17 @@ def grouped_by_expert(
 ) -> tuple[RowTiles, cupy.ndarray]:
     """The (token, k) pairs sorted by expert; and where each pair went, int32 [pairs]."""
     pairs, taken = expert_ids.size, expert_ids.shape[1]
-    source, place = cupy.empty(pairs, cupy.int32), cupy.empty(pairs, cupy.int32)
+    slots = padded(pairs + (ALIGNMENT - 1) * min(pairs, len(local)), ALIGNMENT)
+    source, place = cupy.empty(slots, cupy.int32), cupy.empty(pairs, cupy.int32)
     tile_rows, step = gemm.row_tiles(pairs, len(local))
     tiles = cupy.empty((min(pairs, pairs // tile_rows + len(local)), 4), cupy.int32)
     count = cupy.empty(1, cupy.int32)
     group = _kernel("group_by_expert", taken, shared_bytes=4 * len(local))
     group(
         (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, local.start, source,
-        place, tiles, count, tile_rows, step,
+        slots, place, tiles, count, tile_rows, step,
     )  # fmt: skip
-    return RowTiles(pairs, tile_rows, tiles, count, source), place
+    return RowTiles(slots, tile_rows, tiles, count, source), place
 
 
 def _kernel(name: str, taken: int, hidden_size: int = 4, shared_bytes: int = 0) -> Kernel:

@@ -1,6 +1,7 @@
 // The blocks that look at each row alone: embedding, norm, last rows.  t tokens, h hidden_size.
 #include "dependent.cuh"
 #include "reduce.cuh"
+#include "slabs.cuh"
 #include "types.cuh"
 #include "vector.cuh"
 
@@ -24,7 +25,7 @@ EMBED(BF16)
 EMBED(F16)
 
 // hidden_th += delta_th (unless delta_th is null); x_th = hidden / rms(hidden) * weight_h, and the
-// same as the next product reads it, of type OUT, rows `width` apart; either may be null.
+// same as the next product reads it, of type OUT and the given extent; either may be null.
 // A block per row of HIDDEN elements, VECTOR at a time; a thread keeps its own in registers.  The
 // sum of squares is added in an order that depends on HIDDEN alone.
 constexpr int kThreads = 256, kStep = kThreads * VECTOR;
@@ -32,7 +33,7 @@ constexpr int kParts = (HIDDEN + kStep - 1) / kStep;
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_norm(float* hidden_th, const float* delta_th, const float* weight_h, float* x_th,
-             OUT* rounded_tw, int width, float eps) {
+             OUT* rounded, int extent, float eps) {
   __shared__ float sums[kThreads / kWarp];
   size_t row = size_t(blockIdx.x) * HIDDEN;
   Vector values[kParts] = {}, weights[kParts];
@@ -63,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     Vector x = weights[p];
     for (int v = 0; v < VECTOR; ++v) x.of[v] *= values[p].of[v] * scale;
     if (x_th) store(x_th + row + i, x);
-    if (rounded_tw) store(rounded_tw + size_t(blockIdx.x) * width + i, x);
+    if (rounded) store(activation_at(rounded, blockIdx.x, i, extent), x);
   }
 }
 

@@ -50,11 +50,11 @@ class RMSNorm:
         """As a call, with x rounded for products in the same pass; in float32 too for a router."""
         if self.gemm.activation == "F32":
             hidden, x = self(hidden, delta)
-            return hidden, Activations(x, x)
+            return hidden, Activations(x, self.gemm.rounded(x))
         x = cupy.empty_like(hidden) if is_routed else None
         rounded = self.gemm.empty(len(hidden), self.spec.hidden_size)
         self.kernel(
-            (len(hidden),), THREADS, hidden, delta, self.weight, x, rounded, rounded.shape[1],
+            (len(hidden),), THREADS, hidden, delta, self.weight, x, rounded.array, rounded.extent,
             self.spec.eps,
         )  # fmt: skip
         return hidden, Activations(x, rounded)

@@ -1,8 +1,9 @@
 // The gated convolution between ShortConv's two projections, and its state.
 // t tokens, h hidden_size, s sequences; KERNEL_SIZE taps.  bcx_t3h holds B, C and X side by side.
-// It and the result, whose rows are `width` apart, are of type INNER, as the next product reads it.
+// It and the result are of type INNER, the latter as the next product reads it.
 #include "dependent.cuh"
 #include "sequences.cuh"
+#include "slabs.cuh"
 #include "types.cuh"
 #include "vector.cuh"
 
@@ -17,15 +18,15 @@ __device__ inline Vector gated_input(const INNER* bcx_t3h, size_t row, int h, in
   return u;
 }
 
-// out_tw[t] = C[t] * (sum_j taps_jh[j] * u[t - kPast + j] + bias_h), in the row's own sequence.
+// out[t] = C[t] * (sum_j taps_jh[j] * u[t - kPast + j] + bias_h), in the row's own sequence.
 // A thread per kRows rows and VECTOR channels; of the rows before them it computes u anew.
 // `past_sph` (null in one forward over whole sequences) holds the newest kPast rows of u of every
 // slot.
 extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
                                     const float* bias_h, const int* positions_t,
                                     const int* cu_seqlens_s, const int* state_slots_s,
-                                    const float* past_sph, INNER* out_tw, int sequences, int tokens,
-                                    int h, int width) {
+                                    const float* past_sph, INNER* out, int sequences, int tokens,
+                                    int h, int extent) {
   int row0 = blockIdx.x * kRows, channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   wait_for_previous();
   let_next_start();
@@ -65,7 +66,7 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
       if (bias_h) y.of[v] += bias_h[channel + v];
       y.of[v] *= c[i].of[v];
     }
-    store(out_tw + size_t(row) * width + channel, y);
+    store(activation_at(out, row, channel, extent), y);
   }
 }
 

@@ -42,8 +42,8 @@ class ShortConv:
         y = self.gemm.empty(tokens, h)
         self.convolve(
             (-(-tokens // ROWS), self.blocks), THREADS, BCX, self.taps, self.conv_bias,
-            batch.positions, batch.cu_seqlens, batch.state_slots, state, y, batch.sequences,
-            tokens, h, y.shape[1],
+            batch.positions, batch.cu_seqlens, batch.state_slots, state, y.array, batch.sequences,
+            tokens, h, y.extent,
         )  # fmt: skip
         if state is not None:
             of_sequences = batch.cu_seqlens, batch.state_slots

@@ -2,6 +2,7 @@
 // `begin` says whether any of the columns is to be stored; rows then count from its row.
 #pragma once
 #include "neighbours.cuh"
+#include "slabs.cuh"
 #include "types.cuh"
 
 template <class Stored>
@@ -40,25 +41,29 @@ __device__ __forceinline__ float silu(float x) {
   return x * inverse;
 }
 
-// silu(gate) * up * GATED_SCALE of two channels, as the next product reads it: rows of TERMS x n
-// elements, n a multiple of 8
+// silu(gate) * up * GATED_SCALE of two channels, as the next product reads it: n channels, a multiple
+// of 64, in slabs of `extent` rows, of each term
 struct Gated {
-  HALF* out_mtn;
-  int n;
+  HALF* out;
+  int n, extent;
+  HALF* even = nullptr;  // the first row's place, and that of the next, which is swizzled otherwise
+  HALF* odd = nullptr;
 
   __device__ bool begin(int row, int column) {
-    out_mtn += size_t(row) * TERMS * n + column / 2;
+    even = out + in_slabs(row, column / 2, extent);
+    odd = out + in_slabs(row + 1, column / 2, extent) - kSlabK;
     return column / 2 < n;
   }
 
+  // Rows that are eight apart are swizzled alike.
   __device__ __forceinline__ void store(int row, float gate0, float up0, float gate1,
                                         float up1) const {
     float first = silu(gate0) * up0 * GATED_SCALE, second = silu(gate1) * up1 * GATED_SCALE;
-    HALF* out = out_mtn + size_t(row) * TERMS * n;
+    HALF* at = (row % 2 ? odd : even) + row * kSlabK;
 #pragma unroll
     for (int term = 0; term < TERMS; ++term) {
       u32 both = HALF::both(first, second);
-      *reinterpret_cast<u32*>(out + term * n) = both;
+      *reinterpret_cast<u32*>(at + term * size_t(n) * extent) = both;
       first -= HALF::to_float(HALF{u16(both)});
       second -= HALF::to_float(HALF{u16(both >> 16)});
     }

@@ -6,10 +6,10 @@
 // out_mn = A @ W.T + bias_n (null for none), as `Stored`
 #define LINEAR(name, Stored)                                                                      \
   extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)                                 \
-      name(const HALF* a_mk, const int* source_m, const HALF* w_gnk, const float* bias_n,         \
-           Stored* out_mn, const int4* tiles, const int* tile_count, int tile_rows, int m, int k, \
+      name(const HALF* a, const HALF* w_gnk, const float* bias_n, Stored* out_mn,                 \
+           const int4* tiles, const int* tile_count, int tile_rows, int m, int extent, int k,     \
            int width, int n) {                                                                    \
-    compute(a_mk, source_m, w_gnk, tiles, tile_count, tile_rows, m, k, width,                     \
+    compute(a, extent, w_gnk, tiles, tile_count, tile_rows, m, k, width,                          \
             [=](int row, int column, const float* first, const float* second) {                   \
               store_sums(out_mn + size_t(row) * n, column, n, bias_n, first);                     \
               store_sums(out_mn + size_t(row) * n, column + 8, n, bias_n, second);                \
@@ -18,14 +18,13 @@
 LINEAR(linear, F32)
 LINEAR(linear_rounded, HALF)
 
-// out_mn = silu(A @ w1.T) * (A @ w3.T) * GATED_SCALE, in 16 bits; n is a multiple of 8.
+// out = silu(A @ w1.T) * (A @ w3.T) * GATED_SCALE, in slabs of the same extent; n is a multiple of 64.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
-    gated(const HALF* a_mk, const int* source_m, const HALF* w_gnk, HALF* out_mn,
-          const int4* tiles, const int* tile_count, int tile_rows, int m, int k, int width,
-          int n) {
-  compute(a_mk, source_m, w_gnk, tiles, tile_count, tile_rows, m, k, width,
+    gated(const HALF* a, const HALF* w_gnk, HALF* out, const int4* tiles, const int* tile_count,
+          int tile_rows, int m, int extent, int k, int width, int n) {
+  compute(a, extent, w_gnk, tiles, tile_count, tile_rows, m, k, width,
           [=](int row, int column, const float* gate, const float* up) {
             int c = column / 16 * 8 + column % 8;
-            if (c < n) store_gated(out_mn + size_t(row) * n + c, gate, up);
+            if (c < n) store_gated(out + in_slabs(row, c, extent), gate, up);
           });
 }

@@ -1,11 +1,9 @@
-// The tile of a block of gemm16.cu, and where its operands lie in shared memory, with k inside, 64
-// elements in a row of 128 bytes, whose 16-byte chunks are swizzled: chunk c of row r stands at
-// c ^ (r % 8).
+// The tile of a block of gemm16.cu, and where its operands lie in shared memory: with k inside, as rows
+// of a slab (slabs.cuh).
 #pragma once
-#include "types.cuh"
+#include "slabs.cuh"
 
-constexpr int kTileK = 64, kThreads = 256;
-constexpr int kChunk = 8, kChunks = kTileK / kChunk;  // elements of 16 bytes
+constexpr int kTileK = kSlabK, kThreads = 256;
 constexpr int kCopyRows = kThreads / kChunks;
 
 struct Tile {

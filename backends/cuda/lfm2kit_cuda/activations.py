@@ -1,0 +1,91 @@
+"""How activations lie in memory for the products that read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cupy
+
+from lfm2kit_cuda.kernels import load_kernel
+
+SLAB = 64  # k of a slab
+ALIGNMENT = 16  # slabs have a multiple of so many rows
+TERMS = 3  # of BF16, whose exact sum is a float32
+THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of float32, one after the other."""
+
+    array: cupy.ndarray  # [rows, columns]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @property
+    def extent(self) -> int:
+        """What kernels are told of the layout: here the columns of a row."""
+        return int(self.array.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Slabs:
+    """Rows of 16 bits as in slabs.cuh; columns are padded with zeros, rows with anything."""
+
+    array: cupy.ndarray  # uint16 [terms, slabs, extent, SLAB]
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def extent(self) -> int:
+        """What kernels are told of the layout: here the rows of a slab."""
+        return int(self.array.shape[2])
+
+    @property
+    def columns(self) -> int:
+        """With padding."""
+        return int(self.array.shape[1]) * SLAB
+
+
+def empty_slabs(rows: int, columns: int, terms: int = 1) -> Slabs:
+    """For a kernel that writes all columns, padding included."""
+    shape = terms, -(-columns // SLAB), -(-rows // ALIGNMENT) * ALIGNMENT, SLAB
+    return Slabs(cupy.empty(shape, cupy.uint16), rows)
+
+
+def zero_slabs(rows: int, columns: int) -> Slabs:
+    """For a kernel that writes `columns`, and no padding."""
+    slabs = empty_slabs(rows, columns)
+    if slabs.columns > columns:
+        slabs.array.fill(0)
+    return slabs
+
+
+def rounded(x: cupy.ndarray, dtype: str) -> Slabs:
+    """float32 [rows, columns] in BF16 or F16."""
+    rows, columns = x.shape
+    slabs = empty_slabs(rows, columns)
+    kernel = load_kernel("slabs", f"round_{dtype}")
+    kernel((rows,), THREADS, x, slabs.array, columns, slabs.extent)
+    return slabs
+
+
+def gathered(slabs: Slabs, source: cupy.ndarray) -> Slabs:
+    """Row i is row source[i] of `slabs`, or anything where that is negative."""
+    out = empty_slabs(len(source), slabs.columns)
+    kernel = load_kernel("slabs", "gather")
+    arguments = slabs.array, source, out.array, slabs.columns, slabs.extent, out.extent
+    kernel((len(source),), THREADS, *arguments)
+    return out
+
+
+def split(x: cupy.ndarray, source: cupy.ndarray | None) -> Slabs:
+    """float32 [rows, columns] in three terms; gathered as by `gathered` where there is a source."""
+    rows, columns = len(x) if source is None else len(source), x.shape[1]
+    slabs = empty_slabs(rows, columns, TERMS)
+    kernel = load_kernel("slabs", "split")
+    kernel((rows,), THREADS, x, source, slabs.array, columns, slabs.extent)
+    return slabs

@@ -1,0 +1,71 @@
+"""Where activations are left for products, on a real GPU, against a NumPy twin of slabs.cuh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from lfm2kit_cuda.requirements import why_unavailable
+
+from lfm2kit.backend import DType, Tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
+]
+
+SHAPES = ((1, 1), (7, 13), (16, 64), (17, 72), (33, 200))  # rows, columns
+BY_DTYPE: tuple[DType, ...] = ("BF16", "F16")
+
+
+def rows_of(slabs: Any) -> npt.NDArray[np.uint16]:
+    """[terms, rows, columns with padding]"""
+    array = slabs.array.get()
+    terms, count, extent, k = array.shape
+    chunks = array.reshape(terms, count, extent, 8, 8)
+    rows, places = np.arange(extent)[:, None], np.arange(8)[None]
+    straight = chunks[:, :, rows, places ^ rows % 8]
+    return straight.transpose(0, 2, 1, 3, 4).reshape(terms, extent, count * k)[:, : len(slabs)]
+
+
+@pytest.mark.parametrize("dtype", BY_DTYPE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rounded(dtype: DType, shape: tuple[int, int]) -> None:
+    import cupy
+    from lfm2kit_cuda.activations import rounded
+
+    x = np.random.default_rng().standard_normal(shape, dtype=np.float32)
+    (got,) = rows_of(rounded(cupy.asarray(x), dtype))
+    want = Tensor("x", "F32", x).stored_as(dtype).data.view(np.uint16)
+    assert np.array_equal(got[:, : shape[1]], want)
+    assert not got[:, shape[1] :].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gathered(shape: tuple[int, int]) -> None:
+    import cupy
+    from lfm2kit_cuda.activations import gathered, rounded
+
+    rng = np.random.default_rng()
+    slabs = rounded(cupy.asarray(rng.standard_normal(shape, dtype=np.float32)), "BF16")
+    source = rng.integers(-1, shape[0], 50, np.int32)
+    got, want = rows_of(gathered(slabs, cupy.asarray(source))), rows_of(slabs)
+    assert np.array_equal(got[:, source >= 0], want[:, source[source >= 0]])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_three_terms_add_up_to_the_bit(shape: tuple[int, int]) -> None:
+    import cupy
+    from lfm2kit_cuda.activations import split
+
+    rng = np.random.default_rng()
+    x = rng.standard_normal(shape, dtype=np.float32)
+    for source in (None, rng.integers(-1, shape[0], 50, np.int32)):
+        slabs = split(cupy.asarray(x), None if source is None else cupy.asarray(source))
+        terms = (rows_of(slabs).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        rows = np.arange(len(x)) if source is None else source
+        got = terms.sum(0)[rows >= 0]
+        assert np.array_equal(got[:, : shape[1]], x[rows[rows >= 0]])
+        assert not got[:, shape[1] :].any()
