@@ -60,6 +60,13 @@ __device__ inline Tile tile_at(int index, const Operands& of) {
   return Tile{listed.x, listed.y, listed.z, turn / count * of.tile_columns};
 }
 
+// The same, and the compiler knows that it is the same in all threads of a warp: what depends on it
+// then takes the warp's registers and not each thread's.
+__device__ inline int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+__device__ inline Tile uniform(Tile tile) {
+  return {uniform(tile.group), uniform(tile.row), uniform(tile.rows), uniform(tile.column)};
+}
+
 // The rows of a tile that a warpgroup multiplies, with padding.
 __device__ inline int rows_each(const Tile& tile, int tile_columns) {
   int rows = tile_columns == kPanel ? tile.rows : (tile.rows + 1) / 2;
@@ -120,16 +127,19 @@ __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
   let_next_start();
 }
 
-// Gives a stage back (null: none) to the threads that copy.
-__device__ inline void release(u64* read) {
-  if (read && threadIdx.x % 32 == 0) barrier_arrive(read);
+// Gives a stage of the ring (-1: none) back to the thread that copies.
+__device__ inline void release(const Ring& ring, int stage) {
+  if (stage >= 0 && threadIdx.x % 32 == 0) barrier_arrive(ring.read + stage);
 }
+
+// What a thread sums: 2 x 64 columns by the rows of its warpgroup, as Wgmma holds them.  All numbers
+// of rows use the same registers, from the first on.
+typedef float Sums[2][kMostOfWarpgroup / 2];
 
 // sums = the products of all stages, of which W begins at w_at, A at a_at.
 template <int n>
-__device__ __forceinline__ void sum_stages(float (&sums)[2][n / 2], Ring& ring, int steps, int w_at,
-                                           int a_at) {
-  u64* last = nullptr;  // the barrier of the stage that was read last
+__device__ __forceinline__ void sum_stages(Sums& sums, Ring& ring, int steps, int w_at, int a_at) {
+  int last = -1;  // the stage that was read last
   for (int s = 0; s < steps; ++s, ring.next()) {
     ring.wait_until_filled();
     u64 w = matrix_descriptor(shared_address(ring.at()) + w_at);
@@ -139,25 +149,28 @@ __device__ __forceinline__ void sum_stages(float (&sums)[2][n / 2], Ring& ring, 
     for (int step = 0; step < kTileK / 16; ++step)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        Wgmma<n>::multiply(sums[half], w + half * 64 * kRowBytes / 16 + step * 2, a + step * 2);
+        Wgmma<n>::multiply(sums[half], w + half * 64 * kRowBytes / 16 + step * 2, a + step * 2,
+                           step > 0 || s > 0);
     wgmma_commit();
     wgmma_wait<1>();
-    release(last);
-    last = ring.read + ring.stage;
+    release(ring, last);
+    last = ring.stage;
   }
   wgmma_wait<0>();
-  wgmma_end(sums[0]);
-  wgmma_end(sums[1]);
-  release(last);
+  wgmma_end<n / 2>(sums[0]);
+  wgmma_end<n / 2>(sums[1]);
+  release(ring, last);
 }
 
 // The same of three terms.  The tensor cores' additions cut off what float32 does not hold, always
 // towards zero; so a chain is one stage long, the smallest terms first, and chains are added as
 // float32 does.  While one warpgroup adds, the other multiplies.
 template <int n>
-__device__ __forceinline__ void sum_terms(float (&sums)[2][n / 2], Ring& ring, int steps, int w_at,
-                                          int a_at, int term_rows) {
-  float chain[n / 2] = {};
+__device__ __forceinline__ void sum_terms(Sums& sums, Ring& ring, int steps, int w_at, int a_at,
+                                          int term_rows) {
+  float chain[n / 2];
+#pragma unroll
+  for (int i = 0; i < n / 2; ++i) sums[0][i] = sums[1][i] = 0;
   for (int s = 0; s < steps; ++s, ring.next()) {
     ring.wait_until_filled();
     u64 w = matrix_descriptor(shared_address(ring.at()) + w_at);
@@ -165,68 +178,82 @@ __device__ __forceinline__ void sum_terms(float (&sums)[2][n / 2], Ring& ring, i
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       wgmma_begin();
-      u64 w_half = w + half * 64 * kRowBytes / 16;
 #pragma unroll
-      for (int term = TERMS - 1; term >= 0; --term) {
-        u64 a_term = a + term * term_rows * kRowBytes / 16;
-        if (term == TERMS - 1) Wgmma<n>::template multiply<false>(chain, w_half, a_term);
-        else Wgmma<n>::multiply(chain, w_half, a_term);
+      for (int term = TERMS - 1; term >= 0; --term)
 #pragma unroll
-        for (int step = 1; step < kTileK / 16; ++step)
-          Wgmma<n>::multiply(chain, w_half + step * 2, a_term + step * 2);
-      }
+        for (int step = 0; step < kTileK / 16; ++step)
+          Wgmma<n>::multiply(chain, w + half * 64 * kRowBytes / 16 + step * 2,
+                             a + term * term_rows * kRowBytes / 16 + step * 2,
+                             step > 0 || term < TERMS - 1);
       wgmma_commit();
       wgmma_wait<0>();
-      wgmma_end(chain);
+      wgmma_end<n / 2>(chain);
 #pragma unroll
       for (int i = 0; i < n / 2; ++i) sums[half][i] += chain[i];
     }
-    release(ring.read + ring.stage);
+    release(ring, ring.stage);
   }
 }
 
-// This warpgroup's part of a tile: 2 x 64 columns, n rows.
-template <int n, class Store>
-__device__ __forceinline__ void multiply(Ring& ring, const Tile& tile, const Operands& of,
-                                         Store store) {
-  float sums[2][n / 2] = {};
-  int warpgroup = threadIdx.x / kGroup - 1, steps = of.steps;
+// The sums of this warpgroup's part of a tile: `rows`, which the instruction has to name, not to count.
+template <int n = kStep>
+__device__ __forceinline__ void sum(Sums& sums, int rows, Ring& ring, const Operands& of) {
+  if constexpr (n < kMostOfWarpgroup)
+    if (rows > n) return sum<n + kStep>(sums, rows, ring, of);
+  int warpgroup = uniform(threadIdx.x / kGroup) - 1;
   bool is_beside = of.tile_columns == kPanel;  // the other warpgroup's columns, else its rows
   int w_at = is_beside ? warpgroup * kHalf * kRowBytes : 0;
   int a_at = (of.tile_columns + (is_beside ? 0 : warpgroup * n)) * kRowBytes;
-  if constexpr (TERMS == 1) sum_stages<n>(sums, ring, steps, w_at, a_at);
-  else sum_terms<n>(sums, ring, steps, w_at, a_at, of.term_rows);
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  int column = tile.column + (is_beside ? warpgroup * kHalf : 0) + warp * 32 + lane / 4 * 4;
-  int row = (is_beside ? 0 : warpgroup * n) + lane % 4 * 2;
-  if (!store.begin(tile.row + row, column)) return;
-#pragma unroll
-  for (int i = 0; i < n / 8; ++i)
-#pragma unroll
-    for (int l = 0; l < 2; ++l)
-      if (row + i * 8 + l < tile.rows)
-        store.store(i * 8 + l, sums[0][i * 4 + l], sums[0][i * 4 + 2 + l], sums[1][i * 4 + l],
-                    sums[1][i * 4 + 2 + l]);
+  if constexpr (TERMS == 1) sum_stages<n>(sums, ring, of.steps, w_at, a_at);
+  else sum_terms<n>(sums, ring, of.steps, w_at, a_at, of.term_rows);
 }
 
-// With a loop and an epilogue for each number of rows: registers are named, not counted.
-template <int n = kStep, class Store>
-__device__ __forceinline__ void multiply_rows(int rows, Ring& ring, const Tile& tile,
-                                              const Operands& of, Store store) {
-  if constexpr (n < kMostOfWarpgroup)
-    if (rows > n) return multiply_rows<n + kStep>(rows, ring, tile, of, store);
-  multiply<n>(ring, tile, of, store);
+// Stores those of rows before `end`, counted from this thread's first: of kStep rows at a time first
+// all results, so that one does not wait for another.
+template <bool are_whole, class Store>
+__device__ __forceinline__ void store_rows(const Sums& sums, int rows, int end,
+                                           const Store& store) {
+#pragma unroll
+  for (int first = 0; first < kMostOfWarpgroup; first += kStep) {
+    if (first >= rows) break;
+    typename Store::Result results[kStep / 4];
+#pragma unroll
+    for (int r = 0; r < kStep / 4; ++r) {
+      int i = first / 2 + r / 2 * 4 + r % 2;
+      results[r] = store.result(sums[0][i], sums[0][i + 2], sums[1][i], sums[1][i + 2]);
+    }
+#pragma unroll
+    for (int r = 0; r < kStep / 4; ++r) {
+      int at = first + r / 2 * 8 + r % 2;
+      if (at < end) store.template put<are_whole>(at, results[r]);
+    }
+  }
+}
+
+template <class Store>
+__device__ __forceinline__ void store_sums(const Sums& sums, int rows, const Tile& tile,
+                                           const Operands& of, Store store) {
+  int warpgroup = threadIdx.x / kGroup - 1, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  bool is_beside = of.tile_columns == kPanel;
+  int column = tile.column + (is_beside ? warpgroup * kHalf : 0) + warp * 32 + lane / 4 * 4;
+  int row = (is_beside ? 0 : warpgroup * rows) + lane % 4 * 2;
+  if (!store.begin(tile.row + row, column)) return;
+  if (store.are_whole()) store_rows<true>(sums, rows, tile.rows - row, store);
+  else store_rows<false>(sums, rows, tile.rows - row, store);
 }
 
 template <class Store>
 __device__ __forceinline__ void multiply_tiles(Ring ring, const Operands& of, Store store) {
   wait_for_previous();
   int index = blockIdx.x;
-  Tile tile = tile_at(index, of);
+  Tile tile = uniform(tile_at(index, of));
   while (tile.rows >= 0) {
     Tile next = tile_at(index += gridDim.x, of);  // early: it takes two reads from memory
-    multiply_rows(rows_each(tile, of.tile_columns), ring, tile, of, store);
-    tile = next;
+    int rows = rows_each(tile, of.tile_columns);
+    Sums sums;
+    sum(sums, rows, ring, of);
+    store_sums(sums, rows, tile, of, store);
+    tile = uniform(next);
   }
 }
 
@@ -261,7 +288,7 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
            int extent, int steps, int width, int n, int stages, int stage_bytes, int term_rows) { \
     compute({a, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, extent, steps, width,     \
              term_rows},                                                                          \
-            stages, stage_bytes, Sums<Stored>(bias_n, out_mn, n));                                \
+            stages, stage_bytes, Linear<Stored>(bias_n, out_mn, n));                                \
   }
 LINEAR(linear, F32)
 #if TERMS == 1

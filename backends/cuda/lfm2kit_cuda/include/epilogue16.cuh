@@ -11,7 +11,7 @@ __device__ __forceinline__ void store_sums(Stored* row, int column, int n, const
 #pragma unroll
   for (int i = 0; i < 2; ++i)
     if (bias_n && column + i < n) both[i] += bias_n[column + i];
-  store_neighbours(row + column, both, n - column, n % 2 == 0);
+  store_neighbours(row + column, Neighbours<Stored, 2>(both), n - column, n % 2 == 0);
 }
 
 // silu(gate) * up * GATED_SCALE of two columns.

@@ -1,19 +1,21 @@
 // What becomes of the sums of gemm90.cu: a thread has four neighbouring columns of several rows.
-// `begin` says whether any of the columns is to be stored; rows then count from its row.
+// `begin` says whether any of the columns is to be stored, `are_whole` whether all four always are;
+// `result` is what four sums come to, and `put` stores it, in a row counted from the first.
 #pragma once
 #include "neighbours.cuh"
 #include "slabs.cuh"
 #include "types.cuh"
 
 template <class Stored>
-struct Sums {  // + bias_n (null for none); rows of n
+struct Linear {  // + bias_n (null for none); rows of n
+  using Result = Neighbours<Stored, 4>;
   const float* bias_n;
   Stored* out_mn;
   int n;
   int columns = 0;
   float bias[4] = {};
 
-  __device__ Sums(const float* bias_n, Stored* out_mn, int n)
+  __device__ Linear(const float* bias_n, Stored* out_mn, int n)
       : bias_n(bias_n), out_mn(out_mn), n(n) {}
 
   __device__ bool begin(int row, int column) {
@@ -25,9 +27,16 @@ struct Sums {  // + bias_n (null for none); rows of n
     return columns > 0;
   }
 
-  __device__ __forceinline__ void store(int row, float a, float b, float c, float d) const {
-    float sums[4] = {a + bias[0], b + bias[1], c + bias[2], d + bias[3]};
-    store_neighbours(out_mn + size_t(row) * n, sums, columns, n % 4 == 0);
+  __device__ __forceinline__ Result result(float a, float b, float c, float d) const {
+    const float sums[] = {a + bias[0], b + bias[1], c + bias[2], d + bias[3]};
+    return Result(sums);
+  }
+
+  __device__ bool are_whole() const { return n % 4 == 0; }
+
+  template <bool are_whole>
+  __device__ __forceinline__ void put(int row, const Result& result) const {
+    store_neighbours(out_mn + row * n, result, columns, are_whole);
   }
 };
 
@@ -44,6 +53,9 @@ __device__ __forceinline__ float silu(float x) {
 // silu(gate) * up * GATED_SCALE of two channels, as the next product reads it: n channels, a multiple
 // of 64, in slabs of `extent` rows, of each term
 struct Gated {
+  struct Result {
+    u32 of[TERMS];  // two channels each
+  };
   HALF* out;
   int n, extent;
   HALF* even = nullptr;  // the first row's place, and that of the next, which is swizzled otherwise
@@ -55,17 +67,25 @@ struct Gated {
     return column / 2 < n;
   }
 
-  // Rows that are eight apart are swizzled alike.
-  __device__ __forceinline__ void store(int row, float gate0, float up0, float gate1,
-                                        float up1) const {
+  __device__ __forceinline__ Result result(float gate0, float up0, float gate1, float up1) const {
     float first = silu(gate0) * up0 * GATED_SCALE, second = silu(gate1) * up1 * GATED_SCALE;
-    HALF* at = (row % 2 ? odd : even) + row * kSlabK;
+    Result result;
 #pragma unroll
     for (int term = 0; term < TERMS; ++term) {
-      u32 both = HALF::both(first, second);
-      *reinterpret_cast<u32*>(at + term * size_t(n) * extent) = both;
+      u32 both = result.of[term] = HALF::both(first, second);
       first -= HALF::to_float(HALF{u16(both)});
       second -= HALF::to_float(HALF{u16(both >> 16)});
     }
+    return result;
+  }
+
+  __device__ static constexpr bool are_whole() { return true; }
+
+  template <bool>
+  __device__ __forceinline__ void put(int row, const Result& result) const {
+    HALF* at = (row % 2 ? odd : even) + row * kSlabK;  // rows eight apart are swizzled alike
+#pragma unroll
+    for (int term = 0; term < TERMS; ++term)
+      *reinterpret_cast<u32*>(at + term * size_t(n) * extent) = result.of[term];
   }
 };

@@ -7,6 +7,7 @@ template <class Stored, int count>
 struct alignas(count * sizeof(Stored)) Neighbours {
   u32 pairs[count / 2];
 
+  Neighbours() = default;
   __device__ explicit Neighbours(const float (&values)[count]) {
 #pragma unroll
     for (int i = 0; i < count / 2; ++i) pairs[i] = Stored::both(values[2 * i], values[2 * i + 1]);
@@ -18,6 +19,7 @@ template <int count>
 struct alignas(count * sizeof(F32)) Neighbours<F32, count> {
   float of[count];
 
+  Neighbours() = default;
   __device__ explicit Neighbours(const float (&values)[count]) {
 #pragma unroll
     for (int i = 0; i < count; ++i) of[i] = values[i];
@@ -27,9 +29,9 @@ struct alignas(count * sizeof(F32)) Neighbours<F32, count> {
 
 // The first `columns` of them; all at once, if every row has whole ones.
 template <class Stored, int count>
-__device__ __forceinline__ void store_neighbours(Stored* to, const float (&values)[count],
+__device__ __forceinline__ void store_neighbours(Stored* to,
+                                                 const Neighbours<Stored, count>& neighbours,
                                                  int columns, bool are_whole) {
-  Neighbours<Stored, count> neighbours(values);
   if (are_whole) {
     if (columns > 0) *reinterpret_cast<Neighbours<Stored, count>*>(to) = neighbours;
   } else {

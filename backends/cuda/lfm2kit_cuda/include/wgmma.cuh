@@ -25,12 +25,12 @@ __device__ inline void wgmma_wait() {
 
 // After the last wait: keeps the compiler from reading the sums before it.
 template <int kCount>
-__device__ __forceinline__ void wgmma_end(float (&d)[kCount]) {
+__device__ __forceinline__ void wgmma_end(float* d) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d[64 x n] = (kAdds ? d : 0) + a[64 x 16] @ b[n x 16].T.  Thread t of a warp w holds, in
+// d[64 x n] = (adds ? d : 0) + a[64 x 16] @ b[n x 16].T.  Thread t of a warp w holds, in
 // d[4 i + 2 j + l], the sum of row 16 w + t / 4 + 8 j and column 8 i + t % 4 * 2 + l.
 template <int n>
 struct Wgmma;
@@ -85,36 +85,37 @@ struct Wgmma;
 #define NAMES_192 NAMES_184 ", %92, %93, %94, %95"
 #define SUMS_192 SUMS_184, SUMS_4(92)
 
-#define WGMMA(n, a_b_adds)                                                                      \
-  template <>                                                                                   \
-  struct Wgmma<n> {                                                                             \
-    template <bool kAdds = true>                                                                \
-    __device__ static __forceinline__ void multiply(float (&d)[n / 2], u64 a, u64 b) {          \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." MMA_TYPE "." MMA_TYPE " {" \
-                   NAMES_##n "}, " a_b_adds ", 1, 1, 0, 0;"                                     \
-                   : SUMS_##n                                                                   \
-                   : "l"(a), "l"(b), "n"(int(kAdds)));                                          \
-    }                                                                                           \
+#define WGMMA(n, a_b, adds)                                                                      \
+  template <>                                                                                    \
+  struct Wgmma<n> {                                                                              \
+    __device__ static __forceinline__ void multiply(float* d, u64 a, u64 b, bool is_adding) {    \
+      asm volatile("{ .reg .pred adds;\n"                                                        \
+                   "setp.ne.b32 adds, " adds ", 0;\n"                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." MMA_TYPE "." MMA_TYPE " {"  \
+                   NAMES_##n "}, " a_b ", adds, 1, 1, 0, 0; }"                                   \
+                   : SUMS_##n                                                                    \
+                   : "l"(a), "l"(b), "r"(int(is_adding)));                                       \
+    }                                                                                            \
   };
-WGMMA(8, "%4, %5, %6")
-WGMMA(16, "%8, %9, %10")
-WGMMA(24, "%12, %13, %14")
-WGMMA(32, "%16, %17, %18")
-WGMMA(40, "%20, %21, %22")
-WGMMA(48, "%24, %25, %26")
-WGMMA(56, "%28, %29, %30")
-WGMMA(64, "%32, %33, %34")
-WGMMA(72, "%36, %37, %38")
-WGMMA(80, "%40, %41, %42")
-WGMMA(88, "%44, %45, %46")
-WGMMA(96, "%48, %49, %50")
-WGMMA(104, "%52, %53, %54")
-WGMMA(112, "%56, %57, %58")
-WGMMA(120, "%60, %61, %62")
-WGMMA(128, "%64, %65, %66")
-WGMMA(136, "%68, %69, %70")
-WGMMA(144, "%72, %73, %74")
-WGMMA(160, "%80, %81, %82")
-WGMMA(176, "%88, %89, %90")
-WGMMA(192, "%96, %97, %98")
+WGMMA(8, "%4, %5", "%6")
+WGMMA(16, "%8, %9", "%10")
+WGMMA(24, "%12, %13", "%14")
+WGMMA(32, "%16, %17", "%18")
+WGMMA(40, "%20, %21", "%22")
+WGMMA(48, "%24, %25", "%26")
+WGMMA(56, "%28, %29", "%30")
+WGMMA(64, "%32, %33", "%34")
+WGMMA(72, "%36, %37", "%38")
+WGMMA(80, "%40, %41", "%42")
+WGMMA(88, "%44, %45", "%46")
+WGMMA(96, "%48, %49", "%50")
+WGMMA(104, "%52, %53", "%54")
+WGMMA(112, "%56, %57", "%58")
+WGMMA(120, "%60, %61", "%62")
+WGMMA(128, "%64, %65", "%66")
+WGMMA(136, "%68, %69", "%70")
+WGMMA(144, "%72, %73", "%74")
+WGMMA(160, "%80, %81", "%82")
+WGMMA(176, "%88, %89", "%90")
+WGMMA(192, "%96, %97", "%98")
 #undef WGMMA
