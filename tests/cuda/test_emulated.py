@@ -188,7 +188,8 @@ def assert_near(got: Float32, judged: Judged) -> None:
 def tiles_of(rng: np.random.Generator, counts: tuple[int, ...], height: int, tokens: int) -> Tiles:
     """Of groups with so many rows, gathered from so many tokens, with repeats."""
     group_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    slots, place, tiles = grouped(group_of[:, None], range(len(counts)), height, ROWS_STEP)
+    step = int(rng.choice((ROWS_STEP, height)))
+    slots, place, tiles = grouped(group_of[:, None], range(len(counts)), height, step)
     listed = Tiles(slots, tiles, np.full(len(slots), -1, np.int32))
     listed.source[place] = rng.integers(0, tokens, len(group_of), np.int32)
     listed.group_of[place] = group_of
@@ -227,7 +228,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated
 
     @cache
     def compiled(height: int, sizes: tuple[int, int] = HOPPER) -> Emulated:
-        constants = {"ROWS": height // 4, "TILE_K": sizes[0], "PASS": sizes[1]}
+        constants = {"ROWS": height // 4, "SHORT": 1, "TILE_K": sizes[0], "PASS": sizes[1]}
         program = folder / "-".join(map(str, ("products", *constants.values())))
         includes = (f"-I{sources}", f"-I{SOURCES}")
         subprocess.run(

@@ -14,9 +14,9 @@
 // the end.  Blocks go from tile to tile, and the copies of the next one's first stages run while
 // the sums of this one are added and stored.
 //
-// The height is a constant of the compilation, and a tile with few rows takes a loop of its own: it
-// sums in the same registers.  With sums of their own, or with a loop for every height, the
-// compiler allots registers worse.
+// The height is a constant of the compilation, and with SHORT a tile with few rows takes a loop of
+// its own: it sums in the same registers.  With sums of their own, or with a loop for every height,
+// the compiler allots registers worse; so it does for two loops instead of one.
 //
 // A scheduler starts one multiplication per cycle only if two of its operands come from different
 // banks of registers and the third is kept from the one before.  Hence the multiplications go to
@@ -26,7 +26,7 @@
 #include "stages.cuh"
 
 constexpr int kRows = ROWS, kHeight = 4 * kRows;  // of a thread, of a tile
-constexpr int kShort = kRows > 4 ? (kRows - 1) / 4 * 4 : kRows;  // of a thread in a low tile
+constexpr int kShort = SHORT && kRows > 4 ? (kRows - 1) / 4 * 4 : kRows;  // in a low tile
 constexpr int kTileK = TILE_K, kStages = 2, kGroups = 6, kWarps = 2;  // warps of a group
 constexpr int kGroupThreads = 32 * kWarps, kThreads = kGroups * kGroupThreads;
 constexpr int kColumns = 8, kTileN = kWarps * 64;
@@ -49,15 +49,26 @@ struct Fragment {
   float a[kRows], w[kColumns];
 };
 
+// Where a thread's part of a stage begins.
+struct Lane {
+  u32 w, a, last_two;
+
+  __device__ __forceinline__ Lane() {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
+    w = 4 * (warp * 64 + lane % 8 * 4);
+    a = 4 * (kStageW + lane / 8 * 4);
+    last_two = a - lane / 8 * 8;
+    asm volatile("" : "+r"(w), "+r"(a), "+r"(last_two));  // or they are computed in every stage
+  }
+};
+
 template <int kCount>
-__device__ __forceinline__ void read(Fragment& fragment, u32 stage, int in_stage) {
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
-  u32 w = stage + 4 * (in_stage * kTileN + warp * 64 + lane % 8 * 4);
-  u32 a = stage + 4 * (kStageW + in_stage * kHeight + lane / 8 * 4);
+__device__ __forceinline__ void read(Fragment& fragment, const Lane& lane, u32 stage, int k) {
+  u32 w = stage + lane.w + 4 * k * kTileN, a = stage + lane.a + 4 * k * kHeight;
 #pragma unroll
   for (int i = 0; i + 4 <= kCount; i += 4) read_four(fragment.a + i, a + 16 * i);
   if constexpr (kCount % 4 == 2)
-    read_two(fragment.a + kCount - 2, a - lane / 8 * 8 + 16 * (kCount - 2));
+    read_two(fragment.a + kCount - 2, stage + lane.last_two + 4 * k * kHeight + 16 * (kCount - 2));
 #pragma unroll
   for (int i = 0; i < kColumns; i += 4) read_four(fragment.w + i, w + 32 * i);
 }
@@ -76,24 +87,25 @@ __device__ __forceinline__ void multiply(const Fragment& fragment, float (&acc)[
 // Sums this group's `steps` stages in the first kCount rows of `acc`; the next k's fragment is read
 // while this one's is multiplied.
 template <int kCount>
-__device__ __forceinline__ void run(Ring& ring, int steps, float (&acc)[kRows][kColumns]) {
+__device__ __forceinline__ void run(Ring& ring, const Lane& lane, int steps,
+                                    float (&acc)[kRows][kColumns]) {
   Fragment fragments[2];
   if (steps > 0) {
     ring.wait();
-    read<kCount>(fragments[0], ring.address(), 0);
+    read<kCount>(fragments[0], lane, ring.address(), 0);
   }
 #pragma unroll 1
   for (int left = steps; left > 0; --left) {
 #pragma unroll
     for (int k = 0; k < kTileK - 1; ++k) {
-      if (k == 2) ring.refill(left);
-      read<kCount>(fragments[(k + 1) % 2], ring.address(), k + 1);
+      if (k == 1) ring.refill();
+      read<kCount>(fragments[(k + 1) % 2], lane, ring.address(), k + 1);
       multiply<kCount>(fragments[k % 2], acc);
     }
     u32 done = ring.next();
     if (left > 1) {
       ring.wait();
-      read<kCount>(fragments[0], ring.address(), 0);
+      read<kCount>(fragments[0], lane, ring.address(), 0);
     }
     ring.release(done);
     multiply<kCount>(fragments[1], acc);
@@ -197,16 +209,17 @@ __shared__ struct {
 __device__ __forceinline__ void start(Ring& ring, int unit, Tile& to) {
   Tile tile = block.operands.tile(unit);
   if (threadIdx.x == 0) to = tile;
-  ring.start(block.operands.source(tile, threadIdx.x / kGroupThreads));
+  ring.start(block.operands.source(tile, uniform(threadIdx.x / kGroupThreads)));
 }
 
 // The tile that was started, and the start of the next.
 template <class Epilogue>
-__device__ __forceinline__ void compute_tile(Ring& ring, int turn, int next) {
+__device__ __forceinline__ void compute_tile(Ring& ring, const Lane& lane, int turn,
+                                             int next) {
   float acc[kRows][kColumns] = {};
-  int steps = block.operands.steps(threadIdx.x / kGroupThreads);
-  if (kRows == kShort || block.tiles[turn].rows > 4 * kShort) run<kRows>(ring, steps, acc);
-  else run<kShort>(ring, steps, acc);
+  int steps = block.operands.steps(uniform(threadIdx.x / kGroupThreads));
+  if (kRows == kShort || block.tiles[turn].rows > 4 * kShort) run<kRows>(ring, lane, steps, acc);
+  else run<kShort>(ring, lane, steps, acc);
   if (next < block.units) start(ring, next, block.tiles[turn ^ 1]);
   Tile tile = block.tiles[turn];  // a copy: others may have gone on to the tile after the next
   reduce<Epilogue>(acc, tile);
@@ -221,11 +234,12 @@ __device__ __forceinline__ void compute(const Operands& operands) {
   Ring::prepare(block.rings);
   __syncthreads();
   Ring ring(shared, block.rings);
+  Lane lane;
   if (blockIdx.x < block.units) start(ring, blockIdx.x, block.tiles[0]);
   __syncthreads();
 #pragma unroll 1
   for (int unit = blockIdx.x, turn = 0; unit < block.units; unit += gridDim.x, turn ^= 1)
-    compute_tile<Epilogue>(ring, turn, unit + gridDim.x);
+    compute_tile<Epilogue>(ring, lane, turn, unit + gridDim.x);
 }
 
 // out_mn = A @ W + bias_n (null for none)

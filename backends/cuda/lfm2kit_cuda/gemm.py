@@ -25,7 +25,7 @@ PART, ARRANGE_THREADS = 64, 256  # as in panels.cu
 
 ROWS_STEP = 8
 # The rows that a tile may have, and its time in a unit of its own: measured on an H200.
-HEIGHTS = {48: 100, 40: 83, 32: 68, 24: 56, 16: 41}
+HEIGHTS = {48: 100, 40: 85, 32: 69, 24: 56, 16: 44}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +120,20 @@ def _launch(
     columns: int,
 ) -> None:
     most = len(panels.array) * (matrix.width // WIDTH)
-    _kernel(name, panels.height)(
+    is_ragged = tiles is not None and _are_ragged(tiles.rows, len(matrix.packed), panels.height)
+    _kernel(name, panels.height, is_ragged)(
         (min(most, processors()),), THREADS, panels.array, matrix.packed, *outputs, *listed(tiles),
         panels.rows, matrix.inputs, matrix.width, columns,
     )  # fmt: skip
 
 
 @cache
-def _kernel(name: str, height: int) -> Kernel:
+def _kernel(name: str, height: int, is_ragged: bool) -> Kernel:
     tile_k, rows_at_once = _sizes()
     stages = GROUPS * STAGES * tile_k * (WIDTH + height)
     sums = GROUPS * 4 * rows_at_once * (WIDTH + 4)
     constants = {"ROWS": height // 4, "TILE_K": tile_k, "PASS": rows_at_once}
-    return load_kernel("gemm", name, 4 * (stages + sums), **constants)
+    return load_kernel("gemm", name, 4 * (stages + sums), SHORT=int(is_ragged), **constants)
 
 
 def _sizes() -> tuple[int, int]:
@@ -163,15 +164,23 @@ def _height_of_groups(pairs: int, groups: int) -> int:
     chances = [math.exp(n * math.log(mean) - mean - math.lgamma(n + 1)) for n in range(most)]
 
     def time(height: int) -> float:
-        return sum(p * _time_of_group(rows, height) for rows, p in enumerate(chances) if rows)
+        low = max(16, (height - 1) // 16 * 16) if _are_ragged(pairs, groups, height) else height
+        return sum(p * _time_of_group(rows, height, low) for rows, p in enumerate(chances) if rows)
 
     return min(HEIGHTS, key=time)
 
 
-def _time_of_group(rows: int, height: int) -> int:
-    """Of its tiles, evenly filled: low ones take a shorter loop (kShort in gemm.cu)."""
+def _are_ragged(rows: int, groups: int, height: int) -> bool:
+    """Whether most groups have one tile: then low ones take a shorter loop (SHORT in gemm.cu).
+
+    Where there are more tiles, the compiler's worse code for two loops costs more than it saves.
+    """
+    return rows <= groups * height
+
+
+def _time_of_group(rows: int, height: int, low: int) -> int:
+    """Of its tiles, evenly filled, of which low ones take less time."""
     count = -(-rows // height)
-    low = max(16, (height - 1) // 16 * 16)
     return count * HEIGHTS[low if rows <= count * low else height]
 
 

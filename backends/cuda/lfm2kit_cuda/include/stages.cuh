@@ -1,11 +1,13 @@
 // A ring of stages in shared memory, through which a group of warps streams two operands that lie
-// in global memory as they are to lie in a stage.  From sm_90 on one thread starts bulk copies, and
+// in global memory as they are to lie in a stage.  From sm_90 on one warp starts bulk copies, and
 // barriers in shared memory tell when a stage is full and when it is free; before, every thread of
-// the group copies its part.  What a thread need not have at hand is kept in shared memory: the
-// loops that use a ring have no registers to spare.
+// the group copies its part.  Every instruction beside the multiplications takes a place of theirs:
+// hence what a warp has in common is in its own registers (uniform.cuh), and steps from stage to
+// stage instead of being computed anew.
 #pragma once
 #include "async_copy.cuh"
 #include "shared_memory.cuh"
+#include "uniform.cuh"
 
 // kStages stages for a group of kThreads threads: kFirst floats of one operand, kSecond of another.
 template <int kStages, int kFirst, int kSecond, int kThreads>
@@ -20,9 +22,8 @@ class Stages {
   };
 
   // What the groups share with their threads.
-  struct Shared {
+  struct alignas(16) Shared {
     u64 full[kStages], free[kStages];
-    Source source;
   };
 
   // The barriers of all groups; called by all threads of a block, and followed by __syncthreads.
@@ -31,98 +32,84 @@ class Stages {
     int group = threadIdx.x / kThreads, i = threadIdx.x % kThreads;
     if (i < 2 * kStages)
       asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(shared[group].full + i)),
-                   "r"(i < kStages ? 1 : kThreads / 32));
+                   "r"(i < kStages ? 1 : kThreads));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
   }
 
   __device__ __forceinline__ Stages(float* stages, Shared* shared)
-      : group(threadIdx.x / kThreads),
-        shared(shared + group),
-        begin(shared_address(stages) + group * kStages * kFloats * 4) {}
+      : group(uniform(threadIdx.x / kThreads)),
+        begin(uniform(shared_address(stages + group * kStages * kFloats))),
+        full(uniform(shared_address(shared[group].full))) {}
 
   // Starts the copies of the first stages; those of the source before may still be in use.
   __device__ __forceinline__ void start(const Source& source) {
 #if __CUDA_ARCH__ >= 900
-    if (!leads()) return;
-    shared->source = source;
+    from = {uniform(source.first), uniform(source.second), leads() ? uniform(source.steps) : 0};
 #else
-    synchronize_group<kThreads>(group);
-    if (threadIdx.x % kThreads == 0) shared->source = source;
+    from = source;
     synchronize_group<kThreads>(group);
 #endif
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) copy(i, used + i);
+    for (int i = 0; i < kStages - 1; ++i) refill(i);
   }
 
-  // Where `left` stages are yet to be read, starts the copy of the last of the next kStages.
-  __device__ __forceinline__ void refill(int left) {
-#if __CUDA_ARCH__ >= 900
-    if (!leads()) return;
+  // Starts the copy of what is next, if anything is, to the stage after the next `ahead`.
+  __device__ __forceinline__ void refill(int ahead = kStages - 1) {
+    bool wraps = stage + ahead >= kStages;
+    u32 to = wraps ? stage + ahead - kStages : stage + ahead;
+    if (from.steps > 0) copy(to, parity ^ u32(wraps));
+#if __CUDA_ARCH__ < 900
+    commit_copies();
 #endif
-    copy(shared->source.steps - left + kStages - 1, used + kStages - 1);
   }
 
   // Waits until the next stage is full.
   __device__ __forceinline__ void wait() const {
 #if __CUDA_ARCH__ >= 900
-    wait_for(barrier(used % kStages), used / kStages % 2);
+    wait_for(full + 8 * stage, parity);
 #else
     wait_copies<kStages - 2>();
     synchronize_group<kThreads>(group);
 #endif
   }
 
-  __device__ __forceinline__ u32 address() const { return address(used); }
+  __device__ __forceinline__ u32 address() const { return begin + stage * kFloats * 4; }
 
   // Goes on to the next stage; returns what `release` is to be given for the one before.
-  __device__ __forceinline__ u32 next() { return barrier(kStages + used++ % kStages); }
+  __device__ __forceinline__ u32 next() {
+    u32 free = full + 8 * (kStages + stage);
+    if (++stage == kStages) stage = 0, parity ^= 1;
+    return free;
+  }
 
-  // This warp has read a stage.
-  __device__ __forceinline__ void release(u32 barrier) const {
+  // This thread has read a stage.  All arrive, not one for its warp: it is as fast, and racecheck can
+  // follow it (__syncwarp before is no instruction where a warp has not parted).
+  __device__ __forceinline__ void release(u32 free) const {
 #if __CUDA_ARCH__ >= 900
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-      asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(free) : "memory");
 #endif
   }
 
  private:
-  // Of the source's stages the one of number `step`, which is the ring's of number `turn`.
-  __device__ __forceinline__ void copy(int step, u32 turn) {
-    const Source& from = shared->source;
-    bool is_there = step < from.steps;
-    u32 to = address(turn);
+  __device__ __forceinline__ void copy(u32 to_stage, u32 its_parity) {
+    u32 to = begin + to_stage * kFloats * 4;
 #if __CUDA_ARCH__ >= 900
-    if (!is_there) return;
-    u32 full = barrier(turn % kStages);
+    u32 its_full = full + 8 * to_stage;
     // A wait for the other parity passes at once: at first all stages are free.
-    wait_for(full + 8 * kStages, turn / kStages % 2 ^ 1);
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full),
-                 "r"(4 * kFloats)
-                 : "memory");
-    copy_bulk(to, from.first + size_t(step) * kFirst, 4 * kFirst, full);
-    copy_bulk(to + 4 * kFirst, from.second + size_t(step) * kSecond, 4 * kSecond, full);
+    wait_for(its_full + 8 * kStages, its_parity ^ 1);
+    copy_bulk(to, its_full);
 #else
-    if (is_there) {
-      copy_share(to, from.first + size_t(step) * kFirst, kFirst);
-      copy_share(to + 4 * kFirst, from.second + size_t(step) * kSecond, kSecond);
-    }
-    commit_copies();
+    copy_share(to, from.first, kFirst);
+    copy_share(to + 4 * kFirst, from.second, kSecond);
 #endif
+    from.first += kFirst, from.second += kSecond, --from.steps;
   }
 
   // Groups' first and second warps in turns, so that all schedulers have their share of it.
   __device__ __forceinline__ bool leads() const {
-    return threadIdx.x % kThreads == group / 2 * 32 % kThreads;
-  }
-
-  __device__ __forceinline__ u32 address(u32 turn) const {
-    return begin + turn % kStages * kFloats * 4;
-  }
-
-  __device__ __forceinline__ u32 barrier(u32 i) const {  // full ones first, then free
-    return shared_address(shared->full) + 8 * i;
+    constexpr int kWarps = kThreads / 32;
+    return uniform(threadIdx.x / 32) % kWarps == group / 2 % kWarps;
   }
 
   __device__ static __forceinline__ void wait_for(u32 barrier, u32 parity) {
@@ -138,11 +125,18 @@ class Stages {
         : "memory");
   }
 
-  __device__ static __forceinline__ void copy_bulk(u32 to, const float* from, u32 bytes,
-                                                   u32 full) {
+  // Both operands, by one of a warp's threads.
+  __device__ __forceinline__ void copy_bulk(u32 to, u32 its_full) const {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(to), "l"(from), "r"(bytes), "r"(full)
+        "{ .reg .pred is_elected;\n"
+        "elect.sync _|is_elected, 0xffffffff;\n"
+        "@is_elected mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n"
+        "@is_elected cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%2], [%3], "
+        "%4, [%0];\n"
+        "@is_elected cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%5], [%6], "
+        "%7, [%0]; }" ::"r"(its_full),
+        "r"(4 * kFloats), "r"(to), "l"(from.first), "r"(4 * kFirst), "r"(to + 4 * kFirst),
+        "l"(from.second), "r"(4 * kSecond)
         : "memory");
   }
 
@@ -153,7 +147,7 @@ class Stages {
   }
 
   int group;
-  Shared* shared;
-  u32 begin;
-  u32 used = 0;  // stages so far
+  u32 begin, full;  // the group's stages and barriers; the latter's second half says what is free
+  Source from;      // what is left of it, with no steps for threads that copy nothing
+  u32 stage = 0, parity = 0;  // the next, and how often the ring has gone round
 };
