@@ -19,12 +19,13 @@
 #include "epilogue90.cuh"
 #include "ring.cuh"
 #include "slabs.cuh"
+#include "uniform.cuh"
 #include "wgmma.cuh"
 
 constexpr int kTileK = kSlabK, kRowBytes = kTileK * 2;
 constexpr int kPanel = 256, kHalf = 128;            // columns of a panel, of a warpgroup
 constexpr int kGroup = 128, kThreads = 3 * kGroup;  // threads of a warpgroup, of a block
-constexpr int kStep = TERMS == 1 ? 16 : 8;          // a warpgroup's rows are a multiple of it
+constexpr int kStep = 8, kStoredRows = 16;          // a warpgroup's rows are a multiple of kStep
 constexpr int kMostOfWarpgroup = TERMS == 1 ? 192 : 144;  // rows that a warpgroup multiplies
 // Of a thread; together no more than a block begins with.
 constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;
@@ -60,10 +61,7 @@ __device__ inline Tile tile_at(int index, const Operands& of) {
   return Tile{listed.x, listed.y, listed.z, turn / count * of.tile_columns};
 }
 
-// The same, and the compiler knows that it is the same in all threads of a warp: what depends on it
-// then takes the warp's registers and not each thread's.
-__device__ inline int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-__device__ inline Tile uniform(Tile tile) {
+__device__ inline Tile uniform(const Tile& tile) {
   return {uniform(tile.group), uniform(tile.row), uniform(tile.rows), uniform(tile.column)};
 }
 
@@ -208,22 +206,22 @@ __device__ __forceinline__ void sum(Sums& sums, int rows, Ring& ring, const Oper
   else sum_terms<n>(sums, ring, of.steps, w_at, a_at, of.term_rows);
 }
 
-// Stores those of rows before `end`, counted from this thread's first: of kStep rows at a time first
+// Stores those of rows before `end`, counted from this thread's first: of some rows at a time first
 // all results, so that one does not wait for another.
 template <bool are_whole, class Store>
 __device__ __forceinline__ void store_rows(const Sums& sums, int rows, int end,
                                            const Store& store) {
 #pragma unroll
-  for (int first = 0; first < kMostOfWarpgroup; first += kStep) {
+  for (int first = 0; first < kMostOfWarpgroup; first += kStoredRows) {
     if (first >= rows) break;
-    typename Store::Result results[kStep / 4];
+    typename Store::Result results[kStoredRows / 4];
 #pragma unroll
-    for (int r = 0; r < kStep / 4; ++r) {
+    for (int r = 0; r < kStoredRows / 4; ++r) {
       int i = first / 2 + r / 2 * 4 + r % 2;
       results[r] = store.result(sums[0][i], sums[0][i + 2], sums[1][i], sums[1][i + 2]);
     }
 #pragma unroll
-    for (int r = 0; r < kStep / 4; ++r) {
+    for (int r = 0; r < kStoredRows / 4; ++r) {
       int at = first + r / 2 * 8 + r % 2;
       if (at < end) store.template put<are_whole>(at, results[r]);
     }
@@ -236,10 +234,11 @@ __device__ __forceinline__ void store_sums(const Sums& sums, int rows, const Til
   int warpgroup = threadIdx.x / kGroup - 1, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   bool is_beside = of.tile_columns == kPanel;
   int column = tile.column + (is_beside ? warpgroup * kHalf : 0) + warp * 32 + lane / 4 * 4;
-  int row = (is_beside ? 0 : warpgroup * rows) + lane % 4 * 2;
+  int first = is_beside ? 0 : warpgroup * rows, row = first + lane % 4 * 2;
+  int end = min(tile.rows, first + rows) - row;
   if (!store.begin(tile.row + row, column)) return;
-  if (store.are_whole()) store_rows<true>(sums, rows, tile.rows - row, store);
-  else store_rows<false>(sums, rows, tile.rows - row, store);
+  if (store.are_whole()) store_rows<true>(sums, rows, end, store);
+  else store_rows<false>(sums, rows, end, store);
 }
 
 template <class Store>
@@ -288,7 +287,7 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
            int extent, int steps, int width, int n, int stages, int stage_bytes, int term_rows) { \
     compute({a, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, extent, steps, width,     \
              term_rows},                                                                          \
-            stages, stage_bytes, Linear<Stored>(bias_n, out_mn, n));                                \
+            stages, stage_bytes, Linear<Stored>(bias_n, out_mn, n));                              \
   }
 LINEAR(linear, F32)
 #if TERMS == 1
@@ -305,3 +304,4 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
            term_rows},
           stages, stage_bytes, Gated{out, n, extent});
 }
+

@@ -22,28 +22,30 @@ from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, listed, padded
 from lfm2kit_cuda.upload import upload
 
 PANEL, TILE_K, ROW_BYTES = 256, 64, 128  # of packed weights: columns, k, bytes of a row of k
-STEP, MOST_ROWS = 16, 192  # of activations, in a tile of PANEL columns
-STEP_OF_TERMS, MOST_ROWS_OF_TERMS = 8, 144
+STEP, MOST_ROWS, MOST_ROWS_OF_TERMS = 8, 192, 144  # of activations, in a tile of PANEL columns
 SHARED_BYTES, MOST_STAGES = 224 * 1024, 8
 PACK_THREADS = 256
 
-# Microseconds at k = 2048 on an H200: half a panel's columns with up to twice the rows too.
+# Microseconds of a wave, k = 2048, on an H200: half a panel with up to twice the rows too.
 BLOCKS = Blocks(
     threads=384,
     sharing=(1.0,),
-    menu={(rows, PANEL): max(17.5, 10.5 + 0.175 * rows) for rows in range(16, MOST_ROWS + 1, 16)}
-    | {(rows, PANEL // 2): max(18.0, 13.0 + 0.083 * rows) for rows in range(32, 257, 32)},
+    menu={(rows, PANEL): max(10.2, 2 + 0.161 * rows) for rows in range(16, MOST_ROWS + 1, 16)}
+    | {(rows, PANEL // 2): max(9.2, 2 + 0.08 * rows) for rows in range(32, 257, 32)},
 )
 BLOCKS_OF_TERMS = Blocks(
     threads=384,
     sharing=(1.0,),
-    menu={(rows, PANEL): max(31, 9 + 0.55 * rows) for rows in range(16, MOST_ROWS_OF_TERMS + 1, 8)}
-    | {(rows, PANEL // 2): max(31, 22 + 0.22 * rows) for rows in range(32, 129, 32)},
+    menu={
+        (rows, PANEL): max(21 + 0.125 * rows, 2 + 0.45 * rows)
+        for rows in range(16, MOST_ROWS_OF_TERMS + 1, 8)
+    }
+    | {(rows, PANEL // 2): 19 + 0.09 * rows for rows in range(32, 129, 32)},
 )
 
 
 class HopperGemm(TensorCoreGemm):
-    terms, most_rows, step = 1, MOST_ROWS, STEP
+    terms, most_rows = 1, MOST_ROWS
 
     def __init__(self, activation: str) -> None:
         super().__init__(activation)
@@ -53,7 +55,7 @@ class HopperGemm(TensorCoreGemm):
     def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
         """Room for most experts under even routing: stages of fewer rows are smaller, and more."""
         mean = pairs // groups
-        return min(self.most_rows, padded(mean + 4 * isqrt(mean) + 1, STEP)), self.step
+        return min(self.most_rows, padded(mean + 4 * isqrt(mean) + 1, STEP)), STEP
 
     def pack(self, matrices: Sequence[Tensor], scale: float = 1.0) -> Matrix:
         columns, inputs = matrices[0].shape
@@ -123,7 +125,7 @@ class ThreeTermGemm(HopperGemm):
     `rounded` leaves them as they are; what `gated` returns is split already.
     """
 
-    terms, most_rows, step = TERMS, MOST_ROWS_OF_TERMS, STEP_OF_TERMS
+    terms, most_rows = TERMS, MOST_ROWS_OF_TERMS
 
     def __init__(self) -> None:
         super().__init__("BF16")
