@@ -189,7 +189,8 @@ def tiles_of(rng: np.random.Generator, counts: tuple[int, ...], height: int, tok
     """Of groups with so many rows, gathered from so many tokens, with repeats."""
     group_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     step = int(rng.choice((ROWS_STEP, height)))
-    slots, place, tiles = grouped(group_of[:, None], range(len(counts)), height, step)
+    low = max(16, (height - 1) // 16 * 16)
+    slots, place, tiles = grouped(group_of[:, None], range(len(counts)), height, step, low)
     listed = Tiles(slots, tiles, np.full(len(slots), -1, np.int32))
     listed.source[place] = rng.integers(0, tokens, len(group_of), np.int32)
     listed.group_of[place] = group_of

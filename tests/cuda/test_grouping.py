@@ -13,7 +13,9 @@ from lfm2kit_cuda.requirements import why_unavailable
 Ints = npt.NDArray[np.int32]
 
 
-def grouped(ids: Ints, local: range, tile_rows: int, step: int) -> tuple[Ints, Ints, Ints]:
+def grouped(
+    ids: Ints, local: range, tile_rows: int, step: int, low: int = 0
+) -> tuple[Ints, Ints, Ints]:
     """source, place and tiles as `group_by_expert` makes them: experts begin at eighth slots."""
     pairs = ids.reshape(-1)
     place = np.empty_like(pairs)
@@ -24,14 +26,19 @@ def grouped(ids: Ints, local: range, tile_rows: int, step: int) -> tuple[Ints, I
         of_expert = np.flatnonzero(pairs == local[e])
         place[of_expert] = sum(slots[:e]) + np.arange(its)
         source[place[of_expert]] = of_expert // ids.shape[1]
-    tiles: list[tuple[int, int, int, int]] = []
+    of_kind: tuple[list[tuple[int, int, int]], ...] = [], []  # high, low
     for e in sorted(range(len(local)), key=lambda e: (-rows[e], e)):
-        first_slot, first, count = sum(slots[:e]), len(tiles), -(-rows[e] // tile_rows)
-        even = -(-rows[e] // max(count, 1))
-        of_tile = min(tile_rows, -(-even // step) * step)
-        for begin in range(0, rows[e], of_tile or 1):
-            many = min(of_tile, rows[e] - begin)
-            tiles.append((e, first_slot + begin, many, first | count << 16))
+        even = -(-rows[e] // max(-(-rows[e] // tile_rows), 1))
+        each = min(tile_rows, -(-even // step) * step)
+        for begin in range(0, rows[e], each or 1):
+            many = min(each, rows[e] - begin)
+            of_kind[many <= low].append((e, sum(slots[:e]) + begin, many))
+    tiles: list[tuple[int, int, int, int]] = []
+    for kind in of_kind:
+        start, experts = len(tiles), [e for e, _, _ in kind]
+        for e, first_slot, many in kind:
+            siblings = (start + experts.index(e)) | experts.count(e) << 16
+            tiles.append((e, first_slot, many, siblings))
     return source, place, np.array(tiles, np.int32).reshape(-1, 4)
 
 
@@ -57,7 +64,7 @@ def test_tiles_cover_an_expert_evenly(rows: int, tile_rows: int, step: int) -> N
 
 @pytest.mark.gpu
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-@pytest.mark.parametrize(("tile_rows", "step"), [(48, 8), (128, 128), (64, 16)])
+@pytest.mark.parametrize("tiling", [(48, 8, 32), (48, 48, 32), (128, 128, 0), (64, 16, 0)])
 @pytest.mark.parametrize(
     ("tokens", "taken", "local", "favourites"),
     [
@@ -72,15 +79,16 @@ def test_tiles_cover_an_expert_evenly(rows: int, tile_rows: int, step: int) -> N
     ],
 )
 def test_grouping_on_the_device(
-    tokens: int, taken: int, local: range, favourites: float, tile_rows: int, step: int
+    tokens: int, taken: int, local: range, favourites: float, tiling: tuple[int, int, int]
 ) -> None:
     import cupy
     from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+    from lfm2kit_cuda.products import Tiling
 
     ids = random_ids(tokens, taken, local, favourites)
-    gemm: Any = SimpleNamespace(row_tiles=lambda pairs, groups: (tile_rows, step))
+    gemm: Any = SimpleNamespace(tiling=lambda pairs, groups: Tiling(*tiling))
     listed, place = grouped_by_expert(cupy.asarray(ids), local, gemm)
-    source, expected_place, tiles = grouped(ids, local, tile_rows, step)
+    source, expected_place, tiles = grouped(ids, local, *tiling)
     if tokens == 0:  # nothing is launched, and nothing read
         return
     got = cupy.asnumpy(listed.source)

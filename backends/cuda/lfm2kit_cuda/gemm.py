@@ -13,7 +13,7 @@ from lfm2kit.backend import Tensor
 from lfm2kit_cuda.activations import Rows
 from lfm2kit_cuda.device import most_shared_bytes, processors
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Matrix, RowTiles, listed, padded
+from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, listed, padded
 from lfm2kit_cuda.upload import upload
 
 # As in gemm.cu.
@@ -43,8 +43,8 @@ class Panels:
 class Gemm:
     activation = "F32"
 
-    def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
-        return _height_of_groups(pairs, groups), ROWS_STEP
+    def tiling(self, pairs: int, groups: int) -> Tiling:
+        return _tiling(pairs, groups)
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
         columns, inputs = matrices[0].shape
@@ -101,7 +101,7 @@ class Gemm:
 def _arranged(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> Panels:
     """Panels for `tiles`; without a list, of the height that suits the product."""
     rows = tiles.rows if tiles else len(x)
-    height = tiles.tile_rows if tiles else _height(rows, matrix.width)
+    height = tiles.tiling.rows if tiles else _height(rows, matrix.width)
     most = len(tiles.tiles) if tiles else -(-rows // height)
     panels = cupy.empty((most, matrix.inputs, height), cupy.float32)
     load_kernel("panels", "arrange", ROWS=height // 4)(
@@ -120,20 +120,19 @@ def _launch(
     columns: int,
 ) -> None:
     most = len(panels.array) * (matrix.width // WIDTH)
-    is_ragged = tiles is not None and _are_ragged(tiles.rows, len(matrix.packed), panels.height)
-    _kernel(name, panels.height, is_ragged)(
+    _kernel(name, panels.height, tiles is not None)(
         (min(most, processors()),), THREADS, panels.array, matrix.packed, *outputs, *listed(tiles),
         panels.rows, matrix.inputs, matrix.width, columns,
     )  # fmt: skip
 
 
 @cache
-def _kernel(name: str, height: int, is_ragged: bool) -> Kernel:
+def _kernel(name: str, height: int, has_low: bool) -> Kernel:
     tile_k, rows_at_once = _sizes()
     stages = GROUPS * STAGES * tile_k * (WIDTH + height)
     sums = GROUPS * 4 * rows_at_once * (WIDTH + 4)
     constants = {"ROWS": height // 4, "TILE_K": tile_k, "PASS": rows_at_once}
-    return load_kernel("gemm", name, 4 * (stages + sums), SHORT=int(is_ragged), **constants)
+    return load_kernel("gemm", name, 4 * (stages + sums), SHORT=int(has_low), **constants)
 
 
 def _sizes() -> tuple[int, int]:
@@ -157,31 +156,29 @@ def _height(rows: int, width: int) -> int:
 
 
 @cache
-def _height_of_groups(pairs: int, groups: int) -> int:
-    """Of the tiles that take the least time if a group's rows are about Poisson distributed."""
+def _tiling(pairs: int, groups: int) -> Tiling:
+    """What takes the least time if a group's rows are about Poisson distributed: tiles that are
+    evenly filled, or full ones and a rest."""
     mean = max(pairs / groups, 1e-3)
     most = math.ceil(mean + 8 * math.sqrt(mean) + 8)
     chances = [math.exp(n * math.log(mean) - mean - math.lgamma(n + 1)) for n in range(most)]
 
-    def time(height: int) -> float:
-        low = max(16, (height - 1) // 16 * 16) if _are_ragged(pairs, groups, height) else height
-        return sum(p * _time_of_group(rows, height, low) for rows, p in enumerate(chances) if rows)
+    def time(tiling: Tiling) -> float:
+        return sum(p * _time_of_group(rows, tiling) for rows, p in enumerate(chances) if rows)
 
-    return min(HEIGHTS, key=time)
-
-
-def _are_ragged(rows: int, groups: int, height: int) -> bool:
-    """Whether most groups have one tile: then low ones take a shorter loop (SHORT in gemm.cu).
-
-    Where there are more tiles, the compiler's worse code for two loops costs more than it saves.
-    """
-    return rows <= groups * height
+    # A low tile takes a shorter loop: kShort in gemm.cu.
+    low_of = {height: max(16, (height - 1) // 16 * 16) for height in HEIGHTS}
+    menu = (Tiling(h, step, low_of[h]) for h in HEIGHTS for step in (ROWS_STEP, h))
+    return min(menu, key=time)
 
 
-def _time_of_group(rows: int, height: int, low: int) -> int:
-    """Of its tiles, evenly filled, of which low ones take less time."""
-    count = -(-rows // height)
-    return count * HEIGHTS[low if rows <= count * low else height]
+def _time_of_group(rows: int, tiling: Tiling) -> int:
+    """Of its tiles, as `group_by_expert` lists them."""
+    even = -(-rows // -(-rows // tiling.rows))
+    each = min(tiling.rows, padded(even, tiling.step))
+    full, rest = divmod(rows, each)
+    tiles = [each] * full + [rest] * (rest > 0)
+    return sum(HEIGHTS[tiling.low if its <= tiling.low else tiling.rows] for its in tiles)
 
 
 def _packed(groups: int, inputs: int, columns: int) -> cupy.ndarray:

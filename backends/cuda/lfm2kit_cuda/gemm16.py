@@ -15,7 +15,7 @@ from lfm2kit.backend import Tensor
 from lfm2kit_cuda.activations import Slabs, empty_slabs, gathered, rounded, zero_slabs
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, listed, padded
+from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded
 from lfm2kit_cuda.upload import upload
 
 THREADS = 256
@@ -51,8 +51,8 @@ class TensorCoreGemm:
             "GATED_SCALE": f"{self._scale}f",
         }
 
-    def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
-        return TILE_ROWS, TILE_ROWS
+    def tiling(self, pairs: int, groups: int) -> Tiling:
+        return Tiling(TILE_ROWS, step=TILE_ROWS)
 
     def pack(self, matrices: Sequence[Tensor], scale: float = 1.0) -> Matrix:
         columns, inputs = matrices[0].shape

@@ -46,7 +46,8 @@ struct Tile {
 };
 
 // Listed tiles of a group take turns at each block of columns, so that its weights are read from
-// memory once.
+// memory once; each time another comes first, as not all have as many rows, and multiprocessors take
+// every so-manieth tile.
 __device__ inline Tile tile_at(int index, const Operands& of) {
   int blocks = of.width / of.tile_columns;
   if (!of.tiles) {
@@ -57,7 +58,7 @@ __device__ inline Tile tile_at(int index, const Operands& of) {
   if (index >= *of.tile_count * blocks) return Tile{0, 0, -1, 0};
   int siblings = of.tiles[index / blocks].w, first = siblings & 0xffff, count = siblings >> 16;
   int turn = index - first * blocks;
-  int4 listed = of.tiles[first + turn % count];
+  int4 listed = of.tiles[first + (turn + turn / count + first) % count];
   return Tile{listed.x, listed.y, listed.z, turn / count * of.tile_columns};
 }
 

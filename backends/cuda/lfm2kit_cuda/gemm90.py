@@ -18,7 +18,7 @@ from lfm2kit_cuda.activations import TERMS, Rows, Slabs, split
 from lfm2kit_cuda.device import processors
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, listed, padded
+from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded
 from lfm2kit_cuda.upload import upload
 
 PANEL, TILE_K, ROW_BYTES = 256, 64, 128  # of packed weights: columns, k, bytes of a row of k
@@ -52,10 +52,10 @@ class HopperGemm(TensorCoreGemm):
         self._blocks = BLOCKS
         self._constants["TERMS"] = self.terms
 
-    def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
+    def tiling(self, pairs: int, groups: int) -> Tiling:
         """Room for most experts under even routing: stages of fewer rows are smaller, and more."""
         mean = pairs // groups
-        return min(self.most_rows, padded(mean + 4 * isqrt(mean) + 1, STEP)), STEP
+        return Tiling(min(self.most_rows, padded(mean + 4 * isqrt(mean) + 1, STEP)), STEP)
 
     def pack(self, matrices: Sequence[Tensor], scale: float = 1.0) -> Matrix:
         columns, inputs = matrices[0].shape
@@ -89,7 +89,7 @@ class HopperGemm(TensorCoreGemm):
             tile_rows, tile_columns = self._blocks.best(len(x), matrix.width)
             count = -(-len(x) // tile_rows)
         else:
-            tile_rows, tile_columns = tiles.tile_rows, PANEL
+            tile_rows, tile_columns = tiles.tiling.rows, PANEL
             count = len(tiles.tiles)
         term_rows = padded(tile_rows, STEP)
         stage_bytes = ROW_BYTES * (tile_columns + self.terms * term_rows)

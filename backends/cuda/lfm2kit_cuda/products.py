@@ -25,12 +25,20 @@ class Matrix:
     width: int  # columns with padding, and w1's and w3's both
 
 
+class Tiling(NamedTuple):
+    """How the rows of a group are cut into tiles."""
+
+    rows: int  # of a tile at most
+    step: int  # all but a group's last have a multiple of it, or `rows`
+    low: int = 0  # tiles with so many rows or less take less time, and are listed after all others
+
+
 @dataclass(frozen=True, slots=True)
 class RowTiles:
     """Which rows belong to which group, as `group_by_expert` lists them."""
 
     rows: int  # with those that belong to none, between the groups
-    tile_rows: int  # at most
+    tiling: Tiling
     tiles: cupy.ndarray  # int32 [most, 4]
     count: cupy.ndarray  # int32 [1]
     source: cupy.ndarray | None  # int32 [rows]: the row of x that each is, < 0: none; None: its own
@@ -57,9 +65,8 @@ class Arithmetic(Protocol):
 
     activation: str  # the type that products read, and of what blocks store: F32, BF16 or F16
 
-    def row_tiles(self, pairs: int, groups: int) -> tuple[int, int]:
-        """Of a list of row tiles: the most rows of one, and what all but the last of a group are
-        a multiple of, if they have not the most."""
+    def tiling(self, pairs: int, groups: int) -> Tiling:
+        """For so many rows of so many groups, of which the device knows which have how many."""
         ...
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:

@@ -10,13 +10,21 @@ constexpr int kAlignment = 8;  // an expert's first slot is a multiple of it, as
 
 __device__ inline int slots_of(int rows) { return (rows + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Rows of each of an expert's tiles: as few tiles as tile_rows allows, evenly filled, in steps.
-__device__ inline int rows_of_tile(int rows, int tile_rows, int step) {
-  if (rows == 0) return 0;
-  int count = (rows + tile_rows - 1) / tile_rows;
-  int even = (rows + count - 1) / count;
-  return min(tile_rows, (even + step - 1) / step * step);
-}
+// An expert's tiles: as few as tile_rows allows, evenly filled, in steps.  Low ones, of up to `low` rows,
+// are listed after all others: they take less time, and who is dealt tiles in turns should not get
+// the same kind each time.
+struct Tiles {
+  int rows, each, high, count;  // rows of all but the last; how many are not low
+
+  __device__ Tiles(int rows, int tile_rows, int step, int low) : rows(rows) {
+    count = (rows + tile_rows - 1) / tile_rows;
+    int even = count ? (rows + count - 1) / count : 0;
+    each = min(tile_rows, (even + step - 1) / step * step);
+    count = each ? (rows + each - 1) / each : 0;
+    high = each <= low ? 0 : count - (rows_of(count - 1) <= low);
+  }
+  __device__ int rows_of(int i) const { return min(each, rows - i * each); }
+};
 
 // The local numbers of the experts of pairs p0 + lane, p0 + lane + 32, ...; -1 from `end` on.
 __device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int first_expert,
@@ -29,20 +37,21 @@ __device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int fi
 
 // Sorts the pairs by expert, in order within each, and lists the tiles of rows: a block per local
 // expert, which counts all pairs.  Experts with many rows have their tiles first, so that the
-// longest work starts first; among equals the lower id.
+// longest work starts first; among equals the lower id.  But low tiles come after all others.
 //   source_p[slot]  the token whose row a slot holds; -1 for none, of `slots`
 //   place_p[pair]   the slot of a pair
-//   tiles           (expert, first slot, slots, the expert's first tile | its tiles << 16) each;
-//                   *tile_count of them
+//   tiles           (expert, first slot, slots, the expert's first tile of the kind | its tiles of the
+//                   kind << 16) each; *tile_count of them
 extern "C" __global__ void __launch_bounds__(kThreads)
     group_by_expert(const int* expert_ids_p, int pairs, int first_expert, int* source_p, int slots,
-                    int* place_p, int4* tiles, int* tile_count, int tile_rows, int step) {
+                    int* place_p, int4* tiles, int* tile_count, int tile_rows, int step,
+                    int low) {
   extern __shared__ int counts_e[];
   __shared__ int before_w[kWarps];
-  __shared__ int slot0, tile0, all_tiles;
+  __shared__ int slot0, high0, low0, all_high, all_tiles;
   int expert = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int e = threadIdx.x; e < gridDim.x; e += kThreads) counts_e[e] = 0;
-  if (threadIdx.x == 0) slot0 = tile0 = all_tiles = 0;
+  if (threadIdx.x == 0) slot0 = high0 = low0 = all_high = all_tiles = 0;
   __syncthreads();
 
   // Each warp looks through a range of the pairs: how many are of which expert?
@@ -63,10 +72,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   int rows = counts_e[expert];
   for (int e = threadIdx.x; e < gridDim.x; e += kThreads) {
-    int its = counts_e[e], its_tiles = (its + tile_rows - 1) / tile_rows;
+    int its = counts_e[e];
+    Tiles its_tiles(its, tile_rows, step, low);
     if (e < expert) atomicAdd(&slot0, slots_of(its));
-    if (its > rows || (its == rows && e < expert)) atomicAdd(&tile0, its_tiles);
-    atomicAdd(&all_tiles, its_tiles);
+    if (its > rows || (its == rows && e < expert)) {
+      atomicAdd(&high0, its_tiles.high);
+      atomicAdd(&low0, its_tiles.count - its_tiles.high);
+    }
+    atomicAdd(&all_high, its_tiles.high);
+    atomicAdd(&all_tiles, its_tiles.count);
   }
   __syncthreads();
 
@@ -89,11 +103,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   int end_slot = expert == gridDim.x - 1 ? slots : slot0 + slots_of(rows);
   for (int i = slot0 + rows + threadIdx.x; i < end_slot; i += kThreads) source_p[i] = -1;
-  int count = (rows + tile_rows - 1) / tile_rows, of_tile = rows_of_tile(rows, tile_rows, step);
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    int from = i * of_tile;
-    tiles[tile0 + i] =
-        make_int4(expert, slot0 + from, min(of_tile, rows - from), tile0 | count << 16);
+  Tiles of_expert(rows, tile_rows, step, low);
+  for (int i = threadIdx.x; i < of_expert.count; i += kThreads) {
+    bool is_low = i >= of_expert.high;
+    int first = is_low ? all_high + low0 : high0, before = is_low ? of_expert.high : 0;
+    int of_kind = is_low ? of_expert.count - of_expert.high : of_expert.high;
+    tiles[first + i - before] = make_int4(expert, slot0 + i * of_expert.each, of_expert.rows_of(i),
+                                          first | of_kind << 16);
   }
   if (expert == 0 && threadIdx.x == 0) *tile_count = all_tiles;
 }

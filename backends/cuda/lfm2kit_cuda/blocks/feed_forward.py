@@ -80,15 +80,15 @@ def grouped_by_expert(
     pairs, taken = expert_ids.size, expert_ids.shape[1]
     slots = padded(pairs + (ALIGNMENT - 1) * min(pairs, len(local)), ALIGNMENT)
     source, place = cupy.empty(slots, cupy.int32), cupy.empty(pairs, cupy.int32)
-    tile_rows, step = gemm.row_tiles(pairs, len(local))
-    tiles = cupy.empty((min(pairs, pairs // tile_rows + len(local)), 4), cupy.int32)
+    tiling = gemm.tiling(pairs, len(local))
+    tiles = cupy.empty((min(pairs, pairs // tiling.rows + len(local)), 4), cupy.int32)
     count = cupy.empty(1, cupy.int32)
     group = _kernel("group_by_expert", taken, shared_bytes=4 * len(local))
     group(
         (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, local.start, source,
-        slots, place, tiles, count, tile_rows, step,
+        slots, place, tiles, count, *tiling,
     )  # fmt: skip
-    return RowTiles(slots, tile_rows, tiles, count, source), place
+    return RowTiles(slots, tiling, tiles, count, source), place
 
 
 def _kernel(name: str, taken: int, hidden_size: int = 4, shared_bytes: int = 0) -> Kernel:
