@@ -32,16 +32,20 @@ POOL = 1 << 26  # random numbers that all tensors share
 
 
 class RandomTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, stored as `dtype`: norms of ones, matrices of std 0.02."""
+    """A checkpoint's tensors by name, stored as `dtype`: norms of ones, matrices of std 0.02.
 
-    def __init__(self, shapes: Mapping[str, specs.Shape], dtype: DType, seed: int = 0) -> None:
+    Embeddings are `embedding_scale` times as large, a power of two: with 16 the residual stream
+    remembers its token, so that logits have a first with a margin.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, specs.Shape], dtype: DType, embedding_scale: float = 1
+    ) -> None:
         self._shapes = shapes
         self._dtype = dtype
-        rng = np.random.default_rng(seed)
-        self._pool = 0.02 * rng.standard_normal(POOL, dtype=np.float32)
-        self._stored = self._pool
-        if dtype == "BF16":
-            self._stored = (self._pool.view(np.uint32) >> 16).astype(np.uint16)
+        self._pool = 0.02 * np.random.default_rng(0).standard_normal(POOL, dtype=np.float32)
+        self._stored = _stored(self._pool, dtype)
+        self._embeddings = _stored(embedding_scale * self._pool, dtype)
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
@@ -50,9 +54,9 @@ class RandomTensors(Mapping[str, Tensor]):
         size = int(np.prod(shape))
         if name.endswith("expert_bias"):
             return Tensor(name, "F32", 2.5 * self._view(self._pool, name, size).reshape(shape))
-        if size > POOL:
-            repeats = -(-size // POOL)
-            return Tensor(name, self._dtype, np.tile(self._stored, repeats)[:size].reshape(shape))
+        if name == "embed_tokens.weight":
+            parts = [np.roll(self._embeddings, i) for i in range(-(-size // POOL))]  # no row twice
+            return Tensor(name, self._dtype, np.concatenate(parts)[:size].reshape(shape))
         return Tensor(name, self._dtype, self._view(self._stored, name, size).reshape(shape))
 
     def _view(self, pool: np.ndarray, name: str, size: int) -> np.ndarray:
@@ -66,14 +70,24 @@ class RandomTensors(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def build(plan: Plan, precision: str, stored_as: DType, trimmed: bool = False) -> LFM2:
+def _stored(numbers: np.ndarray, dtype: DType) -> np.ndarray:
+    return (numbers.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else numbers
+
+
+def build(
+    plan: Plan,
+    precision: str,
+    stored_as: DType,
+    trimmed: bool = False,
+    embedding_scale: float = 1,
+) -> LFM2:
     """The full-size model, its blocks from `plan`."""
     plugins = installed_plugins()
     create = plugins.creator(Context(precision=precision))
     spec = model_spec(LFM2_8B_A1B, tied=True)
     placer = Placer(plan, create, JOINS, plugins.backends)
     placed = placer.place(trim(spec) if trimmed else spec)
-    weights = Weights(RandomTensors(spec.parameters(), stored_as))
+    weights = Weights(RandomTensors(spec.parameters(), stored_as, embedding_scale))
     return build_model(placed, Builder(weights, create), plan.default)
 
 
