@@ -34,7 +34,7 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         for n, short in ((4, 0), (10, 1), (12, 0))
     ),
     ("panels", {"ROWS": 10}, ALL),
-    ("slabs", {}, ALL),
+    ("activations", {}, ALL),
     ("gemm16", {**HALVES["fp16"], "SHARED_BYTES": 64 * 1024}, ALL),
     ("gemm16", {**HALVES["bf16"], "SHARED_BYTES": 96 * 1024}, FROM_SM_80),
     ("gemm90", {**HALVES["bf16"], "TERMS": 1}, ("sm_90a",)),

@@ -68,7 +68,7 @@ def rounded(x: cupy.ndarray, dtype: str) -> Slabs:
     """float32 [rows, columns] in BF16 or F16."""
     rows, columns = x.shape
     slabs = empty_slabs(rows, columns)
-    kernel = load_kernel("slabs", f"round_{dtype}")
+    kernel = load_kernel("activations", f"round_{dtype}")
     kernel((rows,), THREADS, x, slabs.array, columns, slabs.extent)
     return slabs
 
@@ -76,7 +76,7 @@ def rounded(x: cupy.ndarray, dtype: str) -> Slabs:
 def gathered(slabs: Slabs, source: cupy.ndarray) -> Slabs:
     """Row i is row source[i] of `slabs`, or anything where that is negative."""
     out = empty_slabs(len(source), slabs.columns)
-    kernel = load_kernel("slabs", "gather")
+    kernel = load_kernel("activations", "gather")
     arguments = slabs.array, source, out.array, slabs.columns, slabs.extent, out.extent
     kernel((len(source),), THREADS, *arguments)
     return out
@@ -86,6 +86,6 @@ def split(x: cupy.ndarray, source: cupy.ndarray | None) -> Slabs:
     """float32 [rows, columns] in three terms; gathered as by `gathered` where there is a source."""
     rows, columns = len(x) if source is None else len(source), x.shape[1]
     slabs = empty_slabs(rows, columns, TERMS)
-    kernel = load_kernel("slabs", "split")
+    kernel = load_kernel("activations", "split")
     kernel((rows,), THREADS, x, source, slabs.array, columns, slabs.extent)
     return slabs

@@ -46,8 +46,8 @@ struct Tile {
 };
 
 // Listed tiles of a group take turns at each block of columns, so that its weights are read from
-// memory once; each time another comes first, as not all have as many rows, and multiprocessors take
-// every so-manieth tile.
+// memory once.  Each time another comes first: not all have as many rows, and a block that takes every
+// 132nd tile should not always get the same kind.
 __device__ inline Tile tile_at(int index, const Operands& of) {
   int blocks = of.width / of.tile_columns;
   if (!of.tiles) {
@@ -267,7 +267,7 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
       barrier_init(filled + i, 1);
       barrier_init(read + i, 2 * kGroup / 32);  // the multiplying warps
     }
-    fence_copies();
+    fence_stores();
   }
   __syncthreads();
   Ring ring{shared, filled, read, stages, stage_bytes};

@@ -19,12 +19,6 @@ __device__ inline void barrier_promise(u64* barrier, int bytes) {
                : "memory");
 }
 
-// An arrival once all copies that this thread has started (`copy_async`) are complete.
-__device__ inline void barrier_arrive_after_copies(u64* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
 // Until the barrier's phase of this parity is complete.
 __device__ inline void barrier_wait(u64* barrier, u32 parity) {
   asm volatile(
