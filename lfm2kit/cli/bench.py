@@ -57,13 +57,17 @@ def bench(
     decode: Annotated[
         bool, typer.Option("--decode", help="One token after another, for -n sequences at once.")
     ] = False,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a sample, or in a prompt.")] = 16,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
+    seq_len: Annotated[
+        int, options.whole_number("--seq-len", help="Tokens in a sample, or in a prompt.")
+    ] = 16,
+    repetitions: Annotated[int, options.whole_number("--repetitions", "-r")] = 5,
     output: Annotated[Form, typer.Option("-o", "--output", help="Form of the table.")] = Form.md,
     precision: options.PrecisionOption = "fp32",
     threads: options.ThreadsOption = None,
     trim: options.TrimOption = False,
-    seed: Annotated[int, typer.Option(help="Of the random ids and activations.")] = 0,
+    seed: Annotated[
+        int, options.whole_number("--seed", least=0, help="Of the random ids and activations.")
+    ] = 0,
 ) -> None:
     """Measures the model or its blocks: median and spread, beside this machine's ceilings."""
     samples = _whole_numbers(n)

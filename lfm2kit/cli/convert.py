@@ -37,7 +37,8 @@ def convert(
         typer.Option(help=f"Random weights; SOURCE is a config.json or {', '.join(KNOWN)}."),
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the random weights. [default: 0]")
+        int | None,
+        options.whole_number("--seed", least=0, help="Of the random weights. [default: 0]"),
     ] = None,
 ) -> None:
     """Converts a checkpoint to the other layout, or to another type of weights."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,23 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import AUTO, find_model
 from lfm2kit.plan import Plan
 from lfm2kit.transport import World
+
+
+def whole_number(*names: str, least: int = 1, metavar: str = "N", help: str | None = None) -> Any:
+    """An option that takes `least` or more.  Typer's `min` would refuse others in its own words."""
+
+    def parsed(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            expected = f"a whole number of {least} or more, as {names[0]} {least}"
+            raise Lfm2kitError(f"{names[0]} {text}: expected {expected}")
+        return number
+
+    return typer.Option(*names, parser=parsed, metavar=metavar, help=help)
+
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Checkpoint folder, model.bin, or an embedded model.")
@@ -35,11 +52,14 @@ PrecisionOption = Annotated[
     str, typer.Option(help="fp32, or a precision that the backends of the plan have.")
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. [default: the cores of this machine]")
+    int | None,
+    whole_number("--threads", help="CPU threads. [default: the cores of this machine]"),
 ]
 CpuMoeOption = Annotated[
     int,
-    typer.Option("--n-cpu-moe", "-ncmoe", min=0, help="Experts of the first N MoE layers on CPU."),
+    whole_number(
+        "--n-cpu-moe", "-ncmoe", least=0, help="Experts of the first N MoE layers on CPU."
+    ),
 ]
 TrimOption = Annotated[
     bool,

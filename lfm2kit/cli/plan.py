@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -26,7 +25,7 @@ def plan(
     n_cpu_moe: options.CpuMoeOption = 0,
     trim: options.TrimOption = False,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a forward, for the workspace.")
+        int, options.whole_number("--tokens", help="Tokens of a forward, for the workspace.")
     ] = 2048,
     json: options.JsonOption = None,
 ) -> None:

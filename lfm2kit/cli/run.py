@@ -36,7 +36,8 @@ def run(
     backend: options.BackendOption = None,
     plan: options.PlanOption = None,
     n: Annotated[
-        int | None, typer.Option("-n", min=1, help="Samples to run. [default: all, 128 at most]")
+        int | None,
+        options.whole_number("-n", help="Samples to run. [default: all, 128 at most]"),
     ] = None,
     validate_outputs: Annotated[
         bool, typer.Option("--validate", "-v", help="Compare the outputs with the answers.")
@@ -45,16 +46,21 @@ def run(
         bool, typer.Option("--warmup", "-w", help="Run one batch before the timed run.")
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples in a forward. [default: 4096 tokens' worth]")
+        int | None,
+        options.whole_number(
+            "--batch-size", help="Samples in a forward. [default: 4096 tokens' worth]"
+        ),
     ] = None,
     inputs: Annotated[
         Path | None, typer.Option(help="Token ids. [default: inputs.bin beside the model]")
     ] = None,
     random_inputs: Annotated[
         int | None,
-        typer.Option(metavar="TOKENS", min=1, help="Random ids, so many a sample, not a file."),
+        options.whole_number(
+            "--random-inputs", metavar="TOKENS", help="Random ids, so many a sample, not a file."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random ids.")] = 0,
+    seed: Annotated[int, options.whole_number("--seed", least=0, help="Of the random ids.")] = 0,
     answers: Annotated[
         Path | None, typer.Option(help="Expected logits. [default: answers.bin beside the model]")
     ] = None,
@@ -66,7 +72,8 @@ def run(
     n_cpu_moe: options.CpuMoeOption = 0,
     trim: options.TrimOption = False,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes that share samples and experts (MPI).")
+        int | None,
+        options.whole_number("--ranks", help="Processes that share samples and experts (MPI)."),
     ] = None,
     transport: Annotated[str, typer.Option(help="What several ranks talk over.")] = "mpi",
     json: options.JsonOption = None,

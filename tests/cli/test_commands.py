@@ -199,10 +199,28 @@ def test_what_the_user_must_change_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-n", "0"], ["-n", "x"], ["--nonsense"], ["--batch-size", "0"]]
+    ("command", "option", "refused", "least"),
+    [
+        ("run", "-n", "0", 1),
+        ("run", "-n", "-3", 1),
+        ("run", "-n", "x", 1),
+        ("run", "--batch-size", "0", 1),
+        ("run", "--random-inputs", "0", 1),
+        ("run", "--ranks", "0", 1),
+        ("run", "--seed", "-1", 0),
+        ("run", "--threads", "0", 1),
+        ("plan", "--n-cpu-moe", "-1", 0),
+        ("plan", "--tokens", "1.5", 1),
+        ("bench", "--repetitions", "0", 1),
+        ("bench", "--seq-len", "0", 1),
+        ("bench", "--seed", "-1", 0),
+    ],
 )
-def test_a_wrong_option_is_exit_code_2(cli: Cli, arguments: list[str]) -> None:
-    assert cli("run", *arguments).code == 2
+def test_a_number_out_of_range_is_refused_in_our_words(
+    cli: Cli, command: str, option: str, refused: str, least: int
+) -> None:
+    expected = f"expected a whole number of {least} or more, as {option} {least}"
+    fails(cli(command, option, refused), f"{option} {refused}: {expected}")
 
 
 def test_an_id_outside_the_vocabulary_is_named(cli: Cli, tmp_path: Path) -> None:
@@ -359,6 +377,7 @@ def test_warmup_names_the_plan_that_is_ready(cli: Cli) -> None:
 
 def test_bench_refuses_nonsense(cli: Cli) -> None:
     fails(cli("bench", "-n", "1,x"), "1,x")
+    fails(cli("bench", "-n", "0"), "-n 0: expected whole numbers of 1 or more, as 1,16,64")
     fails(cli("bench", "--decode", "--block", "moe"), "leave out --block")
     fails(cli("bench", "--decode", "--trim"), "whole samples")
     fails(cli("bench", "--block", "moe", "--trim"), "whole samples")
