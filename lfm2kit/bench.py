@@ -6,7 +6,6 @@ Interleaved, because machines drift: what is to be compared takes turns within o
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from lfm2kit.loading import Setup
 from lfm2kit.model import LFM2
 from lfm2kit.placement import Placed
 from lfm2kit.specs import Work
+from lfm2kit.timing import Timing, timed
 from lfm2kit.trim import TrimmedModel
 
 WARM_UPS = 1
@@ -40,11 +40,21 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The seconds of each repetition of one contender, and what they amount to."""
+    """The timings of each repetition of one contender, and what they amount to."""
 
     contender: Contender
-    seconds: Sequence[float]
+    timings: Sequence[Timing]
     ceilings: Ceilings | None
+
+    @property
+    def seconds(self) -> list[float]:
+        return [timing.seconds for timing in self.timings]
+
+    @property
+    def waiting(self) -> float | None:
+        """The share of a call, by the median, that a thread waited for a core; None: not known."""
+        shares = [t.waited / t.seconds for t in self.timings if t.waited is not None]
+        return statistics.median(shares) if shares else None
 
     @property
     def median(self) -> float:
@@ -72,17 +82,14 @@ def measure(
     done: Callable[[], None] = lambda: None,
 ) -> list[Measured]:
     """Times every contender `repetitions` times, in turns, after a warm-up."""
-    times: list[list[float]] = [[] for _ in contenders]
-    for repetition in range(WARM_UPS + repetitions):
-        for contender, seconds in zip(contenders, times, strict=True):
-            start = time.perf_counter()
-            contender.call()
-            if repetition >= WARM_UPS:
-                seconds.append(time.perf_counter() - start)
+    taken: list[list[Timing]] = [[] for _ in contenders]
+    for _ in range(WARM_UPS + repetitions):
+        for contender, timings in zip(contenders, taken, strict=True):
+            timings.append(timed(contender.call))
             done()
     return [
-        Measured(contender, seconds, ceilings.get(contender.backend))
-        for contender, seconds in zip(contenders, times, strict=True)
+        Measured(contender, timings[WARM_UPS:], ceilings.get(contender.backend))
+        for contender, timings in zip(contenders, taken, strict=True)
     ]
 
 

@@ -25,9 +25,14 @@ from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, progress, remark
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import AUTO, Setup, set_up
+from lfm2kit.memory import HOST
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.transport import World
+
+# Of a call's time.  Calls on cores of their own waited for 0.09 of it at most, and those that had
+# to share cores with one other process for 0.33 and more, taking twice as long.
+TOO_MUCH_WAITING = 0.25
 
 
 class Block(enum.StrEnum):
@@ -91,6 +96,7 @@ def bench(
         measured = measure(contenders, repetitions, ceilings, lambda: advance(1))
     rows = [_row(checkpoint, m, precision, threads) for m in measured]
     _print(rows, output)
+    _warn_of_waiting(measured, setups)
     for plan, ceiling in ceilings.items():
         gflops, gbytes = ceiling.flops / 1e9, ceiling.bytes / 1e9
         remark(f"{plan}: this machine's ceilings: {gflops:.0f} GFLOP/s FMA, {gbytes:.1f} GB/s read")
@@ -137,8 +143,28 @@ def _row(
         "gflops": contender.work.flops / median / 1e9,
         "gbytes_per_second": contender.work.bytes / median / 1e9,
         "roofline": measured.roofline,
-        "seconds": list(measured.seconds),
+        "seconds": measured.seconds,
+        "waiting": measured.waiting,
     }
+
+
+def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> None:
+    """One line if blocks on the CPU had to share cores: their figures are not this machine's."""
+    on_cpu = {str(s.plan) for s in setups if _is_on_cpu(s)}
+    rows = [m for m in measured if m.contender.backend in on_cpu]
+    waiting = [(m.waiting or 0.0, f"{m.contender.backend}: {m.contender.test}") for m in rows]
+    late = [row for row in waiting if row[0] >= TOO_MUCH_WAITING]
+    if late:
+        share, name = max(late)
+        remark(
+            f"warning: a thread waited for a core for {share:.0%} of a call's time ({name}), in "
+            f"{len(late)} of {len(rows)} rows for {TOO_MUCH_WAITING:.0%} or more: these are slower "
+            "than this machine; end what else runs, or give fewer --threads"
+        )
+
+
+def _is_on_cpu(setup: Setup) -> bool:
+    return all(leaf.memory.name == HOST.name for leaf in setup.placed.leaves())
 
 
 def _texts(row: dict[str, Any]) -> dict[str, str]:

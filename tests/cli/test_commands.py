@@ -20,6 +20,7 @@ from lfm2kit.__main__ import main
 from lfm2kit.loading import EMBEDDED
 from lfm2kit.memory import HostMemory
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.timing import Timing
 
 TINY = EMBEDDED / "tiny"
 
@@ -373,6 +374,31 @@ def test_warmup_names_the_plan_that_is_ready(cli: Cli) -> None:
     fields = json.loads(done.out)
     assert (done.code, fields["backend"]) == (0, "cpu_simd,attn=reference")
     fails(cli("warmup", "-b", "nonsense"), "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("waited", "memory", "warned"),
+    [(0.5, "host", True), (0.2, "host", False), (None, "host", False), (0.5, "device", False)],
+)
+def test_bench_warns_once_where_threads_of_cpu_blocks_waited_for_a_core(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, waited: float | None, memory: str, warned: bool
+) -> None:
+    monkeypatch.setattr("lfm2kit.bench.timed", lambda call: Timing(1, waited))
+    monkeypatch.setattr(ReferenceBackend, "memory", lambda self, spec: other_memory(memory))
+    done = cli("bench", "-n", "1,3", "-b", "reference", "-o", "json")
+    assert [row["waiting"] for row in json.loads(done.out)["results"]] == [waited, waited]
+    warnings = [line for line in done.err.splitlines() if "warning:" in line]
+    assert len(warnings) == warned
+    if warned:
+        assert "for 50% of a call's time" in warnings[0]
+        assert "in 2 of 2 rows" in warnings[0]
+        assert "--threads" in warnings[0]
+
+
+def other_memory(name: str) -> HostMemory:
+    memory = HostMemory()
+    memory.name = name
+    return memory
 
 
 def test_bench_refuses_nonsense(cli: Cli) -> None:

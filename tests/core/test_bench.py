@@ -1,4 +1,4 @@
-"""What `bench` measures: a single block, wherever the plan has put it."""
+"""What `bench` measures: a single block, wherever the plan has put it; and the time it waited."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import pytest
 
 from lfm2kit import specs
 from lfm2kit.backend import BackendPlugin, Block, Spec, Weights
-from lfm2kit.bench import single_blocks
+from lfm2kit.bench import Contender, Measured, single_blocks
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.loading import find_model, set_up
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import InstalledBackend, installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.specs import Work
 from lfm2kit.testing.host_block import host_block
+from lfm2kit.timing import Timing
 
 
 class WholeLayers(ReferenceBackend):
@@ -43,3 +45,14 @@ def result_of(backend: str, kind: str) -> Any:
 def test_a_block_of_a_layer_that_is_built_whole_is_measured_alone(kind: str) -> None:
     got, want = result_of("whole", kind), result_of("reference", kind)
     assert np.array_equal(np.asarray(got), np.asarray(want))
+
+
+def waiting(*timings: Timing) -> float | None:
+    contender = Contender("any", "a test", 1, 1, Work(1, 1), lambda: None)
+    return Measured(contender, timings, None).waiting
+
+
+def test_waiting_is_the_median_share_of_the_calls_of_which_it_is_known() -> None:
+    assert waiting(Timing(2, 0.5), Timing(1, 0.9), Timing(4, 0)) == 0.25
+    assert waiting(Timing(2, None), Timing(2, 1)) == 0.5
+    assert waiting(Timing(2, None)) is None
