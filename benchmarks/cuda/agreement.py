@@ -1,12 +1,10 @@
 """Logits of the full-size model beside those of transformers in FP32, on one GPU.
 
     python benchmarks/cuda/agreement.py -n 16 --precision fp32,bf16
-    python benchmarks/cuda/agreement.py -n 64 --precision fp32,bf16,fp16 --margins
 
-All get the same random weights, numbers that BF16 holds.  With --margins embeddings are larger, so
-that a sample's first logit stands out, as those of a trained model do.  A sample may differ by more
-where a router of either is within rounding of another choice: how many do is printed beside the
-largest difference.  Needs torch, transformers and 70 GB of GPU memory, 20 GB more for each of 16
+All get the same random weights, numbers that BF16 holds.  A sample may differ by more where a
+router of either is within rounding of another choice: how many do is printed beside the largest
+difference.  Needs torch, transformers and 70 GB of GPU memory, 20 GB more for each precision of 16
 bits.
 """
 
@@ -26,7 +24,6 @@ from lfm2kit.config import model_spec
 from lfm2kit.plan import Plan
 
 TOLERANCE = 1e-3
-MARGINS = 16  # times as large embeddings
 Float32 = npt.NDArray[np.float32]
 
 
@@ -65,17 +62,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-n", type=int, default=16)
     parser.add_argument("--precision", default="fp32", help="one or more, with commas between")
-    parser.add_argument("--margins", action="store_true", help="weights whose logits have margins")
     options = parser.parse_args()
-    scale = MARGINS if options.margins else 1
     torch.backends.cuda.matmul.allow_tf32 = False
     batch = random_batch(options.n, 16, C.vocab_size, seed=0)
     ours = {
-        precision: build(Plan.parse("cuda"), precision, "BF16", False, scale).logits(batch).copy()
+        precision: build(Plan.parse("cuda"), precision, "BF16").logits(batch).copy()
         for precision in options.precision.split(",")
     }
-    tensors = RandomTensors(model_spec(C, tied=True).parameters(), "BF16", scale)
-    theirs = transformers_model(tensors)
+    theirs = transformers_model(RandomTensors(model_spec(C, tied=True).parameters(), "BF16"))
     ids = torch.tensor(batch.token_ids.reshape(options.n, -1), device="cuda", dtype=torch.long)
     with torch.inference_mode():
         answer = theirs(input_ids=ids, use_cache=False, logits_to_keep=1).logits

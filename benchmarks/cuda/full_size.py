@@ -32,20 +32,15 @@ POOL = 1 << 26  # random numbers that all tensors share
 
 
 class RandomTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, stored as `dtype`: norms of ones, matrices of std 0.02.
+    """A checkpoint's tensors by name, stored as `dtype`: norms of ones, matrices of std 0.02."""
 
-    Embeddings are `embedding_scale` times as large, a power of two: with 16 the residual stream
-    remembers its token, so that logits have a first with a margin.
-    """
-
-    def __init__(
-        self, shapes: Mapping[str, specs.Shape], dtype: DType, embedding_scale: float = 1
-    ) -> None:
+    def __init__(self, shapes: Mapping[str, specs.Shape], dtype: DType) -> None:
         self._shapes = shapes
         self._dtype = dtype
         self._pool = 0.02 * np.random.default_rng(0).standard_normal(POOL, dtype=np.float32)
-        self._stored = _stored(self._pool, dtype)
-        self._embeddings = _stored(embedding_scale * self._pool, dtype)
+        self._stored = self._pool
+        if dtype == "BF16":
+            self._stored = (self._pool.view(np.uint32) >> 16).astype(np.uint16)
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
@@ -55,7 +50,7 @@ class RandomTensors(Mapping[str, Tensor]):
         if name.endswith("expert_bias"):
             return Tensor(name, "F32", 2.5 * self._view(self._pool, name, size).reshape(shape))
         if name == "embed_tokens.weight":
-            parts = [np.roll(self._embeddings, i) for i in range(-(-size // POOL))]  # no row twice
+            parts = [np.roll(self._stored, i) for i in range(-(-size // POOL))]  # no row twice
             return Tensor(name, self._dtype, np.concatenate(parts)[:size].reshape(shape))
         return Tensor(name, self._dtype, self._view(self._stored, name, size).reshape(shape))
 
@@ -70,24 +65,14 @@ class RandomTensors(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def _stored(numbers: np.ndarray, dtype: DType) -> np.ndarray:
-    return (numbers.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else numbers
-
-
-def build(
-    plan: Plan,
-    precision: str,
-    stored_as: DType,
-    trimmed: bool = False,
-    embedding_scale: float = 1,
-) -> LFM2:
+def build(plan: Plan, precision: str, stored_as: DType, trimmed: bool = False) -> LFM2:
     """The full-size model, its blocks from `plan`."""
     plugins = installed_plugins()
     create = plugins.creator(Context(precision=precision))
     spec = model_spec(LFM2_8B_A1B, tied=True)
     placer = Placer(plan, create, JOINS, plugins.backends)
     placed = placer.place(trim(spec) if trimmed else spec)
-    weights = Weights(RandomTensors(spec.parameters(), stored_as, embedding_scale))
+    weights = Weights(RandomTensors(spec.parameters(), stored_as))
     return build_model(placed, Builder(weights, create), plan.default)
 
 
