@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import cupy
 
 from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.products import padded
 
 SLAB = 64  # k of a slab
 ALIGNMENT = 16  # slabs have a multiple of so many rows
@@ -52,7 +53,7 @@ class Slabs:
 
 def empty_slabs(rows: int, columns: int, terms: int = 1) -> Slabs:
     """For a kernel that writes all columns, padding included."""
-    shape = terms, -(-columns // SLAB), -(-rows // ALIGNMENT) * ALIGNMENT, SLAB
+    shape = terms, padded(columns, SLAB) // SLAB, padded(rows, ALIGNMENT), SLAB
     return Slabs(cupy.empty(shape, cupy.uint16), rows)
 
 

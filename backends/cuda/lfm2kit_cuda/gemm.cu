@@ -16,7 +16,7 @@
 //
 // The height is a constant of the compilation, and with SHORT a tile with few rows takes a loop of
 // its own: it sums in the same registers.  With sums of their own, or with a loop for every height,
-// the compiler allots registers worse; so it does for two loops instead of one.
+// the compiler allots registers worse.
 //
 // A scheduler starts one multiplication per cycle only if two of its operands come from different
 // banks of registers and the third is kept from the one before.  Hence the multiplications go to

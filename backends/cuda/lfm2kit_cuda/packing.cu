@@ -1,6 +1,7 @@
 // Weights as the kernels read them, from matrices as checkpoints store them: [out, in] of F32,
 // BF16 or F16.  Matrices may be interleaved: `run` rows of one, then `run` rows of the next, so
 // row i of a matrix becomes row (i / run) * stride + offset + i % run of the packed one.
+#include "slabs.cuh"
 #include "types.cuh"
 
 __device__ inline int packed_row(int i, int run, int stride, int offset) {
@@ -35,12 +36,14 @@ __device__ void narrow(const Stored* matrix_oi, Kept* packed_ow, int in, int wid
     to[k] = Kept::from_float(Stored::to_float(from[k]) * scale);
 }
 
-// As Hopper's products read them (gemm90.cu): packed_psrk[row / 256][k / 64][place][k % 64] =
-// matrix_oi[i][k] * scale with row = i * stride + offset, the 16-byte chunks of 64 k swizzled: chunk
-// c stands at c ^ (place % 8).  A block per row of the matrix.
+// As Hopper's products read them (gemm90.cu): panels of 256 rows, each in slabs (slabs.cuh); row i *
+// stride + offset of the packed matrix is row i of this one, times scale, and stands at its place in
+// the panel.  A block per row of the matrix.
 //
 // Places are such that a thread, which gets the sums of four places from two instructions, has four
 // neighbouring rows.
+constexpr int kPanel = 256;
+
 __device__ inline int place_of(int row) {
   int half = row / 128 % 2, warp = row / 32 % 4, lane = row / 4 % 8;
   return (half * 2 + row / 2 % 2) * 64 + warp * 16 + row % 2 * 8 + lane;
@@ -50,11 +53,10 @@ template <class Stored, class Kept>
 __device__ void panel(const Stored* matrix_oi, Kept* packed_psrk, int in, int steps,
                       int stride, int offset, float scale) {
   const Stored* from = matrix_oi + size_t(blockIdx.x) * in;
-  int row = blockIdx.x * stride + offset, place = place_of(row);
-  Kept* to = packed_psrk + (size_t(row / 256) * steps * 256 + place) * 64;
+  int row = blockIdx.x * stride + offset;
+  Kept* to = packed_psrk + size_t(row / kPanel) * steps * kPanel * kSlabK;
   for (int k = threadIdx.x; k < in; k += blockDim.x)
-    to[size_t(k / 64) * 256 * 64 + (k / 8 % 8 ^ place % 8) * 8 + k % 8] =
-        Kept::from_float(Stored::to_float(from[k]) * scale);
+    to[in_slabs(place_of(row), k, kPanel)] = Kept::from_float(Stored::to_float(from[k]) * scale);
 }
 
 // *found = 1 if BF16 does not hold a value; a block per row.

@@ -128,7 +128,6 @@ class Blocks:
 
     `menu` has the rows and columns of a block, and its time in a unit of its own where a
     multiprocessor is full; `sharing[i]` is how many such times i + 1 blocks take together.
-    Listed tiles are made in blocks of the first entry's columns.
     """
 
     threads: int

@@ -5,14 +5,14 @@
 #include "vector.cuh"
 
 constexpr int kWarp = 32, kThreads = 1024, kWarps = kThreads / kWarp;
-constexpr int kIds = 4;         // that a lane asks for at once
+constexpr int kIds = 4;        // that a lane asks for at once
 constexpr int kAlignment = 8;  // an expert's first slot is a multiple of it, as products want it
 
 __device__ inline int slots_of(int rows) { return (rows + kAlignment - 1) / kAlignment * kAlignment; }
 
-// An expert's tiles: as few as tile_rows allows, evenly filled, in steps.  Low ones, of up to `low` rows,
-// are listed after all others: they take less time, and who is dealt tiles in turns should not get
-// the same kind each time.
+// An expert's tiles: as few as tile_rows allows, evenly filled, in steps.  Low ones, of up to `low`
+// rows, are listed after all others: they take less time, and who is dealt tiles in turns should not
+// get the same kind each time.
 struct Tiles {
   int rows, each, high, count;  // rows of all but the last; how many are not low
 
@@ -20,7 +20,6 @@ struct Tiles {
     count = (rows + tile_rows - 1) / tile_rows;
     int even = count ? (rows + count - 1) / count : 0;
     each = min(tile_rows, (even + step - 1) / step * step);
-    count = each ? (rows + each - 1) / each : 0;
     high = each <= low ? 0 : count - (rows_of(count - 1) <= low);
   }
   __device__ int rows_of(int i) const { return min(each, rows - i * each); }
