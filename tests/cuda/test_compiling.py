@@ -27,13 +27,10 @@ ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
 KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("packing", {}, ALL),
     ("ceilings", {}, ALL),
-    ("gemm", {"ROWS": 12, "SHORT": 0, "TILE_K": 4, "PASS": 2}, ("sm_75",)),
-    ("gemm", {"ROWS": 6, "SHORT": 1, "TILE_K": 8, "PASS": 2}, ("sm_80",)),
-    *(
-        ("gemm", {"ROWS": n, "SHORT": short, "TILE_K": 16, "PASS": 4}, ("sm_90a", "sm_100"))
-        for n, short in ((4, 0), (10, 1), (12, 0))
-    ),
-    ("panels", {"ROWS": 10}, ALL),
+    ("gemm", {"TILE_K": 4, "PASS": 2}, ("sm_75",)),
+    ("gemm", {"TILE_K": 8, "PASS": 2}, ("sm_80",)),
+    ("gemm", {"TILE_K": 16, "PASS": 4}, ("sm_90a", "sm_100")),
+    ("panels", {}, ALL),
     ("activations", {}, ALL),
     ("gemm16", {**HALVES["fp16"], "SHARED_BYTES": 64 * 1024}, ALL),
     ("gemm16", {**HALVES["bf16"], "SHARED_BYTES": 96 * 1024}, FROM_SM_80),

@@ -20,12 +20,13 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cuda.compiling import INCLUDE, SOURCES
 
-from tests.cuda.test_grouping import grouped
+from tests.cuda.test_grouping import even, grouped
 
 COMPILER = shutil.which("g++")
 HEIGHTS = (16, 24, 32, 40, 48)
 HOPPER, AMPERE, TURING = (16, 4), (8, 2), (4, 2)  # k of a stage, and rows added at once: gemm.py
-WIDTH, RUN, STEP, ROWS_STEP, PART = 128, 32, 16, 8, 64  # as in gemm.py
+WIDTH, RUN, STEP, PART = 128, 32, 32, 64  # as in gemm.py
+TALLEST, LOWEST, HEIGHT_STEP = max(HEIGHTS), min(HEIGHTS), 8
 MARGIN = 1000  # elements behind an output, which are to stay as they are
 ROUNDING = 2.0**-24
 
@@ -53,15 +54,15 @@ class Emulated:
     """What gemm.py launches, by blocks that take several tiles each."""
 
     program: Path
-    height: int
 
-    def arrange(self, x: Float32, tiles: Tiles | None = None) -> Float32:
-        rows, inputs = self._rows(x, tiles), padded(x.shape[1], STEP)
-        most = len(tiles.tiles) + 1 if tiles else -(-rows // self.height)
+    def arrange(self, x: Float32, tiles: Tiles | None = None, height: int = TALLEST) -> Float32:
+        """Without a list, in even tiles of at most `height` rows."""
+        rows, inputs = len(tiles.source) if tiles else len(x), padded(x.shape[1], STEP)
+        most = len(tiles.tiles) + 1 if tiles else -(-rows // height)
         source = tiles.source if tiles else None
         return self._run(
-            "arrange", (-(-inputs // PART), most), (rows, x.shape[1], inputs),
-            (x, source, None, *listed(tiles)), (most, inputs, self.height),
+            "arrange", (-(-inputs // PART), most), (rows, most, x.shape[1], inputs),
+            (x, source, None, *listed(tiles)), (most, inputs, TALLEST),
         )  # fmt: skip
 
     def linear(
@@ -75,7 +76,7 @@ class Emulated:
         blocks: int = 2,
     ) -> Float32:
         return self._run(
-            "linear", (blocks, 1), (rows, panels.shape[1], width(packed), columns),
+            "linear", (blocks, 1), (rows, len(panels), panels.shape[1], width(packed), columns),
             (panels, packed, bias, None, *listed(tiles)), (rows, columns), output=3,
         )  # fmt: skip
 
@@ -88,23 +89,11 @@ class Emulated:
         tiles: Tiles | None = None,
         blocks: int = 2,
     ) -> Float32:
-        shape = (len(panels), padded(columns, STEP), self.height)
+        shape = (len(panels), padded(columns, STEP), TALLEST)
         return self._run(
-            "gated", (blocks, 1), (rows, panels.shape[1], width(packed), shape[1]),
+            "gated", (blocks, 1), (rows, len(panels), panels.shape[1], width(packed), shape[1]),
             (panels, packed, None, *listed(tiles)), shape,
         )  # fmt: skip
-
-    def rows_of(self, panels: Float32, rows: int, tiles: Tiles | None = None) -> Float32:
-        """Panels as rows again: [rows, k]."""
-        if tiles is None:
-            return panels.transpose(0, 2, 1).reshape(-1, panels.shape[1])[:rows]
-        out = np.full((rows, panels.shape[1]), np.nan, np.float32)
-        for panel, (_, first, many, _) in zip(panels, tiles.tiles, strict=False):
-            out[first : first + many] = panel.T[:many]
-        return out
-
-    def _rows(self, x: Float32, tiles: Tiles | None) -> int:
-        return len(tiles.source) if tiles else len(x)
 
     def _run(
         self,
@@ -125,6 +114,35 @@ class Emulated:
         written = np.frombuffer(done.stdout, np.float32)
         assert np.isnan(written[size:]).all()
         return written[:size].reshape(shape)
+
+
+def ranges(panels: Float32, rows: int, tiles: Tiles | None) -> list[tuple[int, int]]:
+    """First row and rows of each tile."""
+    if tiles:
+        return [(int(first), int(many)) for _, first, many, _ in tiles.tiles]
+    steps, found = even(-(-rows // HEIGHT_STEP), len(panels)), []
+    for first, size in zip(np.cumsum([0, *steps[:-1]]), steps, strict=True):
+        found.append(
+            (HEIGHT_STEP * int(first), min(HEIGHT_STEP * size, rows - HEIGHT_STEP * first))
+        )
+    return found
+
+
+def content(panel: Float32, rows: int) -> Float32:
+    """[k, height] of a tile with so many rows; behind it, nothing was written."""
+    height = max(LOWEST, padded(rows, HEIGHT_STEP))
+    written = panel.reshape(-1)[: len(panel) * height]
+    assert np.isfinite(written).all()
+    assert np.isnan(panel.reshape(-1)[len(written) :]).all()
+    return written.reshape(-1, height)
+
+
+def rows_of(panels: Float32, rows: int, tiles: Tiles | None = None) -> Float32:
+    """Panels as rows again: [rows, k]."""
+    out = np.full((rows, panels.shape[1]), np.nan, np.float32)
+    for panel, (first, many) in zip(panels, ranges(panels, rows, tiles), strict=False):
+        out[first : first + many] = content(panel, many).T[:many]
+    return out
 
 
 def framed(array: npt.NDArray[np.generic] | None) -> bytes:
@@ -185,12 +203,11 @@ def assert_near(got: Float32, judged: Judged) -> None:
     assert (abs(got - want) <= off).all()  # false for NaN as well
 
 
-def tiles_of(rng: np.random.Generator, counts: tuple[int, ...], height: int, tokens: int) -> Tiles:
+def tiles_of(rng: np.random.Generator, counts: tuple[int, ...], tokens: int) -> Tiles:
     """Of groups with so many rows, gathered from so many tokens, with repeats."""
     group_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    step = int(rng.choice((ROWS_STEP, height)))
-    low = max(16, (height - 1) // 16 * 16)
-    slots, place, tiles = grouped(group_of[:, None], range(len(counts)), height, step, low)
+    local = range(len(counts))
+    slots, place, tiles = grouped(group_of[:, None], local, TALLEST, HEIGHT_STEP, by_height=True)
     listed = Tiles(slots, tiles, np.full(len(slots), -1, np.int32))
     listed.source[place] = rng.integers(0, tokens, len(group_of), np.int32)
     listed.group_of[place] = group_of
@@ -201,9 +218,8 @@ def normal(rng: np.random.Generator, *shape: int) -> Float32:
     return rng.standard_normal(shape).astype(np.float32) / np.float32(2)
 
 
-def counts_around(height: int) -> tuple[int, ...]:
-    """Rows of groups: astride the edges of tiles, and one with none."""
-    return (1, 15, 16, 17, 0, 33, height - 1, height, height + 1)
+# Rows of groups: astride the edges of tiles of all heights, and one with none.
+COUNTS = (1, 15, 16, 17, 0, 24, 25, 33, 40, 41, 47, 48, 49, 100)
 
 
 def of_one_group(rows: int) -> Ints:
@@ -220,7 +236,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated]:
-    """By the height of tiles; compiled from headers of which some are replaced by those here."""
+    """By its sizes; compiled from headers of which some are replaced by those here."""
     if COMPILER is None:
         pytest.skip("there is no g++ to compile kernels for the CPU with")
     folder = tmp_path_factory.mktemp("emulated")
@@ -228,8 +244,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated
     shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
 
     @cache
-    def compiled(height: int, sizes: tuple[int, int] = HOPPER) -> Emulated:
-        constants = {"ROWS": height // 4, "SHORT": 1, "TILE_K": sizes[0], "PASS": sizes[1]}
+    def compiled(sizes: tuple[int, int] = HOPPER) -> Emulated:
+        constants = {"TILE_K": sizes[0], "PASS": sizes[1]}
         program = folder / "-".join(map(str, ("products", *constants.values())))
         includes = (f"-I{sources}", f"-I{SOURCES}")
         subprocess.run(
@@ -237,7 +253,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated
              *(f"-D{name}={value}" for name, value in constants.items()),
              str(sources / "products.cpp"), "-o", str(program)], check=True,
         )  # fmt: skip
-        return Emulated(program, height)
+        return Emulated(program)
 
     if not has_cpp20(folder):
         pytest.skip("g++ here has no std::barrier (C++20), with which kernels run on the CPU")
@@ -250,16 +266,16 @@ def has_cpp20(folder: Path) -> bool:
     return subprocess.run(command, input=source, stderr=subprocess.PIPE, cwd=folder).returncode == 0
 
 
-@pytest.mark.parametrize("height", HEIGHTS)
-def test_panels(emulated: Callable[..., Emulated], rng: np.random.Generator, height: int) -> None:
-    gemm, x = emulated(height), normal(rng, 29, 70)
-    tiles = tiles_of(rng, counts_around(height), height, len(x))
+def test_panels(emulated: Callable[..., Emulated], rng: np.random.Generator) -> None:
+    gemm, x = emulated(), normal(rng, 29, 70)
+    tiles = tiles_of(rng, COUNTS, len(x))
     panels = gemm.arrange(x, tiles)
     assert np.isnan(panels[-1]).all()  # of the tile that is not in the list
     for panel, (_, first, many, _) in zip(panels, tiles.tiles, strict=False):
-        rows = tiles.source[first + np.minimum(np.arange(height), many - 1)]
-        assert np.array_equal(panel[:70], x[rows].T)
-        assert not panel[70:].any()
+        panel_kr = content(panel, many)
+        rows = tiles.source[first + np.minimum(np.arange(panel_kr.shape[1]), many - 1)]
+        assert np.array_equal(panel_kr[:70], x[rows].T)
+        assert not panel_kr[70:].any()
 
 
 @pytest.mark.parametrize("height", HEIGHTS)
@@ -267,41 +283,36 @@ def test_linear_of_dense_rows(
     emulated: Callable[..., Emulated], rng: np.random.Generator, height: int
 ) -> None:
     """With few k most of a block's groups have nothing to sum."""
-    gemm = emulated(height)
+    gemm = emulated()
     shapes = [(132, 16), (37, 32), (132, 107), (129, 300)]  # columns, inputs
     for i, rows in enumerate((1, 17, height - 1, 2 * height + 1)):
         columns, inputs = shapes[i]
         x, weight = normal(rng, rows, inputs), normal(rng, 1, columns, inputs)
         bias = normal(rng, columns) if i >= 2 else None
-        got = gemm.linear(gemm.arrange(x), pack(weight), rows, columns, bias, blocks=1 + i % 3)
+        panels = gemm.arrange(x, height=height)
+        got = gemm.linear(panels, pack(weight), rows, columns, bias, blocks=1 + i % 3)
         want, off = product(x, weight, of_one_group(rows))
         if bias is not None:
             want, off = want + bias, off + 2 * ROUNDING * abs(want + bias)
         assert_near(got, (want, off))
 
 
-@pytest.mark.parametrize(
-    ("height", "sizes"), [*((h, HOPPER) for h in HEIGHTS), (48, AMPERE), (40, TURING)]
-)
+@pytest.mark.parametrize("sizes", [HOPPER, AMPERE, TURING])
 def test_experts(
-    emulated: Callable[..., Emulated],
-    rng: np.random.Generator,
-    height: int,
-    sizes: tuple[int, int],
+    emulated: Callable[..., Emulated], rng: np.random.Generator, sizes: tuple[int, int]
 ) -> None:
     """A list of tiles: gated, whose panels the next product reads."""
-    gemm, counts, hidden, inner = emulated(height, sizes), counts_around(height), 107, 69
-    tiles, x = tiles_of(rng, counts, height, 50), normal(rng, 50, hidden)
-    rows, groups = len(tiles.source), len(counts)
+    gemm, hidden, inner = emulated(sizes), 107, 69
+    tiles, x = tiles_of(rng, COUNTS, 50), normal(rng, 50, hidden)
+    rows, groups = len(tiles.source), len(COUNTS)
     gates, ups = normal(rng, groups, inner, hidden), normal(rng, groups, inner, hidden)
     down = normal(rng, groups, 101, inner)
 
     panels = gemm.gated(gemm.arrange(x, tiles), pack_gated(gates, ups), rows, inner, tiles, 3)
     filled = tiles.filled
-    group_of, got = tiles.group_of[filled], gemm.rows_of(panels, rows, tiles)[filled]
+    group_of, got = tiles.group_of[filled], rows_of(panels, rows, tiles)[filled]
     assert_near(got[:, :inner], gated_product(x[tiles.source[filled]], gates, ups, group_of))
     assert not got[:, inner:].any()  # the padding that the next product reads
-    assert np.isfinite(panels[:-1]).all()
     assert np.isnan(panels[-1]).all()
 
     out = gemm.linear(panels, pack(down), rows, 101, tiles=tiles, blocks=5)
@@ -312,11 +323,11 @@ def test_experts(
 def test_gated_of_dense_rows(
     emulated: Callable[..., Emulated], rng: np.random.Generator, columns: int
 ) -> None:
-    gemm, rows, inputs = emulated(24), 50, 45
+    gemm, rows, inputs = emulated(), 50, 45
     gates, ups = normal(rng, 1, columns, inputs), normal(rng, 1, columns, inputs)
     x = normal(rng, rows, inputs)
-    panels = gemm.gated(gemm.arrange(x), pack_gated(gates, ups), rows, columns)
-    got = gemm.rows_of(panels, rows)
+    panels = gemm.gated(gemm.arrange(x, height=24), pack_gated(gates, ups), rows, columns)
+    got = rows_of(panels, rows)
     assert_near(got[:, :columns], gated_product(x, gates, ups, of_one_group(rows)))
     assert not got[:, columns:].any()
 
@@ -328,17 +339,17 @@ def test_a_row_has_the_same_bits_in_every_tile(
     x, weight, bias = normal(rng, 53, 107), normal(rng, 1, 132, 107), normal(rng, 132)
     gates, ups = normal(rng, 1, 40, 107), normal(rng, 1, 40, 107)
 
-    def both(gemm: Emulated, x: Float32, tiles: Tiles | None = None) -> Float32:
-        rows, panels = len(tiles.source) if tiles else len(x), gemm.arrange(x, tiles)
+    gemm, tiles = emulated(), tiles_of(rng, (70,), len(x))
+
+    def both(x: Float32, tiles: Tiles | None = None, height: int = TALLEST) -> Float32:
+        rows, panels = len(tiles.source) if tiles else len(x), gemm.arrange(x, tiles, height)
         linear = gemm.linear(panels, pack(weight), rows, 132, bias, tiles)
         gated = gemm.gated(panels, pack_gated(gates, ups), rows, 40, tiles)
-        return np.hstack([linear, gemm.rows_of(gated, rows, tiles)])
+        return np.hstack([linear, rows_of(gated, rows, tiles)])
 
-    want = both(emulated(48), x)
+    want, filled = both(x), tiles.filled
+    assert np.array_equal(both(x, tiles)[filled], want[tiles.source[filled]])
+    row = int(rng.integers(len(x)))
+    assert np.array_equal(both(x[row : row + 1])[0], want[row])
     for height in HEIGHTS:
-        gemm, tiles = emulated(height), tiles_of(rng, (70,), height, len(x))
-        assert np.array_equal(both(gemm, x), want)
-        filled = tiles.filled
-        assert np.array_equal(both(gemm, x, tiles)[filled], want[tiles.source[filled]])
-        row = int(rng.integers(len(x)))
-        assert np.array_equal(both(gemm, x[row : row + 1])[0], want[row])
+        assert np.array_equal(both(x, height=height), want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ Ints = npt.NDArray[np.int32]
 
 
 def grouped(
-    ids: Ints, local: range, tile_rows: int, step: int, low: int = 0
+    ids: Ints, local: range, tile_rows: int, step: int, by_height: bool = False
 ) -> tuple[Ints, Ints, Ints]:
     """source, place and tiles as `group_by_expert` makes them: experts begin at eighth slots."""
     pairs = ids.reshape(-1)
@@ -26,20 +27,25 @@ def grouped(
         of_expert = np.flatnonzero(pairs == local[e])
         place[of_expert] = sum(slots[:e]) + np.arange(its)
         source[place[of_expert]] = of_expert // ids.shape[1]
-    of_kind: tuple[list[tuple[int, int, int]], ...] = [], []  # high, low
+    of_kind: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # by height, in steps
     for e in sorted(range(len(local)), key=lambda e: (-rows[e], e)):
-        even = -(-rows[e] // max(-(-rows[e] // tile_rows), 1))
-        each = min(tile_rows, -(-even // step) * step)
-        for begin in range(0, rows[e], each or 1):
-            many = min(each, rows[e] - begin)
-            of_kind[many <= low].append((e, sum(slots[:e]) + begin, many))
+        begin = 0
+        for steps in even(-(-rows[e] // step), -(-rows[e] // tile_rows)):
+            many = min(steps * step, rows[e] - begin)
+            of_kind[by_height and steps].append((e, sum(slots[:e]) + begin, many))
+            begin += many
     tiles: list[tuple[int, int, int, int]] = []
-    for kind in of_kind:
+    for _, kind in sorted(of_kind.items(), reverse=True):
         start, experts = len(tiles), [e for e, _, _ in kind]
         for e, first_slot, many in kind:
             siblings = (start + experts.index(e)) | experts.count(e) << 16
             tiles.append((e, first_slot, many, siblings))
     return source, place, np.array(tiles, np.int32).reshape(-1, 4)
+
+
+def even(whole: int, parts: int) -> list[int]:
+    """The sizes of so many parts, the larger ones first."""
+    return [whole // parts + (i < whole % parts) for i in range(parts)]
 
 
 def random_ids(tokens: int, taken: int, local: range, favourites: float = 0.0) -> Ints:
@@ -50,21 +56,24 @@ def random_ids(tokens: int, taken: int, local: range, favourites: float = 0.0) -
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 47, 48, 49, 96, 97, 128, 129, 1000])
-@pytest.mark.parametrize(("tile_rows", "step"), [(48, 8), (128, 128), (128, 64), (5, 3)])
+@pytest.mark.parametrize(("tile_rows", "step"), [(48, 8), (128, 128), (128, 64), (6, 3)])
 def test_tiles_cover_an_expert_evenly(rows: int, tile_rows: int, step: int) -> None:
     _, _, tiles = grouped(np.zeros((rows, 1), np.int32), range(1), tile_rows, step)
     sizes = tiles[:, 2]
     assert sizes.sum() == rows
     assert len(sizes) == -(-rows // tile_rows)
     assert all(0 < size <= tile_rows for size in sizes)
-    assert all(size in (tile_rows, sizes[0]) or size == sizes[-1] for size in sizes)
+    assert all(size % step == 0 for size in sizes[:-1])
+    assert sizes.max(initial=0) - (-(-sizes // step) * step).min(initial=tile_rows) <= step
     if step == tile_rows:
         assert all(size == tile_rows for size in sizes[:-1])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-@pytest.mark.parametrize("tiling", [(48, 8, 32), (48, 48, 32), (128, 128, 0), (64, 16, 0)])
+@pytest.mark.parametrize(
+    "tiling", [(48, 8, True), (128, 128, False), (64, 16, False), (64, 16, True)]
+)
 @pytest.mark.parametrize(
     ("tokens", "taken", "local", "favourites"),
     [
@@ -79,7 +88,7 @@ def test_tiles_cover_an_expert_evenly(rows: int, tile_rows: int, step: int) -> N
     ],
 )
 def test_grouping_on_the_device(
-    tokens: int, taken: int, local: range, favourites: float, tiling: tuple[int, int, int]
+    tokens: int, taken: int, local: range, favourites: float, tiling: tuple[int, int, bool]
 ) -> None:
     import cupy
     from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert

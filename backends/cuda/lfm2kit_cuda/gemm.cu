@@ -2,45 +2,49 @@
 // kGroups chains, each over its own stretch of k, added in their order: the same whatever the tile.
 // So its bits depend neither on the batch nor on the heights of tiles.
 //
-//   a_panels  a panel for each tile of rows, made by `arrange` in panels.cu: k, rows
+//   a_panels  a panel for each tile of rows, made by `arrange` in panels.cu (panels.cuh)
 //   w_gpkc    matrices packed by `transpose` in packing.cu: groups, panels of 128 columns (padded
 //             with zeros), k, columns
-//   tiles     (group, first row, rows, the group's first tile | its tiles << 16); without a list,
-//             kHeight rows each, group 0
+//   tiles     (group, first row, rows, the first of the group's tiles that are as high | how many
+//             they are << 16), the highest first; without a list, `dense_tiles` of group 0
+//             (even_tiles.cuh)
 //
-// A block has a multiprocessor to itself, and all of it works on one tile of kHeight rows x 128
-// columns: two warps for each stretch of k, side by side, a thread summing kRows x 8 outputs.  Tiles
-// are small, and there are many: with few rows, what counts is that all multiprocessors are busy to
-// the end.  Blocks go from tile to tile, and the copies of the next one's first stages run while
-// the sums of this one are added and stored.
+// A block has a multiprocessor to itself, and all of it works on one tile of 16 to 48 rows x 128
+// columns: two warps for each stretch of k, side by side, a thread summing 4 to 12 rows x 8 columns.
+// Tiles are small, and there are many: with few rows, what counts is that all multiprocessors are
+// busy to the end.  Blocks go from tile to tile, and the copies of the next one's first stages run
+// while the sums of this one are added and stored.
 //
-// The height is a constant of the compilation, and with SHORT a tile with few rows takes a loop of
-// its own: it sums in the same registers.  With sums of their own, or with a loop for every height,
-// the compiler allots registers worse.
+// There is a loop for each height of tiles, and all sum in the same registers: with sums of their
+// own the compiler allots registers worse.
 //
 // A scheduler starts one multiplication per cycle only if two of its operands come from different
 // banks of registers and the third is kept from the one before.  Hence the multiplications go to
 // and fro over the columns; hence too that four sums are stored as (1, 0, 3, 2): as they are, they
 // would have to lie in the banks of the weights that they meet.
+#include "even_tiles.cuh"
+#include "panels.cuh"
 #include "shared_memory.cuh"
 #include "stages.cuh"
 
-constexpr int kRows = ROWS, kHeight = 4 * kRows;  // of a thread, of a tile
-constexpr int kShort = SHORT && kRows > 4 ? (kRows - 1) / 4 * 4 : kRows;  // in a low tile
-constexpr int kTileK = TILE_K, kStages = 2, kGroups = 6, kWarps = 2;  // warps of a group
+constexpr int kRows = kTallest / 4, kLeastRows = kLowest / 4, kRowsStep = kHeightStep / 4;
+constexpr int kTileK = TILE_K, kGroups = 6, kWarps = 2;  // k of a stage, warps of a group
 constexpr int kGroupThreads = 32 * kWarps, kThreads = kGroups * kGroupThreads;
 constexpr int kColumns = 8, kTileN = kWarps * 64;
 constexpr int kPass = PASS;              // rows of a thread whose sums are added at once
 constexpr int kPassRow = kTileN + 4;     // in floats: puts rows in different banks
 constexpr int kStageW = kTileK * kTileN;
 
-using Ring = Stages<kStages, kStageW, kTileK * kHeight, kGroupThreads>;
-constexpr int kRings = kGroups * kStages * Ring::kFloats;
+using Ring = Stages<kStageW, kTileK * kTallest, kGroupThreads>;
+constexpr int kRound = Ring::kCount * kTileK;  // in k
+constexpr int kRings = kGroups * Ring::kCount * Ring::kFloats;
 
 extern __shared__ __align__(128) float shared[];  // the rings' stages, then sums
 
 struct Tile {
   int group, row, rows, column, panel;
+
+  __device__ __forceinline__ int height() const { return height_of(rows); }
 };
 
 // What a thread multiplies for one k; 4 x 8 threads per warp.  Its rows are four in a row of every
@@ -49,28 +53,29 @@ struct Fragment {
   float a[kRows], w[kColumns];
 };
 
-// Where a thread's part of a stage begins.
+// Where a thread's part of the first stage begins.
 struct Lane {
   u32 w, a, last_two;
 
-  __device__ __forceinline__ Lane() {
+  __device__ __forceinline__ explicit Lane(u32 stage) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
-    w = 4 * (warp * 64 + lane % 8 * 4);
-    a = 4 * (kStageW + lane / 8 * 4);
+    w = stage + 4 * (warp * 64 + lane % 8 * 4);
+    a = stage + 4 * (kStageW + lane / 8 * 4);
     last_two = a - lane / 8 * 8;
     asm volatile("" : "+r"(w), "+r"(a), "+r"(last_two));  // or they are computed in every stage
   }
 };
 
+// The fragment of the stage's `k`, in a tile of which a thread has kCount rows.
 template <int kCount>
-__device__ __forceinline__ void read(Fragment& fragment, const Lane& lane, u32 stage, int k) {
-  u32 w = stage + lane.w + 4 * k * kTileN, a = stage + lane.a + 4 * k * kHeight;
+__device__ __forceinline__ void read(Fragment& fragment, const Lane& lane, int stage, int k) {
+  int at = stage * Ring::kBytes, w = at + 4 * k * kTileN, a = at + 4 * k * 4 * kCount;
 #pragma unroll
-  for (int i = 0; i + 4 <= kCount; i += 4) read_four(fragment.a + i, a + 16 * i);
+  for (int i = 0; i + 4 <= kCount; i += 4) read_four(fragment.a + i, lane.a + a + 16 * i);
   if constexpr (kCount % 4 == 2)
-    read_two(fragment.a + kCount - 2, stage + lane.last_two + 4 * k * kHeight + 16 * (kCount - 2));
+    read_two(fragment.a + kCount - 2, lane.last_two + a + 16 * (kCount - 2));
 #pragma unroll
-  for (int i = 0; i < kColumns; i += 4) read_four(fragment.w + i, w + 32 * i);
+  for (int i = 0; i < kColumns; i += 4) read_four(fragment.w + i, lane.w + w + 32 * i);
 }
 
 template <int kCount>
@@ -84,32 +89,49 @@ __device__ __forceinline__ void multiply(const Fragment& fragment, float (&acc)[
     }
 }
 
-// Sums this group's `steps` stages in the first kCount rows of `acc`; the next k's fragment is read
-// while this one's is multiplied.
+// Sums this group's `rounds` rounds of stages in the first kCount rows of `acc`; the next k's
+// fragment is read while this one's is multiplied.
 template <int kCount>
-__device__ __forceinline__ void run(Ring& ring, const Lane& lane, int steps,
+__device__ __forceinline__ void run(Ring& ring, const Lane& lane, int rounds,
                                     float (&acc)[kRows][kColumns]) {
+  // With both stages unrolled all addresses are constants; but a loop of more than some 32 KB, as
+  // those for 32 rows and more would be, does not fit the cache of instructions.
+  constexpr int kUnrolled = kCount <= 6 ? Ring::kCount : 1;
   Fragment fragments[2];
-  if (steps > 0) {
-    ring.wait();
-    read<kCount>(fragments[0], lane, ring.address(), 0);
+  if (rounds > 0) {
+    ring.wait(0);
+    read<kCount>(fragments[0], lane, 0, 0);
   }
 #pragma unroll 1
-  for (int left = steps; left > 0; --left) {
+  for (int left = rounds; left > 0; --left)
+#pragma unroll kUnrolled
+    for (int stage = 0; stage < Ring::kCount; ++stage) {
+      int next = (stage + 1) % Ring::kCount;
+      bool is_end = next == 0 && left == 1;
+      if (next == 0) ring.go_round();
 #pragma unroll
-    for (int k = 0; k < kTileK - 1; ++k) {
-      if (k == 1) ring.refill();
-      read<kCount>(fragments[(k + 1) % 2], lane, ring.address(), k + 1);
-      multiply<kCount>(fragments[k % 2], acc);
+      for (int k = 0; k < kTileK - 1; ++k) {
+        if (k == 1 && !is_end) ring.refill(next, kTileK * 4 * kCount);
+        read<kCount>(fragments[(k + 1) % 2], lane, stage, k + 1);
+        multiply<kCount>(fragments[k % 2], acc);
+      }
+      if (!is_end) {
+        ring.wait(next);
+        read<kCount>(fragments[0], lane, next, 0);
+      }
+      ring.release(stage);
+      multiply<kCount>(fragments[1], acc);
     }
-    u32 done = ring.next();
-    if (left > 1) {
-      ring.wait();
-      read<kCount>(fragments[0], lane, ring.address(), 0);
-    }
-    ring.release(done);
-    multiply<kCount>(fragments[1], acc);
-  }
+}
+
+// By the loop for so many rows of a tile.
+template <int kMost = kRows>
+__device__ __forceinline__ void run_as_high(Ring& ring, const Lane& lane, int rounds, int rows,
+                                            float (&acc)[kRows][kColumns]) {
+  constexpr int kLess = kMost - kRowsStep;
+  if constexpr (kMost > kLeastRows)
+    if (rows <= 4 * kLess) return run_as_high<kLess>(ring, lane, rounds, rows, acc);
+  run<kMost>(ring, lane, rounds, acc);
 }
 
 __device__ __forceinline__ float4 total(const float* from, int pass_rows) {
@@ -122,9 +144,9 @@ __device__ __forceinline__ float4 total(const float* from, int pass_rows) {
   return make_float4(sum.y, sum.x, sum.w, sum.z);
 }
 
-// The row in the tile of row `i` of the threads `at` of 4, or -1 where the tile has none.
-__device__ __forceinline__ int row_in_tile(int at, int i) {
-  int in_four = i % 4, first = i - in_four, left = kRows - first;  // rows of a thread from there
+// The row in the tile of row `i` of the `count` that the threads `at` of 4 have; -1: it is not there.
+__device__ __forceinline__ int row_in_tile(int at, int i, int count) {
+  int in_four = i % 4, first = i - in_four, left = count - first;  // rows of a thread from there
   if (left >= 4) return 4 * first + 4 * at + in_four;
   return in_four < left ? 4 * first + 2 * at + in_four : -1;
 }
@@ -135,11 +157,12 @@ __device__ __forceinline__ void reduce(const float (&acc)[kRows][kColumns], cons
   constexpr int kPairs = kTileN / 8, kPassRows = 4 * kPass;
   constexpr bool kDown = Epilogue::kDown;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
-  int group = threadIdx.x / kGroupThreads;
+  int group = threadIdx.x / kGroupThreads, count = tile.height() / 4;
   float *sums = shared + kRings,
         *mine = sums + (group * kPassRows + lane / 8 * kPass) * kPassRow + warp * 64 + lane % 8 * 4;
 #pragma unroll
   for (int i0 = 0; i0 < kRows; i0 += kPass) {
+    if (i0 >= count) break;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kPass && i0 + i < kRows; ++i)
@@ -152,7 +175,7 @@ __device__ __forceinline__ void reduce(const float (&acc)[kRows][kColumns], cons
     __syncthreads();
     for (int q = threadIdx.x; q < kPassRows * kPairs; q += kThreads) {
       int r = kDown ? q % kPassRows : q / kPairs, pair = kDown ? q / kPassRows : q % kPairs;
-      int row = row_in_tile(r / kPass, i0 + r % kPass);
+      int row = row_in_tile(r / kPass, i0 + r % kPass, count);
       if (row < 0) continue;
       int column = pair / 8 * 64 + pair % 8 * 4;
       const float* from = sums + r * kPassRow + column;
@@ -167,33 +190,38 @@ struct Operands {
   float* out;
   const int4* tiles;
   const int* tile_count;
-  int m, k, width, n;
+  EvenTiles even;
+  int k, width, n;
 
-  __device__ int count() const { return tiles ? *tile_count : (m + kHeight - 1) / kHeight; }
+  __device__ int count() const { return tiles ? *tile_count : even.count; }
 
-  // In the order in which blocks take them: the tiles of one group that share a panel of W follow
-  // each other.
+  // In the order in which blocks take them: the tiles of one group that are as high and share a
+  // panel of W follow each other.
   __device__ Tile tile(int unit) const {
-    int columns = width / kTileN;
-    if (!tiles) {
-      int many = count(), panel = unit % many, row = panel * kHeight;
-      return {0, row, min(kHeight, m - row), unit / many * kTileN, panel};
+    int columns = width / kTileN, first, many;
+    if (tiles) {
+      int range = tiles[unit / columns].w;
+      first = range & 0xffff, many = range >> 16;
+    } else {
+      bool is_low = unit >= even.tall * columns;
+      first = is_low ? even.tall : 0, many = is_low ? even.count - even.tall : even.tall;
     }
-    int range = tiles[unit / columns].w, first = range & 0xffff, many = range >> 16;
-    int in_group = unit - first * columns, panel = first + in_group % many;
+    int in_range = unit - first * columns, panel = first + in_range % many;
+    int column = in_range / many * kTileN;
+    if (!tiles) return {0, even.first_row(panel), even.rows_of(panel), column, panel};
     int4 listed = tiles[panel];
-    return {listed.x, listed.y, listed.z, in_group / many * kTileN, panel};
+    return {listed.x, listed.y, listed.z, column, panel};
   }
 
-  // The stages in a group's stretch of k.
-  __device__ int first_step(int group) const { return k / kTileK * group / kGroups; }
-  __device__ int steps(int group) const { return first_step(group + 1) - first_step(group); }
+  // The rounds in a group's stretch of k.
+  __device__ int first_round(int group) const { return k / kRound * group / kGroups; }
+  __device__ int rounds(int group) const { return first_round(group + 1) - first_round(group); }
 
   __device__ Ring::Source source(const Tile& tile, int group) const {
-    size_t from = first_step(group) * kTileK;
+    size_t from = first_round(group) * kRound;
     const float* w_kc = w_gpkc + (size_t(tile.group) * width + tile.column) * k;
-    const float* a_kr = a_panels + size_t(tile.panel) * kHeight * k;
-    return {w_kc + from * kTileN, a_kr + from * kHeight, steps(group)};
+    const float* a_kr = a_panels + size_t(tile.panel) * kTallest * k;
+    return {w_kc + from * kTileN, a_kr + from * tile.height()};
   }
 };
 
@@ -205,21 +233,21 @@ __shared__ struct {
   Ring::Shared rings[kGroups];
 } block;
 
-// Starts the copies of a tile, and leaves in `tile` which it is.
+// Starts the copies of a tile, and leaves in `to` which it is.
 __device__ __forceinline__ void start(Ring& ring, int unit, Tile& to) {
   Tile tile = block.operands.tile(unit);
   if (threadIdx.x == 0) to = tile;
-  ring.start(block.operands.source(tile, uniform(threadIdx.x / kGroupThreads)));
+  int group = uniform(threadIdx.x / kGroupThreads);
+  if (block.operands.rounds(group) > 0)
+    ring.start(block.operands.source(tile, group), uniform(kTileK * tile.height()));
 }
 
 // The tile that was started, and the start of the next.
 template <class Epilogue>
-__device__ __forceinline__ void compute_tile(Ring& ring, const Lane& lane, int turn,
-                                             int next) {
+__device__ __forceinline__ void compute_tile(Ring& ring, const Lane& lane, int turn, int next) {
   float acc[kRows][kColumns] = {};
-  int steps = block.operands.steps(uniform(threadIdx.x / kGroupThreads));
-  if (kRows == kShort || block.tiles[turn].rows > 4 * kShort) run<kRows>(ring, lane, steps, acc);
-  else run<kShort>(ring, lane, steps, acc);
+  int rounds = block.operands.rounds(uniform(threadIdx.x / kGroupThreads));
+  run_as_high(ring, lane, rounds, uniform(block.tiles[turn].rows), acc);
   if (next < block.units) start(ring, next, block.tiles[turn ^ 1]);
   Tile tile = block.tiles[turn];  // a copy: others may have gone on to the tile after the next
   reduce<Epilogue>(acc, tile);
@@ -234,7 +262,7 @@ __device__ __forceinline__ void compute(const Operands& operands) {
   Ring::prepare(block.rings);
   __syncthreads();
   Ring ring(shared, block.rings);
-  Lane lane;
+  Lane lane(ring.address());
   if (blockIdx.x < block.units) start(ring, blockIdx.x, block.tiles[0]);
   __syncthreads();
 #pragma unroll 1
@@ -280,24 +308,27 @@ struct Gated {
                                                float4 up) {
     int n = block.operands.n;
     int c = (tile.column + column) / 64 * 32 + column % 64;
-    float* out = block.operands.out + (size_t(tile.panel) * n + c) * kHeight + row;
+    int height = tile.height();
+    float* out = block.operands.out + size_t(tile.panel) * n * kTallest + size_t(c) * height + row;
     const float gates[] = {gate.x, gate.y, gate.z, gate.w}, ups[] = {up.x, up.y, up.z, up.w};
     // Not `/`, whose rare cases are a call: with one in it, the whole kernel takes half as long again.
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (c + i < n) out[i * kHeight] = __fdividef(gates[i], 1 + expf(-gates[i])) * ups[i];
+      if (c + i < n) out[i * height] = __fdividef(gates[i], 1 + expf(-gates[i])) * ups[i];
   }
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     linear(const float* a_panels, const float* w_gpkc, const float* bias_n, float* out_mn,
-           const int4* tiles, const int* tile_count, int m, int k, int width, int n) {
-  compute<Linear>({a_panels, w_gpkc, bias_n, out_mn, tiles, tile_count, m, k, width, n});
+           const int4* tiles, const int* tile_count, int m, int dense_tiles, int k, int width,
+           int n) {
+  EvenTiles even = even_tiles(m, dense_tiles, kHeightStep);
+  compute<Linear>({a_panels, w_gpkc, bias_n, out_mn, tiles, tile_count, even, k, width, n});
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     gated(const float* a_panels, const float* w_gpkc, float* out_panels, const int4* tiles,
-          const int* tile_count, int m, int k, int width, int n) {
-  compute<Gated>(
-      {a_panels, w_gpkc, nullptr, out_panels, tiles, tile_count, m, k, width, n});
+          const int* tile_count, int m, int dense_tiles, int k, int width, int n) {
+  EvenTiles even = even_tiles(m, dense_tiles, kHeightStep);
+  compute<Gated>({a_panels, w_gpkc, nullptr, out_panels, tiles, tile_count, even, k, width, n});
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,31 +19,27 @@ from lfm2kit_cuda.upload import upload
 THREADS, GROUPS, STAGES = 384, 6, 2
 WIDTH = 128  # columns of a tile, and of a panel of W
 RUN = 32  # columns of w1 before as many of w3
-STEP = 16  # panels have a multiple of so many k
+STEP = 32  # panels have a multiple of so many k: of two stages
 PART, ARRANGE_THREADS = 64, 256  # as in panels.cu
 
-ROWS_STEP = 8
-# The rows that a tile may have, and its time in a unit of its own: measured on an H200.
-HEIGHTS = {48: 100, 40: 85, 32: 69, 24: 56, 16: 44}
+TALLEST, LOWEST, HEIGHT_STEP = 48, 16, 8  # rows of tiles, as in panels.cuh
+# Their times in a unit of their own: measured on an H200.
+HEIGHTS = {48: 100, 40: 86, 32: 71, 24: 56, 16: 44}
 
 
 @dataclass(frozen=True, slots=True)
 class Panels:
     """Activations as gemm.cu reads them: a panel for each tile of rows."""
 
-    array: cupy.ndarray  # float32 [most tiles, k, height]
+    array: cupy.ndarray  # float32 [tiles or room for them, k, room for rows]
     rows: int
-
-    @property
-    def height(self) -> int:
-        return int(self.array.shape[2])
 
 
 class Gemm:
     activation = "F32"
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
-        return _tiling(pairs, groups)
+        return Tiling(TALLEST, HEIGHT_STEP, by_height=True)
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
         columns, inputs = matrices[0].shape
@@ -89,7 +84,7 @@ class Gemm:
 
     def gated(self, x: Rows, matrix: Matrix, tiles: RowTiles | None = None) -> Panels:
         panels, columns = _arranged(x, matrix, tiles), padded(matrix.columns, STEP)
-        shape = (len(panels.array), columns, panels.height)
+        shape = (len(panels.array), columns, TALLEST)
         out = replace(panels, array=cupy.empty(shape, cupy.float32))
         _launch("gated", panels, matrix, (out.array,), tiles, columns)
         return out
@@ -99,14 +94,14 @@ class Gemm:
 
 
 def _arranged(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> Panels:
-    """Panels for `tiles`; without a list, of the height that suits the product."""
+    """Panels for `tiles`; without a list, for as many as suit the product."""
     rows = tiles.rows if tiles else len(x)
-    height = tiles.tiling.rows if tiles else _height(rows, matrix.width)
-    most = len(tiles.tiles) if tiles else -(-rows // height)
-    panels = cupy.empty((most, matrix.inputs, height), cupy.float32)
-    load_kernel("panels", "arrange", ROWS=height // 4)(
+    most = len(tiles.tiles) if tiles else _dense_tiles(rows, matrix.width)
+    panels = cupy.empty((most, matrix.inputs, TALLEST), cupy.float32)
+    load_kernel("panels", "arrange")(
         (-(-matrix.inputs // PART), most), ARRANGE_THREADS, x.array,
-        tiles.source if tiles else None, panels, *listed(tiles), rows, x.extent, matrix.inputs,
+        tiles.source if tiles else None, panels, *listed(tiles), rows, most, x.extent,
+        matrix.inputs,
     )  # fmt: skip
     return Panels(panels, rows)
 
@@ -119,20 +114,19 @@ def _launch(
     tiles: RowTiles | None,
     columns: int,
 ) -> None:
-    most = len(panels.array) * (matrix.width // WIDTH)
-    _kernel(name, panels.height, tiles is not None)(
-        (min(most, processors()),), THREADS, panels.array, matrix.packed, *outputs, *listed(tiles),
-        panels.rows, matrix.inputs, matrix.width, columns,
+    most = len(panels.array)
+    _kernel(name)(
+        (min(most * (matrix.width // WIDTH), processors()),), THREADS, panels.array, matrix.packed,
+        *outputs, *listed(tiles), panels.rows, most, matrix.inputs, matrix.width, columns,
     )  # fmt: skip
 
 
 @cache
-def _kernel(name: str, height: int, has_low: bool) -> Kernel:
+def _kernel(name: str) -> Kernel:
     tile_k, rows_at_once = _sizes()
-    stages = GROUPS * STAGES * tile_k * (WIDTH + height)
+    stages = GROUPS * STAGES * tile_k * (WIDTH + TALLEST)
     sums = GROUPS * 4 * rows_at_once * (WIDTH + 4)
-    constants = {"ROWS": height // 4, "TILE_K": tile_k, "PASS": rows_at_once}
-    return load_kernel("gemm", name, 4 * (stages + sums), SHORT=int(has_low), **constants)
+    return load_kernel("gemm", name, 4 * (stages + sums), TILE_K=tile_k, PASS=rows_at_once)
 
 
 def _sizes() -> tuple[int, int]:
@@ -145,40 +139,19 @@ def _sizes() -> tuple[int, int]:
 
 
 @cache
-def _height(rows: int, width: int) -> int:
-    """Of the tiles with which the busiest multiprocessor is done first."""
+def _dense_tiles(rows: int, width: int) -> int:
+    """How many tiles of all columns the busiest multiprocessor is done with first."""
+    columns, steps = width // WIDTH, -(-rows // HEIGHT_STEP)
 
-    def time(height: int) -> int:
-        tiles = -(-rows // height) * (width // WIDTH)
-        return -(-tiles // processors()) * HEIGHTS[height]
+    def time(count: int) -> int:
+        height = -(-steps // count)  # in steps, as in even_tiles.cuh
+        low = count * height - steps
+        turns, tall_turns = (-(-tiles * columns // processors()) for tiles in (count, count - low))
+        tall, lower = (HEIGHTS[max(LOWEST, HEIGHT_STEP * h)] for h in (height, height - 1))
+        return tall_turns * tall + (turns - tall_turns) * lower
 
-    return min(HEIGHTS, key=time)
-
-
-@cache
-def _tiling(pairs: int, groups: int) -> Tiling:
-    """What takes the least time if a group's rows are about Poisson distributed: tiles that are
-    evenly filled, or full ones and a rest."""
-    mean = max(pairs / groups, 1e-3)
-    most = math.ceil(mean + 8 * math.sqrt(mean) + 8)
-    chances = [math.exp(n * math.log(mean) - mean - math.lgamma(n + 1)) for n in range(most)]
-
-    def time(tiling: Tiling) -> float:
-        return sum(p * _time_of_group(rows, tiling) for rows, p in enumerate(chances) if rows)
-
-    # A low tile takes a shorter loop: kShort in gemm.cu.
-    low_of = {height: max(16, (height - 1) // 16 * 16) for height in HEIGHTS}
-    menu = (Tiling(h, step, low_of[h]) for h in HEIGHTS for step in (ROWS_STEP, h))
-    return min(menu, key=time)
-
-
-def _time_of_group(rows: int, tiling: Tiling) -> int:
-    """Of its tiles, as `group_by_expert` lists them."""
-    even = -(-rows // -(-rows // tiling.rows))
-    each = min(tiling.rows, padded(even, tiling.step))
-    full, rest = divmod(rows, each)
-    tiles = [each] * full + [rest] * (rest > 0)
-    return sum(HEIGHTS[tiling.low if its <= tiling.low else tiling.rows] for its in tiles)
+    most = max(-(-rows // LOWEST), 1)
+    return min(range(-(-rows // TALLEST), most + 1), key=time) if rows else 0
 
 
 def _packed(groups: int, inputs: int, columns: int) -> cupy.ndarray:

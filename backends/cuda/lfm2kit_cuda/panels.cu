@@ -1,27 +1,35 @@
-// Rows of activations into panels, as gemm.cu reads them: one for each tile of rows, with k outside
-// and the rows inside, gathered, the last repeated up to the tile's height, zeros beyond the columns.
+// Rows of activations into panels (panels.cuh), gathered, the last repeated up to the tile's height,
+// zeros beyond the columns.
+#include "even_tiles.cuh"
+#include "panels.cuh"
 #include "types.cuh"
 
-constexpr int kHeight = 4 * ROWS;          // of a panel
 constexpr int kThreads = 256, kPart = 64;  // of k, per block
+constexpr int kFours = 16;                 // fours of rows side by side: more than a tile has
 
 // A block per kPart of k and tile; tiles as in gemm.cu.
 extern "C" __global__ void __launch_bounds__(kThreads)
     arrange(const float* x_mc, const int* source_m, float* panels_tkr, const int4* tiles,
-            const int* tile_count, int m, int columns, int k) {
-  __shared__ float part[kHeight][kPart + 1];
-  int first = blockIdx.y * kHeight, rows = min(kHeight, m - first);
+            const int* tile_count, int m, int dense_tiles, int columns, int k) {
+  __shared__ float part[kTallest][kPart + 1];
+  int first, rows;
   if (tiles) {
     if (blockIdx.y >= *tile_count) return;
     first = tiles[blockIdx.y].y, rows = tiles[blockIdx.y].z;
+  } else {
+    EvenTiles even = even_tiles(m, dense_tiles, kHeightStep);
+    first = even.first_row(blockIdx.y), rows = even.rows_of(blockIdx.y);
   }
-  int k0 = blockIdx.x * kPart, x = threadIdx.x % kPart;
-  for (int y = threadIdx.x / kPart; y < kHeight; y += kThreads / kPart) {
+  int k0 = blockIdx.x * kPart, x = threadIdx.x % kPart, height = height_of(rows);
+  for (int y = threadIdx.x / kPart; y < height; y += kThreads / kPart) {
     int from = first + min(y, rows - 1), row = source_m ? source_m[from] : from;
     part[y][x] = k0 + x < columns ? x_mc[size_t(row) * columns + k0 + x] : 0;
   }
   __syncthreads();
-  float* panel_kr = panels_tkr + (size_t(blockIdx.y) * k + k0) * kHeight;
-  for (int i = threadIdx.x; i < min(kPart, k - k0) * kHeight; i += kThreads)
-    panel_kr[i] = part[i % kHeight][i / kHeight];
+  int row = threadIdx.x % kFours * 4;
+  if (row >= height) return;
+  float* panel_kr = panels_tkr + size_t(blockIdx.y) * k * kTallest + size_t(k0) * height + row;
+  for (int i = threadIdx.x / kFours; i < min(kPart, k - k0); i += kThreads / kFours)
+    *reinterpret_cast<float4*>(panel_kr + i * height) =
+        make_float4(part[row][i], part[row + 1][i], part[row + 2][i], part[row + 3][i]);
 }

@@ -28,9 +28,11 @@ class Matrix:
 class Tiling(NamedTuple):
     """How the rows of a group are cut into tiles."""
 
-    rows: int  # of a tile at most
-    step: int  # all but a group's last have a multiple of it, or `rows`
-    low: int = 0  # tiles with so many rows or less take less time, and are listed after all others
+    rows: int  # of a tile at most, a multiple of
+    step: int  # by which tiles of a group may differ: even_tiles.cuh
+    by_height: bool = (
+        False  # listed so, the tallest first, for products that are dealt them in turns
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ struct Index {
 
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float __fdividef(float x, float y) { return x / y; }
+using std::max;
 using std::min;
 
 inline thread_local Index threadIdx;

@@ -53,17 +53,17 @@ int main(int argc, char** argv) {
   if (name == "arrange")
     launch(grid, panels::kThreads, 1, [] {}, [&] {
       panels::arrange(floats(0), ints(1), floats(2), tiles(3), ints(4), number(0), number(1),
-                      number(2));
+                      number(2), number(3));
     });
   if (name == "linear")
     launch(grid, kThreads, kGroups, poison, [&] {
       linear(floats(0), floats(1), floats(2), floats(3), tiles(4), ints(5), number(0), number(1),
-             number(2), number(3));
+             number(2), number(3), number(4));
     });
   if (name == "gated")
     launch(grid, kThreads, kGroups, poison, [&] {
       gated(floats(0), floats(1), floats(2), tiles(3), ints(4), number(0), number(1), number(2),
-            number(3));
+            number(3), number(4));
     });
   std::fwrite(arrays[output].data(), 1, arrays[output].size(), stdout);
 }

@@ -1,6 +1,7 @@
 // Around the grouped products of the experts: grouping (token, k) pairs by expert, and the
 // weighted sum over k.  t tokens, h hidden_size, p pairs = tokens * TAKEN.
 #include "dependent.cuh"
+#include "even_tiles.cuh"
 #include "types.cuh"
 #include "vector.cuh"
 
@@ -10,19 +11,23 @@ constexpr int kAlignment = 8;  // an expert's first slot is a multiple of it, as
 
 __device__ inline int slots_of(int rows) { return (rows + kAlignment - 1) / kAlignment * kAlignment; }
 
-// An expert's tiles: as few as tile_rows allows, evenly filled, in steps.  Low ones, of up to `low`
-// rows, are listed after all others: they take less time, and who is dealt tiles in turns should not
-// get the same kind each time.
+// An expert's tiles, as few as tile_rows allows.  Those listed together are of a kind: all of them,
+// or by height `tall` ones of one and `low` ones of the kind below.
 struct Tiles {
-  int rows, each, high, count;  // rows of all but the last; how many are not low
+  EvenTiles even;
+  int kind, tall, low;
 
-  __device__ Tiles(int rows, int tile_rows, int step, int low) : rows(rows) {
-    count = (rows + tile_rows - 1) / tile_rows;
-    int even = count ? (rows + count - 1) / count : 0;
-    each = min(tile_rows, (even + step - 1) / step * step);
-    high = each <= low ? 0 : count - (rows_of(count - 1) <= low);
+  __device__ Tiles(int rows, int tile_rows, int step, bool by_height)
+      : even(even_tiles(rows, (rows + tile_rows - 1) / tile_rows, step)) {
+    kind = by_height ? even.height / step : 0;
+    low = by_height ? even.count - even.tall : 0;
+    tall = even.count - low;
   }
-  __device__ int rows_of(int i) const { return min(each, rows - i * each); }
+
+  // How many are listed before tiles of `kind` of another expert, which this one precedes or not.
+  __device__ int listed_before(int its_kind, bool precedes) const {
+    return tall * (kind + precedes > its_kind) + low * (kind - 1 + precedes > its_kind);
+  }
 };
 
 // The local numbers of the experts of pairs p0 + lane, p0 + lane + 32, ...; -1 from `end` on.
@@ -36,7 +41,8 @@ __device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int fi
 
 // Sorts the pairs by expert, in order within each, and lists the tiles of rows: a block per local
 // expert, which counts all pairs.  Experts with many rows have their tiles first, so that the
-// longest work starts first; among equals the lower id.  But low tiles come after all others.
+// longest work starts first; among equals the lower id.  By height, the highest tiles come first: who
+// is dealt tiles in turns then gets his share of each height.
 //   source_p[slot]  the token whose row a slot holds; -1 for none, of `slots`
 //   place_p[pair]   the slot of a pair
 //   tiles           (expert, first slot, slots, the expert's first tile of the kind | its tiles of the
@@ -44,13 +50,13 @@ __device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int fi
 extern "C" __global__ void __launch_bounds__(kThreads)
     group_by_expert(const int* expert_ids_p, int pairs, int first_expert, int* source_p, int slots,
                     int* place_p, int4* tiles, int* tile_count, int tile_rows, int step,
-                    int low) {
+                    int by_height) {
   extern __shared__ int counts_e[];
   __shared__ int before_w[kWarps];
-  __shared__ int slot0, high0, low0, all_high, all_tiles;
+  __shared__ int slot0, tall0, low0, all_tiles;
   int expert = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int e = threadIdx.x; e < gridDim.x; e += kThreads) counts_e[e] = 0;
-  if (threadIdx.x == 0) slot0 = high0 = low0 = all_high = all_tiles = 0;
+  if (threadIdx.x == 0) slot0 = tall0 = low0 = all_tiles = 0;
   __syncthreads();
 
   // Each warp looks through a range of the pairs: how many are of which expert?
@@ -70,16 +76,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (lane == 0) before_w[warp] = mine;
   __syncthreads();
   int rows = counts_e[expert];
+  Tiles of_expert(rows, tile_rows, step, by_height);
   for (int e = threadIdx.x; e < gridDim.x; e += kThreads) {
     int its = counts_e[e];
-    Tiles its_tiles(its, tile_rows, step, low);
+    Tiles its_tiles(its, tile_rows, step, by_height);
+    bool precedes = its > rows || (its == rows && e < expert);
     if (e < expert) atomicAdd(&slot0, slots_of(its));
-    if (its > rows || (its == rows && e < expert)) {
-      atomicAdd(&high0, its_tiles.high);
-      atomicAdd(&low0, its_tiles.count - its_tiles.high);
-    }
-    atomicAdd(&all_high, its_tiles.high);
-    atomicAdd(&all_tiles, its_tiles.count);
+    atomicAdd(&tall0, its_tiles.listed_before(of_expert.kind, precedes));
+    atomicAdd(&low0, its_tiles.listed_before(of_expert.kind - 1, precedes));
+    atomicAdd(&all_tiles, its_tiles.even.count);
   }
   __syncthreads();
 
@@ -102,13 +107,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   int end_slot = expert == gridDim.x - 1 ? slots : slot0 + slots_of(rows);
   for (int i = slot0 + rows + threadIdx.x; i < end_slot; i += kThreads) source_p[i] = -1;
-  Tiles of_expert(rows, tile_rows, step, low);
-  for (int i = threadIdx.x; i < of_expert.count; i += kThreads) {
-    bool is_low = i >= of_expert.high;
-    int first = is_low ? all_high + low0 : high0, before = is_low ? of_expert.high : 0;
-    int of_kind = is_low ? of_expert.count - of_expert.high : of_expert.high;
-    tiles[first + i - before] = make_int4(expert, slot0 + i * of_expert.each, of_expert.rows_of(i),
-                                          first | of_kind << 16);
+  for (int i = threadIdx.x; i < of_expert.even.count; i += kThreads) {
+    bool is_low = i >= of_expert.tall;
+    int first = is_low ? low0 : tall0, before = is_low ? of_expert.tall : 0;
+    int of_kind = is_low ? of_expert.low : of_expert.tall;
+    tiles[first + i - before] = make_int4(expert, slot0 + of_expert.even.first_row(i),
+                                          of_expert.even.rows_of(i), first | of_kind << 16);
   }
   if (expert == 0 && threadIdx.x == 0) *tile_count = all_tiles;
 }

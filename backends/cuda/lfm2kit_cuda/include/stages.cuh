@@ -1,117 +1,105 @@
-// A ring of stages in shared memory, through which a group of warps streams two operands that lie
-// in global memory as they are to lie in a stage.  From sm_90 on one warp starts bulk copies, and
-// barriers in shared memory tell when a stage is full and when it is free; before, every thread of
-// the group copies its part.  Every instruction beside the multiplications takes a place of theirs:
-// hence what a warp has in common is in its own registers (uniform.cuh), and steps from stage to
-// stage instead of being computed anew.
+// Two stages in shared memory, through which a group of two warps streams two operands that lie
+// in global memory as they are to lie in a stage.  From sm_90 on each warp fills a stage of its own,
+// by bulk copies, and barriers in shared memory tell when a stage is full and when it is free;
+// before, every thread of the group copies its part.
+//
+// Every instruction beside the multiplications takes a place of theirs.  Hence a group goes through
+// its stages in rounds, and where a round is unrolled addresses are constants: all that has to be
+// followed is the round's parity and where the copies have come to.  What a warp has in common is in
+// its own registers (uniform.cuh).
 #pragma once
 #include "async_copy.cuh"
 #include "shared_memory.cuh"
 #include "uniform.cuh"
 
-// kStages stages for a group of kThreads threads: kFirst floats of one operand, kSecond of another.
-template <int kStages, int kFirst, int kSecond, int kThreads>
+// For a group of kThreads threads: kFirst floats of one operand, up to kMostSecond of another.
+template <int kFirst, int kMostSecond, int kThreads>
 class Stages {
  public:
-  static constexpr int kFloats = kFirst + kSecond;
+  static constexpr int kCount = 2, kFloats = kFirst + kMostSecond, kBytes = 4 * kFloats;
+  static_assert(kThreads == 32 * kCount, "a warp fills a stage");
 
-  // What is to be copied: `steps` stages.
+  // Where what is to be copied lies, one stage behind the other.
   struct Source {
     const float *first, *second;
-    int steps;
   };
 
   // What the groups share with their threads.
   struct alignas(16) Shared {
-    u64 full[kStages], free[kStages];
+    u64 full[kCount], free[kCount];
   };
 
   // The barriers of all groups; called by all threads of a block, and followed by __syncthreads.
   __device__ static __forceinline__ void prepare(Shared* shared) {
 #if __CUDA_ARCH__ >= 900
     int group = threadIdx.x / kThreads, i = threadIdx.x % kThreads;
-    if (i < 2 * kStages)
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(shared[group].full + i)),
-                   "r"(i < kStages ? 1 : kThreads));
+    if (i < 2 * kCount)
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(
+                       shared_address(shared[group].full + i)),
+                   "r"(i < kCount ? 1 : kThreads));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
   }
 
   __device__ __forceinline__ Stages(float* stages, Shared* shared)
-      : group(uniform(threadIdx.x / kThreads)),
-        begin(uniform(shared_address(stages + group * kStages * kFloats))),
-        full(uniform(shared_address(shared[group].full))) {}
+      : begin(uniform(shared_address(stages + threadIdx.x / kThreads * kCount * kFloats))),
+        full(uniform(shared_address(shared[threadIdx.x / kThreads].full))),
+        warp(uniform(threadIdx.x / 32 % kCount)) {}
 
-  // Starts the copies of the first stages; those of the source before may still be in use.
-  __device__ __forceinline__ void start(const Source& source) {
+  // Fills the first stage of a source; the last one of the source before may still be in use.
+  __device__ __forceinline__ void start(const Source& source, int second) {
 #if __CUDA_ARCH__ >= 900
-    from = {uniform(source.first), uniform(source.second), leads() ? uniform(source.steps) : 0};
+    int before = warp - kCount;  // `refill` steps first, or addresses are moved to others for it
+    from = {uniform(source.first) + before * kFirst, uniform(source.second) + before * second};
 #else
     from = source;
-    synchronize_group<kThreads>(group);
 #endif
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) refill(i);
+    refill(0, second);
   }
 
-  // Starts the copy of what is next, if anything is, to the stage after the next `ahead`.
-  __device__ __forceinline__ void refill(int ahead = kStages - 1) {
-    bool wraps = stage + ahead >= kStages;
-    u32 to = wraps ? stage + ahead - kStages : stage + ahead;
-    if (from.steps > 0) copy(to, parity ^ u32(wraps));
-#if __CUDA_ARCH__ < 900
+  // Fills a stage with what comes next, as soon as the group has released it: `second` floats of the
+  // second operand, as many in all stages of a source.
+  __device__ __forceinline__ void refill(int stage, int second) {
+#if __CUDA_ARCH__ >= 900
+    if (warp != stage) return;
+    // A wait for the other parity passes at once: at first both stages are free.
+    wait_for(full + 8 * (kCount + stage), parity ^ 1);
+    from.first += kCount * kFirst, from.second += kCount * second;
+    copy_bulk(begin + stage * kBytes, full + 8 * stage, 4 * second);
+#else
+    copy_share(begin + stage * kBytes, from.first, kFirst);
+    copy_share(begin + stage * kBytes + 4 * kFirst, from.second, second);
+    from.first += kFirst, from.second += second;
     commit_copies();
 #endif
   }
 
-  // Waits until the next stage is full.
-  __device__ __forceinline__ void wait() const {
+  // Of the group's first stage.
+  __device__ __forceinline__ u32 address() const { return begin; }
+
+  // Waits until a stage is full.
+  __device__ __forceinline__ void wait(int stage) const {
 #if __CUDA_ARCH__ >= 900
     wait_for(full + 8 * stage, parity);
 #else
-    wait_copies<kStages - 2>();
-    synchronize_group<kThreads>(group);
+    wait_copies<0>();
+    synchronize_group<kThreads>(threadIdx.x / kThreads);
 #endif
   }
 
-  __device__ __forceinline__ u32 address() const { return begin + stage * kFloats * 4; }
+  // From here on `refill` and `wait` are about the stages of the next round.
+  __device__ __forceinline__ void go_round() { parity ^= 1; }
 
-  // Goes on to the next stage; returns what `release` is to be given for the one before.
-  __device__ __forceinline__ u32 next() {
-    u32 free = full + 8 * (kStages + stage);
-    if (++stage == kStages) stage = 0, parity ^= 1;
-    return free;
-  }
-
-  // This thread has read a stage.  All arrive, not one for its warp: it is as fast, and racecheck can
-  // follow it (__syncwarp before is no instruction where a warp has not parted).
-  __device__ __forceinline__ void release(u32 free) const {
+  // This thread has read a stage.  All arrive, not one for its warp: it is as fast, and racecheck
+  // can follow it (__syncwarp before is no instruction where a warp has not parted).
+  __device__ __forceinline__ void release(int stage) const {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(free) : "memory");
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(full + 8 * (kCount + stage))
+                 : "memory");
 #endif
   }
 
  private:
-  __device__ __forceinline__ void copy(u32 to_stage, u32 its_parity) {
-    u32 to = begin + to_stage * kFloats * 4;
-#if __CUDA_ARCH__ >= 900
-    u32 its_full = full + 8 * to_stage;
-    // A wait for the other parity passes at once: at first all stages are free.
-    wait_for(its_full + 8 * kStages, its_parity ^ 1);
-    copy_bulk(to, its_full);
-#else
-    copy_share(to, from.first, kFirst);
-    copy_share(to + 4 * kFirst, from.second, kSecond);
-#endif
-    from.first += kFirst, from.second += kSecond, --from.steps;
-  }
-
-  // Groups' first and second warps in turns, so that all schedulers have their share of it.
-  __device__ __forceinline__ bool leads() const {
-    constexpr int kWarps = kThreads / 32;
-    return uniform(threadIdx.x / 32) % kWarps == group / 2 % kWarps;
-  }
-
   __device__ static __forceinline__ void wait_for(u32 barrier, u32 parity) {
     asm volatile(
         "{\n"
@@ -126,7 +114,7 @@ class Stages {
   }
 
   // Both operands, by one of a warp's threads.
-  __device__ __forceinline__ void copy_bulk(u32 to, u32 its_full) const {
+  __device__ __forceinline__ void copy_bulk(u32 to, u32 its_full, u32 second_bytes) const {
     asm volatile(
         "{ .reg .pred is_elected;\n"
         "elect.sync _|is_elected, 0xffffffff;\n"
@@ -135,8 +123,8 @@ class Stages {
         "%4, [%0];\n"
         "@is_elected cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%5], [%6], "
         "%7, [%0]; }" ::"r"(its_full),
-        "r"(4 * kFloats), "r"(to), "l"(from.first), "r"(4 * kFirst), "r"(to + 4 * kFirst),
-        "l"(from.second), "r"(4 * kSecond)
+        "r"(4 * kFirst + second_bytes), "r"(to), "l"(from.first), "r"(4 * kFirst),
+        "r"(to + 4 * kFirst), "l"(from.second), "r"(second_bytes)
         : "memory");
   }
 
@@ -146,8 +134,8 @@ class Stages {
       copy_async<16>(shared + 4 * i, from + i, 16);
   }
 
-  int group;
   u32 begin, full;  // the group's stages and barriers; the latter's second half says what is free
-  Source from;      // what is left of it, with no steps for threads that copy nothing
-  u32 stage = 0, parity = 0;  // the next, and how often the ring has gone round
+  int warp;         // of the group: the stage that it fills
+  Source from;
+  u32 parity = 0;  // of the round
 };
