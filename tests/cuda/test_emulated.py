@@ -120,12 +120,9 @@ def ranges(panels: Float32, rows: int, tiles: Tiles | None) -> list[tuple[int, i
     """First row and rows of each tile."""
     if tiles:
         return [(int(first), int(many)) for _, first, many, _ in tiles.tiles]
-    steps, found = even(-(-rows // HEIGHT_STEP), len(panels)), []
-    for first, size in zip(np.cumsum([0, *steps[:-1]]), steps, strict=True):
-        found.append(
-            (HEIGHT_STEP * int(first), min(HEIGHT_STEP * size, rows - HEIGHT_STEP * first))
-        )
-    return found
+    sizes = [HEIGHT_STEP * steps for steps in even(-(-rows // HEIGHT_STEP), len(panels))]
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [(first, min(size, rows - first)) for first, size in zip(firsts, sizes, strict=True)]
 
 
 def content(panel: Float32, rows: int) -> Float32:
@@ -336,10 +333,11 @@ def test_a_row_has_the_same_bits_in_every_tile(
     emulated: Callable[..., Emulated], rng: np.random.Generator
 ) -> None:
     """Alone, among others, in tiles of every height, and gathered."""
-    x, weight, bias = normal(rng, 53, 107), normal(rng, 1, 132, 107), normal(rng, 132)
-    gates, ups = normal(rng, 1, 40, 107), normal(rng, 1, 40, 107)
+    x, bias = normal(rng, 53, 107), normal(rng, 132)
+    shapes = (132, 107), (40, 107), (40, 107)
+    weight, gates, ups = (np.repeat(normal(rng, 1, *s), len(COUNTS), 0) for s in shapes)
 
-    gemm, tiles = emulated(), tiles_of(rng, (70,), len(x))
+    gemm, tiles = emulated(), tiles_of(rng, COUNTS, len(x))
 
     def both(x: Float32, tiles: Tiles | None = None, height: int = TALLEST) -> Float32:
         rows, panels = len(tiles.source) if tiles else len(x), gemm.arrange(x, tiles, height)

@@ -31,7 +31,7 @@ HEIGHTS = {48: 100, 40: 86, 32: 71, 24: 56, 16: 44}
 class Panels:
     """Activations as gemm.cu reads them: a panel for each tile of rows."""
 
-    array: cupy.ndarray  # float32 [tiles or room for them, k, room for rows]
+    array: cupy.ndarray  # float32 [tiles or room for them, k, TALLEST], filled as panels.cuh says
     rows: int
 
 
@@ -150,8 +150,8 @@ def _dense_tiles(rows: int, width: int) -> int:
         tall, lower = (HEIGHTS[max(LOWEST, HEIGHT_STEP * h)] for h in (height, height - 1))
         return tall_turns * tall + (turns - tall_turns) * lower
 
-    most = max(-(-rows // LOWEST), 1)
-    return min(range(-(-rows // TALLEST), most + 1), key=time) if rows else 0
+    fewest, most = -(-rows // TALLEST), -(-rows // LOWEST)
+    return min(range(fewest, most + 1), key=time) if rows else 0
 
 
 def _packed(groups: int, inputs: int, columns: int) -> cupy.ndarray:

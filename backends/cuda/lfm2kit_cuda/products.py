@@ -28,11 +28,9 @@ class Matrix:
 class Tiling(NamedTuple):
     """How the rows of a group are cut into tiles."""
 
-    rows: int  # of a tile at most, a multiple of
+    rows: int  # of a tile at most: a multiple of the step
     step: int  # by which tiles of a group may differ: even_tiles.cuh
-    by_height: bool = (
-        False  # listed so, the tallest first, for products that are dealt them in turns
-    )
+    by_height: bool = False  # the highest are listed first, for blocks that take tiles in turns
 
 
 @dataclass(frozen=True, slots=True)
