@@ -13,6 +13,7 @@ from lfm2kit_cpu_simd.backend import CpuSimdBackend  # first: it says where kern
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.gemm import ROWS_AT_ONCE, STRETCH, following_panel, grouped, linear
 from lfm2kit_cpu_simd.packing import HALF, pack, pack_gated
+from lfm2kit_cpu_simd.threads import CREW
 from lfm2kit_cpu_simd.tile import MR, NR, SHARED_FROM, STORAGES, lane_order
 
 from lfm2kit.testing.random_weights import stored_as
@@ -38,9 +39,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = numba.get_num_threads()
     if request.param > numba.config.NUMBA_NUM_THREADS:
         pytest.skip("one core")
-    numba.set_num_threads(request.param)
+    CREW.hire(request.param)
     yield request.param
-    numba.set_num_threads(before)
+    CREW.hire(before)
 
 
 def matrices(rng: Any, count: int, shape: tuple[int, int], storage: str) -> list[Tensor]:
@@ -155,10 +156,10 @@ def test_two_threads_give_the_bits_of_one(storage: str, columns: int) -> None:
     before, got = numba.get_num_threads(), []
     try:
         for count in (1, 2):
-            numba.set_num_threads(count)
+            CREW.hire(count)
             got.append(grouped(x, offsets, panels, columns))
     finally:
-        numba.set_num_threads(before)
+        CREW.hire(before)
     np.testing.assert_array_equal(*got)
 
 

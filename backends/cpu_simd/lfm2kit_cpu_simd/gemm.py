@@ -19,6 +19,7 @@ from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.elementwise import silu
 from lfm2kit_cpu_simd.packing import HALF, Panels
 from lfm2kit_cpu_simd.signatures import BOOL, INT, OFFSETS, ROWS, ROWS_OUT, TABLE, VECTOR
+from lfm2kit_cpu_simd.threads import CREW
 from lfm2kit_cpu_simd.tile import (
     ALONE,
     CACHE_LINE,
@@ -74,7 +75,7 @@ def grouped(
     data, storage = panels.data, panels.storage
     _grouped(
         x, offsets, data.ctypes.data, data.shape[1], data.itemsize, TABLES[storage],
-        SHARED_FROM[storage], panels.is_gated, bias, out, numba.get_num_threads(),
+        SHARED_FROM[storage], panels.is_gated, bias, out, CREW.size(),
     )  # fmt: skip
     return out
 

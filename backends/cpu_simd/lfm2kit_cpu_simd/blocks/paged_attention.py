@@ -24,6 +24,7 @@ from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.elementwise import exp
 from lfm2kit_cpu_simd.gemm import Float32, Int64
 from lfm2kit_cpu_simd.signatures import FLOAT, IDS, INT, OFFSETS, ROWS, ROWS_OUT, TABLE
+from lfm2kit_cpu_simd.threads import CREW
 from lfm2kit_cpu_simd.tile import ALONE, MR, NR, TABLES, call_tile
 
 TOKENS = NR  # of a page
@@ -86,7 +87,7 @@ def attend(
     out = BUFFERS.array("heads", len(qkv), spec.num_attention_heads * spec.head_dim)
     _attend(
         qkv, batch.cu_seqlens, batch.positions, first_pages, pages.keys, pages.values,
-        np.float32(spec.head_dim**-0.5), TABLES["F32"], out, numba.get_num_threads(),
+        np.float32(spec.head_dim**-0.5), TABLES["F32"], out, CREW.size(),
     )  # fmt: skip
     return out
 
