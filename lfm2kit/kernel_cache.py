@@ -1,0 +1,271 @@
+"""Compiled kernels, kept from run to run.
+
+The cache is a help and never a condition of running: what cannot be read is compiled again, and
+what cannot be kept is compiled for the run alone, with one line on stderr.  It is never trusted
+blindly either, for kept kernels are code: a folder or a file is used only if it belongs to this
+user, to root or to the owner of the installation, and if nobody else may write to it.  Every file
+carries a checksum of its name and its contents.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+VARIABLE = "LFM2KIT_CACHE_DIR"
+ENDING, PARTIAL = ".kernel", ".partial"
+HEADER = b"lfm2kit kernel 1\n"
+UNUSED_SECONDS = 90 * 24 * 3600
+ABANDONED_SECONDS = 24 * 3600  # a partial file of a process that was killed
+TURN_SECONDS = 30.0
+
+
+class UnusableError(Exception):
+    """Why a folder or a file is left alone, in a few words."""
+
+
+class KernelCache:
+    """The compiled kernels of one backend, by name, in a folder of their own.
+
+    The folder is `$LFM2KIT_CACHE_DIR/BACKEND`, or else `lfm2kit/BACKEND` below `$XDG_CACHE_HOME`
+    or `~/.cache`.  A name consists of letters, digits and `.-_`, and has to change with everything
+    that the machine code depends on: sources, compiler, options, and the processor.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.keeps = True  # until a kernel could not be kept
+        self._backend = backend
+        self._descriptor: int | None = None  # of the folder, once it is there and trusted
+        self._is_refused = self._has_written = self._has_met_damage = False
+
+    @property
+    def folder(self) -> Path | None:
+        """Where kernels are kept; None where there is no home folder to keep them in."""
+        root = _root()
+        return root / self._backend if root is not None else None
+
+    def read(self, name: str) -> bytes | None:
+        """Returns what was written under `name`; None if there is nothing that can be used."""
+        if (descriptor := self._opened()) is None:
+            return None
+        try:
+            return _read(descriptor, name)
+        except FileNotFoundError:
+            return None
+        except (OSError, UnusableError) as error:
+            self.discard(name, _reason(error))
+            return None
+
+    def discard(self, name: str, reason: str) -> None:
+        """Throws away a kernel that cannot be used; the first time it says so."""
+        if self._descriptor is not None:
+            with suppress(OSError):
+                os.unlink(name + ENDING, dir_fd=self._descriptor)
+        if not self._has_met_damage:
+            self._has_met_damage = True
+            path = _quoted(f"{self.folder}/{name}{ENDING}")
+            self._say(f"{path} cannot be used ({reason}); such kernels are compiled again")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Keeps `data` under `name`; the first time that this is not possible it says so."""
+        if not self.keeps:
+            return
+        try:
+            if (descriptor := self._made()) is not None:
+                _write(descriptor, name, data)
+        except OSError as error:
+            self._keep_no_more(f"{_quoted(self.folder)} cannot be written ({_reason(error)})")
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """While a kernel is missing, one process compiles it and the others wait for their turn.
+
+        The compiling is done inside, after another look whether the kernel is there by now.  Where
+        the file system has no locks nobody waits, and nobody waits for more than half a minute:
+        that several compile the same kernel does no harm.
+        """
+        with suppress(OSError):
+            if not self._has(name) and (descriptor := self._made()) is not None:
+                _lock(descriptor)
+        try:
+            yield
+        finally:
+            if self._descriptor is not None:
+                with suppress(OSError):
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def _has(self, name: str) -> bool:
+        descriptor = self._opened()
+        return descriptor is not None and os.access(name + ENDING, os.F_OK, dir_fd=descriptor)
+
+    def _opened(self) -> int | None:
+        """A descriptor of the folder; None where there is none, or none to be trusted."""
+        if self._descriptor is None and not self._is_refused:
+            try:
+                self._descriptor = _open_folder(_root(), self._backend)
+            except FileNotFoundError:
+                pass
+            except UnusableError as error:
+                self._is_refused = True
+                self._keep_no_more(str(error))
+        return self._descriptor
+
+    def _made(self) -> int | None:
+        """The same, but the folder is made if there is none yet; raises `OSError`."""
+        if self._opened() is None and (root := _root()) is not None and not self._is_refused:
+            _make_folder(root, self._backend)
+        if (descriptor := self._opened()) is not None and not self._has_written:
+            self._has_written = True
+            _remove_unused(descriptor)
+        return descriptor
+
+    def _keep_no_more(self, reason: str) -> None:
+        if self.keeps:
+            self.keeps = False
+            self._say(
+                f"{reason}, so kernels are compiled for this run only; "
+                f"{VARIABLE} can name another folder"
+            )
+
+    def _say(self, sentence: str) -> None:
+        with suppress(OSError, ValueError):  # of a stream that is closed, or on a full disk
+            print(f"{self._backend}: {sentence}", file=sys.stderr, flush=True)
+
+
+def _root() -> Path | None:
+    """The folder that has a folder for each backend; None if there is no home."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # which the XDG specification says to ignore
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return base / "lfm2kit" if base.is_absolute() else None
+
+
+def _open_folder(root: Path | None, backend: str) -> int:
+    """A descriptor of the backend's folder, after a look at who may write there.
+
+    From here on files are named relative to it: nobody can put another folder in its place.
+    """
+    if root is None:
+        raise UnusableError("there is no home folder")
+    path, descriptor = root, None
+    try:
+        above = os.stat(root)
+        _check_trust(_quoted(root), above, is_sticky=bool(above.st_mode & stat.S_ISVTX))
+        path = root / backend
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        _check_trust(_quoted(path), os.fstat(descriptor))
+        return descriptor
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnusableError(f"{_quoted(path)} cannot be opened ({_reason(error)})") from None
+    except UnusableError:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise
+
+
+def _check_trust(what: str, status: os.stat_result, *, is_sticky: bool = False) -> None:
+    """`UnusableError` if anybody can have written it whose code does not run here anyway."""
+    if status.st_uid not in {os.geteuid(), *_trusted_by_all()}:
+        raise UnusableError(f"{what} belongs to user {status.st_uid}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_sticky:
+        raise UnusableError(
+            f"{what} can be written by others (mode {stat.S_IMODE(status.st_mode):04o})"
+        )
+
+
+def _trusted_by_all() -> set[int]:
+    """Root, and the owner of the installation."""
+    return {0, os.stat(__file__).st_uid}
+
+
+def _make_folder(root: Path, backend: str) -> None:
+    """Private; but others may read what is kept in a folder made for it by one whom all trust."""
+    is_shared = bool(os.environ.get(VARIABLE)) and os.geteuid() in _trusted_by_all()
+    mode = 0o755 if is_shared else 0o700
+    root.parent.mkdir(parents=True, exist_ok=True)
+    for path in (root, root / backend):
+        with suppress(FileExistsError):
+            path.mkdir(mode)
+            path.chmod(mode)  # whatever the umask
+
+
+def _read(folder: int, name: str) -> bytes:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(name + ENDING, flags, dir_fd=folder), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnusableError("it is not a file")
+        _check_trust("it", status)
+        stored = file.read()
+    start = len(HEADER) + hashlib.sha256().digest_size
+    data = stored[start:]
+    if stored[:start] != HEADER + _checksum(name, data):
+        raise UnusableError("it is damaged")
+    return data
+
+
+def _write(folder: int, name: str, data: bytes) -> None:
+    """A reader sees the whole file or none."""
+    partial = f".{name}.{os.getpid()}{PARTIAL}"
+    mode = 0o644 if os.fstat(folder).st_mode & stat.S_IROTH else 0o600
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with suppress(FileNotFoundError):  # of a process that had the same number
+        os.unlink(partial, dir_fd=folder)
+    try:
+        with open(os.open(partial, flags, mode, dir_fd=folder), "wb") as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask
+            file.write(HEADER + _checksum(name, data) + data)
+        os.replace(partial, name + ENDING, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:  # Ctrl-C as well
+        with suppress(OSError):
+            os.unlink(partial, dir_fd=folder)
+        raise
+
+
+def _checksum(name: str, data: bytes) -> bytes:
+    """Of the name too: a kernel that was renamed is another one."""
+    return hashlib.sha256(name.encode() + b"\0" + data).digest()
+
+
+def _remove_unused(folder: int) -> None:
+    """Kernels that nobody read for months, and what killed processes left half-written."""
+    now = time.time()
+    for name in os.listdir(folder):
+        limit = {ENDING: UNUSED_SECONDS, PARTIAL: ABANDONED_SECONDS}.get(Path(name).suffix)
+        with suppress(OSError):
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if limit is not None and now - max(status.st_atime, status.st_mtime) > limit:
+                os.unlink(name, dir_fd=folder)
+
+
+def _lock(descriptor: int) -> None:
+    give_up = time.monotonic() + TURN_SECONDS
+    while time.monotonic() < give_up:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.02)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _quoted(path: object) -> str:
+    """A path as a line can hold it, whatever characters it has."""
+    return repr(str(path))
