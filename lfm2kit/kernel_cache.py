@@ -135,8 +135,9 @@ class KernelCache:
             )
 
     def _say(self, sentence: str) -> None:
-        with suppress(OSError, ValueError):  # of a stream that is closed, or on a full disk
-            print(f"{self._backend}: {sentence}", file=sys.stderr, flush=True)
+        if sys.stderr is not None:
+            with suppress(OSError, ValueError):  # of a stream that is closed, or on a full disk
+                print(f"{self._backend}: {sentence}", file=sys.stderr, flush=True)
 
 
 def _root() -> Path | None:

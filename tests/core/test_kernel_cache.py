@@ -273,10 +273,13 @@ def test_a_turn_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPat
         pass
 
 
-def test_a_closed_stderr_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_stderr_is_no_reason_to_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     kept().parent.chmod(0o777)
     with open(os.devnull, "w") as closed:
         pass
     for stream in (closed, None):
         monkeypatch.setattr("sys.stderr", stream)
         assert KernelCache("fast").read("tile") is None
+    assert capsys.readouterr().out == ""

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import lfm2kit_cpu_simd
 import llvmlite.binding as llvm
 import pytest
-from lfm2kit_cpu_simd.backend import CpuSimdBackend
-from lfm2kit_cpu_simd.compiling import fingerprint
-from lfm2kit_cpu_simd.tile import STORAGES, TILE, Emitter
+from lfm2kit_cpu_simd import compiling
+from lfm2kit_cpu_simd.compiling import announced, c_function, fingerprint, kernel
+from lfm2kit_cpu_simd.interrupts import remembered_interrupts
+from lfm2kit_cpu_simd.machine import STORAGES
+from lfm2kit_cpu_simd.tile import TILE, Emitter
 from llvmlite import ir
+from numba import types
 
-assert CpuSimdBackend
+from lfm2kit.kernel_cache import KernelCache
 
 # Vectors of 8 floats, half-precision conversions and fused multiply-adds; no AVX-512.
 AVX2 = {
@@ -25,41 +33,205 @@ AVX2 = {
 
 def run(home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
-    environment |= {"XDG_CACHE_HOME": str(home), **variables}
+    environment |= {"LFM2KIT_CACHE_DIR": str(home), **variables}
     command = [sys.executable, "-m", "lfm2kit", "run", "-v", "-b", "cpu_simd"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.timeout(280)
-def test_avx2_kernels_are_right_kept_apart_and_compiled_once(tmp_path: Path) -> None:
+@pytest.mark.timeout(290)
+def test_avx2_kernels_are_right_and_compiled_once_wherever_the_sources_are(tmp_path: Path) -> None:
     if not {"avx2", "fma", "f16c"} <= {f for f, has in llvm.get_host_cpu_features().items() if has}:
         pytest.skip("this CPU has no AVX2")
-    first = run(tmp_path, **AVX2)
+    home = tmp_path / "home"
+    first = run(home, **AVX2)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "compiling its kernels for this CPU, once" in first.stderr
-    (kept,) = (tmp_path / "lfm2kit").iterdir()
-    assert f"kept in {kept}" in first.stderr
-    again = run(tmp_path, **AVX2)
-    assert (again.returncode, "compil" in again.stderr) == (0, False)
-    assert [kept] == list((tmp_path / "lfm2kit").iterdir())
+    assert "cpu_simd: compiling kernels for this CPU ..." in first.stderr
+    assert f"kept in '{home}/cpu_simd'" in first.stderr
+    kept = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+    elsewhere = tmp_path / "elsewhere" / "lfm2kit_cpu_simd"
+    shutil.copytree(Path(lfm2kit_cpu_simd.__file__).parent, elsewhere)
+    for path in elsewhere.rglob("*.py"):
+        path.touch()
+    again = run(home, **AVX2, PYTHONPATH=str(elsewhere.parent), NUMBA_CACHE_DIR=str(tmp_path))
+    assert (again.returncode, again.stderr) == (0, "")
+    assert kept == {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+    cut, *emptied = list(kept)[::15]
+    cut.write_bytes(kept[cut][:-1])
+    for path in emptied:
+        path.write_bytes(b"")
+    healed = run(home, **AVX2)
+    assert healed.returncode == 0, healed.stdout + healed.stderr
+    assert healed.stderr.count("cannot be used") == 1
+    assert "kept in" in healed.stderr
+    assert set(kept) == {path for path in home.rglob("*") if path.is_file()}
+    assert all(path.stat().st_size > 1000 for path in kept)
 
 
-def test_the_cache_of_another_cpu_is_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = fingerprint()
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of an empty cache; `new_process` forgets what is known of it."""
+    monkeypatch.setenv("LFM2KIT_CACHE_DIR", str(tmp_path))
+    new_process(monkeypatch)
+    return tmp_path / "cpu_simd"
+
+
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "KERNELS", KernelCache("cpu_simd"))
+
+
+def twice() -> Any:
+    @kernel(types.int64(types.int64))
+    def double(x: int) -> int:
+        return 2 * x
+
+    return double
+
+
+def test_a_kept_kernel_is_not_compiled_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with announced():
+        assert twice()(21) == 42
+    assert re.fullmatch(
+        rf"cpu_simd: compiling kernels for this CPU ...\ncpu_simd: compiled 1 in \d+ s, "
+        rf"kept in '{cache}'\n",
+        capfd.readouterr().err,
+    )
+    (kept,) = cache.iterdir()
+    assert kept.name.startswith("test_compiling.double-")
+    new_process(monkeypatch)
+    with announced():
+        assert twice()(21) == 42
+    assert capfd.readouterr().err == ""
+
+
+def test_a_kept_function_is_called_by_its_address(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        new_process(monkeypatch)
+
+        @c_function(types.int64(types.int64))
+        def double(x: int) -> int:
+            return 2 * x
+
+        assert double.ctypes(21) == 42
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("place", [0, 30, 100, -1])
+def test_a_bit_that_flipped_in_a_kept_kernel_is_never_run(
+    place: int, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    twice()
+    (kept,) = cache.iterdir()
+    good = kept.read_bytes()
+    flipped = bytearray(good)
+    flipped[place] ^= 1
+    kept.write_bytes(flipped)
+    new_process(monkeypatch)
+    assert twice()(21) == 42
+    assert f"{kept.name}' cannot be used (it is damaged)" in capfd.readouterr().err
+    assert len(kept.read_bytes()) == len(good)
+
+
+def test_what_numba_cannot_rebuild_is_compiled_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    twice()
+    (kept,) = cache.iterdir()
+    compiling.KERNELS.write(kept.stem, b"written by another Numba")
+    new_process(monkeypatch)
+    assert twice()(21) == 42
+    assert "cannot be used (UnpicklingError: " in capfd.readouterr().err
+
+
+def test_kernels_that_cannot_be_kept_are_used_all_the_same(
+    cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache.mkdir(mode=0o777)
+    cache.chmod(0o777)
+    with announced():
+        assert twice()(21) == 42
+    not_used, compiling_line, compiled = capfd.readouterr().err.splitlines()
+    assert "kernels are compiled for this run only" in not_used
+    assert compiling_line == "cpu_simd: compiling kernels for this CPU ..."
+    assert re.fullmatch(r"cpu_simd: compiled 1 in \d+ s", compiled)
+    assert list(cache.iterdir()) == []
+
+
+def test_one_rank_of_a_machine_speaks_for_all(
+    cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with announced(is_quiet=True):
+        twice()
+    assert capfd.readouterr().err == ""
+
+
+class InterruptedFinaliser:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_in_a_finaliser_ends_the_next_step_without_a_traceback(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    steps = []
+
+    def compile_some() -> None:
+        with remembered_interrupts() as raise_again:
+            InterruptedFinaliser()  # Python forgets what this raises
+            steps.append("after the finaliser")
+            raise_again()
+            steps.append("after the next step")
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_some()
+    assert steps == ["after the finaliser"]
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_in_the_last_finaliser_is_not_lost_either(cache: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), announced():
+        InterruptedFinaliser()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_cache_of_another_cpu_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = fingerprint.__wrapped__()
     monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: "another-cpu")
-    assert fingerprint() != here
+    assert fingerprint.__wrapped__() != here
 
 
-def test_a_changed_source_has_another_cache(
+@pytest.mark.parametrize(
+    ("setting", "counts"),
+    [("NUMBA_OPT", True), ("NUMBA_BOUNDSCHECK", True), ("NUMBA_NUM_THREADS", False)],
+)
+def test_settings_of_numba_that_change_code_are_other_kernels(
+    setting: str, counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(setting, raising=False)
+    before = fingerprint.__wrapped__()
+    monkeypatch.setenv(setting, "1")
+    assert (fingerprint.__wrapped__() != before) is counts
+
+
+def test_a_changed_source_has_other_kernels(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Numba alone would go on running the kernels of an old generator."""
     source = tmp_path / "tile.py"
     source.write_text("old")
     monkeypatch.setattr("lfm2kit_cpu_simd.compiling.__file__", str(tmp_path / "compiling.py"))
-    before = fingerprint()
+    before = fingerprint.__wrapped__()
     source.write_text("new")
-    assert fingerprint() != before
+    assert fingerprint.__wrapped__() != before
+    source.write_text("old")
+    os.utime(source, (0, 0))
+    assert fingerprint.__wrapped__() == before
 
 
 def assembly(triple: str, cpu: str, vl: int, nv: int, storage: str, leaves: bool) -> str:

@@ -9,12 +9,13 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
-from lfm2kit_cpu_simd.backend import CpuSimdBackend  # first: it says where kernels are kept
+from lfm2kit_cpu_simd.backend import CpuSimdBackend  # first: it chooses how threads are started
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.gemm import ROWS_AT_ONCE, STRETCH, following_panel, grouped, linear
+from lfm2kit_cpu_simd.machine import STORAGES
 from lfm2kit_cpu_simd.packing import HALF, pack, pack_gated
 from lfm2kit_cpu_simd.threads import CREW
-from lfm2kit_cpu_simd.tile import MR, NR, SHARED_FROM, STORAGES, lane_order
+from lfm2kit_cpu_simd.tile import MR, NR, SHARED_FROM, lane_order
 
 from lfm2kit.testing.random_weights import stored_as
 from lfm2kit.weights import Tensor, Weights

@@ -1,35 +1,36 @@
-"""Builds the SIMD blocks: one class per spec, found in one table."""
+"""Builds the SIMD blocks: one class per spec, found in one table.
+
+Kernels are compiled where they stand, when their module is imported: that happens with the first
+block that is built, and not before.
+"""
 
 from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
 
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Block, Ceilings, Context, DType, Memory, Spec, Weights
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit_cpu_simd.compiling import compiled_kernels
+from lfm2kit_cpu_simd.compiling import announced
+from lfm2kit_cpu_simd.machine import STORAGES
 from lfm2kit_cpu_simd.threads import set_threads, threading_notes
 
-with compiled_kernels():
-    from lfm2kit_cpu_simd import ceilings
-    from lfm2kit_cpu_simd.blocks.attention import Attention
-    from lfm2kit_cpu_simd.blocks.feed_forward import MLP, Experts, SparseMoe
-    from lfm2kit_cpu_simd.blocks.router import Router
-    from lfm2kit_cpu_simd.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
-    from lfm2kit_cpu_simd.blocks.short_conv import ShortConv
-    from lfm2kit_cpu_simd.tile import STORAGES
-
+# Where the class is that has the spec's name.
 BLOCKS = {
-    specs.Embedding: Embedding,
-    specs.RMSNorm: RMSNorm,
-    specs.ShortConv: ShortConv,
-    specs.Attention: Attention,
-    specs.MLP: MLP,
-    specs.Router: Router,
-    specs.Experts: Experts,
-    specs.SparseMoe: SparseMoe,
-    specs.LastRows: LastRows,
-    specs.LMHead: LMHead,
+    specs.Embedding: "blocks.rows",
+    specs.RMSNorm: "blocks.rows",
+    specs.ShortConv: "blocks.short_conv",
+    specs.Attention: "blocks.attention",
+    specs.MLP: "blocks.feed_forward",
+    specs.Router: "blocks.router",
+    specs.Experts: "blocks.feed_forward",
+    specs.SparseMoe: "blocks.feed_forward",
+    specs.LastRows: "blocks.rows",
+    specs.LMHead: "blocks.rows",
 }
 
+MODULES = sorted({*BLOCKS.values(), "ceilings"})
 
 # The type that matrices are rounded to; in fp32 they stay as the checkpoint has them.
 STORED: dict[str, DType | None] = {"fp32": None, "bf16": "BF16", "fp16": "F16"}
@@ -38,6 +39,7 @@ STORED: dict[str, DType | None] = {"fp32": None, "bf16": "BF16", "fp16": "F16"}
 class CpuSimdBackend:
     def __init__(self, context: Context) -> None:
         set_threads(context)
+        self._is_quiet = context.local_rank > 0  # each rank compiles: one of a machine says so
         self._dtype = STORED[context.precision]
         if self._dtype not in (None, *STORAGES):
             raise Lfm2kitError(
@@ -51,7 +53,8 @@ class CpuSimdBackend:
         return HOST
 
     def build(self, spec: Spec, weights: Weights) -> Block:
-        block: Block = BLOCKS[type(spec)](spec, weights, self._dtype)
+        module = self._compiled(BLOCKS[type(spec)])
+        block: Block = getattr(module, type(spec).__name__)(spec, weights, self._dtype)
         return block
 
     def workspace_bytes(self, spec: Spec, tokens: int) -> int:
@@ -62,7 +65,14 @@ class CpuSimdBackend:
         return threading_notes()
 
     def ceilings(self) -> Ceilings:
+        ceilings = self._compiled("ceilings")
         return Ceilings(ceilings.flops_per_second(), ceilings.bytes_per_second())
+
+    def _compiled(self, module: str) -> ModuleType:
+        """A module with its kernels; all modules are compiled with the first one, at once."""
+        with announced(is_quiet=self._is_quiet):
+            modules = {name: import_module(f"lfm2kit_cpu_simd.{name}") for name in MODULES}
+        return modules[module]
 
 
 def _floats_per_row(spec: Spec) -> int:

@@ -13,6 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.machine import NV, VL
 from lfm2kit_cpu_simd.signatures import FLOAT, INT, VECTOR
 from lfm2kit_cpu_simd.tile import MR
@@ -83,14 +84,14 @@ def _step(typingctx: Any, sums_at: Any, steps: Any) -> Any:
     return signature, codegen
 
 
-@numba.njit(types.void(INT, INT), parallel=True, cache=True)
+@kernel(types.void(INT, INT), parallel=True)
 def _multiply_add(steps: Any, threads: Any) -> None:
     for _thread in numba.prange(threads):
         sums = np.ones((CHAINS, VL), np.float32)
         _step(sums.ctypes.data, steps)
 
 
-@numba.njit(FLOAT(VECTOR), parallel=True, cache=True, fastmath={"reassoc"})
+@kernel(FLOAT(VECTOR), parallel=True, fastmath={"reassoc"})
 def _read(array: Any) -> Any:
     total = np.float32(0)
     for i in numba.prange(array.shape[0]):

@@ -1,117 +1,166 @@
-"""Where compiled kernels are kept, and the word to the user while they are made.
+"""Compiles kernels, or takes them from the cache, and tells the user while they are compiled.
 
-Numba's own cache sees a change of a function's file, not of a generator that the function uses:
-edited generators would go on running old kernels.  So the folder's name carries a hash of all of
-this package's sources, of Numba's version and of the CPU with its features; a cache on a shared
-home folder is never read by another kind of machine.
+Numba's own cache is not used.  It trusts what it finds, refuses to run where it cannot write, and
+looks at a function's own file alone: after an edit of a generator that the function uses it would
+go on running the old kernel.
 """
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import os
-import shutil
+import pickle
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import llvmlite
 import llvmlite.binding as llvm
 import numba
+import numpy as np
 from numba.core import event
+from numba.core.caching import NullCache
+from numba.core.ccallback import CFunc
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+from numba.core.sigutils import normalize_signature
+
+from lfm2kit.kernel_cache import KernelCache
+from lfm2kit_cpu_simd.interrupts import remembered_interrupts
+
+KERNELS = KernelCache("cpu_simd")
+
+# Of Numba's settings those that change no machine code.
+WITHOUT_EFFECT = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
+
+
+def kernel(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """As `numba.njit` of these signatures, compiled at once unless the cache has them."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(**options)(function)
+        dispatcher._cache = kept = Kept(function)
+        for signature in signatures:
+            with KERNELS.turn(kept.name(signature)):
+                dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
+
+    return compiled
+
+
+def c_function(signature: Any) -> Callable[[Callable[..., Any]], CFunc]:
+    """As `numba.cfunc`: a function that is called by its address."""
+
+    def compiled(function: Callable[..., Any]) -> CFunc:
+        result = CFunc(function, normalize_signature(signature), locals={}, options={})
+        result._cache = kept = Kept(function)
+        with KERNELS.turn(kept.name(signature)):
+            result.compile()
+        return result
+
+    return compiled
+
+
+class Kept(NullCache):
+    """What Numba asks for the kernels of one function, and gives new ones to."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        self._function = f"{function.__module__}.{function.__qualname__}{cells}"
+        self._label = f"{function.__module__.split('.')[-1]}.{function.__name__}"
+
+    def name(self, signature: Any) -> str:
+        key = f"{fingerprint()} {self._function} {signature}"
+        return f"{self._label}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+
+    def load_overload(self, signature: Any, target_context: Any) -> CompileResult | None:
+        target_context.refresh()
+        name = self.name(signature)
+        if (data := KERNELS.read(name)) is None:
+            return None
+        try:
+            return CompileResult._rebuild(target_context, *pickle.loads(data))
+        except Exception as error:  # of a kind that depends on what Numba keeps
+            KERNELS.discard(name, f"{type(error).__name__}: {error}")
+            return None
+
+    def save_overload(self, signature: Any, result: CompileResult) -> None:
+        KERNELS.write(self.name(signature), dumps(result._reduce()))
 
 
 @contextmanager
-def compiled_kernels() -> Iterator[None]:
-    """Kernels that are imported inside are loaded from the cache, or compiled and kept there."""
-    if "NUMBA_CACHE_DIR" in os.environ:
-        yield
-        return
-    folder = _cache_folder()
-    is_new = not (folder / "complete").exists()
-    with _kept_in(folder), _announced(folder) if is_new else nullcontext():
-        yield
-    if is_new:
-        (folder / "complete").touch()
-
-
-@contextmanager
-def _kept_in(folder: Path) -> Iterator[None]:
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = before
-
-
-@contextmanager
-def _announced(folder: Path) -> Iterator[None]:
-    """Says that kernels are compiled, on a terminal how many, and how long it took."""
-    _say("cpu_simd: compiling its kernels for this CPU, once ...")
-    progress = Progress()
-    start = time.perf_counter()
-    with event.install_listener("numba:compile", progress):
-        yield
-    progress.clear()
-    seconds = time.perf_counter() - start
-    _say(f"cpu_simd: compiled {progress.count} in {seconds:.0f} s, kept in {folder}")
+def announced(*, is_quiet: bool = False) -> Iterator[None]:
+    """Says that kernels are compiled, if any are, and at the end how many and for how long."""
+    with remembered_interrupts() as raise_again:
+        progress = Progress(raise_again, is_quiet=is_quiet)
+        try:
+            with event.install_listener("numba:compile", progress):
+                yield
+        finally:
+            progress.clear()
+    progress.finish()
 
 
 class Progress(event.Listener):
-    """Counts the compiled functions, on one line that is written over and over."""
+    """Counts the compiled functions, on a terminal on one line that is written over and over."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._shows = sys.stderr.isatty()
+    def __init__(self, raise_again: Callable[[], None], *, is_quiet: bool) -> None:
+        self._raise_again = raise_again
+        self._count = 0
+        self._start = 0.0
+        self._is_quiet = is_quiet or sys.stderr is None
+        self._is_terminal = not self._is_quiet and not sys.stderr.closed and sys.stderr.isatty()
 
     def on_start(self, event: event.Event) -> None:
-        pass
+        self._raise_again()
+        if not self._start:
+            self._start = time.perf_counter()
+            self._write("cpu_simd: compiling kernels for this CPU ...\n")
 
     def on_end(self, event: event.Event) -> None:
-        self.count += 1
-        if self._shows:
-            sys.stderr.write(f"\r\x1b[K  {self.count} kernels")
-            sys.stderr.flush()
+        self._count += 1
+        if self._is_terminal:
+            self._write(f"\r\x1b[K  {self._count} kernels")
 
     def clear(self) -> None:
-        if self._shows:
-            sys.stderr.write("\r\x1b[K")
+        if self._count and self._is_terminal:
+            self._write("\r\x1b[K")
+
+    def finish(self) -> None:
+        if self._count:
+            seconds = time.perf_counter() - self._start
+            kept = f", kept in {str(KERNELS.folder)!r}" if KERNELS.keeps else ""
+            self._write(f"cpu_simd: compiled {self._count} in {seconds:.0f} s{kept}\n")
+
+    def _write(self, text: str) -> None:
+        if not self._is_quiet:
+            with suppress(OSError, ValueError):  # of a stream that is closed, or on a full disk
+                print(text, end="", file=sys.stderr, flush=True)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _cache_folder() -> Path:
-    """A folder that can be written: of the user, or else of this process.
-
-    Numba would otherwise keep kernels beside the sources, where they may be stale.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(home) / "lfm2kit" / f"cpu_simd-{fingerprint()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK) or (folder / "complete").exists():
-            return folder
-    except OSError:
-        pass
-    temporary = Path(tempfile.mkdtemp(prefix="lfm2kit-"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    _say(f"cpu_simd: {folder} cannot be written, so that kernels are compiled for this run only")
-    return temporary
-
-
+@cache
 def fingerprint() -> str:
-    """Changes with this package's sources, the compilers and the CPU that they compile for."""
+    """Changes with this package's sources, the compilers and the CPU that they compile for.
+
+    No path and no time goes in: another copy of the same sources has the same kernels.
+    """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     features = sorted(f for f, there in llvm.get_host_cpu_features().items() if there)
-    parts = [numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), *features]
-    overrides = [os.environ.get(n, "") for n in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
-    digest.update("\0".join([*parts, *overrides, sys.version]).encode())
-    return digest.hexdigest()[:16]
+    versions = [sys.version, np.__version__, numba.__version__, llvmlite.__version__]
+    settings = [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("NUMBA_") and name not in WITHOUT_EFFECT
+    ]
+    svml = str(numba.config.USING_SVML)  # whether vector code calls Intel's library
+    parts = [*versions, llvm.get_host_cpu_name(), *features, *settings, svml]
+    digest.update("\0".join(parts).encode())
+    return digest.hexdigest()

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from numba import types
 
 from lfm2kit_cpu_simd.buffers import BUFFERS
+from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.elementwise import silu
 from lfm2kit_cpu_simd.packing import HALF, Panels
 from lfm2kit_cpu_simd.signatures import BOOL, INT, OFFSETS, ROWS, ROWS_OUT, TABLE, VECTOR
@@ -150,10 +151,9 @@ def following_panel(
     return this + threads if this + threads < groups * count else this
 
 
-@numba.njit(
+@kernel(
     types.void(ROWS, OFFSETS, INT, INT, INT, TABLE, INT, BOOL, VECTOR, ROWS_OUT, INT),
     parallel=True,
-    cache=True,
     error_model="numpy",  # a check for division by zero would keep silu from being vectorised
 )
 def _grouped(

@@ -7,6 +7,8 @@ import platform
 import llvmlite.binding as llvm
 import numba
 
+from lfm2kit.backend import DType
+
 
 def _features() -> set[str]:
     """The CPU's features by LLVM's names, as Numba compiles for them."""
@@ -32,3 +34,5 @@ FEATURES = _features()
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 VL, NV = _vector_shape()
 HAS_F16C = "f16c" in FEATURES or IS_ARM  # else widening float16 would be a library call per lane
+# The types that weights may be stored in.
+STORAGES: tuple[DType, ...] = ("F32", "BF16", "F16") if HAS_F16C else ("F32", "BF16")

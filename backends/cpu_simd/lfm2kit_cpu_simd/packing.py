@@ -15,8 +15,10 @@ import numpy.typing as npt
 from numba import types
 
 from lfm2kit.backend import DType, Tensor
+from lfm2kit_cpu_simd.compiling import kernel
+from lfm2kit_cpu_simd.machine import STORAGES
 from lfm2kit_cpu_simd.signatures import FLOAT, INT, ORDER, WORD
-from lfm2kit_cpu_simd.tile import CACHE_LINE, ITEMSIZE, NR, STORAGES, lane_order
+from lfm2kit_cpu_simd.tile import CACHE_LINE, ITEMSIZE, NR, lane_order
 
 HALF = NR // 2
 BLOCK = 32  # columns that are transposed at once: a cache line of 16-bit weights
@@ -89,7 +91,7 @@ def _signature(element: types.Type) -> Any:
     return types.void(source, types.Array(element, 3, "C"), ORDER, INT)
 
 
-@numba.njit([_signature(FLOAT), _signature(WORD)], parallel=True, cache=True)
+@kernel(_signature(FLOAT), _signature(WORD), parallel=True)
 def _place(source: Any, panels: Any, order: Any, first: Any) -> None:
     """Row r of `source` becomes place order[(first + r) % n] of panel (first + r) // n.
 

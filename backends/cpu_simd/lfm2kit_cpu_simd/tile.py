@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -27,13 +26,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lfm2kit.backend import DType
-from lfm2kit_cpu_simd.machine import HAS_F16C, NV, VL
+from lfm2kit_cpu_simd.compiling import c_function
+from lfm2kit_cpu_simd.machine import NV, STORAGES, VL
 
 MR = 6  # rows of a tile
 NR = NV * VL  # columns of a panel
 UNROLL = 4  # steps of k per turn of the loop
 CACHE_LINE = 64
-STORAGES: tuple[DType, ...] = ("F32", "BF16", "F16") if HAS_F16C else ("F32", "BF16")
 ITEMSIZE: dict[DType, int] = {"F32": 4, "BF16": 2, "F16": 2}
 # From so many tiles on it is faster that one widens for all; BF16 is widened with less work.
 SHARED_FROM: dict[DType, int] = {"F32": sys.maxsize, "BF16": 4, "F16": 3}
@@ -249,7 +248,7 @@ def _tile(storage: int, m: int, leaves: int) -> Any:
     """The compiled tile of m rows, a C function: drivers call it by address, and so compile
     in a second instead of taking it in and optimising it again."""
 
-    @numba.cfunc(TILE, cache=True)
+    @c_function(TILE)
     def tile(
         x: int, stride: int, panel: int, k: int, out: int, ahead: int, lines: int, wide: int
     ) -> None:

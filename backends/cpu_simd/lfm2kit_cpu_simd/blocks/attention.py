@@ -11,6 +11,7 @@ from numba import types
 from lfm2kit import specs
 from lfm2kit.backend import Batch, DType, Weights
 from lfm2kit_cpu_simd.blocks.paged_attention import Pages, attend, remember
+from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import Float32, linear
 from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import FLOAT, IDS, INT, ROWS_OUT, VECTOR
@@ -49,10 +50,9 @@ class Attention:
         return Pages.nbytes(self.spec, slots, max_tokens)
 
 
-@numba.njit(
+@kernel(
     types.void(ROWS_OUT, VECTOR, VECTOR, FLOAT, VECTOR, IDS, INT, INT),
     parallel=True,
-    cache=True,
     error_model="numpy",
     fastmath={"reassoc"},  # the sum of squares in vector lanes
 )

@@ -12,6 +12,7 @@ from lfm2kit import specs
 from lfm2kit.backend import DType, Weights
 from lfm2kit_cpu_simd.blocks.router import Int32, Router
 from lfm2kit_cpu_simd.buffers import BUFFERS
+from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import Float32, Int64, grouped, linear
 from lfm2kit_cpu_simd.packing import pack, pack_gated
 from lfm2kit_cpu_simd.signatures import (
@@ -82,7 +83,7 @@ def sort_by_expert(expert_ids: Int32, local_experts: range) -> tuple[Int64, Int6
     return offsets, rows, places
 
 
-@numba.njit(types.void(IDS_2D, INT, INDICES_OUT, INDICES_OUT, PLACES_OUT), cache=True)
+@kernel(types.void(IDS_2D, INT, INDICES_OUT, INDICES_OUT, PLACES_OUT))
 def _sort(expert_ids: Any, first: Any, offsets: Any, rows: Any, places: Any) -> None:
     """A counting sort."""
     for expert in expert_ids.flat:
@@ -104,13 +105,13 @@ def _gather(x: Float32, rows: Int64) -> Float32:
     return out
 
 
-@numba.njit(types.void(ROWS, OFFSETS, ROWS_OUT), parallel=True, cache=True)
+@kernel(types.void(ROWS, OFFSETS, ROWS_OUT), parallel=True)
 def _copy_rows(x: Any, rows: Any, out: Any) -> None:
     for i in numba.prange(rows.shape[0]):
         out[i] = x[rows[i]]
 
 
-@numba.njit(types.void(ROWS, PLACES, ROWS, ROWS_OUT), parallel=True, cache=True)
+@kernel(types.void(ROWS, PLACES, ROWS, ROWS_OUT), parallel=True)
 def _combine(outputs: Any, places: Any, weights: Any, delta: Any) -> None:
     """delta[row] = the sum over k, in order, of the *rounded* products: no fused multiply-add,
     so that expert parallelism, which adds elsewhere, gets the same bits."""

@@ -21,6 +21,7 @@ from numba import types
 from lfm2kit import specs
 from lfm2kit.backend import Batch
 from lfm2kit_cpu_simd.buffers import BUFFERS
+from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.elementwise import exp
 from lfm2kit_cpu_simd.gemm import Float32, Int64
 from lfm2kit_cpu_simd.signatures import FLOAT, IDS, INT, OFFSETS, ROWS, ROWS_OUT, TABLE
@@ -92,12 +93,11 @@ def attend(
     return out
 
 
-@numba.njit(
+@kernel(
     types.void(
         ROWS, IDS, IDS, OFFSETS, types.float32[:, :, :, ::1], types.float32[:, :, :, :, ::1]
     ),
     parallel=True,
-    cache=True,
 )
 def _remember(
     qkv: Any, cu_seqlens: Any, positions: Any, first_pages: Any, keys: Any, values: Any
@@ -195,10 +195,9 @@ def _attend_rows(
                     out[begin + (r + i) // group, at + j] = sums[i, j] / totals[r + i]
 
 
-@numba.njit(
+@kernel(
     types.void(ROWS, IDS, IDS, OFFSETS, KEYS_READ, PAGES_READ, FLOAT, TABLE, ROWS_OUT, INT),
     parallel=True,
-    cache=True,
     error_model="numpy",
     fastmath={"reassoc"},  # the sum of weights in vector lanes
 )

@@ -12,6 +12,7 @@ from numba import types
 
 from lfm2kit import specs
 from lfm2kit.backend import DType, Weights
+from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import Float32, linear
 from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import BOOL, FLOAT, IDS_OUT, ROWS, ROWS_OUT, VECTOR
@@ -43,10 +44,9 @@ def _sigmoid(logit: Any) -> Any:
     return np.float32(1.0 / (1.0 + math.exp(-np.float64(logit))))
 
 
-@numba.njit(
+@kernel(
     types.void(ROWS, VECTOR, BOOL, FLOAT, IDS_OUT, ROWS_OUT),
     parallel=True,
-    cache=True,
     error_model="numpy",
 )
 def _choose(

@@ -10,6 +10,7 @@ from numba import types
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, DType, Tensor, Weights
+from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import Float32, linear
 from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import FLOAT, ROWS, ROWS_OUT, VECTOR
@@ -56,10 +57,9 @@ class LMHead:
         return linear(x, self.panels, self.vocab_size)
 
 
-@numba.njit(
+@kernel(
     types.void(ROWS_OUT, ROWS, VECTOR, FLOAT, ROWS_OUT),
     parallel=True,
-    cache=True,
     error_model="numpy",
     fastmath={"reassoc"},  # the sum of squares in vector lanes; its order depends on nothing else
 )

@@ -11,6 +11,7 @@ from numba import types
 from lfm2kit import specs
 from lfm2kit.backend import Batch, DType, Weights
 from lfm2kit_cpu_simd.buffers import BUFFERS
+from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import NO_BIAS, Float32, linear
 from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import IDS, PAST, ROWS, ROWS_OUT, STATE_OUT, VECTOR
@@ -49,10 +50,9 @@ class ShortConv:
         return 4 * slots * (self.spec.kernel_size - 1) * self.spec.hidden_size
 
 
-@numba.njit(
+@kernel(
     types.void(ROWS, ROWS, VECTOR, IDS, IDS, IDS, PAST, ROWS_OUT),
     parallel=True,
-    cache=True,
 )
 def _convolve(
     BCX: Any, taps: Any, bias: Any, cu_seqlens: Any, positions: Any, slots: Any, past: Any, out: Any
@@ -81,7 +81,7 @@ def _convolve(
             out[t, c] = BCX[t, h + c] * y[c]
 
 
-@numba.njit(types.void(ROWS, IDS, IDS, IDS, STATE_OUT), cache=True)
+@kernel(types.void(ROWS, IDS, IDS, IDS, STATE_OUT))
 def _remember(BCX: Any, cu_seqlens: Any, positions: Any, slots: Any, state: Any) -> None:
     """Leaves the newest rows of u in each sequence's slot, moving older ones up."""
     h = state.shape[2]
