@@ -71,7 +71,7 @@ class KernelCache:
         if not self._has_met_damage:
             self._has_met_damage = True
             path = _quoted(f"{self.folder}/{name}{ENDING}")
-            self._say(f"{path} cannot be used ({reason}); such kernels are compiled again")
+            self.say(f"{path} cannot be used ({reason}); such kernels are compiled again")
 
     def write(self, name: str, data: bytes) -> None:
         """Keeps `data` under `name`; the first time that this is not possible it says so."""
@@ -129,12 +129,13 @@ class KernelCache:
     def _keep_no_more(self, reason: str) -> None:
         if self.keeps:
             self.keeps = False
-            self._say(
+            self.say(
                 f"{reason}, so kernels are compiled for this run only; "
                 f"{VARIABLE} can name another folder"
             )
 
-    def _say(self, sentence: str) -> None:
+    def say(self, sentence: str) -> None:
+        """Prints a line about this backend's kernels on stderr, where there is one."""
         if sys.stderr is not None:
             with suppress(OSError, ValueError):  # of a stream that is closed, or on a full disk
                 print(f"{self._backend}: {sentence}", file=sys.stderr, flush=True)

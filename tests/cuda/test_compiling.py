@@ -10,6 +10,7 @@ from lfm2kit_cuda import compiling, nvrtc
 from lfm2kit_cuda.compiling import SOURCES, architecture_name, compile_source
 
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.kernel_cache import KernelCache
 
 pytestmark = pytest.mark.skipif(
     nvrtc.why_unavailable() is not None, reason=str(nvrtc.why_unavailable())
@@ -59,9 +60,16 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A cache folder that holds nothing from before."""
-    monkeypatch.setattr(compiling, "_cache_folder", lambda: tmp_path)
-    return tmp_path
+    """The folder of a cache that holds nothing from before."""
+    monkeypatch.setenv("LFM2KIT_CACHE_DIR", str(tmp_path))
+    new_process(monkeypatch)
+    return tmp_path / "cuda"
+
+
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forgets what is known of the cache, and what was said."""
+    monkeypatch.setattr(compiling, "KERNELS", KernelCache("cuda"))
+    compiling._announce.cache_clear()
 
 
 @pytest.mark.parametrize(("stem", "constants", "architecture"), CASES)
@@ -75,12 +83,44 @@ def test_every_source_is_compiled_here() -> None:
 
 
 def test_what_was_compiled_is_kept_and_read_again(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = compile_source("packing", "sm_80", {})
-    assert [path.read_bytes() for path in own_cache.iterdir()] == [new]
+    compile_source("packing", "sm_90a", {})
+    assert capsys.readouterr().err.startswith("cuda: compiling kernels for sm_80 ...\n")
+    new_process(monkeypatch)
     monkeypatch.setattr(nvrtc, "compile_cubin", None)  # calling it would fail
     assert compile_source("packing", "sm_80", {}) == new
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 20, -1])
+def test_a_cut_file_is_compiled_again_and_never_loaded(
+    kept_bytes: int,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    new = compile_source("packing", "sm_80", {})
+    (file,) = own_cache.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept_bytes])
+    new_process(monkeypatch)
+    assert compile_source("packing", "sm_80", {}) == new
+    assert f"cuda: '{file}' cannot be used (it is damaged)" in capsys.readouterr().err
+    assert file.read_bytes() == whole
+
+
+def test_in_a_folder_that_is_not_to_be_used_kernels_are_compiled_for_the_run(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_cache.mkdir()
+    own_cache.chmod(0o777)
+    assert compile_source("packing", "sm_80", {}).startswith(b"\x7fELF")
+    not_used, compiling_line = capsys.readouterr().err.splitlines()
+    assert "kernels are compiled for this run only" in not_used
+    assert compiling_line == "cuda: compiling kernels for sm_80 ..."
+    assert list(own_cache.iterdir()) == []
 
 
 def test_other_constants_or_another_architecture_are_another_kernel(own_cache: Path) -> None:

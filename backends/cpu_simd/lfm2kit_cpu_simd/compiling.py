@@ -113,34 +113,38 @@ class Progress(event.Listener):
         self._raise_again = raise_again
         self._count = 0
         self._start = 0.0
-        self._is_quiet = is_quiet or sys.stderr is None
-        self._is_terminal = not self._is_quiet and not sys.stderr.closed and sys.stderr.isatty()
+        self._is_quiet = is_quiet
+        stream = None if is_quiet else sys.stderr
+        self._is_terminal = stream is not None and not stream.closed and stream.isatty()
 
     def on_start(self, event: event.Event) -> None:
         self._raise_again()
         if not self._start:
             self._start = time.perf_counter()
-            self._write("cpu_simd: compiling kernels for this CPU ...\n")
+            self._say("compiling kernels for this CPU ...")
 
     def on_end(self, event: event.Event) -> None:
         self._count += 1
         if self._is_terminal:
-            self._write(f"\r\x1b[K  {self._count} kernels")
+            self._show(f"\r\x1b[K  {self._count} kernels")
 
     def clear(self) -> None:
         if self._count and self._is_terminal:
-            self._write("\r\x1b[K")
+            self._show("\r\x1b[K")
 
     def finish(self) -> None:
         if self._count:
             seconds = time.perf_counter() - self._start
             kept = f", kept in {str(KERNELS.folder)!r}" if KERNELS.keeps else ""
-            self._write(f"cpu_simd: compiled {self._count} in {seconds:.0f} s{kept}\n")
+            self._say(f"compiled {self._count} in {seconds:.0f} s{kept}")
 
-    def _write(self, text: str) -> None:
+    def _say(self, sentence: str) -> None:
         if not self._is_quiet:
-            with suppress(OSError, ValueError):  # of a stream that is closed, or on a full disk
-                print(text, end="", file=sys.stderr, flush=True)
+            KERNELS.say(sentence)
+
+    def _show(self, text: str) -> None:
+        with suppress(OSError):
+            print(text, end="", file=sys.stderr, flush=True)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""CUDA sources to machine code: compiled once per chip, then kept in the user's cache folder.
+"""CUDA sources to machine code: compiled once per chip, then kept in the kernel cache.
 
 A kernel's sizes are constants of its compilation (`-DHEAD_DIM=64`).  The name of what is kept
 carries a hash of all that it depends on: source, headers, constants, options, NVRTC's version.
@@ -7,12 +7,13 @@ carries a hash of all that it depends on: source, headers, constants, options, N
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from functools import cache
 from pathlib import Path
 
+from lfm2kit.kernel_cache import KernelCache
 from lfm2kit_cuda import nvrtc
+
+KERNELS = KernelCache("cuda")
 
 SOURCES = Path(__file__).parent
 INCLUDE = SOURCES / "include"
@@ -21,15 +22,21 @@ OPTIONS = ("-std=c++17", f"-I{INCLUDE}")
 
 def compile_source(stem: str, architecture: str, constants: dict[str, int | str]) -> bytes:
     """Machine code of `{stem}.cu` for an architecture such as sm_90a, from the cache or new."""
-    kept = _cache_folder() / f"{Path(stem).name}-{_key(stem, architecture, constants)}.cubin"
-    if kept.exists():
-        return kept.read_bytes()
-    options = (f"--gpu-architecture={architecture}", *OPTIONS, *_definitions(constants))
-    cubin = nvrtc.compile_cubin(_source(stem), f"{stem}.cu", options)
-    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as partial:
-        partial.write(cubin)
-    os.replace(partial.name, kept)
+    name = f"{Path(stem).name}-{_key(stem, architecture, constants)}"
+    with KERNELS.turn(name):
+        cubin = KERNELS.read(name)
+        if cubin is None:
+            _announce(architecture)
+            options = (f"--gpu-architecture={architecture}", *OPTIONS, *_definitions(constants))
+            cubin = nvrtc.compile_cubin(_source(stem), f"{stem}.cu", options)
+            KERNELS.write(name, cubin)
     return cubin
+
+
+@cache
+def _announce(architecture: str) -> None:
+    """Once: what is compiled later belongs to the same wait."""
+    KERNELS.say(f"compiling kernels for {architecture} ...")
 
 
 def waits_for_previous(stem: str) -> bool:
@@ -61,14 +68,3 @@ def _key(stem: str, architecture: str, constants: dict[str, int | str]) -> str:
     digest = hashlib.sha256("\0".join(parts).encode())
     digest.update(_source(stem).encode() + _headers())
     return digest.hexdigest()[:24]
-
-
-@cache
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(home) / "lfm2kit" / "cuda"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written: compile again next time
-        return Path(tempfile.mkdtemp(prefix="lfm2kit-cuda-"))
-    return folder
