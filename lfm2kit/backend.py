@@ -111,7 +111,10 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class BackendPlugin:
-    """What a plugin announces.  Making one must be free: heavy imports belong into `create`."""
+    """What a plugin announces.  Making one must be free: heavy imports belong into `create`.
+
+    `lfm2kit plan` creates backends to ask them, so that compiling belongs into a backend's `build`.
+    """
 
     name: str  # as in `--backend NAME`
     summary: str  # one line for `lfm2kit backends`
