@@ -63,6 +63,11 @@ class KernelCache:
             self.discard(name, _reason(error))
             return None
 
+    def has(self, name: str) -> bool:
+        """Whether there is something under `name`, be it good or not."""
+        descriptor = self._opened()
+        return descriptor is not None and os.access(name + ENDING, os.F_OK, dir_fd=descriptor)
+
     def discard(self, name: str, reason: str) -> None:
         """Throws away a kernel that cannot be used; the first time it says so."""
         if self._descriptor is not None:
@@ -91,19 +96,19 @@ class KernelCache:
         the file system has no locks nobody waits, and nobody waits for more than half a minute:
         that several compile the same kernel does no harm.
         """
+        give_up = time.monotonic() + TURN_SECONDS
         with suppress(OSError):
-            if not self._has(name) and (descriptor := self._made()) is not None:
-                _lock(descriptor)
+            descriptor = None if self.has(name) else self._made()
+            while descriptor is not None and not _locked(descriptor):
+                if self.has(name) or time.monotonic() > give_up:
+                    break
+                time.sleep(0.02)
         try:
             yield
         finally:
             if self._descriptor is not None:
                 with suppress(OSError):
                     fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-
-    def _has(self, name: str) -> bool:
-        descriptor = self._opened()
-        return descriptor is not None and os.access(name + ENDING, os.F_OK, dir_fd=descriptor)
 
     def _opened(self) -> int | None:
         """A descriptor of the folder; None where there is none, or none to be trusted."""
@@ -254,14 +259,12 @@ def _remove_unused(folder: int) -> None:
                 os.unlink(name, dir_fd=folder)
 
 
-def _lock(descriptor: int) -> None:
-    give_up = time.monotonic() + TURN_SECONDS
-    while time.monotonic() < give_up:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.02)
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _reason(error: Exception) -> str:

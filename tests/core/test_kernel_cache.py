@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lfm2kit import kernel_cache
-from lfm2kit.kernel_cache import KernelCache
+from lfm2kit.kernel_cache import TURN_SECONDS, KernelCache
 
 CODE = bytes(range(256)) * 4
 
@@ -250,21 +250,35 @@ def test_what_nobody_used_for_months_goes_when_something_new_comes() -> None:
     }  # fmt: skip
 
 
-def test_who_waits_for_a_turn_finds_the_kernel_there() -> None:
-    first, second, order = KernelCache("fast"), KernelCache("fast"), []
+def test_who_waits_for_a_turn_goes_on_as_soon_as_the_kernel_is_there() -> None:
+    first, second, found = KernelCache("fast"), KernelCache("fast"), []
 
-    def compile_second() -> None:
+    def look() -> None:
         with second.turn("tile"):
-            order.append(("second", second.read("tile")))
+            found.append(second.read("tile"))
 
+    thread = threading.Thread(target=look)
     with first.turn("tile"):
-        thread = threading.Thread(target=compile_second)
         thread.start()
-        time.sleep(0.1)
+        thread.join(0.1)
+        assert found == []
         first.write("tile", CODE)
-        order.append(("first", CODE))
-    thread.join()
-    assert order == [("first", CODE), ("second", CODE)]
+        thread.join(TURN_SECONDS / 2)  # the first goes on to compile other kernels
+        assert found == [CODE]
+
+
+def test_whose_turn_ends_without_a_kernel_gives_it_to_the_next() -> None:
+    first, second, found = KernelCache("fast"), KernelCache("fast"), []
+
+    def look() -> None:
+        with second.turn("tile"):
+            found.append(second.read("tile"))
+
+    thread = threading.Thread(target=look)
+    with first.turn("tile"):  # interrupted, say
+        thread.start()
+    thread.join(TURN_SECONDS / 2)
+    assert found == [None]
 
 
 def test_a_turn_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

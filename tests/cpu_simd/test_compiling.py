@@ -95,7 +95,7 @@ def test_a_kept_kernel_is_not_compiled_again(
     with announced():
         assert twice()(21) == 42
     assert re.fullmatch(
-        rf"cpu_simd: compiling kernels for this CPU ...\ncpu_simd: compiled 1 in \d+ s, "
+        rf"cpu_simd: compiling kernels for this CPU ...\ncpu_simd: kernels are ready after \d+ s, "
         rf"kept in '{cache}'\n",
         capfd.readouterr().err,
     )
@@ -158,7 +158,7 @@ def test_kernels_that_cannot_be_kept_are_used_all_the_same(
     not_used, compiling_line, compiled = capfd.readouterr().err.splitlines()
     assert "kernels are compiled for this run only" in not_used
     assert compiling_line == "cpu_simd: compiling kernels for this CPU ..."
-    assert re.fullmatch(r"cpu_simd: compiled 1 in \d+ s", compiled)
+    assert re.fullmatch(r"cpu_simd: kernels are ready after \d+ s", compiled)
     assert list(cache.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def kernel(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], A
         dispatcher = numba.njit(**options)(function)
         dispatcher._cache = kept = Kept(function)
         for signature in signatures:
-            with KERNELS.turn(kept.name(signature)):
+            with _turn(kept.name(signature)):
                 dispatcher.compile(signature)
         dispatcher.disable_compile()
         return dispatcher
@@ -59,7 +60,7 @@ def c_function(signature: Any) -> Callable[[Callable[..., Any]], CFunc]:
     def compiled(function: Callable[..., Any]) -> CFunc:
         result = CFunc(function, normalize_signature(signature), locals={}, options={})
         result._cache = kept = Kept(function)
-        with KERNELS.turn(kept.name(signature)):
+        with _turn(kept.name(signature)):
             result.compile()
         return result
 
@@ -93,58 +94,77 @@ class Kept(NullCache):
         KERNELS.write(self.name(signature), dumps(result._reduce()))
 
 
-@contextmanager
-def announced(*, is_quiet: bool = False) -> Iterator[None]:
-    """Says that kernels are compiled, if any are, and at the end how many and for how long."""
-    with remembered_interrupts() as raise_again:
-        progress = Progress(raise_again, is_quiet=is_quiet)
-        try:
-            with event.install_listener("numba:compile", progress):
-                yield
-        finally:
-            progress.clear()
-    progress.finish()
-
-
 class Progress(event.Listener):
-    """Counts the compiled functions, on a terminal on one line that is written over and over."""
+    """Says that kernels are missing, and on a terminal how many were compiled here so far."""
 
     def __init__(self, raise_again: Callable[[], None], *, is_quiet: bool) -> None:
         self._raise_again = raise_again
         self._count = 0
-        self._start = 0.0
+        self._start: float | None = None
         self._is_quiet = is_quiet
         stream = None if is_quiet else sys.stderr
         self._is_terminal = stream is not None and not stream.closed and stream.isatty()
 
-    def on_start(self, event: event.Event) -> None:
-        self._raise_again()
-        if not self._start:
+    def begin(self) -> None:
+        """Kernels are missing: this process compiles them, or waits for one that does."""
+        if self._start is None:
             self._start = time.perf_counter()
             self._say("compiling kernels for this CPU ...")
 
+    def on_start(self, event: event.Event) -> None:
+        self._raise_again()
+        self.begin()
+
     def on_end(self, event: event.Event) -> None:
         self._count += 1
-        if self._is_terminal:
-            self._show(f"\r\x1b[K  {self._count} kernels")
+        self._show(f"\r\x1b[K  {self._count} kernels")
 
     def clear(self) -> None:
-        if self._count and self._is_terminal:
+        if self._count:
             self._show("\r\x1b[K")
 
     def finish(self) -> None:
-        if self._count:
+        if self._start is not None:
             seconds = time.perf_counter() - self._start
             kept = f", kept in {str(KERNELS.folder)!r}" if KERNELS.keeps else ""
-            self._say(f"compiled {self._count} in {seconds:.0f} s{kept}")
+            self._say(f"kernels are ready after {seconds:.0f} s{kept}")
 
     def _say(self, sentence: str) -> None:
         if not self._is_quiet:
             KERNELS.say(sentence)
 
     def _show(self, text: str) -> None:
-        with suppress(OSError):
-            print(text, end="", file=sys.stderr, flush=True)
+        if self._is_terminal:
+            with suppress(OSError):
+                print(text, end="", file=sys.stderr, flush=True)
+
+
+PROGRESS: ContextVar[Progress | None] = ContextVar("PROGRESS", default=None)
+
+
+@contextmanager
+def announced(*, is_quiet: bool = False) -> Iterator[None]:
+    """Says that kernels are compiled, if any are missing, and at the end how long it took."""
+    with remembered_interrupts() as raise_again:
+        progress = Progress(raise_again, is_quiet=is_quiet)
+        token = PROGRESS.set(progress)
+        try:
+            with event.install_listener("numba:compile", progress):
+                yield
+        finally:
+            PROGRESS.reset(token)
+            progress.clear()
+    progress.finish()
+
+
+@contextmanager
+def _turn(name: str) -> Iterator[None]:
+    """One of several processes compiles a missing kernel; all of them say so."""
+    progress = PROGRESS.get()
+    if progress is not None and not KERNELS.has(name):
+        progress.begin()
+    with KERNELS.turn(name):
+        yield
 
 
 @cache
