@@ -193,6 +193,21 @@ def test_an_interrupt_in_a_finaliser_ends_the_next_step_without_a_traceback(
     assert capfd.readouterr().err == ""
 
 
+def test_what_fails_because_of_an_interrupt_is_an_interrupt() -> None:
+    def compile_one() -> None:
+        with remembered_interrupts():
+            InterruptedFinaliser()
+            raise RuntimeError("no compiled object yet")
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_one()
+
+
+def test_an_error_without_an_interrupt_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="no compiled object"), remembered_interrupts():
+        raise RuntimeError("no compiled object")
+
+
 def test_an_interrupt_in_the_last_finaliser_is_not_lost_either(cache: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), announced():

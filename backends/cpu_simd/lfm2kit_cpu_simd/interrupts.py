@@ -20,7 +20,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def remembered_interrupts() -> Iterator[Callable[[], None]]:
     """Gives a function that raises what a signal handler has raised and Python has forgotten.
 
-    It is called once more when the block ends well.
+    It is called once more when the block ends, also by an error: LLVM's work may have failed because
+    a function that it calls back was interrupted.
     """
     raised: list[BaseException] = []
 
@@ -29,7 +30,11 @@ def remembered_interrupts() -> Iterator[Callable[[], None]]:
             raise raised[0]
 
     with _handlers_noted(raised), _forgetting_is_silent(raised):
-        yield raise_again
+        try:
+            yield raise_again
+        except Exception:
+            raise_again()
+            raise
         raise_again()
 
 
