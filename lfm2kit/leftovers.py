@@ -1,0 +1,80 @@
+"""Partial files of runs that were killed: the next run that writes there removes them.
+
+A file or folder that is being written is called `.NAME.PID.partial`, and its writer holds a lock on
+it.  The lock says on every machine of a shared folder whether that writer lives.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The name that this process gives to what is about to become `path`, or was it before."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Locks a partial file or folder, where the file system has locks."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed runs of this user left beside `path` while they wrote it.
+
+    Where such a run was about to exchange folders, the old one gets its name back.
+    """
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d{1,9})\.(partial|old)")
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            found = pattern.fullmatch(name)
+            if found and _is_abandoned(leftover := path.with_name(name), int(found[1])):
+                _remove(leftover, path, is_old=found[2] == "old")
+
+
+def _remove(leftover: Path, path: Path, *, is_old: bool) -> None:
+    if is_old and not os.path.lexists(path):
+        leftover.rename(path)
+    elif leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink()
+
+
+def _is_abandoned(leftover: Path, pid: int) -> bool:
+    """Whether its writer, a process of this user, is gone."""
+    if leftover.is_symlink() or leftover.stat().st_uid != os.geteuid():
+        return False
+    if pid != os.getpid() and _is_alive(pid):
+        return False
+    descriptor = os.open(leftover, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a writer elsewhere?
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
