@@ -13,6 +13,7 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.checkpoint import mapped
+from lfm2kit.checkpoint.companions import companions, files_in, is_companion
 from lfm2kit.checkpoint.huggingface import canonical, read_folder
 from lfm2kit.checkpoint.model_bin import read_model_bin
 from lfm2kit.checkpoint.safetensors import read_safetensors
@@ -51,16 +52,30 @@ class Checkpoint:
         for tensor in self.tensors_of(scope, spec):
             mapped.release(tensor.data)
 
+    def files(self) -> list[Path]:
+        """Every file that the weights are mapped from, and the model's other files beside them."""
+        names = {getattr(tensor.data, "filename", None) for tensor in self.weights.values()}
+        parts = [path for path in files_in(self.folder) if is_part(path)]
+        return [*map(Path, filter(None, names)), *parts, *companions(self.folder).values()]
+
     def beside(self, name: str) -> Path:
         """The file `name` beside the model, or in `data/` there, as the assignment has it."""
         in_data = self.folder / "data" / name
         return in_data if in_data.exists() else self.folder / name
 
 
+def is_part(path: Path) -> bool:
+    """Whether a file's name is one that checkpoints give to what they consist of."""
+    named = path.name in (CONFIG, SPECS, MODEL_BIN, INPUTS) or is_companion(Path(path.name))
+    return named or ".safetensors" in path.name
+
+
 def check_no_part(option: str, path: Path) -> None:
-    """`Lfm2kitError` where writing `path` would replace a file that a checkpoint consists of."""
-    is_part = path.name in (CONFIG, SPECS, MODEL_BIN, INPUTS) or ".safetensors" in path.name
-    if is_part and path.exists():
+    """`Lfm2kitError` where writing `path` would replace a part of some checkpoint.
+
+    This goes by names, for models that nothing is read from now; `lfm2kit.targets` compares files.
+    """
+    if path.exists() and any(map(is_part, (path, path.resolve()))):
         raise Lfm2kitError(f"{option} {path}: this is a checkpoint's file; give another name")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lfm2kit.checkpoint import check_no_part
 from lfm2kit.files import check_target, replaced
+from lfm2kit.targets import check_apart
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -48,9 +49,19 @@ class Report:
     def __init__(self, target: str | None) -> None:
         self.target = target
         self.fields: dict[str, Any] = {}
-        if target is not None and target != STDOUT:
-            check_target("--json", Path(target))
-            check_no_part("--json", Path(target))
+        if self.path is not None:
+            check_target("--json", self.path)
+            check_no_part("--json", self.path)
+        self.check_apart({})
+
+    @property
+    def path(self) -> Path | None:
+        """The file that the document goes to."""
+        return None if self.target in (None, STDOUT) else Path(self.target)
+
+    def check_apart(self, reads: Mapping[str, Iterable[Path]]) -> None:
+        """`Lfm2kitError` if the document would take the place of a file that is read."""
+        check_apart({"--json": self.path}, reads)
 
     def line(self, text: str = "") -> None:
         print(text, file=sys.stderr if self.target == STDOUT else sys.stdout, flush=True)
@@ -60,8 +71,8 @@ class Report:
         text = json.dumps(_without_nan(self.fields), indent=2)
         if self.target == STDOUT:
             print(text)
-        elif self.target is not None:
-            with replaced(Path(self.target)) as file:
+        elif self.path is not None:
+            with replaced(self.path, remark) as file:
                 file.write(text.encode() + b"\n")
 
 

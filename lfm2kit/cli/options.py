@@ -91,3 +91,11 @@ def context_for(precision: str, threads: int | None, world: World) -> Context:
         local_ranks=world.local_size,
         local_rank=world.local_rank,
     )
+
+
+def files_of(checkpoint: Checkpoint, plan_file: Path | None) -> dict[str, list[Path]]:
+    """The files that these options make a command read, by what they are: no output may be one."""
+    return {
+        "one of the model's": checkpoint.files(),
+        "the plan": [] if plan_file is None else [plan_file],
+    }

@@ -32,6 +32,7 @@ def plan(
     """Shows each block's backend, memory, bytes and copies; nothing is loaded."""
     report = Report(json)
     checkpoint = options.open_model(model)
+    report.check_apart(options.files_of(checkpoint, plan))
     context = options.context_for(precision, threads, World())
     chosen = options.chosen_plan(backend, plan)
     setup = set_up(checkpoint, chosen, context=context, n_cpu_moe=n_cpu_moe, trim=trim)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from lfm2kit.model import LFM2
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.running import Timed, default_batch_size, run_samples
+from lfm2kit.targets import check_apart
 from lfm2kit.transport import Transport, World
 from lfm2kit.validate import Verdict, nothing_to_compare, validate
 
@@ -82,6 +82,7 @@ def run(
     request = Request(
         model=model,
         plan=options.chosen_plan(backend, plan),
+        plan_file=plan,
         n=n,
         validate=validate_outputs,
         warmup=warmup,
@@ -95,13 +96,12 @@ def run(
         threads=threads,
         n_cpu_moe=n_cpu_moe,
         trim=trim,
-        json=json,
     )
     report = Report(json)
     plugins = installed_plugins()
     job = joined_job(plugins, transport, ranks)
     if job is None and (ranks or 1) > 1:
-        prepare(request, plugins, None)  # what is wrong shows here, once, not on every rank
+        prepare(request, report, plugins, None)  # what is wrong shows here, once, not on every rank
         raise typer.Exit(launched(plugins, transport, ranks or 1, sys.argv[1:]))
     with ending_all_ranks(job):
         verdict = perform(request, report, plugins, job)
@@ -115,6 +115,7 @@ class Request:
 
     model: str
     plan: Plan
+    plan_file: Path | None
     n: int | None
     validate: bool
     warmup: bool
@@ -128,7 +129,6 @@ class Request:
     threads: int | None
     n_cpu_moe: int
     trim: bool
-    json: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +142,14 @@ class Prepared:
     batch_size: int
 
 
-def prepare(request: Request, plugins: Plugins, transport: Transport | None) -> Prepared:
+def prepare(
+    request: Request, report: Report, plugins: Plugins, transport: Transport | None
+) -> Prepared:
     """Everything found and checked; `Lfm2kitError` says what the user must change."""
     checkpoint = options.open_model(request.model)
+    check_outputs(request, report, checkpoint)
+    token_ids = token_ids_of(request, checkpoint)
+    answers = answers_of(request, checkpoint)
     world = transport.world if transport is not None else World()
     setup = set_up(
         checkpoint,
@@ -155,10 +160,8 @@ def prepare(request: Request, plugins: Plugins, transport: Transport | None) -> 
         transport=transport,
         plugins=plugins,
     )
-    token_ids = token_ids_of(request, checkpoint)
-    check_outputs(request, checkpoint)
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
-    return Prepared(checkpoint, setup, token_ids, answers_of(request, checkpoint), batch_size)
+    return Prepared(checkpoint, setup, token_ids, answers, batch_size)
 
 
 def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
@@ -169,7 +172,7 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
             raise Lfm2kitError("--inputs and --random-inputs: give one of them")
         shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
         return np.random.default_rng(request.seed).integers(0, vocab_size, shape, dtype=np.int32)
-    source = request.inputs or checkpoint.beside("inputs.bin")
+    source = inputs_of(request, checkpoint)
     if request.inputs is None and not source.exists():
         raise Lfm2kitError(
             f"there is no {source}; give --inputs FILE, or --random-inputs 16 for random ids"
@@ -180,16 +183,22 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
     return token_ids
 
 
-def check_outputs(request: Request, checkpoint: Checkpoint) -> None:
-    """`Lfm2kitError` where the outputs cannot be written, or would take a file's place."""
-    if request.outputs is None:
-        return
-    check_target("--outputs", request.outputs)
-    check_no_part("--outputs", request.outputs)
-    others = {"--inputs": request.inputs, "--json": request.json, "--model": checkpoint.path}
-    for option, path in others.items():
-        if path is not None and os.path.realpath(path) == os.path.realpath(request.outputs):
-            raise Lfm2kitError(f"--outputs {request.outputs} is {option}'s file as well")
+def inputs_of(request: Request, checkpoint: Checkpoint) -> Path:
+    return request.inputs or checkpoint.beside("inputs.bin")
+
+
+def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> None:
+    """`Lfm2kitError` where the outputs cannot be written, or would take a file's place.
+
+    `--outputs` may take the place of the answers, which are read before it is written.
+    """
+    if request.outputs is not None:
+        check_target("--outputs", request.outputs)
+        check_no_part("--outputs", request.outputs)
+    reads = options.files_of(checkpoint, request.plan_file)
+    reads["the inputs"] = [inputs_of(request, checkpoint)]
+    check_apart({"--outputs": request.outputs, "--json": report.path}, reads)
+    report.check_apart({"the answers": [request.answers or checkpoint.beside("answers.bin")]})
 
 
 def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
@@ -210,7 +219,7 @@ def perform(
     request: Request, report: Report, plugins: Plugins, transport: Transport | None
 ) -> Verdict | None:
     """The whole run; what it says is said by rank 0 alone."""
-    prepared = prepare(request, plugins, transport)
+    prepared = prepare(request, report, plugins, transport)
     is_first = transport is None or transport.world.rank == 0
     if is_first:
         introduce(request, prepared, report, transport)

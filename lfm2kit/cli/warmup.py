@@ -22,8 +22,10 @@ def warmup(
     """Compiles the kernels that a plan needs, by a forward of a small model; runs start faster."""
     report = Report(json)
     start = time.perf_counter()
+    checkpoint = options.open_model(model)
+    report.check_apart(options.files_of(checkpoint, plan))
     setup = set_up(
-        options.open_model(model),
+        checkpoint,
         options.chosen_plan(backend, plan),
         context=options.context_for(precision, threads, World()),
     )

@@ -1,0 +1,83 @@
+"""No output takes the place of a file that is read, nor of another output.
+
+Files are compared as the system knows them, by device and inode: a link, a second hard link, a
+bind mount and another spelling of a path all lead to the same file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterable, Mapping
+from glob import escape, glob  # not Path's: it raises where a folder may not be read
+from pathlib import Path
+
+from lfm2kit.errors import Lfm2kitError
+
+Identity = tuple[object, ...]
+
+
+def identity(path: Path) -> Identity:
+    """Equal for two paths that lead to one file, or that would if the file were there.
+
+    A file that is not there is known by its folder and its name.
+    """
+    try:
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    except OSError:
+        folder, name = os.path.split(os.path.realpath(path))
+    try:
+        found = os.stat(folder)
+        return found.st_dev, found.st_ino, name
+    except OSError:
+        return folder, name
+
+
+def check_apart(outputs: Mapping[str, Path | None], reads: Mapping[str, Iterable[Path]]) -> None:
+    """`Lfm2kitError` if an output is a file that is read, or another output.
+
+    `outputs` has a path by option; `reads` has files by what they are to the user.  Loaded
+    modules, kept kernels, and the files that stdout and stderr go to count as well.
+    """
+    written = {o: path for o, path in outputs.items() if path is not None and not _is_device(path)}
+    if not written:
+        return
+    reads = {**reads, "a loaded module": _modules(), "a kept kernel": _kernels()}
+    taken = {identity(path): f"is {what}" for what, paths in reads.items() for path in paths}
+    taken |= dict.fromkeys(_printed(), "is where the printed lines go")
+    for option, path in written.items():
+        key = identity(path)
+        if key in taken:
+            raise Lfm2kitError(f"{option} {path}: this file {taken[key]}; give another name")
+        taken[key] = f"is {option}'s as well"
+
+
+def _is_device(path: Path) -> bool:
+    """/dev/null may be named twice."""
+    return os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
+
+
+def _modules() -> list[Path]:
+    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    return [Path(file) for file in files if isinstance(file, str)]
+
+
+def _kernels() -> list[Path]:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get("LFM2KIT_CACHE_DIR") or os.path.join(home, "lfm2kit")
+    return [Path(path) for path in glob(os.path.join(escape(folder), "*", "*"))]
+
+
+def _printed() -> list[Identity]:
+    """The files that stdout and stderr were sent to, if they are files."""
+    found: list[Identity] = []
+    for descriptor in (1, 2):
+        try:
+            status = os.fstat(descriptor)
+        except OSError:  # closed
+            continue
+        if stat.S_ISREG(status.st_mode):
+            found.append((status.st_dev, status.st_ino))
+    return found
