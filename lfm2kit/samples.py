@@ -7,6 +7,8 @@ outputs.bin, answers.bin    i32 n, i32 vocab_size, f32 logits [n, vocab_size]
 from __future__ import annotations
 
 import os
+import stat
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.files import replaced
+from lfm2kit.files import Note, replaced
 
 HEADER = np.dtype("<i4")
 
@@ -40,9 +42,27 @@ def write_inputs(path: Path, token_ids: npt.NDArray[np.int32]) -> None:
     _write(path, token_ids, np.dtype("<i4"))
 
 
-def write_outputs(path: Path, logits: npt.NDArray[np.float32]) -> None:
-    """Writes logits [n, vocab_size]; a reader sees the old file or the whole new one."""
-    _write(path, logits, np.dtype("<f4"))
+def write_outputs(path: Path, logits: npt.NDArray[np.float32], note: Note = warnings.warn) -> None:
+    """Writes logits [n, vocab_size]; a reader sees the old file or the whole new one.
+
+    `note` is told where the file has to be written in place (see `lfm2kit.files.replaced`).
+    """
+    _write(path, logits, np.dtype("<f4"), note)
+
+
+def check_mappable(path: Path) -> None:
+    """`Lfm2kitError` where there is no regular file: nothing else can be mapped into memory."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise Lfm2kitError(f"{path}: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
+        raise Lfm2kitError(f"{path}: this is a folder; give a file")
+    if not stat.S_ISREG(mode):
+        raise Lfm2kitError(
+            f"{path}: this is a pipe or a device; lfm2kit needs a regular file, because it maps "
+            "the file into memory: save the data to one first"
+        )
 
 
 def take(token_ids: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.int32]:
@@ -65,6 +85,7 @@ def check_ids(token_ids: npt.NDArray[np.int32], vocab_size: int) -> None:
 
 def _read(path: Path, dtype: np.dtype[Any], width: str, wrong: type[Lfm2kitError]) -> Any:
     """The array of a file whose size is exactly what its header says."""
+    check_mappable(path)
     try:
         size = os.stat(path).st_size
         with open(path, "rb") as file:
@@ -84,7 +105,9 @@ def _read(path: Path, dtype: np.dtype[Any], width: str, wrong: type[Lfm2kitError
     return np.memmap(path, dtype, "r", offset=2 * HEADER.itemsize, shape=(rows, columns))
 
 
-def _write(path: Path, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> None:
-    with replaced(path) as file:
+def _write(
+    path: Path, array: npt.NDArray[Any], dtype: np.dtype[Any], note: Note = warnings.warn
+) -> None:
+    with replaced(path, note) as file:
         file.write(np.array(array.shape, dtype=HEADER).tobytes())
         file.write(np.ascontiguousarray(array, dtype=dtype).tobytes())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +17,7 @@ import typer
 from lfm2kit import samples
 from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.cli import options
-from lfm2kit.cli.console import Report, progress, remark
+from lfm2kit.cli.console import Report, complain, progress, remark
 from lfm2kit.cli.ranks import ending_all_ranks, joined_job, launched
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import check_target
@@ -210,8 +212,9 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
     answers = request.answers or checkpoint.beside("answers.bin")
     if request.random_inputs is not None:
         raise Lfm2kitError("-v: there are no answers to random inputs; leave one of the two out")
-    if not answers.is_file():
+    if not os.path.exists(answers):
         raise Lfm2kitError(f"-v needs answers, and {answers} is not there; give --answers FILE")
+    samples.check_mappable(answers)
     return answers
 
 
@@ -231,9 +234,10 @@ def perform(
     if timed.logits is None:
         return None
     verdict = judge(timed.logits, prepared.answers, request.precision)
-    if request.outputs is not None:  # after judging: it may take the place of the answers
-        samples.write_outputs(request.outputs, timed.logits)
-    conclude(timed.seconds, len(prepared.inputs), verdict, report)
+    try:
+        conclude(timed.seconds, len(prepared.inputs), verdict, report)
+    finally:  # whatever becomes of the printed lines
+        deliver(request, timed.logits, verdict, report)
     return verdict
 
 
@@ -307,7 +311,32 @@ def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) ->
         for line in verdict.lines():
             report.line(line)
         report.fields["validation"] = asdict(verdict) | {"valid": verdict.is_valid}
-    report.write()
+
+
+def deliver(
+    request: Request, logits: npt.NDArray[np.float32], verdict: Verdict | None, report: Report
+) -> None:
+    """Writes the files that were asked for; one that fails does not keep the other back.
+
+    Their failure is an `Lfm2kitError`, but where the outputs are INVALID it is printed only: the
+    exit code says that first.
+    """
+    failures: list[str] = []
+    writes: list[Callable[[], None]] = [lambda: write_outputs(request, logits), report.write]
+    for write in writes:
+        try:
+            write()
+        except Lfm2kitError as error:
+            failures.append(str(error))
+    if failures and verdict is not None and not verdict.is_valid:
+        complain("; ".join(failures))
+    elif failures:
+        raise Lfm2kitError("; ".join(failures))
+
+
+def write_outputs(request: Request, logits: npt.NDArray[np.float32]) -> None:
+    if request.outputs is not None:
+        samples.write_outputs(request.outputs, logits, remark)
 
 
 def peak_memory() -> int:

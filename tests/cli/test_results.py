@@ -1,0 +1,115 @@
+"""What fails once everything has been computed does not lose the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lfm2kit import samples
+from lfm2kit.loading import EMBEDDED
+from tests.checkpoint.typed import Cli, Typed
+
+RUN = ["run", "-b", "reference", "-v", "-n", "1"]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(monkeypatch, capsys)
+
+
+@pytest.fixture
+def wrong_answers(tmp_path: Path) -> Path:
+    answers = np.array(samples.read_answers(EMBEDDED / "tiny" / "answers.bin"))
+    samples.write_outputs(tmp_path / "answers.bin", answers + 1)
+    return tmp_path / "answers.bin"
+
+
+def assert_said(done: Typed, verdict: str, *words: str) -> None:
+    """Times and verdict on stdout, one line with the words on stderr."""
+    lines = done.out.splitlines()
+    assert verdict in lines
+    for beginning in ("Elapsed time:", "Throughput:"):
+        assert any(line.startswith(beginning) for line in lines)
+    (line,) = done.err.splitlines()
+    for word in words:
+        assert word in line
+
+
+def test_outputs_that_cannot_be_written_cost_neither_verdict_nor_report(
+    cli: Cli, tmp_path: Path
+) -> None:
+    done = cli(*RUN, "--outputs", "/dev/full", "--json", tmp_path / "report")
+    assert_said(done, "VALID", "/dev/full", "No space left")
+    assert done.code == 2
+    assert json.loads((tmp_path / "report").read_text())["validation"]["valid"]
+
+
+def test_a_report_that_cannot_be_written_costs_no_outputs(cli: Cli, tmp_path: Path) -> None:
+    done = cli(*RUN, "--outputs", tmp_path / "outputs.bin", "--json", "/dev/full")
+    assert_said(done, "VALID", "/dev/full", "No space left")
+    assert done.code == 2
+    assert len(samples.read_answers(tmp_path / "outputs.bin")) == 1
+
+
+def test_files_that_fail_together_are_named_in_one_line(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    done = cli(*RUN, "--outputs", tmp_path / "full", "--json", "/dev/full")
+    assert_said(done, "VALID", str(tmp_path / "full"), "; /dev/full: No space left")
+
+
+def test_wrong_outputs_that_cannot_be_written_are_still_invalid(
+    cli: Cli, wrong_answers: Path
+) -> None:
+    done = cli(*RUN, "--answers", wrong_answers, "--outputs", "/dev/full")
+    assert_said(done, "INVALID", "No space left")
+    assert done.code == 1
+
+
+def test_lines_that_cannot_be_printed_cost_no_outputs(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*arguments: object) -> None:
+        raise OSError("stdout is closed")
+
+    monkeypatch.setattr(sys.modules["lfm2kit.cli.run"], "conclude", closed)
+    cli(*RUN, "--outputs", tmp_path / "outputs.bin")
+    assert len(samples.read_answers(tmp_path / "outputs.bin")) == 1
+
+
+def test_what_is_written_in_place_is_said_in_one_line(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "outputs.bin").write_bytes(b"old")
+    os.link(tmp_path / "outputs.bin", tmp_path / "other")
+    done = cli(*RUN, "--outputs", tmp_path / "outputs.bin")
+    assert_said(done, "VALID", "outputs.bin is written in place")
+    assert done.code == 0
+    assert len(samples.read_answers(tmp_path / "other")) == 1
+
+
+# ---- what cannot be mapped ----
+
+
+@pytest.mark.parametrize("name", ["inputs.bin", "answers.bin"])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_pipe_in_place_of_samples_is_refused_before_any_work(
+    cli: Cli, tmp_path: Path, name: str, given: bool
+) -> None:
+    folder = Path(shutil.copytree(EMBEDDED / "tiny", tmp_path / "tiny"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    option = [f"--{Path(name).stem}", folder / name] if given else []
+    cli(*RUN, "-m", folder, *option).assert_fails(str(folder / name), "pipe", "regular file")
+
+
+@pytest.mark.parametrize("option", ["--inputs", "--answers"])
+@pytest.mark.parametrize("kind", ["folder", "/dev/zero", "n" * 300, "missing"])
+def test_nothing_but_a_file_is_taken_for_samples(
+    cli: Cli, tmp_path: Path, option: str, kind: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    cli(*RUN, option, tmp_path / kind).assert_fails(kind)
