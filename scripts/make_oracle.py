@@ -151,10 +151,11 @@ def write(folder: Path, case: Case) -> None:
 
 
 def changed(source: Source, change: Change) -> Source:
-    def tensor(name: str) -> Tensor:
-        return Tensor(name, "F32", change(name, source.tensor(name).float32()).astype(np.float32))
+    def values(name: str, begin: int, end: int) -> Tensor:
+        whole = change(name, source.tensor(name).float32()).astype(np.float32)
+        return Tensor(name, "F32", whole.reshape(-1)[begin:end])
 
-    return replace(source, tensor=tensor)
+    return replace(source, values=values)
 
 
 def answers(folder: Path, case: Case) -> tuple[dict[str, Any], float]:
@@ -214,7 +215,7 @@ def pack(folder: Path) -> None:
     partial = folder / "packed"
     with open(partial, "wb") as file:
         entries = [(name, "F32", data.shape) for name, data in packed.items()]
-        write_safetensors(file, entries, packed.__getitem__)
+        write_safetensors(file, entries, lambda name: [packed[name]])
     partial.replace(folder / SINGLE)
 
 

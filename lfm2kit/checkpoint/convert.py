@@ -1,7 +1,7 @@
 """Writes checkpoints: Hugging Face folders and `model.bin`, from one another or at random.
 
-Tensor by tensor: a file of any size passes through a few hundred MB of memory.  What is written
-appears under its name only when it is complete.
+Piece by piece: a file of any size passes through some 100 MB of memory.  What is written appears
+under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +23,7 @@ import numpy.typing as npt
 from lfm2kit.checkpoint import CONFIG, Checkpoint
 from lfm2kit.checkpoint.huggingface import INDEX, SINGLE
 from lfm2kit.checkpoint.model_bin import write_model_bin
+from lfm2kit.checkpoint.pieces import PIECE, in_order
 from lfm2kit.checkpoint.safetensors import write_safetensors
 from lfm2kit.config import ModelConfig, parse_config, read_config
 from lfm2kit.errors import Lfm2kitError
@@ -28,27 +31,43 @@ from lfm2kit.files import replaced, replaced_folder
 from lfm2kit.weights import STORED_AS, DType, Tensor
 
 TORCH_NAMES: Mapping[DType, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+Done = Callable[[int], None]  # is told bytes
+
 MAX_SHARD = 5_000_000_000  # bytes: Hugging Face's own default
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What to write: shapes known beforehand, values made when their turn comes."""
+    """What to write: shapes known beforehand, values made when their turn comes, in any thread."""
 
     config: Mapping[str, Any]  # the keys of config.json
     shapes: Mapping[str, tuple[int, ...]]  # by canonical name
     dtypes: Mapping[str, DType]
-    tensor: Callable[[str], Tensor]
+    values: Callable[[str, int, int], Tensor]  # of a tensor, flat: elements [begin, end)
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole of a tensor, in its shape."""
+        flat = self.values(name, 0, self.size(name))
+        return Tensor(name, flat.dtype, flat.data.reshape(self.shapes[name]))
+
+    def size(self, name: str) -> int:
+        """How many elements a tensor has."""
+        return math.prod(self.shapes[name])
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
     """A checkpoint that was opened, as a source."""
     weights = checkpoint.weights
+
+    def values(name: str, begin: int, end: int) -> Tensor:
+        stored = weights[name]
+        return Tensor(name, stored.dtype, stored.data.reshape(-1)[begin:end])
+
     return Source(
         config=_config_fields(checkpoint),
         shapes={name: tensor.shape for name, tensor in weights.items()},
         dtypes={name: tensor.dtype for name, tensor in weights.items()},
-        tensor=weights.__getitem__,
+        values=values,
     )
 
 
@@ -59,27 +78,43 @@ def write_checkpoint(
     *,
     overwrite: bool = False,
     max_shard: int = MAX_SHARD,
-    done: Callable[[int], None] = lambda nbytes: None,
+    done: Done = lambda nbytes: None,
 ) -> None:
     """Writes a `model.bin` with its config.json if `target` ends in .bin, else a folder.
 
     `dtype` None keeps each tensor's type (a model.bin is F32 always); `expert_bias` is never
-    narrowed.  `done` is told the bytes of each tensor written.  Raises `Lfm2kitError` where the
+    narrowed.  `done` is told the bytes of each piece written.  Raises `Lfm2kitError` where the
     target exists already, or a value does not fit into F16.
     """
     target = Path(os.path.realpath(target))  # "." gets its name, a link stays one
     is_bin = target.suffix == ".bin"
     _check_target(target, is_bin, overwrite)
 
-    def data_of(name: str, stored: DType) -> npt.NDArray[Any]:
-        data = np.ascontiguousarray(source.tensor(name).stored_as(stored).data)
-        done(data.nbytes)
-        return data
-
     if is_bin:
-        _write_bin(source, target, dtype, overwrite, data_of)
+        _write_bin(source, target, dtype, overwrite, done)
     else:
-        _write_folder(source, target, dtype, max_shard, data_of)
+        _write_folder(source, target, dtype, max_shard, done)
+
+
+@contextmanager
+def _made(
+    source: Source, stored: Mapping[str, DType], done: Done
+) -> Iterator[Callable[[str], Iterator[npt.NDArray[Any]]]]:
+    """A function that gives the pieces of each tensor of `stored`, asked for in its order."""
+
+    def make(part: tuple[str, int]) -> npt.NDArray[Any]:
+        name, begin = part
+        values = source.values(name, begin, min(begin + PIECE, source.size(name)))
+        return np.ascontiguousarray(values.stored_as(stored[name]).data)
+
+    def pieces_of(name: str) -> Iterator[npt.NDArray[Any]]:
+        for piece in islice(made, len(range(0, source.size(name), PIECE))):
+            yield piece
+            done(piece.nbytes)
+
+    parts = ((name, i) for name in stored for i in range(0, source.size(name), PIECE))
+    with closing(in_order(make, parts)) as made:
+        yield pieces_of
 
 
 def _check_target(target: Path, is_bin: bool, overwrite: bool) -> None:
@@ -100,7 +135,7 @@ def _check_target(target: Path, is_bin: bool, overwrite: bool) -> None:
 
 
 def _write_bin(
-    source: Source, target: Path, dtype: DType | None, overwrite: bool, data_of: Any
+    source: Source, target: Path, dtype: DType | None, overwrite: bool, done: Done
 ) -> None:
     if dtype not in (None, "F32"):
         raise Lfm2kitError(f"a model.bin holds F32; for {dtype} give a folder as the target")
@@ -108,8 +143,9 @@ def _write_bin(
     has_config = config.exists() and not overwrite
     if has_config and read_config(config) != parse_config(source.config):
         raise Lfm2kitError(f"{config} is another model's; give --overwrite or another folder")
-    with replaced(target) as file:
-        write_model_bin(file, list(source.shapes.items()), lambda name: data_of(name, "F32"))
+    stored: Mapping[str, DType] = dict.fromkeys(source.shapes, "F32")
+    with replaced(target) as file, _made(source, stored, done) as pieces_of:
+        write_model_bin(file, list(source.shapes.items()), pieces_of)
         if not has_config:
             _write_json(config, _stating(source.config, "F32"))
 
@@ -123,17 +159,17 @@ def _stating(config: Mapping[str, Any], dtype: DType | None) -> Mapping[str, Any
 
 
 def _write_folder(
-    source: Source, target: Path, dtype: DType | None, max_shard: int, data_of: Any
+    source: Source, target: Path, dtype: DType | None, max_shard: int, done: Done
 ) -> None:
     stored = {n: _stored_type(n, dtype or source.dtypes[n]) for n in source.shapes}
-    sizes = {n: math.prod(s) * STORED_AS[stored[n]].itemsize for n, s in source.shapes.items()}
+    sizes = {n: source.size(n) * STORED_AS[stored[n]].itemsize for n in source.shapes}
     shards = list(_shards(sizes, max_shard))
     with replaced_folder(target) as folder:
         weight_map: dict[str, str] = {}
         for i, names in enumerate(shards):
             file_name = SINGLE if len(shards) == 1 else _shard_name(i, len(shards))
             with open(folder / file_name, "wb") as file:
-                _write_shard(file, source, names, stored, data_of)
+                _write_shard(file, source, {name: stored[name] for name in names}, done)
             weight_map |= dict.fromkeys(map(_on_disk, names), file_name)
         if len(shards) > 1:
             total = {"total_size": sum(sizes.values())}
@@ -141,16 +177,11 @@ def _write_folder(
         _write_json(folder / CONFIG, _stating(source.config, dtype))
 
 
-def _write_shard(
-    file: BinaryIO,
-    source: Source,
-    names: Sequence[str],
-    stored: Mapping[str, DType],
-    data_of: Callable[[str, DType], npt.NDArray[Any]],
-) -> None:
-    canonical = {_on_disk(name): name for name in names}
+def _write_shard(file: BinaryIO, source: Source, stored: Mapping[str, DType], done: Done) -> None:
+    canonical = {_on_disk(name): name for name in stored}
     entries = [(d, stored[name], source.shapes[name]) for d, name in canonical.items()]
-    write_safetensors(file, entries, lambda d: data_of(canonical[d], stored[canonical[d]]))
+    with _made(source, stored, done) as pieces_of:
+        write_safetensors(file, entries, lambda d: pieces_of(canonical[d]))
 
 
 def _stored_type(name: str, dtype: DType) -> DType:

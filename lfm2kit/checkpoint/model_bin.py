@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from lfm2kit.checkpoint.mapped import Bytes, Extent, check_extents, map_file, view
+from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import STORED_AS, Tensor
 
@@ -43,18 +42,16 @@ def read_model_bin(path: Path) -> dict[str, Tensor]:
 def write_model_bin(
     file: BinaryIO,
     entries: Sequence[tuple[str, Sequence[int]]],
-    data_of: Callable[[str], Any],
+    pieces_of: Callable[[str], Iterable[Any]],
 ) -> None:
-    """Writes a file; `data_of(name)` gives each tensor's float32 elements when its turn comes."""
+    """Writes a file; `pieces_of(name)` gives each tensor's elements when its turn comes."""
     offset = 4 + sum(len(_table_row(name, shape, 0)) for name, shape in entries)
     file.write(struct.pack("<I", len(entries)))
     for name, shape in entries:
         file.write(_table_row(name, shape, offset))
         offset += 4 * math.prod(shape)
     for name, shape in entries:
-        data = data_of(name)
-        assert (data.dtype, data.shape) == (np.float32, tuple(shape)), name
-        file.write(memoryview(data.reshape(-1)).cast("B"))
+        write_pieces(file, pieces_of(name), STORED_AS["F32"], shape)
 
 
 def _table_row(name: str, shape: Sequence[int], offset: int) -> bytes:

@@ -16,6 +16,7 @@ from reprlib import repr as brief  # of what a header says, however long it is
 from typing import Any, BinaryIO, NamedTuple
 
 from lfm2kit.checkpoint.mapped import Extent, check_extents, map_file, view
+from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import STORED_AS, DType, Tensor
 
@@ -75,14 +76,12 @@ def header_bytes(entries: Iterable[tuple[str, DType, Sequence[int]]]) -> bytes:
 def write_safetensors(
     file: BinaryIO,
     entries: Sequence[tuple[str, DType, Sequence[int]]],
-    data_of: Callable[[str], Any],
+    pieces_of: Callable[[str], Iterable[Any]],
 ) -> None:
-    """Writes a file; `data_of(name)` gives each tensor's elements when its turn comes."""
+    """Writes a file; `pieces_of(name)` gives each tensor's elements when its turn comes."""
     file.write(header_bytes(entries))
     for name, dtype, shape in entries:
-        data = data_of(name)
-        assert (data.dtype, data.shape) == (STORED_AS[dtype], tuple(shape)), name
-        file.write(memoryview(data.reshape(-1)).cast("B"))
+        write_pieces(file, pieces_of(name), STORED_AS[dtype], shape)
 
 
 def json_object(path: Path, text: bytes) -> dict[str, Any]:

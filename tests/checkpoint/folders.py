@@ -38,7 +38,7 @@ def change_tensors(folder: Path, change: Change, file_name: str = SINGLE) -> Non
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     entries = [(name, t.dtype, t.shape) for name, t in tensors.items()]
     with open(path, "wb") as file:
-        write_safetensors(file, entries, lambda name: tensors[name].data)
+        write_safetensors(file, entries, lambda name: [tensors[name].data])
 
 
 def change_json(path: Path, **changes: Any) -> None:

@@ -15,13 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lfm2kit.checkpoint import HEAD, Checkpoint, open_checkpoint
+from lfm2kit.checkpoint import HEAD, Checkpoint, open_checkpoint, pieces
 from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
 from lfm2kit.checkpoint.huggingface import INDEX, SINGLE
+from lfm2kit.checkpoint.pieces import PIECE
 from lfm2kit.checkpoint.safetensors import header_bytes, read_safetensors
 from lfm2kit.checkpoint.synth import random_source
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.loading import EMBEDDED
 from lfm2kit.weights import DType, Tensor
 from tests.checkpoint.attempt import Content, content
 from tests.checkpoint.folders import ORACLE, change_json, copied
@@ -124,12 +128,14 @@ def test_a_nan_stays_one(payload: int, dtype: DType) -> None:
 
 
 def test_a_value_beyond_f16_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
-    def tensor(name: str) -> Tensor:
+    original = source()
+
+    def values(name: str, begin: int, end: int) -> Tensor:
         scale = np.float32(1e6 if name == "layers.3.ffn_norm.weight" else 1)
-        return Tensor(name, "F32", source().tensor(name).float32() * scale)
+        return Tensor(name, "F32", original.values(name, begin, end).float32() * scale)
 
     with pytest.raises(Lfm2kitError, match=r"layers\.3\.ffn_norm\.weight.*BF16"):
-        write_checkpoint(replace(source(), tensor=tensor), tmp_path / "narrow", "F16")
+        write_checkpoint(replace(original, values=values), tmp_path / "narrow", "F16")
     assert snapshot(tmp_path) == {}
 
 
@@ -154,18 +160,67 @@ def test_the_config_states_the_type_that_was_asked_for(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_conversion_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """Tens of megabytes of weights pass through the memory of a few tensors."""
-    wide = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 5, "vocab_size": 512}
+def test_conversion_holds_less_than_its_largest_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tens of megabytes of weights pass through the memory of a few pieces."""
+    monkeypatch.setattr(pieces, "threads", lambda: 2)
+    wide = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 5, "vocab_size": 8192}
     original = random_source({**FIELDS, **wide})
-    sizes = [4 * int(np.prod(shape)) for shape in original.shapes.values()]
+    largest = 4 * max(original.size(name) for name in original.shapes)
     tracemalloc.start()
     write_checkpoint(original, tmp_path / "model.bin")
     write_checkpoint(source_of(open_checkpoint(tmp_path / "model.bin")), tmp_path / "to", "BF16")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert sum(sizes) > 8 * max(sizes)
-    assert peak < 5 * max(sizes)
+    assert largest == 16 * 2**20
+    assert peak < largest
+
+
+# ---- at random ----
+
+
+def test_the_number_of_threads_does_not_change_a_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = random_source({**FIELDS, "hidden_size": 512, "vocab_size": 2048}, seed=5)
+    for count in (1, 5):
+        monkeypatch.setattr(pieces, "threads", lambda count=count: count)
+        write_checkpoint(wide, tmp_path / str(count), "BF16")
+    assert max(map(wide.size, wide.shapes)) > 3 * PIECE
+    one, five = (content(read_safetensors(tmp_path / n / SINGLE)) for n in ("1", "5"))
+    assert one == five
+
+
+@given(cuts=st.sets(st.integers(0, 480_000), min_size=2, max_size=2))
+@settings(max_examples=20, deadline=None)
+def test_a_random_value_depends_on_its_place_alone(cuts: set[int]) -> None:
+    begin, end = sorted(cuts)
+    wide = random_source({**FIELDS, "vocab_size": 20_000}, seed=5)
+    whole = wide.tensor("embed_tokens.weight").data.reshape(-1)
+    part = wide.values("embed_tokens.weight", begin, end).data
+    np.testing.assert_array_equal(part, whole[begin:end])
+
+
+def test_pieces_and_seeds_and_names_have_values_of_their_own() -> None:
+    wide = {**FIELDS, "vocab_size": 30_000, "tie_word_embeddings": False}
+    firsts = [
+        random_source(wide, seed).values(name, i * PIECE, i * PIECE + 8).data.tobytes()
+        for seed in (0, 1)
+        for name in ("embed_tokens.weight", "lm_head.weight")
+        for i in range(3)
+    ]
+    assert len(set(firsts)) == len(firsts)
+
+
+def test_the_embedded_model_is_still_what_its_seed_gives() -> None:
+    """Its answers were made from these values."""
+    tiny = open_checkpoint(EMBEDDED / "tiny")
+    fields = json.loads((EMBEDDED / "tiny" / "config.json").read_text())
+    again = random_source(fields, seed=3)
+    for name, tensor in tiny.weights.items():
+        made = again.tensor(name).stored_as(tensor.dtype).data
+        np.testing.assert_array_equal(made, tensor.data, name)
 
 
 # ---- what is replaced, and what is not ----

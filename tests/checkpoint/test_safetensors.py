@@ -64,7 +64,7 @@ def saved_by_the_library(tensors: Mapping[str, Tensor], metadata: dict[str, str]
 def saved(path: Path, tensors: Mapping[str, Tensor]) -> None:
     entries = [(name, t.dtype, t.shape) for name, t in tensors.items()]
     with open(path, "wb") as file:
-        write_safetensors(file, entries, lambda name: tensors[name].data)
+        write_safetensors(file, entries, lambda name: [tensors[name].data])
 
 
 def read_by_the_library(file: bytes) -> Content:
