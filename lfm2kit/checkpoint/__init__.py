@@ -53,10 +53,14 @@ class Checkpoint:
             mapped.release(tensor.data)
 
     def files(self) -> list[Path]:
-        """Every file that the weights are mapped from, and the model's other files beside them."""
-        names = {getattr(tensor.data, "filename", None) for tensor in self.weights.values()}
+        """The files that the weights are read from, and the model's other files beside them."""
         parts = [path for path in files_in(self.folder) if is_part(path)]
-        return [*map(Path, filter(None, names)), *parts, *companions(self.folder).values()]
+        return [*self.weight_files(), *parts, *companions(self.folder).values()]
+
+    def weight_files(self) -> list[Path]:
+        """The files that the tensors are mapped from, links resolved."""
+        names = {getattr(tensor.data, "filename", None) for tensor in self.weights.values()}
+        return sorted(map(Path, filter(None, names)))
 
     def beside(self, name: str) -> Path:
         """The file `name` beside the model, or in `data/` there, as the assignment has it."""

@@ -10,9 +10,11 @@ import dataclasses
 import json
 import math
 import os
+import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,10 +26,12 @@ from lfm2kit.checkpoint import CONFIG, Checkpoint
 from lfm2kit.checkpoint.huggingface import INDEX, SINGLE
 from lfm2kit.checkpoint.model_bin import write_model_bin
 from lfm2kit.checkpoint.pieces import PIECE, in_order
+from lfm2kit.checkpoint.place import Origin, check_place, companions_beside, origin_of
 from lfm2kit.checkpoint.safetensors import write_safetensors
 from lfm2kit.config import ModelConfig, parse_config, read_config
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.files import replaced, replaced_folder
+from lfm2kit.files import Note, replaced, replaced_folder
+from lfm2kit.targets import identity
 from lfm2kit.weights import STORED_AS, DType, Tensor
 
 TORCH_NAMES: Mapping[DType, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -44,6 +48,7 @@ class Source:
     shapes: Mapping[str, tuple[int, ...]]  # by canonical name
     dtypes: Mapping[str, DType]
     values: Callable[[str, int, int], Tensor]  # of a tensor, flat: elements [begin, end)
+    origin: Origin = field(default_factory=Origin)
 
     def tensor(self, name: str) -> Tensor:
         """The whole of a tensor, in its shape."""
@@ -68,6 +73,7 @@ def source_of(checkpoint: Checkpoint) -> Source:
         shapes={name: tensor.shape for name, tensor in weights.items()},
         dtypes={name: tensor.dtype for name, tensor in weights.items()},
         values=values,
+        origin=origin_of(checkpoint),
     )
 
 
@@ -78,22 +84,22 @@ def write_checkpoint(
     *,
     overwrite: bool = False,
     max_shard: int = MAX_SHARD,
+    note: Note = warnings.warn,
     done: Done = lambda nbytes: None,
 ) -> None:
     """Writes a `model.bin` with its config.json if `target` ends in .bin, else a folder.
 
     `dtype` None keeps each tensor's type (a model.bin is F32 always); `expert_bias` is never
-    narrowed.  `done` is told the bytes of each piece written.  Raises `Lfm2kitError` where the
-    target exists already, or a value does not fit into F16.
+    narrowed.  Tokenizer, chat template and generation settings go along.  `note` is told where
+    files have to be replaced in another way than at one go, `done` the bytes of each piece written.
+    Raises `Lfm2kitError` where the target exists already, or a value does not fit into F16.
     """
     target = Path(os.path.realpath(target))  # "." gets its name, a link stays one
-    is_bin = target.suffix == ".bin"
-    _check_target(target, is_bin, overwrite)
-
-    if is_bin:
-        _write_bin(source, target, dtype, overwrite, done)
+    check_place(target, source.origin, overwrite=overwrite)
+    if target.suffix == ".bin":
+        _write_bin(source, target, dtype, overwrite, note, done)
     else:
-        _write_folder(source, target, dtype, max_shard, done)
+        _write_folder(source, target, dtype, max_shard, note, done)
 
 
 @contextmanager
@@ -117,37 +123,34 @@ def _made(
         yield pieces_of
 
 
-def _check_target(target: Path, is_bin: bool, overwrite: bool) -> None:
-    """Nothing is replaced unasked, and nothing but a checkpoint even then."""
-    if not target.parent.is_dir():
-        raise Lfm2kitError(f"{target}: there is no folder {target.parent}")
-    if not os.path.exists(target):
-        return
-    if not overwrite:
-        raise Lfm2kitError(f"{target} exists already; give --overwrite to replace it")
-    if is_bin == target.is_dir():
-        raise Lfm2kitError(f"{target} is a {'folder' if is_bin else 'file'}; remove it yourself")
-    for path in () if is_bin else target.iterdir():
-        if path.is_dir() or not (path.suffix == ".safetensors" or path.name in (CONFIG, INDEX)):
-            raise Lfm2kitError(
-                f"{target} holds '{path.name}' besides a checkpoint; remove it yourself"
-            )
-
-
 def _write_bin(
-    source: Source, target: Path, dtype: DType | None, overwrite: bool, done: Done
+    source: Source, target: Path, dtype: DType | None, overwrite: bool, note: Note, done: Done
 ) -> None:
     if dtype not in (None, "F32"):
         raise Lfm2kitError(f"a model.bin holds F32; for {dtype} give a folder as the target")
-    config = target.with_name(CONFIG)
-    has_config = config.exists() and not overwrite
-    if has_config and read_config(config) != parse_config(source.config):
-        raise Lfm2kitError(f"{config} is another model's; give --overwrite or another folder")
+    has_config = _has_config(source, target.with_name(CONFIG), overwrite)
+    beside = list(companions_beside(target, source.origin, overwrite=overwrite))
     stored: Mapping[str, DType] = dict.fromkeys(source.shapes, "F32")
-    with replaced(target) as file, _made(source, stored, done) as pieces_of:
+    with replaced(target, note) as file, _made(source, stored, done) as pieces_of:
         write_model_bin(file, list(source.shapes.items()), pieces_of)
         if not has_config:
-            _write_json(config, _stating(source.config, "F32"))
+            _write_json(target.with_name(CONFIG), _stating(source.config, "F32"), note)
+        for path, new in beside:
+            new.parent.mkdir(exist_ok=True)
+            _copy(path, new, note)
+
+
+def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
+    """Whether the config beside the target says the same, and stays.
+
+    The source's own describes the source as well, whatever may be overwritten.
+    """
+    is_own = identity(config) in map(identity, source.origin.files)
+    if not os.path.exists(config) or (overwrite and not is_own):
+        return False
+    if read_config(config) != parse_config(source.config):
+        raise Lfm2kitError(f"{config} is another model's; give --overwrite or another folder")
+    return True
 
 
 def _stating(config: Mapping[str, Any], dtype: DType | None) -> Mapping[str, Any]:
@@ -159,12 +162,12 @@ def _stating(config: Mapping[str, Any], dtype: DType | None) -> Mapping[str, Any
 
 
 def _write_folder(
-    source: Source, target: Path, dtype: DType | None, max_shard: int, done: Done
+    source: Source, target: Path, dtype: DType | None, max_shard: int, note: Note, done: Done
 ) -> None:
     stored = {n: _stored_type(n, dtype or source.dtypes[n]) for n in source.shapes}
     sizes = {n: source.size(n) * STORED_AS[stored[n]].itemsize for n in source.shapes}
     shards = list(_shards(sizes, max_shard))
-    with replaced_folder(target) as folder:
+    with replaced_folder(target, note) as folder:
         weight_map: dict[str, str] = {}
         for i, names in enumerate(shards):
             file_name = SINGLE if len(shards) == 1 else _shard_name(i, len(shards))
@@ -173,8 +176,11 @@ def _write_folder(
             weight_map |= dict.fromkeys(map(_on_disk, names), file_name)
         if len(shards) > 1:
             total = {"total_size": sum(sizes.values())}
-            _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
-        _write_json(folder / CONFIG, _stating(source.config, dtype))
+            _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map}, note)
+        _write_json(folder / CONFIG, _stating(source.config, dtype), note)
+        for name, path in source.origin.companions.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            _copy(path, folder / name, note)
 
 
 def _write_shard(file: BinaryIO, source: Source, stored: Mapping[str, DType], done: Done) -> None:
@@ -210,9 +216,14 @@ def _shards(sizes: Mapping[str, int], max_shard: int) -> Iterator[list[str]]:
     yield shard
 
 
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    with replaced(path) as file:
+def _write_json(path: Path, fields: Mapping[str, Any], note: Note) -> None:
+    with replaced(path, note) as file:
         file.write(json.dumps(fields, indent=2).encode() + b"\n")
+
+
+def _copy(path: Path, new: Path, note: Note) -> None:
+    with open(path, "rb") as old, replaced(new, note) as file:
+        shutil.copyfileobj(old, file)
 
 
 def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 import math
@@ -11,12 +12,15 @@ from typing import Annotated
 import typer
 
 from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
+from lfm2kit.checkpoint.place import Origin
 from lfm2kit.checkpoint.synth import KNOWN, random_source
 from lfm2kit.cli import options
 from lfm2kit.cli.console import progress, remark
 from lfm2kit.config import read_config
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import STORED_AS, DType
+
+SHOWN = 8  # names of files that are left behind
 
 
 class StoredAs(enum.StrEnum):
@@ -47,15 +51,25 @@ def convert(
     weights = _random(source, seed or 0) if random else source_of(options.open_model(source))
     stored: DType | None = None if dtype is None else dtype.value
     with progress("writing", _size(weights, stored, target), "GB", 1e9) as advance:
-        write_checkpoint(weights, target, stored, overwrite=overwrite, done=advance)
+        write_checkpoint(weights, target, stored, overwrite=overwrite, note=remark, done=advance)
     remark(f"wrote {target}")
+    _say_what_is_missing(weights.origin, target)
+
+
+def _say_what_is_missing(origin: Origin, target: Path) -> None:
+    left = origin.left_behind
+    if origin.path is None or not left or target.parent.samefile(origin.path):
+        return  # a model.bin in the source's own folder has everything beside it
+    more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+    remark(f"not copied from {origin.path}: {', '.join(left[:SHOWN])}{more}")
 
 
 def _random(source: str, seed: int) -> Source:
     if source in KNOWN:
         return random_source(KNOWN[source], seed)
     read_config(Path(source))  # refuses what cannot be run
-    return random_source(json.loads(Path(source).read_text(encoding="utf-8")), seed)
+    weights = random_source(json.loads(Path(source).read_text(encoding="utf-8")), seed)
+    return dataclasses.replace(weights, origin=Origin(files=(Path(source),)))
 
 
 def _size(source: Source, dtype: DType | None, target: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -223,7 +224,167 @@ def test_the_embedded_model_is_still_what_its_seed_gives() -> None:
         np.testing.assert_array_equal(made, tensor.data, name)
 
 
+# ---- what goes along ----
+
+
+COMPANIONS = [
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json", "additional_chat_templates/tools.jinja",
+]  # fmt: skip
+
+
+def published(folder: Path) -> Path:
+    """A model with everything that its publisher puts beside the weights."""
+    copied(CASE, folder)
+    (folder / "additional_chat_templates").mkdir()
+    for name in [*COMPANIONS, "README.md", "LICENSE", ".gitattributes"]:
+        (folder / name).write_bytes(name.encode() + b"\r\n\xff")
+    return folder
+
+
+def companions_in(folder: Path) -> dict[str, bytes]:
+    return {n: (folder / n).read_bytes() for n in COMPANIONS if (folder / n).exists()}
+
+
+@pytest.mark.parametrize("name", ["there", "there.bin"])
+def test_tokenizer_template_and_generation_settings_go_along(
+    name: str, tmp_path: Path, cli: Cli
+) -> None:
+    folder = published(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    done = cli("convert", folder, tmp_path / "out" / name)
+    there = tmp_path / "out" / (name if name == "there" else "")
+    assert companions_in(there) == companions_in(folder)
+    assert len(companions_in(there)) == len(COMPANIONS)
+    _, said = done.err.splitlines()
+    assert said == f"lfm2kit: not copied from {folder}: LICENSE, README.md"
+    assert not (there / "README.md").exists()
+
+
+def test_they_come_back_from_beside_a_model_bin(tmp_path: Path) -> None:
+    folder = published(tmp_path / "model")
+    write_checkpoint(source_of(open_checkpoint(folder)), tmp_path / "model.bin")
+    write_checkpoint(source_of(open_checkpoint(tmp_path / "model.bin")), tmp_path / "back")
+    assert companions_in(tmp_path / "back") == companions_in(folder)
+
+
+def test_a_file_behind_a_link_is_copied_and_not_linked(tmp_path: Path) -> None:
+    folder = copied(CASE, tmp_path / "model")
+    (tmp_path / "blob").write_bytes(b"{}")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "blob")
+    write_checkpoint(source_of(open_checkpoint(folder)), tmp_path / "there")
+    assert not (tmp_path / "there" / "tokenizer.json").is_symlink()
+    assert (tmp_path / "there" / "tokenizer.json").read_bytes() == b"{}"
+
+
+def test_a_folder_with_its_companions_may_be_rewritten_in_its_own_place(tmp_path: Path) -> None:
+    folder = copied(CASE, tmp_path / "model")
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    write_checkpoint(source_of(open_checkpoint(folder)), folder, "BF16", overwrite=True)
+    assert (folder / "tokenizer.json").read_bytes() == b"{}"
+    assert open_checkpoint(folder).weights["embed_tokens.weight"].dtype == "BF16"
+
+
+def test_another_models_tokenizer_is_not_replaced_unasked(tmp_path: Path) -> None:
+    folder, out = published(tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    (out / "tokenizer.json").write_bytes(b"another's")
+    (out / "chat_template.jinja").write_bytes((folder / "chat_template.jinja").read_bytes())
+    before = snapshot(out)
+    with pytest.raises(Lfm2kitError, match=r"tokenizer\.json is another model's"):
+        write_checkpoint(source_of(open_checkpoint(folder)), out / "model.bin")
+    assert snapshot(out) == before
+    write_checkpoint(source_of(open_checkpoint(folder)), out / "model.bin", overwrite=True)
+    assert companions_in(out) == companions_in(folder)
+
+
+def test_a_model_bin_in_the_models_own_folder_leaves_what_is_there(
+    tmp_path: Path, cli: Cli
+) -> None:
+    """Even where it may overwrite: that is not meant for the source."""
+    folder = published(tmp_path / "model")
+    change_json(folder / "config.json", dtype="bfloat16")
+    before = snapshot(folder)
+    done = cli("convert", folder, folder / "model.bin", "--overwrite")
+    assert (done.code, done.err.count("\n")) == (0, 1), done
+    after = snapshot(folder)
+    assert after.pop("model.bin")
+    assert after == before
+
+
 # ---- what is replaced, and what is not ----
+
+
+def test_an_old_folder_keeps_no_file_that_the_new_one_lacks(tmp_path: Path) -> None:
+    """Such as the tokenizer of the model that is there, and weights under another name."""
+    for name in ("tokenizer.json", "consolidated.safetensors", "inputs.bin"):
+        target = copied(CASE, tmp_path / name)
+        (target / name).write_bytes(b"precious")
+        before = snapshot(target)
+        with pytest.raises(Lfm2kitError, match=name):
+            write_checkpoint(source("odd_one_kv_head"), target, overwrite=True)
+        assert snapshot(target) == before
+
+
+def test_a_folder_does_not_take_the_place_of_a_model_bin_that_it_holds(tmp_path: Path) -> None:
+    write_checkpoint(source(), tmp_path / "model.bin")
+    before = snapshot(tmp_path)
+    inside = source_of(open_checkpoint(tmp_path / "model.bin"))
+    with pytest.raises(Lfm2kitError, match=r"holds 'model\.bin'"):
+        write_checkpoint(inside, tmp_path, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_a_model_bin_does_not_take_the_place_of_a_shard_of_its_source(
+    link: str, tmp_path: Path
+) -> None:
+    folder = copied(CASE, tmp_path / "model")
+    (folder / SINGLE).rename(folder / "weights.bin")
+    (folder / SINGLE).symlink_to("weights.bin")
+    target = tmp_path / "model.bin"
+    if link == "hard":
+        os.link(folder / "weights.bin", target)
+    else:
+        target.symlink_to(folder / "weights.bin")
+    before = snapshot(tmp_path)
+    with pytest.raises(Lfm2kitError, match="the source is read from this file"):
+        write_checkpoint(source_of(open_checkpoint(folder)), target, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_the_sources_own_config_stays_even_behind_a_link(tmp_path: Path) -> None:
+    folder, out = copied(CASE, tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").symlink_to(folder / "config.json")
+    before = snapshot(folder)
+    original = source_of(open_checkpoint(folder))
+    for _ in range(2):
+        write_checkpoint(original, out / "model.bin", overwrite=True)
+    assert snapshot(folder) == before
+
+
+def test_random_weights_do_not_take_the_place_of_the_config_they_are_made_by(
+    tmp_path: Path, cli: Cli
+) -> None:
+    config = tmp_path / "config.bin"
+    config.write_text(json.dumps(FIELDS))
+    done = cli("convert", config, config, "--random", "--overwrite")
+    done.assert_fails("config.bin", "the source is read from this file")
+    assert json.loads(config.read_text()) == FIELDS
+
+
+def test_a_model_bin_with_hard_links_is_rewritten_in_its_own_place(tmp_path: Path) -> None:
+    """All of the new file is there before the first byte of the old one, which is mapped, goes."""
+    path, other = tmp_path / "model.bin", tmp_path / "other"
+    write_checkpoint(source(), path)
+    before = path.read_bytes()
+    os.link(path, other)
+    notes: list[str] = []
+    again = source_of(open_checkpoint(path))
+    write_checkpoint(again, path, overwrite=True, note=notes.append)
+    assert other.read_bytes() == path.read_bytes() == before
+    assert len(notes) == 1
 
 
 def test_an_old_folder_gives_way_whole(tmp_path: Path) -> None:

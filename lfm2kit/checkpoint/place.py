@@ -1,0 +1,112 @@
+"""Where a converted checkpoint may go: nothing is replaced unasked, and no file is lost by it."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lfm2kit.checkpoint import CONFIG, Checkpoint
+from lfm2kit.checkpoint.companions import TEMPLATES, companions
+from lfm2kit.checkpoint.huggingface import INDEX
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.files import remove_leftovers_of_folder
+from lfm2kit.targets import identity
+
+OUR_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The files behind what is written; none of them where it is random."""
+
+    path: Path | None = None  # of the checkpoint
+    files: tuple[Path, ...] = ()  # every one that is read
+    weights: tuple[Path, ...] = ()  # of these, the ones with tensors
+    companions: Mapping[Path, Path] = field(default_factory=dict)  # go along, under these names
+    left_behind: tuple[str, ...] = ()  # what else is in the checkpoint's folder
+
+    def is_at(self, target: Path) -> bool:
+        """Whether the checkpoint is to be rewritten in its own place."""
+        return self.path is not None and os.path.realpath(self.path) == str(target)
+
+
+def origin_of(checkpoint: Checkpoint) -> Origin:
+    """Where a checkpoint that was opened comes from."""
+    weights = tuple(checkpoint.weight_files())
+    kept = companions(checkpoint.folder)
+    files = tuple(checkpoint.files())
+    return Origin(checkpoint.path, files, weights, kept, tuple(_others(checkpoint, weights, kept)))
+
+
+def _others(
+    checkpoint: Checkpoint, weights: tuple[Path, ...], kept: Mapping[Path, Path]
+) -> Iterator[str]:
+    """The entries of a checkpoint's folder that nothing is read from; hidden ones apart."""
+    if not checkpoint.path.is_dir():
+        return  # what lies beside a file need not belong to it
+    taken = {identity(path) for path in weights}
+    names = {CONFIG, INDEX, *(name.parts[0] for name in kept)}
+    for name in sorted(os.listdir(checkpoint.folder)):
+        is_taken = name in names or identity(checkpoint.folder / name) in taken
+        if not is_taken and not name.startswith("."):
+            yield name
+
+
+def check_place(target: Path, origin: Origin, *, overwrite: bool) -> None:
+    """`Lfm2kitError` where a folder, or a model.bin, would cost a file that must stay."""
+    is_bin = target.suffix == ".bin"
+    if not target.parent.is_dir():
+        raise Lfm2kitError(f"{target}: there is no folder {target.parent}")
+    remove_leftovers_of_folder(target)
+    if not os.path.exists(target):
+        return
+    if not overwrite:
+        raise Lfm2kitError(f"{target} exists already; give --overwrite to replace it")
+    if is_bin == target.is_dir():
+        raise Lfm2kitError(f"{target} is a {'folder' if is_bin else 'file'}; remove it yourself")
+    if is_bin:
+        _check_bin(target, origin)
+    else:
+        _check_folder(target, origin)
+
+
+def _check_bin(target: Path, origin: Origin) -> None:
+    """A model.bin may be rewritten in its own place, but take that of no other file of its own."""
+    if not origin.is_at(target) and identity(target) in map(identity, origin.files):
+        raise Lfm2kitError(f"{target}: the source is read from this file; give another name")
+
+
+def _check_folder(target: Path, origin: Origin) -> None:
+    """A folder gives way whole, so that it must hold nothing but what takes its place."""
+    own = {identity(path) for path in origin.weights} if origin.is_at(target) else set()
+    for path in target.rglob("*"):
+        name = path.relative_to(target)
+        if path.is_dir() and str(name) == TEMPLATES:
+            continue
+        is_weights = bool(OUR_WEIGHTS.fullmatch(str(name))) or identity(path) in own
+        is_replaced = str(name) in (CONFIG, INDEX) or name in origin.companions
+        if path.is_dir() or not (is_weights or is_replaced):
+            raise Lfm2kitError(
+                f"{target} holds '{name}', which the new checkpoint has not; move it away first"
+            )
+
+
+def companions_beside(
+    target: Path, origin: Origin, *, overwrite: bool
+) -> Iterator[tuple[Path, Path]]:
+    """The companions to be copied beside a model.bin, each with its new path.
+
+    `Lfm2kitError` where another model's is there.
+    """
+    for name, path in origin.companions.items():
+        new = target.parent / name
+        if os.path.exists(new):
+            if identity(new) == identity(path) or filecmp.cmp(path, new, shallow=False):
+                continue
+            if not overwrite:
+                raise Lfm2kitError(f"{new} is another model's; give --overwrite or another folder")
+        yield path, new
