@@ -92,21 +92,39 @@ def check_target(option: str, path: Path) -> None:
     """`Lfm2kitError` where no file can come to be: better before the work than after it."""
     if os.path.isdir(path):
         raise Lfm2kitError(f"{option} {path}: this is a folder")
-    if _is_special(path):
-        mode = os.stat(path).st_mode
-        if not stat.S_ISFIFO(mode) and not stat.S_ISCHR(mode):
-            raise Lfm2kitError(f"{option} {path}: this is neither a file nor a pipe nor a terminal")
-        return
-    path = Path(os.path.realpath(path))
+    try:
+        if _is_special(path):
+            _check_special(path)
+        else:
+            _check_regular(Path(os.path.realpath(path)))
+    except OSError as error:
+        raise Lfm2kitError(f"{option} {path}: {error.strerror}") from None
+
+
+def _check_special(path: Path) -> None:
+    mode = os.stat(path).st_mode
+    if not stat.S_ISFIFO(mode) and not stat.S_ISCHR(mode):
+        raise OSError(errno.EINVAL, "this is neither a file nor a pipe nor a terminal")
+
+
+def _check_regular(path: Path) -> None:
+    """`OSError` where a file can be put neither beside `path` nor into it."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    can_write_in_place = os.path.isfile(path) and os.access(path, os.W_OK)
+    if os.path.isfile(path) and not can_write_in_place and not _can_replace(path):
+        raise OSError(errno.EACCES, "it cannot be written, and no other file can take its place")
     partial = beside(path, "partial")
     try:
-        if path.is_symlink():
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         partial.touch()
         partial.unlink(missing_ok=True)  # other ranks try as well
     except OSError as error:
-        if not (error.errno in CANNOT_CREATE and os.path.isfile(path) and os.access(path, os.W_OK)):
-            raise Lfm2kitError(f"{option} {path}: {error.strerror}") from None
+        if error.errno not in CANNOT_CREATE or not can_write_in_place:
+            raise
+
+
+def _can_replace(file: Path) -> bool:
+    return file.stat().st_nlink == 1 and str(file) not in _mount_points()
 
 
 def _is_special(path: Path) -> bool:
@@ -274,16 +292,21 @@ def _sync_all(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk, where the disk can say so.
+    """Waits until a file, or a folder's list of names, is on the disk.
 
     After a rename without it, a power failure may leave the new name with no content.
     """
-    with suppress(OSError):
+    try:
         descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except PermissionError:  # a folder that may be written but not listed
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not know this for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -163,6 +163,41 @@ def test_a_file_in_a_folder_that_takes_no_new_one_is_written_in_place(
         check_target("--outputs", tmp_path / "other")
 
 
+@pytest.mark.parametrize("is_mounted", [True, False])
+def test_a_file_that_can_neither_be_replaced_nor_written_is_refused_before_the_work(
+    is_mounted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is mounted read-only, say; root may write any, so that this is played."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    if is_mounted:
+        monkeypatch.setattr(files, "_mount_points", lambda: {str(path)})
+    else:
+        os.link(path, tmp_path / "other")
+    check_target("--outputs", path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(Lfm2kitError, match="no other file can take its place"):
+        check_target("--outputs", path)
+
+
+def test_a_disk_that_fails_is_an_error_and_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write(tmp_path / "file", b"old")
+    write_folder(tmp_path / "folder", a=b"old")
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(Lfm2kitError, match="Input/output error"):
+        write(tmp_path / "file", b"new")
+    with pytest.raises(Lfm2kitError, match="Input/output error"):
+        write_folder(tmp_path / "folder", a=b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert (tmp_path / "folder" / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["file", "folder"]
+
+
 def refuse_creation(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     open_, touch = Path.open, Path.touch
 
