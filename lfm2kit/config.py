@@ -1,18 +1,44 @@
-"""The checkpoint's config.json under its own field names, and the specs that it describes."""
+"""The checkpoint's config.json under its own field names, and the specs that it describes.
+
+Where two keys say one thing they must agree (docs/decisions/0008-reading-checkpoints.md).
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any
 
-from lfm2kit import specs
+from lfm2kit import bounds, quantised, specs
+from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError
 
 CONV, ATTENTION = "conv", "full_attention"
-MOST_LAYERS = MOST_EXPERTS = 1024  # what no such model comes near: larger numbers are not believed
+
+# Other names that files of this family give what the second name says; where both are there,
+# they must be equal.  The first six are older LFM2's.
+TWINS: Mapping[str, str] = {
+    "block_dim": "hidden_size",
+    "conv_dim": "hidden_size",
+    "conv_dim_out": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "block_norm_eps": "norm_eps",
+    "tie_embedding": "tie_word_embeddings",
+    "rms_norm_eps": "norm_eps",
+    "num_local_experts": "num_experts",
+}
+
+# What lfm2kit has one form of: the keys, the value that says so, and what to do otherwise.
+FIXED: Mapping[str, tuple[Any, str]] = {
+    "model_type": ("lfm2_moe", "give a model of that type"),
+    "hidden_act": ("silu", "no other activation is there"),
+    "block_use_swiglu": (True, "no other feed-forward is there"),
+    "use_pos_enc": (True, "its attention always rotates"),
+    "partial_rotary_factor": (1.0, "its attention rotates whole heads"),
+    "transformers_weights": ("model.safetensors", "give that file its usual name"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +96,8 @@ LFM2_8B_A1B = ModelConfig(
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The configuration in a config.json; `Lfm2kitError` where it is not one that can be run."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Lfm2kitError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise Lfm2kitError(f"{path}: not a readable JSON file: {error}") from None
-    if not isinstance(fields, dict):
-        raise Lfm2kitError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+    """Returns the configuration in a config.json; `Lfm2kitError` where it cannot be run."""
+    fields = read_json(path)
     try:
         return parse_config(fields)
     except Lfm2kitError as error:
@@ -87,15 +106,12 @@ def read_config(path: Path) -> ModelConfig:
 
 def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     """The configuration that the keys of a config.json describe; `Lfm2kitError` names a bad key."""
-    model_type = fields.get("model_type", "lfm2_moe")
-    if model_type != "lfm2_moe":
-        raise Lfm2kitError(f"model_type is {model_type!r}; lfm2kit runs 'lfm2_moe'")
-    if fields.get("hidden_act", "silu") != "silu":
-        raise Lfm2kitError(f"hidden_act is {fields['hidden_act']!r}; lfm2kit has 'silu'")
+    _check_form(fields)
+    _check_twins(fields)
     layer_types = _layer_types(fields)
     hidden_size = _whole(fields, "hidden_size")
     heads = _whole(fields, "num_attention_heads")
-    dense = _whole(fields, "num_dense_layers", least=0)
+    dense = _dense_layers(fields, len(layer_types))
     sparse = dense < len(layer_types)
     config = ModelConfig(
         vocab_size=_whole(fields, "vocab_size"),
@@ -106,8 +122,8 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=_whole(fields, "num_key_value_heads"),
         head_dim=_head_dim(fields, hidden_size, heads),
-        num_dense_layers=min(dense, len(layer_types)),
-        num_experts=_whole(fields, "num_experts", most=MOST_EXPERTS) if sparse else 0,
+        num_dense_layers=dense,
+        num_experts=_whole(fields, "num_experts") if sparse else 0,
         num_experts_per_tok=_whole(fields, "num_experts_per_tok") if sparse else 0,
         norm_topk_prob=_flag(fields, "norm_topk_prob"),
         use_expert_bias=_flag(fields, "use_expert_bias"),
@@ -118,7 +134,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         rope_theta=_rope_theta(fields),
         tie_word_embeddings=_tied(fields),
     )
-    model_spec(config, tied=True)  # the specs refuse what does not fit together
+    bounds.check_tensors(model_spec(config, tied=True))  # specs refuse what does not fit together
     return config
 
 
@@ -172,28 +188,67 @@ def _moe(c: ModelConfig) -> specs.SparseMoe:
     )
 
 
+def _check_form(fields: Mapping[str, Any]) -> None:
+    """Refuses what changes the model and is not there."""
+    if (sentence := quantised.said_by_config(fields)) is not None:
+        raise Lfm2kitError(sentence)
+    if fields.get("text_config") is not None:
+        raise Lfm2kitError("text_config is a model within this one; give the text model's folder")
+    for key, (value, otherwise) in FIXED.items():
+        if fields.get(key, value) not in (value, None):
+            raise Lfm2kitError(f"{key} is {brief(fields[key])}; lfm2kit has {value!r}: {otherwise}")
+
+
+def _check_twins(fields: Mapping[str, Any]) -> None:
+    """Refuses two keys that say one thing and differ: other readers take the other."""
+    for twin, key in TWINS.items():
+        _check_equal(twin, fields.get(twin), key, fields.get(key))
+
+
+def _check_equal(key: str, value: Any, other_key: str, other: Any) -> None:
+    if value is not None and other is not None and value != other:
+        raise Lfm2kitError(
+            f"{key} is {brief(value)}, {other_key} is {brief(other)}: they say the same thing; "
+            "keep the one that is right"
+        )
+
+
 def _layer_types(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """`layer_types`, or what the older `full_attn_idxs` says of `num_hidden_layers`."""
     kinds = fields.get("layer_types")
-    if kinds is None and fields.get("full_attn_idxs") is not None:
-        return _layers_by_index(fields)
-    if not isinstance(kinds, list) or not kinds:
-        raise Lfm2kitError(f"layer_types is {kinds!r}; expected a list of one name per layer")
+    by_index = None if fields.get("full_attn_idxs") is None else _layers_by_index(fields)
+    if kinds is None and by_index is not None:
+        return by_index
+    if not isinstance(kinds, list) or not 1 <= len(kinds) <= bounds.LAYERS:
+        raise Lfm2kitError(
+            f"layer_types is {brief(kinds)}; expected a list of 1 to {bounds.LAYERS} names"
+        )
     for i, kind in enumerate(kinds):
         if kind not in (CONV, ATTENTION):
-            raise Lfm2kitError(f"layer_types[{i}] is {kind!r}; there is: {CONV}, {ATTENTION}")
-    count = fields.get("num_hidden_layers", len(kinds))
-    if count != len(kinds):
-        raise Lfm2kitError(f"num_hidden_layers is {count}, layer_types has {len(kinds)}")
+            raise Lfm2kitError(f"layer_types[{i}] is {brief(kind)}; there is: {CONV}, {ATTENTION}")
+    count = fields.get("num_hidden_layers")
+    if count is not None and count != len(kinds):
+        raise Lfm2kitError(f"num_hidden_layers is {brief(count)}, layer_types has {len(kinds)}")
+    if by_index is not None and by_index != tuple(kinds):
+        raise Lfm2kitError("full_attn_idxs and layer_types differ; keep the one that is right")
     return tuple(kinds)
 
 
 def _layers_by_index(fields: Mapping[str, Any]) -> tuple[str, ...]:
     attention = fields["full_attn_idxs"]
-    layers = range(_whole(fields, "num_hidden_layers", most=MOST_LAYERS))
+    layers = range(_whole(fields, "num_hidden_layers"))
     if not isinstance(attention, list) or not all(i in layers for i in attention):
-        raise Lfm2kitError(f"full_attn_idxs is {attention!r}; there are layers 0 to {layers[-1]}")
+        raise Lfm2kitError(
+            f"full_attn_idxs is {brief(attention)}; there are layers 0 to {layers[-1]}"
+        )
     return tuple(ATTENTION if i in attention else CONV for i in layers)
+
+
+def _dense_layers(fields: Mapping[str, Any], layers: int) -> int:
+    dense = _whole(fields, "num_dense_layers", least=0)
+    if dense > layers:
+        raise Lfm2kitError(f"num_dense_layers is {dense}, but there are {layers} layers")
+    return dense
 
 
 def _head_dim(fields: Mapping[str, Any], hidden_size: int, heads: int) -> int:
@@ -205,21 +260,56 @@ def _head_dim(fields: Mapping[str, Any], hidden_size: int, heads: int) -> int:
 
 
 def _rope_theta(fields: Mapping[str, Any]) -> float:
-    """Flat `rope_theta`, or nested in `rope_parameters` (LFM2.5); no scaled rotary form."""
+    """The base of the rotary angles, wherever it stands; no scaled form is there."""
+    found = _thetas(fields)
+    if not found:
+        raise Lfm2kitError("key 'rope_theta' is missing, and 'rope_parameters.rope_theta' as well")
+    if fields.get("rope_scaling") and list(found) == ["rope_parameters.rope_theta"]:
+        raise Lfm2kitError(
+            "rope_scaling has no rope_theta, and transformers takes it in place of "
+            "rope_parameters; leave rope_scaling out"
+        )
+    (key, theta), *others = found.items()
+    for other_key, other in others:
+        _check_equal(key, theta, other_key, other)
+    return bounds.real(key, "rope_theta", theta)
+
+
+def _thetas(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Every theta that is there: nested (LFM2.5), flat, and under older LFM2's name.
+
+    `rope_scaling` is what model cards say to add for long contexts.
+    """
+    found = {}
     for key in ("rope_parameters", "rope_scaling"):
         nested = fields.get(key)
         if nested is None:
             continue
-        if not isinstance(nested, dict):
-            raise Lfm2kitError(f"{key} is {nested!r}; expected an object")
-        rope_type = nested.get("rope_type", nested.get("type", "default"))
+        _check_unscaled(key, nested)
+        if nested.get("rope_theta") is not None:
+            found[f"{key}.rope_theta"] = nested["rope_theta"]
+    return found | {k: fields[k] for k in ("rope_theta", "theta") if fields.get(k) is not None}
+
+
+def _check_unscaled(key: str, nested: Any) -> None:
+    """Refuses a form of RoPE other than the default, by the name that it has."""
+    if not isinstance(nested, dict):
+        raise Lfm2kitError(f"{key} is {brief(nested)}; expected an object")
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            raise Lfm2kitError(f"{key}.{name} is an object; lfm2kit has one RoPE for all layers")
+    types = [nested[name] for name in ("rope_type", "type") if nested.get(name) is not None]
+    for rope_type in types:
         if rope_type != "default":
-            raise Lfm2kitError(f"{key}.rope_type is {rope_type!r}; lfm2kit has 'default'")
-        if nested.get("partial_rotary_factor", 1.0) != 1.0:
-            raise Lfm2kitError(f"{key}.partial_rotary_factor is not 1; lfm2kit rotates whole heads")
-        if "rope_theta" in nested:
-            return _real(nested, "rope_theta", within=key)
-    return _real(fields, "rope_theta")
+            raise Lfm2kitError(
+                f"{key}.rope_type is {brief(rope_type)}; lfm2kit has 'default' alone: take {key} "
+                "out of config.json, and positions stay unscaled"
+            )
+    for name in ("factor", "partial_rotary_factor"):
+        if nested.get(name) not in (None, 1):
+            raise Lfm2kitError(
+                f"{key}.{name} is {brief(nested[name])}; lfm2kit has RoPE unscaled, of whole heads"
+            )
 
 
 def _tied(fields: Mapping[str, Any]) -> bool | None:
@@ -230,29 +320,22 @@ def _tied(fields: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def _value(fields: Mapping[str, Any], key: str, within: str = "") -> Any:
+def _value(fields: Mapping[str, Any], key: str) -> Any:
     if fields.get(key) is None:
-        raise Lfm2kitError(f"key '{within + '.' if within else ''}{key}' is missing")
+        raise Lfm2kitError(f"key '{key}' is missing")
     return fields[key]
 
 
-def _whole(fields: Mapping[str, Any], key: str, least: int = 1, most: int = 2**31 - 1) -> int:
-    value = _value(fields, key)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise Lfm2kitError(f"{key} is {value!r}; expected a whole number from {least} to {most}")
-    return value
+def _whole(fields: Mapping[str, Any], key: str, least: int = 1) -> int:
+    return bounds.whole(key, key, _value(fields, key), least)
 
 
-def _real(fields: Mapping[str, Any], key: str, within: str = "") -> float:
-    value = _value(fields, key, within)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not abs(value) < 1e30:  # false for NaN as well
-        raise Lfm2kitError(f"{key} is {value!r}; expected a number")
-    return float(value)
+def _real(fields: Mapping[str, Any], key: str) -> float:
+    return bounds.real(key, key, _value(fields, key))
 
 
 def _flag(fields: Mapping[str, Any], key: str) -> bool:
     value = _value(fields, key)
     if not isinstance(value, bool):
-        raise Lfm2kitError(f"{key} is {value!r}; expected true or false")
+        raise Lfm2kitError(f"{key} is {brief(value)}; expected true or false")
     return value

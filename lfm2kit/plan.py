@@ -11,13 +11,15 @@ The first item of the text is the default; where several rules fit a block, the 
 
 from __future__ import annotations
 
-import tomllib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any
 
-from lfm2kit import specs
+from lfm2kit import bounds, specs
+from lfm2kit.documents import read_toml
 from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.trim import TrimmedModel
 
@@ -69,10 +71,7 @@ class Plan:
     @classmethod
     def read(cls, path: Path) -> Plan:
         """The plan in a TOML file."""
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise Lfm2kitError(f"{path}: not a readable TOML file: {error}") from None
+        table = read_toml(path)
         try:
             return _parse_table(table)
         except Lfm2kitError as error:
@@ -144,15 +143,21 @@ def _parse_table(table: dict[str, Any]) -> Plan:
         raise Lfm2kitError(f"default is {default!r}; expected a backend's name")
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise Lfm2kitError("rule is no array of tables; write [[rule]]")
+    if len(rules) > bounds.RULES:
+        raise Lfm2kitError(f"there are {len(rules)} rules; lfm2kit takes up to {bounds.RULES}")
     return Plan(default, tuple(_table_rule(rule) for rule in rules))
 
 
 def _table_rule(table: dict[str, Any]) -> Rule:
     _only_keys(table, ("layers", "kind", "backend"), "a rule")
+    for key, value in table.items():
+        is_layer = key == "layers" and isinstance(value, int) and not isinstance(value, bool)
+        if not is_layer and not isinstance(value, str):
+            raise Lfm2kitError(f"rule {brief(table)}: {key} is {brief(value)}; expected a text")
+    if "backend" not in table:
+        raise Lfm2kitError(f"rule {brief(table)} has no backend")
     texts = {key: str(value) for key, value in table.items()}
-    if "backend" not in texts:
-        raise Lfm2kitError(f"rule {table} has no backend")
-    return _rule(texts["backend"], texts.get("kind"), texts.get("layers"), str(table))
+    return _rule(texts["backend"], texts.get("kind"), texts.get("layers"), brief(table))
 
 
 def _rule(backend: str, kind: str | None, layers: str | None, item: str) -> Rule:
@@ -162,16 +167,23 @@ def _rule(backend: str, kind: str | None, layers: str | None, item: str) -> Rule
 
 
 def _parse_range(text: str, item: str) -> range:
-    first, _, last = text.partition("-")
-    try:
-        layers = range(int(first), int(last or first) + 1)
-    except ValueError:
+    """The layers that `3` or `2-4` says."""
+    numbers = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text.strip())
+    if numbers is None:
         raise Lfm2kitError(
             f"plan item '{item}': '{text}' is no layer; expected a number or a range, as 2-4"
-        ) from None
-    if not layers or layers.start < 0:
+        )
+    first, last = (_layer(digits) for digits in (numbers[1], numbers[2] or numbers[1]))
+    if max(first, last) >= bounds.LAYERS:
+        raise Lfm2kitError(f"plan item '{item}': lfm2kit takes layers up to {bounds.LAYERS - 1}")
+    if last < first:
         raise Lfm2kitError(f"plan item '{item}': the range {text} is empty")
-    return layers
+    return range(first, last + 1)
+
+
+def _layer(digits: str) -> int:
+    """A number of any length; of one with thousands of digits only the first few are read."""
+    return int(digits.lstrip("0")[:9] or "0")
 
 
 def _only_keys(table: dict[str, Any], known: Iterable[str], what: str) -> None:

@@ -21,12 +21,13 @@ its experts'.
 from __future__ import annotations
 
 import dataclasses
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any, TypeVar
 
-from lfm2kit import specs
+from lfm2kit import bounds, specs
+from lfm2kit.documents import read_toml
 from lfm2kit.errors import Lfm2kitError, choices
 
 OPERATORS = {"ShortConv": specs.ShortConv, "Attention": specs.Attention}
@@ -38,10 +39,7 @@ Table = Mapping[str, Any]
 
 def read_spec(path: Path) -> specs.Model:
     """The model that a TOML file describes; `Lfm2kitError` names the key that is wrong."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise Lfm2kitError(f"{path}: not a readable TOML file: {error}") from None
+    table = read_toml(path)
     try:
         return parse_spec(table)
     except Lfm2kitError as error:
@@ -50,34 +48,39 @@ def read_spec(path: Path) -> specs.Model:
 
 def parse_spec(table: Table) -> specs.Model:
     """The model that the parsed file describes."""
-    common = {k: v for k, v in table.items() if not isinstance(v, (dict, list))}
-    layers = table.get("layers")
-    if not isinstance(layers, list) or not layers:
-        raise Lfm2kitError("there is no [[layers]] table: write one per kind of layer")
-    built = [layer for i, t in enumerate(layers) for layer in _layers(f"layers[{i}]", t, common)]
-    return specs.Model(
+    common = {key: value for key, value in table.items() if key != "layers"}
+    _refuse_unknown("the model", common, COMMON)
+    model = specs.Model(
         embed_tokens=_make("the model", specs.Embedding, common, {}),
-        layers=tuple(built),
+        layers=tuple(_all_layers(table.get("layers"), common)),
         last_rows=_make("the model", specs.LastRows, common, {}),
         embedding_norm=_make("the model", specs.RMSNorm, common, {}),
         lm_head=_make("the model", specs.LMHead, common, {}),
-        tie_word_embeddings=bool(common.get("tie_word_embeddings", True)),
+        tie_word_embeddings=_checked(
+            "tie_word_embeddings", "bool", common.get("tie_word_embeddings", True)
+        ),
     )
+    bounds.check_tensors(model)
+    return model
+
+
+def _all_layers(tables: Any, common: Table) -> list[specs.Layer]:
+    if not isinstance(tables, list) or not tables:
+        raise Lfm2kitError("there is no [[layers]] table: write one per kind of layer")
+    layers: list[specs.Layer] = []
+    for i, table in enumerate(tables):
+        layers += _layers(f"layers[{i}]", table, common)
+        if len(layers) > bounds.LAYERS:
+            raise Lfm2kitError(f"there are more than {bounds.LAYERS} layers, repeats included")
+    return layers
 
 
 def _layers(where: str, table: Any, common: Table) -> list[specs.Layer]:
     """The layers of one [[layers]] table: `repeat` times the same."""
     if not isinstance(table, dict):
-        raise Lfm2kitError(f"{where} is {table!r}; expected a table")
-    for key in table:
-        if key not in ("repeat", "operator", "feed_forward"):
-            raise Lfm2kitError(
-                f"{where} has no key '{key}'; "
-                + choices(key, ["repeat", "operator", "feed_forward"])
-            )
-    repeat = table.get("repeat", 1)
-    if not isinstance(repeat, int) or not 1 <= repeat <= 10_000:
-        raise Lfm2kitError(f"{where}.repeat is {repeat!r}; expected a whole number of 1 or more")
+        raise Lfm2kitError(f"{where} is {brief(table)}; expected a table")
+    _refuse_unknown(where, table, {"repeat", "operator", "feed_forward"})
+    repeat = bounds.whole(f"{where}.repeat", "repeat", table.get("repeat", 1))
     norm = _make(where, specs.RMSNorm, common, {})
     operator = _typed(f"{where}.operator", table.get("operator"), OPERATORS, common)
     feed_forward = _typed(f"{where}.feed_forward", table.get("feed_forward"), FEED_FORWARDS, common)
@@ -87,28 +90,41 @@ def _layers(where: str, table: Any, common: Table) -> list[specs.Layer]:
 def _typed(where: str, table: Any, types: Mapping[str, Any], common: Table) -> Any:
     """The spec of the class that the table's `type` names."""
     if not isinstance(table, dict) or not isinstance(table.get("type"), str):
-        raise Lfm2kitError(f"{where} is {table!r}; expected a table with a type")
+        raise Lfm2kitError(f"{where} is {brief(table)}; expected a table with a type")
     if table["type"] not in types:
         raise Lfm2kitError(f"{where}.type is '{table['type']}'; {choices(table['type'], types)}")
     fields = {key: value for key, value in table.items() if key != "type"}
+    hidden_size = common.get("hidden_size")
+    if fields.get("hidden_size", hidden_size) != hidden_size:
+        raise Lfm2kitError(f"{where}: hidden_size is not the model's {brief(hidden_size)}")
     if types[table["type"]] is specs.SparseMoe:
         return _sparse_moe(where, fields, common)
-    _refuse_unknown(where, fields, types[table["type"]])
+    _refuse_unknown(where, fields, _fields(types[table["type"]]))
     return _make(where, types[table["type"]], common, fields)
 
 
 def _sparse_moe(where: str, fields: Table, common: Table) -> specs.SparseMoe:
-    _refuse_unknown(where, fields, specs.Router, specs.Experts)
+    _refuse_unknown(where, fields, _fields(specs.Router, specs.Experts))
     router = _make(where, specs.Router, common, fields)
     everyone = {"local_experts": range(router.num_experts)}
     return specs.SparseMoe(router, _make(where, specs.Experts, common, {**fields, **everyone}))
 
 
-def _refuse_unknown(where: str, fields: Table, *types: Any) -> None:
-    known = {field.name for t in types for field in dataclasses.fields(t)} - {"local_experts"}
-    for key in fields:
+def _refuse_unknown(where: str, table: Table, known: Collection[str]) -> None:
+    for key in table:
         if key not in known:
             raise Lfm2kitError(f"{where} has no key '{key}'; {choices(key, known)}")
+
+
+def _fields(*types: Any) -> set[str]:
+    """The keys that a file gives of these specs."""
+    return {field.name for t in types for field in dataclasses.fields(t)} - {"local_experts"}
+
+
+# What the top of a file may say: anything that a spec below it has, and one thing more.
+COMMON = _fields(
+    specs.Embedding, specs.RMSNorm, *OPERATORS.values(), specs.MLP, specs.Router, specs.Experts
+) | {"tie_word_embeddings"}
 
 
 def _make(where: str, spec: type[S], common: Table, fields: Table) -> S:
@@ -118,18 +134,18 @@ def _make(where: str, spec: type[S], common: Table, fields: Table) -> S:
         value = fields.get(field.name, common.get(field.name, field.default))
         if value is dataclasses.MISSING:
             raise Lfm2kitError(f"{where} has no {field.name} ({spec.__name__})")
-        values[field.name] = _checked(f"{where}: {field.name}", str(field.type), value)
+        name = field.name
+        values[name] = _checked(name, str(field.type), value, f"{where}: {name}")
     return spec(**values)
 
 
-def _checked(where: str, annotation: str, value: Any) -> Any:
-    """`value` if it fits the annotation of the field; a whole number will do for a float."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = {
-        "int": is_number and isinstance(value, int) and 1 <= value < 2**31,
-        "float": is_number and value == value,
-        "bool": isinstance(value, bool),
-    }
-    if not fits.get(annotation, True):
-        raise Lfm2kitError(f"{where} is {value!r}; expected {annotation}")
-    return float(value) if annotation == "float" else value
+def _checked(key: str, annotation: str, value: Any, where: str = "") -> Any:
+    """`value` if it fits the annotation and the bounds of the field `key`."""
+    where = where or key
+    if annotation == "int":
+        return bounds.whole(where, key, value)
+    if annotation == "float":
+        return bounds.real(where, key, value)
+    if annotation == "bool" and not isinstance(value, bool):
+        raise Lfm2kitError(f"{where} is {brief(value)}; expected true or false")
+    return value

@@ -40,7 +40,7 @@ def _expected_failures(file: str | None) -> dict[str, str]:
         return {}
     try:
         table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Lfm2kitError(f"{file}: not a readable TOML file: {error}") from None
     for name, reason in table.items():
         if not isinstance(reason, str):

@@ -61,11 +61,75 @@ def test_every_other_missing_key_is_named(key: str) -> None:
         ("rope_parameters", [1]),
         ("rope_scaling", {"type": "linear", "factor": 2}),
         ("hidden_act", "gelu"),
+        ("block_use_swiglu", False),
+        ("use_pos_enc", False),
+        ("partial_rotary_factor", 0.5),
+        ("transformers_weights", "other.safetensors"),
+        ("text_config", {"model_type": "lfm2_moe"}),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("quantization_config", {"load_in_4bit": True}),
+        ("compression_config", {"format": "pack-quantized"}),
+        ("quantization", {"bits": 4, "group_size": 64}),
+        ("num_dense_layers", 5),
+        ("rope_scaling", {"rope_type": "default", "factor": 4.0}),
+        ("rope_scaling", {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}),
+        ("rope_parameters", {"full_attention": {"rope_theta": 5000.0}}),
     ],
 )
 def test_an_unsupported_value_is_named(key: str, value: object) -> None:
     with pytest.raises(Lfm2kitError, match=key.split("_")[0]):
         config(**{key: value})
+
+
+LFM25 = {"rope_theta": None, "rope_parameters": {"rope_theta": 5e6, "rope_type": "default"}}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({**LFM25, "rope_scaling": YARN}, ["rope_scaling.rope_type", "yarn"]),
+        ({**LFM25, "rope_scaling": {"type": "linear", "factor": 2}}, ["rope_scaling", "linear"]),
+        ({**LFM25, "rope_theta": 1e6}, ["rope_parameters.rope_theta", "rope_theta", "1000000.0"]),
+        ({**LFM25, "rope_scaling": {"rope_theta": 1e6}}, ["rope_scaling.rope_theta", "1000000.0"]),
+        ({**LFM25, "rope_scaling": {"rope_type": "default"}}, ["rope_scaling", "no rope_theta"]),
+        ({"theta": 1e4}, ["rope_theta", "theta", "10000.0"]),
+        ({"rope_parameters": {"rope_type": "default", "type": "yarn"}}, ["yarn"]),
+        ({"tie_embedding": False}, ["tie_embedding", "tie_word_embeddings", "False"]),
+        ({"num_hidden_layers": 7}, ["num_hidden_layers", "layer_types", "7", "4"]),
+        ({"full_attn_idxs": [0, 3]}, ["full_attn_idxs", "layer_types"]),
+        ({"block_dim": 25}, ["block_dim", "hidden_size", "25"]),
+        ({"conv_dim": 25}, ["conv_dim", "hidden_size"]),
+        ({"conv_dim_out": 25}, ["conv_dim_out", "hidden_size"]),
+        ({"num_heads": 2}, ["num_heads", "num_attention_heads"]),
+        ({"block_norm_eps": 1e-6}, ["block_norm_eps", "norm_eps"]),
+        ({"rms_norm_eps": 1e-6}, ["rms_norm_eps", "norm_eps"]),
+        ({"num_local_experts": 6}, ["num_local_experts", "num_experts"]),
+    ],
+)
+def test_two_keys_that_say_one_thing_and_differ_are_both_named(
+    changes: dict[str, object], words: list[str]
+) -> None:
+    with pytest.raises(Lfm2kitError) as caught:
+        config(**changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": None},
+        {"rope_scaling": {}},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 5000, "type": "default", "factor": 1.0}},
+        {"rope_parameters": {"rope_theta": 5000.0}, "rope_scaling": {"rope_theta": 5000.0}},
+        {"theta": 5000.0, "tie_embedding": True, "full_attn_idxs": [1, 3], "block_dim": 24},
+        {"quantization_config": None, "text_config": None, "partial_rotary_factor": 1},
+    ],
+)
+def test_two_keys_that_agree_are_one(changes: dict[str, object]) -> None:
+    assert config(**changes) == config()
 
 
 def test_layers_come_in_the_order_of_layer_types_dense_first() -> None:

@@ -32,6 +32,10 @@ def test_router_and_experts_can_be_told_apart() -> None:
     assert (plan.backend_for(1, "router"), plan.backend_for(1, "experts")) == ("b", "a")
 
 
+def test_a_layer_may_have_zeros_in_front() -> None:
+    assert Plan.parse("a,0000000000012.moe=b") == Plan.parse("a,12.moe=b")
+
+
 rules = st.builds(
     lambda layers, kind, backend: f"{layers}{'.' if layers else ''}{kind}={backend}",
     st.sampled_from(["", "3", "0-2", "1-1"]),
@@ -69,6 +73,11 @@ def test_a_toml_file_says_the_same_as_text(tmp_path: Path) -> None:
         ("a,moe=", "moe="),
         ("a,,moe=b", "''"),
         ("a,-1.moe=b", "-1"),
+        ("a,0-9223372036854775807=b", "up to 1023"),
+        ("a,1024.moe=b", "up to 1023"),
+        ("a,0-" + "9" * 4301 + "=b", "up to 1023"),
+        ("a,1_0.moe=b", "1_0"),
+        ("a,\u0663.moe=b", "\u0663"),
     ],
 )
 def test_bad_text_names_the_item(text: str, named: str) -> None:
@@ -85,6 +94,13 @@ def test_bad_text_names_the_item(text: str, named: str) -> None:
         'default = "a"\n[[rule]]\nkind = "moe"',
         'default = "a"\n[[rule]]\nlayer = 3\nbackend = "b"',
         "default = ",
+        "default = " + "9" * 4301,
+        "default = " + "[" * 3000,
+        'default = "a"\n[[rule]]\nbackend = 3',
+        'default = "a"\n[[rule]]\nlayers = true\nbackend = "b"',
+        'default = "a"\n[[rule]]\nlayers = 9223372036854775807\nbackend = "b"',
+        'default = "a"\n[[rule]]\nlayers = "0-9223372036854775807"\nbackend = "b"',
+        'default = "a"\n' + '[[rule]]\nbackend = "b"\n' * 10_001,
     ],
 )
 def test_a_bad_toml_plan_is_one_line_that_names_the_file(tmp_path: Path, text: str) -> None:

@@ -82,6 +82,18 @@ def test_repeat_makes_equal_layers(tmp_path: Path) -> None:
         ("num_key_value_heads = 2", "num_key_value_heads = 3", "num_key_value_heads"),
         ("num_experts_per_tok = 3", "num_experts_per_tok = 6", "num_experts_per_tok"),
         ("[[layers]]", "[[layers]", "TOML"),
+        (
+            "vocab_size = 50",
+            'vocab_size = 50\ntie_word_embeddings = "false"',
+            "tie_word_embeddings",
+        ),
+        ("vocab_size = 50", "vocab_size = 50\nvocab_sise = 50", "Did you mean 'vocab_size'"),
+        ("vocab_size = 50", "vocab_size = 50\n[rope]\nx = 1", "no key 'rope'"),
+        ("vocab_size = 50", "vocab_size = 50\nvocab_size = 51", "TOML"),
+        ('type = "ShortConv"', 'type = "ShortConv", hidden_size = 48', "hidden_size"),
+        ("[[layers]]", "[[layers]]\nrepeat = true", "repeat"),
+        ("[[layers]]", "[[layers]]\nrepeat = 1025", "repeat"),
+        ("[[layers]]", "[[layers]]\nrepeat = 1000", "more than 1024 layers"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(tmp_path: Path, old: str, new: str, named: str) -> None:

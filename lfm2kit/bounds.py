@@ -1,0 +1,106 @@
+"""How large the sizes that come from outside may be: one bound each, the same in every format.
+
+Larger numbers are not believed, because no model of this family comes near them, and memory or
+time would be spent before the mistake shows.  config.json, model.toml, model.bin, safetensors
+headers, plans and the command line all look here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from reprlib import repr as brief  # of what a file says, however long it is
+from typing import Any
+
+from lfm2kit import specs
+from lfm2kit.errors import Lfm2kitError
+
+LAYERS = 1024
+EXPERTS = 1024
+TENSORS = 200_000  # of a model, or of a file
+DIMENSIONS = 8  # of a tensor
+DIMENSION = 2**31 - 1
+NAME = 1000  # bytes of a tensor's name
+HEADER = 100_000_000  # bytes of a JSON text: the safetensors library's own limit of a header
+TOML = 1_000_000  # bytes of a model.toml or a plan: people write them by hand
+RULES = 10_000  # of a plan
+COUNT = 2**20  # of what a command line asks for: samples, tokens of a sample, threads, ...
+TOKENS = 2**26  # of all samples together
+SEED = 2**63 - 1
+
+WIDTH, HEADS, KERNEL = 2**20, 2**14, 2**10
+
+# Whole numbers by the names that config.json and the specs give them.
+LARGEST: Mapping[str, int] = {
+    "vocab_size": 2**24,
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "moe_intermediate_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_dense_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "head_dim": HEADS,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": EXPERTS,
+    "conv_L_cache": KERNEL,
+    "kernel_size": KERNEL,
+    "repeat": LAYERS,
+}
+
+# Real numbers likewise: the least and the largest.
+REAL: Mapping[str, tuple[float, float]] = {
+    "eps": (1e-20, 1.0),
+    "norm_eps": (1e-20, 1.0),
+    "rope_theta": (1.0, 1e12),
+    "routed_scaling_factor": (1e-6, 1e6),
+}
+
+
+def whole(where: str, key: str, value: Any, least: int = 1) -> int:
+    """Returns `value`, a whole number from `least` to `LARGEST[key]`; else raises `Lfm2kitError`.
+
+    `where` is what the sentence calls the number.
+    """
+    most = LARGEST[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise Lfm2kitError(
+            f"{where} is {brief(value)}; expected a whole number from {least} to {most}"
+        )
+    return value
+
+
+def real(where: str, key: str, value: Any) -> float:
+    """Returns `value` as a float between `REAL[key]`; else raises `Lfm2kitError`."""
+    least, most = REAL[key]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not least <= value <= most:  # false for NaN as well
+        raise Lfm2kitError(
+            f"{where} is {brief(value)}; expected a number from {least:g} to {most:g}"
+        )
+    return float(value)
+
+
+def check_tokens(samples: int, seq_len: int) -> None:
+    """Raises `Lfm2kitError` if the samples that were asked for have too many tokens together."""
+    if samples * seq_len > TOKENS:
+        raise Lfm2kitError(
+            f"{samples} samples of {seq_len} tokens; lfm2kit takes up to {TOKENS} tokens at once"
+        )
+
+
+def check_tensors(model: specs.Model) -> None:
+    """Raises `Lfm2kitError` if the model has too many tensors.
+
+    They are counted without their names: those of a billion experts would fill the memory.
+    """
+    total = sum(count * _tensors(layer) for layer, count in Counter(model.layers).items())
+    if total > TENSORS:
+        raise Lfm2kitError(f"the layers have {total} tensors; lfm2kit takes up to {TENSORS}")
+
+
+def _tensors(spec: specs.Spec) -> int:
+    if isinstance(spec, specs.Experts):
+        return len(spec.local_experts) * len(spec.expert.parameters())
+    parts = spec.parts()
+    return sum(_tensors(part.spec) for part in parts) if parts else len(spec.parameters())

@@ -1,0 +1,85 @@
+"""JSON and TOML as this project reads them: regular files of bounded size, no key twice.
+
+Both say the same of a bad file: one line that begins with its path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from lfm2kit import bounds
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.file_kinds import check_file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the fields of a JSON file; `Lfm2kitError` says what is wrong with it."""
+    return parse_json(path, _read(path, bounds.HEADER))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Returns the table of a TOML file; `Lfm2kitError` says what is wrong with it."""
+    try:
+        return tomllib.loads(_read(path, bounds.TOML).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Lfm2kitError(f"{path}: not a readable TOML file: {error}") from None
+
+
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    """Returns the fields that `text`, taken from `path`, has.
+
+    Raises `Lfm2kitError` where it is not a JSON object.  Python's reader would take the last of
+    two equal keys, NaN, and an infinity for 1e999; here each is an error.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in fields:
+                raise Lfm2kitError(f"{path}: the JSON has '{key}' twice; keep the right one")
+            fields[key] = value
+        return fields
+
+    try:
+        fields = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=_refused,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
+    except (ValueError, RecursionError) as error:
+        raise Lfm2kitError(f"{path}: not readable JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise Lfm2kitError(f"{path}: this is no JSON object, but a {type(fields).__name__}")
+    return fields
+
+
+def _read(path: Path, most: int) -> bytes:
+    size = check_file(path)
+    if size > most:
+        raise Lfm2kitError(f"{path}: {size} bytes; lfm2kit reads up to {most} of such a file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Lfm2kitError(f"{path}: {error.strerror}") from None
+
+
+def _refused(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is beyond the largest float")
+    return value
+
+
+def _whole(text: str) -> int | float:
+    """-0 is a float: there is no such whole number."""
+    return -0.0 if text == "-0" else int(text)

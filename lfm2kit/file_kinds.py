@@ -1,0 +1,137 @@
+"""What a file is, by its kind and its first bytes, where it is not what it is taken for.
+
+Every reader asks here before it opens a file: a pipe would block it, a device never ends, and
+what a failed download left behind is no damaged model.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from lfm2kit.errors import Lfm2kitError
+
+HEAD = 512  # bytes that tell what a file is: a tar archive's sign ends at byte 262
+
+SPECIAL: dict[Callable[[int], bool], str] = {
+    stat.S_ISDIR: "this is a directory; give a file",
+    stat.S_ISFIFO: "this is a pipe; lfm2kit maps files: write the bytes to a file and give that",
+    stat.S_ISCHR: "this is a device or a terminal; give a file",
+    stat.S_ISBLK: "this is a device; give a file",
+    stat.S_ISSOCK: "this is a socket; give a file",
+}
+
+UNPACK = "unpack it and give the folder that comes out"
+NO_PICKLES = (
+    "which lfm2kit does not read, because unpickling runs code: load it with transformers, "
+    "save_pretrained('NEW_FOLDER'), and give that folder"
+)
+
+# The first bytes of files of other formats, and what to say of them.
+SIGNS: dict[bytes, str] = {
+    b"GGUF": "this is a GGUF file (llama.cpp's), which lfm2kit does not read; "
+    "give the Hugging Face folder that it was made from",
+    b"GGML": "this is a GGML file, which lfm2kit does not read; give a Hugging Face folder",
+    b"version https://git-lfs": "this is a Git LFS pointer, not the file; "
+    "type 'git lfs pull' in its repository",
+    b"\x89HDF": "this is an HDF5 file, which lfm2kit does not read; give a safetensors folder",
+    b"\x93NUMPY": "this is a NumPy array (.npy), not a model; give a safetensors folder",
+    b"\x80\x02": f"this is a pickle (PyTorch's), {NO_PICKLES}",
+    b"\x80\x03": f"this is a pickle, {NO_PICKLES}",
+    b"\x80\x04": f"this is a pickle, {NO_PICKLES}",
+    b"\x80\x05": f"this is a pickle, {NO_PICKLES}",
+    b"\x1f\x8b\x08": f"this is a gzip archive; {UNPACK}",
+    b"BZh": f"this is a bzip2 archive; {UNPACK}",
+    b"\xfd7zXZ": f"this is an xz archive; {UNPACK}",
+    b"\x28\xb5\x2f\xfd": f"this is a Zstandard archive; {UNPACK}",
+    b"7z\xbc\xaf\x27\x1c": f"this is a 7z archive; {UNPACK}",
+    b"Rar!": f"this is a RAR archive; {UNPACK}",
+}
+
+DOWNLOAD_AGAIN = "a failed download; download the file again"
+
+# What servers answer instead of a file, in small letters.
+ANSWERS: dict[bytes, str] = {
+    b"<!doctype html": f"this is a web page ({DOWNLOAD_AGAIN})",
+    b"<html": f"this is a web page ({DOWNLOAD_AGAIN})",
+    b"<?xml": f"this is XML ({DOWNLOAD_AGAIN})",
+    b"entry not found": f"this is a server's answer ({DOWNLOAD_AGAIN})",
+    b"repository not found": f"this is a server's answer ({DOWNLOAD_AGAIN})",
+    b"invalid username or password": f"this is a server's answer ({DOWNLOAD_AGAIN}, logged in)",
+    b"access to model": f"this is a server's answer ({DOWNLOAD_AGAIN}, once access is granted)",
+}
+
+
+def check_file(path: Path) -> int:
+    """Returns the bytes of a regular file that may be what it is taken for.
+
+    Raises `Lfm2kitError` for a pipe, a device, a folder, a link to nowhere, and a file whose
+    first bytes are another format's.  Nothing but a regular file is opened.
+    """
+    try:
+        status = os.stat(path)
+        check_regular(path, status)
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+    except (OSError, ValueError) as error:
+        raise Lfm2kitError(f"{path}: {_why_not(path, error)}") from None
+    if (kind := foreign(head, path.suffix)) is not None:
+        raise Lfm2kitError(f"{path}: {kind}")
+    return status.st_size
+
+
+def check_regular(path: Path, status: os.stat_result) -> None:
+    """Raises `Lfm2kitError` for what is there and is not a regular file."""
+    for is_so, sentence in SPECIAL.items():
+        if is_so(status.st_mode):
+            raise Lfm2kitError(f"{path}: {sentence}")
+
+
+def foreign(head: bytes, suffix: str = "") -> str | None:
+    """Returns what a file with these first bytes is, and what to type; None if not known.
+
+    Two readable formats begin with a number, which may look like a sign: a safetensors file, whose
+    ninth byte opens a JSON object, and model.bin, whose number of tensors is below 2^18.
+    """
+    if head[8:9] == b"{" or (head[2:3] < b"\4" and head[3:4] == b"\0"):
+        return None
+    for sign, sentence in SIGNS.items():
+        if head.startswith(sign):
+            return sentence
+    if head.startswith(b"PK\x03\x04"):
+        return _zip(head)
+    if head[257:262] == b"ustar":
+        return f"this is a tar archive; {UNPACK}"
+    if suffix in (".onnx", ".tflite", ".msgpack", ".ckpt", ".h5", ".pt", ".pth"):
+        return f"a {suffix} file is not read by lfm2kit; give a safetensors folder"
+    text = head.lstrip().lower()
+    return next((sentence for sign, sentence in ANSWERS.items() if text.startswith(sign)), None)
+
+
+def broken_link(path: Path) -> str | None:
+    """Returns what to say of a link that leads nowhere; None for anything else."""
+    if not os.path.islink(path) or os.path.exists(path):
+        return None
+    return (
+        f"this is a link to {os.readlink(path)}, which is not there; download it again, "
+        "or copy folders of links with 'cp -rL'"
+    )
+
+
+def _zip(head: bytes) -> str:
+    """A zip archive by the name of its first member."""
+    length = struct.unpack_from("<H", head.ljust(30, b"\0"), 26)[0]
+    member = head[30 : 30 + length]
+    if member.endswith(b".npy"):
+        return "this is NumPy's .npz, not a model; give a safetensors folder"
+    if member.endswith((b"/data.pkl", b"/version", b"/byteorder")) or not member:
+        return f"this is a zip of pickles (PyTorch's), {NO_PICKLES}"
+    return f"this is a zip archive; {UNPACK}"
+
+
+def _why_not(path: Path, error: OSError | ValueError) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    return broken_link(path) or reason

@@ -1,0 +1,61 @@
+"""Quantised checkpoints, which lfm2kit does not run: known by their config or by their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from reprlib import repr as brief  # of what a file says, however long it is
+from typing import Any
+
+GIVE = "lfm2kit runs F32, F16 and BF16; give the model that it was made from"
+
+# Endings of tensor names that only a quantised format has.
+ENDINGS: Mapping[str, str] = {
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".g_idx": "GPTQ",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "compressed-tensors or FP8",
+    ".weight_scale_inv": "FP8",
+    ".weight_zero_point": "compressed-tensors",
+    ".input_scale": "FP8",
+    "_proj_blocks": "MXFP4",
+    "_proj_scales": "MXFP4",
+    ".scales": "MLX, GPTQ or AWQ",
+    ".biases": "MLX",
+    ".hqq_meta": "HQQ",
+}
+
+
+def said_by_config(fields: Mapping[str, Any]) -> str | None:
+    """Returns what to say of a config.json that tells of quantised weights; None if it does not.
+
+    `quantization_config` is transformers' key, `compression_config` compressed-tensors' older
+    one, `quantization` MLX's.
+    """
+    for key in ("quantization_config", "compression_config", "quantization"):
+        said = fields.get(key)
+        if said is None or said == {}:
+            continue
+        method = _method(said) if isinstance(said, dict) else said
+        return f"{key} says that the weights are quantised ({brief(method)[:60]}); {GIVE}"
+    return None
+
+
+def said_by_names(names: Iterable[str]) -> str | None:
+    """Returns the same of the names of a file's tensors."""
+    for name in names:
+        for ending, method in ENDINGS.items():
+            if name.endswith(ending) or f"{ending}." in name:
+                return f"tensor '{name}' is of quantised weights ({method}); {GIVE}"
+    return None
+
+
+def _method(said: Mapping[str, Any]) -> Any:
+    """What a section calls its method: the names of several tools."""
+    if said.get("quant_method") is not None:
+        return said["quant_method"]
+    flags = [key for key in ("load_in_4bit", "load_in_8bit") if said.get(key) is True]
+    return "bitsandbytes" if flags else said.get("format", said.get("bits", "of an unnamed method"))
