@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lfm2kit import bounds
 from lfm2kit.bench import (
     WARM_UPS,
     Contender,
@@ -71,11 +72,15 @@ def bench(
     threads: options.ThreadsOption = None,
     trim: options.TrimOption = False,
     seed: Annotated[
-        int, options.whole_number("--seed", least=0, help="Of the random ids and activations.")
+        int,
+        options.whole_number(
+            "--seed", least=0, most=bounds.SEED, help="Of the random ids and activations."
+        ),
     ] = 0,
 ) -> None:
     """Measures the model or its blocks: median and spread, beside this machine's ceilings."""
     samples = _whole_numbers(n)
+    bounds.check_tokens(max(samples), seq_len)
     if decode and block:
         raise Lfm2kitError("--decode measures the whole model; leave out --block")
     if trim and (decode or block):
@@ -208,6 +213,8 @@ def _whole_numbers(text: str) -> list[int]:
         numbers = [int(item) for item in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1:
-        raise Lfm2kitError(f"-n {text}: expected whole numbers of 1 or more, as 1,16,64")
+    if not numbers or not 1 <= min(numbers) <= max(numbers) <= bounds.COUNT:
+        raise Lfm2kitError(
+            f"-n {text}: expected whole numbers from 1 to {bounds.COUNT}, as 1,16,64"
+        )
     return numbers

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lfm2kit import bounds
 from lfm2kit.backend import Context
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.errors import Lfm2kitError
@@ -14,9 +16,17 @@ from lfm2kit.loading import AUTO, find_model
 from lfm2kit.plan import Plan
 from lfm2kit.transport import World
 
+BACKEND_VARIABLE = "LFM2KIT_BACKEND"
 
-def whole_number(*names: str, least: int = 1, metavar: str = "N", help: str | None = None) -> Any:
-    """An option that takes `least` or more.  Typer's `min` would refuse others in its own words."""
+
+def whole_number(
+    *names: str,
+    least: int = 1,
+    most: int = bounds.COUNT,
+    metavar: str = "N",
+    help: str | None = None,
+) -> Any:
+    """An option that takes `least` to `most`.  Typer would refuse others in its own words."""
 
     def parsed(text: str) -> int:
         try:
@@ -26,6 +36,8 @@ def whole_number(*names: str, least: int = 1, metavar: str = "N", help: str | No
         if number < least:
             expected = f"a whole number of {least} or more, as {names[0]} {least}"
             raise Lfm2kitError(f"{names[0]} {text}: expected {expected}")
+        if number > most:
+            raise Lfm2kitError(f"{names[0]} {text}: lfm2kit takes up to {most}")
         return number
 
     return typer.Option(*names, parser=parsed, metavar=metavar, help=help)
@@ -40,7 +52,7 @@ BackendOption = Annotated[
         "--backend",
         "-b",
         metavar="PLAN",
-        envvar="LFM2KIT_BACKEND",
+        envvar=BACKEND_VARIABLE,
         help="Which backend builds what: auto, cpu_simd, 'cpu_simd,2-4.moe=reference'. "
         "[default: auto]",
     ),
@@ -80,7 +92,10 @@ def chosen_plan(backend: str | None, plan_file: Path | None) -> Plan:
     if plan_file is None:
         return Plan.parse(AUTO if backend is None else backend)
     if backend is not None:
-        raise Lfm2kitError(f"--backend {backend} and --plan {plan_file}: give one of them")
+        said = (
+            f"{BACKEND_VARIABLE}=" if os.environ.get(BACKEND_VARIABLE) == backend else "--backend "
+        )
+        raise Lfm2kitError(f"{said}{backend} and --plan {plan_file}: give one of them")
     return Plan.read(plan_file)
 
 

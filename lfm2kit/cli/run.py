@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from lfm2kit import samples
+from lfm2kit import bounds, samples
 from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, complain, progress, remark
@@ -62,7 +62,9 @@ def run(
             "--random-inputs", metavar="TOKENS", help="Random ids, so many a sample, not a file."
         ),
     ] = None,
-    seed: Annotated[int, options.whole_number("--seed", least=0, help="Of the random ids.")] = 0,
+    seed: Annotated[
+        int, options.whole_number("--seed", least=0, most=bounds.SEED, help="Of the random ids.")
+    ] = 0,
     answers: Annotated[
         Path | None, typer.Option(help="Expected logits. [default: answers.bin beside the model]")
     ] = None,
@@ -173,6 +175,7 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
         if request.inputs is not None:
             raise Lfm2kitError("--inputs and --random-inputs: give one of them")
         shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
+        bounds.check_tokens(*shape)
         return np.random.default_rng(request.seed).integers(0, vocab_size, shape, dtype=np.int32)
     source = inputs_of(request, checkpoint)
     if request.inputs is None and not source.exists():

@@ -1,0 +1,45 @@
+"""Sizes on the command line have bounds, and two options that say one thing are both named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.typed import Cli
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["run", "--random-inputs", "1000000000"], ["--random-inputs 1000000000", "1048576"]),
+        (["run", "--random-inputs", "1048576", "-n", "1048576"], ["1048576 samples", "at once"]),
+        (["run", "-n", "1" + "0" * 5000], ["-n 1000"]),
+        (["run", "--batch-size", "1048577"], ["--batch-size 1048577", "1048576"]),
+        (["run", "--threads", "1048577"], ["--threads 1048577", "1048576"]),
+        (["run", "--seed", str(2**63)], ["--seed", str(2**63 - 1)]),
+        (["plan", "--tokens", "10000000000"], ["--tokens 10000000000", "1048576"]),
+        (["bench", "--seq-len", "1000000000"], ["--seq-len 1000000000", "1048576"]),
+        (["bench", "-n", "1,1000000000"], ["-n 1,1000000000", "1048576"]),
+        (["bench", "-n", "1048576", "--seq-len", "1000"], ["1048576 samples of 1000 tokens"]),
+    ],
+)
+def test_a_size_beyond_its_bound_is_one_line(
+    cli: Cli, command: list[str], words: list[str]
+) -> None:
+    cli(*command).assert_fails(*words)
+
+
+def test_a_plan_file_and_the_environments_plan_are_both_named(
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("LFM2KIT_BACKEND", "reference")
+    cli("run", "--plan", tmp_path / "p.toml").assert_fails("LFM2KIT_BACKEND=reference", "p.toml")
+    cli("run", "--plan", tmp_path / "p.toml", "-b", "auto").assert_fails("--backend auto", "p.toml")
