@@ -7,6 +7,7 @@ reads, packs and compiles.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend, Context, Explains
 from lfm2kit.capacity import shortage
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
+from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, Builder, build_model
@@ -37,9 +39,8 @@ def find_model(name: str) -> Path:
         return EMBEDDED / name
     if os.path.exists(name):  # not Path's: that raises where a name is too long
         return Path(name)
-    raise Lfm2kitError(
-        f"no model '{name}': neither a path nor an embedded model; {choices(name, embedded)}"
-    )
+    unknown = f"neither a path nor an embedded model; {choices(name, embedded)}"
+    raise Lfm2kitError(f"no model '{name}': {why_absent(name) or unknown}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ class Setup:
     again: Callable[..., Setup]  # the same, but for the options of `set_up` that it is given
 
     def notes(self) -> Iterator[str]:
-        """What the backends of the plan have to say about this run."""
+        """What is to be said of the checkpoint, and by the backends of the plan, for this run."""
+        yield from self.checkpoint.remarks
         for name in sorted(self.plan.backends()):
             backend = self.create(name)
             if isinstance(backend, Explains):
@@ -155,8 +157,12 @@ def load_model(path: str | Path, backend: str = AUTO, *, threads: int | None = N
 
     model = load_model("tiny", "cpu_simd,attn=reference")
     logits = model.logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))
+
+    Warns of what is doubtful about the checkpoint, such as two sets of weights in one folder.
     """
     checkpoint = open_checkpoint(find_model(str(path)))
+    for remark in checkpoint.remarks:
+        warnings.warn(remark, stacklevel=2)
     context = Context(threads=threads)
     return set_up(checkpoint, Plan.parse(backend), context=context).build()
 

@@ -5,6 +5,7 @@ Nothing is read but headers; the tensors are views of memory maps.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,18 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.checkpoint import mapped
 from lfm2kit.checkpoint.companions import companions, files_in, is_companion
+from lfm2kit.checkpoint.foreign import check_model, check_names
 from lfm2kit.checkpoint.huggingface import canonical, read_folder
 from lfm2kit.checkpoint.model_bin import read_model_bin
+from lfm2kit.checkpoint.names import CONFIG, EMBEDDING, HEAD, INPUTS, MODEL_BIN, SPECS, WEIGHTS
 from lfm2kit.checkpoint.safetensors import read_safetensors
+from lfm2kit.checkpoint.unread import remarks_on
 from lfm2kit.config import LFM2_8B_A1B, ModelConfig, model_spec, read_config
 from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.spec_files import read_spec
 from lfm2kit.specs import Spec
 from lfm2kit.weights import Tensor, Weights
 
-CONFIG, SPECS, MODEL_BIN = "config.json", "model.toml", "model.bin"
-INPUTS = "inputs.bin"
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 ROWS_AT_ONCE = 4096  # of a head compared with the embedding: a few MB at a time
 
 
@@ -37,6 +38,7 @@ class Checkpoint:
     spec: specs.Model
     weights: Weights  # by canonical name: Hugging Face's without `model.`
     config: ModelConfig | None  # None where specs describe the model
+    remarks: tuple[str, ...] = ()  # what its user should know: two sets of weights, a stale index
 
     @property
     def folder(self) -> Path:
@@ -89,27 +91,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises `Lfm2kitError` naming file, tensor and cause where anything is missing, left over,
     misshapen, truncated or untrue.
     """
-    if not path.exists():
-        raise Lfm2kitError(f"{path}: no such file or folder")
-    tensors = _read_tensors(path)
+    check_model(path)
     folder = path if path.is_dir() else path.parent
     config = _read_config(path, folder)
+    tensors = _read_tensors(path)
+    remarks = tuple(remarks_on(path, tensors)) if path.is_dir() else ()
     if config is None:
         spec = read_spec(folder / SPECS)
     else:
         stated = config.tie_word_embeddings
         spec = model_spec(config, tied=HEAD not in tensors if stated is None else stated)
     twin = tensors.pop(HEAD, None) if spec.tie_word_embeddings else None
+    check_names(path, tensors)
     _check_tensors(path, spec.parameters(), tensors)
     if twin is not None and not _equal(twin, tensors[EMBEDDING]):
         raise Lfm2kitError(f"{path}: word embeddings are tied, but '{HEAD}' differs from them")
-    return Checkpoint(path, spec, Weights(tensors), config)
+    return Checkpoint(path, spec, Weights(tensors), config, remarks)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
-        is_bin = (path / MODEL_BIN).exists() and not list(path.glob("model.safetensors*"))
-        return read_model_bin(path / MODEL_BIN) if is_bin else read_folder(path)
+        first = next((name for name in WEIGHTS if os.path.lexists(path / name)), None)
+        return read_model_bin(path / MODEL_BIN) if first == MODEL_BIN else read_folder(path)
     if path.suffix == ".safetensors":
         return canonical(path, read_safetensors(path))
     return read_model_bin(path)
@@ -117,9 +120,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _read_config(path: Path, folder: Path) -> ModelConfig | None:
     """The config beside the tensors; None where model.toml describes the model instead."""
-    if (folder / CONFIG).exists():
+    if os.path.lexists(folder / CONFIG):  # a link to nowhere counts: the reader says so
         return read_config(folder / CONFIG)
-    if (folder / SPECS).exists():
+    if os.path.lexists(folder / SPECS):
         return None
     if path.suffix == ".safetensors" or not (path.is_file() or (path / MODEL_BIN).exists()):
         raise Lfm2kitError(f"{folder}: there is neither {CONFIG} nor {SPECS}")

@@ -22,13 +22,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.checkpoint import CONFIG, Checkpoint
-from lfm2kit.checkpoint.huggingface import INDEX, SINGLE
+from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.checkpoint.model_bin import write_model_bin
+from lfm2kit.checkpoint.names import CONFIG, INDEX, SINGLE
 from lfm2kit.checkpoint.pieces import PIECE, in_order
 from lfm2kit.checkpoint.place import Origin, check_place, companions_beside, origin_of
 from lfm2kit.checkpoint.safetensors import write_safetensors
 from lfm2kit.config import ModelConfig, parse_config, read_config
+from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import Note, replaced, replaced_folder
 from lfm2kit.targets import identity
@@ -230,8 +231,7 @@ def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's own config.json, or the keys of the config that it was taken for."""
     path = checkpoint.folder / CONFIG
     if path.exists():
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return fields
+        return read_json(path)
     if checkpoint.config is None:
         raise Lfm2kitError(f"{checkpoint.path}: it has no config.json to convert")
     return config_fields(checkpoint.config)

@@ -7,24 +7,30 @@ them so; they become views of the packed tensors.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
+from typing import Any
 
-from lfm2kit.checkpoint.safetensors import json_object, read_safetensors
+from lfm2kit import bounds
+from lfm2kit.checkpoint.names import INDEX, SINGLE
+from lfm2kit.checkpoint.safetensors import read_safetensors
+from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import Tensor
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by canonical name; `Lfm2kitError` names file and tensor."""
-    if (folder / INDEX).exists():
-        return canonical(folder, _read_shards(folder))
-    if (folder / SINGLE).exists():
+    """All tensors of a folder by canonical name; `Lfm2kitError` names file and tensor.
+
+    Where there is both one whole file and an index, the file is read, as transformers does.
+    """
+    if os.path.lexists(folder / SINGLE):  # a link to nowhere counts: the reader says so
         return canonical(folder / SINGLE, read_safetensors(folder / SINGLE))
+    if os.path.lexists(folder / INDEX):
+        return canonical(folder, _read_shards(folder))
     raise Lfm2kitError(f"{folder}: there is neither {SINGLE} nor {INDEX}")
 
 
@@ -48,6 +54,11 @@ def _unpacked(path: Path, name: str, tensor: Tensor) -> Iterator[tuple[str, Tens
     shape = list(tensor.shape)
     if len(shape) != 3 or 0 in shape or (packed == GATE_UP and shape[1] % 2):
         raise Lfm2kitError(f"{path}: tensor '{name}' has shape {shape}: no packed experts")
+    if shape[0] > bounds.EXPERTS:
+        raise Lfm2kitError(
+            f"{path}: tensor '{name}' has shape {shape}; lfm2kit takes up to "
+            f"{bounds.EXPERTS} experts"
+        )
     half = shape[1] // 2
     prefix = name.removesuffix(packed)
     for e, expert in enumerate(tensor.data):
@@ -58,7 +69,7 @@ def _unpacked(path: Path, name: str, tensor: Tensor) -> Iterator[tuple[str, Tens
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     """Every tensor from the shard that the index names, and none besides."""
-    weight_map = _weight_map(folder / INDEX)
+    weight_map = read_index(folder / INDEX)["weight_map"]
     shards = {shard: _read_shard(folder, shard) for shard in sorted(set(weight_map.values()))}
     for shard, tensors in shards.items():
         for name in tensors:
@@ -80,14 +91,13 @@ def _read_shard(folder: Path, shard: str) -> dict[str, Tensor]:
     return read_safetensors(folder / shard)
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json_object(path, path.read_bytes()).get("weight_map")
-    except OSError as error:
-        raise Lfm2kitError(f"{path}: {error.strerror}") from None
+def read_index(path: Path) -> dict[str, Any]:
+    """The fields of an index; `weight_map` has a shard's name for each tensor."""
+    fields = read_json(path)
+    weight_map = fields.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Lfm2kitError(f"{path}: weight_map is missing, empty or no object")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard:
             raise Lfm2kitError(f"{path}: the shard of '{name}' is {shard!r}")
-    return weight_map
+    return fields

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.file_kinds import check_file
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -25,10 +26,13 @@ class Extent(NamedTuple):
 
 
 def map_file(path: Path) -> Bytes:
-    """The bytes of a file, read-only; nothing is read until someone looks."""
+    """The bytes of a file, read-only; nothing is read until someone looks.
+
+    Raises `Lfm2kitError` for an empty file, a pipe or device, and a file of another format.
+    """
+    if check_file(path) == 0:
+        raise Lfm2kitError(f"{path}: the file is empty")
     try:
-        if os.stat(path).st_size == 0:
-            raise Lfm2kitError(f"{path}: the file is empty")
         return np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:
         raise Lfm2kitError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
@@ -74,6 +78,11 @@ def view(
     path: Path, data: Bytes, extent: Extent, dtype: np.dtype[Any], shape: tuple[int, ...]
 ) -> Any:
     """The tensor's elements where they lie, of any alignment."""
+    if any(size > bounds.DIMENSION for size in shape):
+        raise Lfm2kitError(
+            f"{path}: tensor '{extent.name}' has shape {list(shape)}; "
+            f"lfm2kit takes dimensions up to {bounds.DIMENSION}"
+        )
     try:
         return data[extent.begin : extent.end].view(dtype).reshape(shape)
     except ValueError:  # no elements, but other dimensions that overflow

@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lfm2kit import bounds
 from lfm2kit.checkpoint.mapped import Bytes, Extent, check_extents, map_file, view
 from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import STORED_AS, Tensor
-
-MAX_NAME = 1000  # bytes; and
-MAX_DIMS = 8  # what no real file comes near: larger numbers are not believed
 
 Entry = tuple[Extent, tuple[int, ...]]  # where a tensor lies, and its shape
 
@@ -95,9 +93,11 @@ def _read_table(path: Path, data: Bytes) -> tuple[list[Entry], int]:
 def _entries(reader: _Reader, count: int) -> Iterator[Entry]:
     for i in range(count):  # a count that lies ends at the file's end
         where = f"{reader.path}: entry {i} of {count}"
+        if i == bounds.TENSORS:
+            raise Lfm2kitError(f"{where}: lfm2kit takes up to {bounds.TENSORS} tensors")
         name = _name(reader, where)
         ndim = reader.u32()
-        if ndim > MAX_DIMS:
+        if ndim > bounds.DIMENSIONS:
             raise Lfm2kitError(f"{where}, '{name}', claims {ndim} dimensions")
         shape = tuple(reader.u32() for _ in range(ndim))
         offset, nbytes = reader.u64(), reader.u64()
@@ -108,7 +108,7 @@ def _entries(reader: _Reader, count: int) -> Iterator[Entry]:
 
 def _name(reader: _Reader, where: str) -> str:
     length = reader.u32()
-    if not 1 <= length <= MAX_NAME:
+    if not 1 <= length <= bounds.NAME:
         raise Lfm2kitError(f"{where}: the name's length is {length}: no model.bin, or damaged")
     try:
         return reader.take(length).decode("utf-8")

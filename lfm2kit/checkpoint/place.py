@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lfm2kit.checkpoint import CONFIG, Checkpoint
+from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.checkpoint.companions import TEMPLATES, companions
-from lfm2kit.checkpoint.huggingface import INDEX
+from lfm2kit.checkpoint.names import CONFIG, INDEX
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import remove_leftovers_of_folder
 from lfm2kit.targets import identity

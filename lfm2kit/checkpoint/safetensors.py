@@ -4,6 +4,7 @@
 
 Our own reader, because the library's copies every tensor and has no bfloat16 without another
 library (docs/decisions/0001-foundation.md).  Format: the README of huggingface/safetensors.
+What the library refuses is refused here, and more (docs/decisions/0008-reading-checkpoints.md).
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from pathlib import Path
 from reprlib import repr as brief  # of what a header says, however long it is
 from typing import Any, BinaryIO, NamedTuple
 
+from lfm2kit import bounds
 from lfm2kit.checkpoint.mapped import Extent, check_extents, map_file, view
 from lfm2kit.checkpoint.pieces import write_pieces
+from lfm2kit.documents import parse_json
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.quantised import said_by_names
 from lfm2kit.weights import STORED_AS, DType, Tensor
 
-MAX_HEADER = 100_000_000  # bytes: the library's own limit
 LENGTH = 8  # bytes of the header's length
+NESTED = 125  # how deep the library follows what it then ignores
+METADATA = "__metadata__"
+FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor; others are ignored
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -30,21 +36,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     if len(data) < LENGTH:
         raise Lfm2kitError(f"{path}: {len(data)} bytes are too few for a safetensors file")
     length = int.from_bytes(data[:LENGTH].tobytes(), "little")
-    if length > min(MAX_HEADER, len(data) - LENGTH):
+    if length > min(bounds.HEADER, len(data) - LENGTH):
         raise Lfm2kitError(
             f"{path}: the header claims {length} bytes, the file has {len(data)} "
             "(truncated, or no safetensors file?)"
         )
     start = LENGTH + length
-    header = json_object(path, data[LENGTH:start].tobytes())
-    entries = {n: _entry(path, n, e, start) for n, e in header.items() if n != "__metadata__"}
+    entries = _entries(path, parse_json(path, data[LENGTH:start].tobytes()), start)
     extents = [Extent(name, entry.begin, entry.end) for name, entry in entries.items()]
     check_extents(path, extents, start, len(data))
-    used = sum(entry.end - entry.begin for entry in entries.values())
-    if used != len(data) - start:
-        raise Lfm2kitError(
-            f"{path}: {len(data) - start} bytes of data, but its tensors take {used}"
-        )
+    _check_no_gaps(path, extents, start, len(data))
     return {
         name: Tensor(name, e.dtype, view(path, data, extent, STORED_AS[e.dtype], e.shape))
         for (name, e), extent in zip(entries.items(), extents, strict=True)
@@ -84,30 +85,37 @@ def write_safetensors(
         write_pieces(file, pieces_of(name), STORED_AS[dtype], shape)
 
 
-def json_object(path: Path, text: bytes) -> dict[str, Any]:
-    """The fields in `text`; a key that comes twice is refused, where `json` would take the last."""
+def _entries(path: Path, header: dict[str, Any], start: int) -> dict[str, Entry]:
+    metadata = header.pop(METADATA, None)
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if metadata is not None and not texts:
+        raise Lfm2kitError(f"{path}: {METADATA} is {brief(metadata)}; expected texts by name")
+    if len(header) > bounds.TENSORS:
+        raise Lfm2kitError(f"{path}: {len(header)} tensors; lfm2kit takes up to {bounds.TENSORS}")
+    if (sentence := said_by_names(header)) is not None:
+        raise Lfm2kitError(f"{path}: {sentence}")
+    return {name: _entry(path, name, entry, start) for name, entry in header.items()}
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in fields:
-                raise Lfm2kitError(f"{path}: the JSON has '{key}' twice")
-            fields[key] = value
-        return fields
 
-    try:
-        fields = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise Lfm2kitError(f"{path}: no readable JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise Lfm2kitError(f"{path}: this is no JSON object")
-    return fields
+def _check_no_gaps(path: Path, extents: Sequence[Extent], start: int, size: int) -> None:
+    """Refuses bytes that belong to no tensor, and an empty tensor in the middle of another."""
+    used = sum(extent.end - extent.begin for extent in extents)
+    if used != size - start:
+        raise Lfm2kitError(f"{path}: {size - start} bytes of data, but its tensors take {used}")
+    borders = {start, *(extent.end for extent in extents if extent.end > extent.begin)}
+    for extent in extents:
+        if extent.begin == extent.end and extent.begin not in borders:
+            raise Lfm2kitError(f"{path}: tensor '{extent.name}' overlaps another")
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> Entry:
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+    if not isinstance(entry, dict) or not set(entry) >= FIELDS:
         raise Lfm2kitError(f"{path}: tensor '{name}' lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if len(name.encode(errors="replace")) > bounds.NAME:
+        raise Lfm2kitError(f"{path}: a tensor's name has more than {bounds.NAME} bytes")
+    if not all(_readable(v, NESTED) for key, v in entry.items() if key not in FIELDS):
+        raise Lfm2kitError(f"{path}: tensor '{name}' has fields that are too deep or too large")
     if not isinstance(dtype, str) or dtype not in STORED_AS:
         raise Lfm2kitError(
             f"{path}: tensor '{name}' has dtype {brief(dtype)}; "
@@ -129,6 +137,14 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Entry:
 def _sizes(values: Any) -> bool:
     return (
         isinstance(values, list)
-        and len(values) <= 8
+        and len(values) <= bounds.DIMENSIONS
         and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in values)
     )
+
+
+def _readable(value: Any, depth: int) -> bool:
+    """Whether the library's JSON reader takes `value`, which both readers then ignore."""
+    if isinstance(value, (dict, list)):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_readable(item, depth - 1) for item in inner)
+    return not isinstance(value, int) or abs(value) < 10**308

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lfm2kit import bounds
 from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
 from lfm2kit.checkpoint.place import Origin
 from lfm2kit.checkpoint.synth import KNOWN, random_source
 from lfm2kit.cli import options
 from lfm2kit.cli.console import progress, remark
 from lfm2kit.config import read_config
+from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import STORED_AS, DType
 
@@ -42,13 +43,15 @@ def convert(
     ] = False,
     seed: Annotated[
         int | None,
-        options.whole_number("--seed", least=0, help="Of the random weights. [default: 0]"),
+        options.whole_number(
+            "--seed", least=0, most=bounds.SEED, help="Of the random weights. [default: 0]"
+        ),
     ] = None,
 ) -> None:
     """Converts a checkpoint to the other layout, or to another type of weights."""
     if seed is not None and not random:
         raise Lfm2kitError(f"--seed {seed} is for --random, which is not given")
-    weights = _random(source, seed or 0) if random else source_of(options.open_model(source))
+    weights = _random(source, seed or 0) if random else _opened(source)
     stored: DType | None = None if dtype is None else dtype.value
     with progress("writing", _size(weights, stored, target), "GB", 1e9) as advance:
         write_checkpoint(weights, target, stored, overwrite=overwrite, note=remark, done=advance)
@@ -64,11 +67,18 @@ def _say_what_is_missing(origin: Origin, target: Path) -> None:
     remark(f"not copied from {origin.path}: {', '.join(left[:SHOWN])}{more}")
 
 
+def _opened(source: str) -> Source:
+    checkpoint = options.open_model(source)
+    for sentence in checkpoint.remarks:
+        remark(sentence)
+    return source_of(checkpoint)
+
+
 def _random(source: str, seed: int) -> Source:
     if source in KNOWN:
         return random_source(KNOWN[source], seed)
     read_config(Path(source))  # refuses what cannot be run
-    weights = random_source(json.loads(Path(source).read_text(encoding="utf-8")), seed)
+    weights = random_source(read_json(Path(source)), seed)
     return dataclasses.replace(weights, origin=Origin(files=(Path(source),)))
 
 

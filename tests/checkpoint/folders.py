@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lfm2kit.checkpoint.huggingface import SINGLE
+from lfm2kit.checkpoint.names import SINGLE
 from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
 from lfm2kit.weights import Tensor
 

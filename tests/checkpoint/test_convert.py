@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm2kit.checkpoint import HEAD, Checkpoint, open_checkpoint, pieces
+from lfm2kit.checkpoint import Checkpoint, open_checkpoint, pieces
 from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
-from lfm2kit.checkpoint.huggingface import INDEX, SINGLE
+from lfm2kit.checkpoint.names import HEAD, INDEX, SINGLE
 from lfm2kit.checkpoint.pieces import PIECE
 from lfm2kit.checkpoint.safetensors import header_bytes, read_safetensors
 from lfm2kit.checkpoint.synth import random_source

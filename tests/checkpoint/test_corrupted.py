@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfm2kit.checkpoint.huggingface import INDEX, SINGLE
+from lfm2kit.checkpoint.names import INDEX, SINGLE
 from lfm2kit.checkpoint.safetensors import read_safetensors
 from lfm2kit.loading import EMBEDDED
 from lfm2kit.weights import Tensor
@@ -138,8 +138,8 @@ def a_config_of_a_billion_experts(folder: Path) -> None:
 
 
 def an_index_out_of_the_folder(folder: Path) -> None:
-    shutil.copy(folder / SINGLE, folder.parent / SINGLE)
     weight_map = dict.fromkeys(read_safetensors(folder / SINGLE), f"../{SINGLE}")
+    (folder / SINGLE).rename(folder.parent / SINGLE)
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -151,8 +151,8 @@ CORRUPTIONS: dict[Callable[[Path], None], list[str]] = {
     cut_in_half: [SINGLE, "tensor '", "truncated"],
     emptied: [SINGLE, "empty"],
     zeroed: [SINGLE, "JSON"],
-    a_web_page: [SINGLE, "no safetensors file?"],
-    a_pointer_of_git_lfs: [SINGLE, "no safetensors file?"],
+    a_web_page: [SINGLE, "web page", "download"],
+    a_pointer_of_git_lfs: [SINGLE, "Git LFS pointer", "git lfs pull"],
     huge_header: [SINGLE, "header claims"],
     no_json: [SINGLE, "JSON"],
     twice: [SINGLE, f"'{NORM}' twice"],

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfm2kit.checkpoint import EMBEDDING, HEAD, open_checkpoint
-from lfm2kit.checkpoint.huggingface import INDEX, SINGLE, read_folder
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.checkpoint.huggingface import read_folder
+from lfm2kit.checkpoint.names import EMBEDDING, HEAD, INDEX, SINGLE
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import Tensor
 from tests.checkpoint.attempt import content
@@ -68,7 +69,9 @@ def packed(tmp_path: Path) -> Path:
         ("down_proj", (8, 16, 24), ["experts.0.w2.weight", "[16, 24]", "[24, 16]"]),
         ("down_proj", (7, 24, 16), ["experts.7.w2.weight"]),
         ("down_proj", (9, 24, 16), ["experts.8.w2.weight", "no place"]),
-        ("down_proj", (2**40, 0, 16), ["down_proj", "no packed experts"]),
+        ("down_proj", (0, 24, 16), ["down_proj", "no packed experts"]),
+        ("down_proj", (2**40, 0, 16), ["down_proj", "dimensions up to 2147483647"]),
+        ("down_proj", (1025, 1, 1), ["down_proj", "up to 1024 experts"]),
     ],
 )
 def test_packed_experts_of_another_shape_are_refused(

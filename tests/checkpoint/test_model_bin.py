@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from lfm2kit.checkpoint.model_bin import MAX_DIMS, read_model_bin, write_model_bin
+from lfm2kit import bounds
+from lfm2kit.checkpoint.model_bin import read_model_bin, write_model_bin
 from lfm2kit.errors import Lfm2kitError
 from tests.checkpoint.attempt import (
     A_LITTLE,
@@ -110,7 +111,8 @@ LIES: dict[str, tuple[bytes, list[str]]] = {
     "data missing": (GOOD[:33], ["'w'", "truncated"]),
     "count one too high": (table(row(b"w", [2], 33, 8), count=2) + bytes(8), ["entry 1 of 2"]),
     "count huge": (table(row(b"w", [2], 33, 8), count=2**32 - 1) + bytes(8), ["entry 1 of 4294"]),
-    "some text": (b"PK\x03\x04" + b"zip" * 100, ["entry 0", "no model.bin"]),
+    "some text": (b"some text " * 100, ["entry 0", "no model.bin"]),
+    "a zip archive": (b"PK\x03\x04" + b"zip" * 100, ["zip archive"]),
     "no name": (table(row(b"", [2], 32, 8)) + bytes(8), ["entry 0", "name's length is 0"]),
     "name length huge": (
         table(row(b"w", [2], 33, 8, length=2**32 - 1)),
@@ -124,7 +126,7 @@ LIES: dict[str, tuple[bytes, list[str]]] = {
         ["'w'", "4294967295 dimensions"],
     ),
     "dimensions one too many": (
-        table(row(b"w", [1] * (MAX_DIMS + 1), 65, 4)) + bytes(4),
+        table(row(b"w", [1] * (bounds.DIMENSIONS + 1), 65, 4)) + bytes(4),
         ["'w'", "9 dimensions"],
     ),
     "fewer bytes than the shape": (one([3]), ["'w'", "[3]", "8 bytes"]),

@@ -1,0 +1,139 @@
+"""What a path, or a set of tensor names, is where it is no model that lfm2kit runs.
+
+One sentence each: what it is, and what to type.  `lfm2kit.file_kinds` knows single files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Sequence
+from fnmatch import filter as matching
+from pathlib import Path
+
+from lfm2kit.checkpoint.names import CONFIG, EMBEDDING, INDEX, SINGLE, WEIGHTS
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.file_kinds import NO_PICKLES, broken_link, check_file
+
+ADAPTER = (
+    "a LoRA adapter, which lfm2kit does not apply; merge it into its model with PEFT "
+    "(merge_and_unload, save_pretrained) and give that folder"
+)
+
+# Files that tell what a folder without a model's weights is, the surest sign first.
+SIGNS: Sequence[tuple[str, str]] = (
+    ("adapter_model.*", f"there is {ADAPTER}"),
+    ("model-*-of-*.safetensors", f"there are shards without {INDEX}; download that as well"),
+    ("*.safetensors", f"the weights have another name than {SINGLE}; rename the file, or give it"),
+    ("pytorch_model*.bin", f"the weights are pickles (PyTorch's), {NO_PICKLES}"),
+    ("*.pth", f"the weights are pickles (PyTorch's), {NO_PICKLES}"),
+    ("*.gguf", "there is only GGUF, which lfm2kit does not read; give the Hugging Face folder"),
+    ("*.onnx", "there is only ONNX, which lfm2kit does not read; give the Hugging Face folder"),
+    ("*.h5", "the weights are TensorFlow's, which lfm2kit does not read; give safetensors"),
+)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+# What wraps a model puts its name before every tensor's; the longest first.
+WRAPPERS = {
+    "base_model.model.": "PEFT: merge the adapter (merge_and_unload) and save again",
+    "language_model.": "a multimodal model: save its language_model by itself",
+    "_orig_mod.": "torch.compile: save the model's _orig_mod",
+    "module.": "DataParallel or its like: save the model's module",
+}
+
+
+def check_model(path: Path) -> None:
+    """Raises `Lfm2kitError` where `path` is known to be something else than a model."""
+    if not os.path.exists(path):
+        raise Lfm2kitError(f"{path}: {broken_link(path) or 'no such file or folder'}")
+    if os.path.isdir(path):
+        sentence = _folder(path)
+    else:
+        check_file(path)
+        sentence = _part(path)
+    if sentence is not None:
+        raise Lfm2kitError(f"{path}: {sentence}")
+
+
+def check_names(path: Path, names: Collection[str]) -> None:
+    """Raises `Lfm2kitError` where canonical names tell that something wraps the model."""
+    if any(".lora_A." in name or ".lora_B." in name for name in names):
+        raise Lfm2kitError(f"{path}: the tensors are of {ADAPTER}")
+    inner = [name for name in names if name.endswith(f".{EMBEDDING}")]
+    if EMBEDDING in names or not inner:
+        return
+    prefix = inner[0].removesuffix(EMBEDDING)
+    known = (saved for wrapper, saved in WRAPPERS.items() if wrapper in prefix)
+    raise Lfm2kitError(
+        f"{path}: the model's tensor names begin with '{prefix}', as saved from "
+        + next(known, "a model around this one: save the inner one by itself")
+    )
+
+
+def why_absent(name: str) -> str | None:
+    """Returns what a name that is no path may have meant, and what to type; None if unknown."""
+    if (link := broken_link(Path(name))) is not None:
+        return link
+    if name.startswith("~"):
+        return f"the shell has not put your home in place of '~'; write --model {name} unquoted"
+    if "://" in name:
+        return "this is an address, and lfm2kit downloads nothing; download the folder and give it"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name.split("/")[0]):
+        return f"there is no such path, and lfm2kit downloads nothing; type 'hf download {name}'"
+    return None
+
+
+def _part(path: Path) -> str | None:
+    """A file that belongs to a model, but is not one."""
+    give_folder = f"give the folder: --model {path.parent}"
+    shard = re.search(r"-\d+-of-(\d+)\.safetensors$", path.name)
+    if shard is not None and int(shard[1][:9]) > 1:
+        return f"this is one shard of {shard[1][:9].lstrip('0')}; {give_folder}"
+    if path.name.startswith("adapter_model."):
+        return f"this is {ADAPTER}"
+    if path.suffix in (".json", ".toml", ".jinja", ".txt", ".md"):
+        return f"this is a text that belongs to a model, not its weights; {give_folder}"
+    return None
+
+
+def _folder(folder: Path) -> str | None:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return error.strerror
+    if "adapter_config.json" in names:  # beside a whole model as well: transformers applies it
+        return f"there is {ADAPTER}"
+    if any(name in WEIGHTS for name in names):
+        return None
+    if not names:
+        return "the folder is empty; give one with config.json and model.safetensors"
+    if (elsewhere := _elsewhere(folder, names)) is not None:
+        return elsewhere
+    for sign, sentence in SIGNS:
+        if matching(names, sign):
+            return sentence
+    if CONFIG not in names and any(name in TOKENIZER for name in names):
+        return f"there is a tokenizer, but neither {CONFIG} nor weights; give the model's folder"
+    return None
+
+
+def _elsewhere(folder: Path, names: Sequence[str]) -> str | None:
+    """A folder around models: the hub's cache, one model's place in it, a training's output."""
+    if cached := matching(names, "models--*"):
+        return f"this is the hub's cache, not a model; {_snapshot(folder / cached[0])}"
+    if "snapshots" in names:
+        return f"this is a model's place in the hub's cache; {_snapshot(folder)}"
+    inner = [name for name in names if os.path.isfile(folder / name / CONFIG)]
+    if CONFIG not in names and inner:
+        return f"there is no model here, but below; give {folder / inner[-1]}"
+    return None
+
+
+def _snapshot(cached: Path) -> str:
+    """Which snapshot of a model in the hub's cache to give: the main one, or the last by name."""
+    snapshots, main = cached / "snapshots", cached / "refs" / "main"
+    names = sorted(os.listdir(snapshots)) if os.path.isdir(snapshots) else []
+    if not names:
+        return "it has no snapshot; download the model again"
+    chosen = main.read_text(errors="replace").strip() if os.path.isfile(main) else ""
+    return f"give its snapshot: {snapshots / (chosen if chosen in names else names[-1])}"
