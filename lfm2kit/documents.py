@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from typing import Any
 from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.file_kinds import check_file
+
+# The lookbehind, and the bound of a quoted part, keep the time in proportion to the text's length.
+_PART = rb"""(?:"(?:[^"\\\n]|\\.){0,300}"|'[^'\n]{0,300}'|(?<![\w-])[\w-]+)[ \t]*\.[ \t]*"""
+LONG_KEY = re.compile(rb"(?:%b){%d}" % (_PART, bounds.PARTS))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -23,10 +28,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Returns the table of a TOML file; `Lfm2kitError` says what is wrong with it."""
+    text = _read(path, bounds.TOML)
+    if LONG_KEY.search(text):  # its memory grows with the square of the parts
+        raise Lfm2kitError(f"{path}: a key has more than {bounds.PARTS} parts between dots")
     try:
-        return tomllib.loads(_read(path, bounds.TOML).decode("utf-8"))
+        table = tomllib.loads(text.decode("utf-8"))
+        _check_depth(table, bounds.NESTED)
     except (ValueError, RecursionError) as error:
         raise Lfm2kitError(f"{path}: not a readable TOML file: {error}") from None
+    return table
 
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
@@ -52,6 +62,7 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
             parse_float=_finite,
             parse_int=_whole,
         )
+        _check_depth(fields, bounds.NESTED)
     except (ValueError, RecursionError) as error:
         raise Lfm2kitError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(fields, dict):
@@ -83,3 +94,12 @@ def _finite(text: str) -> float:
 def _whole(text: str) -> int | float:
     """-0 is a float: there is no such whole number."""
     return -0.0 if text == "-0" else int(text)
+
+
+def _check_depth(value: Any, left: int) -> None:
+    """Refuses what is nested so deep that comparing or showing it would fail."""
+    if isinstance(value, (dict, list)):
+        if left == 0:
+            raise ValueError(f"it is nested more than {bounds.NESTED} deep")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_depth(item, left - 1)

@@ -140,7 +140,7 @@ def _parse_table(table: dict[str, Any]) -> Plan:
     _only_keys(table, ("default", "rule"), "the plan")
     default, rules = table.get("default"), table.get("rule", [])
     if not isinstance(default, str):
-        raise Lfm2kitError(f"default is {default!r}; expected a backend's name")
+        raise Lfm2kitError(f"default is {brief(default)}; expected a backend's name")
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise Lfm2kitError("rule is no array of tables; write [[rule]]")
     if len(rules) > bounds.RULES:

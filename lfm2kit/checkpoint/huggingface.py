@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
+from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any
 
 from lfm2kit import bounds
@@ -99,5 +100,5 @@ def read_index(path: Path) -> dict[str, Any]:
         raise Lfm2kitError(f"{path}: weight_map is missing, empty or no object")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard:
-            raise Lfm2kitError(f"{path}: the shard of '{name}' is {shard!r}")
+            raise Lfm2kitError(f"{path}: the shard of '{name}' is {brief(shard)}")
     return fields

@@ -25,7 +25,6 @@ from lfm2kit.quantised import said_by_names
 from lfm2kit.weights import STORED_AS, DType, Tensor
 
 LENGTH = 8  # bytes of the header's length
-NESTED = 125  # how deep the library follows what it then ignores
 METADATA = "__metadata__"
 FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor; others are ignored
 
@@ -114,8 +113,8 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Entry:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if len(name.encode(errors="replace")) > bounds.NAME:
         raise Lfm2kitError(f"{path}: a tensor's name has more than {bounds.NAME} bytes")
-    if not all(_readable(v, NESTED) for key, v in entry.items() if key not in FIELDS):
-        raise Lfm2kitError(f"{path}: tensor '{name}' has fields that are too deep or too large")
+    if not all(_is_double(value) for key, value in entry.items() if key not in FIELDS):
+        raise Lfm2kitError(f"{path}: tensor '{name}' has a number that is too large for JSON")
     if not isinstance(dtype, str) or dtype not in STORED_AS:
         raise Lfm2kitError(
             f"{path}: tensor '{name}' has dtype {brief(dtype)}; "
@@ -142,9 +141,8 @@ def _sizes(values: Any) -> bool:
     )
 
 
-def _readable(value: Any, depth: int) -> bool:
-    """Whether the library's JSON reader takes `value`, which both readers then ignore."""
+def _is_double(value: Any) -> bool:
+    """Whether the library, which ignores `value` as we do, can read the numbers in it."""
     if isinstance(value, (dict, list)):
-        inner = value.values() if isinstance(value, dict) else value
-        return depth > 0 and all(_readable(item, depth - 1) for item in inner)
+        return all(map(_is_double, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, int) or abs(value) < 10**308

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from reprlib import repr as brief  # of what a file says, however long it is
 
 from lfm2kit.checkpoint.huggingface import read_index
 from lfm2kit.checkpoint.names import INDEX, MODEL_BIN, SINGLE, WEIGHTS
@@ -58,4 +59,4 @@ def _size(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(tensor.nbytes for tensor in tensors.values())
     if stated is not None and stated != total:
-        yield f"{folder / INDEX}: total_size is {stated!r}, but the tensors have {total} bytes"
+        yield f"{folder / INDEX}: total_size is {brief(stated)}, but the tensors have {total} bytes"
