@@ -160,6 +160,7 @@ class Builder:
             block = self.joins[type(placed.spec)].make(placed.spec, **blocks)
         else:
             weights = self.weights.scope(placed.scope)
+            placed.spec.check_values(weights)
             block = self.create(placed.backend).build(placed.spec, weights)
             self.built(placed)
         return self._seamed(placed, block)

@@ -12,15 +12,17 @@ rows.  No result may depend on which other rows are in the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST
+from lfm2kit.weights import Tensor, Weights
 
 Shape = tuple[int, ...]
 
@@ -66,6 +68,11 @@ class Spec:
 
     def weight_elements(self) -> int:
         return sum(math.prod(shape) for shape in self.parameters().values())
+
+    def check_values(self, weights: Weights) -> None:
+        """Raises `Lfm2kitError`, naming the tensor, for values that no block can work with."""
+        for part in self.parts():
+            part.spec.check_values(weights.scope(part.scope))
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +233,10 @@ class Router(Spec):
     descending order, the lower id first among equals; weights = the scores *without* the bias,
     divided by (their sum + 1e-6) if norm_topk_prob, times routed_scaling_factor.  Logits, scores,
     bias and weights are rounded to float32 in every precision: a saturated sigmoid is exactly 1.
+    A row's ids are distinct, always.  An expert whose bias is -inf is never taken.  Where one of a
+    row's scores is NaN, all its weights are NaN, and its ids any that the bias allows.
+    The gate is finite, and so are num_experts_per_tok biases at least, the others finite or -inf:
+    the core has checked them.
     """
 
     hidden_size: int
@@ -243,6 +254,20 @@ class Router(Spec):
     def parameters(self) -> dict[str, Shape]:
         weights: dict[str, Shape] = {"gate.weight": (self.num_experts, self.hidden_size)}
         return weights | ({"expert_bias": (self.num_experts,)} if self.use_expert_bias else {})
+
+    def check_values(self, weights: Weights) -> None:
+        _require_all(weights["gate.weight"], np.isfinite, "a router's gate must be finite")
+        if not self.use_expert_bias:
+            return
+        bias, taken = weights["expert_bias"], self.num_experts_per_tok
+        allowed = "an expert's bias must be finite, or -inf for an expert that is never taken"
+        _require_all(bias, lambda x: np.isfinite(x) | np.isneginf(x), allowed)
+        finite = int(np.count_nonzero(np.isfinite(bias.float32())))
+        _require(
+            finite >= taken,
+            f"tensor '{bias.name}': {finite} of {self.num_experts} biases are finite, "
+            f"but each token takes {taken} experts",
+        )
 
     def work(self, batch: Batch, itemsize: float = 4) -> Work:
         elements = self.num_experts * self.hidden_size
@@ -381,6 +406,19 @@ def leaves(spec: Spec) -> Iterator[Spec]:
         yield spec
     for part in parts:
         yield from leaves(part.spec)
+
+
+def _require_all(
+    tensor: Tensor, holds: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.bool_]], rule: str
+) -> None:
+    values = tensor.float32()
+    wrong = np.argwhere(~holds(values))
+    if len(wrong):
+        at = ", ".join(map(str, wrong[0]))
+        raise Lfm2kitError(
+            f"tensor '{tensor.name}' has {values[tuple(wrong[0])]} at [{at}] "
+            f"({len(wrong)} of {values.size} values are wrong): {rule}"
+        )
 
 
 def _require(holds: bool, otherwise: str) -> None:
