@@ -35,14 +35,16 @@ class Router:
         logits = linear(x, self.weights["gate.weight"]).astype(np.float32)
         scores = _sigmoid(logits)
         bias = self.weights.float32("expert_bias") if self.spec.use_expert_bias else np.float32(0)
+        # NaN has no order: the bias alone selects in such a row, whose weights become NaN.
+        is_nan = np.isnan(scores).any(axis=1, keepdims=True)
+        biased = np.where(is_nan, np.float32(0), scores) + bias
         # A stable sort: of equal scores the lower id comes first.
-        order = np.argsort(-(scores + bias), axis=1, kind="stable")
-        expert_ids = order[:, : self.spec.num_experts_per_tok]
+        expert_ids = np.argsort(-biased, axis=1, kind="stable")[:, : self.spec.num_experts_per_tok]
         weights = np.take_along_axis(scores, expert_ids, axis=1)
         if self.spec.norm_topk_prob:
             weights = weights / (weights.sum(axis=1, keepdims=True) + np.float32(1e-6))
         weights = weights * np.float32(self.spec.routed_scaling_factor)
-        return expert_ids.astype(np.int32), weights
+        return expert_ids.astype(np.int32), np.where(is_nan, np.float32(np.nan), weights)
 
 
 class Experts:

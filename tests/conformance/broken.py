@@ -159,6 +159,32 @@ class Bf16Bias(OwnRouter):
         return bf16(np.asarray(super().bias()))
 
 
+class NaNSortedLast(OwnRouter):
+    """Takes the experts whose scores are numbers: a sort by itself does so."""
+
+
+class SearchedFromTheFirst(OwnRouter):
+    """Searches k times for a larger score, which none is where they are NaN."""
+
+    def order(self, biased):
+        order = np.zeros((len(biased), self.spec.num_experts_per_tok), np.intp)
+        for row, left in enumerate(biased.copy()):
+            for k in range(order.shape[1]):
+                best = 0
+                for e in range(len(left)):
+                    best = e if left[e] > left[best] else best
+                left[best] = -np.inf
+                order[row, k] = best
+        return order
+
+
+class MasksClipped(OwnRouter):
+    """Takes -inf for a number too low by mistake."""
+
+    def bias(self):
+        return np.maximum(super().bias(), np.float32(-0.1))
+
+
 class PaddedExperts(OwnRouter):
     """Pads the experts to a multiple of 4 with zeros, and may take one of those."""
 
@@ -189,6 +215,16 @@ def w1_w3_swapped(build: Build) -> Build:
 
 def _renamed(name: str, names: dict[str, str]) -> str:
     return ".".join(names.get(part, part) for part in name.split("."))
+
+
+class GateClamped(feed_forward.MLP):
+    """Keeps exp from overflowing by a clamp that turns NaN into a number."""
+
+    def __call__(self, x):
+        gate = linear(x, self.weights["w1.weight"])
+        up = linear(np.nan_to_num(x), self.weights["w3.weight"])
+        silu = gate / (1 + np.exp(-np.fmin(np.fmax(gate, -80), 80)))
+        return linear(np.nan_to_num(silu) * up, self.weights["w2.weight"]).astype(np.float32)
 
 
 class EmptyExpertCrashes(feed_forward.Experts):

@@ -65,6 +65,19 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
         BrokenBackend({ROUTER: broken.Bf16LogitsInLargeBatches}),
         ("router-ids-independent-of-batch-size", "batch-independence", "router"),
     ),
+    "NaN scores sorted last": (
+        BrokenBackend({ROUTER: broken.NaNSortedLast}),
+        ("router-nan-scores",),
+    ),
+    "experts searched from the first": (
+        BrokenBackend({ROUTER: broken.SearchedFromTheFirst}),
+        ("router-nan-scores",),
+    ),
+    "masks clipped": (BrokenBackend({ROUTER: broken.MasksClipped}), ("router-masked-experts",)),
+    "gate clamped": (
+        BrokenBackend({MLP: broken.GateClamped}),
+        ("non-finite-values-reach-the-result",),
+    ),
     "w1 and w3 swapped": (
         broken.with_swapped_weights(),
         ("mlp-w1-is-the-gate", "mlp", "experts", "sparse-moe", "layer"),

@@ -19,6 +19,8 @@ from lfm2kit_cpu_simd.signatures import BOOL, FLOAT, IDS_OUT, ROWS, ROWS_OUT, VE
 
 Int32 = npt.NDArray[np.int32]
 
+TAKEN = np.int32(-(2**31))  # below the rank of every number, -inf too: that is a bias
+
 
 class Router:
     def __init__(self, spec: specs.Router, weights: Weights, dtype: DType | None) -> None:
@@ -44,6 +46,13 @@ def _sigmoid(logit: Any) -> Any:
     return np.float32(1.0 / (1.0 + math.exp(-np.float64(logit))))
 
 
+@numba.njit(inline="always")
+def _rank(x: Any) -> Any:
+    """An int32 that is larger for a larger float32 but -0, and above TAKEN for every one."""
+    bits = np.float32(x).view(np.int32)
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
 @kernel(
     types.void(ROWS, VECTOR, BOOL, FLOAT, IDS_OUT, ROWS_OUT),
     parallel=True,
@@ -52,26 +61,30 @@ def _sigmoid(logit: Any) -> Any:
 def _choose(
     logits: Any, bias: Any, normalise: Any, scaling: Any, expert_ids: Any, expert_weights: Any
 ) -> None:
-    """The bias selects the experts; it does not weigh them."""
+    """The bias selects the experts; it does not weigh them.  Where a score is NaN it selects alone,
+    and the weights are NaN."""
     count, taken = logits.shape[1], expert_ids.shape[1]
     for row in numba.prange(logits.shape[0]):
-        biased = np.empty(count, np.float32)
+        scores, ranks = np.empty(count, np.float32), np.empty(count, np.int32)
+        is_nan = False
         for e in range(count):
-            biased[e] = _sigmoid(logits[row, e])
-            if bias.size:
-                biased[e] += bias[e]
+            scores[e] = _sigmoid(logits[row, e])
+            is_nan |= math.isnan(scores[e])
+        for e in range(count):
+            biased = np.float32(0) if is_nan else scores[e]
+            ranks[e] = _rank(biased + bias[e] if bias.size else biased)
         total = np.float32(0)
         for k in range(taken):
             best = 0
             for e in range(1, count):  # the first of equals stays
-                if biased[e] > biased[best]:
+                if ranks[e] > ranks[best]:
                     best = e
-            biased[best] = np.float32(-np.inf)
+            ranks[best] = TAKEN
             expert_ids[row, k] = best
-            expert_weights[row, k] = _sigmoid(logits[row, best])
-            total += expert_weights[row, k]
+            expert_weights[row, k] = scores[best]
+            total += scores[best]
         for k in range(taken):
             weight = expert_weights[row, k]
             if normalise:
                 weight = weight / (total + np.float32(1e-6))
-            expert_weights[row, k] = weight * scaling
+            expert_weights[row, k] = np.float32(np.nan) if is_nan else weight * scaling

@@ -110,7 +110,8 @@ __device__ inline u32 rank_of(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// A warp per row: lane e has the experts e, e + 32, ...
+// A warp per row: lane e has the experts e, e + 32, ...  Where a score is NaN, which has no order, the
+// bias selects alone, and the weights are NaN.
 extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
     choose(const float* sums_ste, const float* bias_e, int* expert_ids_tk,
            float* expert_weights_tk, int tokens, int normalise, float scaling) {
@@ -121,6 +122,7 @@ extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
   if (row >= tokens) return;
   float score[kPanels];
   u32 rank[kPanels];  // 0 where there is no expert, or it is taken
+  bool is_nan = false;
 #pragma unroll
   for (int p = 0; p < kPanels; ++p) {
     int expert = lane + p * kWarp;
@@ -131,7 +133,14 @@ extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
 #pragma unroll
     for (int s = 0; s < kSplits; ++s) logit += sums[s];
     score[p] = sigmoid(logit);
-    float biased = bias_e && expert < EXPERTS ? score[p] + bias_e[expert] : score[p];
+    is_nan |= score[p] != score[p];
+  }
+  is_nan = __any_sync(~0u, is_nan);
+#pragma unroll
+  for (int p = 0; p < kPanels; ++p) {
+    int expert = lane + p * kWarp;
+    float biased = is_nan ? 0 : score[p];
+    if (bias_e && expert < EXPERTS) biased += bias_e[expert];
     rank[p] = expert < EXPERTS ? rank_of(biased) : 0;
   }
   int ids[TAKEN];
@@ -163,6 +172,6 @@ extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
     size_t at = size_t(row) * TAKEN + k;
     float weight = normalise ? weights[k] / (total + 1e-6f) : weights[k];
     expert_ids_tk[at] = ids[k];
-    expert_weights_tk[at] = weight * scaling;
+    expert_weights_tk[at] = is_nan ? __int_as_float(0x7fc00000) : weight * scaling;
   }
 }

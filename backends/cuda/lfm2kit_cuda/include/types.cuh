@@ -35,9 +35,10 @@ struct F16 {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
     return value;
   }
-  __device__ static F16 from_float(float x) {  // what is too large becomes the largest, 65504
+  // What is too large becomes the largest, 65504; what is not finite stays so.
+  __device__ static F16 from_float(float x) {
     F16 half;
-    if (x == x) x = fminf(fmaxf(x, -65504.0f), 65504.0f);
+    if (x - x == 0) x = fminf(fmaxf(x, -65504.0f), 65504.0f);
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
     return half;
   }
