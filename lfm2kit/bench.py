@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2kit import specs
 from lfm2kit.backend import Ceilings, Measures
@@ -22,7 +23,7 @@ from lfm2kit.specs import Work
 from lfm2kit.timing import Timing, timed
 from lfm2kit.trim import TrimmedModel
 
-WARM_UPS = 1
+WARM_UPS = 1  # calls of each contender before it is timed
 MOST_STEPS = 256  # tokens that a decoding sequence grows by
 
 
@@ -35,7 +36,7 @@ class Contender:
     samples: int
     tokens: int
     work: Work
-    call: Callable[[], object]
+    call: Callable[[], npt.NDArray[np.float32]]  # returns what it has computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Measured:
     contender: Contender
     timings: Sequence[Timing]
     ceilings: Ceilings | None
+    is_finite: bool = True  # whether the warm-up's result had neither NaN nor infinities
 
     @property
     def seconds(self) -> list[float]:
@@ -82,14 +84,18 @@ def measure(
     done: Callable[[], None] = lambda: None,
 ) -> list[Measured]:
     """Times every contender `repetitions` times, in turns, after a warm-up."""
+    are_finite = []
+    for contender in contenders:
+        are_finite.append(bool(np.all(np.isfinite(contender.call()))))
+        done()
     taken: list[list[Timing]] = [[] for _ in contenders]
-    for _ in range(WARM_UPS + repetitions):
+    for _ in range(repetitions):
         for contender, timings in zip(contenders, taken, strict=True):
             timings.append(timed(contender.call))
             done()
     return [
-        Measured(contender, timings[WARM_UPS:], ceilings.get(contender.backend))
-        for contender, timings in zip(contenders, taken, strict=True)
+        Measured(contender, timings, ceilings.get(contender.backend), is_finite)
+        for contender, timings, is_finite in zip(contenders, taken, are_finite, strict=True)
     ]
 
 
@@ -159,12 +165,13 @@ class Decoder:
         )
         return Batch.of_sequences(list(ids), starts=[position] * self._sequences)
 
-    def step(self) -> None:
-        """The next token of every sequence; after `MOST_STEPS` again from the prompt's end."""
-        self._model.logits(self.next_batch(self._position), self._state)
+    def step(self) -> npt.NDArray[np.float32]:
+        """The logits of every sequence's next token; after `MOST_STEPS` again from the prompt."""
+        logits = self._model.logits(self.next_batch(self._position), self._state)
         self._position += 1
         if self._position == self._start + MOST_STEPS:
             self._position = self._start
+        return logits
 
 
 def single_blocks(

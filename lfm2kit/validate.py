@@ -97,6 +97,19 @@ def validate(
     )
 
 
+def not_finite(logits: npt.NDArray[np.float32]) -> str | None:
+    """A sentence about the logits [n, vocab] that are NaN or infinite; None if none are."""
+    wrong = np.flatnonzero(~np.isfinite(logits))
+    if not len(wrong):
+        return None
+    sample, vocab = divmod(int(wrong[0]), logits.shape[1])
+    return (
+        f"{len(wrong)} of {logits.size} logits are not finite, the first is "
+        f"{logits[sample, vocab]} at sample[{sample}], vocab[{vocab}]: the weights or the config "
+        "are wrong, or the precision is too low"
+    )
+
+
 def _mismatch(
     flat: int, outputs: npt.NDArray[np.float32], answers: npt.NDArray[np.float32]
 ) -> Mismatch:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from lfm2kit import bounds
@@ -23,7 +24,7 @@ from lfm2kit.bench import (
 )
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli import options
-from lfm2kit.cli.console import Report, progress, remark
+from lfm2kit.cli.console import Report, complain, progress, remark
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import AUTO, Setup, set_up
 from lfm2kit.memory import HOST
@@ -90,21 +91,23 @@ def bench(
     for setup in setups:
         for note in setup.notes():
             remark(note)
-    contenders = [
-        contender
-        for setup in setups
-        for contender in _contenders(setup, block or [], decode, samples, seq_len, seed)
-    ]
-    ceilings = {str(s.plan): c for s in setups if (c := measured_ceilings(s)) is not None}
-    total = (WARM_UPS + repetitions) * len(contenders)
-    with progress("measuring", total, "calls") as advance:
-        measured = measure(contenders, repetitions, ceilings, lambda: advance(1))
+    with np.errstate(all="ignore"):  # what is not finite is told once, at the end
+        contenders = [
+            contender
+            for setup in setups
+            for contender in _contenders(setup, block or [], decode, samples, seq_len, seed)
+        ]
+        ceilings = {str(s.plan): c for s in setups if (c := measured_ceilings(s)) is not None}
+        total = (WARM_UPS + repetitions) * len(contenders)
+        with progress("measuring", total, "calls") as advance:
+            measured = measure(contenders, repetitions, ceilings, lambda: advance(1))
     rows = [_row(checkpoint, m, precision, threads) for m in measured]
     _print(rows, output)
     _warn_of_waiting(measured, setups)
     for plan, ceiling in ceilings.items():
         gflops, gbytes = ceiling.flops / 1e9, ceiling.bytes / 1e9
         remark(f"{plan}: this machine's ceilings: {gflops:.0f} GFLOP/s FMA, {gbytes:.1f} GB/s read")
+    _end_where_not_finite(measured)
 
 
 def _set_up(
@@ -150,6 +153,7 @@ def _row(
         "roofline": measured.roofline,
         "seconds": measured.seconds,
         "waiting": measured.waiting,
+        "finite": measured.is_finite,
     }
 
 
@@ -166,6 +170,14 @@ def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> N
             f"{len(late)} of {len(rows)} rows for {TOO_MUCH_WAITING:.0%} or more: these are slower "
             "than this machine; end what else runs, or give fewer --threads"
         )
+
+
+def _end_where_not_finite(measured: Sequence[Measured]) -> None:
+    """One line and exit code 1 if a result had NaN or infinities: its figures mean nothing."""
+    wrong = [f"{m.contender.backend}: {m.contender.test}" for m in measured if not m.is_finite]
+    if wrong:
+        complain(f"the results are not finite in {len(wrong)} of {len(measured)} rows ({wrong[0]})")
+        raise typer.Exit(1)
 
 
 def _is_on_cpu(setup: Setup) -> bool:

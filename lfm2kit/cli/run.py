@@ -28,7 +28,7 @@ from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.running import Timed, default_batch_size, run_samples
 from lfm2kit.targets import check_apart
 from lfm2kit.transport import Transport, World
-from lfm2kit.validate import Verdict, nothing_to_compare, validate
+from lfm2kit.validate import Verdict, not_finite, nothing_to_compare, validate
 
 MOST_BY_DEFAULT = 128  # samples: the assignment's largest choice
 
@@ -108,8 +108,8 @@ def run(
         prepare(request, report, plugins, None)  # what is wrong shows here, once, not on every rank
         raise typer.Exit(launched(plugins, transport, ranks or 1, sys.argv[1:]))
     with ending_all_ranks(job):
-        verdict = perform(request, report, plugins, job)
-    if verdict is not None and not verdict.is_valid:
+        is_good = perform(request, report, plugins, job)
+    if not is_good:
         raise typer.Exit(1)
 
 
@@ -221,10 +221,11 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
     return answers
 
 
+@np.errstate(all="ignore")  # what is not finite is told once, at the end
 def perform(
     request: Request, report: Report, plugins: Plugins, transport: Transport | None
-) -> Verdict | None:
-    """The whole run; what it says is said by rank 0 alone."""
+) -> bool:
+    """The whole run, and whether its result is good; what it says is said by rank 0 alone."""
     prepared = prepare(request, report, plugins, transport)
     is_first = transport is None or transport.world.rank == 0
     if is_first:
@@ -235,13 +236,18 @@ def perform(
         run_samples(model, warm, prepared.batch_size, transport=transport)
     timed = run_timed(model, prepared, transport, is_first)
     if timed.logits is None:
-        return None
+        return True
     verdict = judge(timed.logits, prepared.answers, request.precision)
+    problem = not_finite(timed.logits)
+    report.fields["finite"] = problem is None
+    is_good = problem is None and (verdict is None or verdict.is_valid)
     try:
         conclude(timed.seconds, len(prepared.inputs), verdict, report)
+        if problem is not None:
+            complain(problem)
     finally:  # whatever becomes of the printed lines
-        deliver(request, timed.logits, verdict, report)
-    return verdict
+        deliver(request, timed.logits, is_good, report)
+    return is_good
 
 
 def introduce(
@@ -317,11 +323,11 @@ def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) ->
 
 
 def deliver(
-    request: Request, logits: npt.NDArray[np.float32], verdict: Verdict | None, report: Report
+    request: Request, logits: npt.NDArray[np.float32], is_good: bool, report: Report
 ) -> None:
     """Writes the files that were asked for; one that fails does not keep the other back.
 
-    Their failure is an `Lfm2kitError`, but where the outputs are INVALID it is printed only: the
+    Their failure is an `Lfm2kitError`, but where the result is not good it is printed only: the
     exit code says that first.
     """
     failures: list[str] = []
@@ -331,7 +337,7 @@ def deliver(
             write()
         except Lfm2kitError as error:
             failures.append(str(error))
-    if failures and verdict is not None and not verdict.is_valid:
+    if failures and not is_good:
         complain("; ".join(failures))
     elif failures:
         raise Lfm2kitError("; ".join(failures))
