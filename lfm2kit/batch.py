@@ -7,12 +7,13 @@ given a `Batch`.  The known ShortConv bugs of other libraries are all implicit b
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.batch_rules import ARRAYS, MOST_CONTEXT, check, check_slots, integers
 from lfm2kit.memory import HOST, Memory
 
 
@@ -22,18 +23,27 @@ class Batch:
 
     A sequence whose first row has position 0 starts afresh, whatever its state slot holds; a
     sequence that starts at position p > 0 goes on from the p tokens its slot has seen.
+
+    Raises ValueError, when it is made on the host, if a field is not as described here.  The arrays
+    are not copied and not checked again, so they must not change.
     """
 
     token_ids: Any  # int32 [tokens]
-    positions: Any  # int32 [tokens], of each row within its own sequence
+    positions: Any  # int32 [tokens], of each row in its own sequence: consecutive, below 2^24
     cu_seqlens: Any  # int32 [sequences + 1], row where each sequence starts; the last is `tokens`
-    state_slots: Any  # int32 [sequences], the slot of the operators' state that a sequence uses
-    logits_rows: Any  # int32 [logits], the rows whose logits are wanted
+    state_slots: Any  # int32 [sequences], the slot of the operators' state; all different
+    logits_rows: Any  # int32 [logits], the rows whose logits are wanted, in any order
     max_seqlen: int  # rows of the longest sequence; 0 in an empty batch
     max_context: int  # 1 + the highest position; 0 in an empty batch
     memory: Memory = HOST
     # What was made of this batch: by a memory's name the same there, else fewer of its rows.
     views: dict[Hashable, Batch] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.views:  # of the batch that `dataclasses.replace` began with
+            object.__setattr__(self, "views", {})
+        if self.memory.name == HOST.name:
+            check(self)
 
     @property
     def tokens(self) -> int:
@@ -44,10 +54,17 @@ class Batch:
         return int(self.state_slots.shape[0])
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """What a captured forward depends on: equal shapes may share one."""
+    def shape(self) -> tuple[bytes, ...]:
+        """All but the ids: a captured forward may serve every batch of an equal shape."""
         host = self.on(HOST)
-        return (self.sequences, *host.cu_seqlens.tolist(), *host.logits_rows.tolist())
+        arrays = host.positions, host.cu_seqlens, host.state_slots, host.logits_rows
+        return tuple(array.tobytes() for array in arrays)
+
+    @property
+    def starts(self) -> Any:
+        """int32 [sequences], the position of each sequence's first row; where the batch is."""
+        is_decoding = self.tokens == self.sequences  # a row each
+        return self.positions if is_decoding else self.positions[self.cu_seqlens[:-1]]
 
     @classmethod
     def of_sequences(
@@ -61,23 +78,33 @@ class Batch:
 
         `starts[i]` is how many tokens of sequence i its slot has seen already (default 0);
         `slots[i]` its state slot (default i).
+
+        Raises ValueError for an empty sequence, for ids that are not integers, for a start or a
+        slot that is negative, for a slot that two share, and if their number is not that of the
+        sequences.
         """
-        chunks = [np.asarray(sequence, dtype=np.int32).reshape(-1) for sequence in sequences]
-        if any(len(chunk) == 0 for chunk in chunks):
-            raise ValueError("a sequence of no tokens has no last token")
-        lengths = np.array([len(chunk) for chunk in chunks], dtype=np.int32)
-        first = np.array(starts if starts is not None else [0] * len(chunks), dtype=np.int32)
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        positions = [start + np.arange(n) for start, n in zip(first, lengths, strict=True)]
-        empty = np.empty(0, dtype=np.int32)
-        return cls(
-            token_ids=np.concatenate([empty, *chunks]),
-            positions=np.concatenate([empty, *positions]).astype(np.int32),
-            cu_seqlens=cu_seqlens,
-            state_slots=np.array(slots if slots is not None else range(len(chunks)), np.int32),
-            logits_rows=cu_seqlens[1:] - np.int32(1),
+        chunks = [integers("token ids", sequence) for sequence in sequences]
+        if any(chunk.ndim != 1 or not len(chunk) for chunk in chunks):
+            raise ValueError("a sequence is not a row of one or more token ids")
+        count = len(chunks)
+        lengths = np.array([len(chunk) for chunk in chunks], np.int32)
+        ends = np.zeros(count + 1, np.int32)
+        lengths.cumsum(out=ends[1:])
+        first = np.zeros(count, np.int32) if starts is None else _starts(starts, lengths)
+        state_slots = np.arange(count, dtype=np.int32)
+        if slots is not None:
+            check_slots(state_slots := _one_each("slots", slots, count))
+        rows = np.arange(ends[-1], dtype=np.int32)
+        return _made(
+            token_ids=np.concatenate(chunks) if chunks else rows,
+            positions=rows + np.repeat(first - ends[:-1], lengths),
+            cu_seqlens=ends,
+            state_slots=state_slots,
+            logits_rows=ends[1:] - np.int32(1),
             max_seqlen=int(lengths.max(initial=0)),
             max_context=int((first + lengths).max(initial=0)),
+            memory=HOST,
+            views={},
         )
 
     def on(self, memory: Memory) -> Batch:
@@ -106,14 +133,14 @@ class Batch:
             return self
         rows = self._rows_from(reach)
         _, lengths = np.unique(self._sequence_of_rows()[rows], return_counts=True)
-        narrowed = Batch.of_sequences([np.zeros(n) for n in lengths])
+        narrowed = Batch.of_sequences([np.zeros(n, np.int32) for n in lengths])
         logits_rows = np.searchsorted(rows, self.logits_rows).astype(np.int32)
-        return replace(narrowed, logits_rows=logits_rows)
+        return narrowed.unchecked(logits_rows=logits_rows)
 
     def _keeping(self, reach: int | None) -> Batch:
         if reach is None:
             return self
-        return replace(self, logits_rows=self._rows_from(reach), views={})
+        return self.unchecked(logits_rows=self._rows_from(reach))
 
     def _rows_from(self, reach: int) -> npt.NDArray[np.int32]:
         """Each sequence's rows from `reach` before the first of its `logits_rows` on."""
@@ -129,13 +156,39 @@ class Batch:
         def move(array: Any) -> Any:
             return memory.from_host(self.memory.to_host(array))
 
-        return replace(
-            self,
-            token_ids=move(self.token_ids),
-            positions=move(self.positions),
-            cu_seqlens=move(self.cu_seqlens),
-            state_slots=move(self.state_slots),
-            logits_rows=move(self.logits_rows),
-            memory=memory,
-            views=self.views,
+        arrays = {name: move(getattr(self, name)) for name in ARRAYS}
+        moved = self.unchecked(**arrays, memory=memory, views=self.views)
+        if memory.name == HOST.name:  # made elsewhere: the first time that its arrays can be read
+            check(moved)
+        return moved
+
+    def unchecked(self, **changes: Any) -> Batch:
+        """A copy with these fields changed and no check, for changes that are known to be right."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _made(**{**values, "views": {}, **changes})
+
+
+def _made(**values: Any) -> Batch:
+    """A batch of these fields, without a check."""
+    batch = object.__new__(Batch)
+    for name, value in values.items():
+        object.__setattr__(batch, name, value)
+    return batch
+
+
+def _starts(values: npt.ArrayLike, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    starts = _one_each("starts", values, len(lengths))
+    is_within = (starts >= 0) & (starts <= MOST_CONTEXT - lengths)
+    if not is_within.all():
+        first = starts[~is_within][0]
+        raise ValueError(
+            f"a sequence cannot start at {first}: positions are 0 to {MOST_CONTEXT - 1}"
         )
+    return starts
+
+
+def _one_each(name: str, values: npt.ArrayLike, sequences: int) -> npt.NDArray[np.int32]:
+    array = integers(name, values)
+    if array.shape != (sequences,):
+        raise ValueError(f"{name} of shape {array.shape} for {sequences} sequences")
+    return array.copy()

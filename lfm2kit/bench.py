@@ -157,7 +157,8 @@ class Decoder:
         self._rng = np.random.default_rng(seed)
         self._state = model.new_state(sequences, seq_len + MOST_STEPS)
         vocab_size = model.spec.embed_tokens.vocab_size
-        model.logits(random_batch(sequences, seq_len, vocab_size, seed), self._state)
+        self._prompts = random_batch(sequences, seq_len, vocab_size, seed)
+        model.logits(self._prompts, self._state)
 
     def next_batch(self, position: int) -> Batch:
         ids = self._rng.integers(
@@ -170,6 +171,7 @@ class Decoder:
         logits = self._model.logits(self.next_batch(self._position), self._state)
         self._position += 1
         if self._position == self._start + MOST_STEPS:
+            self._model.logits(self._prompts, self._state)
             self._position = self._start
         return logits
 

@@ -18,7 +18,8 @@ from lfm2kit import specs
 from lfm2kit.backend import Array, Backend, Block, Captures, Operator, State
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.memory import Memory
+from lfm2kit.memory import HOST, Memory
+from lfm2kit.model_state import ModelState
 from lfm2kit.placement import Join, Joins, Placed
 from lfm2kit.seam import Seam
 from lfm2kit.specs import Spec
@@ -173,25 +174,6 @@ class Builder:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelState:
-    """What every layer's operator remembers of the sequences in its slots."""
-
-    slots: int
-    max_tokens: int
-    layers: list[State]
-
-    def check(self, batch: Batch) -> None:
-        """ValueError where `batch` would write beyond its slots: blocks do not look."""
-        slots = batch.state_slots
-        if len(slots) and not 0 <= slots.min() <= slots.max() < self.slots:
-            raise ValueError(f"a state slot lies outside the {self.slots} there are")
-        if len(np.unique(slots)) < len(slots):
-            raise ValueError("two sequences of the batch share a state slot")
-        if batch.max_context > self.max_tokens:
-            raise ValueError(f"{batch.max_context} tokens do not fit in slots of {self.max_tokens}")
-
-
-@dataclass(frozen=True, slots=True)
 class LFM2:
     """A model that is ready to run.  Ids enter and logits leave as NumPy arrays."""
 
@@ -200,31 +182,49 @@ class LFM2:
     forward: Forward
     home: Memory
     backend: Backend  # the plan's default
-    _replays: dict[tuple[int, ...], Callable[[Batch], Array]] = field(default_factory=dict)
+    _replays: dict[tuple[bytes, ...], Callable[[Batch], Array]] = field(default_factory=dict)
 
     def logits(self, batch: Batch, state: ModelState | None = None) -> npt.NDArray[np.float32]:
         """float32 [len(batch.logits_rows), vocab_size].
 
-        With a `state` (see `new_state`) each sequence goes on from what its slot has seen.
+        With a `state` (see `new_state`) each sequence goes on from what its slot has seen; without
+        one, sequences are whole.
         The array is the model's own until the next call: copy it to keep it.
-        Raises ValueError for an id outside the vocabulary, or a batch that its state cannot hold.
+        Raises ValueError for an id outside the vocabulary, a position above 0 without a state, a
+        state of another model, and a batch that the state cannot hold or go on from.
         """
-        self._check_ids(batch.token_ids)
-        if state is not None:
-            state.check(batch)
-        if state is None and self._is_capturable:
-            return self.home.to_host(self._replay(batch)(batch))
-        layers = None if state is None else state.layers
-        return self.home.to_host(self.forward(batch.on(self.home), layers))
+        host = batch.on(HOST)
+        self._check_ids(host.token_ids)
+        if state is None:
+            if host.starts.any():
+                raise ValueError("a sequence starts at a position above 0, but there is no state")
+            if self._is_capturable:
+                return self.home.to_host(self._replay(host)(host))
+            return self.home.to_host(self.forward(batch.on(self.home)))
+        self._check_state(state)
+        state.check(host)
+        state.forget(host)
+        logits = self.home.to_host(self.forward(batch.on(self.home), state.layers))
+        state.advance(host)
+        return logits
 
     def new_state(self, slots: int, max_tokens: int) -> ModelState:
         """Room for `slots` sequences of up to `max_tokens` tokens each."""
-        return ModelState(slots, max_tokens, self.forward.new_state(slots, max_tokens))
+        layers = self.forward.new_state(slots, max_tokens)
+        return ModelState(slots, max_tokens, layers, self.forward)
 
     def _check_ids(self, token_ids: npt.NDArray[np.int32]) -> None:
         size = self.spec.embed_tokens.vocab_size
-        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < size:
+        if len(token_ids) and token_ids.view(np.uint32).max() >= size:  # negative ones are large
             raise ValueError(f"a token id lies outside the vocabulary of {size}")
+
+    def _check_state(self, state: ModelState) -> None:
+        if state.owner is not self.forward:
+            raise ValueError("the state belongs to another model: its new_state made it")
+        if len(state.layers) != len(self.spec.layers):
+            raise ValueError(
+                f"the state has {len(state.layers)} layers, the model {len(self.spec.layers)}"
+            )
 
     @property
     def _is_capturable(self) -> bool:

@@ -67,7 +67,7 @@ def model(case: str, plan: str) -> LFM2:
 
 def every_row(batch: Batch) -> Batch:
     """The same batch, asking for the logits of all its rows."""
-    return replace(batch, logits_rows=np.arange(batch.tokens, dtype=np.int32), views={})
+    return replace(batch, logits_rows=np.arange(batch.tokens, dtype=np.int32))
 
 
 @both

@@ -32,7 +32,9 @@ class Session:
         slots = [slot for slot, _ in chunks]
         lengths = [len(rows) for _, rows in chunks]
         batch = Batch.of_sequences(
-            [np.zeros(n) for n in lengths], starts=[self._seen[s] for s in slots], slots=slots
+            [np.zeros(n, np.int32) for n in lengths],
+            starts=[self._seen[s] for s in slots],
+            slots=slots,
         )
         x = np.concatenate([rows for _, rows in chunks])
         result = _call(self._spec, self._block, x, batch, self._state)
@@ -55,7 +57,7 @@ class Session:
 
 def one_shot(spec: Spec, block: HostBlock, x: Float32) -> Result:
     """The result of one forward over a whole sequence, without a state."""
-    return _call(spec, block, x, Batch.of_sequences([np.zeros(len(x))]), None)
+    return _call(spec, block, x, Batch.of_sequences([np.zeros(len(x), np.int32)]), None)
 
 
 def joined(results: Sequence[Result]) -> Result:

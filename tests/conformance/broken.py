@@ -358,7 +358,7 @@ class ConvLeaksOverBoundaries(short_conv.ShortConv):
     def __call__(self, x, batch, state):
         if state is None and batch.sequences:
             ends = np.array([0, batch.tokens], dtype=np.int32)
-            batch = replace(batch, cu_seqlens=ends, state_slots=batch.state_slots[:1])
+            batch = batch.unchecked(cu_seqlens=ends, state_slots=batch.state_slots[:1])
         return super().__call__(x, batch, state)
 
 
@@ -379,12 +379,12 @@ class SlotsAreRowsOfTheBatch(Around):
 
     def __call__(self, x, batch, state):
         slots = np.arange(batch.sequences, dtype=np.int32)
-        return self.block(x, replace(batch, state_slots=slots), state)
+        return self.block(x, batch.unchecked(state_slots=slots), state)
 
 
 class FirstSlotIsShared(Around):
     def __call__(self, x, batch, state):
-        return self.block(x, replace(batch, state_slots=batch.state_slots // 2), state)
+        return self.block(x, batch.unchecked(state_slots=batch.state_slots // 2), state)
 
 
 class FreshIfTheFirstIs(Around):

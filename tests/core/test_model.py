@@ -162,16 +162,35 @@ def test_within_one_memory_only_ids_enter_and_logits_leave() -> None:
     assert backend.there.crossings == arrays_of_a_batch + 1
 
 
+class Recorded:
+    """A replay of a call; it counts the bytes that it holds in a list of one number."""
+
+    def __init__(self, call: Callable[[Batch], Any], nbytes: int, held: list[int]) -> None:
+        self.call = call
+        self.nbytes = nbytes
+        self.held = held
+        held[0] += nbytes
+
+    def __call__(self, batch: Batch) -> Any:
+        assert self.nbytes, "a closed replay is called"
+        return self.call(batch)
+
+    def close(self) -> None:
+        self.held[0] -= self.nbytes
+        self.nbytes = 0
+
+
 class CapturingBackend(DeviceBackend):
-    """Records which shapes were captured; its replay is the forward itself."""
+    """Records which shapes were captured; its replay is the forward itself, of 1000 bytes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
+        self.shapes: list[tuple[bytes, ...]] = []
+        self.held = [0]
 
-    def capture(self, forward: Callable[[Batch], Any], batch: Batch) -> Callable[[Batch], Any]:
+    def capture(self, forward: Callable[[Batch], Any], batch: Batch) -> Recorded:
         self.shapes.append(batch.shape)
-        return lambda batch: forward(batch.on(self.there))
+        return Recorded(lambda batch: forward(batch.on(self.there)), 1000, self.held)
 
 
 def test_a_forward_is_captured_once_per_shape_and_replayed(expected: Any) -> None:
@@ -241,8 +260,7 @@ def test_an_id_outside_the_vocabulary_never_reaches_a_block(token: int) -> None:
         (9, 0, [0], "do not fit in slots of 8"),
         (1, 8, [1], "do not fit in slots of 8"),
         (1, 0, [3], "outside the 3"),
-        (1, 0, [-1], "outside the 3"),
-        (1, 0, [2, 2], "share"),
+        (1, 1, [1], "starts at position 1, but its slot 1 has seen 0 tokens"),
     ],
 )
 def test_a_batch_that_its_state_cannot_hold_never_reaches_a_block(
@@ -253,6 +271,58 @@ def test_a_batch_that_its_state_cannot_hold_never_reaches_a_block(
     batch = Batch.of_sequences(sequences, starts=[start] * len(slots), slots=slots)
     with pytest.raises(ValueError, match=problem):
         model.logits(batch, model.new_state(slots=3, max_tokens=8))
+
+
+def test_a_sequence_goes_on_from_all_that_its_slot_has_seen_or_starts_afresh() -> None:
+    model = build(small_spec())
+    state = model.new_state(slots=2, max_tokens=8)
+    model.logits(Batch.of_sequences([[1, 2, 3], [4]]), state)
+    for start in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"position {start}, but its slot 0 has seen 3 tokens"):
+            model.logits(Batch.of_sequences([[5]], starts=[start]), state)
+    model.logits(Batch.of_sequences([[5], [6]], starts=[3, 1]), state)
+    model.logits(Batch.of_sequences([[7], [8]], starts=[0, 2]), state)
+    assert state.seen.tolist() == [1, 3]
+
+
+def test_slots_of_a_forward_that_failed_hold_no_sequence() -> None:
+    failing = False
+
+    def wrap(name: str, spec: Spec, block: Block) -> Block:
+        def called(*inputs: Any) -> Any:
+            if failing and name == "layers.1.operator":
+                raise MemoryError
+            return block(*inputs)
+
+        return called
+
+    model = build(small_spec(), wrap=wrap)
+    state = model.new_state(slots=2, max_tokens=8)
+    model.logits(Batch.of_sequences([[1, 2, 3], [4]]), state)
+    failing = True
+    with pytest.raises(MemoryError):
+        model.logits(Batch.of_sequences([[5]], starts=[3]), state)
+    failing = False
+    with pytest.raises(ValueError, match="has seen 0 tokens; start there, or at 0"):
+        model.logits(Batch.of_sequences([[5]], starts=[3]), state)
+    model.logits(Batch.of_sequences([[5]], starts=[1], slots=[1]), state)
+
+
+@pytest.mark.parametrize("plan", ["reference", "capturing"])
+def test_without_a_state_sequences_are_whole(plan: str) -> None:
+    model = build(small_spec(), plan, {"capturing": CapturingBackend()})
+    with pytest.raises(ValueError, match="position above 0, but there is no state"):
+        model.logits(Batch.of_sequences([[1, 2], [3]], starts=[0, 1]))
+
+
+def test_a_state_of_another_model_or_of_fewer_layers_is_refused() -> None:
+    model, twin = build(small_spec()), build(small_spec())
+    with pytest.raises(ValueError, match="the state belongs to another model"):
+        model.logits(Batch.of_sequences([[1]]), twin.new_state(1, 8))
+    state = model.new_state(1, 8)
+    state.layers.pop()
+    with pytest.raises(ValueError, match="the state has 3 layers, the model 4"):
+        model.logits(Batch.of_sequences([[1]]), state)
 
 
 def test_a_batch_of_no_sequences_gives_no_logits() -> None:

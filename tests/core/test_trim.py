@@ -18,7 +18,7 @@ from lfm2kit.plugins import installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.trim import TrimmedLayer, trim
 from tests.core.small import build, small_spec
-from tests.core.test_model import DeviceBackend, Elsewhere, FusingBackend
+from tests.core.test_model import DeviceBackend, Elsewhere, FusingBackend, Recorded
 
 C, A = "conv", "full_attention"
 PATTERNS = {
@@ -44,12 +44,12 @@ def random_sequences(*lengths: int) -> list[Any]:
 
 
 def asking_for(batch: Batch, rows: list[int]) -> Batch:
-    return replace(batch, logits_rows=np.array(rows, np.int32), views={})
+    return replace(batch, logits_rows=np.array(rows, np.int32))
 
 
 def assert_same_bits(spec: specs.Model, batch: Batch, plan: str, **backends: Any) -> None:
     whole = build(spec, plan, backends).logits(batch).copy()
-    trimmed = build(trim(spec), plan, backends).logits(replace(batch, views={}))
+    trimmed = build(trim(spec), plan, backends).logits(replace(batch))
     assert trimmed.shape == (len(batch.logits_rows), 50)
     assert np.array_equal(whole, trimmed)
 
@@ -172,8 +172,8 @@ def test_what_a_backend_builds_whole_stays_so_before_the_trimmed_layers(
 class ReplayingBackend(DeviceBackend):
     """Stands in for graphs: a replay changes the ids in place, and nothing else crosses over."""
 
-    def capture(self, forward: Callable[[Batch], Any], batch: Batch) -> Callable[[Batch], Any]:
-        there = replace(batch, views={}).on(self.there)
+    def capture(self, forward: Callable[[Batch], Any], batch: Batch) -> Recorded:
+        there = replace(batch).on(self.there)
         forward(there)
 
         def replayed(batch: Batch) -> Any:
@@ -183,7 +183,7 @@ class ReplayingBackend(DeviceBackend):
             assert self.there.crossings == before, "a graph records no copies from the host"
             return logits
 
-        return replayed
+        return Recorded(replayed, 1, [0])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -1,0 +1,97 @@
+"""The rules that every batch keeps.  Blocks index memory by its arrays and check nothing.
+
+A check takes microseconds, because a forward may be as short as a token of a few sequences: the
+rules are whole-array operations, and few.  Negative numbers, read as uint32, are large ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from lfm2kit.batch import Batch
+
+Int32 = npt.NDArray[np.int32]
+
+INT32 = np.dtype(np.int32)
+MOST_CONTEXT = 2**24  # tokens of a sequence: float32 holds no position beyond exactly
+ARRAYS = ("token_ids", "positions", "cu_seqlens", "state_slots", "logits_rows")
+
+
+def check(batch: Batch) -> None:
+    """Raises ValueError if a field of this host batch breaks a rule."""
+    for name in ARRAYS:
+        check_array(name, getattr(batch, name))
+    check_sequences(batch)
+    check_positions(batch)
+    check_slots(batch.state_slots)
+    rows = batch.logits_rows
+    if len(rows) and rows.view(np.uint32).max() >= batch.tokens:
+        raise ValueError(f"logits_rows lie outside the batch's {batch.tokens} rows")
+
+
+def check_array(name: str, array: Any) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != INT32:
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise ValueError(f"{name} is not a NumPy array of int32, but {kind}")
+    if array.ndim != 1 or not array.flags.c_contiguous:
+        raise ValueError(f"{name} of shape {array.shape} is not one contiguous row of numbers")
+
+
+def check_sequences(batch: Batch) -> None:
+    """`cu_seqlens` rises from 0 to `tokens`, a step for each sequence."""
+    ends, tokens, sequences = batch.cu_seqlens, batch.tokens, batch.sequences
+    if len(ends) != sequences + 1:
+        raise ValueError(f"cu_seqlens has {len(ends)} entries for {sequences} sequences")
+    if ends[0] != 0 or ends[-1] != tokens or not (ends[1:] > ends[:-1]).all():
+        raise ValueError(
+            f"cu_seqlens does not rise from 0 to the {tokens} tokens there are, "
+            "by at least one for each sequence"
+        )
+    longest = int((ends[1:] - ends[:-1]).max()) if sequences else 0
+    _check_largest("max_seqlen", batch.max_seqlen, longest)
+
+
+def check_positions(batch: Batch) -> None:
+    """`positions` rise by one within a sequence, from 0 or more to less than MOST_CONTEXT."""
+    positions = batch.positions
+    if len(positions) != batch.tokens:
+        raise ValueError(f"there are {len(positions)} positions for {batch.tokens} tokens")
+    highest = int(positions.view(np.uint32).max()) if len(positions) else -1
+    if highest >= MOST_CONTEXT:
+        raise ValueError(f"a position is negative, or beyond {MOST_CONTEXT - 1}")
+    if batch.tokens > batch.sequences:
+        steps = positions[1:] - positions[:-1]
+        steps[batch.cu_seqlens[1:-1] - 1] = 1  # between two sequences any step is right
+        if not (steps == 1).all():
+            raise ValueError("positions within a sequence are not consecutive")
+    _check_largest("max_context", batch.max_context, highest + 1)
+
+
+def check_slots(slots: Int32) -> None:
+    """Each sequence has a slot of its own."""
+    taken = set(slots.tolist())
+    if len(taken) < len(slots):
+        raise ValueError("two sequences of the batch share a state slot")
+    if taken and min(taken) < 0:
+        raise ValueError(f"a state slot is negative: {min(taken)}")
+
+
+def integers(name: str, values: npt.ArrayLike) -> Int32:
+    """`values` as int32; ValueError where they are no integers, or too large for it."""
+    array = np.asarray(values)
+    if array.dtype == INT32:
+        return array
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"{name} are not integers, but {array.dtype}")
+    if array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
+        raise ValueError(f"{name} reach from {array.min()} to {array.max()}: too far for int32")
+    return array.astype(INT32)
+
+
+def _check_largest(name: str, stated: Any, is_so: int) -> None:
+    if type(stated) is not int or stated != is_so:  # a NumPy integer is no int to a kernel
+        raise ValueError(f"{name} is {stated!r}, but must be the int {is_so}")

@@ -1,0 +1,49 @@
+"""What a model remembers of sequences, and which batches may go on from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.backend import State
+from lfm2kit.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """What every layer's operator remembers of the sequences in its slots."""
+
+    slots: int
+    max_tokens: int
+    layers: list[State]
+    owner: object  # the forward whose blocks made it: no other can read it
+    seen: npt.NDArray[np.int32] = field(init=False, repr=False)  # tokens that each slot holds
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seen", np.zeros(self.slots, np.int32))
+
+    def check(self, batch: Batch) -> None:
+        """ValueError where the host `batch` does not fit, or goes on from what is not there."""
+        slots, starts = batch.state_slots, batch.starts
+        if len(slots) and slots.max() >= self.slots:
+            raise ValueError(f"a state slot lies outside the {self.slots} there are")
+        if batch.max_context > self.max_tokens:
+            raise ValueError(f"{batch.max_context} tokens do not fit in slots of {self.max_tokens}")
+        is_wrong = (self.seen[slots] != starts) & (starts > 0)
+        if is_wrong.any():
+            slot, start = slots[is_wrong][0], starts[is_wrong][0]
+            raise ValueError(
+                f"a sequence starts at position {start}, but its slot {slot} has seen "
+                f"{self.seen[slot]} tokens; start there, or at 0"
+            )
+
+    def forget(self, batch: Batch) -> None:
+        """Before a forward, which may fail half-way: its slots then hold no sequence."""
+        self.seen[batch.state_slots] = 0
+
+    def advance(self, batch: Batch) -> None:
+        """After a forward: its slots hold all that the batch had of their sequences."""
+        ends = batch.cu_seqlens
+        self.seen[batch.state_slots] = batch.starts + ends[1:] - ends[:-1]

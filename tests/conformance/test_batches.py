@@ -1,0 +1,212 @@
+"""Arbitrary batches, right and wrong in every field, before every backend that can run here.
+
+A right one gives the reference's logits, a wrong one a ValueError of one sentence; what is right
+is said here once more, in plain Python.  LFM2KIT_BATCHES=10000 tries as many instead of 300.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lfm2kit.backend import Backend, Context
+from lfm2kit.batch import Batch
+from lfm2kit.model import LFM2
+from lfm2kit.model_state import ModelState
+from lfm2kit.plugins import installed_plugins
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.testing import random_weights
+from lfm2kit.testing.tiny_model import build_tiny_model
+from tests.core.small import small_spec
+
+BATCHES = os.environ.get("LFM2KIT_BATCHES")
+VOCABULARY, SLOTS, MAX_TOKENS = 50, 4, 12
+# All experts are taken: no two results differ by a choice that was within rounding.
+SPEC = small_spec(
+    layer_types=["conv", "full_attention"], num_hidden_layers=2, num_dense_layers=1,
+    num_experts=3, vocab_size=VOCABULARY,
+)  # fmt: skip
+PLUGINS = installed_plugins()
+BACKENDS = [name for name, backend in PLUGINS.backends.items() if backend.why_not is None]
+INTEGERS = ("max_seqlen", "max_context")
+ARRAYS = ("token_ids", "positions", "cu_seqlens", "state_slots", "logits_rows")
+Fields = dict[str, Any]
+
+
+@cache
+def models() -> dict[str, LFM2]:
+    """For each backend one with its blocks wherever it has them."""
+    create = PLUGINS.creator(Context())
+    return {name: built(create(name)) for name in BACKENDS}
+
+
+def built(backend: Backend) -> LFM2:
+    return build_tiny_model(SPEC, random_weights(SPEC, 0), ReferenceBackend(), backend)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch's fields, what its state has seen of each slot (None: no state), the state's flaw."""
+
+    fields: Fields
+    seen: tuple[int, ...] | None
+    flaw: str  # "", "of another model" or "a layer short"
+
+    def is_right(self) -> bool:
+        return is_batch(self.fields) and not self.flaw and fits(self.fields, self.seen)
+
+
+def is_batch(fields: Fields) -> bool:
+    arrays = [fields[name] for name in ARRAYS]
+    if not all(isinstance(a, np.ndarray) and a.dtype == np.int32 for a in arrays):
+        return False
+    if not all(a.ndim == 1 and a.flags.c_contiguous for a in arrays):
+        return False
+    ids, positions, ends, slots, rows = (array.tolist() for array in arrays)
+    if len(ends) != len(slots) + 1 or len(positions) != len(ids):
+        return False
+    if ends[0] != 0 or ends[-1] != len(ids) or any(b <= a for a, b in pairwise(ends)):
+        return False
+    parts = [positions[a:b] for a, b in pairwise(ends)]
+    if any(part != list(range(part[0], part[0] + len(part))) for part in parts):
+        return False
+    largest = max(map(len, parts), default=0), max(positions, default=-1) + 1
+    return (
+        all(0 <= position < 2**24 for position in positions)
+        and all(slot >= 0 and slots.count(slot) == 1 for slot in slots)
+        and all(0 <= row < len(ids) for row in rows)
+        and all(type(fields[name]) is int for name in INTEGERS)
+        and (fields["max_seqlen"], fields["max_context"]) == largest
+    )
+
+
+def fits(fields: Fields, seen: tuple[int, ...] | None) -> bool:
+    if not all(0 <= token < VOCABULARY for token in fields["token_ids"]):
+        return False
+    starts = [int(fields["positions"][first]) for first in fields["cu_seqlens"][:-1]]
+    if seen is None:
+        return not any(starts)
+    slots = fields["state_slots"].tolist()
+    return (
+        all(slot < SLOTS for slot in slots)
+        and fields["max_context"] <= MAX_TOKENS
+        and all(start in (0, seen[slot]) for start, slot in zip(starts, slots, strict=True))
+    )
+
+
+def edited(draw: st.DrawFn, array: Any) -> Any:
+    """An array with one thing changed: a number, its length, its type or its form."""
+    number = draw(st.integers(-3, 60) | st.integers(-(2**31), 2**31 - 1))
+    at = draw(st.integers(0, max(0, len(array) - 1)))
+    edits: dict[str, Callable[[], Any]] = {
+        "another number": lambda: np.concatenate([array[:at], [number], array[at + 1 :]]),
+        "a number more": lambda: np.append(array, number),
+        "a number less": lambda: np.delete(array, at) if len(array) else array,
+        "all shifted": lambda: array + np.int32(number % 7 - 3),
+        "in another order": lambda: array[::-1],
+    }
+    forms: dict[str, Callable[[], Any]] = {
+        "a list": array.tolist,
+        "two dimensions": lambda: array[None],
+        "every second": lambda: np.repeat(array, 2)[::2],
+        "none": lambda: None,
+    }
+    types = ("int64", "uint32", "int16", "float32", "bool", ">i4")
+    what = draw(st.sampled_from([*edits, *forms, *types]))
+    if what in edits:
+        return np.ascontiguousarray(edits[what](), np.int32)
+    return forms[what]() if what in forms else array.astype(what)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    has_state = draw(st.booleans())
+    seen = tuple(draw(st.lists(st.integers(0, 5), min_size=SLOTS, max_size=SLOTS)))
+    slots = draw(st.permutations(range(SLOTS)))[: draw(st.integers(0, SLOTS))]
+    lengths = [draw(st.integers(1, 5)) for _ in slots]
+    starts = [seen[slot] * draw(st.booleans()) if has_state else 0 for slot in slots]
+    sequences = [
+        draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=n, max_size=n)) for n in lengths
+    ]
+    batch = Batch.of_sequences(sequences, starts=starts, slots=slots)
+    fields = {name: getattr(batch, name) for name in (*ARRAYS, *INTEGERS)}
+    rows = st.lists(st.integers(0, max(0, batch.tokens - 1)), max_size=5)
+    fields["logits_rows"] = np.array(draw(rows) if batch.tokens else [], np.int32)
+    for name in draw(st.lists(st.sampled_from([*ARRAYS, *INTEGERS]), max_size=2)):
+        if name in INTEGERS:
+            fields[name] = draw(st.sampled_from([0, 1, 2, 9, -1, 2**40, 2.0, None, np.int32(2)]))
+        elif isinstance(fields[name], np.ndarray):
+            fields[name] = edited(draw, fields[name])
+    flaws = st.sampled_from(["", "", "", "", "of another model", "a layer short"])
+    return Case(fields, seen if has_state else None, draw(flaws) if has_state else "")
+
+
+def state_of(model: LFM2, case: Case) -> ModelState | None:
+    """A state whose slots have seen as many tokens as the case says."""
+    if case.seen is None:
+        return None
+    state = model.new_state(SLOTS, MAX_TOKENS)
+    slots = [slot for slot, count in enumerate(case.seen) if count]
+    prompts = [np.arange(case.seen[slot]) + slot for slot in slots]
+    model.logits(Batch.of_sequences(prompts, slots=slots), state)
+    if case.flaw == "of another model":
+        return built(ReferenceBackend()).new_state(SLOTS, MAX_TOKENS)
+    if case.flaw == "a layer short":
+        state.layers.pop()
+    return state
+
+
+def outcome(model: LFM2, case: Case) -> Any:
+    """The logits, or the sentence of a ValueError; anything else that is raised is a fault."""
+    state = state_of(model, case)
+    try:
+        return model.logits(Batch(**case.fields), state).copy()
+    except ValueError as error:
+        return str(error)
+
+
+@settings(
+    max_examples=int(BATCHES or 300),
+    derandomize=BATCHES is None,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(cases())
+def test_a_batch_is_right_or_refused(case: Case) -> None:
+    want = outcome(models()["reference"], case)
+    assert isinstance(want, str) != case.is_right(), want
+    for name, model in models().items():
+        got = outcome(model, case)
+        if isinstance(want, str):
+            assert got == want, name
+            assert want.strip(), "an empty sentence"
+            assert "\n" not in want
+        else:
+            assert isinstance(got, np.ndarray), (name, got)
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_refused_batch_changes_nothing(name: str) -> None:
+    model = models()[name]
+    whole = model.logits(Batch.of_sequences([[1, 2, 3, 4]])).copy()
+    state = model.new_state(SLOTS, MAX_TOKENS)
+    model.logits(Batch.of_sequences([[1, 2]], slots=[3]), state)
+    for start, slots in ((1, [3]), (3, [3]), (2, [2]), (2, [SLOTS])):
+        with pytest.raises(ValueError, match="slot"):
+            model.logits(Batch.of_sequences([[9, 9]], starts=[start], slots=slots), state)
+    with pytest.raises(ValueError, match="no state"):
+        model.logits(Batch.of_sequences([[9, 9, 9, 9]], starts=[1]))
+    got = model.logits(Batch.of_sequences([[3, 4]], starts=[2], slots=[3]), state)
+    np.testing.assert_allclose(got, whole, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(model.logits(Batch.of_sequences([[1, 2, 3, 4]])), whole)

@@ -1,0 +1,169 @@
+"""A batch is checked where it is made; what is made of it is not checked again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit import batch as module
+from lfm2kit.batch import Batch
+from lfm2kit.batch_rules import MOST_CONTEXT
+from tests.core.test_model import Elsewhere
+
+
+def int32(*values: int) -> Any:
+    return np.array(values, np.int32)
+
+
+def two_sequences(**changes: Any) -> Batch:
+    """Three rows from position 5 on in slot 2, two rows from 0 on in slot 0."""
+    fields = {
+        "token_ids": int32(1, 2, 3, 4, 5),
+        "positions": int32(5, 6, 7, 0, 1),
+        "cu_seqlens": int32(0, 3, 5),
+        "state_slots": int32(2, 0),
+        "logits_rows": int32(4, 2, 4),
+        "max_seqlen": 3,
+        "max_context": 8,
+    }
+    return Batch(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("token_ids", [1, 2, 3, 4, 5], "token_ids is not a NumPy array of int32, but list"),
+        ("token_ids", np.arange(5), "int64"),
+        ("token_ids", np.arange(5, dtype=np.float32), "float32"),
+        ("token_ids", int32(1, 2, 3, 4), "does not rise from 0 to the 4 tokens"),
+        ("positions", int32(5, 6, 7, 0, 1)[None], r"shape \(1, 5\)"),
+        ("positions", np.repeat(int32(5, 6, 7, 0, 1), 2)[::2], "contiguous"),
+        ("positions", int32(5, 6, 7, 0), "4 positions for 5 tokens"),
+        ("positions", int32(5, 7, 8, 0, 1), "not consecutive"),
+        ("positions", int32(5, 6, 7, 1, 1), "not consecutive"),
+        ("positions", int32(-1, 0, 1, 0, 1), "negative"),
+        ("positions", int32(-(2**31), 6, 7, 0, 1), "negative"),
+        ("positions", MOST_CONTEXT - 2 + int32(0, 1, 2, 0, 1), "beyond 16777215"),
+        ("positions", int32(2**31 - 2, 2**31 - 1, -(2**31), 0, 1), "negative, or beyond"),
+        ("cu_seqlens", int32(0, 3, 4), "does not rise"),
+        ("cu_seqlens", int32(1, 3, 5), "does not rise"),
+        ("cu_seqlens", int32(0, 5, 5), "by at least one for each sequence"),
+        ("cu_seqlens", int32(0, 6, 5), "does not rise"),
+        ("cu_seqlens", int32(0, 5), "2 entries for 2 sequences"),
+        ("state_slots", int32(2, 2), "share a state slot"),
+        ("state_slots", int32(2, -1), "negative: -1"),
+        ("logits_rows", int32(5), "outside the batch's 5 rows"),
+        ("logits_rows", int32(0, -1), "outside the batch's 5 rows"),
+        ("max_seqlen", 2, "max_seqlen is 2, but must be the int 3"),
+        ("max_seqlen", np.int64(3), "must be the int 3"),
+        ("max_context", 9, "max_context is 9, but must be the int 8"),
+    ],
+)
+def test_a_wrong_field_is_an_error_of_one_sentence(field: str, value: Any, says: str) -> None:
+    two_sequences()
+    with pytest.raises(ValueError, match=says) as error:
+        two_sequences(**{field: value})
+    assert "\n" not in str(error.value)
+
+
+def test_long_sequences_do_not_wrap_around() -> None:
+    """Their lengths, counted in int32, would come to the right number of tokens."""
+    step, count = 2**20, 2**12 + 1
+    ends = (np.arange(count + 1) * step).astype(np.uint32).view(np.int32)
+    rows = np.zeros(int(ends[-1]), np.int32)
+    with pytest.raises(ValueError, match="does not rise"):
+        Batch(rows, rows, ends, np.arange(count, dtype=np.int32), rows[:0], step, step)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"sequences": [[]]}, "not a row of one or more"),
+        ({"sequences": [[[1, 2]]]}, "not a row of one or more"),
+        ({"sequences": [7]}, "not a row of one or more"),
+        ({"sequences": [[1.0, 2.0]]}, "token ids are not integers, but float64"),
+        ({"sequences": [["a"]]}, "not integers"),
+        ({"sequences": [[True]]}, "not integers, but bool"),
+        ({"sequences": [[2**32 + 5]]}, "too far for int32"),
+        ({"sequences": [np.array([2**40])]}, "too far for int32"),
+        ({"sequences": [[1], [2]], "starts": [0]}, "starts of shape"),
+        ({"sequences": [[1]], "starts": [-1000]}, "cannot start at -1000"),
+        ({"sequences": [[1]], "starts": [0.5]}, "starts are not integers"),
+        ({"sequences": [[1]], "starts": [10**9]}, "cannot start at 1000000000"),
+        ({"sequences": [[1, 2]], "starts": [MOST_CONTEXT - 1]}, "cannot start"),
+        ({"sequences": [[1], [2]], "slots": [0]}, "slots of shape"),
+        ({"sequences": [[1], [2]], "slots": [1, 1]}, "share"),
+        ({"sequences": [[1]], "slots": [-1]}, "negative: -1"),
+    ],
+)
+def test_wrong_sequences_are_an_error_of_one_sentence(arguments: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as error:
+        Batch.of_sequences(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_sequences_of_any_integers_become_int32() -> None:
+    batch = Batch.of_sequences([np.array([1, 2], np.uint64), [3], np.array([4], np.int16)])
+    assert batch.token_ids.dtype == np.int32
+    assert batch.token_ids.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("starts", [None, [0, 9, 2]])
+@pytest.mark.parametrize("slots", [None, [4, 0, 2]])
+def test_what_is_made_of_sequences_keeps_the_rules(starts: Any, slots: Any) -> None:
+    batch = Batch.of_sequences([[1, 2, 3], [4], [5, 6]], starts=starts, slots=slots)
+    fields = {name: getattr(batch, name) for name in Batch.__dataclass_fields__ if name != "views"}
+    Batch(**fields)  # checks
+    assert batch.starts.tolist() == (starts or [0, 0, 0])
+    assert batch.state_slots.tolist() == (slots or [0, 1, 2])
+    assert batch.logits_rows.tolist() == [2, 3, 5]
+
+
+def test_slots_are_the_batchs_own() -> None:
+    slots = int32(1)
+    batch = Batch.of_sequences([[1]], slots=slots)
+    slots[0] = -5
+    assert batch.state_slots.tolist() == [1]
+
+
+def test_a_changed_batch_has_no_view_of_the_one_before() -> None:
+    there = Elsewhere()
+    batch = Batch.of_sequences([[1, 2, 3]])
+    batch.on(there)
+    batch.trimmed(1, None)
+    changed = replace(batch, logits_rows=int32(0))
+    assert changed.on(there).logits_rows.values.tolist() == [0]
+    assert batch.on(there).logits_rows.values.tolist() == [2]
+
+
+def test_what_is_made_of_a_batch_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = two_sequences()
+    monkeypatch.setattr(module, "check", None)  # calling it would fail
+    there = batch.on(Elsewhere())
+    there.trimmed(1, 0)
+    Batch.of_sequences([[1]])
+
+
+def test_a_batch_that_was_made_elsewhere_is_checked_where_its_arrays_can_be_read() -> None:
+    batch, there = two_sequences(), Elsewhere()
+    fields = {name: getattr(batch.on(there), name) for name in module.ARRAYS}
+    sizes = {"max_seqlen": 3, "max_context": 8, "memory": there}
+    assert Batch(**fields, **sizes).on(batch.memory).positions.tolist() == [5, 6, 7, 0, 1]
+    fields["positions"] = there.from_host(int32(5, 6, 7, 3, 5))
+    with pytest.raises(ValueError, match="not consecutive"):
+        Batch(**fields, **sizes).on(batch.memory)
+
+
+def test_only_batches_that_differ_in_ids_alone_have_one_shape() -> None:
+    batch = two_sequences()
+    assert two_sequences(token_ids=int32(9, 9, 9, 9, 9)).shape == batch.shape
+    others = [
+        {"positions": int32(5, 6, 7, 1, 2)},
+        {"state_slots": int32(0, 2)},
+        {"logits_rows": int32(2, 4, 4)},
+        {"cu_seqlens": int32(0, 2, 5), "positions": int32(6, 7, 0, 1, 2)},
+    ]
+    assert all(two_sequences(**changes).shape != batch.shape for changes in others)
