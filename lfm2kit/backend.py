@@ -38,6 +38,7 @@ __all__ = [
     "Memory",
     "NeedsWorkspace",
     "Operator",
+    "Replay",
     "Spec",
     "State",
     "Tensor",
@@ -161,6 +162,21 @@ class Measures(Protocol):
     def ceilings(self) -> Ceilings: ...
 
 
+class Replay(Protocol):
+    """A recorded forward: called with a host batch, it leaves the logits in its memory."""
+
+    def __call__(self, batch: Batch) -> Array: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its backend's memory that it holds until it is closed."""
+        ...
+
+    def close(self) -> None:
+        """Gives them back: the core keeps only the replays that it used last."""
+        ...
+
+
 @runtime_checkable
 class Captures(Protocol):
     """Capability: a backend that can record a whole forward and replay it, as a CUDA graph does.
@@ -168,11 +184,12 @@ class Captures(Protocol):
     Asked for only where every block of the model is in this backend's memory.
     """
 
-    def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Callable[[Batch], Array]:
-        """A replay of `forward` for every batch of the same `Batch.shape`.
+    def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Replay:
+        """A replay of `forward` for every batch of the same `Batch.shape`: all but the ids equal.
 
         `forward` takes a batch whose arrays lie in the backend's memory, which this method puts
-        there; the replay takes host batches.
+        there; the replay takes host batches.  Raises MemoryError where there is no room for it: the
+        core then closes other replays and asks once more.
         """
         ...
 

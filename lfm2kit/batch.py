@@ -116,6 +116,17 @@ class Batch:
             self.views[memory.name] = self._moved(memory)
         return self.views[memory.name]
 
+    def forget_views(self) -> None:
+        """Frees what was made of this batch, which would otherwise wait for the garbage collector.
+
+        A batch and its views refer to each other.
+        """
+        views = list(self.views.values())
+        self.views.clear()
+        for view in views:
+            if view.views:
+                view.forget_views()
+
     def trimmed(self, reach_in: int | None, reach_out: int | None) -> Batch:
         """Fewer rows, for an operator without state: each sequence from `reach_in` rows before its
         first one in `logits_rows` on, as a whole sequence; None: all rows, as they are.

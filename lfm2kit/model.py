@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -15,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import Array, Backend, Block, Captures, Operator, State
+from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, State
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.model_state import ModelState
 from lfm2kit.placement import Join, Joins, Placed
+from lfm2kit.replays import Replays
 from lfm2kit.seam import Seam
 from lfm2kit.specs import Spec
 from lfm2kit.trim import TrimmedLayer, TrimmedModel
@@ -182,7 +184,10 @@ class LFM2:
     forward: Forward
     home: Memory
     backend: Backend  # the plan's default
-    _replays: dict[tuple[bytes, ...], Callable[[Batch], Array]] = field(default_factory=dict)
+    _replays: Replays = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_replays", Replays(self.home))
 
     def logits(self, batch: Batch, state: ModelState | None = None) -> npt.NDArray[np.float32]:
         """float32 [len(batch.logits_rows), vocab_size].
@@ -230,13 +235,11 @@ class LFM2:
     def _is_capturable(self) -> bool:
         return isinstance(self.backend, Captures) and self.placed.copies() == 0
 
-    def _replay(self, batch: Batch) -> Callable[[Batch], Array]:
-        """The captured forward for batches of this shape; a graph per shape, made once."""
+    def _replay(self, batch: Batch) -> Replay:
+        """The captured forward for batches of this shape."""
         assert isinstance(self.backend, Captures)
-        shape = batch.shape
-        if shape not in self._replays:
-            self._replays[shape] = self.backend.capture(self.forward, batch)
-        return self._replays[shape]
+        capture = partial(self.backend.capture, self.forward, batch)
+        return self._replays.get(batch.shape, capture)
 
 
 def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:

@@ -41,6 +41,8 @@ INTEGERS = ("max_seqlen", "max_context")
 ARRAYS = ("token_ids", "positions", "cu_seqlens", "state_slots", "logits_rows")
 Fields = dict[str, Any]
 
+pytestmark = [pytest.mark.gpu] if "cuda" in BACKENDS else []
+
 
 @cache
 def models() -> dict[str, LFM2]:

@@ -13,6 +13,7 @@ from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.host_block import host_block
 from lfm2kit.testing.runner import judged
+from tests.core.test_model import Recorded
 
 
 class Box:
@@ -66,6 +67,11 @@ class BoxBackend(ReferenceBackend):
         return BoxBlock(super().build(spec, weights))
 
 
+class CapturingBackend(ReferenceBackend):
+    def capture(self, forward: Any, batch: Batch) -> Recorded:
+        return Recorded(forward, 8, [0])
+
+
 class BuildsOnly:
     """The reference's parts as one block, for specs of these types alone."""
 
@@ -84,6 +90,7 @@ class BuildsOnly:
 
 OTHERS: dict[str, Backend] = {
     "another memory": BoxBackend(),
+    "captured": CapturingBackend(),
     "whole layers": BuildsOnly(specs.Layer),
     "whole MoEs": BuildsOnly(specs.SparseMoe),
     "the whole model": BuildsOnly(specs.Model),

@@ -139,6 +139,15 @@ def test_a_changed_batch_has_no_view_of_the_one_before() -> None:
     assert batch.on(there).logits_rows.values.tolist() == [2]
 
 
+def test_views_are_let_go() -> None:
+    there = Elsewhere()
+    batch = Batch.of_sequences([[1, 2, 3]]).on(there)
+    trimmed = batch.trimmed(1, None)
+    batch.forget_views()
+    assert batch.views == {}
+    assert trimmed.views == {}
+
+
 def test_what_is_made_of_a_batch_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = two_sequences()
     monkeypatch.setattr(module, "check", None)  # calling it would fail

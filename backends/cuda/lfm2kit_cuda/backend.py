@@ -79,7 +79,7 @@ class CudaBackend:
         known = all(type(part.spec) in PARTS for part in layer.parts())
         return None if known else "its feed-forward is not one of ours"
 
-    def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Callable[[Batch], Array]:
+    def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Replay:
         return Replay(forward, batch)
 
     def _out_of_memory(self, spec: Spec) -> str:

@@ -25,7 +25,7 @@ class Replay:
         self._pool = cupy.cuda.MemoryPool()
         self._stream = cupy.cuda.Stream()
         with self._stream, cupy.cuda.using_allocator(self._pool.malloc):
-            self._batch = replace(batch, views={}).on(CUDA)
+            self._batch = replace(batch).on(CUDA)
             forward(self._batch)
             self._stream.synchronize()
             self._stream.begin_capture(mode=cupy.cuda.runtime.streamCaptureModeRelaxed)
@@ -41,3 +41,14 @@ class Replay:
         self._batch.token_ids.set(self._token_ids, stream=self._stream)
         self._graph.launch(self._stream)
         return self._logits
+
+    @property
+    def nbytes(self) -> int:
+        """Of the graph's arrays; what the driver keeps of its kernels comes on top."""
+        return int(self._pool.total_bytes())
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        self._batch.forget_views()
+        del self._graph, self._logits, self._batch
+        self._pool.free_all_blocks()

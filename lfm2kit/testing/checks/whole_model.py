@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
+from lfm2kit.backend import Captures
 from lfm2kit.batch import Batch
 from lfm2kit.testing.cases import MODELS
 from lfm2kit.testing.checks.registry import check
@@ -78,6 +80,31 @@ def whole_model_batch_independence(trial: Trial) -> None:
         order = trial.rng.permutation(len(ids))
         permuted = model.logits(Batch.of_sequences([ids[i] for i in order]))
         assert_same(permuted, together[order], "logits of a permuted batch")
+
+
+@check
+def captured_forward(trial: Trial) -> None:
+    """A captured forward gives the bits of the plain one, whatever ids and shapes came before.
+
+    A replay with the first batch's ids or rows in it looks right as long as the same batch comes.
+    """
+    if not isinstance(trial.backend, Captures):
+        raise Skipped("it captures no forward")
+    for spec in _models(trial):
+        weights = trial.random_weights(spec)
+        model = build_tiny_model(spec, weights, trial.reference, trial.backend)
+        if model.placed.copies() > 0 or model.backend is not trial.backend:
+            raise Skipped("it does not build the whole of a model in one memory")
+        batches = [_random_batch(trial, spec) for _ in range(2)]
+        wanted = batches[0].logits_rows[::-1].copy()
+        batches.insert(1, replace(batches[0], logits_rows=wanted))
+        for batch in batches * 2:
+            plain = np.array(model.home.to_host(model.forward(batch.on(model.home))))
+            assert_same(model.logits(batch), plain, "logits of a captured forward")
+        replay = trial.backend.capture(model.forward, batches[0])
+        if type(replay.nbytes) is not int or replay.nbytes < 0:
+            raise CheckFailed(f"a replay's nbytes is {replay.nbytes!r}")
+        replay.close()
 
 
 def _models(trial: Trial) -> list[specs.Model]:

@@ -1,0 +1,104 @@
+"""Replays are bounded in number and in bytes, and give the right results all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit.batch import Batch
+from lfm2kit.memory import HOST, HostMemory
+from lfm2kit.replays import MOST, Replays
+from tests.core.small import build, small_spec
+from tests.core.test_model import CapturingBackend, Recorded
+
+
+class Tank(HostMemory):
+    """A memory of so many bytes, of which replays hold some; `taken` says how many."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.taken = [0]
+
+    def free_bytes(self) -> int:
+        return self.size - self.taken[0]
+
+    def capture(self, nbytes: int, result: object = None) -> Callable[[], Recorded]:
+        def captured() -> Recorded:
+            if nbytes > self.free_bytes():
+                raise MemoryError
+            return Recorded(lambda batch: result, nbytes, self.taken)
+
+        return captured
+
+
+def test_5000_shapes_stay_within_their_bounds_and_give_their_own_results() -> None:
+    tank, rng = Tank(100_000), np.random.default_rng(0)
+    replays = Replays(tank)
+    for i in range(20_000):
+        shape = int(rng.integers(5000)) if i >= 5000 else i
+        replay = replays.get(shape, tank.capture(300 + shape, shape))
+        assert replay(Batch.of_sequences([])) == shape
+        assert len(replays) <= MOST
+        assert replays.nbytes == tank.taken[0] <= 50_000
+    replays.close()
+    assert tank.taken == [0]
+
+
+def test_the_number_is_bounded_where_a_memory_does_not_say_what_is_free() -> None:
+    held = [0]
+    replays = Replays(HOST, most=3)
+    for shape in range(10):
+        replays.get(shape, lambda: Recorded(lambda batch: None, 10, held))
+    assert (len(replays), held) == (3, [30])
+
+
+def test_the_ones_used_last_are_kept() -> None:
+    tank, captured = Tank(10**6), []
+
+    def get(shape: str) -> None:
+        def capture() -> Recorded:
+            captured.append(shape)
+            return tank.capture(10)()
+
+        replays.get(shape, capture)
+
+    replays = Replays(tank, most=3)
+    for shape in "abcabdabc":
+        get(shape)
+    assert captured == ["a", "b", "c", "d", "c"]
+
+
+def test_the_newest_stays_even_if_it_takes_more_than_its_share() -> None:
+    tank = Tank(1000)
+    replays = Replays(tank)
+    replays.get("small", tank.capture(100))
+    replays.get("large", tank.capture(800))
+    assert tank.taken == [800]
+    replays.get("large", tank.capture(2000))  # it is there: nothing is captured
+
+
+def test_where_there_is_no_room_all_others_are_closed_and_it_is_tried_once_more() -> None:
+    tank = Tank(1000)
+    replays = Replays(tank)
+    for shape in range(4):
+        replays.get(shape, tank.capture(100))
+    replays.get("large", tank.capture(900))
+    assert tank.taken == [900]
+    with pytest.raises(MemoryError):
+        replays.get("too large", tank.capture(1001))
+    assert (len(replays), tank.taken) == (0, [0])
+
+
+def test_a_model_keeps_few_replays() -> None:
+    backend = CapturingBackend()
+    model = build(small_spec(), "capturing", {"capturing": backend})
+    plain = build(small_spec())
+    for length in (*range(1, MOST + 10), 1, 2):
+        batch = Batch.of_sequences([np.arange(length) % 50])
+        expected: Any = plain.logits(batch)
+        assert np.array_equal(model.logits(batch), expected)
+    assert len(backend.shapes) == MOST + 11  # the first two were captured again
+    assert backend.held == [1000 * MOST]
