@@ -9,7 +9,7 @@ import pytest
 
 from lfm2kit import specs
 from lfm2kit.backend import BackendPlugin, Block, Spec, Weights
-from lfm2kit.bench import Contender, Measured, single_blocks
+from lfm2kit.bench import Contender, Decoder, Measured, single_blocks
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.loading import find_model, set_up
 from lfm2kit.plan import Plan
@@ -45,6 +45,16 @@ def result_of(backend: str, kind: str) -> Any:
 def test_a_block_of_a_layer_that_is_built_whole_is_measured_alone(kind: str) -> None:
     got, want = result_of("whole", kind), result_of("reference", kind)
     assert np.array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_decoding_begins_again_from_the_prompt_when_its_state_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lfm2kit.bench.MOST_STEPS", 2)
+    model = set_up(open_checkpoint(find_model("tiny")), Plan("reference")).build()
+    decoder = Decoder(model, sequences=2, seq_len=3, seed=0)
+    for _ in range(5):
+        assert decoder.step().shape == (2, model.spec.lm_head.vocab_size)
 
 
 def waiting(*timings: Timing) -> float | None:
