@@ -28,7 +28,7 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 struct Index {
-  u32 x, y;
+  u32 x, y, z;
 };
 
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -66,10 +66,10 @@ void launch(Index grid, int threads, int groups, Prepare prepare, Kernel kernel)
   Barriers own(threads, groups);
   barriers = &own, gridDim = grid;
   auto run = [=](u32 thread) {
-    threadIdx = {thread, 0};
+    threadIdx = {thread, 0, 0};
     for (u32 i = 0; i < grid.x * grid.y; ++i) {
       __syncthreads();
-      if (thread == 0) blockIdx = {i % grid.x, i / grid.x}, prepare();
+      if (thread == 0) blockIdx = {i % grid.x, i / grid.x, 0}, prepare();
       __syncthreads();
       kernel();
     }

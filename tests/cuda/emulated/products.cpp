@@ -43,7 +43,7 @@ void poison() {
 int main(int argc, char** argv) {
   std::string name = argv[1];
   auto number = [=](int i) { return std::atoi(argv[4 + i]); };
-  Index grid{u32(std::atoi(argv[2])), u32(std::atoi(argv[3]))};
+  Index grid{u32(std::atoi(argv[2])), u32(std::atoi(argv[3])), 1};
   std::vector<Bytes> arrays = read_arrays();
   auto floats = [&](int i) { return reinterpret_cast<float*>(arrays[i].data()); };
   auto ints = [&](int i) { return reinterpret_cast<int*>(arrays[i].data()); };

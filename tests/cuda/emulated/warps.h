@@ -1,0 +1,46 @@
+// What the lanes of a warp tell each other, on a host: a launch has a group for each warp.
+#pragma once
+#include <bit>
+
+#include "device.h"
+
+constexpr int kMostWarps = 32;
+inline u32 told[kMostWarps][32];
+
+inline void __syncwarp() { barriers->of_groups[threadIdx.x / 32].arrive_and_wait(); }
+
+// What `read` makes of the words that all lanes have told.
+template <class T, class Read>
+inline auto exchanged(T mine, Read read) {
+  static_assert(sizeof(T) == sizeof(u32));
+  u32* words = told[threadIdx.x / 32];
+  words[threadIdx.x % 32] = std::bit_cast<u32>(mine);
+  __syncwarp();
+  auto result = read(words);
+  __syncwarp();
+  return result;
+}
+
+inline u32 __ballot_sync(u32, bool mine) {
+  return exchanged(u32(mine), [](const u32* words) {
+    u32 bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= words[lane] << lane;
+    return bits;
+  });
+}
+
+inline bool __any_sync(u32 lanes, bool mine) { return __ballot_sync(lanes, mine) != 0; }
+
+template <class T>
+inline T __shfl_sync(u32, T mine, int lane) {
+  return exchanged(mine, [=](const u32* words) { return std::bit_cast<T>(words[lane]); });
+}
+
+template <class T>
+inline T __shfl_xor_sync(u32 lanes, T mine, int offset) {
+  return __shfl_sync(lanes, mine, int(threadIdx.x % 32) ^ offset);
+}
+
+inline int __ffs(u32 bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
+inline u32 __float_as_uint(float x) { return std::bit_cast<u32>(x); }
+inline float __int_as_float(u32 bits) { return std::bit_cast<float>(bits); }
