@@ -83,9 +83,7 @@ class Batch:
         slot that is negative, for a slot that two share, and if their number is not that of the
         sequences.
         """
-        chunks = [integers("token ids", sequence) for sequence in sequences]
-        if any(chunk.ndim != 1 or not len(chunk) for chunk in chunks):
-            raise ValueError("a sequence is not a row of one or more token ids")
+        chunks = [_row_of_ids(sequence) for sequence in sequences]
         count = len(chunks)
         lengths = np.array([len(chunk) for chunk in chunks], np.int32)
         ends = np.zeros(count + 1, np.int32)
@@ -185,6 +183,13 @@ def _made(**values: Any) -> Batch:
     for name, value in values.items():
         object.__setattr__(batch, name, value)
     return batch
+
+
+def _row_of_ids(sequence: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    ids = integers("token ids", sequence)
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError("a sequence is not a row of one or more token ids")
+    return ids
 
 
 def _starts(values: npt.ArrayLike, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
