@@ -3,14 +3,14 @@
 # The tests that need a CUDA device, alone:  ./check.sh --gpu
 # Makes .venv and installs lfm2kit and what the tests need into it the first time.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/scripts/environment.sh"
 ensure_environment "$root" test
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
-ruff check .
-ruff format --check .
-mypy
+python -m ruff check .
+python -m ruff format --check .
+python -m mypy
 if [ "${1:-}" = --gpu ]; then
   shift
   exec python -m pytest -m gpu -rs "$@"
