@@ -1,0 +1,77 @@
+"""What of this machine the process may use: memory and cores, whoever limits them."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lfm2kit import cgroups
+
+RLIMITS = {  # the shell's word for each, and what counts towards it in /proc/self/status
+    "ulimit -v": (resource.RLIMIT_AS, "VmSize"),
+    "ulimit -d": (resource.RLIMIT_DATA, "VmData"),
+}
+
+
+class Limit(NamedTuple):
+    """Something that bounds the memory of this process; in bytes."""
+
+    name: str
+    limit: int
+    free: int  # of it, pages of files counted as free: they can be given back
+    is_shared: bool  # with the other processes of this machine, or of a container
+
+
+def memory_limits(root: Path = Path("/")) -> Iterator[Limit]:
+    """Everything that bounds this process's memory: the machine, control groups, ulimit."""
+    yield _physical(root)
+    for name, limit, free in cgroups.memory_limits(root):
+        yield Limit(f"cgroup {name}", limit, free, is_shared=True)
+    used = _kilobytes(root / "proc/self/status")
+    for name, (what, counted) in RLIMITS.items():
+        limit, _ = resource.getrlimit(what)
+        if limit != resource.RLIM_INFINITY:
+            free = max(0, limit - 1024 * used.get(counted, 0))
+            yield Limit(name, limit, free, is_shared=False)
+
+
+def free_memory(ranks: int = 1, root: Path = Path("/")) -> int:
+    """Bytes that this process can still take, where `ranks` processes alike share the machine."""
+    limits = memory_limits(root)
+    return min(limit.free // (ranks if limit.is_shared else 1) for limit in limits)
+
+
+def cores(root: Path = Path("/")) -> int:
+    """How many threads can run at once: the cores of the affinity mask, or a group's quota.
+
+    A fraction counts as one more: threads that are stopped together compute more than fewer ones.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    there = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota = cgroups.processors(root)
+    return there if quota is None else max(1, min(there, math.ceil(quota)))
+
+
+def _physical(root: Path) -> Limit:
+    """The machine's memory; swap is left out, as a model that lies there takes minutes a token."""
+    there = _kilobytes(root / "proc/meminfo")
+    if "MemTotal" not in there:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return Limit("memory of this machine", total, total, is_shared=True)
+    total = 1024 * there["MemTotal"]
+    free = 1024 * there.get("MemAvailable", there["MemTotal"])
+    return Limit("memory of this machine", total, free, is_shared=True)
+
+
+def _kilobytes(path: Path) -> dict[str, int]:
+    """The figures of a file with lines such as `MemTotal:   24684092 kB`."""
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines if line.endswith(" kB"))
+    return {key: int(text.removesuffix(" kB")) for key, _, text in pairs}
