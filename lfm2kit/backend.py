@@ -137,13 +137,20 @@ class Explains(Protocol):
 
 @runtime_checkable
 class NeedsWorkspace(Protocol):
-    """Capability: a backend that can say how much memory a block takes beyond its weights."""
+    """Capability: a backend that can say how much memory a block will take.
 
-    def workspace_bytes(self, spec: Spec, tokens: int) -> int:
-        """Bytes of packed copies and scratch of one block at `tokens` rows, before it is built.
+    Without it `lfm2kit plan` shows no size, and a model too large is not refused in advance.
+    """
 
-        In a memory of its own, all that it keeps of its weights there is a copy.  At 0 rows it is
-        what the block takes at least.
+    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
+        """Bytes that one block takes in its memory, before it is built: copies, and scratch.
+
+        At 0 rows it is what the block keeps of its weights: every copy, packed, widened or moved
+        to another memory.  Views of the checkpoint's memory map count nothing, as the system takes
+        their pages back when it needs them.  At `tokens` rows it is that and what a call needs
+        besides its arguments and its result.  What is said must be there: a run is refused where
+        it is more than is free.  Of `weights`, as `build` will get them, only types and shapes may
+        be looked at: reading values takes minutes.
         """
         ...
 

@@ -182,7 +182,7 @@ def single_blocks(
     """The model's first block of `kind`, host array in, host array out."""
     placed = _first(setup, kind)
     home = setup.placed.outer
-    block = setup.builder().build(placed)
+    block = setup.build_block(placed, tokens=max(samples) * seq_len)
     rng = np.random.default_rng(seed)
     for n in samples:
         batch = random_batch(n, seq_len, setup.checkpoint.spec.embed_tokens.vocab_size, seed)

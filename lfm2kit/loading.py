@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from lfm2kit import specs
-from lfm2kit.backend import Backend, Context, Explains
-from lfm2kit.capacity import shortage
+from lfm2kit.backend import Backend, Block, Context, Explains
+from lfm2kit.capacity import Sizes
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, choices
@@ -54,6 +54,7 @@ class Setup:
     create: Callable[[str], Backend]
     joins: Joins
     context: Context
+    transport: Transport | None
     again: Callable[..., Setup]  # the same, but for the options of `set_up` that it is given
 
     def notes(self) -> Iterator[str]:
@@ -64,30 +65,56 @@ class Setup:
             if isinstance(backend, Explains):
                 yield from (f"{name}: {note}" for note in backend.notes())
 
-    def build(self, built: Callable[[Placed], None] = lambda placed: None) -> LFM2:
-        """The model, ready to run; `built` is called after each block.
+    def build(
+        self, built: Callable[[Placed], None] = lambda placed: None, *, tokens: int = 0
+    ) -> LFM2:
+        """The model, ready for forwards of `tokens` tokens; `built` is called after each block.
 
         Raises `Lfm2kitError` where a memory is too small, before any of it is taken.
         """
-        if (sentence := self.shortage()) is not None:
-            raise Lfm2kitError(sentence)
+        self._check_memory(self.placed, tokens)
         return build_model(self.placed, self.builder(built), self.plan.default)
 
-    def shortage(self) -> str | None:
+    def build_block(self, placed: Placed, *, tokens: int) -> Block:
+        """One block of the model, ready for calls of `tokens` rows; errors as those of `build`."""
+        self._check_memory(placed, tokens)
+        block: Block = self.builder().build(placed)
+        return block
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks)
+
+    def shortage(self, tokens: int = 0) -> str | None:
         """Which memory is too small, by how much, and what would fit; None if all is well."""
-        short = shortage(self.placed, self.create)
+        return self._shortage(self.placed, tokens)
+
+    def _check_memory(self, placed: Placed, tokens: int) -> None:
+        if (sentence := self._shortage(placed, tokens)) is not None:
+            raise Lfm2kitError(sentence)
+        if self.transport is not None:  # what one rank takes must not be missing in another's sum
+            self.transport.barrier()
+
+    def _shortage(self, placed: Placed, tokens: int) -> str | None:
+        short = self.sizes.shortage(placed, tokens)
         if short is None:
             return None
+        if tokens and self.sizes.shortage(placed) is None:
+            return f"{short}; try fewer tokens at once: a smaller batch, or shorter samples"
         nothing = "a smaller model: no --precision or --n-cpu-moe is enough"
-        return f"{short}; try {' or '.join(self._fitting()) or nothing}"
+        return f"{short}; try {' or '.join(self._fitting(short.memory)) or nothing}"
 
-    def _fitting(self) -> Iterator[str]:
-        """The options with which this setup would fit: a precision, and the fewest layers."""
+    def _fitting(self, memory: str) -> Iterator[str]:
+        """The options with which this setup would fit: a precision, and the fewest layers.
+
+        Experts that go to the CPU are in the host's memory then.
+        """
         for precision in self.plugins.backend(self.plan.default).precisions:
             if self._fits(context=replace(self.context, precision=precision)):
                 yield f"--precision {precision}"
                 break
-        for count in range(1, 1 + len(self.checkpoint.spec.layers)):
+        most = 0 if memory == HOST.name else len(self.checkpoint.spec.layers)
+        for count in range(1, 1 + most):
             if self._fits(n_cpu_moe=count):
                 yield f"--n-cpu-moe {count}"
                 break
@@ -97,7 +124,7 @@ class Setup:
             other = self.again(**changes)
         except Lfm2kitError:  # no such precision in a backend of the plan, or no such layer
             return False
-        return shortage(other.placed, other.create) is None
+        return other.sizes.shortage(other.placed) is None
 
     def builder(self, built: Callable[[Placed], None] = lambda placed: None) -> Builder:
         """What makes the blocks of `placed`, or of a part of it."""
@@ -149,7 +176,7 @@ def set_up(
         joins = {**JOINS, ExpertParallelMoe: Join(join(transport), HOST)}
     placer = Placer(plan, create, joins, plugins.backends)
     placed = placer.place(trimmed(model) if trim else model)
-    return Setup(checkpoint, plan, placed, plugins, create, joins, context, again)
+    return Setup(checkpoint, plan, placed, plugins, create, joins, context, transport, again)
 
 
 def load_model(path: str | Path, backend: str = AUTO, *, threads: int | None = None) -> LFM2:

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.machine import free_memory
+
 Array = Any  # numpy.ndarray in the host's memory, whatever a backend says in its own
 
 
@@ -52,6 +54,13 @@ class HostMemory:
 
     def to_host(self, array: Array) -> npt.NDArray[Any]:
         return np.asarray(array)
+
+    def free_bytes(self, ranks: int = 1) -> int:
+        """Bytes that blocks can still take, where `ranks` processes alike share the machine.
+
+        The smallest of what the machine, its control groups and `ulimit` have left.
+        """
+        return free_memory(ranks)
 
 
 HOST = HostMemory()

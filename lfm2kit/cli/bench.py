@@ -126,10 +126,11 @@ def _contenders(
     seq_len: int,
     seed: int,
 ) -> list[Contender]:
+    tokens = max(samples) * seq_len
     if decode:
-        return list(decodings(setup, setup.build(), samples, seq_len, seed))
+        return list(decodings(setup, setup.build(tokens=tokens), samples, seq_len, seed))
     if not blocks:
-        return list(forwards(setup, setup.build(), samples, seq_len, seed))
+        return list(forwards(setup, setup.build(tokens=tokens), samples, seq_len, seed))
     return [c for b in blocks for c in single_blocks(setup, b.value, samples, seq_len, seed)]
 
 

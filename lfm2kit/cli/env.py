@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
+from lfm2kit import cgroups, machine
+from lfm2kit.capacity import size
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report
 from lfm2kit.plugins import ALLOW_LIST, installed_plugins
@@ -35,8 +37,9 @@ def _environment() -> dict[str, Any]:
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
-        "cores": _cores(),
-        "memory": _memory(),
+        "cores": machine.cores(),
+        "memory": {limit.name: _of(limit) for limit in machine.memory_limits()},
+        "processors": cgroups.processors() or "no cgroup limit",
         "packages": {name: _version(name) for name in PACKAGES if _version(name)},
         "mpiexec": shutil.which("mpiexec") or "none on the PATH",
         "backends": {n: b.why_not or "ready" for n, b in sorted(plugins.backends.items())},
@@ -58,11 +61,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _processor() -> str:
     """The processor's name, from Linux where it says; else what Python knows."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -71,7 +69,5 @@ def _processor() -> str:
     return next(names, platform.processor() or "unknown")
 
 
-def _memory() -> str:
-    if not hasattr(os, "sysconf"):
-        return "unknown"
-    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
+def _of(limit: machine.Limit) -> str:
+    return f"{size(limit.free)} free of {size(limit.limit)}"

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lfm2kit.capacity import free_bytes, workspace_bytes
+from lfm2kit.capacity import size
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, tables
 from lfm2kit.loading import Setup, set_up
+from lfm2kit.machine import memory_limits
 from lfm2kit.placement import Placed
 from lfm2kit.transport import World
 from lfm2kit.trim import TrimmedLayer, TrimmedModel
@@ -37,7 +38,7 @@ def plan(
     chosen = options.chosen_plan(backend, plan)
     setup = set_up(checkpoint, chosen, context=context, n_cpu_moe=n_cpu_moe, trim=trim)
     rows = [_row(leaf, setup, tokens) for leaf in setup.placed.leaves()]
-    totals = _totals(rows)
+    totals = _totals(setup, tokens)
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
@@ -46,8 +47,9 @@ def plan(
         "totals": totals,
         "copies": setup.placed.copies(),
         "rows_kept": _rows_kept(setup),
-        "free_bytes": free_bytes(setup.placed),
-        "shortage": setup.shortage(),
+        "free_bytes": setup.sizes.free(setup.placed),
+        "host_limits": {bound.name: bound._asdict() for bound in memory_limits()},
+        "shortage": setup.shortage(tokens),
         "notes": list(setup.notes()),
     }
     if json != "-":
@@ -62,7 +64,8 @@ def _row(leaf: Placed, setup: Setup, tokens: int) -> dict[str, Any]:
         "backend": leaf.backend,
         "memory": leaf.memory.name,
         "weight_bytes": setup.stored_bytes(leaf),
-        "workspace_bytes": workspace_bytes(leaf, setup.create, tokens),
+        "kept_bytes": setup.sizes.of(leaf, 0),
+        "workspace_bytes": setup.sizes.of(leaf, tokens),
         "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
     }
 
@@ -74,14 +77,19 @@ def _rows_kept(setup: Setup) -> dict[str, int]:
     return {f"layers.{i}": one.rows_out for i, one in layers if isinstance(one, TrimmedLayer)}
 
 
-def _totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def _totals(setup: Setup, tokens: int) -> dict[str, dict[str, int]]:
     """Bytes per memory.  A tied head's weights count again: the block may pack them anew."""
-    totals: dict[str, dict[str, int]] = {}
-    for row in rows:
-        total = totals.setdefault(row["memory"], {"weight_bytes": 0, "workspace_bytes": 0})
-        total["weight_bytes"] += row["weight_bytes"]
-        total["workspace_bytes"] += row["workspace_bytes"] or 0
-    return totals
+    leaves: dict[str, list[Placed]] = {}
+    for leaf in setup.placed.leaves():
+        leaves.setdefault(leaf.memory.name, []).append(leaf)
+    return {
+        memory: {
+            "weight_bytes": sum(setup.stored_bytes(leaf) for leaf in here),
+            "kept_bytes": setup.sizes.needed(here, 0),
+            "workspace_bytes": setup.sizes.needed(here, tokens),
+        }
+        for memory, here in leaves.items()
+    }
 
 
 def _show(
@@ -91,33 +99,30 @@ def _show(
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("block", "spec", "backend", "memory", "copy"):
         table.add_column(heading, overflow="fold")
-    for heading in ("weights", "workspace"):
+    for heading in ("weights", "kept", f"at {tokens} tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
-        table.add_row(*texts, _size(row["weight_bytes"]), _size(row["workspace_bytes"]))
+        kinds = ("weight_bytes", "kept_bytes", "workspace_bytes")
+        table.add_row(*texts, *(_size(row[kind]) for kind in kinds))
     console.print(f"{setup.checkpoint.path}: {setup.plan}")
     console.print(table)
-    free = free_bytes(setup.placed)
+    free = setup.sizes.free(setup.placed)
     for memory, total in totals.items():
-        sizes = f"{_size(total['weight_bytes'])} of weights as stored"
+        weights, kept, at_most = (size(count) for count in total.values())
         left = f"; {_size(free[memory])} are free" if memory in free else ""
-        workspace = f"{_size(total['workspace_bytes'])} of workspace at {tokens} tokens"
-        console.print(f"{memory}: {sizes}, {workspace}{left}")
-    if (shortage := setup.shortage()) is not None:
+        taken = f"{kept} of memory kept, {at_most} with {tokens} tokens at once"
+        console.print(f"{memory}: {weights} of weights as stored, {taken}{left}")
+    for bound in memory_limits():
+        console.print(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
+    if (shortage := setup.shortage(tokens)) is not None:
         console.print(shortage)
     console.print(f"copies between memories in a forward: {setup.placed.copies()}")
-    for layer, kept in _rows_kept(setup).items():
-        console.print(f"{layer}: {kept} of a sample's rows go on after its operator")
+    for layer, rows_kept in _rows_kept(setup).items():
+        console.print(f"{layer}: {rows_kept} of a sample's rows go on after its operator")
     for note in setup.notes():
         console.print(note)
 
 
 def _size(count: int | None) -> str:
-    if count is None:
-        return "?"
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count = count / 1000  # type: ignore[assignment]
-    return f"{count:.3g} GB"
+    return "?" if count is None else size(count)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import typer
 
 from lfm2kit import bounds, samples
+from lfm2kit.capacity import check_room
 from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, complain, progress, remark
@@ -176,6 +177,7 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
             raise Lfm2kitError("--inputs and --random-inputs: give one of them")
         shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
         bounds.check_tokens(*shape)
+        check_samples(shape, vocab_size)
         return np.random.default_rng(request.seed).integers(0, vocab_size, shape, dtype=np.int32)
     source = inputs_of(request, checkpoint)
     if request.inputs is None and not source.exists():
@@ -184,8 +186,16 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
         )
     token_ids = samples.read_inputs(source)
     token_ids = samples.take(token_ids, request.n or min(len(token_ids), MOST_BY_DEFAULT))
+    check_samples(token_ids.shape, vocab_size)
     samples.check_ids(token_ids, vocab_size)
     return token_ids
+
+
+def check_samples(shape: tuple[int, ...], vocab_size: int) -> None:
+    """`Lfm2kitError` where memory cannot hold the ids and the logits of all samples."""
+    n, seq_len = shape
+    what = f"{n} samples of {seq_len} tokens, and their logits,"
+    check_room(what, 4 * n * (seq_len + vocab_size))
 
 
 def inputs_of(request: Request, checkpoint: Checkpoint) -> Path:
@@ -230,7 +240,7 @@ def perform(
     is_first = transport is None or transport.world.rank == 0
     if is_first:
         introduce(request, prepared, report, transport)
-    model = built(prepared.setup, is_first)
+    model = built(prepared, is_first)
     if request.warmup:
         warm = prepared.inputs[: prepared.batch_size]
         run_samples(model, warm, prepared.batch_size, transport=transport)
@@ -279,11 +289,13 @@ def introduce(
         remark(note)
 
 
-def built(setup: Setup, is_first: bool) -> LFM2:
+def built(prepared: Prepared, is_first: bool) -> LFM2:
     """The model, with a progress bar over the bytes of its weights."""
+    setup, (n, seq_len) = prepared.setup, prepared.inputs.shape
+    tokens = min(n, prepared.batch_size) * seq_len
     total = sum(setup.stored_bytes(leaf) for leaf in setup.placed.leaves())
     with progress("loading", total, "GB", 1e9, visible=is_first) as advance:
-        return setup.build(lambda leaf: advance(setup.stored_bytes(leaf)))
+        return setup.build(lambda leaf: advance(setup.stored_bytes(leaf)), tokens=tokens)
 
 
 def run_timed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Block, Memory, Spec, Weights
 from lfm2kit.reference.attention import Attention
@@ -34,3 +36,14 @@ class ReferenceBackend:
     def build(self, spec: Spec, weights: Weights) -> Block:
         block: Block = BLOCKS[type(spec)](spec, weights)
         return block
+
+    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
+        """A convolution's taps in float64, and in a call one matrix after the other.
+
+        All else stays a view of the checkpoint.
+        """
+        shapes = spec.parameters().values()
+        kept = 8 * sum(math.prod(shape) for shape in shapes if len(shape) == 3)
+        if isinstance(spec, specs.Embedding) or tokens == 0:
+            return kept
+        return kept + 8 * max((math.prod(shape) for shape in shapes), default=0)

@@ -267,9 +267,9 @@ def test_plan_shows_how_many_rows_trimmed_layers_keep(cli: Cli) -> None:
 
 @pytest.fixture
 def half_a_gigabyte_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HostMemory, "free_bytes", lambda self: 500_000_000, raising=False)
+    monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 500_000_000)
     monkeypatch.setattr(
-        ReferenceBackend, "workspace_bytes", lambda self, spec, tokens: 100_000_000, raising=False
+        ReferenceBackend, "workspace_bytes", lambda self, spec, weights, tokens: 100_000_000
     )
 
 
@@ -285,12 +285,31 @@ def test_too_little_memory_is_an_error_before_loading(cli: Cli, command: str) ->
 
 
 @pytest.mark.usefixtures("half_a_gigabyte_free")
+def test_samples_that_memory_cannot_hold_are_refused_before_they_are_made(cli: Cli) -> None:
+    asked = ("--random-inputs", 1000, "-n", 100_000)
+    fails(
+        cli("run", "-b", "reference", *asked), "100000 samples of 1000 tokens", "810 MB", "500 MB"
+    )
+
+
+def test_memory_that_runs_out_anywhere_is_for_the_user_to_change(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_to_open(path: Path) -> None:
+        raise MemoryError("Unable to allocate 5 TiB")
+
+    monkeypatch.setattr("lfm2kit.cli.options.open_checkpoint", fails_to_open)
+    fails(cli("plan"), "not enough memory (Unable to allocate 5 TiB)")
+
+
+@pytest.mark.usefixtures("half_a_gigabyte_free")
 def test_plan_shows_what_is_free_and_missing(cli: Cli) -> None:
     fields = json.loads(cli("plan", "-b", "reference", "--json", "-").out)
     assert fields["free_bytes"] == {"host": 500_000_000}
+    assert fields["host_limits"]["memory of this machine"]["limit"] > 0
     assert "3.7 GB are missing" in fields["shortage"]
     out = cli("plan", "-b", "reference").out
-    assert "of workspace at 2048 tokens; 500 MB are free" in out
+    assert "with 2048 tokens at once; 500 MB are free" in out
     assert fields["shortage"] in out
 
 
@@ -299,6 +318,8 @@ def test_a_plan_file_says_the_same_as_text(cli: Cli, tmp_path: Path) -> None:
     path.write_text('default = "cpu_simd"\n[[rule]]\nkind = "attn"\nbackend = "reference"\n')
     from_file = json.loads(cli("plan", "--plan", path, "--json", "-").out)
     from_text = json.loads(cli("plan", "--backend", "cpu_simd,attn=reference", "--json", "-").out)
+    for moving in ("free_bytes", "host_limits"):  # what this machine has left just now
+        assert from_file.pop(moving).keys() == from_text.pop(moving).keys()
     assert from_file == from_text
 
 
@@ -321,6 +342,7 @@ def test_env_names_versions_and_backends(cli: Cli) -> None:
     fields = json.loads(cli("env", "--json", "-").out)
     assert fields["backends"]["reference"] == "ready"
     assert "numpy" in fields["packages"]
+    assert " free of " in fields["memory"]["memory of this machine"]
 
 
 @pytest.mark.parametrize("form", ["md", "csv"])

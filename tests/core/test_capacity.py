@@ -12,6 +12,7 @@ from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import Setup, find_model, set_up
+from lfm2kit.memory import HostMemory
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import InstalledBackend, installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
@@ -39,7 +40,7 @@ class CardBackend(DeviceBackend):
         self.there = Card()
         self.itemsize = PACKED[context.precision]
 
-    def workspace_bytes(self, spec: Spec, tokens: int) -> int:
+    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
         return self.itemsize * spec.weight_elements() + 1_000_000 * tokens
 
     def build(self, spec: Spec, weights: Weights) -> Block:
@@ -108,8 +109,9 @@ def test_a_precision_that_another_backend_lacks_is_not_proposed() -> None:
 
 def test_what_other_memories_hold_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        ReferenceBackend, "workspace_bytes", lambda self, spec, tokens: 1 << 40, raising=False
+        ReferenceBackend, "workspace_bytes", lambda self, spec, weights, tokens: 1 << 40
     )
+    monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 1 << 60)
     Card.free = 4 * elements(without_experts_of=6)
     assert card("card,experts=reference").shortage() is None
     assert card("card,experts=reference", trim=True).shortage() is None

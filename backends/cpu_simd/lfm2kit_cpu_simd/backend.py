@@ -10,8 +10,19 @@ from importlib import import_module
 from types import ModuleType
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Block, Ceilings, Context, DType, Memory, Spec, Weights
+from lfm2kit.backend import (
+    HOST,
+    Block,
+    Ceilings,
+    Context,
+    DType,
+    Memory,
+    Spec,
+    Tensor,
+    Weights,
+)
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.weights import STORED_AS
 from lfm2kit_cpu_simd.compiling import announced
 from lfm2kit_cpu_simd.machine import STORAGES
 from lfm2kit_cpu_simd.threads import set_threads, threading_notes
@@ -57,9 +68,20 @@ class CpuSimdBackend:
         block: Block = getattr(module, type(spec).__name__)(spec, weights, self._dtype)
         return block
 
-    def workspace_bytes(self, spec: Spec, tokens: int) -> int:
-        """Activations between a block's kernels; packed weights take the place of mapped ones."""
-        return sum(4 * tokens * _floats_per_row(leaf) for leaf in specs.leaves(spec))
+    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
+        """The packed weights, and the activations between a block's kernels."""
+        kept = sum(self._kept_bytes(name, weights[name]) for name in spec.parameters())
+        if isinstance(spec, specs.Embedding):
+            kept = 0  # a view of the checkpoint
+        return kept + sum(4 * tokens * _floats_per_row(leaf) for leaf in specs.leaves(spec))
+
+    def _kept_bytes(self, name: str, tensor: Tensor) -> int:
+        """Of a matrix without the padding of its panels; all else is kept in float32."""
+        if tensor.data.ndim != 2:
+            return 4 * tensor.data.size
+        rounded = None if name == "gate.weight" else self._dtype  # no precision rounds a router
+        storage = rounded or (tensor.dtype if tensor.dtype in STORAGES else "F32")
+        return tensor.data.size * STORED_AS[storage].itemsize
 
     def notes(self) -> list[str]:
         return threading_notes()

@@ -58,10 +58,13 @@ class CudaBackend:
             raise Lfm2kitError(self._out_of_memory(spec)) from None
         return block
 
-    def workspace_bytes(self, spec: Spec, tokens: int) -> int:
+    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
         """The packed copy of every matrix; activations are a few arrays as large as x."""
         if isinstance(spec, specs.Embedding):
-            return 2 * spec.weight_elements()  # at least: it stays as it is stored
+            return weights["weight"].nbytes  # it stays as it is stored
+        return self._packed_bytes(spec)
+
+    def _packed_bytes(self, spec: Spec) -> int:
         return sum(
             self._gemm.packed_bytes(shape)
             for leaf in specs.leaves(spec)
@@ -87,6 +90,6 @@ class CudaBackend:
         smaller = "--precision bf16, or " if self._gemm.activation == "F32" else ""
         return (
             f"the GPU's memory does not hold the model: {free:.1f} of {total:.1f} GB are left, and "
-            f"a block of kind '{spec.kind}' needs {1e-9 * self.workspace_bytes(spec, 1):.1f} GB; "
+            f"a block of kind '{spec.kind}' needs {1e-9 * self._packed_bytes(spec):.1f} GB; "
             f"try {smaller}--n-cpu-moe N, which keeps the experts of N layers on the CPU"
         )

@@ -27,9 +27,11 @@ class HybridBackend:
     def build(self, spec: Spec, weights: Weights) -> Block:
         return self._backend_of(spec).build(spec, weights)
 
-    def workspace_bytes(self, spec: Spec, tokens: int) -> int:
+    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
         backend = self._backend_of(spec)
-        return backend.workspace_bytes(spec, tokens) if isinstance(backend, NeedsWorkspace) else 0
+        if not isinstance(backend, NeedsWorkspace):
+            return 0
+        return backend.workspace_bytes(spec, weights, tokens)
 
     def notes(self) -> list[str]:
         return self._notes

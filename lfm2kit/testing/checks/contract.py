@@ -68,7 +68,8 @@ def sizes_are_known_before_building(trial: Trial) -> None:
             continue  # joined of parts, which have their turn
         memory, sizes = trial.backend.memory(spec), [0]
         if isinstance(trial.backend, NeedsWorkspace):
-            sizes += [trial.backend.workspace_bytes(spec, tokens) for tokens in (0, 1, 17, 4096)]
+            weights = trial.random_weights(spec)
+            sizes += [trial.backend.workspace_bytes(spec, weights, t) for t in (0, 1, 17, 4096)]
         if sizes != sorted(sizes) or not all(type(size) is int for size in sizes):
             raise CheckFailed(f"{spec}: workspace_bytes at 0, 1, 17 and 4096 rows: {sizes[1:]}")
         free = memory.free_bytes() if isinstance(memory, Bounded) else 0

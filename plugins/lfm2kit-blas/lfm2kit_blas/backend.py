@@ -130,6 +130,11 @@ class BlasBackend:
         block: Block = BLOCKS[type(spec)](spec, weights)
         return block
 
+    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
+        """Weights of 16 bits are kept in float32; others stay views of the checkpoint."""
+        tensors = (weights[name] for name in spec.parameters())
+        return sum(4 * t.data.size for t in tensors if t.dtype != "F32")
+
     def notes(self) -> list[str]:
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
         notes = [f"NumPy's BLAS is {blas['name']} {blas['version']}"]
