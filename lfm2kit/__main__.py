@@ -26,6 +26,9 @@ def main() -> NoReturn:
             raise
         _complain(str(error))
         sys.exit(2)
+    except MemoryError as error:
+        _complain(f"there is not enough memory ({error}); lfm2kit env shows what limits it")
+        sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit import specs
+from lfm2kit import out_of_memory, specs
 from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, State
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
@@ -164,7 +164,8 @@ class Builder:
         else:
             weights = self.weights.scope(placed.scope)
             placed.spec.check_values(weights)
-            block = self.create(placed.backend).build(placed.spec, weights)
+            with out_of_memory.building(placed, weights):
+                block = self.create(placed.backend).build(placed.spec, weights)
             self.built(placed)
         return self._seamed(placed, block)
 
@@ -189,6 +190,7 @@ class LFM2:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_replays", Replays(self.home))
 
+    @out_of_memory.in_a_forward
     def logits(self, batch: Batch, state: ModelState | None = None) -> npt.NDArray[np.float32]:
         """float32 [len(batch.logits_rows), vocab_size].
 
