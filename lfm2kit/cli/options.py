@@ -65,7 +65,7 @@ PrecisionOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None,
-    whole_number("--threads", help="CPU threads. [default: the cores of this machine]"),
+    whole_number("--threads", help="CPU threads. [default: the cores that this process may use]"),
 ]
 CpuMoeOption = Annotated[
     int,

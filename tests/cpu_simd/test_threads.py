@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 
 import numba
 import numpy as np
 import pytest
+from lfm2kit_cpu_simd import threads
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
 from lfm2kit_cpu_simd.threads import CORES, CREW, CROWDED, PATIENCE, WINDOW, Crew, threading_notes
 
@@ -58,6 +60,12 @@ def test_one_thread_and_two_give_the_same_bits(alone: None) -> None:
 def test_more_threads_than_cores_are_refused() -> None:
     with pytest.raises(Lfm2kitError, match="--threads 5000"):
         CpuSimdBackend(Context(threads=5000))
+
+
+def test_a_quota_of_processor_time_limits_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2kit.machine.cores", lambda: 17)
+    fresh = runpy.run_path(threads.__file__)
+    assert fresh["CORES"] == 17
 
 
 def test_ranks_on_one_machine_share_its_cores() -> None:

@@ -13,6 +13,7 @@ import numba
 
 from lfm2kit.backend import Context
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.machine import cores
 from lfm2kit.timing import waits
 
 # Idle OpenMP threads spin, by default for milliseconds: where other processes want the cores, what
@@ -26,7 +27,7 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 # Asked for before anything runs: with OMP_PROC_BIND the first parallel kernel binds this thread to
 # one core, which is then all that it is told of.
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = cores()
 
 
 def threading_notes() -> list[str]:
