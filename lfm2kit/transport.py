@@ -5,6 +5,8 @@ The core never imports an MPI: `backends/mpi` announces the transport "mpi".
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -59,7 +61,7 @@ class Launcher(Protocol):
         ...
 
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
-        """Runs `lfm2kit *arguments` on `ranks` ranks; the job's exit code.
+        """Runs `rank_command(arguments)` on `ranks` ranks; the job's exit code.
 
         Raises `Lfm2kitError` where no launcher is installed.
         """
@@ -77,6 +79,23 @@ class TransportPlugin:
     name: str
     summary: str
     launcher: Launcher
+
+
+# The options of this interpreter that decide what is imported, and how, by their flags.
+_OPTIONS = {"isolated": "I", "ignore_environment": "E", "no_user_site": "s", "no_site": "S"}
+
+
+def rank_command(arguments: Sequence[str]) -> list[str]:
+    """The command of a process that runs `lfm2kit *arguments` with the code of this one.
+
+    It has this process's interpreter and `sys.path`.  `python -m lfm2kit` would look into the
+    current folder first, even where the user's own command does not.
+    """
+    options = [f"-{letter}" for flag, letter in _OPTIONS.items() if getattr(sys.flags, flag)]
+    options += ["-O"] * sys.flags.optimize
+    path = [os.path.abspath(entry) for entry in sys.path]
+    code = f"import sys; sys.path[:] = {path!a}; from lfm2kit.__main__ import main; main()"
+    return [sys.executable, "-P", *options, "-c", code, *arguments]
 
 
 def share(count: int, size: int, rank: int) -> range:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.transport import Transport
+from lfm2kit.transport import Transport, rank_command
 
 # What launchers set for each process: Open MPI, MPICH and Intel MPI and Slurm's PMI, MVAPICH.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -36,8 +36,7 @@ class MpiLauncher:
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
         _check_cores(ranks)
         mpiexec = find_mpiexec()
-        command = [mpiexec, *_flags(mpiexec), "-n", str(ranks)]
-        command += [sys.executable, "-m", "lfm2kit", *arguments]
+        command = [mpiexec, *_flags(mpiexec), "-n", str(ranks), *rank_command(arguments)]
         # A group of its own: an interrupt is passed on once, by us, and reaches every process.
         job = subprocess.Popen(command, start_new_session=True)
         try:
