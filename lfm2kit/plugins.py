@@ -66,6 +66,7 @@ class Plugins:
     def __init__(self, entries: list[EntryPoint]) -> None:
         self.backends: dict[str, InstalledBackend] = {}
         self.transports: dict[str, TransportPlugin] = {}
+        self.loaded: list[EntryPoint] = []
         self.broken: list[BrokenPlugin] = []
         self._wrappers: list[tuple[str, Any]] = []
         for entry in entries:
@@ -84,6 +85,7 @@ class Plugins:
             transports = [t for some in manager.hook.lfm2kit_transports() for t in some]
             self._announce(backends, transports, distribution)
             self._wrappers.append((entry.name, manager))
+            self.loaded.append(entry)
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as error:  # a plugin may well raise SystemExit
@@ -165,20 +167,37 @@ class Plugins:
                     raise TypeError(f"plugin '{plugin}' wraps {name} in {block!r}: no block")
         return block
 
-    def transport(self, name: str) -> TransportPlugin:
-        """The announced transport `name`; else `Lfm2kitError`."""
-        if name not in self.transports:
-            raise Lfm2kitError(f"unknown transport '{name}'; {choices(name, self.transports)}")
-        return self.transports[name]
-
 
 def installed_plugins() -> Plugins:
     """The plugins of this environment that the allow-list lets in."""
     return Plugins(list(_allowed(os.environ.get(ALLOW_LIST))))
 
 
+def find_transport(name: str) -> TransportPlugin:
+    """The transport `name`, from its plugin alone: no other is loaded, whatever is wrong with it.
+
+    The entry point called `name` is that plugin, and needs no place in the allow-list; only where
+    it announces no such transport are those of the list asked.  Raises `Lfm2kitError`.
+    """
+    named = Plugins([entry for entry in _installed() if entry.name == name])
+    if name in named.transports:
+        return named.transports[name]
+    if named.broken:
+        raise Lfm2kitError(
+            f"transport '{name}' cannot be had: its plugin is broken: {named.broken[0].reason}"
+        )
+    plugins = installed_plugins()
+    if name not in plugins.transports:
+        raise Lfm2kitError(f"unknown transport '{name}'; {choices(name, plugins.transports)}")
+    return plugins.transports[name]
+
+
+def _installed() -> list[EntryPoint]:
+    return sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+
+
 def _allowed(allow_list: str | None) -> Iterator[EntryPoint]:
-    entries = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    entries = _installed()
     if allow_list is None:
         yield from entries
         return

@@ -68,7 +68,12 @@ class Launcher(Protocol):
         ...
 
     def connect(self) -> Transport:
-        """This rank's transport; called in every process of a job."""
+        """This rank's transport; called in every process of a job, and joins it.
+
+        No other plugin is loaded yet, and no device is in use.  A transport that hands a device's
+        memory to MPI chooses the device here, by the launcher's local rank, and then starts MPI.
+        Raises `Lfm2kitError` where the job cannot be joined.
+        """
         ...
 
 

@@ -12,6 +12,7 @@ from lfm2kit.cli.bench import bench
 from lfm2kit.cli.convert import convert
 from lfm2kit.cli.env import env
 from lfm2kit.cli.plan import plan
+from lfm2kit.cli.ranks import RanksCommand
 from lfm2kit.cli.run import run
 from lfm2kit.cli.warmup import warmup
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(run)
+app.command(cls=RanksCommand)(run)
 app.command()(plan)
 app.add_typer(backends, name="backends")
 app.command()(bench)

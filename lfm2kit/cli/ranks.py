@@ -1,37 +1,142 @@
-"""Commands that run on several ranks: starting the job, joining it, and ending all of it."""
+"""Commands that run on several ranks: starting the job, joining it, and ending all of it.
+
+What goes wrong on one rank before all of them compute has to reach the others, which would wait
+for it for ever.  So a rank joins its job first, and then prepares; one that cannot even
+read its command line joins all the same, to say so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
 
+import typer
+from typer.core import TyperCommand
+
+from lfm2kit.agreement import Facts, Refusal, agree
 from lfm2kit.cli.console import complain, err
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.plugins import Plugins
+from lfm2kit.launchers import Started, started
+from lfm2kit.plugins import find_transport
 from lfm2kit.transport import Transport
 
 INTERNAL_ERROR = 3  # a rank met a bug: neither the result's fault nor the user's
+DEFAULT_TRANSPORT = "mpi"
+
+T = TypeVar("T")
 
 
-def joined_job(plugins: Plugins, transport: str, ranks: int | None) -> Transport | None:
-    """This process's place in the job that it was started in; None outside any.
+def joined_job(name: str) -> Transport | None:
+    """This process's place in the job that it was started in; None if it is alone.
 
-    Raises `Lfm2kitError` where `ranks` asks for another number than the job has.
+    Only the plugin of the transport `name` is loaded for it.  Raises `Lfm2kitError` where a
+    launcher started several processes that cannot be ranks of one job.
     """
-    if transport not in plugins.transports and (ranks or 1) == 1:
-        return None
-    launcher = plugins.transport(transport).launcher
-    size = launcher.world_size() or 1
-    if size == 1:
-        return None
-    if ranks not in (None, size):
-        raise Lfm2kitError(f"--ranks {ranks}, but this job has {size}; leave --ranks out here")
-    return launcher.connect()
+    try:
+        return _connected(name)
+    except Lfm2kitError as error:
+        if started() is not None:
+            refuse(str(error))
+        elif name == DEFAULT_TRANSPORT:
+            return None  # it need not be installed; who asks for ranks is told at the launch
+        raise
 
 
-def launched(plugins: Plugins, transport: str, ranks: int, arguments: Sequence[str]) -> int:
+def _connected(name: str) -> Transport | None:
+    launcher = find_transport(name).launcher
+    size = launcher.world_size()
+    if size is not None:
+        return launcher.connect() if size > 1 else None
+    if (others := started()) is not None:
+        _refuse_copies(others)
+    return None
+
+
+def _refuse_copies(others: Started) -> NoReturn:
+    """Ends every process of a launcher that made no ranks of them; one of them says so."""
+    if not others.is_first_to_know:
+        raise typer.Exit(2)
+    raise Lfm2kitError(
+        f"{others.launcher.name} started {others.size} processes ({others.evidence}), but not as "
+        f"ranks of one job: each would run everything; {others.launcher.advice}, or give "
+        "--independent if that is what you want"
+    )
+
+
+def refuse(sentence: str, name: str = DEFAULT_TRANSPORT) -> None:
+    """Ends the job that this process was started in, before it has joined; returns if none."""
+    try:
+        job = _connected(name)
+    except Lfm2kitError:
+        return
+    if job is not None:
+        _settle(job, Refusal(sentence))
+
+
+def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T], Facts]) -> T:
+    """What `prepare` returns, once every rank has come so far, and all with the same facts.
+
+    Otherwise every rank exits, and rank 0 says why.
+    """
+    if job is None:
+        return prepare()
+    try:
+        prepared = prepare()
+        report: Facts | Refusal = facts(prepared)
+    except Lfm2kitError as error:
+        report = Refusal(str(error))
+    except Exception as error:
+        err.print_exception()
+        report = Refusal(f"this is a bug: {type(error).__name__}: {error}", INTERNAL_ERROR)
+    _settle(job, report)
+    return prepared
+
+
+def _settle(job: Transport, report: Facts | Refusal) -> None:
+    """Returns where all ranks agree; else all of them exit."""
+    refusal = agree(job, report)
+    if refusal is None:
+        return
+    if job.world.rank == 0:
+        complain(refusal.sentence)
+    raise typer.Exit(refusal.exit_code)
+
+
+class RanksCommand(TyperCommand):
+    """A command line that is wrong on one rank ends the job, on every rank."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            sentence = _sentence(error)
+            if sentence is not None and "--independent" not in words:
+                refuse(sentence, _transport_in(words))
+            raise
+
+
+def _sentence(error: Exception) -> str | None:
+    """What is wrong with a command line; None for what is no error, such as --help."""
+    if isinstance(error, Lfm2kitError):
+        return str(error)
+    said = getattr(error, "format_message", None)  # typer's errors, wherever they are defined
+    return str(said()).rstrip(".") if said is not None else None
+
+
+def _transport_in(words: Sequence[str]) -> str:
+    """The transport that a command line names, though there may be something wrong with it."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, _, value = word.partition("=")
+        if option == "--transport":
+            return value or following
+    return DEFAULT_TRANSPORT
+
+
+def launched(transport: str, ranks: int, arguments: Sequence[str]) -> int:
     """The exit code of `lfm2kit *arguments` on `ranks` ranks."""
-    return plugins.transport(transport).launcher.launch(ranks, arguments)
+    return find_transport(transport).launcher.launch(ranks, arguments)
 
 
 @contextmanager
@@ -39,6 +144,8 @@ def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
     """Makes one rank's failure the whole job's: the others would wait for it for ever."""
     try:
         yield
+    except typer.Exit:  # every rank exits: they agree on it
+        raise
     except BaseException as error:
         if transport is not None:
             _end(transport, error)

@@ -14,18 +14,19 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from lfm2kit import bounds, samples
+from lfm2kit import bounds, fingerprints, samples
+from lfm2kit.agreement import Fact, Facts
 from lfm2kit.capacity import check_room
 from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, complain, progress, remark
-from lfm2kit.cli.ranks import ending_all_ranks, joined_job, launched
+from lfm2kit.cli.ranks import DEFAULT_TRANSPORT, agreed, ending_all_ranks, joined_job, launched
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import check_target
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.model import LFM2
 from lfm2kit.plan import Plan
-from lfm2kit.plugins import Plugins, installed_plugins
+from lfm2kit.plugins import installed_plugins
 from lfm2kit.running import Timed, default_batch_size, run_samples
 from lfm2kit.targets import check_apart
 from lfm2kit.transport import Transport, World
@@ -80,14 +81,20 @@ def run(
         int | None,
         options.whole_number("--ranks", help="Processes that share samples and experts (MPI)."),
     ] = None,
-    transport: Annotated[str, typer.Option(help="What several ranks talk over.")] = "mpi",
+    transport: Annotated[
+        str, typer.Option(help="What several ranks talk over.")
+    ] = DEFAULT_TRANSPORT,
+    independent: Annotated[
+        bool,
+        typer.Option("--independent", help="Run alone, though a launcher started several of me."),
+    ] = False,
     json: options.JsonOption = None,
 ) -> None:
     """Runs samples through a model, and validates and times it."""
     request = Request(
         model=model,
-        plan=options.chosen_plan(backend, plan),
-        plan_file=plan,
+        backend=backend,
+        plan=plan,
         n=n,
         validate=validate_outputs,
         warmup=warmup,
@@ -101,15 +108,17 @@ def run(
         threads=threads,
         n_cpu_moe=n_cpu_moe,
         trim=trim,
+        ranks=ranks,
+        transport=transport,
+        json=json,
     )
-    report = Report(json)
-    plugins = installed_plugins()
-    job = joined_job(plugins, transport, ranks)
-    if job is None and (ranks or 1) > 1:
-        prepare(request, report, plugins, None)  # what is wrong shows here, once, not on every rank
-        raise typer.Exit(launched(plugins, transport, ranks or 1, sys.argv[1:]))
+    job = None if independent else joined_job(transport)
     with ending_all_ranks(job):
-        is_good = perform(request, report, plugins, job)
+        # Without a job yet, what is wrong shows here: once, not on every rank.
+        prepared = agreed(job, lambda: prepare(request, job), lambda p: facts_of(request, p))
+        if job is None and (ranks or 1) > 1:
+            raise typer.Exit(launched(transport, ranks or 1, sys.argv[1:]))
+        is_good = perform(request, prepared, job)
     if not is_good:
         raise typer.Exit(1)
 
@@ -119,8 +128,8 @@ class Request:
     """What the command line asks for."""
 
     model: str
-    plan: Plan
-    plan_file: Path | None
+    backend: str | None
+    plan: Path | None
     n: int | None
     validate: bool
     warmup: bool
@@ -134,12 +143,21 @@ class Request:
     threads: int | None
     n_cpu_moe: int
     trim: bool
+    ranks: int | None
+    transport: str
+    json: str | None
+
+
+# What may differ between ranks, or is compared by what comes of it: a path may be a node's own.
+NOT_COMPARED = {"model", "backend", "plan", "n", "batch_size", "inputs", "threads", "ranks"}
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """All that can be known, and be wrong, before a weight is read."""
 
+    report: Report
+    plan: Plan  # as it was asked for
     checkpoint: Checkpoint
     setup: Setup
     inputs: npt.NDArray[np.int32]  # [n, seq_len]
@@ -147,26 +165,55 @@ class Prepared:
     batch_size: int
 
 
-def prepare(
-    request: Request, report: Report, plugins: Plugins, transport: Transport | None
-) -> Prepared:
+def prepare(request: Request, transport: Transport | None) -> Prepared:
     """Everything found and checked; `Lfm2kitError` says what the user must change."""
+    world = transport.world if transport is not None else World()
+    if transport is not None and request.ranks not in (None, world.size):
+        raise Lfm2kitError(
+            f"--ranks {request.ranks}, but this job has {world.size}; leave --ranks out here"
+        )
+    report = Report(request.json)
+    plan = options.chosen_plan(request.backend, request.plan)
     checkpoint = options.open_model(request.model)
     check_outputs(request, report, checkpoint)
     token_ids = token_ids_of(request, checkpoint)
     answers = answers_of(request, checkpoint)
-    world = transport.world if transport is not None else World()
     setup = set_up(
         checkpoint,
-        request.plan,
+        plan,
         context=options.context_for(request.precision, request.threads, world),
         n_cpu_moe=request.n_cpu_moe,
         trim=request.trim,
         transport=transport,
-        plugins=plugins,
+        plugins=installed_plugins(),
     )
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
-    return Prepared(checkpoint, setup, token_ids, answers, batch_size)
+    return Prepared(report, plan, checkpoint, setup, token_ids, answers, batch_size)
+
+
+def facts_of(request: Request, prepared: Prepared) -> Facts:
+    """What all ranks of a job must have in common, before one of them reads its weights."""
+    asked = {name: v for name, v in asdict(request).items() if name not in NOT_COMPARED}
+    settled = {
+        "--backend": prepared.setup.plan,
+        **{f"--{name.replace('_', '-')}": value for name, value in asked.items()},
+        "--batch-size": prepared.batch_size,
+        "-n": len(prepared.inputs),
+        "the inputs' content": fingerprints.digest([prepared.inputs.tobytes()]),
+    }
+    return {
+        **{name: _fact(value) for name, value in settled.items()},
+        **fingerprints.of_environment(),
+        **fingerprints.of_model(prepared.checkpoint),
+        **fingerprints.of_code(prepared.setup.plugins),
+    }
+
+
+def _fact(value: object) -> Fact:
+    """An option's value in words that suit a sentence."""
+    if value is None or isinstance(value, bool):
+        return Fact("given" if value else "not given")
+    return Fact(str(value))
 
 
 def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
@@ -210,7 +257,7 @@ def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> N
     if request.outputs is not None:
         check_target("--outputs", request.outputs)
         check_no_part("--outputs", request.outputs)
-    reads = options.files_of(checkpoint, request.plan_file)
+    reads = options.files_of(checkpoint, request.plan)
     reads["the inputs"] = [inputs_of(request, checkpoint)]
     check_apart({"--outputs": request.outputs, "--json": report.path}, reads)
     report.check_apart({"the answers": [request.answers or checkpoint.beside("answers.bin")]})
@@ -232,14 +279,11 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
 
 
 @np.errstate(all="ignore")  # what is not finite is told once, at the end
-def perform(
-    request: Request, report: Report, plugins: Plugins, transport: Transport | None
-) -> bool:
+def perform(request: Request, prepared: Prepared, transport: Transport | None) -> bool:
     """The whole run, and whether its result is good; what it says is said by rank 0 alone."""
-    prepared = prepare(request, report, plugins, transport)
     is_first = transport is None or transport.world.rank == 0
     if is_first:
-        introduce(request, prepared, report, transport)
+        introduce(request, prepared, transport)
     model = built(prepared, is_first)
     if request.warmup:
         warm = prepared.inputs[: prepared.batch_size]
@@ -249,25 +293,24 @@ def perform(
         return True
     verdict = judge(timed.logits, prepared.answers, request.precision)
     problem = not_finite(timed.logits)
-    report.fields["finite"] = problem is None
+    prepared.report.fields["finite"] = problem is None
     is_good = problem is None and (verdict is None or verdict.is_valid)
     try:
-        conclude(timed.seconds, len(prepared.inputs), verdict, report)
+        conclude(timed.seconds, len(prepared.inputs), verdict, prepared.report)
         if problem is not None:
             complain(problem)
     finally:  # whatever becomes of the printed lines
-        deliver(request, timed.logits, is_good, report)
+        deliver(request, timed.logits, is_good, prepared.report)
     return is_good
 
 
-def introduce(
-    request: Request, prepared: Prepared, report: Report, transport: Transport | None
-) -> None:
+def introduce(request: Request, prepared: Prepared, transport: Transport | None) -> None:
     """Says what will run, before it runs: nothing is chosen in silence."""
+    report = prepared.report
     n, seq_len = prepared.inputs.shape
     size = prepared.checkpoint.spec.weight_elements()
     ranks = transport.world.size if transport is not None else 1
-    chosen = "" if str(request.plan) == str(prepared.setup.plan) else f" ({request.plan})"
+    chosen = "" if str(prepared.plan) == str(prepared.setup.plan) else f" ({prepared.plan})"
     report.fields |= {
         "model": str(prepared.checkpoint.path),
         "parameters": size,

@@ -1,0 +1,146 @@
+"""The first thing that the ranks of a job do together: they compare what they are about to run.
+
+Each rank reports facts, or why it cannot run.  All of them learn the same verdict, so that every
+rank goes on or every rank ends.  Ranks that differ would wait for each other for ever, or compute
+something that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lfm2kit.transport import Transport
+
+MOST_SHOWN = 3  # differences, or errors, in the one line
+ABSENT = "not there"
+
+
+class Fact(NamedTuple):
+    """Something that all ranks must have in common; `note` is shown, but not compared."""
+
+    value: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.note})" if self.note else self.value
+
+
+Facts = Mapping[str, Fact]
+
+
+class Refusal(NamedTuple):
+    """Why a rank cannot run, or the whole job; the exit code that goes with it."""
+
+    sentence: str
+    exit_code: int = 2
+
+
+def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:
+    """None where every rank reports the same facts; else the same refusal on every rank.
+
+    Collective: every rank of the job calls it once, before any other operation.
+    """
+    reports = _on_first(transport, json.dumps(_packed(report)))
+    refusal = None if reports is None else compared([_unpacked(r) for r in reports])
+    verdict = _from_first(transport, json.dumps(refusal))
+    return None if verdict == "null" else Refusal(*json.loads(verdict))
+
+
+def compared(reports: Sequence[Facts | Refusal]) -> Refusal | None:
+    """What keeps ranks with these reports, in order of rank, from running together."""
+    refusals = {rank: r for rank, r in enumerate(reports) if isinstance(r, Refusal)}
+    if refusals:
+        return _of_all(refusals, len(reports))
+    facts = [report for report in reports if not isinstance(report, Refusal)]
+    differences = [d for name in _names(facts) if (d := _difference(name, facts)) is not None]
+    if not differences:
+        return None
+    return Refusal(f"the ranks do not agree: {_joined(differences)}; start all of them alike")
+
+
+def _names(reports: Sequence[Facts]) -> list[str]:
+    """The names of all facts in their order, those that only some ranks have among them."""
+    places: dict[str, int] = {}
+    for report in reports:
+        for place, name in enumerate(report):
+            places[name] = max(place, places.get(name, place))
+    return sorted(places, key=places.__getitem__)
+
+
+def _of_all(refusals: Mapping[int, Refusal], size: int) -> Refusal:
+    """The ranks' refusals as one, each sentence with the ranks that say it."""
+    said: dict[str, list[int]] = {}
+    for rank, refusal in refusals.items():
+        said.setdefault(refusal.sentence, []).append(rank)
+    exit_code = max(refusal.exit_code for refusal in refusals.values())
+    if len(refusals) == size and len(said) == 1:  # the same everywhere: no rank's own trouble
+        return Refusal(next(iter(said)), exit_code)
+    return Refusal(_joined(f"{_ranks(r)}: {s}" for s, r in said.items()), exit_code)
+
+
+def _difference(name: str, reports: Sequence[Facts]) -> str | None:
+    """Which ranks have which value of the fact `name`; None where all have the same."""
+    groups: dict[str, list[int]] = {}
+    shown: dict[str, str] = {}
+    for rank, report in enumerate(reports):
+        fact = report.get(name, Fact(ABSENT))
+        groups.setdefault(fact.value, []).append(rank)
+        shown.setdefault(fact.value, str(fact))
+    if len(groups) == 1:
+        return None
+    return f"{name} is " + _and([f"{shown[v]} on {_ranks(ranks)}" for v, ranks in groups.items()])
+
+
+def _joined(sentences: Iterable[str]) -> str:
+    sentences = list(sentences)
+    more = len(sentences) - MOST_SHOWN
+    return "; ".join(sentences[:MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _and(phrases: Sequence[str]) -> str:
+    *first, last = phrases
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """As "rank 2", "ranks 0, 3" or "ranks 1-7"; `ranks` ascend."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"ranks {ranks[0]}-{ranks[-1]}"
+    return f"ranks {', '.join(map(str, ranks))}"
+
+
+def _packed(report: Facts | Refusal) -> list[object]:
+    return [*report] if isinstance(report, Refusal) else [dict(report)]
+
+
+def _unpacked(text: str) -> Facts | Refusal:
+    match json.loads(text):
+        case [dict(facts)]:
+            return {name: Fact(*fact) for name, fact in facts.items()}
+        case [sentence, exit_code]:
+            return Refusal(sentence, exit_code)
+    raise ValueError(f"a rank reported {text[:80]!r}: is it another lfm2kit?")
+
+
+def _on_first(transport: Transport, line: str) -> list[str] | None:
+    """Every rank's line, in order of rank, on rank 0; None elsewhere."""
+    rows = transport.gather(_bytes(f"{line}\n"))
+    return None if rows is None else rows.tobytes().decode().splitlines()
+
+
+def _from_first(transport: Transport, text: str) -> str:
+    """Rank 0's text, on every rank."""
+    size = transport.world.size
+    mine = _bytes(text if transport.world.rank == 0 else "")
+    received, _ = transport.all_to_all(np.tile(mine, size), [len(mine)] * size)
+    return received.tobytes().decode()
+
+
+def _bytes(text: str) -> np.ndarray:  # json escapes all that is not ASCII
+    return np.frombuffer(text.encode(), np.uint8)

@@ -1,0 +1,90 @@
+"""Whether a launcher started this process as one of several, as the environment tells it.
+
+A launcher that starts several processes but gives them no way to find each other leaves as many
+whole runs.  No transport can notice that: for it there is no job.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NamedTuple
+
+SLURM = "srun"
+MPIEXEC = "start them with the mpiexec of mpi4py's MPI"
+
+
+class Launcher(NamedTuple):
+    """A program that starts processes, and the variables that it sets for each of them."""
+
+    name: str
+    rank: str
+    size: str | None  # None: it says no size
+    advice: str = MPIEXEC  # what to type to get ranks
+
+
+class Started(NamedTuple):
+    """This process is one of `size`, at least, that a launcher started."""
+
+    launcher: Launcher
+    rank: int
+    size: int
+
+    @property
+    def is_first_to_know(self) -> bool:
+        """Whether no process of a lower rank can tell that there are several."""
+        return self.rank == (0 if self.launcher.size is not None else 1)
+
+    @property
+    def evidence(self) -> str:
+        """The variable that says so, with its value."""
+        name = self.launcher.size or self.launcher.rank
+        return f"{name}={os.environ[name]}"
+
+
+# The innermost launcher first: MPICH's mpiexec, for one, starts its helpers with srun.
+LAUNCHERS = (
+    Launcher("mpiexec", "PMI_RANK", "PMI_SIZE"),
+    Launcher("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    Launcher("mpirun_rsh", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    Launcher("torchrun", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    Launcher(
+        SLURM,
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",  # SLURM_NTASKS is set in every shell of an allocation
+        "type srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list shows which there are)",
+    ),
+    Launcher("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+    Launcher("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    Launcher("aprun", "ALPS_APP_PE", None),
+    Launcher("mpiexec", "PALS_RANKID", None),
+    Launcher("prun", "PMIX_RANK", None),
+)
+
+
+def started() -> Started | None:
+    """This process's place among those that a launcher started together; None if it is alone.
+
+    Of a launcher that says no size, the first process takes itself to be alone.
+    """
+    found = (_by(launcher) for launcher in LAUNCHERS)
+    innermost = next((one for one in found if one is not None), None)
+    return innermost if innermost is not None and innermost.size > 1 else None
+
+
+def _by(launcher: Launcher) -> Started | None:
+    rank = _number(launcher.rank)
+    if rank is None or (launcher.name == SLURM and _is_interactive_shell()):
+        return None
+    size = rank + 1 if launcher.size is None else _number(launcher.size)
+    return None if size is None else Started(launcher, rank, size)
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else None
+
+
+def _is_interactive_shell() -> bool:
+    """In `srun --pty bash` the first task is a shell, and what is typed there is run once."""
+    return "SLURM_PTY_PORT" in os.environ and sys.stdin is not None and sys.stdin.isatty()

@@ -1,0 +1,85 @@
+"""What `lfm2kit run` compares between ranks: every option that changes the run, by its name."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from lfm2kit.agreement import Facts, compared
+from lfm2kit.cli import app
+from lfm2kit.loading import find_model
+
+FactsOf = Callable[..., Facts]
+RANDOM = ("--random-inputs", "4")
+
+
+@pytest.fixture
+def facts_of(monkeypatch: pytest.MonkeyPatch) -> FactsOf:
+    """The facts that a rank with these arguments would report."""
+    reported: list[Facts] = []
+
+    def agreed(job: Any, prepare: Callable[[], Any], facts: Callable[[Any], Facts]) -> None:
+        reported.append(facts(prepare()))
+        raise typer.Exit(0)
+
+    monkeypatch.setattr(importlib.import_module("lfm2kit.cli.run"), "agreed", agreed)
+
+    def facts_of(*arguments: str) -> Facts:
+        words = ["run", "-n", "4", "--backend", "reference", *arguments]
+        app(words, prog_name="lfm2kit", standalone_mode=False)
+        return reported.pop()
+
+    return facts_of
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-n", "5"], "-n is 4 on rank 0 and 5 on rank 1; the inputs' content is"),
+        (["--backend", "reference,mlp=blas"], "--backend is reference on rank 0 and reference,mlp"),
+        (["--batch-size", "2"], "--batch-size is 256 on rank 0 and 2 on rank 1"),
+        (["--trim"], "--trim is not given on rank 0 and given on rank 1"),
+        (["--warmup"], "--warmup is not given on rank 0 and given on rank 1"),
+        (["--validate"], "--validate is not given on rank 0 and given on rank 1"),
+        (["--transport", "pigeon"], "--transport is mpi on rank 0 and pigeon on rank 1"),
+        (["--outputs", "out.bin"], "--outputs is not given on rank 0 and out.bin on rank 1"),
+        (["--json", "-"], "--json is not given on rank 0 and - on rank 1"),
+        (["--seed", "1"], "--seed is 0 on rank 0 and 1 on rank 1"),
+        (RANDOM, "--random-inputs is not given on rank 0 and 4 on rank 1;"),
+    ],
+)
+def test_ranks_that_differ_in_an_option_are_told_which(
+    arguments: list[str], says: str, facts_of: FactsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        importlib.import_module("lfm2kit.cli.run"), "joined_job", lambda transport: None
+    )
+    refusal = compared([facts_of(), facts_of(*arguments)])
+    assert refusal is not None
+    assert f"do not agree: {says}" in refusal.sentence
+
+
+def test_other_ids_are_noticed(facts_of: FactsOf) -> None:
+    refusal = compared([facts_of(*RANDOM), facts_of(*RANDOM, "--seed", "3")])
+    assert refusal is not None
+    assert "--seed is 0 on rank 0 and 3 on rank 1; the inputs' content is" in refusal.sentence
+
+
+def test_experts_on_the_cpu_are_a_part_of_the_plan(facts_of: FactsOf) -> None:
+    pytest.importorskip("lfm2kit_cpu_simd", reason="it is where --n-cpu-moe puts experts")
+    refusal = compared([facts_of(), facts_of("--n-cpu-moe", "1")])
+    assert refusal is not None
+    assert "--n-cpu-moe is 0 on rank 0 and 1 on rank 1" in refusal.sentence
+
+
+def test_what_may_differ_between_nodes_is_not_compared(facts_of: FactsOf, tmp_path: Path) -> None:
+    copy = shutil.copytree(find_model("tiny"), tmp_path / "tiny")
+    shutil.copy(copy / "inputs.bin", tmp_path / "other.bin")
+    own = facts_of("--model", str(copy), "--inputs", str(tmp_path / "other.bin"), "--threads", "1")
+    assert compared([facts_of(), own]) is None
