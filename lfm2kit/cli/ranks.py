@@ -7,6 +7,7 @@ read its command line joins all the same, to say so.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -21,6 +22,7 @@ from lfm2kit.launchers import Started, started
 from lfm2kit.plugins import find_transport
 from lfm2kit.transport import Transport
 
+TRACEBACK = "LFM2KIT_TRACEBACK"
 INTERNAL_ERROR = 3  # a rank met a bug: neither the result's fault nor the user's
 DEFAULT_TRANSPORT = "mpi"
 
@@ -71,7 +73,8 @@ def refuse(sentence: str, name: str = DEFAULT_TRANSPORT) -> None:
     except Lfm2kitError:
         return
     if job is not None:
-        _settle(job, Refusal(sentence))
+        with ending_all_ranks(job):
+            _settle(job, Refusal(sentence))
 
 
 def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T], Facts]) -> T:
@@ -84,13 +87,21 @@ def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T],
     try:
         prepared = prepare()
         report: Facts | Refusal = facts(prepared)
-    except Lfm2kitError as error:
-        report = Refusal(str(error))
     except Exception as error:
-        err.print_exception()
-        report = Refusal(f"this is a bug: {type(error).__name__}: {error}", INTERNAL_ERROR)
+        report = _refusal(error)
     _settle(job, report)
     return prepared
+
+
+def _refusal(error: Exception) -> Refusal:
+    """The report of a rank on which `error` came up."""
+    is_traced = bool(os.environ.get(TRACEBACK))
+    if is_traced:
+        err.print_exception()
+    if isinstance(error, Lfm2kitError):
+        return Refusal(str(error))
+    hint = "" if is_traced else f"; its traceback: {TRACEBACK}=1"
+    return Refusal(f"this is a bug: {type(error).__name__}: {error}{hint}", INTERNAL_ERROR)
 
 
 def _settle(job: Transport, report: Facts | Refusal) -> None:
@@ -100,6 +111,7 @@ def _settle(job: Transport, report: Facts | Refusal) -> None:
         return
     if job.world.rank == 0:
         complain(refusal.sentence)
+    job.barrier()  # a launcher may end the others as soon as one rank exits
     raise typer.Exit(refusal.exit_code)
 
 

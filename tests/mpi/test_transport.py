@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
 
 from lfm2kit_mpi.launcher import MpiLauncher, find_mpiexec
+from lfm2kit_mpi.library import fits
 
 A_WHILE = 120
 
@@ -139,3 +141,39 @@ def test_t16_the_environment_says_whether_this_is_a_job(
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     assert MpiLauncher().world_size() == size
+
+
+@pytest.mark.parametrize(
+    ("vendor", "variable", "is_fitting"),
+    [
+        ("MPICH", "PMI_SIZE", True),
+        ("MPICH", "OMPI_COMM_WORLD_SIZE", False),
+        ("Intel MPI", "OMPI_COMM_WORLD_SIZE", False),
+        ("Open MPI", "OMPI_COMM_WORLD_SIZE", True),
+        ("Open MPI", "PMI_SIZE", True),  # as srun --mpi=pmi2 sets it
+    ],
+)
+def test_the_mpirun_of_another_mpi_is_noticed_before_mpi_starts(
+    vendor: str, variable: str, is_fitting: bool
+) -> None:
+    assert fits(vendor, {variable: "2"}) == is_fitting
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("MPI4PY_LIBMPI", "/nowhere/libmpi.so", "there is no MPI here: cannot load MPI library"),
+        ("OMPI_COMM_WORLD_SIZE", "2", "Open MPI's mpirun started this rank, but mpi4py has MPICH"),
+    ],
+)
+def test_a_rank_whose_mpi_cannot_join_ends_in_one_line(
+    variable: str, value: str, says: str
+) -> None:
+    mpi = subprocess.run([find_mpiexec(), "--version"], capture_output=True, text=True).stdout
+    if "Open MPI" in mpi or "OpenRTE" in mpi:
+        pytest.skip("this machine's mpiexec is Open MPI's")
+    environment = {**os.environ, "PMI_SIZE": "2", "PMI_RANK": "0", variable: value}
+    command = [sys.executable, "-m", "lfm2kit", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=A_WHILE, env=environment)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert says in done.stderr

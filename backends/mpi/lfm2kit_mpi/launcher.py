@@ -47,13 +47,11 @@ class MpiLauncher:
             raise
 
     def connect(self) -> Transport:
-        try:
-            from lfm2kit_mpi.transport import MpiTransport
-        except (ImportError, RuntimeError) as error:  # mpi4py's, where it finds no MPI
-            raise Lfm2kitError(
-                f"this is one of {self.world_size()} ranks, but MPI does not start: {error}; "
-                "install mpi4py, and an MPI that it can load"
-            ) from error
+        from lfm2kit_mpi.library import check_library
+
+        check_library()
+        from lfm2kit_mpi.transport import MpiTransport
+
         transport = MpiTransport()
         if transport.world.size != self.world_size():
             raise Lfm2kitError(

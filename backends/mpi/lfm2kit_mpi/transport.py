@@ -12,6 +12,9 @@ from mpi4py import MPI
 
 from lfm2kit.transport import World
 
+if not MPI.Is_initialized():  # it may have been loaded without being started
+    MPI.Init_thread()
+
 LAST_WORDS_SECONDS = 0.3
 
 
