@@ -18,9 +18,9 @@ ensure_peers() {
   cmp -s "$here/peers.txt" "$venv/.installed-peers" && return
   echo "installing the peers into $venv (once; compiling llama.cpp takes minutes)" >&2
   [ -z "$index" ] || indices=(--extra-index-url "$index")
-  [ -x "$venv/bin/pip" ] || "$(find_python)" -m venv "$venv"
+  [ -x "$venv/bin/pip" ] || "$(find_python)" -P -m venv "$venv"
   # From its source, and for this CPU: a wheel from elsewhere would be slower than it need be.
-  CMAKE_ARGS="-DGGML_NATIVE=ON" "$venv/bin/python" -m pip install --quiet \
+  CMAKE_ARGS="-DGGML_NATIVE=ON" "$venv/bin/python" -P -m pip install --quiet \
     --disable-pip-version-check --no-binary llama-cpp-python "${indices[@]}" \
     -r "$here/peers.txt" -e "$root" -e "$root/backends/cpu_simd"
   cp "$here/peers.txt" "$venv/.installed-peers"

@@ -1,8 +1,8 @@
 """Commands that run on several ranks: starting the job, joining it, and ending all of it.
 
 What goes wrong on one rank before all of them compute has to reach the others, which would wait
-for it for ever.  So a rank joins its job first, and then prepares; one that cannot even
-read its command line joins all the same, to say so.
+for it for ever.  So a rank joins its job first, and prepares then; one that cannot even read its
+command line joins all the same, to say so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lfm2kit.cli.console import complain, err
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.launchers import Started, started
 from lfm2kit.plugins import find_transport
-from lfm2kit.transport import Transport
+from lfm2kit.transport import Launcher, Transport
 
 TRACEBACK = "LFM2KIT_TRACEBACK"
 INTERNAL_ERROR = 3  # a rank met a bug: neither the result's fault nor the user's
@@ -35,18 +35,23 @@ def joined_job(name: str) -> Transport | None:
     Only the plugin of the transport `name` is loaded for it.  Raises `Lfm2kitError` where a
     launcher started several processes that cannot be ranks of one job.
     """
+    others = started()
     try:
-        return _connected(name)
+        launcher = find_transport(name).launcher
     except Lfm2kitError as error:
-        if started() is not None:
-            refuse(str(error))
-        elif name == DEFAULT_TRANSPORT:
+        if others is None and name == DEFAULT_TRANSPORT:
             return None  # it need not be installed; who asks for ranks is told at the launch
-        raise
+        refuse(str(error))
+        if others is None:
+            raise
+        raise Lfm2kitError(
+            f"{error}. Without it, each of the {others.size} processes that were started "
+            f"({others.evidence}) would run everything: install it, or give --independent"
+        ) from None
+    return _joined(launcher)
 
 
-def _connected(name: str) -> Transport | None:
-    launcher = find_transport(name).launcher
+def _joined(launcher: Launcher) -> Transport | None:
     size = launcher.world_size()
     if size is not None:
         return launcher.connect() if size > 1 else None
@@ -69,7 +74,7 @@ def _refuse_copies(others: Started) -> NoReturn:
 def refuse(sentence: str, name: str = DEFAULT_TRANSPORT) -> None:
     """Ends the job that this process was started in, before it has joined; returns if none."""
     try:
-        job = _connected(name)
+        job = _joined(find_transport(name).launcher)
     except Lfm2kitError:
         return
     if job is not None:

@@ -8,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
-from lfm2kit.agreement import Facts, compared
+from lfm2kit.agreement import Fact, Facts, compared
 from lfm2kit.cli import app
+from lfm2kit.cli.ranks import agreed
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import find_model
+from lfm2kit.transport import World
 
 FactsOf = Callable[..., Facts]
 RANDOM = ("--random-inputs", "4")
@@ -83,3 +87,58 @@ def test_what_may_differ_between_nodes_is_not_compared(facts_of: FactsOf, tmp_pa
     shutil.copy(copy / "inputs.bin", tmp_path / "other.bin")
     own = facts_of("--model", str(copy), "--inputs", str(tmp_path / "other.bin"), "--threads", "1")
     assert compared([facts_of(), own]) is None
+
+
+def test_copies_that_a_launcher_started_run_with_independent_alone(
+    facts_of: FactsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PMI_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(Lfm2kitError, match="srun started 4 processes"):
+        facts_of()
+    assert facts_of("--independent")["-n"] == ("4", "")
+
+
+class OneRank:
+    """A transport of a job with a single rank."""
+
+    world = World()
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        return rows
+
+    def all_to_all(self, rows: np.ndarray, send_counts: Any) -> tuple[np.ndarray, list[int]]:
+        return rows, list(send_counts)
+
+    def barrier(self) -> None:
+        pass
+
+
+def raising(error: Exception) -> Callable[[], Any]:
+    def prepare() -> Any:
+        raise error
+
+    return prepare
+
+
+def test_what_is_prepared_comes_back_where_the_ranks_agree() -> None:
+    assert agreed(OneRank(), lambda: 7, lambda n: {"n": Fact(str(n))}) == 7
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "says"),
+    [
+        (Lfm2kitError("no such file: \x85"), 2, "lfm2kit: error: no such file: \\x85\n"),
+        (KeyError("w1"), 3, "this is a bug: KeyError: 'w1'; its traceback: LFM2KIT_TRACEBACK=1\n"),
+    ],
+)
+def test_what_goes_wrong_on_a_rank_is_one_line_and_the_exit_code_of_all(
+    error: Exception, exit_code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        agreed(OneRank(), raising(error), lambda prepared: {})
+    assert ended.value.exit_code == exit_code
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.endswith(says)
