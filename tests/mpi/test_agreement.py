@@ -33,6 +33,12 @@ def job(*ranks: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+def on_path(folder: Path) -> str:
+    """The setting with which a rank looks for modules in `folder` first."""
+    before = os.environ.get("PYTHONPATH")
+    return "PYTHONPATH=" + os.pathsep.join(filter(None, [str(folder), before]))
+
+
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("lfm2kit: ")]
     assert (done.returncode, done.stdout, len(errors)) == (2, "", 1), done.stderr
@@ -48,7 +54,7 @@ def odd_plugin(tmp_path: Path) -> str:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd-plugin\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[lfm2kit]\nodd = odd_plugin\n")
-    return f"PYTHONPATH={tmp_path}"
+    return on_path(tmp_path)
 
 
 def test_an_option_that_one_rank_has_alone_ends_all() -> None:
@@ -91,7 +97,7 @@ def test_another_lfm2kit_on_one_rank_ends_all(tmp_path: Path) -> None:
     shutil.copytree(package, tmp_path / "lfm2kit", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "lfm2kit" / "errors.py").open("a") as file:
         file.write("# another\n")
-    done = job(RUN, ["env", f"PYTHONPATH={tmp_path}", *RUN])
+    done = job(RUN, ["env", on_path(tmp_path), *RUN])
     assert_refused(done, "lfm2kit is lfm2kit", str(tmp_path / "lfm2kit"), "on rank 1")
 
 
