@@ -111,7 +111,8 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     layer_types = _layer_types(fields)
     hidden_size = _whole(fields, "hidden_size")
     heads = _whole(fields, "num_attention_heads")
-    dense = _dense_layers(fields, len(layer_types))
+    # All layers, at most: a model cut short keeps the number of the whole one.
+    dense = min(_whole(fields, "num_dense_layers", least=0), len(layer_types))
     sparse = dense < len(layer_types)
     config = ModelConfig(
         vocab_size=_whole(fields, "vocab_size"),
@@ -242,13 +243,6 @@ def _layers_by_index(fields: Mapping[str, Any]) -> tuple[str, ...]:
             f"full_attn_idxs is {brief(attention)}; there are layers 0 to {layers[-1]}"
         )
     return tuple(ATTENTION if i in attention else CONV for i in layers)
-
-
-def _dense_layers(fields: Mapping[str, Any], layers: int) -> int:
-    dense = _whole(fields, "num_dense_layers", least=0)
-    if dense > layers:
-        raise Lfm2kitError(f"num_dense_layers is {dense}, but there are {layers} layers")
-    return dense
 
 
 def _head_dim(fields: Mapping[str, Any], hidden_size: int, heads: int) -> int:

@@ -41,7 +41,7 @@ def in_a_forward(logits: F) -> F:
         try:
             return logits(model, batch, *arguments, **options)
         except MemoryError as error:
-            layer = _layer_of(error, model.forward.layers)
+            layer = _layer_of(error, getattr(model.forward, "layers", []))
             raise Lfm2kitError(
                 f"there is not enough memory for {batch.tokens} tokens at once{layer}"
                 f"{_said(error)}; try a smaller batch, or shorter samples"

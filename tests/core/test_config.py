@@ -70,7 +70,6 @@ def test_every_other_missing_key_is_named(key: str) -> None:
         ("quantization_config", {"load_in_4bit": True}),
         ("compression_config", {"format": "pack-quantized"}),
         ("quantization", {"bits": 4, "group_size": 64}),
-        ("num_dense_layers", 5),
         ("rope_scaling", {"rope_type": "default", "factor": 4.0}),
         ("rope_scaling", {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}),
         ("rope_parameters", {"full_attention": {"rope_theta": 5000.0}}),

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend  # first: it chooses how threads are started
 from lfm2kit_cpu_simd.buffers import BUFFERS
+from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.gemm import ROWS_AT_ONCE, STRETCH, following_panel, grouped, linear
 from lfm2kit_cpu_simd.machine import STORAGES
 from lfm2kit_cpu_simd.packing import HALF, pack, pack_gated
-from lfm2kit_cpu_simd.threads import CREW
 from lfm2kit_cpu_simd.tile import MR, NR, SHARED_FROM, lane_order
 
 from lfm2kit.testing.random_weights import stored_as

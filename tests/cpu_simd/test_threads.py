@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from lfm2kit_cpu_simd import threads
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
-from lfm2kit_cpu_simd.threads import CORES, CREW, CROWDED, PATIENCE, WINDOW, Crew, threading_notes
+from lfm2kit_cpu_simd.crew import CREW, CROWDED, PATIENCE, WINDOW, Crew
+from lfm2kit_cpu_simd.threads import CORES, threading_notes
 
 from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
@@ -75,7 +76,7 @@ def test_ranks_on_one_machine_share_its_cores() -> None:
 
 BOUND = """
 from lfm2kit.loading import load_model
-from lfm2kit_cpu_simd.threads import CREW
+from lfm2kit_cpu_simd.crew import CREW
 from tests.cpu_simd.test_threads import BATCH
 import numba
 CREW._waits = dict  # other processes do not count here
@@ -186,7 +187,7 @@ CROWDED_CORE = """
 import os, time
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from lfm2kit.loading import load_model
-from lfm2kit_cpu_simd.threads import CREW
+from lfm2kit_cpu_simd.crew import CREW
 from tests.cpu_simd.test_threads import BATCH
 model = load_model("tiny", "cpu_simd", threads=2)
 end = time.monotonic() + 60

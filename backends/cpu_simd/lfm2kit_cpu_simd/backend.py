@@ -24,8 +24,9 @@ from lfm2kit.backend import (
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import STORED_AS
 from lfm2kit_cpu_simd.compiling import announced
+from lfm2kit_cpu_simd.crew import set_threads
 from lfm2kit_cpu_simd.machine import STORAGES
-from lfm2kit_cpu_simd.threads import set_threads, threading_notes
+from lfm2kit_cpu_simd.threads import threading_notes
 
 # Where the class is that has the spec's name.
 BLOCKS = {

@@ -17,10 +17,10 @@ from numba import types
 
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.compiling import kernel
+from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.elementwise import silu
 from lfm2kit_cpu_simd.packing import HALF, Panels
 from lfm2kit_cpu_simd.signatures import BOOL, INT, OFFSETS, ROWS, ROWS_OUT, TABLE, VECTOR
-from lfm2kit_cpu_simd.threads import CREW
 from lfm2kit_cpu_simd.tile import (
     ALONE,
     CACHE_LINE,

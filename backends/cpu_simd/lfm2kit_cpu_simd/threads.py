@@ -1,20 +1,13 @@
-"""How many threads, and on which of Numba's threading layers."""
+"""Which of Numba's threading layers runs the kernels, and how its idle threads wait."""
 
 from __future__ import annotations
 
 import os
-import resource
-import threading
-import time
-from collections.abc import Callable, Mapping
 from importlib import import_module
 
 import numba
 
-from lfm2kit.backend import Context
-from lfm2kit.errors import Lfm2kitError
 from lfm2kit.machine import cores
-from lfm2kit.timing import waits
 
 # Idle OpenMP threads spin, by default for milliseconds: where other processes want the cores, what
 # is to be done waits for what spins.  This long is enough from one kernel to the next.  libgomp
@@ -39,89 +32,3 @@ def threading_notes() -> list[str]:
             continue
         return []
     return ["there is neither libgomp nor tbb: threads start slowly; install libgomp1, or pip tbb"]
-
-
-WINDOW = 0.02  # seconds between two looks: several turns of whoever shares a core
-CROWDED = (
-    0.15  # the share of a window that a thread waits for a core, from which on one is given up
-)
-PATIENCE = 0.25, 4.0  # seconds until a thread is tried again: at first, and at most
-
-
-def preemptions() -> int:
-    """How often the system has taken a core from a thread of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
-class Crew(threading.local):
-    """The threads that share the work of each kernel: fewer while others want their cores.
-
-    A kernel ends with its slowest thread, so that one thread without a core costs as much as all
-    of them without one.  Each thread that calls blocks has a crew, as Numba counts for each.
-    """
-
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.perf_counter,
-        preemptions: Callable[[], int] = preemptions,
-        waits: Callable[[], Mapping[str, float]] = waits,
-    ) -> None:
-        self._clock, self._preemptions, self._waits = clock, preemptions, waits
-        self.hire(numba.get_num_threads())
-
-    def hire(self, most: int) -> None:
-        """Starts anew with `most` threads, and never takes more."""
-        self._most, self._patience = most, PATIENCE[0]
-        self._preempted, self._waited = self._preemptions(), dict[str, float]()
-        self._looked = self._clock()
-        self._resize(most)
-
-    def size(self) -> int:
-        """How many threads the next kernel runs on."""
-        if self._clock() - self._looked >= WINDOW:
-            self._look()
-        return self._size
-
-    def _look(self) -> None:
-        share = self._share_of_waiting()
-        lasted = self._looked - self._changed >= self._patience
-        if share >= CROWDED and self._size > 1:
-            self._patience = min(2 * self._patience, PATIENCE[1])
-            self._resize(self._size - 1)
-        elif share < CROWDED and lasted and self._size < self._most:
-            self._resize(self._size + 1)
-        elif share < CROWDED and lasted:  # nobody has come back
-            self._patience = PATIENCE[0]
-
-    def _resize(self, size: int) -> None:
-        numba.set_num_threads(size)
-        self._size, self._changed = size, self._looked
-
-    def _share_of_waiting(self) -> float:
-        """Of the time since the last look, how much the unluckiest thread waited for a core.
-
-        The account of each thread takes a while to read: it is left alone as long as no core is
-        taken away, and read twice before it says anything.
-        """
-        before, preempted = self._waited, self._preempted
-        since, self._looked = self._looked, self._clock()
-        self._preempted = self._preemptions()
-        self._waited = dict(self._waits()) if self._preempted != preempted else {}
-        if not (before and self._waited):
-            return 0.0
-        longest = max(total - before.get(t, total) for t, total in self._waited.items())
-        return longest / (self._looked - since)
-
-
-CREW = Crew()
-
-
-def set_threads(context: Context) -> None:
-    """The asked-for number, or this rank's share of the cores that the process may use."""
-    most = numba.config.NUMBA_NUM_THREADS
-    if context.threads is not None and context.threads > most:
-        raise Lfm2kitError(
-            f"--threads {context.threads}: this process may use {most} "
-            "(cores of its affinity mask, or NUMBA_NUM_THREADS)"
-        )
-    CREW.hire(context.threads or max(1, min(most, CORES // context.local_ranks)))

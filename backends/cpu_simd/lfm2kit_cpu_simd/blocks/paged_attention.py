@@ -22,10 +22,10 @@ from lfm2kit import specs
 from lfm2kit.backend import Batch
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.compiling import kernel
+from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.elementwise import exp
 from lfm2kit_cpu_simd.gemm import Float32, Int64
 from lfm2kit_cpu_simd.signatures import FLOAT, IDS, INT, OFFSETS, ROWS, ROWS_OUT, TABLE
-from lfm2kit_cpu_simd.threads import CREW
 from lfm2kit_cpu_simd.tile import ALONE, MR, NR, TABLES, call_tile
 
 TOKENS = NR  # of a page
