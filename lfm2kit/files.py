@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +30,7 @@ READER_WAIT = 10.0  # seconds that a pipe is given to find its reader
 CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS)  # in a folder
 CANNOT_REPLACE = (*CANNOT_CREATE, errno.EBUSY)  # a file: EBUSY where something is mounted on it
 CHUNK = 1 << 20  # bytes copied at once
+SYNC_SECONDS = 1.0
 INSIDE = "new"  # the name that a partial folder goes by inside one that cannot be renamed
 
 
@@ -79,6 +81,15 @@ def replaced_folder(path: Path, note: Note = warnings.warn) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """A new file in a folder that is being made; its content is on the disk when the block ends."""
+    with path.open("wb") as file, _syncing(file):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove_leftovers_of_folder(path: Path) -> None:
@@ -165,7 +176,8 @@ def _regular(path: Path, note: Note) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))
     remove_leftovers(path)
     with _staged(path) as (file, partial):
-        yield file
+        with _syncing(file):
+            yield file
         file.flush()
         os.fsync(file.fileno())
         obstacle = _replace(path, file, partial)
@@ -284,6 +296,24 @@ def _move_files(partial: Path, folder: Path) -> None:
     for path in outdated:
         path.unlink()
     _sync(folder)
+
+
+@contextmanager
+def _syncing(file: BinaryIO) -> Iterator[None]:
+    """Sends to the disk what is written, all along: a large file leaves little for the end."""
+    is_done = threading.Event()
+
+    def sync() -> None:
+        while not is_done.wait(SYNC_SECONDS):
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(1) as pool:
+        syncing = pool.submit(sync)
+        try:
+            yield
+        finally:
+            is_done.set()
+    syncing.result()  # an error of the disk is reported to one call alone
 
 
 def _sync_all(folder: Path) -> None:

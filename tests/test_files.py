@@ -84,6 +84,25 @@ def test_content_and_name_reach_the_disk_in_that_order(
     assert steps == ["sync file", "rename", "sync folder"]
 
 
+def test_an_error_of_the_disk_in_the_middle_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system reports it once, to a call that is made while the file is being written."""
+    failed, fsync = threading.Event(), os.fsync
+
+    def failing_once(descriptor: int) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing_once)
+    monkeypatch.setattr(files, "SYNC_SECONDS", 0.001)
+    with pytest.raises(Lfm2kitError, match="Input/output error"), replaced(tmp_path / "file"):
+        assert failed.wait(60)
+    assert names(tmp_path) == []
+
+
 def test_every_file_of_a_folder_reaches_the_disk_before_the_folder_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

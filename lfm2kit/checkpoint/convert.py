@@ -31,7 +31,7 @@ from lfm2kit.checkpoint.safetensors import write_safetensors
 from lfm2kit.config import ModelConfig, parse_config, read_config
 from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.files import Note, replaced, replaced_folder
+from lfm2kit.files import Note, replaced, replaced_folder, synced
 from lfm2kit.targets import identity
 from lfm2kit.weights import STORED_AS, DType, Tensor
 
@@ -172,7 +172,7 @@ def _write_folder(
         weight_map: dict[str, str] = {}
         for i, names in enumerate(shards):
             file_name = SINGLE if len(shards) == 1 else _shard_name(i, len(shards))
-            with open(folder / file_name, "wb") as file:
+            with synced(folder / file_name) as file:
                 _write_shard(file, source, {name: stored[name] for name in names}, done)
             weight_map |= dict.fromkeys(map(_on_disk, names), file_name)
         if len(shards) > 1:
