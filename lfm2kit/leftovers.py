@@ -1,7 +1,8 @@
 """Partial files of runs that were killed: the next run that writes there removes them.
 
-A file or folder that is being written is called `.NAME.PID.partial`, and its writer holds a lock on
-it.  The lock says on every machine of a shared folder whether that writer lives.
+A file or folder that is being written is called `.NAME.PID-TOKEN.partial`, and its writer holds a
+lock on it.  On every machine and in every container that shares the folder, the lock says whether
+the writer lives; the random token keeps writers with the same process id apart.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,8 +18,8 @@ from pathlib import Path
 
 
 def beside(path: Path, ending: str) -> Path:
-    """The name that this process gives to what is about to become `path`, or was it before."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
+    """A new name for what is about to become `path`, or was it before."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.{ending}")
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def remove_leftovers(path: Path) -> None:
 
     Where such a run was about to exchange folders, the old one gets its name back.
     """
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d{1,9})\.(partial|old)")
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d{1,9})-[0-9a-f]{8}\.(partial|old)")
     with suppress(OSError):
         for name in os.listdir(path.parent):
             found = pattern.fullmatch(name)

@@ -356,6 +356,8 @@ def test_a_link_to_itself_is_refused_before_the_work(tmp_path: Path) -> None:
 
 # ---- what killed runs leave ----
 
+TOKEN = "0123abcd"
+
 
 @pytest.fixture
 def dead() -> int:
@@ -374,9 +376,9 @@ def alive() -> Iterator[int]:
 
 
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, dead: int) -> None:
-    (tmp_path / f".file.{dead}.partial").write_bytes(b"half")
-    (tmp_path / f".folder.{dead}.partial").mkdir()
-    (tmp_path / f".folder.{dead}.partial" / "a").write_bytes(b"half")
+    (tmp_path / f".file.{dead}-{TOKEN}.partial").write_bytes(b"half")
+    (tmp_path / f".folder.{dead}-{TOKEN}.partial").mkdir()
+    (tmp_path / f".folder.{dead}-{TOKEN}.partial" / "a").write_bytes(b"half")
     write(tmp_path / "file", b"new")
     write_folder(tmp_path / "folder", a=b"new")
     assert names(tmp_path) == ["file", "folder"]
@@ -384,17 +386,17 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, dead: int) 
 
 def test_what_is_not_ours_or_not_dead_stays(tmp_path: Path, dead: int, alive: int) -> None:
     kept = [
-        f".file.{alive}.partial",  # a run that goes on
-        f".other.{dead}.partial",  # another target's
+        f".file.{alive}-{TOKEN}.partial",  # a run that goes on
+        f".other.{dead}-{TOKEN}.partial",  # another target's
         ".file.partial",
-        ".file.1x.partial",
-        f"file.{dead}.partial",
-        f".file.{dead}.partial.txt",
+        f".file.{dead}.partial",
+        f"file.{dead}-{TOKEN}.partial",
+        f".file.{dead}-{TOKEN}.partial.txt",
     ]
     for name in kept:
         (tmp_path / name).write_bytes(b"precious")
     if os.geteuid() == 0:
-        foreign = f".file.{dead}.partial"
+        foreign = f".file.{dead}-ffffffff.partial"
         (tmp_path / foreign).write_bytes(b"precious")
         os.chown(tmp_path / foreign, 12345, -1)
         kept.append(foreign)
@@ -406,7 +408,7 @@ def test_a_partial_file_that_a_run_on_another_machine_writes_stays(
     tmp_path: Path, dead: int
 ) -> None:
     """Its process is not to be seen from here, but it holds the lock."""
-    path = tmp_path / f".file.{dead}.partial"
+    path = tmp_path / f".file.{dead}-{TOKEN}.partial"
     with path.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         write(tmp_path / "file", b"new")
@@ -422,9 +424,18 @@ def test_in_a_container_the_killed_run_may_have_had_our_number(tmp_path: Path) -
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
+def test_two_runs_of_one_number_do_not_write_into_one_partial_file(tmp_path: Path) -> None:
+    """In two containers that share a folder, say."""
+    with replaced(tmp_path / "file") as first:
+        write(tmp_path / "file", b"second")
+        first.write(b"first")
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert names(tmp_path) == ["file"]
+
+
 def test_a_folder_that_was_moved_aside_gets_its_name_back(tmp_path: Path, dead: int) -> None:
     """A run was killed after it had moved the old folder away, before it moved the new one in."""
-    old = tmp_path / f".folder.{dead}.old"
+    old = tmp_path / f".folder.{dead}-{TOKEN}.old"
     old.mkdir()
     (old / "a").write_bytes(b"precious")
     with pytest.raises(KeyboardInterrupt), replaced_folder(tmp_path / "folder"):
