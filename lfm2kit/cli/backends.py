@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lfm2kit.backend import Context
 from lfm2kit.cli import options
-from lfm2kit.cli.console import Report, progress, tables
+from lfm2kit.cli.console import Report, only_said, progress, tables
 from lfm2kit.plugins import Plugins, installed_plugins
 
 backends = typer.Typer(help="Lists the installed backends, or checks one.")
@@ -66,7 +66,8 @@ def check(
     counts = {v: sum(r.verdict == v for r in results) for v in ("passed", "failed", "skipped")}
     report.line(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     report.fields = {"backend": name, **counts, "results": [r._asdict() for r in results]}
-    report.write()
+    with only_said(when=bool(failed)):
+        report.write()
     if failed:
         raise typer.Exit(1)
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from lfm2kit.checkpoint import check_no_part
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import check_target, replaced
 from lfm2kit.targets import check_apart
 
@@ -74,6 +75,17 @@ class Report:
         elif self.path is not None:
             with replaced(self.path, remark) as file:
                 file.write(text.encode() + b"\n")
+
+
+@contextmanager
+def only_said(when: bool) -> Iterator[None]:
+    """An `Lfm2kitError` inside is printed and ends nothing, where worse news set the exit code."""
+    try:
+        yield
+    except Lfm2kitError as error:
+        if not when:
+            raise
+        complain(str(error))
 
 
 def _without_nan(value: Any) -> Any:

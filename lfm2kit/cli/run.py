@@ -19,7 +19,7 @@ from lfm2kit.agreement import Fact, Facts
 from lfm2kit.capacity import check_room
 from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.cli import options
-from lfm2kit.cli.console import Report, complain, progress, remark
+from lfm2kit.cli.console import Report, complain, only_said, progress, remark
 from lfm2kit.cli.ranks import DEFAULT_TRANSPORT, agreed, ending_all_ranks, joined_job, launched
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import check_target
@@ -300,7 +300,8 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
         if problem is not None:
             complain(problem)
     finally:  # whatever becomes of the printed lines
-        deliver(request, timed.logits, is_good, prepared.report)
+        with only_said(when=not is_good):
+            deliver(request, timed.logits, prepared.report)
     return is_good
 
 
@@ -377,14 +378,8 @@ def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) ->
         report.fields["validation"] = asdict(verdict) | {"valid": verdict.is_valid}
 
 
-def deliver(
-    request: Request, logits: npt.NDArray[np.float32], is_good: bool, report: Report
-) -> None:
-    """Writes the files that were asked for; one that fails does not keep the other back.
-
-    Their failure is an `Lfm2kitError`, but where the result is not good it is printed only: the
-    exit code says that first.
-    """
+def deliver(request: Request, logits: npt.NDArray[np.float32], report: Report) -> None:
+    """Writes the files that were asked for; one that fails does not keep the other back."""
     failures: list[str] = []
     writes: list[Callable[[], None]] = [lambda: write_outputs(request, logits), report.write]
     for write in writes:
@@ -392,9 +387,7 @@ def deliver(
             write()
         except Lfm2kitError as error:
             failures.append(str(error))
-    if failures and not is_good:
-        complain("; ".join(failures))
-    elif failures:
+    if failures:
         raise Lfm2kitError("; ".join(failures))
 
 

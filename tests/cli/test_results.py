@@ -13,6 +13,7 @@ import pytest
 
 from lfm2kit import samples
 from lfm2kit.loading import EMBEDDED
+from lfm2kit.testing import runner
 from tests.checkpoint.typed import Cli, Typed
 
 RUN = ["run", "-b", "reference", "-v", "-n", "1"]
@@ -69,6 +70,17 @@ def test_wrong_outputs_that_cannot_be_written_are_still_invalid(
     done = cli(*RUN, "--answers", wrong_answers, "--outputs", "/dev/full")
     assert_said(done, "INVALID", "No space left")
     assert done.code == 1
+
+
+def test_a_backend_that_fails_fails_even_where_the_report_cannot_be_written(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = runner.Result("rows", "failed", "wrong", 0.0)
+    monkeypatch.setattr(runner, "run_checks", lambda *_, **__: [failed])
+    done = cli("backends", "check", "reference", "--json", "/dev/full")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "/dev/full: No space left" in done.err
+    assert "1 failed" in done.out
 
 
 def test_lines_that_cannot_be_printed_cost_no_outputs(
