@@ -151,7 +151,7 @@ def _special(path: Path, note: Note) -> Iterator[BinaryIO]:
 
 
 def _pipe_with_a_reader(path: Path, note: Note) -> int:
-    """A descriptor to write to; without a limit, a pipe that nobody reads would hang the run."""
+    """Returns a descriptor to write to; without a time limit, an unread pipe would hang the run."""
     deadline = time.monotonic() + READER_WAIT
     noted = False
     while True:
@@ -207,7 +207,7 @@ def _staged(path: Path) -> Iterator[tuple[BinaryIO, Path | None]]:
 
 
 def _replace(path: Path, file: BinaryIO, partial: Path | None) -> str | None:
-    """Puts `partial` in the place of `path`; or why that cannot be done, as a clause."""
+    """Puts `partial` in the place of `path`, or returns a clause that says why it cannot."""
     if partial is None:
         return "its folder takes no new file"
     old = os.stat(path) if os.path.exists(path) else None
@@ -228,7 +228,7 @@ def _replace(path: Path, file: BinaryIO, partial: Path | None) -> str | None:
 
 
 def _copy_into(path: Path, file: BinaryIO) -> None:
-    """Writes the content of `file` over that of `path`; a full disk shows before the first byte."""
+    """Copies the content of `file` over that of `path`, once the disk has room for all of it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     with open(path, "r+b") as target:
@@ -252,7 +252,7 @@ def _reserve(target: BinaryIO, size: int) -> None:
         os.posix_fallocate(target.fileno(), before, size - before)
     except OSError as error:
         target.truncate(before)
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the disk cannot, not will not
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # it cannot reserve: just write
             raise
 
 

@@ -92,7 +92,7 @@ def write_checkpoint(
 
     `dtype` None keeps each tensor's type (a model.bin is F32 always); `expert_bias` is never
     narrowed.  Tokenizer, chat template and generation settings go along.  `note` is told where
-    files have to be replaced in another way than at one go, `done` the bytes of each piece written.
+    files cannot be replaced in one step, and `done` the bytes of each piece written.
     Raises `Lfm2kitError` where the target exists already, or a value does not fit into F16.
     """
     target = Path(os.path.realpath(target))  # "." gets its name, a link stays one
@@ -100,7 +100,7 @@ def write_checkpoint(
     if target.suffix == ".bin":
         _write_bin(source, target, dtype, overwrite, note, done)
     else:
-        _write_folder(source, target, dtype, max_shard, note, done)
+        _write_folder(source, target, dtype, max_shard, overwrite, note, done)
 
 
 @contextmanager
@@ -134,6 +134,7 @@ def _write_bin(
     stored: Mapping[str, DType] = dict.fromkeys(source.shapes, "F32")
     with replaced(target, note) as file, _made(source, stored, done) as pieces_of:
         write_model_bin(file, list(source.shapes.items()), pieces_of)
+        check_place(target, source.origin, overwrite=overwrite)  # again: it took a while
         if not has_config:
             _write_json(target.with_name(CONFIG), _stating(source.config, "F32"), note)
         for path, new in beside:
@@ -163,7 +164,13 @@ def _stating(config: Mapping[str, Any], dtype: DType | None) -> Mapping[str, Any
 
 
 def _write_folder(
-    source: Source, target: Path, dtype: DType | None, max_shard: int, note: Note, done: Done
+    source: Source,
+    target: Path,
+    dtype: DType | None,
+    max_shard: int,
+    overwrite: bool,
+    note: Note,
+    done: Done,
 ) -> None:
     stored = {n: _stored_type(n, dtype or source.dtypes[n]) for n in source.shapes}
     sizes = {n: source.size(n) * STORED_AS[stored[n]].itemsize for n in source.shapes}
@@ -182,6 +189,7 @@ def _write_folder(
         for name, path in source.origin.companions.items():
             (folder / name).parent.mkdir(exist_ok=True)
             _copy(path, folder / name, note)
+        check_place(target, source.origin, overwrite=overwrite, staged=folder)
 
 
 def _write_shard(file: BinaryIO, source: Source, stored: Mapping[str, DType], done: Done) -> None:

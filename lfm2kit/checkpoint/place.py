@@ -1,4 +1,4 @@
-"""Where a converted checkpoint may go: nothing is replaced unasked, and no file is lost by it."""
+"""Where a converted checkpoint may be written: nothing is replaced unasked, and no file is lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OUR_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The files behind what is written; none of them where it is random."""
+    """The files that a source is made from; without any, it is random."""
 
     path: Path | None = None  # of the checkpoint
     files: tuple[Path, ...] = ()  # every one that is read
@@ -45,9 +45,9 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
 def _others(
     checkpoint: Checkpoint, weights: tuple[Path, ...], kept: Mapping[Path, Path]
 ) -> Iterator[str]:
-    """The entries of a checkpoint's folder that nothing is read from; hidden ones apart."""
+    """The visible entries of a checkpoint's folder that are neither read nor copied."""
     if not checkpoint.path.is_dir():
-        return  # what lies beside a file need not belong to it
+        return  # what lies beside a single file need not belong to it
     taken = {identity(path) for path in weights}
     names = {CONFIG, INDEX, *(name.parts[0] for name in kept)}
     for name in sorted(os.listdir(checkpoint.folder)):
@@ -56,8 +56,13 @@ def _others(
             yield name
 
 
-def check_place(target: Path, origin: Origin, *, overwrite: bool) -> None:
-    """`Lfm2kitError` where a folder, or a model.bin, would cost a file that must stay."""
+def check_place(
+    target: Path, origin: Origin, *, overwrite: bool, staged: Path | None = None
+) -> None:
+    """Raises `Lfm2kitError` if writing a folder or a model.bin would lose another file.
+
+    `staged` is the new folder, which may lie in the old one, once it is complete.
+    """
     is_bin = target.suffix == ".bin"
     if not target.parent.is_dir():
         raise Lfm2kitError(f"{target}: there is no folder {target.parent}")
@@ -71,36 +76,38 @@ def check_place(target: Path, origin: Origin, *, overwrite: bool) -> None:
     if is_bin:
         _check_bin(target, origin)
     else:
-        _check_folder(target, origin)
+        _check_folder(target, origin, staged)
 
 
 def _check_bin(target: Path, origin: Origin) -> None:
-    """A model.bin may be rewritten in its own place, but take that of no other file of its own."""
+    """A model.bin may be rewritten in place, but must not replace another file of its source."""
     if not origin.is_at(target) and identity(target) in map(identity, origin.files):
         raise Lfm2kitError(f"{target}: the source is read from this file; give another name")
 
 
-def _check_folder(target: Path, origin: Origin) -> None:
-    """A folder gives way whole, so that it must hold nothing but what takes its place."""
+def _check_folder(target: Path, origin: Origin, staged: Path | None) -> None:
+    """A folder is replaced as a whole, so it must hold nothing that the new one lacks."""
     own = {identity(path) for path in origin.weights} if origin.is_at(target) else set()
     for path in target.rglob("*"):
         name = path.relative_to(target)
-        if path.is_dir() and str(name) == TEMPLATES:
+        is_new = staged is not None and path.is_relative_to(staged)
+        if is_new or (path.is_dir() and str(name) == TEMPLATES):
             continue
         is_weights = bool(OUR_WEIGHTS.fullmatch(str(name))) or identity(path) in own
         is_replaced = str(name) in (CONFIG, INDEX) or name in origin.companions
         if path.is_dir() or not (is_weights or is_replaced):
             raise Lfm2kitError(
-                f"{target} holds '{name}', which the new checkpoint has not; move it away first"
+                f"{target} holds '{name}', which the new checkpoint does not have; "
+                "move it away first"
             )
 
 
 def companions_beside(
     target: Path, origin: Origin, *, overwrite: bool
 ) -> Iterator[tuple[Path, Path]]:
-    """The companions to be copied beside a model.bin, each with its new path.
+    """Yields the companions to be copied beside a model.bin, each with its new path.
 
-    `Lfm2kitError` where another model's is there.
+    Raises `Lfm2kitError` where a file of another model has that name.
     """
     for name, path in origin.companions.items():
         new = target.parent / name

@@ -19,12 +19,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lfm2kit import files
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint, pieces
 from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
 from lfm2kit.checkpoint.names import HEAD, INDEX, SINGLE
 from lfm2kit.checkpoint.pieces import PIECE
 from lfm2kit.checkpoint.safetensors import header_bytes, read_safetensors
 from lfm2kit.checkpoint.synth import random_source
+from lfm2kit.config import parse_config
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import EMBEDDED
 from lfm2kit.weights import DType, Tensor
@@ -484,6 +486,43 @@ def test_a_bad_source_is_one_line_and_writes_nothing(full: Path, cli: Cli, name:
 def test_a_wrong_option_is_exit_code_2(full: Path, cli: Cli, arguments: list[str]) -> None:
     assert cli("convert", ORACLE / CASE, "target", *arguments).code == 2
     assert not (full / "target").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "model.bin"])
+def test_what_comes_to_be_during_a_conversion_is_not_replaced_unasked(
+    name: str, tmp_path: Path
+) -> None:
+    """By a second conversion, say."""
+    other = source("odd_one_kv_head")
+
+    def done(nbytes: int) -> None:
+        if not (tmp_path / name).exists():
+            write_checkpoint(other, tmp_path / name)
+
+    with pytest.raises(Lfm2kitError, match="exists already"):
+        write_checkpoint(source(), tmp_path / name, done=done)
+    assert open_checkpoint(tmp_path / name).config == parse_config(other.config)
+
+
+@pytest.mark.parametrize("is_mounted", [True, False])
+def test_a_file_that_is_put_into_the_old_folder_meanwhile_is_not_lost(
+    is_mounted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    write_checkpoint(source(), target)
+    monkeypatch.setattr(files, "_mount_points", lambda: {str(target)} if is_mounted else set())
+    other = source("odd_one_kv_head")
+    notes: list[str] = []
+    write_checkpoint(other, target, overwrite=True, note=notes.append)
+    assert len(notes) == is_mounted
+    with pytest.raises(Lfm2kitError, match=r"thesis\.txt"):
+        write_checkpoint(
+            source(), target, overwrite=True, done=lambda _: (target / "thesis.txt").touch()
+        )
+    assert sorted(snapshot(tmp_path)) == [
+        "model", "model/config.json", f"model/{SINGLE}", "model/thesis.txt",
+    ]  # fmt: skip
+    assert open_checkpoint(target).config == parse_config(other.config)
 
 
 # ---- what breaks it off ----
