@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any
@@ -15,6 +16,7 @@ ENDINGS: Mapping[str, str] = {
     ".g_idx": "GPTQ",
     ".absmax": "bitsandbytes",
     ".quant_map": "bitsandbytes",
+    ".quant_state": "bitsandbytes",
     ".SCB": "bitsandbytes",
     ".weight_packed": "compressed-tensors",
     ".weight_scale": "compressed-tensors or FP8",
@@ -27,6 +29,9 @@ ENDINGS: Mapping[str, str] = {
     ".biases": "MLX",
     ".hqq_meta": "HQQ",
 }
+
+# bitsandbytes goes on after its ending: `.absmax`, but also `.quant_state.bitsandbytes__nf4`.
+ANY_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})(?:$|[.])")
 
 
 def said_by_config(fields: Mapping[str, Any]) -> str | None:
@@ -47,9 +52,8 @@ def said_by_config(fields: Mapping[str, Any]) -> str | None:
 def said_by_names(names: Iterable[str]) -> str | None:
     """Returns the same of the names of a file's tensors."""
     for name in names:
-        for ending, method in ENDINGS.items():
-            if name.endswith(ending) or f"{ending}." in name:
-                return f"tensor '{name}' is of quantised weights ({method}); {GIVE}"
+        if (found := ANY_ENDING.search(name)) is not None:
+            return f"tensor '{name}' is of quantised weights ({ENDINGS[found[1]]}); {GIVE}"
     return None
 
 

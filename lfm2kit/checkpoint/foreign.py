@@ -31,6 +31,7 @@ SIGNS: Sequence[tuple[str, str]] = (
     ("*.onnx", "there is only ONNX, which lfm2kit does not read; give the Hugging Face folder"),
     ("*.h5", "the weights are TensorFlow's, which lfm2kit does not read; give safetensors"),
 )
+SAMPLES = ("inputs.bin", "outputs.bin", "answers.bin")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 # What wraps a model puts its name before every tensor's; the longest first.
@@ -89,6 +90,8 @@ def _part(path: Path) -> str | None:
     shard = re.search(r"-\d+-of-(\d+)\.safetensors$", path.name)
     if shard is not None and int(shard[1][:9]) > 1:
         return f"this is one shard of {shard[1][:9].lstrip('0')}; {give_folder}"
+    if path.name in SAMPLES:
+        return f"this holds samples, not weights; {give_folder}"
     if path.name.startswith("adapter_model."):
         return f"this is {ADAPTER}"
     if path.suffix in (".json", ".toml", ".jinja", ".txt", ".md"):

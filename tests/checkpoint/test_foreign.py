@@ -104,6 +104,10 @@ def config(here: Path) -> str:
     return "model/config.json"
 
 
+def answers(here: Path) -> str:
+    return "model/answers.bin"
+
+
 def index(here: Path) -> str:
     (here / "model" / INDEX).write_text("{}")
     return f"model/{INDEX}"
@@ -270,6 +274,7 @@ ROWS: dict[Callable[[Path], str], list[str]] = {
     config_link_to_nowhere: ["config.json", "a link to ../../blobs/gone", "not there"],
     model_link_to_nowhere: ["link", "a link to gone", "not there"],
     config: ["config.json", "give the folder: --model model"],
+    answers: ["answers.bin", "samples", "give the folder: --model model"],
     index: [INDEX, "give the folder: --model model"],
     one_shard: ["one shard of 4", "give the folder: --model model"],
     shards_without_an_index: ["shards without", INDEX],
@@ -290,6 +295,7 @@ ROWS: dict[Callable[[Path], str], list[str]] = {
     },
     quantised_tensors(".qweight"): ["GPTQ", "F32, F16 and BF16"],
     quantised_tensors(".weight.absmax"): ["bitsandbytes"],
+    quantised_tensors(".weight.quant_state.bitsandbytes__nf4"): ["bitsandbytes"],
     quantised_tensors(".weight_packed"): ["compressed-tensors"],
     quantised_tensors(".weight_scale_inv"): ["FP8"],
     quantised_tensors(".scales"): ["MLX"],
