@@ -96,11 +96,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = _read_config(path, folder)
     tensors = _read_tensors(path)
     remarks = tuple(remarks_on(path, tensors)) if path.is_dir() else ()
-    if config is None:
-        spec = read_spec(folder / SPECS)
-    else:
-        stated = config.tie_word_embeddings
-        spec = model_spec(config, tied=HEAD not in tensors if stated is None else stated)
+    spec = _spec(folder, config, tensors)
     twin = tensors.pop(HEAD, None) if spec.tie_word_embeddings else None
     check_names(path, tensors)
     _check_tensors(path, spec.parameters(), tensors)
@@ -127,6 +123,17 @@ def _read_config(path: Path, folder: Path) -> ModelConfig | None:
     if path.suffix == ".safetensors" or not (path.is_file() or (path / MODEL_BIN).exists()):
         raise Lfm2kitError(f"{folder}: there is neither {CONFIG} nor {SPECS}")
     return LFM2_8B_A1B  # a model.bin alone: the assignment's model, or the shapes will tell
+
+
+def _spec(folder: Path, config: ModelConfig | None, tensors: Mapping[str, Tensor]) -> specs.Model:
+    """The model that the folder describes; two descriptions must agree."""
+    if config is None:
+        return read_spec(folder / SPECS)
+    stated = config.tie_word_embeddings
+    spec = model_spec(config, tied=HEAD not in tensors if stated is None else stated)
+    if os.path.lexists(folder / SPECS) and read_spec(folder / SPECS) != spec:
+        raise Lfm2kitError(f"{folder}: {CONFIG} and {SPECS} describe two models; remove one")
+    return spec
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

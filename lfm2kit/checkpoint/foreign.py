@@ -76,7 +76,7 @@ def why_absent(name: str) -> str | None:
     if (link := broken_link(Path(name))) is not None:
         return link
     if name.startswith("~"):
-        return f"the shell has not put your home in place of '~'; write --model {name} unquoted"
+        return f"the shell replaces '~' only unquoted and after a space; type --model {name}"
     if "://" in name:
         return "this is an address, and lfm2kit downloads nothing; download the folder and give it"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name.split("/")[0]):

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.checkpoint.convert import write_checkpoint
 from lfm2kit.checkpoint.huggingface import read_folder
-from lfm2kit.checkpoint.names import EMBEDDING, HEAD, INDEX, SINGLE
+from lfm2kit.checkpoint.names import EMBEDDING, HEAD, INDEX, SINGLE, SPECS
+from lfm2kit.checkpoint.synth import random_source
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import Tensor
 from tests.checkpoint.attempt import content
@@ -25,6 +27,8 @@ from tests.checkpoint.folders import (
     ones,
     write_tensors,
 )
+from tests.core.small import FIELDS, small_spec
+from tests.core.test_spec_files import SMALL
 
 EXPERTS = "model.layers.1.feed_forward.experts"
 FIRST, SECOND, LAST = (f"model-0000{i}-of-00009.safetensors" for i in (1, 2, 9))
@@ -243,6 +247,15 @@ def test_a_number_of_5000_digits_in_the_config_is_one_line(apart: Path) -> None:
 def test_the_older_full_attn_idxs_says_the_same_as_layer_types(apart: Path) -> None:
     change_json(apart / "config.json", layer_types=None, full_attn_idxs=[1, 3])
     assert open_checkpoint(apart).spec == open_checkpoint(ORACLE / apart.name).spec
+
+
+def test_a_config_and_a_toml_file_must_describe_one_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_checkpoint(random_source(FIELDS), folder)
+    (folder / SPECS).write_text(SMALL)
+    assert open_checkpoint(folder).spec == small_spec()
+    (folder / SPECS).write_text(SMALL.replace("rope_theta = 5000", "rope_theta = 6000"))
+    refused(folder, "config.json", SPECS, "two models")
 
 
 # ---- an index and its shards ----
