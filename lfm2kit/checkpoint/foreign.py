@@ -14,6 +14,7 @@ from pathlib import Path
 from lfm2kit.checkpoint.names import CONFIG, EMBEDDING, INDEX, SINGLE, WEIGHTS
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.file_kinds import NO_PICKLES, broken_link, check_file
+from lfm2kit.quantised import said_by_names
 
 ADAPTER = (
     "a LoRA adapter, which lfm2kit does not apply; merge it into its model with PEFT "
@@ -57,7 +58,9 @@ def check_model(path: Path) -> None:
 
 
 def check_names(path: Path, names: Collection[str]) -> None:
-    """Raises `Lfm2kitError` where canonical names tell that something wraps the model."""
+    """Raises `Lfm2kitError` where canonical names tell of quantised weights or a wrapped model."""
+    if (quantised := said_by_names(names)) is not None:
+        raise Lfm2kitError(f"{path}: {quantised}")
     if any(".lora_A." in name or ".lora_B." in name for name in names):
         raise Lfm2kitError(f"{path}: the tensors are of {ADAPTER}")
     inner = [name for name in names if name.endswith(f".{EMBEDDING}")]

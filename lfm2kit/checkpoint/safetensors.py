@@ -21,7 +21,6 @@ from lfm2kit.checkpoint.mapped import Extent, check_extents, map_file, view
 from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.documents import parse_json
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.quantised import said_by_names
 from lfm2kit.weights import STORED_AS, DType, Tensor
 
 LENGTH = 8  # bytes of the header's length
@@ -91,8 +90,6 @@ def _entries(path: Path, header: dict[str, Any], start: int) -> dict[str, Entry]
         raise Lfm2kitError(f"{path}: {METADATA} is {brief(metadata)}; expected texts by name")
     if len(header) > bounds.TENSORS:
         raise Lfm2kitError(f"{path}: {len(header)} tensors; lfm2kit takes up to {bounds.TENSORS}")
-    if (sentence := said_by_names(header)) is not None:
-        raise Lfm2kitError(f"{path}: {sentence}")
     return {name: _entry(path, name, entry, start) for name, entry in header.items()}
 
 
@@ -118,7 +115,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Entry:
     if not isinstance(dtype, str) or dtype not in STORED_AS:
         raise Lfm2kitError(
             f"{path}: tensor '{name}' has dtype {brief(dtype)}; "
-            f"lfm2kit reads {', '.join(STORED_AS)}"
+            f"lfm2kit reads {', '.join(STORED_AS)}, and no quantised weights"
         )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise Lfm2kitError(

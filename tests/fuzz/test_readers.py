@@ -154,7 +154,7 @@ def _product(shape: list[int]) -> int:
 
 
 # Why a file that the library takes is refused all the same: docs/decisions/0008.
-REASONS = ("twice", "has dtype", "lacks dtype", "has shape", "too large", "quantised", "more than")
+REASONS = ("twice", "has dtype", "lacks dtype", "has shape", "too large", "more than")
 
 
 def header(text: str) -> bytes:
