@@ -238,7 +238,8 @@ def _layer_types(fields: Mapping[str, Any]) -> tuple[str, ...]:
 def _layers_by_index(fields: Mapping[str, Any]) -> tuple[str, ...]:
     attention = fields["full_attn_idxs"]
     layers = range(_whole(fields, "num_hidden_layers"))
-    if not isinstance(attention, list) or not all(i in layers for i in attention):
+    is_list = isinstance(attention, list) and len(attention) <= len(layers)
+    if not is_list or not all(i in layers for i in attention):
         raise Lfm2kitError(
             f"full_attn_idxs is {brief(attention)}; there are layers 0 to {layers[-1]}"
         )
@@ -250,7 +251,7 @@ def _head_dim(fields: Mapping[str, Any], hidden_size: int, heads: int) -> int:
         return _whole(fields, "head_dim")
     if hidden_size % heads:
         raise Lfm2kitError(f"hidden_size {hidden_size} is not a multiple of {heads} heads")
-    return hidden_size // heads
+    return bounds.whole("hidden_size / num_attention_heads", "head_dim", hidden_size // heads)
 
 
 def _rope_theta(fields: Mapping[str, Any]) -> float:

@@ -23,7 +23,7 @@ LONG_KEY = re.compile(rb"(?:%b){%d}" % (_PART, bounds.PARTS))
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the fields of a JSON file; `Lfm2kitError` says what is wrong with it."""
-    return parse_json(path, _read(path, bounds.HEADER))
+    return parse_json(path, _read(path, bounds.JSON))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -57,6 +57,12 @@ class Plan:
     default: str
     rules: tuple[Rule, ...] = ()
 
+    def __post_init__(self) -> None:
+        if len(self.rules) > bounds.RULES:
+            raise Lfm2kitError(
+                f"the plan has {len(self.rules)} rules; lfm2kit takes up to {bounds.RULES}"
+            )
+
     @classmethod
     def parse(cls, text: str) -> Plan:
         """The plan that `--backend` says; `Lfm2kitError` names the item that is wrong."""
@@ -143,8 +149,6 @@ def _parse_table(table: dict[str, Any]) -> Plan:
         raise Lfm2kitError(f"default is {brief(default)}; expected a backend's name")
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise Lfm2kitError("rule is no array of tables; write [[rule]]")
-    if len(rules) > bounds.RULES:
-        raise Lfm2kitError(f"there are {len(rules)} rules; lfm2kit takes up to {bounds.RULES}")
     return Plan(default, tuple(_table_rule(rule) for rule in rules))
 
 

@@ -65,6 +65,7 @@ def test_every_other_missing_key_is_named(key: str) -> None:
         ("use_pos_enc", False),
         ("partial_rotary_factor", 0.5),
         ("transformers_weights", "other.safetensors"),
+        ("hidden_size", 2**18),
         ("text_config", {"model_type": "lfm2_moe"}),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}),
         ("quantization_config", {"load_in_4bit": True}),

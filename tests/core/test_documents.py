@@ -76,8 +76,8 @@ def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 def test_a_file_beyond_its_bound_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with open(path, "wb") as file:
-        file.truncate(bounds.HEADER + 1)  # a hole: no bytes on the disk
-    refused(read_json, path, str(bounds.HEADER + 1))
+        file.truncate(bounds.JSON + 1)  # a hole: no bytes on the disk
+    refused(read_json, path, str(bounds.JSON + 1))
     refused(read_toml, path, str(bounds.TOML))
 
 

@@ -77,6 +77,7 @@ def test_a_toml_file_says_the_same_as_text(tmp_path: Path) -> None:
         ("a,1024.moe=b", "up to 1023"),
         ("a,0-" + "9" * 4301 + "=b", "up to 1023"),
         ("a,1_0.moe=b", "1_0"),
+        ("a" + ",moe=b" * 4097, "4097 rules"),
         ("a,\u0663.moe=b", "\u0663"),
     ],
 )
