@@ -18,7 +18,7 @@ HEAD = 512  # bytes that tell what a file is: a tar archive's sign ends at byte 
 
 SPECIAL: dict[Callable[[int], bool], str] = {
     stat.S_ISDIR: "this is a directory; give a file",
-    stat.S_ISFIFO: "this is a pipe; lfm2kit maps files: write the bytes to a file and give that",
+    stat.S_ISFIFO: "this is a pipe, and lfm2kit needs a file; write the bytes to one and give that",
     stat.S_ISCHR: "this is a device or a terminal; give a file",
     stat.S_ISBLK: "this is a device; give a file",
     stat.S_ISSOCK: "this is a socket; give a file",

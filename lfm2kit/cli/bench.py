@@ -226,8 +226,8 @@ def _whole_numbers(text: str) -> list[int]:
         numbers = [int(item) for item in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or not 1 <= min(numbers) <= max(numbers) <= bounds.COUNT:
-        raise Lfm2kitError(
-            f"-n {text}: expected whole numbers from 1 to {bounds.COUNT}, as 1,16,64"
-        )
+    if not numbers or min(numbers) < 1:
+        raise Lfm2kitError(f"-n {text}: expected whole numbers of 1 or more, as 1,16,64")
+    if max(numbers) > bounds.COUNT:
+        raise Lfm2kitError(f"-n {text}: lfm2kit takes up to {bounds.COUNT}")
     return numbers
