@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
 
 HEAD = 512  # bytes that tell what a file is: a tar archive's sign ends at byte 262
@@ -108,7 +109,16 @@ def foreign(head: bytes, suffix: str = "") -> str | None:
     if suffix in (".onnx", ".tflite", ".msgpack", ".ckpt", ".h5", ".pt", ".pth"):
         return f"a {suffix} file is not read by lfm2kit; give a safetensors folder"
     text = head.lstrip().lower()
+    if suffix in (".safetensors", ".bin") and text.startswith(b"{"):
+        return f"this is JSON text ({DOWNLOAD_AGAIN})"
     return next((sentence for sign, sentence in ANSWERS.items() if text.startswith(sign)), None)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as a safetensors file does: a small length, then a JSON object."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= bounds.HEADER
 
 
 def broken_link(path: Path) -> str | None:

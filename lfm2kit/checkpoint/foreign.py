@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lfm2kit.checkpoint.names import CONFIG, EMBEDDING, INDEX, SINGLE, WEIGHTS
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.file_kinds import NO_PICKLES, broken_link, check_file
+from lfm2kit.file_kinds import NO_PICKLES, broken_link, check_file, is_safetensors
 from lfm2kit.quantised import said_by_names
 
 ADAPTER = (
@@ -97,6 +97,8 @@ def _part(path: Path) -> str | None:
         return f"this holds samples, not weights; {give_folder}"
     if path.name.startswith("adapter_model."):
         return f"this is {ADAPTER}"
+    if path.suffix != ".safetensors" and is_safetensors(path):
+        return f"this is a safetensors file whose name says otherwise; {give_folder}"
     if path.suffix in (".json", ".toml", ".jinja", ".txt", ".md"):
         return f"this is a text that belongs to a model, not its weights; {give_folder}"
     return None

@@ -113,6 +113,16 @@ def index(here: Path) -> str:
     return f"model/{INDEX}"
 
 
+def a_blob_of_the_hub(here: Path) -> str:
+    (here / "model" / SINGLE).rename("model/0123abcd")
+    return "model/0123abcd"
+
+
+def json_for_weights(here: Path) -> str:
+    (here / "model" / SINGLE).write_text('{"error": "Repository not found"}')
+    return "model"
+
+
 def one_shard(here: Path) -> str:
     (here / "model" / SINGLE).rename("model/model-00001-of-00004.safetensors")
     return "model/model-00001-of-00004.safetensors"
@@ -276,6 +286,8 @@ ROWS: dict[Callable[[Path], str], list[str]] = {
     config: ["config.json", "give the folder: --model model"],
     answers: ["answers.bin", "samples", "give the folder: --model model"],
     index: [INDEX, "give the folder: --model model"],
+    a_blob_of_the_hub: ["safetensors file whose name", "give the folder: --model model"],
+    json_for_weights: [SINGLE, "JSON text", "download"],
     one_shard: ["one shard of 4", "give the folder: --model model"],
     shards_without_an_index: ["shards without", INDEX],
     weights_of_another_name: ["another name", SINGLE],
