@@ -20,8 +20,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def remembered_interrupts() -> Iterator[Callable[[], None]]:
     """Gives a function that raises what a signal handler has raised and Python has forgotten.
 
-    It is called once more when the block ends, also by an error: LLVM's work may have failed
-    because a function that it calls back was interrupted.
+    It is called once more when the block ends, also by an error: that may well come from a function
+    which LLVM called back and which was interrupted.
     """
     raised: list[BaseException] = []
 
