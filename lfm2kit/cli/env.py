@@ -14,10 +14,18 @@ from lfm2kit import cgroups, machine
 from lfm2kit.capacity import size
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report
+from lfm2kit.kernel_cache import VARIABLE as CACHE_FOLDER
 from lfm2kit.plugins import ALLOW_LIST, installed_plugins
 
 PACKAGES = ("numpy", "numba", "llvmlite", "cupy-cuda12x", "cupy-cuda13x", "mpi4py", "pluggy")
-VARIABLES = ("LFM2KIT_BACKEND", ALLOW_LIST, "NUMBA_NUM_THREADS", "OMP_NUM_THREADS")
+VARIABLES = (
+    "LFM2KIT_BACKEND",
+    ALLOW_LIST,
+    CACHE_FOLDER,
+    "XDG_CACHE_HOME",
+    "NUMBA_NUM_THREADS",
+    "OMP_NUM_THREADS",
+)
 
 
 def env(json: options.JsonOption = None) -> None:
