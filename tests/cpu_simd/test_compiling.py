@@ -145,7 +145,7 @@ def test_what_numba_cannot_rebuild_is_compiled_again(
     compiling.KERNELS.write(kept.stem, b"written by another Numba")
     new_process(monkeypatch)
     assert twice()(21) == 42
-    assert "cannot be used (UnpicklingError: " in capfd.readouterr().err
+    assert "cannot be used (Numba does not rebuild it: UnpicklingError)" in capfd.readouterr().err
 
 
 def test_kernels_that_cannot_be_kept_are_used_all_the_same(
@@ -168,6 +168,15 @@ def test_one_rank_of_a_machine_speaks_for_all(
     with announced(is_quiet=True):
         twice()
     assert capfd.readouterr().err == ""
+
+
+def test_a_long_compilation_shows_that_it_goes_on(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiling, "SECONDS_BETWEEN_LINES", 0.0)
+    with announced():
+        twice()
+    assert "cpu_simd: compiled 1 so far ...\n" in capfd.readouterr().err
 
 
 class InterruptedFinaliser:

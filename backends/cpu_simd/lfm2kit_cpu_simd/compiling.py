@@ -13,7 +13,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from lfm2kit.kernel_cache import KernelCache
 from lfm2kit_cpu_simd.interrupts import remembered_interrupts
 
 KERNELS = KernelCache("cpu_simd")
+SECONDS_BETWEEN_LINES = 10.0
 
 # Of Numba's settings those that change no machine code.
 WITHOUT_EFFECT = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
@@ -87,7 +88,7 @@ class Kept(NullCache):
         try:
             return CompileResult._rebuild(target_context, *pickle.loads(data))
         except Exception as error:  # of a kind that depends on what Numba keeps
-            KERNELS.discard(name, f"{type(error).__name__}: {error}")
+            KERNELS.discard(name, f"Numba does not rebuild it: {type(error).__name__}")
             return None
 
     def save_overload(self, signature: Any, result: CompileResult) -> None:
@@ -95,20 +96,23 @@ class Kept(NullCache):
 
 
 class Progress(event.Listener):
-    """Says that kernels are missing, and on a terminal how many were compiled here so far."""
+    """Says that kernels are missing, and every few seconds how many were compiled here so far.
+
+    In whole lines: a line that is written over and over would fall apart above the bar that the
+    command line shows while a model is loaded.
+    """
 
     def __init__(self, raise_again: Callable[[], None], *, is_quiet: bool) -> None:
         self._raise_again = raise_again
+        self._say = KERNELS.say if not is_quiet else lambda sentence: None
         self._count = 0
         self._start: float | None = None
-        self._is_quiet = is_quiet
-        stream = None if is_quiet else sys.stderr
-        self._is_terminal = stream is not None and not stream.closed and stream.isatty()
+        self._said = 0.0
 
     def begin(self) -> None:
         """Kernels are missing: this process compiles them, or waits for one that does."""
         if self._start is None:
-            self._start = time.perf_counter()
+            self._start = self._said = time.perf_counter()
             self._say("compiling kernels for this CPU ...")
 
     def on_start(self, event: event.Event) -> None:
@@ -117,26 +121,15 @@ class Progress(event.Listener):
 
     def on_end(self, event: event.Event) -> None:
         self._count += 1
-        self._show(f"\r\x1b[K  {self._count} kernels")
-
-    def clear(self) -> None:
-        if self._count:
-            self._show("\r\x1b[K")
+        if time.perf_counter() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.perf_counter()
+            self._say(f"compiled {self._count} so far ...")
 
     def finish(self) -> None:
         if self._start is not None:
             seconds = time.perf_counter() - self._start
             kept = f", kept in {str(KERNELS.folder)!r}" if KERNELS.keeps else ""
             self._say(f"kernels are ready after {seconds:.0f} s{kept}")
-
-    def _say(self, sentence: str) -> None:
-        if not self._is_quiet:
-            KERNELS.say(sentence)
-
-    def _show(self, text: str) -> None:
-        if self._is_terminal:
-            with suppress(OSError):
-                print(text, end="", file=sys.stderr, flush=True)
 
 
 PROGRESS: ContextVar[Progress | None] = ContextVar("PROGRESS", default=None)
@@ -153,7 +146,6 @@ def announced(*, is_quiet: bool = False) -> Iterator[None]:
                 yield
         finally:
             PROGRESS.reset(token)
-            progress.clear()
     progress.finish()
 
 
