@@ -71,10 +71,12 @@ class Sizes(NamedTuple):
         return sum(kept) + max((a - b for a, b in zip(in_calls, kept, strict=True)), default=0)
 
 
-def check_room(what: str, nbytes: int) -> None:
-    """`Lfm2kitError` where the host's memory cannot hold arrays of `nbytes` bytes."""
+def check_room(what_takes: str, nbytes: int, advice: str) -> None:
+    """`Lfm2kitError` where the host's memory has less than `nbytes` bytes left."""
     if nbytes > (free := HOST.free_bytes()):
-        raise Lfm2kitError(f"{what} take {size(nbytes)} of memory, {size(free)} are free")
+        raise Lfm2kitError(
+            f"{what_takes} {size(nbytes)} of memory, {size(free)} are free; {advice}"
+        )
 
 
 def size(count: float) -> str:

@@ -241,8 +241,8 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
 def check_samples(shape: tuple[int, ...], vocab_size: int) -> None:
     """`Lfm2kitError` where memory cannot hold the ids and the logits of all samples."""
     n, seq_len = shape
-    what = f"{n} samples of {seq_len} tokens, and their logits,"
-    check_room(what, 4 * n * (seq_len + vocab_size))
+    what = f"{n} samples of {seq_len} tokens, and their logits, take"
+    check_room(what, 4 * n * (seq_len + vocab_size), "try a smaller -n, or shorter samples")
 
 
 def inputs_of(request: Request, checkpoint: Checkpoint) -> Path:

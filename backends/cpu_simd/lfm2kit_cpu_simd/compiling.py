@@ -30,11 +30,18 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
 
+from lfm2kit.capacity import check_room
 from lfm2kit.kernel_cache import KernelCache
 from lfm2kit_cpu_simd.interrupts import remembered_interrupts
 
 KERNELS = KernelCache("cpu_simd")
 SECONDS_BETWEEN_LINES = 10.0
+# Bytes, at least: 230 MB were measured.  LLVM aborts the process where it gets less.
+COMPILING = 200_000_000
+ADVICE = (
+    "compile them where more is allowed (lfm2kit warmup, with the same LFM2KIT_CACHE_DIR), or "
+    "take --backend reference"
+)
 
 # Of Numba's settings those that change no machine code.
 WITHOUT_EFFECT = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
@@ -112,6 +119,7 @@ class Progress(event.Listener):
     def begin(self) -> None:
         """Kernels are missing: this process compiles them, or waits for one that does."""
         if self._start is None:
+            check_room("compiling kernels takes at least", COMPILING, ADVICE)
             self._start = self._said = time.perf_counter()
             self._say("compiling kernels for this CPU ...")
 
