@@ -129,12 +129,16 @@ class Setup:
     def builder(self, built: Callable[[Placed], None] = lambda placed: None) -> Builder:
         """What makes the blocks of `placed`, or of a part of it."""
 
+        def check(placed: Placed) -> None:
+            self.checkpoint.files_of(placed.scope, placed.spec).check_unchanged()
+
         def done(placed: Placed) -> None:
+            check(placed)
             self.checkpoint.release(placed.scope, placed.spec)
             built(placed)
 
         wrap = self.plugins.wrap
-        return Builder(self.checkpoint.weights, self.create, self.joins, wrap, done)
+        return Builder(self.checkpoint.weights, self.create, self.joins, wrap, done, check)
 
     def stored_bytes(self, placed: Placed) -> int:
         """Of the weights of `placed`, in the checkpoint."""

@@ -155,6 +155,7 @@ class Builder:
     joins: Joins = field(default_factory=lambda: JOINS)
     wrap: Callable[[str, Spec, Block], Block] = lambda name, spec, block: block
     built: Callable[[Placed], None] = lambda placed: None  # called after each leaf: progress
+    before: Callable[[Placed], None] = lambda placed: None  # called before each leaf
 
     def build(self, placed: Placed) -> Any:
         """The block of `placed`, ready to be called from the memory around it."""
@@ -162,6 +163,7 @@ class Builder:
             blocks = {role: self.build(part) for role, part in placed.parts}
             block = self.joins[type(placed.spec)].make(placed.spec, **blocks)
         else:
+            self.before(placed)
             weights = self.weights.scope(placed.scope)
             placed.spec.check_values(weights)
             with out_of_memory.building(placed, weights):

@@ -64,6 +64,10 @@ class Checkpoint:
         names = {getattr(tensor.data, "filename", None) for tensor in self.weights.values()}
         return sorted(map(Path, filter(None, names)))
 
+    def files_of(self, scope: str, spec: Spec) -> mapped.Files:
+        """The files that a block's tensors lie in."""
+        return mapped.Files(tensor.data for tensor in self.tensors_of(scope, spec))
+
     def beside(self, name: str) -> Path:
         """The file `name` beside the model, or in `data/` there, as the assignment has it."""
         in_data = self.folder / "data" / name

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.checkpoint.mapped import Files
 from lfm2kit.checkpoint.model_bin import write_model_bin
 from lfm2kit.checkpoint.names import CONFIG, INDEX, SINGLE
 from lfm2kit.checkpoint.pieces import PIECE, in_order
@@ -67,6 +68,7 @@ def source_of(checkpoint: Checkpoint) -> Source:
 
     def values(name: str, begin: int, end: int) -> Tensor:
         stored = weights[name]
+        Files([stored.data]).check_unchanged()
         return Tensor(name, stored.dtype, stored.data.reshape(-1)[begin:end])
 
     return Source(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,46 @@ class Extent(NamedTuple):
     end: int
 
 
+class MappedFile(NamedTuple):
+    """A file that is mapped, and what was known of it at that time."""
+
+    path: Path
+    seen: os.stat_result
+
+    def check(self, its_map: mmap.mmap) -> None:
+        """`Lfm2kitError` if the file is not what it was; one that took its name does no harm."""
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            now = self.seen  # it lost its name, and nothing else
+        is_same = (now.st_dev, now.st_ino) == (self.seen.st_dev, self.seen.st_ino)
+        is_written = is_same and now.st_mtime_ns != self.seen.st_mtime_ns
+        if is_written or its_map.size() != self.seen.st_size:
+            raise Lfm2kitError(
+                f"{self.path}: the file was written to while it was in use; run again, and put a "
+                "new file in its place by renaming it (mv), not by writing into it (cp)"
+            )
+
+
+_FILES: WeakKeyDictionary[mmap.mmap, MappedFile] = WeakKeyDictionary()
+
+
+class Files:
+    """The mapped files that some arrays are views of."""
+
+    def __init__(self, arrays: Iterable[npt.NDArray[Any]]) -> None:
+        maps = dict.fromkeys(map(_map_of, arrays))
+        self._maps = [m for m in maps if m is not None and m in _FILES]
+
+    def check_unchanged(self) -> None:
+        """`Lfm2kitError` naming the first file that was written to since it was mapped.
+
+        Reading a part of a map that its file has lost ends the process.
+        """
+        for its_map in self._maps:
+            _FILES[its_map].check(its_map)
+
+
 def map_file(path: Path) -> Bytes:
     """The bytes of a file, read-only; nothing is read until someone looks.
 
@@ -33,7 +75,11 @@ def map_file(path: Path) -> Bytes:
     if check_file(path) == 0:
         raise Lfm2kitError(f"{path}: the file is empty")
     try:
-        return np.memmap(path, np.uint8, "r")
+        seen = os.stat(path)
+        data = np.memmap(path, np.uint8, "r")
+        if (its_map := _map_of(data)) is not None:
+            _FILES[its_map] = MappedFile(path.absolute(), seen)
+        return data
     except (OSError, ValueError) as error:
         raise Lfm2kitError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -62,16 +108,22 @@ def release(array: npt.NDArray[Any]) -> None:
 
     What a backend has packed need not stay in memory a second time.
     """
-    owner: Any = array
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    if not isinstance(owner, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+    owner = _map_of(array)
+    if owner is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
     start = array.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if first < last:
         owner.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _map_of(array: npt.NDArray[Any]) -> mmap.mmap | None:
+    """The map that an array is a view of, if it is one."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return owner if isinstance(owner, mmap.mmap) else None
 
 
 def view(

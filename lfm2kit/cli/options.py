@@ -11,6 +11,7 @@ import typer
 from lfm2kit import bounds
 from lfm2kit.backend import Context
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
+from lfm2kit.cli.bus_error import explain_bus_errors
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import AUTO, find_model
 from lfm2kit.plan import Plan
@@ -84,7 +85,9 @@ JsonOption = Annotated[
 
 
 def open_model(name: str) -> Checkpoint:
-    return open_checkpoint(find_model(name))
+    checkpoint = open_checkpoint(find_model(name))
+    explain_bus_errors(checkpoint.path)
+    return checkpoint
 
 
 def chosen_plan(backend: str | None, plan_file: Path | None) -> Plan:

@@ -234,6 +234,7 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
     token_ids = samples.read_inputs(source)
     token_ids = samples.take(token_ids, request.n or min(len(token_ids), MOST_BY_DEFAULT))
     check_samples(token_ids.shape, vocab_size)
+    token_ids = np.array(token_ids)  # no view of a file, which may change
     samples.check_ids(token_ids, vocab_size)
     return token_ids
 
@@ -345,10 +346,15 @@ def built(prepared: Prepared, is_first: bool) -> LFM2:
 def run_timed(
     model: LFM2, prepared: Prepared, transport: Transport | None, is_first: bool
 ) -> Timed:
-    n = len(prepared.inputs)
+    n, model_files = len(prepared.inputs), prepared.checkpoint.files_of("", model.placed.spec)
     with progress("running", n, "samples", visible=is_first) as advance:
+
+        def done(samples: int) -> None:
+            model_files.check_unchanged()  # blocks may still read them
+            advance(samples)
+
         return run_samples(
-            model, prepared.inputs, prepared.batch_size, transport=transport, done=advance
+            model, prepared.inputs, prepared.batch_size, transport=transport, done=done
         )
 
 
