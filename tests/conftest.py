@@ -1,0 +1,14 @@
+"""What all tests need of the process that they run in."""
+
+from __future__ import annotations
+
+import signal
+
+
+def pytest_configure() -> None:
+    """Lets commands that tests start be interrupted.
+
+    A script's shell starts what runs in the background (`./check.sh &`) with SIGINT ignored, and
+    every process that comes of it inherits that.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
