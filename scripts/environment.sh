@@ -32,7 +32,6 @@ wanted() {
 
 install() {
   local root="$1" purpose="$2" venv="$1/.venv" packages
-  echo "lfm2kit: installing into $venv (once)" >&2
   # Settings that lead past the .venv, or leave out some of what is needed.
   unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_NO_DEPS PIP_DRY_RUN UV_SYSTEM_PYTHON
   export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -66,6 +65,7 @@ remove_unfinished() {
 }
 
 begin() {
+  echo "lfm2kit: installing into $venv (once)" >&2
   if [ ! -e "$venv" ]; then
     mkdir "$venv" && : >"$venv/.ours" || return
   fi
@@ -125,7 +125,7 @@ find_python() {
     without="${without:-$python}"
   done
   [ -z "$without" ] || fail "$without has no module venv; on Debian and Ubuntu: apt install $without-venv"
-  fail "it needs Python 3.11 or newer, found $(python3 --version 2>&1); install one"
+  fail "it needs Python 3.11 or newer, found $(python3 --version 2>/dev/null || echo none); install one"
 }
 
 fail() {

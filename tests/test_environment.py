@@ -104,9 +104,10 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def refused(done: Done, *words: str) -> None:
-    """Exit code 2, and the last line on stderr says all the words."""
+    """Exit code 2, and one line of error, which says all the words."""
     assert done.code == 2, done
-    *_, line = done.err.splitlines()
+    *begun, line = done.err.splitlines()
+    assert all("installing" in other for other in begun)
     assert line.startswith("lfm2kit: error: ")
     for word in words:
         assert word in line
@@ -145,7 +146,9 @@ def test_a_checkout_may_lie_anywhere(tmp_path: Path, name: str) -> None:
 
 
 def test_a_python_without_venv_is_told_the_package_and_leaves_nothing(machine: Machine) -> None:
-    refused(machine.run(NO_VENV="1"), "python3 has no module venv", "apt install python3-venv")
+    done = machine.run(NO_VENV="1")
+    refused(done, "python3 has no module venv", "apt install python3-venv")
+    assert len(done.err.splitlines()) == 1
     assert not machine.venv.exists()
 
 
@@ -159,6 +162,11 @@ def test_another_python_that_has_venv_is_taken(machine: Machine) -> None:
 def test_an_old_python_is_told_what_is_needed(machine: Machine) -> None:
     refused(machine.run(TOO_OLD="1"), "Python 3.11 or newer")
     assert not machine.venv.exists()
+
+
+def test_a_machine_without_python_is_told_so(machine: Machine) -> None:
+    (machine.path / "python3").unlink()
+    refused(machine.run(), "found none")
 
 
 def test_what_pip_cannot_install_is_an_error_and_tried_anew(machine: Machine) -> None:
