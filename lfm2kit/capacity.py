@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lfm2kit.backend import Backend, NeedsWorkspace, Weights
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.machine import tightest_limit
 from lfm2kit.memory import HOST, Bounded
 from lfm2kit.placement import Placed
 
@@ -21,9 +22,10 @@ class Shortage(NamedTuple):
 
     def __str__(self) -> str:
         needed, free, missing = map(size, (self.needed, self.free, self.needed - self.free))
+        by_whom = f" ({tightest_limit().name})" if self.memory == HOST.name else ""
         return (
             f"memory '{self.memory}' is too small: {self.what} needs {needed} there, "
-            f"{free} are free, {missing} are missing"
+            f"{free} are free{by_whom}, {missing} are missing"
         )
 
 
@@ -75,7 +77,8 @@ def check_room(what_takes: str, nbytes: int, advice: str) -> None:
     """`Lfm2kitError` where the host's memory has less than `nbytes` bytes left."""
     if nbytes > (free := HOST.free_bytes()):
         raise Lfm2kitError(
-            f"{what_takes} {size(nbytes)} of memory, {size(free)} are free; {advice}"
+            f"{what_takes} {size(nbytes)} of memory, {size(free)} are free "
+            f"({tightest_limit().name}); {advice}"
         )
 
 

@@ -25,6 +25,10 @@ class Limit(NamedTuple):
     free: int  # of it, pages of files counted as free: they can be given back
     is_shared: bool  # with the other processes of this machine, or of a container
 
+    def left(self, ranks: int) -> int:
+        """For each of `ranks` processes alike on this machine."""
+        return self.free // ranks if self.is_shared else self.free
+
 
 def memory_limits(root: Path = Path("/")) -> Iterator[Limit]:
     """Everything that bounds this process's memory: the machine, control groups, ulimit."""
@@ -41,8 +45,12 @@ def memory_limits(root: Path = Path("/")) -> Iterator[Limit]:
 
 def free_memory(ranks: int = 1, root: Path = Path("/")) -> int:
     """Bytes that this process can still take, where `ranks` processes alike share the machine."""
-    limits = memory_limits(root)
-    return min(limit.free // (ranks if limit.is_shared else 1) for limit in limits)
+    return min(limit.left(ranks) for limit in memory_limits(root))
+
+
+def tightest_limit(root: Path = Path("/")) -> Limit:
+    """What leaves this process least, were it alone."""
+    return min(memory_limits(root), key=lambda limit: limit.free)
 
 
 def cores(root: Path = Path("/")) -> int:

@@ -122,6 +122,7 @@ def test_what_is_free_is_the_least_of_all_and_shared_by_ranks_unless_it_is_each_
     limits = {resource.RLIMIT_AS: 350 * 1024, resource.RLIMIT_DATA: 150 * 1024}
     monkeypatch.setattr("resource.getrlimit", lambda what: (limits[what], limits[what]))
     assert machine.free_memory(2, root) == 100 * 1024
+    assert machine.tightest_limit(root).name == "ulimit -d"
     limits[resource.RLIMIT_DATA] = resource.RLIM_INFINITY
     assert machine.free_memory(2, root) == 250 * 1024
 
