@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-from typing import NoReturn
 
-from lfm2kit.errors import Lfm2kitError
+TYPE_CHECKING = False  # type checkers take it for true
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 TRACEBACK = "LFM2KIT_TRACEBACK"  # set: errors show where they come from, for plugin writers
 BUG = 3
@@ -20,33 +19,47 @@ def main() -> NoReturn:
     Exit code 0 good, 1 the result is INVALID, 2 the user must act, 3 a bug, 130 interrupted.
     """
     try:
-        sys.exit(_command())
-    except Lfm2kitError as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        _complain(str(error))
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+        code = _command()
     except KeyboardInterrupt:
-        _complain("interrupted")
-        sys.exit(INTERRUPTED)
-    except Exception:
-        traceback.print_exc()
-        _complain("this is a bug, of lfm2kit or of a plugin; a report needs: lfm2kit env")
-        sys.exit(BUG)
+        print("lfm2kit: interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BaseException as error:  # a plugin may well raise SystemExit, whose code would be ours
+        code = _failed(error)
+    sys.exit(code)
+
+
+def _failed(error: BaseException) -> int:
+    """Says what went wrong; the exit code."""
+    import os
+
+    from lfm2kit.cli.console import complain, show_traceback
+    from lfm2kit.errors import Lfm2kitError
+
+    is_bug = not isinstance(error, Lfm2kitError)
+    if is_bug or os.environ.get(TRACEBACK):
+        show_traceback(error)
+    if is_bug:
+        complain("this is a bug, of lfm2kit or of a plugin; a report needs: lfm2kit env")
+        return BUG
+    complain(str(error))
+    return 2
 
 
 def _command() -> int:
     """The command's exit code; what is wrong with its words becomes an `Lfm2kitError`."""
-    from lfm2kit.cli import app  # here: Ctrl-C may come while NumPy is imported
+    import typer
 
-    try:
-        return app(prog_name="lfm2kit", standalone_mode=False) or 0
+    from lfm2kit.cli import app
+    from lfm2kit.errors import Lfm2kitError
+
+    command = typer.main.get_command(app)
+    try:  # not command.main(): that ends with an exit code of its own after a signal or on a pipe
+        with command.make_context("lfm2kit", sys.argv[1:]) as context:
+            command.invoke(context)
+            return 0
+    except typer.Exit as ended:
+        return ended.exit_code
     except Exception as error:
-        if type(error).__name__ == "Abort":  # typer's word for Ctrl-C
-            raise KeyboardInterrupt from None
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
             return 2
@@ -55,12 +68,6 @@ def _command() -> int:
             said = error.format_message().rstrip(".")
             raise Lfm2kitError(f"{said} (see {path} --help)") from None
         raise
-
-
-def _complain(sentence: str) -> None:
-    from lfm2kit.cli.console import complain
-
-    complain(sentence)
 
 
 if __name__ == "__main__":

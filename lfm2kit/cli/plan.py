@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column
 
 from lfm2kit.capacity import free_bytes, workspace_bytes
 from lfm2kit.cli import options
-from lfm2kit.cli.console import Report, tables
+from lfm2kit.cli.console import Report, show_table
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.placement import Placed
 from lfm2kit.transport import World
@@ -50,7 +50,7 @@ def plan(
         "notes": list(setup.notes()),
     }
     if json != "-":
-        _show(setup, rows, totals, tokens)
+        _show(report, setup, tokens)
     report.write()
 
 
@@ -83,33 +83,34 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return totals
 
 
-def _show(
-    setup: Setup, rows: list[dict[str, Any]], totals: dict[str, dict[str, int]], tokens: int
-) -> None:
-    console = tables()
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("block", "spec", "backend", "memory", "copy"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("weights", "workspace"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
-        table.add_row(*texts, _size(row["weight_bytes"]), _size(row["workspace_bytes"]))
-    console.print(f"{setup.checkpoint.path}: {setup.plan}")
-    console.print(table)
+def _show(report: Report, setup: Setup, tokens: int) -> None:
+    report.line(f"{setup.checkpoint.path}: {setup.plan}")
+    headings = ("block", "spec", "backend", "memory", "copy")
+    show_table(
+        [_texts(row) for row in report.fields["blocks"]],
+        *(Column(heading, overflow="fold") for heading in headings),
+        *(Column(heading, justify="right", no_wrap=True) for heading in ("weights", "workspace")),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     free = free_bytes(setup.placed)
-    for memory, total in totals.items():
+    for memory, total in report.fields["totals"].items():
         sizes = f"{_size(total['weight_bytes'])} of weights as stored"
         left = f"; {_size(free[memory])} are free" if memory in free else ""
         workspace = f"{_size(total['workspace_bytes'])} of workspace at {tokens} tokens"
-        console.print(f"{memory}: {sizes}, {workspace}{left}")
+        report.line(f"{memory}: {sizes}, {workspace}{left}")
     if (shortage := setup.shortage()) is not None:
-        console.print(shortage)
-    console.print(f"copies between memories in a forward: {setup.placed.copies()}")
+        report.line(shortage)
+    report.line(f"copies between memories in a forward: {setup.placed.copies()}")
     for layer, kept in _rows_kept(setup).items():
-        console.print(f"{layer}: {kept} of a sample's rows go on after its operator")
+        report.line(f"{layer}: {kept} of a sample's rows go on after its operator")
     for note in setup.notes():
-        console.print(note)
+        report.line(note)
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
+    return [*texts, _size(row["weight_bytes"]), _size(row["workspace_bytes"])]
 
 
 def _size(count: int | None) -> str:

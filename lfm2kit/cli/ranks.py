@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from lfm2kit.cli.console import complain, err
+from lfm2kit.cli.console import complain, show_traceback
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.plugins import Plugins
 from lfm2kit.transport import Transport
@@ -51,5 +51,5 @@ def _end(transport: Transport, error: BaseException) -> None:
         complain(f"rank {rank}: {error}")
         transport.abort(2)
     complain(f"rank {rank} failed; ending all ranks")
-    err.print_exception()
+    show_traceback(error)
     transport.abort(INTERNAL_ERROR)
