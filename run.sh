@@ -6,4 +6,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/scripts/environment.sh"
 ensure_environment "$root" run
-exec "$root/.venv/bin/lfm2kit" run "$@"
+# Signals wait until lfm2kit handles them: while Python starts, they would end in a traceback.
+blocked=(env --block-signal=INT,TERM,HUP)
+"${blocked[@]}" true 2>/dev/null || blocked=()
+exec "${blocked[@]}" "$root/.venv/bin/lfm2kit" run "$@"

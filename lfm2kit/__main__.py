@@ -1,4 +1,7 @@
-"""`lfm2kit` and `python -m lfm2kit`."""
+"""`lfm2kit` and `python -m lfm2kit`.
+
+Hardly anything is imported before signals are handled: until then an interrupt shows a traceback.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,46 @@ if TYPE_CHECKING:
 
 TRACEBACK = "LFM2KIT_TRACEBACK"  # set: errors show where they come from, for plugin writers
 BUG = 3
-INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
+
+
+def script() -> NoReturn:
+    """Runs the command line as `main` does, in a process whose signals it takes over."""
+    code = 130
+    try:
+        from lfm2kit.interrupts import PROCESS
+
+        code = PROCESS.ended(exit_code)
+    except KeyboardInterrupt:  # before `ended` could handle it
+        print("lfm2kit: interrupted", file=sys.stderr)
+    sys.exit(code)
 
 
 def main() -> NoReturn:
-    """Runs the command line.
+    """Runs the command line of `sys.argv`, and raises SystemExit.
 
-    Exit code 0 good, 1 the result is INVALID, 2 the user must act, 3 a bug, 130 interrupted.
+    Exit code 0 good, 1 the result is INVALID, 2 the user must act, 3 a bug, 130 after Ctrl-C; after
+    another signal 128 and its number.
     """
+    from lfm2kit.interrupts import told
+
     try:
-        code = _command()
-    except KeyboardInterrupt:
-        print("lfm2kit: interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    except BaseException as error:  # a plugin may well raise SystemExit, whose code would be ours
-        code = _failed(error)
+        code = exit_code()
+    except KeyboardInterrupt as error:
+        code = told(error)
     sys.exit(code)
+
+
+def exit_code() -> int:
+    """The exit code of the command line of `sys.argv`; an interrupt is the caller's to handle."""
+    from lfm2kit.interrupts import PROCESS
+
+    try:
+        return _command()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may well raise SystemExit, whose code would be ours
+        PROCESS.check()  # what looks like a bug may have come of a signal
+        return _failed(error)
 
 
 def _failed(error: BaseException) -> int:
@@ -71,4 +98,4 @@ def _command() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    script()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,12 +21,12 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))
     partial = path if _is_special(path) else _beside(path, "partial")
     try:
-        with _ended_by_sigterm(), partial.open("wb") as file:
+        with partial.open("wb") as file:
             yield file
         partial.replace(path)
     except OSError as error:
         raise Lfm2kitError(f"{path}: {error.strerror}") from error
-    finally:  # Ctrl-C as well
+    finally:  # an interrupt as well
         if partial != path:
             with suppress(OSError):
                 partial.unlink()
@@ -40,8 +38,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     partial, old = _beside(path, "partial"), _beside(path, "old")
     try:
         partial.mkdir()
-        with _ended_by_sigterm():
-            yield partial
+        yield partial
         if os.path.exists(path):
             path.rename(old)
         partial.rename(path)
@@ -71,19 +68,6 @@ def check_target(option: str, path: Path) -> None:
 
 def _is_special(path: Path) -> bool:
     return os.path.exists(path) and not os.path.isfile(path)  # not Path's: they may raise
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM, as batch systems and `timeout` send it, ends the block as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _beside(path: Path, ending: str) -> Path:

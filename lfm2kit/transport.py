@@ -61,7 +61,8 @@ class Launcher(Protocol):
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
         """Runs `lfm2kit *arguments` on `ranks` ranks; the job's exit code.
 
-        Raises `Lfm2kitError` where no launcher is installed.
+        Raises `Lfm2kitError` where no launcher is installed.  Ctrl-C, SIGTERM and SIGHUP come as
+        KeyboardInterrupt: it ends the job, and lets the exception pass.
         """
         ...
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from lfm2kit.cli.console import complain, show_traceback
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.interrupts import exit_code
 from lfm2kit.plugins import Plugins
 from lfm2kit.transport import Transport
 
@@ -47,6 +48,9 @@ def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
 
 def _end(transport: Transport, error: BaseException) -> None:
     rank = transport.world.rank
+    if isinstance(error, KeyboardInterrupt):  # who started the job says it
+        transport.abort(exit_code(error))
+        return
     if isinstance(error, Lfm2kitError):
         complain(f"rank {rank}: {error}")
         transport.abort(2)
