@@ -16,12 +16,18 @@ BUG = 3
 
 
 def script() -> NoReturn:
-    """Runs the command line as `main` does, in a process whose signals it takes over."""
+    """Runs the command line as `main` does, in a process whose signals and streams it takes over.
+
+    Besides the exit codes of `main` there is 141, silent, where nobody reads stdout any more.
+    """
     code = 130
     try:
         from lfm2kit.interrupts import PROCESS
+        from lfm2kit.streams import Streams
 
-        code = PROCESS.ended(exit_code)
+        streams = Streams()
+        streams.take()
+        code = streams.conclude(PROCESS.ended(exit_code))
     except KeyboardInterrupt:  # before `ended` could handle it
         print("lfm2kit: interrupted", file=sys.stderr)
     sys.exit(code)
@@ -45,11 +51,14 @@ def main() -> NoReturn:
 def exit_code() -> int:
     """The exit code of the command line of `sys.argv`; an interrupt is the caller's to handle."""
     from lfm2kit.interrupts import PROCESS
+    from lfm2kit.streams import READER_GONE, ReaderGone
 
     try:
         return _command()
     except KeyboardInterrupt:
         raise
+    except ReaderGone:
+        return READER_GONE
     except BaseException as error:  # a plugin may well raise SystemExit, whose code would be ours
         PROCESS.check()  # what looks like a bug may have come of a signal
         return _failed(error)

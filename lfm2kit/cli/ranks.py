@@ -9,6 +9,7 @@ from lfm2kit.cli.console import complain, show_traceback
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.interrupts import exit_code
 from lfm2kit.plugins import Plugins
+from lfm2kit.streams import READER_GONE, ReaderGone
 from lfm2kit.transport import Transport
 
 INTERNAL_ERROR = 3  # a rank met a bug: neither the result's fault nor the user's
@@ -48,8 +49,8 @@ def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
 
 def _end(transport: Transport, error: BaseException) -> None:
     rank = transport.world.rank
-    if isinstance(error, KeyboardInterrupt):  # who started the job says it
-        transport.abort(exit_code(error))
+    if isinstance(error, (KeyboardInterrupt, ReaderGone)):  # who started the job says it, if anyone
+        transport.abort(READER_GONE if isinstance(error, ReaderGone) else exit_code(error))
         return
     if isinstance(error, Lfm2kitError):
         complain(f"rank {rank}: {error}")
