@@ -6,5 +6,8 @@ set -euo pipefail
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/scripts/environment.sh"
 ensure_environment "$root" run
+# Signals wait until lfm2kit handles them: while Python starts, they would end in a traceback.
+blocked=(env --block-signal=INT,TERM,HUP)
+"${blocked[@]}" true 2>/dev/null || blocked=()
 # Not .venv/bin/lfm2kit, whose first line cannot name every path.
-exec "$root/.venv/bin/python" -P -m lfm2kit run "$@"
+exec ${blocked[@]+"${blocked[@]}"} "$root/.venv/bin/python" -P -m lfm2kit run "$@"

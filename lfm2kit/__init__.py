@@ -4,10 +4,35 @@ Start reading at `lfm2kit.specs` (what a block must compute), `lfm2kit.backend` 
 must offer) and `lfm2kit.model` (the forward).
 """
 
-from lfm2kit.backend import API_VERSION, BackendPlugin
-from lfm2kit.errors import Lfm2kitError
-from lfm2kit.hookspecs import hookimpl
-from lfm2kit.transport import TransportPlugin
+# The names below are imported when they are first used: the console script imports this package
+# before it can handle signals, and NumPy alone takes a tenth of a second.
+TYPE_CHECKING = False  # type checkers take it for true; `typing`'s own would have to be imported
+if TYPE_CHECKING:
+    from lfm2kit.backend import API_VERSION, BackendPlugin
+    from lfm2kit.errors import Lfm2kitError
+    from lfm2kit.hookspecs import hookimpl
+    from lfm2kit.transport import TransportPlugin
+else:
+    _HOMES = {
+        "API_VERSION": "backend",
+        "BackendPlugin": "backend",
+        "Lfm2kitError": "errors",
+        "TransportPlugin": "transport",
+        "hookimpl": "hookspecs",
+    }
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'lfm2kit' has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(f"lfm2kit.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *_HOMES})
+
 
 __all__ = ["API_VERSION", "BackendPlugin", "Lfm2kitError", "TransportPlugin", "hookimpl"]
 __version__ = "0.1.0"

@@ -1,55 +1,106 @@
-"""`lfm2kit` and `python -m lfm2kit`."""
+"""`lfm2kit` and `python -m lfm2kit`.
+
+Hardly anything is imported before signals are handled: until then an interrupt shows a traceback.
+"""
 
 from __future__ import annotations
 
-import os
+import gc
 import sys
-import traceback
-from typing import NoReturn
 
-from lfm2kit.errors import Lfm2kitError
+TYPE_CHECKING = False  # type checkers take it for true
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 TRACEBACK = "LFM2KIT_TRACEBACK"  # set: errors show where they come from, for plugin writers
 BUG = 3
-INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
+
+
+def script() -> NoReturn:
+    """Runs the command line as `main` does, in a process whose signals and streams it takes over.
+
+    Besides the exit codes of `main` there is 141, silent, where nobody reads stdout any more.
+    """
+    code = 130
+    try:
+        from lfm2kit.interrupts import PROCESS
+        from lfm2kit.streams import Streams
+
+        streams = Streams()
+        streams.take()
+        code = streams.conclude(PROCESS.ended(exit_code))
+    except KeyboardInterrupt:  # before `ended` could handle it
+        print("lfm2kit: interrupted", file=sys.stderr)
+    gc.freeze()  # Python ends four times as fast when it collects nothing, and hears no signal then
+    sys.exit(code)
 
 
 def main() -> NoReturn:
-    """Runs the command line.
+    """Runs the command line of `sys.argv`, and raises SystemExit.
 
-    Exit code 0 good, 1 the result is INVALID, 2 the user must act, 3 a bug, 130 interrupted.
+    Exit code 0 good, 1 the result is INVALID, 2 the user must act, 3 a bug, 130 after Ctrl-C; after
+    another signal 128 and its number.
     """
+    from lfm2kit.interrupts import told
+
     try:
-        sys.exit(_command())
-    except Lfm2kitError as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        _complain(str(error))
-        sys.exit(2)
-    except MemoryError as error:
-        _complain(f"there is not enough memory ({error}); lfm2kit env shows what limits it")
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+        code = exit_code()
+    except KeyboardInterrupt as error:
+        code = told(error)
+    sys.exit(code)
+
+
+def exit_code() -> int:
+    """The exit code of the command line of `sys.argv`; an interrupt is the caller's to handle."""
+    from lfm2kit.interrupts import PROCESS
+    from lfm2kit.streams import READER_GONE, ReaderGone
+
+    try:
+        return _command()
     except KeyboardInterrupt:
-        _complain("interrupted")
-        sys.exit(INTERRUPTED)
-    except Exception:
-        traceback.print_exc()
-        _complain("this is a bug, of lfm2kit or of a plugin; a report needs: lfm2kit env")
-        sys.exit(BUG)
+        raise
+    except ReaderGone:
+        return READER_GONE
+    except BaseException as error:  # a plugin may well raise SystemExit, whose code would be ours
+        PROCESS.check()  # what looks like a bug may have come of a signal
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    """Says what went wrong; the exit code."""
+    import os
+
+    from lfm2kit.cli.console import complain, show_traceback
+    from lfm2kit.errors import Lfm2kitError
+
+    if isinstance(error, MemoryError):
+        complain(f"there is not enough memory ({error}); lfm2kit env shows what limits it")
+        return 2
+    is_bug = not isinstance(error, Lfm2kitError)
+    if is_bug or os.environ.get(TRACEBACK):
+        show_traceback(error)
+    if is_bug:
+        complain("this is a bug, of lfm2kit or of a plugin; a report needs: lfm2kit env")
+        return BUG
+    complain(str(error))
+    return 2
 
 
 def _command() -> int:
     """The command's exit code; what is wrong with its words becomes an `Lfm2kitError`."""
-    from lfm2kit.cli import app  # here: Ctrl-C may come while NumPy is imported
+    import typer
 
-    try:
-        return app(prog_name="lfm2kit", standalone_mode=False) or 0
+    from lfm2kit.cli import app
+    from lfm2kit.errors import Lfm2kitError
+
+    command = typer.main.get_command(app)
+    try:  # not command.main(): that ends with an exit code of its own after a signal or on a pipe
+        with command.make_context("lfm2kit", sys.argv[1:]) as context:
+            command.invoke(context)
+            return 0
+    except typer.Exit as ended:
+        return ended.exit_code
     except Exception as error:
-        if type(error).__name__ == "Abort":  # typer's word for Ctrl-C
-            raise KeyboardInterrupt from None
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
             return 2
@@ -60,11 +111,5 @@ def _command() -> int:
         raise
 
 
-def _complain(sentence: str) -> None:
-    from lfm2kit.cli.console import complain
-
-    complain(sentence)
-
-
 if __name__ == "__main__":
-    main()
+    script()

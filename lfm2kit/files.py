@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 import stat
 import tempfile
 import threading
@@ -45,7 +44,7 @@ def replaced(path: Path, note: Note = warnings.warn) -> Iterator[BinaryIO]:
     """
     opened = _special(path, note) if _is_special(path) else _regular(path, note)
     try:
-        with _ended_by_sigterm(), opened as file:
+        with opened as file:
             yield file
     except OSError as error:
         raise Lfm2kitError(f"{path}: {error.strerror or error}") from error
@@ -64,7 +63,7 @@ def replaced_folder(path: Path, note: Note = warnings.warn) -> Iterator[Path]:
     old = beside(path, "old")
     try:
         partial.mkdir()
-        with held(partial), _ended_by_sigterm():
+        with held(partial):
             yield partial
             _keep_modes(path, partial)
             _sync_all(partial)
@@ -337,16 +336,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM, as batch systems and `timeout` send it, ends the block as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -63,7 +63,8 @@ class Launcher(Protocol):
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
         """Runs `rank_command(arguments)` on `ranks` ranks; the job's exit code.
 
-        Raises `Lfm2kitError` where no launcher is installed.
+        Raises `Lfm2kitError` where no launcher is installed.  Ctrl-C, SIGTERM and SIGHUP come as
+        KeyboardInterrupt: it ends the job, and lets the exception pass.
         """
         ...
 
@@ -99,7 +100,7 @@ def rank_command(arguments: Sequence[str]) -> list[str]:
     options = [f"-{letter}" for flag, letter in _OPTIONS.items() if getattr(sys.flags, flag)]
     options += ["-O"] * sys.flags.optimize
     path = [os.path.abspath(entry) for entry in sys.path]
-    code = f"import sys; sys.path[:] = {path!a}; from lfm2kit.__main__ import main; main()"
+    code = f"import sys; sys.path[:] = {path!a}; from lfm2kit.__main__ import script; script()"
     return [sys.executable, "-P", *options, "-c", code, *arguments]
 
 

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column
 
 from lfm2kit.backend import Context
 from lfm2kit.cli import options
-from lfm2kit.cli.console import Report, only_said, progress, tables
+from lfm2kit.cli.console import Report, indented, only_said, progress, show_table
 from lfm2kit.plugins import Plugins, installed_plugins
 
 backends = typer.Typer(help="Lists the installed backends, or checks one.")
@@ -29,7 +29,7 @@ def list_backends(json: options.JsonOption = None) -> None:
     report = Report(json)
     report.fields = _description(plugins)
     if json != "-":
-        _show(report.fields)
+        _show(report)
     report.write()
 
 
@@ -54,14 +54,15 @@ def check(
         results = run_checks(
             name, plugins, Context(precision, threads), only=ids, done=lambda _: advance(1)
         )
-    table = Table(title=f"conformance of '{name}'", box=SIMPLE_HEAD)
-    table.add_column("check", no_wrap=True)  # to be copied into --only
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("detail")
-    for result in results:
-        table.add_row(result.id, result.verdict, result.detail)
     if json != "-":
-        tables().print(table)
+        show_table(
+            [(result.id, result.verdict, result.detail) for result in results],
+            Column("check", no_wrap=True),  # to be copied into --only
+            Column("verdict", no_wrap=True),
+            Column("detail"),
+            title=f"conformance of '{name}'",
+            box=SIMPLE_HEAD,
+        )
     failed = [result.id for result in results if result.verdict == "failed"]
     counts = {v: sum(r.verdict == v for r in results) for v in ("passed", "failed", "skipped")}
     report.line(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
@@ -101,18 +102,18 @@ def _description(plugins: Plugins) -> dict[str, Any]:
     }
 
 
-def _show(fields: dict[str, Any]) -> None:
-    console = tables()
-    table = Table()
-    for heading in ("backend", "what it is", "from", "precisions", "here"):
-        table.add_column(heading, overflow="fold")
-    for row in fields["backends"]:
-        here = row["cannot_run"] or "ready"
-        precisions = ", ".join(row["precisions"])
-        table.add_row(row["name"], row["summary"], row["distribution"], precisions, here)
-    console.print(table)
-    for row in fields["transports"]:
-        console.print(f"transport {row['name']}: {row['summary']}")
-    for row in fields["broken"]:
-        console.print(f"\nplugin '{row['name']}' ({row['distribution']}) skipped: {row['reason']}")
-        console.print(row["traceback"].rstrip())
+def _show(report: Report) -> None:
+    headings = ("backend", "what it is", "from", "precisions", "here")
+    rows = [
+        (row["name"], row["summary"], row["distribution"], ", ".join(row["precisions"]), here)
+        for row in report.fields["backends"]
+        for here in [row["cannot_run"] or "ready"]
+    ]
+    show_table(rows, *(Column(heading, overflow="fold") for heading in headings))
+    for row in report.fields["transports"]:
+        report.line(f"transport {row['name']}: {row['summary']}")
+    for row in report.fields["broken"]:
+        report.line()
+        report.line(f"plugin '{row['name']}' ({row['distribution']}) skipped: {row['reason']}")
+        for line in indented(row["traceback"]):
+            report.line(line)

@@ -30,6 +30,7 @@ from lfm2kit.loading import AUTO, Setup, set_up
 from lfm2kit.memory import HOST
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import installed_plugins
+from lfm2kit.text import printable
 from lfm2kit.transport import World
 
 # Of a call's time.  Calls on cores of their own waited for 0.09 of it at most, and those that had
@@ -211,7 +212,7 @@ def _print(rows: Sequence[dict[str, Any]], form: Form) -> None:
         report.write()
         return
     texts = [_texts(row) for row in rows]
-    table = [list(texts[0]), *(list(row.values()) for row in texts)]
+    table = [list(texts[0]), *([printable(t) for t in row.values()] for row in texts)]
     if form is Form.csv:
         csv.writer(sys.stdout).writerows(table)
         return

@@ -1,9 +1,13 @@
-"""Where text goes: results to stdout, everything else to stderr; progress only to a terminal."""
+"""Where text goes: results to stdout, everything else to stderr; progress only to a terminal.
+
+All that commands print goes through here, and is made printable here (`lfm2kit.text`).
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,34 +15,53 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from lfm2kit.checkpoint import check_no_part
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import check_target, replaced
 from lfm2kit.targets import check_apart
+from lfm2kit.text import LONGEST, printable, shortened
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 STDOUT = "-"
 
 
-def tables() -> Console:
-    """For tables on stdout: in a file or a pipe as wide as they are, nothing cut off."""
-    return Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False)
-
-
 def complain(sentence: str) -> None:
-    err.print(Text.assemble(("lfm2kit:", "bold red"), " error: ", _in_one_line(sentence)))
+    _say(("lfm2kit:", "bold red"), " error: ", sentence)
 
 
 def remark(sentence: str) -> None:
-    err.print(Text.assemble(("lfm2kit:", "dim"), " ", _in_one_line(sentence)))
+    _say(("lfm2kit:", "dim"), " ", sentence)
 
 
-def _in_one_line(text: str) -> str:
-    """What a file's names bring along, line ends or a terminal's commands, comes escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def _say(name: tuple[str, str], between: str, sentence: str) -> None:
+    """A line on stderr: of `LONGEST` characters at most, whatever the sentence brings along."""
+    said = shortened(sentence, LONGEST - len(name[0]) - len(between))
+    err.print(Text.assemble(name, between, said))
+
+
+def show_traceback(error: BaseException) -> None:
+    """Where `error` comes from, on stderr; see `indented`."""
+    for line in indented("".join(traceback.format_exception(error))):
+        err.print(Text(line))
+
+
+def indented(text: str) -> list[str]:
+    """The lines of a longer text from outside: so that none can be taken for one of ours."""
+    return [f"  {shortened(line)}" for line in text.rstrip().split("\n")]
+
+
+def show_table(
+    rows: Iterable[Iterable[str]], *columns: Column, title: str | None = None, **style: Any
+) -> None:
+    """A table on stdout: in a file or a pipe as wide as it is, nothing cut off."""
+    table = Table(*columns, title=title and Text(printable(title)), **style)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 10_000, highlight=False).print(table)
 
 
 class Report:
@@ -65,11 +88,16 @@ class Report:
         check_apart({"--json": self.path}, reads)
 
     def line(self, text: str = "") -> None:
-        print(text, file=sys.stderr if self.target == STDOUT else sys.stdout, flush=True)
+        """Prints one line, whatever the text brings along."""
+        stream = sys.stderr if self.target == STDOUT else sys.stdout
+        print(printable(text), file=stream, flush=True)
 
     def write(self) -> None:
-        """Writes the document; NaN, which JSON has not, becomes null."""
-        text = json.dumps(_without_nan(self.fields), indent=2)
+        """Writes the document, in ASCII; NaN, which JSON has not, becomes null.
+
+        A byte of a path that is not UTF-8 is the surrogate by which `os.fsencode` gets it back.
+        """
+        text = json.dumps(_without_nan(self.fields), indent=2).replace("\x7f", "\\u007f")
         if self.target == STDOUT:
             print(text)
         elif self.path is not None:
@@ -103,14 +131,14 @@ def progress(
 ) -> Iterator[Callable[[int], None]]:
     """A bar that the yielded function moves on; nothing where stderr is no terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
     )
     hidden = not (visible and err.is_terminal)
     with Progress(*columns, console=err, transient=True, disable=hidden) as bar:
-        task = bar.add_task(title, total=total, amount="")
+        task = bar.add_task(printable(title), total=total, amount="")
 
         def advance(amount: int) -> None:
             done = bar.tasks[task].completed + amount

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column
 
 from lfm2kit.capacity import size
 from lfm2kit.cli import options
-from lfm2kit.cli.console import Report, tables
+from lfm2kit.cli.console import Report, show_table
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
 from lfm2kit.placement import Placed
@@ -53,7 +53,7 @@ def plan(
         "notes": list(setup.notes()),
     }
     if json != "-":
-        _show(setup, rows, totals, tokens)
+        _show(report, setup, tokens)
     report.write()
 
 
@@ -92,36 +92,38 @@ def _totals(setup: Setup, tokens: int) -> dict[str, dict[str, int]]:
     }
 
 
-def _show(
-    setup: Setup, rows: list[dict[str, Any]], totals: dict[str, dict[str, int]], tokens: int
-) -> None:
-    console = tables()
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("block", "spec", "backend", "memory", "copy"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("weights", "kept", f"at {tokens} tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
-        kinds = ("weight_bytes", "kept_bytes", "workspace_bytes")
-        table.add_row(*texts, *(_size(row[kind]) for kind in kinds))
-    console.print(f"{setup.checkpoint.path}: {setup.plan}")
-    console.print(table)
+def _show(report: Report, setup: Setup, tokens: int) -> None:
+    report.line(f"{setup.checkpoint.path}: {setup.plan}")
+    headings = ("block", "spec", "backend", "memory", "copy")
+    sizes = ("weights", "kept", f"at {tokens} tokens")
+    show_table(
+        [_texts(row) for row in report.fields["blocks"]],
+        *(Column(heading, overflow="fold") for heading in headings),
+        *(Column(heading, justify="right", no_wrap=True) for heading in sizes),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     free = setup.sizes.free(setup.placed)
-    for memory, total in totals.items():
+    for memory, total in report.fields["totals"].items():
         weights, kept, at_most = (size(count) for count in total.values())
         left = f"; {_size(free[memory])} are free" if memory in free else ""
         taken = f"{kept} of memory kept, {at_most} with {tokens} tokens at once"
-        console.print(f"{memory}: {weights} of weights as stored, {taken}{left}")
+        report.line(f"{memory}: {weights} of weights as stored, {taken}{left}")
     for bound in memory_limits():
-        console.print(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
+        report.line(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
     if (shortage := setup.shortage(tokens)) is not None:
-        console.print(shortage)
-    console.print(f"copies between memories in a forward: {setup.placed.copies()}")
+        report.line(shortage)
+    report.line(f"copies between memories in a forward: {setup.placed.copies()}")
     for layer, rows_kept in _rows_kept(setup).items():
-        console.print(f"{layer}: {rows_kept} of a sample's rows go on after its operator")
+        report.line(f"{layer}: {rows_kept} of a sample's rows go on after its operator")
     for note in setup.notes():
-        console.print(note)
+        report.line(note)
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
+    kinds = ("weight_bytes", "kept_bytes", "workspace_bytes")
+    return [*texts, *(_size(row[kind]) for kind in kinds)]
 
 
 def _size(count: int | None) -> str:

@@ -16,10 +16,12 @@ import typer
 from typer.core import TyperCommand
 
 from lfm2kit.agreement import Facts, Refusal, agree
-from lfm2kit.cli.console import complain, err
+from lfm2kit.cli.console import complain, show_traceback
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.interrupts import exit_code
 from lfm2kit.launchers import Started, started
 from lfm2kit.plugins import find_transport
+from lfm2kit.streams import READER_GONE, ReaderGone
 from lfm2kit.transport import Launcher, Transport
 
 TRACEBACK = "LFM2KIT_TRACEBACK"
@@ -102,7 +104,7 @@ def _refusal(error: Exception) -> Refusal:
     """The report of a rank on which `error` came up."""
     is_traced = bool(os.environ.get(TRACEBACK))
     if is_traced:
-        err.print_exception()
+        show_traceback(error)
     if isinstance(error, Lfm2kitError):
         return Refusal(str(error))
     hint = "" if is_traced else f"; its traceback: {TRACEBACK}=1"
@@ -171,9 +173,12 @@ def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
 
 def _end(transport: Transport, error: BaseException) -> None:
     rank = transport.world.rank
+    if isinstance(error, (KeyboardInterrupt, ReaderGone)):  # who started the job says it, if anyone
+        transport.abort(READER_GONE if isinstance(error, ReaderGone) else exit_code(error))
+        return
     if isinstance(error, Lfm2kitError):
         complain(f"rank {rank}: {error}")
         transport.abort(2)
     complain(f"rank {rank} failed; ending all ranks")
-    err.print_exception()
+    show_traceback(error)
     transport.abort(INTERNAL_ERROR)

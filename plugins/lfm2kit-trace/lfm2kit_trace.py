@@ -19,6 +19,7 @@ from typing import Any
 import lfm2kit
 from lfm2kit.backend import Block
 from lfm2kit.specs import Spec
+from lfm2kit.text import printable
 
 VARIABLE = "LFM2KIT_TRACE"
 
@@ -64,7 +65,8 @@ class Trace:
             partial.write_text(json.dumps({"traceEvents": self.events}))
             partial.replace(self.path)
         except OSError as error:
-            print(f"lfm2kit-trace: {self.path} not written: {error}", file=sys.stderr)
+            sentence = f"lfm2kit-trace: {self.path} not written: {error.strerror}"
+            print(printable(sentence), file=sys.stderr)
         totals: dict[str, list[float]] = defaultdict(list)
         for event in self.events:
             totals[event["cat"]].append(event["dur"] / 1e6)

@@ -478,7 +478,7 @@ def test_a_bad_target_is_one_line_and_changes_nothing(
 @pytest.mark.parametrize("name", ["tinny", "n" * 5000, "folder", "notes"])
 def test_a_bad_source_is_one_line_and_writes_nothing(full: Path, cli: Cli, name: str) -> None:
     before = snapshot(full)
-    cli("convert", name, "target").assert_fails(name)
+    cli("convert", name, "target").assert_fails(name[:100])
     assert snapshot(full) == before
 
 

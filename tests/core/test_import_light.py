@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lfm2kit
 
 HEAVY = {"cupy", "numba", "mpi4py", "torch", "transformers"}
@@ -29,3 +31,26 @@ def test_listing_the_installed_plugins_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert output.strip() == "[]"
+
+
+def test_little_is_imported_before_signals_are_handled() -> None:
+    """NumPy alone takes a tenth of a second, in which an interrupt would show a traceback."""
+    code = (
+        "import sys; import lfm2kit.__main__; from lfm2kit.interrupts import Interrupts;"
+        "Interrupts._take = lambda self: print(sorted(sys.modules)) or sys.exit();"
+        "lfm2kit.__main__.script()"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert "'lfm2kit.interrupts'" in output
+    for slow in ("numpy", "typer", "rich", "pluggy", "dataclasses", "lfm2kit.errors"):
+        assert f"'{slow}'" not in output
+
+
+def test_the_names_of_the_package_are_there_when_they_are_used() -> None:
+    for name in lfm2kit.__all__:
+        assert getattr(lfm2kit, name) is not None
+        assert name in dir(lfm2kit)
+    with pytest.raises(AttributeError, match="'lfm2kit' has no attribute 'nosuch'"):
+        lfm2kit.nosuch  # noqa: B018

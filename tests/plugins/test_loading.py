@@ -154,7 +154,7 @@ def test_a_backend_that_cannot_be_created_is_one_line_and_a_traceback_on_request
     assert f"backend 'odd' of lfm2kit-odd 1.0 cannot be created: {kind}: no" in run.stderr
     assert run.stderr.count("\n") == 1
     traced = lfm2kit(tmp_path, "run", "--backend", "odd", "-n", "1", LFM2KIT_TRACEBACK="1")
-    assert "in create" in traced.stderr
+    assert (traced.returncode, "in create" in traced.stderr) == (2, True)
 
 
 def test_of_two_backends_of_one_name_the_second_is_refused_and_the_first_named(

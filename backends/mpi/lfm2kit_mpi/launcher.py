@@ -40,9 +40,8 @@ class MpiLauncher:
         # A group of its own: an interrupt is passed on once, by us, and reaches every process.
         job = subprocess.Popen(command, start_new_session=True)
         try:
-            with _passing_on_termination():
-                return job.wait()
-        except KeyboardInterrupt:
+            return job.wait()
+        except KeyboardInterrupt:  # SIGTERM too: a job must not outlive what started it
             _end(job)
             raise
 
@@ -92,19 +91,6 @@ def _flags(mpiexec: str) -> list[str]:
     if "Open MPI" not in said.stdout and "OpenRTE" not in said.stdout:
         return []
     return ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
-
-
-class _passing_on_termination:  # noqa: N801  (a context manager, named as it reads)
-    """SIGTERM to us becomes an interrupt: a job must not outlive what started it."""
-
-    def __enter__(self) -> None:
-        def interrupt(number: int, frame: object) -> None:
-            raise KeyboardInterrupt
-
-        self.before = signal.signal(signal.SIGTERM, interrupt)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
 
 
 def _end(job: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,138 @@
+"""Ctrl-C, SIGTERM and SIGHUP end the process in every phase, with one line and a code of their own.
+
+The handler raises `KeyboardInterrupt`, so that what is open is closed and partial files vanish.
+Alone that is not enough: an exception is swallowed where it is raised inside a callback of a
+compiler, a destructor or the import of some extension modules, and no handler runs while the main
+thread waits inside a library.  So a thread that the signal wakes as well watches over the end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NUDGE = signal.SIGURG  # from the watching thread to the main one; ignored where nobody handles it
+INTERVAL = 0.2  # seconds between nudges
+SAME = 1.0  # seconds: a signal that comes again so soon is the same one; `timeout` sends it twice
+PATIENCE = 20.0  # seconds that the process has to end by itself
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """The exit code of a process that `error` ends: the one by which a shell reports the signal."""
+    return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
+
+
+def told(error: KeyboardInterrupt) -> int:
+    """Tells the user of the interrupt on stderr; returns its exit code."""
+    code = exit_code(error)
+    print(_line(code - 128), end="", file=sys.stderr, flush=True)
+    return code
+
+
+class Interrupts:
+    """The signals of this process, handled to its last instruction."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None  # the first signal's number
+        self._is_over = False  # there is nothing left to unwind
+        self._is_told = False
+
+    def ended(self, command: Callable[[], int]) -> int:
+        """Calls `command`; its exit code, or that of the signal which came meanwhile."""
+        try:
+            self._take()
+            code = command()
+            self._is_over = True
+            self.check()
+        except KeyboardInterrupt as error:
+            self._is_over = self._is_told = True
+            code = told(error)
+        return code
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal has come: it may have been swallowed."""
+        if self._received is not None:
+            raise Interrupted(self._received)
+
+    def _take(self) -> None:
+        """Handles the signals from now on, those that the parent wants ignored excepted."""
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        signal.signal(NUDGE, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # run.sh blocks them until now
+        sys.unraisablehook = _unraisable
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        is_first = number in SIGNALS and self._received is None
+        if is_first:
+            self._received = number
+        if self._received is None or (self._is_over and not is_first):
+            return
+        if self._is_over:
+            self._end(self._received)
+        if not _is_unwinding():
+            raise Interrupted(self._received)
+
+    def _watch(self, pipe: int) -> None:
+        """Reminds the main thread of a signal until the process ends, or ends it."""
+        while (number := os.read(pipe, 1)[0]) not in SIGNALS:
+            pass
+        start, main = time.monotonic(), threading.main_thread().ident or 0
+        while True:
+            time.sleep(INTERVAL)
+            signal.pthread_kill(main, NUDGE)
+            is_repeated = any(n in SIGNALS for n in os.read(pipe, 4096))
+            elapsed = time.monotonic() - start
+            if elapsed > PATIENCE or (is_repeated and elapsed > SAME):
+                self._end(number)
+
+    def _end(self, number: int) -> NoReturn:
+        """Ends the process at once, from any thread, whoever holds the locks of the streams."""
+        restored = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # a progress bar may hide the cursor
+        line = "" if self._is_told else _line(number)
+        try:
+            os.write(2, f"{restored}{line}".encode())
+        finally:
+            os._exit(128 + number)
+
+
+PROCESS = Interrupts()
+
+
+def _line(number: int) -> str:
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    return f"lfm2kit: interrupted{by}\n"
+
+
+def _is_unwinding() -> bool:
+    """Whether an interrupt is being handled already: another one would cut the cleaning up."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Says what a callback or a destructor raised, but for interrupts: they are raised again."""
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)

@@ -1,0 +1,103 @@
+"""stdout and stderr of a process that goes on working when they cannot take what is printed.
+
+A full disk is said once, at the end, when the work is done and its files are written.  A stream
+that was closed before the start takes everything and keeps nothing.  When the reader of a pipe is
+gone, as `head` is after its lines, the process ends without a word, as SIGPIPE would end it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import select
+import signal
+import sys
+from typing import Any
+
+READER_GONE = 128 + signal.SIGPIPE  # exit code
+PLAIN = "lfm2kit.plain"  # the error handler of our streams' encodings
+
+
+class ReaderGone(BaseException):
+    """Nobody reads stdout any more.  Not an OSError: libraries turn those into exit code 1."""
+
+
+class Output(io.FileIO):
+    """A stream's file descriptor.  After its first error, which is kept, writes do nothing."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.error: OSError | None = None
+        self.ends_process = descriptor == 1  # when its reader is gone
+
+    def write(self, data: Any) -> int:
+        """Writes `data`, or nothing; raises `ReaderGone`, once, where stdout lost its reader."""
+        if self.error is None:
+            try:
+                return self._written(data)
+            except OSError as error:
+                self.error = error
+            if isinstance(self.error, BrokenPipeError) and self.ends_process:
+                raise ReaderGone
+        return len(data)
+
+    def _written(self, data: Any) -> int:
+        """Waits where the descriptor is one that another process made non-blocking."""
+        while (count := super().write(data)) is None:
+            select.select([], [self], [])
+        return count
+
+
+class Streams:
+    """This process's stdout and stderr, from `take` to its last instruction."""
+
+    def take(self) -> None:
+        """Puts streams of ours in place of `sys.stdout` and `sys.stderr`."""
+        _open_closed_descriptors()
+        codecs.register_error(PLAIN, _plain)
+        self._stdout = Output(1)
+        sys.stdout = _text(self._stdout, sys.stdout)
+        sys.stderr = _text(Output(2), sys.stderr)
+
+    def conclude(self, code: int) -> int:
+        """The exit code of a process whose command ended with `code`."""
+        self._stdout.ends_process = False
+        sys.stdout.flush()
+        if self._stdout.error is None or code not in (0, 1):
+            return code
+        if isinstance(self._stdout.error, BrokenPipeError):
+            return READER_GONE
+        from lfm2kit.cli.console import complain
+
+        complain(f"stdout: {self._stdout.error.strerror}; the result could not be printed")
+        return code or 2
+
+
+def _open_closed_descriptors() -> None:
+    """A file that is opened later would get the number, and what is printed would land in it."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+def _text(output: Output, before: Any) -> io.TextIOWrapper:
+    """A text stream like `before`, which is None where the descriptor was closed."""
+    is_unbuffered = getattr(before, "write_through", False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(output),
+        encoding=getattr(before, "encoding", "utf-8"),
+        errors=PLAIN,
+        line_buffering=is_unbuffered or getattr(before, "line_buffering", False),
+        write_through=is_unbuffered,
+    )
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that a stream's encoding has not."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end].replace("±", "+-")
+    return missing.encode("ascii", "backslashreplace").decode(), error.end
