@@ -23,6 +23,7 @@ from lfm2kit.parallel import ExpertParallelMoe, join, shard
 from lfm2kit.placement import Join, Joins, Placed, Placer
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import Plugins, installed_plugins
+from lfm2kit.progress import Wrap, telling
 from lfm2kit.transport import Transport
 from lfm2kit.trim import trim as trimmed
 
@@ -54,6 +55,7 @@ class Setup:
     joins: Joins
     context: Context
     again: Callable[..., Setup]  # the same, but for the options of `set_up` that it is given
+    tells: bool = False  # whether each call of a block is a step that somebody watches
 
     def notes(self) -> Iterator[str]:
         """What the backends of the plan have to say about this run."""
@@ -104,7 +106,9 @@ class Setup:
             self.checkpoint.release(placed.scope, placed.spec)
             built(placed)
 
-        wrap = self.plugins.wrap
+        wrap: Wrap = self.plugins.wrap
+        if self.tells:
+            wrap = telling(wrap, {leaf.name for leaf in self.placed.leaves()})
         return Builder(self.checkpoint.weights, self.create, self.joins, wrap, done)
 
     def stored_bytes(self, placed: Placed) -> int:
@@ -147,7 +151,8 @@ def set_up(
         joins = {**JOINS, ExpertParallelMoe: Join(join(transport), HOST)}
     placer = Placer(plan, create, joins, plugins.backends)
     placed = placer.place(trimmed(model) if trim else model)
-    return Setup(checkpoint, plan, placed, plugins, create, joins, context, again)
+    tells = transport is not None
+    return Setup(checkpoint, plan, placed, plugins, create, joins, context, again, tells)
 
 
 def load_model(path: str | Path, backend: str = AUTO, *, threads: int | None = None) -> LFM2:

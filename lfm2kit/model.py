@@ -20,8 +20,9 @@ from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import Memory
 from lfm2kit.placement import Join, Joins, Placed
+from lfm2kit.progress import longest, step
 from lfm2kit.seam import Seam
-from lfm2kit.specs import Spec
+from lfm2kit.specs import Spec, Work
 from lfm2kit.trim import TrimmedLayer, TrimmedModel
 from lfm2kit.weights import Weights
 
@@ -160,6 +161,7 @@ class Builder:
             block = self.joins[type(placed.spec)].make(placed.spec, **blocks)
         else:
             weights = self.weights.scope(placed.scope)
+            step(f"building {placed.name}", longest(Work(0, 4 * placed.spec.weight_elements())))
             block = self.create(placed.backend).build(placed.spec, weights)
             self.built(placed)
         return self._seamed(placed, block)

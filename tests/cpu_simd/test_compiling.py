@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import llvmlite.binding as llvm
+import numba
 import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
+from lfm2kit_cpu_simd.compile_steps import tell_compile_steps
 from lfm2kit_cpu_simd.compiling import fingerprint
 from lfm2kit_cpu_simd.tile import STORAGES, TILE, Emitter
 from llvmlite import ir
+
+from lfm2kit import progress
 
 assert CpuSimdBackend
 
@@ -103,3 +107,26 @@ def test_the_tile_lowers_to_fused_multiply_adds_and_calls_nothing(
     text = assembly(triple, cpu, vl, nv, storage, leaves)
     assert text.count(multiply_add) >= 6 * nv
     assert call not in text
+
+
+def test_each_kernel_that_is_compiled_is_a_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tell_compile_steps()
+    mine = progress.Progress()
+    told: list[tuple[str, float]] = []
+    mine.on_step = lambda: told.append((mine.now.name, mine.now.seconds))
+    monkeypatch.setattr(progress, "THIS_PROCESS", mine)
+
+    @numba.njit
+    def inner(x):  # type: ignore[no-untyped-def]
+        return x + 1
+
+    @numba.njit
+    def outer(x):  # type: ignore[no-untyped-def]
+        return inner(x)
+
+    assert outer(1) == 2
+    long, short = progress.COMPILING, progress.DEADLINE
+    assert told == [
+        ("compiling outer", long), ("compiling inner", long), ("compiling outer", long),
+        ("compiled its kernels", short),
+    ]  # fmt: skip
