@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy.typing as npt
 
@@ -43,8 +43,20 @@ class Transport(Protocol):
 
     def barrier(self) -> None: ...
 
-    def abort(self, exit_code: int) -> None:
-        """Ends every rank's process at once; does not return."""
+    def finish(self, exit_code: int) -> None:
+        """Says that this rank's work is done; rank 0's exit code is the job's.
+
+        Every rank calls it once, last of all.  A process that ends before that is a fault, which
+        ends the job, whatever its exit code was.
+        """
+        ...
+
+    def abort(self, exit_code: int, reason: str, details: str = "") -> NoReturn:
+        """Ends every rank's process, and shows `reason`, a sentence, with this rank's number.
+
+        Where several ranks call it, one reason is shown.  `details`, a traceback or nothing, are
+        shown before it.
+        """
         ...
 
 
@@ -59,15 +71,29 @@ class Launcher(Protocol):
         ...
 
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
-        """Runs `lfm2kit *arguments` on `ranks` ranks; the job's exit code.
+        """Runs `lfm2kit *arguments` on `ranks` ranks; the exit code that rank 0 finished with.
 
-        Raises `Lfm2kitError` where no launcher is installed.
+        Raises `Lfm2kitError` where no launcher is installed, and `JobError` where a rank fails,
+        ends early or makes no progress (see `lfm2kit.progress`).  No process of the job is left
+        then, nor after an interrupt.
         """
         ...
 
     def connect(self) -> Transport:
-        """This rank's transport; called in every process of a job."""
+        """This rank's transport; called in every process of a job.
+
+        From here on the job is watched: a rank that makes no progress ends it.
+        """
         ...
+
+
+class JobError(Exception):
+    """A job that ended before its result: which rank, where, and why, in a sentence."""
+
+    def __init__(self, sentence: str, exit_code: int, details: str = "") -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
+        self.details = details
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
+from lfm2kit import progress as steps
 from lfm2kit import samples
 from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.cli import options
@@ -25,6 +26,7 @@ from lfm2kit.model import LFM2
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.running import Timed, default_batch_size, run_samples
+from lfm2kit.specs import Work
 from lfm2kit.transport import Transport, World
 from lfm2kit.validate import Verdict, nothing_to_compare, validate
 
@@ -76,6 +78,12 @@ def run(
         options.whole_number("--ranks", help="Processes that share samples and experts (MPI)."),
     ] = None,
     transport: Annotated[str, typer.Option(help="What several ranks talk over.")] = "mpi",
+    deadline: Annotated[
+        int,
+        options.whole_number(
+            "--deadline", metavar="SECONDS", help="A rank without progress for so long ends all."
+        ),
+    ] = int(steps.DEADLINE),
     json: options.JsonOption = None,
 ) -> None:
     """Runs samples through a model, and validates and times it."""
@@ -97,6 +105,7 @@ def run(
         trim=trim,
         json=json,
     )
+    steps.set_deadline(deadline)
     report = Report(json)
     plugins = installed_plugins()
     job = joined_job(plugins, transport, ranks)
@@ -105,8 +114,8 @@ def run(
         raise typer.Exit(launched(plugins, transport, ranks or 1, sys.argv[1:]))
     with ending_all_ranks(job):
         verdict = perform(request, report, plugins, job)
-    if verdict is not None and not verdict.is_valid:
-        raise typer.Exit(1)
+        if verdict is not None and not verdict.is_valid:
+            raise typer.Exit(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +230,7 @@ def perform(
     timed = run_timed(model, prepared, transport, is_first)
     if timed.logits is None:
         return None
+    steps.step("validating and writing", steps.longest(Work(0, 2 * timed.logits.nbytes)))
     verdict = judge(timed.logits, prepared.answers, request.precision)
     if request.outputs is not None:  # after judging: it may take the place of the answers
         samples.write_outputs(request.outputs, timed.logits)
