@@ -6,7 +6,6 @@ import ctypes
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,17 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "loops": for_ever,
     "holds-the-lock": holding_the_lock,
-    "sleeps": lambda: time.sleep(1000),
+    "never-joins": lambda: None,  # see `SITE`
 }
+
+
+# Python runs it before anything else.
+SITE = """
+import os, time
+ranks = [os.environ.get(name) for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")]
+if os.environ.get("FAULTY") == "never-joins" and "1" in ranks:
+    time.sleep(1000)
+"""
 
 
 class Faulty(ReferenceBackend):
@@ -76,6 +84,7 @@ def lfm2kit_backends() -> Iterator[lfm2kit.BackendPlugin]:
 def install(folder: Path) -> str:
     """Makes a distribution of this file in `folder`; what PYTHONPATH must be for it."""
     (folder / "faulty_plugin.py").write_text(Path(__file__).read_text())
+    (folder / "sitecustomize.py").write_text(SITE)
     info = folder / "faulty_plugin-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty-plugin\nVersion: 1\n")

@@ -172,7 +172,7 @@ def test_a_page_shows_the_last_step_of_a_process_that_is_dead() -> None:
     assert place()
 
 
-def test_only_the_names_of_mpich_s_segments_are_dropped(tmp_path: Path) -> None:
+def test_only_the_names_of_mpi_s_segments_are_dropped(tmp_path: Path) -> None:
     segment, other = tmp_path / "mpich_shm_1", tmp_path / "psm_1"
     for path in (segment, other):
         path.touch()
@@ -180,6 +180,6 @@ def test_only_the_names_of_mpich_s_segments_are_dropped(tmp_path: Path) -> None:
     line = "7f00-7f01 rw-s 00000000 00:1b 42 "
     gone = tmp_path / "mpich_shm_0 (deleted)"
     maps.write_text(f"{line}{segment}\n{line}{other}\n{line}{gone}\n7f02-7f03 r-xp 0 00:00 0\n")
-    drop_names(maps, str(tmp_path / "mpich_"))
+    drop_names(maps, (str(tmp_path / "mpich_"),))
     assert not segment.exists()
     assert other.exists()

@@ -16,8 +16,10 @@ from contextlib import suppress
 
 from lfm2kit import progress
 from lfm2kit_mpi import hub as hubs
+from lfm2kit_mpi.ancestors import Launcher, launcher_of
 from lfm2kit_mpi.faults import Fault
 from lfm2kit_mpi.hub import LOOK, Hub
+from lfm2kit_mpi.shared_memory import drop_names_of
 
 TO_END = 1.0  # seconds for ranks to end when told to
 LONGEST_SENTENCE = 500
@@ -50,6 +52,7 @@ def main() -> None:
 
 
 async def _watch(listener: socket.socket, hub: Hub) -> None:
+    launcher = launcher_of(os.getppid())
     server = await asyncio.start_server(hub.serve, sock=listener, limit=hubs.LONGEST_LINE)
     while not hub.is_over:
         hub.look()
@@ -57,12 +60,22 @@ async def _watch(listener: socket.socket, hub: Hub) -> None:
     fault = hub.explain()
     if fault is not None:
         _say(fault)
-        hub.end_ranks(fault.exit_code)
-        await asyncio.sleep(TO_END)
-        for pid in hub.processes_here():
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        await _end(hub, fault.exit_code, launcher)
     server.close()
+
+
+async def _end(hub: Hub, exit_code: int, launcher: Launcher | None) -> None:
+    """Ends every rank, and then a launcher that waits for a machine which is cut off."""
+    drop_names_of(hub.processes_here())
+    hub.end_ranks(exit_code)
+    await asyncio.sleep(TO_END)
+    for pid in hub.processes_here():
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    if launcher is not None:
+        launcher.send(signal.SIGTERM)
+        await asyncio.sleep(TO_END)
+        launcher.send(signal.SIGKILL)
 
 
 def _say(fault: Fault) -> None:

@@ -22,6 +22,7 @@ from lfm2kit.transport import JobError
 from lfm2kit_mpi import hub as hubs
 from lfm2kit_mpi.faults import Fault
 from lfm2kit_mpi.hub import LOOK, Hub
+from lfm2kit_mpi.shared_memory import drop_names_of
 
 HUB = "LFM2KIT_MPI_HUB"  # for the ranks: where the hub listens, and the job's key
 TO_SAY_WHY = 1.0  # seconds for mpiexec to say which signal ended a rank
@@ -92,6 +93,7 @@ def _started(
         yield job
     finally:
         if job.poll() is None:
+            drop_names_of(_processes_with(marker))
             job.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 job.wait(TO_END)
