@@ -229,12 +229,14 @@ def test_a_link_that_is_cut_ends_the_ranks_on_both_sides(two_nodes: list[str]) -
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {MARK: mark},
     ) as job:  # fmt: skip
         assert job.stdout is not None
-        job.stdout.readline()
+        assert job.stdout.readline().startswith("Model:")
         ip("-n", f"lfm2kit{os.getpid()}-2", "link", "set", "eth0", "down")
         _, said = job.communicate(timeout=A_WHILE)
     lines = [line for line in said.splitlines() if line.startswith("lfm2kit: error:")]
     assert len(lines) == 1, said
-    assert re.match(r"lfm2kit: error: rank 1 on \S+, .*cut off, and has said nothing for", lines[0])
+    assert re.match(
+        r"lfm2kit: error: rank 1 on \S+, .*cut off, and has said nothing for", lines[0]
+    ), said
     assert job.returncode != 0
     until_ended(mark)
 

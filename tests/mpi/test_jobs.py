@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ import numpy as np
 import pytest
 
 from lfm2kit import samples
+from tests.mpi.test_faults import LETS_ANYONE_RUN
+
+pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
+
+from lfm2kit_mpi.launcher import find_mpiexec
 
 pytestmark = pytest.mark.mpi
 LFM2KIT = [sys.executable, "-m", "lfm2kit"]
@@ -94,3 +100,21 @@ def test_what_is_wrong_is_said_once_before_any_rank_starts() -> None:
     done = lfm2kit("run", "--ranks", "3", "-n", "100000")
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1
+
+
+WITHOUT_SYS = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys && exec "$@"', "sh"]
+
+
+@pytest.mark.parametrize("is_ours", [True, False], ids=["--ranks", "mpiexec"])
+def test_what_c_libraries_print_stays_out_of_the_result(is_ours: bool) -> None:
+    """MPI's libraries complain of a container without /sys, and do so on stdout."""
+    if shutil.which("unshare") is None or subprocess.run([*WITHOUT_SYS, "true"]).returncode != 0:
+        pytest.skip("no mounts of one's own here")
+    launcher = [] if is_ours else [find_mpiexec(), "-n", "2"]
+    arguments = ["run", "-n", "2", "--backend", "reference", "--json", "-"]
+    done = subprocess.run(
+        [*WITHOUT_SYS, *launcher, *LFM2KIT, *arguments, *(["--ranks", "2"] if is_ours else [])],
+        capture_output=True, text=True, timeout=A_WHILE, env=os.environ | LETS_ANYONE_RUN,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ranks"] == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from lfm2kit_mpi.faults import Rank, gone, not_joined, place, stuck
 from lfm2kit_mpi.hub import LOOK, Hub
 from lfm2kit_mpi.page import SharedPage, reader_of
 from lfm2kit_mpi.shared_memory import drop_names
+from lfm2kit_mpi.watch import notice_cuts
 
 from lfm2kit.errors import Lfm2kitError
 
@@ -143,6 +145,16 @@ def test_a_hub_that_was_stopped_blames_nobody(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(hubs, "monotonic", lambda: now + 3600)
     hub.look()
     assert hub.fault is None
+
+
+@pytest.mark.parametrize("seconds", [1, 60, 10**3, 10**15])
+def test_a_connection_takes_every_deadline(seconds: int) -> None:
+    with socket.socket() as link:
+        notice_cuts(link, seconds)
+        assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            timeout = link.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            assert timeout == 1000 * min(seconds, watch.LONGEST_SILENCE)
 
 
 def until(is_so: object, seconds: float = 60) -> None:

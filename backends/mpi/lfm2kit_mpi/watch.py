@@ -30,6 +30,8 @@ BEAT = 0.25  # seconds between two words to the hub
 SOONEST = 0.05  # seconds between two words of the main thread: steps may be much shorter
 TO_CONNECT = 2.0  # seconds for an address to answer
 TO_GREET = 10.0  # seconds for the hub to answer, once it is connected
+LONGEST_SILENCE = 7 * 24 * 3600  # seconds: what Linux takes for an option of a connection
+MOST_PROBES = 100
 TO_UNWIND = 1.0  # seconds for what is being written to be taken back
 TO_BE_ENDED = 5.0  # seconds that a rank with a fault leaves to the hub
 
@@ -70,8 +72,9 @@ class Watch:
 
     def _tell_in_time(self) -> None:
         """Says what begins now: a block that keeps Python's lock silences this process."""
-        self._page.write(self._doing())
-        is_long = progress.THIS_PROCESS.now.seconds > progress.THIS_PROCESS.deadline
+        _, name, seconds = progress.THIS_PROCESS.now
+        self._page.write(name)
+        is_long = seconds > progress.THIS_PROCESS.deadline
         if is_long or self._told_long or time.monotonic() - self._told > SOONEST:
             self.tell()
 
@@ -136,7 +139,7 @@ def joined(rank: int, where: Sequence[str], port: int, key: str) -> Watch:
             link.sendall(json.dumps(hello).encode() + b"\n")
             if words.readline() == b"welcome\n":
                 link.settimeout(None)
-                _notice_cuts(link, progress.THIS_PROCESS.deadline)
+                notice_cuts(link, progress.THIS_PROCESS.deadline)
                 return Watch(rank, link, words, page)
             link.close()
     raise Lfm2kitError(
@@ -150,14 +153,16 @@ def starting_seconds() -> float:
     return progress.THIS_PROCESS.deadline + 2 * STARTING
 
 
-def _notice_cuts(link: socket.socket, seconds: float) -> None:
+def notice_cuts(link: socket.socket, seconds: float) -> None:
     """Has the system end a connection whose other end has not answered for so long."""
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    seconds = min(seconds, LONGEST_SILENCE)
+    interval = math.ceil(seconds / MOST_PROBES)
     wanted = {
-        "TCP_KEEPIDLE": 1,
-        "TCP_KEEPINTVL": 1,
-        "TCP_KEEPCNT": math.ceil(seconds),
+        "TCP_KEEPIDLE": interval,
+        "TCP_KEEPINTVL": interval,
+        "TCP_KEEPCNT": math.ceil(seconds / interval),
         "TCP_USER_TIMEOUT": math.ceil(1000 * seconds),
     }
     for name, value in wanted.items():
