@@ -102,6 +102,16 @@ def test_what_is_wrong_is_said_once_before_any_rank_starts() -> None:
     assert done.stderr.count("error:") == 1
 
 
+def test_a_wrong_result_of_several_ranks_has_the_exit_code_of_one(tmp_path: Path) -> None:
+    answers = tmp_path / "answers.bin"
+    samples.write_outputs(answers, np.zeros((8, 1024), np.float32))
+    done = lfm2kit(
+        "run", "-v", "-n", "8", "--ranks", "2", "--backend", "reference", "--answers", str(answers)
+    )
+    assert done.returncode == 1, done.stderr
+    assert "INVALID" in done.stdout.splitlines()
+
+
 WITHOUT_SYS = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys && exec "$@"', "sh"]
 
 

@@ -18,8 +18,9 @@ pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution o
 
 from lfm2kit_mpi import hub as hubs
 from lfm2kit_mpi import watch
-from lfm2kit_mpi.faults import Rank, gone, not_joined, place, stuck
+from lfm2kit_mpi.faults import Rank, gone, lingering, not_joined, place, stuck
 from lfm2kit_mpi.hub import LOOK, Hub
+from lfm2kit_mpi.job import run_job
 from lfm2kit_mpi.page import SharedPage, reader_of
 from lfm2kit_mpi.shared_memory import drop_names
 from lfm2kit_mpi.watch import notice_cuts
@@ -73,6 +74,15 @@ def test_the_rank_that_others_wait_for_is_named(ranks: list[Rank], said: str) ->
     fault = stuck(ranks, NOW)
     assert fault is not None
     assert (fault.sentence, fault.exit_code) == (said, 3)
+
+
+def test_a_process_that_does_not_end_after_its_work_is_at_fault() -> None:
+    ranks = [rank(0, quiet=59), rank(1, quiet=70)]
+    assert lingering(ranks, NOW, 60) is None
+    fault = lingering(ranks[1:], NOW, 60)
+    assert fault is not None
+    assert fault.sentence.endswith("its work is done, but it has not ended for 60 s")
+    assert lingering([], NOW, 60) is None
 
 
 def test_the_cause_of_a_rank_s_end_is_said_as_far_as_it_is_known() -> None:
@@ -163,6 +173,15 @@ def until(is_so: object, seconds: float = 60) -> None:
     while not is_so():
         assert monotonic() < end
         threading.Event().wait(0.01)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo no such host >&2; exit 1", "no such host"), ("exit 0", "it said nothing")],
+)
+def test_an_mpiexec_that_starts_no_rank_is_the_user_s_to_change(script: str, said: str) -> None:
+    with pytest.raises(Lfm2kitError, match=f"mpiexec started no rank: {said}"):
+        run_job(["sh", "-c", script], 2)
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux's memfd_create")

@@ -73,6 +73,14 @@ def stuck(ranks: Iterable[Rank], now: float) -> Fault | None:
     return None
 
 
+def lingering(ranks: Iterable[Rank], now: float, seconds: float) -> Fault | None:
+    """The fault of `ranks`, still there for longer than `seconds` after all ranks were done."""
+    last = max(ranks, key=lambda rank: rank.heard, default=None)
+    if last is None or now - last.heard <= seconds:
+        return None
+    return Fault(f"{last.where}: its work is done, but it has not ended for {seconds:.0f} s")
+
+
 def not_joined(size: int, joined: Iterable[int], seconds: float) -> Fault:
     missing = sorted(set(range(size)) - set(joined))
     names = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))

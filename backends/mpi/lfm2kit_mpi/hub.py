@@ -17,7 +17,7 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any
 
-from lfm2kit_mpi.faults import BUG, STARTING, Fault, Rank, gone, not_joined, place, stuck
+from lfm2kit_mpi.faults import BUG, STARTING, Fault, Rank, gone, lingering, not_joined, place, stuck
 from lfm2kit_mpi.page import reader_of
 
 LOOK = 0.1  # seconds between two looks at the ranks
@@ -65,6 +65,9 @@ class Hub:
         if self.fault is None and len(self.ranks) < self.size and now - self._started > limit:
             self.fault = not_joined(self.size, self.ranks, limit)
         self.fault = self.fault or stuck(self.ranks.values(), now)
+        if len(self.ranks) == self.size and all(rank.is_done for rank in self.ranks.values()):
+            connected = [self.ranks[number] for number in self._writers]
+            self.fault = self.fault or lingering(connected, now, self.deadline)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, from its first word to its end."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lfm2kit import progress
@@ -33,11 +36,8 @@ def _of_our_job(size: int) -> MpiTransport:
     watch = joined(_rank() or 0, addresses.split(","), int(port), key)
     streams.through_the_hub(watch)
     watch.start()
-    from lfm2kit_mpi.transport import MpiTransport, world_size  # this starts MPI
-
-    if (wrong := _mismatch(size, world_size())) is not None:
-        watch.abort(2, wrong)
-    return MpiTransport(watch)
+    with _told(watch):
+        return _start_mpi(size).MpiTransport(watch)
 
 
 def _of_another_job(size: int) -> MpiTransport:
@@ -45,16 +45,35 @@ def _of_another_job(size: int) -> MpiTransport:
     streams.apart()
     hub = start_hub(size) if _rank() == 0 else None
     watch = _watched(0, hub) if hub is not None else None
-    from lfm2kit_mpi.transport import MpiTransport, from_rank_0, rank, world_size  # starts MPI
-
-    if (wrong := _mismatch(size, world_size())) is not None:
-        if watch is not None:
-            watch.abort(2, wrong)
-        raise Lfm2kitError(wrong)
-    if hub is None and rank() == 0:  # a launcher whose variables are not known
+    with _told(watch):
+        mpi = _start_mpi(size)
+    if hub is None and mpi.rank() == 0:  # a launcher whose variables are not known
         hub = start_hub(size)
-    hub = from_rank_0(hub)
-    return MpiTransport(watch or _watched(rank(), hub))
+    hub = mpi.from_rank_0(hub)
+    return mpi.MpiTransport(watch or _watched(mpi.rank(), hub))
+
+
+def _start_mpi(size: int) -> ModuleType:
+    """Starts MPI by importing the module that needs it."""
+    from lfm2kit_mpi import transport
+
+    if transport.world_size() != size:
+        raise Lfm2kitError(
+            f"the launcher started {size} ranks, but mpi4py sees {transport.world_size()}: its MPI "
+            "is another than mpiexec's. Install mpi4py for the MPI of this machine"
+        )
+    return transport
+
+
+@contextmanager
+def _told(watch: Watch | None) -> Iterator[None]:
+    """What is wrong inside ends the job, where it is watched already."""
+    try:
+        yield
+    except Lfm2kitError as error:
+        if watch is not None:
+            watch.abort(2, str(error), "")
+        raise
 
 
 def _watched(rank: int, hub: tuple[list[str], int, str]) -> Watch:
@@ -66,12 +85,3 @@ def _watched(rank: int, hub: tuple[list[str], int, str]) -> Watch:
 def _rank() -> int | None:
     said = (os.environ.get(variable, "") for variable in RANK_VARIABLES)
     return next((int(text) for text in said if text.isdigit()), None)
-
-
-def _mismatch(launched: int, seen: int) -> str | None:
-    if launched == seen:
-        return None
-    return (
-        f"the launcher started {launched} ranks, but mpi4py sees {seen}: its MPI is another than "
-        "mpiexec's. Install mpi4py for the MPI of this machine"
-    )
