@@ -37,12 +37,12 @@ class Progress:
     def __init__(self) -> None:
         self.deadline = DEADLINE
         self.now = Step(0, "starting", DEADLINE)
-        self.allowed: dict[str, float] = {}  # seconds, by a step's name
+        self.allowed: dict[str, float] = {}  # seconds, of the steps that may take longer
         self.on_step: Callable[[], None] = lambda: None
 
     def step(self, name: str, seconds: float = 0.0) -> None:
-        longest = max(seconds, self.allowed.get(name, 0.0), self.deadline)
-        self.now = Step(self.now.number + 1, name, longest)
+        allowed = self.allowed.get(name, self.deadline)
+        self.now = Step(self.now.number + 1, name, allowed if allowed > seconds else seconds)
         self.on_step()
 
 
@@ -64,8 +64,9 @@ def set_deadline(seconds: float) -> None:
 
 
 def allow(seconds: Mapping[str, float]) -> None:
-    """Sets how long the steps of these names may take."""
-    THIS_PROCESS.allowed.update(seconds)
+    """Sets how long the steps of these names may take, where that is above the deadline."""
+    deadline = THIS_PROCESS.deadline
+    THIS_PROCESS.allowed.update((name, s) for name, s in seconds.items() if s > deadline)
 
 
 def longest(work: Work) -> float:

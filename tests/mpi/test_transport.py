@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
 
 from lfm2kit_mpi.launcher import MpiLauncher, find_mpiexec
+
+from tests.mpi.test_faults import LETS_ANYONE_RUN
 
 A_WHILE = 120
 
@@ -24,6 +27,7 @@ def run_mpi(ranks: int, script: str, tmp_path: Path) -> subprocess.CompletedProc
         capture_output=True,
         text=True,
         timeout=A_WHILE,
+        env=os.environ | LETS_ANYONE_RUN,
     )
 
 
