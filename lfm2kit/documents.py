@@ -71,7 +71,7 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _read(path: Path, most: int) -> bytes:
-    size = check_file(path)
+    size = check_file(path, is_text=True)
     if size > most:
         raise Lfm2kitError(f"{path}: {size} bytes; lfm2kit reads up to {most} of such a file")
     try:

@@ -66,8 +66,8 @@ ANSWERS: dict[bytes, str] = {
 }
 
 
-def check_file(path: Path) -> int:
-    """Returns the bytes of a regular file that may be what it is taken for.
+def check_file(path: Path, *, is_text: bool = False) -> int:
+    """Returns the bytes of a regular file that may be what it is taken for: weights, or a text.
 
     Raises `Lfm2kitError` for a pipe, a device, a folder, a link to nowhere, and a file whose
     first bytes are another format's.  Nothing but a regular file is opened.
@@ -79,7 +79,7 @@ def check_file(path: Path) -> int:
             head = file.read(HEAD)
     except (OSError, ValueError) as error:
         raise Lfm2kitError(f"{path}: {_why_not(path, error)}") from None
-    if (kind := foreign(head, path.suffix)) is not None:
+    if (kind := foreign(head, "" if is_text else path.suffix)) is not None:
         raise Lfm2kitError(f"{path}: {kind}")
     return status.st_size
 

@@ -25,6 +25,7 @@ from lfm2kit.parallel import ExpertParallelMoe, join, shard
 from lfm2kit.placement import Join, Joins, Placed, Placer
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import Plugins, installed_plugins
+from lfm2kit.progress import Wrap, telling
 from lfm2kit.transport import Transport
 from lfm2kit.trim import trim as trimmed
 
@@ -137,7 +138,9 @@ class Setup:
             self.checkpoint.release(placed.scope, placed.spec)
             built(placed)
 
-        wrap = self.plugins.wrap
+        wrap: Wrap = self.plugins.wrap
+        if self.transport is not None:
+            wrap = telling(wrap, {leaf.name for leaf in self.placed.leaves()})
         return Builder(self.checkpoint.weights, self.create, self.joins, wrap, done, check)
 
     def stored_bytes(self, placed: Placed) -> int:

@@ -22,9 +22,10 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.model_state import ModelState
 from lfm2kit.placement import Join, Joins, Placed
+from lfm2kit.progress import longest, step
 from lfm2kit.replays import Replays
 from lfm2kit.seam import Seam
-from lfm2kit.specs import Spec
+from lfm2kit.specs import Spec, Work
 from lfm2kit.trim import TrimmedLayer, TrimmedModel
 from lfm2kit.weights import Weights
 
@@ -165,6 +166,7 @@ class Builder:
         else:
             self.before(placed)
             weights = self.weights.scope(placed.scope)
+            step(f"building {placed.name}", longest(Work(0, 4 * placed.spec.weight_elements())))
             placed.spec.check_values(weights)
             with out_of_memory.building(placed, weights):
                 block = self.create(placed.backend).build(placed.spec, weights)

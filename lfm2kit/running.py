@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit import progress
 from lfm2kit.batch import Batch
 from lfm2kit.model import LFM2
 from lfm2kit.transport import Transport, World, share
@@ -44,6 +45,8 @@ def run_samples(
     mine = inputs[_slice(share(len(inputs), world.size, world.rank))]
     largest = -(-len(inputs) // world.size)  # samples of the rank that has most
     logits = np.empty((len(mine), model.spec.lm_head.vocab_size), dtype=np.float32)
+    if transport is not None:
+        _allow_the_longest(model, inputs[: min(largest, batch_size)], world)
     start = _now(transport)
     for i in range(-(-largest // batch_size)):
         rows = slice(i * batch_size, (i + 1) * batch_size)
@@ -51,6 +54,16 @@ def run_samples(
         done(len(mine[rows]))
     everyone = transport.gather(logits) if transport is not None else logits
     return Timed(everyone, _now(transport) - start)
+
+
+def _allow_the_longest(model: LFM2, inputs: npt.NDArray[np.int32], world: World) -> None:
+    """Gives each block the time that its largest batch takes on the slowest machine.
+
+    A rank may get every token of all ranks, and share its cores with them.
+    """
+    batch = Batch.of_sequences(list(inputs))
+    leaves = model.placed.leaves()
+    progress.allow({b.name: world.size * progress.longest(b.spec.work(batch)) for b in leaves})
 
 
 def _slice(part: range) -> slice:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy.typing as npt
 
@@ -45,8 +45,20 @@ class Transport(Protocol):
 
     def barrier(self) -> None: ...
 
-    def abort(self, exit_code: int) -> None:
-        """Ends every rank's process at once; does not return."""
+    def finish(self, exit_code: int) -> None:
+        """Says that this rank's work is done; rank 0's exit code is the job's.
+
+        Every rank calls it once, last of all.  A process that ends before that is a fault, which
+        ends the job, whatever its exit code was.
+        """
+        ...
+
+    def abort(self, exit_code: int, reason: str, details: str = "") -> NoReturn:
+        """Ends every rank's process, and shows `reason`, a sentence, with this rank's number.
+
+        Where several ranks call it, one reason is shown.  `details`, a traceback or nothing, are
+        shown before it.
+        """
         ...
 
 
@@ -61,10 +73,11 @@ class Launcher(Protocol):
         ...
 
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
-        """Runs `rank_command(arguments)` on `ranks` ranks; the job's exit code.
+        """Runs `rank_command(arguments)` on `ranks` ranks; the exit code that rank 0 finished with.
 
-        Raises `Lfm2kitError` where no launcher is installed.  Ctrl-C, SIGTERM and SIGHUP come as
-        KeyboardInterrupt: it ends the job, and lets the exception pass.
+        Raises `Lfm2kitError` where no launcher is installed, and `JobError` where a rank fails,
+        ends early or makes no progress (see `lfm2kit.progress`).  Ctrl-C, SIGTERM and SIGHUP come
+        as KeyboardInterrupt, which is let pass.  No process of the job is left in any case.
         """
         ...
 
@@ -73,9 +86,19 @@ class Launcher(Protocol):
 
         No other plugin is loaded yet, and no device is in use.  A transport that hands a device's
         memory to MPI chooses the device here, by the launcher's local rank, and then starts MPI.
+        From here on the job is watched: a rank that makes no progress ends it.
         Raises `Lfm2kitError` where the job cannot be joined.
         """
         ...
+
+
+class JobError(Exception):
+    """A job that ended before its result: which rank, where, and why, in a sentence."""
+
+    def __init__(self, sentence: str, exit_code: int, details: str = "") -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
+        self.details = details
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lfm2kit import backend, batch, hookspecs, memory, specs, transport, weights
+from lfm2kit import backend, batch, hookspecs, memory, progress, specs, transport, weights
 
 PAGE = Path(__file__).parents[1] / "docs" / "hooks.md"
 HEAD = """\
@@ -30,6 +30,7 @@ SECTIONS: tuple[tuple[str, ModuleType], ...] = (
     ("Memories", memory),
     ("Weights", weights),
     ("Transports", transport),
+    ("Progress", progress),
 )
 LEFT_OUT = {"work"}  # what `lfm2kit bench` needs of a spec, and no plugin
 

@@ -51,7 +51,8 @@ def show_traceback(error: BaseException) -> None:
 
 def indented(text: str) -> list[str]:
     """The lines of a longer text from outside: so that none can be taken for one of ours."""
-    return [f"  {shortened(line)}" for line in text.rstrip().split("\n")]
+    lines = text.rstrip().split("\n") if text.strip() else []
+    return [f"  {shortened(line)}" for line in lines]
 
 
 def show_table(

@@ -8,6 +8,8 @@ command line joins all the same, to say so.
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -16,13 +18,13 @@ import typer
 from typer.core import TyperCommand
 
 from lfm2kit.agreement import Facts, Refusal, agree
-from lfm2kit.cli.console import complain, show_traceback
+from lfm2kit.cli.console import complain, indented, show_traceback
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.interrupts import exit_code
 from lfm2kit.launchers import Started, started
 from lfm2kit.plugins import find_transport
 from lfm2kit.streams import READER_GONE, ReaderGone
-from lfm2kit.transport import Launcher, Transport
+from lfm2kit.transport import JobError, Launcher, Transport
 
 TRACEBACK = "LFM2KIT_TRACEBACK"
 INTERNAL_ERROR = 3  # a rank met a bug: neither the result's fault nor the user's
@@ -155,30 +157,49 @@ def _transport_in(words: Sequence[str]) -> str:
 
 def launched(transport: str, ranks: int, arguments: Sequence[str]) -> int:
     """The exit code of `lfm2kit *arguments` on `ranks` ranks."""
-    return find_transport(transport).launcher.launch(ranks, arguments)
+    try:
+        return find_transport(transport).launcher.launch(ranks, arguments)
+    except JobError as error:
+        for line in indented(error.details):
+            print(line, file=sys.stderr)
+        complain(str(error))
+        return error.exit_code
 
 
 @contextmanager
 def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
-    """Makes one rank's failure the whole job's: the others would wait for it for ever."""
+    """Makes one rank's failure the whole job's, and its end known where it ends well.
+
+    The others would wait for a rank that has failed; one that leaves without a word has failed too.
+    """
     try:
         yield
-    except typer.Exit:  # every rank exits: they agree on it
+    except typer.Exit as error:
+        if transport is not None:
+            transport.finish(error.exit_code)
         raise
     except BaseException as error:
         if transport is not None:
-            _end(transport, error)
+            transport.abort(*_reason(error))
         raise
+    if transport is not None:
+        transport.finish(0)
 
 
-def _end(transport: Transport, error: BaseException) -> None:
-    rank = transport.world.rank
-    if isinstance(error, (KeyboardInterrupt, ReaderGone)):  # who started the job says it, if anyone
-        transport.abort(READER_GONE if isinstance(error, ReaderGone) else exit_code(error))
-        return
+def _reason(error: BaseException) -> tuple[int, str, str]:
+    """The exit code, the sentence and, where asked for, the traceback of a rank's failure."""
+    wanted = bool(os.environ.get(TRACEBACK))
+    details = "".join(traceback.format_exception(error)) if wanted else ""
     if isinstance(error, Lfm2kitError):
-        complain(f"rank {rank}: {error}")
-        transport.abort(2)
-    complain(f"rank {rank} failed; ending all ranks")
-    show_traceback(error)
-    transport.abort(INTERNAL_ERROR)
+        return 2, str(error), details
+    if isinstance(error, KeyboardInterrupt):
+        return exit_code(error), "interrupted", details
+    if isinstance(error, ReaderGone):
+        return READER_GONE, "nobody reads its output any more", details
+    said = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0]
+    if isinstance(error, SystemExit):
+        return INTERNAL_ERROR, f"sys.exit({error.code!r}) was called", details
+    if isinstance(error, MemoryError):
+        return 2, f"out of memory ({said})", details
+    hint = "" if wanted else f"; its traceback: {TRACEBACK}=1"
+    return INTERNAL_ERROR, f"{said}{hint}", details

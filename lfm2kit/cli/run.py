@@ -15,6 +15,7 @@ import numpy.typing as npt
 import typer
 
 from lfm2kit import bounds, fingerprints, samples
+from lfm2kit import progress as steps
 from lfm2kit.agreement import Fact, Facts
 from lfm2kit.capacity import check_room
 from lfm2kit.checkpoint import Checkpoint, check_no_part
@@ -28,6 +29,7 @@ from lfm2kit.model import LFM2
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.running import Timed, default_batch_size, run_samples
+from lfm2kit.specs import Work
 from lfm2kit.targets import check_apart
 from lfm2kit.transport import Transport, World
 from lfm2kit.validate import Verdict, not_finite, nothing_to_compare, validate
@@ -88,6 +90,12 @@ def run(
         bool,
         typer.Option("--independent", help="Run alone, though a launcher started several of me."),
     ] = False,
+    deadline: Annotated[
+        int,
+        options.whole_number(
+            "--deadline", metavar="SECONDS", help="A rank without progress for so long ends all."
+        ),
+    ] = int(steps.DEADLINE),
     json: options.JsonOption = None,
 ) -> None:
     """Runs samples through a model, and validates and times it."""
@@ -112,15 +120,15 @@ def run(
         transport=transport,
         json=json,
     )
+    steps.set_deadline(deadline)
     job = None if independent else joined_job(transport)
     with ending_all_ranks(job):
         # Without a job yet, what is wrong shows here: once, not on every rank.
         prepared = agreed(job, lambda: prepare(request, job), lambda p: facts_of(request, p))
         if job is None and (ranks or 1) > 1:
             raise typer.Exit(launched(transport, ranks or 1, sys.argv[1:]))
-        is_good = perform(request, prepared, job)
-    if not is_good:
-        raise typer.Exit(1)
+        if not perform(request, prepared, job):
+            raise typer.Exit(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +300,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     timed = run_timed(model, prepared, transport, is_first)
     if timed.logits is None:
         return True
+    steps.step("validating and writing", steps.longest(Work(0, 2 * timed.logits.nbytes)))
     verdict = judge(timed.logits, prepared.answers, request.precision)
     problem = not_finite(timed.logits)
     prepared.report.fields["finite"] = problem is None

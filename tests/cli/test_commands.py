@@ -286,9 +286,9 @@ def test_too_little_memory_is_an_error_before_loading(cli: Cli, command: str) ->
 
 @pytest.mark.usefixtures("half_a_gigabyte_free")
 def test_samples_that_memory_cannot_hold_are_refused_before_they_are_made(cli: Cli) -> None:
-    asked = ("--random-inputs", 1000, "-n", 100_000)
+    asked = ("--random-inputs", 500, "-n", 100_000)
     fails(
-        cli("run", "-b", "reference", *asked), "100000 samples of 1000 tokens", "810 MB", "500 MB"
+        cli("run", "-b", "reference", *asked), "100000 samples of 500 tokens", "610 MB", "500 MB"
     )
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import lfm2kit_cpu_simd
 import llvmlite.binding as llvm
+import numba
 import pytest
 from lfm2kit_cpu_simd import compiling
+from lfm2kit_cpu_simd.compile_steps import tell_compile_steps
 from lfm2kit_cpu_simd.compiling import announced, c_function, fingerprint, kernel
 from lfm2kit_cpu_simd.interrupts import remembered_interrupts
 from lfm2kit_cpu_simd.machine import STORAGES
@@ -22,6 +24,7 @@ from lfm2kit_cpu_simd.tile import TILE, Emitter
 from llvmlite import ir
 from numba import types
 
+from lfm2kit import progress
 from lfm2kit.kernel_cache import KernelCache
 
 # Vectors of 8 floats, half-precision conversions and fused multiply-adds; no AVX-512.
@@ -299,3 +302,26 @@ def test_the_tile_lowers_to_fused_multiply_adds_and_calls_nothing(
     text = assembly(triple, cpu, vl, nv, storage, leaves)
     assert text.count(multiply_add) >= 6 * nv
     assert call not in text
+
+
+def test_each_kernel_that_is_compiled_is_a_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tell_compile_steps()
+    mine = progress.Progress()
+    told: list[tuple[str, float]] = []
+    mine.on_step = lambda: told.append((mine.now.name, mine.now.seconds))
+    monkeypatch.setattr(progress, "THIS_PROCESS", mine)
+
+    @numba.njit
+    def inner(x):  # type: ignore[no-untyped-def]
+        return x + 1
+
+    @numba.njit
+    def outer(x):  # type: ignore[no-untyped-def]
+        return inner(x)
+
+    assert outer(1) == 2
+    long, short = progress.COMPILING, progress.DEADLINE
+    assert told == [
+        ("compiling outer", long), ("compiling inner", long), ("compiling outer", long),
+        ("compiled its kernels", short),
+    ]  # fmt: skip

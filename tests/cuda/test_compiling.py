@@ -9,6 +9,7 @@ import pytest
 from lfm2kit_cuda import compiling, nvrtc
 from lfm2kit_cuda.compiling import SOURCES, architecture_name, compile_source
 
+from lfm2kit import progress
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.kernel_cache import KernelCache
 
@@ -156,3 +157,14 @@ def test_hopper_is_compiled_for_with_its_own_instructions() -> None:
     assert architecture_name(9, 0) == "sm_90a"
     assert architecture_name(7, 5) == "sm_75"
     assert architecture_name(10, 0) == "sm_100"
+
+
+def test_a_compilation_is_a_step_that_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = progress.Progress()
+    told: list[tuple[str, float]] = []
+    mine.on_step = lambda: told.append((mine.now.name, mine.now.seconds))
+    monkeypatch.setattr(progress, "THIS_PROCESS", mine)
+    nvrtc.compile_ptx("__global__ void nothing() {}", "nothing.cu", ("-arch=compute_90",))
+    assert told == [
+        ("compiling nothing.cu", progress.COMPILING), ("compiled nothing.cu", progress.DEADLINE)
+    ]  # fmt: skip

@@ -1,13 +1,12 @@
-"""Real MPI jobs: bits of one process, failures that end all ranks, interrupts without orphans."""
+"""Real MPI jobs: the bits of one process, and what is refused before any rank starts."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,11 @@ import numpy as np
 import pytest
 
 from lfm2kit import samples
+from tests.mpi.test_faults import LETS_ANYONE_RUN
+
+pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
+
+from lfm2kit_mpi.launcher import find_mpiexec
 
 pytestmark = pytest.mark.mpi
 LFM2KIT = [sys.executable, "-m", "lfm2kit"]
@@ -83,48 +87,6 @@ def test_a_plan_with_several_backends_works_across_ranks() -> None:
     assert "VALID" in done.stdout.splitlines()
 
 
-FAILING = """
-import lfm2kit
-from lfm2kit.backend import HOST
-from lfm2kit.reference.backend import ReferenceBackend
-
-class Failing(ReferenceBackend):
-    def __init__(self, context):
-        self.rank = context.local_rank
-    def build(self, spec, weights):
-        block = super().build(spec, weights)
-        def failing(*inputs):
-            if self.rank == 1:
-                raise RuntimeError("the second rank fails")
-            return block(*inputs)
-        return failing
-
-@lfm2kit.hookimpl
-def lfm2kit_backends():
-    yield lfm2kit.BackendPlugin("failing", "fails on rank 1", Failing, api_version=1)
-"""
-
-
-@pytest.fixture
-def failing_plugin(tmp_path: Path) -> str:
-    """A real distribution on PYTHONPATH, found by its entry point."""
-    (tmp_path / "failing_plugin.py").write_text(FAILING)
-    info = tmp_path / "failing_plugin-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: failing-plugin\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[lfm2kit]\nfailing = failing_plugin\n")
-    return str(tmp_path)
-
-
-def test_a_rank_that_fails_ends_the_job(failing_plugin: str) -> None:
-    done = lfm2kit(
-        "run", "-n", "8", "--ranks", "3", "--backend", "reference,mlp=failing",
-        PYTHONPATH=failing_plugin,
-    )  # fmt: skip
-    assert done.returncode not in (0, 1, 2)
-    assert "the second rank fails" in done.stderr
-
-
 def test_ranks_that_would_swamp_the_machine_are_refused_but_in_an_allocation() -> None:
     cores = os.cpu_count() or 1
     done = lfm2kit("run", "-n", "1", "--ranks", str(8 * cores + 1))
@@ -140,38 +102,29 @@ def test_what_is_wrong_is_said_once_before_any_rank_starts() -> None:
     assert done.stderr.count("error:") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_no_process_and_no_file(number: signal.Signals, tmp_path: Path) -> None:
-    path = tmp_path / "outputs.bin"
-    arguments = ["run", "--ranks", "2", "--backend", "reference", "--batch-size", "1"]
-    job = subprocess.Popen(
-        [*LFM2KIT, *arguments, "--outputs", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+def test_a_wrong_result_of_several_ranks_has_the_exit_code_of_one(tmp_path: Path) -> None:
+    answers = tmp_path / "answers.bin"
+    samples.write_outputs(answers, np.zeros((8, 1024), np.float32))
+    done = lfm2kit(
+        "run", "-v", "-n", "8", "--ranks", "2", "--backend", "reference", "--answers", str(answers)
     )
-    assert job.stdout is not None
-    job.stdout.readline()  # rank 0 has introduced the run: all ranks are up
-    children = descendants(job.pid)
-    assert len(children) >= 3  # mpiexec and two ranks
-    job.send_signal(number)
-    assert job.wait(A_WHILE) == 128 + number
-    deadline = time.monotonic() + A_WHILE
-    while any(map(is_running, children)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in children if is_running(pid)]
-    assert list(tmp_path.iterdir()) == []
+    assert done.returncode == 1, done.stderr
+    assert "INVALID" in done.stdout.splitlines()
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path("/proc", str(pid), "task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
+WITHOUT_SYS = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys && exec "$@"', "sh"]
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+@pytest.mark.parametrize("is_ours", [True, False], ids=["--ranks", "mpiexec"])
+def test_what_c_libraries_print_stays_out_of_the_result(is_ours: bool) -> None:
+    """MPI's libraries complain of a container without /sys, and do so on stdout."""
+    if shutil.which("unshare") is None or subprocess.run([*WITHOUT_SYS, "true"]).returncode != 0:
+        pytest.skip("no mounts of one's own here")
+    launcher = [] if is_ours else [find_mpiexec(), "-n", "2"]
+    arguments = ["run", "-n", "2", "--backend", "reference", "--json", "-"]
+    done = subprocess.run(
+        [*WITHOUT_SYS, *launcher, *LFM2KIT, *arguments, *(["--ranks", "2"] if is_ours else [])],
+        capture_output=True, text=True, timeout=A_WHILE, env=os.environ | LETS_ANYONE_RUN,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ranks"] == 2

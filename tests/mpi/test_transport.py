@@ -14,18 +14,21 @@ pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution o
 from lfm2kit_mpi.launcher import MpiLauncher, find_mpiexec
 from lfm2kit_mpi.library import fits
 
+from tests.mpi.test_faults import LETS_ANYONE_RUN
+
 A_WHILE = 120
 
 
 def run_mpi(ranks: int, script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Runs a script on real ranks; `transport`, `world`, `np` and `rng` are there."""
     path = tmp_path / "script.py"
-    path.write_text(PROLOGUE + script)
+    path.write_text(f"{PROLOGUE}\n{script}\ntransport.finish(0)\n")
     return subprocess.run(
         [find_mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", str(path)],
         capture_output=True,
         text=True,
         timeout=A_WHILE,
+        env=os.environ | LETS_ANYONE_RUN,
     )
 
 

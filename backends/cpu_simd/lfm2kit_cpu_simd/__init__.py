@@ -10,6 +10,9 @@ from lfm2kit.backend import Backend, BackendPlugin, Context
 
 
 def _create(context: Context) -> Backend:
+    from lfm2kit_cpu_simd.compile_steps import tell_compile_steps
+
+    tell_compile_steps()  # before the next line, which compiles
     from lfm2kit_cpu_simd.backend import CpuSimdBackend
 
     return CpuSimdBackend(context)

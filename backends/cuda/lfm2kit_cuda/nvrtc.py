@@ -13,6 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from lfm2kit import progress
 from lfm2kit.errors import Lfm2kitError
 
 VERSIONS = (13, 12)
@@ -50,6 +51,7 @@ def compile_ptx(source: str, name: str, options: Sequence[str]) -> bytes:
 
 
 def _compile(source: str, name: str, options: Sequence[str], output: str) -> bytes:
+    progress.step(f"compiling {name}", progress.COMPILING)
     library, program = _library(), ctypes.c_void_p()
     _check(
         library.nvrtcCreateProgram(
@@ -60,6 +62,7 @@ def _compile(source: str, name: str, options: Sequence[str], output: str) -> byt
     try:
         arguments = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         status = library.nvrtcCompileProgram(program, len(options), arguments)
+        progress.step(f"compiled {name}")
         if status in (INVALID_OPTION, COMPILATION_ERROR):
             log = _output(program, "ProgramLog").rstrip(b"\0").decode().strip()
             raise CompileError(log) if status == COMPILATION_ERROR else _unknown_option(log)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # What batch systems set in an allocation: there this machine's cores say nothing.
 ALLOCATION_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 MOST_PER_CORE = 8  # ranks: more of them only swamp the machine
-PATIENCE = 10.0  # seconds that a job has to end after an interrupt, before it is killed
 
 
 class MpiLauncher:
@@ -34,31 +32,17 @@ class MpiLauncher:
         return None
 
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
+        from lfm2kit_mpi.job import run_job  # here: plugins are imported by every command
+
         _check_cores(ranks)
         mpiexec = find_mpiexec()
         command = [mpiexec, *_flags(mpiexec), "-n", str(ranks), *rank_command(arguments)]
-        # A group of its own: an interrupt is passed on once, by us, and reaches every process.
-        job = subprocess.Popen(command, start_new_session=True)
-        try:
-            return job.wait()
-        except KeyboardInterrupt:  # SIGTERM too: a job must not outlive what started it
-            _end(job)
-            raise
+        return run_job(command, ranks)
 
     def connect(self) -> Transport:
-        from lfm2kit_mpi.library import check_library
+        from lfm2kit_mpi.joining import join
 
-        check_library()
-        from lfm2kit_mpi.transport import MpiTransport
-
-        transport = MpiTransport()
-        if transport.world.size != self.world_size():
-            raise Lfm2kitError(
-                f"the launcher started {self.world_size()} ranks, but mpi4py sees "
-                f"{transport.world.size}: its MPI is another than mpiexec's. Install mpi4py for "
-                "the MPI of this machine"
-            )
-        return transport
+        return join(self.world_size() or 1)
 
 
 def _check_cores(ranks: int) -> None:
@@ -91,13 +75,3 @@ def _flags(mpiexec: str) -> list[str]:
     if "Open MPI" not in said.stdout and "OpenRTE" not in said.stdout:
         return []
     return ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
-
-
-def _end(job: subprocess.Popen[bytes]) -> None:
-    """mpiexec passes SIGTERM on to its ranks; what has not ended by then is killed with it."""
-    job.terminate()
-    try:
-        job.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()

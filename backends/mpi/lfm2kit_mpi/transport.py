@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
 from lfm2kit.transport import World
+from lfm2kit_mpi.shared_memory import drop_names
+from lfm2kit_mpi.watch import Watch
 
 if not MPI.Is_initialized():  # it may have been loaded without being started
     MPI.Init_thread()
 
-LAST_WORDS_SECONDS = 0.3
+
+def world_size() -> int:
+    return MPI.COMM_WORLD.Get_size()
+
+
+def rank() -> int:
+    return MPI.COMM_WORLD.Get_rank()
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    return MPI.COMM_WORLD.bcast(value)
 
 
 class MpiTransport:
-    """The ranks of MPI's COMM_WORLD."""
+    """The ranks of MPI's COMM_WORLD, each of them watched."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch) -> None:
         self.comm = MPI.COMM_WORLD
+        self.watch = watch
         # Not rank % n: launchers may number the ranks of one machine in any way.
         local = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         rank, size = self.comm.Get_rank(), self.comm.Get_size()
         self.world = World(rank, size, local.Get_rank(), local.Get_size())
+        local.Barrier()
+        if self.world.local_rank == 0:
+            drop_names()
 
     def all_to_all(
+        self, rows: npt.NDArray[Any], send_counts: Sequence[int]
+    ) -> tuple[npt.NDArray[Any], list[int]]:
+        with self.watch.waiting_in("all_to_all"):
+            return self._exchanged(rows, send_counts)
+
+    def _exchanged(
         self, rows: npt.NDArray[Any], send_counts: Sequence[int]
     ) -> tuple[npt.NDArray[Any], list[int]]:
         counts = [int(count) for count in self.comm.alltoall(list(send_counts))]
@@ -44,6 +67,10 @@ class MpiTransport:
         return received, counts
 
     def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        with self.watch.waiting_in("gather"):
+            return self._gathered(rows)
+
+    def _gathered(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         counts = self.comm.gather(len(rows))
         row = _row_type(rows)
         try:
@@ -60,12 +87,16 @@ class MpiTransport:
             row.Free()
 
     def barrier(self) -> None:
-        self.comm.Barrier()
+        with self.watch.waiting_in("barrier"):
+            self.comm.Barrier()
 
-    def abort(self, exit_code: int) -> None:
-        # An aborted job's mpiexec drops what it has not passed on yet: the reason, most likely.
-        time.sleep(LAST_WORDS_SECONDS)
-        self.comm.Abort(exit_code)
+    def finish(self, exit_code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.watch.done(exit_code)
+
+    def abort(self, exit_code: int, reason: str, details: str = "") -> NoReturn:
+        self.watch.abort(exit_code, reason, details)
 
 
 def _row_type(rows: npt.NDArray[Any]) -> MPI.Datatype:

@@ -1,0 +1,131 @@
+"""What a job's ranks were last heard to do, and which of them is at fault.  Nothing here waits."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from lfm2kit_mpi.page import Reader
+
+BUG = 3  # exit code: neither the result's fault nor the user's
+STARTING = 3.0  # seconds beyond the deadline, for a rank to start and say its first word
+
+
+class Fault(NamedTuple):
+    """Why a job ends before its result, and with which exit code."""
+
+    sentence: str
+    exit_code: int = BUG
+    details: str = ""  # a traceback, where there is one
+
+
+@dataclass(slots=True)
+class Rank:
+    """One rank, as its last words tell; times are those of the process that listens."""
+
+    number: int
+    host: str
+    pid: int
+    place: str  # the kernel and the process namespace that `pid` is of
+    heard: float  # when it last said anything
+    moved: float  # when it last began a step, or entered or left a collective
+    doing: str = "starting"
+    is_waiting: bool = False  # in a collective: it cannot go on before the others come
+    seconds: float = 0.0  # that its step may take
+    is_done: bool = False
+    last_words: str = ""  # what Python's fault handler wrote as the process crashed
+    page: Reader | None = None  # has what it is doing at this moment, if it is of this machine
+    count: list[int] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        doing = self.page.read() if self.page is not None else self.doing
+        return f"rank {self.number} on {self.host}, {doing}"
+
+    def tell(self, now: float, count: list[int], doing: str, is_waiting: bool) -> None:
+        """Takes in what the rank said; `count` differs from the last one if it has gone on."""
+        self.doing, self.is_waiting = doing, is_waiting
+        if count != self.count:
+            self.count, self.moved = count, now
+
+
+def stuck(ranks: Iterable[Rank], now: float) -> Fault | None:
+    """The fault of a rank that says nothing any more, or that does not go on; None if all is well.
+
+    A rank that waits in a collective is not to blame as long as any other may still arrive there.
+    """
+    working = [rank for rank in ranks if not rank.is_done]
+    for rank in working:
+        if now - rank.heard > rank.seconds:
+            return Fault(f"{rank.where}: {_silence(rank)} for {now - rank.heard:.0f} s")
+    for rank in working:
+        if not rank.is_waiting and now - rank.moved > rank.seconds:
+            return Fault(f"{rank.where}: no progress for {now - rank.moved:.0f} s{_longer(rank)}")
+    if working and all(rank.is_waiting and now - rank.moved > rank.seconds for rank in working):
+        first = min(working, key=lambda rank: rank.moved)
+        return Fault(
+            f"{first.where}: no progress for {now - first.moved:.0f} s, and every other rank waits "
+            "too; a connection between two of them is cut, or they do not make the same calls"
+        )
+    return None
+
+
+def lingering(ranks: Iterable[Rank], now: float, seconds: float) -> Fault | None:
+    """The fault of `ranks`, still there for longer than `seconds` after all ranks were done."""
+    last = max(ranks, key=lambda rank: rank.heard, default=None)
+    if last is None or now - last.heard <= seconds:
+        return None
+    return Fault(f"{last.where}: its work is done, but it has not ended for {seconds:.0f} s")
+
+
+def not_joined(size: int, joined: Iterable[int], seconds: float) -> Fault:
+    missing = sorted(set(range(size)) - set(joined))
+    names = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
+    return Fault(
+        f"no word from {names} of {size} within {seconds:.0f} s: the job is not complete; "
+        "if starting takes longer here, give a longer --deadline"
+    )
+
+
+def gone(rank: Rank, number: int | None = None) -> Fault:
+    """The fault of a rank whose process ended before it was done; `number` is the signal's."""
+    if rank.last_words:
+        return Fault(f"{rank.where}: its process crashed: {rank.last_words}")
+    if number is not None:
+        name = signal.Signals(number).name if number in signal.valid_signals() else "unknown"
+        of_memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+        return Fault(f"{rank.where}: its process was ended by signal {number} ({name}){of_memory}")
+    return Fault(f"{rank.where}: its process ended before its work was done")
+
+
+def _silence(rank: Rank) -> str:
+    if is_stopped(rank):
+        return "its process is stopped, and has said nothing"
+    return "it is hung or cut off, and has said nothing"
+
+
+def _longer(rank: Rank) -> str:
+    return "; if it is only slow, give a longer --deadline"
+
+
+def place() -> str:
+    """Names the kernel and the process namespace in which this process has its id."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def is_stopped(rank: Rank) -> bool:
+    """Whether the rank's process, if it is of this machine, was stopped by a signal."""
+    if not rank.place or rank.place != place():
+        return False
+    try:
+        stat = Path("/proc", str(rank.pid), "stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")

@@ -1,0 +1,205 @@
+"""What every rank of a job reports to: it learns of faults, says them once, and ends all ranks.
+
+It lives in the process that starts the job with `--ranks`; under a launcher of the user's own it is
+a process beside rank 0 (see `lfm2kit_mpi.beside`).  A rank's messages are lines of JSON over TCP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+from lfm2kit_mpi.faults import BUG, STARTING, Fault, Rank, gone, lingering, not_joined, place, stuck
+from lfm2kit_mpi.page import reader_of
+
+LOOK = 0.1  # seconds between two looks at the ranks
+LONGEST_LINE = 1 << 24  # bytes of a message: a rank may print a large table
+FATAL = b"Fatal Python error: "  # how Python's fault handler begins
+
+
+class Hub:
+    """The ranks that have joined, what they said last, and the job's result or fault."""
+
+    def __init__(self, size: int, deadline: float, key: str) -> None:
+        self.size = size
+        self.deadline = deadline
+        self.key = key
+        self.ranks: dict[int, Rank] = {}
+        self.left: list[Rank] = []  # those whose process ended before they were done, in order
+        self.fault: Fault | None = None
+        self.exit_code: int | None = None  # rank 0's, once it is done
+        self.pass_on: Callable[[str, bytes], None] = lambda stream, data: None
+        self.broken: BaseException | None = None  # why nothing more can be passed on
+        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._started = self._looked = monotonic()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is a fault, or every rank is done and gone."""
+        has_fault = self.fault is not None or self.broken is not None or bool(self.left)
+        return has_fault or (len(self.ranks) == self.size and not self.has_ranks)
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether the process of any rank is still connected."""
+        return bool(self._writers)
+
+    def look(self) -> None:
+        """Notices ranks that do not join, go on or speak."""
+        now = monotonic()
+        pause = now - self._looked
+        if pause > 10 * LOOK:  # this process itself was stopped, or had no core
+            self._started += pause
+            for rank in self.ranks.values():
+                rank.heard, rank.moved = rank.heard + pause, rank.moved + pause
+        self._looked = now
+        limit = self.deadline + STARTING
+        if self.fault is None and len(self.ranks) < self.size and now - self._started > limit:
+            self.fault = not_joined(self.size, self.ranks, limit)
+        self.fault = self.fault or stuck(self.ranks.values(), now)
+        if len(self.ranks) == self.size and all(rank.is_done for rank in self.ranks.values()):
+            connected = [self.ranks[number] for number in self._writers]
+            self.fault = self.fault or lingering(connected, now, self.deadline)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, from its first word to its end."""
+        rank = None
+        try:
+            async with asyncio.timeout(self.deadline + STARTING):
+                rank = await self._welcome(reader, writer)
+            while rank is not None and (line := await reader.readline()):
+                self._hear(rank, line)
+        except (OSError, ValueError, KeyError, TimeoutError):
+            pass  # the connection broke, or who is there is no rank of this job
+        except asyncio.CancelledError:
+            pass  # the hub ends: asyncio would print this as an error
+        finally:
+            writer.close()
+            if rank is not None:
+                self._leave(rank)
+
+    def _leave(self, rank: Rank) -> None:
+        del self._writers[rank.number]
+        if not rank.is_done:
+            self.left.append(rank)
+
+    async def _welcome(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> Rank | None:
+        """The rank at the other end, if it knows the job's key."""
+        nonce = secrets.token_hex(16)
+        writer.write(f"{nonce}\n".encode())
+        hello = json.loads(await reader.readline())
+        known = hmac.compare_digest(hello["proof"], proof(self.key, nonce))
+        if not known or hello["rank"] in self.ranks:
+            return None
+        now = monotonic()
+        rank = Rank(
+            hello["rank"], hello["host"], hello["pid"], hello["place"], now, now,
+            seconds=self.deadline,
+            page=reader_of(hello["pid"], hello["page"]) if hello["place"] == place() else None,
+        )  # fmt: skip
+        self.ranks[rank.number] = rank
+        self._writers[rank.number] = writer
+        writer.write(b"welcome\n")
+        return rank
+
+    def _hear(self, rank: Rank, line: bytes) -> None:
+        if line.startswith(FATAL):
+            rank.last_words = line.removeprefix(FATAL).decode(errors="replace").strip()
+        if not line.startswith(b"{"):
+            return  # more of the fault handler's words
+        said: dict[str, Any] = json.loads(line)
+        rank.heard = monotonic()
+        if "count" in said:
+            rank.seconds = said["seconds"]
+            rank.tell(rank.heard, said["count"], said["doing"], said["is_waiting"])
+        if "text" in said:
+            self._pass_on(said["stream"], said["text"].encode("latin-1"))
+        if "reason" in said and self.fault is None:
+            sentence = f"{rank.where}: {said['reason']}"
+            self.fault = Fault(sentence, said["exit_code"], said["details"])
+        if "done" in said:
+            rank.is_done = True
+            if rank.number == 0:
+                self.exit_code = said["done"]
+
+    def _pass_on(self, stream: str, data: bytes) -> None:
+        try:
+            self.pass_on(stream, data)
+        except OSError as error:  # whoever read it has gone: the job ends as one process would
+            self.broken = error
+
+    def explain(self, number: int | None = None, pid: int | None = None) -> Fault | None:
+        """The fault, also where all that is known is that a process ended; None if all is well.
+
+        `number` is the signal that ended the process `pid`, where a launcher has told.
+        """
+        if self.fault is None and self.left:
+            first = self.left[0]  # a launcher kills the others then, and may speak of those
+            self.fault = gone(first, number if pid == first.pid else None)
+        return self.fault
+
+    def end_ranks(self, exit_code: int = BUG) -> None:
+        """Tells every rank to end its process at once."""
+        for writer in self._writers.values():
+            with suppress(OSError, RuntimeError):
+                writer.write(json.dumps({"end": exit_code}).encode() + b"\n")
+
+    def processes_here(self) -> list[int]:
+        """The ids of the connected ranks' processes that are of this machine."""
+        here = place()
+        connected = map(self.ranks.__getitem__, self._writers)
+        return [rank.pid for rank in connected if here and rank.place == here]
+
+
+def proof(key: str, nonce: str) -> str:
+    """Shows that its sender has the job's key, without telling it."""
+    return hmac.digest(key.encode(), nonce.encode(), "sha256").hex()
+
+
+def new_key() -> str:
+    return secrets.token_hex(16)
+
+
+def listening() -> socket.socket:
+    """A socket for the ranks of a job, on every address of this machine."""
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+def addresses() -> list[str]:
+    """This machine's IPv4 addresses, the loopback's last; and what its name means."""
+    found = dict.fromkeys(_of_interfaces())
+    with suppress(OSError):
+        infos = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+        found |= dict.fromkeys(str(info[4][0]) for info in infos)
+    loopback = [address for address in found if address.startswith("127.")]
+    return [a for a in found if a not in loopback] + ["127.0.0.1"]
+
+
+def _of_interfaces() -> list[str]:
+    """What Linux says of its network interfaces; nothing elsewhere."""
+    if os.uname().sysname != "Linux":
+        return []
+    import fcntl
+
+    get_address = 0x8915  # SIOCGIFADDR
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                request = name.encode()[:15].ljust(256, b"\0")
+                reply = fcntl.ioctl(asking.fileno(), get_address, request)
+                found.append(socket.inet_ntoa(reply[20:24]))
+    return found

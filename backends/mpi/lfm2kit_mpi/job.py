@@ -1,0 +1,160 @@
+"""A job that this process starts: mpiexec with the hub beside it, and nothing of it left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from lfm2kit import progress
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.transport import JobError
+from lfm2kit_mpi import hub as hubs
+from lfm2kit_mpi.faults import Fault
+from lfm2kit_mpi.hub import LOOK, Hub
+from lfm2kit_mpi.shared_memory import drop_names_of
+
+HUB = "LFM2KIT_MPI_HUB"  # for the ranks: where the hub listens, and the job's key
+TO_SAY_WHY = 1.0  # seconds for mpiexec to say which signal ended a rank
+TO_END = 2.0  # seconds for a job's processes to end when told to
+
+
+def run_job(command: Sequence[str], ranks: int) -> int:
+    """Runs `command`, which starts `ranks` ranks; rank 0's exit code.
+
+    Raises `JobError` where the job ends before that, and `Lfm2kitError` where no rank starts.
+    """
+    with tempfile.TemporaryFile() as said:
+        exit_code = asyncio.run(_watched(command, ranks, said))
+        if words := _words_of(said):  # warnings of mpiexec and of C libraries
+            print(words, end="", file=sys.stderr, flush=True)
+        return exit_code
+
+
+async def _watched(command: Sequence[str], ranks: int, said: BinaryIO) -> int:
+    hub = Hub(ranks, progress.THIS_PROCESS.deadline, hubs.new_key())
+    hub.pass_on = _print
+    with hubs.listening() as listener:
+        server = await asyncio.start_server(hub.serve, sock=listener, limit=hubs.LONGEST_LINE)
+        port = listener.getsockname()[1]
+        told = f"{','.join(hubs.addresses())} {port} {hub.key}"
+        with _started(command, {HUB: told}, said) as job:
+            while job.poll() is None and not hub.is_over:
+                hub.look()
+                await asyncio.sleep(LOOK)
+            result = await _concluded(hub, job, said)
+        server.close()
+    return result
+
+
+async def _concluded(hub: Hub, job: subprocess.Popen[bytes], said: BinaryIO) -> int:
+    """Rank 0's exit code, if the job is good."""
+    if hub.broken is not None:
+        raise hub.broken
+    if hub.fault is None:
+        await _until(lambda: job.poll() is not None, TO_SAY_WHY if hub.left else hub.deadline)
+        await _until(lambda: not hub.has_ranks, TO_SAY_WHY)  # what they said last
+    words = _words_of(said)
+    fault = hub.explain(_number("signal", words), _number("PID", words))
+    if fault is None and hub.exit_code is not None:
+        return hub.exit_code
+    if fault is None and not hub.ranks:
+        raise Lfm2kitError(f"mpiexec started no rank: {_last_line(words)}")
+    if fault is None:
+        ended = f"the job ended before rank 0 was done: {_last_line(words)}"
+        fault = Fault(ended, details=words)
+    hub.end_ranks(fault.exit_code)
+    await _until(lambda: job.poll() is not None, TO_SAY_WHY)
+    raise JobError(*fault)
+
+
+@contextlib.contextmanager
+def _started(
+    command: Sequence[str], variables: dict[str, str], said: BinaryIO
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The job's mpiexec; whatever happens inside, no process of the job is left at the end."""
+    marker = "=".join(*variables.items()).encode()
+    # A session of its own: an interrupt is passed on once, by us, and reaches every process.
+    job = subprocess.Popen(
+        command, env=os.environ | variables, stdout=said, stderr=said, start_new_session=True,
+        preexec_fn=_ending_with_this_process(),
+    )  # fmt: skip
+    try:
+        yield job
+    finally:
+        if job.poll() is None:
+            drop_names_of(_processes_with(marker))
+            job.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(TO_END)
+        _kill_all(job, marker)
+
+
+def _kill_all(job: subprocess.Popen[bytes], marker: bytes) -> None:
+    """Kills every process of the job on this machine, those that are stopped included."""
+    until = time.monotonic() + TO_END
+    while (left := _processes_with(marker)) and time.monotonic() < until:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    job.poll()
+    if job.returncode is None:
+        job.kill()
+        job.wait()
+
+
+def _processes_with(marker: bytes) -> list[int]:
+    """The processes of this machine that were started with `marker` in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if marker in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def _ending_with_this_process() -> Callable[[], None] | None:
+    """What has Linux end a child when this process is killed; other systems have no such thing."""
+    if sys.platform != "linux":
+        return None
+    prctl, set_signal = ctypes.CDLL(None).prctl, 1  # PR_SET_PDEATHSIG
+    return lambda: prctl(set_signal, signal.SIGTERM)
+
+
+async def _until(is_so: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < end:
+        await asyncio.sleep(LOOK / 2)
+
+
+def _print(stream: str, data: bytes) -> None:
+    out = sys.stdout if stream == "stdout" else sys.stderr
+    out.buffer.write(data)
+    out.flush()
+
+
+def _words_of(said: BinaryIO) -> str:
+    said.seek(0)
+    return said.read().decode(errors="replace")
+
+
+def _number(word: str, text: str) -> int | None:
+    """The number after `word`: "EXIT STRING: Killed (signal 9)", "PID 4711 RUNNING AT node1"."""
+    found = re.search(rf"\b{word} (\d+)", text)
+    return int(found[1]) if found else None
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip(" -=\t")]
+    return lines[-1] if lines else "it said nothing"

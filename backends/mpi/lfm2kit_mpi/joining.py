@@ -1,0 +1,89 @@
+"""How a process joins the job that it was started in: the watch over it, and MPI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lfm2kit import progress
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit_mpi import streams
+from lfm2kit_mpi.beside import start_hub
+from lfm2kit_mpi.job import HUB
+from lfm2kit_mpi.library import check_library
+from lfm2kit_mpi.watch import Watch, joined, starting_seconds
+
+if TYPE_CHECKING:
+    from lfm2kit_mpi.transport import MpiTransport
+
+# What launchers say of a process's rank before MPI is started.
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PMIX_RANK")
+
+
+def join(size: int) -> MpiTransport:
+    """This rank's transport in a job that has `size` ranks, as its launcher says."""
+    progress.step("joining the job", starting_seconds())
+    transport = _of_our_job(size) if HUB in os.environ else _of_another_job(size)
+    progress.step("starting")
+    return transport
+
+
+def _of_our_job(size: int) -> MpiTransport:
+    """Where `--ranks` started the job, its hub watches over MPI's start too."""
+    addresses, port, key = os.environ[HUB].split()
+    watch = joined(_rank() or 0, addresses.split(","), int(port), key)
+    streams.through_the_hub(watch)
+    watch.start()
+    with _told(watch):
+        return _start_mpi(size).MpiTransport(watch)
+
+
+def _of_another_job(size: int) -> MpiTransport:
+    """Under another launcher rank 0 starts the hub, and tells the others of it through MPI."""
+    streams.apart()
+    hub = start_hub(size) if _rank() == 0 else None
+    watch = _watched(0, hub) if hub is not None else None
+    with _told(watch):
+        mpi = _start_mpi(size)
+    if hub is None and mpi.rank() == 0:  # a launcher whose variables are not known
+        hub = start_hub(size)
+    hub = mpi.from_rank_0(hub)
+    return mpi.MpiTransport(watch or _watched(mpi.rank(), hub))
+
+
+def _start_mpi(size: int) -> ModuleType:
+    """Starts MPI by importing the module that needs it."""
+    check_library()
+    from lfm2kit_mpi import transport
+
+    if transport.world_size() != size:
+        raise Lfm2kitError(
+            f"the launcher started {size} ranks, but mpi4py sees {transport.world_size()}: its MPI "
+            "is another than mpiexec's. Install mpi4py for the MPI of this machine"
+        )
+    return transport
+
+
+@contextmanager
+def _told(watch: Watch | None) -> Iterator[None]:
+    """What is wrong inside ends the job, where it is watched already."""
+    try:
+        yield
+    except Lfm2kitError as error:
+        if watch is not None:
+            watch.abort(2, str(error), "")
+        raise
+
+
+def _watched(rank: int, hub: tuple[list[str], int, str]) -> Watch:
+    watch = joined(rank, *hub)
+    watch.start()
+    return watch
+
+
+def _rank() -> int | None:
+    said = (os.environ.get(variable, "") for variable in RANK_VARIABLES)
+    return next((int(text) for text in said if text.isdigit()), None)

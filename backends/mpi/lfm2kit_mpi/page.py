@@ -1,0 +1,72 @@
+"""What a rank is doing, in memory that the hub shares where both are on one machine.
+
+Steps follow one another faster than they can be told.  The page has the last of them, also of a
+process that is dead, stopped, or keeps Python's lock.  It has no name, and goes with its readers.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import suppress
+from functools import lru_cache
+from typing import Protocol
+
+SIZE = 256  # bytes: longer words are cut
+
+
+class Page(Protocol):
+    """Where a rank writes what it is doing."""
+
+    fd: int  # -1 where no other process can read it
+
+    def write(self, words: str) -> None: ...
+
+
+class SharedPage:
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("lfm2kit-step")
+        os.ftruncate(self.fd, SIZE)
+        self._memory = mmap.mmap(self.fd, SIZE)
+
+    def write(self, words: str) -> None:
+        self._memory[:] = _padded(words)
+
+
+class NoPage:
+    """For systems without such memory: there the hub knows what it was last told."""
+
+    fd = -1
+
+    def write(self, words: str) -> None:
+        pass
+
+
+def new_page() -> Page:
+    return SharedPage() if hasattr(os, "memfd_create") else NoPage()
+
+
+class Reader:
+    """The page of another process of this machine."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+
+    def read(self) -> str:
+        return self._memory[:].rstrip(b"\0").decode(errors="replace")
+
+
+def reader_of(pid: int, fd: int) -> Reader | None:
+    """The page that the process `pid` has open as `fd`; None where it cannot be read."""
+    with suppress(OSError, ValueError):
+        page = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY)
+        try:
+            return Reader(mmap.mmap(page, SIZE, prot=mmap.PROT_READ))
+        finally:
+            os.close(page)
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _padded(words: str) -> bytes:
+    return words.encode()[:SIZE].ljust(SIZE, b"\0")

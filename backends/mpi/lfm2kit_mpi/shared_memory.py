@@ -1,0 +1,31 @@
+"""Shared memory that MPI has made, and that must not stay behind when a job is killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+# MPICH's, a few MB for all ranks of a machine, and Open MPI's, one of each rank.
+SEGMENTS = ("/dev/shm/mpich_", "/dev/shm/sm_segment.")
+
+
+def drop_names(
+    maps: Path = Path("/proc/self/maps"), beginnings: tuple[str, ...] = SEGMENTS
+) -> None:
+    """Removes the names of the segments that MPI has made and this process has mapped.
+
+    To be called once every rank of this machine has mapped them: what is mapped stays, and goes
+    with the last process, however that ends.
+    """
+    with suppress(OSError):
+        lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+        for name in {fields[5] for fields in lines if len(fields) == 6}:
+            if name.startswith(beginnings) and not name.endswith("(deleted)"):
+                Path(name).unlink(missing_ok=True)
+
+
+def drop_names_of(processes: Iterable[int]) -> None:
+    """The same for other processes, which are about to be killed before they got so far."""
+    for pid in processes:
+        drop_names(Path("/proc", str(pid), "maps"))

@@ -1,0 +1,51 @@
+"""Keeps what a rank's C libraries print apart from what its Python code prints.
+
+MPI's libraries may write warnings to stdout, where a result is expected.  So the file descriptor 1
+becomes stderr's, and Python's `sys.stdout` gets another way out.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any, TextIO
+
+from lfm2kit_mpi.watch import Watch
+
+
+def through_the_hub(watch: Watch) -> None:
+    """What Python prints goes to the process that started the job, which prints it in its place."""
+    sys.stdout = _relayed(watch, "stdout", sys.stdout)
+    sys.stderr = _relayed(watch, "stderr", sys.stderr)
+
+
+def apart() -> None:
+    """Python's stdout stays what it is; what C code writes there goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(  # noqa: SIM115  (for as long as this process lives)
+        kept, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
+    )
+
+
+class Relay(io.RawIOBase):
+    """A stream whose bytes another process writes."""
+
+    def __init__(self, watch: Watch, name: str) -> None:
+        self._watch = watch
+        self._name = name
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._watch.send(stream=self._name, text=bytes(data).decode("latin-1"))
+        return len(data)
+
+
+def _relayed(watch: Watch, name: str, like: TextIO) -> io.TextIOWrapper:
+    like.flush()
+    relay = io.BufferedWriter(Relay(watch, name))
+    return io.TextIOWrapper(relay, like.encoding, like.errors, line_buffering=True)

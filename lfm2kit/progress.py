@@ -1,0 +1,97 @@
+"""What this process is doing, and how long that may take: for whoever watches the ranks of a job.
+
+A rank that stops without ending would keep all others waiting for ever.  So each step is told
+here before it begins: a block built, a block computed, a kernel compiled.  A transport passes it
+on, and ends the job when a step takes longer than it may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lfm2kit.backend import Block
+from lfm2kit.specs import Spec, Work
+
+DEADLINE = 60.0  # seconds that a step may take, unless it says that it needs more
+COMPILING = 600.0  # seconds: the longest that one kernel takes to compile, on a busy machine
+# What the slowest backend reaches on a core that it shares, and the slowest file system.
+SLOWEST_FLOPS = 1e9
+SLOWEST_BYTES = 1e7
+
+
+class Step(NamedTuple):
+    """The step that this process is in."""
+
+    number: int  # how many were told before it
+    name: str  # "layers.3.operator"
+    seconds: float  # that it may take
+
+
+class Progress:
+    """The steps of this process, in the order in which they are told.
+
+    One thread tells them; `on_step` is called after each, and any other thread may read `now`.
+    """
+
+    def __init__(self) -> None:
+        self.deadline = DEADLINE
+        self.now = Step(0, "starting", DEADLINE)
+        self.allowed: dict[str, float] = {}  # seconds, of the steps that may take longer
+        self.on_step: Callable[[], None] = lambda: None
+
+    def step(self, name: str, seconds: float = 0.0) -> None:
+        allowed = self.allowed.get(name, self.deadline)
+        self.now = Step(self.now.number + 1, name, allowed if allowed > seconds else seconds)
+        self.on_step()
+
+
+THIS_PROCESS = Progress()
+
+
+def step(name: str, seconds: float = 0.0) -> None:
+    """Says that `name` begins, and that it may take `seconds` where that is above the deadline.
+
+    Costs less than a microsecond, and does nothing where nobody watches.  Anything that may take
+    longer than a few seconds should say so: a kernel that is compiled, a file that is written.
+    """
+    THIS_PROCESS.step(name, seconds)
+
+
+def set_deadline(seconds: float) -> None:
+    """Sets how long a step may take that asks for no more."""
+    THIS_PROCESS.deadline = seconds
+
+
+def allow(seconds: Mapping[str, float]) -> None:
+    """Sets how long the steps of these names may take, where that is above the deadline."""
+    deadline = THIS_PROCESS.deadline
+    THIS_PROCESS.allowed.update((name, s) for name, s in seconds.items() if s > deadline)
+
+
+def longest(work: Work) -> float:
+    """The seconds that `work` takes at most, on the slowest machine that is still worth using."""
+    return work.flops / SLOWEST_FLOPS + work.bytes / SLOWEST_BYTES
+
+
+Wrap = Callable[[str, Spec, Block], Block]
+
+
+def telling(wrap: Wrap, names: set[str]) -> Wrap:
+    """`wrap`, and around it, for the blocks called `names`, a step at each call."""
+
+    def telling_wrap(name: str, spec: Spec, block: Block) -> Block:
+        wrapped = wrap(name, spec, block)
+        return _telling(name, wrapped) if name in names else wrapped
+
+    return telling_wrap
+
+
+def _telling(name: str, block: Block) -> Block:
+    tell = THIS_PROCESS.step
+
+    def called(*inputs: Any) -> Any:
+        tell(name)
+        return block(*inputs)
+
+    return called

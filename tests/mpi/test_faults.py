@@ -1,0 +1,254 @@
+"""Faults of ranks and of what started them: each ends the job, in one line and with no orphan."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.mpi import faulty
+
+pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
+
+from lfm2kit_mpi.launcher import find_mpiexec
+
+pytestmark = pytest.mark.mpi
+# Open MPI refuses root, and more ranks than cores, unless told.
+LETS_ANYONE_RUN = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+LFM2KIT = [sys.executable, "-m", "lfm2kit"]
+RUN = ["run", "-n", "8", "--deadline", "2", "--backend", "reference,mlp=faulty"]
+A_WHILE = 120  # seconds: a job that has not ended by then hangs
+MARK = "TEST_OF_FAULTS"  # in the environment of each process of a job
+
+# Shared memory of its own for a job, where that can be had: what is left there is printed.
+OWN_SHM = [
+    "unshare", "--mount", "sh", "-c",
+    'mount -t tmpfs none /dev/shm || exit; "$@"; code=$?; ls /dev/shm | sed "s/^/left: /"; '
+    "exit $code",
+    "sh",
+]  # fmt: skip
+
+WHO = r"lfm2kit: error: rank 1 on \S+, "
+BLOCK = WHO + r"layers\.0\.feed_forward: "
+SILENT = "has said nothing for [0-9]+ s"
+STILL = "no progress for [0-9]+ s"
+# By fault: the exit code, and how the line begins.
+EXPECTED = {
+    "killed": (3, BLOCK + "its process was ended by signal 9 .SIGKILL."),
+    "segfault": (3, BLOCK + "its process crashed: Segmentation fault"),
+    "abort": (3, BLOCK + "its process crashed: Aborted"),
+    "raises": (3, BLOCK + "RuntimeError: the second rank fails; .*LFM2KIT_TRACEBACK=1"),
+    "raises-in-build": (
+        3,
+        WHO + r"building layers\.0\.feed_forward: RuntimeError: no block of this",
+    ),
+    "users-error": (2, BLOCK + "this rank has no such file"),
+    "out-of-memory": (2, BLOCK + "out of memory .*1.00 PiB"),
+    "exits-at-once": (3, BLOCK + "its process ended before its work was done"),
+    "exits": (3, BLOCK + r"sys.exit\(0\) was called"),
+    "stopped": (3, BLOCK + "its process is stopped, and " + SILENT),
+    "loops": (3, BLOCK + STILL),
+    "holds-the-lock": (3, BLOCK + "it is hung or cut off, and " + SILENT),
+    "never-joins": (3, "lfm2kit: error: no word from rank 1 of 2 within 5 s: "),
+}
+UNDER_ANOTHER_LAUNCHER = ["killed", "users-error", "stopped"]
+
+
+class Ended(NamedTuple):
+    """A job that has ended, and which of its processes were left then."""
+
+    code: int
+    out: str
+    err: str
+    left: list[int]
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return faulty.install(tmp_path_factory.mktemp("faulty"))
+
+
+def job(before: Sequence[str], after: Sequence[str], plugin: str, fault: str) -> Ended:
+    mark = f"{os.getpid()} {fault} {before} {after}"
+    variables = LETS_ANYONE_RUN | {"PYTHONPATH": plugin, faulty.FAULT: fault, MARK: mark}
+    done = subprocess.run(
+        [*before, *LFM2KIT, *RUN, *after],
+        capture_output=True, text=True, timeout=A_WHILE, env=os.environ | variables,
+    )  # fmt: skip
+    if not after:  # another launcher ends first, and the hub beside rank 0 a little later
+        until_ended(mark)
+    return Ended(done.returncode, done.stdout, done.stderr, marked(mark))
+
+
+def own_shm() -> list[str]:
+    """What a command begins with to have a /dev/shm of its own, where that can be had."""
+    try:
+        can = subprocess.run([*OWN_SHM, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return []
+    return OWN_SHM if can else []
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that were started with this mark and have not ended."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def ended(plugin: str) -> dict[tuple[str, bool], Ended]:
+    """The jobs of all faults; some at a time, as most of them only wait.
+
+    The key is the fault, and whether we start the job, with `--ranks`.
+    """
+    ours = [(fault, True) for fault in EXPECTED]
+    cases = [*ours, *((fault, False) for fault in UNDER_ANOTHER_LAUNCHER)]
+    before = {True: own_shm(), False: [find_mpiexec(), "-n", "2"]}
+    after = {True: ["--ranks", "2"], False: []}
+
+    def run(case: tuple[str, bool]) -> Ended:
+        fault, is_ours = case
+        return job(before[is_ours], after[is_ours], plugin, fault)
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(cases, pool.map(run, cases), strict=True))
+
+
+@pytest.mark.parametrize("fault", EXPECTED)
+def test_a_fault_of_one_rank_ends_the_job_with_one_line(
+    fault: str, ended: dict[tuple[str, bool], Ended]
+) -> None:
+    code, line = EXPECTED[fault]
+    done = ended[fault, True]
+    assert done.code == code, done.err
+    assert re.fullmatch(f"{line}.*\n", done.err)
+    assert "BAD TERMINATION" not in done.out
+    assert "left: " not in done.out
+    assert done.left == []
+
+
+@pytest.mark.parametrize("fault", UNDER_ANOTHER_LAUNCHER)
+def test_under_another_launcher_the_line_is_said_and_no_rank_is_left(
+    fault: str, ended: dict[tuple[str, bool], Ended]
+) -> None:
+    done = ended[fault, False]
+    assert done.code != 0
+    (line,) = (line for line in done.err.splitlines() if line.startswith("lfm2kit: error:"))
+    assert re.match(BLOCK, line)
+    assert done.left == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_the_end_of_what_started_a_job_ends_every_rank(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    path, mark = tmp_path / "outputs.bin", f"{os.getpid()} launcher {number}"
+    arguments = ["run", "--ranks", "2", "--backend", "reference", "--batch-size", "1"]
+    with subprocess.Popen(
+        [*LFM2KIT, *arguments, "--outputs", str(path)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {MARK: mark},
+    ) as started:  # fmt: skip
+        assert started.stdout is not None
+        started.stdout.readline()  # rank 0 has introduced the run: all ranks are up
+        assert len(marked(mark)) >= 4  # this process, mpiexec and two ranks
+        started.send_signal(number)
+        code = started.wait(A_WHILE)
+    as_a_shell_says = code if code >= 0 else 128 - code
+    assert as_a_shell_says == 128 + number
+    until_ended(mark)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Iterator[list[str]]:
+    """The command that starts one rank in each of two network namespaces with a link of theirs."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs iproute2")
+    mpiexec = find_mpiexec()
+    if b"HYDRA" not in subprocess.run([mpiexec, "--version"], capture_output=True).stdout:
+        pytest.skip("hydra's options say where the ranks run")
+    first, second = (f"lfm2kit{os.getpid()}-{number}" for number in (1, 2))
+    made = subprocess.run(["ip", "netns", "add", first], capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip("no network namespace can be made here")
+    enter = tmp_path / "enter"
+    enter.write_text(
+        "#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nhost=$1; shift\n"
+        f'exec ip netns exec lfm2kit{os.getpid()}-${{host##*.}} sh -c "$*"\n'
+    )
+    enter.chmod(0o755)
+    try:
+        ip("netns", "add", second)
+        peer = ["peer", "name", "eth0", "netns", second]
+        ip("-n", first, "link", "add", "eth0", "type", "veth", *peer)
+        for number, name in enumerate((first, second), 1):
+            ip("-n", name, "addr", "add", f"10.77.9.{number}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "eth0", "up")
+        for name in (first, second):  # MPI finds no link that is not up yet
+            until(lambda name=name: "state UP" in ip("-n", name, "link", "show", "eth0"))
+        variables = ["UCX_TLS=tcp,self", "UCX_NET_DEVICES=eth0", "FI_PROVIDER=tcp"]
+        hosts = ["-hosts", "10.77.9.1,10.77.9.2", "-ppn", "1", "-localhost", "10.77.9.1"]
+        yield [
+            "ip", "netns", "exec", first, "env", *variables, mpiexec,
+            "-launcher", "ssh", "-launcher-exec", str(enter), *hosts, "-n", "2",
+        ]  # fmt: skip
+    finally:
+        for name in (first, second):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_a_link_that_is_cut_ends_the_ranks_on_both_sides(two_nodes: list[str]) -> None:
+    mark = f"{os.getpid()} cut"
+    arguments = ["run", "-n", "128", "--batch-size", "1", "--backend", "reference"]
+    with subprocess.Popen(
+        [*two_nodes, *LFM2KIT, *arguments, "--deadline", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {MARK: mark},
+    ) as job:  # fmt: skip
+        assert job.stdout is not None
+        assert job.stdout.readline().startswith("Model:")
+        ip("-n", f"lfm2kit{os.getpid()}-2", "link", "set", "eth0", "down")
+        _, said = job.communicate(timeout=A_WHILE)
+    lines = [line for line in said.splitlines() if line.startswith("lfm2kit: error:")]
+    assert len(lines) == 1, said
+    assert re.match(
+        r"lfm2kit: error: rank 1 on \S+, .*cut off, and has said nothing for", lines[0]
+    ), said
+    assert job.returncode != 0
+    until_ended(mark)
+
+
+def until_ended(mark: str) -> None:
+    until(lambda: not marked(mark))
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + A_WHILE
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -1,0 +1,216 @@
+"""Who is at fault, from what ranks have said; and what a rank leaves behind.  No MPI is started."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
+
+from lfm2kit_mpi import hub as hubs
+from lfm2kit_mpi import watch
+from lfm2kit_mpi.faults import Rank, gone, lingering, not_joined, place, stuck
+from lfm2kit_mpi.hub import LOOK, Hub
+from lfm2kit_mpi.job import run_job
+from lfm2kit_mpi.page import SharedPage, reader_of
+from lfm2kit_mpi.shared_memory import drop_names
+from lfm2kit_mpi.watch import notice_cuts
+
+from lfm2kit.errors import Lfm2kitError
+
+NOW = 1000.0
+
+
+def rank(
+    number: int, *, quiet: float = 0, still: float = 0, waiting: bool = False, limit: float = 60
+) -> Rank:
+    doing = "waiting in all_to_all after layers.2.router" if waiting else "layers.2.operator"
+    return Rank(
+        number, f"node{number}", 4711, "", NOW - quiet, NOW - still,
+        doing=doing, is_waiting=waiting, seconds=limit,
+    )  # fmt: skip
+
+
+def test_ranks_that_go_on_and_those_that_wait_for_them_are_not_at_fault() -> None:
+    ranks = [rank(0, still=300, waiting=True), rank(1, still=59), rank(2, still=300, limit=400)]
+    assert stuck(ranks, NOW) is None
+    done = rank(3, quiet=300, still=300)
+    done.is_done = True
+    assert stuck([*ranks, done], NOW) is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        (
+            [rank(0, still=70, waiting=True), rank(1, still=61)],
+            "rank 1 on node1, layers.2.operator: no progress for 61 s; "
+            "if it is only slow, give a longer --deadline",
+        ),
+        (
+            [rank(0, still=61, waiting=True), rank(1, quiet=62, still=62)],
+            "rank 1 on node1, layers.2.operator: "
+            "it is hung or cut off, and has said nothing for 62 s",
+        ),
+        (
+            [rank(0, still=61, waiting=True), rank(1, still=65, waiting=True)],
+            "rank 1 on node1, waiting in all_to_all after layers.2.router: no progress for 65 s, "
+            "and every other rank waits too; a connection between two of them is cut, or they do "
+            "not make the same calls",
+        ),
+    ],
+    ids=["slow", "silent", "all-wait"],
+)
+def test_the_rank_that_others_wait_for_is_named(ranks: list[Rank], said: str) -> None:
+    fault = stuck(ranks, NOW)
+    assert fault is not None
+    assert (fault.sentence, fault.exit_code) == (said, 3)
+
+
+def test_a_process_that_does_not_end_after_its_work_is_at_fault() -> None:
+    ranks = [rank(0, quiet=59), rank(1, quiet=70)]
+    assert lingering(ranks, NOW, 60) is None
+    fault = lingering(ranks[1:], NOW, 60)
+    assert fault is not None
+    assert fault.sentence.endswith("its work is done, but it has not ended for 60 s")
+    assert lingering([], NOW, 60) is None
+
+
+def test_the_cause_of_a_rank_s_end_is_said_as_far_as_it_is_known() -> None:
+    one = rank(1)
+    assert gone(one).sentence.endswith("its process ended before its work was done")
+    assert "signal 9 (SIGKILL), as the system does where memory" in gone(one, 9).sentence
+    assert gone(one, 15).sentence.endswith("its process was ended by signal 15 (SIGTERM)")
+    one.last_words = "Segmentation fault"
+    assert gone(one, 11).sentence.endswith("its process crashed: Segmentation fault")
+    assert "no word from ranks 1, 3 of 4 within 63 s" in not_joined(4, [0, 2], 63).sentence
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[Hub, int]]:
+    """A hub that runs in a thread, and its port."""
+    hub, port = Hub(1, 60, "the key"), 0
+    is_ready, is_over = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        nonlocal port
+        with hubs.listening() as listener:
+            port = listener.getsockname()[1]
+            server = await asyncio.start_server(hub.serve, sock=listener)
+            is_ready.set()
+            while not is_over.is_set():
+                await asyncio.sleep(LOOK / 10)
+            server.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    is_ready.wait()
+    yield hub, port
+    is_over.set()
+    thread.join()
+
+
+def test_only_who_knows_the_key_of_a_job_is_heard(hub: tuple[Hub, int]) -> None:
+    watched, port = hub
+    with pytest.raises(Lfm2kitError, match=rf"tried port {port} at 127\.0\.0\.1\. Let"):
+        watch.joined(0, ["127.0.0.1"], port, "another key")
+    assert not watched.ranks
+    mine = watch.joined(0, ["127.0.0.1"], port, "the key")
+    mine.done(1)
+    until(lambda: watched.exit_code == 1)
+    assert watched.explain() is None
+
+
+def test_what_a_rank_prints_arrives_byte_by_byte_and_its_failure_after_it(
+    hub: tuple[Hub, int],
+) -> None:
+    watched, port = hub
+    printed: list[tuple[str, bytes]] = []
+    watched.pass_on = lambda stream, data: printed.append((stream, data))
+    mine = watch.joined(0, ["127.0.0.1"], port, "the key")
+    data = bytes(range(256))
+    mine.send(stream="stdout", text=data.decode("latin-1"))
+    mine.send(reason="no such file", exit_code=2, details="")
+    until(lambda: watched.fault is not None)
+    assert printed == [("stdout", data)]
+    fault = watched.explain()
+    assert fault is not None
+    assert fault.sentence.endswith("starting: no such file")
+    assert fault.exit_code == 2
+
+
+def test_a_hub_that_was_stopped_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = monotonic()
+    hub = Hub(1, 60, "key")
+    hub.ranks[0] = Rank(0, "here", 1, "", now, now, seconds=60)
+    monkeypatch.setattr(hubs, "monotonic", lambda: now + 3600)
+    hub.look()
+    assert hub.fault is None
+
+
+@pytest.mark.parametrize("seconds", [1, 60, 10**3, 10**15])
+def test_a_connection_takes_every_deadline(seconds: int) -> None:
+    with socket.socket() as link:
+        notice_cuts(link, seconds)
+        assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            timeout = link.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            assert timeout == 1000 * min(seconds, watch.LONGEST_SILENCE)
+
+
+def until(is_so: object, seconds: float = 60) -> None:
+    assert callable(is_so)
+    end = monotonic() + seconds
+    while not is_so():
+        assert monotonic() < end
+        threading.Event().wait(0.01)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo no such host >&2; exit 1", "no such host"), ("exit 0", "it said nothing")],
+)
+def test_an_mpiexec_that_starts_no_rank_is_the_user_s_to_change(script: str, said: str) -> None:
+    with pytest.raises(Lfm2kitError, match=f"mpiexec started no rank: {said}"):
+        run_job(["sh", "-c", script], 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux's memfd_create")
+def test_a_page_shows_the_last_step_of_a_process_that_is_dead() -> None:
+    script = (
+        "import os; from lfm2kit_mpi.page import SharedPage; page = SharedPage()\n"
+        "page.write('a long name'); page.write('layers.3'); print(page.fd, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        reader = reader_of(process.pid, int(process.stdout.readline()))
+        process.kill()
+    assert reader is not None
+    assert reader.read() == "layers.3"
+    assert reader_of(process.pid, 3) is None
+    SharedPage().write("é" * 300)  # cut, not refused
+    assert place()
+
+
+def test_only_the_names_of_mpi_s_segments_are_dropped(tmp_path: Path) -> None:
+    segment, other = tmp_path / "mpich_shm_1", tmp_path / "psm_1"
+    for path in (segment, other):
+        path.touch()
+    maps = tmp_path / "maps"
+    line = "7f00-7f01 rw-s 00000000 00:1b 42 "
+    gone = tmp_path / "mpich_shm_0 (deleted)"
+    maps.write_text(f"{line}{segment}\n{line}{other}\n{line}{gone}\n7f02-7f03 r-xp 0 00:00 0\n")
+    drop_names(maps, (str(tmp_path / "mpich_"),))
+    assert not segment.exists()
+    assert other.exists()
