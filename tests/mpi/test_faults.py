@@ -85,7 +85,8 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def job(before: Sequence[str], after: Sequence[str], plugin: str, fault: str) -> Ended:
     mark = f"{os.getpid()} {fault} {before} {after}"
-    variables = LETS_ANYONE_RUN | {"PYTHONPATH": plugin, faulty.FAULT: fault, MARK: mark}
+    path = os.pathsep.join(filter(None, [plugin, os.environ.get("PYTHONPATH")]))
+    variables = LETS_ANYONE_RUN | {"PYTHONPATH": path, faulty.FAULT: fault, MARK: mark}
     done = subprocess.run(
         [*before, *LFM2KIT, *RUN, *after],
         capture_output=True, text=True, timeout=A_WHILE, env=os.environ | variables,

@@ -135,7 +135,7 @@ class Hub:
     def _pass_on(self, stream: str, data: bytes) -> None:
         try:
             self.pass_on(stream, data)
-        except OSError as error:  # whoever read it has gone: the job ends as one process would
+        except BaseException as error:  # nobody reads it: the job ends as one process would
             self.broken = error
 
     def explain(self, number: int | None = None, pid: int | None = None) -> Fault | None:

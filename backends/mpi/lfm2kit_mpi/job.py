@@ -8,6 +8,7 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,27 +35,29 @@ def run_job(command: Sequence[str], ranks: int) -> int:
 
     Raises `JobError` where the job ends before that, and `Lfm2kitError` where no rank starts.
     """
-    with tempfile.TemporaryFile() as said:
-        exit_code = asyncio.run(_watched(command, ranks, said))
+    hub = Hub(ranks, progress.THIS_PROCESS.deadline, hubs.new_key())
+    hub.pass_on = _print
+    with tempfile.TemporaryFile() as said, hubs.listening() as listener:
+        told = f"{','.join(hubs.addresses())} {listener.getsockname()[1]} {hub.key}"
+        # Outside of asyncio, whose way of ending tasks an interrupt would cut short.
+        with _started(command, {HUB: told}, said) as job:
+            exit_code = asyncio.run(_watched(hub, listener, job, said))
         if words := _words_of(said):  # warnings of mpiexec and of C libraries
             print(words, end="", file=sys.stderr, flush=True)
         return exit_code
 
 
-async def _watched(command: Sequence[str], ranks: int, said: BinaryIO) -> int:
-    hub = Hub(ranks, progress.THIS_PROCESS.deadline, hubs.new_key())
-    hub.pass_on = _print
-    with hubs.listening() as listener:
-        server = await asyncio.start_server(hub.serve, sock=listener, limit=hubs.LONGEST_LINE)
-        port = listener.getsockname()[1]
-        told = f"{','.join(hubs.addresses())} {port} {hub.key}"
-        with _started(command, {HUB: told}, said) as job:
-            while job.poll() is None and not hub.is_over:
-                hub.look()
-                await asyncio.sleep(LOOK)
-            result = await _concluded(hub, job, said)
+async def _watched(
+    hub: Hub, listener: socket.socket, job: subprocess.Popen[bytes], said: BinaryIO
+) -> int:
+    server = await asyncio.start_server(hub.serve, sock=listener, limit=hubs.LONGEST_LINE)
+    while job.poll() is None and not hub.is_over:
+        hub.look()
+        await asyncio.sleep(LOOK)
+    try:
+        return await _concluded(hub, job, said)
+    finally:
         server.close()
-    return result
 
 
 async def _concluded(hub: Hub, job: subprocess.Popen[bytes], said: BinaryIO) -> int:
