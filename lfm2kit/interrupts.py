@@ -50,7 +50,8 @@ class Interrupts:
     def __init__(self) -> None:
         self._received: int | None = None  # the first signal's number
         self._is_over = False  # there is nothing left to unwind
-        self._is_told = False
+        self._code: int | None = None  # of the process, if not the signal's
+        self.is_told = False  # or will be, by somebody else
 
     def ended(self, command: Callable[[], int]) -> int:
         """Calls `command`; its exit code, or that of the signal which came meanwhile."""
@@ -60,9 +61,19 @@ class Interrupts:
             self._is_over = True
             self.check()
         except KeyboardInterrupt as error:
-            self._is_over = self._is_told = True
-            code = told(error)
-        return code
+            self._is_over = True
+            code = exit_code(error) if self.is_told else told(error)
+            self.is_told = True
+        return code if self._code is None else self._code
+
+    def end(self, code: int) -> None:
+        """Has the main thread unwind as after a signal, silently, and the process exit with `code`.
+
+        Other threads call it; nothing happens where signals are not handled here.
+        """
+        if signal.getsignal(signal.SIGTERM) == self._handle:
+            self._code, self.is_told = code, True
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
         """Raises `Interrupted` if a signal has come: it may have been swallowed."""
@@ -109,11 +120,11 @@ class Interrupts:
     def _end(self, number: int) -> NoReturn:
         """Ends the process at once, from any thread, whoever holds the locks of the streams."""
         restored = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # a progress bar may hide the cursor
-        line = "" if self._is_told else _line(number)
+        line = "" if self.is_told else _line(number)
         try:
             os.write(2, f"{restored}{line}".encode())
         finally:
-            os._exit(128 + number)
+            os._exit(128 + number if self._code is None else self._code)
 
 
 PROCESS = Interrupts()

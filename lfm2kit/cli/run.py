@@ -180,10 +180,11 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
         raise Lfm2kitError(
             f"--ranks {request.ranks}, but this job has {world.size}; leave --ranks out here"
         )
-    report = Report(request.json)
+    report = Report(request.json if world.rank == 0 else None)
     plan = options.chosen_plan(request.backend, request.plan)
     checkpoint = options.open_model(request.model)
-    check_outputs(request, report, checkpoint)
+    if world.rank == 0:  # it alone writes, perhaps where the others' machines have no folder
+        check_outputs(request, report, checkpoint)
     token_ids = token_ids_of(request, checkpoint)
     answers = answers_of(request, checkpoint)
     setup = set_up(

@@ -287,9 +287,7 @@ def test_too_little_memory_is_an_error_before_loading(cli: Cli, command: str) ->
 @pytest.mark.usefixtures("half_a_gigabyte_free")
 def test_samples_that_memory_cannot_hold_are_refused_before_they_are_made(cli: Cli) -> None:
     asked = ("--random-inputs", 500, "-n", 100_000)
-    fails(
-        cli("run", "-b", "reference", *asked), "100000 samples of 500 tokens", "610 MB", "500 MB"
-    )
+    fails(cli("run", "-b", "reference", *asked), "100000 samples of 500 tokens", "610 MB", "500 MB")
 
 
 def test_memory_that_runs_out_anywhere_is_for_the_user_to_change(

@@ -55,7 +55,7 @@ def in_a_callback(*arguments, **options):
     ctypes.CFUNCTYPE(None)(hit)()
     waits()
 
-def in_a_write(path, logits):
+def in_a_write(path, *rest):
     from lfm2kit.files import replaced
     with replaced(path) as file:
         file.write(b"half")
@@ -122,7 +122,11 @@ def test_a_signal_ends_every_phase_with_one_line(moment: str, tmp_path: Path) ->
     job = started(MOMENTS[moment], number, tmp_path)
     _, err = job.communicate(timeout=120)
     assert (job.returncode, err) == (128 + number, LINES[number])
-    assert [p.name for p in tmp_path.iterdir()] == (["outputs.bin"] if moment == "the end" else [])
+    left = [path.name for path in tmp_path.iterdir()]  # a whole file, or nothing
+    assert left == (["outputs.bin"] if moment == "the end" else []) or (
+        moment == "swallowed by an import"  # raised again a little later, when all may be written
+        and left == ["outputs.bin"]
+    )
 
 
 def test_the_second_ctrl_c_ends_a_process_that_hangs(tmp_path: Path) -> None:

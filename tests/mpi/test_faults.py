@@ -58,7 +58,7 @@ EXPECTED = {
         WHO + r"building layers\.0\.feed_forward: RuntimeError: no block of this",
     ),
     "users-error": (2, BLOCK + "this rank has no such file"),
-    "out-of-memory": (2, BLOCK + "out of memory .*1.00 PiB"),
+    "out-of-memory": (2, BLOCK + "there is not enough memory .*1.00 PiB"),
     "exits-at-once": (3, BLOCK + "its process ended before its work was done"),
     "exits": (3, BLOCK + r"sys.exit\(0\) was called"),
     "stopped": (3, BLOCK + "its process is stopped, and " + SILENT),

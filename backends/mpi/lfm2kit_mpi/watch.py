@@ -11,7 +11,6 @@ import faulthandler
 import json
 import math
 import os
-import signal
 import socket
 import sys
 import threading
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from lfm2kit import progress
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.interrupts import PROCESS
 from lfm2kit_mpi.faults import BUG, STARTING, place
 from lfm2kit_mpi.hub import proof
 from lfm2kit_mpi.page import Page, new_page
@@ -54,6 +54,7 @@ class Watch:
     def start(self) -> None:
         """Begins to tell and to listen; a crash of this process is told as well."""
         faulthandler.enable(self._link.fileno(), all_threads=False)
+        PROCESS.is_told = True  # an interrupt: by the hub, or by who sent it to all ranks
         progress.THIS_PROCESS.on_step = self._tell_in_time
         for work in (self._tell_again_and_again, self._listen):
             threading.Thread(target=work, daemon=True).start()
@@ -176,9 +177,8 @@ def _end_process(exit_code: int) -> NoReturn:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
-    if callable(signal.getsignal(signal.SIGTERM)):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(TO_UNWIND)
+    PROCESS.end(exit_code)
+    time.sleep(TO_UNWIND)
     os._exit(exit_code)
 
 
