@@ -74,4 +74,15 @@ class Attention:
         scores[:, future] = -np.inf
         weights = np.exp(scores - scores.max(axis=2, keepdims=True))
         weights /= weights.sum(axis=2, keepdims=True)
-        return np.asarray(np.einsum("hqk,khd->qhd", weights, v))
+        return self._weighed(weights, v, ~future)
+
+    def _weighed(self, weights: Float64, v: Float64, is_seen: npt.NDArray[np.bool_]) -> Float64:
+        """The sums of the values by weight, NaN where a row sees one that is not finite.
+
+        A weight of 0 would not hide it from the rows before: 0 * NaN is NaN.
+        """
+        is_finite = np.isfinite(v)
+        heads = np.asarray(np.einsum("hqk,khd->qhd", weights, np.where(is_finite, v, 0)))
+        if not is_finite.all():
+            heads[np.einsum("qk,khd->qhd", is_seen, ~is_finite)] = np.nan
+        return heads

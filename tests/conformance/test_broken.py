@@ -120,6 +120,10 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
         BrokenBackend({ATTENTION: broken.SeesTheNextRow}),
         ("attention-is-causal", "attention"),
     ),
+    "the future weighed by 0": (
+        BrokenBackend({ATTENTION: broken.FutureWeighedByZero}),
+        ("attention-is-causal",),
+    ),
     "conv state not reset": (
         BrokenBackend({CONV: broken.ConvStateNotReset}),
         ("state-fresh-at-position-zero",),

@@ -77,13 +77,19 @@ def attention_large_scores(trial: Trial) -> None:
 
 @check
 def attention_is_causal(trial: Trial) -> None:
-    """A row's result has the same bits whatever stands in the rows after it."""
+    """A row's result has the same bits whatever stands in the rows after it, NaN even.
+
+    A weight of 0 is no mask for a value that is not finite: 0 * NaN is NaN.
+    """
     for spec in _attentions(trial):
         block = trial.build(spec, trial.random_weights(spec))
         x, batch = random_rows(trial.rng, 33, spec.hidden_size), random_batch(trial.rng, [33])
-        changed = x.copy()
-        changed[20:] = random_rows(trial.rng, 13, spec.hidden_size, 50.0)
-        assert_same(block(x, batch, None)[:20], block(changed, batch, None)[:20], f"{spec}")
+        for first in (1, 20, 31, 32):
+            want = block(x, batch, None)[:first]
+            others = random_rows(trial.rng, 33 - first, spec.hidden_size, 50.0)
+            for rows in (others, np.full_like(others, np.nan), np.full_like(others, np.inf)):
+                changed = np.concatenate([x[:first], rows])
+                assert_same(block(changed, batch, None)[:first], want, f"{spec}, from row {first}")
 
 
 def _attentions(trial: Trial) -> list[specs.Attention]:

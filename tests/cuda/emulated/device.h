@@ -37,7 +37,7 @@ using std::max;
 using std::min;
 
 inline thread_local Index threadIdx;
-inline Index blockIdx, gridDim;
+inline Index blockIdx, blockDim, gridDim;
 
 // Addresses in shared memory count from the beginning of what a launch asks for.
 extern __align__(128) float shared[];
@@ -64,12 +64,13 @@ inline void __syncthreads() { barriers->of_block.arrive_and_wait(); }
 template <class Prepare, class Kernel>
 void launch(Index grid, int threads, int groups, Prepare prepare, Kernel kernel) {
   Barriers own(threads, groups);
-  barriers = &own, gridDim = grid;
+  barriers = &own, gridDim = grid, blockDim = {u32(threads), 1, 1};
   auto run = [=](u32 thread) {
     threadIdx = {thread, 0, 0};
-    for (u32 i = 0; i < grid.x * grid.y; ++i) {
+    for (u32 i = 0; i < grid.x * grid.y * grid.z; ++i) {
       __syncthreads();
-      if (thread == 0) blockIdx = {i % grid.x, i / grid.x, 0}, prepare();
+      if (thread == 0)
+        blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, prepare();
       __syncthreads();
       kernel();
     }

@@ -160,10 +160,18 @@ def _weigh(
     sums[:] = 0
     for page in range(scores.shape[0]):
         at = values[first_page + page, head, part].ctypes.data
-        k = min(TOKENS, seen - page * TOKENS)
+        k = max(0, min(TOKENS, seen - page * TOKENS))
         call_tile(
             table[ALONE, m], scores[page, r].ctypes.data, TOKENS, at, k, sums.ctypes.data, at, 0, 0
         )
+
+
+@numba.njit(inline="always")
+def _is_finite(row: Any) -> Any:
+    zero = np.float32(0)
+    for x in row:
+        zero += x - x
+    return zero == 0
 
 
 @numba.njit(inline="always")
@@ -185,14 +193,24 @@ def _attend_rows(
     for r in range(rows):
         totals[r] = _softmax(scores, r, positions[begin + r // group] + 1, scale)
     sums = np.empty((MR, NR), np.float32)
-    for part in range(values.shape[2]):
-        for r in range(0, rows, MR):
-            m = min(MR, rows - r)
-            _weigh(scores, r, m, seen, values, first_page, head, part, table, sums)
-            for i in range(m):
-                at = (head * group + (r + i) % group) * head_dim + part * NR
-                for j in range(min(NR, head_dim - part * NR)):
-                    out[begin + (r + i) // group, at + j] = sums[i, j] / totals[r + i]
+    height = MR
+    while True:
+        for part in range(values.shape[2]):
+            for r in range(0, rows, height):
+                m = min(height, rows - r)
+                if height == 1:
+                    seen = positions[begin + r // group] + 1
+                _weigh(scores, r, m, seen, values, first_page, head, part, table, sums)
+                for i in range(m):
+                    at = (head * group + (r + i) % group) * head_dim + part * NR
+                    for j in range(min(NR, head_dim - part * NR)):
+                        out[begin + (r + i) // group, at + j] = sums[i, j] / totals[r + i]
+        # The last row sees all values.  One that is not finite spoils the rows before it too, by 0
+        # times it: then once more, each row with what it sees alone.
+        at = head * group * head_dim
+        if end - begin == 1 or height == 1 or _is_finite(out[end - 1, at : at + head_dim]):
+            break
+        height = 1
 
 
 @kernel(

@@ -140,11 +140,33 @@ __device__ inline void score_keys(const Room& room, float (&score)[kMine]) {
   }
 }
 
+// Adds the weighted values of keys begin to end.  Where not all pairs see all of them, those that do
+// not must add nothing: not 0 times a value, which may not be finite.
+template <bool kAllSee, int kMine>
+__device__ inline void add_values(const Room& room, Sums<kMine>& sums, const int (&seen)[kMine],
+                                  int begin, int end) {
+  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int j = begin; j < end; ++j) {
+    float value[kDims];
+#pragma unroll
+    for (int i = 0; i < kDims; ++i)
+      value[i] = lane + i * kWarp < HEAD_DIM ? room.values[j][lane + i * kWarp] : 0;
+#pragma unroll
+    for (int p = 0; p < kMine; ++p) {
+      if (!kAllSee && j >= seen[p]) continue;
+#pragma unroll
+      for (int i = 0; i < kDims; ++i)
+        sums.of[p][i] = fmaf(room.weights[warp][j][p], value[i], sums.of[p][i]);
+    }
+  }
+}
+
 // Adds a tile of which pair p sees the first seen[p] keys.
 template <int kMine>
 __device__ inline void add_tile(Room& room, Sums<kMine>& sums, const int (&seen)[kMine],
                                 float scale) {
-  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, most_seen = 0;
+  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int least_seen = kTile, most_seen = 0;
   float score[kMine] = {};
   score_keys(room, score);
 #pragma unroll
@@ -159,20 +181,12 @@ __device__ inline void add_tile(Room& room, Sums<kMine>& sums, const int (&seen)
     sums.total[p] = sums.total[p] * fade + warp_sum(weight);
 #pragma unroll
     for (int i = 0; i < kDims; ++i) sums.of[p][i] *= fade;
+    least_seen = min(least_seen, seen[p]);
     most_seen = max(most_seen, seen[p]);
   }
   __syncwarp();
-  for (int j = 0; j < most_seen; ++j) {
-    float value[kDims];
-#pragma unroll
-    for (int i = 0; i < kDims; ++i)
-      value[i] = lane + i * kWarp < HEAD_DIM ? room.values[j][lane + i * kWarp] : 0;
-#pragma unroll
-    for (int p = 0; p < kMine; ++p)
-#pragma unroll
-      for (int i = 0; i < kDims; ++i)
-        sums.of[p][i] = fmaf(room.weights[warp][j][p], value[i], sums.of[p][i]);
-  }
+  add_values<true>(room, sums, seen, 0, least_seen);
+  add_values<false>(room, sums, seen, max(least_seen, 0), most_seen);
 }
 
 // Where the heads of a block go: the first pair's row and element.
