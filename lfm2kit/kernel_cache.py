@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import stat
 import sys
 import time
@@ -37,13 +38,15 @@ class KernelCache:
     The folder is `$LFM2KIT_CACHE_DIR/BACKEND`, or else `lfm2kit/BACKEND` below `$XDG_CACHE_HOME`
     or `~/.cache`.  A name consists of letters, digits and `.-_`, and has to change with everything
     that the machine code depends on: sources, compiler, options, and the processor.
+
+    No method raises because of what is or is not in the folder.
     """
 
     def __init__(self, backend: str) -> None:
         self.keeps = True  # until a kernel could not be kept
         self._backend = backend
         self._descriptor: int | None = None  # of the folder, once it is there and trusted
-        self._is_refused = self._has_written = self._has_met_damage = False
+        self._is_refused = self._has_cleaned_up = self._has_met_damage = False
 
     @property
     def folder(self) -> Path | None:
@@ -126,8 +129,8 @@ class KernelCache:
         """The same, but the folder is made if there is none yet; raises `OSError`."""
         if self._opened() is None and (root := _root()) is not None and not self._is_refused:
             _make_folder(root, self._backend)
-        if (descriptor := self._opened()) is not None and not self._has_written:
-            self._has_written = True
+        if (descriptor := self._opened()) is not None and not self._has_cleaned_up:
+            self._has_cleaned_up = True
             _remove_unused(descriptor)
         return descriptor
 
@@ -200,14 +203,15 @@ def _trusted_by_all() -> set[int]:
 
 
 def _make_folder(root: Path, backend: str) -> None:
-    """Private; but others may read what is kept in a folder made for it by one whom all trust."""
+    """Private, unless the folder was named and everybody trusts its owner: then all may read it."""
     is_shared = bool(os.environ.get(VARIABLE)) and os.geteuid() in _trusted_by_all()
     mode = 0o755 if is_shared else 0o700
     root.parent.mkdir(parents=True, exist_ok=True)
     for path in (root, root / backend):
         with suppress(FileExistsError):
             path.mkdir(mode)
-            path.chmod(mode)  # whatever the umask
+            if is_shared:
+                path.chmod(mode)  # whatever the umask
 
 
 def _read(folder: int, name: str) -> bytes:
@@ -227,11 +231,9 @@ def _read(folder: int, name: str) -> bytes:
 
 def _write(folder: int, name: str, data: bytes) -> None:
     """A reader sees the whole file or none."""
-    partial = f".{name}.{os.getpid()}{PARTIAL}"
+    partial = f".{name}.{secrets.token_hex(8)}{PARTIAL}"
     mode = 0o644 if os.fstat(folder).st_mode & stat.S_IROTH else 0o600
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    with suppress(FileNotFoundError):  # of a process that had the same number
-        os.unlink(partial, dir_fd=folder)
     try:
         with open(os.open(partial, flags, mode, dir_fd=folder), "wb") as file:
             os.fchmod(file.fileno(), mode)  # whatever the umask
