@@ -165,7 +165,8 @@ def prepare(request: Request, plugins: Plugins, transport: Transport | None) -> 
         plugins=plugins,
     )
     token_ids = token_ids_of(request, checkpoint)
-    check_outputs(request, checkpoint)
+    if world.rank == 0:  # it alone writes, perhaps where the others' machines have no folder
+        check_outputs(request, checkpoint)
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
     return Prepared(checkpoint, setup, token_ids, answers_of(request, checkpoint), batch_size)
 
