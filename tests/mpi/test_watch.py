@@ -62,13 +62,18 @@ def test_ranks_that_go_on_and_those_that_wait_for_them_are_not_at_fault() -> Non
             "it is hung or cut off, and has said nothing for 62 s",
         ),
         (
+            [rank(0, still=61, waiting=True), rank(1, quiet=59, still=61)],
+            "rank 1 on node1, layers.2.operator: "
+            "it is hung or cut off, and has said nothing for 59 s",
+        ),
+        (
             [rank(0, still=61, waiting=True), rank(1, still=65, waiting=True)],
             "rank 1 on node1, waiting in all_to_all after layers.2.router: no progress for 65 s, "
             "and every other rank waits too; a connection between two of them is cut, or they do "
             "not make the same calls",
         ),
     ],
-    ids=["slow", "silent", "all-wait"],
+    ids=["slow", "silent", "silent-soon-after-a-step", "all-wait"],
 )
 def test_the_rank_that_others_wait_for_is_named(ranks: list[Rank], said: str) -> None:
     fault = stuck(ranks, NOW)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from lfm2kit_mpi.page import Reader
 
 BUG = 3  # exit code: neither the result's fault nor the user's
+SILENT = 1.0  # seconds: a rank that can speak does so more often
 STARTING = 3.0  # seconds beyond the deadline, for a rank to start and say its first word
 
 
@@ -59,11 +60,10 @@ def stuck(ranks: Iterable[Rank], now: float) -> Fault | None:
     """
     working = [rank for rank in ranks if not rank.is_done]
     for rank in working:
-        if now - rank.heard > rank.seconds:
-            return Fault(f"{rank.where}: {_silence(rank)} for {now - rank.heard:.0f} s")
-    for rank in working:
-        if not rank.is_waiting and now - rank.moved > rank.seconds:
-            return Fault(f"{rank.where}: no progress for {now - rank.moved:.0f} s{_longer(rank)}")
+        quiet, still = now - rank.heard, now - rank.moved
+        if quiet > rank.seconds or (still > rank.seconds and not rank.is_waiting):
+            said = _silence(rank, quiet) if quiet > SILENT else _no_progress(still)
+            return Fault(f"{rank.where}: {said}")
     if working and all(rank.is_waiting and now - rank.moved > rank.seconds for rank in working):
         first = min(working, key=lambda rank: rank.moved)
         return Fault(
@@ -101,14 +101,13 @@ def gone(rank: Rank, number: int | None = None) -> Fault:
     return Fault(f"{rank.where}: its process ended before its work was done")
 
 
-def _silence(rank: Rank) -> str:
-    if is_stopped(rank):
-        return "its process is stopped, and has said nothing"
-    return "it is hung or cut off, and has said nothing"
+def _silence(rank: Rank, seconds: float) -> str:
+    state = "its process is stopped" if is_stopped(rank) else "it is hung or cut off"
+    return f"{state}, and has said nothing for {seconds:.0f} s"
 
 
-def _longer(rank: Rank) -> str:
-    return "; if it is only slow, give a longer --deadline"
+def _no_progress(seconds: float) -> str:
+    return f"no progress for {seconds:.0f} s; if it is only slow, give a longer --deadline"
 
 
 def place() -> str:
