@@ -37,11 +37,9 @@ class Batch:
     max_context: int  # 1 + the highest position; 0 in an empty batch
     memory: Memory = HOST
     # What was made of this batch: by a memory's name the same there, else fewer of its rows.
-    views: dict[Hashable, Batch] = field(default_factory=dict, repr=False)
+    views: dict[Hashable, Batch] = field(default_factory=dict, repr=False, init=False)
 
     def __post_init__(self) -> None:
-        if self.views:  # of the batch that `dataclasses.replace` began with
-            object.__setattr__(self, "views", {})
         if self.memory.name == HOST.name:
             check(self)
 

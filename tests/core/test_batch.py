@@ -129,14 +129,16 @@ def test_slots_are_the_batchs_own() -> None:
     assert batch.state_slots.tolist() == [1]
 
 
-def test_a_changed_batch_has_no_view_of_the_one_before() -> None:
+@pytest.mark.parametrize("was_moved", [True, False])
+def test_a_changed_batch_shares_no_view_with_the_one_before(was_moved: bool) -> None:
     there = Elsewhere()
     batch = Batch.of_sequences([[1, 2, 3]])
-    batch.on(there)
-    batch.trimmed(1, None)
+    if was_moved:
+        batch.on(there)
+        batch.trimmed(1, None)
     changed = replace(batch, logits_rows=int32(0))
-    assert changed.on(there).logits_rows.values.tolist() == [0]
     assert batch.on(there).logits_rows.values.tolist() == [2]
+    assert changed.on(there).logits_rows.values.tolist() == [0]
 
 
 def test_views_are_let_go() -> None:
