@@ -25,6 +25,7 @@ from lfm2kit_mpi.page import SharedPage, reader_of
 from lfm2kit_mpi.shared_memory import drop_names
 from lfm2kit_mpi.watch import notice_cuts
 
+from lfm2kit import progress
 from lfm2kit.errors import Lfm2kitError
 
 NOW = 1000.0
@@ -136,8 +137,9 @@ def test_only_who_knows_the_key_of_a_job_is_heard(hub: tuple[Hub, int]) -> None:
 
 
 def test_what_a_rank_prints_arrives_byte_by_byte_and_its_failure_after_it(
-    hub: tuple[Hub, int],
+    hub: tuple[Hub, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress, "THIS_PROCESS", progress.Progress())
     watched, port = hub
     printed: list[tuple[str, bytes]] = []
     watched.pass_on = lambda stream, data: printed.append((stream, data))
