@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lfm2kit.text import printable
+
 VARIABLE = "LFM2KIT_CACHE_DIR"
 ENDING, PARTIAL = ".kernel", ".partial"
 HEADER = b"lfm2kit kernel 1\n"
@@ -51,7 +53,7 @@ class KernelCache:
     @property
     def folder(self) -> Path | None:
         """Where kernels are kept; None where there is no home folder to keep them in."""
-        root = _root()
+        root = root_folder()
         return root / self._backend if root is not None else None
 
     def read(self, name: str) -> bytes | None:
@@ -117,7 +119,7 @@ class KernelCache:
         """A descriptor of the folder; None where there is none, or none to be trusted."""
         if self._descriptor is None and not self._is_refused:
             try:
-                self._descriptor = _open_folder(_root(), self._backend)
+                self._descriptor = _open_folder(root_folder(), self._backend)
             except FileNotFoundError:
                 pass
             except UnusableError as error:
@@ -127,7 +129,7 @@ class KernelCache:
 
     def _made(self) -> int | None:
         """The same, but the folder is made if there is none yet; raises `OSError`."""
-        if self._opened() is None and (root := _root()) is not None and not self._is_refused:
+        if self._opened() is None and (root := root_folder()) is not None and not self._is_refused:
             _make_folder(root, self._backend)
         if (descriptor := self._opened()) is not None and not self._has_cleaned_up:
             self._has_cleaned_up = True
@@ -146,10 +148,10 @@ class KernelCache:
         """Prints a line about this backend's kernels on stderr, where there is one."""
         if sys.stderr is not None:
             with suppress(OSError, ValueError):  # of a stream that is closed, or on a full disk
-                print(f"{self._backend}: {sentence}", file=sys.stderr, flush=True)
+                print(f"{self._backend}: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
-def _root() -> Path | None:
+def root_folder() -> Path | None:
     """The folder that has a folder for each backend; None if there is no home."""
     if named := os.environ.get(VARIABLE):
         return Path(named)

@@ -14,6 +14,7 @@ from glob import escape, glob  # not Path's: it raises where a folder may not be
 from pathlib import Path
 
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.kernel_cache import root_folder
 
 Identity = tuple[object, ...]
 
@@ -65,9 +66,10 @@ def _modules() -> list[Path]:
 
 
 def _kernels() -> list[Path]:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.environ.get("LFM2KIT_CACHE_DIR") or os.path.join(home, "lfm2kit")
-    return [Path(path) for path in glob(os.path.join(escape(folder), "*", "*"))]
+    root = root_folder()
+    if root is None:
+        return []
+    return [Path(path) for path in glob(os.path.join(escape(str(root)), "*", "*"))]
 
 
 def _printed() -> list[Identity]:

@@ -28,3 +28,9 @@ def shortened(text: str, length: int = LONGEST) -> str:
     note = f" [... shortened from {total} characters ...] "
     kept = (length - len(note)) // 2
     return text[:kept] + note + text[-kept:]
+
+
+def indented(text: str) -> list[str]:
+    """The lines of a longer text, printable, and indented: none can be taken for one of ours."""
+    lines = text.rstrip().split("\n") if text.strip() else []
+    return [f"  {shortened(line)}" for line in lines]

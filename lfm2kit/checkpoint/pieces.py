@@ -6,13 +6,14 @@ So a checkpoint of any size passes through little memory, as fast as all cores t
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+
+from lfm2kit.machine import cores
 
 PIECE = 1 << 18  # elements: what is made of them stays in a core's own cache
 MOST_THREADS = 16  # more are no faster: one thread writes
@@ -22,7 +23,7 @@ Made = TypeVar("Made")
 
 
 def threads() -> int:
-    return min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    return min(MOST_THREADS, cores())
 
 
 def in_order(make: Callable[[Task], Made], tasks: Iterable[Task]) -> Generator[Made]:

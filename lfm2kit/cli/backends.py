@@ -10,8 +10,9 @@ from rich.table import Column
 
 from lfm2kit.backend import Context
 from lfm2kit.cli import options
-from lfm2kit.cli.console import Report, indented, only_said, progress, show_table
+from lfm2kit.cli.console import Report, only_said, progress, show_table
 from lfm2kit.plugins import Plugins, installed_plugins
+from lfm2kit.text import indented
 
 backends = typer.Typer(help="Lists the installed backends, or checks one.")
 

@@ -22,7 +22,7 @@ from lfm2kit.checkpoint import check_no_part
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import check_target, replaced
 from lfm2kit.targets import check_apart
-from lfm2kit.text import LONGEST, printable, shortened
+from lfm2kit.text import LONGEST, indented, printable, shortened
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -44,15 +44,9 @@ def _say(name: tuple[str, str], between: str, sentence: str) -> None:
 
 
 def show_traceback(error: BaseException) -> None:
-    """Where `error` comes from, on stderr; see `indented`."""
+    """Where `error` comes from, on stderr; see `lfm2kit.text.indented`."""
     for line in indented("".join(traceback.format_exception(error))):
         err.print(Text(line))
-
-
-def indented(text: str) -> list[str]:
-    """The lines of a longer text from outside: so that none can be taken for one of ours."""
-    lines = text.rstrip().split("\n") if text.strip() else []
-    return [f"  {shortened(line)}" for line in lines]
 
 
 def show_table(

@@ -18,12 +18,13 @@ import typer
 from typer.core import TyperCommand
 
 from lfm2kit.agreement import Facts, Refusal, agree
-from lfm2kit.cli.console import complain, indented, show_traceback
+from lfm2kit.cli.console import complain, show_traceback
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.interrupts import exit_code
 from lfm2kit.launchers import Started, started
 from lfm2kit.plugins import find_transport
 from lfm2kit.streams import READER_GONE, ReaderGone
+from lfm2kit.text import indented
 from lfm2kit.transport import JobError, Launcher, Transport
 
 TRACEBACK = "LFM2KIT_TRACEBACK"

@@ -15,6 +15,7 @@ import sys
 from contextlib import suppress
 
 from lfm2kit import progress
+from lfm2kit.text import indented, shortened
 from lfm2kit_mpi import hub as hubs
 from lfm2kit_mpi.ancestors import Launcher, launcher_of
 from lfm2kit_mpi.faults import Fault
@@ -22,7 +23,6 @@ from lfm2kit_mpi.hub import LOOK, Hub
 from lfm2kit_mpi.shared_memory import drop_names_of
 
 TO_END = 1.0  # seconds for ranks to end when told to
-LONGEST_SENTENCE = 500
 
 
 def start_hub(size: int) -> tuple[list[str], int, str]:
@@ -79,11 +79,9 @@ async def _end(hub: Hub, exit_code: int, launcher: Launcher | None) -> None:
 
 
 def _say(fault: Fault) -> None:
-    sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in fault.sentence)
-    if len(sentence) > LONGEST_SENTENCE:
-        sentence = sentence[:LONGEST_SENTENCE] + " ..."
+    details = "".join(f"{line}\n" for line in indented(fault.details))
     with suppress(OSError):
-        sys.stderr.write(f"{fault.details}lfm2kit: error: {sentence}\n")
+        sys.stderr.write(f"{details}lfm2kit: error: {shortened(fault.sentence)}\n")
         sys.stderr.flush()
 
 
