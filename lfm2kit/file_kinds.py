@@ -19,7 +19,8 @@ HEAD = 512  # bytes that tell what a file is: a tar archive's sign ends at byte 
 
 SPECIAL: dict[Callable[[int], bool], str] = {
     stat.S_ISDIR: "this is a directory; give a file",
-    stat.S_ISFIFO: "this is a pipe, and lfm2kit needs a file; write the bytes to one and give that",
+    stat.S_ISFIFO: "this is a pipe, and lfm2kit needs a regular file; write the data to one "
+    "and give that",
     stat.S_ISCHR: "this is a device or a terminal; give a file",
     stat.S_ISBLK: "this is a device; give a file",
     stat.S_ISSOCK: "this is a socket; give a file",
@@ -73,22 +74,29 @@ def check_file(path: Path, *, is_text: bool = False) -> int:
     first bytes are another format's.  Nothing but a regular file is opened.
     """
     try:
-        status = os.stat(path)
-        check_regular(path, status)
+        size = check_regular(path)
         with open(path, "rb") as file:
             head = file.read(HEAD)
     except (OSError, ValueError) as error:
         raise Lfm2kitError(f"{path}: {_why_not(path, error)}") from None
     if (kind := foreign(head, "" if is_text else path.suffix)) is not None:
         raise Lfm2kitError(f"{path}: {kind}")
-    return status.st_size
+    return size
 
 
-def check_regular(path: Path, status: os.stat_result) -> None:
-    """Raises `Lfm2kitError` for what is there and is not a regular file."""
+def check_regular(path: Path) -> int:
+    """Returns the bytes of a regular file, without opening it.
+
+    Raises `Lfm2kitError` for a pipe, a device, a folder, and a path that leads nowhere.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise Lfm2kitError(f"{path}: {_why_not(path, error)}") from None
     for is_so, sentence in SPECIAL.items():
         if is_so(status.st_mode):
             raise Lfm2kitError(f"{path}: {sentence}")
+    return status.st_size
 
 
 def foreign(head: bytes, suffix: str = "") -> str | None:

@@ -6,8 +6,6 @@ outputs.bin, answers.bin    i32 n, i32 vocab_size, f32 logits [n, vocab_size]
 
 from __future__ import annotations
 
-import os
-import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.file_kinds import check_regular
 from lfm2kit.files import Note, replaced
 
 HEADER = np.dtype("<i4")
@@ -50,21 +49,6 @@ def write_outputs(path: Path, logits: npt.NDArray[np.float32], note: Note = warn
     _write(path, logits, np.dtype("<f4"), note)
 
 
-def check_mappable(path: Path) -> None:
-    """`Lfm2kitError` where there is no regular file: nothing else can be mapped into memory."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        raise Lfm2kitError(f"{path}: {error.strerror}") from None
-    if stat.S_ISDIR(mode):
-        raise Lfm2kitError(f"{path}: this is a folder; give a file")
-    if not stat.S_ISREG(mode):
-        raise Lfm2kitError(
-            f"{path}: this is a pipe or a device; lfm2kit needs a regular file, because it maps "
-            "the file into memory: save the data to one first"
-        )
-
-
 def take(token_ids: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.int32]:
     """The first n samples; `Lfm2kitError` if there are not so many."""
     if not 1 <= n <= len(token_ids):
@@ -85,9 +69,8 @@ def check_ids(token_ids: npt.NDArray[np.int32], vocab_size: int) -> None:
 
 def _read(path: Path, dtype: np.dtype[Any], width: str, wrong: type[Lfm2kitError]) -> Any:
     """The array of a file whose size is exactly what its header says."""
-    check_mappable(path)
+    size = check_regular(path)
     try:
-        size = os.stat(path).st_size
         with open(path, "rb") as file:
             header = file.read(2 * HEADER.itemsize)
     except OSError as error:

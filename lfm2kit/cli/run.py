@@ -23,6 +23,7 @@ from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, complain, only_said, progress, remark
 from lfm2kit.cli.ranks import DEFAULT_TRANSPORT, agreed, ending_all_ranks, joined_job, launched
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.file_kinds import check_regular
 from lfm2kit.files import check_target
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.model import LFM2
@@ -284,7 +285,7 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
         raise Lfm2kitError("-v: there are no answers to random inputs; leave one of the two out")
     if not os.path.exists(answers):
         raise Lfm2kitError(f"-v needs answers, and {answers} is not there; give --answers FILE")
-    samples.check_mappable(answers)
+    check_regular(answers)
     return answers
 
 
