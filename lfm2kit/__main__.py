@@ -12,9 +12,6 @@ TYPE_CHECKING = False  # type checkers take it for true
 if TYPE_CHECKING:
     from typing import NoReturn
 
-TRACEBACK = "LFM2KIT_TRACEBACK"  # set: errors show where they come from, for plugin writers
-BUG = 3
-
 
 def script() -> NoReturn:
     """Runs the command line as `main` does, in a process whose signals and streams it takes over.
@@ -71,11 +68,11 @@ def _failed(error: BaseException) -> int:
     import os
 
     from lfm2kit.cli.console import complain, show_traceback
-    from lfm2kit.errors import Lfm2kitError
+    from lfm2kit.errors import BUG, TRACEBACK, USER_ERROR, Lfm2kitError
 
     if isinstance(error, MemoryError):
         complain(f"there is not enough memory ({error}); lfm2kit env shows what limits it")
-        return 2
+        return USER_ERROR
     is_bug = not isinstance(error, Lfm2kitError)
     if is_bug or os.environ.get(TRACEBACK):
         show_traceback(error)
@@ -83,7 +80,7 @@ def _failed(error: BaseException) -> int:
         complain("this is a bug, of lfm2kit or of a plugin; a report needs: lfm2kit env")
         return BUG
     complain(str(error))
-    return 2
+    return USER_ERROR
 
 
 def _command() -> int:
@@ -91,7 +88,7 @@ def _command() -> int:
     import typer
 
     from lfm2kit.cli import app
-    from lfm2kit.errors import Lfm2kitError
+    from lfm2kit.errors import USER_ERROR, Lfm2kitError
 
     command = typer.main.get_command(app)
     try:  # not command.main(): that ends with an exit code of its own after a signal or on a pipe
@@ -103,7 +100,7 @@ def _command() -> int:
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
-            return 2
+            return USER_ERROR
         if hasattr(error, "format_message"):  # click's errors, in whichever module they live
             path = getattr(getattr(error, "ctx", None), "command_path", "lfm2kit")
             said = error.format_message().rstrip(".")

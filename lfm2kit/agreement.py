@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lfm2kit.errors import USER_ERROR
 from lfm2kit.transport import Transport
 
 MOST_SHOWN = 3  # differences, or errors, in the one line
@@ -36,7 +37,7 @@ class Refusal(NamedTuple):
     """Why a rank cannot run, or the whole job; the exit code that goes with it."""
 
     sentence: str
-    exit_code: int = 2
+    exit_code: int = USER_ERROR
 
 
 def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:

@@ -18,13 +18,14 @@ from pathlib import Path
 import lfm2kit
 from lfm2kit.agreement import Fact, Facts
 from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.errors import TRACEBACK
 from lfm2kit.plugins import Plugins
 from lfm2kit.weights import Tensor
 
 WHOLE_FILE = 1 << 20  # bytes: of a larger file of a package only the size is compared
 WHOLE_MODEL = 1 << 26  # bytes: of a larger model's matrices only a few rows are
 # The plan is compared however it was asked for; and an error may look different on each rank.
-NOT_COMPARED = {"LFM2KIT_BACKEND", "LFM2KIT_TRACEBACK"}
+NOT_COMPARED = {"LFM2KIT_BACKEND", TRACEBACK}
 
 
 def of_environment() -> Facts:

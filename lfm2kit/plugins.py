@@ -19,7 +19,7 @@ import pluggy
 
 from lfm2kit import hookspecs
 from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context
-from lfm2kit.errors import Lfm2kitError, choices
+from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError, choices
 from lfm2kit.specs import Spec
 from lfm2kit.transport import TransportPlugin
 
@@ -153,7 +153,7 @@ class Plugins:
             except (Exception, SystemExit) as error:
                 raise Lfm2kitError(
                     f"backend '{name}' of {self.backends[name].distribution} cannot be created: "
-                    f"{type(error).__name__}: {error}; its traceback: LFM2KIT_TRACEBACK=1"
+                    f"{type(error).__name__}: {error}{TRACEBACK_HINT}"
                 ) from error
 
         return create

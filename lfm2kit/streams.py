@@ -62,16 +62,18 @@ class Streams:
 
     def conclude(self, code: int) -> int:
         """The exit code of a process whose command ended with `code`."""
+        from lfm2kit.errors import USER_ERROR, WRONG_RESULT
+
         self._stdout.ends_process = False
         sys.stdout.flush()
-        if self._stdout.error is None or code not in (0, 1):
+        if self._stdout.error is None or code not in (0, WRONG_RESULT):
             return code
         if isinstance(self._stdout.error, BrokenPipeError):
             return READER_GONE
         from lfm2kit.cli.console import complain
 
         complain(f"stdout: {self._stdout.error.strerror}; the result could not be printed")
-        return code or 2
+        return code or USER_ERROR
 
 
 def _open_closed_descriptors() -> None:

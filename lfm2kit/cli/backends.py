@@ -11,6 +11,7 @@ from rich.table import Column
 from lfm2kit.backend import Context
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, only_said, progress, show_table
+from lfm2kit.errors import WRONG_RESULT
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.text import indented
 
@@ -71,7 +72,7 @@ def check(
     with only_said(when=bool(failed)):
         report.write()
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(WRONG_RESULT)
 
 
 def _description(plugins: Plugins) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from lfm2kit.bench import (
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, complain, progress, remark
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.loading import AUTO, Setup, set_up
 from lfm2kit.memory import HOST
 from lfm2kit.plan import Plan
@@ -179,7 +179,7 @@ def _end_where_not_finite(measured: Sequence[Measured]) -> None:
     wrong = [f"{m.contender.backend}: {m.contender.test}" for m in measured if not m.is_finite]
     if wrong:
         complain(f"the results are not finite in {len(wrong)} of {len(measured)} rows ({wrong[0]})")
-        raise typer.Exit(1)
+        raise typer.Exit(WRONG_RESULT)
 
 
 def _is_on_cpu(setup: Setup) -> bool:

@@ -18,8 +18,8 @@ import typer
 from typer.core import TyperCommand
 
 from lfm2kit.agreement import Facts, Refusal, agree
-from lfm2kit.cli.console import complain, show_traceback
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.cli.console import complain
+from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError
 from lfm2kit.interrupts import exit_code
 from lfm2kit.launchers import Started, started
 from lfm2kit.plugins import find_transport
@@ -27,8 +27,6 @@ from lfm2kit.streams import READER_GONE, ReaderGone
 from lfm2kit.text import indented
 from lfm2kit.transport import JobError, Launcher, Transport
 
-TRACEBACK = "LFM2KIT_TRACEBACK"
-INTERNAL_ERROR = 3  # a rank met a bug: neither the result's fault nor the user's
 DEFAULT_TRANSPORT = "mpi"
 
 T = TypeVar("T")
@@ -68,7 +66,7 @@ def _joined(launcher: Launcher) -> Transport | None:
 def _refuse_copies(others: Started) -> NoReturn:
     """Ends every process of a launcher that made no ranks of them; one of them says so."""
     if not others.is_first_to_know:
-        raise typer.Exit(2)
+        raise typer.Exit(USER_ERROR)
     raise Lfm2kitError(
         f"{others.launcher.name} started {others.size} processes ({others.evidence}), but not as "
         f"ranks of one job: each would run everything; {others.launcher.advice}, or give "
@@ -105,13 +103,9 @@ def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T],
 
 def _refusal(error: Exception) -> Refusal:
     """The report of a rank on which `error` came up."""
-    is_traced = bool(os.environ.get(TRACEBACK))
-    if is_traced:
-        show_traceback(error)
-    if isinstance(error, Lfm2kitError):
-        return Refusal(str(error))
-    hint = "" if is_traced else f"; its traceback: {TRACEBACK}=1"
-    return Refusal(f"this is a bug: {type(error).__name__}: {error}{hint}", INTERNAL_ERROR)
+    exit_code, sentence, details = _reason(error)
+    _show(details)
+    return Refusal(f"this is a bug: {sentence}" if exit_code == BUG else sentence, exit_code)
 
 
 def _settle(job: Transport, report: Facts | Refusal) -> None:
@@ -161,10 +155,15 @@ def launched(transport: str, ranks: int, arguments: Sequence[str]) -> int:
     try:
         return find_transport(transport).launcher.launch(ranks, arguments)
     except JobError as error:
-        for line in indented(error.details):
-            print(line, file=sys.stderr)
+        _show(error.details)
         complain(str(error))
         return error.exit_code
+
+
+def _show(details: str) -> None:
+    """Prints a traceback, or what a launcher said, so that no line looks like one of ours."""
+    for line in indented(details):
+        print(line, file=sys.stderr)
 
 
 @contextmanager
@@ -192,15 +191,14 @@ def _reason(error: BaseException) -> tuple[int, str, str]:
     wanted = bool(os.environ.get(TRACEBACK))
     details = "".join(traceback.format_exception(error)) if wanted else ""
     if isinstance(error, Lfm2kitError):
-        return 2, str(error), details
+        return USER_ERROR, str(error), details
     if isinstance(error, KeyboardInterrupt):
         return exit_code(error), "interrupted", details
     if isinstance(error, ReaderGone):
         return READER_GONE, "nobody reads its output any more", details
     said = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0]
     if isinstance(error, SystemExit):
-        return INTERNAL_ERROR, f"sys.exit({error.code!r}) was called", details
+        return BUG, f"sys.exit({error.code!r}) was called", details
     if isinstance(error, MemoryError):
-        return 2, f"out of memory ({said})", details
-    hint = "" if wanted else f"; its traceback: {TRACEBACK}=1"
-    return INTERNAL_ERROR, f"{said}{hint}", details
+        return USER_ERROR, f"out of memory ({said})", details
+    return BUG, said if wanted else f"{said}{TRACEBACK_HINT}", details

@@ -22,7 +22,7 @@ from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, complain, only_said, progress, remark
 from lfm2kit.cli.ranks import DEFAULT_TRANSPORT, agreed, ending_all_ranks, joined_job, launched
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.file_kinds import check_regular
 from lfm2kit.files import check_target
 from lfm2kit.loading import Setup, set_up
@@ -129,7 +129,7 @@ def run(
         if job is None and (ranks or 1) > 1:
             raise typer.Exit(launched(transport, ranks or 1, sys.argv[1:]))
         if not perform(request, prepared, job):
-            raise typer.Exit(1)
+            raise typer.Exit(WRONG_RESULT)
 
 
 @dataclass(frozen=True, slots=True)

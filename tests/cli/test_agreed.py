@@ -131,6 +131,7 @@ def test_what_is_prepared_comes_back_where_the_ranks_agree() -> None:
     [
         (Lfm2kitError("no such file: \x85"), 2, "lfm2kit: error: no such file: \\x85\n"),
         (KeyError("w1"), 3, "this is a bug: KeyError: 'w1'; its traceback: LFM2KIT_TRACEBACK=1\n"),
+        (MemoryError("8 GB"), 2, "error: out of memory (MemoryError: 8 GB)\n"),
     ],
 )
 def test_what_goes_wrong_on_a_rank_is_one_line_and_the_exit_code_of_all(

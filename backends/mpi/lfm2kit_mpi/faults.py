@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from lfm2kit.errors import BUG
 from lfm2kit_mpi.page import Reader
 
-BUG = 3  # exit code: neither the result's fault nor the user's
 SILENT = 1.0  # seconds: a rank that can speak does so more often
 STARTING = 3.0  # seconds beyond the deadline, for a rank to start and say its first word
 

@@ -17,7 +17,8 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any
 
-from lfm2kit_mpi.faults import BUG, STARTING, Fault, Rank, gone, lingering, not_joined, place, stuck
+from lfm2kit.errors import BUG
+from lfm2kit_mpi.faults import STARTING, Fault, Rank, gone, lingering, not_joined, place, stuck
 from lfm2kit_mpi.page import reader_of
 
 LOOK = 0.1  # seconds between two looks at the ranks

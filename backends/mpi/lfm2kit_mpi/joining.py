@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lfm2kit import progress
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import USER_ERROR, Lfm2kitError
 from lfm2kit_mpi import streams
 from lfm2kit_mpi.beside import start_hub
 from lfm2kit_mpi.job import HUB
@@ -74,7 +74,7 @@ def _told(watch: Watch | None) -> Iterator[None]:
         yield
     except Lfm2kitError as error:
         if watch is not None:
-            watch.abort(2, str(error), "")
+            watch.abort(USER_ERROR, str(error), "")
         raise
 
 
