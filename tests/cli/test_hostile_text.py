@@ -108,7 +108,7 @@ def test_the_exception_of_a_bug_is_not_printed_raw(
     def fails(*arguments: object, **options: object) -> None:
         raise RuntimeError("x\nVALID\x1b[2J\nlfm2kit: error: another")
 
-    monkeypatch.setattr(sys.modules["lfm2kit.cli.run"], "run_samples", fails)
+    monkeypatch.setattr(sys.modules["lfm2kit.cli.performing"], "run_samples", fails)
     done = cli("run", "-b", "reference", "-n", "1")
     assert done.code == 3
     assert "\x1b" not in done.err
@@ -126,5 +126,5 @@ def test_a_plugin_that_exits_has_not_succeeded(
     def fails(*arguments: object, **options: object) -> None:
         raise eval(exits)
 
-    monkeypatch.setattr(sys.modules["lfm2kit.cli.run"], "run_samples", fails)
+    monkeypatch.setattr(sys.modules["lfm2kit.cli.performing"], "run_samples", fails)
     assert cli("run", "-b", "reference", "-n", "1").code == 3

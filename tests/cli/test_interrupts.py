@@ -90,9 +90,9 @@ MOMENTS = {
     "numpy": "sys.meta_path.insert(0, Importing('numpy'))",
     "swallowed by an import": "sys.meta_path.insert(0, Importing('pluggy', True))",
     "reading": "replace('lfm2kit.samples.read_inputs', lambda path: hit())",
-    "a callback": "replace('lfm2kit.cli.run.run_samples', in_a_callback)",
-    "a destructor": "replace('lfm2kit.cli.run.run_samples', in_a_destructor)",
-    "a bug that follows": "replace('lfm2kit.cli.run.run_samples', once_more)",
+    "a callback": "replace('lfm2kit.cli.performing.run_samples', in_a_callback)",
+    "a destructor": "replace('lfm2kit.cli.performing.run_samples', in_a_destructor)",
+    "a bug that follows": "replace('lfm2kit.cli.performing.run_samples', once_more)",
     "writing": "replace('lfm2kit.samples.write_outputs', in_a_write)",
     "the end": "import atexit; atexit.register(hit)",
 }
@@ -130,7 +130,9 @@ def test_a_signal_ends_every_phase_with_one_line(moment: str, tmp_path: Path) ->
 
 
 def test_the_second_ctrl_c_ends_a_process_that_hangs(tmp_path: Path) -> None:
-    job = started("replace('lfm2kit.cli.run.run_samples', in_a_deadlock)", signal.SIGINT, tmp_path)
+    job = started(
+        "replace('lfm2kit.cli.performing.run_samples', in_a_deadlock)", signal.SIGINT, tmp_path
+    )
     assert job.stdout is not None
     while job.stdout.readline() != "waiting\n":
         pass
@@ -143,7 +145,7 @@ def test_the_second_ctrl_c_ends_a_process_that_hangs(tmp_path: Path) -> None:
 
 def test_a_process_that_hangs_is_ended_after_a_while(tmp_path: Path) -> None:
     moment = "import lfm2kit.interrupts; lfm2kit.interrupts.PATIENCE = 0.5\n"
-    moment += "replace('lfm2kit.cli.run.run_samples', in_a_deadlock)"
+    moment += "replace('lfm2kit.cli.performing.run_samples', in_a_deadlock)"
     job = started(moment, signal.SIGTERM, tmp_path)
     assert job.stdout is not None
     while job.stdout.readline() != "waiting\n":

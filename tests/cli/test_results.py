@@ -89,7 +89,7 @@ def test_lines_that_cannot_be_printed_cost_no_outputs(
     def closed(*arguments: object) -> None:
         raise OSError("stdout is closed")
 
-    monkeypatch.setattr(sys.modules["lfm2kit.cli.run"], "conclude", closed)
+    monkeypatch.setattr(sys.modules["lfm2kit.cli.performing"], "conclude", closed)
     cli(*RUN, "--outputs", tmp_path / "outputs.bin")
     assert len(samples.read_answers(tmp_path / "outputs.bin")) == 1
 

@@ -1,0 +1,153 @@
+"""What `lfm2kit run` does once all is prepared: build, run, judge, print, write."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit import progress as steps
+from lfm2kit import samples
+from lfm2kit.cli.console import Report, complain, only_said, progress, remark
+from lfm2kit.cli.preparing import Prepared, Request
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.model import LFM2
+from lfm2kit.running import Timed, run_samples
+from lfm2kit.specs import Work
+from lfm2kit.transport import Transport
+from lfm2kit.validate import Verdict, not_finite, nothing_to_compare, validate
+
+
+@np.errstate(all="ignore")  # what is not finite is told once, at the end
+def perform(request: Request, prepared: Prepared, transport: Transport | None) -> bool:
+    """The whole run, and whether its result is good; what it says is said by rank 0 alone."""
+    is_first = transport is None or transport.world.rank == 0
+    if is_first:
+        introduce(request, prepared, transport)
+    model = built(prepared, is_first)
+    if request.warmup:
+        warm = prepared.inputs[: prepared.batch_size]
+        run_samples(model, warm, prepared.batch_size, transport=transport)
+    timed = run_timed(model, prepared, transport, is_first)
+    if timed.logits is None:
+        return True
+    steps.step("validating and writing", steps.longest(Work(0, 2 * timed.logits.nbytes)))
+    verdict = judge(timed.logits, prepared.answers, request.precision)
+    problem = not_finite(timed.logits)
+    prepared.report.fields["finite"] = problem is None
+    is_good = problem is None and (verdict is None or verdict.is_valid)
+    try:
+        conclude(timed.seconds, len(prepared.inputs), verdict, prepared.report)
+        if problem is not None:
+            complain(problem)
+    finally:  # whatever becomes of the printed lines
+        with only_said(when=not is_good):
+            deliver(request, timed.logits, prepared.report)
+    return is_good
+
+
+def introduce(request: Request, prepared: Prepared, transport: Transport | None) -> None:
+    """Says what will run, before it runs: nothing is chosen in silence."""
+    report = prepared.report
+    n, seq_len = prepared.inputs.shape
+    size = prepared.checkpoint.spec.weight_elements()
+    ranks = transport.world.size if transport is not None else 1
+    chosen = "" if str(prepared.plan) == str(prepared.setup.plan) else f" ({prepared.plan})"
+    report.fields |= {
+        "model": str(prepared.checkpoint.path),
+        "parameters": size,
+        "backend": str(prepared.setup.plan),
+        "precision": request.precision,
+        "trim": request.trim,
+        "ranks": ranks,
+        "samples": n,
+        "tokens_per_sample": seq_len,
+        "batch_size": prepared.batch_size,
+    }
+    report.line(f"Model: {prepared.checkpoint.path} ({size / 1e6:.4g} M parameters)")
+    trimmed = ", trimmed" if request.trim else ""
+    report.line(
+        f"Backend: {prepared.setup.plan}{chosen}, {request.precision}{trimmed}, ranks: {ranks}"
+    )
+    report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
+    for note in prepared.setup.notes():
+        remark(note)
+
+
+def built(prepared: Prepared, is_first: bool) -> LFM2:
+    """The model, with a progress bar over the bytes of its weights."""
+    setup, (n, seq_len) = prepared.setup, prepared.inputs.shape
+    tokens = min(n, prepared.batch_size) * seq_len
+    total = sum(setup.stored_bytes(leaf) for leaf in setup.placed.leaves())
+    with progress("loading", total, "GB", 1e9, visible=is_first) as advance:
+        return setup.build(lambda leaf: advance(setup.stored_bytes(leaf)), tokens=tokens)
+
+
+def run_timed(
+    model: LFM2, prepared: Prepared, transport: Transport | None, is_first: bool
+) -> Timed:
+    n, model_files = len(prepared.inputs), prepared.checkpoint.files_of("", model.placed.spec)
+    with progress("running", n, "samples", visible=is_first) as advance:
+
+        def done(samples: int) -> None:
+            model_files.check_unchanged()  # blocks may still read them
+            advance(samples)
+
+        return run_samples(
+            model, prepared.inputs, prepared.batch_size, transport=transport, done=done
+        )
+
+
+def judge(logits: npt.NDArray[np.float32], answers: Path | None, precision: str) -> Verdict | None:
+    if answers is None:
+        return None
+    try:
+        expected = samples.read_answers(answers)
+    except samples.BadAnswersError as error:
+        return nothing_to_compare(len(logits), str(error))
+    return validate(logits, expected, precision)
+
+
+def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) -> None:
+    """The lines that graders grep for, word for word."""
+    report.line(f"Elapsed time: {seconds:f} (sec)")
+    report.line(f"Throughput: {n / seconds:f} (samples/sec)")
+    report.line(f"Peak memory: {peak_memory() / 1e9:.3g} GB")
+    report.fields |= {
+        "seconds": seconds,
+        "samples_per_second": n / seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+    if verdict is not None:
+        for line in verdict.lines():
+            report.line(line)
+        report.fields["validation"] = asdict(verdict) | {"valid": verdict.is_valid}
+
+
+def deliver(request: Request, logits: npt.NDArray[np.float32], report: Report) -> None:
+    """Writes the files that were asked for; one that fails does not keep the other back."""
+    failures: list[str] = []
+    writes: list[Callable[[], None]] = [lambda: write_outputs(request, logits), report.write]
+    for write in writes:
+        try:
+            write()
+        except Lfm2kitError as error:
+            failures.append(str(error))
+    if failures:
+        raise Lfm2kitError("; ".join(failures))
+
+
+def write_outputs(request: Request, logits: npt.NDArray[np.float32]) -> None:
+    if request.outputs is not None:
+        samples.write_outputs(request.outputs, logits, remark)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has had in memory at once, mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

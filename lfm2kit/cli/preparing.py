@@ -1,0 +1,188 @@
+"""What `lfm2kit run` does before a weight is read: find everything, and check it.
+
+What is wrong with a command line, a file or this machine is an error here, not after the work.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit import bounds, fingerprints, samples
+from lfm2kit.agreement import Fact, Facts
+from lfm2kit.capacity import check_room
+from lfm2kit.checkpoint import Checkpoint, check_no_part
+from lfm2kit.cli import options
+from lfm2kit.cli.console import Report
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.file_kinds import check_regular
+from lfm2kit.files import check_target
+from lfm2kit.loading import Setup, set_up
+from lfm2kit.plan import Plan
+from lfm2kit.plugins import installed_plugins
+from lfm2kit.running import default_batch_size
+from lfm2kit.targets import check_apart
+from lfm2kit.transport import Transport, World
+
+MOST_BY_DEFAULT = 128  # samples: the assignment's largest choice
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asks for."""
+
+    model: str
+    backend: str | None
+    plan: Path | None
+    n: int | None
+    validate: bool
+    warmup: bool
+    batch_size: int | None
+    inputs: Path | None
+    random_inputs: int | None  # tokens of a sample
+    seed: int
+    answers: Path | None
+    outputs: Path | None
+    precision: str
+    threads: int | None
+    n_cpu_moe: int
+    trim: bool
+    ranks: int | None
+    transport: str
+    json: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that can be known, and be wrong, before a weight is read."""
+
+    report: Report
+    plan: Plan  # as it was asked for
+    checkpoint: Checkpoint
+    setup: Setup
+    inputs: npt.NDArray[np.int32]  # [n, seq_len]
+    answers: Path | None
+    batch_size: int
+
+
+def prepare(request: Request, transport: Transport | None) -> Prepared:
+    """Everything found and checked; `Lfm2kitError` says what the user must change."""
+    world = transport.world if transport is not None else World()
+    if transport is not None and request.ranks not in (None, world.size):
+        raise Lfm2kitError(
+            f"--ranks {request.ranks}, but this job has {world.size}; leave --ranks out here"
+        )
+    report = Report(request.json if world.rank == 0 else None)
+    plan = options.chosen_plan(request.backend, request.plan)
+    checkpoint = options.open_model(request.model)
+    if world.rank == 0:  # it alone writes, perhaps where the others' machines have no folder
+        check_outputs(request, report, checkpoint)
+    token_ids = token_ids_of(request, checkpoint)
+    answers = answers_of(request, checkpoint)
+    setup = set_up(
+        checkpoint,
+        plan,
+        context=options.context_for(request.precision, request.threads, world),
+        n_cpu_moe=request.n_cpu_moe,
+        trim=request.trim,
+        transport=transport,
+        plugins=installed_plugins(),
+    )
+    batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
+    return Prepared(report, plan, checkpoint, setup, token_ids, answers, batch_size)
+
+
+def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
+    """The ids [n, seq_len] that were asked for: from a file, or random ones."""
+    vocab_size = checkpoint.spec.embed_tokens.vocab_size
+    if request.random_inputs is not None:
+        if request.inputs is not None:
+            raise Lfm2kitError("--inputs and --random-inputs: give one of them")
+        shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
+        bounds.check_tokens(*shape)
+        check_samples(shape, vocab_size)
+        return np.random.default_rng(request.seed).integers(0, vocab_size, shape, dtype=np.int32)
+    source = inputs_of(request, checkpoint)
+    if request.inputs is None and not source.exists():
+        raise Lfm2kitError(
+            f"there is no {source}; give --inputs FILE, or --random-inputs 16 for random ids"
+        )
+    token_ids = samples.read_inputs(source)
+    token_ids = samples.take(token_ids, request.n or min(len(token_ids), MOST_BY_DEFAULT))
+    check_samples(token_ids.shape, vocab_size)
+    token_ids = np.array(token_ids)  # no view of a file, which may change
+    samples.check_ids(token_ids, vocab_size)
+    return token_ids
+
+
+def check_samples(shape: tuple[int, ...], vocab_size: int) -> None:
+    """`Lfm2kitError` where memory cannot hold the ids and the logits of all samples."""
+    n, seq_len = shape
+    what = f"{n} samples of {seq_len} tokens, and their logits, take"
+    check_room(what, 4 * n * (seq_len + vocab_size), "try a smaller -n, or shorter samples")
+
+
+def inputs_of(request: Request, checkpoint: Checkpoint) -> Path:
+    return request.inputs or checkpoint.beside("inputs.bin")
+
+
+def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> None:
+    """`Lfm2kitError` where the outputs cannot be written, or would take a file's place.
+
+    `--outputs` may take the place of the answers, which are read before it is written.
+    """
+    if request.outputs is not None:
+        check_target("--outputs", request.outputs)
+        check_no_part("--outputs", request.outputs)
+    reads = options.files_of(checkpoint, request.plan)
+    reads["the inputs"] = [inputs_of(request, checkpoint)]
+    check_apart({"--outputs": request.outputs, "--json": report.path}, reads)
+    report.check_apart({"the answers": [request.answers or checkpoint.beside("answers.bin")]})
+
+
+def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
+    """The answers to compare with, if that was asked for."""
+    if not request.validate:
+        if request.answers is not None:
+            raise Lfm2kitError(f"--answers {request.answers} is for -v, which is not given")
+        return None
+    answers = request.answers or checkpoint.beside("answers.bin")
+    if request.random_inputs is not None:
+        raise Lfm2kitError("-v: there are no answers to random inputs; leave one of the two out")
+    if not os.path.exists(answers):
+        raise Lfm2kitError(f"-v needs answers, and {answers} is not there; give --answers FILE")
+    check_regular(answers)
+    return answers
+
+
+# What may differ between ranks, or is compared by what comes of it: a path may be a node's own.
+NOT_COMPARED = {"model", "backend", "plan", "n", "batch_size", "inputs", "threads", "ranks"}
+
+
+def facts_of(request: Request, prepared: Prepared) -> Facts:
+    """What all ranks of a job must have in common, before one of them reads its weights."""
+    asked = {name: v for name, v in asdict(request).items() if name not in NOT_COMPARED}
+    settled = {
+        "--backend": prepared.setup.plan,
+        **{f"--{name.replace('_', '-')}": value for name, value in asked.items()},
+        "--batch-size": prepared.batch_size,
+        "-n": len(prepared.inputs),
+        "the inputs' content": fingerprints.digest([prepared.inputs.tobytes()]),
+    }
+    return {
+        **{name: _fact(value) for name, value in settled.items()},
+        **fingerprints.of_environment(),
+        **fingerprints.of_model(prepared.checkpoint),
+        **fingerprints.of_code(prepared.setup.plugins),
+    }
+
+
+def _fact(value: object) -> Fact:
+    """An option's value in words that suit a sentence."""
+    if value is None or isinstance(value, bool):
+        return Fact("given" if value else "not given")
+    return Fact(str(value))
