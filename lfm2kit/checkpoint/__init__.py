@@ -73,6 +73,11 @@ class Checkpoint:
         in_data = self.folder / "data" / name
         return in_data if in_data.exists() else self.folder / name
 
+    def passed_over(self, name: str) -> Path | None:
+        """The file `name` right beside the model, where another one in `data/` is taken."""
+        chosen, other = self.beside(name), self.folder / name
+        return other if other.exists() and not other.samefile(chosen) else None
+
 
 def is_part(path: Path) -> bool:
     """Whether a file's name is one that checkpoints give to what they consist of."""

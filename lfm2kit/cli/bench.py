@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import enum
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -54,7 +55,12 @@ def bench(
     model: options.ModelOption = "tiny",
     backend: Annotated[
         list[str] | None,
-        typer.Option("--backend", "-b", metavar="PLAN", help="Repeat it to compare several."),
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="PLAN",
+            help=f"Repeat it to compare several. [default: ${options.BACKEND_VARIABLE}, or auto]",
+        ),
     ] = None,
     n: Annotated[
         str, typer.Option("-n", help="Samples in a forward: a list, as 1,16,64.")
@@ -88,7 +94,8 @@ def bench(
     if trim and (decode or block):
         raise Lfm2kitError("--trim is for whole samples through the whole model; leave it out here")
     checkpoint = options.open_model(model)
-    setups = [_set_up(checkpoint, text, precision, threads, trim) for text in backend or [AUTO]]
+    plans = backend or [_default_plan()]
+    setups = [_set_up(checkpoint, text, precision, threads, trim) for text in plans]
     for setup in setups:
         for note in setup.notes():
             remark(note)
@@ -109,6 +116,11 @@ def bench(
         gflops, gbytes = ceiling.flops / 1e9, ceiling.bytes / 1e9
         remark(f"{plan}: this machine's ceilings: {gflops:.0f} GFLOP/s FMA, {gbytes:.1f} GB/s read")
     _end_where_not_finite(measured)
+
+
+def _default_plan() -> str:
+    """The plan from the environment.  Typer would split it at blanks, as it does for a list."""
+    return os.environ.get(options.BACKEND_VARIABLE) or AUTO
 
 
 def _set_up(

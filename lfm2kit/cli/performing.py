@@ -14,7 +14,7 @@ import numpy.typing as npt
 from lfm2kit import progress as steps
 from lfm2kit import samples
 from lfm2kit.cli.console import Report, complain, only_said, progress, remark
-from lfm2kit.cli.preparing import Prepared, Request
+from lfm2kit.cli.preparing import Prepared, Request, passed_over
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.model import LFM2
 from lfm2kit.running import Timed, run_samples
@@ -75,7 +75,7 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
         f"Backend: {prepared.setup.plan}{chosen}, {request.precision}{trimmed}, ranks: {ranks}"
     )
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
-    for note in prepared.setup.notes():
+    for note in (*prepared.setup.notes(), *passed_over(request, prepared)):
         remark(note)
 
 

@@ -6,6 +6,7 @@ What is wrong with a command line, a file or this machine is an error here, not 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Request:
     batch_size: int | None
     inputs: Path | None
     random_inputs: int | None  # tokens of a sample
-    seed: int
+    seed: int | None  # of the random ids
     answers: Path | None
     outputs: Path | None
     precision: str
@@ -99,13 +100,22 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
 def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
     """The ids [n, seq_len] that were asked for: from a file, or random ones."""
     vocab_size = checkpoint.spec.embed_tokens.vocab_size
-    if request.random_inputs is not None:
-        if request.inputs is not None:
-            raise Lfm2kitError("--inputs and --random-inputs: give one of them")
-        shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
-        bounds.check_tokens(*shape)
-        check_samples(shape, vocab_size)
-        return np.random.default_rng(request.seed).integers(0, vocab_size, shape, dtype=np.int32)
+    if request.random_inputs is None:
+        if request.seed is not None:
+            raise Lfm2kitError(f"--seed {request.seed} is for --random-inputs, which is not given")
+        return _ids_of_file(request, checkpoint, vocab_size)
+    if request.inputs is not None:
+        raise Lfm2kitError("--inputs and --random-inputs: give one of them")
+    shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
+    bounds.check_tokens(*shape)
+    check_samples(shape, vocab_size)
+    generator = np.random.default_rng(request.seed or 0)
+    return generator.integers(0, vocab_size, shape, dtype=np.int32)
+
+
+def _ids_of_file(
+    request: Request, checkpoint: Checkpoint, vocab_size: int
+) -> npt.NDArray[np.int32]:
     source = inputs_of(request, checkpoint)
     if request.inputs is None and not source.exists():
         raise Lfm2kitError(
@@ -114,7 +124,7 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
     token_ids = samples.read_inputs(source)
     token_ids = samples.take(token_ids, request.n or min(len(token_ids), MOST_BY_DEFAULT))
     check_samples(token_ids.shape, vocab_size)
-    token_ids = np.array(token_ids)  # no view of a file, which may change
+    token_ids = np.array(token_ids)  # a copy: the file may change
     samples.check_ids(token_ids, vocab_size)
     return token_ids
 
@@ -163,12 +173,24 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
 NOT_COMPARED = {"model", "backend", "plan", "n", "batch_size", "inputs", "threads", "ranks"}
 
 
+def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
+    """A sentence for each sample file beside the model that one in `data/` is read instead of."""
+    used = {"inputs": request.random_inputs is None, "answers": prepared.answers is not None}
+    for name, is_used in used.items():
+        is_chosen = getattr(request, name) is not None
+        other = prepared.checkpoint.passed_over(f"{name}.bin")
+        if is_used and not is_chosen and other is not None:
+            read = prepared.checkpoint.beside(f"{name}.bin")
+            yield f"read {read}, and not {other}; --{name} FILE chooses"
+
+
 def facts_of(request: Request, prepared: Prepared) -> Facts:
     """What all ranks of a job must have in common, before one of them reads its weights."""
     asked = {name: v for name, v in asdict(request).items() if name not in NOT_COMPARED}
     settled = {
         "--backend": prepared.setup.plan,
         **{f"--{name.replace('_', '-')}": value for name, value in asked.items()},
+        "--seed": request.seed or 0,
         "--batch-size": prepared.batch_size,
         "-n": len(prepared.inputs),
         "the inputs' content": fingerprints.digest([prepared.inputs.tobytes()]),

@@ -47,8 +47,11 @@ def run(
         ),
     ] = None,
     seed: Annotated[
-        int, options.whole_number("--seed", least=0, most=bounds.SEED, help="Of the random ids.")
-    ] = 0,
+        int | None,
+        options.whole_number(
+            "--seed", least=0, most=bounds.SEED, help="Of the random ids. [default: 0]"
+        ),
+    ] = None,
     answers: Annotated[
         Path | None, typer.Option(help="Expected logits. [default: answers.bin beside the model]")
     ] = None,

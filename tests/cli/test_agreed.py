@@ -54,7 +54,6 @@ def facts_of(monkeypatch: pytest.MonkeyPatch) -> FactsOf:
         (["--transport", "pigeon"], "--transport is mpi on rank 0 and pigeon on rank 1"),
         (["--outputs", "out.bin"], "--outputs is not given on rank 0 and out.bin on rank 1"),
         (["--json", "-"], "--json is not given on rank 0 and - on rank 1"),
-        (["--seed", "1"], "--seed is 0 on rank 0 and 1 on rank 1"),
         (RANDOM, "--random-inputs is not given on rank 0 and 4 on rank 1;"),
     ],
 )

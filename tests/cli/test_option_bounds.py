@@ -43,3 +43,11 @@ def test_a_plan_file_and_the_environments_plan_are_both_named(
     monkeypatch.setenv("LFM2KIT_BACKEND", "reference")
     cli("run", "--plan", tmp_path / "p.toml").assert_fails("LFM2KIT_BACKEND=reference", "p.toml")
     cli("run", "--plan", tmp_path / "p.toml", "-b", "auto").assert_fails("--backend auto", "p.toml")
+
+
+def test_bench_takes_the_environments_plan_unless_one_is_given(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LFM2KIT_BACKEND", "nosuch")
+    cli("bench", "-n", "1", "-r", "1").assert_fails("'nosuch'")
+    assert cli("bench", "-n", "1", "-r", "1", "-b", "reference").code == 0

@@ -125,3 +125,27 @@ def test_nothing_but_a_file_is_taken_for_samples(
 ) -> None:
     (tmp_path / "folder").mkdir()
     cli(*RUN, option, tmp_path / kind).assert_fails(kind)
+
+
+# ---- samples in two places ----
+
+
+def test_samples_in_data_are_taken_and_the_others_named(cli: Cli, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(EMBEDDED / "tiny", tmp_path / "tiny"))
+    (folder / "data").mkdir()
+    for name in ("inputs.bin", "answers.bin"):
+        shutil.copy(folder / name, folder / "data")
+    done = cli(*RUN, "-m", folder)
+    assert done.code == 0
+    assert [line.split(": ")[1] for line in done.err.splitlines()] == [
+        f"read {folder}/data/{name}, and not {folder}/{name}; --{name[:-4]} FILE chooses"
+        for name in ("inputs.bin", "answers.bin")
+    ]
+    assert cli(*RUN[:3], "-n", "1", "-m", folder, "--inputs", folder / "inputs.bin").err == ""
+
+
+def test_one_file_in_both_places_is_no_remark(cli: Cli, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(EMBEDDED / "tiny", tmp_path / "tiny"))
+    (folder / "data").mkdir()
+    os.link(folder / "inputs.bin", folder / "data" / "inputs.bin")
+    assert cli(*RUN[:3], "-n", "1", "-m", folder).err == ""

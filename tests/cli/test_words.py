@@ -51,6 +51,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         (["run", "-v", "--random-inputs", "4"], ["-v", "random inputs"]),
         (["run", "--inputs", "x", "--random-inputs", "4"], ["--inputs", "--random-inputs"]),
         (["convert", "tiny", "there", "--seed", "5"], ["--seed 5", "--random"]),
+        (["run", "--seed", "5"], ["--seed 5", "--random-inputs"]),
     ],
 )
 def test_wrong_words_are_one_line_that_names_them(
