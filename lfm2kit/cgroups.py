@@ -6,10 +6,11 @@ asked, too.  `root` is the file system to look in; nothing is asked of a system 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from lfm2kit.disk import mounts
 
 UNLIMITED = 2**60  # version 1 writes the largest multiple of a page below 2**63
 RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")  # of memory.stat, in version 2
@@ -83,17 +84,10 @@ def _groups(controller: str, root: Path) -> Iterator[str]:
 
 def _mounts(controller: str, root: Path) -> Iterator[tuple[str, str, Path]]:
     """(type, the group that it begins at, folder) of the hierarchies that may have a controller."""
-    for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
-        before, _, after = line.partition(" - ")
-        fields, (kind, _, options) = before.split(" "), after.split(" ", 2)
-        if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
-            inside, mount = (_unescaped(field) for field in fields[3:5])
-            yield kind, inside, root / mount.lstrip("/")
-
-
-def _unescaped(field: str) -> str:
-    r"""A path as mountinfo writes it: a blank is \040."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+    for mount in mounts(root):
+        options = mount.options.split(",")
+        if mount.kind == "cgroup2" or (mount.kind == "cgroup" and controller in options):
+            yield mount.kind, mount.inside, root / mount.point.lstrip("/")
 
 
 def _number(path: Path) -> int | None:

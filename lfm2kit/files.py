@@ -11,15 +11,14 @@ import os
 import shutil
 import stat
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from lfm2kit.disk import mount_points, sync, syncing
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.leftovers import beside, held, remove_leftovers
 
@@ -29,8 +28,6 @@ READER_WAIT = 10.0  # seconds that a pipe is given to find its reader
 CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS)  # in a folder
 CANNOT_REPLACE = (*CANNOT_CREATE, errno.EBUSY)  # a file: EBUSY where something is mounted on it
 CHUNK = 1 << 20  # bytes copied at once
-SYNC_SECONDS = 1.0
-INSIDE = "new"  # the name that a partial folder goes by inside one that cannot be renamed
 
 
 @contextmanager
@@ -48,54 +45,6 @@ def replaced(path: Path, note: Note = warnings.warn) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise Lfm2kitError(f"{path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def replaced_folder(path: Path, note: Note = warnings.warn) -> Iterator[Path]:
-    """The same for a folder: the old one stays until the new one is complete.
-
-    A folder that cannot be renamed, because something is mounted on it or because the folder
-    around it is not writable, gets the new files one by one instead, and `note` is told.
-    """
-    remove_leftovers_of_folder(path)
-    cannot_move = os.path.isdir(path) and not _can_move(path)
-    partial = beside(path / INSIDE if cannot_move else path, "partial")
-    old = beside(path, "old")
-    try:
-        partial.mkdir()
-        with held(partial):
-            yield partial
-            _keep_modes(path, partial)
-            _sync_all(partial)
-            if cannot_move:
-                note(f"{path} cannot be renamed: its files are replaced one by one")
-                _move_files(partial, path)
-            else:
-                _swap(partial, path, old)
-        _sync(path.parent)
-    except OSError as error:
-        raise Lfm2kitError(f"{path}: {error.strerror or error}") from error
-    finally:
-        if os.path.isdir(old) and not os.path.exists(path):  # interrupted between the two
-            old.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def synced(path: Path) -> Iterator[BinaryIO]:
-    """A new file in a folder that is being made; its content is on the disk when the block ends."""
-    with path.open("wb") as file, _syncing(file):
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def remove_leftovers_of_folder(path: Path) -> None:
-    """Removes what killed runs left of a folder, beside it and inside it."""
-    remove_leftovers(path)
-    if os.path.isdir(path):
-        remove_leftovers(path / INSIDE)
 
 
 def check_target(option: str, path: Path) -> None:
@@ -134,7 +83,7 @@ def _check_regular(path: Path) -> None:
 
 
 def _can_replace(file: Path) -> bool:
-    return file.stat().st_nlink == 1 and str(file) not in _mount_points()
+    return file.stat().st_nlink == 1 and str(file) not in mount_points()
 
 
 def _is_special(path: Path) -> bool:
@@ -175,7 +124,7 @@ def _regular(path: Path, note: Note) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))
     remove_leftovers(path)
     with _staged(path) as (file, partial):
-        with _syncing(file):
+        with syncing(file):
             yield file
         file.flush()
         os.fsync(file.fileno())
@@ -222,7 +171,7 @@ def _replace(path: Path, file: BinaryIO, partial: Path | None) -> str | None:
         if old is None or error.errno not in CANNOT_REPLACE:
             raise
         return f"it cannot be replaced ({error.strerror})"
-    _sync(path.parent)
+    sync(path.parent)
     return None
 
 
@@ -253,86 +202,3 @@ def _reserve(target: BinaryIO, size: int) -> None:
         target.truncate(before)
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # it cannot reserve: just write
             raise
-
-
-def _can_move(folder: Path) -> bool:
-    """Whether a folder can be renamed and another take its name."""
-    return os.access(folder.parent, os.W_OK | os.X_OK) and str(folder) not in _mount_points()
-
-
-def _mount_points() -> set[str]:
-    """Linux's list of them; `os.path.ismount` misses folders bound from the same file system."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return set()
-    escaped = (line.split()[4] for line in lines)  # a space as \040
-    return {os.fsdecode(path.decode("unicode_escape").encode("latin-1")) for path in escaped}
-
-
-def _keep_modes(old: Path, new: Path) -> None:
-    """Gives a new folder, and every file in it, the mode that one of the same name has in `old`."""
-    for path in [new, *new.rglob("*")]:
-        before = old / path.relative_to(new)
-        if before.exists():
-            path.chmod(stat.S_IMODE(before.stat().st_mode))
-
-
-def _swap(partial: Path, path: Path, old: Path) -> None:
-    if os.path.exists(path):
-        path.rename(old)
-    partial.rename(path)
-
-
-def _move_files(partial: Path, folder: Path) -> None:
-    """Puts the files of `partial` into `folder` in place of those that are there."""
-    outdated = [p for p in folder.rglob("*") if p.is_file() and not p.is_relative_to(partial)]
-    for new in [p for p in partial.rglob("*") if p.is_file()]:
-        target = folder / new.relative_to(partial)
-        target.parent.mkdir(exist_ok=True, parents=True)
-        new.replace(target)
-        outdated = [path for path in outdated if path != target]
-    for path in outdated:
-        path.unlink()
-    _sync(folder)
-
-
-@contextmanager
-def _syncing(file: BinaryIO) -> Iterator[None]:
-    """Sends to the disk what is written, all along: a large file leaves little for the end."""
-    is_done = threading.Event()
-
-    def sync() -> None:
-        while not is_done.wait(SYNC_SECONDS):
-            os.fsync(file.fileno())
-
-    with ThreadPoolExecutor(1) as pool:
-        syncing = pool.submit(sync)
-        try:
-            yield
-        finally:
-            is_done.set()
-    syncing.result()  # an error of the disk is reported to one call alone
-
-
-def _sync_all(folder: Path) -> None:
-    for path in [folder, *folder.rglob("*")]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk.
-
-    After a rename without it, a power failure may leave the new name with no content.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder that may be written but not listed
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that does not know this for folders
-            raise
-    finally:
-        os.close(descriptor)

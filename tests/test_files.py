@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from lfm2kit import files
+from lfm2kit import disk, files, folders
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.files import check_target, replaced, replaced_folder
+from lfm2kit.files import check_target, replaced
+from lfm2kit.folders import replaced_folder
 from lfm2kit.leftovers import beside
 
 
@@ -97,7 +98,7 @@ def test_an_error_of_the_disk_in_the_middle_is_not_forgotten(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", failing_once)
-    monkeypatch.setattr(files, "SYNC_SECONDS", 0.001)
+    monkeypatch.setattr(disk, "SYNC_SECONDS", 0.001)
     with pytest.raises(Lfm2kitError, match="Input/output error"), replaced(tmp_path / "file"):
         assert failed.wait(60)
     assert names(tmp_path) == []
@@ -108,7 +109,7 @@ def test_every_file_of_a_folder_reaches_the_disk_before_the_folder_gets_its_name
 ) -> None:
     steps: list[str] = []
     rename = Path.rename
-    monkeypatch.setattr(files, "_sync", lambda path: steps.append(path.name.split(".")[-1]))
+    monkeypatch.setattr(folders, "sync", lambda path: steps.append(path.name.split(".")[-1]))
     monkeypatch.setattr(
         Path, "rename", lambda self, target: (steps.append("rename"), rename(self, target))[1]
     )
@@ -190,7 +191,7 @@ def test_a_file_that_can_neither_be_replaced_nor_written_is_refused_before_the_w
     path = tmp_path / "file"
     path.write_bytes(b"old")
     if is_mounted:
-        monkeypatch.setattr(files, "_mount_points", lambda: {str(path)})
+        monkeypatch.setattr(files, "mount_points", lambda: {str(path)})
     else:
         os.link(path, tmp_path / "other")
     check_target("--outputs", path)
@@ -255,7 +256,7 @@ def test_a_folder_that_something_is_mounted_on_gets_its_files_one_by_one(
     folder = tmp_path / name
     folder.mkdir()
     (folder / "outdated").write_bytes(b"old")
-    monkeypatch.setattr(files, "_mount_points", lambda: {str(folder)})
+    monkeypatch.setattr(folders, "mount_points", lambda: {str(folder)})
     identity = folder.stat().st_ino
     (note,) = write_folder(folder, a=b"1", b=b"2")
     assert "one by one" in note
@@ -273,7 +274,8 @@ def cannot_mount() -> bool:
 WRITE = """
 import sys
 from pathlib import Path
-from lfm2kit.files import replaced, replaced_folder
+from lfm2kit.files import replaced
+from lfm2kit.folders import replaced_folder
 with replaced(Path("file"), print) as file:
     file.write(b"new")
 with replaced_folder(Path.cwd() / "a folder", print) as folder:

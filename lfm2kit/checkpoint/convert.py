@@ -30,9 +30,11 @@ from lfm2kit.checkpoint.pieces import PIECE, in_order
 from lfm2kit.checkpoint.place import Origin, check_place, companions_beside, origin_of
 from lfm2kit.checkpoint.safetensors import write_safetensors
 from lfm2kit.config import ModelConfig, parse_config, read_config
+from lfm2kit.disk import synced
 from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.files import Note, replaced, replaced_folder, synced
+from lfm2kit.files import Note, replaced
+from lfm2kit.folders import replaced_folder
 from lfm2kit.targets import identity
 from lfm2kit.weights import STORED_AS, DType, Tensor
 

@@ -13,7 +13,7 @@ from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.checkpoint.companions import TEMPLATES, companions
 from lfm2kit.checkpoint.names import CONFIG, INDEX
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.files import remove_leftovers_of_folder
+from lfm2kit.folders import remove_leftovers_of_folder
 from lfm2kit.targets import identity
 
 OUR_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm2kit import files
+from lfm2kit import folders
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint, pieces
 from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
 from lfm2kit.checkpoint.names import HEAD, INDEX, SINGLE
@@ -510,7 +510,7 @@ def test_a_file_that_is_put_into_the_old_folder_meanwhile_is_not_lost(
 ) -> None:
     target = tmp_path / "model"
     write_checkpoint(source(), target)
-    monkeypatch.setattr(files, "_mount_points", lambda: {str(target)} if is_mounted else set())
+    monkeypatch.setattr(folders, "mount_points", lambda: {str(target)} if is_mounted else set())
     other = source("odd_one_kv_head")
     notes: list[str] = []
     write_checkpoint(other, target, overwrite=True, note=notes.append)

@@ -1,0 +1,94 @@
+"""Writing folders so that a reader sees the old one or the new one; see also `lfm2kit.files`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lfm2kit.disk import mount_points, sync
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.files import Note
+from lfm2kit.leftovers import beside, held, remove_leftovers
+
+INSIDE = "new"  # the name that a partial folder goes by inside one that cannot be renamed
+
+
+@contextmanager
+def replaced_folder(path: Path, note: Note = warnings.warn) -> Iterator[Path]:
+    """A new folder that takes the place of `path` when the block ends well, and vanishes if not.
+
+    A folder that cannot be renamed, because something is mounted on it or because the folder
+    around it is not writable, gets the new files one by one instead, and `note` is told.
+    """
+    remove_leftovers_of_folder(path)
+    cannot_move = os.path.isdir(path) and not _can_move(path)
+    partial = beside(path / INSIDE if cannot_move else path, "partial")
+    old = beside(path, "old")
+    try:
+        partial.mkdir()
+        with held(partial):
+            yield partial
+            _keep_modes(path, partial)
+            _sync_all(partial)
+            if cannot_move:
+                note(f"{path} cannot be renamed: its files are replaced one by one")
+                _move_files(partial, path)
+            else:
+                _swap(partial, path, old)
+        sync(path.parent)
+    except OSError as error:
+        raise Lfm2kitError(f"{path}: {error.strerror or error}") from error
+    finally:
+        if os.path.isdir(old) and not os.path.exists(path):  # interrupted between the two
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers_of_folder(path: Path) -> None:
+    """Removes what killed runs left of a folder, beside it and inside it."""
+    remove_leftovers(path)
+    if os.path.isdir(path):
+        remove_leftovers(path / INSIDE)
+
+
+def _can_move(folder: Path) -> bool:
+    """Whether a folder can be renamed and another take its name."""
+    return os.access(folder.parent, os.W_OK | os.X_OK) and str(folder) not in mount_points()
+
+
+def _keep_modes(old: Path, new: Path) -> None:
+    """Gives a new folder, and every file in it, the mode that one of the same name has in `old`."""
+    for path in [new, *new.rglob("*")]:
+        before = old / path.relative_to(new)
+        if before.exists():
+            path.chmod(stat.S_IMODE(before.stat().st_mode))
+
+
+def _swap(partial: Path, path: Path, old: Path) -> None:
+    if os.path.exists(path):
+        path.rename(old)
+    partial.rename(path)
+
+
+def _move_files(partial: Path, folder: Path) -> None:
+    """Puts the files of `partial` into `folder` in place of those that are there."""
+    outdated = [p for p in folder.rglob("*") if p.is_file() and not p.is_relative_to(partial)]
+    for new in [p for p in partial.rglob("*") if p.is_file()]:
+        target = folder / new.relative_to(partial)
+        target.parent.mkdir(exist_ok=True, parents=True)
+        new.replace(target)
+        outdated = [path for path in outdated if path != target]
+    for path in outdated:
+        path.unlink()
+    sync(folder)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        sync(path)
