@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def script() -> NoReturn:
-    """Runs the command line as `main` does, in a process whose signals and streams it takes over.
+    """Runs the command line as `main` does, and takes over the process's signals and streams.
 
-    Besides the exit codes of `main` there is 141, silent, where nobody reads stdout any more.
+    Besides the exit codes of `main` there is 141, without a line, if the reader of stdout has left.
     """
     code = 130
     try:
@@ -48,7 +48,7 @@ def main() -> NoReturn:
 
 
 def exit_code() -> int:
-    """The exit code of the command line of `sys.argv`; an interrupt is the caller's to handle."""
+    """Runs the command line of `sys.argv` and returns its exit code; interrupts are raised."""
     from lfm2kit.interrupts import PROCESS
     from lfm2kit.streams import READER_GONE, ReaderGone
 
@@ -64,7 +64,7 @@ def exit_code() -> int:
 
 
 def _failed(error: BaseException) -> int:
-    """Says what went wrong; the exit code."""
+    """Prints what went wrong, and returns the exit code."""
     import os
 
     from lfm2kit.cli.console import complain, show_traceback
@@ -84,7 +84,7 @@ def _failed(error: BaseException) -> int:
 
 
 def _command() -> int:
-    """The command's exit code; what is wrong with its words becomes an `Lfm2kitError`."""
+    """Returns the command's exit code; a wrong command line becomes an `Lfm2kitError`."""
     import typer
 
     from lfm2kit.cli import app

@@ -1,7 +1,7 @@
-"""The first thing that the ranks of a job do together: they compare what they are about to run.
+"""Before the ranks of a job start, they compare what they are about to run.
 
-Each rank reports facts, or why it cannot run.  All of them learn the same verdict, so that every
-rank goes on or every rank ends.  Ranks that differ would wait for each other for ever, or compute
+Each rank reports facts, or why it cannot run.  All ranks get the same verdict, so that either all
+of them go on or all of them end.  Ranks that differ would wait for each other for ever, or compute
 something that nobody asked for.
 """
 
@@ -52,7 +52,7 @@ def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:
 
 
 def compared(reports: Sequence[Facts | Refusal]) -> Refusal | None:
-    """What keeps ranks with these reports, in order of rank, from running together."""
+    """Returns why ranks with these reports, in order of rank, cannot run together."""
     refusals = {rank: r for rank, r in enumerate(reports) if isinstance(r, Refusal)}
     if refusals:
         return _of_all(refusals, len(reports))
@@ -64,7 +64,7 @@ def compared(reports: Sequence[Facts | Refusal]) -> Refusal | None:
 
 
 def _names(reports: Sequence[Facts]) -> list[str]:
-    """The names of all facts in their order, those that only some ranks have among them."""
+    """Returns the names of all facts in order, including those that only some ranks have."""
     places: dict[str, int] = {}
     for report in reports:
         for place, name in enumerate(report):
@@ -73,7 +73,7 @@ def _names(reports: Sequence[Facts]) -> list[str]:
 
 
 def _of_all(refusals: Mapping[int, Refusal], size: int) -> Refusal:
-    """The ranks' refusals as one, each sentence with the ranks that say it."""
+    """Combines the ranks' refusals; each sentence comes with the ranks that it is from."""
     said: dict[str, list[int]] = {}
     for rank, refusal in refusals.items():
         said.setdefault(refusal.sentence, []).append(rank)
@@ -84,7 +84,7 @@ def _of_all(refusals: Mapping[int, Refusal], size: int) -> Refusal:
 
 
 def _difference(name: str, reports: Sequence[Facts]) -> str | None:
-    """Which ranks have which value of the fact `name`; None where all have the same."""
+    """Says which ranks have which value of the fact `name`; None if all have the same."""
     groups: dict[str, list[int]] = {}
     shown: dict[str, str] = {}
     for rank, report in enumerate(reports):

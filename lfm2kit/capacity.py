@@ -1,4 +1,4 @@
-"""Whether what blocks keep in their memories fits there, before any of it is taken."""
+"""Checks whether a model fits into its memories, before any of it is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lfm2kit.placement import Placed
 
 
 class Shortage(NamedTuple):
-    """A memory that is too small, and the bytes that are needed there at least."""
+    """A memory that is too small, and the bytes that are needed there at the least."""
 
     memory: str
     what: str  # needs them
@@ -30,14 +30,14 @@ class Shortage(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What blocks say that they need, and what their memories say that they have."""
+    """Compares what blocks need with what their memories have."""
 
     create: Callable[[str], Backend]
     weights: Weights  # of the whole model
-    ranks: int = 1  # processes alike that share the host's memory
+    ranks: int = 1  # ranks that share the host's memory
 
     def of(self, leaf: Placed, tokens: int) -> int | None:
-        """Bytes of a block that is not built yet; None where its backend does not say."""
+        """Returns the bytes that a block will need; None if its backend does not say."""
         assert leaf.backend is not None  # a leaf's always is
         backend = self.create(leaf.backend)
         if not isinstance(backend, NeedsWorkspace):
@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
         return backend.workspace_bytes(leaf.spec, self.weights.scope(leaf.scope), tokens)
 
     def free(self, placed: Placed) -> dict[str, int]:
-        """Bytes by memory, of those that know."""
+        """Returns the free bytes by memory, for memories that know them."""
         memories = {leaf.memory.name: leaf.memory for leaf in placed.leaves()}
         return {
             name: HOST.free_bytes(self.ranks) if name == HOST.name else memory.free_bytes()
@@ -54,7 +54,7 @@ class Sizes(NamedTuple):
         }
 
     def shortage(self, placed: Placed, tokens: int = 0) -> Shortage | None:
-        """The first memory that cannot hold its blocks and a forward of `tokens` tokens, if any."""
+        """Returns the first memory too small for its blocks and a forward of `tokens` tokens."""
         for name, free in self.free(placed).items():
             leaves = [leaf for leaf in placed.leaves() if leaf.memory.name == name]
             if (kept := self.needed(leaves, 0)) > free:
@@ -64,9 +64,9 @@ class Sizes(NamedTuple):
         return None
 
     def needed(self, leaves: Sequence[Placed], tokens: int) -> int:
-        """Bytes that blocks in one memory need at least, together.
+        """Returns the bytes that blocks in one memory need together, at the least.
 
-        What they need in calls they may share: the largest need is counted.
+        Blocks may share their workspace, so only the largest workspace counts.
         """
         kept = [self.of(leaf, 0) or 0 for leaf in leaves]
         in_calls = [self.of(leaf, tokens) or 0 for leaf in leaves]
@@ -74,7 +74,7 @@ class Sizes(NamedTuple):
 
 
 def check_room(what_takes: str, nbytes: int, advice: str) -> None:
-    """`Lfm2kitError` where the host's memory has less than `nbytes` bytes left."""
+    """Raises `Lfm2kitError` if the host has less than `nbytes` bytes of memory left."""
     if nbytes > (free := HOST.free_bytes()):
         raise Lfm2kitError(
             f"{what_takes} {size(nbytes)} of memory, {size(free)} are free "
@@ -83,7 +83,7 @@ def check_room(what_takes: str, nbytes: int, advice: str) -> None:
 
 
 def size(count: float) -> str:
-    """A number of bytes for people: "512 MB", "46.9 GB"."""
+    """Formats a number of bytes for people: "512 MB", "46.9 GB"."""
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

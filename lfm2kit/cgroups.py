@@ -1,7 +1,7 @@
-"""What the control groups of Linux, versions 1 and 2, let this process have of the machine.
+"""Limits that the control groups of Linux, versions 1 and 2, set for this process.
 
-A group's limit holds for the groups inside it as well, so the groups around this process's own are
-asked, too.  `root` is the file system to look in; nothing is asked of a system without groups.
+A group's limit also holds for the groups inside it, so all groups around this process's own are
+read.  `root` is the file system to look in; on a system without control groups there are no limits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")  # of memory.
 
 
 class MemoryLimit(NamedTuple):
-    """A group's limit, and what is left of it once pages of files are given back; in bytes."""
+    """A group's limit and what is left of it, in bytes; file pages count as free."""
 
     name: str  # of the file that sets it
     limit: int
@@ -25,7 +25,7 @@ class MemoryLimit(NamedTuple):
 
 
 def memory_limits(root: Path = Path("/")) -> Iterator[MemoryLimit]:
-    """The limits of all groups that this process is in, the innermost group first."""
+    """Yields the limits of all groups that this process is in, the innermost group first."""
     for folder in _folders("memory", root):
         for limit, usage in (
             ("memory.max", "memory.current"),
@@ -39,7 +39,7 @@ def memory_limits(root: Path = Path("/")) -> Iterator[MemoryLimit]:
 
 
 def processors(root: Path = Path("/")) -> float | None:
-    """The processors that the tightest group allows, perhaps a fraction; None without a limit."""
+    """Returns how many processors the tightest group allows, a fraction even; None if no limit."""
     shares = [s for folder in _folders("cpu", root) if (s := _share(folder)) is not None]
     return min(shares, default=None)
 
@@ -55,14 +55,14 @@ def _share(folder: Path) -> float | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes that the kernel takes back before it refuses more: version 1 sums up `total_*`."""
+    """Returns the bytes that the kernel reclaims before it refuses more."""
     lines = [line.split() for line in (_read(folder / "memory.stat") or "").splitlines()]
     stat = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
     return sum(stat.get(f"total_{key}", stat.get(key, 0)) for key in RECLAIMABLE)
 
 
 def _folders(controller: str, root: Path) -> Iterator[Path]:
-    """The folders of this process's group and of those around it, in each version's hierarchy."""
+    """Yields the folders of this process's group and of the groups around it."""
     for mounted, inside, mount in _mounts(controller, root):
         for group in _groups(controller if mounted == "cgroup" else "", root):
             # A container may see its own group as the root of what is mounted.
@@ -75,7 +75,7 @@ def _folders(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _groups(controller: str, root: Path) -> Iterator[str]:
-    """This process's group in the hierarchy of a controller; "" is version 2's, which has all."""
+    """Yields this process's group in a controller's hierarchy; version 2's controller is ""."""
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, group = line.split(":", 2)
         if controller in controllers.split(","):
@@ -83,7 +83,7 @@ def _groups(controller: str, root: Path) -> Iterator[str]:
 
 
 def _mounts(controller: str, root: Path) -> Iterator[tuple[str, str, Path]]:
-    """(type, the group that it begins at, folder) of the hierarchies that may have a controller."""
+    """Yields (type, first group, folder) of each mounted hierarchy that may have the controller."""
     for mount in mounts(root):
         options = mount.options.split(",")
         if mount.kind == "cgroup2" or (mount.kind == "cgroup" and controller in options):

@@ -1,4 +1,4 @@
-"""What reaches the disk and when, and what is mounted where."""
+"""Makes sure that written data reaches the disk, and lists what is mounted where."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SYNC_SECONDS = 1.0
 class Mount(NamedTuple):
     """A line of Linux's /proc/self/mountinfo."""
 
-    inside: str  # the folder of the mounted file system that is seen
-    point: str  # where it is seen
+    inside: str  # the mounted folder, within its file system
+    point: str  # where it is mounted
     kind: str  # "ext4"
     options: str  # of the file system
 
 
 def mounts(root: Path = Path("/")) -> Iterator[Mount]:
-    """Everything that is mounted, as Linux tells below `root`; nothing on other systems."""
+    """Yields all mounts that Linux lists below `root`; none on other systems."""
     try:
         lines = os.fsdecode((root / "proc/self/mountinfo").read_bytes()).split("\n")
     except OSError:
@@ -38,18 +38,18 @@ def mounts(root: Path = Path("/")) -> Iterator[Mount]:
 
 
 def mount_points() -> set[str]:
-    """Where something is mounted; `os.path.ismount` misses folders of the same file system."""
+    """Returns all mount points; `os.path.ismount` misses mounts within one file system."""
     return {mount.point for mount in mounts()}
 
 
 def _unescaped(field: str) -> str:
-    r"""A path as mountinfo writes it: a blank is \040."""
+    r"""Decodes a path from mountinfo, which writes a blank as \040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 @contextmanager
 def synced(path: Path) -> Iterator[BinaryIO]:
-    """A new file in a folder that is being made; its content is on the disk when the block ends."""
+    """Yields a new file; its content is on the disk when the block ends."""
     with path.open("wb") as file, syncing(file):
         yield file
         file.flush()
@@ -58,7 +58,7 @@ def synced(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def syncing(file: BinaryIO) -> Iterator[None]:
-    """Sends to the disk what is written, all along: a large file leaves little for the end."""
+    """Sends data to the disk while it is written, so that little is left for the end."""
     is_done = threading.Event()
 
     def sync() -> None:

@@ -1,6 +1,6 @@
-"""JSON and TOML as this project reads them: regular files of bounded size, no key twice.
+"""Reads JSON and TOML: regular files of bounded size, in which no key comes twice.
 
-Both say the same of a bad file: one line that begins with its path.
+What is wrong with a file is one line that begins with its path.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """Returns the fields that `text`, taken from `path`, has.
+    """Returns the fields of `text`, a JSON object from the file `path`.
 
-    Raises `Lfm2kitError` where it is not a JSON object.  Python's reader would take the last of
-    two equal keys, NaN, and an infinity for 1e999; here each is an error.
+    Raises `Lfm2kitError` for anything else.  Python's reader would accept a key twice, NaN, and
+    1e999 as infinity; here each of these is an error.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -92,12 +92,12 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int | float:
-    """-0 is a float: there is no such whole number."""
+    """Reads -0 as a float, because no whole number is negative zero."""
     return -0.0 if text == "-0" else int(text)
 
 
 def _check_depth(value: Any, left: int) -> None:
-    """Refuses what is nested so deep that comparing or showing it would fail."""
+    """Refuses values nested so deep that comparing or printing them would fail."""
     if isinstance(value, (dict, list)):
         if left == 0:
             raise ValueError(f"it is nested more than {bounds.NESTED} deep")

@@ -1,7 +1,7 @@
-"""What a file is, by its kind and its first bytes, where it is not what it is taken for.
+"""Recognises files that are not what a reader expects, by their kind and their first bytes.
 
-Every reader asks here before it opens a file: a pipe would block it, a device never ends, and
-what a failed download left behind is no damaged model.
+Every reader calls this before it opens a file: a pipe would block, a device never ends, and a
+server's error page should not be called a damaged model.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ ANSWERS: dict[bytes, str] = {
 
 
 def check_file(path: Path, *, is_text: bool = False) -> int:
-    """Returns the bytes of a regular file that may be what it is taken for: weights, or a text.
+    """Returns the size of a regular file that may hold weights or, with `is_text`, a text.
 
-    Raises `Lfm2kitError` for a pipe, a device, a folder, a link to nowhere, and a file whose
-    first bytes are another format's.  Nothing but a regular file is opened.
+    Raises `Lfm2kitError` for a pipe, a device, a folder, a broken link, and a file whose first
+    bytes belong to another format.  Opens nothing but regular files.
     """
     try:
         size = check_regular(path)
@@ -85,9 +85,9 @@ def check_file(path: Path, *, is_text: bool = False) -> int:
 
 
 def check_regular(path: Path) -> int:
-    """Returns the bytes of a regular file, without opening it.
+    """Returns the size of a regular file, without opening it.
 
-    Raises `Lfm2kitError` for a pipe, a device, a folder, and a path that leads nowhere.
+    Raises `Lfm2kitError` for a pipe, a device, a folder, and a path that does not exist.
     """
     try:
         status = os.stat(path)
@@ -100,10 +100,11 @@ def check_regular(path: Path) -> int:
 
 
 def foreign(head: bytes, suffix: str = "") -> str | None:
-    """Returns what a file with these first bytes is, and what to type; None if not known.
+    """Returns what a file with these first bytes is, and what to type; None if unknown.
 
-    Two readable formats begin with a number, which may look like a sign: a safetensors file, whose
-    ninth byte opens a JSON object, and model.bin, whose number of tensors is below 2^18.
+    Two formats that lfm2kit reads begin with a number, which may look like another format's sign.
+    They come first: a safetensors file has "{" as its ninth byte, and model.bin begins with a
+    number of tensors below 2^18.
     """
     if head[8:9] == b"{" or (head[2:3] < b"\4" and head[3:4] == b"\0"):
         return None
@@ -130,7 +131,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def broken_link(path: Path) -> str | None:
-    """Returns what to say of a link that leads nowhere; None for anything else."""
+    """Returns a sentence about a broken link; None for anything else."""
     if not os.path.islink(path) or os.path.exists(path):
         return None
     return (
@@ -140,7 +141,7 @@ def broken_link(path: Path) -> str | None:
 
 
 def _zip(head: bytes) -> str:
-    """A zip archive by the name of its first member."""
+    """Identifies a zip archive by the name of its first member."""
     length = struct.unpack_from("<H", head.ljust(30, b"\0"), 26)[0]
     member = head[30 : 30 + length]
     if member.endswith(b".npy"):

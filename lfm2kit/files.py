@@ -1,7 +1,7 @@
-"""Writing files so that a reader sees the old one or the new one, never half of it.
+"""Writes files so that a reader sees the old one or the new one, never half of it.
 
-What is new is written beside its target, reaches the disk, and takes the target's place in one
-step.  Where a file cannot be replaced so, the new content is complete before the old is touched.
+A new file is written beside its target, reaches the disk, and replaces the target in one step.  If
+a file cannot be replaced in this way, the new content is complete before the old is touched.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ CHUNK = 1 << 20  # bytes copied at once
 
 @contextmanager
 def replaced(path: Path, note: Note = warnings.warn) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends well, and vanishes if not.
+    """Yields a new file that replaces `path` when the block ends well, and is removed if not.
 
-    The old file's mode stays.  A link stays one: what it points to is replaced.  A file that has
-    several hard links, or that cannot be renamed onto, is written in place, and `note` is told.
-    A pipe or a device is written as it is; a pipe that finds no reader within `READER_WAIT` is an
-    error.  Raises `Lfm2kitError` where the file cannot be written.
+    The old file's mode is kept.  If `path` is a link, its target is replaced.  A file with several
+    hard links, or one that cannot be replaced, is written in place, and `note` is called with a
+    sentence.  A pipe or a device is written directly; a pipe without a reader within `READER_WAIT`
+    is an error.  Raises `Lfm2kitError` if the file cannot be written.
     """
     opened = _special(path, note) if _is_special(path) else _regular(path, note)
     try:
@@ -48,7 +48,7 @@ def replaced(path: Path, note: Note = warnings.warn) -> Iterator[BinaryIO]:
 
 
 def check_target(option: str, path: Path) -> None:
-    """`Lfm2kitError` where no file can come to be: better before the work than after it."""
+    """Raises `Lfm2kitError` if `path` cannot be written: better before the work than after it."""
     if os.path.isdir(path):
         raise Lfm2kitError(f"{option} {path}: this is a folder")
     try:
@@ -67,7 +67,7 @@ def _check_special(path: Path) -> None:
 
 
 def _check_regular(path: Path) -> None:
-    """`OSError` where a file can be put neither beside `path` nor into it."""
+    """Raises `OSError` if a file can be written neither beside `path` nor into it."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     can_write_in_place = os.path.isfile(path) and os.access(path, os.W_OK)
@@ -99,7 +99,7 @@ def _special(path: Path, note: Note) -> Iterator[BinaryIO]:
 
 
 def _pipe_with_a_reader(path: Path, note: Note) -> int:
-    """Returns a descriptor to write to; without a time limit, an unread pipe would hang the run."""
+    """Returns a descriptor to write to, or fails after a time: nobody may read the pipe."""
     deadline = time.monotonic() + READER_WAIT
     noted = False
     while True:
@@ -136,7 +136,7 @@ def _regular(path: Path, note: Note) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _staged(path: Path) -> Iterator[tuple[BinaryIO, Path | None]]:
-    """A new file beside `path`; one without a name where only `path` itself can be written."""
+    """Yields a new file beside `path`, or a nameless one if only `path` itself can be written."""
     partial = beside(path, "partial")
     try:
         file = partial.open("w+b")
@@ -155,7 +155,7 @@ def _staged(path: Path) -> Iterator[tuple[BinaryIO, Path | None]]:
 
 
 def _replace(path: Path, file: BinaryIO, partial: Path | None) -> str | None:
-    """Puts `partial` in the place of `path`, or returns a clause that says why it cannot."""
+    """Replaces `path` by `partial`, or returns a clause that says why that is impossible."""
     if partial is None:
         return "its folder takes no new file"
     old = os.stat(path) if os.path.exists(path) else None
@@ -176,7 +176,7 @@ def _replace(path: Path, file: BinaryIO, partial: Path | None) -> str | None:
 
 
 def _copy_into(path: Path, file: BinaryIO) -> None:
-    """Copies the content of `file` over that of `path`, once the disk has room for all of it."""
+    """Copies the content of `file` into `path`, once space for all of it is reserved."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     with open(path, "r+b") as target:
@@ -191,7 +191,7 @@ def _copy_into(path: Path, file: BinaryIO) -> None:
 
 
 def _reserve(target: BinaryIO, size: int) -> None:
-    """Makes `target` at least `size` bytes long on the disk, or leaves it as it was."""
+    """Makes `target` at least `size` bytes long on the disk, or leaves it unchanged."""
     before = target.seek(0, os.SEEK_END)
     target.seek(0)
     if size <= before:

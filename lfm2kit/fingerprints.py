@@ -1,6 +1,6 @@
-"""Facts about the code and the model of a rank, short enough to be sent to the others.
+"""Collects facts about a rank's code and model, short enough to be sent to other ranks.
 
-Contents are compared, not paths: nodes may keep the same files in different places.
+Contents are compared, not paths, because nodes may keep the same files in different places.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lfm2kit.weights import Tensor
 
 WHOLE_FILE = 1 << 20  # bytes: of a larger file of a package only the size is compared
 WHOLE_MODEL = 1 << 26  # bytes: of a larger model's matrices only a few rows are
-# The plan is compared however it was asked for; and an error may look different on each rank.
+# The resulting plan is compared anyway, and tracebacks may be shown on a single rank.
 NOT_COMPARED = {"LFM2KIT_BACKEND", TRACEBACK}
 
 
 def of_environment() -> Facts:
-    """The variables that lfm2kit and its plugins read."""
+    """Returns the environment variables that lfm2kit and its plugins read."""
     names = sorted(name for name in os.environ if name.startswith("LFM2KIT_"))
     return {name: Fact(os.environ[name]) for name in names if name not in NOT_COMPARED}
 
 
 def of_code(plugins: Plugins) -> Facts:
-    """Versions and contents of lfm2kit and its plugins, and the versions of what they need."""
+    """Returns versions and contents of lfm2kit and plugins, and the versions of dependencies."""
     facts = {"lfm2kit": _package("lfm2kit", f"lfm2kit {lfm2kit.__version__}")}
     for entry in plugins.loaded:
         facts[f"plugin {entry.name}"] = _package(entry.module, _distribution(entry))
@@ -47,7 +47,7 @@ def of_code(plugins: Plugins) -> Facts:
 
 
 def of_model(checkpoint: Checkpoint) -> Facts:
-    """The description, the tensors' types and shapes, the files' sizes, a sample of the values."""
+    """Returns the description, tensor types and shapes, file sizes and a sample of the values."""
     place = str(checkpoint.path)
     facts = {f"the model's {name}": fact for name, fact in _description(checkpoint)}
     tensors = dict(sorted(checkpoint.weights.items()))
@@ -63,7 +63,7 @@ def of_model(checkpoint: Checkpoint) -> Facts:
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """Twelve hexadecimal digits that stand for the parts, in this order."""
+    """Returns a hash of the parts, in this order, as twelve hexadecimal digits."""
     result = hashlib.blake2b(digest_size=6)
     for part in parts:
         result.update(len(part).to_bytes(8, "little"))
@@ -72,7 +72,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def _description(checkpoint: Checkpoint) -> Iterator[tuple[str, Fact]]:
-    """Field by field where there is a config, so that a difference has a name."""
+    """Yields the config field by field, if there is one, so that a difference has a name."""
     place = str(checkpoint.path)
     if checkpoint.config is not None:
         for name, value in asdict(checkpoint.config).items():
@@ -81,7 +81,7 @@ def _description(checkpoint: Checkpoint) -> Iterator[tuple[str, Fact]]:
 
 
 def _by_block(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of the tensors of each layer, and of what is beside the layers."""
+    """Groups tensor names by layer, or by block outside the layers."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         block = re.match(r"layers\.\d+|\w+", name)
@@ -90,7 +90,7 @@ def _by_block(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _sample(tensor: Tensor, whole: bool) -> bytes:
-    """A tensor's bytes; if not the whole of it, a matrix's first, middle and last row."""
+    """Returns a tensor's bytes or, if not `whole`, those of a matrix's first, middle, last row."""
     data = tensor.data
     if not whole and data.ndim > 1 and len(data):
         data = data[[0, len(data) // 2, -1]]
@@ -98,7 +98,7 @@ def _sample(tensor: Tensor, whole: bool) -> bytes:
 
 
 def _package(module: str, title: str) -> Fact:
-    """What is imported as `module`, by the contents of its sources."""
+    """Returns a fact about the imported `module`: the hash of its sources."""
     top = sys.modules[module.partition(".")[0]]
     file = getattr(top, "__file__", None)
     if file is None:  # made by hand, or a namespace
@@ -108,7 +108,7 @@ def _package(module: str, title: str) -> Fact:
 
 
 def of_package(place: Path) -> str:
-    """The digest of a package's folder, or of a module's file, wherever it lies."""
+    """Returns the hash of a package's folder or a module's file, independent of its path."""
     if place.is_file():
         return digest(_contents(place))
     files = {str(path.relative_to(place)): path for path in _sources(place)}
@@ -118,7 +118,7 @@ def of_package(place: Path) -> str:
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    """All files of a package but what compilers keep beside them."""
+    """Yields all files of a package except hidden and compiled ones."""
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
         is_kept = any(part == "__pycache__" or part.startswith(".") for part in parts)
@@ -136,7 +136,7 @@ def _distribution(entry: EntryPoint) -> str:
 
 
 def _requirements(distributions: Iterable[Distribution]) -> set[str]:
-    """The names of the packages that the distributions need, extras included."""
+    """Returns the names of the packages that the distributions need, extras included."""
     lines = [line for distribution in distributions for line in distribution.requires or ()]
     names = {match[0].lower() for line in lines if (match := re.match(r"[\w.-]+", line))}
     return {name for name in names if not name.startswith("lfm2kit")}

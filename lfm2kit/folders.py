@@ -20,10 +20,10 @@ INSIDE = "new"  # the name that a partial folder goes by inside one that cannot 
 
 @contextmanager
 def replaced_folder(path: Path, note: Note = warnings.warn) -> Iterator[Path]:
-    """A new folder that takes the place of `path` when the block ends well, and vanishes if not.
+    """Yields a new folder that replaces `path` when the block ends well, and is removed if not.
 
-    A folder that cannot be renamed, because something is mounted on it or because the folder
-    around it is not writable, gets the new files one by one instead, and `note` is told.
+    A folder may be impossible to rename, because something is mounted on it or because its parent
+    is not writable.  Then its files are replaced one by one, and `note` is called with a sentence.
     """
     remove_leftovers_of_folder(path)
     cannot_move = os.path.isdir(path) and not _can_move(path)
@@ -51,7 +51,7 @@ def replaced_folder(path: Path, note: Note = warnings.warn) -> Iterator[Path]:
 
 
 def remove_leftovers_of_folder(path: Path) -> None:
-    """Removes what killed runs left of a folder, beside it and inside it."""
+    """Removes the partial folders that killed runs left beside `path` and inside it."""
     remove_leftovers(path)
     if os.path.isdir(path):
         remove_leftovers(path / INSIDE)
@@ -63,7 +63,7 @@ def _can_move(folder: Path) -> bool:
 
 
 def _keep_modes(old: Path, new: Path) -> None:
-    """Gives a new folder, and every file in it, the mode that one of the same name has in `old`."""
+    """Gives a new folder and its files the modes of their namesakes in `old`."""
     for path in [new, *new.rglob("*")]:
         before = old / path.relative_to(new)
         if before.exists():
@@ -77,7 +77,7 @@ def _swap(partial: Path, path: Path, old: Path) -> None:
 
 
 def _move_files(partial: Path, folder: Path) -> None:
-    """Puts the files of `partial` into `folder` in place of those that are there."""
+    """Moves the files of `partial` into `folder`, and removes those that were there."""
     outdated = [p for p in folder.rglob("*") if p.is_file() and not p.is_relative_to(partial)]
     for new in [p for p in partial.rglob("*") if p.is_file()]:
         target = folder / new.relative_to(partial)

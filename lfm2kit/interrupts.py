@@ -1,9 +1,9 @@
-"""Ctrl-C, SIGTERM and SIGHUP end the process in every phase, with one line and a code of their own.
+"""Ctrl-C, SIGTERM and SIGHUP end the process in every phase, with one line and an exit code.
 
-The handler raises `KeyboardInterrupt`, so that what is open is closed and partial files vanish.
-Alone that is not enough: an exception is swallowed where it is raised inside a callback of a
-compiler, a destructor or the import of some extension modules, and no handler runs while the main
-thread waits inside a library.  So a thread that the signal wakes as well watches over the end.
+The handler raises `KeyboardInterrupt`, so that open files are closed and partial files removed.
+That alone is not enough.  An exception is lost if it is raised inside a compiler's callback, a
+destructor or the import of some extension modules, and no handler runs while the main thread waits
+inside a library.  So the signal also wakes a thread, which makes sure that the process ends.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NUDGE = signal.SIGURG  # from the watching thread to the main one; ignored where nobody handles it
 INTERVAL = 0.2  # seconds between nudges
-SAME = 1.0  # seconds: a signal that comes again so soon is the same one; `timeout` sends it twice
-PATIENCE = 20.0  # seconds that the process has to end by itself
+SAME = 1.0  # seconds: a signal repeated sooner counts as the same one; `timeout` sends it twice
+PATIENCE = 20.0  # seconds until a process that does not unwind is ended
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,28 +33,28 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """The exit code of a process that `error` ends: the one by which a shell reports the signal."""
+    """Returns the exit code for a process that `error` ends, as a shell reports the signal."""
     return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 
 def told(error: KeyboardInterrupt) -> int:
-    """Tells the user of the interrupt on stderr; returns its exit code."""
+    """Prints a line about the interrupt on stderr, and returns its exit code."""
     code = exit_code(error)
     print(_line(code - 128), end="", file=sys.stderr, flush=True)
     return code
 
 
 class Interrupts:
-    """The signals of this process, handled to its last instruction."""
+    """Handles this process's signals until it ends."""
 
     def __init__(self) -> None:
         self._received: int | None = None  # the first signal's number
-        self._is_over = False  # there is nothing left to unwind
-        self._code: int | None = None  # of the process, if not the signal's
-        self.is_told = False  # or will be, by somebody else
+        self._is_over = False  # the command has ended: nothing is left to unwind
+        self._code: int | None = None  # the process's exit code, if not the signal's
+        self.is_told = False  # the line was printed, or somebody else prints it
 
     def ended(self, command: Callable[[], int]) -> int:
-        """Calls `command`; its exit code, or that of the signal which came meanwhile."""
+        """Calls `command`; returns its exit code, or that of a signal which came meanwhile."""
         try:
             self._take()
             code = command()
@@ -67,9 +67,9 @@ class Interrupts:
         return code if self._code is None else self._code
 
     def end(self, code: int) -> None:
-        """Has the main thread unwind as after a signal, silently, and the process exit with `code`.
+        """Makes the main thread unwind silently, as after a signal, and exit with `code`.
 
-        Other threads call it; nothing happens where signals are not handled here.
+        For other threads.  Does nothing if signals are not handled here.
         """
         if signal.getsignal(signal.SIGTERM) == self._handle:
             self._code, self.is_told = code, True
@@ -81,7 +81,7 @@ class Interrupts:
             raise Interrupted(self._received)
 
     def _take(self) -> None:
-        """Handles the signals from now on, those that the parent wants ignored excepted."""
+        """Handles the signals from now on, except those that the parent process ignores."""
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -118,7 +118,7 @@ class Interrupts:
                 self._end(number)
 
     def _end(self, number: int) -> NoReturn:
-        """Ends the process at once, from any thread, whoever holds the locks of the streams."""
+        """Ends the process at once, from any thread, without the streams' locks."""
         restored = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # a progress bar may hide the cursor
         line = "" if self.is_told else _line(number)
         try:
@@ -136,7 +136,7 @@ def _line(number: int) -> str:
 
 
 def _is_unwinding() -> bool:
-    """Whether an interrupt is being handled already: another one would cut the cleaning up."""
+    """Whether an interrupt is being handled already: a second one would stop the cleaning up."""
     error = sys.exception()
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
@@ -144,6 +144,6 @@ def _is_unwinding() -> bool:
 
 
 def _unraisable(unraisable: Any) -> None:
-    """Says what a callback or a destructor raised, but for interrupts: they are raised again."""
+    """Prints what a callback or a destructor raised, except interrupts, which are raised again."""
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)

@@ -1,10 +1,10 @@
-"""Compiled kernels, kept from run to run.
+"""Keeps compiled kernels from run to run.
 
-The cache is a help and never a condition of running: what cannot be read is compiled again, and
-what cannot be kept is compiled for the run alone, with one line on stderr.  It is never trusted
-blindly either, for kept kernels are code: a folder or a file is used only if it belongs to this
-user, to root or to the owner of the installation, and if nobody else may write to it.  Every file
-carries a checksum of its name and its contents.
+lfm2kit runs without the cache, too: kernels that cannot be read are compiled again, and kernels
+that cannot be kept are compiled for this run only, with one line on stderr.  Kept kernels are code,
+so a folder or a file is used only if it belongs to this user, to root or to the owner of the
+installation, and if nobody else may write to it.  Every file has a checksum of its name and its
+contents.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TURN_SECONDS = 30.0
 
 
 class UnusableError(Exception):
-    """Why a folder or a file is left alone, in a few words."""
+    """Says in a few words why a folder or a file is not used."""
 
 
 class KernelCache:
@@ -69,12 +69,12 @@ class KernelCache:
             return None
 
     def has(self, name: str) -> bool:
-        """Whether there is something under `name`, be it good or not."""
+        """Whether a file exists under `name`, damaged or not."""
         descriptor = self._opened()
         return descriptor is not None and os.access(name + ENDING, os.F_OK, dir_fd=descriptor)
 
     def discard(self, name: str, reason: str) -> None:
-        """Throws away a kernel that cannot be used; the first time it says so."""
+        """Removes a kernel that cannot be used, and says so the first time."""
         if self._descriptor is not None:
             with suppress(OSError):
                 os.unlink(name + ENDING, dir_fd=self._descriptor)
@@ -84,7 +84,7 @@ class KernelCache:
             self.say(f"{path} cannot be used ({reason}); such kernels are compiled again")
 
     def write(self, name: str, data: bytes) -> None:
-        """Keeps `data` under `name`; the first time that this is not possible it says so."""
+        """Keeps `data` under `name`; if that fails, says so the first time."""
         if not self.keeps:
             return
         try:
@@ -95,11 +95,11 @@ class KernelCache:
 
     @contextmanager
     def turn(self, name: str) -> Iterator[None]:
-        """While a kernel is missing, one process compiles it and the others wait for their turn.
+        """Lets one process at a time compile a missing kernel, while the others wait.
 
-        The compiling is done inside, after another look whether the kernel is there by now.  Where
-        the file system has no locks nobody waits, and nobody waits for more than half a minute:
-        that several compile the same kernel does no harm.
+        Inside, look again whether the kernel is there before compiling it.  Nobody waits for more
+        than half a minute, or at all if the file system has no locks: it does no harm if several
+        processes compile the same kernel.
         """
         give_up = time.monotonic() + TURN_SECONDS
         with suppress(OSError):
@@ -116,7 +116,7 @@ class KernelCache:
                     fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def _opened(self) -> int | None:
-        """A descriptor of the folder; None where there is none, or none to be trusted."""
+        """Returns a descriptor of the folder; None if there is no folder that can be trusted."""
         if self._descriptor is None and not self._is_refused:
             try:
                 self._descriptor = _open_folder(root_folder(), self._backend)
@@ -128,7 +128,7 @@ class KernelCache:
         return self._descriptor
 
     def _made(self) -> int | None:
-        """The same, but the folder is made if there is none yet; raises `OSError`."""
+        """Does the same, but makes the folder if there is none yet; raises `OSError`."""
         if self._opened() is None and (root := root_folder()) is not None and not self._is_refused:
             _make_folder(root, self._backend)
         if (descriptor := self._opened()) is not None and not self._has_cleaned_up:
@@ -152,7 +152,7 @@ class KernelCache:
 
 
 def root_folder() -> Path | None:
-    """The folder that has a folder for each backend; None if there is no home."""
+    """Returns the folder that holds one folder per backend; None if there is no home."""
     if named := os.environ.get(VARIABLE):
         return Path(named)
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -165,9 +165,9 @@ def root_folder() -> Path | None:
 
 
 def _open_folder(root: Path | None, backend: str) -> int:
-    """A descriptor of the backend's folder, after a look at who may write there.
+    """Returns a descriptor of the backend's folder, after checking who may write there.
 
-    From here on files are named relative to it: nobody can put another folder in its place.
+    Files are then opened relative to the descriptor, so nobody can exchange the folder meanwhile.
     """
     if root is None:
         raise UnusableError("there is no home folder")
@@ -190,7 +190,7 @@ def _open_folder(root: Path | None, backend: str) -> int:
 
 
 def _check_trust(what: str, status: os.stat_result, *, is_sticky: bool = False) -> None:
-    """`UnusableError` if anybody can have written it whose code does not run here anyway."""
+    """Raises `UnusableError` if somebody untrusted may have written it."""
     if status.st_uid not in {os.geteuid(), *_trusted_by_all()}:
         raise UnusableError(f"{what} belongs to user {status.st_uid}")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_sticky:
@@ -205,7 +205,7 @@ def _trusted_by_all() -> set[int]:
 
 
 def _make_folder(root: Path, backend: str) -> None:
-    """Private, unless the folder was named and everybody trusts its owner: then all may read it."""
+    """Makes a private folder; a readable one if it was named and everybody trusts its owner."""
     is_shared = bool(os.environ.get(VARIABLE)) and os.geteuid() in _trusted_by_all()
     mode = 0o755 if is_shared else 0o700
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -248,12 +248,12 @@ def _write(folder: int, name: str, data: bytes) -> None:
 
 
 def _checksum(name: str, data: bytes) -> bytes:
-    """Of the name too: a kernel that was renamed is another one."""
+    """Covers the name, too, so that a renamed file does not pass for another kernel."""
     return hashlib.sha256(name.encode() + b"\0" + data).digest()
 
 
 def _remove_unused(folder: int) -> None:
-    """Kernels that nobody read for months, and what killed processes left half-written."""
+    """Removes kernels that nobody has read for months, and partial files of killed processes."""
     now = time.time()
     for name in os.listdir(folder):
         limit = {ENDING: UNUSED_SECONDS, PARTIAL: ABANDONED_SECONDS}.get(Path(name).suffix)
@@ -276,5 +276,5 @@ def _reason(error: Exception) -> str:
 
 
 def _quoted(path: object) -> str:
-    """A path as a line can hold it, whatever characters it has."""
+    """Returns a path in quotes, with line ends and the like escaped."""
     return repr(str(path))

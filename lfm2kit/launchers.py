@@ -1,7 +1,7 @@
-"""Whether a launcher started this process as one of several, as the environment tells it.
+"""Recognises from the environment that a launcher started this process as one of several.
 
-A launcher that starts several processes but gives them no way to find each other leaves as many
-whole runs.  No transport can notice that: for it there is no job.
+A launcher may start several processes without making them ranks of one job.  Each of them would
+then do the whole run.  A transport cannot notice that, because it sees no job.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Launcher(NamedTuple):
 
     name: str
     rank: str
-    size: str | None  # None: it says no size
+    size: str | None  # None: this launcher does not tell how many processes there are
     advice: str = MPIEXEC  # what to type to get ranks
 
 
 class Started(NamedTuple):
-    """This process is one of `size`, at least, that a launcher started."""
+    """This process is one of at least `size` that a launcher started."""
 
     launcher: Launcher
     rank: int
@@ -32,12 +32,12 @@ class Started(NamedTuple):
 
     @property
     def is_first_to_know(self) -> bool:
-        """Whether no process of a lower rank can tell that there are several."""
+        """Whether this is the lowest rank that knows that there are several."""
         return self.rank == (0 if self.launcher.size is not None else 1)
 
     @property
     def evidence(self) -> str:
-        """The variable that says so, with its value."""
+        """The environment variable that shows it, with its value."""
         name = self.launcher.size or self.launcher.rank
         return f"{name}={os.environ[name]}"
 
@@ -63,9 +63,9 @@ LAUNCHERS = (
 
 
 def started() -> Started | None:
-    """This process's place among those that a launcher started together; None if it is alone.
+    """Returns this process's place among those of a launcher; None if it is alone.
 
-    Of a launcher that says no size, the first process takes itself to be alone.
+    If the launcher does not tell the size, its first process counts as alone.
     """
     found = (_by(launcher) for launcher in LAUNCHERS)
     innermost = next((one for one in found if one is not None), None)
@@ -86,5 +86,5 @@ def _number(variable: str) -> int | None:
 
 
 def _is_interactive_shell() -> bool:
-    """In `srun --pty bash` the first task is a shell, and what is typed there is run once."""
+    """Whether a user typed the command in the shell of `srun --pty bash`, where it runs once."""
     return "SLURM_PTY_PORT" in os.environ and sys.stdin is not None and sys.stdin.isatty()

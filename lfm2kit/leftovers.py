@@ -1,8 +1,8 @@
-"""Partial files of runs that were killed: the next run that writes there removes them.
+"""Names partial files, and removes those of killed runs when the same target is written again.
 
 A file or folder that is being written is called `.NAME.PID-TOKEN.partial`, and its writer holds a
-lock on it.  On every machine and in every container that shares the folder, the lock says whether
-the writer lives; the random token keeps writers with the same process id apart.
+lock on it.  The lock shows whether the writer is alive, even on another machine or in another
+container that shares the folder.  The random token distinguishes writers with equal process ids.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def beside(path: Path, ending: str) -> Path:
-    """A new name for what is about to become `path`, or was it before."""
+    """Returns a new name beside `path`, for its partial successor or for the old one."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.{ending}")
 
 
@@ -35,9 +35,9 @@ def held(path: Path) -> Iterator[None]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what killed runs of this user left beside `path` while they wrote it.
+    """Removes the partial files that killed runs of this user left beside `path`.
 
-    Where such a run was about to exchange folders, the old one gets its name back.
+    If such a run was killed while it exchanged folders, the old folder gets its name back.
     """
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d{1,9})-[0-9a-f]{8}\.(partial|old)")
     with suppress(OSError):
@@ -57,7 +57,7 @@ def _remove(leftover: Path, path: Path, *, is_old: bool) -> None:
 
 
 def _is_abandoned(leftover: Path, pid: int) -> bool:
-    """Whether its writer, a process of this user, is gone."""
+    """Whether its writer, a process of this user, has ended."""
     if leftover.is_symlink() or leftover.stat().st_uid != os.geteuid():
         return False
     if pid != os.getpid() and _is_alive(pid):

@@ -1,4 +1,4 @@
-"""What of this machine the process may use: memory and cores, whoever limits them."""
+"""How much memory and how many cores this process may use, whoever limits them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ RLIMITS = {  # the shell's word for each, and what counts towards it in /proc/se
 
 
 class Limit(NamedTuple):
-    """Something that bounds the memory of this process; in bytes."""
+    """A limit on the memory of this process, in bytes."""
 
     name: str
     limit: int
-    free: int  # of it, pages of files counted as free: they can be given back
+    free: int  # what is left of it; file pages count as free, because they can be reclaimed
     is_shared: bool  # with the other processes of this machine, or of a container
 
     def left(self, ranks: int) -> int:
-        """For each of `ranks` processes alike on this machine."""
+        """Returns each one's share if `ranks` such processes run on this machine."""
         return self.free // ranks if self.is_shared else self.free
 
 
 def memory_limits(root: Path = Path("/")) -> Iterator[Limit]:
-    """Everything that bounds this process's memory: the machine, control groups, ulimit."""
+    """Yields all limits on this process's memory: the machine, control groups, ulimit."""
     yield _physical(root)
     for name, limit, free in cgroups.memory_limits(root):
         yield Limit(f"cgroup {name}", limit, free, is_shared=True)
@@ -44,19 +44,19 @@ def memory_limits(root: Path = Path("/")) -> Iterator[Limit]:
 
 
 def free_memory(ranks: int = 1, root: Path = Path("/")) -> int:
-    """Bytes that this process can still take, where `ranks` processes alike share the machine."""
+    """Returns the bytes that this process can still take if `ranks` such processes run here."""
     return min(limit.left(ranks) for limit in memory_limits(root))
 
 
 def tightest_limit(root: Path = Path("/")) -> Limit:
-    """What leaves this process least, were it alone."""
+    """Returns the limit that leaves this process the least."""
     return min(memory_limits(root), key=lambda limit: limit.free)
 
 
 def cores(root: Path = Path("/")) -> int:
-    """How many threads can run at once: the cores of the affinity mask, or a group's quota.
+    """Returns how many threads can run at once: the affinity mask's cores, or a group's quota.
 
-    A fraction counts as one more: threads that are stopped together compute more than fewer ones.
+    A quota is rounded up: one thread too many computes more than one too few.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     there = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -65,7 +65,7 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def _physical(root: Path) -> Limit:
-    """The machine's memory; swap is left out, as a model that lies there takes minutes a token."""
+    """Returns the machine's memory without swap, from which a token would take minutes."""
     there = _kilobytes(root / "proc/meminfo")
     if "MemTotal" not in there:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -76,7 +76,7 @@ def _physical(root: Path) -> Limit:
 
 
 def _kilobytes(path: Path) -> dict[str, int]:
-    """The figures of a file with lines such as `MemTotal:   24684092 kB`."""
+    """Reads a file with lines such as `MemTotal:   24684092 kB`."""
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:

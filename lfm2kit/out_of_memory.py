@@ -1,7 +1,7 @@
-"""Memory that runs out all the same becomes a sentence: which block, how many bytes, what to do.
+"""Turns a MemoryError into a sentence: which block, how many bytes, what to do.
 
-What is said in advance (`lfm2kit.capacity`) is the least that a model needs; others may take what
-is left, and a system may refuse earlier than it says.
+The check in advance (`lfm2kit.capacity`) is not enough: it knows only the least that a model needs,
+and other processes may take memory meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @contextmanager
 def building(placed: Placed, weights: Weights) -> Iterator[None]:
-    """While the block of `placed` is built of `weights`."""
+    """Explains a MemoryError that occurs while the block of `placed` is built."""
     try:
         yield
     except MemoryError as error:
@@ -34,7 +34,7 @@ def building(placed: Placed, weights: Weights) -> Iterator[None]:
 
 
 def in_a_forward(logits: F) -> F:
-    """Decorates `LFM2.logits(batch, ...)`."""
+    """Decorates `LFM2.logits(batch, ...)`, to explain a MemoryError in a forward."""
 
     @wraps(logits)
     def told(model: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
@@ -51,11 +51,11 @@ def in_a_forward(logits: F) -> F:
 
 
 def _layer_of(error: MemoryError, layers: list[Any]) -> str:
-    """The layer that the error passed through on its way up."""
+    """Returns the layer that raised the error, as its traceback shows."""
     passed = {id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)}
     return next((f" in layers.{i}" for i, layer in enumerate(layers) if id(layer) in passed), "")
 
 
 def _said(error: MemoryError) -> str:
-    """NumPy and CuPy say how many bytes they wanted; Python itself says nothing."""
+    """Returns the error's text: NumPy and CuPy say how many bytes they asked for."""
     return f" ({error})" if str(error) else ""

@@ -1,8 +1,8 @@
-"""What this process is doing, and how long that may take: for whoever watches the ranks of a job.
+"""Records what this process is doing and how long that may take, for whoever watches it.
 
-A rank that stops without ending would keep all others waiting for ever.  So each step is told
-here before it begins: a block built, a block computed, a kernel compiled.  A transport passes it
-on, and ends the job when a step takes longer than it may.
+A rank that hangs would keep all others waiting for ever.  So each step is announced here before it
+begins: building a block, computing a block, compiling a kernel.  A transport passes it on, and ends
+the job if a step takes longer than allowed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from lfm2kit.backend import Block
 from lfm2kit.specs import Spec, Work
 
-DEADLINE = 60.0  # seconds that a step may take, unless it says that it needs more
+DEADLINE = 60.0  # seconds that a step may take, unless it asks for more
 COMPILING = 600.0  # seconds: the longest that one kernel takes to compile, on a busy machine
-# What the slowest backend reaches on a core that it shares, and the slowest file system.
+# The rates of the slowest backend on a shared core, and of the slowest file system.
 SLOWEST_FLOPS = 1e9
 SLOWEST_BYTES = 1e7
 
@@ -23,15 +23,15 @@ SLOWEST_BYTES = 1e7
 class Step(NamedTuple):
     """The step that this process is in."""
 
-    number: int  # how many were told before it
+    number: int  # how many steps came before
     name: str  # "layers.3.operator"
-    seconds: float  # that it may take
+    seconds: float  # how long it may take
 
 
 class Progress:
-    """The steps of this process, in the order in which they are told.
+    """The steps of this process, in order.
 
-    One thread tells them; `on_step` is called after each, and any other thread may read `now`.
+    One thread announces them; `on_step` is called after each, and any thread may read `now`.
     """
 
     def __init__(self) -> None:
@@ -50,27 +50,27 @@ THIS_PROCESS = Progress()
 
 
 def step(name: str, seconds: float = 0.0) -> None:
-    """Says that `name` begins, and that it may take `seconds` where that is above the deadline.
+    """Announces that `name` begins, and may take `seconds` if that is above the deadline.
 
-    Costs less than a microsecond, and does nothing where nobody watches.  Anything that may take
-    longer than a few seconds should say so: a kernel that is compiled, a file that is written.
+    Costs less than a microsecond, and does nothing if nobody watches.  Anything that may take more
+    than a few seconds should be announced, such as compiling a kernel or writing a file.
     """
     THIS_PROCESS.step(name, seconds)
 
 
 def set_deadline(seconds: float) -> None:
-    """Sets how long a step may take that asks for no more."""
+    """Sets how long a step may take unless it asks for more."""
     THIS_PROCESS.deadline = seconds
 
 
 def allow(seconds: Mapping[str, float]) -> None:
-    """Sets how long the steps of these names may take, where that is above the deadline."""
+    """Sets how long the steps of these names may take, if that is above the deadline."""
     deadline = THIS_PROCESS.deadline
     THIS_PROCESS.allowed.update((name, s) for name, s in seconds.items() if s > deadline)
 
 
 def longest(work: Work) -> float:
-    """The seconds that `work` takes at most, on the slowest machine that is still worth using."""
+    """Returns the seconds that `work` takes on the slowest machine worth using."""
     return work.flops / SLOWEST_FLOPS + work.bytes / SLOWEST_BYTES
 
 
@@ -78,7 +78,7 @@ Wrap = Callable[[str, Spec, Block], Block]
 
 
 def telling(wrap: Wrap, names: set[str]) -> Wrap:
-    """`wrap`, and around it, for the blocks called `names`, a step at each call."""
+    """Returns `wrap` with a step announced at each call of the blocks called `names`."""
 
     def telling_wrap(name: str, spec: Spec, block: Block) -> Block:
         wrapped = wrap(name, spec, block)

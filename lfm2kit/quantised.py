@@ -1,4 +1,4 @@
-"""Quantised checkpoints, which lfm2kit does not run: known by their config or by their tensors."""
+"""Recognises quantised checkpoints, which lfm2kit does not run, by config or tensor names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ANY_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})(?:$|[.])")
 
 
 def said_by_config(fields: Mapping[str, Any]) -> str | None:
-    """Returns what to say of a config.json that tells of quantised weights; None if it does not.
+    """Returns a sentence about a config.json that says the weights are quantised; else None.
 
     `quantization_config` is transformers' key, `compression_config` compressed-tensors' older
     one, `quantization` MLX's.
@@ -50,7 +50,7 @@ def said_by_config(fields: Mapping[str, Any]) -> str | None:
 
 
 def said_by_names(names: Iterable[str]) -> str | None:
-    """Returns the same of the names of a file's tensors."""
+    """Returns a sentence about tensor names that only quantised weights have; else None."""
     for name in names:
         if (found := ANY_ENDING.search(name)) is not None:
             return f"tensor '{name}' is of quantised weights ({ENDINGS[found[1]]}); {GIVE}"
@@ -58,7 +58,7 @@ def said_by_names(names: Iterable[str]) -> str | None:
 
 
 def _method(said: Mapping[str, Any]) -> Any:
-    """What a section calls its method: the names of several tools."""
+    """Returns the name of a section's method; each tool has another key for it."""
     if said.get("quant_method") is not None:
         return said["quant_method"]
     flags = [key for key in ("load_in_4bit", "load_in_8bit") if said.get(key) is True]

@@ -1,8 +1,8 @@
-"""stdout and stderr of a process that goes on working when they cannot take what is printed.
+"""A stdout and stderr that let the process go on when nothing can be printed.
 
-A full disk is said once, at the end, when the work is done and its files are written.  A stream
-that was closed before the start takes everything and keeps nothing.  When the reader of a pipe is
-gone, as `head` is after its lines, the process ends without a word, as SIGPIPE would end it.
+A full disk is reported once, at the end, when the work is done and its files are written.  What is
+printed to a stream that was closed before the start is dropped.  When the reader of a pipe has
+left, as `head` does after its lines, the process ends silently, as SIGPIPE would end it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ReaderGone(BaseException):
 
 
 class Output(io.FileIO):
-    """A stream's file descriptor.  After its first error, which is kept, writes do nothing."""
+    """A stream's file descriptor.  It keeps its first error, and writes nothing afterwards."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -32,7 +32,7 @@ class Output(io.FileIO):
         self.ends_process = descriptor == 1  # when its reader is gone
 
     def write(self, data: Any) -> int:
-        """Writes `data`, or nothing; raises `ReaderGone`, once, where stdout lost its reader."""
+        """Writes `data`, or drops it; raises `ReaderGone` once if stdout has lost its reader."""
         if self.error is None:
             try:
                 return self._written(data)
@@ -43,7 +43,7 @@ class Output(io.FileIO):
         return len(data)
 
     def _written(self, data: Any) -> int:
-        """Waits where the descriptor is one that another process made non-blocking."""
+        """Waits if another process has made the descriptor non-blocking."""
         while (count := super().write(data)) is None:
             select.select([], [self], [])
         return count
@@ -53,7 +53,7 @@ class Streams:
     """This process's stdout and stderr, from `take` to its last instruction."""
 
     def take(self) -> None:
-        """Puts streams of ours in place of `sys.stdout` and `sys.stderr`."""
+        """Replaces `sys.stdout` and `sys.stderr`."""
         _open_closed_descriptors()
         codecs.register_error(PLAIN, _plain)
         self._stdout = Output(1)
@@ -61,7 +61,7 @@ class Streams:
         sys.stderr = _text(Output(2), sys.stderr)
 
     def conclude(self, code: int) -> int:
-        """The exit code of a process whose command ended with `code`."""
+        """Returns the exit code of the process, given its command's `code`."""
         from lfm2kit.errors import USER_ERROR, WRONG_RESULT
 
         self._stdout.ends_process = False
@@ -77,7 +77,7 @@ class Streams:
 
 
 def _open_closed_descriptors() -> None:
-    """A file that is opened later would get the number, and what is printed would land in it."""
+    """Opens them on /dev/null; else a file opened later would get what is printed."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -98,7 +98,7 @@ def _text(output: Output, before: Any) -> io.TextIOWrapper:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """What stands for characters that a stream's encoding has not."""
+    """Replaces characters that a stream's encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end].replace("±", "+-")

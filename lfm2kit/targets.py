@@ -1,4 +1,4 @@
-"""No output takes the place of a file that is read, nor of another output.
+"""Keeps an output from replacing a file that is read, or another output.
 
 Files are compared as the system knows them, by device and inode: a link, a second hard link, a
 bind mount and another spelling of a path all lead to the same file.
@@ -20,9 +20,9 @@ Identity = tuple[object, ...]
 
 
 def identity(path: Path) -> Identity:
-    """Equal for two paths that lead to one file, or that would if the file were there.
+    """Returns a value that is equal for two paths if they lead to the same file.
 
-    A file that is not there is known by its folder and its name.
+    A file that does not exist yet is identified by its folder and its name.
     """
     try:
         found = os.stat(path)
@@ -39,8 +39,8 @@ def identity(path: Path) -> Identity:
 def check_apart(outputs: Mapping[str, Path | None], reads: Mapping[str, Iterable[Path]]) -> None:
     """`Lfm2kitError` if an output is a file that is read, or another output.
 
-    `outputs` has a path by option; `reads` has files by what they are to the user.  Loaded
-    modules, kept kernels, and the files that stdout and stderr go to count as well.
+    `outputs` maps options to paths; `reads` maps descriptions ("the plan") to files.  Loaded
+    modules, kept kernels, and the files behind stdout and stderr count as well.
     """
     written = {o: path for o, path in outputs.items() if path is not None and not _is_device(path)}
     if not written:
@@ -73,7 +73,7 @@ def _kernels() -> list[Path]:
 
 
 def _printed() -> list[Identity]:
-    """The files that stdout and stderr were sent to, if they are files."""
+    """Returns the identities of the files that stdout and stderr are redirected to."""
     found: list[Identity] = []
     for descriptor in (1, 2):
         try:

@@ -1,7 +1,7 @@
-"""Text that came from outside, made fit to be printed.
+"""Makes text from outside harmless before it is printed.
 
-Paths, names, configuration values and the texts of exceptions may hold line ends, a terminal's
-commands, or characters that reorder a line.  They are shown escaped, as Python writes them.
+Paths, names, configuration values and the texts of exceptions may contain line ends, terminal
+commands, or characters that reorder a line.  They are printed escaped, as Python writes them.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ LONGEST = 500  # characters of a line on stderr
 
 
 def printable(text: str) -> str:
-    """`text` as one line; characters that do not print come escaped."""
+    """Returns `text` as one line, with unprintable characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shortened(text: str, length: int = LONGEST) -> str:
-    """`printable(text)`, without its middle where that takes it to `length` characters at most.
+    """Returns `printable(text)`, cut in the middle to at most `length` characters.
 
-    What an error is about stands at its beginning, and what to do at its end.
+    An error's subject is at its beginning, and what to do about it at its end.
     """
     total = len(text)
-    if total > length:  # nobody waits for megabytes to be escaped
+    if total > length:  # do not escape megabytes that are not shown
         text = text[:length] + text[-length:]
     text = printable(text)
     if len(text) <= length:
@@ -31,6 +31,6 @@ def shortened(text: str, length: int = LONGEST) -> str:
 
 
 def indented(text: str) -> list[str]:
-    """The lines of a longer text, printable, and indented: none can be taken for one of ours."""
+    """Returns the lines of a longer text, printable and indented, unlike lines of our own."""
     lines = text.rstrip().split("\n") if text.strip() else []
     return [f"  {shortened(line)}" for line in lines]

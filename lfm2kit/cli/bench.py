@@ -34,8 +34,8 @@ from lfm2kit.plugins import installed_plugins
 from lfm2kit.text import printable
 from lfm2kit.transport import World
 
-# Of a call's time.  Calls on cores of their own waited for 0.09 of it at most, and those that had
-# to share cores with one other process for 0.33 and more, taking twice as long.
+# A share of a call's time.  On idle cores calls waited for 0.09 of their time at most; with one
+# other process on the same cores for 0.33 and more, and took twice as long.
 TOO_MUCH_WAITING = 0.25
 
 
@@ -119,7 +119,7 @@ def bench(
 
 
 def _default_plan() -> str:
-    """The plan from the environment.  Typer would split it at blanks, as it does for a list."""
+    """Returns the plan from the environment, unsplit: Typer would split a list's at blanks."""
     return os.environ.get(options.BACKEND_VARIABLE) or AUTO
 
 
@@ -172,7 +172,7 @@ def _row(
 
 
 def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> None:
-    """One line if blocks on the CPU had to share cores: their figures are not this machine's."""
+    """Warns in one line if blocks on the CPU had to share cores, which falsifies their times."""
     on_cpu = {str(s.plan) for s in setups if _is_on_cpu(s)}
     rows = [m for m in measured if m.contender.backend in on_cpu]
     waiting = [(m.waiting or 0.0, f"{m.contender.backend}: {m.contender.test}") for m in rows]
@@ -187,7 +187,7 @@ def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> N
 
 
 def _end_where_not_finite(measured: Sequence[Measured]) -> None:
-    """One line and exit code 1 if a result had NaN or infinities: its figures mean nothing."""
+    """Ends with one line and exit code 1 if a result had NaN or infinities."""
     wrong = [f"{m.contender.backend}: {m.contender.test}" for m in measured if not m.is_finite]
     if wrong:
         complain(f"the results are not finite in {len(wrong)} of {len(measured)} rows ({wrong[0]})")

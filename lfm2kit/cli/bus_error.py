@@ -1,9 +1,9 @@
-"""A bus error as one line and exit code 2, instead of a process that dies without a word.
+"""Turns a bus error into one line and exit code 2; without this the process would die silently.
 
-The system sends SIGBUS to a thread that reads a part of a mapped file which the file has lost.
-Checks before each block and after each batch (`lfm2kit.checkpoint.mapped`) leave moments between
-them.  The thread may be one of OpenMP's, and hold any lock: no Python may run in it, only system
-calls.  So the handler is a few bytes of machine code: write the line, exit.
+The system sends SIGBUS to a thread that reads a mapped file beyond its new, shorter end.  The
+checks before each block and after each batch (`lfm2kit.checkpoint.mapped`) cannot exclude that.
+The thread may be one of OpenMP's and hold any lock, so only system calls are safe in the handler.
+It consists of a few bytes of machine code that write the line and exit.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _code: mmap.mmap | None = None  # must outlive the process's last bus error
 
 
 def explain_bus_errors(model: Path) -> None:
-    """From now on a bus error says that a file of `model` changed.
+    """Makes bus errors say that a file of `model` changed.
 
-    On other processors than x86-64, and where memory may not be executed, all stays as it is.
+    Does nothing on processors other than x86-64, or if memory may not be executable.
     """
     global _code
     if (sys.platform, platform.machine()) != ("linux", "x86_64") or faulthandler.is_enabled():

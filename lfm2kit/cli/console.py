@@ -38,13 +38,13 @@ def remark(sentence: str) -> None:
 
 
 def _say(name: tuple[str, str], between: str, sentence: str) -> None:
-    """A line on stderr: of `LONGEST` characters at most, whatever the sentence brings along."""
+    """Prints a line on stderr, at most `LONGEST` characters long."""
     said = shortened(sentence, LONGEST - len(name[0]) - len(between))
     err.print(Text.assemble(name, between, said))
 
 
 def show_traceback(error: BaseException) -> None:
-    """Where `error` comes from, on stderr; see `lfm2kit.text.indented`."""
+    """Prints the traceback of `error` on stderr, indented (`lfm2kit.text.indented`)."""
     for line in indented("".join(traceback.format_exception(error))):
         err.print(Text(line))
 
@@ -52,7 +52,7 @@ def show_traceback(error: BaseException) -> None:
 def show_table(
     rows: Iterable[Iterable[str]], *columns: Column, title: str | None = None, **style: Any
 ) -> None:
-    """A table on stdout: in a file or a pipe as wide as it is, nothing cut off."""
+    """Prints a table on stdout; in a file or a pipe, cells are not cut to a terminal's width."""
     table = Table(*columns, title=title and Text(printable(title)), **style)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
@@ -83,14 +83,14 @@ class Report:
         check_apart({"--json": self.path}, reads)
 
     def line(self, text: str = "") -> None:
-        """Prints one line, whatever the text brings along."""
+        """Prints `text` as one line."""
         stream = sys.stderr if self.target == STDOUT else sys.stdout
         print(printable(text), file=stream, flush=True)
 
     def write(self) -> None:
-        """Writes the document, in ASCII; NaN, which JSON has not, becomes null.
+        """Writes the document in ASCII; NaN and infinities, which JSON lacks, become null.
 
-        A byte of a path that is not UTF-8 is the surrogate by which `os.fsencode` gets it back.
+        A path that is not UTF-8 has surrogates, from which `os.fsencode` restores its bytes.
         """
         text = json.dumps(_without_nan(self.fields), indent=2).replace("\x7f", "\\u007f")
         if self.target == STDOUT:
@@ -102,7 +102,7 @@ class Report:
 
 @contextmanager
 def only_said(when: bool) -> Iterator[None]:
-    """An `Lfm2kitError` inside is printed and ends nothing, where worse news set the exit code."""
+    """Prints an `Lfm2kitError` instead of raising it, when worse news sets the exit code."""
     try:
         yield
     except Lfm2kitError as error:
@@ -124,7 +124,7 @@ def _without_nan(value: Any) -> Any:
 def progress(
     title: str, total: int, unit: str, scale: float = 1, *, visible: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """A bar that the yielded function moves on; nothing where stderr is no terminal."""
+    """Yields a function that advances a progress bar; shows nothing if stderr is no terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -27,7 +27,7 @@ def whole_number(
     metavar: str = "N",
     help: str | None = None,
 ) -> Any:
-    """An option that takes `least` to `most`.  Typer would refuse others in its own words."""
+    """Makes an option for whole numbers from `least` to `most`, with lfm2kit's own errors."""
 
     def parsed(text: str) -> int:
         try:
@@ -91,7 +91,7 @@ def open_model(name: str) -> Checkpoint:
 
 
 def chosen_plan(backend: str | None, plan_file: Path | None) -> Plan:
-    """The plan that `--backend` or `--plan` says."""
+    """Returns the plan of `--backend` or `--plan`."""
     if plan_file is None:
         return Plan.parse(AUTO if backend is None else backend)
     if backend is not None:
@@ -112,7 +112,7 @@ def context_for(precision: str, threads: int | None, world: World) -> Context:
 
 
 def files_of(checkpoint: Checkpoint, plan_file: Path | None) -> dict[str, list[Path]]:
-    """The files that these options make a command read, by what they are: no output may be one."""
+    """Returns the files that these options make a command read, which no output may replace."""
     return {
         "one of the model's": checkpoint.files(),
         "the plan": [] if plan_file is None else [plan_file],

@@ -1,4 +1,4 @@
-"""What `lfm2kit run` does once all is prepared: build, run, judge, print, write."""
+"""Performs a prepared `lfm2kit run`: build, run, judge, print, write."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lfm2kit.validate import Verdict, not_finite, nothing_to_compare, validate
 
 @np.errstate(all="ignore")  # what is not finite is told once, at the end
 def perform(request: Request, prepared: Prepared, transport: Transport | None) -> bool:
-    """The whole run, and whether its result is good; what it says is said by rank 0 alone."""
+    """Does the whole run, and returns whether its result is good.  Only rank 0 prints."""
     is_first = transport is None or transport.world.rank == 0
     if is_first:
         introduce(request, prepared, transport)
@@ -52,7 +52,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
 
 
 def introduce(request: Request, prepared: Prepared, transport: Transport | None) -> None:
-    """Says what will run, before it runs: nothing is chosen in silence."""
+    """Prints what was chosen, before it runs."""
     report = prepared.report
     n, seq_len = prepared.inputs.shape
     size = prepared.checkpoint.spec.weight_elements()
@@ -80,7 +80,7 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
 
 
 def built(prepared: Prepared, is_first: bool) -> LFM2:
-    """The model, with a progress bar over the bytes of its weights."""
+    """Builds the model, with a progress bar over the bytes of its weights."""
     setup, (n, seq_len) = prepared.setup, prepared.inputs.shape
     tokens = min(n, prepared.batch_size) * seq_len
     total = sum(setup.stored_bytes(leaf) for leaf in setup.placed.leaves())
@@ -114,7 +114,7 @@ def judge(logits: npt.NDArray[np.float32], answers: Path | None, precision: str)
 
 
 def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) -> None:
-    """The lines that graders grep for, word for word."""
+    """Prints the lines that graders search for, word for word."""
     report.line(f"Elapsed time: {seconds:f} (sec)")
     report.line(f"Throughput: {n / seconds:f} (samples/sec)")
     report.line(f"Peak memory: {peak_memory() / 1e9:.3g} GB")
@@ -130,7 +130,7 @@ def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) ->
 
 
 def deliver(request: Request, logits: npt.NDArray[np.float32], report: Report) -> None:
-    """Writes the files that were asked for; one that fails does not keep the other back."""
+    """Writes the files that were asked for, the second one even if the first fails."""
     failures: list[str] = []
     writes: list[Callable[[], None]] = [lambda: write_outputs(request, logits), report.write]
     for write in writes:
@@ -148,6 +148,6 @@ def write_outputs(request: Request, logits: npt.NDArray[np.float32]) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that this process has had in memory at once, mapped files included."""
+    """Returns the largest memory of this process so far in bytes, mapped files included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,6 +1,6 @@
-"""What `lfm2kit run` does before a weight is read: find everything, and check it.
+"""Finds and checks everything that `lfm2kit run` needs, before a weight is read.
 
-What is wrong with a command line, a file or this machine is an error here, not after the work.
+Whatever is wrong with the command line, a file or this machine is an error here, before the work.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All that can be known, and be wrong, before a weight is read."""
+    """Everything that is known, and checked, before a weight is read."""
 
     report: Report
     plan: Plan  # as it was asked for
@@ -71,7 +71,7 @@ class Prepared:
 
 
 def prepare(request: Request, transport: Transport | None) -> Prepared:
-    """Everything found and checked; `Lfm2kitError` says what the user must change."""
+    """Finds and checks everything; `Lfm2kitError` says what the user must change."""
     world = transport.world if transport is not None else World()
     if transport is not None and request.ranks not in (None, world.size):
         raise Lfm2kitError(
@@ -98,7 +98,7 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
 
 
 def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
-    """The ids [n, seq_len] that were asked for: from a file, or random ones."""
+    """Returns the ids [n, seq_len] that were asked for, from a file or random ones."""
     vocab_size = checkpoint.spec.embed_tokens.vocab_size
     if request.random_inputs is None:
         if request.seed is not None:
@@ -130,7 +130,7 @@ def _ids_of_file(
 
 
 def check_samples(shape: tuple[int, ...], vocab_size: int) -> None:
-    """`Lfm2kitError` where memory cannot hold the ids and the logits of all samples."""
+    """Raises `Lfm2kitError` if memory cannot hold the ids and the logits of all samples."""
     n, seq_len = shape
     what = f"{n} samples of {seq_len} tokens, and their logits, take"
     check_room(what, 4 * n * (seq_len + vocab_size), "try a smaller -n, or shorter samples")
@@ -141,9 +141,9 @@ def inputs_of(request: Request, checkpoint: Checkpoint) -> Path:
 
 
 def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> None:
-    """`Lfm2kitError` where the outputs cannot be written, or would take a file's place.
+    """Raises `Lfm2kitError` if an output cannot be written, or would replace a file that is read.
 
-    `--outputs` may take the place of the answers, which are read before it is written.
+    `--outputs` may replace the answers, which are read before it is written.
     """
     if request.outputs is not None:
         check_target("--outputs", request.outputs)
@@ -155,7 +155,7 @@ def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> N
 
 
 def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
-    """The answers to compare with, if that was asked for."""
+    """Returns the file of answers if `-v` asks for a comparison."""
     if not request.validate:
         if request.answers is not None:
             raise Lfm2kitError(f"--answers {request.answers} is for -v, which is not given")
@@ -169,12 +169,12 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
     return answers
 
 
-# What may differ between ranks, or is compared by what comes of it: a path may be a node's own.
+# Options that may differ between ranks, or whose results are compared: nodes may have other paths.
 NOT_COMPARED = {"model", "backend", "plan", "n", "batch_size", "inputs", "threads", "ranks"}
 
 
 def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
-    """A sentence for each sample file beside the model that one in `data/` is read instead of."""
+    """Yields a sentence for each sample file beside the model that one in `data/` overrides."""
     used = {"inputs": request.random_inputs is None, "answers": prepared.answers is not None}
     for name, is_used in used.items():
         is_chosen = getattr(request, name) is not None
@@ -185,7 +185,7 @@ def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
 
 
 def facts_of(request: Request, prepared: Prepared) -> Facts:
-    """What all ranks of a job must have in common, before one of them reads its weights."""
+    """Returns what all ranks of a job must have in common before they read weights."""
     asked = {name: v for name, v in asdict(request).items() if name not in NOT_COMPARED}
     settled = {
         "--backend": prepared.setup.plan,
@@ -204,7 +204,7 @@ def facts_of(request: Request, prepared: Prepared) -> Facts:
 
 
 def _fact(value: object) -> Fact:
-    """An option's value in words that suit a sentence."""
+    """Puts an option's value into words."""
     if value is None or isinstance(value, bool):
         return Fact("given" if value else "not given")
     return Fact(str(value))

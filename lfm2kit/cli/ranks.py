@@ -1,8 +1,7 @@
-"""Commands that run on several ranks: starting the job, joining it, and ending all of it.
+"""Starts, joins and ends the job of a command that runs on several ranks.
 
-What goes wrong on one rank before all of them compute has to reach the others, which would wait
-for it for ever.  So a rank joins its job first, and prepares then; one that cannot even read its
-command line joins all the same, to say so.
+An error on one rank has to reach the others, which would wait for that rank for ever.  So a rank
+first joins its job and then prepares; even a rank with a wrong command line joins, to report it.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ T = TypeVar("T")
 
 
 def joined_job(name: str) -> Transport | None:
-    """This process's place in the job that it was started in; None if it is alone.
+    """Returns the transport of the job that this process belongs to; None if it is alone.
 
-    Only the plugin of the transport `name` is loaded for it.  Raises `Lfm2kitError` where a
-    launcher started several processes that cannot be ranks of one job.
+    Loads only the plugin of the transport `name`.  Raises `Lfm2kitError` if a launcher started
+    several processes that cannot be ranks of one job.
     """
     others = started()
     try:
         launcher = find_transport(name).launcher
     except Lfm2kitError as error:
         if others is None and name == DEFAULT_TRANSPORT:
-            return None  # it need not be installed; who asks for ranks is told at the launch
+            return None  # it need not be installed; --ranks without it is an error at the launch
         refuse(str(error))
         if others is None:
             raise
@@ -64,7 +63,7 @@ def _joined(launcher: Launcher) -> Transport | None:
 
 
 def _refuse_copies(others: Started) -> NoReturn:
-    """Ends every process of a launcher that made no ranks of them; one of them says so."""
+    """Ends every process if a launcher did not make them ranks; one of them says so."""
     if not others.is_first_to_know:
         raise typer.Exit(USER_ERROR)
     raise Lfm2kitError(
@@ -75,7 +74,7 @@ def _refuse_copies(others: Started) -> NoReturn:
 
 
 def refuse(sentence: str, name: str = DEFAULT_TRANSPORT) -> None:
-    """Ends the job that this process was started in, before it has joined; returns if none."""
+    """Ends the job that this process belongs to, before it has joined; returns if there is none."""
     try:
         job = _joined(find_transport(name).launcher)
     except Lfm2kitError:
@@ -86,9 +85,9 @@ def refuse(sentence: str, name: str = DEFAULT_TRANSPORT) -> None:
 
 
 def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T], Facts]) -> T:
-    """What `prepare` returns, once every rank has come so far, and all with the same facts.
+    """Returns the result of `prepare` once every rank has prepared, with the same facts.
 
-    Otherwise every rank exits, and rank 0 says why.
+    If a rank fails, or facts differ, every rank exits and rank 0 says why.
     """
     if job is None:
         return prepare()
@@ -102,14 +101,14 @@ def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T],
 
 
 def _refusal(error: Exception) -> Refusal:
-    """The report of a rank on which `error` came up."""
+    """Returns the report of a rank on which `error` was raised."""
     exit_code, sentence, details = _reason(error)
     _show(details)
     return Refusal(f"this is a bug: {sentence}" if exit_code == BUG else sentence, exit_code)
 
 
 def _settle(job: Transport, report: Facts | Refusal) -> None:
-    """Returns where all ranks agree; else all of them exit."""
+    """Returns if all ranks agree; else all of them exit."""
     refusal = agree(job, report)
     if refusal is None:
         return
@@ -134,7 +133,7 @@ class RanksCommand(TyperCommand):
 
 
 def _sentence(error: Exception) -> str | None:
-    """What is wrong with a command line; None for what is no error, such as --help."""
+    """Returns what is wrong with a command line; None if nothing is, as for --help."""
     if isinstance(error, Lfm2kitError):
         return str(error)
     said = getattr(error, "format_message", None)  # typer's errors, wherever they are defined
@@ -142,7 +141,7 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _transport_in(words: Sequence[str]) -> str:
-    """The transport that a command line names, though there may be something wrong with it."""
+    """Returns the transport that a command line names, even if the line is wrong."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, _, value = word.partition("=")
         if option == "--transport":
@@ -151,7 +150,7 @@ def _transport_in(words: Sequence[str]) -> str:
 
 
 def launched(transport: str, ranks: int, arguments: Sequence[str]) -> int:
-    """The exit code of `lfm2kit *arguments` on `ranks` ranks."""
+    """Runs `lfm2kit *arguments` on `ranks` ranks, and returns the exit code."""
     try:
         return find_transport(transport).launcher.launch(ranks, arguments)
     except JobError as error:
@@ -168,9 +167,10 @@ def _show(details: str) -> None:
 
 @contextmanager
 def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
-    """Makes one rank's failure the whole job's, and its end known where it ends well.
+    """Reports this rank's end to the job; a failure ends all ranks.
 
-    The others would wait for a rank that has failed; one that leaves without a word has failed too.
+    The others would wait for a rank that has failed.  A rank that ends without reporting counts as
+    failed.
     """
     try:
         yield
@@ -187,7 +187,7 @@ def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> tuple[int, str, str]:
-    """The exit code, the sentence and, where asked for, the traceback of a rank's failure."""
+    """Returns the exit code, a sentence and, if asked for, the traceback of a rank's failure."""
     wanted = bool(os.environ.get(TRACEBACK))
     details = "".join(traceback.format_exception(error)) if wanted else ""
     if isinstance(error, Lfm2kitError):
