@@ -36,7 +36,7 @@ class Batch:
     max_seqlen: int  # rows of the longest sequence; 0 in an empty batch
     max_context: int  # 1 + the highest position; 0 in an empty batch
     memory: Memory = HOST
-    # What was made of this batch: by a memory's name the same there, else fewer of its rows.
+    # Batches made from this one: copies by their memory's name, trimmed ones by their reach.
     views: dict[Hashable, Batch] = field(default_factory=dict, repr=False, init=False)
 
     def __post_init__(self) -> None:
@@ -53,14 +53,14 @@ class Batch:
 
     @property
     def shape(self) -> tuple[bytes, ...]:
-        """All but the ids: a captured forward may serve every batch of an equal shape."""
+        """Everything but the ids; a captured forward may serve every batch of an equal shape."""
         host = self.on(HOST)
         arrays = host.positions, host.cu_seqlens, host.state_slots, host.logits_rows
         return tuple(array.tobytes() for array in arrays)
 
     @property
     def starts(self) -> Any:
-        """int32 [sequences], the position of each sequence's first row; where the batch is."""
+        """The position of each sequence's first row, int32 [sequences], in the batch's memory."""
         is_decoding = self.tokens == self.sequences  # a row each
         return self.positions if is_decoding else self.positions[self.cu_seqlens[:-1]]
 
@@ -77,9 +77,8 @@ class Batch:
         `starts[i]` is how many tokens of sequence i its slot has seen already (default 0);
         `slots[i]` its state slot (default i).
 
-        Raises ValueError for an empty sequence, for ids that are not integers, for a start or a
-        slot that is negative, for a slot that two share, and if their number is not that of the
-        sequences.
+        Raises ValueError for an empty sequence, ids that are not integers, a negative start or
+        slot, a slot that two sequences share, and a wrong number of starts or slots.
         """
         chunks = [_row_of_ids(sequence) for sequence in sequences]
         count = len(chunks)
@@ -113,7 +112,7 @@ class Batch:
         return self.views[memory.name]
 
     def forget_views(self) -> None:
-        """Frees what was made of this batch, which would otherwise wait for the garbage collector.
+        """Frees the batches made from this one, without waiting for the garbage collector.
 
         A batch and its views refer to each other.
         """
@@ -170,13 +169,13 @@ class Batch:
         return moved
 
     def unchecked(self, **changes: Any) -> Batch:
-        """A copy with these fields changed and no check, for changes that are known to be right."""
+        """Returns a copy with these fields changed, without checking it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return _made(**{**values, "views": {}, **changes})
 
 
 def _made(**values: Any) -> Batch:
-    """A batch of these fields, without a check."""
+    """Makes a batch of these fields without checking it."""
     batch = object.__new__(Batch)
     for name, value in values.items():
         object.__setattr__(batch, name, value)

@@ -1,7 +1,7 @@
-"""The rules that every batch keeps.  Blocks index memory by its arrays and check nothing.
+"""Checks the rules of a batch, by whose arrays blocks index memory without further checks.
 
-A check takes microseconds, because a forward may be as short as a token of a few sequences: the
-rules are whole-array operations, and few.  Negative numbers, read as uint32, are large ones.
+A forward may be as short as one token of a few sequences, so the checks take microseconds: they
+are a few whole-array operations.  Negative numbers, read as uint32, are large ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Int32 = npt.NDArray[np.int32]
 
 INT32 = np.dtype(np.int32)
-MOST_CONTEXT = 2**24  # tokens of a sequence: float32 holds no position beyond exactly
+MOST_CONTEXT = 2**24  # tokens of a sequence: float32 represents larger positions inexactly
 ARRAYS = ("token_ids", "positions", "cu_seqlens", "state_slots", "logits_rows")
 
 
@@ -42,7 +42,7 @@ def check_array(name: str, array: Any) -> None:
 
 
 def check_sequences(batch: Batch) -> None:
-    """`cu_seqlens` rises from 0 to `tokens`, a step for each sequence."""
+    """Checks that `cu_seqlens` rises from 0 to `tokens`, with one step for each sequence."""
     ends, tokens, sequences = batch.cu_seqlens, batch.tokens, batch.sequences
     if len(ends) != sequences + 1:
         raise ValueError(f"cu_seqlens has {len(ends)} entries for {sequences} sequences")
@@ -56,7 +56,7 @@ def check_sequences(batch: Batch) -> None:
 
 
 def check_positions(batch: Batch) -> None:
-    """`positions` rise by one within a sequence, from 0 or more to less than MOST_CONTEXT."""
+    """Checks that `positions` rise by one within a sequence, from 0 to MOST_CONTEXT - 1."""
     positions = batch.positions
     if len(positions) != batch.tokens:
         raise ValueError(f"there are {len(positions)} positions for {batch.tokens} tokens")
@@ -72,7 +72,7 @@ def check_positions(batch: Batch) -> None:
 
 
 def check_slots(slots: Int32) -> None:
-    """Each sequence has a slot of its own."""
+    """Checks that no two sequences share a slot."""
     taken = set(slots.tolist())
     if len(taken) < len(slots):
         raise ValueError("two sequences of the batch share a state slot")
@@ -81,7 +81,7 @@ def check_slots(slots: Int32) -> None:
 
 
 def integers(name: str, values: npt.ArrayLike) -> Int32:
-    """`values` as int32; ValueError where they are no integers, or too large for it."""
+    """Returns `values` as int32; ValueError if they are not integers, or do not fit."""
     array = np.asarray(values)
     if array.dtype == INT32:
         return array

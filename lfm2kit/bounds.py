@@ -1,8 +1,8 @@
-"""How large the sizes that come from outside may be: one bound each, the same in every format.
+"""Bounds of all sizes that come from outside, the same for every format.
 
-Larger numbers are not believed, because no model of this family comes near them, and memory or
-time would be spent before the mistake shows.  config.json, model.toml, model.bin, safetensors
-headers, plans and the command line all look here.
+No model of this family comes near them, and larger numbers would cost memory or time before the
+mistake shows.  config.json, model.toml, model.bin, safetensors headers, plans and the command line
+all use them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ NESTED = 127  # levels of JSON and TOML: the safetensors library's limit
 TOML = 2**18  # bytes of a model.toml or a plan: people write them by hand
 PARTS = 16  # of a key in TOML
 RULES = 4096  # of a plan
-COUNT = 2**20  # of what a command line asks for: samples, tokens of a sample, threads, ...
+COUNT = 2**20  # any count on the command line: samples, tokens of a sample, threads, ...
 TOKENS = 2**26  # of all samples together
 SEED = 2**63 - 1
 
 WIDTH, HEADS, KERNEL = 2**20, 2**14, 2**10
 
-# Whole numbers by the names that config.json and the specs give them.
+# The largest values of whole numbers, by their names in config.json and the specs.
 LARGEST: Mapping[str, int] = {
     "vocab_size": 2**24,
     "hidden_size": WIDTH,
@@ -51,7 +51,7 @@ LARGEST: Mapping[str, int] = {
     "repeat": LAYERS,
 }
 
-# Real numbers likewise: the least and the largest.
+# The least and largest values of real numbers.
 REAL: Mapping[str, tuple[float, float]] = {
     "eps": (1e-20, 1.0),
     "norm_eps": (1e-20, 1.0),
@@ -85,7 +85,7 @@ def real(where: str, key: str, value: Any) -> float:
 
 
 def check_tokens(samples: int, seq_len: int) -> None:
-    """Raises `Lfm2kitError` if the samples that were asked for have too many tokens together."""
+    """Raises `Lfm2kitError` if all samples together have too many tokens."""
     if samples * seq_len > TOKENS:
         raise Lfm2kitError(
             f"{samples} samples of {seq_len} tokens; lfm2kit takes up to {TOKENS} tokens at once"
@@ -95,7 +95,7 @@ def check_tokens(samples: int, seq_len: int) -> None:
 def check_tensors(model: specs.Model) -> None:
     """Raises `Lfm2kitError` if the model has too many tensors.
 
-    They are counted without their names: those of a billion experts would fill the memory.
+    Counts without listing names: the names of a billion experts would fill the memory.
     """
     total = sum(count * _tensors(layer) for layer, count in Counter(model.layers).items())
     if total > TENSORS:

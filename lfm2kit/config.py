@@ -1,6 +1,6 @@
 """The checkpoint's config.json under its own field names, and the specs that it describes.
 
-Where two keys say one thing they must agree (docs/decisions/0008-reading-checkpoints.md).
+Two keys with the same meaning must agree (docs/decisions/0008-reading-checkpoints.md).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lfm2kit.errors import Lfm2kitError
 
 CONV, ATTENTION = "conv", "full_attention"
 
-# Other names that files of this family give what the second name says; where both are there,
-# they must be equal.  The first six are older LFM2's.
+# Other names of keys in files of this family.  If both names are there, their values must be equal.
+# The first six names are older LFM2's.
 TWINS: Mapping[str, str] = {
     "block_dim": "hidden_size",
     "conv_dim": "hidden_size",
@@ -30,11 +30,11 @@ TWINS: Mapping[str, str] = {
     "num_local_experts": "num_experts",
 }
 
-# What lfm2kit has one form of: the keys, the value that says so, and what to do otherwise.
+# Keys for which lfm2kit supports a single value, and what to say about any other.
 FIXED: Mapping[str, tuple[Any, str]] = {
     "model_type": ("lfm2_moe", "give a model of that type"),
-    "hidden_act": ("silu", "no other activation is there"),
-    "block_use_swiglu": (True, "no other feed-forward is there"),
+    "hidden_act": ("silu", "it has no other activation"),
+    "block_use_swiglu": (True, "it has no other feed-forward"),
     "use_pos_enc": (True, "its attention always rotates"),
     "partial_rotary_factor": (1.0, "its attention rotates whole heads"),
     "transformers_weights": ("model.safetensors", "give that file its usual name"),
@@ -190,7 +190,7 @@ def _moe(c: ModelConfig) -> specs.SparseMoe:
 
 
 def _check_form(fields: Mapping[str, Any]) -> None:
-    """Refuses what changes the model and is not there."""
+    """Refuses settings that would need another model than the one lfm2kit has."""
     if (sentence := quantised.said_by_config(fields)) is not None:
         raise Lfm2kitError(sentence)
     if fields.get("text_config") is not None:
@@ -201,7 +201,7 @@ def _check_form(fields: Mapping[str, Any]) -> None:
 
 
 def _check_twins(fields: Mapping[str, Any]) -> None:
-    """Refuses two keys that say one thing and differ: other readers take the other."""
+    """Refuses two keys with one meaning and different values: readers differ in which they take."""
     for twin, key in TWINS.items():
         _check_equal(twin, fields.get(twin), key, fields.get(key))
 
@@ -255,7 +255,7 @@ def _head_dim(fields: Mapping[str, Any], hidden_size: int, heads: int) -> int:
 
 
 def _rope_theta(fields: Mapping[str, Any]) -> float:
-    """The base of the rotary angles, wherever it stands; no scaled form is there."""
+    """Returns the base of the rotary angles; refuses every scaled form of RoPE."""
     found = _thetas(fields)
     if not found:
         raise Lfm2kitError("key 'rope_theta' is missing, and 'rope_parameters.rope_theta' as well")
@@ -271,9 +271,9 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
 
 
 def _thetas(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Every theta that is there: nested (LFM2.5), flat, and under older LFM2's name.
+    """Returns every theta by its key: nested (LFM2.5), flat, and under older LFM2's name.
 
-    `rope_scaling` is what model cards say to add for long contexts.
+    Model cards tell users to add `rope_scaling` for long contexts.
     """
     found = {}
     for key in ("rope_parameters", "rope_scaling"):
@@ -287,7 +287,7 @@ def _thetas(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_unscaled(key: str, nested: Any) -> None:
-    """Refuses a form of RoPE other than the default, by the name that it has."""
+    """Refuses a form of RoPE other than the default, and names it."""
     if not isinstance(nested, dict):
         raise Lfm2kitError(f"{key} is {brief(nested)}; expected an object")
     for name, value in nested.items():

@@ -59,7 +59,7 @@ class Setup:
     again: Callable[..., Setup]  # the same, but for the options of `set_up` that it is given
 
     def notes(self) -> Iterator[str]:
-        """What is to be said of the checkpoint, and by the backends of the plan, for this run."""
+        """Yields remarks on the checkpoint, and notes from the backends of the plan."""
         yield from self.checkpoint.remarks
         for name in sorted(self.plan.backends()):
             backend = self.create(name)
@@ -69,15 +69,15 @@ class Setup:
     def build(
         self, built: Callable[[Placed], None] = lambda placed: None, *, tokens: int = 0
     ) -> LFM2:
-        """The model, ready for forwards of `tokens` tokens; `built` is called after each block.
+        """Builds the model for forwards of `tokens` tokens; calls `built` after each block.
 
-        Raises `Lfm2kitError` where a memory is too small, before any of it is taken.
+        Raises `Lfm2kitError` if a memory is too small, before any of it is allocated.
         """
         self._check_memory(self.placed, tokens)
         return build_model(self.placed, self.builder(built), self.plan.default)
 
     def build_block(self, placed: Placed, *, tokens: int) -> Block:
-        """One block of the model, ready for calls of `tokens` rows; errors as those of `build`."""
+        """Builds one block of the model for calls of `tokens` rows; raises as `build` does."""
         self._check_memory(placed, tokens)
         block: Block = self.builder().build(placed)
         return block
@@ -87,13 +87,13 @@ class Setup:
         return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks)
 
     def shortage(self, tokens: int = 0) -> str | None:
-        """Which memory is too small, by how much, and what would fit; None if all is well."""
+        """Says which memory is too small, by how much, and what would fit; None if none is."""
         return self._shortage(self.placed, tokens)
 
     def _check_memory(self, placed: Placed, tokens: int) -> None:
         if (sentence := self._shortage(placed, tokens)) is not None:
             raise Lfm2kitError(sentence)
-        if self.transport is not None:  # what one rank takes must not be missing in another's sum
+        if self.transport is not None:  # no rank allocates before all on its machine have looked
             self.transport.barrier()
 
     def _shortage(self, placed: Placed, tokens: int) -> str | None:
@@ -106,9 +106,9 @@ class Setup:
         return f"{short}; try {' or '.join(self._fitting(short.memory)) or nothing}"
 
     def _fitting(self, memory: str) -> Iterator[str]:
-        """The options with which this setup would fit: a precision, and the fewest layers.
+        """Yields options with which this setup would fit: a precision, the fewest CPU layers.
 
-        Experts that go to the CPU are in the host's memory then.
+        Experts on the CPU take the host's memory instead.
         """
         for precision in self.plugins.backend(self.plan.default).precisions:
             if self._fits(context=replace(self.context, precision=precision)):
@@ -128,7 +128,7 @@ class Setup:
         return other.sizes.shortage(other.placed) is None
 
     def builder(self, built: Callable[[Placed], None] = lambda placed: None) -> Builder:
-        """What makes the blocks of `placed`, or of a part of it."""
+        """Returns a builder for the blocks of `placed`, or of a part of it."""
 
         def check(placed: Placed) -> None:
             self.checkpoint.files_of(placed.scope, placed.spec).check_unchanged()
@@ -144,7 +144,7 @@ class Setup:
         return Builder(self.checkpoint.weights, self.create, self.joins, wrap, done, check)
 
     def stored_bytes(self, placed: Placed) -> int:
-        """Of the weights of `placed`, in the checkpoint."""
+        """Returns the bytes that the weights of `placed` take in the checkpoint."""
         return sum(t.nbytes for t in self.checkpoint.tensors_of(placed.scope, placed.spec))
 
 
@@ -192,7 +192,7 @@ def load_model(path: str | Path, backend: str = AUTO, *, threads: int | None = N
     model = load_model("tiny", "cpu_simd,attn=reference")
     logits = model.logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))
 
-    Warns of what is doubtful about the checkpoint, such as two sets of weights in one folder.
+    Warns about doubtful checkpoints, such as two sets of weights in one folder.
     """
     checkpoint = open_checkpoint(find_model(str(path)))
     for remark in checkpoint.remarks:

@@ -1,4 +1,4 @@
-"""What a model remembers of sequences, and which batches may go on from it."""
+"""What a model remembers of sequences, and which batches may continue them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ModelState:
         object.__setattr__(self, "seen", np.zeros(self.slots, np.int32))
 
     def check(self, batch: Batch) -> None:
-        """ValueError where the host `batch` does not fit, or goes on from what is not there."""
+        """Raises ValueError if the host `batch` does not fit, or continues where no sequence is."""
         slots, starts = batch.state_slots, batch.starts
         if len(slots) and slots.max() >= self.slots:
             raise ValueError(f"a state slot lies outside the {self.slots} there are")
@@ -40,10 +40,10 @@ class ModelState:
             )
 
     def forget(self, batch: Batch) -> None:
-        """Before a forward, which may fail half-way: its slots then hold no sequence."""
+        """Marks the batch's slots as empty before a forward, which may fail half-way."""
         self.seen[batch.state_slots] = 0
 
     def advance(self, batch: Batch) -> None:
-        """After a forward: its slots hold all that the batch had of their sequences."""
+        """Records after a forward how many tokens the batch's slots hold."""
         ends = batch.cu_seqlens
         self.seen[batch.state_slots] = batch.starts + ends[1:] - ends[:-1]

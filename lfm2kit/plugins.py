@@ -174,17 +174,17 @@ def installed_plugins() -> Plugins:
 
 
 def find_transport(name: str) -> TransportPlugin:
-    """The transport `name`, from its plugin alone: no other is loaded, whatever is wrong with it.
+    """Loads the plugin of the transport `name`, and no other plugin, and returns the transport.
 
-    The entry point called `name` is that plugin, and needs no place in the allow-list; only where
-    it announces no such transport are those of the list asked.  Raises `Lfm2kitError`.
+    That is the plugin whose entry point is called `name`, even if the allow-list leaves it out.
+    Plugins of the list are loaded only if it announces no such transport.  Raises `Lfm2kitError`.
     """
     named = Plugins([entry for entry in _installed() if entry.name == name])
     if name in named.transports:
         return named.transports[name]
     if named.broken:
         raise Lfm2kitError(
-            f"transport '{name}' cannot be had: its plugin is broken: {named.broken[0].reason}"
+            f"transport '{name}' cannot be used: its plugin is broken: {named.broken[0].reason}"
         )
     plugins = installed_plugins()
     if name not in plugins.transports:

@@ -1,4 +1,4 @@
-"""Captured forwards by the shape of their batches: few enough to stay in memory."""
+"""Keeps captured forwards by the shape of their batches, within bounds."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from lfm2kit.backend import Replay
 from lfm2kit.memory import Bounded, Memory
 
 MOST = 64  # a graph of a thousand kernels takes some ten megabytes of the driver's memory
-SHARE = 0.5  # of what is free in their memory, or would be without them
-FREE_IF_UNKNOWN = 4 << 30  # bytes, where the memory does not say
+SHARE = 0.5  # of the memory that would be free without them
+FREE_IF_UNKNOWN = 4 << 30  # bytes, if the memory does not know what is free
 
 
 class Replays:
-    """The replays that were used last, at most `most`, and no more bytes than their share.
+    """The replays used last: at most `most`, and at most their share of the memory.
 
-    The newest is kept whatever it takes.  A replay that is let go is closed.
+    The newest is always kept.  A replay that is dropped is closed.
     """
 
     def __init__(self, memory: Memory, most: int = MOST) -> None:
@@ -31,13 +31,13 @@ class Replays:
         return sum(replay.nbytes for replay in self._kept.values())
 
     def get(self, shape: Hashable, capture: Callable[[], Replay]) -> Replay:
-        """The replay of this shape, captured if it is not there."""
+        """Returns the replay of this shape; captures it if there is none."""
         replay = self._kept.pop(shape, None) or self._captured(capture)
         self._kept[shape] = replay
         return replay
 
     def close(self) -> None:
-        """Lets all of them go."""
+        """Drops all of them."""
         while self._kept:
             self._drop()
 

@@ -74,21 +74,22 @@ class Checkpoint:
         return in_data if in_data.exists() else self.folder / name
 
     def passed_over(self, name: str) -> Path | None:
-        """The file `name` right beside the model, where another one in `data/` is taken."""
+        """Returns the file `name` beside the model if another one in `data/` overrides it."""
         chosen, other = self.beside(name), self.folder / name
         return other if other.exists() and not other.samefile(chosen) else None
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file's name is one that checkpoints give to what they consist of."""
+    """Whether a file has the name of a checkpoint's part."""
     named = path.name in (CONFIG, SPECS, MODEL_BIN, INPUTS) or is_companion(Path(path.name))
     return named or ".safetensors" in path.name
 
 
 def check_no_part(option: str, path: Path) -> None:
-    """`Lfm2kitError` where writing `path` would replace a part of some checkpoint.
+    """Raises `Lfm2kitError` if writing `path` would replace a part of some checkpoint.
 
-    This goes by names, for models that nothing is read from now; `lfm2kit.targets` compares files.
+    It looks at names alone, and so protects models that this command does not read, too;
+    `lfm2kit.targets` compares files.
     """
     if path.exists() and any(map(is_part, (path, path.resolve()))):
         raise Lfm2kitError(f"{option} {path}: this is a checkpoint's file; give another name")
@@ -135,7 +136,7 @@ def _read_config(path: Path, folder: Path) -> ModelConfig | None:
 
 
 def _spec(folder: Path, config: ModelConfig | None, tensors: Mapping[str, Tensor]) -> specs.Model:
-    """The model that the folder describes; two descriptions must agree."""
+    """Returns the model that the folder describes; two descriptions must agree."""
     if config is None:
         return read_spec(folder / SPECS)
     stated = config.tie_word_embeddings
@@ -146,7 +147,7 @@ def _spec(folder: Path, config: ModelConfig | None, tensors: Mapping[str, Tensor
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """The same values, whatever their types: a tied model may store its head all the same."""
+    """Whether two tensors have equal values, whatever their types."""
     return a.shape == b.shape and all(
         np.array_equal(
             Tensor("", a.dtype, a.data[i : i + ROWS_AT_ONCE]).float32(),

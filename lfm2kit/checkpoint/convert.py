@@ -46,7 +46,7 @@ MAX_SHARD = 5_000_000_000  # bytes: Hugging Face's own default
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What to write: shapes known beforehand, values made when their turn comes, in any thread."""
+    """What to write: the shapes, and a function that makes values when needed, in any thread."""
 
     config: Mapping[str, Any]  # the keys of config.json
     shapes: Mapping[str, tuple[int, ...]]  # by canonical name
@@ -111,7 +111,7 @@ def write_checkpoint(
 def _made(
     source: Source, stored: Mapping[str, DType], done: Done
 ) -> Iterator[Callable[[str], Iterator[npt.NDArray[Any]]]]:
-    """A function that gives the pieces of each tensor of `stored`, asked for in its order."""
+    """Yields a function that gives the pieces of a tensor; call it in the order of `stored`."""
 
     def make(part: tuple[str, int]) -> npt.NDArray[Any]:
         name, begin = part
@@ -147,9 +147,9 @@ def _write_bin(
 
 
 def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
-    """Whether the config beside the target says the same, and stays.
+    """Whether the config beside the target already describes the source, and stays.
 
-    The source's own describes the source as well, whatever may be overwritten.
+    The source's own config is never overwritten.
     """
     is_own = identity(config) in map(identity, source.origin.files)
     if not os.path.exists(config) or (overwrite and not is_own):
@@ -160,7 +160,7 @@ def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
 
 
 def _stating(config: Mapping[str, Any], dtype: DType | None) -> Mapping[str, Any]:
-    """The config with the type that the weights were converted to."""
+    """Returns the config with the type of the converted weights."""
     if dtype is None:
         return config
     others = {key: value for key, value in config.items() if key != "torch_dtype"}

@@ -1,6 +1,7 @@
-"""What a path, or a set of tensor names, is where it is no model that lfm2kit runs.
+"""Recognises paths and tensor names that are no model for lfm2kit.
 
-One sentence each: what it is, and what to type.  `lfm2kit.file_kinds` knows single files.
+For each there is one sentence: what it is, and what to type.  `lfm2kit.file_kinds` recognises
+single files.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ WRAPPERS = {
 
 
 def check_model(path: Path) -> None:
-    """Raises `Lfm2kitError` where `path` is known to be something else than a model."""
+    """Raises `Lfm2kitError` if `path` is known to be something other than a model."""
     if not os.path.exists(path):
         raise Lfm2kitError(f"{path}: {broken_link(path) or 'no such file or folder'}")
     if os.path.isdir(path):
@@ -58,7 +59,7 @@ def check_model(path: Path) -> None:
 
 
 def check_names(path: Path, names: Collection[str]) -> None:
-    """Raises `Lfm2kitError` where canonical names tell of quantised weights or a wrapped model."""
+    """Raises `Lfm2kitError` if canonical names show quantised weights or a wrapped model."""
     if (quantised := said_by_names(names)) is not None:
         raise Lfm2kitError(f"{path}: {quantised}")
     if any(".lora_A." in name or ".lora_B." in name for name in names):
@@ -75,7 +76,7 @@ def check_names(path: Path, names: Collection[str]) -> None:
 
 
 def why_absent(name: str) -> str | None:
-    """Returns what a name that is no path may have meant, and what to type; None if unknown."""
+    """Explains a model's name that is no path, and says what to type; None if unknown."""
     if (link := broken_link(Path(name))) is not None:
         return link
     if name.startswith("~"):
@@ -88,7 +89,7 @@ def why_absent(name: str) -> str | None:
 
 
 def _part(path: Path) -> str | None:
-    """A file that belongs to a model, but is not one."""
+    """Explains a file that belongs to a model, but is not one."""
     give_folder = f"give the folder: --model {path.parent}"
     shard = re.search(r"-\d+-of-(\d+)\.safetensors$", path.name)
     if shard is not None and int(shard[1][:9]) > 1:
@@ -126,7 +127,7 @@ def _folder(folder: Path) -> str | None:
 
 
 def _elsewhere(folder: Path, names: Sequence[str]) -> str | None:
-    """A folder around models: the hub's cache, one model's place in it, a training's output."""
+    """Explains a folder around models: the hub's cache, a model's folder in it, training output."""
     if cached := matching(names, "models--*"):
         return f"this is the hub's cache, not a model; {_snapshot(folder / cached[0])}"
     if "snapshots" in names:
@@ -138,7 +139,7 @@ def _elsewhere(folder: Path, names: Sequence[str]) -> str | None:
 
 
 def _snapshot(cached: Path) -> str:
-    """Which snapshot of a model in the hub's cache to give: the main one, or the last by name."""
+    """Says which snapshot of a model in the hub's cache to give: the main one, or the last."""
     snapshots, main = cached / "snapshots", cached / "refs" / "main"
     names = sorted(os.listdir(snapshots)) if os.path.isdir(snapshots) else []
     if not names:

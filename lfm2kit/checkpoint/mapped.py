@@ -1,4 +1,4 @@
-"""Files mapped into memory, and the check that both formats make before they believe a header."""
+"""Maps files into memory, and checks that headers describe their files truly."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class Extent(NamedTuple):
 
 
 class MappedFile(NamedTuple):
-    """A file that is mapped, and what was known of it at that time."""
+    """A mapped file, and its status when it was mapped."""
 
     path: Path
     seen: os.stat_result
 
     def check(self, its_map: mmap.mmap) -> None:
-        """`Lfm2kitError` if the file is not what it was; one that took its name does no harm."""
+        """Raises `Lfm2kitError` if the file has changed; another file with its name is harmless."""
         try:
             now = os.stat(self.path)
         except OSError:
-            now = self.seen  # it lost its name, and nothing else
+            now = self.seen  # it was removed, and the map is still valid
         is_same = (now.st_dev, now.st_ino) == (self.seen.st_dev, self.seen.st_ino)
         is_written = is_same and now.st_mtime_ns != self.seen.st_mtime_ns
         if is_written or its_map.size() != self.seen.st_size:
@@ -59,16 +59,16 @@ class Files:
         self._maps = [m for m in maps if m is not None and m in _FILES]
 
     def check_unchanged(self) -> None:
-        """`Lfm2kitError` naming the first file that was written to since it was mapped.
+        """Raises `Lfm2kitError` for the first file that was written to since it was mapped.
 
-        Reading a part of a map that its file has lost ends the process.
+        Reading a mapped file beyond its new, shorter end would end the process.
         """
         for its_map in self._maps:
             _FILES[its_map].check(its_map)
 
 
 def map_file(path: Path) -> Bytes:
-    """The bytes of a file, read-only; nothing is read until someone looks.
+    """Maps a file and returns its bytes, read-only; nothing is read before it is used.
 
     Raises `Lfm2kitError` for an empty file, a pipe or device, and a file of another format.
     """
@@ -104,9 +104,9 @@ def check_extents(path: Path, extents: Iterable[Extent], start: int, size: int) 
 
 
 def release(array: npt.NDArray[Any]) -> None:
-    """Gives back the memory of a view of a map; who looks again reads the file again.
+    """Gives back the memory of a view of a map; the file is read again when the view is used.
 
-    What a backend has packed need not stay in memory a second time.
+    Weights that a backend has packed need not stay in memory twice.
     """
     owner = _map_of(array)
     if owner is None or not hasattr(mmap, "MADV_DONTNEED"):
@@ -119,7 +119,7 @@ def release(array: npt.NDArray[Any]) -> None:
 
 
 def _map_of(array: npt.NDArray[Any]) -> mmap.mmap | None:
-    """The map that an array is a view of, if it is one."""
+    """Returns the map that an array is a view of, if any."""
     owner: Any = array
     while isinstance(owner, np.ndarray):
         owner = owner.base

@@ -1,6 +1,6 @@
-"""Tensors in pieces: several threads make them, a few ahead of the one that is being written.
+"""Makes tensors in pieces, in several threads, a few pieces ahead of the one being written.
 
-So a checkpoint of any size passes through little memory, as fast as all cores together make it.
+In this way a checkpoint of any size takes little memory and uses all cores.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def threads() -> int:
 
 
 def in_order(make: Callable[[Task], Made], tasks: Iterable[Task]) -> Generator[Made]:
-    """What `make` returns for each task, in their order; made in threads, a bounded number ahead.
+    """Yields `make(task)` for each task, in order, computed in threads a bounded number ahead.
 
-    Close the iterator if it is not exhausted: its threads would go on until they are ahead.
+    Close the iterator if it is not exhausted, to stop its threads.
     """
     count = threads()
     ahead: deque[Future[Made]] = deque()

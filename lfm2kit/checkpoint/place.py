@@ -1,4 +1,4 @@
-"""Where a converted checkpoint may be written: nothing is replaced unasked, and no file is lost."""
+"""Decides where a converted checkpoint may be written, so that no file is lost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
 def _others(
     checkpoint: Checkpoint, weights: tuple[Path, ...], kept: Mapping[Path, Path]
 ) -> Iterator[str]:
-    """The visible entries of a checkpoint's folder that are neither read nor copied."""
+    """Yields the visible entries of a checkpoint's folder that are neither read nor copied."""
     if not checkpoint.path.is_dir():
         return  # what lies beside a single file need not belong to it
     taken = {identity(path) for path in weights}
@@ -80,13 +80,13 @@ def check_place(
 
 
 def _check_bin(target: Path, origin: Origin) -> None:
-    """A model.bin may be rewritten in place, but must not replace another file of its source."""
+    """Refuses a model.bin that would replace a file of its source, except that model.bin itself."""
     if not origin.is_at(target) and identity(target) in map(identity, origin.files):
         raise Lfm2kitError(f"{target}: the source is read from this file; give another name")
 
 
 def _check_folder(target: Path, origin: Origin, staged: Path | None) -> None:
-    """A folder is replaced as a whole, so it must hold nothing that the new one lacks."""
+    """Refuses to replace a folder if it holds a file that the new one lacks."""
     own = {identity(path) for path in origin.weights} if origin.is_at(target) else set()
     for path in target.rglob("*"):
         name = path.relative_to(target)

@@ -1,4 +1,4 @@
-"""What a folder says twice, or holds besides the weights that are read: one remark each."""
+"""Remarks on a model's folder: weights that are left unread, and an index that is wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMED = 3  # of the files that are not read; the others are counted
 
 
 def remarks_on(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """What a user should know of a folder whose weights were read as `tensors`."""
+    """Yields remarks on a folder whose weights were read as `tensors`."""
     first = next(name for name in WEIGHTS if os.path.exists(folder / name))
     shards = _shards(folder)
     read = {first, *(shards if first == INDEX else ())}
@@ -33,7 +33,7 @@ def remarks_on(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _shards(folder: Path) -> set[str]:
-    """The files that the index names; none if there is no index, or it cannot be read."""
+    """Returns the files that the index names; none if it is missing or cannot be read."""
     if not os.path.exists(folder / INDEX):
         return set()
     try:
@@ -43,7 +43,7 @@ def _shards(folder: Path) -> set[str]:
 
 
 def _staleness(folder: Path, shards: set[str]) -> str:
-    """save_pretrained of one file removes the shards that were there, but not their index."""
+    """Says that an index is stale: save_pretrained removes old shards, but not their index."""
     is_here = any("/" not in name and os.path.exists(folder / name) for name in shards)
     return "" if is_here else " (stale: it names no file that is here; delete it)"
 
@@ -54,7 +54,7 @@ def _has_weights(name: str) -> bool:
 
 
 def _size(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """An index says how many bytes its tensors have; transformers does not compare."""
+    """Compares the bytes that an index states with its tensors; transformers does not."""
     metadata = read_index(folder / INDEX).get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(tensor.nbytes for tensor in tensors.values())
