@@ -1,4 +1,4 @@
-"""The launcher that a rank was started by, where it runs on the same machine."""
+"""Finds the launcher that started a rank, if it runs on the same machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LAUNCHERS = {"mpiexec", "mpiexec.hydra", "mpirun", "orterun", "prterun"}
 
 
 class Launcher:
-    """A process that is signalled for as long as it is itself: never another one of its number."""
+    """A process to be signalled; a later process with its id never gets the signal."""
 
     def __init__(self, pid: int) -> None:
         self._process = os.pidfd_open(pid)
@@ -23,7 +23,7 @@ class Launcher:
 
 
 def launcher_of(pid: int) -> Launcher | None:
-    """The nearest ancestor of `pid` that is an MPI launcher of this user; None where none is."""
+    """Returns the nearest ancestor of `pid` that is an MPI launcher of this user, if any."""
     if not hasattr(os, "pidfd_open"):
         return None
     with suppress(OSError):

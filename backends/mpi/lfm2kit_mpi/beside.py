@@ -1,6 +1,7 @@
-"""The hub of a job that this program did not start: a process of its own beside rank 0.
+"""Runs the hub of a job that this program did not start, in a separate process beside rank 0.
 
-A thread would end with rank 0, and could not run while a kernel there holds Python's lock.
+A thread would end with rank 0, and could not run while a kernel holds Python's lock there.
+
     python -m lfm2kit_mpi.beside SOCKET SIZE DEADLINE KEY_PIPE
 """
 
@@ -26,7 +27,7 @@ TO_END = 1.0  # seconds for ranks to end when told to
 
 
 def start_hub(size: int) -> tuple[list[str], int, str]:
-    """Starts the hub's process; where it listens (addresses and port) and the job's key."""
+    """Starts the hub's process, and returns its addresses, its port and the job's key."""
     key = hubs.new_key()
     read, write = os.pipe()
     with hubs.listening() as listener:
@@ -65,7 +66,7 @@ async def _watch(listener: socket.socket, hub: Hub) -> None:
 
 
 async def _end(hub: Hub, exit_code: int, launcher: Launcher | None) -> None:
-    """Ends every rank, and then a launcher that waits for a machine which is cut off."""
+    """Ends every rank, and then the launcher, which may wait for a machine that is cut off."""
     drop_names_of(hub.processes_here())
     hub.end_ranks(exit_code)
     await asyncio.sleep(TO_END)

@@ -1,4 +1,4 @@
-"""What a job's ranks were last heard to do, and which of them is at fault.  Nothing here waits."""
+"""Decides which rank of a job is at fault, from what the ranks last reported."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple
 from lfm2kit.errors import BUG
 from lfm2kit_mpi.page import Reader
 
-SILENT = 1.0  # seconds: a rank that can speak does so more often
-STARTING = 3.0  # seconds beyond the deadline, for a rank to start and say its first word
+SILENT = 1.0  # seconds: a rank that can report does so more often
+STARTING = 3.0  # seconds beyond the deadline, for a rank to start and send its first report
 
 
 class Fault(NamedTuple):
-    """Why a job ends before its result, and with which exit code."""
+    """Why a job ends without a result, and with which exit code."""
 
     sentence: str
     exit_code: int = BUG
@@ -25,20 +25,20 @@ class Fault(NamedTuple):
 
 @dataclass(slots=True)
 class Rank:
-    """One rank, as its last words tell; times are those of the process that listens."""
+    """What a rank last reported; times are those of the process that listens."""
 
     number: int
     host: str
     pid: int
-    place: str  # the kernel and the process namespace that `pid` is of
-    heard: float  # when it last said anything
+    place: str  # the kernel and the process namespace that `pid` belongs to
+    heard: float  # when its last report came
     moved: float  # when it last began a step, or entered or left a collective
     doing: str = "starting"
     is_waiting: bool = False  # in a collective: it cannot go on before the others come
-    seconds: float = 0.0  # that its step may take
+    seconds: float = 0.0  # how long its step may take
     is_done: bool = False
     last_words: str = ""  # what Python's fault handler wrote as the process crashed
-    page: Reader | None = None  # has what it is doing at this moment, if it is of this machine
+    page: Reader | None = None  # what it is doing at this moment, if it runs on this machine
     count: list[int] = field(default_factory=list)
 
     @property
@@ -47,16 +47,16 @@ class Rank:
         return f"rank {self.number} on {self.host}, {doing}"
 
     def tell(self, now: float, count: list[int], doing: str, is_waiting: bool) -> None:
-        """Takes in what the rank said; `count` differs from the last one if it has gone on."""
+        """Takes in a report; `count` differs from the last one if the rank has made progress."""
         self.doing, self.is_waiting = doing, is_waiting
         if count != self.count:
             self.count, self.moved = count, now
 
 
 def stuck(ranks: Iterable[Rank], now: float) -> Fault | None:
-    """The fault of a rank that says nothing any more, or that does not go on; None if all is well.
+    """Returns the fault of a rank that is silent or makes no progress; None if there is none.
 
-    A rank that waits in a collective is not to blame as long as any other may still arrive there.
+    A rank that waits in a collective is not to blame as long as another may still arrive there.
     """
     working = [rank for rank in ranks if not rank.is_done]
     for rank in working:
@@ -74,7 +74,7 @@ def stuck(ranks: Iterable[Rank], now: float) -> Fault | None:
 
 
 def lingering(ranks: Iterable[Rank], now: float, seconds: float) -> Fault | None:
-    """The fault of `ranks`, still there for longer than `seconds` after all ranks were done."""
+    """Returns the fault of `ranks` that have not ended `seconds` after all ranks were done."""
     last = max(ranks, key=lambda rank: rank.heard, default=None)
     if last is None or now - last.heard <= seconds:
         return None
@@ -91,7 +91,7 @@ def not_joined(size: int, joined: Iterable[int], seconds: float) -> Fault:
 
 
 def gone(rank: Rank, number: int | None = None) -> Fault:
-    """The fault of a rank whose process ended before it was done; `number` is the signal's."""
+    """Returns the fault of a rank that ended before it was done; `number` is the signal's."""
     if rank.last_words:
         return Fault(f"{rank.where}: its process crashed: {rank.last_words}")
     if number is not None:
@@ -111,7 +111,7 @@ def _no_progress(seconds: float) -> str:
 
 
 def place() -> str:
-    """Names the kernel and the process namespace in which this process has its id."""
+    """Returns the kernel and the process namespace in which this process has its id."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -120,7 +120,7 @@ def place() -> str:
 
 
 def is_stopped(rank: Rank) -> bool:
-    """Whether the rank's process, if it is of this machine, was stopped by a signal."""
+    """Whether the rank's process runs on this machine and was stopped by a signal."""
     if not rank.place or rank.place != place():
         return False
     try:

@@ -1,7 +1,7 @@
-"""What every rank of a job reports to: it learns of faults, says them once, and ends all ranks.
+"""The hub, to which every rank of a job reports: it finds faults, and ends all ranks.
 
-It lives in the process that starts the job with `--ranks`; under a launcher of the user's own it is
-a process beside rank 0 (see `lfm2kit_mpi.beside`).  A rank's messages are lines of JSON over TCP.
+With `--ranks` it is part of the process that starts the job; under another launcher it is a process
+beside rank 0 (see `lfm2kit_mpi.beside`).  A rank's reports are lines of JSON over TCP.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FATAL = b"Fatal Python error: "  # how Python's fault handler begins
 
 
 class Hub:
-    """The ranks that have joined, what they said last, and the job's result or fault."""
+    """The ranks that have joined, their last reports, and the job's result or fault."""
 
     def __init__(self, size: int, deadline: float, key: str) -> None:
         self.size = size
@@ -54,7 +54,7 @@ class Hub:
         return bool(self._writers)
 
     def look(self) -> None:
-        """Notices ranks that do not join, go on or speak."""
+        """Looks for ranks that do not join, make no progress or are silent."""
         now = monotonic()
         pause = now - self._looked
         if pause > 10 * LOOK:  # this process itself was stopped, or had no core
@@ -71,7 +71,7 @@ class Hub:
             self.fault = self.fault or lingering(connected, now, self.deadline)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, from its first word to its end."""
+        """Serves one connection until it ends."""
         rank = None
         try:
             async with asyncio.timeout(self.deadline + STARTING):
@@ -79,7 +79,7 @@ class Hub:
             while rank is not None and (line := await reader.readline()):
                 self._hear(rank, line)
         except (OSError, ValueError, KeyError, TimeoutError):
-            pass  # the connection broke, or who is there is no rank of this job
+            pass  # the connection broke, or its other end is not a rank of this job
         except asyncio.CancelledError:
             pass  # the hub ends: asyncio would print this as an error
         finally:
@@ -95,7 +95,7 @@ class Hub:
     async def _welcome(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> Rank | None:
-        """The rank at the other end, if it knows the job's key."""
+        """Returns the rank at the other end, if it knows the job's key."""
         nonce = secrets.token_hex(16)
         writer.write(f"{nonce}\n".encode())
         hello = json.loads(await reader.readline())
@@ -136,13 +136,13 @@ class Hub:
     def _pass_on(self, stream: str, data: bytes) -> None:
         try:
             self.pass_on(stream, data)
-        except BaseException as error:  # nobody reads it: the job ends as one process would
+        except BaseException as error:  # nobody reads it: the job ends as a single process would
             self.broken = error
 
     def explain(self, number: int | None = None, pid: int | None = None) -> Fault | None:
-        """The fault, also where all that is known is that a process ended; None if all is well.
+        """Returns the fault, even if only a process's end is known; None if there is no fault.
 
-        `number` is the signal that ended the process `pid`, where a launcher has told.
+        `number` is the signal that ended the process `pid`, if a launcher has reported it.
         """
         if self.fault is None and self.left:
             first = self.left[0]  # a launcher kills the others then, and may speak of those
@@ -156,14 +156,14 @@ class Hub:
                 writer.write(json.dumps({"end": exit_code}).encode() + b"\n")
 
     def processes_here(self) -> list[int]:
-        """The ids of the connected ranks' processes that are of this machine."""
+        """Returns the process ids of the connected ranks on this machine."""
         here = place()
         connected = map(self.ranks.__getitem__, self._writers)
         return [rank.pid for rank in connected if here and rank.place == here]
 
 
 def proof(key: str, nonce: str) -> str:
-    """Shows that its sender has the job's key, without telling it."""
+    """Returns proof that its sender has the job's key, without revealing it."""
     return hmac.digest(key.encode(), nonce.encode(), "sha256").hex()
 
 
@@ -172,7 +172,7 @@ def new_key() -> str:
 
 
 def listening() -> socket.socket:
-    """A socket for the ranks of a job, on every address of this machine."""
+    """Opens a socket for the ranks of a job, on every address of this machine."""
     if socket.has_dualstack_ipv6():
         with suppress(OSError):
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -180,7 +180,7 @@ def listening() -> socket.socket:
 
 
 def addresses() -> list[str]:
-    """This machine's IPv4 addresses, the loopback's last; and what its name means."""
+    """Returns this machine's addresses, the loopback's last."""
     found = dict.fromkeys(_of_interfaces())
     with suppress(OSError):
         infos = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
@@ -190,7 +190,7 @@ def addresses() -> list[str]:
 
 
 def _of_interfaces() -> list[str]:
-    """What Linux says of its network interfaces; nothing elsewhere."""
+    """Returns the IPv4 addresses of Linux's network interfaces; none on other systems."""
     if os.uname().sysname != "Linux":
         return []
     import fcntl

@@ -1,4 +1,4 @@
-"""How a process joins the job that it was started in: the watch over it, and MPI."""
+"""Joins a process to its job: connects it to the hub, and starts MPI."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lfm2kit_mpi.watch import Watch, joined, starting_seconds
 if TYPE_CHECKING:
     from lfm2kit_mpi.transport import MpiTransport
 
-# What launchers say of a process's rank before MPI is started.
+# Variables in which launchers give a process its rank before MPI is started.
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PMIX_RANK")
 
 
 def join(size: int) -> MpiTransport:
-    """This rank's transport in a job that has `size` ranks, as its launcher says."""
+    """Joins a job of `size` ranks and returns this rank's transport."""
     progress.step("joining the job", starting_seconds())
     transport = _of_our_job(size) if HUB in os.environ else _of_another_job(size)
     progress.step("starting")
@@ -32,7 +32,7 @@ def join(size: int) -> MpiTransport:
 
 
 def _of_our_job(size: int) -> MpiTransport:
-    """Where `--ranks` started the job, its hub watches over MPI's start too."""
+    """Joins a job that `--ranks` started; its hub already watches while MPI starts."""
     addresses, port, key = os.environ[HUB].split()
     watch = joined(_rank() or 0, addresses.split(","), int(port), key)
     streams.through_the_hub(watch)
@@ -42,7 +42,7 @@ def _of_our_job(size: int) -> MpiTransport:
 
 
 def _of_another_job(size: int) -> MpiTransport:
-    """Under another launcher rank 0 starts the hub, and tells the others of it through MPI."""
+    """Joins a job of another launcher: rank 0 starts the hub, and MPI sends its address round."""
     streams.apart()
     hub = start_hub(size) if _rank() == 0 else None
     watch = _watched(0, hub) if hub is not None else None
@@ -69,7 +69,7 @@ def _start_mpi(size: int) -> ModuleType:
 
 @contextmanager
 def _told(watch: Watch | None) -> Iterator[None]:
-    """What is wrong inside ends the job, where it is watched already."""
+    """Ends the job on an error inside, if the rank is watched already."""
     try:
         yield
     except Lfm2kitError as error:

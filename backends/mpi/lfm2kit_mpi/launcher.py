@@ -1,4 +1,4 @@
-"""Starts MPI jobs, and tells from the environment whether this process is part of one."""
+"""Starts MPI jobs, and reads from the environment whether this process is part of one."""
 
 from __future__ import annotations
 

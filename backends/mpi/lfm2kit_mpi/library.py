@@ -1,4 +1,4 @@
-"""Which MPI mpi4py has, asked before it starts: a wrong one would end the process by itself."""
+"""Checks which MPI mpi4py has before it starts, because a wrong one would end the process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPEN_MPI_SIZE = "OMPI_COMM_WORLD_SIZE"
 
 
 def check_library() -> None:
-    """Loads MPI and leaves it unstarted; `Lfm2kitError` where it cannot join this job."""
+    """Loads MPI without starting it; raises `Lfm2kitError` if it cannot join this job."""
     try:
         import mpi4py
 

@@ -1,7 +1,7 @@
-"""What a rank is doing, in memory that the hub shares where both are on one machine.
+"""A page of memory in which a rank writes what it is doing, for a hub on the same machine.
 
-Steps follow one another faster than they can be told.  The page has the last of them, also of a
-process that is dead, stopped, or keeps Python's lock.  It has no name, and goes with its readers.
+Steps follow each other faster than they can be sent.  The page holds the last one, even if the
+process is dead, stopped, or keeps Python's lock.  It has no name, and is freed with its readers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SharedPage:
 
 
 class NoPage:
-    """For systems without such memory: there the hub knows what it was last told."""
+    """For systems without such memory, where the hub knows only what was last sent."""
 
     fd = -1
 

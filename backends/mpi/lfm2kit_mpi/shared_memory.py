@@ -1,4 +1,4 @@
-"""Shared memory that MPI has made, and that must not stay behind when a job is killed."""
+"""Removes the names of MPI's shared memory, so that none stays behind when a job is killed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def drop_names(
 ) -> None:
     """Removes the names of the segments that MPI has made and this process has mapped.
 
-    To be called once every rank of this machine has mapped them: what is mapped stays, and goes
-    with the last process, however that ends.
+    Call it once every rank of this machine has mapped them.  Mapped memory stays usable, and is
+    freed with the last process, however that ends.
     """
     with suppress(OSError):
         lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
@@ -26,6 +26,6 @@ def drop_names(
 
 
 def drop_names_of(processes: Iterable[int]) -> None:
-    """The same for other processes, which are about to be killed before they got so far."""
+    """Does the same for other processes, before they are killed."""
     for pid in processes:
         drop_names(Path("/proc", str(pid), "maps"))

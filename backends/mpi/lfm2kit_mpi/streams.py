@@ -1,7 +1,7 @@
-"""Keeps what a rank's C libraries print apart from what its Python code prints.
+"""Separates what a rank's C libraries print from what its Python code prints.
 
-MPI's libraries may write warnings to stdout, where a result is expected.  So the file descriptor 1
-becomes stderr's, and Python's `sys.stdout` gets another way out.
+MPI's libraries may write warnings to stdout, where a result is expected.  So file descriptor 1 is
+redirected to stderr, and Python's `sys.stdout` takes another way.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from lfm2kit_mpi.watch import Watch
 
 
 def through_the_hub(watch: Watch) -> None:
-    """What Python prints goes to the process that started the job, which prints it in its place."""
+    """Sends what Python prints to the process that started the job, which prints it."""
     sys.stdout = _relayed(watch, "stdout", sys.stdout)
     sys.stderr = _relayed(watch, "stderr", sys.stderr)
 
 
 def apart() -> None:
-    """Python's stdout stays what it is; what C code writes there goes to stderr."""
+    """Redirects C code's stdout to stderr, and leaves Python's stdout as it is."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

@@ -1,8 +1,8 @@
-"""A rank's side of the watch: it tells the hub what it does, and ends when the hub says so.
+"""A rank's side of the watch: reports to the hub what the rank does, and ends when the hub says so.
 
-Two threads do it, beside the main one, which gives Python's lock away while it waits in MPI.  The
-connection itself is what binds a rank to its job: when it ends, because the hub's process was
-killed or a link was cut, this process ends as well.
+Two threads do this beside the main one, which releases Python's lock while it waits in MPI.  The
+connection binds a rank to its job: when it ends, because the hub's process was killed or a link was
+cut, this process ends as well.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lfm2kit_mpi.faults import STARTING, place
 from lfm2kit_mpi.hub import proof
 from lfm2kit_mpi.page import Page, new_page
 
-BEAT = 0.25  # seconds between two words to the hub
-SOONEST = 0.05  # seconds between two words of the main thread: steps may be much shorter
+BEAT = 0.25  # seconds between two reports to the hub
+SOONEST = 0.05  # seconds between two reports of the main thread: steps may be much shorter
 TO_CONNECT = 2.0  # seconds for an address to answer
 TO_GREET = 10.0  # seconds for the hub to answer, once it is connected
 LONGEST_SILENCE = 7 * 24 * 3600  # seconds: what Linux takes for an option of a connection
 MOST_PROBES = 100
-TO_UNWIND = 1.0  # seconds for what is being written to be taken back
+TO_UNWIND = 1.0  # seconds for partial files to be removed
 TO_BE_ENDED = 5.0  # seconds that a rank with a fault leaves to the hub
 
 
@@ -52,7 +52,7 @@ class Watch:
         self._sending = threading.Lock()
 
     def start(self) -> None:
-        """Begins to tell and to listen; a crash of this process is told as well."""
+        """Begins to report and to listen; a crash of this process is reported as well."""
         faulthandler.enable(self._link.fileno(), all_threads=False)
         PROCESS.is_told = True  # an interrupt: by the hub, or by who sent it to all ranks
         progress.THIS_PROCESS.on_step = self._tell_in_time
@@ -61,7 +61,7 @@ class Watch:
 
     @contextmanager
     def waiting_in(self, collective: str) -> Iterator[None]:
-        """While inside, this rank cannot go on before the others come."""
+        """Marks a collective, in which this rank cannot go on before the others come."""
         self._collective = collective
         self._page.write(self._doing())
         try:
@@ -72,7 +72,7 @@ class Watch:
             self._page.write(self._doing())
 
     def _tell_in_time(self) -> None:
-        """Says what begins now: a block that keeps Python's lock silences this process."""
+        """Reports the step that begins now; a block may then keep Python's lock for long."""
         _, name, seconds = progress.THIS_PROCESS.now
         self._page.write(name)
         is_long = seconds > progress.THIS_PROCESS.deadline
@@ -80,7 +80,7 @@ class Watch:
             self.tell()
 
     def tell(self) -> None:
-        """Says what this process is doing now."""
+        """Reports what this process is doing now."""
         number, _, seconds = progress.THIS_PROCESS.now
         self._told, self._told_long = time.monotonic(), seconds > progress.THIS_PROCESS.deadline
         self.send(
@@ -102,7 +102,7 @@ class Watch:
         self.send(done=exit_code)
 
     def abort(self, exit_code: int, reason: str, details: str) -> NoReturn:
-        """Tells the hub why the job ends, and waits for it to end this process."""
+        """Reports why the job ends, and waits for the hub to end this process."""
         self.tell()
         self.send(reason=reason, exit_code=exit_code, details=details)
         time.sleep(TO_BE_ENDED)
@@ -114,7 +114,7 @@ class Watch:
             time.sleep(BEAT)
 
     def _listen(self) -> None:
-        """Waits for the hub's last word, or for the end of the connection."""
+        """Waits for the hub's order to end, or for the end of the connection."""
         said = b""
         with suppress(OSError):
             said = self._words.readline()
@@ -126,7 +126,7 @@ class Watch:
 
 
 def joined(rank: int, where: Sequence[str], port: int, key: str) -> Watch:
-    """The watch of this rank, connected to the hub at one of the addresses `where`."""
+    """Connects this rank to the hub at one of the addresses `where`."""
     page = new_page()
     page.write(progress.THIS_PROCESS.now.name)
     for address in where:
@@ -150,12 +150,12 @@ def joined(rank: int, where: Sequence[str], port: int, key: str) -> Watch:
 
 
 def starting_seconds() -> float:
-    """How long MPI's start may take: it waits for every rank, and holds Python's lock."""
+    """Returns how long MPI's start may take; it waits for every rank, and holds Python's lock."""
     return progress.THIS_PROCESS.deadline + 2 * STARTING
 
 
 def notice_cuts(link: socket.socket, seconds: float) -> None:
-    """Has the system end a connection whose other end has not answered for so long."""
+    """Makes the system end a connection whose other end has not answered for `seconds`."""
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     seconds = min(seconds, LONGEST_SILENCE)
@@ -172,8 +172,8 @@ def notice_cuts(link: socket.socket, seconds: float) -> None:
 
 
 def _end_process(exit_code: int) -> NoReturn:
-    """Ends this process from another thread; what it was writing is taken back, if it can be."""
-    with suppress(OSError):  # what it still says is no news: the fault has been told
+    """Ends this process from another thread, and lets it remove partial files first."""
+    with suppress(OSError):  # the fault has been reported: print nothing more
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
