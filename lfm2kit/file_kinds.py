@@ -7,14 +7,16 @@ server's error page should not be called a damaged model.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
 
+MOST_LINKS = 40  # one after another: Linux follows no more
 HEAD = 512  # bytes that tell what a file is: a tar archive's sign ends at byte 262
 
 SPECIAL: dict[Callable[[int], bool], str] = {
@@ -154,3 +156,23 @@ def _zip(head: bytes) -> str:
 def _why_not(path: Path, error: OSError | ValueError) -> str:
     reason = getattr(error, "strerror", None) or str(error)
     return broken_link(path) or reason
+
+
+def is_of_this_process(path: Path) -> bool:
+    """Whether `path` leads to what this process has open, and another process may not have.
+
+    Such are /dev/stdin, /dev/fd/3 and /proc/self/fd/3, links to them, and what is below them.
+    """
+    own = re.compile(rf"/dev/fd|/proc/{os.getpid()}(/task/\d+)?/fd")
+    return any(own.fullmatch(folder) for part in (path, *path.parents) for folder in _folders(part))
+
+
+def _folders(path: Path) -> Iterator[str]:
+    """The folder that `path` lies in, and those of the links that it leads through."""
+    for _ in range(MOST_LINKS):
+        folder = os.path.realpath(path.parent)
+        yield folder
+        try:
+            path = Path(folder, os.readlink(Path(folder, path.name)))
+        except OSError:  # no link
+            return

@@ -20,7 +20,7 @@ from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.file_kinds import check_regular
+from lfm2kit.file_kinds import check_regular, is_of_this_process
 from lfm2kit.files import check_target
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.plan import Plan
@@ -77,6 +77,8 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
         raise Lfm2kitError(
             f"--ranks {request.ranks}, but this job has {world.size}; leave --ranks out here"
         )
+    if transport is not None or (request.ranks or 1) > 1:
+        check_shared(request)
     report = Report(request.json if world.rank == 0 else None)
     plan = options.chosen_plan(request.backend, request.plan)
     checkpoint = options.open_model(request.model)
@@ -95,6 +97,27 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
     )
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
     return Prepared(report, plan, checkpoint, setup, token_ids, answers, batch_size)
+
+
+def check_shared(request: Request) -> None:
+    """`Lfm2kitError` where a path leads to another file in each process of a job.
+
+    What a rank has open under that number may be its connection to the others.
+    """
+    paths = {
+        "--model": Path(request.model),
+        "--plan": request.plan,
+        "--inputs": request.inputs,
+        "--answers": request.answers,
+        "--outputs": request.outputs,
+        "--json": None if request.json is None else Path(request.json),
+    }
+    for option, path in paths.items():
+        if path is not None and is_of_this_process(path):
+            raise Lfm2kitError(
+                f"{option} {path}: each rank would take a file of its own for this; "
+                "give the name of a file"
+            )
 
 
 def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:

@@ -142,3 +142,13 @@ def test_what_goes_wrong_on_a_rank_is_one_line_and_the_exit_code_of_all(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.endswith(says)
+
+
+@pytest.mark.parametrize(
+    "option", ["--model", "--plan", "--inputs", "--answers", "--outputs", "--json"]
+)
+def test_ranks_are_given_no_path_that_leads_to_another_file_in_each(
+    facts_of: FactsOf, option: str
+) -> None:
+    with pytest.raises(Lfm2kitError, match=f"{option} /dev/fd/1: each rank .* the name of a file"):
+        facts_of("--ranks", "2", option, "/dev/fd/1")

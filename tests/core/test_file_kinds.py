@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lfm2kit import bounds
-from lfm2kit.file_kinds import SIGNS, foreign
+from lfm2kit.file_kinds import SIGNS, foreign, is_of_this_process
 
 
 def zipped(*names: str) -> bytes:
@@ -75,3 +77,18 @@ def test_no_model_bin_is_taken_for_another_format(count: int, rest: bytes) -> No
 @given(sign=st.sampled_from(sorted(SIGNS)), rest=st.binary(max_size=20))
 def test_no_safetensors_file_is_taken_for_another_format(sign: bytes, rest: bytes) -> None:
     assert foreign(sign[:8].ljust(8, b"\0") + b"{" + rest) is None
+
+
+@pytest.mark.parametrize("path", ["/dev/stdin", "/dev/stdout", "/dev/fd/3", "/proc/self/fd/3"])
+def test_what_a_process_has_open_is_its_own(path: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(path)
+    (tmp_path / "second link").symlink_to("link")
+    assert is_of_this_process(Path(path))
+    assert is_of_this_process(tmp_path / "second link")
+    assert is_of_this_process(Path(f"/proc/self/task/{os.getpid()}/fd/3/inputs.bin"))
+
+
+def test_what_every_process_finds_under_a_name_is_not(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("/dev/null", "inputs.bin", "", "-", "/proc/self/cwd/x", tmp_path / "loop" / "x"):
+        assert not is_of_this_process(Path(path)), path
