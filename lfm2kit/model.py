@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, S
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST, Memory
-from lfm2kit.model_state import ModelState
+from lfm2kit.model_state import ModelState, room
 from lfm2kit.placement import Join, Joins, Placed
 from lfm2kit.progress import longest, step
 from lfm2kit.replays import Replays
@@ -190,6 +191,7 @@ class LFM2:
     home: Memory
     backend: Backend  # the plan's default
     _replays: Replays = field(init=False, repr=False)
+    _states: WeakSet[ModelState] = field(init=False, repr=False, default_factory=WeakSet)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_replays", Replays(self.home))
@@ -220,9 +222,14 @@ class LFM2:
         return logits
 
     def new_state(self, slots: int, max_tokens: int) -> ModelState:
-        """Room for `slots` sequences of up to `max_tokens` tokens each."""
-        layers = self.forward.new_state(slots, max_tokens)
-        return ModelState(slots, max_tokens, layers, self.forward)
+        """Room for `slots` sequences of up to `max_tokens` tokens each.
+
+        Raises ValueError where one of them is not a whole number of 0 or more.
+        """
+        slots, max_tokens = room("slots", slots), room("max_tokens", max_tokens)
+        state = ModelState(slots, max_tokens, self.forward.new_state(slots, max_tokens))
+        self._states.add(state)
+        return state
 
     def _check_ids(self, token_ids: npt.NDArray[np.int32]) -> None:
         size = self.spec.embed_tokens.vocab_size
@@ -230,8 +237,10 @@ class LFM2:
             raise ValueError(f"a token id lies outside the vocabulary of {size}")
 
     def _check_state(self, state: ModelState) -> None:
-        if state.owner is not self.forward:
-            raise ValueError("the state belongs to another model: its new_state made it")
+        if state not in self._states:
+            raise ValueError(
+                "the state belongs to another model, or is a copy: give what new_state returned"
+            )
         if len(state.layers) != len(self.spec.layers):
             raise ValueError(
                 f"the state has {len(state.layers)} layers, the model {len(self.spec.layers)}"

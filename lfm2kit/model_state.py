@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +12,17 @@ from lfm2kit.backend import State
 from lfm2kit.batch import Batch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ModelState:
-    """What every layer's operator remembers of the sequences in its slots."""
+    """What every layer's operator remembers of the sequences in its slots.
+
+    A model takes the ones that its `new_state` returned: a copy with other numbers would have
+    blocks write beyond what the layers hold.
+    """
 
     slots: int
     max_tokens: int
     layers: list[State]
-    owner: object  # the forward whose blocks made it: no other can read it
     seen: npt.NDArray[np.int32] = field(init=False, repr=False)  # tokens that each slot holds
 
     def __post_init__(self) -> None:
@@ -47,3 +51,10 @@ class ModelState:
         """Records after a forward how many tokens the batch's slots hold."""
         ends = batch.cu_seqlens
         self.seen[batch.state_slots] = batch.starts + ends[1:] - ends[:-1]
+
+
+def room(name: str, value: Any) -> int:
+    """`value` as an int; ValueError where it is not a whole number of 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of 0 or more")
+    return int(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -323,6 +324,25 @@ def test_a_state_of_another_model_or_of_fewer_layers_is_refused() -> None:
     state.layers.pop()
     with pytest.raises(ValueError, match="the state has 3 layers, the model 4"):
         model.logits(Batch.of_sequences([[1]]), state)
+
+
+def test_a_copy_of_a_state_with_other_numbers_is_refused() -> None:
+    """Blocks index memory by them: cpu_simd would write beyond what the layers hold."""
+    model = build(small_spec())
+    state, larger = model.new_state(1, 8), model.new_state(9, 99)
+    for changes in ({"slots": 9}, {"max_tokens": 99}, {"layers": larger.layers}, {}):
+        with pytest.raises(ValueError, match="or is a copy: give what new_state returned"):
+            model.logits(Batch.of_sequences([[1]]), dataclasses.replace(state, **changes))
+
+
+@pytest.mark.parametrize("wrong", [-1, 2.0, "2", None, True])
+def test_the_room_of_a_state_is_a_whole_number(wrong: Any) -> None:
+    model = build(small_spec())
+    with pytest.raises(ValueError, match=r"slots is .* must be a whole number of 0 or more"):
+        model.new_state(wrong, 8)
+    with pytest.raises(ValueError, match=r"max_tokens is .* must be a whole number of 0 or more"):
+        model.new_state(2, wrong)
+    assert model.new_state(np.int64(2), np.int32(8)).slots == 2
 
 
 def test_a_batch_of_no_sequences_gives_no_logits() -> None:
