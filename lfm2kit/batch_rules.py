@@ -34,8 +34,9 @@ def check(batch: Batch) -> None:
 
 
 def check_array(name: str, array: Any) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != INT32:
-        kind = getattr(array, "dtype", type(array).__name__)
+    is_masked = isinstance(array, np.ma.MaskedArray)  # blocks would read what the mask hides
+    if is_masked or not isinstance(array, np.ndarray) or array.dtype != INT32:
+        kind = "masked" if is_masked else getattr(array, "dtype", type(array).__name__)
         raise ValueError(f"{name} is not a NumPy array of int32, but {kind}")
     if array.ndim != 1 or not array.flags.c_contiguous:
         raise ValueError(f"{name} of shape {array.shape} is not one contiguous row of numbers")
@@ -82,6 +83,8 @@ def check_slots(slots: Int32) -> None:
 
 def integers(name: str, values: npt.ArrayLike) -> Int32:
     """Returns `values` as int32; ValueError if they are not integers, or do not fit."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError(f"{name} are a masked array; give the ones that count")
     array = np.asarray(values)
     if array.dtype == INT32:
         return array

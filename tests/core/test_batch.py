@@ -37,6 +37,8 @@ def two_sequences(**changes: Any) -> Batch:
     [
         ("token_ids", [1, 2, 3, 4, 5], "token_ids is not a NumPy array of int32, but list"),
         ("token_ids", np.arange(5), "int64"),
+        ("token_ids", np.ma.masked_less(int32(1, 2, 3, 4, 5), 2), "but masked"),
+        ("state_slots", np.ma.masked_less(int32(1, 0), 1), "but masked"),
         ("token_ids", np.arange(5, dtype=np.float32), "float32"),
         ("token_ids", int32(1, 2, 3, 4), "does not rise from 0 to the 4 tokens"),
         ("positions", int32(5, 6, 7, 0, 1)[None], r"shape \(1, 5\)"),
@@ -86,6 +88,8 @@ def test_long_sequences_do_not_wrap_around() -> None:
         ({"sequences": [7]}, "not a row of one or more"),
         ({"sequences": [[1.0, 2.0]]}, "token ids are not integers, but float64"),
         ({"sequences": [["a"]]}, "not integers"),
+        ({"sequences": [np.ma.masked_less([1, 2], 2)]}, "token ids are a masked array"),
+        ({"sequences": [[1]], "slots": np.ma.masked_less([1], 2)}, "slots are a masked array"),
         ({"sequences": [[True]]}, "not integers, but bool"),
         ({"sequences": [[2**32 + 5]]}, "too far for int32"),
         ({"sequences": [np.array([2**40])]}, "too far for int32"),
