@@ -3,7 +3,7 @@
 # The tests that need a CUDA device, alone:  ./check.sh --gpu
 # Makes .venv and installs lfm2kit and what the tests need into it the first time.
 set -euo pipefail
-root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+root="$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)"
 source "$root/scripts/environment.sh"
 ensure_environment "$root" test
 cd "$root"

@@ -3,7 +3,7 @@
 # Makes .venv and installs lfm2kit into it the first time, then runs `lfm2kit run` with your
 # arguments:  ./run.sh -v -n 128 --backend hybrid
 set -euo pipefail
-root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+root="$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)"
 source "$root/scripts/environment.sh"
 ensure_environment "$root" run
 # Signals wait until lfm2kit handles them: while Python starts, they would end in a traceback.

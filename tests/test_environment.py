@@ -26,6 +26,7 @@ TOOLS = (
     "flock",
     "ln",
     "mkdir",
+    "readlink",
     "rm",
     "sed",
     "sleep",
@@ -78,9 +79,12 @@ class Machine:
         (self.path / name).write_text(script)
         (self.path / name).chmod(0o755)
 
-    def start(self, *arguments: str, **settings: str) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, script: Path | None = None, **settings: str
+    ) -> subprocess.Popen[str]:
+        script = script or self.checkout / "run.sh"
         return subprocess.Popen(
-            [str(self.path / "bash"), str(self.checkout / "run.sh"), *arguments],
+            [str(self.path / "bash"), str(script), *arguments],
             env={"PATH": str(self.path), "LOG": str(self.log), **settings},
             cwd=self.path.parent,
             stdout=subprocess.PIPE,
@@ -89,8 +93,8 @@ class Machine:
             start_new_session=True,
         )
 
-    def run(self, *arguments: str, **settings: str) -> Done:
-        job = self.start(*arguments, **settings)
+    def run(self, *arguments: str, script: Path | None = None, **settings: str) -> Done:
+        job = self.start(*arguments, script=script, **settings)
         out, err = job.communicate(timeout=60)
         return Done(job.returncode, out, err)
 
@@ -143,6 +147,13 @@ def test_a_checkout_may_lie_anywhere(tmp_path: Path, name: str) -> None:
     machine = Machine(tmp_path, name)
     assert machine.run("-v", CDPATH=str(tmp_path)).code == 0
     assert machine.run("-v").err == ""
+
+
+def test_a_link_to_the_script_runs_the_checkout_that_it_leads_to(machine: Machine) -> None:
+    link = machine.path.parent / "link"
+    link.symlink_to(machine.checkout / "run.sh")
+    assert machine.run("-v", script=link).code == 0
+    assert machine.venv.exists()
 
 
 def test_a_python_without_venv_is_told_the_package_and_leaves_nothing(machine: Machine) -> None:
