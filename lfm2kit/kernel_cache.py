@@ -154,7 +154,7 @@ class KernelCache:
 def root_folder() -> Path | None:
     """Returns the folder that holds one folder per backend; None if there is no home."""
     if named := os.environ.get(VARIABLE):
-        return Path(named)
+        return Path(os.path.expanduser(named))  # a Dockerfile's ENV does not expand ~
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # which the XDG specification says to ignore
         try:

@@ -54,6 +54,8 @@ def test_the_folder_is_the_named_one_or_else_the_users(monkeypatch: pytest.Monke
     assert KernelCache("fast").folder == Path("/home/of-all/.cache/lfm2kit/fast")
     monkeypatch.setenv("LFM2KIT_CACHE_DIR", "/opt/kernels")
     assert KernelCache("fast").folder == Path("/opt/kernels/fast")
+    monkeypatch.setenv("LFM2KIT_CACHE_DIR", "~/kernels")
+    assert KernelCache("fast").folder == Path("/home/of-all/kernels/fast")
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
