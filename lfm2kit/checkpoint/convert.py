@@ -149,12 +149,18 @@ def _write_bin(
 def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
     """Whether the config beside the target already describes the source, and stays.
 
-    The source's own config is never overwritten.
+    The source's own config is never overwritten, nor is a file that is not a model's.
     """
-    is_own = identity(config) in map(identity, source.origin.files)
-    if not os.path.exists(config) or (overwrite and not is_own):
+    if not os.path.exists(config):
         return False
-    if read_config(config) != parse_config(source.config):
+    try:
+        there = read_config(config)
+    except Lfm2kitError as error:
+        raise Lfm2kitError(f"{error}; move this file away, or give another folder") from None
+    is_own = identity(config) in map(identity, source.origin.files)
+    if overwrite and not is_own:
+        return False
+    if there != parse_config(source.config):
         raise Lfm2kitError(f"{config} is another model's; give --overwrite or another folder")
     return True
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.checkpoint.companions import TEMPLATES, companions
+from lfm2kit.checkpoint.model_bin import read_model_bin
 from lfm2kit.checkpoint.names import CONFIG, INDEX
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.folders import remove_leftovers_of_folder
@@ -83,6 +84,11 @@ def _check_bin(target: Path, origin: Origin) -> None:
     """Refuses a model.bin that would replace a file of its source, except that model.bin itself."""
     if not origin.is_at(target) and identity(target) in map(identity, origin.files):
         raise Lfm2kitError(f"{target}: the source is read from this file; give another name")
+    if os.path.getsize(target):
+        try:
+            read_model_bin(target)
+        except Lfm2kitError as error:
+            raise Lfm2kitError(f"{error}; move this file away, or give another name") from None
 
 
 def _check_folder(target: Path, origin: Origin, staged: Path | None) -> None:

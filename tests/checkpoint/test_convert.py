@@ -29,6 +29,7 @@ from lfm2kit.checkpoint.synth import random_source
 from lfm2kit.config import parse_config
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import EMBEDDED
+from lfm2kit.samples import write_inputs
 from lfm2kit.weights import DType, Tensor
 from tests.checkpoint.attempt import Content, content
 from tests.checkpoint.folders import ORACLE, change_json, copied
@@ -423,6 +424,25 @@ def test_another_models_config_beside_the_target_is_not_replaced_unasked(tmp_pat
     assert snapshot(folder) == before
     write_checkpoint(source(), folder / "model.bin", overwrite=True)
     assert open_checkpoint(folder / "model.bin").config == open_checkpoint(ORACLE / CASE).config
+
+
+@pytest.mark.parametrize("text", ['{"my": "web app"}', "{", ""])
+def test_a_config_json_that_is_no_models_is_never_replaced(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    before = snapshot(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(Lfm2kitError, match=r"config\.json.*move this file away"):
+            write_checkpoint(source(), tmp_path / "model.bin", overwrite=overwrite)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_file_that_is_no_model_bin_is_never_replaced(tmp_path: Path) -> None:
+    ids = tmp_path / "ids.bin"
+    write_inputs(ids, np.zeros((2, 16), np.int32))
+    before = snapshot(tmp_path)
+    with pytest.raises(Lfm2kitError, match=r"ids\.bin.*move this file away"):
+        write_checkpoint(source(), ids, overwrite=True)
+    assert snapshot(tmp_path) == before
 
 
 def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
