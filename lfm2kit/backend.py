@@ -114,7 +114,7 @@ class Context:
 class BackendPlugin:
     """What a plugin announces.  Making one must be free: heavy imports belong into `create`.
 
-    `lfm2kit plan` creates backends to ask them, so that compiling belongs into a backend's `build`.
+    `lfm2kit plan` creates backends, so compiling belongs into a backend's `build`.
     """
 
     name: str  # as in `--backend NAME`
@@ -143,14 +143,14 @@ class NeedsWorkspace(Protocol):
     """
 
     def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
-        """Bytes that one block takes in its memory, before it is built: copies, and scratch.
+        """Returns the bytes that one block will take in its memory: copies of weights, and scratch.
 
-        At 0 rows it is what the block keeps of its weights: every copy, packed, widened or moved
-        to another memory.  Views of the checkpoint's memory map count nothing, as the system takes
-        their pages back when it needs them.  At `tokens` rows it is that and what a call needs
-        besides its arguments and its result.  What is said must be there: a run is refused where
-        it is more than is free.  Of `weights`, as `build` will get them, only types and shapes may
-        be looked at: reading values takes minutes.
+        For 0 tokens this is what the block keeps of its weights: every copy, packed, widened or
+        moved to another memory.  Views of the checkpoint's memory map do not count, because the
+        system can reclaim their pages.  For more tokens it also includes what a call needs besides
+        its arguments and its result.  Return no more than is really needed: a run is refused if it
+        exceeds what is free.  `weights` are those that `build` will get; look only at types and
+        shapes, because reading values takes minutes.
         """
         ...
 
@@ -176,11 +176,11 @@ class Replay(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its backend's memory that it holds until it is closed."""
+        """The bytes of its backend's memory that it holds until it is closed."""
         ...
 
     def close(self) -> None:
-        """Gives them back: the core keeps only the replays that it used last."""
+        """Gives them back; the core keeps only the replays that it used last."""
         ...
 
 
@@ -195,8 +195,8 @@ class Captures(Protocol):
         """A replay of `forward` for every batch of the same `Batch.shape`: all but the ids equal.
 
         `forward` takes a batch whose arrays lie in the backend's memory, which this method puts
-        there; the replay takes host batches.  Raises MemoryError where there is no room for it: the
-        core then closes other replays and asks once more.
+        there; the replay takes host batches.  Raises MemoryError if there is no room; the core then
+        closes other replays and tries once more.
         """
         ...
 

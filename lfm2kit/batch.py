@@ -123,11 +123,12 @@ class Batch:
                 view.forget_views()
 
     def trimmed(self, reach_in: int | None, reach_out: int | None) -> Batch:
-        """Fewer rows, for an operator without state: each sequence from `reach_in` rows before its
-        first one in `logits_rows` on, as a whole sequence; None: all rows, as they are.
+        """Returns a batch with fewer rows, for an operator without state.
 
-        `logits_rows` are then its rows from `reach_out` before that one on; None: the same as ever.
-        It depends on the shape alone, so its token ids mean nothing; made once and remembered.
+        Each sequence begins `reach_in` rows before its first row in `logits_rows`, and counts as a
+        whole one; None keeps all rows.  The new `logits_rows` begin `reach_out` rows before that
+        row; None keeps them.  The result depends on the shape alone, so its token ids mean nothing.
+        It is made once and remembered.
         """
         key = (reach_in, reach_out)
         if key not in self.views:

@@ -160,7 +160,7 @@ def set_up(
 ) -> Setup:
     """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
 
-    `n_cpu_moe` puts the experts of the first so many MoE layers on the CPU; `trim` leaves out
+    `n_cpu_moe` is the number of first MoE layers whose experts go to the CPU; `trim` leaves out
     rows that no logit depends on (see `lfm2kit.trim`); with a `transport` of several ranks, each
     holds its share of every layer's experts.
     """

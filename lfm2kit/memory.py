@@ -56,7 +56,7 @@ class HostMemory:
         return np.asarray(array)
 
     def free_bytes(self, ranks: int = 1) -> int:
-        """Bytes that blocks can still take, where `ranks` processes alike share the machine.
+        """Returns the bytes that blocks can still take if `ranks` ranks share the machine.
 
         The smallest of what the machine, its control groups and `ulimit` have left.
         """

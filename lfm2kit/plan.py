@@ -171,7 +171,7 @@ def _rule(backend: str, kind: str | None, layers: str | None, item: str) -> Rule
 
 
 def _parse_range(text: str, item: str) -> range:
-    """The layers that `3` or `2-4` says."""
+    """Returns the layers that `3` or `2-4` names."""
     numbers = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text.strip())
     if numbers is None:
         raise Lfm2kitError(
@@ -186,7 +186,7 @@ def _parse_range(text: str, item: str) -> range:
 
 
 def _layer(digits: str) -> int:
-    """A number of any length; of one with thousands of digits only the first few are read."""
+    """Reads a number of any length; of thousands of digits only the first few are read."""
     return int(digits.lstrip("0")[:9] or "0")
 
 

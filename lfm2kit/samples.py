@@ -50,9 +50,12 @@ def write_outputs(path: Path, logits: npt.NDArray[np.float32], note: Note = warn
 
 
 def take(token_ids: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.int32]:
-    """The first n samples; `Lfm2kitError` if there are not so many."""
+    """Returns the first n samples; raises `Lfm2kitError` if there are fewer."""
     if not 1 <= n <= len(token_ids):
-        raise Lfm2kitError(f"-n {n}: the inputs hold {len(token_ids)} samples; ask for 1 to that")
+        there = len(token_ids)
+        raise Lfm2kitError(
+            f"-n {n}: the inputs hold {there} samples; give a number from 1 to {there}"
+        )
     return token_ids[:n]
 
 

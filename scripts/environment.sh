@@ -4,12 +4,12 @@
 # ensure_environment ROOT run|test
 ensure_environment() {
   local root="$1" purpose="$2"
-  unset PYTHONHOME PYTHONPATH # they are another Python's: this one would load its modules
+  unset PYTHONHOME PYTHONPATH # they would make this Python load another one's modules
   if is_installed "$root" "$purpose"; then return; fi
   [ -w "$root" ] || fail "cannot write to $root to make .venv there: copy it to a folder of yours"
   (
     set -euo pipefail
-    # Of two at once the second waits, and finds the work done.  Not every file system can lock.
+    # A second call at the same time waits, and finds the work done.  Not every file system can lock.
     flock 9 2>/dev/null || true
     if is_installed "$root" "$purpose"; then exit; fi
     install "$root" "$purpose"
@@ -32,7 +32,7 @@ wanted() {
 
 install() {
   local root="$1" purpose="$2" venv="$1/.venv" packages
-  # Settings that lead past the .venv, or leave out some of what is needed.
+  # These settings install outside the .venv, or leave out packages.
   unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_NO_DEPS PIP_DRY_RUN UV_SYSTEM_PYTHON
   export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
   list_packages "$purpose"
@@ -43,7 +43,7 @@ install() {
   wanted "$root" "$purpose" >"$venv/.installed"
 }
 
-# Into the array `packages`; by relative paths, as pip gives some characters a meaning of its own.
+# Fills the array `packages`, with relative paths, because pip interprets some characters of others.
 list_packages() {
   packages=(-e . -e ./backends/cpu_simd -e ./backends/hybrid)
   # Without an MPI on the machine, its wheel brings one.
@@ -55,8 +55,8 @@ list_packages() {
   fi
 }
 
-# Removes a .venv that an earlier call made and did not finish, that lay elsewhere then, or whose
-# Python is gone.  One that the user made stays, and is installed into.
+# Removes a .venv that an earlier call made, if it was not finished or has been moved, or if its Python
+# is gone.  One that the user made stays, and is installed into.
 remove_unfinished() {
   if [ ! -e "$venv/.ours" ]; then return; fi
   if [ ! -x "$venv/bin/python" ] || [ "$(sed -n 2p "$venv/.installed" 2>/dev/null)" != "$root" ]; then

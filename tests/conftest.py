@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
+from tests.checkpoint.typed import Cli
+
 
 def pytest_configure() -> None:
     """Lets commands that tests start be interrupted.
@@ -12,3 +16,9 @@ def pytest_configure() -> None:
     every process that comes of it inherits that.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs commands in this process."""
+    return Cli(monkeypatch, capsys)

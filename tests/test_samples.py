@@ -163,11 +163,6 @@ def test_the_first_id_outside_the_vocabulary_is_named(bad: int) -> None:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(monkeypatch, capsys)
-
-
-@pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the embedded model, its inputs and answers: the current folder."""
     folder = Path(shutil.copytree(EMBEDDED / "tiny", tmp_path / "tiny"))

@@ -163,11 +163,6 @@ def cached_model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(monkeypatch, capsys)
-
-
-@pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the embedded model beside everything else that a run reads: the current folder."""
     folder = Path(shutil.copytree(EMBEDDED / "tiny", tmp_path / "tiny"))

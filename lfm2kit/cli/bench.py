@@ -82,7 +82,7 @@ def bench(
     seed: Annotated[
         int,
         options.whole_number(
-            "--seed", least=0, most=bounds.SEED, help="Of the random ids and activations."
+            "--seed", least=0, most=bounds.SEED, help="Seed of the random ids and activations."
         ),
     ] = 0,
 ) -> None:

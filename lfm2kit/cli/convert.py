@@ -44,7 +44,7 @@ def convert(
     seed: Annotated[
         int | None,
         options.whole_number(
-            "--seed", least=0, most=bounds.SEED, help="Of the random weights. [default: 0]"
+            "--seed", least=0, most=bounds.SEED, help="Seed of the random weights. [default: 0]"
         ),
     ] = None,
 ) -> None:

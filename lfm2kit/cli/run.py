@@ -43,13 +43,13 @@ def run(
     random_inputs: Annotated[
         int | None,
         options.whole_number(
-            "--random-inputs", metavar="TOKENS", help="Random ids, so many a sample, not a file."
+            "--random-inputs", metavar="TOKENS", help="Random samples of TOKENS ids, not a file."
         ),
     ] = None,
     seed: Annotated[
         int | None,
         options.whole_number(
-            "--seed", least=0, most=bounds.SEED, help="Of the random ids. [default: 0]"
+            "--seed", least=0, most=bounds.SEED, help="Seed of the random ids. [default: 0]"
         ),
     ] = None,
     answers: Annotated[
@@ -71,12 +71,12 @@ def run(
     ] = DEFAULT_TRANSPORT,
     independent: Annotated[
         bool,
-        typer.Option("--independent", help="Run alone, though a launcher started several of me."),
+        typer.Option("--independent", help="Run alone, even if a launcher started several copies."),
     ] = False,
     deadline: Annotated[
         int,
         options.whole_number(
-            "--deadline", metavar="SECONDS", help="A rank without progress for so long ends all."
+            "--deadline", metavar="SECONDS", help="How long a rank may go without progress."
         ),
     ] = int(steps.DEADLINE),
     json: options.JsonOption = None,

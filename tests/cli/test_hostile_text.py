@@ -26,11 +26,6 @@ COMMANDS = {
 }
 
 
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(monkeypatch, capsys)
-
-
 @pytest.fixture(params=NAMES, ids=ascii)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return Path(shutil.copytree(EMBEDDED / "tiny", tmp_path / request.param))

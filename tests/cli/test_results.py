@@ -20,11 +20,6 @@ RUN = ["run", "-b", "reference", "-v", "-n", "1"]
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(monkeypatch, capsys)
-
-
-@pytest.fixture
 def wrong_answers(tmp_path: Path) -> Path:
     answers = np.array(samples.read_answers(EMBEDDED / "tiny" / "answers.bin"))
     samples.write_outputs(tmp_path / "answers.bin", answers + 1)

@@ -92,6 +92,31 @@ def twice() -> Any:
     return double
 
 
+def thrice() -> Any:
+    @c_function(types.int64(types.int64))
+    def triple(x: int) -> int:
+        return 3 * x
+
+    return triple
+
+
+def test_a_damaged_c_function_is_announced_when_it_is_compiled_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with announced():
+        thrice()
+    for path in cache.iterdir():
+        path.write_bytes(b"")
+    new_process(monkeypatch)
+    capfd.readouterr()
+    with announced():
+        assert thrice().ctypes(14) == 42
+    said = capfd.readouterr().err
+    assert said.count("cannot be used") == 1
+    assert said.count("cpu_simd: compiling kernels for this CPU ...") == 1
+    assert "kernels are ready" in said
+
+
 def test_a_kept_kernel_is_not_compiled_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

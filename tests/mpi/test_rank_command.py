@@ -33,7 +33,7 @@ def clone(tmp_path: Path) -> Path:
     package = Path(lfm2kit.__file__).parent
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, tmp_path / "lfm2kit", ignore=ignored)
-    source = tmp_path / "lfm2kit" / "cli" / "run.py"
+    source = tmp_path / "lfm2kit" / "cli" / "performing.py"
     source.write_text(source.read_text().replace('f"Model: ', 'f"Clone: '))
     return tmp_path
 

@@ -28,7 +28,7 @@ from lfm2kit_cpu_simd.crew import set_threads
 from lfm2kit_cpu_simd.machine import STORAGES
 from lfm2kit_cpu_simd.threads import threading_notes
 
-# Where the class is that has the spec's name.
+# The module of each spec's class, which has the spec's name.
 BLOCKS = {
     specs.Embedding: "blocks.rows",
     specs.RMSNorm: "blocks.rows",
@@ -51,7 +51,7 @@ STORED: dict[str, DType | None] = {"fp32": None, "bf16": "BF16", "fp16": "F16"}
 class CpuSimdBackend:
     def __init__(self, context: Context) -> None:
         set_threads(context)
-        self._is_quiet = context.local_rank > 0  # each rank compiles: one of a machine says so
+        self._is_quiet = context.local_rank > 0  # one rank of each machine prints that it compiles
         self._dtype = STORED[context.precision]
         if self._dtype not in (None, *STORAGES):
             raise Lfm2kitError(
@@ -77,7 +77,7 @@ class CpuSimdBackend:
         return kept + sum(4 * tokens * _floats_per_row(leaf) for leaf in specs.leaves(spec))
 
     def _kept_bytes(self, name: str, tensor: Tensor) -> int:
-        """Of a matrix without the padding of its panels; all else is kept in float32."""
+        """Returns a matrix's bytes without the padding of its panels, or an array's in float32."""
         if tensor.data.ndim != 2:
             return 4 * tensor.data.size
         rounded = None if name == "gate.weight" else self._dtype  # no precision rounds a router
@@ -92,7 +92,7 @@ class CpuSimdBackend:
         return Ceilings(ceilings.flops_per_second(), ceilings.bytes_per_second())
 
     def _compiled(self, module: str) -> ModuleType:
-        """A module with its kernels; all modules are compiled with the first one, at once."""
+        """Returns a module with its kernels; the first call compiles those of all modules."""
         with announced(is_quiet=self._is_quiet):
             modules = {name: import_module(f"lfm2kit_cpu_simd.{name}") for name in MODULES}
         return modules[module]

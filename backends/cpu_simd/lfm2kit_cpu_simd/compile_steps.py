@@ -1,4 +1,4 @@
-"""Tells each function that Numba compiles as a step: where ranks are watched, that is progress."""
+"""Announces each function that Numba compiles as a step, which is progress of a watched rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tell_compile_steps() -> None:
 
 
 class _Steps(event.Listener):
-    """Steps for the functions that are being compiled: one may need another one first."""
+    """Announces the functions being compiled; one may need another one first."""
 
     def __init__(self) -> None:
         self._names: list[str] = []

@@ -1,8 +1,8 @@
 """Compiles kernels, or takes them from the cache, and tells the user while they are compiled.
 
-Numba's own cache is not used.  It trusts what it finds, refuses to run where it cannot write, and
-looks at a function's own file alone: after an edit of a generator that the function uses it would
-go on running the old kernel.
+Numba's own cache is not used.  It trusts any file that it finds, refuses to run if it cannot write,
+and checks only a function's own file: after a change in another file that the function uses, it
+would run the old kernel.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from lfm2kit_cpu_simd.interrupts import remembered_interrupts
 
 KERNELS = KernelCache("cpu_simd")
 SECONDS_BETWEEN_LINES = 10.0
-# Bytes, at least: 230 MB were measured.  LLVM aborts the process where it gets less.
+# Bytes that compiling needs at the least (230 MB were measured); with less, LLVM aborts.
 COMPILING = 200_000_000
 ADVICE = (
     "compile them where more is allowed (lfm2kit warmup, with the same LFM2KIT_CACHE_DIR), or "
     "take --backend reference"
 )
 
-# Of Numba's settings those that change no machine code.
+# Numba's settings that do not change machine code.
 WITHOUT_EFFECT = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
 
 
 def kernel(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """As `numba.njit` of these signatures, compiled at once unless the cache has them."""
+    """Does what `numba.njit` does with these signatures, but takes kernels from the cache."""
 
     def compiled(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(**options)(function)
@@ -63,7 +63,7 @@ def kernel(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], A
 
 
 def c_function(signature: Any) -> Callable[[Callable[..., Any]], CFunc]:
-    """As `numba.cfunc`: a function that is called by its address."""
+    """Does what `numba.cfunc` does: makes a function that is called by its address."""
 
     def compiled(function: Callable[..., Any]) -> CFunc:
         result = CFunc(function, normalize_signature(signature), locals={}, options={})
@@ -76,7 +76,7 @@ def c_function(signature: Any) -> Callable[[Callable[..., Any]], CFunc]:
 
 
 class Kept(NullCache):
-    """What Numba asks for the kernels of one function, and gives new ones to."""
+    """Numba's interface to the cache, for the kernels of one function."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
@@ -89,24 +89,31 @@ class Kept(NullCache):
 
     def load_overload(self, signature: Any, target_context: Any) -> CompileResult | None:
         target_context.refresh()
-        name = self.name(signature)
-        if (data := KERNELS.read(name)) is None:
-            return None
-        try:
-            return CompileResult._rebuild(target_context, *pickle.loads(data))
-        except Exception as error:  # of a kind that depends on what Numba keeps
-            KERNELS.discard(name, f"Numba does not rebuild it: {type(error).__name__}")
-            return None
+        result = _rebuilt(self.name(signature), target_context)
+        if result is None and (progress := PROGRESS.get()) is not None:
+            progress.begin()  # Numba tells nobody that it compiles a C function
+        return result
 
     def save_overload(self, signature: Any, result: CompileResult) -> None:
         KERNELS.write(self.name(signature), dumps(result._reduce()))
 
 
-class Progress(event.Listener):
-    """Says that kernels are missing, and every few seconds how many were compiled here so far.
+def _rebuilt(name: str, target_context: Any) -> CompileResult | None:
+    """Returns a kept kernel; None if there is none that can be used."""
+    if (data := KERNELS.read(name)) is None:
+        return None
+    try:
+        return CompileResult._rebuild(target_context, *pickle.loads(data))
+    except Exception as error:  # of a kind that depends on what Numba keeps
+        KERNELS.discard(name, f"Numba does not rebuild it: {type(error).__name__}")
+        return None
 
-    In whole lines: a line that is written over and over would fall apart above the bar that the
-    command line shows while a model is loaded.
+
+class Progress(event.Listener):
+    """Prints that kernels are missing and, every few seconds, how many were compiled so far.
+
+    It prints whole lines, because a line that is overwritten would clash with the command line's
+    progress bar.
     """
 
     def __init__(self, raise_again: Callable[[], None], *, is_quiet: bool) -> None:
@@ -117,7 +124,7 @@ class Progress(event.Listener):
         self._said = 0.0
 
     def begin(self) -> None:
-        """Kernels are missing: this process compiles them, or waits for one that does."""
+        """Begins to report: kernels are missing, and this process or another compiles them."""
         if self._start is None:
             check_room("compiling kernels takes at least", COMPILING, ADVICE)
             self._start = self._said = time.perf_counter()
@@ -145,7 +152,7 @@ PROGRESS: ContextVar[Progress | None] = ContextVar("PROGRESS", default=None)
 
 @contextmanager
 def announced(*, is_quiet: bool = False) -> Iterator[None]:
-    """Says that kernels are compiled, if any are missing, and at the end how long it took."""
+    """Prints that kernels are compiled, if any are missing, and at the end how long it took."""
     with remembered_interrupts() as raise_again:
         progress = Progress(raise_again, is_quiet=is_quiet)
         token = PROGRESS.set(progress)
@@ -159,7 +166,7 @@ def announced(*, is_quiet: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _turn(name: str) -> Iterator[None]:
-    """One of several processes compiles a missing kernel; all of them say so."""
+    """Lets one of several processes compile a missing kernel; all of them print that."""
     progress = PROGRESS.get()
     if progress is not None and not KERNELS.has(name):
         progress.begin()
@@ -169,9 +176,9 @@ def _turn(name: str) -> Iterator[None]:
 
 @cache
 def fingerprint() -> str:
-    """Changes with this package's sources, the compilers and the CPU that they compile for.
+    """Returns a hash of this package's sources, the compilers and the CPU that they compile for.
 
-    No path and no time goes in: another copy of the same sources has the same kernels.
+    It contains no path and no time, so another copy of the same sources has the same kernels.
     """
     digest = hashlib.sha256()
     package = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""How many threads share the work of a kernel: fewer while other processes want their cores."""
+"""Chooses how many threads share a kernel's work: fewer while other processes want their cores."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numba
 from lfm2kit.backend import Context
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.timing import waits
-from lfm2kit_cpu_simd.threads import CORES  # first: it says how threads wait
+from lfm2kit_cpu_simd.threads import CORES  # imported first: it sets how threads wait
 
-WINDOW = 0.02  # seconds between two looks: several turns of whoever shares a core
-CROWDED = 0.15  # the share of a window that a thread waits for a core before one is given up
-PATIENCE = 0.25, 4.0  # seconds until a thread is tried again: at first, and at most
+WINDOW = 0.02  # seconds between two looks: several time slices of the processes on a core
+CROWDED = 0.15  # a thread is given up if one waits for a core for this share of a window
+PATIENCE = 0.25, 4.0  # seconds until a thread is added again: at first, and at most
 
 
 def preemptions() -> int:
-    """How often the system has taken a core from a thread of this process."""
+    """Returns how often the system has taken a core from a thread of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 class Crew(threading.local):
     """The threads that share the work of each kernel: fewer while others want their cores.
 
-    A kernel ends with its slowest thread, so that one thread without a core costs as much as all
-    of them without one.  Each thread that calls blocks has a crew, as Numba counts for each.
+    A kernel ends with its slowest thread, so a single thread without a core delays all of them.
+    Each thread that calls blocks has its own crew, because Numba sets the number for each.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Crew(threading.local):
         self.hire(numba.get_num_threads())
 
     def hire(self, most: int) -> None:
-        """Starts anew with `most` threads, and never takes more."""
+        """Starts again with `most` threads, and never takes more."""
         self._most, self._patience = most, PATIENCE[0]
         self._preempted, self._waited = self._preemptions(), dict[str, float]()
         self._looked = self._clock()
         self._resize(most)
 
     def size(self) -> int:
-        """How many threads the next kernel runs on."""
+        """Returns how many threads the next kernel runs on."""
         if self._clock() - self._looked >= WINDOW:
             self._look()
         return self._size
@@ -69,10 +69,10 @@ class Crew(threading.local):
         self._size, self._changed = size, self._looked
 
     def _share_of_waiting(self) -> float:
-        """Of the time since the last look, how much the unluckiest thread waited for a core.
+        """Returns the largest share of the time since the last look that a thread waited.
 
-        The account of each thread takes a while to read: it is left alone as long as no core is
-        taken away, and read twice before it says anything.
+        Reading each thread's account takes a while, so it is read only after a core was taken from
+        this process, and twice before the share is known.
         """
         before, preempted = self._waited, self._preempted
         since, self._looked = self._looked, self._clock()
@@ -88,7 +88,7 @@ CREW = Crew()
 
 
 def set_threads(context: Context) -> None:
-    """The asked-for number, or this rank's share of the cores that the process may use."""
+    """Sets the number of threads asked for, or this rank's share of the cores."""
     most = numba.config.NUMBA_NUM_THREADS
     if context.threads is not None and context.threads > most:
         raise Lfm2kitError(

@@ -1,7 +1,7 @@
-"""Ctrl-C while LLVM is at work.
+"""Keeps a Ctrl-C from being lost while LLVM compiles.
 
-Python forgets an exception that a signal handler raises inside a finaliser, or inside a function
-that C calls back: it prints a traceback and goes on.  While kernels are compiled both run often.
+If a signal handler raises an exception inside a finaliser, or inside a function that C calls back,
+Python prints a traceback and goes on.  While kernels are compiled, both run often.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def remembered_interrupts() -> Iterator[Callable[[], None]]:
-    """Gives a function that raises what a signal handler has raised and Python has forgotten.
+    """Yields a function that raises again what a signal handler raised and Python dropped.
 
-    It is called once more when the block ends, also by an error: that may well come from a function
-    which LLVM called back and which was interrupted.
+    It is called once more when the block ends, even by an error, which may come from a callback of
+    LLVM's that was interrupted.
     """
     raised: list[BaseException] = []
 
@@ -40,7 +40,7 @@ def remembered_interrupts() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _handlers_noted(raised: list[BaseException]) -> Iterator[None]:
-    """Python's signal handlers do what they did, and what they raise is noted."""
+    """Notes what Python's signal handlers raise."""
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in SIGNALS if is_main}
     noted = {n: _noting(handler, raised) for n, handler in before.items() if callable(handler)}

@@ -44,7 +44,7 @@ class Replay:
 
     @property
     def nbytes(self) -> int:
-        """Of the graph's arrays; what the driver keeps of its kernels comes on top."""
+        """The bytes of the graph's arrays, without what the driver keeps of its kernels."""
         return int(self._pool.total_bytes())
 
     def close(self) -> None:

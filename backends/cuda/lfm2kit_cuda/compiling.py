@@ -1,7 +1,8 @@
-"""CUDA sources to machine code: compiled once per chip, then kept in the kernel cache.
+"""Compiles CUDA sources to machine code, once per chip, and keeps it in the kernel cache.
 
-A kernel's sizes are constants of its compilation (`-DHEAD_DIM=64`).  The name of what is kept
-carries a hash of all that it depends on: source, headers, constants, options, NVRTC's version.
+A kernel's sizes are constants of its compilation (`-DHEAD_DIM=64`).  The name of a kept kernel
+contains a hash of everything that it depends on: source, headers, constants, options, NVRTC's
+version.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def compile_source(stem: str, architecture: str, constants: dict[str, int | str]
 
 @cache
 def _announce(architecture: str) -> None:
-    """Once: what is compiled later belongs to the same wait."""
+    """Prints a line, once: kernels that are compiled later belong to the same wait."""
     KERNELS.say(f"compiling kernels for {architecture} ...")
 
 

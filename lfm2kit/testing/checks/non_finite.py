@@ -1,4 +1,4 @@
-"""What is not a number is never swallowed: it reaches the result of its row, and of no other."""
+"""Checks that NaN and infinities reach the result of their row, and of no other sequence."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _require_not_finite(arrays: tuple[npt.NDArray[Any], ...], what: str) -> None
 
 
 def _masked_bias(trial: Trial, spec: Router, allowed: int) -> Float32:
-    """Equal biases for so many experts, the last one among them; -inf for the others."""
+    """Returns equal biases for some experts, the last one included, and -inf for the others."""
     bias = np.full(spec.num_experts, -np.inf, np.float32)
     bias[-1] = 0.25
     bias[1 + trial.rng.permutation(spec.num_experts - 2)[: allowed - 1]] = 0.25
@@ -121,7 +121,7 @@ def _masked_bias(trial: Trial, spec: Router, allowed: int) -> Float32:
 
 
 def _with_bias(trial: Trial, spec: Router, bias: Float32) -> Weights:
-    """Random weights but for the bias; the last expert does not look at the first column."""
+    """Returns random weights except for the bias; the last expert ignores the first column."""
     gate = trial.random_weights(spec).float32("gate.weight").copy()
     gate[-1, 0] = 0
     return frozen_weights({"gate.weight": gate, "expert_bias": bias})

@@ -131,7 +131,7 @@ class BlasBackend:
         return block
 
     def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
-        """Weights of 16 bits are kept in float32; others stay views of the checkpoint."""
+        """Counts 16-bit weights, which are kept in float32; others stay views of the checkpoint."""
         tensors = (weights[name] for name in spec.parameters())
         return sum(4 * t.data.size for t in tensors if t.dtype != "F32")
 
