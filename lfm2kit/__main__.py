@@ -28,8 +28,21 @@ def script() -> NoReturn:
         code = streams.conclude(PROCESS.ended(exit_code))
     except KeyboardInterrupt:  # before `ended` could handle it
         print("lfm2kit: interrupted", file=sys.stderr)
+    except Exception as error:  # not even what handles errors could be imported
+        code = _cannot_start(error)
     gc.freeze()  # Python ends four times as fast when it collects nothing, and hears no signal then
     sys.exit(code)
+
+
+def _cannot_start(error: Exception) -> int:
+    """Says so in one line, with as little as possible; the exit code."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    print(
+        f"lfm2kit: error: lfm2kit cannot start ({said[:200]}): the limits here are too low "
+        "(ulimit -a), or a package is damaged (install it again)",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def main() -> NoReturn:

@@ -155,3 +155,15 @@ def test_tables_in_a_pipe_are_not_cut_off() -> None:
     done = lfm2kit("plan", COLUMNS="40")
     assert "…" not in done.stdout
     assert "layers.0.feed_forward" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["lfm2kit.streams", "lfm2kit.cli.console", "typer"])
+def test_what_cannot_even_be_imported_is_one_line(module: str) -> None:
+    """As where memory or open files are limited to less than the imports take."""
+    code = f"import sys; sys.modules[{module!r}] = None; from lfm2kit.__main__ import script"
+    command = [sys.executable, "-c", f"{code}; script()", "env"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lfm2kit: error: lfm2kit cannot start (ModuleNotFoundError: ")
+    assert "ulimit -a" in line
+    assert (done.returncode, done.stdout) == (2, "")
