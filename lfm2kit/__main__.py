@@ -78,6 +78,7 @@ def exit_code() -> int:
 
 def _failed(error: BaseException) -> int:
     """Prints what went wrong, and returns the exit code."""
+    import errno
     import os
 
     from lfm2kit.cli.console import complain, show_traceback
@@ -85,6 +86,9 @@ def _failed(error: BaseException) -> int:
 
     if isinstance(error, MemoryError):
         complain(f"there is not enough memory ({error}); lfm2kit env shows what limits it")
+        return USER_ERROR
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        complain(f"the limits here are too low (ulimit -a): {error}")
         return USER_ERROR
     is_bug = not isinstance(error, Lfm2kitError)
     if is_bug or os.environ.get(TRACEBACK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lfm2kit.__main__ import main
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.convert import source_of, write_checkpoint
 from lfm2kit.loading import EMBEDDED
@@ -167,3 +169,18 @@ def test_what_cannot_even_be_imported_is_one_line(module: str) -> None:
     assert line.startswith("lfm2kit: error: lfm2kit cannot start (ModuleNotFoundError: ")
     assert "ulimit -a" in line
     assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_limit_of_the_machine_is_no_bug(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys, "argv", ["lfm2kit", *RUN])
+    monkeypatch.setattr("lfm2kit.samples.read_inputs", fails)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, "ulimit -a" in line) == (2, True)
