@@ -27,6 +27,7 @@ from lfm2kit_mpi.watch import notice_cuts
 
 from lfm2kit import progress
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.transport import JobError
 
 NOW = 1000.0
 
@@ -189,6 +190,13 @@ def until(is_so: object, seconds: float = 60) -> None:
 def test_an_mpiexec_that_starts_no_rank_is_the_user_s_to_change(script: str, said: str) -> None:
     with pytest.raises(Lfm2kitError, match=f"mpiexec started no rank: {said}"):
         run_job(["sh", "-c", script], 2)
+
+
+def test_a_rank_that_a_signal_ends_before_it_has_joined_is_a_fault_that_names_it() -> None:
+    banner = "EXIT STRING: Segmentation fault (signal 11)\nPlease see the FAQ page"
+    with pytest.raises(JobError, match=r"ended by signal 11 \(SIGSEGV\), before") as error:
+        run_job(["sh", "-c", f"echo '{banner}'; exit 139"], 2)
+    assert error.value.exit_code == 3
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux's memfd_create")

@@ -95,10 +95,15 @@ def gone(rank: Rank, number: int | None = None) -> Fault:
     if rank.last_words:
         return Fault(f"{rank.where}: its process crashed: {rank.last_words}")
     if number is not None:
-        name = signal.Signals(number).name if number in signal.valid_signals() else "unknown"
-        of_memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
-        return Fault(f"{rank.where}: its process was ended by signal {number} ({name}){of_memory}")
+        return Fault(f"{rank.where}: its process was {by_signal(number)}")
     return Fault(f"{rank.where}: its process ended before its work was done")
+
+
+def by_signal(number: int) -> str:
+    """How the signal `number` ended a process, as the end of a sentence."""
+    name = signal.Signals(number).name if number in signal.valid_signals() else "unknown"
+    of_memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+    return f"ended by signal {number} ({name}){of_memory}"
 
 
 def _silence(rank: Rank, seconds: float) -> str:

@@ -21,7 +21,7 @@ from lfm2kit import progress
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.transport import JobError
 from lfm2kit_mpi import hub as hubs
-from lfm2kit_mpi.faults import Fault
+from lfm2kit_mpi.faults import Fault, by_signal
 from lfm2kit_mpi.hub import LOOK, Hub
 from lfm2kit_mpi.shared_memory import drop_names_of
 
@@ -68,9 +68,12 @@ async def _concluded(hub: Hub, job: subprocess.Popen[bytes], said: BinaryIO) -> 
         await _until(lambda: job.poll() is not None, TO_SAY_WHY if hub.left else hub.deadline)
         await _until(lambda: not hub.has_ranks, TO_SAY_WHY)  # what they said last
     words = _words_of(said)
-    fault = hub.explain(_number("signal", words), _number("PID", words))
+    number = _number("signal", words)
+    fault = hub.explain(number, _number("PID", words))
     if fault is None and hub.exit_code is not None:
         return hub.exit_code
+    if fault is None and not hub.ranks and number is not None:
+        fault = Fault(f"a rank's process was {by_signal(number)}, before it had joined the job")
     if fault is None and not hub.ranks:
         raise Lfm2kitError(f"mpiexec started no rank: {_last_line(words)}")
     if fault is None:
