@@ -8,6 +8,7 @@ container that shares the folder.  The random token distinguishes writers with e
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -16,10 +17,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+LONGEST_STEM = 220  # bytes
+
 
 def beside(path: Path, ending: str) -> Path:
     """Returns a new name beside `path`, for its partial successor or for the old one."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.{ending}")
+    return path.with_name(f".{_stem(path)}.{os.getpid()}-{secrets.token_hex(4)}.{ending}")
+
+
+def _stem(path: Path) -> str:
+    """The name of `path`, or what stands for one that leaves no room for more (255 bytes)."""
+    name = os.fsencode(path.name)
+    if len(name) <= LONGEST_STEM:
+        return path.name
+    digest = hashlib.sha256(name).hexdigest()[:16]
+    return name[: LONGEST_STEM - 17].decode(errors="ignore") + f"~{digest}"
 
 
 @contextmanager
@@ -39,7 +51,7 @@ def remove_leftovers(path: Path) -> None:
 
     If such a run was killed while it exchanged folders, the old folder gets its name back.
     """
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d{1,9})-[0-9a-f]{8}\.(partial|old)")
+    pattern = re.compile(re.escape(f".{_stem(path)}.") + r"(\d{1,9})-[0-9a-f]{8}\.(partial|old)")
     with suppress(OSError):
         for name in os.listdir(path.parent):
             found = pattern.fullmatch(name)

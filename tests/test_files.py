@@ -463,3 +463,13 @@ def test_a_run_that_is_killed_leaves_one_file_that_the_next_one_removes(tmp_path
     assert len(names(tmp_path)) == 1
     write(tmp_path / "file", b"new")
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "ä" * 127, "b" * 221])
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path, name: str) -> None:
+    check_target("--outputs", tmp_path / name)
+    with replaced(tmp_path / name) as file:
+        file.write(b"x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    other = beside(tmp_path / (name[:-1] + "c"), "old")
+    assert beside(tmp_path / name, "old").name.split("-")[0] != other.name.split("-")[0]
