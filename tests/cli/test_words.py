@@ -155,3 +155,10 @@ def test_tables_in_a_pipe_are_not_cut_off() -> None:
     done = lfm2kit("plan", COLUMNS="40")
     assert "…" not in done.stdout
     assert "layers.0.feed_forward" in done.stdout
+
+
+def test_help_shows_the_defaults_that_options_describe_in_words(tmp_path: Path) -> None:
+    shown = lfm2kit("run", "--help", cwd=tmp_path).stdout
+    words = " ".join(shown.replace("│", " ").split())
+    for default in ("all, 128 at most", "inputs.bin beside the model", "nowhere"):
+        assert f"[default: {default}]" in words
