@@ -39,7 +39,7 @@ def list_backends(json: options.JsonOption = None) -> None:
 def check(
     name: Annotated[str, typer.Argument(help="The backend to judge.")],
     only: Annotated[
-        str | None, typer.Option(metavar="ID,...", help="Only these checks. [default: all]")
+        str | None, typer.Option(metavar="ID,...", help="Only these checks. \\[default: all]")
     ] = None,
     precision: options.PrecisionOption = "fp32",
     threads: options.ThreadsOption = None,

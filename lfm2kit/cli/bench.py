@@ -59,7 +59,7 @@ def bench(
             "--backend",
             "-b",
             metavar="PLAN",
-            help=f"Repeat it to compare several. [default: ${options.BACKEND_VARIABLE}, or auto]",
+            help=f"Repeat it to compare several. \\[default: ${options.BACKEND_VARIABLE}, or auto]",
         ),
     ] = None,
     n: Annotated[

@@ -34,7 +34,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint folder, model.bin, embedded model.")],
     target: Annotated[Path, typer.Argument(help="A new folder, or a file ending in .bin.")],
     dtype: Annotated[
-        StoredAs | None, typer.Option(help="Type of the weights. [default: as stored]")
+        StoredAs | None, typer.Option(help="Type of the weights. \\[default: as stored]")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
     random: Annotated[
@@ -44,7 +44,7 @@ def convert(
     seed: Annotated[
         int | None,
         options.whole_number(
-            "--seed", least=0, most=bounds.SEED, help="Seed of the random weights. [default: 0]"
+            "--seed", least=0, most=bounds.SEED, help="Seed of the random weights. \\[default: 0]"
         ),
     ] = None,
 ) -> None:

@@ -55,7 +55,7 @@ BackendOption = Annotated[
         metavar="PLAN",
         envvar=BACKEND_VARIABLE,
         help="Which backend builds what: auto, cpu_simd, 'cpu_simd,2-4.moe=reference'. "
-        "[default: auto]",
+        "\\[default: auto]",
     ),
 ]
 PlanOption = Annotated[
@@ -66,7 +66,7 @@ PrecisionOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None,
-    whole_number("--threads", help="CPU threads. [default: the cores that this process may use]"),
+    whole_number("--threads", help="CPU threads. \\[default: the cores that this process may use]"),
 ]
 CpuMoeOption = Annotated[
     int,

@@ -23,7 +23,7 @@ def run(
     plan: options.PlanOption = None,
     n: Annotated[
         int | None,
-        options.whole_number("-n", help="Samples to run. [default: all, 128 at most]"),
+        options.whole_number("-n", help="Samples to run. \\[default: all, 128 at most]"),
     ] = None,
     validate_outputs: Annotated[
         bool, typer.Option("--validate", "-v", help="Compare the outputs with the answers.")
@@ -34,11 +34,11 @@ def run(
     batch_size: Annotated[
         int | None,
         options.whole_number(
-            "--batch-size", help="Samples in a forward. [default: 4096 tokens' worth]"
+            "--batch-size", help="Samples in a forward. \\[default: 4096 tokens' worth]"
         ),
     ] = None,
     inputs: Annotated[
-        Path | None, typer.Option(help="Token ids. [default: inputs.bin beside the model]")
+        Path | None, typer.Option(help="Token ids. \\[default: inputs.bin beside the model]")
     ] = None,
     random_inputs: Annotated[
         int | None,
@@ -49,14 +49,14 @@ def run(
     seed: Annotated[
         int | None,
         options.whole_number(
-            "--seed", least=0, most=bounds.SEED, help="Seed of the random ids. [default: 0]"
+            "--seed", least=0, most=bounds.SEED, help="Seed of the random ids. \\[default: 0]"
         ),
     ] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="Expected logits. [default: answers.bin beside the model]")
+        Path | None, typer.Option(help="Expected logits. \\[default: answers.bin beside the model]")
     ] = None,
     outputs: Annotated[
-        Path | None, typer.Option(help="Where to write the logits. [default: nowhere]")
+        Path | None, typer.Option(help="Where to write the logits. \\[default: nowhere]")
     ] = None,
     precision: options.PrecisionOption = "fp32",
     threads: options.ThreadsOption = None,
