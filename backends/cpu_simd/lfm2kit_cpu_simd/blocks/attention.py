@@ -80,6 +80,8 @@ def _norm_and_rotate(
             for i in range(head_dim):
                 squares += qkv[row, at + i] * qkv[row, at + i]
             scale = np.float32(1) / np.sqrt(squares / np.float32(head_dim) + eps)
+            if not squares < np.float32(np.inf):  # else 1 / inf would hide it
+                scale = np.float32(np.nan)
             for i in range(half):
                 a = qkv[row, at + i] * scale * weight[i]
                 b = qkv[row, at + half + i] * scale * weight[half + i]

@@ -73,5 +73,7 @@ def _add_and_norm(hidden: Any, delta: Any, weight: Any, eps: Any, x: Any) -> Non
         for j in range(hidden.shape[1]):
             squares += hidden[row, j] * hidden[row, j]
         scale = np.float32(1) / np.sqrt(squares / np.float32(hidden.shape[1]) + eps)
+        if not squares < np.float32(np.inf):  # else 1 / inf would hide it
+            scale = np.float32(np.nan)
         for j in range(hidden.shape[1]):
             x[row, j] = hidden[row, j] * scale * weight[j]
