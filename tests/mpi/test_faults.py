@@ -160,6 +160,16 @@ def test_under_another_launcher_the_line_is_said_and_no_rank_is_left(
     assert done.left == []
 
 
+def test_a_rank_does_not_wait_for_ever_for_one_that_runs_another_command() -> None:
+    """Without rank 0 nobody watches, and MPI's start lets no thread run."""
+    other, waiting = [*LFM2KIT, "plan"], [*LFM2KIT, *RUN]
+    done = subprocess.run(
+        [find_mpiexec(), "-n", "1", *other, ":", "-n", "1", *waiting],
+        capture_output=True, text=True, timeout=A_WHILE, env=os.environ | LETS_ANYONE_RUN,
+    )  # fmt: skip
+    assert done.returncode != 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_the_end_of_what_started_a_job_ends_every_rank(
     number: signal.Signals, tmp_path: Path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -46,7 +48,7 @@ def _of_another_job(size: int) -> MpiTransport:
     streams.apart()
     hub = start_hub(size) if _rank() == 0 else None
     watch = _watched(0, hub) if hub is not None else None
-    with _told(watch):
+    with _told(watch), _limited(watch):
         mpi = _start_mpi(size)
     if hub is None and mpi.rank() == 0:  # a launcher whose variables are not known
         hub = start_hub(size)
@@ -76,6 +78,21 @@ def _told(watch: Watch | None) -> Iterator[None]:
         if watch is not None:
             watch.abort(USER_ERROR, str(error), "")
         raise
+
+
+@contextmanager
+def _limited(watch: Watch | None) -> Iterator[None]:
+    """Has the system end a process that nobody watches, where MPI's start takes too long inside.
+
+    MPI's start waits for ever if another rank never joins, and holds Python's lock meanwhile.
+    """
+    if watch is None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(math.ceil(starting_seconds()))
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def _watched(rank: int, hub: tuple[list[str], int, str]) -> Watch:
