@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LONGEST_STEM = 220  # bytes
+LONGEST_NAME = 255  # bytes, of a file in most systems
+LONGEST_STEM = 220  # of it, in the name of a partial file
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -26,9 +27,12 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def _stem(path: Path) -> str:
-    """The name of `path`, or what stands for one that leaves no room for more (255 bytes)."""
+    """Returns the name of `path`, or what stands for one that leaves no room for more.
+
+    A name that is too long itself stays, so that the attempt fails before the work.
+    """
     name = os.fsencode(path.name)
-    if len(name) <= LONGEST_STEM:
+    if not LONGEST_STEM < len(name) <= LONGEST_NAME:
         return path.name
     digest = hashlib.sha256(name).hexdigest()[:16]
     return name[: LONGEST_STEM - 17].decode(errors="ignore") + f"~{digest}"

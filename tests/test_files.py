@@ -473,3 +473,10 @@ def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path, name: str) ->
     assert [path.name for path in tmp_path.iterdir()] == [name]
     other = beside(tmp_path / (name[:-1] + "c"), "old")
     assert beside(tmp_path / name, "old").name.split("-")[0] != other.name.split("-")[0]
+
+
+def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(Lfm2kitError, match="name too long"):
+        check_target("--outputs", tmp_path / ("a" * 256))
+    with pytest.raises(Lfm2kitError, match="name too long"), replaced(tmp_path / ("a" * 256)):
+        pytest.fail("the work was begun")
