@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lfm2kit_cpu_simd.threads import threading_notes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
@@ -20,6 +21,7 @@ def test_too_little_memory_to_compile_is_an_error_that_says_so(tmp_path: Path) -
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    *notes, line = done.stderr.splitlines()
+    assert len(notes) == len(threading_notes())
     assert "compiling kernels takes at least 200 MB of memory" in line
     assert "--backend reference" in line
