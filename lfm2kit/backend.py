@@ -112,7 +112,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class BackendPlugin:
-    """What a plugin announces.  Making one must be free: heavy imports belong into `create`.
+    """What a plugin announces.  Making one must be free: heavy imports belong in `create`.
 
     `lfm2kit plan` creates backends, so compiling belongs into a backend's `build`.
     """
