@@ -48,6 +48,7 @@ class Interrupts:
     """Handles this process's signals until it ends."""
 
     def __init__(self) -> None:
+        self._is_handling = False
         self._received: int | None = None  # the first signal's number
         self._is_over = False  # the command has ended: nothing is left to unwind
         self._code: int | None = None  # the process's exit code, if not the signal's
@@ -71,7 +72,7 @@ class Interrupts:
 
         For other threads.  Does nothing if signals are not handled here.
         """
-        if signal.getsignal(signal.SIGTERM) == self._handle:
+        if self._is_handling:  # perhaps inside a handler that a compiler put round ours
             self._code, self.is_told = code, True
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -85,6 +86,7 @@ class Interrupts:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
+        self._is_handling = True
         signal.signal(NUDGE, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # run.sh blocks them until now
         sys.unraisablehook = _unraisable
