@@ -33,7 +33,7 @@ class Memory(Protocol):
 class Bounded(Protocol):
     """Capability of a memory that can say how much of it is left.
 
-    A model whose blocks need more of it (see `NeedsWorkspace`) is refused before it is built.
+    A model whose blocks need more of it (see `MemoryFigures`) is refused before it is built.
     """
 
     @property

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
-from lfm2kit.capacity import size
+from lfm2kit.capacity import Needed, size
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.loading import Setup, set_up
@@ -64,8 +64,8 @@ def _row(leaf: Placed, setup: Setup, tokens: int) -> dict[str, Any]:
         "backend": leaf.backend,
         "memory": leaf.memory.name,
         "weight_bytes": setup.stored_bytes(leaf),
-        "kept_bytes": setup.sizes.of(leaf, 0),
-        "workspace_bytes": setup.sizes.of(leaf, tokens),
+        "kept_bytes": setup.sizes.kept(leaf),
+        "scratch_bytes": setup.sizes.scratch(leaf, tokens),
         "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
     }
 
@@ -85,11 +85,14 @@ def _totals(setup: Setup, tokens: int) -> dict[str, dict[str, int]]:
     return {
         memory: {
             "weight_bytes": sum(setup.stored_bytes(leaf) for leaf in here),
-            "kept_bytes": setup.sizes.needed(here, 0),
-            "workspace_bytes": setup.sizes.needed(here, tokens),
+            **_named(setup.sizes.needed(here, tokens)),
         }
         for memory, here in leaves.items()
     }
+
+
+def _named(needed: Needed) -> dict[str, int]:
+    return {f"{kind}_bytes": count for kind, count in needed._asdict().items()}
 
 
 def _show(report: Report, setup: Setup, tokens: int) -> None:
@@ -105,9 +108,9 @@ def _show(report: Report, setup: Setup, tokens: int) -> None:
     )
     free = setup.sizes.free(setup.placed)
     for memory, total in report.fields["totals"].items():
-        weights, kept, at_most = (size(count) for count in total.values())
+        weights, kept, scratch, _ = (size(count) for count in total.values())
         left = f"; {_size(free[memory])} are free" if memory in free else ""
-        taken = f"{kept} of memory kept, {at_most} with {tokens} tokens at once"
+        taken = f"{kept} of memory kept, {scratch} more with {tokens} tokens at once"
         report.line(f"{memory}: {weights} of weights as stored, {taken}{left}")
     for bound in memory_limits():
         report.line(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
@@ -122,7 +125,7 @@ def _show(report: Report, setup: Setup, tokens: int) -> None:
 
 def _texts(row: dict[str, Any]) -> list[str]:
     texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
-    kinds = ("weight_bytes", "kept_bytes", "workspace_bytes")
+    kinds = ("weight_bytes", "kept_bytes", "scratch_bytes")
     return [*texts, *(_size(row[kind]) for kind in kinds)]
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lfm2kit.model_state import ModelState
 
 from lfm2kit.backend import Backend, Context
 from lfm2kit.batch import Batch
 from lfm2kit.model import LFM2
-from lfm2kit.model_state import ModelState
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import random_weights
