@@ -217,9 +217,9 @@ class LFM2:
                     )
                 return self._run(host, None)
             self._check_state(state)
-            writing = state.begin(host)
+            state.ledger.begin(host)
             logits = self._run(host, state)
-            state.complete(host, writing)
+            state.ledger.complete(host)
             return logits
 
     def new_state(self, room: Room) -> ModelState:
