@@ -1,9 +1,9 @@
 """The books of a state's pages: which tokens each page holds, and of which sequence.
 
 Every page has a random identity, which it gets when a sequence begins it, and anew when tokens in
-it are replaced.  Its trail is the sum of the identities of the sequence's pages up to it, each mixed
-with its place.  So one sum tells whether a table still names the pages that a sequence was written
-to, in order, and whether nobody has taken one of them since.
+it are replaced.  Its trail is the sum of the identities of the sequence's pages up to it, mixed
+with their places.  So one sum tells whether a table still names the pages that a sequence was
+written to, in order, and whether nobody has taken one of them since.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Context, Explains
-from lfm2kit.capacity import Sizes
+from lfm2kit.capacity import NO_ROOM, Sizes
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, choices
@@ -26,6 +26,7 @@ from lfm2kit.placement import Join, Joins, Placed, Placer
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.progress import Wrap, telling
+from lfm2kit.state import Room
 from lfm2kit.transport import Transport
 from lfm2kit.trim import trim as trimmed
 
@@ -86,9 +87,9 @@ class Setup:
     def sizes(self) -> Sizes:
         return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks)
 
-    def shortage(self, tokens: int = 0) -> str | None:
+    def shortage(self, tokens: int = 0, room: Room = NO_ROOM) -> str | None:
         """Says which memory is too small, by how much, and what would fit; None if none is."""
-        return self._shortage(self.placed, tokens)
+        return self._shortage(self.placed, tokens, room)
 
     def _check_memory(self, placed: Placed, tokens: int) -> None:
         if (sentence := self._shortage(placed, tokens)) is not None:
@@ -96,12 +97,14 @@ class Setup:
         if self.transport is not None:  # no rank allocates before all on its machine have looked
             self.transport.barrier()
 
-    def _shortage(self, placed: Placed, tokens: int) -> str | None:
-        short = self.sizes.shortage(placed, tokens)
+    def _shortage(self, placed: Placed, tokens: int, room: Room = NO_ROOM) -> str | None:
+        short = self.sizes.shortage(placed, tokens, room)
         if short is None:
             return None
-        if tokens and self.sizes.shortage(placed) is None:
+        if tokens and self.sizes.shortage(placed, 0, room) is None:
             return f"{short}; try fewer tokens at once: a smaller batch, or shorter samples"
+        if room.pages and self.sizes.shortage(placed) is None:
+            return f"{short}; try fewer sequences at once, or shorter ones"
         nothing = "a smaller model: no --precision or --n-cpu-moe is enough"
         return f"{short}; try {' or '.join(self._fitting(short.memory)) or nothing}"
 

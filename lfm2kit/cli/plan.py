@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,6 +14,7 @@ from lfm2kit.cli.console import Report, show_table
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
 from lfm2kit.placement import Placed
+from lfm2kit.state import Room
 from lfm2kit.transport import World
 from lfm2kit.trim import TrimmedLayer, TrimmedModel
 
@@ -26,19 +28,26 @@ def plan(
     n_cpu_moe: options.CpuMoeOption = 0,
     trim: options.TrimOption = False,
     tokens: Annotated[
-        int, options.whole_number("--tokens", help="Tokens of a forward, for the workspace.")
+        int, options.whole_number("--tokens", help="Tokens of a forward, for the scratch memory.")
     ] = 2048,
+    context: Annotated[
+        int, options.whole_number("--context", least=0, help="Tokens of a sequence, for the state.")
+    ] = 0,
+    sequences: Annotated[
+        int, options.whole_number("--sequences", help="Sequences of that length, for the state.")
+    ] = 1,
     json: options.JsonOption = None,
 ) -> None:
     """Shows each block's backend, memory, bytes and copies; nothing is loaded."""
     report = Report(json)
     checkpoint = options.open_model(model)
     report.check_apart(options.files_of(checkpoint, plan))
-    context = options.context_for(precision, threads, World())
+    run_context = options.context_for(precision, threads, World())
     chosen = options.chosen_plan(backend, plan)
-    setup = set_up(checkpoint, chosen, context=context, n_cpu_moe=n_cpu_moe, trim=trim)
-    rows = [_row(leaf, setup, tokens) for leaf in setup.placed.leaves()]
-    totals = _totals(setup, tokens)
+    setup = set_up(checkpoint, chosen, context=run_context, n_cpu_moe=n_cpu_moe, trim=trim)
+    room = Room.of_sequences(sequences, context)
+    rows = [_row(leaf, setup, tokens, room) for leaf in setup.placed.leaves()]
+    totals = _totals(setup, tokens, room)
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
@@ -49,15 +58,16 @@ def plan(
         "rows_kept": _rows_kept(setup),
         "free_bytes": setup.sizes.free(setup.placed),
         "host_limits": {bound.name: bound._asdict() for bound in memory_limits()},
-        "shortage": setup.shortage(tokens),
+        "room": asdict(room),
+        "shortage": setup.shortage(tokens, room),
         "notes": list(setup.notes()),
     }
     if json != "-":
-        _show(report, setup, tokens)
+        _show(report, setup, tokens, room)
     report.write()
 
 
-def _row(leaf: Placed, setup: Setup, tokens: int) -> dict[str, Any]:
+def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:
     return {
         "block": leaf.name,
         "spec": type(leaf.spec).__name__,
@@ -66,6 +76,7 @@ def _row(leaf: Placed, setup: Setup, tokens: int) -> dict[str, Any]:
         "weight_bytes": setup.stored_bytes(leaf),
         "kept_bytes": setup.sizes.kept(leaf),
         "scratch_bytes": setup.sizes.scratch(leaf, tokens),
+        "state_bytes": setup.sizes.state(leaf, room),
         "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
     }
 
@@ -77,7 +88,7 @@ def _rows_kept(setup: Setup) -> dict[str, int]:
     return {f"layers.{i}": one.rows_out for i, one in layers if isinstance(one, TrimmedLayer)}
 
 
-def _totals(setup: Setup, tokens: int) -> dict[str, dict[str, int]]:
+def _totals(setup: Setup, tokens: int, room: Room) -> dict[str, dict[str, int]]:
     """Bytes per memory.  A tied head's weights count again: the block may pack them anew."""
     leaves: dict[str, list[Placed]] = {}
     for leaf in setup.placed.leaves():
@@ -85,7 +96,7 @@ def _totals(setup: Setup, tokens: int) -> dict[str, dict[str, int]]:
     return {
         memory: {
             "weight_bytes": sum(setup.stored_bytes(leaf) for leaf in here),
-            **_named(setup.sizes.needed(here, tokens)),
+            **_named(setup.sizes.needed(here, tokens, room)),
         }
         for memory, here in leaves.items()
     }
@@ -95,10 +106,10 @@ def _named(needed: Needed) -> dict[str, int]:
     return {f"{kind}_bytes": count for kind, count in needed._asdict().items()}
 
 
-def _show(report: Report, setup: Setup, tokens: int) -> None:
+def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
     report.line(f"{setup.checkpoint.path}: {setup.plan}")
     headings = ("block", "spec", "backend", "memory", "copy")
-    sizes = ("weights", "kept", f"at {tokens} tokens")
+    sizes = ("weights", "kept", f"scratch at {tokens} tokens", "state")
     show_table(
         [_texts(row) for row in report.fields["blocks"]],
         *(Column(heading, overflow="fold") for heading in headings),
@@ -108,13 +119,15 @@ def _show(report: Report, setup: Setup, tokens: int) -> None:
     )
     free = setup.sizes.free(setup.placed)
     for memory, total in report.fields["totals"].items():
-        weights, kept, scratch, _ = (size(count) for count in total.values())
+        weights, kept, scratch, state = (size(count) for count in total.values())
         left = f"; {_size(free[memory])} are free" if memory in free else ""
-        taken = f"{kept} of memory kept, {scratch} more with {tokens} tokens at once"
+        taken = f"{kept} kept, {scratch} of scratch with {tokens} tokens at once"
+        if room.pages:
+            taken += f", {state} of state in {room.pages} pages of {room.page_tokens} tokens"
         report.line(f"{memory}: {weights} of weights as stored, {taken}{left}")
     for bound in memory_limits():
         report.line(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
-    if (shortage := setup.shortage(tokens)) is not None:
+    if (shortage := setup.shortage(tokens, room)) is not None:
         report.line(shortage)
     report.line(f"copies between memories in a forward: {setup.placed.copies()}")
     for layer, rows_kept in _rows_kept(setup).items():
@@ -125,7 +138,7 @@ def _show(report: Report, setup: Setup, tokens: int) -> None:
 
 def _texts(row: dict[str, Any]) -> list[str]:
     texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
-    kinds = ("weight_bytes", "kept_bytes", "scratch_bytes")
+    kinds = ("weight_bytes", "kept_bytes", "scratch_bytes", "state_bytes")
     return [*texts, *(_size(row[kind]) for kind in kinds)]
 
 

@@ -153,7 +153,9 @@ def state_pages_do_not_leak(trial: Trial) -> None:
         x = _rows(trial, spec, BEYOND_A_PAGE)
         between = [_rows(trial, spec, len(x)), np.full_like(x, np.nan)]
         of_values, of_nan = (
-            _fed_between(Session(spec, block, np.random.default_rng(1)), x, y) for y in between
+            # As many pages as are needed: each has a neighbour of another sequence.
+            _fed_between(Session(spec, block, np.random.default_rng(1), Room(6, PAGE_TOKENS)), x, y)
+            for y in between
         )
         assert_same(of_nan, of_values, f"{spec}, between sequences of NaN and of values")
 
