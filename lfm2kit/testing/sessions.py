@@ -56,6 +56,11 @@ class Pages:
         self.tokens[name] = whole * self.room.page_tokens
         return self.tokens[name]
 
+    def is_alone(self, name: Hashable, start: int) -> bool:
+        """Return whether no other sequence uses the pages from position `start` on."""
+        pages = self.tables[name][start // self.room.page_tokens :]
+        return all(self._users[page] == 1 for page in pages)
+
     def drop(self, name: Hashable) -> None:
         """End a sequence: its pages are free again."""
         self._give_back(name, 0)
