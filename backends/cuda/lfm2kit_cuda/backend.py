@@ -80,8 +80,14 @@ class CudaBackend:
         known = all(type(part.spec) in PARTS for part in layer.parts())
         return None if known else "its feed-forward is not one of ours"
 
-    def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Replay:
-        return Replay(forward, batch)
+    def capture(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
+        try:
+            return Replay(step, batch, CUDA)
+        except MemoryError:
+            pass  # outside the handler, whose error holds arrays
+        # A replay has a pool of its own, so what the common pool keeps for later is in its way.
+        cupy.get_default_memory_pool().free_all_blocks()
+        return Replay(step, batch, CUDA)
 
     def _out_of_memory(self, spec: Spec, weights: Weights) -> str:
         free, total = (size / 1e9 for size in cupy.cuda.runtime.memGetInfo())
