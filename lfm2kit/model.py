@@ -187,6 +187,8 @@ class LFM2:
     forward: Forward
     home: Memory
     backend: Backend  # the plan's default
+    # The backend, if it can capture the model: asked once, because it takes longer than a launch.
+    _captures: Captures | None = field(init=False, repr=False)
     # Who owns its replays: the model itself, or one of its states.
     _owner: Hashable = field(init=False, repr=False, default_factory=object)
     _states: WeakKeyDictionary[ModelState, Hashable] = field(
@@ -196,6 +198,8 @@ class LFM2:
     _lock: Any = field(init=False, repr=False, default_factory=RLock)
 
     def __post_init__(self) -> None:
+        can_capture = isinstance(self.backend, Captures) and self.placed.copies() == 0
+        object.__setattr__(self, "_captures", self.backend if can_capture else None)
         finalize(self, self._replays.drop, self._owner)
 
     @out_of_memory.in_a_forward
@@ -250,7 +254,7 @@ class LFM2:
     def _run(self, batch: Batch, state: ModelState | None) -> npt.NDArray[np.float32]:
         """Return the logits of a host batch: by a replay, if a batch of its form has run before."""
         layers = None if state is None else state.layers
-        if not self._is_capturable:
+        if self._captures is None:
             return self.home.to_host(self.forward(batch.on(self.home), layers))
         key = self._key(batch, state)
         if not self._replays.is_due(key):
@@ -258,9 +262,8 @@ class LFM2:
             self._makes.update(batch.makes)
             self._replays.note(self._key(batch, state))
             return logits
-        assert isinstance(self.backend, Captures)
         step = partial(self.forward, state=layers)
-        with self._replays.using(key, partial(self.backend.capture, step, batch)) as replay:
+        with self._replays.using(key, partial(self._captures.capture, step, batch)) as replay:
             return self.home.to_host(replay(batch))
 
     def _key(self, batch: Batch, state: ModelState | None) -> Key:
@@ -269,10 +272,6 @@ class LFM2:
             batch.derived(key, make)
         owner = self._owner if state is None else self._states[state]
         return Key(owner, tuple(one.form for one in batch.family()))
-
-    @property
-    def _is_capturable(self) -> bool:
-        return isinstance(self.backend, Captures) and self.placed.copies() == 0
 
     @property
     def _replays(self) -> Replays:

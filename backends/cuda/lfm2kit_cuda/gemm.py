@@ -36,7 +36,7 @@ class Panels:
 
 
 class Gemm:
-    activation = "F32"
+    activation, run = "F32", RUN
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
         return Tiling(TALLEST, HEIGHT_STEP, by_height=True)
@@ -67,6 +67,19 @@ class Gemm:
 
     def rounded(self, x: cupy.ndarray) -> Rows:
         return Rows(x)
+
+    def empty_bytes(self, rows: int, columns: int) -> int:
+        return 4 * rows * columns
+
+    def rounded_bytes(self, rows: int, columns: int) -> int:
+        return 0
+
+    def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
+        most = _dense_tiles(rows, padded(width, WIDTH)) if tiles is None else tiles
+        return 4 * most * padded(inputs, STEP) * TALLEST
+
+    def gated_bytes(self, rows: int, columns: int, tiles: int | None = None) -> int:
+        return self.arranged_bytes(rows, columns, 2 * padded(columns, RUN), tiles)
 
     def linear(
         self,
