@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lfm2kit.batch import Batch
-from lfm2kit.memory import HOST, Array, Bounded, HostMemory, Memory
+from lfm2kit.memory import (
+    HOST,
+    Array,
+    Arriving,
+    Bounded,
+    Exclusive,
+    HostMemory,
+    Mark,
+    Memory,
+    Ordered,
+)
 from lfm2kit.specs import Spec
 from lfm2kit.weights import DType, Tensor, Weights
 
@@ -23,6 +33,7 @@ __all__ = [
     "API_VERSION",
     "HOST",
     "Array",
+    "Arriving",
     "Backend",
     "BackendPlugin",
     "Batch",
@@ -32,12 +43,15 @@ __all__ = [
     "Ceilings",
     "Context",
     "DType",
+    "Exclusive",
     "Explains",
     "HostMemory",
+    "Mark",
     "Measures",
     "Memory",
     "NeedsWorkspace",
     "Operator",
+    "Ordered",
     "Replay",
     "Spec",
     "State",

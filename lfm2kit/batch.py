@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.batch_rules import ARRAYS, MOST_CONTEXT, check, check_slots, integers
-from lfm2kit.memory import HOST, Memory
+from lfm2kit.memory import HOST, Mark, Memory, is_ordered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +38,7 @@ class Batch:
     memory: Memory = HOST
     # Batches made from this one: copies by their memory's name, trimmed ones by their reach.
     views: dict[Hashable, Batch] = field(default_factory=dict, repr=False, init=False)
+    copied: Mark | None = field(default=None, repr=False, init=False)  # when `on` made this copy
 
     def __post_init__(self) -> None:
         if self.memory.name == HOST.name:
@@ -100,16 +101,23 @@ class Batch:
             max_context=int((first + lengths).max(initial=0)),
             memory=HOST,
             views={},
+            copied=None,
         )
 
     def on(self, memory: Memory) -> Batch:
-        """This batch with its arrays in `memory`; each copy is made once and remembered."""
+        """This batch with its arrays in `memory`; each copy is made once and remembered.
+
+        They are ready for what is enqueued in the memory's current stream, whichever stream they
+        were copied in.
+        """
         if memory.name == self.memory.name:
             return self
-        if memory.name not in self.views:
+        if (view := self.views.get(memory.name)) is None:
             self.views.setdefault(self.memory.name, self)
-            self.views[memory.name] = self._moved(memory)
-        return self.views[memory.name]
+            view = self.views[memory.name] = self._moved(memory)
+        if view.copied is not None and is_ordered(memory):
+            memory.wait(view.copied)
+        return view
 
     def forget_views(self) -> None:
         """Frees the batches made from this one, without waiting for the garbage collector.
@@ -164,7 +172,8 @@ class Batch:
             return memory.from_host(self.memory.to_host(array))
 
         arrays = {name: move(getattr(self, name)) for name in ARRAYS}
-        moved = self.unchecked(**arrays, memory=memory, views=self.views)
+        copied = memory.mark() if is_ordered(memory) else None
+        moved = self.unchecked(**arrays, memory=memory, views=self.views, copied=copied)
         if memory.name == HOST.name:  # made elsewhere: the first time that its arrays can be read
             check(moved)
         return moved

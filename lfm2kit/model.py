@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
+from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
@@ -20,7 +21,7 @@ from lfm2kit import out_of_memory, specs
 from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, State
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.memory import HOST, Memory
+from lfm2kit.memory import HOST, Memory, own_stream
 from lfm2kit.model_state import ModelState, room
 from lfm2kit.placement import Join, Joins, Placed
 from lfm2kit.progress import longest, step
@@ -191,6 +192,7 @@ class LFM2:
     home: Memory
     backend: Backend  # the plan's default
     _replays: Replays = field(init=False, repr=False)
+    _replaying: Lock = field(init=False, repr=False, default_factory=Lock)
     _states: WeakSet[ModelState] = field(init=False, repr=False, default_factory=WeakSet)
 
     def __post_init__(self) -> None:
@@ -208,11 +210,19 @@ class LFM2:
         """
         host = batch.on(HOST)
         self._check_ids(host.token_ids)
+        with own_stream(self.home):
+            return self._logits(host, batch, state)
+
+    def _logits(
+        self, host: Batch, batch: Batch, state: ModelState | None
+    ) -> npt.NDArray[np.float32]:
         if state is None:
             if host.starts.any():
                 raise ValueError("a sequence starts at a position above 0, but there is no state")
             if self._is_capturable:
-                return self.home.to_host(self._replay(host)(host))
+                with self._replaying:
+                    logits = self._replay(host)(host)
+                return self.home.to_host(logits)
             return self.home.to_host(self.forward(batch.on(self.home)))
         self._check_state(state)
         state.check(host)
