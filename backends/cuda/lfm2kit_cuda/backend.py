@@ -13,13 +13,14 @@ from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
 from lfm2kit_cuda.blocks.layer import PARTS, Layer
+from lfm2kit_cuda.blocks.on_device import OnDevice
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
 from lfm2kit_cuda.blocks.short_conv import ShortConv
 from lfm2kit_cuda.capture import Replay
 from lfm2kit_cuda.ceilings import measure_ceilings
-from lfm2kit_cuda.device import choose_device
-from lfm2kit_cuda.memory import CUDA
+from lfm2kit_cuda.device import choose_device, on_device
+from lfm2kit_cuda.memory import memory_of
 
 BLOCKS = {
     specs.Embedding: Embedding,
@@ -37,9 +38,12 @@ BLOCKS = {
 
 
 class CudaBackend:
+    """Builds for one device; what it has built may be called from any thread."""
+
     def __init__(self, context: Context) -> None:
-        choose_device(context)
-        self._gemm = arithmetic(context.precision)
+        self._memory = memory_of(choose_device(context))
+        with on_device(self._memory.device):
+            self._gemm = arithmetic(context.precision)
 
     def why_unsupported(self, spec: Spec) -> str | None:
         if type(spec) not in BLOCKS:
@@ -49,14 +53,16 @@ class CudaBackend:
         return None
 
     def memory(self, spec: Spec) -> Memory:
-        return CUDA
+        return self._memory
 
     def build(self, spec: Spec, weights: Weights) -> Block:
-        try:
-            block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
-        except cupy.cuda.memory.OutOfMemoryError:
-            raise Lfm2kitError(self._out_of_memory(spec)) from None
-        return block
+        with self._memory.stream():
+            try:
+                block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
+            except cupy.cuda.memory.OutOfMemoryError:
+                raise Lfm2kitError(self._out_of_memory(spec)) from None
+            cupy.cuda.get_current_stream().synchronize()  # so that any stream finds its weights
+        return OnDevice(block, self._memory.device)
 
     def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
         """The packed copy of every matrix; activations are a few arrays as large as x."""
@@ -73,7 +79,8 @@ class CudaBackend:
         )
 
     def ceilings(self) -> Ceilings:
-        return measure_ceilings()
+        with self._memory.stream():
+            return measure_ceilings()
 
     def _why_not_whole(self, layer: specs.Layer) -> str | None:
         """A layer is built whole where its norms have something to round."""
@@ -83,7 +90,7 @@ class CudaBackend:
         return None if known else "its feed-forward is not one of ours"
 
     def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Replay:
-        return Replay(forward, batch)
+        return Replay(forward, batch, self._memory)
 
     def _out_of_memory(self, spec: Spec) -> str:
         free, total = (size / 1e9 for size in cupy.cuda.runtime.memGetInfo())
