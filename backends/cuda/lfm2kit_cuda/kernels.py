@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from threading import RLock
+from threading import Lock
 from typing import Any
 
 import cupy
@@ -22,7 +22,7 @@ EARLY_IN_GRAPHS = 12030  # the driver from which on such launches can be capture
 
 Constants = tuple[tuple[str, int | str], ...]
 
-_loading = RLock()
+_loading = Lock()
 
 
 class Kernel:

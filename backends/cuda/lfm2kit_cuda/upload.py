@@ -99,6 +99,7 @@ def _threads(count: int, device: int) -> ThreadPoolExecutor:
 
 
 in_pieces, in_parts = cache(InPieces), cache(InParts)
+_making = Lock()  # two for one device would be one too many: its buffers are freed in use
 
 
 def upload(array: npt.NDArray[Any]) -> cupy.ndarray:
@@ -111,7 +112,8 @@ def upload(array: npt.NDArray[Any]) -> cupy.ndarray:
     source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     kind = in_parts if BUFFER_BYTES < len(source) <= MOST_IN_PARTS else in_pieces
     if len(source):
-        way = kind(current_device())
+        with _making:
+            way = kind(current_device())
         with way.lock:
             way.copy(source, copy.reshape(-1).view(cupy.uint8))
     return copy

@@ -56,11 +56,10 @@ def results_cross_streams(trial: Trial) -> None:
         with memory.stream():
             moved = block.to_memory(inputs)
             copied = memory.mark()
-        with memory.stream():
-            memory.wait(copied)
-            result = block.block(*moved)
-            done = memory.mark()
-        with memory.stream():
+            with memory.stream():  # inside, so that it is another one
+                memory.wait(copied)
+                result = block.block(*moved)
+                done = memory.mark()
             memory.wait(done)
             assert_same(block.to_host(result), want, f"{spec}: a result of another stream")
             memory.wait(memory.mark())  # of its own: nothing to wait for
@@ -73,10 +72,10 @@ def batches_cross_streams(trial: Trial) -> None:
         batch = Batch.of_sequences([np.arange(5), np.arange(300)])
         with memory.stream():
             batch.on(memory)
-        with memory.stream():
-            for name in ("token_ids", "positions", "cu_seqlens", "logits_rows"):
-                there = memory.to_host(getattr(batch.on(memory), name))
-                assert_same(there, getattr(batch, name), f"{name} of a batch of another stream")
+            with memory.stream():
+                for name in ("token_ids", "positions", "cu_seqlens", "logits_rows"):
+                    there = memory.to_host(getattr(batch.on(memory), name))
+                    assert_same(there, getattr(batch, name), f"{name} of a batch of another stream")
 
 
 @check
