@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lfm2kit.batch import Batch
-from lfm2kit.memory import HOST, Array, Bounded, HostMemory, Memory
+from lfm2kit.memory import (
+    HOST,
+    Array,
+    Arriving,
+    Bounded,
+    Exclusive,
+    HostMemory,
+    Mark,
+    Memory,
+    Ordered,
+)
 from lfm2kit.specs import Spec
 from lfm2kit.state import Room, State
 from lfm2kit.weights import DType, Tensor, Weights
@@ -24,6 +34,7 @@ __all__ = [
     "API_VERSION",
     "HOST",
     "Array",
+    "Arriving",
     "Backend",
     "BackendPlugin",
     "Batch",
@@ -34,12 +45,15 @@ __all__ = [
     "Ceilings",
     "Context",
     "DType",
+    "Exclusive",
     "Explains",
     "HostMemory",
+    "Mark",
     "Measures",
     "Memory",
     "MemoryFigures",
     "Operator",
+    "Ordered",
     "Replay",
     "Room",
     "Spec",

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.batch_rules import ARRAYS, MOST_CONTEXT, check, check_pages, integers
-from lfm2kit.memory import HOST, Memory
+from lfm2kit.memory import HOST, Mark, Memory, is_ordered
 
 Make = Callable[["Batch"], "Batch"]
 
@@ -52,6 +52,7 @@ class Batch:
     # the latter are made.
     views: dict[Hashable, Batch] = field(default_factory=dict, repr=False, init=False)
     makes: dict[Hashable, Make] = field(default_factory=dict, repr=False, init=False)
+    copied: Mark | None = field(default=None, repr=False, init=False)  # when `on` made this copy
 
     def __post_init__(self) -> None:
         if self.memory.name == HOST.name:
@@ -115,16 +116,23 @@ class Batch:
             memory=HOST,
             views={},
             makes={},
+            copied=None,
         )
 
     def on(self, memory: Memory) -> Batch:
-        """Return this batch with its arrays in `memory`; each copy is made once and remembered."""
+        """Return this batch with its arrays in `memory`; each copy is made once and remembered.
+
+        They are ready for what is enqueued in the memory's current stream, whichever stream they
+        were copied in.
+        """
         if memory.name == self.memory.name:
             return self
-        if memory.name not in self.views:
+        if (view := self.views.get(memory.name)) is None:
             self.views.setdefault(self.memory.name, self)
-            self.views[memory.name] = self._moved(memory)
-        return self.views[memory.name]
+            view = self.views[memory.name] = self._moved(memory)
+        if view.copied is not None and is_ordered(memory):
+            memory.wait(view.copied)
+        return view
 
     def derived(self, key: Hashable, make: Make) -> Batch:
         """Return what `make` makes of this batch on the host, in this batch's memory.
@@ -219,7 +227,10 @@ class Batch:
             return memory.from_host(self.memory.to_host(array))
 
         arrays = {name: move(getattr(self, name)) for name in ARRAYS}
-        moved = self.unchecked(**arrays, memory=memory, views=self.views, makes=self.makes)
+        copied = memory.mark() if is_ordered(memory) else None
+        moved = self.unchecked(
+            **arrays, memory=memory, views=self.views, makes=self.makes, copied=copied
+        )
         if memory.name == HOST.name:  # made elsewhere: the first time that its arrays can be read
             check(moved)
         return moved

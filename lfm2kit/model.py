@@ -21,7 +21,7 @@ from lfm2kit import out_of_memory, specs
 from lfm2kit.backend import Array, Backend, Block, Captures, Operator, State
 from lfm2kit.batch import Batch, Make
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.memory import HOST, Memory
+from lfm2kit.memory import HOST, Memory, own_stream
 from lfm2kit.placement import Join, Joins, Placed
 from lfm2kit.progress import longest, step
 from lfm2kit.replays import Key, Replays, replays_in
@@ -213,7 +213,7 @@ class LFM2:
         """
         host = batch.on(HOST)
         self._check_ids(host.token_ids)
-        with self._lock:
+        with self._lock, own_stream(self.home):
             if state is None:
                 if host.starts.any():
                     raise ValueError(

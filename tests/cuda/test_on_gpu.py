@@ -11,7 +11,6 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.backend import Context, Room
 from lfm2kit.batch import Batch
-from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import load_model
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
@@ -138,9 +137,3 @@ def test_a_sample_has_the_same_bits_in_batches_that_take_other_tiles() -> None:
     alone = model.logits(Batch.of_sequences(samples[:1])).copy()
     for n in (2, 3, 16, 17, 128):
         assert np.array_equal(model.logits(Batch.of_sequences(samples[:n]))[:1], alone)
-
-
-def test_more_ranks_than_devices_are_an_error() -> None:
-    context = Context(local_ranks=99, local_rank=98)
-    with pytest.raises(Lfm2kitError, match="99 ranks on this machine"):
-        installed_plugins().creator(context)("cuda")

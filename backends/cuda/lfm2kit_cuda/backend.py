@@ -13,14 +13,15 @@ from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
 from lfm2kit_cuda.blocks.layer import PARTS, Layer
+from lfm2kit_cuda.blocks.on_device import OnDevice
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
 from lfm2kit_cuda.blocks.short_conv import ShortConv
 from lfm2kit_cuda.capture import Replay
 from lfm2kit_cuda.ceilings import measure_ceilings
-from lfm2kit_cuda.device import choose_device
+from lfm2kit_cuda.device import choose_device, on_device
 from lfm2kit_cuda.figures import Figures
-from lfm2kit_cuda.memory import CUDA
+from lfm2kit_cuda.memory import memory_of
 from lfm2kit_cuda.paging import state_bytes
 
 BLOCKS = {
@@ -39,10 +40,13 @@ BLOCKS = {
 
 
 class CudaBackend:
+    """Builds for one device; what it has built may be called from any thread."""
+
     def __init__(self, context: Context) -> None:
-        choose_device(context)
-        self._gemm = arithmetic(context.precision)
-        self._figures = Figures(self._gemm)
+        self._memory = memory_of(choose_device(context))
+        with on_device(self._memory.device):
+            self._gemm = arithmetic(context.precision)
+            self._figures = Figures(self._gemm)
 
     def why_unsupported(self, spec: Spec) -> str | None:
         if type(spec) not in BLOCKS:
@@ -52,14 +56,16 @@ class CudaBackend:
         return None
 
     def memory(self, spec: Spec) -> Memory:
-        return CUDA
+        return self._memory
 
     def build(self, spec: Spec, weights: Weights) -> Block:
-        try:
-            block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
-        except cupy.cuda.memory.OutOfMemoryError:
-            raise Lfm2kitError(self._out_of_memory(spec, weights)) from None
-        return block
+        with self._memory.stream():
+            try:
+                block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
+            except cupy.cuda.memory.OutOfMemoryError:
+                raise Lfm2kitError(self._out_of_memory(spec, weights)) from None
+            cupy.cuda.get_current_stream().synchronize()  # so that any stream finds its weights
+        return OnDevice(block, self._memory.device)
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
         return self._figures.kept(spec, weights)
@@ -71,7 +77,8 @@ class CudaBackend:
         return state_bytes(spec, room, itemsize=self._figures.itemsize)
 
     def ceilings(self) -> Ceilings:
-        return measure_ceilings()
+        with self._memory.stream():
+            return measure_ceilings()
 
     def _why_not_whole(self, layer: specs.Layer) -> str | None:
         """A layer is built whole where its norms have something to round."""
@@ -82,12 +89,12 @@ class CudaBackend:
 
     def capture(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
         try:
-            return Replay(step, batch, CUDA)
+            return Replay(step, batch, self._memory)
         except MemoryError:
             pass  # outside the handler, whose error holds arrays
         # A replay has a pool of its own, so what the common pool keeps for later is in its way.
         cupy.get_default_memory_pool().free_all_blocks()
-        return Replay(step, batch, CUDA)
+        return Replay(step, batch, self._memory)
 
     def _out_of_memory(self, spec: Spec, weights: Weights) -> str:
         free, total = (size / 1e9 for size in cupy.cuda.runtime.memGetInfo())

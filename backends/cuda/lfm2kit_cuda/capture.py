@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Lock
 
 import cupy
 import cupyx
@@ -12,9 +13,10 @@ import numpy.typing as npt
 from cupy.cuda.runtime import CUDARuntimeError
 
 from lfm2kit.backend import Array, Batch
+from lfm2kit_cuda.device import on_device
 from lfm2kit_cuda.memory import CudaMemory
 
-RELAXED = cupy.cuda.runtime.streamCaptureModeRelaxed  # a pool may ask the driver for memory
+RELAXED = cupy.cuda.runtime.streamCaptureModeRelaxed  # pools, and other threads, may allocate
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, which CuPy does not export
 BUFFERS = 2  # of pinned memory: one is filled while the device still reads the other
 
@@ -22,17 +24,21 @@ BUFFERS = 2  # of pinned memory: one is filled while the device still reads the 
 class Replay:
     """`step`, recorded for batches of one form, whatever state it goes on from.
 
+    Threads may call it in streams of their own.
+
     Recording runs nothing: it would write the state.  It relies on `step` having run with a batch
     of this form before, so that all kernels are compiled and loaded.  The graph's arrays come from
     a pool of its own, which nothing else takes memory from as long as the graph lives.
     """
 
     def __init__(self, step: Callable[[Batch], Array], batch: Batch, memory: CudaMemory) -> None:
+        self._memory = memory
+        self._lock = Lock()
         self._pool = cupy.cuda.MemoryPool()
         count = len(batch.packed())
-        self._staging = Staging(count)
-        self._done = cupy.cuda.Event(disable_timing=True)
-        with cupy.cuda.Stream(non_blocking=True), cupy.cuda.using_allocator(self._pool.malloc):
+        with memory.stream(), cupy.cuda.using_allocator(self._pool.malloc):
+            self._staging = Staging(count)
+            self._done = cupy.cuda.Event(disable_timing=True)
             self._arrays = cupy.empty(count, np.int32)
             there = batch.unpacked(memory, self._arrays)
             try:
@@ -46,22 +52,25 @@ class Replay:
         The graph has one set of arrays, so it starts when its last run has ended, in whatever
         stream that was.
         """
-        stream = cupy.cuda.get_current_stream()
-        stream.wait_event(self._done)
-        self._staging.send(batch.packed(), self._arrays, stream)
-        self._graph.launch(stream)
-        self._done.record(stream)
-        return self._logits
+        with self._lock, on_device(self._memory.device):
+            stream = cupy.cuda.get_current_stream()
+            stream.wait_event(self._done)
+            self._staging.send(batch.packed(), self._arrays, stream)
+            self._graph.launch(stream)
+            self._done.record(stream)
+            return self._logits
 
     @property
     def nbytes(self) -> int:
         """The bytes of the graph's arrays, without what the driver keeps of its kernels."""
-        return int(self._pool.total_bytes())
+        with on_device(self._memory.device):
+            return int(self._pool.total_bytes())
 
     def close(self) -> None:
-        self._done.synchronize()
-        del self._graph, self._logits, self._arrays
-        self._pool.free_all_blocks()
+        with self._lock, on_device(self._memory.device):
+            self._done.synchronize()
+            del self._graph, self._logits, self._arrays
+            self._pool.free_all_blocks()
 
 
 class Staging:

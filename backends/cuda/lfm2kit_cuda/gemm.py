@@ -10,7 +10,7 @@ import cupy
 
 from lfm2kit.backend import Tensor
 from lfm2kit_cuda.activations import Rows
-from lfm2kit_cuda.device import most_shared_bytes, processors
+from lfm2kit_cuda.device import current_device, most_shared_bytes, processors
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, listed, padded
 from lfm2kit_cuda.upload import upload
@@ -109,7 +109,7 @@ class Gemm:
 def _arranged(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> Panels:
     """Panels for `tiles`; without a list, for as many as suit the product."""
     rows = tiles.rows if tiles else len(x)
-    most = len(tiles.tiles) if tiles else _dense_tiles(rows, matrix.width)
+    most = len(tiles.tiles) if tiles else _dense_tiles(rows, matrix.width, processors())
     panels = cupy.empty((most, matrix.inputs, TALLEST), cupy.float32)
     load_kernel("panels", "arrange")(
         (-(-matrix.inputs // PART), most), ARRANGE_THREADS, x.array,
@@ -128,14 +128,14 @@ def _launch(
     columns: int,
 ) -> None:
     most = len(panels.array)
-    _kernel(name)(
+    _kernel(name, current_device())(
         (min(most * (matrix.width // WIDTH), processors()),), THREADS, panels.array, matrix.packed,
         *outputs, *listed(tiles), panels.rows, most, matrix.inputs, matrix.width, columns,
     )  # fmt: skip
 
 
 @cache
-def _kernel(name: str) -> Kernel:
+def _kernel(name: str, device: int) -> Kernel:
     tile_k, rows_at_once = _sizes()
     stages = GROUPS * STAGES * tile_k * (WIDTH + TALLEST)
     sums = GROUPS * 4 * rows_at_once * (WIDTH + 4)
@@ -152,14 +152,14 @@ def _sizes() -> tuple[int, int]:
 
 
 @cache
-def _dense_tiles(rows: int, width: int) -> int:
+def _dense_tiles(rows: int, width: int, processors: int) -> int:
     """How many tiles of all columns the busiest multiprocessor is done with first."""
     columns, steps = width // WIDTH, -(-rows // HEIGHT_STEP)
 
     def time(count: int) -> int:
         height = -(-steps // count)  # in steps, as in even_tiles.cuh
         low = count * height - steps
-        turns, tall_turns = (-(-tiles * columns // processors()) for tiles in (count, count - low))
+        turns, tall_turns = (-(-tiles * columns // processors) for tiles in (count, count - low))
         tall, lower = (HEIGHTS[max(LOWEST, HEIGHT_STEP * h)] for h in (height, height - 1))
         return tall_turns * tall + (turns - tall_turns) * lower
 
