@@ -567,6 +567,16 @@ class NormIn16Bits(rows.RMSNorm):
         return hidden, x.astype(np.float16).astype(np.float32)
 
 
+class NormHidesAnOverflow(rows.RMSNorm):
+    """Adds squares in float32; 1 / inf is 0."""
+
+    def __call__(self, hidden, delta):
+        hidden = hidden if delta is None else hidden + delta
+        with np.errstate(over="ignore"):
+            mean = np.mean(hidden * hidden, axis=-1, keepdims=True, dtype=np.float32)
+        return hidden, hidden / np.sqrt(mean + np.float32(self.eps)) * self.weight.float32()
+
+
 class NormDropsDelta(rows.RMSNorm):
     """Norms the sum but hands the residual stream on without it."""
 

@@ -195,6 +195,10 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
     ),
     "head in 16 bits": (BrokenBackend({HEAD: broken.HeadIn16Bits}), ("lm-head",)),
     "norm in 16 bits": (BrokenBackend({NORM: broken.NormIn16Bits}), ("norm",)),
+    "an overflow hidden": (
+        BrokenBackend({NORM: broken.NormHidesAnOverflow}),
+        ("overflows-are-not-hidden",),
+    ),
     "delta dropped": (BrokenBackend({NORM: broken.NormDropsDelta}), ("norm", "layer")),
     "last rows sorted": (
         BrokenBackend({specs.LastRows: broken.LogitsRowsSorted}),
