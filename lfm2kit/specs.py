@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -283,15 +284,25 @@ class Experts(Spec):
     delta[t] = sum_k expert_weights[t, k] * E(x[t]), E = the MLP number expert_ids[t, k], for any
     k >= 1.  Each product is rounded to float32 and they are added in the order of k, starting
     from the first: so the sum has the same bits when expert parallelism adds it elsewhere.
-    Every id lies in `local_experts`, and only those experts' weights may be asked for.
+    An id of -1 is nobody's and may stand anywhere: nothing is added for it, whatever the weight
+    beside it is, and a row of -1 alone has a delta of +0, whatever x holds there.
+    Every other id is one of `local_experts`: any ids below num_experts, in any order, without
+    repeats, or none.  Only those experts' weights may be asked for.
     """
 
     hidden_size: int
     intermediate_size: int
     num_experts: int
     num_experts_per_tok: int  # what a model's router hands over; expert_ids.shape[1] is what counts
-    local_experts: range
+    local_experts: tuple[int, ...]
     kind: ClassVar[str] = "experts"
+
+    def __post_init__(self) -> None:
+        local = self.local_experts
+        _require(
+            len(set(local)) == len(local) and all(0 <= e < self.num_experts for e in local),
+            f"local_experts {brief(local)} are not different ids below {self.num_experts}",
+        )
 
     @property
     def expert(self) -> MLP:

@@ -54,9 +54,12 @@ class Experts:
         }
 
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
-        """Every product is rounded to float32, and they are added in the order of k."""
-        products = np.empty((*expert_ids.shape, x.shape[1]), dtype=np.float32)
-        for e in np.unique(expert_ids):
+        """Every product is rounded to float32, and they are added in the order of k.
+
+        What is nobody's counts as -0, which changes no bit of a sum.
+        """
+        products = np.full((*expert_ids.shape, x.shape[1]), -0.0, dtype=np.float32)
+        for e in np.unique(expert_ids[expert_ids >= 0]):
             rows, slots = np.nonzero(expert_ids == e)
             products[rows, slots] = expert_weights[rows, slots, None] * self.experts[int(e)](
                 x[rows]
@@ -64,6 +67,7 @@ class Experts:
         delta = products[:, 0].copy()
         for k in range(1, products.shape[1]):
             delta += products[:, k]
+        delta[(expert_ids < 0).all(axis=1)] = 0
         return delta
 
 

@@ -17,7 +17,7 @@ EPS = 1e-5
 
 
 def experts(hidden: int, size: int, count: int, taken: int) -> specs.Experts:
-    return specs.Experts(hidden, size, count, taken, range(count))
+    return specs.Experts(hidden, size, count, taken, tuple(range(count)))
 
 
 NORM = specs.RMSNorm(24, EPS)

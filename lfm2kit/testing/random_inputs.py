@@ -47,10 +47,10 @@ def random_routing(
     rng: np.random.Generator, spec: specs.Experts, rows: int
 ) -> tuple[Int32, Float32]:
     """(expert_ids, expert_weights), each row's ids distinct and local."""
-    k = min(spec.num_experts_per_tok, len(spec.local_experts))
-    order = rng.random((rows, len(spec.local_experts))).argsort(axis=1)[:, :k]
-    ids = (order + spec.local_experts.start).astype(np.int32)
-    return ids, rng.uniform(0.1, 1, (rows, k)).astype(np.float32)
+    local = np.array(spec.local_experts, np.int32)
+    k = min(spec.num_experts_per_tok, len(local))
+    order = rng.random((rows, len(local))).argsort(axis=1)[:, :k]
+    return local[order], rng.uniform(0.1, 1, (rows, k)).astype(np.float32)
 
 
 def random_inputs(

@@ -255,6 +255,46 @@ class SummedInFloat64(feed_forward.Experts):
         return total.astype(np.float32)
 
 
+class NobodyIsTheLastExpert(feed_forward.Experts):
+    """An id of -1 is an index from the end."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        last = np.int32(max(self.experts, default=-1))
+        return super().__call__(x, np.where(expert_ids < 0, last, expert_ids), expert_weights)
+
+
+class NobodyWeighedByZero(feed_forward.Experts):
+    """Computes some expert for an id of -1 and multiplies by 0, which NaN survives."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        some = np.int32(next(iter(self.experts), -1))
+        weights = np.where(expert_ids < 0, np.float32(0), expert_weights)
+        return super().__call__(x, np.where(expert_ids < 0, some, expert_ids), weights)
+
+
+class NobodyEndsTheRow(feed_forward.Experts):
+    """Takes the first -1 for the end of a row's ids."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        ended = np.logical_or.accumulate(expert_ids < 0, axis=1)
+        return super().__call__(x, np.where(ended, np.int32(-1), expert_ids), expert_weights)
+
+
+class LocalExpertsAreARange(feed_forward.Experts):
+    """Finds an expert by its distance from the first."""
+
+    def __init__(self, spec, weights):
+        super().__init__(spec, weights)
+        local = spec.local_experts
+        self.experts = {e: self.experts[local[(e - local[0]) % len(local)]] for e in local}
+
+
+class SomeExpertIsLocal(feed_forward.Experts):
+    def __init__(self, spec, weights):
+        super().__init__(spec, weights)
+        self.first = spec.local_experts[0]
+
+
 def reads_all_experts(spec: specs.Experts, weights: Weights) -> Block:
     for name in weights:
         weights.float32(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from lfm2kit import specs
@@ -96,7 +98,27 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
     ),
     "all experts read": (
         BrokenBackend({EXPERTS: broken.reads_all_experts}),
-        ("experts-local-range",),
+        ("experts-local-ids",),
+    ),
+    "local experts are a range": (
+        BrokenBackend({EXPERTS: broken.LocalExpertsAreARange}),
+        ("experts-local-ids",),
+    ),
+    "some expert is local": (
+        BrokenBackend({EXPERTS: broken.SomeExpertIsLocal}),
+        ("experts-none-local",),
+    ),
+    "nobody is the last expert": (
+        BrokenBackend({EXPERTS: broken.NobodyIsTheLastExpert}),
+        ("experts-nobody-adds-nothing",),
+    ),
+    "nobody weighed by 0": (
+        BrokenBackend({EXPERTS: broken.NobodyWeighedByZero}),
+        ("experts-nobody-adds-nothing",),
+    ),
+    "nobody ends the row": (
+        BrokenBackend({EXPERTS: broken.NobodyEndsTheRow}),
+        ("experts-nobody-adds-nothing", "experts-split-by-slot-bitwise"),
     ),
     "interleaved RoPE": (
         BrokenBackend({ATTENTION: broken.InterleavedRope}),
@@ -220,11 +242,25 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
 }
 
 
+# These raise, each where its check looks; whatever else raises is a mistake in the defect itself.
+CRASHES = {
+    "bias always asked for",
+    "empty expert crashes",
+    "some expert is local",
+    "no rows crash",
+    "writes its weights",
+    "a replay that cannot be closed",
+    "unknown spec raises",
+}
+
+
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_the_named_checks_catch_the_defect(defect: str) -> None:
     backend, names = DEFECTS[defect]
-    verdicts = {name: judged(name, backend, "fp32").verdict for name in names}
-    assert verdicts == dict.fromkeys(names, "failed")
+    results = {name: judged(name, backend, "fp32") for name in names}
+    assert {name: r.verdict for name, r in results.items()} == dict.fromkeys(names, "failed")
+    raised = [r.detail for r in results.values() if re.match(r"\w+Error: ", r.detail)]
+    assert defect in CRASHES or not raised, raised
 
 
 def test_every_check_catches_something() -> None:
