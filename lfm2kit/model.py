@@ -139,10 +139,23 @@ class RoutedExperts:
         return self.experts(x, expert_ids, expert_weights)
 
 
+class RoutedByScores:
+    """A router of scores and a choice that were built apart."""
+
+    def __init__(self, spec: specs.Router, scores: Block, choice: Block) -> None:
+        self.scores = scores
+        self.choice = choice
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        expert_ids, expert_weights = self.choice(self.scores(x))
+        return expert_ids, expert_weights
+
+
 JOINS: Joins = {
     specs.Model: Join(Forward),
     specs.Layer: Join(DecoderLayer),
     specs.SparseMoe: Join(RoutedExperts),
+    specs.Router: Join(RoutedByScores),
     TrimmedModel: Join(TrimmedForward),
     TrimmedLayer: Join(TrimmedDecoderLayer),
 }

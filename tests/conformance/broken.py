@@ -50,8 +50,12 @@ class Around:
 # Routers
 
 
-class OwnRouter(feed_forward.Router):
+class OwnRouter:
     """The reference router in steps that a defect can replace."""
+
+    def __init__(self, spec, weights):
+        self.spec = spec
+        self.weights = weights
 
     def logits(self, x):
         return linear(x, self.weights["gate.weight"]).astype(np.float32)
@@ -195,6 +199,42 @@ class PaddedExperts(OwnRouter):
     def bias(self):
         padding = -self.spec.num_experts % 4
         return np.pad(np.broadcast_to(super().bias(), (self.spec.num_experts,)), (0, padding))
+
+
+class FewerThanAllTaken(OwnRouter):
+    """Partitions the scores at k, which needs an expert that is not taken."""
+
+    def order(self, biased):
+        k = self.spec.num_experts_per_tok
+        np.argpartition(-biased, k, axis=1)
+        return super().order(biased)
+
+
+class ScoresIn16Bits(feed_forward.Scores):
+    def __call__(self, x):
+        return super().__call__(x).astype(np.float16).astype(np.float32)
+
+
+class ChoiceWeighedByTheBias(feed_forward.Choice):
+    def __call__(self, scores):
+        bias = self.weights.float32("expert_bias") if self.spec.use_expert_bias else 0
+        ids, _ = super().__call__(scores)
+        plain = feed_forward.Choice(replace(self.spec, use_expert_bias=False), self.weights)
+        return ids, plain((scores + bias).astype(np.float32))[1]
+
+
+class ChoiceOfTheHigherId(feed_forward.Choice):
+    """Turns the experts round, and so the order among equals."""
+
+    def __init__(self, spec, weights):
+        if spec.use_expert_bias:
+            turned = np.ascontiguousarray(weights.float32("expert_bias")[::-1])
+            weights = Weights.of_arrays({"expert_bias": turned})
+        super().__init__(spec, weights)
+
+    def __call__(self, scores):
+        ids, weights = super().__call__(scores[:, ::-1])
+        return self.spec.num_experts - 1 - ids, weights
 
 
 def bf16(values):

@@ -53,6 +53,22 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
         BrokenBackend({ROUTER: broken.PaddedExperts}),
         ("router-shape-grid", "router"),
     ),
+    "not all experts can be taken": (
+        BrokenBackend({ROUTER: broken.FewerThanAllTaken}),
+        ("router-shape-grid",),
+    ),
+    "scores in 16 bits": (
+        BrokenBackend({specs.Scores: broken.ScoresIn16Bits}),
+        ("scores", "router-apart-equals-together"),
+    ),
+    "bias in the weights of a choice": (
+        BrokenBackend({specs.Choice: broken.ChoiceWeighedByTheBias}),
+        ("choice", "router-apart-equals-together"),
+    ),
+    "choice of the higher id": (
+        BrokenBackend({specs.Choice: broken.ChoiceOfTheHigherId}),
+        ("choice-of-equal-scores",),
+    ),
     "ties to the higher id": (BrokenBackend({ROUTER: broken.HigherIdFirst}), ("router-ties",)),
     "logarithm of the sigmoid": (
         BrokenBackend({ROUTER: broken.LogSigmoid}),
@@ -245,6 +261,7 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
 # These raise, each where its check looks; whatever else raises is a mistake in the defect itself.
 CRASHES = {
     "bias always asked for",
+    "not all experts can be taken",
     "empty expert crashes",
     "some expert is local",
     "no rows crash",

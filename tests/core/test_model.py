@@ -12,7 +12,7 @@ import pytest
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Batch, Block, Memory, Spec, Weights
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.model import DecoderLayer, Forward, RoutedExperts
+from lfm2kit.model import JOINS, Forward
 from lfm2kit.reference.backend import ReferenceBackend
 from tests.core.small import build, small_spec
 
@@ -101,9 +101,9 @@ class FusingBackend(ReferenceBackend):
     def _joined(self, spec: Spec, weights: Weights) -> Block:
         if not spec.parts():
             return super().build(spec, weights)
-        makes = {specs.SparseMoe: RoutedExperts, specs.Layer: DecoderLayer, specs.Model: Forward}
         parts = {p.role: self._joined(p.spec, weights.scope(p.scope)) for p in spec.parts()}
-        return makes[type(spec)](spec, **parts)
+        block: Block = JOINS[type(spec)].make(spec, **parts)
+        return block
 
 
 @pytest.fixture

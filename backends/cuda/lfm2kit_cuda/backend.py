@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import cupy
 
@@ -12,8 +12,8 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
-from lfm2kit_cuda.blocks.layer import PARTS, Layer
-from lfm2kit_cuda.blocks.router import Router
+from lfm2kit_cuda.blocks.layer import CHOICE, PARTS, Layer
+from lfm2kit_cuda.blocks.router import Choice, Router, Scores
 from lfm2kit_cuda.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
 from lfm2kit_cuda.blocks.short_conv import ShortConv
 from lfm2kit_cuda.capture import Replay
@@ -27,6 +27,8 @@ BLOCKS = {
     specs.ShortConv: ShortConv,
     specs.Attention: Attention,
     specs.MLP: MLP,
+    specs.Scores: Scores,
+    specs.Choice: Choice,
     specs.Router: Router,
     specs.Experts: Experts,
     specs.SparseMoe: SparseMoe,
@@ -52,11 +54,22 @@ class CudaBackend:
         return CUDA
 
     def build(self, spec: Spec, weights: Weights) -> Block:
+        return self._built(spec, lambda: BLOCKS[type(spec)](spec, weights, self._gemm))
+
+    def _built(self, spec: Spec, make: Callable[[], Block]) -> Block:
         try:
-            block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
+            return make()
         except cupy.cuda.memory.OutOfMemoryError:
             raise Lfm2kitError(self._out_of_memory(spec)) from None
-        return block
+
+    def why_not_around(self, spec: Spec, parts: Sequence[str]) -> str | None:
+        if not isinstance(spec, specs.Layer) or tuple(parts) != (CHOICE,):
+            return f"it builds a Layer around its {CHOICE}, and nothing else around anything"
+        return self._why_not_whole(spec)
+
+    def build_around(self, spec: Spec, weights: Weights, parts: Mapping[str, Block]) -> Block:
+        assert isinstance(spec, specs.Layer)
+        return self._built(spec, lambda: Layer(spec, weights, self._gemm, parts))
 
     def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
         """The packed copy of every matrix; activations are a few arrays as large as x."""

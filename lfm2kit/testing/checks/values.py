@@ -12,6 +12,7 @@ from lfm2kit.testing.host_block import host_block
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import stored_as
+from lfm2kit.testing.router_cases import WITHIN
 from lfm2kit.testing.trial import Trial
 from lfm2kit.weights import DType, Weights
 
@@ -70,6 +71,18 @@ def attention(trial: Trial) -> None:
 def mlp(trial: Trial) -> None:
     """MLP: w2(silu(w1 x) * w3 x)."""
     _judge(trial, CASES["mlp"])
+
+
+@check
+def scores(trial: Trial) -> None:
+    """Scores: sigmoid(gate(x)), of float32 in every precision."""
+    _judge(trial, CASES["scores"], within=WITHIN)
+
+
+@check
+def choice(trial: Trial) -> None:
+    """Choice: the same experts in the same order, and their weights, from given scores."""
+    _judge(trial, CASES["choice"], within=WITHIN)
 
 
 @check
@@ -141,13 +154,23 @@ def bf16_and_f16_weights(trial: Trial) -> None:
             _judge_weights(trial, spec, weights, (17,), f"{spec} of {dtype} weights")
 
 
-def _judge(trial: Trial, candidates: Iterable[Spec], rows: Iterable[int] = ROWS) -> None:
+def _judge(
+    trial: Trial,
+    candidates: Iterable[Spec],
+    rows: Iterable[int] = ROWS,
+    within: float | None = None,
+) -> None:
     for spec in trial.supported(candidates):
-        _judge_weights(trial, spec, trial.random_weights(spec), rows, str(spec))
+        _judge_weights(trial, spec, trial.random_weights(spec), rows, str(spec), within)
 
 
 def _judge_weights(
-    trial: Trial, spec: Spec, weights: Weights, rows: Iterable[int], what: str
+    trial: Trial,
+    spec: Spec,
+    weights: Weights,
+    rows: Iterable[int],
+    what: str,
+    within: float | None = None,
 ) -> None:
     """Calls with several numbers of rows, compared where no router is near a tie."""
     watch = GapWatch(trial.reference)
@@ -157,4 +180,4 @@ def _judge_weights(
         watch.gaps.clear()
         got, want = block(*inputs), reference(*inputs)
         clear = watch.clear_rows(trial.near_tie)
-        assert_close(got, want, trial.tolerance, f"{what} at {count} rows", clear)
+        assert_close(got, want, within or trial.tolerance, f"{what} at {count} rows", clear)

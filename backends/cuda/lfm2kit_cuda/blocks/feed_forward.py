@@ -8,7 +8,7 @@ import cupy
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Weights
+from lfm2kit.backend import Block, Weights
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Activations, Arithmetic, RowTiles, padded
@@ -66,8 +66,16 @@ class Experts:
 
 
 class SparseMoe:
-    def __init__(self, spec: specs.SparseMoe, weights: Weights, gemm: Arithmetic) -> None:
-        self.router = Router(spec.router, weights, gemm)
+    """With a `choice` that is computed elsewhere, its router takes that one."""
+
+    def __init__(
+        self,
+        spec: specs.SparseMoe,
+        weights: Weights,
+        gemm: Arithmetic,
+        choice: Block | None = None,
+    ) -> None:
+        self.router = Router(spec.router, weights, gemm, choice)
         self.experts = Experts(spec.experts, weights, gemm)
 
     def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
