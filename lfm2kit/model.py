@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import out_of_memory, specs
-from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, State
+from lfm2kit.backend import Array, Backend, Block, BuildsAround, Captures, Operator, Replay, State
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST, Memory
@@ -174,8 +174,8 @@ class Builder:
 
     def build(self, placed: Placed) -> Any:
         """The block of `placed`, ready to be called from the memory around it."""
+        blocks = {role: self.build(part) for role, part in placed.parts}
         if placed.backend is None:
-            blocks = {role: self.build(part) for role, part in placed.parts}
             block = self.joins[type(placed.spec)].make(placed.spec, **blocks)
         else:
             self.before(placed)
@@ -183,7 +183,7 @@ class Builder:
             step(f"building {placed.name}", longest(Work(0, 4 * placed.spec.weight_elements())))
             placed.spec.check_values(weights)
             with out_of_memory.building(placed, weights):
-                block = self.create(placed.backend).build(placed.spec, weights)
+                block = _built(self.create(placed.backend), placed.spec, weights, blocks)
             self.built(placed)
         return self._seamed(placed, block)
 
@@ -192,6 +192,13 @@ class Builder:
         if wrapped is block and not placed.is_copied:
             return block
         return Seam(wrapped, placed.memory, placed.outer, state_of=block)
+
+
+def _built(backend: Backend, spec: Spec, weights: Weights, parts: dict[str, Block]) -> Block:
+    if not parts:
+        return backend.build(spec, weights)
+    assert isinstance(backend, BuildsAround)  # or the placement would have no parts here
+    return backend.build_around(spec, weights, parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Block, HostMemory, Memory, Spec, Weights
+from lfm2kit.model import RoutedExperts
 from lfm2kit.reference import attention, feed_forward, rows, short_conv
 from lfm2kit.reference.backend import BLOCKS, ReferenceBackend
 from lfm2kit.reference.linear import linear, rms_norm
@@ -699,6 +700,16 @@ class LivesInOverdrawnMemory(BrokenBackend):
 class OverdrawnMemory(HostMemory):
     def free_bytes(self) -> int:
         return -1
+
+
+class IgnoresTheGivenPart(BrokenBackend):
+    def why_not_around(self, spec, parts):
+        is_known = isinstance(spec, specs.SparseMoe) and tuple(parts) == ("router.choice",)
+        return None if is_known else "it builds a SparseMoe around its choice"
+
+    def build_around(self, spec, weights, parts):
+        router = feed_forward.Router(spec.router, weights)
+        return RoutedExperts(spec, router, feed_forward.Experts(spec.experts, weights))
 
 
 class OldIds:

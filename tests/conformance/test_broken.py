@@ -245,6 +245,7 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
     "columns beyond 1024": (around(MLP, broken.StopsAt1024Columns), ("real-widths",)),
     "a replay of old ids": (broken.ReplaysOldIds({}), ("captured-forward",)),
     "a replay that cannot be closed": (broken.CannotBeClosed({}), ("captured-forward",)),
+    "a given part ignored": (broken.IgnoresTheGivenPart({}), ("built-around-parts",)),
     "unknown spec raises": (broken.RaisesForUnknownSpecs({}), ("unknown-spec-is-refused",)),
     "lossy memory": (broken.LivesInLossyMemory({}), ("memory-round-trip",)),
     "less workspace for more rows": (

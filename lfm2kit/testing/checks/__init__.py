@@ -10,6 +10,7 @@ from lfm2kit.testing.checks import (  # noqa: I001 (the order in which they run)
     attention,
     rows,
     state,
+    around,
     whole_model,
 )
 from lfm2kit.testing.checks.registry import CHECKS, Check
@@ -17,6 +18,7 @@ from lfm2kit.testing.checks.registry import CHECKS, Check
 __all__ = [
     "CHECKS",
     "Check",
+    "around",
     "attention",
     "contract",
     "feed_forward",
