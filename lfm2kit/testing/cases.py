@@ -86,6 +86,8 @@ REAL_WIDTHS: tuple[Spec, ...] = (
     specs.Attention(2048, 32, 8, 64, 1e6, EPS),
     specs.MLP(2048, 1792),
     specs.Router(2048, 32, 4, True, True, 1.0),
+    experts(2048, 96, 3, 2),
+    experts(96, 1792, 3, 2),
 )
 
 

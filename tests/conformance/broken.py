@@ -336,6 +336,22 @@ class SomeExpertIsLocal(feed_forward.Experts):
         self.first = spec.local_experts[0]
 
 
+class ExpertsStopAt1024Columns(feed_forward.Experts):
+    def __call__(self, x, expert_ids, expert_weights):
+        cut = np.where(np.arange(x.shape[1]) < 1024, x, np.float32(0))
+        return super().__call__(cut, expert_ids, expert_weights)
+
+
+class OtherKernelForManyRows(feed_forward.MLP):
+    """From 64 rows on, gate and up are swapped."""
+
+    def __call__(self, x):
+        if len(x) < 64:
+            return super().__call__(x)
+        gate, up = linear(x, self.weights["w3.weight"]), linear(x, self.weights["w1.weight"])
+        return linear(gate / (1 + np.exp(-gate)) * up, self.weights["w2.weight"]).astype(np.float32)
+
+
 def reads_all_experts(spec: specs.Experts, weights: Weights) -> Block:
     for name in weights:
         weights.float32(name)
@@ -402,6 +418,12 @@ class FutureWeighedByZero(attention.Attention):
 
     def _weighed(self, weights, v, is_seen):
         return np.einsum("hqk,khd->qhd", weights, v)
+
+
+class RawBitsOfBiases(short_conv.ShortConv):
+    def _linear(self, x, name):
+        y = linear(x, self.weights[f"{name}.weight"])
+        return y + self.weights[f"{name}.bias"].data.astype(np.float64) if self.spec.bias else y
 
 
 def rotate(block, heads, positions):

@@ -136,6 +136,18 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
         BrokenBackend({EXPERTS: broken.NobodyEndsTheRow}),
         ("experts-nobody-adds-nothing", "experts-split-by-slot-bitwise"),
     ),
+    "columns of experts beyond 1024": (
+        BrokenBackend({EXPERTS: broken.ExpertsStopAt1024Columns}),
+        ("real-widths",),
+    ),
+    "another kernel for many rows": (
+        BrokenBackend({MLP: broken.OtherKernelForManyRows}),
+        ("mlp",),
+    ),
+    "raw bits of biases": (
+        BrokenBackend({CONV: broken.RawBitsOfBiases}),
+        ("bf16-and-f16-weights",),
+    ),
     "interleaved RoPE": (
         BrokenBackend({ATTENTION: broken.InterleavedRope}),
         ("rope-rotates-halves", "attention"),

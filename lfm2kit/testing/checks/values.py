@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lfm2kit.specs import Spec
+from lfm2kit.specs import ShortConv, Spec
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import FP32_GRADE, assert_close, assert_same
@@ -16,7 +16,8 @@ from lfm2kit.testing.router_cases import WITHIN
 from lfm2kit.testing.trial import Trial
 from lfm2kit.weights import DType, Weights
 
-ROWS = (0, 1, 2, 15, 16, 17, 33)
+WITH_BIASES = [s for s in CASES["conv"] if isinstance(s, ShortConv) and s.bias]
+ROWS = (0, 1, 2, 15, 16, 17, 33, 129)
 
 
 @check
@@ -145,10 +146,11 @@ def bf16_and_f16_weights(trial: Trial) -> None:
     """Weights stored as BF16 or F16 mean their exact float32 values.
 
     `Tensor.data` of BF16 holds raw bits: `Tensor.float32()` is the way to read it.  The expert
-    bias stays F32 in such checkpoints, and must not be rounded to the matrices' type.
+    bias stays F32 in such checkpoints, and must not be rounded to the matrices' type; a
+    convolution's biases are stored as its matrices are.
     """
     stored: tuple[DType, ...] = ("BF16", "F16")
-    for spec in trial.first_of_kinds():
+    for spec in [*trial.first_of_kinds(), *trial.built(WITH_BIASES)]:
         for dtype in stored:
             weights = stored_as(trial.random_weights(spec), dtype)
             _judge_weights(trial, spec, weights, (17,), f"{spec} of {dtype} weights")
