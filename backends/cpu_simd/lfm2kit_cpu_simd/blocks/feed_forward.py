@@ -53,7 +53,8 @@ class Experts:
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
         if not self.spec.local_experts:
             return np.zeros_like(x)  # every pair is nobody's
-        offsets, rows, places = sort_by_expert(expert_ids, self.numbers)
+        count = len(self.spec.local_experts)
+        offsets, rows, places = sort_by_expert(expert_ids, self.numbers, count)
         size = self.spec.intermediate_size
         inner = grouped(_gather(x, rows), offsets, self.w13, size, buffer="inner")
         outputs = grouped(inner, offsets, self.w2, self.spec.hidden_size, buffer="outputs")
@@ -78,13 +79,13 @@ def local_numbers(spec: specs.Experts) -> Int32:
     return numbers
 
 
-def sort_by_expert(expert_ids: Int32, numbers: Int32) -> tuple[Int64, Int64, Int64]:
-    """The (row, k) pairs by local expert, and within an expert in their order.
+def sort_by_expert(expert_ids: Int32, numbers: Int32, count: int) -> tuple[Int64, Int64, Int64]:
+    """Sorts the (row, k) pairs by local expert, and leaves them in their order within an expert.
 
-    Returns where each expert's pairs begin [local experts + 1], each pair's row [pairs], and the
-    place of each pair [rows, k].  A pair that is nobody's has no row, and the place -1.
+    Returns where the pairs of each of `count` experts begin [count + 1], each pair's row [pairs],
+    and the place of each pair [rows, k].  A pair that is nobody's has no row, and the place -1.
     """
-    offsets = np.zeros(numbers.max() + 2, np.int64)
+    offsets = np.zeros(count + 1, np.int64)
     rows = np.empty(expert_ids.size, np.int64)
     places = np.empty(expert_ids.shape, np.int64)
     _sort(expert_ids, numbers, offsets, rows, places)

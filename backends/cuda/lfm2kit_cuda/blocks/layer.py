@@ -6,7 +6,6 @@ The choice of experts may lie elsewhere: on the CPU, in `hybrid`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import cupy
@@ -37,7 +36,7 @@ class Layer:
         spec: specs.Layer,
         weights: Weights,
         gemm: Arithmetic,
-        elsewhere: Mapping[str, Block] = MappingProxyType({}),
+        elsewhere: Mapping[str, Block] | None = None,
     ) -> None:
         given = {"feed_forward": {"choice": elsewhere[CHOICE]}} if elsewhere else {}
         parts: dict[str, Any] = {
