@@ -228,7 +228,8 @@ def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
     for role, scope, spec in placed.spec.parts():
         if backend.why_unsupported(spec) is None:
             name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
-            alone = replace(placed, name=name, scope=scope, spec=spec, memory=backend.memory(spec))
+            memory = backend.memory(spec)
+            alone = replace(placed, name=name, scope=scope, spec=spec, memory=memory, parts=())
             yield from _walk(setup, alone)
 
 

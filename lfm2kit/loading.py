@@ -147,8 +147,13 @@ class Setup:
         return Builder(self.checkpoint.weights, self.create, self.joins, wrap, done, check)
 
     def stored_bytes(self, placed: Placed) -> int:
-        """Returns the bytes that the weights of `placed` take in the checkpoint."""
-        return sum(t.nbytes for t in self.checkpoint.tensors_of(placed.scope, placed.spec))
+        """Returns the bytes that the weights of `placed` take in the checkpoint.
+
+        Those of parts that a block is built around count as theirs alone.
+        """
+        tensors = self.checkpoint.tensors_of(placed.scope, placed.spec)
+        around = placed.parts if placed.backend is not None else ()
+        return sum(t.nbytes for t in tensors) - sum(self.stored_bytes(part) for _, part in around)
 
 
 def set_up(

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import out_of_memory, specs
-from lfm2kit.backend import Array, Backend, Block, Captures, Operator, State
+from lfm2kit.backend import Array, Backend, Block, BuildsAround, Captures, Operator, State
 from lfm2kit.batch import Batch, Make
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST, Memory, own_stream
@@ -133,10 +133,23 @@ class RoutedExperts:
         return self.experts(x, expert_ids, expert_weights)
 
 
+class RoutedByScores:
+    """A router of scores and a choice that were built apart."""
+
+    def __init__(self, spec: specs.Router, scores: Block, choice: Block) -> None:
+        self.scores = scores
+        self.choice = choice
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        expert_ids, expert_weights = self.choice(self.scores(x))
+        return expert_ids, expert_weights
+
+
 JOINS: Joins = {
     specs.Model: Join(Forward),
     specs.Layer: Join(DecoderLayer),
     specs.SparseMoe: Join(RoutedExperts),
+    specs.Router: Join(RoutedByScores),
     TrimmedModel: Join(TrimmedForward),
     TrimmedLayer: Join(TrimmedDecoderLayer),
 }
@@ -155,8 +168,8 @@ class Builder:
 
     def build(self, placed: Placed) -> Any:
         """The block of `placed`, ready to be called from the memory around it."""
+        blocks = {role: self.build(part) for role, part in placed.parts}
         if placed.backend is None:
-            blocks = {role: self.build(part) for role, part in placed.parts}
             block = self.joins[type(placed.spec)].make(placed.spec, **blocks)
         else:
             self.before(placed)
@@ -164,7 +177,7 @@ class Builder:
             step(f"building {placed.name}", longest(Work(0, 4 * placed.spec.weight_elements())))
             placed.spec.check_values(weights)
             with out_of_memory.building(placed, weights):
-                block = self.create(placed.backend).build(placed.spec, weights)
+                block = _built(self.create(placed.backend), placed.spec, weights, blocks)
             self.built(placed)
         return self._seamed(placed, block)
 
@@ -173,6 +186,13 @@ class Builder:
         if wrapped is block and not placed.is_copied:
             return block
         return Seam(wrapped, placed.memory, placed.outer, state_of=block)
+
+
+def _built(backend: Backend, spec: Spec, weights: Weights, parts: dict[str, Block]) -> Block:
+    if not parts:
+        return backend.build(spec, weights)
+    assert isinstance(backend, BuildsAround)  # or the placement would have no parts here
+    return backend.build_around(spec, weights, parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

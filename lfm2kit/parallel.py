@@ -45,7 +45,7 @@ def shard(model: specs.Model, world: World) -> specs.Model:
         if not isinstance(moe, SparseMoe):
             return layer
         mine = share(moe.experts.num_experts, world.size, world.rank)
-        experts = replace(moe.experts, local_experts=mine)
+        experts = replace(moe.experts, local_experts=tuple(mine))
         return replace(layer, feed_forward=ExpertParallelMoe(moe.router, experts))
 
     return replace(model, layers=tuple(map(sharded, model.layers)))

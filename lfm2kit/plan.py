@@ -26,10 +26,11 @@ from lfm2kit.trim import TrimmedModel
 # What a kind in a plan stands for: a block's own kind, or a group of them.
 KINDS: dict[str, frozenset[str]] = {
     **{k: frozenset({k}) for k in ("embed", "norm", "conv", "attn", "mlp", "rows", "head")},
-    **{k: frozenset({k}) for k in ("router", "experts")},
-    "moe": frozenset({"router", "experts"}),
+    **{k: frozenset({k}) for k in ("scores", "choice", "experts")},
+    "router": frozenset({"scores", "choice"}),
+    "moe": frozenset({"scores", "choice", "experts"}),
     "operator": frozenset({"conv", "attn"}),
-    "ffn": frozenset({"mlp", "router", "experts"}),
+    "ffn": frozenset({"mlp", "scores", "choice", "experts"}),
 }
 
 

@@ -106,7 +106,7 @@ def _typed(where: str, table: Any, types: Mapping[str, Any], common: Table) -> A
 def _sparse_moe(where: str, fields: Table, common: Table) -> specs.SparseMoe:
     _refuse_unknown(where, fields, _fields(specs.Router, specs.Experts))
     router = _make(where, specs.Router, common, fields)
-    everyone = {"local_experts": range(router.num_experts)}
+    everyone = {"local_experts": tuple(range(router.num_experts))}
     return specs.SparseMoe(router, _make(where, specs.Experts, common, {**fields, **everyone}))
 
 

@@ -11,7 +11,9 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.backend import Context, Room
 from lfm2kit.batch import Batch
-from lfm2kit.loading import load_model
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.loading import find_model, load_model, set_up
+from lfm2kit.plan import Plan
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS
@@ -101,8 +103,22 @@ def test_a_state_takes_as_many_bytes_as_it_says(precision: str, spec: Any) -> No
 def test_hybrid_computes_here_and_routes_on_the_cpu() -> None:
     hybrid, cuda = load_model("tiny", "hybrid"), load_model("tiny", "cuda")
     batch = Batch.of_sequences(random_samples(np.random.default_rng(3), 16, 16, 5))
-    assert hybrid.placed.copies() == 6  # a router in each sparse layer
+    assert hybrid.placed.copies() == 6  # a choice in each sparse layer
     assert np.abs(hybrid.logits(batch) - cuda.logits(batch)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("plan", ["hybrid", "cuda,choice=cpu_simd"])
+def test_in_16_bits_whole_layers_take_a_choice_from_the_cpu(plan: str) -> None:
+    checkpoint, context = open_checkpoint(find_model("tiny")), Context(precision="bf16")
+    apart, whole = (
+        set_up(checkpoint, Plan.parse(text), context=context).build() for text in (plan, "cuda")
+    )
+    layer = dict(apart.placed.parts)["layers.2"]
+    assert layer.backend == plan.partition(",")[0]
+    assert [role for role, _ in layer.parts] == ["feed_forward.router.choice"]
+    batch = Batch.of_sequences(random_samples(np.random.default_rng(3), 16, 16, 5))
+    expected = whole.logits(batch).copy()
+    assert np.abs(apart.logits(batch) - expected).max() <= TOLERANCE
 
 
 def test_ceilings_are_those_of_a_gpu() -> None:
