@@ -6,7 +6,7 @@ given a `Batch`.  The known ShortConv bugs of other libraries are all implicit b
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -36,7 +36,7 @@ class Batch:
     max_seqlen: int  # rows of the longest sequence; 0 in an empty batch
     max_context: int  # 1 + the highest position; 0 in an empty batch
     memory: Memory = HOST
-    # Batches made from this one: copies by their memory's name, trimmed ones by their reach.
+    # Batches made from this one: copies by their memory's name, derived ones by their key.
     views: dict[Hashable, Batch] = field(default_factory=dict, repr=False, init=False)
 
     def __post_init__(self) -> None:
@@ -122,42 +122,17 @@ class Batch:
             if view.views:
                 view.forget_views()
 
-    def trimmed(self, reach_in: int | None, reach_out: int | None) -> Batch:
-        """Returns a batch with fewer rows, for an operator without state.
+    def derived(self, key: Hashable, make: Callable[[Batch], Batch]) -> Batch:
+        """Returns the batch that `make` computes from this one on the host, in this one's memory.
 
-        Each sequence begins `reach_in` rows before its first row in `logits_rows`, and counts as a
-        whole one; None keeps all rows.  The new `logits_rows` begin `reach_out` rows before that
-        row; None keeps them.  The result depends on the shape alone, so its token ids mean nothing.
-        It is made once and remembered.
+        It is made once for each `key` and remembered.  Make the key a tuple that begins with an
+        object of your own, such as a function, so that no other module has the same.  What `make`
+        returns may depend on everything but the token ids.
         """
-        key = (reach_in, reach_out)
-        if key not in self.views:
-            self.views[key] = self.on(HOST)._narrowed(reach_in)._keeping(reach_out)
-        return self.views[key].on(self.memory)
-
-    def _narrowed(self, reach: int | None) -> Batch:
-        if reach is None:
-            return self
-        rows = self._rows_from(reach)
-        _, lengths = np.unique(self._sequence_of_rows()[rows], return_counts=True)
-        narrowed = Batch.of_sequences([np.zeros(n, np.int32) for n in lengths])
-        logits_rows = np.searchsorted(rows, self.logits_rows).astype(np.int32)
-        return narrowed.unchecked(logits_rows=logits_rows)
-
-    def _keeping(self, reach: int | None) -> Batch:
-        if reach is None:
-            return self
-        return self.unchecked(logits_rows=self._rows_from(reach))
-
-    def _rows_from(self, reach: int) -> npt.NDArray[np.int32]:
-        """Each sequence's rows from `reach` before the first of its `logits_rows` on."""
-        sequence = self._sequence_of_rows()
-        first = np.full(self.sequences, self.tokens + reach)  # where none is wanted: out of reach
-        np.minimum.at(first, sequence[self.logits_rows], self.logits_rows)
-        return np.flatnonzero(np.arange(self.tokens) >= first[sequence] - reach).astype(np.int32)
-
-    def _sequence_of_rows(self) -> npt.NDArray[np.intp]:
-        return np.repeat(np.arange(self.sequences), np.diff(self.cu_seqlens))
+        name = ("derived", key)  # no memory has it
+        if name not in self.views:
+            self.views[name] = make(self.on(HOST))
+        return self.views[name].on(self.memory)
 
     def _moved(self, memory: Memory) -> Batch:
         def move(array: Any) -> Any:

@@ -19,22 +19,21 @@ import numpy.typing as npt
 from lfm2kit import out_of_memory, specs
 from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, State
 from lfm2kit.batch import Batch
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.joins import Join, Joins
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.model_state import ModelState, room
-from lfm2kit.placement import Join, Joins, Placed
+from lfm2kit.placement import Placed
 from lfm2kit.progress import longest, step
 from lfm2kit.replays import Replays
 from lfm2kit.seam import Seam
 from lfm2kit.specs import Spec, Work
-from lfm2kit.trim import TrimmedLayer, TrimmedModel
 from lfm2kit.weights import Weights
 
 
 class Forward:
     """ids -> embedding -> layers -> norm of the last rows -> logits [logits, vocab_size]."""
 
-    def __init__(self, spec: specs.Model | TrimmedModel, **blocks: Any) -> None:
+    def __init__(self, spec: specs.Model, **blocks: Any) -> None:
         self.embed_tokens: Block = blocks["embed_tokens"]
         self.layers: list[Operator] = [blocks[f"layers.{i}"] for i in range(len(spec.layers))]
         self.last_rows: Block = blocks["last_rows"]
@@ -54,19 +53,6 @@ class Forward:
 
     def state_bytes(self, slots: int, max_tokens: int) -> int:
         return sum(layer.state_bytes(slots, max_tokens) for layer in self.layers)
-
-
-class TrimmedForward(Forward):
-    """The forward of whole sequences whose last layer gives the last rows alone."""
-
-    def __init__(self, spec: TrimmedModel, **blocks: Any) -> None:
-        super().__init__(spec, last_rows=lambda hidden, delta, batch: (hidden, delta), **blocks)
-
-    def new_state(self, slots: int, max_tokens: int) -> list[State]:
-        raise Lfm2kitError("a trimmed model has no state: later tokens need the rows it leaves out")
-
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return 0
 
 
 class DecoderLayer:
@@ -96,37 +82,6 @@ class DecoderLayer:
         return hidden, self.feed_forward(x)
 
 
-class TrimmedDecoderLayer:
-    """A decoder layer that leaves out rows between its operator and its feed-forward."""
-
-    def __init__(
-        self,
-        spec: TrimmedLayer,
-        operator_norm: Block,
-        operator: Operator,
-        last_rows: Block,
-        ffn_norm: Block,
-        feed_forward: Block,
-    ) -> None:
-        self.reach = spec.reach_in, spec.reach_out
-        self.operator_norm = operator_norm
-        self.operator = operator
-        self.last_rows = last_rows
-        self.ffn_norm = ffn_norm
-        self.feed_forward = feed_forward
-
-    def __call__(
-        self, hidden: Array, delta: Array | None, batch: Batch, state: None
-    ) -> tuple[Array, Array]:
-        assert state is None, "a trimmed model has no state"
-        rows = batch.trimmed(*self.reach)
-        hidden, x = self.operator_norm(hidden, delta)
-        delta = self.operator(x, rows, None)
-        hidden, delta = self.last_rows(hidden, delta, rows)
-        hidden, x = self.ffn_norm(hidden, delta)
-        return hidden, self.feed_forward(x)
-
-
 class RoutedExperts:
     """A sparse MoE of a router and experts that were built apart."""
 
@@ -140,11 +95,9 @@ class RoutedExperts:
 
 
 JOINS: Joins = {
-    specs.Model: Join(Forward),
-    specs.Layer: Join(DecoderLayer),
-    specs.SparseMoe: Join(RoutedExperts),
-    TrimmedModel: Join(TrimmedForward),
-    TrimmedLayer: Join(TrimmedDecoderLayer),
+    specs.Model: partial(Join, Forward),
+    specs.Layer: partial(Join, DecoderLayer),
+    specs.SparseMoe: partial(Join, RoutedExperts),
 }
 
 
@@ -154,7 +107,6 @@ class Builder:
 
     weights: Weights
     create: Callable[[str], Backend]
-    joins: Joins = field(default_factory=lambda: JOINS)
     wrap: Callable[[str, Spec, Block], Block] = lambda name, spec, block: block
     built: Callable[[Placed], None] = lambda placed: None  # called after each leaf: progress
     before: Callable[[Placed], None] = lambda placed: None  # called before each leaf
@@ -162,8 +114,9 @@ class Builder:
     def build(self, placed: Placed) -> Any:
         """The block of `placed`, ready to be called from the memory around it."""
         if placed.backend is None:
+            assert placed.join is not None, "what no backend builds is joined"
             blocks = {role: self.build(part) for role, part in placed.parts}
-            block = self.joins[type(placed.spec)].make(placed.spec, **blocks)
+            block = placed.join.make(placed.spec, **blocks)
         else:
             self.before(placed)
             weights = self.weights.scope(placed.scope)
@@ -185,7 +138,7 @@ class Builder:
 class LFM2:
     """A model that is ready to run.  Ids enter and logits leave as NumPy arrays."""
 
-    spec: specs.Model | TrimmedModel
+    spec: specs.Model
     placed: Placed
     forward: Forward
     home: Memory
@@ -248,7 +201,7 @@ class LFM2:
 
     @property
     def _is_capturable(self) -> bool:
-        return isinstance(self.backend, Captures) and self.placed.copies() == 0
+        return isinstance(self.backend, Captures) and self.placed.is_capturable
 
     def _replay(self, batch: Batch) -> Replay:
         """The captured forward for batches of this shape."""
@@ -259,7 +212,7 @@ class LFM2:
 
 def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
     """The model that `placed` describes, with `builder`'s weights."""
-    assert isinstance(placed.spec, specs.Model | TrimmedModel)
+    assert isinstance(placed.spec, specs.Model)
     return LFM2(
         spec=placed.spec,
         placed=placed,
