@@ -24,7 +24,7 @@ from lfm2kit.placement import Placed, Placer
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.progress import Wrap, telling
-from lfm2kit.rewrites import Rewrite, chosen
+from lfm2kit.rewrites import Rewrite, chosen, rewritten
 from lfm2kit.transport import Transport, World
 
 EMBEDDED = Path(__file__).parent / "models"
@@ -177,10 +177,7 @@ def set_up(
     create = plugins.creator(context)
     world = world or (transport.world if transport is not None else World())
     applied = chosen(rewrites, plugins.rewrites(world, transport))
-    model, joins = checkpoint.spec, dict(JOINS)
-    for rewrite in applied:
-        model = rewrite.apply(model)
-        joins |= rewrite.joins
+    model, joins = rewritten(checkpoint.spec, JOINS, applied)
     placed = Placer(plan, create, joins, plugins.backends).place(model)
     return Setup(checkpoint, plan, placed, plugins, create, applied, context, transport, again)
 

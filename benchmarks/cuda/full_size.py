@@ -26,7 +26,7 @@ from lfm2kit.model import JOINS, LFM2, Builder, build_model
 from lfm2kit.placement import Placer
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import installed_plugins
-from lfm2kit.rewrites import chosen
+from lfm2kit.rewrites import chosen, rewritten
 
 POOL = 1 << 26  # random numbers that all tensors share
 
@@ -69,10 +69,8 @@ def build(plan: Plan, precision: str, stored_as: DType, rewrites: Sequence[str] 
     """The full-size model, its blocks from `plan`."""
     plugins = installed_plugins()
     create = plugins.creator(Context(precision=precision))
-    spec, joins = model_spec(LFM2_8B_A1B, tied=True), dict(JOINS)
-    for rewrite in chosen(rewrites, plugins.rewrites()):
-        spec = rewrite.apply(spec)
-        joins |= rewrite.joins
+    spec = model_spec(LFM2_8B_A1B, tied=True)
+    spec, joins = rewritten(spec, JOINS, chosen(rewrites, plugins.rewrites()))
     placed = Placer(plan, create, joins, plugins.backends).place(spec)
     weights = Weights(RandomTensors(spec.parameters(), stored_as))
     return build_model(placed, Builder(weights, create), plan.default)

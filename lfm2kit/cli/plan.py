@@ -30,7 +30,7 @@ def plan(
     rewrites: tuple[str, ...] = (),
     ranks: Annotated[
         int,
-        options.whole_number("--ranks", help="Show a rank's share, of so many on this machine."),
+        options.whole_number("--ranks", help="Show one rank's share, of N ranks on this machine."),
     ] = 1,
     rank: Annotated[
         int, options.whole_number("--rank", least=0, help="The rank to show. \\[default: 0]")

@@ -18,7 +18,7 @@ from lfm2kit.memory import HOST, Memory
 from lfm2kit.rewrites.host_exchange import HostExchange
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
 from lfm2kit.specs import Experts, Model, Part, Router, SparseMoe, Spec
-from lfm2kit.transport import Exchange, ExchangeOffer, Exchanges, Traffic, Transport, World, share
+from lfm2kit.transport import Exchange, ExchangeOffer, Exchanges, Traffic, Transport, World
 
 Owners = Callable[[int], Sequence[int]]  # of a number of experts: the rank that holds each of them
 
@@ -81,8 +81,8 @@ def experts_over_ranks(
 
 
 def evenly(size: int, num_experts: int) -> list[int]:
-    """Returns the rank that holds each expert if `size` ranks share them out."""
-    return [rank for rank in range(size) for _ in share(num_experts, size, rank)]
+    """Returns the rank that holds each expert if `share` gives `size` ranks theirs."""
+    return [((e + 1) * size - 1) // num_experts for e in range(num_experts)]
 
 
 def _held_by(rank: int, owners: Sequence[int]) -> Any:
@@ -137,7 +137,7 @@ class ExpertParallel:
 
 
 def _in_words(ids: Sequence[int]) -> str:
-    """Returns "experts 0-3, 7", or "no experts"."""
+    """Returns "experts 0-3, 7", "expert 5", or "no experts"."""
     runs: list[list[int]] = []
     for e in ids:
         if runs and e == runs[-1][-1] + 1:
@@ -145,4 +145,6 @@ def _in_words(ids: Sequence[int]) -> str:
         else:
             runs.append([e])
     texts = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
-    return f"experts {', '.join(texts)}" if texts else "no experts"
+    if not texts:
+        return "no experts"
+    return f"{'expert' if len(ids) == 1 else 'experts'} {', '.join(texts)}"

@@ -47,6 +47,15 @@ def chosen(names: Iterable[str], there: Mapping[str, Rewrite]) -> tuple[Rewrite,
     return tuple((asked | automatic).values())
 
 
+def rewritten(
+    model: specs.Model, joins: Joins, rewrites: Iterable[Rewrite]
+) -> tuple[specs.Model, Joins]:
+    """Returns the model after all `rewrites`, and `joins` together with theirs."""
+    for rewrite in rewrites:
+        model, joins = rewrite.apply(model), {**joins, **rewrite.joins}
+    return model, joins
+
+
 def replaced(spec: Any, change: Callable[[Spec], Spec]) -> Any:
     """Returns `spec` with `change` applied to it and to the specs inside it, the outermost first.
 

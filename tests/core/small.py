@@ -13,7 +13,7 @@ from lfm2kit.model import JOINS, LFM2, Builder, build_model
 from lfm2kit.placement import Placer
 from lfm2kit.plan import Plan
 from lfm2kit.reference.backend import ReferenceBackend
-from lfm2kit.rewrites import Rewrite
+from lfm2kit.rewrites import Rewrite, rewritten
 from lfm2kit.weights import Weights
 
 FIELDS = {
@@ -67,10 +67,8 @@ def build(
     **builder: object,
 ) -> LFM2:
     """The model that `plan` makes of `spec` after `rewrites`, with random weights."""
-    create, joins, weights = creator(backends or {}), dict(JOINS), random_weights(spec)
-    for rewrite in rewrites:
-        spec = rewrite.apply(spec)
-        joins |= rewrite.joins
+    create, weights = creator(backends or {}), random_weights(spec)
+    spec, joins = rewritten(spec, JOINS, rewrites)
     placed = Placer(Plan.parse(plan), create, joins, ["reference", *(backends or {})]).place(spec)
     return build_model(placed, Builder(weights, create, **builder), Plan.parse(plan).default)  # type: ignore[arg-type]
 

@@ -16,10 +16,10 @@ from lfm2kit.memory import Array
 from lfm2kit.model import Forward, RoutedExperts
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import built_in
-from lfm2kit.rewrites.experts_over_ranks import ExpertParallelMoe, evenly, experts_over_ranks
+from lfm2kit.rewrites.experts_over_ranks import ExpertParallelMoe, experts_over_ranks
 from lfm2kit.rewrites.trim import TRIM, TrimmedLayer
 from lfm2kit.testing import ThreadTransport, check_exchange, run_ranks
-from lfm2kit.transport import ExchangeOffer, Rows, Traffic, World
+from lfm2kit.transport import ExchangeOffer, Rows, Traffic, World, share
 from tests.core.small import build, random_weights, small_spec
 from tests.core.test_model import Box, CapturingBackend, DeviceBackend, FusingBackend
 
@@ -95,7 +95,7 @@ def test_every_expert_is_held_once_and_shares_differ_by_one_at_most() -> None:
         held = shares(12, size)
         assert sorted(e for mine in held for e in mine) == list(range(12))
         assert max(map(len, held)) - min(map(len, held)) <= 1
-        assert [evenly(size, 12).count(rank) for rank in range(size)] == list(map(len, held))
+        assert held == [list(share(12, size, rank)) for rank in range(size)]
 
 
 def test_a_rank_reads_its_own_experts_and_all_other_weights() -> None:
@@ -115,7 +115,7 @@ def test_a_rank_says_which_experts_it_holds() -> None:
         return layer.feed_forward.note()
 
     assert note(0, 0, 0, 1, 0, rank=0) == "rank 0 holds experts 0-2, 4 of 5"
-    assert note(0, 0, 0, 1, 0, rank=1) == "rank 1 holds experts 3 of 5"
+    assert note(0, 0, 0, 1, 0, rank=1) == "rank 1 holds expert 3 of 5"
     assert note(0, 0, 0, 1, 0, rank=2) == "rank 2 holds no experts of 5"
 
 
