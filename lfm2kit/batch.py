@@ -126,13 +126,12 @@ class Batch:
         """Returns the batch that `make` computes from this one on the host, in this one's memory.
 
         It is made once for each `key` and remembered.  Make the key a tuple that begins with an
-        object of your own, such as a function, so that no other module has the same.  What `make`
-        returns may depend on everything but the token ids.
+        object of your own, such as a function: then neither another module nor a memory's name is
+        equal to it.  What `make` returns may depend on everything but the token ids.
         """
-        name = ("derived", key)  # no memory has it
-        if name not in self.views:
-            self.views[name] = make(self.on(HOST))
-        return self.views[name].on(self.memory)
+        if key not in self.views:
+            self.views[key] = make(self.on(HOST))
+        return self.views[key].on(self.memory)
 
     def _moved(self, memory: Memory) -> Batch:
         def move(array: Any) -> Any:

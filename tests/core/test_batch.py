@@ -139,7 +139,7 @@ def test_a_changed_batch_shares_no_view_with_the_one_before(was_moved: bool) -> 
     batch = Batch.of_sequences([[1, 2, 3]])
     if was_moved:
         batch.on(there)
-        batch.derived("whole", lambda host: host)
+        batch.derived(("whole",), lambda host: host)
     changed = replace(batch, logits_rows=int32(0))
     assert batch.on(there).logits_rows.values.tolist() == [2]
     assert changed.on(there).logits_rows.values.tolist() == [0]
@@ -148,7 +148,7 @@ def test_a_changed_batch_shares_no_view_with_the_one_before(was_moved: bool) -> 
 def test_views_are_let_go() -> None:
     there = Elsewhere()
     batch = Batch.of_sequences([[1, 2, 3]]).on(there)
-    derived = batch.derived("afresh", replace)
+    derived = batch.derived(("afresh",), replace)
     batch.forget_views()
     assert batch.views == {}
     assert derived.views == {}
@@ -163,13 +163,13 @@ def test_a_derived_batch_is_made_once_on_the_host_for_all_memories() -> None:
 
     there = Elsewhere()
     batch = two_sequences()
-    derived = batch.on(there).derived("elsewhere", last_rows)
+    derived = batch.on(there).derived(("last",), last_rows)
     assert made == [batch]
     assert derived.memory is there
     assert derived.logits_rows.values.tolist() == [2, 4]
-    assert batch.derived("elsewhere", last_rows).on(there) is derived
-    assert batch.on(there).logits_rows.values.tolist() == [4, 2, 4], "a copy keeps its name"
-    assert batch.derived("another", last_rows) is not batch.derived("elsewhere", last_rows)
+    assert batch.derived(("last",), last_rows).on(there) is derived
+    assert batch.on(there).logits_rows.values.tolist() == [4, 2, 4]
+    assert batch.derived(("another",), last_rows) is not batch.derived(("last",), last_rows)
     assert len(made) == 2
 
 
@@ -177,7 +177,7 @@ def test_what_is_made_of_a_batch_is_not_checked_again(monkeypatch: pytest.Monkey
     batch = two_sequences()
     monkeypatch.setattr(module, "check", None)  # calling it would fail
     there = batch.on(Elsewhere())
-    there.derived("one", lambda host: host.unchecked(logits_rows=int32(0)))
+    there.derived(("one",), lambda host: host.unchecked(logits_rows=int32(0)))
     Batch.of_sequences([[1]])
 
 
