@@ -114,7 +114,9 @@ class ExchangeOffer:
 
     memory: Memory
     create: Callable[[Traffic], Exchange]  # called for each MoE layer when a model is built
-    is_capturable: bool = False  # whether both operations can be recorded and replayed
+    # Whether both operations can be recorded and replayed.  To record a step, a backend may first
+    # call it on this rank alone; other ranks do not call theirs then.
+    is_capturable: bool = False
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from lfm2kit.rewrites.trim import TRIM, TrimmedLayer
 from lfm2kit.testing import ThreadTransport, check_exchange, run_ranks
 from lfm2kit.transport import ExchangeOffer, Rows, Traffic, World, share
 from tests.core.small import build, random_weights, small_spec
-from tests.core.test_model import Box, CapturingBackend, DeviceBackend, FusingBackend
+from tests.core.test_model import Box, DeviceBackend, FusingBackend, Recorded
 
 SEQUENCES = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3], [2]]
 Owners = Callable[[int], Sequence[int]]
@@ -277,14 +277,19 @@ def test_without_one_tokens_are_exchanged_in_the_hosts_memory() -> None:
 def test_a_forward_is_captured_only_with_an_exchange_that_can_be(
     transport: Any, captures: int
 ) -> None:
-    class Backend(Padded, CapturingBackend):
-        pass
+    class Capturing(Padded):
+        captures = 0
+
+        def capture(self, step: Callable[[Batch], Any], batch: Batch) -> Recorded:
+            self.captures += 1
+            return Recorded(lambda batch: step(batch.on(self.there)), 1, [0])
 
     def rank(transport: ThreadTransport) -> int:
-        backend, rewrites = Backend(), [over_ranks(transport)]
+        backend, rewrites = Capturing(), [over_ranks(transport)]
         model = build(small_spec(), "device", {"device": backend}, rewrites=rewrites)
-        model.logits(share_of(transport.world.rank, 2))
-        return len(backend.shapes)
+        for _ in range(3):
+            model.logits(share_of(transport.world.rank, 2))
+        return backend.captures
 
     assert run_ranks(2, rank, make=transport) == [captures, captures]
 
