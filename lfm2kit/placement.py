@@ -93,13 +93,17 @@ class Placer:
         return Placed(name, scope, spec, join.memory, outer, None, parts, join)
 
     def _why_not_whole(self, backend: str, spec: Spec) -> str | None:
-        """Returns why the backend cannot build `spec` as one block; None if it can.
+        """Returns why the backend cannot build `spec` as one block; None if it can."""
+        reason = self.create(backend).why_unsupported(spec)
+        return self._why_not_inside(backend, spec) if reason is None else reason
 
-        It is asked about each spec inside that a rewrite has made, too: a backend that builds
-        layers may not have looked whether it knows all that is in one.
+    def _why_not_inside(self, backend: str, spec: Spec) -> str | None:
+        """Returns why the backend cannot build what rewrites have put into `spec`; None if it can.
+
+        A backend that builds layers may not have looked whether it knows all that is in one.
         """
-        inside = (part for part in _inside(spec) if type(part).__module__ != specs.__name__)
-        reasons = (self.create(backend).why_unsupported(one) for one in (spec, *inside))
+        put = (one for one in _inside(spec) if type(one).__module__ != specs.__name__)
+        reasons = (self.create(backend).why_unsupported(one) for one in put)
         return next((reason for reason in reasons if reason is not None), None)
 
     def _one_backend(self, spec: Spec, layer: int | None) -> str | None:
