@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Context, Explains
 from lfm2kit.capacity import NO_ROOM, Sizes
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
@@ -21,14 +20,13 @@ from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, Builder, build_model
-from lfm2kit.parallel import ExpertParallelMoe, join, shard
-from lfm2kit.placement import Join, Joins, Placed, Placer
+from lfm2kit.placement import Placed, Placer
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.progress import Wrap, telling
+from lfm2kit.rewrites import Rewrite, chosen, rewritten
 from lfm2kit.state import Room
-from lfm2kit.transport import Transport
-from lfm2kit.trim import trim as trimmed
+from lfm2kit.transport import Transport, World
 
 EMBEDDED = Path(__file__).parent / "models"
 AUTO = "auto"
@@ -54,7 +52,7 @@ class Setup:
     placed: Placed
     plugins: Plugins
     create: Callable[[str], Backend]
-    joins: Joins
+    rewrites: tuple[Rewrite, ...]  # in the order in which they were applied
     context: Context
     transport: Transport | None
     again: Callable[..., Setup]  # the same, but for the options of `set_up` that it is given
@@ -144,7 +142,7 @@ class Setup:
         wrap: Wrap = self.plugins.wrap
         if self.transport is not None:
             wrap = telling(wrap, {leaf.name for leaf in self.placed.leaves()})
-        return Builder(self.checkpoint.weights, self.create, self.joins, wrap, done, check)
+        return Builder(self.checkpoint.weights, self.create, wrap, done, check)
 
     def stored_bytes(self, placed: Placed) -> int:
         """Returns the bytes that the weights of `placed` take in the checkpoint.
@@ -162,36 +160,34 @@ def set_up(
     *,
     context: Context | None = None,
     n_cpu_moe: int = 0,
-    trim: bool = False,
+    rewrites: Sequence[str] = (),
+    world: World | None = None,
     transport: Transport | None = None,
     plugins: Plugins | None = None,
 ) -> Setup:
     """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
 
-    `n_cpu_moe` is the number of first MoE layers whose experts go to the CPU; `trim` leaves out
-    rows that no logit depends on (see `lfm2kit.trim`); with a `transport` of several ranks, each
-    holds its share of every layer's experts.
+    `n_cpu_moe` is the number of first MoE layers whose experts go to the CPU; `rewrites` are names
+    of rewrites to apply, in this order (see `lfm2kit.rewrites`).  With a `transport` the model is
+    this rank's share.  A `world` alone gives the share of that rank, to be planned but not built.
     """
     plugins = plugins or installed_plugins()
     context = context or Context()
     plan = _resolve_auto(plan, plugins, context)
     again = partial(
-        set_up, checkpoint, plan, context=context, n_cpu_moe=n_cpu_moe, trim=trim,
-        transport=transport, plugins=plugins,
+        set_up, checkpoint, plan, context=context, n_cpu_moe=n_cpu_moe,
+        rewrites=rewrites, world=world, transport=transport, plugins=plugins,
     )  # fmt: skip
     if n_cpu_moe:
         plan = plan.with_cpu_experts(n_cpu_moe, checkpoint.spec, "cpu_simd")
     for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
     create = plugins.creator(context)
-    model: specs.Model = checkpoint.spec
-    joins: Joins = JOINS
-    if transport is not None:
-        model = shard(model, transport.world)
-        joins = {**JOINS, ExpertParallelMoe: Join(join(transport), HOST)}
-    placer = Placer(plan, create, joins, plugins.backends)
-    placed = placer.place(trimmed(model) if trim else model)
-    return Setup(checkpoint, plan, placed, plugins, create, joins, context, transport, again)
+    world = world or (transport.world if transport is not None else World())
+    applied = chosen(rewrites, plugins.rewrites(world, transport))
+    model, joins = rewritten(checkpoint.spec, JOINS, applied)
+    placed = Placer(plan, create, joins, plugins.backends).place(model)
+    return Setup(checkpoint, plan, placed, plugins, create, applied, context, transport, again)
 
 
 def load_model(path: str | Path, backend: str = AUTO, *, threads: int | None = None) -> LFM2:

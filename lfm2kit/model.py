@@ -20,22 +20,21 @@ import numpy.typing as npt
 from lfm2kit import out_of_memory, specs
 from lfm2kit.backend import Array, Backend, Block, BuildsAround, Captures, Operator, State
 from lfm2kit.batch import Batch, Make
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.joins import Join, Joins
 from lfm2kit.memory import HOST, Memory, own_stream
-from lfm2kit.placement import Join, Joins, Placed
+from lfm2kit.placement import Placed
 from lfm2kit.progress import longest, step
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.seam import Seam
 from lfm2kit.specs import Spec, Work
 from lfm2kit.state import ModelState, Room
-from lfm2kit.trim import TrimmedLayer, TrimmedModel
 from lfm2kit.weights import Weights
 
 
 class Forward:
     """ids -> embedding -> layers -> norm of the last rows -> logits [logits, vocab_size]."""
 
-    def __init__(self, spec: specs.Model | TrimmedModel, **blocks: Any) -> None:
+    def __init__(self, spec: specs.Model, **blocks: Any) -> None:
         self.embed_tokens: Block = blocks["embed_tokens"]
         self.layers: list[Operator] = [blocks[f"layers.{i}"] for i in range(len(spec.layers))]
         self.last_rows: Block = blocks["last_rows"]
@@ -52,16 +51,6 @@ class Forward:
 
     def new_state(self, room: Room) -> list[State]:
         return [layer.new_state(room) for layer in self.layers]
-
-
-class TrimmedForward(Forward):
-    """The forward of whole sequences whose last layer gives the last rows alone."""
-
-    def __init__(self, spec: TrimmedModel, **blocks: Any) -> None:
-        super().__init__(spec, last_rows=lambda hidden, delta, batch: (hidden, delta), **blocks)
-
-    def new_state(self, room: Room) -> list[State]:
-        raise Lfm2kitError("a trimmed model has no state: later tokens need the rows it leaves out")
 
 
 class DecoderLayer:
@@ -86,37 +75,6 @@ class DecoderLayer:
     ) -> tuple[Array, Array]:
         hidden, x = self.operator_norm(hidden, delta)
         delta = self.operator(x, batch, state)
-        hidden, x = self.ffn_norm(hidden, delta)
-        return hidden, self.feed_forward(x)
-
-
-class TrimmedDecoderLayer:
-    """A decoder layer that leaves out rows between its operator and its feed-forward."""
-
-    def __init__(
-        self,
-        spec: TrimmedLayer,
-        operator_norm: Block,
-        operator: Operator,
-        last_rows: Block,
-        ffn_norm: Block,
-        feed_forward: Block,
-    ) -> None:
-        self.reach = spec.reach_in, spec.reach_out
-        self.operator_norm = operator_norm
-        self.operator = operator
-        self.last_rows = last_rows
-        self.ffn_norm = ffn_norm
-        self.feed_forward = feed_forward
-
-    def __call__(
-        self, hidden: Array, delta: Array | None, batch: Batch, state: None
-    ) -> tuple[Array, Array]:
-        assert state is None, "a trimmed model has no state"
-        rows = batch.trimmed(*self.reach)
-        hidden, x = self.operator_norm(hidden, delta)
-        delta = self.operator(x, rows, None)
-        hidden, delta = self.last_rows(hidden, delta, rows)
         hidden, x = self.ffn_norm(hidden, delta)
         return hidden, self.feed_forward(x)
 
@@ -146,12 +104,10 @@ class RoutedByScores:
 
 
 JOINS: Joins = {
-    specs.Model: Join(Forward),
-    specs.Layer: Join(DecoderLayer),
-    specs.SparseMoe: Join(RoutedExperts),
-    specs.Router: Join(RoutedByScores),
-    TrimmedModel: Join(TrimmedForward),
-    TrimmedLayer: Join(TrimmedDecoderLayer),
+    specs.Model: partial(Join, Forward),
+    specs.Layer: partial(Join, DecoderLayer),
+    specs.SparseMoe: partial(Join, RoutedExperts),
+    specs.Router: partial(Join, RoutedByScores),
 }
 
 
@@ -161,7 +117,6 @@ class Builder:
 
     weights: Weights
     create: Callable[[str], Backend]
-    joins: Joins = field(default_factory=lambda: JOINS)
     wrap: Callable[[str, Spec, Block], Block] = lambda name, spec, block: block
     built: Callable[[Placed], None] = lambda placed: None  # called after each leaf: progress
     before: Callable[[Placed], None] = lambda placed: None  # called before each leaf
@@ -170,7 +125,8 @@ class Builder:
         """The block of `placed`, ready to be called from the memory around it."""
         blocks = {role: self.build(part) for role, part in placed.parts}
         if placed.backend is None:
-            block = self.joins[type(placed.spec)].make(placed.spec, **blocks)
+            assert placed.join is not None, "what no backend builds is joined"
+            block = placed.join.make(placed.spec, **blocks)
         else:
             self.before(placed)
             weights = self.weights.scope(placed.scope)
@@ -202,7 +158,7 @@ class LFM2:
     Threads may share a model: their forwards run one after the other.
     """
 
-    spec: specs.Model | TrimmedModel
+    spec: specs.Model
     placed: Placed
     forward: Forward
     home: Memory
@@ -218,7 +174,7 @@ class LFM2:
     _lock: Any = field(init=False, repr=False, default_factory=RLock)
 
     def __post_init__(self) -> None:
-        can_capture = isinstance(self.backend, Captures) and self.placed.copies() == 0
+        can_capture = isinstance(self.backend, Captures) and self.placed.is_capturable
         object.__setattr__(self, "_captures", self.backend if can_capture else None)
         finalize(self, self._replays.drop, self._owner)
 
@@ -300,7 +256,7 @@ class LFM2:
 
 def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
     """The model that `placed` describes, with `builder`'s weights."""
-    assert isinstance(placed.spec, specs.Model | TrimmedModel)
+    assert isinstance(placed.spec, specs.Model)
     return LFM2(
         spec=placed.spec,
         placed=placed,

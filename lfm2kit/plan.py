@@ -21,7 +21,6 @@ from typing import Any
 from lfm2kit import bounds, specs
 from lfm2kit.documents import read_toml
 from lfm2kit.errors import Lfm2kitError, choices
-from lfm2kit.trim import TrimmedModel
 
 # What a kind in a plan stands for: a block's own kind, or a group of them.
 KINDS: dict[str, frozenset[str]] = {
@@ -103,7 +102,7 @@ class Plan:
         rules = (Rule(backend, "experts", range(i, i + 1)) for i in sparse[:count])
         return replace(self, rules=(*self.rules, *rules))
 
-    def check(self, model: specs.Model | TrimmedModel) -> None:
+    def check(self, model: specs.Model) -> None:
         """`Lfm2kitError` if a rule fits no block of `model`."""
         kinds = _kinds(model)
         outside = {"embed", "rows", "norm", "head"}
@@ -122,7 +121,7 @@ class Plan:
         return ",".join([self.default, *map(str, self.rules)])
 
 
-def _kinds(model: specs.Model | TrimmedModel) -> list[set[str]]:
+def _kinds(model: specs.Model) -> list[set[str]]:
     return [{leaf.kind for leaf in specs.leaves(layer)} for layer in model.layers]
 
 

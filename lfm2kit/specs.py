@@ -67,6 +67,10 @@ class Spec:
             total += part.spec.work(batch, itemsize)
         return total
 
+    def note(self) -> str | None:
+        """Returns what `lfm2kit plan` says about this spec in one line; None for nothing."""
+        return None
+
     def weight_elements(self) -> int:
         return sum(math.prod(shape) for shape in self.parameters().values())
 
@@ -430,7 +434,7 @@ class Layer(Spec):
     operator_norm: RMSNorm
     operator: ShortConv | Attention
     ffn_norm: RMSNorm
-    feed_forward: Spec  # MLP, SparseMoe, or a wrapper around a SparseMoe's parts
+    feed_forward: Spec  # MLP, SparseMoe, or what a rewrite has put in its place
     kind: ClassVar[str] = "layer"
 
     def parts(self) -> tuple[Part, ...]:
@@ -447,8 +451,8 @@ class Model(Spec):
     """ids -> embedding -> layers -> norm of the last rows -> logits [logits, vocab_size]."""
 
     embed_tokens: Embedding
-    layers: tuple[Layer, ...]
-    last_rows: LastRows
+    layers: tuple[Spec, ...]  # of `Layer`, or of what a rewrite has put in its place
+    last_rows: Spec  # `LastRows`, or the same
     embedding_norm: RMSNorm
     lm_head: LMHead
     tie_word_embeddings: bool = field(default=True)

@@ -26,11 +26,13 @@ from lfm2kit.bench import (
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, complain, progress, remark
+from lfm2kit.cli.rewrite_options import option_of, with_rewrites
 from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.loading import AUTO, Setup, set_up
 from lfm2kit.memory import HOST
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import installed_plugins
+from lfm2kit.rewrites import Rewrite
 from lfm2kit.text import printable
 from lfm2kit.transport import World
 
@@ -51,6 +53,7 @@ class Form(enum.StrEnum):
     csv = "csv"
 
 
+@with_rewrites
 def bench(
     model: options.ModelOption = "tiny",
     backend: Annotated[
@@ -78,7 +81,7 @@ def bench(
     output: Annotated[Form, typer.Option("-o", "--output", help="Form of the table.")] = Form.md,
     precision: options.PrecisionOption = "fp32",
     threads: options.ThreadsOption = None,
-    trim: options.TrimOption = False,
+    rewrites: tuple[str, ...] = (),
     seed: Annotated[
         int,
         options.whole_number(
@@ -91,11 +94,14 @@ def bench(
     bounds.check_tokens(max(samples), seq_len)
     if decode and block:
         raise Lfm2kitError("--decode measures the whole model; leave out --block")
-    if trim and (decode or block):
-        raise Lfm2kitError("--trim is for whole samples through the whole model; leave it out here")
+    if rewrites and block:
+        option = option_of(rewrites[0])
+        raise Lfm2kitError(f"--block measures blocks of the model as it is; leave out {option}")
     checkpoint = options.open_model(model)
     plans = backend or [_default_plan()]
-    setups = [_set_up(checkpoint, text, precision, threads, trim) for text in plans]
+    setups = [_set_up(checkpoint, text, precision, threads, rewrites) for text in plans]
+    if decode:
+        _check_state(setups[0].rewrites)
     for setup in setups:
         for note in setup.notes():
             remark(note)
@@ -124,11 +130,23 @@ def _default_plan() -> str:
 
 
 def _set_up(
-    checkpoint: Checkpoint, text: str, precision: str, threads: int | None, trim: bool
+    checkpoint: Checkpoint,
+    text: str,
+    precision: str,
+    threads: int | None,
+    rewrites: Sequence[str],
 ) -> Setup:
     context = options.context_for(precision, threads, World())
     plan, plugins = Plan.parse(text), installed_plugins()
-    return set_up(checkpoint, plan, context=context, trim=trim, plugins=plugins)
+    return set_up(checkpoint, plan, context=context, rewrites=rewrites, plugins=plugins)
+
+
+def _check_state(rewrites: Sequence[Rewrite]) -> None:
+    for rewrite in rewrites:
+        if not rewrite.has_state:
+            raise Lfm2kitError(
+                f"--decode needs a state; {option_of(rewrite.name)} is for whole samples alone"
+            )
 
 
 def _contenders(

@@ -74,10 +74,6 @@ CpuMoeOption = Annotated[
         "--n-cpu-moe", "-ncmoe", least=0, help="Experts of the first N MoE layers on CPU."
     ),
 ]
-TrimOption = Annotated[
-    bool,
-    typer.Option("--trim", help="Leave out rows that no logit depends on, in the last layers."),
-]
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE|-", help="Also write the result as JSON; - is stdout."),

@@ -63,17 +63,15 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
         "parameters": size,
         "backend": str(prepared.setup.plan),
         "precision": request.precision,
-        "trim": request.trim,
+        "rewrites": [rewrite.name for rewrite in prepared.setup.rewrites],
         "ranks": ranks,
         "samples": n,
         "tokens_per_sample": seq_len,
         "batch_size": prepared.batch_size,
     }
     report.line(f"Model: {prepared.checkpoint.path} ({size / 1e6:.4g} M parameters)")
-    trimmed = ", trimmed" if request.trim else ""
-    report.line(
-        f"Backend: {prepared.setup.plan}{chosen}, {request.precision}{trimmed}, ranks: {ranks}"
-    )
+    how = ", ".join([request.precision, *report.fields["rewrites"]])
+    report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}")
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
     for note in (*prepared.setup.notes(), *passed_over(request, prepared)):
         remark(note)

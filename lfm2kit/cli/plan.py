@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -11,14 +12,16 @@ from rich.table import Column
 from lfm2kit.capacity import Needed, size
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, show_table
+from lfm2kit.cli.rewrite_options import with_rewrites
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
 from lfm2kit.placement import Placed
 from lfm2kit.state import Room
 from lfm2kit.transport import World
-from lfm2kit.trim import TrimmedLayer, TrimmedModel
 
 
+@with_rewrites
 def plan(
     model: options.ModelOption = "tiny",
     backend: options.BackendOption = None,
@@ -26,7 +29,14 @@ def plan(
     precision: options.PrecisionOption = "fp32",
     threads: options.ThreadsOption = None,
     n_cpu_moe: options.CpuMoeOption = 0,
-    trim: options.TrimOption = False,
+    rewrites: tuple[str, ...] = (),
+    ranks: Annotated[
+        int,
+        options.whole_number("--ranks", help="Show one rank's share, of N ranks on this machine."),
+    ] = 1,
+    rank: Annotated[
+        int, options.whole_number("--rank", least=0, help="The rank to show. \\[default: 0]")
+    ] = 0,
     tokens: Annotated[
         int, options.whole_number("--tokens", help="Tokens of a forward, for the scratch memory.")
     ] = 2048,
@@ -42,9 +52,17 @@ def plan(
     report = Report(json)
     checkpoint = options.open_model(model)
     report.check_apart(options.files_of(checkpoint, plan))
-    run_context = options.context_for(precision, threads, World())
-    chosen = options.chosen_plan(backend, plan)
-    setup = set_up(checkpoint, chosen, context=run_context, n_cpu_moe=n_cpu_moe, trim=trim)
+    if rank >= ranks:
+        raise Lfm2kitError(f"--rank {rank}: ranks are 0 to {ranks - 1}; give --ranks {rank + 1}")
+    world = World(rank, ranks, rank, ranks)
+    setup = set_up(
+        checkpoint,
+        options.chosen_plan(backend, plan),
+        context=options.context_for(precision, threads, world),
+        n_cpu_moe=n_cpu_moe,
+        rewrites=rewrites,
+        world=world,
+    )
     room = Room.of_sequences(sequences, context)
     rows = [_row(leaf, setup, tokens, room) for leaf in setup.placed.leaves()]
     totals = _totals(setup, tokens, room)
@@ -55,7 +73,10 @@ def plan(
         "blocks": rows,
         "totals": totals,
         "copies": setup.placed.copies(),
-        "rows_kept": _rows_kept(setup),
+        "rank": rank,
+        "ranks": ranks,
+        "rewrites": [rewrite.name for rewrite in setup.rewrites],
+        "block_notes": dict(_block_notes(setup)),
         "free_bytes": setup.sizes.free(setup.placed),
         "host_limits": {bound.name: bound._asdict() for bound in memory_limits()},
         "room": asdict(room),
@@ -77,15 +98,21 @@ def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:
         "kept_bytes": setup.sizes.kept(leaf),
         "scratch_bytes": setup.sizes.scratch(leaf, tokens),
         "state_bytes": setup.sizes.state(leaf, room),
-        "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
+        "copy": _copy(leaf),
     }
 
 
-def _rows_kept(setup: Setup) -> dict[str, int]:
-    """What `--trim` leaves of a sample, by layer."""
-    model = setup.placed.spec
-    layers = enumerate(model.layers if isinstance(model, TrimmedModel) else ())
-    return {f"layers.{i}": one.rows_out for i, one in layers if isinstance(one, TrimmedLayer)}
+def _block_notes(setup: Setup) -> Iterator[tuple[str, str]]:
+    """Yields what blocks have to say beside the table: their specs' notes, copies around joins."""
+    for placed in setup.placed.tree():
+        note = placed.spec.note()
+        copy = _copy(placed) if placed.backend is None else None
+        if note or copy:
+            yield placed.name, "; ".join(filter(None, (note, copy)))
+
+
+def _copy(placed: Placed) -> str | None:
+    return f"{placed.outer.name} <-> {placed.memory.name}" if placed.is_copied else None
 
 
 def _totals(setup: Setup, tokens: int, room: Room) -> dict[str, dict[str, int]]:
@@ -107,7 +134,9 @@ def _named(needed: Needed) -> dict[str, int]:
 
 
 def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
-    report.line(f"{setup.checkpoint.path}: {setup.plan}")
+    fields = report.fields
+    of_ranks = f", rank {fields['rank']} of {fields['ranks']}" if fields["ranks"] > 1 else ""
+    report.line(f"{setup.checkpoint.path}: {setup.plan}{of_ranks}")
     headings = ("block", "spec", "backend", "memory", "copy")
     sizes = ("weights", "kept", f"scratch at {tokens} tokens", "state")
     show_table(
@@ -130,10 +159,20 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
     if (shortage := setup.shortage(tokens, room)) is not None:
         report.line(shortage)
     report.line(f"copies between memories in a forward: {setup.placed.copies()}")
-    for layer, rows_kept in _rows_kept(setup).items():
-        report.line(f"{layer}: {rows_kept} of a sample's rows go on after its operator")
+    for line in _grouped(report.fields["block_notes"]):
+        report.line(line)
     for note in setup.notes():
         report.line(note)
+
+
+def _grouped(notes: dict[str, str]) -> Iterator[str]:
+    """Yields a line for each note, with the blocks that it is about."""
+    blocks: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        blocks.setdefault(note, []).append(name)
+    for note, names in blocks.items():
+        many = f" to {names[-1]} ({len(names)} blocks)" if len(names) > 1 else ""
+        yield f"{names[0]}{many}: {note}"
 
 
 def _texts(row: dict[str, Any]) -> list[str]:

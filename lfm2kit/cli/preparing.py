@@ -19,6 +19,7 @@ from lfm2kit.capacity import check_room
 from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report
+from lfm2kit.cli.rewrite_options import settled as settled_rewrites
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.file_kinds import check_regular, is_of_this_process
 from lfm2kit.files import check_target
@@ -51,7 +52,7 @@ class Request:
     precision: str
     threads: int | None
     n_cpu_moe: int
-    trim: bool
+    rewrites: tuple[str, ...]
     ranks: int | None
     transport: str
     json: str | None
@@ -91,7 +92,7 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
         plan,
         context=options.context_for(request.precision, request.threads, world),
         n_cpu_moe=request.n_cpu_moe,
-        trim=request.trim,
+        rewrites=request.rewrites,
         transport=transport,
         plugins=installed_plugins(),
     )
@@ -193,7 +194,17 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
 
 
 # Options that may differ between ranks, or whose results are compared: nodes may have other paths.
-NOT_COMPARED = {"model", "backend", "plan", "n", "batch_size", "inputs", "threads", "ranks"}
+NOT_COMPARED = {
+    "model",
+    "backend",
+    "plan",
+    "n",
+    "batch_size",
+    "inputs",
+    "threads",
+    "ranks",
+    "rewrites",
+}
 
 
 def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
@@ -213,6 +224,7 @@ def facts_of(request: Request, prepared: Prepared) -> Facts:
     settled = {
         "--backend": prepared.setup.plan,
         **{f"--{name.replace('_', '-')}": value for name, value in asked.items()},
+        **settled_rewrites(request.rewrites),
         "--seed": request.seed or 0,
         "--batch-size": prepared.batch_size,
         "-n": len(prepared.inputs),

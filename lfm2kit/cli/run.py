@@ -14,9 +14,11 @@ from lfm2kit.cli import options
 from lfm2kit.cli.performing import perform
 from lfm2kit.cli.preparing import Request, facts_of, prepare
 from lfm2kit.cli.ranks import DEFAULT_TRANSPORT, agreed, ending_all_ranks, joined_job, launched
+from lfm2kit.cli.rewrite_options import with_rewrites
 from lfm2kit.errors import WRONG_RESULT
 
 
+@with_rewrites
 def run(
     model: options.ModelOption = "tiny",
     backend: options.BackendOption = None,
@@ -61,7 +63,7 @@ def run(
     precision: options.PrecisionOption = "fp32",
     threads: options.ThreadsOption = None,
     n_cpu_moe: options.CpuMoeOption = 0,
-    trim: options.TrimOption = False,
+    rewrites: tuple[str, ...] = (),
     ranks: Annotated[
         int | None,
         options.whole_number("--ranks", help="Processes that share samples and experts (MPI)."),
@@ -98,7 +100,7 @@ def run(
         precision=precision,
         threads=threads,
         n_cpu_moe=n_cpu_moe,
-        trim=trim,
+        rewrites=rewrites,
         ranks=ranks,
         transport=transport,
         json=json,

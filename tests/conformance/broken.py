@@ -529,6 +529,9 @@ class PagesOf64(Around):
     def new_state(self, room):
         return self.block.new_state(Room(room.pages, 64))
 
+    def __call__(self, x, batch, state):
+        return self.block(x, batch, state)
+
 
 class PositionsIn16Bits(Around):
     def __call__(self, x, batch, state):

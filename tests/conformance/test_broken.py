@@ -307,6 +307,8 @@ CRASHES = {
     "no rows crash",
     "writes its weights",
     "a replay that cannot be closed",
+    "pages of 64 tokens only",
+    "an empty batch crashes",
     "unknown spec raises",
 }
 

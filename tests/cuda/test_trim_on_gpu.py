@@ -23,7 +23,7 @@ LENGTHS = [[16] * 16, [16, 1, 2, 3, 4, 5, 6, 33], [1]]
 
 def model(plan: str, precision: str, *, trim: bool) -> LFM2:
     checkpoint, context = open_checkpoint(find_model("tiny")), Context(precision=precision)
-    return set_up(checkpoint, Plan.parse(plan), context=context, trim=trim).build()
+    return set_up(checkpoint, Plan.parse(plan), context=context, rewrites=["trim"] * trim).build()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -14,6 +14,7 @@ import lfm2kit
 from lfm2kit.backend import BackendPlugin, Block, Context
 from lfm2kit.plugins import Plugins
 from lfm2kit.specs import MLP, LMHead, Spec
+from lfm2kit.transport import Transport, World
 
 Load = Callable[..., Plugins]
 
@@ -109,6 +110,21 @@ def test_lfm2kit_transports_are_found_by_name(load: Load) -> None:
 
     plugins = load(lfm2kit_transports)
     assert plugins.transports["pigeon"].launcher is launcher
+
+
+def test_lfm2kit_rewrites_are_found_by_name_and_learn_their_place_in_the_job(load: Load) -> None:
+    def rewrite(name: str) -> lfm2kit.Rewrite:
+        return lfm2kit.Rewrite(name, "a line", lambda model: model)
+
+    @lfm2kit.hookimpl
+    def lfm2kit_rewrites(world: World, transport: Transport | None) -> Iterator[lfm2kit.Rewrite]:
+        yield rewrite("mine")
+        if world.size > 1 and transport is None:
+            yield rewrite("ours")
+
+    plugins = load(lfm2kit_rewrites)
+    assert list(plugins.rewrites()) == ["trim", "mine"]
+    assert list(plugins.rewrites(World(0, 2))) == ["trim", "experts-over-ranks", "mine", "ours"]
 
 
 def test_lfm2kit_block_wrapper_wraps_the_blocks_it_chooses_later_plugins_outermost(
