@@ -27,10 +27,10 @@ class Stream:
     """Work that is done in order, up to where somebody waits."""
 
     def __init__(self) -> None:
-        self.work: list[Callable[[], None]] = []
+        self.work: list[Callable[[], object]] = []
         self.done = 0
 
-    def add(self, work: Callable[[], None]) -> int:
+    def add(self, work: Callable[[], object]) -> int:
         """Enqueue work, and return the place after it."""
         self.work.append(work)
         return len(self.work)

@@ -95,7 +95,7 @@ class _Event:
     def seconds_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, _Event), "a mark of another memory"
         for mark in (earlier, self):
-            mark._event.synchronize()
+            _wait_for(mark._event, mark._device)
         return float(cupy.cuda.get_elapsed_time(earlier._event, self._event)) / 1e3
 
     def hold_back(self, stream: cupy.cuda.Stream) -> None:
@@ -118,12 +118,14 @@ class _Copy:
         source = cupy.ascontiguousarray(array)
         self._host: npt.NDArray[Any] = _empty_pinned(source.shape, source.dtype)
         source.data.copy_to_host_async(self._host.ctypes.data, source.nbytes)
+        self._device = current_device()
         self._arrived = cupy.cuda.Event(disable_timing=True)
         self._arrived.record()
-        self._release = weakref.finalize(self, _wait_for, self._arrived, source, self._host)
+        kept = source, self._host
+        self._release = weakref.finalize(self, _wait_for, self._arrived, self._device, *kept)
 
     def wait(self) -> npt.NDArray[Any]:
-        self._arrived.synchronize()
+        _wait_for(self._arrived, self._device)
         self._release()
         return self._host
 
@@ -134,9 +136,10 @@ def _empty_pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[A
     return cupyx.empty_pinned(shape, dtype) if has_elements else np.empty(shape, dtype)
 
 
-def _wait_for(arrived: cupy.cuda.Event, *kept: Any) -> None:
-    """Wait for an event; what is kept is kept until then."""
-    arrived.synchronize()
+def _wait_for(event: cupy.cuda.Event, device: int, *kept: Any) -> None:
+    """Wait for an event of a device; what is kept is kept until then."""
+    with on_device(device):
+        event.synchronize()
 
 
 @cache
