@@ -141,6 +141,24 @@ class Array:
         current_stream().add(work)
 
 
+class Device:
+    """The first is a Hopper, the second an Ampere."""
+
+    def __init__(self, device: int) -> None:
+        self.compute_capability = ("90", "80")[device]
+        self.attributes = {"MultiProcessorCount": (132, 108)[device]}
+
+
+class Module:
+    """Machine code on the device that was current when it was loaded."""
+
+    def load(self, code: bytes) -> None:
+        self.device = THREAD.device
+
+    def get_function(self, name: str) -> Any:
+        return SimpleNamespace(ptr=self.device)
+
+
 def current_stream() -> Stream:
     return THREAD.streams[THREAD.device][-1]
 
@@ -164,6 +182,7 @@ def _modules() -> dict[str, Any]:
         getDevice=lambda: THREAD.device,
         setDevice=set_device,
         getDeviceCount=lambda: DEVICES,
+        driverGetVersion=lambda: 13000,
         streamCaptureModeRelaxed=2,
     )
     pool = SimpleNamespace(malloc=None, total_bytes=lambda: 0, free_all_blocks=lambda: None)
@@ -172,6 +191,8 @@ def _modules() -> dict[str, Any]:
         runtime=runtime,
         Stream=Stream,
         Event=Event,
+        Device=Device,
+        driver=SimpleNamespace(),
         get_current_stream=current_stream,
         get_elapsed_time=lambda a, b: 1e3 * (b.seconds - a.seconds),
         MemoryPool=lambda: pool,
@@ -182,7 +203,9 @@ def _modules() -> dict[str, Any]:
         cuda=cuda, ndarray=Array, empty=empty, ascontiguousarray=lambda a: a, uint8=np.uint8
     )
     vars(cupyx).update(empty_pinned=np.empty)
-    return {"cupy": cupy, "cupy.cuda": cuda, "cupyx": cupyx}
+    function = ModuleType("cupy.cuda.function")
+    vars(function).update(Function=SimpleNamespace, Module=Module)
+    return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.function": function, "cupyx": cupyx}
 
 
 @contextmanager

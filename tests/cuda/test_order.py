@@ -180,3 +180,24 @@ def test_a_block_runs_on_its_device_from_any_thread() -> None:
         assert block(5, None) == (1, 5, None)
     assert THREAD.device == 0
     assert not hasattr(block, "new_state")
+
+
+def test_each_device_has_its_own_kernels_and_properties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel is loaded once, whichever thread asks first."""
+    with late_cupy.loaded("kernels", "device") as (kernels, device):
+        compiled = []
+
+        def slow(stem: str, architecture: str, constants: object) -> bytes:
+            compiled.append(architecture)
+            time.sleep(1e-3)
+            return b""
+
+        def load(number: int) -> tuple[int, int]:
+            with device.on_device(number % 2):
+                kernel = kernels.load_kernel("gemm", "linear", TILE_K=16)
+                return kernel._function.ptr, device.processors()
+
+        monkeypatch.setattr(kernels, "compile_source", slow)
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(load, range(4))) == [(0, 132), (1, 108)] * 2
+        assert sorted(compiled) == ["sm_80", "sm_90a"]
