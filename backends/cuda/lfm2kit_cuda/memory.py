@@ -31,11 +31,11 @@ class CudaMemory:
         self._idle: list[cupy.cuda.Stream] = []  # appended to and popped from by any thread
 
     def unit(self) -> str:
-        """The GPU's name and UUID."""
+        """Return the GPU's name and UUID."""
         return f"the GPU {identity(self.device)}"
 
     def from_host(self, array: npt.NDArray[Any]) -> cupy.ndarray:
-        """A copy of a host array; it is complete in the order of the current stream."""
+        """Return a copy of a host array; it is complete in the order of the current stream."""
         with on_device(self.device):
             return upload(array)
 
@@ -47,7 +47,7 @@ class CudaMemory:
             return _Copy(array)
 
     def free_bytes(self) -> int:
-        """What the driver has left, and what CuPy's pool holds for later."""
+        """Return the bytes that the driver has left, and those that CuPy's pool holds for later."""
         with on_device(self.device):
             free, _ = cupy.cuda.runtime.memGetInfo()
             return int(free) + int(cupy.get_default_memory_pool().free_bytes())
@@ -131,7 +131,7 @@ class _Copy:
 
 
 def _empty_pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """A new host array in pinned memory, unless it is empty."""
+    """Return a new host array in pinned memory; one without elements is not pinned."""
     has_elements = 0 not in shape
     return cupyx.empty_pinned(shape, dtype) if has_elements else np.empty(shape, dtype)
 
