@@ -7,16 +7,39 @@ import re
 import pytest
 
 from lfm2kit import specs
+from lfm2kit.backend import Backend
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
-from tests.conformance import broken
+from tests.conformance import broken, late
 from tests.conformance.broken import BrokenBackend, around
+from tests.conformance.late import LateBackend
 
 ROUTER, EXPERTS, MLP, NORM = specs.Router, specs.Experts, specs.MLP, specs.RMSNorm
 CONV, ATTENTION, HEAD = specs.ShortConv, specs.Attention, specs.LMHead
 
 # Name of the defect: the backend that has it, and the checks that must fail.
-DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
+DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
+    "streams wait for nothing": (
+        LateBackend(late.WaitsForNothing()),
+        ("results-cross-streams", "batches-cross-streams"),
+    ),
+    "marks before the last work": (
+        LateBackend(late.MarksTooEarly()),
+        ("results-cross-streams",),
+    ),
+    "marks measure backwards": (LateBackend(late.MeasuresBackwards()), ("marks-measure-time",)),
+    "copies when asked for": (
+        LateBackend(late.CopiesWhenAsked()),
+        ("copies-to-the-host-keep-their-order",),
+    ),
+    "copies in one buffer": (
+        LateBackend(late.CopiesIntoOneBuffer()),
+        ("copies-to-the-host-keep-their-order",),
+    ),
+    "arguments shared by threads": (
+        late.SharesArguments(),
+        ("threads-do-not-disturb-each-other",),
+    ),
     "softmax router": (
         BrokenBackend({ROUTER: broken.SoftmaxRouter}),
         ("router-sigmoid-not-softmax", "router", "sparse-moe", "whole-model"),
