@@ -332,6 +332,9 @@ CRASHES = {
     "a replay that cannot be closed",
     "pages of 64 tokens only",
     "an empty batch crashes",
+    "streams wait for nothing",
+    "marks before the last work",
+    "copies when asked for",
     "unknown spec raises",
 }
 
