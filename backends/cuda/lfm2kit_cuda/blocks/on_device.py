@@ -19,7 +19,6 @@ class OnDevice:
         if isinstance(block, Operator):
             self._operator = block
             self.new_state = self._new_state
-            self.state_bytes = block.state_bytes
 
     def __call__(self, *inputs: Any) -> Any:
         with on_device(self._device):
