@@ -233,7 +233,7 @@ class BF16Values(ReferenceBackend):
     """The reference, but it refuses matrices that BF16 does not hold, as fp32x3 does."""
 
     def build(self, spec: Spec, weights: Weights) -> Block:
-        if not isinstance(spec, specs.Router):
+        if not isinstance(spec, specs.Router | specs.Scores):
             for name, shape in spec.parameters().items():
                 values = weights.float32(name)
                 if len(shape) == 2 and np.any(weights[name].stored_as("BF16").float32() != values):

@@ -1,4 +1,4 @@
-"""The hybrid backend: GPU blocks, with the MoE routing on the CPU."""
+"""The hybrid backend: GPU blocks, with the choice of experts on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _create(context: Context) -> Backend:
 def lfm2kit_backends() -> Iterator[BackendPlugin]:
     yield BackendPlugin(
         name="hybrid",
-        summary="GPU blocks, with the MoE routing on the CPU",
+        summary="GPU blocks, with the choice of experts on the CPU",
         create=_create,
         api_version=1,
         precisions=("fp32", "bf16", "fp16"),
