@@ -104,7 +104,7 @@ def test_the_grown_plugin_runs_all_its_blocks_in_both_memories(grown: Path) -> N
     assert "mine: it has one thread, whatever --threads says" in done.stderr
     blocks = json.loads(run(f"lfm2kit plan --backend {plan} --json -", grown).stdout)["blocks"]
     copies = {block["block"]: block["copy"] for block in blocks if block["copy"]}
-    assert copies == {"lm_head": "host <-> mine"}
+    assert copies == {"lm_head": "host <-> lfm2kit_mine"}
 
 
 def test_importing_the_grown_plugin_imports_none_of_its_work(grown: Path) -> None:
