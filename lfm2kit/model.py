@@ -165,7 +165,8 @@ class LFM2:
     backend: Backend  # the plan's default
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
     _captures: Captures | None = field(init=False, repr=False)
-    # Who owns its replays: the model itself, or one of its states.
+    _replays: Replays = field(init=False, repr=False)
+    # Who owns replays: the model itself, or one of its states.
     _owner: Hashable = field(init=False, repr=False, default_factory=object)
     _states: WeakKeyDictionary[ModelState, Hashable] = field(
         init=False, repr=False, default_factory=WeakKeyDictionary
@@ -176,6 +177,7 @@ class LFM2:
     def __post_init__(self) -> None:
         can_capture = isinstance(self.backend, Captures) and self.placed.is_capturable
         object.__setattr__(self, "_captures", self.backend if can_capture else None)
+        object.__setattr__(self, "_replays", replays_in(self.home))
         finalize(self, self._replays.drop, self._owner)
 
     @out_of_memory.in_a_forward
@@ -248,10 +250,6 @@ class LFM2:
             batch.derived(key, make)
         owner = self._owner if state is None else self._states[state]
         return Key(owner, tuple(one.form for one in batch.family()))
-
-    @property
-    def _replays(self) -> Replays:
-        return replays_in(self.home)
 
 
 def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:

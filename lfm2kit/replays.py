@@ -127,4 +127,6 @@ _lock = RLock()
 def replays_in(memory: Memory) -> Replays:
     """Return the replays of all models whose logits lie in `memory`: they share its bounds."""
     with _lock:
-        return _of_memories.setdefault(memory.name, Replays(memory))
+        if memory.name not in _of_memories:
+            _of_memories[memory.name] = Replays(memory)
+        return _of_memories[memory.name]

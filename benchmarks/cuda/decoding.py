@@ -3,9 +3,10 @@
     python benchmarks/cuda/decoding.py --precision fp32,bf16 -n 1,16,64
 
 A step is `model.logits(batch, state)`, one token of every sequence in, logits on the host out.
-Captured steps take turns with the same steps uncaptured, and must have their bits.  Prints a
-Markdown table of medians: of a captured step also its graph on the device, the copy of the logits,
-and what is left for Python.  Targets are those that kernels captured by hand have shown on an H200.
+Rounds of captured steps alternate with rounds of the same steps uncaptured, and have their bits.
+Prints a Markdown table of medians: of a captured step also its graph on the device, the copy of
+the logits, and what is left for Python.  Targets are those that kernels captured by hand have shown
+on an H200.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TARGETS = {
     ("fp32", 1): 240, ("fp32", 16): 1560, ("fp32", 64): 5000,
     ("bf16", 1): 500, ("bf16", 16): 3450, ("bf16", 64): 11800,
 }  # fmt: skip
-WARM_UPS = 3  # the second captures the step
+STEPS = 16  # of a round
 HEADINGS = (
     "precision", "batch", "tokens/s", "target", "uncaptured", "step us", "spread", "graph us",
     "copy us", "Python us", "batch us",
@@ -80,17 +81,25 @@ class Times(NamedTuple):
     captured: float
 
 
-def step(sequences: Sequences, position: int) -> Times:
-    """Time a step of all sequences.  A token that is written twice changes no state."""
+def timed(call: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
     start = time.perf_counter()
-    batch = sequences.batch(position)
-    made = time.perf_counter()
-    want = sequences.uncaptured(batch)
-    middle = time.perf_counter()
-    got = sequences.captured(batch)
-    end = time.perf_counter()
-    assert np.array_equal(got, want), "a captured step has other bits"
-    return Times(made - start, middle - made, end - middle)
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def round_of_steps(sequences: Sequences, position: int) -> list[Times]:
+    """Time STEPS steps of all sequences, first uncaptured, then captured.
+
+    So each kind runs with warm caches, as in a loop of its own.  Writing a token twice changes no
+    state, because a state can go back by 16 tokens.
+    """
+    positions = range(position, position + STEPS)
+    made = [timed(partial(sequences.batch, at)) for at in positions]
+    plain = [timed(partial(sequences.uncaptured, batch)) for _, batch in made]
+    captured = [timed(partial(sequences.captured, batch)) for _, batch in made]
+    for (_, want), (_, got) in zip(plain, captured, strict=True):
+        assert np.array_equal(got, want), "a captured step has other bits"
+    return [Times(a, b, c) for (a, _), (b, _), (c, _) in zip(made, plain, captured, strict=True)]
 
 
 def median_seconds(call: Callable[[], object], repetitions: int) -> float:
@@ -122,9 +131,11 @@ def parts(sequences: Sequences, position: int, repetitions: int) -> tuple[float,
 
 def rows(model: LFM2, precision: str, options: argparse.Namespace) -> Iterator[tuple[object, ...]]:
     for n in map(int, options.n.split(",")):
-        steps = options.repetitions + WARM_UPS
+        rounds = -(-options.repetitions // STEPS) + 1  # the first one is a warm-up
+        steps = rounds * STEPS
         sequences = Sequences.prefilled(model, n, options.context, steps + 1)
-        times = [step(sequences, options.context + i) for i in range(steps)][WARM_UPS:]
+        starts = range(options.context, options.context + steps, STEPS)
+        times = [t for at in starts for t in round_of_steps(sequences, at)][STEPS:]
         graph, copy = parts(sequences, options.context + steps, options.repetitions)
         batch, uncaptured, captured = map(statistics.median, zip(*times, strict=True))
         slowest, fastest = (f(t.captured for t in times) for f in (max, min))

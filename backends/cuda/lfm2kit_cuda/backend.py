@@ -82,10 +82,12 @@ class CudaBackend:
         return OnDevice(block, self._memory.device)
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
-        return self._figures.kept(spec, weights)
+        with on_device(self._memory.device):
+            return self._figures.kept(spec, weights)
 
     def scratch_bytes(self, spec: Spec, tokens: int) -> int:
-        return self._figures.scratch(spec, tokens)
+        with on_device(self._memory.device):
+            return self._figures.scratch(spec, tokens)
 
     def state_bytes(self, spec: Spec, room: Room) -> int:
         return state_bytes(spec, room, itemsize=self._figures.itemsize)

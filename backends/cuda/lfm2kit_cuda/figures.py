@@ -34,12 +34,12 @@ class Figures:
         """Return the bytes that a call with this many rows needs beside arguments and result."""
         if isinstance(spec, specs.Layer):
             return self._layer(spec, tokens)
-        if isinstance(spec, specs.Router):
+        if isinstance(spec, specs.Router | specs.Scores):
             return 4 * SPLITS * tokens * spec.num_experts
         if isinstance(spec, specs.LMHead):
             rounded = self._gemm.rounded_bytes(tokens, spec.hidden_size)
             return rounded + self._gemm.arranged_bytes(tokens, spec.hidden_size, spec.vocab_size)
-        if isinstance(spec, specs.Embedding | specs.RMSNorm | specs.LastRows):
+        if isinstance(spec, specs.Embedding | specs.RMSNorm | specs.LastRows | specs.Choice):
             return 0
         return self._rounded(spec, tokens) + self._after_rounding(spec, tokens)
 

@@ -75,7 +75,7 @@ class Gemm:
         return 0
 
     def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
-        most = _dense_tiles(rows, padded(width, WIDTH)) if tiles is None else tiles
+        most = _dense_tiles(rows, padded(width, WIDTH), processors()) if tiles is None else tiles
         return 4 * most * padded(inputs, STEP) * TALLEST
 
     def gated_bytes(self, rows: int, columns: int, tiles: int | None = None) -> int:

@@ -228,7 +228,8 @@ def state_positions_beyond_32768(trial: Trial) -> None:
                 batch = Batch.of_sequences([ids], starts=[start], pages=[pages])
                 results.append(block(*_arguments(spec, rows), batch, state))
         _, got, _, want = results
-        assert_close(got, want, trial.tolerance, f"{spec} at position 32768")
+        # Equal pages make the roundings of sums over 32,768 keys equal, too: they do not cancel.
+        assert_close(got, want, 4 * trial.tolerance, f"{spec} at position 32768")
 
 
 @check
