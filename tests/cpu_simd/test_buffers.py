@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pytest
+from lfm2kit_cpu_simd.backend import CpuSimdBackend
 from lfm2kit_cpu_simd.buffers import Buffers
 
+from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
 from lfm2kit.loading import load_model
+from lfm2kit.specs import RMSNorm, Spec
+from lfm2kit.testing.cases import CASES
+from lfm2kit.testing.compare import each
+from lfm2kit.testing.random_inputs import random_inputs
+from lfm2kit.testing.random_weights import random_weights, stored_as
+from lfm2kit.weights import DType
+
+BLOCKS = [spec for kind, cases in CASES.items() if kind != "layer" for spec in cases]
 
 
 def test_a_role_keeps_its_memory_and_grows() -> None:
@@ -35,3 +49,41 @@ def test_logits_keep_their_values_while_another_model_runs() -> None:
     kept = first.copy()
     two.logits(Batch.of_sequences([range(20, 60), range(7)]))
     np.testing.assert_array_equal(first, kept)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("spec", BLOCKS, ids=str)
+def test_a_result_is_no_view_of_a_buffer_a_weight_or_an_argument(
+    spec: Spec, dtype: DType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the residual stream, which a norm may add to in place."""
+    buffers = recorded_buffers(monkeypatch)
+    weights = stored_as(random_weights(spec), dtype)
+    block = CpuSimdBackend(Context()).build(spec, weights)
+    for rows in (1, 17):
+        inputs = random_inputs(spec, np.random.default_rng(0), rows)
+        results = each(block(*inputs))
+        arguments = list(arrays_of(inputs[1:] if isinstance(spec, RMSNorm) else inputs))
+        others = [*buffers, *(t.data for t in weights.values()), *arguments]
+        assert not any(np.may_share_memory(a, b) for a in results for b in others)
+
+
+def recorded_buffers(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.float32]]:
+    """Return a list of all arrays that blocks take from buffers from now on."""
+    arrays: list[npt.NDArray[np.float32]] = []
+    array = Buffers.array
+
+    def recording(self: Buffers, role: str, *shape: int) -> npt.NDArray[np.float32]:
+        arrays.append(array(self, role, *shape))
+        return arrays[-1]
+
+    monkeypatch.setattr(Buffers, "array", recording)
+    return arrays
+
+
+def arrays_of(inputs: tuple[Any, ...]) -> Iterator[npt.NDArray[Any]]:
+    for value in inputs:
+        if isinstance(value, Batch):
+            yield from (value.token_ids, value.positions, value.cu_seqlens, value.logits_rows)
+        elif value is not None:
+            yield value

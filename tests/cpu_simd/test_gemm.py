@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
-from lfm2kit_cpu_simd.backend import CpuSimdBackend  # first: it chooses how threads are started
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.gemm import ROWS_AT_ONCE, STRETCH, following_panel, grouped, linear
-from lfm2kit_cpu_simd.machine import STORAGES
+from lfm2kit_cpu_simd.machine import NR, STORAGES
 from lfm2kit_cpu_simd.packing import HALF, pack, pack_gated
-from lfm2kit_cpu_simd.tile import MR, NR, SHARED_FROM, lane_order
+from lfm2kit_cpu_simd.tile import MR, SHARED_FROM, lane_order
 
 from lfm2kit.testing.random_weights import stored_as
 from lfm2kit.weights import Tensor, Weights
-
-assert CpuSimdBackend
 
 ROWS = (0, 1, 3, 5, 6, 7, 15, 16, 17, 33)
 COLUMNS = (1, HALF - 1, HALF, HALF + 1, NR - 1, NR, NR + 1, 2 * NR + 3)
@@ -33,16 +29,6 @@ MANY_ROWS = sorted({
 })  # fmt: skip
 
 Float64 = npt.NDArray[np.float64]
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = numba.get_num_threads()
-    if request.param > numba.config.NUMBA_NUM_THREADS:
-        pytest.skip("one core")
-    CREW.hire(request.param)
-    yield request.param
-    CREW.hire(before)
 
 
 def matrices(rng: Any, count: int, shape: tuple[int, int], storage: str) -> list[Tensor]:

@@ -17,12 +17,12 @@ from lfm2kit.backend import (
     Context,
     DType,
     Memory,
+    Room,
     Spec,
-    Tensor,
     Weights,
 )
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.weights import STORED_AS
+from lfm2kit_cpu_simd import sizes
 from lfm2kit_cpu_simd.compiling import announced
 from lfm2kit_cpu_simd.crew import set_threads
 from lfm2kit_cpu_simd.machine import STORAGES
@@ -71,20 +71,14 @@ class CpuSimdBackend:
         block: Block = getattr(module, type(spec).__name__)(spec, weights, self._dtype)
         return block
 
-    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
-        """The packed weights, and the activations between a block's kernels."""
-        kept = sum(self._kept_bytes(name, weights[name]) for name in spec.parameters())
-        if isinstance(spec, specs.Embedding):
-            kept = 0  # a view of the checkpoint
-        return kept + sum(4 * tokens * _floats_per_row(leaf) for leaf in specs.leaves(spec))
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        return sizes.kept_bytes(spec, weights, self._dtype)
 
-    def _kept_bytes(self, name: str, tensor: Tensor) -> int:
-        """Returns a matrix's bytes without the padding of its panels, or an array's in float32."""
-        if tensor.data.ndim != 2:
-            return 4 * tensor.data.size
-        rounded = None if name == "gate.weight" else self._dtype  # no precision rounds a router
-        storage = rounded or (tensor.dtype if tensor.dtype in STORAGES else "F32")
-        return tensor.data.size * STORED_AS[storage].itemsize
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        return sizes.scratch_bytes(spec, tokens)
+
+    def state_bytes(self, spec: Spec, room: Room) -> int:
+        return sizes.state_bytes(spec, room)
 
     def notes(self) -> list[str]:
         return threading_notes()
@@ -98,18 +92,3 @@ class CpuSimdBackend:
         with announced(is_quiet=self._is_quiet):
             modules = {name: import_module(f"lfm2kit_cpu_simd.{name}") for name in MODULES}
         return modules[module]
-
-
-def _floats_per_row(spec: Spec) -> int:
-    """What a block keeps of each row at once, beside its arguments and its result."""
-    match spec:
-        case specs.ShortConv():
-            return 4 * spec.hidden_size
-        case specs.Attention():
-            heads = 2 * spec.num_attention_heads + 4 * spec.num_key_value_heads
-            return heads * spec.head_dim
-        case specs.MLP():
-            return spec.intermediate_size
-        case specs.Experts():
-            return spec.num_experts_per_tok * (2 * spec.hidden_size + spec.intermediate_size)
-    return 0

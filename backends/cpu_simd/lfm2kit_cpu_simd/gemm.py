@@ -19,6 +19,7 @@ from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.elementwise import silu
+from lfm2kit_cpu_simd.machine import NR
 from lfm2kit_cpu_simd.packing import HALF, Panels
 from lfm2kit_cpu_simd.signatures import BOOL, INT, OFFSETS, ROWS, ROWS_OUT, TABLE, VECTOR
 from lfm2kit_cpu_simd.tile import (
@@ -27,7 +28,6 @@ from lfm2kit_cpu_simd.tile import (
     FIRST,
     LATER,
     MR,
-    NR,
     SHARED_FROM,
     TABLES,
     UNROLL,

@@ -33,6 +33,7 @@ def _vector_shape() -> tuple[int, int]:
 FEATURES = _features()
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 VL, NV = _vector_shape()
+NR = NV * VL  # columns of a panel
 HAS_F16C = "f16c" in FEATURES or IS_ARM  # else widening float16 would be a library call per lane
 # The types that weights may be stored in.
 STORAGES: tuple[DType, ...] = ("F32", "BF16", "F16") if HAS_F16C else ("F32", "BF16")

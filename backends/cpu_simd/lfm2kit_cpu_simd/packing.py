@@ -16,9 +16,9 @@ from numba import types
 
 from lfm2kit.backend import DType, Tensor
 from lfm2kit_cpu_simd.compiling import kernel
-from lfm2kit_cpu_simd.machine import STORAGES
+from lfm2kit_cpu_simd.machine import NR, STORAGES
 from lfm2kit_cpu_simd.signatures import FLOAT, INT, ORDER, WORD
-from lfm2kit_cpu_simd.tile import CACHE_LINE, ITEMSIZE, NR, lane_order
+from lfm2kit_cpu_simd.tile import CACHE_LINE, ITEMSIZE, lane_order
 
 HALF = NR // 2
 BLOCK = 32  # columns that are transposed at once: a cache line of 16-bit weights

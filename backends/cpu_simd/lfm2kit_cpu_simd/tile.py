@@ -27,10 +27,9 @@ from numba.extending import intrinsic
 
 from lfm2kit.backend import DType
 from lfm2kit_cpu_simd.compiling import c_function
-from lfm2kit_cpu_simd.machine import NV, STORAGES, VL
+from lfm2kit_cpu_simd.machine import NR, NV, STORAGES, VL
 
 MR = 6  # rows of a tile
-NR = NV * VL  # columns of a panel
 UNROLL = 4  # steps of k per turn of the loop
 CACHE_LINE = 64
 ITEMSIZE: dict[DType, int] = {"F32": 4, "BF16": 2, "F16": 2}

@@ -5,13 +5,15 @@ What a good BLAS library makes of the same blocks: the peer to race hand-written
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Batch, Block, Context, Memory, Spec, Weights
+from lfm2kit.backend import HOST, Batch, Block, Context, Memory, Room, Spec, Weights
+from lfm2kit.state import STEP_BACK
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -72,41 +74,68 @@ def _sum_in_order(products: Floats) -> Floats:
     return delta
 
 
+class ConvState(NamedTuple):
+    """The newest rows of u of each page: that of position p at p % page_tokens % window.
+
+    Besides the rows before the next token they are those that a sequence may go back.
+    """
+
+    rows: Floats  # [pages, window, hidden_size], window = kernel_size - 1 + STEP_BACK
+    page_tokens: int
+
+    def read(self, pages: Ints, positions: Any) -> Floats:
+        """Return the rows of u of a sequence that has these pages."""
+        return self.rows[self._at(pages, positions)]
+
+    def write(self, pages: Ints, positions: Ints, u: Floats) -> None:
+        """Keep a chunk's rows, but for those that a later one of their page would replace."""
+        page_ends = (positions // self.page_tokens + 1) * self.page_tokens
+        ends = np.minimum(page_ends, positions[-1] + 1)
+        kept = positions >= ends - self.rows.shape[1]
+        self.rows[self._at(pages, positions[kept])] = u[kept]
+
+    def _at(self, pages: Ints, positions: Any) -> tuple[Ints, Ints]:
+        """Return the page and the place there of each position."""
+        page, token = np.divmod(positions, self.page_tokens)
+        return pages[page], token % self.rows.shape[1]
+
+
 class ShortConv:
     def __init__(self, spec: specs.ShortConv, weights: Weights) -> None:
         self.in_proj = Linear(weights.scope("in_proj"), spec.bias)
         self.out_proj = Linear(weights.scope("out_proj"), spec.bias)
         self.taps = weights.float32("conv.weight")[:, 0, :].T  # [kernel_size, hidden_size]
         self.bias = weights.float32("conv.bias") if spec.bias else np.float32(0)
-        self.past_shape = (spec.kernel_size - 1, spec.hidden_size)
+        self.spec = spec
 
-    def __call__(self, x: Floats, batch: Batch, state: Floats | None) -> Floats:
+    def __call__(self, x: Floats, batch: Batch, state: ConvState | None) -> Floats:
         B, C, X = np.split(self.in_proj(x), 3, axis=1)
         u = B * X
         y: Floats = np.empty_like(u)
-        for i, slot in enumerate(batch.state_slots):
+        for i, pages in enumerate(batch.pages):
             rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
-            past = self._past(state, slot, batch.positions[rows.start])
+            past = self._past(state, pages, batch.positions[rows.start])
             seen = np.concatenate([past, u[rows]])
             tokens = len(seen) - len(past)
             y[rows] = sum(tap * seen[j : j + tokens] for j, tap in enumerate(self.taps))
             if state is not None:
-                state[slot] = seen[tokens:]
+                state.write(pages, batch.positions[rows], u[rows])
         return self.out_proj(C * (y + self.bias))
 
-    def _past(self, state: Floats | None, slot: int, position: int) -> Floats:
-        """What the slot holds of its sequence: nothing, whatever lies there, at its start."""
-        if state is None or position == 0:
-            return np.zeros(self.past_shape, np.float32)
-        past: Floats = state[slot]
+    def _past(self, state: ConvState | None, pages: Ints, position: int) -> Floats:
+        """Return the rows of u before `position`; those before the sequence's start are zeros."""
+        past = np.zeros((self.spec.kernel_size - 1, self.spec.hidden_size), np.float32)
+        before = np.arange(position - len(past), position)
+        if state is not None:
+            past[before >= 0] = state.read(pages, before[before >= 0])
         return past
 
-    def new_state(self, slots: int, max_tokens: int) -> Floats:
-        """The last kernel_size - 1 rows of u of each slot; zeros where a sequence is shorter."""
-        return np.empty((slots, *self.past_shape), np.float32)
+    def new_state(self, room: Room) -> ConvState:
+        return ConvState(np.empty(_state_shape(self.spec, room), np.float32), room.page_tokens)
 
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return slots * self.past_shape[0] * self.past_shape[1] * 4
+
+def _state_shape(spec: specs.ShortConv, room: Room) -> tuple[int, int, int]:
+    return room.pages, spec.kernel_size - 1 + STEP_BACK, spec.hidden_size
 
 
 BLOCKS: dict[type[Spec], Any] = {
@@ -133,13 +162,17 @@ class BlasBackend:
         return block
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
-        """Counts 16-bit weights, which are kept in float32; others stay views of the checkpoint."""
+        """Count 16-bit weights, which are kept in float32; others stay views of the checkpoint."""
         tensors = (weights[name] for name in spec.parameters())
         return sum(4 * t.data.size for t in tensors if t.dtype != "F32")
 
     def scratch_bytes(self, spec: Spec, tokens: int) -> int:
-        """Count the rows between the two products of an MLP, and of the gathered pairs."""
-        return 0
+        """Count the arrays that a block has at once between its products, in any batch."""
+        return 4 * tokens * _floats_per_row(spec)
+
+    def state_bytes(self, spec: Spec, room: Room) -> int:
+        assert isinstance(spec, specs.ShortConv)
+        return 4 * math.prod(_state_shape(spec, room))
 
     def notes(self) -> list[str]:
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
@@ -147,3 +180,14 @@ class BlasBackend:
         if self.context.threads is not None or self.context.local_ranks > 1:
             notes.append("its threads are set by OPENBLAS_NUM_THREADS (or the like), not from here")
         return notes
+
+
+def _floats_per_row(spec: Spec) -> int:
+    match spec:
+        case specs.ShortConv():
+            return 6 * spec.hidden_size  # B, C, X, u, y and C * (y + bias)
+        case specs.MLP():
+            return 3 * spec.intermediate_size  # gate, silu and their product with w3
+        case specs.Experts():
+            return spec.num_experts_per_tok * spec.hidden_size  # the products
+    return 0

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import lfm2kit_blas
 import numpy as np
 import pytest
-from lfm2kit_blas.backend import BlasBackend, Linear
+from lfm2kit_blas.backend import BlasBackend, Floats, Linear
 
 import lfm2kit.testing
-from lfm2kit.backend import Context, Weights
-from lfm2kit.specs import LMHead
+from lfm2kit.backend import Context, Room, Weights
+from lfm2kit.specs import MLP, Experts, LMHead, ShortConv, Spec
+from lfm2kit.testing.random_inputs import random_inputs
+from lfm2kit.testing.random_weights import random_weights
+from lfm2kit.testing.runner import judged
 
 ROWS_SEEN = "BLAS picks its kernel, and with it the order of a sum, by the number of rows"
+BITS_OF_STATES = (
+    "state-chunked-equals-one-shot",
+    "state-page-sizes",
+    "state-forks-share-pages",
+    "state-steps-back",
+    "state-belongs-to-its-caller",
+    "state-of-an-empty-batch",
+)
 
 
 @lfm2kit.testing.parametrize_backend_checks(
@@ -22,10 +34,24 @@ ROWS_SEEN = "BLAS picks its kernel, and with it the order of a sum, by the numbe
         "batch-independence": ROWS_SEEN,
         "whole-model-batch-independence": ROWS_SEEN,
         "experts-split-by-slot-bitwise": f"{ROWS_SEEN}; an expert gets fewer of them a slot",
+        **dict.fromkeys(BITS_OF_STATES, f"{ROWS_SEEN}; a chunk has fewer"),
     },
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()
+
+
+@pytest.mark.parametrize("check", BITS_OF_STATES)
+def test_states_keep_the_bits_where_products_do_not_depend_on_other_rows(
+    check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row_by_row(self: Linear, x: Floats) -> Floats:
+        rows = [row @ self.weight.T for row in x]
+        y = np.array(rows, np.float32).reshape(len(x), len(self.weight))
+        return y if self.bias is None else y + self.bias
+
+    monkeypatch.setattr(Linear, "__call__", row_by_row)
+    assert judged(check, BlasBackend(Context()), "fp32").verdict == "passed"
 
 
 def test_auto_never_picks_it() -> None:
@@ -54,3 +80,27 @@ def test_weights_of_16_bits_are_kept_in_float32_and_it_says_so() -> None:
     stored = Weights({"weight": weights["weight"].stored_as("BF16")})
     sizes = [BlasBackend(Context()).kept_bytes(head, w) for w in (weights, stored)]
     assert sizes == [0, Linear(stored).weight.nbytes]
+
+
+@pytest.mark.parametrize("room", [Room(0), Room(3, 128)])
+def test_a_state_has_the_size_that_the_backend_says(room: Room) -> None:
+    backend, spec = BlasBackend(Context()), ShortConv(24, 3)
+    block = backend.build(spec, random_weights(spec))
+    assert backend.state_bytes(spec, room) == block.new_state(room).rows.nbytes
+
+
+@pytest.mark.parametrize(
+    "spec", [ShortConv(64, 3), MLP(64, 96), Experts(64, 32, 32, 4, range(32)), LMHead(64, 64)]
+)
+def test_a_call_needs_the_memory_that_the_backend_says(spec: Spec) -> None:
+    backend, rows = BlasBackend(Context()), 4096
+    block = backend.build(spec, random_weights(spec))
+    inputs = random_inputs(spec, np.random.default_rng(0), rows)
+    tracemalloc.start()
+    try:
+        result = block(*inputs)
+        peak = tracemalloc.get_traced_memory()[1] - result.nbytes
+    finally:
+        tracemalloc.stop()
+    said = backend.scratch_bytes(spec, rows)
+    assert said <= peak < 1.5 * said + 10_000

@@ -9,8 +9,8 @@ import numpy as np
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, DType, Weights
-from lfm2kit_cpu_simd.blocks.paged_attention import Pages, attend, remember
+from lfm2kit.backend import Batch, DType, Room, Weights
+from lfm2kit_cpu_simd.blocks.paged_attention import State, attend, remember, whole_sequences
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import Float32, linear
 from lfm2kit_cpu_simd.packing import pack
@@ -29,7 +29,7 @@ class Attention:
         exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
         self.inverse = (1 / np.float32(spec.rope_theta) ** exponents).astype(np.float32)
 
-    def __call__(self, x: Float32, batch: Batch, state: Pages | None) -> Float32:
+    def __call__(self, x: Float32, batch: Batch, state: State | None) -> Float32:
         s = self.spec
         heads, kv_heads = s.num_attention_heads, s.num_key_value_heads
         columns = (heads + 2 * kv_heads) * s.head_dim
@@ -37,17 +37,14 @@ class Attention:
         _norm_and_rotate(qkv, self.q_layernorm, self.k_layernorm, np.float32(s.norm_eps),
                          self.inverse, batch.positions, heads, kv_heads)  # fmt: skip
         if state is None:
-            pages, first_pages = Pages.of_whole_sequences(s, batch.cu_seqlens)
+            state, first_panels = whole_sequences(s, batch.cu_seqlens)
         else:
-            pages, first_pages = state, state.first_pages(batch.state_slots)
-        remember(qkv, batch, pages, first_pages)
-        return linear(attend(qkv, batch, pages, first_pages, s), self.out_proj, s.hidden_size)
+            first_panels = state.first_panels(batch.pages)
+        remember(qkv, batch, state, first_panels)
+        return linear(attend(qkv, batch, state, first_panels, s), self.out_proj, s.hidden_size)
 
-    def new_state(self, slots: int, max_tokens: int) -> Pages:
-        return Pages.of_slots(self.spec, slots, max_tokens)
-
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return Pages.nbytes(self.spec, slots, max_tokens)
+    def new_state(self, room: Room) -> State:
+        return State.of_room(self.spec, room)
 
 
 @kernel(

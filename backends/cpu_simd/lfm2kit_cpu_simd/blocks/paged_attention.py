@@ -1,17 +1,17 @@
-"""Keys and values in pages of NR tokens, laid out so that both products are the tile's.
+"""Keys and values in panels of NR tokens, laid out so that both products are the tile's.
 
-    scores [rows, NR] = queries [rows, head_dim] @ page of keys [head_dim, NR]
-    heads  [rows, NR] += weights [rows, NR] @ page of values [NR, NR columns of head_dim]
+    scores [rows, NR] = queries [rows, head_dim] @ panel of keys [head_dim, NR]
+    heads  [rows, NR] += weights [rows, NR] @ panel of values [NR, NR columns of head_dim]
 
 The rows of a tile are neighbouring tokens of one sequence with the query heads that share a key
-head.  A page begins at a fixed position of its sequence, so that a result's bits depend neither on
-the batch nor on how the sequence came in.
+head.  A page of a state holds page_tokens / NR panels, one after the other.  A panel begins at a
+fixed position of its sequence, so that a result's bits depend neither on the batch nor on how the
+sequence came in, nor on the size of pages.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -19,151 +19,187 @@ import numpy.typing as npt
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch
+from lfm2kit.backend import Batch, Room
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.elementwise import exp
-from lfm2kit_cpu_simd.gemm import Float32, Int64
-from lfm2kit_cpu_simd.signatures import FLOAT, IDS, INT, OFFSETS, ROWS, ROWS_OUT, TABLE
-from lfm2kit_cpu_simd.tile import ALONE, MR, NR, TABLES, call_tile
+from lfm2kit_cpu_simd.gemm import Float32
+from lfm2kit_cpu_simd.machine import NR
+from lfm2kit_cpu_simd.signatures import FLOAT, IDS, IDS_2D, INT, ROWS, ROWS_OUT, TABLE
+from lfm2kit_cpu_simd.tile import ALONE, MR, TABLES, call_tile
 
-TOKENS = NR  # of a page
 ROWS_AT_ONCE = 4 * MR  # of queries: their scores stay in the second-level cache
+# Panels of 1024 tokens.  Sums of sums: one chain over a long context would round worse.
+SUMMED = 1024 // NR
 
-PAGES_READ = types.Array(types.float32, 5, "C", readonly=True)
+KEYS, VALUES = types.float32[:, :, :, ::1], types.float32[:, :, :, :, ::1]
 KEYS_READ = types.Array(types.float32, 4, "C", readonly=True)
+VALUES_READ = types.Array(types.float32, 5, "C", readonly=True)
+
+Int32 = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class Pages:
-    """Room for the keys and values of sequences, each in pages that follow one another."""
+class State(NamedTuple):
+    """The keys and values of pages, which have `panels_per_page` panels each."""
 
-    keys: npt.NDArray[np.float32]  # [pages, kv_heads, head_dim, TOKENS]
-    values: npt.NDArray[np.float32]  # [pages, kv_heads, ceil(head_dim / NR), TOKENS, NR]
-    pages_per_slot: int
-
-    @classmethod
-    def of_slots(cls, spec: specs.Attention, slots: int, max_tokens: int) -> Pages:
-        pages_per_slot = -(-max_tokens // TOKENS)
-        shapes = cls._shapes(spec, slots * pages_per_slot)
-        return cls(*(np.empty(s, np.float32) for s in shapes.values()), pages_per_slot)
+    keys: Float32  # [panels, kv_heads, head_dim, NR]
+    values: Float32  # [panels, kv_heads, ceil(head_dim / NR), NR, NR]
+    panels_per_page: int
 
     @classmethod
-    def of_whole_sequences(cls, spec: specs.Attention, cu_seqlens: Any) -> tuple[Pages, Int64]:
-        """Pages for one forward, in buffers, and each sequence's first."""
-        counts = -(-np.diff(cu_seqlens).astype(np.int64) // TOKENS)
-        ends = np.cumsum(counts)
-        shapes = cls._shapes(spec, int(counts.sum()))
-        keys, values = (BUFFERS.array(role, *shape) for role, shape in shapes.items())
-        return cls(keys, values, 0), ends - counts
+    def of_room(cls, spec: specs.Attention, room: Room) -> State:
+        panels_per_page = room.page_tokens // NR
+        shapes = _shapes(spec, room.pages * panels_per_page)
+        return cls(*(np.empty(shape, np.float32) for shape in shapes.values()), panels_per_page)
 
-    @staticmethod
-    def nbytes(spec: specs.Attention, slots: int, max_tokens: int) -> int:
-        columns = spec.head_dim + -(-spec.head_dim // NR) * NR
-        return 4 * slots * -(-max_tokens // TOKENS) * TOKENS * spec.num_key_value_heads * columns
-
-    @staticmethod
-    def _shapes(spec: specs.Attention, pages: int) -> dict[str, tuple[int, ...]]:
-        heads, size = spec.num_key_value_heads, spec.head_dim
-        return {
-            "keys": (pages, heads, size, TOKENS),
-            "values": (pages, heads, -(-size // NR), TOKENS, NR),
-        }
-
-    def first_pages(self, slots: Any) -> Int64:
-        first: Int64 = slots.astype(np.int64) * self.pages_per_slot
-        return first
+    def first_panels(self, pages: Int32) -> Int32:
+        """Return the panel that each page begins with; a negative number for no page."""
+        return pages * np.int32(self.panels_per_page)
 
 
-def remember(qkv: Float32, batch: Batch, pages: Pages, first_pages: Int64) -> None:
-    """Puts the keys and values of all rows into their pages."""
-    _remember(qkv, batch.cu_seqlens, batch.positions, first_pages, pages.keys, pages.values)
+def whole_sequences(spec: specs.Attention, cu_seqlens: Int32) -> tuple[State, Int32]:
+    """Return a state in buffers for one forward, and the panel that each sequence begins with.
+
+    A sequence is one page there, of as many panels as it needs: int32 [sequences, 1].
+    """
+    counts = -(-np.diff(cu_seqlens) // NR)
+    ends = np.cumsum(counts, dtype=np.int32)
+    panels = int(counts.sum())
+    shapes = _shapes(spec, panels)
+    keys, values = (BUFFERS.array(role, *shape) for role, shape in shapes.items())
+    return State(keys, values, panels), (ends - counts)[:, None]
+
+
+def _shapes(spec: specs.Attention, panels: int) -> dict[str, tuple[int, ...]]:
+    heads, size = spec.num_key_value_heads, spec.head_dim
+    return {
+        "keys": (panels, heads, size, NR),
+        "values": (panels, heads, -(-size // NR), NR, NR),
+    }
+
+
+def remember(qkv: Float32, batch: Batch, state: State, first_panels: Int32) -> None:
+    """Put the keys and values of all rows into their panels."""
+    _remember(
+        qkv, batch.cu_seqlens, batch.positions, first_panels, state.panels_per_page, state.keys,
+        state.values,
+    )  # fmt: skip
 
 
 def attend(
-    qkv: Float32, batch: Batch, pages: Pages, first_pages: Int64, spec: specs.Attention
+    qkv: Float32, batch: Batch, state: State, first_panels: Int32, spec: specs.Attention
 ) -> Float32:
-    """What each query head makes of the values up to its token: [rows, heads * head_dim]."""
+    """Return each query head's mean of the values up to its token: [rows, heads * head_dim].
+
+    The result lies in a buffer.
+    """
     out = BUFFERS.array("heads", len(qkv), spec.num_attention_heads * spec.head_dim)
     _attend(
-        qkv, batch.cu_seqlens, batch.positions, first_pages, pages.keys, pages.values,
-        np.float32(spec.head_dim**-0.5), TABLES["F32"], out, CREW.size(),
+        qkv, batch.cu_seqlens, batch.positions, first_panels, state.panels_per_page, state.keys,
+        state.values, np.float32(spec.head_dim**-0.5), TABLES["F32"], out, CREW.size(),
     )  # fmt: skip
     return out
 
 
+@numba.njit(inline="always")
+def _panel(first_panels: Any, panels_per_page: Any, i: Any) -> Any:
+    """Panel number i of a sequence whose pages begin with the panels `first_panels`."""
+    return first_panels[i // panels_per_page] + i % panels_per_page
+
+
 @kernel(
-    types.void(
-        ROWS, IDS, IDS, OFFSETS, types.float32[:, :, :, ::1], types.float32[:, :, :, :, ::1]
-    ),
+    types.void(ROWS, IDS, IDS, IDS_2D, INT, KEYS, VALUES),
     parallel=True,
+    error_model="numpy",
 )
 def _remember(
-    qkv: Any, cu_seqlens: Any, positions: Any, first_pages: Any, keys: Any, values: Any
+    qkv: Any,
+    cu_seqlens: Any,
+    positions: Any,
+    first_panels: Any,
+    panels_per_page: Any,
+    keys: Any,
+    values: Any,
 ) -> None:
     kv_heads, head_dim = keys.shape[1], keys.shape[2]
     keys_at = qkv.shape[1] - 2 * kv_heads * head_dim
     for t in numba.prange(qkv.shape[0]):
         sequence = np.searchsorted(cu_seqlens, t, side="right") - 1
-        page = first_pages[sequence] + positions[t] // TOKENS
-        place = positions[t] % TOKENS
+        panel = _panel(first_panels[sequence], panels_per_page, positions[t] // NR)
+        place = positions[t] % NR
         for head in range(kv_heads):
             for d in range(head_dim):
                 at = keys_at + head * head_dim + d
-                keys[page, head, d, place] = qkv[t, at]
-                values[page, head, d // NR, place, d % NR] = qkv[t, at + kv_heads * head_dim]
+                keys[panel, head, d, place] = qkv[t, at]
+                values[panel, head, d // NR, place, d % NR] = qkv[t, at + kv_heads * head_dim]
 
 
 @numba.njit(inline="always")
 def _softmax(scores: Any, row: Any, seen: Any, scale: Any) -> Any:
-    """Row `row` of scores [pages, rows, TOKENS] becomes e^(score - most), 0 from `seen` on.
+    """Make e^(score - most) of row `row` of scores [panels, rows, NR], and 0 from `seen` on.
 
     Returns their sum.
     """
-    pages = scores.shape[0]
+    panels = scores.shape[0]
     most = np.float32(-np.inf)
-    for page in range(pages):
-        for j in range(min(TOKENS, seen - page * TOKENS)):
-            most = max(most, scores[page, row, j])
-    total = np.float32(0)
-    for page in range(pages):
-        for j in range(TOKENS):
-            weight = exp((scores[page, row, j] - most) * scale)
-            scores[page, row, j] = weight if page * TOKENS + j < seen else np.float32(0)
-        for j in range(TOKENS):
-            total += scores[page, row, j]
-    return total
+    for i in range(panels):
+        for j in range(min(NR, seen - i * NR)):
+            most = max(most, scores[i, row, j])
+    total, part = np.float32(0), np.float32(0)
+    for i in range(panels):
+        if i % SUMMED == 0:
+            total, part = total + part, np.float32(0)
+        for j in range(NR):
+            weight = exp((scores[i, row, j] - most) * scale)
+            scores[i, row, j] = weight if i * NR + j < seen else np.float32(0)
+        for j in range(NR):
+            part += scores[i, row, j]
+    return total + part
 
 
 @numba.njit(inline="always")
-def _score(queries: Any, keys: Any, first_page: Any, head: Any, table: Any, scores: Any) -> None:
-    """scores [pages, rows, TOKENS] of queries [rows, head_dim] against pages of keys."""
+def _score(queries: Any, keys: Any, panels: Any, head: Any, table: Any, scores: Any) -> None:
+    """scores [panels, rows, NR] of queries [rows, head_dim] against panels of keys."""
     rows, head_dim = queries.shape
     scores[:] = 0
-    for page in range(scores.shape[0]):
-        at = keys[first_page + page, head].ctypes.data
+    for i, panel in enumerate(panels):
+        at = keys[panel, head].ctypes.data
         for r in range(0, rows, MR):
             m = min(MR, rows - r)
             call_tile(
                 table[ALONE, m], queries[r].ctypes.data, head_dim, at, head_dim,
-                scores[page, r].ctypes.data, at, 0, 0,
+                scores[i, r].ctypes.data, at, 0, 0,
             )  # fmt: skip
 
 
 @numba.njit(inline="always")
+def _move(sums: Any, others: Any) -> None:
+    """Add sums [MR, NR] to others, and make them zero."""
+    for i in range(MR):
+        for j in range(NR):
+            others[i, j] += sums[i, j]
+            sums[i, j] = 0
+
+
+@numba.njit(inline="always")
 def _weigh(
-    scores: Any, r: Any, m: Any, seen: Any, values: Any, first_page: Any, head: Any, part: Any,
-    table: Any, sums: Any,
+    scores: Any, r: Any, m: Any, seen: Any, values: Any, panels: Any, head: Any, part: Any,
+    table: Any, sums: Any, earlier: Any,
 ) -> None:  # fmt: skip
-    """sums [m, NR] of values' columns `part`, weighed by rows r to r + m of scores."""
+    """sums [m, NR] of values' columns `part`, weighed by rows r to r + m of scores.
+
+    `earlier` is zero before and after.
+    """
     sums[:] = 0
-    for page in range(scores.shape[0]):
-        at = values[first_page + page, head, part].ctypes.data
-        k = max(0, min(TOKENS, seen - page * TOKENS))
-        call_tile(
-            table[ALONE, m], scores[page, r].ctypes.data, TOKENS, at, k, sums.ctypes.data, at, 0, 0
-        )
+    for i, panel in enumerate(panels):
+        if i and i % SUMMED == 0:
+            _move(sums, earlier)
+        at = values[panel, head, part].ctypes.data
+        k = max(0, min(NR, seen - i * NR))
+        call_tile(table[ALONE, m], scores[i, r].ctypes.data, NR, at, k, sums.ctypes.data, at, 0, 0)
+    if panels.shape[0] > SUMMED:
+        _move(earlier, sums)
 
 
 @numba.njit(inline="always")
@@ -177,7 +213,7 @@ def _is_finite(row: Any) -> Any:
 @numba.njit(inline="always")
 def _attend_rows(
     qkv: Any, begin: Any, end: Any, positions: Any, head: Any, group: Any, keys: Any, values: Any,
-    first_page: Any, scale: Any, table: Any, out: Any,
+    panels: Any, scale: Any, table: Any, sums: Any, earlier: Any, out: Any,
 ) -> None:  # fmt: skip
     """The query heads that share key head `head`, of rows begin to end of one sequence."""
     head_dim, rows = keys.shape[2], (end - begin) * group
@@ -187,12 +223,12 @@ def _attend_rows(
         for d in range(head_dim):
             queries[r, d] = qkv[begin + r // group, at + d]
     seen = positions[end - 1] + 1
-    scores = np.empty((-(-seen // TOKENS), rows, TOKENS), np.float32)
-    _score(queries, keys, first_page, head, table, scores)
+    panels = panels[: -(-seen // NR)]
+    scores = np.empty((panels.shape[0], rows, NR), np.float32)
+    _score(queries, keys, panels, head, table, scores)
     totals = np.empty(rows, np.float32)
     for r in range(rows):
         totals[r] = _softmax(scores, r, positions[begin + r // group] + 1, scale)
-    sums = np.empty((MR, NR), np.float32)
     height = MR
     while True:
         for part in range(values.shape[2]):
@@ -200,7 +236,7 @@ def _attend_rows(
                 m = min(height, rows - r)
                 if height == 1:
                     seen = positions[begin + r // group] + 1
-                _weigh(scores, r, m, seen, values, first_page, head, part, table, sums)
+                _weigh(scores, r, m, seen, values, panels, head, part, table, sums, earlier)
                 for i in range(m):
                     at = (head * group + (r + i) % group) * head_dim + part * NR
                     for j in range(min(NR, head_dim - part * NR)):
@@ -214,7 +250,7 @@ def _attend_rows(
 
 
 @kernel(
-    types.void(ROWS, IDS, IDS, OFFSETS, KEYS_READ, PAGES_READ, FLOAT, TABLE, ROWS_OUT, INT),
+    types.void(ROWS, IDS, IDS, IDS_2D, INT, KEYS_READ, VALUES_READ, FLOAT, TABLE, ROWS_OUT, INT),
     parallel=True,
     error_model="numpy",
     fastmath={"reassoc"},  # the sum of weights in vector lanes
@@ -223,7 +259,8 @@ def _attend(
     qkv: Any,
     cu_seqlens: Any,
     positions: Any,
-    first_pages: Any,
+    first_panels: Any,
+    panels_per_page: Any,
     keys: Any,
     values: Any,
     scale: Any,
@@ -231,13 +268,19 @@ def _attend(
     out: Any,
     threads: Any,
 ) -> None:
-    """Threads take in turns: a sequence, a key head, and so many tokens with their query heads."""
+    """Each thread takes the next task: some tokens of a sequence, with the query heads of a key
+    head."""
     kv_heads, head_dim = keys.shape[1], keys.shape[2]
     group = out.shape[1] // head_dim // kv_heads
     tokens = max(1, ROWS_AT_ONCE // group)
     for thread in numba.prange(threads):
+        sums, earlier = np.empty((MR, NR), np.float32), np.zeros((MR, NR), np.float32)
+        panels = np.empty(first_panels.shape[1] * panels_per_page, np.int64)
         task = 0
-        for sequence in range(first_pages.shape[0]):
+        for sequence in range(first_panels.shape[0]):
+            last = positions[cu_seqlens[sequence + 1] - 1]
+            for i in range(last // NR + 1):
+                panels[i] = _panel(first_panels[sequence], panels_per_page, i)
             for head in range(kv_heads):
                 for begin in range(cu_seqlens[sequence], cu_seqlens[sequence + 1], tokens):
                     task += 1
@@ -245,6 +288,6 @@ def _attend(
                         continue
                     end = min(begin + tokens, cu_seqlens[sequence + 1])
                     _attend_rows(
-                        qkv, begin, end, positions, head, group, keys, values,
-                        first_pages[sequence], scale, table, out,
+                        qkv, begin, end, positions, head, group, keys, values, panels, scale,
+                        table, sums, earlier, out,
                     )  # fmt: skip

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, DType, Weights
+from lfm2kit.backend import Batch, DType, Room, Weights
+from lfm2kit.state import STEP_BACK
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import NO_BIAS, Float32, linear
 from lfm2kit_cpu_simd.packing import pack
-from lfm2kit_cpu_simd.signatures import IDS, PAST, ROWS, ROWS_OUT, STATE_OUT, VECTOR
+from lfm2kit_cpu_simd.signatures import (
+    BOOL,
+    IDS,
+    IDS_2D,
+    INT,
+    ROWS,
+    ROWS_OUT,
+    STATE_OUT,
+    VECTOR,
+)
 
-NO_STATE = np.empty((0, 0, 0), np.float32)
+
+class State(NamedTuple):
+    """The newest rows of u of each page: that of position p at p % page_tokens % window.
+
+    Besides the rows before the next token they are those that a sequence may go back.
+    """
+
+    rows: Float32  # [pages, window, hidden_size], window = kernel_size - 1 + STEP_BACK
+    page_tokens: int
+
+
+NO_STATE = State(np.empty((0, 0, 0), np.float32), 1)
+SHORT = STEP_BACK  # rows of a chunk whose u replaces no row before it that it reads
 
 
 class ShortConv:
@@ -35,64 +57,94 @@ class ShortConv:
         h = self.spec.hidden_size
         BCX = linear(x, self.in_proj, 3 * h, self.in_bias, buffer="projected")
         gated = BUFFERS.array("gated", len(x), h)
-        past = NO_STATE if state is None else state
+        rows, page_tokens = NO_STATE if state is None else state
+        is_short = state is not None and batch.max_seqlen <= SHORT  # then one kernel does both
         _convolve(BCX, self.taps, self.conv_bias, batch.cu_seqlens, batch.positions,
-                  batch.state_slots, past, gated)  # fmt: skip
-        if state is not None:
-            _remember(BCX, batch.cu_seqlens, batch.positions, batch.state_slots, state)
+                  batch.pages, page_tokens, is_short, rows, gated)  # fmt: skip
+        if state is not None and not is_short:
+            _remember(BCX, batch.cu_seqlens, batch.positions, batch.pages, page_tokens, rows)
         return linear(gated, self.out_proj, h, self.out_bias)
 
-    def new_state(self, slots: int, max_tokens: int) -> Float32:
-        """The last kernel_size - 1 rows of u = B * X of each slot."""
-        return np.empty((slots, self.spec.kernel_size - 1, self.spec.hidden_size), np.float32)
+    def new_state(self, room: Room) -> State:
+        window = self.spec.kernel_size - 1 + STEP_BACK
+        shape = (room.pages, window, self.spec.hidden_size)
+        return State(np.empty(shape, np.float32), room.page_tokens)
 
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return 4 * slots * (self.spec.kernel_size - 1) * self.spec.hidden_size
+
+@numba.njit(inline="always")
+def _place(position: Any, pages: Any, page_tokens: Any, window: Any) -> Any:
+    """The page and the place there of a sequence's row of u."""
+    return pages[position // page_tokens], position % page_tokens % window
+
+
+@numba.njit(inline="always")
+def _keep(BCX: Any, t: Any, page: Any, place: Any, state: Any) -> None:
+    h = state.shape[2]
+    for c in range(h):
+        state[page, place, c] = BCX[t, c] * BCX[t, 2 * h + c]
 
 
 @kernel(
-    types.void(ROWS, ROWS, VECTOR, IDS, IDS, IDS, PAST, ROWS_OUT),
+    types.void(ROWS, ROWS, VECTOR, IDS, IDS, IDS_2D, INT, BOOL, STATE_OUT, ROWS_OUT),
     parallel=True,
+    error_model="numpy",
 )
 def _convolve(
-    BCX: Any, taps: Any, bias: Any, cu_seqlens: Any, positions: Any, slots: Any, past: Any, out: Any
+    BCX: Any,
+    taps: Any,
+    bias: Any,
+    cu_seqlens: Any,
+    positions: Any,
+    pages: Any,
+    page_tokens: Any,
+    keeps: Any,
+    state: Any,
+    out: Any,
 ) -> None:
     """out[t] = C[t] * (sum_j taps[j] * u[t - (kernel - 1) + j] + bias), u = B * X.
 
-    A row computes the u of the rows before it anew: it then depends on no other row's turn.
+    A row computes the u of the rows before it anew: it then does not wait for another one.  If
+    `keeps`, every row's u is put into its page.
     """
     kernel, h = taps.shape
+    window = state.shape[1]
     for t in numba.prange(BCX.shape[0]):
         sequence = np.searchsorted(cu_seqlens, t, side="right") - 1
         first = cu_seqlens[sequence]
         y = np.zeros(h, np.float32)
         for j in range(kernel):
-            row = t - (kernel - 1) + j
+            back = kernel - 1 - j
+            row, position = t - back, positions[t] - back
             if row >= first:
                 for c in range(h):
                     y[c] += taps[j, c] * (BCX[row, c] * BCX[row, 2 * h + c])
-            elif past.size and positions[t] - (kernel - 1) + j >= 0:
-                back = past.shape[1] - (first - row)  # counted from the state's newest row
+            elif window and position >= 0:
+                page, place = _place(position, pages[sequence], page_tokens, window)
                 for c in range(h):
-                    y[c] += taps[j, c] * past[slots[sequence], back, c]
+                    y[c] += taps[j, c] * state[page, place, c]
         for c in range(h):
             if bias.size:
                 y[c] += bias[c]
             out[t, c] = BCX[t, h + c] * y[c]
+        if keeps:
+            page, place = _place(positions[t], pages[sequence], page_tokens, window)
+            _keep(BCX, t, page, place, state)
 
 
-@kernel(types.void(ROWS, IDS, IDS, IDS, STATE_OUT))
-def _remember(BCX: Any, cu_seqlens: Any, positions: Any, slots: Any, state: Any) -> None:
-    """Leaves the newest rows of u in each sequence's slot, moving older ones up."""
-    h = state.shape[2]
-    for sequence in range(slots.shape[0]):
-        rows = cu_seqlens[sequence + 1] - cu_seqlens[sequence]
-        slot = slots[sequence]
-        for i in range(state.shape[1]):
-            row = cu_seqlens[sequence + 1] - state.shape[1] + i
-            if row >= cu_seqlens[sequence]:
-                for c in range(h):
-                    state[slot, i, c] = BCX[row, c] * BCX[row, 2 * h + c]
-            else:
-                for c in range(h):
-                    state[slot, i, c] = state[slot, i + rows, c]
+@kernel(
+    types.void(ROWS, IDS, IDS, IDS_2D, INT, STATE_OUT),
+    parallel=True,
+    error_model="numpy",
+)
+def _remember(
+    BCX: Any, cu_seqlens: Any, positions: Any, pages: Any, page_tokens: Any, state: Any
+) -> None:
+    """Put the rows of u into their pages, but for those that a later row would replace."""
+    window = state.shape[1]
+    for t in numba.prange(BCX.shape[0]):
+        sequence = np.searchsorted(cu_seqlens, t, side="right") - 1
+        later = cu_seqlens[sequence + 1] - 1 - t  # rows of the sequence, and of them in the page
+        later_there = min(later, page_tokens - 1 - positions[t] % page_tokens)
+        if later_there < window:
+            page, place = _place(positions[t], pages[sequence], page_tokens, window)
+            _keep(BCX, t, page, place, state)
