@@ -40,6 +40,7 @@ SPEC = small_spec(
     layer_types=["conv", "full_attention"], num_hidden_layers=2, num_dense_layers=1,
     num_experts=3, vocab_size=VOCABULARY,
 )  # fmt: skip
+ROUNDS_BY_BATCH = {"blas"}  # its products round by how many rows there are, as its README says
 PLUGINS = installed_plugins()
 BACKENDS = [name for name, backend in PLUGINS.backends.items() if backend.why_not is None]
 
@@ -62,6 +63,7 @@ class Sequences(RuleBasedStateMachine):
         self.state = self.model.new_state(ROOM)
         self.pages = Pages(ROOM, self.rng)
         self.ids: dict[int, Any] = {}
+        self.most: dict[int, int] = {}  # tokens that a sequence has had
         self.given: dict[int, dict[int, Any]] = {}  # logits by sequence and position
         self.next_name = 0
 
@@ -101,7 +103,8 @@ class Sequences(RuleBasedStateMachine):
     def step_back(self, data: st.DataObject, tokens: int) -> None:
         name = data.draw(st.sampled_from(sorted(self.ids)))
         start = self.pages.tokens[name] - tokens
-        if start > 0 and self.pages.is_alone(name, start):
+        can_go_back = start >= max(1, self.most[name] - STEP_BACK)
+        if can_go_back and self.pages.is_alone(name, start):
             self.judge(name)
             self.pages.step_back(name, tokens)
             self.ids[name] = self.ids[name][:start]
@@ -138,6 +141,7 @@ class Sequences(RuleBasedStateMachine):
         got = self.model.logits(batch, self.state)
         for name, logits in zip(order, got, strict=True):
             self.ids[name] = np.concatenate([self.ids.get(name, new[name][:0]), new[name]])
+            self.most[name] = max(self.most.get(name, 0), len(self.ids[name]))
             self.given.setdefault(name, {})[len(self.ids[name]) - 1] = logits
 
     def judge(self, name: int) -> None:
@@ -146,7 +150,9 @@ class Sequences(RuleBasedStateMachine):
         if given:
             rows = np.array(list(given), np.int32)
             whole = replace(Batch.of_sequences([self.ids[name]]), logits_rows=rows)
-            np.testing.assert_array_equal(list(given.values()), self.model.logits(whole))
+            within = 1e-4 if self.backend in ROUNDS_BY_BATCH else 0
+            want = self.model.logits(whole)
+            np.testing.assert_allclose(list(given.values()), want, rtol=0, atol=within)
 
     def teardown(self) -> None:
         for name in getattr(self, "ids", ()):

@@ -106,7 +106,7 @@ class FusingBackend(ReferenceBackend):
         if not spec.parts():
             return super().build(spec, weights)
         parts = {p.role: self._joined(p.spec, weights.scope(p.scope)) for p in spec.parts()}
-        block: Block = JOINS[type(spec)].make(spec, **parts)
+        block: Block = JOINS[type(spec)](HOST).make(spec, **parts)
         return block
 
 
@@ -200,7 +200,7 @@ class AroundBackend(DeviceBackend):
             )
             for p in spec.parts()
         }
-        block: Block = JOINS[type(spec)].make(spec, **parts)
+        block: Block = JOINS[type(spec)](HOST).make(spec, **parts)
         return block
 
 
