@@ -18,7 +18,7 @@ from lfm2kit.backend import Backend, Block, Context, Explains
 from lfm2kit.capacity import Sizes
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.foreign import why_absent
-from lfm2kit.errors import Lfm2kitError, choices
+from lfm2kit.errors import Lfm2kitError, Option, choices, either
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, Builder, build_model
 from lfm2kit.parallel import ExpertParallelMoe, join, shard
@@ -34,7 +34,7 @@ AUTO = "auto"
 
 
 def find_model(name: str) -> Path:
-    """The path that `--model` means: the name of a model that comes with lfm2kit, or a path."""
+    """Returns the path that `name` means: a model that comes with lfm2kit, or a path."""
     embedded = sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())
     if name in embedded:  # even where a folder is called so: that is ./NAME
         return EMBEDDED / name
@@ -86,38 +86,40 @@ class Setup:
     def sizes(self) -> Sizes:
         return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks)
 
-    def shortage(self, tokens: int = 0) -> str | None:
-        """Says which memory is too small, by how much, and what would fit; None if none is."""
+    def shortage(self, tokens: int = 0) -> Lfm2kitError | None:
+        """Returns an error that says which memory is too small, and what would fit; else None."""
         return self._shortage(self.placed, tokens)
 
     def _check_memory(self, placed: Placed, tokens: int) -> None:
-        if (sentence := self._shortage(placed, tokens)) is not None:
-            raise Lfm2kitError(sentence)
+        if (shortage := self._shortage(placed, tokens)) is not None:
+            raise shortage
         if self.transport is not None:  # no rank allocates before all on its machine have looked
             self.transport.barrier()
 
-    def _shortage(self, placed: Placed, tokens: int) -> str | None:
+    def _shortage(self, placed: Placed, tokens: int) -> Lfm2kitError | None:
         short = self.sizes.shortage(placed, tokens)
         if short is None:
             return None
         if tokens and self.sizes.shortage(placed) is None:
-            return f"{short}; try fewer tokens at once: a smaller batch, or shorter samples"
-        nothing = "a smaller model: no --precision or --n-cpu-moe is enough"
-        return f"{short}; try {' or '.join(self._fitting(short.memory)) or nothing}"
+            advice = "try fewer tokens at once: a smaller batch, or shorter samples"
+            return Lfm2kitError(f"{short}; {advice}")
+        nothing = ["a smaller model: no ", *either([Option("precision"), Option("n_cpu_moe")])]
+        fitting = either(self._fitting(short.memory))
+        return Lfm2kitError(f"{short}; try ", *(fitting or [*nothing, " is enough"]))
 
-    def _fitting(self, memory: str) -> Iterator[str]:
+    def _fitting(self, memory: str) -> Iterator[Option]:
         """Yields options with which this setup would fit: a precision, the fewest CPU layers.
 
         Experts on the CPU take the host's memory instead.
         """
         for precision in self.plugins.backend(self.plan.default).precisions:
             if self._fits(context=replace(self.context, precision=precision)):
-                yield f"--precision {precision}"
+                yield Option("precision", precision)
                 break
         most = 0 if memory == HOST.name else len(self.checkpoint.spec.layers)
         for count in range(1, 1 + most):
             if self._fits(n_cpu_moe=count):
-                yield f"--n-cpu-moe {count}"
+                yield Option("n_cpu_moe", count)
                 break
 
     def _fits(self, **changes: object) -> bool:

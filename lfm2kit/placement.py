@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Block
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import Memory
 from lfm2kit.plan import Plan
 from lfm2kit.specs import Spec
@@ -99,7 +99,8 @@ class Placer:
         others = ", ".join(self._supporting(spec)) or "no installed backend"
         return Lfm2kitError(
             f"{name}: backend '{backend}' has no {type(spec).__name__} block ({reason}); "
-            f"{others} can build it. Try --backend '{self.plan},{spec.kind}=NAME'"
+            f"{others} can build it. Try ",
+            Option("backend", f"{self.plan},{spec.kind}=NAME"),
         )
 
     def _supporting(self, spec: Spec) -> Iterator[str]:

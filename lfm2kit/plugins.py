@@ -120,7 +120,7 @@ class Plugins:
         return installed.plugin
 
     def auto(self, precision: str = "fp32") -> str:
-        """The name that `--backend auto` stands for: the most preferred one that can run."""
+        """Returns the name that `auto` stands for in a plan: the most preferred that can run."""
         ready = [
             b.plugin
             for b in self.backends.values()

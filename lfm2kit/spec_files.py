@@ -43,7 +43,7 @@ def read_spec(path: Path) -> specs.Model:
     try:
         return parse_spec(table)
     except Lfm2kitError as error:
-        raise Lfm2kitError(f"{path}: {error}") from None
+        raise Lfm2kitError(f"{path}: ", *error.args) from None
 
 
 def parse_spec(table: Table) -> specs.Model:

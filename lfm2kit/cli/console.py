@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lfm2kit.checkpoint import check_no_part
+from lfm2kit.cli.flags import told
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import check_target, replaced
 from lfm2kit.targets import check_apart
@@ -108,7 +109,7 @@ def only_said(when: bool) -> Iterator[None]:
     except Lfm2kitError as error:
         if not when:
             raise
-        complain(str(error))
+        complain(told(error))
 
 
 def _without_nan(value: Any) -> Any:

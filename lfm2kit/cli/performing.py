@@ -14,6 +14,7 @@ import numpy.typing as npt
 from lfm2kit import progress as steps
 from lfm2kit import samples
 from lfm2kit.cli.console import Report, complain, only_said, progress, remark
+from lfm2kit.cli.flags import told
 from lfm2kit.cli.preparing import Prepared, Request, passed_over
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.model import LFM2
@@ -137,7 +138,7 @@ def deliver(request: Request, logits: npt.NDArray[np.float32], report: Report) -
         try:
             write()
         except Lfm2kitError as error:
-            failures.append(str(error))
+            failures.append(told(error))
     if failures:
         raise Lfm2kitError("; ".join(failures))
 

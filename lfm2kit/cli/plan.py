@@ -10,6 +10,7 @@ from rich.table import Column
 from lfm2kit.capacity import size
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, show_table
+from lfm2kit.cli.flags import told
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
 from lfm2kit.placement import Placed
@@ -39,6 +40,7 @@ def plan(
     setup = set_up(checkpoint, chosen, context=context, n_cpu_moe=n_cpu_moe, trim=trim)
     rows = [_row(leaf, setup, tokens) for leaf in setup.placed.leaves()]
     totals = _totals(setup, tokens)
+    shortage = setup.shortage(tokens)
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
@@ -49,7 +51,7 @@ def plan(
         "rows_kept": _rows_kept(setup),
         "free_bytes": setup.sizes.free(setup.placed),
         "host_limits": {bound.name: bound._asdict() for bound in memory_limits()},
-        "shortage": setup.shortage(tokens),
+        "shortage": None if shortage is None else told(shortage),
         "notes": list(setup.notes()),
     }
     if json != "-":
@@ -111,7 +113,7 @@ def _show(report: Report, setup: Setup, tokens: int) -> None:
         report.line(f"{memory}: {weights} of weights as stored, {taken}{left}")
     for bound in memory_limits():
         report.line(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
-    if (shortage := setup.shortage(tokens)) is not None:
+    if (shortage := report.fields["shortage"]) is not None:
         report.line(shortage)
     report.line(f"copies between memories in a forward: {setup.placed.copies()}")
     for layer, rows_kept in _rows_kept(setup).items():

@@ -89,22 +89,22 @@ def test_too_little_says_what_is_missing_and_what_would_fit(monkeypatch: Any) ->
     message = refusal(card())
     assert "memory 'elsewhere' is too small" in message
     assert f"needs {needed:.1f} GB there, {free:.1f} GB are free" in message
-    assert f"{needed - free:.1f} GB are missing; try --precision bf16 or --n-cpu-moe 3" in message
+    assert f"{needed - free:.1f} GB are missing; try precision='bf16' or n_cpu_moe=3" in message
     Card.free -= 1
-    assert "--n-cpu-moe 4" in refusal(card())
-    assert "--n-cpu-moe 4" in refusal(card(n_cpu_moe=2))
+    assert "n_cpu_moe=4" in refusal(card())
+    assert "n_cpu_moe=4" in refusal(card(n_cpu_moe=2))
 
 
 def test_what_would_not_fit_is_not_proposed() -> None:
     Card.free = 2 * elements() - 1
-    assert refusal(card(precision="bf16")).endswith("missing; try --n-cpu-moe 1")
+    assert refusal(card(precision="bf16")).endswith("missing; try n_cpu_moe=1")
     Card.free = 2 * elements(without_experts_of=6) - 1
     assert "try a smaller model" in refusal(card())
 
 
 def test_a_precision_that_another_backend_lacks_is_not_proposed() -> None:
     Card.free = 2 * elements()
-    assert "--precision bf16" not in refusal(card("card,attn=reference"))
+    assert "precision=" not in refusal(card("card,attn=reference"))
 
 
 def test_what_other_memories_hold_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,11 +120,11 @@ def test_what_other_memories_hold_is_not_counted(monkeypatch: pytest.MonkeyPatch
 
 def test_what_would_fit_goes_with_what_was_asked_for() -> None:
     Card.free = 2 * elements(without_experts_of=6)
-    assert "try --precision bf16" in refusal(card(n_cpu_moe=6))
-    assert "--precision bf16" not in refusal(card())
+    assert "try precision='bf16'" in refusal(card(n_cpu_moe=6))
+    assert "precision=" not in refusal(card())
     Card.free = share_of_two(2)
-    assert "try --precision bf16" in refusal(card(transport=TwoRanks()))
-    assert "--precision bf16" not in refusal(card())
+    assert "try precision='bf16'" in refusal(card(transport=TwoRanks()))
+    assert "precision=" not in refusal(card())
 
 
 class TwoRanks:

@@ -81,9 +81,9 @@ def test_a_model_too_large_for_this_machine_is_refused_before_it_is_built(free: 
 
 def test_what_is_proposed_is_enough_for_this_machine(free: Any) -> None:
     free(kept(setup(stored_as("F32"), precision="bf16")))
-    assert str(setup(stored_as("F32")).shortage()).endswith("missing; try --precision bf16")
+    assert str(setup(stored_as("F32")).shortage()).endswith("missing; try precision='bf16'")
     free(kept(setup()) - 1)
-    assert str(setup().shortage()).endswith("no --precision or --n-cpu-moe is enough")
+    assert str(setup().shortage()).endswith("no precision or n_cpu_moe is enough")
 
 
 def test_views_of_the_checkpoint_count_nothing(free: Any) -> None:

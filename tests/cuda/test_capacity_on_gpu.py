@@ -34,5 +34,5 @@ def test_too_little_is_an_error_that_says_what_would_fit(
     from lfm2kit_cuda.memory import CudaMemory
 
     monkeypatch.setattr(CudaMemory, "free_bytes", lambda self: 10_000_000)
-    with pytest.raises(Lfm2kitError, match=r"memory 'cuda' is too small.*--n-cpu-moe [1-6]$"):
+    with pytest.raises(Lfm2kitError, match=r"memory 'cuda' is too small.*n_cpu_moe=[1-6]$"):
         load_model("tiny", plan)

@@ -8,7 +8,7 @@ import cupy
 
 from lfm2kit import specs
 from lfm2kit.backend import Array, Batch, Block, Ceilings, Context, Memory, Spec, Weights
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
@@ -55,7 +55,7 @@ class CudaBackend:
         try:
             block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
         except cupy.cuda.memory.OutOfMemoryError:
-            raise Lfm2kitError(self._out_of_memory(spec)) from None
+            raise self._out_of_memory(spec) from None
         return block
 
     def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
@@ -85,11 +85,14 @@ class CudaBackend:
     def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Replay:
         return Replay(forward, batch)
 
-    def _out_of_memory(self, spec: Spec) -> str:
+    def _out_of_memory(self, spec: Spec) -> Lfm2kitError:
         free, total = (size / 1e9 for size in cupy.cuda.runtime.memGetInfo())
-        smaller = "--precision bf16, or " if self._gemm.activation == "F32" else ""
-        return (
+        is_fp32 = self._gemm.activation == "F32"
+        return Lfm2kitError(
             f"the GPU's memory does not hold the model: {free:.1f} of {total:.1f} GB are left, and "
             f"a block of kind '{spec.kind}' needs {1e-9 * self._packed_bytes(spec):.1f} GB; "
-            f"try {smaller}--n-cpu-moe N, which keeps the experts of N layers on the CPU"
+            "try ",
+            *((Option("precision", "bf16"), ", or ") if is_fp32 else ()),
+            Option("n_cpu_moe"),
+            ", which keeps the experts of some layers on the CPU",
         )

@@ -7,7 +7,7 @@ from functools import cache
 import cupy
 
 from lfm2kit.backend import Context
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 
 
 def choose_device(context: Context) -> None:
@@ -16,7 +16,8 @@ def choose_device(context: Context) -> None:
     if context.local_ranks > count:
         raise Lfm2kitError(
             f"{context.local_ranks} ranks on this machine, but {count} CUDA "
-            f"device{'s' if count > 1 else ''}; try --ranks {count}"
+            f"device{'s' if count > 1 else ''}; try ",
+            Option("ranks", count),
         )
     if context.local_ranks > 1:
         cupy.cuda.Device(context.local_rank).use()
