@@ -10,8 +10,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Context, Explains
@@ -21,16 +21,17 @@ from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, Option, choices, either
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, Builder, build_model
+from lfm2kit.options import Options
 from lfm2kit.parallel import ExpertParallelMoe, join, shard
 from lfm2kit.placement import Join, Joins, Placed, Placer
-from lfm2kit.plan import Plan
+from lfm2kit.plan import AUTO, Plan
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.progress import Wrap, telling
-from lfm2kit.transport import Transport
+from lfm2kit.specs import Spec
+from lfm2kit.transport import Transport, World
 from lfm2kit.trim import trim as trimmed
 
 EMBEDDED = Path(__file__).parent / "models"
-AUTO = "auto"
 
 
 def find_model(name: str) -> Path:
@@ -49,14 +50,14 @@ class Setup:
     """A model with every block's backend settled, and nothing built yet."""
 
     checkpoint: Checkpoint
-    plan: Plan
+    options: Options
+    plan: Plan  # the one that the options say, each `auto` replaced by a name
     placed: Placed
     plugins: Plugins
     create: Callable[[str], Backend]
     joins: Joins
     context: Context
     transport: Transport | None
-    again: Callable[..., Setup]  # the same, but for the options of `set_up` that it is given
 
     def notes(self) -> Iterator[str]:
         """Yields remarks on the checkpoint, and notes from the backends of the plan."""
@@ -113,7 +114,7 @@ class Setup:
         Experts on the CPU take the host's memory instead.
         """
         for precision in self.plugins.backend(self.plan.default).precisions:
-            if self._fits(context=replace(self.context, precision=precision)):
+            if self._fits(precision=precision):
                 yield Option("precision", precision)
                 break
         most = 0 if memory == HOST.name else len(self.checkpoint.spec.layers)
@@ -122,9 +123,15 @@ class Setup:
                 yield Option("n_cpu_moe", count)
                 break
 
-    def _fits(self, **changes: object) -> bool:
+    def _fits(self, **changes: Any) -> bool:
+        """Returns whether the same model would fit with other options."""
         try:
-            other = self.again(**changes)
+            other = set_up(
+                self.checkpoint,
+                replace(self.options, **changes),
+                transport=self.transport,
+                plugins=self.plugins,
+            )
         except Lfm2kitError:  # no such precision in a backend of the plan, or no such layer
             return False
         return other.sizes.shortage(other.placed) is None
@@ -152,55 +159,50 @@ class Setup:
 
 def set_up(
     checkpoint: Checkpoint,
-    plan: Plan,
+    options: Options,
     *,
-    context: Context | None = None,
-    n_cpu_moe: int = 0,
-    trim: bool = False,
     transport: Transport | None = None,
     plugins: Plugins | None = None,
 ) -> Setup:
     """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
 
-    `n_cpu_moe` is the number of first MoE layers whose experts go to the CPU; `trim` leaves out
-    rows that no logit depends on (see `lfm2kit.trim`); with a `transport` of several ranks, each
-    holds its share of every layer's experts.
+    With a `transport` of several ranks, each holds its share of every layer's experts.
     """
     plugins = plugins or installed_plugins()
-    context = context or Context()
-    plan = _resolve_auto(plan, plugins, context)
-    again = partial(
-        set_up, checkpoint, plan, context=context, n_cpu_moe=n_cpu_moe, trim=trim,
-        transport=transport, plugins=plugins,
-    )  # fmt: skip
-    if n_cpu_moe:
-        plan = plan.with_cpu_experts(n_cpu_moe, checkpoint.spec, "cpu_simd")
-    for name in sorted(plan.backends()):
-        plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
+    world = transport.world if transport is not None else World()
+    context = Context(options.precision, options.threads, world.local_size, world.local_rank)
     create = plugins.creator(context)
     model: specs.Model = checkpoint.spec
+    plan = _resolve_auto(options.chosen_plan(), plugins, context)
+    placed_plan = _with_host_experts(plan, options, model, plugins, create)
+    for name in sorted(placed_plan.backends()):
+        plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
     joins: Joins = JOINS
     if transport is not None:
         model = shard(model, transport.world)
         joins = {**JOINS, ExpertParallelMoe: Join(join(transport), HOST)}
-    placer = Placer(plan, create, joins, plugins.backends)
-    placed = placer.place(trimmed(model) if trim else model)
-    return Setup(checkpoint, plan, placed, plugins, create, joins, context, transport, again)
+    placer = Placer(placed_plan, create, joins, plugins.backends)
+    placed = placer.place(trimmed(model) if options.trim else model)
+    return Setup(
+        checkpoint, options, placed_plan, placed, plugins, create, joins, context, transport
+    )
 
 
-def load_model(path: str | Path, backend: str = AUTO, *, threads: int | None = None) -> LFM2:
-    """The model at `path` (or an embedded model's name), its blocks from the plan `backend`.
+def load_model(model: str | Path, backend: str = AUTO, **options: Any) -> LFM2:
+    """Returns the model at a path (or an embedded model's name), its blocks from a plan.
 
-    model = load_model("tiny", "cpu_simd,attn=reference")
+    model = load_model("tiny", "reference,2-4.moe=cpu_simd", threads=4)
     logits = model.logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))
 
-    Warns about doubtful checkpoints, such as two sets of weights in one folder.
+    `options` are other fields of `lfm2kit.options.Options`.  Raises `Lfm2kitError` for anything
+    that the user must change.  Warns about doubtful checkpoints, such as two sets of weights in
+    one folder.
     """
-    checkpoint = open_checkpoint(find_model(str(path)))
+    asked = Options(model=str(model), backend=backend, **options)
+    checkpoint = open_checkpoint(find_model(asked.model))
     for remark in checkpoint.remarks:
         warnings.warn(remark, stacklevel=2)
-    context = Context(threads=threads)
-    return set_up(checkpoint, Plan.parse(backend), context=context).build()
+    return set_up(checkpoint, asked).build()
 
 
 def _resolve_auto(plan: Plan, plugins: Plugins, context: Context) -> Plan:
@@ -210,3 +212,34 @@ def _resolve_auto(plan: Plan, plugins: Plugins, context: Context) -> Plan:
     best = plugins.auto(context.precision)
     rules = tuple(replace(r, backend=best) if r.backend == AUTO else r for r in plan.rules)
     return Plan(best if plan.default == AUTO else plan.default, rules)
+
+
+def _with_host_experts(
+    plan: Plan,
+    options: Options,
+    model: specs.Model,
+    plugins: Plugins,
+    create: Callable[[str], Backend],
+) -> Plan:
+    """Returns the plan with the experts of the first layers in the host's memory, as asked."""
+    if not options.n_cpu_moe:
+        return plan
+    experts = (leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts))
+    one = next(experts, None)
+    backend = AUTO if one is None else _host_backend(one, options, plugins, create)
+    return plan.with_cpu_experts(options.n_cpu_moe, model, backend)
+
+
+def _host_backend(
+    spec: Spec, options: Options, plugins: Plugins, create: Callable[[str], Backend]
+) -> str:
+    """Returns the most preferred backend that builds `spec` in the host's memory."""
+    for name in plugins.ready(options.precision):
+        backend = create(name)
+        is_on_host = backend.memory(spec).name == HOST.name
+        if is_on_host and backend.why_unsupported(spec) is None:
+            return name
+    raise Lfm2kitError(
+        Option("n_cpu_moe", options.n_cpu_moe),
+        f": no backend that can run here builds {type(spec).__name__} in the host's memory",
+    )

@@ -23,6 +23,8 @@ from lfm2kit.documents import read_toml
 from lfm2kit.errors import Lfm2kitError, Option, choices
 from lfm2kit.trim import TrimmedModel
 
+AUTO = "auto"  # in a plan: the best backend of this machine
+
 # What a kind in a plan stands for: a block's own kind, or a group of them.
 KINDS: dict[str, frozenset[str]] = {
     **{k: frozenset({k}) for k in ("embed", "norm", "conv", "attn", "mlp", "rows", "head")},
@@ -70,7 +72,7 @@ class Plan:
         if not default or "=" in default:
             raise Lfm2kitError(
                 f"plan '{text}' begins with '{default}'; begin with the default backend, "
-                "then [LAYERS.]KIND=BACKEND items: cpu_simd,2-4.moe=reference"
+                "then [LAYERS.]KIND=BACKEND items: auto,2-4.moe=reference"
             )
         return cls(default, tuple(_parse_rule(item) for item in items))
 
@@ -134,7 +136,7 @@ def _parse_rule(item: str) -> Rule:
     """`2-4.moe=reference`, `moe=reference` or `2-4=reference`."""
     where, equals, backend = (part.strip() for part in item.partition("="))
     if not (equals and where and backend):
-        raise Lfm2kitError(f"plan item '{item}': expected [LAYERS.]KIND=BACKEND, as 2-4.moe=cuda")
+        raise Lfm2kitError(f"plan item '{item}': expected [LAYERS.]KIND=BACKEND, as 2-4.moe=NAME")
     layers, dot, kind = where.partition(".")
     if dot:
         return _rule(backend, kind, layers, item)

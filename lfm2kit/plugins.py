@@ -20,12 +20,13 @@ import pluggy
 from lfm2kit import hookspecs
 from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError, choices
+from lfm2kit.plan import AUTO
 from lfm2kit.specs import Spec
 from lfm2kit.transport import TransportPlugin
 
 GROUP = "lfm2kit"
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-RESERVED = {"auto"}  # in a plan: the best backend of this machine
+RESERVED = {AUTO}
 ALLOW_LIST = "LFM2KIT_PLUGINS"  # comma-separated entry-point names; "none" for none
 
 
@@ -121,11 +122,7 @@ class Plugins:
 
     def auto(self, precision: str = "fp32") -> str:
         """Returns the name that `auto` stands for in a plan: the most preferred that can run."""
-        ready = [
-            b.plugin
-            for b in self.backends.values()
-            if b.plugin.preference > 0 and precision in b.plugin.precisions and b.why_not is None
-        ]
+        ready = self.ready(precision)
         if not ready:
             limit = (
                 f"{ALLOW_LIST} is {os.environ[ALLOW_LIST]}; " if ALLOW_LIST in os.environ else ""
@@ -133,7 +130,16 @@ class Plugins:
             raise Lfm2kitError(
                 f"no backend for precision {precision} can run here; {limit}see lfm2kit backends"
             )
-        return max(ready, key=lambda plugin: plugin.preference).name
+        return ready[0]
+
+    def ready(self, precision: str) -> list[str]:
+        """Returns the names of the backends that can run here, the most preferred first."""
+        able = [
+            b.plugin
+            for b in self.backends.values()
+            if b.plugin.preference > 0 and precision in b.plugin.precisions and b.why_not is None
+        ]
+        return [p.name for p in sorted(able, key=lambda plugin: -plugin.preference)]
 
     def creator(self, context: Context) -> Callable[[str], Backend]:
         """Creates backends by name, each once; the context they get can create the others."""

@@ -38,7 +38,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     if timed.logits is None:
         return True
     steps.step("validating and writing", steps.longest(Work(0, 2 * timed.logits.nbytes)))
-    verdict = judge(timed.logits, prepared.answers, request.precision)
+    verdict = judge(timed.logits, prepared.answers, request.options.precision)
     problem = not_finite(timed.logits)
     prepared.report.fields["finite"] = problem is None
     is_good = problem is None and (verdict is None or verdict.is_valid)
@@ -63,18 +63,16 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
         "model": str(prepared.checkpoint.path),
         "parameters": size,
         "backend": str(prepared.setup.plan),
-        "precision": request.precision,
-        "trim": request.trim,
+        "precision": request.options.precision,
+        "trim": request.options.trim,
         "ranks": ranks,
         "samples": n,
         "tokens_per_sample": seq_len,
         "batch_size": prepared.batch_size,
     }
     report.line(f"Model: {prepared.checkpoint.path} ({size / 1e6:.4g} M parameters)")
-    trimmed = ", trimmed" if request.trim else ""
-    report.line(
-        f"Backend: {prepared.setup.plan}{chosen}, {request.precision}{trimmed}, ranks: {ranks}"
-    )
+    how = request.options.precision + (", trimmed" if request.options.trim else "")
+    report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}")
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
     for note in (*prepared.setup.notes(), *passed_over(request, prepared)):
         remark(note)

@@ -8,43 +8,36 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.capacity import size
-from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
+from lfm2kit.cli.options import JsonOption, files_of, flags, open_model, spread
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
+from lfm2kit.options import About, Options
 from lfm2kit.placement import Placed
-from lfm2kit.transport import World
 from lfm2kit.trim import TrimmedLayer, TrimmedModel
 
 
+@spread
 def plan(
-    model: options.ModelOption = "tiny",
-    backend: options.BackendOption = None,
-    plan: options.PlanOption = None,
-    precision: options.PrecisionOption = "fp32",
-    threads: options.ThreadsOption = None,
-    n_cpu_moe: options.CpuMoeOption = 0,
-    trim: options.TrimOption = False,
+    options: Options,
     tokens: Annotated[
-        int, options.whole_number("--tokens", help="Tokens of a forward, for the workspace.")
+        int, flags("tokens", About("Tokens of a forward, for the workspace.", least=1))
     ] = 2048,
-    json: options.JsonOption = None,
+    json: JsonOption = None,
 ) -> None:
     """Shows each block's backend, memory, bytes and copies; nothing is loaded."""
     report = Report(json)
-    checkpoint = options.open_model(model)
-    report.check_apart(options.files_of(checkpoint, plan))
-    context = options.context_for(precision, threads, World())
-    chosen = options.chosen_plan(backend, plan)
-    setup = set_up(checkpoint, chosen, context=context, n_cpu_moe=n_cpu_moe, trim=trim)
+    checkpoint = open_model(options)
+    report.check_apart(files_of(checkpoint, options))
+    setup = set_up(checkpoint, options)
     rows = [_row(leaf, setup, tokens) for leaf in setup.placed.leaves()]
     totals = _totals(setup, tokens)
     shortage = setup.shortage(tokens)
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
-        "precision": precision,
+        "precision": options.precision,
         "blocks": rows,
         "totals": totals,
         "copies": setup.placed.copies(),

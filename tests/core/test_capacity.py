@@ -13,7 +13,7 @@ from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import Setup, find_model, set_up
 from lfm2kit.memory import HostMemory
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.plugins import InstalledBackend, installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.transport import World
@@ -48,12 +48,11 @@ class CardBackend(DeviceBackend):
         return super().build(spec, weights)
 
 
-def card(plan: str = "card", precision: str = "fp32", **options: Any) -> Setup:
+def card(plan: str = "card", *, transport: Any = None, **options: Any) -> Setup:
     plugins = installed_plugins()
     plugin = BackendPlugin("card", "a small device", CardBackend, 1, precisions=tuple(PACKED))
     plugins.backends["card"] = InstalledBackend(plugin, "this test")
-    context = Context(precision=precision)
-    return set_up(TINY, Plan.parse(plan), context=context, plugins=plugins, **options)
+    return set_up(TINY, Options(backend=plan, **options), transport=transport, plugins=plugins)
 
 
 def elements(*, without_experts_of: int = 0) -> int:

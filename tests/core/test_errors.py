@@ -94,6 +94,5 @@ def test_every_option_that_a_message_names_is_one() -> None:
     for path in library():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Option":
-                (name, *_) = node.args
-                assert isinstance(name, ast.Constant)
-                assert name.value in option_names(), path
+                name = node.args[0]
+                assert not isinstance(name, ast.Constant) or name.value in option_names(), path
