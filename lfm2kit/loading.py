@@ -150,7 +150,7 @@ class Setup:
         wrap: Wrap = self.plugins.wrap
         if self.transport is not None:
             wrap = telling(wrap, {leaf.name for leaf in self.placed.leaves()})
-        return Builder(self.checkpoint.weights, self.create, self.joins, wrap, done, check)
+        return Builder(self.checkpoint.values, self.create, self.joins, wrap, done, check)
 
     def stored_bytes(self, placed: Placed) -> int:
         """Returns the bytes that the weights of `placed` take in the checkpoint."""
@@ -199,7 +199,7 @@ def load_model(model: str | Path, backend: str = AUTO, **options: Any) -> LFM2:
     one folder.
     """
     asked = Options(model=str(model), backend=backend, **options)
-    checkpoint = open_checkpoint(find_model(asked.model))
+    checkpoint = open_checkpoint(find_model(asked.model), seed=asked.seed or 0)
     for remark in checkpoint.remarks:
         warnings.warn(remark, stacklevel=2)
     return set_up(checkpoint, asked).build()

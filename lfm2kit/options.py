@@ -48,7 +48,9 @@ def option(default: Any, help: str, *, words: str | None = None, **about: Any) -
 class Options:
     """Which model to set up, and how.  Raises `Lfm2kitError` for a number out of its bounds."""
 
-    model: str = option("tiny", "Checkpoint folder, model.bin, or an embedded model.")
+    model: str = option(
+        "tiny", "Checkpoint folder, model.bin, TOML file of specs, or an embedded model."
+    )
     backend: str | None = option(
         None,
         "Which backend builds what: auto, reference, 'auto,2-4.moe=reference'.",
@@ -63,6 +65,13 @@ class Options:
     )
     n_cpu_moe: int = option(0, "Experts of the first N MoE layers on CPU.", least=0)
     trim: bool = option(False, "Leave out rows that no logit depends on, in the last layers.")
+    seed: int | None = option(
+        None,
+        "Seed of what is random: ids, and weights of a file of specs.",
+        words="0",
+        least=0,
+        most=bounds.SEED,
+    )
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -249,11 +249,11 @@ def _copy(path: Path, new: Path, note: Note) -> None:
 
 def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's own config.json, or the keys of the config that it was taken for."""
+    if checkpoint.config is None:
+        raise Lfm2kitError(f"{checkpoint.path}: it has no config.json to convert")
     path = checkpoint.folder / CONFIG
     if path.exists():
         return read_json(path)
-    if checkpoint.config is None:
-        raise Lfm2kitError(f"{checkpoint.path}: it has no config.json to convert")
     return config_fields(checkpoint.config)
 
 

@@ -100,7 +100,7 @@ def _part(path: Path) -> str | None:
         return f"this is {ADAPTER}"
     if path.suffix != ".safetensors" and is_safetensors(path):
         return f"this is a safetensors file whose name says otherwise; {give_folder}"
-    if path.suffix in (".json", ".toml", ".jinja", ".txt", ".md"):
+    if path.suffix in (".json", ".jinja", ".txt", ".md"):
         return f"this is a text that belongs to a model, not its weights; {give_folder}"
     return None
 

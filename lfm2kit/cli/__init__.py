@@ -14,6 +14,7 @@ from lfm2kit.cli.env import env
 from lfm2kit.cli.plan import plan
 from lfm2kit.cli.ranks import RanksCommand
 from lfm2kit.cli.run import run
+from lfm2kit.cli.specs import specs
 from lfm2kit.cli.warmup import warmup
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(plan)
 app.add_typer(backends, name="backends")
 app.command()(bench)
 app.command()(convert)
+app.command()(specs)
 app.command()(warmup)
 app.command()(env)
 

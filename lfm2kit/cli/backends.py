@@ -40,7 +40,7 @@ def list_backends(json: JsonOption = None) -> None:
 @spread
 def check(
     name: Annotated[str, typer.Argument(help="The backend to judge.")],
-    options: Annotated[Options, Without(("model", "backend", "plan", "n_cpu_moe", "trim"))],
+    options: Annotated[Options, Without(("model", "backend", "plan", "n_cpu_moe", "trim", "seed"))],
     only: Annotated[
         str | None, typer.Option(metavar="ID,...", help="Only these checks. \\[default: all]")
     ] = None,

@@ -77,10 +77,6 @@ def bench(
         int, flags("repetitions", About("Calls of each that are timed.", least=1))
     ] = 5,
     output: Annotated[Form, typer.Option("-o", "--output", help="Form of the table.")] = Form.md,
-    seed: Annotated[
-        int,
-        flags("seed", About("Seed of the random ids and activations.", least=0, most=bounds.SEED)),
-    ] = 0,
 ) -> None:
     """Measures the model or its blocks: median and spread, beside this machine's ceilings."""
     samples = _whole_numbers(n)
@@ -89,7 +85,7 @@ def bench(
         raise Lfm2kitError("--decode measures the whole model; leave out --block")
     if options.trim and (decode or block):
         raise Lfm2kitError("--trim is for whole samples through the whole model; leave it out here")
-    checkpoint = open_model(options)
+    checkpoint, seed = open_model(options), options.seed or 0
     plans = backend or [_default_plan()]
     setups = [set_up(checkpoint, replace(options, backend=plan)) for plan in plans]
     for setup in setups:

@@ -68,9 +68,10 @@ def _say_what_is_missing(origin: Origin, target: Path) -> None:
 
 def _opened(source: str) -> Source:
     checkpoint = open_model(Options(model=source))
+    opened = source_of(checkpoint)
     for sentence in checkpoint.remarks:
         remark(sentence)
-    return source_of(checkpoint)
+    return opened
 
 
 def _random(source: str, seed: int) -> Source:

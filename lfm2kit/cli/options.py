@@ -127,7 +127,7 @@ def _group(annotation: Any) -> _Group | None:
 
 def open_model(options: Options) -> Checkpoint:
     """Opens the model that the options name."""
-    checkpoint = open_checkpoint(find_model(options.model))
+    checkpoint = open_checkpoint(find_model(options.model), seed=options.seed or 0)
     explain_bus_errors(checkpoint.path)
     return checkpoint
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from lfm2kit import progress as steps
 from lfm2kit import samples
+from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import Report, complain, only_said, progress, remark
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.preparing import Prepared, Request, passed_over
@@ -62,6 +63,7 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
     report.fields |= {
         "model": str(prepared.checkpoint.path),
         "parameters": size,
+        "weights": weights_of(prepared.checkpoint),
         "backend": str(prepared.setup.plan),
         "precision": request.options.precision,
         "trim": request.options.trim,
@@ -71,11 +73,20 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
         "batch_size": prepared.batch_size,
     }
     report.line(f"Model: {prepared.checkpoint.path} ({size / 1e6:.4g} M parameters)")
+    if prepared.checkpoint.config is None:  # a file of specs names no weights
+        report.line(f"Weights: {report.fields['weights']}")
     how = request.options.precision + (", trimmed" if request.options.trim else "")
     report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}")
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
     for note in (*prepared.setup.notes(), *passed_over(request, prepared)):
         remark(note)
+
+
+def weights_of(checkpoint: Checkpoint) -> str:
+    """Says which weights a model has."""
+    if checkpoint.seed is not None:
+        return f"random, seed {checkpoint.seed}"
+    return ", ".join(path.name for path in checkpoint.weight_files())
 
 
 def built(prepared: Prepared, is_first: bool) -> LFM2:

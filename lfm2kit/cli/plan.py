@@ -10,7 +10,7 @@ from rich.table import Column
 from lfm2kit.capacity import size
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
-from lfm2kit.cli.options import JsonOption, files_of, flags, open_model, spread
+from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
 from lfm2kit.options import About, Options
@@ -20,7 +20,7 @@ from lfm2kit.trim import TrimmedLayer, TrimmedModel
 
 @spread
 def plan(
-    options: Options,
+    options: Annotated[Options, Without(("seed",))],
     tokens: Annotated[
         int, flags("tokens", About("Tokens of a forward, for the workspace.", least=1))
     ] = 2048,

@@ -49,7 +49,6 @@ class Request:
     random_inputs: int | None = option(
         None, "Random samples of TOKENS ids, not a file.", least=1, metavar="TOKENS"
     )
-    seed: int | None = option(None, "Seed of the random ids.", words="0", least=0, most=bounds.SEED)
     answers: Path | None = option(None, "Expected logits.", words="answers.bin beside the model")
     outputs: Path | None = option(None, "Where to write the logits.", words="nowhere")
     ranks: int | None = option(None, "Processes that share samples and experts (MPI).", least=1)
@@ -116,15 +115,17 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
     """Returns the ids [n, seq_len] that were asked for, from a file or random ones."""
     vocab_size = checkpoint.spec.embed_tokens.vocab_size
     if request.random_inputs is None:
-        if request.seed is not None:
-            raise Lfm2kitError(f"--seed {request.seed} is for --random-inputs, which is not given")
+        if request.options.seed is not None and checkpoint.seed is None:
+            raise Lfm2kitError(
+                f"--seed {request.options.seed} is for --random-inputs, which is not given"
+            )
         return _ids_of_file(request, checkpoint, vocab_size)
     if request.inputs is not None:
         raise Lfm2kitError("--inputs and --random-inputs: give one of them")
     shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
     bounds.check_tokens(*shape)
     check_samples(shape, vocab_size)
-    generator = np.random.default_rng(request.seed or 0)
+    generator = np.random.default_rng(request.options.seed or 0)
     return generator.integers(0, vocab_size, shape, dtype=np.int32)
 
 
@@ -215,7 +216,7 @@ def facts_of(request: Request, prepared: Prepared) -> Facts:
     settled = {
         "--backend": prepared.setup.plan,
         **{flag(Option(name)): v for name, v in asked.items() if name not in NOT_COMPARED},
-        "--seed": request.seed or 0,
+        "--seed": request.options.seed or 0,
         "--batch-size": prepared.batch_size,
         "-n": len(prepared.inputs),
         "the inputs' content": fingerprints.digest([prepared.inputs.tobytes()]),

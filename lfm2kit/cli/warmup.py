@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from typing import Annotated
 
 from lfm2kit.bench import random_batch
 from lfm2kit.cli.console import Report, remark
-from lfm2kit.cli.options import JsonOption, files_of, open_model, spread
+from lfm2kit.cli.options import JsonOption, Without, files_of, open_model, spread
 from lfm2kit.loading import set_up
 from lfm2kit.options import Options
 
 
 @spread
-def warmup(options: Options, json: JsonOption = None) -> None:
+def warmup(options: Annotated[Options, Without(("seed",))], json: JsonOption = None) -> None:
     """Compiles the kernels that a plan needs, by a forward of a small model; runs start faster."""
     report = Report(json)
     start = time.perf_counter()
