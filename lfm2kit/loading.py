@@ -20,7 +20,7 @@ from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, Option, choices, either
 from lfm2kit.memory import HOST
-from lfm2kit.model import JOINS, LFM2, Builder, build_model
+from lfm2kit.model import JOINS, LFM2, Builder, build_model, can_capture
 from lfm2kit.options import Options
 from lfm2kit.parallel import ExpertParallelMoe, join, shard
 from lfm2kit.placement import Join, Joins, Placed, Placer
@@ -30,6 +30,7 @@ from lfm2kit.progress import Wrap, telling
 from lfm2kit.specs import Spec
 from lfm2kit.transport import Transport, World
 from lfm2kit.trim import trim as trimmed
+from lfm2kit.wrappers import Wrappers
 
 EMBEDDED = Path(__file__).parent / "models"
 
@@ -56,16 +57,20 @@ class Setup:
     plugins: Plugins
     create: Callable[[str], Backend]
     joins: Joins
+    wrappers: Wrappers
     context: Context
     transport: Transport | None
 
     def notes(self) -> Iterator[str]:
-        """Yields remarks on the checkpoint, and notes from the backends of the plan."""
+        """Yields remarks on checkpoint and capture, and notes from the backends of the plan."""
         yield from self.checkpoint.remarks
         for name in sorted(self.plan.backends()):
             backend = self.create(name)
             if isinstance(backend, Explains):
                 yield from (f"{name}: {note}" for note in backend.notes())
+        is_captured = can_capture(self.create(self.plan.default), self.placed)
+        if is_captured and not self.wrappers.survive_capture:
+            yield self.wrappers.why_not_captured()
 
     def build(
         self, built: Callable[[Placed], None] = lambda placed: None, *, tokens: int = 0
@@ -147,10 +152,18 @@ class Setup:
             self.checkpoint.release(placed.scope, placed.spec)
             built(placed)
 
-        wrap: Wrap = self.plugins.wrap
+        wrap: Wrap = self.wrappers.wrap
         if self.transport is not None:
             wrap = telling(wrap, {leaf.name for leaf in self.placed.leaves()})
-        return Builder(self.checkpoint.values, self.create, self.joins, wrap, done, check)
+        return Builder(
+            self.checkpoint.values,
+            self.create,
+            self.joins,
+            wrap,
+            done,
+            check,
+            self.wrappers.survive_capture,
+        )
 
     def stored_bytes(self, placed: Placed) -> int:
         """Returns the bytes that the weights of `placed` take in the checkpoint."""
@@ -183,8 +196,18 @@ def set_up(
         joins = {**JOINS, ExpertParallelMoe: Join(join(transport), HOST)}
     placer = Placer(placed_plan, create, joins, plugins.backends)
     placed = placer.place(trimmed(model) if options.trim else model)
+    wrappers = Wrappers.of(placed, plugins)
     return Setup(
-        checkpoint, options, placed_plan, placed, plugins, create, joins, context, transport
+        checkpoint,
+        options,
+        placed_plan,
+        placed,
+        plugins,
+        create,
+        joins,
+        wrappers,
+        context,
+        transport,
     )
 
 

@@ -158,6 +158,7 @@ class Builder:
     wrap: Callable[[str, Spec, Block], Block] = lambda name, spec, block: block
     built: Callable[[Placed], None] = lambda placed: None  # called after each leaf: progress
     before: Callable[[Placed], None] = lambda placed: None  # called before each leaf
+    may_capture: bool = True  # False: a wrapper works in calls alone
 
     def build(self, placed: Placed) -> Any:
         """The block of `placed`, ready to be called from the memory around it."""
@@ -190,6 +191,7 @@ class LFM2:
     forward: Forward
     home: Memory
     backend: Backend  # the plan's default
+    may_capture: bool = True
     _replays: Replays = field(init=False, repr=False)
     _states: WeakSet[ModelState] = field(init=False, repr=False, default_factory=WeakSet)
 
@@ -248,7 +250,7 @@ class LFM2:
 
     @property
     def _is_capturable(self) -> bool:
-        return isinstance(self.backend, Captures) and self.placed.copies() == 0
+        return self.may_capture and can_capture(self.backend, self.placed)
 
     def _replay(self, batch: Batch) -> Replay:
         """The captured forward for batches of this shape."""
@@ -266,4 +268,10 @@ def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
         forward=builder.build(placed),
         home=placed.outer,
         backend=builder.create(default_backend),
+        may_capture=builder.may_capture,
     )
+
+
+def can_capture(backend: Backend, placed: Placed) -> bool:
+    """Returns whether a forward of `placed` can be captured by the plan's default backend."""
+    return isinstance(backend, Captures) and placed.copies() == 0

@@ -45,6 +45,12 @@ class Placed:
     def is_copied(self) -> bool:
         return self.memory.name != self.outer.name
 
+    def tree(self) -> Iterator[Placed]:
+        """This block and all its parts, in the order of the forward."""
+        yield self
+        for _, part in self.parts:
+            yield from part.tree()
+
     def leaves(self) -> Iterator[Placed]:
         """The blocks that backends build, in the order of the forward."""
         if self.backend is not None:

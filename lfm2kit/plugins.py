@@ -10,6 +10,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -18,8 +19,10 @@ from typing import Any
 import pluggy
 
 from lfm2kit import hookspecs
-from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context
+from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Context
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError, choices
+from lfm2kit.hookspecs import Command, Wrapper
+from lfm2kit.memory import Memory
 from lfm2kit.plan import AUTO
 from lfm2kit.specs import Spec
 from lfm2kit.transport import TransportPlugin
@@ -27,6 +30,8 @@ from lfm2kit.transport import TransportPlugin
 GROUP = "lfm2kit"
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 RESERVED = {AUTO}
+# lfm2kit's own commands, which no plugin may take.
+COMMANDS = frozenset(("backends", "bench", "convert", "env", "plan", "run", "specs", "warmup"))
 ALLOW_LIST = "LFM2KIT_PLUGINS"  # comma-separated entry-point names; "none" for none
 
 
@@ -62,14 +67,16 @@ class InstalledBackend:
 
 
 class Plugins:
-    """All that installed plugins add: backends, transports, block wrappers."""
+    """All that installed plugins add: backends, transports, commands, wrappers, observers."""
 
     def __init__(self, entries: list[EntryPoint]) -> None:
         self.backends: dict[str, InstalledBackend] = {}
         self.transports: dict[str, TransportPlugin] = {}
+        self.commands: dict[str, Command] = {}
+        self._owners = dict.fromkeys(COMMANDS, "lfm2kit")  # of commands
         self.loaded: list[EntryPoint] = []
         self.broken: list[BrokenPlugin] = []
-        self._wrappers: list[tuple[str, Any]] = []
+        self._managers: list[tuple[str, pluggy.PluginManager]] = []
         for entry in entries:
             self._load(entry)
 
@@ -84,8 +91,9 @@ class Plugins:
             _check_hooks(plugin)
             backends = [b for some in manager.hook.lfm2kit_backends() for b in some]
             transports = [t for some in manager.hook.lfm2kit_transports() for t in some]
-            self._announce(backends, transports, distribution)
-            self._wrappers.append((entry.name, manager))
+            commands = [c for some in manager.hook.lfm2kit_commands() for c in some]
+            self._announce(backends, transports, commands, distribution)
+            self._managers.append((entry.name, manager))
             self.loaded.append(entry)
         except (KeyboardInterrupt, GeneratorExit):
             raise
@@ -95,15 +103,20 @@ class Plugins:
                 BrokenPlugin(entry.name, distribution, reason, traceback.format_exc())
             )
 
-    def _announce(self, backends: list[Any], transports: list[Any], distribution: str) -> None:
+    def _announce(
+        self, backends: list[Any], transports: list[Any], commands: list[Any], distribution: str
+    ) -> None:
         """All that a plugin yields, or nothing of it: a bad name leaves no half behind."""
         owners = {name: b.distribution for name, b in self.backends.items()}
         _check_announced("lfm2kit_backends", backends, BackendPlugin, owners)
         _check_precisions(backends)
         others = dict.fromkeys(self.transports, "another plugin")
         _check_announced("lfm2kit_transports", transports, TransportPlugin, others)
+        _check_announced("lfm2kit_commands", commands, Command, self._owners)
         self.backends |= {b.name: InstalledBackend(b, distribution) for b in backends}
         self.transports |= {t.name: t for t in transports}
+        self.commands |= {c.name: c for c in commands}
+        self._owners |= {c.name: distribution for c in commands}
 
     def backend(self, name: str) -> BackendPlugin:
         """The announced backend `name`, if it can run here; else `Lfm2kitError`."""
@@ -164,14 +177,33 @@ class Plugins:
 
         return create
 
-    def wrap(self, name: str, spec: Spec, block: Block) -> Block:
-        """`block` inside the wrappers that plugins have for it, usually none."""
-        for plugin, manager in self._wrappers:
-            for wrapper in manager.hook.lfm2kit_block_wrapper(name=name, spec=spec):
-                block = wrapper(block)
-                if not callable(block):
-                    raise TypeError(f"plugin '{plugin}' wraps {name} in {block!r}: no block")
-        return block
+    def owner(self, command: str) -> str:
+        """Returns the distribution that a command comes from."""
+        return self._owners[command]
+
+    def wrappers(self, name: str, spec: Spec, memory: Memory) -> list[tuple[str, Wrapper]]:
+        """Returns the wrappers around a block, each with its plugin's name, the innermost first."""
+        found = []
+        for plugin, manager in self._managers:
+            for wrapper in manager.hook.lfm2kit_block_wrapper(name=name, spec=spec, memory=memory):
+                if not isinstance(wrapper, Wrapper):
+                    raise TypeError(
+                        f"plugin '{plugin}' returned {wrapper!r} for {name}, not an lfm2kit.Wrapper"
+                    )
+                found.append((plugin, wrapper))
+        return found
+
+    def run_ended(self, record: Mapping[str, Any]) -> dict[str, Exception]:
+        """Tells every plugin that a run has ended; returns what plugins raised, by their names."""
+        raised = {}
+        for plugin, manager in self._managers:
+            try:
+                manager.hook.lfm2kit_run_ended(record=deepcopy(record))
+            except Exception as error:
+                raised[plugin] = error
+            except SystemExit as error:
+                raised[plugin] = RuntimeError(f"SystemExit: {error}")
+        return raised
 
 
 def installed_plugins() -> Plugins:

@@ -27,7 +27,7 @@ def _default(context: typer.Context, json: JsonOption = None) -> None:
 
 @backends.command("list")
 def list_backends(json: JsonOption = None) -> None:
-    """Lists backends, transports and plugins that could not be loaded, with the reason."""
+    """Lists backends, transports, commands of plugins, and plugins that could not be loaded."""
     plugins = installed_plugins()
     report = Report(json)
     report.fields = _description(plugins)
@@ -92,6 +92,9 @@ def _description(plugins: Plugins) -> dict[str, Any]:
             {"name": name, "summary": transport.summary}
             for name, transport in sorted(plugins.transports.items())
         ],
+        "commands": [
+            {"name": name, "distribution": plugins.owner(name)} for name in sorted(plugins.commands)
+        ],
         "broken": [
             {
                 "name": broken.name,
@@ -114,6 +117,8 @@ def _show(report: Report) -> None:
     show_table(rows, *(Column(heading, overflow="fold") for heading in headings))
     for row in report.fields["transports"]:
         report.line(f"transport {row['name']}: {row['summary']}")
+    for row in report.fields["commands"]:
+        report.line(f"command {row['name']}: {row['distribution']}")
     for row in report.fields["broken"]:
         report.line()
         report.line(f"plugin '{row['name']}' ({row['distribution']}) skipped: {row['reason']}")

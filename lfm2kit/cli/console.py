@@ -88,12 +88,16 @@ class Report:
         stream = sys.stderr if self.target == STDOUT else sys.stdout
         print(printable(text), file=stream, flush=True)
 
+    def record(self) -> Any:
+        """Returns the fields as they are in the document: NaN and infinities are None."""
+        return _without_nan(self.fields)
+
     def write(self) -> None:
         """Writes the document in ASCII; NaN and infinities, which JSON lacks, become null.
 
         A path that is not UTF-8 has surrogates, from which `os.fsencode` restores its bytes.
         """
-        text = json.dumps(_without_nan(self.fields), indent=2).replace("\x7f", "\\u007f")
+        text = json.dumps(self.record(), indent=2).replace("\x7f", "\\u007f")
         if self.target == STDOUT:
             print(text)
         elif self.path is not None:

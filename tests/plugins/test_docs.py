@@ -124,7 +124,7 @@ def test_the_wrapper_of_the_page_wraps_what_it_says() -> None:
     hook = names["lfm2kit_block_wrapper"]
     assert callable(hook)
     assert hook("lm_head", LMHead(5, 2)) is None
-    wrapped = hook("layers.0.feed_forward", MLP(2, 3))(lambda x: x)
+    wrapped = hook("layers.0.feed_forward", MLP(2, 3)).wrap(lambda x: x)
     assert wrapped(1.0) == 1.0
     with pytest.raises(AssertionError, match="left the numbers"):
         wrapped(float("nan"))
