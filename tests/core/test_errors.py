@@ -96,3 +96,12 @@ def test_every_option_that_a_message_names_is_one() -> None:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Option":
                 name = node.args[0]
                 assert not isinstance(name, ast.Constant) or name.value in option_names(), path
+
+
+def test_no_message_of_the_core_names_a_backend_or_a_transport() -> None:
+    """Launchers of other software have options that are called so."""
+    names = re.compile(r"\b(cpu_simd|cuda|hybrid|mpi)\b")
+    for path in library():
+        if CORE in path.parents and path.name != "launchers.py":
+            said = [text for text in messages(path) if names.search(text)]
+            assert not said, (path, said)
