@@ -21,10 +21,14 @@ ABSENT = "not there"
 
 
 class Fact(NamedTuple):
-    """Something that all ranks must have in common; `note` is shown, but not compared."""
+    """Something that all ranks must have in common, or if `is_own` no two of them.
+
+    `note` is shown, but not compared; nor is the name of an own fact.
+    """
 
     value: str
     note: str = ""
+    is_own: bool = False
 
     def __str__(self) -> str:
         return f"{self.value} ({self.note})" if self.note else self.value
@@ -58,18 +62,34 @@ def compared(reports: Sequence[Facts | Refusal]) -> Refusal | None:
         return _of_all(refusals, len(reports))
     facts = [report for report in reports if not isinstance(report, Refusal)]
     differences = [d for name in _names(facts) if (d := _difference(name, facts)) is not None]
-    if not differences:
-        return None
-    return Refusal(f"the ranks do not agree: {_joined(differences)}; start all of them alike")
+    if differences:
+        return Refusal(f"the ranks do not agree: {_joined(differences)}; start all of them alike")
+    shared = [f"{_ranks(ranks)} would share {value}" for value, ranks in _shared(facts).items()]
+    if shared:
+        return Refusal(f"{_joined(shared)}; give each rank one of its own, or start fewer ranks")
+    return None
 
 
 def _names(reports: Sequence[Facts]) -> list[str]:
-    """Returns the names of all facts in order, including those that only some ranks have."""
+    """Returns the names of all facts in order, including those that only some ranks have.
+
+    Leaves out each rank's own.
+    """
     places: dict[str, int] = {}
     for report in reports:
-        for place, name in enumerate(report):
-            places[name] = max(place, places.get(name, place))
+        for place, (name, fact) in enumerate(report.items()):
+            if not fact.is_own:
+                places[name] = max(place, places.get(name, place))
     return sorted(places, key=places.__getitem__)
+
+
+def _shared(reports: Sequence[Facts]) -> dict[str, list[int]]:
+    """Returns what should be one rank's own and is not, with its ranks."""
+    owners: dict[str, list[int]] = {}
+    for rank, report in enumerate(reports):
+        for value in {fact.value for fact in report.values() if fact.is_own}:
+            owners.setdefault(value, []).append(rank)
+    return {value: ranks for value, ranks in owners.items() if len(ranks) > 1}
 
 
 def _of_all(refusals: Mapping[int, Refusal], size: int) -> Refusal:

@@ -13,8 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lfm2kit.batch import Batch
-from lfm2kit.memory import HOST, Array, Bounded, HostMemory, Memory
+from lfm2kit.memory import (
+    HOST,
+    Array,
+    Arriving,
+    Bounded,
+    Exclusive,
+    HostMemory,
+    Mark,
+    Memory,
+    Ordered,
+)
 from lfm2kit.specs import Spec
+from lfm2kit.state import Room, State
 from lfm2kit.weights import DType, Tensor, Weights
 
 API_VERSION = 1
@@ -23,36 +34,43 @@ __all__ = [
     "API_VERSION",
     "HOST",
     "Array",
+    "Arriving",
     "Backend",
     "BackendPlugin",
     "Batch",
     "Block",
     "Bounded",
+    "BuildsOperators",
     "Captures",
     "Ceilings",
     "Context",
     "DType",
+    "Exclusive",
     "Explains",
     "HostMemory",
+    "Mark",
     "Measures",
     "Memory",
-    "NeedsWorkspace",
+    "MemoryFigures",
     "Operator",
+    "Ordered",
     "Replay",
+    "Room",
     "Spec",
     "State",
     "Tensor",
     "Weights",
 ]
 
-State = Any  # opaque to the core: made by an operator's `new_state`, handed back to it only
-
 
 class Block(Protocol):
-    """A ready callable: weights packed, kernels compiled, buffers owned.
+    """A ready callable: weights packed, kernels compiled.
 
-    It is called as its spec's docstring says.  It never writes its arguments (but see `RMSNorm`),
-    and an array that it returns keeps its values until the same block is called again.
+    It is called as its spec's docstring says.  It never writes its arguments (but see `RMSNorm`).
+    An array that it returns belongs to the caller: no later call of any block changes it.
+
+    A block of an ordered memory enqueues its work on the memory's current stream, and its results
+    are ready, in that order, for whatever is enqueued there after it.
     """
 
     def __call__(self, *inputs: Any) -> Any: ...
@@ -67,12 +85,12 @@ class Operator(Protocol):
 
     def __call__(self, *inputs: Any) -> Any: ...
 
-    def new_state(self, slots: int, max_tokens: int) -> State:
-        """Room for `slots` sequences of up to `max_tokens` tokens each; contents arbitrary."""
-        ...
+    def new_state(self, room: Room) -> State:
+        """Return a state of `room.pages` pages, with any contents.
 
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        """How many bytes `new_state` takes."""
+        The block finds the pages of a batch's sequences in `batch.pages`.  It reads no page that no
+        sequence of the batch has, and writes only the pages of a sequence's new tokens.
+        """
         ...
 
 
@@ -136,21 +154,39 @@ class Explains(Protocol):
 
 
 @runtime_checkable
-class NeedsWorkspace(Protocol):
-    """Capability: a backend that can say how much memory a block will take.
+class BuildsOperators(Protocol):
+    """What a backend that builds operators or layers must have: the size of their states."""
 
-    Without it `lfm2kit plan` shows no size, and a model too large is not refused in advance.
+    def state_bytes(self, spec: Spec, room: Room) -> int:
+        """Return the bytes that `new_state(room)` of an operator or a layer will take.
+
+        It is asked before anything is built, and only for specs that have a state.
+        """
+        ...
+
+
+@runtime_checkable
+class MemoryFigures(Protocol):
+    """Capability: a backend that can say before building how much memory a block will take.
+
+    Without it `lfm2kit plan` shows no sizes, and a model too large is not refused in advance.
+    Return no more than is really needed: a run is refused if it exceeds what is free.
     """
 
-    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
-        """Returns the bytes that one block will take in its memory: copies of weights, and scratch.
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        """Return the bytes of its weights that the block keeps, in the block's memory.
 
-        For 0 tokens this is what the block keeps of its weights: every copy, packed, widened or
-        moved to another memory.  Views of the checkpoint's memory map do not count, because the
-        system can reclaim their pages.  For more tokens it also includes what a call needs besides
-        its arguments and its result.  Return no more than is really needed: a run is refused if it
-        exceeds what is free.  `weights` are those that `build` will get; look only at types and
-        shapes, because reading values takes minutes.
+        This counts every copy, packed, widened or moved to another memory.  Views of the
+        checkpoint's memory map do not count, because the system can reclaim their pages.
+        `weights` are those that `build` will get; look only at types and shapes, because reading
+        values takes minutes.
+        """
+        ...
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        """Return the bytes that a call with `tokens` rows needs, only while it runs.
+
+        Arguments, result and state do not count.
         """
         ...
 
@@ -170,7 +206,10 @@ class Measures(Protocol):
 
 
 class Replay(Protocol):
-    """A recorded forward: called with a host batch, it leaves the logits in its memory."""
+    """A recorded forward: called with a host batch, it leaves the logits in its memory.
+
+    They keep their values until this replay is called again.
+    """
 
     def __call__(self, batch: Batch) -> Array: ...
 
@@ -180,7 +219,7 @@ class Replay(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives them back; the core keeps only the replays that it used last."""
+        """Give them back.  The core keeps only the replays that it used last."""
         ...
 
 
@@ -188,15 +227,18 @@ class Replay(Protocol):
 class Captures(Protocol):
     """Capability: a backend that can record a whole forward and replay it, as a CUDA graph does.
 
-    Asked for only where every block of the model is in this backend's memory.
+    The core asks for it only if every block of the model works in this backend's memory.
     """
 
-    def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Replay:
-        """A replay of `forward` for every batch of the same `Batch.shape`: all but the ids equal.
+    def capture(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
+        """Return a replay of `step` for every batch whose `family()` has the same forms.
 
-        `forward` takes a batch whose arrays lie in the backend's memory, which this method puts
-        there; the replay takes host batches.  Raises MemoryError if there is no room; the core then
-        closes other replays and tries once more.
+        `step` takes a batch whose arrays lie in the backend's memory; it may read and write a
+        state.  The replay takes host batches, and must copy all of their arrays, ids, positions and
+        pages included: see `Batch.packed` and `Batch.unpacked`.  The batch given here is not run
+        for its effect: the core replays it right after.  So `step` may be called any number of
+        times here.  Raises MemoryError if there is no room; the core then closes other replays and
+        tries once more.
         """
         ...
 

@@ -6,23 +6,36 @@ given a `Batch`.  The known ShortConv bugs of other libraries are all implicit b
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.batch_rules import ARRAYS, MOST_CONTEXT, check, check_slots, integers
-from lfm2kit.memory import HOST, Memory
+from lfm2kit.batch_rules import ARRAYS, MOST_CONTEXT, check, check_pages, integers
+from lfm2kit.memory import HOST, Mark, Memory, is_ordered
+
+Make = Callable[["Batch"], "Batch"]
+
+
+class Form(NamedTuple):
+    """The sizes of a batch.  A captured forward serves every batch of its form."""
+
+    tokens: int
+    sequences: int
+    logits: int
+    width: int  # pages of a sequence's row in the page table
+    max_seqlen: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """The rows of one forward.  The arrays lie in `memory`; the integers are always on the host.
 
-    A sequence whose first row has position 0 starts afresh, whatever its state slot holds; a
-    sequence that starts at position p > 0 goes on from the p tokens its slot has seen.
+    A sequence whose first row has position 0 starts afresh, whatever its pages hold; a sequence
+    that starts at position p > 0 goes on after the p tokens that its pages hold.  Token t of a
+    sequence lies in page `pages[sequence, t // page_tokens]`, at place `t % page_tokens`.
 
     Raises ValueError, when it is made on the host, if a field is not as described here.  The arrays
     are not copied and not checked again, so they must not change.
@@ -31,13 +44,15 @@ class Batch:
     token_ids: Any  # int32 [tokens]
     positions: Any  # int32 [tokens], of each row in its own sequence: consecutive, below 2^24
     cu_seqlens: Any  # int32 [sequences + 1], row where each sequence starts; the last is `tokens`
-    state_slots: Any  # int32 [sequences], the slot of the operators' state; all different
+    pages: Any  # int32 [sequences, width], -1 beyond a sequence's pages; width 0 without a state
     logits_rows: Any  # int32 [logits], the rows whose logits are wanted, in any order
     max_seqlen: int  # rows of the longest sequence; 0 in an empty batch
-    max_context: int  # 1 + the highest position; 0 in an empty batch
     memory: Memory = HOST
-    # Batches made from this one: copies by their memory's name, trimmed ones by their reach.
+    # Batches made from this one: copies by their memory's name, derived ones by their key; and how
+    # the latter are made.
     views: dict[Hashable, Batch] = field(default_factory=dict, repr=False, init=False)
+    makes: dict[Hashable, Make] = field(default_factory=dict, repr=False, init=False)
+    copied: Mark | None = field(default=None, repr=False, init=False)  # when `on` made this copy
 
     def __post_init__(self) -> None:
         if self.memory.name == HOST.name:
@@ -49,14 +64,17 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        return int(self.state_slots.shape[0])
+        return int(self.pages.shape[0])
 
     @property
-    def shape(self) -> tuple[bytes, ...]:
-        """Everything but the ids; a captured forward may serve every batch of an equal shape."""
-        host = self.on(HOST)
-        arrays = host.positions, host.cu_seqlens, host.state_slots, host.logits_rows
-        return tuple(array.tobytes() for array in arrays)
+    def form(self) -> Form:
+        return Form(
+            tokens=self.tokens,
+            sequences=self.sequences,
+            logits=int(self.logits_rows.shape[0]),
+            width=int(self.pages.shape[1]),
+            max_seqlen=self.max_seqlen,
+        )
 
     @property
     def starts(self) -> Any:
@@ -70,15 +88,16 @@ class Batch:
         sequences: Sequence[npt.ArrayLike],
         *,
         starts: Sequence[int] | None = None,
-        slots: Sequence[int] | None = None,
+        pages: Sequence[Sequence[int]] | npt.NDArray[np.int32] | None = None,
     ) -> Batch:
-        """One batch of whole sequences, or of their next chunks, asking for each one's last logits.
+        """Return one batch of sequences, or of their next chunks, wanting each one's last logits.
 
-        `starts[i]` is how many tokens of sequence i its slot has seen already (default 0);
-        `slots[i]` its state slot (default i).
+        `starts[i]` is how many tokens of sequence i its pages hold already (default 0); `pages[i]`
+        its pages (default none, for a forward without a state), or all of them as a table padded
+        with -1.
 
-        Raises ValueError for an empty sequence, ids that are not integers, a negative start or
-        slot, a slot that two sequences share, and a wrong number of starts or slots.
+        Raises ValueError for an empty sequence, ids that are not integers, a negative start, pages
+        that are not page numbers, and a wrong number of starts or rows of pages.
         """
         chunks = [_row_of_ids(sequence) for sequence in sequences]
         count = len(chunks)
@@ -86,33 +105,80 @@ class Batch:
         ends = np.zeros(count + 1, np.int32)
         lengths.cumsum(out=ends[1:])
         first = np.zeros(count, np.int32) if starts is None else _starts(starts, lengths)
-        state_slots = np.arange(count, dtype=np.int32)
-        if slots is not None:
-            check_slots(state_slots := _one_each("slots", slots, count))
         rows = np.arange(ends[-1], dtype=np.int32)
         return _made(
             token_ids=np.concatenate(chunks) if chunks else rows,
             positions=rows + np.repeat(first - ends[:-1], lengths),
             cu_seqlens=ends,
-            state_slots=state_slots,
+            pages=np.empty((count, 0), np.int32) if pages is None else _table(pages, count),
             logits_rows=ends[1:] - np.int32(1),
             max_seqlen=int(lengths.max(initial=0)),
-            max_context=int((first + lengths).max(initial=0)),
             memory=HOST,
             views={},
+            makes={},
+            copied=None,
         )
 
     def on(self, memory: Memory) -> Batch:
-        """This batch with its arrays in `memory`; each copy is made once and remembered."""
+        """Return this batch with its arrays in `memory`; each copy is made once and remembered.
+
+        They are ready for what is enqueued in the memory's current stream, whichever stream they
+        were copied in.
+        """
         if memory.name == self.memory.name:
             return self
-        if memory.name not in self.views:
+        if (view := self.views.get(memory.name)) is None:
             self.views.setdefault(self.memory.name, self)
-            self.views[memory.name] = self._moved(memory)
-        return self.views[memory.name]
+            view = self.views[memory.name] = self._moved(memory)
+        if view.copied is not None and is_ordered(memory):
+            memory.wait(view.copied)
+        return view
+
+    def derived(self, key: Hashable, make: Make) -> Batch:
+        """Return what `make` makes of this batch on the host, in this batch's memory.
+
+        It is made once, and remembered under `key`.  A captured forward makes it again for every
+        batch that it is given, so it must follow from the batch alone.
+        """
+        if key not in self.views:
+            self.makes[key] = make
+            self.views[key] = make(self.on(HOST))
+        return self.views[key].on(self.memory)
+
+    def family(self) -> list[Batch]:
+        """Return this batch and those derived from it, on the host."""
+        host = self.on(HOST)
+        return [host, *(host.derived(key, make) for key, make in self.makes.items())]
+
+    def packed(self) -> npt.NDArray[np.int32]:
+        """Return the arrays of the whole `family`, one after the other: int32 [n]."""
+        arrays = [getattr(one, name) for one in self.family() for name in ARRAYS]
+        return np.concatenate([array.reshape(-1) for array in arrays])
+
+    def unpacked(self, memory: Memory, packed: Any) -> Batch:
+        """Return this batch with its arrays in `memory`: views of `packed`, and so are the derived.
+
+        `packed` is an array there as long as what `packed()` returns.  Whoever captures a forward
+        gives it this batch, and before each replay copies the next batch's `packed()` there.
+        """
+        taken = 0
+        batches = []
+        for one in self.family():
+            arrays = {}
+            for name in ARRAYS:
+                shape = getattr(one, name).shape
+                size = int(np.prod(shape))
+                arrays[name] = packed[taken : taken + size].reshape(shape)
+                taken += size
+            batches.append(one.unchecked(**arrays, memory=memory))
+        whole, *derived = batches
+        whole.views.update({memory.name: whole, HOST.name: self.on(HOST)})
+        whole.views.update(zip(self.makes, derived, strict=True))
+        whole.makes.update(self.makes)
+        return whole
 
     def forget_views(self) -> None:
-        """Frees the batches made from this one, without waiting for the garbage collector.
+        """Free the batches made from this one, without waiting for the garbage collector.
 
         A batch and its views refer to each other.
         """
@@ -127,13 +193,10 @@ class Batch:
 
         Each sequence begins `reach_in` rows before its first row in `logits_rows`, and counts as a
         whole one; None keeps all rows.  The new `logits_rows` begin `reach_out` rows before that
-        row; None keeps them.  The result depends on the shape alone, so its token ids mean nothing.
-        It is made once and remembered.
+        row; None keeps them.  Its token ids mean nothing.
         """
         key = (reach_in, reach_out)
-        if key not in self.views:
-            self.views[key] = self.on(HOST)._narrowed(reach_in)._keeping(reach_out)
-        return self.views[key].on(self.memory)
+        return self.derived(key, lambda host: host._narrowed(reach_in)._keeping(reach_out))
 
     def _narrowed(self, reach: int | None) -> Batch:
         if reach is None:
@@ -164,19 +227,22 @@ class Batch:
             return memory.from_host(self.memory.to_host(array))
 
         arrays = {name: move(getattr(self, name)) for name in ARRAYS}
-        moved = self.unchecked(**arrays, memory=memory, views=self.views)
+        copied = memory.mark() if is_ordered(memory) else None
+        moved = self.unchecked(
+            **arrays, memory=memory, views=self.views, makes=self.makes, copied=copied
+        )
         if memory.name == HOST.name:  # made elsewhere: the first time that its arrays can be read
             check(moved)
         return moved
 
     def unchecked(self, **changes: Any) -> Batch:
-        """Returns a copy with these fields changed, without checking it."""
+        """Return a copy with these fields changed, without checking it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return _made(**{**values, "views": {}, **changes})
+        return _made(**{**values, "views": {}, "makes": {}, **changes})
 
 
 def _made(**values: Any) -> Batch:
-    """Makes a batch of these fields without checking it."""
+    """Make a batch of these fields without checking it."""
     batch = object.__new__(Batch)
     for name, value in values.items():
         object.__setattr__(batch, name, value)
@@ -191,7 +257,9 @@ def _row_of_ids(sequence: npt.ArrayLike) -> npt.NDArray[np.int32]:
 
 
 def _starts(values: npt.ArrayLike, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    starts = _one_each("starts", values, len(lengths))
+    starts = integers("starts", values)
+    if starts.shape != lengths.shape:
+        raise ValueError(f"starts of shape {starts.shape} for {len(lengths)} sequences")
     is_within = (starts >= 0) & (starts <= MOST_CONTEXT - lengths)
     if not is_within.all():
         first = starts[~is_within][0]
@@ -201,8 +269,18 @@ def _starts(values: npt.ArrayLike, lengths: npt.NDArray[np.int32]) -> npt.NDArra
     return starts
 
 
-def _one_each(name: str, values: npt.ArrayLike, sequences: int) -> npt.NDArray[np.int32]:
-    array = integers(name, values)
-    if array.shape != (sequences,):
-        raise ValueError(f"{name} of shape {array.shape} for {sequences} sequences")
-    return array.copy()
+def _table(
+    pages: Sequence[Sequence[int]] | npt.NDArray[np.int32], sequences: int
+) -> npt.NDArray[np.int32]:
+    """Return rows of page numbers as one table, padded with -1."""
+    if len(pages) != sequences:
+        raise ValueError(f"{len(pages)} rows of pages for {sequences} sequences")
+    if isinstance(pages, np.ndarray) and pages.ndim == 2:
+        table = integers("pages", pages).copy(order="C")
+    else:
+        rows = [integers("pages", row) for row in pages]
+        table = np.full((sequences, max(map(len, rows), default=0)), -1, np.int32)
+        for i, row in enumerate(rows):
+            table[i, : len(row)] = row
+    check_pages(table)
+    return table

@@ -18,28 +18,29 @@ Int32 = npt.NDArray[np.int32]
 
 INT32 = np.dtype(np.int32)
 MOST_CONTEXT = 2**24  # tokens of a sequence: float32 represents larger positions inexactly
-ARRAYS = ("token_ids", "positions", "cu_seqlens", "state_slots", "logits_rows")
+ARRAYS = ("token_ids", "positions", "cu_seqlens", "pages", "logits_rows")
 
 
 def check(batch: Batch) -> None:
     """Raises ValueError if a field of this host batch breaks a rule."""
     for name in ARRAYS:
-        check_array(name, getattr(batch, name))
+        check_array(name, getattr(batch, name), 2 if name == "pages" else 1)
     check_sequences(batch)
     check_positions(batch)
-    check_slots(batch.state_slots)
+    check_pages(batch.pages)
     rows = batch.logits_rows
     if len(rows) and rows.view(np.uint32).max() >= batch.tokens:
         raise ValueError(f"logits_rows lie outside the batch's {batch.tokens} rows")
 
 
-def check_array(name: str, array: Any) -> None:
+def check_array(name: str, array: Any, ndim: int = 1) -> None:
     is_masked = isinstance(array, np.ma.MaskedArray)  # blocks would read what the mask hides
     if is_masked or not isinstance(array, np.ndarray) or array.dtype != INT32:
         kind = "masked" if is_masked else getattr(array, "dtype", type(array).__name__)
         raise ValueError(f"{name} is not a NumPy array of int32, but {kind}")
-    if array.ndim != 1 or not array.flags.c_contiguous:
-        raise ValueError(f"{name} of shape {array.shape} is not one contiguous row of numbers")
+    if array.ndim != ndim or not array.flags.c_contiguous:
+        kind = "one contiguous row of numbers" if ndim == 1 else "a contiguous table of numbers"
+        raise ValueError(f"{name} of shape {array.shape} is not {kind}")
 
 
 def check_sequences(batch: Batch) -> None:
@@ -61,24 +62,24 @@ def check_positions(batch: Batch) -> None:
     positions = batch.positions
     if len(positions) != batch.tokens:
         raise ValueError(f"there are {len(positions)} positions for {batch.tokens} tokens")
-    highest = int(positions.view(np.uint32).max()) if len(positions) else -1
-    if highest >= MOST_CONTEXT:
+    if len(positions) and positions.view(np.uint32).max() >= MOST_CONTEXT:
         raise ValueError(f"a position is negative, or beyond {MOST_CONTEXT - 1}")
     if batch.tokens > batch.sequences:
         steps = positions[1:] - positions[:-1]
         steps[batch.cu_seqlens[1:-1] - 1] = 1  # between two sequences any step is right
         if not (steps == 1).all():
             raise ValueError("positions within a sequence are not consecutive")
-    _check_largest("max_context", batch.max_context, highest + 1)
 
 
-def check_slots(slots: Int32) -> None:
-    """Checks that no two sequences share a slot."""
-    taken = set(slots.tolist())
-    if len(taken) < len(slots):
-        raise ValueError("two sequences of the batch share a state slot")
-    if taken and min(taken) < 0:
-        raise ValueError(f"a state slot is negative: {min(taken)}")
+def check_pages(pages: Int32) -> None:
+    """Check that each row of the table is page numbers, then -1."""
+    if not pages.size:
+        return
+    if pages.min() < -1:
+        raise ValueError(f"a page number is negative: {pages.min()}; -1 is for no page")
+    is_page = pages >= 0
+    if (is_page[:, 1:] > is_page[:, :-1]).any():
+        raise ValueError("a sequence's pages do not come first: after a -1 there is another page")
 
 
 def integers(name: str, values: npt.ArrayLike) -> Int32:

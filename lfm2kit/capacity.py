@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from lfm2kit.backend import Backend, NeedsWorkspace, Weights
+from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, Room, Weights
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.machine import tightest_limit
 from lfm2kit.memory import HOST, Bounded
 from lfm2kit.placement import Placed
+from lfm2kit.specs import Attention, Layer, ShortConv
 
 
 class Shortage(NamedTuple):
@@ -29,6 +30,17 @@ class Shortage(NamedTuple):
         )
 
 
+class Needed(NamedTuple):
+    """Bytes of one memory."""
+
+    kept: int  # of weights, as long as the model lives
+    scratch: int  # by the block of a forward that needs most, while it runs
+    state: int  # as long as the state lives
+
+
+NO_ROOM = Room(0)
+
+
 class Sizes(NamedTuple):
     """Compares what blocks need with what their memories have."""
 
@@ -36,13 +48,31 @@ class Sizes(NamedTuple):
     weights: Weights  # of the whole model
     ranks: int = 1  # ranks that share the host's memory
 
-    def of(self, leaf: Placed, tokens: int) -> int | None:
-        """Returns the bytes that a block will need; None if its backend does not say."""
-        assert leaf.backend is not None  # a leaf's always is
-        backend = self.create(leaf.backend)
-        if not isinstance(backend, NeedsWorkspace):
+    def kept(self, leaf: Placed) -> int | None:
+        """Return the bytes that a block will keep of its weights; None if its backend is silent."""
+        backend = self._backend(leaf)
+        if not isinstance(backend, MemoryFigures):
             return None
-        return backend.workspace_bytes(leaf.spec, self.weights.scope(leaf.scope), tokens)
+        return backend.kept_bytes(leaf.spec, self.weights.scope(leaf.scope))
+
+    def scratch(self, leaf: Placed, tokens: int) -> int | None:
+        """Return the bytes that a call of a block with `tokens` rows will need while it runs."""
+        backend = self._backend(leaf)
+        if not isinstance(backend, MemoryFigures):
+            return None
+        return backend.scratch_bytes(leaf.spec, tokens)
+
+    def state(self, leaf: Placed, room: Room) -> int:
+        """Return the bytes that a block's state with this room will take; 0 if it has none."""
+        backend = self._backend(leaf)
+        if not isinstance(leaf.spec, ShortConv | Attention | Layer):
+            return 0
+        assert isinstance(backend, BuildsOperators)
+        return backend.state_bytes(leaf.spec, room)
+
+    def _backend(self, leaf: Placed) -> Backend:
+        assert leaf.backend is not None  # a leaf's always is
+        return self.create(leaf.backend)
 
     def free(self, placed: Placed) -> dict[str, int]:
         """Returns the free bytes by memory, for memories that know them."""
@@ -53,24 +83,30 @@ class Sizes(NamedTuple):
             if isinstance(memory, Bounded)
         }
 
-    def shortage(self, placed: Placed, tokens: int = 0) -> Shortage | None:
-        """Returns the first memory too small for its blocks and a forward of `tokens` tokens."""
+    def shortage(self, placed: Placed, tokens: int = 0, room: Room = NO_ROOM) -> Shortage | None:
+        """Return the first memory too small for its blocks, a state and `tokens` tokens."""
         for name, free in self.free(placed).items():
             leaves = [leaf for leaf in placed.leaves() if leaf.memory.name == name]
-            if (kept := self.needed(leaves, 0)) > free:
-                return Shortage(name, "the model", kept, free)
-            if (needed := self.needed(leaves, tokens)) > free:
-                return Shortage(name, f"the model with {tokens} tokens at once", needed, free)
+            needed = self.needed(leaves)
+            if needed.kept > free:
+                return Shortage(name, "the model", needed.kept, free)
+            needed = self.needed(leaves, tokens, room)
+            if (state := needed.kept + needed.state) > free:
+                return Shortage(name, f"the model with a state of {room.pages} pages", state, free)
+            if (total := sum(needed)) > free:
+                return Shortage(name, f"the model with {tokens} tokens at once", total, free)
         return None
 
-    def needed(self, leaves: Sequence[Placed], tokens: int) -> int:
-        """Returns the bytes that blocks in one memory need together, at the least.
+    def needed(self, leaves: Sequence[Placed], tokens: int = 0, room: Room = NO_ROOM) -> Needed:
+        """Return what blocks in one memory need together, at the least.
 
-        Blocks may share their workspace, so only the largest workspace counts.
+        Blocks run one after the other, so only the largest scratch memory counts.
         """
-        kept = [self.of(leaf, 0) or 0 for leaf in leaves]
-        in_calls = [self.of(leaf, tokens) or 0 for leaf in leaves]
-        return sum(kept) + max((a - b for a, b in zip(in_calls, kept, strict=True)), default=0)
+        return Needed(
+            kept=sum(self.kept(leaf) or 0 for leaf in leaves),
+            scratch=max((self.scratch(leaf, tokens) or 0 for leaf in leaves), default=0),
+            state=sum(self.state(leaf, room) for leaf in leaves),
+        )
 
 
 def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:

@@ -19,6 +19,8 @@ import lfm2kit
 from lfm2kit.agreement import Fact, Facts
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.errors import TRACEBACK
+from lfm2kit.memory import Exclusive
+from lfm2kit.placement import Placed
 from lfm2kit.plugins import Plugins
 from lfm2kit.weights import Tensor
 
@@ -32,6 +34,16 @@ def of_environment() -> Facts:
     """Returns the environment variables that lfm2kit and its plugins read."""
     names = sorted(name for name in os.environ if name.startswith("LFM2KIT_"))
     return {name: Fact(os.environ[name]) for name in names if name not in NOT_COMPARED}
+
+
+def of_memories(placed: Placed) -> Facts:
+    """Returns the memories of the blocks that no other rank may use."""
+    memories = {leaf.memory.name: leaf.memory for leaf in placed.leaves()}
+    return {
+        f"memory {name}": Fact(memory.unit(), is_own=True)
+        for name, memory in memories.items()
+        if isinstance(memory, Exclusive)
+    }
 
 
 def of_code(plugins: Plugins) -> Facts:

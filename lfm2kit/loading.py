@@ -15,7 +15,7 @@ from typing import Any
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Context, Explains
-from lfm2kit.capacity import Sizes
+from lfm2kit.capacity import NO_ROOM, Sizes
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, Option, choices, either
@@ -28,6 +28,7 @@ from lfm2kit.plan import AUTO, Plan
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.specs import Spec
+from lfm2kit.state import Room
 from lfm2kit.transport import Transport, World
 from lfm2kit.trim import trim as trimmed
 from lfm2kit.wrappers import Wrappers
@@ -92,9 +93,9 @@ class Setup:
     def sizes(self) -> Sizes:
         return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks)
 
-    def shortage(self, tokens: int = 0) -> Lfm2kitError | None:
-        """Returns an error that says which memory is too small, and what would fit; else None."""
-        return self._shortage(self.placed, tokens)
+    def shortage(self, tokens: int = 0, room: Room = NO_ROOM) -> Lfm2kitError | None:
+        """Return an error that says which memory is too small, and what would fit; else None."""
+        return self._shortage(self.placed, tokens, room)
 
     def _check_memory(self, placed: Placed, tokens: int) -> None:
         if (shortage := self._shortage(placed, tokens)) is not None:
@@ -102,13 +103,15 @@ class Setup:
         if self.transport is not None:  # no rank allocates before all on its machine have looked
             self.transport.barrier()
 
-    def _shortage(self, placed: Placed, tokens: int) -> Lfm2kitError | None:
-        short = self.sizes.shortage(placed, tokens)
+    def _shortage(self, placed: Placed, tokens: int, room: Room = NO_ROOM) -> Lfm2kitError | None:
+        short = self.sizes.shortage(placed, tokens, room)
         if short is None:
             return None
-        if tokens and self.sizes.shortage(placed) is None:
+        if tokens and self.sizes.shortage(placed, 0, room) is None:
             advice = "try fewer tokens at once: a smaller batch, or shorter samples"
             return Lfm2kitError(f"{short}; {advice}")
+        if room.pages and self.sizes.shortage(placed) is None:
+            return Lfm2kitError(f"{short}; try fewer sequences at once, or shorter ones")
         nothing = ["a smaller model: no ", *either([Option("precision"), Option("n_cpu_moe")])]
         fitting = either(self._fitting(short.memory))
         return Lfm2kitError(f"{short}; try ", *(fitting or [*nothing, " is enough"]))

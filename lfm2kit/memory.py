@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +15,18 @@ Array = Any  # numpy.ndarray in the host's memory, whatever a backend says in it
 
 
 class Memory(Protocol):
-    """A memory space.  Two blocks whose memories have one name hand arrays over without a copy."""
+    """A memory space.  Two blocks whose memories have one name hand arrays over without a copy.
+
+    Its methods may be called from any thread.
+    """
 
     @property
     def name(self) -> str:
-        """The name that `lfm2kit plan` shows: "host", "cuda", ..."""
+        """The name that `lfm2kit plan` shows: "host", or one like "lfm2kit_cuda:0".
+
+        It begins with the name of the package that defines the memory.  So two packages whose
+        arrays are of different types never share a name, even if both use the same device.
+        """
         ...
 
     def from_host(self, array: npt.NDArray[Any]) -> Array:
@@ -33,7 +42,7 @@ class Memory(Protocol):
 class Bounded(Protocol):
     """Capability of a memory that can say how much of it is left.
 
-    A model whose blocks need more of it (see `NeedsWorkspace`) is refused before it is built.
+    A model whose blocks need more of it (see `MemoryFigures`) is refused before it is built.
     """
 
     @property
@@ -42,6 +51,98 @@ class Bounded(Protocol):
     def free_bytes(self) -> int:
         """Bytes that blocks can still take."""
         ...
+
+
+class Mark(Protocol):
+    """A place in the order of a memory's work, as `Ordered.mark` returns it."""
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Return the seconds from when the work reached `earlier` to when it reached this mark.
+
+        Waits until it has reached both.  The clock is the memory's own.
+        """
+        ...
+
+
+class Arriving(Protocol):
+    """An array on its way to the host, as `Ordered.start_to_host` returns it."""
+
+    def wait(self) -> npt.NDArray[Any]:
+        """Return the NumPy array, complete; the same one whenever this is called."""
+        ...
+
+
+@runtime_checkable
+class Ordered(Memory, Protocol):
+    """Capability of a memory that works while the host goes on, as a GPU's does.
+
+    Each thread has a current stream in this memory.  A block enqueues its work on the current
+    stream, as do `from_host` and `to_host`, and the work of one stream is done in that order.  So a
+    block need not wait for its inputs, and its results are ready for what is enqueued after it in
+    the same stream.  Between two streams there is no order but that of `wait`.
+
+    An array's memory goes back to the stream in which the array was made.  If another stream has
+    used the array, keep a reference to it until its own stream waits for a mark of that use.
+    """
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Make a stream current in this thread until the context is left.
+
+        No other thread uses it meanwhile.  It does not wait for what was enqueued elsewhere before,
+        and nothing waits for it when the context is left.
+        """
+        ...
+
+    def mark(self) -> Mark:
+        """Return a mark after everything that is enqueued in the current stream."""
+        ...
+
+    def wait(self, mark: Mark) -> None:
+        """Let what is enqueued in the current stream from now on wait for `mark`.
+
+        The host does not wait.  The mark may be of any stream and any thread.
+        """
+        ...
+
+    def start_to_host(self, array: Array) -> Arriving:
+        """Enqueue a copy of `array` to the host in the current stream.
+
+        The copy belongs to the caller.  `array` may be dropped at once, and may be written by what
+        is enqueued later.
+        """
+        ...
+
+
+@runtime_checkable
+class Exclusive(Protocol):
+    """Capability of a memory that one rank of a job uses alone, as a GPU's.
+
+    Ranks that would use the same one are refused before they start.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def unit(self) -> str:
+        """Return what `lfm2kit run` calls it: a name that nothing else has, on any machine."""
+        ...
+
+
+def is_ordered(memory: Memory) -> TypeGuard[Ordered]:
+    """Return whether `memory` has streams; isinstance would take 15 us for a protocol."""
+    return hasattr(memory, "start_to_host")
+
+
+@contextmanager
+def own_stream(memory: Memory) -> Iterator[None]:
+    """Make a stream current that goes on where the current one is, if `memory` has streams."""
+    if not is_ordered(memory):
+        yield
+        return
+    here = memory.mark()
+    with memory.stream():
+        memory.wait(here)
+        yield
 
 
 class HostMemory:

@@ -6,27 +6,28 @@ left to the forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
+from threading import RLock
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import out_of_memory, specs
-from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, State
-from lfm2kit.batch import Batch
+from lfm2kit.backend import Array, Backend, Block, Captures, Operator, State
+from lfm2kit.batch import Batch, Make
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.memory import HOST, Memory
-from lfm2kit.model_state import ModelState, room
+from lfm2kit.memory import HOST, Memory, own_stream
 from lfm2kit.placement import Join, Joins, Placed
 from lfm2kit.progress import longest, step
-from lfm2kit.replays import Replays
+from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.seam import Seam
 from lfm2kit.specs import Spec, Work
+from lfm2kit.state import ModelState, Room
 from lfm2kit.trim import TrimmedLayer, TrimmedModel
 from lfm2kit.weights import Weights
 
@@ -49,11 +50,8 @@ class Forward:
         _, x = self.embedding_norm(hidden, delta)
         return self.lm_head(x)
 
-    def new_state(self, slots: int, max_tokens: int) -> list[State]:
-        return [layer.new_state(slots, max_tokens) for layer in self.layers]
-
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return sum(layer.state_bytes(slots, max_tokens) for layer in self.layers)
+    def new_state(self, room: Room) -> list[State]:
+        return [layer.new_state(room) for layer in self.layers]
 
 
 class TrimmedForward(Forward):
@@ -62,11 +60,8 @@ class TrimmedForward(Forward):
     def __init__(self, spec: TrimmedModel, **blocks: Any) -> None:
         super().__init__(spec, last_rows=lambda hidden, delta, batch: (hidden, delta), **blocks)
 
-    def new_state(self, slots: int, max_tokens: int) -> list[State]:
+    def new_state(self, room: Room) -> list[State]:
         raise Lfm2kitError("a trimmed model has no state: later tokens need the rows it leaves out")
-
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return 0
 
 
 class DecoderLayer:
@@ -85,7 +80,6 @@ class DecoderLayer:
         self.ffn_norm = ffn_norm
         self.feed_forward = feed_forward
         self.new_state = operator.new_state
-        self.state_bytes = operator.state_bytes
 
     def __call__(
         self, hidden: Array, delta: Array | None, batch: Batch, state: State
@@ -182,9 +176,12 @@ class Builder:
         return Seam(wrapped, placed.memory, placed.outer, state_of=block)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LFM2:
-    """A model that is ready to run.  Ids enter and logits leave as NumPy arrays."""
+    """A model that is ready to run.  Ids enter and logits leave as NumPy arrays.
+
+    Threads may share a model: their forwards run one after the other.
+    """
 
     spec: specs.Model | TrimmedModel
     placed: Placed
@@ -192,45 +189,53 @@ class LFM2:
     home: Memory
     backend: Backend  # the plan's default
     may_capture: bool = True
-    _replays: Replays = field(init=False, repr=False)
-    _states: WeakSet[ModelState] = field(init=False, repr=False, default_factory=WeakSet)
+    # The backend, if it can capture the model: asked once, because it takes longer than a launch.
+    _captures: Captures | None = field(init=False, repr=False)
+    # Who owns its replays: the model itself, or one of its states.
+    _owner: Hashable = field(init=False, repr=False, default_factory=object)
+    _states: WeakKeyDictionary[ModelState, Hashable] = field(
+        init=False, repr=False, default_factory=WeakKeyDictionary
+    )
+    _makes: dict[Hashable, Make] = field(init=False, repr=False, default_factory=dict)
+    _lock: Any = field(init=False, repr=False, default_factory=RLock)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_replays", Replays(self.home))
+        is_captured = self.may_capture and can_capture(self.backend, self.placed)
+        object.__setattr__(self, "_captures", self.backend if is_captured else None)
+        finalize(self, self._replays.drop, self._owner)
 
     @out_of_memory.in_a_forward
     def logits(self, batch: Batch, state: ModelState | None = None) -> npt.NDArray[np.float32]:
-        """float32 [len(batch.logits_rows), vocab_size].
+        """Return float32 [len(batch.logits_rows), vocab_size], which belongs to the caller.
 
-        With a `state` (see `new_state`) each sequence goes on from what its slot has seen; without
+        With a `state` (see `new_state`) each sequence goes on from what its pages hold; without
         one, sequences are whole.
-        The array is the model's own until the next call: copy it to keep it.
         Raises ValueError for an id outside the vocabulary, a position above 0 without a state, a
         state of another model, and a batch that the state cannot hold or go on from.
         """
         host = batch.on(HOST)
         self._check_ids(host.token_ids)
-        if state is None:
-            if host.starts.any():
-                raise ValueError("a sequence starts at a position above 0, but there is no state")
-            if self._is_capturable:
-                return self.home.to_host(self._replay(host)(host))
-            return self.home.to_host(self.forward(batch.on(self.home)))
-        self._check_state(state)
-        state.check(host)
-        state.forget(host)
-        logits = self.home.to_host(self.forward(batch.on(self.home), state.layers))
-        state.advance(host)
-        return logits
+        with self._lock, own_stream(self.home):
+            if state is None:
+                if host.starts.any():
+                    raise ValueError(
+                        "a sequence starts at a position above 0, but there is no state"
+                    )
+                return self._run(host, None)
+            self._check_state(state)
+            state.ledger.begin(host)
+            logits = self._run(host, state)
+            state.ledger.complete(host)
+            return logits
 
-    def new_state(self, slots: int, max_tokens: int) -> ModelState:
-        """Room for `slots` sequences of up to `max_tokens` tokens each.
+    def new_state(self, room: Room) -> ModelState:
+        """Return an empty state with `room.pages` pages of `room.page_tokens` tokens.
 
-        Raises ValueError where one of them is not a whole number of 0 or more.
+        `Room.of_sequences(16, 4096)` has room for 16 sequences of up to 4096 tokens each.
         """
-        slots, max_tokens = room("slots", slots), room("max_tokens", max_tokens)
-        state = ModelState(slots, max_tokens, self.forward.new_state(slots, max_tokens))
-        self._states.add(state)
+        state = ModelState(room, self.forward.new_state(room))
+        self._states[state] = owner = object()
+        finalize(state, self._replays.drop, owner)
         return state
 
     def _check_ids(self, token_ids: npt.NDArray[np.int32]) -> None:
@@ -248,15 +253,31 @@ class LFM2:
                 f"the state has {len(state.layers)} layers, the model {len(self.spec.layers)}"
             )
 
-    @property
-    def _is_capturable(self) -> bool:
-        return self.may_capture and can_capture(self.backend, self.placed)
+    def _run(self, batch: Batch, state: ModelState | None) -> npt.NDArray[np.float32]:
+        """Return the logits of a host batch: by a replay, if a batch of its form has run before."""
+        layers = None if state is None else state.layers
+        if self._captures is None:
+            return self.home.to_host(self.forward(batch.on(self.home), layers))
+        key = self._key(batch, state)
+        if not self._replays.is_due(key):
+            logits = self.home.to_host(self.forward(batch.on(self.home), layers))
+            self._makes.update(batch.makes)
+            self._replays.note(self._key(batch, state))
+            return logits
+        step = partial(self.forward, state=layers)
+        with self._replays.using(key, partial(self._captures.capture, step, batch)) as replay:
+            return self.home.to_host(replay(batch))
 
-    def _replay(self, batch: Batch) -> Replay:
-        """The captured forward for batches of this shape."""
-        assert isinstance(self.backend, Captures)
-        capture = partial(self.backend.capture, self.forward, batch)
-        return self._replays.get(batch.shape, capture)
+    def _key(self, batch: Batch, state: ModelState | None) -> Key:
+        """Return what a replay for this host batch must have been captured for."""
+        for key, make in self._makes.items():
+            batch.derived(key, make)
+        owner = self._owner if state is None else self._states[state]
+        return Key(owner, tuple(one.form for one in batch.family()))
+
+    @property
+    def _replays(self) -> Replays:
+        return replays_in(self.home)
 
 
 def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lfm2kit.backend import Array, Block, Operator, State
+from lfm2kit.backend import Array, Block, Operator, Room, State
 from lfm2kit.batch import Batch
 from lfm2kit.memory import Memory
 
@@ -29,13 +29,9 @@ class Seam:
             return self._back(self.block(*map(self._there, inputs_before), state))
         return self._back(self.block(*map(self._there, inputs)))
 
-    def new_state(self, slots: int, max_tokens: int) -> State:
+    def new_state(self, room: Room) -> State:
         assert self.operator is not None, "only operators have a state"
-        return self.operator.new_state(slots, max_tokens)
-
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        assert self.operator is not None, "only operators have a state"
-        return self.operator.state_bytes(slots, max_tokens)
+        return self.operator.new_state(room)
 
     def _there(self, value: Any) -> Any:
         if value is None:

@@ -124,7 +124,8 @@ class ShortConv(Spec):
     B, C, X = split(in_proj(x)) in this order; u = B * X;
     y[t] = sum_j conv.weight[:, 0, j] * u[t - (kernel_size - 1) + j], within t's own sequence only;
     delta = out_proj(C * y).  `bias` adds a bias to in_proj, conv and out_proj.
-    State: the last kernel_size - 1 rows of u of each slot; rows before a sequence's start are 0.
+    State: of each page the newest rows of u, kernel_size - 1 and as many more as a sequence may
+    step back (16); rows before a sequence's start are 0.
     """
 
     hidden_size: int
@@ -160,7 +161,7 @@ class Attention(Spec):
     position * theta_i in float32; heads = softmax(q k^T * head_dim^-0.5) v, where query head h
     reads key/value head h // (num_attention_heads / num_key_value_heads);
     delta = out_proj(heads).
-    State: the normed and rotated keys, and the values, of every position of each slot.
+    State: the normed and rotated keys, and the values, of every token of each page.
     """
 
     hidden_size: int

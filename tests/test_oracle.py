@@ -21,6 +21,7 @@ from lfm2kit.loading import Setup, set_up
 from lfm2kit.model import LFM2, build_model
 from lfm2kit.options import Options
 from lfm2kit.plugins import installed_plugins
+from lfm2kit.state import Room
 
 ORACLE = Path(__file__).parent / "oracle"
 CASES = sorted(path.name for path in ORACLE.iterdir())
@@ -151,12 +152,12 @@ def test_t06_t10_a_sequence_alone_packed_or_permuted_gives_the_same_bits(backend
 @both
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
 def test_t06_decoding_in_chunks_gives_the_logits_of_one_forward(backend: str, chunk: int) -> None:
-    """Several sequences at once, in slots of their own, each going on from what its slot saw."""
+    """Several sequences at once, in pages of their own, each going on from what they hold."""
     case = expected("t06_sequences_of_many_lengths")
     lfm2 = model("t06_sequences_of_many_lengths", backend)
     ids = case.ids()
-    slots = np.random.default_rng(chunk).permutation(len(ids) + 2)[: len(ids)]
-    state = lfm2.new_state(slots=len(ids) + 2, max_tokens=40)
+    pages = np.random.default_rng(chunk).permutation(len(ids) + 2)[: len(ids)]
+    state = lfm2.new_state(Room(len(ids) + 2, 64))
     for start in range(0, 40, chunk):
         going = [i for i, one in enumerate(ids) if start < len(one)]
         if not going:
@@ -164,7 +165,7 @@ def test_t06_decoding_in_chunks_gives_the_logits_of_one_forward(backend: str, ch
         batch = Batch.of_sequences(
             [ids[i][start : start + chunk] for i in going],
             starts=[start] * len(going),
-            slots=[int(slots[i]) for i in going],
+            pages=[[pages[i]] for i in going],
         )
         logits = lfm2.logits(batch, state)
         for i, got in zip(going, logits, strict=True):

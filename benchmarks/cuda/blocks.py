@@ -44,7 +44,8 @@ def median_seconds(call: Callable[[], object]) -> float:
 
 def device_seconds(call: Callable[[], object]) -> float:
     """Of one call, by ten replays of a graph of it."""
-    pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream()
+    pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.get_current_stream().synchronize()  # it has made the inputs
     with stream, cupy.cuda.using_allocator(pool.malloc):
         call()
         stream.synchronize()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
-from lfm2kit.capacity import size
+from lfm2kit.capacity import Needed, size
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
@@ -15,6 +16,7 @@ from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
 from lfm2kit.options import About, Options
 from lfm2kit.placement import Placed
+from lfm2kit.state import Room
 from lfm2kit.trim import TrimmedLayer, TrimmedModel
 
 
@@ -22,8 +24,14 @@ from lfm2kit.trim import TrimmedLayer, TrimmedModel
 def plan(
     options: Annotated[Options, Without(("seed",))],
     tokens: Annotated[
-        int, flags("tokens", About("Tokens of a forward, for the workspace.", least=1))
+        int, flags("tokens", About("Tokens of a forward, for the scratch memory.", least=1))
     ] = 2048,
+    context: Annotated[
+        int, flags("context", About("Tokens of a sequence, for the state.", least=0))
+    ] = 0,
+    sequences: Annotated[
+        int, flags("sequences", About("Sequences of that length, for the state.", least=1))
+    ] = 1,
     json: JsonOption = None,
 ) -> None:
     """Shows each block's backend, memory, bytes and copies; nothing is loaded."""
@@ -31,9 +39,10 @@ def plan(
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
     setup = set_up(checkpoint, options)
-    rows = [_row(leaf, setup, tokens) for leaf in setup.placed.leaves()]
-    totals = _totals(setup, tokens)
-    shortage = setup.shortage(tokens)
+    room = Room.of_sequences(sequences, context)
+    rows = [_row(leaf, setup, tokens, room) for leaf in setup.placed.leaves()]
+    totals = _totals(setup, tokens, room)
+    shortage = setup.shortage(tokens, room)
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
@@ -44,23 +53,25 @@ def plan(
         "rows_kept": _rows_kept(setup),
         "free_bytes": setup.sizes.free(setup.placed),
         "host_limits": {bound.name: bound._asdict() for bound in memory_limits()},
+        "room": asdict(room),
         "shortage": None if shortage is None else told(shortage),
         "notes": list(setup.notes()),
     }
     if json != "-":
-        _show(report, setup, tokens)
+        _show(report, setup, tokens, room)
     report.write()
 
 
-def _row(leaf: Placed, setup: Setup, tokens: int) -> dict[str, Any]:
+def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:
     return {
         "block": leaf.name,
         "spec": type(leaf.spec).__name__,
         "backend": leaf.backend,
         "memory": leaf.memory.name,
         "weight_bytes": setup.stored_bytes(leaf),
-        "kept_bytes": setup.sizes.of(leaf, 0),
-        "workspace_bytes": setup.sizes.of(leaf, tokens),
+        "kept_bytes": setup.sizes.kept(leaf),
+        "scratch_bytes": setup.sizes.scratch(leaf, tokens),
+        "state_bytes": setup.sizes.state(leaf, room),
         "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
     }
 
@@ -72,7 +83,7 @@ def _rows_kept(setup: Setup) -> dict[str, int]:
     return {f"layers.{i}": one.rows_out for i, one in layers if isinstance(one, TrimmedLayer)}
 
 
-def _totals(setup: Setup, tokens: int) -> dict[str, dict[str, int]]:
+def _totals(setup: Setup, tokens: int, room: Room) -> dict[str, dict[str, int]]:
     """Bytes per memory.  A tied head's weights count again: the block may pack them anew."""
     leaves: dict[str, list[Placed]] = {}
     for leaf in setup.placed.leaves():
@@ -80,17 +91,20 @@ def _totals(setup: Setup, tokens: int) -> dict[str, dict[str, int]]:
     return {
         memory: {
             "weight_bytes": sum(setup.stored_bytes(leaf) for leaf in here),
-            "kept_bytes": setup.sizes.needed(here, 0),
-            "workspace_bytes": setup.sizes.needed(here, tokens),
+            **_named(setup.sizes.needed(here, tokens, room)),
         }
         for memory, here in leaves.items()
     }
 
 
-def _show(report: Report, setup: Setup, tokens: int) -> None:
+def _named(needed: Needed) -> dict[str, int]:
+    return {f"{kind}_bytes": count for kind, count in needed._asdict().items()}
+
+
+def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
     report.line(f"{setup.checkpoint.path}: {setup.plan}")
     headings = ("block", "spec", "backend", "memory", "copy")
-    sizes = ("weights", "kept", f"at {tokens} tokens")
+    sizes = ("weights", "kept", f"scratch at {tokens} tokens", "state")
     show_table(
         [_texts(row) for row in report.fields["blocks"]],
         *(Column(heading, overflow="fold") for heading in headings),
@@ -100,9 +114,11 @@ def _show(report: Report, setup: Setup, tokens: int) -> None:
     )
     free = setup.sizes.free(setup.placed)
     for memory, total in report.fields["totals"].items():
-        weights, kept, at_most = (size(count) for count in total.values())
+        weights, kept, scratch, state = (size(count) for count in total.values())
         left = f"; {_size(free[memory])} are free" if memory in free else ""
-        taken = f"{kept} of memory kept, {at_most} with {tokens} tokens at once"
+        taken = f"{kept} kept, {scratch} of scratch with {tokens} tokens at once"
+        if room.pages:
+            taken += f", {state} of state in {room.pages} pages of {room.page_tokens} tokens"
         report.line(f"{memory}: {weights} of weights as stored, {taken}{left}")
     for bound in memory_limits():
         report.line(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
@@ -117,7 +133,7 @@ def _show(report: Report, setup: Setup, tokens: int) -> None:
 
 def _texts(row: dict[str, Any]) -> list[str]:
     texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
-    kinds = ("weight_bytes", "kept_bytes", "workspace_bytes")
+    kinds = ("weight_bytes", "kept_bytes", "scratch_bytes", "state_bytes")
     return [*texts, *(_size(row[kind]) for kind in kinds)]
 
 

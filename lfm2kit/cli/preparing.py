@@ -223,6 +223,7 @@ def facts_of(request: Request, prepared: Prepared) -> Facts:
     }
     return {
         **{name: _fact(value) for name, value in settled.items()},
+        **fingerprints.of_memories(prepared.setup.placed),
         **fingerprints.of_environment(),
         **fingerprints.of_model(prepared.checkpoint),
         **fingerprints.of_code(prepared.setup.plugins),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Weights
+from lfm2kit.backend import Batch, Room, Weights
 from lfm2kit.reference.linear import Float32, Float64, linear, rms_norm
 
-State = tuple[Float64, Float64]  # keys and values, each [slots, max_tokens, kv_heads, head_dim]
+
+class State(NamedTuple):
+    keys: Float64  # [pages, page_tokens, kv_heads, head_dim]
+    values: Float64
 
 
 class Attention:
@@ -22,19 +27,22 @@ class Attention:
         k = self._rotated(self._heads(x, "k"), "k", batch.positions)
         v = self._heads(x, "v")
         heads = np.empty_like(q)
-        for i, slot in enumerate(batch.state_slots):
+        for i, pages in enumerate(batch.pages):
             rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
-            keys, values = self._context(k[rows], v[rows], state, slot, batch.positions[rows.start])
+            keys, values = k[rows], v[rows]
+            if state is not None:
+                positions = batch.positions[rows]
+                keys, values = (
+                    _extended(cache, pages, positions, new)
+                    for cache, new in zip(state, (keys, values), strict=True)
+                )
             heads[rows] = self._attend(q[rows], keys, values)
         flat = heads.reshape(len(x), self.spec.num_attention_heads * self.spec.head_dim)
         return linear(flat, self.weights["out_proj.weight"]).astype(np.float32)
 
-    def new_state(self, slots: int, max_tokens: int) -> State:
-        shape = (slots, max_tokens, self.spec.num_key_value_heads, self.spec.head_dim)
-        return np.empty(shape), np.empty(shape)
-
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return 2 * slots * max_tokens * self.spec.num_key_value_heads * self.spec.head_dim * 8
+    def new_state(self, room: Room) -> State:
+        shape = (room.pages, room.page_tokens, self.spec.num_key_value_heads, self.spec.head_dim)
+        return State(np.empty(shape), np.empty(shape))
 
     def _heads(self, x: Float32, name: str) -> Float64:
         """[tokens, heads, head_dim]"""
@@ -53,17 +61,6 @@ class Attention:
         cos, sin = np.cos(angles, dtype=np.float64), np.sin(angles, dtype=np.float64)
         a, b = np.split(heads, 2, axis=2)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
-
-    def _context(
-        self, k: Float64, v: Float64, state: State | None, slot: int, start: int
-    ) -> tuple[Float64, Float64]:
-        """The keys and values that the sequence may see: its past, then its new rows."""
-        if state is None:
-            return k, v
-        end = start + len(k)
-        for cache, new in zip(state, (k, v), strict=True):
-            cache[slot, start:end] = new
-        return state[0][slot, :end], state[1][slot, :end]
 
     def _attend(self, q: Float64, k: Float64, v: Float64) -> Float64:
         """q [tokens, heads, head_dim]; k, v [context, kv_heads, head_dim]; the last rows align."""
@@ -86,3 +83,19 @@ class Attention:
         if not is_finite.all():
             heads[np.einsum("qk,khd->qhd", is_seen, ~is_finite)] = np.nan
         return heads
+
+
+def _extended(
+    cache: Float64, pages: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], new: Float64
+) -> Float64:
+    """Put `new` rows into their pages; return all rows of the sequence, its past included."""
+    page_tokens = cache.shape[1]
+    cache[pages[positions // page_tokens], positions % page_tokens] = new
+    end = positions[-1] + 1
+    used = pages[: -(-end // page_tokens)]
+    return np.concatenate(list(cache[used]))[:end]
+
+
+def state_bytes(spec: specs.Attention, room: Room) -> int:
+    elements = room.pages * room.page_tokens * spec.num_key_value_heads * spec.head_dim
+    return 2 * 8 * elements

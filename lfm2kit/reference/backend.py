@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Block, Memory, Spec, Weights
+from lfm2kit.backend import HOST, Block, Memory, Room, Spec, Weights
+from lfm2kit.reference import attention, short_conv
 from lfm2kit.reference.attention import Attention
 from lfm2kit.reference.feed_forward import MLP, Experts, Router
 from lfm2kit.reference.rows import Embedding, LastRows, LMHead, RMSNorm
@@ -37,13 +38,19 @@ class ReferenceBackend:
         block: Block = BLOCKS[type(spec)](spec, weights)
         return block
 
-    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
-        """A convolution's taps in float64, and in a call one matrix after the other.
-
-        All else stays a view of the checkpoint.
-        """
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        """Return the bytes of a convolution's taps: all else stays a view of the checkpoint."""
         shapes = spec.parameters().values()
-        kept = 8 * sum(math.prod(shape) for shape in shapes if len(shape) == 3)
+        return 8 * sum(math.prod(shape) for shape in shapes if len(shape) == 3)
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        """Return the bytes of the largest matrix: one after the other is widened in a call."""
         if isinstance(spec, specs.Embedding) or tokens == 0:
-            return kept
-        return kept + 8 * max((math.prod(shape) for shape in shapes), default=0)
+            return 0
+        return 8 * max((math.prod(shape) for shape in spec.parameters().values()), default=0)
+
+    def state_bytes(self, spec: Spec, room: Room) -> int:
+        if isinstance(spec, specs.ShortConv):
+            return short_conv.state_bytes(spec, room)
+        assert isinstance(spec, specs.Attention)
+        return attention.state_bytes(spec, room)

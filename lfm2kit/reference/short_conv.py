@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Weights
+from lfm2kit.backend import Batch, Room, Weights
 from lfm2kit.reference.linear import Float32, Float64, float64, linear
+from lfm2kit.state import STEP_BACK
+
+Int32 = npt.NDArray[np.int32]
+
+
+class State(NamedTuple):
+    """The newest rows of u in each page: that of position p at p % page_tokens % window.
+
+    Besides the rows before the next token they include those that a sequence may go back.
+    """
+
+    rows: Float64  # [pages, window, hidden_size], window = kernel_size - 1 + STEP_BACK
+    page_tokens: int
+
+    def at(self, pages: Int32, positions: Int32) -> tuple[Int32, Int32]:
+        """Return the page and the place of the rows of these positions of a sequence."""
+        page, token = np.divmod(positions, self.page_tokens)
+        return pages[page], token % self.rows.shape[1]
+
+    def kept(self, positions: Int32) -> npt.NDArray[np.bool_]:
+        """Return which of a chunk's rows stay: those that no later one of their page replaces."""
+        page_ends = (positions // self.page_tokens + 1) * self.page_tokens
+        ends = np.minimum(page_ends, positions[-1] + 1)
+        return np.asarray(positions >= ends - self.rows.shape[1])
 
 
 class ShortConv:
@@ -15,31 +42,30 @@ class ShortConv:
         self.weights = weights
         self.taps = float64(weights["conv.weight"])[:, 0, :].T  # [kernel_size, hidden_size]
 
-    def __call__(self, x: Float32, batch: Batch, state: Float64 | None) -> Float32:
+    def __call__(self, x: Float32, batch: Batch, state: State | None) -> Float32:
         B, C, X = np.split(self._linear(x, "in_proj"), 3, axis=1)
         u = B * X
         y = np.empty_like(u)
-        for i, slot in enumerate(batch.state_slots):
+        for i, pages in enumerate(batch.pages):
             rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
-            past = self._past(state, slot, batch.positions[rows.start])
+            positions = batch.positions[rows]
+            past = self._past(state, pages, positions[0])
             y[rows] = self._convolve(np.concatenate([past, u[rows]]))
             if state is not None:
-                state[slot] = np.concatenate([past, u[rows]])[len(u[rows]) :]
+                kept = state.kept(positions)
+                state.rows[state.at(pages, positions[kept])] = u[rows][kept]
         return self._linear(C * y, "out_proj").astype(np.float32)
 
-    def new_state(self, slots: int, max_tokens: int) -> Float64:
-        """The last kernel_size - 1 rows of u of each slot."""
-        return np.empty((slots, self.spec.kernel_size - 1, self.spec.hidden_size))
+    def new_state(self, room: Room) -> State:
+        window = self.spec.kernel_size - 1 + STEP_BACK
+        return State(np.empty((room.pages, window, self.spec.hidden_size)), room.page_tokens)
 
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return slots * (self.spec.kernel_size - 1) * self.spec.hidden_size * 8
-
-    def _past(self, state: Float64 | None, slot: int, position: int) -> Float64:
-        """The rows of u before `position`; those before the sequence's start are zero."""
+    def _past(self, state: State | None, pages: Int32, start: int) -> Float64:
+        """Return the rows of u before position `start`; those before the sequence are zero."""
         past = np.zeros((self.spec.kernel_size - 1, self.spec.hidden_size))
-        seen = min(int(position), len(past))
-        if state is not None and seen:
-            past[-seen:] = state[slot, -seen:]
+        before = np.arange(start - len(past), start, dtype=np.int32)
+        if state is not None:
+            past[before >= 0] = state.rows[state.at(pages, before[before >= 0])]
         return past
 
     def _convolve(self, u: Float64) -> Float64:
@@ -51,3 +77,7 @@ class ShortConv:
     def _linear(self, x: Float32 | Float64, name: str) -> Float64:
         bias = self.weights[f"{name}.bias"] if self.spec.bias else None
         return linear(x, self.weights[f"{name}.weight"], bias)
+
+
+def state_bytes(spec: specs.ShortConv, room: Room) -> int:
+    return 8 * room.pages * (spec.kernel_size - 1 + STEP_BACK) * spec.hidden_size

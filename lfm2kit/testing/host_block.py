@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Array, Backend, Block, State
+from lfm2kit.backend import Array, Backend, Block, Room, State
 from lfm2kit.batch import Batch
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.model import JOINS
@@ -27,11 +27,8 @@ class HostBlock:
     def __call__(self, *inputs: Any) -> Any:
         return self.to_host(self.block(*self.to_memory(inputs)))
 
-    def new_state(self, slots: int, max_tokens: int) -> State:
-        return self.block.new_state(slots, max_tokens)  # type: ignore[attr-defined]
-
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return int(self.block.state_bytes(slots, max_tokens))  # type: ignore[attr-defined]
+    def new_state(self, room: Room) -> State:
+        return self.block.new_state(room)  # type: ignore[attr-defined]
 
     def to_memory(self, inputs: Sequence[Any]) -> list[Any]:
         """Copies of the arguments in the block's memory; a state, which is there, as it is."""

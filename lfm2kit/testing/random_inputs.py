@@ -35,12 +35,10 @@ def random_batch(
     lengths: Sequence[int],
     *,
     vocab_size: int = 10,
-    starts: Sequence[int] | None = None,
-    slots: Sequence[int] | None = None,
 ) -> Batch:
-    """A ragged batch of sequences of these lengths, or of their next chunks."""
+    """A ragged batch of sequences of these lengths."""
     ids = [rng.integers(vocab_size, size=n) for n in lengths]
-    return Batch.of_sequences(ids, starts=starts, slots=slots)
+    return Batch.of_sequences(ids)
 
 
 def random_routing(

@@ -1,8 +1,8 @@
-"""Sequences that are fed to an operator in chunks, over a state with a slot for each."""
+"""Sequences that are fed to an operator in chunks, over a state with pages for each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,57 +11,115 @@ import numpy.typing as npt
 
 from lfm2kit.batch import Batch
 from lfm2kit.specs import Layer, Spec
+from lfm2kit.state import Room
 from lfm2kit.testing.compare import Result, each, rows_of
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.verdicts import CheckFailed
 
 Float32 = npt.NDArray[np.float32]
 
+PAGE_TOKENS = 64
+
+
+class Pages:
+    """Hands out page numbers, in an order that no block can rely on, and counts who uses them."""
+
+    def __init__(self, room: Room, rng: np.random.Generator) -> None:
+        self.room = room
+        self._rng = rng
+        self._users = dict.fromkeys(range(room.pages), 0)
+        self.tables: dict[Hashable, list[int]] = {}
+        self.tokens: dict[Hashable, int] = {}
+
+    def extend(self, name: Hashable, tokens: int) -> tuple[int, list[int]]:
+        """Give a sequence the pages for its next tokens; return its start and its pages."""
+        start = self.tokens.get(name, 0)
+        table = self.tables.setdefault(name, [])
+        while len(table) < self.room.pages_of(start + tokens):
+            free = [page for page, users in self._users.items() if not users]
+            table.append(int(self._rng.choice(free)))
+            self._users[table[-1]] = 1
+        self.tokens[name] = start + tokens
+        return start, table
+
+    def step_back(self, name: Hashable, tokens: int) -> None:
+        """Take back a sequence's last tokens; pages that it no longer needs are free again."""
+        self.tokens[name] -= tokens
+        self._give_back(name, self.room.pages_of(self.tokens[name]))
+
+    def fork(self, name: Hashable, of: Hashable) -> int:
+        """Begin a sequence with the whole pages of another one; return the tokens they hold."""
+        whole = self.tokens[of] // self.room.page_tokens
+        self.tables[name] = self.tables[of][:whole]
+        for page in self.tables[name]:
+            self._users[page] += 1
+        self.tokens[name] = whole * self.room.page_tokens
+        return self.tokens[name]
+
+    def is_alone(self, name: Hashable, start: int) -> bool:
+        """Return whether no other sequence uses the pages from position `start` on."""
+        pages = self.tables[name][start // self.room.page_tokens :]
+        return all(self._users[page] == 1 for page in pages)
+
+    def drop(self, name: Hashable) -> None:
+        """End a sequence: its pages are free again."""
+        self._give_back(name, 0)
+        del self.tables[name], self.tokens[name]
+
+    def _give_back(self, name: Hashable, keep: int) -> None:
+        for page in self.tables[name][keep:]:
+            self._users[page] -= 1
+        del self.tables[name][keep:]
+
 
 class Session:
-    """One state of a block, and how many tokens each of its slots has seen."""
+    """One state of a block, and the pages of its sequences."""
 
-    def __init__(self, spec: Spec, block: HostBlock, slots: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        block: HostBlock,
+        rng: np.random.Generator,
+        room: Room = Room(12, PAGE_TOKENS),  # noqa: B008 (it is frozen)
+    ) -> None:
         self._spec = spec
         self._block = block
-        self._state = block.new_state(slots, max_tokens)
-        self._seen = dict.fromkeys(range(slots), 0)
+        self._state = block.new_state(room)
+        self.pages = Pages(room, rng)
 
-    def feed(self, *chunks: tuple[int, Float32]) -> list[Result]:
-        """One call with the next rows of some slots; the results of each."""
-        slots = [slot for slot, _ in chunks]
-        lengths = [len(rows) for _, rows in chunks]
+    def feed(self, *chunks: tuple[Hashable, Float32]) -> list[Result]:
+        """Return the results of one call with the next rows of some sequences, by name."""
+        extended = [self.pages.extend(name, len(rows)) for name, rows in chunks]
         batch = Batch.of_sequences(
-            [np.zeros(n, np.int32) for n in lengths],
-            starts=[self._seen[s] for s in slots],
-            slots=slots,
+            [np.zeros(len(rows), np.int32) for _, rows in chunks],
+            starts=[start for start, _ in extended],
+            pages=[table for _, table in extended],
         )
         x = np.concatenate([rows for _, rows in chunks])
         result = _call(self._spec, self._block, x, batch, self._state)
-        for slot, length in zip(slots, lengths, strict=True):
-            self._seen[slot] += length
-        ends = batch.cu_seqlens
-        return [rows_of(result, slice(a, b)) for a, b in pairwise(ends)]
+        return [rows_of(result, slice(a, b)) for a, b in pairwise(batch.cu_seqlens)]
 
-    def feed_in_chunks(self, slot: int, x: Float32, lengths: Sequence[int]) -> Result:
-        """All rows of `x` to one slot, in a call for each chunk; the results joined."""
+    def feed_nothing(self) -> None:
+        """Make one call without any sequence."""
+        empty = Batch.of_sequences([], pages=[])
+        size = getattr(self._spec, "hidden_size", None) or self._spec.operator_norm.hidden_size  # type: ignore[attr-defined]
+        x = np.zeros((0, size), np.float32)
+        _call(self._spec, self._block, x, empty, self._state)
+
+    def feed_in_chunks(self, name: Hashable, x: Float32, lengths: Sequence[int]) -> Result:
+        """Return the joined results of `x`, fed to one sequence in a call for each chunk."""
         ends = np.cumsum([0, *lengths])
         assert ends[-1] == len(x)
-        chunks = (x[a:b] for a, b in pairwise(ends))
-        return joined([self.feed((slot, chunk))[0] for chunk in chunks])
-
-    def restart(self, slot: int) -> None:
-        """The slot's next rows begin a new sequence; what it holds stays."""
-        self._seen[slot] = 0
+        return joined([self.feed((name, x[a:b]))[0] for a, b in pairwise(ends)])
 
 
 def one_shot(spec: Spec, block: HostBlock, x: Float32) -> Result:
-    """The result of one forward over a whole sequence, without a state."""
+    """Return the result of one forward over a whole sequence, without a state."""
     return _call(spec, block, x, Batch.of_sequences([np.zeros(len(x), np.int32)]), None)
 
 
 def joined(results: Sequence[Result]) -> Result:
-    """The results of consecutive chunks as one."""
+    """Return the results of consecutive chunks as one."""
     parts = [each(result) for result in results]
     arrays = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return arrays if isinstance(results[0], tuple) else arrays[0]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lfm2kit
-from lfm2kit.backend import Block, Memory
+from lfm2kit.backend import Block, Mark, Memory, Ordered
 from lfm2kit.specs import Spec
 from lfm2kit.text import printable
 
@@ -54,8 +54,8 @@ class HostMark(NamedTuple):
 
     seconds: float
 
-    def seconds_since(self, earlier: HostMark) -> float:
-        return self.seconds - earlier.seconds
+    def seconds_since(self, earlier: Any) -> float:
+        return float(self.seconds - earlier.seconds)
 
 
 def host_mark() -> HostMark:
@@ -66,15 +66,15 @@ class Call(NamedTuple):
     """A call that has been made, and perhaps not ended on its device."""
 
     event: Mapping[str, Any]
-    start: Any
-    end: Any
+    start: Mark
+    end: Mark
     origin: Origin
 
 
 class Origin(NamedTuple):
     """A mark of a memory, and the host's time when it was made."""
 
-    mark: Any
+    mark: Mark
     seconds: float
 
 
@@ -94,7 +94,7 @@ class Trace:
         self._threads: dict[str, int] = {}  # a line of the timeline for each memory
 
     def wrapper(self, name: str, kind: str, memory: Memory) -> lfm2kit.Wrapper:
-        mark = getattr(memory, "mark", host_mark)  # of an ordered memory
+        mark = memory.mark if isinstance(memory, Ordered) else host_mark
 
         def wrap(block: Block) -> Block:
             event = {"name": name, "cat": kind, "ph": "X", "pid": os.getpid()}
@@ -133,7 +133,7 @@ class Trace:
             atexit.register(self.write)  # not before: a command may build no model
         return self._threads.setdefault(memory, len(self._threads) + 1)
 
-    def _begin(self, memory: str, mark: Callable[[], Any]) -> Origin:
+    def _begin(self, memory: str, mark: Callable[[], Mark]) -> Origin:
         return self._origins.setdefault(memory, Origin(mark(), time.perf_counter()))
 
     def _settle(self) -> None:

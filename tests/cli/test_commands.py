@@ -268,9 +268,7 @@ def test_plan_shows_how_many_rows_trimmed_layers_keep(cli: Cli) -> None:
 @pytest.fixture
 def half_a_gigabyte_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 500_000_000)
-    monkeypatch.setattr(
-        ReferenceBackend, "workspace_bytes", lambda self, spec, weights, tokens: 100_000_000
-    )
+    monkeypatch.setattr(ReferenceBackend, "kept_bytes", lambda self, spec, weights: 100_000_000)
 
 
 @pytest.mark.usefixtures("half_a_gigabyte_free")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Block, HostMemory, Memory, Spec, Weights
+from lfm2kit.backend import HOST, Block, HostMemory, Memory, Room, Spec, Weights
+from lfm2kit.batch_rules import ARRAYS
 from lfm2kit.reference import attention, feed_forward, rows, short_conv
 from lfm2kit.reference.backend import BLOCKS, ReferenceBackend
 from lfm2kit.reference.linear import linear, rms_norm
@@ -35,6 +36,9 @@ class BrokenBackend:
     def build(self, spec: Spec, weights: Weights) -> Block:
         build: Build = self.instead.get(type(spec), BLOCKS[type(spec)])
         return build(spec, weights)
+
+    def state_bytes(self, spec: Spec, room: Room) -> int:
+        return ReferenceBackend().state_bytes(spec, room)
 
 
 class Around:
@@ -336,27 +340,18 @@ def rotate(block, heads, positions):
 
 
 class ConvStateNotReset(short_conv.ShortConv):
-    def _past(self, state, slot, position):
-        return super()._past(state, slot, 10**6)
+    def _past(self, state, pages, start):
+        return super()._past(state, pages, max(start, self.spec.kernel_size - 1))
 
 
-class ConvPaddedFromTheSlot(short_conv.ShortConv):
+class ConvPaddedFromThePage(short_conv.ShortConv):
     """Fresh at position 0, but then takes more rows than the sequence has had."""
 
-    def _past(self, state, slot, position):
-        return super()._past(state, slot, 10**6 if position else 0)
-
-    def __call__(self, x, batch, state):
-        if state is None:
-            return super().__call__(x, batch, state)
-        before = state.copy()
-        delta = super().__call__(x, batch, state)
-        for i, slot in enumerate(batch.state_slots):
-            length = batch.cu_seqlens[i + 1] - batch.cu_seqlens[i]
-            kept = state.shape[1] - length
-            if kept > 0 and batch.positions[batch.cu_seqlens[i]] == 0:
-                state[slot, :kept] = before[slot, -kept:]
-        return delta
+    def _past(self, state, pages, start):
+        if state is None or start == 0:
+            return super()._past(state, pages, start)
+        before = np.arange(start - self.spec.kernel_size + 1, start, dtype=np.int32)
+        return state.rows[state.at(pages, np.maximum(before, 0))]
 
 
 class ConvLeaksOverBoundaries(short_conv.ShortConv):
@@ -365,33 +360,35 @@ class ConvLeaksOverBoundaries(short_conv.ShortConv):
     def __call__(self, x, batch, state):
         if state is None and batch.sequences:
             ends = np.array([0, batch.tokens], dtype=np.int32)
-            batch = batch.unchecked(cu_seqlens=ends, state_slots=batch.state_slots[:1])
+            batch = batch.unchecked(cu_seqlens=ends, pages=batch.pages[:1])
         return super().__call__(x, batch, state)
 
 
 class ConvShortChunkLosesTaps(short_conv.ShortConv):
-    """Keeps the last rows of the chunk alone, with zeros where it is shorter than the kernel."""
+    """Knows the rows of the last chunk alone, with zeros where it is shorter than the kernel."""
 
     def __call__(self, x, batch, state):
         delta = super().__call__(x, batch, state)
         if state is not None:
-            for i, slot in enumerate(batch.state_slots):
-                length = batch.cu_seqlens[i + 1] - batch.cu_seqlens[i]
-                state[slot, : max(0, state.shape[1] - length)] = 0
+            for i, pages in enumerate(batch.pages):
+                before = np.arange(batch.positions[batch.cu_seqlens[i]], dtype=np.int32)
+                state.rows[state.at(pages, before)] = 0
         return delta
 
 
-class SlotsAreRowsOfTheBatch(Around):
-    """Takes sequence i's state from slot i, whatever its slot is."""
+class PagesAreRowsOfTheBatch(Around):
+    """Takes sequence i's first page to be i, whatever its table says."""
 
     def __call__(self, x, batch, state):
-        slots = np.arange(batch.sequences, dtype=np.int32)
-        return self.block(x, batch.unchecked(state_slots=slots), state)
+        pages = batch.pages.copy()
+        if pages.size:
+            pages[:, 0] = np.arange(batch.sequences, dtype=np.int32)
+        return self.block(x, batch.unchecked(pages=pages), state)
 
 
-class FirstSlotIsShared(Around):
+class TwoPagesAreOne(Around):
     def __call__(self, x, batch, state):
-        return self.block(x, batch.unchecked(state_slots=batch.state_slots // 2), state)
+        return self.block(x, batch.unchecked(pages=batch.pages // 2), state)
 
 
 class FreshIfTheFirstIs(Around):
@@ -400,23 +397,78 @@ class FreshIfTheFirstIs(Around):
     def __call__(self, x, batch, state):
         is_fresh = batch.sequences > 0 and batch.positions[0] == 0
         if state is not None and is_fresh:
-            state[batch.state_slots] = 0
+            state.rows[batch.pages] = 0
         return self.block(x, batch, state)
 
 
-class AttentionReadsTheWholeCache(attention.Attention):
-    """Masks the cache's unused rows by a weight of zero, which NaN survives."""
+class AttentionReadsWholePages(Around):
+    """Masks the unused rows of pages by a weight of zero, which NaN survives."""
 
-    def _context(self, k, v, state, slot, start):
-        keys, values = super()._context(k, v, state, slot, start)
+    def __call__(self, x, batch, state):
+        delta = self.block(x, batch, state)
+        if state is not None and len(x):
+            used = [state.values[pages[pages >= 0]].sum() for pages in batch.pages]
+            delta += np.repeat(0 * np.array(used, np.float32), np.diff(batch.cu_seqlens))[:, None]
+        return delta
+
+
+class WindowTooShort(short_conv.ShortConv):
+    """Keeps the rows for the next token, but none for a step back."""
+
+    def new_state(self, room):
+        rows = np.empty((room.pages, self.spec.kernel_size - 1, self.spec.hidden_size))
+        return short_conv.State(rows, room.page_tokens)
+
+
+class PagesOf64(Around):
+    """Looks for tokens as if every page held 64, whatever the room says."""
+
+    def new_state(self, room):
+        return self.block.new_state(Room(room.pages, 64))
+
+
+class PositionsIn16Bits(Around):
+    def __call__(self, x, batch, state):
+        positions = batch.positions.astype(np.int16).astype(np.int32)
+        return self.block(x, batch.unchecked(positions=np.abs(positions)), state)
+
+
+class ForkWritesItsFirstPage(Around):
+    """Writes a token of the second page into the first one, too."""
+
+    def __call__(self, x, batch, state):
+        delta = self.block(x, batch, state)
+        if state is not None and batch.pages.shape[1] > 1 and len(x):
+            state.keys[batch.pages[0, 0], 3] += 1
+        return delta
+
+
+class StateInTheBlock(Around):
+    """Keeps the state that it made last, and ignores the one that it is given."""
+
+    def new_state(self, room):
+        self.mine = self.block.new_state(room)
+        return "mine"
+
+    def __call__(self, x, batch, state):
+        return self.block(x, batch, None if state is None else self.mine)
+
+
+class EmptyBatchCrashes(Around):
+    def __call__(self, x, batch, state):
         if state is not None:
-            values = values + 0 * state[1][slot].sum(axis=0)
-        return keys, values
+            assert batch.positions[0] >= 0
+        return self.block(x, batch, state)
 
 
-def without_state_bytes(spec, weights):
+def without_new_state(spec, weights):
     block = short_conv.ShortConv(spec, weights)
     return lambda x, batch, state: block(x, batch, state)
+
+
+class StateOfNoBytes(BrokenBackend):
+    def state_bytes(self, spec, room):
+        return 0
 
 
 # Rows, buffers, results
@@ -596,8 +648,11 @@ class LivesInLossyMemory(BrokenBackend):
         return LossyMemory()
 
 
-class WorkspaceForNoRows(BrokenBackend):
-    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
+class ScratchForNoRows(BrokenBackend):
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        return 0
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
         return 4096 // max(tokens, 1)
 
 
@@ -611,24 +666,44 @@ class OverdrawnMemory(HostMemory):
         return -1
 
 
-class OldIds:
-    """A replay of the batch that was captured, whichever it is called with."""
+class BakedIn:
+    """A replay with arrays of the captured batch in it; `forget` names the ones that it copies."""
 
     nbytes = 0
 
-    def __init__(self, forward, batch):
-        self.logits = forward(batch)
+    def __init__(self, step, batch, copies):
+        self.step = step
+        self.batch = batch
+        self.copies = copies
 
     def __call__(self, batch):
-        return self.logits
+        return self.step(self.batch.unchecked(**{n: getattr(batch, n) for n in self.copies}))
 
     def close(self):
         pass
 
 
-class ReplaysOldIds(BrokenBackend):
-    def capture(self, forward, batch):
-        return OldIds(forward, batch)
+class BakesIn(BrokenBackend):
+    """Captures a forward, but copies only some arrays of the batches that come later."""
+
+    def __init__(self, *baked_in: str) -> None:
+        super().__init__({})
+        self.copies = set(ARRAYS) - set(baked_in)
+
+    def capture(self, step, batch):
+        return BakedIn(step, batch, self.copies)
+
+
+class BakesInTheState(BrokenBackend):
+    """Captures the forward with the first state that comes, and replays it with all others."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.steps = {}
+
+    def capture(self, step, batch):
+        step = self.steps.setdefault((batch.form, step.keywords.get("state") is None), step)
+        return BakedIn(step, batch, ARRAYS)
 
 
 class CannotBeClosed(BrokenBackend):

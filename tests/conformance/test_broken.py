@@ -128,12 +128,12 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
         BrokenBackend({CONV: broken.ConvStateNotReset}),
         ("state-fresh-at-position-zero",),
     ),
-    "conv state padded from the slot": (
-        BrokenBackend({CONV: broken.ConvPaddedFromTheSlot}),
+    "conv state padded from the page": (
+        BrokenBackend({CONV: broken.ConvPaddedFromThePage}),
         ("state-fresh-at-position-zero",),
     ),
-    "attention reads the whole cache": (
-        BrokenBackend({ATTENTION: broken.AttentionReadsTheWholeCache}),
+    "attention reads whole pages": (
+        around(ATTENTION, broken.AttentionReadsWholePages),
         ("state-fresh-at-position-zero",),
     ),
     "conv leaks over boundaries": (
@@ -144,21 +144,40 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
         BrokenBackend({CONV: broken.ConvShortChunkLosesTaps}),
         ("state-chunked-equals-one-shot", "state-decode-batch", "whole-model-decodes"),
     ),
-    "slots are rows of the batch": (
-        around(CONV, broken.SlotsAreRowsOfTheBatch),
+    "pages are rows of the batch": (
+        around(CONV, broken.PagesAreRowsOfTheBatch),
         ("state-decode-batch", "state-random-schedule", "whole-model-decodes"),
     ),
-    "two slots share their state": (
-        around(ATTENTION, broken.FirstSlotIsShared),
-        ("state-slots-do-not-leak", "state-random-schedule"),
+    "two pages are one": (
+        around(ATTENTION, broken.TwoPagesAreOne),
+        ("state-pages-do-not-leak", "state-random-schedule"),
     ),
     "fresh if the first is": (
         around(CONV, broken.FreshIfTheFirstIs),
         ("state-prefill-beside-decode",),
     ),
-    "no state methods": (
-        BrokenBackend({CONV: broken.without_state_bytes}),
-        ("operator-has-state",),
+    "no state": (BrokenBackend({CONV: broken.without_new_state}), ("operator-has-state",)),
+    "a state of no bytes": (broken.StateOfNoBytes({}), ("operator-has-state",)),
+    "a window without steps back": (
+        BrokenBackend({CONV: broken.WindowTooShort}),
+        ("state-steps-back",),
+    ),
+    "pages of 64 tokens only": (around(ATTENTION, broken.PagesOf64), ("state-page-sizes",)),
+    "positions in 16 bits": (
+        around(ATTENTION, broken.PositionsIn16Bits),
+        ("state-positions-beyond-32768",),
+    ),
+    "a fork writes the page that it shares": (
+        around(ATTENTION, broken.ForkWritesItsFirstPage),
+        ("state-forks-share-pages",),
+    ),
+    "a state in the block": (
+        around(CONV, broken.StateInTheBlock),
+        ("state-belongs-to-its-caller",),
+    ),
+    "an empty batch crashes": (
+        around(ATTENTION, broken.EmptyBatchCrashes),
+        ("state-of-an-empty-batch",),
     ),
     "NaN for one row": (
         around(MLP, broken.NaNForOneRow),
@@ -183,7 +202,7 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
     "writes its weights": (BrokenBackend({MLP: broken.WritesItsWeights}), ("mlp",)),
     "one buffer for all blocks": (
         around(MLP, broken.SharedBuffer),
-        ("outputs-survive-until-next-call",),
+        ("results-belong-to-the-caller",),
     ),
     "stale scratch": (around(MLP, broken.StaleScratch), ("scratch-is-not-seen",)),
     "a race": (around(MLP, broken.RaceBetweenCalls), ("repeatable",)),
@@ -201,12 +220,20 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
         ("last-rows",),
     ),
     "columns beyond 1024": (around(MLP, broken.StopsAt1024Columns), ("real-widths",)),
-    "a replay of old ids": (broken.ReplaysOldIds({}), ("captured-forward",)),
+    "a replay of old ids": (
+        broken.BakesIn("token_ids"),
+        ("captured-forward", "captured-steps"),
+    ),
+    "a replay of old positions": (broken.BakesIn("positions"), ("captured-steps",)),
+    "a replay of old lengths": (broken.BakesIn("cu_seqlens", "positions"), ("captured-forward",)),
+    "a replay of old pages": (broken.BakesIn("pages"), ("captured-steps",)),
+    "a replay of old rows": (broken.BakesIn("logits_rows"), ("captured-forward",)),
+    "a replay of an old state": (broken.BakesInTheState(), ("captured-steps",)),
     "a replay that cannot be closed": (broken.CannotBeClosed({}), ("captured-forward",)),
     "unknown spec raises": (broken.RaisesForUnknownSpecs({}), ("unknown-spec-is-refused",)),
     "lossy memory": (broken.LivesInLossyMemory({}), ("memory-round-trip",)),
-    "less workspace for more rows": (
-        broken.WorkspaceForNoRows({}),
+    "less scratch for more rows": (
+        broken.ScratchForNoRows({}),
         ("sizes-are-known-before-building",),
     ),
     "less than nothing free": (

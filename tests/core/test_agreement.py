@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from lfm2kit.agreement import Fact, Facts, Refusal, compared
+from lfm2kit.agreement import Fact, Facts, Refusal, _packed, _unpacked, compared
 
 
 def facts(**values: str) -> Facts:
@@ -79,3 +81,30 @@ def test_a_bug_on_one_rank_makes_the_exit_code_that_of_a_bug() -> None:
     refusal = compared([Refusal("no such file"), Refusal("this is a bug", 3)])
     assert refusal is not None
     assert refusal.exit_code == 3
+
+
+def own(**values: str) -> Facts:
+    return {name: Fact(value, is_own=True) for name, value in values.items()}
+
+
+def test_ranks_that_have_each_their_own_agree_whatever_they_call_it() -> None:
+    assert compared([own(gpu="a"), own(gpu="b")]) is None
+    assert compared([own(gpu="a"), own(other="b"), {}, own(gpu="c", other="d")]) is None
+
+
+def test_what_two_ranks_would_share_is_named_with_them() -> None:
+    reports = [own(gpu="GPU a"), own(gpu="GPU b"), own(another="GPU a"), own(gpu="GPU a")]
+    assert sentence(*reports) == (
+        "ranks 0, 2, 3 would share GPU a; give each rank one of its own, or start fewer ranks"
+    )
+
+
+def test_a_difference_comes_before_what_is_shared() -> None:
+    said = sentence(facts(p="1") | own(gpu="a"), facts(p="2") | own(gpu="a"))
+    assert "p is 1 on rank 0" in said
+    assert "share" not in said
+
+
+def test_an_own_fact_stays_one_on_its_way_to_rank_0() -> None:
+    report = own(gpu="a") | facts(p="1")
+    assert _unpacked(json.dumps(_packed(report))) == report

@@ -19,15 +19,14 @@ def int32(*values: int) -> Any:
 
 
 def two_sequences(**changes: Any) -> Batch:
-    """Three rows from position 5 on in slot 2, two rows from 0 on in slot 0."""
+    """Three rows from position 5 on in pages 2 and 1, two rows from 0 on in page 0."""
     fields = {
         "token_ids": int32(1, 2, 3, 4, 5),
         "positions": int32(5, 6, 7, 0, 1),
         "cu_seqlens": int32(0, 3, 5),
-        "state_slots": int32(2, 0),
+        "pages": np.array([[2, 1], [0, -1]], np.int32),
         "logits_rows": int32(4, 2, 4),
         "max_seqlen": 3,
-        "max_context": 8,
     }
     return Batch(**{**fields, **changes})
 
@@ -38,7 +37,9 @@ def two_sequences(**changes: Any) -> Batch:
         ("token_ids", [1, 2, 3, 4, 5], "token_ids is not a NumPy array of int32, but list"),
         ("token_ids", np.arange(5), "int64"),
         ("token_ids", np.ma.masked_less(int32(1, 2, 3, 4, 5), 2), "but masked"),
-        ("state_slots", np.ma.masked_less(int32(1, 0), 1), "but masked"),
+        ("pages", np.ma.masked_less(np.array([[1], [0]], np.int32), 1), "but masked"),
+        ("pages", int32(1, 0), r"shape \(2,\) is not a contiguous table"),
+        ("pages", np.zeros((2, 4), np.int32)[:, ::2], "not a contiguous table"),
         ("token_ids", np.arange(5, dtype=np.float32), "float32"),
         ("token_ids", int32(1, 2, 3, 4), "does not rise from 0 to the 4 tokens"),
         ("positions", int32(5, 6, 7, 0, 1)[None], r"shape \(1, 5\)"),
@@ -55,13 +56,13 @@ def two_sequences(**changes: Any) -> Batch:
         ("cu_seqlens", int32(0, 5, 5), "by at least one for each sequence"),
         ("cu_seqlens", int32(0, 6, 5), "does not rise"),
         ("cu_seqlens", int32(0, 5), "2 entries for 2 sequences"),
-        ("state_slots", int32(2, 2), "share a state slot"),
-        ("state_slots", int32(2, -1), "negative: -1"),
+        ("pages", np.array([[2], [-2]], np.int32), "negative: -2"),
+        ("pages", np.array([[2, 1], [-1, 1]], np.int32), "after a -1 there is another page"),
+        ("pages", np.array([[2]], np.int32), "3 entries for 1 sequences"),
         ("logits_rows", int32(5), "outside the batch's 5 rows"),
         ("logits_rows", int32(0, -1), "outside the batch's 5 rows"),
         ("max_seqlen", 2, "max_seqlen is 2, but must be the int 3"),
         ("max_seqlen", np.int64(3), "must be the int 3"),
-        ("max_context", 9, "max_context is 9, but must be the int 8"),
     ],
 )
 def test_a_wrong_field_is_an_error_of_one_sentence(field: str, value: Any, says: str) -> None:
@@ -77,7 +78,7 @@ def test_long_sequences_do_not_wrap_around() -> None:
     ends = (np.arange(count + 1) * step).astype(np.uint32).view(np.int32)
     rows = np.zeros(int(ends[-1]), np.int32)
     with pytest.raises(ValueError, match="does not rise"):
-        Batch(rows, rows, ends, np.arange(count, dtype=np.int32), rows[:0], step, step)
+        Batch(rows, rows, ends, np.empty((count, 0), np.int32), rows[:0], step)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_long_sequences_do_not_wrap_around() -> None:
         ({"sequences": [[1.0, 2.0]]}, "token ids are not integers, but float64"),
         ({"sequences": [["a"]]}, "not integers"),
         ({"sequences": [np.ma.masked_less([1, 2], 2)]}, "token ids are a masked array"),
-        ({"sequences": [[1]], "slots": np.ma.masked_less([1], 2)}, "slots are a masked array"),
+        ({"sequences": [[1]], "pages": [np.ma.masked_less([1], 2)]}, "pages are a masked array"),
         ({"sequences": [[True]]}, "not integers, but bool"),
         ({"sequences": [[2**32 + 5]]}, "too far for int32"),
         ({"sequences": [np.array([2**40])]}, "too far for int32"),
@@ -98,9 +99,10 @@ def test_long_sequences_do_not_wrap_around() -> None:
         ({"sequences": [[1]], "starts": [0.5]}, "starts are not integers"),
         ({"sequences": [[1]], "starts": [10**9]}, "cannot start at 1000000000"),
         ({"sequences": [[1, 2]], "starts": [MOST_CONTEXT - 1]}, "cannot start"),
-        ({"sequences": [[1], [2]], "slots": [0]}, "slots of shape"),
-        ({"sequences": [[1], [2]], "slots": [1, 1]}, "share"),
-        ({"sequences": [[1]], "slots": [-1]}, "negative: -1"),
+        ({"sequences": [[1], [2]], "pages": [[0]]}, "1 rows of pages for 2 sequences"),
+        ({"sequences": [[1]], "pages": [[-2]]}, "negative: -2"),
+        ({"sequences": [[1]], "pages": [[-1, 0]]}, "after a -1"),
+        ({"sequences": [[1]], "pages": [[0.5]]}, "pages are not integers"),
     ],
 )
 def test_wrong_sequences_are_an_error_of_one_sentence(arguments: Any, says: str) -> None:
@@ -116,21 +118,21 @@ def test_sequences_of_any_integers_become_int32() -> None:
 
 
 @pytest.mark.parametrize("starts", [None, [0, 9, 2]])
-@pytest.mark.parametrize("slots", [None, [4, 0, 2]])
-def test_what_is_made_of_sequences_keeps_the_rules(starts: Any, slots: Any) -> None:
-    batch = Batch.of_sequences([[1, 2, 3], [4], [5, 6]], starts=starts, slots=slots)
-    fields = {name: getattr(batch, name) for name in Batch.__dataclass_fields__ if name != "views"}
+@pytest.mark.parametrize("pages", [None, [[4], [0, 3], [2]]])
+def test_what_is_made_of_sequences_keeps_the_rules(starts: Any, pages: Any) -> None:
+    batch = Batch.of_sequences([[1, 2, 3], [4], [5, 6]], starts=starts, pages=pages)
+    fields = {name: getattr(batch, name) for name in (*module.ARRAYS, "max_seqlen")}
     Batch(**fields)  # checks
     assert batch.starts.tolist() == (starts or [0, 0, 0])
-    assert batch.state_slots.tolist() == (slots or [0, 1, 2])
+    assert batch.pages.tolist() == ([[4, -1], [0, 3], [2, -1]] if pages else [[], [], []])
     assert batch.logits_rows.tolist() == [2, 3, 5]
 
 
-def test_slots_are_the_batchs_own() -> None:
-    slots = int32(1)
-    batch = Batch.of_sequences([[1]], slots=slots)
-    slots[0] = -5
-    assert batch.state_slots.tolist() == [1]
+def test_pages_are_the_batchs_own() -> None:
+    pages = np.array([[1]], np.int32)
+    batch = Batch.of_sequences([[1]], pages=pages)
+    pages[0] = -5
+    assert batch.pages.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("was_moved", [True, False])
@@ -165,20 +167,58 @@ def test_what_is_made_of_a_batch_is_not_checked_again(monkeypatch: pytest.Monkey
 def test_a_batch_that_was_made_elsewhere_is_checked_where_its_arrays_can_be_read() -> None:
     batch, there = two_sequences(), Elsewhere()
     fields = {name: getattr(batch.on(there), name) for name in module.ARRAYS}
-    sizes = {"max_seqlen": 3, "max_context": 8, "memory": there}
+    sizes = {"max_seqlen": 3, "memory": there}
     assert Batch(**fields, **sizes).on(batch.memory).positions.tolist() == [5, 6, 7, 0, 1]
     fields["positions"] = there.from_host(int32(5, 6, 7, 3, 5))
     with pytest.raises(ValueError, match="not consecutive"):
         Batch(**fields, **sizes).on(batch.memory)
 
 
-def test_only_batches_that_differ_in_ids_alone_have_one_shape() -> None:
-    batch = two_sequences()
-    assert two_sequences(token_ids=int32(9, 9, 9, 9, 9)).shape == batch.shape
-    others = [
+def test_batches_of_equal_sizes_have_one_form() -> None:
+    form = two_sequences().form
+    assert form == (5, 2, 3, 2, 3)
+    alike: list[dict[str, Any]] = [
+        {"token_ids": int32(9, 9, 9, 9, 9)},
         {"positions": int32(5, 6, 7, 1, 2)},
-        {"state_slots": int32(0, 2)},
         {"logits_rows": int32(2, 4, 4)},
         {"cu_seqlens": int32(0, 2, 5), "positions": int32(6, 7, 0, 1, 2)},
+        {"pages": np.array([[0, -1], [1, 2]], np.int32)},
     ]
-    assert all(two_sequences(**changes).shape != batch.shape for changes in others)
+    assert all(two_sequences(**changes).form == form for changes in alike)
+    others: list[dict[str, Any]] = [
+        {"logits_rows": int32(2, 4)},
+        {"pages": np.array([[0], [1]], np.int32)},
+        {"cu_seqlens": int32(0, 1, 5), "positions": int32(7, 0, 1, 2, 3), "max_seqlen": 4},
+    ]
+    assert all(two_sequences(**changes).form != form for changes in others)
+
+
+def test_a_derived_batch_is_made_once_on_the_host_and_lies_where_its_origin_does() -> None:
+    there, made = Elsewhere(), []
+
+    def first_row(host: Batch) -> Batch:
+        made.append(host.memory.name)
+        return host.unchecked(logits_rows=int32(0))
+
+    batch = two_sequences()
+    assert batch.on(there).derived("first", first_row).logits_rows.values.tolist() == [0]
+    assert batch.derived("first", first_row).logits_rows.tolist() == [0]
+    assert made == ["host"]
+    assert [one.logits_rows.tolist() for one in batch.family()] == [[4, 2, 4], [0]]
+
+
+def test_what_is_packed_comes_back_from_a_copy_of_it() -> None:
+    """What a captured forward reads: the arrays of a batch and its family, in one."""
+    batch = two_sequences()
+    batch.derived("first", lambda host: host.unchecked(logits_rows=int32(0)))
+    memory = np.zeros_like(batch.packed())
+    captured = batch.unpacked(Elsewhere(), memory)
+    pages = np.array([[7, 6], [5, 4]], np.int32)
+    other = two_sequences(token_ids=int32(9, 8, 7, 6, 5), pages=pages)
+    other.derived("first", lambda host: host.unchecked(logits_rows=int32(3)))
+    memory[:] = other.packed()
+    for name in module.ARRAYS:
+        np.testing.assert_array_equal(getattr(captured, name), getattr(other, name))
+    first = captured.derived("first", lambda host: pytest.fail("it is there"))
+    assert first.logits_rows.tolist() == [3]
+    assert first.memory.name == captured.memory.name == "elsewhere"

@@ -40,8 +40,11 @@ class CardBackend(DeviceBackend):
         self.there = Card()
         self.itemsize = PACKED[context.precision]
 
-    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
-        return self.itemsize * spec.weight_elements() + 1_000_000 * tokens
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        return self.itemsize * spec.weight_elements()
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        return 1_000_000 * tokens
 
     def build(self, spec: Spec, weights: Weights) -> Block:
         CardBackend.built += 1
@@ -107,9 +110,7 @@ def test_a_precision_that_another_backend_lacks_is_not_proposed() -> None:
 
 
 def test_what_other_memories_hold_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        ReferenceBackend, "workspace_bytes", lambda self, spec, weights, tokens: 1 << 40
-    )
+    monkeypatch.setattr(ReferenceBackend, "kept_bytes", lambda self, spec, weights: 1 << 40)
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 1 << 60)
     Card.free = 4 * elements(without_experts_of=6)
     assert card("card,experts=reference").shortage() is None

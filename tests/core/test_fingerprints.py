@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from lfm2kit import fingerprints
-from lfm2kit.agreement import Facts, compared
+from lfm2kit.agreement import Fact, Facts, compared
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
 from lfm2kit.loading import find_model
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.weights import STORED_AS, Tensor
+from tests.conformance.late import LateBackend, LateMemory
+from tests.core.small import build, small_spec
 
 NORM = "model.layers.3.operator_norm.weight"
 
@@ -138,3 +140,18 @@ def test_variables_of_lfm2kit_are_compared(monkeypatch: pytest.MonkeyPatch) -> N
     assert "LFM2KIT_PLUGINS is not there on rank 0 and reference on rank 1" in said(
         before, fingerprints.of_environment()
     )
+
+
+class OneUnit(LateMemory):
+    name = "tests_unit"
+
+    def unit(self) -> str:
+        return "the one unit"
+
+
+def test_a_memory_that_a_rank_uses_alone_is_its_own_fact() -> None:
+    exclusive, shared = LateBackend(OneUnit()), LateBackend()
+    placed = build(small_spec(), "a,mlp=b", {"a": exclusive, "b": shared}).placed
+    facts = fingerprints.of_memories(placed)
+    assert facts == {"memory tests_unit": Fact("the one unit", is_own=True)}
+    assert "ranks 0, 1 would share the one unit" in said(facts, facts)

@@ -32,7 +32,7 @@ def setup(checkpoint: Checkpoint = TINY, plan: str = "cpu_simd", **options: Any)
 
 
 def kept(of: Setup) -> int:
-    return of.sizes.needed(list(of.placed.leaves()), 0)
+    return of.sizes.needed(list(of.placed.leaves())).kept
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_blocks_keep_what_was_said_before_they_were_built(stored: DType, plan: s
         block = here.builder().build(leaf)
         taken, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        said = here.sizes.of(leaf, 0)
+        said = here.sizes.kept(leaf)
         assert said is not None
         assert said <= taken <= 1.25 * said + 30_000, (leaf.name, block)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Batch, Block, Memory, Spec, Weights
+from lfm2kit.batch import Form
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.model import DecoderLayer, Forward, RoutedExperts
+from lfm2kit.model import LFM2, DecoderLayer, Forward, RoutedExperts
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.state import Room
 from tests.core.small import build, small_spec
 
 SEQUENCES = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
@@ -22,9 +25,8 @@ SEQUENCES = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
 class Elsewhere:
     """A memory that NumPy cannot read: an array there is boxed."""
 
-    name = "elsewhere"
-
-    def __init__(self) -> None:
+    def __init__(self, name: str = "elsewhere") -> None:
+        self.name = name
         self.crossings = 0
 
     def from_host(self, array: Any) -> Any:
@@ -60,13 +62,15 @@ class DeviceBackend:
     def build(self, spec: Spec, weights: Weights) -> Block:
         return DeviceBlock(self.reference.build(spec, weights))
 
+    def state_bytes(self, spec: Spec, room: Room) -> int:
+        return self.reference.state_bytes(spec, room)
+
 
 class DeviceBlock:
     def __init__(self, block: Any) -> None:
         self.block = block
         if hasattr(block, "new_state"):
             self.new_state = block.new_state
-            self.state_bytes = block.state_bytes
 
     def __call__(self, *inputs: Any) -> Any:
         result = self.block(*map(_unboxed, inputs))
@@ -75,7 +79,7 @@ class DeviceBlock:
 
 def _unboxed(value: Any) -> Any:
     if isinstance(value, Batch):
-        assert value.memory.name == "elsewhere", "a batch came in the wrong memory"
+        assert value.memory.name.startswith("elsewhere"), "a batch came in the wrong memory"
         return value.on(HOST)
     assert not isinstance(value, np.ndarray) or value.dtype == np.float64, "host array"
     return value.values if isinstance(value, Box) else value
@@ -182,44 +186,76 @@ class Recorded:
 
 
 class CapturingBackend(DeviceBackend):
-    """Records which shapes were captured; its replay is the forward itself, of 1000 bytes."""
+    """Records which forms were captured; its replay is the forward itself, of 1000 bytes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shapes: list[tuple[bytes, ...]] = []
+        self.there = Elsewhere(f"elsewhere {id(self)}")  # where no other test's replays are kept
+        self.forms: list[Form] = []
         self.held = [0]
 
-    def capture(self, forward: Callable[[Batch], Any], batch: Batch) -> Recorded:
-        self.shapes.append(batch.shape)
-        return Recorded(lambda batch: forward(batch.on(self.there)), 1000, self.held)
+    def capture(self, step: Callable[[Batch], Any], batch: Batch) -> Recorded:
+        self.forms.append(batch.form)
+        return Recorded(lambda batch: step(batch.on(self.there)), 1000, self.held)
 
 
-def test_a_forward_is_captured_once_per_shape_and_replayed(expected: Any) -> None:
+def capturing_model() -> tuple[LFM2, CapturingBackend]:
     backend = CapturingBackend()
-    model = build(small_spec(), "capturing", {"capturing": backend})
-    for _ in range(3):
+    return build(small_spec(), "capturing", {"capturing": backend}), backend
+
+
+def test_a_forward_is_captured_when_its_form_comes_again(expected: Any) -> None:
+    model, backend = capturing_model()
+    for forms in (0, 1, 1, 1):
         np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
+        assert len(backend.forms) == forms
     model.logits(Batch.of_sequences([[1, 2]]))
-    assert len(backend.shapes) == 2
+    model.logits(Batch.of_sequences([[3, 4]]))
+    assert backend.forms == [Batch.of_sequences(s).form for s in (SEQUENCES, [[1, 2]])]
+
+
+def test_a_replay_serves_other_lengths_of_the_same_form() -> None:
+    model, backend = capturing_model()
+    plain = build(small_spec())
+    for lengths in ((4, 1, 3), (1, 4, 3), (3, 1, 4), (2, 2, 4)):
+        batch = Batch.of_sequences([np.arange(n) for n in lengths])
+        np.testing.assert_array_equal(model.logits(batch), plain.logits(batch))
+    assert len(backend.forms) == 1
+
+
+def test_each_state_has_replays_of_its_own_which_go_with_it() -> None:
+    model, backend = capturing_model()
+    states = [model.new_state(Room(1, 64)) for _ in range(2)]
+    for start in range(4):
+        for state in states:
+            batch = Batch.of_sequences([[start]], starts=[start], pages=[[0]])
+            model.logits(batch, state)
+    assert (len(backend.forms), backend.held) == (2, [2000])
+    del state, states[0]
+    gc.collect()
+    assert backend.held == [1000]
+    del states, model
+    gc.collect()
+    assert backend.held == [0]
 
 
 def test_a_forward_that_leaves_the_memory_is_not_captured() -> None:
     backend = CapturingBackend()
     model = build(small_spec(), "capturing,router=reference", {"capturing": backend})
     model.logits(Batch.of_sequences(SEQUENCES))
-    assert backend.shapes == []
+    assert backend.forms == []
 
 
 @pytest.mark.parametrize("plan", ["reference", "device", "reference,operator=device"])
 def test_chunks_with_state_give_what_one_forward_gives(plan: str, expected: Any) -> None:
     model = build(small_spec(), plan, {"device": DeviceBackend()})
-    state = model.new_state(slots=5, max_tokens=8)
-    slots, seen, logits = [4, 0, 2], [0, 0, 0], np.empty_like(expected)
+    state = model.new_state(Room(5, 64))
+    pages, seen, logits = [[4], [0], [2]], [0, 0, 0], np.empty_like(expected)
     while any(n < len(s) for n, s in zip(seen, SEQUENCES, strict=True)):
         going = [i for i, s in enumerate(SEQUENCES) if seen[i] < len(s)]
         chunks = [SEQUENCES[i][seen[i] : seen[i] + 2] for i in going]
         batch = Batch.of_sequences(
-            chunks, starts=[seen[i] for i in going], slots=[slots[i] for i in going]
+            chunks, starts=[seen[i] for i in going], pages=[pages[i] for i in going]
         )
         logits[going] = model.logits(batch, state)
         for i, chunk in zip(going, chunks, strict=True):
@@ -236,8 +272,9 @@ def test_a_wrapper_sees_every_block_and_keeps_its_state(expected: Any) -> None:
     model = build(small_spec(), wrap=wrap)
     np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
     assert {"embed_tokens", "layers.2.feed_forward.router", "layers.3", "lm_head"} <= set(names)
-    state = model.new_state(3, 8)
-    np.testing.assert_allclose(model.logits(Batch.of_sequences(SEQUENCES), state), expected, 1e-5)
+    batch = Batch.of_sequences(SEQUENCES, pages=[[0], [1], [2]])
+    state = model.new_state(Room(3, 64))
+    np.testing.assert_allclose(model.logits(batch, state), expected, 1e-5)
 
 
 def test_a_missing_block_says_who_has_it() -> None:
@@ -255,38 +292,16 @@ def test_an_id_outside_the_vocabulary_never_reaches_a_block(token: int) -> None:
         build(small_spec()).logits(Batch.of_sequences([[1, token]]))
 
 
-@pytest.mark.parametrize(
-    ("length", "start", "slots", "problem"),
-    [
-        (9, 0, [0], "do not fit in slots of 8"),
-        (1, 8, [1], "do not fit in slots of 8"),
-        (1, 0, [3], "outside the 3"),
-        (1, 1, [1], "starts at position 1, but its slot 1 has seen 0 tokens"),
-    ],
-)
-def test_a_batch_that_its_state_cannot_hold_never_reaches_a_block(
-    length: int, start: int, slots: list[int], problem: str
-) -> None:
-    model = build(small_spec())
-    sequences = [[1] * length] * len(slots)
-    batch = Batch.of_sequences(sequences, starts=[start] * len(slots), slots=slots)
-    with pytest.raises(ValueError, match=problem):
-        model.logits(batch, model.new_state(slots=3, max_tokens=8))
+def test_a_batch_that_its_state_refuses_never_reaches_a_block() -> None:
+    names: list[str] = []
+    model = build(small_spec(), wrap=lambda name, spec, block: (names.append(name), block)[1])
+    state, names = model.new_state(Room(3, 64)), []
+    with pytest.raises(ValueError, match="page 3 lies outside the 3 there are"):
+        model.logits(Batch.of_sequences([[1]], pages=[[3]]), state)
+    assert names == []
 
 
-def test_a_sequence_goes_on_from_all_that_its_slot_has_seen_or_starts_afresh() -> None:
-    model = build(small_spec())
-    state = model.new_state(slots=2, max_tokens=8)
-    model.logits(Batch.of_sequences([[1, 2, 3], [4]]), state)
-    for start in (1, 2, 4):
-        with pytest.raises(ValueError, match=f"position {start}, but its slot 0 has seen 3 tokens"):
-            model.logits(Batch.of_sequences([[5]], starts=[start]), state)
-    model.logits(Batch.of_sequences([[5], [6]], starts=[3, 1]), state)
-    model.logits(Batch.of_sequences([[7], [8]], starts=[0, 2]), state)
-    assert state.seen.tolist() == [1, 3]
-
-
-def test_slots_of_a_forward_that_failed_hold_no_sequence() -> None:
+def test_pages_of_a_forward_that_failed_hold_no_sequence() -> None:
     failing = False
 
     def wrap(name: str, spec: Spec, block: Block) -> Block:
@@ -298,15 +313,16 @@ def test_slots_of_a_forward_that_failed_hold_no_sequence() -> None:
         return called
 
     model = build(small_spec(), wrap=wrap)
-    state = model.new_state(slots=2, max_tokens=8)
-    model.logits(Batch.of_sequences([[1, 2, 3], [4]]), state)
+    state = model.new_state(Room(2, 64))
+    model.logits(Batch.of_sequences([[1, 2, 3], [4]], pages=[[0], [1]]), state)
     failing = True
     with pytest.raises(RuntimeError):
-        model.logits(Batch.of_sequences([[5]], starts=[3]), state)
+        model.logits(Batch.of_sequences([[5]], starts=[3], pages=[[0]]), state)
     failing = False
-    with pytest.raises(ValueError, match="has seen 0 tokens; start there, or at 0"):
-        model.logits(Batch.of_sequences([[5]], starts=[3]), state)
-    model.logits(Batch.of_sequences([[5]], starts=[1], slots=[1]), state)
+    with pytest.raises(ValueError, match="after 3 tokens, but its pages do not hold them"):
+        model.logits(Batch.of_sequences([[5]], starts=[3], pages=[[0]]), state)
+    model.logits(Batch.of_sequences([[5]], starts=[1], pages=[[1]]), state)
+    model.logits(Batch.of_sequences([[5]], pages=[[0]]), state)
 
 
 @pytest.mark.parametrize("plan", ["reference", "capturing"])
@@ -318,31 +334,25 @@ def test_without_a_state_sequences_are_whole(plan: str) -> None:
 
 def test_a_state_of_another_model_or_of_fewer_layers_is_refused() -> None:
     model, twin = build(small_spec()), build(small_spec())
+    batch = Batch.of_sequences([[1]], pages=[[0]])
     with pytest.raises(ValueError, match="the state belongs to another model"):
-        model.logits(Batch.of_sequences([[1]]), twin.new_state(1, 8))
-    state = model.new_state(1, 8)
+        model.logits(batch, twin.new_state(Room(1)))
+    state = model.new_state(Room(1))
     state.layers.pop()
     with pytest.raises(ValueError, match="the state has 3 layers, the model 4"):
-        model.logits(Batch.of_sequences([[1]]), state)
+        model.logits(batch, state)
 
 
-def test_a_copy_of_a_state_with_other_numbers_is_refused() -> None:
-    """Blocks index memory by them: cpu_simd would write beyond what the layers hold."""
+def test_a_copy_of_a_state_with_another_room_is_refused() -> None:
+    """Blocks index memory by it: cpu_simd would write beyond what the layers hold."""
     model = build(small_spec())
-    state, larger = model.new_state(1, 8), model.new_state(9, 99)
-    for changes in ({"slots": 9}, {"max_tokens": 99}, {"layers": larger.layers}, {}):
+    state, larger = model.new_state(Room(1)), model.new_state(Room(9))
+    changes: tuple[dict[str, Any], ...] = ({"room": Room(9)}, {"layers": larger.layers}, {})
+    for change in changes:
         with pytest.raises(ValueError, match="or is a copy: give what new_state returned"):
-            model.logits(Batch.of_sequences([[1]]), dataclasses.replace(state, **changes))
-
-
-@pytest.mark.parametrize("wrong", [-1, 2.0, "2", None, True])
-def test_the_room_of_a_state_is_a_whole_number(wrong: Any) -> None:
-    model = build(small_spec())
-    with pytest.raises(ValueError, match=r"slots is .* must be a whole number of 0 or more"):
-        model.new_state(wrong, 8)
-    with pytest.raises(ValueError, match=r"max_tokens is .* must be a whole number of 0 or more"):
-        model.new_state(2, wrong)
-    assert model.new_state(np.int64(2), np.int32(8)).slots == 2
+            model.logits(
+                Batch.of_sequences([[1]], pages=[[0]]), dataclasses.replace(state, **change)
+            )
 
 
 def test_a_batch_of_no_sequences_gives_no_logits() -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from lfm2kit.batch import Batch
 from lfm2kit.memory import HOST, HostMemory
-from lfm2kit.replays import MOST, Replays
+from lfm2kit.replays import MOST, Key, Replays
 from tests.core.small import build, small_spec
-from tests.core.test_model import CapturingBackend, Recorded
+from tests.core.test_model import Recorded, capturing_model
 
 
 class Tank(HostMemory):
@@ -34,13 +34,18 @@ class Tank(HostMemory):
         return captured
 
 
-def test_5000_shapes_stay_within_their_bounds_and_give_their_own_results() -> None:
+def use(replays: Replays, form: object, capture: Callable[[], Recorded]) -> None:
+    with replays.using(Key(None, form), capture):
+        pass
+
+
+def test_5000_forms_stay_within_their_bounds_and_give_their_own_results() -> None:
     tank, rng = Tank(100_000), np.random.default_rng(0)
     replays = Replays(tank)
     for i in range(20_000):
         shape = int(rng.integers(5000)) if i >= 5000 else i
-        replay = replays.get(shape, tank.capture(300 + shape, shape))
-        assert replay(Batch.of_sequences([])) == shape
+        with replays.using(Key(None, shape), tank.capture(300 + shape, shape)) as replay:
+            assert replay(Batch.of_sequences([])) == shape
         assert len(replays) <= MOST
         assert replays.nbytes == tank.taken[0] <= 50_000
     replays.close()
@@ -51,7 +56,7 @@ def test_the_number_is_bounded_where_a_memory_does_not_say_what_is_free() -> Non
     held = [0]
     replays = Replays(HOST, most=3)
     for shape in range(10):
-        replays.get(shape, lambda: Recorded(lambda batch: None, 10, held))
+        use(replays, shape, lambda: Recorded(lambda batch: None, 10, held))
     assert (len(replays), held) == (3, [30])
 
 
@@ -63,7 +68,7 @@ def test_the_ones_used_last_are_kept() -> None:
             captured.append(shape)
             return tank.capture(10)()
 
-        replays.get(shape, capture)
+        use(replays, shape, capture)
 
     replays = Replays(tank, most=3)
     for shape in "abcabdabc":
@@ -74,31 +79,53 @@ def test_the_ones_used_last_are_kept() -> None:
 def test_the_newest_stays_even_if_it_takes_more_than_its_share() -> None:
     tank = Tank(1000)
     replays = Replays(tank)
-    replays.get("small", tank.capture(100))
-    replays.get("large", tank.capture(800))
+    use(replays, "small", tank.capture(100))
+    use(replays, "large", tank.capture(800))
     assert tank.taken == [800]
-    replays.get("large", tank.capture(2000))  # it is there: nothing is captured
+    use(replays, "large", tank.capture(2000))  # it is there: nothing is captured
 
 
 def test_where_there_is_no_room_all_others_are_closed_and_it_is_tried_once_more() -> None:
     tank = Tank(1000)
     replays = Replays(tank)
     for shape in range(4):
-        replays.get(shape, tank.capture(100))
-    replays.get("large", tank.capture(900))
+        use(replays, shape, tank.capture(100))
+    use(replays, "large", tank.capture(900))
     assert tank.taken == [900]
     with pytest.raises(MemoryError):
-        replays.get("too large", tank.capture(1001))
+        use(replays, "too large", tank.capture(1001))
     assert (len(replays), tank.taken) == (0, [0])
 
 
 def test_a_model_keeps_few_replays() -> None:
-    backend = CapturingBackend()
-    model = build(small_spec(), "capturing", {"capturing": backend})
+    model, backend = capturing_model()
     plain = build(small_spec())
-    for length in (*range(1, MOST + 10), 1, 2):
+    for length in (*(n for n in range(1, MOST + 10) for _ in range(2)), 1, 2):
         batch = Batch.of_sequences([np.arange(length) % 50])
         expected: Any = plain.logits(batch)
         assert np.array_equal(model.logits(batch), expected)
-    assert len(backend.shapes) == MOST + 11  # the first two were captured again
+    assert len(backend.forms) == MOST + 11  # the first two were captured again
     assert backend.held == [1000 * MOST]
+
+
+def test_a_replay_in_use_is_closed_only_afterwards() -> None:
+    tank = Tank(10**6)
+    replays = Replays(tank, most=1)
+    with replays.using(Key("model", 1), tank.capture(10, "first")) as first:
+        use(replays, 2, tank.capture(20))
+        assert tank.taken == [30]
+        assert first(Batch.of_sequences([])) == "first"
+    assert tank.taken == [20]
+
+
+def test_the_replays_of_an_owner_are_dropped_with_what_is_noted_of_it() -> None:
+    tank = Tank(10**6)
+    replays = Replays(tank)
+    for owner in ("one", "other"):
+        replays.note(Key(owner, "rare"))
+        with replays.using(Key(owner, "often"), tank.capture(10)):
+            pass
+    replays.drop("one")
+    assert tank.taken == [10]
+    due = [replays.is_due(Key(owner, f)) for owner in ("one", "other") for f in ("rare", "often")]
+    assert due == [False, False, True, True]

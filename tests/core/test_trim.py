@@ -16,6 +16,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.model import Forward
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.state import Room
 from lfm2kit.trim import TrimmedLayer, trim
 from tests.core.small import build, small_spec
 from tests.core.test_model import DeviceBackend, Elsewhere, FusingBackend, Recorded
@@ -211,7 +212,7 @@ def test_rows_of_a_batch_are_found_once_in_each_memory() -> None:
 
 def test_a_trimmed_model_has_no_state() -> None:
     with pytest.raises(Lfm2kitError, match="a trimmed model has no state"):
-        build(trim(spec_of("as released"))).new_state(slots=1, max_tokens=8)
+        build(trim(spec_of("as released"))).new_state(Room(1))
 
 
 def test_a_backend_without_a_block_for_rows_in_a_layer_says_who_has_it() -> None:

@@ -18,13 +18,14 @@ TAKEN = 64 << 20  # bytes
 
 def test_what_is_free_falls_by_what_is_taken_and_comes_back() -> None:
     import cupy
-    from lfm2kit_cuda.memory import CUDA
+    from lfm2kit_cuda.memory import memory_of
 
-    before = CUDA.free_bytes()
+    memory = memory_of(0)
+    before = memory.free_bytes()
     array = cupy.empty(TAKEN, cupy.uint8)
-    assert before - CUDA.free_bytes() >= TAKEN
+    assert before - memory.free_bytes() >= TAKEN
     del array
-    assert before - CUDA.free_bytes() < TAKEN
+    assert before - memory.free_bytes() < TAKEN
 
 
 @pytest.mark.parametrize("plan", ["cuda", "hybrid"])
@@ -34,5 +35,7 @@ def test_too_little_is_an_error_that_says_what_would_fit(
     from lfm2kit_cuda.memory import CudaMemory
 
     monkeypatch.setattr(CudaMemory, "free_bytes", lambda self: 10_000_000)
-    with pytest.raises(Lfm2kitError, match=r"memory 'cuda' is too small.*n_cpu_moe=[1-6]$"):
+    with pytest.raises(
+        Lfm2kitError, match=r"memory 'lfm2kit_cuda:0' is too small.*n_cpu_moe=[1-6]$"
+    ):
         load_model("tiny", plan)

@@ -2,77 +2,117 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES
 
-from tests.cuda.test_emulated import COMPILER, has_cpp20
+from lfm2kit.batch import Batch
+from lfm2kit.state import Room
+from lfm2kit.testing.compare import assert_same
+from lfm2kit.testing.sessions import Session, one_shot
+from tests.cuda.emulated_operators import ATTENTION, INVERSE, WEIGHTS, EmulatedAttention, compiled
 
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 6
-GROUP, KEYS = HEADS // KV_HEADS, KV_HEADS * HEAD_DIM
+GROUP, QUERIES, KEYS = HEADS // KV_HEADS, HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("attention")
-    if COMPILER is None or not has_cpp20(folder):
-        pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
-    sources = shutil.copytree(INCLUDE, folder / "sources")
-    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+def attention(tmp_path_factory: pytest.TempPathFactory) -> EmulatedAttention:
     sizes = {"HEADS": HEADS, "KV_HEADS": KV_HEADS, "HEAD_DIM": HEAD_DIM, "INNER": "F32"}
-    subprocess.run(
-        [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-         *(f"-D{name}={value}" for name, value in sizes.items()),
-         str(sources / "attention.cpp"), "-o", str(folder / "attention")], check=True,
-    )  # fmt: skip
-    return folder / "attention"
+    program = compiled(tmp_path_factory.mktemp("attention"), "attention", **sizes)
+    return EmulatedAttention(program)
 
 
-def attended(program: Path, qkv: Float32, lengths: list[int]) -> Float32:
-    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-    ends = np.cumsum([0, *lengths], dtype=np.int32)
-    done = subprocess.run(
-        [str(program), str(len(qkv)), str(len(lengths)), str(max(lengths)), str(HEAD_DIM**-0.5)],
-        input=qkv.tobytes() + positions.tobytes() + ends.tobytes(),
-        stdout=subprocess.PIPE, check=True, timeout=100,
-    )  # fmt: skip
-    return np.frombuffer(done.stdout, np.float32).reshape(len(qkv), -1)
+def rows(count: int, seed: int = 0) -> Float32:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, QUERIES + 2 * KEYS)).astype(np.float32)
 
 
-def expected(qkv: Float32, lengths: list[int]) -> Float32:
-    """Row by row, each of the keys and values up to itself alone."""
-    q, k, v = np.split(qkv.astype(np.float64), [HEADS * HEAD_DIM, HEADS * HEAD_DIM + KEYS], axis=1)
+def rotated(heads: Float64, weight: Float32) -> Float64:
+    """Return the heads of one sequence, [tokens, heads, HEAD_DIM], normed and rotated."""
+    size = np.sqrt((heads**2).mean(axis=2, keepdims=True) + ATTENTION.norm_eps)
+    a, b = np.split(heads / size * weight, 2, axis=2)
+    angles = np.arange(len(heads))[:, None, None] * INVERSE
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
+
+
+def expected(qkv: Float32) -> Float32:
+    """Return a sequence's heads, row by row, each of the keys and values up to itself alone."""
+    q, k, v = (
+        part.reshape(len(qkv), -1, HEAD_DIM)
+        for part in np.split(qkv.astype(np.float64), [QUERIES, QUERIES + KEYS], axis=1)
+    )
+    q, k = rotated(q, WEIGHTS[0]), rotated(k, WEIGHTS[1])
     heads = np.empty_like(q)
-    for first, end in pairwise(np.cumsum([0, *lengths])):
-        for row in range(first, end):
-            for head in range(HEADS):
-                of_query = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-                of_key = slice(head // GROUP * HEAD_DIM, (head // GROUP + 1) * HEAD_DIM)
-                scores = k[first : row + 1, of_key] @ q[row, of_query] * HEAD_DIM**-0.5
-                weights = np.exp(scores - scores.max())
-                heads[row, of_query] = weights / weights.sum() @ v[first : row + 1, of_key]
-    return heads.astype(np.float32)
+    for row in range(len(q)):
+        for head in range(HEADS):
+            scores = k[: row + 1, head // GROUP] @ q[row, head] * HEAD_DIM**-0.5
+            weights = np.exp(scores - scores.max())
+            heads[row, head] = weights / weights.sum() @ v[: row + 1, head // GROUP]
+    return heads.reshape(len(qkv), -1).astype(np.float32)
 
 
-def test_rows_see_what_is_before_them_and_nothing_else(program: Path) -> None:
+def test_rows_see_what_is_before_them_and_nothing_else(attention: EmulatedAttention) -> None:
     """Values that are not finite, at several places of tiles of 32 keys, spoil no row before."""
-    lengths, rng = [37, 1, 40], np.random.default_rng(0)
-    qkv = rng.standard_normal((sum(lengths), HEADS * HEAD_DIM + 2 * KEYS)).astype(np.float32)
-    np.testing.assert_allclose(attended(program, qkv, lengths), expected(qkv, lengths), rtol=1e-4,
-                               atol=1e-6)  # fmt: skip
-    clean = attended(program, qkv, lengths)
+    lengths = [37, 1, 40]
+    batch, qkv = Batch.of_sequences([np.zeros(n, np.int32) for n in lengths]), rows(sum(lengths))
+    clean = attention(qkv, batch, None)
+    for a, b in pairwise(batch.cu_seqlens):
+        np.testing.assert_allclose(clean[a:b], expected(qkv[a:b]), rtol=1e-4, atol=1e-6)
     for row, value in ((35, np.nan), (38 + 31, np.inf), (38 + 36, np.nan)):
         spoilt = qkv.copy()
         spoilt[row] = value
-        got = attended(program, spoilt, lengths)
+        got = attention(spoilt, batch, None)
         sequence = np.repeat(np.arange(3), lengths)
         is_after = (np.arange(len(qkv)) >= row) & (sequence == sequence[row])
         assert not np.isfinite(got[is_after]).any()
         assert np.array_equal(got[~is_after], clean[~is_after])
+
+
+@pytest.mark.parametrize("page_tokens", [64, 128])
+def test_chunks_in_pages_have_the_bits_of_one_shot(
+    attention: EmulatedAttention, page_tokens: int
+) -> None:
+    """Chunks end astride the ends of pages and of tiles; another sequence is fed beside."""
+    qkv, other = rows(131), rows(6, seed=1)
+    fed = session(attention, Room(5, page_tokens))
+    got = [
+        fed.feed(("one", qkv[a:b]), ("other", other[i : i + 1]))[0]
+        for i, (a, b) in enumerate(pairwise((0, 31, 63, 64, 65, 127, 131)))
+    ]
+    assert_same(np.concatenate(got), whole(attention, qkv), "in chunks")
+
+
+def test_forks_leave_the_shared_page_alone(attention: EmulatedAttention) -> None:
+    qkv, ends = rows(67), {"one": rows(3, seed=1), "fork": rows(2, seed=2)}
+    fed = session(attention, Room(3, 64))
+    fed.feed(("one", qkv))
+    shared = fed.pages.fork("fork", "one")
+    for name, result in zip(ends, fed.feed(*ends.items()), strict=True):
+        before = len(qkv) if name == "one" else shared
+        want = whole(attention, np.concatenate([qkv[:before], ends[name]]))
+        assert_same(result, want[before:], name)
+
+
+def test_steps_back_across_a_page(attention: EmulatedAttention) -> None:
+    qkv, other = rows(67), rows(5, seed=1)
+    fed = session(attention, Room(2, 64))
+    fed.feed(("one", qkv))
+    fed.pages.step_back("one", 5)
+    want = whole(attention, np.concatenate([qkv[:62], other]))
+    assert_same(fed.feed_in_chunks("one", other, [1, 4]), want[62:], "after a step back")
+
+
+def session(attention: EmulatedAttention, room: Room) -> Session:
+    return Session(ATTENTION, attention, np.random.default_rng(3), room)  # type: ignore[arg-type]
+
+
+def whole(attention: EmulatedAttention, qkv: Float32) -> Float32:
+    got = one_shot(ATTENTION, attention, qkv)  # type: ignore[arg-type]
+    assert isinstance(got, np.ndarray)
+    return got

@@ -57,6 +57,11 @@ def empty_slabs(rows: int, columns: int, terms: int = 1) -> Slabs:
     return Slabs(cupy.empty(shape, cupy.uint16), rows)
 
 
+def slabs_bytes(rows: int, columns: int, terms: int = 1) -> int:
+    """Return the bytes that `empty_slabs` allocates."""
+    return 2 * terms * padded(columns, SLAB) * padded(rows, ALIGNMENT)
+
+
 def zero_slabs(rows: int, columns: int) -> Slabs:
     """For a kernel that writes `columns`, and no padding."""
     slabs = empty_slabs(rows, columns)

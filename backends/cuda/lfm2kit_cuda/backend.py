@@ -7,19 +7,22 @@ from collections.abc import Callable
 import cupy
 
 from lfm2kit import specs
-from lfm2kit.backend import Array, Batch, Block, Ceilings, Context, Memory, Spec, Weights
+from lfm2kit.backend import Array, Batch, Block, Ceilings, Context, Memory, Room, Spec, Weights
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
 from lfm2kit_cuda.blocks.layer import PARTS, Layer
+from lfm2kit_cuda.blocks.on_device import OnDevice
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
 from lfm2kit_cuda.blocks.short_conv import ShortConv
 from lfm2kit_cuda.capture import Replay
 from lfm2kit_cuda.ceilings import measure_ceilings
-from lfm2kit_cuda.device import choose_device
-from lfm2kit_cuda.memory import CUDA
+from lfm2kit_cuda.device import choose_device, on_device
+from lfm2kit_cuda.figures import Figures
+from lfm2kit_cuda.memory import memory_of
+from lfm2kit_cuda.paging import state_bytes
 
 BLOCKS = {
     specs.Embedding: Embedding,
@@ -37,9 +40,13 @@ BLOCKS = {
 
 
 class CudaBackend:
+    """Builds for one device; what it has built may be called from any thread."""
+
     def __init__(self, context: Context) -> None:
-        choose_device(context)
-        self._gemm = arithmetic(context.precision)
+        self._memory = memory_of(choose_device(context))
+        with on_device(self._memory.device):
+            self._gemm = arithmetic(context.precision)
+            self._figures = Figures(self._gemm)
 
     def why_unsupported(self, spec: Spec) -> str | None:
         if type(spec) not in BLOCKS:
@@ -49,31 +56,29 @@ class CudaBackend:
         return None
 
     def memory(self, spec: Spec) -> Memory:
-        return CUDA
+        return self._memory
 
     def build(self, spec: Spec, weights: Weights) -> Block:
-        try:
-            block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
-        except cupy.cuda.memory.OutOfMemoryError:
-            raise self._out_of_memory(spec) from None
-        return block
+        with self._memory.stream():
+            try:
+                block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
+            except cupy.cuda.memory.OutOfMemoryError:
+                raise self._out_of_memory(spec, weights) from None
+            cupy.cuda.get_current_stream().synchronize()  # so that any stream finds its weights
+        return OnDevice(block, self._memory.device)
 
-    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
-        """The packed copy of every matrix; activations are a few arrays as large as x."""
-        if isinstance(spec, specs.Embedding):
-            return weights["weight"].nbytes  # it stays as it is stored
-        return self._packed_bytes(spec)
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        return self._figures.kept(spec, weights)
 
-    def _packed_bytes(self, spec: Spec) -> int:
-        return sum(
-            self._gemm.packed_bytes(shape)
-            for leaf in specs.leaves(spec)
-            for shape in leaf.parameters().values()
-            if len(shape) == 2
-        )
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        return self._figures.scratch(spec, tokens)
+
+    def state_bytes(self, spec: Spec, room: Room) -> int:
+        return state_bytes(spec, room, itemsize=self._figures.itemsize)
 
     def ceilings(self) -> Ceilings:
-        return measure_ceilings()
+        with self._memory.stream():
+            return measure_ceilings()
 
     def _why_not_whole(self, layer: specs.Layer) -> str | None:
         """A layer is built whole where its norms have something to round."""
@@ -82,15 +87,22 @@ class CudaBackend:
         known = all(type(part.spec) in PARTS for part in layer.parts())
         return None if known else "its feed-forward is not one of ours"
 
-    def capture(self, forward: Callable[[Batch], Array], batch: Batch) -> Replay:
-        return Replay(forward, batch)
+    def capture(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
+        try:
+            return Replay(step, batch, self._memory)
+        except MemoryError:
+            pass  # outside the handler, whose error holds arrays
+        # A replay has a pool of its own, so what the common pool keeps for later is in its way.
+        cupy.get_default_memory_pool().free_all_blocks()
+        return Replay(step, batch, self._memory)
 
-    def _out_of_memory(self, spec: Spec) -> Lfm2kitError:
+    def _out_of_memory(self, spec: Spec, weights: Weights) -> Lfm2kitError:
         free, total = (size / 1e9 for size in cupy.cuda.runtime.memGetInfo())
+        needed = 1e-9 * self.kept_bytes(spec, weights)
         is_fp32 = self._gemm.activation == "F32"
         return Lfm2kitError(
             f"the GPU's memory does not hold the model: {free:.1f} of {total:.1f} GB are left, and "
-            f"a block of kind '{spec.kind}' needs {1e-9 * self._packed_bytes(spec):.1f} GB; "
+            f"a block of kind '{spec.kind}' needs {needed:.1f} GB; "
             "try ",
             *((Option("precision", "bf16"), ", or ") if is_fp32 else ()),
             Option("n_cpu_moe"),

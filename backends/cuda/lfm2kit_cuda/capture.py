@@ -1,54 +1,119 @@
-"""A whole forward as one CUDA graph: launched once per batch, without Python in between."""
+"""A whole step as one CUDA graph: a batch's arrays go to the device in one copy, then it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from threading import Lock
 
 import cupy
 import cupyx
 import numpy as np
+import numpy.typing as npt
+from cupy.cuda.runtime import CUDARuntimeError
 
 from lfm2kit.backend import Array, Batch
-from lfm2kit_cuda.memory import CUDA
+from lfm2kit_cuda.device import on_device
+from lfm2kit_cuda.memory import CudaMemory
+
+RELAXED = cupy.cuda.runtime.streamCaptureModeRelaxed  # pools, and other threads, may allocate
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, which CuPy does not export
+BUFFERS = 2  # of pinned memory: one is filled while the device still reads the other
 
 
 class Replay:
-    """`forward`, recorded for batches of one shape.
+    """`step`, recorded for batches of one form, whatever state it goes on from.
 
-    The graph's arrays come from a pool of its own, which nothing else takes memory from as long
-    as the graph lives.  A first, unrecorded call compiles what is missing and fills the pool, so
-    that the recorded one finds its memory there.
+    Threads may call it in streams of their own.
+
+    Recording runs nothing: it would write the state.  It relies on `step` having run with a batch
+    of this form before, so that all kernels are compiled and loaded.  The graph's arrays come from
+    a pool of its own, which nothing else takes memory from as long as the graph lives.
     """
 
-    def __init__(self, forward: Callable[[Batch], Array], batch: Batch) -> None:
+    def __init__(self, step: Callable[[Batch], Array], batch: Batch, memory: CudaMemory) -> None:
+        self._memory = memory
+        self._lock = Lock()
         self._pool = cupy.cuda.MemoryPool()
-        self._stream = cupy.cuda.Stream()
-        with self._stream, cupy.cuda.using_allocator(self._pool.malloc):
-            self._batch = replace(batch).on(CUDA)
-            forward(self._batch)
-            self._stream.synchronize()
-            self._stream.begin_capture(mode=cupy.cuda.runtime.streamCaptureModeRelaxed)
+        count = len(batch.packed())
+        with memory.stream(), cupy.cuda.using_allocator(self._pool.malloc):
+            self._staging = Staging(count)
+            self._done = cupy.cuda.Event(disable_timing=True)
+            self._arrays = cupy.empty(count, np.int32)
+            there = batch.unpacked(memory, self._arrays)
             try:
-                self._logits = forward(self._batch)
+                self._graph, self._logits = recorded(step, there)
             finally:
-                self._graph = self._stream.end_capture()
-        self._token_ids = cupyx.empty_pinned(batch.tokens, np.int32)
+                there.views.clear()  # of which it is one: the garbage collector would come later
 
     def __call__(self, batch: Batch) -> Array:
-        self._stream.synchronize()  # the last replay has read its ids
-        self._token_ids[:] = batch.token_ids
-        self._batch.token_ids.set(self._token_ids, stream=self._stream)
-        self._graph.launch(self._stream)
-        return self._logits
+        """Return the logits of a host batch, ready in the order of the current stream.
+
+        The graph has one set of arrays, so it starts when its last run has ended, in whatever
+        stream that was.
+        """
+        with self._lock, on_device(self._memory.device):
+            stream = cupy.cuda.get_current_stream()
+            stream.wait_event(self._done)
+            self._staging.send(batch.packed(), self._arrays, stream)
+            self._graph.launch(stream)
+            self._done.record(stream)
+            return self._logits
 
     @property
     def nbytes(self) -> int:
         """The bytes of the graph's arrays, without what the driver keeps of its kernels."""
-        return int(self._pool.total_bytes())
+        with on_device(self._memory.device):
+            return int(self._pool.total_bytes())
 
     def close(self) -> None:
-        self._stream.synchronize()
-        self._batch.forget_views()
-        del self._graph, self._logits, self._batch
-        self._pool.free_all_blocks()
+        with self._lock, on_device(self._memory.device):
+            self._done.synchronize()
+            del self._graph, self._logits, self._arrays
+            self._pool.free_all_blocks()
+
+
+class Staging:
+    """Pinned memory through which a batch's numbers go to the device.
+
+    The host waits for nothing but the copy that was made from the same buffer before.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._buffers = [cupyx.empty_pinned(count, np.int32) for _ in range(BUFFERS)]
+        self._read = [cupy.cuda.Event(disable_timing=True) for _ in range(BUFFERS)]
+        self._turn = 0
+
+    def send(
+        self, numbers: npt.NDArray[np.int32], target: cupy.ndarray, stream: cupy.cuda.Stream
+    ) -> None:
+        self._turn = (self._turn + 1) % BUFFERS
+        buffer, read = self._buffers[self._turn], self._read[self._turn]
+        read.synchronize()
+        buffer[:] = numbers
+        target.data.copy_from_host_async(buffer.ctypes.data, target.nbytes, stream)
+        read.record(stream)
+
+
+def recorded(step: Callable[[Batch], Array], batch: Batch) -> tuple[cupy.cuda.Graph, Array]:
+    """Return the graph of `step` and what it will leave its result in.
+
+    Raises MemoryError if the device has no room for either.
+    """
+    stream = cupy.cuda.get_current_stream()
+    stream.begin_capture(mode=RELAXED)
+    try:
+        result = step(batch)
+    except BaseException:
+        with suppress(CUDARuntimeError):  # the first error says why
+            stream.end_capture()
+        raise
+    try:
+        graph = stream.end_capture()
+        graph.upload(stream)
+        stream.synchronize()
+    except CUDARuntimeError as error:
+        if error.status == OUT_OF_MEMORY:
+            raise MemoryError(f"the device has no room for a graph: {error}") from None
+        raise
+    return graph, result

@@ -10,7 +10,7 @@ import cupy
 
 from lfm2kit.backend import Tensor
 from lfm2kit_cuda.activations import Rows
-from lfm2kit_cuda.device import most_shared_bytes, processors
+from lfm2kit_cuda.device import current_device, most_shared_bytes, processors
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, listed, padded
 from lfm2kit_cuda.upload import upload
@@ -36,7 +36,7 @@ class Panels:
 
 
 class Gemm:
-    activation = "F32"
+    activation, run = "F32", RUN
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
         return Tiling(TALLEST, HEIGHT_STEP, by_height=True)
@@ -68,6 +68,19 @@ class Gemm:
     def rounded(self, x: cupy.ndarray) -> Rows:
         return Rows(x)
 
+    def empty_bytes(self, rows: int, columns: int) -> int:
+        return 4 * rows * columns
+
+    def rounded_bytes(self, rows: int, columns: int) -> int:
+        return 0
+
+    def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
+        most = _dense_tiles(rows, padded(width, WIDTH)) if tiles is None else tiles
+        return 4 * most * padded(inputs, STEP) * TALLEST
+
+    def gated_bytes(self, rows: int, columns: int, tiles: int | None = None) -> int:
+        return self.arranged_bytes(rows, columns, 2 * padded(columns, RUN), tiles)
+
     def linear(
         self,
         x: Rows | Panels,
@@ -96,7 +109,7 @@ class Gemm:
 def _arranged(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> Panels:
     """Panels for `tiles`; without a list, for as many as suit the product."""
     rows = tiles.rows if tiles else len(x)
-    most = len(tiles.tiles) if tiles else _dense_tiles(rows, matrix.width)
+    most = len(tiles.tiles) if tiles else _dense_tiles(rows, matrix.width, processors())
     panels = cupy.empty((most, matrix.inputs, TALLEST), cupy.float32)
     load_kernel("panels", "arrange")(
         (-(-matrix.inputs // PART), most), ARRANGE_THREADS, x.array,
@@ -115,14 +128,14 @@ def _launch(
     columns: int,
 ) -> None:
     most = len(panels.array)
-    _kernel(name)(
+    _kernel(name, current_device())(
         (min(most * (matrix.width // WIDTH), processors()),), THREADS, panels.array, matrix.packed,
         *outputs, *listed(tiles), panels.rows, most, matrix.inputs, matrix.width, columns,
     )  # fmt: skip
 
 
 @cache
-def _kernel(name: str) -> Kernel:
+def _kernel(name: str, device: int) -> Kernel:
     tile_k, rows_at_once = _sizes()
     stages = GROUPS * STAGES * tile_k * (WIDTH + TALLEST)
     sums = GROUPS * 4 * rows_at_once * (WIDTH + 4)
@@ -139,14 +152,14 @@ def _sizes() -> tuple[int, int]:
 
 
 @cache
-def _dense_tiles(rows: int, width: int) -> int:
+def _dense_tiles(rows: int, width: int, processors: int) -> int:
     """How many tiles of all columns the busiest multiprocessor is done with first."""
     columns, steps = width // WIDTH, -(-rows // HEIGHT_STEP)
 
     def time(count: int) -> int:
         height = -(-steps // count)  # in steps, as in even_tiles.cuh
         low = count * height - steps
-        turns, tall_turns = (-(-tiles * columns // processors()) for tiles in (count, count - low))
+        turns, tall_turns = (-(-tiles * columns // processors) for tiles in (count, count - low))
         tall, lower = (HEIGHTS[max(LOWEST, HEIGHT_STEP * h)] for h in (height, height - 1))
         return tall_turns * tall + (turns - tall_turns) * lower
 

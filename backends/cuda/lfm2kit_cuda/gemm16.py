@@ -12,7 +12,14 @@ from typing import Any
 import cupy
 
 from lfm2kit.backend import Tensor
-from lfm2kit_cuda.activations import Slabs, empty_slabs, gathered, rounded, zero_slabs
+from lfm2kit_cuda.activations import (
+    Slabs,
+    empty_slabs,
+    gathered,
+    rounded,
+    slabs_bytes,
+    zero_slabs,
+)
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded
@@ -42,6 +49,8 @@ GATED_SCALE = {"BF16": 1.0, "F16": 1 / 64}
 
 
 class TensorCoreGemm:
+    run, terms = RUN, 1
+
     def __init__(self, activation: str) -> None:
         self.activation = activation
         self._scale = GATED_SCALE[activation]
@@ -81,6 +90,18 @@ class TensorCoreGemm:
 
     def rounded(self, x: cupy.ndarray) -> Any:
         return rounded(x, self.activation)
+
+    def empty_bytes(self, rows: int, columns: int) -> int:
+        return slabs_bytes(rows, columns)
+
+    def rounded_bytes(self, rows: int, columns: int) -> int:
+        return slabs_bytes(rows, columns)
+
+    def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
+        return 0 if tiles is None else slabs_bytes(rows, inputs)
+
+    def gated_bytes(self, rows: int, columns: int, tiles: int | None = None) -> int:
+        return slabs_bytes(rows, columns, self.terms)
 
     def linear(
         self,

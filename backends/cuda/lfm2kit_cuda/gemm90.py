@@ -14,7 +14,7 @@ import cupy
 
 from lfm2kit.backend import Tensor
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit_cuda.activations import TERMS, Rows, Slabs, split
+from lfm2kit_cuda.activations import TERMS, Rows, Slabs, slabs_bytes, split
 from lfm2kit_cuda.device import processors
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
 from lfm2kit_cuda.kernels import Kernel, load_kernel
@@ -45,7 +45,7 @@ BLOCKS_OF_TERMS = Blocks(
 
 
 class HopperGemm(TensorCoreGemm):
-    terms, most_rows = 1, MOST_ROWS
+    run, terms, most_rows = 1, 1, MOST_ROWS
 
     def __init__(self, activation: str) -> None:
         super().__init__(activation)
@@ -137,6 +137,15 @@ class ThreeTermGemm(HopperGemm):
 
     def rounded(self, x: cupy.ndarray) -> Rows:
         return Rows(x)
+
+    def empty_bytes(self, rows: int, columns: int) -> int:
+        return 4 * rows * columns
+
+    def rounded_bytes(self, rows: int, columns: int) -> int:
+        return 0
+
+    def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
+        return slabs_bytes(rows, inputs, self.terms)
 
     linear_rounded = TensorCoreGemm.linear
 

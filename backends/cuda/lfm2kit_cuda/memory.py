@@ -1,7 +1,11 @@
-"""The device's memory, as the core sees it: where arrays are copied to and from the host."""
+"""A device's memory, as the core sees it: copies to and from the host, and the order of work."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import cupy
@@ -9,29 +13,133 @@ import cupyx
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.memory import Arriving, Mark
+from lfm2kit_cuda.choosing import identity
+from lfm2kit_cuda.device import current_device, on_device
 from lfm2kit_cuda.upload import upload
 
 
 class CudaMemory:
-    """Arrays are `cupy.ndarray`s of the current device."""
+    """One device's memory: arrays are `cupy.ndarray`s of that device, in any thread.
 
-    name = "cuda"
+    The memory's current stream is CuPy's current stream of the thread and the device.
+    """
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.name = f"lfm2kit_cuda:{device}"
+        self._idle: list[cupy.cuda.Stream] = []  # appended to and popped from by any thread
+
+    def unit(self) -> str:
+        """The GPU's name and UUID."""
+        return f"the GPU {identity(self.device)}"
 
     def from_host(self, array: npt.NDArray[Any]) -> cupy.ndarray:
-        return upload(array)
+        """A copy of a host array; it is complete in the order of the current stream."""
+        with on_device(self.device):
+            return upload(array)
 
     def to_host(self, array: cupy.ndarray) -> npt.NDArray[Any]:
-        """Into pinned memory, which the device writes at the link's speed; waits for it."""
-        if array.size == 0:
-            return np.empty(array.shape, array.dtype)
-        host: npt.NDArray[Any] = cupyx.empty_pinned(array.shape, array.dtype)
-        array.get(out=host)
-        return host
+        return self.start_to_host(array).wait()
+
+    def start_to_host(self, array: cupy.ndarray) -> Arriving:
+        with on_device(self.device):
+            return _Copy(array)
 
     def free_bytes(self) -> int:
         """What the driver has left, and what CuPy's pool holds for later."""
-        free, _ = cupy.cuda.runtime.memGetInfo()
-        return int(free) + int(cupy.get_default_memory_pool().free_bytes())
+        with on_device(self.device):
+            free, _ = cupy.cuda.runtime.memGetInfo()
+            return int(free) + int(cupy.get_default_memory_pool().free_bytes())
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Make a stream current that no other thread uses meanwhile.
+
+        Streams are used again, because CuPy keeps free memory apart for each.
+        """
+        with on_device(self.device):
+            before = cupy.cuda.get_current_stream()
+            stream = self._idle_stream()
+            try:
+                with stream:
+                    yield
+            finally:
+                before.use()  # CuPy's own `with` forgets a stream that was chosen by `use`
+                self._idle.append(stream)
+
+    def mark(self) -> Mark:
+        with on_device(self.device):
+            return _Event()
+
+    def wait(self, mark: Mark) -> None:
+        assert isinstance(mark, _Event), "a mark of another memory"
+        with on_device(self.device):
+            mark.hold_back(cupy.cuda.get_current_stream())
+
+    def _idle_stream(self) -> cupy.cuda.Stream:
+        with suppress(IndexError):
+            return self._idle.pop()
+        return cupy.cuda.Stream(non_blocking=True)
 
 
-CUDA = CudaMemory()
+class _Event:
+    """A place in the current stream."""
+
+    def __init__(self) -> None:
+        self._device = current_device()
+        self._stream = cupy.cuda.get_current_stream()
+        self._event = cupy.cuda.Event()
+        self._event.record(self._stream)
+
+    def seconds_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, _Event), "a mark of another memory"
+        for mark in (earlier, self):
+            mark._event.synchronize()
+        return float(cupy.cuda.get_elapsed_time(earlier._event, self._event)) / 1e3
+
+    def hold_back(self, stream: cupy.cuda.Stream) -> None:
+        """Make a stream of the current device wait for this.
+
+        The mark's own stream is in order; asked to wait while it is captured, it would fail.
+        """
+        if stream != self._stream or current_device() != self._device:
+            stream.wait_event(self._event)
+
+
+class _Copy:
+    """A copy on its way into pinned memory, which the device writes at the link's speed.
+
+    Neither the array nor the pinned memory is used for something else while the copy is under way,
+    even if nobody keeps or waits for this object.
+    """
+
+    def __init__(self, array: cupy.ndarray) -> None:
+        source = cupy.ascontiguousarray(array)
+        self._host: npt.NDArray[Any] = _empty_pinned(source.shape, source.dtype)
+        source.data.copy_to_host_async(self._host.ctypes.data, source.nbytes)
+        self._arrived = cupy.cuda.Event(disable_timing=True)
+        self._arrived.record()
+        self._release = weakref.finalize(self, _wait_for, self._arrived, source, self._host)
+
+    def wait(self) -> npt.NDArray[Any]:
+        self._arrived.synchronize()
+        self._release()
+        return self._host
+
+
+def _empty_pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """A new host array in pinned memory, unless it is empty."""
+    has_elements = 0 not in shape
+    return cupyx.empty_pinned(shape, dtype) if has_elements else np.empty(shape, dtype)
+
+
+def _wait_for(arrived: cupy.cuda.Event, *kept: Any) -> None:
+    """Wait for an event; what is kept is kept until then."""
+    arrived.synchronize()
+
+
+@cache
+def memory_of(device: int) -> CudaMemory:
+    """Return the memory of a device, always the same."""
+    return CudaMemory(device)

@@ -64,6 +64,7 @@ class Arithmetic(Protocol):
     """
 
     activation: str  # the type that products read, and of what blocks store: F32, BF16 or F16
+    run: int  # rows of w1 before as many of w3 in a packed matrix
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
         """For so many rows of so many groups, of which the device knows which have how many."""
@@ -91,6 +92,25 @@ class Arithmetic(Protocol):
 
     def rounded(self, x: cupy.ndarray) -> Any:
         """float32 activations as products read them."""
+        ...
+
+    def empty_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes that `empty` allocates."""
+        ...
+
+    def rounded_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes that `rounded` allocates."""
+        ...
+
+    def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
+        """Return the bytes that a product takes to arrange its input, only while it runs.
+
+        `width` is the packed rows of the matrix, `tiles` the length of a list of tiles.
+        """
+        ...
+
+    def gated_bytes(self, rows: int, columns: int, tiles: int | None = None) -> int:
+        """Return the bytes of what `gated` returns."""
         ...
 
     def linear(

@@ -1,19 +1,24 @@
 """From the host's memory, usually a checkpoint's memory map, to the device through pinned buffers.
 
 The device reads pinned memory at the link's speed.  A single thread does not copy as fast as the
-link takes it, so several fill buffers at once.
+link takes it, so several fill buffers at once.  Each device has buffers of its own, and one array
+at a time goes through them, whichever thread it is from.  A buffer is filled anew when the stream
+that it was sent in has read it.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import cupy
 import cupyx
 import numpy as np
 import numpy.typing as npt
+
+from lfm2kit_cuda.device import current_device
 
 BUFFERS, BUFFER_BYTES = 16, 1 << 20
 PARTS, MOST_IN_PARTS = 4, BUFFERS * BUFFER_BYTES
@@ -24,10 +29,11 @@ Bytes = npt.NDArray[np.uint8]
 class InPieces:
     """Copies piece by piece, each through one of many buffers in turn: for arrays of any size."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: int) -> None:
+        self.lock = Lock()
         self._buffers = [cupyx.empty_pinned(BUFFER_BYTES, np.uint8) for _ in range(BUFFERS)]
         self._sent = [cupy.cuda.Event(disable_timing=True) for _ in range(BUFFERS)]
-        self._threads = ThreadPoolExecutor(BUFFERS)
+        self._threads = _threads(BUFFERS, device)
         self._turn = 0
 
     def copy(self, source: Bytes, target: cupy.ndarray) -> None:
@@ -62,10 +68,11 @@ class InParts:
     much less.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: int) -> None:
+        self.lock = Lock()
         self._buffer = cupyx.empty_pinned(MOST_IN_PARTS, np.uint8)
         self._sent = cupy.cuda.Event(disable_timing=True)
-        self._threads = ThreadPoolExecutor(PARTS - 1)
+        self._threads = _threads(PARTS - 1, device)
 
     def copy(self, source: Bytes, target: cupy.ndarray) -> None:
         first, *rest = _slices(len(source), -(-len(source) // PARTS))
@@ -86,17 +93,30 @@ class InParts:
         to.data.copy_from_host_async(self._buffer.ctypes.data + part.start, to.nbytes)
 
 
+def _threads(count: int, device: int) -> ThreadPoolExecutor:
+    """Threads on a device: a new one would take memory of device 0 when it waits for a copy."""
+    return ThreadPoolExecutor(count, initializer=cupy.cuda.runtime.setDevice, initargs=(device,))
+
+
 in_pieces, in_parts = cache(InPieces), cache(InParts)
+_making = Lock()  # two for one device would be one too many: its buffers are freed in use
 
 
 def upload(array: npt.NDArray[Any]) -> cupy.ndarray:
-    """A copy of a host array on the current device, whose bytes stay as they are."""
-    device = cupy.empty(array.shape, array.dtype)
+    """A copy of a host array on the current device, whose bytes stay as they are.
+
+    The array may be written as soon as this returns.  The copy is complete in the order of the
+    current stream.
+    """
+    copy = cupy.empty(array.shape, array.dtype)
     source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    way = in_parts() if BUFFER_BYTES < len(source) <= MOST_IN_PARTS else in_pieces()
+    kind = in_parts if BUFFER_BYTES < len(source) <= MOST_IN_PARTS else in_pieces
     if len(source):
-        way.copy(source, device.reshape(-1).view(cupy.uint8))
-    return device
+        with _making:
+            way = kind(current_device())
+        with way.lock:
+            way.copy(source, copy.reshape(-1).view(cupy.uint8))
+    return copy
 
 
 def _slices(size: int, step: int) -> list[slice]:

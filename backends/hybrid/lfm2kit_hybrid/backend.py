@@ -3,7 +3,17 @@ memories is the core's business: it asks where each block lives and puts the cop
 
 from __future__ import annotations
 
-from lfm2kit.backend import Backend, Block, Context, Memory, NeedsWorkspace, Spec, Weights
+from lfm2kit.backend import (
+    Backend,
+    Block,
+    BuildsOperators,
+    Context,
+    Memory,
+    MemoryFigures,
+    Room,
+    Spec,
+    Weights,
+)
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.specs import Router, leaves
 
@@ -27,11 +37,18 @@ class HybridBackend:
     def build(self, spec: Spec, weights: Weights) -> Block:
         return self._backend_of(spec).build(spec, weights)
 
-    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
         backend = self._backend_of(spec)
-        if not isinstance(backend, NeedsWorkspace):
-            return 0
-        return backend.workspace_bytes(spec, weights, tokens)
+        return backend.kept_bytes(spec, weights) if isinstance(backend, MemoryFigures) else 0
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        backend = self._backend_of(spec)
+        return backend.scratch_bytes(spec, tokens) if isinstance(backend, MemoryFigures) else 0
+
+    def state_bytes(self, spec: Spec, room: Room) -> int:
+        backend = self._backend_of(spec)
+        assert isinstance(backend, BuildsOperators)
+        return backend.state_bytes(spec, room)
 
     def notes(self) -> list[str]:
         return self._notes

@@ -2,6 +2,7 @@
 
 from lfm2kit.testing.checks import (  # noqa: I001 (the order in which they run)
     contract,
+    order,
     values,
     feed_forward,
     router,
@@ -21,6 +22,7 @@ __all__ = [
     "contract",
     "feed_forward",
     "non_finite",
+    "order",
     "router",
     "router_limits",
     "rows",

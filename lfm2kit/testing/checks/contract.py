@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Bounded, NeedsWorkspace
+from lfm2kit.backend import Bounded, MemoryFigures
 from lfm2kit.batch import Batch
 from lfm2kit.specs import Spec
 from lfm2kit.testing.checks.registry import check
@@ -59,19 +59,23 @@ def memory_round_trip(trial: Trial) -> None:
 
 @check
 def sizes_are_known_before_building(trial: Trial) -> None:
-    """What `workspace_bytes` and a memory's `free_bytes` say are whole numbers, in order.
+    """`kept_bytes`, `scratch_bytes` and a memory's `free_bytes` are whole numbers, and in order.
 
-    A run is refused where blocks need more at 0 rows than is free.
+    A run is refused where blocks need more than is free.
     """
     for spec in trial.first_of_kinds():
         if trial.backend.why_unsupported(spec) is not None:
             continue  # joined of parts, which have their turn
-        memory, sizes = trial.backend.memory(spec), [0]
-        if isinstance(trial.backend, NeedsWorkspace):
-            weights = trial.random_weights(spec)
-            sizes += [trial.backend.workspace_bytes(spec, weights, t) for t in (0, 1, 17, 4096)]
-        if sizes != sorted(sizes) or not all(type(size) is int for size in sizes):
-            raise CheckFailed(f"{spec}: workspace_bytes at 0, 1, 17 and 4096 rows: {sizes[1:]}")
+        memory, backend = trial.backend.memory(spec), trial.backend
+        if isinstance(backend, MemoryFigures):
+            kept = backend.kept_bytes(spec, trial.random_weights(spec))
+            scratch = [backend.scratch_bytes(spec, tokens) for tokens in (0, 1, 17, 4096)]
+            if scratch != sorted(scratch) or not all(type(n) is int for n in (kept, *scratch)):
+                raise CheckFailed(f"{spec}: kept_bytes {kept!r}, scratch_bytes of rows {scratch}")
+            if kept < 0 or scratch[0] != 0:
+                raise CheckFailed(
+                    f"{spec}: kept_bytes {kept}, scratch_bytes of 0 rows {scratch[0]}"
+                )
         free = memory.free_bytes() if isinstance(memory, Bounded) else 0
         if type(free) is not int or free < 0:
             raise CheckFailed(f"memory {memory.name!r}: free_bytes() is {free!r}")
@@ -125,19 +129,19 @@ def inputs_not_written(trial: Trial) -> None:
 
 
 @check
-def outputs_survive_until_next_call(trial: Trial) -> None:
-    """A result keeps its values until the same block is called again, whoever else is called.
+def results_belong_to_the_caller(trial: Trial) -> None:
+    """No later call changes a result: of the same block, or of another one.
 
-    So blocks of one backend may not share the buffer that they return; a layer's `hidden` is
-    read again after its operator has run.
+    Two batches may be on their way at once; a layer's `hidden` is read again after its operator.
     """
     kept = []
     for spec in [s for s in trial.first_of_kinds() for _ in range(2)]:  # two blocks of each kind
         block = trial.build(spec, trial.random_weights(spec))
-        result = block.block(*block.to_memory(random_inputs(spec, trial.rng, 17)))
-        kept.append((spec, block, result, block.to_host(result)))
+        for rows in (17, 17, 5, 17):
+            result = block.block(*block.to_memory(random_inputs(spec, trial.rng, rows)))
+            kept.append((spec, block, result, block.to_host(result)))
     for spec, block, result, was in kept:
-        assert_same(block.to_host(result), was, f"{spec}: a result after calls of other blocks")
+        assert_same(block.to_host(result), was, f"{spec}: a result after later calls")
 
 
 def _require_finite(result: Result, what: str) -> None:
@@ -151,7 +155,7 @@ def _arrays(inputs: Any) -> Iterator[tuple[str, Any]]:
     """The arrays among the arguments of a block, and those of its batch."""
     for i, value in enumerate(inputs):
         if isinstance(value, Batch):
-            names = ("token_ids", "positions", "cu_seqlens", "state_slots", "logits_rows")
+            names = ("token_ids", "positions", "cu_seqlens", "pages", "logits_rows")
             yield from ((f"batch.{name}", getattr(value, name)) for name in names)
         elif value is not None:
             yield f"argument {i}", value

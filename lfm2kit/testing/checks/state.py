@@ -1,20 +1,24 @@
-"""The operators' state, in chunks, decoding and slots: where LFM2 in batches goes wrong."""
+"""The operators' state, in chunks, decoding and pages: where LFM2 in batches goes wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from lfm2kit import specs
+from lfm2kit.backend import BuildsOperators
+from lfm2kit.batch import Batch
 from lfm2kit.specs import Spec
+from lfm2kit.state import STEP_BACK, Room
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import Result, assert_close, assert_same
+from lfm2kit.testing.compare import Result, assert_close, assert_same, rows_of
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_rows
-from lfm2kit.testing.sessions import Float32, Session, joined, one_shot
+from lfm2kit.testing.sessions import PAGE_TOKENS, Float32, Session, joined, one_shot
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 
@@ -25,27 +29,45 @@ DENSE_LAYERS = tuple(
 )
 OPERATORS: tuple[Spec, ...] = (*CASES["conv"], *CASES["attn"], *DENSE_LAYERS)
 
+BEYOND_A_PAGE = PAGE_TOKENS + 7
+
 
 @check
 def operator_has_state(trial: Trial) -> None:
-    """Blocks of operators and layers have `new_state` and `state_bytes`, which never shrinks.
+    """Blocks of operators and layers have `new_state`; `state_bytes` says what it takes, at least.
 
-    `state_bytes` is what `lfm2kit plan` and a server's admission count with.
+    `state_bytes` is what `lfm2kit plan` and a server's admission count with, before building.
     """
     for spec in trial.supported(OPERATORS):
         block = trial.build(spec, trial.random_weights(spec))
-        for method in ("new_state", "state_bytes"):
-            if not callable(getattr(block.block, method, None)):
-                raise CheckFailed(f"{spec}: the block has no method {method}")
-        sizes = [block.state_bytes(*room) for room in ((1, 1), (1, 64), (3, 64), (3, 1000))]
-        if sizes != sorted(sizes) or sizes[0] < 0:
-            raise CheckFailed(f"{spec}: state_bytes of growing states: {sizes}")
-        block.new_state(1, 1)
+        if not callable(getattr(block.block, "new_state", None)):
+            raise CheckFailed(f"{spec}: the block has no method new_state")
+        rooms = [Room(0), Room(1, 64), Room(1, 128), Room(3, 128), Room(3, 1024)]
+        for room in rooms:
+            block.new_state(room)
+        if trial.backend.why_unsupported(spec) is not None:
+            continue  # joined of parts, which have their turn
+        if not isinstance(trial.backend, BuildsOperators):
+            raise CheckFailed(f"{spec}: the backend has no method state_bytes")
+        sizes = [trial.backend.state_bytes(spec, room) for room in rooms]
+        least = [_least_bytes(spec, room) for room in rooms]
+        if sizes != sorted(sizes) or any(a < b for a, b in zip(sizes, least, strict=True)):
+            raise CheckFailed(f"{spec}: state_bytes of growing rooms: {sizes}; at least {least}")
+
+
+def _least_bytes(spec: Spec, room: Room) -> int:
+    """Return what a state takes if its elements have 16 bits."""
+    if isinstance(spec, specs.Layer):
+        return _least_bytes(spec.operator, room)
+    if isinstance(spec, specs.ShortConv):
+        return 2 * room.pages * (spec.kernel_size - 1) * spec.hidden_size
+    assert isinstance(spec, specs.Attention)
+    return 4 * room.pages * room.page_tokens * spec.num_key_value_heads * spec.head_dim
 
 
 @check
 def state_fresh_at_position_zero(trial: Trial) -> None:
-    """A sequence at position 0 starts afresh, whatever its slot holds: another's rows, or NaN.
+    """A sequence at position 0 starts afresh, whatever its pages hold: another's rows, or NaN.
 
     Also where it is shorter than the kernel and goes on: the missing rows are zeros, not the
     former sequence's.
@@ -53,44 +75,58 @@ def state_fresh_at_position_zero(trial: Trial) -> None:
     for spec, block, reference in _operators(trial):
         x = random_rows(trial.rng, 6, _size(spec))
         want = one_shot(spec, reference, x)
-        for garbage in (np.full_like(x, np.nan), random_rows(trial.rng, 9, _size(spec), 100.0)):
+        for garbage in (np.full((70, _size(spec)), np.nan, np.float32), _rows(trial, spec, 70)):
             for lengths in ([6], [1, 1, 1, 1, 1, 1], [2, 4]):
-                session = Session(spec, block, 2, 9)
-                session.feed((1, garbage))
-                session.restart(1)
-                got = session.feed_in_chunks(1, x, lengths)
-                what = f"{spec}, chunks of {lengths} in a used slot"
+                session = Session(spec, block, trial.rng, Room(2, PAGE_TOKENS))
+                session.feed(("former", garbage))
+                session.pages.drop("former")
+                got = session.feed_in_chunks("new", x, lengths)
+                what = f"{spec}, chunks of {lengths} in used pages"
                 assert_close(got, want, trial.tolerance, what)
 
 
 @check
 def state_chunked_equals_one_shot(trial: Trial) -> None:
-    """A sequence in chunks of 1, 2, 3, 5 gives what it gives in one call.
+    """A sequence in chunks of 1, 2, 3, 5, 16 has the bits of one call, also beyond a page.
 
-    Chunks shorter than the kernel must keep the older rows of the state (vllm#56196); a state of
+    Chunks shorter than the kernel must keep the older rows of the state (vllm#56196); pages of
     exactly the sequence's length must do.
     """
     for spec, block, reference in _operators(trial):
-        x = random_rows(trial.rng, 17, _size(spec))
-        want = one_shot(spec, reference, x)
-        for lengths in (*map(_chunks_of, (1, 2, 3, 5)), [16, 1], [1, 16], [2, 1, 14], [17]):
-            got = Session(spec, block, 2, 17).feed_in_chunks(1, x, lengths)
-            assert_close(got, want, trial.tolerance, f"{spec} in chunks of {lengths}")
+        x = _rows(trial, spec, BEYOND_A_PAGE)
+        want = one_shot(spec, block, x)
+        assert_close(want, one_shot(spec, reference, x), trial.tolerance, f"{spec} in one call")
+        for lengths in (*map(_chunks_of, (1, 2, 3, 5, 16)), [PAGE_TOKENS, 7], [1, 70], [70, 1]):
+            session = Session(spec, block, trial.rng, Room(2, PAGE_TOKENS))
+            got = session.feed_in_chunks("one", x, lengths)
+            assert_same(got, want, f"{spec} in chunks of {lengths}")
+
+
+@check
+def state_page_sizes(trial: Trial) -> None:
+    """The size of pages changes no bit."""
+    for spec, block, _ in _operators(trial):
+        x = _rows(trial, spec, 150)
+        want = one_shot(spec, block, x)
+        for page_tokens in (64, 128, 192):
+            session = Session(spec, block, trial.rng, Room(5, page_tokens))
+            got = session.feed_in_chunks("one", x, [60, 1, 3, 70, 16])
+            assert_same(got, want, f"{spec} in pages of {page_tokens} tokens")
 
 
 @check
 def state_decode_batch(trial: Trial) -> None:
-    """Several sequences decode one token each per call, in any order, in slots of any order.
+    """Several sequences decode one token each per call, in any order, in pages of any order.
 
     A batch of sequences of length 1 is where strides and broadcasts are misread
     (mistral.rs#2357).
     """
-    prompts = {4: 5, 0: 1, 2: 9}  # tokens by slot
+    prompts = {"a": 5, "b": 1, "c": 9, "d": PAGE_TOKENS - 2}
     for spec, block, reference in _operators(trial):
-        feeder = _Feeder(spec, block, reference, trial, slots=5)
+        feeder = _Feeder(spec, block, reference, trial)
         feeder.feed(prompts)
         for _ in range(4):
-            feeder.feed({int(slot): 1 for slot in trial.rng.permutation(list(prompts))})
+            feeder.feed({str(name): 1 for name in trial.rng.permutation(list(prompts))})
         feeder.judge("decoded in batches")
 
 
@@ -98,83 +134,175 @@ def state_decode_batch(trial: Trial) -> None:
 def state_prefill_beside_decode(trial: Trial) -> None:
     """One call may hold one sequence's first tokens, another's next one, and a chunk of a third."""
     for spec, block, reference in _operators(trial):
-        feeder = _Feeder(spec, block, reference, trial, slots=4)
-        for lengths in ({3: 7, 1: 2}, {0: 4, 3: 1, 1: 2}, {1: 1, 3: 3, 0: 1}, {2: 1, 0: 5}):
+        feeder = _Feeder(spec, block, reference, trial)
+        for lengths in (
+            {"d": 7, "b": 2},
+            {"a": 4, "d": 1, "b": 2},
+            {"b": 1, "d": 3, "a": 1},
+            {"c": 1, "a": BEYOND_A_PAGE},
+            {"a": 1, "c": 70, "d": 1},
+        ):
             feeder.feed(lengths)
         feeder.judge("in mixed batches")
 
 
 @check
-def state_slots_do_not_leak(trial: Trial) -> None:
-    """What other slots are fed, NaN even, changes no bit of a slot's results."""
+def state_pages_do_not_leak(trial: Trial) -> None:
+    """What other sequences are fed, NaN even, changes no bit of a sequence's results."""
     for spec, block, _ in _operators(trial):
-        x = random_rows(trial.rng, 7, _size(spec))
-        between = [random_rows(trial.rng, 7, _size(spec)), np.full_like(x, np.nan)]
-        of_values, of_nan = (_fed_between(Session(spec, block, 3, 7), x, y) for y in between)
-        assert_same(of_nan, of_values, f"{spec}, between slots of NaN and of values")
+        x = _rows(trial, spec, BEYOND_A_PAGE)
+        between = [_rows(trial, spec, len(x)), np.full_like(x, np.nan)]
+        of_values, of_nan = (
+            # As many pages as are needed: each has a neighbour of another sequence.
+            _fed_between(Session(spec, block, np.random.default_rng(1), Room(6, PAGE_TOKENS)), x, y)
+            for y in between
+        )
+        assert_same(of_nan, of_values, f"{spec}, between sequences of NaN and of values")
 
 
 def _fed_between(session: Session, x: Float32, others: Float32) -> Result:
-    """The results of `x` [7, hidden_size] in slot 1, fed in chunks with the slots around it.
+    """Return the results of `x`, fed in chunks with another sequence before and one after it.
 
-    Now before and now after them: the last one to write a place is the one whose values stay.
+    The two change places: the last one to write a place is the one whose values stay.
     """
     parts = []
-    for i, (start, end) in enumerate(pairwise((0, 3, 4, 6, 7))):
+    for i, (start, end) in enumerate(pairwise((0, 3, 4, 62, 65, len(x)))):
         rows = slice(start, end)
-        first, last = (0, 2) if i % 2 else (2, 0)
-        parts.append(session.feed((first, others[rows]), (1, x[rows]), (last, others[rows]))[1])
+        first, last = ("a", "c") if i % 2 else ("c", "a")
+        parts.append(session.feed((first, others[rows]), ("b", x[rows]), (last, others[rows]))[1])
     return joined(parts)
 
 
 @check
-def state_random_schedule(trial: Trial) -> None:
-    """Thirty calls with the next rows of some slots each; slots are given up and taken again.
+def state_forks_share_pages(trial: Trial) -> None:
+    """Two sequences that share the whole pages of a beginning equal two separate ones."""
+    for spec, block, _ in _operators(trial):
+        beginning = _rows(trial, spec, BEYOND_A_PAGE)
+        session = Session(spec, block, trial.rng)
+        session.feed(("one", beginning))
+        whole = session.pages.fork("other", "one")
+        ends = {name: _rows(trial, spec, 9) for name in ("one", "other")}
+        results: dict[str, list[Result]] = {"one": [], "other": []}
+        for a, b in pairwise((0, 1, 4, 5, 9)):
+            fed = session.feed(*((name, x[a:b]) for name, x in ends.items()))
+            for name, result in zip(ends, fed, strict=True):
+                results[name].append(result)
+        for name, before in (("one", beginning), ("other", beginning[:whole])):
+            want = one_shot(spec, block, np.concatenate([before, ends[name]]))
+            got = joined(results[name])
+            assert_same(got, rows_of(want, slice(len(before), None)), f"{spec}, fork '{name}'")
 
-    Elsewhere a slot was freed twice and shared by two sequences (mistral.rs#2357).
+
+@check
+def state_steps_back(trial: Trial) -> None:
+    """A sequence may take back up to 16 tokens, and go on with others, across a page's end too."""
+    for spec, block, _ in _operators(trial):
+        for fed, back in ((20, 1), (20, 5), (40, STEP_BACK), (66, 9), (70, 6), (80, STEP_BACK)):
+            for step in (1, 3, 20):
+                x, y = _rows(trial, spec, fed), _rows(trial, spec, 20)
+                session = Session(spec, block, trial.rng, Room(3, PAGE_TOKENS))
+                session.feed(("one", x))
+                session.pages.step_back("one", back)
+                lengths = [min(step, 20 - a) for a in range(0, 20, step)]
+                got = session.feed_in_chunks("one", y, lengths)
+                want = one_shot(spec, block, np.concatenate([x[: fed - back], y]))
+                what = f"{spec}, {back} tokens back from {fed}, then chunks of {step}"
+                assert_same(got, rows_of(want, slice(fed - back, None)), what)
+
+
+@check
+def state_positions_beyond_32768(trial: Trial) -> None:
+    """Positions above 32,768, in page tables of more than 512 columns, are read right.
+
+    Every column names one page, so that no forward over so many tokens is needed.
+    """
+    for spec in trial.supported(OPERATORS):
+        columns = 32768 // PAGE_TOKENS
+        pair = trial.pair(spec)
+        beginning, x = _rows(trial, spec, PAGE_TOKENS), _rows(trial, spec, 5)
+        results = []
+        for block in pair:
+            state = block.new_state(Room(3, PAGE_TOKENS))
+            for start, pages, rows in ((0, [2], beginning), (32768, [2] * columns + [1], x)):
+                ids = np.zeros(len(rows), np.int32)
+                batch = Batch.of_sequences([ids], starts=[start], pages=[pages])
+                results.append(block(*_arguments(spec, rows), batch, state))
+        _, got, _, want = results
+        assert_close(got, want, trial.tolerance, f"{spec} at position 32768")
+
+
+@check
+def state_belongs_to_its_caller(trial: Trial) -> None:
+    """A block keeps nothing of its own: two states of one block do not know each other."""
+    for spec, block, _ in _operators(trial):
+        x, y = _rows(trial, spec, 9), _rows(trial, spec, 9)
+        # The generators are alike, so that the two have the same pages.
+        one, other = (Session(spec, block, np.random.default_rng(2)) for _ in range(2))
+        parts: tuple[list[Result], list[Result]] = ([], [])
+        for a, b in pairwise((0, 3, 4, 9)):
+            parts[0].append(one.feed(("s", x[a:b]))[0])
+            parts[1].append(other.feed(("s", y[a:b]))[0])
+        for results, rows in zip(parts, (x, y), strict=True):
+            assert_same(joined(results), one_shot(spec, block, rows), f"{spec} with two states")
+
+
+@check
+def state_of_an_empty_batch(trial: Trial) -> None:
+    """A call without any sequence is possible with a state too, and changes nothing."""
+    for spec, block, _ in _operators(trial):
+        session = Session(spec, block, trial.rng)
+        x = _rows(trial, spec, 8)
+        first = session.feed(("one", x[:5]))[0]
+        session.feed_nothing()
+        got = joined([first, session.feed(("one", x[5:]))[0]])
+        assert_same(got, one_shot(spec, block, x), f"{spec}, an empty batch between two chunks")
+
+
+@check
+def state_random_schedule(trial: Trial) -> None:
+    """Forty calls with the next rows of some sequences each, which end, fork and step back.
+
+    Elsewhere a sequence's room was freed twice and shared by two (mistral.rs#2357).
     """
     for spec in trial.first_of_kinds(("conv", "attn")):
         block, reference = trial.pair(spec)
-        feeder = _Feeder(spec, block, reference, trial, slots=4)
-        for _ in range(30):
-            for slot in np.flatnonzero(trial.rng.random(4) < 0.1):
-                feeder.restart(int(slot))
+        feeder = _Feeder(spec, block, reference, trial)
+        for _ in range(40):
+            for name in [n for n in feeder.fed if trial.rng.random() < 0.1]:
+                feeder.end(name)
             busy = trial.rng.permutation(4)[: trial.rng.integers(1, 5)]
-            feeder.feed({int(slot): int(trial.rng.integers(1, 5)) for slot in busy})
+            feeder.feed({f"s{i}": int(trial.rng.choice([1, 2, 4, 30])) for i in busy})
         feeder.judge("in a random schedule")
 
 
 class _Feeder:
-    """Feeds random rows to slots, and keeps what each sequence was fed and gave."""
+    """Feeds random rows to sequences, and keeps what each was fed and gave."""
 
-    def __init__(
-        self, spec: Spec, block: HostBlock, reference: HostBlock, trial: Trial, slots: int
-    ) -> None:
+    def __init__(self, spec: Spec, block: HostBlock, reference: HostBlock, trial: Trial) -> None:
         self.spec = spec
         self.reference = reference
         self.trial = trial
-        self.session = Session(spec, block, slots, max_tokens=150)
-        self.fed: dict[int, list[Float32]] = {}
-        self.given: dict[int, list[Result]] = {}
+        self.session = Session(spec, block, trial.rng, Room(40, PAGE_TOKENS))
+        self.fed: dict[str, list[Float32]] = {}
+        self.given: dict[str, list[Result]] = {}
         self.ended: list[tuple[list[Float32], list[Result]]] = []
 
-    def feed(self, lengths: dict[int, int]) -> None:
-        """One call with so many new rows for each of these slots."""
-        rows = {s: random_rows(self.trial.rng, n, _size(self.spec)) for s, n in lengths.items()}
+    def feed(self, lengths: dict[str, int]) -> None:
+        """Make one call with this number of new rows for each of these sequences."""
+        rows = {name: _rows(self.trial, self.spec, n) for name, n in lengths.items()}
         results = self.session.feed(*rows.items())
-        for (slot, x), result in zip(rows.items(), results, strict=True):
-            self.fed.setdefault(slot, []).append(x)
-            self.given.setdefault(slot, []).append(result)
+        for (name, x), result in zip(rows.items(), results, strict=True):
+            self.fed.setdefault(name, []).append(x)
+            self.given.setdefault(name, []).append(result)
 
-    def restart(self, slot: int) -> None:
-        if slot in self.fed:
-            self.ended.append((self.fed.pop(slot), self.given.pop(slot)))
-        self.session.restart(slot)
+    def end(self, name: str) -> None:
+        self.ended.append((self.fed.pop(name), self.given.pop(name)))
+        self.session.pages.drop(name)
 
     def judge(self, what: str) -> None:
-        """Every sequence against one call of the reference over all its rows."""
-        for slot in list(self.fed):
-            self.restart(slot)
+        """Compare every sequence with one call of the reference over all its rows."""
+        for name in list(self.fed):
+            self.end(name)
         for chunks, results in self.ended:
             want = one_shot(self.spec, self.reference, np.concatenate(chunks))
             assert_close(joined(results), want, self.trial.tolerance, f"{self.spec} {what}")
@@ -185,6 +313,14 @@ def _operators(trial: Trial) -> Iterator[tuple[Spec, HostBlock, HostBlock]]:
         yield spec, *trial.pair(spec)
 
 
+def _rows(trial: Trial, spec: Spec, count: int) -> Float32:
+    return random_rows(trial.rng, count, _size(spec))
+
+
+def _arguments(spec: Spec, x: Float32) -> tuple[Any, ...]:
+    return (x, None) if isinstance(spec, specs.Layer) else (x,)
+
+
 def _size(spec: Spec) -> int:
     if isinstance(spec, specs.Layer):
         return spec.operator_norm.hidden_size
@@ -192,5 +328,5 @@ def _size(spec: Spec) -> int:
     return spec.hidden_size
 
 
-def _chunks_of(length: int, total: int = 17) -> list[int]:
+def _chunks_of(length: int, total: int = BEYOND_A_PAGE) -> list[int]:
     return [min(length, total - start) for start in range(0, total, length)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy.typing as npt
 from lfm2kit import specs
 from lfm2kit.backend import Captures
 from lfm2kit.batch import Batch
+from lfm2kit.model import LFM2
+from lfm2kit.state import ModelState, Room
 from lfm2kit.testing.cases import MODELS
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_close, assert_same
@@ -44,21 +47,25 @@ def whole_model(trial: Trial) -> None:
 
 @check
 def whole_model_decodes(trial: Trial) -> None:
-    """Prefill, then one token at a time, gives the logits of one forward over all tokens."""
+    """Prefill, then one token at a time, gives the logits of one forward over all tokens.
+
+    A backend that captures forwards replays these steps: with the state, positions and pages of
+    each.
+    """
     for spec in _models(trial):
         weights, batch, want = _without_near_ties(trial, spec)
         model = build_tiny_model(spec, weights, trial.reference, trial.backend)
-        slots = [3, 0, 4, 1]
-        state = model.new_state(5, max(LENGTHS))
+        pages = [[3], [0], [4], [1]]
+        state = model.new_state(Room(5, 64))
         ids = _sequences(batch)
         seen = [(len(one) + 1) // 2 for one in ids]
         prompts = [one[:n] for one, n in zip(ids, seen, strict=True)]
-        got = model.logits(Batch.of_sequences(prompts, slots=slots), state).copy()
+        got = model.logits(Batch.of_sequences(prompts, pages=pages), state).copy()
         while left := [i for i, one in enumerate(ids) if seen[i] < len(one)]:
             step = Batch.of_sequences(
                 [ids[i][seen[i] : seen[i] + 1] for i in left],
                 starts=[seen[i] for i in left],
-                slots=[slots[i] for i in left],
+                pages=[pages[i] for i in left],
             )
             got[left] = model.logits(step, state)
             for i in left:
@@ -84,10 +91,62 @@ def whole_model_batch_independence(trial: Trial) -> None:
 
 @check
 def captured_forward(trial: Trial) -> None:
-    """A captured forward gives the bits of the plain one, whatever ids and shapes came before.
+    """A captured forward gives the bits of the plain one, whatever batches of its form came before.
 
-    A replay with the first batch's ids or rows in it looks right as long as the same batch comes.
+    A replay with the first batch's ids, lengths or rows in it looks right as long as the same batch
+    comes.
     """
+    for spec, model in _captured_models(trial):
+        forms = ((5, 1, 8, 2), (2, 8, 5, 1), (8, 1, 1, 6))  # 16 tokens, the longest of 8
+        batches = [_random_batch(trial, spec, lengths) for lengths in forms]
+        wanted = batches[0].logits_rows[::-1].copy()
+        batches.insert(1, replace(batches[0], logits_rows=wanted))
+        assert len({batch.form for batch in batches}) == 1
+        for batch in batches * 2:
+            plain = np.array(model.home.to_host(model.forward(batch.on(model.home))))
+            assert_same(model.logits(batch), plain, "logits of a captured forward")
+        assert isinstance(trial.backend, Captures)
+        replay = trial.backend.capture(model.forward, batches[0])
+        if type(replay.nbytes) is not int or replay.nbytes < 0:
+            raise CheckFailed(f"a replay's nbytes is {replay.nbytes!r}")
+        replay.close()
+
+
+@check
+def captured_steps(trial: Trial) -> None:
+    """Captured steps of decoding have the bits of plain ones: positions, pages and states differ.
+
+    Two states take turns, sequences change places and pages, and a step back is replayed, too.
+    """
+    for spec, model in _captured_models(trial):
+        captured, plain = ([model.new_state(Room(6, 64)) for _ in range(2)] for _ in range(2))
+        vocab = spec.embed_tokens.vocab_size
+        seen = [[5, 2, 62], [1, 9, 3]]
+        tables = [[[4, -1], [1, -1], [0, 3]], [[2, -1], [3, -1], [5, -1]]]
+        for turn in range(12):
+            for which in (0, 1):
+                lengths = seen[which] if turn == 0 else [1, 1, 1]
+                starts = [0, 0, 0] if turn == 0 else seen[which]
+                order = list(trial.rng.permutation(3))
+                batch = Batch.of_sequences(
+                    [trial.rng.integers(vocab, size=lengths[i]) for i in order],
+                    starts=[starts[i] for i in order],
+                    pages=[tables[which][i] for i in order],
+                )
+                want = _plain_step(model, batch, plain[which])
+                what = f"logits of captured step {turn} of state {which}"
+                assert_same(model.logits(batch, captured[which]), want, what)
+                if turn:
+                    back = 3 if turn == 6 else 0
+                    seen[which] = [n + 1 - back for n in seen[which]]
+
+
+def _plain_step(model: LFM2, batch: Batch, state: ModelState) -> npt.NDArray[np.float32]:
+    return np.array(model.home.to_host(model.forward(batch.on(model.home), state.layers)))
+
+
+def _captured_models(trial: Trial) -> Iterator[tuple[specs.Model, LFM2]]:
+    """Yield the models whose forwards the backend captures; raise `Skipped` if there is none."""
     if not isinstance(trial.backend, Captures):
         raise Skipped("it captures no forward")
     for spec in _models(trial):
@@ -95,16 +154,7 @@ def captured_forward(trial: Trial) -> None:
         model = build_tiny_model(spec, weights, trial.reference, trial.backend)
         if model.placed.copies() > 0 or model.backend is not trial.backend:
             raise Skipped("it does not build the whole of a model in one memory")
-        batches = [_random_batch(trial, spec) for _ in range(2)]
-        wanted = batches[0].logits_rows[::-1].copy()
-        batches.insert(1, replace(batches[0], logits_rows=wanted))
-        for batch in batches * 2:
-            plain = np.array(model.home.to_host(model.forward(batch.on(model.home))))
-            assert_same(model.logits(batch), plain, "logits of a captured forward")
-        replay = trial.backend.capture(model.forward, batches[0])
-        if type(replay.nbytes) is not int or replay.nbytes < 0:
-            raise CheckFailed(f"a replay's nbytes is {replay.nbytes!r}")
-        replay.close()
+        yield spec, model
 
 
 def _models(trial: Trial) -> list[specs.Model]:
@@ -128,9 +178,9 @@ def _without_near_ties(
     raise Skipped(f"in {DRAWS} draws a router was always near a tie in {trial.precision}")
 
 
-def _random_batch(trial: Trial, spec: specs.Model) -> Batch:
+def _random_batch(trial: Trial, spec: specs.Model, lengths: Sequence[int] = LENGTHS) -> Batch:
     vocab = spec.embed_tokens.vocab_size
-    return Batch.of_sequences([trial.rng.integers(vocab, size=n) for n in LENGTHS])
+    return Batch.of_sequences([trial.rng.integers(vocab, size=n) for n in lengths])
 
 
 def _sequences(batch: Batch) -> list[Any]:

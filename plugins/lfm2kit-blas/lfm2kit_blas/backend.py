@@ -130,10 +130,14 @@ class BlasBackend:
         block: Block = BLOCKS[type(spec)](spec, weights)
         return block
 
-    def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
         """Counts 16-bit weights, which are kept in float32; others stay views of the checkpoint."""
         tensors = (weights[name] for name in spec.parameters())
         return sum(4 * t.data.size for t in tensors if t.dtype != "F32")
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        """Count the rows between the two products of an MLP, and of the gathered pairs."""
+        return 0
 
     def notes(self) -> list[str]:
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]

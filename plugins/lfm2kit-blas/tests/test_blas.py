@@ -52,5 +52,5 @@ def test_weights_of_16_bits_are_kept_in_float32_and_it_says_so() -> None:
     head = LMHead(vocab_size=5, hidden_size=3)
     weights = Weights.of_arrays({"weight": np.ones((5, 3))})
     stored = Weights({"weight": weights["weight"].stored_as("BF16")})
-    sizes = [BlasBackend(Context()).workspace_bytes(head, w, tokens=0) for w in (weights, stored)]
+    sizes = [BlasBackend(Context()).kept_bytes(head, w) for w in (weights, stored)]
     assert sizes == [0, Linear(stored).weight.nbytes]

@@ -14,7 +14,7 @@ import lfm2kit_trace
 import pytest
 
 import lfm2kit
-from lfm2kit.backend import HOST
+from lfm2kit.backend import HOST, HostMemory
 from lfm2kit.specs import MLP
 
 
@@ -113,8 +113,8 @@ def test_a_file_that_is_no_trace_is_one_line(tmp_path: Path, content: str | None
 # ---- a memory with marks of its own ----
 
 
-class Device:
-    """An ordered memory whose clock runs at another time than the host's."""
+class Device(HostMemory):
+    """An ordered memory whose clock shows another time than the host's."""
 
     name = "device"
 
@@ -123,6 +123,11 @@ class Device:
 
     def mark(self) -> lfm2kit_trace.HostMark:
         return lfm2kit_trace.HostMark(self.now)
+
+    def _unused(self, *arguments: Any) -> Any:
+        raise NotImplementedError
+
+    stream = wait = start_to_host = _unused
 
 
 def test_a_block_in_an_ordered_memory_is_timed_by_its_marks(tmp_path: Path) -> None:

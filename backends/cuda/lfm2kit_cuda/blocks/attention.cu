@@ -2,7 +2,8 @@
 // t tokens, s sequences; HEADS query heads share KV_HEADS key/value heads, of HEAD_DIM elements.
 // A row of qkv holds all queries, then all keys, then all values.  They, kept keys and values, and
 // the result are of type INNER, and the result as the next product reads it; the arithmetic is in
-// float32.
+// float32.  Kept keys and values are [pages, page_tokens, KV_HEADS, HEAD_DIM]; pages_sw names the
+// pages of each sequence, `width` numbers in a row.
 #include "dependent.cuh"
 #include "reduce.cuh"
 #include "sequences.cuh"
@@ -41,21 +42,22 @@ __device__ void norm_and_rotate_head(const INNER* from, INNER* to, const float* 
   }
 }
 
-// In place in qkv; keys and values go to their slot's cache instead, where there is one.
+// In place in qkv; with a state, keys and values go to their place in their page instead.
 // A block per row, its warps share out the heads.
 extern "C" __global__ void norm_and_rotate(INNER* qkv_t, const float* q_weight_d,
                                            const float* k_weight_d, const float* inverse,
                                            const int* positions_t, const int* cu_seqlens_s,
-                                           const int* state_slots_s, INNER* keys, INNER* values,
-                                           int sequences, int max_tokens, float eps) {
+                                           const int* pages_sw, INNER* keys, INNER* values,
+                                           int sequences, int width, int page_tokens, float eps) {
   wait_for_previous();
   let_next_start();
   int row = blockIdx.x, position = positions_t[row];
   INNER* qkv = qkv_t + size_t(row) * kRow;
   INNER *new_keys = qkv + kQueries, *new_values = new_keys + kKeys;
   if (keys) {
-    int slot = state_slots_s[sequence_of(row, cu_seqlens_s, sequences)];
-    size_t at = (size_t(slot) * max_tokens + position) * kKeys;
+    const int* pages = pages_sw + size_t(sequence_of(row, cu_seqlens_s, sequences)) * width;
+    size_t page = pages[position / page_tokens];
+    size_t at = (page * page_tokens + position % page_tokens) * kKeys;
     for (int i = threadIdx.x; i < kKeys; i += blockDim.x) values[at + i] = new_values[i];
     new_keys = keys + at;
   }
@@ -102,17 +104,40 @@ struct alignas(16) Room {
   float weights[kWarps][kTile][kPairsOfWarp];
 };
 
-// The keys and values of one sequence and key head: rows `stride` apart.
+// The keys and values of one key head, rows `stride` apart.
 struct Past {
   const INNER *keys, *values;
   size_t stride;
 };
 
-// `count` keys and values from key0 on.
-__device__ inline void load_tile(Room& room, const Past& past, int key0, int count) {
+// Goes through a sequence's keys tile by tile: in its pages, or without a state in its own rows.  A
+// page holds whole tiles, so a tile lies within one.
+struct Walk {
+  const int* pages;  // of the tiles ahead; null without a state
+  int page_tokens, in_page;
+  size_t row;  // of the next tile's first key, where it does not begin a page
+
+  __device__ Walk(const int* pages, int page_tokens)
+      : pages(pages), page_tokens(page_tokens), in_page(page_tokens), row(0) {}
+
+  // The row of the next tile's first key.
+  __device__ size_t next() {
+    if (pages && in_page == page_tokens) {
+      row = size_t(*pages++) * page_tokens;
+      in_page = 0;
+    }
+    size_t its = row;
+    row += kTile;
+    in_page += kTile;
+    return its;
+  }
+};
+
+// `count` keys and values from a row on.
+__device__ inline void load_tile(Room& room, const Past& past, size_t row, int count) {
   for (int i = threadIdx.x; i < count * HEAD_DIM / kPart; i += kThreads) {
     int j = i / (HEAD_DIM / kPart), d = i % (HEAD_DIM / kPart) * kPart;
-    size_t at = (key0 + j) * past.stride + d;
+    size_t at = (row + j) * past.stride + d;
     copy_part(&room.keys[j][d], past.keys + at);
     copy_part(&room.values[j][d], past.values + at);
   }
@@ -197,8 +222,9 @@ struct Heads {
 
 // The attention of `pairs` pairs, kMine per warp, whose rows stand at positions_r[pair / kGroup].
 template <int kMine>
-__device__ inline void attend_pairs(Room& room, const Past& past, const int* positions_r,
-                                    int pairs, const Heads& heads, float scale) {
+__device__ inline void attend_pairs(Room& room, const Past& past, Walk walk,
+                                    const int* positions_r, int pairs, const Heads& heads,
+                                    float scale) {
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Sums<kMine> sums = {};
   int context[kMine];  // keys that a pair sees
@@ -212,7 +238,7 @@ __device__ inline void attend_pairs(Room& room, const Past& past, const int* pos
   for (int key0 = 0; key0 < longest; key0 += kTile) {
     int count = min(kTile, longest - key0), seen[kMine];
     __syncthreads();
-    load_tile(room, past, key0, count);
+    load_tile(room, past, walk.next(), count);
     __syncthreads();
 #pragma unroll
     for (int p = 0; p < kMine; ++p) seen[p] = min(count, context[p] - key0);
@@ -233,8 +259,8 @@ __device__ inline void attend_pairs(Room& room, const Past& past, const int* pos
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     attend(const INNER* qkv_t, const INNER* keys, const INNER* values, const int* positions_t,
-           const int* cu_seqlens_s, const int* state_slots_s, INNER* out, int extent,
-           int max_tokens, float scale) {
+           const int* cu_seqlens_s, const int* pages_sw, INNER* out, int extent, int width,
+           int page_tokens, float scale) {
   __shared__ Room room;
   wait_for_previous();
   let_next_start();
@@ -251,13 +277,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   Past past{qkv_t + size_t(first) * kRow + kQueries, nullptr, kRow};
   past.values = past.keys + kKeys;
-  if (keys) {
-    size_t slot = size_t(state_slots_s[sequence]) * max_tokens * kKeys;
-    past = Past{keys + slot, values + slot, kKeys};
-  }
+  if (keys) past = Past{keys, values, kKeys};
   past.keys += kv_head * HEAD_DIM;
   past.values += kv_head * HEAD_DIM;
+  Walk walk(keys ? pages_sw + size_t(sequence) * width : nullptr, page_tokens);
   Heads heads{out, row0, kv_head * kGroup * HEAD_DIM, extent};
-  if (pairs <= kWarps) attend_pairs<1>(room, past, positions_t + row0, pairs, heads, scale);
-  else attend_pairs<kPairsOfWarp>(room, past, positions_t + row0, pairs, heads, scale);
+  const int* positions_r = positions_t + row0;
+  if (pairs <= kWarps) attend_pairs<1>(room, past, walk, positions_r, pairs, heads, scale);
+  else attend_pairs<kPairsOfWarp>(room, past, walk, positions_r, pairs, heads, scale);
 }

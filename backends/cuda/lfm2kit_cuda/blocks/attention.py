@@ -6,8 +6,9 @@ import cupy
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Tensor, Weights
+from lfm2kit.backend import Batch, Room, Tensor, Weights
 from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.paging import keys_shape
 from lfm2kit_cuda.products import Activations, Arithmetic
 from lfm2kit_cuda.upload import upload
 
@@ -15,7 +16,7 @@ SOURCE = "blocks/attention"
 ROTATE_THREADS, ATTEND_THREADS = 256, 128
 MOST_ROWS = 16  # query rows of a block; kRows in attention.cu
 
-State = tuple[cupy.ndarray, cupy.ndarray]  # keys, values: [slots, max_tokens, kv_heads, head_dim]
+State = tuple[cupy.ndarray, cupy.ndarray]  # keys, values: [pages, page_tokens, kv_heads, head_dim]
 
 
 class Attention:
@@ -50,29 +51,25 @@ class Attention:
     def of(self, inputs: Activations, batch: Batch, state: State | None) -> cupy.ndarray:
         """As a call, of an input that is rounded already."""
         tokens = len(inputs.rounded)
-        s, of_sequences = self.spec, (batch.cu_seqlens, batch.state_slots)
+        s, of_sequences = self.spec, (batch.cu_seqlens, batch.pages)
         keys, values = state or (None, None)
-        max_tokens = 0 if keys is None else keys.shape[1]
+        table = batch.pages.shape[1], 0 if keys is None else keys.shape[1]
         qkv = self.gemm.linear_rounded(inputs.rounded, self.qkv_proj)
         self.norm_and_rotate(
             (tokens,), ROTATE_THREADS, qkv, self.q_layernorm, self.k_layernorm, self.inverse,
-            batch.positions, *of_sequences, keys, values, batch.sequences, max_tokens, s.norm_eps,
+            batch.positions, *of_sequences, keys, values, batch.sequences, *table, s.norm_eps,
         )  # fmt: skip
         heads = self.gemm.empty(tokens, s.num_attention_heads * s.head_dim)
         grid = (-(-batch.max_seqlen // self.rows), batch.sequences, s.num_key_value_heads)
         self.attend(
             grid, ATTEND_THREADS, qkv, keys, values, batch.positions, *of_sequences, heads.array,
-            heads.extent, max_tokens, s.head_dim**-0.5,
+            heads.extent, *table, s.head_dim**-0.5,
         )  # fmt: skip
         return self.gemm.linear(heads, self.out_proj)
 
-    def new_state(self, slots: int, max_tokens: int) -> State:
-        shape = (slots, max_tokens, self.spec.num_key_value_heads, self.spec.head_dim)
+    def new_state(self, room: Room) -> State:
+        shape = keys_shape(self.spec, room)
         return cupy.empty(shape, self.dtype), cupy.empty(shape, self.dtype)
-
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        elements = slots * max_tokens * self.spec.num_key_value_heads * self.spec.head_dim
-        return 2 * self.dtype.itemsize * elements
 
 
 def _stacked(matrices: list[Tensor]) -> Tensor:

@@ -33,7 +33,6 @@ class Layer:
         self.ffn_norm, self.feed_forward = parts["ffn_norm"], parts["feed_forward"]
         self.is_routed = isinstance(spec.feed_forward, specs.SparseMoe)
         self.new_state = self.operator.new_state
-        self.state_bytes = self.operator.state_bytes
 
     def __call__(
         self, hidden: cupy.ndarray, delta: cupy.ndarray | None, batch: Batch, state: Any

@@ -1,6 +1,8 @@
 // The gated convolution between ShortConv's two projections, and its state.
 // t tokens, h hidden_size, s sequences; KERNEL_SIZE taps.  bcx_t3h holds B, C and X side by side.
 // It and the result are of type INNER, the latter as the next product reads it.
+// The state holds the newest WINDOW rows of u of each page's own positions: past_pwh is
+// [pages, WINDOW, h], and pages_sw names the pages of each sequence, `width` numbers in a row.
 #include "dependent.cuh"
 #include "sequences.cuh"
 #include "slabs.cuh"
@@ -18,15 +20,20 @@ __device__ inline Vector gated_input(const INNER* bcx_t3h, size_t row, int h, in
   return u;
 }
 
+// Where the row of u of a position is kept.
+__device__ inline size_t kept_row(const int* pages, int position, int page_tokens) {
+  size_t page = pages[position / page_tokens];
+  return page * WINDOW + position % page_tokens % WINDOW;
+}
+
 // out[t] = C[t] * (sum_j taps_jh[j] * u[t - kPast + j] + bias_h), in the row's own sequence.
-// A thread per kRows rows and VECTOR channels; of the rows before them it computes u anew.
-// `past_sph` (null in one forward over whole sequences) holds the newest kPast rows of u of every
-// slot.
+// A thread per kRows rows and VECTOR channels; of the rows before them it computes u anew, or reads
+// it from the state (null in one forward over whole sequences) where they come before the chunk.
 extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
                                     const float* bias_h, const int* positions_t,
-                                    const int* cu_seqlens_s, const int* state_slots_s,
-                                    const float* past_sph, INNER* out, int sequences, int tokens,
-                                    int h, int extent) {
+                                    const int* cu_seqlens_s, const int* pages_sw,
+                                    const float* past_pwh, INNER* out, int sequences, int width,
+                                    int page_tokens, int tokens, int h, int extent) {
   int row0 = blockIdx.x * kRows, channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   wait_for_previous();
   let_next_start();
@@ -45,11 +52,11 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
     int row = row0 + i;
     if (row >= tokens) return;
     int position = positions_t[row], first = 0;
-    const float* past_ph = nullptr;
-    if (past_sph) {
+    const int* pages = nullptr;
+    if (past_pwh) {
       int sequence = sequence_of(row, cu_seqlens_s, sequences);
       first = cu_seqlens_s[sequence];
-      past_ph = past_sph + size_t(state_slots_s[sequence]) * kPast * h + channel;
+      pages = pages_sw + size_t(sequence) * width;
     }
     Vector y = {};
 #pragma unroll
@@ -57,7 +64,8 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
       int before = kPast - j;
       if (position < before) continue;
       Vector tap = load(taps_jh + j * h + channel), its = u[i + j];
-      if (past_sph && row - before < first) its = load(past_ph + (row - before - first + kPast) * h);
+      if (pages && row - before < first)
+        its = load(past_pwh + kept_row(pages, position - before, page_tokens) * h + channel);
 #pragma unroll
       for (int v = 0; v < VECTOR; ++v) y.of[v] = fmaf(tap.of[v], its.of[v], y.of[v]);
     }
@@ -70,20 +78,24 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
   }
 }
 
-// Leaves the newest kPast rows of u in each sequence's slot, moving older ones up.
-// A thread per sequence and VECTOR channels, so that it reads each row before it writes it.
-extern "C" __global__ void remember(const INNER* bcx_t3h, const int* cu_seqlens_s,
-                                    const int* state_slots_s, float* past_sph, int h) {
+// Writes the rows of u that stay in their page: those that no later one of the page replaces.
+// A thread per sequence, page that its chunk reaches, and VECTOR channels.
+extern "C" __global__ void remember(const INNER* __restrict__ bcx_t3h, const int* positions_t,
+                                    const int* cu_seqlens_s, const int* pages_sw,
+                                    float* __restrict__ past_pwh, int width, int page_tokens,
+                                    int h) {
   wait_for_previous();
   let_next_start();
   int channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   if (channel >= h) return;
-  int first = cu_seqlens_s[blockIdx.x], end = cu_seqlens_s[blockIdx.x + 1];
-  float* slot = past_sph + size_t(state_slots_s[blockIdx.x]) * kPast * h + channel;
-  for (int i = 0; i < kPast; ++i) {
-    int row = end - kPast + i;
-    Vector u = row >= first ? gated_input(bcx_t3h, row, h, channel)
-                            : load(slot + size_t(i + end - first) * h);
-    store(slot + size_t(i) * h, u);
+  int first = cu_seqlens_s[blockIdx.x], tokens = cu_seqlens_s[blockIdx.x + 1] - first;
+  int start = positions_t[first], column = start / page_tokens + blockIdx.z;
+  int page_start = column * page_tokens;
+  int end = min(start + tokens, page_start + page_tokens);
+  const int* pages = pages_sw + size_t(blockIdx.x) * width;
+#pragma unroll 4
+  for (int position = max(max(start, page_start), end - WINDOW); position < end; ++position) {
+    Vector u = gated_input(bcx_t3h, first + position - start, h, channel);
+    store(past_pwh + kept_row(pages, position, page_tokens) * h + channel, u);
   }
 }

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cupy
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Weights
+from lfm2kit.backend import Batch, Room, Weights
 from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.paging import most_pages, rows_shape, window
 from lfm2kit_cuda.products import Activations, Arithmetic
 from lfm2kit_cuda.upload import upload
 
 SOURCE, THREADS = "blocks/short_conv", 256
 ROWS = 4  # of a thread; kRows in short_conv.cu
+
+
+class State(NamedTuple):
+    """The newest rows of u = B * X of each page: that of position p at p % page_tokens % window."""
+
+    rows: cupy.ndarray  # float32 [pages, window, hidden_size]
+    page_tokens: int
 
 
 class ShortConv:
@@ -28,32 +38,33 @@ class ShortConv:
         )
         vector = 4 if spec.hidden_size % 4 == 0 else 1
         self.blocks = -(-spec.hidden_size // (THREADS * vector))  # of threads, per row
-        constants = {"KERNEL_SIZE": spec.kernel_size, "VECTOR": vector, "INNER": gemm.activation}
+        constants = {
+            "KERNEL_SIZE": spec.kernel_size,
+            "WINDOW": window(spec),
+            "VECTOR": vector,
+            "INNER": gemm.activation,
+        }
         self.convolve = load_kernel(SOURCE, "convolve", **constants)
         self.remember = load_kernel(SOURCE, "remember", **constants)
 
-    def __call__(self, x: cupy.ndarray, batch: Batch, state: cupy.ndarray | None) -> cupy.ndarray:
+    def __call__(self, x: cupy.ndarray, batch: Batch, state: State | None) -> cupy.ndarray:
         return self.of(Activations(x, self.gemm.rounded(x)), batch, state)
 
-    def of(self, inputs: Activations, batch: Batch, state: cupy.ndarray | None) -> cupy.ndarray:
+    def of(self, inputs: Activations, batch: Batch, state: State | None) -> cupy.ndarray:
         """As a call, of an input that is rounded already."""
-        h, tokens = self.spec.hidden_size, len(inputs.rounded)
+        h, tokens, width = self.spec.hidden_size, len(inputs.rounded), batch.pages.shape[1]
+        rows, page_tokens = state or (None, 0)
         BCX = self.gemm.linear_rounded(inputs.rounded, self.in_proj, self.in_bias)
         y = self.gemm.empty(tokens, h)
+        of_sequences = batch.positions, batch.cu_seqlens, batch.pages
         self.convolve(
             (-(-tokens // ROWS), self.blocks), THREADS, BCX, self.taps, self.conv_bias,
-            batch.positions, batch.cu_seqlens, batch.state_slots, state, y.array, batch.sequences,
-            tokens, h, y.extent,
+            *of_sequences, rows, y.array, batch.sequences, width, page_tokens, tokens, h, y.extent,
         )  # fmt: skip
         if state is not None:
-            of_sequences = batch.cu_seqlens, batch.state_slots
-            self.remember((batch.sequences, self.blocks), THREADS, BCX, *of_sequences, state, h)
+            grid = batch.sequences, self.blocks, most_pages(batch.max_seqlen, page_tokens)
+            self.remember(grid, THREADS, BCX, *of_sequences, rows, width, page_tokens, h)
         return self.gemm.linear(y, self.out_proj, self.out_bias)
 
-    def new_state(self, slots: int, max_tokens: int) -> cupy.ndarray:
-        """The last kernel_size - 1 rows of u = B * X of each slot."""
-        shape = (slots, self.spec.kernel_size - 1, self.spec.hidden_size)
-        return cupy.empty(shape, cupy.float32)
-
-    def state_bytes(self, slots: int, max_tokens: int) -> int:
-        return 4 * slots * (self.spec.kernel_size - 1) * self.spec.hidden_size
+    def new_state(self, room: Room) -> State:
+        return State(cupy.empty(rows_shape(self.spec, room), cupy.float32), room.page_tokens)

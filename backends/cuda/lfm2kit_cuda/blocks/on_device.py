@@ -1,0 +1,35 @@
+"""Blocks that can be called from any thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+
+from lfm2kit.backend import Block
+from lfm2kit_cuda.device import on_device
+
+
+class OnDevice:
+    """A block whose calls run on the device that it was built for, whatever device is current."""
+
+    def __init__(self, block: Block, device: int) -> None:
+        self._block = block
+        self._device = device
+        if hasattr(block, "new_state"):
+            self.new_state = self._new_state
+            self.state_bytes = block.state_bytes
+
+    def __call__(self, *inputs: Any) -> Any:
+        with on_device(self._device):
+            return self._block(*inputs)
+
+    def _new_state(self, *room: Any) -> Any:
+        """Return the block's new state, which any stream may use.
+
+        Its memory may have been another array's, which the current stream is still to read.
+        """
+        with on_device(self._device):
+            state = self._block.new_state(*room)  # type: ignore[attr-defined]
+            cupy.cuda.get_current_stream().synchronize()
+            return state

@@ -1,0 +1,156 @@
+"""Decoding with full-size LFM2-8B-A1B and random weights: tokens/s, captured and not captured.
+
+    python benchmarks/cuda/decoding.py --precision fp32,bf16 -n 1,16,64
+
+A step is `model.logits(batch, state)`, one token of every sequence in, logits on the host out.
+Captured steps take turns with the same steps uncaptured, and must have their bits.  Prints a
+Markdown table of medians: of a captured step also its graph on the device, the copy of the logits,
+and what is left for Python.  Targets are those that kernels captured by hand have shown on an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import cupy
+import numpy as np
+from full_size import build
+
+from lfm2kit.backend import Captures, Room
+from lfm2kit.batch import Batch
+from lfm2kit.model import LFM2
+from lfm2kit.plan import Plan
+from lfm2kit.state import ModelState
+
+TARGETS = {
+    ("fp32", 1): 240, ("fp32", 16): 1560, ("fp32", 64): 5000,
+    ("bf16", 1): 500, ("bf16", 16): 3450, ("bf16", 64): 11800,
+}  # fmt: skip
+WARM_UPS = 3  # the second captures the step
+HEADINGS = (
+    "precision", "batch", "tokens/s", "target", "uncaptured", "step us", "spread", "graph us",
+    "copy us", "Python us", "batch us",
+)  # fmt: skip
+
+
+class Sequences(NamedTuple):
+    """Random sequences with a state of a model."""
+
+    model: LFM2
+    count: int
+    context: int
+    state: ModelState
+    pages: np.ndarray
+    rng: np.random.Generator
+
+    @classmethod
+    def prefilled(cls, model: LFM2, count: int, context: int, steps: int) -> Sequences:
+        """Return sequences of `context` tokens each, with room for `steps` more."""
+        room = Room.of_sequences(count, context + steps)
+        pages = np.arange(room.pages, dtype=np.int32).reshape(count, -1)
+        state, rng = model.new_state(room), np.random.default_rng(count)
+        sequences = cls(model, count, context, state, pages, rng)
+        model.logits(sequences.batch(0, context), state)
+        cupy.get_default_memory_pool().free_all_blocks()
+        return sequences
+
+    def batch(self, start: int, tokens: int = 1) -> Batch:
+        shape = self.count, tokens
+        ids = self.rng.integers(self.model.spec.embed_tokens.vocab_size, size=shape, dtype=np.int32)
+        return Batch.of_sequences(list(ids), starts=[start] * self.count, pages=self.pages)
+
+    def captured(self, batch: Batch) -> np.ndarray:
+        return self.model.logits(batch, self.state)
+
+    def uncaptured(self, batch: Batch) -> np.ndarray:
+        home = self.model.home
+        return home.to_host(self.model.forward(batch.on(home), self.state.layers))
+
+
+class Times(NamedTuple):
+    """Seconds of one step."""
+
+    batch: float  # to make it
+    uncaptured: float
+    captured: float
+
+
+def step(sequences: Sequences, position: int) -> Times:
+    """Time a step of all sequences.  A token that is written twice changes no state."""
+    start = time.perf_counter()
+    batch = sequences.batch(position)
+    made = time.perf_counter()
+    want = sequences.uncaptured(batch)
+    middle = time.perf_counter()
+    got = sequences.captured(batch)
+    end = time.perf_counter()
+    assert np.array_equal(got, want), "a captured step has other bits"
+    return Times(made - start, middle - made, end - middle)
+
+
+def median_seconds(call: Callable[[], object], repetitions: int) -> float:
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def parts(sequences: Sequences, position: int, repetitions: int) -> tuple[float, float]:
+    """Return the seconds of a step's graph on the device, and of the copy of its logits."""
+    model, batch = sequences.model, sequences.batch(position)
+    assert isinstance(model.backend, Captures)
+    sequences.uncaptured(batch)
+    replay = model.backend.capture(partial(model.forward, state=sequences.state.layers), batch)
+    logits, stream = replay(batch), cupy.cuda.get_current_stream()
+
+    def launch() -> None:
+        replay._graph.launch(stream)  # type: ignore[attr-defined]
+        stream.synchronize()
+
+    graph = median_seconds(launch, repetitions)
+    copy = median_seconds(lambda: model.home.to_host(logits), repetitions)
+    replay.close()
+    return graph, copy
+
+
+def rows(model: LFM2, precision: str, options: argparse.Namespace) -> Iterator[tuple[object, ...]]:
+    for n in map(int, options.n.split(",")):
+        steps = options.repetitions + WARM_UPS
+        sequences = Sequences.prefilled(model, n, options.context, steps + 1)
+        times = [step(sequences, options.context + i) for i in range(steps)][WARM_UPS:]
+        graph, copy = parts(sequences, options.context + steps, options.repetitions)
+        batch, uncaptured, captured = map(statistics.median, zip(*times, strict=True))
+        slowest, fastest = (f(t.captured for t in times) for f in (max, min))
+        yield (
+            precision, n, f"{n / captured:.0f}", TARGETS.get((precision, n), ""),
+            f"{n / uncaptured:.0f}", f"{1e6 * captured:.0f}",
+            f"{100 * (slowest - fastest) / captured:.0f} %",
+            *(f"{1e6 * t:.0f}" for t in (graph, copy, captured - graph - copy, batch)),
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precision", default="fp32,bf16")
+    parser.add_argument("-n", default="1,16,64")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("-r", "--repetitions", type=int, default=50)
+    options = parser.parse_args()
+    print("| " + " | ".join(HEADINGS) + " |\n" + "|---" * len(HEADINGS) + "|")
+    for precision in options.precision.split(","):
+        model = build(Plan.parse("cuda"), precision, "BF16")
+        for row in rows(model, precision, options):
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+        del model
+        cupy.get_default_memory_pool().free_all_blocks()
+
+
+if __name__ == "__main__":
+    main()

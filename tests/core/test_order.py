@@ -1,0 +1,98 @@
+"""A model in a memory that works while the host goes on: in any stream, from any thread."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit.backend import HOST, Batch
+from lfm2kit.memory import Exclusive, Ordered, own_stream
+from lfm2kit.model import LFM2
+from lfm2kit.replays import Replays
+from tests.conformance.late import LateBackend, LateMemory
+from tests.core.small import build, small_spec
+from tests.core.test_model import SEQUENCES, Recorded
+
+TURNS = 50
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Threads that interrupt each other all the time."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+class SlowReplay(Recorded):
+    """Gives other threads time to close it before it begins."""
+
+    def __call__(self, batch: Batch) -> Any:
+        time.sleep(0.001)
+        return super().__call__(batch)
+
+
+class CapturingLate(LateBackend):
+    def capture(self, forward: Any, batch: Batch) -> Recorded:
+        return SlowReplay(lambda host: forward(host.on(self.late)), 8, [0])
+
+
+def model(backend: LateBackend) -> LFM2:
+    return build(small_spec(), "late", {"late": backend})
+
+
+def test_a_memory_shows_its_capabilities() -> None:
+    assert isinstance(LateMemory(), Ordered)
+    assert not isinstance(HOST, Ordered)
+    assert not isinstance(HOST, Exclusive)
+
+
+def test_an_own_stream_goes_on_where_the_current_one_is() -> None:
+    memory, array = LateMemory(), np.arange(3)
+    before = memory.from_host(array)
+    with memory.stream(), pytest.raises(RuntimeError, match="before it is made"):
+        memory.to_host(before)
+    with own_stream(memory):
+        assert np.array_equal(memory.to_host(before), array)
+    with own_stream(HOST):
+        assert HOST.to_host(array) is array
+
+
+def test_a_forward_leaves_the_callers_stream_alone() -> None:
+    backend = LateBackend()
+    before = backend.late.current
+    model(backend).logits(Batch.of_sequences(SEQUENCES))
+    assert backend.late.current is before
+    assert all("LateBlock" not in repr(work) for work in before.work)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+@pytest.mark.parametrize("kind", [LateBackend, CapturingLate])
+def test_two_threads_share_a_model(kind: type[LateBackend]) -> None:
+    """Also where every call drops the replay of the other thread's shape."""
+    shared = model(kind())
+    object.__setattr__(shared, "_replays", Replays(shared.home, most=1))
+
+    def logits(sequence: list[int]) -> list[Any]:
+        return [shared.logits(Batch.of_sequences([sequence])).copy() for _ in range(TURNS)]
+
+    want = build(small_spec()).logits(Batch.of_sequences(SEQUENCES))
+    with ThreadPoolExecutor(2) as threads:
+        for row, got in zip((0, 2), threads.map(logits, (SEQUENCES[0], SEQUENCES[2])), strict=True):
+            assert all(np.array_equal(one, want[row : row + 1]) for one in got)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_two_threads_run_a_batch_of_both() -> None:
+    shared, batch = model(LateBackend()), Batch.of_sequences(SEQUENCES)
+    want = build(small_spec()).logits(batch)
+    with ThreadPoolExecutor(2) as threads:
+        got = list(threads.map(lambda _: shared.logits(batch).copy(), range(TURNS)))
+    assert all(np.array_equal(one, want) for one in got)

@@ -1,0 +1,135 @@
+"""The operators' kernels between their products on the CPU, a host thread for each CUDA thread.
+
+They are called as blocks are: with rows, a batch and a state, so that the suite's sessions can feed
+them.  Every state is full of NaN before, and what a call must leave alone is looked at.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from lfm2kit_cuda.compiling import INCLUDE, SOURCES
+from lfm2kit_cuda.paging import keys_shape, most_pages, rows_shape
+
+from lfm2kit import specs
+from lfm2kit.batch import Batch
+from lfm2kit.state import Room
+from tests.cuda.test_emulated import COMPILER, has_cpp20
+
+Float32 = npt.NDArray[np.float32]
+
+ATTENTION = specs.Attention(24, 4, 2, 6, rope_theta=100.0, norm_eps=1e-5)
+WEIGHTS = np.random.default_rng(7).standard_normal((2, ATTENTION.head_dim)).astype(np.float32)
+HALF = np.arange(ATTENTION.head_dim // 2, dtype=np.float32) / (ATTENTION.head_dim // 2)
+INVERSE = (1 / np.float32(ATTENTION.rope_theta) ** HALF).astype(np.float32)
+
+
+def compiled(folder: Path, name: str, **constants: int | str) -> Path:
+    """Return the program of `emulated/{name}.cpp`, compiled with these constants."""
+    if COMPILER is None or not has_cpp20(folder):
+        pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
+    sources = shutil.copytree(INCLUDE, folder / "sources")
+    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+    subprocess.run(
+        [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
+         *(f"-D{name}={value}" for name, value in constants.items()),
+         str(sources / f"{name}.cpp"), "-o", str(folder / name)], check=True,
+    )  # fmt: skip
+    return folder / name
+
+
+def run(program: Path, numbers: list[int], arrays: list[Any]) -> Float32:
+    done = subprocess.run(
+        [str(program), *map(str, numbers)], input=b"".join(map(np.ndarray.tobytes, arrays)),
+        stdout=subprocess.PIPE, check=True, timeout=300,
+    )  # fmt: skip
+    return np.frombuffer(done.stdout, np.float32)
+
+
+@dataclass
+class Kept:
+    """A state: its arrays by page, and how many tokens a page has."""
+
+    page_tokens: int
+    arrays: list[Float32]
+
+    def replace(self, written: Float32, batch: Batch) -> None:
+        """Take over what a call has written; pages without new tokens must be as they were."""
+        starts, ends = batch.starts, batch.starts + np.diff(batch.cu_seqlens)
+        reached = [
+            set(row[start // self.page_tokens : -(-end // self.page_tokens)])
+            for row, start, end in zip(batch.pages, starts, ends, strict=True)
+        ]
+        others = [p for p in range(len(self.arrays[0])) if p not in set().union(*reached)]
+        parts = np.split(written, np.cumsum([array.size for array in self.arrays])[:-1])
+        for i, part in enumerate(parts):
+            new = part.reshape(self.arrays[i].shape)
+            np.testing.assert_array_equal(new[others], self.arrays[i][others])
+            self.arrays[i] = new.copy()
+
+
+@dataclass
+class EmulatedAttention:
+    """From the projections' result on: rows of queries, keys and values."""
+
+    program: Path
+    spec: specs.Attention = field(default=ATTENTION)
+
+    def __call__(self, qkv: Float32, batch: Batch, state: Kept | None) -> Float32:
+        size, (keys, values) = _size(state), state.arrays if state else _nothing()
+        out = run(
+            self.program, [*_numbers(batch), *size],
+            [qkv, *WEIGHTS, INVERSE, batch.positions, batch.cu_seqlens, batch.pages, keys, values],
+        )  # fmt: skip
+        heads, kept = np.split(out, [len(qkv) * self.spec.num_attention_heads * self.spec.head_dim])
+        if state:
+            state.replace(kept, batch)
+        return heads.reshape(len(qkv), -1)
+
+    def new_state(self, room: Room) -> Kept:
+        shape = keys_shape(self.spec, room)
+        return Kept(room.page_tokens, [np.full(shape, np.nan, np.float32) for _ in range(2)])
+
+
+@dataclass
+class EmulatedConv:
+    """Between the projections: rows of B, C and X."""
+
+    program: Path
+    spec: specs.ShortConv
+    taps: Float32
+
+    def __call__(self, bcx: Float32, batch: Batch, state: Kept | None) -> Float32:
+        tokens, sequences, longest, width = _numbers(batch)
+        size, (past, _) = _size(state), [*state.arrays, None] if state else _nothing()
+        reached = most_pages(longest, state.page_tokens) if state else 0
+        out = run(
+            self.program, [tokens, sequences, self.spec.hidden_size, width, *size, reached],
+            [bcx, self.taps, batch.positions, batch.cu_seqlens, batch.pages, past],
+        )  # fmt: skip
+        y, kept = np.split(out, [tokens * self.spec.hidden_size])
+        if state:
+            state.replace(kept, batch)
+        return y.reshape(tokens, -1)
+
+    def new_state(self, room: Room) -> Kept:
+        return Kept(room.page_tokens, [np.full(rows_shape(self.spec, room), np.nan, np.float32)])
+
+
+def _numbers(batch: Batch) -> list[int]:
+    return [batch.tokens, batch.sequences, batch.max_seqlen, batch.pages.shape[1]]
+
+
+def _size(state: Kept | None) -> tuple[int, int]:
+    return (len(state.arrays[0]), state.page_tokens) if state else (0, 0)
+
+
+def _nothing() -> list[Any]:
+    return [np.empty(0, np.float32)] * 2
