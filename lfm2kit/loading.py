@@ -69,9 +69,8 @@ class Setup:
             backend = self.create(name)
             if isinstance(backend, Explains):
                 yield from (f"{name}: {note}" for note in backend.notes())
-        is_captured = can_capture(self.create(self.plan.default), self.placed)
-        if is_captured and not self.wrappers.survive_capture:
-            yield self.wrappers.why_not_captured()
+        if can_capture(self.create(self.plan.default), self.placed):
+            yield from self.wrappers.why_not_captured()
 
     def build(
         self, built: Callable[[Placed], None] = lambda placed: None, *, tokens: int = 0

@@ -36,16 +36,19 @@ class Wrappers:
 
     @property
     def survive_capture(self) -> bool:
-        return not any(True for _ in self._in_calls_alone())
+        return not self._in_calls_alone()
 
-    def why_not_captured(self) -> str:
-        """Says which plugin's wrappers prevent a capture."""
-        first, *others = self._in_calls_alone()
-        plugin, block = first
-        more = f" and {len(others)} more blocks" if others else ""
-        return f"not captured: plugin '{plugin}' wraps {block or 'the model'}{more}"
+    def why_not_captured(self) -> Iterator[str]:
+        """Yields a sentence for each plugin whose wrappers prevent a capture."""
+        for plugin, (first, *others) in self._in_calls_alone().items():
+            more = f" and {len(others)} more" if others else ""
+            yield f"not captured: plugin '{plugin}' wraps {first or 'the model'}{more}"
 
-    def _in_calls_alone(self) -> Iterator[tuple[str, str]]:
-        """Yields plugin and block of each wrapper that does not survive capture."""
+    def _in_calls_alone(self) -> dict[str, list[str]]:
+        """Returns the blocks, by plugin, that have a wrapper which does not survive capture."""
+        blocks: dict[str, list[str]] = {}
         for name, around in self.around.items():
-            yield from ((p, name) for p, wrapper in around if not wrapper.survives_capture)
+            for plugin, wrapper in around:
+                if not wrapper.survives_capture:
+                    blocks.setdefault(plugin, []).append(name)
+        return blocks

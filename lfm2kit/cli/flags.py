@@ -14,8 +14,8 @@ VARIABLES = {f.name: v for f in fields(Options) if (v := f.metadata["about"].var
 
 def flag(option: Option) -> str:
     """Returns the words to type for an option; the environment variable, if it says the same."""
-    variable = VARIABLES.get(option.name)
-    if variable is not None and os.environ.get(variable) == option.value:
+    variable = VARIABLES.get(option.name, "")
+    if option.value is not None and os.environ.get(variable) == option.value:
         return f"{variable}={option.value}"
     name = f"-{option.name}" if len(option.name) == 1 else f"--{option.name.replace('_', '-')}"
     is_flag = option.value is None or option.value is True

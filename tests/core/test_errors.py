@@ -38,6 +38,16 @@ def test_an_option_is_a_keyword_in_python_and_a_flag_on_the_command_line(
     assert told(error) == f"try {as_flag}."
 
 
+def test_an_option_from_the_environment_is_shown_as_its_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LFM2KIT_BACKEND", "cuda")
+    assert flag(Option("backend", "cuda")) == "LFM2KIT_BACKEND=cuda"
+    assert flag(Option("backend", "reference")) == "--backend reference"
+    monkeypatch.delenv("LFM2KIT_BACKEND")
+    assert flag(Option("backend")) == "--backend"
+
+
 def test_braces_and_percent_signs_in_a_sentence_are_only_text() -> None:
     error = Lfm2kitError("{threads} %s: ", Option("threads", 1))
     assert (str(error), told(error)) == ("{threads} %s: threads=1", "{threads} %s: --threads 1")
