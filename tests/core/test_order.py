@@ -74,14 +74,20 @@ def test_a_forward_leaves_the_callers_stream_alone() -> None:
 
 
 @pytest.mark.usefixtures("hasty_threads")
+@pytest.mark.parametrize("models", [1, 2])
 @pytest.mark.parametrize("kind", [LateBackend, CapturingLate])
-def test_two_threads_share_a_model(kind: type[LateBackend]) -> None:
-    """Also where every call drops the replay of the other thread's shape."""
-    shared = model(kind())
-    object.__setattr__(shared, "_replays", Replays(shared.home, most=1))
+def test_two_threads_share_a_memory(
+    kind: type[LateBackend], models: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one model or two, and also where every call drops the other thread's replay."""
+    replays = Replays(LateMemory(), most=1)
+    monkeypatch.setattr("lfm2kit.model.replays_in", lambda memory: replays)
+    backend = kind()
+    shared = [model(backend) for _ in range(models)]
 
     def logits(sequence: list[int]) -> list[Any]:
-        return [shared.logits(Batch.of_sequences([sequence])).copy() for _ in range(TURNS)]
+        one = shared[len(sequence) % models]
+        return [one.logits(Batch.of_sequences([sequence])) for _ in range(TURNS)]
 
     want = build(small_spec()).logits(Batch.of_sequences(SEQUENCES))
     with ThreadPoolExecutor(2) as threads:
