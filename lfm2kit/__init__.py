@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lfm2kit.backend import API_VERSION, BackendPlugin
     from lfm2kit.errors import Lfm2kitError
     from lfm2kit.hookspecs import Command, Wrapper, hookimpl
+    from lfm2kit.rewrites import Rewrite
     from lfm2kit.transport import TransportPlugin
 else:
     _HOMES = {
@@ -18,6 +19,7 @@ else:
         "BackendPlugin": "backend",
         "Command": "hookspecs",
         "Lfm2kitError": "errors",
+        "Rewrite": "rewrites",
         "TransportPlugin": "transport",
         "Wrapper": "hookspecs",
         "hookimpl": "hookspecs",
@@ -41,6 +43,7 @@ __all__ = [
     "BackendPlugin",
     "Command",
     "Lfm2kitError",
+    "Rewrite",
     "TransportPlugin",
     "Wrapper",
     "hookimpl",

@@ -8,7 +8,7 @@ blocks it shows by having the method of one of the capabilities at the end of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -40,6 +40,7 @@ __all__ = [
     "Batch",
     "Block",
     "Bounded",
+    "BuildsAround",
     "BuildsOperators",
     "Captures",
     "Ceilings",
@@ -150,6 +151,31 @@ class Explains(Protocol):
 
     def notes(self) -> Sequence[str]:
         """One line each, without the backend's name."""
+        ...
+
+
+@runtime_checkable
+class BuildsAround(Protocol):
+    """Capability: a backend that can build a spec around parts that are computed elsewhere.
+
+    The core asks for a layer, or a spec within it, that a backend does not build whole: where the
+    plan gives some of its parts to others, or the backend itself computes them in another memory
+    than `memory(spec)`.
+    """
+
+    def why_not_around(self, spec: Spec, parts: Sequence[str]) -> str | None:
+        """Return None if `build_around` will build all of `spec` but `parts`, else the reason.
+
+        A part is named by its path of roles: "feed_forward.router.choice".
+        """
+        ...
+
+    def build_around(self, spec: Spec, weights: Weights, parts: Mapping[str, Block]) -> Block:
+        """Return the block of `spec`, which calls the given blocks instead of its own.
+
+        They are called as their specs say, with arrays of `memory(spec)`, and return such arrays:
+        the core moves what has to be moved.
+        """
         ...
 
 

@@ -137,8 +137,10 @@ class Batch:
     def derived(self, key: Hashable, make: Make) -> Batch:
         """Return what `make` makes of this batch on the host, in this batch's memory.
 
-        It is made once, and remembered under `key`.  A captured forward makes it again for every
-        batch that it is given, so it must follow from the batch alone.
+        It is made once, and remembered under `key`.  Make the key a tuple that begins with an
+        object of your own, such as a function: then neither another module nor a memory's name is
+        equal to it.  A captured forward makes it again for every batch that it is given, so it must
+        follow from the batch alone.
         """
         if key not in self.views:
             self.makes[key] = make
@@ -187,40 +189,6 @@ class Batch:
         for view in views:
             if view.views:
                 view.forget_views()
-
-    def trimmed(self, reach_in: int | None, reach_out: int | None) -> Batch:
-        """Returns a batch with fewer rows, for an operator without state.
-
-        Each sequence begins `reach_in` rows before its first row in `logits_rows`, and counts as a
-        whole one; None keeps all rows.  The new `logits_rows` begin `reach_out` rows before that
-        row; None keeps them.  Its token ids mean nothing.
-        """
-        key = (reach_in, reach_out)
-        return self.derived(key, lambda host: host._narrowed(reach_in)._keeping(reach_out))
-
-    def _narrowed(self, reach: int | None) -> Batch:
-        if reach is None:
-            return self
-        rows = self._rows_from(reach)
-        _, lengths = np.unique(self._sequence_of_rows()[rows], return_counts=True)
-        narrowed = Batch.of_sequences([np.zeros(n, np.int32) for n in lengths])
-        logits_rows = np.searchsorted(rows, self.logits_rows).astype(np.int32)
-        return narrowed.unchecked(logits_rows=logits_rows)
-
-    def _keeping(self, reach: int | None) -> Batch:
-        if reach is None:
-            return self
-        return self.unchecked(logits_rows=self._rows_from(reach))
-
-    def _rows_from(self, reach: int) -> npt.NDArray[np.int32]:
-        """Each sequence's rows from `reach` before the first of its `logits_rows` on."""
-        sequence = self._sequence_of_rows()
-        first = np.full(self.sequences, self.tokens + reach)  # where none is wanted: out of reach
-        np.minimum.at(first, sequence[self.logits_rows], self.logits_rows)
-        return np.flatnonzero(np.arange(self.tokens) >= first[sequence] - reach).astype(np.int32)
-
-    def _sequence_of_rows(self) -> npt.NDArray[np.intp]:
-        return np.repeat(np.arange(self.sequences), np.diff(self.cu_seqlens))
 
     def _moved(self, memory: Memory) -> Batch:
         def move(array: Any) -> Any:

@@ -22,7 +22,6 @@ from lfm2kit.placement import Placed
 from lfm2kit.specs import Work
 from lfm2kit.state import Room
 from lfm2kit.timing import Timing, timed
-from lfm2kit.trim import TrimmedModel
 
 WARM_UPS = 1  # calls of each contender before it is timed
 MOST_STEPS = 256  # tokens that a decoding sequence grows by
@@ -119,7 +118,7 @@ def forwards(
     setup: Setup, model: LFM2, samples: Sequence[int], seq_len: int, seed: int
 ) -> Iterator[Contender]:
     """The whole model, ids in to logits out on the host, at each number of samples."""
-    name = "trimmed model" if isinstance(model.spec, TrimmedModel) else "model"
+    name = "+".join(["model", *(rewrite.name for rewrite in setup.rewrites)])
     for n in samples:
         batch = random_batch(n, seq_len, model.spec.embed_tokens.vocab_size, seed)
         yield Contender(
@@ -228,7 +227,8 @@ def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
     for role, scope, spec in placed.spec.parts():
         if backend.why_unsupported(spec) is None:
             name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
-            alone = replace(placed, name=name, scope=scope, spec=spec, memory=backend.memory(spec))
+            memory = backend.memory(spec)
+            alone = replace(placed, name=name, scope=scope, spec=spec, memory=memory, parts=())
             yield from _walk(setup, alone)
 
 

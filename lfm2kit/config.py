@@ -184,7 +184,7 @@ def _moe(c: ModelConfig) -> specs.SparseMoe:
             c.moe_intermediate_size,
             c.num_experts,
             c.num_experts_per_tok,
-            range(c.num_experts),
+            tuple(range(c.num_experts)),
         ),
     )
 

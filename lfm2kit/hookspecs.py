@@ -18,8 +18,9 @@ import pluggy
 
 from lfm2kit.backend import BackendPlugin, Block
 from lfm2kit.memory import Memory
+from lfm2kit.rewrites import Rewrite
 from lfm2kit.specs import Spec
-from lfm2kit.transport import TransportPlugin
+from lfm2kit.transport import Transport, TransportPlugin, World
 
 hookspec = pluggy.HookspecMarker("lfm2kit")
 hookimpl = pluggy.HookimplMarker("lfm2kit")
@@ -78,6 +79,22 @@ def lfm2kit_transports() -> Iterable[TransportPlugin]:
 
 
 @hookspec
+def lfm2kit_rewrites(world: World, transport: Transport | None) -> Iterable[Rewrite]:
+    """Announces rewrites: changes to the model before its blocks are placed.
+
+    Called when plugins are loaded, with a world of one rank, and again for every model that is set
+    up, with this process's place in its job.  `transport` is None where there is no job, and where
+    a rank's share is only planned.  An implementation may leave out arguments that it does not use.
+
+        @lfm2kit.hookimpl
+        def lfm2kit_rewrites():
+            joins = {MySpec: functools.partial(Join, MyBlock)}
+            yield lfm2kit.Rewrite("mine", "what it changes, in a line", apply, joins)
+    """
+    raise NotImplementedError
+
+
+@hookspec
 def lfm2kit_block_wrapper(name: str, spec: Spec, memory: Memory) -> Wrapper | None:
     """Returns a wrapper for the block called `name` (`layers.3.operator`), or None for none.
 
@@ -127,6 +144,7 @@ def lfm2kit_run_ended(record: Mapping[str, Any]) -> None:
 HOOKS: tuple[Callable[..., Any], ...] = (
     lfm2kit_backends,
     lfm2kit_transports,
+    lfm2kit_rewrites,
     lfm2kit_block_wrapper,
     lfm2kit_commands,
     lfm2kit_run_ended,

@@ -22,15 +22,14 @@ from lfm2kit.errors import Lfm2kitError, Option, choices, either
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, Builder, build_model, can_capture
 from lfm2kit.options import Options
-from lfm2kit.parallel import ExpertParallelMoe, join, shard
-from lfm2kit.placement import Join, Joins, Placed, Placer
+from lfm2kit.placement import Placed, Placer
 from lfm2kit.plan import AUTO, Plan
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.progress import Wrap, telling
+from lfm2kit.rewrites import Rewrite, chosen, rewritten
 from lfm2kit.specs import Spec
 from lfm2kit.state import Room
 from lfm2kit.transport import Transport, World
-from lfm2kit.trim import trim as trimmed
 from lfm2kit.wrappers import Wrappers
 
 EMBEDDED = Path(__file__).parent / "models"
@@ -57,8 +56,9 @@ class Setup:
     placed: Placed
     plugins: Plugins
     create: Callable[[str], Backend]
-    joins: Joins
+    rewrites: tuple[Rewrite, ...]  # in the order in which they were applied
     wrappers: Wrappers
+    world: World
     context: Context
     transport: Transport | None
 
@@ -136,6 +136,7 @@ class Setup:
             other = set_up(
                 self.checkpoint,
                 replace(self.options, **changes),
+                world=self.world,
                 transport=self.transport,
                 plugins=self.plugins,
             )
@@ -160,7 +161,6 @@ class Setup:
         return Builder(
             self.checkpoint.values,
             self.create,
-            self.joins,
             wrap,
             done,
             check,
@@ -168,46 +168,50 @@ class Setup:
         )
 
     def stored_bytes(self, placed: Placed) -> int:
-        """Returns the bytes that the weights of `placed` take in the checkpoint."""
-        return sum(t.nbytes for t in self.checkpoint.tensors_of(placed.scope, placed.spec))
+        """Returns the bytes that the weights of `placed` take in the checkpoint.
+
+        Those of parts that a block is built around count as theirs alone.
+        """
+        tensors = self.checkpoint.tensors_of(placed.scope, placed.spec)
+        around = placed.parts if placed.backend is not None else ()
+        return sum(t.nbytes for t in tensors) - sum(self.stored_bytes(part) for _, part in around)
 
 
 def set_up(
     checkpoint: Checkpoint,
     options: Options,
     *,
+    world: World | None = None,
     transport: Transport | None = None,
     plugins: Plugins | None = None,
 ) -> Setup:
     """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
 
-    With a `transport` of several ranks, each holds its share of every layer's experts.
+    With a `transport` the model is this rank's share.  A `world` alone gives the share of that
+    rank, to be planned but not built.
     """
     plugins = plugins or installed_plugins()
-    world = transport.world if transport is not None else World()
+    world = world or (transport.world if transport is not None else World())
     context = Context(options.precision, options.threads, world.local_size, world.local_rank)
     create = plugins.creator(context)
-    model: specs.Model = checkpoint.spec
     plan = _resolve_auto(options.chosen_plan(), plugins, context)
-    placed_plan = _with_host_experts(plan, options, model, plugins, create)
-    for name in sorted(placed_plan.backends()):
+    plan = _with_host_experts(plan, options, checkpoint.spec, plugins, create)
+    for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
-    joins: Joins = JOINS
-    if transport is not None:
-        model = shard(model, transport.world)
-        joins = {**JOINS, ExpertParallelMoe: Join(join(transport), HOST)}
-    placer = Placer(placed_plan, create, joins, plugins.backends)
-    placed = placer.place(trimmed(model) if options.trim else model)
+    applied = chosen(options.rewrites, plugins.rewrites(world, transport))
+    model, joins = rewritten(checkpoint.spec, JOINS, applied)
+    placed = Placer(plan, create, joins, plugins.backends).place(model)
     wrappers = Wrappers.of(placed, plugins)
     return Setup(
         checkpoint,
         options,
-        placed_plan,
+        plan,
         placed,
         plugins,
         create,
-        joins,
+        applied,
         wrappers,
+        world,
         context,
         transport,
     )

@@ -81,8 +81,10 @@ class Ordered(Memory, Protocol):
     block need not wait for its inputs, and its results are ready for what is enqueued after it in
     the same stream.  Between two streams there is no order but that of `wait`.
 
-    An array's memory goes back to the stream in which the array was made.  If another stream has
-    used the array, keep a reference to it until its own stream waits for a mark of that use.
+    When an array is dropped, its memory serves the stream in which it was made again.  If another
+    stream has used the array, keep a reference to it until that use is over: until a copy to the
+    host that was started there afterwards has arrived, or until the array's own stream waits for a
+    mark of the use.
     """
 
     def stream(self) -> AbstractContextManager[None]:

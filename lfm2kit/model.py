@@ -18,24 +18,23 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import out_of_memory, specs
-from lfm2kit.backend import Array, Backend, Block, Captures, Operator, State
+from lfm2kit.backend import Array, Backend, Block, BuildsAround, Captures, Operator, State
 from lfm2kit.batch import Batch, Make
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.joins import Join, Joins
 from lfm2kit.memory import HOST, Memory, own_stream
-from lfm2kit.placement import Join, Joins, Placed
+from lfm2kit.placement import Placed
 from lfm2kit.progress import longest, step
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.seam import Seam
 from lfm2kit.specs import Spec, Work
 from lfm2kit.state import ModelState, Room
-from lfm2kit.trim import TrimmedLayer, TrimmedModel
 from lfm2kit.weights import Weights
 
 
 class Forward:
     """ids -> embedding -> layers -> norm of the last rows -> logits [logits, vocab_size]."""
 
-    def __init__(self, spec: specs.Model | TrimmedModel, **blocks: Any) -> None:
+    def __init__(self, spec: specs.Model, **blocks: Any) -> None:
         self.embed_tokens: Block = blocks["embed_tokens"]
         self.layers: list[Operator] = [blocks[f"layers.{i}"] for i in range(len(spec.layers))]
         self.last_rows: Block = blocks["last_rows"]
@@ -52,16 +51,6 @@ class Forward:
 
     def new_state(self, room: Room) -> list[State]:
         return [layer.new_state(room) for layer in self.layers]
-
-
-class TrimmedForward(Forward):
-    """The forward of whole sequences whose last layer gives the last rows alone."""
-
-    def __init__(self, spec: TrimmedModel, **blocks: Any) -> None:
-        super().__init__(spec, last_rows=lambda hidden, delta, batch: (hidden, delta), **blocks)
-
-    def new_state(self, room: Room) -> list[State]:
-        raise Lfm2kitError("a trimmed model has no state: later tokens need the rows it leaves out")
 
 
 class DecoderLayer:
@@ -90,37 +79,6 @@ class DecoderLayer:
         return hidden, self.feed_forward(x)
 
 
-class TrimmedDecoderLayer:
-    """A decoder layer that leaves out rows between its operator and its feed-forward."""
-
-    def __init__(
-        self,
-        spec: TrimmedLayer,
-        operator_norm: Block,
-        operator: Operator,
-        last_rows: Block,
-        ffn_norm: Block,
-        feed_forward: Block,
-    ) -> None:
-        self.reach = spec.reach_in, spec.reach_out
-        self.operator_norm = operator_norm
-        self.operator = operator
-        self.last_rows = last_rows
-        self.ffn_norm = ffn_norm
-        self.feed_forward = feed_forward
-
-    def __call__(
-        self, hidden: Array, delta: Array | None, batch: Batch, state: None
-    ) -> tuple[Array, Array]:
-        assert state is None, "a trimmed model has no state"
-        rows = batch.trimmed(*self.reach)
-        hidden, x = self.operator_norm(hidden, delta)
-        delta = self.operator(x, rows, None)
-        hidden, delta = self.last_rows(hidden, delta, rows)
-        hidden, x = self.ffn_norm(hidden, delta)
-        return hidden, self.feed_forward(x)
-
-
 class RoutedExperts:
     """A sparse MoE of a router and experts that were built apart."""
 
@@ -133,12 +91,23 @@ class RoutedExperts:
         return self.experts(x, expert_ids, expert_weights)
 
 
+class RoutedByScores:
+    """A router of scores and a choice that were built apart."""
+
+    def __init__(self, spec: specs.Router, scores: Block, choice: Block) -> None:
+        self.scores = scores
+        self.choice = choice
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        expert_ids, expert_weights = self.choice(self.scores(x))
+        return expert_ids, expert_weights
+
+
 JOINS: Joins = {
-    specs.Model: Join(Forward),
-    specs.Layer: Join(DecoderLayer),
-    specs.SparseMoe: Join(RoutedExperts),
-    TrimmedModel: Join(TrimmedForward),
-    TrimmedLayer: Join(TrimmedDecoderLayer),
+    specs.Model: partial(Join, Forward),
+    specs.Layer: partial(Join, DecoderLayer),
+    specs.SparseMoe: partial(Join, RoutedExperts),
+    specs.Router: partial(Join, RoutedByScores),
 }
 
 
@@ -148,7 +117,6 @@ class Builder:
 
     weights: Weights
     create: Callable[[str], Backend]
-    joins: Joins = field(default_factory=lambda: JOINS)
     wrap: Callable[[str, Spec, Block], Block] = lambda name, spec, block: block
     built: Callable[[Placed], None] = lambda placed: None  # called after each leaf: progress
     before: Callable[[Placed], None] = lambda placed: None  # called before each leaf
@@ -156,16 +124,17 @@ class Builder:
 
     def build(self, placed: Placed) -> Any:
         """The block of `placed`, ready to be called from the memory around it."""
+        blocks = {role: self.build(part) for role, part in placed.parts}
         if placed.backend is None:
-            blocks = {role: self.build(part) for role, part in placed.parts}
-            block = self.joins[type(placed.spec)].make(placed.spec, **blocks)
+            assert placed.join is not None, "what no backend builds is joined"
+            block = placed.join.make(placed.spec, **blocks)
         else:
             self.before(placed)
             weights = self.weights.scope(placed.scope)
             step(f"building {placed.name}", longest(Work(0, 4 * placed.spec.weight_elements())))
             placed.spec.check_values(weights)
             with out_of_memory.building(placed, weights):
-                block = self.create(placed.backend).build(placed.spec, weights)
+                block = _built(self.create(placed.backend), placed.spec, weights, blocks)
             self.built(placed)
         return self._seamed(placed, block)
 
@@ -176,6 +145,13 @@ class Builder:
         return Seam(wrapped, placed.memory, placed.outer, state_of=block)
 
 
+def _built(backend: Backend, spec: Spec, weights: Weights, parts: dict[str, Block]) -> Block:
+    if not parts:
+        return backend.build(spec, weights)
+    assert isinstance(backend, BuildsAround)  # or the placement would have no parts here
+    return backend.build_around(spec, weights, parts)
+
+
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LFM2:
     """A model that is ready to run.  Ids enter and logits leave as NumPy arrays.
@@ -183,7 +159,7 @@ class LFM2:
     Threads may share a model: their forwards run one after the other.
     """
 
-    spec: specs.Model | TrimmedModel
+    spec: specs.Model
     placed: Placed
     forward: Forward
     home: Memory
@@ -282,7 +258,7 @@ class LFM2:
 
 def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
     """The model that `placed` describes, with `builder`'s weights."""
-    assert isinstance(placed.spec, specs.Model | TrimmedModel)
+    assert isinstance(placed.spec, specs.Model)
     return LFM2(
         spec=placed.spec,
         placed=placed,
@@ -295,4 +271,4 @@ def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
 
 def can_capture(backend: Backend, placed: Placed) -> bool:
     """Returns whether a forward of `placed` can be captured by the plan's default backend."""
-    return isinstance(backend, Captures) and placed.copies() == 0
+    return isinstance(backend, Captures) and placed.is_capturable

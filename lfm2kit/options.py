@@ -64,7 +64,9 @@ class Options:
         None, "CPU threads.", words="the cores that this process may use", least=1
     )
     n_cpu_moe: int = option(0, "Experts of the first N MoE layers on CPU.", least=0)
-    trim: bool = option(False, "Leave out rows that no logit depends on, in the last layers.")
+    rewrites: tuple[str, ...] = option(
+        (), "Rewrites of the model, in the order of their names here."
+    )
     seed: int | None = option(
         None,
         "Seed of what is random: ids, and weights of a file of specs.",

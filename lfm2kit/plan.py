@@ -21,17 +21,17 @@ from typing import Any
 from lfm2kit import bounds, specs
 from lfm2kit.documents import read_toml
 from lfm2kit.errors import Lfm2kitError, Option, choices
-from lfm2kit.trim import TrimmedModel
 
 AUTO = "auto"  # in a plan: the best backend of this machine
 
 # What a kind in a plan stands for: a block's own kind, or a group of them.
 KINDS: dict[str, frozenset[str]] = {
     **{k: frozenset({k}) for k in ("embed", "norm", "conv", "attn", "mlp", "rows", "head")},
-    **{k: frozenset({k}) for k in ("router", "experts")},
-    "moe": frozenset({"router", "experts"}),
+    **{k: frozenset({k}) for k in ("scores", "choice", "experts")},
+    "router": frozenset({"scores", "choice"}),
+    "moe": frozenset({"scores", "choice", "experts"}),
     "operator": frozenset({"conv", "attn"}),
-    "ffn": frozenset({"mlp", "router", "experts"}),
+    "ffn": frozenset({"mlp", "scores", "choice", "experts"}),
 }
 
 
@@ -105,7 +105,7 @@ class Plan:
         rules = (Rule(backend, "experts", range(i, i + 1)) for i in sparse[:count])
         return replace(self, rules=(*self.rules, *rules))
 
-    def check(self, model: specs.Model | TrimmedModel) -> None:
+    def check(self, model: specs.Model) -> None:
         """`Lfm2kitError` if a rule fits no block of `model`."""
         kinds = _kinds(model)
         outside = {"embed", "rows", "norm", "head"}
@@ -124,7 +124,7 @@ class Plan:
         return ",".join([self.default, *map(str, self.rules)])
 
 
-def _kinds(model: specs.Model | TrimmedModel) -> list[set[str]]:
+def _kinds(model: specs.Model) -> list[set[str]]:
     return [{leaf.kind for leaf in specs.leaves(layer)} for layer in model.layers]
 
 

@@ -24,8 +24,9 @@ from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError, choices
 from lfm2kit.hookspecs import Command, Wrapper
 from lfm2kit.memory import Memory
 from lfm2kit.plan import AUTO
+from lfm2kit.rewrites import Rewrite, built_in
 from lfm2kit.specs import Spec
-from lfm2kit.transport import TransportPlugin
+from lfm2kit.transport import Transport, TransportPlugin, World
 
 GROUP = "lfm2kit"
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -67,7 +68,7 @@ class InstalledBackend:
 
 
 class Plugins:
-    """All that installed plugins add: backends, transports, commands, wrappers, observers."""
+    """All that installed plugins add: backends, transports, rewrites, commands, and the rest."""
 
     def __init__(self, entries: list[EntryPoint]) -> None:
         self.backends: dict[str, InstalledBackend] = {}
@@ -77,6 +78,7 @@ class Plugins:
         self.loaded: list[EntryPoint] = []
         self.broken: list[BrokenPlugin] = []
         self._managers: list[tuple[str, pluggy.PluginManager]] = []
+        self._rewriters: dict[str, str] = {}  # the plugin that announces each rewrite
         for entry in entries:
             self._load(entry)
 
@@ -91,8 +93,10 @@ class Plugins:
             _check_hooks(plugin)
             backends = [b for some in manager.hook.lfm2kit_backends() for b in some]
             transports = [t for some in manager.hook.lfm2kit_transports() for t in some]
+            rewrites = _announced_rewrites(manager, World(), None)
             commands = [c for some in manager.hook.lfm2kit_commands() for c in some]
-            self._announce(backends, transports, commands, distribution)
+            self._announce(backends, transports, rewrites, commands, distribution)
+            self._rewriters |= {rewrite.name: entry.name for rewrite in rewrites}
             self._managers.append((entry.name, manager))
             self.loaded.append(entry)
         except (KeyboardInterrupt, GeneratorExit):
@@ -104,7 +108,12 @@ class Plugins:
             )
 
     def _announce(
-        self, backends: list[Any], transports: list[Any], commands: list[Any], distribution: str
+        self,
+        backends: list[Any],
+        transports: list[Any],
+        rewrites: list[Any],
+        commands: list[Any],
+        distribution: str,
     ) -> None:
         """All that a plugin yields, or nothing of it: a bad name leaves no half behind."""
         owners = {name: b.distribution for name, b in self.backends.items()}
@@ -113,6 +122,7 @@ class Plugins:
         others = dict.fromkeys(self.transports, "another plugin")
         _check_announced("lfm2kit_transports", transports, TransportPlugin, others)
         _check_announced("lfm2kit_commands", commands, Command, self._owners)
+        _check_announced("lfm2kit_rewrites", rewrites, Rewrite, self._owners_of_rewrites())
         self.backends |= {b.name: InstalledBackend(b, distribution) for b in backends}
         self.transports |= {t.name: t for t in transports}
         self.commands |= {c.name: c for c in commands}
@@ -153,6 +163,32 @@ class Plugins:
             if b.plugin.preference > 0 and precision in b.plugin.precisions and b.why_not is None
         ]
         return [p.name for p in sorted(able, key=lambda plugin: -plugin.preference)]
+
+    def rewrites(
+        self, world: World | None = None, transport: Transport | None = None
+    ) -> dict[str, Rewrite]:
+        """Returns all rewrites by name, for a process at this place of a job, lfm2kit's own first.
+
+        Raises `Lfm2kitError`, naming the plugin, if a plugin's hook fails.
+        """
+        world = world or World()
+        found = {rewrite.name: rewrite for rewrite in built_in(world, transport)}
+        for plugin, manager in self._managers:
+            try:
+                rewrites = _announced_rewrites(manager, world, transport)
+                others = {name: p for name, p in self._owners_of_rewrites().items() if p != plugin}
+                _check_announced("lfm2kit_rewrites", rewrites, Rewrite, others)
+            except Exception as error:
+                raise Lfm2kitError(
+                    f"plugin '{plugin}' cannot say its rewrites for rank {world.rank} of "
+                    f"{world.size}: {type(error).__name__}: {error}{TRACEBACK_HINT}"
+                ) from error
+            found |= {rewrite.name: rewrite for rewrite in rewrites}
+        return found
+
+    def _owners_of_rewrites(self) -> dict[str, str]:
+        ours = (rewrite.name for rewrite in built_in(World(size=2), None))
+        return {**self._rewriters, **dict.fromkeys(ours, "lfm2kit")}
 
     def creator(self, context: Context) -> Callable[[str], Backend]:
         """Creates backends by name, each once; the context they get can create the others."""
@@ -246,6 +282,11 @@ def _allowed(allow_list: str | None) -> Iterator[EntryPoint]:
             f"{ALLOW_LIST} names '{asked}'; {choices(asked, [e.name for e in entries])}"
         )
     yield from (entry for entry in entries if entry.name in names)
+
+
+def _announced_rewrites(manager: Any, world: World, transport: Transport | None) -> list[Any]:
+    announced = manager.hook.lfm2kit_rewrites(world=world, transport=transport)
+    return [rewrite for some in announced for rewrite in some]
 
 
 def _check_hooks(plugin: Any) -> None:

@@ -33,6 +33,7 @@ from lfm2kit.documents import read_toml
 from lfm2kit.errors import Lfm2kitError, choices
 
 OPERATORS = {"ShortConv": specs.ShortConv, "Attention": specs.Attention}
+NOT_DESCRIBED = "a file of specs cannot describe this model: it has blocks of its own"
 ELSEWHERE = {"hidden_size", "local_experts"}  # said by the whole file, or by no file
 FEED_FORWARDS = {"MLP": specs.MLP, "SparseMoe": specs.SparseMoe}
 
@@ -109,7 +110,7 @@ def _typed(where: str, table: Any, types: Mapping[str, Any], common: Table) -> A
 def _sparse_moe(where: str, fields: Table, common: Table) -> specs.SparseMoe:
     _refuse_unknown(where, fields, _fields(specs.Router, specs.Experts))
     router = _make(where, specs.Router, common, fields)
-    everyone = {"local_experts": range(router.num_experts)}
+    everyone = {"local_experts": tuple(range(router.num_experts))}
     return specs.SparseMoe(router, _make(where, specs.Experts, common, {**fields, **everyone}))
 
 
@@ -166,10 +167,12 @@ def spec_text(model: specs.Model) -> str:
         f"eps = {_toml(model.embedding_norm.eps)}",
     ]
     for layer, equal in groupby(model.layers):
+        if not isinstance(layer, specs.Layer):
+            raise Lfm2kitError(NOT_DESCRIBED)
         lines += ["", "[[layers]]", *_layer_lines(layer, len(list(equal)))]
     text = "\n".join(lines) + "\n"
     if parse_spec(tomllib.loads(text)) != model:
-        raise Lfm2kitError("a file of specs cannot describe this model: it has blocks of its own")
+        raise Lfm2kitError(NOT_DESCRIBED)
     return text
 
 

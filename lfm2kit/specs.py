@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -65,6 +66,10 @@ class Spec:
         for part in self.parts():
             total += part.spec.work(batch, itemsize)
         return total
+
+    def note(self) -> str | None:
+        """Returns what `lfm2kit plan` says about this spec in one line; None for nothing."""
+        return None
 
     def weight_elements(self) -> int:
         return sum(math.prod(shape) for shape in self.parameters().values())
@@ -227,37 +232,58 @@ class MLP(Spec):
 
 
 @dataclass(frozen=True, slots=True)
-class Router(Spec):
-    """(x) -> (expert_ids int32, expert_weights float32), both [tokens, num_experts_per_tok].
+class Scores(Spec):
+    """(x) -> scores = sigmoid(gate(x)), float32 [tokens, num_experts]; x [tokens, hidden_size].
 
-    scores = sigmoid(gate(x)); the experts with the highest scores + expert_bias are taken, in
-    descending order, the lower id first among equals; weights = the scores *without* the bias,
-    divided by (their sum + 1e-6) if norm_topk_prob, times routed_scaling_factor.  Logits, scores,
-    bias and weights are rounded to float32 in every precision: a saturated sigmoid is exactly 1.
-    A row's ids are distinct, always.  An expert whose bias is -inf is never taken.  Where one of a
-    row's scores is NaN, all its weights are NaN, and its ids any that the bias allows.
-    The gate is finite, and so are num_experts_per_tok biases at least, the others finite or -inf:
-    the core has checked them.
+    Logits and scores are rounded to float32 in every precision: a saturated sigmoid is exactly 1.
+    A score whose logit is NaN is NaN.  The gate is finite: the core has checked it.
     """
 
     hidden_size: int
+    num_experts: int
+    kind: ClassVar[str] = "scores"
+
+    def parameters(self) -> dict[str, Shape]:
+        return {"gate.weight": (self.num_experts, self.hidden_size)}
+
+    def check_values(self, weights: Weights) -> None:
+        _require_all(weights["gate.weight"], np.isfinite, "a router's gate must be finite")
+
+    def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        elements, floats = self.weight_elements(), self.hidden_size + self.num_experts
+        return Work(2 * elements * batch.tokens, elements * itemsize + 4 * batch.tokens * floats)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Spec):
+    """(scores) -> (expert_ids int32, expert_weights float32), both [tokens, num_experts_per_tok].
+
+    `scores` [tokens, num_experts] are numbers from 0 to 1, or NaN.  The experts with the highest
+    scores + expert_bias are taken, in descending order, the lower id first among equals; weights =
+    the scores *without* the bias, divided by (their sum + 1e-6) if norm_topk_prob, times
+    routed_scaling_factor.  Sums with the bias, and weights, are rounded to float32 in every
+    precision.  A row's ids are distinct, always.  An expert whose bias is -inf is never taken.
+    Where one of a row's scores is NaN, all its weights are NaN, and its ids any that the bias
+    allows.  Every id lies in [0, num_experts): a row that only pads a batch gets ids of -1 from
+    whoever pads it (see `Experts`).  At least num_experts_per_tok biases are finite, the others
+    finite or -inf: the core has checked them.
+    """
+
     num_experts: int
     num_experts_per_tok: int
     use_expert_bias: bool
     norm_topk_prob: bool
     routed_scaling_factor: float
-    kind: ClassVar[str] = "router"
+    kind: ClassVar[str] = "choice"
 
     def __post_init__(self) -> None:
         taken, there = self.num_experts_per_tok, self.num_experts
         _require(taken <= there, f"num_experts_per_tok {taken} is more than num_experts {there}")
 
     def parameters(self) -> dict[str, Shape]:
-        weights: dict[str, Shape] = {"gate.weight": (self.num_experts, self.hidden_size)}
-        return weights | ({"expert_bias": (self.num_experts,)} if self.use_expert_bias else {})
+        return {"expert_bias": (self.num_experts,)} if self.use_expert_bias else {}
 
     def check_values(self, weights: Weights) -> None:
-        _require_all(weights["gate.weight"], np.isfinite, "a router's gate must be finite")
         if not self.use_expert_bias:
             return
         bias, taken = weights["expert_bias"], self.num_experts_per_tok
@@ -271,10 +297,44 @@ class Router(Spec):
         )
 
     def work(self, batch: Batch, itemsize: float = 4) -> Work:
-        elements = self.num_experts * self.hidden_size
-        return Work(
-            2 * elements * batch.tokens, elements * itemsize + 4 * batch.tokens * self.hidden_size
+        row = self.num_experts + 2 * self.num_experts_per_tok
+        return Work(0, 4 * batch.tokens * row)
+
+
+@dataclass(frozen=True, slots=True)
+class Router(Spec):
+    """(x) -> choice(scores(x)) = (expert_ids, expert_weights), as `Choice` returns them.
+
+    x [tokens, hidden_size].  The bits are those of the two parts, wherever each is built.
+    """
+
+    hidden_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    use_expert_bias: bool
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    kind: ClassVar[str] = "router"
+
+    def __post_init__(self) -> None:
+        self.choice.__post_init__()
+
+    @property
+    def scores(self) -> Scores:
+        return Scores(self.hidden_size, self.num_experts)
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(
+            self.num_experts,
+            self.num_experts_per_tok,
+            self.use_expert_bias,
+            self.norm_topk_prob,
+            self.routed_scaling_factor,
         )
+
+    def parts(self) -> tuple[Part, ...]:
+        return Part("scores", "", self.scores), Part("choice", "", self.choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,15 +344,25 @@ class Experts(Spec):
     delta[t] = sum_k expert_weights[t, k] * E(x[t]), E = the MLP number expert_ids[t, k], for any
     k >= 1.  Each product is rounded to float32 and they are added in the order of k, starting
     from the first: so the sum has the same bits when expert parallelism adds it elsewhere.
-    Every id lies in `local_experts`, and only those experts' weights may be asked for.
+    An id of -1 is nobody's and may stand anywhere: nothing is added for it, whatever the weight
+    beside it is, and a row of -1 alone has a delta of +0, whatever x holds there.
+    Every other id is one of `local_experts`: any ids below num_experts, in any order, without
+    repeats, or none.  Only those experts' weights may be asked for.
     """
 
     hidden_size: int
     intermediate_size: int
     num_experts: int
     num_experts_per_tok: int  # what a model's router hands over; expert_ids.shape[1] is what counts
-    local_experts: range
+    local_experts: tuple[int, ...]
     kind: ClassVar[str] = "experts"
+
+    def __post_init__(self) -> None:
+        local = self.local_experts
+        _require(
+            len(set(local)) == len(local) and all(0 <= e < self.num_experts for e in local),
+            f"local_experts {brief(local)} are not different ids below {self.num_experts}",
+        )
 
     @property
     def expert(self) -> MLP:
@@ -364,7 +434,7 @@ class Layer(Spec):
     operator_norm: RMSNorm
     operator: ShortConv | Attention
     ffn_norm: RMSNorm
-    feed_forward: Spec  # MLP, SparseMoe, or a wrapper around a SparseMoe's parts
+    feed_forward: Spec  # MLP, SparseMoe, or what a rewrite has put in its place
     kind: ClassVar[str] = "layer"
 
     def parts(self) -> tuple[Part, ...]:
@@ -381,8 +451,8 @@ class Model(Spec):
     """ids -> embedding -> layers -> norm of the last rows -> logits [logits, vocab_size]."""
 
     embed_tokens: Embedding
-    layers: tuple[Layer, ...]
-    last_rows: LastRows
+    layers: tuple[Spec, ...]  # of `Layer`, or of what a rewrite has put in its place
+    last_rows: Spec  # `LastRows`, or the same
     embedding_norm: RMSNorm
     lm_head: LMHead
     tie_word_embeddings: bool = field(default=True)

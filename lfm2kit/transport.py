@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import numpy.typing as npt
+
+from lfm2kit.memory import Array, Memory
 
 
 class World(NamedTuple):
@@ -58,6 +60,76 @@ class Transport(Protocol):
 
         Where several ranks call it, one reason is shown.  `details`, a traceback or nothing, are
         shown before it.
+        """
+        ...
+
+
+class Traffic(NamedTuple):
+    """What travels between ranks in one MoE layer."""
+
+    hidden_size: int
+    num_experts_per_tok: int
+    owners: tuple[int, ...]  # the rank that holds each expert, [num_experts]
+
+
+class Rows(NamedTuple):
+    """The rows that came to a rank, each a token with one of the experts that the rank holds."""
+
+    x: Array  # float32 [rows, hidden_size]
+    expert_ids: Array  # int32 [rows, 1]; -1 in a row of padding, which is nobody's
+    expert_weights: Array  # float32 [rows, 1]
+
+
+class Exchange(Protocol):
+    """Carries the tokens of one MoE layer to the ranks of their experts, and the products back.
+
+    All arrays lie in its memory.  Every rank calls `dispatch` and then `combine`, layer by layer,
+    with no tokens if need be.  Like a block it may return before its result is
+    there, if the memory orders the work that is enqueued in it.
+    """
+
+    def dispatch(self, x: Array, expert_ids: Array, expert_weights: Array) -> Rows:
+        """Sends this rank's tokens to the ranks of their experts, and returns the rows that came.
+
+        x is float32 [tokens, hidden_size], expert_ids int32 and expert_weights float32 [tokens, k].
+        An id of -1 is nobody's: nothing is sent for it, whatever the weight beside it is.  Rows may
+        come in any order.  An exchange of fixed size fills up with rows whose id is -1.
+        """
+        ...
+
+    def combine(self, products: Array) -> Array:
+        """Sends each row's product back, and returns delta, float32 [tokens, hidden_size].
+
+        products is float32 [rows, hidden_size], in the order of the rows that `dispatch` returned;
+        those of padding may hold anything.  A token's products are added at its own rank in the
+        order of k, beginning with the first: so the bits do not depend on where experts are.
+        Nothing is added for an id of -1, and a token of -1 alone has a delta of +0.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeOffer:
+    """An exchange that can be had for arrays in `memory`."""
+
+    memory: Memory
+    create: Callable[[Traffic], Exchange]  # called for each MoE layer when a model is built
+    # Whether both operations can be recorded and replayed.  To record a step, a backend may first
+    # call it on this rank alone; other ranks do not call theirs then.
+    is_capturable: bool = False
+
+
+@runtime_checkable
+class Exchanges(Protocol):
+    """Capability of a transport: exchanges in memories of its own, past the host.
+
+    Without it, tokens are exchanged by `all_to_all`, in the host's memory.
+    """
+
+    def exchange_in(self, memory: Memory) -> ExchangeOffer | None:
+        """Returns the exchange for blocks in `memory`; None if there is none, on every rank.
+
+        Takes no memory and sends nothing; the offer's memory has the name of `memory`.
         """
         ...
 

@@ -13,7 +13,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lfm2kit import backend, batch, hookspecs, memory, progress, specs, transport, weights
+from lfm2kit import (
+    backend,
+    batch,
+    hookspecs,
+    joins,
+    memory,
+    progress,
+    specs,
+    transport,
+    weights,
+)
+from lfm2kit.rewrites import rewrite
 
 PAGE = Path(__file__).parents[1] / "docs" / "hooks.md"
 HEAD = """\
@@ -30,6 +41,8 @@ SECTIONS: tuple[tuple[str, ModuleType], ...] = (
     ("Memories", memory),
     ("Weights", weights),
     ("Transports", transport),
+    ("Rewrites", rewrite),
+    ("Joins", joins),
     ("Progress", progress),
 )
 LEFT_OUT = {"work"}  # what `lfm2kit bench` needs of a spec, and no plugin

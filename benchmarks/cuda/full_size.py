@@ -13,7 +13,7 @@ import argparse
 import statistics
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from lfm2kit.model import JOINS, LFM2, Builder, build_model
 from lfm2kit.placement import Placer
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import installed_plugins
-from lfm2kit.trim import trim
+from lfm2kit.rewrites import chosen, rewritten
 
 POOL = 1 << 26  # random numbers that all tensors share
 
@@ -65,13 +65,13 @@ class RandomTensors(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def build(plan: Plan, precision: str, stored_as: DType, trimmed: bool = False) -> LFM2:
+def build(plan: Plan, precision: str, stored_as: DType, rewrites: Sequence[str] = ()) -> LFM2:
     """The full-size model, its blocks from `plan`."""
     plugins = installed_plugins()
     create = plugins.creator(Context(precision=precision))
     spec = model_spec(LFM2_8B_A1B, tied=True)
-    placer = Placer(plan, create, JOINS, plugins.backends)
-    placed = placer.place(trim(spec) if trimmed else spec)
+    spec, joins = rewritten(spec, JOINS, chosen(rewrites, plugins.rewrites()))
+    placed = Placer(plan, create, joins, plugins.backends).place(spec)
     weights = Weights(RandomTensors(spec.parameters(), stored_as))
     return build_model(placed, Builder(weights, create), plan.default)
 
@@ -94,11 +94,11 @@ def main() -> None:
     parser.add_argument("--stored-as", default="BF16", choices=("F32", "BF16"))
     parser.add_argument("-n", default="16,32,64,128")
     parser.add_argument("-r", "--repetitions", type=int, default=10)
-    parser.add_argument("--trim", action="store_true", help="leave out rows that no logit needs")
+    parser.add_argument("--rewrite", action="append", default=[], help="such as trim")
     options = parser.parse_args()
     start = time.perf_counter()
     plan = Plan.parse(options.backend)
-    model = build(plan, options.precision, options.stored_as, options.trim)
+    model = build(plan, options.precision, options.stored_as, options.rewrite)
     seconds = time.perf_counter() - start
     size = model.spec.weight_elements() * (2 if options.stored_as == "BF16" else 4)
     print(f"loaded in {seconds:.1f} s, {size / 1e9 / seconds:.1f} GB/s as stored\n")

@@ -104,7 +104,8 @@ def experts(precision: str, dtype: torch.dtype) -> None:
     for n in (16, 32, 64, 128):
         tokens = 16 * n
         ids = rng.random((tokens, EXPERTS)).argsort(axis=1)[:, :TAKEN].astype(np.int32)
-        tiles, _ = grouped_by_expert(cupy.asarray(ids), range(EXPERTS), ours)
+        everyone = cupy.arange(EXPERTS, dtype=cupy.int32)
+        tiles, _ = grouped_by_expert(cupy.asarray(ids), everyone, EXPERTS, ours)
         x = ours.rounded(cupy.asarray(rng.standard_normal((tokens, HIDDEN), dtype=np.float32)))
         inner = ours.gated(x, w13, tiles)
         counts = np.bincount(ids.ravel(), minlength=EXPERTS)

@@ -16,6 +16,9 @@ from lfm2kit.options import Options
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.text import indented
 
+# The options that say which model is set up; a check makes its own.
+OF_A_MODEL = ("model", "backend", "plan", "n_cpu_moe", "rewrites", "seed")
+
 backends = typer.Typer(help="Lists the installed backends, or checks one.")
 
 
@@ -27,7 +30,7 @@ def _default(context: typer.Context, json: JsonOption = None) -> None:
 
 @backends.command("list")
 def list_backends(json: JsonOption = None) -> None:
-    """Lists backends, transports, commands of plugins, and plugins that could not be loaded."""
+    """Lists backends, transports, rewrites, commands, and why plugins could not be loaded."""
     plugins = installed_plugins()
     report = Report(json)
     report.fields = _description(plugins)
@@ -40,7 +43,9 @@ def list_backends(json: JsonOption = None) -> None:
 @spread
 def check(
     name: Annotated[str, typer.Argument(help="The backend to judge.")],
-    options: Annotated[Options, Without(("model", "backend", "plan", "n_cpu_moe", "trim", "seed"))],
+    options: Annotated[
+        Options, Without(("model", "backend", "plan", "n_cpu_moe", "rewrites", "seed"))
+    ],
     only: Annotated[
         str | None, typer.Option(metavar="ID,...", help="Only these checks. \\[default: all]")
     ] = None,
@@ -92,6 +97,10 @@ def _description(plugins: Plugins) -> dict[str, Any]:
             {"name": name, "summary": transport.summary}
             for name, transport in sorted(plugins.transports.items())
         ],
+        "rewrites": [
+            {"name": name, "summary": rewrite.summary, "automatic": rewrite.is_automatic}
+            for name, rewrite in plugins.rewrites().items()
+        ],
         "commands": [
             {"name": name, "distribution": plugins.owner(name)} for name in sorted(plugins.commands)
         ],
@@ -117,6 +126,8 @@ def _show(report: Report) -> None:
     show_table(rows, *(Column(heading, overflow="fold") for heading in headings))
     for row in report.fields["transports"]:
         report.line(f"transport {row['name']}: {row['summary']}")
+    for row in report.fields["rewrites"]:
+        report.line(f"rewrite {row['name']}: {row['summary']}")
     for row in report.fields["commands"]:
         report.line(f"command {row['name']}: {row['distribution']}")
     for row in report.fields["broken"]:

@@ -27,11 +27,13 @@ from lfm2kit.bench import (
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import Report, complain, progress, remark
 from lfm2kit.cli.options import Without, flags, open_model, spread
+from lfm2kit.cli.rewrite_options import option_of
 from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.memory import HOST
 from lfm2kit.options import BACKEND_VARIABLE, About, Options
 from lfm2kit.plan import AUTO
+from lfm2kit.rewrites import Rewrite
 from lfm2kit.text import printable
 
 # A share of a call's time.  On idle cores calls waited for 0.09 of their time at most; with one
@@ -83,11 +85,14 @@ def bench(
     bounds.check_tokens(max(samples), seq_len)
     if decode and block:
         raise Lfm2kitError("--decode measures the whole model; leave out --block")
-    if options.trim and (decode or block):
-        raise Lfm2kitError("--trim is for whole samples through the whole model; leave it out here")
+    if options.rewrites and block:
+        option = option_of(options.rewrites[0])
+        raise Lfm2kitError(f"--block measures blocks of the model as it is; leave out {option}")
     checkpoint, seed = open_model(options), options.seed or 0
     plans = backend or [_default_plan()]
     setups = [set_up(checkpoint, replace(options, backend=plan)) for plan in plans]
+    if decode:
+        _check_state(setups[0].rewrites)
     for setup in setups:
         for note in setup.notes():
             remark(note)
@@ -113,6 +118,14 @@ def bench(
 def _default_plan() -> str:
     """Returns the plan from the environment, unsplit: Typer would split a list's at blanks."""
     return os.environ.get(BACKEND_VARIABLE) or AUTO
+
+
+def _check_state(rewrites: Sequence[Rewrite]) -> None:
+    for rewrite in rewrites:
+        if not rewrite.has_state:
+            raise Lfm2kitError(
+                f"--decode needs a state; {option_of(rewrite.name)} is for whole samples alone"
+            )
 
 
 def _contenders(

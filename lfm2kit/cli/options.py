@@ -12,10 +12,12 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 import typer
 
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
+from lfm2kit.cli import rewrite_options
 from lfm2kit.cli.bus_error import explain_bus_errors
 from lfm2kit.loading import find_model
 from lfm2kit.options import About, Options
 
+REWRITES = "rewrites"  # the field that several options fill
 SHORT = {
     "model": "-m",
     "backend": "-b",
@@ -92,19 +94,24 @@ class _Group(NamedTuple):
             if (inner := _group(annotation)) is not None:
                 yield from inner.parameters()
                 continue
+            if field.name == REWRITES:
+                yield from rewrite_options.parameters()
+                continue
             described: Any = Annotated[annotation, flags(field.name, field.metadata["about"])]
             kind = inspect.Parameter.KEYWORD_ONLY
             yield inspect.Parameter(field.name, kind, default=field.default, annotation=described)
 
     def made(self, values: dict[str, Any]) -> Any:
         """Returns the dataclass of the options' values, which it takes out of `values`."""
-        return self.type(
-            **{
-                field.name: values.pop(field.name) if inner is None else inner.made(values)
-                for field, annotation in self._taken()
-                for inner in [_group(annotation)]
-            }
-        )
+        made: dict[str, Any] = {}
+        for field, annotation in self._taken():
+            if (inner := _group(annotation)) is not None:
+                made[field.name] = inner.made(values)
+            elif field.name == REWRITES:
+                made[field.name] = rewrite_options.chosen(values)
+            else:
+                made[field.name] = values.pop(field.name)
+        return self.type(**made)
 
     def _taken(self) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
         types = get_type_hints(self.type)

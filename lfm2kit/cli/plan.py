@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -12,17 +13,22 @@ from lfm2kit.capacity import Needed, size
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
 from lfm2kit.options import About, Options
 from lfm2kit.placement import Placed
 from lfm2kit.state import Room
-from lfm2kit.trim import TrimmedLayer, TrimmedModel
+from lfm2kit.transport import World
 
 
 @spread
 def plan(
     options: Annotated[Options, Without(("seed",))],
+    ranks: Annotated[
+        int, flags("ranks", About("Show one rank's share, of N ranks on this machine.", least=1))
+    ] = 1,
+    rank: Annotated[int, flags("rank", About("The rank to show.", least=0))] = 0,
     tokens: Annotated[
         int, flags("tokens", About("Tokens of a forward, for the scratch memory.", least=1))
     ] = 2048,
@@ -38,7 +44,9 @@ def plan(
     report = Report(json)
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
-    setup = set_up(checkpoint, options)
+    if rank >= ranks:
+        raise Lfm2kitError(f"--rank {rank}: ranks are 0 to {ranks - 1}; give --ranks {rank + 1}")
+    setup = set_up(checkpoint, options, world=World(rank, ranks, rank, ranks))
     room = Room.of_sequences(sequences, context)
     rows = [_row(leaf, setup, tokens, room) for leaf in setup.placed.leaves()]
     totals = _totals(setup, tokens, room)
@@ -50,7 +58,10 @@ def plan(
         "blocks": rows,
         "totals": totals,
         "copies": setup.placed.copies(),
-        "rows_kept": _rows_kept(setup),
+        "rank": rank,
+        "ranks": ranks,
+        "rewrites": [rewrite.name for rewrite in setup.rewrites],
+        "block_notes": dict(_block_notes(setup)),
         "free_bytes": setup.sizes.free(setup.placed),
         "host_limits": {bound.name: bound._asdict() for bound in memory_limits()},
         "room": asdict(room),
@@ -72,15 +83,21 @@ def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:
         "kept_bytes": setup.sizes.kept(leaf),
         "scratch_bytes": setup.sizes.scratch(leaf, tokens),
         "state_bytes": setup.sizes.state(leaf, room),
-        "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
+        "copy": _copy(leaf),
     }
 
 
-def _rows_kept(setup: Setup) -> dict[str, int]:
-    """What `--trim` leaves of a sample, by layer."""
-    model = setup.placed.spec
-    layers = enumerate(model.layers if isinstance(model, TrimmedModel) else ())
-    return {f"layers.{i}": one.rows_out for i, one in layers if isinstance(one, TrimmedLayer)}
+def _block_notes(setup: Setup) -> Iterator[tuple[str, str]]:
+    """Yields what blocks have to say beside the table: their specs' notes, copies around joins."""
+    for placed in setup.placed.tree():
+        note = placed.spec.note()
+        copy = _copy(placed) if placed.backend is None else None
+        if note or copy:
+            yield placed.name, "; ".join(filter(None, (note, copy)))
+
+
+def _copy(placed: Placed) -> str | None:
+    return f"{placed.outer.name} <-> {placed.memory.name}" if placed.is_copied else None
 
 
 def _totals(setup: Setup, tokens: int, room: Room) -> dict[str, dict[str, int]]:
@@ -102,7 +119,9 @@ def _named(needed: Needed) -> dict[str, int]:
 
 
 def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
-    report.line(f"{setup.checkpoint.path}: {setup.plan}")
+    fields = report.fields
+    of_ranks = f", rank {fields['rank']} of {fields['ranks']}" if fields["ranks"] > 1 else ""
+    report.line(f"{setup.checkpoint.path}: {setup.plan}{of_ranks}")
     headings = ("block", "spec", "backend", "memory", "copy")
     sizes = ("weights", "kept", f"scratch at {tokens} tokens", "state")
     show_table(
@@ -125,10 +144,20 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
     if (shortage := report.fields["shortage"]) is not None:
         report.line(shortage)
     report.line(f"copies between memories in a forward: {setup.placed.copies()}")
-    for layer, rows_kept in _rows_kept(setup).items():
-        report.line(f"{layer}: {rows_kept} of a sample's rows go on after its operator")
+    for line in _grouped(report.fields["block_notes"]):
+        report.line(line)
     for note in setup.notes():
         report.line(note)
+
+
+def _grouped(notes: dict[str, str]) -> Iterator[str]:
+    """Yields a line for each note, with the blocks that it is about."""
+    blocks: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        blocks.setdefault(note, []).append(name)
+    for note, names in blocks.items():
+        many = f" to {names[-1]} ({len(names)} blocks)" if len(names) > 1 else ""
+        yield f"{names[0]}{many}: {note}"
 
 
 def _texts(row: dict[str, Any]) -> list[str]:

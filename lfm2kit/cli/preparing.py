@@ -21,6 +21,7 @@ from lfm2kit.cli.console import Report
 from lfm2kit.cli.flags import flag
 from lfm2kit.cli.options import JSON, files_of, open_model
 from lfm2kit.cli.ranks import DEFAULT_TRANSPORT
+from lfm2kit.cli.rewrite_options import settled as settled_rewrites
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.file_kinds import check_regular, is_of_this_process
 from lfm2kit.files import check_target
@@ -196,6 +197,7 @@ NOT_COMPARED = {
     "inputs",
     "threads",
     "ranks",
+    "rewrites",
 }
 
 
@@ -216,6 +218,7 @@ def facts_of(request: Request, prepared: Prepared) -> Facts:
     settled = {
         "--backend": prepared.setup.plan,
         **{flag(Option(name)): v for name, v in asked.items() if name not in NOT_COMPARED},
+        **settled_rewrites(request.options.rewrites),
         "--seed": request.options.seed or 0,
         "--batch-size": prepared.batch_size,
         "-n": len(prepared.inputs),

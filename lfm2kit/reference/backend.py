@@ -8,7 +8,7 @@ from lfm2kit import specs
 from lfm2kit.backend import HOST, Block, Memory, Room, Spec, Weights
 from lfm2kit.reference import attention, short_conv
 from lfm2kit.reference.attention import Attention
-from lfm2kit.reference.feed_forward import MLP, Experts, Router
+from lfm2kit.reference.feed_forward import MLP, Choice, Experts, Router, Scores
 from lfm2kit.reference.rows import Embedding, LastRows, LMHead, RMSNorm
 from lfm2kit.reference.short_conv import ShortConv
 
@@ -18,6 +18,8 @@ BLOCKS = {
     specs.ShortConv: ShortConv,
     specs.Attention: Attention,
     specs.MLP: MLP,
+    specs.Scores: Scores,
+    specs.Choice: Choice,
     specs.Router: Router,
     specs.Experts: Experts,
     specs.LastRows: LastRows,
@@ -29,7 +31,7 @@ class ReferenceBackend:
     """A backend without precision, threads or state of its own: nothing to configure."""
 
     def why_unsupported(self, spec: Spec) -> str | None:
-        return None if type(spec) in BLOCKS else "reference builds only the smallest blocks"
+        return None if type(spec) in BLOCKS else "it builds blocks up to Router"
 
     def memory(self, spec: Spec) -> Memory:
         return HOST

@@ -1,4 +1,4 @@
-"""The feed-forward blocks: MLP, router, experts."""
+"""The feed-forward blocks: MLP, router, its two parts, experts."""
 
 from __future__ import annotations
 
@@ -25,15 +25,21 @@ class MLP:
         return linear(silu * up, self.weights["w2.weight"]).astype(np.float32)
 
 
-class Router:
-    def __init__(self, spec: specs.Router, weights: Weights) -> None:
+class Scores:
+    def __init__(self, spec: specs.Scores, weights: Weights) -> None:
+        self.weights = weights
+
+    def __call__(self, x: Float32) -> Float32:
+        return _sigmoid(linear(x, self.weights["gate.weight"]).astype(np.float32))
+
+
+class Choice:
+    def __init__(self, spec: specs.Choice, weights: Weights) -> None:
         self.spec = spec
         self.weights = weights
 
-    def __call__(self, x: Float32) -> tuple[Int32, Float32]:
+    def __call__(self, scores: Float32) -> tuple[Int32, Float32]:
         """The bias selects the experts; it does not weigh them."""
-        logits = linear(x, self.weights["gate.weight"]).astype(np.float32)
-        scores = _sigmoid(logits)
         bias = self.weights.float32("expert_bias") if self.spec.use_expert_bias else np.float32(0)
         # NaN has no order: the bias alone selects in such a row, whose weights become NaN.
         is_nan = np.isnan(scores).any(axis=1, keepdims=True)
@@ -47,6 +53,15 @@ class Router:
         return expert_ids.astype(np.int32), np.where(is_nan, np.float32(np.nan), weights)
 
 
+class Router:
+    def __init__(self, spec: specs.Router, weights: Weights) -> None:
+        self.scores = Scores(spec.scores, weights)
+        self.choice = Choice(spec.choice, weights)
+
+    def __call__(self, x: Float32) -> tuple[Int32, Float32]:
+        return self.choice(self.scores(x))
+
+
 class Experts:
     def __init__(self, spec: specs.Experts, weights: Weights) -> None:
         self.experts = {
@@ -54,9 +69,12 @@ class Experts:
         }
 
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
-        """Every product is rounded to float32, and they are added in the order of k."""
-        products = np.empty((*expert_ids.shape, x.shape[1]), dtype=np.float32)
-        for e in np.unique(expert_ids):
+        """Every product is rounded to float32, and they are added in the order of k.
+
+        What is nobody's counts as -0, which changes no bit of a sum.
+        """
+        products = np.full((*expert_ids.shape, x.shape[1]), -0.0, dtype=np.float32)
+        for e in np.unique(expert_ids[expert_ids >= 0]):
             rows, slots = np.nonzero(expert_ids == e)
             products[rows, slots] = expert_weights[rows, slots, None] * self.experts[int(e)](
                 x[rows]
@@ -64,6 +82,7 @@ class Experts:
         delta = products[:, 0].copy()
         for k in range(1, products.shape[1]):
             delta += products[:, k]
+        delta[(expert_ids < 0).all(axis=1)] = 0
         return delta
 
 

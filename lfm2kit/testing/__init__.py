@@ -7,6 +7,9 @@
     def test_conformance(check):
         check()
 
+    check_transport(transport)                                   on every rank of a job
+    run_ranks(3, rank)                                           ranks as threads of one process
+
 The checks are the functions of `lfm2kit.testing.checks`; their docstrings say what they guard.
 """
 
@@ -17,6 +20,8 @@ from lfm2kit.testing.parametrize import parametrize_backend_checks
 from lfm2kit.testing.random_inputs import random_batch, random_inputs
 from lfm2kit.testing.random_weights import random_weights
 from lfm2kit.testing.runner import Result, run_checks
+from lfm2kit.testing.threads import ThreadTransport, run_ranks
+from lfm2kit.testing.transports import check_exchange, check_transport
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed, Skipped
 
@@ -26,10 +31,14 @@ __all__ = [
     "CheckFailed",
     "Result",
     "Skipped",
+    "ThreadTransport",
     "Trial",
+    "check_exchange",
+    "check_transport",
     "parametrize_backend_checks",
     "random_batch",
     "random_inputs",
     "random_weights",
     "run_checks",
+    "run_ranks",
 ]

@@ -17,13 +17,19 @@ EPS = 1e-5
 
 
 def experts(hidden: int, size: int, count: int, taken: int) -> specs.Experts:
-    return specs.Experts(hidden, size, count, taken, range(count))
+    return specs.Experts(hidden, size, count, taken, tuple(range(count)))
 
 
 NORM = specs.RMSNorm(24, EPS)
 WIDE_NORM = specs.RMSNorm(128, EPS)
 MOE = specs.SparseMoe(specs.Router(24, 5, 3, True, True, 1.5), experts(24, 12, 5, 3))
 WIDE_MOE = specs.SparseMoe(specs.Router(128, 32, 4, True, True, 1.0), experts(128, 64, 32, 4))
+ROUTERS = (
+    MOE.router,
+    specs.Router(13, 12, 1, True, False, 1.0),
+    specs.Router(17, 33, 8, False, True, 1.0),
+    WIDE_MOE.router,
+)
 Operator = specs.ShortConv | specs.Attention
 OPERATORS: tuple[Operator, ...] = (
     specs.ShortConv(24, 3),
@@ -63,12 +69,9 @@ CASES: dict[str, tuple[Spec, ...]] = {
         WIDE_OPERATORS[1],
     ),
     "mlp": (specs.MLP(24, 40), specs.MLP(13, 7), specs.MLP(128, 96)),
-    "router": (
-        MOE.router,
-        specs.Router(13, 12, 1, True, False, 1.0),
-        specs.Router(17, 33, 8, False, True, 1.0),
-        WIDE_MOE.router,
-    ),
+    "scores": tuple(router.scores for router in ROUTERS),
+    "choice": tuple(router.choice for router in ROUTERS),
+    "router": ROUTERS,
     "experts": (MOE.experts, experts(13, 7, 12, 1), experts(17, 9, 33, 8), WIDE_MOE.experts),
     "moe": (MOE, WIDE_MOE),
     "rows": (specs.LastRows(24), specs.LastRows(13), specs.LastRows(128)),
@@ -83,6 +86,8 @@ REAL_WIDTHS: tuple[Spec, ...] = (
     specs.Attention(2048, 32, 8, 64, 1e6, EPS),
     specs.MLP(2048, 1792),
     specs.Router(2048, 32, 4, True, True, 1.0),
+    experts(2048, 96, 3, 2),
+    experts(96, 1792, 3, 2),
 )
 
 

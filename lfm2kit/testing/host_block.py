@@ -64,4 +64,4 @@ def host_block(backend: Backend, spec: Spec, weights: Weights) -> HostBlock:
         part.role: host_block(backend, part.spec, weights.scope(part.scope))
         for part in spec.parts()
     }
-    return HostBlock(spec, JOINS[type(spec)].make(spec, **parts), HOST)
+    return HostBlock(spec, JOINS[type(spec)](HOST).make(spec, **parts), HOST)

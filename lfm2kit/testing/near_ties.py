@@ -6,6 +6,8 @@ from the choice cannot be compared.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,10 +31,15 @@ def selection_gaps(spec: specs.Router, weights: Weights, x: npt.NDArray[Any]) ->
     The smallest difference between neighbours among the num_experts_per_tok + 1 highest scores.
     """
     logits = x.astype(np.float64) @ weights.float32("gate.weight").astype(np.float64).T
-    scores = 1 / (1 + np.exp(-np.clip(logits, -700, 700)))
+    return choice_gaps(spec.choice, weights, 1 / (1 + np.exp(-np.clip(logits, -700, 700))))
+
+
+def choice_gaps(spec: specs.Choice, weights: Weights, scores: npt.NDArray[Any]) -> Gaps:
+    """Returns the same as `selection_gaps`, from the scores [rows, num_experts]."""
+    biased = scores.astype(np.float64)
     if spec.use_expert_bias:
-        scores = scores + weights.float32("expert_bias")
-    highest = np.sort(scores, axis=1)[:, ::-1][:, : spec.num_experts_per_tok + 1]
+        biased = biased + weights.float32("expert_bias")
+    highest = np.sort(biased, axis=1)[:, ::-1][:, : spec.num_experts_per_tok + 1]
     gaps: Gaps = np.min(-np.diff(highest, axis=1), axis=1, initial=np.inf)
     return gaps
 
@@ -42,7 +49,7 @@ class GapWatch:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self.gaps: list[Gaps] = []  # one array [rows] for each call of a router
+        self.gaps: list[Gaps] = []  # one array [rows] for each call of a router or a choice
 
     def why_unsupported(self, spec: Spec) -> str | None:
         return self._backend.why_unsupported(spec)
@@ -52,14 +59,18 @@ class GapWatch:
 
     def build(self, spec: Spec, weights: Weights) -> Block:
         block = self._backend.build(spec, weights)
-        if not isinstance(spec, specs.Router):
-            return block
+        if isinstance(spec, specs.Router):
+            return self._watched(block, partial(selection_gaps, spec, weights))
+        if isinstance(spec, specs.Choice):
+            return self._watched(block, partial(choice_gaps, spec, weights))
+        return block
 
-        def router(x: npt.NDArray[Any]) -> Any:
-            self.gaps.append(selection_gaps(spec, weights, x))
-            return block(x)
+    def _watched(self, block: Block, gaps: Callable[[npt.NDArray[Any]], Gaps]) -> Block:
+        def watched(rows: npt.NDArray[Any]) -> Any:
+            self.gaps.append(gaps(rows))
+            return block(rows)
 
-        return router
+        return watched
 
     def clear_rows(self, margin: float) -> Rows:
         """The rows that no router since `gaps` was cleared took closer to a tie than `margin`."""

@@ -41,14 +41,22 @@ def random_batch(
     return Batch.of_sequences(ids)
 
 
+def random_scores(
+    rng: np.random.Generator, rows: int, num_experts: int, scale: float = 1.0
+) -> Float32:
+    """Returns float32 [rows, num_experts]: the sigmoids of N(0, scale)."""
+    logits = scale * rng.standard_normal((rows, num_experts))
+    return (1 / (1 + np.exp(-np.clip(logits, -700, 700)))).astype(np.float32)
+
+
 def random_routing(
     rng: np.random.Generator, spec: specs.Experts, rows: int
 ) -> tuple[Int32, Float32]:
     """(expert_ids, expert_weights), each row's ids distinct and local."""
-    k = min(spec.num_experts_per_tok, len(spec.local_experts))
-    order = rng.random((rows, len(spec.local_experts))).argsort(axis=1)[:, :k]
-    ids = (order + spec.local_experts.start).astype(np.int32)
-    return ids, rng.uniform(0.1, 1, (rows, k)).astype(np.float32)
+    local = np.array(spec.local_experts, np.int32)
+    k = min(spec.num_experts_per_tok, len(local))
+    order = rng.random((rows, len(local))).argsort(axis=1)[:, :k]
+    return local[order], rng.uniform(0.1, 1, (rows, k)).astype(np.float32)
 
 
 def random_inputs(
@@ -77,7 +85,9 @@ def random_inputs(
             size = spec.operator_norm.hidden_size
             hidden, delta = _hidden_and_delta(rng, rows, size, scale)
             return hidden, delta, random_batch(rng, lengths), None
-        case specs.MLP() | specs.Router() | specs.LMHead():
+        case specs.Choice():
+            return (random_scores(rng, rows, spec.num_experts, scale),)
+        case specs.MLP() | specs.Scores() | specs.Router() | specs.LMHead():
             return (random_rows(rng, rows, spec.hidden_size, scale),)
     raise TypeError(f"no inputs are known for a {type(spec).__name__}")
 

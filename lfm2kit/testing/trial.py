@@ -41,11 +41,15 @@ class Trial:
 
     def supported(self, candidates: Iterable[S]) -> list[S]:
         """Those that the backend builds; raises `Skipped` with its reason if there are none."""
-        reasons = {spec: why_not_built(self.backend, spec) for spec in candidates}
-        built = [spec for spec, reason in reasons.items() if reason is None]
-        if not built:
-            raise Skipped(next(f"no {s.kind} block: {reason}" for s, reason in reasons.items()))
-        return built
+        candidates = list(candidates)
+        if built := self.built(candidates):
+            return built
+        first = candidates[0]
+        raise Skipped(f"no {first.kind} block: {why_not_built(self.backend, first)}")
+
+    def built(self, candidates: Iterable[S]) -> list[S]:
+        """Returns those that the backend builds, whole or all their parts; perhaps none."""
+        return [spec for spec in candidates if why_not_built(self.backend, spec) is None]
 
     def first_of_kinds(self, kinds: Iterable[str] = CASES) -> list[Spec]:
         """One spec of each of these kinds that the backend builds."""

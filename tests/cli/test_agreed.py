@@ -17,6 +17,7 @@ from lfm2kit.cli import app
 from lfm2kit.cli.ranks import agreed
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import find_model
+from lfm2kit.memory import HostMemory
 from lfm2kit.transport import World
 
 FactsOf = Callable[..., Facts]
@@ -88,6 +89,15 @@ def test_what_may_differ_between_nodes_is_not_compared(facts_of: FactsOf, tmp_pa
     assert compared([facts_of(), own]) is None
 
 
+def test_ranks_never_share_a_memory_that_one_rank_uses_alone(
+    facts_of: FactsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostMemory, "unit", lambda memory: "the one GPU", raising=False)
+    refusal = compared([facts_of(), facts_of()])
+    assert refusal is not None
+    assert refusal.sentence.startswith("ranks 0, 1 would share the one GPU; give each rank")
+
+
 def test_copies_that_a_launcher_started_run_with_independent_alone(
     facts_of: FactsOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +106,7 @@ def test_copies_that_a_launcher_started_run_with_independent_alone(
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(Lfm2kitError, match="srun started 4 processes"):
         facts_of()
-    assert facts_of("--independent")["-n"] == ("4", "")
+    assert facts_of("--independent")["-n"] == Fact("4")
 
 
 class OneRank:

@@ -101,8 +101,8 @@ def test_outputs_are_the_same_bits_when_trimmed(cli: Cli, plan: str, tmp_path: P
     whole, trimmed = tmp_path / "whole.bin", tmp_path / "trimmed.bin"
     assert cli("run", "-n", 7, "-b", plan, "--outputs", whole).code == 0
     done = cli("run", "-n", 7, "-b", plan, "--outputs", trimmed, "--trim", "--json", "-")
-    assert json.loads(done.out)["trim"] is True
-    assert "fp32, trimmed" in done.err
+    assert json.loads(done.out)["rewrites"] == ["trim"]
+    assert "fp32, trim, ranks: 1" in done.err
     assert whole.read_bytes() == trimmed.read_bytes()
 
 
@@ -259,10 +259,42 @@ def test_plan_shows_every_block_once_and_adds_up(cli: Cli) -> None:
 
 def test_plan_shows_how_many_rows_trimmed_layers_keep(cli: Cli) -> None:
     fields = json.loads(cli("plan", "--trim", "--json", "-").out)
-    assert fields["rows_kept"] == {"layers.5": 5, "layers.6": 3, "layers.7": 1}
+    assert fields["block_notes"] == {
+        f"layers.{i}": f"{kept} of a sample's rows go on after its operator"
+        for i, kept in [(5, 5), (6, 3), (7, 1)]
+    }
     assert "layers.7.last_rows" in {row["block"] for row in fields["blocks"]}
     assert "layers.7: 1 of a sample's rows" in cli("plan", "--trim").out
-    assert json.loads(cli("plan", "--json", "-").out)["rows_kept"] == {}
+    assert json.loads(cli("plan", "--json", "-").out)["block_notes"] == {}
+
+
+def test_plan_shows_a_ranks_share_without_a_job(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReferenceBackend, "memory", lambda self, spec: other_memory("device"))
+    arguments = ("plan", "-b", "reference", "--json", "-")
+    alone, share = (
+        json.loads(cli(*arguments, *more).out) for more in ([], ["--ranks", 4, "--rank", 3])
+    )
+    assert (share["rank"], share["ranks"], share["rewrites"]) == (3, 4, ["experts-over-ranks"])
+    note = "rank 3 holds experts 12-15 of 16; device <-> host"
+    assert share["block_notes"] == {f"layers.{i}.feed_forward": note for i in range(2, 8)}
+    whole, mine = (
+        {row["block"]: row["weight_bytes"] for row in fields["blocks"]} for fields in (alone, share)
+    )
+    experts = "layers.2.feed_forward.experts"
+    assert whole[experts] == 4 * mine[experts]
+    assert whole["layers.2.feed_forward.router"] == mine["layers.2.feed_forward.router"]
+    assert (alone["copies"], share["copies"]) == (0, 18)  # around each MoE, its router, its experts
+    shown = cli("plan", "-b", "reference", "--ranks", 4).out
+    assert "reference, rank 0 of 4" in shown
+    assert "layers.2.feed_forward to layers.7.feed_forward (6 blocks): rank 0 holds" in shown
+    fails(cli("plan", "--ranks", 4, "--rank", 4), "--rank 4: ranks are 0 to 3; give --ranks 5")
+
+
+def test_a_rewrite_that_is_not_there_is_named(cli: Cli) -> None:
+    for command in ("run", "plan", "bench"):
+        fails(cli(command, "--rewrite", "trin"), "unknown rewrite 'trin'", "'trim'")
+    fails(cli("plan", "--trim", "--rewrite", "trim"), "rewrite 'trim' is given twice")
+    assert "rewrite trim: Leave out rows" in cli("backends").out
 
 
 @pytest.fixture
@@ -382,7 +414,7 @@ def test_bench_measures_a_trimmed_model_by_the_work_that_is_left(cli: Cli) -> No
     arguments = ("bench", "-n", "2", "-r", 2, "-b", "cpu_simd", "-o", "json")
     (whole,) = json.loads(cli(*arguments).out)["results"]
     (trimmed,) = json.loads(cli(*arguments, "--trim").out)["results"]
-    assert (whole["test"], trimmed["test"]) == ("model 2x16", "trimmed model 2x16")
+    assert (whole["test"], trimmed["test"]) == ("model 2x16", "model+trim 2x16")
     flops = [row["gflops"] * row["median_seconds"] for row in (whole, trimmed)]
     assert 0.7 < flops[1] / flops[0] < 0.9  # 2.2 of 8 layers are left out
 
@@ -424,7 +456,7 @@ def test_bench_refuses_nonsense(cli: Cli) -> None:
     fails(cli("bench", "-n", "0"), "-n 0: expected whole numbers of 1 or more, as 1,16,64")
     fails(cli("bench", "--decode", "--block", "moe"), "leave out --block")
     fails(cli("bench", "--decode", "--trim"), "whole samples")
-    fails(cli("bench", "--block", "moe", "--trim"), "whole samples")
+    fails(cli("bench", "--block", "moe", "--trim"), "the model as it is; leave out --trim")
 
 
 def test_convert_goes_both_ways_to_the_same_bits(cli: Cli, tmp_path: Path) -> None:

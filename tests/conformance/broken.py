@@ -14,6 +14,7 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Block, HostMemory, Memory, Room, Spec, Weights
 from lfm2kit.batch_rules import ARRAYS
+from lfm2kit.model import RoutedExperts
 from lfm2kit.reference import attention, feed_forward, rows, short_conv
 from lfm2kit.reference.backend import BLOCKS, ReferenceBackend
 from lfm2kit.reference.linear import linear, rms_norm
@@ -54,8 +55,12 @@ class Around:
 # Routers
 
 
-class OwnRouter(feed_forward.Router):
+class OwnRouter:
     """The reference router in steps that a defect can replace."""
+
+    def __init__(self, spec, weights):
+        self.spec = spec
+        self.weights = weights
 
     def logits(self, x):
         return linear(x, self.weights["gate.weight"]).astype(np.float32)
@@ -201,6 +206,42 @@ class PaddedExperts(OwnRouter):
         return np.pad(np.broadcast_to(super().bias(), (self.spec.num_experts,)), (0, padding))
 
 
+class FewerThanAllTaken(OwnRouter):
+    """Partitions the scores at k, which needs an expert that is not taken."""
+
+    def order(self, biased):
+        k = self.spec.num_experts_per_tok
+        np.argpartition(-biased, k, axis=1)
+        return super().order(biased)
+
+
+class ScoresIn16Bits(feed_forward.Scores):
+    def __call__(self, x):
+        return super().__call__(x).astype(np.float16).astype(np.float32)
+
+
+class ChoiceWeighedByTheBias(feed_forward.Choice):
+    def __call__(self, scores):
+        bias = self.weights.float32("expert_bias") if self.spec.use_expert_bias else 0
+        ids, _ = super().__call__(scores)
+        plain = feed_forward.Choice(replace(self.spec, use_expert_bias=False), self.weights)
+        return ids, plain((scores + bias).astype(np.float32))[1]
+
+
+class ChoiceOfTheHigherId(feed_forward.Choice):
+    """Turns the experts round, and so the order among equals."""
+
+    def __init__(self, spec, weights):
+        if spec.use_expert_bias:
+            turned = np.ascontiguousarray(weights.float32("expert_bias")[::-1])
+            weights = Weights.of_arrays({"expert_bias": turned})
+        super().__init__(spec, weights)
+
+    def __call__(self, scores):
+        ids, weights = super().__call__(scores[:, ::-1])
+        return self.spec.num_experts - 1 - ids, weights
+
+
 def bf16(values):
     """Rounded to BF16 towards zero."""
     return (values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
@@ -257,6 +298,62 @@ class SummedInFloat64(feed_forward.Experts):
                     np.float64(expert_weights[row, k]) * self.experts[int(e)](x[row : row + 1])[0]
                 )
         return total.astype(np.float32)
+
+
+class NobodyIsTheLastExpert(feed_forward.Experts):
+    """An id of -1 is an index from the end."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        last = np.int32(max(self.experts, default=-1))
+        return super().__call__(x, np.where(expert_ids < 0, last, expert_ids), expert_weights)
+
+
+class NobodyWeighedByZero(feed_forward.Experts):
+    """Computes some expert for an id of -1 and multiplies by 0, which NaN survives."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        some = np.int32(next(iter(self.experts), -1))
+        weights = np.where(expert_ids < 0, np.float32(0), expert_weights)
+        return super().__call__(x, np.where(expert_ids < 0, some, expert_ids), weights)
+
+
+class NobodyEndsTheRow(feed_forward.Experts):
+    """Takes the first -1 for the end of a row's ids."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        ended = np.logical_or.accumulate(expert_ids < 0, axis=1)
+        return super().__call__(x, np.where(ended, np.int32(-1), expert_ids), expert_weights)
+
+
+class LocalExpertsAreARange(feed_forward.Experts):
+    """Finds an expert by its distance from the first."""
+
+    def __init__(self, spec, weights):
+        super().__init__(spec, weights)
+        local = spec.local_experts
+        self.experts = {e: self.experts[local[(e - local[0]) % len(local)]] for e in local}
+
+
+class SomeExpertIsLocal(feed_forward.Experts):
+    def __init__(self, spec, weights):
+        super().__init__(spec, weights)
+        self.first = spec.local_experts[0]
+
+
+class ExpertsStopAt1024Columns(feed_forward.Experts):
+    def __call__(self, x, expert_ids, expert_weights):
+        cut = np.where(np.arange(x.shape[1]) < 1024, x, np.float32(0))
+        return super().__call__(cut, expert_ids, expert_weights)
+
+
+class OtherKernelForManyRows(feed_forward.MLP):
+    """From 64 rows on, gate and up are swapped."""
+
+    def __call__(self, x):
+        if len(x) < 64:
+            return super().__call__(x)
+        gate, up = linear(x, self.weights["w3.weight"]), linear(x, self.weights["w1.weight"])
+        return linear(gate / (1 + np.exp(-gate)) * up, self.weights["w2.weight"]).astype(np.float32)
 
 
 def reads_all_experts(spec: specs.Experts, weights: Weights) -> Block:
@@ -325,6 +422,12 @@ class FutureWeighedByZero(attention.Attention):
 
     def _weighed(self, weights, v, is_seen):
         return np.einsum("hqk,khd->qhd", weights, v)
+
+
+class RawBitsOfBiases(short_conv.ShortConv):
+    def _linear(self, x, name):
+        y = linear(x, self.weights[f"{name}.weight"])
+        return y + self.weights[f"{name}.bias"].data.astype(np.float64) if self.spec.bias else y
 
 
 def rotate(block, heads, positions):
@@ -425,6 +528,9 @@ class PagesOf64(Around):
 
     def new_state(self, room):
         return self.block.new_state(Room(room.pages, 64))
+
+    def __call__(self, x, batch, state):
+        return self.block(x, batch, state)
 
 
 class PositionsIn16Bits(Around):
@@ -619,6 +725,16 @@ class NormIn16Bits(rows.RMSNorm):
         return hidden, x.astype(np.float16).astype(np.float32)
 
 
+class NormHidesAnOverflow(rows.RMSNorm):
+    """Adds squares in float32; 1 / inf is 0."""
+
+    def __call__(self, hidden, delta):
+        hidden = hidden if delta is None else hidden + delta
+        with np.errstate(over="ignore"):
+            mean = np.mean(hidden * hidden, axis=-1, keepdims=True, dtype=np.float32)
+        return hidden, hidden / np.sqrt(mean + np.float32(self.eps)) * self.weight.float32()
+
+
 class NormDropsDelta(rows.RMSNorm):
     """Norms the sum but hands the residual stream on without it."""
 
@@ -666,8 +782,18 @@ class OverdrawnMemory(HostMemory):
         return -1
 
 
+class IgnoresTheGivenPart(BrokenBackend):
+    def why_not_around(self, spec, parts):
+        is_known = isinstance(spec, specs.SparseMoe) and tuple(parts) == ("router.choice",)
+        return None if is_known else "it builds a SparseMoe around its choice"
+
+    def build_around(self, spec, weights, parts):
+        router = feed_forward.Router(spec.router, weights)
+        return RoutedExperts(spec, router, feed_forward.Experts(spec.experts, weights))
+
+
 class BakedIn:
-    """A replay with arrays of the captured batch in it; `forget` names the ones that it copies."""
+    """A replay with arrays of the captured batch in it; `copies` names the ones that it copies."""
 
     nbytes = 0
 

@@ -27,10 +27,10 @@ class Stream:
     """Work that is done in order, up to where somebody waits."""
 
     def __init__(self) -> None:
-        self.work: list[Callable[[], None]] = []
+        self.work: list[Callable[[], object]] = []
         self.done = 0
 
-    def add(self, work: Callable[[], None]) -> int:
+    def add(self, work: Callable[[], object]) -> int:
         """Enqueue work, and return the place after it."""
         self.work.append(work)
         return len(self.work)
@@ -230,10 +230,30 @@ class CopiesIntoOneBuffer(LateMemory):
         return copy
 
 
-BROKEN: dict[str, tuple[LateMemory, str]] = {
-    "waits for nothing": (WaitsForNothing(), "results-cross-streams"),
-    "batches wait for nothing": (WaitsForNothing(), "batches-cross-streams"),
-    "marks too early": (MarksTooEarly(), "results-cross-streams"),
-    "copies when asked": (CopiesWhenAsked(), "copies-to-the-host-keep-their-order"),
-    "copies into one buffer": (CopiesIntoOneBuffer(), "copies-to-the-host-keep-their-order"),
-}
+class MeasuresBackwards(LateMemory):
+    """Marks that count the seconds from the later one to the earlier."""
+
+    def mark(self) -> Mark:
+        return BackwardsPlace(self.current)
+
+
+class BackwardsPlace(Place):
+    def seconds_since(self, earlier: Mark) -> float:
+        return -super().seconds_since(earlier)
+
+
+class SharesArguments(LateBackend):
+    """Its blocks keep the arguments of a call in themselves, where another thread finds them."""
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        block = super().build(spec, weights)
+        kept: list[Any] = [()]
+
+        def call(*inputs: Any) -> Any:
+            kept[0] = inputs
+            time.sleep(1e-4)
+            return block(*kept[0])
+
+        call.new_state = getattr(block, "new_state", None)  # type: ignore[attr-defined]
+        call.state_bytes = getattr(block, "state_bytes", None)  # type: ignore[attr-defined]
+        return call

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from lfm2kit import specs
+from lfm2kit.backend import Backend
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
-from tests.conformance import broken
+from tests.conformance import broken, late
 from tests.conformance.broken import BrokenBackend, around
+from tests.conformance.late import LateBackend
 
 ROUTER, EXPERTS, MLP, NORM = specs.Router, specs.Experts, specs.MLP, specs.RMSNorm
 CONV, ATTENTION, HEAD = specs.ShortConv, specs.Attention, specs.LMHead
 
 # Name of the defect: the backend that has it, and the checks that must fail.
-DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
+DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
+    "streams wait for nothing": (
+        LateBackend(late.WaitsForNothing()),
+        ("results-cross-streams", "batches-cross-streams"),
+    ),
+    "marks before the last work": (
+        LateBackend(late.MarksTooEarly()),
+        ("results-cross-streams",),
+    ),
+    "marks measure backwards": (LateBackend(late.MeasuresBackwards()), ("marks-measure-time",)),
+    "copies when asked for": (
+        LateBackend(late.CopiesWhenAsked()),
+        ("copies-to-the-host-keep-their-order",),
+    ),
+    "copies in one buffer": (
+        LateBackend(late.CopiesIntoOneBuffer()),
+        ("copies-to-the-host-keep-their-order",),
+    ),
+    "arguments shared by threads": (
+        late.SharesArguments(),
+        ("threads-do-not-disturb-each-other",),
+    ),
     "softmax router": (
         BrokenBackend({ROUTER: broken.SoftmaxRouter}),
         ("router-sigmoid-not-softmax", "router", "sparse-moe", "whole-model"),
@@ -50,6 +75,22 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
     "padded experts taken": (
         BrokenBackend({ROUTER: broken.PaddedExperts}),
         ("router-shape-grid", "router"),
+    ),
+    "not all experts can be taken": (
+        BrokenBackend({ROUTER: broken.FewerThanAllTaken}),
+        ("router-shape-grid",),
+    ),
+    "scores in 16 bits": (
+        BrokenBackend({specs.Scores: broken.ScoresIn16Bits}),
+        ("scores", "router-apart-equals-together"),
+    ),
+    "bias in the weights of a choice": (
+        BrokenBackend({specs.Choice: broken.ChoiceWeighedByTheBias}),
+        ("choice", "router-apart-equals-together"),
+    ),
+    "choice of the higher id": (
+        BrokenBackend({specs.Choice: broken.ChoiceOfTheHigherId}),
+        ("choice-of-equal-scores",),
     ),
     "ties to the higher id": (BrokenBackend({ROUTER: broken.HigherIdFirst}), ("router-ties",)),
     "logarithm of the sigmoid": (
@@ -96,7 +137,39 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
     ),
     "all experts read": (
         BrokenBackend({EXPERTS: broken.reads_all_experts}),
-        ("experts-local-range",),
+        ("experts-local-ids",),
+    ),
+    "local experts are a range": (
+        BrokenBackend({EXPERTS: broken.LocalExpertsAreARange}),
+        ("experts-local-ids",),
+    ),
+    "some expert is local": (
+        BrokenBackend({EXPERTS: broken.SomeExpertIsLocal}),
+        ("experts-none-local",),
+    ),
+    "nobody is the last expert": (
+        BrokenBackend({EXPERTS: broken.NobodyIsTheLastExpert}),
+        ("experts-nobody-adds-nothing",),
+    ),
+    "nobody weighed by 0": (
+        BrokenBackend({EXPERTS: broken.NobodyWeighedByZero}),
+        ("experts-nobody-adds-nothing",),
+    ),
+    "nobody ends the row": (
+        BrokenBackend({EXPERTS: broken.NobodyEndsTheRow}),
+        ("experts-nobody-adds-nothing", "experts-split-by-slot-bitwise"),
+    ),
+    "columns of experts beyond 1024": (
+        BrokenBackend({EXPERTS: broken.ExpertsStopAt1024Columns}),
+        ("real-widths",),
+    ),
+    "another kernel for many rows": (
+        BrokenBackend({MLP: broken.OtherKernelForManyRows}),
+        ("mlp",),
+    ),
+    "raw bits of biases": (
+        BrokenBackend({CONV: broken.RawBitsOfBiases}),
+        ("bf16-and-f16-weights",),
     ),
     "interleaved RoPE": (
         BrokenBackend({ATTENTION: broken.InterleavedRope}),
@@ -214,6 +287,10 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
     ),
     "head in 16 bits": (BrokenBackend({HEAD: broken.HeadIn16Bits}), ("lm-head",)),
     "norm in 16 bits": (BrokenBackend({NORM: broken.NormIn16Bits}), ("norm",)),
+    "an overflow hidden": (
+        BrokenBackend({NORM: broken.NormHidesAnOverflow}),
+        ("overflows-are-not-hidden",),
+    ),
     "delta dropped": (BrokenBackend({NORM: broken.NormDropsDelta}), ("norm", "layer")),
     "last rows sorted": (
         BrokenBackend({specs.LastRows: broken.LogitsRowsSorted}),
@@ -230,6 +307,7 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
     "a replay of old rows": (broken.BakesIn("logits_rows"), ("captured-forward",)),
     "a replay of an old state": (broken.BakesInTheState(), ("captured-steps",)),
     "a replay that cannot be closed": (broken.CannotBeClosed({}), ("captured-forward",)),
+    "a given part ignored": (broken.IgnoresTheGivenPart({}), ("built-around-parts",)),
     "unknown spec raises": (broken.RaisesForUnknownSpecs({}), ("unknown-spec-is-refused",)),
     "lossy memory": (broken.LivesInLossyMemory({}), ("memory-round-trip",)),
     "less scratch for more rows": (
@@ -243,11 +321,31 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
 }
 
 
+# These raise, each where its check looks; whatever else raises is a mistake in the defect itself.
+CRASHES = {
+    "bias always asked for",
+    "not all experts can be taken",
+    "empty expert crashes",
+    "some expert is local",
+    "no rows crash",
+    "writes its weights",
+    "a replay that cannot be closed",
+    "pages of 64 tokens only",
+    "an empty batch crashes",
+    "streams wait for nothing",
+    "marks before the last work",
+    "copies when asked for",
+    "unknown spec raises",
+}
+
+
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_the_named_checks_catch_the_defect(defect: str) -> None:
     backend, names = DEFECTS[defect]
-    verdicts = {name: judged(name, backend, "fp32").verdict for name in names}
-    assert verdicts == dict.fromkeys(names, "failed")
+    results = {name: judged(name, backend, "fp32") for name in names}
+    assert {name: r.verdict for name, r in results.items()} == dict.fromkeys(names, "failed")
+    raised = [r.detail for r in results.values() if re.match(r"\w+Error: ", r.detail)]
+    assert defect in CRASHES or not raised, raised
 
 
 def test_every_check_catches_something() -> None:

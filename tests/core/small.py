@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from lfm2kit.model import JOINS, LFM2, Builder, build_model
 from lfm2kit.placement import Placer
 from lfm2kit.plan import Plan
 from lfm2kit.reference.backend import ReferenceBackend
-from lfm2kit.trim import TrimmedModel
+from lfm2kit.rewrites import Rewrite, rewritten
 from lfm2kit.weights import Weights
 
 FIELDS = {
@@ -59,15 +59,17 @@ def random_weights(spec: specs.Spec, seed: int = 0) -> Weights:
 
 
 def build(
-    spec: specs.Model | TrimmedModel,
+    spec: specs.Model,
     plan: str = "reference",
     backends: Mapping[str, Backend] | None = None,
+    *,
+    rewrites: Sequence[Rewrite] = (),
     **builder: object,
 ) -> LFM2:
-    """The model that `plan` makes of `spec`, with random weights."""
-    create = creator(backends or {})
-    placed = Placer(Plan.parse(plan), create, JOINS, ["reference", *(backends or {})]).place(spec)
-    weights = random_weights(spec)
+    """The model that `plan` makes of `spec` after `rewrites`, with random weights."""
+    create, weights = creator(backends or {}), random_weights(spec)
+    spec, joins = rewritten(spec, JOINS, rewrites)
+    placed = Placer(Plan.parse(plan), create, joins, ["reference", *(backends or {})]).place(spec)
     return build_model(placed, Builder(weights, create, **builder), Plan.parse(plan).default)  # type: ignore[arg-type]
 
 

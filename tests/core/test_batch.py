@@ -141,7 +141,7 @@ def test_a_changed_batch_shares_no_view_with_the_one_before(was_moved: bool) -> 
     batch = Batch.of_sequences([[1, 2, 3]])
     if was_moved:
         batch.on(there)
-        batch.trimmed(1, None)
+        batch.derived(("whole",), lambda host: host)
     changed = replace(batch, logits_rows=int32(0))
     assert batch.on(there).logits_rows.values.tolist() == [2]
     assert changed.on(there).logits_rows.values.tolist() == [0]
@@ -150,17 +150,36 @@ def test_a_changed_batch_shares_no_view_with_the_one_before(was_moved: bool) -> 
 def test_views_are_let_go() -> None:
     there = Elsewhere()
     batch = Batch.of_sequences([[1, 2, 3]]).on(there)
-    trimmed = batch.trimmed(1, None)
+    derived = batch.derived(("afresh",), replace)
     batch.forget_views()
     assert batch.views == {}
-    assert trimmed.views == {}
+    assert derived.views == {}
+
+
+def test_a_derived_batch_is_made_once_on_the_host_for_all_memories() -> None:
+    made: list[Batch] = []
+
+    def last_rows(host: Batch) -> Batch:
+        made.append(host)
+        return host.unchecked(logits_rows=host.cu_seqlens[1:] - np.int32(1))
+
+    there = Elsewhere()
+    batch = two_sequences()
+    derived = batch.on(there).derived(("last",), last_rows)
+    assert made == [batch]
+    assert derived.memory is there
+    assert derived.logits_rows.values.tolist() == [2, 4]
+    assert batch.derived(("last",), last_rows).on(there) is derived
+    assert batch.on(there).logits_rows.values.tolist() == [4, 2, 4]
+    assert batch.derived(("another",), last_rows) is not batch.derived(("last",), last_rows)
+    assert len(made) == 2
 
 
 def test_what_is_made_of_a_batch_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = two_sequences()
     monkeypatch.setattr(module, "check", None)  # calling it would fail
     there = batch.on(Elsewhere())
-    there.trimmed(1, 0)
+    there.derived(("one",), lambda host: host.unchecked(logits_rows=int32(0)))
     Batch.of_sequences([[1]])
 
 

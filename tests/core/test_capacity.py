@@ -114,7 +114,7 @@ def test_what_other_memories_hold_is_not_counted(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 1 << 60)
     Card.free = 4 * elements(without_experts_of=6)
     assert card("card,experts=reference").shortage() is None
-    assert card("card,experts=reference", trim=True).shortage() is None
+    assert card("card,experts=reference", rewrites=("trim",)).shortage() is None
     refusal(card())
 
 

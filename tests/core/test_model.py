@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from lfm2kit import specs
 from lfm2kit.backend import HOST, Batch, Block, Memory, Spec, Weights
 from lfm2kit.batch import Form
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.model import LFM2, DecoderLayer, Forward, RoutedExperts
+from lfm2kit.model import JOINS, LFM2, Forward
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.state import Room
 from tests.core.small import build, small_spec
@@ -105,9 +105,9 @@ class FusingBackend(ReferenceBackend):
     def _joined(self, spec: Spec, weights: Weights) -> Block:
         if not spec.parts():
             return super().build(spec, weights)
-        makes = {specs.SparseMoe: RoutedExperts, specs.Layer: DecoderLayer, specs.Model: Forward}
         parts = {p.role: self._joined(p.spec, weights.scope(p.scope)) for p in spec.parts()}
-        return makes[type(spec)](spec, **parts)
+        block: Block = JOINS[type(spec)].make(spec, **parts)
+        return block
 
 
 @pytest.fixture
@@ -157,6 +157,91 @@ def test_a_layer_shared_by_two_backends_is_made_of_its_parts(expected: Any) -> N
 def test_arrays_are_moved_at_the_seams_and_counted(plan: str, copies: int, expected: Any) -> None:
     model = build(small_spec(), plan, {"device": DeviceBackend()})
     assert model.placed.copies() == copies
+    np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
+
+
+class AroundBackend(DeviceBackend):
+    """Builds layers around their choice of experts, which it computes in the host's memory."""
+
+    CHOICE = "feed_forward.router.choice"
+
+    def memory(self, spec: Spec) -> Memory:
+        return HOST if isinstance(spec, specs.Choice) else super().memory(spec)
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        if isinstance(spec, specs.Router):
+            return "it builds a router's parts apart"
+        return (
+            None
+            if isinstance(spec, specs.Layer) and not _is_routed(spec)
+            else super().why_unsupported(spec)
+        )
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        if isinstance(spec, specs.Choice):
+            return self.reference.build(spec, weights)
+        return self._joined(spec, weights, {}) if spec.parts() else super().build(spec, weights)
+
+    def why_not_around(self, spec: Spec, parts: Sequence[str]) -> str | None:
+        is_known = isinstance(spec, specs.Layer) and tuple(parts) == (self.CHOICE,)
+        return None if is_known else "it builds a Layer around its choice"
+
+    def build_around(self, spec: Spec, weights: Weights, parts: Mapping[str, Block]) -> Block:
+        return self._joined(spec, weights, parts)
+
+    def _joined(
+        self, spec: Spec, weights: Weights, given: Mapping[str, Block], path: str = ""
+    ) -> Block:
+        if not spec.parts():
+            return given.get(path) or self.build(spec, weights)
+        parts = {
+            p.role: self._joined(
+                p.spec, weights.scope(p.scope), given, f"{path}.{p.role}".strip(".")
+            )
+            for p in spec.parts()
+        }
+        block: Block = JOINS[type(spec)].make(spec, **parts)
+        return block
+
+
+def _is_routed(spec: Spec) -> bool:
+    return any(isinstance(leaf, specs.Choice) for leaf in specs.leaves(spec))
+
+
+@pytest.mark.parametrize(
+    ("plan", "chooses"),
+    [
+        ("around", "around"),
+        ("around,choice=reference", "reference"),
+        ("around,2.choice=reference", "reference"),
+    ],
+)
+def test_a_layer_is_built_around_a_choice_that_lives_elsewhere(
+    plan: str, chooses: str, expected: Any
+) -> None:
+    """Where the backend itself computes it in another memory, and where the plan gives it away."""
+    model = build(small_spec(), plan, {"around": AroundBackend()})
+    placed = dict(model.placed.parts)["layers.2"]
+    assert (type(placed.spec), placed.backend, placed.memory.name) == (
+        specs.Layer,
+        "around",
+        "elsewhere",
+    )
+    ((role, choice),) = placed.parts
+    assert (role, choice.name) == (AroundBackend.CHOICE, f"layers.2.{AroundBackend.CHOICE}")
+    assert (choice.scope, choice.backend) == ("layers.2.feed_forward", chooses)
+    assert (choice.memory.name, choice.outer.name) == ("host", "elsewhere")
+    assert [leaf.name for leaf in placed.leaves()] == ["layers.2", choice.name]
+    assert model.placed.copies() == 2
+    np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
+
+
+@pytest.mark.parametrize(
+    "item", ["router=reference", "scores=reference", "choice=reference,attn=reference"]
+)
+def test_a_layer_of_other_parts_is_joined_by_the_core(item: str, expected: Any) -> None:
+    model = build(small_spec(), f"around,{item}", {"around": AroundBackend()})
+    assert dict(model.placed.parts)["layers.3"].backend is None
     np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
 
 

@@ -55,6 +55,10 @@ def test_every_option_is_a_flag_with_its_help(command: str, cli: Cli) -> None:
     for option in fields(Options):
         if option.name == "seed" and command != "run":
             continue  # what they show or compile has nothing random
+        if option.name == "rewrites":
+            assert "--trim" in words
+            assert "--rewrite" in words
+            continue
         flag = f"--{option.name.replace('_', '-')}"
         assert flag in words
         assert SHORT.get(option.name, flag) in words
@@ -69,8 +73,9 @@ def test_a_dataclass_of_options_is_made_of_what_was_typed() -> None:
         seen.extend((options, more))
 
     defaults = {f.name: f.default for f in fields(Options)}
-    command(**{**defaults, "threads": 2}, more=4)
-    assert seen == [Options(threads=2), 4]
+    del defaults["rewrites"]
+    command(**defaults | {"threads": 2, "trim": True, "rewrite": ["mine"]}, more=4)
+    assert seen == [Options(threads=2, rewrites=("trim", "mine")), 4]
 
 
 # ---- which backend gets experts that go to the host ----

@@ -16,7 +16,7 @@ from tests.core.small import small_spec
 def test_the_last_rule_that_fits_wins() -> None:
     plan = Plan.parse("a,moe=b,2-4.moe=c,3=d,attn=e")
     assert plan.backend_for(None, "embed") == "a"
-    assert plan.backend_for(0, "router") == "b"
+    assert plan.backend_for(0, "choice") == "b"
     assert plan.backend_for(2, "experts") == "c"
     assert plan.backend_for(3, "experts") == "d"
     assert plan.backend_for(3, "norm") == "d"
@@ -27,9 +27,14 @@ def test_a_rule_for_layers_says_nothing_of_what_lies_outside_them() -> None:
     assert Plan.parse("a,0-9=b").backend_for(None, "norm") == "a"
 
 
-def test_router_and_experts_can_be_told_apart() -> None:
-    plan = Plan.parse("a,router=b")
-    assert (plan.backend_for(1, "router"), plan.backend_for(1, "experts")) == ("b", "a")
+@pytest.mark.parametrize(
+    ("kind", "backends"),
+    [("router", "bba"), ("scores", "baa"), ("choice", "aba"), ("experts", "aab"), ("moe", "bbb")],
+)
+def test_scores_choice_and_experts_can_be_told_apart(kind: str, backends: str) -> None:
+    plan = Plan.parse(f"a,{kind}=b")
+    leaves = ("scores", "choice", "experts")
+    assert "".join(plan.backend_for(1, leaf) for leaf in leaves) == backends
 
 
 def test_a_layer_may_have_zeros_in_front() -> None:
@@ -121,6 +126,6 @@ def test_a_rule_that_fits_no_block_is_an_error(item: str) -> None:
 def test_experts_of_the_first_moe_layers_on_the_cpu() -> None:
     plan = Plan.parse("a").with_cpu_experts(1, small_spec(), "cpu")
     assert [plan.backend_for(i, "experts") for i in range(4)] == ["a", "a", "cpu", "a"]
-    assert plan.backend_for(2, "router") == "a"
+    assert plan.backend_for(2, "scores") == "a"
     with pytest.raises(Lfm2kitError, match="2 MoE layers"):
         Plan.parse("a").with_cpu_experts(3, small_spec(), "cpu")

@@ -16,7 +16,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import Setup, find_model, set_up
 from lfm2kit.options import Options
 from lfm2kit.reference.backend import ReferenceBackend
-from lfm2kit.specs import Router
+from lfm2kit.specs import Choice, Router, Scores
 from tests.core.small import build, small_spec
 from tests.core.test_model import FusingBackend
 
@@ -73,10 +73,11 @@ def test_a_masked_expert_is_legal(backend: str) -> None:
 def test_a_router_inside_a_larger_block_is_checked(
     whole: type[Spec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked: list[Router] = []
-    monkeypatch.setattr(Router, "check_values", lambda spec, weights: checked.append(spec))
+    checked: list[Spec] = []
+    for part in (Scores, Choice):
+        monkeypatch.setattr(part, "check_values", lambda spec, weights: checked.append(spec))
     build(small_spec(), "fusing", {"fusing": FusingBackend(whole, lambda: None)})
-    assert len(checked) == 2
+    assert [type(spec) for spec in checked] == 2 * [Scores, Choice]
 
 
 def test_without_a_bias_none_is_asked_for() -> None:

@@ -1,4 +1,4 @@
-"""The router's choice on the CPU, a host thread for each CUDA thread, against NumPy."""
+"""The router behind its product on the CPU, a host thread for each CUDA thread, against NumPy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tests.cuda.test_emulated import COMPILER, has_cpp20
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 Choice = tuple[Int32, Float32]
-Choose = Callable[[Float32, Float32], Choice]
+Routed = tuple[Choice, Float32, Choice]  # together, the scores, the choice from these
+Route = Callable[[Float32, Float32], Routed]
 
 SPLITS = 16  # sums that the kernel adds up to a logit; kSplits in router.cu
 SIZES = [(5, 3), (33, 8)]  # experts, taken
@@ -26,8 +27,8 @@ SCALING = 1.5
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Choose]:
-    """The kernel `choose` of so many experts, of which so many are taken."""
+def router(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Route]:
+    """Compiles the kernels for a number of experts, and of those that a token takes."""
     folder = tmp_path_factory.mktemp("router")
     if COMPILER is None or not has_cpp20(folder):
         pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
@@ -35,7 +36,7 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Cho
     shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
 
     @cache
-    def compiled(experts: int, taken: int) -> Choose:
+    def compiled(experts: int, taken: int) -> Route:
         program = folder / f"router-{experts}-{taken}"
         constants = {"HIDDEN": 16, "VECTOR": 4, "EXPERTS": experts, "TAKEN": taken}
         subprocess.run(
@@ -43,20 +44,27 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Cho
              *(f"-D{name}={value}" for name, value in constants.items()),
              str(sources / "router.cpp"), "-o", str(program)], check=True,
         )  # fmt: skip
-        return lambda logits, bias: chosen(program, taken, logits, bias)
+        return lambda logits, bias: routed(program, taken, logits, bias)
 
     return compiled
 
 
-def chosen(program: Path, taken: int, logits: Float32, bias: Float32) -> Choice:
+def routed(program: Path, taken: int, logits: Float32, bias: Float32) -> Routed:
     sums = np.zeros((SPLITS, *logits.shape), np.float32)
     sums[3] = logits
     done = subprocess.run(
         [str(program), str(len(logits)), "1", str(SCALING)],
         input=sums.tobytes() + bias.tobytes(), stdout=subprocess.PIPE, check=True, timeout=100,
     )  # fmt: skip
-    ids, weights = np.split(np.frombuffer(done.stdout, np.int32), 2)
-    return ids.reshape(-1, taken), weights.view(np.float32).reshape(-1, taken)
+    pairs = len(logits) * taken
+    ends = np.cumsum([pairs, pairs, logits.size, pairs])
+    arrays = np.split(np.frombuffer(done.stdout, np.int32), ends)
+    ids, weights = (array.reshape(-1, taken) for array in arrays[:2])
+    ids_apart, weights_apart = (array.reshape(-1, taken) for array in arrays[3:])
+    scores = arrays[2].view(np.float32).reshape(logits.shape)
+    return (
+        (ids, weights.view(np.float32)), scores, (ids_apart, weights_apart.view(np.float32)),
+    )  # fmt: skip
 
 
 def expected(taken: int, logits: Float32, bias: Float32) -> Choice:
@@ -70,7 +78,7 @@ def expected(taken: int, logits: Float32, bias: Float32) -> Choice:
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_choice(router: Callable[[int, int], Choose], sizes: tuple[int, int]) -> None:
+def test_choice(router: Callable[[int, int], Route], sizes: tuple[int, int]) -> None:
     """Random rows, ties, saturated and NaN scores, with and without masked experts."""
     experts, taken = sizes
     rng = np.random.default_rng(experts)
@@ -85,8 +93,12 @@ def test_choice(router: Callable[[int, int], Choose], sizes: tuple[int, int]) ->
     masked = bias.copy()
     masked[rng.permutation(experts)[: experts - taken]] = -np.inf
     for biases in (np.zeros_like(bias), bias, masked):
-        ids, weights = router(*sizes)(logits, biases)
+        (ids, weights), scores, apart = router(*sizes)(logits, biases)
         want_ids, want_weights = expected(taken, logits, biases)
         assert np.array_equal(ids, want_ids)
         np.testing.assert_allclose(weights, want_weights, rtol=2e-6)
         assert np.isnan(weights[[3, 4, 9]]).all()
+        want_scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        np.testing.assert_array_equal(scores, want_scores.astype(np.float32))
+        assert np.array_equal(apart[0], ids)
+        assert np.array_equal(apart[1].view(np.int32), weights.view(np.int32))

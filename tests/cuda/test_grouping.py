@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,14 @@ Ints = npt.NDArray[np.int32]
 
 
 def grouped(
-    ids: Ints, local: range, tile_rows: int, step: int, by_height: bool = False
+    ids: Ints, local: Sequence[int], tile_rows: int, step: int, by_height: bool = False
 ) -> tuple[Ints, Ints, Ints]:
-    """source, place and tiles as `group_by_expert` makes them: experts begin at eighth slots."""
+    """source, place and tiles as `group_by_expert` makes them: experts begin at eighth slots.
+
+    A pair of an id that is not local, -1 as well, has the place -1.
+    """
     pairs = ids.reshape(-1)
-    place = np.empty_like(pairs)
+    place = np.full_like(pairs, -1)
     rows = [int((pairs == e).sum()) for e in local]
     slots = [-(-its // 8) * 8 for its in rows]
     source = np.full(sum(slots), -1, np.int32)
@@ -48,11 +52,18 @@ def even(whole: int, parts: int) -> list[int]:
     return [whole // parts + (i < whole % parts) for i in range(parts)]
 
 
-def random_ids(tokens: int, taken: int, local: range, favourites: float = 0.0) -> Ints:
-    """Different experts for each token; the low ones more often, if there are favourites."""
+def random_ids(
+    tokens: int, taken: int, local: Sequence[int], favourites: float, nobodys: float
+) -> Ints:
+    """Different experts for each token; the first ones more often, if there are favourites.
+
+    A share of `nobodys` is -1.
+    """
     rng = np.random.default_rng(tokens + len(local))
     scores = rng.random((tokens, len(local))) + favourites * np.linspace(1, 0, len(local))
-    return (local.start + np.argsort(-scores, axis=1)[:, :taken]).astype(np.int32)
+    ids = np.array(local, np.int32)[np.argsort(-scores, axis=1)[:, :taken]]
+    ids[rng.random(ids.shape) < nobodys] = -1
+    return ids
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 47, 48, 49, 96, 97, 128, 129, 1000])
@@ -75,28 +86,35 @@ def test_tiles_cover_an_expert_evenly(rows: int, tile_rows: int, step: int) -> N
     "tiling", [(48, 8, True), (128, 128, False), (64, 16, False), (64, 16, True)]
 )
 @pytest.mark.parametrize(
-    ("tokens", "taken", "local", "favourites"),
+    ("tokens", "taken", "local", "favourites", "nobodys"),
     [
-        (0, 4, range(32), 0.0),
-        (1, 4, range(32), 0.0),
-        (256, 4, range(32), 0.0),
-        (2048, 4, range(32), 0.0),
-        (2048, 4, range(32), 9.0),  # most experts have no token
-        (333, 1, range(8, 16), 0.5),
-        (100, 3, range(33), 0.5),
-        (4097, 8, range(256), 0.2),
+        (0, 4, range(32), 0.0, 0.0),
+        (1, 4, range(32), 0.0, 0.0),
+        (256, 4, range(32), 0.0, 0.0),
+        (2048, 4, range(32), 0.0, 0.0),
+        (2048, 4, range(32), 9.0, 0.1),  # most experts have no token
+        (333, 1, range(8, 16), 0.5, 0.0),
+        (333, 2, (31, 4, 0, 17), 0.5, 0.4),
+        (100, 3, range(33), 0.5, 1.0),  # every pair is nobody's
+        (4097, 8, range(256), 0.2, 0.0),
     ],
 )
 def test_grouping_on_the_device(
-    tokens: int, taken: int, local: range, favourites: float, tiling: tuple[int, int, bool]
+    tokens: int,
+    taken: int,
+    local: Sequence[int],
+    favourites: float,
+    nobodys: float,
+    tiling: tuple[int, int, bool],
 ) -> None:
     import cupy
     from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
     from lfm2kit_cuda.products import Tiling
 
-    ids = random_ids(tokens, taken, local, favourites)
+    ids = random_ids(tokens, taken, local, favourites, nobodys)
     gemm: Any = SimpleNamespace(tiling=lambda pairs, groups: Tiling(*tiling))
-    listed, place = grouped_by_expert(cupy.asarray(ids), local, gemm)
+    here = cupy.asarray(np.array(local, np.int32))
+    listed, place = grouped_by_expert(cupy.asarray(ids), here, 1 + max(local), gemm)
     source, expected_place, tiles = grouped(ids, local, *tiling)
     if tokens == 0:  # nothing is launched, and nothing read
         return

@@ -101,8 +101,19 @@ def test_a_state_takes_as_many_bytes_as_it_says(precision: str, spec: Any) -> No
 def test_hybrid_computes_here_and_routes_on_the_cpu() -> None:
     hybrid, cuda = load_model("tiny", "hybrid"), load_model("tiny", "cuda")
     batch = Batch.of_sequences(random_samples(np.random.default_rng(3), 16, 16, 5))
-    assert hybrid.placed.copies() == 6  # a router in each sparse layer
+    assert hybrid.placed.copies() == 6  # a choice in each sparse layer
     assert np.abs(hybrid.logits(batch) - cuda.logits(batch)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("plan", ["hybrid", "cuda,choice=cpu_simd"])
+def test_in_16_bits_whole_layers_take_a_choice_from_the_cpu(plan: str) -> None:
+    apart, whole = (load_model("tiny", text, precision="bf16") for text in (plan, "cuda"))
+    layer = dict(apart.placed.parts)["layers.2"]
+    assert layer.backend == plan.partition(",")[0]
+    assert [role for role, _ in layer.parts] == ["feed_forward.router.choice"]
+    batch = Batch.of_sequences(random_samples(np.random.default_rng(3), 16, 16, 5))
+    expected = whole.logits(batch).copy()
+    assert np.abs(apart.logits(batch) - expected).max() <= TOLERANCE
 
 
 def test_ceilings_are_those_of_a_gpu() -> None:

@@ -101,7 +101,7 @@ def test_linear_rounded_of_experts(precision: str, columns: int) -> None:
     weights, x = matrices(rng, 5, columns, 136), cupy.asarray(random(rng, 97, 136))
     ids = cupy.asarray(rng.random((97, 5)).argsort(axis=1)[:, :2].astype(np.int32))
     for gemm in (newest, TensorCoreGemm(newest.activation)):
-        tiles, place = grouped_by_expert(ids, range(5), gemm)
+        tiles, place = grouped_by_expert(ids, cupy.arange(5, dtype=cupy.int32), 5, gemm)
         of = gemm.rounded(x), gemm.pack(weights), None, tiles
         got, sums = gemm.linear_rounded(*of)[place], gemm.linear(*of)[place]
         assert_rounded(got, sums, newest.activation)
@@ -127,7 +127,8 @@ def test_experts_rows_are_gathered(precision: str, tokens: int, favourites: floa
     weights, x = matrices(rng, experts, 300, 136), random(rng, tokens, 136)
     scores = rng.random((tokens, experts)) + favourites * np.linspace(1, 0, experts)
     ids = np.argsort(-scores, axis=1)[:, :taken].astype(np.int32)
-    tiles, place = grouped_by_expert(cupy.asarray(ids), range(experts), gemm)
+    local = cupy.arange(experts, dtype=cupy.int32)
+    tiles, place = grouped_by_expert(cupy.asarray(ids), local, experts, gemm)
     got = gemm.linear(gemm.rounded(cupy.asarray(x)), gemm.pack(weights), tiles=tiles)
     each = np.stack([x.astype(np.float64) @ w.data.astype(np.float64).T for w in weights])
     want = each[ids, np.arange(tokens)[:, None]].reshape(tokens * taken, -1)

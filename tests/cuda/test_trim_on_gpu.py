@@ -21,7 +21,7 @@ LENGTHS = [[16] * 16, [16, 1, 2, 3, 4, 5, 6, 33], [1]]
 
 
 def model(plan: str, precision: str, *, trim: bool) -> LFM2:
-    options = Options(backend=plan, precision=precision, trim=trim)
+    options = Options(backend=plan, precision=precision, rewrites=("trim",) * trim)
     return set_up(open_checkpoint(find_model("tiny")), options).build()
 
 

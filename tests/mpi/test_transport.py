@@ -40,37 +40,20 @@ world = transport.world
 rng = np.random.default_rng(world.rank)
 """
 
-EXCHANGE = """
-record = [("a", "<i4"), ("b", "<f4", 5)]
-for dtype, shape in [("<f4", (7,)), ("<i4", ()), ("<f8", (2, 3)), (record, ())]:
-    counts = [(world.rank * 3 + to) % 4 for to in range(world.size)]  # some are 0
-    rows = np.zeros((sum(counts), *shape), dtype)
-    width = rows.dtype.itemsize * int(np.prod(shape, dtype=int))
-    flat = rows.view(np.uint8).reshape(len(rows), width)
-    destination = np.repeat(np.arange(world.size), counts)
-    flat[:] = (100 + 10 * world.rank + destination)[:, None]
-    received, came = transport.all_to_all(rows, counts)
-    assert came == [(source * 3 + world.rank) % 4 for source in range(world.size)]
-    want = np.repeat([100 + 10 * s + world.rank for s in range(world.size)], came)
-    got = received.view(np.uint8).reshape(len(received), width)
-    assert received.dtype == rows.dtype and (got == want[:, None]).all()
-gathered = transport.gather(np.full((world.rank, 2), world.rank, np.float32))
-if world.rank == 0:
-    assert gathered[:, 0].tolist() == [r for r in range(world.size) for _ in range(r)]
-else:
-    assert gathered is None
-transport.barrier()
+CONTRACT = """
+from lfm2kit.testing import check_exchange, check_transport
+check_transport(transport)
+check_exchange(transport)
 print("fine")
 """
 
 EXPERTS = """
 from lfm2kit import specs
-from lfm2kit.parallel import ExpertParallelMoe, join, shard
-from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.memory import HOST
 from lfm2kit.model import RoutedExperts
-from lfm2kit.transport import share
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.weights import Weights
-from dataclasses import replace
 
 E, K, H = {experts}, {k}, 8
 router = specs.Router(H, E, K, True, True, 1.0)
@@ -83,9 +66,10 @@ if {one}:
         {{"expert_bias": np.r_[9.0 * np.arange(E, 0, -1) * (np.arange(E) < K)]}})["expert_bias"]}})
 backend = ReferenceBackend()
 alone = RoutedExperts(whole, backend.build(router, weights), backend.build(experts, weights))
-mine = replace(experts, local_experts=share(E, world.size, world.rank))
-block = join(transport)(ExpertParallelMoe(router, mine),
-                        router=backend.build(router, weights), experts=backend.build(mine, weights))
+rewrite = experts_over_ranks(world, transport)
+mine = rewrite.apply(whole)
+block = rewrite.joins[type(mine)](HOST).make(
+    mine, router=backend.build(router, weights), experts=backend.build(mine.experts, weights))
 sent = []
 all_to_all = transport.all_to_all
 transport.all_to_all = lambda rows, counts: (sent.append(sum(counts)), all_to_all(rows, counts))[1]
@@ -99,8 +83,8 @@ print("fine")
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_rows_of_any_type_reach_the_rank_they_are_sent_to(ranks: int, tmp_path: Path) -> None:
-    done = run_mpi(ranks, EXCHANGE, tmp_path)
+def test_it_keeps_the_contract_of_a_transport(ranks: int, tmp_path: Path) -> None:
+    done = run_mpi(ranks, CONTRACT, tmp_path)
     assert done.stdout.count("fine") == ranks, done.stderr  # ranks may share a line
 
 

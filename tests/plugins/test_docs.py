@@ -10,9 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from lfm2kit.batch import Batch
+from tests.core.small import build, small_spec
 from tests.plugins.distributions import environment, install_project
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
@@ -128,6 +132,24 @@ def test_the_wrapper_of_the_page_wraps_what_it_says() -> None:
     assert wrapped(1.0) == 1.0
     with pytest.raises(AssertionError, match="left the numbers"):
         wrapped(float("nan"))
+
+
+def test_the_rewrite_of_the_page_keeps_the_bits() -> None:
+    (source,) = (text for text in fences(PAGE, "python") if "def lfm2kit_rewrites" in text)
+    imports = """
+import lfm2kit
+import numpy as np
+from dataclasses import dataclass
+from lfm2kit.backend import HOST
+from lfm2kit.rewrites import Join, replaced
+from lfm2kit.specs import MLP, Part, Spec
+"""
+    names: dict[str, Any] = {"__name__": __name__}  # where a dataclass looks for its module
+    exec(imports + source, names)
+    (rewrite,) = names["lfm2kit_rewrites"]()
+    batch = Batch.of_sequences([[3, 1, 4], [1, 5]])
+    expected = build(small_spec()).logits(batch)
+    assert np.array_equal(build(small_spec(), rewrites=[rewrite]).logits(batch), expected)
 
 
 def test_every_link_within_the_page_has_its_heading() -> None:

@@ -23,6 +23,7 @@ from lfm2kit.placement import Placed
 from lfm2kit.plugins import COMMANDS, InstalledBackend, Plugins, installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import MLP, LMHead, Spec
+from lfm2kit.transport import Transport, World
 from lfm2kit.wrappers import Wrappers
 from tests.checkpoint.typed import Cli, Typed
 
@@ -120,6 +121,21 @@ def test_lfm2kit_transports_are_found_by_name(load: Load) -> None:
 
     plugins = load(lfm2kit_transports)
     assert plugins.transports["pigeon"].launcher is launcher
+
+
+def test_lfm2kit_rewrites_are_found_by_name_and_learn_their_place_in_the_job(load: Load) -> None:
+    def rewrite(name: str) -> lfm2kit.Rewrite:
+        return lfm2kit.Rewrite(name, "a line", lambda model: model)
+
+    @lfm2kit.hookimpl
+    def lfm2kit_rewrites(world: World, transport: Transport | None) -> Iterator[lfm2kit.Rewrite]:
+        yield rewrite("mine")
+        if world.size > 1 and transport is None:
+            yield rewrite("ours")
+
+    plugins = load(lfm2kit_rewrites)
+    assert list(plugins.rewrites()) == ["trim", "mine"]
+    assert list(plugins.rewrites(World(0, 2))) == ["trim", "experts-over-ranks", "mine", "ours"]
 
 
 def recording(mark: str, *, survives: bool = False) -> Any:

@@ -17,7 +17,8 @@ from tests.plugins.distributions import build_wheel
 pytestmark = pytest.mark.wheels
 
 ROOT = Path(__file__).parents[2]
-PROJECTS = {name: ROOT / "plugins" / name for name in ("lfm2kit-blas", "lfm2kit-trace")}
+NAMES = ("lfm2kit-blas", "lfm2kit-slices", "lfm2kit-trace")
+PROJECTS = {name: ROOT / "plugins" / name for name in NAMES}
 
 
 class Installed:
@@ -78,6 +79,7 @@ def test_wheels_hold_their_package_and_nothing_of_the_checkout_around_it(
     assert tops == {
         "lfm2kit": {"lfm2kit", "lfm2kit-0.1.0.dist-info"},
         "lfm2kit-blas": {"lfm2kit_blas", "lfm2kit_blas-0.1.0.dist-info"},
+        "lfm2kit-slices": {"lfm2kit_slices.py", "lfm2kit_slices-0.1.0.dist-info"},
         "lfm2kit-trace": {"lfm2kit_trace.py", "lfm2kit_trace-0.1.0.dist-info"},
     }
 
@@ -113,6 +115,13 @@ def test_a_plugins_own_tests_pass_without_its_checkout(installed: Installed, nam
     tests = installed.folder / name
     shutil.copytree(PROJECTS[name] / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
     installed.succeeds("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+
+
+def test_a_rewrite_is_chosen_by_its_name(installed: Installed) -> None:
+    arguments = ("run", "-b", "reference", "--rewrite", "slices", "-n", "8", "-v")
+    printed = installed.succeeds("lfm2kit", *arguments)
+    assert "reference, fp32, slices, ranks: 1" in printed
+    assert "\nVALID\n" in printed
 
 
 def test_the_trace_is_written_and_summed_up(installed: Installed, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ BLOCKS = {
     specs.ShortConv: "blocks.short_conv",
     specs.Attention: "blocks.attention",
     specs.MLP: "blocks.feed_forward",
+    specs.Scores: "blocks.router",
+    specs.Choice: "blocks.router",
     specs.Router: "blocks.router",
     specs.Experts: "blocks.feed_forward",
     specs.SparseMoe: "blocks.feed_forward",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import cupy
 
@@ -12,9 +12,9 @@ from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
-from lfm2kit_cuda.blocks.layer import PARTS, Layer
+from lfm2kit_cuda.blocks.layer import CHOICE, PARTS, Layer
 from lfm2kit_cuda.blocks.on_device import OnDevice
-from lfm2kit_cuda.blocks.router import Router
+from lfm2kit_cuda.blocks.router import Choice, Router, Scores
 from lfm2kit_cuda.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
 from lfm2kit_cuda.blocks.short_conv import ShortConv
 from lfm2kit_cuda.capture import Replay
@@ -30,6 +30,8 @@ BLOCKS = {
     specs.ShortConv: ShortConv,
     specs.Attention: Attention,
     specs.MLP: MLP,
+    specs.Scores: Scores,
+    specs.Choice: Choice,
     specs.Router: Router,
     specs.Experts: Experts,
     specs.SparseMoe: SparseMoe,
@@ -59,9 +61,21 @@ class CudaBackend:
         return self._memory
 
     def build(self, spec: Spec, weights: Weights) -> Block:
+        return self._built(spec, weights, lambda: BLOCKS[type(spec)](spec, weights, self._gemm))
+
+    def why_not_around(self, spec: Spec, parts: Sequence[str]) -> str | None:
+        if not isinstance(spec, specs.Layer) or tuple(parts) != (CHOICE,):
+            return f"it builds a Layer around its {CHOICE}, and nothing else around anything"
+        return self._why_not_whole(spec)
+
+    def build_around(self, spec: Spec, weights: Weights, parts: Mapping[str, Block]) -> Block:
+        assert isinstance(spec, specs.Layer)
+        return self._built(spec, weights, lambda: Layer(spec, weights, self._gemm, parts))
+
+    def _built(self, spec: Spec, weights: Weights, make: Callable[[], Block]) -> Block:
         with self._memory.stream():
             try:
-                block: Block = BLOCKS[type(spec)](spec, weights, self._gemm)
+                block = make()
             except cupy.cuda.memory.OutOfMemoryError:
                 raise self._out_of_memory(spec, weights) from None
             cupy.cuda.get_current_stream().synchronize()  # so that any stream finds its weights

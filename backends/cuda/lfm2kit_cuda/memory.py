@@ -31,11 +31,11 @@ class CudaMemory:
         self._idle: list[cupy.cuda.Stream] = []  # appended to and popped from by any thread
 
     def unit(self) -> str:
-        """The GPU's name and UUID."""
+        """Return the GPU's name and UUID."""
         return f"the GPU {identity(self.device)}"
 
     def from_host(self, array: npt.NDArray[Any]) -> cupy.ndarray:
-        """A copy of a host array; it is complete in the order of the current stream."""
+        """Return a copy of a host array; it is complete in the order of the current stream."""
         with on_device(self.device):
             return upload(array)
 
@@ -47,7 +47,7 @@ class CudaMemory:
             return _Copy(array)
 
     def free_bytes(self) -> int:
-        """What the driver has left, and what CuPy's pool holds for later."""
+        """Return the bytes that the driver has left, and those that CuPy's pool holds for later."""
         with on_device(self.device):
             free, _ = cupy.cuda.runtime.memGetInfo()
             return int(free) + int(cupy.get_default_memory_pool().free_bytes())
@@ -95,7 +95,7 @@ class _Event:
     def seconds_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, _Event), "a mark of another memory"
         for mark in (earlier, self):
-            mark._event.synchronize()
+            _wait_for(mark._event, mark._device)
         return float(cupy.cuda.get_elapsed_time(earlier._event, self._event)) / 1e3
 
     def hold_back(self, stream: cupy.cuda.Stream) -> None:
@@ -118,25 +118,28 @@ class _Copy:
         source = cupy.ascontiguousarray(array)
         self._host: npt.NDArray[Any] = _empty_pinned(source.shape, source.dtype)
         source.data.copy_to_host_async(self._host.ctypes.data, source.nbytes)
+        self._device = current_device()
         self._arrived = cupy.cuda.Event(disable_timing=True)
         self._arrived.record()
-        self._release = weakref.finalize(self, _wait_for, self._arrived, source, self._host)
+        kept = source, self._host
+        self._release = weakref.finalize(self, _wait_for, self._arrived, self._device, *kept)
 
     def wait(self) -> npt.NDArray[Any]:
-        self._arrived.synchronize()
+        _wait_for(self._arrived, self._device)
         self._release()
         return self._host
 
 
 def _empty_pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """A new host array in pinned memory, unless it is empty."""
+    """Return a new host array in pinned memory; one without elements is not pinned."""
     has_elements = 0 not in shape
     return cupyx.empty_pinned(shape, dtype) if has_elements else np.empty(shape, dtype)
 
 
-def _wait_for(arrived: cupy.cuda.Event, *kept: Any) -> None:
-    """Wait for an event; what is kept is kept until then."""
-    arrived.synchronize()
+def _wait_for(event: cupy.cuda.Event, device: int, *kept: Any) -> None:
+    """Wait for an event of a device; what is kept is kept until then."""
+    with on_device(device):
+        event.synchronize()
 
 
 @cache

@@ -94,16 +94,16 @@ class InParts:
 
 
 def _threads(count: int, device: int) -> ThreadPoolExecutor:
-    """Threads on a device: a new one would take memory of device 0 when it waits for a copy."""
+    """Return threads on a device: else a thread that waits for a copy takes memory of device 0."""
     return ThreadPoolExecutor(count, initializer=cupy.cuda.runtime.setDevice, initargs=(device,))
 
 
 in_pieces, in_parts = cache(InPieces), cache(InParts)
-_making = Lock()  # two for one device would be one too many: its buffers are freed in use
+_making = Lock()  # of a second object for a device, the buffers would be freed while in use
 
 
 def upload(array: npt.NDArray[Any]) -> cupy.ndarray:
-    """A copy of a host array on the current device, whose bytes stay as they are.
+    """Return a copy of a host array on the current device, whose bytes stay as they are.
 
     The array may be written as soon as this returns.  The copy is complete in the order of the
     current stream.

@@ -1,11 +1,17 @@
-"""Gives each spec to one of two other backends.  That a router's arrays then cross between
-memories is the core's business: it asks where each block lives and puts the copies there."""
+"""Gives each spec to one of two other backends: a router's choice to the CPU, the rest to the GPU.
+
+That a choice's arrays then cross between memories is the core's business: it asks where each block
+lives and puts the copies there.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 from lfm2kit.backend import (
     Backend,
     Block,
+    BuildsAround,
     BuildsOperators,
     Context,
     Memory,
@@ -15,7 +21,7 @@ from lfm2kit.backend import (
     Weights,
 )
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.specs import Router, leaves
+from lfm2kit.specs import Choice, leaves
 
 GPU, CPU = "cuda", "cpu_simd"
 
@@ -27,8 +33,8 @@ class HybridBackend:
         self._gpu = self._gpu_or_cpu(context)
 
     def why_unsupported(self, spec: Spec) -> str | None:
-        if not isinstance(spec, Router) and any(isinstance(s, Router) for s in leaves(spec)):
-            return "it builds routers apart from the rest, to route on the CPU"
+        if not isinstance(spec, Choice) and any(isinstance(s, Choice) for s in leaves(spec)):
+            return "it builds the choice of experts apart from the rest, to route on the CPU"
         return self._backend_of(spec).why_unsupported(spec)
 
     def memory(self, spec: Spec) -> Memory:
@@ -36,6 +42,15 @@ class HybridBackend:
 
     def build(self, spec: Spec, weights: Weights) -> Block:
         return self._backend_of(spec).build(spec, weights)
+
+    def why_not_around(self, spec: Spec, parts: Sequence[str]) -> str | None:
+        if not isinstance(self._gpu, BuildsAround):
+            return f"'{GPU}' is not there"
+        return self._gpu.why_not_around(spec, parts)
+
+    def build_around(self, spec: Spec, weights: Weights, parts: Mapping[str, Block]) -> Block:
+        assert isinstance(self._gpu, BuildsAround)
+        return self._gpu.build_around(spec, weights, parts)
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
         backend = self._backend_of(spec)
@@ -54,7 +69,7 @@ class HybridBackend:
         return self._notes
 
     def _backend_of(self, spec: Spec) -> Backend:
-        return self._cpu if isinstance(spec, Router) else self._gpu
+        return self._cpu if isinstance(spec, Choice) else self._gpu
 
     def _gpu_or_cpu(self, context: Context) -> Backend:
         try:

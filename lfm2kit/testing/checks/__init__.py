@@ -11,6 +11,7 @@ from lfm2kit.testing.checks import (  # noqa: I001 (the order in which they run)
     attention,
     rows,
     state,
+    around,
     whole_model,
 )
 from lfm2kit.testing.checks.registry import CHECKS, Check
@@ -18,6 +19,7 @@ from lfm2kit.testing.checks.registry import CHECKS, Check
 __all__ = [
     "CHECKS",
     "Check",
+    "around",
     "attention",
     "contract",
     "feed_forward",

@@ -57,18 +57,56 @@ def moe_empty_expert(trial: Trial) -> None:
 
 
 @check
-def experts_local_range(trial: Trial) -> None:
+def experts_local_ids(trial: Trial) -> None:
     """Under expert parallelism a block holds `local_experts` only, and reads no other weights.
 
-    Ids stay those of the whole model: expert 3 of `range(2, 5)` is its second.
+    Ids stay those of the whole model, and local are any of them in any order: expert 4 of
+    (4, 0, 2) is its first.
     """
     for spec in _experts(trial):
-        part = replace(spec, local_experts=range(2, 5))
-        weights = Weights(_ReadOnly(trial.random_weights(spec), part.parameters()))
-        block, reference = trial.pair(part, weights)
-        for rows in (1, 17):
-            inputs = random_inputs(part, trial.rng, rows)
-            assert_close(block(*inputs), reference(*inputs), trial.tolerance, f"{part}")
+        for local in ((2, 3, 4), (4, 0, 2), (spec.num_experts - 1,)):
+            part = replace(spec, local_experts=local)
+            weights = Weights(_ReadOnly(trial.random_weights(spec), part.parameters()))
+            block, reference = trial.pair(part, weights)
+            for rows in (1, 17):
+                inputs = random_inputs(part, trial.rng, rows)
+                assert_close(block(*inputs), reference(*inputs), trial.tolerance, f"{part}")
+
+
+@check
+def experts_none_local(trial: Trial) -> None:
+    """A rank may hold none of a layer's experts: its block then returns zeros for ids of -1."""
+    for spec in _experts(trial):
+        block = trial.build(replace(spec, local_experts=()), Weights({}))
+        for rows in (0, 1, 17):
+            ids = np.full((rows, spec.num_experts_per_tok), -1, np.int32)
+            weights = np.full(ids.shape, np.nan, np.float32)
+            x = random_rows(trial.rng, rows, spec.hidden_size)
+            assert_same(block(x, ids, weights), np.zeros_like(x), f"{spec} with no local experts")
+
+
+@check
+def experts_nobody_adds_nothing(trial: Trial) -> None:
+    """An id of -1 adds nothing, wherever it stands and whatever lies beside it.
+
+    Batches are padded, exchanges of fixed capacity filled, and experts split between devices by
+    it.  The weight beside it may be NaN, and so may the x of a row of -1 alone, whose result is +0.
+    """
+    for spec in _experts(trial):
+        part = replace(spec, local_experts=spec.local_experts[::-2])
+        block, reference = trial.pair(part)
+        for rows in (1, 17, 129):
+            x, ids, weights = random_inputs(part, trial.rng, rows)
+            is_nobodys = trial.rng.random(ids.shape) < 0.4
+            is_nobodys[: 1 + rows // 3] = True
+            padded = np.where(is_nobodys, np.int32(-1), ids)
+            want = reference(x, padded, np.where(is_nobodys, np.float32(0), weights))
+            is_padding = is_nobodys.all(axis=1)
+            x[is_padding] = np.nan
+            got = block(x, padded, np.where(is_nobodys, np.float32(np.nan), weights))
+            assert_close(got, want, trial.tolerance, f"{part} at {rows} rows, some ids -1")
+            if np.any(got[is_padding]) or np.any(np.signbit(got[is_padding])):
+                raise CheckFailed(f"{part} at {rows} rows: a row of -1 alone is not +0")
 
 
 @check
@@ -77,16 +115,20 @@ def experts_split_by_slot_bitwise(trial: Trial) -> None:
 
     So an expert-parallel run has the very result of a single one: each product is rounded to
     float32, and they are added in the order of k, not in the order of expert ids (vllm#45683).
+    The same where some ids are -1.
     """
     for spec in trial.supported([s for s in _experts(trial) if s.num_experts_per_tok > 2]):
         block = trial.build(spec, trial.random_weights(spec))
         for rows in (1, 5, 33):
             x, ids, weights = random_inputs(spec, trial.rng, rows)
-            whole = block(x, ids, weights)
-            total = block(x, ids[:, :1].copy(), weights[:, :1].copy())
-            for k in range(1, ids.shape[1]):
-                total = total + block(x, ids[:, k : k + 1].copy(), weights[:, k : k + 1].copy())
-            assert_same(whole, total, f"{spec} at {rows} rows, one call and its slots added")
+            for share in (0.0, 0.4):
+                some = np.where(trial.rng.random(ids.shape) < share, np.int32(-1), ids)
+                whole = block(x, some, weights)
+                total = block(x, some[:, :1].copy(), weights[:, :1].copy())
+                for k in range(1, ids.shape[1]):
+                    one = some[:, k : k + 1].copy(), weights[:, k : k + 1].copy()
+                    total = total + block(x, *one)
+                assert_same(whole, total, f"{spec} at {rows} rows, one call and its slots added")
 
 
 def _experts(trial: Trial) -> list[specs.Experts]:

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.specs import Router
+from lfm2kit.specs import Choice, Router, Scores
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_close, assert_same, each, rows_of
+from lfm2kit.testing.compare import FP32_GRADE, assert_close, assert_same, each, rows_of
 from lfm2kit.testing.random_inputs import random_batch, random_inputs, random_rows
 from lfm2kit.testing.random_weights import frozen_weights
 from lfm2kit.testing.router_cases import WITHIN, routers
@@ -38,7 +38,8 @@ def non_finite_values_reach_the_result(trial: Trial) -> None:
         block = trial.build(spec, trial.random_weights(spec))
         inputs = _of_two_sequences(trial, spec)
         clean = rows_of(block(*inputs), slice(0, LENGTHS[0]))
-        for value in (np.nan,) if isinstance(spec, Router) else (np.nan, np.inf, -np.inf):
+        is_router = isinstance(spec, Scores | Choice | Router)  # a sigmoid of infinity is finite
+        for value in (np.nan,) if is_router else (np.nan, np.inf, -np.inf):
             for position, array in _floats(inputs):
                 spoilt = [*inputs]
                 spoilt[position] = _with(array, value)
@@ -46,6 +47,25 @@ def non_finite_values_reach_the_result(trial: Trial) -> None:
                 what = f"{spec} with {value} in row {ROW} of argument {position}"
                 _require_not_finite(each(rows_of(result, ROW)), what)
                 assert_same(rows_of(result, slice(0, LENGTHS[0])), clean, f"{what}: other rows")
+
+
+@check
+def overflows_are_not_hidden(trial: Trial) -> None:
+    """Rows whose squares overflow float32 give the right result or NaN, and no small numbers.
+
+    The square root of an infinite sum divides a row down to zeros, which look like any others.
+    """
+    candidates = [*CASES["norm"]]
+    if trial.precision in FP32_GRADE:  # others may round what a projection returns to 16 bits
+        candidates += CASES["attn"]
+    for spec in trial.supported(candidates):
+        block, reference = trial.pair(spec)
+        inputs = random_inputs(spec, trial.rng, ROWS, scale=1e22)
+        got, want = each(block(*inputs)), each(reference(*inputs))
+        for array, expected in zip(got, want, strict=True):
+            right_or_not_finite = np.where(np.isfinite(array), array, expected)
+            what = f"{spec} with values of 1e22"
+            assert_close(right_or_not_finite, expected, trial.tolerance, what)
 
 
 @check

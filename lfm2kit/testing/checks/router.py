@@ -8,8 +8,11 @@ import numpy as np
 
 from lfm2kit.specs import Router
 from lfm2kit.testing.checks.registry import check
+from lfm2kit.testing.compare import assert_same
+from lfm2kit.testing.random_inputs import random_rows
 from lfm2kit.testing.router_cases import judge_logits, judge_rows, routers
 from lfm2kit.testing.trial import Trial
+from lfm2kit.testing.verdicts import Skipped
 
 
 @check
@@ -62,14 +65,33 @@ def router_scaling(trial: Trial) -> None:
 
 @check
 def router_shape_grid(trial: Trial) -> None:
-    """Numbers of experts that no tile divides, and 1 to 8 experts per token.
+    """Numbers of experts that no tile divides, 1 to 8 experts per token, and all of them.
 
     Elsewhere the weights were wrong at one shape only (vLLM-metax#270).
     """
     grid = [(e, k) for e in (5, 12, 32, 33) for k in (1, 3, 4, 8) if k <= e]
+    grid += [(1, 1), (4, 4), (8, 8)]  # where every expert is taken
     candidates = [Router(h, e, k, True, True, 1.5) for h in (24, 128) for e, k in grid]
     for spec in trial.supported(candidates):
         judge_rows(trial, spec, 9)
+
+
+@check
+def router_apart_equals_together(trial: Trial) -> None:
+    """A router that is built whole has the bits of its scores and its choice built apart.
+
+    So a model's result does not depend on who computes the choice, nor where.
+    """
+    for spec in routers(trial):
+        parts = [part.spec for part in spec.parts()]
+        if trial.backend.why_unsupported(spec) is not None or len(trial.built(parts)) < len(parts):
+            raise Skipped("it does not build a router both whole and in its parts")
+        weights = trial.random_weights(spec)
+        router, scores, choice = (trial.build(one, weights) for one in (spec, *parts))
+        for rows in (0, 1, 17, 33):
+            x = random_rows(trial.rng, rows, spec.hidden_size)
+            what = f"{spec} at {rows} rows, whole and as scores and choice"
+            assert_same(router(x), choice(scores(x)), what)
 
 
 def _judge(trial: Trial, **changes: Any) -> None:

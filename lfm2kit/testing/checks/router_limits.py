@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from lfm2kit.testing.cases import ROUTERS
 from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_same, rows_of
+from lfm2kit.testing.compare import assert_close, assert_same, rows_of
 from lfm2kit.testing.random_inputs import random_rows
-from lfm2kit.testing.router_cases import judge_logits, routers
+from lfm2kit.testing.router_cases import WITHIN, judge_logits, routers
 from lfm2kit.testing.trial import Trial
 
 
@@ -49,6 +50,24 @@ def router_ties(trial: Trial) -> None:
         bias = np.where(np.arange(spec.num_experts) % 2, 0.25, 0.0)
         saturated = np.full((1, spec.num_experts), 120.0)
         judge_logits(trial, spec, saturated, "of saturated scores", bias)
+
+
+@check
+def choice_of_equal_scores(trial: Trial) -> None:
+    """From the very same scores the very same experts: also where several are equal, 1 or 0.
+
+    Whoever is given the scores has no rounding of his own to blame.
+    """
+    for spec in trial.supported([router.choice for router in ROUTERS]):
+        block, reference = trial.pair(spec)
+        ids = np.arange(spec.num_experts)
+        scores = np.stack([np.ones_like(ids), np.zeros_like(ids), ids % 2, ids // 2 / len(ids)])
+        assert_close(
+            block(scores.astype(np.float32)),
+            reference(scores.astype(np.float32)),
+            WITHIN,
+            f"{spec} of equal scores",
+        )
 
 
 @check

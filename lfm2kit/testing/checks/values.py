@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lfm2kit.specs import Spec
+from lfm2kit.specs import ShortConv, Spec
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import FP32_GRADE, assert_close, assert_same
@@ -12,10 +12,12 @@ from lfm2kit.testing.host_block import host_block
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import stored_as
+from lfm2kit.testing.router_cases import WITHIN
 from lfm2kit.testing.trial import Trial
 from lfm2kit.weights import DType, Weights
 
-ROWS = (0, 1, 2, 15, 16, 17, 33)
+WITH_BIASES = [s for s in CASES["conv"] if isinstance(s, ShortConv) and s.bias]
+ROWS = (0, 1, 2, 15, 16, 17, 33, 129)
 
 
 @check
@@ -70,6 +72,18 @@ def attention(trial: Trial) -> None:
 def mlp(trial: Trial) -> None:
     """MLP: w2(silu(w1 x) * w3 x)."""
     _judge(trial, CASES["mlp"])
+
+
+@check
+def scores(trial: Trial) -> None:
+    """Scores: sigmoid(gate(x)), of float32 in every precision."""
+    _judge(trial, CASES["scores"], within=WITHIN)
+
+
+@check
+def choice(trial: Trial) -> None:
+    """Choice: the same experts in the same order, and their weights, from given scores."""
+    _judge(trial, CASES["choice"], within=WITHIN)
 
 
 @check
@@ -132,22 +146,33 @@ def bf16_and_f16_weights(trial: Trial) -> None:
     """Weights stored as BF16 or F16 mean their exact float32 values.
 
     `Tensor.data` of BF16 holds raw bits: `Tensor.float32()` is the way to read it.  The expert
-    bias stays F32 in such checkpoints, and must not be rounded to the matrices' type.
+    bias stays F32 in such checkpoints, and must not be rounded to the matrices' type; a
+    convolution's biases are stored as its matrices are.
     """
     stored: tuple[DType, ...] = ("BF16", "F16")
-    for spec in trial.first_of_kinds():
+    for spec in [*trial.first_of_kinds(), *trial.built(WITH_BIASES)]:
         for dtype in stored:
             weights = stored_as(trial.random_weights(spec), dtype)
             _judge_weights(trial, spec, weights, (17,), f"{spec} of {dtype} weights")
 
 
-def _judge(trial: Trial, candidates: Iterable[Spec], rows: Iterable[int] = ROWS) -> None:
+def _judge(
+    trial: Trial,
+    candidates: Iterable[Spec],
+    rows: Iterable[int] = ROWS,
+    within: float | None = None,
+) -> None:
     for spec in trial.supported(candidates):
-        _judge_weights(trial, spec, trial.random_weights(spec), rows, str(spec))
+        _judge_weights(trial, spec, trial.random_weights(spec), rows, str(spec), within)
 
 
 def _judge_weights(
-    trial: Trial, spec: Spec, weights: Weights, rows: Iterable[int], what: str
+    trial: Trial,
+    spec: Spec,
+    weights: Weights,
+    rows: Iterable[int],
+    what: str,
+    within: float | None = None,
 ) -> None:
     """Calls with several numbers of rows, compared where no router is near a tie."""
     watch = GapWatch(trial.reference)
@@ -157,4 +182,4 @@ def _judge_weights(
         watch.gaps.clear()
         got, want = block(*inputs), reference(*inputs)
         clear = watch.clear_rows(trial.near_tie)
-        assert_close(got, want, trial.tolerance, f"{what} at {count} rows", clear)
+        assert_close(got, want, within or trial.tolerance, f"{what} at {count} rows", clear)

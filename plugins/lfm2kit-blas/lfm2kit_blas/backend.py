@@ -45,21 +45,23 @@ class Experts:
     """Permute the (row, k) pairs by expert, one MLP call per expert, then add up each row's k."""
 
     def __init__(self, spec: specs.Experts, weights: Weights) -> None:
-        self.num_experts = spec.num_experts
         self.experts = {
-            e: MLP(spec.expert, weights.scope(f"experts.{e}")) for e in spec.local_experts
+            e: MLP(spec.expert, weights.scope(f"experts.{e}")) for e in sorted(spec.local_experts)
         }
 
     def __call__(self, x: Floats, expert_ids: Ints, expert_weights: Floats) -> Floats:
         rows, top_k = expert_ids.shape
         pairs = np.argsort(expert_ids, axis=None, kind="stable")  # pair = row * top_k + k
-        counts = np.bincount(expert_ids.reshape(-1), minlength=self.num_experts)
-        products = np.empty((rows * top_k, x.shape[1]), np.float32)
-        for e, mine in enumerate(np.split(pairs, np.cumsum(counts)[:-1])):
+        begins = np.searchsorted(expert_ids.reshape(-1)[pairs], list(self.experts))
+        # What is nobody's, -1, comes first: it stays -0, which changes no bit of a sum.
+        products = np.full((rows * top_k, x.shape[1]), -0.0, np.float32)
+        for mlp, mine in zip(self.experts.values(), np.split(pairs, begins)[1:], strict=True):
             if len(mine):
                 weights = expert_weights.reshape(-1)[mine, None]
-                products[mine] = weights * self.experts[e](x[mine // top_k])
-        return _sum_in_order(products.reshape(rows, top_k, x.shape[1]))
+                products[mine] = weights * mlp(x[mine // top_k])
+        delta = _sum_in_order(products.reshape(rows, top_k, x.shape[1]))
+        delta[(expert_ids < 0).all(axis=1)] = 0
+        return delta
 
 
 def _sum_in_order(products: Floats) -> Floats:

@@ -2,6 +2,7 @@
 // after another, so the shared memory of a block is memory of the program.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstring>
@@ -31,8 +32,12 @@ struct Index {
   u32 x, y, z;
 };
 
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline int atomicAdd(int* at, int more) { return std::atomic_ref<int>(*at).fetch_add(more); }
 using std::max;
 using std::min;
 

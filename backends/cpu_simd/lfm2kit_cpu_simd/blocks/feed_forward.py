@@ -16,9 +16,9 @@ from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import Float32, Int64, grouped, linear
 from lfm2kit_cpu_simd.packing import pack, pack_gated
 from lfm2kit_cpu_simd.signatures import (
+    IDS,
     IDS_2D,
     INDICES_OUT,
-    INT,
     OFFSETS,
     PLACES,
     PLACES_OUT,
@@ -41,6 +41,7 @@ class MLP:
 class Experts:
     def __init__(self, spec: specs.Experts, weights: Weights, dtype: DType | None) -> None:
         self.spec = spec
+        self.numbers = local_numbers(spec)
         matrices = {
             name: [weights[f"experts.{e}.{name}.weight"] for e in spec.local_experts]
             for name in ("w1", "w3", "w2")
@@ -51,8 +52,9 @@ class Experts:
 
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
         if not self.spec.local_experts:
-            return np.zeros_like(x)  # no id can be local: there are no rows
-        offsets, rows, places = sort_by_expert(expert_ids, self.spec.local_experts)
+            return np.zeros_like(x)  # every pair is nobody's
+        count = len(self.spec.local_experts)
+        offsets, rows, places = sort_by_expert(expert_ids, self.numbers, count)
         size = self.spec.intermediate_size
         inner = grouped(_gather(x, rows), offsets, self.w13, size, buffer="inner")
         outputs = grouped(inner, offsets, self.w2, self.spec.hidden_size, buffer="outputs")
@@ -70,33 +72,44 @@ class SparseMoe:
         return self.experts(x, *self.router(x))
 
 
-def sort_by_expert(expert_ids: Int32, local_experts: range) -> tuple[Int64, Int64, Int64]:
-    """The (row, k) pairs by expert, and within an expert in their order.
+def local_numbers(spec: specs.Experts) -> Int32:
+    """Returns each expert's place among the local ones, int32 [num_experts]; -1 for the others."""
+    numbers = np.full(spec.num_experts, -1, np.int32)
+    numbers[list(spec.local_experts)] = np.arange(len(spec.local_experts))
+    return numbers
 
-    Returns where each expert's pairs begin [local experts + 1], each pair's row [pairs], and the
-    place of each pair [rows, k].
+
+def sort_by_expert(expert_ids: Int32, numbers: Int32, count: int) -> tuple[Int64, Int64, Int64]:
+    """Sorts the (row, k) pairs by local expert, and leaves them in their order within an expert.
+
+    Returns where the pairs of each of `count` experts begin [count + 1], each pair's row [pairs],
+    and the place of each pair [rows, k].  A pair that is nobody's has no row, and the place -1.
     """
-    offsets = np.zeros(len(local_experts) + 1, np.int64)
+    offsets = np.zeros(count + 1, np.int64)
     rows = np.empty(expert_ids.size, np.int64)
     places = np.empty(expert_ids.shape, np.int64)
-    _sort(expert_ids, local_experts.start, offsets, rows, places)
-    return offsets, rows, places
+    _sort(expert_ids, numbers, offsets, rows, places)
+    return offsets, rows[: offsets[-1]], places
 
 
-@kernel(types.void(IDS_2D, INT, INDICES_OUT, INDICES_OUT, PLACES_OUT))
-def _sort(expert_ids: Any, first: Any, offsets: Any, rows: Any, places: Any) -> None:
+@kernel(types.void(IDS_2D, IDS, INDICES_OUT, INDICES_OUT, PLACES_OUT))
+def _sort(expert_ids: Any, numbers: Any, offsets: Any, rows: Any, places: Any) -> None:
     """A counting sort."""
     for expert in expert_ids.flat:
-        offsets[expert - first + 1] += 1
+        if expert >= 0:
+            offsets[numbers[expert] + 1] += 1
     for e in range(1, offsets.shape[0]):
         offsets[e] += offsets[e - 1]
     following = offsets.copy()
     for row in range(expert_ids.shape[0]):
         for k in range(expert_ids.shape[1]):
-            expert = expert_ids[row, k] - first
-            places[row, k] = following[expert]
-            rows[following[expert]] = row
-            following[expert] += 1
+            if expert_ids[row, k] < 0:
+                places[row, k] = -1
+                continue
+            number = numbers[expert_ids[row, k]]
+            places[row, k] = following[number]
+            rows[following[number]] = row
+            following[number] += 1
 
 
 def _gather(x: Float32, rows: Int64) -> Float32:
@@ -114,10 +127,19 @@ def _copy_rows(x: Any, rows: Any, out: Any) -> None:
 @kernel(types.void(ROWS, PLACES, ROWS, ROWS_OUT), parallel=True)
 def _combine(outputs: Any, places: Any, weights: Any, delta: Any) -> None:
     """delta[row] = the sum over k, in order, of the *rounded* products: no fused multiply-add,
-    so that expert parallelism, which adds elsewhere, gets the same bits."""
+    so that expert parallelism, which adds elsewhere, gets the same bits.  At -1 there is none."""
     for row in numba.prange(delta.shape[0]):
-        for c in range(delta.shape[1]):
-            delta[row, c] = weights[row, 0] * outputs[places[row, 0], c]
-        for k in range(1, places.shape[1]):
-            for c in range(delta.shape[1]):
-                delta[row, c] += weights[row, k] * outputs[places[row, k], c]
+        is_first = True
+        for k in range(places.shape[1]):
+            place = places[row, k]
+            if place < 0:
+                continue
+            if is_first:
+                for c in range(delta.shape[1]):
+                    delta[row, c] = weights[row, k] * outputs[place, c]
+            else:
+                for c in range(delta.shape[1]):
+                    delta[row, c] += weights[row, k] * outputs[place, c]
+            is_first = False
+        if is_first:
+            delta[row] = np.float32(0)

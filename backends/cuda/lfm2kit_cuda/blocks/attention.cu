@@ -29,7 +29,7 @@ __device__ void norm_and_rotate_head(const INNER* from, INNER* to, const float* 
     b[p] = i < kHalf ? INNER::to_float(from[i + kHalf]) : 0;
     squares = fmaf(b[p], b[p], fmaf(a[p], a[p], squares));
   }
-  float scale = 1 / sqrtf(warp_sum(squares) / HEAD_DIM + eps);
+  float scale = inverse_rms(warp_sum(squares), HEAD_DIM, eps);
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     int i = lane + p * kWarp;

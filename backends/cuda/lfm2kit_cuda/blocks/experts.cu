@@ -1,5 +1,5 @@
 // Around the grouped products of the experts: grouping (token, k) pairs by expert, and the
-// weighted sum over k.  t tokens, h hidden_size, p pairs = tokens * TAKEN.
+// weighted sum over k.  t tokens, h hidden_size, p pairs = tokens * TAKEN, l local experts.
 #include "dependent.cuh"
 #include "even_tiles.cuh"
 #include "types.cuh"
@@ -7,6 +7,7 @@
 
 constexpr int kWarp = 32, kThreads = 1024, kWarps = kThreads / kWarp;
 constexpr int kIds = 4;        // that a lane asks for at once
+constexpr int kNobody = -1, kNoPair = -2;  // in the place of an expert's id
 constexpr int kAlignment = 8;  // an expert's first slot is a multiple of it, as products want it
 
 __device__ inline int slots_of(int rows) { return (rows + kAlignment - 1) / kAlignment * kAlignment; }
@@ -30,34 +31,42 @@ struct Tiles {
   }
 };
 
-// The local numbers of the experts of pairs p0 + lane, p0 + lane + 32, ...; -1 from `end` on.
-__device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int first_expert,
-                                int (&ids)[kIds]) {
+extern __shared__ int counts_e[];  // of every id; behind them, the ids of the local experts
+
+struct Grouping {  // shared by the threads of `group_by_expert`
+  int before_w[kWarps], slot0, tall0, low0, all_tiles;
+};
+__shared__ Grouping grouping;
+
+// The ids of pairs p0 + lane, p0 + lane + 32, ...; kNoPair from `end` on.
+__device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int (&ids)[kIds]) {
   int pair = p0 + threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < kIds; ++i)
-    ids[i] = pair + i * kWarp < end ? expert_ids_p[pair + i * kWarp] - first_expert : -1;
+    ids[i] = pair + i * kWarp < end ? expert_ids_p[pair + i * kWarp] : kNoPair;
 }
 
 // Sorts the pairs by expert, in order within each, and lists the tiles of rows: a block per local
 // expert, which counts all pairs.  Experts with many rows have their tiles first, so that the
 // longest work starts first; among equals the lower id.  By height, the highest tiles come first: who
 // is dealt tiles in turns then gets his share of each height.
+//   experts_l       the ids of the local experts, all below `experts`; all else is by local number
 //   source_p[slot]  the token whose row a slot holds; -1 for none, of `slots`
-//   place_p[pair]   the slot of a pair
+//   place_p[pair]   the slot of a pair; -1 if it is nobody's
 //   tiles           (expert, first slot, slots, the expert's first tile of the kind | its tiles of the
 //                   kind << 16) each; *tile_count of them
 extern "C" __global__ void __launch_bounds__(kThreads)
-    group_by_expert(const int* expert_ids_p, int pairs, int first_expert, int* source_p, int slots,
-                    int* place_p, int4* tiles, int* tile_count, int tile_rows, int step,
-                    int by_height) {
-  extern __shared__ int counts_e[];
-  __shared__ int before_w[kWarps];
-  __shared__ int slot0, tall0, low0, all_tiles;
+    group_by_expert(const int* expert_ids_p, int pairs, const int* experts_l, int experts,
+                    int* source_p, int slots, int* place_p, int4* tiles, int* tile_count,
+                    int tile_rows, int step, int by_height) {
+  auto& [before_w, slot0, tall0, low0, all_tiles] = grouping;
+  int* ids_l = counts_e + experts;
   int expert = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int e = threadIdx.x; e < gridDim.x; e += kThreads) counts_e[e] = 0;
+  for (int e = threadIdx.x; e < experts; e += kThreads) counts_e[e] = 0;
+  for (int e = threadIdx.x; e < gridDim.x; e += kThreads) ids_l[e] = experts_l[e];
   if (threadIdx.x == 0) slot0 = tall0 = low0 = all_tiles = 0;
   __syncthreads();
+  int its_id = ids_l[expert];
 
   // Each warp looks through a range of the pairs: how many are of which expert?
   int range = (pairs + kWarps - 1) / kWarps, begin = min(warp * range, pairs);
@@ -66,19 +75,19 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   let_next_start();
   for (int p0 = begin; p0 < end; p0 += kIds * kWarp) {
     int ids[kIds];
-    read_ids(expert_ids_p, p0, end, first_expert, ids);
+    read_ids(expert_ids_p, p0, end, ids);
 #pragma unroll
     for (int id : ids) {
       if (id >= 0) atomicAdd(&counts_e[id], 1);
-      mine += __popc(__ballot_sync(~0u, id == expert));
+      mine += __popc(__ballot_sync(~0u, id == its_id));
     }
   }
   if (lane == 0) before_w[warp] = mine;
   __syncthreads();
-  int rows = counts_e[expert];
+  int rows = counts_e[its_id];
   Tiles of_expert(rows, tile_rows, step, by_height);
   for (int e = threadIdx.x; e < gridDim.x; e += kThreads) {
-    int its = counts_e[e];
+    int its = counts_e[ids_l[e]];
     Tiles its_tiles(its, tile_rows, step, by_height);
     bool precedes = its > rows || (its == rows && e < expert);
     if (e < expert) atomicAdd(&slot0, slots_of(its));
@@ -92,15 +101,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int w = 0; w < warp; ++w) slot += before_w[w];
   for (int p0 = begin; p0 < end; p0 += kIds * kWarp) {
     int ids[kIds];
-    read_ids(expert_ids_p, p0, end, first_expert, ids);
+    read_ids(expert_ids_p, p0, end, ids);
 #pragma unroll
     for (int i = 0; i < kIds; ++i) {
-      u32 matches = __ballot_sync(~0u, ids[i] == expert);
-      if (ids[i] == expert) {
-        int pair = p0 + i * kWarp + lane, at = slot + __popc(matches & ((1u << lane) - 1));
+      u32 matches = __ballot_sync(~0u, ids[i] == its_id);
+      int pair = p0 + i * kWarp + lane;
+      if (ids[i] == its_id) {
+        int at = slot + __popc(matches & ((1u << lane) - 1));
         source_p[at] = pair / TAKEN;
         place_p[pair] = at;
       }
+      if (expert == 0 && ids[i] == kNobody) place_p[pair] = -1;
       slot += __popc(matches);
     }
   }
@@ -119,6 +130,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // delta_th[t] = sum_k weights_p[t, k] * outputs_ph[place_p[t, k]]: each product rounded, added in
 // the order of k from the first, so that expert parallelism, which adds elsewhere, has these bits.
+// What is nobody's counts as -0, which changes no bit of a sum; where nobody adds, the sum is +0.
 // A block per token; all that it reads is asked for before the first is used.
 template <class Stored>
 __device__ void combine(const Stored* outputs_ph, const int* place_p, const float* weights_p,
@@ -128,9 +140,13 @@ __device__ void combine(const Stored* outputs_ph, const int* place_p, const floa
   let_next_start();
   const Stored* from[TAKEN];
   float weight[TAKEN];
+  bool is_there[TAKEN], is_any_there = false;
 #pragma unroll
   for (int k = 0; k < TAKEN; ++k) {
-    from[k] = outputs_ph + size_t(place_p[token * TAKEN + k]) * h;
+    int place = place_p[token * TAKEN + k];
+    is_there[k] = place >= 0;
+    is_any_there |= is_there[k];
+    from[k] = outputs_ph + size_t(max(place, 0)) * h;  // what is nobody's is read and not used
     weight[k] = weights_p[token * TAKEN + k];
   }
   for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {
@@ -139,10 +155,12 @@ __device__ void combine(const Stored* outputs_ph, const int* place_p, const floa
     for (int k = 0; k < TAKEN; ++k) outputs[k] = load(from[k] + i);
 #pragma unroll
     for (int v = 0; v < VECTOR; ++v) {
-      sum.of[v] = __fmul_rn(weight[0], outputs[0].of[v]);
+      sum.of[v] = is_any_there ? -0.0f : 0.0f;
 #pragma unroll
-      for (int k = 1; k < TAKEN; ++k)
-        sum.of[v] = __fadd_rn(sum.of[v], __fmul_rn(weight[k], outputs[k].of[v]));
+      for (int k = 0; k < TAKEN; ++k) {
+        float product = __fmul_rn(weight[k], outputs[k].of[v]);
+        sum.of[v] = __fadd_rn(sum.of[v], is_there[k] ? product : -0.0f);
+      }
     }
     store(delta_th + token * h + i, sum);
   }

@@ -8,10 +8,11 @@ import cupy
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Weights
+from lfm2kit.backend import Block, Weights
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Activations, Arithmetic, RowTiles, padded
+from lfm2kit_cuda.upload import upload
 
 GROUP_THREADS, COMBINE_THREADS = 1024, 512
 ALIGNMENT = 8  # as in experts.cu
@@ -40,7 +41,9 @@ class Experts:
             [weights[f"experts.{e}.{name}.weight"] for e in spec.local_experts]
             for name in ("w1", "w3", "w2")
         )
-        self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack_down(w2)
+        self.local = upload(np.array(spec.local_experts, np.int32))
+        if spec.local_experts:
+            self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack_down(w2)
 
     def __call__(
         self, x: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
@@ -51,9 +54,11 @@ class Experts:
         self, rounded: Any, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
     ) -> cupy.ndarray:
         """As a call, of an input that is rounded already."""
-        tiles, place = grouped_by_expert(expert_ids, self.spec.local_experts, self.gemm)
-        outputs = self.gemm.down(self.gemm.gated(rounded, self.w13, tiles), self.w2, tiles)
         h, (tokens, taken) = self.spec.hidden_size, expert_ids.shape
+        if not self.spec.local_experts:
+            return cupy.zeros((tokens, h), cupy.float32)  # every pair is nobody's
+        tiles, place = grouped_by_expert(expert_ids, self.local, self.spec.num_experts, self.gemm)
+        outputs = self.gemm.down(self.gemm.gated(rounded, self.w13, tiles), self.w2, tiles)
         delta = cupy.empty((tokens, h), cupy.float32)
         combine = _kernel(f"combine_{COMBINED[outputs.dtype.type]}", taken, h)
         combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, h)
@@ -61,8 +66,16 @@ class Experts:
 
 
 class SparseMoe:
-    def __init__(self, spec: specs.SparseMoe, weights: Weights, gemm: Arithmetic) -> None:
-        self.router = Router(spec.router, weights, gemm)
+    """With a `choice` that is computed elsewhere, its router takes that one."""
+
+    def __init__(
+        self,
+        spec: specs.SparseMoe,
+        weights: Weights,
+        gemm: Arithmetic,
+        choice: Block | None = None,
+    ) -> None:
+        self.router = Router(spec.router, weights, gemm, choice)
         self.experts = Experts(spec.experts, weights, gemm)
 
     def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
@@ -74,19 +87,23 @@ class SparseMoe:
 
 
 def grouped_by_expert(
-    expert_ids: cupy.ndarray, local: range, gemm: Arithmetic
+    expert_ids: cupy.ndarray, local: cupy.ndarray, experts: int, gemm: Arithmetic
 ) -> tuple[RowTiles, cupy.ndarray]:
-    """The (token, k) pairs sorted by expert; and where each pair went, int32 [pairs]."""
+    """The (token, k) pairs sorted by expert; and where each pair went, int32 [pairs].
+
+    `local` int32 are the ids of the experts that are here, of `experts` in all.  A pair that is
+    nobody's (-1) goes nowhere: -1.
+    """
     pairs, taken = expert_ids.size, expert_ids.shape[1]
     slots = padded(pairs + (ALIGNMENT - 1) * min(pairs, len(local)), ALIGNMENT)
     source, place = cupy.empty(slots, cupy.int32), cupy.empty(pairs, cupy.int32)
     tiling = gemm.tiling(pairs, len(local))
     tiles = cupy.empty((min(pairs, pairs // tiling.rows + len(local)), 4), cupy.int32)
     count = cupy.empty(1, cupy.int32)
-    group = _kernel("group_by_expert", taken, shared_bytes=4 * len(local))
+    group = _kernel("group_by_expert", taken, shared_bytes=4 * (experts + len(local)))
     group(
-        (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, local.start, source,
-        slots, place, tiles, count, *tiling,
+        (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, local, experts,
+        source, slots, place, tiles, count, *tiling,
     )  # fmt: skip
     return RowTiles(slots, tiling, tiles, count, source), place
 

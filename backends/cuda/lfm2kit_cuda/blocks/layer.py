@@ -1,20 +1,24 @@
-"""A whole layer: its norms round x for the products that follow, in the pass that makes it."""
+"""A whole layer: its norms round x for the products that follow, in the pass that makes it.
+
+The choice of experts may lie elsewhere: on the CPU, in `hybrid`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import cupy
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Weights
+from lfm2kit.backend import Batch, Block, Weights
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, SparseMoe
 from lfm2kit_cuda.blocks.rows import RMSNorm
 from lfm2kit_cuda.blocks.short_conv import ShortConv
 from lfm2kit_cuda.products import Arithmetic
 
-PARTS = {
+PARTS: dict[type[specs.Spec], Any] = {
     specs.RMSNorm: RMSNorm,
     specs.ShortConv: ShortConv,
     specs.Attention: Attention,
@@ -23,11 +27,23 @@ PARTS = {
 }
 
 
+CHOICE = "feed_forward.router.choice"  # the part that may be computed elsewhere
+
+
 class Layer:
-    def __init__(self, spec: specs.Layer, weights: Weights, gemm: Arithmetic) -> None:
+    def __init__(
+        self,
+        spec: specs.Layer,
+        weights: Weights,
+        gemm: Arithmetic,
+        elsewhere: Mapping[str, Block] | None = None,
+    ) -> None:
+        given = {"feed_forward": {"choice": elsewhere[CHOICE]}} if elsewhere else {}
         parts: dict[str, Any] = {
-            part.role: PARTS[type(part.spec)](part.spec, weights.scope(part.scope), gemm)
-            for part in spec.parts()
+            p.role: PARTS[type(p.spec)](
+                p.spec, weights.scope(p.scope), gemm, **given.get(p.role, {})
+            )
+            for p in spec.parts()
         }
         self.operator_norm, self.operator = parts["operator_norm"], parts["operator"]
         self.ffn_norm, self.feed_forward = parts["ffn_norm"], parts["feed_forward"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import cupy
 
-from lfm2kit.backend import Block
+from lfm2kit.backend import Block, Operator, State
 from lfm2kit_cuda.device import on_device
 
 
@@ -16,7 +16,8 @@ class OnDevice:
     def __init__(self, block: Block, device: int) -> None:
         self._block = block
         self._device = device
-        if hasattr(block, "new_state"):
+        if isinstance(block, Operator):
+            self._operator = block
             self.new_state = self._new_state
             self.state_bytes = block.state_bytes
 
@@ -24,12 +25,12 @@ class OnDevice:
         with on_device(self._device):
             return self._block(*inputs)
 
-    def _new_state(self, *room: Any) -> Any:
+    def _new_state(self, *room: Any) -> State:
         """Return the block's new state, which any stream may use.
 
         Its memory may have been another array's, which the current stream is still to read.
         """
         with on_device(self._device):
-            state = self._block.new_state(*room)  # type: ignore[attr-defined]
+            state = self._operator.new_state(*room)
             cupy.cuda.get_current_stream().synchronize()
             return state

@@ -1,8 +1,9 @@
 // The router: scores = sigmoid(gate x), the TAKEN best of EXPERTS by score + bias, their weights.
+// Together `logits` and `choose_by_sums`; the scores alone `logits` and `score`; the choice `choose`.
 // t tokens, h hidden_size, e = EXPERTS, k = TAKEN.  Float32 in every precision.
 //
 // HIDDEN is cut into kSplits x kWarps pieces of kPiece: `logits` sums each piece on its own, in
-// order, and adds a block's pieces in order; `choose` adds the blocks' sums in order.  So a row's
+// order, and adds a block's pieces in order; `score_of` adds the blocks' sums in order.  So a row's
 // bits depend neither on the rows beside it nor on how many there are.
 #include "async_copy.cuh"
 #include "dependent.cuh"
@@ -104,37 +105,44 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
 // In double, rounded once: exactly 1 or 0 where float has nothing between.
 __device__ inline float sigmoid(float logit) { return float(1 / (1 + exp(-double(logit)))); }
 
+// The score of a row's expert, from the sums of its logit; 0 where there is no such expert.
+__device__ inline float score_of(const float* sums_ste, int tokens, int row, int expert) {
+  float sums[kSplits], logit = 0;
+#pragma unroll
+  for (int s = 0; s < kSplits; ++s)
+    sums[s] = expert < EXPERTS ? sums_ste[(size_t(s) * tokens + row) * EXPERTS + expert] : 0;
+#pragma unroll
+  for (int s = 0; s < kSplits; ++s) logit += sums[s];
+  return sigmoid(logit);
+}
+
+// Blocks are (rows, panel); a warp has a row, its lanes the experts of a panel.
+extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
+    score(const float* sums_ste, float* scores_te, int tokens) {
+  int row = blockIdx.x * kChoosingRows + threadIdx.x / kWarp;
+  int expert = blockIdx.y * kPanel + threadIdx.x % kWarp;
+  wait_for_previous();
+  let_next_start();
+  if (row < tokens && expert < EXPERTS)
+    scores_te[size_t(row) * EXPERTS + expert] = score_of(sums_ste, tokens, row, expert);
+}
+
 // Larger for a larger float, and never 0.
 __device__ inline u32 rank_of(float x) {
   u32 bits = __float_as_uint(x + 0.0f);  // no -0
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// A warp per row: lane e has the experts e, e + 32, ...  Where a score is NaN, which has no order, the
-// bias selects alone, and the weights are NaN.
-extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
-    choose(const float* sums_ste, const float* bias_e, int* expert_ids_tk,
-           float* expert_weights_tk, int tokens, int normalise, float scaling) {
+// Of a row, by a warp: lane e has the experts e, e + 32, ...  Where a score is NaN, which has no
+// order, the bias selects alone, and the weights are NaN.
+__device__ inline void choose_of_row(const float (&score)[kPanels], const float* bias_e,
+                                     int* expert_ids_k, float* expert_weights_k, int normalise,
+                                     float scaling) {
   int lane = threadIdx.x % kWarp;
-  int row = blockIdx.x * kChoosingRows + threadIdx.x / kWarp;
-  wait_for_previous();
-  let_next_start();
-  if (row >= tokens) return;
-  float score[kPanels];
   u32 rank[kPanels];  // 0 where there is no expert, or it is taken
   bool is_nan = false;
 #pragma unroll
-  for (int p = 0; p < kPanels; ++p) {
-    int expert = lane + p * kWarp;
-    float sums[kSplits], logit = 0;
-#pragma unroll
-    for (int s = 0; s < kSplits; ++s)
-      sums[s] = expert < EXPERTS ? sums_ste[(size_t(s) * tokens + row) * EXPERTS + expert] : 0;
-#pragma unroll
-    for (int s = 0; s < kSplits; ++s) logit += sums[s];
-    score[p] = sigmoid(logit);
-    is_nan |= score[p] != score[p];
-  }
+  for (int p = 0; p < kPanels; ++p) is_nan |= score[p] != score[p];
   is_nan = __any_sync(~0u, is_nan);
 #pragma unroll
   for (int p = 0; p < kPanels; ++p) {
@@ -169,9 +177,42 @@ extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
   if (lane > 0) return;
 #pragma unroll
   for (int k = 0; k < TAKEN; ++k) {
-    size_t at = size_t(row) * TAKEN + k;
     float weight = normalise ? weights[k] / (total + 1e-6f) : weights[k];
-    expert_ids_tk[at] = ids[k];
-    expert_weights_tk[at] = is_nan ? __int_as_float(0x7fc00000) : weight * scaling;
+    expert_ids_k[k] = ids[k];
+    expert_weights_k[k] = is_nan ? __int_as_float(0x7fc00000) : weight * scaling;
   }
+}
+
+// A warp per row.
+extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
+    choose_by_sums(const float* sums_ste, const float* bias_e, int* expert_ids_tk,
+                   float* expert_weights_tk, int tokens, int normalise, float scaling) {
+  int row = blockIdx.x * kChoosingRows + threadIdx.x / kWarp;
+  wait_for_previous();
+  let_next_start();
+  if (row >= tokens) return;
+  float score[kPanels];
+#pragma unroll
+  for (int p = 0; p < kPanels; ++p)
+    score[p] = score_of(sums_ste, tokens, row, threadIdx.x % kWarp + p * kWarp);
+  choose_of_row(score, bias_e, expert_ids_tk + size_t(row) * TAKEN,
+                expert_weights_tk + size_t(row) * TAKEN, normalise, scaling);
+}
+
+// As `choose_by_sums`, of scores that are there already.
+extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
+    choose(const float* scores_te, const float* bias_e, int* expert_ids_tk,
+           float* expert_weights_tk, int tokens, int normalise, float scaling) {
+  int row = blockIdx.x * kChoosingRows + threadIdx.x / kWarp;
+  wait_for_previous();
+  let_next_start();
+  if (row >= tokens) return;
+  float score[kPanels];
+#pragma unroll
+  for (int p = 0; p < kPanels; ++p) {
+    int expert = threadIdx.x % kWarp + p * kWarp;
+    score[p] = expert < EXPERTS ? scores_te[size_t(row) * EXPERTS + expert] : 0;
+  }
+  choose_of_row(score, bias_e, expert_ids_tk + size_t(row) * TAKEN,
+                expert_weights_tk + size_t(row) * TAKEN, normalise, scaling);
 }

@@ -1,4 +1,4 @@
-"""The router, in float32 whatever the precision."""
+"""The router and its two parts, in float32 whatever the precision."""
 
 from __future__ import annotations
 
@@ -7,42 +7,93 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import Weights
-from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit.backend import Block, Weights
+from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Arithmetic, padded
 from lfm2kit_cuda.upload import upload
 
 # As in router.cu.
 SPLITS, WARPS, ROWS, CHOOSING_ROWS, PANEL, MOST_STEP = 16, 4, 16, 8, 32, 64
 
+Routing = tuple[cupy.ndarray, cupy.ndarray]  # expert_ids, expert_weights
 
-class Router:
-    def __init__(self, spec: specs.Router, weights: Weights, gemm: Arithmetic) -> None:
+
+class Scores:
+    def __init__(self, spec: specs.Scores, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec
         self.gate = upload(_panels(weights.float32("gate.weight")))
-        self.bias = upload(weights.float32("expert_bias")) if spec.use_expert_bias else None
-        constants = {
-            "HIDDEN": spec.hidden_size,
-            "VECTOR": 4 if spec.hidden_size % 4 == 0 else 1,
-            "EXPERTS": spec.num_experts,
-            "TAKEN": spec.num_experts_per_tok,
-        }
-        self.logits = load_kernel("blocks/router", "logits", **constants)
-        self.choose = load_kernel("blocks/router", "choose", **constants)
+        self.logits = _kernel("logits", spec.num_experts, hidden_size=spec.hidden_size)
+        self.score = _kernel("score", spec.num_experts, hidden_size=spec.hidden_size)
 
-    def __call__(self, x: cupy.ndarray) -> tuple[cupy.ndarray, cupy.ndarray]:
-        s, tokens = self.spec, len(x)
-        sums = cupy.empty((SPLITS, tokens, s.num_experts), cupy.float32)
-        self.logits(
-            (-(-tokens // ROWS), SPLITS, len(self.gate)), 32 * WARPS, x, self.gate, sums, tokens
+    def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
+        scores = cupy.empty((len(x), self.spec.num_experts), cupy.float32)
+        grid = -(-len(x) // CHOOSING_ROWS), len(self.gate)
+        self.score(grid, 32 * CHOOSING_ROWS, self.sums(x), scores, len(x))
+        return scores
+
+    def sums(self, x: cupy.ndarray) -> cupy.ndarray:
+        """Returns the logits in parts that are yet to be added: [SPLITS, tokens, num_experts]."""
+        sums = cupy.empty((SPLITS, len(x), self.spec.num_experts), cupy.float32)
+        grid = -(-len(x) // ROWS), SPLITS, len(self.gate)
+        self.logits(grid, 32 * WARPS, x, self.gate, sums, len(x))
+        return sums
+
+
+class Choice:
+    def __init__(self, spec: specs.Choice, weights: Weights, gemm: Arithmetic) -> None:
+        self.spec = spec
+        self.bias = upload(weights.float32("expert_bias")) if spec.use_expert_bias else None
+        kernels = (
+            _kernel(name, spec.num_experts, taken=spec.num_experts_per_tok)
+            for name in ("choose", "choose_by_sums")
         )
-        shape = (tokens, s.num_experts_per_tok)
+        self.choose, self.choose_by_sums = kernels
+
+    def __call__(self, scores: cupy.ndarray) -> Routing:
+        return self._call(self.choose, scores, len(scores))
+
+    def by_sums(self, sums: cupy.ndarray) -> Routing:
+        """As a call, of what `Scores.sums` returned."""
+        return self._call(self.choose_by_sums, sums, sums.shape[1])
+
+    def _call(self, kernel: Kernel, given: cupy.ndarray, tokens: int) -> Routing:
+        s, shape = self.spec, (tokens, self.spec.num_experts_per_tok)
         ids, weights = cupy.empty(shape, cupy.int32), cupy.empty(shape, cupy.float32)
-        self.choose(
-            (-(-tokens // CHOOSING_ROWS),), 32 * CHOOSING_ROWS, sums, self.bias, ids, weights,
+        kernel(
+            (-(-tokens // CHOOSING_ROWS),), 32 * CHOOSING_ROWS, given, self.bias, ids, weights,
             tokens, s.norm_topk_prob, s.routed_scaling_factor,
         )  # fmt: skip
         return ids, weights
+
+
+class Router:
+    """With a `choice` that is computed elsewhere, the scores are given to it."""
+
+    def __init__(
+        self,
+        spec: specs.Router,
+        weights: Weights,
+        gemm: Arithmetic,
+        choice: Block | None = None,
+    ) -> None:
+        self.scores = Scores(spec.scores, weights, gemm)
+        self.choice: Block = choice or Choice(spec.choice, weights, gemm)
+
+    def __call__(self, x: cupy.ndarray) -> Routing:
+        if isinstance(self.choice, Choice):
+            return self.choice.by_sums(self.scores.sums(x))
+        expert_ids, expert_weights = self.choice(self.scores(x))
+        return expert_ids, expert_weights
+
+
+def _kernel(name: str, experts: int, hidden_size: int = 4, taken: int = 1) -> Kernel:
+    constants = {
+        "HIDDEN": hidden_size,
+        "VECTOR": 4 if hidden_size % 4 == 0 else 1,
+        "EXPERTS": experts,
+        "TAKEN": taken,
+    }
+    return load_kernel("blocks/router", name, **constants)
 
 
 def _panels(gate: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

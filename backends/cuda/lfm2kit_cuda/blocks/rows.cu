@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     for (int v = 0; v < VECTOR; ++v) squares = fmaf(values[p].of[v], values[p].of[v], squares);
   }
-  float scale = 1 / sqrtf(block_sum<kThreads>(squares, sums) / HIDDEN + eps);
+  float scale = inverse_rms(block_sum<kThreads>(squares, sums), HIDDEN, eps);
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
     int i = p * kStep + threadIdx.x * VECTOR;

@@ -5,6 +5,11 @@ constexpr int kWarp = 32;
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
+// 1 / sqrt(the mean of `size` squares + eps); NaN where their sum is not finite: 1 / inf would hide it.
+__device__ inline float inverse_rms(float squares, int size, float eps) {
+  return squares < infinity() ? 1 / sqrtf(squares / size + eps) : __int_as_float(0x7fc00000);
+}
+
 __device__ inline float warp_sum(float x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
   return x;

@@ -16,8 +16,8 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.model import Forward
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.rewrites.trim import TRIM, TrimmedLayer, rows_of, trim
 from lfm2kit.state import Room
-from lfm2kit.trim import TrimmedLayer, trim
 from tests.core.small import build, small_spec
 from tests.core.test_model import DeviceBackend, Elsewhere, FusingBackend, Recorded
 
@@ -50,7 +50,7 @@ def asking_for(batch: Batch, rows: list[int]) -> Batch:
 
 def assert_same_bits(spec: specs.Model, batch: Batch, plan: str, **backends: Any) -> None:
     whole = build(spec, plan, backends).logits(batch).copy()
-    trimmed = build(trim(spec), plan, backends).logits(replace(batch))
+    trimmed = build(spec, plan, backends, rewrites=[TRIM]).logits(replace(batch))
     assert trimmed.shape == (len(batch.logits_rows), 50)
     assert np.array_equal(whole, trimmed)
 
@@ -88,7 +88,7 @@ def test_any_rows_may_be_wanted(pattern: str, kernel_size: int, rows: list[int])
 
 
 def test_a_batch_of_no_sequences_gives_no_logits() -> None:
-    model = build(trim(spec_of("as released")))
+    model = build(spec_of("as released"), rewrites=[TRIM])
     assert model.logits(Batch.of_sequences([])).shape == (0, 50)
 
 
@@ -120,7 +120,7 @@ class Rows:
 def test_as_released_5_and_3_rows_of_16_and_the_last_are_left() -> None:
     """The last six layers of LFM2-8B-A1B: attention, conv, conv, attention, conv, conv."""
     rows = Rows()
-    model = build(trim(spec_of("as released")), wrap=rows.wrap)
+    model = build(spec_of("as released"), rewrites=[TRIM], wrap=rows.wrap)
     model.logits(Batch.of_sequences(random_sequences(*[16] * 10)))
     for i, (came, went) in enumerate([(16, 16)] * 3 + [(16, 5), (5, 3), (3, 1)]):
         assert rows.seen[f"layers.{i}"] == (10 * came, 10 * went)
@@ -165,7 +165,7 @@ def test_what_a_backend_builds_whole_stays_so_before_the_trimmed_layers(
 ) -> None:
     backend = FusingBackend(fused, Forward)
     spec, batch = spec_of("as released"), Batch.of_sequences(random_sequences(*LENGTHS))
-    trimmed = build(trim(spec), "fusing", {"fusing": backend}).logits(batch)
+    trimmed = build(spec, "fusing", {"fusing": backend}, rewrites=[TRIM]).logits(batch)
     assert np.array_equal(trimmed, build(spec).logits(batch))
     assert backend.made == count
 
@@ -190,7 +190,7 @@ class ReplayingBackend(DeviceBackend):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_captured_forward_copies_nothing_and_follows_the_ids(pattern: str) -> None:
     spec, backend = spec_of(pattern), ReplayingBackend()
-    model, whole = build(trim(spec), "replaying", {"replaying": backend}), build(spec)
+    model, whole = build(spec, "replaying", {"replaying": backend}, rewrites=[TRIM]), build(spec)
     rng = np.random.default_rng(1)
     for _ in range(3):
         batch = Batch.of_sequences([rng.integers(50, size=n) for n in LENGTHS])
@@ -199,20 +199,20 @@ def test_a_captured_forward_copies_nothing_and_follows_the_ids(pattern: str) -> 
 
 def test_rows_of_a_batch_are_found_once_in_each_memory() -> None:
     batch, there = Batch.of_sequences(random_sequences(16, 3)), Elsewhere()
-    rows = batch.trimmed(4, 2)
-    assert batch.trimmed(4, 2) is rows
-    assert batch.on(there).trimmed(4, 2) is rows.on(there)
+    rows = rows_of(batch, 4, 2)
+    assert rows_of(batch, 4, 2) is rows
+    assert rows_of(batch.on(there), 4, 2) is rows.on(there)
     assert rows.cu_seqlens.tolist() == [0, 5, 8]
     assert rows.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert rows.logits_rows.tolist() == [2, 3, 4, 5, 6, 7]
     assert rows.logits_rows.dtype == rows.positions.dtype == np.int32
     assert batch.logits_rows.tolist() == [15, 18]
-    assert asking_for(batch, [15]).trimmed(4, 2).cu_seqlens.tolist() == [0, 5]
+    assert rows_of(asking_for(batch, [15]), 4, 2).cu_seqlens.tolist() == [0, 5]
 
 
 def test_a_trimmed_model_has_no_state() -> None:
     with pytest.raises(Lfm2kitError, match="a trimmed model has no state"):
-        build(trim(spec_of("as released"))).new_state(Room(1))
+        build(spec_of("as released"), rewrites=[TRIM]).new_state(Room(1))
 
 
 def test_a_backend_without_a_block_for_rows_in_a_layer_says_who_has_it() -> None:
@@ -221,4 +221,4 @@ def test_a_backend_without_a_block_for_rows_in_a_layer_says_who_has_it() -> None
             return "no rows" if spec.kind == "rows" else super().why_unsupported(spec)
 
     with pytest.raises(Lfm2kitError, match=r"layers\.5\.last_rows.*reference can build it"):
-        build(trim(spec_of("as released")), "reference,5=norows", {"norows": NoRows()})
+        build(spec_of("as released"), "reference,5=norows", {"norows": NoRows()}, rewrites=[TRIM])

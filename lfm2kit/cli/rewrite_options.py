@@ -1,0 +1,57 @@
+"""The options that choose rewrites: a flag for each of lfm2kit's own, --rewrite for plugins'.
+
+Plugins' rewrites have no flags of their own: a job's ranks read their command lines before they
+load plugins.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from lfm2kit.rewrites import built_in
+from lfm2kit.transport import World
+
+FLAGS = {r.name: r.summary for r in built_in(World(), None) if not r.is_automatic}
+
+
+def chosen(values: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the rewrites that these options choose, whose values it takes out of `values`."""
+    flags = [name for name in FLAGS if values.pop(_parameter(name))]
+    return (*flags, *(values.pop("rewrite") or []))
+
+
+def option_of(rewrite: str) -> str:
+    """Returns what the user types for a rewrite: "--NAME", or "--rewrite NAME"."""
+    return f"--{rewrite}" if rewrite in FLAGS else f"--rewrite {rewrite}"
+
+
+def settled(rewrites: Iterable[str]) -> dict[str, object]:
+    """Returns the value of each of these options, by its name."""
+    others = [name for name in rewrites if name not in FLAGS]
+    flags = {f"--{name}": name in rewrites for name in FLAGS}
+    return {**flags, "--rewrite": ",".join(others) or None}
+
+
+def parameters() -> list[inspect.Parameter]:
+    """Returns the parameters that Typer makes these options of."""
+    flags = [_option(name, bool, False, summary) for name, summary in FLAGS.items()]
+    summary = "A rewrite of a plugin's, as `lfm2kit backends` lists them; repeat it for several."
+    return [*flags, _option("rewrite", list[str] | None, None, summary, metavar="NAME")]
+
+
+def _option(name: str, kind: Any, default: Any, summary: str, **more: Any) -> inspect.Parameter:
+    option = typer.Option(f"--{name}", help=summary, **more)
+    return inspect.Parameter(
+        _parameter(name),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, option],
+    )
+
+
+def _parameter(name: str) -> str:
+    return name.replace("-", "_")

@@ -1,0 +1,28 @@
+"""How the core makes a larger block of its parts, where no backend builds it whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lfm2kit.backend import Block
+from lfm2kit.memory import Memory
+from lfm2kit.specs import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Makes a block of the blocks of its spec's parts: `make(spec, **blocks by role)`.
+
+    The parts are given and leave their arrays in `memory`, as the block itself does: where a part
+    lives elsewhere, the core moves its arrays.  A block that looks across tokens has the methods
+    of `lfm2kit.backend.Operator`.
+    """
+
+    make: Callable[..., Block]
+    memory: Memory
+    is_capturable: bool = True  # whether a recorded call does all that the first one did
+
+
+# By a spec's type, its join within the memory that surrounds it: `partial(Join, make)` stays there.
+Joins = Mapping[type[Spec], Callable[[Memory], Join]]

@@ -1,0 +1,23 @@
+"""Rewrites: changes to the model as data, before its blocks are placed.
+
+The rest of the core knows rewrites in general.  Only this package knows what each one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lfm2kit.joins import Join, Joins
+from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
+from lfm2kit.rewrites.rewrite import Rewrite, chosen, replaced, rewritten
+from lfm2kit.rewrites.trim import TRIM
+from lfm2kit.transport import Transport, World
+
+__all__ = ["Join", "Joins", "Rewrite", "built_in", "chosen", "replaced", "rewritten"]
+
+
+def built_in(world: World, transport: Transport | None) -> Iterator[Rewrite]:
+    """Yields lfm2kit's own rewrites, as a plugin's `lfm2kit_rewrites` yields others."""
+    yield TRIM
+    if world.size > 1:
+        yield experts_over_ranks(world, transport)

@@ -1,0 +1,148 @@
+"""Expert parallelism: every rank holds a share of each layer's experts; tokens travel to them.
+
+An `ExpertParallelMoe` takes the place of every `SparseMoe`.  The core joins it of a router and
+experts, which know nothing of other ranks, and of an exchange, which moves tokens between ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, NoReturn
+
+from lfm2kit.backend import Array, Block
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.joins import Join
+from lfm2kit.memory import HOST, Memory
+from lfm2kit.rewrites.host_exchange import HostExchange
+from lfm2kit.rewrites.rewrite import Rewrite, replaced
+from lfm2kit.specs import Experts, Model, Part, Router, SparseMoe, Spec
+from lfm2kit.transport import Exchange, ExchangeOffer, Exchanges, Traffic, Transport, World
+
+Owners = Callable[[int], Sequence[int]]  # of a number of experts: the rank that holds each of them
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertParallelMoe(Spec):
+    """(x) -> delta, as `SparseMoe`, with `experts.local_experts` on this rank, the rest on others.
+
+    x and delta [tokens, hidden_size] are this rank's own tokens, in the exchange's memory.  Every
+    rank calls its block the same number of times, with no tokens if need be.
+    """
+
+    router: Router
+    experts: Experts
+    owners: tuple[int, ...]  # the rank that holds each expert, [num_experts]
+    rank: int
+    kind: ClassVar[str] = "moe"
+
+    def parts(self) -> tuple[Part, ...]:
+        return Part("router", "", self.router), Part("experts", "", self.experts)
+
+    @property
+    def traffic(self) -> Traffic:
+        experts = self.experts
+        return Traffic(experts.hidden_size, experts.num_experts_per_tok, self.owners)
+
+    def note(self) -> str:
+        held = _in_words(self.experts.local_experts)
+        return f"rank {self.rank} holds {held} of {self.experts.num_experts}"
+
+
+def experts_over_ranks(
+    world: World, transport: Transport | None, owners: Owners | None = None
+) -> Rewrite:
+    """Returns the rewrite for rank `world.rank`: all of the model, but only its own experts.
+
+    Without `owners`, consecutive experts are shared out evenly.  Without a transport the model can
+    be planned, but not built.
+    """
+    owners = owners or partial(evenly, world.size)
+
+    def parallel(spec: Spec) -> Spec:
+        if not isinstance(spec, SparseMoe):
+            return spec
+        owner = tuple(int(rank) for rank in owners(spec.experts.num_experts))
+        experts = replace(spec.experts, local_experts=_held_by(world.rank, owner))
+        return ExpertParallelMoe(spec.router, experts, owner, world.rank)
+
+    def apply(model: Model) -> Model:
+        rewritten: Model = replaced(model, parallel)
+        return rewritten
+
+    return Rewrite(
+        name="experts-over-ranks",
+        summary="Share out each layer's experts over the ranks of a job.",
+        apply=apply,
+        joins={ExpertParallelMoe: partial(_join, transport)},
+        is_automatic=True,
+    )
+
+
+def evenly(size: int, num_experts: int) -> list[int]:
+    """Returns the rank that holds each expert if `share` gives `size` ranks theirs."""
+    return [((e + 1) * size - 1) // num_experts for e in range(num_experts)]
+
+
+def _held_by(rank: int, owners: Sequence[int]) -> tuple[int, ...]:
+    """Return the experts of `rank`."""
+    return tuple(e for e, owner in enumerate(owners) if owner == rank)
+
+
+def _join(transport: Transport | None, outer: Memory) -> Join:
+    """Returns how an `ExpertParallelMoe` is made of its parts within the memory `outer`."""
+    offer = _in_no_job() if transport is None else offered(transport, outer)
+
+    def make(spec: ExpertParallelMoe, router: Block, experts: Block) -> Block:
+        return ExpertParallel(router, experts, offer.create(spec.traffic))
+
+    return Join(make, offer.memory, offer.is_capturable)
+
+
+def offered(transport: Transport, outer: Memory) -> ExchangeOffer:
+    """Returns the transport's exchange for blocks in `outer`; the host's where it has none."""
+    offer = transport.exchange_in(outer) if isinstance(transport, Exchanges) else None
+    return offer or ExchangeOffer(HOST, partial(HostExchange, transport))
+
+
+def _in_no_job() -> ExchangeOffer:
+    """Returns what stands for an exchange in a plan."""
+
+    def create(traffic: Traffic) -> NoReturn:
+        raise Lfm2kitError("this is a plan of one rank's share of the model; it cannot be built")
+
+    return ExchangeOffer(HOST, create)
+
+
+class ExpertParallel:
+    """route -> dispatch -> experts -> combine.
+
+    A token goes to each of its experts as a row of its own, and every row's weighted output
+    comes back: the sum over a token's experts is then made here in the order of k, and has the
+    same bits as without expert parallelism.
+    """
+
+    def __init__(self, router: Block, experts: Block, exchange: Exchange) -> None:
+        self.router = router
+        self.experts = experts
+        self.exchange = exchange
+
+    def __call__(self, x: Array) -> Array:
+        expert_ids, expert_weights = self.router(x)
+        rows = self.exchange.dispatch(x, expert_ids, expert_weights)
+        return self.exchange.combine(self.experts(*rows))
+
+
+def _in_words(ids: Sequence[int]) -> str:
+    """Returns "experts 0-3, 7", "expert 5", or "no experts"."""
+    runs: list[list[int]] = []
+    for e in ids:
+        if runs and e == runs[-1][-1] + 1:
+            runs[-1].append(e)
+        else:
+            runs.append([e])
+    texts = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
+    if not texts:
+        return "no experts"
+    return f"{'expert' if len(ids) == 1 else 'experts'} {', '.join(texts)}"

@@ -1,0 +1,165 @@
+"""A transport whose ranks are threads of one process: several ranks in a test, in milliseconds.
+
+    def rank(transport):
+        model = set_up(checkpoint, plan, transport=transport).build()
+        return model.logits(batches[transport.world.rank])
+
+    logits = run_ranks(3, rank)  # what each rank returned
+
+Every rank builds blocks of its own, so a backend needs to bear several threads to be used in this
+way.  Whatever happens to a rank, no other one waits for it for ever.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.errors import BUG
+from lfm2kit.transport import JobError, World
+
+T = TypeVar("T")
+
+PATIENCE = 60.0  # seconds that a rank waits for the others
+
+
+class OthersEnded(Exception):  # noqa: N818 (a consequence, not an error)
+    """Raised in a rank that waits for a rank which has failed, or does not come."""
+
+
+class ThreadTransport:
+    """The collective operations of `lfm2kit.transport.Transport`, between threads.
+
+    `everyones` gives all ranks' values of any type: what an exchange for a test can be made of.
+    """
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self.world = World(rank, meeting.size, rank, meeting.size)
+        self._meeting = meeting
+
+    def everyones(self, value: Any, operation: str = "everyones") -> list[Any]:
+        """Returns the value that each rank brings to this call, in order of rank.
+
+        The values are not copied: a rank that changes its own one must wait in `barrier` first.
+        """
+        return self._meeting.swap(self.world.rank, operation, value)
+
+    def all_to_all(
+        self, rows: npt.NDArray[Any], send_counts: Sequence[int]
+    ) -> tuple[npt.NDArray[Any], list[int]]:
+        ends = np.cumsum(send_counts)[:-1]
+        sent = np.split(rows.copy(), ends)
+        came = [parts[self.world.rank] for parts in self.everyones(sent, "all_to_all")]
+        return np.concatenate(came), [len(part) for part in came]
+
+    def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        everyone = self.everyones(rows.copy(), "gather")
+        return np.concatenate(everyone) if self.world.rank == 0 else None
+
+    def barrier(self) -> None:
+        self.everyones(None, "barrier")
+
+    def finish(self, exit_code: int) -> None:
+        """Does nothing: a rank is done when its function returns."""
+
+    def abort(self, exit_code: int, reason: str, details: str = "") -> NoReturn:
+        raise JobError(f"rank {self.world.rank} of {self.world.size}: {reason}", exit_code, details)
+
+
+class Meeting:
+    """The place where the ranks of a job meet, to get what each one brings."""
+
+    def __init__(self, size: int, patience: float) -> None:
+        self.size = size
+        self._barrier = threading.Barrier(size, timeout=patience)
+        self._brought: list[tuple[str, Any]] = [("", None)] * size
+
+    def swap(self, rank: int, operation: str, value: Any) -> list[Any]:
+        """Returns every rank's value; JobError if the ranks are not in the same operation."""
+        self._brought[rank] = operation, value
+        self._wait()
+        everyone = list(self._brought)
+        self._wait()  # until everyone has looked, nobody brings the next one
+        if len({operation for operation, _ in everyone}) > 1:
+            said = ", ".join(f"rank {r} in {o}" for r, (o, _) in enumerate(everyone))
+            raise JobError(f"the ranks are in different operations: {said}", BUG)
+        return [value for _, value in everyone]
+
+    def end(self) -> None:
+        """Ends all waiting, now and later."""
+        self._barrier.abort()
+
+    def _wait(self) -> None:
+        try:
+            self._barrier.wait()
+        except threading.BrokenBarrierError:
+            raise OthersEnded from None
+
+
+class Ended(NamedTuple):
+    """How a rank ended: what it returned or raised."""
+
+    rank: int
+    result: Any
+    error: BaseException | None
+
+
+def run_ranks(
+    size: int,
+    rank: Callable[[ThreadTransport], T],
+    *,
+    make: Callable[[int, Meeting], ThreadTransport] = ThreadTransport,
+    patience: float = PATIENCE,
+) -> list[T]:
+    """Runs `rank(transport)` in a thread for each of `size` ranks; returns what they returned.
+
+    `make` makes a rank's transport, such as a subclass that has an exchange.  If a rank raises, the
+    others end at their next collective operation, and its error is raised here with a note that
+    names the rank.  Raises `JobError` if the ranks do not call the same operations, or if one does
+    not come to an operation within `patience` seconds.
+    """
+    meeting, ended = Meeting(size, patience), queue.SimpleQueue[Ended]()
+
+    def run(transport: ThreadTransport) -> None:
+        number, result = transport.world.rank, None
+        try:
+            result = rank(transport)
+            meeting.swap(number, "its end", None)
+            ended.put(Ended(number, result, None))
+        except BaseException as error:
+            meeting.end()
+            ended.put(Ended(number, None, error))
+
+    for number in range(size):
+        arguments = (make(number, meeting),)
+        threading.Thread(target=run, args=arguments, name=f"rank {number}", daemon=True).start()
+    try:
+        return _results(size, ended, patience)
+    finally:
+        meeting.end()
+
+
+def _results(size: int, ended: queue.SimpleQueue[Ended], patience: float) -> list[Any]:
+    """Waits for all ranks; after the first that fails, for the others only as long as allowed."""
+    by_rank: dict[int, Ended] = {}
+    while len(by_rank) < size:
+        has_failed = any(one.error is not None for one in by_rank.values())
+        try:
+            one = ended.get(timeout=patience if has_failed else None)
+        except queue.Empty:
+            break
+        by_rank[one.rank] = one
+    errors = {rank: one.error for rank, one in sorted(by_rank.items()) if one.error is not None}
+    for rank, error in errors.items():
+        if not isinstance(error, OthersEnded):
+            error.add_note(f"on rank {rank} of {size}")
+            raise error
+    if errors:
+        late = [rank for rank in range(size) if rank not in by_rank] or sorted(errors)
+        raise JobError(f"no word within {patience:g} s from the ranks {late} of {size}", BUG)
+    return [by_rank[rank].result for rank in range(size)]

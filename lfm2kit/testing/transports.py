@@ -1,0 +1,156 @@
+"""Checks of a transport: every rank of a job calls them, and each returns or raises `CheckFailed`.
+
+check_transport(transport)              the collective operations
+check_exchange(transport, memory)       its exchange for blocks in `memory`, or the host's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.memory import HOST, Memory
+from lfm2kit.rewrites.experts_over_ranks import evenly, offered
+from lfm2kit.testing.verdicts import CheckFailed
+from lfm2kit.transport import Exchange, Traffic, Transport
+
+Floats = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+
+RECORD = [("a", "<i4"), ("b", "<f4", 5)]
+ROWS: tuple[tuple[Any, tuple[int, ...]], ...] = (
+    ("<f4", (7,)), ("<i4", ()), ("<f8", (2, 3)), (RECORD, ()),
+)  # fmt: skip
+HIDDEN_SIZE = 6
+
+
+def check_transport(transport: Transport) -> None:
+    """Rows of any type reach the rank that they are sent to, in the order of the ranks."""
+    for dtype, shape in ROWS:
+        _check_all_to_all(transport, np.dtype(dtype), shape)
+    _check_gather(transport)
+    transport.barrier()
+
+
+def _check_all_to_all(transport: Transport, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    rank, size = transport.world.rank, transport.world.size
+    counts = [(3 * rank + to) % 4 for to in range(size)]  # some are 0
+    rows = np.repeat([_marked(dtype, shape, rank, to) for to in range(size)], counts, axis=0)
+    received, came = transport.all_to_all(rows, counts)
+    _require(came == [(3 * source + rank) % 4 for source in range(size)], f"counts {came} came")
+    expected = np.repeat([_marked(dtype, shape, s, rank) for s in range(size)], came, axis=0)
+    _require(
+        received.dtype == dtype and received.tobytes() == expected.tobytes(),
+        f"rows of {dtype} {shape} came in another order, or with other values",
+    )
+
+
+def _marked(dtype: np.dtype[Any], shape: tuple[int, ...], source: int, to: int) -> Any:
+    """Returns a row whose bytes say from whom it comes and to whom it goes."""
+    row = np.zeros(shape, dtype)
+    row.reshape(-1).view(np.uint8)[:] = 16 * (source % 16) + to % 16
+    return row
+
+
+def _check_gather(transport: Transport) -> None:
+    rank, size = transport.world.rank, transport.world.size
+    everyone = transport.gather(np.full((rank, 2), rank, np.float32))
+    if rank > 0:
+        _require(everyone is None, "gather returned rows on another rank than 0")
+        return
+    expected = np.repeat(np.arange(size), np.arange(size))
+    _require(
+        everyone is not None and np.array_equal(everyone, np.c_[expected, expected]),
+        "gather did not return every rank's rows in order of rank",
+    )
+
+
+class _Tokens(NamedTuple):
+    """A rank's tokens with their experts."""
+
+    x: Floats
+    expert_ids: Int32
+    expert_weights: Floats
+
+
+def check_exchange(transport: Transport, memory: Memory = HOST) -> None:
+    """A token's products come back to it, and are added in the order of k, bit for bit.
+
+    The experts stand anywhere, some ranks hold none, some have no tokens; ids of -1 are nobody's.
+    """
+    size = transport.world.size
+    offer = offered(transport, memory)
+    for number, (k, owners) in enumerate(_layers(size)):
+        exchange = offer.create(Traffic(HIDDEN_SIZE, k, tuple(owners)))
+        for call in range(3):  # whatever an exchange keeps from a call must not reach the next
+            tokens = _tokens([number, call, transport.world.rank], k, len(owners))
+            _check_one(transport, offer.memory, exchange, owners, tokens)
+
+
+def _layers(size: int) -> Iterator[tuple[int, list[int]]]:
+    """Yields numbers of experts per token, and the rank that holds each expert."""
+    yield 3, evenly(size, 5 * size + 1)
+    yield 2, evenly(size, max(2, size - 1))  # a rank has none, if there are more than two
+    yield 4, [(7 * e + 3) % size for e in range(9)]
+    yield 1, [size - 1] * 4
+
+
+def _tokens(seed: list[int], k: int, num_experts: int) -> _Tokens:
+    rng = np.random.default_rng(seed)
+    tokens = [0, 11, 3, 1][sum(seed) % 4]
+    x = rng.standard_normal((tokens, HIDDEN_SIZE), np.float32)
+    ids = rng.random((tokens, num_experts)).argsort(axis=1)[:, :k].astype(np.int32)
+    sizes = 10.0 ** rng.integers(-3, 4, (tokens, k))  # so that the order of adding shows
+    weights = (rng.random((tokens, k)) * sizes).astype(np.float32)
+    is_nobodys = rng.random((tokens, k)) < 0.2
+    is_nobodys[1::5] = True  # tokens of -1 alone
+    ids[is_nobodys] = -1
+    weights[is_nobodys] = np.nan
+    return _Tokens(x, ids, weights)
+
+
+def _check_one(
+    transport: Transport, memory: Memory, exchange: Exchange, owners: list[int], tokens: _Tokens
+) -> None:
+    rows = exchange.dispatch(*map(memory.from_host, tokens))
+    x, ids, weights = map(memory.to_host, rows)
+    _require(ids.shape == weights.shape == (len(x), 1), f"{len(x)} rows, but ids {ids.shape}")
+    strange = sorted({int(e) for e in ids.flat if e >= 0 and owners[e] != transport.world.rank})
+    _require(not strange, f"rows came for experts {strange}, which other ranks hold")
+    products = _products(x, ids, weights)[:, 0]  # NaN in rows of padding
+    delta = memory.to_host(exchange.combine(memory.from_host(np.ascontiguousarray(products))))
+    expected = _added(_products(*tokens), tokens.expert_ids)
+    _require(
+        delta.shape == expected.shape and delta.tobytes() == expected.tobytes(),
+        f"delta differs in {np.count_nonzero(delta != expected)} of {expected.size} numbers from "
+        "the products added in the order of k"
+        if delta.shape == expected.shape
+        else f"delta has the shape {delta.shape}, and not {expected.shape}",
+    )
+
+
+def _products(x: Floats, ids: Int32, weights: Floats) -> Floats:
+    """Returns the weighted outputs [rows, k, hidden_size] of experts that scale; NaN for -1."""
+    scale = np.where(ids < 0, np.float32(np.nan), np.sqrt(ids.astype(np.float32) + 2))
+    outputs: Floats = weights[:, :, None] * (scale.astype(np.float32)[:, :, None] * x[:, None])
+    return outputs
+
+
+def _added(products: Floats, ids: Int32) -> Floats:
+    """Returns the sum of each token's products in the order of k, without those of -1."""
+    delta = np.zeros((len(products), products.shape[2]), np.float32)
+    for t, row in enumerate(products):
+        taken = np.flatnonzero(ids[t] >= 0)
+        if len(taken):
+            delta[t] = row[taken[0]]
+        for k in taken[1:]:
+            delta[t] += row[k]
+    return delta
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise CheckFailed(otherwise)

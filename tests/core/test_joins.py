@@ -1,0 +1,123 @@
+"""Joins: where they work, what their parts are given, and whether a forward can be captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from lfm2kit.backend import HOST, Batch, Block, Memory, Spec
+from lfm2kit.joins import Join
+from lfm2kit.rewrites import Rewrite, replaced
+from lfm2kit.specs import MLP, Part
+from tests.core.small import build, small_spec
+from tests.core.test_model import Box, DeviceBackend, Recorded
+
+BATCH = Batch.of_sequences([[3, 1, 4, 1, 5], [9]])
+
+
+@dataclass(frozen=True, slots=True)
+class Seen(Spec):
+    """(x) -> delta, as the MLP; a block that notes the type of its arrays."""
+
+    mlp: MLP
+    kind: ClassVar[str] = "mlp"
+
+    def parts(self) -> tuple[Part, ...]:
+        return (Part("inner", "", self.mlp),)
+
+
+class Watching:
+    """Makes blocks that note the types of the arrays that they take and that their part gives."""
+
+    def __init__(self) -> None:
+        self.types: set[type] = set()
+        self.surroundings: list[str] = []
+
+    def make(self, spec: Seen, inner: Block) -> Block:
+        def block(x: Any) -> Any:
+            delta = inner(x)
+            self.types |= {type(x), type(delta)}
+            return delta
+
+        return block
+
+    def rewrite(self, memory: Memory | None = None, *, is_capturable: bool = True) -> Rewrite:
+        """A rewrite whose blocks work in `memory`; None: where their surroundings do."""
+
+        def join(surroundings: Memory) -> Join:
+            self.surroundings.append(surroundings.name)
+            return Join(self.make, memory or surroundings, is_capturable)
+
+        def seen(spec: Spec) -> Spec:
+            return Seen(spec) if isinstance(spec, MLP) else spec
+
+        return Rewrite("seen", "", lambda model: replaced(model, seen), {Seen: join})
+
+
+@pytest.mark.parametrize(
+    ("plan", "memory", "types", "copies"),
+    [
+        ("device", None, {Box}, 0),
+        ("device", HOST, {np.ndarray}, 4),  # two layers: around the join, and around its part
+        ("device,mlp=reference", None, {Box}, 2),
+        ("device,mlp=reference", HOST, {np.ndarray}, 2),
+        ("reference,mlp=device", None, {np.ndarray}, 2),
+    ],
+)
+def test_a_join_sees_arrays_of_its_memory_wherever_its_parts_and_surroundings_are(
+    plan: str, memory: Memory | None, types: set[type], copies: int
+) -> None:
+    watching, backends = Watching(), {"device": DeviceBackend()}
+    model = build(small_spec(), plan, backends, rewrites=[watching.rewrite(memory)])
+    assert model.placed.copies() == copies
+    assert np.array_equal(model.logits(BATCH), build(small_spec()).logits(BATCH))
+    assert watching.types == types
+    home = "elsewhere" if plan.startswith("device") else "host"
+    assert watching.surroundings == [home, home]
+
+
+class Capturing(DeviceBackend):
+    """Counts its captures; a replay is the forward itself."""
+
+    captures = 0
+
+    def capture(self, step: Callable[[Batch], Any], batch: Batch) -> Recorded:
+        self.captures += 1
+        return Recorded(lambda batch: step(batch.on(self.there)), 1, [0])
+
+
+def test_a_join_in_the_surrounding_memory_can_be_captured_unless_it_says_no() -> None:
+    for is_capturable in (True, False):
+        backend, watching = Capturing(), Watching()
+        rewrites = [watching.rewrite(is_capturable=is_capturable)]
+        model = build(small_spec(), "device", {"device": backend}, rewrites=rewrites)
+        assert model.placed.is_capturable is is_capturable
+        for _ in range(3):
+            model.logits(BATCH)
+        assert backend.captures == is_capturable
+
+
+def test_a_backend_that_knows_the_spec_builds_it_and_no_join_is_asked_for() -> None:
+    class Knowing(DeviceBackend):
+        def why_unsupported(self, spec: Spec) -> str | None:
+            return None if isinstance(spec, Seen) else super().why_unsupported(spec)
+
+        def build(self, spec: Spec, weights: Any) -> Block:
+            return super().build(spec.mlp if isinstance(spec, Seen) else spec, weights)
+
+    watching = Watching()
+    model = build(small_spec(), "knowing", {"knowing": Knowing()}, rewrites=[watching.rewrite()])
+    assert watching.surroundings == []
+    assert np.array_equal(model.logits(BATCH), build(small_spec()).logits(BATCH))
+
+
+def test_a_tree_has_the_blocks_that_are_joined_and_those_that_are_built() -> None:
+    placed = build(small_spec(), rewrites=[Watching().rewrite()]).placed
+    names = [one.name for one in placed.tree()]
+    assert names[:2] == ["", "embed_tokens"]
+    assert {"layers.0", "layers.0.feed_forward", "layers.0.feed_forward.inner"} <= set(names)
+    assert [one for one in placed.tree() if one.backend] == list(placed.leaves())

@@ -1,0 +1,81 @@
+"""Ranks that are threads of one process: they keep the contract, and none waits for ever."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit.testing import ThreadTransport, check_transport, run_ranks
+from lfm2kit.transport import JobError, World
+
+WAITS_BRIEFLY = 0.2  # seconds
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_collective_operations_are_those_of_a_transport(size: int) -> None:
+    run_ranks(size, check_transport)
+
+
+def test_results_come_in_the_order_of_the_ranks() -> None:
+    assert run_ranks(3, lambda transport: transport.world) == [
+        World(rank, 3, rank, 3) for rank in range(3)
+    ]
+
+
+def test_what_a_rank_sends_may_change_afterwards() -> None:
+    def rank(transport: ThreadTransport) -> Any:
+        rows = np.full((2, 1), transport.world.rank)
+        received, _ = transport.all_to_all(rows, [1, 1])
+        rows[:] = 9
+        transport.barrier()
+        return received.ravel().tolist()
+
+    assert run_ranks(2, rank) == [[0, 1], [0, 1]]
+
+
+def test_a_rank_that_raises_ends_the_others_which_wait_for_it() -> None:
+    def rank(transport: ThreadTransport) -> None:
+        if transport.world.rank == 1:
+            raise ValueError("no such token")
+        while True:
+            transport.barrier()
+
+    with pytest.raises(ValueError, match="no such token") as raised:
+        run_ranks(3, rank)
+    assert raised.value.__notes__ == ["on rank 1 of 3"]
+
+
+def test_an_aborting_rank_ends_the_others_with_its_reason() -> None:
+    def rank(transport: ThreadTransport) -> None:
+        if transport.world.rank == 0:
+            transport.abort(2, "out of memory")
+        transport.barrier()
+
+    with pytest.raises(JobError, match="rank 0 of 2: out of memory") as raised:
+        run_ranks(2, rank)
+    assert raised.value.exit_code == 2
+
+
+def test_a_rank_that_ends_early_or_calls_something_else_is_named() -> None:
+    def rank(transport: ThreadTransport) -> None:
+        if transport.world.rank == 1:
+            transport.barrier()
+
+    with pytest.raises(JobError, match="rank 0 in its end, rank 1 in barrier"):
+        run_ranks(2, rank)
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    never = threading.Event()
+
+    def rank(transport: ThreadTransport) -> None:
+        if transport.world.rank == 1:
+            never.wait()
+        transport.barrier()
+
+    with pytest.raises(JobError, match=r"no word within 0.2 s from the ranks \[1\] of 2"):
+        run_ranks(2, rank, patience=WAITS_BRIEFLY)
+    never.set()

@@ -1,0 +1,144 @@
+"""The checks of transports and exchanges catch what breaks their contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit.memory import Memory
+from lfm2kit.rewrites.host_exchange import HostExchange
+from lfm2kit.testing import (
+    CheckFailed,
+    ThreadTransport,
+    check_exchange,
+    check_transport,
+    run_ranks,
+)
+from lfm2kit.transport import ExchangeOffer, Rows, Traffic
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_exchange_of_every_transport_keeps_the_contract(size: int) -> None:
+    run_ranks(size, check_exchange)
+
+
+class Reversing(ThreadTransport):
+    """Delivers the rows of the last rank first."""
+
+    def all_to_all(self, rows: Any, send_counts: Sequence[int]) -> Any:
+        received, counts = super().all_to_all(rows, send_counts)
+        parts = np.split(received, np.cumsum(counts)[:-1])
+        return np.concatenate(parts[::-1]), counts
+
+
+class Miscounting(ThreadTransport):
+    """Says that every rank has sent what rank 0 has."""
+
+    def all_to_all(self, rows: Any, send_counts: Sequence[int]) -> Any:
+        received, counts = super().all_to_all(rows, send_counts)
+        return received, [counts[0]] * len(counts)
+
+
+class Scattering(ThreadTransport):
+    """Gathers on every rank."""
+
+    def gather(self, rows: Any) -> Any:
+        return np.concatenate(self.everyones(rows.copy()))
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (Reversing, "came in another order"),
+        (Miscounting, "counts .* came"),
+        (Scattering, "gather returned rows on another rank than 0"),
+    ],
+)
+def test_a_broken_transport_is_caught(broken: Any, says: str) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        run_ranks(3, check_transport, make=broken)
+
+
+class ByRank(HostExchange):
+    """Adds a token's products in the order of their experts' ranks, not of k."""
+
+    def combine(self, products: Any) -> Any:
+        returned, _ = self._transport.all_to_all(products, self._received)
+        delta = np.zeros((len(self._expert_ids), products.shape[1]), np.float32)
+        np.add.at(delta, self._pairs // self._expert_ids.shape[1], returned)
+        return delta
+
+
+class SendingNobodys(HostExchange):
+    """Sends the pairs with an id of -1 as well, to expert 0."""
+
+    def dispatch(self, x: Any, expert_ids: Any, expert_weights: Any) -> Rows:
+        return super().dispatch(x, np.maximum(expert_ids, 0), expert_weights)
+
+
+class Misrouting(HostExchange):
+    """Sends each token to the next rank."""
+
+    def __init__(self, transport: Any, traffic: Traffic) -> None:
+        size = transport.world.size
+        owners = tuple((owner + 1) % size for owner in traffic.owners)
+        super().__init__(transport, traffic._replace(owners=owners))
+
+
+class NotClearing(HostExchange):
+    """Keeps the buffer of products from call to call, and what lay there for ids of -1."""
+
+    buffer: Any = None
+
+    def combine(self, products: Any) -> Any:
+        returned, _ = self._transport.all_to_all(products, self._received)
+        tokens, k = self._expert_ids.shape
+        if self.buffer is None or len(self.buffer) < tokens * k:
+            self.buffer = np.full((tokens * k, products.shape[1]), np.float32(-0.0))
+        self.buffer[self._pairs] = returned
+        by_k = self.buffer[: tokens * k].reshape(tokens, k, products.shape[1])
+        delta = by_k[:, 0].copy()
+        for column in range(1, k):
+            delta += by_k[:, column]
+        return delta
+
+
+class LeavingPadding(HostExchange):
+    """Fills up with rows of padding, and adds their products to the first token."""
+
+    def dispatch(self, x: Any, expert_ids: Any, expert_weights: Any) -> Rows:
+        rows = super().dispatch(x, expert_ids, expert_weights)
+        last = [np.r_[a, np.zeros((1, a.shape[1]), a.dtype)] for a in rows]
+        last[1][-1] = -1
+        return Rows(*last)
+
+    def combine(self, products: Any) -> Any:
+        delta = super().combine(products[:-1])
+        delta[:1] += products[-1]
+        return delta
+
+
+def offering(create: Callable[..., HostExchange]) -> type[ThreadTransport]:
+    class Offering(ThreadTransport):
+        def exchange_in(self, memory: Memory) -> ExchangeOffer | None:
+            return ExchangeOffer(memory, lambda traffic: create(self, traffic))
+
+    return Offering
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (ByRank, "the products added in the order of k"),
+        (SendingNobodys, "the products added in the order of k"),
+        (Misrouting, "which other ranks hold"),
+        (NotClearing, "the products added in the order of k"),
+        (LeavingPadding, "the products added in the order of k"),
+    ],
+)
+def test_a_broken_exchange_is_caught(broken: Any, says: str) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        run_ranks(3, check_exchange, make=offering(broken))
