@@ -10,16 +10,18 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing`'s own would ha
 if TYPE_CHECKING:
     from lfm2kit.backend import API_VERSION, BackendPlugin
     from lfm2kit.errors import Lfm2kitError
-    from lfm2kit.hookspecs import hookimpl
+    from lfm2kit.hookspecs import Command, Wrapper, hookimpl
     from lfm2kit.rewrites import Rewrite
     from lfm2kit.transport import TransportPlugin
 else:
     _HOMES = {
         "API_VERSION": "backend",
         "BackendPlugin": "backend",
+        "Command": "hookspecs",
         "Lfm2kitError": "errors",
         "Rewrite": "rewrites",
         "TransportPlugin": "transport",
+        "Wrapper": "hookspecs",
         "hookimpl": "hookspecs",
     }
 
@@ -39,9 +41,11 @@ else:
 __all__ = [
     "API_VERSION",
     "BackendPlugin",
+    "Command",
     "Lfm2kitError",
     "Rewrite",
     "TransportPlugin",
+    "Wrapper",
     "hookimpl",
 ]
 __version__ = "0.1.0"

@@ -82,6 +82,7 @@ def _failed(error: BaseException) -> int:
     import os
 
     from lfm2kit.cli.console import complain, show_traceback
+    from lfm2kit.cli.flags import told
     from lfm2kit.errors import BUG, TRACEBACK, USER_ERROR, Lfm2kitError
 
     if isinstance(error, MemoryError):
@@ -90,14 +91,14 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         complain(f"the limits here are too low (ulimit -a): {error}")
         return USER_ERROR
-    is_bug = not isinstance(error, Lfm2kitError)
-    if is_bug or os.environ.get(TRACEBACK):
-        show_traceback(error)
-    if is_bug:
-        complain("this is a bug, of lfm2kit or of a plugin; a report needs: lfm2kit env")
-        return BUG
-    complain(str(error))
-    return USER_ERROR
+    if isinstance(error, Lfm2kitError):
+        if os.environ.get(TRACEBACK):
+            show_traceback(error)
+        complain(told(error))
+        return USER_ERROR
+    show_traceback(error)
+    complain("this is a bug, of lfm2kit or of a plugin; a report needs: lfm2kit env")
+    return BUG
 
 
 def _command() -> int:

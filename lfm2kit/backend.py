@@ -136,13 +136,13 @@ class BackendPlugin:
     `lfm2kit plan` creates backends, so compiling belongs into a backend's `build`.
     """
 
-    name: str  # as in `--backend NAME`
+    name: str  # as in a plan
     summary: str  # one line for `lfm2kit backends`
     create: Callable[[Context], Backend]
     api_version: int  # the API_VERSION that it was written for
     why_unavailable: Callable[[], str | None] = lambda: None  # why it cannot run on this machine
     precisions: Sequence[str] = ("fp32",)
-    preference: int = 0  # `--backend auto` takes the highest that can run; 0 is never taken
+    preference: int = 0  # `auto` takes the highest that can run; 0 is never taken
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, Room, Weights
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.machine import tightest_limit
 from lfm2kit.memory import HOST, Bounded
 from lfm2kit.placement import Placed
@@ -109,12 +109,13 @@ class Sizes(NamedTuple):
         )
 
 
-def check_room(what_takes: str, nbytes: int, advice: str) -> None:
+def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:
     """Raises `Lfm2kitError` if the host has less than `nbytes` bytes of memory left."""
     if nbytes > (free := HOST.free_bytes()):
         raise Lfm2kitError(
             f"{what_takes} {size(nbytes)} of memory, {size(free)} are free "
-            f"({tightest_limit().name}); {advice}"
+            f"({tightest_limit().name}); ",
+            *advice,
         )
 
 

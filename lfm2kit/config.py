@@ -101,7 +101,7 @@ def read_config(path: Path) -> ModelConfig:
     try:
         return parse_config(fields)
     except Lfm2kitError as error:
-        raise Lfm2kitError(f"{path}: {error}") from None
+        raise Lfm2kitError(f"{path}: ", *error.args) from None
 
 
 def parse_config(fields: Mapping[str, Any]) -> ModelConfig:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 # Exit codes.  After a signal it is 128 and the signal's number.
 WRONG_RESULT = 1  # INVALID, or not finite
@@ -14,11 +15,45 @@ TRACEBACK = "LFM2KIT_TRACEBACK"  # set: errors show where they come from, for pl
 TRACEBACK_HINT = f"; its traceback: {TRACEBACK}=1"
 
 
+class Option(NamedTuple):
+    """An option in a sentence, by the name of its field or argument; without a value, any value.
+
+    Its text is the keyword argument `threads=8`, for users of Python.  The command line shows
+    the flag instead: `--threads 8`.
+    """
+
+    name: str
+    value: object = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return self.name
+        is_number = isinstance(self.value, int)
+        return f"{self.name}={self.value if is_number else repr(str(self.value))}"
+
+
 class Lfm2kitError(Exception):
     """What the user must change; says what was asked, what is there, what to type.
 
-    Shown as a sentence without a traceback, with `USER_ERROR` as the exit code.
+    Shown as a sentence without a traceback, with `USER_ERROR` as the exit code.  The sentence is
+    given in parts where it names options: `Lfm2kitError(Option("threads", 8), ": 4 cores")`.
     """
+
+    def __init__(self, *parts: str | Option) -> None:
+        super().__init__(*parts)
+
+    def __str__(self) -> str:
+        return self.sentence()
+
+    def sentence(self, option: Callable[[Option], str] = str) -> str:
+        """Returns the whole sentence, with each option as the function `option` writes it."""
+        return "".join(option(p) if isinstance(p, Option) else str(p) for p in self.args)
+
+
+def either(options: Iterable[Option]) -> list[str | Option]:
+    """Returns the parts of a sentence that offer these options: "a or b"."""
+    parts = [part for option in options for part in (" or ", option)]
+    return parts[1:]
 
 
 def choices(asked: str, available: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The hooks of lfm2kit: all that a plugin can add.  They run while a model is built, never later.
+"""The hooks of lfm2kit: all that a plugin can add.  None of them runs during a forward.
 
 A plugin is a module (or object) named by an entry point of the group `lfm2kit`; it implements any
 of these functions and marks them with `@lfm2kit.hookimpl`:
@@ -10,18 +10,45 @@ of these functions and marks them with `@lfm2kit.hookimpl`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pluggy
 
 from lfm2kit.backend import BackendPlugin, Block
+from lfm2kit.memory import Memory
 from lfm2kit.rewrites import Rewrite
 from lfm2kit.specs import Spec
 from lfm2kit.transport import Transport, TransportPlugin, World
 
 hookspec = pluggy.HookspecMarker("lfm2kit")
 hookimpl = pluggy.HookimplMarker("lfm2kit")
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """What a plugin puts around a block: `wrap(block)` runs in the block's place.
+
+    A captured forward calls its blocks once, while it is captured, and none of them in a replay.  A
+    wrapper that works all the same, because it only enqueues work on the memory's current stream,
+    says so; a model with any other wrapper is not captured.
+    """
+
+    wrap: Callable[[Block], Block]
+    survives_capture: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command `lfm2kit NAME`.
+
+    The parameters of `run` are its arguments and options, as Typer reads them, and the docstring of
+    `run` is its help.  What `run` prints should go through `lfm2kit.text.printable`.
+    """
+
+    name: str
+    run: Callable[..., None]
 
 
 @hookspec
@@ -68,11 +95,11 @@ def lfm2kit_rewrites(world: World, transport: Transport | None) -> Iterable[Rewr
 
 
 @hookspec
-def lfm2kit_block_wrapper(name: str, spec: Spec) -> Callable[[Block], Block] | None:
-    """A wrapper for the block called `name` (`layers.3.operator`), or None to leave it alone.
+def lfm2kit_block_wrapper(name: str, spec: Spec, memory: Memory) -> Wrapper | None:
+    """Returns a wrapper for the block called `name` (`layers.3.operator`), or None for none.
 
-    Called once per block when a model is built.  What it returns is called with the block and
-    gives what runs in its place: for tracing, timing, checking.
+    For tracing, timing, checking.  Called once per block when a model is set up, also by commands
+    that build nothing.  `memory` is where the block takes its arrays and leaves its result.
 
         @lfm2kit.hookimpl
         def lfm2kit_block_wrapper(name, spec):
@@ -81,7 +108,35 @@ def lfm2kit_block_wrapper(name: str, spec: Spec) -> Callable[[Block], Block] | N
                     with clock(name):
                         return block(*inputs)
                 return timed
-            return wrap if spec.kind == "moe" else None
+            return lfm2kit.Wrapper(wrap) if spec.kind == "moe" else None
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def lfm2kit_commands() -> Iterable[Command]:
+    """Announces commands.  No two plugins can have the same, and none can have one of lfm2kit's.
+
+    @lfm2kit.hookimpl
+    def lfm2kit_commands():
+        def hello(name: str, times: int = 1) -> None:
+            "Greets somebody."
+            print("hello", name * times)
+        yield lfm2kit.Command("hello", hello)
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def lfm2kit_run_ended(record: Mapping[str, Any]) -> None:
+    """Called when `lfm2kit run` has printed and written its result, whether that is good or not.
+
+    `record` is what `--json` writes.  Called on rank 0 alone, with a copy for each plugin.  An
+    exception loses nothing: it is shown, and changes the exit code of a good run alone.
+
+        @lfm2kit.hookimpl
+        def lfm2kit_run_ended(record):
+            print(record["samples_per_second"])
     """
     raise NotImplementedError
 
@@ -91,4 +146,6 @@ HOOKS: tuple[Callable[..., Any], ...] = (
     lfm2kit_transports,
     lfm2kit_rewrites,
     lfm2kit_block_wrapper,
+    lfm2kit_commands,
+    lfm2kit_run_ended,
 )

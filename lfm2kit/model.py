@@ -120,6 +120,7 @@ class Builder:
     wrap: Callable[[str, Spec, Block], Block] = lambda name, spec, block: block
     built: Callable[[Placed], None] = lambda placed: None  # called after each leaf: progress
     before: Callable[[Placed], None] = lambda placed: None  # called before each leaf
+    may_capture: bool = True  # False: a wrapper works in calls alone
 
     def build(self, placed: Placed) -> Any:
         """The block of `placed`, ready to be called from the memory around it."""
@@ -163,6 +164,7 @@ class LFM2:
     forward: Forward
     home: Memory
     backend: Backend  # the plan's default
+    may_capture: bool = True
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
     _captures: Captures | None = field(init=False, repr=False)
     _replays: Replays = field(init=False, repr=False)
@@ -175,8 +177,8 @@ class LFM2:
     _lock: Any = field(init=False, repr=False, default_factory=RLock)
 
     def __post_init__(self) -> None:
-        can_capture = isinstance(self.backend, Captures) and self.placed.is_capturable
-        object.__setattr__(self, "_captures", self.backend if can_capture else None)
+        is_captured = self.may_capture and can_capture(self.backend, self.placed)
+        object.__setattr__(self, "_captures", self.backend if is_captured else None)
         object.__setattr__(self, "_replays", replays_in(self.home))
         finalize(self, self._replays.drop, self._owner)
 
@@ -261,4 +263,10 @@ def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
         forward=builder.build(placed),
         home=placed.outer,
         backend=builder.create(default_backend),
+        may_capture=builder.may_capture,
     )
+
+
+def can_capture(backend: Backend, placed: Placed) -> bool:
+    """Returns whether a forward of `placed` can be captured by the plan's default backend."""
+    return isinstance(backend, Captures) and placed.is_capturable

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, BuildsAround
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.joins import Join, Joins
 from lfm2kit.memory import Memory
 from lfm2kit.plan import Plan
@@ -171,7 +171,8 @@ class Placer:
         others = ", ".join(self._supporting(spec)) or "no installed backend"
         return Lfm2kitError(
             f"{name}: backend '{backend}' has no {type(spec).__name__} block ({reason}); "
-            f"{others} can build it. Try --backend '{self.plan},{spec.kind}=NAME'"
+            f"{others} can build it. Try ",
+            Option("backend", f"{self.plan},{spec.kind}=NAME"),
         )
 
     def _supporting(self, spec: Spec) -> Iterator[str]:

@@ -20,7 +20,9 @@ from typing import Any
 
 from lfm2kit import bounds, specs
 from lfm2kit.documents import read_toml
-from lfm2kit.errors import Lfm2kitError, choices
+from lfm2kit.errors import Lfm2kitError, Option, choices
+
+AUTO = "auto"  # in a plan: the best backend of this machine
 
 # What a kind in a plan stands for: a block's own kind, or a group of them.
 KINDS: dict[str, frozenset[str]] = {
@@ -65,12 +67,12 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """The plan that `--backend` says; `Lfm2kitError` names the item that is wrong."""
+        """The plan that a text says; `Lfm2kitError` names the item that is wrong."""
         default, *items = [item.strip() for item in text.split(",")]
         if not default or "=" in default:
             raise Lfm2kitError(
                 f"plan '{text}' begins with '{default}'; begin with the default backend, "
-                "then [LAYERS.]KIND=BACKEND items: cpu_simd,2-4.moe=reference"
+                "then [LAYERS.]KIND=BACKEND items: auto,2-4.moe=reference"
             )
         return cls(default, tuple(_parse_rule(item) for item in items))
 
@@ -81,7 +83,7 @@ class Plan:
         try:
             return _parse_table(table)
         except Lfm2kitError as error:
-            raise Lfm2kitError(f"{path}: {error}") from None
+            raise Lfm2kitError(f"{path}: ", *error.args) from None
 
     def backend_for(self, layer: int | None, kind: str) -> str:
         """The backend of a block of `kind` in `layer`; None is outside the layers."""
@@ -98,7 +100,8 @@ class Plan:
         """The same plan with the experts of the first `count` MoE layers on `backend`."""
         sparse = [i for i, kinds in enumerate(_kinds(model)) if "experts" in kinds]
         if not 0 <= count <= len(sparse):
-            raise Lfm2kitError(f"--n-cpu-moe {count}: the model has {len(sparse)} MoE layers")
+            there = f": the model has {len(sparse)} MoE layers"
+            raise Lfm2kitError(Option("n_cpu_moe", count), there)
         rules = (Rule(backend, "experts", range(i, i + 1)) for i in sparse[:count])
         return replace(self, rules=(*self.rules, *rules))
 
@@ -133,7 +136,7 @@ def _parse_rule(item: str) -> Rule:
     """`2-4.moe=reference`, `moe=reference` or `2-4=reference`."""
     where, equals, backend = (part.strip() for part in item.partition("="))
     if not (equals and where and backend):
-        raise Lfm2kitError(f"plan item '{item}': expected [LAYERS.]KIND=BACKEND, as 2-4.moe=cuda")
+        raise Lfm2kitError(f"plan item '{item}': expected [LAYERS.]KIND=BACKEND, as 2-4.moe=NAME")
     layers, dot, kind = where.partition(".")
     if dot:
         return _rule(backend, kind, layers, item)

@@ -10,6 +10,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -18,15 +19,20 @@ from typing import Any
 import pluggy
 
 from lfm2kit import hookspecs
-from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context
+from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Context
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError, choices
+from lfm2kit.hookspecs import Command, Wrapper
+from lfm2kit.memory import Memory
+from lfm2kit.plan import AUTO
 from lfm2kit.rewrites import Rewrite, built_in
 from lfm2kit.specs import Spec
 from lfm2kit.transport import Transport, TransportPlugin, World
 
 GROUP = "lfm2kit"
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-RESERVED = {"auto"}  # in a plan: the best backend of this machine
+RESERVED = {AUTO}
+# lfm2kit's own commands, which no plugin may take.
+COMMANDS = frozenset(("backends", "bench", "convert", "env", "plan", "run", "specs", "warmup"))
 ALLOW_LIST = "LFM2KIT_PLUGINS"  # comma-separated entry-point names; "none" for none
 
 
@@ -62,14 +68,16 @@ class InstalledBackend:
 
 
 class Plugins:
-    """All that installed plugins add: backends, transports, rewrites, block wrappers."""
+    """All that installed plugins add: backends, transports, rewrites, commands, and the rest."""
 
     def __init__(self, entries: list[EntryPoint]) -> None:
         self.backends: dict[str, InstalledBackend] = {}
         self.transports: dict[str, TransportPlugin] = {}
+        self.commands: dict[str, Command] = {}
+        self._owners = dict.fromkeys(COMMANDS, "lfm2kit")  # of commands
         self.loaded: list[EntryPoint] = []
         self.broken: list[BrokenPlugin] = []
-        self._managers: list[tuple[str, Any]] = []
+        self._managers: list[tuple[str, pluggy.PluginManager]] = []
         self._rewriters: dict[str, str] = {}  # the plugin that announces each rewrite
         for entry in entries:
             self._load(entry)
@@ -86,7 +94,8 @@ class Plugins:
             backends = [b for some in manager.hook.lfm2kit_backends() for b in some]
             transports = [t for some in manager.hook.lfm2kit_transports() for t in some]
             rewrites = _announced_rewrites(manager, World(), None)
-            self._announce(backends, transports, rewrites, distribution)
+            commands = [c for some in manager.hook.lfm2kit_commands() for c in some]
+            self._announce(backends, transports, rewrites, commands, distribution)
             self._rewriters |= {rewrite.name: entry.name for rewrite in rewrites}
             self._managers.append((entry.name, manager))
             self.loaded.append(entry)
@@ -99,7 +108,12 @@ class Plugins:
             )
 
     def _announce(
-        self, backends: list[Any], transports: list[Any], rewrites: list[Any], distribution: str
+        self,
+        backends: list[Any],
+        transports: list[Any],
+        rewrites: list[Any],
+        commands: list[Any],
+        distribution: str,
     ) -> None:
         """All that a plugin yields, or nothing of it: a bad name leaves no half behind."""
         owners = {name: b.distribution for name, b in self.backends.items()}
@@ -107,9 +121,12 @@ class Plugins:
         _check_precisions(backends)
         others = dict.fromkeys(self.transports, "another plugin")
         _check_announced("lfm2kit_transports", transports, TransportPlugin, others)
+        _check_announced("lfm2kit_commands", commands, Command, self._owners)
         _check_announced("lfm2kit_rewrites", rewrites, Rewrite, self._owners_of_rewrites())
         self.backends |= {b.name: InstalledBackend(b, distribution) for b in backends}
         self.transports |= {t.name: t for t in transports}
+        self.commands |= {c.name: c for c in commands}
+        self._owners |= {c.name: distribution for c in commands}
 
     def backend(self, name: str) -> BackendPlugin:
         """The announced backend `name`, if it can run here; else `Lfm2kitError`."""
@@ -127,12 +144,8 @@ class Plugins:
         return installed.plugin
 
     def auto(self, precision: str = "fp32") -> str:
-        """The name that `--backend auto` stands for: the most preferred one that can run."""
-        ready = [
-            b.plugin
-            for b in self.backends.values()
-            if b.plugin.preference > 0 and precision in b.plugin.precisions and b.why_not is None
-        ]
+        """Returns the name that `auto` stands for in a plan: the most preferred that can run."""
+        ready = self.ready(precision)
         if not ready:
             limit = (
                 f"{ALLOW_LIST} is {os.environ[ALLOW_LIST]}; " if ALLOW_LIST in os.environ else ""
@@ -140,7 +153,16 @@ class Plugins:
             raise Lfm2kitError(
                 f"no backend for precision {precision} can run here; {limit}see lfm2kit backends"
             )
-        return max(ready, key=lambda plugin: plugin.preference).name
+        return ready[0]
+
+    def ready(self, precision: str) -> list[str]:
+        """Returns the names of the backends that can run here, the most preferred first."""
+        able = [
+            b.plugin
+            for b in self.backends.values()
+            if b.plugin.preference > 0 and precision in b.plugin.precisions and b.why_not is None
+        ]
+        return [p.name for p in sorted(able, key=lambda plugin: -plugin.preference)]
 
     def rewrites(
         self, world: World | None = None, transport: Transport | None = None
@@ -191,14 +213,33 @@ class Plugins:
 
         return create
 
-    def wrap(self, name: str, spec: Spec, block: Block) -> Block:
-        """`block` inside the wrappers that plugins have for it, usually none."""
+    def owner(self, command: str) -> str:
+        """Returns the distribution that a command comes from."""
+        return self._owners[command]
+
+    def wrappers(self, name: str, spec: Spec, memory: Memory) -> list[tuple[str, Wrapper]]:
+        """Returns the wrappers around a block, each with its plugin's name, the innermost first."""
+        found = []
         for plugin, manager in self._managers:
-            for wrapper in manager.hook.lfm2kit_block_wrapper(name=name, spec=spec):
-                block = wrapper(block)
-                if not callable(block):
-                    raise TypeError(f"plugin '{plugin}' wraps {name} in {block!r}: no block")
-        return block
+            for wrapper in manager.hook.lfm2kit_block_wrapper(name=name, spec=spec, memory=memory):
+                if not isinstance(wrapper, Wrapper):
+                    raise TypeError(
+                        f"plugin '{plugin}' returned {wrapper!r} for {name}, not an lfm2kit.Wrapper"
+                    )
+                found.append((plugin, wrapper))
+        return found
+
+    def run_ended(self, record: Mapping[str, Any]) -> dict[str, Exception]:
+        """Tells every plugin that a run has ended; returns what plugins raised, by their names."""
+        raised = {}
+        for plugin, manager in self._managers:
+            try:
+                manager.hook.lfm2kit_run_ended(record=deepcopy(record))
+            except Exception as error:
+                raised[plugin] = error
+            except SystemExit as error:
+                raised[plugin] = RuntimeError(f"SystemExit: {error}")
+        return raised
 
 
 def installed_plugins() -> Plugins:

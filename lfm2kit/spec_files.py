@@ -1,4 +1,4 @@
-"""A model described by a TOML file of specs instead of a config.json.
+"""A model described by a TOML file of specs instead of a config.json; reads and writes them.
 
     tie_word_embeddings = true
     vocab_size = 1024             # what a spec's own table does not say
@@ -21,7 +21,9 @@ its experts'.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import tomllib
+from collections.abc import Collection, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any, TypeVar
@@ -31,6 +33,8 @@ from lfm2kit.documents import read_toml
 from lfm2kit.errors import Lfm2kitError, choices
 
 OPERATORS = {"ShortConv": specs.ShortConv, "Attention": specs.Attention}
+NOT_DESCRIBED = "a file of specs cannot describe this model: it has blocks of its own"
+ELSEWHERE = {"hidden_size", "local_experts"}  # said by the whole file, or by no file
 FEED_FORWARDS = {"MLP": specs.MLP, "SparseMoe": specs.SparseMoe}
 
 S = TypeVar("S")
@@ -43,7 +47,7 @@ def read_spec(path: Path) -> specs.Model:
     try:
         return parse_spec(table)
     except Lfm2kitError as error:
-        raise Lfm2kitError(f"{path}: {error}") from None
+        raise Lfm2kitError(f"{path}: ", *error.args) from None
 
 
 def parse_spec(table: Table) -> specs.Model:
@@ -149,3 +153,44 @@ def _checked(key: str, annotation: str, value: Any, where: str = "") -> Any:
     if annotation == "bool" and not isinstance(value, bool):
         raise Lfm2kitError(f"{where} is {brief(value)}; expected true or false")
     return value
+
+
+def spec_text(model: specs.Model) -> str:
+    """Returns the text of a TOML file from which `read_spec` reads `model`.
+
+    Raises `Lfm2kitError` if a file cannot describe the model, as with another eps in some norm.
+    """
+    lines = [
+        f"tie_word_embeddings = {_toml(model.tie_word_embeddings)}",
+        f"vocab_size = {model.embed_tokens.vocab_size}",
+        f"hidden_size = {model.embed_tokens.hidden_size}",
+        f"eps = {_toml(model.embedding_norm.eps)}",
+    ]
+    for layer, equal in groupby(model.layers):
+        if not isinstance(layer, specs.Layer):
+            raise Lfm2kitError(NOT_DESCRIBED)
+        lines += ["", "[[layers]]", *_layer_lines(layer, len(list(equal)))]
+    text = "\n".join(lines) + "\n"
+    if parse_spec(tomllib.loads(text)) != model:
+        raise Lfm2kitError(NOT_DESCRIBED)
+    return text
+
+
+def _layer_lines(layer: specs.Layer, count: int) -> Iterator[str]:
+    """Yields the lines of a [[layers]] table for `count` equal layers."""
+    if count > 1:
+        yield f"repeat = {count}"
+    yield f"operator = {_inline(layer.operator)}"
+    yield f"feed_forward = {_inline(layer.feed_forward)}"
+
+
+def _inline(spec: specs.Spec) -> str:
+    """Returns an inline table with the type of a spec and its fields, hidden_size apart."""
+    parts = [spec.router, spec.experts] if isinstance(spec, specs.SparseMoe) else [spec]
+    fields = {f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}  # type: ignore[arg-type]
+    pairs = [f"{n} = {_toml(v)}" for n, v in fields.items() if n not in ELSEWHERE]
+    return f'{{ type = "{type(spec).__name__}", {", ".join(pairs)} }}'
+
+
+def _toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)

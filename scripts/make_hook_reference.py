@@ -63,10 +63,9 @@ def _section(title: str, module: ModuleType) -> str:
 
 
 def _definitions(module: ModuleType) -> list[Any]:
-    """The hooks, or a module's own classes, in the order of the source."""
-    if module is hookspecs:
-        return list(hookspecs.HOOKS)
-    return [c for c in vars(module).values() if inspect.isclass(c) and _is_of(c, module)]
+    """The hooks, and a module's own classes, in the order of the source."""
+    hooks = list(hookspecs.HOOKS) if module is hookspecs else []
+    return hooks + [c for c in vars(module).values() if inspect.isclass(c) and _is_of(c, module)]
 
 
 def _is_of(thing: type, module: ModuleType) -> bool:

@@ -19,7 +19,7 @@ from lfm2kit.backend import Batch, Block, Spec
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.model import LFM2, build_model
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.state import Room
 
@@ -58,7 +58,7 @@ def expected(case: str) -> Expected:
 
 @cache
 def setup(case: str, plan: str) -> Setup:
-    return set_up(expected(case).checkpoint, Plan.parse(plan), plugins=PLUGINS)
+    return set_up(expected(case).checkpoint, Options(backend=plan), plugins=PLUGINS)
 
 
 @cache

@@ -26,14 +26,12 @@ class Lfm2kit:
     """This project's cpu_simd; weights stay in the checkpoint's type."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        from lfm2kit.backend import Context
         from lfm2kit.checkpoint import open_checkpoint
         from lfm2kit.loading import set_up
-        from lfm2kit.plan import Plan
+        from lfm2kit.options import Options
 
         checkpoint = open_checkpoint(folder)
-        context = Context(threads=threads)
-        self._setup = set_up(checkpoint, Plan.parse("cpu_simd"), context=context)
+        self._setup = set_up(checkpoint, Options(backend="cpu_simd", threads=threads))
         self._model = self._setup.build()
         self._blocks: dict[tuple[str, int], Call] = {}
 

@@ -18,7 +18,17 @@ from lfm2kit.checkpoint.companions import companions, files_in, is_companion
 from lfm2kit.checkpoint.foreign import check_model, check_names
 from lfm2kit.checkpoint.huggingface import canonical, read_folder
 from lfm2kit.checkpoint.model_bin import read_model_bin
-from lfm2kit.checkpoint.names import CONFIG, EMBEDDING, HEAD, INPUTS, MODEL_BIN, SPECS, WEIGHTS
+from lfm2kit.checkpoint.names import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    INPUTS,
+    MODEL_BIN,
+    SPEC_SUFFIX,
+    SPECS,
+    WEIGHTS,
+)
+from lfm2kit.checkpoint.random_weights import RandomTensors, without_values
 from lfm2kit.checkpoint.safetensors import read_safetensors
 from lfm2kit.checkpoint.unread import remarks_on
 from lfm2kit.config import LFM2_8B_A1B, ModelConfig, model_spec, read_config
@@ -39,6 +49,14 @@ class Checkpoint:
     weights: Weights  # by canonical name: Hugging Face's without `model.`
     config: ModelConfig | None  # None where specs describe the model
     remarks: tuple[str, ...] = ()  # what its user should know: two sets of weights, a stale index
+    seed: int | None = None  # of random weights; None: they are read from files
+
+    @property
+    def values(self) -> Weights:
+        """The weights with their values; those in `weights` are NaN if they are random."""
+        if self.seed is None:
+            return self.weights
+        return Weights(RandomTensors(self.spec.parameters(), self.seed))
 
     @property
     def folder(self) -> Path:
@@ -55,8 +73,8 @@ class Checkpoint:
             mapped.release(tensor.data)
 
     def files(self) -> list[Path]:
-        """The files that the weights are read from, and the model's other files beside them."""
-        parts = [path for path in files_in(self.folder) if is_part(path)]
+        """The files that the model is read from, and its other files beside them."""
+        parts = [path for path in files_in(self.folder) if is_part(path) or path == self.path]
         return [*self.weight_files(), *parts, *companions(self.folder).values()]
 
     def weight_files(self) -> list[Path]:
@@ -95,18 +113,42 @@ def check_no_part(option: str, path: Path) -> None:
         raise Lfm2kitError(f"{option} {path}: this is a checkpoint's file; give another name")
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, seed: int = 0) -> Checkpoint:
     """A folder with config.json (or model.toml) and tensors, a .safetensors file, or a model.bin.
 
+    A TOML file of specs has its tensors beside it; if there are none, they are random, by `seed`.
     Raises `Lfm2kitError` naming file, tensor and cause where anything is missing, left over,
     misshapen, truncated or untrue.
     """
     check_model(path)
+    if path.suffix == SPEC_SUFFIX:
+        return _open_specs(path, seed)
     folder = path if path.is_dir() else path.parent
     config = _read_config(path, folder)
     tensors = _read_tensors(path)
     remarks = tuple(remarks_on(path, tensors)) if path.is_dir() else ()
-    spec = _spec(folder, config, tensors)
+    return _fitted(path, _spec(folder, config, tensors), tensors, config, remarks)
+
+
+def _open_specs(path: Path, seed: int) -> Checkpoint:
+    """Opens the model that a TOML file of specs describes, whatever else describes the weights."""
+    spec = read_spec(path)
+    if any(os.path.lexists(path.parent / name) for name in WEIGHTS):
+        remarks = tuple(remarks_on(path.parent, tensors := _read_tensors(path.parent)))
+        return _fitted(path, spec, tensors, None, remarks)
+    remark = f"{path}: there are no weights beside it; they are random, of seed {seed}"
+    weights = Weights(without_values(spec.parameters()))
+    return Checkpoint(path, spec, weights, None, (remark,), seed)
+
+
+def _fitted(
+    path: Path,
+    spec: specs.Model,
+    tensors: dict[str, Tensor],
+    config: ModelConfig | None,
+    remarks: tuple[str, ...],
+) -> Checkpoint:
+    """Returns the checkpoint if the tensors are those of `spec`."""
     twin = tensors.pop(HEAD, None) if spec.tie_word_embeddings else None
     check_names(path, tensors)
     _check_tensors(path, spec.parameters(), tensors)

@@ -32,7 +32,7 @@ from lfm2kit.checkpoint.safetensors import write_safetensors
 from lfm2kit.config import ModelConfig, parse_config, read_config
 from lfm2kit.disk import synced
 from lfm2kit.documents import read_json
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.files import Note, replaced
 from lfm2kit.folders import replaced_folder
 from lfm2kit.targets import identity
@@ -161,7 +161,9 @@ def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
     if overwrite and not is_own:
         return False
     if there != parse_config(source.config):
-        raise Lfm2kitError(f"{config} is another model's; give --overwrite or another folder")
+        raise Lfm2kitError(
+            f"{config} is another model's; give ", Option("overwrite", True), " or another folder"
+        )
     return True
 
 
@@ -247,11 +249,11 @@ def _copy(path: Path, new: Path, note: Note) -> None:
 
 def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's own config.json, or the keys of the config that it was taken for."""
+    if checkpoint.config is None:
+        raise Lfm2kitError(f"{checkpoint.path}: it has no config.json to convert")
     path = checkpoint.folder / CONFIG
     if path.exists():
         return read_json(path)
-    if checkpoint.config is None:
-        raise Lfm2kitError(f"{checkpoint.path}: it has no config.json to convert")
     return config_fields(checkpoint.config)
 
 

@@ -80,7 +80,7 @@ def why_absent(name: str) -> str | None:
     if (link := broken_link(Path(name))) is not None:
         return link
     if name.startswith("~"):
-        return f"the shell replaces '~' only unquoted and after a space; type --model {name}"
+        return f"the shell replaces '~' only unquoted and after a space; give {name} so"
     if "://" in name:
         return "this is an address, and lfm2kit downloads nothing; download the folder and give it"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name.split("/")[0]):
@@ -90,7 +90,7 @@ def why_absent(name: str) -> str | None:
 
 def _part(path: Path) -> str | None:
     """Explains a file that belongs to a model, but is not one."""
-    give_folder = f"give the folder: --model {path.parent}"
+    give_folder = f"give the folder: {path.parent}"
     shard = re.search(r"-\d+-of-(\d+)\.safetensors$", path.name)
     if shard is not None and int(shard[1][:9]) > 1:
         return f"this is one shard of {shard[1][:9].lstrip('0')}; {give_folder}"
@@ -100,7 +100,7 @@ def _part(path: Path) -> str | None:
         return f"this is {ADAPTER}"
     if path.suffix != ".safetensors" and is_safetensors(path):
         return f"this is a safetensors file whose name says otherwise; {give_folder}"
-    if path.suffix in (".json", ".toml", ".jinja", ".txt", ".md"):
+    if path.suffix in (".json", ".jinja", ".txt", ".md"):
         return f"this is a text that belongs to a model, not its weights; {give_folder}"
     return None
 

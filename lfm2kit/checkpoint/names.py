@@ -1,6 +1,6 @@
 """The names of a checkpoint's files, and of the two tensors that may be one."""
 
-CONFIG, SPECS = "config.json", "model.toml"
+CONFIG, SPECS, SPEC_SUFFIX = "config.json", "model.toml", ".toml"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_BIN = "model.bin"
 WEIGHTS = (SINGLE, INDEX, MODEL_BIN)  # what is looked for in a folder, in this order

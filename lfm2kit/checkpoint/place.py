@@ -13,7 +13,7 @@ from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.checkpoint.companions import TEMPLATES, companions
 from lfm2kit.checkpoint.model_bin import read_model_bin
 from lfm2kit.checkpoint.names import CONFIG, INDEX
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.folders import remove_leftovers_of_folder
 from lfm2kit.targets import identity
 
@@ -71,7 +71,9 @@ def check_place(
     if not os.path.exists(target):
         return
     if not overwrite:
-        raise Lfm2kitError(f"{target} exists already; give --overwrite to replace it")
+        raise Lfm2kitError(
+            f"{target} exists already; give ", Option("overwrite", True), " to replace it"
+        )
     if is_bin == target.is_dir():
         raise Lfm2kitError(f"{target} is a {'folder' if is_bin else 'file'}; remove it yourself")
     if is_bin:
@@ -121,5 +123,9 @@ def companions_beside(
             if identity(new) == identity(path) or filecmp.cmp(path, new, shallow=False):
                 continue
             if not overwrite:
-                raise Lfm2kitError(f"{new} is another model's; give --overwrite or another folder")
+                raise Lfm2kitError(
+                    f"{new} is another model's; give ",
+                    Option("overwrite", True),
+                    " or another folder",
+                )
         yield path, new

@@ -12,8 +12,10 @@ from lfm2kit.cli.bench import bench
 from lfm2kit.cli.convert import convert
 from lfm2kit.cli.env import env
 from lfm2kit.cli.plan import plan
+from lfm2kit.cli.plugin_commands import CONTEXT, Commands
 from lfm2kit.cli.ranks import RanksCommand
 from lfm2kit.cli.run import run
+from lfm2kit.cli.specs import specs
 from lfm2kit.cli.warmup import warmup
 
 app = typer.Typer(
@@ -21,7 +23,8 @@ app = typer.Typer(
     help="Runs the LFM2-MoE family with every block's implementation coming from a plugin.",
     epilog="Begin with:  lfm2kit run -v   (the embedded model, the best backend of this machine)",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
+    cls=Commands,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -30,6 +33,7 @@ app.command()(plan)
 app.add_typer(backends, name="backends")
 app.command()(bench)
 app.command()(convert)
+app.command()(specs)
 app.command()(warmup)
 app.command()(env)
 

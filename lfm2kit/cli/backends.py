@@ -9,24 +9,28 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.backend import Context
-from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, only_said, progress, show_table
+from lfm2kit.cli.options import JsonOption, Without, spread
 from lfm2kit.errors import WRONG_RESULT
+from lfm2kit.options import Options
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.text import indented
+
+# The options that say which model is set up; a check makes its own.
+OF_A_MODEL = ("model", "backend", "plan", "n_cpu_moe", "rewrites", "seed")
 
 backends = typer.Typer(help="Lists the installed backends, or checks one.")
 
 
 @backends.callback(invoke_without_command=True)
-def _default(context: typer.Context, json: options.JsonOption = None) -> None:
+def _default(context: typer.Context, json: JsonOption = None) -> None:
     if context.invoked_subcommand is None:
         list_backends(json)
 
 
 @backends.command("list")
-def list_backends(json: options.JsonOption = None) -> None:
-    """Lists backends, transports, rewrites, and why some plugins could not be loaded."""
+def list_backends(json: JsonOption = None) -> None:
+    """Lists backends, transports, rewrites, commands, and why plugins could not be loaded."""
     plugins = installed_plugins()
     report = Report(json)
     report.fields = _description(plugins)
@@ -36,14 +40,16 @@ def list_backends(json: options.JsonOption = None) -> None:
 
 
 @backends.command("check")
+@spread
 def check(
     name: Annotated[str, typer.Argument(help="The backend to judge.")],
+    options: Annotated[
+        Options, Without(("model", "backend", "plan", "n_cpu_moe", "rewrites", "seed"))
+    ],
     only: Annotated[
         str | None, typer.Option(metavar="ID,...", help="Only these checks. \\[default: all]")
     ] = None,
-    precision: options.PrecisionOption = "fp32",
-    threads: options.ThreadsOption = None,
-    json: options.JsonOption = None,
+    json: JsonOption = None,
 ) -> None:
     """Runs the conformance suite on a backend; exit code 1 if it fails."""
     from lfm2kit.testing.runner import run_checks, selected
@@ -53,9 +59,8 @@ def check(
     plugins.backend(name)
     ids = selected(only.split(",") if only else None)
     with progress(f"checking {name}", len(ids), "checks") as advance:
-        results = run_checks(
-            name, plugins, Context(precision, threads), only=ids, done=lambda _: advance(1)
-        )
+        context = Context(options.precision, options.threads)
+        results = run_checks(name, plugins, context, only=ids, done=lambda _: advance(1))
     if json != "-":
         show_table(
             [(result.id, result.verdict, result.detail) for result in results],
@@ -96,6 +101,9 @@ def _description(plugins: Plugins) -> dict[str, Any]:
             {"name": name, "summary": rewrite.summary, "automatic": rewrite.is_automatic}
             for name, rewrite in plugins.rewrites().items()
         ],
+        "commands": [
+            {"name": name, "distribution": plugins.owner(name)} for name in sorted(plugins.commands)
+        ],
         "broken": [
             {
                 "name": broken.name,
@@ -120,6 +128,8 @@ def _show(report: Report) -> None:
         report.line(f"transport {row['name']}: {row['summary']}")
     for row in report.fields["rewrites"]:
         report.line(f"rewrite {row['name']}: {row['summary']}")
+    for row in report.fields["commands"]:
+        report.line(f"command {row['name']}: {row['distribution']}")
     for row in report.fields["broken"]:
         report.line()
         report.line(f"plugin '{row['name']}' ({row['distribution']}) skipped: {row['reason']}")

@@ -7,6 +7,7 @@ import enum
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,17 +25,16 @@ from lfm2kit.bench import (
     single_blocks,
 )
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, complain, progress, remark
-from lfm2kit.cli.rewrite_options import option_of, with_rewrites
+from lfm2kit.cli.options import Without, flags, open_model, spread
+from lfm2kit.cli.rewrite_options import option_of
 from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
-from lfm2kit.loading import AUTO, Setup, set_up
+from lfm2kit.loading import Setup, set_up
 from lfm2kit.memory import HOST
-from lfm2kit.plan import Plan
-from lfm2kit.plugins import installed_plugins
+from lfm2kit.options import BACKEND_VARIABLE, About, Options
+from lfm2kit.plan import AUTO
 from lfm2kit.rewrites import Rewrite
 from lfm2kit.text import printable
-from lfm2kit.transport import World
 
 # A share of a call's time.  On idle cores calls waited for 0.09 of their time at most; with one
 # other process on the same cores for 0.33 and more, and took twice as long.
@@ -53,16 +53,14 @@ class Form(enum.StrEnum):
     csv = "csv"
 
 
-@with_rewrites
+@spread
 def bench(
-    model: options.ModelOption = "tiny",
+    options: Annotated[Options, Without(("backend", "plan", "n_cpu_moe"))],
     backend: Annotated[
         list[str] | None,
-        typer.Option(
-            "--backend",
-            "-b",
-            metavar="PLAN",
-            help=f"Repeat it to compare several. \\[default: ${options.BACKEND_VARIABLE}, or auto]",
+        flags(
+            "backend",
+            About("Repeat it to compare several.", f"${BACKEND_VARIABLE}, or auto", metavar="PLAN"),
         ),
     ] = None,
     n: Annotated[
@@ -75,31 +73,24 @@ def bench(
         bool, typer.Option("--decode", help="One token after another, for -n sequences at once.")
     ] = False,
     seq_len: Annotated[
-        int, options.whole_number("--seq-len", help="Tokens in a sample, or in a prompt.")
+        int, flags("seq_len", About("Tokens in a sample, or in a prompt.", least=1))
     ] = 16,
-    repetitions: Annotated[int, options.whole_number("--repetitions", "-r")] = 5,
+    repetitions: Annotated[
+        int, flags("repetitions", About("Calls of each that are timed.", least=1))
+    ] = 5,
     output: Annotated[Form, typer.Option("-o", "--output", help="Form of the table.")] = Form.md,
-    precision: options.PrecisionOption = "fp32",
-    threads: options.ThreadsOption = None,
-    rewrites: tuple[str, ...] = (),
-    seed: Annotated[
-        int,
-        options.whole_number(
-            "--seed", least=0, most=bounds.SEED, help="Seed of the random ids and activations."
-        ),
-    ] = 0,
 ) -> None:
     """Measures the model or its blocks: median and spread, beside this machine's ceilings."""
     samples = _whole_numbers(n)
     bounds.check_tokens(max(samples), seq_len)
     if decode and block:
         raise Lfm2kitError("--decode measures the whole model; leave out --block")
-    if rewrites and block:
-        option = option_of(rewrites[0])
+    if options.rewrites and block:
+        option = option_of(options.rewrites[0])
         raise Lfm2kitError(f"--block measures blocks of the model as it is; leave out {option}")
-    checkpoint = options.open_model(model)
+    checkpoint, seed = open_model(options), options.seed or 0
     plans = backend or [_default_plan()]
-    setups = [_set_up(checkpoint, text, precision, threads, rewrites) for text in plans]
+    setups = [set_up(checkpoint, replace(options, backend=plan)) for plan in plans]
     if decode:
         _check_state(setups[0].rewrites)
     for setup in setups:
@@ -115,7 +106,7 @@ def bench(
         total = (WARM_UPS + repetitions) * len(contenders)
         with progress("measuring", total, "calls") as advance:
             measured = measure(contenders, repetitions, ceilings, lambda: advance(1))
-    rows = [_row(checkpoint, m, precision, threads) for m in measured]
+    rows = [_row(checkpoint, m, options) for m in measured]
     _print(rows, output)
     _warn_of_waiting(measured, setups)
     for plan, ceiling in ceilings.items():
@@ -126,19 +117,7 @@ def bench(
 
 def _default_plan() -> str:
     """Returns the plan from the environment, unsplit: Typer would split a list's at blanks."""
-    return os.environ.get(options.BACKEND_VARIABLE) or AUTO
-
-
-def _set_up(
-    checkpoint: Checkpoint,
-    text: str,
-    precision: str,
-    threads: int | None,
-    rewrites: Sequence[str],
-) -> Setup:
-    context = options.context_for(precision, threads, World())
-    plan, plugins = Plan.parse(text), installed_plugins()
-    return set_up(checkpoint, plan, context=context, rewrites=rewrites, plugins=plugins)
+    return os.environ.get(BACKEND_VARIABLE) or AUTO
 
 
 def _check_state(rewrites: Sequence[Rewrite]) -> None:
@@ -165,16 +144,14 @@ def _contenders(
     return [c for b in blocks for c in single_blocks(setup, b.value, samples, seq_len, seed)]
 
 
-def _row(
-    checkpoint: Checkpoint, measured: Measured, precision: str, threads: int | None
-) -> dict[str, Any]:
+def _row(checkpoint: Checkpoint, measured: Measured, options: Options) -> dict[str, Any]:
     contender, median = measured.contender, measured.median
     return {
         "model": checkpoint.path.name,
         "parameters": checkpoint.spec.weight_elements(),
         "backend": contender.backend,
-        "precision": precision,
-        "threads": threads or "all",
+        "precision": options.precision,
+        "threads": options.threads or "all",
         "test": contender.test,
         "samples_per_second": contender.samples / median,
         "tokens_per_second": contender.tokens / median,

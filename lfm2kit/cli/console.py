@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lfm2kit.checkpoint import check_no_part
+from lfm2kit.cli.flags import told
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import check_target, replaced
 from lfm2kit.targets import check_apart
@@ -87,12 +88,16 @@ class Report:
         stream = sys.stderr if self.target == STDOUT else sys.stdout
         print(printable(text), file=stream, flush=True)
 
+    def record(self) -> Any:
+        """Returns the fields as they are in the document: NaN and infinities are None."""
+        return _without_nan(self.fields)
+
     def write(self) -> None:
         """Writes the document in ASCII; NaN and infinities, which JSON lacks, become null.
 
         A path that is not UTF-8 has surrogates, from which `os.fsencode` restores its bytes.
         """
-        text = json.dumps(_without_nan(self.fields), indent=2).replace("\x7f", "\\u007f")
+        text = json.dumps(self.record(), indent=2).replace("\x7f", "\\u007f")
         if self.target == STDOUT:
             print(text)
         elif self.path is not None:
@@ -108,7 +113,7 @@ def only_said(when: bool) -> Iterator[None]:
     except Lfm2kitError as error:
         if not when:
             raise
-        complain(str(error))
+        complain(told(error))
 
 
 def _without_nan(value: Any) -> Any:

@@ -14,11 +14,12 @@ from lfm2kit import bounds
 from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
 from lfm2kit.checkpoint.place import Origin
 from lfm2kit.checkpoint.synth import KNOWN, random_source
-from lfm2kit.cli import options
 from lfm2kit.cli.console import progress, remark
+from lfm2kit.cli.options import flags, open_model
 from lfm2kit.config import read_config
 from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.options import About, Options
 from lfm2kit.weights import STORED_AS, DType
 
 SHOWN = 8  # names of files that are left behind
@@ -43,9 +44,7 @@ def convert(
     ] = False,
     seed: Annotated[
         int | None,
-        options.whole_number(
-            "--seed", least=0, most=bounds.SEED, help="Seed of the random weights. \\[default: 0]"
-        ),
+        flags("seed", About("Seed of the random weights.", "0", least=0, most=bounds.SEED)),
     ] = None,
 ) -> None:
     """Converts a checkpoint to the other layout, or to another type of weights."""
@@ -68,10 +67,11 @@ def _say_what_is_missing(origin: Origin, target: Path) -> None:
 
 
 def _opened(source: str) -> Source:
-    checkpoint = options.open_model(source)
+    checkpoint = open_model(Options(model=source))
+    opened = source_of(checkpoint)
     for sentence in checkpoint.remarks:
         remark(sentence)
-    return source_of(checkpoint)
+    return opened
 
 
 def _random(source: str, seed: int) -> Source:

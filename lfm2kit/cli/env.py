@@ -12,14 +12,15 @@ from typing import Any
 
 from lfm2kit import cgroups, machine
 from lfm2kit.capacity import size
-from lfm2kit.cli import options
 from lfm2kit.cli.console import Report
+from lfm2kit.cli.options import JsonOption
 from lfm2kit.kernel_cache import VARIABLE as CACHE_FOLDER
+from lfm2kit.options import BACKEND_VARIABLE
 from lfm2kit.plugins import ALLOW_LIST, installed_plugins
 
 PACKAGES = ("numpy", "numba", "llvmlite", "cupy-cuda12x", "cupy-cuda13x", "mpi4py", "pluggy")
 VARIABLES = (
-    "LFM2KIT_BACKEND",
+    BACKEND_VARIABLE,
     ALLOW_LIST,
     CACHE_FOLDER,
     "XDG_CACHE_HOME",
@@ -28,7 +29,7 @@ VARIABLES = (
 )
 
 
-def env(json: options.JsonOption = None) -> None:
+def env(json: JsonOption = None) -> None:
     """Shows versions, machine and plugins: put it into a bug report."""
     report = Report(json)
     report.fields = _environment()

@@ -1,115 +1,147 @@
-"""The options that several commands share, and what they mean."""
+"""Makes the flags of commands from options that are defined as fields of dataclasses."""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 
-from lfm2kit import bounds
-from lfm2kit.backend import Context
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
+from lfm2kit.cli import rewrite_options
 from lfm2kit.cli.bus_error import explain_bus_errors
-from lfm2kit.errors import Lfm2kitError
-from lfm2kit.loading import AUTO, find_model
-from lfm2kit.plan import Plan
-from lfm2kit.transport import World
+from lfm2kit.loading import find_model
+from lfm2kit.options import About, Options
 
-BACKEND_VARIABLE = "LFM2KIT_BACKEND"
-
-
-def whole_number(
-    *names: str,
-    least: int = 1,
-    most: int = bounds.COUNT,
-    metavar: str = "N",
-    help: str | None = None,
-) -> Any:
-    """Makes an option for whole numbers from `least` to `most`, with lfm2kit's own errors."""
-
-    def parsed(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            expected = f"a whole number of {least} or more, as {names[0]} {least}"
-            raise Lfm2kitError(f"{names[0]} {text}: expected {expected}")
-        if number > most:
-            raise Lfm2kitError(f"{names[0]} {text}: lfm2kit takes up to {most}")
-        return number
-
-    return typer.Option(*names, parser=parsed, metavar=metavar, help=help)
+REWRITES = "rewrites"  # the field that several options fill
+SHORT = {
+    "model": "-m",
+    "backend": "-b",
+    "n_cpu_moe": "-ncmoe",
+    "validate": "-v",
+    "warmup": "-w",
+    "repetitions": "-r",
+}
 
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Checkpoint folder, model.bin, or an embedded model.")
-]
-BackendOption = Annotated[
-    str | None,
-    typer.Option(
-        "--backend",
-        "-b",
-        metavar="PLAN",
-        envvar=BACKEND_VARIABLE,
-        help="Which backend builds what: auto, cpu_simd, 'cpu_simd,2-4.moe=reference'. "
-        "\\[default: auto]",
-    ),
-]
-PlanOption = Annotated[
-    Path | None, typer.Option("--plan", metavar="FILE", help="The plan as a TOML file instead.")
-]
-PrecisionOption = Annotated[
-    str, typer.Option(help="fp32, or a precision that the backends of the plan have.")
-]
-ThreadsOption = Annotated[
-    int | None,
-    whole_number("--threads", help="CPU threads. \\[default: the cores that this process may use]"),
-]
-CpuMoeOption = Annotated[
-    int,
-    whole_number(
-        "--n-cpu-moe", "-ncmoe", least=0, help="Experts of the first N MoE layers on CPU."
-    ),
-]
-JsonOption = Annotated[
-    str | None,
-    typer.Option("--json", metavar="FILE|-", help="Also write the result as JSON; - is stdout."),
-]
+class Without(NamedTuple):
+    """Fields of a dataclass that a command does not take: `Annotated[Options, Without(...)]`."""
+
+    names: tuple[str, ...]
 
 
-def open_model(name: str) -> Checkpoint:
-    checkpoint = open_checkpoint(find_model(name))
+def flags(name: str, about: About) -> Any:
+    """Returns Typer's description of the option `name`."""
+    is_letter = len(name) == 1
+    names = [f"-{name}" if is_letter else f"--{name.replace('_', '-')}"]
+    is_number = about.least is not None
+    default = "" if about.default is None else f" \\[default: {about.default}]"
+    return typer.Option(
+        *names,
+        *([SHORT[name]] if name in SHORT else []),
+        parser=partial(_whole, name, about) if is_number else None,
+        metavar=about.metavar or ("N" if is_number else None),
+        envvar=about.variable,
+        help=about.help + default,
+    )
+
+
+def _whole(name: str, about: About, text: str) -> int:
+    try:
+        number: object = int(text)
+    except ValueError:
+        number = text
+    about.check(name, number)
+    return int(text)
+
+
+JSON = About("Also write the result as JSON; - is stdout.", metavar="FILE|-")
+JsonOption = Annotated[str | None, flags("json", JSON)]
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Returns `command` with an option for each field of its parameters that are dataclasses."""
+    given = inspect.signature(command, eval_str=True).parameters.values()
+    groups = {p.name: group for p in given if (group := _group(p.annotation)) is not None}
+
+    @wraps(command)
+    def spread_command(**values: Any) -> None:
+        made = {name: group.made(values) for name, group in groups.items()}
+        command(**made, **values)
+
+    parameters: list[inspect.Parameter] = []
+    for one in given:
+        parameters += groups[one.name].parameters() if one.name in groups else [one]
+    by_keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    spread_command.__signature__ = inspect.Signature(by_keyword)  # type: ignore[attr-defined]
+    spread_command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return spread_command
+
+
+class _Group(NamedTuple):
+    """A dataclass of options, or of further dataclasses of them, and the fields to leave out."""
+
+    type: Any
+    without: tuple[str, ...] = ()
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """Yields the parameters that Typer makes options of."""
+        for field, annotation in self._taken():
+            if (inner := _group(annotation)) is not None:
+                yield from inner.parameters()
+                continue
+            if field.name == REWRITES:
+                yield from rewrite_options.parameters()
+                continue
+            described: Any = Annotated[annotation, flags(field.name, field.metadata["about"])]
+            kind = inspect.Parameter.KEYWORD_ONLY
+            yield inspect.Parameter(field.name, kind, default=field.default, annotation=described)
+
+    def made(self, values: dict[str, Any]) -> Any:
+        """Returns the dataclass of the options' values, which it takes out of `values`."""
+        made: dict[str, Any] = {}
+        for field, annotation in self._taken():
+            if (inner := _group(annotation)) is not None:
+                made[field.name] = inner.made(values)
+            elif field.name == REWRITES:
+                made[field.name] = rewrite_options.chosen(values)
+            else:
+                made[field.name] = values.pop(field.name)
+        return self.type(**made)
+
+    def _taken(self) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+        types = get_type_hints(self.type)
+        for field in dataclasses.fields(self.type):
+            if field.name not in self.without:
+                yield field, types[field.name]
+
+
+def _group(annotation: Any) -> _Group | None:
+    """Returns the dataclass that a parameter's annotation is, if it is one."""
+    others: tuple[Any, ...] = ()
+    if get_origin(annotation) is Annotated:
+        annotation, *rest = get_args(annotation)
+        others = tuple(rest)
+    if not dataclasses.is_dataclass(annotation):
+        return None
+    left_out = [name for other in others if isinstance(other, Without) for name in other.names]
+    return _Group(annotation, tuple(left_out))
+
+
+def open_model(options: Options) -> Checkpoint:
+    """Opens the model that the options name."""
+    checkpoint = open_checkpoint(find_model(options.model), seed=options.seed or 0)
     explain_bus_errors(checkpoint.path)
     return checkpoint
 
 
-def chosen_plan(backend: str | None, plan_file: Path | None) -> Plan:
-    """Returns the plan of `--backend` or `--plan`."""
-    if plan_file is None:
-        return Plan.parse(AUTO if backend is None else backend)
-    if backend is not None:
-        said = (
-            f"{BACKEND_VARIABLE}=" if os.environ.get(BACKEND_VARIABLE) == backend else "--backend "
-        )
-        raise Lfm2kitError(f"{said}{backend} and --plan {plan_file}: give one of them")
-    return Plan.read(plan_file)
-
-
-def context_for(precision: str, threads: int | None, world: World) -> Context:
-    return Context(
-        precision=precision,
-        threads=threads,
-        local_ranks=world.local_size,
-        local_rank=world.local_rank,
-    )
-
-
-def files_of(checkpoint: Checkpoint, plan_file: Path | None) -> dict[str, list[Path]]:
+def files_of(checkpoint: Checkpoint, options: Options) -> dict[str, list[Path]]:
     """Returns the files that these options make a command read, which no output may replace."""
     return {
         "one of the model's": checkpoint.files(),
-        "the plan": [] if plan_file is None else [plan_file],
+        "the plan": [] if options.plan is None else [options.plan],
     }

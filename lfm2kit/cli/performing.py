@@ -13,10 +13,13 @@ import numpy.typing as npt
 
 from lfm2kit import progress as steps
 from lfm2kit import samples
+from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import Report, complain, only_said, progress, remark
+from lfm2kit.cli.flags import told
 from lfm2kit.cli.preparing import Prepared, Request, passed_over
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
 from lfm2kit.model import LFM2
+from lfm2kit.plugins import Plugins
 from lfm2kit.running import Timed, run_samples
 from lfm2kit.specs import Work
 from lfm2kit.transport import Transport
@@ -37,7 +40,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     if timed.logits is None:
         return True
     steps.step("validating and writing", steps.longest(Work(0, 2 * timed.logits.nbytes)))
-    verdict = judge(timed.logits, prepared.answers, request.precision)
+    verdict = judge(timed.logits, prepared.answers, request.options.precision)
     problem = not_finite(timed.logits)
     prepared.report.fields["finite"] = problem is None
     is_good = problem is None and (verdict is None or verdict.is_valid)
@@ -47,7 +50,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
             complain(problem)
     finally:  # whatever becomes of the printed lines
         with only_said(when=not is_good):
-            deliver(request, timed.logits, prepared.report)
+            deliver(request, prepared, timed.logits)
     return is_good
 
 
@@ -61,8 +64,9 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
     report.fields |= {
         "model": str(prepared.checkpoint.path),
         "parameters": size,
+        "weights": weights_of(prepared.checkpoint),
         "backend": str(prepared.setup.plan),
-        "precision": request.precision,
+        "precision": request.options.precision,
         "rewrites": [rewrite.name for rewrite in prepared.setup.rewrites],
         "ranks": ranks,
         "samples": n,
@@ -70,11 +74,20 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
         "batch_size": prepared.batch_size,
     }
     report.line(f"Model: {prepared.checkpoint.path} ({size / 1e6:.4g} M parameters)")
-    how = ", ".join([request.precision, *report.fields["rewrites"]])
+    if prepared.checkpoint.config is None:  # a file of specs names no weights
+        report.line(f"Weights: {report.fields['weights']}")
+    how = ", ".join([request.options.precision, *report.fields["rewrites"]])
     report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}")
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
     for note in (*prepared.setup.notes(), *passed_over(request, prepared)):
         remark(note)
+
+
+def weights_of(checkpoint: Checkpoint) -> str:
+    """Says which weights a model has."""
+    if checkpoint.seed is not None:
+        return f"random, seed {checkpoint.seed}"
+    return ", ".join(path.name for path in checkpoint.weight_files())
 
 
 def built(prepared: Prepared, is_first: bool) -> LFM2:
@@ -127,17 +140,35 @@ def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) ->
         report.fields["validation"] = asdict(verdict) | {"valid": verdict.is_valid}
 
 
-def deliver(request: Request, logits: npt.NDArray[np.float32], report: Report) -> None:
-    """Writes the files that were asked for, the second one even if the first fails."""
-    failures: list[str] = []
-    writes: list[Callable[[], None]] = [lambda: write_outputs(request, logits), report.write]
-    for write in writes:
+def deliver(request: Request, prepared: Prepared, logits: npt.NDArray[np.float32]) -> None:
+    """Writes the files that were asked for and tells the plugins; what fails ends nothing else."""
+    failures: list[Lfm2kitError] = []
+    tasks: list[Callable[[], None]] = [
+        lambda: write_outputs(request, logits),
+        prepared.report.write,
+        lambda: tell(prepared.setup.plugins, prepared.report),
+    ]
+    for task in tasks:
         try:
-            write()
+            task()
         except Lfm2kitError as error:
-            failures.append(str(error))
+            failures.append(error)
     if failures:
-        raise Lfm2kitError("; ".join(failures))
+        raise Lfm2kitError("; ".join(map(told, failures))) from failures[0]
+
+
+def tell(plugins: Plugins, report: Report) -> None:
+    """Tells the plugins that the run has ended; raises `Lfm2kitError` if any of them fails."""
+    raised = plugins.run_ended(report.record())
+    said = [f"plugin '{name}' failed after the run: {_why(e)}" for name, e in raised.items()]
+    if said:
+        raise Lfm2kitError("; ".join(said)) from next(iter(raised.values()))
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, Lfm2kitError):
+        return told(error)
+    return f"{type(error).__name__}: {error}{TRACEBACK_HINT}"
 
 
 def write_outputs(request: Request, logits: npt.NDArray[np.float32]) -> None:

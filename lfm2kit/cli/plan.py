@@ -10,66 +10,51 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.capacity import Needed, size
-from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, show_table
-from lfm2kit.cli.rewrite_options import with_rewrites
+from lfm2kit.cli.flags import told
+from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
+from lfm2kit.options import About, Options
 from lfm2kit.placement import Placed
 from lfm2kit.state import Room
 from lfm2kit.transport import World
 
 
-@with_rewrites
+@spread
 def plan(
-    model: options.ModelOption = "tiny",
-    backend: options.BackendOption = None,
-    plan: options.PlanOption = None,
-    precision: options.PrecisionOption = "fp32",
-    threads: options.ThreadsOption = None,
-    n_cpu_moe: options.CpuMoeOption = 0,
-    rewrites: tuple[str, ...] = (),
+    options: Annotated[Options, Without(("seed",))],
     ranks: Annotated[
-        int,
-        options.whole_number("--ranks", help="Show one rank's share, of N ranks on this machine."),
+        int, flags("ranks", About("Show one rank's share, of N ranks on this machine.", least=1))
     ] = 1,
-    rank: Annotated[
-        int, options.whole_number("--rank", least=0, help="The rank to show. \\[default: 0]")
-    ] = 0,
+    rank: Annotated[int, flags("rank", About("The rank to show.", least=0))] = 0,
     tokens: Annotated[
-        int, options.whole_number("--tokens", help="Tokens of a forward, for the scratch memory.")
+        int, flags("tokens", About("Tokens of a forward, for the scratch memory.", least=1))
     ] = 2048,
     context: Annotated[
-        int, options.whole_number("--context", least=0, help="Tokens of a sequence, for the state.")
+        int, flags("context", About("Tokens of a sequence, for the state.", least=0))
     ] = 0,
     sequences: Annotated[
-        int, options.whole_number("--sequences", help="Sequences of that length, for the state.")
+        int, flags("sequences", About("Sequences of that length, for the state.", least=1))
     ] = 1,
-    json: options.JsonOption = None,
+    json: JsonOption = None,
 ) -> None:
     """Shows each block's backend, memory, bytes and copies; nothing is loaded."""
     report = Report(json)
-    checkpoint = options.open_model(model)
-    report.check_apart(options.files_of(checkpoint, plan))
+    checkpoint = open_model(options)
+    report.check_apart(files_of(checkpoint, options))
     if rank >= ranks:
         raise Lfm2kitError(f"--rank {rank}: ranks are 0 to {ranks - 1}; give --ranks {rank + 1}")
-    world = World(rank, ranks, rank, ranks)
-    setup = set_up(
-        checkpoint,
-        options.chosen_plan(backend, plan),
-        context=options.context_for(precision, threads, world),
-        n_cpu_moe=n_cpu_moe,
-        rewrites=rewrites,
-        world=world,
-    )
+    setup = set_up(checkpoint, options, world=World(rank, ranks, rank, ranks))
     room = Room.of_sequences(sequences, context)
     rows = [_row(leaf, setup, tokens, room) for leaf in setup.placed.leaves()]
     totals = _totals(setup, tokens, room)
+    shortage = setup.shortage(tokens, room)
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
-        "precision": precision,
+        "precision": options.precision,
         "blocks": rows,
         "totals": totals,
         "copies": setup.placed.copies(),
@@ -80,7 +65,7 @@ def plan(
         "free_bytes": setup.sizes.free(setup.placed),
         "host_limits": {bound.name: bound._asdict() for bound in memory_limits()},
         "room": asdict(room),
-        "shortage": setup.shortage(tokens, room),
+        "shortage": None if shortage is None else told(shortage),
         "notes": list(setup.notes()),
     }
     if json != "-":
@@ -156,7 +141,7 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
         report.line(f"{memory}: {weights} of weights as stored, {taken}{left}")
     for bound in memory_limits():
         report.line(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
-    if (shortage := setup.shortage(tokens, room)) is not None:
+    if (shortage := report.fields["shortage"]) is not None:
         report.line(shortage)
     report.line(f"copies between memories in a forward: {setup.placed.copies()}")
     for line in _grouped(report.fields["block_notes"]):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,17 @@ from lfm2kit import bounds, fingerprints, samples
 from lfm2kit.agreement import Fact, Facts
 from lfm2kit.capacity import check_room
 from lfm2kit.checkpoint import Checkpoint, check_no_part
-from lfm2kit.cli import options
 from lfm2kit.cli.console import Report
+from lfm2kit.cli.flags import flag
+from lfm2kit.cli.options import JSON, files_of, open_model
+from lfm2kit.cli.ranks import DEFAULT_TRANSPORT
 from lfm2kit.cli.rewrite_options import settled as settled_rewrites
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.file_kinds import check_regular, is_of_this_process
 from lfm2kit.files import check_target
 from lfm2kit.loading import Setup, set_up
+from lfm2kit.options import Options, option
 from lfm2kit.plan import Plan
-from lfm2kit.plugins import installed_plugins
 from lfm2kit.running import default_batch_size
 from lfm2kit.targets import check_apart
 from lfm2kit.transport import Transport, World
@@ -33,29 +35,26 @@ from lfm2kit.transport import Transport, World
 MOST_BY_DEFAULT = 128  # samples: the assignment's largest choice
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What the command line asks for."""
 
-    model: str
-    backend: str | None
-    plan: Path | None
-    n: int | None
-    validate: bool
-    warmup: bool
-    batch_size: int | None
-    inputs: Path | None
-    random_inputs: int | None  # tokens of a sample
-    seed: int | None  # of the random ids
-    answers: Path | None
-    outputs: Path | None
-    precision: str
-    threads: int | None
-    n_cpu_moe: int
-    rewrites: tuple[str, ...]
-    ranks: int | None
-    transport: str
-    json: str | None
+    options: Options
+    n: int | None = option(None, "Samples to run.", words="all, 128 at most", least=1)
+    validate: bool = option(False, "Compare the outputs with the answers.")
+    warmup: bool = option(False, "Run one batch before the timed run.")
+    batch_size: int | None = option(
+        None, "Samples in a forward.", words="4096 tokens' worth", least=1
+    )
+    inputs: Path | None = option(None, "Token ids.", words="inputs.bin beside the model")
+    random_inputs: int | None = option(
+        None, "Random samples of TOKENS ids, not a file.", least=1, metavar="TOKENS"
+    )
+    answers: Path | None = option(None, "Expected logits.", words="answers.bin beside the model")
+    outputs: Path | None = option(None, "Where to write the logits.", words="nowhere")
+    ranks: int | None = option(None, "Processes that share samples and experts (MPI).", least=1)
+    transport: str = option(DEFAULT_TRANSPORT, "What several ranks talk over.")
+    json: str | None = field(default=None, metadata={"about": JSON})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +80,13 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
     if transport is not None or (request.ranks or 1) > 1:
         check_shared(request)
     report = Report(request.json if world.rank == 0 else None)
-    plan = options.chosen_plan(request.backend, request.plan)
-    checkpoint = options.open_model(request.model)
+    plan = request.options.chosen_plan()
+    checkpoint = open_model(request.options)
     if world.rank == 0:  # it alone writes, perhaps where the others' machines have no folder
         check_outputs(request, report, checkpoint)
     token_ids = token_ids_of(request, checkpoint)
     answers = answers_of(request, checkpoint)
-    setup = set_up(
-        checkpoint,
-        plan,
-        context=options.context_for(request.precision, request.threads, world),
-        n_cpu_moe=request.n_cpu_moe,
-        rewrites=request.rewrites,
-        transport=transport,
-        plugins=installed_plugins(),
-    )
+    setup = set_up(checkpoint, request.options, transport=transport)
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
     return Prepared(report, plan, checkpoint, setup, token_ids, answers, batch_size)
 
@@ -106,17 +97,17 @@ def check_shared(request: Request) -> None:
     What a rank has open under that number may be its connection to the others.
     """
     paths = {
-        "--model": Path(request.model),
-        "--plan": request.plan,
+        "--model": Path(request.options.model),
+        "--plan": request.options.plan,
         "--inputs": request.inputs,
         "--answers": request.answers,
         "--outputs": request.outputs,
         "--json": None if request.json is None else Path(request.json),
     }
-    for option, path in paths.items():
+    for name, path in paths.items():
         if path is not None and is_of_this_process(path):
             raise Lfm2kitError(
-                f"{option} {path}: each rank would take a file of its own for this; "
+                f"{name} {path}: each rank would take a file of its own for this; "
                 "give the name of a file"
             )
 
@@ -125,15 +116,17 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
     """Returns the ids [n, seq_len] that were asked for, from a file or random ones."""
     vocab_size = checkpoint.spec.embed_tokens.vocab_size
     if request.random_inputs is None:
-        if request.seed is not None:
-            raise Lfm2kitError(f"--seed {request.seed} is for --random-inputs, which is not given")
+        if request.options.seed is not None and checkpoint.seed is None:
+            raise Lfm2kitError(
+                f"--seed {request.options.seed} is for --random-inputs, which is not given"
+            )
         return _ids_of_file(request, checkpoint, vocab_size)
     if request.inputs is not None:
         raise Lfm2kitError("--inputs and --random-inputs: give one of them")
     shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
     bounds.check_tokens(*shape)
     check_samples(shape, vocab_size)
-    generator = np.random.default_rng(request.seed or 0)
+    generator = np.random.default_rng(request.options.seed or 0)
     return generator.integers(0, vocab_size, shape, dtype=np.int32)
 
 
@@ -172,7 +165,7 @@ def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> N
     if request.outputs is not None:
         check_target("--outputs", request.outputs)
         check_no_part("--outputs", request.outputs)
-    reads = options.files_of(checkpoint, request.plan)
+    reads = files_of(checkpoint, request.options)
     reads["the inputs"] = [inputs_of(request, checkpoint)]
     check_apart({"--outputs": request.outputs, "--json": report.path}, reads)
     report.check_apart({"the answers": [request.answers or checkpoint.beside("answers.bin")]})
@@ -195,6 +188,7 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
 
 # Options that may differ between ranks, or whose results are compared: nodes may have other paths.
 NOT_COMPARED = {
+    "options",  # each by its own name
     "model",
     "backend",
     "plan",
@@ -220,12 +214,12 @@ def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
 
 def facts_of(request: Request, prepared: Prepared) -> Facts:
     """Returns what all ranks of a job must have in common before they read weights."""
-    asked = {name: v for name, v in asdict(request).items() if name not in NOT_COMPARED}
+    asked = {**asdict(request), **asdict(request.options)}
     settled = {
         "--backend": prepared.setup.plan,
-        **{f"--{name.replace('_', '-')}": value for name, value in asked.items()},
-        **settled_rewrites(request.rewrites),
-        "--seed": request.seed or 0,
+        **{flag(Option(name)): v for name, v in asked.items() if name not in NOT_COMPARED},
+        **settled_rewrites(request.options.rewrites),
+        "--seed": request.options.seed or 0,
         "--batch-size": prepared.batch_size,
         "-n": len(prepared.inputs),
         "the inputs' content": fingerprints.digest([prepared.inputs.tobytes()]),

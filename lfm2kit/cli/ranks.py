@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 
 from lfm2kit.agreement import Facts, Refusal, agree
 from lfm2kit.cli.console import complain
+from lfm2kit.cli.flags import told
 from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError
 from lfm2kit.interrupts import exit_code
 from lfm2kit.launchers import Started, started
@@ -43,11 +44,11 @@ def joined_job(name: str) -> Transport | None:
     except Lfm2kitError as error:
         if others is None and name == DEFAULT_TRANSPORT:
             return None  # it need not be installed; --ranks without it is an error at the launch
-        refuse(str(error))
+        refuse(told(error))
         if others is None:
             raise
         raise Lfm2kitError(
-            f"{error}. Without it, each of the {others.size} processes that were started "
+            f"{told(error)}. Without it, each of the {others.size} processes that were started "
             f"({others.evidence}) would run everything: install it, or give --independent"
         ) from None
     return _joined(launcher)
@@ -135,7 +136,7 @@ class RanksCommand(TyperCommand):
 def _sentence(error: Exception) -> str | None:
     """Returns what is wrong with a command line; None if nothing is, as for --help."""
     if isinstance(error, Lfm2kitError):
-        return str(error)
+        return told(error)
     said = getattr(error, "format_message", None)  # typer's errors, wherever they are defined
     return str(said()).rstrip(".") if said is not None else None
 
@@ -191,7 +192,7 @@ def _reason(error: BaseException) -> tuple[int, str, str]:
     wanted = bool(os.environ.get(TRACEBACK))
     details = "".join(traceback.format_exception(error)) if wanted else ""
     if isinstance(error, Lfm2kitError):
-        return USER_ERROR, str(error), details
+        return USER_ERROR, told(error), details
     if isinstance(error, KeyboardInterrupt):
         return exit_code(error), "interrupted", details
     if isinstance(error, ReaderGone):

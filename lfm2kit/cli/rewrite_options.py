@@ -6,9 +6,8 @@ load plugins.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -19,24 +18,10 @@ from lfm2kit.transport import World
 FLAGS = {r.name: r.summary for r in built_in(World(), None) if not r.is_automatic}
 
 
-def with_rewrites(command: Callable[..., None]) -> Callable[..., None]:
-    """Returns a command whose parameter `rewrites`, a tuple of names, is made of these options."""
-    signature = inspect.signature(command, eval_str=True)
-
-    @functools.wraps(command)
-    def called(**values: Any) -> None:
-        flags = [name for name in FLAGS if values.pop(_parameter(name))]
-        others = values.pop("rewrite") or []
-        command(**values, rewrites=(*flags, *others))
-
-    called.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[
-            parameter
-            for one in signature.parameters.values()
-            for parameter in (_parameters() if one.name == "rewrites" else [one])
-        ]
-    )
-    return called
+def chosen(values: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the rewrites that these options choose, whose values it takes out of `values`."""
+    flags = [name for name in FLAGS if values.pop(_parameter(name))]
+    return (*flags, *(values.pop("rewrite") or []))
 
 
 def option_of(rewrite: str) -> str:
@@ -51,7 +36,8 @@ def settled(rewrites: Iterable[str]) -> dict[str, object]:
     return {**flags, "--rewrite": ",".join(others) or None}
 
 
-def _parameters() -> list[inspect.Parameter]:
+def parameters() -> list[inspect.Parameter]:
+    """Returns the parameters that Typer makes these options of."""
     flags = [_option(name, bool, False, summary) for name, summary in FLAGS.items()]
     summary = "A rewrite of a plugin's, as `lfm2kit backends` lists them; repeat it for several."
     return [*flags, _option("rewrite", list[str] | None, None, summary, metavar="NAME")]
@@ -61,7 +47,7 @@ def _option(name: str, kind: Any, default: Any, summary: str, **more: Any) -> in
     option = typer.Option(f"--{name}", help=summary, **more)
     return inspect.Parameter(
         _parameter(name),
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
         default=default,
         annotation=Annotated[kind, option],
     )

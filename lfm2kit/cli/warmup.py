@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import time
+from typing import Annotated
 
 from lfm2kit.bench import random_batch
-from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, remark
+from lfm2kit.cli.options import JsonOption, Without, files_of, open_model, spread
 from lfm2kit.loading import set_up
-from lfm2kit.transport import World
+from lfm2kit.options import Options
 
 
-def warmup(
-    model: options.ModelOption = "tiny",
-    backend: options.BackendOption = None,
-    plan: options.PlanOption = None,
-    precision: options.PrecisionOption = "fp32",
-    threads: options.ThreadsOption = None,
-    json: options.JsonOption = None,
-) -> None:
+@spread
+def warmup(options: Annotated[Options, Without(("seed",))], json: JsonOption = None) -> None:
     """Compiles the kernels that a plan needs, by a forward of a small model; runs start faster."""
     report = Report(json)
     start = time.perf_counter()
-    checkpoint = options.open_model(model)
-    report.check_apart(options.files_of(checkpoint, plan))
-    setup = set_up(
-        checkpoint,
-        options.chosen_plan(backend, plan),
-        context=options.context_for(precision, threads, World()),
-    )
+    checkpoint = open_model(options)
+    report.check_apart(files_of(checkpoint, options))
+    setup = set_up(checkpoint, options)
     for note in setup.notes():
         remark(note)
     built = setup.build()
     built.logits(random_batch(1, 2, built.spec.embed_tokens.vocab_size, seed=0))
     seconds = time.perf_counter() - start
     report.line(f"{setup.plan}: ready after {seconds:.1f} s")
-    report.fields = {"backend": str(setup.plan), "precision": precision, "seconds": seconds}
+    report.fields = {"backend": str(setup.plan), "precision": options.precision, "seconds": seconds}
     report.write()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class Recorder:
 
     def __init__(self, placed: Placed) -> None:
         self.results: dict[str, tuple[npt.NDArray[Any], ...]] = {}
-        self._memory = {p.name: p.memory for p in _tree(placed)}
+        self._memory = {p.name: p.memory for p in placed.tree()}
 
     def wrap(self, name: str, spec: Spec, block: Block) -> Block:
         """For `Builder`: `block`, its results recorded."""
@@ -95,9 +95,3 @@ def _placed(
     plan = plan_for(spec, on_trial)
     placed = Placer(plan, create, JOINS, list(backends)).place(spec)
     return placed, Builder(weights, create), plan.default
-
-
-def _tree(placed: Placed) -> Iterator[Placed]:
-    yield placed
-    for _, part in placed.parts:
-        yield from _tree(part)

@@ -15,7 +15,7 @@ from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.convert import source_of, write_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import EMBEDDED, set_up
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 
 NAME = "model.safetensors"
 
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 def test_it_is_named_before_the_next_block_is_built(
     folder: Path, changed: Callable[[Path], None], blocks_before: int
 ) -> None:
-    setup = set_up(open_checkpoint(folder), Plan.parse("reference"))
+    setup = set_up(open_checkpoint(folder), Options(backend="reference"))
     if blocks_before == 0:
         changed(folder / NAME)
     left = [blocks_before]
@@ -62,9 +62,9 @@ def test_another_file_that_takes_its_name_does_no_harm(folder: Path) -> None:
     shutil.copy(folder / NAME, folder / "new")
     truncated(folder / "new")
     os.replace(folder / "new", folder / NAME)
-    set_up(checkpoint, Plan.parse("reference")).build()
+    set_up(checkpoint, Options(backend="reference")).build()
     (folder / NAME).unlink()
-    set_up(checkpoint, Plan.parse("reference")).build()
+    set_up(checkpoint, Options(backend="reference")).build()
 
 
 def test_it_is_named_in_the_midst_of_a_conversion(folder: Path, tmp_path: Path) -> None:

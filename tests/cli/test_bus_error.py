@@ -17,10 +17,11 @@ import sys
 from pathlib import Path
 from lfm2kit.cli.options import open_model
 from lfm2kit.loading import set_up
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 
 path, backend = sys.argv[1:]
-setup = set_up(open_model(path), Plan.parse(backend))
+options = Options(model=path, backend=backend)
+setup = set_up(open_model(options), options)
 leaf = [leaf for leaf in setup.placed.leaves() if leaf.spec.parameters()][-1]
 setup.builder().build(leaf)  # all is there yet, and what is compiled is compiled
 Path(path, "model.safetensors").open("r+b").truncate(100)

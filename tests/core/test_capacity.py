@@ -13,7 +13,7 @@ from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import Setup, find_model, set_up
 from lfm2kit.memory import HostMemory
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.plugins import InstalledBackend, installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.transport import World
@@ -51,12 +51,11 @@ class CardBackend(DeviceBackend):
         return super().build(spec, weights)
 
 
-def card(plan: str = "card", precision: str = "fp32", **options: Any) -> Setup:
+def card(plan: str = "card", *, transport: Any = None, **options: Any) -> Setup:
     plugins = installed_plugins()
     plugin = BackendPlugin("card", "a small device", CardBackend, 1, precisions=tuple(PACKED))
     plugins.backends["card"] = InstalledBackend(plugin, "this test")
-    context = Context(precision=precision)
-    return set_up(TINY, Plan.parse(plan), context=context, plugins=plugins, **options)
+    return set_up(TINY, Options(backend=plan, **options), transport=transport, plugins=plugins)
 
 
 def elements(*, without_experts_of: int = 0) -> int:
@@ -92,22 +91,22 @@ def test_too_little_says_what_is_missing_and_what_would_fit(monkeypatch: Any) ->
     message = refusal(card())
     assert "memory 'elsewhere' is too small" in message
     assert f"needs {needed:.1f} GB there, {free:.1f} GB are free" in message
-    assert f"{needed - free:.1f} GB are missing; try --precision bf16 or --n-cpu-moe 3" in message
+    assert f"{needed - free:.1f} GB are missing; try precision='bf16' or n_cpu_moe=3" in message
     Card.free -= 1
-    assert "--n-cpu-moe 4" in refusal(card())
-    assert "--n-cpu-moe 4" in refusal(card(n_cpu_moe=2))
+    assert "n_cpu_moe=4" in refusal(card())
+    assert "n_cpu_moe=4" in refusal(card(n_cpu_moe=2))
 
 
 def test_what_would_not_fit_is_not_proposed() -> None:
     Card.free = 2 * elements() - 1
-    assert refusal(card(precision="bf16")).endswith("missing; try --n-cpu-moe 1")
+    assert refusal(card(precision="bf16")).endswith("missing; try n_cpu_moe=1")
     Card.free = 2 * elements(without_experts_of=6) - 1
     assert "try a smaller model" in refusal(card())
 
 
 def test_a_precision_that_another_backend_lacks_is_not_proposed() -> None:
     Card.free = 2 * elements()
-    assert "--precision bf16" not in refusal(card("card,attn=reference"))
+    assert "precision=" not in refusal(card("card,attn=reference"))
 
 
 def test_what_other_memories_hold_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,11 +120,11 @@ def test_what_other_memories_hold_is_not_counted(monkeypatch: pytest.MonkeyPatch
 
 def test_what_would_fit_goes_with_what_was_asked_for() -> None:
     Card.free = 2 * elements(without_experts_of=6)
-    assert "try --precision bf16" in refusal(card(n_cpu_moe=6))
-    assert "--precision bf16" not in refusal(card())
+    assert "try precision='bf16'" in refusal(card(n_cpu_moe=6))
+    assert "precision=" not in refusal(card())
     Card.free = share_of_two(2)
-    assert "try --precision bf16" in refusal(card(transport=TwoRanks()))
-    assert "--precision bf16" not in refusal(card())
+    assert "try precision='bf16'" in refusal(card(transport=TwoRanks()))
+    assert "precision=" not in refusal(card())
 
 
 class TwoRanks:

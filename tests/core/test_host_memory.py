@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import Setup, find_model, set_up
 from lfm2kit.memory import HostMemory
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.transport import World
 from lfm2kit.weights import DType, Weights
 
@@ -29,8 +28,7 @@ def stored_as(dtype: DType) -> Checkpoint:
 
 
 def setup(checkpoint: Checkpoint = TINY, plan: str = "cpu_simd", **options: Any) -> Setup:
-    context = Context(precision=options.pop("precision", "fp32"), **options)
-    return set_up(checkpoint, Plan.parse(plan), context=context)
+    return set_up(checkpoint, Options(backend=plan, **options))
 
 
 def kept(of: Setup) -> int:
@@ -81,9 +79,9 @@ def test_a_model_too_large_for_this_machine_is_refused_before_it_is_built(free: 
 
 def test_what_is_proposed_is_enough_for_this_machine(free: Any) -> None:
     free(kept(setup(stored_as("F32"), precision="bf16")))
-    assert str(setup(stored_as("F32")).shortage()).endswith("missing; try --precision bf16")
+    assert str(setup(stored_as("F32")).shortage()).endswith("missing; try precision='bf16'")
     free(kept(setup()) - 1)
-    assert str(setup().shortage()).endswith("no --precision or --n-cpu-moe is enough")
+    assert str(setup().shortage()).endswith("no precision or n_cpu_moe is enough")
 
 
 def test_views_of_the_checkpoint_count_nothing(free: Any) -> None:
@@ -101,8 +99,18 @@ def test_a_forward_of_too_many_tokens_is_refused_with_what_to_change(free: Any) 
 
 def test_ranks_on_one_machine_share_its_memory(free: Any) -> None:
     free(2 * kept(setup()))
-    assert setup(local_ranks=2).shortage() is None
-    assert setup(local_ranks=3).shortage() is not None
+
+    class OneOfSeveral:
+        """A rank of a job of its own, on a machine that it shares."""
+
+        def __init__(self, ranks: int) -> None:
+            self.world = World(0, 1, 0, ranks)
+
+    def of(ranks: Any) -> Setup:
+        return set_up(TINY, Options(backend="cpu_simd"), transport=ranks)
+
+    assert of(OneOfSeveral(2)).shortage() is None
+    assert of(OneOfSeveral(3)).shortage() is not None
 
 
 def test_no_rank_takes_memory_before_all_have_asked_what_is_free() -> None:
@@ -115,6 +123,8 @@ def test_no_rank_takes_memory_before_all_have_asked_what_is_free() -> None:
             order.append("all have asked")
 
     ranks: Any = Ranks()
-    set_up(TINY, Plan.parse("reference"), transport=ranks).build(lambda leaf: order.append("built"))
+    set_up(TINY, Options(backend="reference"), transport=ranks).build(
+        lambda leaf: order.append("built")
+    )
     assert order[:2] == ["all have asked", "built"]
     assert order.count("all have asked") == 1

@@ -11,7 +11,7 @@ from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import find_model, set_up
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.reference.backend import ReferenceBackend
 
 TINY = open_checkpoint(find_model("tiny"))
@@ -26,7 +26,7 @@ def test_memory_that_runs_out_while_building_names_the_block_and_the_bytes(
 ) -> None:
     monkeypatch.setattr(ReferenceBackend, "build", out_of_memory)
     with pytest.raises(Lfm2kitError) as told:
-        set_up(TINY, Plan.parse("reference")).build()
+        set_up(TINY, Options(backend="reference")).build()
     assert "to build embed_tokens, whose weights take 262 KB" in str(told.value)
     assert "Unable to allocate 2.00 EiB" in str(told.value)
 
@@ -35,7 +35,7 @@ def test_memory_that_runs_out_while_building_names_the_block_and_the_bytes(
 def test_memory_that_runs_out_in_a_forward_names_the_layer_and_the_tokens(
     monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
-    model = set_up(TINY, Plan.parse("reference")).build()
+    model = set_up(TINY, Options(backend="reference")).build()
 
     def fails(*arguments: Any) -> Any:
         raise MemoryError(said)

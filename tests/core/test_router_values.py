@@ -14,7 +14,7 @@ from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import Setup, find_model, set_up
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import Choice, Router, Scores
 from tests.core.small import build, small_spec
@@ -25,7 +25,7 @@ INF, NAN = np.inf, np.nan
 
 
 def setup(backend: str) -> Setup:
-    return set_up(open_checkpoint(find_model("tiny")), Plan.parse(backend))
+    return set_up(open_checkpoint(find_model("tiny")), Options(backend=backend))
 
 
 def with_values(name: str, places: Any, value: float, backend: str = "reference") -> Setup:

@@ -9,7 +9,7 @@ import pytest
 
 from lfm2kit import progress
 from lfm2kit.loading import set_up
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.progress import Progress
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
@@ -50,7 +50,7 @@ def test_several_ranks_give_the_bits_of_one_in_the_order_of_the_samples(
 
 
 def test_a_rank_is_set_up_from_a_checkpoint_with_its_transport() -> None:
-    inputs, plugins, plan = inputs_of(3), installed_plugins(), Plan("reference")
+    inputs, plugins, plan = inputs_of(3), installed_plugins(), Options(backend="reference")
     alone = run_samples(set_up(TINY, plan, plugins=plugins).build(), inputs, 3).logits
 
     def rank(transport: ThreadTransport) -> Any:

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.convert import source_of, write_checkpoint
 from lfm2kit.loading import set_up
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.weights import DType
 
 CHECKPOINT = Path(__file__).parents[1] / "oracle" / "t01_router_bias_and_normalisation"  # F32
@@ -20,9 +19,7 @@ BATCH = Batch.of_sequences([range(9), range(20, 24)])
 
 
 def logits(folder: Path, precision: str) -> np.ndarray:
-    setup = set_up(
-        open_checkpoint(folder), Plan.parse("cpu_simd"), context=Context(precision=precision)
-    )
+    setup = set_up(open_checkpoint(folder), Options(backend="cpu_simd", precision=precision))
     return setup.build().logits(BATCH)
 
 

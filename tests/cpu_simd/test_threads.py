@@ -59,7 +59,7 @@ def test_one_thread_and_two_give_the_same_bits(alone: None) -> None:
 
 
 def test_more_threads_than_cores_are_refused() -> None:
-    with pytest.raises(Lfm2kitError, match="--threads 5000"):
+    with pytest.raises(Lfm2kitError, match="threads=5000"):
         CpuSimdBackend(Context(threads=5000))
 
 

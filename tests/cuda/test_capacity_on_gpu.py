@@ -36,6 +36,6 @@ def test_too_little_is_an_error_that_says_what_would_fit(
 
     monkeypatch.setattr(CudaMemory, "free_bytes", lambda self: 10_000_000)
     with pytest.raises(
-        Lfm2kitError, match=r"memory 'lfm2kit_cuda:0' is too small.*--n-cpu-moe [1-6]$"
+        Lfm2kitError, match=r"memory 'lfm2kit_cuda:0' is too small.*n_cpu_moe=[1-6]$"
     ):
         load_model("tiny", plan)

@@ -11,9 +11,7 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.backend import Context, Room
 from lfm2kit.batch import Batch
-from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.loading import find_model, load_model, set_up
-from lfm2kit.plan import Plan
+from lfm2kit.loading import load_model
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS
@@ -109,10 +107,7 @@ def test_hybrid_computes_here_and_routes_on_the_cpu() -> None:
 
 @pytest.mark.parametrize("plan", ["hybrid", "cuda,choice=cpu_simd"])
 def test_in_16_bits_whole_layers_take_a_choice_from_the_cpu(plan: str) -> None:
-    checkpoint, context = open_checkpoint(find_model("tiny")), Context(precision="bf16")
-    apart, whole = (
-        set_up(checkpoint, Plan.parse(text), context=context).build() for text in (plan, "cuda")
-    )
+    apart, whole = (load_model("tiny", text, precision="bf16") for text in (plan, "cuda"))
     layer = dict(apart.placed.parts)["layers.2"]
     assert layer.backend == plan.partition(",")[0]
     assert [role for role, _ in layer.parts] == ["feed_forward.router.choice"]

@@ -188,7 +188,7 @@ def test_three_terms_refuse_weights_that_bf16_does_not_hold(dtype: DType) -> Non
     weight = np.ones((40, 30), np.float32)
     gemm.pack([Tensor("w", "F32", weight).stored_as(dtype)])
     weight[39, 29] = 1 + 2.0**-8
-    with pytest.raises(Lfm2kitError, match=r"'layers\.0\.w'.*--precision fp32"):
+    with pytest.raises(Lfm2kitError, match=r"'layers\.0\.w'.*precision='fp32'"):
         gemm.pack([Tensor("layers.0.w", "F32", weight).stored_as(dtype)])
 
 

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.loading import find_model, load_model, set_up
 from lfm2kit.model import LFM2
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.replays import MOST
 from lfm2kit.weights import Weights
 
@@ -87,7 +86,7 @@ def test_a_graph_takes_each_batchs_own_logits_rows() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_spoilt_embedding_reaches_the_logits_of_its_samples_alone(precision: str) -> None:
     checkpoint = open_checkpoint(find_model("tiny"))
-    made = set_up(checkpoint, Plan.parse("cuda"), context=Context(precision=precision))
+    made = set_up(checkpoint, Options(backend="cuda", precision=precision))
     name = "embed_tokens.weight"
     values = checkpoint.weights.float32(name).copy()
     values[7, 0] = np.nan

@@ -11,12 +11,10 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.backend import Context, Room
+from lfm2kit.backend import Room
 from lfm2kit.batch import Batch
-from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.loading import find_model, load_model, set_up
+from lfm2kit.loading import load_model
 from lfm2kit.model import LFM2
-from lfm2kit.plan import Plan
 from lfm2kit.replays import MOST
 from lfm2kit.state import ModelState
 
@@ -40,8 +38,7 @@ def random_ids(rng: np.random.Generator, *shape: int) -> Ids:
 
 
 def model_of(precision: str) -> LFM2:
-    checkpoint, context = open_checkpoint(find_model("tiny")), Context(precision=precision)
-    return set_up(checkpoint, Plan.parse("cuda"), context=context).build()
+    return load_model("tiny", "cuda", precision=precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

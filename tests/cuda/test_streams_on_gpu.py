@@ -21,7 +21,7 @@ from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.loading import find_model, load_model, set_up
 from lfm2kit.model import LFM2
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 
 pytestmark = [
     pytest.mark.gpu,
@@ -178,7 +178,7 @@ def test_the_clock_of_marks_is_the_devices(arrays: Any) -> None:
 
 def model_of(precision: str) -> LFM2:
     checkpoint = open_checkpoint(find_model("tiny"))
-    return set_up(checkpoint, Plan.parse("cuda"), context=Context(precision=precision)).build()
+    return set_up(checkpoint, Options(backend="cuda", precision=precision)).build()
 
 
 def random_batch(seed: int, *lengths: int) -> Batch:

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.loading import find_model, set_up
 from lfm2kit.model import LFM2
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,8 +21,8 @@ LENGTHS = [[16] * 16, [16, 1, 2, 3, 4, 5, 6, 33], [1]]
 
 
 def model(plan: str, precision: str, *, trim: bool) -> LFM2:
-    checkpoint, context = open_checkpoint(find_model("tiny")), Context(precision=precision)
-    return set_up(checkpoint, Plan.parse(plan), context=context, rewrites=["trim"] * trim).build()
+    options = Options(backend=plan, precision=precision, rewrites=("trim",) * trim)
+    return set_up(open_checkpoint(find_model("tiny")), options).build()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

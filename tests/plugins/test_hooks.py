@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 import lfm2kit
-from lfm2kit.backend import BackendPlugin, Block, Context
-from lfm2kit.plugins import Plugins
+from lfm2kit.backend import HOST, BackendPlugin, Batch, Block, Context
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.cli import app
+from lfm2kit.errors import Option
+from lfm2kit.loading import Setup, find_model, set_up
+from lfm2kit.options import Options
+from lfm2kit.placement import Placed
+from lfm2kit.plugins import COMMANDS, InstalledBackend, Plugins, installed_plugins
+from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import MLP, LMHead, Spec
 from lfm2kit.transport import Transport, World
+from lfm2kit.wrappers import Wrappers
+from tests.checkpoint.typed import Cli, Typed
 
 Load = Callable[..., Plugins]
 
@@ -127,27 +138,260 @@ def test_lfm2kit_rewrites_are_found_by_name_and_learn_their_place_in_the_job(loa
     assert list(plugins.rewrites(World(0, 2))) == ["trim", "experts-over-ranks", "mine", "ours"]
 
 
+def recording(mark: str, *, survives: bool = False) -> Any:
+    """A plugin's hook that wraps every MLP, and leaves a mark in what it returns."""
+
+    @lfm2kit.hookimpl
+    def lfm2kit_block_wrapper(name: str, spec: Spec) -> Any:
+        def wrap(block: Block) -> Block:
+            return lambda *inputs: f"{mark} {name} ({block(*inputs)})"
+
+        return lfm2kit.Wrapper(wrap, survives) if spec.kind == "mlp" else None
+
+    return lfm2kit_block_wrapper
+
+
+def identity(x: Any) -> Any:
+    return x
+
+
+def placed(spec: Spec, name: str) -> Placed:
+    return Placed(name, name, spec, HOST, HOST, "reference")
+
+
 def test_lfm2kit_block_wrapper_wraps_the_blocks_it_chooses_later_plugins_outermost(
     load: Load,
 ) -> None:
-    def recording(mark: str) -> Any:
-        @lfm2kit.hookimpl
-        def lfm2kit_block_wrapper(name: str, spec: Spec) -> Any:
-            if spec.kind != "mlp":
-                return None
-
-            def wrap(block: Block) -> Block:
-                return lambda *inputs: f"{mark} {name} ({block(*inputs)})"
-
-            return wrap
-
-        return lfm2kit_block_wrapper
-
     plugins = load(recording("inner"), recording("outer"))
-
-    def block(x: str) -> str:
-        return x
-
-    assert plugins.wrap("lm_head", LMHead(5, 2), block) is block
-    wrapped = plugins.wrap("layers.0.feed_forward", MLP(2, 3), block)
+    head, mlp = placed(LMHead(5, 2), "lm_head"), placed(MLP(2, 3), "layers.0.feed_forward")
+    assert Wrappers.of(head, plugins).wrap(head.name, head.spec, identity) is identity
+    wrapped = Wrappers.of(mlp, plugins).wrap(mlp.name, mlp.spec, identity)
     assert wrapped("x") == "outer layers.0.feed_forward (inner layers.0.feed_forward (x))"
+
+
+def test_lfm2kit_block_wrapper_is_told_the_memory_of_the_block(load: Load) -> None:
+    told: list[Any] = []
+
+    @lfm2kit.hookimpl
+    def lfm2kit_block_wrapper(name: str, spec: Spec, memory: Any) -> None:
+        told.append((name, memory))
+
+    Wrappers.of(placed(MLP(2, 3), "layers.0.feed_forward"), load(lfm2kit_block_wrapper))
+    assert told == [("layers.0.feed_forward", HOST)]
+
+
+@pytest.mark.parametrize("returned", [identity, "wrap", lfm2kit.Wrapper])
+def test_a_wrapper_of_another_type_is_an_error_that_names_the_plugin(
+    load: Load, returned: Any
+) -> None:
+    @lfm2kit.hookimpl
+    def lfm2kit_block_wrapper(name: str, spec: Spec) -> Any:
+        return returned
+
+    with pytest.raises(TypeError, match=r"plugin 'plugin_0' returned .* for lm_head, not an"):
+        Wrappers.of(placed(LMHead(5, 2), "lm_head"), load(lfm2kit_block_wrapper))
+
+
+class Capturing(ReferenceBackend):
+    """A backend that captures forwards; its replays only call them."""
+
+    captured = 0
+
+    def capture(self, forward: Any, batch: Batch) -> Any:
+        Capturing.captured += 1
+
+        class Replay:
+            nbytes = 0
+
+            def __call__(self, batch: Batch) -> Any:
+                return forward(batch)
+
+            def close(self) -> None:
+                pass
+
+        return Replay()
+
+
+def wrapped_setup(load: Load, *hooks: Any) -> Setup:
+    """The embedded model on a backend that captures, with the hooks of some plugins."""
+    plugins = load(*hooks)
+    plugin = BackendPlugin("capturing", "", lambda context: Capturing(), 1)
+    plugins.backends["capturing"] = InstalledBackend(plugin, "this test")
+    tiny = open_checkpoint(find_model("tiny"))
+    return set_up(tiny, Options(backend="capturing"), plugins=plugins)
+
+
+def is_captured(setup: Setup) -> bool:
+    before, model = Capturing.captured, setup.build()
+    for _ in range(3):
+        model.logits(Batch.of_sequences([[1, 2, 3]]))
+    return Capturing.captured > before
+
+
+def transparent(survives: bool) -> Any:
+    """A plugin's hook that wraps all layers and changes nothing."""
+
+    @lfm2kit.hookimpl
+    def lfm2kit_block_wrapper(name: str, spec: Spec) -> Any:
+        wrapper = lfm2kit.Wrapper(lambda block: lambda *inputs: block(*inputs), survives)
+        return wrapper if spec.kind == "layer" else None
+
+    return lfm2kit_block_wrapper
+
+
+def test_a_model_in_a_wrapper_that_does_not_survive_capture_is_not_captured(load: Load) -> None:
+    setup = wrapped_setup(load, transparent(True), transparent(False))
+    assert list(setup.notes()) == ["not captured: plugin 'plugin_1' wraps layers.0 and 7 more"]
+    assert not is_captured(setup)
+
+
+def test_a_model_in_wrappers_that_survive_capture_is_captured(load: Load) -> None:
+    setup = wrapped_setup(load, transparent(True))
+    assert list(setup.notes()) == []
+    assert is_captured(setup)
+
+
+def test_where_nothing_is_captured_a_wrapper_prevents_nothing(load: Load) -> None:
+    plugins = load(transparent(False))
+    reference = installed_plugins().backends["reference"]
+    plugins.backends["reference"] = reference
+    tiny = open_checkpoint(find_model("tiny"))
+    assert list(set_up(tiny, Options(backend="reference"), plugins=plugins).notes()) == []
+
+
+# ---- commands ----
+
+
+def announcing(*commands: lfm2kit.Command) -> Any:
+    @lfm2kit.hookimpl
+    def lfm2kit_commands() -> Any:
+        yield from commands
+
+    return lfm2kit_commands
+
+
+@pytest.fixture
+def cli_with(
+    load: Load, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[lfm2kit.Command], Cli]:
+    """The command line with a command of a plugin."""
+
+    def installed(command: lfm2kit.Command) -> Cli:
+        plugins = load(announcing(command))
+        module = sys.modules["lfm2kit.cli.plugin_commands"]
+        monkeypatch.setattr(module, "installed_plugins", lambda: plugins)
+        return cli
+
+    return installed
+
+
+def hello(name: str, times: int = 1) -> None:
+    """Greets somebody."""
+    if times == 0:
+        raise lfm2kit.Lfm2kitError("not at all, ", Option("times", 0))
+    print("hello", name * times)
+
+
+def test_lfm2kit_commands_run_with_the_arguments_of_their_function(cli_with: Any) -> None:
+    cli = cli_with(lfm2kit.Command("hello", hello))
+    assert cli("hello", "you", "--times", 2).out == "hello youyou\n"
+    assert "Greets somebody" in cli("--help").out
+    assert "--times" in cli("hello", "-h").out
+    cli("hello", "you", "--times", 0).assert_fails("not at all, --times 0")
+    cli("hello").assert_fails("Missing argument 'name'", "see lfm2kit hello --help")
+    cli("helo").assert_fails("Did you mean 'hello'?")
+
+
+def test_a_command_that_typer_cannot_read_breaks_no_help(cli_with: Any) -> None:
+    def odd(value: Any) -> None:
+        """Never runs."""
+
+    odd.__annotations__["value"] = "NoSuchType"
+
+    cli = cli_with(lfm2kit.Command("odd", odd))
+    assert "Cannot be used" in cli("--help").out
+    cli("odd").assert_fails("command 'odd' of unknown cannot be used: ")
+
+
+def test_no_plugin_is_loaded_for_a_command_of_lfm2kit(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise AssertionError("plugins are loaded")
+
+    monkeypatch.setattr(sys.modules["lfm2kit.cli.plugin_commands"], "installed_plugins", fails)
+    assert cli("specs", "tiny").code == 0
+
+
+def test_the_names_of_lfm2kits_commands_are_those_of_the_command_line() -> None:
+    names = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert names | {group.name for group in app.registered_groups} == COMMANDS
+
+
+# ---- the end of a run ----
+
+
+@pytest.fixture
+def run_with(load: Load, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Typed]:
+    """`lfm2kit run` with plugins that are told of its end."""
+
+    def run(*functions: Callable[[Any], None], words: tuple[object, ...] = ()) -> Typed:
+        hooks = []
+        for function in functions:
+
+            def lfm2kit_run_ended(record: Any, function: Any = function) -> None:
+                function(record)
+
+            hooks.append(lfm2kit.hookimpl(lfm2kit_run_ended))
+        plugins = load(*hooks)
+        plugins.backends["reference"] = installed_plugins().backends["reference"]
+        monkeypatch.setattr(sys.modules["lfm2kit.loading"], "installed_plugins", lambda: plugins)
+        return cli("run", "-b", "reference", "-n", 1, "-v", *words)
+
+    return run
+
+
+def test_lfm2kit_run_ended_gets_what_json_writes(run_with: Any, tmp_path: Path) -> None:
+    records: list[Any] = []
+    path = tmp_path / "record.json"
+    done = run_with(records.append, records.append, words=("--json", path))
+    assert done.code == 0, done
+    assert records == [json.loads(path.read_text())] * 2
+    assert records[0] is not records[1]
+
+
+def test_a_plugin_that_fails_at_the_end_loses_nothing(run_with: Any, tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    def fails(record: Any) -> None:
+        record.clear()
+        raise KeyError("seconds")
+
+    def refuses(record: Any) -> None:
+        raise lfm2kit.Lfm2kitError("no room for ", Option("outputs", "x"))
+
+    def leaves(record: Any) -> None:
+        sys.exit(0)
+
+    outputs, path = tmp_path / "outputs.bin", tmp_path / "record.json"
+    words = ("--json", path, "--outputs", outputs)
+    done = run_with(fails, refuses, leaves, told.append, words=words)
+    assert "VALID" in done.out.splitlines()
+    assert told == [json.loads(path.read_text())]
+    assert outputs.exists()
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert "plugin 'plugin_0' failed after the run: KeyError: 'seconds'" in line
+    assert "; plugin 'plugin_1' failed after the run: no room for --outputs x; plugin" in line
+    assert "'plugin_2' failed after the run: RuntimeError: SystemExit: 0" in line
+
+
+def test_a_wrong_result_stays_the_worse_news(run_with: Any, tmp_path: Path) -> None:
+    def fails(record: Any) -> None:
+        assert record["validation"]["valid"] is False
+        raise KeyError("seconds")
+
+    (tmp_path / "answers.bin").write_bytes(b"")
+    done = run_with(fails, words=("--answers", tmp_path / "answers.bin"))
+    assert (done.code, "INVALID" in done.out.splitlines()) == (1, True)
+    assert "failed after the run" in done.err

@@ -124,8 +124,11 @@ def test_a_rewrite_is_chosen_by_its_name(installed: Installed) -> None:
     assert "\nVALID\n" in printed
 
 
-def test_the_trace_is_written(installed: Installed, tmp_path: Path) -> None:
+def test_the_trace_is_written_and_summed_up(installed: Installed, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     installed.succeeds("lfm2kit", "run", "-b", "reference", "-n", "1", LFM2KIT_TRACE=str(trace))
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"model", "layers.0", "layers.0.operator", "lm_head"} <= names
+    summary = installed.succeeds("lfm2kit", "trace-summary", str(trace))
+    assert "backend:            reference" in summary
+    assert "trace-summary" in installed.succeeds("lfm2kit", "--help")

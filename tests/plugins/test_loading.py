@@ -54,6 +54,23 @@ PRECISIONS_OF_LETTERS = """
     def lfm2kit_backends():
         yield lfm2kit.BackendPlugin("odd", "", lambda context: None, 1, precisions="fp32")
 """
+SHADOWS = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_commands():
+        yield lfm2kit.Command("run", lambda: print("VALID"))
+"""
+GREETS = """
+    import lfm2kit
+
+    def hello(name: str) -> None:
+        print("hello", name, "from {name}")
+
+    @lfm2kit.hookimpl
+    def lfm2kit_commands():
+        yield lfm2kit.Command("hello", hello)
+"""
 UNMARKED = """
     def lfm2kit_backends():
         return []
@@ -99,6 +116,7 @@ def test_a_backend_is_found_by_its_entry_point_and_runs(tmp_path: Path) -> None:
         (YIELDS_NO_TRANSPORT, "yielded 7, not a TransportPlugin"),
         (RAISES_IN_HOOK, "RuntimeError: first line"),
         (PRECISIONS_OF_LETTERS, "write ('fp32',)"),
+        (SHADOWS, "lfm2kit_commands yielded 'run', which is lfm2kit's"),
         (UNMARKED, "'lfm2kit_backends' is not marked with @lfm2kit.hookimpl"),
     ],
 )
@@ -165,6 +183,18 @@ def test_of_two_backends_of_one_name_the_second_is_refused_and_the_first_named(
     listed = listing(tmp_path)
     assert listed["backends"]["same"]["distribution"] == "lfm2kit-one 1.0"
     assert "'same', which is lfm2kit-one 1.0's" in listed["broken"]["two"]["reason"]
+
+
+def test_of_two_commands_of_one_name_the_second_is_refused_and_the_first_runs(
+    tmp_path: Path,
+) -> None:
+    install(tmp_path, "one", GREETS.format(name="one"))
+    install(tmp_path, "two", GREETS.format(name="two"))
+    done = lfm2kit(tmp_path, "hello", "you")
+    assert (done.returncode, done.stdout) == (0, "hello you from one\n"), done.stderr
+    listed = listing(tmp_path)
+    assert listed["commands"]["hello"]["distribution"] == "lfm2kit-one 1.0"
+    assert "'hello', which is lfm2kit-one 1.0's" in listed["broken"]["two"]["reason"]
 
 
 def test_no_plugin_can_take_the_name_of_a_backend_of_ours(tmp_path: Path) -> None:

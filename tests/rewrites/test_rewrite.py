@@ -21,7 +21,7 @@ from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import Setup, find_model, set_up
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.rewrites import Join, Rewrite, chosen, replaced
 from lfm2kit.rewrites.trim import TRIM
@@ -87,8 +87,8 @@ def plugins_of(monkeypatch: pytest.MonkeyPatch, *hooks: Any) -> Plugins:
 
 
 def tiny(plugins: Plugins, *rewrites: str, **options: Any) -> Setup:
-    checkpoint, plan = open_checkpoint(find_model("tiny")), Plan("reference")
-    return set_up(checkpoint, plan, rewrites=rewrites, plugins=plugins, **options)
+    asked = Options(backend="reference", rewrites=rewrites)
+    return set_up(open_checkpoint(find_model("tiny")), asked, plugins=plugins, **options)
 
 
 def test_a_plugins_rewrite_is_chosen_by_name_and_keeps_the_bits(

@@ -21,7 +21,7 @@ from lfm2kit.backend import (
     Spec,
     Weights,
 )
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cpu_simd import sizes
 from lfm2kit_cpu_simd.compiling import announced
 from lfm2kit_cpu_simd.crew import set_threads
@@ -57,7 +57,9 @@ class CpuSimdBackend:
         self._dtype = STORED[context.precision]
         if self._dtype not in (None, *STORAGES):
             raise Lfm2kitError(
-                f"--precision {context.precision}: this CPU cannot widen {self._dtype}; try bf16"
+                Option("precision", context.precision),
+                f": this CPU cannot widen {self._dtype}; try ",
+                Option("precision", "bf16"),
             )
 
     def why_unsupported(self, spec: Spec) -> str | None:

@@ -31,6 +31,7 @@ from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
 
 from lfm2kit.capacity import check_room
+from lfm2kit.errors import Option
 from lfm2kit.kernel_cache import KernelCache
 from lfm2kit_cpu_simd.interrupts import remembered_interrupts
 
@@ -40,7 +41,8 @@ SECONDS_BETWEEN_LINES = 10.0
 COMPILING = 200_000_000
 ADVICE = (
     "compile them where more is allowed (lfm2kit warmup, with the same LFM2KIT_CACHE_DIR), or "
-    "take --backend reference"
+    "take ",
+    Option("backend", "reference"),
 )
 
 # Numba's settings that do not change machine code.
@@ -126,7 +128,7 @@ class Progress(event.Listener):
     def begin(self) -> None:
         """Begins to report: kernels are missing, and this process or another compiles them."""
         if self._start is None:
-            check_room("compiling kernels takes at least", COMPILING, ADVICE)
+            check_room("compiling kernels takes at least", COMPILING, *ADVICE)
             self._start = self._said = time.perf_counter()
             self._say("compiling kernels for this CPU ...")
 

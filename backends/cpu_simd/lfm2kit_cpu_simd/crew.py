@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import numba
 
 from lfm2kit.backend import Context
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.timing import waits
 from lfm2kit_cpu_simd.threads import CORES  # imported first: it sets how threads wait
 
@@ -92,7 +92,7 @@ def set_threads(context: Context) -> None:
     most = numba.config.NUMBA_NUM_THREADS
     if context.threads is not None and context.threads > most:
         raise Lfm2kitError(
-            f"--threads {context.threads}: this process may use {most} "
-            "(cores of its affinity mask, or NUMBA_NUM_THREADS)"
+            Option("threads", context.threads),
+            f": this process may use {most} (cores of its affinity mask, or NUMBA_NUM_THREADS)",
         )
     CREW.hire(context.threads or max(1, min(most, CORES // context.local_ranks)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda import device
 from lfm2kit_cuda.gemm import Gemm
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
@@ -19,17 +19,18 @@ def arithmetic(precision: str) -> Arithmetic:
     if precision == "fp32":
         return Gemm()
     if precision == "bf16" and capability < BF16_FROM:
-        raise Lfm2kitError(_why_not(precision, BF16_FROM, "fp16"))
+        raise _refusal(precision, BF16_FROM, "fp16")
     if precision == "fp32x3" and not is_hopper:
-        raise Lfm2kitError(_why_not(precision, HOPPER, "fp32"))
+        raise _refusal(precision, HOPPER, "fp32")
     if precision == "fp32x3":
         return ThreeTermGemm()
     return (HopperGemm if is_hopper else TensorCoreGemm)(precision.upper().replace("FP", "F"))
 
 
-def _why_not(precision: str, needed: tuple[int, int], instead: str) -> str:
+def _refusal(precision: str, needed: tuple[int, int], instead: str) -> Lfm2kitError:
     has, needs = (".".join(map(str, c)) for c in (device.compute_capability(), needed))
-    return (
+    return Lfm2kitError(
         f"precision {precision} needs tensor cores of compute capability {needs}, {device.name()} "
-        f"has {has}; try --precision {instead}"
+        f"has {has}; try ",
+        Option("precision", instead),
     )

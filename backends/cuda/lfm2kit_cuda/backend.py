@@ -8,7 +8,7 @@ import cupy
 
 from lfm2kit import specs
 from lfm2kit.backend import Array, Batch, Block, Ceilings, Context, Memory, Room, Spec, Weights
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
@@ -77,7 +77,7 @@ class CudaBackend:
             try:
                 block = make()
             except cupy.cuda.memory.OutOfMemoryError:
-                raise Lfm2kitError(self._out_of_memory(spec, weights)) from None
+                raise self._out_of_memory(spec, weights) from None
             cupy.cuda.get_current_stream().synchronize()  # so that any stream finds its weights
         return OnDevice(block, self._memory.device)
 
@@ -112,12 +112,15 @@ class CudaBackend:
         cupy.get_default_memory_pool().free_all_blocks()
         return Replay(step, batch, self._memory)
 
-    def _out_of_memory(self, spec: Spec, weights: Weights) -> str:
+    def _out_of_memory(self, spec: Spec, weights: Weights) -> Lfm2kitError:
         free, total = (size / 1e9 for size in cupy.cuda.runtime.memGetInfo())
         needed = 1e-9 * self.kept_bytes(spec, weights)
-        smaller = "--precision bf16, or " if self._gemm.activation == "F32" else ""
-        return (
+        is_fp32 = self._gemm.activation == "F32"
+        return Lfm2kitError(
             f"the GPU's memory does not hold the model: {free:.1f} of {total:.1f} GB are left, and "
             f"a block of kind '{spec.kind}' needs {needed:.1f} GB; "
-            f"try {smaller}--n-cpu-moe N, which keeps the experts of N layers on the CPU"
+            "try ",
+            *((Option("precision", "bf16"), ", or ") if is_fp32 else ()),
+            Option("n_cpu_moe"),
+            ", which keeps the experts of some layers on the CPU",
         )

@@ -13,7 +13,7 @@ from typing import Any
 import cupy
 
 from lfm2kit.backend import Tensor
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda.activations import TERMS, Rows, Slabs, slabs_bytes, split
 from lfm2kit_cuda.device import processors
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
@@ -166,7 +166,8 @@ class ThreeTermGemm(HopperGemm):
         if int(found[0]):
             raise Lfm2kitError(
                 f"precision fp32x3 takes weights that BF16 holds exactly, and '{matrix.name}' has "
-                "others; try --precision fp32"
+                "others; try ",
+                Option("precision", "fp32"),
             )
         return weights
 

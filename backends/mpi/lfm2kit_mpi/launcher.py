@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.transport import Transport, rank_command
 
 # What launchers set for each process: Open MPI, MPICH and Intel MPI and Slurm's PMI, MVAPICH.
@@ -50,21 +50,23 @@ def _check_cores(ranks: int) -> None:
     is_allocation = any(name in os.environ for name in ALLOCATION_VARIABLES)
     if ranks > MOST_PER_CORE * cores and not is_allocation:
         raise Lfm2kitError(
-            f"--ranks {ranks}: this machine has {cores} cores, enough for {MOST_PER_CORE * cores}; "
-            "start more of them over several machines, in an allocation"
+            Option("ranks", ranks),
+            f": this machine has {cores} cores, enough for {MOST_PER_CORE * cores}; "
+            "start more of them over several machines, in an allocation",
         )
 
 
 def find_mpiexec() -> str:
     """This environment's mpiexec (the mpich wheel's), else the PATH's; `Lfm2kitError` if none."""
     if find_spec("mpi4py") is None:
-        raise Lfm2kitError("--ranks needs mpi4py; pip install 'lfm2kit-mpi[mpich]'")
+        raise Lfm2kitError(Option("ranks"), " needs mpi4py; pip install 'lfm2kit-mpi[mpich]'")
     beside = Path(sys.executable).parent / "mpiexec"
     found = str(beside) if beside.exists() else shutil.which("mpiexec")
     if found is None:
         raise Lfm2kitError(
-            "--ranks needs mpiexec, and there is none; load the cluster's MPI, or "
-            "pip install 'lfm2kit-mpi[mpich]'"
+            Option("ranks"),
+            " needs mpiexec, and there is none; load the cluster's MPI, or "
+            "pip install 'lfm2kit-mpi[mpich]'",
         )
     return found
 

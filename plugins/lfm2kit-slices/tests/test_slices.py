@@ -10,7 +10,7 @@ from lfm2kit_slices import SlicedBlock, SlicedMLP
 from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.loading import find_model, set_up
-from lfm2kit.plan import Plan
+from lfm2kit.options import Options
 from lfm2kit.specs import MLP
 
 
@@ -33,8 +33,8 @@ def test_the_logits_keep_their_bits() -> None:
     batch = Batch.of_sequences([[i % 100] * 20 for i in range(20)])
     assert batch.tokens > lfm2kit_slices.ROWS
     checkpoint = open_checkpoint(find_model("tiny"))
-    whole = set_up(checkpoint, Plan("reference")).build().logits(batch).copy()
-    setup = set_up(checkpoint, Plan("reference"), rewrites=["slices"])
+    whole = set_up(checkpoint, Options(backend="reference")).build().logits(batch).copy()
+    setup = set_up(checkpoint, Options(backend="reference", rewrites=("slices",)))
     assert [one.name for one in setup.placed.tree() if isinstance(one.spec, SlicedMLP)] == [
         "layers.0.feed_forward",
         "layers.1.feed_forward",

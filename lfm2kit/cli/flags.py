@@ -1,0 +1,27 @@
+"""Writes the options that a sentence names as flags: `Option("threads", 8)` as `--threads 8`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import fields
+
+from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.options import Options
+
+VARIABLES = {f.name: v for f in fields(Options) if (v := f.metadata["about"].variable)}
+
+
+def flag(option: Option) -> str:
+    """Returns the words to type for an option; the environment variable, if it says the same."""
+    variable = VARIABLES.get(option.name, "")
+    if option.value is not None and os.environ.get(variable) == option.value:
+        return f"{variable}={option.value}"
+    name = f"-{option.name}" if len(option.name) == 1 else f"--{option.name.replace('_', '-')}"
+    is_flag = option.value is None or option.value is True
+    return name if is_flag else f"{name} {shlex.quote(str(option.value))}"
+
+
+def told(error: Lfm2kitError) -> str:
+    """Returns the sentence of an error as the command line says it."""
+    return error.sentence(flag)

@@ -1,0 +1,58 @@
+"""The commands of plugins, beside lfm2kit's own.
+
+Plugins are imported only if none of lfm2kit's commands is meant, or all are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
+from lfm2kit.hookspecs import Command
+from lfm2kit.plugins import Plugins, installed_plugins
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+class Commands(TyperGroup):
+    """lfm2kit's commands, and those of plugins."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands:
+            self._add(installed_plugins())
+        return super().get_command(ctx, cmd_name)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        with suppress(Lfm2kitError):  # a wrong list of plugins prevents no help
+            self._add(installed_plugins())
+        return super().list_commands(ctx)
+
+    def _add(self, plugins: Plugins) -> None:
+        for name, command in plugins.commands.items():
+            self.commands[name] = _made(command, plugins.owner(name))
+
+
+def _made(command: Command, owner: str) -> Any:
+    """Returns the command of a plugin; one that says so in place of one that Typer cannot read."""
+    try:
+        return _typer_command(command.name, command.run)
+    except Exception as error:
+        reason = f"command '{command.name}' of {owner} cannot be used: {error}{TRACEBACK_HINT}"
+        cause = error
+
+        def refuse() -> None:
+            raise Lfm2kitError(reason) from cause
+
+        refuse.__doc__ = f"Cannot be used: {owner} describes it wrongly."
+        return _typer_command(command.name, refuse)
+
+
+def _typer_command(name: str, run: Callable[..., None]) -> Any:
+    app = typer.Typer(add_completion=False, context_settings=CONTEXT)
+    app.command(name)(run)
+    return typer.main.get_command(app)

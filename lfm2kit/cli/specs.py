@@ -1,0 +1,37 @@
+"""`lfm2kit specs`: a model as a TOML file of layer specs, to be changed and run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lfm2kit import specs as layers
+from lfm2kit.checkpoint.synth import KNOWN
+from lfm2kit.cli.options import open_model
+from lfm2kit.config import ModelConfig, model_spec, parse_config, read_config
+from lfm2kit.options import Options
+from lfm2kit.spec_files import spec_text
+
+
+def specs(
+    model: Annotated[
+        str,
+        typer.Argument(help=f"What --model takes, a config.json, or {', '.join(KNOWN)}."),
+    ],
+) -> None:
+    """Prints a model as a TOML file of layer specs, which --model FILE.toml runs."""
+    print(spec_text(_spec(model)), end="")
+
+
+def _spec(model: str) -> layers.Model:
+    if model in KNOWN:
+        return _described(parse_config(KNOWN[model]))
+    if model.endswith(".json"):
+        return _described(read_config(Path(model)))
+    return open_model(Options(model=model)).spec
+
+
+def _described(config: ModelConfig) -> layers.Model:
+    return model_spec(config, tied=config.tie_word_embeddings is not False)
