@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
+from lfm2kit_cpu_simd.blocks.short_conv import SHORT, _place
 from lfm2kit_cpu_simd.machine import NR
 
 from lfm2kit import specs
@@ -93,7 +94,7 @@ def test_two_chunks_have_the_bits_of_one_wherever_they_meet(spec: Operator, thre
         x = random_rows(spec, length)
         want = one_shot(block, x)
         for page_tokens in PAGE_TOKENS:
-            for cut in sorted({1, 16, 17, 62, 63, 64, 65, 126, 127, 128, length - 1, length}):
+            for cut in {1, 16, 17, 63, 64, 65, 127, 128, *(length - i for i in (17, 16, 1, 0))}:
                 if cut > length:
                     continue
                 fed = Fed(block, 1, length, page_tokens)
@@ -155,6 +156,18 @@ def written(
 def test_a_window_has_room_for_the_rows_that_a_sequence_may_go_back() -> None:
     state = built(specs.ShortConv(4, 3)).new_state(Room(2))  # type: ignore[attr-defined]
     assert state.rows.shape == (2, 2 + STEP_BACK, 4)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 70])
+def test_a_short_chunk_replaces_no_row_that_it_reads(kernel_size: int) -> None:
+    """So that its rows may be kept while others are still computed."""
+    pages, window = np.arange(8, dtype=np.int32), kernel_size - 1 + STEP_BACK
+    for start in range(1, 4 * 64):
+        before = range(max(0, start - kernel_size + 1), start)
+        read = {_place(p, pages, 64, window) for p in before}
+        kept = {_place(p, pages, 64, window) for p in range(start, start + SHORT)}
+        assert len(kept) == SHORT
+        assert not read & kept
 
 
 def test_a_long_context_is_summed_in_parts() -> None:

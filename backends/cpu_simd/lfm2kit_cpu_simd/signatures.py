@@ -13,7 +13,6 @@ INT, FLOAT, BOOL, WORD = types.int64, types.float32, types.boolean, types.uint16
 
 VECTOR = _read(types.float32, 1)
 ROWS = _read(types.float32, 2)
-PAST = _read(types.float32, 3)
 IDS = _read(types.int32, 1)
 IDS_2D = _read(types.int32, 2)
 OFFSETS = ORDER = _read(types.int64, 1)

@@ -174,22 +174,32 @@ def _score(queries: Any, keys: Any, panels: Any, head: Any, table: Any, scores: 
 
 
 @numba.njit(inline="always")
+def _move(sums: Any, others: Any) -> None:
+    """Add sums [MR, NR] to others, and make them zero."""
+    for i in range(MR):
+        for j in range(NR):
+            others[i, j] += sums[i, j]
+            sums[i, j] = 0
+
+
+@numba.njit(inline="always")
 def _weigh(
     scores: Any, r: Any, m: Any, seen: Any, values: Any, panels: Any, head: Any, part: Any,
     table: Any, sums: Any, earlier: Any,
 ) -> None:  # fmt: skip
-    """sums + earlier [m, NR] of values' columns `part`, weighed by rows r to r + m of scores."""
+    """sums [m, NR] of values' columns `part`, weighed by rows r to r + m of scores.
+
+    `earlier` is zero before and after.
+    """
     sums[:] = 0
-    earlier[:] = 0
     for i, panel in enumerate(panels):
         if i and i % SUMMED == 0:
-            for row in range(MR):
-                for j in range(NR):
-                    earlier[row, j] += sums[row, j]
-                    sums[row, j] = 0
+            _move(sums, earlier)
         at = values[panel, head, part].ctypes.data
         k = max(0, min(NR, seen - i * NR))
         call_tile(table[ALONE, m], scores[i, r].ctypes.data, NR, at, k, sums.ctypes.data, at, 0, 0)
+    if panels.shape[0] > SUMMED:
+        _move(earlier, sums)
 
 
 @numba.njit(inline="always")
@@ -203,7 +213,7 @@ def _is_finite(row: Any) -> Any:
 @numba.njit(inline="always")
 def _attend_rows(
     qkv: Any, begin: Any, end: Any, positions: Any, head: Any, group: Any, keys: Any, values: Any,
-    first_panels: Any, panels_per_page: Any, scale: Any, table: Any, out: Any,
+    panels: Any, scale: Any, table: Any, sums: Any, earlier: Any, out: Any,
 ) -> None:  # fmt: skip
     """The query heads that share key head `head`, of rows begin to end of one sequence."""
     head_dim, rows = keys.shape[2], (end - begin) * group
@@ -213,15 +223,12 @@ def _attend_rows(
         for d in range(head_dim):
             queries[r, d] = qkv[begin + r // group, at + d]
     seen = positions[end - 1] + 1
-    panels = np.empty(-(-seen // NR), np.int64)
-    for i in range(panels.shape[0]):
-        panels[i] = _panel(first_panels, panels_per_page, i)
+    panels = panels[: -(-seen // NR)]
     scores = np.empty((panels.shape[0], rows, NR), np.float32)
     _score(queries, keys, panels, head, table, scores)
     totals = np.empty(rows, np.float32)
     for r in range(rows):
         totals[r] = _softmax(scores, r, positions[begin + r // group] + 1, scale)
-    sums, earlier = np.empty((MR, NR), np.float32), np.empty((MR, NR), np.float32)
     height = MR
     while True:
         for part in range(values.shape[2]):
@@ -233,8 +240,7 @@ def _attend_rows(
                 for i in range(m):
                     at = (head * group + (r + i) % group) * head_dim + part * NR
                     for j in range(min(NR, head_dim - part * NR)):
-                        total = sums[i, j] + earlier[i, j]
-                        out[begin + (r + i) // group, at + j] = total / totals[r + i]
+                        out[begin + (r + i) // group, at + j] = sums[i, j] / totals[r + i]
         # The last row sees all values.  One that is not finite spoils the rows before it too, by 0
         # times it: then once more, each row with what it sees alone.
         at = head * group * head_dim
@@ -268,8 +274,13 @@ def _attend(
     group = out.shape[1] // head_dim // kv_heads
     tokens = max(1, ROWS_AT_ONCE // group)
     for thread in numba.prange(threads):
+        sums, earlier = np.empty((MR, NR), np.float32), np.zeros((MR, NR), np.float32)
+        panels = np.empty(first_panels.shape[1] * panels_per_page, np.int64)
         task = 0
         for sequence in range(first_panels.shape[0]):
+            last = positions[cu_seqlens[sequence + 1] - 1]
+            for i in range(last // NR + 1):
+                panels[i] = _panel(first_panels[sequence], panels_per_page, i)
             for head in range(kv_heads):
                 for begin in range(cu_seqlens[sequence], cu_seqlens[sequence + 1], tokens):
                     task += 1
@@ -277,6 +288,6 @@ def _attend(
                         continue
                     end = min(begin + tokens, cu_seqlens[sequence + 1])
                     _attend_rows(
-                        qkv, begin, end, positions, head, group, keys, values,
-                        first_panels[sequence], panels_per_page, scale, table, out,
+                        qkv, begin, end, positions, head, group, keys, values, panels, scale,
+                        table, sums, earlier, out,
                     )  # fmt: skip

@@ -16,10 +16,10 @@ from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import NO_BIAS, Float32, linear
 from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import (
+    BOOL,
     IDS,
     IDS_2D,
     INT,
-    PAST,
     ROWS,
     ROWS_OUT,
     STATE_OUT,
@@ -38,6 +38,7 @@ class State(NamedTuple):
 
 
 NO_STATE = State(np.empty((0, 0, 0), np.float32), 1)
+SHORT = STEP_BACK  # rows of a chunk whose u replaces no row before it that it reads
 
 
 class ShortConv:
@@ -57,9 +58,10 @@ class ShortConv:
         BCX = linear(x, self.in_proj, 3 * h, self.in_bias, buffer="projected")
         gated = BUFFERS.array("gated", len(x), h)
         rows, page_tokens = NO_STATE if state is None else state
+        is_short = state is not None and batch.max_seqlen <= SHORT  # then one kernel does both
         _convolve(BCX, self.taps, self.conv_bias, batch.cu_seqlens, batch.positions,
-                  batch.pages, page_tokens, rows, gated)  # fmt: skip
-        if state is not None:
+                  batch.pages, page_tokens, is_short, rows, gated)  # fmt: skip
+        if state is not None and not is_short:
             _remember(BCX, batch.cu_seqlens, batch.positions, batch.pages, page_tokens, rows)
         return linear(gated, self.out_proj, h, self.out_bias)
 
@@ -75,8 +77,15 @@ def _place(position: Any, pages: Any, page_tokens: Any, window: Any) -> Any:
     return pages[position // page_tokens], position % page_tokens % window
 
 
+@numba.njit(inline="always")
+def _keep(BCX: Any, t: Any, page: Any, place: Any, state: Any) -> None:
+    h = state.shape[2]
+    for c in range(h):
+        state[page, place, c] = BCX[t, c] * BCX[t, 2 * h + c]
+
+
 @kernel(
-    types.void(ROWS, ROWS, VECTOR, IDS, IDS, IDS_2D, INT, PAST, ROWS_OUT),
+    types.void(ROWS, ROWS, VECTOR, IDS, IDS, IDS_2D, INT, BOOL, STATE_OUT, ROWS_OUT),
     parallel=True,
     error_model="numpy",
 )
@@ -88,14 +97,17 @@ def _convolve(
     positions: Any,
     pages: Any,
     page_tokens: Any,
-    past: Any,
+    keeps: Any,
+    state: Any,
     out: Any,
 ) -> None:
     """out[t] = C[t] * (sum_j taps[j] * u[t - (kernel - 1) + j] + bias), u = B * X.
 
-    A row computes the u of the rows before it anew: it then does not wait for another one.
+    A row computes the u of the rows before it anew: it then does not wait for another one.  If
+    `keeps`, every row's u is put into its page.
     """
     kernel, h = taps.shape
+    window = state.shape[1]
     for t in numba.prange(BCX.shape[0]):
         sequence = np.searchsorted(cu_seqlens, t, side="right") - 1
         first = cu_seqlens[sequence]
@@ -106,14 +118,17 @@ def _convolve(
             if row >= first:
                 for c in range(h):
                     y[c] += taps[j, c] * (BCX[row, c] * BCX[row, 2 * h + c])
-            elif past.size and position >= 0:
-                page, place = _place(position, pages[sequence], page_tokens, past.shape[1])
+            elif window and position >= 0:
+                page, place = _place(position, pages[sequence], page_tokens, window)
                 for c in range(h):
-                    y[c] += taps[j, c] * past[page, place, c]
+                    y[c] += taps[j, c] * state[page, place, c]
         for c in range(h):
             if bias.size:
                 y[c] += bias[c]
             out[t, c] = BCX[t, h + c] * y[c]
+        if keeps:
+            page, place = _place(positions[t], pages[sequence], page_tokens, window)
+            _keep(BCX, t, page, place, state)
 
 
 @kernel(
@@ -125,12 +140,11 @@ def _remember(
     BCX: Any, cu_seqlens: Any, positions: Any, pages: Any, page_tokens: Any, state: Any
 ) -> None:
     """Put the rows of u into their pages, but for those that a later row would replace."""
-    window, h = state.shape[1], state.shape[2]
+    window = state.shape[1]
     for t in numba.prange(BCX.shape[0]):
         sequence = np.searchsorted(cu_seqlens, t, side="right") - 1
         later = cu_seqlens[sequence + 1] - 1 - t  # rows of the sequence, and of them in the page
         later_there = min(later, page_tokens - 1 - positions[t] % page_tokens)
         if later_there < window:
             page, place = _place(positions[t], pages[sequence], page_tokens, window)
-            for c in range(h):
-                state[page, place, c] = BCX[t, c] * BCX[t, 2 * h + c]
+            _keep(BCX, t, page, place, state)
