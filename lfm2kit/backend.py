@@ -234,7 +234,7 @@ class Measures(Protocol):
 class Replay(Protocol):
     """A recorded forward: called with a host batch, it leaves the logits in its memory.
 
-    They keep their values until this replay is called again.
+    They belong to the caller, as every block's result does.
     """
 
     def __call__(self, batch: Batch) -> Array: ...

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -77,7 +78,10 @@ class Stream(late.Stream):
 
     def end_capture(self) -> Any:
         recorded, self.recorded = self.recorded or [], None
-        return SimpleNamespace(launch=lambda stream: [stream.add(work) for work in recorded])
+        return SimpleNamespace(
+            launch=lambda stream: [stream.add(work) for work in recorded],
+            upload=lambda stream: None,
+        )
 
 
 class Event:
@@ -127,11 +131,10 @@ class Array:
         self.enqueue(lambda: np.copyto(copy.values, self.values))
         return copy
 
-    def set(self, values: Any, stream: Stream) -> None:
-        stream.add(lambda: np.copyto(self.values, values))
-
-    def copy_from_host_async(self, address: int, nbytes: int) -> None:
-        self.enqueue(lambda: ctypes.memmove(self.values.ctypes.data, address, nbytes))
+    def copy_from_host_async(self, address: int, nbytes: int, stream: Stream | None = None) -> None:
+        assert THREAD.device == self.device, "an array of another device"
+        work = partial(ctypes.memmove, self.values.ctypes.data, address, nbytes)
+        (stream or current_stream()).add(work)
 
     def copy_to_host_async(self, address: int, nbytes: int) -> None:
         self.enqueue(lambda: ctypes.memmove(address, self.values.ctypes.data, nbytes))
@@ -184,6 +187,7 @@ def _modules() -> dict[str, Any]:
         getDeviceCount=lambda: DEVICES,
         driverGetVersion=lambda: 13000,
         streamCaptureModeRelaxed=2,
+        CUDARuntimeError=RuntimeError,
     )
     pool = SimpleNamespace(malloc=None, total_bytes=lambda: 0, free_all_blocks=lambda: None)
     cuda = ModuleType("cupy.cuda")

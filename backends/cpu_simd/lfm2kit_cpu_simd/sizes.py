@@ -49,7 +49,7 @@ def _floats_per_row(spec: Spec) -> int:
             return heads * spec.head_dim
         case specs.MLP():
             return spec.intermediate_size
-        case specs.Router():
+        case specs.Scores():
             return spec.num_experts
         case specs.Experts():
             return spec.num_experts_per_tok * (2 * spec.hidden_size + spec.intermediate_size)

@@ -10,7 +10,6 @@ import cupy
 import cupyx
 import numpy as np
 import numpy.typing as npt
-from cupy.cuda.runtime import CUDARuntimeError
 
 from lfm2kit.backend import Array, Batch
 from lfm2kit_cuda.device import on_device
@@ -47,7 +46,7 @@ class Replay:
                 there.views.clear()  # of which it is one: the garbage collector would come later
 
     def __call__(self, batch: Batch) -> Array:
-        """Return the logits of a host batch, ready in the order of the current stream.
+        """Return the logits of a host batch, the caller's own, in the order of the current stream.
 
         The graph has one set of arrays, so it starts when its last run has ended, in whatever
         stream that was.
@@ -57,8 +56,9 @@ class Replay:
             stream.wait_event(self._done)
             self._staging.send(batch.packed(), self._arrays, stream)
             self._graph.launch(stream)
+            logits = self._logits.copy()
             self._done.record(stream)
-            return self._logits
+            return logits
 
     @property
     def nbytes(self) -> int:
@@ -105,14 +105,14 @@ def recorded(step: Callable[[Batch], Array], batch: Batch) -> tuple[cupy.cuda.Gr
     try:
         result = step(batch)
     except BaseException:
-        with suppress(CUDARuntimeError):  # the first error says why
+        with suppress(cupy.cuda.runtime.CUDARuntimeError):  # the first error says why
             stream.end_capture()
         raise
     try:
         graph = stream.end_capture()
         graph.upload(stream)
         stream.synchronize()
-    except CUDARuntimeError as error:
+    except cupy.cuda.runtime.CUDARuntimeError as error:
         if error.status == OUT_OF_MEMORY:
             raise MemoryError(f"the device has no room for a graph: {error}") from None
         raise

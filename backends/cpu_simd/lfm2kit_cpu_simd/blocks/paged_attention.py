@@ -104,7 +104,7 @@ def attend(
 
 @numba.njit(inline="always")
 def _panel(first_panels: Any, panels_per_page: Any, i: Any) -> Any:
-    """Panel number i of a sequence whose pages begin with the panels `first_panels`."""
+    """Return panel i of a sequence whose pages begin with the panels `first_panels`."""
     return first_panels[i // panels_per_page] + i % panels_per_page
 
 

@@ -53,7 +53,7 @@ class ShortConv:
             np.array(weights.float32(name)) if spec.bias else NO_BIAS for name in biases
         )
 
-    def __call__(self, x: Float32, batch: Batch, state: Float32 | None) -> Float32:
+    def __call__(self, x: Float32, batch: Batch, state: State | None) -> Float32:
         h = self.spec.hidden_size
         BCX = linear(x, self.in_proj, 3 * h, self.in_bias, buffer="projected")
         gated = BUFFERS.array("gated", len(x), h)
@@ -73,12 +73,13 @@ class ShortConv:
 
 @numba.njit(inline="always")
 def _place(position: Any, pages: Any, page_tokens: Any, window: Any) -> Any:
-    """The page and the place there of a sequence's row of u."""
+    """Return the page of a sequence's row of u, and the row's place there."""
     return pages[position // page_tokens], position % page_tokens % window
 
 
 @numba.njit(inline="always")
 def _keep(BCX: Any, t: Any, page: Any, place: Any, state: Any) -> None:
+    """Put the u of row t into its page."""
     h = state.shape[2]
     for c in range(h):
         state[page, place, c] = BCX[t, c] * BCX[t, 2 * h + c]
