@@ -9,16 +9,20 @@ must offer) and `lfm2kit.model` (the forward).
 TYPE_CHECKING = False  # type checkers take it for true; `typing`'s own would have to be imported
 if TYPE_CHECKING:
     from lfm2kit.backend import API_VERSION, BackendPlugin
+    from lfm2kit.batch import Batch
     from lfm2kit.errors import Lfm2kitError
     from lfm2kit.hookspecs import hookimpl
+    from lfm2kit.loading import load_model
     from lfm2kit.transport import TransportPlugin
 else:
     _HOMES = {
         "API_VERSION": "backend",
         "BackendPlugin": "backend",
+        "Batch": "batch",
         "Lfm2kitError": "errors",
         "TransportPlugin": "transport",
         "hookimpl": "hookspecs",
+        "load_model": "loading",
     }
 
     def __getattr__(name):
@@ -34,5 +38,13 @@ else:
         return sorted({*globals(), *_HOMES})
 
 
-__all__ = ["API_VERSION", "BackendPlugin", "Lfm2kitError", "TransportPlugin", "hookimpl"]
+__all__ = [
+    "API_VERSION",
+    "BackendPlugin",
+    "Batch",
+    "Lfm2kitError",
+    "TransportPlugin",
+    "hookimpl",
+    "load_model",
+]
 __version__ = "0.1.0"
