@@ -47,7 +47,8 @@ class Pages:
     def of_slots(cls, spec: specs.Attention, slots: int, max_tokens: int) -> Pages:
         pages_per_slot = -(-max_tokens // TOKENS)
         shapes = cls._shapes(spec, slots * pages_per_slot)
-        return cls(*(np.empty(s, np.float32) for s in shapes.values()), pages_per_slot)
+        keys, values = (np.empty(shape, np.float32) for shape in shapes.values())
+        return cls(keys, values, pages_per_slot)
 
     @classmethod
     def of_whole_sequences(cls, spec: specs.Attention, cu_seqlens: Any) -> tuple[Pages, Int64]:
