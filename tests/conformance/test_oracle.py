@@ -22,7 +22,7 @@ from lfm2kit.model import LFM2, build_model
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import installed_plugins
 
-ORACLE = Path(__file__).parent / "oracle"
+ORACLE = Path(__file__).parents[1] / "oracle"
 CASES = sorted(path.name for path in ORACLE.iterdir())
 PLUGINS = installed_plugins()
 BACKENDS = ["reference", *(n for n in ("cpu_simd", "hybrid") if n in PLUGINS.backends)]
