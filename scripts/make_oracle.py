@@ -10,7 +10,7 @@ position, `experts_0` and `weights_0` [moe layers, tokens, k].  All in float64, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lfm2kit.checkpoint.convert import Source, write_checkpoint
-from lfm2kit.checkpoint.huggingface import SINGLE
+from lfm2kit.checkpoint.names import SINGLE
 from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
 from lfm2kit.checkpoint.synth import random_source
 from lfm2kit.weights import DType, Tensor
@@ -214,7 +214,9 @@ def pack(folder: Path) -> None:
         packed[f"{prefix}.experts.down_proj"] = np.stack([expert(e, "w2") for e in range(count)])
     partial = folder / "packed"
     with open(partial, "wb") as file:
-        entries = [(name, "F32", data.shape) for name, data in packed.items()]
+        entries: list[tuple[str, DType, Sequence[int]]] = [
+            (name, "F32", data.shape) for name, data in packed.items()
+        ]
         write_safetensors(file, entries, lambda name: [packed[name]])
     partial.replace(folder / SINGLE)
 
