@@ -42,13 +42,15 @@ class Lfm2kit:
 
     def decode(self, prompt: Ids, ids: Ids) -> Call:
         from lfm2kit.batch import Batch
+        from lfm2kit.state import Room
 
-        state = self._model.new_state(1, len(prompt) + len(ids))
-        self._model.logits(Batch.of_sequences([prompt]), state)
+        room = Room.of_sequences(1, len(prompt) + len(ids))
+        state, pages = self._model.new_state(room), [range(room.pages)]
+        self._model.logits(Batch.of_sequences([prompt], pages=pages), state)
 
         def steps() -> Any:
             for position, token_id in enumerate(ids, len(prompt)):
-                batch = Batch.of_sequences([[token_id]], starts=[position])
+                batch = Batch.of_sequences([[token_id]], starts=[position], pages=pages)
                 logits = self._model.logits(batch, state)
             return logits
 
