@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # All checks:  ./check.sh  (lint, types, tests).  Arguments go to pytest:  ./check.sh -k router
+# Those, the tests marked `long`, and many more random inputs:  ./check.sh --long
 # The tests that need a CUDA device, alone:  ./check.sh --gpu
 # Makes .venv and installs lfm2kit and what the tests need into it the first time.
 set -euo pipefail
@@ -15,6 +16,13 @@ if [ "${1:-}" = --gpu ]; then
   shift
   exec python -m pytest -m gpu -rs "$@"
 fi
+chosen=(-m "not long" --timeout 300)
+if [ "${1:-}" = --long ]; then
+  shift
+  chosen=(--timeout 3600)
+  export LFM2KIT_BATCHES="${LFM2KIT_BATCHES:-10000}"
+  export LFM2KIT_FUZZ_EXAMPLES="${LFM2KIT_FUZZ_EXAMPLES:-5000}"
+fi
 # Two workers share the cores: idle threads must sleep, not spin.
 export OMP_WAIT_POLICY=PASSIVE
-python -m pytest -n 2 --dist loadfile --timeout 300 "$@"
+python -m pytest -n 2 --dist loadfile "${chosen[@]}" "$@"

@@ -9,20 +9,24 @@ must offer) and `lfm2kit.model` (the forward).
 TYPE_CHECKING = False  # type checkers take it for true; `typing`'s own would have to be imported
 if TYPE_CHECKING:
     from lfm2kit.backend import API_VERSION, BackendPlugin
+    from lfm2kit.batch import Batch
     from lfm2kit.errors import Lfm2kitError
     from lfm2kit.hookspecs import Command, Wrapper, hookimpl
+    from lfm2kit.loading import load_model
     from lfm2kit.rewrites import Rewrite
     from lfm2kit.transport import TransportPlugin
 else:
     _HOMES = {
         "API_VERSION": "backend",
         "BackendPlugin": "backend",
+        "Batch": "batch",
         "Command": "hookspecs",
         "Lfm2kitError": "errors",
         "Rewrite": "rewrites",
         "TransportPlugin": "transport",
         "Wrapper": "hookspecs",
         "hookimpl": "hookspecs",
+        "load_model": "loading",
     }
 
     def __getattr__(name):
@@ -41,11 +45,13 @@ else:
 __all__ = [
     "API_VERSION",
     "BackendPlugin",
+    "Batch",
     "Command",
     "Lfm2kitError",
     "Rewrite",
     "TransportPlugin",
     "Wrapper",
     "hookimpl",
+    "load_model",
 ]
 __version__ = "0.1.0"

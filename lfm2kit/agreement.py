@@ -1,4 +1,4 @@
-"""Before the ranks of a job start, they compare what they are about to run.
+"""Compares what the ranks of a job are about to run, before they start.
 
 Each rank reports facts, or why it cannot run.  All ranks get the same verdict, so that either all
 of them go on or all of them end.  Ranks that differ would wait for each other for ever, or compute
@@ -21,9 +21,9 @@ ABSENT = "not there"
 
 
 class Fact(NamedTuple):
-    """Something that all ranks must have in common, or if `is_own` no two of them.
+    """A value that all ranks must have in common or, if `is_own`, that no two ranks may share.
 
-    `note` is shown, but not compared; nor is the name of an own fact.
+    `note` is shown, but not compared; nor is the name of a fact that is a rank's own.
     """
 
     value: str
@@ -38,16 +38,16 @@ Facts = Mapping[str, Fact]
 
 
 class Refusal(NamedTuple):
-    """Why a rank cannot run, or the whole job; the exit code that goes with it."""
+    """The reason why a rank, or the whole job, cannot run, and the exit code for it."""
 
     sentence: str
     exit_code: int = USER_ERROR
 
 
 def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:
-    """None where every rank reports the same facts; else the same refusal on every rank.
+    """Returns None if every rank reports the same facts, else the same refusal on every rank.
 
-    Collective: every rank of the job calls it once, before any other operation.
+    This is collective: every rank of the job calls it once, before any other operation.
     """
     reports = _on_first(transport, json.dumps(_packed(report)))
     refusal = None if reports is None else compared([_unpacked(r) for r in reports])
@@ -84,7 +84,7 @@ def _names(reports: Sequence[Facts]) -> list[str]:
 
 
 def _shared(reports: Sequence[Facts]) -> dict[str, list[int]]:
-    """Returns what should be one rank's own and is not, with its ranks."""
+    """Returns the values that several ranks report as their own, with these ranks."""
     owners: dict[str, list[int]] = {}
     for rank, report in enumerate(reports):
         for value in {fact.value for fact in report.values() if fact.is_own}:
@@ -93,18 +93,18 @@ def _shared(reports: Sequence[Facts]) -> dict[str, list[int]]:
 
 
 def _of_all(refusals: Mapping[int, Refusal], size: int) -> Refusal:
-    """Combines the ranks' refusals; each sentence comes with the ranks that it is from."""
+    """Returns the ranks' refusals as one; each sentence names the ranks that it comes from."""
     said: dict[str, list[int]] = {}
     for rank, refusal in refusals.items():
         said.setdefault(refusal.sentence, []).append(rank)
     exit_code = max(refusal.exit_code for refusal in refusals.values())
-    if len(refusals) == size and len(said) == 1:  # the same everywhere: no rank's own trouble
+    if len(refusals) == size and len(said) == 1:  # no need to name ranks
         return Refusal(next(iter(said)), exit_code)
     return Refusal(_joined(f"{_ranks(r)}: {s}" for s, r in said.items()), exit_code)
 
 
 def _difference(name: str, reports: Sequence[Facts]) -> str | None:
-    """Says which ranks have which value of the fact `name`; None if all have the same."""
+    """Returns which ranks have which value of the fact `name`; None if all have the same."""
     groups: dict[str, list[int]] = {}
     shown: dict[str, str] = {}
     for rank, report in enumerate(reports):
@@ -128,7 +128,7 @@ def _and(phrases: Sequence[str]) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """As "rank 2", "ranks 0, 3" or "ranks 1-7"; `ranks` ascend."""
+    """Returns "rank 2", "ranks 0, 3" or "ranks 1-7" for ascending `ranks`."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
@@ -150,13 +150,13 @@ def _unpacked(text: str) -> Facts | Refusal:
 
 
 def _on_first(transport: Transport, line: str) -> list[str] | None:
-    """Every rank's line, in order of rank, on rank 0; None elsewhere."""
+    """Returns every rank's line, in order of rank, on rank 0; None on the others."""
     rows = transport.gather(_bytes(f"{line}\n"))
     return None if rows is None else rows.tobytes().decode().splitlines()
 
 
 def _from_first(transport: Transport, text: str) -> str:
-    """Rank 0's text, on every rank."""
+    """Returns rank 0's text on every rank."""
     size = transport.world.size
     mine = _bytes(text if transport.world.rank == 0 else "")
     received, _ = transport.all_to_all(np.tile(mine, size), [len(mine)] * size)

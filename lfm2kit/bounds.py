@@ -1,8 +1,8 @@
-"""Bounds of all sizes that come from outside, the same for every format.
+"""Bounds every size that a file or a user can set, in the same way for every format.
 
-No model of this family comes near them, and larger numbers would cost memory or time before the
-mistake shows.  config.json, model.toml, model.bin, safetensors headers, plans and the command line
-all use them.
+No model of this family comes near these bounds.  Larger numbers would cost memory or time before
+the mistake shows.  config.json, model.toml, model.bin, safetensors headers, plans and the command
+line all use them.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ REAL: Mapping[str, tuple[float, float]] = {
 
 
 def whole(where: str, key: str, value: Any, least: int = 1) -> int:
-    """Returns `value`, a whole number from `least` to `LARGEST[key]`; else raises `Lfm2kitError`.
+    """Returns `value` if it is a whole number from `least` to `LARGEST[key]`.
 
-    `where` is what the sentence calls the number.
+    Raises `Lfm2kitError` otherwise; `where` names the number in the message.
     """
     most = LARGEST[key]
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -74,7 +74,7 @@ def whole(where: str, key: str, value: Any, least: int = 1) -> int:
 
 
 def real(where: str, key: str, value: Any) -> float:
-    """Returns `value` as a float between `REAL[key]`; else raises `Lfm2kitError`."""
+    """Returns `value` as a float if it lies within `REAL[key]`; raises `Lfm2kitError` otherwise."""
     least, most = REAL[key]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not least <= value <= most:  # false for NaN as well

@@ -1,7 +1,7 @@
-"""Limits that the control groups of Linux, versions 1 and 2, set for this process.
+"""Reads the limits that Linux control groups, versions 1 and 2, set for this process.
 
 A group's limit also holds for the groups inside it, so all groups around this process's own are
-read.  `root` is the file system to look in; on a system without control groups there are no limits.
+read.  `root` is the file system to look in.  A system without control groups sets no limits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def memory_limits(root: Path = Path("/")) -> Iterator[MemoryLimit]:
 
 
 def processors(root: Path = Path("/")) -> float | None:
-    """Returns how many processors the tightest group allows, a fraction even; None if no limit."""
+    """Returns how many processors the tightest group allows; None if no group sets a limit.
+
+    The number may be a fraction.
+    """
     shares = [s for folder in _folders("cpu", root) if (s := _share(folder)) is not None]
     return min(shares, default=None)
 

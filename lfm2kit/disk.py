@@ -49,7 +49,7 @@ def _unescaped(field: str) -> str:
 
 @contextmanager
 def synced(path: Path) -> Iterator[BinaryIO]:
-    """Yields a new file; its content is on the disk when the block ends."""
+    """Yields a new file whose content is on the disk when the `with` block ends."""
     with path.open("wb") as file, syncing(file):
         yield file
         file.flush()
@@ -71,7 +71,7 @@ def syncing(file: BinaryIO) -> Iterator[None]:
             yield
         finally:
             is_done.set()
-    syncing.result()  # an error of the disk is reported to one call alone
+    syncing.result()  # the disk reports an error to only one call
 
 
 def sync(path: Path) -> None:
@@ -86,7 +86,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that does not know this for folders
+        if error.errno != errno.EINVAL:  # this file system cannot sync folders
             raise
     finally:
         os.close(descriptor)

@@ -1,6 +1,6 @@
-"""Reads JSON and TOML: regular files of bounded size, in which no key comes twice.
+"""Reads JSON and TOML from regular files of bounded size, in which no key comes twice.
 
-What is wrong with a file is one line that begins with its path.
+An error about a file is one line that begins with its path.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ LONG_KEY = re.compile(rb"(?:%b){%d}" % (_PART, bounds.PARTS))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the fields of a JSON file; `Lfm2kitError` says what is wrong with it."""
+    """Returns the fields of a JSON file; raises `Lfm2kitError` if it cannot be read as one."""
     return parse_json(path, _read(path, bounds.JSON))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Returns the table of a TOML file; `Lfm2kitError` says what is wrong with it."""
+    """Returns the table of a TOML file; raises `Lfm2kitError` if it cannot be read as one."""
     text = _read(path, bounds.TOML)
-    if LONG_KEY.search(text):  # its memory grows with the square of the parts
+    if LONG_KEY.search(text):  # the parser's memory grows with the square of the parts
         raise Lfm2kitError(f"{path}: a key has more than {bounds.PARTS} parts between dots")
     try:
         table = tomllib.loads(text.decode("utf-8"))
@@ -42,8 +42,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     """Returns the fields of `text`, a JSON object from the file `path`.
 
-    Raises `Lfm2kitError` for anything else.  Python's reader would accept a key twice, NaN, and
-    1e999 as infinity; here each of these is an error.
+    Raises `Lfm2kitError` for anything else.  Python's own reader accepts NaN, a key that comes
+    twice, and 1e999 as infinity; here each of these is an error.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Lfm2kitError(f"{path}: not readable JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise Lfm2kitError(f"{path}: this is no JSON object, but a {type(fields).__name__}")
+        raise Lfm2kitError(f"{path}: expected a JSON object, found a {type(fields).__name__}")
     return fields
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
 
-MOST_LINKS = 40  # one after another: Linux follows no more
-HEAD = 512  # bytes that tell what a file is: a tar archive's sign ends at byte 262
+MOST_LINKS = 40  # in a row: Linux does not follow more
+HEAD = 512  # bytes that show what a file is: the sign of a tar archive ends at byte 262
 
 SPECIAL: dict[Callable[[int], bool], str] = {
     stat.S_ISDIR: "this is a directory; give a file",
@@ -34,7 +34,7 @@ NO_PICKLES = (
     "save_pretrained('NEW_FOLDER'), and give that folder"
 )
 
-# The first bytes of files of other formats, and what to say of them.
+# The first bytes of files in other formats, and what to say about them.
 SIGNS: dict[bytes, str] = {
     b"GGUF": "this is a GGUF file (llama.cpp's), which lfm2kit does not read; "
     "give the Hugging Face folder that it was made from",
@@ -57,7 +57,7 @@ SIGNS: dict[bytes, str] = {
 
 DOWNLOAD_AGAIN = "a failed download; download the file again"
 
-# What servers answer instead of a file, in small letters.
+# What servers send instead of a file, in lower case.
 ANSWERS: dict[bytes, str] = {
     b"<!doctype html": f"this is a web page ({DOWNLOAD_AGAIN})",
     b"<html": f"this is a web page ({DOWNLOAD_AGAIN})",
@@ -70,7 +70,7 @@ ANSWERS: dict[bytes, str] = {
 
 
 def check_file(path: Path, *, is_text: bool = False) -> int:
-    """Returns the size of a regular file that may hold weights or, with `is_text`, a text.
+    """Returns the size in bytes of a regular file that may hold weights or, with `is_text`, text.
 
     Raises `Lfm2kitError` for a pipe, a device, a folder, a broken link, and a file whose first
     bytes belong to another format.  Opens nothing but regular files.
@@ -87,7 +87,7 @@ def check_file(path: Path, *, is_text: bool = False) -> int:
 
 
 def check_regular(path: Path) -> int:
-    """Returns the size of a regular file, without opening it.
+    """Returns the size in bytes of a regular file, without opening it.
 
     Raises `Lfm2kitError` for a pipe, a device, a folder, and a path that does not exist.
     """
@@ -102,11 +102,11 @@ def check_regular(path: Path) -> int:
 
 
 def foreign(head: bytes, suffix: str = "") -> str | None:
-    """Returns what a file with these first bytes is, and what to type; None if unknown.
+    """Returns a sentence that says what a file with these first bytes is; None if it is unknown.
 
     Two formats that lfm2kit reads begin with a number, which may look like another format's sign.
-    They come first: a safetensors file has "{" as its ninth byte, and model.bin begins with a
-    number of tensors below 2^18.
+    They are checked first: a safetensors file has "{" as its ninth byte, and model.bin begins with
+    the number of its tensors, which is below 2^18.
     """
     if head[8:9] == b"{" or (head[2:3] < b"\4" and head[3:4] == b"\0"):
         return None
@@ -126,7 +126,7 @@ def foreign(head: bytes, suffix: str = "") -> str | None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as a safetensors file does: a small length, then a JSON object."""
+    """Returns whether a file begins like a safetensors file: a small length, then a JSON object."""
     with open(path, "rb") as file:
         head = file.read(9)
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= bounds.HEADER
@@ -143,7 +143,7 @@ def broken_link(path: Path) -> str | None:
 
 
 def _zip(head: bytes) -> str:
-    """Identifies a zip archive by the name of its first member."""
+    """Returns a sentence about a zip archive, which it identifies by its first member's name."""
     length = struct.unpack_from("<H", head.ljust(30, b"\0"), 26)[0]
     member = head[30 : 30 + length]
     if member.endswith(b".npy"):
@@ -159,20 +159,21 @@ def _why_not(path: Path, error: OSError | ValueError) -> str:
 
 
 def is_of_this_process(path: Path) -> bool:
-    """Whether `path` leads to what this process has open, and another process may not have.
+    """Returns whether `path` leads to a file that this process has open.
 
-    Such are /dev/stdin, /dev/fd/3 and /proc/self/fd/3, links to them, and what is below them.
+    Examples are /dev/stdin, /dev/fd/3 and /proc/self/fd/3, links to them, and paths below them.  In
+    another process the same path may lead to another file, or to none.
     """
     own = re.compile(rf"/dev/fd|/proc/{os.getpid()}(/task/\d+)?/fd")
     return any(own.fullmatch(folder) for part in (path, *path.parents) for folder in _folders(part))
 
 
 def _folders(path: Path) -> Iterator[str]:
-    """The folder that `path` lies in, and those of the links that it leads through."""
+    """Yields the folder that contains `path`, and those of the links that it leads through."""
     for _ in range(MOST_LINKS):
         folder = os.path.realpath(path.parent)
         yield folder
         try:
             path = Path(folder, os.readlink(Path(folder, path.name)))
-        except OSError:  # no link
+        except OSError:  # it is not a link
             return

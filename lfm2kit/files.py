@@ -25,8 +25,8 @@ from lfm2kit.leftovers import beside, held, remove_leftovers
 Note = Callable[[str], None]  # takes a sentence for the user
 
 READER_WAIT = 10.0  # seconds that a pipe is given to find its reader
-CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS)  # in a folder
-CANNOT_REPLACE = (*CANNOT_CREATE, errno.EBUSY)  # a file: EBUSY where something is mounted on it
+CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a new file in a folder
+CANNOT_REPLACE = (*CANNOT_CREATE, errno.EBUSY)  # EBUSY: something is mounted on it
 CHUNK = 1 << 20  # bytes copied at once
 
 
@@ -48,7 +48,7 @@ def replaced(path: Path, note: Note = warnings.warn) -> Iterator[BinaryIO]:
 
 
 def check_target(option: str, path: Path) -> None:
-    """Raises `Lfm2kitError` if `path` cannot be written: better before the work than after it."""
+    """Raises `Lfm2kitError` if `path` cannot be written, so that this shows before the work."""
     if os.path.isdir(path):
         raise Lfm2kitError(f"{option} {path}: this is a folder")
     try:
@@ -92,14 +92,14 @@ def _is_special(path: Path) -> bool:
 
 @contextmanager
 def _special(path: Path, note: Note) -> Iterator[BinaryIO]:
-    """A pipe or a device, open for writing."""
+    """Yields a pipe or a device that is open for writing."""
     is_pipe = stat.S_ISFIFO(os.stat(path).st_mode)
     with open(_pipe_with_a_reader(path, note) if is_pipe else path, "wb") as file:
         yield file
 
 
 def _pipe_with_a_reader(path: Path, note: Note) -> int:
-    """Returns a descriptor to write to, or fails after a time: nobody may read the pipe."""
+    """Returns a descriptor to write to; raises `OSError` if nobody opens the pipe for reading."""
     deadline = time.monotonic() + READER_WAIT
     noted = False
     while True:
@@ -157,7 +157,7 @@ def _staged(path: Path) -> Iterator[tuple[BinaryIO, Path | None]]:
 def _replace(path: Path, file: BinaryIO, partial: Path | None) -> str | None:
     """Replaces `path` by `partial`, or returns a clause that says why that is impossible."""
     if partial is None:
-        return "its folder takes no new file"
+        return "no new file can be made in its folder"
     old = os.stat(path) if os.path.exists(path) else None
     if old is not None:
         if old.st_nlink > 1:
@@ -200,5 +200,5 @@ def _reserve(target: BinaryIO, size: int) -> None:
         os.posix_fallocate(target.fileno(), before, size - before)
     except OSError as error:
         target.truncate(before)
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # it cannot reserve: just write
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # it cannot reserve space
             raise

@@ -24,8 +24,8 @@ from lfm2kit.placement import Placed
 from lfm2kit.plugins import Plugins
 from lfm2kit.weights import Tensor
 
-WHOLE_FILE = 1 << 20  # bytes: of a larger file of a package only the size is compared
-WHOLE_MODEL = 1 << 26  # bytes: of a larger model's matrices only a few rows are
+WHOLE_FILE = 1 << 20  # bytes; only the size of a larger file of a package is compared
+WHOLE_MODEL = 1 << 26  # bytes; only a few rows of a larger model's matrices are compared
 # The resulting plan is compared anyway, and tracebacks may be shown on a single rank.
 NOT_COMPARED = {"LFM2KIT_BACKEND", TRACEBACK}
 
@@ -102,7 +102,7 @@ def _by_block(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _sample(tensor: Tensor, whole: bool) -> bytes:
-    """Returns a tensor's bytes or, if not `whole`, those of a matrix's first, middle, last row."""
+    """Returns a tensor's bytes, or only those of three rows of a matrix if not `whole`."""
     data = tensor.data
     if not whole and data.ndim > 1 and len(data):
         data = data[[0, len(data) // 2, -1]]
@@ -157,5 +157,5 @@ def _requirements(distributions: Iterable[Distribution]) -> set[str]:
 def _version(name: str) -> str:
     try:
         return version(name)
-    except PackageNotFoundError:  # of an extra that nobody asked for
+    except PackageNotFoundError:  # it belongs to an extra that nobody asked for
         return "not installed"

@@ -1,4 +1,4 @@
-"""Writing folders so that a reader sees the old one or the new one; see also `lfm2kit.files`."""
+"""Writes folders so that a reader sees the old one or the new one; see also `lfm2kit.files`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.files import Note
 from lfm2kit.leftovers import beside, held, remove_leftovers
 
-INSIDE = "new"  # the name that a partial folder goes by inside one that cannot be renamed
+INSIDE = "new"  # the name of a partial folder inside one that cannot be renamed
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def replaced_folder(path: Path, note: Note = warnings.warn) -> Iterator[Path]:
     except OSError as error:
         raise Lfm2kitError(f"{path}: {error.strerror or error}") from error
     finally:
-        if os.path.isdir(old) and not os.path.exists(path):  # interrupted between the two
+        if os.path.isdir(old) and not os.path.exists(path):  # interrupted between the two renames
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -58,7 +58,7 @@ def remove_leftovers_of_folder(path: Path) -> None:
 
 
 def _can_move(folder: Path) -> bool:
-    """Whether a folder can be renamed and another take its name."""
+    """Returns whether a folder can be renamed and another one can take its name."""
     return os.access(folder.parent, os.W_OK | os.X_OK) and str(folder) not in mount_points()
 
 

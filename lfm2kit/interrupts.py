@@ -55,7 +55,7 @@ class Interrupts:
         self.is_told = False  # the line was printed, or somebody else prints it
 
     def ended(self, command: Callable[[], int]) -> int:
-        """Calls `command`; returns its exit code, or that of a signal which came meanwhile."""
+        """Calls `command`; returns its exit code, or that of a signal that came meanwhile."""
         try:
             self._take()
             code = command()
@@ -77,7 +77,7 @@ class Interrupts:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal has come: it may have been swallowed."""
+        """Raises `Interrupted` if a signal has come: the exception that it raised may be lost."""
         if self._received is not None:
             raise Interrupted(self._received)
 
@@ -138,7 +138,7 @@ def _line(number: int) -> str:
 
 
 def _is_unwinding() -> bool:
-    """Whether an interrupt is being handled already: a second one would stop the cleaning up."""
+    """Returns whether an interrupt is already being handled; a second would stop the clean-up."""
     error = sys.exception()
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__

@@ -45,19 +45,19 @@ class KernelCache:
     """
 
     def __init__(self, backend: str) -> None:
-        self.keeps = True  # until a kernel could not be kept
+        self.keeps = True  # until keeping a kernel fails
         self._backend = backend
         self._descriptor: int | None = None  # of the folder, once it is there and trusted
         self._is_refused = self._has_cleaned_up = self._has_met_damage = False
 
     @property
     def folder(self) -> Path | None:
-        """Where kernels are kept; None where there is no home folder to keep them in."""
+        """Returns the folder that kernels are kept in; None if there is no home folder."""
         root = root_folder()
         return root / self._backend if root is not None else None
 
     def read(self, name: str) -> bytes | None:
-        """Returns what was written under `name`; None if there is nothing that can be used."""
+        """Returns the bytes that were written under `name`; None if there are none to use."""
         if (descriptor := self._opened()) is None:
             return None
         try:
@@ -69,7 +69,7 @@ class KernelCache:
             return None
 
     def has(self, name: str) -> bool:
-        """Whether a file exists under `name`, damaged or not."""
+        """Returns whether a file exists under `name`, damaged or not."""
         descriptor = self._opened()
         return descriptor is not None and os.access(name + ENDING, os.F_OK, dir_fd=descriptor)
 
@@ -128,7 +128,7 @@ class KernelCache:
         return self._descriptor
 
     def _made(self) -> int | None:
-        """Does the same, but makes the folder if there is none yet; raises `OSError`."""
+        """Returns what `_opened` does, but makes a missing folder first; raises `OSError`."""
         if self._opened() is None and (root := root_folder()) is not None and not self._is_refused:
             _make_folder(root, self._backend)
         if (descriptor := self._opened()) is not None and not self._has_cleaned_up:
@@ -145,7 +145,7 @@ class KernelCache:
             )
 
     def say(self, sentence: str) -> None:
-        """Prints a line about this backend's kernels on stderr, where there is one."""
+        """Prints a line about this backend's kernels on stderr, if the process has one."""
         if sys.stderr is not None:
             with suppress(OSError, ValueError):  # of a stream that is closed, or on a full disk
                 print(f"{self._backend}: {printable(sentence)}", file=sys.stderr, flush=True)
@@ -190,7 +190,7 @@ def _open_folder(root: Path | None, backend: str) -> int:
 
 
 def _check_trust(what: str, status: os.stat_result, *, is_sticky: bool = False) -> None:
-    """Raises `UnusableError` if somebody untrusted may have written it."""
+    """Raises `UnusableError` if somebody who is not trusted may have written the file or folder."""
     if status.st_uid not in {os.geteuid(), *_trusted_by_all()}:
         raise UnusableError(f"{what} belongs to user {status.st_uid}")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_sticky:
@@ -200,12 +200,12 @@ def _check_trust(what: str, status: os.stat_result, *, is_sticky: bool = False) 
 
 
 def _trusted_by_all() -> set[int]:
-    """Root, and the owner of the installation."""
+    """Returns the user ids of root and of the owner of the installation."""
     return {0, os.stat(__file__).st_uid}
 
 
 def _make_folder(root: Path, backend: str) -> None:
-    """Makes a private folder; a readable one if it was named and everybody trusts its owner."""
+    """Makes a private folder, or a readable one if it was named and everybody trusts its owner."""
     is_shared = bool(os.environ.get(VARIABLE)) and os.geteuid() in _trusted_by_all()
     mode = 0o755 if is_shared else 0o700
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def _read(folder: int, name: str) -> bytes:
 
 
 def _write(folder: int, name: str, data: bytes) -> None:
-    """A reader sees the whole file or none."""
+    """Writes a kernel so that a reader sees the whole file or none."""
     partial = f".{name}.{secrets.token_hex(8)}{PARTIAL}"
     mode = 0o644 if os.fstat(folder).st_mode & stat.S_IROTH else 0o600
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -248,7 +248,7 @@ def _write(folder: int, name: str, data: bytes) -> None:
 
 
 def _checksum(name: str, data: bytes) -> bytes:
-    """Covers the name, too, so that a renamed file does not pass for another kernel."""
+    """Returns a checksum that covers the name, so that a renamed file is not another kernel."""
     return hashlib.sha256(name.encode() + b"\0" + data).digest()
 
 

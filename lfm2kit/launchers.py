@@ -19,7 +19,7 @@ class Launcher(NamedTuple):
 
     name: str
     rank: str
-    size: str | None  # None: this launcher does not tell how many processes there are
+    size: str | None  # None if this launcher does not say how many processes there are
     advice: str = MPIEXEC  # what to type to get ranks
 
 
@@ -32,12 +32,12 @@ class Started(NamedTuple):
 
     @property
     def is_first_to_know(self) -> bool:
-        """Whether this is the lowest rank that knows that there are several."""
+        """Returns whether this is the lowest rank that knows that there are several."""
         return self.rank == (0 if self.launcher.size is not None else 1)
 
     @property
     def evidence(self) -> str:
-        """The environment variable that shows it, with its value."""
+        """Returns the environment variable that shows it, with its value."""
         name = self.launcher.size or self.launcher.rank
         return f"{name}={os.environ[name]}"
 
@@ -65,7 +65,7 @@ LAUNCHERS = (
 def started() -> Started | None:
     """Returns this process's place among those of a launcher; None if it is alone.
 
-    If the launcher does not tell the size, its first process counts as alone.
+    If the launcher does not say how many there are, its first process counts as alone.
     """
     found = (_by(launcher) for launcher in LAUNCHERS)
     innermost = next((one for one in found if one is not None), None)
@@ -86,5 +86,5 @@ def _number(variable: str) -> int | None:
 
 
 def _is_interactive_shell() -> bool:
-    """Whether a user typed the command in the shell of `srun --pty bash`, where it runs once."""
+    """Returns whether this runs in the shell of `srun --pty bash`, which starts it only once."""
     return "SLURM_PTY_PORT" in os.environ and sys.stdin is not None and sys.stdin.isatty()

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LONGEST_NAME = 255  # bytes, of a file in most systems
-LONGEST_STEM = 220  # of it, in the name of a partial file
+LONGEST_NAME = 255  # bytes of a file's name on most systems
+LONGEST_STEM = 220  # bytes of it that a partial file's name keeps
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -27,9 +27,9 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def _stem(path: Path) -> str:
-    """Returns the name of `path`, or what stands for one that leaves no room for more.
+    """Returns the name of `path`, or a shorter one if it leaves no room for more.
 
-    A name that is too long itself stays, so that the attempt fails before the work.
+    A name that is itself too long is returned unchanged, so that writing fails before the work.
     """
     name = os.fsencode(path.name)
     if not LONGEST_STEM < len(name) <= LONGEST_NAME:
@@ -40,7 +40,7 @@ def _stem(path: Path) -> str:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Locks a partial file or folder, where the file system has locks."""
+    """Holds a lock on a partial file or folder, if the file system has locks."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -73,7 +73,7 @@ def _remove(leftover: Path, path: Path, *, is_old: bool) -> None:
 
 
 def _is_abandoned(leftover: Path, pid: int) -> bool:
-    """Whether its writer, a process of this user, has ended."""
+    """Returns whether the leftover's writer, a process of this user, has ended."""
     if leftover.is_symlink() or leftover.stat().st_uid != os.geteuid():
         return False
     if pid != os.getpid() and _is_alive(pid):

@@ -1,4 +1,4 @@
-"""How much memory and how many cores this process may use, whoever limits them."""
+"""Finds out how much memory and how many cores this process may use, whatever limits them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lfm2kit import cgroups
 
-RLIMITS = {  # the shell's word for each, and what counts towards it in /proc/self/status
+RLIMITS = {  # the shell's name of each, and the field of /proc/self/status that counts towards it
     "ulimit -v": (resource.RLIMIT_AS, "VmSize"),
     "ulimit -d": (resource.RLIMIT_DATA, "VmData"),
 }
@@ -26,7 +26,7 @@ class Limit(NamedTuple):
     is_shared: bool  # with the other processes of this machine, or of a container
 
     def left(self, ranks: int) -> int:
-        """Returns each one's share if `ranks` such processes run on this machine."""
+        """Returns the bytes that each of `ranks` such processes on this machine can still take."""
         return self.free // ranks if self.is_shared else self.free
 
 
@@ -49,7 +49,7 @@ def free_memory(ranks: int = 1, root: Path = Path("/")) -> int:
 
 
 def tightest_limit(root: Path = Path("/")) -> Limit:
-    """Returns the limit that leaves this process the least."""
+    """Returns the limit that leaves this process the least memory."""
     return min(memory_limits(root), key=lambda limit: limit.free)
 
 
@@ -65,7 +65,7 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def _physical(root: Path) -> Limit:
-    """Returns the machine's memory without swap, from which a token would take minutes."""
+    """Returns the machine's memory without swap: with weights there, a token would take minutes."""
     there = _kilobytes(root / "proc/meminfo")
     if "MemTotal" not in there:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -76,7 +76,7 @@ def _physical(root: Path) -> Limit:
 
 
 def _kilobytes(path: Path) -> dict[str, int]:
-    """Reads a file with lines such as `MemTotal:   24684092 kB`."""
+    """Returns the numbers in a file that has lines such as `MemTotal:   24684092 kB`."""
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:

@@ -18,11 +18,11 @@ BACKEND_VARIABLE = "LFM2KIT_BACKEND"
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What there is to say about an option, for whoever shows it or reads it from a text."""
+    """Describes an option, for code that shows it or reads it from a text."""
 
     help: str
     default: str | None = None  # in words, where the value does not say it
-    least: int | None = None  # of a whole number; None: the option is no number
+    least: int | None = None  # of a whole number; None: the option is not a number
     most: int = bounds.COUNT
     metavar: str | None = None
     variable: str | None = None  # the environment variable that it may come from

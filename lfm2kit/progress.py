@@ -14,7 +14,7 @@ from lfm2kit.backend import Block
 from lfm2kit.specs import Spec, Work
 
 DEADLINE = 60.0  # seconds that a step may take, unless it asks for more
-COMPILING = 600.0  # seconds: the longest that one kernel takes to compile, on a busy machine
+COMPILING = 600.0  # seconds that one kernel may take to compile on a busy machine
 # The rates of the slowest backend on a shared core, and of the slowest file system.
 SLOWEST_FLOPS = 1e9
 SLOWEST_BYTES = 1e7
@@ -78,7 +78,7 @@ Wrap = Callable[[str, Spec, Block], Block]
 
 
 def telling(wrap: Wrap, names: set[str]) -> Wrap:
-    """Returns `wrap` with a step announced at each call of the blocks called `names`."""
+    """Returns a `wrap` that also announces a step at each call of the blocks in `names`."""
 
     def telling_wrap(name: str, spec: Spec, block: Block) -> Block:
         wrapped = wrap(name, spec, block)

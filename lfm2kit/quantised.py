@@ -1,4 +1,4 @@
-"""Recognises quantised checkpoints, which lfm2kit does not run, by config or tensor names."""
+"""Recognises quantised checkpoints, which lfm2kit does not run, by their config or tensor names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENDINGS: Mapping[str, str] = {
     ".hqq_meta": "HQQ",
 }
 
-# bitsandbytes goes on after its ending: `.absmax`, but also `.quant_state.bitsandbytes__nf4`.
+# bitsandbytes may add to its ending: `.absmax`, but also `.quant_state.bitsandbytes__nf4`.
 ANY_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})(?:$|[.])")
 
 
@@ -53,12 +53,12 @@ def said_by_names(names: Iterable[str]) -> str | None:
     """Returns a sentence about tensor names that only quantised weights have; else None."""
     for name in names:
         if (found := ANY_ENDING.search(name)) is not None:
-            return f"tensor '{name}' is of quantised weights ({ENDINGS[found[1]]}); {GIVE}"
+            return f"tensor '{name}' belongs to quantised weights ({ENDINGS[found[1]]}); {GIVE}"
     return None
 
 
 def _method(said: Mapping[str, Any]) -> Any:
-    """Returns the name of a section's method; each tool has another key for it."""
+    """Returns the quantisation method that a config section names; each tool has its own key."""
     if said.get("quant_method") is not None:
         return said["quant_method"]
     flags = [key for key in ("load_in_4bit", "load_in_8bit") if said.get(key) is True]

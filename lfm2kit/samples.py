@@ -1,4 +1,4 @@
-"""The assignment's sample files: token ids in, logits of the last token out.  Little-endian.
+"""Reads and writes the assignment's sample files, which are little-endian.
 
 inputs.bin              i32 n, i32 seq_len, i32 ids [n, seq_len]
 outputs.bin, answers.bin    i32 n, i32 vocab_size, f32 logits [n, vocab_size]
@@ -21,17 +21,24 @@ HEADER = np.dtype("<i4")
 
 
 class BadAnswersError(Lfm2kitError):
-    """An answers file that cannot be compared with: the validator calls the outputs INVALID."""
+    """Raised for a bad answers file: the validator then calls the outputs INVALID."""
 
 
 def read_inputs(path: Path) -> npt.NDArray[np.int32]:
-    """Token ids int32 [n, seq_len], memory-mapped."""
+    """Returns token ids, int32 [n, seq_len], memory-mapped.
+
+    Raises `Lfm2kitError` if the file cannot be read, or its size is not what its header says.
+    """
     ids: npt.NDArray[np.int32] = _read(path, np.dtype("<i4"), "seq_len", Lfm2kitError)
     return ids
 
 
 def read_answers(path: Path) -> npt.NDArray[np.float32]:
-    """Logits float32 [n, vocab_size], memory-mapped; `BadAnswersError` for no such file."""
+    """Returns logits, float32 [n, vocab_size], memory-mapped.
+
+    Raises `Lfm2kitError` if the file cannot be read, and `BadAnswersError` if its size is not what
+    its header says.
+    """
     logits: npt.NDArray[np.float32] = _read(path, np.dtype("<f4"), "vocab_size", BadAnswersError)
     return logits
 
@@ -44,7 +51,8 @@ def write_inputs(path: Path, token_ids: npt.NDArray[np.int32]) -> None:
 def write_outputs(path: Path, logits: npt.NDArray[np.float32], note: Note = warnings.warn) -> None:
     """Writes logits [n, vocab_size]; a reader sees the old file or the whole new one.
 
-    `note` is told where the file has to be written in place (see `lfm2kit.files.replaced`).
+    `note` is called with a sentence if the file has to be written in place (see
+    `lfm2kit.files.replaced`).
     """
     _write(path, logits, np.dtype("<f4"), note)
 
@@ -60,7 +68,7 @@ def take(token_ids: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.int32]:
 
 
 def check_ids(token_ids: npt.NDArray[np.int32], vocab_size: int) -> None:
-    """`Lfm2kitError` naming the first id outside [0, vocab_size)."""
+    """Raises `Lfm2kitError`, which names the first id outside [0, vocab_size), if there is one."""
     bad = np.argwhere((token_ids < 0) | (token_ids >= vocab_size))
     if len(bad):
         sample, position = bad[0]
@@ -71,7 +79,7 @@ def check_ids(token_ids: npt.NDArray[np.int32], vocab_size: int) -> None:
 
 
 def _read(path: Path, dtype: np.dtype[Any], width: str, wrong: type[Lfm2kitError]) -> Any:
-    """The array of a file whose size is exactly what its header says."""
+    """Returns the array of a file, whose size must be exactly what its header says."""
     size = check_regular(path)
     try:
         with open(path, "rb") as file:

@@ -43,7 +43,7 @@ class Output(io.FileIO):
         return len(data)
 
     def _written(self, data: Any) -> int:
-        """Waits if another process has made the descriptor non-blocking."""
+        """Writes `data`, and waits if another process has made the descriptor non-blocking."""
         while (count := super().write(data)) is None:
             select.select([], [self], [])
         return count
@@ -77,7 +77,7 @@ class Streams:
 
 
 def _open_closed_descriptors() -> None:
-    """Opens them on /dev/null; else a file opened later would get what is printed."""
+    """Opens closed descriptors on /dev/null; else a file opened later would get what is printed."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -86,7 +86,7 @@ def _open_closed_descriptors() -> None:
 
 
 def _text(output: Output, before: Any) -> io.TextIOWrapper:
-    """A text stream like `before`, which is None where the descriptor was closed."""
+    """Returns a text stream like `before`, which is None if the descriptor was closed."""
     is_unbuffered = getattr(before, "write_through", False)
     return io.TextIOWrapper(
         io.BufferedWriter(output),
@@ -98,7 +98,7 @@ def _text(output: Output, before: Any) -> io.TextIOWrapper:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Replaces characters that a stream's encoding lacks."""
+    """Returns a replacement for characters that a stream's encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end].replace("±", "+-")

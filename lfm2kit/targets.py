@@ -37,7 +37,7 @@ def identity(path: Path) -> Identity:
 
 
 def check_apart(outputs: Mapping[str, Path | None], reads: Mapping[str, Iterable[Path]]) -> None:
-    """`Lfm2kitError` if an output is a file that is read, or another output.
+    """Raises `Lfm2kitError` if an output is a file that is read, or another output.
 
     `outputs` maps options to paths; `reads` maps descriptions ("the plan") to files.  Loaded
     modules, kept kernels, and the files behind stdout and stderr count as well.
@@ -56,7 +56,7 @@ def check_apart(outputs: Mapping[str, Path | None], reads: Mapping[str, Iterable
 
 
 def _is_device(path: Path) -> bool:
-    """/dev/null may be named twice."""
+    """Returns whether `path` is a device, such as /dev/null, which several outputs may name."""
     return os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
 
 

@@ -1,7 +1,7 @@
-"""Times a call, and says how much of it this process's threads had no core for.
+"""Times a call, and measures how long this process's threads waited for a core meanwhile.
 
-The system's account of waiting says so; CPU time does not.  Threads that take turns on one core use
-as much of it as one thread that needs no other, and threads that sleep between kernels use less.
+The system's account of waiting shows this; CPU time does not.  Two threads that share a core use
+as much CPU time as one thread that has it alone, and threads that sleep between kernels use less.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ THREADS = Path("/proc/self/task")
 
 
 class Timing(NamedTuple):
-    """What a call took: `waited` are the seconds of it that the unluckiest thread was ready to run
-    and had no core; None where the system does not say."""
+    """How long a call took.
+
+    `waited` is for how many of these seconds the thread that waited longest was ready to run but
+    had no core; None if the system does not say.
+    """
 
     seconds: float
     waited: float | None
 
 
 def waits(threads: Path = THREADS) -> Mapping[str, float]:
-    """Seconds that each thread of this process has waited for a core; empty where not known."""
+    """Returns the seconds that each thread of this process has waited for a core; {} if unknown."""
     try:
         return {
             thread.name: int((thread / "schedstat").read_bytes().split()[1]) / 1e9
@@ -38,7 +41,7 @@ def timed(
     clock: Callable[[], float] = time.perf_counter,
     waits: Callable[[], Mapping[str, float]] = waits,
 ) -> Timing:
-    """Calls, by the `clock` and the account of `waits` that a test may give instead."""
+    """Calls `call` and returns how long it took; tests may replace `clock` and `waits`."""
     before = waits()
     start = clock()
     call()

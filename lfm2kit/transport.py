@@ -76,7 +76,7 @@ class Rows(NamedTuple):
     """The rows that came to a rank, each a token with one of the experts that the rank holds."""
 
     x: Array  # float32 [rows, hidden_size]
-    expert_ids: Array  # int32 [rows, 1]; -1 in a row of padding, which is nobody's
+    expert_ids: Array  # int32 [rows, 1]; -1 in a row of padding, for no expert
     expert_weights: Array  # float32 [rows, 1]
 
 
@@ -92,7 +92,7 @@ class Exchange(Protocol):
         """Sends this rank's tokens to the ranks of their experts, and returns the rows that came.
 
         x is float32 [tokens, hidden_size], expert_ids int32 and expert_weights float32 [tokens, k].
-        An id of -1 is nobody's: nothing is sent for it, whatever the weight beside it is.  Rows may
+        An id of -1 stands for no expert: nothing is sent for it, whatever its weight is.  Rows may
         come in any order.  An exchange of fixed size fills up with rows whose id is -1.
         """
         ...

@@ -1,7 +1,8 @@
 """Judges logits against answers as the assignment does, without its gaps.
 
-The assignment's own validators let NaN pass (`fabs(NaN) > 1e-3` is false) and compare only as
-many samples as happen to be there.  Here every sample counts, and what is not finite is wrong.
+The assignment's own validators accept NaN (`fabs(NaN) > 1e-3` is false) and compare only the
+samples that the answers happen to hold.  Here every sample counts, and a logit that is not finite
+is wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the comparison of n samples gave."""
+    """The result of comparing n samples."""
 
     samples: int
     values: int
@@ -53,7 +54,7 @@ class Verdict:
         return wrong == 0 and self.top1_matches == self.samples
 
     def lines(self) -> Iterator[str]:
-        """What graders grep for, word for word; then what the assignment does not print."""
+        """Yields the lines that graders search for, word for word, and then further details."""
         accuracy = 100 * self.top1_matches / max(self.samples, 1)
         yield f"Top-1 Prediction Accuracy: {accuracy:g}% ({self.top1_matches}/{self.samples})"
         yield "VALID" if self.is_valid else "INVALID"
@@ -69,10 +70,10 @@ class Verdict:
 def validate(
     outputs: npt.NDArray[np.float32], answers: npt.NDArray[np.float32], precision: str
 ) -> Verdict:
-    """Compares outputs [n, vocab] with the first n answers.
+    """Compares outputs [n, vocab] with the first n answers [at least n, vocab].
 
-    fp32 precisions are judged by every logit and top-1, 16-bit ones by top-1 alone, as the
-    assignment says; their differences are reported all the same.
+    FP32 precisions are judged by every logit and by top-1, 16-bit ones by top-1 alone, as in the
+    assignment.  The verdict reports their differences as well.
     """
     judged_by = "top-1" if precision in ("fp16", "bf16") else "logits"
     samples = len(outputs)
@@ -98,7 +99,7 @@ def validate(
 
 
 def not_finite(logits: npt.NDArray[np.float32]) -> str | None:
-    """A sentence about the logits [n, vocab] that are NaN or infinite; None if none are."""
+    """Returns a sentence about the NaNs and infinities in logits [n, vocab]; None without any."""
     wrong = np.flatnonzero(~np.isfinite(logits))
     if not len(wrong):
         return None
@@ -120,5 +121,5 @@ def _mismatch(
 
 
 def nothing_to_compare(samples: int, problem: str) -> Verdict:
-    """INVALID, because there are no such answers: `problem` says why."""
+    """Returns the verdict INVALID for answers that cannot be compared; `problem` says why."""
     return Verdict(samples, 0, 0, 0, None, float("nan"), "logits", problem)

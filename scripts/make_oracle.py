@@ -10,7 +10,7 @@ position, `experts_0` and `weights_0` [moe layers, tokens, k].  All in float64, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lfm2kit.checkpoint.convert import Source, write_checkpoint
-from lfm2kit.checkpoint.huggingface import SINGLE
+from lfm2kit.checkpoint.names import SINGLE
 from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
 from lfm2kit.checkpoint.synth import random_source
 from lfm2kit.weights import DType, Tensor
@@ -81,28 +81,28 @@ def bias_beyond_bf16(name: str, values: Any) -> Any:
 
 
 CASES = {
-    "t01_router_bias_and_normalisation": Case(),
-    "t01_router_without_bias": Case({"use_expert_bias": False}),
-    "t01_router_without_normalisation": Case({"norm_topk_prob": False}),
-    "t01_router_scaled": Case({"routed_scaling_factor": 2.5}),
-    "t01_router_scaled_bare": Case(
+    "router_bias_and_normalisation": Case(),
+    "router_without_bias": Case({"use_expert_bias": False}),
+    "router_without_normalisation": Case({"norm_topk_prob": False}),
+    "router_scaled": Case({"routed_scaling_factor": 2.5}),
+    "router_scaled_bare": Case(
         {"routed_scaling_factor": 2.5, "norm_topk_prob": False, "use_expert_bias": False}
     ),
-    "t02_extreme_router_logits": Case(change=scaled("gate.weight", 60)),
-    "t03_bias_stays_float32": Case(change=bias_beyond_bf16, dtype="BF16"),
-    "t04_ids_at_any_batch_size": Case(lengths=(140,)),
-    "t05_5_experts_top_1": Case({"num_experts": 5, "num_experts_per_tok": 1}),
-    "t05_12_experts_top_3": Case({"num_experts": 12}),
-    "t05_33_experts_top_8": Case(
+    "router_extreme_logits": Case(change=scaled("gate.weight", 60)),
+    "router_bias_stays_float32": Case(change=bias_beyond_bf16, dtype="BF16"),
+    "router_ids_at_any_batch_size": Case(lengths=(140,)),
+    "experts_5_top_1": Case({"num_experts": 5, "num_experts_per_tok": 1}),
+    "experts_12_top_3": Case({"num_experts": 12}),
+    "experts_33_top_8": Case(
         {"num_experts": 33, "num_experts_per_tok": 8, "moe_intermediate_size": 6}
     ),
-    "t06_sequences_of_many_lengths": Case(lengths=(5, 1, 16, 2, 33, 3, 8)),
-    "t08_padded_equals_unpadded": Case(lengths=(6, 3)),
-    "t12_theta_flat_1e6": Case({"rope_theta": 1e6}, lengths=LONG),
-    "t12_theta_nested_5e6": Case(NESTED, lengths=LONG),
-    "t13_w1_is_the_gate": Case(change=scaled("w1.weight", 4)),
-    "t14_experts_stored_apart": Case(),
-    "t14_experts_stored_packed": Case(),
+    "sequences_of_many_lengths": Case(lengths=(5, 1, 16, 2, 33, 3, 8)),
+    "padded_equals_unpadded": Case(lengths=(6, 3)),
+    "rope_theta_flat_1e6": Case({"rope_theta": 1e6}, lengths=LONG),
+    "rope_theta_nested_5e6": Case(NESTED, lengths=LONG),
+    "w1_is_the_gate": Case(change=scaled("w1.weight", 4)),
+    "experts_stored_apart": Case(),
+    "experts_stored_packed": Case(),
     "odd_conv_bias_kernel_4": Case({"conv_bias": True, "conv_L_cache": 4}),
     "odd_kernel_1": Case({"conv_L_cache": 1}),
     "odd_untied_attention_first": Case(
@@ -214,7 +214,9 @@ def pack(folder: Path) -> None:
         packed[f"{prefix}.experts.down_proj"] = np.stack([expert(e, "w2") for e in range(count)])
     partial = folder / "packed"
     with open(partial, "wb") as file:
-        entries = [(name, "F32", data.shape) for name, data in packed.items()]
+        entries: list[tuple[str, DType, Sequence[int]]] = [
+            (name, "F32", data.shape) for name, data in packed.items()
+        ]
         write_safetensors(file, entries, lambda name: [packed[name]])
     partial.replace(folder / SINGLE)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ CANDIDATES = 160
 LEAST_MARGIN = 5e-3  # of the top-1 logit, and
 LEAST_GAP = 1e-5  # of the last expert taken: near ties say nothing about an implementation
 LAYERS = ["conv", "conv", "full_attention", "conv", "conv", "full_attention", "conv", "conv"]
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["Lfm2MoeForCausalLM"],
     "model_type": "lfm2_moe",
     "vocab_size": 1024,

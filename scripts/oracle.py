@@ -41,17 +41,23 @@ class Oracle:
         self._watch_routers()
 
     def logits(self, token_ids: npt.NDArray[np.int32], **kwargs: Any) -> npt.NDArray[np.float64]:
-        """Of every position, [tokens, vocab_size]; `routings` gains each MoE layer's choice."""
+        """Returns the logits of all positions, float64 [tokens, vocab_size].
+
+        Adds the choices of each MoE layer to `routings`.
+        """
         self.routings.append([])
         self.least_gap = float("inf")
         ids = torch.tensor(np.asarray(token_ids, dtype=np.int64)[None])
         with torch.no_grad():
-            return self.model(input_ids=ids, use_cache=False, **kwargs).logits[0].numpy()
+            output = self.model(input_ids=ids, use_cache=False, **kwargs)
+        logits: npt.NDArray[np.float64] = output.logits[0].numpy()
+        return logits
 
     def loads(self) -> list[int]:
-        """How many rows each expert got in all."""
+        """Returns how many rows each expert got in all."""
         ids = np.concatenate([ids.reshape(-1) for run in self.routings for ids, _ in run])
-        return np.bincount(ids).tolist()
+        counts: list[int] = np.bincount(ids).tolist()
+        return counts
 
     def _fill(self, weights: dict[str, npt.NDArray[np.float32]]) -> None:
         """Copies canonical weights into the packed parameters of transformers 5."""

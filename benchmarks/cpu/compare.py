@@ -96,7 +96,7 @@ def _difference(processes: list[Process], task: Task) -> float:
     each = np.sort(np.max(np.abs(answers[0] - answers[1]), axis=1))
     is_exact = all(process.name.endswith("F32") for process in processes)
     allowed = len(each) // TIES if is_exact and task.method == "forward" else 0
-    tied = min(allowed, np.count_nonzero(each > MOST_DIFFERENCE))
+    tied = min(allowed, int(np.count_nonzero(each > MOST_DIFFERENCE)))
     difference = float(each[len(each) - tied - 1])
     if not np.isfinite(difference) or (is_exact and difference > MOST_DIFFERENCE):
         names = " and ".join(process.name for process in processes)

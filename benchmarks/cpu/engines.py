@@ -45,8 +45,8 @@ class Lfm2kit:
         from lfm2kit.batch import Batch
         from lfm2kit.state import Room
 
-        state = self._model.new_state(room := Room.of_sequences(1, len(prompt) + len(ids)))
-        pages = [range(room.pages)]
+        room = Room.of_sequences(1, len(prompt) + len(ids))
+        state, pages = self._model.new_state(room), [range(room.pages)]
         self._model.logits(Batch.of_sequences([prompt], pages=pages), state)
 
         def steps() -> Any:

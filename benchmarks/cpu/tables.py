@@ -52,7 +52,8 @@ class Row:
         ceilings: Ceilings,
     ) -> Row:
         names = (ours.dtype, task.name, rival.name, task.amount, task.unit)
-        return cls(*names, *task.work, *seconds, difference, *ceilings)
+        our_seconds, rival_seconds = seconds
+        return cls(*names, *task.work, our_seconds, rival_seconds, difference, *ceilings)
 
     @property
     def ratio(self) -> float:

@@ -15,8 +15,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import cupy
 import numpy as np
@@ -32,6 +33,8 @@ TARGETS = {
     ("fp32", 1): 240, ("fp32", 16): 1560, ("fp32", 64): 5000,
     ("bf16", 1): 500, ("bf16", 16): 3450, ("bf16", 64): 11800,
 }  # fmt: skip
+Result = TypeVar("Result")
+
 STEPS = 16  # of a round
 HEADINGS = (
     "precision", "batch", "tokens/s", "target", "uncaptured", "step us", "spread", "graph us",
@@ -39,7 +42,8 @@ HEADINGS = (
 )  # fmt: skip
 
 
-class Sequences(NamedTuple):
+@dataclass(frozen=True)
+class Sequences:
     """Random sequences with a state of a model."""
 
     model: LFM2
@@ -81,7 +85,7 @@ class Times(NamedTuple):
     captured: float
 
 
-def timed(call: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+def timed(call: Callable[[], Result]) -> tuple[float, Result]:
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result

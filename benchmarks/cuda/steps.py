@@ -65,7 +65,7 @@ def median_seconds(call: Callable[[], object]) -> float:
 
 
 def device_seconds(call: Callable[[], object], stream: cupy.cuda.Stream) -> float:
-    times = []
+    times: list[float] = []
     for _ in range(REPETITIONS):
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
         begin.record(stream)

@@ -57,7 +57,7 @@ class HostExchange:
         return delta
 
     def _by_owner(self, flat: Int32) -> npt.NDArray[np.intp]:
-        """Returns the places of the ids that are somebody's, by the rank that holds the expert."""
+        """Returns the places of the ids that are not -1, by the rank that holds the expert."""
         taken = np.flatnonzero(flat >= 0)
         return taken[np.argsort(self._owners[flat[taken]], kind="stable")]
 

@@ -37,7 +37,7 @@ from tests.checkpoint.typed import Cli
 from tests.core.small import FIELDS
 
 CASES = sorted(path.name for path in ORACLE.iterdir())
-CASE = "t14_experts_stored_apart"
+CASE = "experts_stored_apart"
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -72,7 +72,7 @@ def test_there_and_back_gives_the_same_bits(case: str, tmp_path: Path) -> None:
         assert returned.weights[name].float32().tobytes() == tensor.float32().tobytes()
 
 
-@pytest.mark.parametrize("case", ["t03_bias_stays_float32", "odd_stored_as_f16"])
+@pytest.mark.parametrize("case", ["router_bias_stays_float32", "odd_stored_as_f16"])
 def test_16_bit_types_survive_the_way_through_float32(case: str, tmp_path: Path) -> None:
     original = open_checkpoint(ORACLE / case)
     write_checkpoint(source_of(original), tmp_path / "model.bin")
@@ -83,7 +83,7 @@ def test_16_bit_types_survive_the_way_through_float32(case: str, tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_the_bias_of_the_router_is_never_narrowed(dtype: DType, tmp_path: Path) -> None:
-    original = source("t03_bias_stays_float32")
+    original = source("router_bias_stays_float32")
     write_checkpoint(original, tmp_path / "narrow", dtype)
     narrow = open_checkpoint(tmp_path / "narrow").weights
     name = "layers.1.feed_forward.expert_bias"

@@ -48,19 +48,19 @@ def refused(path: Path, *words: str) -> None:
 
 
 def test_experts_packed_and_apart_agree_bit_for_bit() -> None:
-    apart = open_checkpoint(ORACLE / "t14_experts_stored_apart")
-    packed = open_checkpoint(ORACLE / "t14_experts_stored_packed")
+    apart = open_checkpoint(ORACLE / "experts_stored_apart")
+    packed = open_checkpoint(ORACLE / "experts_stored_packed")
     assert content(apart.weights) == content(packed.weights)
 
 
 def test_experts_are_views_of_the_packed_tensor() -> None:
-    tensors = read_folder(ORACLE / "t14_experts_stored_packed")
+    tensors = read_folder(ORACLE / "experts_stored_packed")
     assert not tensors["layers.1.feed_forward.experts.3.w3.weight"].data.flags.owndata
 
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    return copied("t14_experts_stored_packed", tmp_path / "packed")
+    return copied("experts_stored_packed", tmp_path / "packed")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_name_with_and_without_the_prefix_is_refused(packed: Path) -> None:
 
 @pytest.fixture
 def apart(tmp_path: Path) -> Path:
-    return copied("t14_experts_stored_apart", tmp_path / "t14_experts_stored_apart")
+    return copied("experts_stored_apart", tmp_path / "experts_stored_apart")
 
 
 def without(name: str) -> Change:

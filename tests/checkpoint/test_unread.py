@@ -17,7 +17,7 @@ from tests.checkpoint.attempt import content
 from tests.checkpoint.folders import ORACLE, change_json, change_tensors, copied
 from tests.checkpoint.typed import Cli
 
-WHOLE, SHARDED = "t14_experts_stored_apart", "odd_sharded"
+WHOLE, SHARDED = "experts_stored_apart", "odd_sharded"
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_the_whole_file_is_read_as_transformers_does_and_one_line_says_so(
         assert word in remark
 
 
-@pytest.mark.parametrize("case", [WHOLE, SHARDED, "t14_experts_stored_packed"])
+@pytest.mark.parametrize("case", [WHOLE, SHARDED, "experts_stored_packed"])
 def test_a_folder_with_one_set_says_nothing(case: str) -> None:
     assert open_checkpoint(ORACLE / case).remarks == ()
 

@@ -1,4 +1,7 @@
-"""Joins: where they work, what their parts are given, and whether a forward can be captured."""
+"""Joined blocks call their parts in the model's order and pass on what each returns.
+
+A join works where it says, its parts get arrays of that memory, and it says if it can be captured.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from lfm2kit import specs
 from lfm2kit.backend import HOST, Batch, Block, Memory, Spec
 from lfm2kit.joins import Join
+from lfm2kit.model import DecoderLayer, Forward, RoutedByScores, RoutedExperts
 from lfm2kit.rewrites import Rewrite, replaced
 from lfm2kit.specs import MLP, Part
 from tests.core.small import build, small_spec
@@ -121,3 +126,118 @@ def test_a_tree_has_the_blocks_that_are_joined_and_those_that_are_built() -> Non
     assert names[:2] == ["", "embed_tokens"]
     assert {"layers.0", "layers.0.feed_forward", "layers.0.feed_forward.inner"} <= set(names)
     assert [one for one in placed.tree() if one.backend] == list(placed.leaves())
+
+
+class Calls:
+    """Makes blocks that note how they are called, and return what they are told to."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Any, ...]] = []
+
+    def block(self, name: str, result: Any) -> Any:
+        def called(*inputs: Any) -> Any:
+            self.made.append((name, *inputs))
+            return result
+
+        return called
+
+    def operator(self, name: str, result: Any) -> Any:
+        called = self.block(name, result)
+        called.new_state = lambda room: f"state of {name} for {room}"
+        return called
+
+
+@pytest.fixture
+def calls() -> Calls:
+    return Calls()
+
+
+def layer(calls: Calls) -> DecoderLayer:
+    return DecoderLayer(
+        small_spec().layers[0],
+        operator_norm=calls.block("operator_norm", ("hidden 1", "x 1")),
+        operator=calls.operator("operator", "delta 1"),
+        ffn_norm=calls.block("ffn_norm", ("hidden 2", "x 2")),
+        feed_forward=calls.block("feed_forward", "delta 2"),
+    )
+
+
+@pytest.mark.parametrize("delta", ["delta", None])
+def test_a_layer_norms_before_its_operator_and_before_its_feed_forward(
+    calls: Calls, delta: Any
+) -> None:
+    assert layer(calls)("hidden", delta, "batch", "state") == ("hidden 2", "delta 2")
+    assert calls.made == [
+        ("operator_norm", "hidden", delta),
+        ("operator", "x 1", "batch", "state"),
+        ("ffn_norm", "hidden 1", "delta 1"),
+        ("feed_forward", "x 2"),
+    ]
+
+
+def test_a_layers_state_is_its_operators(calls: Calls) -> None:
+    assert layer(calls).new_state("room") == "state of operator for room"
+
+
+def test_experts_get_what_the_router_chose(calls: Calls) -> None:
+    spec = small_spec().layers[-1].feed_forward
+    assert isinstance(spec, specs.SparseMoe)
+    moe = RoutedExperts(
+        spec,
+        router=calls.block("router", ("ids", "weights")),
+        experts=calls.block("experts", "delta"),
+    )
+    assert moe("x") == "delta"
+    assert calls.made == [("router", "x"), ("experts", "x", "ids", "weights")]
+
+
+def test_a_choice_gets_the_scores(calls: Calls) -> None:
+    moe = small_spec().layers[-1].feed_forward
+    assert isinstance(moe, specs.SparseMoe)
+    router = RoutedByScores(
+        moe.router,
+        scores=calls.block("scores", "scores of x"),
+        choice=calls.block("choice", ("ids", "weights")),
+    )
+    assert router("x") == ("ids", "weights")
+    assert calls.made == [("scores", "x"), ("choice", "scores of x")]
+
+
+def forward(calls: Calls) -> Forward:
+    spec = small_spec()
+    layers = {
+        f"layers.{i}": calls.operator(f"layers.{i}", (f"hidden {i}", f"delta {i}"))
+        for i in range(len(spec.layers))
+    }
+    return Forward(
+        spec,
+        embed_tokens=calls.block("embed_tokens", "hidden"),
+        **layers,
+        last_rows=calls.block("last_rows", ("last hidden", "last delta")),
+        embedding_norm=calls.block("embedding_norm", ("sum", "x")),
+        lm_head=calls.block("lm_head", "logits"),
+    )
+
+
+def test_a_forward_hands_each_layer_its_own_state(calls: Calls) -> None:
+    assert forward(calls)("batch", ["s0", "s1", "s2", "s3"]) == "logits"
+    assert calls.made == [
+        ("embed_tokens", "batch"),
+        ("layers.0", "hidden", None, "batch", "s0"),
+        ("layers.1", "hidden 0", "delta 0", "batch", "s1"),
+        ("layers.2", "hidden 1", "delta 1", "batch", "s2"),
+        ("layers.3", "hidden 2", "delta 2", "batch", "s3"),
+        ("last_rows", "hidden 3", "delta 3", "batch"),
+        ("embedding_norm", "last hidden", "last delta"),
+        ("lm_head", "x"),
+    ]
+
+
+def test_without_a_state_every_layer_gets_none(calls: Calls) -> None:
+    forward(calls)("batch")
+    assert [call[-1] for call in calls.made if call[0].startswith("layers")] == [None] * 4
+
+
+def test_a_forwards_state_is_a_list_of_its_layers(calls: Calls) -> None:
+    states = [f"state of layers.{i} for room" for i in range(4)]
+    assert forward(calls).new_state("room") == states

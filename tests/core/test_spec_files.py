@@ -159,9 +159,7 @@ def beside(model: Path, folder: Path) -> Path:
     return folder / "mine.toml"
 
 
-@pytest.mark.parametrize(
-    "case", ["t01_router_bias_and_normalisation", "t06_sequences_of_many_lengths"]
-)
+@pytest.mark.parametrize("case", ["router_bias_and_normalisation", "sequences_of_many_lengths"])
 def test_a_file_runs_with_the_weights_beside_it(case: str, tmp_path: Path) -> None:
     expected = np.load(ORACLE / case / "expected.npz")
     batch = Batch.of_sequences([expected["ids_0"]])
@@ -170,7 +168,7 @@ def test_a_file_runs_with_the_weights_beside_it(case: str, tmp_path: Path) -> No
 
 
 def test_weights_of_another_model_beside_it_are_refused(tmp_path: Path) -> None:
-    path = beside(ORACLE / "t01_router_bias_and_normalisation", tmp_path)
+    path = beside(ORACLE / "router_bias_and_normalisation", tmp_path)
     path.write_text(spec_text(small_spec()))
     with pytest.raises(Lfm2kitError, match=r"mine\.toml: (there is no tensor|tensor)"):
         open_checkpoint(path)
@@ -213,7 +211,7 @@ def test_a_run_says_which_weights_it_took(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(alone.out)["weights"] == "random, seed 5"
     assert "Weights: random, seed 5" in alone.err
     (tmp_path / "folder").mkdir()
-    path = beside(ORACLE / "t01_router_bias_and_normalisation", tmp_path / "folder")
+    path = beside(ORACLE / "router_bias_and_normalisation", tmp_path / "folder")
     assert json.loads(cli(*run, "-m", path).out)["weights"] == "model.safetensors"
 
 

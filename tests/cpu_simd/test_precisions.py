@@ -14,7 +14,7 @@ from lfm2kit.loading import set_up
 from lfm2kit.options import Options
 from lfm2kit.weights import DType
 
-CHECKPOINT = Path(__file__).parents[1] / "oracle" / "t01_router_bias_and_normalisation"  # F32
+CHECKPOINT = Path(__file__).parents[1] / "oracle" / "router_bias_and_normalisation"  # F32
 BATCH = Batch.of_sequences([range(9), range(20, 24)])
 
 

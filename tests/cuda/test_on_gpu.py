@@ -22,7 +22,7 @@ from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import frozen_weights, random_weights
 from lfm2kit.testing.runner import run_check
 from lfm2kit.testing.verdicts import Skipped
-from tests.test_oracle import CASES, expected, setup
+from tests.conformance.test_oracle import CASES, expected, setup
 
 pytestmark = [
     pytest.mark.gpu,

@@ -43,7 +43,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_t18_the_logits_of_several_ranks_have_the_bits_of_one(
+def test_the_logits_of_several_ranks_have_the_bits_of_one(
     ranks: int, alone: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "outputs.bin"

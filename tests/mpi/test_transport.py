@@ -94,7 +94,7 @@ def test_it_keeps_the_contract_of_a_transport(ranks: int, tmp_path: Path) -> Non
     [(2, 5, 3, False), (3, 12, 4, False), (4, 3, 2, False), (4, 8, 2, True)],
     ids=["uneven", "three", "more-ranks-than-experts", "all-tokens-to-the-same-experts"],
 )
-def test_t18_every_token_gets_the_bits_that_one_process_gives_it(
+def test_every_token_gets_the_bits_that_one_process_gives_it(
     ranks: int, experts: int, k: int, one: bool, tmp_path: Path
 ) -> None:
     done = run_mpi(ranks, EXPERTS.format(experts=experts, k=k, one=one), tmp_path)
@@ -102,7 +102,7 @@ def test_t18_every_token_gets_the_bits_that_one_process_gives_it(
 
 
 @pytest.mark.mpi
-def test_t16_local_ranks_are_the_places_on_this_machine(tmp_path: Path) -> None:
+def test_local_ranks_are_the_places_on_this_machine(tmp_path: Path) -> None:
     script = "assert (world.local_size, world.local_rank) == (4, world.rank); print('fine')"
     done = run_mpi(4, script, tmp_path)
     assert done.stdout.count("fine") == 4, done.stderr
@@ -119,7 +119,7 @@ def test_t16_local_ranks_are_the_places_on_this_machine(tmp_path: Path) -> None:
         ({"PMI_SIZE": "many"}, None),
     ],
 )
-def test_t16_the_environment_says_whether_this_is_a_job(
+def test_the_environment_says_whether_this_is_a_job(
     environment: dict[str, str], size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PMIX_RANK"):

@@ -28,7 +28,7 @@ def flops_per_second() -> float:
     """Multiply-adds that read no memory, on every thread."""
     threads = numba.get_num_threads()
     seconds = _best(lambda: _multiply_add(STEPS, threads))
-    return threads * STEPS * 2.0 * CHAINS * VL / seconds
+    return float(threads * STEPS * 2 * CHAINS * VL) / seconds
 
 
 def bytes_per_second() -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 
@@ -12,7 +14,7 @@ _LEAST, _MOST = np.float32(-87.3), np.float32(88.3)  # exp of them is a normal f
 
 
 @numba.njit(inline="always")
-def exp(x: float) -> float:
+def exp(x: Any) -> Any:
     """e^x, relative error 1.2e-7; clamped to the normal float32 numbers.
 
     2^n * e^r with |r| <= ln(2) / 2; e^r by the polynomial of Cephes' expf.
@@ -33,6 +35,6 @@ def exp(x: float) -> float:
 
 
 @numba.njit(inline="always")
-def silu(x: float) -> float:
+def silu(x: Any) -> Any:
     """x / (1 + e^-x); of numbers below -88 of no size that matters, where it should be 0."""
     return x / (np.float32(1) + exp(-x))

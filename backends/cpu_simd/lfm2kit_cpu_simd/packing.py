@@ -73,7 +73,7 @@ def _elements(tensor: Tensor, storage: DType) -> npt.NDArray[Any]:
     """The matrix as floats, or as the bits of its 16-bit type, aligned and contiguous."""
     if storage == "F32":
         return np.ascontiguousarray(tensor.float32())
-    return np.require(tensor.stored_as(storage).data, requirements="CA").view(np.uint16)
+    return np.require(tensor.stored_as(storage).data, requirements=["C", "A"]).view(np.uint16)
 
 
 def _empty_panels(groups: int, panels: int, k: int, storage: DType) -> npt.NDArray[Any]:

@@ -152,7 +152,7 @@ class Blocks:
 
     threads: int
     sharing: tuple[float, ...]
-    menu: Mapping[tuple[int, int], int]
+    menu: Mapping[tuple[int, int], float]
 
     def best(self, rows: int, width: int) -> tuple[int, int]:
         """The entry with which the busiest multiprocessor is done first."""

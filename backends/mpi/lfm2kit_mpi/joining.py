@@ -40,7 +40,8 @@ def _of_our_job(size: int) -> MpiTransport:
     streams.through_the_hub(watch)
     watch.start()
     with _told(watch):
-        return _start_mpi(size).MpiTransport(watch)
+        transport: MpiTransport = _start_mpi(size).MpiTransport(watch)
+    return transport
 
 
 def _of_another_job(size: int) -> MpiTransport:
@@ -53,7 +54,8 @@ def _of_another_job(size: int) -> MpiTransport:
     if hub is None and mpi.rank() == 0:  # a launcher whose variables are not known
         hub = start_hub(size)
     hub = mpi.from_rank_0(hub)
-    return mpi.MpiTransport(watch or _watched(mpi.rank(), hub))
+    transport: MpiTransport = mpi.MpiTransport(watch or _watched(mpi.rank(), hub))
+    return transport
 
 
 def _start_mpi(size: int) -> ModuleType:

@@ -9,6 +9,7 @@ import lfm2kit_blas
 import numpy as np
 import pytest
 from lfm2kit_blas.backend import BlasBackend, Floats, Linear
+from lfm2kit_blas.backend import ShortConv as ShortConvBlock
 
 import lfm2kit.testing
 from lfm2kit.backend import Context, Room, Weights
@@ -86,11 +87,13 @@ def test_weights_of_16_bits_are_kept_in_float32_and_it_says_so() -> None:
 def test_a_state_has_the_size_that_the_backend_says(room: Room) -> None:
     backend, spec = BlasBackend(Context()), ShortConv(24, 3)
     block = backend.build(spec, random_weights(spec))
+    assert isinstance(block, ShortConvBlock)
     assert backend.state_bytes(spec, room) == block.new_state(room).rows.nbytes
 
 
 @pytest.mark.parametrize(
-    "spec", [ShortConv(64, 3), MLP(64, 96), Experts(64, 32, 32, 4, range(32)), LMHead(64, 64)]
+    "spec",
+    [ShortConv(64, 3), MLP(64, 96), Experts(64, 32, 32, 4, tuple(range(32))), LMHead(64, 64)],
 )
 def test_a_call_needs_the_memory_that_the_backend_says(spec: Spec) -> None:
     backend, rows = BlasBackend(Context()), 4096

@@ -51,7 +51,8 @@ class State(NamedTuple):
     def of_room(cls, spec: specs.Attention, room: Room) -> State:
         panels_per_page = room.page_tokens // NR
         shapes = _shapes(spec, room.pages * panels_per_page)
-        return cls(*(np.empty(shape, np.float32) for shape in shapes.values()), panels_per_page)
+        keys, values = (np.empty(shape, np.float32) for shape in shapes.values())
+        return cls(keys, values, panels_per_page)
 
     def first_panels(self, pages: Int32) -> Int32:
         """Return the panel that each page begins with; a negative number for no page."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -38,7 +38,7 @@ class ShortConv:
         )
         vector = 4 if spec.hidden_size % 4 == 0 else 1
         self.blocks = -(-spec.hidden_size // (THREADS * vector))  # of threads, per row
-        constants = {
+        constants: dict[str, Any] = {
             "KERNEL_SIZE": spec.kernel_size,
             "WINDOW": window(spec),
             "VECTOR": vector,

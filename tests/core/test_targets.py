@@ -133,7 +133,7 @@ def test_a_checkpoint_knows_every_file_that_it_is_read_from() -> None:
 
     is_watching = True
     sys.addaudithook(hook)
-    folders = [EMBEDDED / "tiny", ORACLE / "odd_sharded", ORACLE / "t14_experts_stored_packed"]
+    folders = [EMBEDDED / "tiny", ORACLE / "odd_sharded", ORACLE / "experts_stored_packed"]
     known = [str(path) for folder in folders for path in open_checkpoint(folder).files()]
     is_watching = False
     read = {path for path in opened if Path(path).parent in folders}

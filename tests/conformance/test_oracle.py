@@ -23,7 +23,7 @@ from lfm2kit.options import Options
 from lfm2kit.plugins import installed_plugins
 from lfm2kit.state import Room
 
-ORACLE = Path(__file__).parent / "oracle"
+ORACLE = Path(__file__).parents[1] / "oracle"
 CASES = sorted(path.name for path in ORACLE.iterdir())
 PLUGINS = installed_plugins()
 BACKENDS = ["reference", *(n for n in ("cpu_simd", "hybrid") if n in PLUGINS.backends)]
@@ -83,7 +83,7 @@ def test_logits_of_every_position(case: str, backend: str) -> None:
 @both
 @pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("odd_all_dense")])
 def test_routers_choose_and_weigh_as_the_oracles_do(case: str, backend: str) -> None:
-    """T1 to T5: ids in order of score, weights without the bias."""
+    """Ids come in order of score, and weights do not contain the bias."""
     for sequence in expected(case).sequences:
         chosen = list(routings(case, backend, sequence["ids"]))
         assert len(chosen) == len(sequence["experts"])
@@ -116,9 +116,9 @@ def routings(case: str, backend: str, token_ids: Any) -> Iterator[Any]:
 
 
 @both
-def test_t03_a_bias_rounded_to_bfloat16_would_choose_otherwise(backend: str) -> None:
+def test_a_bias_rounded_to_bfloat16_would_choose_otherwise(backend: str) -> None:
     """Guards the case itself: it tells a 16-bit bias from a float32 one."""
-    case = expected("t03_bias_stays_float32")
+    case = expected("router_bias_stays_float32")
     name = "layers.1.feed_forward.expert_bias"
     bias = case.checkpoint.weights[name]
     assert bias.dtype == "F32"
@@ -127,18 +127,18 @@ def test_t03_a_bias_rounded_to_bfloat16_would_choose_otherwise(backend: str) -> 
 
 
 @both
-def test_t04_ids_do_not_depend_on_the_number_of_rows(backend: str) -> None:
-    case = expected("t04_ids_at_any_batch_size")
+def test_ids_do_not_depend_on_the_number_of_rows(backend: str) -> None:
+    case = expected("router_ids_at_any_batch_size")
     ids = case.ids()[0]
     for rows in (1, 8, 9, 33, 128):
-        got = [r[0] for r in routings("t04_ids_at_any_batch_size", backend, ids[:rows])]
+        got = [r[0] for r in routings("router_ids_at_any_batch_size", backend, ids[:rows])]
         np.testing.assert_array_equal(got, case.sequences[0]["experts"][:, :rows])
 
 
 @both
-def test_t06_t10_a_sequence_alone_packed_or_permuted_gives_the_same_bits(backend: str) -> None:
-    case = expected("t06_sequences_of_many_lengths")
-    lfm2 = model("t06_sequences_of_many_lengths", backend)
+def test_a_sequence_alone_packed_or_permuted_gives_the_same_bits(backend: str) -> None:
+    case = expected("sequences_of_many_lengths")
+    lfm2 = model("sequences_of_many_lengths", backend)
     ids = case.ids()
     alone = np.concatenate([lfm2.logits(Batch.of_sequences([one])).copy() for one in ids])
     packed = lfm2.logits(Batch.of_sequences(ids)).copy()
@@ -151,10 +151,10 @@ def test_t06_t10_a_sequence_alone_packed_or_permuted_gives_the_same_bits(backend
 
 @both
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
-def test_t06_decoding_in_chunks_gives_the_logits_of_one_forward(backend: str, chunk: int) -> None:
+def test_decoding_in_chunks_gives_the_logits_of_one_forward(backend: str, chunk: int) -> None:
     """Several sequences at once, in pages of their own, each going on from what they hold."""
-    case = expected("t06_sequences_of_many_lengths")
-    lfm2 = model("t06_sequences_of_many_lengths", backend)
+    case = expected("sequences_of_many_lengths")
+    lfm2 = model("sequences_of_many_lengths", backend)
     ids = case.ids()
     pages = np.random.default_rng(chunk).permutation(len(ids) + 2)[: len(ids)]
     state = lfm2.new_state(Room(len(ids) + 2, 64))
@@ -176,8 +176,8 @@ def test_t06_decoding_in_chunks_gives_the_logits_of_one_forward(backend: str, ch
 
 
 @both
-def test_t14_packed_and_separate_experts_give_the_same_bits(backend: str) -> None:
-    ids = expected("t14_experts_stored_apart").ids()
-    apart = model("t14_experts_stored_apart", backend).logits(Batch.of_sequences(ids)).copy()
-    packed = model("t14_experts_stored_packed", backend).logits(Batch.of_sequences(ids))
+def test_packed_and_separate_experts_give_the_same_bits(backend: str) -> None:
+    ids = expected("experts_stored_apart").ids()
+    apart = model("experts_stored_apart", backend).logits(Batch.of_sequences(ids)).copy()
+    packed = model("experts_stored_packed", backend).logits(Batch.of_sequences(ids))
     np.testing.assert_array_equal(apart, packed)

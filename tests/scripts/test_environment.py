@@ -1,4 +1,4 @@
-"""./run.sh on odd machines: what it makes of the settings, the paths and the leftovers it meets.
+"""./run.sh and ./check.sh on odd machines: how they treat settings, paths and leftovers.
 
 Python, venv and pip are a script that says what it was asked for: nothing is installed.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOOLS = (
     "bash",
     "env",
@@ -242,3 +242,23 @@ def test_what_does_not_work_once_installed_is_told_in_its_own_words(machine: Mac
     )
     machine.put("python3", broken)
     refused(machine.run(), "does not work: no such library")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tests"),
+    [
+        (["-x"], "-n 2 --dist loadfile -m not long --timeout 300 -x"),
+        (["--long", "-x"], "-n 2 --dist loadfile --timeout 3600 -x"),
+        (["--gpu", "-x"], "-m gpu -rs -x"),
+    ],
+)
+def test_check_runs_the_tests_that_take_minutes_only_if_asked(
+    arguments: list[str], tests: str, machine: Machine
+) -> None:
+    script = machine.checkout / "check.sh"
+    shutil.copy(ROOT / "check.sh", script)
+    assert machine.run(*arguments, script=script).code == 0
+    (call,) = machine.calls("-m pytest")
+    assert f"-m pytest {tests} PIP_USER" in call
+    assert len(machine.calls("-m ruff")) == 2
+    assert len(machine.calls("-m mypy")) == 1
