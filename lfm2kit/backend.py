@@ -8,19 +8,23 @@ blocks it shows by having the method of one of the capabilities at the end of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lfm2kit.batch import Batch
+from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.memory import HOST, Array, Bounded, HostMemory, Memory
 from lfm2kit.specs import Spec
-from lfm2kit.weights import DType, Tensor, Weights
+from lfm2kit.weights import Tensor, Weights
 
 API_VERSION = 1
 
 __all__ = [
     "API_VERSION",
+    "BF16",
+    "F16",
+    "F32",
     "HOST",
     "Array",
     "Backend",
@@ -31,9 +35,10 @@ __all__ = [
     "Captures",
     "Ceilings",
     "Context",
-    "DType",
     "Explains",
+    "Format",
     "HostMemory",
+    "KeepsFormats",
     "Measures",
     "Memory",
     "NeedsWorkspace",
@@ -149,8 +154,23 @@ class NeedsWorkspace(Protocol):
         moved to another memory.  Views of the checkpoint's memory map do not count, because the
         system can reclaim their pages.  For more tokens it also includes what a call needs besides
         its arguments and its result.  Return no more than is really needed: a run is refused if it
-        exceeds what is free.  `weights` are those that `build` will get; look only at types and
+        exceeds what is free.  `weights` are those that `build` will get; look only at formats and
         shapes, because reading values takes minutes.
+        """
+        ...
+
+
+@runtime_checkable
+class KeepsFormats(Protocol):
+    """Capability: a backend that can say in which formats a block will keep its weights.
+
+    `lfm2kit plan` then shows which ones are kept as stored, widened or rounded.
+    """
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> Mapping[str, Format]:
+        """Returns the format of each of `spec.parameters()` in a block of `spec`, by name.
+
+        `weights` are those that `build` will get; look only at formats and shapes.
         """
         ...
 

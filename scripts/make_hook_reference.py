@@ -13,7 +13,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lfm2kit import backend, batch, hookspecs, memory, progress, specs, transport, weights
+from lfm2kit import (
+    backend,
+    batch,
+    formats,
+    hookspecs,
+    memory,
+    progress,
+    specs,
+    transport,
+    weights,
+)
 
 PAGE = Path(__file__).parents[1] / "docs" / "hooks.md"
 HEAD = """\
@@ -29,6 +39,7 @@ SECTIONS: tuple[tuple[str, ModuleType], ...] = (
     ("What a block knows of sequences", batch),
     ("Memories", memory),
     ("Weights", weights),
+    ("How weights are stored", formats),
     ("Transports", transport),
     ("Progress", progress),
 )

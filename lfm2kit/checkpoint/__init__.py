@@ -52,7 +52,8 @@ class Checkpoint:
     def release(self, scope: str, spec: Spec) -> None:
         """Gives back the memory that reading a block's tensors took."""
         for tensor in self.tensors_of(scope, spec):
-            mapped.release(tensor.data)
+            for array in tensor.arrays:
+                mapped.release(array)
 
     def files(self) -> list[Path]:
         """The files that the weights are read from, and the model's other files beside them."""
@@ -61,12 +62,11 @@ class Checkpoint:
 
     def weight_files(self) -> list[Path]:
         """The files that the tensors are mapped from, links resolved."""
-        names = {getattr(tensor.data, "filename", None) for tensor in self.weights.values()}
-        return sorted(map(Path, filter(None, names)))
+        return mapped.files_of(a for tensor in self.weights.values() for a in tensor.arrays)
 
     def files_of(self, scope: str, spec: Spec) -> mapped.Files:
         """The files that a block's tensors lie in."""
-        return mapped.Files(tensor.data for tensor in self.tensors_of(scope, spec))
+        return mapped.Files(a for tensor in self.tensors_of(scope, spec) for a in tensor.arrays)
 
     def beside(self, name: str) -> Path:
         """The file `name` beside the model, or in `data/` there, as the assignment has it."""
@@ -149,10 +149,7 @@ def _spec(folder: Path, config: ModelConfig | None, tensors: Mapping[str, Tensor
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have equal values, whatever their types."""
     return a.shape == b.shape and all(
-        np.array_equal(
-            Tensor("", a.dtype, a.data[i : i + ROWS_AT_ONCE]).float32(),
-            Tensor("", b.dtype, b.data[i : i + ROWS_AT_ONCE]).float32(),
-        )
+        np.array_equal(a[i : i + ROWS_AT_ONCE].float32(), b[i : i + ROWS_AT_ONCE].float32())
         for i in range(0, a.shape[0], ROWS_AT_ONCE)
     )
 

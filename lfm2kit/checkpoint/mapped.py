@@ -118,6 +118,12 @@ def release(array: npt.NDArray[Any]) -> None:
         owner.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
+def files_of(arrays: Iterable[npt.NDArray[Any]]) -> list[Path]:
+    """Returns the files that arrays are views of, links resolved."""
+    names = {getattr(array, "filename", None) for array in arrays}
+    return sorted(map(Path, filter(None, names)))
+
+
 def _map_of(array: npt.NDArray[Any]) -> mmap.mmap | None:
     """Returns the map that an array is a view of, if any."""
     owner: Any = array

@@ -12,6 +12,7 @@ import numpy as np
 from lfm2kit.checkpoint.convert import Source, config_fields
 from lfm2kit.checkpoint.pieces import PIECE
 from lfm2kit.config import ATTENTION, CONV, LFM2_8B_A1B, model_spec, parse_config
+from lfm2kit.formats import F32
 from lfm2kit.weights import Tensor
 
 # LFM2-8B-A1B's widths in six layers: what a small machine can measure on.
@@ -37,9 +38,9 @@ def random_source(config: Mapping[str, Any], seed: int = 0) -> Source:
 
     def values(name: str, begin: int, end: int) -> Tensor:
         normal = _normal(seed, name, begin, end)
-        return Tensor(name, "F32", _scaled(name, shapes[name], normal))
+        return Tensor.of_array(name, _scaled(name, shapes[name], normal))
 
-    return Source(config, shapes, dict.fromkeys(shapes, "F32"), values)
+    return Source(config, shapes, dict.fromkeys(shapes, F32), values)
 
 
 def _normal(seed: int, name: str, begin: int, end: int) -> Any:

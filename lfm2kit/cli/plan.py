@@ -7,9 +7,11 @@ from typing import Annotated, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
+from lfm2kit.backend import KeepsFormats
 from lfm2kit.capacity import size
 from lfm2kit.cli import options
 from lfm2kit.cli.console import Report, show_table
+from lfm2kit.formats import fate
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
 from lfm2kit.placement import Placed
@@ -63,11 +65,28 @@ def _row(leaf: Placed, setup: Setup, tokens: int) -> dict[str, Any]:
         "spec": type(leaf.spec).__name__,
         "backend": leaf.backend,
         "memory": leaf.memory.name,
+        "formats": _formats(leaf, setup),
         "weight_bytes": setup.stored_bytes(leaf),
         "kept_bytes": setup.sizes.of(leaf, 0),
         "workspace_bytes": setup.sizes.of(leaf, tokens),
         "copy": f"{leaf.outer.name} <-> {leaf.memory.name}" if leaf.is_copied else None,
     }
+
+
+def _formats(leaf: Placed, setup: Setup) -> list[str] | None:
+    """Says in which formats a block keeps its matrices, or its vectors if it has no matrix.
+
+    None if its backend does not say.
+    """
+    assert leaf.backend is not None  # a leaf's always is
+    backend = setup.create(leaf.backend)
+    if not isinstance(backend, KeepsFormats):
+        return None
+    weights = setup.checkpoint.weights.scope(leaf.scope)
+    kept = backend.kept_formats(leaf.spec, weights)
+    matrices = [name for name in kept if len(weights[name].shape) == 2]
+    fates = (fate(weights[name].format, kept[name]) for name in matrices or kept)
+    return list(dict.fromkeys(fates))
 
 
 def _rows_kept(setup: Setup) -> dict[str, int]:
@@ -94,7 +113,7 @@ def _totals(setup: Setup, tokens: int) -> dict[str, dict[str, int]]:
 
 def _show(report: Report, setup: Setup, tokens: int) -> None:
     report.line(f"{setup.checkpoint.path}: {setup.plan}")
-    headings = ("block", "spec", "backend", "memory", "copy")
+    headings = ("block", "spec", "backend", "memory", "formats", "copy")
     sizes = ("weights", "kept", f"at {tokens} tokens")
     show_table(
         [_texts(row) for row in report.fields["blocks"]],
@@ -121,7 +140,9 @@ def _show(report: Report, setup: Setup, tokens: int) -> None:
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
-    texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
+    formats = "?" if row["formats"] is None else ", ".join(row["formats"])
+    texts = [*(row[key] for key in ("block", "spec", "backend", "memory")), formats]
+    texts.append(row["copy"] or "")
     kinds = ("weight_bytes", "kept_bytes", "workspace_bytes")
     return [*texts, *(_size(row[kind]) for kind in kinds)]
 

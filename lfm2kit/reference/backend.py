@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Block, Memory, Spec, Weights
+from lfm2kit.backend import HOST, Block, Format, Memory, Spec, Weights
 from lfm2kit.reference.attention import Attention
 from lfm2kit.reference.feed_forward import MLP, Experts, Router
 from lfm2kit.reference.rows import Embedding, LastRows, LMHead, RMSNorm
@@ -47,3 +47,7 @@ class ReferenceBackend:
         if isinstance(spec, specs.Embedding) or tokens == 0:
             return kept
         return kept + 8 * max((math.prod(shape) for shape in shapes), default=0)
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
+        """Every weight stays as it is stored; each call unpacks it."""
+        return {name: weights[name].format for name in spec.parameters()}

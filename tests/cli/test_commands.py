@@ -257,6 +257,22 @@ def test_plan_shows_every_block_once_and_adds_up(cli: Cli) -> None:
     assert "layers.7.operator" in cli("plan").out
 
 
+def test_plan_shows_what_becomes_of_stored_weights(cli: Cli) -> None:
+    """Tiny is stored in BF16, all of it."""
+
+    def formats(*options: object) -> dict[str, list[str]]:
+        fields = json.loads(cli("plan", *options, "--json", "-").out)
+        return {row["block"]: row["formats"] for row in fields["blocks"]}
+
+    plan = formats("-b", "cpu_simd,mlp=reference")
+    assert plan["layers.0.operator_norm"] == ["BF16 widened to F32"]
+    assert plan["layers.0.operator"] == plan["layers.0.feed_forward"] == ["BF16 as stored"]
+    rounded = formats("-b", "cpu_simd", "--precision", "fp16")
+    assert rounded["layers.2.feed_forward"] == ["BF16 as stored", "BF16 rounded to F16"]
+    assert rounded["embed_tokens"] == ["BF16 as stored"]
+    assert "BF16 widened to F32" in cli("plan", "-b", "cpu_simd").out
+
+
 def test_plan_shows_how_many_rows_trimmed_layers_keep(cli: Cli) -> None:
     fields = json.loads(cli("plan", "--trim", "--json", "-").out)
     assert fields["rows_kept"] == {"layers.5": 5, "layers.6": 3, "layers.7": 1}

@@ -189,6 +189,10 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
     "a race": (around(MLP, broken.RaceBetweenCalls), ("repeatable",)),
     "float64 result": (around(MLP, broken.Float64Result), ("output-dtype-and-shape",)),
     "raw bits of BF16": (BrokenBackend({HEAD: broken.RawBits}), ("bf16-and-f16-weights",)),
+    "three formats and no more": (
+        BrokenBackend({HEAD: broken.KnowsThreeFormats}),
+        ("weights-in-an-unknown-format",),
+    ),
     "embedding in 16 bits": (
         BrokenBackend({specs.Embedding: broken.EmbeddingIn16Bits}),
         ("embedding",),

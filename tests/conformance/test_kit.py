@@ -15,6 +15,7 @@ import lfm2kit.testing
 from lfm2kit import specs
 from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context, Spec, Weights
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import BF16, F16, F32
 from lfm2kit.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS, random_weights
@@ -143,10 +144,10 @@ def test_random_weights_hide_nothing() -> None:
 def test_weights_stored_in_16_bits_are_rounded_to_nearest() -> None:
     weights = random_weights(specs.Router(24, 5, 3, True, True, 1.0), 3)
     exact = weights.float32("gate.weight")
-    for dtype, bits in (("BF16", 8), ("F16", 11)):
-        stored = stored_as(weights, dtype)
-        assert stored["gate.weight"].dtype == dtype
-        assert stored["expert_bias"].dtype == "F32"
+    for format, bits in ((BF16, 8), (F16, 11)):
+        stored = stored_as(weights, format)
+        assert stored["gate.weight"].format == format
+        assert stored["expert_bias"].format == F32
         error = np.abs(stored.float32("gate.weight") - exact)
         assert np.all(error <= np.abs(exact) * 2.0**-bits + 2.0**-25)
 
@@ -236,7 +237,7 @@ class BF16Values(ReferenceBackend):
         if not isinstance(spec, specs.Router):
             for name, shape in spec.parameters().items():
                 values = weights.float32(name)
-                if len(shape) == 2 and np.any(weights[name].stored_as("BF16").float32() != values):
+                if len(shape) == 2 and np.any(weights[name].stored_as(BF16).float32() != values):
                     raise Lfm2kitError(f"BF16 does not hold {name}")
         return super().build(spec, weights)
 

@@ -7,7 +7,18 @@ from collections.abc import Callable
 import cupy
 
 from lfm2kit import specs
-from lfm2kit.backend import Array, Batch, Block, Ceilings, Context, Memory, Spec, Weights
+from lfm2kit.backend import (
+    F32,
+    Array,
+    Batch,
+    Block,
+    Ceilings,
+    Context,
+    Format,
+    Memory,
+    Spec,
+    Weights,
+)
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
@@ -20,6 +31,7 @@ from lfm2kit_cuda.capture import Replay
 from lfm2kit_cuda.ceilings import measure_ceilings
 from lfm2kit_cuda.device import choose_device
 from lfm2kit_cuda.memory import CUDA
+from lfm2kit_cuda.products import read_format
 
 BLOCKS = {
     specs.Embedding: Embedding,
@@ -61,8 +73,19 @@ class CudaBackend:
     def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
         """The packed copy of every matrix; activations are a few arrays as large as x."""
         if isinstance(spec, specs.Embedding):
-            return weights["weight"].nbytes  # it stays as it is stored
+            return read_format(weights["weight"]).nbytes(weights["weight"].shape)
         return self._packed_bytes(spec)
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
+        """Matrices as the precision packs them, a router's gate and all arrays in F32."""
+        if isinstance(spec, specs.Embedding):
+            return {"weight": read_format(weights["weight"])}
+        return {
+            name: self._gemm.packed_format
+            if len(shape) == 2 and not name.endswith("gate.weight")
+            else F32
+            for name, shape in spec.parameters().items()
+        }
 
     def _packed_bytes(self, spec: Spec) -> int:
         return sum(

@@ -3,7 +3,19 @@ memories is the core's business: it asks where each block lives and puts the cop
 
 from __future__ import annotations
 
-from lfm2kit.backend import Backend, Block, Context, Memory, NeedsWorkspace, Spec, Weights
+from collections.abc import Mapping
+
+from lfm2kit.backend import (
+    Backend,
+    Block,
+    Context,
+    Format,
+    KeepsFormats,
+    Memory,
+    NeedsWorkspace,
+    Spec,
+    Weights,
+)
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.specs import Router, leaves
 
@@ -32,6 +44,10 @@ class HybridBackend:
         if not isinstance(backend, NeedsWorkspace):
             return 0
         return backend.workspace_bytes(spec, weights, tokens)
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> Mapping[str, Format]:
+        backend = self._backend_of(spec)
+        return backend.kept_formats(spec, weights) if isinstance(backend, KeepsFormats) else {}
 
     def notes(self) -> list[str]:
         return self._notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lfm2kit.formats import BF16, F16
 from lfm2kit.specs import Spec
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS
 from lfm2kit.testing.checks.registry import check
@@ -11,9 +12,9 @@ from lfm2kit.testing.compare import FP32_GRADE, assert_close, assert_same
 from lfm2kit.testing.host_block import host_block
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.testing.random_inputs import random_inputs
-from lfm2kit.testing.random_weights import stored_as
+from lfm2kit.testing.random_weights import in_int8, stored_as
 from lfm2kit.testing.trial import Trial
-from lfm2kit.weights import DType, Weights
+from lfm2kit.weights import Weights
 
 ROWS = (0, 1, 2, 15, 16, 17, 33)
 
@@ -134,11 +135,22 @@ def bf16_and_f16_weights(trial: Trial) -> None:
     `Tensor.data` of BF16 holds raw bits: `Tensor.float32()` is the way to read it.  The expert
     bias stays F32 in such checkpoints, and must not be rounded to the matrices' type.
     """
-    stored: tuple[DType, ...] = ("BF16", "F16")
     for spec in trial.first_of_kinds():
-        for dtype in stored:
-            weights = stored_as(trial.random_weights(spec), dtype)
-            _judge_weights(trial, spec, weights, (17,), f"{spec} of {dtype} weights")
+        for format in (BF16, F16):
+            weights = stored_as(trial.random_weights(spec), format)
+            _judge_weights(trial, spec, weights, (17,), f"{spec} of {format} weights")
+
+
+@check
+def weights_in_an_unknown_format(trial: Trial) -> None:
+    """Weights in a format that the backend has never heard of mean what `float32()` says.
+
+    A plugin may read quantised checkpoints: here int8 with a scale per row.  No block may look at
+    `Tensor.data` unless it knows the tensor's format.
+    """
+    for spec in trial.first_of_kinds():
+        weights = in_int8(trial.random_weights(spec))
+        _judge_weights(trial, spec, weights, (17,), f"{spec} of int8 weights")
 
 
 def _judge(trial: Trial, candidates: Iterable[Spec], rows: Iterable[int] = ROWS) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Batch, Block, Context, Memory, Spec, Weights
+from lfm2kit.backend import F32, HOST, Batch, Block, Context, Format, Memory, Spec, Weights
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -131,9 +131,13 @@ class BlasBackend:
         return block
 
     def workspace_bytes(self, spec: Spec, weights: Weights, tokens: int) -> int:
-        """Counts 16-bit weights, which are kept in float32; others stay views of the checkpoint."""
+        """Counts weights that are widened to float32; others stay views of the checkpoint."""
         tensors = (weights[name] for name in spec.parameters())
-        return sum(4 * t.data.size for t in tensors if t.dtype != "F32")
+        return sum(4 * t.size for t in tensors if t.format != F32)
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
+        """BLAS multiplies float32 alone."""
+        return dict.fromkeys(spec.parameters(), F32)
 
     def notes(self) -> list[str]:
         blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]

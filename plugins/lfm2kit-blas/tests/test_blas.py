@@ -11,6 +11,7 @@ from lfm2kit_blas.backend import BlasBackend, Linear
 
 import lfm2kit.testing
 from lfm2kit.backend import Context, Weights
+from lfm2kit.formats import BF16
 from lfm2kit.specs import LMHead
 
 ROWS_SEEN = "BLAS picks its kernel, and with it the order of a sum, by the number of rows"
@@ -51,6 +52,6 @@ def test_float32_weights_stay_where_they_are_and_misaligned_ones_are_copied() ->
 def test_weights_of_16_bits_are_kept_in_float32_and_it_says_so() -> None:
     head = LMHead(vocab_size=5, hidden_size=3)
     weights = Weights.of_arrays({"weight": np.ones((5, 3))})
-    stored = Weights({"weight": weights["weight"].stored_as("BF16")})
+    stored = Weights({"weight": weights["weight"].stored_as(BF16)})
     sizes = [BlasBackend(Context()).workspace_bytes(head, w, tokens=0) for w in (weights, stored)]
     assert sizes == [0, Linear(stored).weight.nbytes]

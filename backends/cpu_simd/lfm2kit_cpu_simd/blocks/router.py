@@ -11,7 +11,7 @@ import numpy.typing as npt
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import DType, Weights
+from lfm2kit.backend import Format, Weights
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import Float32, linear
 from lfm2kit_cpu_simd.packing import pack
@@ -23,7 +23,7 @@ TAKEN = np.int32(-(2**31))  # below the rank of every number, -inf too: that is 
 
 
 class Router:
-    def __init__(self, spec: specs.Router, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.Router, weights: Weights, format: Format | None) -> None:
         self.spec = spec
         self.gate = pack([[weights["gate.weight"]]])
         bias = weights.float32("expert_bias") if spec.use_expert_bias else np.zeros(0, np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, DType, Weights
+from lfm2kit.backend import Batch, Format, Weights
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import NO_BIAS, Float32, linear
@@ -20,10 +20,10 @@ NO_STATE = np.empty((0, 0, 0), np.float32)
 
 
 class ShortConv:
-    def __init__(self, spec: specs.ShortConv, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.ShortConv, weights: Weights, format: Format | None) -> None:
         self.spec = spec
-        self.in_proj = pack([[weights["in_proj.weight"]]], dtype)
-        self.out_proj = pack([[weights["out_proj.weight"]]], dtype)
+        self.in_proj = pack([[weights["in_proj.weight"]]], format)
+        self.out_proj = pack([[weights["out_proj.weight"]]], format)
         taps = weights.float32("conv.weight")[:, 0, :].T
         self.taps = np.ascontiguousarray(taps)  # [kernel_size, hidden_size]
         biases = [f"{name}.bias" for name in ("in_proj", "conv", "out_proj")]
