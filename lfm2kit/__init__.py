@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from lfm2kit.backend import API_VERSION, BackendPlugin
     from lfm2kit.errors import Lfm2kitError
     from lfm2kit.hookspecs import hookimpl
+    from lfm2kit.readers import CheckpointReader
     from lfm2kit.transport import TransportPlugin
 else:
     _HOMES = {
         "API_VERSION": "backend",
         "BackendPlugin": "backend",
+        "CheckpointReader": "readers",
         "Lfm2kitError": "errors",
         "TransportPlugin": "transport",
         "hookimpl": "hookspecs",
@@ -34,5 +36,12 @@ else:
         return sorted({*globals(), *_HOMES})
 
 
-__all__ = ["API_VERSION", "BackendPlugin", "Lfm2kitError", "TransportPlugin", "hookimpl"]
+__all__ = [
+    "API_VERSION",
+    "BackendPlugin",
+    "CheckpointReader",
+    "Lfm2kitError",
+    "TransportPlugin",
+    "hookimpl",
+]
 __version__ = "0.1.0"

@@ -16,6 +16,7 @@ from typing import Any
 import pluggy
 
 from lfm2kit.backend import BackendPlugin, Block
+from lfm2kit.readers import CheckpointReader
 from lfm2kit.specs import Spec
 from lfm2kit.transport import TransportPlugin
 
@@ -51,6 +52,17 @@ def lfm2kit_transports() -> Iterable[TransportPlugin]:
 
 
 @hookspec
+def lfm2kit_checkpoints() -> Iterable[CheckpointReader]:
+    """Announces readers of checkpoints in other formats than lfm2kit's own.
+
+    @lfm2kit.hookimpl
+    def lfm2kit_checkpoints():
+        yield lfm2kit.CheckpointReader("mine", "what it reads in a line", recognises, open_mine)
+    """
+    raise NotImplementedError
+
+
+@hookspec
 def lfm2kit_block_wrapper(name: str, spec: Spec) -> Callable[[Block], Block] | None:
     """A wrapper for the block called `name` (`layers.3.operator`), or None to leave it alone.
 
@@ -72,5 +84,6 @@ def lfm2kit_block_wrapper(name: str, spec: Spec) -> Callable[[Block], Block] | N
 HOOKS: tuple[Callable[..., Any], ...] = (
     lfm2kit_backends,
     lfm2kit_transports,
+    lfm2kit_checkpoints,
     lfm2kit_block_wrapper,
 )

@@ -194,11 +194,12 @@ def load_model(path: str | Path, backend: str = AUTO, *, threads: int | None = N
 
     Warns about doubtful checkpoints, such as two sets of weights in one folder.
     """
-    checkpoint = open_checkpoint(find_model(str(path)))
+    plugins = installed_plugins()
+    checkpoint = open_checkpoint(find_model(str(path)), plugins.readers.values())
     for remark in checkpoint.remarks:
         warnings.warn(remark, stacklevel=2)
     context = Context(threads=threads)
-    return set_up(checkpoint, Plan.parse(backend), context=context).build()
+    return set_up(checkpoint, Plan.parse(backend), context=context, plugins=plugins).build()
 
 
 def _resolve_auto(plan: Plan, plugins: Plugins, context: Context) -> Plan:

@@ -13,15 +13,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
 from lfm2kit import hookspecs
 from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context
-from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError, choices
+from lfm2kit.errors import LEAVE_OUT, TRACEBACK_HINT, Lfm2kitError, choices
+from lfm2kit.readers import CheckpointReader
 from lfm2kit.specs import Spec
 from lfm2kit.transport import TransportPlugin
+
+if TYPE_CHECKING:
+    from lfm2kit.checkpoint import Checkpoint
+
+Answer = TypeVar("Answer")
 
 GROUP = "lfm2kit"
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -60,12 +67,43 @@ class InstalledBackend:
             return f"its why_unavailable() raised {type(error).__name__}: {error}"
 
 
+@dataclass(frozen=True, slots=True)
+class InstalledReader:
+    """An announced reader and the distribution that it comes from."""
+
+    plugin: CheckpointReader
+    distribution: str
+
+    def __str__(self) -> str:
+        return f"reader '{self.plugin.name}' of {self.distribution}"
+
+    def recognises(self, path: Path) -> bool:
+        """Whether the reader takes `path`; as `open`, `Lfm2kitError` where it raises something."""
+        return bool(self._asked(self.plugin.recognises, path))
+
+    def open(self, path: Path) -> Checkpoint:
+        """Returns what the reader makes of `path`."""
+        return self._asked(self.plugin.open, path)
+
+    def _asked(self, question: Callable[[Path], Answer], path: Path) -> Answer:
+        try:
+            return question(path)
+        except (Lfm2kitError, MemoryError):
+            raise
+        except (Exception, SystemExit) as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise Lfm2kitError(
+                f"{path}: {self} raised {type(error).__name__}: {said}; {LEAVE_OUT}{TRACEBACK_HINT}"
+            ) from error
+
+
 class Plugins:
-    """All that installed plugins add: backends, transports, block wrappers."""
+    """All that installed plugins add: backends, transports, readers, block wrappers."""
 
     def __init__(self, entries: list[EntryPoint]) -> None:
         self.backends: dict[str, InstalledBackend] = {}
         self.transports: dict[str, TransportPlugin] = {}
+        self.readers: dict[str, InstalledReader] = {}
         self.loaded: list[EntryPoint] = []
         self.broken: list[BrokenPlugin] = []
         self._wrappers: list[tuple[str, Any]] = []
@@ -83,7 +121,8 @@ class Plugins:
             _check_hooks(plugin)
             backends = [b for some in manager.hook.lfm2kit_backends() for b in some]
             transports = [t for some in manager.hook.lfm2kit_transports() for t in some]
-            self._announce(backends, transports, distribution)
+            readers = [r for some in manager.hook.lfm2kit_checkpoints() for r in some]
+            self._announce(backends, transports, readers, distribution)
             self._wrappers.append((entry.name, manager))
             self.loaded.append(entry)
         except (KeyboardInterrupt, GeneratorExit):
@@ -94,15 +133,20 @@ class Plugins:
                 BrokenPlugin(entry.name, distribution, reason, traceback.format_exc())
             )
 
-    def _announce(self, backends: list[Any], transports: list[Any], distribution: str) -> None:
+    def _announce(
+        self, backends: list[Any], transports: list[Any], readers: list[Any], distribution: str
+    ) -> None:
         """All that a plugin yields, or nothing of it: a bad name leaves no half behind."""
         owners = {name: b.distribution for name, b in self.backends.items()}
         _check_announced("lfm2kit_backends", backends, BackendPlugin, owners)
         _check_precisions(backends)
         others = dict.fromkeys(self.transports, "another plugin")
         _check_announced("lfm2kit_transports", transports, TransportPlugin, others)
+        owners = {name: r.distribution for name, r in self.readers.items()}
+        _check_announced("lfm2kit_checkpoints", readers, CheckpointReader, owners)
         self.backends |= {b.name: InstalledBackend(b, distribution) for b in backends}
         self.transports |= {t.name: t for t in transports}
+        self.readers |= {r.name: InstalledReader(r, distribution) for r in readers}
 
     def backend(self, name: str) -> BackendPlugin:
         """The announced backend `name`, if it can run here; else `Lfm2kitError`."""

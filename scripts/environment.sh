@@ -51,7 +51,8 @@ list_packages() {
   else packages+=(-e "./backends/mpi[mpich]"); fi
   packages+=(-e "./backends/cuda$(cupy_for_the_driver)")
   if [ "$1" = test ]; then
-    packages+=(-e ".[dev]" -e "./backends/cuda[nvrtc]" -e ./plugins/lfm2kit-blas -e ./plugins/lfm2kit-trace)
+    packages+=(-e ".[dev]" -e "./backends/cuda[nvrtc]"
+      -e ./plugins/lfm2kit-blas -e ./plugins/lfm2kit-int8 -e ./plugins/lfm2kit-trace)
   fi
 }
 

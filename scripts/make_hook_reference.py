@@ -20,6 +20,7 @@ from lfm2kit import (
     hookspecs,
     memory,
     progress,
+    readers,
     specs,
     transport,
     weights,
@@ -40,6 +41,7 @@ SECTIONS: tuple[tuple[str, ModuleType], ...] = (
     ("Memories", memory),
     ("Weights", weights),
     ("How weights are stored", formats),
+    ("Readers of checkpoints", readers),
     ("Transports", transport),
     ("Progress", progress),
 )

@@ -6,9 +6,11 @@ Nothing is read but headers; the tensors are views of memory maps.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief  # of what a plugin returned, however long it is
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,15 +19,30 @@ from lfm2kit.checkpoint import mapped
 from lfm2kit.checkpoint.companions import companions, files_in, is_companion
 from lfm2kit.checkpoint.foreign import check_model, check_names
 from lfm2kit.checkpoint.huggingface import canonical, read_folder
+from lfm2kit.checkpoint.mapped import map_file
 from lfm2kit.checkpoint.model_bin import read_model_bin
 from lfm2kit.checkpoint.names import CONFIG, EMBEDDING, HEAD, INPUTS, MODEL_BIN, SPECS, WEIGHTS
-from lfm2kit.checkpoint.safetensors import read_safetensors
+from lfm2kit.checkpoint.plugged import reader_of
+from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
 from lfm2kit.checkpoint.unread import remarks_on
 from lfm2kit.config import LFM2_8B_A1B, ModelConfig, model_spec, read_config
-from lfm2kit.errors import Lfm2kitError, choices
+from lfm2kit.errors import LEAVE_OUT, Lfm2kitError, choices
 from lfm2kit.spec_files import read_spec
 from lfm2kit.specs import Spec
 from lfm2kit.weights import Tensor, Weights
+
+if TYPE_CHECKING:
+    from lfm2kit.plugins import InstalledReader
+
+__all__ = [
+    "Checkpoint",
+    "canonical",
+    "check_no_part",
+    "map_file",
+    "open_checkpoint",
+    "read_safetensors",
+    "write_safetensors",
+]
 
 ROWS_AT_ONCE = 4096  # of a head compared with the embedding: a few MB at a time
 
@@ -57,8 +74,10 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """The files that the weights are read from, and the model's other files beside them."""
+        own = [self.path] if self.path.is_file() else []
         parts = [path for path in files_in(self.folder) if is_part(path)]
-        return [*self.weight_files(), *parts, *companions(self.folder).values()]
+        files = [*self.weight_files(), *own, *parts, *companions(self.folder).values()]
+        return list(dict.fromkeys(files))
 
     def weight_files(self) -> list[Path]:
         """The files that the tensors are mapped from, links resolved."""
@@ -95,12 +114,34 @@ def check_no_part(option: str, path: Path) -> None:
         raise Lfm2kitError(f"{option} {path}: this is a checkpoint's file; give another name")
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, readers: Iterable[InstalledReader] = ()) -> Checkpoint:
     """A folder with config.json (or model.toml) and tensors, a .safetensors file, or a model.bin.
 
-    Raises `Lfm2kitError` naming file, tensor and cause where anything is missing, left over,
-    misshapen, truncated or untrue.
+    Other paths are opened by the one of `readers` that takes them.  Raises `Lfm2kitError` naming
+    file, tensor and cause where anything is missing, left over, misshapen, truncated or untrue,
+    and where a reader takes what lfm2kit reads itself.
     """
+    if (reader := reader_of(path, readers)) is None:
+        return _open_own(path)
+    if _is_own(path):
+        raise Lfm2kitError(f"{path}: {reader} takes it, but lfm2kit reads it itself; {LEAVE_OUT}")
+    checkpoint = reader.open(path)
+    if not isinstance(checkpoint, Checkpoint):
+        raise Lfm2kitError(f"{path}: {reader} returned {brief(checkpoint)}, not a Checkpoint")
+    _check_tensors(path, checkpoint.spec.parameters(), checkpoint.weights)
+    return checkpoint
+
+
+def _is_own(path: Path) -> bool:
+    """Whether lfm2kit reads `path` without any plugin."""
+    try:
+        _open_own(path)
+    except Lfm2kitError:
+        return False
+    return True
+
+
+def _open_own(path: Path) -> Checkpoint:
     check_model(path)
     folder = path if path.is_dir() else path.parent
     config = _read_config(path, folder)

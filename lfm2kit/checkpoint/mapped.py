@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.file_kinds import check_file
+from lfm2kit.file_kinds import check_regular
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -70,9 +70,10 @@ class Files:
 def map_file(path: Path) -> Bytes:
     """Maps a file and returns its bytes, read-only; nothing is read before it is used.
 
-    Raises `Lfm2kitError` for an empty file, a pipe or device, and a file of another format.
+    Raises `Lfm2kitError` for an empty file, a pipe and a device.  Another format than the caller's
+    is its own to recognise.
     """
-    if check_file(path) == 0:
+    if check_regular(path) == 0:
         raise Lfm2kitError(f"{path}: the file is empty")
     try:
         seen = os.stat(path)

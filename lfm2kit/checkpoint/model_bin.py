@@ -17,6 +17,7 @@ from lfm2kit import bounds
 from lfm2kit.checkpoint.mapped import Bytes, Extent, check_extents, map_file, view
 from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.file_kinds import check_file
 from lfm2kit.formats import F32
 from lfm2kit.weights import Tensor
 
@@ -25,6 +26,7 @@ Entry = tuple[Extent, tuple[int, ...]]  # where a tensor lies, and its shape
 
 def read_model_bin(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name; `Lfm2kitError` says what is wrong with it."""
+    check_file(path)
     data = map_file(path)
     entries, start = _read_table(path, data)
     check_extents(path, [extent for extent, _ in entries], start, len(data))

@@ -20,6 +20,7 @@ from lfm2kit.checkpoint.mapped import Bytes, Extent, check_extents, map_file, vi
 from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.documents import parse_json
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.file_kinds import check_file
 from lfm2kit.formats import PLAIN, Format
 from lfm2kit.weights import Tensor
 
@@ -29,12 +30,14 @@ FORMATS: Mapping[str, Format] = {format.name: format for format in PLAIN}  # by 
 FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor; others are ignored
 
 
-def read_safetensors(path: Path, formats: Mapping[str, Format] = FORMATS) -> dict[str, Tensor]:
+def read_safetensors(path: Path, more: Mapping[str, Format] | None = None) -> dict[str, Tensor]:
     """Returns the tensors of a file by the names it gives them.
 
-    `formats` says by a tensor's dtype in the header how it is stored.  A reader of another format
-    gives its own.  Raises `Lfm2kitError` for a dtype that is not among them, and a damaged file.
+    A tensor's dtype in the header says how it is stored: F32, F16, BF16, or a key of `more`, which
+    plugins give.  Raises `Lfm2kitError` for any other dtype, and for a damaged file.
     """
+    formats = {**FORMATS, **(more or {})}
+    check_file(path)
     data = map_file(path)
     if len(data) < LENGTH:
         raise Lfm2kitError(f"{path}: {len(data)} bytes are too few for a safetensors file")

@@ -26,7 +26,7 @@ def _default(context: typer.Context, json: options.JsonOption = None) -> None:
 
 @backends.command("list")
 def list_backends(json: options.JsonOption = None) -> None:
-    """Lists backends, transports and plugins that could not be loaded, with the reason."""
+    """Lists backends, transports, readers, and plugins that could not be loaded and why."""
     plugins = installed_plugins()
     report = Report(json)
     report.fields = _description(plugins)
@@ -92,6 +92,14 @@ def _description(plugins: Plugins) -> dict[str, Any]:
             {"name": name, "summary": transport.summary}
             for name, transport in sorted(plugins.transports.items())
         ],
+        "readers": [
+            {
+                "name": name,
+                "summary": reader.plugin.summary,
+                "distribution": reader.distribution,
+            }
+            for name, reader in sorted(plugins.readers.items())
+        ],
         "broken": [
             {
                 "name": broken.name,
@@ -114,6 +122,8 @@ def _show(report: Report) -> None:
     show_table(rows, *(Column(heading, overflow="fold") for heading in headings))
     for row in report.fields["transports"]:
         report.line(f"transport {row['name']}: {row['summary']}")
+    for row in report.fields["readers"]:
+        report.line(f"reader {row['name']}: {row['summary']} (from {row['distribution']})")
     for row in report.fields["broken"]:
         report.line()
         report.line(f"plugin '{row['name']}' ({row['distribution']}) skipped: {row['reason']}")

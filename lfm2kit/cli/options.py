@@ -15,6 +15,7 @@ from lfm2kit.cli.bus_error import explain_bus_errors
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.loading import AUTO, find_model
 from lfm2kit.plan import Plan
+from lfm2kit.plugins import installed_plugins
 from lfm2kit.transport import World
 
 BACKEND_VARIABLE = "LFM2KIT_BACKEND"
@@ -85,7 +86,7 @@ JsonOption = Annotated[
 
 
 def open_model(name: str) -> Checkpoint:
-    checkpoint = open_checkpoint(find_model(name))
+    checkpoint = open_checkpoint(find_model(name), installed_plugins().readers.values())
     explain_bus_errors(checkpoint.path)
     return checkpoint
 

@@ -309,7 +309,7 @@ def test_samples_that_memory_cannot_hold_are_refused_before_they_are_made(cli: C
 def test_memory_that_runs_out_anywhere_is_for_the_user_to_change(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails_to_open(path: Path) -> None:
+    def fails_to_open(path: Path, readers: object) -> None:
         raise MemoryError("Unable to allocate 5 TiB")
 
     monkeypatch.setattr("lfm2kit.cli.options.open_checkpoint", fails_to_open)

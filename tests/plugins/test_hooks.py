@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,8 +15,12 @@ import pytest
 
 import lfm2kit
 from lfm2kit.backend import BackendPlugin, Block, Context
+from lfm2kit.checkpoint import Checkpoint, map_file, open_checkpoint
+from lfm2kit.loading import find_model
 from lfm2kit.plugins import Plugins
+from lfm2kit.readers import CheckpointReader
 from lfm2kit.specs import MLP, LMHead, Spec
+from lfm2kit.weights import Weights
 
 Load = Callable[..., Plugins]
 
@@ -135,3 +142,91 @@ def test_lfm2kit_block_wrapper_wraps_the_blocks_it_chooses_later_plugins_outermo
     assert plugins.wrap("lm_head", LMHead(5, 2), block) is block
     wrapped = plugins.wrap("layers.0.feed_forward", MLP(2, 3), block)
     assert wrapped("x") == "outer layers.0.feed_forward (inner layers.0.feed_forward (x))"
+
+
+def claims(name: str, claimed: Path, open_it: Any = None) -> Any:
+    """A plugin with a reader `name` of one path."""
+
+    @lfm2kit.hookimpl
+    def lfm2kit_checkpoints() -> Iterator[CheckpointReader]:
+        yield CheckpointReader(name, "a line", lambda path: path == claimed, open_it)
+
+    return lfm2kit_checkpoints
+
+
+def opened(plugins: Plugins, path: Path) -> Checkpoint:
+    return open_checkpoint(path, plugins.readers.values())
+
+
+def tiny_at(path: Path) -> Checkpoint:
+    return replace(open_checkpoint(find_model("tiny")), path=path)
+
+
+def test_lfm2kit_checkpoints_open_what_lfm2kit_cannot(load: Load, tmp_path: Path) -> None:
+    """A file that lfm2kit refuses by its first bytes, mapped by the reader."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF and so on")
+
+    def open_it(path: Path) -> Checkpoint:
+        assert map_file(path)[:4].tobytes() == b"GGUF"
+        return tiny_at(path)
+
+    plugins = load(claims("gguf", path, open_it))
+    assert opened(plugins, path).path == path
+    assert path in opened(plugins, path).files()
+    assert opened(plugins, find_model("tiny")).remarks == ()  # and everything else as before
+    with pytest.raises(lfm2kit.Lfm2kitError, match="this is a GGUF file"):
+        open_checkpoint(path)
+
+
+def test_lfm2kit_checkpoints_that_take_one_path_are_both_named(load: Load, tmp_path: Path) -> None:
+    plugins = load(claims("one", tmp_path), claims("two", tmp_path))
+    both = "reader 'one' of unknown and reader 'two' of unknown both take it; LFM2KIT_PLUGINS="
+    with pytest.raises(lfm2kit.Lfm2kitError, match=f"^{tmp_path}: {both}"):
+        opened(plugins, tmp_path)
+
+
+def test_lfm2kit_checkpoints_do_not_shadow_what_lfm2kit_reads(load: Load) -> None:
+    tiny = find_model("tiny")
+    plugins = load(claims("greedy", tiny, tiny_at))
+    with pytest.raises(lfm2kit.Lfm2kitError, match=r"reader 'greedy' .* lfm2kit reads it itself"):
+        opened(plugins, tiny)
+
+
+@pytest.mark.parametrize("error", [KeyError("w1"), SystemExit(0), ValueError("two\nlines")])
+def test_lfm2kit_checkpoints_that_raise_are_one_line(
+    load: Load, tmp_path: Path, error: BaseException
+) -> None:
+    def raises(path: Path) -> Any:
+        raise error
+
+    @lfm2kit.hookimpl
+    def lfm2kit_checkpoints() -> Iterator[CheckpointReader]:
+        yield CheckpointReader("odd", "a line", raises, raises)
+
+    for plugins in (load(lfm2kit_checkpoints), load(claims("odd", tmp_path, raises))):
+        sentence = f"reader 'odd' of unknown raised {type(error).__name__}: "
+        with pytest.raises(lfm2kit.Lfm2kitError, match=sentence) as caught:
+            opened(plugins, tmp_path)
+        assert "\n" not in str(caught.value)
+        assert "LFM2KIT_PLUGINS" in str(caught.value)
+
+
+def test_lfm2kit_checkpoints_keep_to_the_contract(load: Load, tmp_path: Path) -> None:
+    """What is opened is a Checkpoint, whose tensors are those of its specs."""
+    for wrong, words in (
+        (lambda path: {}, "reader 'odd' of unknown returned {}, not a Checkpoint"),
+        (lambda path: replace(tiny_at(path), weights=Weights({})), "there is no tensor"),
+    ):
+        with pytest.raises(lfm2kit.Lfm2kitError, match=words):
+            opened(load(claims("odd", tmp_path, wrong)), tmp_path)
+
+
+def test_lfm2kit_checkpoints_are_asked_of_files_and_folders_alone(
+    load: Load, tmp_path: Path
+) -> None:
+    """A reader would wait for a pipe without end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in ((tmp_path / "pipe", "this is a pipe"), (tmp_path / "no", "no such file")):
+        with pytest.raises(lfm2kit.Lfm2kitError, match=words):
+            opened(load(claims("odd", path)), path)

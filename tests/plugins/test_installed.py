@@ -17,7 +17,9 @@ from tests.plugins.distributions import build_wheel
 pytestmark = pytest.mark.wheels
 
 ROOT = Path(__file__).parents[2]
-PROJECTS = {name: ROOT / "plugins" / name for name in ("lfm2kit-blas", "lfm2kit-trace")}
+PROJECTS = {
+    name: ROOT / "plugins" / name for name in ("lfm2kit-blas", "lfm2kit-int8", "lfm2kit-trace")
+}
 
 
 class Installed:
@@ -78,6 +80,7 @@ def test_wheels_hold_their_package_and_nothing_of_the_checkout_around_it(
     assert tops == {
         "lfm2kit": {"lfm2kit", "lfm2kit-0.1.0.dist-info"},
         "lfm2kit-blas": {"lfm2kit_blas", "lfm2kit_blas-0.1.0.dist-info"},
+        "lfm2kit-int8": {"lfm2kit_int8.py", "lfm2kit_int8-0.1.0.dist-info"},
         "lfm2kit-trace": {"lfm2kit_trace.py", "lfm2kit_trace-0.1.0.dist-info"},
     }
 
@@ -113,6 +116,24 @@ def test_a_plugins_own_tests_pass_without_its_checkout(installed: Installed, nam
     tests = installed.folder / name
     shutil.copytree(PROJECTS[name] / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
     installed.succeeds("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+
+
+def test_a_format_of_a_plugin_is_planned_and_run(installed: Installed, tmp_path: Path) -> None:
+    """The core of a wheel knows nothing of int8: it was not touched for it."""
+    tiny = str(ROOT / "lfm2kit" / "models" / "tiny")
+    int8, plain = str(tmp_path / "int8"), str(tmp_path / "plain")
+    installed.succeeds("python", "-m", "lfm2kit_int8", tiny, int8)
+    planned = installed.succeeds(
+        "lfm2kit", "plan", "-m", int8, "-b", "reference,mlp=blas", "--json", "-"
+    )
+    formats = {row["block"]: row["formats"] for row in json.loads(planned)["blocks"]}
+    assert formats["embed_tokens"] == ["I8 as stored"]
+    assert formats["layers.0.feed_forward"] == ["I8 widened to F32"]
+    installed.succeeds("lfm2kit", "convert", int8, plain, "--dtype", "F32")
+    run = ("run", "-b", "reference", "--random-inputs", "5", "-n", "3")
+    for model in (int8, plain):
+        installed.succeeds("lfm2kit", *run, "-m", model, "--outputs", f"{model}.bin")
+    assert Path(f"{int8}.bin").read_bytes() == Path(f"{plain}.bin").read_bytes()
 
 
 def test_the_trace_is_written(installed: Installed, tmp_path: Path) -> None:
