@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lfm2kit.backend import API_VERSION, BackendPlugin
     from lfm2kit.errors import Lfm2kitError
     from lfm2kit.hookspecs import hookimpl
+    from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade, Precision
     from lfm2kit.readers import CheckpointReader
     from lfm2kit.transport import TransportPlugin
 else:
@@ -18,7 +19,11 @@ else:
         "API_VERSION": "backend",
         "BackendPlugin": "backend",
         "CheckpointReader": "readers",
+        "FP32_GRADE": "precisions",
+        "Grade": "precisions",
         "Lfm2kitError": "errors",
+        "Precision": "precisions",
+        "SIXTEEN_BIT": "precisions",
         "TransportPlugin": "transport",
         "hookimpl": "hookspecs",
     }
@@ -38,9 +43,13 @@ else:
 
 __all__ = [
     "API_VERSION",
+    "FP32_GRADE",
+    "SIXTEEN_BIT",
     "BackendPlugin",
     "CheckpointReader",
+    "Grade",
     "Lfm2kitError",
+    "Precision",
     "TransportPlugin",
     "hookimpl",
 ]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from lfm2kit.batch import Batch
 from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.memory import HOST, Array, Bounded, HostMemory, Memory
+from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Grade, Precision
 from lfm2kit.specs import Spec
 from lfm2kit.weights import Tensor, Weights
 
@@ -25,7 +26,10 @@ __all__ = [
     "BF16",
     "F16",
     "F32",
+    "FP32",
+    "FP32_GRADE",
     "HOST",
+    "SIXTEEN_BIT",
     "Array",
     "Backend",
     "BackendPlugin",
@@ -37,12 +41,14 @@ __all__ = [
     "Context",
     "Explains",
     "Format",
+    "Grade",
     "HostMemory",
     "KeepsFormats",
     "Measures",
     "Memory",
     "NeedsWorkspace",
     "Operator",
+    "Precision",
     "Replay",
     "Spec",
     "State",
@@ -106,11 +112,11 @@ class Backend(Protocol):
 class Context:
     """What a backend may know of the run that it is created for."""
 
-    precision: str = "fp32"
+    precision: str = "fp32"  # the name of one that the backend announces
     threads: int | None = None  # None: what suits the machine and the ranks that share it
     local_ranks: int = 1  # processes of this run on this machine
     local_rank: int = 0
-    create_backend: Callable[[str], Backend] = field(  # any installed backend, by name
+    create_backend: Callable[[str], Backend] = field(  # by name, in this precision: "cuda"
         default=lambda name: _no_backends(name), repr=False
     )
 
@@ -127,7 +133,7 @@ class BackendPlugin:
     create: Callable[[Context], Backend]
     api_version: int  # the API_VERSION that it was written for
     why_unavailable: Callable[[], str | None] = lambda: None  # why it cannot run on this machine
-    precisions: Sequence[str] = ("fp32",)
+    precisions: Sequence[Precision] = (FP32,)
     preference: int = 0  # `--backend auto` takes the highest that can run; 0 is never taken
 
 

@@ -25,6 +25,7 @@ from lfm2kit.parallel import ExpertParallelMoe, join, shard
 from lfm2kit.placement import Join, Joins, Placed, Placer
 from lfm2kit.plan import Plan
 from lfm2kit.plugins import Plugins, installed_plugins
+from lfm2kit.precisions import Grade
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.transport import Transport
 from lfm2kit.trim import trim as trimmed
@@ -83,6 +84,13 @@ class Setup:
         return block
 
     @property
+    def grade(self) -> Grade:
+        """The coarsest grade of the precisions in use: what the logits are judged by."""
+        items = {leaf.backend for leaf in self.placed.leaves() if leaf.backend is not None}
+        precisions = (self.plugins.precision(item, self.context.precision) for item in items)
+        return max((p.grade for p in precisions), key=lambda grade: grade.block_error)
+
+    @property
     def sizes(self) -> Sizes:
         return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks)
 
@@ -111,8 +119,8 @@ class Setup:
         Experts on the CPU take the host's memory instead.
         """
         for precision in self.plugins.backend(self.plan.default).precisions:
-            if self._fits(context=replace(self.context, precision=precision)):
-                yield f"--precision {precision}"
+            if self._fits(context=replace(self.context, precision=precision.name)):
+                yield f"--precision {precision.name}"
                 break
         most = 0 if memory == HOST.name else len(self.checkpoint.spec.layers)
         for count in range(1, 1 + most):
@@ -204,8 +212,11 @@ def load_model(path: str | Path, backend: str = AUTO, *, threads: int | None = N
 
 def _resolve_auto(plan: Plan, plugins: Plugins, context: Context) -> Plan:
     """`auto` spelt out, wherever the plan says it."""
-    if AUTO not in plan.backends():
-        return plan
-    best = plugins.auto(context.precision)
-    rules = tuple(replace(r, backend=best) if r.backend == AUTO else r for r in plan.rules)
-    return Plan(best if plan.default == AUTO else plan.default, rules)
+
+    def resolved(item: str) -> str:
+        name, colon, precision = item.partition(":")
+        best = plugins.auto(precision or context.precision) if name == AUTO else name
+        return f"{best}{colon}{precision}"
+
+    rules = tuple(replace(rule, backend=resolved(rule.backend)) for rule in plan.rules)
+    return Plan(resolved(plan.default), rules)

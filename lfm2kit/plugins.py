@@ -11,7 +11,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ import pluggy
 from lfm2kit import hookspecs
 from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context
 from lfm2kit.errors import LEAVE_OUT, TRACEBACK_HINT, Lfm2kitError, choices
+from lfm2kit.precisions import Precision
 from lfm2kit.readers import CheckpointReader
 from lfm2kit.specs import Spec
 from lfm2kit.transport import TransportPlugin
@@ -148,8 +149,12 @@ class Plugins:
         self.transports |= {t.name: t for t in transports}
         self.readers |= {r.name: InstalledReader(r, distribution) for r in readers}
 
-    def backend(self, name: str) -> BackendPlugin:
-        """The announced backend `name`, if it can run here; else `Lfm2kitError`."""
+    def backend(self, item: str) -> BackendPlugin:
+        """The announced backend of a plan's item, `cuda` or `cuda:bf16`, if it can run here.
+
+        Raises `Lfm2kitError` if it cannot, or is not there.
+        """
+        name = item.partition(":")[0]
         if name not in self.backends:
             skipped = next(
                 (f"; its plugin was skipped: {b.reason}" for b in self.broken if b.name == name), ""
@@ -163,12 +168,26 @@ class Plugins:
             )
         return installed.plugin
 
+    def precision(self, item: str, otherwise: str) -> Precision:
+        """The precision of a plan's item: its own (`cuda:bf16`), or else that of this name.
+
+        Raises `Lfm2kitError` if the backend has no such precision, or cannot run.
+        """
+        plugin, wanted = self.backend(item), item.partition(":")[2] or otherwise
+        for precision in plugin.precisions:
+            if precision.name == wanted:
+                return precision
+        there = ", ".join(precision.name for precision in plugin.precisions)
+        raise Lfm2kitError(f"backend '{plugin.name}' has no precision {wanted}; there is: {there}")
+
     def auto(self, precision: str = "fp32") -> str:
         """The name that `--backend auto` stands for: the most preferred one that can run."""
         ready = [
             b.plugin
             for b in self.backends.values()
-            if b.plugin.preference > 0 and precision in b.plugin.precisions and b.why_not is None
+            if b.plugin.preference > 0
+            and any(precision == there.name for there in b.plugin.precisions)
+            and b.why_not is None
         ]
         if not ready:
             limit = (
@@ -180,18 +199,17 @@ class Plugins:
         return max(ready, key=lambda plugin: plugin.preference).name
 
     def creator(self, context: Context) -> Callable[[str], Backend]:
-        """Creates backends by name, each once; the context they get can create the others."""
+        """Creates backends by the items of a plan, each in each precision once.
+
+        The context that a backend gets can create the others, in its own precision.
+        """
 
         @cache
-        def create(name: str) -> Backend:
-            plugin = self.backend(name)
-            if context.precision not in plugin.precisions:
-                raise Lfm2kitError(
-                    f"backend '{name}' has no precision {context.precision}; "
-                    f"there is: {', '.join(plugin.precisions)}"
-                )
+        def created(name: str, precision: str) -> Backend:
+            of_same = partial(create, precision=precision)
+            own = replace(context, precision=precision, create_backend=of_same)
             try:
-                return plugin.create(replace(context, create_backend=create))
+                return self.backend(name).create(own)
             except Lfm2kitError:
                 raise
             except (Exception, SystemExit) as error:
@@ -199,6 +217,10 @@ class Plugins:
                     f"backend '{name}' of {self.backends[name].distribution} cannot be created: "
                     f"{type(error).__name__}: {error}{TRACEBACK_HINT}"
                 ) from error
+
+        @cache  # whether a backend can run is asked once
+        def create(item: str, precision: str = context.precision) -> Backend:
+            return created(self.backend(item).name, self.precision(item, precision).name)
 
         return create
 
@@ -283,10 +305,11 @@ def _check_announced(
 
 
 def _check_precisions(backends: list[BackendPlugin]) -> None:
-    """A single string is a sequence too, but of letters."""
+    """A name alone does not say how results are judged."""
     for backend in backends:
-        if isinstance(backend.precisions, str):
-            raise TypeError(
-                f"backend '{backend.name}' has the precisions {backend.precisions!r}; "
-                f"write ({backend.precisions!r},)"
-            )
+        for precision in backend.precisions:
+            if not isinstance(precision, Precision) or not NAME.fullmatch(precision.name):
+                raise TypeError(
+                    f"backend '{backend.name}' announces the precision {precision!r}; "
+                    "write Precision('bf16', SIXTEEN_BIT)"
+                )

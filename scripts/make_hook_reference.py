@@ -19,6 +19,7 @@ from lfm2kit import (
     formats,
     hookspecs,
     memory,
+    precisions,
     progress,
     readers,
     specs,
@@ -36,6 +37,7 @@ there and run it again. `docs/plugins.md` is the introduction.
 SECTIONS: tuple[tuple[str, ModuleType], ...] = (
     ("Hooks", hookspecs),
     ("What a backend is", backend),
+    ("Precisions and grades", precisions),
     ("What the blocks compute", specs),
     ("What a block knows of sequences", batch),
     ("Memories", memory),

@@ -83,7 +83,7 @@ def _description(plugins: Plugins) -> dict[str, Any]:
                 "summary": installed.plugin.summary,
                 "distribution": installed.distribution,
                 "api_version": installed.plugin.api_version,
-                "precisions": list(installed.plugin.precisions),
+                "precisions": [precision.name for precision in installed.plugin.precisions],
                 "cannot_run": installed.why_not,
             }
             for name, installed in sorted(plugins.backends.items())

@@ -55,7 +55,8 @@ BackendOption = Annotated[
         "-b",
         metavar="PLAN",
         envvar=BACKEND_VARIABLE,
-        help="Which backend builds what: auto, cpu_simd, 'cpu_simd,2-4.moe=reference'. "
+        help="Which backend builds what: auto, cpu_simd, 'cpu_simd,2-4.moe=reference', "
+        "'cpu_simd:bf16,head=cpu_simd:fp32'. "
         "\\[default: auto]",
     ),
 ]

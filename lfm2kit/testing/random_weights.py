@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.formats import BF16, Format
+from lfm2kit.formats import Format
 from lfm2kit.specs import Shape, Spec
 from lfm2kit.weights import Tensor, Weights
 
@@ -49,9 +49,9 @@ def in_int8(weights: Weights) -> Weights:
     return Weights({n: _in_int8(t) if len(t.shape) == 2 else t for n, t in weights.items()})
 
 
-def with_bf16_values(weights: Weights) -> Weights:
-    """The same weights in float32, all matrices but a router's rounded to values of BF16."""
-    return frozen_weights({n: _bf16_values(n, t) for n, t in weights.items()})
+def with_values_of(weights: Weights, format: Format) -> Weights:
+    """The same weights in float32, all matrices but a router's rounded to values of `format`."""
+    return frozen_weights({n: _rounded(n, t, format) for n, t in weights.items()})
 
 
 def seed_of(name: str) -> int:
@@ -74,9 +74,9 @@ def _values(name: str, shape: Shape, rng: np.random.Generator) -> Float32:
     return values.astype(np.float32)
 
 
-def _bf16_values(name: str, tensor: Tensor) -> Float32:
+def _rounded(name: str, tensor: Tensor, format: Format) -> Float32:
     is_rounded = len(tensor.shape) == 2 and not name.endswith("gate.weight")
-    return (tensor.stored_as(BF16) if is_rounded else tensor).float32()
+    return (tensor.stored_as(format) if is_rounded else tensor).float32()
 
 
 def _scaled(data: npt.NDArray[np.int8], scales: Float32) -> Float32:

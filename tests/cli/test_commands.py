@@ -177,6 +177,8 @@ def test_short_and_misshapen_answers_are_invalid(cli: Cli, answers: Path) -> Non
         (["--plan", "nowhere.toml"], ["nowhere.toml"]),
         (["--precision", "fp12"], ["fp12"]),
         (["--backend", "reference", "--precision", "bf16"], ["bf16", "fp32"]),
+        (["--backend", "cpu_simd,mlp=reference:bf16"], ["'reference'", "bf16", "fp32"]),
+        (["--backend", "cpu_simd:"], ["cpu_simd:", "cuda:bf16"]),
         (["--threads", "4000", "--backend", "cpu_simd"], ["4000"]),
         (["-n", "129"], ["129", "128"]),
         (["--inputs", "nowhere.bin"], ["nowhere.bin"]),
@@ -255,6 +257,13 @@ def test_plan_shows_every_block_once_and_adds_up(cli: Cli) -> None:
     total = sum(row["weight_bytes"] for row in fields["blocks"])
     assert fields["totals"]["host"]["weight_bytes"] == total
     assert "layers.7.operator" in cli("plan").out
+
+
+def test_a_precision_in_the_plan_is_judged_by_its_grade(cli: Cli) -> None:
+    for plan, judged_by in (("cpu_simd", "logits"), ("cpu_simd:bf16,head=cpu_simd", "top-1")):
+        fields = json.loads(cli("run", "-v", "-n", 5, "-b", plan, "--json", "-").out)
+        assert fields["validation"]["judged_by"] == judged_by
+        assert fields["backend"] == plan
 
 
 def test_plan_shows_what_becomes_of_stored_weights(cli: Cli) -> None:

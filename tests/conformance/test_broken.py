@@ -223,7 +223,7 @@ DEFECTS: dict[str, tuple[BrokenBackend, tuple[str, ...]]] = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_the_named_checks_catch_the_defect(defect: str) -> None:
     backend, names = DEFECTS[defect]
-    verdicts = {name: judged(name, backend, "fp32").verdict for name in names}
+    verdicts = {name: judged(name, backend).verdict for name in names}
     assert verdicts == dict.fromkeys(names, "failed")
 
 
@@ -234,5 +234,5 @@ def test_every_check_catches_something() -> None:
 
 def test_the_first_layer_to_differ_is_named() -> None:
     backend, _ = DEFECTS["softmax router"]
-    detail = judged("whole-model", backend, "fp32").detail
+    detail = judged("whole-model", backend).detail
     assert "the first block to differ: layers.2.feed_forward.router" in detail

@@ -18,6 +18,7 @@ from lfm2kit.backend import BackendPlugin, Block, Context
 from lfm2kit.checkpoint import Checkpoint, map_file, open_checkpoint
 from lfm2kit.loading import find_model
 from lfm2kit.plugins import Plugins
+from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Precision
 from lfm2kit.readers import CheckpointReader
 from lfm2kit.specs import MLP, LMHead, Spec
 from lfm2kit.weights import Weights
@@ -86,7 +87,7 @@ def test_lfm2kit_backends_are_picked_by_auto_only_if_preferred_and_able(load: Lo
         yield announced("never", 0)
         yield announced("fast", 5)
         yield announced("faster", 9, why_unavailable=lambda: "no such chip")
-        yield announced("half", 7, precisions=("fp16",))
+        yield announced("half", 7, precisions=(Precision("fp16", SIXTEEN_BIT),))
 
     plugins = load(lfm2kit_backends)
     assert plugins.auto() == "fast"
@@ -95,6 +96,29 @@ def test_lfm2kit_backends_are_picked_by_auto_only_if_preferred_and_able(load: Lo
         plugins.auto("int3")
     with pytest.raises(lfm2kit.Lfm2kitError, match="no precision fp16; there is: fp32"):
         plugins.creator(Context(precision="fp16"))("fast")
+
+
+def test_lfm2kit_backends_are_created_once_in_each_precision(load: Load) -> None:
+    """An item's own precision reaches the backends that its backend is made of."""
+    made: list[str] = []
+
+    @lfm2kit.hookimpl
+    def lfm2kit_backends() -> Iterator[BackendPlugin]:
+        both = (Precision("fp32", FP32_GRADE), Precision("int4", SIXTEEN_BIT))
+
+        def inner(context: Context) -> Any:
+            made.append(f"inner {context.precision}")
+            return object()
+
+        yield BackendPlugin("inner", "", inner, 1, precisions=both)
+        yield BackendPlugin("outer", "", lambda c: c.create_backend("inner"), 1, precisions=both)
+
+    create = load(lfm2kit_backends).creator(Context())
+    assert create("outer") is create("inner") is create("inner:fp32") is create("outer:fp32")
+    assert create("outer:int4") is create("inner:int4")
+    assert made == ["inner fp32", "inner int4"]
+    with pytest.raises(lfm2kit.Lfm2kitError, match="'inner' has no precision fp8; there is: fp32"):
+        create("inner:fp8")
 
 
 def test_lfm2kit_transports_are_found_by_name(load: Load) -> None:
