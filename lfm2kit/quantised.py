@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any
 
-GIVE = "lfm2kit runs F32, F16 and BF16; give the model that it was made from"
+GIVE = (
+    "lfm2kit itself reads F32, F16 and BF16; give the model that it was made from, or install a "
+    "plugin that reads it"
+)
 
 # Keys of a config.json: transformers', compressed-tensors' older one, MLX's.
 KEYS = ("quantization_config", "compression_config", "quantization")

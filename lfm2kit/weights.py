@@ -59,8 +59,8 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the tensor takes as it is stored."""
-        return sum(array.nbytes for array in self.arrays)
+        """The bytes that the tensor takes as it is stored; what is broadcast counts once."""
+        return sum(map(_stored_bytes, self.arrays))
 
     @property
     def size(self) -> int:
@@ -117,6 +117,11 @@ class Tensor:
             return Tensor.of_array(self.name, format.pack(self.float32()), format)
         except OverflowError as error:
             raise Lfm2kitError(f"tensor '{self.name}' has {error}") from None
+
+
+def _stored_bytes(array: npt.NDArray[Any]) -> int:
+    dimensions = zip(array.shape, array.strides, strict=True)
+    return array.itemsize * math.prod(size for size, step in dimensions if step or size == 0)
 
 
 class Weights(Mapping[str, Tensor]):

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.array_utils import byte_bounds
 
 from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
@@ -112,9 +113,10 @@ def release(array: npt.NDArray[Any]) -> None:
     owner = _map_of(array)
     if owner is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    start = array.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    begin, end = byte_bounds(array)  # not its nbytes: a scale may be broadcast to every row
+    start = np.frombuffer(owner, np.uint8).ctypes.data
+    first = -(-(begin - start) // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (end - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if first < last:
         owner.madvise(mmap.MADV_DONTNEED, first, last - first)
 

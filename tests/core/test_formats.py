@@ -147,6 +147,14 @@ def test_arrays_that_do_not_fit_the_shape_are_refused() -> None:
         Tensor("w", INT8, (3, 4), np.zeros((3, 4), np.int8), (scales,))
 
 
+def test_one_scale_stands_for_every_row_and_counts_once() -> None:
+    scale = np.float32(0.5)
+    rows = np.broadcast_to(scale, (4, 3))
+    tensor = Tensor("w", INT8, (4, 3, 8), np.ones((4, 3, 8), np.int8), (rows,))
+    assert tensor.nbytes == 4 * 3 * 8 + 4
+    np.testing.assert_array_equal(tensor[2, 1:].float32(), np.full((2, 8), scale))
+
+
 def test_a_format_that_unpacks_something_else_is_named() -> None:
     for wrong in (lambda data: data.astype(np.float64), lambda data: np.ones(3, np.float32)):
         format = Format("odd", 1, np.dtype(np.int8), wrong)
