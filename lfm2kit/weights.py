@@ -121,7 +121,7 @@ class Tensor:
 
 def _stored_bytes(array: npt.NDArray[Any]) -> int:
     dimensions = zip(array.shape, array.strides, strict=True)
-    return array.itemsize * math.prod(size for size, step in dimensions if step or size == 0)
+    return int(array.itemsize * math.prod(n for n, step in dimensions if step or n == 0))
 
 
 class Weights(Mapping[str, Tensor]):
