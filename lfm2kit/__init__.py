@@ -11,15 +11,22 @@ if TYPE_CHECKING:
     from lfm2kit.backend import API_VERSION, BackendPlugin
     from lfm2kit.errors import Lfm2kitError
     from lfm2kit.hookspecs import Command, Wrapper, hookimpl
+    from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade, Precision
+    from lfm2kit.readers import CheckpointReader
     from lfm2kit.rewrites import Rewrite
     from lfm2kit.transport import TransportPlugin
 else:
     _HOMES = {
         "API_VERSION": "backend",
         "BackendPlugin": "backend",
+        "CheckpointReader": "readers",
         "Command": "hookspecs",
+        "FP32_GRADE": "precisions",
+        "Grade": "precisions",
         "Lfm2kitError": "errors",
+        "Precision": "precisions",
         "Rewrite": "rewrites",
+        "SIXTEEN_BIT": "precisions",
         "TransportPlugin": "transport",
         "Wrapper": "hookspecs",
         "hookimpl": "hookspecs",
@@ -40,9 +47,14 @@ else:
 
 __all__ = [
     "API_VERSION",
+    "FP32_GRADE",
+    "SIXTEEN_BIT",
     "BackendPlugin",
+    "CheckpointReader",
     "Command",
+    "Grade",
     "Lfm2kitError",
+    "Precision",
     "Rewrite",
     "TransportPlugin",
     "Wrapper",
