@@ -53,7 +53,7 @@ def scratch_bytes(spec: Spec, tokens: int) -> int:
 
     Of an operator this is a call without a state: it needs room for all keys and values.
     """
-    return FLOAT32 * tokens * max(map(_floats_per_row, specs.leaves(spec)))
+    return FLOAT32 * tokens * max(map(_floats_per_row, (spec, *specs.leaves(spec))))
 
 
 def _floats_per_row(spec: Spec) -> int:
@@ -66,7 +66,7 @@ def _floats_per_row(spec: Spec) -> int:
         case specs.MLP():
             return spec.intermediate_size
         case specs.Router():
-            return spec.num_experts
+            return spec.num_experts  # scores alone are a result
         case specs.Experts():
             return spec.num_experts_per_tok * (2 * spec.hidden_size + spec.intermediate_size)
     return 0
