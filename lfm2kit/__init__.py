@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lfm2kit.errors import Lfm2kitError
     from lfm2kit.hookspecs import Command, Wrapper, hookimpl
     from lfm2kit.loading import load_model
+    from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade, Precision
+    from lfm2kit.readers import CheckpointReader
     from lfm2kit.rewrites import Rewrite
     from lfm2kit.transport import TransportPlugin
 else:
@@ -20,9 +22,14 @@ else:
         "API_VERSION": "backend",
         "BackendPlugin": "backend",
         "Batch": "batch",
+        "CheckpointReader": "readers",
         "Command": "hookspecs",
+        "FP32_GRADE": "precisions",
+        "Grade": "precisions",
         "Lfm2kitError": "errors",
+        "Precision": "precisions",
         "Rewrite": "rewrites",
+        "SIXTEEN_BIT": "precisions",
         "TransportPlugin": "transport",
         "Wrapper": "hookspecs",
         "hookimpl": "hookspecs",
@@ -44,10 +51,15 @@ else:
 
 __all__ = [
     "API_VERSION",
+    "FP32_GRADE",
+    "SIXTEEN_BIT",
     "BackendPlugin",
     "Batch",
+    "CheckpointReader",
     "Command",
+    "Grade",
     "Lfm2kitError",
+    "Precision",
     "Rewrite",
     "TransportPlugin",
     "Wrapper",

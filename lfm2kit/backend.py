@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lfm2kit.batch import Batch
+from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.memory import (
     HOST,
     Array,
@@ -24,15 +25,22 @@ from lfm2kit.memory import (
     Memory,
     Ordered,
 )
+from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Grade, Precision
 from lfm2kit.specs import Spec
 from lfm2kit.state import Room, State
-from lfm2kit.weights import DType, Tensor, Weights
+from lfm2kit.weights import Tensor, Weights
 
 API_VERSION = 1
 
 __all__ = [
     "API_VERSION",
+    "BF16",
+    "F16",
+    "F32",
+    "FP32",
+    "FP32_GRADE",
     "HOST",
+    "SIXTEEN_BIT",
     "Array",
     "Arriving",
     "Backend",
@@ -45,16 +53,19 @@ __all__ = [
     "Captures",
     "Ceilings",
     "Context",
-    "DType",
     "Exclusive",
     "Explains",
+    "Format",
+    "Grade",
     "HostMemory",
+    "KeepsFormats",
     "Mark",
     "Measures",
     "Memory",
     "MemoryFigures",
     "Operator",
     "Ordered",
+    "Precision",
     "Replay",
     "Room",
     "Spec",
@@ -120,11 +131,11 @@ class Backend(Protocol):
 class Context:
     """What a backend may know of the run that it is created for."""
 
-    precision: str = "fp32"
+    precision: str = "fp32"  # the name of one that the backend announces
     threads: int | None = None  # None: what suits the machine and the ranks that share it
     local_ranks: int = 1  # processes of this run on this machine
     local_rank: int = 0
-    create_backend: Callable[[str], Backend] = field(  # any installed backend, by name
+    create_backend: Callable[[str], Backend] = field(  # by name, in this precision: "cuda"
         default=lambda name: _no_backends(name), repr=False
     )
 
@@ -141,7 +152,7 @@ class BackendPlugin:
     create: Callable[[Context], Backend]
     api_version: int  # the API_VERSION that it was written for
     why_unavailable: Callable[[], str | None] = lambda: None  # why it cannot run on this machine
-    precisions: Sequence[str] = ("fp32",)
+    precisions: Sequence[Precision] = (FP32,)
     preference: int = 0  # `auto` takes the highest that can run; 0 is never taken
 
 
@@ -204,7 +215,7 @@ class MemoryFigures(Protocol):
 
         This counts every copy, packed, widened or moved to another memory.  Views of the
         checkpoint's memory map do not count, because the system can reclaim their pages.
-        `weights` are those that `build` will get; look only at types and shapes, because reading
+        `weights` are those that `build` will get; look only at formats and shapes, because reading
         values takes minutes.
         """
         ...
@@ -213,6 +224,21 @@ class MemoryFigures(Protocol):
         """Return the bytes that a call with `tokens` rows needs, only while it runs.
 
         Arguments, result and state do not count.
+        """
+        ...
+
+
+@runtime_checkable
+class KeepsFormats(Protocol):
+    """Capability: a backend that can say in which formats a block will keep its weights.
+
+    `lfm2kit plan` then shows which ones are kept as stored, widened or rounded.
+    """
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> Mapping[str, Format]:
+        """Returns the format of each of `spec.parameters()` in a block of `spec`, by name.
+
+        `weights` are those that `build` will get; look only at formats and shapes.
         """
         ...
 

@@ -13,6 +13,7 @@ BUG = 3  # neither the result's fault nor the user's
 
 TRACEBACK = "LFM2KIT_TRACEBACK"  # set: errors show where they come from, for plugin writers
 TRACEBACK_HINT = f"; its traceback: {TRACEBACK}=1"
+LEAVE_OUT = "LFM2KIT_PLUGINS=NAME,... loads only the plugins that it names"
 
 
 class Option(NamedTuple):

@@ -63,11 +63,11 @@ def of_model(checkpoint: Checkpoint) -> Facts:
     place = str(checkpoint.path)
     facts = {f"the model's {name}": fact for name, fact in _description(checkpoint)}
     tensors = dict(sorted(checkpoint.weights.items()))
-    table = digest(f"{n} {t.dtype} {t.shape}".encode() for n, t in tensors.items())
+    table = digest(f"{n} {t.format} {t.shape}".encode() for n, t in tensors.items())
     stored = sum(tensor.nbytes for tensor in tensors.values())
     facts["the tensor table"] = Fact(f"{len(tensors)} tensors of {stored} bytes, {table}", place)
-    for file in sorted({f for t in tensors.values() if (f := getattr(t.data, "filename", None))}):
-        facts[f"the size of {Path(file).name}"] = Fact(f"{os.path.getsize(file)} bytes", str(file))
+    for file in checkpoint.weight_files():
+        facts[f"the size of {file.name}"] = Fact(f"{os.path.getsize(file)} bytes", str(file))
     for block, names in _by_block(tensors).items():
         samples = (_sample(tensors[name], stored <= WHOLE_MODEL) for name in names)
         facts[f"the content of {block}"] = Fact(digest(samples), place)
@@ -102,11 +102,11 @@ def _by_block(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _sample(tensor: Tensor, whole: bool) -> bytes:
-    """Returns a tensor's bytes, or only those of three rows of a matrix if not `whole`."""
-    data = tensor.data
-    if not whole and data.ndim > 1 and len(data):
-        data = data[[0, len(data) // 2, -1]]
-    return data.tobytes()
+    """Returns a tensor's bytes or, if not `whole`, those of a matrix's first, middle, last row."""
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 0
+    if not whole and rows:
+        tensor = tensor[[0, rows // 2, rows - 1]]
+    return b"".join(array.tobytes() for array in tensor.arrays)
 
 
 def _package(module: str, title: str) -> Fact:

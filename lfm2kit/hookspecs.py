@@ -18,6 +18,7 @@ import pluggy
 
 from lfm2kit.backend import BackendPlugin, Block
 from lfm2kit.memory import Memory
+from lfm2kit.readers import CheckpointReader
 from lfm2kit.rewrites import Rewrite
 from lfm2kit.specs import Spec
 from lfm2kit.transport import Transport, TransportPlugin, World
@@ -74,6 +75,17 @@ def lfm2kit_transports() -> Iterable[TransportPlugin]:
     @lfm2kit.hookimpl
     def lfm2kit_transports():
         yield lfm2kit.TransportPlugin("mpi", "MPI, staged through the host", Launcher())
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def lfm2kit_checkpoints() -> Iterable[CheckpointReader]:
+    """Announces readers of checkpoints in other formats than lfm2kit's own.
+
+    @lfm2kit.hookimpl
+    def lfm2kit_checkpoints():
+        yield lfm2kit.CheckpointReader("mine", "what it reads in a line", recognises, open_mine)
     """
     raise NotImplementedError
 
@@ -144,6 +156,7 @@ def lfm2kit_run_ended(record: Mapping[str, Any]) -> None:
 HOOKS: tuple[Callable[..., Any], ...] = (
     lfm2kit_backends,
     lfm2kit_transports,
+    lfm2kit_checkpoints,
     lfm2kit_rewrites,
     lfm2kit_block_wrapper,
     lfm2kit_commands,

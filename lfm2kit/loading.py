@@ -25,6 +25,7 @@ from lfm2kit.options import Options
 from lfm2kit.placement import Placed, Placer
 from lfm2kit.plan import AUTO, Plan
 from lfm2kit.plugins import Plugins, installed_plugins
+from lfm2kit.precisions import Grade
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.rewrites import Rewrite, chosen, rewritten
 from lfm2kit.specs import Spec
@@ -89,6 +90,13 @@ class Setup:
         return block
 
     @property
+    def grade(self) -> Grade:
+        """The coarsest grade of the precisions in use: what the logits are judged by."""
+        items = {leaf.backend for leaf in self.placed.leaves() if leaf.backend is not None}
+        precisions = (self.plugins.precision(item, self.context.precision) for item in items)
+        return max((p.grade for p in precisions), key=lambda grade: grade.block_error)
+
+    @property
     def sizes(self) -> Sizes:
         return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks)
 
@@ -121,8 +129,8 @@ class Setup:
         Experts on the CPU take the host's memory instead.
         """
         for precision in self.plugins.backend(self.plan.default).precisions:
-            if self._fits(precision=precision):
-                yield Option("precision", precision)
+            if self._fits(precision=precision.name):
+                yield Option("precision", precision.name)
                 break
         most = 0 if memory == HOST.name else len(self.checkpoint.spec.layers)
         for count in range(1, 1 + most):
@@ -227,20 +235,25 @@ def load_model(model: str | Path, backend: str = AUTO, **options: Any) -> LFM2:
     that the user must change.  Warns about doubtful checkpoints, such as two sets of weights in
     one folder.
     """
+    plugins = installed_plugins()
     asked = Options(model=str(model), backend=backend, **options)
-    checkpoint = open_checkpoint(find_model(asked.model), seed=asked.seed or 0)
+    readers = plugins.readers.values()
+    checkpoint = open_checkpoint(find_model(asked.model), readers, seed=asked.seed or 0)
     for remark in checkpoint.remarks:
         warnings.warn(remark, stacklevel=2)
-    return set_up(checkpoint, asked).build()
+    return set_up(checkpoint, asked, plugins=plugins).build()
 
 
 def _resolve_auto(plan: Plan, plugins: Plugins, context: Context) -> Plan:
     """`auto` spelt out, wherever the plan says it."""
-    if AUTO not in plan.backends():
-        return plan
-    best = plugins.auto(context.precision)
-    rules = tuple(replace(r, backend=best) if r.backend == AUTO else r for r in plan.rules)
-    return Plan(best if plan.default == AUTO else plan.default, rules)
+
+    def resolved(item: str) -> str:
+        name, colon, precision = item.partition(":")
+        best = plugins.auto(precision or context.precision) if name == AUTO else name
+        return f"{best}{colon}{precision}"
+
+    rules = tuple(replace(rule, backend=resolved(rule.backend)) for rule in plan.rules)
+    return Plan(resolved(plan.default), rules)
 
 
 def _with_host_experts(

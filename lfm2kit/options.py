@@ -53,7 +53,8 @@ class Options:
     )
     backend: str | None = option(
         None,
-        "Which backend builds what: auto, reference, 'auto,2-4.moe=reference'.",
+        "Which backend builds what: auto, reference, 'auto,2-4.moe=reference', "
+        "'auto:bf16,head=auto:fp32'.",
         words="auto",
         metavar="PLAN",
         variable=BACKEND_VARIABLE,

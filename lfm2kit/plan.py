@@ -7,6 +7,7 @@
     backend = "reference"
 
 The first item of the text is the default; where several rules fit a block, the last one wins.
+A backend may have a precision of its own, other than the model's: `NAME:bf16,head=NAME:fp32`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ class Plan:
             raise Lfm2kitError(
                 f"the plan has {len(self.rules)} rules; lfm2kit takes up to {bounds.RULES}"
             )
+        for backend in self.backends():
+            if not re.fullmatch("[^:]+(:[^:]+)?", backend):
+                raise Lfm2kitError(
+                    f"plan item '{backend}': expected a backend, perhaps with a precision, as "
+                    "NAME:bf16"
+                )
 
     @classmethod
     def parse(cls, text: str) -> Plan:

@@ -12,21 +12,29 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
 from lfm2kit import hookspecs
 from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Context
-from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError, choices
+from lfm2kit.errors import LEAVE_OUT, TRACEBACK_HINT, Lfm2kitError, choices
 from lfm2kit.hookspecs import Command, Wrapper
 from lfm2kit.memory import Memory
 from lfm2kit.plan import AUTO
+from lfm2kit.precisions import Precision
+from lfm2kit.readers import CheckpointReader
 from lfm2kit.rewrites import Rewrite, built_in
 from lfm2kit.specs import Spec
 from lfm2kit.transport import Transport, TransportPlugin, World
+
+if TYPE_CHECKING:
+    from lfm2kit.checkpoint import Checkpoint
+
+Answer = TypeVar("Answer")
 
 GROUP = "lfm2kit"
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -67,12 +75,43 @@ class InstalledBackend:
             return f"its why_unavailable() raised {type(error).__name__}: {error}"
 
 
+@dataclass(frozen=True, slots=True)
+class InstalledReader:
+    """An announced reader and the distribution that it comes from."""
+
+    plugin: CheckpointReader
+    distribution: str
+
+    def __str__(self) -> str:
+        return f"reader '{self.plugin.name}' of {self.distribution}"
+
+    def recognises(self, path: Path) -> bool:
+        """Whether the reader takes `path`; as `open`, `Lfm2kitError` where it raises something."""
+        return bool(self._asked(self.plugin.recognises, path))
+
+    def open(self, path: Path) -> Checkpoint:
+        """Returns what the reader makes of `path`."""
+        return self._asked(self.plugin.open, path)
+
+    def _asked(self, question: Callable[[Path], Answer], path: Path) -> Answer:
+        try:
+            return question(path)
+        except (Lfm2kitError, MemoryError):
+            raise
+        except (Exception, SystemExit) as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise Lfm2kitError(
+                f"{path}: {self} raised {type(error).__name__}: {said}; {LEAVE_OUT}{TRACEBACK_HINT}"
+            ) from error
+
+
 class Plugins:
-    """All that installed plugins add: backends, transports, rewrites, commands, and the rest."""
+    """All that installed plugins add: backends, transports, readers, rewrites, and the rest."""
 
     def __init__(self, entries: list[EntryPoint]) -> None:
         self.backends: dict[str, InstalledBackend] = {}
         self.transports: dict[str, TransportPlugin] = {}
+        self.readers: dict[str, InstalledReader] = {}
         self.commands: dict[str, Command] = {}
         self._owners = dict.fromkeys(COMMANDS, "lfm2kit")  # of commands
         self.loaded: list[EntryPoint] = []
@@ -93,9 +132,10 @@ class Plugins:
             _check_hooks(plugin)
             backends = [b for some in manager.hook.lfm2kit_backends() for b in some]
             transports = [t for some in manager.hook.lfm2kit_transports() for t in some]
+            readers = [r for some in manager.hook.lfm2kit_checkpoints() for r in some]
             rewrites = _announced_rewrites(manager, World(), None)
             commands = [c for some in manager.hook.lfm2kit_commands() for c in some]
-            self._announce(backends, transports, rewrites, commands, distribution)
+            self._announce(backends, transports, readers, rewrites, commands, distribution)
             self._rewriters |= {rewrite.name: entry.name for rewrite in rewrites}
             self._managers.append((entry.name, manager))
             self.loaded.append(entry)
@@ -111,6 +151,7 @@ class Plugins:
         self,
         backends: list[Any],
         transports: list[Any],
+        readers: list[Any],
         rewrites: list[Any],
         commands: list[Any],
         distribution: str,
@@ -121,15 +162,22 @@ class Plugins:
         _check_precisions(backends)
         others = dict.fromkeys(self.transports, "another plugin")
         _check_announced("lfm2kit_transports", transports, TransportPlugin, others)
+        owners = {name: r.distribution for name, r in self.readers.items()}
+        _check_announced("lfm2kit_checkpoints", readers, CheckpointReader, owners)
         _check_announced("lfm2kit_commands", commands, Command, self._owners)
         _check_announced("lfm2kit_rewrites", rewrites, Rewrite, self._owners_of_rewrites())
         self.backends |= {b.name: InstalledBackend(b, distribution) for b in backends}
         self.transports |= {t.name: t for t in transports}
+        self.readers |= {r.name: InstalledReader(r, distribution) for r in readers}
         self.commands |= {c.name: c for c in commands}
         self._owners |= {c.name: distribution for c in commands}
 
-    def backend(self, name: str) -> BackendPlugin:
-        """The announced backend `name`, if it can run here; else `Lfm2kitError`."""
+    def backend(self, item: str) -> BackendPlugin:
+        """The announced backend of a plan's item, `NAME` or `NAME:bf16`, if it can run here.
+
+        Raises `Lfm2kitError` if it cannot, or is not there.
+        """
+        name = item.partition(":")[0]
         if name not in self.backends:
             skipped = next(
                 (f"; its plugin was skipped: {b.reason}" for b in self.broken if b.name == name), ""
@@ -142,6 +190,18 @@ class Plugins:
                 f"backend '{name}' is installed but cannot run here: {reason}. Can run: {others}"
             )
         return installed.plugin
+
+    def precision(self, item: str, otherwise: str) -> Precision:
+        """The precision of a plan's item: its own (`NAME:bf16`), or else that of this name.
+
+        Raises `Lfm2kitError` if the backend has no such precision, or cannot run.
+        """
+        plugin, wanted = self.backend(item), item.partition(":")[2] or otherwise
+        for precision in plugin.precisions:
+            if precision.name == wanted:
+                return precision
+        there = ", ".join(precision.name for precision in plugin.precisions)
+        raise Lfm2kitError(f"backend '{plugin.name}' has no precision {wanted}; there is: {there}")
 
     def auto(self, precision: str = "fp32") -> str:
         """Returns the name that `auto` stands for in a plan: the most preferred that can run."""
@@ -160,7 +220,9 @@ class Plugins:
         able = [
             b.plugin
             for b in self.backends.values()
-            if b.plugin.preference > 0 and precision in b.plugin.precisions and b.why_not is None
+            if b.plugin.preference > 0
+            and any(precision == there.name for there in b.plugin.precisions)
+            and b.why_not is None
         ]
         return [p.name for p in sorted(able, key=lambda plugin: -plugin.preference)]
 
@@ -191,18 +253,17 @@ class Plugins:
         return {**self._rewriters, **dict.fromkeys(ours, "lfm2kit")}
 
     def creator(self, context: Context) -> Callable[[str], Backend]:
-        """Creates backends by name, each once; the context they get can create the others."""
+        """Creates backends by the items of a plan, each in each precision once.
+
+        The context that a backend gets can create the others, in its own precision.
+        """
 
         @cache
-        def create(name: str) -> Backend:
-            plugin = self.backend(name)
-            if context.precision not in plugin.precisions:
-                raise Lfm2kitError(
-                    f"backend '{name}' has no precision {context.precision}; "
-                    f"there is: {', '.join(plugin.precisions)}"
-                )
+        def created(name: str, precision: str) -> Backend:
+            of_same = partial(create, precision=precision)
+            own = replace(context, precision=precision, create_backend=of_same)
             try:
-                return plugin.create(replace(context, create_backend=create))
+                return self.backend(name).create(own)
             except Lfm2kitError:
                 raise
             except (Exception, SystemExit) as error:
@@ -210,6 +271,10 @@ class Plugins:
                     f"backend '{name}' of {self.backends[name].distribution} cannot be created: "
                     f"{type(error).__name__}: {error}{TRACEBACK_HINT}"
                 ) from error
+
+        @cache  # whether a backend can run is asked once
+        def create(item: str, precision: str = context.precision) -> Backend:
+            return created(self.backend(item).name, self.precision(item, precision).name)
 
         return create
 
@@ -318,10 +383,11 @@ def _check_announced(
 
 
 def _check_precisions(backends: list[BackendPlugin]) -> None:
-    """A single string is a sequence too, but of letters."""
+    """A name alone does not say how results are judged."""
     for backend in backends:
-        if isinstance(backend.precisions, str):
-            raise TypeError(
-                f"backend '{backend.name}' has the precisions {backend.precisions!r}; "
-                f"write ({backend.precisions!r},)"
-            )
+        for precision in backend.precisions:
+            if not isinstance(precision, Precision) or not NAME.fullmatch(precision.name):
+                raise TypeError(
+                    f"backend '{backend.name}' announces the precision {precision!r}; "
+                    "write Precision('bf16', SIXTEEN_BIT)"
+                )

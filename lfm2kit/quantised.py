@@ -7,7 +7,13 @@ from collections.abc import Iterable, Mapping
 from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any
 
-GIVE = "lfm2kit runs F32, F16 and BF16; give the model that it was made from"
+GIVE = (
+    "lfm2kit itself reads F32, F16 and BF16; give the model that it was made from, or install a "
+    "plugin that reads it"
+)
+
+# Keys of a config.json: transformers', compressed-tensors' older one, MLX's.
+KEYS = ("quantization_config", "compression_config", "quantization")
 
 # Endings of tensor names that only a quantised format has.
 ENDINGS: Mapping[str, str] = {
@@ -35,12 +41,8 @@ ANY_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})(?:$|[.])")
 
 
 def said_by_config(fields: Mapping[str, Any]) -> str | None:
-    """Returns a sentence about a config.json that says the weights are quantised; else None.
-
-    `quantization_config` is transformers' key, `compression_config` compressed-tensors' older
-    one, `quantization` MLX's.
-    """
-    for key in ("quantization_config", "compression_config", "quantization"):
+    """Returns a sentence about a config.json that says the weights are quantised; else None."""
+    for key in KEYS:
         said = fields.get(key)
         if said is None or said == {}:
             continue

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-TOLERANCE = 1e-3  # of |output - answer|, the assignment's for FP32
+from lfm2kit.precisions import Grade
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Verdict:
     first: Mismatch | None
     max_difference: float  # NaN where an output is not a number
     judged_by: str  # "logits" or "top-1"
+    tolerance: float  # of |output - answer|
     problem: str | None = None  # why there was nothing to compare
 
     @property
@@ -64,18 +65,17 @@ class Verdict:
             yield str(self.first)
             yield f"Total mismatches: {self.mismatches}/{self.values}"
         if self.problem is None:
-            yield f"Largest difference: {self.max_difference:.3g} (tolerance {TOLERANCE:g})"
+            yield f"Largest difference: {self.max_difference:.3g} (tolerance {self.tolerance:g})"
 
 
 def validate(
-    outputs: npt.NDArray[np.float32], answers: npt.NDArray[np.float32], precision: str
+    outputs: npt.NDArray[np.float32], answers: npt.NDArray[np.float32], grade: Grade
 ) -> Verdict:
     """Compares outputs [n, vocab] with the first n answers [at least n, vocab].
 
-    FP32 precisions are judged by every logit and by top-1, 16-bit ones by top-1 alone, as in the
+    FP32's grade is judged by every logit and by top-1, that of 16 bits by top-1 alone, as in the
     assignment.  The verdict reports their differences as well.
     """
-    judged_by = "top-1" if precision in ("fp16", "bf16") else "logits"
     samples = len(outputs)
     if len(answers) < samples:
         return nothing_to_compare(samples, f"{samples} samples, but only {len(answers)} answers")
@@ -85,7 +85,7 @@ def validate(
     answers = answers[:samples]
     with np.errstate(invalid="ignore"):  # inf - inf: NaN, which counts as wrong
         difference = np.abs(outputs.astype(np.float64) - answers)
-    wrong = ~(difference <= TOLERANCE)  # true for NaN as well
+    wrong = ~(difference <= grade.logit_error)  # true for NaN as well
     flat = np.flatnonzero(wrong)
     return Verdict(
         samples=samples,
@@ -94,7 +94,8 @@ def validate(
         mismatches=len(flat),
         first=_mismatch(int(flat[0]), outputs, answers) if len(flat) else None,
         max_difference=float(difference.max(initial=0)),
-        judged_by=judged_by,
+        judged_by=grade.judged_by,
+        tolerance=grade.logit_error,
     )
 
 
@@ -121,5 +122,5 @@ def _mismatch(
 
 
 def nothing_to_compare(samples: int, problem: str) -> Verdict:
-    """Returns the verdict INVALID for answers that cannot be compared; `problem` says why."""
-    return Verdict(samples, 0, 0, 0, None, float("nan"), "logits", problem)
+    """Return the verdict INVALID for answers that cannot be compared; `problem` says why."""
+    return Verdict(samples, 0, 0, 0, None, float("nan"), "logits", 0, problem)

@@ -2,72 +2,126 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.errors import Lfm2kitError
-
-DType = Literal["F32", "F16", "BF16"]
-
-STORED_AS: dict[DType, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),  # NumPy has no bfloat16: the upper half of a float32's bits
-}
+from lfm2kit.formats import F32, Format
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One weight as the checkpoint stores it; `data` is usually a view of a memory map.
+    """One weight as the checkpoint stores it; its arrays are usually views of memory maps.
 
-    `data` has the tensor's shape, and the type `STORED_AS[dtype]`: raw bits for BF16.
+    `data` has the shape `format.blocks(shape)` and the type `format.block`.  `beside` are further
+    arrays that `format.unpack` needs, such as scales.  Each has the tensor's leading dimensions
+    (all but the last), so that rows and experts can be taken without unpacking anything:
+    `np.broadcast_to` gives a scale of the whole tensor this form, without a copy.
+
+    Raises ValueError if an array does not fit the shape.
     """
 
     name: str
-    dtype: DType
+    format: Format
+    shape: tuple[int, ...]
     data: npt.NDArray[Any]
+    beside: tuple[npt.NDArray[Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        leading, expected = self.shape[:-1], self.format.blocks(self.shape)
+        if self.data.shape != expected or self.data.dtype != self.format.block:
+            raise ValueError(
+                f"tensor '{self.name}' {list(self.shape)} in {self.format}: its data are "
+                f"{list(self.data.shape)} of {self.data.dtype}, expected {list(expected)} of "
+                f"{self.format.block}"
+            )
+        for array in self.beside:
+            if array.shape[: len(leading)] != leading:
+                raise ValueError(
+                    f"tensor '{self.name}' {list(self.shape)} in {self.format}: an array beside "
+                    f"its data is {list(array.shape)}; it must begin with {list(leading)}"
+                )
+
+    @classmethod
+    def of_array(cls, name: str, array: npt.NDArray[Any], format: Format = F32) -> Tensor:
+        """Returns a tensor of `array`'s shape, in a format with one value in a block."""
+        return cls(name, format, array.shape, array)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.data.shape
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """The data and what lies beside them."""
+        return (self.data, *self.beside)
 
     @property
     def nbytes(self) -> int:
-        return int(self.data.nbytes)
+        """The bytes that the tensor takes as it is stored; what is broadcast beside counts once."""
+        return self.format.nbytes(self.shape) + sum(map(_stored_bytes, self.beside))
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Returns some rows, as stored: `index` is NumPy's, for any dimensions but the last."""
+        data = self.data[index]
+        shape = (*data.shape[:-1], *self.shape[-1:])
+        return Tensor(self.name, self.format, shape, data, tuple(a[index] for a in self.beside))
 
     def float32(self) -> npt.NDArray[np.float32]:
-        """The values in float32, exactly and aligned; F32 as it lies if it can, and read-only."""
-        if self.dtype == "BF16":
-            return (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return np.require(self.data, np.float32, "A")  # a copy if the file holds it unaligned
+        """Returns the values in float32, exactly and aligned; F32 data may be the file's own.
 
-    def stored_as(self, dtype: DType) -> Tensor:
-        """The same values rounded to nearest, ties to even; this tensor if it is of `dtype`.
-
-        Raises `Lfm2kitError` for values beyond F16's largest.
+        They are then read-only.  Raises TypeError if the format unpacks something else.
         """
-        if self.dtype == dtype:
+        if self.size == 0:  # formats need not know how to unpack nothing
+            return np.empty(self.shape, np.float32)
+        values = self.format.unpack(*self.arrays)
+        if self.shape:
+            values = values[..., : self.shape[-1]]  # a row's last block may be padded
+        if values.shape != self.shape or values.dtype != np.float32:
+            raise TypeError(
+                f"format {self.format} unpacks tensor '{self.name}' {list(self.shape)} to "
+                f"{list(values.shape)} of {values.dtype}"
+            )
+        return np.require(values, np.float32, "A")  # a copy if the file holds it unaligned
+
+    def flat(self, begin: int, end: int) -> Tensor:
+        """Returns the values `begin` to `end` in one dimension.
+
+        They are as stored where each has an element of its own, else in F32.
+        """
+        if self.format.block_values == 1 and not self.beside:
+            return Tensor.of_array(self.name, self.data.reshape(-1)[begin:end], self.format)
+        columns = max(1, *self.shape[-1:])
+        first, last = begin // columns, -(-end // columns)
+        rows = np.unravel_index(np.arange(first, last), self.shape[:-1]) if self.shape[:-1] else ()
+        values = self[rows].float32().reshape(-1)
+        return Tensor.of_array(self.name, values[begin - first * columns : end - first * columns])
+
+    def stored_as(self, format: Format) -> Tensor:
+        """Returns the same values, rounded to a format that can be packed.
+
+        The tensor itself if it is stored so.  Raises `Lfm2kitError` for values beyond F16's
+        largest, and for a format that can only be read.
+        """
+        if self.format == format:
             return self
-        values = self.float32()
-        if dtype == "BF16":
-            return Tensor(self.name, dtype, _bfloat16(values))
-        with np.errstate(over="ignore"):
-            stored = values.astype(STORED_AS[dtype])
-        if np.any(np.isinf(stored) & np.isfinite(values)):
-            raise Lfm2kitError(f"tensor '{self.name}' has values beyond F16's 65504; take BF16")
-        return Tensor(self.name, dtype, stored)
+        if format.pack is None:
+            raise Lfm2kitError(f"tensor '{self.name}': {format} can be read, but not written")
+        try:
+            return Tensor.of_array(self.name, format.pack(self.float32()), format)
+        except OverflowError as error:
+            raise Lfm2kitError(f"tensor '{self.name}' has {error}") from None
 
 
-def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The upper halves of the bits, rounded to nearest even; a NaN stays one."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
+def _stored_bytes(array: npt.NDArray[Any]) -> int:
+    dimensions = zip(array.shape, array.strides, strict=True)
+    return int(array.itemsize * math.prod(n for n, step in dimensions if step or n == 0))
 
 
 class Weights(Mapping[str, Tensor]):
@@ -99,5 +153,5 @@ class Weights(Mapping[str, Tensor]):
     def of_arrays(cls, arrays: Mapping[str, npt.ArrayLike]) -> Weights:
         """Weights that lie in memory as float32: for tests and small models."""
         return cls(
-            {n: Tensor(n, "F32", np.asarray(a, dtype=np.float32)) for n, a in arrays.items()}
+            {n: Tensor.of_array(n, np.asarray(a, dtype=np.float32)) for n, a in arrays.items()}
         )

@@ -10,7 +10,7 @@ position, `experts_0` and `weights_0` [moe layers, tokens, k].  All in float64, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from lfm2kit.checkpoint.convert import Source, write_checkpoint
 from lfm2kit.checkpoint.names import SINGLE
 from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
 from lfm2kit.checkpoint.synth import random_source
-from lfm2kit.weights import DType, Tensor
+from lfm2kit.formats import BF16, F16, F32, Format
+from lfm2kit.weights import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from oracle import Oracle
@@ -65,7 +66,7 @@ class Case:
     config: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] = (9, 4)
     change: Change = lambda name, values: values
-    dtype: DType = "F32"
+    format: Format = F32
     max_shard: int = 10**9
 
 
@@ -89,7 +90,7 @@ CASES = {
         {"routed_scaling_factor": 2.5, "norm_topk_prob": False, "use_expert_bias": False}
     ),
     "router_extreme_logits": Case(change=scaled("gate.weight", 60)),
-    "router_bias_stays_float32": Case(change=bias_beyond_bf16, dtype="BF16"),
+    "router_bias_stays_float32": Case(change=bias_beyond_bf16, format=BF16),
     "router_ids_at_any_batch_size": Case(lengths=(140,)),
     "experts_5_top_1": Case({"num_experts": 5, "num_experts_per_tok": 1}),
     "experts_12_top_3": Case({"num_experts": 12}),
@@ -124,7 +125,7 @@ CASES = {
     ),
     "odd_one_kv_head": Case({"num_key_value_heads": 1}),
     "odd_one_token": Case(lengths=(1, 1, 1)),
-    "odd_stored_as_f16": Case(dtype="F16"),
+    "odd_stored_as_f16": Case(format=F16),
     "odd_sharded": Case(max_shard=20_000),
 }
 
@@ -146,14 +147,14 @@ def write(folder: Path, case: Case) -> None:
     config = {k: v for k, v in {**BASE, **case.config}.items() if v is not None}
     source = random_source(config, seed=1)
     write_checkpoint(
-        changed(source, case.change), folder, case.dtype, overwrite=True, max_shard=case.max_shard
+        changed(source, case.change), folder, case.format, overwrite=True, max_shard=case.max_shard
     )
 
 
 def changed(source: Source, change: Change) -> Source:
     def values(name: str, begin: int, end: int) -> Tensor:
         whole = change(name, source.tensor(name).float32()).astype(np.float32)
-        return Tensor(name, "F32", whole.reshape(-1)[begin:end])
+        return Tensor.of_array(name, whole.reshape(-1)[begin:end])
 
     return replace(source, values=values)
 
@@ -214,9 +215,7 @@ def pack(folder: Path) -> None:
         packed[f"{prefix}.experts.down_proj"] = np.stack([expert(e, "w2") for e in range(count)])
     partial = folder / "packed"
     with open(partial, "wb") as file:
-        entries: list[tuple[str, DType, Sequence[int]]] = [
-            (name, "F32", data.shape) for name, data in packed.items()
-        ]
+        entries = [(name, F32, data.shape) for name, data in packed.items()]
         write_safetensors(file, entries, lambda name: [packed[name]])
     partial.replace(folder / SINGLE)
 

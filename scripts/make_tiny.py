@@ -17,6 +17,7 @@ import numpy as np
 from lfm2kit import samples
 from lfm2kit.checkpoint.convert import write_checkpoint
 from lfm2kit.checkpoint.synth import random_source
+from lfm2kit.formats import BF16
 
 sys.path.insert(0, str(Path(__file__).parent))
 from oracle import Oracle
@@ -59,7 +60,7 @@ CONFIG: dict[str, Any] = {
 
 
 def main() -> None:
-    write_checkpoint(random_source(CONFIG, SEED), TARGET, "BF16", overwrite=True)
+    write_checkpoint(random_source(CONFIG, SEED), TARGET, BF16, overwrite=True)
     rng = np.random.default_rng(SEED)
     token_ids = rng.integers(0, CONFIG["vocab_size"], (CANDIDATES, SEQ_LEN), dtype=np.int32)
     oracle = Oracle(TARGET)

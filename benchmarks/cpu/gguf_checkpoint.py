@@ -22,7 +22,8 @@ import numpy.typing as npt
 from lfm2kit.checkpoint import Checkpoint, mapped, open_checkpoint
 from lfm2kit.config import ModelConfig
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.weights import STORED_AS, DType, Tensor
+from lfm2kit.formats import BF16, F16, F32, Format
+from lfm2kit.weights import Tensor
 
 CONTEXT_LENGTH = 128000
 NAMES = {
@@ -53,10 +54,10 @@ NAMES_IN_LAYERS = {
 }
 # llama.cpp wants these in float32, and every vector.
 ALWAYS_F32 = ("shortconv.conv.weight", "ffn_gate_inp.weight", "_norm.weight")
-QUANTIZATION: dict[DType, gguf.GGMLQuantizationType] = {
-    "F32": gguf.GGMLQuantizationType.F32,
-    "F16": gguf.GGMLQuantizationType.F16,
-    "BF16": gguf.GGMLQuantizationType.BF16,
+QUANTIZATION: dict[Format, gguf.GGMLQuantizationType] = {
+    F32: gguf.GGMLQuantizationType.F32,
+    F16: gguf.GGMLQuantizationType.F16,
+    BF16: gguf.GGMLQuantizationType.BF16,
 }
 
 
@@ -73,13 +74,13 @@ class Entry:
         return (len(self.parts), *first) if len(self.parts) > 1 else first
 
     @property
-    def dtype(self) -> DType:
+    def format(self) -> Format:
         is_small = len(self.shape) < 2 or self.name.endswith(ALWAYS_F32)
-        return "F32" if is_small else self.parts[0].dtype
+        return F32 if is_small else self.parts[0].format
 
     def array(self) -> npt.NDArray[Any]:
         """The values as the file holds them; what was read is given back."""
-        stacked = np.stack([part.stored_as(self.dtype).data for part in self.parts])
+        stacked = np.stack([part.stored_as(self.format).data for part in self.parts])
         for part in self.parts:
             mapped.release(part.data)
         return stacked.reshape(self.shape)
@@ -92,9 +93,8 @@ def write_gguf(folder: Path, target: Path) -> None:
     _add_keys(writer, _representable(checkpoint))
     entries = list(_entries(checkpoint))
     for entry in entries:
-        stored = STORED_AS[entry.dtype]
-        nbytes = int(np.prod(entry.shape)) * stored.itemsize
-        writer.add_tensor_info(entry.name, entry.shape, stored, nbytes, QUANTIZATION[entry.dtype])
+        stored, nbytes = entry.format.block, entry.format.nbytes(entry.shape)
+        writer.add_tensor_info(entry.name, entry.shape, stored, nbytes, QUANTIZATION[entry.format])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -18,6 +18,7 @@ import torch
 from full_size import RandomTensors, build
 from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
 
+from lfm2kit.backend import BF16
 from lfm2kit.bench import random_batch
 from lfm2kit.config import LFM2_8B_A1B as C
 from lfm2kit.config import model_spec
@@ -66,10 +67,10 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     batch = random_batch(options.n, 16, C.vocab_size, seed=0)
     ours = {
-        precision: build(Plan.parse("cuda"), precision, "BF16").logits(batch).copy()
+        precision: build(Plan.parse("cuda"), precision, BF16).logits(batch).copy()
         for precision in options.precision.split(",")
     }
-    theirs = transformers_model(RandomTensors(model_spec(C, tied=True).parameters(), "BF16"))
+    theirs = transformers_model(RandomTensors(model_spec(C, tied=True).parameters(), BF16))
     ids = torch.tensor(batch.token_ids.reshape(options.n, -1), device="cuda", dtype=torch.long)
     with torch.inference_mode():
         answer = theirs(input_ids=ids, use_cache=False, logits_to_keep=1).logits

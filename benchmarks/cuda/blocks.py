@@ -19,7 +19,7 @@ import numpy as np
 from full_size import RandomTensors
 
 from lfm2kit import specs
-from lfm2kit.backend import Context, Weights
+from lfm2kit.backend import F32, Context, Weights
 from lfm2kit.bench import random_batch
 from lfm2kit.config import LFM2_8B_A1B, model_spec
 from lfm2kit.plugins import installed_plugins
@@ -75,7 +75,7 @@ def main() -> None:
     print("| block | samples | tok/s, host to host | tok/s, device |\n|---|---|---|---|")
     for kind, spec in first_blocks().items():
         memory = backend.memory(spec)
-        block: Any = backend.build(spec, Weights(RandomTensors(spec.parameters(), "F32")))
+        block: Any = backend.build(spec, Weights(RandomTensors(spec.parameters(), F32)))
         for n in map(int, options.n.split(",")):
             batch = random_batch(n, 16, 10, seed=n).on(memory)
             rest = () if kind == "moe" else (batch, None)

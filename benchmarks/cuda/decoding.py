@@ -23,7 +23,7 @@ import cupy
 import numpy as np
 from full_size import build
 
-from lfm2kit.backend import Captures, Room
+from lfm2kit.backend import BF16, Captures, Room
 from lfm2kit.batch import Batch
 from lfm2kit.model import LFM2
 from lfm2kit.plan import Plan
@@ -160,7 +160,7 @@ def main() -> None:
     options = parser.parse_args()
     print("| " + " | ".join(HEADINGS) + " |\n" + "|---" * len(HEADINGS) + "|")
     for precision in options.precision.split(","):
-        model = build(Plan.parse("cuda"), precision, "BF16")
+        model = build(Plan.parse("cuda"), precision, BF16)
         for row in rows(model, precision, options):
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
         del model

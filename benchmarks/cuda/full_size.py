@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Context, DType, Tensor, Weights
+from lfm2kit.backend import BF16, F32, Context, Format, Tensor, Weights
 from lfm2kit.batch import Batch
 from lfm2kit.bench import random_batch
 from lfm2kit.config import LFM2_8B_A1B, model_spec
@@ -29,30 +29,33 @@ from lfm2kit.plugins import installed_plugins
 from lfm2kit.rewrites import chosen, rewritten
 
 POOL = 1 << 26  # random numbers that all tensors share
+STORED_AS = {"F32": F32, "BF16": BF16}
 
 
 class RandomTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, stored as `dtype`: norms of ones, matrices of std 0.02."""
+    """A checkpoint's tensors by name, stored as `format`: norms of ones, matrices of std 0.02."""
 
-    def __init__(self, shapes: Mapping[str, specs.Shape], dtype: DType) -> None:
+    def __init__(self, shapes: Mapping[str, specs.Shape], format: Format) -> None:
         self._shapes = shapes
-        self._dtype = dtype
+        self._format = format
         self._pool = 0.02 * np.random.default_rng(0).standard_normal(POOL, dtype=np.float32)
         self._stored = self._pool
-        if dtype == "BF16":
+        if format == BF16:
             self._stored = (self._pool.view(np.uint32) >> 16).astype(np.uint16)
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            return Tensor(name, "F32", np.ones(shape, np.float32))
+            return Tensor.of_array(name, np.ones(shape, np.float32))
         size = int(np.prod(shape))
         if name.endswith("expert_bias"):
-            return Tensor(name, "F32", 2.5 * self._view(self._pool, name, size).reshape(shape))
+            return Tensor.of_array(name, 2.5 * self._view(self._pool, name, size).reshape(shape))
         if name == "embed_tokens.weight":
             parts = [np.roll(self._stored, i) for i in range(-(-size // POOL))]  # no row twice
-            return Tensor(name, self._dtype, np.concatenate(parts)[:size].reshape(shape))
-        return Tensor(name, self._dtype, self._view(self._stored, name, size).reshape(shape))
+            table = np.concatenate(parts)[:size].reshape(shape)
+            return Tensor.of_array(name, table, self._format)
+        values = self._view(self._stored, name, size).reshape(shape)
+        return Tensor.of_array(name, values, self._format)
 
     def _view(self, pool: np.ndarray, name: str, size: int) -> np.ndarray:
         start = zlib.crc32(name.encode()) % (POOL - size + 1)
@@ -65,7 +68,7 @@ class RandomTensors(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def build(plan: Plan, precision: str, stored_as: DType, rewrites: Sequence[str] = ()) -> LFM2:
+def build(plan: Plan, precision: str, stored_as: Format, rewrites: Sequence[str] = ()) -> LFM2:
     """The full-size model, its blocks from `plan`."""
     plugins = installed_plugins()
     create = plugins.creator(Context(precision=precision))
@@ -91,16 +94,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--stored-as", default="BF16", choices=("F32", "BF16"))
+    parser.add_argument("--stored-as", default="BF16", choices=STORED_AS)
     parser.add_argument("-n", default="16,32,64,128")
     parser.add_argument("-r", "--repetitions", type=int, default=10)
     parser.add_argument("--rewrite", action="append", default=[], help="such as trim")
     options = parser.parse_args()
     start = time.perf_counter()
     plan = Plan.parse(options.backend)
-    model = build(plan, options.precision, options.stored_as, options.rewrite)
+    model = build(plan, options.precision, STORED_AS[options.stored_as], options.rewrite)
     seconds = time.perf_counter() - start
-    size = model.spec.weight_elements() * (2 if options.stored_as == "BF16" else 4)
+    size = model.spec.weight_elements() * STORED_AS[options.stored_as].block_bytes
     print(f"loaded in {seconds:.1f} s, {size / 1e9 / seconds:.1f} GB/s as stored\n")
     print("| precision | n | ms | samples/s | spread | TFLOP/s |\n|---|---|---|---|---|---|")
     for n in map(int, options.n.split(",")):

@@ -20,7 +20,7 @@ import torch
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
 
-from lfm2kit.backend import Tensor
+from lfm2kit.backend import BF16, Tensor
 
 SHAPES = (  # rows, out, in
     (256, 6144, 2048),
@@ -79,7 +79,7 @@ def dense(precision: str, dtype: torch.dtype) -> None:
     print("| rows x out x in | ours | cuBLAS | ratio |\n|---|---|---|---|")
     for rows, out, inputs in SHAPES:
         weight = random_matrix(rng, out, inputs)
-        matrix = ours.pack([Tensor("w", "F32", weight).stored_as("BF16")])
+        matrix = ours.pack([Tensor.of_array("w", weight).stored_as(BF16)])
         x = ours.rounded(cupy.asarray(random_matrix(rng, rows, inputs)))
         a = torch.randn(rows, inputs, device="cuda", dtype=dtype)
         w = torch.tensor(weight, device="cuda", dtype=dtype)
@@ -94,7 +94,7 @@ def dense(precision: str, dtype: torch.dtype) -> None:
 def experts(precision: str, dtype: torch.dtype) -> None:
     ours, rng = arithmetic(precision), np.random.default_rng(0)
     w1, w3, w2 = (
-        [Tensor("w", "F32", random_matrix(rng, *shape)).stored_as("BF16") for _ in range(EXPERTS)]
+        [Tensor.of_array("w", random_matrix(rng, *shape)).stored_as(BF16) for _ in range(EXPERTS)]
         for shape in ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
     )
     w13, down = ours.pack_gated(w1, w3), ours.pack_down(w2)

@@ -22,6 +22,7 @@ import torch
 from full_size import build
 from torch.profiler import ProfilerActivity, profile
 
+from lfm2kit.backend import BF16
 from lfm2kit.bench import random_batch
 from lfm2kit.plan import Plan
 
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("-n", default="16,128")
     options = parser.parse_args()
-    model = build(Plan.parse("cuda"), options.precision, "BF16")
+    model = build(Plan.parse("cuda"), options.precision, BF16)
     for n in map(int, options.n.split(",")):
         batch = random_batch(n, 16, model.spec.embed_tokens.vocab_size, seed=n)
         step = median_seconds(lambda: model.logits(batch))  # noqa: B023

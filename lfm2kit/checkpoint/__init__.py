@@ -6,9 +6,11 @@ Nothing is read but headers; the tensors are views of memory maps.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief  # of what a plugin returned, however long it is
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from lfm2kit.checkpoint import mapped
 from lfm2kit.checkpoint.companions import companions, files_in, is_companion
 from lfm2kit.checkpoint.foreign import check_model, check_names
 from lfm2kit.checkpoint.huggingface import canonical, read_folder
+from lfm2kit.checkpoint.mapped import map_file
 from lfm2kit.checkpoint.model_bin import read_model_bin
 from lfm2kit.checkpoint.names import (
     CONFIG,
@@ -28,14 +31,28 @@ from lfm2kit.checkpoint.names import (
     SPECS,
     WEIGHTS,
 )
+from lfm2kit.checkpoint.plugged import reader_of
 from lfm2kit.checkpoint.random_weights import RandomTensors, without_values
-from lfm2kit.checkpoint.safetensors import read_safetensors
+from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
 from lfm2kit.checkpoint.unread import remarks_on
 from lfm2kit.config import LFM2_8B_A1B, ModelConfig, model_spec, read_config
-from lfm2kit.errors import Lfm2kitError, choices
+from lfm2kit.errors import LEAVE_OUT, Lfm2kitError, choices
 from lfm2kit.spec_files import read_spec
 from lfm2kit.specs import Spec
 from lfm2kit.weights import Tensor, Weights
+
+if TYPE_CHECKING:
+    from lfm2kit.plugins import InstalledReader
+
+__all__ = [
+    "Checkpoint",
+    "canonical",
+    "check_no_part",
+    "map_file",
+    "open_checkpoint",
+    "read_safetensors",
+    "write_safetensors",
+]
 
 ROWS_AT_ONCE = 4096  # of a head compared with the embedding: a few MB at a time
 
@@ -70,21 +87,23 @@ class Checkpoint:
     def release(self, scope: str, spec: Spec) -> None:
         """Gives back the memory that reading a block's tensors took."""
         for tensor in self.tensors_of(scope, spec):
-            mapped.release(tensor.data)
+            for array in tensor.arrays:
+                mapped.release(array)
 
     def files(self) -> list[Path]:
         """The files that the model is read from, and its other files beside them."""
-        parts = [path for path in files_in(self.folder) if is_part(path) or path == self.path]
-        return [*self.weight_files(), *parts, *companions(self.folder).values()]
+        own = [self.path] if self.path.is_file() else []
+        parts = [path for path in files_in(self.folder) if is_part(path)]
+        files = [*self.weight_files(), *own, *parts, *companions(self.folder).values()]
+        return list(dict.fromkeys(files))
 
     def weight_files(self) -> list[Path]:
         """The files that the tensors are mapped from, links resolved."""
-        names = {getattr(tensor.data, "filename", None) for tensor in self.weights.values()}
-        return sorted(map(Path, filter(None, names)))
+        return mapped.files_of(a for tensor in self.weights.values() for a in tensor.arrays)
 
     def files_of(self, scope: str, spec: Spec) -> mapped.Files:
         """The files that a block's tensors lie in."""
-        return mapped.Files(tensor.data for tensor in self.tensors_of(scope, spec))
+        return mapped.Files(a for tensor in self.tensors_of(scope, spec) for a in tensor.arrays)
 
     def beside(self, name: str) -> Path:
         """The file `name` beside the model, or in `data/` there, as the assignment has it."""
@@ -113,13 +132,37 @@ def check_no_part(option: str, path: Path) -> None:
         raise Lfm2kitError(f"{option} {path}: this is a checkpoint's file; give another name")
 
 
-def open_checkpoint(path: Path, *, seed: int = 0) -> Checkpoint:
+def open_checkpoint(
+    path: Path, readers: Iterable[InstalledReader] = (), *, seed: int = 0
+) -> Checkpoint:
     """A folder with config.json (or model.toml) and tensors, a .safetensors file, or a model.bin.
 
     A TOML file of specs has its tensors beside it; if there are none, they are random, by `seed`.
-    Raises `Lfm2kitError` naming file, tensor and cause where anything is missing, left over,
-    misshapen, truncated or untrue.
+    Other paths are opened by the one of `readers` that takes them.  Raises `Lfm2kitError` naming
+    file, tensor and cause where anything is missing, left over, misshapen, truncated or untrue,
+    and where a reader takes what lfm2kit reads itself.
     """
+    if (reader := reader_of(path, readers)) is None:
+        return _open_own(path, seed)
+    if _is_own(path):
+        raise Lfm2kitError(f"{path}: {reader} takes it, but lfm2kit reads it itself; {LEAVE_OUT}")
+    checkpoint = reader.open(path)
+    if not isinstance(checkpoint, Checkpoint):
+        raise Lfm2kitError(f"{path}: {reader} returned {brief(checkpoint)}, not a Checkpoint")
+    _check_tensors(path, checkpoint.spec.parameters(), checkpoint.weights)
+    return checkpoint
+
+
+def _is_own(path: Path) -> bool:
+    """Whether lfm2kit reads `path` without any plugin."""
+    try:
+        _open_own(path, seed=0)
+    except Lfm2kitError:
+        return False
+    return True
+
+
+def _open_own(path: Path, seed: int) -> Checkpoint:
     check_model(path)
     if path.suffix == SPEC_SUFFIX:
         return _open_specs(path, seed)
@@ -191,10 +234,7 @@ def _spec(folder: Path, config: ModelConfig | None, tensors: Mapping[str, Tensor
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have equal values, whatever their types."""
     return a.shape == b.shape and all(
-        np.array_equal(
-            Tensor("", a.dtype, a.data[i : i + ROWS_AT_ONCE]).float32(),
-            Tensor("", b.dtype, b.data[i : i + ROWS_AT_ONCE]).float32(),
-        )
+        np.array_equal(a[i : i + ROWS_AT_ONCE].float32(), b[i : i + ROWS_AT_ONCE].float32())
         for i in range(0, a.shape[0], ROWS_AT_ONCE)
     )
 

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit import quantised
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.checkpoint.mapped import Files
 from lfm2kit.checkpoint.model_bin import write_model_bin
@@ -32,13 +33,14 @@ from lfm2kit.checkpoint.safetensors import write_safetensors
 from lfm2kit.config import ModelConfig, parse_config, read_config
 from lfm2kit.disk import synced
 from lfm2kit.documents import read_json
-from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.errors import Lfm2kitError, Option, either
 from lfm2kit.files import Note, replaced
 from lfm2kit.folders import replaced_folder
+from lfm2kit.formats import BF16, F16, F32, PLAIN, Format
 from lfm2kit.targets import identity
-from lfm2kit.weights import STORED_AS, DType, Tensor
+from lfm2kit.weights import Tensor
 
-TORCH_NAMES: Mapping[DType, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TORCH_NAMES: Mapping[Format, str] = {F32: "float32", F16: "float16", BF16: "bfloat16"}
 Done = Callable[[int], None]  # is told bytes
 
 MAX_SHARD = 5_000_000_000  # bytes: Hugging Face's own default
@@ -50,14 +52,14 @@ class Source:
 
     config: Mapping[str, Any]  # the keys of config.json
     shapes: Mapping[str, tuple[int, ...]]  # by canonical name
-    dtypes: Mapping[str, DType]
+    formats: Mapping[str, Format]
     values: Callable[[str, int, int], Tensor]  # of a tensor, flat: elements [begin, end)
     origin: Origin = field(default_factory=Origin)
 
     def tensor(self, name: str) -> Tensor:
         """The whole of a tensor, in its shape."""
         flat = self.values(name, 0, self.size(name))
-        return Tensor(name, flat.dtype, flat.data.reshape(self.shapes[name]))
+        return Tensor.of_array(name, flat.data.reshape(self.shapes[name]), flat.format)
 
     def size(self, name: str) -> int:
         """How many elements a tensor has."""
@@ -70,13 +72,13 @@ def source_of(checkpoint: Checkpoint) -> Source:
 
     def values(name: str, begin: int, end: int) -> Tensor:
         stored = weights[name]
-        Files([stored.data]).check_unchanged()
-        return Tensor(name, stored.dtype, stored.data.reshape(-1)[begin:end])
+        Files(stored.arrays).check_unchanged()
+        return stored.flat(begin, end)
 
     return Source(
         config=_config_fields(checkpoint),
         shapes={name: tensor.shape for name, tensor in weights.items()},
-        dtypes={name: tensor.dtype for name, tensor in weights.items()},
+        formats={name: tensor.format for name, tensor in weights.items()},
         values=values,
         origin=origin_of(checkpoint),
     )
@@ -85,7 +87,7 @@ def source_of(checkpoint: Checkpoint) -> Source:
 def write_checkpoint(
     source: Source,
     target: Path,
-    dtype: DType | None = None,
+    dtype: Format | None = None,
     *,
     overwrite: bool = False,
     max_shard: int = MAX_SHARD,
@@ -94,7 +96,7 @@ def write_checkpoint(
 ) -> None:
     """Writes a `model.bin` with its config.json if `target` ends in .bin, else a folder.
 
-    `dtype` None keeps each tensor's type (a model.bin is F32 always); `expert_bias` is never
+    `dtype` None keeps each tensor's format (a model.bin is F32 always); `expert_bias` is never
     narrowed.  Tokenizer, chat template and generation settings go along.  `note` is told where
     files cannot be replaced in one step, and `done` the bytes of each piece written.
     Raises `Lfm2kitError` where the target exists already, or a value does not fit into F16.
@@ -109,7 +111,7 @@ def write_checkpoint(
 
 @contextmanager
 def _made(
-    source: Source, stored: Mapping[str, DType], done: Done
+    source: Source, stored: Mapping[str, Format], done: Done
 ) -> Iterator[Callable[[str], Iterator[npt.NDArray[Any]]]]:
     """Yields a function that gives the pieces of a tensor; call it in the order of `stored`."""
 
@@ -129,18 +131,18 @@ def _made(
 
 
 def _write_bin(
-    source: Source, target: Path, dtype: DType | None, overwrite: bool, note: Note, done: Done
+    source: Source, target: Path, format: Format | None, overwrite: bool, note: Note, done: Done
 ) -> None:
-    if dtype not in (None, "F32"):
-        raise Lfm2kitError(f"a model.bin holds F32; for {dtype} give a folder as the target")
+    if format not in (None, F32):
+        raise Lfm2kitError(f"a model.bin holds F32; for {format} give a folder as the target")
     has_config = _has_config(source, target.with_name(CONFIG), overwrite)
     beside = list(companions_beside(target, source.origin, overwrite=overwrite))
-    stored: Mapping[str, DType] = dict.fromkeys(source.shapes, "F32")
+    stored: Mapping[str, Format] = dict.fromkeys(source.shapes, F32)
     with replaced(target, note) as file, _made(source, stored, done) as pieces_of:
         write_model_bin(file, list(source.shapes.items()), pieces_of)
         check_place(target, source.origin, overwrite=overwrite)  # again: it took a while
         if not has_config:
-            _write_json(target.with_name(CONFIG), _stating(source.config, "F32"), note)
+            _write_json(target.with_name(CONFIG), _stating(source.config, F32), note)
         for path, new in beside:
             new.parent.mkdir(exist_ok=True)
             _copy(path, new, note)
@@ -167,25 +169,26 @@ def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
     return True
 
 
-def _stating(config: Mapping[str, Any], dtype: DType | None) -> Mapping[str, Any]:
+def _stating(config: Mapping[str, Any], format: Format | None) -> Mapping[str, Any]:
     """Returns the config with the type of the converted weights."""
-    if dtype is None:
+    if format is None:
         return config
     others = {key: value for key, value in config.items() if key != "torch_dtype"}
-    return others | {"dtype": TORCH_NAMES[dtype]}
+    return others | {"dtype": TORCH_NAMES[format]}
 
 
 def _write_folder(
     source: Source,
     target: Path,
-    dtype: DType | None,
+    format: Format | None,
     max_shard: int,
     overwrite: bool,
     note: Note,
     done: Done,
 ) -> None:
-    stored = {n: _stored_type(n, dtype or source.dtypes[n]) for n in source.shapes}
-    sizes = {n: source.size(n) * STORED_AS[stored[n]].itemsize for n in source.shapes}
+    stored = {n: _stored_format(n, format or source.formats[n]) for n in source.shapes}
+    _check_written(stored)
+    sizes = {n: stored[n].nbytes(shape) for n, shape in source.shapes.items()}
     shards = list(_shards(sizes, max_shard))
     with replaced_folder(target, note) as folder:
         weight_map: dict[str, str] = {}
@@ -197,23 +200,32 @@ def _write_folder(
         if len(shards) > 1:
             total = {"total_size": sum(sizes.values())}
             _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map}, note)
-        _write_json(folder / CONFIG, _stating(source.config, dtype), note)
+        _write_json(folder / CONFIG, _stating(source.config, format), note)
         for name, path in source.origin.companions.items():
             (folder / name).parent.mkdir(exist_ok=True)
             _copy(path, folder / name, note)
         check_place(target, source.origin, overwrite=overwrite, staged=folder)
 
 
-def _write_shard(file: BinaryIO, source: Source, stored: Mapping[str, DType], done: Done) -> None:
+def _write_shard(file: BinaryIO, source: Source, stored: Mapping[str, Format], done: Done) -> None:
     canonical = {_on_disk(name): name for name in stored}
     entries = [(d, stored[name], source.shapes[name]) for d, name in canonical.items()]
     with _made(source, stored, done) as pieces_of:
         write_safetensors(file, entries, lambda d: pieces_of(canonical[d]))
 
 
-def _stored_type(name: str, dtype: DType) -> DType:
+def _stored_format(name: str, format: Format) -> Format:
     """A router's bias rounded to 16 bits selects other experts."""
-    return "F32" if name.endswith("expert_bias") else dtype
+    return F32 if name.endswith("expert_bias") else format
+
+
+def _check_written(stored: Mapping[str, Format]) -> None:
+    for name, format in stored.items():
+        if format not in PLAIN:
+            raise Lfm2kitError(
+                f"tensor '{name}' is stored as {format}, which lfm2kit does not write; give ",
+                *either(Option("dtype", plain) for plain in PLAIN),
+            )
 
 
 def _on_disk(name: str) -> str:
@@ -248,12 +260,15 @@ def _copy(path: Path, new: Path, note: Note) -> None:
 
 
 def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's own config.json, or the keys of the config that it was taken for."""
+    """The checkpoint's own config.json, or the keys of the config that it was taken for.
+
+    What is written is not quantised, whatever a plugin read.
+    """
     if checkpoint.config is None:
         raise Lfm2kitError(f"{checkpoint.path}: it has no config.json to convert")
     path = checkpoint.folder / CONFIG
     if path.exists():
-        return read_json(path)
+        return {k: value for k, value in read_json(path).items() if k not in quantised.KEYS}
     return config_fields(checkpoint.config)
 
 

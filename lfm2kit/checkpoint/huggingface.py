@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePath
 from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any
@@ -42,7 +43,7 @@ def canonical(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, part in _unpacked(path, stored.removeprefix("model."), tensor):
             if name in named:
                 raise Lfm2kitError(f"{path}: tensor '{stored}' gives '{name}' a second time")
-            named[name] = Tensor(name, tensor.dtype, part.data)
+            named[name] = replace(part, name=name)
     return named
 
 
@@ -62,10 +63,10 @@ def _unpacked(path: Path, name: str, tensor: Tensor) -> Iterator[tuple[str, Tens
         )
     half = shape[1] // 2
     prefix = name.removesuffix(packed)
-    for e, expert in enumerate(tensor.data):
-        halves = {"w1": expert[:half], "w3": expert[half:]}
-        for w, data in (halves if packed == GATE_UP else {"w2": expert}).items():
-            yield f"{prefix}.experts.{e}.{w}.weight", Tensor("", tensor.dtype, data)
+    halves = {"w1": slice(half), "w3": slice(half, None)}
+    for e in range(shape[0]):
+        for w, rows in (halves if packed == GATE_UP else {"w2": slice(None)}).items():
+            yield f"{prefix}.experts.{e}.{w}.weight", tensor[e, rows]
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:

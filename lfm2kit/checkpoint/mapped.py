@@ -11,10 +11,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.array_utils import byte_bounds
 
 from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.file_kinds import check_file
+from lfm2kit.file_kinds import check_regular
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -70,9 +71,10 @@ class Files:
 def map_file(path: Path) -> Bytes:
     """Maps a file and returns its bytes, read-only; nothing is read before it is used.
 
-    Raises `Lfm2kitError` for an empty file, a pipe or device, and a file of another format.
+    Raises `Lfm2kitError` for an empty file, a pipe and a device.  Another format than the caller's
+    is its own to recognise.
     """
-    if check_file(path) == 0:
+    if check_regular(path) == 0:
         raise Lfm2kitError(f"{path}: the file is empty")
     try:
         seen = os.stat(path)
@@ -111,11 +113,18 @@ def release(array: npt.NDArray[Any]) -> None:
     owner = _map_of(array)
     if owner is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    start = array.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    begin, end = byte_bounds(array)  # not its nbytes: a scale may be broadcast to every row
+    start = np.frombuffer(owner, np.uint8).ctypes.data
+    first = -(-(begin - start) // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (end - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if first < last:
         owner.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def files_of(arrays: Iterable[npt.NDArray[Any]]) -> list[Path]:
+    """Returns the files that arrays are views of, links resolved."""
+    names = {getattr(array, "filename", None) for array in arrays}
+    return sorted(map(Path, filter(None, names)))
 
 
 def _map_of(array: npt.NDArray[Any]) -> mmap.mmap | None:

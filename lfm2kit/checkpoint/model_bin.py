@@ -17,13 +17,16 @@ from lfm2kit import bounds
 from lfm2kit.checkpoint.mapped import Bytes, Extent, check_extents, map_file, view
 from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.weights import STORED_AS, Tensor
+from lfm2kit.file_kinds import check_file
+from lfm2kit.formats import F32
+from lfm2kit.weights import Tensor
 
 Entry = tuple[Extent, tuple[int, ...]]  # where a tensor lies, and its shape
 
 
 def read_model_bin(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name; `Lfm2kitError` says what is wrong with it."""
+    check_file(path)
     data = map_file(path)
     entries, start = _read_table(path, data)
     check_extents(path, [extent for extent, _ in entries], start, len(data))
@@ -31,9 +34,8 @@ def read_model_bin(path: Path) -> dict[str, Tensor]:
     for extent, shape in entries:
         if extent.name in tensors:
             raise Lfm2kitError(f"{path}: the table has '{extent.name}' twice")
-        tensors[extent.name] = Tensor(
-            extent.name, "F32", view(path, data, extent, STORED_AS["F32"], shape)
-        )
+        stored = view(path, data, extent, F32.block, shape)
+        tensors[extent.name] = Tensor(extent.name, F32, shape, stored)
     return tensors
 
 
@@ -49,7 +51,7 @@ def write_model_bin(
         file.write(_table_row(name, shape, offset))
         offset += 4 * math.prod(shape)
     for name, shape in entries:
-        write_pieces(file, pieces_of(name), STORED_AS["F32"], shape)
+        write_pieces(file, pieces_of(name), F32.block, shape)
 
 
 def _table_row(name: str, shape: Sequence[int], offset: int) -> bytes:

@@ -27,7 +27,7 @@ class RandomTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
         values = random_values(name, shape, self._seed, 0, math.prod(shape))
-        return Tensor(name, "F32", values.reshape(shape))
+        return Tensor.of_array(name, values.reshape(shape))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -38,9 +38,7 @@ class RandomTensors(Mapping[str, Tensor]):
 
 def without_values(shapes: Shapes) -> dict[str, Tensor]:
     """Returns tensors of these shapes that take no memory: every value is the same NaN."""
-    return {
-        name: Tensor(name, "F32", np.broadcast_to(NAN, shape)) for name, shape in shapes.items()
-    }
+    return {n: Tensor.of_array(n, np.broadcast_to(NAN, shape)) for n, shape in shapes.items()}
 
 
 def random_values(name: str, shape: Sequence[int], seed: int, begin: int, end: int) -> Any:

@@ -10,26 +10,34 @@ What the library refuses is refused here, and more (docs/decisions/0008-reading-
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as brief  # of what a header says, however long it is
 from typing import Any, BinaryIO, NamedTuple
 
 from lfm2kit import bounds
-from lfm2kit.checkpoint.mapped import Extent, check_extents, map_file, view
+from lfm2kit.checkpoint.mapped import Bytes, Extent, check_extents, map_file, view
 from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.documents import parse_json
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.weights import STORED_AS, DType, Tensor
+from lfm2kit.file_kinds import check_file
+from lfm2kit.formats import PLAIN, Format
+from lfm2kit.weights import Tensor
 
 LENGTH = 8  # bytes of the header's length
 METADATA = "__metadata__"
+FORMATS: Mapping[str, Format] = {format.name: format for format in PLAIN}  # by dtype
 FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor; others are ignored
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by the names it gives them; `Lfm2kitError` says what is wrong."""
+def read_safetensors(path: Path, more: Mapping[str, Format] | None = None) -> dict[str, Tensor]:
+    """Returns the tensors of a file by the names it gives them.
+
+    A tensor's dtype in the header says how it is stored: F32, F16, BF16, or a key of `more`, which
+    plugins give.  Raises `Lfm2kitError` for any other dtype, and for a damaged file.
+    """
+    formats = {**FORMATS, **(more or {})}
+    check_file(path)
     data = map_file(path)
     if len(data) < LENGTH:
         raise Lfm2kitError(f"{path}: {len(data)} bytes are too few for a safetensors file")
@@ -40,12 +48,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             "(truncated, or no safetensors file?)"
         )
     start = LENGTH + length
-    entries = _entries(path, parse_json(path, data[LENGTH:start].tobytes()), start)
+    entries = _entries(path, parse_json(path, data[LENGTH:start].tobytes()), start, formats)
     extents = [Extent(name, entry.begin, entry.end) for name, entry in entries.items()]
     check_extents(path, extents, start, len(data))
     _check_no_gaps(path, extents, start, len(data))
     return {
-        name: Tensor(name, e.dtype, view(path, data, extent, STORED_AS[e.dtype], e.shape))
+        name: Tensor(name, e.format, e.shape, _data(path, data, extent, e))
         for (name, e), extent in zip(entries.items(), extents, strict=True)
     }
 
@@ -53,19 +61,23 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 class Entry(NamedTuple):
     """One line of the header, found sound; `begin` and `end` count from the file's start."""
 
-    dtype: DType
+    format: Format
     shape: tuple[int, ...]
     begin: int
     end: int
 
 
-def header_bytes(entries: Iterable[tuple[str, DType, Sequence[int]]]) -> bytes:
+def _data(path: Path, data: Bytes, extent: Extent, entry: Entry) -> Any:
+    return view(path, data, extent, entry.format.block, entry.format.blocks(entry.shape))
+
+
+def header_bytes(entries: Iterable[tuple[str, Format, Sequence[int]]]) -> bytes:
     """Length and JSON header of a file with these tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
-    for name, dtype, shape in entries:
-        end = begin + math.prod(shape) * STORED_AS[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    for name, format, shape in entries:
+        end = begin + format.nbytes(shape)
+        header[name] = {"dtype": format.name, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH)  # data begins aligned
@@ -74,23 +86,25 @@ def header_bytes(entries: Iterable[tuple[str, DType, Sequence[int]]]) -> bytes:
 
 def write_safetensors(
     file: BinaryIO,
-    entries: Sequence[tuple[str, DType, Sequence[int]]],
+    entries: Sequence[tuple[str, Format, Sequence[int]]],
     pieces_of: Callable[[str], Iterable[Any]],
 ) -> None:
     """Writes a file; `pieces_of(name)` gives each tensor's elements when its turn comes."""
     file.write(header_bytes(entries))
-    for name, dtype, shape in entries:
-        write_pieces(file, pieces_of(name), STORED_AS[dtype], shape)
+    for name, format, shape in entries:
+        write_pieces(file, pieces_of(name), format.block, format.blocks(shape))
 
 
-def _entries(path: Path, header: dict[str, Any], start: int) -> dict[str, Entry]:
+def _entries(
+    path: Path, header: dict[str, Any], start: int, formats: Mapping[str, Format]
+) -> dict[str, Entry]:
     metadata = header.pop(METADATA, None)
     texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if metadata is not None and not texts:
         raise Lfm2kitError(f"{path}: {METADATA} is {brief(metadata)}; expected texts by name")
     if len(header) > bounds.TENSORS:
         raise Lfm2kitError(f"{path}: {len(header)} tensors; lfm2kit takes up to {bounds.TENSORS}")
-    return {name: _entry(path, name, entry, start) for name, entry in header.items()}
+    return {name: _entry(path, name, entry, start, formats) for name, entry in header.items()}
 
 
 def _check_no_gaps(path: Path, extents: Sequence[Extent], start: int, size: int) -> None:
@@ -104,7 +118,7 @@ def _check_no_gaps(path: Path, extents: Sequence[Extent], start: int, size: int)
             raise Lfm2kitError(f"{path}: tensor '{extent.name}' overlaps another")
 
 
-def _entry(path: Path, name: str, entry: Any, start: int) -> Entry:
+def _entry(path: Path, name: str, entry: Any, start: int, formats: Mapping[str, Format]) -> Entry:
     if not isinstance(entry, dict) or not set(entry) >= FIELDS:
         raise Lfm2kitError(f"{path}: tensor '{name}' lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -112,22 +126,21 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Entry:
         raise Lfm2kitError(f"{path}: a tensor's name has more than {bounds.NAME} bytes")
     if not all(_is_double(value) for key, value in entry.items() if key not in FIELDS):
         raise Lfm2kitError(f"{path}: tensor '{name}' has a number that is too large for JSON")
-    if not isinstance(dtype, str) or dtype not in STORED_AS:
+    if not isinstance(dtype, str) or dtype not in formats:
         raise Lfm2kitError(
             f"{path}: tensor '{name}' has dtype {brief(dtype)}; "
-            f"lfm2kit reads {', '.join(STORED_AS)}, and no quantised weights"
+            f"lfm2kit reads {', '.join(formats)}, and no quantised weights"
         )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise Lfm2kitError(
             f"{path}: tensor '{name}' has shape {brief(shape)} and data_offsets {brief(offsets)}"
         )
     begin, end = offsets
-    itemsize = STORED_AS[dtype].itemsize
-    if math.prod(shape) * itemsize != end - begin:
+    if formats[dtype].nbytes(shape) != end - begin:
         raise Lfm2kitError(
             f"{path}: tensor '{name}' of shape {shape} in {dtype} has {end - begin} bytes"
         )
-    return Entry(dtype, tuple(shape), start + begin, start + end)
+    return Entry(formats[dtype], tuple(shape), start + begin, start + end)
 
 
 def _sizes(values: Any) -> bool:

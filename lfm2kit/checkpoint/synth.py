@@ -8,6 +8,7 @@ from typing import Any
 from lfm2kit.checkpoint.convert import Source, config_fields
 from lfm2kit.checkpoint.random_weights import random_values
 from lfm2kit.config import ATTENTION, CONV, LFM2_8B_A1B, model_spec, parse_config
+from lfm2kit.formats import F32
 from lfm2kit.weights import Tensor
 
 # LFM2-8B-A1B's widths in six layers: what a small machine can measure on.
@@ -27,6 +28,6 @@ def random_source(config: Mapping[str, Any], seed: int = 0) -> Source:
     shapes = spec.parameters()
 
     def values(name: str, begin: int, end: int) -> Tensor:
-        return Tensor(name, "F32", random_values(name, shapes[name], seed, begin, end))
+        return Tensor.of_array(name, random_values(name, shapes[name], seed, begin, end))
 
-    return Source(config, shapes, dict.fromkeys(shapes, "F32"), values)
+    return Source(config, shapes, dict.fromkeys(shapes, F32), values)

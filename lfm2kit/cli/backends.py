@@ -30,7 +30,7 @@ def _default(context: typer.Context, json: JsonOption = None) -> None:
 
 @backends.command("list")
 def list_backends(json: JsonOption = None) -> None:
-    """Lists backends, transports, rewrites, commands, and why plugins could not be loaded."""
+    """Lists all that plugins add, and why plugins could not be loaded."""
     plugins = installed_plugins()
     report = Report(json)
     report.fields = _description(plugins)
@@ -88,7 +88,7 @@ def _description(plugins: Plugins) -> dict[str, Any]:
                 "summary": installed.plugin.summary,
                 "distribution": installed.distribution,
                 "api_version": installed.plugin.api_version,
-                "precisions": list(installed.plugin.precisions),
+                "precisions": [precision.name for precision in installed.plugin.precisions],
                 "cannot_run": installed.why_not,
             }
             for name, installed in sorted(plugins.backends.items())
@@ -96,6 +96,14 @@ def _description(plugins: Plugins) -> dict[str, Any]:
         "transports": [
             {"name": name, "summary": transport.summary}
             for name, transport in sorted(plugins.transports.items())
+        ],
+        "readers": [
+            {
+                "name": name,
+                "summary": reader.plugin.summary,
+                "distribution": reader.distribution,
+            }
+            for name, reader in sorted(plugins.readers.items())
         ],
         "rewrites": [
             {"name": name, "summary": rewrite.summary, "automatic": rewrite.is_automatic}
@@ -126,6 +134,8 @@ def _show(report: Report) -> None:
     show_table(rows, *(Column(heading, overflow="fold") for heading in headings))
     for row in report.fields["transports"]:
         report.line(f"transport {row['name']}: {row['summary']}")
+    for row in report.fields["readers"]:
+        report.line(f"reader {row['name']}: {row['summary']} (from {row['distribution']})")
     for row in report.fields["rewrites"]:
         report.line(f"rewrite {row['name']}: {row['summary']}")
     for row in report.fields["commands"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -19,16 +18,19 @@ from lfm2kit.cli.options import flags, open_model
 from lfm2kit.config import read_config
 from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.options import About, Options
-from lfm2kit.weights import STORED_AS, DType
 
 SHOWN = 8  # names of files that are left behind
 
 
-class StoredAs(enum.StrEnum):
+class StoredAs(enum.Enum):
     F32 = "F32"
     F16 = "F16"
     BF16 = "BF16"
+
+
+FORMATS = {StoredAs.F32: F32, StoredAs.F16: F16, StoredAs.BF16: BF16}
 
 
 def convert(
@@ -51,7 +53,7 @@ def convert(
     if seed is not None and not random:
         raise Lfm2kitError(f"--seed {seed} is for --random, which is not given")
     weights = _random(source, seed or 0) if random else _opened(source)
-    stored: DType | None = None if dtype is None else dtype.value
+    stored = None if dtype is None else FORMATS[dtype]
     with progress("writing", _size(weights, stored, target), "GB", 1e9) as advance:
         write_checkpoint(weights, target, stored, overwrite=overwrite, note=remark, done=advance)
     remark(f"wrote {target}")
@@ -82,11 +84,8 @@ def _random(source: str, seed: int) -> Source:
     return dataclasses.replace(weights, origin=Origin(files=(Path(source),)))
 
 
-def _size(source: Source, dtype: DType | None, target: Path) -> int:
+def _size(source: Source, format: Format | None, target: Path) -> int:
     """Bytes to be written, for the progress bar."""
-    fixed: DType | None = "F32" if target.suffix == ".bin" else dtype
-    sizes = (
-        math.prod(shape) * STORED_AS[fixed or source.dtypes[name]].itemsize
-        for name, shape in source.shapes.items()
-    )
-    return sum(sizes)
+    fixed = F32 if target.suffix == ".bin" else format
+    shapes = source.shapes.items()
+    return sum((fixed or source.formats[name]).nbytes(shape) for name, shape in shapes)

@@ -16,6 +16,7 @@ from lfm2kit.cli import rewrite_options
 from lfm2kit.cli.bus_error import explain_bus_errors
 from lfm2kit.loading import find_model
 from lfm2kit.options import About, Options
+from lfm2kit.plugins import installed_plugins
 
 REWRITES = "rewrites"  # the field that several options fill
 SHORT = {
@@ -134,7 +135,8 @@ def _group(annotation: Any) -> _Group | None:
 
 def open_model(options: Options) -> Checkpoint:
     """Opens the model that the options name."""
-    checkpoint = open_checkpoint(find_model(options.model), seed=options.seed or 0)
+    readers = installed_plugins().readers.values()
+    checkpoint = open_checkpoint(find_model(options.model), readers, seed=options.seed or 0)
     explain_bus_errors(checkpoint.path)
     return checkpoint
 

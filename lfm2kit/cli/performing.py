@@ -20,6 +20,7 @@ from lfm2kit.cli.preparing import Prepared, Request, passed_over
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
 from lfm2kit.model import LFM2
 from lfm2kit.plugins import Plugins
+from lfm2kit.precisions import Grade
 from lfm2kit.running import Timed, run_samples
 from lfm2kit.specs import Work
 from lfm2kit.transport import Transport
@@ -40,7 +41,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     if timed.logits is None:
         return True
     steps.step("validating and writing", steps.longest(Work(0, 2 * timed.logits.nbytes)))
-    verdict = judge(timed.logits, prepared.answers, request.options.precision)
+    verdict = judge(timed.logits, prepared.answers, prepared.setup.grade)
     problem = not_finite(timed.logits)
     prepared.report.fields["finite"] = problem is None
     is_good = problem is None and (verdict is None or verdict.is_valid)
@@ -114,14 +115,14 @@ def run_timed(
         )
 
 
-def judge(logits: npt.NDArray[np.float32], answers: Path | None, precision: str) -> Verdict | None:
+def judge(logits: npt.NDArray[np.float32], answers: Path | None, grade: Grade) -> Verdict | None:
     if answers is None:
         return None
     try:
         expected = samples.read_answers(answers)
     except samples.BadAnswersError as error:
         return nothing_to_compare(len(logits), str(error))
-    return validate(logits, expected, precision)
+    return validate(logits, expected, grade)
 
 
 def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) -> None:

@@ -9,11 +9,13 @@ from typing import Annotated, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
+from lfm2kit.backend import KeepsFormats
 from lfm2kit.capacity import Needed, size
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import fate
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.machine import memory_limits
 from lfm2kit.options import About, Options
@@ -79,12 +81,29 @@ def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:
         "spec": type(leaf.spec).__name__,
         "backend": leaf.backend,
         "memory": leaf.memory.name,
+        "formats": _formats(leaf, setup),
         "weight_bytes": setup.stored_bytes(leaf),
         "kept_bytes": setup.sizes.kept(leaf),
         "scratch_bytes": setup.sizes.scratch(leaf, tokens),
         "state_bytes": setup.sizes.state(leaf, room),
         "copy": _copy(leaf),
     }
+
+
+def _formats(leaf: Placed, setup: Setup) -> list[str] | None:
+    """Says in which formats a block keeps its matrices, or its vectors if it has no matrix.
+
+    None if its backend does not say.
+    """
+    assert leaf.backend is not None  # a leaf's always is
+    backend = setup.create(leaf.backend)
+    if not isinstance(backend, KeepsFormats):
+        return None
+    weights = setup.checkpoint.weights.scope(leaf.scope)
+    kept = backend.kept_formats(leaf.spec, weights)
+    matrices = [name for name in kept if len(weights[name].shape) == 2]
+    fates = (fate(weights[name].format, kept[name]) for name in matrices or kept)
+    return list(dict.fromkeys(fates))
 
 
 def _block_notes(setup: Setup) -> Iterator[tuple[str, str]]:
@@ -122,7 +141,7 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
     fields = report.fields
     of_ranks = f", rank {fields['rank']} of {fields['ranks']}" if fields["ranks"] > 1 else ""
     report.line(f"{setup.checkpoint.path}: {setup.plan}{of_ranks}")
-    headings = ("block", "spec", "backend", "memory", "copy")
+    headings = ("block", "spec", "backend", "memory", "formats", "copy")
     sizes = ("weights", "kept", f"scratch at {tokens} tokens", "state")
     show_table(
         [_texts(row) for row in report.fields["blocks"]],
@@ -161,7 +180,9 @@ def _grouped(notes: dict[str, str]) -> Iterator[str]:
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
-    texts = [row["block"], row["spec"], row["backend"], row["memory"], row["copy"] or ""]
+    formats = "?" if row["formats"] is None else ", ".join(row["formats"])
+    texts = [*(row[key] for key in ("block", "spec", "backend", "memory")), formats]
+    texts.append(row["copy"] or "")
     kinds = ("weight_bytes", "kept_bytes", "scratch_bytes", "state_bytes")
     return [*texts, *(_size(row[kind]) for kind in kinds)]
 

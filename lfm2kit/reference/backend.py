@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Block, Memory, Room, Spec, Weights
+from lfm2kit.backend import HOST, Block, Format, Memory, Room, Spec, Weights
 from lfm2kit.reference import attention, short_conv
 from lfm2kit.reference.attention import Attention
 from lfm2kit.reference.feed_forward import MLP, Choice, Experts, Router, Scores
@@ -50,6 +50,10 @@ class ReferenceBackend:
         if isinstance(spec, specs.Embedding) or tokens == 0:
             return 0
         return 8 * max((math.prod(shape) for shape in spec.parameters().values()), default=0)
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
+        """Every weight stays as it is stored; each call unpacks it."""
+        return {name: weights[name].format for name in spec.parameters()}
 
     def state_bytes(self, spec: Spec, room: Room) -> int:
         if isinstance(spec, specs.ShortConv):

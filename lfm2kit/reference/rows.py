@@ -7,7 +7,6 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Weights
 from lfm2kit.reference.linear import Float32, float64, linear, rms_norm
-from lfm2kit.weights import Tensor
 
 
 class Embedding:
@@ -15,8 +14,7 @@ class Embedding:
         self.weight = weights["weight"]
 
     def __call__(self, batch: Batch) -> Float32:
-        rows = Tensor("", self.weight.dtype, self.weight.data[batch.token_ids])
-        return np.array(rows.float32())
+        return np.array(self.weight[batch.token_ids].float32())
 
 
 class RMSNorm:

@@ -13,15 +13,6 @@ from lfm2kit.testing.verdicts import CheckFailed
 HostArray = npt.NDArray[Any]
 Result = HostArray | tuple[HostArray, ...]
 
-FP32 = 2e-5  # of the largest value: some hundred roundings of float32
-SIXTEEN_BIT = 2e-2
-FP32_GRADE = ("fp32", "fp32x3")  # fp32x3: sums of three BF16 terms, of weights that BF16 holds
-
-
-def tolerance(precision: str) -> float:
-    """The largest error that a precision may make, relative to a result's largest value."""
-    return FP32 if precision in FP32_GRADE else SIXTEEN_BIT
-
 
 def assert_close(
     got: Result, want: Result, within: float, what: str, rows: Any = slice(None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lfm2kit.backend import Backend, Context
 from lfm2kit.plugins import installed_plugins
+from lfm2kit.precisions import Precision
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.runner import run_check, selected
 from lfm2kit.testing.verdicts import Skipped
@@ -19,17 +20,16 @@ if TYPE_CHECKING:
 class BackendCheck:
     """One check of one backend, to be called in a test; the backend is created by the first."""
 
-    def __init__(self, name: str, create: Callable[[], Backend], precision: str) -> None:
+    def __init__(self, name: str, create: Callable[[], tuple[Backend, Precision]]) -> None:
         self.id = name
         self._create = create
-        self._precision = precision
 
     def __call__(self) -> None:
         """Raises `CheckFailed`, or skips the test where the backend builds no such block."""
         import pytest
 
         try:
-            run_check(self.id, self._create(), self._precision)
+            run_check(self.id, *self._create())
         except Skipped as reason:
             pytest.skip(str(reason))
 
@@ -64,16 +64,17 @@ def backend_cases(
     create = _created_once(backend, precision)
     marks = {name: pytest.mark.xfail(reason=why, strict=True) for name, why in expected.items()}
     return [
-        pytest.param(BackendCheck(name, create, precision), id=name, marks=marks.get(name, ()))
+        pytest.param(BackendCheck(name, create), id=name, marks=marks.get(name, ()))
         for name in CHECKS
     ]
 
 
-def _created_once(name: str, precision: str) -> Callable[[], Backend]:
+def _created_once(name: str, precision: str) -> Callable[[], tuple[Backend, Precision]]:
     """Creates the backend when the first case asks for it: collecting tests stays free."""
 
     @cache
-    def create() -> Backend:
-        return installed_plugins().creator(Context(precision))(name)
+    def create() -> tuple[Backend, Precision]:
+        plugins = installed_plugins()
+        return plugins.creator(Context(precision))(name), plugins.precision(name, precision)
 
     return create

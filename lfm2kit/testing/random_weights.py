@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.formats import Format
 from lfm2kit.specs import Shape, Spec
-from lfm2kit.weights import DType, Tensor, Weights
+from lfm2kit.weights import Tensor, Weights
 
 Float32 = npt.NDArray[np.float32]
 
@@ -33,16 +34,24 @@ def frozen_weights(arrays: Mapping[str, Float32]) -> Weights:
     return Weights.of_arrays(arrays)
 
 
-def stored_as(weights: Weights, dtype: DType) -> Weights:
-    """The same weights rounded to another type; the expert bias stays F32, as in checkpoints."""
+def stored_as(weights: Weights, format: Format) -> Weights:
+    """The same weights rounded to another format; the expert bias stays F32, as in checkpoints."""
     return Weights(
-        {n: t if n.endswith("expert_bias") else _stored(t, dtype) for n, t in weights.items()}
+        {n: t if n.endswith("expert_bias") else _stored(t, format) for n, t in weights.items()}
     )
 
 
-def with_bf16_values(weights: Weights) -> Weights:
-    """The same weights in float32, all matrices but a router's rounded to values of BF16."""
-    return frozen_weights({n: _bf16_values(n, t) for n, t in weights.items()})
+def in_int8(weights: Weights) -> Weights:
+    """The same weights, all matrices in a format that no backend knows: int8, a scale per row.
+
+    The scales are powers of two, so that BF16 holds the values.
+    """
+    return Weights({n: _in_int8(t) if len(t.shape) == 2 else t for n, t in weights.items()})
+
+
+def with_values_of(weights: Weights, format: Format) -> Weights:
+    """The same weights in float32, all matrices but a router's rounded to values of `format`."""
+    return frozen_weights({n: _rounded(n, t, format) for n, t in weights.items()})
 
 
 def seed_of(name: str) -> int:
@@ -65,12 +74,27 @@ def _values(name: str, shape: Shape, rng: np.random.Generator) -> Float32:
     return values.astype(np.float32)
 
 
-def _bf16_values(name: str, tensor: Tensor) -> Float32:
-    is_rounded = tensor.data.ndim == 2 and not name.endswith("gate.weight")
-    return (tensor.stored_as("BF16") if is_rounded else tensor).float32()
+def _rounded(name: str, tensor: Tensor, format: Format) -> Float32:
+    is_rounded = len(tensor.shape) == 2 and not name.endswith("gate.weight")
+    return (tensor.stored_as(format) if is_rounded else tensor).float32()
 
 
-def _stored(tensor: Tensor, dtype: DType) -> Tensor:
-    stored = tensor.stored_as(dtype)
+def _scaled(data: npt.NDArray[np.int8], scales: Float32) -> Float32:
+    return data.astype(np.float32) * scales[..., None]
+
+
+INT8 = Format("int8 and a scale per row", 1, np.dtype(np.int8), _scaled)
+
+
+def _in_int8(tensor: Tensor) -> Tensor:
+    values = tensor.float32()
+    largest = np.max(np.abs(values), axis=1, initial=np.finfo(np.float32).tiny)
+    scales = np.exp2(np.ceil(np.log2(largest / 127))).astype(np.float32)
+    data = np.rint(values / scales[:, None]).astype(np.int8)
+    return Tensor(tensor.name, INT8, tensor.shape, data, (scales,))
+
+
+def _stored(tensor: Tensor, format: Format) -> Tensor:
+    stored = tensor.stored_as(format)
     stored.data.flags.writeable = False
     return stored

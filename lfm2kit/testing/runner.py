@@ -11,6 +11,7 @@ import numpy as np
 from lfm2kit.backend import Backend, Context
 from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.plugins import Plugins
+from lfm2kit.precisions import FP32, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.random_weights import seed_of
@@ -64,15 +65,18 @@ def run_checks(
     expected = dict(expected_failures or {})
     selected(expected)
     backend = plugins.creator(context)(backend_name)
+    precision = plugins.precision(backend_name, context.precision)
     results = []
     for name in ids:
-        result = judged(name, backend, context.precision, expected.get(name))
+        result = judged(name, backend, precision, expected.get(name))
         done(result)
         results.append(result)
     return results
 
 
-def judged(name: str, backend: Backend, precision: str, expected: str | None = None) -> Result:
+def judged(
+    name: str, backend: Backend, precision: Precision = FP32, expected: str | None = None
+) -> Result:
     """The result of one check; `expected` is why it is expected to fail."""
     start = time.perf_counter()
     verdict: Verdict = "passed"
@@ -93,7 +97,7 @@ def judged(name: str, backend: Backend, precision: str, expected: str | None = N
     return Result(name, verdict, detail, time.perf_counter() - start)
 
 
-def run_check(name: str, backend: Backend, precision: str) -> None:
+def run_check(name: str, backend: Backend, precision: Precision = FP32) -> None:
     """One check, of the same random numbers every time; raises what the check raises."""
     rng = np.random.default_rng(seed_of(name))
     with np.errstate(all="ignore"):  # NaN and infinities are what some checks are about

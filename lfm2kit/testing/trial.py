@@ -9,12 +9,12 @@ from typing import TypeVar
 import numpy as np
 
 from lfm2kit.backend import Backend
+from lfm2kit.precisions import FP32, FP32_GRADE, Precision
 from lfm2kit.specs import Spec
-from lfm2kit.testing import compare
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.host_block import HostBlock, host_block, why_not_built
 from lfm2kit.testing.near_ties import NEAR_TIE
-from lfm2kit.testing.random_weights import random_weights, with_bf16_values
+from lfm2kit.testing.random_weights import random_weights, with_values_of
 from lfm2kit.testing.verdicts import Skipped
 from lfm2kit.weights import Weights
 
@@ -28,16 +28,17 @@ class Trial:
     backend: Backend
     reference: Backend
     rng: np.random.Generator
-    precision: str = "fp32"
+    precision: Precision = FP32
 
     @property
     def tolerance(self) -> float:
-        return compare.tolerance(self.precision)
+        """The largest error of a block, relative to its result's largest value."""
+        return self.precision.grade.block_error
 
     @property
     def near_tie(self) -> float:
         """The gap between two scores of a router below which either choice is right."""
-        return NEAR_TIE if self.precision in compare.FP32_GRADE else self.tolerance
+        return NEAR_TIE if self.precision.grade == FP32_GRADE else self.tolerance
 
     def supported(self, candidates: Iterable[S]) -> list[S]:
         """Those that the backend builds; raises `Skipped` with its reason if there are none."""
@@ -68,11 +69,12 @@ class Trial:
         return self.as_taken(random_weights(spec, self.rng))
 
     def as_taken(self, weights: Weights) -> Weights:
-        """`weights`, for fp32x3 with matrices rounded to values of BF16: it refuses others.
+        """`weights`, rounded to values that the precision takes where it does not take all.
 
         They are still stored as float32; the router's, which stays float32, is not rounded.
         """
-        return with_bf16_values(weights) if self.precision == "fp32x3" else weights
+        format = self.precision.weights
+        return weights if format is None else with_values_of(weights, format)
 
     def pair(self, spec: Spec, weights: Weights | None = None) -> tuple[HostBlock, HostBlock]:
         """The backend's block and the reference's, of the same weights (random ones)."""

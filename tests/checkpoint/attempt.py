@@ -17,7 +17,7 @@ Content = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 def content(tensors: Mapping[str, Tensor]) -> Content:
     """What can be compared: types, shapes and bits."""
-    return {n: (t.dtype, t.shape, t.data.tobytes()) for n, t in tensors.items()}
+    return {n: (str(t.format), t.shape, t.data.tobytes()) for n, t in tensors.items()}
 
 
 class Attempt(NamedTuple):

@@ -36,7 +36,7 @@ def change_tensors(folder: Path, change: Change, file_name: str = SINGLE) -> Non
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    entries = [(name, t.dtype, t.shape) for name, t in tensors.items()]
+    entries = [(name, t.format, t.shape) for name, t in tensors.items()]
     with open(path, "wb") as file:
         write_safetensors(file, entries, lambda name: [tensors[name].data])
 
@@ -48,4 +48,4 @@ def change_json(path: Path, **changes: Any) -> None:
 
 
 def ones(*shape: int) -> Tensor:
-    return Tensor("", "F32", np.ones(shape, np.float32))
+    return Tensor.of_array("", np.ones(shape, np.float32))

@@ -28,9 +28,10 @@ from lfm2kit.checkpoint.safetensors import header_bytes, read_safetensors
 from lfm2kit.checkpoint.synth import random_source
 from lfm2kit.config import parse_config
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.loading import EMBEDDED
 from lfm2kit.samples import write_inputs
-from lfm2kit.weights import DType, Tensor
+from lfm2kit.weights import Tensor
 from tests.checkpoint.attempt import Content, content
 from tests.checkpoint.folders import ORACLE, change_json, copied
 from tests.checkpoint.typed import Cli
@@ -68,7 +69,7 @@ def test_there_and_back_gives_the_same_bits(case: str, tmp_path: Path) -> None:
     returned = open_checkpoint(back)
     assert returned.config == original.config
     for name, tensor in original.weights.items():
-        assert returned.weights[name].dtype == "F32"
+        assert returned.weights[name].format == F32
         assert returned.weights[name].float32().tobytes() == tensor.float32().tobytes()
 
 
@@ -76,20 +77,20 @@ def test_there_and_back_gives_the_same_bits(case: str, tmp_path: Path) -> None:
 def test_16_bit_types_survive_the_way_through_float32(case: str, tmp_path: Path) -> None:
     original = open_checkpoint(ORACLE / case)
     write_checkpoint(source_of(original), tmp_path / "model.bin")
-    stored: DType = "F16" if "f16" in case else "BF16"
+    stored = F16 if "f16" in case else BF16
     write_checkpoint(source_of(open_checkpoint(tmp_path / "model.bin")), tmp_path / "back", stored)
     assert bits(open_checkpoint(tmp_path / "back")) == bits(original)
 
 
-@pytest.mark.parametrize("dtype", ["F16", "BF16"])
-def test_the_bias_of_the_router_is_never_narrowed(dtype: DType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", [F16, BF16], ids=str)
+def test_the_bias_of_the_router_is_never_narrowed(format: Format, tmp_path: Path) -> None:
     original = source("router_bias_stays_float32")
-    write_checkpoint(original, tmp_path / "narrow", dtype)
+    write_checkpoint(original, tmp_path / "narrow", format)
     narrow = open_checkpoint(tmp_path / "narrow").weights
     name = "layers.1.feed_forward.expert_bias"
-    assert narrow[name].dtype == "F32"
+    assert narrow[name].format == F32
     np.testing.assert_array_equal(narrow[name].data, original.tensor(name).data)
-    assert narrow["layers.1.feed_forward.gate.weight"].dtype == dtype
+    assert narrow["layers.1.feed_forward.gate.weight"].format == format
 
 
 @pytest.mark.parametrize("max_shard", [1, 20_000, 10**9])
@@ -120,15 +121,15 @@ def test_names_on_disk_are_hugging_faces(tmp_path: Path) -> None:
     ],
 )
 def test_bfloat16_is_rounded_to_nearest_even(value: float, stored: int) -> None:
-    tensor = Tensor("x", "F32", np.array([value], np.float32))
-    assert tensor.stored_as("BF16").data.tolist() == [stored]
+    tensor = Tensor.of_array("x", np.array([value], np.float32))
+    assert tensor.stored_as(BF16).data.tolist() == [stored]
 
 
 @pytest.mark.parametrize("payload", [0x7F800001, 0x7FFFFFFF, 0xFF80FFFF])
-@pytest.mark.parametrize("dtype", ["F16", "BF16"])
-def test_a_nan_stays_one(payload: int, dtype: DType) -> None:
-    tensor = Tensor("x", "F32", np.array([payload], np.uint32).view(np.float32))
-    assert np.isnan(tensor.stored_as(dtype).float32())
+@pytest.mark.parametrize("format", [F16, BF16], ids=str)
+def test_a_nan_stays_one(payload: int, format: Format) -> None:
+    tensor = Tensor.of_array("x", np.array([payload], np.uint32).view(np.float32))
+    assert np.isnan(tensor.stored_as(format).float32())
 
 
 def test_a_value_beyond_f16_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
@@ -136,10 +137,10 @@ def test_a_value_beyond_f16_is_an_error_that_names_the_tensor(tmp_path: Path) ->
 
     def values(name: str, begin: int, end: int) -> Tensor:
         scale = np.float32(1e6 if name == "layers.3.ffn_norm.weight" else 1)
-        return Tensor(name, "F32", original.values(name, begin, end).float32() * scale)
+        return Tensor.of_array(name, original.values(name, begin, end).float32() * scale)
 
     with pytest.raises(Lfm2kitError, match=r"layers\.3\.ffn_norm\.weight.*BF16"):
-        write_checkpoint(replace(original, values=values), tmp_path / "narrow", "F16")
+        write_checkpoint(replace(original, values=values), tmp_path / "narrow", F16)
     assert snapshot(tmp_path) == {}
 
 
@@ -160,7 +161,7 @@ def test_the_config_written_is_the_one_that_was_read(tmp_path: Path) -> None:
 
 
 def test_the_config_states_the_type_that_was_asked_for(tmp_path: Path) -> None:
-    write_checkpoint(source(), tmp_path / "narrow", "BF16")
+    write_checkpoint(source(), tmp_path / "narrow", BF16)
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -174,7 +175,7 @@ def test_conversion_holds_less_than_its_largest_tensor(
     largest = 4 * max(original.size(name) for name in original.shapes)
     tracemalloc.start()
     write_checkpoint(original, tmp_path / "model.bin")
-    write_checkpoint(source_of(open_checkpoint(tmp_path / "model.bin")), tmp_path / "to", "BF16")
+    write_checkpoint(source_of(open_checkpoint(tmp_path / "model.bin")), tmp_path / "to", BF16)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert largest == 16 * 2**20
@@ -190,7 +191,7 @@ def test_the_number_of_threads_does_not_change_a_bit(
     wide = random_source({**FIELDS, "hidden_size": 512, "vocab_size": 2048}, seed=5)
     for count in (1, 5):
         monkeypatch.setattr(pieces, "threads", lambda count=count: count)
-        write_checkpoint(wide, tmp_path / str(count), "BF16")
+        write_checkpoint(wide, tmp_path / str(count), BF16)
     assert max(map(wide.size, wide.shapes)) > 3 * PIECE
     one, five = (content(read_safetensors(tmp_path / n / SINGLE)) for n in ("1", "5"))
     assert one == five
@@ -223,7 +224,7 @@ def test_the_embedded_model_is_still_what_its_seed_gives() -> None:
     fields = json.loads((EMBEDDED / "tiny" / "config.json").read_text())
     again = random_source(fields, seed=3)
     for name, tensor in tiny.weights.items():
-        made = again.tensor(name).stored_as(tensor.dtype).data
+        made = again.tensor(name).stored_as(tensor.format).data
         np.testing.assert_array_equal(made, tensor.data, name)
 
 
@@ -283,9 +284,9 @@ def test_a_file_behind_a_link_is_copied_and_not_linked(tmp_path: Path) -> None:
 def test_a_folder_with_its_companions_may_be_rewritten_in_its_own_place(tmp_path: Path) -> None:
     folder = copied(CASE, tmp_path / "model")
     (folder / "tokenizer.json").write_bytes(b"{}")
-    write_checkpoint(source_of(open_checkpoint(folder)), folder, "BF16", overwrite=True)
+    write_checkpoint(source_of(open_checkpoint(folder)), folder, BF16, overwrite=True)
     assert (folder / "tokenizer.json").read_bytes() == b"{}"
-    assert open_checkpoint(folder).weights["embed_tokens.weight"].dtype == "BF16"
+    assert open_checkpoint(folder).weights["embed_tokens.weight"].format == BF16
 
 
 def test_another_models_tokenizer_is_not_replaced_unasked(tmp_path: Path) -> None:
@@ -400,8 +401,8 @@ def test_an_old_folder_gives_way_whole(tmp_path: Path) -> None:
 
 def test_a_checkpoint_may_be_rewritten_in_its_own_place(tmp_path: Path) -> None:
     folder, path = copied(CASE, tmp_path / "model"), tmp_path / "model.bin"
-    write_checkpoint(source_of(open_checkpoint(folder)), folder, "BF16", overwrite=True)
-    assert open_checkpoint(folder).weights["embed_tokens.weight"].dtype == "BF16"
+    write_checkpoint(source_of(open_checkpoint(folder)), folder, BF16, overwrite=True)
+    assert open_checkpoint(folder).weights["embed_tokens.weight"].format == BF16
     write_checkpoint(source(), path)
     before = path.read_bytes()
     write_checkpoint(source_of(open_checkpoint(path)), path, overwrite=True)
@@ -584,7 +585,7 @@ def large_folder(folder: Path) -> Path:
     layers = {"layer_types": ["conv"] * 100, "num_hidden_layers": 100, "num_experts": 32}
     config = {**FIELDS, **layers, "hidden_size": 256, "moe_intermediate_size": 256}
     shapes = random_source(config).shapes
-    head = header_bytes([(f"model.{name}", "BF16", shape) for name, shape in shapes.items()])
+    head = header_bytes([(f"model.{name}", BF16, shape) for name, shape in shapes.items()])
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     with open(folder / SINGLE, "wb") as file:

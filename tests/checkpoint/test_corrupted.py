@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ import pytest
 from lfm2kit.checkpoint.names import INDEX, SINGLE
 from lfm2kit.checkpoint.safetensors import read_safetensors
 from lfm2kit.loading import EMBEDDED
-from lfm2kit.weights import Tensor
 from tests.checkpoint.folders import change_json, change_tensors, ones
 from tests.checkpoint.typed import Cli
 
@@ -116,7 +116,7 @@ def of_markup(folder: Path) -> None:
 
 def another_head(folder: Path) -> None:
     embedding = read_safetensors(folder / SINGLE)["model.embed_tokens.weight"]
-    head = Tensor("", embedding.dtype, np.zeros_like(embedding.data))
+    head = replace(embedding, data=np.zeros_like(embedding.data))
     change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
 
 

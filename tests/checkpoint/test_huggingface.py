@@ -15,6 +15,7 @@ from lfm2kit.checkpoint.huggingface import read_folder
 from lfm2kit.checkpoint.names import EMBEDDING, HEAD, INDEX, SINGLE, SPECS
 from lfm2kit.checkpoint.synth import random_source
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import BF16
 from lfm2kit.weights import Tensor
 from tests.checkpoint.attempt import content
 from tests.checkpoint.folders import (
@@ -82,7 +83,7 @@ def test_packed_experts_of_another_shape_are_refused(
     packed: Path, name: str, shape: tuple[int, ...], words: list[str]
 ) -> None:
     data = np.zeros(shape, np.float32)
-    changed = {f"{EXPERTS}.{name}": Tensor("", "F32", data)}
+    changed = {f"{EXPERTS}.{name}": Tensor.of_array("", data)}
     change_tensors(packed, lambda tensors: tensors.update(changed))
     refused(packed, *words)
 
@@ -158,14 +159,14 @@ def head_like_embedding(tensors: Tensors) -> None:
 def head_in_bfloat16(tensors: Tensors) -> None:
     """The embedding's values, chosen so that 16 bits hold them."""
     bits = (np.arange(80 * 24) % 99 + 0x3F80).astype(np.uint16).reshape(80, 24)
-    tensors[HEAD] = Tensor("", "BF16", bits)
-    tensors[f"model.{EMBEDDING}"] = Tensor("", "F32", tensors[HEAD].float32())
+    tensors[HEAD] = Tensor.of_array("", bits, BF16)
+    tensors[f"model.{EMBEDDING}"] = Tensor.of_array("", tensors[HEAD].float32())
 
 
 def other_head(tensors: Tensors) -> None:
     data = np.array(tensors[f"model.{EMBEDDING}"].data)
     data[-1, -1] += 1
-    tensors[HEAD] = Tensor("", "F32", data)
+    tensors[HEAD] = Tensor.of_array("", data)
 
 
 @pytest.mark.parametrize("change", [head_like_embedding, head_in_bfloat16])

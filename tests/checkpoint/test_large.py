@@ -14,13 +14,12 @@ import pytest
 from lfm2kit.checkpoint.huggingface import DOWN, GATE_UP, SINGLE
 from lfm2kit.checkpoint.safetensors import header_bytes
 from lfm2kit.checkpoint.synth import LFM2_8B, random_source
-from lfm2kit.weights import DType
+from lfm2kit.formats import F32
 from tests.checkpoint.test_model_bin import row, table
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for peaks of memory")
 
 Shapes = dict[str, tuple[int, ...]]
-F32: DType = "F32"
 MOST = 120  # MB resident at any time: Python and NumPy take 30 of them, the expert 15
 
 EXPERT = "layers.23.feed_forward.experts.31.w2.weight"

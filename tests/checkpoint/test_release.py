@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,13 @@ def test_arrays_that_are_no_map_are_left_alone() -> None:
     array = np.arange(10**6)
     release(array[5:])
     np.testing.assert_array_equal(array, np.arange(10**6))
+
+
+def test_a_value_that_stands_for_many_is_released_within_its_file(tmp_path: Path) -> None:
+    """A scale of a whole tensor, broadcast to its rows, has the bytes of one."""
+    (tmp_path / "file").write_bytes(bytes(64 * mmap.PAGESIZE))
+    scale = map_file(tmp_path / "file")[-4:].view(np.float32)[0:1]
+    release(np.broadcast_to(scale, 10**6))
 
 
 def test_every_tensor_is_released_once_its_block_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from hypothesis.extra.numpy import array_shapes
 from lfm2kit import bounds
 from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.weights import STORED_AS, DType, Tensor
+from lfm2kit.formats import BF16, F16, F32, PLAIN, Format
+from lfm2kit.weights import Tensor
 from tests.checkpoint.attempt import (
     A_LITTLE,
     Attempt,
@@ -26,7 +27,7 @@ from tests.checkpoint.attempt import (
     content,
 )
 
-LIBRARY_NAMES: dict[DType, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+LIBRARY_NAMES = {F32: "float32", F16: "float16", BF16: "bfloat16"}
 
 in_one_folder = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=80
@@ -41,18 +42,18 @@ def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
     """Tensors of any bits: a NaN's payload is data like any other."""
     drawn: dict[str, Tensor] = {}
     for name in draw(st.lists(names, max_size=5, unique=True)):
-        dtype: DType = draw(st.sampled_from(list(STORED_AS)))
+        format = draw(st.sampled_from(PLAIN))
         shape = draw(array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4))
-        size = int(np.prod(shape, dtype=int)) * STORED_AS[dtype].itemsize
-        bits = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), STORED_AS[dtype])
-        drawn[name] = Tensor(name, dtype, bits.reshape(shape))
+        size = format.nbytes(shape)
+        bits = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), format.block)
+        drawn[name] = Tensor(name, format, shape, bits.reshape(shape))
     return drawn
 
 
 def saved_by_the_library(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> bytes:
     specs = {
         name: safetensors.TensorSpec(
-            dtype=LIBRARY_NAMES[t.dtype],
+            dtype=LIBRARY_NAMES[t.format],
             shape=list(t.shape),
             data_ptr=t.data.ctypes.data,
             data_len=t.nbytes,
@@ -63,7 +64,7 @@ def saved_by_the_library(tensors: Mapping[str, Tensor], metadata: dict[str, str]
 
 
 def saved(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    entries = [(name, t.dtype, t.shape) for name, t in tensors.items()]
+    entries = [(name, t.format, t.shape) for name, t in tensors.items()]
     with open(path, "wb") as file:
         write_safetensors(file, entries, lambda name: [tensors[name].data])
 
@@ -97,17 +98,18 @@ def test_what_we_write_is_read_bit_for_bit_by_the_library_and_by_us(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bits", "values"),
+    ("format", "bits", "values"),
     [
-        ("BF16", [0x3F80, 0xC040, 0x0001, 0xFF80], [1.0, -3.0, 2.0**-133, -np.inf]),
-        ("F16", [0x3C00, 0xC200, 0x0001, 0xFC00], [1.0, -3.0, 2.0**-24, -np.inf]),
+        (BF16, [0x3F80, 0xC040, 0x0001, 0xFF80], [1.0, -3.0, 2.0**-133, -np.inf]),
+        (F16, [0x3C00, 0xC200, 0x0001, 0xFC00], [1.0, -3.0, 2.0**-24, -np.inf]),
     ],
 )
 def test_16_bit_values_become_float32_exactly(
-    dtype: DType, bits: list[int], values: list[float]
+    format: Format, bits: list[int], values: list[float]
 ) -> None:
-    data = np.array(bits, np.uint16).view(STORED_AS[dtype])
-    np.testing.assert_array_equal(Tensor("x", dtype, data).float32(), np.float32(values))
+    data = np.array(bits, np.uint16).view(format.block)
+    tensor = Tensor.of_array("x", data, format)
+    np.testing.assert_array_equal(tensor.float32(), np.float32(values))
 
 
 def test_data_at_an_odd_address_reads_the_same(tmp_path: Path) -> None:
@@ -258,9 +260,9 @@ def test_what_is_no_file_is_named(tmp_path: Path, kind: str) -> None:
 
 WHOLE = saved_by_the_library(
     {
-        "first.weight": Tensor("", "F32", np.arange(6, dtype="<f4").reshape(2, 3)),
-        "second.weight": Tensor("", "BF16", np.arange(5, dtype="<u2")),
-        "third": Tensor("", "F16", np.ones((2, 1, 2), "<f2")),
+        "first.weight": Tensor.of_array("", np.arange(6, dtype="<f4").reshape(2, 3)),
+        "second.weight": Tensor.of_array("", np.arange(5, dtype="<u2"), BF16),
+        "third": Tensor.of_array("", np.ones((2, 1, 2), "<f2"), F16),
     },
     {"format": "pt"},
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def whole_shards(folder: Path) -> None:
 def other_norm(tensors: object) -> dict[str, object]:
     name = "model.embedding_norm.weight"
     tensor = tensors[name]  # type: ignore[index]
-    return {name: type(tensor)(name, tensor.dtype, tensor.data * 2)}
+    return {name: replace(tensor, name=name, data=tensor.data * 2)}
 
 
 def model_bin(folder: Path) -> None:

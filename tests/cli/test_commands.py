@@ -177,6 +177,8 @@ def test_short_and_misshapen_answers_are_invalid(cli: Cli, answers: Path) -> Non
         (["--plan", "nowhere.toml"], ["nowhere.toml"]),
         (["--precision", "fp12"], ["fp12"]),
         (["--backend", "reference", "--precision", "bf16"], ["bf16", "fp32"]),
+        (["--backend", "cpu_simd,mlp=reference:bf16"], ["'reference'", "bf16", "fp32"]),
+        (["--backend", "cpu_simd:"], ["cpu_simd:", "NAME:bf16"]),
         (["--threads", "4000", "--backend", "cpu_simd"], ["4000"]),
         (["-n", "129"], ["129", "128"]),
         (["--inputs", "nowhere.bin"], ["nowhere.bin"]),
@@ -257,6 +259,29 @@ def test_plan_shows_every_block_once_and_adds_up(cli: Cli) -> None:
     assert "layers.7.operator" in cli("plan").out
 
 
+def test_a_precision_in_the_plan_is_judged_by_its_grade(cli: Cli) -> None:
+    for plan, judged_by in (("cpu_simd", "logits"), ("cpu_simd:bf16,head=cpu_simd", "top-1")):
+        fields = json.loads(cli("run", "-v", "-n", 5, "-b", plan, "--json", "-").out)
+        assert fields["validation"]["judged_by"] == judged_by
+        assert fields["backend"] == plan
+
+
+def test_plan_shows_what_becomes_of_stored_weights(cli: Cli) -> None:
+    """Tiny is stored in BF16, all of it."""
+
+    def formats(*options: object) -> dict[str, list[str]]:
+        fields = json.loads(cli("plan", *options, "--json", "-").out)
+        return {row["block"]: row["formats"] for row in fields["blocks"]}
+
+    plan = formats("-b", "cpu_simd,mlp=reference")
+    assert plan["layers.0.operator_norm"] == ["BF16 widened to F32"]
+    assert plan["layers.0.operator"] == plan["layers.0.feed_forward"] == ["BF16 as stored"]
+    rounded = formats("-b", "cpu_simd", "--precision", "fp16")
+    assert rounded["layers.2.feed_forward"] == ["BF16 as stored", "BF16 rounded to F16"]
+    assert rounded["embed_tokens"] == ["BF16 as stored"]
+    assert "BF16 widened to F32" in cli("plan", "-b", "cpu_simd").out
+
+
 def test_plan_shows_how_many_rows_trimmed_layers_keep(cli: Cli) -> None:
     fields = json.loads(cli("plan", "--trim", "--json", "-").out)
     assert fields["block_notes"] == {
@@ -323,7 +348,7 @@ def test_samples_that_memory_cannot_hold_are_refused_before_they_are_made(cli: C
 def test_memory_that_runs_out_anywhere_is_for_the_user_to_change(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails_to_open(path: Path, **options: object) -> None:
+    def fails_to_open(path: Path, *others: object, **options: object) -> None:
         raise MemoryError("Unable to allocate 5 TiB")
 
     monkeypatch.setattr("lfm2kit.cli.options.open_checkpoint", fails_to_open)

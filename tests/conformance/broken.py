@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Block, HostMemory, Memory, Room, Spec, Weights
+from lfm2kit.backend import BF16, HOST, Block, HostMemory, Memory, Room, Spec, Weights
 from lfm2kit.batch_rules import ARRAYS
 from lfm2kit.model import RoutedExperts
 from lfm2kit.reference import attention, feed_forward, rows, short_conv
@@ -695,6 +695,14 @@ class RawBits(rows.LMHead):
 
     def __call__(self, x):
         return x @ self.weight.data.astype(np.float32).T
+
+
+class KnowsThreeFormats(rows.LMHead):
+    """Takes the data of any format but BF16 for values."""
+
+    def __call__(self, x):
+        weight = self.weight
+        return x @ (weight.float32() if weight.format == BF16 else np.float32(weight.data)).T
 
 
 class EmbeddingIn16Bits(rows.Embedding):

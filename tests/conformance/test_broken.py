@@ -281,6 +281,10 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "a race": (around(MLP, broken.RaceBetweenCalls), ("repeatable",)),
     "float64 result": (around(MLP, broken.Float64Result), ("output-dtype-and-shape",)),
     "raw bits of BF16": (BrokenBackend({HEAD: broken.RawBits}), ("bf16-and-f16-weights",)),
+    "three formats and no more": (
+        BrokenBackend({HEAD: broken.KnowsThreeFormats}),
+        ("weights-in-an-unknown-format",),
+    ),
     "embedding in 16 bits": (
         BrokenBackend({specs.Embedding: broken.EmbeddingIn16Bits}),
         ("embedding",),
@@ -342,7 +346,7 @@ CRASHES = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_the_named_checks_catch_the_defect(defect: str) -> None:
     backend, names = DEFECTS[defect]
-    results = {name: judged(name, backend, "fp32") for name in names}
+    results = {name: judged(name, backend) for name in names}
     assert {name: r.verdict for name, r in results.items()} == dict.fromkeys(names, "failed")
     raised = [r.detail for r in results.values() if re.match(r"\w+Error: ", r.detail)]
     assert defect in CRASHES or not raised, raised
@@ -355,5 +359,5 @@ def test_every_check_catches_something() -> None:
 
 def test_the_first_layer_to_differ_is_named() -> None:
     backend, _ = DEFECTS["softmax router"]
-    detail = judged("whole-model", backend, "fp32").detail
+    detail = judged("whole-model", backend).detail
     assert "the first block to differ: layers.2.feed_forward.router" in detail

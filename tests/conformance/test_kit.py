@@ -15,16 +15,21 @@ import lfm2kit.testing
 from lfm2kit import specs
 from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context, Spec, Weights
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import BF16, F16, F32
 from lfm2kit.plugins import InstalledBackend, Plugins, installed_plugins
+from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS, random_weights
-from lfm2kit.testing.compare import assert_close, assert_same, tolerance
+from lfm2kit.testing.compare import assert_close, assert_same
 from lfm2kit.testing.near_ties import selection_gaps
 from lfm2kit.testing.random_weights import stored_as
 from lfm2kit.testing.runner import Result, judged, run_checks, selected
+from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 from tests.conformance import broken
 from tests.conformance.broken import BrokenBackend
+
+HALF = Precision("fp16", SIXTEEN_BIT)
 
 
 def plugins_with(backend: Backend) -> Plugins:
@@ -91,19 +96,21 @@ def test_an_unknown_check_is_refused_with_the_nearest_name() -> None:
 
 
 def test_16_bit_precisions_get_a_looser_tolerance() -> None:
-    assert tolerance("fp32") < tolerance("bf16") == tolerance("fp16") < 0.1
+    fp32, half = (Trial(ReferenceBackend(), None, None, p) for p in (FP32, HALF))  # type: ignore[arg-type]
+    assert fp32.tolerance < half.tolerance < 0.1
+    assert fp32.near_tie < half.near_tie
 
 
 def test_rounding_to_16_bits_passes_in_a_16_bit_precision_only() -> None:
     backend = BrokenBackend({specs.RMSNorm: broken.NormIn16Bits, specs.LMHead: broken.HeadIn16Bits})
     for name in ("norm", "lm-head", "layer"):
-        assert judged(name, backend, "fp32").verdict == "failed"
-        assert judged(name, backend, "fp16").verdict == "passed"
+        assert judged(name, backend).verdict == "failed"
+        assert judged(name, backend, HALF).verdict == "passed"
 
 
 def test_the_router_is_judged_in_fp32_at_every_precision() -> None:
     backend = BrokenBackend({specs.Router: broken.Bf16Logits})
-    assert judged("router-is-float32", backend, "bf16").verdict == "failed"
+    assert judged("router-is-float32", backend, HALF).verdict == "failed"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1.001])
@@ -143,10 +150,10 @@ def test_random_weights_hide_nothing() -> None:
 def test_weights_stored_in_16_bits_are_rounded_to_nearest() -> None:
     weights = random_weights(specs.Router(24, 5, 3, True, True, 1.0), 3)
     exact = weights.float32("gate.weight")
-    for dtype, bits in (("BF16", 8), ("F16", 11)):
-        stored = stored_as(weights, dtype)
-        assert stored["gate.weight"].dtype == dtype
-        assert stored["expert_bias"].dtype == "F32"
+    for format, bits in ((BF16, 8), (F16, 11)):
+        stored = stored_as(weights, format)
+        assert stored["gate.weight"].format == format
+        assert stored["expert_bias"].format == F32
         error = np.abs(stored.float32("gate.weight") - exact)
         assert np.all(error <= np.abs(exact) * 2.0**-bits + 2.0**-25)
 
@@ -236,12 +243,12 @@ class BF16Values(ReferenceBackend):
         if not isinstance(spec, specs.Router | specs.Scores):
             for name, shape in spec.parameters().items():
                 values = weights.float32(name)
-                if len(shape) == 2 and np.any(weights[name].stored_as("BF16").float32() != values):
+                if len(shape) == 2 and np.any(weights[name].stored_as(BF16).float32() != values):
                     raise Lfm2kitError(f"BF16 does not hold {name}")
         return super().build(spec, weights)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_fp32x3_is_given_weights_that_bf16_holds(name: str) -> None:
-    result = judged(name, BF16Values(), "fp32x3")
+    result = judged(name, BF16Values(), Precision("fp32x3", FP32_GRADE, BF16))
     assert result.verdict in ("passed", "skipped"), result.detail

@@ -17,6 +17,7 @@ import pytest
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Block, Spec
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
+from lfm2kit.formats import F32
 from lfm2kit.loading import Setup, set_up
 from lfm2kit.model import LFM2, build_model
 from lfm2kit.options import Options
@@ -121,7 +122,7 @@ def test_a_bias_rounded_to_bfloat16_would_choose_otherwise(backend: str) -> None
     case = expected("router_bias_stays_float32")
     name = "layers.1.feed_forward.expert_bias"
     bias = case.checkpoint.weights[name]
-    assert bias.dtype == "F32"
+    assert bias.format == F32
     rounded = (bias.data.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     assert len(np.unique(rounded)) < len(np.unique(bias.data))
 

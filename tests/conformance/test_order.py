@@ -19,6 +19,6 @@ ORDER = (
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_memory_that_works_as_late_as_it_may_passes(name: str) -> None:
-    result = judged(name, LateBackend(), "fp32")
+    result = judged(name, LateBackend())
     assert result.verdict == ("passed" if name in ORDER else result.verdict), result.detail
     assert not result.is_failure, result.detail

@@ -104,7 +104,7 @@ OTHERS: dict[str, Backend] = {
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_no_check_fails(other: str) -> None:
-    results = {name: judged(name, OTHERS[other], "fp32") for name in CHECKS}
+    results = {name: judged(name, OTHERS[other]) for name in CHECKS}
     assert [r for r in results.values() if r.verdict not in ("passed", "skipped")] == []
     whole_models = [r.verdict for name, r in results.items() if name.startswith("whole-model")]
     assert whole_models == ["skipped" if other == "nothing" else "passed"] * 3

@@ -15,12 +15,14 @@ from lfm2kit.loading import Setup, find_model, set_up
 from lfm2kit.memory import HostMemory
 from lfm2kit.options import Options
 from lfm2kit.plugins import InstalledBackend, installed_plugins
+from lfm2kit.precisions import FP32, SIXTEEN_BIT, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.transport import World
 from tests.core.test_model import DeviceBackend, Elsewhere
 
 TINY = open_checkpoint(find_model("tiny"))
 PACKED = {"fp32": 4, "bf16": 2}  # bytes of an element
+PRECISIONS = (FP32, Precision("bf16", SIXTEEN_BIT))
 
 
 class Card(Elsewhere):
@@ -53,7 +55,7 @@ class CardBackend(DeviceBackend):
 
 def card(plan: str = "card", *, transport: Any = None, **options: Any) -> Setup:
     plugins = installed_plugins()
-    plugin = BackendPlugin("card", "a small device", CardBackend, 1, precisions=tuple(PACKED))
+    plugin = BackendPlugin("card", "a small device", CardBackend, 1, precisions=PRECISIONS)
     plugins.backends["card"] = InstalledBackend(plugin, "this test")
     return set_up(TINY, Options(backend=plan, **options), transport=transport, plugins=plugins)
 

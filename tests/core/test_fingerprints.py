@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from lfm2kit import fingerprints
 from lfm2kit.agreement import Fact, Facts, compared
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
+from lfm2kit.formats import BF16, F32
 from lfm2kit.loading import find_model
 from lfm2kit.plugins import Plugins, installed_plugins
-from lfm2kit.weights import STORED_AS, Tensor
+from lfm2kit.weights import Tensor
 from tests.conformance.late import LateBackend, LateMemory
 from tests.core.small import build, small_spec
 
@@ -43,7 +45,7 @@ def rewritten(folder: Path, change: Callable[[Tensor], Tensor]) -> Checkpoint:
     path = folder / "model.safetensors"
     tensors = read_safetensors(path)
     tensors[NORM] = change(tensors[NORM])
-    entries = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    entries = [(name, tensor.format, tensor.shape) for name, tensor in tensors.items()]
     with (folder / "new").open("wb") as file:
         write_safetensors(file, entries, lambda name: tensors[name].data)
     (folder / "new").replace(path)
@@ -66,7 +68,7 @@ def test_a_single_value_is_noticed_with_its_layer(folder: Path) -> None:
     def nudged(tensor: Tensor) -> Tensor:
         data = tensor.data.copy()
         data[-1] = np.nextafter(data[-1], 9, dtype=data.dtype) if data.dtype == "<f4" else 1
-        return Tensor(tensor.name, tensor.dtype, data)
+        return replace(tensor, data=data)
 
     sentence = said(embedded(), fingerprints.of_model(rewritten(folder, nudged)))
     assert sentence.count(" is ") == 1
@@ -74,10 +76,8 @@ def test_a_single_value_is_noticed_with_its_layer(folder: Path) -> None:
 
 
 def test_another_type_of_a_tensor_is_noticed_in_the_table_and_the_size(folder: Path) -> None:
-    stored = (
-        "BF16" if read_safetensors(folder / "model.safetensors")[NORM].dtype == "F32" else "F32"
-    )
-    assert stored in STORED_AS
+    there = read_safetensors(folder / "model.safetensors")[NORM].format
+    stored = BF16 if there == F32 else F32
     changed = rewritten(folder, lambda tensor: tensor.stored_as(stored))
     sentence = said(embedded(), fingerprints.of_model(changed))
     assert "the tensor table is" in sentence

@@ -11,19 +11,20 @@ import pytest
 from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import BF16, F32, Format
 from lfm2kit.loading import Setup, find_model, set_up
 from lfm2kit.memory import HostMemory
 from lfm2kit.options import Options
 from lfm2kit.transport import World
-from lfm2kit.weights import DType, Weights
+from lfm2kit.weights import Weights
 
 TINY = open_checkpoint(find_model("tiny"))  # stored in BF16
 BATCH = Batch.of_sequences([[1, 2, 3], [4, 5]])
 
 
-def stored_as(dtype: DType) -> Checkpoint:
+def stored_as(format: Format) -> Checkpoint:
     """The embedded model in another type; the expert bias is float32 always."""
-    tensors = {n: t if t.dtype == "F32" else t.stored_as(dtype) for n, t in TINY.weights.items()}
+    tensors = {n: t if t.format == F32 else t.stored_as(format) for n, t in TINY.weights.items()}
     return replace(TINY, weights=Weights(tensors))
 
 
@@ -46,8 +47,8 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("plan", ["cpu_simd", "reference", "cpu_simd,moe=reference"])
-@pytest.mark.parametrize("stored", ["BF16", "F32"])
-def test_blocks_keep_what_was_said_before_they_were_built(stored: DType, plan: str) -> None:
+@pytest.mark.parametrize("stored", [BF16, F32], ids=str)
+def test_blocks_keep_what_was_said_before_they_were_built(stored: Format, plan: str) -> None:
     """To within the padding of panels, and the objects around the arrays."""
     here = setup(stored_as(stored), plan)
     for leaf in here.placed.leaves():
@@ -63,7 +64,7 @@ def test_blocks_keep_what_was_said_before_they_were_built(stored: DType, plan: s
 
 def test_a_precision_halves_what_is_stored_in_float32_and_nothing_else() -> None:
     assert kept(setup(precision="bf16")) == kept(setup())
-    wide = stored_as("F32")
+    wide = stored_as(F32)
     assert kept(setup(wide, precision="bf16")) / kept(setup(wide)) == pytest.approx(0.5, rel=0.02)
 
 
@@ -78,8 +79,8 @@ def test_a_model_too_large_for_this_machine_is_refused_before_it_is_built(free: 
 
 
 def test_what_is_proposed_is_enough_for_this_machine(free: Any) -> None:
-    free(kept(setup(stored_as("F32"), precision="bf16")))
-    assert str(setup(stored_as("F32")).shortage()).endswith("missing; try precision='bf16'")
+    free(kept(setup(stored_as(F32), precision="bf16")))
+    assert str(setup(stored_as(F32)).shortage()).endswith("missing; try precision='bf16'")
     free(kept(setup()) - 1)
     assert str(setup().shortage()).endswith("no precision or n_cpu_moe is enough")
 

@@ -41,11 +41,18 @@ def test_a_layer_may_have_zeros_in_front() -> None:
     assert Plan.parse("a,0000000000012.moe=b") == Plan.parse("a,12.moe=b")
 
 
+@pytest.mark.parametrize("backend", [":bf16", "a:", "a:bf16:fp32", ":"])
+def test_a_precision_stands_after_a_backend(backend: str) -> None:
+    for text in (backend, f"a,moe={backend}"):
+        with pytest.raises(Lfm2kitError, match=f"plan item '{backend}': expected a backend"):
+            Plan.parse(text)
+
+
 rules = st.builds(
     lambda layers, kind, backend: f"{layers}{'.' if layers else ''}{kind}={backend}",
     st.sampled_from(["", "3", "0-2", "1-1"]),
     st.sampled_from(sorted(KINDS)),
-    st.sampled_from(["x", "my-backend", "b_2"]),
+    st.sampled_from(["x", "my-backend", "b_2", "x:bf16"]),
 )
 
 

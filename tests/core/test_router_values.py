@@ -13,6 +13,7 @@ from lfm2kit.backend import Spec, Weights
 from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import F32
 from lfm2kit.loading import Setup, find_model, set_up
 from lfm2kit.options import Options
 from lfm2kit.reference.backend import ReferenceBackend
@@ -34,7 +35,7 @@ def with_values(name: str, places: Any, value: float, backend: str = "reference"
     weights = made.checkpoint.weights
     values = weights.float32(name).copy()
     values[places] = value
-    tensors = {**weights, name: replace(weights[name], dtype="F32", data=values)}
+    tensors = {**weights, name: replace(weights[name], format=F32, data=values)}
     return replace(made, checkpoint=replace(made.checkpoint, weights=Weights(tensors)))
 
 

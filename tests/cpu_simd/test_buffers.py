@@ -14,13 +14,13 @@ from lfm2kit_cpu_simd.buffers import Buffers
 
 from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
+from lfm2kit.formats import BF16, F32, Format
 from lfm2kit.loading import load_model
 from lfm2kit.specs import RMSNorm, Spec
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.compare import each
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import random_weights, stored_as
-from lfm2kit.weights import DType
 
 BLOCKS = [spec for kind, cases in CASES.items() if kind != "layer" for spec in cases]
 
@@ -51,14 +51,14 @@ def test_logits_keep_their_values_while_another_model_runs() -> None:
     np.testing.assert_array_equal(first, kept)
 
 
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("format", [F32, BF16], ids=str)
 @pytest.mark.parametrize("spec", BLOCKS, ids=str)
 def test_a_result_is_no_view_of_a_buffer_a_weight_or_an_argument(
-    spec: Spec, dtype: DType, monkeypatch: pytest.MonkeyPatch
+    spec: Spec, format: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for the residual stream, which a norm may add to in place."""
     buffers = recorded_buffers(monkeypatch)
-    weights = stored_as(random_weights(spec), dtype)
+    weights = stored_as(random_weights(spec), format)
     block = CpuSimdBackend(Context()).build(spec, weights)
     for rows in (1, 17):
         inputs = random_inputs(spec, np.random.default_rng(0), rows)

@@ -26,6 +26,7 @@ from llvmlite import ir
 from numba import types
 
 from lfm2kit import progress
+from lfm2kit.formats import F32
 from lfm2kit.kernel_cache import KernelCache
 
 # Vectors of 8 floats, half-precision conversions and fused multiply-adds; no AVX-512.
@@ -303,7 +304,7 @@ def assembly(triple: str, cpu: str, vl: int, nv: int, storage: str, leaves: bool
 
 
 @pytest.mark.parametrize(
-    ("storage", "leaves"), [("F32", False), *((s, b) for s in STORAGES[1:] for b in (False, True))]
+    ("storage", "leaves"), [(F32, False), *((s, b) for s in STORAGES[1:] for b in (False, True))]
 )
 @pytest.mark.parametrize(
     ("triple", "cpu", "vl", "nv", "multiply_add", "call"),

@@ -15,6 +15,7 @@ from lfm2kit_cpu_simd.machine import NR, STORAGES
 from lfm2kit_cpu_simd.packing import HALF, pack, pack_gated
 from lfm2kit_cpu_simd.tile import MR, SHARED_FROM, lane_order
 
+from lfm2kit.formats import BF16, F16, F32
 from lfm2kit.testing.random_weights import stored_as
 from lfm2kit.weights import Tensor, Weights
 
@@ -85,7 +86,7 @@ def test_a_product_at_the_edges_of_stretches_and_blocks(
 def test_a_product_writes_all_of_its_result_and_nothing_behind_it(rows: int, threads: int) -> None:
     rng = np.random.default_rng(rows)
     columns, k = 3 * NR + 5, STRETCH + 3
-    (w,) = matrices(rng, 1, (columns, k), "BF16")
+    (w,) = matrices(rng, 1, (columns, k), BF16)
     x = rng.standard_normal((rows, k)).astype(np.float32)
     memory = BUFFERS.array("poisoned", rows + 1, columns)
     memory[:] = np.nan
@@ -165,7 +166,7 @@ def test_what_is_fetched_ahead_is_a_panel_that_the_thread_takes(count: int, thre
 def test_a_storage_of_16_bits_has_the_bits_of_its_float32_values(storage: str) -> None:
     rng = np.random.default_rng(3)
     (w,) = matrices(rng, 1, (70, STRETCH + 50), storage)
-    wide = Tensor("", "F32", w.float32())
+    wide = Tensor.of_array("", w.float32())
     for rows in (1, 6, *MANY_ROWS):
         x = rng.standard_normal((rows, STRETCH + 50)).astype(np.float32)
         np.testing.assert_array_equal(linear(x, pack([[w]]), 70), linear(x, pack([[wide]]), 70))
@@ -173,7 +174,7 @@ def test_a_storage_of_16_bits_has_the_bits_of_its_float32_values(storage: str) -
 
 def test_matrices_of_several_types_are_kept_in_one_that_holds_them_all() -> None:
     rng = np.random.default_rng(4)
-    mixed = [matrices(rng, 1, (5, 8), storage)[0] for storage in ("BF16", "F16", "F32")]
+    mixed = [matrices(rng, 1, (5, 8), storage)[0] for storage in (BF16, F16, F32)]
     x = rng.standard_normal((6, 8)).astype(np.float32)
     offsets = np.array([0, 2, 4, 6])
     packed = pack([[m] for m in mixed])
@@ -183,7 +184,7 @@ def test_matrices_of_several_types_are_kept_in_one_that_holds_them_all() -> None
 
 def test_matrices_below_each_other_make_one_product() -> None:
     rng = np.random.default_rng(5)
-    parts = [matrices(rng, 1, (rows, 8), "BF16")[0] for rows in (NR - 3, 5, NR + 2)]
+    parts = [matrices(rng, 1, (rows, 8), BF16)[0] for rows in (NR - 3, 5, NR + 2)]
     x = rng.standard_normal((7, 8)).astype(np.float32)
     want = np.concatenate([slow(x, [0, 7], [part]) for part in parts], axis=1)
     assert_close(linear(x, pack([parts]), 2 * NR + 4), want)

@@ -30,6 +30,8 @@ FULL: tuple[Spec, ...] = (
     specs.ShortConv(512, 3, bias=True),
     specs.Attention(512, 4, 2, 64, 1e6, EPS),
     specs.MLP(512, 768),
+    ROUTER.scores,
+    ROUTER.choice,
     ROUTER,
     EXPERTS,
     specs.LastRows(512),

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.backend import DType, Tensor
+from lfm2kit.backend import Tensor
+from lfm2kit.formats import BF16, F16, Format
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +18,6 @@ pytestmark = [
 ]
 
 SHAPES = ((1, 1), (7, 13), (16, 64), (17, 72), (33, 200))  # rows, columns
-BY_DTYPE: tuple[DType, ...] = ("BF16", "F16")
 
 
 def rows_of(slabs: Any) -> npt.NDArray[np.uint16]:
@@ -30,15 +30,15 @@ def rows_of(slabs: Any) -> npt.NDArray[np.uint16]:
     return straight.transpose(0, 2, 1, 3, 4).reshape(terms, extent, count * k)[:, : len(slabs)]
 
 
-@pytest.mark.parametrize("dtype", BY_DTYPE)
+@pytest.mark.parametrize("format", [BF16, F16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rounded(dtype: DType, shape: tuple[int, int]) -> None:
+def test_rounded(format: Format, shape: tuple[int, int]) -> None:
     import cupy
     from lfm2kit_cuda.activations import rounded
 
     x = np.random.default_rng().standard_normal(shape, dtype=np.float32)
-    (got,) = rows_of(rounded(cupy.asarray(x), dtype))
-    want = Tensor("x", "F32", x).stored_as(dtype).data.view(np.uint16)
+    (got,) = rows_of(rounded(cupy.asarray(x), format.name))
+    want = Tensor.of_array("x", x).stored_as(format).data.view(np.uint16)
     assert np.array_equal(got[:, : shape[1]], want)
     assert not got[:, shape[1] :].any()
 

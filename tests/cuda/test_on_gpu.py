@@ -13,10 +13,11 @@ from lfm2kit.backend import Context, Room
 from lfm2kit.batch import Batch
 from lfm2kit.loading import load_model
 from lfm2kit.plugins import installed_plugins
+from lfm2kit.precisions import SIXTEEN_BIT
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.cases import WIDE_MOE, WIDE_OPERATORS
-from lfm2kit.testing.compare import assert_close, tolerance
+from lfm2kit.testing.compare import assert_close
 from lfm2kit.testing.host_block import host_block
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import frozen_weights, random_weights
@@ -49,7 +50,7 @@ def test_conformance(name: str, precision: str) -> None:
     if precision == "fp32x3" and compute_capability()[0] != 9:
         pytest.skip("fp32x3 takes a chip of compute capability 9.0")
     try:
-        run_check(name, backend(precision), precision)
+        run_check(name, backend(precision), installed_plugins().precision("cuda", precision))
     except Skipped as reason:
         pytest.skip(str(reason))
 
@@ -66,12 +67,13 @@ def test_the_kernel_for_older_chips(precision: str, monkeypatch: pytest.MonkeyPa
     from lfm2kit_cuda import device
 
     monkeypatch.setattr(device, "compute_capability", lambda: (8, 0))
-    older = installed_plugins().creator(Context(precision=precision))("cuda")
+    plugins = installed_plugins()
+    older = plugins.creator(Context(precision=precision))("cuda")
     for name in (
         "mlp", "experts", "short-conv", "attention", "lm-head", "batch-independence", "zero-rows",
         "state-decode-batch", "state-chunked-equals-one-shot", "state-steps-back",
     ):  # fmt: skip
-        run_check(name, older, precision)
+        run_check(name, older, plugins.precision("cuda", precision))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -86,7 +88,7 @@ def test_saturated_experts_have_results_beyond_f16(precision: str) -> None:
     want = host_block(ReferenceBackend(), spec, weights)(*inputs)
     got = host_block(backend(precision), spec, weights)(*inputs)
     assert want.min() > 4 * 65504  # of four experts, whose weights are at most 1
-    assert_close(got, want, tolerance(precision), precision)
+    assert_close(got, want, SIXTEEN_BIT.block_error, precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.backend import DType, Tensor
+from lfm2kit.backend import Tensor
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import F16, F32, Format
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +21,7 @@ pytestmark = [
 Float32 = npt.NDArray[np.float32]
 ROWS = (1, 15, 16, 17, 33, 96, 191, 193, 257)
 SHAPES = ((37, 13), (128, 64), (300, 136), (513, 200))  # out, in
-ROUNDING: dict[DType, float] = {"BF16": 2.0**-8, "F16": 2.0**-11}  # at most, relative
+ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11}  # at most, relative
 
 
 def hopper(precision: str) -> Any:
@@ -37,7 +38,7 @@ def random(rng: np.random.Generator, *shape: int) -> Float32:
 
 
 def matrices(rng: np.random.Generator, groups: int, *shape: int) -> list[Tensor]:
-    return [Tensor("w", "F32", random(rng, *shape)) for _ in range(groups)]
+    return [Tensor.of_array("w", random(rng, *shape)) for _ in range(groups)]
 
 
 def assert_close(got: Any, want: npt.NDArray[np.float64], within: float) -> None:
@@ -45,9 +46,9 @@ def assert_close(got: Any, want: npt.NDArray[np.float64], within: float) -> None
     assert error <= within  # false for NaN as well
 
 
-def assert_rounded(got: Any, sums: Any, dtype: DType) -> None:
+def assert_rounded(got: Any, sums: Any, format: Format) -> None:
     """`got` has the bits of what is nearest to `sums`, of two the even."""
-    want = Tensor("sums", "F32", sums.get()).stored_as(dtype).data
+    want = Tensor.of_array("sums", sums.get()).stored_as(format).data
     assert np.array_equal(got.get(), want.view(np.uint16))
 
 
@@ -84,9 +85,9 @@ def test_linear_rounded(precision: str, rows: int, shape: tuple[int, int]) -> No
     for gemm in (newest, TensorCoreGemm(dtype)):
         of = gemm.rounded(cupy.asarray(x)), gemm.pack([weight]), cupy.asarray(bias)
         got = gemm.linear_rounded(*of)
-        assert_rounded(got, gemm.linear(*of), dtype)
+        assert_rounded(got, gemm.linear(*of), newest.packed_format)
         bits = got.get() if dtype == "BF16" else got.get().view(np.float16)
-        error = abs(Tensor("got", dtype, bits).float32() - want)
+        error = abs(Tensor.of_array("got", bits, newest.packed_format).float32() - want)
         assert (error <= ROUNDING[dtype] * abs(want) + 1e-6 * abs(want).max()).all()
 
 
@@ -112,7 +113,7 @@ def test_what_f16_does_not_hold_becomes_its_largest() -> None:
 
     gemm = hopper("fp16")
     x = gemm.rounded(cupy.asarray([[1e4], [-1e4]], cupy.float32))
-    got = gemm.linear_rounded(x, gemm.pack([Tensor("w", "F32", np.full((8, 1), 10, np.float32))]))
+    got = gemm.linear_rounded(x, gemm.pack([Tensor.of_array("w", np.full((8, 1), 10, np.float32))]))
     assert np.array_equal(got.get().view(np.float16)[:, 0], [65504, -65504])
 
 
@@ -182,14 +183,14 @@ def test_three_terms_of_gated_go_on_as_float32() -> None:
     assert_close(got, want, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["F32", "F16"])
-def test_three_terms_refuse_weights_that_bf16_does_not_hold(dtype: DType) -> None:
+@pytest.mark.parametrize("format", [F32, F16], ids=str)
+def test_three_terms_refuse_weights_that_bf16_does_not_hold(format: Format) -> None:
     gemm = hopper("fp32x3")
     weight = np.ones((40, 30), np.float32)
-    gemm.pack([Tensor("w", "F32", weight).stored_as(dtype)])
+    gemm.pack([Tensor.of_array("w", weight).stored_as(format)])
     weight[39, 29] = 1 + 2.0**-8
     with pytest.raises(Lfm2kitError, match=r"'layers\.0\.w'.*precision='fp32'"):
-        gemm.pack([Tensor("layers.0.w", "F32", weight).stored_as(dtype)])
+        gemm.pack([Tensor.of_array("layers.0.w", weight).stored_as(format)])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32x3"])

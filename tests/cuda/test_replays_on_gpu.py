@@ -12,6 +12,7 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.batch import Batch
 from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.formats import F32
 from lfm2kit.loading import find_model, load_model, set_up
 from lfm2kit.model import LFM2
 from lfm2kit.options import Options
@@ -90,7 +91,7 @@ def test_a_spoilt_embedding_reaches_the_logits_of_its_samples_alone(precision: s
     name = "embed_tokens.weight"
     values = checkpoint.weights.float32(name).copy()
     values[7, 0] = np.nan
-    tensor = replace(checkpoint.weights[name], dtype="F32", data=values)
+    tensor = replace(checkpoint.weights[name], format=F32, data=values)
     weights = Weights({**checkpoint.weights, name: tensor})
     spoilt = replace(made, checkpoint=replace(checkpoint, weights=weights)).build()
     for _ in range(2):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -14,16 +16,19 @@ import pytest
 
 import lfm2kit
 from lfm2kit.backend import HOST, BackendPlugin, Batch, Block, Context
-from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.checkpoint import Checkpoint, map_file, open_checkpoint
 from lfm2kit.cli import app
 from lfm2kit.errors import Option
 from lfm2kit.loading import Setup, find_model, set_up
 from lfm2kit.options import Options
 from lfm2kit.placement import Placed
 from lfm2kit.plugins import COMMANDS, InstalledBackend, Plugins, installed_plugins
+from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Precision
+from lfm2kit.readers import CheckpointReader
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import MLP, LMHead, Spec
 from lfm2kit.transport import Transport, World
+from lfm2kit.weights import Weights
 from lfm2kit.wrappers import Wrappers
 from tests.checkpoint.typed import Cli, Typed
 
@@ -91,7 +96,7 @@ def test_lfm2kit_backends_are_picked_by_auto_only_if_preferred_and_able(load: Lo
         yield announced("never", 0)
         yield announced("fast", 5)
         yield announced("faster", 9, why_unavailable=lambda: "no such chip")
-        yield announced("half", 7, precisions=("fp16",))
+        yield announced("half", 7, precisions=(Precision("fp16", SIXTEEN_BIT),))
 
     plugins = load(lfm2kit_backends)
     assert plugins.auto() == "fast"
@@ -100,6 +105,29 @@ def test_lfm2kit_backends_are_picked_by_auto_only_if_preferred_and_able(load: Lo
         plugins.auto("int3")
     with pytest.raises(lfm2kit.Lfm2kitError, match="no precision fp16; there is: fp32"):
         plugins.creator(Context(precision="fp16"))("fast")
+
+
+def test_lfm2kit_backends_are_created_once_in_each_precision(load: Load) -> None:
+    """An item's own precision reaches the backends that its backend is made of."""
+    made: list[str] = []
+
+    @lfm2kit.hookimpl
+    def lfm2kit_backends() -> Iterator[BackendPlugin]:
+        both = (Precision("fp32", FP32_GRADE), Precision("int4", SIXTEEN_BIT))
+
+        def inner(context: Context) -> Any:
+            made.append(f"inner {context.precision}")
+            return object()
+
+        yield BackendPlugin("inner", "", inner, 1, precisions=both)
+        yield BackendPlugin("outer", "", lambda c: c.create_backend("inner"), 1, precisions=both)
+
+    create = load(lfm2kit_backends).creator(Context())
+    assert create("outer") is create("inner") is create("inner:fp32") is create("outer:fp32")
+    assert create("outer:int4") is create("inner:int4")
+    assert made == ["inner fp32", "inner int4"]
+    with pytest.raises(lfm2kit.Lfm2kitError, match="'inner' has no precision fp8; there is: fp32"):
+        create("inner:fp8")
 
 
 def test_lfm2kit_transports_are_found_by_name(load: Load) -> None:
@@ -395,3 +423,94 @@ def test_a_wrong_result_stays_the_worse_news(run_with: Any, tmp_path: Path) -> N
     done = run_with(fails, words=("--answers", tmp_path / "answers.bin"))
     assert (done.code, "INVALID" in done.out.splitlines()) == (1, True)
     assert "failed after the run" in done.err
+
+
+# ---- readers of checkpoints ----
+
+
+def claims(name: str, claimed: Path, open_it: Any = None) -> Any:
+    """A plugin with a reader `name` of one path."""
+
+    @lfm2kit.hookimpl
+    def lfm2kit_checkpoints() -> Iterator[CheckpointReader]:
+        yield CheckpointReader(name, "a line", lambda path: path == claimed, open_it)
+
+    return lfm2kit_checkpoints
+
+
+def opened(plugins: Plugins, path: Path) -> Checkpoint:
+    return open_checkpoint(path, plugins.readers.values())
+
+
+def tiny_at(path: Path) -> Checkpoint:
+    return replace(open_checkpoint(find_model("tiny")), path=path)
+
+
+def test_lfm2kit_checkpoints_open_what_lfm2kit_cannot(load: Load, tmp_path: Path) -> None:
+    """A file that lfm2kit refuses by its first bytes, mapped by the reader."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF and so on")
+
+    def open_it(path: Path) -> Checkpoint:
+        assert map_file(path)[:4].tobytes() == b"GGUF"
+        return tiny_at(path)
+
+    plugins = load(claims("gguf", path, open_it))
+    assert opened(plugins, path).path == path
+    assert path in opened(plugins, path).files()
+    assert opened(plugins, find_model("tiny")).remarks == ()  # and everything else as before
+    with pytest.raises(lfm2kit.Lfm2kitError, match="this is a GGUF file"):
+        open_checkpoint(path)
+
+
+def test_lfm2kit_checkpoints_that_take_one_path_are_both_named(load: Load, tmp_path: Path) -> None:
+    plugins = load(claims("one", tmp_path), claims("two", tmp_path))
+    both = "reader 'one' of unknown and reader 'two' of unknown both take it; LFM2KIT_PLUGINS="
+    with pytest.raises(lfm2kit.Lfm2kitError, match=f"^{tmp_path}: {both}"):
+        opened(plugins, tmp_path)
+
+
+def test_lfm2kit_checkpoints_do_not_shadow_what_lfm2kit_reads(load: Load) -> None:
+    tiny = find_model("tiny")
+    plugins = load(claims("greedy", tiny, tiny_at))
+    with pytest.raises(lfm2kit.Lfm2kitError, match=r"reader 'greedy' .* lfm2kit reads it itself"):
+        opened(plugins, tiny)
+
+
+@pytest.mark.parametrize("error", [KeyError("w1"), SystemExit(0), ValueError("two\nlines")])
+def test_lfm2kit_checkpoints_that_raise_are_one_line(
+    load: Load, tmp_path: Path, error: BaseException
+) -> None:
+    def raises(path: Path) -> Any:
+        raise error
+
+    @lfm2kit.hookimpl
+    def lfm2kit_checkpoints() -> Iterator[CheckpointReader]:
+        yield CheckpointReader("odd", "a line", raises, raises)
+
+    for plugins in (load(lfm2kit_checkpoints), load(claims("odd", tmp_path, raises))):
+        sentence = f"reader 'odd' of unknown raised {type(error).__name__}: "
+        with pytest.raises(lfm2kit.Lfm2kitError, match=sentence) as caught:
+            opened(plugins, tmp_path)
+        assert "\n" not in str(caught.value)
+        assert "LFM2KIT_PLUGINS" in str(caught.value)
+
+
+def test_lfm2kit_checkpoints_keep_to_the_contract(load: Load, tmp_path: Path) -> None:
+    """What is opened is a Checkpoint, whose tensors are those of its specs."""
+    for wrong, words in (
+        (lambda path: {}, "reader 'odd' of unknown returned {}, not a Checkpoint"),
+        (lambda path: replace(tiny_at(path), weights=Weights({})), "there is no tensor"),
+    ):
+        with pytest.raises(lfm2kit.Lfm2kitError, match=words):
+            opened(load(claims("odd", tmp_path, wrong)), tmp_path)
+
+
+def test_lfm2kit_checkpoints_are_asked_of_files_and_folders_alone(
+    load: Load, tmp_path: Path
+) -> None:
+    """A reader would wait for a pipe without end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in ((tmp_path / "pipe", "this is a pipe"), (tmp_path / "no", "no such file")):
+        with pytest.raises(lfm2kit.Lfm2kitError, match=words):
+            opened(load(claims("odd", path)), path)

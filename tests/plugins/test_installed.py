@@ -17,7 +17,7 @@ from tests.plugins.distributions import build_wheel
 pytestmark = pytest.mark.wheels
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("lfm2kit-blas", "lfm2kit-slices", "lfm2kit-trace")
+NAMES = ("lfm2kit-blas", "lfm2kit-int8", "lfm2kit-slices", "lfm2kit-trace")
 PROJECTS = {name: ROOT / "plugins" / name for name in NAMES}
 
 
@@ -79,6 +79,7 @@ def test_wheels_hold_their_package_and_nothing_of_the_checkout_around_it(
     assert tops == {
         "lfm2kit": {"lfm2kit", "lfm2kit-0.1.0.dist-info"},
         "lfm2kit-blas": {"lfm2kit_blas", "lfm2kit_blas-0.1.0.dist-info"},
+        "lfm2kit-int8": {"lfm2kit_int8.py", "lfm2kit_int8-0.1.0.dist-info"},
         "lfm2kit-slices": {"lfm2kit_slices.py", "lfm2kit_slices-0.1.0.dist-info"},
         "lfm2kit-trace": {"lfm2kit_trace.py", "lfm2kit_trace-0.1.0.dist-info"},
     }
@@ -122,6 +123,24 @@ def test_a_rewrite_is_chosen_by_its_name(installed: Installed) -> None:
     printed = installed.succeeds("lfm2kit", *arguments)
     assert "reference, fp32, slices, ranks: 1" in printed
     assert "\nVALID\n" in printed
+
+
+def test_a_format_of_a_plugin_is_planned_and_run(installed: Installed, tmp_path: Path) -> None:
+    """The core of a wheel knows nothing of int8: it was not touched for it."""
+    tiny = str(ROOT / "lfm2kit" / "models" / "tiny")
+    int8, plain = str(tmp_path / "int8"), str(tmp_path / "plain")
+    installed.succeeds("python", "-m", "lfm2kit_int8", tiny, int8)
+    planned = installed.succeeds(
+        "lfm2kit", "plan", "-m", int8, "-b", "reference,mlp=blas", "--json", "-"
+    )
+    formats = {row["block"]: row["formats"] for row in json.loads(planned)["blocks"]}
+    assert formats["embed_tokens"] == ["I8 as stored"]
+    assert formats["layers.0.feed_forward"] == ["I8 widened to F32"]
+    installed.succeeds("lfm2kit", "convert", int8, plain, "--dtype", "F32")
+    run = ("run", "-b", "reference", "--random-inputs", "5", "-n", "3")
+    for model in (int8, plain):
+        installed.succeeds("lfm2kit", *run, "-m", model, "--outputs", f"{model}.bin")
+    assert Path(f"{int8}.bin").read_bytes() == Path(f"{plain}.bin").read_bytes()
 
 
 def test_the_trace_is_written_and_summed_up(installed: Installed, tmp_path: Path) -> None:

@@ -47,12 +47,12 @@ RAISES_IN_HOOK = """
     def lfm2kit_backends():
         raise RuntimeError("first line\\nsecond line")
 """
-PRECISIONS_OF_LETTERS = """
+A_NAME_AS_PRECISION = """
     import lfm2kit
 
     @lfm2kit.hookimpl
     def lfm2kit_backends():
-        yield lfm2kit.BackendPlugin("odd", "", lambda context: None, 1, precisions="fp32")
+        yield lfm2kit.BackendPlugin("odd", "", lambda context: None, 1, precisions=("fp32",))
 """
 SHADOWS = """
     import lfm2kit
@@ -115,7 +115,7 @@ def test_a_backend_is_found_by_its_entry_point_and_runs(tmp_path: Path) -> None:
         (YIELDS_NONSENSE, "yielded 'odd', not a BackendPlugin"),
         (YIELDS_NO_TRANSPORT, "yielded 7, not a TransportPlugin"),
         (RAISES_IN_HOOK, "RuntimeError: first line"),
-        (PRECISIONS_OF_LETTERS, "write ('fp32',)"),
+        (A_NAME_AS_PRECISION, "announces the precision 'fp32'; write Precision("),
         (SHADOWS, "lfm2kit_commands yielded 'run', which is lfm2kit's"),
         (UNMARKED, "'lfm2kit_backends' is not marked with @lfm2kit.hookimpl"),
     ],

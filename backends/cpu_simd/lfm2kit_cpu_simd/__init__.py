@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import lfm2kit
-from lfm2kit.backend import Backend, BackendPlugin, Context
+from lfm2kit.backend import FP32, SIXTEEN_BIT, Backend, BackendPlugin, Context, Precision
 
 
 def _create(context: Context) -> Backend:
@@ -30,6 +30,6 @@ def lfm2kit_backends() -> Iterator[BackendPlugin]:
         create=_create,
         api_version=1,
         why_unavailable=_why_unavailable,
-        precisions=("fp32", "bf16", "fp16"),
+        precisions=(FP32, Precision("bf16", SIXTEEN_BIT), Precision("fp16", SIXTEEN_BIT)),
         preference=50,
     )

@@ -11,11 +11,13 @@ from types import ModuleType
 
 from lfm2kit import specs
 from lfm2kit.backend import (
+    BF16,
+    F16,
     HOST,
     Block,
     Ceilings,
     Context,
-    DType,
+    Format,
     Memory,
     Room,
     Spec,
@@ -46,19 +48,19 @@ BLOCKS = {
 
 MODULES = sorted({*BLOCKS.values(), "ceilings"})
 
-# The type that matrices are rounded to; in fp32 they stay as the checkpoint has them.
-STORED: dict[str, DType | None] = {"fp32": None, "bf16": "BF16", "fp16": "F16"}
+# The format that matrices are rounded to; in fp32 they stay as the checkpoint has them.
+ROUNDED_TO: dict[str, Format | None] = {"fp32": None, "bf16": BF16, "fp16": F16}
 
 
 class CpuSimdBackend:
     def __init__(self, context: Context) -> None:
         set_threads(context)
         self._is_quiet = context.local_rank > 0  # one rank of each machine prints that it compiles
-        self._dtype = STORED[context.precision]
-        if self._dtype not in (None, *STORAGES):
+        self._format = ROUNDED_TO[context.precision]
+        if self._format not in (None, *STORAGES):
             raise Lfm2kitError(
                 Option("precision", context.precision),
-                f": this CPU cannot widen {self._dtype}; try ",
+                f": this CPU cannot widen {self._format}; try ",
                 Option("precision", "bf16"),
             )
 
@@ -70,11 +72,14 @@ class CpuSimdBackend:
 
     def build(self, spec: Spec, weights: Weights) -> Block:
         module = self._compiled(BLOCKS[type(spec)])
-        block: Block = getattr(module, type(spec).__name__)(spec, weights, self._dtype)
+        block: Block = getattr(module, type(spec).__name__)(spec, weights, self._format)
         return block
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
-        return sizes.kept_bytes(spec, weights, self._dtype)
+        return sizes.kept_bytes(spec, weights, self._format)
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
+        return sizes.kept_formats(spec, weights, self._format)
 
     def scratch_bytes(self, spec: Spec, tokens: int) -> int:
         return sizes.scratch_bytes(spec, tokens)

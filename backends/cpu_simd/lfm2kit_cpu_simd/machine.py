@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 
 import llvmlite.binding as llvm
 import numba
 
-from lfm2kit.backend import DType
+from lfm2kit.backend import BF16, F16, F32, Format, Tensor
 
 
 def _features() -> set[str]:
@@ -35,5 +36,15 @@ IS_ARM = platform.machine() in ("aarch64", "arm64")
 VL, NV = _vector_shape()
 NR = NV * VL  # columns of a panel
 HAS_F16C = "f16c" in FEATURES or IS_ARM  # else widening float16 would be a library call per lane
-# The types that weights may be stored in.
-STORAGES: tuple[DType, ...] = ("F32", "BF16", "F16") if HAS_F16C else ("F32", "BF16")
+# The formats that weights are multiplied in; others are widened to F32.
+STORAGES: tuple[Format, ...] = (F32, BF16, F16) if HAS_F16C else (F32, BF16)
+
+
+def common_storage(tensors: Iterable[Tensor]) -> Format:
+    """Returns the format in which matrices are packed together: theirs, or F32.
+
+    Float32 holds any of them exactly, if they differ or kernels do not take their format.
+    """
+    formats = {tensor.format for tensor in tensors}
+    storage = formats.pop()
+    return storage if not formats and storage in STORAGES else F32

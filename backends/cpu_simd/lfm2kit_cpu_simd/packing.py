@@ -1,4 +1,4 @@
-"""Weights packed into panels for the tile, in the type in which the checkpoint stores them.
+"""Weights packed into panels for the tile, in the format in which the checkpoint stores them.
 
 A panel holds NR rows of a matrix [out, in], transposed: [in, NR], its columns in the tile's order.
 """
@@ -14,15 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
-from lfm2kit.backend import DType, Tensor
+from lfm2kit.backend import F32, Format, Tensor
 from lfm2kit_cpu_simd.compiling import kernel
-from lfm2kit_cpu_simd.machine import NR, STORAGES
+from lfm2kit_cpu_simd.machine import NR, common_storage
 from lfm2kit_cpu_simd.signatures import FLOAT, INT, ORDER, WORD
-from lfm2kit_cpu_simd.tile import CACHE_LINE, ITEMSIZE, lane_order
+from lfm2kit_cpu_simd.tile import CACHE_LINE, lane_order
 
 HALF = NR // 2
 BLOCK = 32  # columns that are transposed at once: a cache line of 16-bit weights
-ELEMENTS = {"F32": np.float32, "BF16": np.uint16, "F16": np.uint16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +29,13 @@ class Panels:
     """Matrices of one shape, a group each: data [groups, ceil(out / NR), in, NR], zero-padded."""
 
     data: npt.NDArray[Any]
-    storage: DType
+    storage: Format
     is_gated: bool
 
 
-def pack(groups: Sequence[Sequence[Tensor]], dtype: DType | None = None) -> Panels:
-    """Each group's matrices [out_i, in] below each other; rounded to `dtype`, or as they are."""
-    storage = dtype or _common_storage(groups)
+def pack(groups: Sequence[Sequence[Tensor]], format: Format | None = None) -> Panels:
+    """Each group's matrices [out_i, in] below each other; rounded to `format`, or as they are."""
+    storage = format or common_storage(tensor for tensors in groups for tensor in tensors)
     rows = sum(t.shape[0] for t in groups[0])
     panels = _empty_panels(len(groups), -(-rows // NR), groups[0][0].shape[1], storage)
     order = lane_order(storage)
@@ -49,10 +48,10 @@ def pack(groups: Sequence[Sequence[Tensor]], dtype: DType | None = None) -> Pane
 
 
 def pack_gated(
-    gates: Sequence[Tensor], ups: Sequence[Tensor], dtype: DType | None = None
+    gates: Sequence[Tensor], ups: Sequence[Tensor], format: Format | None = None
 ) -> Panels:
     """w1 and w3 in turns, HALF columns each: a tile then holds both halves of its outputs."""
-    storage = dtype or _common_storage([gates, ups])
+    storage = format or common_storage([*gates, *ups])
     rows, k = gates[0].shape
     panels = _empty_panels(len(gates), -(-rows // HALF), k, storage)
     order = lane_order(storage)
@@ -62,26 +61,19 @@ def pack_gated(
     return Panels(panels, storage, is_gated=True)
 
 
-def _common_storage(groups: Sequence[Sequence[Tensor]]) -> DType:
-    """The type that all are stored in; float32, which holds any exactly, if they differ."""
-    stored = {tensor.dtype for tensors in groups for tensor in tensors}
-    storage = stored.pop()
-    return storage if not stored and storage in STORAGES else "F32"
-
-
-def _elements(tensor: Tensor, storage: DType) -> npt.NDArray[Any]:
+def _elements(tensor: Tensor, storage: Format) -> npt.NDArray[Any]:
     """The matrix as floats, or as the bits of its 16-bit type, aligned and contiguous."""
-    if storage == "F32":
+    if storage == F32:
         return np.ascontiguousarray(tensor.float32())
     return np.require(tensor.stored_as(storage).data, requirements=["C", "A"]).view(np.uint16)
 
 
-def _empty_panels(groups: int, panels: int, k: int, storage: DType) -> npt.NDArray[Any]:
+def _empty_panels(groups: int, panels: int, k: int, storage: Format) -> npt.NDArray[Any]:
     """Zeros that begin on a cache line: a vector load across two takes twice as long."""
     shape = (groups, panels, k, NR)
     count = int(np.prod(shape))
-    itemsize = ITEMSIZE[storage]
-    memory = np.zeros(count + CACHE_LINE // itemsize, ELEMENTS[storage])
+    itemsize = storage.block_bytes
+    memory = np.zeros(count + CACHE_LINE // itemsize, np.float32 if storage == F32 else np.uint16)
     skipped = -memory.ctypes.data % CACHE_LINE // itemsize
     return memory[skipped : skipped + count].reshape(shape)
 

@@ -1,4 +1,4 @@
-"""Says from a spec how many bytes its block keeps, needs while it runs, and needs for a state.
+"""Says from a spec in which formats its block keeps weights, and how many bytes it needs.
 
 Nothing here compiles a kernel, because `lfm2kit plan` asks before anything is built.
 """
@@ -6,30 +6,46 @@ Nothing here compiles a kernel, because `lfm2kit plan` asks before anything is b
 from __future__ import annotations
 
 from lfm2kit import specs
-from lfm2kit.backend import DType, Room, Spec, Tensor, Weights
+from lfm2kit.backend import F32, Format, Room, Spec, Tensor, Weights
 from lfm2kit.state import STEP_BACK
-from lfm2kit.weights import STORED_AS
-from lfm2kit_cpu_simd.machine import NR, STORAGES
+from lfm2kit_cpu_simd.machine import NR, common_storage
 
 FLOAT32 = 4  # bytes
 
 
-def kept_bytes(spec: Spec, weights: Weights, dtype: DType | None) -> int:
-    """Return the bytes of the packed matrices, without the padding of panels, and of the arrays.
+def kept_formats(spec: Spec, weights: Weights, rounded_to: Format | None) -> dict[str, Format]:
+    """Return the format in which a block keeps each of its weights.
 
-    Matrices are rounded to `dtype`, or stay as they are stored.
+    Matrices that are packed together stay in their common format, if kernels take it, or are
+    rounded to `rounded_to`; the rest is F32.
     """
+    shapes = spec.parameters()
+    if isinstance(spec, specs.Embedding):
+        return {name: weights[name].format for name in shapes}
+    together: dict[str, list[Tensor]] = {}
+    for name in (name for name, shape in shapes.items() if len(shape) == 2):
+        together.setdefault(_packed_with(name), []).append(weights[name])
+    packed = {
+        word: common_storage(matrices)
+        if rounded_to is None or word == "gate"  # no precision rounds a router
+        else rounded_to
+        for word, matrices in together.items()
+    }
+    return {name: packed.get(_packed_with(name), F32) for name in shapes}
+
+
+def _packed_with(name: str) -> str:
+    """Return the last word of a matrix's name, or of the matrix that it is packed with."""
+    word = name.removesuffix(".weight").rpartition(".")[2]
+    return {"k_proj": "q_proj", "v_proj": "q_proj", "w3": "w1"}.get(word, word)
+
+
+def kept_bytes(spec: Spec, weights: Weights, rounded_to: Format | None) -> int:
+    """Return the bytes of packed matrices, without the padding of panels, and of arrays."""
     if isinstance(spec, specs.Embedding):
         return 0  # a view of the checkpoint
-    return sum(_packed_bytes(name, weights[name], dtype) for name in spec.parameters())
-
-
-def _packed_bytes(name: str, tensor: Tensor, dtype: DType | None) -> int:
-    if tensor.data.ndim != 2:
-        return FLOAT32 * tensor.data.size
-    rounded = None if name == "gate.weight" else dtype  # no precision rounds a router
-    storage = rounded or (tensor.dtype if tensor.dtype in STORAGES else "F32")
-    return tensor.data.size * STORED_AS[storage].itemsize
+    formats, shapes = kept_formats(spec, weights, rounded_to), spec.parameters()
+    return sum(format.nbytes(shapes[name]) for name, format in formats.items())
 
 
 def scratch_bytes(spec: Spec, tokens: int) -> int:
@@ -37,7 +53,7 @@ def scratch_bytes(spec: Spec, tokens: int) -> int:
 
     Of an operator this is a call without a state: it needs room for all keys and values.
     """
-    return FLOAT32 * tokens * max(map(_floats_per_row, specs.leaves(spec)))
+    return FLOAT32 * tokens * max(map(_floats_per_row, (spec, *specs.leaves(spec))))
 
 
 def _floats_per_row(spec: Spec) -> int:
@@ -49,8 +65,8 @@ def _floats_per_row(spec: Spec) -> int:
             return heads * spec.head_dim
         case specs.MLP():
             return spec.intermediate_size
-        case specs.Scores():
-            return spec.num_experts
+        case specs.Router():
+            return spec.num_experts  # scores alone are a result
         case specs.Experts():
             return spec.num_experts_per_tok * (2 * spec.hidden_size + spec.intermediate_size)
     return 0

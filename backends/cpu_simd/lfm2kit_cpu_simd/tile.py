@@ -25,25 +25,24 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lfm2kit.backend import DType
+from lfm2kit.backend import BF16, F16, F32, Format
 from lfm2kit_cpu_simd.compiling import c_function
 from lfm2kit_cpu_simd.machine import NR, NV, STORAGES, VL
 
 MR = 6  # rows of a tile
 UNROLL = 4  # steps of k per turn of the loop
 CACHE_LINE = 64
-ITEMSIZE: dict[DType, int] = {"F32": 4, "BF16": 2, "F16": 2}
 # From so many tiles on it is faster that one widens for all; BF16 is widened with less work.
-SHARED_FROM: dict[DType, int] = {"F32": sys.maxsize, "BF16": 4, "F16": 3}
+SHARED_FROM: dict[Format, int] = {F32: sys.maxsize, BF16: 4, F16: 3}
 
 
-def lane_order(storage: DType) -> np.ndarray[Any, np.dtype[np.int64]]:
+def lane_order(storage: Format) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Where in a row of a panel each of its NR columns lies.
 
     BF16 columns j and j + VL share 32 bits, for a shift and a mask widen them both.
     """
     columns = np.arange(NR)
-    if storage != "BF16":
+    if storage != BF16:
         return columns
     pair, half, lane = columns // (2 * VL), columns // VL % 2, columns % VL
     return pair * 2 * VL + 2 * lane + half
@@ -71,8 +70,8 @@ def _multiply(
     `leaves` its weights, they are in float32 at `wide` [k, NR] afterwards.
     """
     signature = types.void(storage, m, leaves, *[types.intp] * 8)
-    dtype, rows = STORAGES[storage.literal_value], m.literal_value
-    emitter = Emitter(dtype, rows, leaves=bool(leaves.literal_value))
+    format, rows = STORAGES[storage.literal_value], m.literal_value
+    emitter = Emitter(format, rows, leaves=bool(leaves.literal_value))
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         emitter.emit(builder, *args[3:])
@@ -85,13 +84,13 @@ class Emitter:
     """Emits the tile's vector code at a builder's place, for vectors of `vl` floats."""
 
     def __init__(
-        self, storage: DType, rows: int, vl: int = VL, nv: int = NV, *, leaves: bool = False
+        self, storage: Format, rows: int, vl: int = VL, nv: int = NV, *, leaves: bool = False
     ) -> None:
         self.storage = storage
         self.rows = rows
         self.leaves = leaves
         self.vl, self.nv = vl, nv
-        self.row_bytes = nv * vl * ITEMSIZE[storage]
+        self.row_bytes = nv * vl * storage.block_bytes
         self.float = ir.FloatType()
         self.vector = ir.VectorType(self.float, vl)
         self.words = ir.VectorType(ir.IntType(32), vl)
@@ -175,10 +174,10 @@ class Emitter:
         """Row k of the panel as self.nv vectors of float32."""
         b = self.builder
         at = b.add(panel_at, b.mul(k, self._constant(self.row_bytes)))
-        if self.storage == "BF16":
+        if self.storage == BF16:
             pairs = [self._load(at, self.words, 4 * self.vl * v) for v in range(self.nv // 2)]
             return [half for pair in pairs for half in self._widened_pair(pair)]
-        if self.storage == "F16":
+        if self.storage == F16:
             halves = [self._load(at, self.halves, 2 * self.vl * v) for v in range(self.nv)]
             return [b.fpext(half, self.vector) for half in halves]
         return [self._load(at, self.vector, 4 * self.vl * v) for v in range(self.nv)]
@@ -260,11 +259,11 @@ def _tile(storage: int, m: int, leaves: int) -> Any:
 _FUNCTIONS = {
     (storage, leaves): [_tile(s, m, leaves) for m in range(1, MR + 1)]
     for s, storage in enumerate(STORAGES)
-    for leaves in ((0,) if storage == "F32" else (0, 1))
+    for leaves in ((0,) if storage == F32 else (0, 1))
 }
 
 
-def _addresses(storage: DType, leaves: int) -> list[int]:
+def _addresses(storage: Format, leaves: int) -> list[int]:
     return [0, *(function.address for function in _FUNCTIONS[storage, leaves])]
 
 
@@ -273,7 +272,7 @@ def _addresses(storage: DType, leaves: int) -> list[int]:
 ALONE, FIRST, LATER = 0, 1, 2
 TABLES = {
     storage: np.array(
-        [_addresses(storage, 0), _addresses(storage, int(storage != "F32")), _addresses("F32", 0)]
+        [_addresses(storage, 0), _addresses(storage, int(storage != F32)), _addresses(F32, 0)]
     )
     for storage in STORAGES
 }

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import lfm2kit
-from lfm2kit.backend import Backend, BackendPlugin, Context
+from lfm2kit.backend import (
+    BF16,
+    FP32,
+    FP32_GRADE,
+    SIXTEEN_BIT,
+    Backend,
+    BackendPlugin,
+    Context,
+    Precision,
+)
 
 
 def _create(context: Context) -> Backend:
@@ -28,6 +37,11 @@ def lfm2kit_backends() -> Iterator[BackendPlugin]:
         create=_create,
         api_version=1,
         why_unavailable=_why_unavailable,
-        precisions=("fp32", "bf16", "fp16", "fp32x3"),
+        precisions=(
+            FP32,
+            Precision("bf16", SIXTEEN_BIT),
+            Precision("fp16", SIXTEEN_BIT),
+            Precision("fp32x3", FP32_GRADE, weights=BF16),
+        ),
         preference=100,
     )

@@ -7,7 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 import cupy
 
 from lfm2kit import specs
-from lfm2kit.backend import Array, Batch, Block, Ceilings, Context, Memory, Room, Spec, Weights
+from lfm2kit.backend import (
+    F32,
+    Array,
+    Batch,
+    Block,
+    Ceilings,
+    Context,
+    Format,
+    Memory,
+    Room,
+    Spec,
+    Weights,
+)
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
@@ -23,6 +35,7 @@ from lfm2kit_cuda.device import choose_device, on_device
 from lfm2kit_cuda.figures import Figures
 from lfm2kit_cuda.memory import memory_of
 from lfm2kit_cuda.paging import state_bytes
+from lfm2kit_cuda.products import read_format
 
 BLOCKS = {
     specs.Embedding: Embedding,
@@ -84,6 +97,17 @@ class CudaBackend:
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
         with on_device(self._memory.device):
             return self._figures.kept(spec, weights)
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
+        """Matrices as the precision packs them, a router's gate and all arrays in F32."""
+        if isinstance(spec, specs.Embedding):
+            return {"weight": read_format(weights["weight"])}
+        return {
+            name: self._gemm.packed_format
+            if len(shape) == 2 and not name.endswith("gate.weight")
+            else F32
+            for name, shape in spec.parameters().items()
+        }
 
     def scratch_bytes(self, spec: Spec, tokens: int) -> int:
         with on_device(self._memory.device):

@@ -13,7 +13,7 @@ from lfm2kit.backend import Weights
 from lfm2kit.specs import Spec
 from lfm2kit_cuda.blocks.feed_forward import ALIGNMENT
 from lfm2kit_cuda.blocks.router import SPLITS
-from lfm2kit_cuda.products import Arithmetic, padded
+from lfm2kit_cuda.products import Arithmetic, padded, read_format
 
 
 class Figures:
@@ -27,7 +27,8 @@ class Figures:
     def kept(self, spec: Spec, weights: Weights) -> int:
         """Return the bytes of the weights that a block keeps."""
         if isinstance(spec, specs.Embedding):
-            return weights["weight"].nbytes  # it stays as it is stored
+            table = weights["weight"]  # it stays as it is stored, if kernels read its format
+            return read_format(table).nbytes(table.shape)
         return sum(self._kept(leaf) for leaf in specs.leaves(spec))
 
     def scratch(self, spec: Spec, tokens: int) -> int:

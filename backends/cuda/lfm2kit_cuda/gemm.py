@@ -8,11 +8,11 @@ from functools import cache
 
 import cupy
 
-from lfm2kit.backend import Tensor
+from lfm2kit.backend import F32, Tensor
 from lfm2kit_cuda.activations import Rows
 from lfm2kit_cuda.device import current_device, most_shared_bytes, processors
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, listed, padded
+from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
 # As in gemm.cu.
@@ -36,7 +36,7 @@ class Panels:
 
 
 class Gemm:
-    activation, run = "F32", RUN
+    activation, packed_format, run = "F32", F32, RUN
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
         return Tiling(TALLEST, HEIGHT_STEP, by_height=True)
@@ -179,7 +179,8 @@ def _matrix(packed: cupy.ndarray, columns: int) -> Matrix:
 
 def _transpose(matrix: Tensor, panels: cupy.ndarray, run: int, stride: int, offset: int) -> None:
     out, inputs = matrix.shape
-    kernel = load_kernel("packing", f"transpose_{matrix.dtype}")
+    matrix = readable(matrix)
+    kernel = load_kernel("packing", f"transpose_{matrix.format}")
     grid = (padded(out, 32) // 32, padded(inputs, 32) // 32)
     kernel(
         grid, 256, upload(matrix.data), panels, out, inputs, panels.shape[1], WIDTH, run, stride,

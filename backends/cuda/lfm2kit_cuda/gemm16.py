@@ -11,7 +11,7 @@ from typing import Any
 
 import cupy
 
-from lfm2kit.backend import Tensor
+from lfm2kit.backend import BF16, F16, Tensor
 from lfm2kit_cuda.activations import (
     Slabs,
     empty_slabs,
@@ -22,7 +22,7 @@ from lfm2kit_cuda.activations import (
 )
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded
+from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
 THREADS = 256
@@ -44,6 +44,8 @@ MMA = Blocks(
     },
 )
 
+HALVES = {format.name: format for format in (BF16, F16)}
+
 # In F16 the products of SwiGLU could pass 65504: they are kept 64 times smaller, w2 larger.
 GATED_SCALE = {"BF16": 1.0, "F16": 1 / 64}
 
@@ -53,6 +55,7 @@ class TensorCoreGemm:
 
     def __init__(self, activation: str) -> None:
         self.activation = activation
+        self.packed_format = HALVES[activation]
         self._scale = GATED_SCALE[activation]
         self._constants: dict[str, int | str] = {
             "HALF": activation,
@@ -192,6 +195,7 @@ class TensorCoreGemm:
         scale: float = 1.0,
     ) -> None:
         out, inputs = matrix.shape
-        kernel = load_kernel("packing", f"narrow_{matrix.dtype}_{self.activation}")
+        matrix = readable(matrix)
+        kernel = load_kernel("packing", f"narrow_{matrix.format}_{self.activation}")
         weights = upload(matrix.data)
         kernel((out,), THREADS, weights, panel, inputs, panel.shape[1], run, stride, offset, scale)

@@ -12,13 +12,13 @@ from typing import Any
 
 import cupy
 
-from lfm2kit.backend import Tensor
+from lfm2kit.backend import BF16, Tensor
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda.activations import TERMS, Rows, Slabs, slabs_bytes, split
 from lfm2kit_cuda.device import processors
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded
+from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
 PANEL, TILE_K, ROW_BYTES = 256, 64, 128  # of packed weights: columns, k, bytes of a row of k
@@ -111,7 +111,8 @@ class HopperGemm(TensorCoreGemm):
         self, matrix: Tensor, panels: cupy.ndarray, stride: int, offset: int, scale: float = 1.0
     ) -> None:
         out, inputs = matrix.shape
-        kernel = load_kernel("packing", f"panel_{matrix.dtype}_{self._constants['HALF']}")
+        matrix = readable(matrix)
+        kernel = load_kernel("packing", f"panel_{matrix.format}_{self._constants['HALF']}")
         weights, steps = self._uploaded(matrix), panels.shape[1]
         kernel((out,), PACK_THREADS, weights, panels, inputs, steps, stride, offset, scale)
 
@@ -158,10 +159,10 @@ class ThreeTermGemm(HopperGemm):
     def _uploaded(self, matrix: Tensor) -> cupy.ndarray:
         """The matrix on the device; `Lfm2kitError` if BF16 does not hold its values."""
         weights = upload(matrix.data)
-        if matrix.dtype == "BF16":
+        if matrix.format == BF16:
             return weights
         found = cupy.zeros(1, cupy.int32)
-        kernel = load_kernel("packing", f"find_inexact_{matrix.dtype}")
+        kernel = load_kernel("packing", f"find_inexact_{matrix.format}")
         kernel((matrix.shape[0],), PACK_THREADS, weights, matrix.shape[1], found)
         if int(found[0]):
             raise Lfm2kitError(

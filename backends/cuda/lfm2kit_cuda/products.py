@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 import cupy
 
-from lfm2kit.backend import Tensor
+from lfm2kit.backend import BF16, F16, F32, Format, Tensor
 from lfm2kit_cuda.device import processors
+
+READ = (F32, F16, BF16)  # what packing.cu and the embedding's kernel have names for
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ class Arithmetic(Protocol):
         """w2 of each group: what multiplies the result of `gated`."""
         ...
 
+    packed_format: Format  # of the values of packed matrices
+
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
         """Of one packed [out, in] matrix."""
         ...
@@ -140,6 +144,17 @@ class Arithmetic(Protocol):
     def down(self, x: Any, matrix: Matrix, tiles: RowTiles) -> cupy.ndarray:
         """`linear` of what `gated` returned for the same tiles, in 16 bits if they hold it."""
         ...
+
+
+def read_format(tensor: Tensor) -> Format:
+    """Returns the format in which kernels read a tensor: its own, if they know it, or F32."""
+    return tensor.format if tensor.format in READ else F32
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """Returns a tensor in its `read_format`: itself, or its values in F32."""
+    is_read = read_format(tensor) == tensor.format
+    return tensor if is_read else Tensor.of_array(tensor.name, tensor.float32())
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import lfm2kit
-from lfm2kit.backend import Backend, BackendPlugin, Context
+from lfm2kit.backend import FP32, SIXTEEN_BIT, Backend, BackendPlugin, Context, Precision
 
 
 def _create(context: Context) -> Backend:
@@ -21,5 +21,5 @@ def lfm2kit_backends() -> Iterator[BackendPlugin]:
         summary="GPU blocks, with the choice of experts on the CPU",
         create=_create,
         api_version=1,
-        precisions=("fp32", "bf16", "fp16"),
+        precisions=(FP32, Precision("bf16", SIXTEEN_BIT), Precision("fp16", SIXTEEN_BIT)),
     )

@@ -14,6 +14,8 @@ from lfm2kit.backend import (
     BuildsAround,
     BuildsOperators,
     Context,
+    Format,
+    KeepsFormats,
     Memory,
     MemoryFigures,
     Room,
@@ -64,6 +66,10 @@ class HybridBackend:
         backend = self._backend_of(spec)
         assert isinstance(backend, BuildsOperators)
         return backend.state_bytes(spec, room)
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> Mapping[str, Format]:
+        backend = self._backend_of(spec)
+        return backend.kept_formats(spec, weights) if isinstance(backend, KeepsFormats) else {}
 
     def notes(self) -> list[str]:
         return self._notes

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lfm2kit.formats import BF16, F16
+from lfm2kit.precisions import FP32_GRADE
 from lfm2kit.specs import ShortConv, Spec
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS
 from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import FP32_GRADE, assert_close, assert_same
+from lfm2kit.testing.compare import assert_close, assert_same
 from lfm2kit.testing.host_block import host_block
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.testing.random_inputs import random_inputs
-from lfm2kit.testing.random_weights import stored_as
+from lfm2kit.testing.random_weights import in_int8, stored_as
 from lfm2kit.testing.router_cases import WITHIN
 from lfm2kit.testing.trial import Trial
-from lfm2kit.weights import DType, Weights
+from lfm2kit.weights import Weights
 
 WITH_BIASES = [s for s in CASES["conv"] if isinstance(s, ShortConv) and s.bias]
 ROWS = (0, 1, 2, 15, 16, 17, 33, 129)
@@ -22,13 +24,13 @@ ROWS = (0, 1, 2, 15, 16, 17, 33, 129)
 
 @check
 def embedding(trial: Trial) -> None:
-    """The embedding's rows are the table's rows, bit for bit in fp32 and fp32x3."""
+    """The embedding's rows are the table's rows, bit for bit in precisions of FP32's grade."""
     for spec in trial.supported(CASES["embed"]):
         block, reference = trial.pair(spec)
         for rows in ROWS:
             inputs = random_inputs(spec, trial.rng, rows)
             got, want = block(*inputs), reference(*inputs)
-            if trial.precision in FP32_GRADE:
+            if trial.precision.grade == FP32_GRADE:
                 assert_same(got, want, f"{spec} at {rows} rows")
             assert_close(got, want, trial.tolerance, f"{spec} at {rows} rows")
 
@@ -149,11 +151,22 @@ def bf16_and_f16_weights(trial: Trial) -> None:
     bias stays F32 in such checkpoints, and must not be rounded to the matrices' type; a
     convolution's biases are stored as its matrices are.
     """
-    stored: tuple[DType, ...] = ("BF16", "F16")
     for spec in [*trial.first_of_kinds(), *trial.built(WITH_BIASES)]:
-        for dtype in stored:
-            weights = stored_as(trial.random_weights(spec), dtype)
-            _judge_weights(trial, spec, weights, (17,), f"{spec} of {dtype} weights")
+        for format in (BF16, F16):
+            weights = stored_as(trial.random_weights(spec), format)
+            _judge_weights(trial, spec, weights, (17,), f"{spec} of {format} weights")
+
+
+@check
+def weights_in_an_unknown_format(trial: Trial) -> None:
+    """Weights in a format that the backend has never heard of mean what `float32()` says.
+
+    A plugin may read quantised checkpoints: here int8 with a scale per row.  No block may look at
+    `Tensor.data` unless it knows the tensor's format.
+    """
+    for spec in [*trial.first_of_kinds(), *trial.built(WITH_BIASES)]:
+        weights = in_int8(trial.random_weights(spec))
+        _judge_weights(trial, spec, weights, (17,), f"{spec} of int8 weights")
 
 
 def _judge(

@@ -175,7 +175,7 @@ def _without_near_ties(
         logits = build_tiny_model(spec, weights, watch, None).logits(batch)
         if all(np.all(gaps > 10 * trial.near_tie) for gaps in watch.gaps):
             return weights, batch, logits.copy()
-    raise Skipped(f"in {DRAWS} draws a router was always near a tie in {trial.precision}")
+    raise Skipped(f"in {DRAWS} draws a router was always near a tie in {trial.precision.name}")
 
 
 def _random_batch(trial: Trial, spec: specs.Model, lengths: Sequence[int] = LENGTHS) -> Batch:

@@ -12,7 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Batch, Block, Context, Memory, Room, Spec, Weights
+from lfm2kit.backend import (
+    F32,
+    HOST,
+    Batch,
+    Block,
+    Context,
+    Format,
+    Memory,
+    Room,
+    Spec,
+    Weights,
+)
 from lfm2kit.state import STEP_BACK
 
 Floats = npt.NDArray[np.float32]
@@ -162,9 +173,13 @@ class BlasBackend:
         return block
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
-        """Count 16-bit weights, which are kept in float32; others stay views of the checkpoint."""
+        """Count weights that are widened to float32; others stay views of the checkpoint."""
         tensors = (weights[name] for name in spec.parameters())
-        return sum(4 * t.data.size for t in tensors if t.dtype != "F32")
+        return sum(4 * t.size for t in tensors if t.format != F32)
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
+        """BLAS multiplies float32 alone."""
+        return dict.fromkeys(spec.parameters(), F32)
 
     def scratch_bytes(self, spec: Spec, tokens: int) -> int:
         """Count the arrays that a block has at once between its products, in any batch."""

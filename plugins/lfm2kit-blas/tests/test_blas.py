@@ -13,6 +13,7 @@ from lfm2kit_blas.backend import ShortConv as ShortConvBlock
 
 import lfm2kit.testing
 from lfm2kit.backend import Context, Room, Weights
+from lfm2kit.formats import BF16
 from lfm2kit.specs import MLP, Experts, LMHead, ShortConv, Spec
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import random_weights
@@ -52,7 +53,7 @@ def test_states_keep_the_bits_where_products_do_not_depend_on_other_rows(
         return y if self.bias is None else y + self.bias
 
     monkeypatch.setattr(Linear, "__call__", row_by_row)
-    assert judged(check, BlasBackend(Context()), "fp32").verdict == "passed"
+    assert judged(check, BlasBackend(Context())).verdict == "passed"
 
 
 def test_auto_never_picks_it() -> None:
@@ -78,7 +79,7 @@ def test_float32_weights_stay_where_they_are_and_misaligned_ones_are_copied() ->
 def test_weights_of_16_bits_are_kept_in_float32_and_it_says_so() -> None:
     head = LMHead(vocab_size=5, hidden_size=3)
     weights = Weights.of_arrays({"weight": np.ones((5, 3))})
-    stored = Weights({"weight": weights["weight"].stored_as("BF16")})
+    stored = Weights({"weight": weights["weight"].stored_as(BF16)})
     sizes = [BlasBackend(Context()).kept_bytes(head, w) for w in (weights, stored)]
     assert sizes == [0, Linear(stored).weight.nbytes]
 

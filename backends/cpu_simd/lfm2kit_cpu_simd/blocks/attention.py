@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, DType, Room, Weights
+from lfm2kit.backend import Batch, Format, Room, Weights
 from lfm2kit_cpu_simd.blocks.paged_attention import State, attend, remember, whole_sequences
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import Float32, linear
@@ -18,11 +18,11 @@ from lfm2kit_cpu_simd.signatures import FLOAT, IDS, INT, ROWS_OUT, VECTOR
 
 
 class Attention:
-    def __init__(self, spec: specs.Attention, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.Attention, weights: Weights, format: Format | None) -> None:
         self.spec = spec
         names = ("q_proj", "k_proj", "v_proj")
-        self.qkv_proj = pack([[weights[f"{name}.weight"] for name in names]], dtype)
-        self.out_proj = pack([[weights["out_proj.weight"]]], dtype)
+        self.qkv_proj = pack([[weights[f"{name}.weight"] for name in names]], format)
+        self.out_proj = pack([[weights["out_proj.weight"]]], format)
         self.q_layernorm = np.array(weights.float32("q_layernorm.weight"))
         self.k_layernorm = np.array(weights.float32("k_layernorm.weight"))
         # As transformers computes them: at position 1000 the rounding of the angles shows.

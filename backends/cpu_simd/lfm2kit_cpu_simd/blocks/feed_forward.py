@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import DType, Weights
+from lfm2kit.backend import Format, Weights
 from lfm2kit_cpu_simd.blocks.router import Int32, Router
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.compiling import kernel
@@ -28,10 +28,10 @@ from lfm2kit_cpu_simd.signatures import (
 
 
 class MLP:
-    def __init__(self, spec: specs.MLP, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.MLP, weights: Weights, format: Format | None) -> None:
         self.spec = spec
         w1, w3, w2 = (weights[f"{name}.weight"] for name in ("w1", "w3", "w2"))
-        self.w13, self.w2 = pack_gated([w1], [w3], dtype), pack([[w2]], dtype)
+        self.w13, self.w2 = pack_gated([w1], [w3], format), pack([[w2]], format)
 
     def __call__(self, x: Float32) -> Float32:
         inner = linear(x, self.w13, self.spec.intermediate_size, buffer="inner")
@@ -39,7 +39,7 @@ class MLP:
 
 
 class Experts:
-    def __init__(self, spec: specs.Experts, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.Experts, weights: Weights, format: Format | None) -> None:
         self.spec = spec
         self.numbers = local_numbers(spec)
         matrices = {
@@ -47,8 +47,8 @@ class Experts:
             for name in ("w1", "w3", "w2")
         }
         if spec.local_experts:
-            self.w13 = pack_gated(matrices["w1"], matrices["w3"], dtype)
-            self.w2 = pack([[w2] for w2 in matrices["w2"]], dtype)
+            self.w13 = pack_gated(matrices["w1"], matrices["w3"], format)
+            self.w2 = pack([[w2] for w2 in matrices["w2"]], format)
 
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
         if not self.spec.local_experts:
@@ -64,9 +64,9 @@ class Experts:
 
 
 class SparseMoe:
-    def __init__(self, spec: specs.SparseMoe, weights: Weights, dtype: DType | None) -> None:
-        self.router = Router(spec.router, weights, dtype)
-        self.experts = Experts(spec.experts, weights, dtype)
+    def __init__(self, spec: specs.SparseMoe, weights: Weights, format: Format | None) -> None:
+        self.router = Router(spec.router, weights, format)
+        self.experts = Experts(spec.experts, weights, format)
 
     def __call__(self, x: Float32) -> Float32:
         return self.experts(x, *self.router(x))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Room
+from lfm2kit.backend import F32, Batch, Room
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.crew import CREW
@@ -98,7 +98,7 @@ def attend(
     out = BUFFERS.array("heads", len(qkv), spec.num_attention_heads * spec.head_dim)
     _attend(
         qkv, batch.cu_seqlens, batch.positions, first_panels, state.panels_per_page, state.keys,
-        state.values, np.float32(spec.head_dim**-0.5), TABLES["F32"], out, CREW.size(),
+        state.values, np.float32(spec.head_dim**-0.5), TABLES[F32], out, CREW.size(),
     )  # fmt: skip
     return out
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import DType, Weights
+from lfm2kit.backend import Format, Weights
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import Float32, linear
 from lfm2kit_cpu_simd.packing import pack
@@ -23,7 +23,7 @@ TAKEN = np.int32(-(2**31))  # below the rank of every number, -inf too: that is 
 
 
 class Scores:
-    def __init__(self, spec: specs.Scores, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.Scores, weights: Weights, format: Format | None) -> None:
         self.num_experts = spec.num_experts
         self.gate = pack([[weights["gate.weight"]]])
 
@@ -37,7 +37,7 @@ class Scores:
 
 
 class Choice:
-    def __init__(self, spec: specs.Choice, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.Choice, weights: Weights, format: Format | None) -> None:
         self.taken = spec.num_experts_per_tok
         bias = weights.float32("expert_bias") if spec.use_expert_bias else np.zeros(0, np.float32)
         self.bias = np.array(bias)
@@ -58,9 +58,9 @@ class Choice:
 class Router:
     """Scores lie between two loops over a row, and in no array of their own."""
 
-    def __init__(self, spec: specs.Router, weights: Weights, dtype: DType | None) -> None:
-        self.scores = Scores(spec.scores, weights, dtype)
-        self.choice = Choice(spec.choice, weights, dtype)
+    def __init__(self, spec: specs.Router, weights: Weights, format: Format | None) -> None:
+        self.scores = Scores(spec.scores, weights, format)
+        self.choice = Choice(spec.choice, weights, format)
 
     def __call__(self, x: Float32) -> tuple[Int32, Float32]:
         return self.choice.call(_choose_of_logits, self.scores.logits(x))

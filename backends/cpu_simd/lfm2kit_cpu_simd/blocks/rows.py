@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, DType, Tensor, Weights
+from lfm2kit.backend import Batch, Format, Weights
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import Float32, linear
 from lfm2kit_cpu_simd.packing import pack
@@ -19,16 +19,15 @@ from lfm2kit_cpu_simd.signatures import FLOAT, ROWS, ROWS_OUT, VECTOR
 class Embedding:
     """The table stays a view of the checkpoint; rows are widened as they are looked up."""
 
-    def __init__(self, spec: specs.Embedding, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.Embedding, weights: Weights, format: Format | None) -> None:
         self.table = weights["weight"]
 
     def __call__(self, batch: Batch) -> Float32:
-        rows = self.table.data[batch.token_ids]
-        return np.ascontiguousarray(Tensor("", self.table.dtype, rows).float32())
+        return np.ascontiguousarray(self.table[batch.token_ids].float32())
 
 
 class RMSNorm:
-    def __init__(self, spec: specs.RMSNorm, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.RMSNorm, weights: Weights, format: Format | None) -> None:
         self.weight = np.array(weights.float32("weight"))
         self.eps = np.float32(spec.eps)
 
@@ -41,7 +40,7 @@ class RMSNorm:
 
 
 class LastRows:
-    def __init__(self, spec: specs.LastRows, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.LastRows, weights: Weights, format: Format | None) -> None:
         pass
 
     def __call__(self, hidden: Float32, delta: Float32, batch: Batch) -> tuple[Float32, Float32]:
@@ -49,8 +48,8 @@ class LastRows:
 
 
 class LMHead:
-    def __init__(self, spec: specs.LMHead, weights: Weights, dtype: DType | None) -> None:
-        self.panels = pack([[weights["weight"]]], dtype)
+    def __init__(self, spec: specs.LMHead, weights: Weights, format: Format | None) -> None:
+        self.panels = pack([[weights["weight"]]], format)
         self.vocab_size = spec.vocab_size
 
     def __call__(self, x: Float32) -> Float32:

@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, DType, Room, Weights
+from lfm2kit.backend import Batch, Format, Room, Weights
 from lfm2kit.state import STEP_BACK
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.compiling import kernel
@@ -42,10 +42,10 @@ SHORT = STEP_BACK  # rows of a chunk whose u replaces no row before it that it r
 
 
 class ShortConv:
-    def __init__(self, spec: specs.ShortConv, weights: Weights, dtype: DType | None) -> None:
+    def __init__(self, spec: specs.ShortConv, weights: Weights, format: Format | None) -> None:
         self.spec = spec
-        self.in_proj = pack([[weights["in_proj.weight"]]], dtype)
-        self.out_proj = pack([[weights["out_proj.weight"]]], dtype)
+        self.in_proj = pack([[weights["in_proj.weight"]]], format)
+        self.out_proj = pack([[weights["out_proj.weight"]]], format)
         taps = weights.float32("conv.weight")[:, 0, :].T
         self.taps = np.ascontiguousarray(taps)  # [kernel_size, hidden_size]
         biases = [f"{name}.bias" for name in ("in_proj", "conv", "out_proj")]

@@ -9,7 +9,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Batch, Room, Tensor, Weights
 from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.paging import keys_shape
-from lfm2kit_cuda.products import Activations, Arithmetic
+from lfm2kit_cuda.products import Activations, Arithmetic, readable
 from lfm2kit_cuda.upload import upload
 
 SOURCE = "blocks/attention"
@@ -73,8 +73,9 @@ class Attention:
 
 
 def _stacked(matrices: list[Tensor]) -> Tensor:
-    """One matrix of all their rows, in the type that they are stored as, if it is one."""
-    name, dtypes = ", ".join(m.name for m in matrices), {matrix.dtype for matrix in matrices}
-    if len(dtypes) == 1:
-        return Tensor(name, matrices[0].dtype, np.concatenate([m.data for m in matrices]))
-    return Tensor(name, "F32", np.concatenate([m.float32() for m in matrices]))
+    """One matrix of all their rows, in the format that they are stored in, if it is one."""
+    name, matrices = ", ".join(m.name for m in matrices), [readable(m) for m in matrices]
+    if len({matrix.format for matrix in matrices}) == 1:
+        stacked = np.concatenate([m.data for m in matrices])
+        return Tensor.of_array(name, stacked, matrices[0].format)
+    return Tensor.of_array(name, np.concatenate([m.float32() for m in matrices]))

@@ -7,7 +7,7 @@ import cupy
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Weights
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Activations, Arithmetic
+from lfm2kit_cuda.products import Activations, Arithmetic, readable
 from lfm2kit_cuda.upload import upload
 
 SOURCE, THREADS = "blocks/rows", 256
@@ -17,9 +17,9 @@ class Embedding:
     """The table stays as the checkpoint stores it; rows are widened as they are looked up."""
 
     def __init__(self, spec: specs.Embedding, weights: Weights, gemm: Arithmetic) -> None:
-        table = weights["weight"]
+        table = readable(weights["weight"])
         self.table = upload(table.data)
-        self.kernel = _kernel(f"embed_{table.dtype}", spec.hidden_size)
+        self.kernel = _kernel(f"embed_{table.format}", spec.hidden_size)
 
     def __call__(self, batch: Batch) -> cupy.ndarray:
         hidden = cupy.empty((batch.tokens, self.table.shape[1]), cupy.float32)
