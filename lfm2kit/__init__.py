@@ -10,11 +10,11 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing`'s own would ha
 if TYPE_CHECKING:
     from lfm2kit.backend import API_VERSION, BackendPlugin
     from lfm2kit.batch import Batch
+    from lfm2kit.building.loading import load_model
+    from lfm2kit.checkpoint.readers import CheckpointReader
     from lfm2kit.errors import Lfm2kitError
     from lfm2kit.hookspecs import Command, Wrapper, hookimpl
-    from lfm2kit.loading import load_model
     from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade, Precision
-    from lfm2kit.readers import CheckpointReader
     from lfm2kit.rewrites import Rewrite
     from lfm2kit.transport import TransportPlugin
 else:
@@ -22,7 +22,7 @@ else:
         "API_VERSION": "backend",
         "BackendPlugin": "backend",
         "Batch": "batch",
-        "CheckpointReader": "readers",
+        "CheckpointReader": "checkpoint.readers",
         "Command": "hookspecs",
         "FP32_GRADE": "precisions",
         "Grade": "precisions",
@@ -33,7 +33,7 @@ else:
         "TransportPlugin": "transport",
         "Wrapper": "hookspecs",
         "hookimpl": "hookspecs",
-        "load_model": "loading",
+        "load_model": "building.loading",
     }
 
     def __getattr__(name):

@@ -20,8 +20,8 @@ def script() -> NoReturn:
     """
     code = 130
     try:
-        from lfm2kit.interrupts import PROCESS
-        from lfm2kit.streams import Streams
+        from lfm2kit.process.interrupts import PROCESS
+        from lfm2kit.process.streams import Streams
 
         streams = Streams()
         streams.take()
@@ -51,7 +51,7 @@ def main() -> NoReturn:
     Exit code 0 good, 1 the result is INVALID, 2 the user must act, 3 a bug, 130 after Ctrl-C; after
     another signal 128 and its number.
     """
-    from lfm2kit.interrupts import told
+    from lfm2kit.process.interrupts import told
 
     try:
         code = exit_code()
@@ -62,8 +62,8 @@ def main() -> NoReturn:
 
 def exit_code() -> int:
     """Runs the command line of `sys.argv` and returns its exit code; interrupts are raised."""
-    from lfm2kit.interrupts import PROCESS
-    from lfm2kit.streams import READER_GONE, ReaderGone
+    from lfm2kit.process.interrupts import PROCESS
+    from lfm2kit.process.streams import READER_GONE, ReaderGone
 
     try:
         return _command()

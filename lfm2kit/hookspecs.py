@@ -17,8 +17,8 @@ from typing import Any
 import pluggy
 
 from lfm2kit.backend import BackendPlugin, Block
+from lfm2kit.checkpoint.readers import CheckpointReader
 from lfm2kit.memory import Memory
-from lfm2kit.readers import CheckpointReader
 from lfm2kit.rewrites import Rewrite
 from lfm2kit.specs import Spec
 from lfm2kit.transport import Transport, TransportPlugin, World

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.machine import free_memory
+from lfm2kit.process.machine import free_memory
 
 Array = Any  # numpy.ndarray in the host's memory, whatever a backend says in its own
 

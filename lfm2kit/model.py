@@ -1,12 +1,11 @@
-"""The forward pass, and the building of it: from placed specs and weights to ready blocks.
+"""The forward pass: `Forward` is the model as prose, `LFM2` what users call.
 
-`Forward` is the model as prose.  `build_model` is where everything is decided; nothing of it is
-left to the forward.
+Everything is decided in `lfm2kit.building`; nothing of it is left to the forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -17,18 +16,15 @@ from weakref import WeakKeyDictionary, finalize
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit import out_of_memory, specs
-from lfm2kit.backend import Array, Backend, Block, BuildsAround, Captures, Operator, State
+from lfm2kit import specs
+from lfm2kit.backend import Array, Backend, Block, Captures, Operator, State
 from lfm2kit.batch import Batch, Make
-from lfm2kit.joins import Join, Joins
+from lfm2kit.building import out_of_memory
+from lfm2kit.building.joins import Join, Joins
+from lfm2kit.building.placement import Placed
 from lfm2kit.memory import HOST, Memory, own_stream
-from lfm2kit.placement import Placed
-from lfm2kit.progress import longest, step
 from lfm2kit.replays import Key, Replays, replays_in
-from lfm2kit.seam import Seam
-from lfm2kit.specs import Spec, Work
 from lfm2kit.state import ModelState, Room
-from lfm2kit.weights import Weights
 
 
 class Forward:
@@ -109,47 +105,6 @@ JOINS: Joins = {
     specs.SparseMoe: partial(Join, RoutedExperts),
     specs.Router: partial(Join, RoutedByScores),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Builder:
-    """Makes the blocks of a placed model."""
-
-    weights: Weights
-    create: Callable[[str], Backend]
-    wrap: Callable[[str, Spec, Block], Block] = lambda name, spec, block: block
-    built: Callable[[Placed], None] = lambda placed: None  # called after each leaf: progress
-    before: Callable[[Placed], None] = lambda placed: None  # called before each leaf
-    may_capture: bool = True  # False: a wrapper works in calls alone
-
-    def build(self, placed: Placed) -> Any:
-        """The block of `placed`, ready to be called from the memory around it."""
-        blocks = {role: self.build(part) for role, part in placed.parts}
-        if placed.backend is None:
-            assert placed.join is not None, "what no backend builds is joined"
-            block = placed.join.make(placed.spec, **blocks)
-        else:
-            self.before(placed)
-            weights = self.weights.scope(placed.scope)
-            step(f"building {placed.name}", longest(Work(0, 4 * placed.spec.weight_elements())))
-            placed.spec.check_values(weights)
-            with out_of_memory.building(placed, weights):
-                block = _built(self.create(placed.backend), placed.spec, weights, blocks)
-            self.built(placed)
-        return self._seamed(placed, block)
-
-    def _seamed(self, placed: Placed, block: Block) -> Block:
-        wrapped = self.wrap(placed.name, placed.spec, block)
-        if wrapped is block and not placed.is_copied:
-            return block
-        return Seam(wrapped, placed.memory, placed.outer, state_of=block)
-
-
-def _built(backend: Backend, spec: Spec, weights: Weights, parts: dict[str, Block]) -> Block:
-    if not parts:
-        return backend.build(spec, weights)
-    assert isinstance(backend, BuildsAround)  # or the placement would have no parts here
-    return backend.build_around(spec, weights, parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -252,19 +207,6 @@ class LFM2:
             batch.derived(key, make)
         owner = self._owner if state is None else self._states[state]
         return Key(owner, tuple(one.form for one in batch.family()))
-
-
-def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
-    """The model that `placed` describes, with `builder`'s weights."""
-    assert isinstance(placed.spec, specs.Model)
-    return LFM2(
-        spec=placed.spec,
-        placed=placed,
-        forward=builder.build(placed),
-        home=placed.outer,
-        backend=builder.create(default_backend),
-        may_capture=builder.may_capture,
-    )
 
 
 def can_capture(backend: Backend, placed: Placed) -> bool:

@@ -18,15 +18,15 @@ from lfm2kit import (
     batch,
     formats,
     hookspecs,
-    joins,
     memory,
     precisions,
     progress,
-    readers,
     specs,
     transport,
     weights,
 )
+from lfm2kit.building import joins
+from lfm2kit.checkpoint import readers
 from lfm2kit.rewrites import rewrite
 
 PAGE = Path(__file__).parents[1] / "docs" / "hooks.md"

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lfm2kit import samples
 from lfm2kit.checkpoint.convert import write_checkpoint
 from lfm2kit.checkpoint.synth import random_source
 from lfm2kit.formats import BF16
+from lfm2kit.measuring import samples
 
 sys.path.insert(0, str(Path(__file__).parent))
 from oracle import Oracle

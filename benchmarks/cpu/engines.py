@@ -26,9 +26,9 @@ class Lfm2kit:
     """This project's cpu_simd; weights stay in the checkpoint's type."""
 
     def __init__(self, folder: Path, threads: int) -> None:
+        from lfm2kit.building.loading import set_up
+        from lfm2kit.building.options import Options
         from lfm2kit.checkpoint import open_checkpoint
-        from lfm2kit.loading import set_up
-        from lfm2kit.options import Options
 
         checkpoint = open_checkpoint(folder)
         self._setup = set_up(checkpoint, Options(backend="cpu_simd", threads=threads))
@@ -58,7 +58,7 @@ class Lfm2kit:
         return steps
 
     def block(self, kind: str, samples: int) -> Call:
-        from lfm2kit.bench import single_blocks
+        from lfm2kit.measuring.bench import single_blocks
 
         if (kind, samples) not in self._blocks:
             for timed in single_blocks(self._setup, kind, BLOCK_SAMPLES, SEQ_LEN, BLOCK_SEED):
@@ -66,7 +66,7 @@ class Lfm2kit:
         return self._blocks[kind, samples]
 
     def ceilings(self) -> Call:
-        from lfm2kit.bench import measured_ceilings
+        from lfm2kit.measuring.bench import measured_ceilings
 
         return lambda: measured_ceilings(self._setup)
 
@@ -131,7 +131,7 @@ def _long(ids: Ids) -> Any:
 
 
 def _block_input(samples: int, hidden_size: int) -> npt.NDArray[np.float32]:
-    """The activations that `lfm2kit.bench.single_blocks` draws for so many samples."""
+    """The activations that `lfm2kit.measuring.bench.single_blocks` draws for so many samples."""
     rng = np.random.default_rng(BLOCK_SEED)
     for n in BLOCK_SAMPLES[: BLOCK_SAMPLES.index(samples) + 1]:
         x = rng.standard_normal((n * SEQ_LEN, hidden_size), dtype=np.float32)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.checkpoint import Checkpoint, mapped, open_checkpoint
-from lfm2kit.config import ModelConfig
+from lfm2kit.checkpoint.config import ModelConfig
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.weights import Tensor

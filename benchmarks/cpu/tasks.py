@@ -12,7 +12,7 @@ from engines import BLOCK_SAMPLES, SEQ_LEN
 
 from lfm2kit import specs
 from lfm2kit.batch import Batch
-from lfm2kit.bench import random_batch
+from lfm2kit.measuring.bench import random_batch
 from lfm2kit.specs import Spec, Work
 
 STEPS = 16  # tokens that a decoding appends to a prompt of `SEQ_LEN`

@@ -19,10 +19,10 @@ from full_size import RandomTensors, build
 from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
 
 from lfm2kit.backend import BF16
-from lfm2kit.bench import random_batch
-from lfm2kit.config import LFM2_8B_A1B as C
-from lfm2kit.config import model_spec
-from lfm2kit.plan import Plan
+from lfm2kit.building.plan import Plan
+from lfm2kit.checkpoint.config import LFM2_8B_A1B as C
+from lfm2kit.checkpoint.config import model_spec
+from lfm2kit.measuring.bench import random_batch
 
 TOLERANCE = 1e-3
 Float32 = npt.NDArray[np.float32]

@@ -20,9 +20,9 @@ from full_size import RandomTensors
 
 from lfm2kit import specs
 from lfm2kit.backend import F32, Context, Weights
-from lfm2kit.bench import random_batch
-from lfm2kit.config import LFM2_8B_A1B, model_spec
-from lfm2kit.plugins import installed_plugins
+from lfm2kit.building.plugins import installed_plugins
+from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
+from lfm2kit.measuring.bench import random_batch
 
 REPETITIONS = 10
 

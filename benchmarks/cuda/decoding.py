@@ -25,8 +25,8 @@ from full_size import build
 
 from lfm2kit.backend import BF16, Captures, Room
 from lfm2kit.batch import Batch
+from lfm2kit.building.plan import Plan
 from lfm2kit.model import LFM2
-from lfm2kit.plan import Plan
 from lfm2kit.state import ModelState
 
 TARGETS = {

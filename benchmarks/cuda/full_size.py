@@ -20,12 +20,13 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.backend import BF16, F32, Context, Format, Tensor, Weights
 from lfm2kit.batch import Batch
-from lfm2kit.bench import random_batch
-from lfm2kit.config import LFM2_8B_A1B, model_spec
-from lfm2kit.model import JOINS, LFM2, Builder, build_model
-from lfm2kit.placement import Placer
-from lfm2kit.plan import Plan
-from lfm2kit.plugins import installed_plugins
+from lfm2kit.building.builder import Builder, build_model
+from lfm2kit.building.placement import Placer
+from lfm2kit.building.plan import Plan
+from lfm2kit.building.plugins import installed_plugins
+from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
+from lfm2kit.measuring.bench import random_batch
+from lfm2kit.model import JOINS, LFM2
 from lfm2kit.rewrites import chosen, rewritten
 
 POOL = 1 << 26  # random numbers that all tensors share

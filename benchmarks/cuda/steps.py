@@ -23,8 +23,8 @@ from full_size import build
 from torch.profiler import ProfilerActivity, profile
 
 from lfm2kit.backend import BF16
-from lfm2kit.bench import random_batch
-from lfm2kit.plan import Plan
+from lfm2kit.building.plan import Plan
+from lfm2kit.measuring.bench import random_batch
 
 REPETITIONS = 20
 

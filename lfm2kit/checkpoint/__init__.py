@@ -17,6 +17,7 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.checkpoint import mapped
 from lfm2kit.checkpoint.companions import companions, files_in, is_companion
+from lfm2kit.checkpoint.config import LFM2_8B_A1B, ModelConfig, model_spec, read_config
 from lfm2kit.checkpoint.foreign import check_model, check_names
 from lfm2kit.checkpoint.huggingface import canonical, read_folder
 from lfm2kit.checkpoint.mapped import map_file
@@ -34,15 +35,14 @@ from lfm2kit.checkpoint.names import (
 from lfm2kit.checkpoint.plugged import reader_of
 from lfm2kit.checkpoint.random_weights import RandomTensors, without_values
 from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
+from lfm2kit.checkpoint.spec_files import read_spec
 from lfm2kit.checkpoint.unread import remarks_on
-from lfm2kit.config import LFM2_8B_A1B, ModelConfig, model_spec, read_config
 from lfm2kit.errors import LEAVE_OUT, Lfm2kitError, choices
-from lfm2kit.spec_files import read_spec
 from lfm2kit.specs import Spec
 from lfm2kit.weights import Tensor, Weights
 
 if TYPE_CHECKING:
-    from lfm2kit.plugins import InstalledReader
+    from lfm2kit.building.plugins import InstalledReader
 
 __all__ = [
     "Checkpoint",
@@ -126,7 +126,7 @@ def check_no_part(option: str, path: Path) -> None:
     """Raises `Lfm2kitError` if writing `path` would replace a part of some checkpoint.
 
     It looks at names alone, and so protects models that this command does not read, too;
-    `lfm2kit.targets` compares files.
+    `lfm2kit.outputs.targets` compares files.
     """
     if path.exists() and any(map(is_part, (path, path.resolve()))):
         raise Lfm2kitError(f"{option} {path}: this is a checkpoint's file; give another name")

@@ -22,22 +22,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit import quantised
-from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.checkpoint import Checkpoint, quantised
+from lfm2kit.checkpoint.config import ModelConfig, parse_config, read_config
+from lfm2kit.checkpoint.documents import read_json
 from lfm2kit.checkpoint.mapped import Files
 from lfm2kit.checkpoint.model_bin import write_model_bin
 from lfm2kit.checkpoint.names import CONFIG, INDEX, SINGLE
 from lfm2kit.checkpoint.pieces import PIECE, in_order
 from lfm2kit.checkpoint.place import Origin, check_place, companions_beside, origin_of
 from lfm2kit.checkpoint.safetensors import write_safetensors
-from lfm2kit.config import ModelConfig, parse_config, read_config
-from lfm2kit.disk import synced
-from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError, Option, either
-from lfm2kit.files import Note, replaced
-from lfm2kit.folders import replaced_folder
 from lfm2kit.formats import BF16, F16, F32, PLAIN, Format
-from lfm2kit.targets import identity
+from lfm2kit.outputs.disk import synced
+from lfm2kit.outputs.files import Note, replaced
+from lfm2kit.outputs.folders import replaced_folder
+from lfm2kit.outputs.targets import identity
 from lfm2kit.weights import Tensor
 
 TORCH_NAMES: Mapping[Format, str] = {F32: "float32", F16: "float16", BF16: "bfloat16"}

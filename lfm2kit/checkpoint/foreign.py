@@ -1,7 +1,7 @@
 """Recognises paths and tensor names that are no model for lfm2kit.
 
-For each there is one sentence: what it is, and what to type.  `lfm2kit.file_kinds` recognises
-single files.
+For each there is one sentence: what it is, and what to type.  `lfm2kit.checkpoint.file_kinds`
+recognises single files.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Collection, Sequence
 from fnmatch import filter as matching
 from pathlib import Path
 
+from lfm2kit.checkpoint.file_kinds import NO_PICKLES, broken_link, check_file, is_safetensors
 from lfm2kit.checkpoint.names import CONFIG, EMBEDDING, INDEX, SINGLE, WEIGHTS
+from lfm2kit.checkpoint.quantised import said_by_names
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.file_kinds import NO_PICKLES, broken_link, check_file, is_safetensors
-from lfm2kit.quantised import said_by_names
 
 ADAPTER = (
     "a LoRA adapter, which lfm2kit does not apply; merge it into its model with PEFT "

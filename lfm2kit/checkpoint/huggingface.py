@@ -15,9 +15,9 @@ from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any
 
 from lfm2kit import bounds
+from lfm2kit.checkpoint.documents import read_json
 from lfm2kit.checkpoint.names import INDEX, SINGLE
 from lfm2kit.checkpoint.safetensors import read_safetensors
-from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.weights import Tensor
 

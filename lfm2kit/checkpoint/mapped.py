@@ -14,8 +14,8 @@ import numpy.typing as npt
 from numpy.lib.array_utils import byte_bounds
 
 from lfm2kit import bounds
+from lfm2kit.checkpoint.file_kinds import check_regular
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.file_kinds import check_regular
 
 Bytes = npt.NDArray[np.uint8]
 

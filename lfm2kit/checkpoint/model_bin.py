@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lfm2kit import bounds
+from lfm2kit.checkpoint.file_kinds import check_file
 from lfm2kit.checkpoint.mapped import Bytes, Extent, check_extents, map_file, view
 from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.file_kinds import check_file
 from lfm2kit.formats import F32
 from lfm2kit.weights import Tensor
 

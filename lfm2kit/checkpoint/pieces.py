@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from lfm2kit.machine import cores
+from lfm2kit.process.machine import cores
 
 PIECE = 1 << 18  # elements: what is made of them stays in a core's own cache
 MOST_THREADS = 16  # more are no faster: one thread writes

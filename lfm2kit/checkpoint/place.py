@@ -14,8 +14,8 @@ from lfm2kit.checkpoint.companions import TEMPLATES, companions
 from lfm2kit.checkpoint.model_bin import read_model_bin
 from lfm2kit.checkpoint.names import CONFIG, INDEX
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit.folders import remove_leftovers_of_folder
-from lfm2kit.targets import identity
+from lfm2kit.outputs.folders import remove_leftovers_of_folder
+from lfm2kit.outputs.targets import identity
 
 OUR_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 

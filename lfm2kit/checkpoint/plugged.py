@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lfm2kit.errors import LEAVE_OUT, Lfm2kitError
 
 if TYPE_CHECKING:
-    from lfm2kit.plugins import InstalledReader
+    from lfm2kit.building.plugins import InstalledReader
 
 
 def reader_of(path: Path, readers: Iterable[InstalledReader]) -> InstalledReader | None:

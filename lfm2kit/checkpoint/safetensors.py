@@ -16,11 +16,11 @@ from reprlib import repr as brief  # of what a header says, however long it is
 from typing import Any, BinaryIO, NamedTuple
 
 from lfm2kit import bounds
+from lfm2kit.checkpoint.documents import parse_json
+from lfm2kit.checkpoint.file_kinds import check_file
 from lfm2kit.checkpoint.mapped import Bytes, Extent, check_extents, map_file, view
 from lfm2kit.checkpoint.pieces import write_pieces
-from lfm2kit.documents import parse_json
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.file_kinds import check_file
 from lfm2kit.formats import PLAIN, Format
 from lfm2kit.weights import Tensor
 

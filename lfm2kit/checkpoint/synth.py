@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lfm2kit.checkpoint.config import ATTENTION, CONV, LFM2_8B_A1B, model_spec, parse_config
 from lfm2kit.checkpoint.convert import Source, config_fields
 from lfm2kit.checkpoint.random_weights import random_values
-from lfm2kit.config import ATTENTION, CONV, LFM2_8B_A1B, model_spec, parse_config
 from lfm2kit.formats import F32
 from lfm2kit.weights import Tensor
 

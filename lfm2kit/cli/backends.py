@@ -9,11 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.backend import Context
+from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.cli.console import Report, only_said, progress, show_table
 from lfm2kit.cli.options import JsonOption, Without, spread
 from lfm2kit.errors import WRONG_RESULT
-from lfm2kit.options import Options
-from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.text import indented
 
 # The options that say which model is set up; a check makes its own.

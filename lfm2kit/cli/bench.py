@@ -14,7 +14,15 @@ import numpy as np
 import typer
 
 from lfm2kit import bounds
-from lfm2kit.bench import (
+from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.building.options import BACKEND_VARIABLE, About, Options
+from lfm2kit.building.plan import AUTO
+from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.cli.console import Report, complain, progress, remark
+from lfm2kit.cli.options import Without, flags, open_model, spread
+from lfm2kit.cli.rewrite_options import option_of
+from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
+from lfm2kit.measuring.bench import (
     WARM_UPS,
     Contender,
     Measured,
@@ -24,15 +32,7 @@ from lfm2kit.bench import (
     measured_ceilings,
     single_blocks,
 )
-from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import Report, complain, progress, remark
-from lfm2kit.cli.options import Without, flags, open_model, spread
-from lfm2kit.cli.rewrite_options import option_of
-from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
-from lfm2kit.loading import Setup, set_up
 from lfm2kit.memory import HOST
-from lfm2kit.options import BACKEND_VARIABLE, About, Options
-from lfm2kit.plan import AUTO
 from lfm2kit.rewrites import Rewrite
 from lfm2kit.text import printable
 

@@ -21,8 +21,8 @@ from rich.text import Text
 from lfm2kit.checkpoint import check_no_part
 from lfm2kit.cli.flags import told
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.files import check_target, replaced
-from lfm2kit.targets import check_apart
+from lfm2kit.outputs.files import check_target, replaced
+from lfm2kit.outputs.targets import check_apart
 from lfm2kit.text import LONGEST, indented, printable, shortened
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)

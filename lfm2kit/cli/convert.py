@@ -10,16 +10,16 @@ from typing import Annotated
 import typer
 
 from lfm2kit import bounds
+from lfm2kit.building.options import About, Options
+from lfm2kit.checkpoint.config import read_config
 from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
+from lfm2kit.checkpoint.documents import read_json
 from lfm2kit.checkpoint.place import Origin
 from lfm2kit.checkpoint.synth import KNOWN, random_source
 from lfm2kit.cli.console import progress, remark
 from lfm2kit.cli.options import flags, open_model
-from lfm2kit.config import read_config
-from lfm2kit.documents import read_json
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F16, F32, Format
-from lfm2kit.options import About, Options
 
 SHOWN = 8  # names of files that are left behind
 

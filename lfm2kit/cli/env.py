@@ -10,13 +10,13 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
-from lfm2kit import cgroups, machine
-from lfm2kit.capacity import size
+from lfm2kit.building.capacity import size
+from lfm2kit.building.options import BACKEND_VARIABLE
+from lfm2kit.building.plugins import ALLOW_LIST, installed_plugins
 from lfm2kit.cli.console import Report
 from lfm2kit.cli.options import JsonOption
 from lfm2kit.kernel_cache import VARIABLE as CACHE_FOLDER
-from lfm2kit.options import BACKEND_VARIABLE
-from lfm2kit.plugins import ALLOW_LIST, installed_plugins
+from lfm2kit.process import cgroups, machine
 
 PACKAGES = ("numpy", "numba", "llvmlite", "cupy-cuda12x", "cupy-cuda13x", "mpi4py", "pluggy")
 VARIABLES = (

@@ -6,8 +6,8 @@ import os
 import shlex
 from dataclasses import fields
 
+from lfm2kit.building.options import Options
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit.options import Options
 
 VARIABLES = {f.name: v for f in fields(Options) if (v := f.metadata["about"].variable)}
 

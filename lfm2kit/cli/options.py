@@ -11,12 +11,12 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 import typer
 
+from lfm2kit.building.loading import find_model
+from lfm2kit.building.options import About, Options
+from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.cli import rewrite_options
 from lfm2kit.cli.bus_error import explain_bus_errors
-from lfm2kit.loading import find_model
-from lfm2kit.options import About, Options
-from lfm2kit.plugins import installed_plugins
 
 REWRITES = "rewrites"  # the field that several options fill
 SHORT = {

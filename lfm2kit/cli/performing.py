@@ -12,19 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import progress as steps
-from lfm2kit import samples
+from lfm2kit.building.plugins import Plugins
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import Report, complain, only_said, progress, remark
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.preparing import Prepared, Request, passed_over
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
+from lfm2kit.measuring import samples
+from lfm2kit.measuring.running import Timed, run_samples
+from lfm2kit.measuring.validate import Verdict, not_finite, nothing_to_compare, validate
 from lfm2kit.model import LFM2
-from lfm2kit.plugins import Plugins
 from lfm2kit.precisions import Grade
-from lfm2kit.running import Timed, run_samples
 from lfm2kit.specs import Work
 from lfm2kit.transport import Transport
-from lfm2kit.validate import Verdict, not_finite, nothing_to_compare, validate
 
 
 @np.errstate(all="ignore")  # what is not finite is told once, at the end

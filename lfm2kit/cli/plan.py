@@ -10,16 +10,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.backend import KeepsFormats
-from lfm2kit.capacity import Needed, size
+from lfm2kit.building.capacity import Needed, size
+from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.building.options import About, Options
+from lfm2kit.building.placement import Placed
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import fate
-from lfm2kit.loading import Setup, set_up
-from lfm2kit.machine import memory_limits
-from lfm2kit.options import About, Options
-from lfm2kit.placement import Placed
+from lfm2kit.process.machine import memory_limits
 from lfm2kit.state import Room
 from lfm2kit.transport import World
 

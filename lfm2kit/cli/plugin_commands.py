@@ -12,9 +12,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
 from lfm2kit.hookspecs import Command
-from lfm2kit.plugins import Plugins, installed_plugins
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 

@@ -13,23 +13,25 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit import bounds, fingerprints, samples
-from lfm2kit.agreement import Fact, Facts
-from lfm2kit.capacity import check_room
+from lfm2kit import bounds
+from lfm2kit.building.capacity import check_room
+from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.building.options import Options, option
+from lfm2kit.building.plan import Plan
 from lfm2kit.checkpoint import Checkpoint, check_no_part
+from lfm2kit.checkpoint.file_kinds import check_regular, is_of_this_process
 from lfm2kit.cli.console import Report
 from lfm2kit.cli.flags import flag
 from lfm2kit.cli.options import JSON, files_of, open_model
 from lfm2kit.cli.ranks import DEFAULT_TRANSPORT
 from lfm2kit.cli.rewrite_options import settled as settled_rewrites
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit.file_kinds import check_regular, is_of_this_process
-from lfm2kit.files import check_target
-from lfm2kit.loading import Setup, set_up
-from lfm2kit.options import Options, option
-from lfm2kit.plan import Plan
-from lfm2kit.running import default_batch_size
-from lfm2kit.targets import check_apart
+from lfm2kit.measuring import samples
+from lfm2kit.measuring.running import default_batch_size
+from lfm2kit.outputs.files import check_target
+from lfm2kit.outputs.targets import check_apart
+from lfm2kit.ranks import fingerprints
+from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.transport import Transport, World
 
 MOST_BY_DEFAULT = 128  # samples: the assignment's largest choice

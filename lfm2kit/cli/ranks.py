@@ -16,14 +16,14 @@ from typing import Any, NoReturn, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from lfm2kit.agreement import Facts, Refusal, agree
+from lfm2kit.building.plugins import find_transport
 from lfm2kit.cli.console import complain
 from lfm2kit.cli.flags import told
 from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError
-from lfm2kit.interrupts import exit_code
-from lfm2kit.launchers import Started, started
-from lfm2kit.plugins import find_transport
-from lfm2kit.streams import READER_GONE, ReaderGone
+from lfm2kit.process.interrupts import exit_code
+from lfm2kit.process.streams import READER_GONE, ReaderGone
+from lfm2kit.ranks.agreement import Facts, Refusal, agree
+from lfm2kit.ranks.launchers import Started, started
 from lfm2kit.text import indented
 from lfm2kit.transport import JobError, Launcher, Transport
 

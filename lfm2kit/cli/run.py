@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from lfm2kit import progress as steps
+from lfm2kit.building.options import About
 from lfm2kit.cli.options import flags, spread
 from lfm2kit.cli.performing import perform
 from lfm2kit.cli.preparing import Request, facts_of, prepare
 from lfm2kit.cli.ranks import agreed, ending_all_ranks, joined_job, launched
 from lfm2kit.errors import WRONG_RESULT
-from lfm2kit.options import About
 
 
 @spread

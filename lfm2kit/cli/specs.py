@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from lfm2kit import specs as layers
+from lfm2kit.building.options import Options
+from lfm2kit.checkpoint.config import ModelConfig, model_spec, parse_config, read_config
+from lfm2kit.checkpoint.spec_files import spec_text
 from lfm2kit.checkpoint.synth import KNOWN
 from lfm2kit.cli.options import open_model
-from lfm2kit.config import ModelConfig, model_spec, parse_config, read_config
-from lfm2kit.options import Options
-from lfm2kit.spec_files import spec_text
 
 
 def specs(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
-from lfm2kit.bench import random_batch
+from lfm2kit.building.loading import set_up
+from lfm2kit.building.options import Options
 from lfm2kit.cli.console import Report, remark
 from lfm2kit.cli.options import JsonOption, Without, files_of, open_model, spread
-from lfm2kit.loading import set_up
-from lfm2kit.options import Options
+from lfm2kit.measuring.bench import random_batch
 
 
 @spread

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lfm2kit.joins import Join, Joins
+from lfm2kit.building.joins import Join, Joins
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.rewrites.rewrite import Rewrite, chosen, replaced, rewritten
 from lfm2kit.rewrites.trim import TRIM

@@ -12,8 +12,8 @@ from functools import partial
 from typing import ClassVar, NoReturn
 
 from lfm2kit.backend import Array, Block
+from lfm2kit.building.joins import Join
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.joins import Join
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.rewrites.host_exchange import HostExchange
 from lfm2kit.rewrites.rewrite import Rewrite, replaced

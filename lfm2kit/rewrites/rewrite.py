@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lfm2kit import specs
+from lfm2kit.building.joins import Joins
 from lfm2kit.errors import Lfm2kitError, choices
-from lfm2kit.joins import Joins
 from lfm2kit.specs import Spec
 
 

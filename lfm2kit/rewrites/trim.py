@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from lfm2kit.backend import Array, Block, Operator
 from lfm2kit.batch import Batch
+from lfm2kit.building.joins import Join
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.joins import Join
 from lfm2kit.rewrites.rewrite import Rewrite
 from lfm2kit.specs import Layer, Model, Part, ShortConv, Spec, Work
 

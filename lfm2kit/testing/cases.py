@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from lfm2kit import specs
-from lfm2kit.config import ATTENTION, CONV, ModelConfig, model_spec
+from lfm2kit.checkpoint.config import ATTENTION, CONV, ModelConfig, model_spec
 from lfm2kit.specs import Spec
 
 EPS = 1e-5

@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lfm2kit.backend import Backend, Context
-from lfm2kit.plugins import installed_plugins
+from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.precisions import Precision
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.runner import run_check, selected

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lfm2kit.backend import Backend, Context
+from lfm2kit.building.plugins import Plugins
 from lfm2kit.errors import Lfm2kitError, choices
-from lfm2kit.plugins import Plugins
 from lfm2kit.precisions import FP32, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing.checks import CHECKS

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lfm2kit.backend import Context
+from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.plugins import installed_plugins
 from lfm2kit.testing.parametrize import backend_cases
 
 USAGE = "which backend? pytest --pyargs lfm2kit.testing --lfm2kit-backend NAME"

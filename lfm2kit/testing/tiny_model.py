@@ -11,9 +11,10 @@ import numpy.typing as npt
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Block
 from lfm2kit.batch import Batch
-from lfm2kit.model import JOINS, LFM2, Builder, build_model
-from lfm2kit.placement import Placed, Placer
-from lfm2kit.plan import Plan, Rule
+from lfm2kit.building.builder import Builder, build_model
+from lfm2kit.building.placement import Placed, Placer
+from lfm2kit.building.plan import Plan, Rule
+from lfm2kit.model import JOINS, LFM2
 from lfm2kit.specs import Spec
 from lfm2kit.testing.compare import each
 from lfm2kit.testing.host_block import why_not_built

@@ -34,7 +34,7 @@ def recognises(path: Path) -> bool:
 def open_folder(folder: Path) -> Checkpoint:
     """Opens a folder; its tensors stay views of the file."""
     from lfm2kit.checkpoint import Checkpoint, canonical, read_safetensors
-    from lfm2kit.config import model_spec, parse_config
+    from lfm2kit.checkpoint.config import model_spec, parse_config
     from lfm2kit.weights import Weights
 
     fields = json.loads((folder / CONFIG).read_text())

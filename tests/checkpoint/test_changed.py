@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from lfm2kit.building.loading import EMBEDDED, set_up
+from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.convert import source_of, write_checkpoint
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.loading import EMBEDDED, set_up
-from lfm2kit.options import Options
 
 NAME = "model.safetensors"
 

@@ -19,18 +19,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm2kit import folders
+from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint, pieces
+from lfm2kit.checkpoint.config import parse_config
 from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
 from lfm2kit.checkpoint.names import HEAD, INDEX, SINGLE
 from lfm2kit.checkpoint.pieces import PIECE
 from lfm2kit.checkpoint.safetensors import header_bytes, read_safetensors
 from lfm2kit.checkpoint.synth import random_source
-from lfm2kit.config import parse_config
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F16, F32, Format
-from lfm2kit.loading import EMBEDDED
-from lfm2kit.samples import write_inputs
+from lfm2kit.measuring.samples import write_inputs
+from lfm2kit.outputs import folders
 from lfm2kit.weights import Tensor
 from tests.checkpoint.attempt import Content, content
 from tests.checkpoint.folders import ORACLE, change_json, copied

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.checkpoint.names import INDEX, SINGLE
-from lfm2kit.loading import EMBEDDED
 from tests.checkpoint.folders import Tensors, change_json, change_tensors, ones
 from tests.checkpoint.typed import Cli
 

@@ -28,8 +28,8 @@ from tests.checkpoint.folders import (
     ones,
     write_tensors,
 )
+from tests.checkpoint.test_spec_files import SMALL
 from tests.core.small import FIELDS, small_spec
-from tests.core.test_spec_files import SMALL
 
 EXPERTS = "model.layers.1.feed_forward.experts"
 FIRST, SECOND, LAST = (f"model-0000{i}-of-00009.safetensors" for i in (1, 2, 9))

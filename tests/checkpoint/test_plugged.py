@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from lfm2kit_int8 import WEIGHTS, quantise
 
+from lfm2kit.building.loading import find_model
+from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.loading import find_model
-from lfm2kit.plugins import installed_plugins
-from lfm2kit.samples import read_answers
+from lfm2kit.measuring.samples import read_answers
 from tests.checkpoint.typed import Cli
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lfm2kit.building.loading import load_model
 from lfm2kit.checkpoint.mapped import map_file, release
-from lfm2kit.loading import load_model
 
 MB = 2**20
 

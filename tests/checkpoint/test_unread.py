@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lfm2kit.building.loading import load_model
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.convert import source_of, write_checkpoint
 from lfm2kit.checkpoint.names import INDEX, MODEL_BIN, SINGLE
-from lfm2kit.loading import load_model
 from tests.checkpoint.attempt import content
 from tests.checkpoint.folders import ORACLE, change_json, change_tensors, copied
 from tests.checkpoint.typed import Cli

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import typer
 
-from lfm2kit.agreement import Fact, Facts, compared
+from lfm2kit.building.loading import find_model
 from lfm2kit.cli import app
 from lfm2kit.cli.ranks import agreed
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.loading import find_model
 from lfm2kit.memory import HostMemory
+from lfm2kit.ranks.agreement import Fact, Facts, compared
 from lfm2kit.transport import World
 
 FactsOf = Callable[..., Facts]

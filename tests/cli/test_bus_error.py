@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from lfm2kit.loading import EMBEDDED
+from lfm2kit.building.loading import EMBEDDED
 
 READ_WHAT_IS_LOST = """
 import sys
 from pathlib import Path
 from lfm2kit.cli.options import open_model
-from lfm2kit.loading import set_up
-from lfm2kit.options import Options
+from lfm2kit.building.loading import set_up
+from lfm2kit.building.options import Options
 
 path, backend = sys.argv[1:]
 options = Options(model=path, backend=backend)

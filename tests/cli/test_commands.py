@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from lfm2kit import samples
 from lfm2kit.__main__ import main
-from lfm2kit.loading import EMBEDDED
+from lfm2kit.building.loading import EMBEDDED
+from lfm2kit.measuring import samples
+from lfm2kit.measuring.timing import Timing
 from lfm2kit.memory import HostMemory
 from lfm2kit.reference.backend import ReferenceBackend
-from lfm2kit.timing import Timing
 
 TINY = EMBEDDED / "tiny"
 
@@ -458,7 +458,7 @@ def test_warmup_names_the_plan_that_is_ready(cli: Cli) -> None:
 def test_bench_warns_once_where_threads_of_cpu_blocks_waited_for_a_core(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, waited: float | None, memory: str, warned: bool
 ) -> None:
-    monkeypatch.setattr("lfm2kit.bench.timed", lambda call: Timing(1, waited))
+    monkeypatch.setattr("lfm2kit.measuring.bench.timed", lambda call: Timing(1, waited))
     monkeypatch.setattr(ReferenceBackend, "memory", lambda self, spec: other_memory(memory))
     done = cli("bench", "-n", "1,3", "-b", "reference", "-o", "json")
     assert [row["waiting"] for row in json.loads(done.out)["results"]] == [waited, waited]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lfm2kit.loading import EMBEDDED
-from lfm2kit.plugins import BrokenPlugin, Plugins
+from lfm2kit.building.loading import EMBEDDED
+from lfm2kit.building.plugins import BrokenPlugin, Plugins
 from tests.checkpoint.typed import Cli, Typed
 
 NAMES = ["x\nVALID", "\x1b[2J\x1b]0;title\x07", "\u202eDILAV\u2066", "[red]:smile:[/]", "n" * 200]

@@ -56,7 +56,7 @@ def in_a_callback(*arguments, **options):
     waits()
 
 def in_a_write(path, *rest):
-    from lfm2kit.files import replaced
+    from lfm2kit.outputs.files import replaced
     with replaced(path) as file:
         file.write(b"half")
         hit()
@@ -89,11 +89,11 @@ MOMENTS = {
     "imports": "sys.meta_path.insert(0, Importing('typer'))",
     "numpy": "sys.meta_path.insert(0, Importing('numpy'))",
     "swallowed by an import": "sys.meta_path.insert(0, Importing('pluggy', True))",
-    "reading": "replace('lfm2kit.samples.read_inputs', lambda path: hit())",
+    "reading": "replace('lfm2kit.measuring.samples.read_inputs', lambda path: hit())",
     "a callback": "replace('lfm2kit.cli.performing.run_samples', in_a_callback)",
     "a destructor": "replace('lfm2kit.cli.performing.run_samples', in_a_destructor)",
     "a bug that follows": "replace('lfm2kit.cli.performing.run_samples', once_more)",
-    "writing": "replace('lfm2kit.samples.write_outputs', in_a_write)",
+    "writing": "replace('lfm2kit.measuring.samples.write_outputs', in_a_write)",
     "the end": "import atexit; atexit.register(hit)",
 }
 LINES = {
@@ -144,7 +144,7 @@ def test_the_second_ctrl_c_ends_a_process_that_hangs(tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_is_ended_after_a_while(tmp_path: Path) -> None:
-    moment = "import lfm2kit.interrupts; lfm2kit.interrupts.PATIENCE = 0.5\n"
+    moment = "import lfm2kit.process.interrupts; lfm2kit.process.interrupts.PATIENCE = 0.5\n"
     moment += "replace('lfm2kit.cli.performing.run_samples', in_a_deadlock)"
     job = started(moment, signal.SIGTERM, tmp_path)
     assert job.stdout is not None

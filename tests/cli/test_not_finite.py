@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfm2kit.validate import not_finite
+from lfm2kit.measuring.validate import not_finite
 from tests.cli.test_commands import TINY, Cli, cli
 
 __all__ = ["cli"]

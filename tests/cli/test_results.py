@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfm2kit import samples
-from lfm2kit.loading import EMBEDDED
+from lfm2kit.building.loading import EMBEDDED
+from lfm2kit.measuring import samples
 from lfm2kit.testing import runner
 from tests.checkpoint.typed import Cli, Typed
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfm2kit import samples
-from lfm2kit.loading import EMBEDDED
+from lfm2kit.building.loading import EMBEDDED
+from lfm2kit.measuring import samples
 
 LFM2KIT = [sys.executable, "-m", "lfm2kit"]
 RUN = ["run", "-b", "reference", "-n", "1", "-v"]

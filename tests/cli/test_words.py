@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from lfm2kit.__main__ import main
+from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.convert import source_of, write_checkpoint
-from lfm2kit.loading import EMBEDDED
 
 LFM2KIT = [sys.executable, "-m", "lfm2kit"]
 RUN = ["run", "-b", "reference", "-n", "1"]
@@ -159,7 +159,7 @@ def test_tables_in_a_pipe_are_not_cut_off() -> None:
     assert "layers.0.feed_forward" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["lfm2kit.streams", "lfm2kit.cli.console", "typer"])
+@pytest.mark.parametrize("module", ["lfm2kit.process.streams", "lfm2kit.cli.console", "typer"])
 def test_what_cannot_even_be_imported_is_one_line(module: str) -> None:
     """As where memory or open files are limited to less than the imports take."""
     code = f"import sys; sys.modules[{module!r}] = None; from lfm2kit.__main__ import script"
@@ -179,7 +179,7 @@ def test_a_limit_of_the_machine_is_no_bug(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(sys, "argv", ["lfm2kit", *RUN])
-    monkeypatch.setattr("lfm2kit.samples.read_inputs", fails)
+    monkeypatch.setattr("lfm2kit.measuring.samples.read_inputs", fails)
     with pytest.raises(SystemExit) as ended:
         main()
     (line,) = capsys.readouterr().err.splitlines()

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from lfm2kit.backend import Backend, Context
 from lfm2kit.batch import Batch
+from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.model import LFM2
-from lfm2kit.plugins import installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.state import STEP_BACK, ModelState, Room
 from lfm2kit.testing import random_weights

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lfm2kit.plugins import GROUP, installed_plugins
+from lfm2kit.building.plugins import GROUP, installed_plugins
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.parametrize import backend_cases
 

@@ -14,9 +14,9 @@ import pytest
 import lfm2kit.testing
 from lfm2kit import specs
 from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context, Spec, Weights
+from lfm2kit.building.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F16, F32
-from lfm2kit.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS, random_weights

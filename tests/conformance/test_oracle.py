@@ -16,12 +16,13 @@ import pytest
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Block, Spec
+from lfm2kit.building.builder import build_model
+from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.formats import F32
-from lfm2kit.loading import Setup, set_up
-from lfm2kit.model import LFM2, build_model
-from lfm2kit.options import Options
-from lfm2kit.plugins import installed_plugins
+from lfm2kit.model import LFM2
 from lfm2kit.state import Room
 
 ORACLE = Path(__file__).parents[1] / "oracle"

@@ -8,10 +8,11 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend
-from lfm2kit.config import ModelConfig, model_spec, parse_config
-from lfm2kit.model import JOINS, LFM2, Builder, build_model
-from lfm2kit.placement import Placer
-from lfm2kit.plan import Plan
+from lfm2kit.building.builder import Builder, build_model
+from lfm2kit.building.placement import Placer
+from lfm2kit.building.plan import Plan
+from lfm2kit.checkpoint.config import ModelConfig, model_spec, parse_config
+from lfm2kit.model import JOINS, LFM2
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Rewrite, rewritten
 from lfm2kit.weights import Weights

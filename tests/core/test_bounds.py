@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from lfm2kit import bounds
-from lfm2kit.config import read_config
+from lfm2kit.checkpoint.config import read_config
+from lfm2kit.checkpoint.spec_files import read_spec
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.spec_files import read_spec
+from tests.checkpoint.test_spec_files import SMALL
 from tests.core.small import FIELDS
-from tests.core.test_spec_files import SMALL
 
 # The names that a config.json and a model.toml give one size.
 NAMES = {

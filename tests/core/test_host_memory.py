@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from lfm2kit.batch import Batch
+from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F32, Format
-from lfm2kit.loading import Setup, find_model, set_up
 from lfm2kit.memory import HostMemory
-from lfm2kit.options import Options
 from lfm2kit.transport import World
 from lfm2kit.weights import Weights
 

@@ -24,7 +24,7 @@ def test_no_module_of_the_core_names_a_heavy_import() -> None:
 
 def test_listing_the_installed_plugins_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from lfm2kit.plugins import installed_plugins; installed_plugins();"
+        "import sys; from lfm2kit.building.plugins import installed_plugins; installed_plugins();"
         f"print(sorted(set(sys.modules) & {HEAVY}))"
     )
     output = subprocess.run(
@@ -36,14 +36,14 @@ def test_listing_the_installed_plugins_imports_nothing_heavy() -> None:
 def test_little_is_imported_before_signals_are_handled() -> None:
     """NumPy alone takes a tenth of a second, in which an interrupt would show a traceback."""
     code = (
-        "import sys; import lfm2kit.__main__; from lfm2kit.interrupts import Interrupts;"
+        "import sys; import lfm2kit.__main__; from lfm2kit.process.interrupts import Interrupts;"
         "Interrupts._take = lambda self: print(sorted(sys.modules)) or sys.exit();"
         "lfm2kit.__main__.script()"
     )
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    assert "'lfm2kit.interrupts'" in output
+    assert "'lfm2kit.process.interrupts'" in output
     for slow in ("numpy", "typer", "rich", "pluggy", "dataclasses", "lfm2kit.errors"):
         assert f"'{slow}'" not in output
 

@@ -14,7 +14,7 @@ import pytest
 
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Batch, Block, Memory, Spec
-from lfm2kit.joins import Join
+from lfm2kit.building.joins import Join
 from lfm2kit.model import DecoderLayer, Forward, RoutedByScores, RoutedExperts
 from lfm2kit.rewrites import Rewrite, replaced
 from lfm2kit.specs import MLP, Part

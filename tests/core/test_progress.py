@@ -9,11 +9,11 @@ import pytest
 
 from lfm2kit import progress
 from lfm2kit.backend import Batch
+from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.loading import find_model, set_up
-from lfm2kit.options import Options
+from lfm2kit.measuring.running import run_samples
 from lfm2kit.progress import DEADLINE, Progress
-from lfm2kit.running import run_samples
 from lfm2kit.specs import Work
 from lfm2kit.transport import World
 

@@ -11,11 +11,11 @@ import pytest
 from lfm2kit import specs
 from lfm2kit.backend import Spec, Weights
 from lfm2kit.batch import Batch
+from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import F32
-from lfm2kit.loading import Setup, find_model, set_up
-from lfm2kit.options import Options
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import Choice, Router, Scores
 from tests.core.small import build, small_spec

@@ -14,8 +14,8 @@ from lfm2kit_cpu_simd.buffers import Buffers
 
 from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
+from lfm2kit.building.loading import load_model
 from lfm2kit.formats import BF16, F32, Format
-from lfm2kit.loading import load_model
 from lfm2kit.specs import RMSNorm, Spec
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.compare import each

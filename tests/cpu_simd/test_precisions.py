@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from lfm2kit.batch import Batch
+from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.convert import source_of, write_checkpoint
 from lfm2kit.formats import BF16, F16, Format
-from lfm2kit.loading import Setup, set_up
-from lfm2kit.options import Options
 from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT
 
 CHECKPOINT = Path(__file__).parents[1] / "oracle" / "router_bias_and_normalisation"  # F32

@@ -17,14 +17,14 @@ from lfm2kit_cpu_simd.threads import CORES, threading_notes
 
 from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
+from lfm2kit.building.loading import load_model
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.loading import load_model
-from lfm2kit.timing import waits
+from lfm2kit.measuring.timing import waits
 
 BATCH = Batch.of_sequences([range(i, i + 16) for i in range(20)])
 SPINNING = """
 import time
-from lfm2kit.loading import load_model
+from lfm2kit.building.loading import load_model
 from lfm2kit.batch import Batch
 model = load_model("tiny", "cpu_simd")
 model.logits(Batch.of_sequences([range(16)] * 20))
@@ -64,7 +64,7 @@ def test_more_threads_than_cores_are_refused() -> None:
 
 
 def test_a_quota_of_processor_time_limits_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lfm2kit.machine.cores", lambda: 17)
+    monkeypatch.setattr("lfm2kit.process.machine.cores", lambda: 17)
     fresh = runpy.run_path(threads.__file__)
     assert fresh["CORES"] == 17
 
@@ -75,7 +75,7 @@ def test_ranks_on_one_machine_share_its_cores() -> None:
 
 
 BOUND = """
-from lfm2kit.loading import load_model
+from lfm2kit.building.loading import load_model
 from lfm2kit_cpu_simd.crew import CREW
 from tests.cpu_simd.test_threads import BATCH
 import numba
@@ -186,7 +186,7 @@ def test_a_crew_never_takes_more_than_it_was_given() -> None:
 CROWDED_CORE = """
 import os, time
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from lfm2kit.loading import load_model
+from lfm2kit.building.loading import load_model
 from lfm2kit_cpu_simd.crew import CREW
 from tests.cpu_simd.test_threads import BATCH
 model = load_model("tiny", "cpu_simd", threads=2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
+from lfm2kit.building.loading import load_model
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.loading import load_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,9 +9,9 @@ from uuid import UUID
 import pytest
 from lfm2kit_cuda import choosing
 
-from lfm2kit.agreement import Fact, Refusal, compared
 from lfm2kit.backend import Context
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.ranks.agreement import Fact, Refusal, compared
 
 Machine = list[list[str]]  # for each rank, the GPUs that it sees, in its order
 

@@ -10,7 +10,7 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit import specs
 from lfm2kit.backend import Context
-from lfm2kit.plugins import installed_plugins
+from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS, experts
 from lfm2kit.testing.compare import each
 from lfm2kit.testing.host_block import HostBlock

@@ -11,8 +11,8 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.backend import Context, Room
 from lfm2kit.batch import Batch
-from lfm2kit.loading import load_model
-from lfm2kit.plugins import installed_plugins
+from lfm2kit.building.loading import load_model
+from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.precisions import SIXTEEN_BIT
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS

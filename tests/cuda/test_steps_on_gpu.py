@@ -13,7 +13,7 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.backend import Room
 from lfm2kit.batch import Batch
-from lfm2kit.loading import load_model
+from lfm2kit.building.loading import load_model
 from lfm2kit.model import LFM2
 from lfm2kit.replays import MOST
 from lfm2kit.state import ModelState

@@ -7,10 +7,10 @@ import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.batch import Batch
+from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.loading import find_model, set_up
 from lfm2kit.model import LFM2
-from lfm2kit.options import Options
 
 pytestmark = [
     pytest.mark.gpu,

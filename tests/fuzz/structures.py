@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lfm2kit.config import FIXED, TWINS
+from lfm2kit.checkpoint.config import FIXED, TWINS
 from tests.core.small import FIELDS
 
 Json = Any

@@ -23,18 +23,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lfm2kit import bounds
+from lfm2kit.building.plan import KINDS, Plan
 from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.checkpoint.config import parse_config, read_config
 from lfm2kit.checkpoint.convert import config_fields
+from lfm2kit.checkpoint.documents import read_toml
 from lfm2kit.checkpoint.huggingface import read_folder
 from lfm2kit.checkpoint.model_bin import read_model_bin
 from lfm2kit.checkpoint.names import CONFIG, INDEX, MODEL_BIN, SINGLE, SPECS
 from lfm2kit.checkpoint.safetensors import read_safetensors
-from lfm2kit.config import parse_config, read_config
-from lfm2kit.documents import read_toml
+from lfm2kit.checkpoint.spec_files import read_spec
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.plan import KINDS, Plan
-from lfm2kit.samples import read_answers, read_inputs
-from lfm2kit.spec_files import read_spec
+from lfm2kit.measuring.samples import read_answers, read_inputs
 from tests.checkpoint.attempt import content
 from tests.checkpoint.folders import ORACLE
 from tests.core.small import FIELDS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lfm2kit
-from lfm2kit.loading import find_model
+from lfm2kit.building.loading import find_model
 from tests.mpi.test_rank_command import CONSOLE_SCRIPT
 
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")

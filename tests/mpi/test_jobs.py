@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfm2kit import samples
+from lfm2kit.measuring import samples
 from tests.mpi.test_faults import LETS_ANYONE_RUN
 
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")

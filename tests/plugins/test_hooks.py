@@ -16,20 +16,20 @@ import pytest
 
 import lfm2kit
 from lfm2kit.backend import HOST, BackendPlugin, Batch, Block, Context
+from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.placement import Placed
+from lfm2kit.building.plugins import COMMANDS, InstalledBackend, Plugins, installed_plugins
+from lfm2kit.building.wrappers import Wrappers
 from lfm2kit.checkpoint import Checkpoint, map_file, open_checkpoint
+from lfm2kit.checkpoint.readers import CheckpointReader
 from lfm2kit.cli import app
 from lfm2kit.errors import Option
-from lfm2kit.loading import Setup, find_model, set_up
-from lfm2kit.options import Options
-from lfm2kit.placement import Placed
-from lfm2kit.plugins import COMMANDS, InstalledBackend, Plugins, installed_plugins
 from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Precision
-from lfm2kit.readers import CheckpointReader
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import MLP, LMHead, Spec
 from lfm2kit.transport import Transport, World
 from lfm2kit.weights import Weights
-from lfm2kit.wrappers import Wrappers
 from tests.checkpoint.typed import Cli, Typed
 
 Load = Callable[..., Plugins]
@@ -373,7 +373,8 @@ def run_with(load: Load, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[
             hooks.append(lfm2kit.hookimpl(lfm2kit_run_ended))
         plugins = load(*hooks)
         plugins.backends["reference"] = installed_plugins().backends["reference"]
-        monkeypatch.setattr(sys.modules["lfm2kit.loading"], "installed_plugins", lambda: plugins)
+        loading = sys.modules["lfm2kit.building.loading"]
+        monkeypatch.setattr(loading, "installed_plugins", lambda: plugins)
         return cli("run", "-b", "reference", "-n", 1, "-v", *words)
 
     return run

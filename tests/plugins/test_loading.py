@@ -236,7 +236,7 @@ def test_listing_plugins_imports_no_compiler_no_device_and_no_mpi(tmp_path: Path
     """All plugins of this environment, whichever they are: importing one must be free."""
     code = """
 import sys, lfm2kit
-from lfm2kit.plugins import installed_plugins
+from lfm2kit.building.plugins import installed_plugins
 installed_plugins()
 print(sorted({"numba", "cupy", "mpi4py", "torch", "transformers"} & set(sys.modules)))
 """

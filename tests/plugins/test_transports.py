@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lfm2kit.building.plugins import ALLOW_LIST, find_transport
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.plugins import ALLOW_LIST, find_transport
 
 Install = Callable[..., None]
 ANNOUNCES = """
@@ -33,7 +33,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
             monkeypatch.delitem(sys.modules, f"transports_{name}", raising=False)
             entries.append(EntryPoint(name, f"transports_{name}", "lfm2kit"))
         monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.setattr("lfm2kit.plugins._installed", lambda: entries)
+        monkeypatch.setattr("lfm2kit.building.plugins._installed", lambda: entries)
 
     return install
 

@@ -18,11 +18,11 @@ import pytest
 import lfm2kit
 from lfm2kit import specs
 from lfm2kit.batch import Batch
+from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.loading import Setup, find_model, set_up
-from lfm2kit.options import Options
-from lfm2kit.plugins import Plugins, installed_plugins
 from lfm2kit.rewrites import Join, Rewrite, chosen, replaced
 from lfm2kit.rewrites.trim import TRIM
 from lfm2kit.specs import MLP, Part, Spec

@@ -11,10 +11,10 @@ import pytest
 
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Batch, Block, Context, Spec
-from lfm2kit.config import LFM2_8B_A1B, model_spec
+from lfm2kit.building.plugins import installed_plugins
+from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.model import Forward
-from lfm2kit.plugins import installed_plugins
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites.trim import TRIM, TrimmedLayer, rows_of, trim
 from lfm2kit.state import Room

@@ -30,7 +30,7 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
 
-from lfm2kit.capacity import check_room
+from lfm2kit.building.capacity import check_room
 from lfm2kit.errors import Option
 from lfm2kit.kernel_cache import KernelCache
 from lfm2kit_cpu_simd.interrupts import remembered_interrupts

@@ -11,7 +11,7 @@ import numba
 
 from lfm2kit.backend import Context
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit.timing import waits
+from lfm2kit.measuring.timing import waits
 from lfm2kit_cpu_simd.threads import CORES  # imported first: it sets how threads wait
 
 WINDOW = 0.02  # seconds between two looks: several time slices of the processes on a core

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lfm2kit.interrupts import SIGNALS
+from lfm2kit.process.interrupts import SIGNALS
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import numba
 
-from lfm2kit.machine import cores
+from lfm2kit.process.machine import cores
 
 # Idle OpenMP threads spin, by default for milliseconds: where other processes want the cores, what
 # is to be done waits for what spins.  This long is enough from one kernel to the next.  libgomp

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from lfm2kit import progress
 from lfm2kit.errors import BUG, Lfm2kitError
-from lfm2kit.interrupts import PROCESS
+from lfm2kit.process.interrupts import PROCESS
 from lfm2kit_mpi.faults import STARTING, place
 from lfm2kit_mpi.hub import proof
 from lfm2kit_mpi.page import Page, new_page

@@ -10,7 +10,7 @@ from lfm2kit_int8 import CONFIG, WEIGHTS, open_folder, quantise, recognises, rou
 
 import lfm2kit
 from lfm2kit.backend import Batch
-from lfm2kit.loading import find_model, load_model
+from lfm2kit.building.loading import find_model, load_model
 
 TINY = find_model("tiny")
 

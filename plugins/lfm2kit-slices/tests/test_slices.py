@@ -8,9 +8,9 @@ import pytest
 from lfm2kit_slices import SlicedBlock, SlicedMLP
 
 from lfm2kit.batch import Batch
+from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.loading import find_model, set_up
-from lfm2kit.options import Options
 from lfm2kit.specs import MLP
 
 

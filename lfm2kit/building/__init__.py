@@ -1,0 +1,1 @@
+"""Decides who builds which block, where, and whether it fits; then builds the model."""

@@ -1,0 +1,71 @@
+"""Builds placed specs: from weights to ready blocks, and from these to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lfm2kit import specs
+from lfm2kit.backend import Backend, Block, BuildsAround
+from lfm2kit.building import out_of_memory
+from lfm2kit.building.placement import Placed
+from lfm2kit.model import LFM2
+from lfm2kit.progress import longest, step
+from lfm2kit.seam import Seam
+from lfm2kit.specs import Spec, Work
+from lfm2kit.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """Makes the blocks of a placed model."""
+
+    weights: Weights
+    create: Callable[[str], Backend]
+    wrap: Callable[[str, Spec, Block], Block] = lambda name, spec, block: block
+    built: Callable[[Placed], None] = lambda placed: None  # called after each leaf: progress
+    before: Callable[[Placed], None] = lambda placed: None  # called before each leaf
+    may_capture: bool = True  # False: a wrapper works in calls alone
+
+    def build(self, placed: Placed) -> Any:
+        """The block of `placed`, ready to be called from the memory around it."""
+        blocks = {role: self.build(part) for role, part in placed.parts}
+        if placed.backend is None:
+            assert placed.join is not None, "what no backend builds is joined"
+            block = placed.join.make(placed.spec, **blocks)
+        else:
+            self.before(placed)
+            weights = self.weights.scope(placed.scope)
+            step(f"building {placed.name}", longest(Work(0, 4 * placed.spec.weight_elements())))
+            placed.spec.check_values(weights)
+            with out_of_memory.building(placed, weights):
+                block = _built(self.create(placed.backend), placed.spec, weights, blocks)
+            self.built(placed)
+        return self._seamed(placed, block)
+
+    def _seamed(self, placed: Placed, block: Block) -> Block:
+        wrapped = self.wrap(placed.name, placed.spec, block)
+        if wrapped is block and not placed.is_copied:
+            return block
+        return Seam(wrapped, placed.memory, placed.outer, state_of=block)
+
+
+def _built(backend: Backend, spec: Spec, weights: Weights, parts: dict[str, Block]) -> Block:
+    if not parts:
+        return backend.build(spec, weights)
+    assert isinstance(backend, BuildsAround)  # or the placement would have no parts here
+    return backend.build_around(spec, weights, parts)
+
+
+def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
+    """The model that `placed` describes, with `builder`'s weights."""
+    assert isinstance(placed.spec, specs.Model)
+    return LFM2(
+        spec=placed.spec,
+        placed=placed,
+        forward=builder.build(placed),
+        home=placed.outer,
+        backend=builder.create(default_backend),
+        may_capture=builder.may_capture,
+    )

@@ -1,0 +1,128 @@
+"""Checks whether a model fits into its memories, before any of it is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, Room, Weights
+from lfm2kit.building.placement import Placed
+from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.memory import HOST, Bounded
+from lfm2kit.process.machine import tightest_limit
+from lfm2kit.specs import Attention, Layer, ShortConv
+
+
+class Shortage(NamedTuple):
+    """A memory that is too small, and the bytes that are needed there at the least."""
+
+    memory: str
+    what: str  # needs them
+    needed: int
+    free: int
+
+    def __str__(self) -> str:
+        needed, free, missing = map(size, (self.needed, self.free, self.needed - self.free))
+        by_whom = f" ({tightest_limit().name})" if self.memory == HOST.name else ""
+        return (
+            f"memory '{self.memory}' is too small: {self.what} needs {needed} there, "
+            f"{free} are free{by_whom}, {missing} are missing"
+        )
+
+
+class Needed(NamedTuple):
+    """Bytes of one memory."""
+
+    kept: int  # of weights, as long as the model lives
+    scratch: int  # by the block of a forward that needs most, while it runs
+    state: int  # as long as the state lives
+
+
+NO_ROOM = Room(0)
+
+
+class Sizes(NamedTuple):
+    """Compares what blocks need with what their memories have."""
+
+    create: Callable[[str], Backend]
+    weights: Weights  # of the whole model
+    ranks: int = 1  # ranks that share the host's memory
+
+    def kept(self, leaf: Placed) -> int | None:
+        """Return the bytes that a block will keep of its weights; None if its backend is silent."""
+        backend = self._backend(leaf)
+        if not isinstance(backend, MemoryFigures):
+            return None
+        return backend.kept_bytes(leaf.spec, self.weights.scope(leaf.scope))
+
+    def scratch(self, leaf: Placed, tokens: int) -> int | None:
+        """Return the bytes that a call of a block with `tokens` rows will need while it runs."""
+        backend = self._backend(leaf)
+        if not isinstance(backend, MemoryFigures):
+            return None
+        return backend.scratch_bytes(leaf.spec, tokens)
+
+    def state(self, leaf: Placed, room: Room) -> int:
+        """Return the bytes that a block's state with this room will take; 0 if it has none."""
+        backend = self._backend(leaf)
+        if not isinstance(leaf.spec, ShortConv | Attention | Layer):
+            return 0
+        assert isinstance(backend, BuildsOperators)
+        return backend.state_bytes(leaf.spec, room)
+
+    def _backend(self, leaf: Placed) -> Backend:
+        assert leaf.backend is not None  # a leaf's always is
+        return self.create(leaf.backend)
+
+    def free(self, placed: Placed) -> dict[str, int]:
+        """Returns the free bytes by memory, for memories that know them."""
+        memories = {leaf.memory.name: leaf.memory for leaf in placed.leaves()}
+        return {
+            name: HOST.free_bytes(self.ranks) if name == HOST.name else memory.free_bytes()
+            for name, memory in memories.items()
+            if isinstance(memory, Bounded)
+        }
+
+    def shortage(self, placed: Placed, tokens: int = 0, room: Room = NO_ROOM) -> Shortage | None:
+        """Return the first memory too small for its blocks, a state and `tokens` tokens."""
+        for name, free in self.free(placed).items():
+            leaves = [leaf for leaf in placed.leaves() if leaf.memory.name == name]
+            needed = self.needed(leaves)
+            if needed.kept > free:
+                return Shortage(name, "the model", needed.kept, free)
+            needed = self.needed(leaves, tokens, room)
+            if (state := needed.kept + needed.state) > free:
+                return Shortage(name, f"the model with a state of {room.pages} pages", state, free)
+            if (total := sum(needed)) > free:
+                return Shortage(name, f"the model with {tokens} tokens at once", total, free)
+        return None
+
+    def needed(self, leaves: Sequence[Placed], tokens: int = 0, room: Room = NO_ROOM) -> Needed:
+        """Return what blocks in one memory need together, at the least.
+
+        Blocks run one after the other, so only the largest scratch memory counts.
+        """
+        return Needed(
+            kept=sum(self.kept(leaf) or 0 for leaf in leaves),
+            scratch=max((self.scratch(leaf, tokens) or 0 for leaf in leaves), default=0),
+            state=sum(self.state(leaf, room) for leaf in leaves),
+        )
+
+
+def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:
+    """Raises `Lfm2kitError` if the host has less than `nbytes` bytes of memory left."""
+    if nbytes > (free := HOST.free_bytes()):
+        raise Lfm2kitError(
+            f"{what_takes} {size(nbytes)} of memory, {size(free)} are free "
+            f"({tightest_limit().name}); ",
+            *advice,
+        )
+
+
+def size(count: float) -> str:
+    """Formats a number of bytes for people: "512 MB", "46.9 GB"."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,288 @@
+"""From a checkpoint and a plan to a model that is ready to run, in two steps.
+
+`Setup` resolves everything that needs no weights (`lfm2kit plan` stops there); `Setup.build`
+reads, packs and compiles.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lfm2kit import specs
+from lfm2kit.backend import Backend, Block, Context, Explains
+from lfm2kit.building.builder import Builder, build_model
+from lfm2kit.building.capacity import NO_ROOM, Sizes
+from lfm2kit.building.options import Options
+from lfm2kit.building.placement import Placed, Placer
+from lfm2kit.building.plan import AUTO, Plan
+from lfm2kit.building.plugins import Plugins, installed_plugins
+from lfm2kit.building.wrappers import Wrappers
+from lfm2kit.checkpoint import Checkpoint, open_checkpoint
+from lfm2kit.checkpoint.foreign import why_absent
+from lfm2kit.errors import Lfm2kitError, Option, choices, either
+from lfm2kit.memory import HOST
+from lfm2kit.model import JOINS, LFM2, can_capture
+from lfm2kit.precisions import Grade
+from lfm2kit.progress import Wrap, telling
+from lfm2kit.rewrites import Rewrite, chosen, rewritten
+from lfm2kit.specs import Spec
+from lfm2kit.state import Room
+from lfm2kit.transport import Transport, World
+
+EMBEDDED = Path(__file__).parents[1] / "models"
+
+
+def find_model(name: str) -> Path:
+    """Returns the path that `name` means: a model that comes with lfm2kit, or a path."""
+    embedded = sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())
+    if name in embedded:  # even where a folder is called so: that is ./NAME
+        return EMBEDDED / name
+    if os.path.exists(name):  # not Path's: that raises where a name is too long
+        return Path(name)
+    unknown = f"neither a path nor an embedded model; {choices(name, embedded)}"
+    raise Lfm2kitError(f"no model '{name}': {why_absent(name) or unknown}")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A model with every block's backend settled, and nothing built yet."""
+
+    checkpoint: Checkpoint
+    options: Options
+    plan: Plan  # the one that the options say, each `auto` replaced by a name
+    placed: Placed
+    plugins: Plugins
+    create: Callable[[str], Backend]
+    rewrites: tuple[Rewrite, ...]  # in the order in which they were applied
+    wrappers: Wrappers
+    world: World
+    context: Context
+    transport: Transport | None
+
+    def notes(self) -> Iterator[str]:
+        """Yields remarks on checkpoint and capture, and notes from the backends of the plan."""
+        yield from self.checkpoint.remarks
+        for name in sorted(self.plan.backends()):
+            backend = self.create(name)
+            if isinstance(backend, Explains):
+                yield from (f"{name}: {note}" for note in backend.notes())
+        if can_capture(self.create(self.plan.default), self.placed):
+            yield from self.wrappers.why_not_captured()
+
+    def build(
+        self, built: Callable[[Placed], None] = lambda placed: None, *, tokens: int = 0
+    ) -> LFM2:
+        """Builds the model for forwards of `tokens` tokens; calls `built` after each block.
+
+        Raises `Lfm2kitError` if a memory is too small, before any of it is allocated.
+        """
+        self._check_memory(self.placed, tokens)
+        return build_model(self.placed, self.builder(built), self.plan.default)
+
+    def build_block(self, placed: Placed, *, tokens: int) -> Block:
+        """Builds one block of the model for calls of `tokens` rows; raises as `build` does."""
+        self._check_memory(placed, tokens)
+        block: Block = self.builder().build(placed)
+        return block
+
+    @property
+    def grade(self) -> Grade:
+        """The coarsest grade of the precisions in use: what the logits are judged by."""
+        items = {leaf.backend for leaf in self.placed.leaves() if leaf.backend is not None}
+        precisions = (self.plugins.precision(item, self.context.precision) for item in items)
+        return max((p.grade for p in precisions), key=lambda grade: grade.block_error)
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks)
+
+    def shortage(self, tokens: int = 0, room: Room = NO_ROOM) -> Lfm2kitError | None:
+        """Return an error that says which memory is too small, and what would fit; else None."""
+        return self._shortage(self.placed, tokens, room)
+
+    def _check_memory(self, placed: Placed, tokens: int) -> None:
+        if (shortage := self._shortage(placed, tokens)) is not None:
+            raise shortage
+        if self.transport is not None:  # no rank allocates before all on its machine have looked
+            self.transport.barrier()
+
+    def _shortage(self, placed: Placed, tokens: int, room: Room = NO_ROOM) -> Lfm2kitError | None:
+        short = self.sizes.shortage(placed, tokens, room)
+        if short is None:
+            return None
+        if tokens and self.sizes.shortage(placed, 0, room) is None:
+            advice = "try fewer tokens at once: a smaller batch, or shorter samples"
+            return Lfm2kitError(f"{short}; {advice}")
+        if room.pages and self.sizes.shortage(placed) is None:
+            return Lfm2kitError(f"{short}; try fewer sequences at once, or shorter ones")
+        nothing = ["a smaller model: no ", *either([Option("precision"), Option("n_cpu_moe")])]
+        fitting = either(self._fitting(short.memory))
+        return Lfm2kitError(f"{short}; try ", *(fitting or [*nothing, " is enough"]))
+
+    def _fitting(self, memory: str) -> Iterator[Option]:
+        """Yields options with which this setup would fit: a precision, the fewest CPU layers.
+
+        Experts on the CPU take the host's memory instead.
+        """
+        for precision in self.plugins.backend(self.plan.default).precisions:
+            if self._fits(precision=precision.name):
+                yield Option("precision", precision.name)
+                break
+        most = 0 if memory == HOST.name else len(self.checkpoint.spec.layers)
+        for count in range(1, 1 + most):
+            if self._fits(n_cpu_moe=count):
+                yield Option("n_cpu_moe", count)
+                break
+
+    def _fits(self, **changes: Any) -> bool:
+        """Returns whether the same model would fit with other options."""
+        try:
+            other = set_up(
+                self.checkpoint,
+                replace(self.options, **changes),
+                world=self.world,
+                transport=self.transport,
+                plugins=self.plugins,
+            )
+        except Lfm2kitError:  # no such precision in a backend of the plan, or no such layer
+            return False
+        return other.sizes.shortage(other.placed) is None
+
+    def builder(self, built: Callable[[Placed], None] = lambda placed: None) -> Builder:
+        """Returns a builder for the blocks of `placed`, or of a part of it."""
+
+        def check(placed: Placed) -> None:
+            self.checkpoint.files_of(placed.scope, placed.spec).check_unchanged()
+
+        def done(placed: Placed) -> None:
+            check(placed)
+            self.checkpoint.release(placed.scope, placed.spec)
+            built(placed)
+
+        wrap: Wrap = self.wrappers.wrap
+        if self.transport is not None:
+            wrap = telling(wrap, {leaf.name for leaf in self.placed.leaves()})
+        return Builder(
+            self.checkpoint.values,
+            self.create,
+            wrap,
+            done,
+            check,
+            self.wrappers.survive_capture,
+        )
+
+    def stored_bytes(self, placed: Placed) -> int:
+        """Returns the bytes that the weights of `placed` take in the checkpoint.
+
+        Those of parts that a block is built around count as theirs alone.
+        """
+        tensors = self.checkpoint.tensors_of(placed.scope, placed.spec)
+        around = placed.parts if placed.backend is not None else ()
+        return sum(t.nbytes for t in tensors) - sum(self.stored_bytes(part) for _, part in around)
+
+
+def set_up(
+    checkpoint: Checkpoint,
+    options: Options,
+    *,
+    world: World | None = None,
+    transport: Transport | None = None,
+    plugins: Plugins | None = None,
+) -> Setup:
+    """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
+
+    With a `transport` the model is this rank's share.  A `world` alone gives the share of that
+    rank, to be planned but not built.
+    """
+    plugins = plugins or installed_plugins()
+    world = world or (transport.world if transport is not None else World())
+    context = Context(options.precision, options.threads, world.local_size, world.local_rank)
+    create = plugins.creator(context)
+    plan = _resolve_auto(options.chosen_plan(), plugins, context)
+    plan = _with_host_experts(plan, options, checkpoint.spec, plugins, create)
+    for name in sorted(plan.backends()):
+        plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
+    applied = chosen(options.rewrites, plugins.rewrites(world, transport))
+    model, joins = rewritten(checkpoint.spec, JOINS, applied)
+    placed = Placer(plan, create, joins, plugins.backends).place(model)
+    wrappers = Wrappers.of(placed, plugins)
+    return Setup(
+        checkpoint,
+        options,
+        plan,
+        placed,
+        plugins,
+        create,
+        applied,
+        wrappers,
+        world,
+        context,
+        transport,
+    )
+
+
+def load_model(model: str | Path, backend: str = AUTO, **options: Any) -> LFM2:
+    """Returns the model at a path (or an embedded model's name), its blocks from a plan.
+
+    model = load_model("tiny", "reference,2-4.moe=cpu_simd", threads=4)
+    logits = model.logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))
+
+    `options` are other fields of `lfm2kit.building.options.Options`.  Raises `Lfm2kitError` for
+    anything that the user must change.  Warns about doubtful checkpoints, such as two sets of
+    weights in one folder.
+    """
+    plugins = installed_plugins()
+    asked = Options(model=str(model), backend=backend, **options)
+    readers = plugins.readers.values()
+    checkpoint = open_checkpoint(find_model(asked.model), readers, seed=asked.seed or 0)
+    for remark in checkpoint.remarks:
+        warnings.warn(remark, stacklevel=2)
+    return set_up(checkpoint, asked, plugins=plugins).build()
+
+
+def _resolve_auto(plan: Plan, plugins: Plugins, context: Context) -> Plan:
+    """`auto` spelt out, wherever the plan says it."""
+
+    def resolved(item: str) -> str:
+        name, colon, precision = item.partition(":")
+        best = plugins.auto(precision or context.precision) if name == AUTO else name
+        return f"{best}{colon}{precision}"
+
+    rules = tuple(replace(rule, backend=resolved(rule.backend)) for rule in plan.rules)
+    return Plan(resolved(plan.default), rules)
+
+
+def _with_host_experts(
+    plan: Plan,
+    options: Options,
+    model: specs.Model,
+    plugins: Plugins,
+    create: Callable[[str], Backend],
+) -> Plan:
+    """Returns the plan with the experts of the first layers in the host's memory, as asked."""
+    if not options.n_cpu_moe:
+        return plan
+    experts = (leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts))
+    one = next(experts, None)
+    backend = AUTO if one is None else _host_backend(one, options, plugins, create)
+    return plan.with_cpu_experts(options.n_cpu_moe, model, backend)
+
+
+def _host_backend(
+    spec: Spec, options: Options, plugins: Plugins, create: Callable[[str], Backend]
+) -> str:
+    """Returns the most preferred backend that builds `spec` in the host's memory."""
+    for name in plugins.ready(options.precision):
+        backend = create(name)
+        is_on_host = backend.memory(spec).name == HOST.name
+        if is_on_host and backend.why_unsupported(spec) is None:
+            return name
+    raise Lfm2kitError(
+        Option("n_cpu_moe", options.n_cpu_moe),
+        f": no backend that can run here builds {type(spec).__name__} in the host's memory",
+    )

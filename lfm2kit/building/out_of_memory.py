@@ -1,0 +1,61 @@
+"""Turns a MemoryError into a sentence: which block, how many bytes, what to do.
+
+The check in advance (`lfm2kit.building.capacity`) is not enough: it knows only the least that a
+model needs, and other processes may take memory meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from traceback import walk_tb
+from typing import Any, TypeVar
+
+from lfm2kit.building.capacity import size
+from lfm2kit.building.placement import Placed
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.weights import Weights
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@contextmanager
+def building(placed: Placed, weights: Weights) -> Iterator[None]:
+    """Explains a MemoryError that occurs while the block of `placed` is built."""
+    try:
+        yield
+    except MemoryError as error:
+        stored = size(sum(weights[name].nbytes for name in placed.spec.parameters()))
+        raise Lfm2kitError(
+            f"there is not enough memory to build {placed.name}, whose weights take {stored} as "
+            f"stored{_said(error)}; lfm2kit plan shows what every block takes"
+        ) from None
+
+
+def in_a_forward(logits: F) -> F:
+    """Decorates `LFM2.logits(batch, ...)`, to explain a MemoryError in a forward."""
+
+    @wraps(logits)
+    def told(model: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return logits(model, batch, *arguments, **options)
+        except MemoryError as error:
+            layer = _layer_of(error, getattr(model.forward, "layers", []))
+            raise Lfm2kitError(
+                f"there is not enough memory for {batch.tokens} tokens at once{layer}"
+                f"{_said(error)}; try a smaller batch, or shorter samples"
+            ) from None
+
+    return told  # type: ignore[return-value]
+
+
+def _layer_of(error: MemoryError, layers: list[Any]) -> str:
+    """Returns the layer that raised the error, as its traceback shows."""
+    passed = {id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)}
+    return next((f" in layers.{i}" for i, layer in enumerate(layers) if id(layer) in passed), "")
+
+
+def _said(error: MemoryError) -> str:
+    """Returns the error's text: NumPy and CuPy say how many bytes they asked for."""
+    return f" ({error})" if str(error) else ""

@@ -1,0 +1,202 @@
+"""Resolves a plan over a model: every block's backend and memory, before a weight is touched.
+
+The largest spec is asked for first: a backend that builds whole layers gets them whole, or all but
+some parts that lie elsewhere; one that does neither is asked for the layer's parts, which the core
+joins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from lfm2kit import specs
+from lfm2kit.backend import Backend, BuildsAround
+from lfm2kit.building.joins import Join, Joins
+from lfm2kit.building.plan import Plan
+from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.memory import Memory
+from lfm2kit.specs import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A spec with its place: built by `backend`, or (None) joined by the core from `parts`.
+
+    A backend may build it around `parts` that are computed elsewhere.
+    """
+
+    name: str  # "layers.2.feed_forward"
+    scope: str  # of its weights in the checkpoint's names
+    spec: Spec
+    memory: Memory
+    outer: Memory  # of its surroundings; a copy is made where the two differ
+    backend: str | None
+    parts: tuple[tuple[str, Placed], ...] = ()  # by role, or by path of roles in a built one
+    join: Join | None = None  # of the parts
+
+    @property
+    def is_copied(self) -> bool:
+        return self.memory.name != self.outer.name
+
+    def leaves(self) -> Iterator[Placed]:
+        """The blocks that backends build, in the order of the forward."""
+        if self.backend is not None:
+            yield self
+        for _, part in self.parts:
+            yield from part.leaves()
+
+    def copies(self) -> int:
+        """How many blocks of the tree take their arrays from another memory."""
+        return int(self.is_copied) + sum(part.copies() for _, part in self.parts)
+
+    def tree(self) -> Iterator[Placed]:
+        """Yields this block and all that it is joined of."""
+        yield self
+        for _, part in self.parts:
+            yield from part.tree()
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a forward can be recorded: nothing moves between memories, no join forbids it."""
+        return not any(
+            placed.is_copied or (placed.join is not None and not placed.join.is_capturable)
+            for placed in self.tree()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Placer:
+    """Places specs as `plan` says; `create` gives backends, `installed` names them for errors."""
+
+    plan: Plan
+    create: Callable[[str], Backend]
+    joins: Joins
+    installed: Iterable[str] = ()
+
+    def place(self, model: specs.Model) -> Placed:
+        """The whole model's tree; `Lfm2kitError` where a backend lacks a block it is given."""
+        self.plan.check(model)
+        home = self.create(self.plan.default).memory(model.embed_tokens)
+        return self._place("", "", model, None, home)
+
+    def _place(self, name: str, scope: str, spec: Spec, layer: int | None, outer: Memory) -> Placed:
+        backend = self._one_backend(spec, layer)
+        if backend is not None:
+            reason = self._why_not_whole(backend, spec)
+            if reason is None:
+                memory = self.create(backend).memory(spec)
+                return Placed(name, scope, spec, memory, outer, backend)
+            if type(spec) not in self.joins:
+                raise self._unsupported(name, spec, backend, reason)
+        around = self._around(name, scope, spec, layer, outer)
+        if around is not None:
+            return around
+        join = self.joins[type(spec)](outer)
+        parts = tuple(
+            (part.role, self._place(*_part_place(name, scope, part, layer), join.memory))
+            for part in spec.parts()
+        )
+        return Placed(name, scope, spec, join.memory, outer, None, parts, join)
+
+    def _why_not_whole(self, backend: str, spec: Spec) -> str | None:
+        """Returns why the backend cannot build `spec` as one block; None if it can."""
+        reason = self.create(backend).why_unsupported(spec)
+        return self._why_not_inside(backend, spec) if reason is None else reason
+
+    def _why_not_inside(self, backend: str, spec: Spec) -> str | None:
+        """Returns why the backend cannot build what rewrites have put into `spec`; None if it can.
+
+        A backend that builds layers may not have looked whether it knows all that is in one.
+        """
+        put = (one for one in _inside(spec) if type(one).__module__ != specs.__name__)
+        reasons = (self.create(backend).why_unsupported(one) for one in put)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _around(
+        self, name: str, scope: str, spec: Spec, layer: int | None, outer: Memory
+    ) -> Placed | None:
+        """Returns `spec` built by one backend around parts that lie elsewhere, if one does that."""
+        for backend in self._names(spec, layer) if layer is not None else ():
+            builder = self.create(backend)
+            if not isinstance(builder, BuildsAround) or self._why_not_inside(backend, spec):
+                continue
+            memory = builder.memory(spec)
+            apart = {p.role: p for p in self._apart(spec, layer, backend, memory)}
+            if apart and builder.why_not_around(spec, tuple(apart)) is None:
+                parts = tuple(
+                    (role, self._place(*_part_place(name, scope, part, layer), memory))
+                    for role, part in apart.items()
+                )
+                return Placed(name, scope, spec, memory, outer, backend, parts)
+        return None
+
+    def _apart(
+        self, spec: Spec, layer: int | None, backend: str, memory: Memory
+    ) -> Iterator[specs.Part]:
+        """Yields the largest parts of `spec` that `backend` does not compute in `memory`.
+
+        Their roles are paths, and their scopes relative to that of `spec`.
+        """
+        for part in spec.parts():
+            leaves = list(specs.leaves(part.spec))
+            theirs = sum(not self._is_in(leaf, layer, backend, memory) for leaf in leaves)
+            if theirs == len(leaves):
+                yield part
+            elif theirs:
+                for inner in self._apart(part.spec, layer, backend, memory):
+                    role, scope = _dotted(part.role, inner.role), _dotted(part.scope, inner.scope)
+                    yield specs.Part(role, scope, inner.spec)
+
+    def _is_in(self, leaf: Spec, layer: int | None, backend: str, memory: Memory) -> bool:
+        """Whether the plan gives `leaf` to `backend`, which computes it in `memory`."""
+        if self.plan.backend_for(layer, leaf.kind) != backend:
+            return False
+        own = self.create(backend)
+        return own.why_unsupported(leaf) is not None or own.memory(leaf).name == memory.name
+
+    def _names(self, spec: Spec, layer: int | None) -> dict[str, None]:
+        """Returns the backends that the plan gives parts of `spec`, in the order of the forward."""
+        leaves = specs.leaves(spec)
+        return dict.fromkeys(self.plan.backend_for(layer, leaf.kind) for leaf in leaves)
+
+    def _one_backend(self, spec: Spec, layer: int | None) -> str | None:
+        """The backend that the plan gives every block of `spec`, if it is one and the same."""
+        if isinstance(spec, specs.Model) and self.plan.rules:
+            return None
+        names = self._names(spec, layer)
+        return next(iter(names)) if len(names) == 1 else None
+
+    def _unsupported(self, name: str, spec: Spec, backend: str, reason: str) -> Lfm2kitError:
+        others = ", ".join(self._supporting(spec)) or "no installed backend"
+        return Lfm2kitError(
+            f"{name}: backend '{backend}' has no {type(spec).__name__} block ({reason}); "
+            f"{others} can build it. Try ",
+            Option("backend", f"{self.plan},{spec.kind}=NAME"),
+        )
+
+    def _supporting(self, spec: Spec) -> Iterator[str]:
+        for name in self.installed:
+            try:
+                if self.create(name).why_unsupported(spec) is None:
+                    yield name
+            except Exception:
+                continue  # it cannot run here, or is broken: no help to name it
+
+
+def _inside(spec: Spec) -> Iterator[Spec]:
+    for part in spec.parts():
+        yield part.spec
+        yield from _inside(part.spec)
+
+
+def _part_place(
+    name: str, scope: str, part: specs.Part, layer: int | None
+) -> tuple[str, str, Spec, int | None]:
+    if part.spec.kind == specs.Layer.kind:
+        layer = int(part.role.removeprefix("layers."))
+    return _dotted(name, part.role), _dotted(scope, part.scope), part.spec, layer
+
+
+def _dotted(outer: str, inner: str) -> str:
+    return f"{outer}.{inner}" if outer and inner else outer or inner

@@ -1,0 +1,1 @@
+"""Runs samples, judges their logits, and measures times."""

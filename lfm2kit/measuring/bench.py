@@ -1,0 +1,237 @@
+"""Measures forwards and single blocks: medians over repetitions, contenders interleaved.
+
+Interleaved, because machines drift: what is to be compared takes turns within one run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit import specs
+from lfm2kit.backend import Ceilings, Measures
+from lfm2kit.batch import Batch
+from lfm2kit.building.loading import Setup
+from lfm2kit.building.placement import Placed
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.measuring.timing import Timing, timed
+from lfm2kit.model import LFM2
+from lfm2kit.specs import Work
+from lfm2kit.state import Room
+
+WARM_UPS = 1  # calls of each contender before it is timed
+MOST_STEPS = 256  # tokens that a decoding sequence grows by
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something to time: called once per repetition; `work` is the least that a call must do."""
+
+    backend: str
+    test: str
+    samples: int
+    tokens: int
+    work: Work
+    call: Callable[[], npt.NDArray[np.float32]]  # returns what it has computed
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The timings of each repetition of one contender, and what they amount to."""
+
+    contender: Contender
+    timings: Sequence[Timing]
+    ceilings: Ceilings | None
+    is_finite: bool = True  # whether the warm-up's result had neither NaN nor infinities
+
+    @property
+    def seconds(self) -> list[float]:
+        return [timing.seconds for timing in self.timings]
+
+    @property
+    def waiting(self) -> float | None:
+        """The share of a call, by the median, that a thread waited for a core; None: not known."""
+        shares = [t.waited / t.seconds for t in self.timings if t.waited is not None]
+        return statistics.median(shares) if shares else None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the seconds; 0 for a single repetition."""
+        return statistics.stdev(self.seconds) if len(self.seconds) > 1 else 0.0
+
+    @property
+    def roofline(self) -> float | None:
+        """The share of what the measured ceilings allow: 1 is as fast as this machine can."""
+        if self.ceilings is None:
+            return None
+        work = self.contender.work
+        least = max(work.flops / self.ceilings.flops, work.bytes / self.ceilings.bytes)
+        return least / self.median
+
+
+def measure(
+    contenders: Sequence[Contender],
+    repetitions: int,
+    ceilings: dict[str, Ceilings],
+    done: Callable[[], None] = lambda: None,
+) -> list[Measured]:
+    """Time every contender `repetitions` times, one after the other, after two warm-up calls.
+
+    The second one captures the forward, where a backend does.
+    """
+    are_finite = []
+    for contender in contenders:
+        contender.call()
+        are_finite.append(bool(np.all(np.isfinite(contender.call()))))
+        done()
+    taken: list[list[Timing]] = [[] for _ in contenders]
+    for _ in range(repetitions):
+        for contender, timings in zip(contenders, taken, strict=True):
+            timings.append(timed(contender.call))
+            done()
+    return [
+        Measured(contender, timings, ceilings.get(contender.backend), is_finite)
+        for contender, timings, is_finite in zip(contenders, taken, are_finite, strict=True)
+    ]
+
+
+def measured_ceilings(setup: Setup) -> Ceilings | None:
+    """The machine's ceilings, by the plan's default backend, if it can measure them."""
+    backend = setup.create(setup.plan.default)
+    return backend.ceilings() if isinstance(backend, Measures) else None
+
+
+def random_batch(samples: int, seq_len: int, vocab_size: int, seed: int) -> Batch:
+    ids = np.random.default_rng(seed).integers(0, vocab_size, (samples, seq_len), dtype=np.int32)
+    return Batch.of_sequences(list(ids))
+
+
+def forwards(
+    setup: Setup, model: LFM2, samples: Sequence[int], seq_len: int, seed: int
+) -> Iterator[Contender]:
+    """The whole model, ids in to logits out on the host, at each number of samples."""
+    name = "+".join(["model", *(rewrite.name for rewrite in setup.rewrites)])
+    for n in samples:
+        batch = random_batch(n, seq_len, model.spec.embed_tokens.vocab_size, seed)
+        yield Contender(
+            backend=str(setup.plan),
+            test=f"{name} {n}x{seq_len}",
+            samples=n,
+            tokens=n * seq_len,
+            work=model.spec.work(batch, _itemsize(setup, model.placed)),
+            call=lambda batch=batch: model.logits(batch),  # type: ignore[misc]
+        )
+
+
+def decodings(
+    setup: Setup, model: LFM2, sequences: Sequence[int], seq_len: int, seed: int
+) -> Iterator[Contender]:
+    """One token after another, after a prompt of `seq_len` tokens, for so many sequences at once.
+
+    The next tokens are random: chosen by the model, they would soon go round in the same experts.
+    """
+    for n in sequences:
+        decoder = Decoder(model, n, seq_len, seed)
+        batch = decoder.next_batch(seq_len)
+        yield Contender(
+            backend=str(setup.plan),
+            test=f"decode {n}",
+            samples=n,
+            tokens=n,
+            work=model.spec.work(batch, _itemsize(setup, model.placed)),
+            call=decoder.step,
+        )
+
+
+class Decoder:
+    """A state of some sequences that grows by a token each at every step."""
+
+    def __init__(self, model: LFM2, sequences: int, seq_len: int, seed: int) -> None:
+        self._model = model
+        self._sequences = sequences
+        self._start = self._position = seq_len
+        self._rng = np.random.default_rng(seed)
+        tokens = seq_len + MOST_STEPS
+        self._state = model.new_state(room := Room.of_sequences(sequences, tokens))
+        pages = np.arange(room.pages, dtype=np.int32)
+        self._pages = pages.reshape(sequences, room.pages_of(tokens))
+        vocab_size = model.spec.embed_tokens.vocab_size
+        prompts = random_batch(sequences, seq_len, vocab_size, seed)
+        self._prompts = replace(prompts, pages=self._pages)
+        model.logits(self._prompts, self._state)
+
+    def next_batch(self, position: int) -> Batch:
+        ids = self._rng.integers(
+            0, self._model.spec.embed_tokens.vocab_size, (self._sequences, 1), dtype=np.int32
+        )
+        return Batch.of_sequences(list(ids), starts=[position] * self._sequences, pages=self._pages)
+
+    def step(self) -> npt.NDArray[np.float32]:
+        """The logits of every sequence's next token; after `MOST_STEPS` again from the prompt."""
+        logits = self._model.logits(self.next_batch(self._position), self._state)
+        self._position += 1
+        if self._position == self._start + MOST_STEPS:
+            self._model.logits(self._prompts, self._state)
+            self._position = self._start
+        return logits
+
+
+def single_blocks(
+    setup: Setup, kind: str, samples: Sequence[int], seq_len: int, seed: int
+) -> Iterator[Contender]:
+    """The model's first block of `kind`, host array in, host array out."""
+    placed = _first(setup, kind)
+    home = setup.placed.outer
+    block = setup.build_block(placed, tokens=max(samples) * seq_len)
+    rng = np.random.default_rng(seed)
+    for n in samples:
+        batch = random_batch(n, seq_len, setup.checkpoint.spec.embed_tokens.vocab_size, seed)
+        hidden_size = setup.checkpoint.spec.embed_tokens.hidden_size
+        x = rng.standard_normal((batch.tokens, hidden_size), dtype=np.float32)
+        rest = (batch.on(home), None) if kind in ("conv", "attn") else ()
+        yield Contender(
+            backend=str(setup.plan),
+            test=f"{kind} {n}x{seq_len}",
+            samples=n,
+            tokens=n * seq_len,
+            work=placed.spec.work(batch, _itemsize(setup, placed)),
+            call=lambda x=x, rest=rest: home.to_host(block(home.from_host(x), *rest)),  # type: ignore[misc]
+        )
+
+
+def _first(setup: Setup, kind: str) -> Placed:
+    """The first block of `kind`: joined by the core, built whole, or a part of a larger one."""
+    found = next((p for p in _walk(setup, setup.placed) if p.spec.kind == kind), None)
+    if found is None:
+        there = sorted({leaf.kind for leaf in specs.leaves(setup.placed.spec)})
+        raise Lfm2kitError(f"the plan builds no block of kind {kind}; there is: {', '.join(there)}")
+    return found
+
+
+def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
+    """`placed` and its parts; of a block that is built whole, those that can be built alone."""
+    yield placed
+    for _, part in placed.parts:
+        yield from _walk(setup, part)
+    if placed.backend is None:
+        return
+    backend = setup.create(placed.backend)
+    for role, scope, spec in placed.spec.parts():
+        if backend.why_unsupported(spec) is None:
+            name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
+            memory = backend.memory(spec)
+            alone = replace(placed, name=name, scope=scope, spec=spec, memory=memory, parts=())
+            yield from _walk(setup, alone)
+
+
+def _itemsize(setup: Setup, placed: Placed) -> float:
+    """Bytes per weight element as stored."""
+    return setup.stored_bytes(placed) / max(placed.spec.weight_elements(), 1)

@@ -1,0 +1,204 @@
+"""Writes files so that a reader sees the old one or the new one, never half of it.
+
+A new file is written beside its target, reaches the disk, and replaces the target in one step.  If
+a file cannot be replaced in this way, the new content is complete before the old is touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.outputs.disk import mount_points, sync, syncing
+from lfm2kit.outputs.leftovers import beside, held, remove_leftovers
+
+Note = Callable[[str], None]  # takes a sentence for the user
+
+READER_WAIT = 10.0  # seconds that a pipe is given to find its reader
+CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a new file in a folder
+CANNOT_REPLACE = (*CANNOT_CREATE, errno.EBUSY)  # EBUSY: something is mounted on it
+CHUNK = 1 << 20  # bytes copied at once
+
+
+@contextmanager
+def replaced(path: Path, note: Note = warnings.warn) -> Iterator[BinaryIO]:
+    """Yields a new file that replaces `path` when the block ends well, and is removed if not.
+
+    The old file's mode is kept.  If `path` is a link, its target is replaced.  A file with several
+    hard links, or one that cannot be replaced, is written in place, and `note` is called with a
+    sentence.  A pipe or a device is written directly; a pipe without a reader within `READER_WAIT`
+    is an error.  Raises `Lfm2kitError` if the file cannot be written.
+    """
+    opened = _special(path, note) if _is_special(path) else _regular(path, note)
+    try:
+        with opened as file:
+            yield file
+    except OSError as error:
+        raise Lfm2kitError(f"{path}: {error.strerror or error}") from error
+
+
+def check_target(option: str, path: Path) -> None:
+    """Raises `Lfm2kitError` if `path` cannot be written, so that this shows before the work."""
+    if os.path.isdir(path):
+        raise Lfm2kitError(f"{option} {path}: this is a folder")
+    try:
+        if _is_special(path):
+            _check_special(path)
+        else:
+            _check_regular(Path(os.path.realpath(path)))
+    except OSError as error:
+        raise Lfm2kitError(f"{option} {path}: {error.strerror}") from None
+
+
+def _check_special(path: Path) -> None:
+    mode = os.stat(path).st_mode
+    if not stat.S_ISFIFO(mode) and not stat.S_ISCHR(mode):
+        raise OSError(errno.EINVAL, "this is neither a file nor a pipe nor a terminal")
+
+
+def _check_regular(path: Path) -> None:
+    """Raises `OSError` if a file can be written neither beside `path` nor into it."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    can_write_in_place = os.path.isfile(path) and os.access(path, os.W_OK)
+    if os.path.isfile(path) and not can_write_in_place and not _can_replace(path):
+        raise OSError(errno.EACCES, "it cannot be written, and no other file can take its place")
+    partial = beside(path, "partial")
+    try:
+        partial.touch()
+        partial.unlink(missing_ok=True)  # other ranks try as well
+    except OSError as error:
+        if error.errno not in CANNOT_CREATE or not can_write_in_place:
+            raise
+
+
+def _can_replace(file: Path) -> bool:
+    return file.stat().st_nlink == 1 and str(file) not in mount_points()
+
+
+def _is_special(path: Path) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path)  # not Path's: they may raise
+
+
+@contextmanager
+def _special(path: Path, note: Note) -> Iterator[BinaryIO]:
+    """Yields a pipe or a device that is open for writing."""
+    is_pipe = stat.S_ISFIFO(os.stat(path).st_mode)
+    with open(_pipe_with_a_reader(path, note) if is_pipe else path, "wb") as file:
+        yield file
+
+
+def _pipe_with_a_reader(path: Path, note: Note) -> int:
+    """Returns a descriptor to write to; raises `OSError` if nobody opens the pipe for reading."""
+    deadline = time.monotonic() + READER_WAIT
+    noted = False
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+        else:
+            os.set_blocking(descriptor, True)
+            return descriptor
+        if time.monotonic() >= deadline:
+            raise OSError(errno.ENXIO, "nobody reads this pipe; start its reader first")
+        if not noted:
+            note(f"{path}: waiting for a reader of this pipe, {READER_WAIT:g} s at most")
+            noted = True
+        time.sleep(0.05)
+
+
+@contextmanager
+def _regular(path: Path, note: Note) -> Iterator[BinaryIO]:
+    path = Path(os.path.realpath(path))
+    remove_leftovers(path)
+    with _staged(path) as (file, partial):
+        with syncing(file):
+            yield file
+        file.flush()
+        os.fsync(file.fileno())
+        obstacle = _replace(path, file, partial)
+        if obstacle:
+            note(f"{path} is written in place: {obstacle}")
+            _copy_into(path, file)
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[tuple[BinaryIO, Path | None]]:
+    """Yields a new file beside `path`, or a nameless one if only `path` itself can be written."""
+    partial = beside(path, "partial")
+    try:
+        file = partial.open("w+b")
+    except OSError as error:
+        if error.errno not in CANNOT_CREATE or not os.path.isfile(path):
+            raise
+        with tempfile.TemporaryFile() as nameless:
+            yield nameless, None
+        return
+    try:
+        with file, held(partial):
+            yield file, partial
+    finally:  # Ctrl-C as well
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _replace(path: Path, file: BinaryIO, partial: Path | None) -> str | None:
+    """Replaces `path` by `partial`, or returns a clause that says why that is impossible."""
+    if partial is None:
+        return "no new file can be made in its folder"
+    old = os.stat(path) if os.path.exists(path) else None
+    if old is not None:
+        if old.st_nlink > 1:
+            return f"it has {old.st_nlink} names (hard links)"
+        with suppress(OSError):  # a file of someone else's becomes ours
+            os.fchown(file.fileno(), old.st_uid, old.st_gid)
+        os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
+    try:
+        partial.replace(path)
+    except OSError as error:
+        if old is None or error.errno not in CANNOT_REPLACE:
+            raise
+        return f"it cannot be replaced ({error.strerror})"
+    sync(path.parent)
+    return None
+
+
+def _copy_into(path: Path, file: BinaryIO) -> None:
+    """Copies the content of `file` into `path`, once space for all of it is reserved."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with open(path, "r+b") as target:
+        _reserve(target, size)
+        try:
+            shutil.copyfileobj(file, target, CHUNK)
+            target.truncate()
+            target.flush()
+            os.fsync(target.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; the file is now incomplete") from error
+
+
+def _reserve(target: BinaryIO, size: int) -> None:
+    """Makes `target` at least `size` bytes long on the disk, or leaves it unchanged."""
+    before = target.seek(0, os.SEEK_END)
+    target.seek(0)
+    if size <= before:
+        return
+    try:
+        os.posix_fallocate(target.fileno(), before, size - before)
+    except OSError as error:
+        target.truncate(before)
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # it cannot reserve space
+            raise

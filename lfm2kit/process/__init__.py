@@ -1,0 +1,1 @@
+"""This process: its signals, streams, cores and memory."""

@@ -1,0 +1,1 @@
+"""What the ranks of a job know of each other before they run."""

@@ -1,0 +1,144 @@
+"""A memory that is too small is an error before anything is built, with what would fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lfm2kit import specs
+from lfm2kit.backend import BackendPlugin, Block, Context, Spec, Weights
+from lfm2kit.batch import Batch
+from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import InstalledBackend, installed_plugins
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.memory import HostMemory
+from lfm2kit.precisions import FP32, SIXTEEN_BIT, Precision
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.transport import World
+from tests.core.test_model import DeviceBackend, Elsewhere
+
+TINY = open_checkpoint(find_model("tiny"))
+PACKED = {"fp32": 4, "bf16": 2}  # bytes of an element
+PRECISIONS = (FP32, Precision("bf16", SIXTEEN_BIT))
+
+
+class Card(Elsewhere):
+    """A device's memory of a size that a test sets."""
+
+    free = 0
+
+    def free_bytes(self) -> int:
+        return Card.free
+
+
+class CardBackend(DeviceBackend):
+    built = 0
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self.there = Card()
+        self.itemsize = PACKED[context.precision]
+
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        return self.itemsize * spec.weight_elements()
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        return 1_000_000 * tokens
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        CardBackend.built += 1
+        return super().build(spec, weights)
+
+
+def card(plan: str = "card", *, transport: Any = None, **options: Any) -> Setup:
+    plugins = installed_plugins()
+    plugin = BackendPlugin("card", "a small device", CardBackend, 1, precisions=PRECISIONS)
+    plugins.backends["card"] = InstalledBackend(plugin, "this test")
+    return set_up(TINY, Options(backend=plan, **options), transport=transport, plugins=plugins)
+
+
+def elements(*, without_experts_of: int = 0) -> int:
+    """Of the model's weights, a tied head's counted again, but for some layers' experts."""
+    sparse = [
+        x.feed_forward for x in TINY.spec.layers if isinstance(x.feed_forward, specs.SparseMoe)
+    ]
+    left_out = sum(moe.experts.weight_elements() for moe in sparse[:without_experts_of])
+    return TINY.spec.weight_elements() + TINY.spec.lm_head.weight_elements() - left_out
+
+
+def refusal(setup: Setup) -> str:
+    before = CardBackend.built
+    with pytest.raises(Lfm2kitError) as refused:
+        setup.build()
+    assert CardBackend.built == before
+    return str(refused.value)
+
+
+def test_what_just_fits_is_built_and_runs() -> None:
+    Card.free = 4 * elements()
+    assert card().shortage() is None
+    assert card().build().logits(Batch.of_sequences([[1, 2, 3]])).shape == (1, 1024)
+    Card.free -= 1
+    refusal(card())
+
+
+def test_too_little_says_what_is_missing_and_what_would_fit(monkeypatch: Any) -> None:
+    monkeypatch.setitem(PACKED, "fp32", 4000)  # as if the model were of 10 GB
+    monkeypatch.setitem(PACKED, "bf16", 2000)
+    Card.free = 4000 * elements(without_experts_of=3)
+    needed, free = 4e-6 * elements(), 1e-9 * Card.free
+    message = refusal(card())
+    assert "memory 'elsewhere' is too small" in message
+    assert f"needs {needed:.1f} GB there, {free:.1f} GB are free" in message
+    assert f"{needed - free:.1f} GB are missing; try precision='bf16' or n_cpu_moe=3" in message
+    Card.free -= 1
+    assert "n_cpu_moe=4" in refusal(card())
+    assert "n_cpu_moe=4" in refusal(card(n_cpu_moe=2))
+
+
+def test_what_would_not_fit_is_not_proposed() -> None:
+    Card.free = 2 * elements() - 1
+    assert refusal(card(precision="bf16")).endswith("missing; try n_cpu_moe=1")
+    Card.free = 2 * elements(without_experts_of=6) - 1
+    assert "try a smaller model" in refusal(card())
+
+
+def test_a_precision_that_another_backend_lacks_is_not_proposed() -> None:
+    Card.free = 2 * elements()
+    assert "precision=" not in refusal(card("card,attn=reference"))
+
+
+def test_what_other_memories_hold_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReferenceBackend, "kept_bytes", lambda self, spec, weights: 1 << 40)
+    monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 1 << 60)
+    Card.free = 4 * elements(without_experts_of=6)
+    assert card("card,experts=reference").shortage() is None
+    assert card("card,experts=reference", rewrites=("trim",)).shortage() is None
+    refusal(card())
+
+
+def test_what_would_fit_goes_with_what_was_asked_for() -> None:
+    Card.free = 2 * elements(without_experts_of=6)
+    assert "try precision='bf16'" in refusal(card(n_cpu_moe=6))
+    assert "precision=" not in refusal(card())
+    Card.free = share_of_two(2)
+    assert "try precision='bf16'" in refusal(card(transport=TwoRanks()))
+    assert "precision=" not in refusal(card())
+
+
+class TwoRanks:
+    world = World(0, 2)
+
+
+def share_of_two(itemsize: int) -> int:
+    """Bytes of a rank's blocks: half of the experts, and all else."""
+    return itemsize * (elements() + elements(without_experts_of=6)) // 2
+
+
+def test_a_rank_needs_its_own_share_of_the_experts_alone() -> None:
+    Card.free = share_of_two(4)
+    assert card(transport=TwoRanks()).shortage() is None
+    refusal(card())

@@ -1,0 +1,138 @@
+"""Plans as text and as TOML: what fits which block, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lfm2kit.building.plan import KINDS, Plan
+from lfm2kit.errors import Lfm2kitError
+from tests.core.small import small_spec
+
+
+def test_the_last_rule_that_fits_wins() -> None:
+    plan = Plan.parse("a,moe=b,2-4.moe=c,3=d,attn=e")
+    assert plan.backend_for(None, "embed") == "a"
+    assert plan.backend_for(0, "choice") == "b"
+    assert plan.backend_for(2, "experts") == "c"
+    assert plan.backend_for(3, "experts") == "d"
+    assert plan.backend_for(3, "norm") == "d"
+    assert plan.backend_for(3, "attn") == "e"
+
+
+def test_a_rule_for_layers_says_nothing_of_what_lies_outside_them() -> None:
+    assert Plan.parse("a,0-9=b").backend_for(None, "norm") == "a"
+
+
+@pytest.mark.parametrize(
+    ("kind", "backends"),
+    [("router", "bba"), ("scores", "baa"), ("choice", "aba"), ("experts", "aab"), ("moe", "bbb")],
+)
+def test_scores_choice_and_experts_can_be_told_apart(kind: str, backends: str) -> None:
+    plan = Plan.parse(f"a,{kind}=b")
+    leaves = ("scores", "choice", "experts")
+    assert "".join(plan.backend_for(1, leaf) for leaf in leaves) == backends
+
+
+def test_a_layer_may_have_zeros_in_front() -> None:
+    assert Plan.parse("a,0000000000012.moe=b") == Plan.parse("a,12.moe=b")
+
+
+@pytest.mark.parametrize("backend", [":bf16", "a:", "a:bf16:fp32", ":"])
+def test_a_precision_stands_after_a_backend(backend: str) -> None:
+    for text in (backend, f"a,moe={backend}"):
+        with pytest.raises(Lfm2kitError, match=f"plan item '{backend}': expected a backend"):
+            Plan.parse(text)
+
+
+rules = st.builds(
+    lambda layers, kind, backend: f"{layers}{'.' if layers else ''}{kind}={backend}",
+    st.sampled_from(["", "3", "0-2", "1-1"]),
+    st.sampled_from(sorted(KINDS)),
+    st.sampled_from(["x", "my-backend", "b_2", "x:bf16"]),
+)
+
+
+@given(st.lists(rules, max_size=5))
+def test_a_plan_says_itself_as_text(items: list[str]) -> None:
+    plan = Plan.parse(",".join(["default", *items]))
+    assert Plan.parse(str(plan)) == plan
+
+
+def test_a_toml_file_says_the_same_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(
+        'default = "a"\n'
+        '[[rule]]\nlayers = "2-4"\nkind = "moe"\nbackend = "b"\n'
+        '[[rule]]\nlayers = 3\nbackend = "c"\n'
+        '[[rule]]\nkind = "attn"\nbackend = "d"\n'
+    )
+    assert Plan.read(path) == Plan.parse("a,2-4.moe=b,3=c,attn=d")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "default"),
+        ("moe=a", "moe=a"),
+        ("a,moe", "moe"),
+        ("a,mow=b", "Did you mean 'moe'"),
+        ("a,2-x.moe=b", "2-x"),
+        ("a,4-2.moe=b", "4-2"),
+        ("a,moe=", "moe="),
+        ("a,,moe=b", "''"),
+        ("a,-1.moe=b", "-1"),
+        ("a,0-9223372036854775807=b", "up to 1023"),
+        ("a,1024.moe=b", "up to 1023"),
+        ("a,0-" + "9" * 4301 + "=b", "up to 1023"),
+        ("a,1_0.moe=b", "1_0"),
+        ("a" + ",moe=b" * 4097, "4097 rules"),
+        ("a,\u0663.moe=b", "\u0663"),
+    ],
+)
+def test_bad_text_names_the_item(text: str, named: str) -> None:
+    with pytest.raises(Lfm2kitError, match=named):
+        Plan.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "default = 3",
+        "rule = 3",
+        'default = "a"\nrules = []',
+        'default = "a"\n[[rule]]\nkind = "moe"',
+        'default = "a"\n[[rule]]\nlayer = 3\nbackend = "b"',
+        "default = ",
+        "default = " + "9" * 4301,
+        "default = " + "[" * 3000,
+        'default = "a"\n[[rule]]\nbackend = 3',
+        'default = "a"\n[[rule]]\nlayers = true\nbackend = "b"',
+        'default = "a"\n[[rule]]\nlayers = 9223372036854775807\nbackend = "b"',
+        'default = "a"\n[[rule]]\nlayers = "0-9223372036854775807"\nbackend = "b"',
+        'default = "a"\n' + '[[rule]]\nbackend = "b"\n' * 4097,
+    ],
+)
+def test_a_bad_toml_plan_is_one_line_that_names_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    with pytest.raises(Lfm2kitError, match=r"plan\.toml") as caught:
+        Plan.read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("item", ["9.moe=b", "2-4.moe=b", "0.moe=b", "0-1.experts=b", "0.attn=b"])
+def test_a_rule_that_fits_no_block_is_an_error(item: str) -> None:
+    with pytest.raises(Lfm2kitError, match=item.replace(".", r"\.")):
+        Plan.parse(f"a,{item}").check(small_spec())
+
+
+def test_experts_of_the_first_moe_layers_on_the_cpu() -> None:
+    plan = Plan.parse("a").with_cpu_experts(1, small_spec(), "cpu")
+    assert [plan.backend_for(i, "experts") for i in range(4)] == ["a", "a", "cpu", "a"]
+    assert plan.backend_for(2, "scores") == "a"
+    with pytest.raises(Lfm2kitError, match="2 MoE layers"):
+        Plan.parse("a").with_cpu_experts(3, small_spec(), "cpu")

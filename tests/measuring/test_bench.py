@@ -1,0 +1,68 @@
+"""What `bench` measures: a single block, wherever the plan has put it; and the time it waited."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit import specs
+from lfm2kit.backend import BackendPlugin, Block, Spec, Weights
+from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import InstalledBackend, installed_plugins
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.measuring.bench import Contender, Decoder, Measured, single_blocks
+from lfm2kit.measuring.timing import Timing
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.specs import Work
+from lfm2kit.testing.host_block import host_block
+
+
+class WholeLayers(ReferenceBackend):
+    """The reference, its layers built whole; their parts it builds alone too."""
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if isinstance(spec, specs.Layer) else super().why_unsupported(spec)
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        if isinstance(spec, specs.Layer):
+            return host_block(ReferenceBackend(), spec, weights)
+        return super().build(spec, weights)
+
+
+def result_of(backend: str, kind: str) -> Any:
+    plugins = installed_plugins()
+    whole = BackendPlugin("whole", "whole layers", lambda context: WholeLayers(), 1)
+    plugins.backends["whole"] = InstalledBackend(whole, "this test")
+    setup = set_up(open_checkpoint(find_model("tiny")), Options(backend=backend), plugins=plugins)
+    (contender,) = single_blocks(setup, kind, [2], 16, seed=0)
+    return contender.call()
+
+
+@pytest.mark.parametrize("kind", ["conv", "attn", "mlp"])
+def test_a_block_of_a_layer_that_is_built_whole_is_measured_alone(kind: str) -> None:
+    got, want = result_of("whole", kind), result_of("reference", kind)
+    assert np.array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_decoding_begins_again_from_the_prompt_when_its_state_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lfm2kit.measuring.bench.MOST_STEPS", 2)
+    model = set_up(open_checkpoint(find_model("tiny")), Options(backend="reference")).build()
+    decoder = Decoder(model, sequences=2, seq_len=3, seed=0)
+    for _ in range(5):
+        assert decoder.step().shape == (2, model.spec.lm_head.vocab_size)
+
+
+def waiting(*timings: Timing) -> float | None:
+    contender = Contender("any", "a test", 1, 1, Work(1, 1), lambda: None)
+    return Measured(contender, timings, None).waiting
+
+
+def test_waiting_is_the_median_share_of_the_calls_of_which_it_is_known() -> None:
+    assert waiting(Timing(2, 0.5), Timing(1, 0.9), Timing(4, 0)) == 0.25
+    assert waiting(Timing(2, None), Timing(2, 1)) == 0.5
+    assert waiting(Timing(2, None)) is None
