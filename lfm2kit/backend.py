@@ -79,7 +79,8 @@ class Block(Protocol):
     """A ready callable: weights packed, kernels compiled.
 
     It is called as its spec's docstring says.  It never writes its arguments (but see `RMSNorm`).
-    An array that it returns belongs to the caller: no later call of any block changes it.
+    An array that it returns belongs to the caller: no later call of any block changes it, and
+    writing into it changes no later call.
 
     A block of an ordered memory enqueues its work on the memory's current stream, and its results
     are ready, in that order, for whatever is enqueued there after it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.batch import Batch
-from lfm2kit.specs import Layer, Spec
+from lfm2kit.specs import Attention, Layer, ShortConv, Spec
 from lfm2kit.state import Room
 from lfm2kit.testing.compare import Result, each, rows_of
 from lfm2kit.testing.host_block import HostBlock
+from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.verdicts import CheckFailed
 
 Float32 = npt.NDArray[np.float32]
@@ -111,6 +112,23 @@ class Session:
         ends = np.cumsum([0, *lengths])
         assert ends[-1] == len(x)
         return joined([self.feed((name, x[a:b]))[0] for a, b in pairwise(ends)])
+
+
+def calls(spec: Spec, block: HostBlock, rng: np.random.Generator) -> Iterator[tuple[Any, ...]]:
+    """Yield arguments of calls of 1 and of 17 rows; of operators and layers with a state, too.
+
+    Those with a state are to be made in order: a prefill of two sequences, then a step of both.
+    """
+    for rows in (1, 17):
+        yield random_inputs(spec, rng, rows)
+    if not isinstance(spec, ShortConv | Attention | Layer):
+        return
+    state = block.new_state(Room(2, PAGE_TOKENS))
+    for starts, lengths in (([0, 0], [5, 3]), ([5, 3], [1, 1])):
+        ids = [np.zeros(n, np.int32) for n in lengths]
+        batch = Batch.of_sequences(ids, starts=starts, pages=[[1], [0]])
+        *arrays, _, _ = random_inputs(spec, rng, batch.tokens)
+        yield *arrays, batch, state
 
 
 def one_shot(spec: Spec, block: HostBlock, x: Float32) -> Result:

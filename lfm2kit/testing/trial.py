@@ -11,7 +11,7 @@ import numpy as np
 from lfm2kit.backend import Backend
 from lfm2kit.precisions import FP32, FP32_GRADE, Precision
 from lfm2kit.specs import Spec
-from lfm2kit.testing.cases import CASES
+from lfm2kit.testing.cases import CASES, WIDTHS, widened
 from lfm2kit.testing.host_block import HostBlock, host_block, why_not_built
 from lfm2kit.testing.near_ties import NEAR_TIE
 from lfm2kit.testing.random_weights import random_weights, with_values_of
@@ -41,12 +41,24 @@ class Trial:
         return NEAR_TIE if self.precision.grade == FP32_GRADE else self.tolerance
 
     def supported(self, candidates: Iterable[S]) -> list[S]:
-        """Those that the backend builds; raises `Skipped` with its reason if there are none."""
-        candidates = list(candidates)
-        if built := self.built(candidates):
-            return built
-        first = candidates[0]
-        raise Skipped(f"no {first.kind} block: {why_not_built(self.backend, first)}")
+        """Those that the backend builds; raises `Skipped` with its reason if there are none.
+
+        Of a kind of which it builds none, they come widened: a backend may have kernels for the
+        release's widths alone, and is then judged by those.
+        """
+        by_kind: dict[str, list[S]] = {}
+        for spec in candidates:
+            by_kind.setdefault(spec.kind, []).append(spec)
+        found = [s for one in by_kind.values() for s in self.built(one) or self._widened(one)]
+        if not found:
+            first = next(iter(by_kind.values()))[0]
+            raise Skipped(f"no {first.kind} block: {why_not_built(self.backend, first)}")
+        return found
+
+    def _widened(self, candidates: list[S]) -> list[S]:
+        """Return the candidates of the first of WIDTHS at which the backend builds any."""
+        wider = ([widened(spec, width) for spec in candidates] for width in WIDTHS)
+        return next((list(dict.fromkeys(found)) for w in wider if (found := self.built(w))), [])
 
     def built(self, candidates: Iterable[S]) -> list[S]:
         """Returns those that the backend builds, whole or all their parts; perhaps none."""

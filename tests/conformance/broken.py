@@ -42,6 +42,15 @@ class BrokenBackend:
         return ReferenceBackend().state_bytes(spec, room)
 
 
+class MultiplesOf256(BrokenBackend):
+    """Has kernels for the release's widths alone, and so escapes a suite of narrow blocks."""
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        if getattr(spec, "hidden_size", 0) % 256:
+            return "its kernels take multiples of 256"
+        return super().why_unsupported(spec)
+
+
 class Around:
     """A block that does something before or after another's call; state goes to the other."""
 

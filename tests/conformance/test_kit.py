@@ -20,7 +20,9 @@ from lfm2kit.formats import BF16, F16, F32
 from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS, random_weights
+from lfm2kit.testing.cases import CASES, WIDTHS, widened
 from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.host_block import why_not_built
 from lfm2kit.testing.near_ties import selection_gaps
 from lfm2kit.testing.random_weights import stored_as
 from lfm2kit.testing.runner import Result, judged, run_checks, selected
@@ -77,6 +79,32 @@ def test_a_backend_of_one_block_passes_with_skips() -> None:
     assert by_id["mlp"].detail == "no mlp block: it routes only"
     assert by_id["router"].verdict == "passed"
     assert by_id["whole-model"].verdict == "passed"
+
+
+@pytest.mark.long
+def test_a_backend_of_wide_kernels_is_judged_by_every_check() -> None:
+    verdicts = {name: judged(name, broken.MultiplesOf256({}), "fp32").verdict for name in CHECKS}
+    assert set(verdicts.values()) == {"passed", "skipped"}
+    skipped = [name for name, verdict in verdicts.items() if verdict == "skipped"]
+    of_all_widths = [
+        name for name in skipped if judged(name, BrokenBackend({}), "fp32").verdict == "skipped"
+    ]
+    assert skipped == of_all_widths
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_widened_specs_have_no_other_widths(width: int) -> None:
+    for spec in (spec for kind in CASES.values() for spec in kind):
+        wide = widened(spec, width)
+        assert type(wide) is type(spec)
+        assert why_not_built(broken.MultiplesOf256({}), wide) is None
+
+
+def test_a_backend_of_wide_kernels_is_judged_by_its_own_widths() -> None:
+    unaware = broken.MultiplesOf256({specs.ShortConv: broken.ConvStateNotReset})
+    (result,) = run(unaware, "state-fresh-at-position-zero")
+    assert result.verdict == "failed"
+    assert "ShortConv(hidden_size=256" in result.detail
 
 
 def test_results_come_while_the_checks_run() -> None:

@@ -105,7 +105,7 @@ def test_linear_rounded_of_experts(precision: str, columns: int) -> None:
         tiles, place = grouped_by_expert(ids, cupy.arange(5, dtype=cupy.int32), 5, gemm)
         of = gemm.rounded(x), gemm.pack(weights), None, tiles
         got, sums = gemm.linear_rounded(*of)[place], gemm.linear(*of)[place]
-        assert_rounded(got, sums, newest.activation)
+        assert_rounded(got, sums, newest.packed_format)
 
 
 def test_what_f16_does_not_hold_becomes_its_largest() -> None:

@@ -2,6 +2,7 @@
 
 from lfm2kit.testing.checks import (  # noqa: I001 (the order in which they run)
     contract,
+    results,
     order,
     values,
     feed_forward,
@@ -10,6 +11,7 @@ from lfm2kit.testing.checks import (  # noqa: I001 (the order in which they run)
     non_finite,
     attention,
     rows,
+    sizes,
     state,
     around,
     whole_model,
@@ -25,9 +27,11 @@ __all__ = [
     "feed_forward",
     "non_finite",
     "order",
+    "results",
     "router",
     "router_limits",
     "rows",
+    "sizes",
     "state",
     "values",
     "whole_model",

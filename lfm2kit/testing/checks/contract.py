@@ -15,6 +15,7 @@ from lfm2kit.specs import Spec
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import Result, assert_same, each
 from lfm2kit.testing.random_inputs import random_inputs
+from lfm2kit.testing.sessions import calls
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 
@@ -113,19 +114,20 @@ def outputs_finite(trial: Trial) -> None:
 
 @check
 def inputs_not_written(trial: Trial) -> None:
-    """A block writes none of its arguments; only RMSNorm may write `hidden`.
+    """A block writes none of its arguments but the state; only RMSNorm may write `hidden`.
 
-    Arguments are other blocks' results, or the batch, which every layer reads.
+    Arguments are other blocks' results, or the batch, which every layer reads.  Calls with a state
+    take other paths than those without: a prefill and a step are looked at, too.
     """
     for spec in trial.first_of_kinds():
         block = trial.build(spec, trial.random_weights(spec))
-        inputs = random_inputs(spec, trial.rng, 17)
-        before = [(name, array.copy()) for name, array in _arrays(inputs)]
-        moved = block.to_memory(inputs)
-        block.to_host(block.block(*moved))
-        for (name, was), (_, array) in zip(before, _arrays(moved), strict=True):
-            if name != "argument 0" or not isinstance(spec, specs.RMSNorm | specs.Layer):
-                assert_same(block.to_host(array), was, f"{spec}: {name} after the call")
+        for inputs in calls(spec, block, trial.rng):
+            before = [(name, array.copy()) for name, array in _arrays(inputs)]
+            moved = block.to_memory(inputs)
+            block.to_host(block.block(*moved))
+            for (name, was), (_, array) in zip(before, _arrays(moved), strict=True):
+                if name != "argument 0" or not isinstance(spec, specs.RMSNorm | specs.Layer):
+                    assert_same(block.to_host(array), was, f"{spec}: {name} after the call")
 
 
 @check
@@ -152,10 +154,11 @@ def _require_finite(result: Result, what: str) -> None:
 
 
 def _arrays(inputs: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays among the arguments of a block, and those of its batch."""
+    """The arrays among the arguments of a block, and those of its batch; not its state."""
     for i, value in enumerate(inputs):
         if isinstance(value, Batch):
             names = ("token_ids", "positions", "cu_seqlens", "pages", "logits_rows")
             yield from ((f"batch.{name}", getattr(value, name)) for name in names)
-        elif value is not None:
+            return  # what follows a batch is the state
+        if value is not None:
             yield f"argument {i}", value

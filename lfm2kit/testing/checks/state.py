@@ -13,6 +13,7 @@ from lfm2kit.backend import BuildsOperators
 from lfm2kit.batch import Batch
 from lfm2kit.specs import Spec
 from lfm2kit.state import STEP_BACK, Room
+from lfm2kit.testing import cases
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import Result, assert_close, assert_same, rows_of
@@ -233,8 +234,27 @@ def state_positions_beyond_32768(trial: Trial) -> None:
 
 
 @check
+def state_decode_after_600_tokens(trial: Trial) -> None:
+    """Steps after 600 tokens have the bits of one call over all of them.
+
+    Attention over a long context is computed in parts, whose maxima and sums differ.
+    """
+    for spec in trial.supported((*cases.OPERATORS, *cases.WIDE_OPERATORS)):
+        block, reference = trial.pair(spec)
+        x = _rows(trial, spec, 603)
+        session = Session(spec, block, trial.rng)
+        got = session.feed_in_chunks("one", x, [600, 1, 2])
+        assert_same(got, one_shot(spec, block, x), f"{spec}, 600 tokens, then a step")
+        want = one_shot(spec, reference, x)
+        assert_close(got, want, trial.tolerance, f"{spec}, 600 tokens, then a step")
+
+
+@check
 def state_belongs_to_its_caller(trial: Trial) -> None:
-    """A block keeps nothing of its own: two states of one block do not know each other."""
+    """A block keeps nothing of its own: two states of one block do not know each other.
+
+    Nor does a call without a state, made between theirs.
+    """
     for spec, block, _ in _operators(trial):
         x, y = _rows(trial, spec, 9), _rows(trial, spec, 9)
         # The generators are alike, so that the two have the same pages.
@@ -242,6 +262,7 @@ def state_belongs_to_its_caller(trial: Trial) -> None:
         parts: tuple[list[Result], list[Result]] = ([], [])
         for a, b in pairwise((0, 3, 4, 9)):
             parts[0].append(one.feed(("s", x[a:b]))[0])
+            one_shot(spec, block, y[a:b])
             parts[1].append(other.feed(("s", y[a:b]))[0])
         for results, rows in zip(parts, (x, y), strict=True):
             assert_same(joined(results), one_shot(spec, block, rows), f"{spec} with two states")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from dataclasses import replace
+
+import numpy as np
 
 from lfm2kit.formats import BF16, F16
 from lfm2kit.precisions import FP32_GRADE
@@ -120,6 +123,21 @@ def last_rows(trial: Trial) -> None:
 
 
 @check
+def last_rows_twice_or_none(trial: Trial) -> None:
+    """A row may be wanted twice, all of them once, and of many rows none may be wanted.
+
+    A rank of a parallel run may have tokens of which no logits are asked for.
+    """
+    for spec in trial.supported(CASES["rows"]):
+        block, reference = trial.pair(spec)
+        hidden, delta, batch = random_inputs(spec, trial.rng, 17)
+        for wanted in ([], [16], [0, 0], [3, 16, 3, 0, 3], [*range(17)], [*range(17)] * 2):
+            asked = replace(batch, logits_rows=np.array(wanted, np.int32))
+            got, want = (one(hidden, delta, asked) for one in (block, reference))
+            assert_same(got, want, f"{spec}, the rows {wanted} of 17")
+
+
+@check
 def lm_head(trial: Trial) -> None:
     """LMHead: x @ weight.T, also for a vocabulary that no tile divides."""
     _judge(trial, CASES["head"])
@@ -167,6 +185,29 @@ def weights_in_an_unknown_format(trial: Trial) -> None:
     for spec in [*trial.first_of_kinds(), *trial.built(WITH_BIASES)]:
         weights = in_int8(trial.random_weights(spec))
         _judge_weights(trial, spec, weights, (17,), f"{spec} of int8 weights")
+
+
+@check
+def weights_of_several_types(trial: Trial) -> None:
+    """Each tensor is read by its own type, whatever the others of its block are stored as.
+
+    Checkpoints keep norms and biases in F32 beside matrices in BF16.  Any two tensors differ in
+    one of the mixtures here, once in either way.
+    """
+    for spec in [*trial.first_of_kinds(), *trial.built(WITH_BIASES)]:
+        names = list(spec.parameters())
+        weights = trial.random_weights(spec)
+        for bit in range((len(names) - 1).bit_length()):
+            for chosen in (0, 1):
+                narrow = {n for i, n in enumerate(names) if (i >> bit) & 1 == chosen}
+                mixed = _stored_in_part(weights, narrow)
+                what = f"{spec} of BF16 {sorted(narrow)} and F32 weights"
+                _judge_weights(trial, spec, mixed, (17,), what)
+
+
+def _stored_in_part(weights: Weights, narrow: Container[str]) -> Weights:
+    in_bf16 = stored_as(weights, BF16)
+    return Weights({n: in_bf16[n] if n in narrow else tensor for n, tensor in weights.items()})
 
 
 def _judge(

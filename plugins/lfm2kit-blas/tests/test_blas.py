@@ -22,6 +22,8 @@ from lfm2kit.testing.runner import judged
 ROWS_SEEN = "BLAS picks its kernel, and with it the order of a sum, by the number of rows"
 BITS_OF_STATES = (
     "state-chunked-equals-one-shot",
+    "sequences-of-equal-length",
+    "state-decode-after-600-tokens",
     "state-page-sizes",
     "state-forks-share-pages",
     "state-steps-back",
@@ -34,6 +36,7 @@ BITS_OF_STATES = (
     "blas",
     expected_failures={
         "batch-independence": ROWS_SEEN,
+        "rows-among-300": ROWS_SEEN,
         "whole-model-batch-independence": ROWS_SEEN,
         "experts-split-by-slot-bitwise": f"{ROWS_SEEN}; an expert gets fewer of them a slot",
         **dict.fromkeys(BITS_OF_STATES, f"{ROWS_SEEN}; a chunk has fewer"),
