@@ -252,10 +252,12 @@ class RowsWantedOnce(Around):
 
 def norms_stored_as_matrices(spec: specs.Attention, weights: Weights) -> Block:
     """Takes the norms to be stored as q_proj is, and so misreads F32 norms beside BF16 matrices."""
-    stored = weights["q_proj.weight"].dtype
-    return attention.Attention(
-        spec, Weights({n: Tensor(n, stored, weights[n].data) for n in spec.parameters()})
-    )
+    stored = weights["q_proj.weight"].format
+    misread = {
+        name: Tensor(name, stored, t.shape, t.data.astype(stored.block))
+        for name, t in ((name, weights[name]) for name in spec.parameters())
+    }
+    return attention.Attention(spec, Weights(misread))
 
 
 CONV, ATTENTION, MLP = specs.ShortConv, specs.Attention, specs.MLP

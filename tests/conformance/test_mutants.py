@@ -17,7 +17,7 @@ CRASHES = {"empty_batch_with_state", "last_rows_none_wanted", "router_topk_by_ar
 
 def failures(backend: Backend, *names: str) -> dict[str, str]:
     """Return what each of these checks says that fails."""
-    results = [judged(name, backend, "fp32") for name in names]
+    results = [judged(name, backend) for name in names]
     return {result.id: result.detail for result in results if result.verdict == "failed"}
 
 
