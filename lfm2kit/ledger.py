@@ -59,13 +59,14 @@ class Ledger:
 
     def complete(self, batch: Batch) -> None:
         """Note that the forward of the batch that was begun has written its pages."""
-        entry, self._pending = self._pending, None
+        entry = self._pending
         assert entry is not None, "no forward has begun"
         if self._run is not None and entry is self._run.entry:
             self._run.advance()
-            return
-        self._enter(batch.pages, entry)
-        self._run = Run.after(batch, entry, self._room)
+        else:
+            self._enter(batch.pages, entry)
+            self._run = Run.after(batch, entry, self._room)
+        self._pending = None  # last: if an interrupt comes before, the pages count as lost
 
     def _settle(self) -> None:
         """Enter what a run of decoding steps has written, and what a failed forward has lost."""
@@ -74,6 +75,7 @@ class Ledger:
             self._run = None
         if self._pending is not None:
             self._filled[self._pending.pages] = _LOST
+            self._renew(self._pending.pages)  # pages after them no longer follow
             self._pending = None
 
     def _enter(self, table: Int32, entry: Entry) -> None:
@@ -83,9 +85,13 @@ class Ledger:
         self._raise_to(entry.pages, entry.ends)
         if not len(changed):
             return
-        self._identity[changed] = self._random.integers(2**64, size=len(changed), dtype=np.uint64)
+        self._renew(changed)
         trails = self._trails(table)
         self._trail[entry.pages] = trails[entry.rows, entry.columns]
+
+    def _renew(self, pages: Int32) -> None:
+        """Give pages other identities, so that no table that named them is accepted any more."""
+        self._identity[pages] = self._random.integers(2**64, size=len(pages), dtype=np.uint64)
 
     def _raise_to(self, pages: Int32, ends: Int32) -> None:
         self._filled[pages] = ends
@@ -96,15 +102,22 @@ class Ledger:
         if table.size and table.max() >= self._room.pages:
             raise ValueError(f"page {table.max()} lies outside the {self._room.pages} there are")
         places = entry.rows * table.shape[1] + entry.columns
-        writer, pages = self._writer, entry.pages
-        writer[pages] = places
-        is_shared = bool((writer[pages] != places).any())
-        if not is_shared and not self._are_continued(entry):
-            users = writer[table.reshape(-1)]
-            is_shared = bool(((users >= 0) & (users != np.arange(table.size))).any())
-        writer[pages] = -1
-        if is_shared:
+        if self._are_shared(table, entry, places):
             raise ValueError("a page that a sequence writes stands in another place of the table")
+
+    def _are_shared(self, table: Int32, entry: Entry, places: npt.NDArray[np.intp]) -> bool:
+        """Return whether a page that is written at one place stands at another one, too."""
+        writer, pages = self._writer, entry.pages
+        try:
+            writer[pages] = places
+            if (writer[pages] != places).any():
+                return True
+            if self._are_continued(entry):
+                return False
+            users = writer[table.reshape(-1)]
+            return bool(((users >= 0) & (users != np.arange(table.size))).any())
+        finally:
+            writer[pages] = -1
 
     def _are_continued(self, entry: Entry) -> bool:
         """Return whether all pages are written from where they end on.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lfm2kit.batch import Batch
-from lfm2kit.ledger import Ledger
+from lfm2kit.ledger import Ledger, Run
 from lfm2kit.state import Room
 
 T = 64
@@ -159,3 +159,28 @@ def test_steps_of_decoding_end_with_a_page_and_are_told_from_others(ledger: Ledg
     write(ledger, (130, 1, [5, 2, 3]))
     write(ledger, (0, 1, [2]))
     refused(ledger, "do not hold them", (131, 1, [5, 2, 3]))
+
+
+def test_a_step_back_that_failed_spoils_what_was_written_after_it(ledger: Ledger) -> None:
+    ledger.begin(chunk((60, 4, [5])))  # back from 70, and the forward fails
+    refused(ledger, "its pages do not hold them", (70, 1, [5, 2]))
+    refused(ledger, "its pages do not hold them", (64, 1, [5, 3]))
+
+
+@pytest.mark.parametrize("position", [70, 71])
+def test_an_interrupt_before_the_books_are_closed_loses_the_pages(
+    ledger: Ledger, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    write(ledger, (70, 1, [5, 2])) if position == 71 else None
+    batch = chunk((position, 1, [5, 2]))
+    ledger.begin(batch)
+    monkeypatch.setattr(Run, "after", interrupted)
+    monkeypatch.setattr(Run, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.complete(batch)
+    monkeypatch.undo()
+    refused(ledger, "its pages do not hold them", (position + 1, 1, [5, 2]))
+    write(ledger, (3, 1, [0]))
