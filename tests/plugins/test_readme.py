@@ -1,4 +1,4 @@
-"""README.md: the code for Python runs as it stands, and so does the backend of 15 minutes."""
+"""README.md: its code for Python runs as it stands, and so does the backend of 15 minutes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfm2kit.batch import Batch
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import MLP
 from tests.core.small import random_weights
 from tests.plugins.test_docs import fences
 
 PAGE = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-FROM_PYTHON, BACKEND = fences(PAGE, "python")
+FROM_PYTHON, WITH_A_STATE, BACKEND = fences(PAGE, "python")
 
 
 def test_the_five_lines_for_python_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +27,33 @@ def test_the_five_lines_for_python_print_what_they_say(capsys: pytest.CaptureFix
     shape, next_tokens = capsys.readouterr().out.split(") ")
     assert f"{shape})" in code[-1].partition("#")[2]
     assert len(next_tokens.split()) == 2
+
+
+def test_the_code_with_a_state_has_the_logits_of_whole_sequences() -> None:
+    names: dict[str, Any] = {}
+    exec(WITH_A_STATE, names)
+    model, tokens = names["model"], names["tokens"]
+    assert len(tokens) == 79
+    for end in range(70, 79):
+        assert model.logits(Batch.of_sequences([tokens[:end]])).argmax() == tokens[end]
+    fork, other = [*tokens[:64], 7, 8, 9], [*tokens[:70], 11]
+    whole = model.logits(Batch.of_sequences([fork, other])).argmax(axis=1)
+    assert [names["fork"], names["other"]] == whole.tolist()
+
+
+def test_the_code_with_a_state_goes_back_and_shares_as_far_as_the_page_says() -> None:
+    names: dict[str, Any] = {}
+    exec(WITH_A_STATE, names)
+    next_token = names["next_token"]
+    next_token(range(40), 0, [0])
+    with pytest.raises(ValueError, match="go back by at most 16"):
+        next_token([5], 40 - 17, [0])
+    next_token([5], 40 - 16, [0])
+    next_token(range(64), 0, [0])
+    next_token([5], 64, [0, 1])
+    next_token([5], 50, [0])  # page 0 is not whole any more
+    with pytest.raises(ValueError, match="another sequence has written one of the pages"):
+        next_token([5], 65, [0, 1])
 
 
 def test_the_backend_of_15_minutes_builds_an_mlp() -> None:
