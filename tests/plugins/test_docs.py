@@ -22,6 +22,7 @@ from tests.plugins.distributions import environment, install_project
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 GROWING = "## Growing it"
 PLUGIN = "lfm2kit_mine.py"
+INSTALLING = "pip install "
 
 
 def fences(page: str, *languages: str) -> Iterator[str]:
@@ -36,11 +37,21 @@ def files(page: str) -> dict[str, str]:
     return {m[1]: t for t in texts if (m := re.match(r"# (\S+\.(?:py|toml))\n", t))}
 
 
+def typed(page: str) -> list[str]:
+    """What a reader types."""
+    lines = "".join(fences(page, "console")).splitlines()
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
 def commands(page: str) -> list[str]:
     """What a reader types, but for the installing: of that `install_project` takes care."""
-    lines = "".join(fences(page, "console")).splitlines()
-    typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    return [line for line in typed if not line.startswith("pip install ")]
+    return [line for line in typed(page) if not line.startswith(INSTALLING)]
+
+
+def installing(page: str) -> list[str]:
+    """What a reader types to install, in a form that installs nothing."""
+    lines = [line for line in typed(page) if line.startswith(INSTALLING)]
+    return [f"{line} --dry-run --no-index --no-deps --no-build-isolation" for line in lines]
 
 
 FIRST, REST = PAGE.split(GROWING)
@@ -81,6 +92,12 @@ def run(command: str, project: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize("command", installing(PAGE))
+def test_pip_can_install_what_the_page_installs(command: str, smallest: Path) -> None:
+    done = run(command, smallest)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", commands(FIRST))
