@@ -12,9 +12,11 @@ from lfm2kit.batch import Batch
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import MLP
 from tests.core.small import random_weights
-from tests.plugins.test_docs import fences
+from tests.plugins.test_docs import SMALLEST, fences, files
 
-PAGE = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
+OTHER_PAGES = sorted([*ROOT.glob("plugins/*/README.md"), *ROOT.glob("backends/*/README.md")])
 FROM_PYTHON, WITH_A_STATE, BACKEND = fences(PAGE, "python")
 
 
@@ -66,3 +68,15 @@ def test_the_backend_of_15_minutes_builds_an_mlp() -> None:
     block = plugin.create(None).build(spec, weights)
     expected = ReferenceBackend().build(spec, weights)(x)
     np.testing.assert_allclose(block(x), expected, rtol=1e-5)
+
+
+def test_the_project_of_15_minutes_is_that_of_the_page_on_plugins() -> None:
+    assert files(PAGE)["pyproject.toml"] == SMALLEST["pyproject.toml"]
+
+
+@pytest.mark.parametrize("page", OTHER_PAGES, ids=lambda page: page.parent.name)
+def test_what_a_readme_installs_is_the_folder_that_it_lies_in(page: Path) -> None:
+    """Nothing is on an index by its name yet."""
+    folder = str(page.parent.relative_to(ROOT))
+    for line in page.read_text(encoding="utf-8").splitlines():
+        assert "pip install" not in line or folder in line
