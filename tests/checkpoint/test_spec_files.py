@@ -170,8 +170,10 @@ def test_a_file_runs_with_the_weights_beside_it(case: str, tmp_path: Path) -> No
 def test_weights_of_another_model_beside_it_are_refused(tmp_path: Path) -> None:
     path = beside(ORACLE / "router_bias_and_normalisation", tmp_path)
     path.write_text(spec_text(small_spec()))
-    with pytest.raises(Lfm2kitError, match=r"mine\.toml: (there is no tensor|tensor)"):
+    with pytest.raises(Lfm2kitError, match=r"mine\.toml: (there is no tensor|tensor)") as raised:
         open_checkpoint(path)
+    advice = "for random weights, move mine.toml into another folder"
+    assert str(raised.value).endswith(f"those of {tmp_path / 'model.safetensors'}: {advice}")
 
 
 def random_logits(path: Path, **options: Any) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,23 @@ def test_the_code_with_a_state_goes_back_and_shares_as_far_as_the_page_says() ->
     next_token([5], 50, [0])  # page 0 is not whole any more
     with pytest.raises(ValueError, match="another sequence has written one of the pages"):
         next_token([5], 65, [0, 1])
+
+
+def test_what_the_page_types_for_a_file_of_specs_runs(tmp_path: Path) -> None:
+    lines = re.findall(r"^    (.*\bmine/\w+\.toml.*)$", PAGE, re.MULTILINE)
+    assert len(lines) == 4
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-e"],
+        input="\n".join(lines),
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Weights: random, seed 0" in done.stdout + done.stderr
 
 
 def test_the_backend_of_15_minutes_builds_an_mlp() -> None:
