@@ -186,7 +186,7 @@ def _open_specs(path: Path, seed: int) -> Checkpoint:
                 f"{error}; the tensors are those of {path.parent / beside}: for random weights, "
                 f"move {path.name} into another folder"
             ) from None
-    remark = f"{path}: there are no weights beside it; they are random, of seed {seed}"
+    remark = f"{path}: there are no weights beside it, so they are random"
     weights = Weights(without_values(spec.parameters()))
     return Checkpoint(path, spec, weights, None, (remark,), seed)
 
