@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lfm2kit.hookspecs import Command, Wrapper, hookimpl
     from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade, Precision
     from lfm2kit.rewrites import Rewrite
+    from lfm2kit.state import Room
     from lfm2kit.transport import TransportPlugin
 else:
     _HOMES = {
@@ -29,6 +30,7 @@ else:
         "Lfm2kitError": "errors",
         "Precision": "precisions",
         "Rewrite": "rewrites",
+        "Room": "state",
         "SIXTEEN_BIT": "precisions",
         "TransportPlugin": "transport",
         "Wrapper": "hookspecs",
@@ -61,6 +63,7 @@ __all__ = [
     "Lfm2kitError",
     "Precision",
     "Rewrite",
+    "Room",
     "TransportPlugin",
     "Wrapper",
     "hookimpl",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from lfm2kit.batch import Batch
+from lfm2kit.batch import Batch, Form
 from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.memory import (
     HOST,
@@ -27,7 +27,7 @@ from lfm2kit.memory import (
 )
 from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Grade, Precision
 from lfm2kit.specs import Spec
-from lfm2kit.state import Room, State
+from lfm2kit.state import STEP_BACK, Room, State
 from lfm2kit.weights import Tensor, Weights
 
 API_VERSION = 1
@@ -41,6 +41,7 @@ __all__ = [
     "FP32_GRADE",
     "HOST",
     "SIXTEEN_BIT",
+    "STEP_BACK",
     "Array",
     "Arriving",
     "Backend",
@@ -55,6 +56,7 @@ __all__ = [
     "Context",
     "Exclusive",
     "Explains",
+    "Form",
     "Format",
     "Grade",
     "HostMemory",
@@ -287,11 +289,12 @@ class Captures(Protocol):
         """Return a replay of `step` for every batch whose `family()` has the same forms.
 
         `step` takes a batch whose arrays lie in the backend's memory; it may read and write a
-        state.  The replay takes host batches, and must copy all of their arrays, ids, positions and
-        pages included: see `Batch.packed` and `Batch.unpacked`.  The batch given here is not run
-        for its effect: the core replays it right after.  So `step` may be called any number of
-        times here.  Raises MemoryError if there is no room; the core then closes other replays and
-        tries once more.
+        state.  It has run before with a batch of these forms.  Recording need not run it, because
+        the core replays this batch right after.  It may be called any number of times here, because
+        that replay writes the same pages again.  The replay takes host batches, and must copy all
+        of their arrays, ids, positions and pages included: see `Batch.packed` and `Batch.unpacked`.
+        Raises MemoryError if there is no room; the core then closes other replays and tries once
+        more.
         """
         ...
 

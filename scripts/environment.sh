@@ -73,10 +73,11 @@ begin() {
   rm -f "$venv/.installed"
 }
 
+# Users type `pip install` in this .venv, and uv makes one without pip.
 install_with_uv() {
   begin &&
     { [ -x "$venv/bin/python" ] || uv venv --quiet --allow-existing --python ">=3.11" "$venv"; } &&
-    uv pip install --quiet --python "$venv/bin/python" "${packages[@]}" && return
+    uv pip install --quiet --python "$venv/bin/python" "${packages[@]}" pip && return
   echo "lfm2kit: uv could not install it (see above); trying pip" >&2
   remove_unfinished
   return 1

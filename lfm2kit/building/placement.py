@@ -65,6 +65,10 @@ class Placed:
         )
 
 
+class _LackingError(Exception):
+    """A backend lacks a block that the plan gives it: the block's name, its spec, and why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placer:
     """Places specs as `plan` says; `create` gives backends, `installed` names them for errors."""
@@ -78,7 +82,10 @@ class Placer:
         """The whole model's tree; `Lfm2kitError` where a backend lacks a block it is given."""
         self.plan.check(model)
         home = self.create(self.plan.default).memory(model.embed_tokens)
-        return self._place("", "", model, None, home)
+        try:
+            return self._place("", "", model, None, home)
+        except _LackingError as lacking:
+            raise self._unsupported(model, *lacking.args) from None
 
     def _place(self, name: str, scope: str, spec: Spec, layer: int | None, outer: Memory) -> Placed:
         backend = self._one_backend(spec, layer)
@@ -88,7 +95,7 @@ class Placer:
                 memory = self.create(backend).memory(spec)
                 return Placed(name, scope, spec, memory, outer, backend)
             if type(spec) not in self.joins:
-                raise self._unsupported(name, spec, backend, reason)
+                raise _LackingError(name, spec, backend, reason)
         around = self._around(name, scope, spec, layer, outer)
         if around is not None:
             return around
@@ -167,13 +174,25 @@ class Placer:
         names = self._names(spec, layer)
         return next(iter(names)) if len(names) == 1 else None
 
-    def _unsupported(self, name: str, spec: Spec, backend: str, reason: str) -> Lfm2kitError:
+    def _unsupported(
+        self, model: Spec, name: str, spec: Spec, backend: str, reason: str
+    ) -> Lfm2kitError:
         others = ", ".join(self._supporting(spec)) or "no installed backend"
         return Lfm2kitError(
             f"{name}: backend '{backend}' has no {type(spec).__name__} block ({reason}); "
             f"{others} can build it. Try ",
-            Option("backend", f"{self.plan},{spec.kind}=NAME"),
+            Option("backend", self._plan_with_another(model, spec, backend)),
         )
+
+    def _plan_with_another(self, model: Spec, spec: Spec, backend: str) -> str:
+        """Returns a plan in which a backend NAME builds all that the plan's default one lacks."""
+        leaves = {leaf.kind: leaf for leaf in specs.leaves(model)}
+        why_not = self.create(backend).why_unsupported
+        built = [kind for kind, leaf in leaves.items() if why_not(leaf) is None]
+        if backend != self.plan.default or len(leaves) - len(built) == 1:
+            return f"{self.plan},{spec.kind}=NAME"
+        own = (f"{kind}={backend}" for kind in built)
+        return ",".join(["NAME", *own, *map(str, self.plan.rules)])
 
     def _supporting(self, spec: Spec) -> Iterator[str]:
         for name in self.installed:

@@ -179,10 +179,8 @@ class Plugins:
         """
         name = item.partition(":")[0]
         if name not in self.backends:
-            skipped = next(
-                (f"; its plugin was skipped: {b.reason}" for b in self.broken if b.name == name), ""
-            )
-            raise Lfm2kitError(f"unknown backend '{name}'; {choices(name, self.backends)}{skipped}")
+            known = choices(name, self.backends)
+            raise Lfm2kitError(f"unknown backend '{name}'; {known}{self.skipped(name)}")
         installed = self.backends[name]
         if (reason := installed.why_not) is not None:
             others = ", ".join(sorted(n for n, b in self.backends.items() if b.why_not is None))
@@ -190,6 +188,16 @@ class Plugins:
                 f"backend '{name}' is installed but cannot run here: {reason}. Can run: {others}"
             )
         return installed.plugin
+
+    def skipped(self, name: str) -> str:
+        """Returns what an error about an unknown `name` ends with: which plugins are broken."""
+        for plugin in self.broken:
+            if plugin.name == name:
+                return f"; its plugin was skipped: {plugin.reason}"
+        if not self.broken:
+            return ""
+        names = ", ".join(plugin.name for plugin in self.broken)
+        return f"; plugins that were skipped (see lfm2kit backends): {names}"
 
     def precision(self, item: str, otherwise: str) -> Precision:
         """The precision of a plan's item: its own (`NAME:bf16`), or else that of this name.

@@ -176,10 +176,17 @@ def _open_own(path: Path, seed: int) -> Checkpoint:
 def _open_specs(path: Path, seed: int) -> Checkpoint:
     """Opens the model that a TOML file of specs describes, whatever else describes the weights."""
     spec = read_spec(path)
-    if any(os.path.lexists(path.parent / name) for name in WEIGHTS):
+    beside = next((name for name in WEIGHTS if os.path.lexists(path.parent / name)), None)
+    if beside is not None:
         remarks = tuple(remarks_on(path.parent, tensors := _read_tensors(path.parent)))
-        return _fitted(path, spec, tensors, None, remarks)
-    remark = f"{path}: there are no weights beside it; they are random, of seed {seed}"
+        try:
+            return _fitted(path, spec, tensors, None, remarks)
+        except Lfm2kitError as error:
+            raise Lfm2kitError(
+                f"{error}; the tensors are those of {path.parent / beside}: for random weights, "
+                f"move {path.name} into another folder"
+            ) from None
+    remark = f"{path}: there are no weights beside it, so they are random"
     weights = Weights(without_values(spec.parameters()))
     return Checkpoint(path, spec, weights, None, (remark,), seed)
 

@@ -19,9 +19,12 @@ from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import fate
+from lfm2kit.memory import HOST
 from lfm2kit.process.machine import memory_limits
 from lfm2kit.state import Room
 from lfm2kit.transport import World
+
+PAGE = Room(0).page_tokens
 
 
 @spread
@@ -35,10 +38,14 @@ def plan(
         int, flags("tokens", About("Tokens of a forward, for the scratch memory.", least=1))
     ] = 2048,
     context: Annotated[
-        int, flags("context", About("Tokens of a sequence, for the state.", least=0))
+        int,
+        flags(
+            "context",
+            About(f"Tokens of a sequence that a state keeps, in pages of {PAGE}.", least=0),
+        ),
     ] = 0,
     sequences: Annotated[
-        int, flags("sequences", About("Sequences of that length, for the state.", least=1))
+        int, flags("sequences", About("Sequences in the state, of --context tokens each.", least=1))
     ] = 1,
     json: JsonOption = None,
 ) -> None:
@@ -68,7 +75,7 @@ def plan(
         "host_limits": {bound.name: bound._asdict() for bound in memory_limits()},
         "room": asdict(room),
         "shortage": None if shortage is None else told(shortage),
-        "notes": list(setup.notes()),
+        "notes": [*setup.notes(), *_without_state(sequences, room)],
     }
     if json != "-":
         _show(report, setup, tokens, room)
@@ -160,7 +167,9 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
     free = setup.sizes.free(setup.placed)
     for memory, total in report.fields["totals"].items():
         weights, kept, scratch, state = (size(count) for count in total.values())
-        left = f"; {_size(free[memory])} are free" if memory in free else ""
+        left = (
+            f"; {_size(free[memory])} are free{_for_whom(memory, setup)}" if memory in free else ""
+        )
         taken = f"{kept} kept, {scratch} of scratch with {tokens} tokens at once"
         if room.pages:
             taken += f", {state} of state in {room.pages} pages of {room.page_tokens} tokens"
@@ -172,8 +181,20 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
     report.line(f"copies between memories in a forward: {setup.placed.copies()}")
     for line in _grouped(report.fields["block_notes"]):
         report.line(line)
-    for note in setup.notes():
+    for note in fields["notes"]:
         report.line(note)
+
+
+def _without_state(sequences: int, room: Room) -> Iterator[str]:
+    """Yields a remark on sequences that take no memory, because they have no tokens."""
+    if sequences > 1 and not room.pages:
+        yield f"--sequences {sequences} shows no state without --context TOKENS of each sequence"
+
+
+def _for_whom(memory: str, setup: Setup) -> str:
+    """Says that the ranks of a machine share its memory evenly."""
+    ranks = setup.world.local_size
+    return f" for each of {ranks} ranks" if ranks > 1 and memory == HOST.name else ""
 
 
 def _grouped(notes: dict[str, str]) -> Iterator[str]:

@@ -21,7 +21,7 @@ def specs(
         typer.Argument(help=f"What --model takes, a config.json, or {', '.join(KNOWN)}."),
     ],
 ) -> None:
-    """Prints a model as a TOML file of layer specs, which --model FILE.toml runs."""
+    """Prints a model as specs in TOML, for run --model FILE.toml --random-inputs 16."""
     print(spec_text(_spec(model)), end="")
 
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from lfm2kit.building.plan import KINDS, Plan
 from lfm2kit.errors import Lfm2kitError
-from tests.core.small import small_spec
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.specs import Spec
+from tests.core.small import build, small_spec
 
 
 def test_the_last_rule_that_fits_wins() -> None:
@@ -136,3 +138,30 @@ def test_experts_of_the_first_moe_layers_on_the_cpu() -> None:
     assert plan.backend_for(2, "scores") == "a"
     with pytest.raises(Lfm2kitError, match="2 MoE layers"):
         Plan.parse("a").with_cpu_experts(3, small_spec(), "cpu")
+
+
+class MlpAndHead(ReferenceBackend):
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if spec.kind in ("mlp", "head") else "it builds MLP and LMHead"
+
+
+class NoHead(ReferenceBackend):
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return "no head" if spec.kind == "head" else super().why_unsupported(spec)
+
+
+@pytest.mark.parametrize(
+    ("plan", "advice"),
+    [
+        ("few", "NAME,mlp=few,head=few"),
+        ("few,0.conv=reference", "NAME,mlp=few,head=few,0.conv=reference"),
+        ("most", "most,head=NAME"),
+        ("reference,conv=few", "reference,conv=few,conv=NAME"),
+    ],
+)
+def test_the_advice_for_a_partial_backend_covers_all_that_it_lacks(plan: str, advice: str) -> None:
+    backends = {"few": MlpAndHead(), "most": NoHead()}
+    with pytest.raises(Lfm2kitError) as raised:
+        build(small_spec(), plan, backends)
+    assert str(raised.value).endswith(f"Try backend='{advice}'")
+    build(small_spec(), advice.replace("NAME", "reference"), backends)

@@ -170,13 +170,15 @@ def test_a_file_runs_with_the_weights_beside_it(case: str, tmp_path: Path) -> No
 def test_weights_of_another_model_beside_it_are_refused(tmp_path: Path) -> None:
     path = beside(ORACLE / "router_bias_and_normalisation", tmp_path)
     path.write_text(spec_text(small_spec()))
-    with pytest.raises(Lfm2kitError, match=r"mine\.toml: (there is no tensor|tensor)"):
+    with pytest.raises(Lfm2kitError, match=r"mine\.toml: (there is no tensor|tensor)") as raised:
         open_checkpoint(path)
+    advice = "for random weights, move mine.toml into another folder"
+    assert str(raised.value).endswith(f"those of {tmp_path / 'model.safetensors'}: {advice}")
 
 
 def random_logits(path: Path, **options: Any) -> Any:
     batch = Batch.of_sequences([[1, 2, 3], [4, 5]])
-    with pytest.warns(UserWarning, match="there are no weights beside it; they are random"):
+    with pytest.warns(UserWarning, match="there are no weights beside it, so they are random"):
         return load_model(path, "reference", **options).logits(batch)
 
 
@@ -202,7 +204,7 @@ def test_a_model_of_any_size_is_planned_without_its_weights(cli: Cli, tmp_path: 
     done = cli("plan", "-m", path, "-b", "reference", "--json", "-")
     fields = json.loads(done.out)
     assert fields["totals"]["host"]["weight_bytes"] > 33e9
-    assert "they are random, of seed 0" in fields["notes"][0]
+    assert "so they are random" in fields["notes"][0]
 
 
 def test_a_run_says_which_weights_it_took(cli: Cli, tmp_path: Path) -> None:
@@ -210,6 +212,7 @@ def test_a_run_says_which_weights_it_took(cli: Cli, tmp_path: Path) -> None:
     alone = cli(*run, "-m", written(tmp_path, spec_text(small_spec())))
     assert json.loads(alone.out)["weights"] == "random, seed 5"
     assert "Weights: random, seed 5" in alone.err
+    assert alone.err.count("seed") == 1
     (tmp_path / "folder").mkdir()
     path = beside(ORACLE / "router_bias_and_normalisation", tmp_path / "folder")
     assert json.loads(cli(*run, "-m", path).out)["weights"] == "model.safetensors"

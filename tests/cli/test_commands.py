@@ -364,6 +364,16 @@ def test_plan_shows_what_is_free_and_missing(cli: Cli) -> None:
     out = cli("plan", "-b", "reference").out
     assert "with 2048 tokens at once; 500 MB are free" in out
     assert fields["shortage"] in out
+    assert "500 MB are free for each of 4 ranks" in cli("plan", "-b", "reference", "--ranks", 4).out
+
+
+def test_plan_says_that_sequences_without_a_context_show_no_state(cli: Cli) -> None:
+    plan = ("plan", "-b", "reference", "--sequences", 16)
+    out = cli(*plan).out
+    assert "--sequences 16 shows no state without --context" in out
+    with_context = cli(*plan, "--context", 200).out
+    assert "in 32 pages of 128 tokens" in with_context
+    assert "shows no state" not in with_context
 
 
 def test_a_plan_file_says_the_same_as_text(cli: Cli, tmp_path: Path) -> None:

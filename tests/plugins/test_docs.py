@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 
 from lfm2kit.batch import Batch
+from lfm2kit.building.loading import find_model
 from tests.core.small import build, small_spec
 from tests.plugins.distributions import environment, install_project
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 GROWING = "## Growing it"
 PLUGIN = "lfm2kit_mine.py"
+INSTALLING = "pip install "
+ENTRIES = "[project.entry-points.lfm2kit]"
 
 
 def fences(page: str, *languages: str) -> Iterator[str]:
@@ -36,16 +39,29 @@ def files(page: str) -> dict[str, str]:
     return {m[1]: t for t in texts if (m := re.match(r"# (\S+\.(?:py|toml))\n", t))}
 
 
+def typed(page: str) -> list[str]:
+    """What a reader types."""
+    lines = "".join(fences(page, "console")).splitlines()
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
 def commands(page: str) -> list[str]:
     """What a reader types, but for the installing: of that `install_project` takes care."""
-    lines = "".join(fences(page, "console")).splitlines()
-    typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    return [line for line in typed if not line.startswith("pip install ")]
+    return [line for line in typed(page) if not line.startswith(INSTALLING)]
+
+
+def installing(page: str) -> list[str]:
+    """What a reader types to install, in a form that installs nothing."""
+    lines = [line for line in typed(page) if line.startswith(INSTALLING)]
+    return [f"{line} --dry-run --no-index --no-deps --no-build-isolation" for line in lines]
 
 
 FIRST, REST = PAGE.split(GROWING)
 SMALLEST = files(FIRST)
 GROWN = {name: text for name, text in files(PAGE).items() if name != PLUGIN}
+# The last part shows the entry points of its examples, to be written over the first one.
+(ENTRY_POINTS,) = (text for text in fences(REST, "toml") if text.startswith(ENTRIES))
+GROWN["pyproject.toml"] = GROWN["pyproject.toml"].partition(ENTRIES)[0] + ENTRY_POINTS
 
 
 def installed(folder: Path, contents: dict[str, str]) -> Path:
@@ -81,6 +97,12 @@ def run(command: str, project: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize("command", installing(PAGE))
+def test_pip_can_install_what_the_page_installs(command: str, smallest: Path) -> None:
+    done = run(command, smallest)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", commands(FIRST))
@@ -119,14 +141,17 @@ def test_importing_the_grown_plugin_imports_none_of_its_work(grown: Path) -> Non
     assert done.stdout.strip() == "['lfm2kit_mine']", done.stderr
 
 
+def module(name: str) -> dict[str, Any]:
+    """The names that a file of the page defines, which needs no other file of the page."""
+    names: dict[str, Any] = {"__name__": __name__}  # where a dataclass looks for its module
+    exec(GROWN[f"lfm2kit_mine/{name}.py"], names)
+    return names
+
+
 def test_the_wrapper_of_the_page_wraps_what_it_says() -> None:
-    (source,) = (text for text in fences(PAGE, "python") if "def lfm2kit_block_wrapper" in text)
-    names: dict[str, object] = {}
-    exec(f"import lfm2kit\nimport numpy as np\n{source}", names)
     from lfm2kit.specs import MLP, LMHead
 
-    hook = names["lfm2kit_block_wrapper"]
-    assert callable(hook)
+    hook = module("checked")["lfm2kit_block_wrapper"]
     assert hook("lm_head", LMHead(5, 2)) is None
     wrapped = hook("layers.0.feed_forward", MLP(2, 3)).wrap(lambda x: x)
     assert wrapped(1.0) == 1.0
@@ -135,21 +160,36 @@ def test_the_wrapper_of_the_page_wraps_what_it_says() -> None:
 
 
 def test_the_rewrite_of_the_page_keeps_the_bits() -> None:
-    (source,) = (text for text in fences(PAGE, "python") if "def lfm2kit_rewrites" in text)
-    imports = """
-import lfm2kit
-import numpy as np
-from dataclasses import dataclass
-from lfm2kit.backend import HOST
-from lfm2kit.rewrites import Join, replaced
-from lfm2kit.specs import MLP, Part, Spec
-"""
-    names: dict[str, Any] = {"__name__": __name__}  # where a dataclass looks for its module
-    exec(imports + source, names)
-    (rewrite,) = names["lfm2kit_rewrites"]()
+    (rewrite,) = module("halves")["lfm2kit_rewrites"]()
     batch = Batch.of_sequences([[3, 1, 4], [1, 5]])
     expected = build(small_spec()).logits(batch)
     assert np.array_equal(build(small_spec(), rewrites=[rewrite]).logits(batch), expected)
+
+
+def test_the_reader_of_the_page_reads_what_the_plugin_for_int8_makes(tmp_path: Path) -> None:
+    from lfm2kit_int8 import open_folder, quantise
+
+    quantise(find_model("tiny"), tmp_path / "model")
+    expected = open_folder(tmp_path / "model")
+    (reader,) = module("int8")["lfm2kit_checkpoints"]()
+    assert not reader.recognises(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace("int8-by-rows", "int8-of-mine"))
+    assert reader.recognises(tmp_path / "model")
+    read = reader.open(tmp_path / "model")
+    assert read.spec == expected.spec
+    assert read.weights.keys() == expected.weights.keys()
+    for name in ("embed_tokens.weight", "layers.0.feed_forward.w1.weight"):
+        assert read.weights[name].format.name == "I8"
+        assert np.array_equal(read.weights.float32(name), expected.weights.float32(name))
+
+
+def test_what_the_examples_of_the_last_part_bring_is_found(grown: Path) -> None:
+    done = run("lfm2kit backends --json -", grown)
+    found = json.loads(done.stdout)
+    assert not found["broken"]
+    assert "halves" in {row["name"] for row in found["rewrites"]}
+    assert "mine_int8" in {row["name"] for row in found["readers"]}
 
 
 def test_every_link_within_the_page_has_its_heading() -> None:

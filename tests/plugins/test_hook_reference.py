@@ -6,6 +6,7 @@ import inspect
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,18 @@ def test_every_class_of_the_contract_is_on_the_page(module: object) -> None:
     for thing in own:
         assert f"class {thing.__name__}" in page
         assert inspect.getdoc(thing), f"{thing.__name__} has no docstring"
+
+
+@pytest.mark.parametrize("section", REFERENCE["SECTIONS"], ids=lambda section: str(section[0]))
+def test_each_heading_names_a_stable_module_that_has_what_is_below_it(section: Any) -> None:
+    _, module, public = section
+    plugins = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    stable = re.search(r"Import from (.*?); other modules may change", plugins, re.DOTALL)
+    assert stable is not None
+    assert f"`{public.__name__}`" in stable[1]
+    names = {thing.__name__ for thing in REFERENCE["_definitions"](module)}
+    assert names
+    assert {name for name in names if not hasattr(public, name)} <= set(HOOKS)
 
 
 def test_every_hook_that_is_specified_is_listed_and_nothing_else_is() -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
 
+from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import GROUP, Plugins
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.errors import Lfm2kitError
 from tests.plugins.distributions import announcing, environment, install, lfm2kit, listing
 
 ABSENT_IMPORT = "import a_module_that_is_not_there"
@@ -244,3 +250,24 @@ print(sorted({"numba", "cupy", "mpi4py", "torch", "transformers"} & set(sys.modu
         [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True
     )
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("odd", "its plugin was skipped: ModuleNotFoundError: No module named 'absent'"),
+        ("other", "plugins that were skipped (see lfm2kit backends): odd"),
+    ],
+)
+def test_an_unknown_backend_or_rewrite_may_be_one_of_a_plugin_that_was_skipped(
+    name: str, says: str
+) -> None:
+    """A rewrite may have another name than the entry point of its plugin."""
+    ours = [entry for entry in entry_points(group=GROUP) if entry.name == "reference"]
+    plugins = Plugins([*ours, EntryPoint("odd", "absent", GROUP)])
+    checkpoint = open_checkpoint(find_model("tiny"))
+    for options in (Options(rewrites=(name,), backend="reference"), Options(backend=name)):
+        with pytest.raises(Lfm2kitError) as raised:
+            set_up(checkpoint, options, plugins=plugins)
+        assert str(raised.value).startswith("unknown ")
+        assert str(raised.value).endswith(f"; {says}")

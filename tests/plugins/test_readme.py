@@ -1,20 +1,27 @@
-"""README.md: the code for Python runs as it stands, and so does the backend of 15 minutes."""
+"""README.md: its code for Python runs as it stands, and so does the backend of 15 minutes."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lfm2kit.batch import Batch
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import MLP
 from tests.core.small import random_weights
-from tests.plugins.test_docs import fences
+from tests.plugins.test_docs import SMALLEST, fences, files
 
-PAGE = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-FROM_PYTHON, BACKEND = fences(PAGE, "python")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
+OTHER_PAGES = sorted([*ROOT.glob("plugins/*/README.md"), *ROOT.glob("backends/*/README.md")])
+FROM_PYTHON, WITH_A_STATE, BACKEND = fences(PAGE, "python")
 
 
 def test_the_five_lines_for_python_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,6 +35,50 @@ def test_the_five_lines_for_python_print_what_they_say(capsys: pytest.CaptureFix
     assert len(next_tokens.split()) == 2
 
 
+def test_the_code_with_a_state_has_the_logits_of_whole_sequences() -> None:
+    names: dict[str, Any] = {}
+    exec(WITH_A_STATE, names)
+    model, tokens = names["model"], names["tokens"]
+    assert len(tokens) == 79
+    for end in range(70, 79):
+        assert model.logits(Batch.of_sequences([tokens[:end]])).argmax() == tokens[end]
+    fork, other = [*tokens[:64], 7, 8, 9], [*tokens[:70], 11]
+    whole = model.logits(Batch.of_sequences([fork, other])).argmax(axis=1)
+    assert [names["fork"], names["other"]] == whole.tolist()
+
+
+def test_the_code_with_a_state_goes_back_and_shares_as_far_as_the_page_says() -> None:
+    names: dict[str, Any] = {}
+    exec(WITH_A_STATE, names)
+    next_token = names["next_token"]
+    next_token(range(40), 0, [0])
+    with pytest.raises(ValueError, match="go back by at most 16"):
+        next_token([5], 40 - 17, [0])
+    next_token([5], 40 - 16, [0])
+    next_token(range(64), 0, [0])
+    next_token([5], 64, [0, 1])
+    next_token([5], 50, [0])  # page 0 is not whole any more
+    with pytest.raises(ValueError, match="another sequence has written one of the pages"):
+        next_token([5], 65, [0, 1])
+
+
+def test_what_the_page_types_for_a_file_of_specs_runs(tmp_path: Path) -> None:
+    lines = re.findall(r"^    (.*\bmine/\w+\.toml.*)$", PAGE, re.MULTILINE)
+    assert len(lines) == 4
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-e"],
+        input="\n".join(lines),
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Weights: random, seed 0" in done.stdout + done.stderr
+
+
 def test_the_backend_of_15_minutes_builds_an_mlp() -> None:
     names: dict[str, Any] = {}
     exec(BACKEND, names)
@@ -38,3 +89,15 @@ def test_the_backend_of_15_minutes_builds_an_mlp() -> None:
     block = plugin.create(None).build(spec, weights)
     expected = ReferenceBackend().build(spec, weights)(x)
     np.testing.assert_allclose(block(x), expected, rtol=1e-5)
+
+
+def test_the_project_of_15_minutes_is_that_of_the_page_on_plugins() -> None:
+    assert files(PAGE)["pyproject.toml"] == SMALLEST["pyproject.toml"]
+
+
+@pytest.mark.parametrize("page", OTHER_PAGES, ids=lambda page: page.parent.name)
+def test_what_a_readme_installs_is_the_folder_that_it_lies_in(page: Path) -> None:
+    """Nothing is on an index by its name yet."""
+    folder = str(page.parent.relative_to(ROOT))
+    for line in page.read_text(encoding="utf-8").splitlines():
+        assert "pip install" not in line or folder in line

@@ -45,6 +45,12 @@ case "$*" in
   "-P -m lfm2kit "*) printf '<%s>' "$@" && pwd ;;
 esac
 """
+UV = """#!/usr/bin/env bash
+echo "uv $*" >>"$LOG"
+case "$1" in
+  venv) mkdir -p "${!#}/bin" && cp "$(command -v python3)" "${!#}/bin/python" ;;
+esac
+"""
 
 
 class Done(NamedTuple):
@@ -234,6 +240,14 @@ def test_where_uv_fails_pip_is_taken_and_says_so(machine: Machine) -> None:
     done = machine.run()
     assert done.code == 0
     assert "uv could not install it" in done.err
+
+
+def test_what_uv_makes_has_pip_for_the_user(machine: Machine) -> None:
+    machine.put("uv", UV)
+    assert machine.run().code == 0
+    (call,) = machine.calls("uv pip install")
+    assert "pip" in call.split()[3:]
+    assert not machine.calls("-m pip install")
 
 
 def test_what_does_not_work_once_installed_is_told_in_its_own_words(machine: Machine) -> None:

@@ -6,8 +6,7 @@ Nothing here compiles a kernel, because `lfm2kit plan` asks before anything is b
 from __future__ import annotations
 
 from lfm2kit import specs
-from lfm2kit.backend import F32, Format, Room, Spec, Tensor, Weights
-from lfm2kit.state import STEP_BACK
+from lfm2kit.backend import F32, STEP_BACK, Format, Room, Spec, Tensor, Weights
 from lfm2kit_cpu_simd.machine import NR, common_storage
 
 FLOAT32 = 4  # bytes

@@ -5,9 +5,8 @@ from __future__ import annotations
 from math import prod
 
 from lfm2kit import specs
-from lfm2kit.backend import Room
+from lfm2kit.backend import STEP_BACK, Room
 from lfm2kit.specs import Spec
-from lfm2kit.state import STEP_BACK
 
 Shape = tuple[int, ...]
 

@@ -15,6 +15,7 @@ from lfm2kit import specs
 from lfm2kit.backend import (
     F32,
     HOST,
+    STEP_BACK,
     Batch,
     Block,
     Context,
@@ -24,7 +25,6 @@ from lfm2kit.backend import (
     Spec,
     Weights,
 )
-from lfm2kit.state import STEP_BACK
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]

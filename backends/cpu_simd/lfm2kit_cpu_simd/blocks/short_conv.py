@@ -9,8 +9,7 @@ import numpy as np
 from numba import types
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Format, Room, Weights
-from lfm2kit.state import STEP_BACK
+from lfm2kit.backend import STEP_BACK, Batch, Format, Room, Weights
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.gemm import NO_BIAS, Float32, linear
