@@ -76,7 +76,8 @@ class Emulated:
         blocks: int = 2,
     ) -> Float32:
         return self._run(
-            "linear", (blocks, 1), (rows, len(panels), panels.shape[1], width(packed), columns),
+            "linear_simt", (blocks, 1),
+            (rows, len(panels), panels.shape[1], width(packed), columns),
             (panels, packed, bias, None, *listed(tiles)), (rows, columns), output=3,
         )  # fmt: skip
 
@@ -91,7 +92,8 @@ class Emulated:
     ) -> Float32:
         shape = (len(panels), padded(columns, STEP), TALLEST)
         return self._run(
-            "gated", (blocks, 1), (rows, len(panels), panels.shape[1], width(packed), shape[1]),
+            "gated_simt", (blocks, 1),
+            (rows, len(panels), panels.shape[1], width(packed), shape[1]),
             (panels, packed, None, *listed(tiles)), shape,
         )  # fmt: skip
 

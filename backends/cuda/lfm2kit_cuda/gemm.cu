@@ -319,16 +319,16 @@ struct Gated {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    linear(const float* a_panels, const float* w_gpkc, const float* bias_n, float* out_mn,
-           const int4* tiles, const int* tile_count, int m, int dense_tiles, int k, int width,
-           int n) {
+    linear_simt(const float* a_panels, const float* w_gpkc, const float* bias_n, float* out_mn,
+                const int4* tiles, const int* tile_count, int m, int dense_tiles, int k, int width,
+                int n) {
   EvenTiles even = even_tiles(m, dense_tiles, kHeightStep);
   compute<Linear>({a_panels, w_gpkc, bias_n, out_mn, tiles, tile_count, even, k, width, n});
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    gated(const float* a_panels, const float* w_gpkc, float* out_panels, const int4* tiles,
-          const int* tile_count, int m, int dense_tiles, int k, int width, int n) {
+    gated_simt(const float* a_panels, const float* w_gpkc, float* out_panels, const int4* tiles,
+               const int* tile_count, int m, int dense_tiles, int k, int width, int n) {
   EvenTiles even = even_tiles(m, dense_tiles, kHeightStep);
   compute<Gated>({a_panels, w_gpkc, nullptr, out_panels, tiles, tile_count, even, k, width, n});
 }

@@ -139,7 +139,9 @@ def _kernel(name: str, device: int) -> Kernel:
     tile_k, rows_at_once = _sizes()
     stages = GROUPS * STAGES * tile_k * (WIDTH + TALLEST)
     sums = GROUPS * 4 * rows_at_once * (WIDTH + 4)
-    return load_kernel("gemm", name, 4 * (stages + sums), TILE_K=tile_k, PASS=rows_at_once)
+    return load_kernel(
+        "gemm", f"{name}_simt", 4 * (stages + sums), TILE_K=tile_k, PASS=rows_at_once
+    )
 
 
 def _sizes() -> tuple[int, int]:

@@ -179,7 +179,7 @@ class TensorCoreGemm:
         kilobytes = 96 if compute_capability() >= (8, 0) else 64  # two blocks share a processor's
         shared_bytes = 1024 * kilobytes
         constants = {**self._constants, "SHARED_BYTES": shared_bytes}
-        return load_kernel("gemm16", name, shared_bytes, **constants)
+        return load_kernel("gemm16", f"{name}_mma", shared_bytes, **constants)
 
     def _panels(self, groups: int, inputs: int, columns: int) -> cupy.ndarray:
         shape = groups, padded(columns, WIDTH), padded(inputs, CHUNK)

@@ -290,17 +290,17 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
              term_rows},                                                                          \
             stages, stage_bytes, Linear<Stored>(bias_n, out_mn, n));                              \
   }
-LINEAR(linear, F32)
+LINEAR(linear_wgmma, F32)
 #if TERMS == 1
-LINEAR(linear_rounded, HALF)
+LINEAR(linear_rounded_wgmma, HALF)
 #endif
 
 // out = silu(A @ w1.T) * (A @ w3.T), in slabs of the same extent, where W has rows of w1 and of w3 in
 // turns
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    gated(const HALF* a, const HALF* w_gpsrk, HALF* out, const int4* tiles, const int* tile_count,
-          int tile_rows, int tile_columns, int m, int extent, int steps, int width, int n,
-          int stages, int stage_bytes, int term_rows) {
+    gated_wgmma(const HALF* a, const HALF* w_gpsrk, HALF* out, const int4* tiles,
+                const int* tile_count, int tile_rows, int tile_columns, int m, int extent,
+                int steps, int width, int n, int stages, int stage_bytes, int term_rows) {
   compute({a, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, extent, steps, width,
            term_rows},
           stages, stage_bytes, Gated{out, n, extent});

@@ -101,7 +101,7 @@ class HopperGemm(TensorCoreGemm):
         )  # fmt: skip
 
     def _kernel(self, name: str) -> Kernel:
-        return load_kernel("gemm90", name, SHARED_BYTES, **self._constants)
+        return load_kernel("gemm90", f"{name}_wgmma", SHARED_BYTES, **self._constants)
 
     def _panels(self, groups: int, inputs: int, columns: int) -> cupy.ndarray:
         panels, steps = padded(columns, PANEL) // PANEL, padded(inputs, TILE_K) // TILE_K
