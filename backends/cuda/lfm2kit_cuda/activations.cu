@@ -37,7 +37,7 @@ extern "C" __global__ void split(const float* x_mk, const int* source_m, BF16* s
   for (int i = threadIdx.x * 2; i < padded(k); i += blockDim.x * 2) {
     float first = i < k ? from[i] : 0, second = i + 1 < k ? from[i + 1] : 0;
     BF16* to = slabs + in_slabs(blockIdx.x, i, extent);
-    for (int term = 0; term < 3; ++term) {
+    for (int term = 0; term < TERMS; ++term) {
       BF16 low = BF16::from_float(first), high = BF16::from_float(second);
       *reinterpret_cast<u32*>(to + term * size_t(padded(k)) * extent) = low.bits | high.bits << 16;
       first -= BF16::to_float(low);

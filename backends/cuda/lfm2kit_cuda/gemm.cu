@@ -28,15 +28,18 @@
 #include "stages.cuh"
 
 constexpr int kRows = kTallest / 4, kLeastRows = kLowest / 4, kRowsStep = kHeightStep / 4;
-constexpr int kTileK = TILE_K, kGroups = 6, kWarps = 2;  // k of a stage, warps of a group
+constexpr int kTileK = TILE_K, kGroups = GROUPS;  // k of a stage
+constexpr int kWarps = STAGES;                    // of a group: each fills a stage
 constexpr int kGroupThreads = 32 * kWarps, kThreads = kGroups * kGroupThreads;
 constexpr int kColumns = 8, kTileN = kWarps * 64;
+static_assert(kTileN == WIDTH, "a warp multiplies 64 columns");
 constexpr int kPass = PASS;              // rows of a thread whose sums are added at once
 constexpr int kPassRow = kTileN + 4;     // in floats: puts rows in different banks
 constexpr int kStageW = kTileK * kTileN;
 
 using Ring = Stages<kStageW, kTileK * kTallest, kGroupThreads>;
 constexpr int kRound = Ring::kCount * kTileK;  // in k
+static_assert(STEP % kRound == 0, "all k are in whole rounds");
 constexpr int kRings = kGroups * Ring::kCount * Ring::kFloats;
 
 extern __shared__ __align__(128) float shared[];  // the rings' stages, then sums
@@ -302,6 +305,7 @@ struct Linear {
 // silu(A @ w1) * (A @ w3), in panels of the same tiles, whose k are the first n columns; W has 32
 // columns of w1, then 32 of w3, and so on.
 struct Gated {
+  static_assert(RUN == 32, "`store` gets a four of w1 and, 32 columns to the right, one of w3");
   static constexpr bool kDown = true;  // neighbouring threads have neighbouring rows
 
   static __device__ __forceinline__ void store(const Tile& tile, int row, int column, float4 gate,

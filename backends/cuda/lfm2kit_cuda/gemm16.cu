@@ -12,7 +12,7 @@
 #include "async_copy.cuh"
 #include "tile16.cuh"
 
-constexpr int kTileN = 128, kWarps = kThreads / 32, kBlocks = 2;
+constexpr int kTileN = TILE_COLUMNS, kWarps = kThreads / 32, kBlocks = 2;
 
 __device__ inline void read_matrices(u32 (&to)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

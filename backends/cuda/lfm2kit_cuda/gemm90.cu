@@ -23,10 +23,12 @@
 #include "wgmma.cuh"
 
 constexpr int kTileK = kSlabK, kRowBytes = kTileK * 2;
-constexpr int kPanel = 256, kHalf = 128;            // columns of a panel, of a warpgroup
-constexpr int kGroup = 128, kThreads = 3 * kGroup;  // threads of a warpgroup, of a block
-constexpr int kStep = 8, kStoredRows = 16;          // a warpgroup's rows are a multiple of kStep
-constexpr int kMostOfWarpgroup = TERMS == 1 ? 192 : 144;  // rows that a warpgroup multiplies
+constexpr int kPanel = PANEL, kHalf = kPanel / 2;    // columns of a panel, of a warpgroup
+constexpr int kGroup = 128, kThreads = 3 * kGroup;  // threads of a warpgroup, of a CTA
+static_assert(PANEL == 256 && THREADS == kThreads, "two warpgroups multiply 128 columns each");
+constexpr int kStep = STEP, kStoredRows = 16;          // a warpgroup's rows are a multiple of kStep
+// The rows that a warpgroup multiplies at most.
+constexpr int kMostOfWarpgroup = TERMS == 1 ? MOST_ROWS : MOST_ROWS_OF_TERMS;
 // Of a thread; together no more than a block begins with.
 constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;
 static_assert(kCopyRegisters + 2 * kMultiplyRegisters <= 3 * 168, "else the block waits for ever");

@@ -42,7 +42,8 @@ __device__ void narrow(const Stored* matrix_oi, Kept* packed_ow, int in, int wid
 //
 // Places are such that a thread, which gets the sums of four places from two instructions, has four
 // neighbouring rows.
-constexpr int kPanel = 256;
+constexpr int kPanel = PANEL;
+static_assert(kPanel == 256, "two halves of 128 rows: `place_of`");
 
 __device__ inline int place_of(int row) {
   int half = row / 128 % 2, warp = row / 32 % 4, lane = row / 4 % 8;

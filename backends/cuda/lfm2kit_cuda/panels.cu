@@ -4,8 +4,8 @@
 #include "panels.cuh"
 #include "types.cuh"
 
-constexpr int kThreads = 256, kPart = 64;  // of k, per block
-constexpr int kFours = 16;                 // fours of rows side by side: more than a tile has
+constexpr int kThreads = ARRANGE_THREADS, kPart = PART;  // of k, per CTA
+constexpr int kFours = 16;  // fours of rows side by side: more than a tile has
 
 // A block per kPart of k and tile; tiles as in gemm.cu.
 extern "C" __global__ void __launch_bounds__(kThreads)

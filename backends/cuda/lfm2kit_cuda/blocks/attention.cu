@@ -74,8 +74,8 @@ extern "C" __global__ void norm_and_rotate(INNER* qkv_t, const float* q_weight_d
 // with the query heads of one key head; a warp takes some of these (row, head) pairs and steps
 // through a tile with all of them at once, so that what it reads of a key or value serves all: lane
 // j scores key j, then lane d sums element d of the values.
-constexpr int kThreads = 128, kTile = 32, kWarps = kThreads / kWarp;
-constexpr int kRows = kGroup >= 16 ? 1 : 16 / kGroup;
+constexpr int kThreads = ATTEND_THREADS, kTile = 32, kWarps = kThreads / kWarp;
+constexpr int kRows = kGroup >= MOST_ROWS ? 1 : MOST_ROWS / kGroup;
 constexpr int kPairs = kRows * kGroup;
 constexpr int kDims = (HEAD_DIM + kWarp - 1) / kWarp;
 constexpr int kPairsOfWarp = (kPairs + kWarps - 1) / kWarps;

@@ -5,10 +5,10 @@
 #include "types.cuh"
 #include "vector.cuh"
 
-constexpr int kWarp = 32, kThreads = 1024, kWarps = kThreads / kWarp;
+constexpr int kWarp = 32, kThreads = GROUP_THREADS, kWarps = kThreads / kWarp;
 constexpr int kIds = 4;        // that a lane asks for at once
 constexpr int kNobody = -1, kNoPair = -2;  // in the place of an expert's id
-constexpr int kAlignment = 8;  // an expert's first slot is a multiple of it, as products want it
+constexpr int kAlignment = ALIGNMENT;  // an expert's first slot is a multiple of it, as products want it
 
 __device__ inline int slots_of(int rows) { return (rows + kAlignment - 1) / kAlignment * kAlignment; }
 

@@ -9,11 +9,13 @@
 #include "dependent.cuh"
 #include "reduce.cuh"
 
-constexpr int kSplits = 16, kWarps = 4, kRows = 16, kChoosingRows = 8, kMostStep = 64;
+constexpr int kSplits = SPLITS, kWarps = WARPS, kRows = ROWS, kChoosingRows = CHOOSING_ROWS;
+constexpr int kMostStep = MOST_STEP;
 constexpr int kAtLeast = (HIDDEN + kSplits * kWarps * 4 - 1) / (kSplits * kWarps * 4) * 4;
 constexpr int kStep = kAtLeast < kMostStep ? kAtLeast : kMostStep;
 constexpr int kPiece = (kAtLeast + kStep - 1) / kStep * kStep;
-constexpr int kPanel = kWarp;  // experts of a block
+constexpr int kPanel = PANEL;  // experts of a CTA
+static_assert(kPanel == kWarp, "a lane has one expert of a panel");
 constexpr int kPanels = (EXPERTS + kPanel - 1) / kPanel;
 constexpr int kRowX = kMostStep + 4;  // puts four rows in different banks
 constexpr int kLaneRows = kRows / 4;

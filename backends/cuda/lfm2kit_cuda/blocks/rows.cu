@@ -28,7 +28,7 @@ EMBED(F16)
 // same as the next product reads it, of type OUT and the given extent; either may be null.
 // A block per row of HIDDEN elements, VECTOR at a time; a thread keeps its own in registers.  The
 // sum of squares is added in an order that depends on HIDDEN alone.
-constexpr int kThreads = 256, kStep = kThreads * VECTOR;
+constexpr int kThreads = NORM_THREADS, kStep = kThreads * VECTOR;
 constexpr int kParts = (HIDDEN + kStep - 1) / kStep;
 
 extern "C" __global__ void __launch_bounds__(kThreads)

@@ -3,7 +3,7 @@
 // tallest.
 #pragma once
 
-constexpr int kTallest = 48, kLowest = 16, kHeightStep = 8;  // in rows; as in gemm.py
+constexpr int kTallest = TALLEST, kLowest = LOWEST, kHeightStep = HEIGHT_STEP;  // in rows
 
 // Of a tile with so many rows.
 __device__ __forceinline__ int height_of(int rows) {

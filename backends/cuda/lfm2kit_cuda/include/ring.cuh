@@ -3,7 +3,7 @@
 #pragma once
 #include "barrier.cuh"
 
-constexpr int kMostStages = 8;
+constexpr int kMostStages = MOST_STAGES;
 
 struct Ring {
   char* stages;

@@ -5,8 +5,8 @@
 #pragma once
 #include "types.cuh"
 
-constexpr int kSlabK = 64;
-constexpr int kChunk = 8, kChunks = kSlabK / kChunk;  // elements of 16 bytes, chunks of a row
+constexpr int kSlabK = SLAB;
+constexpr int kChunk = CHUNK, kChunks = kSlabK / kChunk;  // elements of 16 bytes, chunks of a row
 
 // Where element k of a row stands, with `extent` rows in a slab.
 __device__ __forceinline__ size_t in_slabs(int row, int k, int extent) {

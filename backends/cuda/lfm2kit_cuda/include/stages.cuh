@@ -16,7 +16,7 @@
 template <int kFirst, int kMostSecond, int kThreads>
 class Stages {
  public:
-  static constexpr int kCount = 2, kFloats = kFirst + kMostSecond, kBytes = 4 * kFloats;
+  static constexpr int kCount = STAGES, kFloats = kFirst + kMostSecond, kBytes = 4 * kFloats;
   static_assert(kThreads == 32 * kCount, "a warp fills a stage");
 
   // Where what is to be copied lies, one stage behind the other.

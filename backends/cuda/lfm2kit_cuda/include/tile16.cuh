@@ -3,7 +3,7 @@
 #pragma once
 #include "slabs.cuh"
 
-constexpr int kTileK = kSlabK, kThreads = 256;
+constexpr int kTileK = kSlabK, kThreads = THREADS;
 constexpr int kCopyRows = kThreads / kChunks;
 
 struct Tile {
