@@ -1,4 +1,4 @@
-// What the chip gives at best: multiplications in registers, and reading memory.
+// Measures what the chip does at best: multiply-adds in registers, and reads of memory.
 
 // Every thread runs CHAINS independent chains of fused multiply-adds: 2 * CHAINS * steps operations.
 extern "C" __global__ void multiply_add(float* out, int steps, float factor) {

@@ -34,10 +34,10 @@ std::vector<Bytes> read_arrays() {
   return arrays;
 }
 
-// What a block finds in its shared memory.
+// Fills a CTA's shared memory before it begins.
 void poison() {
   std::fill(std::begin(shared), std::end(shared), std::numeric_limits<float>::quiet_NaN());
-  std::memset(static_cast<void*>(&block), 0xff, sizeof block);
+  std::memset(static_cast<void*>(&cta), 0xff, sizeof cta);
 }
 
 int main(int argc, char** argv) {

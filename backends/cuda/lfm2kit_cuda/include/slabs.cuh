@@ -1,7 +1,7 @@
 // Operands of 16 bits as the products read them: slabs of 64 k, and in each all rows, 128 bytes long,
 // whose 16-byte chunks are swizzled as they are to lie in shared memory: chunk c of row r stands at
-// c ^ (r % 8).  What a tile reads of a slab is one stretch, and if the tile's first row is a multiple
-// of eight, it can be copied as it is.
+// c ^ (r % 8).  What a tile reads of a slab are consecutive bytes, and if the tile's first row is a
+// multiple of eight, they can be copied as they are.
 #pragma once
 #include "types.cuh"
 

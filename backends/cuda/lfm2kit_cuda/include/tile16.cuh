@@ -1,4 +1,4 @@
-// The tile of a block of gemm16.cu, and where its operands lie in shared memory: with k inside, as rows
+// The tile of a CTA of gemm16.cu, and where its operands lie in shared memory: with k inside, as rows
 // of a slab (slabs.cuh).
 #pragma once
 #include "slabs.cuh"
