@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES
+from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
 from lfm2kit_cuda.paging import keys_shape, most_pages, rows_shape
 
 from lfm2kit import specs
@@ -39,7 +39,7 @@ def compiled(folder: Path, name: str, **constants: int | str) -> Path:
     shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
     subprocess.run(
         [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-         *(f"-D{name}={value}" for name, value in constants.items()),
+         *definitions(f"blocks/{name}", constants),
          str(sources / f"{name}.cpp"), "-o", str(folder / name)], check=True,
     )  # fmt: skip
     return folder / name

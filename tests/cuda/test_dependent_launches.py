@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from lfm2kit_cuda import nvrtc
-from lfm2kit_cuda.compiling import OPTIONS, SOURCES, waits_for_previous
+from lfm2kit_cuda.compiling import OPTIONS, SOURCES, definitions, waits_for_previous
 
 from tests.cuda.test_compiling import KERNELS
 
@@ -15,10 +16,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def ptx(stem: str, architecture: str, constants: dict[str, object]) -> str:
+def ptx(stem: str, architecture: str, constants: dict[str, Any]) -> str:
     source = (SOURCES / f"{stem}.cu").read_text(encoding="utf-8")
-    definitions = [f"-D{name}={value}" for name, value in constants.items()]
-    options = (f"--gpu-architecture={architecture}", *OPTIONS, *definitions)
+    options = (f"--gpu-architecture={architecture}", *OPTIONS, *definitions(stem, constants))
     return nvrtc.compile_ptx(source, f"{stem}.cu", options).decode()
 
 
@@ -33,7 +33,7 @@ EARLY = [(stem, constants) for stem, constants, _ in KERNELS if waits_for_previo
 
 
 @pytest.mark.parametrize(("stem", "constants"), EARLY, ids=[stem for stem, _ in EARLY])
-def test_every_kernel_of_an_early_source_waits(stem: str, constants: dict[str, object]) -> None:
+def test_every_kernel_of_an_early_source_waits(stem: str, constants: dict[str, Any]) -> None:
     kernels = kernels_in(ptx(stem, "compute_90a", constants))
     assert kernels
     ways = WAYS.get(stem, 1)

@@ -18,15 +18,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES
+from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
+from lfm2kit_cuda.constants import GEMM, HEIGHTS, PANELS
 
 from tests.cuda.test_grouping import even, grouped
 
 COMPILER = shutil.which("g++")
-HEIGHTS = (16, 24, 32, 40, 48)
 HOPPER, AMPERE, TURING = (16, 4), (8, 2), (4, 2)  # k of a stage, and rows added at once: gemm.py
-WIDTH, RUN, STEP, PART = 128, 32, 32, 64  # as in gemm.py
-TALLEST, LOWEST, HEIGHT_STEP = max(HEIGHTS), min(HEIGHTS), 8
+WIDTH, RUN, STEP, PART = GEMM.WIDTH, GEMM.RUN, GEMM.STEP, PANELS.PART
+TALLEST, LOWEST, HEIGHT_STEP = HEIGHTS.TALLEST, HEIGHTS.LOWEST, HEIGHTS.HEIGHT_STEP
+ALL_HEIGHTS = range(LOWEST, TALLEST + 1, HEIGHT_STEP)
 MARGIN = 1000  # elements behind an output, which are to stay as they are
 ROUNDING = 2.0**-24
 
@@ -76,7 +77,8 @@ class Emulated:
         blocks: int = 2,
     ) -> Float32:
         return self._run(
-            "linear", (blocks, 1), (rows, len(panels), panels.shape[1], width(packed), columns),
+            "linear_simt", (blocks, 1),
+            (rows, len(panels), panels.shape[1], width(packed), columns),
             (panels, packed, bias, None, *listed(tiles)), (rows, columns), output=3,
         )  # fmt: skip
 
@@ -91,7 +93,8 @@ class Emulated:
     ) -> Float32:
         shape = (len(panels), padded(columns, STEP), TALLEST)
         return self._run(
-            "gated", (blocks, 1), (rows, len(panels), panels.shape[1], width(packed), shape[1]),
+            "gated_simt", (blocks, 1),
+            (rows, len(panels), panels.shape[1], width(packed), shape[1]),
             (panels, packed, None, *listed(tiles)), shape,
         )  # fmt: skip
 
@@ -247,7 +250,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated
         includes = (f"-I{sources}", f"-I{SOURCES}")
         subprocess.run(
             [str(COMPILER), "-std=c++20", "-O1", "-pthread", *includes,
-             *(f"-D{name}={value}" for name, value in constants.items()),
+             *{*definitions("gemm", constants), *definitions("panels", {})},
              str(sources / "products.cpp"), "-o", str(program)], check=True,
         )  # fmt: skip
         return Emulated(program)
@@ -275,7 +278,7 @@ def test_panels(emulated: Callable[..., Emulated], rng: np.random.Generator) -> 
         assert not panel_kr[70:].any()
 
 
-@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize("height", ALL_HEIGHTS)
 def test_linear_of_dense_rows(
     emulated: Callable[..., Emulated], rng: np.random.Generator, height: int
 ) -> None:
@@ -349,5 +352,5 @@ def test_a_row_has_the_same_bits_in_every_tile(
     assert np.array_equal(both(x, tiles)[filled], want[tiles.source[filled]])
     row = int(rng.integers(len(x)))
     assert np.array_equal(both(x[row : row + 1])[0], want[row])
-    for height in HEIGHTS:
+    for height in ALL_HEIGHTS:
         assert np.array_equal(both(x, height=height), want)

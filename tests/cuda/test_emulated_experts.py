@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES
+from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
 
 from tests.cuda.test_emulated import COMPILER, has_cpp20
 from tests.cuda.test_grouping import grouped
@@ -43,8 +43,8 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
         program = folder / f"experts-{taken}"
         subprocess.run(
             [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-             "-DVECTOR=4", f"-DTAKEN={taken}", str(sources / "experts.cpp"), "-o", str(program)],
-            check=True,
+             *definitions("blocks/experts", {"VECTOR": 4, "TAKEN": taken}),
+             str(sources / "experts.cpp"), "-o", str(program)], check=True,
         )  # fmt: skip
 
         def run(name: str, *numbers: int, arrays: tuple[npt.NDArray[np.generic], ...]) -> Ints:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES
+from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
 
 from tests.cuda.test_emulated import COMPILER, has_cpp20
 
@@ -29,7 +29,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     subprocess.run(
         [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-         *(f"-D{name}={value}" for name, value in constants.items()),
+         *{*definitions("blocks/rows", constants), *definitions("blocks/attention", constants)},
          str(sources / "norms.cpp"), "-o", str(folder / "norms")], check=True,
     )  # fmt: skip
     return folder / "norms"

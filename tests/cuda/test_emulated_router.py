@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES
+from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
+from lfm2kit_cuda.constants import ROUTER
 
 from tests.cuda.test_emulated import COMPILER, has_cpp20
 
@@ -21,7 +22,6 @@ Choice = tuple[Int32, Float32]
 Routed = tuple[Choice, Float32, Choice]  # together, the scores, the choice from these
 Route = Callable[[Float32, Float32], Routed]
 
-SPLITS = 16  # sums that the kernel adds up to a logit; kSplits in router.cu
 SIZES = [(5, 3), (33, 8)]  # experts, taken
 SCALING = 1.5
 
@@ -41,7 +41,7 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Rou
         constants = {"HIDDEN": 16, "VECTOR": 4, "EXPERTS": experts, "TAKEN": taken}
         subprocess.run(
             [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-             *(f"-D{name}={value}" for name, value in constants.items()),
+             *definitions("blocks/router", constants),
              str(sources / "router.cpp"), "-o", str(program)], check=True,
         )  # fmt: skip
         return lambda logits, bias: routed(program, taken, logits, bias)
@@ -50,7 +50,7 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Rou
 
 
 def routed(program: Path, taken: int, logits: Float32, bias: Float32) -> Routed:
-    sums = np.zeros((SPLITS, *logits.shape), np.float32)
+    sums = np.zeros((ROUTER.SPLITS, *logits.shape), np.float32)
     sums[3] = logits
     done = subprocess.run(
         [str(program), str(len(logits)), "1", str(SCALING)],

@@ -1,10 +1,10 @@
-// Activations into slabs (slabs.cuh), where no other kernel leaves them there: rounded, split in three
-// terms, or gathered.  A block per row of the slabs; row r is row source_m[r] of what is read (null:
-// r itself), and none where that is negative.  k elements per row, then zeros.
+// Writes activations into slabs (slabs.cuh), where no other kernel leaves them there: rounded, split in
+// three terms, or gathered.  A CTA per row of the slabs; row r is row source_m[r] of what is read (null:
+// r itself), and where that is negative, nothing is written.  k elements per row, then zeros.
 #include "dependent.cuh"
 #include "slabs.cuh"
 
-// The row that a block reads, or -1.
+// The row that a CTA reads, or -1.
 __device__ inline int source_row(const int* source_m) {
   wait_for_previous();
   let_next_start();
@@ -27,8 +27,8 @@ extern "C" __global__ void round_F16(const float* x_mk, F16* slabs, int k, int e
   round_rows(x_mk, slabs, k, extent);
 }
 
-// Three terms of BF16, each with slabs of its own, whose exact sum is x: each is as near as it can be
-// to what the terms before it leave.
+// Splits x in three terms of BF16, whose exact sum is x: each is the nearest to what the terms before
+// it leave.  Each term has slabs of its own.
 extern "C" __global__ void split(const float* x_mk, const int* source_m, BF16* slabs, int k,
                                  int extent) {
   int row = source_row(source_m);
@@ -37,7 +37,7 @@ extern "C" __global__ void split(const float* x_mk, const int* source_m, BF16* s
   for (int i = threadIdx.x * 2; i < padded(k); i += blockDim.x * 2) {
     float first = i < k ? from[i] : 0, second = i + 1 < k ? from[i + 1] : 0;
     BF16* to = slabs + in_slabs(blockIdx.x, i, extent);
-    for (int term = 0; term < 3; ++term) {
+    for (int term = 0; term < TERMS; ++term) {
       BF16 low = BF16::from_float(first), high = BF16::from_float(second);
       *reinterpret_cast<u32*>(to + term * size_t(padded(k)) * extent) = low.bits | high.bits << 16;
       first -= BF16::to_float(low);
@@ -46,7 +46,7 @@ extern "C" __global__ void split(const float* x_mk, const int* source_m, BF16* s
   }
 }
 
-// Of slabs with `from_extent` rows.
+// Gathers rows of slabs that have `from_extent` rows.
 extern "C" __global__ void gather(const uint4* from, const int* source_m, uint4* to, int k,
                                   int from_extent, int extent) {
   int row = source_row(source_m);

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import cupy
 
+from lfm2kit_cuda.constants import ACTIVATIONS, SLABS
 from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.products import padded
 
-SLAB = 64  # k of a slab
-ALIGNMENT = 16  # slabs have a multiple of so many rows
-TERMS = 3  # of BF16, whose exact sum is a float32
+SLAB = SLABS.SLAB
+ALIGNMENT = 16  # the rows of a slab are a multiple of it
 THREADS = 256
 
 
@@ -91,7 +91,7 @@ def gathered(slabs: Slabs, source: cupy.ndarray) -> Slabs:
 def split(x: cupy.ndarray, source: cupy.ndarray | None) -> Slabs:
     """float32 [rows, columns] in three terms; gathered as by `gathered` where there is a source."""
     rows, columns = len(x) if source is None else len(source), x.shape[1]
-    slabs = empty_slabs(rows, columns, TERMS)
+    slabs = empty_slabs(rows, columns, ACTIVATIONS.TERMS)
     kernel = load_kernel("activations", "split")
     kernel((rows,), THREADS, x, source, slabs.array, columns, slabs.extent)
     return slabs

@@ -1,16 +1,16 @@
-// What the chip gives at best: multiplications in registers, and reading memory.
+// Measures what the chip does at best: multiply-adds in registers, and reads of memory.
 
-// Every thread runs 16 independent chains of fused multiply-adds, of 2 * 16 * steps operations.
+// Every thread runs CHAINS independent chains of fused multiply-adds: 2 * CHAINS * steps operations.
 extern "C" __global__ void multiply_add(float* out, int steps, float factor) {
-  float sums[16];
+  float sums[CHAINS];
 #pragma unroll
-  for (int i = 0; i < 16; ++i) sums[i] = threadIdx.x + i;
+  for (int i = 0; i < CHAINS; ++i) sums[i] = threadIdx.x + i;
   for (int step = 0; step < steps; ++step)
 #pragma unroll
-    for (int i = 0; i < 16; ++i) sums[i] = fmaf(sums[i], factor, factor);
+    for (int i = 0; i < CHAINS; ++i) sums[i] = fmaf(sums[i], factor, factor);
   float total = 0;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) total += sums[i];
+  for (int i = 0; i < CHAINS; ++i) total += sums[i];
   if (total == 0.123f) *out = total;  // never, but the compiler cannot know
 }
 

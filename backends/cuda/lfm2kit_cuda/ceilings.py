@@ -8,11 +8,11 @@ from collections.abc import Callable
 import cupy
 
 from lfm2kit.backend import Ceilings
+from lfm2kit_cuda.constants import CEILINGS
 from lfm2kit_cuda.device import processors
 from lfm2kit_cuda.kernels import load_kernel
 
 THREADS, STEPS, REPETITIONS = 512, 4096, 7
-CHAINS = 16  # per thread, as in ceilings.cu
 READ_BYTES = 2 << 30  # many times any cache
 
 
@@ -24,7 +24,7 @@ def _flops_per_second() -> float:
     kernel, out = load_kernel("ceilings", "multiply_add"), cupy.zeros(1, cupy.float32)
     blocks = 8 * processors()
     seconds = _seconds(lambda: kernel((blocks,), THREADS, out, STEPS, 0.5))
-    return 2 * CHAINS * STEPS * THREADS * blocks / seconds
+    return 2 * CEILINGS.CHAINS * STEPS * THREADS * blocks / seconds
 
 
 def _bytes_per_second() -> float:

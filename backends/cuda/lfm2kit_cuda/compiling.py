@@ -8,11 +8,13 @@ version.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from lfm2kit.kernel_cache import KernelCache
 from lfm2kit_cuda import nvrtc
+from lfm2kit_cuda.constants import OF_SOURCES
 
 KERNELS = KernelCache("cuda")
 
@@ -28,8 +30,10 @@ def compile_source(stem: str, architecture: str, constants: dict[str, int | str]
         cubin = KERNELS.read(name)
         if cubin is None:
             _announce(architecture)
-            options = (f"--gpu-architecture={architecture}", *OPTIONS, *_definitions(constants))
-            cubin = nvrtc.compile_cubin(_source(stem), f"{stem}.cu", options)
+            options = (*OPTIONS, *definitions(stem, constants))
+            cubin = nvrtc.compile_cubin(
+                _source(stem), f"{stem}.cu", (f"--gpu-architecture={architecture}", *options)
+            )
             KERNELS.write(name, cubin)
     return cubin
 
@@ -60,12 +64,13 @@ def _headers() -> bytes:
     return b"".join(path.read_bytes() for path in sorted(INCLUDE.glob("*.cuh")))
 
 
-def _definitions(constants: dict[str, int | str]) -> list[str]:
-    return [f"-D{name}={value}" for name, value in constants.items()]
+def definitions(stem: str, constants: Mapping[str, int | str]) -> list[str]:
+    """Return the compiler's options for these constants and those that `{stem}.cu` always has."""
+    return [f"-D{name}={value}" for name, value in {**OF_SOURCES[stem], **constants}.items()]
 
 
 def _key(stem: str, architecture: str, constants: dict[str, int | str]) -> str:
-    parts = [architecture, *OPTIONS[:-1], *_definitions(constants), str(nvrtc.version())]
+    parts = [architecture, *OPTIONS[:-1], *definitions(stem, constants), str(nvrtc.version())]
     digest = hashlib.sha256("\0".join(parts).encode())
     digest.update(_source(stem).encode() + _headers())
     return digest.hexdigest()[:24]

@@ -1,26 +1,26 @@
 // out = A @ W in float32, one fused multiply-add per term.  The terms of an output element are
-// kGroups chains, each over its own stretch of k, added in their order: the same whatever the tile.
+// kGroups chains, each over its own range of k, added in their order: the same whatever the tile.
 // So its bits depend neither on the batch nor on the heights of tiles.
 //
 //   a_panels  a panel for each tile of rows, made by `arrange` in panels.cu (panels.cuh)
 //   w_gpkc    matrices packed by `transpose` in packing.cu: groups, panels of 128 columns (padded
 //             with zeros), k, columns
-//   tiles     (group, first row, rows, the first of the group's tiles that are as high | how many
-//             they are << 16), the highest first; without a list, `dense_tiles` of group 0
+//   tiles     (group, first row, rows, the first of the group's tiles of this height | their
+//             number << 16), the highest first; without a list, `dense_tiles` of group 0
 //             (even_tiles.cuh)
 //
-// A block has a multiprocessor to itself, and all of it works on one tile of 16 to 48 rows x 128
-// columns: two warps for each stretch of k, side by side, a thread summing 4 to 12 rows x 8 columns.
-// Tiles are small, and there are many: with few rows, what counts is that all multiprocessors are
-// busy to the end.  Blocks go from tile to tile, and the copies of the next one's first stages run
+// A CTA has an SM to itself, and all of it works on one tile of 16 to 48 rows x 128 columns: two warps
+// for each range of k, side by side, a thread summing 4 to 12 rows x 8 columns.
+// Tiles are small, and there are many: with few rows, what counts is that all SMs are busy
+// to the end.  CTAs go from tile to tile, and the copies of the next one's first stages run
 // while the sums of this one are added and stored.
 //
 // There is a loop for each height of tiles, and all sum in the same registers: with sums of their
 // own the compiler allots registers worse.
 //
 // A scheduler starts one multiplication per cycle only if two of its operands come from different
-// banks of registers and the third is kept from the one before.  Hence the multiplications go to
-// and fro over the columns; hence too that four sums are stored as (1, 0, 3, 2): as they are, they
+// banks of registers and the third is kept from the one before.  Hence the multiplications go
+// forth and back over the columns; hence too that four sums are stored as (1, 0, 3, 2): as they are, they
 // would have to lie in the banks of the weights that they meet.
 #include "even_tiles.cuh"
 #include "panels.cuh"
@@ -28,15 +28,18 @@
 #include "stages.cuh"
 
 constexpr int kRows = kTallest / 4, kLeastRows = kLowest / 4, kRowsStep = kHeightStep / 4;
-constexpr int kTileK = TILE_K, kGroups = 6, kWarps = 2;  // k of a stage, warps of a group
+constexpr int kTileK = TILE_K, kGroups = GROUPS;  // k of a stage
+constexpr int kWarps = STAGES;                    // of a group: each fills a stage
 constexpr int kGroupThreads = 32 * kWarps, kThreads = kGroups * kGroupThreads;
 constexpr int kColumns = 8, kTileN = kWarps * 64;
+static_assert(kTileN == WIDTH, "a warp multiplies 64 columns");
 constexpr int kPass = PASS;              // rows of a thread whose sums are added at once
 constexpr int kPassRow = kTileN + 4;     // in floats: puts rows in different banks
 constexpr int kStageW = kTileK * kTileN;
 
 using Ring = Stages<kStageW, kTileK * kTallest, kGroupThreads>;
 constexpr int kRound = Ring::kCount * kTileK;  // in k
+static_assert(STEP % kRound == 0, "all k are in whole rounds");
 constexpr int kRings = kGroups * Ring::kCount * Ring::kFloats;
 
 extern __shared__ __align__(128) float shared[];  // the rings' stages, then sums
@@ -124,7 +127,7 @@ __device__ __forceinline__ void run(Ring& ring, const Lane& lane, int rounds,
     }
 }
 
-// By the loop for so many rows of a tile.
+// Sums with the loop for the height of a tile with `rows` rows.
 template <int kMost = kRows>
 __device__ __forceinline__ void run_as_high(Ring& ring, const Lane& lane, int rounds, int rows,
                                             float (&acc)[kRows][kColumns]) {
@@ -195,8 +198,8 @@ struct Operands {
 
   __device__ int count() const { return tiles ? *tile_count : even.count; }
 
-  // In the order in which blocks take them: the tiles of one group that are as high and share a
-  // panel of W follow each other.
+  // The tile of a unit.  CTAs take units in their order: the tiles of one group that have the same
+  // height and share a panel of W follow each other.
   __device__ Tile tile(int unit) const {
     int columns = width / kTileN, first, many;
     if (tiles) {
@@ -213,7 +216,7 @@ struct Operands {
     return {listed.x, listed.y, listed.z, column, panel};
   }
 
-  // The rounds in a group's stretch of k.
+  // The rounds in a group's range of k.
   __device__ int first_round(int group) const { return k / kRound * group / kGroups; }
   __device__ int rounds(int group) const { return first_round(group + 1) - first_round(group); }
 
@@ -225,48 +228,48 @@ struct Operands {
   }
 };
 
-// What the threads of a block have in common, besides stages and sums.
+// What the threads of a CTA have in common, besides stages and sums.
 __shared__ struct {
   Operands operands;
   int units;
   Tile tiles[2];  // at work on, and next
   Ring::Shared rings[kGroups];
-} block;
+} cta;
 
 // Starts the copies of a tile, and leaves in `to` which it is.
 __device__ __forceinline__ void start(Ring& ring, int unit, Tile& to) {
-  Tile tile = block.operands.tile(unit);
+  Tile tile = cta.operands.tile(unit);
   if (threadIdx.x == 0) to = tile;
   int group = uniform(threadIdx.x / kGroupThreads);
-  if (block.operands.rounds(group) > 0)
-    ring.start(block.operands.source(tile, group), uniform(kTileK * tile.height()));
+  if (cta.operands.rounds(group) > 0)
+    ring.start(cta.operands.source(tile, group), uniform(kTileK * tile.height()));
 }
 
-// The tile that was started, and the start of the next.
+// Computes the tile that was started, and starts the next one.
 template <class Epilogue>
 __device__ __forceinline__ void compute_tile(Ring& ring, const Lane& lane, int turn, int next) {
   float acc[kRows][kColumns] = {};
-  int rounds = block.operands.rounds(uniform(threadIdx.x / kGroupThreads));
-  run_as_high(ring, lane, rounds, uniform(block.tiles[turn].rows), acc);
-  if (next < block.units) start(ring, next, block.tiles[turn ^ 1]);
-  Tile tile = block.tiles[turn];  // a copy: others may have gone on to the tile after the next
+  int rounds = cta.operands.rounds(uniform(threadIdx.x / kGroupThreads));
+  run_as_high(ring, lane, rounds, uniform(cta.tiles[turn].rows), acc);
+  if (next < cta.units) start(ring, next, cta.tiles[turn ^ 1]);
+  Tile tile = cta.tiles[turn];  // a copy: others may have gone on to the tile after the next
   reduce<Epilogue>(acc, tile);
 }
 
 template <class Epilogue>
 __device__ __forceinline__ void compute(const Operands& operands) {
   if (threadIdx.x == 0) {
-    block.operands = operands;
-    block.units = operands.count() * (operands.width / kTileN);
+    cta.operands = operands;
+    cta.units = operands.count() * (operands.width / kTileN);
   }
-  Ring::prepare(block.rings);
+  Ring::prepare(cta.rings);
   __syncthreads();
-  Ring ring(shared, block.rings);
+  Ring ring(shared, cta.rings);
   Lane lane(ring.address());
-  if (blockIdx.x < block.units) start(ring, blockIdx.x, block.tiles[0]);
+  if (blockIdx.x < cta.units) start(ring, blockIdx.x, cta.tiles[0]);
   __syncthreads();
 #pragma unroll 1
-  for (int unit = blockIdx.x, turn = 0; unit < block.units; unit += gridDim.x, turn ^= 1)
+  for (int unit = blockIdx.x, turn = 0; unit < cta.units; unit += gridDim.x, turn ^= 1)
     compute_tile<Epilogue>(ring, lane, turn, unit + gridDim.x);
 }
 
@@ -278,14 +281,14 @@ struct Linear {
   static __device__ __forceinline__ void store(const Tile& tile, int row, int column, float4 first,
                                                float4 second) {
     if (row >= tile.rows) return;
-    int n = block.operands.n, c = tile.column + column;
-    float* out_n = block.operands.out + size_t(tile.row + row) * n;
+    int n = cta.operands.n, c = tile.column + column;
+    float* out_n = cta.operands.out + size_t(tile.row + row) * n;
     store_four(out_n, c, n, first);
     store_four(out_n, c + 32, n, second);
   }
 
   static __device__ __forceinline__ void store_four(float* out_n, int column, int n, float4 v) {
-    const float* bias_n = block.operands.bias_n;
+    const float* bias_n = cta.operands.bias_n;
     if (n % 4 == 0 && column < n) {
       float4 bias = bias_n ? *reinterpret_cast<const float4*>(bias_n + column) : float4{};
       *reinterpret_cast<float4*>(out_n + column) =
@@ -302,14 +305,15 @@ struct Linear {
 // silu(A @ w1) * (A @ w3), in panels of the same tiles, whose k are the first n columns; W has 32
 // columns of w1, then 32 of w3, and so on.
 struct Gated {
+  static_assert(RUN == 32, "`store` gets a four of w1 and, 32 columns to the right, one of w3");
   static constexpr bool kDown = true;  // neighbouring threads have neighbouring rows
 
   static __device__ __forceinline__ void store(const Tile& tile, int row, int column, float4 gate,
                                                float4 up) {
-    int n = block.operands.n;
+    int n = cta.operands.n;
     int c = (tile.column + column) / 64 * 32 + column % 64;
     int height = tile.height();
-    float* out = block.operands.out + size_t(tile.panel) * n * kTallest + size_t(c) * height + row;
+    float* out = cta.operands.out + size_t(tile.panel) * n * kTallest + size_t(c) * height + row;
     const float gates[] = {gate.x, gate.y, gate.z, gate.w}, ups[] = {up.x, up.y, up.z, up.w};
     // Not `/`, whose rare cases are a call: with one in it, the whole kernel takes half as long again.
 #pragma unroll
@@ -319,16 +323,16 @@ struct Gated {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    linear(const float* a_panels, const float* w_gpkc, const float* bias_n, float* out_mn,
-           const int4* tiles, const int* tile_count, int m, int dense_tiles, int k, int width,
-           int n) {
+    linear_simt(const float* a_panels, const float* w_gpkc, const float* bias_n, float* out_mn,
+                const int4* tiles, const int* tile_count, int m, int dense_tiles, int k, int width,
+                int n) {
   EvenTiles even = even_tiles(m, dense_tiles, kHeightStep);
   compute<Linear>({a_panels, w_gpkc, bias_n, out_mn, tiles, tile_count, even, k, width, n});
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    gated(const float* a_panels, const float* w_gpkc, float* out_panels, const int4* tiles,
-          const int* tile_count, int m, int dense_tiles, int k, int width, int n) {
+    gated_simt(const float* a_panels, const float* w_gpkc, float* out_panels, const int4* tiles,
+               const int* tile_count, int m, int dense_tiles, int k, int width, int n) {
   EvenTiles even = even_tiles(m, dense_tiles, kHeightStep);
   compute<Gated>({a_panels, w_gpkc, nullptr, out_panels, tiles, tile_count, even, k, width, n});
 }

@@ -10,21 +10,18 @@ import cupy
 
 from lfm2kit.backend import F32, Tensor
 from lfm2kit_cuda.activations import Rows
+from lfm2kit_cuda.constants import GEMM, HEIGHTS, PANELS
 from lfm2kit_cuda.device import current_device, most_shared_bytes, processors
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
-# As in gemm.cu.
-THREADS, GROUPS, STAGES = 384, 6, 2
-WIDTH = 128  # columns of a tile, and of a panel of W
-RUN = 32  # columns of w1 before as many of w3
-STEP = 32  # panels have a multiple of so many k: of two stages
-PART, ARRANGE_THREADS = 64, 256  # as in panels.cu
+WIDTH, RUN, STEP = GEMM.WIDTH, GEMM.RUN, GEMM.STEP
+THREADS = 32 * GEMM.STAGES * GEMM.GROUPS
+TALLEST, LOWEST, HEIGHT_STEP = HEIGHTS.TALLEST, HEIGHTS.LOWEST, HEIGHTS.HEIGHT_STEP
 
-TALLEST, LOWEST, HEIGHT_STEP = 48, 16, 8  # rows of tiles, as in panels.cuh
-# Their times in a unit of their own: measured on an H200.
-HEIGHTS = {48: 100, 40: 86, 32: 71, 24: 56, 16: 44}
+# The time that a tile of each height takes, in a unit of its own: measured on an H200.
+TIMES = {48: 100, 40: 86, 32: 71, 24: 56, 16: 44}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class Gemm:
         return _matrix(packed, columns)
 
     def pack_gated(self, gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Matrix:
-        """w1 and w3 in turns of RUN columns."""
+        """Return one matrix of both: RUN columns of w1, then RUN of w3, and so on."""
         columns, inputs = gates[0].shape
         packed = _packed(len(gates), inputs, 2 * padded(columns, RUN))
         for panels, gate, up in zip(packed, gates, ups, strict=True):
@@ -112,7 +109,7 @@ def _arranged(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> Panels:
     most = len(tiles.tiles) if tiles else _dense_tiles(rows, matrix.width, processors())
     panels = cupy.empty((most, matrix.inputs, TALLEST), cupy.float32)
     load_kernel("panels", "arrange")(
-        (-(-matrix.inputs // PART), most), ARRANGE_THREADS, x.array,
+        (-(-matrix.inputs // PANELS.PART), most), PANELS.ARRANGE_THREADS, x.array,
         tiles.source if tiles else None, panels, *listed(tiles), rows, most, x.extent,
         matrix.inputs,
     )  # fmt: skip
@@ -137,9 +134,11 @@ def _launch(
 @cache
 def _kernel(name: str, device: int) -> Kernel:
     tile_k, rows_at_once = _sizes()
-    stages = GROUPS * STAGES * tile_k * (WIDTH + TALLEST)
-    sums = GROUPS * 4 * rows_at_once * (WIDTH + 4)
-    return load_kernel("gemm", name, 4 * (stages + sums), TILE_K=tile_k, PASS=rows_at_once)
+    stages = GEMM.GROUPS * GEMM.STAGES * tile_k * (WIDTH + TALLEST)
+    sums = GEMM.GROUPS * 4 * rows_at_once * (WIDTH + 4)
+    return load_kernel(
+        "gemm", f"{name}_simt", 4 * (stages + sums), TILE_K=tile_k, PASS=rows_at_once
+    )
 
 
 def _sizes() -> tuple[int, int]:
@@ -160,7 +159,7 @@ def _dense_tiles(rows: int, width: int, processors: int) -> int:
         height = -(-steps // count)  # in steps, as in even_tiles.cuh
         low = count * height - steps
         turns, tall_turns = (-(-tiles * columns // processors) for tiles in (count, count - low))
-        tall, lower = (HEIGHTS[max(LOWEST, HEIGHT_STEP * h)] for h in (height, height - 1))
+        tall, lower = (TIMES[max(LOWEST, HEIGHT_STEP * h)] for h in (height, height - 1))
         return tall_turns * tall + (turns - tall_turns) * lower
 
     fewest, most = -(-rows // TALLEST), -(-rows // LOWEST)

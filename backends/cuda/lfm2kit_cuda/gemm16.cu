@@ -6,13 +6,13 @@
 //           k of 8
 //   tiles   (group, first row, rows, 0); without a list, rows in steps of tile_rows, group 0
 //
-// A block makes 128 columns of up to 128 rows.  Shared memory is swizzled (tile16.cuh) so that
+// A CTA makes 128 columns of up to 128 rows.  Shared memory is swizzled (tile16.cuh) so that
 // ldmatrix finds eight rows in different banks.  In the gated kernel W has 8 rows of w1, then 8 of
 // w3, and so on: a thread's sums of both belong together.
 #include "async_copy.cuh"
 #include "tile16.cuh"
 
-constexpr int kTileN = 128, kWarps = kThreads / 32, kBlocks = 2;
+constexpr int kTileN = TILE_COLUMNS, kWarps = kThreads / 32, kCtas = 2;
 
 __device__ inline void read_matrices(u32 (&to)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -36,11 +36,11 @@ __device__ inline void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 
 #endif
 }
 
-// kM blocks of 16 rows per warp, kWarpsM x (8 / kWarpsM) warps.
+// kM times 16 rows per warp, kWarpsM x (8 / kWarpsM) warps.
 template <int kM, int kWarpsM>
 struct Product {
   static constexpr int kTileM = kM * 16 * kWarpsM;
-  static constexpr int kN = kTileN / (kWarps / kWarpsM) / 8;  // blocks of 8 columns per warp
+  static constexpr int kN = kTileN / (kWarps / kWarpsM) / 8;  // times 8 columns per warp
   static constexpr int kStage = (kTileM + kTileN) * kTileK * 2;
   static constexpr int kStages = SHARED_BYTES / kStage < 6 ? SHARED_BYTES / kStage : 6;
   static constexpr int kCopiesA = (kTileM + kCopyRows - 1) / kCopyRows;
@@ -122,8 +122,8 @@ struct Product {
   }
 };
 
-// The products of one tile; `store` is given a row and column, and the sums of two columns there
-// and of two in the next block of 8.
+// Computes one tile; `store` is given a row and column, and the sums of two columns there
+// and of two that are 8 columns to the right.
 template <int kM, int kWarpsM, class Store>
 __device__ __forceinline__ void compute_tile(const HALF* a, int extent, const HALF* w_gnk,
                                              Tile tile, int k, int width, Store store) {

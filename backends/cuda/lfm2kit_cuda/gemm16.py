@@ -20,16 +20,17 @@ from lfm2kit_cuda.activations import (
     slabs_bytes,
     zero_slabs,
 )
+from lfm2kit_cuda.constants import GEMM16, SLABS
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
-THREADS = 256
-TILE_ROWS, TILE_COLUMNS = 128, 128  # at most
-WIDTH = 256  # packed matrices have a multiple of so many rows
-CHUNK = 8  # elements that are copied at once: packed rows have a multiple of them
-RUN = 8  # rows of w1 before as many of w3
+THREADS, TILE_COLUMNS = GEMM16.THREADS, GEMM16.TILE_COLUMNS
+TILE_ROWS = 128  # at most
+WIDTH = 256  # the rows of packed matrices are a multiple of it
+CHUNK = SLABS.CHUNK  # the elements of packed rows are a multiple of it
+RUN = 8  # rows of w1 before 8 of w3
 
 MMA = Blocks(
     THREADS,
@@ -74,7 +75,7 @@ class TensorCoreGemm:
         return Matrix(packed, packed.shape[2], columns, packed.shape[1])
 
     def pack_gated(self, gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Matrix:
-        """w1 and w3 in turns of RUN rows."""
+        """Return one matrix of both: RUN rows of w1, then RUN of w3, and so on."""
         columns, inputs = gates[0].shape
         packed = self._panels(len(gates), inputs, 2 * padded(columns, RUN))
         for panel, gate, up in zip(packed, gates, ups, strict=True):
@@ -179,7 +180,7 @@ class TensorCoreGemm:
         kilobytes = 96 if compute_capability() >= (8, 0) else 64  # two blocks share a processor's
         shared_bytes = 1024 * kilobytes
         constants = {**self._constants, "SHARED_BYTES": shared_bytes}
-        return load_kernel("gemm16", name, shared_bytes, **constants)
+        return load_kernel("gemm16", f"{name}_mma", shared_bytes, **constants)
 
     def _panels(self, groups: int, inputs: int, columns: int) -> cupy.ndarray:
         shape = groups, padded(columns, WIDTH), padded(inputs, CHUNK)

@@ -9,12 +9,12 @@
 //             rows in steps of tile_rows, group 0
 //
 // Weights are the instruction's rows of 64 and activations its n, so that n follows the rows of an
-// expert.  As many blocks as multiprocessors take tiles in turns.  In a block one thread copies
-// stages of 64 k, and two warpgroups multiply, each 128 columns by all rows of the tile, or, if the
-// tile has only 128 columns, by half of them.  A tile's copies begin while the last is being stored.
+// expert.  There is a CTA for each SM, and CTA i takes the tiles i, i + the number of CTAs, and so
+// on.  In a CTA one thread copies stages of 64 k, and two warpgroups multiply, each 128 columns by all rows of the tile, or, if the
+// tile has only 128 columns, by half of them.  A tile's copies begin while the tile before it is being stored.
 //
 // Both operands lie in memory as they are to lie in a stage, with k inside, 64 elements in a row of
-// 128 bytes, swizzled: what a stage needs of each is one stretch.
+// 128 bytes, swizzled: what a stage needs of each are consecutive bytes.
 #include "dependent.cuh"
 #include "epilogue90.cuh"
 #include "ring.cuh"
@@ -23,13 +23,15 @@
 #include "wgmma.cuh"
 
 constexpr int kTileK = kSlabK, kRowBytes = kTileK * 2;
-constexpr int kPanel = 256, kHalf = 128;            // columns of a panel, of a warpgroup
-constexpr int kGroup = 128, kThreads = 3 * kGroup;  // threads of a warpgroup, of a block
-constexpr int kStep = 8, kStoredRows = 16;          // a warpgroup's rows are a multiple of kStep
-constexpr int kMostOfWarpgroup = TERMS == 1 ? 192 : 144;  // rows that a warpgroup multiplies
-// Of a thread; together no more than a block begins with.
+constexpr int kPanel = PANEL, kHalf = kPanel / 2;    // columns of a panel, of a warpgroup
+constexpr int kGroup = 128, kThreads = 3 * kGroup;  // threads of a warpgroup, of a CTA
+static_assert(PANEL == 256 && THREADS == kThreads, "two warpgroups multiply 128 columns each");
+constexpr int kStep = STEP, kStoredRows = 16;          // a warpgroup's rows are a multiple of kStep
+// The rows that a warpgroup multiplies at most.
+constexpr int kMostOfWarpgroup = TERMS == 1 ? MOST_ROWS : MOST_ROWS_OF_TERMS;
+// Registers of a thread; together they are no more than a CTA begins with.
 constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;
-static_assert(kCopyRegisters + 2 * kMultiplyRegisters <= 3 * 168, "else the block waits for ever");
+static_assert(kCopyRegisters + 2 * kMultiplyRegisters <= 3 * 168, "else the CTA waits for ever");
 
 struct Operands {
   const HALF* a;
@@ -38,26 +40,26 @@ struct Operands {
   const int* tile_count;
   int tile_rows, tile_columns;
   int m, extent, steps, width;  // rows of activations, and of a slab; stages in all of k
-  int term_rows;                // room in a stage for each term of the activations
+  int term_rows;                // rows of a stage that each term of the activations may take
 };
 
 struct Tile {
   int group, row, rows, column;  // rows < 0: there is none
 };
 
-// Listed tiles of a group take turns at each block of columns, so that its weights are read from
-// memory once.  Each time another comes first: not all have as many rows, and a block that takes every
-// 132nd tile should not always get the same kind.
+// The tiles of a group follow each other for each range of columns, so that its weights are read from
+// memory once.  Each range begins with another tile of the group: tiles differ in their rows, and a CTA
+// that takes every 132nd one should not always get the same kind.
 __device__ inline Tile tile_at(int index, const Operands& of) {
-  int blocks = of.width / of.tile_columns;
+  int ranges = of.width / of.tile_columns;
   if (!of.tiles) {
     int count = (of.m + of.tile_rows - 1) / of.tile_rows, row = index % count * of.tile_rows;
-    if (index >= count * blocks) return Tile{0, 0, -1, 0};
+    if (index >= count * ranges) return Tile{0, 0, -1, 0};
     return Tile{0, row, min(of.tile_rows, of.m - row), index / count * of.tile_columns};
   }
-  if (index >= *of.tile_count * blocks) return Tile{0, 0, -1, 0};
-  int siblings = of.tiles[index / blocks].w, first = siblings & 0xffff, count = siblings >> 16;
-  int turn = index - first * blocks;
+  if (index >= *of.tile_count * ranges) return Tile{0, 0, -1, 0};
+  int siblings = of.tiles[index / ranges].w, first = siblings & 0xffff, count = siblings >> 16;
+  int turn = index - first * ranges;
   int4 listed = of.tiles[first + (turn + turn / count + first) % count];
   return Tile{listed.x, listed.y, listed.z, turn / count * of.tile_columns};
 }
@@ -80,11 +82,11 @@ __device__ inline void copy_weights(const Ring& ring, const Tile& tile, int s, c
   u64* filled = ring.filled + ring.stage;
   barrier_promise(filled, bytes);
   const char* weights = reinterpret_cast<const char*>(of.w_gpsrk) + row * kRowBytes;
-  copy_stretch(ring.at(), weights, bytes, filled);
+  copy_bulk(ring.at(), weights, bytes, filled);
 }
 
-// The first weights of a dense layer, which may be read before the kernel ahead of this one has ended:
-// they were packed at load, at least one kernel before it.  Returns of how many stages.
+// Copies the first weights of a dense layer, which may be read before the kernel ahead of this one has ended:
+// they were packed at load, at least one kernel before it.  Returns the number of stages that it copies.
 __device__ inline int copy_first_weights(Ring ring, const Operands& of) {
   if (of.tiles) return 0;
   int stages = min(ring.count, of.steps);
@@ -104,12 +106,12 @@ __device__ inline void copy_activations(const Ring& ring, const Tile& tile, int 
 #pragma unroll
   for (int term = 0; term < TERMS; ++term) {
     size_t row = (size_t(term) * of.steps + s) * of.extent + tile.row;
-    copy_stretch(ring.at() + (of.tile_columns + term * of.term_rows) * kRowBytes,
+    copy_bulk(ring.at() + (of.tile_columns + term * of.term_rows) * kRowBytes,
                  reinterpret_cast<const char*>(of.a) + row * kRowBytes, bytes, filled);
   }
 }
 
-// Fills the ring's stages with the operands of this block's tiles.
+// Fills the ring's stages with the operands of this CTA's tiles.
 __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
   int ahead = copy_first_weights(ring, of);
   wait_for_previous();
@@ -161,7 +163,7 @@ __device__ __forceinline__ void sum_stages(Sums& sums, Ring& ring, int steps, in
   release(ring, last);
 }
 
-// The same of three terms.  The tensor cores' additions cut off what float32 does not hold, always
+// Does the same with three terms.  The tensor cores' additions cut off what float32 does not hold, always
 // towards zero; so a chain is one stage long, the smallest terms first, and chains are added as
 // float32 does.  While one warpgroup adds, the other multiplies.
 template <int n>
@@ -194,7 +196,8 @@ __device__ __forceinline__ void sum_terms(Sums& sums, Ring& ring, int steps, int
   }
 }
 
-// The sums of this warpgroup's part of a tile: `rows`, which the instruction has to name, not to count.
+// Sums this warpgroup's part of a tile.  The number of rows is a constant of the instruction, so there is
+// a loop for each.
 template <int n = kStep>
 __device__ __forceinline__ void sum(Sums& sums, int rows, Ring& ring, const Operands& of) {
   if constexpr (n < kMostOfWarpgroup)
@@ -207,8 +210,8 @@ __device__ __forceinline__ void sum(Sums& sums, int rows, Ring& ring, const Oper
   else sum_terms<n>(sums, ring, of.steps, w_at, a_at, of.term_rows);
 }
 
-// Stores those of rows before `end`, counted from this thread's first: of some rows at a time first
-// all results, so that one does not wait for another.
+// Stores the rows before `end`, counted from this thread's first.  It first computes all results of
+// kStoredRows rows, so that one does not wait for another.
 template <bool are_whole, class Store>
 __device__ __forceinline__ void store_rows(const Sums& sums, int rows, int end,
                                            const Store& store) {
@@ -290,17 +293,17 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
              term_rows},                                                                          \
             stages, stage_bytes, Linear<Stored>(bias_n, out_mn, n));                              \
   }
-LINEAR(linear, F32)
+LINEAR(linear_wgmma, F32)
 #if TERMS == 1
-LINEAR(linear_rounded, HALF)
+LINEAR(linear_rounded_wgmma, HALF)
 #endif
 
-// out = silu(A @ w1.T) * (A @ w3.T), in slabs of the same extent, where W has rows of w1 and of w3 in
-// turns
+// out = silu(A @ w1.T) * (A @ w3.T), in slabs of the same extent, where the rows of W
+// are one of w1, one of w3, and so on
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    gated(const HALF* a, const HALF* w_gpsrk, HALF* out, const int4* tiles, const int* tile_count,
-          int tile_rows, int tile_columns, int m, int extent, int steps, int width, int n,
-          int stages, int stage_bytes, int term_rows) {
+    gated_wgmma(const HALF* a, const HALF* w_gpsrk, HALF* out, const int4* tiles,
+                const int* tile_count, int tile_rows, int tile_columns, int m, int extent,
+                int steps, int width, int n, int stages, int stage_bytes, int term_rows) {
   compute({a, w_gpsrk, tiles, tile_count, tile_rows, tile_columns, m, extent, steps, width,
            term_rows},
           stages, stage_bytes, Gated{out, n, extent});

@@ -14,27 +14,29 @@ import cupy
 
 from lfm2kit.backend import BF16, Tensor
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit_cuda.activations import TERMS, Rows, Slabs, slabs_bytes, split
+from lfm2kit_cuda.activations import Rows, Slabs, slabs_bytes, split
+from lfm2kit_cuda.constants import ACTIVATIONS, GEMM90, SLABS
 from lfm2kit_cuda.device import processors
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
-PANEL, TILE_K, ROW_BYTES = 256, 64, 128  # of packed weights: columns, k, bytes of a row of k
-STEP, MOST_ROWS, MOST_ROWS_OF_TERMS = 8, 192, 144  # of activations, in a tile of PANEL columns
-SHARED_BYTES, MOST_STAGES = 224 * 1024, 8
+PANEL, STEP = GEMM90.PANEL, GEMM90.STEP
+TILE_K, ROW_BYTES = SLABS.SLAB, 2 * SLABS.SLAB  # k of a stage, and its bytes in a row
+MOST_ROWS, MOST_ROWS_OF_TERMS = GEMM90.MOST_ROWS, GEMM90.MOST_ROWS_OF_TERMS
+SHARED_BYTES = 224 * 1024
 PACK_THREADS = 256
 
 # Microseconds of a wave, k = 2048, on an H200: half a panel with up to twice the rows too.
 BLOCKS = Blocks(
-    threads=384,
+    threads=GEMM90.THREADS,
     sharing=(1.0,),
     menu={(rows, PANEL): max(10.2, 2 + 0.161 * rows) for rows in range(16, MOST_ROWS + 1, 16)}
     | {(rows, PANEL // 2): max(9.2, 2 + 0.08 * rows) for rows in range(32, 257, 32)},
 )
 BLOCKS_OF_TERMS = Blocks(
-    threads=384,
+    threads=GEMM90.THREADS,
     sharing=(1.0,),
     menu={
         (rows, PANEL): max(21 + 0.125 * rows, 2 + 0.45 * rows)
@@ -65,7 +67,7 @@ class HopperGemm(TensorCoreGemm):
         return _matrix(packed, columns)
 
     def pack_gated(self, gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Matrix:
-        """Rows of w1 and of w3 in turns."""
+        """Return one matrix of both: a row of w1, then one of w3, and so on."""
         columns, inputs = gates[0].shape
         packed = self._panels(len(gates), inputs, 2 * columns)
         for panels, gate, up in zip(packed, gates, ups, strict=True):
@@ -97,11 +99,11 @@ class HopperGemm(TensorCoreGemm):
             (min(processors(), count * (matrix.width // tile_columns)),), self._blocks.threads,
             x.array, matrix.packed, *outputs, *listed(tiles), tile_rows, tile_columns, len(x),
             x.extent, matrix.inputs // TILE_K, matrix.width, columns,
-            min(MOST_STAGES, SHARED_BYTES // stage_bytes), stage_bytes, term_rows,
+            min(GEMM90.MOST_STAGES, SHARED_BYTES // stage_bytes), stage_bytes, term_rows,
         )  # fmt: skip
 
     def _kernel(self, name: str) -> Kernel:
-        return load_kernel("gemm90", name, SHARED_BYTES, **self._constants)
+        return load_kernel("gemm90", f"{name}_wgmma", SHARED_BYTES, **self._constants)
 
     def _panels(self, groups: int, inputs: int, columns: int) -> cupy.ndarray:
         panels, steps = padded(columns, PANEL) // PANEL, padded(inputs, TILE_K) // TILE_K
@@ -126,7 +128,7 @@ class ThreeTermGemm(HopperGemm):
     `rounded` leaves them as they are; what `gated` returns is split already.
     """
 
-    terms, most_rows = TERMS, MOST_ROWS_OF_TERMS
+    terms, most_rows = ACTIVATIONS.TERMS, MOST_ROWS_OF_TERMS
 
     def __init__(self) -> None:
         super().__init__("BF16")

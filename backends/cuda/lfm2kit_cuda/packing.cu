@@ -8,8 +8,8 @@ __device__ inline int packed_row(int i, int run, int stride, int offset) {
   return i / run * stride + offset + i % run;
 }
 
-// packed_pkc[row / panel][i][row % panel] = matrix_oi[row][i]: transposed, in panels of k x so many
-// columns; 32 x 32 elements in a block.
+// packed_pkc[row / panel][i][row % panel] = matrix_oi[row][i]: transposed, in panels of [k, panel];
+// a CTA has 32 x 32 elements.
 template <class Stored>
 __device__ void transpose(const Stored* matrix_oi, float* packed_pkc, int out, int in, int k,
                           int panel, int run, int stride, int offset) {
@@ -26,7 +26,7 @@ __device__ void transpose(const Stored* matrix_oi, float* packed_pkc, int out, i
     }
 }
 
-// packed_ow[row][k] = matrix_oi[i][k] * scale, rows `width` apart; a block per row.
+// packed_ow[row][k] = matrix_oi[i][k] * scale, rows `width` apart; a CTA per row.
 template <class Stored, class Kept>
 __device__ void narrow(const Stored* matrix_oi, Kept* packed_ow, int in, int width, int run,
                        int stride, int offset, float scale) {
@@ -36,13 +36,14 @@ __device__ void narrow(const Stored* matrix_oi, Kept* packed_ow, int in, int wid
     to[k] = Kept::from_float(Stored::to_float(from[k]) * scale);
 }
 
-// As Hopper's products read them (gemm90.cu): panels of 256 rows, each in slabs (slabs.cuh); row i *
+// Packs a matrix as Hopper's products read it (gemm90.cu): panels of 256 rows, each in slabs (slabs.cuh); row i *
 // stride + offset of the packed matrix is row i of this one, times scale, and stands at its place in
-// the panel.  A block per row of the matrix.
+// the panel.  A CTA per row of the matrix.
 //
 // Places are such that a thread, which gets the sums of four places from two instructions, has four
 // neighbouring rows.
-constexpr int kPanel = 256;
+constexpr int kPanel = PANEL;
+static_assert(kPanel == 256, "two halves of 128 rows: `place_of`");
 
 __device__ inline int place_of(int row) {
   int half = row / 128 % 2, warp = row / 32 % 4, lane = row / 4 % 8;
@@ -59,7 +60,7 @@ __device__ void panel(const Stored* matrix_oi, Kept* packed_psrk, int in, int st
     to[in_slabs(place_of(row), k, kPanel)] = Kept::from_float(Stored::to_float(from[k]) * scale);
 }
 
-// *found = 1 if BF16 does not hold a value; a block per row.
+// *found = 1 if BF16 does not hold a value; a CTA per row.
 template <class Stored>
 __device__ void find_inexact(const Stored* matrix_oi, int in, int* found) {
   const Stored* row = matrix_oi + size_t(blockIdx.x) * in;

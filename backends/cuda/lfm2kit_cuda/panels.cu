@@ -1,13 +1,13 @@
-// Rows of activations into panels (panels.cuh), gathered, the last repeated up to the tile's height,
-// zeros beyond the columns.
+// Gathers rows of activations into panels (panels.cuh).  The last row is repeated up to the tile's
+// height, and there are zeros beyond the columns.
 #include "even_tiles.cuh"
 #include "panels.cuh"
 #include "types.cuh"
 
-constexpr int kThreads = 256, kPart = 64;  // of k, per block
-constexpr int kFours = 16;                 // fours of rows side by side: more than a tile has
+constexpr int kThreads = ARRANGE_THREADS, kPart = PART;  // of k, per CTA
+constexpr int kFours = 16;  // fours of rows side by side: more than a tile has
 
-// A block per kPart of k and tile; tiles as in gemm.cu.
+// A CTA per kPart of k and tile; tiles as in gemm.cu.
 extern "C" __global__ void __launch_bounds__(kThreads)
     arrange(const float* x_mc, const int* source_m, float* panels_tkr, const int4* tiles,
             const int* tile_count, int m, int dense_tiles, int columns, int k) {

@@ -1,5 +1,5 @@
-// What kernels take from CUDA C++, on a host: a host thread per thread of a block.  Blocks run one
-// after another, so the shared memory of a block is memory of the program.
+// What kernels take from CUDA C++, on a host: a host thread per thread of a CTA.  CTAs run one
+// after another, so the shared memory of a CTA is memory of the program.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -54,18 +54,18 @@ inline void* __cvta_shared_to_generic(size_t address) {
 }
 
 struct Barriers {
-  std::barrier<> of_block;
+  std::barrier<> of_cta;
   std::deque<std::barrier<>> of_groups;
 
-  Barriers(int threads, int groups) : of_block(threads) {
+  Barriers(int threads, int groups) : of_cta(threads) {
     for (int i = 0; i < groups; ++i) of_groups.emplace_back(threads / groups);
   }
 };
 inline Barriers* barriers;  // of the launch
 
-inline void __syncthreads() { barriers->of_block.arrive_and_wait(); }
+inline void __syncthreads() { barriers->of_cta.arrive_and_wait(); }
 
-// `prepare` before each block.
+// Runs a kernel; `prepare` is called before each CTA.
 template <class Prepare, class Kernel>
 void launch(Index grid, int threads, int groups, Prepare prepare, Kernel kernel) {
   Barriers own(threads, groups);

@@ -34,10 +34,10 @@ std::vector<Bytes> read_arrays() {
   return arrays;
 }
 
-// What a block finds in its shared memory.
+// Fills a CTA's shared memory before it begins.
 void poison() {
   std::fill(std::begin(shared), std::end(shared), std::numeric_limits<float>::quiet_NaN());
-  std::memset(static_cast<void*>(&block), 0xff, sizeof block);
+  std::memset(static_cast<void*>(&cta), 0xff, sizeof cta);
 }
 
 int main(int argc, char** argv) {
@@ -48,22 +48,22 @@ int main(int argc, char** argv) {
   auto floats = [&](int i) { return reinterpret_cast<float*>(arrays[i].data()); };
   auto ints = [&](int i) { return reinterpret_cast<int*>(arrays[i].data()); };
   auto tiles = [&](int i) { return reinterpret_cast<int4*>(arrays[i].data()); };
-  int output = name == "linear" ? 3 : 2;
+  int output = name == "linear_simt" ? 3 : 2;
 
   if (name == "arrange")
     launch(grid, panels::kThreads, 1, [] {}, [&] {
       panels::arrange(floats(0), ints(1), floats(2), tiles(3), ints(4), number(0), number(1),
                       number(2), number(3));
     });
-  if (name == "linear")
+  if (name == "linear_simt")
     launch(grid, kThreads, kGroups, poison, [&] {
-      linear(floats(0), floats(1), floats(2), floats(3), tiles(4), ints(5), number(0), number(1),
-             number(2), number(3), number(4));
+      linear_simt(floats(0), floats(1), floats(2), floats(3), tiles(4), ints(5), number(0),
+                  number(1), number(2), number(3), number(4));
     });
-  if (name == "gated")
+  if (name == "gated_simt")
     launch(grid, kThreads, kGroups, poison, [&] {
-      gated(floats(0), floats(1), floats(2), tiles(3), ints(4), number(0), number(1), number(2),
-            number(3), number(4));
+      gated_simt(floats(0), floats(1), floats(2), tiles(3), ints(4), number(0), number(1),
+                 number(2), number(3), number(4));
     });
   std::fwrite(arrays[output].data(), 1, arrays[output].size(), stdout);
 }

@@ -20,14 +20,14 @@ int main(int, char** argv) {
   auto table = read<int>(size_t(sequences) * width);
   auto past = read<float>(size_t(pages) * WINDOW * h);
   std::vector<F32> out(size_t(tokens) * h);
-  u32 blocks = (h + kThreads * VECTOR - 1) / (kThreads * VECTOR);
-  launch({(tokens + kRows - 1) / kRows, blocks, 1}, kThreads, 1, [] {}, [&] {
+  u32 ctas = (h + kThreads * VECTOR - 1) / (kThreads * VECTOR);
+  launch({(tokens + kRows - 1) / kRows, ctas, 1}, kThreads, 1, [] {}, [&] {
     convolve(bcx.data(), taps.data(), nullptr, positions.data(), ends.data(), table.data(),
              pages ? past.data() : nullptr, out.data(), sequences, width, page_tokens, tokens, h,
              h);
   });
   if (pages)
-    launch({sequences, blocks, reached}, kThreads, 1, [] {}, [&] {
+    launch({sequences, ctas, reached}, kThreads, 1, [] {}, [&] {
       remember(bcx.data(), positions.data(), ends.data(), table.data(), past.data(), width,
                page_tokens, h);
     });

@@ -42,8 +42,8 @@ __device__ void norm_and_rotate_head(const INNER* from, INNER* to, const float* 
   }
 }
 
-// In place in qkv; with a state, keys and values go to their place in their page instead.
-// A block per row, its warps share out the heads.
+// Norms and rotates in place in qkv; with a state, keys and values go to their place in their page
+// instead.  A CTA has a row, and each of its warps takes some of the heads.
 extern "C" __global__ void norm_and_rotate(INNER* qkv_t, const float* q_weight_d,
                                            const float* k_weight_d, const float* inverse,
                                            const int* positions_t, const int* cu_seqlens_s,
@@ -70,12 +70,12 @@ extern "C" __global__ void norm_and_rotate(INNER* qkv_t, const float* q_weight_d
 }
 
 // Flash attention in float32: keys pass by in tiles of 32, in order from the sequence's first, so
-// that a row's bits depend on nothing but its own past.  A block takes kRows rows of one sequence
+// that a row's bits depend on nothing but its own past.  A CTA takes kRows rows of one sequence
 // with the query heads of one key head; a warp takes some of these (row, head) pairs and steps
 // through a tile with all of them at once, so that what it reads of a key or value serves all: lane
 // j scores key j, then lane d sums element d of the values.
-constexpr int kThreads = 128, kTile = 32, kWarps = kThreads / kWarp;
-constexpr int kRows = kGroup >= 16 ? 1 : 16 / kGroup;
+constexpr int kThreads = ATTEND_THREADS, kTile = 32, kWarps = kThreads / kWarp;
+constexpr int kRows = kGroup >= MOST_ROWS ? 1 : MOST_ROWS / kGroup;
 constexpr int kPairs = kRows * kGroup;
 constexpr int kDims = (HEAD_DIM + kWarp - 1) / kWarp;
 constexpr int kPairsOfWarp = (kPairs + kWarps - 1) / kWarps;
@@ -99,7 +99,8 @@ __device__ inline void copy_part(float* to, const INNER* from) {
   *reinterpret_cast<Part*>(to) = wide;
 }
 
-struct alignas(16) Room {
+// What a CTA has in shared memory.
+struct alignas(16) Shared {
   float queries[kPairs][HEAD_DIM], keys[kTile][kPadded], values[kTile][HEAD_DIM];
   float weights[kWarps][kTile][kPairsOfWarp];
 };
@@ -110,7 +111,7 @@ struct Past {
   size_t stride;
 };
 
-// Where a sequence's keys are among them: in its pages, or without a state in its own rows.
+// Where a sequence's keys are among all of them: in its pages, or without a state in its own rows.
 struct Pages {
   const int* numbers;  // null without a state
   int page_tokens;
@@ -122,17 +123,17 @@ struct Pages {
   }
 };
 
-// `count` keys and values from a row on.
-__device__ inline void load_tile(Room& room, const Past& past, int row, int count) {
+// Copies `count` keys and values, from a row on, to shared memory.
+__device__ inline void load_tile(Shared& shared, const Past& past, int row, int count) {
   for (int i = threadIdx.x; i < count * HEAD_DIM / kPart; i += kThreads) {
     int j = i / (HEAD_DIM / kPart), d = i % (HEAD_DIM / kPart) * kPart;
     size_t at = size_t(row + j) * past.stride + d;
-    copy_part(&room.keys[j][d], past.keys + at);
-    copy_part(&room.values[j][d], past.values + at);
+    copy_part(&shared.keys[j][d], past.keys + at);
+    copy_part(&shared.values[j][d], past.values + at);
   }
 }
 
-// What a warp has of kMine pairs so far: softmax's maximum and sum, and the weighted values.
+// What a warp has summed for kMine pairs so far: softmax's maximum and sum, and the weighted values.
 template <int kMine>
 struct Sums {
   float most[kMine], total[kMine], of[kMine][kDims];
@@ -140,14 +141,14 @@ struct Sums {
 
 // score[p] = query of pair p . key of this lane; pair p of a warp is pair warp + p * kWarps.
 template <int kMine>
-__device__ inline void score_keys(const Room& room, float (&score)[kMine]) {
+__device__ inline void score_keys(const Shared& shared, float (&score)[kMine]) {
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll 4
   for (int d = 0; d < HEAD_DIM; d += kPart) {
-    Part key = part_at(&room.keys[lane][d]);
+    Part key = part_at(&shared.keys[lane][d]);
 #pragma unroll
     for (int p = 0; p < kMine; ++p) {
-      Part query = part_at(&room.queries[min(warp + p * kWarps, kPairs - 1)][d]);
+      Part query = part_at(&shared.queries[min(warp + p * kWarps, kPairs - 1)][d]);
 #pragma unroll
       for (int i = 0; i < kPart; ++i) score[p] = fmaf(query.of[i], key.of[i], score[p]);
     }
@@ -157,32 +158,32 @@ __device__ inline void score_keys(const Room& room, float (&score)[kMine]) {
 // Adds the weighted values of keys begin to end.  Where not all pairs see all of them, those that do
 // not must add nothing: not 0 times a value, which may not be finite.
 template <bool kAllSee, int kMine>
-__device__ inline void add_values(const Room& room, Sums<kMine>& sums, const int (&seen)[kMine],
+__device__ inline void add_values(const Shared& shared, Sums<kMine>& sums, const int (&seen)[kMine],
                                   int begin, int end) {
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int j = begin; j < end; ++j) {
     float value[kDims];
 #pragma unroll
     for (int i = 0; i < kDims; ++i)
-      value[i] = lane + i * kWarp < HEAD_DIM ? room.values[j][lane + i * kWarp] : 0;
+      value[i] = lane + i * kWarp < HEAD_DIM ? shared.values[j][lane + i * kWarp] : 0;
 #pragma unroll
     for (int p = 0; p < kMine; ++p) {
       if (!kAllSee && j >= seen[p]) continue;
 #pragma unroll
       for (int i = 0; i < kDims; ++i)
-        sums.of[p][i] = fmaf(room.weights[warp][j][p], value[i], sums.of[p][i]);
+        sums.of[p][i] = fmaf(shared.weights[warp][j][p], value[i], sums.of[p][i]);
     }
   }
 }
 
 // Adds a tile of which pair p sees the first seen[p] keys.
 template <int kMine>
-__device__ inline void add_tile(Room& room, Sums<kMine>& sums, const int (&seen)[kMine],
+__device__ inline void add_tile(Shared& shared, Sums<kMine>& sums, const int (&seen)[kMine],
                                 float scale) {
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int least_seen = kTile, most_seen = 0;
   float score[kMine] = {};
-  score_keys(room, score);
+  score_keys(shared, score);
 #pragma unroll
   for (int p = 0; p < kMine; ++p) {
     bool is_seen = lane < seen[p];
@@ -190,7 +191,7 @@ __device__ inline void add_tile(Room& room, Sums<kMine>& sums, const int (&seen)
     float now = fmaxf(sums.most[p], warp_max(scaled));
     float weight = is_seen ? expf(scaled - now) : 0;
     float fade = seen[p] > 0 ? expf(sums.most[p] - now) : 1;
-    room.weights[warp][lane][p] = weight;
+    shared.weights[warp][lane][p] = weight;
     sums.most[p] = now;
     sums.total[p] = sums.total[p] * fade + warp_sum(weight);
 #pragma unroll
@@ -199,19 +200,20 @@ __device__ inline void add_tile(Room& room, Sums<kMine>& sums, const int (&seen)
     most_seen = max(most_seen, seen[p]);
   }
   __syncwarp();
-  add_values<true>(room, sums, seen, 0, least_seen);
-  add_values<false>(room, sums, seen, max(least_seen, 0), most_seen);
+  add_values<true>(shared, sums, seen, 0, least_seen);
+  add_values<false>(shared, sums, seen, max(least_seen, 0), most_seen);
 }
 
-// Where the heads of a block go: the first pair's row and element.
+// Where a CTA stores its heads: the first pair's row and element.
 struct Heads {
   INNER* all;
   int row, element, extent;
 };
 
-// The attention of `pairs` pairs, kMine per warp, whose rows stand at positions_r[pair / kGroup].
+// Computes and stores the attention of `pairs` pairs, kMine per warp; positions_r[pair / kGroup] is the
+// position of a pair's row.
 template <int kMine>
-__device__ inline void attend_pairs(Room& room, const Past& past, Pages pages,
+__device__ inline void attend_pairs(Shared& shared, const Past& past, Pages pages,
                                     const int* positions_r, int pairs, const Heads& heads,
                                     float scale) {
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -227,11 +229,11 @@ __device__ inline void attend_pairs(Room& room, const Past& past, Pages pages,
   for (int key0 = 0; key0 < longest; key0 += kTile) {
     int count = min(kTile, longest - key0), seen[kMine];
     __syncthreads();
-    load_tile(room, past, pages.row_of(key0), count);
+    load_tile(shared, past, pages.row_of(key0), count);
     __syncthreads();
 #pragma unroll
     for (int p = 0; p < kMine; ++p) seen[p] = min(count, context[p] - key0);
-    add_tile(room, sums, seen, scale);
+    add_tile(shared, sums, seen, scale);
   }
 #pragma unroll
   for (int p = 0; p < kMine; ++p) {
@@ -250,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     attend(const INNER* qkv_t, const INNER* keys, const INNER* values, const int* positions_t,
            const int* cu_seqlens_s, const int* pages_sw, INNER* out, int extent, int width,
            int page_tokens, float scale) {
-  __shared__ Room room;
+  __shared__ Shared shared;
   wait_for_previous();
   let_next_start();
   int sequence = blockIdx.y, kv_head = blockIdx.z;
@@ -261,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const INNER* queries = qkv_t + size_t(row0) * kRow + kv_head * kGroup * HEAD_DIM;
   for (int i = threadIdx.x; i < pairs * HEAD_DIM / kPart; i += kThreads) {
     int pair = i / (HEAD_DIM / kPart), d = i % (HEAD_DIM / kPart) * kPart;
-    copy_part(&room.queries[pair][d],
+    copy_part(&shared.queries[pair][d],
               queries + size_t(pair / kGroup) * kRow + pair % kGroup * HEAD_DIM + d);
   }
   Past past{qkv_t + size_t(first) * kRow + kQueries, nullptr, kRow};
@@ -272,6 +274,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   Pages pages{keys ? pages_sw + size_t(sequence) * width : nullptr, page_tokens};
   Heads heads{out, row0, kv_head * kGroup * HEAD_DIM, extent};
   const int* positions_r = positions_t + row0;
-  if (pairs <= kWarps) attend_pairs<1>(room, past, pages, positions_r, pairs, heads, scale);
-  else attend_pairs<kPairsOfWarp>(room, past, pages, positions_r, pairs, heads, scale);
+  if (pairs <= kWarps) attend_pairs<1>(shared, past, pages, positions_r, pairs, heads, scale);
+  else attend_pairs<kPairsOfWarp>(shared, past, pages, positions_r, pairs, heads, scale);
 }

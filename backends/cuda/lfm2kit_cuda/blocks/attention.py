@@ -7,14 +7,14 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Room, Tensor, Weights
+from lfm2kit_cuda.constants import ATTENTION
 from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.paging import keys_shape
 from lfm2kit_cuda.products import Activations, Arithmetic, readable
 from lfm2kit_cuda.upload import upload
 
 SOURCE = "blocks/attention"
-ROTATE_THREADS, ATTEND_THREADS = 256, 128
-MOST_ROWS = 16  # query rows of a block; kRows in attention.cu
+ROTATE_THREADS, ATTEND_THREADS = 256, ATTENTION.ATTEND_THREADS
 
 State = tuple[cupy.ndarray, cupy.ndarray]  # keys, values: [pages, page_tokens, kv_heads, head_dim]
 
@@ -32,7 +32,7 @@ class Attention:
         exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
         self.inverse = upload((1 / np.float32(spec.rope_theta) ** exponents).astype(np.float32))
         heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
-        self.rows = max(1, MOST_ROWS * kv_heads // heads)
+        self.rows = max(1, ATTENTION.MOST_ROWS * kv_heads // heads)
         self.norm_and_rotate, self.attend = (
             load_kernel(
                 SOURCE,

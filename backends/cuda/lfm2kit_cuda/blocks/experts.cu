@@ -5,10 +5,10 @@
 #include "types.cuh"
 #include "vector.cuh"
 
-constexpr int kWarp = 32, kThreads = 1024, kWarps = kThreads / kWarp;
+constexpr int kWarp = 32, kThreads = GROUP_THREADS, kWarps = kThreads / kWarp;
 constexpr int kIds = 4;        // that a lane asks for at once
 constexpr int kNobody = -1, kNoPair = -2;  // in the place of an expert's id
-constexpr int kAlignment = 8;  // an expert's first slot is a multiple of it, as products want it
+constexpr int kAlignment = ALIGNMENT;  // an expert's first slot is a multiple of it, as products want it
 
 __device__ inline int slots_of(int rows) { return (rows + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -46,10 +46,10 @@ __device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int (&
     ids[i] = pair + i * kWarp < end ? expert_ids_p[pair + i * kWarp] : kNoPair;
 }
 
-// Sorts the pairs by expert, in order within each, and lists the tiles of rows: a block per local
-// expert, which counts all pairs.  Experts with many rows have their tiles first, so that the
-// longest work starts first; among equals the lower id.  By height, the highest tiles come first: who
-// is dealt tiles in turns then gets his share of each height.
+// Sorts the pairs by expert, in order within each, and lists the tiles of rows.  There is a CTA
+// for each local expert, and it counts all pairs.  Experts with many rows have their tiles first, so that the
+// longest work starts first; among equals, the lower id comes first.  By height, the highest tiles come
+// first: a CTA that takes every nth tile then gets its share of each height.
 //   experts_l       the ids of the local experts, all below `experts`; all else is by local number
 //   source_p[slot]  the token whose row a slot holds; -1 for none, of `slots`
 //   place_p[pair]   the slot of a pair; -1 if it is nobody's
@@ -130,8 +130,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // delta_th[t] = sum_k weights_p[t, k] * outputs_ph[place_p[t, k]]: each product rounded, added in
 // the order of k from the first, so that expert parallelism, which adds elsewhere, has these bits.
-// What is nobody's counts as -0, which changes no bit of a sum; where nobody adds, the sum is +0.
-// A block per token; all that it reads is asked for before the first is used.
+// A pair that is nobody's counts as -0, which changes no bit of a sum; without any other pair the sum
+// is +0.
+// A CTA per token; it asks for all that it reads before it uses the first.
 template <class Stored>
 __device__ void combine(const Stored* outputs_ph, const int* place_p, const float* weights_p,
                         float* delta_th, int h) {

@@ -10,12 +10,13 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.backend import Block, Weights
 from lfm2kit_cuda.blocks.router import Router
+from lfm2kit_cuda.constants import EXPERTS
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Activations, Arithmetic, RowTiles, padded
 from lfm2kit_cuda.upload import upload
 
-GROUP_THREADS, COMBINE_THREADS = 1024, 512
-ALIGNMENT = 8  # as in experts.cu
+GROUP_THREADS, COMBINE_THREADS = EXPERTS.GROUP_THREADS, 512
+ALIGNMENT = EXPERTS.ALIGNMENT
 COMBINED = {np.float32: "F32", np.uint16: "BF16"}  # what `down` returns
 
 

@@ -1,36 +1,40 @@
 // The router: scores = sigmoid(gate x), the TAKEN best of EXPERTS by score + bias, their weights.
-// Together `logits` and `choose_by_sums`; the scores alone `logits` and `score`; the choice `choose`.
+// A whole router is `logits` and `choose_by_sums`, its scores alone are `logits` and `score`, and its
+// choice alone is `choose`.
 // t tokens, h hidden_size, e = EXPERTS, k = TAKEN.  Float32 in every precision.
 //
 // HIDDEN is cut into kSplits x kWarps pieces of kPiece: `logits` sums each piece on its own, in
-// order, and adds a block's pieces in order; `score_of` adds the blocks' sums in order.  So a row's
+// order, and adds a CTA's pieces in order; `score_of` adds the CTAs' sums in order.  So a row's
 // bits depend neither on the rows beside it nor on how many there are.
 #include "async_copy.cuh"
 #include "dependent.cuh"
 #include "reduce.cuh"
 
-constexpr int kSplits = 16, kWarps = 4, kRows = 16, kChoosingRows = 8, kMostStep = 64;
+constexpr int kSplits = SPLITS, kWarps = WARPS, kRows = ROWS, kChoosingRows = CHOOSING_ROWS;
+constexpr int kMostStep = MOST_STEP;
 constexpr int kAtLeast = (HIDDEN + kSplits * kWarps * 4 - 1) / (kSplits * kWarps * 4) * 4;
 constexpr int kStep = kAtLeast < kMostStep ? kAtLeast : kMostStep;
 constexpr int kPiece = (kAtLeast + kStep - 1) / kStep * kStep;
-constexpr int kPanel = kWarp;  // experts of a block
+constexpr int kPanel = PANEL;  // experts of a CTA
+static_assert(kPanel == kWarp, "a lane has one expert of a panel");
 constexpr int kPanels = (EXPERTS + kPanel - 1) / kPanel;
 constexpr int kRowX = kMostStep + 4;  // puts four rows in different banks
 constexpr int kLaneRows = kRows / 4;
 
-struct Room {  // of a warp
+// What a warp has in shared memory.
+struct WarpShared {
   float x_rk[kRows][kRowX], gate_ke[kStep][kPanel];
 };
 
 // Starts the copies of kStep rows of a panel of the gate.
-__device__ inline void copy_gate(Room& to, const float* gate_ke) {
+__device__ inline void copy_gate(WarpShared& to, const float* gate_ke) {
 #pragma unroll
   for (int i = threadIdx.x % kWarp; i < kStep * kPanel / 4; i += kWarp)
     copy_async<16>(to.gate_ke[0] + 4 * i, gate_ke + 4 * i, 16);
 }
 
-// Starts the copies of kStep columns from k0 on of the block's rows; zeros where there is none.
-__device__ inline void copy_x(Room& to, const float* x_rh, int rows, int k0) {
+// Starts the copies of kStep columns from k0 on of the CTA's rows; zeros beyond the last row and column.
+__device__ inline void copy_x(WarpShared& to, const float* x_rh, int rows, int k0) {
 #pragma unroll
   for (int i = threadIdx.x % kWarp; i < kRows * kStep / VECTOR; i += kWarp) {
     int r = i / (kStep / VECTOR), k = i % (kStep / VECTOR) * VECTOR;
@@ -41,7 +45,7 @@ __device__ inline void copy_x(Room& to, const float* x_rh, int rows, int k0) {
 }
 
 // sums[i][j] += x[4 i + r] . gate[4 c + j] over a step; lane = 8 r + c.
-__device__ inline void multiply(const Room& from, float (&sums)[kLaneRows][4]) {
+__device__ inline void multiply(const WarpShared& from, float (&sums)[kLaneRows][4]) {
   int r = threadIdx.x % kWarp / 8, c = threadIdx.x % 8;
 #pragma unroll 2
   for (int k = 0; k < kStep; k += 4) {
@@ -63,46 +67,46 @@ __device__ inline void multiply(const Room& from, float (&sums)[kLaneRows][4]) {
   }
 }
 
-// sums_ste[split] = the sums over a split's pieces; blocks are (rows, split, panel).  The gate is
+// sums_ste[split] = the sums over a split's pieces; CTAs are (rows, split, panel).  The gate is
 // packed by panels, its k padded with zeros to whole pieces.
 extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
     logits(const float* x_th, const float* gate_pke, float* sums_ste, int tokens) {
-  __shared__ __align__(16) Room rooms[kWarps];
+  __shared__ __align__(16) WarpShared shared[kWarps];
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int row0 = blockIdx.x * kRows, rows = min(kRows, tokens - row0);
   int k0 = (blockIdx.y * kWarps + warp) * kPiece;
-  Room& room = rooms[warp];
+  WarpShared& mine = shared[warp];
   const float* gate = gate_pke + (size_t(blockIdx.z) * kSplits * kWarps * kPiece + k0) * kPanel;
   float sums[kLaneRows][4] = {};
   for (int done = 0; done < kPiece; done += kStep) {
     __syncwarp();
-    copy_gate(room, gate + done * kPanel);
+    copy_gate(mine, gate + done * kPanel);
     if (done == 0) {
       wait_for_previous();
       let_next_start();
     }
-    copy_x(room, x_th + size_t(row0) * HIDDEN, rows, k0 + done);
+    copy_x(mine, x_th + size_t(row0) * HIDDEN, rows, k0 + done);
     commit_copies();
     wait_copies<0>();
     __syncwarp();
-    multiply(room, sums);
+    multiply(mine, sums);
   }
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i)
-    *reinterpret_cast<float4*>(room.x_rk[4 * i + lane / 8] + lane % 8 * 4) =
+    *reinterpret_cast<float4*>(mine.x_rk[4 * i + lane / 8] + lane % 8 * 4) =
         *reinterpret_cast<float4*>(sums[i]);
   __syncthreads();
   for (int i = threadIdx.x; i < rows * kPanel; i += kWarps * kWarp) {
     int row = i / kPanel, expert = blockIdx.z * kPanel + i % kPanel;
-    float sum = rooms[0].x_rk[row][i % kPanel];
-    for (int w = 1; w < kWarps; ++w) sum += rooms[w].x_rk[row][i % kPanel];
+    float sum = shared[0].x_rk[row][i % kPanel];
+    for (int w = 1; w < kWarps; ++w) sum += shared[w].x_rk[row][i % kPanel];
     if (expert < EXPERTS)
       sums_ste[(size_t(blockIdx.y) * tokens + row0 + row) * EXPERTS + expert] = sum;
   }
 }
 
-// In double, rounded once: exactly 1 or 0 where float has nothing between.
+// The sigmoid in double, rounded once: exactly 1 or 0 where float has nothing between.
 __device__ inline float sigmoid(float logit) { return float(1 / (1 + exp(-double(logit)))); }
 
 // The score of a row's expert, from the sums of its logit; 0 where there is no such expert.
@@ -116,7 +120,7 @@ __device__ inline float score_of(const float* sums_ste, int tokens, int row, int
   return sigmoid(logit);
 }
 
-// Blocks are (rows, panel); a warp has a row, its lanes the experts of a panel.
+// CTAs are (rows, panel); a warp has a row, its lanes the experts of a panel.
 extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
     score(const float* sums_ste, float* scores_te, int tokens) {
   int row = blockIdx.x * kChoosingRows + threadIdx.x / kWarp;
@@ -127,13 +131,13 @@ extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
     scores_te[size_t(row) * EXPERTS + expert] = score_of(sums_ste, tokens, row, expert);
 }
 
-// Larger for a larger float, and never 0.
+// An integer that is larger for a larger float, and never 0.
 __device__ inline u32 rank_of(float x) {
   u32 bits = __float_as_uint(x + 0.0f);  // no -0
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// Of a row, by a warp: lane e has the experts e, e + 32, ...  Where a score is NaN, which has no
+// Chooses the experts of a row, with a warp: lane e has the experts e, e + 32, ...  Where a score is NaN, which has no
 // order, the bias selects alone, and the weights are NaN.
 __device__ inline void choose_of_row(const float (&score)[kPanels], const float* bias_e,
                                      int* expert_ids_k, float* expert_weights_k, int normalise,
@@ -183,7 +187,7 @@ __device__ inline void choose_of_row(const float (&score)[kPanels], const float*
   }
 }
 
-// A warp per row.
+// Chooses the experts of each row from the sums of its logits; a warp has a row.
 extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
     choose_by_sums(const float* sums_ste, const float* bias_e, int* expert_ids_tk,
                    float* expert_weights_tk, int tokens, int normalise, float scaling) {
@@ -199,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
                 expert_weights_tk + size_t(row) * TAKEN, normalise, scaling);
 }
 
-// As `choose_by_sums`, of scores that are there already.
+// Does what `choose_by_sums` does, from scores.
 extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
     choose(const float* scores_te, const float* bias_e, int* expert_ids_tk,
            float* expert_weights_tk, int tokens, int normalise, float scaling) {

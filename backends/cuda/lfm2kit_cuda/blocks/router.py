@@ -8,12 +8,14 @@ import numpy.typing as npt
 
 from lfm2kit import specs
 from lfm2kit.backend import Block, Weights
+from lfm2kit_cuda.constants import ROUTER
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Arithmetic, padded
 from lfm2kit_cuda.upload import upload
 
-# As in router.cu.
-SPLITS, WARPS, ROWS, CHOOSING_ROWS, PANEL, MOST_STEP = 16, 4, 16, 8, 32, 64
+SPLITS, WARPS, PANEL, CHOOSING_ROWS = (
+    ROUTER.SPLITS, ROUTER.WARPS, ROUTER.PANEL, ROUTER.CHOOSING_ROWS,
+)  # fmt: skip
 
 Routing = tuple[cupy.ndarray, cupy.ndarray]  # expert_ids, expert_weights
 
@@ -34,7 +36,7 @@ class Scores:
     def sums(self, x: cupy.ndarray) -> cupy.ndarray:
         """Returns the logits in parts that are yet to be added: [SPLITS, tokens, num_experts]."""
         sums = cupy.empty((SPLITS, len(x), self.spec.num_experts), cupy.float32)
-        grid = -(-len(x) // ROWS), SPLITS, len(self.gate)
+        grid = -(-len(x) // ROUTER.ROWS), SPLITS, len(self.gate)
         self.logits(grid, 32 * WARPS, x, self.gate, sums, len(x))
         return sums
 
@@ -100,7 +102,7 @@ def _panels(gate: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """[panels, k, PANEL] of [experts, h]: padded with zeros to whole panels and pieces of k."""
     experts, h = gate.shape
     piece = padded(h, SPLITS * WARPS * 4) // (SPLITS * WARPS)
-    rows = SPLITS * WARPS * padded(piece, min(piece, MOST_STEP))
+    rows = SPLITS * WARPS * padded(piece, min(piece, ROUTER.MOST_STEP))
     panels = np.zeros((padded(experts, PANEL), rows), np.float32)
     panels[:experts, :h] = gate
     return np.ascontiguousarray(panels.reshape(-1, PANEL, rows).transpose(0, 2, 1))

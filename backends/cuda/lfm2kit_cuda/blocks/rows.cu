@@ -5,7 +5,7 @@
 #include "types.cuh"
 #include "vector.cuh"
 
-// out_th[t] = table_vh[token_ids_t[t]], widened; a block per token.
+// out_th[t] = table_vh[token_ids_t[t]], widened; a CTA per token.
 template <class Stored>
 __device__ void embed(const Stored* table_vh, const int* token_ids_t, float* out_th, int h) {
   wait_for_previous();
@@ -26,9 +26,9 @@ EMBED(F16)
 
 // hidden_th += delta_th (unless delta_th is null); x_th = hidden / rms(hidden) * weight_h, and the
 // same as the next product reads it, of type OUT and the given extent; either may be null.
-// A block per row of HIDDEN elements, VECTOR at a time; a thread keeps its own in registers.  The
+// A CTA per row of HIDDEN elements, VECTOR at a time; a thread keeps its own in registers.  The
 // sum of squares is added in an order that depends on HIDDEN alone.
-constexpr int kThreads = 256, kStep = kThreads * VECTOR;
+constexpr int kThreads = NORM_THREADS, kStep = kThreads * VECTOR;
 constexpr int kParts = (HIDDEN + kStep - 1) / kStep;
 
 extern "C" __global__ void __launch_bounds__(kThreads)
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     for (int v = 0; v < VECTOR; ++v) squares = fmaf(values[p].of[v], values[p].of[v], squares);
   }
-  float scale = inverse_rms(block_sum<kThreads>(squares, sums), HIDDEN, eps);
+  float scale = inverse_rms(cta_sum<kThreads>(squares, sums), HIDDEN, eps);
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
     int i = p * kStep + threadIdx.x * VECTOR;
@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The rows `rows_l` of two arrays; a block per row.
+// Copies the rows `rows_l` of two arrays; a CTA per row.
 extern "C" __global__ void last_rows(const float* hidden_th, const float* delta_th,
                                      const int* rows_l, float* hidden_lh, float* delta_lh, int h) {
   wait_for_previous();

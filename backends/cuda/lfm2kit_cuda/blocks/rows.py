@@ -6,11 +6,12 @@ import cupy
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Weights
+from lfm2kit_cuda.constants import ROWS
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Activations, Arithmetic, readable
 from lfm2kit_cuda.upload import upload
 
-SOURCE, THREADS = "blocks/rows", 256
+SOURCE, THREADS = "blocks/rows", ROWS.NORM_THREADS
 
 
 class Embedding:

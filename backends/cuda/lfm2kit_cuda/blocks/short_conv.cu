@@ -9,7 +9,7 @@
 #include "types.cuh"
 #include "vector.cuh"
 
-constexpr int kPast = KERNEL_SIZE - 1, kRows = 4;
+constexpr int kPast = KERNEL_SIZE - 1, kRows = ROWS;
 
 // u[row] = B * X of VECTOR channels
 __device__ inline Vector gated_input(const INNER* bcx_t3h, size_t row, int h, int channel) {

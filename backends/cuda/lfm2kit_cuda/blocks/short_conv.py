@@ -9,13 +9,13 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Room, Weights
+from lfm2kit_cuda.constants import SHORT_CONV
 from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.paging import most_pages, rows_shape, window
 from lfm2kit_cuda.products import Activations, Arithmetic
 from lfm2kit_cuda.upload import upload
 
 SOURCE, THREADS = "blocks/short_conv", 256
-ROWS = 4  # of a thread; kRows in short_conv.cu
 
 
 class State(NamedTuple):
@@ -58,7 +58,7 @@ class ShortConv:
         y = self.gemm.empty(tokens, h)
         of_sequences = batch.positions, batch.cu_seqlens, batch.pages
         self.convolve(
-            (-(-tokens // ROWS), self.blocks), THREADS, BCX, self.taps, self.conv_bias,
+            (-(-tokens // SHORT_CONV.ROWS), self.blocks), THREADS, BCX, self.taps, self.conv_bias,
             *of_sequences, rows, y.array, batch.sequences, width, page_tokens, tokens, h, y.extent,
         )  # fmt: skip
         if state is not None:

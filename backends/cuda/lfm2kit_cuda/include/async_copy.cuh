@@ -7,7 +7,7 @@ __device__ inline u32 shared_address(const void* pointer) {
   return u32(__cvta_generic_to_shared(pointer));
 }
 
-// kBytes (4 or 16) to `to`, of which the first `wanted` come from `from` and the rest are zero.
+// Starts the copy of kBytes (4 or 16) to `to`; the first `wanted` come from `from`, the rest are zero.
 template <int kBytes>
 __device__ inline void copy_async(void* to, const void* from, int wanted) {
   static_assert(kBytes == 4 || kBytes == 16, "a word or a vector of four");

@@ -1,5 +1,5 @@
 // Barriers in shared memory, which count arrivals of threads and bytes of copies, and the copies
-// of whole stretches of memory that complete on them (from sm_90 on).
+// of consecutive bytes that complete on them (from sm_90 on).
 #pragma once
 #include "async_copy.cuh"
 
@@ -19,7 +19,7 @@ __device__ inline void barrier_promise(u64* barrier, int bytes) {
                : "memory");
 }
 
-// Until the barrier's phase of this parity is complete.
+// Waits until the barrier's phase of this parity is complete.
 __device__ inline void barrier_wait(u64* barrier, u32 parity) {
   asm volatile(
       "{ .reg .pred done;\n"
@@ -29,8 +29,9 @@ __device__ inline void barrier_wait(u64* barrier, u32 parity) {
       : "memory");
 }
 
-// A stretch of bytes, a multiple of 16, to shared memory; completes on `barrier`, which expects it.
-__device__ inline void copy_stretch(void* to, const void* from, int bytes, u64* barrier) {
+// Starts the copy of consecutive bytes, a multiple of 16, to shared memory; it completes on `barrier`,
+// which expects it.
+__device__ inline void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared_address(to)),

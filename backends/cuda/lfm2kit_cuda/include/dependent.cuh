@@ -1,7 +1,7 @@
-// Programmatic dependent launch (from sm_90 on): a kernel's blocks are placed while the kernel
-// before it still runs, so that what comes before a block's first load takes no time of its own.
+// Programmatic dependent launch (from sm_90 on): a kernel's CTAs are placed while the kernel
+// before it still runs, so that what comes before a CTA's first load takes no time of its own.
 //
-// A source that includes this header promises that every block of each of its kernels calls
+// A source that includes this header promises that every CTA of each of its kernels calls
 // `wait_for_previous` before it reads or writes what another kernel reads or writes; before the
 // call there is nothing to touch but weights.  `kernels.py` launches such a source's kernels early.
 #pragma once
@@ -12,9 +12,9 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// From here on the next kernel's blocks may be placed, once every block has come here or ended.  A
-// kernel that fills the device calls this late or never: placed early, they would crowd on the few
-// multiprocessors that it leaves free.
+// From here on the next kernel's CTAs may be placed, once every CTA has come here or ended.  A
+// kernel that fills the device calls this late or never: placed early, they would crowd on the few SMs
+// that it leaves free.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

@@ -1,9 +1,9 @@
-// What gemm16.cu does with sums, of which a thread holds two neighbours.
+// What gemm16.cu does with its sums; a thread has those of two neighbouring columns.
 #pragma once
 #include "neighbours.cuh"
 #include "types.cuh"
 
-// Two columns of a row that has n, plus bias_n (null for none).
+// Stores the sums of two columns, plus bias_n (null for none), in a row of n columns.
 template <class Stored>
 __device__ __forceinline__ void store_sums(Stored* row, int column, int n, const float* bias_n,
                                            const float* sums) {
@@ -14,7 +14,7 @@ __device__ __forceinline__ void store_sums(Stored* row, int column, int n, const
   store_neighbours(row + column, Neighbours<Stored, 2>(both), n - column, n % 2 == 0);
 }
 
-// silu(gate) * up * GATED_SCALE of two columns.
+// Stores silu(gate) * up * GATED_SCALE of two columns.
 __device__ __forceinline__ void store_gated(HALF* out, const float* gate, const float* up) {
   HALF products[2];
 #pragma unroll

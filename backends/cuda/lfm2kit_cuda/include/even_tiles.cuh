@@ -1,6 +1,6 @@
 // Rows cut into tiles as evenly as steps allow: tall ones first, then those a step lower, of which
-// the last may lack a few rows.  None is higher than it has to be, so whoever wants at most `most`
-// rows, a multiple of the step, asks for ceil(rows / most) tiles.
+// the last may lack a few rows.  None is higher than it has to be: ceil(rows / most) tiles have at most
+// `most` rows each, if that is a multiple of the step.
 #pragma once
 
 struct EvenTiles {

@@ -27,7 +27,7 @@ struct alignas(count * sizeof(F32)) Neighbours<F32, count> {
   __device__ F32 at(int i) const { return F32{of[i]}; }
 };
 
-// The first `columns` of them; all at once, if every row has whole ones.
+// Stores the first `columns` of them; all at once if `are_whole`: every row has whole ones.
 template <class Stored, int count>
 __device__ __forceinline__ void store_neighbours(Stored* to,
                                                  const Neighbours<Stored, count>& neighbours,

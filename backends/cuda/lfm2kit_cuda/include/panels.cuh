@@ -1,11 +1,10 @@
-// Activations in float32 as gemm.cu reads them: a panel for each tile of rows, in which k is outside,
-// and inside are as many rows as the tile is high.  Each begins where it would if all were the
-// tallest.
+// Activations in float32 as gemm.cu reads them: a panel for each tile of rows, [k, height of
+// the tile].  Each begins where it would if all tiles were the tallest.
 #pragma once
 
-constexpr int kTallest = 48, kLowest = 16, kHeightStep = 8;  // in rows; as in gemm.py
+constexpr int kTallest = TALLEST, kLowest = LOWEST, kHeightStep = HEIGHT_STEP;  // in rows
 
-// Of a tile with so many rows.
+// The height of a tile with `rows` rows.
 __device__ __forceinline__ int height_of(int rows) {
   return max(kLowest, (rows + kHeightStep - 1) / kHeightStep * kHeightStep);
 }

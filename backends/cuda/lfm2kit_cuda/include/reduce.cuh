@@ -1,4 +1,4 @@
-// Reductions over a warp or a block, always in the same order: equal inputs give equal bits.
+// Reductions over a warp or a CTA, always in the same order: equal inputs give equal bits.
 #pragma once
 
 constexpr int kWarp = 32;
@@ -30,9 +30,9 @@ __device__ inline unsigned warp_max(unsigned x) {
 #endif
 }
 
-// The sum over a block of kThreads, in every thread.  `shared` holds a float per warp.
+// The sum over a CTA of kThreads, in every thread.  `shared` holds a float per warp.
 template <int kThreads>
-__device__ float block_sum(float x, float* shared) {
+__device__ float cta_sum(float x, float* shared) {
   x = warp_sum(x);
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
   __syncthreads();

@@ -1,9 +1,9 @@
-// Stages of shared memory that pass in turn from the threads that fill them to those that read
-// them, and back (from sm_90 on).
+// A ring of stages in shared memory: each passes from the threads that fill it to those that read it,
+// and back (from sm_90 on).
 #pragma once
 #include "barrier.cuh"
 
-constexpr int kMostStages = 8;
+constexpr int kMostStages = MOST_STAGES;
 
 struct Ring {
   char* stages;

@@ -1,4 +1,4 @@
-// Reads of shared memory by its own addresses, and barriers of part of a block.  They stand alone
+// Reads of shared memory by its own addresses, and barriers of part of a CTA.  They stand alone
 // so that tests can run what is built on them without a GPU (tests/cuda/emulated).
 #pragma once
 #include "types.cuh"

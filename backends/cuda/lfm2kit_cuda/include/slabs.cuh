@@ -1,12 +1,12 @@
 // Operands of 16 bits as the products read them: slabs of 64 k, and in each all rows, 128 bytes long,
 // whose 16-byte chunks are swizzled as they are to lie in shared memory: chunk c of row r stands at
-// c ^ (r % 8).  What a tile reads of a slab is one stretch, and if the tile's first row is a multiple
-// of eight, it can be copied as it is.
+// c ^ (r % 8).  What a tile reads of a slab are consecutive bytes, and if the tile's first row is a
+// multiple of eight, they can be copied as they are.
 #pragma once
 #include "types.cuh"
 
-constexpr int kSlabK = 64;
-constexpr int kChunk = 8, kChunks = kSlabK / kChunk;  // elements of 16 bytes, chunks of a row
+constexpr int kSlabK = SLAB;
+constexpr int kChunk = CHUNK, kChunks = kSlabK / kChunk;  // elements of 16 bytes, chunks of a row
 
 // Where element k of a row stands, with `extent` rows in a slab.
 __device__ __forceinline__ size_t in_slabs(int row, int k, int extent) {

@@ -16,7 +16,7 @@
 template <int kFirst, int kMostSecond, int kThreads>
 class Stages {
  public:
-  static constexpr int kCount = 2, kFloats = kFirst + kMostSecond, kBytes = 4 * kFloats;
+  static constexpr int kCount = STAGES, kFloats = kFirst + kMostSecond, kBytes = 4 * kFloats;
   static_assert(kThreads == 32 * kCount, "a warp fills a stage");
 
   // Where what is to be copied lies, one stage behind the other.
@@ -29,7 +29,7 @@ class Stages {
     u64 full[kCount], free[kCount];
   };
 
-  // The barriers of all groups; called by all threads of a block, and followed by __syncthreads.
+  // Prepares the barriers of all groups; called by all threads of a CTA, before a __syncthreads.
   __device__ static __forceinline__ void prepare(Shared* shared) {
 #if __CUDA_ARCH__ >= 900
     int group = threadIdx.x / kThreads, i = threadIdx.x % kThreads;
@@ -58,7 +58,7 @@ class Stages {
   }
 
   // Fills a stage with what comes next, as soon as the group has released it: `second` floats of the
-  // second operand, as many in all stages of a source.
+  // second operand, the same number in all stages of a source.
   __device__ __forceinline__ void refill(int stage, int second) {
 #if __CUDA_ARCH__ >= 900
     if (warp != stage) return;
@@ -113,7 +113,7 @@ class Stages {
         : "memory");
   }
 
-  // Both operands, by one of a warp's threads.
+  // Copies both operands, by one of a warp's threads.
   __device__ __forceinline__ void copy_bulk(u32 to, u32 its_full, u32 second_bytes) const {
     asm volatile(
         "{ .reg .pred is_elected;\n"

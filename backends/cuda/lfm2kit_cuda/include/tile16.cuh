@@ -1,9 +1,9 @@
-// The tile of a block of gemm16.cu, and where its operands lie in shared memory: with k inside, as rows
+// The tile of a CTA of gemm16.cu, and where its operands lie in shared memory: with k inside, as rows
 // of a slab (slabs.cuh).
 #pragma once
 #include "slabs.cuh"
 
-constexpr int kTileK = kSlabK, kThreads = 256;
+constexpr int kTileK = kSlabK, kThreads = THREADS;
 constexpr int kCopyRows = kThreads / kChunks;
 
 struct Tile {

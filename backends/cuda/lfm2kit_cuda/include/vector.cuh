@@ -1,4 +1,4 @@
-// VECTOR floats that are read and written at once: 4 where a row's length allows, else 1.
+// VECTOR floats that are read and written at once: 4 where the length of a row allows it, else 1.
 #pragma once
 
 struct alignas(4 * VECTOR) Vector {

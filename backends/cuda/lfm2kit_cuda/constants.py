@@ -1,0 +1,130 @@
+"""The numbers that kernels share with the Python code that launches them, each written only here.
+
+The compiler gets those of a source with -D (`compiling.definitions`).  Where a kernel's layout
+allows a single value, an assertion in the source says so.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Slabs(NamedTuple):
+    """slabs.cuh, which most sources include."""
+
+    SLAB: int = 64  # k of a slab
+    CHUNK: int = 8  # elements that are copied at once: 16 bytes
+
+
+class Heights(NamedTuple):
+    """panels.cuh: the rows of a tile of gemm.cu."""
+
+    TALLEST: int = 48
+    LOWEST: int = 16
+    HEIGHT_STEP: int = 8
+
+
+class Gemm(NamedTuple):
+    """gemm.cu."""
+
+    GROUPS: int = 6  # of warps: each sums a stretch of k
+    STAGES: int = 2  # of a group; each of its warps fills one
+    WIDTH: int = 128  # columns of a tile, and of a panel of W
+    RUN: int = 32  # columns of w1 before 32 of w3
+    STEP: int = 32  # the k of panels are a multiple of it: of two stages
+
+
+class Panels(NamedTuple):
+    """panels.cu."""
+
+    PART: int = 64  # k of a CTA
+    ARRANGE_THREADS: int = 256
+
+
+class Gemm16(NamedTuple):
+    """gemm16.cu."""
+
+    THREADS: int = 256
+    TILE_COLUMNS: int = 128
+
+
+class Gemm90(NamedTuple):
+    """gemm90.cu; PANEL also in packing.cu."""
+
+    THREADS: int = 384
+    PANEL: int = 256  # columns of packed weights
+    STEP: int = 8  # the rows that a warpgroup multiplies are a multiple of it
+    MOST_ROWS: int = 192  # that a warpgroup multiplies
+    MOST_ROWS_OF_TERMS: int = 144  # the same with three terms
+    MOST_STAGES: int = 8
+
+
+class Activations(NamedTuple):
+    """activations.cu."""
+
+    TERMS: int = 3  # of BF16, whose exact sum is a float32
+
+
+class Rows(NamedTuple):
+    """rows.cu."""
+
+    NORM_THREADS: int = 256
+
+
+class ShortConv(NamedTuple):
+    """short_conv.cu."""
+
+    ROWS: int = 4  # of a thread
+
+
+class Attention(NamedTuple):
+    """attention.cu."""
+
+    ATTEND_THREADS: int = 128
+    MOST_ROWS: int = 16  # (row, head) pairs of a CTA, unless a group of heads is larger
+
+
+class Router(NamedTuple):
+    """router.cu."""
+
+    SPLITS: int = 16  # CTAs that share the k of a logit
+    WARPS: int = 4  # of a CTA of `logits`
+    ROWS: int = 16  # of a CTA of `logits`
+    CHOOSING_ROWS: int = 8  # of a CTA of the other kernels, a warp for each
+    PANEL: int = 32  # experts of a CTA
+    MOST_STEP: int = 64  # k that a warp copies at once
+
+
+class Experts(NamedTuple):
+    """experts.cu."""
+
+    GROUP_THREADS: int = 1024
+    ALIGNMENT: int = 8  # an expert's first slot is a multiple of it
+
+
+class Ceilings(NamedTuple):
+    """ceilings.cu."""
+
+    CHAINS: int = 16  # of multiply-adds in a thread
+
+
+SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90 = (
+    Slabs(), Heights(), Gemm(), Panels(), Gemm16(), Gemm90(),
+)  # fmt: skip
+ACTIVATIONS, ROWS, SHORT_CONV, ATTENTION = Activations(), Rows(), ShortConv(), Attention()
+ROUTER, EXPERTS, CEILINGS = Router(), Experts(), Ceilings()
+
+OF_SOURCES: dict[str, dict[str, int]] = {
+    "gemm": {**HEIGHTS._asdict(), **GEMM._asdict()},
+    "panels": {**HEIGHTS._asdict(), **PANELS._asdict()},
+    "gemm16": {**SLABS._asdict(), **GEMM16._asdict()},
+    "gemm90": {**SLABS._asdict(), **GEMM90._asdict()},
+    "packing": {**SLABS._asdict(), "PANEL": GEMM90.PANEL},
+    "activations": {**SLABS._asdict(), **ACTIVATIONS._asdict()},
+    "ceilings": CEILINGS._asdict(),
+    "blocks/rows": {**SLABS._asdict(), **ROWS._asdict()},
+    "blocks/short_conv": {**SLABS._asdict(), **SHORT_CONV._asdict()},
+    "blocks/attention": {**SLABS._asdict(), **ATTENTION._asdict()},
+    "blocks/router": ROUTER._asdict(),
+    "blocks/experts": EXPERTS._asdict(),
+}
