@@ -10,6 +10,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, BuildsAround
 from lfm2kit.building import out_of_memory
 from lfm2kit.building.placement import Placed
+from lfm2kit.building.results import checked
 from lfm2kit.model import LFM2
 from lfm2kit.progress import longest, step
 from lfm2kit.seam import Seam
@@ -40,7 +41,8 @@ class Builder:
             step(f"building {placed.name}", longest(Work(0, 4 * placed.spec.weight_elements())))
             placed.spec.check_values(weights)
             with out_of_memory.building(placed, weights):
-                block = _built(self.create(placed.backend), placed.spec, weights, blocks)
+                built = _built(self.create(placed.backend), placed.spec, weights, blocks)
+            block = checked(placed, built)
             self.built(placed)
         return self._seamed(placed, block)
 

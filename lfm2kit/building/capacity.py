@@ -63,11 +63,18 @@ class Sizes(NamedTuple):
         return backend.scratch_bytes(leaf.spec, tokens)
 
     def state(self, leaf: Placed, room: Room) -> int:
-        """Return the bytes that a block's state with this room will take; 0 if it has none."""
+        """Return the bytes that a block's state with this room will take; 0 if it has none.
+
+        Raises `Lfm2kitError` if its backend lacks `state_bytes`.
+        """
         backend = self._backend(leaf)
         if not isinstance(leaf.spec, ShortConv | Attention | Layer):
             return 0
-        assert isinstance(backend, BuildsOperators)
+        if not isinstance(backend, BuildsOperators):
+            raise Lfm2kitError(
+                f"{leaf.name}: backend '{leaf.backend}' builds {type(leaf.spec).__name__} blocks, "
+                "but has no method state_bytes(spec, room), which says what their states take"
+            )
         return backend.state_bytes(leaf.spec, room)
 
     def _backend(self, leaf: Placed) -> Backend:

@@ -17,6 +17,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HostMemory
 from lfm2kit.precisions import FP32, SIXTEEN_BIT, Precision
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.state import Room
 from lfm2kit.transport import World
 from tests.core.test_model import DeviceBackend, Elsewhere
 
@@ -142,3 +143,25 @@ def test_a_rank_needs_its_own_share_of_the_experts_alone() -> None:
     Card.free = share_of_two(4)
     assert card(transport=TwoRanks()).shortage() is None
     refusal(card())
+
+
+class WithoutStateBytes:
+    """Builds operators, but does not say what their states take."""
+
+    def __init__(self, context: Context) -> None:
+        backend = ReferenceBackend()
+        self.why_unsupported = backend.why_unsupported
+        self.memory = backend.memory
+        self.build = backend.build
+
+
+def test_a_backend_that_does_not_say_what_states_take_is_named() -> None:
+    plugins = installed_plugins()
+    plugin = BackendPlugin("silent", "says nothing", WithoutStateBytes, 1)
+    plugins.backends["silent"] = InstalledBackend(plugin, "this test")
+    setup = set_up(TINY, Options(backend="silent"), plugins=plugins)
+    says = r"layers.0.operator: backend 'silent' builds ShortConv .* no method state_bytes\(spec, r"
+    with pytest.raises(Lfm2kitError, match=says):
+        setup.build()
+    with pytest.raises(Lfm2kitError, match=says):
+        setup.shortage(1, Room(1))
