@@ -31,7 +31,7 @@ class Shortage(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """Bytes of one memory."""
+    """Bytes of one memory, at the least: blocks whose backend gives no figures count as 0."""
 
     kept: int  # of weights, as long as the model lives
     scratch: int  # by the block of a forward that needs most, while it runs
@@ -76,6 +76,10 @@ class Sizes(NamedTuple):
                 "but has no method state_bytes(spec, room), which says what their states take"
             )
         return backend.state_bytes(leaf.spec, room)
+
+    def unknown(self, leaves: Sequence[Placed]) -> int:
+        """Return how many of these blocks have a backend that gives no figures."""
+        return sum(not isinstance(self._backend(leaf), MemoryFigures) for leaf in leaves)
 
     def _backend(self, leaf: Placed) -> Backend:
         assert leaf.backend is not None  # a leaf's always is
