@@ -5,10 +5,11 @@ Everything is decided in `lfm2kit.building`; nothing of it is left to the forwar
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -120,6 +121,7 @@ class LFM2:
     home: Memory
     backend: Backend  # the plan's default
     may_capture: bool = True
+    check_room: Callable[[Room], None] = lambda room: None  # raises if a state would not fit
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
     _captures: Captures | None = field(init=False, repr=False)
     _replays: Replays = field(init=False, repr=False)
@@ -144,8 +146,14 @@ class LFM2:
         With a `state` (see `new_state`) each sequence goes on from what its pages hold; without
         one, sequences are whole.
         Raises ValueError for an id outside the vocabulary, a position above 0 without a state, a
-        state of another model, and a batch that the state cannot hold or go on from.
+        state of another model, and a batch that the state cannot hold or go on from; TypeError for
+        what is neither a batch nor a state.
         """
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"logits takes a lfm2kit.Batch, not {brief(batch)}; for sequences of token ids "
+                "type logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))"
+            )
         host = batch.on(HOST)
         self._check_ids(host.token_ids)
         with self._lock, own_stream(self.home):
@@ -165,8 +173,17 @@ class LFM2:
         """Return an empty state with `room.pages` pages of `room.page_tokens` tokens.
 
         `Room.of_sequences(16, 4096)` has room for 16 sequences of up to 4096 tokens each.
+        Raises `Lfm2kitError` if a memory has too little left for it, before any is allocated, and
+        TypeError for what is not a `Room`.
         """
-        state = ModelState(room, self.forward.new_state(room))
+        if not isinstance(room, Room):
+            raise TypeError(
+                f"new_state takes a lfm2kit.state.Room, not {brief(room)}; for 16 sequences of up "
+                "to 4096 tokens type new_state(Room.of_sequences(16, 4096))"
+            )
+        self.check_room(room)
+        with out_of_memory.making_a_state(room):
+            state = ModelState(room, self.forward.new_state(room))
         self._states[state] = owner = object()
         finalize(state, self._replays.drop, owner)
         return state
@@ -177,6 +194,8 @@ class LFM2:
             raise ValueError(f"a token id lies outside the vocabulary of {size}")
 
     def _check_state(self, state: ModelState) -> None:
+        if not isinstance(state, ModelState):
+            raise TypeError(f"a state is what new_state(room) returns, not {brief(state)}")
         if state not in self._states:
             raise ValueError(
                 "the state belongs to another model, or is a copy: give what new_state returned"

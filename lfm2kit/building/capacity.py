@@ -39,6 +39,7 @@ class Needed(NamedTuple):
 
 
 NO_ROOM = Room(0)
+FEWER_SEQUENCES = "try fewer sequences at once, or shorter ones"
 
 
 class Sizes(NamedTuple):
@@ -63,36 +64,19 @@ class Sizes(NamedTuple):
         return backend.scratch_bytes(leaf.spec, tokens)
 
     def state(self, leaf: Placed, room: Room) -> int:
-        """Return the bytes that a block's state with this room will take; 0 if it has none.
-
-        Raises `Lfm2kitError` if its backend lacks `state_bytes`.
-        """
-        backend = self._backend(leaf)
-        if not isinstance(leaf.spec, ShortConv | Attention | Layer):
-            return 0
-        if not isinstance(backend, BuildsOperators):
-            raise Lfm2kitError(
-                f"{leaf.name}: backend '{leaf.backend}' builds {type(leaf.spec).__name__} blocks, "
-                "but has no method state_bytes(spec, room), which says what their states take"
-            )
-        return backend.state_bytes(leaf.spec, room)
+        """Return the bytes that a block's state with this room will take; 0 if it has none."""
+        return state_bytes(self.create, leaf, room)
 
     def unknown(self, leaves: Sequence[Placed]) -> int:
         """Return how many of these blocks have a backend that gives no figures."""
         return sum(not isinstance(self._backend(leaf), MemoryFigures) for leaf in leaves)
 
     def _backend(self, leaf: Placed) -> Backend:
-        assert leaf.backend is not None  # a leaf's always is
-        return self.create(leaf.backend)
+        return backend_of(self.create, leaf)
 
     def free(self, placed: Placed) -> dict[str, int]:
         """Returns the free bytes by memory, for memories that know them."""
-        memories = {leaf.memory.name: leaf.memory for leaf in placed.leaves()}
-        return {
-            name: HOST.free_bytes(self.ranks) if name == HOST.name else memory.free_bytes()
-            for name, memory in memories.items()
-            if isinstance(memory, Bounded)
-        }
+        return free_bytes(placed, self.ranks)
 
     def shortage(self, placed: Placed, tokens: int = 0, room: Room = NO_ROOM) -> Shortage | None:
         """Return the first memory too small for its blocks, a state and `tokens` tokens."""
@@ -118,6 +102,47 @@ class Sizes(NamedTuple):
             scratch=max((self.scratch(leaf, tokens) or 0 for leaf in leaves), default=0),
             state=sum(self.state(leaf, room) for leaf in leaves),
         )
+
+
+def backend_of(create: Callable[[str], Backend], leaf: Placed) -> Backend:
+    assert leaf.backend is not None  # a leaf's always is
+    return create(leaf.backend)
+
+
+def state_bytes(create: Callable[[str], Backend], leaf: Placed, room: Room) -> int:
+    """Return the bytes that a block's state with this room will take; 0 if it has none.
+
+    Raises `Lfm2kitError` if its backend lacks `state_bytes`.
+    """
+    if not isinstance(leaf.spec, ShortConv | Attention | Layer):
+        return 0
+    backend = backend_of(create, leaf)
+    if not isinstance(backend, BuildsOperators):
+        raise Lfm2kitError(
+            f"{leaf.name}: backend '{leaf.backend}' builds {type(leaf.spec).__name__} blocks, "
+            "but has no method state_bytes(spec, room), which says what their states take"
+        )
+    return backend.state_bytes(leaf.spec, room)
+
+
+def free_bytes(placed: Placed, ranks: int = 1) -> dict[str, int]:
+    """Return the free bytes by memory, for memories that know them."""
+    memories = {leaf.memory.name: leaf.memory for leaf in placed.leaves()}
+    return {
+        name: HOST.free_bytes(ranks) if name == HOST.name else memory.free_bytes()
+        for name, memory in memories.items()
+        if isinstance(memory, Bounded)
+    }
+
+
+def check_state(create: Callable[[str], Backend], placed: Placed, ranks: int, room: Room) -> None:
+    """Raise `Lfm2kitError` if a memory has too little left for a state of a built model."""
+    for name, free in free_bytes(placed, ranks).items():
+        leaves = [leaf for leaf in placed.leaves() if leaf.memory.name == name]
+        needed = sum(state_bytes(create, leaf, room) for leaf in leaves)
+        if needed > free:
+            short = Shortage(name, f"a state of {room.pages} pages", needed, free)
+            raise Lfm2kitError(f"{short}; {FEWER_SEQUENCES}")
 
 
 def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Context, Explains
 from lfm2kit.building.builder import Builder, build_model
-from lfm2kit.building.capacity import NO_ROOM, Sizes
+from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
 from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed, Placer
 from lfm2kit.building.plan import AUTO, Plan
@@ -119,7 +119,7 @@ class Setup:
             advice = "try fewer tokens at once: a smaller batch, or shorter samples"
             return Lfm2kitError(f"{short}; {advice}")
         if room.pages and self.sizes.shortage(placed) is None:
-            return Lfm2kitError(f"{short}; try fewer sequences at once, or shorter ones")
+            return Lfm2kitError(f"{short}; {FEWER_SEQUENCES}")
         nothing = ["a smaller model: no ", *either([Option("precision"), Option("n_cpu_moe")])]
         fitting = either(self._fitting(short.memory))
         return Lfm2kitError(f"{short}; try ", *(fitting or [*nothing, " is enough"]))
@@ -174,6 +174,7 @@ class Setup:
             done,
             check,
             self.wrappers.survive_capture,
+            self.context.local_ranks,
         )
 
     def stored_bytes(self, placed: Placed) -> int:

@@ -442,3 +442,23 @@ def test_a_copy_of_a_state_with_another_room_is_refused() -> None:
 
 def test_a_batch_of_no_sequences_gives_no_logits() -> None:
     assert build(small_spec()).logits(Batch.of_sequences([])).shape == (0, 50)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda model: model.logits([[1, 2]]), r"not \[\[1, 2\]\]; .* logits\(Batch.of_sequences"),
+        (lambda model: model.logits(np.arange(3)), r"takes a lfm2kit.Batch, not array"),
+        (lambda model: model.new_state(4), r"not 4; .* new_state\(Room.of_sequences\(16, 4096\)"),
+        (
+            lambda model: model.logits(Batch.of_sequences([[1]], pages=[[0]]), Room(1)),
+            r"a state is what new_state\(room\) returns, not Room",
+        ),
+    ],
+)
+def test_an_argument_of_another_type_is_an_error_that_says_what_to_type(
+    call: Callable[[LFM2], Any], says: str
+) -> None:
+    with pytest.raises(TypeError, match=says) as error:
+        call(build(small_spec()))
+    assert "\n" not in str(error.value)
