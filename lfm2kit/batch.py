@@ -235,9 +235,9 @@ def _starts(values: npt.ArrayLike, lengths: npt.NDArray[np.int32]) -> npt.NDArra
         raise ValueError(f"starts of shape {starts.shape} for {len(lengths)} sequences")
     is_within = (starts >= 0) & (starts <= MOST_CONTEXT - lengths)
     if not is_within.all():
-        first = starts[~is_within][0]
+        row = int(np.argmin(is_within))
         raise ValueError(
-            f"a sequence cannot start at {first}: positions are 0 to {MOST_CONTEXT - 1}"
+            f"sequence {row} cannot start at {starts[row]}: positions are 0 to {MOST_CONTEXT - 1}"
         )
     return starts
 

@@ -155,12 +155,13 @@ class LFM2:
                 "type logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))"
             )
         host = batch.on(HOST)
-        self._check_ids(host.token_ids)
+        self._check_ids(host)
         with self._lock, own_stream(self.home):
             if state is None:
-                if host.starts.any():
+                if (starts := host.starts).any():
+                    row = int(np.flatnonzero(starts)[0])
                     raise ValueError(
-                        "a sequence starts at a position above 0, but there is no state"
+                        f"sequence {row} starts at position {starts[row]}, but there is no state"
                     )
                 return self._run(host, None)
             self._check_state(state)
@@ -188,10 +189,16 @@ class LFM2:
         finalize(state, self._replays.drop, owner)
         return state
 
-    def _check_ids(self, token_ids: npt.NDArray[np.int32]) -> None:
+    def _check_ids(self, batch: Batch) -> None:
+        token_ids: npt.NDArray[np.int32] = batch.token_ids
         size = self.spec.embed_tokens.vocab_size
         if len(token_ids) and token_ids.view(np.uint32).max() >= size:  # negative ones are large
-            raise ValueError(f"a token id lies outside the vocabulary of {size}")
+            row = int(np.argmax(token_ids.view(np.uint32) >= size))
+            sequence = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
+            raise ValueError(
+                f"token id {token_ids[row]} in row {row}, which is of sequence {sequence}, lies "
+                f"outside the vocabulary of {size}"
+            )
 
     def _check_state(self, state: ModelState) -> None:
         if not isinstance(state, ModelState):

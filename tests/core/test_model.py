@@ -373,15 +373,16 @@ def test_a_missing_block_says_who_has_it() -> None:
 
 @pytest.mark.parametrize("token", [-1, 50])
 def test_an_id_outside_the_vocabulary_never_reaches_a_block(token: int) -> None:
-    with pytest.raises(ValueError, match="vocabulary of 50"):
-        build(small_spec()).logits(Batch.of_sequences([[1, token]]))
+    says = f"token id {token} in row 3, which is of sequence 1, lies outside the vocabulary of 50"
+    with pytest.raises(ValueError, match=says):
+        build(small_spec()).logits(Batch.of_sequences([[1, 2], [3, token], [token]]))
 
 
 def test_a_batch_that_its_state_refuses_never_reaches_a_block() -> None:
     names: list[str] = []
     model = build(small_spec(), wrap=lambda name, spec, block: (names.append(name), block)[1])
     state, names = model.new_state(Room(3, 64)), []
-    with pytest.raises(ValueError, match="page 3 lies outside the 3 there are"):
+    with pytest.raises(ValueError, match="sequence 0 names page 3, but the state's 3 pages are"):
         model.logits(Batch.of_sequences([[1]], pages=[[3]]), state)
     assert names == []
 
@@ -404,7 +405,9 @@ def test_pages_of_a_forward_that_failed_hold_no_sequence() -> None:
     with pytest.raises(RuntimeError):
         model.logits(Batch.of_sequences([[5]], starts=[3], pages=[[0]]), state)
     failing = False
-    with pytest.raises(ValueError, match="after 3 tokens, but its pages do not hold them"):
+    with pytest.raises(
+        ValueError, match="after 3 tokens, but page 0 was lost when a forward failed"
+    ):
         model.logits(Batch.of_sequences([[5]], starts=[3], pages=[[0]]), state)
     model.logits(Batch.of_sequences([[5]], starts=[1], pages=[[1]]), state)
     model.logits(Batch.of_sequences([[5]], pages=[[0]]), state)
@@ -413,7 +416,7 @@ def test_pages_of_a_forward_that_failed_hold_no_sequence() -> None:
 @pytest.mark.parametrize("plan", ["reference", "capturing"])
 def test_without_a_state_sequences_are_whole(plan: str) -> None:
     model = build(small_spec(), plan, {"capturing": CapturingBackend()})
-    with pytest.raises(ValueError, match="position above 0, but there is no state"):
+    with pytest.raises(ValueError, match="sequence 1 starts at position 1, but there is no state"):
         model.logits(Batch.of_sequences([[1, 2], [3]], starts=[0, 1]))
 
 
