@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -411,6 +412,55 @@ def test_pages_of_a_forward_that_failed_hold_no_sequence() -> None:
         model.logits(Batch.of_sequences([[5]], starts=[3], pages=[[0]]), state)
     model.logits(Batch.of_sequences([[5]], starts=[1], pages=[[1]]), state)
     model.logits(Batch.of_sequences([[5]], pages=[[0]]), state)
+
+
+class Interrupting(CapturingBackend):
+    """Ends a forward as Ctrl-C does, once it has written its state."""
+
+    is_armed = False
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        block = super().build(spec, weights)
+        return self._interrupted(block) if isinstance(spec, specs.LMHead) else block
+
+    def _interrupted(self, block: Block) -> Block:
+        def call(x: Any) -> Any:
+            if self.is_armed:
+                raise KeyboardInterrupt
+            return block(x)
+
+        return call
+
+
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_an_interrupted_forward_loses_its_pages_and_nothing_else(is_replayed: bool) -> None:
+    backend = Interrupting()
+    model = build(small_spec(), "interrupting", {"interrupting": backend})
+    state = model.new_state(Room(2, 64))
+    model.logits(Batch.of_sequences([[0, 1], [0, 1]], pages=[[0], [1]]), state)
+
+    def step(position: int, page: int) -> Any:
+        batch = Batch.of_sequences([[position]], starts=[position], pages=[[page]])
+        return model.logits(batch, state)
+
+    position = 2
+    while is_replayed and position < 4:
+        step(position, 1)
+        position += 1
+    assert len(backend.forms) == is_replayed
+    backend.is_armed = True
+    with pytest.raises(KeyboardInterrupt):
+        step(2, 0)
+    backend.is_armed = False
+    for again in (2, 3):
+        with pytest.raises(ValueError, match="page 0 was lost when a forward failed"):
+            step(again, 0)
+    with ThreadPoolExecutor(1) as thread:  # the lock is free
+        other = thread.submit(step, position, 1).result(timeout=60)
+    plain = build(small_spec())
+    want = plain.logits(Batch.of_sequences([np.arange(position + 1)]))
+    np.testing.assert_allclose(other, want, atol=1e-6)
+    np.testing.assert_allclose(step(0, 0), plain.logits(Batch.of_sequences([[0]])), atol=1e-6)
 
 
 @pytest.mark.parametrize("plan", ["reference", "capturing"])
