@@ -139,6 +139,13 @@ class LFM2:
         object.__setattr__(self, "_replays", replays_in(self.home))
         finalize(self, self._replays.drop, self._owner)
 
+    def __repr__(self) -> str:
+        backends = sorted({str(leaf.backend) for leaf in self.placed.leaves()})
+        return (
+            f"<LFM2 of {len(self.spec.layers)} layers, vocabulary of "
+            f"{self.spec.embed_tokens.vocab_size}, on {', '.join(backends)}>"
+        )
+
     @out_of_memory.in_a_forward
     def logits(self, batch: Batch, state: ModelState | None = None) -> npt.NDArray[np.float32]:
         """Return float32 [len(batch.logits_rows), vocab_size], which belongs to the caller.

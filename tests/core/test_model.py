@@ -515,3 +515,10 @@ def test_an_argument_of_another_type_is_an_error_that_says_what_to_type(
     with pytest.raises(TypeError, match=says) as error:
         call(build(small_spec()))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_and_a_state_are_shown_in_one_short_line() -> None:
+    model = build(small_spec(), "reference,moe=device", {"device": DeviceBackend()})
+    assert repr(model) == "<LFM2 of 4 layers, vocabulary of 50, on device, reference>"
+    state = model.new_state(Room(3, 64))
+    assert repr(state) == "<ModelState of 4 layers, 3 pages of 64 tokens>"
