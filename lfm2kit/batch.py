@@ -145,7 +145,7 @@ class Batch:
         It is made once, and remembered under `key`.  Make the key a tuple that begins with an
         object of your own, such as a function: then neither another module nor a memory's name is
         equal to it.  A captured forward makes it again for every batch that it is given, so it must
-        follow from the batch alone.
+        follow from the batch alone.  Nothing more is derived from a derived batch.
         """
         if key not in self.views:
             self.makes[key] = make
@@ -183,17 +183,6 @@ class Batch:
         whole.views.update(zip(self.makes, derived, strict=True))
         whole.makes.update(self.makes)
         return whole
-
-    def forget_views(self) -> None:
-        """Free the batches made from this one, without waiting for the garbage collector.
-
-        A batch and its views refer to each other.
-        """
-        views = list(self.views.values())
-        self.views.clear()
-        for view in views:
-            if view.views:
-                view.forget_views()
 
     def _moved(self, memory: Memory) -> Batch:
         def move(array: Any) -> Any:

@@ -66,7 +66,7 @@ class Ledger:
         else:
             self._enter(batch.pages, entry)
             self._run = Run.after(batch, entry, self._room)
-        self._pending = None  # last: an interrupt in the books costs the pages, and no more
+        self._pending = None  # last: if an interrupt comes before, the pages count as lost
 
     def _settle(self) -> None:
         """Enter what a run of decoding steps has written, and what a failed forward has lost."""
@@ -74,9 +74,8 @@ class Ledger:
             self._raise_to(self._run.entry.pages, self._run.ends)
             self._run = None
         if self._pending is not None:
-            lost = self._pending.pages
-            self._filled[lost] = _LOST
-            self._renew(lost)  # for sequences that have pages after these
+            self._filled[self._pending.pages] = _LOST
+            self._renew(self._pending.pages)  # pages after them no longer follow
             self._pending = None
 
     def _enter(self, table: Int32, entry: Entry) -> None:
@@ -91,7 +90,7 @@ class Ledger:
         self._trail[entry.pages] = trails[entry.rows, entry.columns]
 
     def _renew(self, pages: Int32) -> None:
-        """Give pages new identities: no sequence goes on from what they held."""
+        """Give pages other identities, so that no table that named them is accepted any more."""
         self._identity[pages] = self._random.integers(2**64, size=len(pages), dtype=np.uint64)
 
     def _raise_to(self, pages: Int32, ends: Int32) -> None:
@@ -107,24 +106,28 @@ class Ledger:
                 f"but the state's {self._room.pages} pages are 0 to {self._room.pages - 1}"
             )
         places = entry.rows * table.shape[1] + entry.columns
+        if self._are_shared(table, entry, places):
+            raise ValueError(self._why_shared(table, entry))
+
+    def _are_shared(self, table: Int32, entry: Entry, places: npt.NDArray[np.intp]) -> bool:
+        """Return whether a page that is written at one place stands at another one, too."""
         writer, pages = self._writer, entry.pages
         try:
             writer[pages] = places
-            is_shared = writer[pages] != places
-            if not is_shared.any() and not self._are_continued(entry):
-                users = writer[table.reshape(-1)]
-                is_used = (users >= 0) & (users != np.arange(table.size))
-                if is_used.any():
-                    is_shared = np.isin(places, users[is_used])
+            if (writer[pages] != places).any():
+                return True
+            if self._are_continued(entry):
+                return False
+            users = writer[table.reshape(-1)]
+            return bool(((users >= 0) & (users != np.arange(table.size))).any())
         finally:
             writer[pages] = -1
-        if is_shared.any():
-            raise ValueError(self._why_shared(table, entry, int(np.flatnonzero(is_shared)[0])))
 
-    def _why_shared(self, table: Int32, entry: Entry, nth: int) -> str:
-        """Return who else uses the page that is written as the nth of the entry."""
+    def _why_shared(self, table: Int32, entry: Entry) -> str:
+        """Return which page that is written stands at another place, too, and what to do."""
+        users = ((np.argwhere(table == page), i) for i, page in enumerate(entry.pages))
+        places, nth = next((places, i) for places, i in users if len(places) > 1)
         row, column, page = entry.rows[nth], entry.columns[nth], entry.pages[nth]
-        places = np.argwhere(table == page)
         other = next(int(r) for r, c in places if (r, c) != (row, column))
         user = "itself names a second time" if other == row else f"sequence {other} names as well"
         whole = int(column) * self._room.page_tokens

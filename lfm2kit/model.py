@@ -6,6 +6,7 @@ Everything is decided in `lfm2kit.building`; nothing of it is left to the forwar
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -23,7 +24,7 @@ from lfm2kit.batch import Batch, Make
 from lfm2kit.building import out_of_memory
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.placement import Placed
-from lfm2kit.memory import HOST, Memory, own_stream
+from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.state import ModelState, Room
 
@@ -125,6 +126,7 @@ class LFM2:
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
     _captures: Captures | None = field(init=False, repr=False)
     _replays: Replays = field(init=False, repr=False)
+    _ordered: tuple[Memory, ...] = field(init=False, repr=False)  # with a stream for each forward
     # Who owns replays: the model itself, or one of its states.
     _owner: Hashable = field(init=False, repr=False, default_factory=object)
     _states: WeakKeyDictionary[ModelState, Hashable] = field(
@@ -137,6 +139,9 @@ class LFM2:
         is_captured = self.may_capture and can_capture(self.backend, self.placed)
         object.__setattr__(self, "_captures", self.backend if is_captured else None)
         object.__setattr__(self, "_replays", replays_in(self.home))
+        memories = {placed.memory.name: placed.memory for placed in self.placed.tree()}
+        ordered = tuple(memory for memory in memories.values() if is_ordered(memory))
+        object.__setattr__(self, "_ordered", ordered)
         finalize(self, self._replays.drop, self._owner)
 
     def __repr__(self) -> str:
@@ -163,7 +168,9 @@ class LFM2:
             )
         host = batch.on(HOST)
         self._check_ids(host)
-        with self._lock, own_stream(self.home):
+        with self._lock, ExitStack() as streams:
+            for memory in self._ordered:
+                streams.enter_context(own_stream(memory))
             if state is None:
                 if (starts := host.starts).any():
                     row = int(np.flatnonzero(starts)[0])
@@ -224,22 +231,36 @@ class LFM2:
         layers = None if state is None else state.layers
         if self._captures is None:
             return self.home.to_host(self.forward(batch.on(self.home), layers))
+        batch = self._with_own_views(batch)
         key = self._key(batch, state)
         if not self._replays.is_due(key):
             logits = self.home.to_host(self.forward(batch.on(self.home), layers))
             self._makes.update(batch.makes)
             self._replays.note(self._key(batch, state))
             return logits
-        step = partial(self.forward, state=layers)
+
+        def step(batch: Batch) -> Array:
+            return self.forward(batch, layers)
+
         with self._replays.using(key, partial(self._captures.capture, step, batch)) as replay:
             return self.home.to_host(replay(batch))
 
+    def _with_own_views(self, batch: Batch) -> Batch:
+        """Return the host batch with the derived ones of this model's forwards, in their order.
+
+        Another model may have derived others from the same batch.
+        """
+        if self._makes or batch.makes:
+            batch = batch.unchecked()
+            for key, make in self._makes.items():
+                batch.derived(key, make)
+        return batch
+
     def _key(self, batch: Batch, state: ModelState | None) -> Key:
         """Return what a replay for this host batch must have been captured for."""
-        for key, make in self._makes.items():
-            batch.derived(key, make)
         owner = self._owner if state is None else self._states[state]
-        return Key(owner, tuple(one.form for one in batch.family()))
+        forms = [one.form for one in batch.family()]
+        return Key(owner, (tuple(batch.makes), tuple(forms)))
 
 
 def can_capture(backend: Backend, placed: Placed) -> bool:

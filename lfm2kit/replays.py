@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import RLock
+from threading import Lock
 from typing import NamedTuple
 
 from lfm2kit.backend import Replay
@@ -35,6 +36,9 @@ class Replays:
 
     A forward is captured when its form comes for the second time, because capturing takes longer
     than one forward.  The newest replay is always kept.  A replay that is dropped is closed.
+
+    The garbage collector calls `drop` at any moment, also in the middle of the other methods: what
+    it drops is then closed when they have ended.
     """
 
     def __init__(self, memory: Memory, most: int = MOST) -> None:
@@ -42,18 +46,19 @@ class Replays:
         self._most = most
         self._kept: dict[Key, _Kept] = {}  # the least recently used first
         self._noted: dict[Key, None] = {}  # forms that have come, the oldest first
-        self._lock = RLock()
+        self._gone: deque[Hashable] = deque()  # owners whose replays are to be closed
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     @property
     def nbytes(self) -> int:
-        return sum(kept.replay.nbytes for kept in self._kept.values())
+        return sum(kept.replay.nbytes for kept in list(self._kept.values()))
 
     def note(self, key: Key) -> None:
         """Remember that a forward of this key has run, without a replay."""
-        with self._lock:
+        with self._locked():
             self._noted[key] = None
             if len(self._noted) > MOST_NOTED:
                 del self._noted[next(iter(self._noted))]
@@ -65,31 +70,45 @@ class Replays:
     @contextmanager
     def using(self, key: Key, capture: Callable[[], Replay]) -> Iterator[Replay]:
         """Give the replay of this key, captured if there is none; it is not closed meanwhile."""
-        with self._lock:
+        with self._locked():
             kept = self._kept.pop(key, None) or _Kept(self._captured(capture))
             self._kept[key] = kept
             kept.users += 1
         try:
             yield kept.replay
         finally:
-            with self._lock:
+            with self._locked():
                 kept.users -= 1
                 if self._kept.get(key) is not kept and not kept.users:
                     kept.replay.close()  # dropped meanwhile
 
     def drop(self, owner: Hashable) -> None:
         """Drop all replays of a model or state that is gone."""
-        with self._lock:
-            for key in [key for key in self._kept if key.owner == owner]:
-                self._drop(key)
-            for key in [key for key in self._noted if key.owner == owner]:
-                del self._noted[key]
+        self._gone.append(owner)
+        self._drop_gone()
 
     def close(self) -> None:
         """Drop all of them."""
+        with self._locked():
+            self._drop_all()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         with self._lock:
-            for key in list(self._kept):
-                self._drop(key)
+            yield
+        self._drop_gone()
+
+    def _drop_gone(self) -> None:
+        """Drop what owners have left, unless somebody is at work here, who will do it then."""
+        while self._gone and self._lock.acquire(blocking=False):
+            try:
+                owner = self._gone.popleft()
+                for key in [key for key in list(self._kept) if key.owner == owner]:
+                    self._drop(key)
+                for key in [key for key in list(self._noted) if key.owner == owner]:
+                    del self._noted[key]
+            finally:
+                self._lock.release()
 
     def _captured(self, capture: Callable[[], Replay]) -> Replay:
         while len(self._kept) >= self._most:
@@ -106,13 +125,17 @@ class Replays:
         except MemoryError:
             if not self._kept:
                 raise
-        self.close()  # outside the handler: the error's frames hold arrays
+        self._drop_all()  # outside the handler: the error's frames hold arrays
         return capture()
 
     def _most_bytes(self, newest: Replay) -> float:
         memory = self._memory
         free = memory.free_bytes() if isinstance(memory, Bounded) else FREE_IF_UNKNOWN
         return SHARE * (free + self.nbytes + newest.nbytes)
+
+    def _drop_all(self) -> None:
+        for key in list(self._kept):
+            self._drop(key)
 
     def _drop(self, key: Key) -> None:
         kept = self._kept.pop(key)
@@ -121,7 +144,7 @@ class Replays:
 
 
 _of_memories: dict[str, Replays] = {}
-_lock = RLock()
+_lock = Lock()
 
 
 def replays_in(memory: Memory) -> Replays:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from lfm2kit.backend import Array, Block, Operator, Room, State
+import numpy.typing as npt
+
+from lfm2kit.backend import Block, Operator, Room, State
 from lfm2kit.batch import Batch
-from lfm2kit.memory import Memory
+from lfm2kit.memory import Memory, is_ordered
 
 
 class Seam:
@@ -25,25 +28,43 @@ class Seam:
         if self.memory.name == self.outer.name:
             return self.block(*inputs)
         if self.operator is not None:  # its last argument is its own state: never moved
-            *inputs_before, state = inputs
-            return self._back(self.block(*map(self._there, inputs_before), state))
-        return self._back(self.block(*map(self._there, inputs)))
+            moved = self._moved(inputs[:-1], self.outer, self.memory)
+            result = self.block(*moved, inputs[-1])
+        else:
+            result = self.block(*self._moved(inputs, self.outer, self.memory))
+        if isinstance(result, tuple):
+            return tuple(self._moved(result, self.memory, self.outer))
+        return self._moved([result], self.memory, self.outer)[0]
 
     def new_state(self, room: Room) -> State:
         assert self.operator is not None, "only operators have a state"
         return self.operator.new_state(room)
 
-    def _there(self, value: Any) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, Batch):
-            return value.on(self.memory)
-        return self.memory.from_host(self.outer.to_host(value))
+    def _moved(self, values: Sequence[Any], source: Memory, target: Memory) -> list[Any]:
+        """Return arrays and batches in `target`; all copies are begun before one is awaited."""
+        started = [_started(value, source) for value in values]
+        return [_arrived(value, target) for value in started]
 
-    def _back(self, result: Any) -> Any:
-        if isinstance(result, tuple):
-            return tuple(self._back(array) for array in result)
-        return self._array_back(result)
 
-    def _array_back(self, array: Array) -> Array:
-        return self.outer.from_host(self.memory.to_host(array))
+def _started(value: Any, source: Memory) -> Any:
+    """Begin to copy an array to the host, if its memory goes on meanwhile."""
+    if value is None or isinstance(value, Batch):
+        return value
+    return source.start_to_host(value) if is_ordered(source) else _Here(source.to_host(value))
+
+
+def _arrived(value: Any, target: Memory) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Batch):
+        return value.on(target)
+    return target.from_host(value.wait())
+
+
+class _Here(NamedTuple):
+    """An array that has arrived."""
+
+    array: npt.NDArray[Any]
+
+    def wait(self) -> npt.NDArray[Any]:
+        return self.array

@@ -18,6 +18,7 @@ __all__ = ["PAGE_STEP", "STEP_BACK", "ModelState", "Room", "State"]
 
 State = Any  # opaque to the core: made by an operator's `new_state`, handed back to it only
 
+MOST_TOKENS = 2**31 - 1  # kernels count the tokens of a state in int32
 PAGE_STEP = 64  # tokens: `page_tokens` is a multiple of it, so that tiles of keys lie within a page
 
 
@@ -39,15 +40,21 @@ class Room:
             raise ValueError(
                 f"page_tokens is {self.page_tokens}, but must be a multiple of {PAGE_STEP}"
             )
+        if self.pages * self.page_tokens > MOST_TOKENS:
+            raise ValueError(
+                f"{self.pages} pages of {self.page_tokens} tokens are more than the {MOST_TOKENS} "
+                "tokens that a state may hold"
+            )
 
     def pages_of(self, tokens: int) -> int:
         """Return how many pages a sequence of `tokens` tokens takes."""
-        return -(-tokens // self.page_tokens)
+        return -(-_whole("tokens", tokens) // self.page_tokens)
 
     @classmethod
     def of_sequences(cls, sequences: int, tokens: int, page_tokens: int = 128) -> Room:
         """Return room for `sequences` sequences of up to `tokens` tokens each."""
-        return cls(sequences * cls(0, page_tokens).pages_of(tokens), page_tokens)
+        pages = cls(0, page_tokens).pages_of(tokens)
+        return cls(_whole("sequences", sequences) * pages, page_tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -49,7 +49,7 @@ def plan(
     if rank >= ranks:
         raise Lfm2kitError(f"--rank {rank}: ranks are 0 to {ranks - 1}; give --ranks {rank + 1}")
     setup = set_up(checkpoint, options, world=World(rank, ranks, rank, ranks))
-    room = Room.of_sequences(sequences, context)
+    room = _room(sequences, context)
     rows = [_row(leaf, setup, tokens, room) for leaf in setup.placed.leaves()]
     totals = _totals(setup, tokens, room)
     shortage = setup.shortage(tokens, room)
@@ -73,6 +73,13 @@ def plan(
     if json != "-":
         _show(report, setup, tokens, room)
     report.write()
+
+
+def _room(sequences: int, context: int) -> Room:
+    try:
+        return Room.of_sequences(sequences, context)
+    except ValueError as error:
+        raise Lfm2kitError(f"--sequences {sequences} --context {context}: {error}") from None
 
 
 def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:

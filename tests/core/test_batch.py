@@ -163,15 +163,6 @@ def test_a_changed_batch_shares_no_view_with_the_one_before(was_moved: bool) -> 
     assert changed.on(there).logits_rows.values.tolist() == [0]
 
 
-def test_views_are_let_go() -> None:
-    there = Elsewhere()
-    batch = Batch.of_sequences([[1, 2, 3]]).on(there)
-    derived = batch.derived(("afresh",), replace)
-    batch.forget_views()
-    assert batch.views == {}
-    assert derived.views == {}
-
-
 def test_a_derived_batch_is_made_once_on_the_host_for_all_memories() -> None:
     made: list[Batch] = []
 

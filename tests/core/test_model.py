@@ -522,3 +522,45 @@ def test_a_model_and_a_state_are_shown_in_one_short_line() -> None:
     assert repr(model) == "<LFM2 of 4 layers, vocabulary of 50, on device, reference>"
     state = model.new_state(Room(3, 64))
     assert repr(state) == "<ModelState of 4 layers, 3 pages of 64 tokens>"
+
+
+def test_a_wrapper_around_the_whole_model_may_survive_capture(expected: Any) -> None:
+    backend = CapturingBackend()
+    model = build(
+        small_spec(),
+        "capturing",
+        {"capturing": backend},
+        wrap=lambda name, spec, block: block if name else lambda *inputs: block(*inputs),
+    )
+    for _ in range(3):
+        np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
+    assert len(backend.forms) == 1
+
+
+def test_models_that_share_a_batch_replay_what_they_derive_themselves() -> None:
+    """Two models derive other rows of one batch, in another order."""
+
+    def rows(which: int) -> Any:
+        def make(host: Batch) -> Batch:
+            return host.unchecked(logits_rows=host.logits_rows[which : which + 1])
+
+        return make
+
+    def deriving(order: tuple[int, ...]) -> Any:
+        def wrap(name: str, spec: Spec, block: Block) -> Block:
+            def derived(hidden: Any, delta: Any, batch: Batch) -> Any:
+                chosen = [batch.derived(("row", i), rows(i)) for i in order]
+                return block(hidden, delta, chosen[0])
+
+            return derived if name == "last_rows" else block
+
+        backend = CapturingBackend()
+        return build(small_spec(), "capturing", {"capturing": backend}, wrap=wrap)
+
+    first, second = deriving((0, 1)), deriving((1, 0))
+    for _ in range(4):
+        batch = Batch.of_sequences(SEQUENCES)
+        want = build(small_spec()).logits(batch)
+        np.testing.assert_array_equal(first.logits(batch), want[:1])
+        np.testing.assert_array_equal(second.logits(batch), want[1:2])
+        np.testing.assert_array_equal(first.logits(batch), want[:1])

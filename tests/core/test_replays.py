@@ -129,3 +129,30 @@ def test_the_replays_of_an_owner_are_dropped_with_what_is_noted_of_it() -> None:
     assert tank.taken == [10]
     due = [replays.is_due(Key(owner, f)) for owner in ("one", "other") for f in ("rare", "often")]
     assert due == [False, False, True, True]
+
+
+def test_an_owner_that_goes_while_replays_are_at_work_is_dropped_afterwards() -> None:
+    """As the garbage collector does it: in the middle of anything, even in the same thread."""
+    tank = Tank(10**6)
+    replays = Replays(tank)
+    use(replays, 1, tank.capture(10))
+
+    class Collecting(Recorded):
+        """Asked for its size, it allocates, and the collector runs."""
+
+        @property
+        def nbytes(self) -> int:
+            replays.drop("gone")
+            return self._nbytes
+
+        @nbytes.setter
+        def nbytes(self, value: int) -> None:
+            self._nbytes = value
+
+    for form in range(3):
+        with replays.using(
+            Key("gone", form), lambda: Collecting(lambda batch: None, 10, tank.taken)
+        ) as replay:
+            assert replay is not None
+    assert tank.taken == [10]
+    assert len(replays) == 1

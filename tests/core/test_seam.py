@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from lfm2kit.backend import HOST, Batch, Room
 from lfm2kit.seam import Seam
+from tests.conformance.late import LateMemory
 from tests.core.test_model import Box, Elsewhere
 
 X = np.arange(6, dtype=np.float32).reshape(3, 2)
@@ -112,3 +114,32 @@ def test_only_operators_have_a_state(there: Elsewhere) -> None:
     plain = seam(Doubling(), there)
     with pytest.raises(AssertionError, match="only operators have a state"):
         plain.new_state(ROOM)
+
+
+class Watched(LateMemory):
+    """Keeps in a list when copies to the host are begun and awaited."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[str] = []
+
+    def start_to_host(self, array: Any) -> Any:
+        self.log.append("begun")
+        arriving = super().start_to_host(array)
+
+        def wait() -> Any:
+            self.log.append("awaited")
+            return arriving.wait()
+
+        return SimpleNamespace(wait=wait)
+
+
+def test_all_copies_are_begun_before_one_is_awaited() -> None:
+    def block(x: Any, y: Any) -> Any:
+        return x + y, x - y
+
+    memory = Watched()
+    arrays = [memory.from_host(np.full((2, 3), i, np.float32)) for i in (3, 1)]
+    results = Seam(block, HOST, memory, state_of=block)(*arrays)
+    assert memory.log == ["begun", "begun", "awaited", "awaited"]
+    assert [memory.to_host(result)[0, 0] for result in results] == [4, 2]

@@ -55,10 +55,11 @@ class Replay:
             stream = cupy.cuda.get_current_stream()
             stream.wait_event(self._done)
             self._staging.send(batch.packed(), self._arrays, stream)
-            self._graph.launch(stream)
-            logits = self._logits.copy()
-            self._done.record(stream)
-            return logits
+            try:
+                self._graph.launch(stream)
+                return self._logits.copy()
+            finally:
+                self._done.record(stream)
 
     @property
     def nbytes(self) -> int:

@@ -64,6 +64,9 @@ class CudaMemory:
             try:
                 with stream:
                     yield
+            except BaseException:
+                stream.synchronize()  # what was enqueued must not run beside the next user's work
+                raise
             finally:
                 before.use()  # CuPy's own `with` forgets a stream that was chosen by `use`
                 self._idle.append(stream)

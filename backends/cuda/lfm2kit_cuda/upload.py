@@ -8,7 +8,7 @@ that it was sent in has read it.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -42,10 +42,13 @@ class InPieces:
             self._send(self._fill(self._next(), source), target)
             return
         filled: list[Future[int]] = []
-        for i, piece in enumerate(pieces):
-            for ahead in pieces[len(filled) : i + BUFFERS]:
-                filled.append(self._threads.submit(self._fill, self._next(), source[ahead]))
-            self._send(filled[i].result(), target[piece])
+        try:
+            for i, piece in enumerate(pieces):
+                for ahead in pieces[len(filled) : i + BUFFERS]:
+                    filled.append(self._threads.submit(self._fill, self._next(), source[ahead]))
+                self._send(filled[i].result(), target[piece])
+        finally:
+            wait(filled)  # after an interrupt too: the next copy gets these buffers
 
     def _next(self) -> int:
         self._turn = (self._turn + 1) % BUFFERS
@@ -78,12 +81,15 @@ class InParts:
         first, *rest = _slices(len(source), -(-len(source) // PARTS))
         self._sent.synchronize()
         filled = [self._threads.submit(self._fill, part, source) for part in rest]
-        self._fill(first, source)
-        self._send(first, target)
-        for part, fill in zip(rest, filled, strict=True):
-            fill.result()
-            self._send(part, target)
-        self._sent.record()
+        try:
+            self._fill(first, source)
+            self._send(first, target)
+            for part, fill in zip(rest, filled, strict=True):
+                fill.result()
+                self._send(part, target)
+        finally:
+            wait(filled)
+            self._sent.record()
 
     def _fill(self, part: slice, source: Bytes) -> None:
         np.copyto(self._buffer[part], source[part])
