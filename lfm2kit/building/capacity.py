@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from reprlib import repr as brief  # of what a backend returns, however long it is
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, Room, Weights
 from lfm2kit.building.placement import Placed
@@ -54,14 +57,15 @@ class Sizes(NamedTuple):
         backend = self._backend(leaf)
         if not isinstance(backend, MemoryFigures):
             return None
-        return backend.kept_bytes(leaf.spec, self.weights.scope(leaf.scope))
+        kept = backend.kept_bytes(leaf.spec, self.weights.scope(leaf.scope))
+        return whole_bytes(leaf, "kept_bytes", kept)
 
     def scratch(self, leaf: Placed, tokens: int) -> int | None:
         """Return the bytes that a call of a block with `tokens` rows will need while it runs."""
         backend = self._backend(leaf)
         if not isinstance(backend, MemoryFigures):
             return None
-        return backend.scratch_bytes(leaf.spec, tokens)
+        return whole_bytes(leaf, "scratch_bytes", backend.scratch_bytes(leaf.spec, tokens))
 
     def state(self, leaf: Placed, room: Room) -> int:
         """Return the bytes that a block's state with this room will take; 0 if it has none."""
@@ -122,7 +126,17 @@ def state_bytes(create: Callable[[str], Backend], leaf: Placed, room: Room) -> i
             f"{leaf.name}: backend '{leaf.backend}' builds {type(leaf.spec).__name__} blocks, "
             "but has no method state_bytes(spec, room), which says what their states take"
         )
-    return backend.state_bytes(leaf.spec, room)
+    return whole_bytes(leaf, "state_bytes", backend.state_bytes(leaf.spec, room))
+
+
+def whole_bytes(leaf: Placed, method: str, count: Any) -> int:
+    """Return what a backend says of a block; `Lfm2kitError` if it is not a number of bytes."""
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+        raise Lfm2kitError(
+            f"{leaf.name or 'the model'}: {method} of backend '{leaf.backend}' returned "
+            f"{brief(count)} for a {type(leaf.spec).__name__}, but must return a whole number"
+        )
+    return int(count)
 
 
 def free_bytes(placed: Placed, ranks: int = 1) -> dict[str, int]:

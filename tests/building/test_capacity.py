@@ -197,3 +197,15 @@ def test_a_backend_that_does_not_say_what_states_take_is_named() -> None:
         setup.build()
     with pytest.raises(Lfm2kitError, match=says):
         setup.shortage(1, Room(1))
+
+
+@pytest.mark.parametrize("method", ["kept_bytes", "scratch_bytes", "state_bytes"])
+@pytest.mark.parametrize("wrong", [None, -1, 0.5])
+def test_a_size_that_is_not_a_number_of_bytes_is_named(
+    method: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CardBackend, method, lambda *arguments: wrong)
+    Card.free = 1 << 40
+    says = rf"{method} of backend 'card' returned {wrong} for a \w+, but must return a whole number"
+    with pytest.raises(Lfm2kitError, match=says):
+        card().build()
