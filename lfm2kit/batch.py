@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +100,10 @@ class Batch:
         Raises ValueError for an empty sequence, ids that are not integers, a negative start, pages
         that are not page numbers, and a wrong number of starts or rows of pages.
         """
+        if not np.iterable(sequences):
+            raise ValueError(
+                f"sequences is {brief(sequences)}, but must be rows of token ids, as [[1, 2], [3]]"
+            )
         chunks = [_row_of_ids(sequence) for sequence in sequences]
         count = len(chunks)
         lengths = np.array([len(chunk) for chunk in chunks], np.int32)
@@ -219,9 +224,9 @@ def _starts(values: npt.ArrayLike, lengths: npt.NDArray[np.int32]) -> npt.NDArra
         raise ValueError(f"starts of shape {starts.shape} for {len(lengths)} sequences")
     is_within = (starts >= 0) & (starts <= MOST_CONTEXT - lengths)
     if not is_within.all():
-        first = starts[~is_within][0]
+        row = int(np.argmin(is_within))
         raise ValueError(
-            f"a sequence cannot start at {first}: positions are 0 to {MOST_CONTEXT - 1}"
+            f"sequence {row} cannot start at {starts[row]}: positions are 0 to {MOST_CONTEXT - 1}"
         )
     return starts
 
@@ -230,14 +235,25 @@ def _table(
     pages: Sequence[Sequence[int]] | npt.NDArray[np.int32], sequences: int
 ) -> npt.NDArray[np.int32]:
     """Return rows of page numbers as one table, padded with -1."""
-    if len(pages) != sequences:
-        raise ValueError(f"{len(pages)} rows of pages for {sequences} sequences")
     if isinstance(pages, np.ndarray) and pages.ndim == 2:
         table = integers("pages", pages).copy(order="C")
     else:
-        rows = [integers("pages", row) for row in pages]
-        table = np.full((sequences, max(map(len, rows), default=0)), -1, np.int32)
+        rows = _rows_of_pages(pages)
+        table = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
         for i, row in enumerate(rows):
             table[i, : len(row)] = row
+    if len(table) != sequences:
+        raise ValueError(f"{len(table)} rows of pages for {sequences} sequences")
     check_pages(table)
     return table
+
+
+def _rows_of_pages(pages: Any) -> list[npt.NDArray[np.int32]]:
+    """Return each sequence's page numbers; ValueError if `pages` is not a row for each."""
+    rows = [integers("pages", row) for row in pages] if np.iterable(pages) else None
+    if rows is None or any(row.ndim != 1 for row in rows):
+        raise ValueError(
+            f"pages is {brief(pages)}, but must have a row of page numbers for each sequence, "
+            "as [[0], [1, 2]]"
+        )
+    return rows

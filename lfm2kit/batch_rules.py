@@ -6,6 +6,7 @@ are a few whole-array operations.  Negative numbers, read as uint32, are large o
 
 from __future__ import annotations
 
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,7 +87,10 @@ def integers(name: str, values: npt.ArrayLike) -> Int32:
     """Returns `values` as int32; ValueError if they are not integers, or do not fit."""
     if isinstance(values, np.ma.MaskedArray):
         raise ValueError(f"{name} are a masked array; give the ones that count")
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):  # rows of different lengths, or what looks like an array
+        raise ValueError(f"{name} are not a row of integers: {brief(values)}") from None
     if array.dtype == INT32:
         return array
     if array.size and array.dtype.kind not in "iu":

@@ -100,10 +100,14 @@ class Ledger:
     def _check_pages(self, table: Int32, entry: Entry) -> None:
         """Check that all pages are there, and that none that is written is used twice."""
         if table.size and table.max() >= self._room.pages:
-            raise ValueError(f"page {table.max()} lies outside the {self._room.pages} there are")
+            row, column = np.argwhere(table >= self._room.pages)[0]
+            raise ValueError(
+                f"sequence {row} names page {table[row, column]}, "
+                f"but the state's {self._room.pages} pages are 0 to {self._room.pages - 1}"
+            )
         places = entry.rows * table.shape[1] + entry.columns
         if self._are_shared(table, entry, places):
-            raise ValueError("a page that a sequence writes stands in another place of the table")
+            raise ValueError(self._why_shared(table, entry))
 
     def _are_shared(self, table: Int32, entry: Entry, places: npt.NDArray[np.intp]) -> bool:
         """Return whether a page that is written at one place stands at another one, too."""
@@ -118,6 +122,19 @@ class Ledger:
             return bool(((users >= 0) & (users != np.arange(table.size))).any())
         finally:
             writer[pages] = -1
+
+    def _why_shared(self, table: Int32, entry: Entry) -> str:
+        """Return which page that is written stands at another place, too, and what to do."""
+        users = ((np.argwhere(table == page), i) for i, page in enumerate(entry.pages))
+        places, nth = next((places, i) for places, i in users if len(places) > 1)
+        row, column, page = entry.rows[nth], entry.columns[nth], entry.pages[nth]
+        other = next(int(r) for r, c in places if (r, c) != (row, column))
+        user = "itself names a second time" if other == row else f"sequence {other} names as well"
+        whole = int(column) * self._room.page_tokens
+        restart = "give it"
+        if whole and entry.offsets[nth]:  # it goes on within the page: a fork, most likely
+            restart = f"it can go on from {whole} in"
+        return f"sequence {row} writes page {page}, which {user}; {restart} a page of its own"
 
     def _are_continued(self, entry: Entry) -> bool:
         """Return whether all pages are written from where they end on.
@@ -144,9 +161,40 @@ class Ledger:
         is_wrong = goes_on & (is_lost | is_ahead | is_behind)
         if is_wrong.any():
             row = int(np.flatnonzero(is_wrong)[0])
-            before = int(starts[row] - offsets[row])
-            held = before + int(self._filled[pages[row]]), before + int(self._most[pages[row]])
-            raise ValueError(_refusal(int(starts[row]), is_lost[row], is_ahead[row], *held))
+            held, offset = batch.pages[row, : columns[row] + 1], int(offsets[row])
+            reason = self._why_lost(held) if is_lost[row] else self._why_not_from(held, offset)
+            raise ValueError(f"sequence {row} goes on after {starts[row]} tokens, but {reason}")
+
+    def _why_lost(self, pages: Int32) -> str:
+        """Return which of a sequence's pages does not hold its tokens, and where it can go on."""
+        is_lost = self._trails(pages[None])[0] != self._trail[pages]
+        is_lost |= self._filled[pages] < 0
+        first, size = int(np.flatnonzero(is_lost)[0]), self._room.page_tokens
+        page = pages[first]
+        before = (first - 1) * size + int(self._filled[pages[first - 1]]) if first else 0
+        from_before = f"it can go on from {before}" if before else "start it at 0 again"
+        if self._filled[page] < 0:
+            return f"page {page} was lost when a forward failed; {from_before}"
+        if self._filled[page] == 0:
+            return f"page {page} is empty; {from_before}"
+        if not first:
+            return f"page {page} does not hold its first tokens; start it at 0 again"
+        return (
+            f"page {page} does not go on from page {pages[first - 1]} as it is now; start it at 0 "
+            f"again, or at {before} if its pages up to there are still its own"
+        )
+
+    def _why_not_from(self, pages: Int32, offset: int) -> str:
+        """Return how many tokens a sequence's pages hold or have held, and where it can go on."""
+        before, page = (len(pages) - 1) * self._room.page_tokens, pages[-1]
+        held = before + int(self._filled[page])
+        if self._filled[page] < offset:
+            return f"its pages hold {held}; it can go on from {held}"
+        most = before + int(self._most[page])
+        return (
+            f"page {page} has held tokens up to {most}, and it can go back by at most {STEP_BACK}; "
+            f"it can go on from {most - STEP_BACK}"
+        )
 
     def _trails(self, table: Int32) -> UInt64:
         """Return what the trail of each page of a table would be."""
@@ -191,8 +239,8 @@ def _pages(
         row = rows[is_short][0]
         end = int(batch.positions[batch.cu_seqlens[row + 1] - 1]) + 1
         raise ValueError(
-            f"a sequence of {end} tokens needs {room.pages_of(end)} pages of {room.page_tokens}, "
-            f"but the batch names {named[row]}"
+            f"sequence {row} of {end} tokens needs {room.pages_of(end)} pages of "
+            f"{room.page_tokens}, but the batch names {named[row]}"
         )
     return table[rows, columns]
 
@@ -231,13 +279,3 @@ class Run:
         self.starts += np.int32(1)
         self.ends += np.int32(1)
         self.left -= 1
-
-
-def _refusal(start: int, is_lost: bool, is_ahead: bool, filled: int, most: int) -> str:
-    if is_lost:
-        reason = "its pages do not hold them, or another sequence has written one of the pages"
-    elif is_ahead:
-        reason = f"its pages hold {filled}"
-    else:
-        reason = f"its pages have held {most}, and it can go back by at most {STEP_BACK}"
-    return f"a sequence goes on after {start} tokens, but {reason}; start it at 0 again"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
@@ -137,14 +137,23 @@ def is_ordered(memory: Memory) -> TypeGuard[Ordered]:
 
 @contextmanager
 def own_stream(memory: Memory) -> Iterator[None]:
-    """Make a stream current that goes on where the current one is, if `memory` has streams."""
+    """Make a stream current that goes on where the current one is, if `memory` has streams.
+
+    After an exception, an interrupt included, it waits for what was enqueued: the next forward may
+    run in another stream, and would find the same arrays still being written.
+    """
     if not is_ordered(memory):
         yield
         return
     here = memory.mark()
     with memory.stream():
         memory.wait(here)
-        yield
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # the first error says why
+                memory.mark().seconds_since(here)
+            raise
 
 
 class HostMemory:

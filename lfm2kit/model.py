@@ -5,11 +5,12 @@ Everything is decided in `lfm2kit.building`; nothing of it is left to the forwar
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -121,6 +122,7 @@ class LFM2:
     home: Memory
     backend: Backend  # the plan's default
     may_capture: bool = True
+    check_room: Callable[[Room], None] = lambda room: None  # raises if a state would not fit
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
     _captures: Captures | None = field(init=False, repr=False)
     _replays: Replays = field(init=False, repr=False)
@@ -142,6 +144,13 @@ class LFM2:
         object.__setattr__(self, "_ordered", ordered)
         finalize(self, self._replays.drop, self._owner)
 
+    def __repr__(self) -> str:
+        backends = sorted({str(leaf.backend) for leaf in self.placed.leaves()})
+        return (
+            f"<LFM2 of {len(self.spec.layers)} layers, vocabulary of "
+            f"{self.spec.embed_tokens.vocab_size}, on {', '.join(backends)}>"
+        )
+
     @out_of_memory.in_a_forward
     def logits(self, batch: Batch, state: ModelState | None = None) -> npt.NDArray[np.float32]:
         """Return float32 [len(batch.logits_rows), vocab_size], which belongs to the caller.
@@ -149,17 +158,24 @@ class LFM2:
         With a `state` (see `new_state`) each sequence goes on from what its pages hold; without
         one, sequences are whole.
         Raises ValueError for an id outside the vocabulary, a position above 0 without a state, a
-        state of another model, and a batch that the state cannot hold or go on from.
+        state of another model, and a batch that the state cannot hold or go on from; TypeError for
+        what is neither a batch nor a state.
         """
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"logits takes a lfm2kit.Batch, not {brief(batch)}; for sequences of token ids "
+                "type logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))"
+            )
         host = batch.on(HOST)
-        self._check_ids(host.token_ids)
+        self._check_ids(host)
         with self._lock, ExitStack() as streams:
             for memory in self._ordered:
                 streams.enter_context(own_stream(memory))
             if state is None:
-                if host.starts.any():
+                if (starts := host.starts).any():
+                    row = int(np.flatnonzero(starts)[0])
                     raise ValueError(
-                        "a sequence starts at a position above 0, but there is no state"
+                        f"sequence {row} starts at position {starts[row]}, but there is no state"
                     )
                 return self._run(host, None)
             self._check_state(state)
@@ -172,18 +188,35 @@ class LFM2:
         """Return an empty state with `room.pages` pages of `room.page_tokens` tokens.
 
         `Room.of_sequences(16, 4096)` has room for 16 sequences of up to 4096 tokens each.
+        Raises `Lfm2kitError` if a memory has too little left for it, before any is allocated, and
+        TypeError for what is not a `Room`.
         """
-        state = ModelState(room, self.forward.new_state(room))
+        if not isinstance(room, Room):
+            raise TypeError(
+                f"new_state takes a lfm2kit.state.Room, not {brief(room)}; for 16 sequences of up "
+                "to 4096 tokens type new_state(Room.of_sequences(16, 4096))"
+            )
+        self.check_room(room)
+        with out_of_memory.making_a_state(room):
+            state = ModelState(room, self.forward.new_state(room))
         self._states[state] = owner = object()
         finalize(state, self._replays.drop, owner)
         return state
 
-    def _check_ids(self, token_ids: npt.NDArray[np.int32]) -> None:
+    def _check_ids(self, batch: Batch) -> None:
+        token_ids: npt.NDArray[np.int32] = batch.token_ids
         size = self.spec.embed_tokens.vocab_size
         if len(token_ids) and token_ids.view(np.uint32).max() >= size:  # negative ones are large
-            raise ValueError(f"a token id lies outside the vocabulary of {size}")
+            row = int(np.argmax(token_ids.view(np.uint32) >= size))
+            sequence = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
+            raise ValueError(
+                f"token id {token_ids[row]} in row {row}, which is of sequence {sequence}, lies "
+                f"outside the vocabulary of {size}"
+            )
 
     def _check_state(self, state: ModelState) -> None:
+        if not isinstance(state, ModelState):
+            raise TypeError(f"a state is what new_state(room) returns, not {brief(state)}")
         if state not in self._states:
             raise ValueError(
                 "the state belongs to another model, or is a copy: give what new_state returned"

@@ -72,6 +72,12 @@ class ModelState:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ledger", Ledger(self.room))
 
+    def __repr__(self) -> str:
+        return (
+            f"<ModelState of {len(self.layers)} layers, {self.room.pages} pages of "
+            f"{self.room.page_tokens} tokens>"
+        )
+
 
 def _whole(name: str, value: Any) -> int:
     """Return `value` as an int; ValueError if it is not a whole number of 0 or more."""

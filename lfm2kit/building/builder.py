@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, BuildsAround
 from lfm2kit.building import out_of_memory
+from lfm2kit.building.capacity import check_state
 from lfm2kit.building.placement import Placed
+from lfm2kit.building.results import checked
 from lfm2kit.model import LFM2
 from lfm2kit.progress import longest, step
 from lfm2kit.seam import Seam
@@ -27,6 +30,7 @@ class Builder:
     built: Callable[[Placed], None] = lambda placed: None  # called after each leaf: progress
     before: Callable[[Placed], None] = lambda placed: None  # called before each leaf
     may_capture: bool = True  # False: a wrapper works in calls alone
+    ranks: int = 1  # ranks that share the host's memory
 
     def build(self, placed: Placed) -> Any:
         """The block of `placed`, ready to be called from the memory around it."""
@@ -40,7 +44,8 @@ class Builder:
             step(f"building {placed.name}", longest(Work(0, 4 * placed.spec.weight_elements())))
             placed.spec.check_values(weights)
             with out_of_memory.building(placed, weights):
-                block = _built(self.create(placed.backend), placed.spec, weights, blocks)
+                built = _built(self.create(placed.backend), placed.spec, weights, blocks)
+            block = checked(placed, built)
             self.built(placed)
         return self._seamed(placed, block)
 
@@ -68,4 +73,5 @@ def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
         home=placed.outer,
         backend=builder.create(default_backend),
         may_capture=builder.may_capture,
+        check_room=partial(check_state, builder.create, placed, builder.ranks),
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from reprlib import repr as brief  # of what a backend returns, however long it is
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, Room, Weights
 from lfm2kit.building.placement import Placed
@@ -31,7 +34,7 @@ class Shortage(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """Bytes of one memory."""
+    """Bytes of one memory, at the least: blocks whose backend gives no figures count as 0."""
 
     kept: int  # of weights, as long as the model lives
     scratch: int  # by the block of a forward that needs most, while it runs
@@ -39,6 +42,7 @@ class Needed(NamedTuple):
 
 
 NO_ROOM = Room(0)
+FEWER_SEQUENCES = "try fewer sequences at once, or shorter ones"
 
 
 class Sizes(NamedTuple):
@@ -53,35 +57,30 @@ class Sizes(NamedTuple):
         backend = self._backend(leaf)
         if not isinstance(backend, MemoryFigures):
             return None
-        return backend.kept_bytes(leaf.spec, self.weights.scope(leaf.scope))
+        kept = backend.kept_bytes(leaf.spec, self.weights.scope(leaf.scope))
+        return whole_bytes(leaf, "kept_bytes", kept)
 
     def scratch(self, leaf: Placed, tokens: int) -> int | None:
         """Return the bytes that a call of a block with `tokens` rows will need while it runs."""
         backend = self._backend(leaf)
         if not isinstance(backend, MemoryFigures):
             return None
-        return backend.scratch_bytes(leaf.spec, tokens)
+        return whole_bytes(leaf, "scratch_bytes", backend.scratch_bytes(leaf.spec, tokens))
 
     def state(self, leaf: Placed, room: Room) -> int:
         """Return the bytes that a block's state with this room will take; 0 if it has none."""
-        backend = self._backend(leaf)
-        if not isinstance(leaf.spec, ShortConv | Attention | Layer):
-            return 0
-        assert isinstance(backend, BuildsOperators)
-        return backend.state_bytes(leaf.spec, room)
+        return state_bytes(self.create, leaf, room)
+
+    def unknown(self, leaves: Sequence[Placed]) -> int:
+        """Return how many of these blocks have a backend that gives no figures."""
+        return sum(not isinstance(self._backend(leaf), MemoryFigures) for leaf in leaves)
 
     def _backend(self, leaf: Placed) -> Backend:
-        assert leaf.backend is not None  # a leaf's always is
-        return self.create(leaf.backend)
+        return backend_of(self.create, leaf)
 
     def free(self, placed: Placed) -> dict[str, int]:
         """Returns the free bytes by memory, for memories that know them."""
-        memories = {leaf.memory.name: leaf.memory for leaf in placed.leaves()}
-        return {
-            name: HOST.free_bytes(self.ranks) if name == HOST.name else memory.free_bytes()
-            for name, memory in memories.items()
-            if isinstance(memory, Bounded)
-        }
+        return free_bytes(placed, self.ranks)
 
     def shortage(self, placed: Placed, tokens: int = 0, room: Room = NO_ROOM) -> Shortage | None:
         """Return the first memory too small for its blocks, a state and `tokens` tokens."""
@@ -107,6 +106,57 @@ class Sizes(NamedTuple):
             scratch=max((self.scratch(leaf, tokens) or 0 for leaf in leaves), default=0),
             state=sum(self.state(leaf, room) for leaf in leaves),
         )
+
+
+def backend_of(create: Callable[[str], Backend], leaf: Placed) -> Backend:
+    assert leaf.backend is not None  # a leaf's always is
+    return create(leaf.backend)
+
+
+def state_bytes(create: Callable[[str], Backend], leaf: Placed, room: Room) -> int:
+    """Return the bytes that a block's state with this room will take; 0 if it has none.
+
+    Raises `Lfm2kitError` if its backend lacks `state_bytes`.
+    """
+    if not isinstance(leaf.spec, ShortConv | Attention | Layer):
+        return 0
+    backend = backend_of(create, leaf)
+    if not isinstance(backend, BuildsOperators):
+        raise Lfm2kitError(
+            f"{leaf.name}: backend '{leaf.backend}' builds {type(leaf.spec).__name__} blocks, "
+            "but has no method state_bytes(spec, room), which says what their states take"
+        )
+    return whole_bytes(leaf, "state_bytes", backend.state_bytes(leaf.spec, room))
+
+
+def whole_bytes(leaf: Placed, method: str, count: Any) -> int:
+    """Return what a backend says of a block; `Lfm2kitError` if it is not a number of bytes."""
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+        raise Lfm2kitError(
+            f"{leaf.name or 'the model'}: {method} of backend '{leaf.backend}' returned "
+            f"{brief(count)} for a {type(leaf.spec).__name__}, but must return a whole number"
+        )
+    return int(count)
+
+
+def free_bytes(placed: Placed, ranks: int = 1) -> dict[str, int]:
+    """Return the free bytes by memory, for memories that know them."""
+    memories = {leaf.memory.name: leaf.memory for leaf in placed.leaves()}
+    return {
+        name: HOST.free_bytes(ranks) if name == HOST.name else memory.free_bytes()
+        for name, memory in memories.items()
+        if isinstance(memory, Bounded)
+    }
+
+
+def check_state(create: Callable[[str], Backend], placed: Placed, ranks: int, room: Room) -> None:
+    """Raise `Lfm2kitError` if a memory has too little left for a state of a built model."""
+    for name, free in free_bytes(placed, ranks).items():
+        leaves = [leaf for leaf in placed.leaves() if leaf.memory.name == name]
+        needed = sum(state_bytes(create, leaf, room) for leaf in leaves)
+        if needed > free:
+            short = Shortage(name, f"a state of {room.pages} pages", needed, free)
+            raise Lfm2kitError(f"{short}; {FEWER_SEQUENCES}")
 
 
 def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:

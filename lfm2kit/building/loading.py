@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Context, Explains
 from lfm2kit.building.builder import Builder, build_model
-from lfm2kit.building.capacity import NO_ROOM, Sizes
+from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
 from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed, Placer
 from lfm2kit.building.plan import AUTO, Plan
@@ -119,7 +119,7 @@ class Setup:
             advice = "try fewer tokens at once: a smaller batch, or shorter samples"
             return Lfm2kitError(f"{short}; {advice}")
         if room.pages and self.sizes.shortage(placed) is None:
-            return Lfm2kitError(f"{short}; try fewer sequences at once, or shorter ones")
+            return Lfm2kitError(f"{short}; {FEWER_SEQUENCES}")
         nothing = ["a smaller model: no ", *either([Option("precision"), Option("n_cpu_moe")])]
         fitting = either(self._fitting(short.memory))
         return Lfm2kitError(f"{short}; try ", *(fitting or [*nothing, " is enough"]))
@@ -174,6 +174,7 @@ class Setup:
             done,
             check,
             self.wrappers.survive_capture,
+            self.context.local_ranks,
         )
 
     def stored_bytes(self, placed: Placed) -> int:
@@ -226,23 +227,35 @@ def set_up(
     )
 
 
-def load_model(model: str | Path, backend: str = AUTO, **options: Any) -> LFM2:
+def load_model(model: str | Path, backend: str | None = None, **options: Any) -> LFM2:
     """Returns the model at a path (or an embedded model's name), its blocks from a plan.
 
     model = load_model("tiny", "reference,2-4.moe=cpu_simd", threads=4)
     logits = model.logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))
 
+    Without a `backend` and a `plan` (the path of a TOML file) every block is `auto`'s.
     `options` are other fields of `lfm2kit.building.options.Options`.  Raises `Lfm2kitError` for
     anything that the user must change.  Warns about doubtful checkpoints, such as two sets of
     weights in one folder.
     """
     plugins = installed_plugins()
+    _check_names(options, plugins)
     asked = Options(model=str(model), backend=backend, **options)
     readers = plugins.readers.values()
     checkpoint = open_checkpoint(find_model(asked.model), readers, seed=asked.seed or 0)
     for remark in checkpoint.remarks:
         warnings.warn(remark, stacklevel=2)
     return set_up(checkpoint, asked, plugins=plugins).build()
+
+
+def _check_names(options: Iterable[str], plugins: Plugins) -> None:
+    """Raises `Lfm2kitError` for a name that no option of `load_model` has."""
+    there = [one.name for one in fields(Options) if one.name != "model"]
+    for name in options:
+        if name in plugins.rewrites():
+            raise Lfm2kitError(f"'{name}' is a rewrite; type rewrites=('{name}',)")
+        if name not in there:
+            raise Lfm2kitError(f"unknown option '{name}'; {choices(name, there)}")
 
 
 def _resolve_auto(plan: Plan, plugins: Plugins, context: Context) -> Plan:

@@ -15,6 +15,14 @@ from lfm2kit.errors import Lfm2kitError, Option
 
 BACKEND_VARIABLE = "LFM2KIT_BACKEND"
 
+# The types of options that are not numbers, and what an error says is expected.
+EXPECTED: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "backend": (str, "a plan as text, such as 'auto'"),
+    "plan": ((str, Path), "the path of a TOML file"),
+    "precision": (str, "a name, such as 'fp32'"),
+    "rewrites": ((tuple, list), "names in a tuple, such as ('trim',)"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class About:
@@ -46,7 +54,7 @@ def option(default: Any, help: str, *, words: str | None = None, **about: Any) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Which model to set up, and how.  Raises `Lfm2kitError` for a number out of its bounds."""
+    """Which model to set up, and how.  Raises `Lfm2kitError` for values out of bounds."""
 
     model: str = option(
         "tiny", "Checkpoint folder, model.bin, TOML file of specs, or an embedded model."
@@ -79,8 +87,12 @@ class Options:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if value is not None:
-                one.metadata["about"].check(one.name, value)
+            if value is None:
+                continue
+            kind, words = EXPECTED.get(one.name, (object, ""))
+            if not isinstance(value, kind):
+                raise Lfm2kitError(Option(one.name, value), f": expected {words}")
+            one.metadata["about"].check(one.name, value)
 
     def chosen_plan(self) -> Plan:
         """Returns the plan, from its text or its file; raises `Lfm2kitError` if it is wrong."""
@@ -89,4 +101,4 @@ class Options:
         if self.backend is not None:
             both = Option("backend", self.backend), " and ", Option("plan", self.plan)
             raise Lfm2kitError(*both, ": give one of them")
-        return Plan.read(self.plan)
+        return Plan.read(Path(self.plan))

@@ -12,9 +12,10 @@ from functools import wraps
 from traceback import walk_tb
 from typing import Any, TypeVar
 
-from lfm2kit.building.capacity import size
+from lfm2kit.building.capacity import FEWER_SEQUENCES, size
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.state import Room
 from lfm2kit.weights import Weights
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,6 +31,18 @@ def building(placed: Placed, weights: Weights) -> Iterator[None]:
         raise Lfm2kitError(
             f"there is not enough memory to build {placed.name}, whose weights take {stored} as "
             f"stored{_said(error)}; lfm2kit plan shows what every block takes"
+        ) from None
+
+
+@contextmanager
+def making_a_state(room: Room) -> Iterator[None]:
+    """Explains a MemoryError that occurs while a state is made."""
+    try:
+        yield
+    except MemoryError as error:
+        raise Lfm2kitError(
+            f"there is not enough memory for a state of {room.pages} pages{_said(error)}; "
+            f"{FEWER_SEQUENCES}"
         ) from None
 
 

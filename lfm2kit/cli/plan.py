@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -142,6 +142,8 @@ def _totals(setup: Setup, tokens: int, room: Room) -> dict[str, dict[str, int]]:
         memory: {
             "weight_bytes": sum(setup.stored_bytes(leaf) for leaf in here),
             **_named(setup.sizes.needed(here, tokens, room)),
+            "blocks": len(here),
+            "unknown_blocks": setup.sizes.unknown(here),
         }
         for memory, here in leaves.items()
     }
@@ -166,14 +168,13 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
     )
     free = setup.sizes.free(setup.placed)
     for memory, total in report.fields["totals"].items():
-        weights, kept, scratch, state = (size(count) for count in total.values())
         left = (
             f"; {_size(free[memory])} are free{_for_whom(memory, setup)}" if memory in free else ""
         )
-        taken = f"{kept} kept, {scratch} of scratch with {tokens} tokens at once"
-        if room.pages:
-            taken += f", {state} of state in {room.pages} pages of {room.page_tokens} tokens"
-        report.line(f"{memory}: {weights} of weights as stored, {taken}{left}")
+        weights = size(total["weight_bytes"])
+        report.line(
+            f"{memory}: {weights} of weights as stored, {_taken(total, tokens, room)}{left}"
+        )
     for bound in memory_limits():
         report.line(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
     if (shortage := report.fields["shortage"]) is not None:
@@ -195,6 +196,21 @@ def _for_whom(memory: str, setup: Setup) -> str:
     """Says that the ranks of a machine share its memory evenly."""
     ranks = setup.world.local_size
     return f" for each of {ranks} ranks" if ranks > 1 and memory == HOST.name else ""
+
+
+def _taken(total: Mapping[str, int], tokens: int, room: Room) -> str:
+    """Says what the blocks in one memory take, and for how many of them that is not known."""
+    unknown, blocks = total["unknown_blocks"], total["blocks"]
+    kept, scratch, state = (size(total[f"{kind}_bytes"]) for kind in Needed._fields)
+    if unknown == blocks:
+        taken = f"kept and scratch bytes unknown for all {blocks} blocks"
+    else:
+        least = "at least " if unknown else ""
+        taken = f"{least}{kept} kept, {least}{scratch} of scratch with {tokens} tokens at once"
+        taken += f" (unknown for {unknown} of {blocks} blocks)" if unknown else ""
+    if room.pages:
+        taken += f", {state} of state in {room.pages} pages of {room.page_tokens} tokens"
+    return taken
 
 
 def _grouped(notes: dict[str, str]) -> Iterator[str]:

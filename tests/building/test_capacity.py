@@ -9,6 +9,7 @@ import pytest
 from lfm2kit import specs
 from lfm2kit.backend import BackendPlugin, Block, Context, Spec, Weights
 from lfm2kit.batch import Batch
+from lfm2kit.building.capacity import size
 from lfm2kit.building.loading import Setup, find_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
@@ -17,6 +18,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HostMemory
 from lfm2kit.precisions import FP32, SIXTEEN_BIT, Precision
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.state import Room
 from lfm2kit.transport import World
 from tests.core.test_model import DeviceBackend, Elsewhere
 
@@ -142,3 +144,68 @@ def test_a_rank_needs_its_own_share_of_the_experts_alone() -> None:
     Card.free = share_of_two(4)
     assert card(transport=TwoRanks()).shortage() is None
     refusal(card())
+
+
+def test_a_state_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatch: Any) -> None:
+    Card.free = 4 * elements()
+    model, room = card().build(), Room(10_000)
+    allocated: list[Room] = []
+    monkeypatch.setattr(type(model.forward), "new_state", lambda self, room: allocated.append(room))
+    backend = ReferenceBackend()
+    layers = [layer.operator for layer in TINY.spec.layers]
+    needed = sum(backend.state_bytes(operator, room) for operator in layers)
+    Card.free = needed - 1
+    with pytest.raises(Lfm2kitError) as refused:
+        model.new_state(room)
+    assert allocated == []
+    assert str(refused.value).startswith(
+        f"memory 'elsewhere' is too small: a state of 10000 pages needs {size(needed)} there, "
+    )
+    assert str(refused.value).endswith("missing; try fewer sequences at once, or shorter ones")
+    Card.free = needed
+    monkeypatch.undo()
+    model.check_room(room)
+
+
+def test_each_memory_must_have_room_for_its_own_part_of_a_state(monkeypatch: Any) -> None:
+    Card.free = 1 << 40
+    model, room = card("card,attn=reference").build(), Room(1000)
+    Card.free = 1 << 28
+    model.check_room(room)
+    monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 1000 // ranks)
+    with pytest.raises(Lfm2kitError, match=r"memory 'host' is too small: .* 1 KB are free"):
+        model.new_state(room)
+
+
+class WithoutStateBytes:
+    """Builds operators, but does not say what their states take."""
+
+    def __init__(self, context: Context) -> None:
+        backend = ReferenceBackend()
+        self.why_unsupported = backend.why_unsupported
+        self.memory = backend.memory
+        self.build = backend.build
+
+
+def test_a_backend_that_does_not_say_what_states_take_is_named() -> None:
+    plugins = installed_plugins()
+    plugin = BackendPlugin("silent", "says nothing", WithoutStateBytes, 1)
+    plugins.backends["silent"] = InstalledBackend(plugin, "this test")
+    setup = set_up(TINY, Options(backend="silent"), plugins=plugins)
+    says = r"layers.0.operator: backend 'silent' builds ShortConv .* no method state_bytes\(spec, r"
+    with pytest.raises(Lfm2kitError, match=says):
+        setup.build()
+    with pytest.raises(Lfm2kitError, match=says):
+        setup.shortage(1, Room(1))
+
+
+@pytest.mark.parametrize("method", ["kept_bytes", "scratch_bytes", "state_bytes"])
+@pytest.mark.parametrize("wrong", [None, -1, 0.5])
+def test_a_size_that_is_not_a_number_of_bytes_is_named(
+    method: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CardBackend, method, lambda *arguments: wrong)
+    Card.free = 1 << 40
+    says = rf"{method} of backend 'card' returned {wrong} for a \w+, but must return a whole number"
+    with pytest.raises(Lfm2kitError, match=says):
+        card().build()

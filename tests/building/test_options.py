@@ -30,6 +30,13 @@ TINY = open_checkpoint(find_model("tiny"))
         ({"threads": 2**21}, "threads=2097152: lfm2kit takes up to 1048576"),
         ({"threads": "2"}, "threads='2': expected a whole number"),
         ({"threads": True}, "threads=True: expected a whole number"),
+        ({"trim": True}, "'trim' is a rewrite; type rewrites=('trim',)"),
+        ({"preciison": "bf16"}, "unknown option 'preciison'; there is: backend, n_cpu_moe, plan, "),
+        ({"rewrites": "trim"}, "rewrites='trim': expected names in a tuple, such as ('trim',)"),
+        ({"rewrites": 7}, "rewrites=7: expected names in a tuple"),
+        ({"backend": 5}, "backend=5: expected a plan as text"),
+        ({"plan": 5}, "plan=5: expected the path of a TOML file"),
+        ({"precision": 5}, "precision=5: expected a name"),
         ({"n_cpu_moe": -1}, "n_cpu_moe=-1: expected a whole number of 0 or more, as n_cpu_moe=0"),
         ({"n_cpu_moe": 7, "backend": "reference"}, "n_cpu_moe=7: the model has 6 MoE layers"),
     ],
@@ -40,6 +47,13 @@ def test_a_wrong_option_is_one_sentence_in_the_words_of_python(
     with pytest.raises(Lfm2kitError) as caught:
         load_model("tiny", **options)
     assert str(caught.value).startswith(says)
+
+
+def test_a_plan_as_a_file_needs_no_other_backend(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text('default = "reference"\n')
+    model = load_model("tiny", plan=str(path))
+    assert {leaf.backend for leaf in model.placed.leaves()} == {"reference"}
 
 
 def test_a_plan_as_text_and_as_a_file_are_both_named() -> None:

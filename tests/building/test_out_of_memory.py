@@ -13,6 +13,7 @@ from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.state import Room
 
 TINY = open_checkpoint(find_model("tiny"))
 
@@ -44,3 +45,12 @@ def test_memory_that_runs_out_in_a_forward_names_the_layer_and_the_tokens(
     with pytest.raises(Lfm2kitError, match=r"for 5 tokens at once in layers\.3") as told:
         model.logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))
     assert (f"({said})" if said else "layers.3;") in str(told.value)
+
+
+def test_memory_that_runs_out_while_a_state_is_made_names_its_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = set_up(TINY, Options(backend="reference")).build()
+    monkeypatch.setattr(type(model.forward), "new_state", out_of_memory)
+    with pytest.raises(Lfm2kitError, match=r"for a state of 7 pages \(Unable .*; try fewer seq"):
+        model.new_state(Room(7))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from lfm2kit_cpu_simd.backend import CpuSimdBackend
 
 from lfm2kit.__main__ import main
 from lfm2kit.building.loading import EMBEDDED
@@ -257,6 +259,24 @@ def test_plan_shows_every_block_once_and_adds_up(cli: Cli) -> None:
     total = sum(row["weight_bytes"] for row in fields["blocks"])
     assert fields["totals"]["host"]["weight_bytes"] == total
     assert "layers.7.operator" in cli("plan").out
+
+
+def test_plan_says_for_how_many_blocks_it_knows_no_bytes(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lfm2kit.building.capacity.MemoryFigures", CpuSimdBackend)
+    asked = ("plan", "--backend", "cpu_simd,2.moe=reference")
+    done = cli(*asked, "--sequences", 2, "--context", 4096).out
+    (line,) = (line for line in done.splitlines() if "of weights as stored" in line)
+    assert re.search(r"at least .* kept, at least .* of scratch with 2048 tokens at once", line)
+    assert " (unknown for 2 of 37 blocks), " in line
+    assert "of state in 64 pages" in line
+    total = json.loads(cli(*asked, "--json", "-").out)["totals"]["host"]
+    assert total["unknown_blocks"] == 2
+    nothing = cli("plan", "--backend", "reference").out
+    assert re.search(r"kept and scratch bytes unknown for all \d+ blocks", nothing)
+    assert "0 B kept" not in nothing
+    assert "unknown" not in cli("plan", "--backend", "cpu_simd").out
 
 
 def test_a_precision_in_the_plan_is_judged_by_its_grade(cli: Cli) -> None:

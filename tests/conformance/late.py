@@ -15,10 +15,9 @@ import numpy as np
 
 from lfm2kit.backend import HOST, Batch, Block, Memory, Spec, Weights
 from lfm2kit.batch_rules import ARRAYS
+from lfm2kit.building.results import RETURNED
 from lfm2kit.memory import Arriving, Mark
 from lfm2kit.reference.backend import ReferenceBackend
-
-TWO_RESULTS = {"RMSNorm", "Router", "Choice", "LastRows", "Layer"}  # others return one array
 
 RUNNING = threading.RLock()
 
@@ -45,7 +44,7 @@ class Stream:
 class Late:
     """An array without values until its stream has come to where it is made."""
 
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         self._values: Any = None
 
@@ -138,24 +137,24 @@ class LateMemory:
 class LateBlock:
     """A block of the reference that works in the order of its memory's streams."""
 
-    def __init__(self, block: Any, memory: LateMemory, results: int) -> None:
+    def __init__(self, block: Any, memory: LateMemory, spec: Spec) -> None:
         self.block = block
         self.memory = memory
-        self.results = results
+        self.spec = spec
         if hasattr(block, "new_state"):
             self.new_state = block.new_state
             self.state_bytes = getattr(block, "state_bytes", None)
 
     def __call__(self, *inputs: Any) -> Any:
-        made = tuple(Late() for _ in range(self.results))
+        made = tuple(map(Late, RETURNED[type(self.spec)](self.spec, *inputs)))
 
         def work() -> None:
             result = self.block(*map(_values, inputs))
-            for late, values in zip(made, result if self.results > 1 else (result,), strict=True):
+            for late, values in zip(made, result if len(made) > 1 else (result,), strict=True):
                 late.make(values)
 
         self.memory.current.add(work)
-        return made if self.results > 1 else made[0]
+        return made if len(made) > 1 else made[0]
 
 
 def _values(value: Any) -> Any:
@@ -174,8 +173,7 @@ class LateBackend(ReferenceBackend):
         return self.late
 
     def build(self, spec: Spec, weights: Weights) -> Block:
-        results = 2 if type(spec).__name__ in TWO_RESULTS else 1
-        return LateBlock(super().build(spec, weights), self.late, results)
+        return LateBlock(super().build(spec, weights), self.late, spec)
 
 
 # Memories that are wrong in one way each.

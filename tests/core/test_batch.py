@@ -102,6 +102,22 @@ def test_long_sequences_do_not_wrap_around() -> None:
         ({"sequences": [[1], [2]], "pages": [[0]]}, "1 rows of pages for 2 sequences"),
         ({"sequences": [[1]], "pages": [[-2]]}, "negative: -2"),
         ({"sequences": [[1]], "pages": [[-1, 0]]}, "after a -1"),
+        (
+            {"sequences": [[1]], "pages": [0]},
+            r"pages is \[0\], but must have a row",
+        ),
+        ({"sequences": [[1], [2]], "pages": [[4], 5]}, r"pages is \[\[4\], 5\], but must have"),
+        ({"sequences": [[1]], "pages": 0}, r"pages is 0, but must .* as \[\[0\], \[1, 2\]\]"),
+        ({"sequences": [[1]], "pages": np.int32(0)}, "must have a row of page numbers for each"),
+        ({"sequences": [[1]], "pages": [[[0]]]}, "must have a row of page numbers for each"),
+        ({"sequences": [[1]], "pages": [[[0], 1]]}, "pages are not a row of integers"),
+        (
+            {"sequences": [[[1], [2, 3]]]},
+            r"not a row of integers: \[\[1\], \[2, 3\]\]",
+        ),
+        ({"sequences": 7}, "sequences is 7, but must be rows of token ids"),
+        ({"sequences": [[1]], "starts": 0}, r"starts of shape \(\)"),
+        ({"sequences": [[1]], "starts": [[0], [1, 2]]}, "starts are not a row of integers"),
         ({"sequences": [[1]], "pages": [[0.5]]}, "pages are not integers"),
     ],
 )

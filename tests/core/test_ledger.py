@@ -41,54 +41,69 @@ def ledger() -> Ledger:
 
 
 def test_a_page_that_is_not_there(ledger: Ledger) -> None:
-    refused(ledger, "page 8 lies outside the 8 there are", (0, 1, [8]))
-    refused(ledger, "page 9 lies outside the 8 there are", (0, 1, [1, 9]))
+    refused(ledger, "sequence 0 names page 8, but the state's 8 pages are 0 to 7", (0, 1, [8]))
+    refused(ledger, "sequence 1 names page 9, but", (0, 1, [3]), (0, 1, [1, 9]))
 
 
 def test_too_few_pages(ledger: Ledger) -> None:
     refused(
-        ledger, "a sequence of 65 tokens needs 2 pages of 64, but the batch names 1", (0, 65, [1])
+        ledger, "sequence 0 of 65 tokens needs 2 pages of 64, but the batch names 1", (0, 65, [1])
     )
     refused(ledger, "needs 2 pages of 64, but the batch names 0", (70, 1, []))
     refused(ledger, "of 129 tokens needs 3 pages of 64, but .* names 2", (70, 59, [5, 2]))
 
 
 def test_a_page_that_is_written_twice(ledger: Ledger) -> None:
-    says = "a page that a sequence writes stands in another place of the table"
+    says = "sequence 0 writes page 1, which sequence 1 names as well; give it a page of its own"
     refused(ledger, says, (0, 1, [1]), (0, 1, [1]))
-    refused(ledger, says, (3, 1, [0]), (3, 1, [0]))
+    refused(ledger, "sequence 1 writes page 3, which sequence 2", *((0, 1, [p]) for p in (1, 3, 3)))
+    says = "sequence 0 writes page 1, which itself names a second time; give it a page"
     refused(ledger, says, (0, 100, [1, 1]))
 
 
 def test_a_page_that_is_begun_or_replaced_while_another_sequence_reads_it(ledger: Ledger) -> None:
-    says = "stands in another place"
+    says = "sequence 0 writes page 5, which sequence 1 names as well"
     refused(ledger, says, (0, 1, [5]), (70, 1, [5, 2]))
-    refused(ledger, says, (60, 4, [5]), (70, 1, [5, 2]))
+    refused(ledger, f"{says}; give it a page of its own", (60, 4, [5]), (70, 1, [5, 2]))
     refused(ledger, says, (0, 100, [1, 5]), (70, 1, [5, 2]))
 
 
+def test_a_fork_within_a_page_says_that_it_can_start_at_the_whole_pages_before(
+    ledger: Ledger,
+) -> None:
+    says = (
+        "sequence 0 writes page 2, which sequence 1 names as well; it can go on from 64 in a page"
+    )
+    refused(ledger, says, (70, 1, [5, 2]), (70, 1, [5, 2]))
+    refused(ledger, "page 3 is empty; it can go on from 64", (70, 1, [5, 2]), (70, 1, [5, 3]))
+    write(ledger, (70, 1, [5, 2]), (64, 7, [5, 3]))
+
+
 def test_a_start_that_is_not_where_the_pages_end(ledger: Ledger) -> None:
-    refused(ledger, "after 71 tokens, but its pages hold 70; start it at 0 again", (71, 1, [5, 2]))
-    refused(ledger, "after 4 tokens, but its pages hold 3", (4, 1, [0]))
-    refused(ledger, "after 1 tokens, but its pages do not hold them", (1, 1, [7]))
+    says = "sequence 1 goes on after 71 tokens, but its pages hold 70; it can go on from 70"
+    refused(ledger, says, (3, 1, [0]), (71, 1, [5, 2]))
+    refused(ledger, "after 4 tokens, but its pages hold 3; it can go on from 3", (4, 1, [0]))
+    refused(ledger, "after 1 tokens, but page 7 is empty; start it at 0 again", (1, 1, [7]))
 
 
 def test_pages_of_another_sequence_or_in_another_order(ledger: Ledger) -> None:
-    says = "its pages do not hold them, or another sequence has written one"
-    refused(ledger, says, (70, 1, [2, 5]))
-    refused(ledger, says, (70, 1, [0, 2]))
-    refused(ledger, says, (3, 1, [2]))
+    refused(ledger, "page 2 does not hold its first tokens; start it at 0", (70, 1, [2, 5]))
+    refused(ledger, "page 2 does not go on from page 0 as it is now", (70, 1, [0, 2]))
+    refused(ledger, "page 2 does not hold its first tokens", (3, 1, [2]))
+
+
+ANOTHER = "page 2 does not go on from page 5 as it is now; start it at 0 again, or at 64 if its"
 
 
 def test_a_page_that_another_sequence_has_taken_since(ledger: Ledger) -> None:
     write(ledger, (0, T, [5]))
-    refused(ledger, "its pages do not hold them", (70, 1, [5, 2]))
+    refused(ledger, ANOTHER, (70, 1, [5, 2]))
     write(ledger, (64, 1, [5, 3]))
 
 
 def test_a_page_that_was_replaced_by_a_step_back(ledger: Ledger) -> None:
     write(ledger, (60, 4, [5]))  # its owner went back from 70 to 60
-    refused(ledger, "its pages do not hold them", (70, 1, [5, 2]))
+    refused(ledger, ANOTHER, (70, 1, [5, 2]))
     write(ledger, (64, 1, [5, 2]))
 
 
@@ -103,12 +118,14 @@ def test_a_step_back_is_counted_from_the_most_that_a_page_has_held(ledger: Ledge
     write(ledger, (70, 20, [5, 2]))
     write(ledger, (80, 1, [5, 2]))
     write(ledger, (74, 1, [5, 2]))
-    says = "after 73 tokens, but its pages have held 90, and it can go back by at most 16"
+    says = "page 2 has held tokens up to 90, .* go back by at most 16; it can go on from 74"
     refused(ledger, says, (73, 1, [5, 2]))
 
 
 def test_a_step_back_across_the_end_of_a_page(ledger: Ledger) -> None:
-    refused(ledger, "have held 64, and it can go back by at most 16", (47, 1, [5]))
+    refused(
+        ledger, "up to 64, and it can go back by at most 16; it can go on from 48", (47, 1, [5])
+    )
     write(ledger, (54, 1, [5]))
     write(ledger, (55, 20, [5, 2]))
 
@@ -125,8 +142,9 @@ def test_pages_may_be_named_ahead(ledger: Ledger) -> None:
 
 def test_what_a_failed_forward_wrote_is_lost(ledger: Ledger) -> None:
     ledger.begin(chunk((70, 1, [5, 2])))
-    refused(ledger, "its pages do not hold them", (70, 1, [5, 2]))
-    refused(ledger, "its pages do not hold them", (71, 1, [5, 2]))
+    says = "page 2 was lost when a forward failed; it can go on from 64"
+    refused(ledger, says, (70, 1, [5, 2]))
+    refused(ledger, says, (71, 1, [5, 2]))
     write(ledger, (3, 1, [0]))
     write(ledger, (64, 1, [5, 2]))
 
@@ -135,14 +153,14 @@ def test_a_step_that_fails_among_others_is_lost_with_what_went_before(ledger: Le
     for position in range(3, 8):
         write(ledger, (position, 1, [0]))
     ledger.begin(chunk((8, 1, [0])))
-    refused(ledger, "its pages do not hold them", (8, 1, [0]))
+    refused(ledger, "page 0 was lost .*; start it at 0 again", (8, 1, [0]))
     write(ledger, (0, 2, [0]))
 
 
 @pytest.mark.parametrize("wrong", [(71, 1, [5, 2]), (0, 1, [8]), (70, 1, [2, 5]), (0, 1, [0])])
 def test_a_refused_batch_changes_nothing(ledger: Ledger, wrong: tuple[int, int, list[int]]) -> None:
     first = (3, 1, [0])
-    with pytest.raises(ValueError, match="page"):
+    with pytest.raises(ValueError, match="sequence"):
         ledger.begin(chunk(first, wrong))
     for position in range(70, 75):
         write(ledger, (position, 1, [5, 2]), (position - 67, 1, [0]))
@@ -155,16 +173,16 @@ def test_steps_of_decoding_end_with_a_page_and_are_told_from_others(ledger: Ledg
     write(ledger, (128, 1, [5, 2, 3]))
     write(ledger, (129, 1, [5, 2, 3]))
     refused(ledger, "hold 130", (131, 1, [5, 2, 3]))
-    refused(ledger, "do not hold them", (130, 1, [5, 2, 7]))
+    refused(ledger, "page 7 is empty; it can go on from 128", (130, 1, [5, 2, 7]))
     write(ledger, (130, 1, [5, 2, 3]))
     write(ledger, (0, 1, [2]))
-    refused(ledger, "do not hold them", (131, 1, [5, 2, 3]))
+    refused(ledger, "page 2 does not go on from page 5", (131, 1, [5, 2, 3]))
 
 
 def test_a_step_back_that_failed_spoils_what_was_written_after_it(ledger: Ledger) -> None:
     ledger.begin(chunk((60, 4, [5])))  # back from 70, and the forward fails
-    refused(ledger, "its pages do not hold them", (70, 1, [5, 2]))
-    refused(ledger, "its pages do not hold them", (64, 1, [5, 3]))
+    refused(ledger, "page 5 was lost", (70, 1, [5, 2]))
+    refused(ledger, "page 5 was lost", (64, 1, [5, 3]))
 
 
 @pytest.mark.parametrize("position", [70, 71])
@@ -182,5 +200,5 @@ def test_an_interrupt_before_the_books_are_closed_loses_the_pages(
     with pytest.raises(KeyboardInterrupt):
         ledger.complete(batch)
     monkeypatch.undo()
-    refused(ledger, "its pages do not hold them", (position + 1, 1, [5, 2]))
+    refused(ledger, "page 2 was lost", (position + 1, 1, [5, 2]))
     write(ledger, (3, 1, [0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -373,15 +374,16 @@ def test_a_missing_block_says_who_has_it() -> None:
 
 @pytest.mark.parametrize("token", [-1, 50])
 def test_an_id_outside_the_vocabulary_never_reaches_a_block(token: int) -> None:
-    with pytest.raises(ValueError, match="vocabulary of 50"):
-        build(small_spec()).logits(Batch.of_sequences([[1, token]]))
+    says = f"token id {token} in row 3, which is of sequence 1, lies outside the vocabulary of 50"
+    with pytest.raises(ValueError, match=says):
+        build(small_spec()).logits(Batch.of_sequences([[1, 2], [3, token], [token]]))
 
 
 def test_a_batch_that_its_state_refuses_never_reaches_a_block() -> None:
     names: list[str] = []
     model = build(small_spec(), wrap=lambda name, spec, block: (names.append(name), block)[1])
     state, names = model.new_state(Room(3, 64)), []
-    with pytest.raises(ValueError, match="page 3 lies outside the 3 there are"):
+    with pytest.raises(ValueError, match="sequence 0 names page 3, but the state's 3 pages are"):
         model.logits(Batch.of_sequences([[1]], pages=[[3]]), state)
     assert names == []
 
@@ -404,16 +406,67 @@ def test_pages_of_a_forward_that_failed_hold_no_sequence() -> None:
     with pytest.raises(RuntimeError):
         model.logits(Batch.of_sequences([[5]], starts=[3], pages=[[0]]), state)
     failing = False
-    with pytest.raises(ValueError, match="after 3 tokens, but its pages do not hold them"):
+    with pytest.raises(
+        ValueError, match="after 3 tokens, but page 0 was lost when a forward failed"
+    ):
         model.logits(Batch.of_sequences([[5]], starts=[3], pages=[[0]]), state)
     model.logits(Batch.of_sequences([[5]], starts=[1], pages=[[1]]), state)
     model.logits(Batch.of_sequences([[5]], pages=[[0]]), state)
 
 
+class Interrupting(CapturingBackend):
+    """Ends a forward as Ctrl-C does, once it has written its state."""
+
+    is_armed = False
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        block = super().build(spec, weights)
+        return self._interrupted(block) if isinstance(spec, specs.LMHead) else block
+
+    def _interrupted(self, block: Block) -> Block:
+        def call(x: Any) -> Any:
+            if self.is_armed:
+                raise KeyboardInterrupt
+            return block(x)
+
+        return call
+
+
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_an_interrupted_forward_loses_its_pages_and_nothing_else(is_replayed: bool) -> None:
+    backend = Interrupting()
+    model = build(small_spec(), "interrupting", {"interrupting": backend})
+    state = model.new_state(Room(2, 64))
+    model.logits(Batch.of_sequences([[0, 1], [0, 1]], pages=[[0], [1]]), state)
+
+    def step(position: int, page: int) -> Any:
+        batch = Batch.of_sequences([[position]], starts=[position], pages=[[page]])
+        return model.logits(batch, state)
+
+    position = 2
+    while is_replayed and position < 4:
+        step(position, 1)
+        position += 1
+    assert len(backend.forms) == is_replayed
+    backend.is_armed = True
+    with pytest.raises(KeyboardInterrupt):
+        step(2, 0)
+    backend.is_armed = False
+    for again in (2, 3):
+        with pytest.raises(ValueError, match="page 0 was lost when a forward failed"):
+            step(again, 0)
+    with ThreadPoolExecutor(1) as thread:  # the lock is free
+        other = thread.submit(step, position, 1).result(timeout=60)
+    plain = build(small_spec())
+    want = plain.logits(Batch.of_sequences([np.arange(position + 1)]))
+    np.testing.assert_allclose(other, want, atol=1e-6)
+    np.testing.assert_allclose(step(0, 0), plain.logits(Batch.of_sequences([[0]])), atol=1e-6)
+
+
 @pytest.mark.parametrize("plan", ["reference", "capturing"])
 def test_without_a_state_sequences_are_whole(plan: str) -> None:
     model = build(small_spec(), plan, {"capturing": CapturingBackend()})
-    with pytest.raises(ValueError, match="position above 0, but there is no state"):
+    with pytest.raises(ValueError, match="sequence 1 starts at position 1, but there is no state"):
         model.logits(Batch.of_sequences([[1, 2], [3]], starts=[0, 1]))
 
 
@@ -442,6 +495,33 @@ def test_a_copy_of_a_state_with_another_room_is_refused() -> None:
 
 def test_a_batch_of_no_sequences_gives_no_logits() -> None:
     assert build(small_spec()).logits(Batch.of_sequences([])).shape == (0, 50)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda model: model.logits([[1, 2]]), r"not \[\[1, 2\]\]; .* logits\(Batch.of_sequences"),
+        (lambda model: model.logits(np.arange(3)), r"takes a lfm2kit.Batch, not array"),
+        (lambda model: model.new_state(4), r"not 4; .* new_state\(Room.of_sequences\(16, 4096\)"),
+        (
+            lambda model: model.logits(Batch.of_sequences([[1]], pages=[[0]]), Room(1)),
+            r"a state is what new_state\(room\) returns, not Room",
+        ),
+    ],
+)
+def test_an_argument_of_another_type_is_an_error_that_says_what_to_type(
+    call: Callable[[LFM2], Any], says: str
+) -> None:
+    with pytest.raises(TypeError, match=says) as error:
+        call(build(small_spec()))
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_and_a_state_are_shown_in_one_short_line() -> None:
+    model = build(small_spec(), "reference,moe=device", {"device": DeviceBackend()})
+    assert repr(model) == "<LFM2 of 4 layers, vocabulary of 50, on device, reference>"
+    state = model.new_state(Room(3, 64))
+    assert repr(state) == "<ModelState of 4 layers, 3 pages of 64 tokens>"
 
 
 def test_a_wrapper_around_the_whole_model_may_survive_capture(expected: Any) -> None:

@@ -15,6 +15,7 @@ from lfm2kit.backend import HOST, Batch
 from lfm2kit.memory import Exclusive, Ordered, own_stream
 from lfm2kit.model import LFM2
 from lfm2kit.replays import Replays
+from lfm2kit.state import Room
 from tests.conformance.late import LateBackend, LateMemory
 from tests.core.small import build, small_spec
 from tests.core.test_model import SEQUENCES, Recorded
@@ -65,6 +66,19 @@ def test_an_own_stream_goes_on_where_the_current_one_is() -> None:
         assert HOST.to_host(array) is array
 
 
+def test_an_own_stream_has_ended_its_work_when_it_is_interrupted() -> None:
+    memory, made = LateMemory(), []
+
+    def interrupted() -> None:
+        with own_stream(memory):
+            made.append(memory.from_host(np.arange(3)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert made[0].values.tolist() == [0, 1, 2]
+
+
 def test_a_forward_leaves_the_callers_stream_alone() -> None:
     backend = LateBackend()
     before = backend.late.current
@@ -102,3 +116,36 @@ def test_two_threads_run_a_batch_of_both() -> None:
     with ThreadPoolExecutor(2) as threads:
         got = list(threads.map(lambda _: shared.logits(batch).copy(), range(TURNS)))
     assert all(np.array_equal(one, want) for one in got)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+@pytest.mark.parametrize("kind", [LateBackend, CapturingLate])
+def test_two_threads_decode_sequences_of_one_state(kind: type[LateBackend]) -> None:
+    shared = model(kind())
+    state = shared.new_state(Room(2, 64))
+
+    def decode(page: int) -> Any:
+        steps = [
+            Batch.of_sequences([[token]], starts=[start], pages=[[page]])
+            for start, token in enumerate(SEQUENCES[2 * page])
+        ]
+        return [shared.logits(step, state) for step in steps][-1]
+
+    want = build(small_spec()).logits(Batch.of_sequences(SEQUENCES))
+    with ThreadPoolExecutor(2) as threads:
+        for page, got in enumerate(threads.map(decode, (0, 1))):
+            np.testing.assert_allclose(got, want[2 * page : 2 * page + 1], atol=1e-6)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_two_threads_make_states_of_one_model_and_let_them_go() -> None:
+    shared, batch = model(CapturingLate()), Batch.of_sequences([[1]], pages=[[0]])
+    want = build(small_spec()).logits(Batch.of_sequences([[1]]))
+
+    def run(_: int) -> Any:
+        state = shared.new_state(Room(1, 64))
+        return [shared.logits(batch, state) for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for got in threads.map(run, range(TURNS // 5)):
+            assert all(np.array_equal(one, want) for one in got)
