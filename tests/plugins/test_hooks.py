@@ -60,10 +60,10 @@ def test_lfm2kit_backends_are_created_once_by_name_with_the_runs_context(load: L
     def lfm2kit_backends() -> Iterator[BackendPlugin]:
         def create(context: Context) -> Any:
             contexts.append(context)
-            return object()
+            return ReferenceBackend()
 
         yield BackendPlugin("mine", "a line", create, api_version=1)
-        yield BackendPlugin("other", "a line", lambda context: object(), api_version=1)
+        yield BackendPlugin("other", "a line", lambda context: ReferenceBackend(), api_version=1)
 
     create = load(lfm2kit_backends).creator(Context(threads=3))
     mine = create("mine")
@@ -77,7 +77,11 @@ def test_lfm2kit_backends_that_say_why_they_cannot_run_are_refused_with_it(load:
     @lfm2kit.hookimpl
     def lfm2kit_backends() -> Iterator[BackendPlugin]:
         yield BackendPlugin(
-            "mine", "a line", lambda context: object(), 1, why_unavailable=lambda: "no such chip"
+            "mine",
+            "a line",
+            lambda context: ReferenceBackend(),
+            1,
+            why_unavailable=lambda: "no such chip",
         )
 
     with pytest.raises(lfm2kit.Lfm2kitError, match="cannot run here: no such chip"):
@@ -89,7 +93,7 @@ def test_lfm2kit_backends_are_picked_by_auto_only_if_preferred_and_able(load: Lo
     def lfm2kit_backends() -> Iterator[BackendPlugin]:
         def announced(name: str, preference: int, **more: Any) -> BackendPlugin:
             return BackendPlugin(
-                name, "", lambda context: object(), 1, preference=preference, **more
+                name, "", lambda context: ReferenceBackend(), 1, preference=preference, **more
             )
 
         yield announced("slow", 1)
@@ -117,7 +121,7 @@ def test_lfm2kit_backends_are_created_once_in_each_precision(load: Load) -> None
 
         def inner(context: Context) -> Any:
             made.append(f"inner {context.precision}")
-            return object()
+            return ReferenceBackend()
 
         yield BackendPlugin("inner", "", inner, 1, precisions=both)
         yield BackendPlugin("outer", "", lambda c: c.create_backend("inner"), 1, precisions=both)
@@ -216,7 +220,8 @@ def test_a_wrapper_of_another_type_is_an_error_that_names_the_plugin(
     def lfm2kit_block_wrapper(name: str, spec: Spec) -> Any:
         return returned
 
-    with pytest.raises(TypeError, match=r"plugin 'plugin_0' returned .* for lm_head, not an"):
+    sentence = r"of plugin 'plugin_0', asked about lm_head, returned .*, not an lfm2kit.Wrapper"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
         Wrappers.of(placed(LMHead(5, 2), "lm_head"), load(lfm2kit_block_wrapper))
 
 
@@ -429,7 +434,7 @@ def test_a_wrong_result_stays_the_worse_news(run_with: Any, tmp_path: Path) -> N
 # ---- readers of checkpoints ----
 
 
-def claims(name: str, claimed: Path, open_it: Any = None) -> Any:
+def claims(name: str, claimed: Path, open_it: Any = lambda path: None) -> Any:
     """A plugin with a reader `name` of one path."""
 
     @lfm2kit.hookimpl

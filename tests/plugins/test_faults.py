@@ -1,0 +1,200 @@
+"""What a plugin does wrong is one line that names it, and harms nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import lfm2kit
+from lfm2kit.backend import API_VERSION, FP32, HOST, BackendPlugin, Context, Precision
+from lfm2kit.building.placement import Placed
+from lfm2kit.building.plugins import Plugins, installed_plugins
+from lfm2kit.building.wrappers import Wrappers
+from lfm2kit.checkpoint.readers import CheckpointReader
+from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.specs import MLP
+from lfm2kit.transport import TransportPlugin
+
+Load = Callable[..., Plugins]
+Yielding = Callable[..., Plugins]
+
+
+def raises(error: BaseException) -> Callable[..., Any]:
+    def raising(*arguments: Any, **more: Any) -> Any:
+        raise error
+
+    return raising
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Plugins of one module with these hooks, the entry point `odd`, besides `reference`."""
+
+    def loaded(**hooks: Any) -> Plugins:
+        module = ModuleType("odd")
+        for name, hook in hooks.items():
+            setattr(module, name, lfm2kit.hookimpl(hook))
+        monkeypatch.setitem(sys.modules, "odd", module)
+        plugins = Plugins([EntryPoint("odd", "odd", "lfm2kit")])
+        plugins.backends["reference"] = installed_plugins().backends["reference"]
+        return plugins
+
+    return loaded
+
+
+@pytest.fixture
+def yielding(load: Load) -> Yielding:
+    """Plugins of one whose hook `name` yields these values."""
+
+    def announced(name: str, *values: Any) -> Plugins:
+        return load(**{name: lambda: iter(values)})
+
+    return announced
+
+
+def a_backend(**fields: Any) -> BackendPlugin:
+    usual = {"summary": "", "create": lambda context: ReferenceBackend(), "api_version": 1}
+    return BackendPlugin("bb", **{**usual, **fields})
+
+
+def a_rewrite(apply: Any = lambda model: model, **fields: Any) -> lfm2kit.Rewrite:
+    return lfm2kit.Rewrite("x", fields.pop("summary", "a line"), apply, **fields)
+
+
+def a_reader(recognises: Any, open_it: Any = lambda path: None) -> CheckpointReader:
+    return CheckpointReader("k", "a line", recognises, open_it)
+
+
+GRADE_OF_TEXT = Grade("odd", "much", "logits")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("hook", "wrong", "reason"),
+    [
+        ("lfm2kit_backends", a_backend(preference="high"), "preference is 'high', not a whole num"),
+        ("lfm2kit_backends", a_backend(api_version="1"), "api_version is '1', not a whole number"),
+        ("lfm2kit_backends", a_backend(summary=None), "summary is None, not a text"),
+        ("lfm2kit_backends", a_backend(create=None), "create is None, not a function"),
+        ("lfm2kit_backends", a_backend(why_unavailable="no"), "is 'no', not a function"),
+        ("lfm2kit_backends", a_backend(precisions=()), "precisions is (), not a tuple of one or"),
+        ("lfm2kit_backends", a_backend(precisions=iter([FP32])), "not a tuple of one or more"),
+        ("lfm2kit_backends", a_backend(precisions=None), "precisions is None, not a tuple"),
+        ("lfm2kit_backends", a_backend(precisions=(FP32, FP32)), "announces 'fp32' twice"),
+        (
+            "lfm2kit_backends",
+            a_backend(precisions=(Precision("fp32", "exact"),)),  # type: ignore[arg-type]
+            "the precision 'fp32', whose grade is 'exact', not a Grade",
+        ),
+        (
+            "lfm2kit_backends",
+            a_backend(precisions=(Precision("fp32", None),)),  # type: ignore[arg-type]
+            "whose grade is None, not a Grade",
+        ),
+        (
+            "lfm2kit_backends",
+            a_backend(precisions=(Precision("fp32", GRADE_OF_TEXT),)),
+            "grade's block_error is 'much', not a number",
+        ),
+        (
+            "lfm2kit_backends",
+            a_backend(precisions=(Precision("fp32", FP32_GRADE, "BF16"),)),  # type: ignore[arg-type]
+            "weights is 'BF16', not a Format or None",
+        ),
+        (
+            "lfm2kit_backends",
+            a_backend(precisions=(Precision(5, SIXTEEN_BIT),)),  # type: ignore[arg-type]
+            "announces the precision Precision(name=5",
+        ),
+        ("lfm2kit_transports", TransportPlugin("t", "", None), "launcher is None, not a Launcher"),  # type: ignore[arg-type]
+        ("lfm2kit_checkpoints", a_reader("all"), "recognises is 'all', not a function"),
+        ("lfm2kit_checkpoints", a_reader(bool, None), "open is None, not a function"),
+        ("lfm2kit_commands", lfm2kit.Command("hi", None), "run is None, not a function"),  # type: ignore[arg-type]
+        ("lfm2kit_rewrites", a_rewrite("x"), "apply is 'x', not a function"),
+        ("lfm2kit_rewrites", a_rewrite(joins=42), "joins is 42, not a mapping of types of specs"),
+        ("lfm2kit_rewrites", a_rewrite(joins={"MLP": 5}), "not a mapping of types of specs"),
+        ("lfm2kit_rewrites", a_rewrite(summary=None), "summary is None, not a text"),
+        ("lfm2kit_rewrites", a_rewrite(has_state=None), "has_state is None, not True or False"),
+    ],
+)
+def test_a_plugin_that_announces_nonsense_is_set_aside(
+    yielding: Yielding, hook: str, wrong: Any, reason: str
+) -> None:
+    plugins = yielding(hook, wrong)
+    (broken,) = plugins.broken
+    assert reason in broken.reason
+    assert hook in broken.reason or "backend 'bb' announces" in broken.reason
+    assert plugins.auto() == "reference"
+
+
+def test_a_reason_that_is_no_text_is_one(yielding: Yielding) -> None:
+    plugins = yielding("lfm2kit_backends", a_backend(why_unavailable=lambda: 42))
+    assert plugins.broken == []
+    assert plugins.backends["bb"].why_not == "its why_unavailable() returned 42, not a text or None"
+
+
+def test_a_backend_of_another_api_is_listed_all_the_same(yielding: Yielding) -> None:
+    plugins = yielding("lfm2kit_backends", a_backend(api_version=API_VERSION + 1))
+    assert "it is written for backend API" in (plugins.backends["bb"].why_not or "")
+
+
+@pytest.mark.parametrize("made", [None, 42, object()])
+def test_what_is_created_is_a_backend(yielding: Yielding, made: Any) -> None:
+    plugins = yielding("lfm2kit_backends", a_backend(create=lambda context: made))
+    sentence = r"create\(\) of backend 'bb' of unknown returned .*, not a Backend"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
+        plugins.creator(Context())("bb")
+
+
+# ---- wrappers ----
+
+BLOCKS = [("", "the model"), ("layers.0.feed_forward", "layers.0.feed_forward")]
+
+
+def around(name: str, plugins: Plugins) -> Wrappers:
+    return Wrappers.of(Placed(name, name, MLP(2, 3), HOST, HOST, "reference"), plugins)
+
+
+@pytest.mark.parametrize(("name", "said"), BLOCKS)
+@pytest.mark.parametrize("error", [RuntimeError("boom\nsecond"), SystemExit(4)])
+def test_a_hook_for_wrappers_that_raises_is_named(
+    load: Load, name: str, said: str, error: BaseException
+) -> None:
+    def lfm2kit_block_wrapper(name: str) -> Any:
+        raise error
+
+    first = str(error).splitlines()[0]
+    sentence = f"plugin 'odd', asked about {said}, raised {type(error).__name__}: {first};"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence) as raised:
+        around(name, load(lfm2kit_block_wrapper=lfm2kit_block_wrapper))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("returned", [42, lambda block: block, lfm2kit.Wrapper(5)])  # type: ignore[arg-type]
+def test_a_hook_for_wrappers_that_returns_none_is_named(load: Load, returned: Any) -> None:
+    def lfm2kit_block_wrapper(name: str) -> Any:
+        return returned
+
+    with pytest.raises(lfm2kit.Lfm2kitError, match=r"plugin 'odd', asked about the model, returne"):
+        around("", load(lfm2kit_block_wrapper=lfm2kit_block_wrapper))
+
+
+@pytest.mark.parametrize(("name", "said"), BLOCKS)
+def test_a_wrapper_that_makes_no_block_is_named(load: Load, name: str, said: str) -> None:
+    def wrapped(wrap: Any) -> Any:
+        def lfm2kit_block_wrapper(name: str) -> Any:
+            return lfm2kit.Wrapper(wrap)
+
+        wrappers = around(name, load(lfm2kit_block_wrapper=lfm2kit_block_wrapper))
+        return wrappers.wrap(name, MLP(2, 3), lambda x: x)
+
+    who = f"plugin 'odd', wrapping {said},"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} returned None, which is no block"):
+        wrapped(lambda block: None)
+    with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} raised KeyError: 'w'"):
+        wrapped(raises(KeyError("w")))
