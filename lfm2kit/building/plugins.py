@@ -29,7 +29,7 @@ from lfm2kit.hookspecs import Command, Wrapper
 from lfm2kit.memory import Memory
 from lfm2kit.plugin_faults import blaming
 from lfm2kit.precisions import Precision
-from lfm2kit.rewrites import Rewrite, built_in
+from lfm2kit.rewrites import Rewrite, built_in, kept_to_contract
 from lfm2kit.specs import Spec
 from lfm2kit.transport import Transport, TransportPlugin, World
 
@@ -235,7 +235,7 @@ class Plugins:
             with blaming(f"plugin '{plugin}', asked for rank {world.rank} of {world.size},"):
                 rewrites = _announced_rewrites(manager, world, transport)
                 check_announced("lfm2kit_rewrites", rewrites, Rewrite, others)
-            found |= {rewrite.name: rewrite for rewrite in rewrites}
+            found |= {r.name: kept_to_contract(r, plugin, world.size) for r in rewrites}
         return found
 
     def _owners_of_rewrites(self) -> dict[str, str]:

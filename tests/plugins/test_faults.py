@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 import lfm2kit
 from lfm2kit.backend import API_VERSION, FP32, HOST, BackendPlugin, Context, Precision
+from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.building.wrappers import Wrappers
+from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.readers import CheckpointReader
 from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade
 from lfm2kit.reference.backend import ReferenceBackend
-from lfm2kit.specs import MLP
-from lfm2kit.transport import TransportPlugin
+from lfm2kit.rewrites import Join
+from lfm2kit.specs import MLP, Layer, Model, Part, Spec
+from lfm2kit.transport import TransportPlugin, World
 
 Load = Callable[..., Plugins]
 Yielding = Callable[..., Plugins]
@@ -71,7 +76,7 @@ def a_reader(recognises: Any, open_it: Any = lambda path: None) -> CheckpointRea
     return CheckpointReader("k", "a line", recognises, open_it)
 
 
-GRADE_OF_TEXT = Grade("odd", "much", "logits")  # type: ignore[arg-type]
+GRADE_OF_TEXT = Grade("odd", "much", "logits")
 
 
 @pytest.mark.parametrize(
@@ -88,12 +93,12 @@ GRADE_OF_TEXT = Grade("odd", "much", "logits")  # type: ignore[arg-type]
         ("lfm2kit_backends", a_backend(precisions=(FP32, FP32)), "announces 'fp32' twice"),
         (
             "lfm2kit_backends",
-            a_backend(precisions=(Precision("fp32", "exact"),)),  # type: ignore[arg-type]
+            a_backend(precisions=(Precision("fp32", "exact"),)),
             "the precision 'fp32', whose grade is 'exact', not a Grade",
         ),
         (
             "lfm2kit_backends",
-            a_backend(precisions=(Precision("fp32", None),)),  # type: ignore[arg-type]
+            a_backend(precisions=(Precision("fp32", None),)),
             "whose grade is None, not a Grade",
         ),
         (
@@ -103,18 +108,18 @@ GRADE_OF_TEXT = Grade("odd", "much", "logits")  # type: ignore[arg-type]
         ),
         (
             "lfm2kit_backends",
-            a_backend(precisions=(Precision("fp32", FP32_GRADE, "BF16"),)),  # type: ignore[arg-type]
+            a_backend(precisions=(Precision("fp32", FP32_GRADE, "BF16"),)),
             "weights is 'BF16', not a Format or None",
         ),
         (
             "lfm2kit_backends",
-            a_backend(precisions=(Precision(5, SIXTEEN_BIT),)),  # type: ignore[arg-type]
+            a_backend(precisions=(Precision(5, SIXTEEN_BIT),)),
             "announces the precision Precision(name=5",
         ),
-        ("lfm2kit_transports", TransportPlugin("t", "", None), "launcher is None, not a Launcher"),  # type: ignore[arg-type]
+        ("lfm2kit_transports", TransportPlugin("t", "", None), "launcher is None, not a Launcher"),
         ("lfm2kit_checkpoints", a_reader("all"), "recognises is 'all', not a function"),
         ("lfm2kit_checkpoints", a_reader(bool, None), "open is None, not a function"),
-        ("lfm2kit_commands", lfm2kit.Command("hi", None), "run is None, not a function"),  # type: ignore[arg-type]
+        ("lfm2kit_commands", lfm2kit.Command("hi", None), "run is None, not a function"),
         ("lfm2kit_rewrites", a_rewrite("x"), "apply is 'x', not a function"),
         ("lfm2kit_rewrites", a_rewrite(joins=42), "joins is 42, not a mapping of types of specs"),
         ("lfm2kit_rewrites", a_rewrite(joins={"MLP": 5}), "not a mapping of types of specs"),
@@ -175,7 +180,7 @@ def test_a_hook_for_wrappers_that_raises_is_named(
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("returned", [42, lambda block: block, lfm2kit.Wrapper(5)])  # type: ignore[arg-type]
+@pytest.mark.parametrize("returned", [42, lambda block: block, lfm2kit.Wrapper(5)])
 def test_a_hook_for_wrappers_that_returns_none_is_named(load: Load, returned: Any) -> None:
     def lfm2kit_block_wrapper(name: str) -> Any:
         return returned
@@ -198,3 +203,89 @@ def test_a_wrapper_that_makes_no_block_is_named(load: Load, name: str, said: str
         wrapped(lambda block: None)
     with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} raised KeyError: 'w'"):
         wrapped(raises(KeyError("w")))
+
+
+# ---- rewrites ----
+
+
+@dataclass(frozen=True, slots=True)
+class Boxed(Spec):
+    """A layer in a box."""
+
+    layer: Layer
+    kind: ClassVar[str] = "layer"
+
+    def parts(self) -> tuple[Part, ...]:
+        return self.layer.parts()
+
+
+def boxed(model: Model) -> Model:
+    return replace(model, layers=tuple(Boxed(layer) for layer in model.layers))
+
+
+def set_up_with(plugins: Plugins, world: World | None = None) -> Setup:
+    options = Options(backend="reference", rewrites=("x",))
+    return set_up(open_checkpoint(find_model("tiny")), options, plugins=plugins, world=world)
+
+
+def has_layers(change: Callable[[Any], Any]) -> Callable[[Model], Model]:
+    return lambda model: replace(model, layers=change(model.layers))
+
+
+def larger(model: Model) -> Model:
+    return replace(model, embed_tokens=replace(model.embed_tokens, vocab_size=4096))
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "sentence"),
+    [
+        (a_rewrite(lambda model: None), "rewrite 'x' of plugin 'odd' returned None, not a Model"),
+        (a_rewrite(lambda model: "model"), "returned 'model', not a Model"),
+        (a_rewrite(lambda model: model.layers[0]), "returned <?Layer.*, not a Model"),
+        (a_rewrite(raises(KeyError("w"))), "plugin 'odd' raised KeyError: 'w'"),
+        (a_rewrite(raises(SystemExit(3))), "plugin 'odd' raised SystemExit: 3"),
+        (a_rewrite(has_layers(lambda layers: ())), r"the layers are \(\), not a tuple of specs"),
+        (a_rewrite(has_layers(list)), r"the layers are \[.*, not a tuple of specs"),
+        (a_rewrite(has_layers(lambda all: (None, *all[1:]))), r"layers\.0 is None, not a Spec"),
+        (a_rewrite(has_layers(lambda all: all[:3])), r"leaves out tensor 'layers\.3\..* more"),
+        (a_rewrite(has_layers(lambda all: all * 2)), r"there is no tensor 'layers\.8\."),
+        (a_rewrite(larger), r"has shape \[\d+, 128\], its model's is \[4096, 128\]"),
+        (a_rewrite(boxed, joins={Boxed: lambda outer: 5}), "a join of rewrite 'x' .* is 5, not a"),
+        (a_rewrite(boxed, joins={Boxed: raises(KeyError("w"))}), "a join of .* raised KeyError"),
+    ],
+)
+def test_a_rewrite_that_breaks_the_contract_is_named(
+    yielding: Yielding, rewrite: Any, sentence: str
+) -> None:
+    plugins = yielding("lfm2kit_rewrites", rewrite)
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence) as raised:
+        set_up_with(plugins)
+    assert "\n" not in str(raised.value)
+    assert "rewrite 'x' of plugin 'odd'" in str(raised.value)
+
+
+@pytest.mark.parametrize("make", [lambda spec, **parts: None, raises(KeyError("w"))])
+def test_a_join_that_makes_no_block_is_named(yielding: Yielding, make: Any) -> None:
+    joins = {Boxed: lambda outer: Join(make, outer)}
+    setup = set_up_with(yielding("lfm2kit_rewrites", a_rewrite(boxed, joins=joins)))
+    with pytest.raises(lfm2kit.Lfm2kitError, match="of plugin 'odd', joining a Boxed, r"):
+        setup.build()
+
+
+def test_a_rank_may_hold_fewer_tensors_than_the_model_has(yielding: Yielding) -> None:
+    plugins = yielding("lfm2kit_rewrites", a_rewrite(has_layers(lambda all: all[:3])))
+    assert len(set_up_with(plugins, World(0, 2)).placed.spec.layers) == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom\nsecond"), SystemExit(7)])
+def test_a_hook_for_rewrites_that_fails_in_a_job_is_named(load: Load, error: Any) -> None:
+    def lfm2kit_rewrites(world: World) -> Any:
+        if world.size > 1:
+            raise error
+        return ()
+
+    plugins = load(lfm2kit_rewrites=lfm2kit_rewrites)
+    first = str(error).splitlines()[0]
+    sentence = f"plugin 'odd', asked for rank 1 of 2, raised {type(error).__name__}: {first};"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
+        plugins.rewrites(World(1, 2))

@@ -153,7 +153,7 @@ def test_a_hook_that_fails_for_a_rank_is_an_error_that_names_the_plugin(
         yield HALVES
 
     plugins = plugins_of(monkeypatch, lfm2kit_rewrites)
-    with pytest.raises(Lfm2kitError, match=r"'extra_0' .* rank 1 of 3: ValueError: three is a"):
+    with pytest.raises(Lfm2kitError, match=r"'extra_0', .* rank 1 of 3, raised ValueError: three"):
         tiny(plugins, world=World(1, 3))
 
 
