@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import typer
 
 import lfm2kit
 from lfm2kit.backend import HOST, BackendPlugin, Batch, Block, Context
@@ -333,6 +334,28 @@ def test_lfm2kit_commands_run_with_the_arguments_of_their_function(cli_with: Any
     cli("hello", "you", "--times", 0).assert_fails("not at all, --times 0")
     cli("hello").assert_fails("Missing argument 'name'", "see lfm2kit hello --help")
     cli("helo").assert_fails("Did you mean 'hello'?")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (SystemExit(), 0, ""),
+        (SystemExit(0), 0, ""),
+        (SystemExit(9), 9, ""),
+        (SystemExit("sorry"), 1, "lfm2kit: error: sorry\n"),
+        (typer.Exit(4), 4, ""),
+        (typer.Abort(), 1, "lfm2kit: error: aborted\n"),
+    ],
+)
+def test_a_command_ends_with_its_own_exit_code(
+    cli_with: Any, error: BaseException, code: int, said: str
+) -> None:
+    def leave() -> None:
+        print("done")
+        raise error
+
+    left = cli_with(lfm2kit.Command("leave", leave))("leave")
+    assert (left.code, left.out, left.err) == (code, "done\n", said)
 
 
 def test_a_command_that_typer_cannot_read_breaks_no_help(cli_with: Any) -> None:
