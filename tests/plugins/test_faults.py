@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 import lfm2kit
@@ -18,13 +20,15 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.building.wrappers import Wrappers
-from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.readers import CheckpointReader
+from lfm2kit.formats import Format
 from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Join
 from lfm2kit.specs import MLP, Layer, Model, Part, Spec
 from lfm2kit.transport import TransportPlugin, World
+from lfm2kit.weights import Tensor, Weights
 
 Load = Callable[..., Plugins]
 Yielding = Callable[..., Plugins]
@@ -289,3 +293,78 @@ def test_a_hook_for_rewrites_that_fails_in_a_job_is_named(load: Load, error: Any
     sentence = f"plugin 'odd', asked for rank 1 of 2, raised {type(error).__name__}: {first};"
     with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
         plugins.rewrites(World(1, 2))
+
+
+# ---- readers ----
+
+
+def opened(yielding: Yielding, path: Path, change: Callable[[Checkpoint], Any]) -> Checkpoint:
+    """The embedded model as a reader opens it that changes something."""
+
+    def open_it(path: Path) -> Any:
+        return change(open_checkpoint(find_model("tiny")))
+
+    plugins = yielding("lfm2kit_checkpoints", a_reader(lambda asked: asked == path, open_it))
+    return open_checkpoint(path, plugins.readers.values())
+
+
+def with_tensor(made: Callable[[Tensor], Any]) -> Callable[[Checkpoint], Checkpoint]:
+    """Returns a change of the first convolution's matrix."""
+    name = "layers.0.conv.out_proj.weight"
+
+    def change(checkpoint: Checkpoint) -> Checkpoint:
+        weights = checkpoint.weights
+        return replace(checkpoint, weights=Weights({**weights, name: made(weights[name])}))
+
+    return change
+
+
+def stored(unpack: Any, name: str = "odd") -> Callable[[Checkpoint], Checkpoint]:
+    """Returns a change that stores this matrix in a format with this `unpack`."""
+
+    def made(tensor: Tensor) -> Tensor:
+        format = Format(name, 1, np.dtype("<f4"), unpack)
+        return Tensor(tensor.name, format, tensor.shape, tensor.float32())
+
+    return with_tensor(made)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda good: replace(good, spec=None), "returned a Checkpoint whose spec is None"),
+        (lambda good: replace(good, weights=None), "returned a Checkpoint whose weights is None"),
+        (lambda good: replace(good, remarks=5), "returned a Checkpoint whose remarks is 5"),
+        (lambda good: replace(good, remarks=(5,)), r"a Checkpoint whose remarks is \(5,\)"),
+        (lambda good: replace(good, path="x"), "returned a Checkpoint whose path is 'x'"),
+        (lambda good: replace(good, config={}), "returned a Checkpoint whose config is {}"),
+        (with_tensor(lambda tensor: 42), "tensor 'layers.0.conv.out_proj.weight' is 42, not a T"),
+        (
+            with_tensor(lambda tensor: Format("odd", 1, "<f4", abs)),
+            "TypeError: format odd: block",
+        ),
+        (stored(lambda data: 1 / 0), "format odd, unpacking .* raised ZeroDivisionError"),
+        (stored(lambda data: None), "format odd, unpacking .* returned None"),
+        (stored(lambda data: data.astype("<f8")), r"returned \[1, 128\] of float64"),
+        (stored(lambda data: np.concatenate([data, data], -1)), r"returned \[1, 256\] of float32"),
+        (stored(lambda data: 2 * data, "F32"), "is in a format of its own that is called F32"),
+    ],
+)
+def test_a_reader_that_breaks_the_contract_is_named(
+    yielding: Yielding, tmp_path: Path, change: Any, said: str
+) -> None:
+    who = f"{tmp_path}: reader 'k' of unknown"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=f"^{who}.* ?{said}") as raised:
+        opened(yielding, tmp_path, change)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_reader_may_bring_formats_of_its_own(yielding: Yielding, tmp_path: Path) -> None:
+    checkpoint = opened(yielding, tmp_path, stored(lambda data: data))
+    assert "odd" in {tensor.format.name for tensor in checkpoint.weights.values()}
+
+
+def test_a_reader_whose_answer_has_no_truth_is_named(yielding: Yielding, tmp_path: Path) -> None:
+    plugins = yielding("lfm2kit_checkpoints", a_reader(lambda path: np.zeros(3)))
+    with pytest.raises(lfm2kit.Lfm2kitError, match="reader 'k' of unknown raised ValueError"):
+        open_checkpoint(tmp_path, plugins.readers.values())
