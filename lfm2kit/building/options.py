@@ -81,6 +81,14 @@ class Options:
             value = getattr(self, one.name)
             if value is not None:
                 one.metadata["about"].check(one.name, value)
+        if not isinstance(self.precision, str) or not self.precision:
+            expected = ": expected the name of a precision, as "
+            raise Lfm2kitError(
+                Option("precision", self.precision), expected, Option("precision", "fp32")
+            )
+        if isinstance(self.rewrites, str):
+            said = f": expected a tuple of names, as rewrites=({self.rewrites!r},)"
+            raise Lfm2kitError(Option("rewrites", self.rewrites), said)
 
     def chosen_plan(self) -> Plan:
         """Returns the plan, from its text or its file; raises `Lfm2kitError` if it is wrong."""

@@ -174,10 +174,8 @@ class Plugins:
         """
         name = item.partition(":")[0]
         if name not in self.backends:
-            skipped = next(
-                (f"; its plugin was skipped: {b.reason}" for b in self.broken if b.name == name), ""
-            )
-            raise Lfm2kitError(f"unknown backend '{name}'; {choices(name, self.backends)}{skipped}")
+            there = choices(name, self.backends)
+            raise Lfm2kitError(f"unknown backend '{name}'; {there}{self.skipped()}")
         installed = self.backends[name]
         if (reason := installed.why_not) is not None:
             others = ", ".join(sorted(n for n, b in self.backends.items() if b.why_not is None))
@@ -265,6 +263,11 @@ class Plugins:
 
         return create
 
+    def skipped(self) -> str:
+        """Returns what to add where something is not there: the plugins that were set aside."""
+        said = ", ".join(f"'{broken.name}' ({broken.reason})" for broken in self.broken)
+        return f"; skipped as broken: plugin {said}; see lfm2kit backends" if said else ""
+
     def owner(self, command: str) -> str:
         """Returns the distribution that a command comes from."""
         return self._owners[command]
@@ -317,7 +320,8 @@ def find_transport(name: str) -> TransportPlugin:
         )
     plugins = installed_plugins()
     if name not in plugins.transports:
-        raise Lfm2kitError(f"unknown transport '{name}'; {choices(name, plugins.transports)}")
+        there = choices(name, plugins.transports)
+        raise Lfm2kitError(f"unknown transport '{name}'; {there}{plugins.skipped()}")
     return plugins.transports[name]
 
 

@@ -29,6 +29,14 @@ class Commands(TyperGroup):
             self._add(installed_plugins())
         return super().get_command(ctx, cmd_name)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:
+            if hasattr(error, "message"):  # click's error, in whichever module it lives
+                error.message = f"{error.message.rstrip('.')}{installed_plugins().skipped()}"
+            raise
+
     def list_commands(self, ctx: Any) -> list[str]:
         with suppress(Lfm2kitError):  # a wrong list of plugins prevents no help
             self._add(installed_plugins())

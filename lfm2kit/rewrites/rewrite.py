@@ -31,15 +31,18 @@ class Rewrite:
     is_automatic: bool = False  # applied without being asked for, after those that are
 
 
-def chosen(names: Iterable[str], there: Mapping[str, Rewrite]) -> tuple[Rewrite, ...]:
+def chosen(
+    names: Iterable[str], there: Mapping[str, Rewrite], skipped: str = ""
+) -> tuple[Rewrite, ...]:
     """Returns the rewrites `names` in their order, and then the automatic ones of `there`.
 
-    Raises `Lfm2kitError` for a name that is not there, or is given twice.
+    Raises `Lfm2kitError` for a name that is not there, which ends with `skipped`, or is given
+    twice.
     """
     asked: dict[str, Rewrite] = {}
     for name in names:
         if name not in there:
-            raise Lfm2kitError(f"unknown rewrite '{name}'; {choices(name, there)}")
+            raise Lfm2kitError(f"unknown rewrite '{name}'; {choices(name, there)}{skipped}")
         if name in asked:
             raise Lfm2kitError(f"rewrite '{name}' is given twice; give it once")
         asked[name] = there[name]

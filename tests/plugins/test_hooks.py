@@ -369,6 +369,19 @@ def test_a_command_that_typer_cannot_read_breaks_no_help(cli_with: Any) -> None:
     cli("odd").assert_fails("command 'odd' of unknown cannot be used: ")
 
 
+def test_a_plugin_that_was_skipped_is_named_where_a_name_is_not_there(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Plugins([EntryPoint("odd", "a_module_that_is_not_there", "lfm2kit")])
+    broken.backends["reference"] = installed_plugins().backends["reference"]
+    for name in ("building.loading", "cli.plugin_commands", "cli.options"):
+        monkeypatch.setattr(sys.modules[f"lfm2kit.{name}"], "installed_plugins", lambda: broken)
+    skipped = "; skipped as broken: plugin 'odd' (ModuleNotFoundError: No module named"
+    cli("helo").assert_fails("No such command 'helo'", skipped)
+    cli("plan", "-b", "mine").assert_fails("unknown backend 'mine'", skipped)
+    cli("plan", "--rewrite", "x").assert_fails("unknown rewrite 'x'; there is: trim", skipped)
+
+
 def test_no_plugin_is_loaded_for_a_command_of_lfm2kit(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
