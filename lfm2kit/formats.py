@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from reprlib import repr as brief  # of what a reader gives, however long it is
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ class Format:
 
     `pack(values)` rounds float32 values to such data, to nearest, ties to even.  It raises
     OverflowError where a finite value has no finite neighbour.  A format without it is only read.
+
+    Raises TypeError for a field of another type, and for blocks of less than one value.
     """
 
     name: str  # as users see it
@@ -37,6 +40,18 @@ class Format:
     block: np.dtype[Any]
     unpack: Callable[..., Float32]
     pack: Callable[[Float32], Blocks] | None = None
+
+    def __post_init__(self) -> None:
+        fits = {
+            "name": isinstance(self.name, str),
+            "block_values": type(self.block_values) is int and self.block_values > 0,
+            "block": isinstance(self.block, np.dtype),
+            "unpack": callable(self.unpack),
+            "pack": self.pack is None or callable(self.pack),
+        }
+        for field, does_fit in fits.items():
+            if not does_fit:
+                raise TypeError(f"format {self.name}: {field} is {brief(getattr(self, field))}")
 
     def __str__(self) -> str:
         return self.name

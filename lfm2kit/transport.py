@@ -202,3 +202,8 @@ def rank_command(arguments: Sequence[str]) -> list[str]:
 def share(count: int, size: int, rank: int) -> range:
     """The part of `range(count)` that is `rank`'s: contiguous, sizes differ by one at most."""
     return range(count * rank // size, count * (rank + 1) // size)
+
+
+def evenly(size: int, num_experts: int) -> list[int]:
+    """Returns the rank that holds each expert if `share` gives `size` ranks theirs."""
+    return [((e + 1) * size - 1) // num_experts for e in range(num_experts)]

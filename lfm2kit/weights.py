@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from reprlib import repr as brief  # of what a format returns, however long it is
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import F32, Format
+from lfm2kit.plugin_faults import blaming
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +78,22 @@ class Tensor:
     def float32(self) -> npt.NDArray[np.float32]:
         """Returns the values in float32, exactly and aligned; F32 data may be the file's own.
 
-        They are then read-only.  Raises TypeError if the format unpacks something else.
+        They are then read-only.  Raises `Lfm2kitError` if the format raises anything, or unpacks
+        something else than float32 values of all blocks.
         """
         if self.size == 0:  # formats need not know how to unpack nothing
             return np.empty(self.shape, np.float32)
-        values = self.format.unpack(*self.arrays)
+        unpacking = f"format {self.format}, unpacking tensor '{self.name}' {list(self.shape)},"
+        with blaming(unpacking):
+            values = self.format.unpack(*self.arrays)
+        *leading, blocks = self.data.shape or (1,)
+        whole = (*leading, blocks * self.format.block_values) if self.shape else ()
+        if getattr(values, "shape", None) != whole or values.dtype != np.float32:
+            raise Lfm2kitError(
+                f"{unpacking} returned {_form(values)}, not {list(whole)} of float32"
+            )
         if self.shape:
             values = values[..., : self.shape[-1]]  # a row's last block may be padded
-        if values.shape != self.shape or values.dtype != np.float32:
-            raise TypeError(
-                f"format {self.format} unpacks tensor '{self.name}' {list(self.shape)} to "
-                f"{list(values.shape)} of {values.dtype}"
-            )
         return np.require(values, np.float32, "A")  # a copy if the file holds it unaligned
 
     def flat(self, begin: int, end: int) -> Tensor:
@@ -117,6 +123,13 @@ class Tensor:
             return Tensor.of_array(self.name, format.pack(self.float32()), format)
         except OverflowError as error:
             raise Lfm2kitError(f"tensor '{self.name}' has {error}") from None
+
+
+def _form(values: Any) -> str:
+    """Says what `values` are: their shape and type, if they are an array."""
+    if isinstance(values, np.ndarray):
+        return f"{list(values.shape)} of {values.dtype}"
+    return brief(values)
 
 
 def _stored_bytes(array: npt.NDArray[Any]) -> int:

@@ -208,7 +208,8 @@ def set_up(
     plan = _with_host_experts(plan, options, checkpoint.spec, plugins, create)
     for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
-    applied = chosen(options.rewrites, plugins.rewrites(world, transport), plugins.skipped)
+    there = plugins.rewrites(world, transport)
+    applied = chosen(options.rewrites, there, plugins.skipped())
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
     placed = Placer(plan, create, joins, plugins.backends).place(model)
     wrappers = Wrappers.of(placed, plugins)

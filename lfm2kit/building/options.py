@@ -87,10 +87,10 @@ class Options:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if value is None:
+            if value is None and one.name != "precision":
                 continue
             kind, words = EXPECTED.get(one.name, (object, ""))
-            if not isinstance(value, kind):
+            if not isinstance(value, kind) or (one.name == "precision" and not value):
                 raise Lfm2kitError(Option(one.name, value), f": expected {words}")
             one.metadata["about"].check(one.name, value)
 

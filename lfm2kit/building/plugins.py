@@ -7,40 +7,39 @@ A plugin that cannot be imported or announces nonsense is kept as a `BrokenPlugi
 from __future__ import annotations
 
 import os
-import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from reprlib import repr as brief  # of what a plugin returned, however long it is
+from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
 from lfm2kit import hookspecs
 from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Context
-from lfm2kit.building.plan import AUTO
+from lfm2kit.building.announced import check_announced, check_hooks
 from lfm2kit.checkpoint.readers import CheckpointReader
-from lfm2kit.errors import LEAVE_OUT, TRACEBACK_HINT, Lfm2kitError, choices
+from lfm2kit.errors import LEAVE_OUT, Lfm2kitError, choices
 from lfm2kit.hookspecs import Command, Wrapper
 from lfm2kit.memory import Memory
+from lfm2kit.plugin_faults import blaming
 from lfm2kit.precisions import Precision
-from lfm2kit.rewrites import Rewrite, built_in
+from lfm2kit.rewrites import Rewrite, built_in, kept_to_contract
 from lfm2kit.specs import Spec
 from lfm2kit.transport import Transport, TransportPlugin, World
 
 if TYPE_CHECKING:
     from lfm2kit.checkpoint import Checkpoint
 
-Answer = TypeVar("Answer")
-
 GROUP = "lfm2kit"
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-RESERVED = {AUTO}
 # lfm2kit's own commands, which no plugin may take.
 COMMANDS = frozenset(("backends", "bench", "convert", "env", "plan", "run", "specs", "warmup"))
+METHODS = ("why_unsupported", "memory", "build")  # that every backend has
 ALLOW_LIST = "LFM2KIT_PLUGINS"  # comma-separated entry-point names; "none" for none
 
 
@@ -70,9 +69,12 @@ class InstalledBackend:
                 f"this lfm2kit has {API_VERSION}"
             )
         try:
-            return self.plugin.why_unavailable()
+            reason: object = self.plugin.why_unavailable()
         except (Exception, SystemExit) as error:
             return f"its why_unavailable() raised {type(error).__name__}: {error}"
+        if reason is None or isinstance(reason, str):
+            return reason
+        return f"its why_unavailable() returned {brief(reason)}, not a text or None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +89,16 @@ class InstalledReader:
 
     def recognises(self, path: Path) -> bool:
         """Whether the reader takes `path`; as `open`, `Lfm2kitError` where it raises something."""
-        return bool(self._asked(self.plugin.recognises, path))
+        with self._blamed(path):
+            return bool(self.plugin.recognises(path))
 
     def open(self, path: Path) -> Checkpoint:
         """Returns what the reader makes of `path`."""
-        return self._asked(self.plugin.open, path)
+        with self._blamed(path):
+            return self.plugin.open(path)
 
-    def _asked(self, question: Callable[[Path], Answer], path: Path) -> Answer:
-        try:
-            return question(path)
-        except (Lfm2kitError, MemoryError):
-            raise
-        except (Exception, SystemExit) as error:
-            said = (str(error).splitlines() or [""])[0]
-            raise Lfm2kitError(
-                f"{path}: {self} raised {type(error).__name__}: {said}; {LEAVE_OUT}{TRACEBACK_HINT}"
-            ) from error
+    def _blamed(self, path: Path) -> AbstractContextManager[None]:
+        return blaming(f"{path}: {self}", f"; {LEAVE_OUT}")
 
 
 class Plugins:
@@ -129,7 +125,7 @@ class Plugins:
             manager.add_hookspecs(hookspecs)
             plugin = entry.load()
             manager.register(plugin, entry.name)
-            _check_hooks(plugin)
+            check_hooks(plugin)
             backends = [b for some in manager.hook.lfm2kit_backends() for b in some]
             transports = [t for some in manager.hook.lfm2kit_transports() for t in some]
             readers = [r for some in manager.hook.lfm2kit_checkpoints() for r in some]
@@ -158,14 +154,13 @@ class Plugins:
     ) -> None:
         """All that a plugin yields, or nothing of it: a bad name leaves no half behind."""
         owners = {name: b.distribution for name, b in self.backends.items()}
-        _check_announced("lfm2kit_backends", backends, BackendPlugin, owners)
-        _check_precisions(backends)
+        check_announced("lfm2kit_backends", backends, BackendPlugin, owners)
         others = dict.fromkeys(self.transports, "another plugin")
-        _check_announced("lfm2kit_transports", transports, TransportPlugin, others)
+        check_announced("lfm2kit_transports", transports, TransportPlugin, others)
         owners = {name: r.distribution for name, r in self.readers.items()}
-        _check_announced("lfm2kit_checkpoints", readers, CheckpointReader, owners)
-        _check_announced("lfm2kit_commands", commands, Command, self._owners)
-        _check_announced("lfm2kit_rewrites", rewrites, Rewrite, self._owners_of_rewrites())
+        check_announced("lfm2kit_checkpoints", readers, CheckpointReader, owners)
+        check_announced("lfm2kit_commands", commands, Command, self._owners)
+        check_announced("lfm2kit_rewrites", rewrites, Rewrite, self._owners_of_rewrites())
         self.backends |= {b.name: InstalledBackend(b, distribution) for b in backends}
         self.transports |= {t.name: t for t in transports}
         self.readers |= {r.name: InstalledReader(r, distribution) for r in readers}
@@ -179,8 +174,8 @@ class Plugins:
         """
         name = item.partition(":")[0]
         if name not in self.backends:
-            known = choices(name, self.backends)
-            raise Lfm2kitError(f"unknown backend '{name}'; {known}{self.skipped(name)}")
+            there = choices(name, self.backends)
+            raise Lfm2kitError(f"unknown backend '{name}'; {there}{self.skipped()}")
         installed = self.backends[name]
         if (reason := installed.why_not) is not None:
             others = ", ".join(sorted(n for n, b in self.backends.items() if b.why_not is None))
@@ -188,16 +183,6 @@ class Plugins:
                 f"backend '{name}' is installed but cannot run here: {reason}. Can run: {others}"
             )
         return installed.plugin
-
-    def skipped(self, name: str) -> str:
-        """Returns what an error about an unknown `name` ends with: which plugins are broken."""
-        for plugin in self.broken:
-            if plugin.name == name:
-                return f"; its plugin was skipped: {plugin.reason}"
-        if not self.broken:
-            return ""
-        names = ", ".join(plugin.name for plugin in self.broken)
-        return f"; plugins that were skipped (see lfm2kit backends): {names}"
 
     def precision(self, item: str, otherwise: str) -> Precision:
         """The precision of a plan's item: its own (`NAME:bf16`), or else that of this name.
@@ -244,16 +229,11 @@ class Plugins:
         world = world or World()
         found = {rewrite.name: rewrite for rewrite in built_in(world, transport)}
         for plugin, manager in self._managers:
-            try:
+            others = {name: p for name, p in self._owners_of_rewrites().items() if p != plugin}
+            with blaming(f"plugin '{plugin}', asked for rank {world.rank} of {world.size},"):
                 rewrites = _announced_rewrites(manager, world, transport)
-                others = {name: p for name, p in self._owners_of_rewrites().items() if p != plugin}
-                _check_announced("lfm2kit_rewrites", rewrites, Rewrite, others)
-            except Exception as error:
-                raise Lfm2kitError(
-                    f"plugin '{plugin}' cannot say its rewrites for rank {world.rank} of "
-                    f"{world.size}: {type(error).__name__}: {error}{TRACEBACK_HINT}"
-                ) from error
-            found |= {rewrite.name: rewrite for rewrite in rewrites}
+                check_announced("lfm2kit_rewrites", rewrites, Rewrite, others)
+            found |= {r.name: kept_to_contract(r, plugin, world.size) for r in rewrites}
         return found
 
     def _owners_of_rewrites(self) -> dict[str, str]:
@@ -270,21 +250,23 @@ class Plugins:
         def created(name: str, precision: str) -> Backend:
             of_same = partial(create, precision=precision)
             own = replace(context, precision=precision, create_backend=of_same)
-            try:
-                return self.backend(name).create(own)
-            except Lfm2kitError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise Lfm2kitError(
-                    f"backend '{name}' of {self.backends[name].distribution} cannot be created: "
-                    f"{type(error).__name__}: {error}{TRACEBACK_HINT}"
-                ) from error
+            who = f"create() of backend '{name}' of {self.backends[name].distribution}"
+            with blaming(who):
+                backend: Any = self.backend(name).create(own)
+            if not all(callable(getattr(backend, method, None)) for method in METHODS):
+                raise Lfm2kitError(f"{who} returned {brief(backend)}, not a Backend")
+            return cast(Backend, backend)
 
         @cache  # whether a backend can run is asked once
         def create(item: str, precision: str = context.precision) -> Backend:
             return created(self.backend(item).name, self.precision(item, precision).name)
 
         return create
+
+    def skipped(self) -> str:
+        """Returns what to add where something is not there: the plugins that were set aside."""
+        said = ", ".join(f"'{broken.name}' ({broken.reason})" for broken in self.broken)
+        return f"; skipped as broken: plugin {said}; see lfm2kit backends" if said else ""
 
     def owner(self, command: str) -> str:
         """Returns the distribution that a command comes from."""
@@ -294,10 +276,13 @@ class Plugins:
         """Returns the wrappers around a block, each with its plugin's name, the innermost first."""
         found = []
         for plugin, manager in self._managers:
-            for wrapper in manager.hook.lfm2kit_block_wrapper(name=name, spec=spec, memory=memory):
-                if not isinstance(wrapper, Wrapper):
-                    raise TypeError(
-                        f"plugin '{plugin}' returned {wrapper!r} for {name}, not an lfm2kit.Wrapper"
+            who = f"lfm2kit_block_wrapper of plugin '{plugin}', asked about {name or 'the model'},"
+            with blaming(who):
+                some = manager.hook.lfm2kit_block_wrapper(name=name, spec=spec, memory=memory)
+            for wrapper in some:
+                if not isinstance(wrapper, Wrapper) or not callable(wrapper.wrap):
+                    raise Lfm2kitError(
+                        f"{who} returned {brief(wrapper)}, not an lfm2kit.Wrapper of a function"
                     )
                 found.append((plugin, wrapper))
         return found
@@ -335,7 +320,8 @@ def find_transport(name: str) -> TransportPlugin:
         )
     plugins = installed_plugins()
     if name not in plugins.transports:
-        raise Lfm2kitError(f"unknown transport '{name}'; {choices(name, plugins.transports)}")
+        there = choices(name, plugins.transports)
+        raise Lfm2kitError(f"unknown transport '{name}'; {there}{plugins.skipped()}")
     return plugins.transports[name]
 
 
@@ -360,42 +346,3 @@ def _allowed(allow_list: str | None) -> Iterator[EntryPoint]:
 def _announced_rewrites(manager: Any, world: World, transport: Transport | None) -> list[Any]:
     announced = manager.hook.lfm2kit_rewrites(world=world, transport=transport)
     return [rewrite for some in announced for rewrite in some]
-
-
-def _check_hooks(plugin: Any) -> None:
-    """A misspelt hook, and one without its mark, would otherwise be ignored in silence."""
-    known = {hook.__name__ for hook in hookspecs.HOOKS}
-    for name in dir(plugin):
-        is_marked = hasattr(getattr(plugin, name), "lfm2kit_impl")
-        if is_marked and name not in known:
-            raise AttributeError(f"hook '{name}' does not exist; {choices(name, known)}")
-        if name in known and not is_marked:
-            raise AttributeError(f"hook '{name}' is not marked with @lfm2kit.hookimpl")
-
-
-def _check_announced(
-    hook: str, announced: list[Any], expected: type[Any], owners: Mapping[str, str]
-) -> None:
-    """What a hook yielded is of its type, under names that a plan can say and nobody has."""
-    owners = dict(owners)
-    for plugin in announced:
-        if not isinstance(plugin, expected):
-            raise TypeError(f"{hook} yielded {plugin!r}, not a {expected.__name__}")
-        if not isinstance(plugin.name, str) or not NAME.fullmatch(plugin.name):
-            raise ValueError(f"{hook} yielded the name {plugin.name!r}; a name is like my_backend")
-        if plugin.name in RESERVED:
-            raise ValueError(f"{hook} yielded the name '{plugin.name}', which means something else")
-        if plugin.name in owners:
-            raise ValueError(f"{hook} yielded '{plugin.name}', which is {owners[plugin.name]}'s")
-        owners[plugin.name] = "its own already"
-
-
-def _check_precisions(backends: list[BackendPlugin]) -> None:
-    """A name alone does not say how results are judged."""
-    for backend in backends:
-        for precision in backend.precisions:
-            if not isinstance(precision, Precision) or not NAME.fullmatch(precision.name):
-                raise TypeError(
-                    f"backend '{backend.name}' announces the precision {precision!r}; "
-                    "write Precision('bf16', SIXTEEN_BIT)"
-                )

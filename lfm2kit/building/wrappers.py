@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr as brief  # of what a plugin returned, however long it is
 
 from lfm2kit.backend import Block
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.plugins import Plugins
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.hookspecs import Wrapper
+from lfm2kit.plugin_faults import blaming
 from lfm2kit.specs import Spec
 
 Around = Sequence[tuple[str, Wrapper]]  # each with its plugin's name, the innermost first
@@ -29,9 +32,11 @@ class Wrappers:
     def wrap(self, name: str, spec: Spec, block: Block) -> Block:
         """Returns the block called `name` inside its wrappers, usually none."""
         for plugin, wrapper in self.around.get(name, ()):
-            block = wrapper.wrap(block)
+            who = f"plugin '{plugin}', wrapping {name or 'the model'},"
+            with blaming(who):
+                block = wrapper.wrap(block)
             if not callable(block):
-                raise TypeError(f"plugin '{plugin}' wraps {name} in {block!r}, which is no block")
+                raise Lfm2kitError(f"{who} returned {brief(block)}, which is no block")
         return block
 
     @property

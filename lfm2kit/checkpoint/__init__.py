@@ -32,7 +32,7 @@ from lfm2kit.checkpoint.names import (
     SPECS,
     WEIGHTS,
 )
-from lfm2kit.checkpoint.plugged import reader_of
+from lfm2kit.checkpoint.plugged import check_opened, reader_of
 from lfm2kit.checkpoint.random_weights import RandomTensors, without_values
 from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
 from lfm2kit.checkpoint.spec_files import read_spec
@@ -149,6 +149,7 @@ def open_checkpoint(
     checkpoint = reader.open(path)
     if not isinstance(checkpoint, Checkpoint):
         raise Lfm2kitError(f"{path}: {reader} returned {brief(checkpoint)}, not a Checkpoint")
+    check_opened(f"{path}: {reader}", checkpoint)
     _check_tensors(path, checkpoint.spec.parameters(), checkpoint.weights)
     return checkpoint
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import tomllib
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     if LONG_KEY.search(text):  # the parser's memory grows with the square of the parts
         raise Lfm2kitError(f"{path}: a key has more than {bounds.PARTS} parts between dots")
     try:
+        if text.startswith(BOM_UTF8):
+            raise ValueError("a byte order mark comes first; save it as UTF-8 without one")
         table = tomllib.loads(text.decode("utf-8"))
         _check_depth(table, bounds.NESTED)
     except (ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ from lfm2kit.building.plan import AUTO
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import Report, complain, progress, remark
 from lfm2kit.cli.options import Without, flags, open_model, spread
-from lfm2kit.cli.rewrite_options import option_of
+from lfm2kit.cli.rewrite_options import check_state, option_of
 from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.measuring.bench import (
     WARM_UPS,
@@ -33,7 +33,6 @@ from lfm2kit.measuring.bench import (
     single_blocks,
 )
 from lfm2kit.memory import HOST
-from lfm2kit.rewrites import Rewrite
 from lfm2kit.text import printable
 
 # A share of a call's time.  On idle cores calls waited for 0.09 of their time at most; with one
@@ -92,7 +91,7 @@ def bench(
     plans = backend or [_default_plan()]
     setups = [set_up(checkpoint, replace(options, backend=plan)) for plan in plans]
     if decode:
-        _check_state(setups[0].rewrites)
+        check_state("--decode", setups[0].rewrites)
     for setup in setups:
         for note in setup.notes():
             remark(note)
@@ -118,14 +117,6 @@ def bench(
 def _default_plan() -> str:
     """Returns the plan from the environment, unsplit: Typer would split a list's at blanks."""
     return os.environ.get(BACKEND_VARIABLE) or AUTO
-
-
-def _check_state(rewrites: Sequence[Rewrite]) -> None:
-    for rewrite in rewrites:
-        if not rewrite.has_state:
-            raise Lfm2kitError(
-                f"--decode needs a state; {option_of(rewrite.name)} is for whole samples alone"
-            )
 
 
 def _contenders(

@@ -17,6 +17,7 @@ from lfm2kit.building.placement import Placed
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
+from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import fate
 from lfm2kit.memory import HOST
@@ -56,6 +57,8 @@ def plan(
     if rank >= ranks:
         raise Lfm2kitError(f"--rank {rank}: ranks are 0 to {ranks - 1}; give --ranks {rank + 1}")
     setup = set_up(checkpoint, options, world=World(rank, ranks, rank, ranks))
+    if context:
+        check_state(f"--context {context}", setup.rewrites)
     room = _room(sequences, context)
     rows = [_row(leaf, setup, tokens, room) for leaf in setup.placed.leaves()]
     totals = _totals(setup, tokens, room)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from lfm2kit.building.plugins import Plugins, installed_plugins
+from lfm2kit.cli.console import complain
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
 from lfm2kit.hookspecs import Command
 
@@ -26,6 +28,14 @@ class Commands(TyperGroup):
         if cmd_name not in self.commands:
             self._add(installed_plugins())
         return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:
+            if hasattr(error, "message"):  # click's error, in whichever module it lives
+                error.message = f"{error.message.rstrip('.')}{installed_plugins().skipped()}"
+            raise
 
     def list_commands(self, ctx: Any) -> list[str]:
         with suppress(Lfm2kitError):  # a wrong list of plugins prevents no help
@@ -54,5 +64,32 @@ def _made(command: Command, owner: str) -> Any:
 
 def _typer_command(name: str, run: Callable[..., None]) -> Any:
     app = typer.Typer(add_completion=False, context_settings=CONTEXT)
-    app.command(name)(run)
+    app.command(name)(_ending(run))
     return typer.main.get_command(app)
+
+
+def _ending(run: Callable[..., None]) -> Callable[..., None]:
+    """Returns `run` with the exit code that it asks for by `sys.exit` or `typer.Abort`.
+
+    As in Python, `sys.exit` with a text shows the text, and the exit code is 1.
+    """
+
+    @wraps(run)
+    def ending(*arguments: Any, **options: Any) -> None:
+        try:
+            run(*arguments, **options)
+        except typer.Abort:
+            complain("aborted")
+            raise typer.Exit(1) from None
+        except SystemExit as ended:
+            if ended.code is not None and not isinstance(ended.code, int):
+                complain(str(ended.code))
+            raise typer.Exit(_exit_code(ended.code)) from None
+
+    return ending
+
+
+def _exit_code(code: object) -> int:
+    if code is None:
+        return 0
+    return int(code) if isinstance(code, int) else 1

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lfm2kit.rewrites import built_in
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.rewrites import Rewrite, built_in
 from lfm2kit.transport import World
 
 FLAGS = {r.name: r.summary for r in built_in(World(), None) if not r.is_automatic}
@@ -27,6 +28,15 @@ def chosen(values: dict[str, Any]) -> tuple[str, ...]:
 def option_of(rewrite: str) -> str:
     """Returns what the user types for a rewrite: "--NAME", or "--rewrite NAME"."""
     return f"--{rewrite}" if rewrite in FLAGS else f"--rewrite {rewrite}"
+
+
+def check_state(option: str, rewrites: Iterable[Rewrite]) -> None:
+    """Raises `Lfm2kitError` if a model with these rewrites has no state, which `option` needs."""
+    for rewrite in rewrites:
+        if not rewrite.has_state:
+            raise Lfm2kitError(
+                f"{option} needs a state; {option_of(rewrite.name)} is for whole samples alone"
+            )
 
 
 def settled(rewrites: Iterable[str]) -> dict[str, object]:

@@ -9,11 +9,21 @@ from collections.abc import Iterator
 
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
+from lfm2kit.rewrites.plugged import kept_to_contract
 from lfm2kit.rewrites.rewrite import Rewrite, chosen, replaced, rewritten
 from lfm2kit.rewrites.trim import TRIM
 from lfm2kit.transport import Transport, World
 
-__all__ = ["Join", "Joins", "Rewrite", "built_in", "chosen", "replaced", "rewritten"]
+__all__ = [
+    "Join",
+    "Joins",
+    "Rewrite",
+    "built_in",
+    "chosen",
+    "kept_to_contract",
+    "replaced",
+    "rewritten",
+]
 
 
 def built_in(world: World, transport: Transport | None) -> Iterator[Rewrite]:

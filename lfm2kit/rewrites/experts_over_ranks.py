@@ -14,11 +14,11 @@ from typing import ClassVar, NoReturn
 from lfm2kit.backend import Array, Block
 from lfm2kit.building.joins import Join
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.host_exchange import offered
 from lfm2kit.memory import HOST, Memory
-from lfm2kit.rewrites.host_exchange import HostExchange
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
 from lfm2kit.specs import Experts, Model, Part, Router, SparseMoe, Spec
-from lfm2kit.transport import Exchange, ExchangeOffer, Exchanges, Traffic, Transport, World
+from lfm2kit.transport import Exchange, ExchangeOffer, Traffic, Transport, World, evenly
 
 Owners = Callable[[int], Sequence[int]]  # of a number of experts: the rank that holds each of them
 
@@ -80,11 +80,6 @@ def experts_over_ranks(
     )
 
 
-def evenly(size: int, num_experts: int) -> list[int]:
-    """Returns the rank that holds each expert if `share` gives `size` ranks theirs."""
-    return [((e + 1) * size - 1) // num_experts for e in range(num_experts)]
-
-
 def _held_by(rank: int, owners: Sequence[int]) -> tuple[int, ...]:
     """Return the experts of `rank`."""
     return tuple(e for e, owner in enumerate(owners) if owner == rank)
@@ -98,12 +93,6 @@ def _join(transport: Transport | None, outer: Memory) -> Join:
         return ExpertParallel(router, experts, offer.create(spec.traffic))
 
     return Join(make, offer.memory, offer.is_capturable)
-
-
-def offered(transport: Transport, outer: Memory) -> ExchangeOffer:
-    """Returns the transport's exchange for blocks in `outer`; the host's where it has none."""
-    offer = transport.exchange_in(outer) if isinstance(transport, Exchanges) else None
-    return offer or ExchangeOffer(HOST, partial(HostExchange, transport))
 
 
 def _in_no_job() -> ExchangeOffer:

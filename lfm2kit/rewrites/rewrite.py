@@ -32,20 +32,17 @@ class Rewrite:
 
 
 def chosen(
-    names: Iterable[str],
-    there: Mapping[str, Rewrite],
-    skipped: Callable[[str], str] = lambda name: "",
+    names: Iterable[str], there: Mapping[str, Rewrite], skipped: str = ""
 ) -> tuple[Rewrite, ...]:
     """Returns the rewrites `names` in their order, and then the automatic ones of `there`.
 
-    Raises `Lfm2kitError` for a name that is not there, or is given twice.  `skipped` says of a name
-    that is not there which plugins could not be loaded.
+    Raises `Lfm2kitError` for a name that is not there, which ends with `skipped`, or is given
+    twice.
     """
     asked: dict[str, Rewrite] = {}
     for name in names:
         if name not in there:
-            known = choices(name, there)
-            raise Lfm2kitError(f"unknown rewrite '{name}'; {known}{skipped(name)}")
+            raise Lfm2kitError(f"unknown rewrite '{name}'; {choices(name, there)}{skipped}")
         if name in asked:
             raise Lfm2kitError(f"rewrite '{name}' is given twice; give it once")
         asked[name] = there[name]

@@ -25,7 +25,7 @@ from lfm2kit.transport import JobError, World
 
 T = TypeVar("T")
 
-PATIENCE = 60.0  # seconds that a rank waits for the others
+PATIENCE = 300.0  # seconds without a word of a rank: a kernel may have to be compiled meanwhile
 
 
 class OthersEnded(Exception):  # noqa: N818 (a consequence, not an error)
@@ -52,13 +52,24 @@ class ThreadTransport:
     def all_to_all(
         self, rows: npt.NDArray[Any], send_counts: Sequence[int]
     ) -> tuple[npt.NDArray[Any], list[int]]:
-        ends = np.cumsum(send_counts)[:-1]
-        sent = np.split(rows.copy(), ends)
-        came = [parts[self.world.rank] for parts in self.everyones(sent, "all_to_all")]
+        counts = self._checked(send_counts, len(rows))
+        sent = np.split(rows.copy(), np.cumsum(counts)[:-1])
+        everyone = self.everyones(sent, "all_to_all")
+        came = [parts[self.world.rank] for parts in everyone]
+        _check_alike([parts[0] for parts in everyone])
         return np.concatenate(came), [len(part) for part in came]
+
+    def _checked(self, send_counts: Sequence[int], rows: int) -> list[int]:
+        counts = list(send_counts)
+        if len(counts) != self.world.size or min(counts) < 0 or sum(counts) != rows:
+            raise ValueError(
+                f"all_to_all: send_counts is {counts}, for {rows} rows and {self.world.size} ranks"
+            )
+        return counts
 
     def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         everyone = self.everyones(rows.copy(), "gather")
+        _check_alike(everyone)
         return np.concatenate(everyone) if self.world.rank == 0 else None
 
     def barrier(self) -> None:
@@ -71,6 +82,14 @@ class ThreadTransport:
         raise JobError(f"rank {self.world.rank} of {self.world.size}: {reason}", exit_code, details)
 
 
+def _check_alike(everyones: Sequence[npt.NDArray[Any]]) -> None:
+    """Raises JobError if the rows that the ranks bring differ in type or shape."""
+    forms = [f"{rows.dtype} {list(rows.shape[1:])}" for rows in everyones]
+    if len(set(forms)) > 1:
+        said = ", ".join(f"rank {rank} has {form}" for rank, form in enumerate(forms))
+        raise JobError(f"the ranks bring rows of different forms: {said}", BUG)
+
+
 class Meeting:
     """The place where the ranks of a job meet, to get what each one brings."""
 
@@ -78,9 +97,11 @@ class Meeting:
         self.size = size
         self._barrier = threading.Barrier(size, timeout=patience)
         self._brought: list[tuple[str, Any]] = [("", None)] * size
+        self.words = 0  # how often a rank has come: it still grows where all is well
 
     def swap(self, rank: int, operation: str, value: Any) -> list[Any]:
         """Returns every rank's value; JobError if the ranks are not in the same operation."""
+        self.words += 1
         self._brought[rank] = operation, value
         self._wait()
         everyone = list(self._brought)
@@ -121,8 +142,10 @@ def run_ranks(
     `make` makes a rank's transport, such as a subclass that has an exchange.  If a rank raises, the
     others end at their next collective operation, and its error is raised here with a note that
     names the rank.  Raises `JobError` if the ranks do not call the same operations, or if one does
-    not come to an operation within `patience` seconds.
+    not come to an operation, or to its end, within `patience` seconds; ValueError without a rank.
     """
+    if size < 1:
+        raise ValueError(f"run_ranks needs 1 rank or more, not {size}")
     meeting, ended = Meeting(size, patience), queue.SimpleQueue[Ended]()
 
     def run(transport: ThreadTransport) -> None:
@@ -139,27 +162,31 @@ def run_ranks(
         arguments = (make(number, meeting),)
         threading.Thread(target=run, args=arguments, name=f"rank {number}", daemon=True).start()
     try:
-        return _results(size, ended, patience)
+        return _results(meeting, ended, patience)
     finally:
         meeting.end()
 
 
-def _results(size: int, ended: queue.SimpleQueue[Ended], patience: float) -> list[Any]:
-    """Waits for all ranks; after the first that fails, for the others only as long as allowed."""
+def _results(meeting: Meeting, ended: queue.SimpleQueue[Ended], patience: float) -> list[Any]:
+    """Waits for all ranks, as long as one of them comes to an operation now and then."""
+    size = meeting.size
     by_rank: dict[int, Ended] = {}
     while len(by_rank) < size:
         has_failed = any(one.error is not None for one in by_rank.values())
+        words = meeting.words
         try:
-            one = ended.get(timeout=patience if has_failed else None)
+            one = ended.get(timeout=patience)
         except queue.Empty:
-            break
+            if has_failed or meeting.words == words:
+                break
+            continue
         by_rank[one.rank] = one
     errors = {rank: one.error for rank, one in sorted(by_rank.items()) if one.error is not None}
     for rank, error in errors.items():
         if not isinstance(error, OthersEnded):
             error.add_note(f"on rank {rank} of {size}")
             raise error
-    if errors:
-        late = [rank for rank in range(size) if rank not in by_rank] or sorted(errors)
+    late = [rank for rank in range(size) if rank not in by_rank] or sorted(errors)
+    if late:
         raise JobError(f"no word within {patience:g} s from the ranks {late} of {size}", BUG)
     return [by_rank[rank].result for rank in range(size)]

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.host_exchange import offered
 from lfm2kit.memory import HOST, Memory
-from lfm2kit.rewrites.experts_over_ranks import evenly, offered
 from lfm2kit.testing.verdicts import CheckFailed
-from lfm2kit.transport import Exchange, Traffic, Transport
+from lfm2kit.transport import Exchange, Traffic, Transport, evenly
 
 Floats = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]

@@ -37,6 +37,8 @@ TINY = open_checkpoint(find_model("tiny"))
         ({"backend": 5}, "backend=5: expected a plan as text"),
         ({"plan": 5}, "plan=5: expected the path of a TOML file"),
         ({"precision": 5}, "precision=5: expected a name"),
+        ({"precision": ""}, "precision='': expected a name"),
+        ({"precision": None}, "precision: expected a name"),
         ({"n_cpu_moe": -1}, "n_cpu_moe=-1: expected a whole number of 0 or more, as n_cpu_moe=0"),
         ({"n_cpu_moe": 7, "backend": "reference"}, "n_cpu_moe=7: the model has 6 MoE layers"),
     ],

@@ -102,3 +102,9 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str) -
     refused(read, path, "link to nowhere")
     path.unlink()
     refused(read, path, "No such file")
+
+
+def test_a_byte_order_mark_before_toml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.toml"
+    path.write_bytes(b"\xef\xbb\xbfa = 1")
+    refused(read_toml, path, "a byte order mark comes first; save it as UTF-8 without one")

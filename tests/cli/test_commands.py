@@ -506,6 +506,11 @@ def other_memory(name: str) -> HostMemory:
     return memory
 
 
+def test_no_state_is_planned_for_a_rewrite_that_has_none(cli: Cli) -> None:
+    fails(cli("plan", "--context", 4096, "--trim"), "--context 4096 needs a state; --trim is for")
+    assert cli("plan", "--trim").code == 0
+
+
 def test_bench_refuses_nonsense(cli: Cli) -> None:
     fails(cli("bench", "-n", "1,x"), "1,x")
     fails(cli("bench", "-n", "0"), "-n 0: expected whole numbers of 1 or more, as 1,16,64")

@@ -138,6 +138,9 @@ class Broken:
     def memory(self, spec):
         raise RuntimeError("a bug")
 
+    def build(self, spec, weights):
+        raise AssertionError("there is no memory to build in")
+
 
 @lfm2kit.hookimpl
 def lfm2kit_backends():

@@ -155,11 +155,38 @@ def test_one_scale_stands_for_every_row_and_counts_once() -> None:
     np.testing.assert_array_equal(tensor[2, 1:].float32(), np.full((2, 8), scale))
 
 
-def test_a_format_that_unpacks_something_else_is_named() -> None:
-    for wrong in (lambda data: data.astype(np.float64), lambda data: np.ones(3, np.float32)):
-        format = Format("odd", 1, np.dtype(np.int8), wrong)
-        with pytest.raises(TypeError, match="format odd unpacks tensor 'w'"):
-            Tensor("w", format, (2, 4), np.zeros((2, 4), np.int8)).float32()
+@pytest.mark.parametrize(
+    ("unpack", "said"),
+    [
+        (lambda data: data.astype(np.float64), r"returned \[2, 4\] of float64, not \[2, 4\] of"),
+        (lambda data: np.ones(3, np.float32), r"returned \[3\] of float32, not \[2, 4\] of"),
+        (lambda data: np.ones((2, 8), np.float32), r"returned \[2, 8\] of float32, not \[2, 4\]"),
+        (lambda data: None, "returned None, not"),
+        (lambda data: data / {}["scale"], "raised KeyError: 'scale'"),
+    ],
+)
+def test_a_format_that_unpacks_something_else_is_named(unpack: Any, said: str) -> None:
+    format = Format("odd", 1, np.dtype(np.int8), unpack)
+    tensor = Tensor("w", format, (2, 4), np.zeros((2, 4), np.int8))
+    with pytest.raises(Lfm2kitError, match=rf"format odd, unpacking tensor 'w' \[2, 4\], {said}"):
+        tensor.float32()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"block": "<f4"},
+        {"block_values": 0},
+        {"block_values": 2.0},
+        {"unpack": None},
+        {"pack": 5},
+        {"name": None},
+    ],
+)
+def test_a_format_of_nonsense_cannot_be_made(wrong: dict[str, Any]) -> None:
+    fields = {"name": "odd", "block_values": 1, "block": np.dtype("<f4"), "unpack": abs, **wrong}
+    with pytest.raises(TypeError, match=f"{next(iter(wrong))} is"):
+        Format(**fields)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import typer
 
 import lfm2kit
 from lfm2kit.backend import HOST, BackendPlugin, Batch, Block, Context
@@ -60,10 +61,10 @@ def test_lfm2kit_backends_are_created_once_by_name_with_the_runs_context(load: L
     def lfm2kit_backends() -> Iterator[BackendPlugin]:
         def create(context: Context) -> Any:
             contexts.append(context)
-            return object()
+            return ReferenceBackend()
 
         yield BackendPlugin("mine", "a line", create, api_version=1)
-        yield BackendPlugin("other", "a line", lambda context: object(), api_version=1)
+        yield BackendPlugin("other", "a line", lambda context: ReferenceBackend(), api_version=1)
 
     create = load(lfm2kit_backends).creator(Context(threads=3))
     mine = create("mine")
@@ -77,7 +78,11 @@ def test_lfm2kit_backends_that_say_why_they_cannot_run_are_refused_with_it(load:
     @lfm2kit.hookimpl
     def lfm2kit_backends() -> Iterator[BackendPlugin]:
         yield BackendPlugin(
-            "mine", "a line", lambda context: object(), 1, why_unavailable=lambda: "no such chip"
+            "mine",
+            "a line",
+            lambda context: ReferenceBackend(),
+            1,
+            why_unavailable=lambda: "no such chip",
         )
 
     with pytest.raises(lfm2kit.Lfm2kitError, match="cannot run here: no such chip"):
@@ -89,7 +94,7 @@ def test_lfm2kit_backends_are_picked_by_auto_only_if_preferred_and_able(load: Lo
     def lfm2kit_backends() -> Iterator[BackendPlugin]:
         def announced(name: str, preference: int, **more: Any) -> BackendPlugin:
             return BackendPlugin(
-                name, "", lambda context: object(), 1, preference=preference, **more
+                name, "", lambda context: ReferenceBackend(), 1, preference=preference, **more
             )
 
         yield announced("slow", 1)
@@ -117,7 +122,7 @@ def test_lfm2kit_backends_are_created_once_in_each_precision(load: Load) -> None
 
         def inner(context: Context) -> Any:
             made.append(f"inner {context.precision}")
-            return object()
+            return ReferenceBackend()
 
         yield BackendPlugin("inner", "", inner, 1, precisions=both)
         yield BackendPlugin("outer", "", lambda c: c.create_backend("inner"), 1, precisions=both)
@@ -216,7 +221,8 @@ def test_a_wrapper_of_another_type_is_an_error_that_names_the_plugin(
     def lfm2kit_block_wrapper(name: str, spec: Spec) -> Any:
         return returned
 
-    with pytest.raises(TypeError, match=r"plugin 'plugin_0' returned .* for lm_head, not an"):
+    sentence = r"of plugin 'plugin_0', asked about lm_head, returned .*, not an lfm2kit.Wrapper"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
         Wrappers.of(placed(LMHead(5, 2), "lm_head"), load(lfm2kit_block_wrapper))
 
 
@@ -330,6 +336,28 @@ def test_lfm2kit_commands_run_with_the_arguments_of_their_function(cli_with: Any
     cli("helo").assert_fails("Did you mean 'hello'?")
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (SystemExit(), 0, ""),
+        (SystemExit(0), 0, ""),
+        (SystemExit(9), 9, ""),
+        (SystemExit("sorry"), 1, "lfm2kit: error: sorry\n"),
+        (typer.Exit(4), 4, ""),
+        (typer.Abort(), 1, "lfm2kit: error: aborted\n"),
+    ],
+)
+def test_a_command_ends_with_its_own_exit_code(
+    cli_with: Any, error: BaseException, code: int, said: str
+) -> None:
+    def leave() -> None:
+        print("done")
+        raise error
+
+    left = cli_with(lfm2kit.Command("leave", leave))("leave")
+    assert (left.code, left.out, left.err) == (code, "done\n", said)
+
+
 def test_a_command_that_typer_cannot_read_breaks_no_help(cli_with: Any) -> None:
     def odd(value: Any) -> None:
         """Never runs."""
@@ -339,6 +367,19 @@ def test_a_command_that_typer_cannot_read_breaks_no_help(cli_with: Any) -> None:
     cli = cli_with(lfm2kit.Command("odd", odd))
     assert "Cannot be used" in cli("--help").out
     cli("odd").assert_fails("command 'odd' of unknown cannot be used: ")
+
+
+def test_a_plugin_that_was_skipped_is_named_where_a_name_is_not_there(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Plugins([EntryPoint("odd", "a_module_that_is_not_there", "lfm2kit")])
+    broken.backends["reference"] = installed_plugins().backends["reference"]
+    for name in ("building.loading", "cli.plugin_commands", "cli.options"):
+        monkeypatch.setattr(sys.modules[f"lfm2kit.{name}"], "installed_plugins", lambda: broken)
+    skipped = "; skipped as broken: plugin 'odd' (ModuleNotFoundError: No module named"
+    cli("helo").assert_fails("No such command 'helo'", skipped)
+    cli("plan", "-b", "mine").assert_fails("unknown backend 'mine'", skipped)
+    cli("plan", "--rewrite", "x").assert_fails("unknown rewrite 'x'; there is: trim", skipped)
 
 
 def test_no_plugin_is_loaded_for_a_command_of_lfm2kit(
@@ -429,7 +470,7 @@ def test_a_wrong_result_stays_the_worse_news(run_with: Any, tmp_path: Path) -> N
 # ---- readers of checkpoints ----
 
 
-def claims(name: str, claimed: Path, open_it: Any = None) -> Any:
+def claims(name: str, claimed: Path, open_it: Any = lambda path: None) -> Any:
     """A plugin with a reader `name` of one path."""
 
     @lfm2kit.hookimpl

@@ -175,7 +175,7 @@ def test_a_backend_that_cannot_be_created_is_one_line_and_a_traceback_on_request
     run = lfm2kit(tmp_path, "run", "--backend", "odd", "-n", "1")
     kind = error.partition("(")[0]
     assert run.returncode == 2
-    assert f"backend 'odd' of lfm2kit-odd 1.0 cannot be created: {kind}: no" in run.stderr
+    assert f"create() of backend 'odd' of lfm2kit-odd 1.0 raised {kind}: no" in run.stderr
     assert run.stderr.count("\n") == 1
     traced = lfm2kit(tmp_path, "run", "--backend", "odd", "-n", "1", LFM2KIT_TRACEBACK="1")
     assert (traced.returncode, "in create" in traced.stderr) == (2, True)

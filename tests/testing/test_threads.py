@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from lfm2kit.testing import ThreadTransport, check_transport, run_ranks
+from lfm2kit.testing.threads import Ended, Meeting, _results
 from lfm2kit.transport import JobError, World
 
 WAITS_BRIEFLY = 0.2  # seconds
@@ -79,3 +81,52 @@ def test_a_rank_that_does_not_come_is_not_waited_for_for_ever() -> None:
     with pytest.raises(JobError, match=r"no word within 0.2 s from the ranks \[1\] of 2"):
         run_ranks(2, rank, patience=WAITS_BRIEFLY)
     never.set()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_that_hang_outside_an_operation_are_ended(size: int) -> None:
+    never = threading.Event()
+    late = list(range(size))
+    with pytest.raises(JobError) as raised:
+        run_ranks(size, lambda transport: never.wait(), patience=WAITS_BRIEFLY)
+    assert str(raised.value) == f"no word within 0.2 s from the ranks {late} of {size}"
+    never.set()
+
+
+def test_ranks_that_come_now_and_then_are_waited_for() -> None:
+    meeting = Meeting(1, WAITS_BRIEFLY)
+
+    class Slow(queue.SimpleQueue[Ended]):
+        """Has nothing for longer than the patience, three times, while the rank goes on."""
+
+        def get(self, block: bool = True, timeout: float | None = None) -> Ended:
+            if meeting.words == 3:
+                return Ended(0, "done", None)
+            meeting.swap(0, "barrier", None)
+            raise queue.Empty
+
+    assert _results(meeting, Slow(), WAITS_BRIEFLY) == ["done"]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_no_ranks_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"needs 1 rank or more, not {size}"):
+        run_ranks(size, lambda transport: None)
+
+
+@pytest.mark.parametrize("counts", [[4], [1, 1, 2], [1, 1], [3, 9], [-1, 5]])
+def test_counts_that_do_not_fit_the_rows_are_refused(counts: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"send_counts is .*, for 4 rows and 2 ranks"):
+        run_ranks(2, lambda transport: transport.all_to_all(np.zeros((4, 2)), counts))
+
+
+@pytest.mark.parametrize("other", [np.zeros((4, 3)), np.zeros((4, 2), np.int32)])
+@pytest.mark.parametrize("operation", ["all_to_all", "gather"])
+def test_rows_of_different_forms_are_refused(operation: str, other: Any) -> None:
+    def rank(transport: ThreadTransport) -> Any:
+        rows = other if transport.world.rank == 1 else np.zeros((4, 2))
+        counts = [[2, 2]] if operation == "all_to_all" else []
+        return getattr(transport, operation)(rows, *counts)
+
+    with pytest.raises(JobError, match=r"rank 0 has float64 \[2\], rank 1 has"):
+        run_ranks(2, rank)

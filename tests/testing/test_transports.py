@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfm2kit.host_exchange import HostExchange
 from lfm2kit.memory import Memory
-from lfm2kit.rewrites.host_exchange import HostExchange
 from lfm2kit.testing import (
     CheckFailed,
     ThreadTransport,

@@ -5,18 +5,26 @@ It is the slow and clear twin of every other exchange: they give the same bits.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.transport import Rows, Traffic, Transport
+from lfm2kit.memory import HOST, Memory
+from lfm2kit.transport import ExchangeOffer, Exchanges, Rows, Traffic, Transport
 
 Floats = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
 # What stands for the product of an id of -1: added to any number, even to -0.0, it changes nothing.
 NOTHING = np.float32(-0.0)
+
+
+def offered(transport: Transport, outer: Memory) -> ExchangeOffer:
+    """Returns the transport's exchange for blocks in `outer`; the host's where it has none."""
+    offer = transport.exchange_in(outer) if isinstance(transport, Exchanges) else None
+    return offer or ExchangeOffer(HOST, partial(HostExchange, transport))
 
 
 class HostExchange:

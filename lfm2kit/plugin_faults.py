@@ -1,0 +1,26 @@
+"""Turns whatever a plugin's code raises into one sentence that says whose code it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
+from lfm2kit.transport import JobError
+
+
+@contextmanager
+def blaming(who: str, advice: str = "") -> Iterator[None]:
+    """Raises `Lfm2kitError`, "`who` raised KeyError: ...", for what is raised inside.
+
+    Errors that mean something to the core pass unchanged: those of the user, of memory, of a job.
+    """
+    try:
+        yield
+    except (Lfm2kitError, MemoryError, JobError):
+        raise
+    except (Exception, SystemExit) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise Lfm2kitError(
+            f"{who} raised {type(error).__name__}: {said}{advice}{TRACEBACK_HINT}"
+        ) from error
