@@ -103,7 +103,7 @@ class Ledger:
             row, column = np.argwhere(table >= self._room.pages)[0]
             raise ValueError(
                 f"sequence {row} names page {table[row, column]}, "
-                f"but the state's {self._room.pages} pages are 0 to {self._room.pages - 1}"
+                f"but the state has {self._room.pages} pages, numbered from 0"
             )
         places = entry.rows * table.shape[1] + entry.columns
         if self._are_shared(table, entry, places):

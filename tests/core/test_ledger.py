@@ -41,7 +41,9 @@ def ledger() -> Ledger:
 
 
 def test_a_page_that_is_not_there(ledger: Ledger) -> None:
-    refused(ledger, "sequence 0 names page 8, but the state's 8 pages are 0 to 7", (0, 1, [8]))
+    refused(
+        ledger, "sequence 0 names page 8, but the state has 8 pages, numbered from 0", (0, 1, [8])
+    )
     refused(ledger, "sequence 1 names page 9, but", (0, 1, [3]), (0, 1, [1, 9]))
 
 

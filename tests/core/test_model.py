@@ -383,7 +383,7 @@ def test_a_batch_that_its_state_refuses_never_reaches_a_block() -> None:
     names: list[str] = []
     model = build(small_spec(), wrap=lambda name, spec, block: (names.append(name), block)[1])
     state, names = model.new_state(Room(3, 64)), []
-    with pytest.raises(ValueError, match="sequence 0 names page 3, but the state's 3 pages are"):
+    with pytest.raises(ValueError, match="sequence 0 names page 3, but the state has 3 pages"):
         model.logits(Batch.of_sequences([[1]], pages=[[3]]), state)
     assert names == []
 
