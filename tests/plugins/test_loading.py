@@ -252,16 +252,8 @@ print(sorted({"numba", "cupy", "mpi4py", "torch", "transformers"} & set(sys.modu
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("odd", "its plugin was skipped: ModuleNotFoundError: No module named 'absent'"),
-        ("other", "plugins that were skipped (see lfm2kit backends): odd"),
-    ],
-)
-def test_an_unknown_backend_or_rewrite_may_be_one_of_a_plugin_that_was_skipped(
-    name: str, says: str
-) -> None:
+@pytest.mark.parametrize("name", ["odd", "other"])
+def test_an_unknown_backend_or_rewrite_may_be_one_of_a_plugin_that_was_skipped(name: str) -> None:
     """A rewrite may have another name than the entry point of its plugin."""
     ours = [entry for entry in entry_points(group=GROUP) if entry.name == "reference"]
     plugins = Plugins([*ours, EntryPoint("odd", "absent", GROUP)])
@@ -270,4 +262,4 @@ def test_an_unknown_backend_or_rewrite_may_be_one_of_a_plugin_that_was_skipped(
         with pytest.raises(Lfm2kitError) as raised:
             set_up(checkpoint, options, plugins=plugins)
         assert str(raised.value).startswith("unknown ")
-        assert str(raised.value).endswith(f"; {says}")
+        assert "; skipped as broken: plugin 'odd' (ModuleNotFoundError" in str(raised.value)

@@ -58,7 +58,7 @@ def test_the_code_with_a_state_goes_back_and_shares_as_far_as_the_page_says() ->
     next_token(range(64), 0, [0])
     next_token([5], 64, [0, 1])
     next_token([5], 50, [0])  # page 0 is not whole any more
-    with pytest.raises(ValueError, match="another sequence has written one of the pages"):
+    with pytest.raises(ValueError, match="page 1 does not go on from page 0 as it is now"):
         next_token([5], 65, [0, 1])
 
 

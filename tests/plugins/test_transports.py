@@ -16,9 +16,14 @@ Install = Callable[..., None]
 ANNOUNCES = """
 import lfm2kit
 
+class Launcher:
+    def world_size(self): ...
+    def launch(self, ranks, arguments): ...
+    def connect(self): ...
+
 @lfm2kit.hookimpl
 def lfm2kit_transports():
-    yield lfm2kit.TransportPlugin("pigeon", "slow but sure", launcher=None)
+    yield lfm2kit.TransportPlugin("pigeon", "slow but sure", launcher=Launcher())
 """
 
 
