@@ -20,7 +20,7 @@ EXPECTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "backend": (str, "a plan as text, such as 'auto'"),
     "plan": ((str, Path), "the path of a TOML file"),
     "precision": (str, "a name, such as 'fp32'"),
-    "rewrites": ((tuple, list), "names of rewrites in a tuple"),
+    "rewrites": ((tuple, list), "a tuple of names, such as ('NAME',)"),
 }
 
 
