@@ -2,7 +2,7 @@
 
     python benchmarks/cuda/products.py --precision fp32
 
-Each pair is timed in turns, on random numbers; medians of device time, in TFLOP/s of useful work.
+The calls of a pair alternate, on random numbers; medians of device time, in TFLOP/s of useful work.
 Ours store what the model's do: in_proj (6144 columns), q, k and v (3072) and experts' results as
 what lies inside a block, the others in float32.  cuBLAS runs the experts as one product each.
 Needs torch.
@@ -52,7 +52,7 @@ SLEEP_CYCLES = 3_000_000  # 1.5 ms
 
 
 def seconds(calls: list[Callable[[], object]], repetitions: int = 15) -> list[float]:
-    """The median device time of each call, taken in turns after two warm-ups.
+    """The median device time of each call; the calls alternate, after two warm-ups.
 
     The device sleeps while the host starts a call, so that only the device's time is seen.
     """

@@ -72,7 +72,7 @@ def test_a_dense_product_at_every_edge(rows: int, storage: str, threads: int) ->
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("rows", [1, 7, *MANY_ROWS])
-def test_a_product_at_the_edges_of_stretches_and_blocks(
+def test_a_product_at_the_edges_of_stretches_and_bands(
     rows: int, storage: str, threads: int
 ) -> None:
     rng = np.random.default_rng(rows)

@@ -1,4 +1,4 @@
-"""Kernels that are launched early wait for the one before: what dependent.cuh promises."""
+"""Kernels that are launched early wait for the one before, as dependent.cuh promises."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def ranges(panels: Float32, rows: int, tiles: Tiles | None) -> list[tuple[int, i
 
 
 def content(panel: Float32, rows: int) -> Float32:
-    """[k, height] of a tile with so many rows; behind it, nothing was written."""
+    """Return [k, height] of a tile with `rows` rows; nothing was written after it."""
     height = max(LOWEST, padded(rows, HEIGHT_STEP))
     written = panel.reshape(-1)[: len(panel) * height]
     assert np.isfinite(written).all()
@@ -151,7 +151,7 @@ def framed(array: npt.NDArray[np.generic] | None) -> bytes:
 
 
 def listed(tiles: Tiles | None) -> tuple[Ints | None, Ints | None]:
-    """The list, with room for a tile more, and its length."""
+    """Return the list, with space for one more tile, and its length."""
     if tiles is None:
         return None, None
     more = np.full((1, 4), -1, np.int32)
@@ -204,7 +204,7 @@ def assert_near(got: Float32, judged: Judged) -> None:
 
 
 def tiles_of(rng: np.random.Generator, counts: tuple[int, ...], tokens: int) -> Tiles:
-    """Of groups with so many rows, gathered from so many tokens, with repeats."""
+    """Return tiles of groups with `counts` rows, gathered from `tokens` tokens, with repeats."""
     group_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     local = range(len(counts))
     slots, place, tiles = grouped(group_of[:, None], local, TALLEST, HEIGHT_STEP, by_height=True)

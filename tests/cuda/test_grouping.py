@@ -48,7 +48,7 @@ def grouped(
 
 
 def even(whole: int, parts: int) -> list[int]:
-    """The sizes of so many parts, the larger ones first."""
+    """Return the sizes of the parts, the larger ones first."""
     return [whole // parts + (i < whole % parts) for i in range(parts)]
 
 

@@ -195,7 +195,7 @@ def test_each_device_has_its_own_kernels_and_properties(monkeypatch: pytest.Monk
         def load(number: int) -> tuple[int, int]:
             with device.on_device(number % 2):
                 kernel = kernels.load_kernel("gemm", "linear_simt", TILE_K=16)
-                return kernel._function.ptr, device.processors()
+                return kernel._function.ptr, device.sm_count()
 
         monkeypatch.setattr(kernels, "compile_source", slow)
         with ThreadPoolExecutor(4) as threads:

@@ -196,16 +196,16 @@ def test_three_terms_refuse_weights_that_bf16_does_not_hold(format: Format) -> N
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32x3"])
 def test_every_tile_gives_the_same_bits(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
-    from lfm2kit_cuda.products import Blocks
+    from lfm2kit_cuda.products import Ctas
 
     gemm, rng = hopper(precision), np.random.default_rng(5)
     x = gemm.rounded(cupy.asarray(rng.standard_normal((400, 330), dtype=np.float32)))
     w1, w3 = matrices(rng, 2, 200, 330)
     linear, gated = gemm.pack([w1]), gemm.pack_gated([w1], [w3])
     first: list[Any] = []
-    for tile in gemm._blocks.menu:
-        menu = Blocks(gemm._blocks.threads, (1.0,), {tile: 1})
-        monkeypatch.setattr(gemm, "_blocks", menu)
+    for tile in gemm._ctas.menu:
+        menu = Ctas(gemm._ctas.threads, (1.0,), {tile: 1})
+        monkeypatch.setattr(gemm, "_ctas", menu)
         results = [
             gemm.linear(x, linear).get(),
             gemm.linear_rounded(x, linear).get(),

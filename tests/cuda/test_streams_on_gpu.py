@@ -49,7 +49,7 @@ extern "C" __global__ void late_copy(const float* from, float* to, int size, int
 
 @cache
 def late_copy() -> Callable[[Any, Any, int], None]:
-    """A kernel of one block that copies `SIZE` floats after so many microseconds."""
+    """Return a kernel of one CTA that copies `SIZE` floats after this many microseconds."""
     from cupy.cuda.function import Module
     from lfm2kit_cuda.device import compute_capability
     from lfm2kit_cuda.kernels import Kernel

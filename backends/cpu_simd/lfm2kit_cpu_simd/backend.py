@@ -95,7 +95,7 @@ class CpuSimdBackend:
         return Ceilings(ceilings.flops_per_second(), ceilings.bytes_per_second())
 
     def _compiled(self, module: str) -> ModuleType:
-        """Returns a module with its kernels; the first call compiles those of all modules."""
+        """Return a module with its kernels; the first call compiles those of all modules."""
         with announced(is_quiet=self._is_quiet):
             modules = {name: import_module(f"lfm2kit_cpu_simd.{name}") for name in MODULES}
         return modules[module]

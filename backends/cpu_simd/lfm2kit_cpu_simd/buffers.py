@@ -1,7 +1,7 @@
-"""Memory that stays between the kernels of a block, and from block to block.
+"""Arrays for intermediate results, which all kernels and blocks of a thread use again.
 
-A large array comes from fresh pages of memory, which the system clears when they are first touched:
-some percent of a forward of many rows.
+A new large array would consist of new memory pages, and the system clears these when they are first
+touched: that takes some percent of a forward of many rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ class Buffers(threading.local):
         self._memory: dict[str, npt.NDArray[np.float32]] = {}
 
     def array(self, role: str, *shape: int) -> npt.NDArray[np.float32]:
-        """float32 of any values, valid until the role is asked for again: never to be returned."""
+        """Return a float32 array of any values, valid until its role is asked for again.
+
+        A block must not return it.
+        """
         size = int(np.prod(shape))
         if role not in self._memory or self._memory[role].size < size:
             self._memory[role] = np.empty(size, np.float32)

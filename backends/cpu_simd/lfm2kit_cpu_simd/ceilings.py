@@ -1,4 +1,4 @@
-"""What this machine gives at best: fused multiply-adds in registers, and reads of main memory."""
+"""Measures what this machine does at best: fused multiply-adds, and reads of main memory."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from lfm2kit_cpu_simd.signatures import FLOAT, INT, VECTOR
 from lfm2kit_cpu_simd.tile import MR
 
 REPETITIONS = 5
-CHAINS = MR * NV  # as many independent sums as the tile has: enough to hide an addition's latency
+CHAINS = MR * NV  # independent sums, as in the tile: enough to hide an addition's latency
 STEPS = 2_000_000
 READ_BYTES = 512 * 2**20  # larger than the caches of one core's share; shared ones may hold half
 
 
 def flops_per_second() -> float:
-    """Multiply-adds that read no memory, on every thread."""
+    """Return the rate of multiply-adds that read no memory, on every thread."""
     threads = numba.get_num_threads()
     seconds = _best(lambda: _multiply_add(STEPS, threads))
     return float(threads * STEPS * 2 * CHAINS * VL) / seconds
 
 
 def bytes_per_second() -> float:
-    """One pass over an array that no cache holds, on every thread."""
+    """Return the rate of one pass over an array that no cache holds, on every thread."""
     array = np.ones(READ_BYTES // 4, np.float32)
     return READ_BYTES / _best(lambda: _read(array))
 
 
 def _best(call: Callable[[], Any]) -> float:
-    """The least seconds of a few calls: a ceiling is what the machine can do undisturbed."""
+    """Return the least seconds of a few calls: a ceiling is what the machine can do undisturbed."""
     seconds = []
     for _ in range(REPETITIONS):
         start = time.perf_counter()
@@ -49,7 +49,7 @@ def _best(call: Callable[[], Any]) -> float:
 
 @intrinsic
 def _step(typingctx: Any, sums_at: Any, steps: Any) -> Any:
-    """`CHAINS` vectors at address `sums_at`, each `steps` times multiplied and added to."""
+    """Multiply and add to each of the `CHAINS` vectors at address `sums_at`, `steps` times."""
     signature = types.void(types.intp, types.intp)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -65,16 +65,16 @@ def _step(typingctx: Any, sums_at: Any, steps: Any) -> Any:
         first = [builder.load(place, align=4) for place in places]
         builder.branch(head)
         builder.position_at_end(head)
-        turn = builder.phi(ir.IntType(64))
-        turn.add_incoming(ir.IntType(64)(0), before)
+        step = builder.phi(ir.IntType(64))
+        step.add_incoming(ir.IntType(64)(0), before)
         sums = [builder.phi(vector) for _ in places]
         for phi, value in zip(sums, first, strict=True):
             phi.add_incoming(value, before)
         values = [builder.call(fmuladd, [value, factor, factor]) for value in sums]
         for phi, value in zip(sums, values, strict=True):
             phi.add_incoming(value, head)
-        following = builder.add(turn, ir.IntType(64)(1))
-        turn.add_incoming(following, head)
+        following = builder.add(step, ir.IntType(64)(1))
+        step.add_incoming(following, head)
         builder.cbranch(builder.icmp_signed("<", following, args[1]), head, after)
         builder.position_at_end(after)
         for place, value in zip(places, values, strict=True):

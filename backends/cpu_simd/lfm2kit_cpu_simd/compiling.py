@@ -50,7 +50,7 @@ WITHOUT_EFFECT = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER
 
 
 def kernel(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Does what `numba.njit` does with these signatures, but takes kernels from the cache."""
+    """Do what `numba.njit` does with these signatures, but take kernels from the cache."""
 
     def compiled(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(**options)(function)
@@ -65,7 +65,7 @@ def kernel(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], A
 
 
 def c_function(signature: Any) -> Callable[[Callable[..., Any]], CFunc]:
-    """Does what `numba.cfunc` does: makes a function that is called by its address."""
+    """Do what `numba.cfunc` does: make a function that is called by its address."""
 
     def compiled(function: Callable[..., Any]) -> CFunc:
         result = CFunc(function, normalize_signature(signature), locals={}, options={})
@@ -101,7 +101,7 @@ class Kept(NullCache):
 
 
 def _rebuilt(name: str, target_context: Any) -> CompileResult | None:
-    """Returns a kept kernel; None if there is none that can be used."""
+    """Return a kept kernel; None if there is none that can be used."""
     if (data := KERNELS.read(name)) is None:
         return None
     try:
@@ -126,7 +126,7 @@ class Progress(event.Listener):
         self._said = 0.0
 
     def begin(self) -> None:
-        """Begins to report: kernels are missing, and this process or another compiles them."""
+        """Begin to report: kernels are missing, and this process or another compiles them."""
         if self._start is None:
             check_room("compiling kernels takes at least", COMPILING, *ADVICE)
             self._start = self._said = time.perf_counter()
@@ -154,7 +154,7 @@ PROGRESS: ContextVar[Progress | None] = ContextVar("PROGRESS", default=None)
 
 @contextmanager
 def announced(*, is_quiet: bool = False) -> Iterator[None]:
-    """Prints that kernels are compiled, if any are missing, and at the end how long it took."""
+    """Print that kernels are compiled, if any are missing, and at the end how long it took."""
     with remembered_interrupts() as raise_again:
         progress = Progress(raise_again, is_quiet=is_quiet)
         token = PROGRESS.set(progress)
@@ -168,7 +168,7 @@ def announced(*, is_quiet: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _turn(name: str) -> Iterator[None]:
-    """Lets one of several processes compile a missing kernel; all of them print that."""
+    """Let one of several processes compile a missing kernel; all of them print this."""
     progress = PROGRESS.get()
     if progress is not None and not KERNELS.has(name):
         progress.begin()
@@ -178,7 +178,7 @@ def _turn(name: str) -> Iterator[None]:
 
 @cache
 def fingerprint() -> str:
-    """Returns a hash of this package's sources, the compilers and the CPU that they compile for.
+    """Return a hash of this package's sources, the compilers and the CPU that they compile for.
 
     It contains no path and no time, so another copy of the same sources has the same kernels.
     """

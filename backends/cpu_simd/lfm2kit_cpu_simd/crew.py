@@ -20,7 +20,7 @@ PATIENCE = 0.25, 4.0  # seconds until a thread is added again: at first, and at 
 
 
 def preemptions() -> int:
-    """Returns how often the system has taken a core from a thread of this process."""
+    """Return how often the system has taken a core from a thread of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
@@ -41,14 +41,14 @@ class Crew(threading.local):
         self.hire(numba.get_num_threads())
 
     def hire(self, most: int) -> None:
-        """Starts again with `most` threads, and never takes more."""
+        """Start again with `most` threads, and never take more."""
         self._most, self._patience = most, PATIENCE[0]
         self._preempted, self._waited = self._preemptions(), dict[str, float]()
         self._looked = self._clock()
         self._resize(most)
 
     def size(self) -> int:
-        """Returns how many threads the next kernel runs on."""
+        """Return how many threads the next kernel runs on."""
         if self._clock() - self._looked >= WINDOW:
             self._look()
         return self._size
@@ -69,7 +69,7 @@ class Crew(threading.local):
         self._size, self._changed = size, self._looked
 
     def _share_of_waiting(self) -> float:
-        """Returns the largest share of the time since the last look that a thread waited.
+        """Return the largest share of the time since the last look that a thread waited.
 
         Reading each thread's account takes a while, so it is read only after a core was taken from
         this process, and twice before the share is known.
@@ -88,7 +88,7 @@ CREW = Crew()
 
 
 def set_threads(context: Context) -> None:
-    """Sets the number of threads asked for, or this rank's share of the cores."""
+    """Set the number of threads asked for, or this rank's share of the cores."""
     most = numba.config.NUMBA_NUM_THREADS
     if context.threads is not None and context.threads > most:
         raise Lfm2kitError(

@@ -15,9 +15,9 @@ _LEAST, _MOST = np.float32(-87.3), np.float32(88.3)  # exp of them is a normal f
 
 @numba.njit(inline="always")
 def exp(x: Any) -> Any:
-    """e^x, relative error 1.2e-7; clamped to the normal float32 numbers.
+    """Return e^x, clamped to the normal float32 numbers, with a relative error of 1.2e-7.
 
-    2^n * e^r with |r| <= ln(2) / 2; e^r by the polynomial of Cephes' expf.
+    It is 2^n * e^r with |r| <= ln(2) / 2, and e^r is the polynomial of Cephes' expf.
     """
     x = min(max(x, _LEAST), _MOST)
     n = np.floor(x * _LOG2_E + np.float32(0.5))
@@ -36,5 +36,5 @@ def exp(x: Any) -> Any:
 
 @numba.njit(inline="always")
 def silu(x: Any) -> Any:
-    """x / (1 + e^-x); of numbers below -88 of no size that matters, where it should be 0."""
+    """Return x / (1 + e^-x); below -88 it is not quite 0, by less than matters."""
     return x / (np.float32(1) + exp(-x))

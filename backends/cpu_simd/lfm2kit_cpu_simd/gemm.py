@@ -1,9 +1,10 @@
 """Grouped matrix products over packed weights: one driver for dense layers, experts and head.
 
-Rows come sorted by group (an expert, or all rows for a dense layer), and are taken in blocks that
-stay in the second-level cache.  Threads take in turns a block and a panel.  A panel is taken in
-stretches of k that stay in the first-level cache while all rows of the block use them; meanwhile
-the stretch that comes next is fetched, as evenly as the multiply-adds go on.
+Rows come sorted by group (an expert, or all rows for a dense layer), and are cut into bands that
+stay in the second-level cache.  A task is a band and a panel; thread i has the tasks i, i + the
+number of threads, and so on.  A panel is cut into stretches of k that stay in the first-level cache
+while all rows of the band use them.  Meanwhile the next stretch is fetched, a few cache lines at a
+time.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 NO_BIAS = np.empty(0, np.float32)
-# Of k: in float32 32 KB of a panel.  Sums of sums: one chain over all of k would round worse.
+# k of a stretch: 32 KB of a panel in float32.  A chain is as long: a longer one would round worse.
 STRETCH = 128
 ROWS_AT_ONCE = 12 * MR  # of 2048 floats: 576 KB
 
@@ -51,7 +52,7 @@ def linear(
     *,
     buffer: str | None = None,
 ) -> Float32:
-    """x [rows, in] @ W.T + bias -> [rows, columns]; see `grouped`."""
+    """Return x [rows, in] @ W.T + bias: [rows, columns]; see `grouped`."""
     return grouped(x, np.array([0, len(x)]), panels, columns, bias, buffer=buffer)
 
 
@@ -64,10 +65,10 @@ def grouped(
     *,
     buffer: str | None = None,
 ) -> Float32:
-    """Rows offsets[g] to offsets[g + 1] of x times matrix g -> [rows, columns].
+    """Multiply rows offsets[g] to offsets[g + 1] of x by matrix g, and return [rows, columns].
 
-    Gated panels: silu(x @ w1.T) * (x @ w3.T).  `bias` is every group's.  The result is a new
-    array, or lies in the `buffer` of that role.
+    With gated panels the result is silu(x @ w1.T) * (x @ w3.T).  All groups have the same `bias`.
+    The result is a new array, or lies in the `buffer` of that role.
     """
     if buffer is None:
         out = np.empty((len(x), columns), np.float32)
@@ -85,7 +86,7 @@ def grouped(
 def _finish(
     sums: Any, first: Any, m: Any, row: Any, panel: Any, is_gated: Any, bias: Any, out: Any
 ) -> None:
-    """Stores m rows of a panel's sums, from `first` on, in `out`, after the gate or the bias."""
+    """Store m rows of a panel's sums, from `first` on, in `out`, after the gate or the bias."""
     width = HALF if is_gated else NR
     at = panel * width
     columns = min(width, out.shape[1] - at)
@@ -105,9 +106,10 @@ def _multiply(
     x: Any, row: Any, rows: Any, weights: Any, following: Any, itemsize: Any, table: Any,
     shared_from: Any, sums: Any, wide: Any, panel: Any, is_gated: Any, bias: Any, out: Any,
 ) -> None:  # fmt: skip
-    """So many rows of x, from `row` on, times the panel at address `weights`, into `out`.
+    """Multiply `rows` rows of x, from `row` on, by the panel at address `weights`, into `out`.
 
-    A tile's rows are stored at once: their way to memory goes on while the next tile computes.
+    A tile's rows are stored as soon as they are summed, so that they go to memory while the next
+    tile computes.
     """
     k = x.shape[1]
     row_bytes = NR * itemsize
@@ -123,7 +125,7 @@ def _multiply(
         kind = FIRST if is_shared else ALONE
         done = 0
         for tile in range(tiles):
-            m = (rows - done) // (tiles - tile)  # of nearly the same height
+            m = (rows - done) // (tiles - tile)  # tiles have nearly the same height
             call_tile(
                 table[kind, m], x.ctypes.data + 4 * ((row + done) * k + first), k, at, depth,
                 sums[done].ctypes.data, ahead, lines, wide.ctypes.data,
@@ -140,10 +142,11 @@ def _multiply(
 def following_panel(
     group: Any, panel: Any, count: Any, groups: Any, threads: Any, is_again: Any
 ) -> Any:
-    """The place among all groups' panels of the one to fetch while this one is multiplied.
+    """Return the panel to fetch while this one is multiplied, counted over all groups.
 
-    A thread takes the next of its turns, and past the group's last one the group's first ones
-    again, or else the next group's; where nothing comes any more, this one.
+    It is the panel of the thread's next task.  After the group's last panel this is one of the
+    group's first panels, for the next band (`is_again`), or else one of the next group's.  After
+    the last task it is this panel.
     """
     this = group * count + panel
     if is_again:
@@ -173,19 +176,17 @@ def _grouped(
     for thread in numba.prange(threads):
         sums = np.empty((ROWS_AT_ONCE, NR), np.float32)
         memory = np.empty(STRETCH * NR + CACHE_LINE // 4, np.float32)
-        # An array to the end: of one whose address alone is used Numba may free the memory.
+        # Used as an array to the end, because Numba may free one of which only the address is used.
         wide = memory[-(memory.ctypes.data // 4) % (CACHE_LINE // 4) :]
         tasks = 0
         for group in range(groups):
             first, rows = offsets[group], offsets[group + 1] - offsets[group]
-            blocks = -(-rows // ROWS_AT_ONCE)
-            for block in range(blocks):
-                begin, end = rows * block // blocks, rows * (block + 1) // blocks
+            bands = -(-rows // ROWS_AT_ONCE)
+            for band in range(bands):
+                begin, end = rows * band // bands, rows * (band + 1) // bands
                 for panel in range((thread - tasks) % threads, count, threads):
                     at = panels_at + (group * count + panel) * size
-                    place = following_panel(
-                        group, panel, count, groups, threads, block + 1 < blocks
-                    )
+                    place = following_panel(group, panel, count, groups, threads, band + 1 < bands)
                     _multiply(x, first + begin, end - begin, at, panels_at + place * size,
                               itemsize, table, shared_from, sums, wide, panel, is_gated, bias,
                               out)  # fmt: skip

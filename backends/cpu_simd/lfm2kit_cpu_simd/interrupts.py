@@ -18,7 +18,7 @@ from lfm2kit.process.interrupts import SIGNALS
 
 @contextmanager
 def remembered_interrupts() -> Iterator[Callable[[], None]]:
-    """Yields a function that raises again what a signal handler raised and Python dropped.
+    """Yield a function that raises again what a signal handler raised and Python dropped.
 
     It is called once more when the block ends, even by an error, which may come from a callback of
     LLVM's that was interrupted.
@@ -40,7 +40,7 @@ def remembered_interrupts() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _handlers_noted(raised: list[BaseException]) -> Iterator[None]:
-    """Notes what Python's signal handlers raise."""
+    """Note what Python's signal handlers raise."""
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in SIGNALS if is_main}
     noted = {n: _noting(handler, raised) for n, handler in before.items() if callable(handler)}

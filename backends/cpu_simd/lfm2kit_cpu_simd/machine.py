@@ -1,4 +1,4 @@
-"""What the kernels are made for: the vectors of this CPU, or of the one Numba is told of."""
+"""The vectors that kernels use: those of this CPU, or of the one that Numba is told of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lfm2kit.backend import BF16, F16, F32, Format, Tensor
 
 
 def _features() -> set[str]:
-    """The CPU's features by LLVM's names, as Numba compiles for them."""
+    """Return the CPU's features by LLVM's names, as Numba compiles for them."""
     if numba.config.CPU_FEATURES:
         named = numba.config.CPU_FEATURES.split(",")
         return {feature[1:] for feature in named if feature.startswith("+")}
@@ -20,9 +20,9 @@ def _features() -> set[str]:
 
 
 def _vector_shape() -> tuple[int, int]:
-    """(VL, NV): float32 lanes of a vector, vectors of a panel's row.
+    """Return (VL, NV): float32 lanes of a vector, and vectors of a panel's row.
 
-    With 6 rows NV vectors each fill three quarters of the registers: 24 of 32, or 12 of 16.
+    Six rows of NV vectors fill three quarters of the registers: 24 of 32, or 12 of 16.
     """
     if "avx512f" in FEATURES:
         return 16, 4
@@ -41,7 +41,7 @@ STORAGES: tuple[Format, ...] = (F32, BF16, F16) if HAS_F16C else (F32, BF16)
 
 
 def common_storage(tensors: Iterable[Tensor]) -> Format:
-    """Returns the format in which matrices are packed together: theirs, or F32.
+    """Return the format in which matrices are packed together: theirs, or F32.
 
     Float32 holds any of them exactly, if they differ or kernels do not take their format.
     """

@@ -21,7 +21,7 @@ from lfm2kit_cpu_simd.signatures import FLOAT, INT, ORDER, WORD
 from lfm2kit_cpu_simd.tile import CACHE_LINE, lane_order
 
 HALF = NR // 2
-BLOCK = 32  # columns that are transposed at once: a cache line of 16-bit weights
+COLUMNS_AT_ONCE = 32  # columns that are transposed at once: a cache line of 16-bit weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Panels:
 
 
 def pack(groups: Sequence[Sequence[Tensor]], format: Format | None = None) -> Panels:
-    """Each group's matrices [out_i, in] below each other; rounded to `format`, or as they are."""
+    """Pack each group's matrices [out_i, in] below each other, rounded to a `format` if given."""
     storage = format or common_storage(tensor for tensors in groups for tensor in tensors)
     rows = sum(t.shape[0] for t in groups[0])
     panels = _empty_panels(len(groups), -(-rows // NR), groups[0][0].shape[1], storage)
@@ -50,7 +50,7 @@ def pack(groups: Sequence[Sequence[Tensor]], format: Format | None = None) -> Pa
 def pack_gated(
     gates: Sequence[Tensor], ups: Sequence[Tensor], format: Format | None = None
 ) -> Panels:
-    """w1 and w3 in turns, HALF columns each: a tile then holds both halves of its outputs."""
+    """Pack HALF columns of w1, then HALF of w3, and so on: a tile has both sums of its outputs."""
     storage = format or common_storage([*gates, *ups])
     rows, k = gates[0].shape
     panels = _empty_panels(len(gates), -(-rows // HALF), k, storage)
@@ -62,14 +62,14 @@ def pack_gated(
 
 
 def _elements(tensor: Tensor, storage: Format) -> npt.NDArray[Any]:
-    """The matrix as floats, or as the bits of its 16-bit type, aligned and contiguous."""
+    """Return the matrix as floats, or as the bits of its 16-bit type, aligned and contiguous."""
     if storage == F32:
         return np.ascontiguousarray(tensor.float32())
     return np.require(tensor.stored_as(storage).data, requirements=["C", "A"]).view(np.uint16)
 
 
 def _empty_panels(groups: int, panels: int, k: int, storage: Format) -> npt.NDArray[Any]:
-    """Zeros that begin on a cache line: a vector load across two takes twice as long."""
+    """Return zeros that begin on a cache line: a vector load across two takes twice as long."""
     shape = (groups, panels, k, NR)
     count = int(np.prod(shape))
     itemsize = storage.block_bytes
@@ -85,14 +85,15 @@ def _signature(element: types.Type) -> Any:
 
 @kernel(_signature(FLOAT), _signature(WORD), parallel=True)
 def _place(source: Any, panels: Any, order: Any, first: Any) -> None:
-    """Row r of `source` becomes place order[(first + r) % n] of panel (first + r) // n.
+    """Put row r of `source` at place order[(first + r) % n] of panel (first + r) // n.
 
-    A block of columns at a time, whose part of the panel stays in the first-level cache.
+    COLUMNS_AT_ONCE columns are placed at a time: their part of the panel stays in the first-level
+    cache.
     """
     n, (rows, k) = order.shape[0], source.shape
     for panel in numba.prange(first // n, -(-(first + rows) // n)):
-        for begin in range(0, k, BLOCK):
-            end = min(k, begin + BLOCK)
+        for begin in range(0, k, COLUMNS_AT_ONCE):
+            end = min(k, begin + COLUMNS_AT_ONCE)
             for r in range(max(0, panel * n - first), min(rows, (panel + 1) * n - first)):
                 place = order[first + r - panel * n]
                 for c in range(begin, end):

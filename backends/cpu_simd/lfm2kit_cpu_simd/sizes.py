@@ -50,7 +50,7 @@ def kept_bytes(spec: Spec, weights: Weights, rounded_to: Format | None) -> int:
 def scratch_bytes(spec: Spec, tokens: int) -> int:
     """Return the bytes between the kernels of a block, in a call with `tokens` rows.
 
-    Of an operator this is a call without a state: it needs room for all keys and values.
+    An operator is called without a state here: it needs memory for all keys and values.
     """
     return FLOAT32 * tokens * max(map(_floats_per_row, (spec, *specs.leaves(spec))))
 

@@ -9,8 +9,8 @@ import numba
 
 from lfm2kit.process.machine import cores
 
-# Idle OpenMP threads spin, by default for milliseconds: where other processes want the cores, what
-# is to be done waits for what spins.  This long is enough from one kernel to the next.  libgomp
+# Idle OpenMP threads spin, by default for milliseconds: where other processes want the cores, work
+# waits for threads that spin.  This count is enough from one kernel to the next.  libgomp
 # reads it once, when the first parallel kernel is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -24,7 +24,7 @@ CORES = cores()
 
 
 def threading_notes() -> list[str]:
-    """What is missing for threads to start fast."""
+    """Return what is missing for threads to start fast."""
     for layer in ("omppool", "tbbpool"):
         try:
             import_module(f"numba.np.ufunc.{layer}")

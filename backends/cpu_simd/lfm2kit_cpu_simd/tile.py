@@ -30,16 +30,16 @@ from lfm2kit_cpu_simd.compiling import c_function
 from lfm2kit_cpu_simd.machine import NR, NV, STORAGES, VL
 
 MR = 6  # rows of a tile
-UNROLL = 4  # steps of k per turn of the loop
+UNROLL = 4  # steps of k per iteration of the loop
 CACHE_LINE = 64
-# From so many tiles on it is faster that one widens for all; BF16 is widened with less work.
+# The number of tiles from which on it is faster if one widens for all.  BF16 takes less work.
 SHARED_FROM: dict[Format, int] = {F32: sys.maxsize, BF16: 4, F16: 3}
 
 
 def lane_order(storage: Format) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Where in a row of a panel each of its NR columns lies.
+    """Return where in a row of a panel each of its NR columns lies.
 
-    BF16 columns j and j + VL share 32 bits, for a shift and a mask widen them both.
+    BF16 columns j and j + VL share 32 bits, because a shift and a mask widen both of them.
     """
     columns = np.arange(NR)
     if storage != BF16:
@@ -120,7 +120,7 @@ class Emitter:
                 self._leave(weights, wide, k)
             return self._multiply_add(k, x, weights, sums)
 
-        def turn(k: Any, sums: Sequence[Any]) -> Sequence[Any]:
+        def iteration(k: Any, sums: Sequence[Any]) -> Sequence[Any]:
             fetched = b.mul(b.mul(k, lines), self._constant(CACHE_LINE // UNROLL))
             self._prefetch(b.add(ahead, fetched), lines)
             for u in range(UNROLL):
@@ -129,12 +129,12 @@ class Emitter:
 
         unrolled = b.and_(k, self._constant(-UNROLL))
         zero = [ir.Constant(self.vector, None)] * (self.rows * self.nv)
-        sums = self._loop(self._constant(0), unrolled, UNROLL, turn, zero)
+        sums = self._loop(self._constant(0), unrolled, UNROLL, iteration, zero)
         sums = self._loop(unrolled, k, 1, step, sums)
         self._add_to(sums, out_at)
 
-    def _loop(self, first: Any, last: Any, stride: int, turn: Any, sums: Sequence[Any]) -> Any:
-        """for k in range(first, last, stride), the sums in registers all the way."""
+    def _loop(self, first: Any, last: Any, stride: int, iteration: Any, sums: Sequence[Any]) -> Any:
+        """Emit `for k in range(first, last, stride)`, whose sums stay in registers."""
         b = self.builder
         before = b.basic_block
         head, body, after = (b.append_basic_block(name) for name in ("k.head", "k.body", "k.end"))
@@ -147,7 +147,7 @@ class Emitter:
             phi.add_incoming(value, before)
         b.cbranch(b.icmp_signed("<", k, last), body, after)
         b.position_at_end(body)
-        values = turn(k, phis)
+        values = iteration(k, phis)
         k.add_incoming(b.add(k, self._constant(stride)), b.basic_block)
         for phi, value in zip(phis, values, strict=True):
             phi.add_incoming(value, b.basic_block)
@@ -158,7 +158,7 @@ class Emitter:
     def _multiply_add(
         self, k: Any, x: Sequence[Any], weights: Sequence[Any], sums: Sequence[Any]
     ) -> list[Any]:
-        """One k: for each row a broadcast and self.nv multiply-adds."""
+        """Emit the work of one k: a broadcast and self.nv multiply-adds for each row."""
         b = self.builder
         values = []
         for i in range(self.rows):
@@ -171,7 +171,7 @@ class Emitter:
         return values
 
     def _row(self, panel_at: Any, k: Any) -> list[Any]:
-        """Row k of the panel as self.nv vectors of float32."""
+        """Emit the loads of row k of the panel, and return it as self.nv vectors of float32."""
         b = self.builder
         at = b.add(panel_at, b.mul(k, self._constant(self.row_bytes)))
         if self.storage == BF16:
@@ -183,21 +183,21 @@ class Emitter:
         return [self._load(at, self.vector, 4 * self.vl * v) for v in range(self.nv)]
 
     def _widened_pair(self, pair: Any) -> list[Any]:
-        """BF16 is the upper half of a float32: the lower of a pair is shifted, the upper masked."""
+        """Return the lower and the upper BF16 of each word as float32, by a shift and a mask."""
         b = self.builder
         low = b.shl(pair, ir.Constant(self.words, [16] * self.vl))
         high = b.and_(pair, ir.Constant(self.words, [0xFFFF0000] * self.vl))
         return [b.bitcast(low, self.vector), b.bitcast(high, self.vector)]
 
     def _leave(self, weights: Sequence[Any], wide: Any, k: Any) -> None:
-        """Stores row k of the panel as `_row` gives it."""
+        """Emit the stores of row k of the panel, as `_row` returns it."""
         b = self.builder
         at = b.add(wide, b.mul(k, self._constant(4 * self.vl * self.nv)))
         for v, value in enumerate(weights):
             b.store(value, self._vector_at(at, v), align=4)
 
     def _prefetch(self, at: Any, lines: Any) -> None:
-        """So many cache lines into the second-level cache."""
+        """Emit the fetches of `lines` cache lines into the second-level cache."""
         b = self.builder
         pointer = ir.IntType(8).as_pointer()
         word = ir.IntType(32)
@@ -243,8 +243,11 @@ TILE = types.void(*[types.intp] * 8)
 
 
 def _tile(storage: int, m: int, leaves: int) -> Any:
-    """The compiled tile of m rows, a C function: drivers call it by address, and so compile
-    in a second instead of taking it in and optimising it again."""
+    """Return the compiled tile of m rows as a C function.
+
+    Drivers call it by its address.  So they compile in a second; otherwise each would optimise the
+    tile again.
+    """
 
     @c_function(TILE)
     def tile(
@@ -255,7 +258,7 @@ def _tile(storage: int, m: int, leaves: int) -> Any:
     return tile
 
 
-# By storage, whether they leave their weights, and number of rows.  Kept: TABLES has addresses.
+# By storage, whether they leave their weights, and rows.  Kept because TABLES has their addresses.
 _FUNCTIONS = {
     (storage, leaves): [_tile(s, m, leaves) for m in range(1, MR + 1)]
     for s, storage in enumerate(STORAGES)
@@ -267,8 +270,8 @@ def _addresses(storage: Format, leaves: int) -> list[int]:
     return [0, *(function.address for function in _FUNCTIONS[storage, leaves])]
 
 
-# Of a storage [3, MR + 1]: the tiles that use a panel ALONE, the FIRST of several, which leaves it
-# in float32, and LATER ones, which take it from there; and for each number of rows.
+# The addresses of tiles, [3, MR + 1] for each storage: those that use a panel ALONE, the FIRST of
+# several, which leaves it in float32, and LATER ones, which take it from there; by number of rows.
 ALONE, FIRST, LATER = 0, 1, 2
 TABLES = {
     storage: np.array(
@@ -291,7 +294,7 @@ def call_tile(
     lines: Any,
     wide: Any,
 ) -> Any:
-    """Calls an entry of a table with the tile's eight arguments."""
+    """Call an entry of a table with the tile's eight arguments."""
     signature = types.void(*[types.intp] * 9)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:

@@ -26,7 +26,7 @@ class Rows:
 
     @property
     def extent(self) -> int:
-        """What kernels are told of the layout: here the columns of a row."""
+        """Return the number that kernels need of the layout: here the columns of a row."""
         return int(self.array.shape[1])
 
 
@@ -42,17 +42,17 @@ class Slabs:
 
     @property
     def extent(self) -> int:
-        """What kernels are told of the layout: here the rows of a slab."""
+        """Return the number that kernels need of the layout: here the rows of a slab."""
         return int(self.array.shape[2])
 
     @property
     def columns(self) -> int:
-        """With padding."""
+        """Return the number of columns, padding included."""
         return int(self.array.shape[1]) * SLAB
 
 
 def empty_slabs(rows: int, columns: int, terms: int = 1) -> Slabs:
-    """For a kernel that writes all columns, padding included."""
+    """Return slabs for a kernel that writes all columns, padding included."""
     shape = terms, padded(columns, SLAB) // SLAB, padded(rows, ALIGNMENT), SLAB
     return Slabs(cupy.empty(shape, cupy.uint16), rows)
 
@@ -63,7 +63,7 @@ def slabs_bytes(rows: int, columns: int, terms: int = 1) -> int:
 
 
 def zero_slabs(rows: int, columns: int) -> Slabs:
-    """For a kernel that writes `columns`, and no padding."""
+    """Return slabs for a kernel that writes `columns`: the padding is zero."""
     slabs = empty_slabs(rows, columns)
     if slabs.columns > columns:
         slabs.array.fill(0)
@@ -71,7 +71,7 @@ def zero_slabs(rows: int, columns: int) -> Slabs:
 
 
 def rounded(x: cupy.ndarray, dtype: str) -> Slabs:
-    """float32 [rows, columns] in BF16 or F16."""
+    """Return float32 [rows, columns] rounded to BF16 or F16."""
     rows, columns = x.shape
     slabs = empty_slabs(rows, columns)
     kernel = load_kernel("activations", f"round_{dtype}")
@@ -80,7 +80,7 @@ def rounded(x: cupy.ndarray, dtype: str) -> Slabs:
 
 
 def gathered(slabs: Slabs, source: cupy.ndarray) -> Slabs:
-    """Row i is row source[i] of `slabs`, or anything where that is negative."""
+    """Return slabs whose row i is row source[i] of `slabs`, or anything where that is negative."""
     out = empty_slabs(len(source), slabs.columns)
     kernel = load_kernel("activations", "gather")
     arguments = slabs.array, source, out.array, slabs.columns, slabs.extent, out.extent
@@ -89,7 +89,10 @@ def gathered(slabs: Slabs, source: cupy.ndarray) -> Slabs:
 
 
 def split(x: cupy.ndarray, source: cupy.ndarray | None) -> Slabs:
-    """float32 [rows, columns] in three terms; gathered as by `gathered` where there is a source."""
+    """Return float32 [rows, columns] as three terms.
+
+    With a source, row i is row source[i] of x, as `gathered` has it.
+    """
     rows, columns = len(x) if source is None else len(source), x.shape[1]
     slabs = empty_slabs(rows, columns, ACTIVATIONS.TERMS)
     kernel = load_kernel("activations", "split")

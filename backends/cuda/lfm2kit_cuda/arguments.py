@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Arguments:
-    """Room for the arguments of one kernel; their types are those of the first ones.
+    """The memory for the arguments of one kernel; their types are those of the first ones.
 
     Arrays and None are addresses, int and float have 32 bits.
     """
@@ -17,8 +17,8 @@ class Arguments:
     def __init__(self, first: Sequence[Any]) -> None:
         codes = "".join(map(_code, first))
         self._format = struct.Struct(codes)
-        self._room = ctypes.create_string_buffer(max(self._format.size, 1))
-        begin = ctypes.addressof(self._room)
+        self._memory = ctypes.create_string_buffer(max(self._format.size, 1))
+        begin = ctypes.addressof(self._memory)
         ends = [struct.calcsize(codes[: i + 1]) for i in range(len(codes))]
         starts = [
             begin + end - struct.calcsize(code) for end, code in zip(ends, codes, strict=True)
@@ -27,7 +27,7 @@ class Arguments:
 
     def set(self, values: Sequence[Any]) -> None:
         """Write the values to where the pointers lead."""
-        self._format.pack_into(self._room, 0, *map(_value, values))
+        self._format.pack_into(self._memory, 0, *map(_value, values))
 
 
 def _code(argument: Any) -> str:

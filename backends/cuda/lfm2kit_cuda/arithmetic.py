@@ -13,7 +13,10 @@ BF16_FROM, HOPPER = (8, 0), (9, 0)
 
 
 def arithmetic(precision: str) -> Arithmetic:
-    """What the blocks of a precision multiply with; `Lfm2kitError` if this GPU cannot."""
+    """Return what the blocks of a precision multiply with.
+
+    Raises Lfm2kitError if this GPU lacks the instructions for it.
+    """
     capability = device.compute_capability()
     is_hopper = capability[0] == HOPPER[0]
     if precision == "fp32":

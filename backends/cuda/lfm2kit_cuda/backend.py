@@ -99,7 +99,7 @@ class CudaBackend:
             return self._figures.kept(spec, weights)
 
     def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
-        """Matrices as the precision packs them, a router's gate and all arrays in F32."""
+        """Return the precision's packed format for matrices, and F32 for gates and other arrays."""
         if isinstance(spec, specs.Embedding):
             return {"weight": read_format(weights["weight"])}
         return {
@@ -121,7 +121,7 @@ class CudaBackend:
             return measure_ceilings()
 
     def _why_not_whole(self, layer: specs.Layer) -> str | None:
-        """A layer is built whole where its norms have something to round."""
+        """Return why a layer is not built whole: its norms must have something to round."""
         if self._gemm.activation == "F32":
             return "in fp32 a layer is no faster whole"
         known = all(type(part.spec) in PARTS for part in layer.parts())

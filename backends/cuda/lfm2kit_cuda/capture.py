@@ -63,7 +63,7 @@ class Replay:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the graph's arrays, without what the driver keeps of its kernels."""
+        """Return the bytes of the graph's arrays, without what the driver keeps of its kernels."""
         with on_device(self._memory.device):
             return int(self._pool.total_bytes())
 

@@ -24,7 +24,10 @@ OPTIONS = ("-std=c++17", f"-I{INCLUDE}")
 
 
 def compile_source(stem: str, architecture: str, constants: dict[str, int | str]) -> bytes:
-    """Machine code of `{stem}.cu` for an architecture such as sm_90a, from the cache or new."""
+    """Return the machine code of `{stem}.cu` for an architecture, such as sm_90a.
+
+    It comes from the cache if it is there.
+    """
     name = f"{Path(stem).name}-{_key(stem, architecture, constants)}"
     with KERNELS.turn(name):
         cubin = KERNELS.read(name)
@@ -40,17 +43,17 @@ def compile_source(stem: str, architecture: str, constants: dict[str, int | str]
 
 @cache
 def _announce(architecture: str) -> None:
-    """Prints a line, once: kernels that are compiled later belong to the same wait."""
+    """Print a line, once: kernels that are compiled later belong to the same wait."""
     KERNELS.say(f"compiling kernels for {architecture} ...")
 
 
 def waits_for_previous(stem: str) -> bool:
-    """Whether the kernels of `{stem}.cu` may be launched early: what dependent.cuh promises."""
+    """Return whether the kernels of `{stem}.cu` may be launched early (see dependent.cuh)."""
     return '#include "dependent.cuh"' in _source(stem)
 
 
 def architecture_name(major: int, minor: int) -> str:
-    """The architecture to compile for; Hopper's own instructions need the `a`."""
+    """Return the architecture to compile for; Hopper's own instructions need the `a`."""
     return f"sm_{major}{minor}" + ("a" if major == 9 else "")
 
 

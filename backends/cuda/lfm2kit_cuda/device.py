@@ -66,13 +66,13 @@ def compute_capability() -> tuple[int, int]:
     return _compute_capability(current_device())
 
 
-def processors() -> int:
-    """Return how many multiprocessors the current device has."""
+def sm_count() -> int:
+    """Return how many SMs the current device has."""
     return _attribute("MultiProcessorCount", current_device())
 
 
 def most_shared_bytes() -> int:
-    """Return how many bytes of shared memory a block of the current device can have."""
+    """Return how many bytes of shared memory a CTA of the current device can have."""
     return _attribute("MaxSharedMemoryPerBlockOptin", current_device())
 
 

@@ -11,7 +11,7 @@ import cupy
 from lfm2kit.backend import F32, Tensor
 from lfm2kit_cuda.activations import Rows
 from lfm2kit_cuda.constants import GEMM, HEIGHTS, PANELS
-from lfm2kit_cuda.device import current_device, most_shared_bytes, processors
+from lfm2kit_cuda.device import current_device, most_shared_bytes, sm_count
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
@@ -28,7 +28,7 @@ TIMES = {48: 100, 40: 86, 32: 71, 24: 56, 16: 44}
 class Panels:
     """Activations as gemm.cu reads them: a panel for each tile of rows."""
 
-    array: cupy.ndarray  # float32 [tiles or room for them, k, TALLEST], filled as panels.cuh says
+    array: cupy.ndarray  # float32 [most tiles, k, TALLEST], filled as panels.cuh says
     rows: int
 
 
@@ -72,7 +72,7 @@ class Gemm:
         return 0
 
     def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
-        most = _dense_tiles(rows, padded(width, WIDTH), processors()) if tiles is None else tiles
+        most = _dense_tiles(rows, padded(width, WIDTH), sm_count()) if tiles is None else tiles
         return 4 * most * padded(inputs, STEP) * TALLEST
 
     def gated_bytes(self, rows: int, columns: int, tiles: int | None = None) -> int:
@@ -104,9 +104,9 @@ class Gemm:
 
 
 def _arranged(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> Panels:
-    """Panels for `tiles`; without a list, for as many as suit the product."""
+    """Return the panels of `tiles`, or of as many tiles as `_dense_tiles` says."""
     rows = tiles.rows if tiles else len(x)
-    most = len(tiles.tiles) if tiles else _dense_tiles(rows, matrix.width, processors())
+    most = len(tiles.tiles) if tiles else _dense_tiles(rows, matrix.width, sm_count())
     panels = cupy.empty((most, matrix.inputs, TALLEST), cupy.float32)
     load_kernel("panels", "arrange")(
         (-(-matrix.inputs // PANELS.PART), most), PANELS.ARRANGE_THREADS, x.array,
@@ -126,7 +126,7 @@ def _launch(
 ) -> None:
     most = len(panels.array)
     _kernel(name, current_device())(
-        (min(most * (matrix.width // WIDTH), processors()),), THREADS, panels.array, matrix.packed,
+        (min(most * (matrix.width // WIDTH), sm_count()),), THREADS, panels.array, matrix.packed,
         *outputs, *listed(tiles), panels.rows, most, matrix.inputs, matrix.width, columns,
     )  # fmt: skip
 
@@ -142,25 +142,25 @@ def _kernel(name: str, device: int) -> Kernel:
 
 
 def _sizes() -> tuple[int, int]:
-    """k of a stage, and rows of a thread that are added at once: what shared memory has room for.
+    """Return k of a stage, and rows of a thread that are added at once.
 
-    Hopper has 227 KB, Ampere and later from 99 on, Turing 64.
+    They are what shared memory can hold: Hopper has 227 KB, Ampere and later from 99 on, Turing 64.
     """
     kilobytes = most_shared_bytes() / 1024
     return (16, 4) if kilobytes >= 200 else (8, 2) if kilobytes >= 96 else (4, 2)
 
 
 @cache
-def _dense_tiles(rows: int, width: int, processors: int) -> int:
-    """How many tiles of all columns the busiest multiprocessor is done with first."""
+def _dense_tiles(rows: int, width: int, sm_count: int) -> int:
+    """Return the number of tiles with which the busiest SM is done first."""
     columns, steps = width // WIDTH, -(-rows // HEIGHT_STEP)
 
     def time(count: int) -> int:
         height = -(-steps // count)  # in steps, as in even_tiles.cuh
         low = count * height - steps
-        turns, tall_turns = (-(-tiles * columns // processors) for tiles in (count, count - low))
+        waves, tall_waves = (-(-tiles * columns // sm_count) for tiles in (count, count - low))
         tall, lower = (TIMES[max(LOWEST, HEIGHT_STEP * h)] for h in (height, height - 1))
-        return tall_turns * tall + (turns - tall_turns) * lower
+        return tall_waves * tall + (waves - tall_waves) * lower
 
     fewest, most = -(-rows // TALLEST), -(-rows // LOWEST)
     return min(range(fewest, most + 1), key=time) if rows else 0

@@ -1,7 +1,7 @@
 """Matrix products on tensor cores (mma.sync): precisions bf16 and fp16.
 
 Weights and the activations that products read have 16 bits, as has what `linear_rounded` stores;
-sums, and all that is handed from block to block, have 32.
+sums, and the inputs and results of blocks, have 32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lfm2kit_cuda.activations import (
 from lfm2kit_cuda.constants import GEMM16, SLABS
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded, readable
+from lfm2kit_cuda.products import Ctas, Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
 THREADS, TILE_COLUMNS = GEMM16.THREADS, GEMM16.TILE_COLUMNS
@@ -32,7 +32,7 @@ WIDTH = 256  # the rows of packed matrices are a multiple of it
 CHUNK = SLABS.CHUNK  # the elements of packed rows are a multiple of it
 RUN = 8  # rows of w1 before 8 of w3
 
-MMA = Blocks(
+MMA = Ctas(
     THREADS,
     sharing=(1.3, 2.0),
     menu={
@@ -133,7 +133,7 @@ class TensorCoreGemm:
         return out
 
     def down(self, x: Any, matrix: Matrix, tiles: RowTiles) -> cupy.ndarray:
-        """In F16's case float32: it ends at 65504, and saturated experts' results do not."""
+        """Return `linear` in BF16, or in float32 for F16, which cannot hold more than 65504."""
         linear = self.linear if self.activation == "F16" else self.linear_rounded
         return linear(x, matrix, tiles=tiles.in_place())
 
@@ -152,7 +152,7 @@ class TensorCoreGemm:
         return out
 
     def _slabs(self, x: Any, tiles: RowTiles | None) -> Slabs:
-        """Activations in the order of the tiles."""
+        """Return the activations in the order of the tiles."""
         slabs: Slabs = x
         return slabs if tiles is None or tiles.source is None else gathered(slabs, tiles.source)
 
@@ -177,7 +177,7 @@ class TensorCoreGemm:
         )  # fmt: skip
 
     def _kernel(self, name: str) -> Kernel:
-        kilobytes = 96 if compute_capability() >= (8, 0) else 64  # two blocks share a processor's
+        kilobytes = 96 if compute_capability() >= (8, 0) else 64  # two CTAs share an SM's
         shared_bytes = 1024 * kilobytes
         constants = {**self._constants, "SHARED_BYTES": shared_bytes}
         return load_kernel("gemm16", f"{name}_mma", shared_bytes, **constants)

@@ -16,10 +16,10 @@ from lfm2kit.backend import BF16, Tensor
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda.activations import Rows, Slabs, slabs_bytes, split
 from lfm2kit_cuda.constants import ACTIVATIONS, GEMM90, SLABS
-from lfm2kit_cuda.device import processors
+from lfm2kit_cuda.device import sm_count
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Blocks, Matrix, RowTiles, Tiling, listed, padded, readable
+from lfm2kit_cuda.products import Ctas, Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
 PANEL, STEP = GEMM90.PANEL, GEMM90.STEP
@@ -28,14 +28,15 @@ MOST_ROWS, MOST_ROWS_OF_TERMS = GEMM90.MOST_ROWS, GEMM90.MOST_ROWS_OF_TERMS
 SHARED_BYTES = 224 * 1024
 PACK_THREADS = 256
 
-# Microseconds of a wave, k = 2048, on an H200: half a panel with up to twice the rows too.
-BLOCKS = Blocks(
+# Microseconds of a wave of CTAs at k = 2048, on an H200.  A CTA has a panel, or half of one and up
+# to twice the rows.
+CTAS = Ctas(
     threads=GEMM90.THREADS,
     sharing=(1.0,),
     menu={(rows, PANEL): max(10.2, 2 + 0.161 * rows) for rows in range(16, MOST_ROWS + 1, 16)}
     | {(rows, PANEL // 2): max(9.2, 2 + 0.08 * rows) for rows in range(32, 257, 32)},
 )
-BLOCKS_OF_TERMS = Blocks(
+CTAS_OF_TERMS = Ctas(
     threads=GEMM90.THREADS,
     sharing=(1.0,),
     menu={
@@ -51,11 +52,14 @@ class HopperGemm(TensorCoreGemm):
 
     def __init__(self, activation: str) -> None:
         super().__init__(activation)
-        self._blocks = BLOCKS
+        self._ctas = CTAS
         self._constants["TERMS"] = self.terms
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
-        """Room for most experts under even routing: stages of fewer rows are smaller, and more."""
+        """Return tiles that hold the rows of most experts if routing is even.
+
+        Stages of fewer rows are smaller, so that there are more of them.
+        """
         mean = pairs // groups
         return Tiling(min(self.most_rows, padded(mean + 4 * isqrt(mean) + 1, STEP)), STEP)
 
@@ -88,7 +92,7 @@ class HopperGemm(TensorCoreGemm):
         columns: int,
     ) -> None:
         if tiles is None:
-            tile_rows, tile_columns = self._blocks.best(len(x), matrix.width)
+            tile_rows, tile_columns = self._ctas.best(len(x), matrix.width)
             count = -(-len(x) // tile_rows)
         else:
             tile_rows, tile_columns = tiles.tiling.rows, PANEL
@@ -96,7 +100,7 @@ class HopperGemm(TensorCoreGemm):
         term_rows = padded(tile_rows, STEP)
         stage_bytes = ROW_BYTES * (tile_columns + self.terms * term_rows)
         self._kernel(name)(
-            (min(processors(), count * (matrix.width // tile_columns)),), self._blocks.threads,
+            (min(sm_count(), count * (matrix.width // tile_columns)),), self._ctas.threads,
             x.array, matrix.packed, *outputs, *listed(tiles), tile_rows, tile_columns, len(x),
             x.extent, matrix.inputs // TILE_K, matrix.width, columns,
             min(GEMM90.MOST_STAGES, SHARED_BYTES // stage_bytes), stage_bytes, term_rows,
@@ -132,7 +136,7 @@ class ThreeTermGemm(HopperGemm):
 
     def __init__(self) -> None:
         super().__init__("BF16")
-        self._blocks = BLOCKS_OF_TERMS
+        self._ctas = CTAS_OF_TERMS
         self.activation = "F32"
 
     def empty(self, rows: int, columns: int) -> Rows:
@@ -153,13 +157,16 @@ class ThreeTermGemm(HopperGemm):
     linear_rounded = TensorCoreGemm.linear
 
     def _slabs(self, x: Any, tiles: RowTiles | None) -> Slabs:
-        """Split already, or split and gathered in one."""
+        """Return activations in terms, in the order of the tiles; what is split stays as it is."""
         if isinstance(x, Slabs):
             return x
         return split(x.array, tiles.source if tiles else None)
 
     def _uploaded(self, matrix: Tensor) -> cupy.ndarray:
-        """The matrix on the device; `Lfm2kitError` if BF16 does not hold its values."""
+        """Return the matrix on the device.
+
+        Raises Lfm2kitError if BF16 does not hold its values.
+        """
         weights = upload(matrix.data)
         if matrix.format == BF16:
             return weights

@@ -26,9 +26,10 @@ _loading = Lock()
 
 
 class Kernel:
-    """Called with grid, block and arguments: arrays, None for null, int and float as 32 bits.
+    """A kernel that is loaded: called with its grid, the threads of a CTA, and its arguments.
 
-    It runs in CuPy's current stream.  A grid with nothing in it launches nothing.
+    Arguments are arrays, None for null, and int and float, which the kernel gets with 32 bits.  The
+    kernel runs in CuPy's current stream.  If a size of the grid is 0, nothing is launched.
     """
 
     def __init__(self, function: Function, shared_bytes: int = 0, *, early: bool = False) -> None:
@@ -37,10 +38,10 @@ class Kernel:
         self._function = function  # keeps the module loaded
         self._launch = Launch(function.ptr, shared_bytes, early=early)
 
-    def __call__(self, grid: Sequence[int], block: int, *arguments: Any) -> None:
+    def __call__(self, grid: Sequence[int], threads: int, *arguments: Any) -> None:
         if 0 in grid:
             return
-        status = self._launch(grid, block, arguments, cupy.cuda.get_current_stream().ptr)
+        status = self._launch(grid, threads, arguments, cupy.cuda.get_current_stream().ptr)
         if status:
             raise driver.CUDADriverError(status)
 

@@ -52,14 +52,16 @@ class _Buffers(threading.local):
 class Launch:
     """One kernel's launches, from any thread; the types of its arguments are always the same.
 
-    An `early` one may place its blocks before the kernel ahead of it in the stream has ended.
+    An `early` kernel may place its CTAs before the kernel ahead of it in the stream has ended.
     """
 
     def __init__(self, function: int, shared_bytes: int, *, early: bool) -> None:
         self._function = ctypes.c_void_p(function)
         self._buffers = _Buffers(shared_bytes, early)
 
-    def __call__(self, grid: Sequence[int], block: int, values: Sequence[Any], stream: int) -> int:
+    def __call__(
+        self, grid: Sequence[int], threads: int, values: Sequence[Any], stream: int
+    ) -> int:
         """Launch the kernel in a stream, and return the driver's status: 0 for success."""
         buffers = self._buffers
         if buffers.arguments is None:
@@ -67,7 +69,7 @@ class Launch:
         buffers.arguments.set(values)
         config = buffers.config
         config.grid[:] = (*grid, 1, 1)[:3]
-        config.block[:] = (block, 1, 1)
+        config.block[:] = (threads, 1, 1)
         config.stream = stream
         pointers = buffers.arguments.pointers
         status: int = _driver_launch()(ctypes.byref(config), self._function, pointers, None)

@@ -25,7 +25,7 @@ class CompileError(Exception):
 
 
 def why_unavailable() -> str | None:
-    """None if there is an NVRTC, else what to do about it."""
+    """Return what to do about a missing NVRTC; None if there is one."""
     try:
         _library()
     except Lfm2kitError as error:
@@ -41,12 +41,12 @@ def version() -> tuple[int, int]:
 
 
 def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
-    """Machine code of `source`; `CompileError` with the log if it has errors."""
+    """Return the machine code of `source`.  Raises CompileError with the log if it has errors."""
     return _compile(source, name, options, "CUBIN")
 
 
 def compile_ptx(source: str, name: str, options: Sequence[str]) -> bytes:
-    """The same in PTX, for a virtual architecture (`compute_90`): to be read, not run."""
+    """Return the PTX of `source` for a virtual architecture (`compute_90`): to be read, not run."""
     return _compile(source, name, options, "PTX")
 
 
@@ -73,7 +73,7 @@ def _compile(source: str, name: str, options: Sequence[str], output: str) -> byt
 
 
 def _unknown_option(log: str) -> Lfm2kitError:
-    """Most likely the architecture: a GPU that is newer than the compiler."""
+    """Return the error for an option: most likely the GPU is newer than the compiler."""
     return Lfm2kitError(
         f"NVRTC {'.'.join(map(str, version()))}: {log}; "
         "a newer one may know this GPU: pip install -U nvidia-cuda-nvrtc"
@@ -109,7 +109,10 @@ def _library() -> ctypes.CDLL:
 
 
 def _candidates() -> Iterator[str]:
-    """Newest first: the wheel's, then the CUDA installation's, then the loader's own."""
+    """Yield paths of the library, the newest version first.
+
+    Of each version the wheel's comes first, then the CUDA installation's, then the loader's own.
+    """
     nvidia = find_spec("nvidia")
     wheels = [Path(p) for p in nvidia.submodule_search_locations or ()] if nvidia else []
     roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import cupy
 
 from lfm2kit.backend import BF16, F16, F32, Format, Tensor
-from lfm2kit_cuda.device import processors
+from lfm2kit_cuda.device import sm_count
 
 READ = (F32, F16, BF16)  # what packing.cu and the embedding's kernel have names for
 
@@ -32,7 +32,7 @@ class Tiling(NamedTuple):
 
     rows: int  # of a tile at most: a multiple of the step
     step: int  # by which tiles of a group may differ: even_tiles.cuh
-    by_height: bool = False  # the highest are listed first, for blocks that take tiles in turns
+    by_height: bool = False  # the highest are listed first: see experts.cu
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class RowTiles:
     source: cupy.ndarray | None  # int32 [rows]: the row of x that each is, < 0: none; None: its own
 
     def in_place(self) -> RowTiles:
-        """The same rows of an x that is sorted already."""
+        """Return the tiles of the same rows, for an x that is sorted already."""
         return replace(self, source=None)
 
 
@@ -60,42 +60,42 @@ class Activations(NamedTuple):
 class Arithmetic(Protocol):
     """How one precision packs and multiplies.
 
-    What its products read (`Any` here) comes from its own `empty`, `rounded` and `gated`: it has a
-    length, and if from `empty` an `array` and an `extent` for the kernels that fill it
+    What its products read (`Any` here) comes from its own `empty`, `rounded` and `gated`.  It has a
+    length.  What `empty` returns also has an `array` and an `extent`, for the kernels that fill it
     (activations.py).
     """
 
     activation: str  # the type that products read, and of what blocks store: F32, BF16 or F16
-    run: int  # rows of w1 before as many of w3 in a packed matrix
+    run: int  # rows of w1 before the same number of w3, in a packed matrix
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
-        """For so many rows of so many groups, of which the device knows which have how many."""
+        """Return the tiling of `pairs` rows in groups whose sizes only the device knows."""
         ...
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
-        """[out, in] of each group."""
+        """Pack the [out, in] matrix of each group."""
         ...
 
     def pack_gated(self, gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Matrix:
-        """w1 and w3 of each group."""
+        """Pack w1 and w3 of each group as one matrix, for `gated`."""
         ...
 
     def pack_down(self, matrices: Sequence[Tensor]) -> Matrix:
-        """w2 of each group: what multiplies the result of `gated`."""
+        """Pack w2 of each group, which multiplies the result of `gated`."""
         ...
 
     packed_format: Format  # of the values of packed matrices
 
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
-        """Of one packed [out, in] matrix."""
+        """Return the bytes of one packed [out, in] matrix."""
         ...
 
     def empty(self, rows: int, columns: int) -> Any:
-        """Room for activations that products read: `activation_at` in slabs.cuh says where."""
+        """Return uninitialised activations; `activation_at` in slabs.cuh says where each lies."""
         ...
 
     def rounded(self, x: cupy.ndarray) -> Any:
-        """float32 activations as products read them."""
+        """Return float32 activations as products read them."""
         ...
 
     def empty_bytes(self, rows: int, columns: int) -> int:
@@ -124,7 +124,7 @@ class Arithmetic(Protocol):
         bias: cupy.ndarray | None = None,
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
-        """x @ W.T + bias: float32 [rows, columns]."""
+        """Return x @ W.T + bias: float32 [rows, columns]."""
         ...
 
     def linear_rounded(
@@ -134,35 +134,35 @@ class Arithmetic(Protocol):
         bias: cupy.ndarray | None = None,
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
-        """`linear` as `activation`, for kernels of the same block: [rows, columns], not padded."""
+        """Return `linear` in the type `activation`, for the same block's kernels; not padded."""
         ...
 
     def gated(self, x: Any, matrix: Matrix, tiles: RowTiles | None = None) -> Any:
-        """silu(x @ w1.T) * (x @ w3.T), as products read it."""
+        """Return silu(x @ w1.T) * (x @ w3.T), as products read it."""
         ...
 
     def down(self, x: Any, matrix: Matrix, tiles: RowTiles) -> cupy.ndarray:
-        """`linear` of what `gated` returned for the same tiles, in 16 bits if they hold it."""
+        """Return `linear` of the result of `gated` for these tiles, in 16 bits if they hold it."""
         ...
 
 
 def read_format(tensor: Tensor) -> Format:
-    """Returns the format in which kernels read a tensor: its own, if they know it, or F32."""
+    """Return the format in which kernels read a tensor: its own, if they know it, or F32."""
     return tensor.format if tensor.format in READ else F32
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """Returns a tensor in its `read_format`: itself, or its values in F32."""
+    """Return a tensor in its `read_format`: itself, or its values in F32."""
     is_read = read_format(tensor) == tensor.format
     return tensor if is_read else Tensor.of_array(tensor.name, tensor.float32())
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
-    """The blocks of a kernel: their threads, and what they cost.
+class Ctas:
+    """The CTAs of a kernel: their threads, and what they cost.
 
-    `menu` has the rows and columns of a block, and its time in a unit of its own where a
-    multiprocessor is full; `sharing[i]` is how many such times i + 1 blocks take together.
+    `menu` has the rows and columns of a CTA, and its time on a full SM, in a unit of its own;
+    `sharing[i]` is how many such times i + 1 CTAs take together.
     """
 
     threads: int
@@ -170,18 +170,18 @@ class Blocks:
     menu: Mapping[tuple[int, int], float]
 
     def best(self, rows: int, width: int) -> tuple[int, int]:
-        """The entry with which the busiest multiprocessor is done first."""
+        """Return the entry with which the busiest SM is done first."""
 
         def time(entry: tuple[int, int]) -> float:
-            blocks = -(-rows // entry[0]) * (width // entry[1])
-            full, rest = divmod(-(-blocks // processors()), len(self.sharing))
+            ctas = -(-rows // entry[0]) * (width // entry[1])
+            full, rest = divmod(-(-ctas // sm_count()), len(self.sharing))
             return (full * self.sharing[-1] + (0, *self.sharing)[rest]) * self.menu[entry]
 
         return min(self.menu, key=time)
 
 
 def listed(tiles: RowTiles | None) -> tuple[cupy.ndarray | None, cupy.ndarray | None]:
-    """What kernels are told of a list of tiles, or of there being none."""
+    """Return the arguments for a list of tiles: the list and its length, or None for both."""
     return (tiles.tiles, tiles.count) if tiles else (None, None)
 
 

@@ -11,7 +11,7 @@ SUCCESS, NO_DEVICE = 0, 100
 
 
 def why_unavailable() -> str | None:
-    """None if all is there, else the first thing that is missing; asks the driver, not CuPy."""
+    """Return the first thing that is missing, or None.  It asks the driver, not CuPy."""
     reason = _why_no_device()
     if reason is None and find_spec("cupy") is None:
         reason = "CuPy is not installed; pip install cupy-cuda13x"

@@ -27,7 +27,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class InPieces:
-    """Copies piece by piece, each through one of many buffers in turn: for arrays of any size."""
+    """Copies arrays of any size piece by piece, through a ring of buffers."""
 
     def __init__(self, device: int) -> None:
         self.lock = Lock()

@@ -63,7 +63,7 @@ def _norm_and_rotate(
     heads: Any,
     kv_heads: Any,
 ) -> None:
-    """RMSNorm of each head of q and k, then RoPE by halves, in place."""
+    """Apply RMSNorm to each head of q and k, then RoPE by halves, in place."""
     head_dim, half = q_weight.shape[0], inverse.shape[0]
     for row in numba.prange(qkv.shape[0]):
         cos, sin = np.empty(half, np.float32), np.empty(half, np.float32)

@@ -73,14 +73,14 @@ class SparseMoe:
 
 
 def local_numbers(spec: specs.Experts) -> Int32:
-    """Returns each expert's place among the local ones, int32 [num_experts]; -1 for the others."""
+    """Return each expert's place among the local ones, int32 [num_experts]; -1 for the others."""
     numbers = np.full(spec.num_experts, -1, np.int32)
     numbers[list(spec.local_experts)] = np.arange(len(spec.local_experts))
     return numbers
 
 
 def sort_by_expert(expert_ids: Int32, numbers: Int32, count: int) -> tuple[Int64, Int64, Int64]:
-    """Sorts the (row, k) pairs by local expert, and leaves them in their order within an expert.
+    """Sort the (row, k) pairs by local expert, and leaves them in their order within an expert.
 
     Returns where the pairs of each of `count` experts begin [count + 1], each pair's row [pairs],
     and the place of each pair [rows, k].  A pair that is nobody's has no row, and the place -1.
@@ -94,7 +94,7 @@ def sort_by_expert(expert_ids: Int32, numbers: Int32, count: int) -> tuple[Int64
 
 @kernel(types.void(IDS_2D, IDS, INDICES_OUT, INDICES_OUT, PLACES_OUT))
 def _sort(expert_ids: Any, numbers: Any, offsets: Any, rows: Any, places: Any) -> None:
-    """A counting sort."""
+    """Sort by counting."""
     for expert in expert_ids.flat:
         if expert >= 0:
             offsets[numbers[expert] + 1] += 1
@@ -126,7 +126,7 @@ def _copy_rows(x: Any, rows: Any, out: Any) -> None:
 
 @kernel(types.void(ROWS, PLACES, ROWS, ROWS_OUT), parallel=True)
 def _combine(outputs: Any, places: Any, weights: Any, delta: Any) -> None:
-    """delta[row] = the sum over k, in order, of the *rounded* products: no fused multiply-add,
+    """Compute delta[row], the sum over k, in order, of *rounded* products: no fused multiply-add,
     so that expert parallelism, which adds elsewhere, gets the same bits.  At -1 there is none."""
     for row in numba.prange(delta.shape[0]):
         is_first = True

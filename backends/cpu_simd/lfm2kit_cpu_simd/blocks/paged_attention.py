@@ -161,7 +161,7 @@ def _softmax(scores: Any, row: Any, seen: Any, scale: Any) -> Any:
 
 @numba.njit(inline="always")
 def _score(queries: Any, keys: Any, panels: Any, head: Any, table: Any, scores: Any) -> None:
-    """scores [panels, rows, NR] of queries [rows, head_dim] against panels of keys."""
+    """Compute scores [panels, rows, NR] of queries [rows, head_dim] and panels of keys."""
     rows, head_dim = queries.shape
     scores[:] = 0
     for i, panel in enumerate(panels):
@@ -188,7 +188,7 @@ def _weigh(
     scores: Any, r: Any, m: Any, seen: Any, values: Any, panels: Any, head: Any, part: Any,
     table: Any, sums: Any, earlier: Any,
 ) -> None:  # fmt: skip
-    """sums [m, NR] of values' columns `part`, weighed by rows r to r + m of scores.
+    """Sum the columns `part` of values, weighed by rows r to r + m of scores, into sums [m, NR].
 
     `earlier` is zero before and after.
     """
@@ -216,7 +216,7 @@ def _attend_rows(
     qkv: Any, begin: Any, end: Any, positions: Any, head: Any, group: Any, keys: Any, values: Any,
     panels: Any, scale: Any, table: Any, sums: Any, earlier: Any, out: Any,
 ) -> None:  # fmt: skip
-    """The query heads that share key head `head`, of rows begin to end of one sequence."""
+    """Compute the query heads that share key head `head`, of rows begin to end of a sequence."""
     head_dim, rows = keys.shape[2], (end - begin) * group
     queries = np.empty((rows, head_dim), np.float32)
     for r in range(rows):
@@ -243,7 +243,7 @@ def _attend_rows(
                     for j in range(min(NR, head_dim - part * NR)):
                         out[begin + (r + i) // group, at + j] = sums[i, j] / totals[r + i]
         # The last row sees all values.  One that is not finite spoils the rows before it too, by 0
-        # times it: then once more, each row with what it sees alone.
+        # times it.  Then all is done again, row by row, with only the values that a row sees.
         at = head * group * head_dim
         if end - begin == 1 or height == 1 or _is_finite(out[end - 1, at : at + head_dim]):
             break
@@ -269,8 +269,7 @@ def _attend(
     out: Any,
     threads: Any,
 ) -> None:
-    """Each thread takes the next task: some tokens of a sequence, with the query heads of a key
-    head."""
+    """Compute all heads.  A task is a key head's query heads, of some tokens of a sequence."""
     kv_heads, head_dim = keys.shape[1], keys.shape[2]
     group = out.shape[1] // head_dim // kv_heads
     tokens = max(1, ROWS_AT_ONCE // group)

@@ -48,7 +48,7 @@ class Choice:
         return self.call(_choose, scores)
 
     def call(self, kernel: Any, rows: Float32) -> tuple[Int32, Float32]:
-        """Calls a kernel that chooses from scores or from logits [tokens, num_experts]."""
+        """Call a kernel that chooses from scores or from logits [tokens, num_experts]."""
         shape = (len(rows), self.taken)
         expert_ids, expert_weights = np.empty(shape, np.int32), np.empty(shape, np.float32)
         kernel(rows, self.bias, self.normalise, self.scaling, expert_ids, expert_weights)
@@ -56,7 +56,7 @@ class Choice:
 
 
 class Router:
-    """Scores lie between two loops over a row, and in no array of their own."""
+    """Chooses from logits in one kernel, so that scores need no array of all rows."""
 
     def __init__(self, spec: specs.Router, weights: Weights, format: Format | None) -> None:
         self.scores = Scores(spec.scores, weights, format)
@@ -68,13 +68,16 @@ class Router:
 
 @numba.njit(inline="always")
 def _sigmoid(logit: Any) -> Any:
-    """In float64, rounded once: exactly 1 or 0 where float32 has nothing between."""
+    """Return the sigmoid, computed in float64 and rounded once.
+
+    It is exactly 1 or 0 where float32 has nothing between.
+    """
     return np.float32(1.0 / (1.0 + math.exp(-np.float64(logit))))
 
 
 @numba.njit(inline="always")
 def _rank(x: Any) -> Any:
-    """An int32 that is larger for a larger float32 but -0, and above TAKEN for every one."""
+    """Return an int32 above TAKEN that is larger for a larger float32; -0 is below 0."""
     bits = np.float32(x).view(np.int32)
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
@@ -83,8 +86,10 @@ def _rank(x: Any) -> Any:
 def _choose_of_row(
     scores: Any, bias: Any, normalise: Any, scaling: Any, expert_ids: Any, expert_weights: Any
 ) -> None:
-    """The bias selects the experts; it does not weigh them.  Where a score is NaN it selects alone,
-    and the weights are NaN."""
+    """Choose the experts of a row; the bias selects them and does not weigh them.
+
+    Where a score is NaN the bias selects alone, and the weights are NaN.
+    """
     count, taken = scores.shape[0], expert_ids.shape[0]
     ranks = np.empty(count, np.int32)
     is_nan = False
@@ -112,7 +117,7 @@ def _choose_of_row(
 
 @kernel(types.void(ROWS_OUT), parallel=True, error_model="numpy")
 def _score(logits: Any) -> None:
-    """Logits become scores in place."""
+    """Make scores of logits, in place."""
     for row in numba.prange(logits.shape[0]):
         for e in range(logits.shape[1]):
             logits[row, e] = _sigmoid(logits[row, e])

@@ -63,7 +63,7 @@ class LMHead:
     fastmath={"reassoc"},  # the sum of squares in vector lanes; its order depends on nothing else
 )
 def _add_and_norm(hidden: Any, delta: Any, weight: Any, eps: Any, x: Any) -> None:
-    """hidden += delta (unless delta is empty); x = hidden / rms(hidden) * weight."""
+    """Compute hidden += delta (unless delta is empty), and x = hidden / rms(hidden) * weight."""
     for row in numba.prange(hidden.shape[0]):
         if delta.shape[0]:
             for j in range(hidden.shape[1]):

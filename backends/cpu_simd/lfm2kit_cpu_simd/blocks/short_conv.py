@@ -101,9 +101,9 @@ def _convolve(
     state: Any,
     out: Any,
 ) -> None:
-    """out[t] = C[t] * (sum_j taps[j] * u[t - (kernel - 1) + j] + bias), u = B * X.
+    """Compute out[t] = C[t] * (sum_j taps[j] * u[t - (kernel - 1) + j] + bias), u = B * X.
 
-    A row computes the u of the rows before it anew: it then does not wait for another one.  If
+    A row computes the u of the rows before it again, so that it waits for no other row.  If
     `keeps`, every row's u is put into its page.
     """
     kernel, h = taps.shape

@@ -49,7 +49,7 @@ class Attention:
         return self.of(Activations(x, self.gemm.rounded(x)), batch, state)
 
     def of(self, inputs: Activations, batch: Batch, state: State | None) -> cupy.ndarray:
-        """As a call, of an input that is rounded already."""
+        """Do what a call does, with an input that is rounded already."""
         tokens = len(inputs.rounded)
         s, of_sequences = self.spec, (batch.cu_seqlens, batch.pages)
         keys, values = state or (None, None)
@@ -73,7 +73,7 @@ class Attention:
 
 
 def _stacked(matrices: list[Tensor]) -> Tensor:
-    """One matrix of all their rows, in the format that they are stored in, if it is one."""
+    """Return one matrix of all rows, in the format of the matrices if they share one, or in F32."""
     name, matrices = ", ".join(m.name for m in matrices), [readable(m) for m in matrices]
     if len({matrix.format for matrix in matrices}) == 1:
         stacked = np.concatenate([m.data for m in matrices])

@@ -30,7 +30,7 @@ class MLP:
         return self.of(Activations(x, self.gemm.rounded(x)))
 
     def of(self, inputs: Activations) -> cupy.ndarray:
-        """As a call, of an input that is rounded already."""
+        """Do what a call does, with an input that is rounded already."""
         return self.gemm.linear(self.gemm.gated(inputs.rounded, self.w13), self.w2)
 
 
@@ -54,7 +54,7 @@ class Experts:
     def of(
         self, rounded: Any, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
     ) -> cupy.ndarray:
-        """As a call, of an input that is rounded already."""
+        """Do what a call does, with an input that is rounded already."""
         h, (tokens, taken) = self.spec.hidden_size, expert_ids.shape
         if not self.spec.local_experts:
             return cupy.zeros((tokens, h), cupy.float32)  # every pair is nobody's
@@ -83,17 +83,17 @@ class SparseMoe:
         return self.experts(x, *self.router(x))
 
     def of(self, inputs: Activations) -> cupy.ndarray:
-        """As a call, of an input that is rounded already."""
+        """Do what a call does, with an input that is rounded already."""
         return self.experts.of(inputs.rounded, *self.router(inputs.x))
 
 
 def grouped_by_expert(
     expert_ids: cupy.ndarray, local: cupy.ndarray, experts: int, gemm: Arithmetic
 ) -> tuple[RowTiles, cupy.ndarray]:
-    """The (token, k) pairs sorted by expert; and where each pair went, int32 [pairs].
+    """Sort the (token, k) pairs by expert.
 
-    `local` int32 are the ids of the experts that are here, of `experts` in all.  A pair that is
-    nobody's (-1) goes nowhere: -1.
+    Returns the tiles of their rows, and the slot of each pair, int32 [pairs]: -1 if it is nobody's.
+    `local` int32 are the ids of the experts that are here, of `experts` in all.
     """
     pairs, taken = expert_ids.size, expert_ids.shape[1]
     slots = padded(pairs + (ALIGNMENT - 1) * min(pairs, len(local)), ALIGNMENT)

@@ -34,7 +34,7 @@ class Scores:
         return scores
 
     def sums(self, x: cupy.ndarray) -> cupy.ndarray:
-        """Returns the logits in parts that are yet to be added: [SPLITS, tokens, num_experts]."""
+        """Return [SPLITS, tokens, num_experts], whose sum over the first axis is the logits."""
         sums = cupy.empty((SPLITS, len(x), self.spec.num_experts), cupy.float32)
         grid = -(-len(x) // ROUTER.ROWS), SPLITS, len(self.gate)
         self.logits(grid, 32 * WARPS, x, self.gate, sums, len(x))
@@ -55,7 +55,7 @@ class Choice:
         return self._call(self.choose, scores, len(scores))
 
     def by_sums(self, sums: cupy.ndarray) -> Routing:
-        """As a call, of what `Scores.sums` returned."""
+        """Do what a call does, with what `Scores.sums` returned."""
         return self._call(self.choose_by_sums, sums, sums.shape[1])
 
     def _call(self, kernel: Kernel, given: cupy.ndarray, tokens: int) -> Routing:
@@ -99,7 +99,7 @@ def _kernel(name: str, experts: int, hidden_size: int = 4, taken: int = 1) -> Ke
 
 
 def _panels(gate: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """[panels, k, PANEL] of [experts, h]: padded with zeros to whole panels and pieces of k."""
+    """Return [experts, h] as [panels, k, PANEL]: zeros pad it to whole panels and pieces of k."""
     experts, h = gate.shape
     piece = padded(h, SPLITS * WARPS * 4) // (SPLITS * WARPS)
     rows = SPLITS * WARPS * padded(piece, min(piece, ROUTER.MOST_STEP))

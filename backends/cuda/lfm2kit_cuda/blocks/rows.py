@@ -48,7 +48,10 @@ class RMSNorm:
     def rounded(
         self, hidden: cupy.ndarray, delta: cupy.ndarray | None, *, is_routed: bool
     ) -> tuple[cupy.ndarray, Activations]:
-        """As a call, with x rounded for products in the same pass; in float32 too for a router."""
+        """Do what a call does, and round x for products in the same pass.
+
+        If `is_routed`, x is returned in float32 too, for a router.
+        """
         if self.gemm.activation == "F32":
             hidden, x = self(hidden, delta)
             return hidden, Activations(x, self.gemm.rounded(x))

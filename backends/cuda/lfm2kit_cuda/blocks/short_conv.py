@@ -37,7 +37,7 @@ class ShortConv:
             for name in ("in_proj", "conv", "out_proj")
         )
         vector = 4 if spec.hidden_size % 4 == 0 else 1
-        self.blocks = -(-spec.hidden_size // (THREADS * vector))  # of threads, per row
+        self.ctas = -(-spec.hidden_size // (THREADS * vector))  # per row
         constants: dict[str, Any] = {
             "KERNEL_SIZE": spec.kernel_size,
             "WINDOW": window(spec),
@@ -51,18 +51,18 @@ class ShortConv:
         return self.of(Activations(x, self.gemm.rounded(x)), batch, state)
 
     def of(self, inputs: Activations, batch: Batch, state: State | None) -> cupy.ndarray:
-        """As a call, of an input that is rounded already."""
+        """Do what a call does, with an input that is rounded already."""
         h, tokens, width = self.spec.hidden_size, len(inputs.rounded), batch.pages.shape[1]
         rows, page_tokens = state or (None, 0)
         BCX = self.gemm.linear_rounded(inputs.rounded, self.in_proj, self.in_bias)
         y = self.gemm.empty(tokens, h)
         of_sequences = batch.positions, batch.cu_seqlens, batch.pages
         self.convolve(
-            (-(-tokens // SHORT_CONV.ROWS), self.blocks), THREADS, BCX, self.taps, self.conv_bias,
+            (-(-tokens // SHORT_CONV.ROWS), self.ctas), THREADS, BCX, self.taps, self.conv_bias,
             *of_sequences, rows, y.array, batch.sequences, width, page_tokens, tokens, h, y.extent,
         )  # fmt: skip
         if state is not None:
-            grid = batch.sequences, self.blocks, most_pages(batch.max_seqlen, page_tokens)
+            grid = batch.sequences, self.ctas, most_pages(batch.max_seqlen, page_tokens)
             self.remember(grid, THREADS, BCX, *of_sequences, rows, width, page_tokens, h)
         return self.gemm.linear(y, self.out_proj, self.out_bias)
 
