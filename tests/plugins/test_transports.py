@@ -17,11 +17,13 @@ ANNOUNCES = """
 import lfm2kit
 
 class Launcher:
-    world_size = launch = connect = print
+    def world_size(self): ...
+    def launch(self, ranks, arguments): ...
+    def connect(self): ...
 
 @lfm2kit.hookimpl
 def lfm2kit_transports():
-    yield lfm2kit.TransportPlugin("pigeon", "slow but sure", launcher=Launcher)
+    yield lfm2kit.TransportPlugin("pigeon", "slow but sure", launcher=Launcher())
 """
 
 
