@@ -48,9 +48,14 @@ class Part(NamedTuple):
 
 
 class Spec:
-    """A block as data.  `kind` is its name in a plan (`conv`, `moe`, ...)."""
+    """A block as data.  `kind` is its name in a plan (`conv`, `moe`, ...).
+
+    A block of a spec that `has_state` takes a state as its last argument, and its `new_state` makes
+    one.
+    """
 
     kind: ClassVar[str]
+    has_state: ClassVar[bool] = False
 
     def parameters(self) -> dict[str, Shape]:
         """Name and shape of each weight of this spec and its parts, relative to its scope."""
@@ -137,6 +142,7 @@ class ShortConv(Spec):
     kernel_size: int
     bias: bool = False
     kind: ClassVar[str] = "conv"
+    has_state: ClassVar[bool] = True
     scope: ClassVar[str] = "conv"
 
     def parameters(self) -> dict[str, Shape]:
@@ -176,6 +182,7 @@ class Attention(Spec):
     rope_theta: float
     norm_eps: float
     kind: ClassVar[str] = "attn"
+    has_state: ClassVar[bool] = True
     scope: ClassVar[str] = "self_attn"
 
     def __post_init__(self) -> None:
@@ -436,6 +443,7 @@ class Layer(Spec):
     ffn_norm: RMSNorm
     feed_forward: Spec  # MLP, SparseMoe, or what a rewrite has put in its place
     kind: ClassVar[str] = "layer"
+    has_state: ClassVar[bool] = True
 
     def parts(self) -> tuple[Part, ...]:
         return (

@@ -13,7 +13,6 @@ from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import HOST, Bounded
 from lfm2kit.process.machine import tightest_limit
-from lfm2kit.specs import Attention, Layer, ShortConv
 
 
 class Shortage(NamedTuple):
@@ -118,7 +117,7 @@ def state_bytes(create: Callable[[str], Backend], leaf: Placed, room: Room) -> i
 
     Raises `Lfm2kitError` if its backend lacks `state_bytes`.
     """
-    if not isinstance(leaf.spec, ShortConv | Attention | Layer):
+    if not leaf.spec.has_state:
         return 0
     backend = backend_of(create, leaf)
     if not isinstance(backend, BuildsOperators):

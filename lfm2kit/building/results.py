@@ -20,8 +20,6 @@ Shapes = tuple[Shape, ...]  # of a block's results
 
 MOST = 4096  # numbers of rows that a block remembers
 
-HAVE_STATE = (specs.ShortConv, specs.Attention, specs.Layer)
-
 # How many arguments a block takes, by its spec's type.
 ARGUMENTS: Mapping[type[Spec], int] = {
     specs.Embedding: 1,
@@ -72,7 +70,7 @@ def checked(placed: Placed, block: Block) -> Block:
     if type(placed.spec) not in RETURNED:
         return block
     _check_call(placed, "", block, ARGUMENTS[type(placed.spec)])
-    if isinstance(placed.spec, HAVE_STATE):
+    if placed.spec.has_state:
         if not isinstance(block, Operator):
             raise Lfm2kitError(f"{said_of(placed)} has no method new_state(room)")
         _check_call(placed, "new_state", block.new_state, 1)

@@ -134,7 +134,7 @@ def forwards(
 def decodings(
     setup: Setup, model: LFM2, sequences: Sequence[int], seq_len: int, seed: int
 ) -> Iterator[Contender]:
-    """One token after another, after a prompt of `seq_len` tokens, for so many sequences at once.
+    """Yield the decoding of each number of sequences, after prompts of `seq_len` tokens.
 
     The next tokens are random: chosen by the model, they would soon go round in the same experts.
     """

@@ -18,7 +18,7 @@ from lfm2kit.specs import Model, Shape, Spec
 
 
 def kept_to_contract(rewrite: Rewrite, plugin: str, ranks: int) -> Rewrite:
-    """Returns the rewrite with its results checked, in a job of so many `ranks`.
+    """Returns the rewrite with its results checked, in a job of `ranks` ranks.
 
     Its functions then raise `Lfm2kitError` where they raise anything, return something else than
     they should, or make a model of other tensors than the checkpoint's.

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from lfm2kit import specs
 from lfm2kit.backend import Array, Backend, Block, Room, State
 from lfm2kit.batch import Batch
 from lfm2kit.memory import HOST, Memory
@@ -22,7 +21,7 @@ class HostBlock:
     def __init__(self, spec: Spec, block: Block, memory: Memory) -> None:
         self.block = block
         self.memory = memory
-        self._has_state = isinstance(spec, specs.ShortConv | specs.Attention | specs.Layer)
+        self._has_state = spec.has_state
 
     def __call__(self, *inputs: Any) -> Any:
         return self.to_host(self.block(*self.to_memory(inputs)))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.batch import Batch
-from lfm2kit.specs import Attention, Layer, ShortConv, Spec
+from lfm2kit.specs import Layer, Spec
 from lfm2kit.state import Room
 from lfm2kit.testing.compare import Result, each, rows_of
 from lfm2kit.testing.host_block import HostBlock
@@ -121,7 +121,7 @@ def calls(spec: Spec, block: HostBlock, rng: np.random.Generator) -> Iterator[tu
     """
     for rows in (1, 17):
         yield random_inputs(spec, rng, rows)
-    if not isinstance(spec, ShortConv | Attention | Layer):
+    if not spec.has_state:
         return
     state = block.new_state(Room(2, PAGE_TOKENS))
     for starts, lengths in (([0, 0], [5, 3]), ([5, 3], [1, 1])):
