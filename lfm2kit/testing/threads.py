@@ -171,14 +171,18 @@ def _results(meeting: Meeting, ended: queue.SimpleQueue[Ended], patience: float)
     """Waits for all ranks, as long as one of them comes to an operation now and then."""
     size = meeting.size
     by_rank: dict[int, Ended] = {}
+    is_silent = False
     while len(by_rank) < size:
         has_failed = any(one.error is not None for one in by_rank.values())
         words = meeting.words
         try:
             one = ended.get(timeout=patience)
         except queue.Empty:
-            if has_failed or meeting.words == words:
+            if has_failed or is_silent:
                 break
+            if meeting.words == words:
+                is_silent = True
+                meeting.end()  # those who wait for the others report it now
             continue
         by_rank[one.rank] = one
     errors = {rank: one.error for rank, one in sorted(by_rank.items()) if one.error is not None}
