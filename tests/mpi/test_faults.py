@@ -66,7 +66,7 @@ EXPECTED = {
     "holds-the-lock": (3, BLOCK + "it is hung or cut off, and " + SILENT),
     "never-joins": (3, "lfm2kit: error: no word from rank 1 of 2 within 5 s: "),
 }
-UNDER_ANOTHER_LAUNCHER = ["killed", "users-error", "stopped"]
+UNDER_ANOTHER_LAUNCHER = ["killed", "segfault", "users-error", "stopped"]
 
 
 class Ended(NamedTuple):

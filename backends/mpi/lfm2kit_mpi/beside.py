@@ -58,6 +58,7 @@ async def _watch(listener: socket.socket, hub: Hub) -> None:
     while not hub.is_over:
         hub.look()
         await asyncio.sleep(LOOK)
+    await hub.hear_out()
     fault = hub.explain()
     if fault is not None:
         _say(fault)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from lfm2kit.errors import BUG
 from lfm2kit_mpi.page import Reader
 
+OF_LAUNCHERS = {None, signal.SIGTERM, signal.SIGKILL}  # with which they end the other ranks
 SILENT = 1.0  # seconds: a rank that can report does so more often
 STARTING = 3.0  # seconds beyond the deadline, for a rank to start and send its first report
 
@@ -37,6 +38,7 @@ class Rank:
     is_waiting: bool = False  # in a collective: it cannot go on before the others come
     seconds: float = 0.0  # how long its step may take
     is_done: bool = False
+    ended_by: Fault | None = None  # what it says of its end, if others may have caused that
     last_words: str = ""  # what Python's fault handler wrote as the process crashed
     page: Reader | None = None  # what it is doing at this moment, if it runs on this machine
     count: list[int] = field(default_factory=list)
@@ -60,6 +62,8 @@ def stuck(ranks: Iterable[Rank], now: float) -> Fault | None:
     """
     working = [rank for rank in ranks if not rank.is_done]
     for rank in working:
+        if rank.last_words:  # writing a core file may take longer than any deadline
+            return gone(rank)
         quiet, still = now - rank.heard, now - rank.moved
         if quiet > rank.seconds or (still > rank.seconds and not rank.is_waiting):
             said = _silence(rank, quiet) if quiet > SILENT else _no_progress(still)
@@ -88,6 +92,23 @@ def not_joined(size: int, joined: Iterable[int], seconds: float) -> Fault:
         f"no word from {names} of {size} within {seconds:.0f} s: the job is not complete; "
         "if starting takes longer here, give a longer --deadline"
     )
+
+
+def culprit(
+    left: Sequence[Rank], ranks: Iterable[Rank], number: int | None, pid: int | None
+) -> Fault | None:
+    """Returns the fault of a job in which ranks have ended, and none has reported one of its own.
+
+    `left` are those that ended early, the first one first; the signal `number` ended the process
+    `pid`.  One end leads to others: launchers kill the ranks that remain, and these lose their
+    connections.  So a crash counts most, then a signal that no launcher sends, then the first end,
+    and least what a rank says that others made end.
+    """
+    crashed = [rank for rank in left if rank.last_words]
+    signalled = [rank for rank in left if rank.pid == pid and number not in OF_LAUNCHERS]
+    for rank in (*crashed, *signalled, *(rank for rank in left if rank.ended_by is None)):
+        return gone(rank, number if rank.pid == pid else None)
+    return next((rank.ended_by for rank in ranks if rank.ended_by is not None), None)
 
 
 def gone(rank: Rank, number: int | None = None) -> Fault:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import math
 import os
 import secrets
 import socket
@@ -18,10 +19,21 @@ from time import monotonic
 from typing import Any
 
 from lfm2kit.errors import BUG
-from lfm2kit_mpi.faults import STARTING, Fault, Rank, gone, lingering, not_joined, place, stuck
+from lfm2kit_mpi.ends import Ends
+from lfm2kit_mpi.faults import (
+    STARTING,
+    Fault,
+    Rank,
+    culprit,
+    lingering,
+    not_joined,
+    place,
+    stuck,
+)
 from lfm2kit_mpi.page import reader_of
 
 LOOK = 0.1  # seconds between two looks at the ranks
+TO_HEAR = 1.0  # seconds for the last words of ranks to arrive, once one of them has ended
 LONGEST_LINE = 1 << 24  # bytes of a message: a rank may print a large table
 FATAL = b"Fatal Python error: "  # how Python's fault handler begins
 
@@ -34,24 +46,36 @@ class Hub:
         self.deadline = deadline
         self.key = key
         self.ranks: dict[int, Rank] = {}
-        self.left: list[Rank] = []  # those whose process ended before they were done, in order
         self.fault: Fault | None = None
         self.exit_code: int | None = None  # rank 0's, once it is done
         self.pass_on: Callable[[str, bytes], None] = lambda stream, data: None
         self.broken: BaseException | None = None  # why nothing more can be passed on
         self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._ends = Ends()
         self._started = self._looked = monotonic()
 
     @property
     def is_over(self) -> bool:
         """Whether there is a fault, or every rank is done and gone."""
-        has_fault = self.fault is not None or self.broken is not None or bool(self.left)
-        return has_fault or (len(self.ranks) == self.size and not self.has_ranks)
+        has_fault = self.fault is not None or self.broken is not None
+        is_complete = len(self.ranks) == self.size and not self.has_ranks
+        return has_fault or self.is_cut_short or is_complete
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether a rank has ended, or was made to end, before it was done."""
+        return bool(self.left) or any(rank.ended_by for rank in self.ranks.values())
 
     @property
     def has_ranks(self) -> bool:
         """Whether the process of any rank is still connected."""
         return bool(self._writers)
+
+    @property
+    def left(self) -> list[Rank]:
+        """The ranks whose process ended before they were done, in the order of these ends."""
+        over = [self.ranks[number] for number in self._ends.order if number not in self._writers]
+        return [rank for rank in over if not rank.is_done]
 
     def look(self) -> None:
         """Looks for ranks that do not join, make no progress or are silent."""
@@ -89,8 +113,7 @@ class Hub:
 
     def _leave(self, rank: Rank) -> None:
         del self._writers[rank.number]
-        if not rank.is_done:
-            self.left.append(rank)
+        self._ends.leave(rank.number)
 
     async def _welcome(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -110,6 +133,7 @@ class Hub:
         )  # fmt: skip
         self.ranks[rank.number] = rank
         self._writers[rank.number] = writer
+        self._ends.watch(rank.number, writer.get_extra_info("socket"))
         writer.write(b"welcome\n")
         return rank
 
@@ -125,9 +149,13 @@ class Hub:
             rank.tell(rank.heard, said["count"], said["doing"], said["is_waiting"])
         if "text" in said:
             self._pass_on(said["stream"], said["text"].encode("latin-1"))
-        if "reason" in said and self.fault is None:
+        if "reason" in said:
             sentence = f"{rank.where}: {said['reason']}"
-            self.fault = Fault(sentence, said["exit_code"], said["details"])
+            fault = Fault(sentence, said["exit_code"], said["details"])
+            if said["is_effect"]:
+                rank.ended_by = fault
+            else:
+                self.fault = self.fault or fault
         if "done" in said:
             rank.is_done = True
             if rank.number == 0:
@@ -142,12 +170,16 @@ class Hub:
     def explain(self, number: int | None = None, pid: int | None = None) -> Fault | None:
         """Returns the fault, even if only a process's end is known; None if there is no fault.
 
-        `number` is the signal that ended the process `pid`, if a launcher has reported it.
+        `number` is the signal that ended the process `pid`, if a launcher has reported it.  The
+        ranks should have been heard out.
         """
-        if self.fault is None and self.left:
-            first = self.left[0]  # a launcher kills the others then, and may speak of those
-            self.fault = gone(first, number if pid == first.pid else None)
+        if self.fault is None:
+            self.fault = culprit(self.left, self.ranks.values(), number, pid)
         return self.fault
+
+    async def hear_out(self) -> None:
+        """Waits for what ranks said last: it may be on its way when others have ended already."""
+        await until(lambda: self.fault is not None or not self.has_ranks, TO_HEAR)
 
     def end_ranks(self, exit_code: int = BUG) -> None:
         """Tells every rank to end its process at once."""
@@ -160,6 +192,15 @@ class Hub:
         here = place()
         connected = map(self.ranks.__getitem__, self._writers)
         return [rank.pid for rank in connected if here and rank.place == here]
+
+
+async def until(is_so: Callable[[], bool], seconds: float) -> None:
+    """Returns once `is_so`, or after `seconds` in which this process was not short of a core."""
+    pause = LOOK / 2
+    for _ in range(math.ceil(seconds / pause)):  # not a time: one long pause would pass for many
+        if is_so():
+            return
+        await asyncio.sleep(pause)
 
 
 def proof(key: str, nonce: str) -> str:

@@ -22,7 +22,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.transport import JobError
 from lfm2kit_mpi import hub as hubs
 from lfm2kit_mpi.faults import Fault, by_signal
-from lfm2kit_mpi.hub import LOOK, Hub
+from lfm2kit_mpi.hub import LOOK, Hub, until
 from lfm2kit_mpi.shared_memory import drop_names_of
 
 HUB = "LFM2KIT_MPI_HUB"  # for the ranks: where the hub listens, and the job's key
@@ -65,8 +65,9 @@ async def _concluded(hub: Hub, job: subprocess.Popen[bytes], said: BinaryIO) -> 
     if hub.broken is not None:
         raise hub.broken
     if hub.fault is None:
-        await _until(lambda: job.poll() is not None, TO_SAY_WHY if hub.left else hub.deadline)
-        await _until(lambda: not hub.has_ranks, TO_SAY_WHY)  # what they said last
+        patience = TO_SAY_WHY if hub.is_cut_short else hub.deadline
+        await until(lambda: job.poll() is not None, patience)
+        await hub.hear_out()
     words = _words_of(said)
     number = _number("signal", words)
     fault = hub.explain(number, _number("PID", words))
@@ -80,7 +81,7 @@ async def _concluded(hub: Hub, job: subprocess.Popen[bytes], said: BinaryIO) -> 
         ended = f"the job ended before rank 0 was done: {_last_line(words)}"
         fault = Fault(ended, details=words)
     hub.end_ranks(fault.exit_code)
-    await _until(lambda: job.poll() is not None, TO_SAY_WHY)
+    await until(lambda: job.poll() is not None, TO_SAY_WHY)
     raise JobError(*fault)
 
 
@@ -136,12 +137,6 @@ def _ending_with_this_process() -> Callable[[], None] | None:
         return None
     prctl, set_signal = ctypes.CDLL(None).prctl, 1  # PR_SET_PDEATHSIG
     return lambda: prctl(set_signal, signal.SIGTERM)
-
-
-async def _until(is_so: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not is_so() and time.monotonic() < end:
-        await asyncio.sleep(LOOK / 2)
 
 
 def _print(stream: str, data: bytes) -> None:

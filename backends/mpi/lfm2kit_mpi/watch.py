@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from lfm2kit import progress
 from lfm2kit.errors import BUG, Lfm2kitError
-from lfm2kit.process.interrupts import PROCESS
+from lfm2kit.process.interrupts import PROCESS, SIGNALS
 from lfm2kit_mpi.faults import STARTING, place
 from lfm2kit_mpi.hub import proof
 from lfm2kit_mpi.page import Page, new_page
@@ -44,6 +44,7 @@ class Watch:
         self._page = page
         self._collective: str | None = None  # that the main thread is in
         self._collectives = 0  # that it has left
+        self._collective_failed = False
         self._told = 0.0  # when
         self._told_long = False  # whether the step that was told may take longer than others
         self.is_done = False
@@ -66,6 +67,9 @@ class Watch:
         self._page.write(self._doing())
         try:
             yield
+        except Exception:
+            self._collective_failed = True
+            raise
         finally:
             self._collective = None
             self._collectives += 1
@@ -101,10 +105,19 @@ class Watch:
         self.is_done = True
         self.send(done=exit_code)
 
+    def report(self, exit_code: int, reason: str, details: str) -> None:
+        """Reports why this rank ends.
+
+        Another rank's end may be the cause if this one was told to end or a collective failed: a
+        launcher ends the ranks that remain, and MPI may see that a rank is gone.
+        """
+        is_effect = exit_code - 128 in SIGNALS or self._collective_failed
+        self.tell()
+        self.send(reason=reason, exit_code=exit_code, details=details, is_effect=is_effect)
+
     def abort(self, exit_code: int, reason: str, details: str) -> NoReturn:
         """Reports why the job ends, and waits for the hub to end this process."""
-        self.tell()
-        self.send(reason=reason, exit_code=exit_code, details=details)
+        self.report(exit_code, reason, details)
         time.sleep(TO_BE_ENDED)
         os._exit(exit_code)
 
