@@ -99,10 +99,12 @@ class Placer:
         around = self._around(name, scope, spec, layer, outer)
         if around is not None:
             return around
+        if type(spec) not in self.joins:
+            raise self._not_joined(name, spec, layer)
         join = self.joins[type(spec)](outer)
         parts = tuple(
-            (part.role, self._place(*_part_place(name, scope, part, layer), join.memory))
-            for part in spec.parts()
+            (part.role, self._place(*_part_place(name, scope, part, number), join.memory))
+            for part, number in _numbered(spec, layer)
         )
         return Placed(name, scope, spec, join.memory, outer, None, parts, join)
 
@@ -174,6 +176,13 @@ class Placer:
         names = self._names(spec, layer)
         return next(iter(names)) if len(names) == 1 else None
 
+    def _not_joined(self, name: str, spec: Spec, layer: int | None) -> Lfm2kitError:
+        backends = " and ".join(f"'{backend}'" for backend in self._names(spec, layer))
+        return Lfm2kitError(
+            f"{name}: the plan gives parts of this {type(spec).__name__} to {backends}, but its "
+            "rewrite has no join for it; give all of it to one backend that builds it whole"
+        )
+
     def _unsupported(
         self, model: Spec, name: str, spec: Spec, backend: str, reason: str
     ) -> Lfm2kitError:
@@ -209,11 +218,20 @@ def _inside(spec: Spec) -> Iterator[Spec]:
         yield from _inside(part.spec)
 
 
+def _numbered(spec: Spec, layer: int | None) -> Iterator[tuple[specs.Part, int | None]]:
+    """Yields the parts of `spec`, each with the number of the layer that it is or lies in.
+
+    A layer is what lies in a model's `layers`, of whatever type a rewrite has put there; a `Layer`
+    inside of that is a part of it.
+    """
+    for part in spec.parts():
+        _, is_layer, number = part.role.partition("layers.")
+        yield part, int(number) if is_layer and isinstance(spec, specs.Model) else layer
+
+
 def _part_place(
     name: str, scope: str, part: specs.Part, layer: int | None
 ) -> tuple[str, str, Spec, int | None]:
-    if part.spec.kind == specs.Layer.kind:
-        layer = int(part.role.removeprefix("layers."))
     return _dotted(name, part.role), _dotted(scope, part.scope), part.spec, layer
 
 

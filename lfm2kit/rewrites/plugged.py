@@ -44,6 +44,20 @@ def _check_form(who: str, model: Any) -> None:
     for i, layer in enumerate(model.layers):
         if not isinstance(layer, Spec):
             raise Lfm2kitError(f"{who}: layers.{i} is {brief(layer)}, not a Spec")
+    _check_parts(who, "", model)
+
+
+def _check_parts(who: str, name: str, spec: Spec) -> None:
+    """A plan needs every spec's kind, and a join gets the parts of a spec by their roles."""
+    if not isinstance(getattr(spec, "kind", None), str):
+        raise Lfm2kitError(f"{who}: {name}, a {type(spec).__name__}, has no kind")
+    roles = [part.role for part in spec.parts()]
+    for role, _, part in spec.parts():
+        if not isinstance(part, Spec):
+            raise Lfm2kitError(f"{who}: {name}.{role} is {brief(part)}, not a Spec")
+        if roles.count(role) > 1:
+            raise Lfm2kitError(f"{who}: {name} has two parts '{role}'")
+        _check_parts(who, f"{name}.{role}" if name else role, part)
 
 
 def _check_tensors(who: str, model: Model, rewritten: Model, *, may_leave_out: bool) -> None:

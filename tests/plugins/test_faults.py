@@ -227,6 +227,26 @@ def boxed(model: Model) -> Model:
     return replace(model, layers=tuple(Boxed(layer) for layer in model.layers))
 
 
+@dataclass(frozen=True, slots=True)
+class Odd(Spec):
+    """A spec of any parts, and of no kind."""
+
+    its_parts: tuple[Part, ...]
+
+    def parts(self) -> tuple[Part, ...]:
+        return self.its_parts
+
+
+def odd(*roles: str, spec: Any = None) -> Callable[[Model], Model]:
+    """Returns a rewrite's function whose first layer has parts of these roles."""
+
+    def made(layers: tuple[Spec, ...]) -> tuple[Spec, ...]:
+        parts = tuple(Part(role, "", spec or layers[0]) for role in roles)
+        return (type("Odd", (Odd,), {"kind": "odd"})(parts), *layers[1:])
+
+    return has_layers(made)
+
+
 def set_up_with(plugins: Plugins, world: World | None = None) -> Setup:
     options = Options(backend="reference", rewrites=("x",))
     return set_up(open_checkpoint(find_model("tiny")), options, plugins=plugins, world=world)
@@ -253,6 +273,9 @@ def larger(model: Model) -> Model:
         (a_rewrite(has_layers(lambda all: (None, *all[1:]))), r"layers\.0 is None, not a Spec"),
         (a_rewrite(has_layers(lambda all: all[:3])), r"leaves out tensor 'layers\.3\..* more"),
         (a_rewrite(has_layers(lambda all: all * 2)), r"there is no tensor 'layers\.8\."),
+        (a_rewrite(has_layers(lambda all: (Odd(()), *all[1:]))), r"layers\.0, a Odd, has no kind"),
+        (a_rewrite(odd("a", spec="b")), r"layers\.0\.a is 'b', not a Spec"),
+        (a_rewrite(odd("a", "a")), r"layers\.0 has two parts 'a'"),
         (a_rewrite(larger), r"has shape \[\d+, 128\], its model's is \[4096, 128\]"),
         (a_rewrite(boxed, joins={Boxed: lambda outer: 5}), "a join of rewrite 'x' .* is 5, not a"),
         (a_rewrite(boxed, joins={Boxed: raises(KeyError("w"))}), "a join of .* raised KeyError"),
