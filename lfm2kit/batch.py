@@ -56,6 +56,8 @@ class Batch:
     copied: Mark | None = field(default=None, repr=False, init=False)  # when `on` made this copy
 
     def __post_init__(self) -> None:
+        if not isinstance(getattr(self.memory, "name", None), str):
+            raise ValueError(f"memory is {brief(self.memory)}, but must be a lfm2kit Memory")
         if self.memory.name == HOST.name:
             check(self)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import NamedTuple
 
 # Exit codes.  After a signal it is 128 and the signal's number.
@@ -29,8 +31,8 @@ class Option(NamedTuple):
     def __str__(self) -> str:
         if self.value is None:
             return self.name
-        is_number = isinstance(self.value, int)
-        return f"{self.name}={self.value if is_number else repr(str(self.value))}"
+        is_text = isinstance(self.value, (str, os.PathLike))
+        return f"{self.name}={repr(str(self.value)) if is_text else brief(self.value)}"
 
 
 class Lfm2kitError(Exception):

@@ -241,7 +241,8 @@ def load_model(model: str | Path, backend: str | None = None, **options: Any) ->
     """
     plugins = installed_plugins()
     _check_names(options, plugins)
-    asked = Options(model=str(model), backend=backend, **options)
+    name = os.fspath(model) if isinstance(model, os.PathLike) else model
+    asked = Options(model=name, backend=backend, **options)
     readers = plugins.readers.values()
     checkpoint = open_checkpoint(find_model(asked.model), readers, seed=asked.seed or 0)
     for remark in checkpoint.remarks:

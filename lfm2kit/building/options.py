@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,26 @@ from lfm2kit.errors import Lfm2kitError, Option
 
 BACKEND_VARIABLE = "LFM2KIT_BACKEND"
 
-# The types of options that are not numbers, and what an error says is expected.
-EXPECTED: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "backend": (str, "a plan as text, such as 'auto'"),
-    "plan": ((str, Path), "the path of a TOML file"),
-    "precision": (str, "a name, such as 'fp32'"),
-    "rewrites": ((tuple, list), "a tuple of names, such as ('NAME',)"),
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and all(map(_is_name, value))
+
+
+# What options that are not numbers must be, and how an error says it.
+EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "model": (_is_text, "a path, or an embedded model's name, such as 'tiny'"),
+    "backend": (_is_text, "a plan as text, such as 'auto'"),
+    "plan": (lambda value: isinstance(value, (str, Path)), "the path of a TOML file"),
+    "precision": (_is_name, "a name, such as 'fp32'"),
+    "rewrites": (_are_names, "a tuple of names, such as ('NAME',)"),
 }
 
 
@@ -87,11 +102,12 @@ class Options:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if value is None and one.name != "precision":
+            if value is None and one.default is None:
                 continue
-            kind, words = EXPECTED.get(one.name, (object, ""))
-            if not isinstance(value, kind) or (one.name == "precision" and not value):
-                raise Lfm2kitError(Option(one.name, value), f": expected {words}")
+            if one.name in EXPECTED:
+                is_right, words = EXPECTED[one.name]
+                if not is_right(value):
+                    raise Lfm2kitError(Option(one.name, value), f": expected {words}")
             one.metadata["about"].check(one.name, value)
 
     def chosen_plan(self) -> Plan:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -142,10 +143,13 @@ def run_ranks(
     `make` makes a rank's transport, such as a subclass that has an exchange.  If a rank raises, the
     others end at their next collective operation, and its error is raised here with a note that
     names the rank.  Raises `JobError` if the ranks do not call the same operations, or if one does
-    not come to an operation, or to its end, within `patience` seconds; ValueError without a rank.
+    not come to an operation, or to its end, within `patience` seconds; ValueError for a `size` that
+    is not a whole number of 1 or more, and a `rank` that is not a function.
     """
-    if size < 1:
-        raise ValueError(f"run_ranks needs 1 rank or more, not {size}")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"run_ranks needs 1 rank or more, not {brief(size)}")
+    if not callable(rank):
+        raise ValueError(f"run_ranks calls a function for each rank, which {brief(rank)} is not")
     meeting, ended = Meeting(size, patience), queue.SimpleQueue[Ended]()
 
     def run(transport: ThreadTransport) -> None:

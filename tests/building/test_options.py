@@ -34,6 +34,17 @@ TINY = open_checkpoint(find_model("tiny"))
         ({"preciison": "bf16"}, "unknown option 'preciison'; there is: backend, n_cpu_moe, plan, "),
         ({"rewrites": "trim"}, "rewrites='trim': expected a tuple of names, such as ('NAME',)"),
         ({"rewrites": 7}, "rewrites=7: expected a tuple of names"),
+        ({"rewrites": (7,)}, "rewrites=(7,): expected a tuple of names"),
+        ({"rewrites": [["trim"]]}, "rewrites=[['trim']]: expected a tuple of names"),
+        ({"rewrites": None}, "rewrites: expected a tuple of names"),
+        ({"n_cpu_moe": None}, "n_cpu_moe: expected a whole number of 0 or more"),
+        ({"threads": [2]}, "threads=[2]: expected a whole number"),
+        ({"seed": 0.5}, "seed=0.5: expected a whole number of 0 or more"),
+        ({"model": 7}, "model=7: expected a path, or an embedded model's name, such as 'tiny'"),
+        ({"model": None}, "model: expected a path"),
+        ({"model": b"tiny"}, "model=b'tiny': expected a path"),
+        ({"backend": ["reference"]}, "backend=['reference']: expected a plan as text"),
+        ({"plan": {}}, "plan={}: expected the path of a TOML file"),
         ({"backend": 5}, "backend=5: expected a plan as text"),
         ({"plan": 5}, "plan=5: expected the path of a TOML file"),
         ({"precision": 5}, "precision=5: expected a name"),
@@ -47,7 +58,7 @@ def test_a_wrong_option_is_one_sentence_in_the_words_of_python(
     options: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(Lfm2kitError) as caught:
-        load_model("tiny", **options)
+        load_model(**{"model": "tiny", **options})
     assert str(caught.value).startswith(says)
 
 

@@ -63,6 +63,8 @@ def two_sequences(**changes: Any) -> Batch:
         ("logits_rows", int32(0, -1), "outside the batch's 5 rows"),
         ("max_seqlen", 2, "max_seqlen is 2, but must be the int 3"),
         ("max_seqlen", np.int64(3), "must be the int 3"),
+        ("memory", None, "memory is None, but must be a lfm2kit Memory"),
+        ("memory", "host", "memory is 'host', but must be"),
     ],
 )
 def test_a_wrong_field_is_an_error_of_one_sentence(field: str, value: Any, says: str) -> None:
