@@ -15,6 +15,7 @@ from typing import Any
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Context, Explains
+from lfm2kit.building.answers import Answers
 from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
 from lfm2kit.building.options import Options
@@ -70,7 +71,7 @@ class Setup:
         for name in sorted(self.plan.backends()):
             backend = self.create(name)
             if isinstance(backend, Explains):
-                yield from (f"{name}: {note}" for note in backend.notes())
+                yield from (f"{name}: {note}" for note in Answers(backend, name).notes())
         if can_capture(self.create(self.plan.default), self.placed):
             yield from self.wrappers.why_not_captured()
 
@@ -293,9 +294,8 @@ def _host_backend(
 ) -> str:
     """Returns the most preferred backend that builds `spec` in the host's memory."""
     for name in plugins.ready(options.precision):
-        backend = create(name)
-        is_on_host = backend.memory(spec).name == HOST.name
-        if is_on_host and backend.why_unsupported(spec) is None:
+        asked = Answers(create(name), name)
+        if asked.why_unsupported(spec) is None and asked.memory(spec).name == HOST.name:
             return name
     raise Lfm2kitError(
         Option("n_cpu_moe", options.n_cpu_moe),

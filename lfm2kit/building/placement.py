@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, BuildsAround
+from lfm2kit.building.answers import Answers
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.plan import Plan
 from lfm2kit.errors import Lfm2kitError, Option
@@ -81,7 +82,7 @@ class Placer:
     def place(self, model: specs.Model) -> Placed:
         """The whole model's tree; `Lfm2kitError` where a backend lacks a block it is given."""
         self.plan.check(model)
-        home = self.create(self.plan.default).memory(model.embed_tokens)
+        home = self._ask(self.plan.default).memory(model.embed_tokens)
         try:
             return self._place("", "", model, None, home)
         except _LackingError as lacking:
@@ -90,9 +91,9 @@ class Placer:
     def _place(self, name: str, scope: str, spec: Spec, layer: int | None, outer: Memory) -> Placed:
         backend = self._one_backend(spec, layer)
         if backend is not None:
-            reason = self._why_not_whole(backend, spec)
+            reason = self._why_not_whole(backend, name, spec)
             if reason is None:
-                memory = self.create(backend).memory(spec)
+                memory = self._ask(backend, name).memory(spec)
                 return Placed(name, scope, spec, memory, outer, backend)
             if type(spec) not in self.joins:
                 raise _LackingError(name, spec, backend, reason)
@@ -108,9 +109,13 @@ class Placer:
         )
         return Placed(name, scope, spec, join.memory, outer, None, parts, join)
 
-    def _why_not_whole(self, backend: str, spec: Spec) -> str | None:
+    def _ask(self, backend: str, place: str = "") -> Answers:
+        """Returns what a backend answers about the block at `place`."""
+        return Answers(self.create(backend), backend, place)
+
+    def _why_not_whole(self, backend: str, name: str, spec: Spec) -> str | None:
         """Returns why the backend cannot build `spec` as one block; None if it can."""
-        reason = self.create(backend).why_unsupported(spec)
+        reason = self._ask(backend, name or "the model").why_unsupported(spec)
         return self._why_not_inside(backend, spec) if reason is None else reason
 
     def _why_not_inside(self, backend: str, spec: Spec) -> str | None:
@@ -119,7 +124,7 @@ class Placer:
         A backend that builds layers may not have looked whether it knows all that is in one.
         """
         put = (one for one in _inside(spec) if type(one).__module__ != specs.__name__)
-        reasons = (self.create(backend).why_unsupported(one) for one in put)
+        reasons = (self._ask(backend).why_unsupported(one) for one in put)
         return next((reason for reason in reasons if reason is not None), None)
 
     def _around(
@@ -127,12 +132,13 @@ class Placer:
     ) -> Placed | None:
         """Returns `spec` built by one backend around parts that lie elsewhere, if one does that."""
         for backend in self._names(spec, layer) if layer is not None else ():
-            builder = self.create(backend)
-            if not isinstance(builder, BuildsAround) or self._why_not_inside(backend, spec):
+            can_build = isinstance(self.create(backend), BuildsAround)
+            if not can_build or self._why_not_inside(backend, spec):
                 continue
-            memory = builder.memory(spec)
+            asked = self._ask(backend, name)
+            memory = asked.memory(spec)
             apart = {p.role: p for p in self._apart(spec, layer, backend, memory)}
-            if apart and builder.why_not_around(spec, tuple(apart)) is None:
+            if apart and asked.why_not_around(spec, tuple(apart)) is None:
                 parts = tuple(
                     (role, self._place(*_part_place(name, scope, part, layer), memory))
                     for role, part in apart.items()
@@ -161,7 +167,7 @@ class Placer:
         """Whether the plan gives `leaf` to `backend`, which computes it in `memory`."""
         if self.plan.backend_for(layer, leaf.kind) != backend:
             return False
-        own = self.create(backend)
+        own = self._ask(backend)
         return own.why_unsupported(leaf) is not None or own.memory(leaf).name == memory.name
 
     def _names(self, spec: Spec, layer: int | None) -> dict[str, None]:
@@ -196,7 +202,7 @@ class Placer:
     def _plan_with_another(self, model: Spec, spec: Spec, backend: str) -> str:
         """Returns a plan in which a backend NAME builds all that the plan's default one lacks."""
         leaves = {leaf.kind: leaf for leaf in specs.leaves(model)}
-        why_not = self.create(backend).why_unsupported
+        why_not = self._ask(backend).why_unsupported
         built = [kind for kind, leaf in leaves.items() if why_not(leaf) is None]
         if backend != self.plan.default or len(leaves) - len(built) == 1:
             return f"{self.plan},{spec.kind}=NAME"
@@ -206,7 +212,7 @@ class Placer:
     def _supporting(self, spec: Spec) -> Iterator[str]:
         for name in self.installed:
             try:
-                if self.create(name).why_unsupported(spec) is None:
+                if self._ask(name).why_unsupported(spec) is None:
                     yield name
             except Exception:
                 continue  # it cannot run here, or is broken: no help to name it

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.backend import KeepsFormats
-from lfm2kit.building.capacity import Needed, size
+from lfm2kit.building.capacity import Needed, answers_of, size
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.placement import Placed
@@ -113,11 +113,10 @@ def _formats(leaf: Placed, setup: Setup) -> list[str] | None:
     None if its backend does not say.
     """
     assert leaf.backend is not None  # a leaf's always is
-    backend = setup.create(leaf.backend)
-    if not isinstance(backend, KeepsFormats):
+    if not isinstance(setup.create(leaf.backend), KeepsFormats):
         return None
     weights = setup.checkpoint.weights.scope(leaf.scope)
-    kept = backend.kept_formats(leaf.spec, weights)
+    kept = answers_of(setup.create, leaf).kept_formats(leaf.spec, weights)
     matrices = [name for name in kept if len(weights[name].shape) == 2]
     fates = (fate(weights[name].format, kept[name]) for name in matrices or kept)
     return list(dict.fromkeys(fates))

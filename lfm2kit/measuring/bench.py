@@ -15,6 +15,7 @@ import numpy.typing as npt
 from lfm2kit import specs
 from lfm2kit.backend import Ceilings, Measures
 from lfm2kit.batch import Batch
+from lfm2kit.building.answers import Answers
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
@@ -106,7 +107,9 @@ def measure(
 def measured_ceilings(setup: Setup) -> Ceilings | None:
     """The machine's ceilings, by the plan's default backend, if it can measure them."""
     backend = setup.create(setup.plan.default)
-    return backend.ceilings() if isinstance(backend, Measures) else None
+    if not isinstance(backend, Measures):
+        return None
+    return Answers(backend, setup.plan.default).ceilings()
 
 
 def random_batch(samples: int, seq_len: int, vocab_size: int, seed: int) -> Batch:
@@ -225,9 +228,10 @@ def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
         return
     backend = setup.create(placed.backend)
     for role, scope, spec in placed.spec.parts():
-        if backend.why_unsupported(spec) is None:
-            name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
-            memory = backend.memory(spec)
+        name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
+        asked = Answers(backend, placed.backend, name)
+        if asked.why_unsupported(spec) is None:
+            memory = asked.memory(spec)
             alone = replace(placed, name=name, scope=scope, spec=spec, memory=memory, parts=())
             yield from _walk(setup, alone)
 

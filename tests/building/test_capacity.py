@@ -206,6 +206,6 @@ def test_a_size_that_is_not_a_number_of_bytes_is_named(
 ) -> None:
     monkeypatch.setattr(CardBackend, method, lambda *arguments: wrong)
     Card.free = 1 << 40
-    says = rf"{method} of backend 'card' returned {wrong} for a \w+, but must return a whole number"
+    says = rf"{method} of backend 'card' returned {wrong} for \S+, a \w+, but must return a whole"
     with pytest.raises(Lfm2kitError, match=says):
         card().build()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from reprlib import repr as brief
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -14,7 +16,20 @@ import numpy as np
 import pytest
 
 import lfm2kit
-from lfm2kit.backend import API_VERSION, FP32, HOST, BackendPlugin, Context, Precision
+from lfm2kit.backend import (
+    API_VERSION,
+    F32,
+    FP32,
+    HOST,
+    BackendPlugin,
+    Ceilings,
+    Context,
+    HostMemory,
+    Precision,
+    Room,
+)
+from lfm2kit.building.answers import Answers
+from lfm2kit.building.capacity import free_bytes
 from lfm2kit.building.loading import Setup, find_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed
@@ -22,7 +37,9 @@ from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.building.wrappers import Wrappers
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.readers import CheckpointReader
+from lfm2kit.cli.plan import _row
 from lfm2kit.formats import Format
+from lfm2kit.measuring.bench import measured_ceilings
 from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Join
@@ -158,6 +175,116 @@ def test_what_is_created_is_a_backend(yielding: Yielding, made: Any) -> None:
     sentence = r"create\(\) of backend 'bb' of unknown returned .*, not a Backend"
     with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
         plugins.creator(Context())("bb")
+
+
+# ---- what backends answer ----
+
+WHOLE = "a whole number of 0 or more"
+REASON = "a text or None"
+NONSENSE: list[tuple[str, Any, str]] = [
+    ("why_unsupported", 42, REASON),
+    ("why_unsupported", False, REASON),
+    ("memory", None, "a Memory"),
+    ("memory", "host", "a Memory"),
+    ("kept_bytes", None, WHOLE),
+    ("kept_bytes", -1, WHOLE),
+    ("scratch_bytes", "7", WHOLE),
+    ("state_bytes", 0.5, WHOLE),
+    ("state_bytes", True, WHOLE),
+    ("kept_formats", None, "a mapping of .* to Formats"),
+    ("kept_formats", {"weight": "F32"}, "a mapping of weight to Formats"),
+    ("kept_formats", {"odd": F32}, "a mapping of weight to Formats"),
+    ("notes", None, "a list of texts"),
+    ("notes", "a note", "a list of texts"),
+    ("notes", [1], "a list of texts"),
+    ("ceilings", None, "Ceilings of two numbers above 0"),
+    ("ceilings", Ceilings(0, 1.0), "Ceilings of two numbers above 0"),
+    ("ceilings", (1.0, 1.0), "Ceilings of two numbers above 0"),
+]
+
+
+class Answering(ReferenceBackend):
+    """Has every method that the core asks before it builds."""
+
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        return 0
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        return 0
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
+        return dict.fromkeys(spec.parameters(), F32)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def ceilings(self) -> Ceilings:
+        return Ceilings(1.0, 1.0)
+
+
+def asked_all(yielding: Yielding, **methods: Any) -> None:
+    """Asks a backend with these methods all that commands ask before they build."""
+
+    def create(context: Context) -> Any:
+        return type("Odd", (Answering,), methods)()
+
+    plugins = yielding("lfm2kit_backends", a_backend(create=create))
+    setup = set_up(open_checkpoint(find_model("tiny")), Options(backend="bb"), plugins=plugins)
+    list(setup.notes())
+    setup.shortage(1, Room(1))
+    for leaf in setup.placed.leaves():
+        _row(leaf, setup, 1, Room(1))
+    measured_ceilings(setup)
+
+
+def test_a_backend_that_keeps_to_the_contract_is_asked_all(yielding: Yielding) -> None:
+    asked_all(yielding)
+
+
+@pytest.mark.parametrize(("method", "answer", "words"), NONSENSE)
+def test_an_answer_that_the_contract_does_not_know_is_named(
+    yielding: Yielding, method: str, answer: Any, words: str
+) -> None:
+    sentence = (
+        rf"{method} of backend 'bb' returned .*{re.escape(brief(answer))}.*, but must return "
+    )
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence + words) as raised:
+        asked_all(yielding, **{method: lambda *arguments: answer})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("method", sorted({method for method, _, _ in NONSENSE}))
+@pytest.mark.parametrize("error", [KeyError("w"), SystemExit(3)])
+def test_a_backend_that_raises_when_asked_is_named(
+    yielding: Yielding, method: str, error: BaseException
+) -> None:
+    sentence = f"{method} of backend 'bb',? .*raised {type(error).__name__}: .*TRACEBACK=1"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
+        asked_all(yielding, **{method: raises(error)})
+
+
+def test_a_backend_that_does_not_say_what_it_builds_around_is_named() -> None:
+    class Around(Answering):
+        def why_not_around(self, spec: Spec, parts: Any) -> Any:
+            return 42
+
+    layer = open_checkpoint(find_model("tiny")).spec.layers[2]
+    asked = Answers(Around(), "bb", "layers.2")
+    sentence = "why_not_around of backend 'bb' returned 42 for layers.2, a Layer, but must return"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
+        asked.why_not_around(layer, ["feed_forward.router.choice"])
+
+
+@pytest.mark.parametrize("free", [None, -1, "7"])
+def test_a_memory_that_does_not_know_what_is_free_is_named(free: Any) -> None:
+    class Odd(HostMemory):
+        name = "odd"
+
+        def free_bytes(self, ranks: int = 1) -> Any:
+            return free
+
+    with pytest.raises(lfm2kit.Lfm2kitError, match=r"free_bytes of memory 'odd' returned .* whole"):
+        free_bytes(Placed("", "", MLP(2, 3), Odd(), HOST, "bb"))
 
 
 # ---- wrappers ----
