@@ -149,7 +149,10 @@ class Device:
 
     def __init__(self, device: int) -> None:
         self.compute_capability = ("90", "80")[device]
-        self.attributes = {"MultiProcessorCount": (132, 108)[device]}
+        self.attributes = {
+            "MultiProcessorCount": (132, 108)[device],
+            "MaxSharedMemoryPerBlockOptin": (227, 163)[device] << 10,
+        }
 
 
 class Module:

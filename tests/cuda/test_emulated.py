@@ -62,7 +62,7 @@ class Emulated:
         most = len(tiles.tiles) + 1 if tiles else -(-rows // height)
         source = tiles.source if tiles else None
         return self._run(
-            "arrange", (-(-inputs // PART), most), (rows, most, x.shape[1], inputs),
+            "arrange", (-(-inputs // PART), -(-most // 3), 3), (rows, most, x.shape[1], inputs),
             (x, source, None, *listed(tiles)), (most, inputs, TALLEST),
         )  # fmt: skip
 
@@ -77,7 +77,7 @@ class Emulated:
         blocks: int = 2,
     ) -> Float32:
         return self._run(
-            "linear_simt", (blocks, 1),
+            "linear_simt", (blocks, 1, 1),
             (rows, len(panels), panels.shape[1], width(packed), columns),
             (panels, packed, bias, None, *listed(tiles)), (rows, columns), output=3,
         )  # fmt: skip
@@ -93,7 +93,7 @@ class Emulated:
     ) -> Float32:
         shape = (len(panels), padded(columns, STEP), TALLEST)
         return self._run(
-            "gated_simt", (blocks, 1),
+            "gated_simt", (blocks, 1, 1),
             (rows, len(panels), panels.shape[1], width(packed), shape[1]),
             (panels, packed, None, *listed(tiles)), shape,
         )  # fmt: skip
@@ -101,7 +101,7 @@ class Emulated:
     def _run(
         self,
         name: str,
-        grid: tuple[int, int],
+        grid: tuple[int, int, int],
         numbers: tuple[int, ...],
         arrays: tuple[npt.NDArray[np.generic] | None, ...],
         shape: tuple[int, ...],

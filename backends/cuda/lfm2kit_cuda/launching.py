@@ -10,7 +10,17 @@ from typing import Any
 
 from lfm2kit_cuda.arguments import Arguments
 
+MOST_CTAS = 65535  # of a grid in y, and in z; in x there may be 2^31 - 1
 EARLY_ATTRIBUTE = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+def in_layers(count: int) -> tuple[int, int]:
+    """Return a grid's y and layers in z that have `count` CTAs together, or a few more.
+
+    For what grows with a batch, where x is taken; kernels count them with layers.cuh.
+    """
+    layers = max(1, -(-count // MOST_CTAS))
+    return -(-count // layers), layers
 
 
 class _Attribute(ctypes.Structure):
