@@ -17,6 +17,8 @@ from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
 
 MOST_LINKS = 40  # in a row: Linux does not follow more
+# Files in /proc claim no bytes, and some block whoever reads them: nothing opens such a file.
+EMPTY = "the file is empty, or has no size, as those in /proc; give another file"
 HEAD = 512  # bytes that show what a file is: the sign of a tar archive ends at byte 262
 
 SPECIAL: dict[Callable[[int], bool], str] = {
@@ -72,11 +74,12 @@ ANSWERS: dict[bytes, str] = {
 def check_file(path: Path, *, is_text: bool = False) -> int:
     """Returns the size in bytes of a regular file that may hold weights or, with `is_text`, text.
 
-    Raises `Lfm2kitError` for a pipe, a device, a folder, a broken link, and a file whose first
-    bytes belong to another format.  Opens nothing but regular files.
+    Raises `Lfm2kitError` for a pipe, a device, a folder, a broken link, an empty file, and a file
+    whose first bytes belong to another format.  Opens nothing but regular files that have a size.
     """
     try:
-        size = check_regular(path)
+        if not (size := check_regular(path)):
+            raise Lfm2kitError(f"{path}: {EMPTY}")
         with open(path, "rb") as file:
             head = file.read(HEAD)
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from numpy.lib.array_utils import byte_bounds
 
 from lfm2kit import bounds
-from lfm2kit.checkpoint.file_kinds import check_regular
+from lfm2kit.checkpoint.file_kinds import EMPTY, check_regular
 from lfm2kit.errors import Lfm2kitError
 
 Bytes = npt.NDArray[np.uint8]
@@ -75,7 +75,7 @@ def map_file(path: Path) -> Bytes:
     is its own to recognise.
     """
     if check_regular(path) == 0:
-        raise Lfm2kitError(f"{path}: the file is empty")
+        raise Lfm2kitError(f"{path}: {EMPTY}")
     try:
         seen = os.stat(path)
         data = np.memmap(path, np.uint8, "r")

@@ -81,13 +81,13 @@ def check_ids(token_ids: npt.NDArray[np.int32], vocab_size: int) -> None:
 def _read(path: Path, dtype: np.dtype[Any], width: str, wrong: type[Lfm2kitError]) -> Any:
     """Returns the array of a file, whose size must be exactly what its header says."""
     size = check_regular(path)
+    if size < 2 * HEADER.itemsize:  # not even opened: a file in /proc may block whoever reads it
+        raise wrong(f"{path}: {size} bytes are too few for a header")
     try:
         with open(path, "rb") as file:
             header = file.read(2 * HEADER.itemsize)
     except OSError as error:
         raise Lfm2kitError(f"{path}: {error.strerror}") from None
-    if len(header) < 2 * HEADER.itemsize:
-        raise wrong(f"{path}: {size} bytes are too few for a header")
     rows, columns = (int(value) for value in np.frombuffer(header, HEADER))
     if rows < 1 or columns < 1:
         raise wrong(f"{path}: the header says {rows} samples with {width} {columns}")
