@@ -173,8 +173,12 @@ def _why(error: Exception) -> str:
 
 
 def write_outputs(request: Request, logits: npt.NDArray[np.float32]) -> None:
-    if request.outputs is not None:
-        samples.write_outputs(request.outputs, logits, remark)
+    if request.outputs is None:
+        return
+    before = samples.samples_in(request.outputs)
+    samples.write_outputs(request.outputs, logits, remark)
+    if before > len(logits):
+        remark(f"{request.outputs} held {before} samples before, and now holds {len(logits)}")
 
 
 def peak_memory() -> int:

@@ -57,6 +57,14 @@ def write_outputs(path: Path, logits: npt.NDArray[np.float32], note: Note = warn
     _write(path, logits, np.dtype("<f4"), note)
 
 
+def samples_in(path: Path) -> int:
+    """Returns how many samples' logits a file holds; 0 if it is not there, or another file."""
+    try:
+        return len(read_answers(path))
+    except Lfm2kitError:
+        return 0
+
+
 def take(token_ids: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.int32]:
     """Returns the first n samples; raises `Lfm2kitError` if there are fewer."""
     if not 1 <= n <= len(token_ids):

@@ -15,6 +15,7 @@ import lfm2kit
 from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.measuring.samples import read_answers
 from lfm2kit.outputs.targets import check_apart, identity
 from tests.checkpoint.folders import ORACLE
 from tests.checkpoint.typed import Cli
@@ -210,6 +211,16 @@ def test_the_answers_may_be_replaced_by_outputs_but_not_by_a_report(tiny: Path, 
     cli(*RUN, "--json", "answers.bin").assert_fails("--json", "the answers")
     assert cli(*run, "--outputs", "my answers").code == 0
     assert (tiny / "my answers").stat().st_size == 8 + 4 * 1024
+
+
+def test_outputs_that_replace_more_samples_than_they_are_say_so(tiny: Path, cli: Cli) -> None:
+    """What was there may be answers to all samples; the same number again is no news."""
+    held = len(read_answers(tiny / "my answers"))
+    said = [cli(*RUN, "--outputs", "my answers").err for _ in range(2)]
+    assert f"my answers held {held} samples before, and now holds 1" in said[0]
+    assert said[1] == ""
+    assert cli(*RUN[:-1], "2", "--outputs", "my answers").err == ""
+    assert cli(*RUN, "--outputs", "/dev/null").err == ""
 
 
 def test_a_blob_behind_the_weights_is_no_output(tmp_path: Path, cli: Cli) -> None:
