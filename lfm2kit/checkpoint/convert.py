@@ -29,7 +29,13 @@ from lfm2kit.checkpoint.mapped import Files
 from lfm2kit.checkpoint.model_bin import write_model_bin
 from lfm2kit.checkpoint.names import CONFIG, INDEX, SINGLE
 from lfm2kit.checkpoint.pieces import PIECE, in_order
-from lfm2kit.checkpoint.place import Origin, check_place, companions_beside, origin_of
+from lfm2kit.checkpoint.place import (
+    Origin,
+    check_place,
+    companions_beside,
+    origin_of,
+    other_beside,
+)
 from lfm2kit.checkpoint.safetensors import write_safetensors
 from lfm2kit.errors import Lfm2kitError, Option, either
 from lfm2kit.formats import BF16, F16, F32, PLAIN, Format
@@ -134,7 +140,7 @@ def _write_bin(
 ) -> None:
     if format not in (None, F32):
         raise Lfm2kitError(f"a model.bin holds F32; for {format} give a folder as the target")
-    has_config = _has_config(source, target.with_name(CONFIG), overwrite)
+    has_config = _has_config(source, target, overwrite)
     beside = list(companions_beside(target, source.origin, overwrite=overwrite))
     stored: Mapping[str, Format] = dict.fromkeys(source.shapes, F32)
     with replaced(target, note) as file, _made(source, stored, done) as pieces_of:
@@ -147,11 +153,13 @@ def _write_bin(
             _copy(path, new, note)
 
 
-def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
+def _has_config(source: Source, target: Path, overwrite: bool) -> bool:
     """Whether the config beside the target already describes the source, and stays.
 
-    The source's own config is never overwritten, nor is a file that is not a model's.
+    The source's own config is never overwritten, nor that of other weights in the folder, nor a
+    file that is not a model's.
     """
+    config = target.with_name(CONFIG)
     if not os.path.exists(config):
         return False
     try:
@@ -159,9 +167,12 @@ def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
     except Lfm2kitError as error:
         raise Lfm2kitError(f"{error}; move this file away, or give another folder") from None
     is_own = identity(config) in map(identity, source.origin.files)
+    is_same = there == parse_config(source.config)
     if overwrite and not is_own:
-        return False
-    if there != parse_config(source.config):
+        if (other := other_beside(target)) is not None and not is_same:
+            raise Lfm2kitError(f"{config} is {other.name}'s as well; give another folder")
+        return other is not None
+    if not is_same:
         raise Lfm2kitError(
             f"{config} is another model's; give ", Option("overwrite", True), " or another folder"
         )

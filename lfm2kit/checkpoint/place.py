@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.checkpoint.companions import TEMPLATES, companions
+from lfm2kit.checkpoint.companions import TEMPLATES, companions, files_in
 from lfm2kit.checkpoint.model_bin import read_model_bin
 from lfm2kit.checkpoint.names import CONFIG, INDEX
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.outputs.folders import remove_leftovers_of_folder
 from lfm2kit.outputs.targets import identity
 
+ANYONES_WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin")
 OUR_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 
@@ -110,12 +111,32 @@ def _check_folder(target: Path, origin: Origin, staged: Path | None) -> None:
             )
 
 
+def other_beside(target: Path) -> Path | None:
+    """Returns another model's weights in the folder of a model.bin; both share what is beside them.
+
+    A folder has one config.json and one tokenizer for all of them.
+    """
+    own = identity(target)
+    others = (path for path in files_in(target.parent) if identity(path) != own)
+    return next((path for path in others if _has_weights(path)), None)
+
+
+def _has_weights(path: Path) -> bool:
+    if ANYONES_WEIGHTS.fullmatch(path.name):
+        return True
+    try:
+        return path.suffix == ".bin" and bool(read_model_bin(path))
+    except Lfm2kitError:  # samples, for example
+        return False
+
+
 def companions_beside(
     target: Path, origin: Origin, *, overwrite: bool
 ) -> Iterator[tuple[Path, Path]]:
     """Yields the companions to be copied beside a model.bin, each with its new path.
 
-    Raises `Lfm2kitError` where a file of another model has that name.
+    Raises `Lfm2kitError` where a file of another model has that name: with `overwrite` only if that
+    model's weights are there, too.
     """
     for name, path in origin.companions.items():
         new = target.parent / name
@@ -128,4 +149,6 @@ def companions_beside(
                     Option("overwrite", True),
                     " or another folder",
                 )
+            if (other := other_beside(target)) is not None:
+                raise Lfm2kitError(f"{new} is {other.name}'s as well; give another folder")
         yield path, new

@@ -423,8 +423,40 @@ def test_another_models_config_beside_the_target_is_not_replaced_unasked(tmp_pat
     with pytest.raises(Lfm2kitError, match="another model's"):
         write_checkpoint(source(), folder / "model.bin")
     assert snapshot(folder) == before
+    (folder / SINGLE).unlink()
     write_checkpoint(source(), folder / "model.bin", overwrite=True)
     assert open_checkpoint(folder / "model.bin").config == open_checkpoint(ORACLE / CASE).config
+
+
+@pytest.mark.parametrize("weights", ["model.bin", SINGLE])
+@pytest.mark.parametrize("shared", ["config.json", "tokenizer.json"])
+def test_what_other_weights_in_the_folder_share_is_not_replaced_even_if_asked(
+    weights: str, shared: str, tmp_path: Path, cli: Cli
+) -> None:
+    """A second model.bin beside a first one would leave that one without its description."""
+    there = CASE if shared == "tokenizer.json" else "odd_one_kv_head"
+    folder, other = published(tmp_path / "model"), copied(there, tmp_path / "other")
+    (other / "tokenizer.json").write_bytes(b"another's")
+    if weights == "model.bin":
+        write_checkpoint(source_of(open_checkpoint(other)), other / weights)
+        (other / SINGLE).unlink()
+    before = snapshot(other)
+    done = cli("convert", folder, other / "x.bin", "--overwrite")
+    done.assert_fails(f"{other / shared} is {weights}'s as well; give another folder")
+    assert snapshot(other) == before
+
+
+def test_weights_of_the_same_model_share_its_config(tmp_path: Path, cli: Cli) -> None:
+    """Samples beside them are no weights."""
+    write_checkpoint(source(), tmp_path / "model.bin")
+    (tmp_path / "inputs.bin").write_bytes(bytes(16))
+    before = snapshot(tmp_path)
+    write_checkpoint(source(), tmp_path / "x.bin", overwrite=True)
+    after = snapshot(tmp_path)
+    assert after.pop("x.bin") == before["model.bin"]
+    assert after == before
+    (tmp_path / "model.bin").unlink()
+    write_checkpoint(source("odd_one_kv_head"), tmp_path / "x.bin", overwrite=True)
 
 
 @pytest.mark.parametrize("text", ['{"my": "web app"}', "{", ""])
