@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import Array, Backend, Block, Captures, Operator, State
+from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, State
 from lfm2kit.batch import Batch, Make
 from lfm2kit.building import out_of_memory
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.placement import Placed
+from lfm2kit.building.results import check_replay
 from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.state import ModelState, Room
@@ -242,8 +243,15 @@ class LFM2:
         def step(batch: Batch) -> Array:
             return self.forward(batch, layers)
 
-        with self._replays.using(key, partial(self._captures.capture, step, batch)) as replay:
+        with self._replays.using(key, partial(self._captured, step, batch)) as replay:
             return self.home.to_host(replay(batch))
+
+    def _captured(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
+        """Return the backend's replay of a step; `Lfm2kitError` if it returns something else."""
+        assert self._captures is not None, "only such a model is captured"
+        replay = self._captures.capture(step, batch)
+        check_replay(self._captures, replay)
+        return replay
 
     def _with_own_views(self, batch: Batch) -> Batch:
         """Return the host batch with the derived ones of this model's forwards, in their order.

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from reprlib import repr as brief  # of what a backend returned, however long it is
 from typing import Any
+
+import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Block, Operator
@@ -75,6 +78,16 @@ def checked(placed: Placed, block: Block) -> Block:
             raise Lfm2kitError(f"{said_of(placed)} has no method new_state(room)")
         _check_call(placed, "new_state", block.new_state, 1)
     return Checked(placed, block)
+
+
+def check_replay(backend: object, replay: Any) -> None:
+    """Raise `Lfm2kitError` if what a backend's `capture` returned is not a `Replay`."""
+    has_methods = callable(replay) and callable(getattr(replay, "close", None))
+    if not has_methods or not isinstance(getattr(replay, "nbytes", None), int | np.integer):
+        raise Lfm2kitError(
+            f"capture of {type(backend).__name__} returned {brief(replay)}, but must return a "
+            "Replay: a function with nbytes and close()"
+        )
 
 
 def said_of(placed: Placed) -> str:

@@ -300,6 +300,16 @@ def test_a_forward_is_captured_when_its_form_comes_again(expected: Any) -> None:
     assert backend.forms == [Batch.of_sequences(s).form for s in (SEQUENCES, [[1, 2]])]
 
 
+@pytest.mark.parametrize("replay", [None, 42, lambda batch: batch])
+def test_what_is_captured_is_a_replay(replay: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = capturing_model()
+    monkeypatch.setattr(CapturingBackend, "capture", lambda *_: replay)
+    model.logits(Batch.of_sequences(SEQUENCES))
+    says = "capture of CapturingBackend returned .*, but must return a Replay"
+    with pytest.raises(Lfm2kitError, match=says):
+        model.logits(Batch.of_sequences(SEQUENCES))
+
+
 def test_a_replay_serves_other_lengths_of_the_same_form() -> None:
     model, backend = capturing_model()
     plain = build(small_spec())
