@@ -278,25 +278,38 @@ def _with_host_experts(
     plugins: Plugins,
     create: Callable[[str], Backend],
 ) -> Plan:
-    """Returns the plan with the experts of the first layers in the host's memory, as asked."""
+    """Return the plan with the experts of the first layers in the host's memory, as asked.
+
+    They keep the precision that the plan gives them: `NAME:bf16` asks for BF16 wherever they are.
+    """
     if not options.n_cpu_moe:
         return plan
-    experts = (leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts))
-    one = next(experts, None)
-    backend = AUTO if one is None else _host_backend(one, options, plugins, create)
-    return plan.with_cpu_experts(options.n_cpu_moe, model, backend)
+    experts = [leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts)]
+
+    def on_host(item: str) -> str:
+        return _host_item(item, experts[0], options, plugins, create)
+
+    return plan.with_cpu_experts(options.n_cpu_moe, model, on_host)
 
 
-def _host_backend(
-    spec: Spec, options: Options, plugins: Plugins, create: Callable[[str], Backend]
+def _host_item(
+    item: str,
+    spec: Spec,
+    options: Options,
+    plugins: Plugins,
+    create: Callable[[str], Backend],
 ) -> str:
-    """Returns the most preferred backend that builds `spec` in the host's memory."""
-    for name in plugins.ready(options.precision):
-        backend = create(name)
+    """Return the most preferred backend that builds `spec` on the host, in `item`'s precision."""
+    _, colon, own = item.partition(":")
+    precision = own or options.precision
+    for name in plugins.ready(precision):
+        there = f"{name}{colon}{own}"
+        backend = create(there)
         is_on_host = backend.memory(spec).name == HOST.name
         if is_on_host and backend.why_unsupported(spec) is None:
-            return name
+            return there
     raise Lfm2kitError(
         Option("n_cpu_moe", options.n_cpu_moe),
-        f": no backend that can run here builds {type(spec).__name__} in the host's memory",
+        f": no backend that can run here builds {type(spec).__name__} in {precision} "
+        "in the host's memory",
     )

@@ -72,7 +72,7 @@ class Options:
     threads: int | None = option(
         None, "CPU threads.", words="the cores that this process may use", least=1
     )
-    n_cpu_moe: int = option(0, "Experts of the first N MoE layers on CPU.", least=0)
+    n_cpu_moe: int = option(0, "Build the experts of the first N MoE layers on the CPU.", least=0)
     rewrites: tuple[str, ...] = option(
         (), "Rewrites of the model, in the order of their names here."
     )

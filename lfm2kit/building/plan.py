@@ -13,7 +13,7 @@ A backend may have a precision of its own, other than the model's: `NAME:bf16,he
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as brief  # of what a file says, however long it is
@@ -103,13 +103,19 @@ class Plan:
     def with_default(self, backend: str) -> Plan:
         return replace(self, default=backend)
 
-    def with_cpu_experts(self, count: int, model: specs.Model, backend: str) -> Plan:
-        """The same plan with the experts of the first `count` MoE layers on `backend`."""
+    def with_cpu_experts(
+        self, count: int, model: specs.Model, on_host: Callable[[str], str]
+    ) -> Plan:
+        """Return the same plan with the experts of the first `count` MoE layers on the host.
+
+        `on_host` takes the item that this plan gives such experts, and returns the one instead.
+        """
         sparse = [i for i, kinds in enumerate(_kinds(model)) if "experts" in kinds]
         if not 0 <= count <= len(sparse):
             there = f": the model has {len(sparse)} MoE layers"
             raise Lfm2kitError(Option("n_cpu_moe", count), there)
-        rules = (Rule(backend, "experts", range(i, i + 1)) for i in sparse[:count])
+        items = ((i, on_host(self.backend_for(i, "experts"))) for i in sparse[:count])
+        rules = (Rule(item, "experts", range(i, i + 1)) for i, item in items)
         return replace(self, rules=(*self.rules, *rules))
 
     def check(self, model: specs.Model) -> None:

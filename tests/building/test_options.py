@@ -118,6 +118,25 @@ def test_experts_on_the_host_come_from_the_most_preferred_backend_that_lives_the
     assert experts_of_layer_2(plugins_with(0, reference)) != "mine"
 
 
+@pytest.mark.parametrize(
+    ("plan", "precision", "expected"),
+    [
+        ("cpu_simd:bf16", "fp32", "cpu_simd:bf16"),
+        ("cpu_simd,2.moe=cpu_simd:bf16", "fp32", "cpu_simd:bf16"),
+        ("cpu_simd:fp32", "bf16", "cpu_simd:fp32"),
+        ("cpu_simd", "bf16", "cpu_simd"),
+    ],
+)
+def test_experts_on_the_host_keep_the_precision_that_the_plan_gives_them(
+    plan: str, precision: str, expected: str
+) -> None:
+    pytest.importorskip("lfm2kit_cpu_simd", reason="it has several precisions")
+    setup = set_up(TINY, Options(backend=plan, precision=precision, n_cpu_moe=1))
+    leaves = {leaf.name: leaf.backend for leaf in setup.placed.leaves()}
+    experts = {name: leaf for name, leaf in leaves.items() if name.startswith("layers.2.feed")}
+    assert set(experts.values()) == {expected}
+
+
 def test_without_such_a_backend_the_option_is_named() -> None:
     plugins = Plugins([])
     plugin = BackendPlugin("mine", "", lambda context: DeviceBackend(), 1, preference=1)
