@@ -27,7 +27,7 @@ from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, Option, choices, either
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, can_capture
-from lfm2kit.precisions import Grade
+from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.rewrites import Rewrite, chosen, rewritten
 from lfm2kit.specs import Spec
@@ -90,12 +90,20 @@ class Setup:
         block: Block = self.builder().build(placed)
         return block
 
+    def precision_of(self, placed: Placed) -> str:
+        """Return the precisions in which `placed` computes: "fp32", or "bf16 and fp32"."""
+        names = (precision.name for precision in self._precisions(placed))
+        return " and ".join(dict.fromkeys(names))
+
     @property
     def grade(self) -> Grade:
         """The coarsest grade of the precisions in use: what the logits are judged by."""
-        items = {leaf.backend for leaf in self.placed.leaves() if leaf.backend is not None}
-        precisions = (self.plugins.precision(item, self.context.precision) for item in items)
-        return max((p.grade for p in precisions), key=lambda grade: grade.block_error)
+        grades = (precision.grade for precision in self._precisions(self.placed))
+        return max(grades, key=lambda grade: grade.block_error)
+
+    def _precisions(self, placed: Placed) -> Iterator[Precision]:
+        items = dict.fromkeys(leaf.backend for leaf in placed.leaves() if leaf.backend is not None)
+        return (self.plugins.precision(item, self.context.precision) for item in items)
 
     @property
     def sizes(self) -> Sizes:

@@ -141,7 +141,7 @@ def _row(checkpoint: Checkpoint, measured: Measured, options: Options) -> dict[s
         "model": checkpoint.path.name,
         "parameters": checkpoint.spec.weight_elements(),
         "backend": contender.backend,
-        "precision": options.precision,
+        "precision": contender.precision,
         "threads": options.threads or "all",
         "test": contender.test,
         "samples_per_second": contender.samples / median,

@@ -67,7 +67,7 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
         "parameters": size,
         "weights": weights_of(prepared.checkpoint),
         "backend": str(prepared.setup.plan),
-        "precision": request.options.precision,
+        "precision": prepared.setup.precision_of(prepared.setup.placed),
         "rewrites": [rewrite.name for rewrite in prepared.setup.rewrites],
         "ranks": ranks,
         "samples": n,
@@ -77,7 +77,7 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
     report.line(f"Model: {prepared.checkpoint.path} ({size / 1e6:.4g} M parameters)")
     if prepared.checkpoint.config is None:  # a file of specs names no weights
         report.line(f"Weights: {report.fields['weights']}")
-    how = ", ".join([request.options.precision, *report.fields["rewrites"]])
+    how = ", ".join([report.fields["precision"], *report.fields["rewrites"]])
     report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}")
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
     for note in (*prepared.setup.notes(), *passed_over(request, prepared)):

@@ -66,7 +66,7 @@ def plan(
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
-        "precision": options.precision,
+        "precision": setup.precision_of(setup.placed),
         "blocks": rows,
         "totals": totals,
         "copies": setup.placed.copies(),

@@ -32,6 +32,7 @@ class Contender:
     """Something to time: called once per repetition; `work` is the least that a call must do."""
 
     backend: str
+    precision: str
     test: str
     samples: int
     tokens: int
@@ -123,6 +124,7 @@ def forwards(
         batch = random_batch(n, seq_len, model.spec.embed_tokens.vocab_size, seed)
         yield Contender(
             backend=str(setup.plan),
+            precision=setup.precision_of(model.placed),
             test=f"{name} {n}x{seq_len}",
             samples=n,
             tokens=n * seq_len,
@@ -143,6 +145,7 @@ def decodings(
         batch = decoder.next_batch(seq_len)
         yield Contender(
             backend=str(setup.plan),
+            precision=setup.precision_of(model.placed),
             test=f"decode {n}",
             samples=n,
             tokens=n,
@@ -199,6 +202,7 @@ def single_blocks(
         rest = (batch.on(home), None) if kind in ("conv", "attn") else ()
         yield Contender(
             backend=str(setup.plan),
+            precision=setup.precision_of(placed),
             test=f"{kind} {n}x{seq_len}",
             samples=n,
             tokens=n * seq_len,

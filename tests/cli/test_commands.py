@@ -78,6 +78,25 @@ def test_auto_says_what_it_stands_for(cli: Cli) -> None:
     assert "Backend: cpu_simd (auto), fp32" in cli("run", "-n", 1).out
 
 
+@pytest.mark.parametrize(
+    ("plan", "precision"),
+    [
+        ("cpu_simd:bf16", "bf16"),
+        ("cpu_simd:bf16,head=reference:fp32", "bf16 and fp32"),
+    ],
+)
+def test_the_precision_shown_is_the_one_that_computes(cli: Cli, plan: str, precision: str) -> None:
+    done = cli("run", "-n", 1, "-b", plan)
+    assert f"Backend: {plan}, {precision}, ranks: 1" in done.out, done
+    assert json.loads(cli("plan", "-b", plan, "--json", "-").out)["precision"] == precision
+
+
+def test_a_block_is_measured_in_the_precision_that_computes_it(cli: Cli) -> None:
+    plan = "cpu_simd,moe=cpu_simd:bf16"
+    done = cli("bench", "-b", plan, "-n", 1, "-r", 1, "--block", "moe", "-o", "json")
+    assert [row["precision"] for row in json.loads(done.out)["results"]] == ["bf16"]
+
+
 def test_hybrid_without_a_gpu_says_so_in_one_line(cli: Cli) -> None:
     err = cli("run", "-n", 1, "--backend", "hybrid").err
     assert len([line for line in err.splitlines() if "GPU blocks run on cpu_simd" in line]) == 1

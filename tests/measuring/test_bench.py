@@ -58,7 +58,7 @@ def test_decoding_begins_again_from_the_prompt_when_its_state_is_full(
 
 
 def waiting(*timings: Timing) -> float | None:
-    contender = Contender("any", "a test", 1, 1, Work(1, 1), lambda: None)
+    contender = Contender("any", "fp32", "a test", 1, 1, Work(1, 1), lambda: None)
     return Measured(contender, timings, None).waiting
 
 
