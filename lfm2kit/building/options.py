@@ -57,20 +57,24 @@ class Options:
     """Which model to set up, and how.  Raises `Lfm2kitError` for values out of bounds."""
 
     model: str = option(
-        "tiny", "Checkpoint folder, model.bin, TOML file of specs, or an embedded model."
+        "tiny",
+        "Checkpoint folder, model.bin, TOML file of specs, or embedded model.",
+        metavar="MODEL",
     )
     backend: str | None = option(
         None,
-        "Which backend builds what: auto, reference, 'auto,2-4.moe=reference', "
+        "Which backend builds which block, such as auto, reference, 'auto,2-4.moe=reference' or "
         "'auto:bf16,head=auto:fp32'.",
         words="auto",
         metavar="PLAN",
         variable=BACKEND_VARIABLE,
     )
-    plan: Path | None = option(None, "The plan as a TOML file instead.", metavar="FILE")
-    precision: str = option("fp32", "fp32, or a precision that the backends of the plan have.")
+    plan: Path | None = option(None, "Read the plan from this TOML file instead.", metavar="FILE")
+    precision: str = option(
+        "fp32", "fp32, or another precision that the backends have.", metavar="NAME"
+    )
     threads: int | None = option(
-        None, "CPU threads.", words="the cores that this process may use", least=1
+        None, "Number of CPU threads.", words="one for each core that this process may use", least=1
     )
     n_cpu_moe: int = option(0, "Build the experts of the first N MoE layers on the CPU.", least=0)
     rewrites: tuple[str, ...] = option(
@@ -78,7 +82,7 @@ class Options:
     )
     seed: int | None = option(
         None,
-        "Seed of what is random: ids, and weights of a file of specs.",
+        "Seed of random token ids, and of the random weights of a file of specs.",
         words="0",
         least=0,
         most=bounds.SEED,

@@ -59,27 +59,40 @@ def bench(
         list[str] | None,
         flags(
             "backend",
-            About("Repeat it to compare several.", f"${BACKEND_VARIABLE}, or auto", metavar="PLAN"),
+            About(
+                "Plan to measure; repeat the option to compare several.",
+                f"${BACKEND_VARIABLE}, or auto",
+                metavar="PLAN",
+            ),
         ),
     ] = None,
     n: Annotated[
-        str, typer.Option("-n", help="Samples in a forward: a list, as 1,16,64.")
+        str, typer.Option("-n", metavar="N,...", help="Samples in a forward, as a list.")
     ] = "1,16,64",
     block: Annotated[
-        list[Block] | None, typer.Option(help="A single block instead of the whole model.")
+        list[Block] | None,
+        typer.Option(
+            metavar="|".join(Block),
+            help="Measure this block instead of the whole model; repeat the option for several.",
+        ),
     ] = None,
     decode: Annotated[
-        bool, typer.Option("--decode", help="One token after another, for -n sequences at once.")
+        bool,
+        typer.Option(
+            "--decode", help="Measure decoding: one token after another, of -n sequences."
+        ),
     ] = False,
     seq_len: Annotated[
         int, flags("seq_len", About("Tokens in a sample, or in a prompt.", least=1))
     ] = 16,
     repetitions: Annotated[
-        int, flags("repetitions", About("Calls of each that are timed.", least=1))
+        int, flags("repetitions", About("Timed calls of each row of the table.", least=1))
     ] = 5,
-    output: Annotated[Form, typer.Option("-o", "--output", help="Form of the table.")] = Form.md,
+    output: Annotated[
+        Form, typer.Option("-o", "--output", metavar="|".join(Form), help="Format of the table.")
+    ] = Form.md,
 ) -> None:
-    """Measures the model or its blocks: median and spread, beside this machine's ceilings."""
+    """Measure a model or its blocks, and compare the medians with this machine's ceilings."""
     samples = _whole_numbers(n)
     bounds.check_tokens(max(samples), seq_len)
     if decode and block:

@@ -30,7 +30,7 @@ VARIABLES = (
 
 
 def env(json: JsonOption = None) -> None:
-    """Shows versions, machine and plugins: put it into a bug report."""
+    """Show versions, machine and plugins, for a bug report."""
     report = Report(json)
     report.fields = _environment()
     for key, value in report.fields.items():

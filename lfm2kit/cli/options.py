@@ -60,7 +60,7 @@ def _whole(name: str, about: About, text: str) -> int:
     return int(text)
 
 
-JSON = About("Also write the result as JSON; - is stdout.", metavar="FILE|-")
+JSON = About("Also write the result as JSON; - means stdout.", metavar="FILE|-")
 JsonOption = Annotated[str | None, flags("json", JSON)]
 
 

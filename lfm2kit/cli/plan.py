@@ -32,25 +32,27 @@ PAGE = Room(0).page_tokens
 def plan(
     options: Annotated[Options, Without(("seed",))],
     ranks: Annotated[
-        int, flags("ranks", About("Show one rank's share, of N ranks on this machine.", least=1))
+        int, flags("ranks", About("Show the share of one of N ranks on this machine.", least=1))
     ] = 1,
     rank: Annotated[int, flags("rank", About("The rank to show.", least=0))] = 0,
     tokens: Annotated[
-        int, flags("tokens", About("Tokens of a forward, for the scratch memory.", least=1))
+        int,
+        flags("tokens", About("Tokens in a forward, which scratch memory depends on.", least=1)),
     ] = 2048,
     context: Annotated[
         int,
         flags(
             "context",
-            About(f"Tokens of a sequence that a state keeps, in pages of {PAGE}.", least=0),
+            About(f"Tokens that the state keeps of each sequence, in pages of {PAGE}.", least=0),
         ),
     ] = 0,
     sequences: Annotated[
-        int, flags("sequences", About("Sequences in the state, of --context tokens each.", least=1))
+        int,
+        flags("sequences", About("Sequences in the state, with --context tokens each.", least=1)),
     ] = 1,
     json: JsonOption = None,
 ) -> None:
-    """Shows each block's backend, memory, bytes and copies; nothing is loaded."""
+    """Show each block's backend, memory, bytes and copies, without loading any weights."""
     report = Report(json)
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))

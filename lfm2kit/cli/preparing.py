@@ -42,20 +42,30 @@ class Request:
     """What the command line asks for."""
 
     options: Options
-    n: int | None = option(None, "Samples to run.", words="all, 128 at most", least=1)
+    n: int | None = option(None, "Number of samples to run.", words="all, up to 128", least=1)
     validate: bool = option(False, "Compare the outputs with the answers.")
     warmup: bool = option(False, "Run one batch before the timed run.")
     batch_size: int | None = option(
-        None, "Samples in a forward.", words="4096 tokens' worth", least=1
+        None, "Samples in a forward.", words="as many as make 4096 tokens", least=1
     )
-    inputs: Path | None = option(None, "Token ids.", words="inputs.bin beside the model")
+    inputs: Path | None = option(
+        None, "File of token ids.", words="inputs.bin beside the model", metavar="FILE"
+    )
     random_inputs: int | None = option(
-        None, "Random samples of TOKENS ids, not a file.", least=1, metavar="TOKENS"
+        None, "Run random samples of TOKENS ids instead of a file.", least=1, metavar="TOKENS"
     )
-    answers: Path | None = option(None, "Expected logits.", words="answers.bin beside the model")
-    outputs: Path | None = option(None, "Where to write the logits.", words="nowhere")
-    ranks: int | None = option(None, "Processes that share samples and experts (MPI).", least=1)
-    transport: str = option(DEFAULT_TRANSPORT, "What several ranks talk over.")
+    answers: Path | None = option(
+        None, "File of expected logits.", words="answers.bin beside the model", metavar="FILE"
+    )
+    outputs: Path | None = option(
+        None, "Where to write the logits.", words="nowhere", metavar="FILE"
+    )
+    ranks: int | None = option(None, "Number of processes that share samples and experts.", least=1)
+    transport: str = option(
+        DEFAULT_TRANSPORT,
+        "How ranks exchange data, as `lfm2kit backends` lists it.",
+        metavar="NAME",
+    )
     json: str | None = field(default=None, metadata={"about": JSON})
 
 

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import typer
-from typer.core import TyperCommand
 
 from lfm2kit.building.plugins import find_transport
 from lfm2kit.cli.console import complain
 from lfm2kit.cli.flags import told
+from lfm2kit.cli.help import PlainCommand
 from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError
 from lfm2kit.process.interrupts import exit_code
 from lfm2kit.process.streams import READER_GONE, ReaderGone
@@ -119,8 +119,8 @@ def _settle(job: Transport, report: Facts | Refusal) -> None:
     raise typer.Exit(refusal.exit_code)
 
 
-class RanksCommand(TyperCommand):
-    """A command line that is wrong on one rank ends the job, on every rank."""
+class RanksCommand(PlainCommand):
+    """A command that ends the job on every rank if the command line is wrong on one of them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words = list(args)

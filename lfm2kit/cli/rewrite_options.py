@@ -49,7 +49,7 @@ def settled(rewrites: Iterable[str]) -> dict[str, object]:
 def parameters() -> list[inspect.Parameter]:
     """Returns the parameters that Typer makes these options of."""
     flags = [_option(name, bool, False, summary) for name, summary in FLAGS.items()]
-    summary = "A rewrite of a plugin's, as `lfm2kit backends` lists them; repeat it for several."
+    summary = "A plugin's rewrite, as `lfm2kit backends` lists it; repeat the option for several."
     return [*flags, _option("rewrite", list[str] | None, None, summary, metavar="NAME")]
 
 

@@ -14,7 +14,7 @@ from lfm2kit.measuring.bench import random_batch
 
 @spread
 def warmup(options: Annotated[Options, Without(("seed",))], json: JsonOption = None) -> None:
-    """Compiles the kernels that a plan needs, by a forward of a small model; runs start faster."""
+    """Compile the kernels that a plan needs, so that later runs start faster."""
     report = Report(json)
     start = time.perf_counter()
     checkpoint = open_model(options)

@@ -150,7 +150,7 @@ def _thread_name(memory: str, tid: int) -> dict[str, Any]:
 
 
 def trace_summary(file: Path, blocks: bool = False) -> None:
-    """Prints the calls, seconds and share of each kind in a trace, or of each block."""
+    """Print the calls, seconds and share of each kind of block in a trace, or of each block."""
     events, record = _read(file)
     for key in ("model", "backend", "precision", "ranks", "samples_per_second"):
         if key in record:
