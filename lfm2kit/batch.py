@@ -79,7 +79,7 @@ class Batch:
 
     @property
     def starts(self) -> Any:
-        """The position of each sequence's first row, int32 [sequences], in the batch's memory."""
+        """Return each sequence's first position, int32 [sequences], in the batch's memory."""
         is_decoding = self.tokens == self.sequences  # a row each
         return self.positions if is_decoding else self.positions[self.cu_seqlens[:-1]]
 
@@ -97,7 +97,7 @@ class Batch:
         its pages (default none, for a forward without a state), or all of them as a table padded
         with -1.
 
-        Raises ValueError for an empty sequence, ids that are not integers, a negative start, pages
+        Raise ValueError for an empty sequence, ids that are not integers, a negative start, pages
         that are not page numbers, and a wrong number of starts or rows of pages.
         """
         if not np.iterable(sequences):

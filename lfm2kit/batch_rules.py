@@ -23,7 +23,7 @@ ARRAYS = ("token_ids", "positions", "cu_seqlens", "pages", "logits_rows")
 
 
 def check(batch: Batch) -> None:
-    """Raises ValueError if a field of this host batch breaks a rule."""
+    """Raise ValueError if a field of this host batch breaks a rule."""
     for name in ARRAYS:
         check_array(name, getattr(batch, name), 2 if name == "pages" else 1)
     check_sequences(batch)
@@ -45,7 +45,7 @@ def check_array(name: str, array: Any, ndim: int = 1) -> None:
 
 
 def check_sequences(batch: Batch) -> None:
-    """Checks that `cu_seqlens` rises from 0 to `tokens`, with one step for each sequence."""
+    """Check that `cu_seqlens` rises from 0 to `tokens`, with one step for each sequence."""
     ends, tokens, sequences = batch.cu_seqlens, batch.tokens, batch.sequences
     if len(ends) != sequences + 1:
         raise ValueError(f"cu_seqlens has {len(ends)} entries for {sequences} sequences")
@@ -59,7 +59,7 @@ def check_sequences(batch: Batch) -> None:
 
 
 def check_positions(batch: Batch) -> None:
-    """Checks that `positions` rise by one within a sequence, from 0 to MOST_CONTEXT - 1."""
+    """Check that `positions` rise by one within a sequence, from 0 to MOST_CONTEXT - 1."""
     positions = batch.positions
     if len(positions) != batch.tokens:
         raise ValueError(f"there are {len(positions)} positions for {batch.tokens} tokens")
@@ -84,7 +84,7 @@ def check_pages(pages: Int32) -> None:
 
 
 def integers(name: str, values: npt.ArrayLike) -> Int32:
-    """Returns `values` as int32; ValueError if they are not integers, or do not fit."""
+    """Return `values` as int32; ValueError if they are not integers, or do not fit."""
     if isinstance(values, np.ma.MaskedArray):
         raise ValueError(f"{name} are a masked array; give the ones that count")
     try:

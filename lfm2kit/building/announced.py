@@ -22,7 +22,7 @@ RESERVED = {AUTO}
 
 
 def check_hooks(plugin: Any) -> None:
-    """A misspelt hook, and one without its mark, would otherwise be ignored in silence."""
+    """Refuse a misspelt hook, and one without its mark, which pluggy would ignore in silence."""
     known = {hook.__name__ for hook in hookspecs.HOOKS}
     for name in dir(plugin):
         is_marked = hasattr(getattr(plugin, name), "lfm2kit_impl")
@@ -35,7 +35,7 @@ def check_hooks(plugin: Any) -> None:
 def check_announced(
     hook: str, announced: list[Any], expected: type[Any], owners: Mapping[str, str]
 ) -> None:
-    """What a hook yielded is of its type, under names that a plan can say and nobody has."""
+    """Check what a hook yielded: its type, and names that a plan can contain and nobody has yet."""
     owners = dict(owners)
     for plugin in announced:
         if not isinstance(plugin, expected):
@@ -128,7 +128,7 @@ def _check_fields(whose: str, announced: Any) -> None:
 
 
 def _check_precisions(backend: BackendPlugin) -> None:
-    """A name alone does not say how results are judged."""
+    """Check that precisions say how results are judged, and are not only names."""
     names = set()
     for precision in backend.precisions:
         if (

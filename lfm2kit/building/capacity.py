@@ -33,7 +33,7 @@ class Shortage(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """Bytes of one memory, at the least: blocks whose backend gives no figures count as 0."""
+    """The bytes of one memory, at the least: blocks whose backend gives no figures count as 0."""
 
     kept: int  # of weights, as long as the model lives
     scratch: int  # by the block of a forward that needs most, while it runs
@@ -45,7 +45,7 @@ FEWER_SEQUENCES = "try fewer sequences at once, or shorter ones"
 
 
 class Sizes(NamedTuple):
-    """Compares what blocks need with what their memories have."""
+    """The bytes that blocks need, to be compared with what their memories have."""
 
     create: Callable[[str], Backend]
     weights: Weights  # of the whole model
@@ -78,7 +78,7 @@ class Sizes(NamedTuple):
         return backend_of(self.create, leaf)
 
     def free(self, placed: Placed) -> dict[str, int]:
-        """Returns the free bytes by memory, for memories that know them."""
+        """Return the free bytes by memory, for memories that know them."""
         return free_bytes(placed, self.ranks)
 
     def shortage(self, placed: Placed, tokens: int = 0, room: Room = NO_ROOM) -> Shortage | None:
@@ -115,7 +115,7 @@ def backend_of(create: Callable[[str], Backend], leaf: Placed) -> Backend:
 def state_bytes(create: Callable[[str], Backend], leaf: Placed, room: Room) -> int:
     """Return the bytes that a block's state with this room will take; 0 if it has none.
 
-    Raises `Lfm2kitError` if its backend lacks `state_bytes`.
+    Raise `Lfm2kitError` if its backend lacks `state_bytes`.
     """
     if not leaf.spec.has_state:
         return 0
@@ -159,7 +159,7 @@ def check_state(create: Callable[[str], Backend], placed: Placed, ranks: int, ro
 
 
 def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:
-    """Raises `Lfm2kitError` if the host has less than `nbytes` bytes of memory left."""
+    """Raise `Lfm2kitError` if the host has less than `nbytes` bytes of memory left."""
     if nbytes > (free := HOST.free_bytes()):
         raise Lfm2kitError(
             f"{what_takes} {size(nbytes)} of memory, {size(free)} are free "
@@ -169,7 +169,7 @@ def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:
 
 
 def size(count: float) -> str:
-    """Formats a number of bytes for people: "512 MB", "46.9 GB"."""
+    """Format a number of bytes for people: "512 MB", "46.9 GB"."""
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

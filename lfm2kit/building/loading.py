@@ -38,7 +38,7 @@ EMBEDDED = Path(__file__).parents[1] / "models"
 
 
 def find_model(name: str) -> Path:
-    """Returns the path that `name` means: a model that comes with lfm2kit, or a path."""
+    """Return the path that `name` means: a model that comes with lfm2kit, or a path."""
     embedded = sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())
     if name in embedded:  # even where a folder is called so: that is ./NAME
         return EMBEDDED / name
@@ -65,7 +65,7 @@ class Setup:
     transport: Transport | None
 
     def notes(self) -> Iterator[str]:
-        """Yields remarks on checkpoint and capture, and notes from the backends of the plan."""
+        """Yield remarks on checkpoint and capture, and notes from the backends of the plan."""
         yield from self.checkpoint.remarks
         for name in sorted(self.plan.backends()):
             backend = self.create(name)
@@ -77,15 +77,15 @@ class Setup:
     def build(
         self, built: Callable[[Placed], None] = lambda placed: None, *, tokens: int = 0
     ) -> LFM2:
-        """Builds the model for forwards of `tokens` tokens; calls `built` after each block.
+        """Build the model for forwards of `tokens` tokens; call `built` after each block.
 
-        Raises `Lfm2kitError` if a memory is too small, before any of it is allocated.
+        Raise `Lfm2kitError` if a memory is too small, before any of it is allocated.
         """
         self._check_memory(self.placed, tokens)
         return build_model(self.placed, self.builder(built), self.plan.default)
 
     def build_block(self, placed: Placed, *, tokens: int) -> Block:
-        """Builds one block of the model for calls of `tokens` rows; raises as `build` does."""
+        """Build one block of the model for calls of `tokens` rows; raise as `build` does."""
         self._check_memory(placed, tokens)
         block: Block = self.builder().build(placed)
         return block
@@ -97,7 +97,7 @@ class Setup:
 
     @property
     def grade(self) -> Grade:
-        """The coarsest grade of the precisions in use: what the logits are judged by."""
+        """Return the coarsest grade of the precisions in use, by which the logits are judged."""
         grades = (precision.grade for precision in self._precisions(self.placed))
         return max(grades, key=lambda grade: grade.block_error)
 
@@ -133,7 +133,7 @@ class Setup:
         return Lfm2kitError(f"{short}; try ", *(fitting or [*nothing, " is enough"]))
 
     def _fitting(self, memory: str) -> Iterator[Option]:
-        """Yields options with which this setup would fit: a precision, the fewest CPU layers.
+        """Yield options with which this setup would fit: a precision, the fewest CPU layers.
 
         Experts on the CPU take the host's memory instead.
         """
@@ -148,7 +148,7 @@ class Setup:
                 break
 
     def _fits(self, **changes: Any) -> bool:
-        """Returns whether the same model would fit with other options."""
+        """Return whether the same model would fit with other options."""
         try:
             other = set_up(
                 self.checkpoint,
@@ -162,7 +162,7 @@ class Setup:
         return other.sizes.shortage(other.placed) is None
 
     def builder(self, built: Callable[[Placed], None] = lambda placed: None) -> Builder:
-        """Returns a builder for the blocks of `placed`, or of a part of it."""
+        """Return a builder for the blocks of `placed`, or of a part of it."""
 
         def check(placed: Placed) -> None:
             self.checkpoint.files_of(placed.scope, placed.spec).check_unchanged()
@@ -186,7 +186,7 @@ class Setup:
         )
 
     def stored_bytes(self, placed: Placed) -> int:
-        """Returns the bytes that the weights of `placed` take in the checkpoint.
+        """Return the bytes that the weights of `placed` take in the checkpoint.
 
         Those of parts that a block is built around count as theirs alone.
         """
@@ -203,7 +203,7 @@ def set_up(
     transport: Transport | None = None,
     plugins: Plugins | None = None,
 ) -> Setup:
-    """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
+    """Place every block; raise `Lfm2kitError` if the plan, a backend or the machine forbids it.
 
     With a `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.
@@ -237,14 +237,14 @@ def set_up(
 
 
 def load_model(model: str | Path, backend: str | None = None, **options: Any) -> LFM2:
-    """Returns the model at a path (or an embedded model's name), its blocks from a plan.
+    """Return the model at a path (or an embedded model's name), its blocks from a plan.
 
     model = load_model("tiny", "reference,2-4.moe=cpu_simd", threads=4)
     logits = model.logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))
 
     Without a `backend` and a `plan` (the path of a TOML file) every block is `auto`'s.
-    `options` are other fields of `lfm2kit.building.options.Options`.  Raises `Lfm2kitError` for
-    anything that the user must change.  Warns about doubtful checkpoints, such as two sets of
+    `options` are other fields of `lfm2kit.building.options.Options`.  Raise `Lfm2kitError` for
+    anything that the user must change.  Warn about doubtful checkpoints, such as two sets of
     weights in one folder.
     """
     plugins = installed_plugins()
@@ -258,7 +258,7 @@ def load_model(model: str | Path, backend: str | None = None, **options: Any) ->
 
 
 def _check_names(options: Iterable[str], plugins: Plugins) -> None:
-    """Raises `Lfm2kitError` for a name that no option of `load_model` has."""
+    """Raise `Lfm2kitError` for a name that no option of `load_model` has."""
     there = [one.name for one in fields(Options) if one.name != "model"]
     for name in options:
         if name in plugins.rewrites():
@@ -268,7 +268,7 @@ def _check_names(options: Iterable[str], plugins: Plugins) -> None:
 
 
 def _resolve_auto(plan: Plan, plugins: Plugins, context: Context) -> Plan:
-    """`auto` spelt out, wherever the plan says it."""
+    """Return the plan with the name of a backend wherever it says `auto`."""
 
     def resolved(item: str) -> str:
         name, colon, precision = item.partition(":")

@@ -26,7 +26,7 @@ EXPECTED: dict[str, tuple[type | tuple[type, ...], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """Describes an option, for code that shows it or reads it from a text."""
+    """A description of an option, for code that shows it or reads it from a text."""
 
     help: str
     default: str | None = None  # in words, where the value does not say it
@@ -36,7 +36,7 @@ class About:
     variable: str | None = None  # the environment variable that it may come from
 
     def check(self, name: str, value: object) -> None:
-        """Raises `Lfm2kitError` if `value` is not a whole number within the bounds."""
+        """Raise `Lfm2kitError` if `value` is not a whole number within the bounds."""
         if self.least is None:
             return
         is_whole = isinstance(value, int) and not isinstance(value, bool)
@@ -48,13 +48,13 @@ class About:
 
 
 def option(default: Any, help: str, *, words: str | None = None, **about: Any) -> Any:
-    """Returns a dataclass field for an option; `words` describe the default, see `About`."""
+    """Return a dataclass field for an option; `words` describe the default, see `About`."""
     return field(default=default, metadata={"about": About(help, words, **about)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Which model to set up, and how.  Raises `Lfm2kitError` for values out of bounds."""
+    """A choice of a model and its set-up.  Raises `Lfm2kitError` for values out of bounds."""
 
     model: str = option(
         "tiny",
@@ -99,7 +99,7 @@ class Options:
             one.metadata["about"].check(one.name, value)
 
     def chosen_plan(self) -> Plan:
-        """Returns the plan, from its text or its file; raises `Lfm2kitError` if it is wrong."""
+        """Return the plan, from its text or its file; raise `Lfm2kitError` if it is wrong."""
         if self.plan is None:
             return Plan.parse(AUTO if self.backend is None else self.backend)
         if self.backend is not None:

@@ -38,7 +38,7 @@ KINDS: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Blocks of `kind` (None: all) in `layers` (None: anywhere) come from `backend`."""
+    """A rule: blocks of `kind` (None: all) in `layers` (None: anywhere) come from `backend`."""
 
     backend: str
     kind: str | None = None
@@ -74,7 +74,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """The plan that a text says; `Lfm2kitError` names the item that is wrong."""
+        """Return the plan that a text describes; `Lfm2kitError` names the item that is wrong."""
         default, *items = [item.strip() for item in text.split(",")]
         if not default or "=" in default:
             raise Lfm2kitError(
@@ -85,7 +85,7 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """The plan in a TOML file."""
+        """Return the plan in a TOML file."""
         table = read_toml(path)
         try:
             return _parse_table(table)
@@ -93,7 +93,7 @@ class Plan:
             raise Lfm2kitError(f"{path}: ", *error.args) from None
 
     def backend_for(self, layer: int | None, kind: str) -> str:
-        """The backend of a block of `kind` in `layer`; None is outside the layers."""
+        """Return the backend of a block of `kind` in `layer`; None means outside the layers."""
         fitting = (rule.backend for rule in reversed(self.rules) if rule.fits(layer, kind))
         return next(fitting, self.default)
 
@@ -119,7 +119,7 @@ class Plan:
         return replace(self, rules=(*self.rules, *rules))
 
     def check(self, model: specs.Model) -> None:
-        """`Lfm2kitError` if a rule fits no block of `model`."""
+        """Raise `Lfm2kitError` if a rule fits no block of `model`."""
         kinds = _kinds(model)
         outside = {"embed", "rows", "norm", "head"}
         for rule in self.rules:
@@ -146,7 +146,7 @@ def _layers_with(kind: str | None, kinds: list[set[str]]) -> Iterator[int]:
 
 
 def _parse_rule(item: str) -> Rule:
-    """`2-4.moe=reference`, `moe=reference` or `2-4=reference`."""
+    """Return the rule of an item: `2-4.moe=reference`, `moe=reference` or `2-4=reference`."""
     where, equals, backend = (part.strip() for part in item.partition("="))
     if not (equals and where and backend):
         raise Lfm2kitError(f"plan item '{item}': expected [LAYERS.]KIND=BACKEND, as 2-4.moe=NAME")
@@ -187,7 +187,7 @@ def _rule(backend: str, kind: str | None, layers: str | None, item: str) -> Rule
 
 
 def _parse_range(text: str, item: str) -> range:
-    """Returns the layers that `3` or `2-4` names."""
+    """Return the layers that `3` or `2-4` names."""
     numbers = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text.strip())
     if numbers is None:
         raise Lfm2kitError(
@@ -202,7 +202,7 @@ def _parse_range(text: str, item: str) -> range:
 
 
 def _layer(digits: str) -> int:
-    """Reads a number of any length; of thousands of digits only the first few are read."""
+    """Read a number of any length; of thousands of digits only the first few are read."""
     return int(digits.lstrip("0")[:9] or "0")
 
 

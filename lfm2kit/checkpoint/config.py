@@ -97,7 +97,7 @@ LFM2_8B_A1B = ModelConfig(
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Returns the configuration in a config.json; `Lfm2kitError` where it cannot be run."""
+    """Return the configuration in a config.json; `Lfm2kitError` where it cannot be run."""
     fields = read_json(path)
     try:
         return parse_config(fields)
@@ -106,7 +106,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that the keys of a config.json describe; `Lfm2kitError` names a bad key."""
+    """Return the configuration that config.json's keys describe; `Lfm2kitError` names a bad key."""
     _check_form(fields)
     _check_twins(fields)
     layer_types = _layer_types(fields)
@@ -141,7 +141,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def model_spec(config: ModelConfig, *, tied: bool) -> specs.Model:
-    """The specs of the model that `config` describes; `tied` says whose weight the head reads."""
+    """Return the specs of `config`'s model; `tied` says whose weight the head reads."""
     c = config
     norm = specs.RMSNorm(c.hidden_size, c.norm_eps)
     operators: dict[str, specs.ShortConv | specs.Attention] = {
@@ -191,7 +191,7 @@ def _moe(c: ModelConfig) -> specs.SparseMoe:
 
 
 def _check_form(fields: Mapping[str, Any]) -> None:
-    """Refuses settings that would need another model than the one lfm2kit has."""
+    """Refuse settings that would need another model than the one lfm2kit has."""
     if (sentence := quantised.said_by_config(fields)) is not None:
         raise Lfm2kitError(sentence)
     if fields.get("text_config") is not None:
@@ -202,7 +202,7 @@ def _check_form(fields: Mapping[str, Any]) -> None:
 
 
 def _check_twins(fields: Mapping[str, Any]) -> None:
-    """Refuses two keys with one meaning and different values: readers differ in which they take."""
+    """Refuse two keys with one meaning and different values: readers differ in which they take."""
     for twin, key in TWINS.items():
         _check_equal(twin, fields.get(twin), key, fields.get(key))
 
@@ -216,7 +216,7 @@ def _check_equal(key: str, value: Any, other_key: str, other: Any) -> None:
 
 
 def _layer_types(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """`layer_types`, or what the older `full_attn_idxs` says of `num_hidden_layers`."""
+    """Return `layer_types`, or what the older `full_attn_idxs` says of `num_hidden_layers`."""
     kinds = fields.get("layer_types")
     by_index = None if fields.get("full_attn_idxs") is None else _layers_by_index(fields)
     if kinds is None and by_index is not None:
@@ -256,7 +256,7 @@ def _head_dim(fields: Mapping[str, Any], hidden_size: int, heads: int) -> int:
 
 
 def _rope_theta(fields: Mapping[str, Any]) -> float:
-    """Returns the base of the rotary angles; refuses every scaled form of RoPE."""
+    """Return the base of the rotary angles; refuse every scaled form of RoPE."""
     found = _thetas(fields)
     if not found:
         raise Lfm2kitError("key 'rope_theta' is missing, and 'rope_parameters.rope_theta' as well")
@@ -272,7 +272,7 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
 
 
 def _thetas(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns every theta by its key: nested (LFM2.5), flat, and under older LFM2's name.
+    """Return every theta by its key: nested (LFM2.5), flat, and under older LFM2's name.
 
     Model cards tell users to add `rope_scaling` for long contexts.
     """
@@ -288,7 +288,7 @@ def _thetas(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_unscaled(key: str, nested: Any) -> None:
-    """Refuses a form of RoPE other than the default, and names it."""
+    """Refuse a form of RoPE other than the default, and name it."""
     if not isinstance(nested, dict):
         raise Lfm2kitError(f"{key} is {brief(nested)}; expected an object")
     for name, value in nested.items():
@@ -309,7 +309,7 @@ def _check_unscaled(key: str, nested: Any) -> None:
 
 
 def _tied(fields: Mapping[str, Any]) -> bool | None:
-    """`tie_embedding` (LFM2's own key) or `tie_word_embeddings`; None where neither is there."""
+    """Return `tie_embedding` (LFM2's own key) or `tie_word_embeddings`; None if neither exists."""
     for key in ("tie_embedding", "tie_word_embeddings"):
         if fields.get(key) is not None:
             return _flag(fields, key)

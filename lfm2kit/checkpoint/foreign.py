@@ -46,7 +46,7 @@ WRAPPERS = {
 
 
 def check_model(path: Path) -> None:
-    """Raises `Lfm2kitError` if `path` is known to be something other than a model."""
+    """Raise `Lfm2kitError` if `path` is known to be something other than a model."""
     if not os.path.exists(path):
         raise Lfm2kitError(f"{path}: {broken_link(path) or 'no such file or folder'}")
     if os.path.isdir(path):
@@ -59,7 +59,7 @@ def check_model(path: Path) -> None:
 
 
 def check_names(path: Path, names: Collection[str]) -> None:
-    """Raises `Lfm2kitError` if canonical names show quantised weights or a wrapped model."""
+    """Raise `Lfm2kitError` if canonical names show quantised weights or a wrapped model."""
     if (quantised := said_by_names(names)) is not None:
         raise Lfm2kitError(f"{path}: {quantised}")
     if any(".lora_A." in name or ".lora_B." in name for name in names):
@@ -76,7 +76,7 @@ def check_names(path: Path, names: Collection[str]) -> None:
 
 
 def why_absent(name: str) -> str | None:
-    """Explains a model's name that is no path, and says what to type; None if unknown."""
+    """Explain a model's name that is no path, and say what to type; None if unknown."""
     if (link := broken_link(Path(name))) is not None:
         return link
     if name.startswith("~"):
@@ -89,7 +89,7 @@ def why_absent(name: str) -> str | None:
 
 
 def _part(path: Path) -> str | None:
-    """Explains a file that belongs to a model, but is not one."""
+    """Explain a file that belongs to a model, but is not one."""
     give_folder = f"give the folder: {path.parent}"
     shard = re.search(r"-\d+-of-(\d+)\.safetensors$", path.name)
     if shard is not None and int(shard[1][:9]) > 1:
@@ -127,7 +127,7 @@ def _folder(folder: Path) -> str | None:
 
 
 def _elsewhere(folder: Path, names: Sequence[str]) -> str | None:
-    """Explains a folder around models: the hub's cache, a model's folder in it, training output."""
+    """Explain a folder around models: the hub's cache, a model's folder in it, training output."""
     if cached := matching(names, "models--*"):
         return f"this is the hub's cache, not a model; {_snapshot(folder / cached[0])}"
     if "snapshots" in names:
@@ -139,7 +139,7 @@ def _elsewhere(folder: Path, names: Sequence[str]) -> str | None:
 
 
 def _snapshot(cached: Path) -> str:
-    """Says which snapshot of a model in the hub's cache to give: the main one, or the last."""
+    """Say which snapshot of a model in the hub's cache to give: the main one, or the last."""
     snapshots, main = cached / "snapshots", cached / "refs" / "main"
     names = sorted(os.listdir(snapshots)) if os.path.isdir(snapshots) else []
     if not names:

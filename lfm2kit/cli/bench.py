@@ -128,7 +128,7 @@ def bench(
 
 
 def _default_plan() -> str:
-    """Returns the plan from the environment, unsplit: Typer would split a list's at blanks."""
+    """Return the plan from the environment, unsplit: Typer would split a list's at blanks."""
     return os.environ.get(BACKEND_VARIABLE) or AUTO
 
 
@@ -171,7 +171,7 @@ def _row(checkpoint: Checkpoint, measured: Measured, options: Options) -> dict[s
 
 
 def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> None:
-    """Warns in one line if blocks on the CPU had to share cores, which falsifies their times."""
+    """Warn in one line if blocks on the CPU had to share cores, which falsifies their times."""
     on_cpu = {str(s.plan) for s in setups if _is_on_cpu(s)}
     rows = [m for m in measured if m.contender.backend in on_cpu]
     waiting = [(m.waiting or 0.0, f"{m.contender.backend}: {m.contender.test}") for m in rows]
@@ -186,7 +186,7 @@ def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> N
 
 
 def _end_where_not_finite(measured: Sequence[Measured]) -> None:
-    """Ends with one line and exit code 1 if a result had NaN or infinities."""
+    """End with one line and exit code 1 if a result had NaN or infinities."""
     wrong = [f"{m.contender.backend}: {m.contender.test}" for m in measured if not m.is_finite]
     if wrong:
         complain(f"the results are not finite in {len(wrong)} of {len(measured)} rows ({wrong[0]})")
@@ -198,7 +198,7 @@ def _is_on_cpu(setup: Setup) -> bool:
 
 
 def _texts(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the table: as llama-bench's, and what the machine would allow."""
+    """Return a row of the table: as llama-bench's, and the share of what the machine allows."""
     roofline = row["roofline"]
     return {
         "model": row["model"],

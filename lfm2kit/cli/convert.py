@@ -99,7 +99,7 @@ def _random(source: str, seed: int) -> Source:
 
 
 def _size(source: Source, format: Format | None, target: Path) -> int:
-    """Bytes to be written, for the progress bar."""
+    """Return the bytes to be written, for the progress bar."""
     fixed = F32 if target.suffix == ".bin" else format
     shapes = source.shapes.items()
     return sum((fixed or source.formats[name]).nbytes(shape) for name, shape in shapes)

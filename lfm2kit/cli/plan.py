@@ -110,7 +110,7 @@ def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:
 
 
 def _formats(leaf: Placed, setup: Setup) -> list[str] | None:
-    """Says in which formats a block keeps its matrices, or its vectors if it has no matrix.
+    """Say in which formats a block keeps its matrices, or its vectors if it has no matrix.
 
     None if its backend does not say.
     """
@@ -126,7 +126,7 @@ def _formats(leaf: Placed, setup: Setup) -> list[str] | None:
 
 
 def _block_notes(setup: Setup) -> Iterator[tuple[str, str]]:
-    """Yields what blocks have to say beside the table: their specs' notes, copies around joins."""
+    """Yield what blocks have to say beside the table: their specs' notes, copies around joins."""
     for placed in setup.placed.tree():
         note = placed.spec.note()
         copy = _copy(placed) if placed.backend is None else None
@@ -139,7 +139,7 @@ def _copy(placed: Placed) -> str | None:
 
 
 def _totals(setup: Setup, tokens: int, room: Room) -> dict[str, dict[str, int]]:
-    """Bytes per memory.  A tied head's weights count again: the block may pack them anew."""
+    """Return bytes per memory; a tied head's weights count again, because it may repack them."""
     leaves: dict[str, list[Placed]] = {}
     for leaf in setup.placed.leaves():
         leaves.setdefault(leaf.memory.name, []).append(leaf)
@@ -192,19 +192,19 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
 
 
 def _without_state(sequences: int, room: Room) -> Iterator[str]:
-    """Yields a remark on sequences that take no memory, because they have no tokens."""
+    """Yield a remark on sequences that take no memory, because they have no tokens."""
     if sequences > 1 and not room.pages:
         yield f"--sequences {sequences} shows no state without --context TOKENS of each sequence"
 
 
 def _for_whom(memory: str, setup: Setup) -> str:
-    """Says that the ranks of a machine share its memory evenly."""
+    """Say that the ranks of a machine share its memory evenly."""
     ranks = setup.world.local_size
     return f" for each of {ranks} ranks" if ranks > 1 and memory == HOST.name else ""
 
 
 def _taken(total: Mapping[str, int], tokens: int, room: Room) -> str:
-    """Says what the blocks in one memory take, and for how many of them that is not known."""
+    """Say what the blocks in one memory take, and for how many of them that is not known."""
     unknown, blocks = total["unknown_blocks"], total["blocks"]
     kept, scratch, state = (size(total[f"{kind}_bytes"]) for kind in Needed._fields)
     if unknown == blocks:
@@ -219,7 +219,7 @@ def _taken(total: Mapping[str, int], tokens: int, room: Room) -> str:
 
 
 def _grouped(notes: dict[str, str]) -> Iterator[str]:
-    """Yields a line for each note, with the blocks that it is about."""
+    """Yield a line for each note, with the blocks that it is about."""
     blocks: dict[str, list[str]] = {}
     for name, note in notes.items():
         blocks.setdefault(note, []).append(name)

@@ -48,7 +48,7 @@ class Commands(PlainGroup):
 
 
 def _made(command: Command, owner: str) -> Any:
-    """Returns the command of a plugin; one that says so in place of one that Typer cannot read."""
+    """Return the command of a plugin; one that says so in place of one that Typer cannot read."""
     try:
         return _typer_command(command.name, command.run)
     except Exception as error:
@@ -69,7 +69,7 @@ def _typer_command(name: str, run: Callable[..., None]) -> Any:
 
 
 def _ending(run: Callable[..., None]) -> Callable[..., None]:
-    """Returns `run` with the exit code that it asks for by `sys.exit` or `typer.Abort`.
+    """Return `run` with the exit code that it asks for by `sys.exit` or `typer.Abort`.
 
     As in Python, `sys.exit` with a text shows the text, and the exit code is 1.
     """

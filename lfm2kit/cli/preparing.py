@@ -39,7 +39,7 @@ MOST_BY_DEFAULT = 128  # samples: the assignment's largest choice
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the command line asks for."""
+    """A run as the command line asks for it."""
 
     options: Options
     n: int | None = option(None, "Number of samples to run.", words="all, up to 128", least=1)
@@ -71,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything that is known, and checked, before a weight is read."""
+    """A run of which everything is known, and checked, before a weight is read."""
 
     report: Report
     plan: Plan  # as it was asked for
@@ -83,7 +83,7 @@ class Prepared:
 
 
 def prepare(request: Request, transport: Transport | None) -> Prepared:
-    """Finds and checks everything; `Lfm2kitError` says what the user must change."""
+    """Find and check everything; `Lfm2kitError` says what the user must change."""
     world = transport.world if transport is not None else World()
     if transport is not None and request.ranks not in (None, world.size):
         raise Lfm2kitError(
@@ -104,7 +104,7 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
 
 
 def check_shared(request: Request) -> None:
-    """`Lfm2kitError` where a path leads to another file in each process of a job.
+    """Raise `Lfm2kitError` if a path leads to another file in each process of a job.
 
     What a rank has open under that number may be its connection to the others.
     """
@@ -125,7 +125,7 @@ def check_shared(request: Request) -> None:
 
 
 def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
-    """Returns the ids [n, seq_len] that were asked for, from a file or random ones."""
+    """Return the ids [n, seq_len] that were asked for, from a file or random ones."""
     vocab_size = checkpoint.spec.embed_tokens.vocab_size
     if request.random_inputs is None:
         if request.options.seed is not None and checkpoint.seed is None:
@@ -159,7 +159,7 @@ def _ids_of_file(
 
 
 def check_samples(shape: tuple[int, ...], vocab_size: int) -> None:
-    """Raises `Lfm2kitError` if memory cannot hold the ids and the logits of all samples."""
+    """Raise `Lfm2kitError` if memory cannot hold the ids and the logits of all samples."""
     n, seq_len = shape
     what = f"{n} samples of {seq_len} tokens, and their logits, take"
     check_room(what, 4 * n * (seq_len + vocab_size), "try a smaller -n, or shorter samples")
@@ -170,7 +170,7 @@ def inputs_of(request: Request, checkpoint: Checkpoint) -> Path:
 
 
 def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> None:
-    """Raises `Lfm2kitError` if an output cannot be written, or would replace a file that is read.
+    """Raise `Lfm2kitError` if an output cannot be written, or would replace a file that is read.
 
     `--outputs` may replace the answers, which are read before it is written.
     """
@@ -184,7 +184,7 @@ def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> N
 
 
 def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
-    """Returns the file of answers if `-v` asks for a comparison."""
+    """Return the file of answers if `-v` asks for a comparison."""
     if not request.validate:
         if request.answers is not None:
             raise Lfm2kitError(f"--answers {request.answers} is for -v, which is not given")
@@ -214,7 +214,7 @@ NOT_COMPARED = {
 
 
 def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
-    """Yields a sentence for each sample file beside the model that one in `data/` overrides."""
+    """Yield a sentence for each sample file beside the model that one in `data/` overrides."""
     used = {"inputs": request.random_inputs is None, "answers": prepared.answers is not None}
     for name, is_used in used.items():
         is_chosen = getattr(request, name) is not None
@@ -225,7 +225,7 @@ def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
 
 
 def facts_of(request: Request, prepared: Prepared) -> Facts:
-    """Returns what all ranks of a job must have in common before they read weights."""
+    """Return what all ranks of a job must have in common before they read weights."""
     asked = {**asdict(request), **asdict(request.options)}
     settled = {
         "--backend": prepared.setup.plan,
@@ -246,7 +246,7 @@ def facts_of(request: Request, prepared: Prepared) -> Facts:
 
 
 def _fact(value: object) -> Fact:
-    """Puts an option's value into words."""
+    """Put an option's value into words."""
     if value is None or isinstance(value, bool):
         return Fact("given" if value else "not given")
     return Fact(str(value))

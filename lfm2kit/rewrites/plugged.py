@@ -18,7 +18,7 @@ from lfm2kit.specs import Model, Shape, Spec
 
 
 def kept_to_contract(rewrite: Rewrite, plugin: str, ranks: int) -> Rewrite:
-    """Returns the rewrite with its results checked, in a job of `ranks` ranks.
+    """Return the rewrite with its results checked, in a job of `ranks` ranks.
 
     Its functions then raise `Lfm2kitError` where they raise anything, return something else than
     they should, or make a model of other tensors than the checkpoint's.
@@ -47,7 +47,7 @@ def _check_form(who: str, model: Any) -> None:
 
 
 def _check_tensors(who: str, model: Model, rewritten: Model, *, may_leave_out: bool) -> None:
-    """A rank may hold a share of the model; everything else has all of its tensors, as they are."""
+    """Check that the rewritten model has all of the model's tensors; a rank may hold a share."""
     there, wanted = model.parameters(), rewritten.parameters()
     for name, shape in _wanted(rewritten):
         if name not in there:
@@ -64,7 +64,7 @@ def _check_tensors(who: str, model: Model, rewritten: Model, *, may_leave_out: b
 
 
 def _wanted(model: Model) -> Iterator[tuple[str, Shape]]:
-    """Yields the tensors of the model's parts; two that share one may want different shapes."""
+    """Yield the tensors of the model's parts; two that share one may want different shapes."""
     for part in model.parts():
         for name, shape in part.spec.parameters().items():
             yield f"{part.scope}.{name}" if part.scope else name, shape

@@ -63,7 +63,7 @@ def card(plan: str = "card", *, transport: Any = None, **options: Any) -> Setup:
 
 
 def elements(*, without_experts_of: int = 0) -> int:
-    """Of the model's weights, a tied head's counted again, but for some layers' experts."""
+    """Return the elements of the weights, a tied head's counted again, but for some experts."""
     sparse = [
         x.feed_forward for x in TINY.spec.layers if isinstance(x.feed_forward, specs.SparseMoe)
     ]
@@ -136,7 +136,7 @@ class TwoRanks:
 
 
 def share_of_two(itemsize: int) -> int:
-    """Bytes of a rank's blocks: half of the experts, and all else."""
+    """Return the bytes of a rank's blocks: half of the experts, and all else."""
     return itemsize * (elements() + elements(without_experts_of=6)) // 2
 
 

@@ -98,7 +98,7 @@ def test_a_dataclass_of_options_is_made_of_what_was_typed() -> None:
 
 
 def plugins_with(preference: int, backend: Any) -> Plugins:
-    """The installed plugins and one more backend."""
+    """Return the installed plugins and one more backend."""
     plugins = installed_plugins()
     plugin = BackendPlugin("mine", "", lambda context: backend, 1, preference=preference)
     plugins.backends["mine"] = InstalledBackend(plugin, "this test")

@@ -31,7 +31,7 @@ class Wrong(ReferenceBackend):
 
 
 def returning(change: Change) -> Change:
-    """Makes a block whose result is changed, and that keeps its state."""
+    """Make a block whose result is changed, and that keeps its state."""
 
     def changed(block: Any) -> Any:
         def call(*inputs: Any) -> Any:

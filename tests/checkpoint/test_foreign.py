@@ -20,7 +20,7 @@ from tests.checkpoint.typed import Cli
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a whole model in `model` and nothing else."""
+    """Return the current folder, with a whole model in `model` and nothing else."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(EMBEDDED / "tiny", "model")
     return Path(".")
@@ -59,7 +59,7 @@ def git_lfs_pointer_for_a_config(here: Path) -> str:
 
 
 def hub_folder(here: Path) -> str:
-    """Two snapshots, of which the earlier one is the main one."""
+    """Make two snapshots, of which the earlier one is the main one."""
     cached = here / "models--org--name"
     for commit in ("abc", "fed"):
         shutil.copytree(here / "model", cached / "snapshots" / commit)

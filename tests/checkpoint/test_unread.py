@@ -32,7 +32,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def stale_index(folder: Path) -> None:
-    """As save_pretrained of one file leaves a folder that was sharded before."""
+    """Write an index as it stays behind when save_pretrained later writes a single file."""
     names = open_checkpoint(folder).weights
     shard = "model-00001-of-00002.safetensors"
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
@@ -43,7 +43,7 @@ def damaged_index(folder: Path) -> None:
 
 
 def whole_shards(folder: Path) -> None:
-    """A second set that could be read as well, of other values."""
+    """Write a second set that could be read as well, with other values."""
     other = copied(WHOLE, folder.parent / "other")
     change_tensors(other, lambda tensors: tensors.update(other_norm(tensors)))
     write_checkpoint(source_of(open_checkpoint(other)), folder.parent / "cut", max_shard=20_000)

@@ -38,7 +38,7 @@ Cli = Callable[..., Done]
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs a command in this process, exactly as the console script does."""
+    """Run a command in this process, exactly as the console script does."""
 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["lfm2kit", *map(str, arguments)])

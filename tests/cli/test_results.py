@@ -27,7 +27,7 @@ def wrong_answers(tmp_path: Path) -> Path:
 
 
 def assert_said(done: Typed, verdict: str, *words: str) -> None:
-    """Times and verdict on stdout, one line with the words on stderr."""
+    """Check that times and verdict are on stdout, and one line with the words on stderr."""
     lines = done.out.splitlines()
     assert verdict in lines
     for beginning in ("Elapsed time:", "Throughput:"):

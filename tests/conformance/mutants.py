@@ -251,7 +251,7 @@ class RowsWantedOnce(Around):
 
 
 def norms_stored_as_matrices(spec: specs.Attention, weights: Weights) -> Block:
-    """Takes the norms to be stored as q_proj is, and so misreads F32 norms beside BF16 matrices."""
+    """Take the norms to be stored as q_proj is, and so misread F32 norms beside BF16 matrices."""
     stored = weights["q_proj.weight"].format
     misread = {
         name: Tensor(name, stored, t.shape, t.data.astype(stored.block))

@@ -19,7 +19,7 @@ def int32(*values: int) -> Any:
 
 
 def two_sequences(**changes: Any) -> Batch:
-    """Three rows from position 5 on in pages 2 and 1, two rows from 0 on in page 0."""
+    """Return three rows from position 5 on in pages 2 and 1, and two from 0 on in page 0."""
     fields = {
         "token_ids": int32(1, 2, 3, 4, 5),
         "positions": int32(5, 6, 7, 0, 1),

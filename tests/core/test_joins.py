@@ -51,7 +51,7 @@ class Watching:
         return block
 
     def rewrite(self, memory: Memory | None = None, *, is_capturable: bool = True) -> Rewrite:
-        """A rewrite whose blocks work in `memory`; None: where their surroundings do."""
+        """Return a rewrite whose blocks work in `memory`, or where their surroundings do."""
 
         def join(surroundings: Memory) -> Join:
             self.surroundings.append(surroundings.name)

@@ -25,7 +25,7 @@ TURNS = 50
 
 @pytest.fixture
 def hasty_threads() -> Iterator[None]:
-    """Threads that interrupt each other all the time."""
+    """Let threads interrupt each other all the time."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield

@@ -67,7 +67,7 @@ class Stream(late.Stream):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Returns to the stream before, or to the legacy one if that was chosen by `use`."""
+        """Return to the stream before, or to the legacy one if that was chosen by `use`."""
         streams = THREAD.streams[self.device]
         streams.pop()
         if len(streams) == 1:
@@ -167,7 +167,7 @@ def current_stream() -> Stream:
 
 
 def empty(shape: Any, dtype: Any) -> Array:
-    """An array that is full of something else."""
+    """Return an array that is full of something else."""
     values = np.empty(shape, dtype)
     values.reshape(-1).view(np.uint8).fill(0xA5)
     return Array(values)

@@ -104,7 +104,7 @@ def test_the_cause_of_a_rank_s_end_is_said_as_far_as_it_is_known() -> None:
 
 @pytest.fixture
 def hub() -> Iterator[tuple[Hub, int]]:
-    """A hub that runs in a thread, and its port."""
+    """Yield a hub that runs in a thread, and its port."""
     hub, port = Hub(1, 60, "the key"), 0
     is_ready, is_over = threading.Event(), threading.Event()
 

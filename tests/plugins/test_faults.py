@@ -43,7 +43,7 @@ def raises(error: BaseException) -> Callable[..., Any]:
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Plugins of one module with these hooks, the entry point `odd`, besides `reference`."""
+    """Load plugins of one module with these hooks, the entry point `odd`, besides `reference`."""
 
     def loaded(**hooks: Any) -> Plugins:
         module = ModuleType("odd")
@@ -59,7 +59,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
 @pytest.fixture
 def yielding(load: Load) -> Yielding:
-    """Plugins of one whose hook `name` yields these values."""
+    """Return plugins of one whose hook `name` yields these values."""
 
     def announced(name: str, *values: Any) -> Plugins:
         return load(**{name: lambda: iter(values)})
@@ -299,7 +299,7 @@ def test_a_hook_for_rewrites_that_fails_in_a_job_is_named(load: Load, error: Any
 
 
 def opened(yielding: Yielding, path: Path, change: Callable[[Checkpoint], Any]) -> Checkpoint:
-    """The embedded model as a reader opens it that changes something."""
+    """Return the embedded model as a reader opens it that changes something."""
 
     def open_it(path: Path) -> Any:
         return change(open_checkpoint(find_model("tiny")))
@@ -309,7 +309,7 @@ def opened(yielding: Yielding, path: Path, change: Callable[[Checkpoint], Any]) 
 
 
 def with_tensor(made: Callable[[Tensor], Any]) -> Callable[[Checkpoint], Checkpoint]:
-    """Returns a change of the first convolution's matrix."""
+    """Return a change of the first convolution's matrix."""
     name = "layers.0.conv.out_proj.weight"
 
     def change(checkpoint: Checkpoint) -> Checkpoint:
@@ -320,7 +320,7 @@ def with_tensor(made: Callable[[Tensor], Any]) -> Callable[[Checkpoint], Checkpo
 
 
 def stored(unpack: Any, name: str = "odd") -> Callable[[Checkpoint], Checkpoint]:
-    """Returns a change that stores this matrix in a format with this `unpack`."""
+    """Return a change that stores this matrix in a format with this `unpack`."""
 
     def made(tensor: Tensor) -> Tensor:
         format = Format(name, 1, np.dtype("<f4"), unpack)

@@ -41,7 +41,7 @@ def embedded() -> Facts:
 
 
 def rewritten(folder: Path, change: Callable[[Tensor], Tensor]) -> Checkpoint:
-    """The model in `folder` with one of its tensors changed."""
+    """Return the model in `folder` with one of its tensors changed."""
     path = folder / "model.safetensors"
     tensors = read_safetensors(path)
     tensors[NORM] = change(tensors[NORM])

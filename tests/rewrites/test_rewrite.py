@@ -76,7 +76,7 @@ def lfm2kit_rewrites() -> Iterator[Rewrite]:
 
 
 def plugins_of(monkeypatch: pytest.MonkeyPatch, *hooks: Any) -> Plugins:
-    """The plugins `extra_0`, `extra_1`, ... with one hook each, beside the reference backend."""
+    """Return the plugins `extra_0`, `extra_1`, ... with one hook each, beside the reference."""
     entries = [entry for entry in installed_plugins().loaded if entry.name == "reference"]
     for i, hook in enumerate(hooks):
         module = ModuleType(f"extra_{i}")

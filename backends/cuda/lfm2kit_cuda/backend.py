@@ -55,7 +55,7 @@ BLOCKS = {
 
 
 class CudaBackend:
-    """Builds for one device; what it has built may be called from any thread."""
+    """A backend for one device; what it has built may be called from any thread."""
 
     def __init__(self, context: Context) -> None:
         self._memory = memory_of(choose_device(context))

@@ -16,7 +16,7 @@ STARTING = 3.0  # seconds beyond the deadline, for a rank to start and send its 
 
 
 class Fault(NamedTuple):
-    """Why a job ends without a result, and with which exit code."""
+    """The reason why a job ends without a result, and its exit code."""
 
     sentence: str
     exit_code: int = BUG
@@ -25,7 +25,7 @@ class Fault(NamedTuple):
 
 @dataclass(slots=True)
 class Rank:
-    """What a rank last reported; times are those of the process that listens."""
+    """The last report of a rank; times are those of the process that listens."""
 
     number: int
     host: str
@@ -47,14 +47,14 @@ class Rank:
         return f"rank {self.number} on {self.host}, {doing}"
 
     def tell(self, now: float, count: list[int], doing: str, is_waiting: bool) -> None:
-        """Takes in a report; `count` differs from the last one if the rank has made progress."""
+        """Take in a report; `count` differs from the last one if the rank has made progress."""
         self.doing, self.is_waiting = doing, is_waiting
         if count != self.count:
             self.count, self.moved = count, now
 
 
 def stuck(ranks: Iterable[Rank], now: float) -> Fault | None:
-    """Returns the fault of a rank that is silent or makes no progress; None if there is none.
+    """Return the fault of a rank that is silent or makes no progress; None if there is none.
 
     A rank that waits in a collective is not to blame as long as another may still arrive there.
     """
@@ -74,7 +74,7 @@ def stuck(ranks: Iterable[Rank], now: float) -> Fault | None:
 
 
 def lingering(ranks: Iterable[Rank], now: float, seconds: float) -> Fault | None:
-    """Returns the fault of `ranks` that have not ended `seconds` after all ranks were done."""
+    """Return the fault of `ranks` that have not ended `seconds` after all ranks were done."""
     last = max(ranks, key=lambda rank: rank.heard, default=None)
     if last is None or now - last.heard <= seconds:
         return None
@@ -91,7 +91,7 @@ def not_joined(size: int, joined: Iterable[int], seconds: float) -> Fault:
 
 
 def gone(rank: Rank, number: int | None = None) -> Fault:
-    """Returns the fault of a rank that ended before it was done; `number` is the signal's."""
+    """Return the fault of a rank that ended before it was done; `number` is the signal's."""
     if rank.last_words:
         return Fault(f"{rank.where}: its process crashed: {rank.last_words}")
     if number is not None:
@@ -100,7 +100,7 @@ def gone(rank: Rank, number: int | None = None) -> Fault:
 
 
 def by_signal(number: int) -> str:
-    """How the signal `number` ended a process, as the end of a sentence."""
+    """Say how the signal `number` ended a process, as the end of a sentence."""
     name = signal.Signals(number).name if number in signal.valid_signals() else "unknown"
     of_memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
     return f"ended by signal {number} ({name}){of_memory}"
@@ -116,7 +116,7 @@ def _no_progress(seconds: float) -> str:
 
 
 def place() -> str:
-    """Returns the kernel and the process namespace in which this process has its id."""
+    """Return the kernel and the process namespace in which this process has its id."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -125,7 +125,7 @@ def place() -> str:
 
 
 def is_stopped(rank: Rank) -> bool:
-    """Whether the rank's process runs on this machine and was stopped by a signal."""
+    """Return whether the rank's process runs on this machine and was stopped by a signal."""
     if not rank.place or rank.place != place():
         return False
     try:
