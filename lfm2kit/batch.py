@@ -102,7 +102,8 @@ class Batch:
         """
         if not np.iterable(sequences):
             raise ValueError(
-                f"sequences is {brief(sequences)}, but must be rows of token ids, as [[1, 2], [3]]"
+                f"sequences is {brief(sequences)}, but must be rows of token ids, "
+                "such as [[1, 2], [3]]"
             )
         chunks = [_row_of_ids(sequence) for sequence in sequences]
         count = len(chunks)
@@ -221,7 +222,7 @@ def _row_of_ids(sequence: npt.ArrayLike) -> npt.NDArray[np.int32]:
 def _starts(values: npt.ArrayLike, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     starts = integers("starts", values)
     if starts.shape != lengths.shape:
-        raise ValueError(f"starts of shape {starts.shape} for {len(lengths)} sequences")
+        raise ValueError(f"starts has shape {starts.shape} for {len(lengths)} sequences")
     is_within = (starts >= 0) & (starts <= MOST_CONTEXT - lengths)
     if not is_within.all():
         row = int(np.argmin(is_within))
@@ -243,7 +244,7 @@ def _table(
         for i, row in enumerate(rows):
             table[i, : len(row)] = row
     if len(table) != sequences:
-        raise ValueError(f"{len(table)} rows of pages for {sequences} sequences")
+        raise ValueError(f"there are {len(table)} rows of pages for {sequences} sequences")
     check_pages(table)
     return table
 

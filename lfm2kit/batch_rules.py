@@ -77,16 +77,16 @@ def check_pages(pages: Int32) -> None:
     if not pages.size:
         return
     if pages.min() < -1:
-        raise ValueError(f"a page number is negative: {pages.min()}; -1 is for no page")
+        raise ValueError(f"a page number is negative: {pages.min()}; -1 means no page")
     is_page = pages >= 0
     if (is_page[:, 1:] > is_page[:, :-1]).any():
-        raise ValueError("a sequence's pages do not come first: after a -1 there is another page")
+        raise ValueError("a row of pages has another page after a -1")
 
 
 def integers(name: str, values: npt.ArrayLike) -> Int32:
     """Return `values` as int32; ValueError if they are not integers, or do not fit."""
     if isinstance(values, np.ma.MaskedArray):
-        raise ValueError(f"{name} are a masked array; give the ones that count")
+        raise ValueError(f"{name} are a masked array; give an array without masked values")
     try:
         array = np.asarray(values)
     except (TypeError, ValueError):  # rows of different lengths, or what looks like an array
@@ -96,10 +96,12 @@ def integers(name: str, values: npt.ArrayLike) -> Int32:
     if array.size and array.dtype.kind not in "iu":
         raise ValueError(f"{name} are not integers, but {array.dtype}")
     if array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
-        raise ValueError(f"{name} reach from {array.min()} to {array.max()}: too far for int32")
+        raise ValueError(
+            f"{name} reach from {array.min()} to {array.max()}, which does not fit into int32"
+        )
     return array.astype(INT32)
 
 
 def _check_largest(name: str, stated: Any, is_so: int) -> None:
-    if type(stated) is not int or stated != is_so:  # a NumPy integer is no int to a kernel
+    if type(stated) is not int or stated != is_so:  # to a kernel a NumPy integer is not an int
         raise ValueError(f"{name} is {stated!r}, but must be the int {is_so}")

@@ -62,4 +62,4 @@ def choices(asked: str, available: Iterable[str]) -> str:
     names = sorted(available)
     nearest = difflib.get_close_matches(asked, names, n=1)
     hint = f". Did you mean '{nearest[0]}'?" if nearest else ""
-    return f"there is: {', '.join(names) or 'nothing'}{hint}"
+    return f"available: {', '.join(names) or 'none'}{hint}"

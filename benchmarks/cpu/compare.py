@@ -36,7 +36,7 @@ from lfm2kit.checkpoint import open_checkpoint
 DTYPES = ("F32", "BF16", "F16")
 DATA = Path(__file__).parents[1] / ".data"
 MOST_DIFFERENCE = 1e-3  # of FP32 answers: beyond it somebody did other work
-TIES = 32  # of so many samples one may meet equal scores of two experts
+TIES = 32  # one sample of this number may meet equal scores of two experts
 
 
 def main() -> None:

@@ -41,9 +41,11 @@ def check_announced(
         if not isinstance(plugin, expected):
             raise TypeError(f"{hook} yielded {plugin!r}, not a {expected.__name__}")
         if not isinstance(plugin.name, str) or not NAME.fullmatch(plugin.name):
-            raise ValueError(f"{hook} yielded the name {plugin.name!r}; a name is like my_backend")
+            raise ValueError(
+                f"{hook} yielded the name {plugin.name!r}; a name looks like my_backend"
+            )
         if plugin.name in RESERVED:
-            raise ValueError(f"{hook} yielded the name '{plugin.name}', which means something else")
+            raise ValueError(f"{hook} yielded the name '{plugin.name}', which is reserved")
         if plugin.name in owners:
             raise ValueError(f"{hook} yielded '{plugin.name}', which is {owners[plugin.name]}'s")
         _check_fields(f"{hook} yielded '{plugin.name}', whose", plugin)

@@ -41,7 +41,7 @@ class About:
             return
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         if not is_whole or value < self.least:  # type: ignore[operator]
-            expected = f": expected a whole number of {self.least} or more, as "
+            expected = f": expected a whole number of {self.least} or more, such as "
             raise Lfm2kitError(Option(name, value), expected, Option(name, self.least))
         if value > self.most:  # type: ignore[operator]
             raise Lfm2kitError(Option(name, value), f": lfm2kit takes up to {self.most}")
@@ -104,5 +104,5 @@ class Options:
             return Plan.parse(AUTO if self.backend is None else self.backend)
         if self.backend is not None:
             both = Option("backend", self.backend), " and ", Option("plan", self.plan)
-            raise Lfm2kitError(*both, ": give one of them")
+            raise Lfm2kitError(*both, ": give only one of them")
         return Plan.read(Path(self.plan))

@@ -68,8 +68,8 @@ class Plan:
         for backend in self.backends():
             if not re.fullmatch("[^:]+(:[^:]+)?", backend):
                 raise Lfm2kitError(
-                    f"plan item '{backend}': expected a backend, perhaps with a precision, as "
-                    "NAME:bf16"
+                    f"plan item '{backend}': expected a backend, or a backend and its "
+                    "precision, such as NAME:bf16"
                 )
 
     @classmethod
@@ -149,7 +149,9 @@ def _parse_rule(item: str) -> Rule:
     """Return the rule of an item: `2-4.moe=reference`, `moe=reference` or `2-4=reference`."""
     where, equals, backend = (part.strip() for part in item.partition("="))
     if not (equals and where and backend):
-        raise Lfm2kitError(f"plan item '{item}': expected [LAYERS.]KIND=BACKEND, as 2-4.moe=NAME")
+        raise Lfm2kitError(
+            f"plan item '{item}': expected [LAYERS.]KIND=BACKEND, such as 2-4.moe=NAME"
+        )
     layers, dot, kind = where.partition(".")
     if dot:
         return _rule(backend, kind, layers, item)
@@ -164,7 +166,7 @@ def _parse_table(table: dict[str, Any]) -> Plan:
     if not isinstance(default, str):
         raise Lfm2kitError(f"default is {brief(default)}; expected a backend's name")
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-        raise Lfm2kitError("rule is no array of tables; write [[rule]]")
+        raise Lfm2kitError(f"rule is {brief(rules)}; expected an array of tables: write [[rule]]")
     return Plan(default, tuple(_table_rule(rule) for rule in rules))
 
 
@@ -191,7 +193,8 @@ def _parse_range(text: str, item: str) -> range:
     numbers = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text.strip())
     if numbers is None:
         raise Lfm2kitError(
-            f"plan item '{item}': '{text}' is no layer; expected a number or a range, as 2-4"
+            f"plan item '{item}': '{text}' is not a layer; expected a number, or a range such as "
+            "2-4"
         )
     first, last = (_layer(digits) for digits in (numbers[1], numbers[2] or numbers[1]))
     if max(first, last) >= bounds.LAYERS:

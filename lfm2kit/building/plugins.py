@@ -180,7 +180,8 @@ class Plugins:
         if (reason := installed.why_not) is not None:
             others = ", ".join(sorted(n for n, b in self.backends.items() if b.why_not is None))
             raise Lfm2kitError(
-                f"backend '{name}' is installed but cannot run here: {reason}. Can run: {others}"
+                f"backend '{name}' is installed but cannot run here: {reason}. "
+                f"Backends that can run: {others}"
             )
         return installed.plugin
 
@@ -194,7 +195,7 @@ class Plugins:
             if precision.name == wanted:
                 return precision
         there = ", ".join(precision.name for precision in plugin.precisions)
-        raise Lfm2kitError(f"backend '{plugin.name}' has no precision {wanted}; there is: {there}")
+        raise Lfm2kitError(f"backend '{plugin.name}' has no precision {wanted}; available: {there}")
 
     def auto(self, precision: str = "fp32") -> str:
         """Return the name that `auto` stands for in a plan: the most preferred that can run."""
@@ -282,7 +283,7 @@ class Plugins:
             for wrapper in some:
                 if not isinstance(wrapper, Wrapper) or not callable(wrapper.wrap):
                     raise Lfm2kitError(
-                        f"{who} returned {brief(wrapper)}, not an lfm2kit.Wrapper of a function"
+                        f"{who} returned {brief(wrapper)}, not an lfm2kit.Wrapper around a function"
                     )
                 found.append((plugin, wrapper))
         return found

@@ -36,7 +36,7 @@ class Wrappers:
             with blaming(who):
                 block = wrapper.wrap(block)
             if not callable(block):
-                raise Lfm2kitError(f"{who} returned {brief(block)}, which is no block")
+                raise Lfm2kitError(f"{who} returned {brief(block)}, not a block")
         return block
 
     @property

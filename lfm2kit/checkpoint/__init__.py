@@ -258,7 +258,7 @@ def _check_tensors(
         if tensors[name].shape != shape:
             raise Lfm2kitError(
                 f"{path}: tensor '{name}' has shape {list(tensors[name].shape)}, "
-                f"the model's is {list(shape)}"
+                f"but the model needs {list(shape)}"
             )
     extra = [name for name in tensors if name not in expected]
     if extra:

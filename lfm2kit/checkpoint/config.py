@@ -33,12 +33,12 @@ TWINS: Mapping[str, str] = {
 
 # Keys for which lfm2kit supports a single value, and what to say about any other.
 FIXED: Mapping[str, tuple[Any, str]] = {
-    "model_type": ("lfm2_moe", "give a model of that type"),
-    "hidden_act": ("silu", "it has no other activation"),
-    "block_use_swiglu": (True, "it has no other feed-forward"),
-    "use_pos_enc": (True, "its attention always rotates"),
-    "partial_rotary_factor": (1.0, "its attention rotates whole heads"),
-    "transformers_weights": ("model.safetensors", "give that file its usual name"),
+    "model_type": ("lfm2_moe", "; give a model of that type"),
+    "hidden_act": ("silu", " as the activation"),
+    "block_use_swiglu": (True, ", a gated feed-forward"),
+    "use_pos_enc": (True, ", rotary positions in every attention"),
+    "partial_rotary_factor": (1.0, ", the rotation of whole heads"),
+    "transformers_weights": ("model.safetensors", "; rename the file of weights"),
 }
 
 
@@ -196,9 +196,11 @@ def _check_form(fields: Mapping[str, Any]) -> None:
         raise Lfm2kitError(sentence)
     if fields.get("text_config") is not None:
         raise Lfm2kitError("text_config is a model within this one; give the text model's folder")
-    for key, (value, otherwise) in FIXED.items():
+    for key, (value, advice) in FIXED.items():
         if fields.get(key, value) not in (value, None):
-            raise Lfm2kitError(f"{key} is {brief(fields[key])}; lfm2kit has {value!r}: {otherwise}")
+            raise Lfm2kitError(
+                f"{key} is {brief(fields[key])}; lfm2kit supports only {value!r}{advice}"
+            )
 
 
 def _check_twins(fields: Mapping[str, Any]) -> None:
@@ -227,7 +229,7 @@ def _layer_types(fields: Mapping[str, Any]) -> tuple[str, ...]:
         )
     for i, kind in enumerate(kinds):
         if kind not in (CONV, ATTENTION):
-            raise Lfm2kitError(f"layer_types[{i}] is {brief(kind)}; there is: {CONV}, {ATTENTION}")
+            raise Lfm2kitError(f"layer_types[{i}] is {brief(kind)}; available: {CONV}, {ATTENTION}")
     count = fields.get("num_hidden_layers")
     if count is not None and count != len(kinds):
         raise Lfm2kitError(f"num_hidden_layers is {brief(count)}, layer_types has {len(kinds)}")
@@ -259,7 +261,7 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
     """Return the base of the rotary angles; refuse every scaled form of RoPE."""
     found = _thetas(fields)
     if not found:
-        raise Lfm2kitError("key 'rope_theta' is missing, and 'rope_parameters.rope_theta' as well")
+        raise Lfm2kitError("keys 'rope_theta' and 'rope_parameters.rope_theta' are both missing")
     if fields.get("rope_scaling") and list(found) == ["rope_parameters.rope_theta"]:
         raise Lfm2kitError(
             "rope_scaling has no rope_theta, and transformers takes it in place of "
@@ -293,18 +295,21 @@ def _check_unscaled(key: str, nested: Any) -> None:
         raise Lfm2kitError(f"{key} is {brief(nested)}; expected an object")
     for name, value in nested.items():
         if isinstance(value, dict):
-            raise Lfm2kitError(f"{key}.{name} is an object; lfm2kit has one RoPE for all layers")
+            raise Lfm2kitError(
+                f"{key}.{name} is an object; lfm2kit supports one RoPE for all layers"
+            )
     types = [nested[name] for name in ("rope_type", "type") if nested.get(name) is not None]
     for rope_type in types:
         if rope_type != "default":
             raise Lfm2kitError(
-                f"{key}.rope_type is {brief(rope_type)}; lfm2kit has 'default' alone: take {key} "
-                "out of config.json, and positions stay unscaled"
+                f"{key}.rope_type is {brief(rope_type)}; lfm2kit supports only 'default': remove "
+                f"{key} from config.json to run with unscaled positions"
             )
     for name in ("factor", "partial_rotary_factor"):
         if nested.get(name) not in (None, 1):
             raise Lfm2kitError(
-                f"{key}.{name} is {brief(nested[name])}; lfm2kit has RoPE unscaled, of whole heads"
+                f"{key}.{name} is {brief(nested[name])}; lfm2kit supports only unscaled RoPE over "
+                "whole heads"
             )
 
 

@@ -137,7 +137,7 @@ def broken_link(path: Path) -> str | None:
     if not os.path.islink(path) or os.path.exists(path):
         return None
     return (
-        f"this is a link to {os.readlink(path)}, which is not there; download it again, "
+        f"this is a link to {os.readlink(path)}, which does not exist; download it again, "
         "or copy folders of links with 'cp -rL'"
     )
 

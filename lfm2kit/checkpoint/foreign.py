@@ -1,4 +1,4 @@
-"""Recognises paths and tensor names that are no model for lfm2kit.
+"""Recognises paths and tensor names that are not a model for lfm2kit.
 
 For each there is one sentence: what it is, and what to type.  `lfm2kit.checkpoint.file_kinds`
 recognises single files.
@@ -26,7 +26,7 @@ ADAPTER = (
 SIGNS: Sequence[tuple[str, str]] = (
     ("adapter_model.*", f"there is {ADAPTER}"),
     ("model-*-of-*.safetensors", f"there are shards without {INDEX}; download that as well"),
-    ("*.safetensors", f"the weights have another name than {SINGLE}; rename the file, or give it"),
+    ("*.safetensors", f"the weights are not called {SINGLE}; rename the file, or give it"),
     ("pytorch_model*.bin", f"the weights are pickles (PyTorch's), {NO_PICKLES}"),
     ("*.pth", f"the weights are pickles (PyTorch's), {NO_PICKLES}"),
     ("*.gguf", "there is only GGUF, which lfm2kit does not read; give the Hugging Face folder"),
@@ -76,11 +76,11 @@ def check_names(path: Path, names: Collection[str]) -> None:
 
 
 def why_absent(name: str) -> str | None:
-    """Explain a model's name that is no path, and say what to type; None if unknown."""
+    """Explain a model's name that is not a path, and say what to type; None if unknown."""
     if (link := broken_link(Path(name))) is not None:
         return link
     if name.startswith("~"):
-        return f"the shell replaces '~' only unquoted and after a space; give {name} so"
+        return f"the shell replaces '~' only at the start of an unquoted word; type {name} as one"
     if "://" in name:
         return "this is an address, and lfm2kit downloads nothing; download the folder and give it"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name.split("/")[0]):
@@ -134,7 +134,7 @@ def _elsewhere(folder: Path, names: Sequence[str]) -> str | None:
         return f"this is a model's place in the hub's cache; {_snapshot(folder)}"
     inner = [name for name in names if os.path.isfile(folder / name / CONFIG)]
     if CONFIG not in names and inner:
-        return f"there is no model here, but below; give {folder / inner[-1]}"
+        return f"the model is in a folder below this one; give {folder / inner[-1]}"
     return None
 
 

@@ -55,7 +55,10 @@ def _unpacked(path: Path, name: str, tensor: Tensor) -> Iterator[tuple[str, Tens
         return
     shape = list(tensor.shape)
     if len(shape) != 3 or 0 in shape or (packed == GATE_UP and shape[1] % 2):
-        raise Lfm2kitError(f"{path}: tensor '{name}' has shape {shape}: no packed experts")
+        expected = (
+            "[experts, 2 * rows, columns]" if packed == GATE_UP else "[experts, rows, columns]"
+        )
+        raise Lfm2kitError(f"{path}: tensor '{name}' has shape {shape}; expected {expected}")
     if shape[0] > bounds.EXPERTS:
         raise Lfm2kitError(
             f"{path}: tensor '{name}' has shape {shape}; lfm2kit takes up to "
@@ -89,7 +92,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 def _read_shard(folder: Path, shard: str) -> dict[str, Tensor]:
     """Return the tensors of a shard beside the index, which must not lead out of its folder."""
     if PurePath(shard).name != shard or shard == "..":
-        raise Lfm2kitError(f"{folder / INDEX}: the shard '{shard}' is no plain file name")
+        raise Lfm2kitError(f"{folder / INDEX}: the shard '{shard}' is not the plain name of a file")
     return read_safetensors(folder / shard)
 
 
@@ -98,7 +101,7 @@ def read_index(path: Path) -> dict[str, Any]:
     fields = read_json(path)
     weight_map = fields.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise Lfm2kitError(f"{path}: weight_map is missing, empty or no object")
+        raise Lfm2kitError(f"{path}: weight_map is missing, empty or not an object")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard:
             raise Lfm2kitError(f"{path}: the shard of '{name}' is {brief(shard)}")

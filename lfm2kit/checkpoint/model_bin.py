@@ -111,8 +111,12 @@ def _entries(reader: _Reader, count: int) -> Iterator[Entry]:
 def _name(reader: _Reader, where: str) -> str:
     length = reader.u32()
     if not 1 <= length <= bounds.NAME:
-        raise Lfm2kitError(f"{where}: the name's length is {length}: no model.bin, or damaged")
+        raise Lfm2kitError(
+            f"{where}: the name's length is {length}: this is not a model.bin, or it is damaged"
+        )
     try:
         return reader.take(length).decode("utf-8")
     except UnicodeDecodeError:
-        raise Lfm2kitError(f"{where}: the name is no UTF-8: no model.bin, or damaged") from None
+        raise Lfm2kitError(
+            f"{where}: the name is not UTF-8: this is not a model.bin, or it is damaged"
+        ) from None

@@ -72,7 +72,7 @@ def check_place(
         return
     if not overwrite:
         raise Lfm2kitError(
-            f"{target} exists already; give ", Option("overwrite", True), " to replace it"
+            f"{target} already exists; give ", Option("overwrite", True), " to replace it"
         )
     if is_bin == target.is_dir():
         raise Lfm2kitError(f"{target} is a {'folder' if is_bin else 'file'}; remove it yourself")

@@ -45,7 +45,7 @@ def read_safetensors(path: Path, more: Mapping[str, Format] | None = None) -> di
     if length > min(bounds.HEADER, len(data) - LENGTH):
         raise Lfm2kitError(
             f"{path}: the header claims {length} bytes, the file has {len(data)} "
-            "(truncated, or no safetensors file?)"
+            "(truncated, or not a safetensors file?)"
         )
     start = LENGTH + length
     entries = _entries(path, parse_json(path, data[LENGTH:start].tobytes()), start, formats)
@@ -129,7 +129,7 @@ def _entry(path: Path, name: str, entry: Any, start: int, formats: Mapping[str, 
     if not isinstance(dtype, str) or dtype not in formats:
         raise Lfm2kitError(
             f"{path}: tensor '{name}' has dtype {brief(dtype)}; "
-            f"lfm2kit reads {', '.join(formats)}, and no quantised weights"
+            f"lfm2kit reads {', '.join(formats)}, but no quantised weights"
         )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise Lfm2kitError(

@@ -27,7 +27,7 @@ def remarks_on(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         others.insert(0, INDEX + _staleness(folder, shards))
     if others:
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
-        yield f"{folder}: read {first}, and not {', '.join(others[:NAMED])}{more}"
+        yield f"{folder}: reading {first}, not {', '.join(others[:NAMED])}{more}"
     if first == INDEX:
         yield from _size(folder, tensors)
 

@@ -180,8 +180,8 @@ def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> N
         share, name = max(late)
         remark(
             f"warning: a thread waited for a core for {share:.0%} of a call's time ({name}), in "
-            f"{len(late)} of {len(rows)} rows for {TOO_MUCH_WAITING:.0%} or more: these are slower "
-            "than this machine; end what else runs, or give fewer --threads"
+            f"{len(late)} of {len(rows)} rows for {TOO_MUCH_WAITING:.0%} or more: their times are "
+            "too long; stop other programs, or give fewer --threads"
         )
 
 
@@ -239,7 +239,7 @@ def _whole_numbers(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise Lfm2kitError(f"-n {text}: expected whole numbers of 1 or more, as 1,16,64")
+        raise Lfm2kitError(f"-n {text}: expected whole numbers of 1 or more, such as 1,16,64")
     if max(numbers) > bounds.COUNT:
         raise Lfm2kitError(f"-n {text}: lfm2kit takes up to {bounds.COUNT}")
     return numbers

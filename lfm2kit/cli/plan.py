@@ -194,7 +194,7 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
 def _without_state(sequences: int, room: Room) -> Iterator[str]:
     """Yield a remark on sequences that take no memory, because they have no tokens."""
     if sequences > 1 and not room.pages:
-        yield f"--sequences {sequences} shows no state without --context TOKENS of each sequence"
+        yield f"--sequences {sequences} needs --context TOKENS to show a state"
 
 
 def _for_whom(memory: str, setup: Setup) -> str:

@@ -119,8 +119,7 @@ def check_shared(request: Request) -> None:
     for name, path in paths.items():
         if path is not None and is_of_this_process(path):
             raise Lfm2kitError(
-                f"{name} {path}: each rank would take a file of its own for this; "
-                "give the name of a file"
+                f"{name} {path}: each rank has another file there; give the name of a file"
             )
 
 
@@ -134,7 +133,7 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
             )
         return _ids_of_file(request, checkpoint, vocab_size)
     if request.inputs is not None:
-        raise Lfm2kitError("--inputs and --random-inputs: give one of them")
+        raise Lfm2kitError("--inputs and --random-inputs: give only one of them")
     shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
     bounds.check_tokens(*shape)
     check_samples(shape, vocab_size)
@@ -193,7 +192,7 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
     if request.random_inputs is not None:
         raise Lfm2kitError("-v: there are no answers to random inputs; leave one of the two out")
     if not os.path.exists(answers):
-        raise Lfm2kitError(f"-v needs answers, and {answers} is not there; give --answers FILE")
+        raise Lfm2kitError(f"-v needs answers, and {answers} does not exist; give --answers FILE")
     check_regular(answers)
     return answers
 
@@ -221,7 +220,7 @@ def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
         other = prepared.checkpoint.passed_over(f"{name}.bin")
         if is_used and not is_chosen and other is not None:
             read = prepared.checkpoint.beside(f"{name}.bin")
-            yield f"read {read}, and not {other}; --{name} FILE chooses"
+            yield f"reading {read}, not {other}; give --{name} FILE to choose"
 
 
 def facts_of(request: Request, prepared: Prepared) -> Facts:

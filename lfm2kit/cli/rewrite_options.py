@@ -35,7 +35,7 @@ def check_state(option: str, rewrites: Iterable[Rewrite]) -> None:
     for rewrite in rewrites:
         if not rewrite.has_state:
             raise Lfm2kitError(
-                f"{option} needs a state; {option_of(rewrite.name)} is for whole samples alone"
+                f"{option} needs a state; {option_of(rewrite.name)} works on whole samples only"
             )
 
 

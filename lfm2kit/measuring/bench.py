@@ -216,7 +216,9 @@ def _first(setup: Setup, kind: str) -> Placed:
     found = next((p for p in _walk(setup, setup.placed) if p.spec.kind == kind), None)
     if found is None:
         there = sorted({leaf.kind for leaf in specs.leaves(setup.placed.spec)})
-        raise Lfm2kitError(f"the plan builds no block of kind {kind}; there is: {', '.join(there)}")
+        raise Lfm2kitError(
+            f"the plan builds no block of kind {kind}; available: {', '.join(there)}"
+        )
     return found
 
 

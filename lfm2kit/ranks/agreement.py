@@ -17,7 +17,7 @@ from lfm2kit.errors import USER_ERROR
 from lfm2kit.transport import Transport
 
 MOST_SHOWN = 3  # differences, or errors, in the one line
-ABSENT = "not there"
+ABSENT = "missing"
 
 
 class Fact(NamedTuple):

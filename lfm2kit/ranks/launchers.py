@@ -52,7 +52,7 @@ LAUNCHERS = (
         SLURM,
         "SLURM_PROCID",
         "SLURM_STEP_NUM_TASKS",  # SLURM_NTASKS is set in every shell of an allocation
-        "type srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list shows which there are)",
+        "type srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list shows what is available)",
     ),
     Launcher("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
     Launcher("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),

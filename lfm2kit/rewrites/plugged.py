@@ -55,7 +55,7 @@ def _check_tensors(who: str, model: Model, rewritten: Model, *, may_leave_out: b
         if shape != there[name]:
             raise Lfm2kitError(
                 f"{who}: tensor '{name}' has shape {list(there[name])}, "
-                f"its model's is {list(shape)}"
+                f"but its model needs {list(shape)}"
             )
     left_out = [name for name in there if name not in wanted]
     if left_out and not may_leave_out:
@@ -81,7 +81,7 @@ def _joined(who: str, factory: Callable[[Memory], Join], outer: Memory) -> Join:
         with blaming(joining):
             block = join.make(spec, **parts)
         if not callable(block):
-            raise Lfm2kitError(f"{joining} returned {brief(block)}, which is no block")
+            raise Lfm2kitError(f"{joining} returned {brief(block)}, not a block")
         return block
 
     return replace(join, make=make)

@@ -26,12 +26,15 @@ TINY = open_checkpoint(find_model("tiny"))
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"threads": 0}, "threads=0: expected a whole number of 1 or more, as threads=1"),
+        ({"threads": 0}, "threads=0: expected a whole number of 1 or more, such as threads=1"),
         ({"threads": 2**21}, "threads=2097152: lfm2kit takes up to 1048576"),
         ({"threads": "2"}, "threads='2': expected a whole number"),
         ({"threads": True}, "threads=True: expected a whole number"),
         ({"trim": True}, "'trim' is a rewrite; type rewrites=('trim',)"),
-        ({"preciison": "bf16"}, "unknown option 'preciison'; there is: backend, n_cpu_moe, plan, "),
+        (
+            {"preciison": "bf16"},
+            "unknown option 'preciison'; available: backend, n_cpu_moe, plan, ",
+        ),
         ({"rewrites": "trim"}, "rewrites='trim': expected a tuple of names, such as ('NAME',)"),
         ({"rewrites": 7}, "rewrites=7: expected a tuple of names"),
         ({"backend": 5}, "backend=5: expected a plan as text"),
@@ -39,7 +42,10 @@ TINY = open_checkpoint(find_model("tiny"))
         ({"precision": 5}, "precision=5: expected a name"),
         ({"precision": ""}, "precision='': expected a name"),
         ({"precision": None}, "precision: expected a name"),
-        ({"n_cpu_moe": -1}, "n_cpu_moe=-1: expected a whole number of 0 or more, as n_cpu_moe=0"),
+        (
+            {"n_cpu_moe": -1},
+            "n_cpu_moe=-1: expected a whole number of 0 or more, such as n_cpu_moe=0",
+        ),
         ({"n_cpu_moe": 7, "backend": "reference"}, "n_cpu_moe=7: the model has 6 MoE layers"),
     ],
 )
@@ -61,8 +67,8 @@ def test_a_plan_as_a_file_needs_no_other_backend(tmp_path: Path) -> None:
 def test_a_plan_as_text_and_as_a_file_are_both_named() -> None:
     with pytest.raises(Lfm2kitError) as caught:
         Options(backend="reference", plan=Path("p.toml")).chosen_plan()
-    assert str(caught.value) == "backend='reference' and plan='p.toml': give one of them"
-    assert told(caught.value) == "--backend reference and --plan p.toml: give one of them"
+    assert str(caught.value) == "backend='reference' and plan='p.toml': give only one of them"
+    assert told(caught.value) == "--backend reference and --plan p.toml: give only one of them"
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "warmup"])

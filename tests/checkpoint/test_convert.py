@@ -520,7 +520,7 @@ def test_what_comes_to_be_during_a_conversion_is_not_replaced_unasked(
         if not (tmp_path / name).exists():
             write_checkpoint(other, tmp_path / name)
 
-    with pytest.raises(Lfm2kitError, match="exists already"):
+    with pytest.raises(Lfm2kitError, match="already exists"):
         write_checkpoint(source(), tmp_path / name, done=done)
     assert open_checkpoint(tmp_path / name).config == parse_config(other.config)
 

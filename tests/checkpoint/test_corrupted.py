@@ -168,7 +168,7 @@ CORRUPTIONS: dict[Callable[[Path], None], list[str]] = {
     a_config_cut_in_half: ["config.json", "JSON"],
     a_config_without_theta: ["config.json", "rope_theta"],
     a_config_of_a_billion_experts: ["config.json", "num_experts", "1000000000"],
-    an_index_out_of_the_folder: [INDEX, f"../{SINGLE}", "no plain file name"],
+    an_index_out_of_the_folder: [INDEX, f"../{SINGLE}", "not the plain name of a file"],
     no_tensors: ["copy", SINGLE],
 }
 

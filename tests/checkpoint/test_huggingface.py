@@ -67,14 +67,22 @@ def packed(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        ("gate_up_proj", (8, 31, 24), ["gate_up_proj", "[8, 31, 24]", "no packed experts"]),
-        ("gate_up_proj", (8, 32 * 24), ["gate_up_proj", "[8, 768]", "no packed experts"]),
-        ("gate_up_proj", (), ["gate_up_proj", "[]", "no packed experts"]),
-        ("down_proj", (24, 16), ["down_proj", "[24, 16]", "no packed experts"]),
+        (
+            "gate_up_proj",
+            (8, 31, 24),
+            ["gate_up_proj", "[8, 31, 24]", "[experts, 2 * rows, columns]"],
+        ),
+        (
+            "gate_up_proj",
+            (8, 32 * 24),
+            ["gate_up_proj", "[8, 768]", "[experts, 2 * rows, columns]"],
+        ),
+        ("gate_up_proj", (), ["gate_up_proj", "[]", "[experts, 2 * rows, columns]"]),
+        ("down_proj", (24, 16), ["down_proj", "[24, 16]", "[experts, rows, columns]"]),
         ("down_proj", (8, 16, 24), ["experts.0.w2.weight", "[16, 24]", "[24, 16]"]),
         ("down_proj", (7, 24, 16), ["experts.7.w2.weight"]),
         ("down_proj", (9, 24, 16), ["experts.8.w2.weight", "no place"]),
-        ("down_proj", (0, 24, 16), ["down_proj", "no packed experts"]),
+        ("down_proj", (0, 24, 16), ["down_proj", "[experts, rows, columns]"]),
         ("down_proj", (2**40, 0, 16), ["down_proj", "dimensions up to 2147483647"]),
         ("down_proj", (1025, 1, 1), ["down_proj", "up to 1024 experts"]),
     ],

@@ -111,7 +111,7 @@ LIES: dict[str, tuple[bytes, list[str]]] = {
     "data missing": (GOOD[:33], ["'w'", "truncated"]),
     "count one too high": (table(row(b"w", [2], 33, 8), count=2) + bytes(8), ["entry 1 of 2"]),
     "count huge": (table(row(b"w", [2], 33, 8), count=2**32 - 1) + bytes(8), ["entry 1 of 4294"]),
-    "some text": (b"some text " * 100, ["entry 0", "no model.bin"]),
+    "some text": (b"some text " * 100, ["entry 0", "not a model.bin"]),
     "a zip archive": (b"PK\x03\x04" + b"zip" * 100, ["zip archive"]),
     "no name": (table(row(b"", [2], 32, 8)) + bytes(8), ["entry 0", "name's length is 0"]),
     "name length huge": (

@@ -243,7 +243,7 @@ def test_what_the_user_must_change_is_one_line(
 def test_a_number_out_of_range_is_refused_in_our_words(
     cli: Cli, command: str, option: str, refused: str, least: int
 ) -> None:
-    expected = f"expected a whole number of {least} or more, as {option} {least}"
+    expected = f"expected a whole number of {least} or more, such as {option} {least}"
     fails(cli(command, option, refused), f"{option} {refused}: {expected}")
 
 
@@ -409,10 +409,10 @@ def test_plan_shows_what_is_free_and_missing(cli: Cli) -> None:
 def test_plan_says_that_sequences_without_a_context_show_no_state(cli: Cli) -> None:
     plan = ("plan", "-b", "reference", "--sequences", 16)
     out = cli(*plan).out
-    assert "--sequences 16 shows no state without --context" in out
+    assert "--sequences 16 needs --context TOKENS to show a state" in out
     with_context = cli(*plan, "--context", 200).out
     assert "in 32 pages of 128 tokens" in with_context
-    assert "shows no state" not in with_context
+    assert "to show a state" not in with_context
 
 
 def test_a_plan_file_says_the_same_as_text(cli: Cli, tmp_path: Path) -> None:
@@ -526,13 +526,13 @@ def other_memory(name: str) -> HostMemory:
 
 
 def test_no_state_is_planned_for_a_rewrite_that_has_none(cli: Cli) -> None:
-    fails(cli("plan", "--context", 4096, "--trim"), "--context 4096 needs a state; --trim is for")
+    fails(cli("plan", "--context", 4096, "--trim"), "--context 4096 needs a state; --trim works on")
     assert cli("plan", "--trim").code == 0
 
 
 def test_bench_refuses_nonsense(cli: Cli) -> None:
     fails(cli("bench", "-n", "1,x"), "1,x")
-    fails(cli("bench", "-n", "0"), "-n 0: expected whole numbers of 1 or more, as 1,16,64")
+    fails(cli("bench", "-n", "0"), "-n 0: expected whole numbers of 1 or more, such as 1,16,64")
     fails(cli("bench", "--decode", "--block", "moe"), "leave out --block")
     fails(cli("bench", "--decode", "--trim"), "whole samples")
     fails(cli("bench", "--block", "moe", "--trim"), "the model as it is; leave out --trim")

@@ -45,7 +45,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     ("words", "expected"),
     [
         (["rnu"], ["'rnu'", "Did you mean 'run'?", "see lfm2kit --help"]),
-        (["run", "-n", "0"], ["-n 0: expected a whole number of 1 or more, as -n 1"]),
+        (["run", "-n", "0"], ["-n 0: expected a whole number of 1 or more, such as -n 1"]),
         (["run", "--nosuch"], ["--nosuch", "see lfm2kit run --help"]),
         (["bench", "--block", "nosuch"], ["nosuch", "conv", "see lfm2kit bench --help"]),
         (["run", "--answers", "nosuch"], ["--answers nosuch", "-v"]),

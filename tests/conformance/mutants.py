@@ -137,7 +137,7 @@ class EveryOtherRow(Around):
 
 
 class ForeignArray:
-    """What another library returns: it has a shape and a dtype, and is no NumPy array."""
+    """What another library returns: it has a shape and a dtype, but is not a NumPy array."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
@@ -186,7 +186,7 @@ class ReturnsAView(Around):
 class ViewOfTheTable(rows.Embedding):
     """One token's embedding is a view of the table; a norm that adds in place changes the weights.
 
-    Indexing by a slice or an integer is a view in NumPy, indexing by an array is none.
+    Indexing by a slice or an integer is a view in NumPy, indexing by an array is not.
     """
 
     def __init__(self, spec, weights):

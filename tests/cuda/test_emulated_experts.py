@@ -108,7 +108,7 @@ def test_pairs_of_nobody_go_nowhere(
 def test_a_sum_has_nothing_of_nobody(experts: Callable[[int], Run]) -> None:
     """NaN beside a place of -1, and in the row that is read in its stead, does not show.
 
-    The sum starts from the first product that there is: even a -0 stays.
+    The sum starts from the first product, even if that is -0.
     """
     taken, columns, rng = 3, 20, np.random.default_rng(0)
     outputs = rng.standard_normal((8, columns)).astype(np.float32)

@@ -84,12 +84,12 @@ def test_another_model_on_one_rank_ends_all(tmp_path: Path) -> None:
 
 def test_a_plugin_that_is_broken_on_one_rank_ends_all(odd_plugin: str) -> None:
     done = job(RUN, ["env", odd_plugin, *RUN])
-    assert_refused(done, "plugin odd is not there on rank 0 and broken", "a_module_that_is")
+    assert_refused(done, "plugin odd is missing on rank 0 and broken", "a_module_that_is")
 
 
 def test_another_list_of_plugins_on_one_rank_ends_all() -> None:
     done = job(RUN, ["env", "LFM2KIT_PLUGINS=reference", *RUN])
-    assert_refused(done, "LFM2KIT_PLUGINS is not there on rank 0 and reference on rank 1")
+    assert_refused(done, "LFM2KIT_PLUGINS is missing on rank 0 and reference on rank 1")
 
 
 def test_another_lfm2kit_on_one_rank_ends_all(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_a_wrapper_that_makes_no_block_is_named(load: Load, name: str, said: str
         return wrappers.wrap(name, MLP(2, 3), lambda x: x)
 
     who = f"plugin 'odd', wrapping {said},"
-    with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} returned None, which is no block"):
+    with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} returned None, not a block"):
         wrapped(lambda block: None)
     with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} raised KeyError: 'w'"):
         wrapped(raises(KeyError("w")))
@@ -253,7 +253,7 @@ def larger(model: Model) -> Model:
         (a_rewrite(has_layers(lambda all: (None, *all[1:]))), r"layers\.0 is None, not a Spec"),
         (a_rewrite(has_layers(lambda all: all[:3])), r"leaves out tensor 'layers\.3\..* more"),
         (a_rewrite(has_layers(lambda all: all * 2)), r"there is no tensor 'layers\.8\."),
-        (a_rewrite(larger), r"has shape \[\d+, 128\], its model's is \[4096, 128\]"),
+        (a_rewrite(larger), r"has shape \[\d+, 128\], but its model needs \[4096, 128\]"),
         (a_rewrite(boxed, joins={Boxed: lambda outer: 5}), "a join of rewrite 'x' .* is 5, not a"),
         (a_rewrite(boxed, joins={Boxed: raises(KeyError("w"))}), "a join of .* raised KeyError"),
     ],

@@ -108,7 +108,7 @@ def test_lfm2kit_backends_are_picked_by_auto_only_if_preferred_and_able(load: Lo
     assert plugins.auto("fp16") == "half"
     with pytest.raises(lfm2kit.Lfm2kitError, match="no backend for precision int3"):
         plugins.auto("int3")
-    with pytest.raises(lfm2kit.Lfm2kitError, match="no precision fp16; there is: fp32"):
+    with pytest.raises(lfm2kit.Lfm2kitError, match="no precision fp16; available: fp32"):
         plugins.creator(Context(precision="fp16"))("fast")
 
 
@@ -131,7 +131,7 @@ def test_lfm2kit_backends_are_created_once_in_each_precision(load: Load) -> None
     assert create("outer") is create("inner") is create("inner:fp32") is create("outer:fp32")
     assert create("outer:int4") is create("inner:int4")
     assert made == ["inner fp32", "inner int4"]
-    with pytest.raises(lfm2kit.Lfm2kitError, match="'inner' has no precision fp8; there is: fp32"):
+    with pytest.raises(lfm2kit.Lfm2kitError, match="'inner' has no precision fp8; available: fp32"):
         create("inner:fp8")
 
 
@@ -379,7 +379,7 @@ def test_a_plugin_that_was_skipped_is_named_where_a_name_is_not_there(
     skipped = "; skipped as broken: plugin 'odd' (ModuleNotFoundError: No module named"
     cli("helo").assert_fails("No such command 'helo'", skipped)
     cli("plan", "-b", "mine").assert_fails("unknown backend 'mine'", skipped)
-    cli("plan", "--rewrite", "x").assert_fails("unknown rewrite 'x'; there is: trim", skipped)
+    cli("plan", "--rewrite", "x").assert_fails("unknown rewrite 'x'; available: trim", skipped)
 
 
 def test_no_plugin_is_loaded_for_a_command_of_lfm2kit(

@@ -20,6 +20,16 @@ NOT_VERBS = (
     "|Why|With|Without"
 )
 
+# Inverted or clipped phrases, and what to write.
+BANNED = {
+    r"(?<![Tt]here )\b(is|are|was) no (?!longer|more|less|faster)[a-z]": "is not a ...",
+    r"(?<![Tt]here )\b(is|are) none\b": "is not",
+    r"\bso many\b(?![^.]* that )": "this many, or the number",
+    r"\bin turns\b": "alternately, or one after the other",
+    r"\b(expected|must be|or more|or a range|perhaps) [^.;]{0,60}, as [^ ]": "such as",
+    r"\bthere is: ": "available: ",
+}
+
 
 def written(*endings: str) -> list[str]:
     """Return the project's own files with these endings."""
@@ -71,4 +81,38 @@ def test_docstrings_of_functions_begin_with_a_verb_in_the_imperative() -> None:
         for name, text in functions(file)
         if not is_imperative(text)
     ]
+    assert not found, "\n".join(found)
+
+
+def phrases(text: str) -> list[str]:
+    """Return the banned phrases of a text, also those that are broken over lines or strings."""
+    in_one_line = re.sub(r'"?\n[ #*/>|]*f?"?', " ", text)
+    return [
+        f"{found[0]!r}: write {instead!r}"
+        for pattern, instead in BANNED.items()
+        for found in re.finditer(pattern, re.sub(" +", " ", in_one_line))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("rule is no array of tables", 1),
+        ("'x' is no\n# layer", 1),
+        ("there is no folder, and it is no longer read; one is no faster", 0),
+        ("of so many samples one", 1),
+        ("so many values that it spills", 0),
+        ('"expected a number of 1 or more, as "\n    "-n 1"', 1),
+        ("unknown backend 'x'; there is: cuda", 1),
+    ],
+)
+def test_an_inverted_or_clipped_phrase_is_seen(text: str, count: int) -> None:
+    assert len(phrases(text)) == count
+
+
+def test_no_text_has_an_inverted_or_clipped_phrase() -> None:
+    own = str(Path(__file__).relative_to(ROOT))
+    files = written(".py", ".md", ".cu", ".cuh", ".sh", ".toml")
+    texts = {file: (ROOT / file).read_text() for file in files if file != own}
+    found = [f"{file}: {said}" for file, text in texts.items() for said in phrases(text)]
     assert not found, "\n".join(found)

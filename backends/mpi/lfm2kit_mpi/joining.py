@@ -65,8 +65,8 @@ def _start_mpi(size: int) -> ModuleType:
 
     if transport.world_size() != size:
         raise Lfm2kitError(
-            f"the launcher started {size} ranks, but mpi4py sees {transport.world_size()}: its MPI "
-            "is another than mpiexec's. Install mpi4py for the MPI of this machine"
+            f"the launcher started {size} ranks, but mpi4py sees {transport.world_size()}: it uses "
+            "another MPI than mpiexec does. Install mpi4py for the MPI of this machine"
         )
     return transport
 

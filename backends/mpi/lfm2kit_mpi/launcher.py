@@ -52,7 +52,7 @@ def _check_cores(ranks: int) -> None:
         raise Lfm2kitError(
             Option("ranks", ranks),
             f": this machine has {cores} cores, enough for {MOST_PER_CORE * cores}; "
-            "start more of them over several machines, in an allocation",
+            "start more of them on several machines, in an allocation",
         )
 
 

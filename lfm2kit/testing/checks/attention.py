@@ -79,7 +79,7 @@ def attention_large_scores(trial: Trial) -> None:
 def attention_is_causal(trial: Trial) -> None:
     """A row's result has the same bits whatever stands in the rows after it, NaN even.
 
-    A weight of 0 is no mask for a value that is not finite: 0 * NaN is NaN.
+    A weight of 0 does not mask a value that is not finite: 0 * NaN is NaN.
     """
     for spec in _attentions(trial):
         block = trial.build(spec, trial.random_weights(spec))

@@ -215,7 +215,7 @@ def state_steps_back(trial: Trial) -> None:
 def state_positions_beyond_32768(trial: Trial) -> None:
     """Positions above 32,768, in page tables of more than 512 columns, are read right.
 
-    Every column names one page, so that no forward over so many tokens is needed.
+    Every column names one page, so that no forward over all those tokens is needed.
     """
     for spec in trial.supported(OPERATORS):
         columns = 32768 // PAGE_TOKENS
