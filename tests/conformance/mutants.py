@@ -120,14 +120,14 @@ class IdsIn16Bits(Around):
 
 
 class FortranOrder(Around):
-    """Returns a transposed product: BLAS in column-major order gives nothing else."""
+    """A product that is transposed: BLAS in column-major order gives nothing else."""
 
     def __call__(self, x):
         return np.asfortranarray(self.block(x))
 
 
 class EveryOtherRow(Around):
-    """Returns a view with gaps: the rows of a padded buffer, for example."""
+    """A view with gaps: the rows of a padded buffer, for example."""
 
     def __call__(self, x):
         result = self.block(x)

@@ -123,7 +123,7 @@ def test_the_grown_plugin_runs_all_its_blocks_in_both_memories(grown: Path) -> N
     plan = "reference,mlp=mine,experts=mine,conv=mine,head=mine"
     done = run(f"lfm2kit run --backend {plan} --threads 2 -n 4 -v", grown)
     assert (done.returncode, "\nVALID\n" in done.stdout) == (0, True), done.stdout + done.stderr
-    assert "mine: it has one thread, whatever is asked for" in done.stderr
+    assert "mine: it has one thread, whatever the user asks for" in done.stderr
     blocks = json.loads(run(f"lfm2kit plan --backend {plan} --json -", grown).stdout)["blocks"]
     copies = {block["block"]: block["copy"] for block in blocks if block["copy"]}
     assert copies == {"lm_head": "host <-> lfm2kit_mine"}
