@@ -65,7 +65,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint to the other layout, or to another type of weights."""
     if seed is not None and not random:
-        raise Lfm2kitError(f"--seed {seed} is for --random, which is not given")
+        raise Lfm2kitError(f"--seed {seed} needs --random, which is not given")
     weights = _random(source, seed or 0) if random else _opened(source)
     stored = None if dtype is None else FORMATS[dtype]
     with progress("writing", _size(weights, stored, target), "GB", 1e9) as advance:

@@ -129,7 +129,7 @@ def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int
     if request.random_inputs is None:
         if request.options.seed is not None and checkpoint.seed is None:
             raise Lfm2kitError(
-                f"--seed {request.options.seed} is for --random-inputs, which is not given"
+                f"--seed {request.options.seed} needs --random-inputs, which is not given"
             )
         return _ids_of_file(request, checkpoint, vocab_size)
     if request.inputs is not None:
@@ -186,7 +186,7 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
     """Return the file of answers if `-v` asks for a comparison."""
     if not request.validate:
         if request.answers is not None:
-            raise Lfm2kitError(f"--answers {request.answers} is for -v, which is not given")
+            raise Lfm2kitError(f"--answers {request.answers} needs -v, which is not given")
         return None
     answers = request.answers or checkpoint.beside("answers.bin")
     if request.random_inputs is not None:
