@@ -178,7 +178,7 @@ def test_each_memory_must_have_room_for_its_own_part_of_a_state(monkeypatch: Any
 
 
 class WithoutStateBytes:
-    """Builds operators, but does not say what their states take."""
+    """A backend that builds operators, but does not say what their states take."""
 
     def __init__(self, context: Context) -> None:
         backend = ReferenceBackend()

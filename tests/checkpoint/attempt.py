@@ -21,7 +21,7 @@ def content(tensors: Mapping[str, Tensor]) -> Content:
 
 
 class Attempt(NamedTuple):
-    """What came of reading a file."""
+    """The result of reading a file."""
 
     tensors: Content | None
     error: str  # the sentence that refuses it; any other exception is the test's failure

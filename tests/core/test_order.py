@@ -33,7 +33,7 @@ def hasty_threads() -> Iterator[None]:
 
 
 class SlowReplay(Recorded):
-    """Gives other threads time to close it before it begins."""
+    """A replay that gives other threads time to close it before it begins."""
 
     def __call__(self, batch: Batch) -> Any:
         time.sleep(0.001)

@@ -39,7 +39,7 @@ Judged = tuple[Float64, Float64]  # what is expected, and the most that a result
 
 @dataclass(frozen=True)
 class Tiles:
-    """As `RowTiles`; group_of holds the group of each row, -1 where there is none."""
+    """A list of tiles as `RowTiles`; group_of holds the group of each row, -1 if there is none."""
 
     source: Ints
     tiles: Ints
@@ -52,7 +52,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Emulated:
-    """What gemm.py launches, by blocks that take several tiles each."""
+    """A product as gemm.py launches it, by CTAs that take several tiles each."""
 
     program: Path
 

@@ -21,7 +21,7 @@ from lfm2kit.testing.host_block import host_block
 
 
 class WholeLayers(ReferenceBackend):
-    """The reference, its layers built whole; their parts it builds alone too."""
+    """A backend that builds the reference's layers whole, and their parts alone too."""
 
     def why_unsupported(self, spec: Spec) -> str | None:
         return None if isinstance(spec, specs.Layer) else super().why_unsupported(spec)

@@ -166,7 +166,7 @@ def test_ids_of_nobody_are_not_sent_and_add_nothing() -> None:
 
 
 class DeviceExchange:
-    """Exchanges boxed arrays without unboxing them for the host; pads to what all ranks send.
+    """An exchange of boxed arrays, which are not unboxed for the host, with padding.
 
     Every rank gets all pairs of all ranks, and those that are not for it have the id -1.
     """
@@ -202,7 +202,7 @@ class DeviceExchange:
 
 
 class DeviceTransport(ThreadTransport):
-    """Ranks whose tokens go from device to device."""
+    """A transport whose tokens go from device to device."""
 
     is_capturable = False
 
@@ -217,7 +217,7 @@ class CapturableTransport(DeviceTransport):
 
 
 class Padded(DeviceBackend):
-    """Experts that leave NaN in the rows of padding, which may hold anything."""
+    """A backend whose experts leave NaN in the rows of padding, which may hold anything."""
 
     def build(self, spec: Spec, weights: Any) -> Block:
         block = super().build(spec, weights)

@@ -35,7 +35,7 @@ SEQUENCES = Batch.of_sequences([[3, 1, 4], [1, 5]])
 
 @dataclass(frozen=True, slots=True)
 class Halves(Spec):
-    """(x) -> delta, as the MLP: computed for half of the rows, and then for the others."""
+    """A spec (x) -> delta, as the MLP, computed for half of the rows and then for the others."""
 
     mlp: MLP
     kind: ClassVar[str] = "mlp"
