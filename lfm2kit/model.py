@@ -31,7 +31,7 @@ from lfm2kit.state import ModelState, Room
 
 
 class Forward:
-    """ids -> embedding -> layers -> norm of the last rows -> logits [logits, vocab_size]."""
+    """A forward: ids -> embedding -> layers -> norm of last rows -> logits [logits, vocab_size]."""
 
     def __init__(self, spec: specs.Model, **blocks: Any) -> None:
         self.embed_tokens: Block = blocks["embed_tokens"]
@@ -158,7 +158,7 @@ class LFM2:
 
         With a `state` (see `new_state`) each sequence goes on from what its pages hold; without
         one, sequences are whole.
-        Raises ValueError for an id outside the vocabulary, a position above 0 without a state, a
+        Raise ValueError for an id outside the vocabulary, a position above 0 without a state, a
         state of another model, and a batch that the state cannot hold or go on from; TypeError for
         what is neither a batch nor a state.
         """
@@ -189,7 +189,7 @@ class LFM2:
         """Return an empty state with `room.pages` pages of `room.page_tokens` tokens.
 
         `Room.of_sequences(16, 4096)` has room for 16 sequences of up to 4096 tokens each.
-        Raises `Lfm2kitError` if a memory has too little left for it, before any is allocated, and
+        Raise `Lfm2kitError` if a memory has too little left for it, before any is allocated, and
         TypeError for what is not a `Room`.
         """
         if not isinstance(room, Room):
@@ -272,5 +272,5 @@ class LFM2:
 
 
 def can_capture(backend: Backend, placed: Placed) -> bool:
-    """Returns whether a forward of `placed` can be captured by the plan's default backend."""
+    """Return whether a forward of `placed` can be captured by the plan's default backend."""
     return isinstance(backend, Captures) and placed.is_capturable

@@ -91,7 +91,7 @@ class Answers(NamedTuple):
 
 
 def free_bytes_of(memory: Bounded) -> int:
-    """Returns the free bytes of a memory; `Lfm2kitError` if that raises, or returns no size."""
+    """Return the free bytes of a memory; `Lfm2kitError` if that raises, or returns no size."""
     who = f"free_bytes of memory '{memory.name}'"
     with blaming(who):
         answer: Any = memory.free_bytes()

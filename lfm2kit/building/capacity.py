@@ -31,7 +31,7 @@ class Shortage(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """Bytes of one memory, at the least: blocks whose backend gives no figures count as 0."""
+    """The bytes of one memory, at the least: blocks whose backend gives no figures count as 0."""
 
     kept: int  # of weights, as long as the model lives
     scratch: int  # by the block of a forward that needs most, while it runs
@@ -43,7 +43,7 @@ FEWER_SEQUENCES = "try fewer sequences at once, or shorter ones"
 
 
 class Sizes(NamedTuple):
-    """Compares what blocks need with what their memories have."""
+    """The bytes that blocks need, to be compared with what their memories have."""
 
     create: Callable[[str], Backend]
     weights: Weights  # of the whole model
@@ -75,7 +75,7 @@ class Sizes(NamedTuple):
         return answers_of(self.create, leaf)
 
     def free(self, placed: Placed) -> dict[str, int]:
-        """Returns the free bytes by memory, for memories that know them."""
+        """Return the free bytes by memory, for memories that know them."""
         return free_bytes(placed, self.ranks)
 
     def shortage(self, placed: Placed, tokens: int = 0, room: Room = NO_ROOM) -> Shortage | None:
@@ -105,7 +105,7 @@ class Sizes(NamedTuple):
 
 
 def answers_of(create: Callable[[str], Backend], leaf: Placed) -> Answers:
-    """Returns what the backend of a leaf answers about it."""
+    """Return what the backend of a leaf answers about it."""
     assert leaf.backend is not None  # a leaf's always is
     return Answers(create(leaf.backend), leaf.backend, leaf.name or "the model")
 
@@ -113,7 +113,7 @@ def answers_of(create: Callable[[str], Backend], leaf: Placed) -> Answers:
 def state_bytes(create: Callable[[str], Backend], leaf: Placed, room: Room) -> int:
     """Return the bytes that a block's state with this room will take; 0 if it has none.
 
-    Raises `Lfm2kitError` if its backend lacks `state_bytes`.
+    Raise `Lfm2kitError` if its backend lacks `state_bytes`.
     """
     if not leaf.spec.has_state:
         return 0
@@ -147,7 +147,7 @@ def check_state(create: Callable[[str], Backend], placed: Placed, ranks: int, ro
 
 
 def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:
-    """Raises `Lfm2kitError` if the host has less than `nbytes` bytes of memory left."""
+    """Raise `Lfm2kitError` if the host has less than `nbytes` bytes of memory left."""
     if nbytes > (free := HOST.free_bytes()):
         raise Lfm2kitError(
             f"{what_takes} {size(nbytes)} of memory, {size(free)} are free "
@@ -157,7 +157,7 @@ def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:
 
 
 def size(count: float) -> str:
-    """Formats a number of bytes for people: "512 MB", "46.9 GB"."""
+    """Format a number of bytes for people: "512 MB", "46.9 GB"."""
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -41,7 +41,7 @@ EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """Describes an option, for code that shows it or reads it from a text."""
+    """A description of an option, for code that shows it or reads it from a text."""
 
     help: str
     default: str | None = None  # in words, where the value does not say it
@@ -51,49 +51,53 @@ class About:
     variable: str | None = None  # the environment variable that it may come from
 
     def check(self, name: str, value: object) -> None:
-        """Raises `Lfm2kitError` if `value` is not a whole number within the bounds."""
+        """Raise `Lfm2kitError` if `value` is not a whole number within the bounds."""
         if self.least is None:
             return
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         if not is_whole or value < self.least:  # type: ignore[operator]
-            expected = f": expected a whole number of {self.least} or more, as "
+            expected = f": expected a whole number of {self.least} or more, such as "
             raise Lfm2kitError(Option(name, value), expected, Option(name, self.least))
         if value > self.most:  # type: ignore[operator]
             raise Lfm2kitError(Option(name, value), f": lfm2kit takes up to {self.most}")
 
 
 def option(default: Any, help: str, *, words: str | None = None, **about: Any) -> Any:
-    """Returns a dataclass field for an option; `words` describe the default, see `About`."""
+    """Return a dataclass field for an option; `words` describe the default, see `About`."""
     return field(default=default, metadata={"about": About(help, words, **about)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Which model to set up, and how.  Raises `Lfm2kitError` for values out of bounds."""
+    """A choice of a model and its set-up.  Raises `Lfm2kitError` for values out of bounds."""
 
     model: str = option(
-        "tiny", "Checkpoint folder, model.bin, TOML file of specs, or an embedded model."
+        "tiny",
+        "Checkpoint folder, model.bin, TOML file of specs, or embedded model.",
+        metavar="MODEL",
     )
     backend: str | None = option(
         None,
-        "Which backend builds what: auto, reference, 'auto,2-4.moe=reference', "
+        "Which backend builds which block, such as auto, reference, 'auto,2-4.moe=reference' or "
         "'auto:bf16,head=auto:fp32'.",
         words="auto",
         metavar="PLAN",
         variable=BACKEND_VARIABLE,
     )
-    plan: Path | None = option(None, "The plan as a TOML file instead.", metavar="FILE")
-    precision: str = option("fp32", "fp32, or a precision that the backends of the plan have.")
-    threads: int | None = option(
-        None, "CPU threads.", words="the cores that this process may use", least=1
+    plan: Path | None = option(None, "Read the plan from this TOML file instead.", metavar="FILE")
+    precision: str = option(
+        "fp32", "fp32, or another precision that the backends have.", metavar="NAME"
     )
-    n_cpu_moe: int = option(0, "Experts of the first N MoE layers on CPU.", least=0)
+    threads: int | None = option(
+        None, "Number of CPU threads.", words="one for each core that this process may use", least=1
+    )
+    n_cpu_moe: int = option(0, "Build the experts of the first N MoE layers on the CPU.", least=0)
     rewrites: tuple[str, ...] = option(
         (), "Rewrites of the model, in the order of their names here."
     )
     seed: int | None = option(
         None,
-        "Seed of what is random: ids, and weights of a file of specs.",
+        "Seed of random token ids, and of the random weights of a file of specs.",
         words="0",
         least=0,
         most=bounds.SEED,
@@ -111,10 +115,10 @@ class Options:
             one.metadata["about"].check(one.name, value)
 
     def chosen_plan(self) -> Plan:
-        """Returns the plan, from its text or its file; raises `Lfm2kitError` if it is wrong."""
+        """Return the plan, from its text or its file; raise `Lfm2kitError` if it is wrong."""
         if self.plan is None:
             return Plan.parse(AUTO if self.backend is None else self.backend)
         if self.backend is not None:
             both = Option("backend", self.backend), " and ", Option("plan", self.plan)
-            raise Lfm2kitError(*both, ": give one of them")
+            raise Lfm2kitError(*both, ": give only one of them")
         return Plan.read(Path(self.plan))

@@ -41,25 +41,25 @@ class Placed:
         return self.memory.name != self.outer.name
 
     def leaves(self) -> Iterator[Placed]:
-        """The blocks that backends build, in the order of the forward."""
+        """Yield the blocks that backends build, in the order of the forward."""
         if self.backend is not None:
             yield self
         for _, part in self.parts:
             yield from part.leaves()
 
     def copies(self) -> int:
-        """How many blocks of the tree take their arrays from another memory."""
+        """Return how many blocks of the tree take their arrays from another memory."""
         return int(self.is_copied) + sum(part.copies() for _, part in self.parts)
 
     def tree(self) -> Iterator[Placed]:
-        """Yields this block and all that it is joined of."""
+        """Yield this block and all that it is joined of."""
         yield self
         for _, part in self.parts:
             yield from part.tree()
 
     @property
     def is_capturable(self) -> bool:
-        """Whether a forward can be recorded: nothing moves between memories, no join forbids it."""
+        """Return whether a forward can be captured: it has no copies, and no join forbids it."""
         return not any(
             placed.is_copied or (placed.join is not None and not placed.join.is_capturable)
             for placed in self.tree()
@@ -72,7 +72,7 @@ class _LackingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Placer:
-    """Places specs as `plan` says; `create` gives backends, `installed` names them for errors."""
+    """A placer of specs by `plan`; `create` gives backends, `installed` names them for errors."""
 
     plan: Plan
     create: Callable[[str], Backend]
@@ -80,7 +80,7 @@ class Placer:
     installed: Iterable[str] = ()
 
     def place(self, model: specs.Model) -> Placed:
-        """The whole model's tree; `Lfm2kitError` where a backend lacks a block it is given."""
+        """Return the whole model's tree; raise `Lfm2kitError` if a backend lacks its block."""
         self.plan.check(model)
         home = self._ask(self.plan.default).memory(model.embed_tokens)
         try:
@@ -110,16 +110,16 @@ class Placer:
         return Placed(name, scope, spec, join.memory, outer, None, parts, join)
 
     def _ask(self, backend: str, place: str = "") -> Answers:
-        """Returns what a backend answers about the block at `place`."""
+        """Return what a backend answers about the block at `place`."""
         return Answers(self.create(backend), backend, place)
 
     def _why_not_whole(self, backend: str, name: str, spec: Spec) -> str | None:
-        """Returns why the backend cannot build `spec` as one block; None if it can."""
+        """Return why the backend cannot build `spec` as one block; None if it can."""
         reason = self._ask(backend, name or "the model").why_unsupported(spec)
         return self._why_not_inside(backend, spec) if reason is None else reason
 
     def _why_not_inside(self, backend: str, spec: Spec) -> str | None:
-        """Returns why the backend cannot build what rewrites have put into `spec`; None if it can.
+        """Return why the backend cannot build what rewrites have put into `spec`; None if it can.
 
         A backend that builds layers may not have looked whether it knows all that is in one.
         """
@@ -130,7 +130,7 @@ class Placer:
     def _around(
         self, name: str, scope: str, spec: Spec, layer: int | None, outer: Memory
     ) -> Placed | None:
-        """Returns `spec` built by one backend around parts that lie elsewhere, if one does that."""
+        """Return `spec` built by one backend around parts that lie elsewhere, if one does that."""
         for backend in self._names(spec, layer) if layer is not None else ():
             can_build = isinstance(self.create(backend), BuildsAround)
             if not can_build or self._why_not_inside(backend, spec):
@@ -149,7 +149,7 @@ class Placer:
     def _apart(
         self, spec: Spec, layer: int | None, backend: str, memory: Memory
     ) -> Iterator[specs.Part]:
-        """Yields the largest parts of `spec` that `backend` does not compute in `memory`.
+        """Yield the largest parts of `spec` that `backend` does not compute in `memory`.
 
         Their roles are paths, and their scopes relative to that of `spec`.
         """
@@ -164,19 +164,19 @@ class Placer:
                     yield specs.Part(role, scope, inner.spec)
 
     def _is_in(self, leaf: Spec, layer: int | None, backend: str, memory: Memory) -> bool:
-        """Whether the plan gives `leaf` to `backend`, which computes it in `memory`."""
+        """Return whether the plan gives `leaf` to `backend`, which computes it in `memory`."""
         if self.plan.backend_for(layer, leaf.kind) != backend:
             return False
         own = self._ask(backend)
         return own.why_unsupported(leaf) is not None or own.memory(leaf).name == memory.name
 
     def _names(self, spec: Spec, layer: int | None) -> dict[str, None]:
-        """Returns the backends that the plan gives parts of `spec`, in the order of the forward."""
+        """Return the backends that the plan gives parts of `spec`, in the order of the forward."""
         leaves = specs.leaves(spec)
         return dict.fromkeys(self.plan.backend_for(layer, leaf.kind) for leaf in leaves)
 
     def _one_backend(self, spec: Spec, layer: int | None) -> str | None:
-        """The backend that the plan gives every block of `spec`, if it is one and the same."""
+        """Return the backend that the plan gives every block of `spec`; None for several."""
         if isinstance(spec, specs.Model) and self.plan.rules:
             return None
         names = self._names(spec, layer)
@@ -200,7 +200,7 @@ class Placer:
         )
 
     def _plan_with_another(self, model: Spec, spec: Spec, backend: str) -> str:
-        """Returns a plan in which a backend NAME builds all that the plan's default one lacks."""
+        """Return a plan in which a backend NAME builds all that the plan's default one lacks."""
         leaves = {leaf.kind: leaf for leaf in specs.leaves(model)}
         why_not = self._ask(backend).why_unsupported
         built = [kind for kind, leaf in leaves.items() if why_not(leaf) is None]
@@ -225,7 +225,7 @@ def _inside(spec: Spec) -> Iterator[Spec]:
 
 
 def _numbered(spec: Spec, layer: int | None) -> Iterator[tuple[specs.Part, int | None]]:
-    """Yields the parts of `spec`, each with the number of the layer that it is or lies in.
+    """Yield the parts of `spec`, each with the number of the layer that it is or lies in.
 
     A layer is what lies in a model's `layers`, of whatever type a rewrite has put there; a `Layer`
     inside of that is a part of it.

@@ -67,7 +67,7 @@ RETURNED: Mapping[type[Spec], Callable[..., Shapes]] = {
 def checked(placed: Placed, block: Block) -> Block:
     """Return `block`, which `placed.backend` has built, as one that checks its results.
 
-    Raises `Lfm2kitError` if it cannot be called as its spec says, or lacks `new_state`.  Blocks of
+    Raise `Lfm2kitError` if it cannot be called as its spec says, or lacks `new_state`.  Blocks of
     specs that a plugin defines are returned as they are.
     """
     if type(placed.spec) not in RETURNED:

@@ -19,7 +19,7 @@ Change = Callable[[Any], Any]
 
 
 class Wrong(ReferenceBackend):
-    """Builds the blocks of one spec's type as `change` makes them from the right ones."""
+    """A backend that builds the blocks of one type of spec as `change` makes them."""
 
     def __init__(self, spec: type[Spec], change: Change) -> None:
         self.spec = spec
@@ -31,7 +31,7 @@ class Wrong(ReferenceBackend):
 
 
 def returning(change: Change) -> Change:
-    """Makes a block whose result is changed, and that keeps its state."""
+    """Make a block whose result is changed, and that keeps its state."""
 
     def changed(block: Any) -> Any:
         def call(*inputs: Any) -> Any:

@@ -30,7 +30,7 @@ def wrong_answers(tmp_path: Path) -> Path:
 
 
 def assert_said(done: Typed, verdict: str, *words: str) -> None:
-    """Times and verdict on stdout, one line with the words on stderr."""
+    """Check that times and verdict are on stdout, and one line with the words on stderr."""
     lines = done.out.splitlines()
     assert verdict in lines
     for beginning in ("Elapsed time:", "Throughput:"):
@@ -181,7 +181,7 @@ def test_samples_in_data_are_taken_and_the_others_named(cli: Cli, tmp_path: Path
     done = cli(*RUN, "-m", folder)
     assert done.code == 0
     assert [line.split(": ")[1] for line in done.err.splitlines()] == [
-        f"read {folder}/data/{name}, and not {folder}/{name}; --{name[:-4]} FILE chooses"
+        f"reading {folder}/data/{name}, not {folder}/{name}; give --{name[:-4]} FILE to choose"
         for name in ("inputs.bin", "answers.bin")
     ]
     assert cli(*RUN[:3], "-n", "1", "-m", folder, "--inputs", folder / "inputs.bin").err == ""

@@ -45,7 +45,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     ("words", "expected"),
     [
         (["rnu"], ["'rnu'", "Did you mean 'run'?", "see lfm2kit --help"]),
-        (["run", "-n", "0"], ["-n 0: expected a whole number of 1 or more, as -n 1"]),
+        (["run", "-n", "0"], ["-n 0: expected a whole number of 1 or more, such as -n 1"]),
         (["run", "--nosuch"], ["--nosuch", "see lfm2kit run --help"]),
         (["bench", "--block", "nosuch"], ["nosuch", "conv", "see lfm2kit bench --help"]),
         (["run", "--answers", "nosuch"], ["--answers nosuch", "-v"]),
@@ -192,5 +192,5 @@ def test_a_limit_of_the_machine_is_no_bug(
 def test_help_shows_the_defaults_that_options_describe_in_words(tmp_path: Path) -> None:
     shown = lfm2kit("run", "--help", cwd=tmp_path).stdout
     words = " ".join(shown.replace("│", " ").split())
-    for default in ("all, 128 at most", "inputs.bin beside the model", "nowhere"):
+    for default in ("all, up to 128", "inputs.bin beside the model", "nowhere"):
         assert f"[default: {default}]" in words

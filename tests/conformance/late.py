@@ -23,7 +23,7 @@ RUNNING = threading.RLock()
 
 
 class Stream:
-    """Work that is done in order, up to where somebody waits."""
+    """A queue of work that is done in order, up to where somebody waits."""
 
     def __init__(self) -> None:
         self.work: list[Callable[[], object]] = []

@@ -77,7 +77,7 @@ class Kept:
 
 @dataclass
 class EmulatedAttention:
-    """From the projections' result on: rows of queries, keys and values."""
+    """The attention after the projections: rows of queries, keys and values."""
 
     program: Path
     spec: specs.Attention = field(default=ATTENTION)
@@ -100,7 +100,7 @@ class EmulatedAttention:
 
 @dataclass
 class EmulatedConv:
-    """Between the projections: rows of B, C and X."""
+    """The convolution between the projections: rows of B, C and X."""
 
     program: Path
     spec: specs.ShortConv

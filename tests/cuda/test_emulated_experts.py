@@ -31,7 +31,7 @@ TILINGS = [(48, 8, True), (16, 16, False)]  # rows, step, by height
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
-    """Compiles the kernels for a number of experts that each token takes."""
+    """Compile the kernels for a number of experts that each token takes."""
     folder = tmp_path_factory.mktemp("experts")
     if COMPILER is None or not has_cpp20(folder):
         pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
@@ -60,7 +60,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
 
 
 def written(out: Ints, *sizes: int) -> list[Ints]:
-    """Returns the arrays of these sizes; behind each nothing may have been written."""
+    """Return the arrays of these sizes; behind each nothing may have been written."""
     arrays = []
     for size in sizes:
         array, margin, out = np.split(out, [size, size + MARGIN])
@@ -71,7 +71,7 @@ def written(out: Ints, *sizes: int) -> list[Ints]:
 
 
 def random_ids(rng: np.random.Generator, local: tuple[int, ...], shape: tuple[int, int]) -> Ints:
-    """Returns local ids, among which every fourth is nobody's."""
+    """Return local ids, among which every fourth is nobody's."""
     ids = rng.choice(np.array(local, np.int32), shape)
     ids[rng.random(shape) < 0.25] = NOBODY
     return ids
@@ -108,7 +108,7 @@ def test_pairs_of_nobody_go_nowhere(
 def test_a_sum_has_nothing_of_nobody(experts: Callable[[int], Run]) -> None:
     """NaN beside a place of -1, and in the row that is read in its stead, does not show.
 
-    The sum starts from the first product that there is: even a -0 stays.
+    The sum starts from the first product, even if that is -0.
     """
     taken, columns, rng = 3, 20, np.random.default_rng(0)
     outputs = rng.standard_normal((8, columns)).astype(np.float32)

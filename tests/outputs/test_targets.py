@@ -150,7 +150,7 @@ def test_weights_of_any_name_are_known(tmp_path: Path) -> None:
 
 
 def cached_model(tmp_path: Path) -> Path:
-    """A model as the hub's client keeps it: names that are links, contents by their hash."""
+    """Return a model as the hub's client keeps it: names that are links to hashed contents."""
     folder = tmp_path / "snapshots" / "abc"
     folder.mkdir(parents=True)
     (tmp_path / "blobs").mkdir()
@@ -165,7 +165,7 @@ def cached_model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the embedded model beside everything else that a run reads: the current folder."""
+    """Return the current folder: a copy of the embedded model and all else that a run reads."""
     folder = Path(shutil.copytree(EMBEDDED / "tiny", tmp_path / "tiny"))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "plan.toml").write_text('default = "reference"\n')

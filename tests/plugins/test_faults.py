@@ -60,7 +60,7 @@ def raises(error: BaseException) -> Callable[..., Any]:
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Plugins of one module with these hooks, the entry point `odd`, besides `reference`."""
+    """Load plugins of one module with these hooks, the entry point `odd`, besides `reference`."""
 
     def loaded(**hooks: Any) -> Plugins:
         module = ModuleType("odd")
@@ -76,7 +76,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
 @pytest.fixture
 def yielding(load: Load) -> Yielding:
-    """Plugins of one whose hook `name` yields these values."""
+    """Return plugins of one whose hook `name` yields these values."""
 
     def announced(name: str, *values: Any) -> Plugins:
         return load(**{name: lambda: iter(values)})
@@ -330,7 +330,7 @@ def test_a_wrapper_that_makes_no_block_is_named(load: Load, name: str, said: str
         return wrappers.wrap(name, MLP(2, 3), lambda x: x)
 
     who = f"plugin 'odd', wrapping {said},"
-    with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} returned None, which is no block"):
+    with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} returned None, not a block"):
         wrapped(lambda block: None)
     with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} raised KeyError: 'w'"):
         wrapped(raises(KeyError("w")))
@@ -365,7 +365,7 @@ class Odd(Spec):
 
 
 def odd(*roles: str, spec: Any = None) -> Callable[[Model], Model]:
-    """Returns a rewrite's function whose first layer has parts of these roles."""
+    """Return a rewrite's function whose first layer has parts of these roles."""
 
     def made(layers: tuple[Spec, ...]) -> tuple[Spec, ...]:
         parts = tuple(Part(role, "", spec or layers[0]) for role in roles)
@@ -403,7 +403,7 @@ def larger(model: Model) -> Model:
         (a_rewrite(has_layers(lambda all: (Odd(()), *all[1:]))), r"layers\.0, a Odd, has no kind"),
         (a_rewrite(odd("a", spec="b")), r"layers\.0\.a is 'b', not a Spec"),
         (a_rewrite(odd("a", "a")), r"layers\.0 has two parts 'a'"),
-        (a_rewrite(larger), r"has shape \[\d+, 128\], its model's is \[4096, 128\]"),
+        (a_rewrite(larger), r"has shape \[\d+, 128\], but its model needs \[4096, 128\]"),
         (a_rewrite(boxed, joins={Boxed: lambda outer: 5}), "a join of rewrite 'x' .* is 5, not a"),
         (a_rewrite(boxed, joins={Boxed: raises(KeyError("w"))}), "a join of .* raised KeyError"),
     ],
@@ -449,7 +449,7 @@ def test_a_hook_for_rewrites_that_fails_in_a_job_is_named(load: Load, error: Any
 
 
 def opened(yielding: Yielding, path: Path, change: Callable[[Checkpoint], Any]) -> Checkpoint:
-    """The embedded model as a reader opens it that changes something."""
+    """Return the embedded model as a reader opens it that changes something."""
 
     def open_it(path: Path) -> Any:
         return change(open_checkpoint(find_model("tiny")))
@@ -459,7 +459,7 @@ def opened(yielding: Yielding, path: Path, change: Callable[[Checkpoint], Any]) 
 
 
 def with_tensor(made: Callable[[Tensor], Any]) -> Callable[[Checkpoint], Checkpoint]:
-    """Returns a change of the first convolution's matrix."""
+    """Return a change of the first convolution's matrix."""
     name = "layers.0.conv.out_proj.weight"
 
     def change(checkpoint: Checkpoint) -> Checkpoint:
@@ -470,7 +470,7 @@ def with_tensor(made: Callable[[Tensor], Any]) -> Callable[[Checkpoint], Checkpo
 
 
 def stored(unpack: Any, name: str = "odd") -> Callable[[Checkpoint], Checkpoint]:
-    """Returns a change that stores this matrix in a format with this `unpack`."""
+    """Return a change that stores this matrix in a format with this `unpack`."""
 
     def made(tensor: Tensor) -> Tensor:
         format = Format(name, 1, np.dtype("<f4"), unpack)

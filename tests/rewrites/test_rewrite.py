@@ -40,7 +40,7 @@ SEQUENCES = Batch.of_sequences([[3, 1, 4], [1, 5]])
 
 @dataclass(frozen=True, slots=True)
 class Halves(Spec):
-    """(x) -> delta, as the MLP: computed for half of the rows, and then for the others."""
+    """A spec (x) -> delta, as the MLP, computed for half of the rows and then for the others."""
 
     mlp: MLP
     kind: ClassVar[str] = "mlp"
@@ -81,7 +81,7 @@ def lfm2kit_rewrites() -> Iterator[Rewrite]:
 
 
 def plugins_of(monkeypatch: pytest.MonkeyPatch, *hooks: Any) -> Plugins:
-    """The plugins `extra_0`, `extra_1`, ... with one hook each, beside the reference backend."""
+    """Return the plugins `extra_0`, `extra_1`, ... with one hook each, beside the reference."""
     entries = [entry for entry in installed_plugins().loaded if entry.name == "reference"]
     for i, hook in enumerate(hooks):
         module = ModuleType(f"extra_{i}")

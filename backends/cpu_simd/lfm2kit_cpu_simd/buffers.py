@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 
 class Buffers(threading.local):
-    """One growing piece of memory for each role; every thread that calls blocks has its own."""
+    """The memory for each role, one growing piece per role and per thread that calls blocks."""
 
     def __init__(self) -> None:
         self._memory: dict[str, npt.NDArray[np.float32]] = {}

@@ -26,7 +26,7 @@ COLUMNS_AT_ONCE = 32  # columns that are transposed at once: a cache line of 16-
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """Matrices of one shape, a group each: data [groups, ceil(out / NR), in, NR], zero-padded."""
+    """Packed matrices of one shape: data [groups, ceil(out / NR), in, NR], zero-padded."""
 
     data: npt.NDArray[Any]
     storage: Format

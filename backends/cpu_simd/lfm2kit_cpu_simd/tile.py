@@ -63,7 +63,7 @@ def _multiply(
     lines: Any,
     wide: Any,
 ) -> Any:
-    """Addresses x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR].
+    """Multiply at addresses: x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR].
 
     `storage` (an index of STORAGES), m and `leaves` are literals.  While it computes, the tile
     fetches memory from `ahead` on: `lines` cache lines with every UNROLL steps of k.  If it
@@ -81,7 +81,7 @@ def _multiply(
 
 
 class Emitter:
-    """Emits the tile's vector code at a builder's place, for vectors of `vl` floats."""
+    """An emitter of the tile's vector code at a builder's place, for vectors of `vl` floats."""
 
     def __init__(
         self, storage: Format, rows: int, vl: int = VL, nv: int = NV, *, leaves: bool = False

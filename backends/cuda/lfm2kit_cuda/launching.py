@@ -47,7 +47,7 @@ _EARLY = _Attribute(id=EARLY_ATTRIBUTE, value=1)
 
 
 class _Buffers(threading.local):
-    """What the driver reads of a launch.
+    """The memory from which the driver reads a launch.
 
     Each thread has its own: while the driver reads, other threads run and launch, too.
     """
@@ -60,7 +60,7 @@ class _Buffers(threading.local):
 
 
 class Launch:
-    """One kernel's launches, from any thread; the types of its arguments are always the same.
+    """The launches of one kernel, from any thread, with the same types of arguments each time.
 
     An `early` kernel may place its CTAs before the kernel ahead of it in the stream has ended.
     """

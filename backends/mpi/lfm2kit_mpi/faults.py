@@ -17,7 +17,7 @@ STARTING = 3.0  # seconds beyond the deadline, for a rank to start and send its 
 
 
 class Fault(NamedTuple):
-    """Why a job ends without a result, and with which exit code."""
+    """The reason why a job ends without a result, and its exit code."""
 
     sentence: str
     exit_code: int = BUG
@@ -26,7 +26,7 @@ class Fault(NamedTuple):
 
 @dataclass(slots=True)
 class Rank:
-    """What a rank last reported; times are those of the process that listens."""
+    """The last report of a rank; times are those of the process that listens."""
 
     number: int
     host: str
@@ -49,14 +49,14 @@ class Rank:
         return f"rank {self.number} on {self.host}, {doing}"
 
     def tell(self, now: float, count: list[int], doing: str, is_waiting: bool) -> None:
-        """Takes in a report; `count` differs from the last one if the rank has made progress."""
+        """Take in a report; `count` differs from the last one if the rank has made progress."""
         self.doing, self.is_waiting = doing, is_waiting
         if count != self.count:
             self.count, self.moved = count, now
 
 
 def stuck(ranks: Iterable[Rank], now: float) -> Fault | None:
-    """Returns the fault of a rank that is silent or makes no progress; None if there is none.
+    """Return the fault of a rank that is silent or makes no progress; None if there is none.
 
     A rank that waits in a collective is not to blame as long as another may still arrive there.
     """
@@ -78,7 +78,7 @@ def stuck(ranks: Iterable[Rank], now: float) -> Fault | None:
 
 
 def lingering(ranks: Iterable[Rank], now: float, seconds: float) -> Fault | None:
-    """Returns the fault of `ranks` that have not ended `seconds` after all ranks were done."""
+    """Return the fault of `ranks` that have not ended `seconds` after all ranks were done."""
     last = max(ranks, key=lambda rank: rank.heard, default=None)
     if last is None or now - last.heard <= seconds:
         return None
@@ -97,7 +97,7 @@ def not_joined(size: int, joined: Iterable[int], seconds: float) -> Fault:
 def culprit(
     left: Sequence[Rank], ranks: Iterable[Rank], number: int | None, pid: int | None
 ) -> Fault | None:
-    """Returns the fault of a job in which ranks have ended, and none has reported one of its own.
+    """Return the fault of a job in which ranks have ended, and none has reported one of its own.
 
     `left` are those that ended early, the first one first; the signal `number` ended the process
     `pid`.  One end leads to others: launchers kill the ranks that remain, and these lose their
@@ -112,7 +112,7 @@ def culprit(
 
 
 def gone(rank: Rank, number: int | None = None) -> Fault:
-    """Returns the fault of a rank that ended before it was done; `number` is the signal's."""
+    """Return the fault of a rank that ended before it was done; `number` is the signal's."""
     if rank.last_words:
         return Fault(f"{rank.where}: its process crashed: {rank.last_words}")
     if number is not None:
@@ -121,7 +121,7 @@ def gone(rank: Rank, number: int | None = None) -> Fault:
 
 
 def by_signal(number: int) -> str:
-    """How the signal `number` ended a process, as the end of a sentence."""
+    """Say how the signal `number` ended a process, as the end of a sentence."""
     name = signal.Signals(number).name if number in signal.valid_signals() else "unknown"
     of_memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
     return f"ended by signal {number} ({name}){of_memory}"
@@ -137,7 +137,7 @@ def _no_progress(seconds: float) -> str:
 
 
 def place() -> str:
-    """Returns the kernel and the process namespace in which this process has its id."""
+    """Return the kernel and the process namespace in which this process has its id."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -146,7 +146,7 @@ def place() -> str:
 
 
 def is_stopped(rank: Rank) -> bool:
-    """Whether the rank's process runs on this machine and was stopped by a signal."""
+    """Return whether the rank's process runs on this machine and was stopped by a signal."""
     if not rank.place or rank.place != place():
         return False
     try:

@@ -56,19 +56,19 @@ class Hub:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is a fault, or every rank is done and gone."""
+        """Return whether there is a fault, or every rank is done and gone."""
         has_fault = self.fault is not None or self.broken is not None
         is_complete = len(self.ranks) == self.size and not self.has_ranks
         return has_fault or self.is_cut_short or is_complete
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether a rank has ended, or was made to end, before it was done."""
+        """Return whether a rank has ended, or was made to end, before it was done."""
         return bool(self.left) or any(rank.ended_by for rank in self.ranks.values())
 
     @property
     def has_ranks(self) -> bool:
-        """Whether the process of any rank is still connected."""
+        """Return whether the process of any rank is still connected."""
         return bool(self._writers)
 
     @property
@@ -78,7 +78,7 @@ class Hub:
         return [rank for rank in over if not rank.is_done]
 
     def look(self) -> None:
-        """Looks for ranks that do not join, make no progress or are silent."""
+        """Look for ranks that do not join, make no progress or are silent."""
         now = monotonic()
         pause = now - self._looked
         if pause > 10 * LOOK:  # this process itself was stopped, or had no core
@@ -95,7 +95,7 @@ class Hub:
             self.fault = self.fault or lingering(connected, now, self.deadline)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serves one connection until it ends."""
+        """Serve one connection until it ends."""
         rank = None
         try:
             async with asyncio.timeout(self.deadline + STARTING):
@@ -118,7 +118,7 @@ class Hub:
     async def _welcome(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> Rank | None:
-        """Returns the rank at the other end, if it knows the job's key."""
+        """Return the rank at the other end, if it knows the job's key."""
         nonce = secrets.token_hex(16)
         writer.write(f"{nonce}\n".encode())
         hello = json.loads(await reader.readline())
@@ -168,7 +168,7 @@ class Hub:
             self.broken = error
 
     def explain(self, number: int | None = None, pid: int | None = None) -> Fault | None:
-        """Returns the fault, even if only a process's end is known; None if there is no fault.
+        """Return the fault, even if only a process's end is known; None if there is no fault.
 
         `number` is the signal that ended the process `pid`, if a launcher has reported it.  The
         ranks should have been heard out.
@@ -178,24 +178,24 @@ class Hub:
         return self.fault
 
     async def hear_out(self) -> None:
-        """Waits for what ranks said last: it may be on its way when others have ended already."""
+        """Wait for what ranks said last: it may be on its way when others have ended already."""
         await until(lambda: self.fault is not None or not self.has_ranks, TO_HEAR)
 
     def end_ranks(self, exit_code: int = BUG) -> None:
-        """Tells every rank to end its process at once."""
+        """Tell every rank to end its process at once."""
         for writer in self._writers.values():
             with suppress(OSError, RuntimeError):
                 writer.write(json.dumps({"end": exit_code}).encode() + b"\n")
 
     def processes_here(self) -> list[int]:
-        """Returns the process ids of the connected ranks on this machine."""
+        """Return the process ids of the connected ranks on this machine."""
         here = place()
         connected = map(self.ranks.__getitem__, self._writers)
         return [rank.pid for rank in connected if here and rank.place == here]
 
 
 async def until(is_so: Callable[[], bool], seconds: float) -> None:
-    """Returns once `is_so`, or after `seconds` in which this process was not short of a core."""
+    """Return once `is_so`, or after `seconds` in which this process was not short of a core."""
     pause = LOOK / 2
     for _ in range(math.ceil(seconds / pause)):  # not a time: one long pause would pass for many
         if is_so():
@@ -204,7 +204,7 @@ async def until(is_so: Callable[[], bool], seconds: float) -> None:
 
 
 def proof(key: str, nonce: str) -> str:
-    """Returns proof that its sender has the job's key, without revealing it."""
+    """Return proof that its sender has the job's key, without revealing it."""
     return hmac.digest(key.encode(), nonce.encode(), "sha256").hex()
 
 
@@ -213,7 +213,7 @@ def new_key() -> str:
 
 
 def listening() -> socket.socket:
-    """Opens a socket for the ranks of a job, on every address of this machine."""
+    """Open a socket for the ranks of a job, on every address of this machine."""
     if socket.has_dualstack_ipv6():
         with suppress(OSError):
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -221,7 +221,7 @@ def listening() -> socket.socket:
 
 
 def addresses() -> list[str]:
-    """Returns this machine's addresses, the loopback's last."""
+    """Return this machine's addresses, the loopback's last."""
     found = dict.fromkeys(_of_interfaces())
     with suppress(OSError):
         infos = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
@@ -231,7 +231,7 @@ def addresses() -> list[str]:
 
 
 def _of_interfaces() -> list[str]:
-    """Returns the IPv4 addresses of Linux's network interfaces; none on other systems."""
+    """Return the IPv4 addresses of Linux's network interfaces; none on other systems."""
     if os.uname().sysname != "Linux":
         return []
     import fcntl

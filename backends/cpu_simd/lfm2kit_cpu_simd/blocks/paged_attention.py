@@ -140,7 +140,7 @@ def _remember(
 def _softmax(scores: Any, row: Any, seen: Any, scale: Any) -> Any:
     """Make e^(score - most) of row `row` of scores [panels, rows, NR], and 0 from `seen` on.
 
-    Returns their sum.
+    Return their sum.
     """
     panels = scores.shape[0]
     most = np.float32(-np.inf)
