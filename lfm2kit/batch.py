@@ -38,7 +38,7 @@ class Batch:
     that starts at position p > 0 goes on after the p tokens that its pages hold.  Token t of a
     sequence lies in page `pages[sequence, t // page_tokens]`, at place `t % page_tokens`.
 
-    Raises ValueError, when it is made on the host, if a field is not as described here.  The arrays
+    Raise ValueError, when it is made on the host, if a field is not as described here.  The arrays
     are not copied and not checked again, so they must not change.
     """
 

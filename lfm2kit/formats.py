@@ -32,7 +32,7 @@ class Format:
     `pack(values)` rounds float32 values to such data, to nearest, ties to even.  It raises
     OverflowError where a finite value has no finite neighbour.  A format without it is only read.
 
-    Raises TypeError for a field of another type, and for blocks of less than one value.
+    Raise TypeError for a field of another type, and for blocks of less than one value.
     """
 
     name: str  # as users see it

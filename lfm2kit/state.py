@@ -26,7 +26,7 @@ PAGE_STEP = 64  # tokens: `page_tokens` is a multiple of it, so that tiles of ke
 class Room:
     """The number of tokens that a state can hold: `pages` pages of `page_tokens` tokens each.
 
-    Raises ValueError if `pages` is not a whole number of 0 or more, or `page_tokens` not a positive
+    Raise ValueError if `pages` is not a whole number of 0 or more, or `page_tokens` not a positive
     multiple of 64.
     """
 

@@ -25,7 +25,7 @@ class Tensor:
     (all but the last), so that rows and experts can be taken without unpacking anything:
     `np.broadcast_to` gives a scale of the whole tensor this form, without a copy.
 
-    Raises ValueError if an array does not fit the shape.
+    Raise ValueError if an array does not fit the shape.
     """
 
     name: str

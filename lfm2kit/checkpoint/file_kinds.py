@@ -74,7 +74,7 @@ ANSWERS: dict[bytes, str] = {
 def check_file(path: Path, *, is_text: bool = False) -> int:
     """Return the size in bytes of a regular file that may hold weights or, with `is_text`, text.
 
-    Raises `Lfm2kitError` for a pipe, a device, a folder, a broken link, an empty file, and a file
+    Raise `Lfm2kitError` for a pipe, a device, a folder, a broken link, an empty file, and a file
     whose first bytes belong to another format.  Opens nothing but regular files that have a size.
     """
     try:

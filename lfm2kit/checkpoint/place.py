@@ -135,7 +135,7 @@ def companions_beside(
 ) -> Iterator[tuple[Path, Path]]:
     """Yield the companions to be copied beside a model.bin, each with its new path.
 
-    Raises `Lfm2kitError` where a file of another model has that name: with `overwrite` only if that
+    Raise `Lfm2kitError` where a file of another model has that name: with `overwrite` only if that
     model's weights are there, too.
     """
     for name, path in origin.companions.items():

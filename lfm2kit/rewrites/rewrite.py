@@ -20,7 +20,7 @@ class Rewrite:
     `apply` returns a model that gives the same logits, and may put specs of types of its own into
     it.  A backend that knows such a type may build it.  For every other backend `joins` has, by
     type, how the core makes the block of the blocks of its parts.
-    Raises `Lfm2kitError` in `apply` if the model cannot be rewritten.
+    Raise `Lfm2kitError` in `apply` if the model cannot be rewritten.
     """
 
     name: str  # as in `--rewrite NAME`

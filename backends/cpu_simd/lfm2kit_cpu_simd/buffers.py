@@ -6,6 +6,7 @@ touched: that takes some percent of a forward of many rows.
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
@@ -23,7 +24,7 @@ class Buffers(threading.local):
 
         A block must not return it.
         """
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         if role not in self._memory or self._memory[role].size < size:
             self._memory[role] = np.empty(size, np.float32)
         return self._memory[role][:size].reshape(shape)
