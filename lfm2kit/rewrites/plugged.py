@@ -48,7 +48,7 @@ def _check_form(who: str, model: Any) -> None:
 
 
 def _check_parts(who: str, name: str, spec: Spec) -> None:
-    """A plan needs every spec's kind, and a join gets the parts of a spec by their roles."""
+    """Check kinds, which a plan needs, and roles, by which a join gets the parts of a spec."""
     if not isinstance(getattr(spec, "kind", None), str):
         raise Lfm2kitError(f"{who}: {name}, a {type(spec).__name__}, has no kind")
     roles = [part.role for part in spec.parts()]

@@ -447,7 +447,7 @@ def test_what_other_weights_in_the_folder_share_is_not_replaced_even_if_asked(
 
 
 def test_weights_of_the_same_model_share_its_config(tmp_path: Path, cli: Cli) -> None:
-    """Samples beside them are no weights."""
+    """Samples beside them are not weights."""
     write_checkpoint(source(), tmp_path / "model.bin")
     (tmp_path / "inputs.bin").write_bytes(bytes(16))
     before = snapshot(tmp_path)

@@ -127,7 +127,7 @@ def test_nothing_but_a_file_is_taken_for_samples(
 
 @pytest.fixture
 def never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """A file as /proc/kmsg is: regular, without a size, and whoever reads it waits for ever."""
+    """Make a file as /proc/kmsg is: regular, without a size, and reading it never ends."""
     opened = io.open
 
     def open_others(path: Any, *arguments: Any, **more: Any) -> Any:

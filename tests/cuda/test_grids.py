@@ -94,7 +94,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
 
 
 def inputs_of(spec: specs.Spec, batch: Batch, block: Any) -> list[Any]:
-    """The arguments of a block for this batch, with a state if it has one and the batch pages."""
+    """Return the arguments of a block for this batch, with a state if both have pages."""
 
     def rows(columns: int, dtype: Any = np.float32) -> Shape:
         return Shape((batch.tokens, columns), dtype)
@@ -113,7 +113,7 @@ def inputs_of(spec: specs.Spec, batch: Batch, block: Any) -> list[Any]:
 
 
 def all_specs() -> list[specs.Spec]:
-    """One spec of each type that the backend builds, and layers of each kind."""
+    """Return one spec of each type that the backend builds, and layers of each kind."""
     layers = {(type(s.operator), type(s.feed_forward)): s for s in MODEL.layers}
     found = {type(spec): spec for spec in tree(MODEL)}
     del found[specs.Model], found[specs.Layer]
@@ -127,7 +127,7 @@ def tree(spec: specs.Spec) -> Iterator[specs.Spec]:
 
 
 def batch_of(sequences: int, tokens: int, page_tokens: int = 0) -> Batch:
-    """A batch of equal sequences, in pages of their own if these are asked for."""
+    """Return a batch of equal sequences, in pages of their own if these are asked for."""
     width = -(-tokens // page_tokens) if page_tokens else 0
     ids = np.zeros((sequences, tokens), np.int32)
     pages = np.arange(sequences * width, dtype=np.int32).reshape(sequences, width)

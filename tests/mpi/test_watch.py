@@ -104,7 +104,7 @@ def test_the_cause_of_a_rank_s_end_is_said_as_far_as_it_is_known() -> None:
 
 @pytest.fixture
 def hub(request: pytest.FixtureRequest) -> Iterator[tuple[Hub, int]]:
-    """A hub that runs in a thread, of one rank or of `request.param`, and its port."""
+    """Yield a hub that runs in a thread, of one rank or of `request.param`, and its port."""
     hub, port = Hub(getattr(request, "param", 1), 60, "the key"), 0
     is_ready, is_over = threading.Event(), threading.Event()
 
@@ -176,7 +176,7 @@ class Scene:
             self.ranks[number]._link.shutdown(socket.SHUT_RDWR)
 
     def verdict(self, number: int | None = None, pid: int | None = None) -> Fault:
-        """What the hub says of it, once it has a core again and has heard them out."""
+        """Return what the hub says of it, once it has a core again and has heard them out."""
         self._may_go_on.set()
         asyncio.run(self.hub.hear_out())
         fault = self.hub.explain(number, pid)

@@ -214,7 +214,7 @@ def test_the_answers_may_be_replaced_by_outputs_but_not_by_a_report(tiny: Path, 
 
 
 def test_outputs_that_replace_more_samples_than_they_are_say_so(tiny: Path, cli: Cli) -> None:
-    """What was there may be answers to all samples; the same number again is no news."""
+    """What was there may be answers to all samples; the same number again is not worth a word."""
     held = len(read_answers(tiny / "my answers"))
     said = [cli(*RUN, "--outputs", "my answers").err for _ in range(2)]
     assert f"my answers held {held} samples before, and now holds 1" in said[0]

@@ -223,7 +223,7 @@ class Answering(ReferenceBackend):
 
 
 def asked_all(yielding: Yielding, **methods: Any) -> None:
-    """Asks a backend with these methods all that commands ask before they build."""
+    """Ask a backend with these methods all that commands ask before they build."""
 
     def create(context: Context) -> Any:
         return type("Odd", (Answering,), methods)()

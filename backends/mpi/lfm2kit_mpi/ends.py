@@ -19,13 +19,13 @@ class Ends:
         self._poll = select.epoll() if hasattr(select, "epoll") else None
 
     def watch(self, rank: int, link: socket.socket) -> None:
-        """Notes the end of `link` from now on, and of nothing else that happens to it."""
+        """Note the end of `link` from now on, and of nothing else that happens to it."""
         self._ranks[link.fileno()] = rank
         if self._poll is not None:
             self._poll.register(link, select.EPOLLRDHUP | select.EPOLLET)
 
     def leave(self, rank: int) -> None:
-        """Takes in that all has been read from `rank`; what ended before it comes before it."""
+        """Take in that all has been read from `rank`; what ended before it comes before it."""
         events = self._poll.poll(0) if self._poll is not None else []
         ended = [self._ranks[descriptor] for descriptor, _ in events]
         self.order += [one for one in (*ended, rank) if one not in self.order]

@@ -73,7 +73,7 @@ class Hub:
 
     @property
     def left(self) -> list[Rank]:
-        """The ranks whose process ended before they were done, in the order of these ends."""
+        """Return the ranks whose process ended before they were done, in that order."""
         over = [self.ranks[number] for number in self._ends.order if number not in self._writers]
         return [rank for rank in over if not rank.is_done]
 
