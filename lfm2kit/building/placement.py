@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from lfm2kit import specs
-from lfm2kit.backend import Backend, BuildsAround
+from lfm2kit.backend import Backend, BuildsAround, Crosses
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.plan import Plan
 from lfm2kit.errors import Lfm2kitError, Option
@@ -34,6 +34,7 @@ class Placed:
     backend: str | None
     parts: tuple[tuple[str, Placed], ...] = ()  # by role, or by path of roles in a built one
     join: Join | None = None  # of the parts
+    crosser: str | None = None  # the backend that calls it from `outer`, captured or not
 
     @property
     def is_copied(self) -> bool:
@@ -58,9 +59,10 @@ class Placed:
 
     @property
     def is_capturable(self) -> bool:
-        """Whether a forward can be recorded: nothing moves between memories, no join forbids it."""
+        """Whether a forward can be recorded: nothing waits for a copy, no join forbids it."""
         return not any(
-            placed.is_copied or (placed.join is not None and not placed.join.is_capturable)
+            (placed.is_copied and placed.crosser is None)
+            or (placed.join is not None and not placed.join.is_capturable)
             for placed in self.tree()
         )
 
@@ -93,7 +95,8 @@ class Placer:
             reason = self._why_not_whole(backend, spec)
             if reason is None:
                 memory = self.create(backend).memory(spec)
-                return Placed(name, scope, spec, memory, outer, backend)
+                crosser = self._crosser(spec, memory, outer)
+                return Placed(name, scope, spec, memory, outer, backend, crosser=crosser)
             if type(spec) not in self.joins:
                 raise _LackingError(name, spec, backend, reason)
         around = self._around(name, scope, spec, layer, outer)
@@ -136,6 +139,18 @@ class Placer:
                     for role, part in apart.items()
                 )
                 return Placed(name, scope, spec, memory, outer, backend, parts)
+        return None
+
+    def _crosser(self, spec: Spec, memory: Memory, outer: Memory) -> str | None:
+        """Return the backend of the plan that can call a block from `outer`, or None."""
+        if memory.name == outer.name:
+            return None
+        for name in dict.fromkeys((self.plan.default, *sorted(self.plan.backends()))):
+            backend = self.create(name)
+            if not isinstance(backend, Crosses):
+                continue
+            if backend.why_not_crossed(spec, memory, outer) is None:
+                return name
         return None
 
     def _apart(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lfm2kit import specs
-from lfm2kit.backend import Block, Operator
+from lfm2kit.backend import Block, CallsNatively, Operator
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.specs import Shape, Spec
@@ -94,6 +94,8 @@ class Checked:
         self._seen: set[int] = set()  # numbers of rows whose results were right
         if isinstance(block, Operator):
             self.new_state = block.new_state
+        if isinstance(block, CallsNatively):  # its results' shapes are the caller's
+            self.native = block.native
 
     def __call__(self, *inputs: Any) -> Any:
         result = self._block(*inputs)
