@@ -64,11 +64,11 @@ def kernel(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], A
     return compiled
 
 
-def c_function(signature: Any) -> Callable[[Callable[..., Any]], CFunc]:
+def c_function(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], CFunc]:
     """Do what `numba.cfunc` does: make a function that is called by its address."""
 
     def compiled(function: Callable[..., Any]) -> CFunc:
-        result = CFunc(function, normalize_signature(signature), locals={}, options={})
+        result = CFunc(function, normalize_signature(signature), locals={}, options=options)
         result._cache = kept = Kept(function)
         with _turn(kept.name(signature)):
             result.compile()
