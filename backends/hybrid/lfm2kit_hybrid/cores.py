@@ -1,0 +1,58 @@
+"""Which cores the workers run on: each on one of its own, if there are enough."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from lfm2kit.process.machine import cores
+
+MOST_WORKERS = 8
+
+# Both asked for before anything runs: with OMP_PROC_BIND the first parallel kernel binds the main
+# thread, and what it starts, to one core.
+MASK = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset[int]()
+CORES = cores()
+
+
+def workers_cores(local_rank: int = 0, local_ranks: int = 1) -> list[int | None]:
+    """Return the core of each worker of this rank; None for one that no core is kept for.
+
+    The ranks of a machine share its cores.  One core of each rank's share is left to its main
+    thread, and if there is no other, one worker runs wherever the system lets it.
+    """
+    share = CORES // local_ranks
+    mine = sorted(MASK)[local_rank * share : (local_rank + 1) * share]
+    return list(mine[1:][-MOST_WORKERS:]) or [None]
+
+
+def core_notes(local_ranks: int = 1) -> list[str]:
+    """Return what slows the workers down on this machine, a line each."""
+    if CORES // local_ranks > 1:
+        return []
+    return [
+        "the thread that chooses experts has no core of its own: it and the one that starts the "
+        "GPU's work wait for each other; give each rank two cores"
+    ]
+
+
+def bind(core: int | None) -> None:
+    """Keep this thread on a core, if the system allows it."""
+    if core is not None:
+        with suppress(OSError):
+            os.sched_setaffinity(0, {core})
+
+
+@contextmanager
+def unbound(core: int | None) -> Iterator[None]:
+    """Let this thread, and the threads that it starts, run on all cores of the process."""
+    if core is None:
+        yield
+        return
+    with suppress(OSError):
+        os.sched_setaffinity(0, MASK)
+    try:
+        yield
+    finally:
+        bind(core)
