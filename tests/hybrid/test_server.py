@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import own_stream
 from lfm2kit.testing.device import DeviceMemory
+from lfm2kit.testing.runner import judged
 from tests.conformance.crossing import DeviceBackend
 from tests.core.small import build, small_spec
 from tests.core.test_model import SEQUENCES
@@ -146,6 +147,12 @@ def test_a_model_with_its_choices_on_the_host_is_captured_and_has_the_references
             np.testing.assert_array_equal(model.logits(batch), reference.logits(batch))
     assert len(gpu.replays) == 3
     assert {part.crosser for part in model.placed.tree() if part.is_copied} == {"hybrid"}
+
+
+@pytest.mark.parametrize("name", ["captured-forward", "captured-steps", "whole-model"])
+def test_it_is_judged_on_a_device(name: str) -> None:
+    result = judged(name, hybrid(DeviceBackend(DeviceMemory(1e-4))))
+    assert result.verdict == "passed", result.detail
 
 
 def test_all_experts_of_a_layer_on_the_host_are_crossed_too() -> None:
@@ -340,6 +347,7 @@ ENDS = """
 import os, sys
 import numpy as np
 from lfm2kit.testing.device import DeviceMemory
+from lfm2kit.testing.runner import judged
 from lfm2kit_hybrid.server import Server
 device = DeviceMemory()
 server = Server(device, [None, None])
@@ -363,27 +371,30 @@ def test_a_process_ends_in_the_midst_of_a_forward_and_after_a_fork() -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "rank", "ranks", "expected"),
+    ("there", "rank", "ranks", "near", "expected"),
     [
-        (16, 0, 1, [8, 9, 10, 11, 12, 13, 14, 15]),
-        (16, 1, 4, [5, 6, 7]),
-        (4, 0, 1, [1, 2, 3]),
-        (2, 0, 1, [1]),
-        (2, 1, 2, [None]),
-        (1, 0, 1, [None]),
-        (2, 2, 3, [None]),
+        (16, 0, 1, (), [15, 14, 13, 12, 11, 10, 9, 8]),
+        (16, 0, 1, range(4), [3, 2, 1]),
+        (16, 0, 1, range(16, 32), [15, 14, 13, 12, 11, 10, 9, 8]),
+        (16, 1, 4, range(8), [7, 6, 5]),
+        (4, 0, 1, (), [3, 2, 1]),
+        (2, 0, 1, (), [1]),
+        (2, 1, 2, (), [None]),
+        (1, 0, 1, (0,), [None]),
+        (2, 2, 3, (), [None]),
     ],
 )
 def test_each_worker_has_a_core_of_its_rank_and_the_main_thread_keeps_one(
     there: int,
     rank: int,
     ranks: int,
+    near: Collection[int],
     expected: list[int | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cores, "MASK", frozenset(range(there)))
     monkeypatch.setattr(cores, "CORES", there)
-    assert cores.workers_cores(rank, ranks) == expected
+    assert cores.workers_cores(rank, ranks, near) == expected
     assert bool(cores.core_notes(ranks)) == (expected == [None])
 
 

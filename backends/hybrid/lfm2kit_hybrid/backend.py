@@ -22,6 +22,7 @@ from lfm2kit.backend import (
     KeepsFormats,
     Memory,
     MemoryFigures,
+    Near,
     Room,
     Signals,
     Spec,
@@ -45,7 +46,7 @@ class HybridBackend:
         self._is_quiet = context.local_rank > 0  # one rank of each machine prints that it compiles
         self._notes: list[str] = []
         self._gpu = self._gpu_or_cpu(context)
-        self._cores = workers_cores(context.local_rank, context.local_ranks)
+        self._ranks = context.local_rank, context.local_ranks
         self._servers: dict[str, Server] = {}  # by the name of the memory that they serve
         if isinstance(self._gpu, Captures):
             self.capture = self._gpu.capture
@@ -113,7 +114,8 @@ class HybridBackend:
 
             with announced(is_quiet=self._is_quiet):
                 from lfm2kit_hybrid.server import Server
-            self._servers[outer.name] = Server(outer, self._cores)
+            near = outer.near_cores() if isinstance(outer, Near) else ()
+            self._servers[outer.name] = Server(outer, workers_cores(*self._ranks, near))
         return self._servers[outer.name]
 
     def _gpu_or_cpu(self, context: Context) -> Backend:

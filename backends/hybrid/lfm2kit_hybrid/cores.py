@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 from lfm2kit.process.machine import cores
@@ -16,15 +16,20 @@ MASK = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") el
 CORES = cores()
 
 
-def workers_cores(local_rank: int = 0, local_ranks: int = 1) -> list[int | None]:
+def workers_cores(
+    local_rank: int = 0, local_ranks: int = 1, near: Collection[int] = ()
+) -> list[int | None]:
     """Return the core of each worker of this rank; None for one that no core is kept for.
 
     The ranks of a machine share its cores.  One core of each rank's share is left to its main
-    thread, and if there is no other, one worker runs wherever the system lets it.
+    thread, and if there is no other, one worker runs wherever the system lets it.  If some cores
+    are `near` the memory, no others are taken.
     """
     share = CORES // local_ranks
     mine = sorted(MASK)[local_rank * share : (local_rank + 1) * share]
-    return list(mine[1:][-MOST_WORKERS:]) or [None]
+    free = mine[:0:-1]  # from the last on: libraries that bind threads begin with the first
+    are_near = [core for core in free if core in near]
+    return [*(are_near or free)[:MOST_WORKERS]] or [None]
 
 
 def core_notes(local_ranks: int = 1) -> list[str]:
