@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lfm2kit.backend import Block
+from lfm2kit.backend import Block, CallsNatively
 from lfm2kit.specs import Spec, Work
 
 DEADLINE = 60.0  # seconds that a step may take, unless it asks for more
@@ -82,16 +82,21 @@ def telling(wrap: Wrap, names: set[str]) -> Wrap:
 
     def telling_wrap(name: str, spec: Spec, block: Block) -> Block:
         wrapped = wrap(name, spec, block)
-        return _telling(name, wrapped) if name in names else wrapped
+        return _Telling(name, wrapped) if name in names else wrapped
 
     return telling_wrap
 
 
-def _telling(name: str, block: Block) -> Block:
-    tell = THIS_PROCESS.step
+class _Telling:
+    """A block that announces each call; not those of its machine code, which has no time to."""
 
-    def called(*inputs: Any) -> Any:
-        tell(name)
-        return block(*inputs)
+    def __init__(self, name: str, block: Block) -> None:
+        self._name = name
+        self._block = block
+        self._tell = THIS_PROCESS.step
+        if isinstance(block, CallsNatively):
+            self.native = block.native
 
-    return called
+    def __call__(self, *inputs: Any) -> Any:
+        self._tell(self._name)
+        return self._block(*inputs)
