@@ -26,6 +26,7 @@ from lfm2kit.backend import Backend, Context, NativeCall
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import own_stream
+from lfm2kit.progress import telling
 from lfm2kit.testing.device import DeviceMemory
 from lfm2kit.testing.runner import judged
 from tests.conformance.crossing import DeviceBackend
@@ -138,7 +139,9 @@ def hybrid(gpu: Backend) -> HybridBackend:
 
 def test_a_model_with_its_choices_on_the_host_is_captured_and_has_the_references_bits() -> None:
     gpu = DeviceBackend(DeviceMemory(1e-4))
-    model = build(small_spec(), "hybrid", {"hybrid": hybrid(gpu)})
+    backend = hybrid(gpu)
+    wrap = telling(lambda name, spec, block: block, {"layers.2.feed_forward.router.choice"})
+    model = build(small_spec(), "hybrid", {"hybrid": backend}, wrap=wrap)
     reference = build(small_spec())
     rng = np.random.default_rng(0)
     for _ in range(5):
@@ -146,6 +149,8 @@ def test_a_model_with_its_choices_on_the_host_is_captured_and_has_the_references
             batch = Batch.of_sequences([rng.integers(50, size=n) for n in lengths])
             np.testing.assert_array_equal(model.logits(batch), reference.logits(batch))
     assert len(gpu.replays) == 3
+    (server,) = backend._servers.values()
+    assert all(called.native is not None for called in server._workers._calls._calls)
     assert {part.crosser for part in model.placed.tree() if part.is_copied} == {"hybrid"}
 
 
@@ -226,7 +231,7 @@ def test_a_deadline_that_passes_names_the_block(monkeypatch: pytest.MonkeyPatch)
     said = failure(device, crossing)
     assert said == (
         "Lfm2kitError: layers.3.choice: no answer within 0.1 s; if it is only slow, give a longer "
-        "--deadline"
+        "deadline"
     )
     assert failure(device, crossing) == (
         "Lfm2kitError: layers.3.choice: it was called in a forward that has failed, and has not "

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.backend import Channel
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_hybrid.calls import Called, Calls
 from lfm2kit_hybrid.cores import bind, unbound
 from lfm2kit_hybrid.polling import CALL, OVER, PATIENCE, observe, poll, publish
@@ -89,7 +89,8 @@ class Workers:
             raise _named(*self._failure)
         raise Lfm2kitError(
             f"{self._calls[late - 1].name}: no answer within {self._deadline:g} s; if it is only "
-            "slow, give a longer --deadline"
+            "slow, give a longer ",
+            Option("deadline"),
         )
 
     def close(self) -> None:
