@@ -82,21 +82,19 @@ def telling(wrap: Wrap, names: set[str]) -> Wrap:
 
     def telling_wrap(name: str, spec: Spec, block: Block) -> Block:
         wrapped = wrap(name, spec, block)
-        return _Telling(name, wrapped) if name in names else wrapped
+        return _telling(name, wrapped) if name in names else wrapped
 
     return telling_wrap
 
 
-class _Telling:
-    """A block that announces each call; not those of its machine code, which has no time to."""
+def _telling(name: str, block: Block) -> Block:
+    """Return `block`, each call announced; those of its machine code have no time for it."""
+    tell = THIS_PROCESS.step
 
-    def __init__(self, name: str, block: Block) -> None:
-        self._name = name
-        self._block = block
-        self._tell = THIS_PROCESS.step
-        if isinstance(block, CallsNatively):
-            self.native = block.native
+    def called(*inputs: Any) -> Any:
+        tell(name)
+        return block(*inputs)
 
-    def __call__(self, *inputs: Any) -> Any:
-        self._tell(self._name)
-        return self._block(*inputs)
+    if isinstance(block, CallsNatively):
+        called.native = block.native  # type: ignore[attr-defined]
+    return called
