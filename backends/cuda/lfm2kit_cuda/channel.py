@@ -116,7 +116,7 @@ class Call:
     ) -> None:
         self.number = number
         self._channel = channel
-        self._workers = workers
+        self._workers = int(workers)
         self._takes, self._returns = tuple(inputs), tuple(results)
         there, back = (Layout.of([*map(_nbytes, forms)]) for forms in (inputs, results))
         self._there, self._back = there, back
