@@ -337,7 +337,7 @@ def test_a_call_that_needs_more_memory_leaves_a_graph_what_it_has() -> None:
 def test_numbers_of_trips_begin_again_at_0() -> None:
     with serving(tripled) as server:
         chain = Chain(server, 16)
-        server.channel.counters[0] = LAST - 10
+        server.channel.counters.set(np.array([LAST - 10, 0], np.uint32))
         for turn in range(3):
             chain.check(chain.full(turn))
         assert server.channel.sent[0] == 3 * TRIPS - 11

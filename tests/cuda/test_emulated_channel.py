@@ -121,6 +121,13 @@ def test_a_worker_that_has_failed_leaves_no_results(channel: Path) -> None:
     assert all((array == 0xFF).all() for array in seen.received)
 
 
+def test_a_mark_ends_the_wait_for_those_who_never_answer(channel: Path) -> None:
+    answer = random_arrays(np.random.default_rng(5), [9])
+    seen = trip(channel, [], answer, workers=2, failing=1)
+    assert seen.failed == [1, 0]
+    assert (seen.received[0] == 0xFF).all()
+
+
 @pytest.mark.parametrize("answering", [0, 1])
 def test_a_deadline_marks_the_call_and_leaves_no_results(channel: Path, answering: int) -> None:
     answer = random_arrays(np.random.default_rng(4), [9, 70])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from lfm2kit_cuda.arguments import _code
+from lfm2kit_cuda.compiling import SOURCES
 from lfm2kit_cuda.constants import CHANNEL
 from lfm2kit_cuda.host_layout import (
     MOST_ARRAYS,
@@ -19,7 +22,7 @@ from lfm2kit_cuda.host_layout import (
     sending_grid,
 )
 
-from lfm2kit.crossing import ArrayForm
+from lfm2kit.backend import ArrayForm, Signals
 from tests.cuda import late_cupy
 
 LINE = VECTOR * CHANNEL.LINE
@@ -71,10 +74,29 @@ def test_arrays_of_a_few_tokens_need_one_cta() -> None:
 # A channel, without the kernels.
 
 
+class Kernels:
+    """Instead of a source's kernels: what they were launched with."""
+
+    def __init__(self) -> None:
+        self.launches: dict[str, tuple[Any, ...]] = {}
+
+    def load(self, stem: str, name: str) -> Callable[..., None]:
+        return lambda grid, threads, *arguments: self.launches.update({name: arguments})
+
+
 @pytest.fixture
-def channel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def kernels() -> Kernels:
+    return Kernels()
+
+
+@pytest.fixture
+def channel(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with late_cupy.loaded("memory", "channel") as (memory, module):
-        monkeypatch.setattr(module, "load_kernel", lambda stem, name: (stem, name))
+        for name, value in {
+            "load_kernel": kernels.load, "_empty": late_cupy.empty, "_whole_vectors": lambda a: a
+        }.items():  # fmt: skip
+            monkeypatch.setattr(module, name, value)
+        assert isinstance(memory.memory_of(1), Signals)
         yield memory.memory_of(1).channel(3, 5.0)
 
 
@@ -137,3 +159,41 @@ def test_more_workers_than_a_kernel_looks_at_are_refused() -> None:
         pytest.raises(ValueError, match=f"1 to {CHANNEL.MOST_THREADS} workers, not 2000"),
     ):
         memory.memory_of(0).channel(2000, 5.0)
+
+
+def declared(kernel: str) -> str:
+    """Return the parameters that channel.cu declares, in the letters of `arguments`."""
+    source = (SOURCES / "channel.cu").read_text(encoding="utf-8")
+    found = re.search(rf"\n +{kernel}\(([^)]*)\) {{", source)
+    assert found
+    parameters = found[1].split(",")
+    return "".join("P" if "*" in p else "f" if "float" in p else "i" for p in parameters)
+
+
+def test_kernels_get_what_they_declare(channel: Any, kernels: Kernels) -> None:
+    arrays = [late_cupy.empty((4, 2), np.float32), late_cupy.empty((5,), np.int32)]
+    call = channel.call([form(4, 2), form(5, dtype=np.int32)], [form(3)], 2)
+    call.send(*arrays)
+    (result,) = call.receive()
+    assert (result.shape, result.dtype) == ((3,), np.float32)
+    for name, arguments in kernels.launches.items():
+        assert "".join(map(_code, arguments)) == declared(name)
+    sent, received = (kernels.launches[name] for name in ("send", "receive"))
+    assert sent[:4] == (*arrays, None, None)
+    assert sent[4:8] == (2, 2, 0, 0)
+    assert [a.data.ptr for a in sent[8:10]] == [
+        call.inputs[0].ctypes.data, channel.sent.ctypes.data
+    ]  # fmt: skip
+    assert sent[11:] == (0,)
+    assert received[:8] == (result, None, None, None, 1, 0, 0, 0)
+    assert received[8].data.ptr == call.results[0].ctypes.data
+    assert received[9] == 4
+    assert received[12:] == (0, 2, 5.0)
+
+
+def test_other_arrays_than_those_of_the_call_are_refused(channel: Any, kernels: Kernels) -> None:
+    call = channel.call([form(4, 2)], [], 1)
+    for arrays in ([], [late_cupy.empty((8,), np.float32)], [late_cupy.empty((4, 2), np.int32)]):
+        with pytest.raises(ValueError, match="call 0 takes"):
+            call.send(*arrays)
+    assert not kernels.launches
