@@ -65,15 +65,20 @@ struct Wave {
     }
   }
 
-  // With a mark of failure all bits are 1.
-  __device__ void copy_from(const uint4* host, u64 marks) const {
+  // With a mark of failure all bits are 1.  One thread loads the marks for its CTA: the link carries
+  // each thread's load of a word that others store, even if all are of the same word.
+  __device__ void copy_from(const uint4* host, const u32* failed) const {
+    __shared__ u64 marks;
     uint4 vector[kOfThread];
 #pragma unroll
     for (int n = 0; n < kOfThread; ++n)
       if (at[n]) vector[n] = host[place[n]];
+    if (threadIdx.x == 0) marks = load_two_relaxed(failed);
+    __syncthreads();
 #pragma unroll
     for (int n = 0; n < kOfThread; ++n)
       if (at[n]) *at[n] = marks ? uint4{~0u, ~0u, ~0u, ~0u} : vector[n];
+    __syncthreads();
   }
 };
 
@@ -128,8 +133,7 @@ extern "C" __global__ void __launch_bounds__(kMostThreads)
     wait_for_answer(control + kAnswered + threadIdx.x * kWorker, counters->trip, failed, call + 1,
                     deadline);
   __syncthreads();
-  u64 marks = load_two_relaxed(failed);
-  wave.copy_from(results, marks);
+  wave.copy_from(results, failed);
   for (int first = of_grid(); first < places; first += of_grid())
-    Wave(arrays, first).copy_from(results, marks);
+    Wave(arrays, first).copy_from(results, failed);
 }
