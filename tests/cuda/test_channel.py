@@ -68,7 +68,10 @@ def test_grids_are_launched_whatever_the_size(places: int, workers: int) -> None
 
 def test_arrays_of_a_few_tokens_need_one_cta() -> None:
     of_scores = Layout.of([16 * 32 * 4]).places
-    assert sending_grid(of_scores) == receiving_grid(of_scores, 1) == (1, 128)
+    assert sending_grid(of_scores) == (1, 128)
+    for tokens, threads in ((16, 32), (256, 128), (2048, 1024)):
+        of_choices = Layout.of([tokens * 4 * 4] * 2).places
+        assert receiving_grid(of_choices, 1) == (1, threads)
 
 
 # A channel, without the kernels.

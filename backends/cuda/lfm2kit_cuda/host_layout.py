@@ -16,7 +16,6 @@ VECTOR = 16  # bytes
 MOST_ARRAYS = 4
 MOST_BYTES = 2**31 - 1  # of all arrays: kernels count vectors with 32 bits
 WARP, MOST_CTAS = 32, 16  # more would not fill the link any better
-RECEIVING_THREADS = 256  # of a CTA: several SMs take more from the link at once than one
 
 
 class Layout(NamedTuple):
@@ -53,18 +52,23 @@ def sending_grid(places: int) -> tuple[int, int]:
 
     One CTA is best as long as it suffices, because several have to wait for each other.
     """
-    return _grid(places, CHANNEL.MOST_THREADS, CHANNEL.OF_THREAD)
+    threads = min(max(_whole_warps(places), WARP), CHANNEL.MOST_THREADS)
+    return _ctas(places, threads), threads
 
 
 def receiving_grid(places: int, workers: int) -> tuple[int, int]:
-    """Return the same for copies from the host; each CTA has a thread for each worker."""
-    ctas, threads = _grid(places, RECEIVING_THREADS, 1)
-    return ctas, max(threads, _whole_warps(workers))
+    """Return the same for copies from the host; each CTA has a thread for each worker.
+
+    The link lets one CTA after the other look at the answers, and each look takes 2 us on an H200.
+    So there are as few as can be, of threads that each have OF_THREAD loads on their way.
+    """
+    busy = _whole_warps(-(-places // CHANNEL.OF_THREAD))
+    threads = min(max(busy, _whole_warps(workers), WARP), CHANNEL.MOST_THREADS)
+    return _ctas(places, threads), threads
 
 
-def _grid(places: int, most_threads: int, of_thread: int) -> tuple[int, int]:
-    threads = min(max(_whole_warps(places), WARP), most_threads)
-    return min(max(-(-places // (threads * of_thread)), 1), MOST_CTAS), threads
+def _ctas(places: int, threads: int) -> int:
+    return min(max(-(-places // (threads * CHANNEL.OF_THREAD)), 1), MOST_CTAS)
 
 
 def _whole_warps(threads: int) -> int:
