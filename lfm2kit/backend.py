@@ -20,6 +20,7 @@ from lfm2kit.crossing import (
     Channel,
     Crossing,
     NativeCall,
+    Near,
     Server,
     Signals,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "Memory",
     "MemoryFigures",
     "NativeCall",
+    "Near",
     "Operator",
     "Ordered",
     "Precision",

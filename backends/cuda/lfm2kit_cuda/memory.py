@@ -17,6 +17,7 @@ from lfm2kit.memory import Arriving, Mark
 from lfm2kit_cuda.channel import Channel
 from lfm2kit_cuda.choosing import identity
 from lfm2kit_cuda.device import current_device, on_device
+from lfm2kit_cuda.near import cores_near
 from lfm2kit_cuda.upload import upload
 
 
@@ -52,6 +53,10 @@ class CudaMemory:
         with on_device(self.device):
             free, _ = cupy.cuda.runtime.memGetInfo()
             return int(free) + int(cupy.get_default_memory_pool().free_bytes())
+
+    def near_cores(self) -> frozenset[int]:
+        """Return the cores of the NUMA node that the GPU is attached to."""
+        return cores_near(cupy.cuda.Device(self.device).pci_bus_id)
 
     @contextmanager
     def stream(self) -> Iterator[None]:
