@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.memory import Arriving, Mark
+from lfm2kit_cuda.channel import Channel
 from lfm2kit_cuda.choosing import identity
 from lfm2kit_cuda.device import current_device, on_device
 from lfm2kit_cuda.near import cores_near
@@ -84,6 +85,14 @@ class CudaMemory:
         assert isinstance(mark, _Event), "a mark of another memory"
         with on_device(self.device):
             mark.hold_back(cupy.cuda.get_current_stream())
+
+    def channel(self, workers: int, deadline: float) -> Channel:
+        """Return a new channel to threads of the host.
+
+        Raises ValueError if there are more of them than a kernel can look at.
+        """
+        with on_device(self.device):
+            return Channel(workers, deadline)
 
     def _idle_stream(self) -> cupy.cuda.Stream:
         with suppress(IndexError):
