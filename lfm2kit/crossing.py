@@ -67,7 +67,7 @@ class Call(Protocol):
 
     @property
     def inputs(self) -> Sequence[npt.NDArray[Any]]:
-        """Return the host arrays in which the arguments lie from the trip's arrival to its answer."""
+        """Return the host arrays in which the arguments lie until the trip is answered."""
         ...
 
     @property

@@ -22,7 +22,7 @@ NAN = np.float32(np.nan)
 
 
 def expected(spec: Choice, bias: Any, scores: Any) -> Arrays:
-    """Return what the contract says, expert by expert; a row's weights are summed one after the other."""
+    """Return what the contract says, expert by expert, in the contract's order."""
     expert_ids = np.empty((len(scores), spec.num_experts_per_tok), np.int32)
     expert_weights = np.empty(expert_ids.shape, np.float32)
     for r, row in enumerate(scores):
@@ -56,7 +56,7 @@ def scores_of(rng: np.random.Generator, experts: int) -> Any:
 
 
 def biases_of(rng: np.random.Generator, experts: int, taken: int) -> list[Any]:
-    """Yield None, small ones, ones that outweigh every score, zeros of both signs, and some -inf."""
+    """Return None, small ones, ones that outweigh scores, zeros of both signs, and -inf."""
     small = rng.standard_normal(experts).astype(np.float32) / 10
     zeros = np.where(rng.random(experts) < 0.5, np.float32(0), np.float32(-0.0))
     never = small.copy()
