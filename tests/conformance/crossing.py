@@ -34,7 +34,9 @@ class DeviceBlock:
             self.new_state = block.new_state
 
     def __call__(self, *inputs: Any) -> Any:
-        made = tuple(map(DeviceArray, RETURNED[type(self.spec)](self.spec, *inputs)))
+        returned = RETURNED[type(self.spec)]
+        shape = returned.shape(self.spec, *inputs)
+        made = tuple(DeviceArray(shape) for _ in returned.dtypes)
 
         def work() -> None:
             result = self.block(*map(_values, inputs))

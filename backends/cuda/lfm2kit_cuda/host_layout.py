@@ -27,7 +27,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> Layout:
-        """Return the layout of arrays of so many bytes.
+        """Return the layout of arrays of these sizes in bytes.
 
         Raises ValueError if they are too many or too large.
         """
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
 
 def sending_grid(places: int) -> tuple[int, int]:
-    """Return the number of CTAs that copy so many vectors to the host, and of their threads.
+    """Return the number of CTAs that copy this many vectors to the host, and of their threads.
 
     One CTA is best as long as it suffices, because several have to wait for each other.
     """
