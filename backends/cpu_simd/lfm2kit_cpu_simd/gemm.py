@@ -174,10 +174,12 @@ def _grouped(
 ) -> None:
     size, groups = itemsize * NR * x.shape[1], offsets.shape[0] - 1
     for thread in numba.prange(threads):
-        sums = np.empty((ROWS_AT_ONCE, NR), np.float32)
-        memory = np.empty(STRETCH * NR + CACHE_LINE // 4, np.float32)
-        # Used as an array to the end, because Numba may free one of which only the address is used.
-        wide = memory[-(memory.ctypes.data // 4) % (CACHE_LINE // 4) :]
+        memory = np.empty((ROWS_AT_ONCE + STRETCH) * NR + CACHE_LINE // 4, np.float32)
+        # Both begin on a cache line: a vector across two takes twice as long.  They are used as
+        # arrays to the end, because Numba may free one of which only the address is used.
+        aligned = memory[-(memory.ctypes.data // 4) % (CACHE_LINE // 4) :]
+        sums = aligned[: ROWS_AT_ONCE * NR].reshape((ROWS_AT_ONCE, NR))
+        wide = aligned[ROWS_AT_ONCE * NR :]
         tasks = 0
         for group in range(groups):
             first, rows = offsets[group], offsets[group + 1] - offsets[group]
