@@ -1,4 +1,4 @@
-"""The router and its parts: scores by the SIMD tile, the choice row by row; always in float32."""
+"""The router and its parts: scores by the SIMD tile, the choice by lanes; always in float32."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from numba import types
 
 from lfm2kit import specs
 from lfm2kit.backend import Format, NativeCall, Weights
+from lfm2kit_cpu_simd.chooser import address_of_chooser, call_chooser
 from lfm2kit_cpu_simd.compiling import c_function, kernel
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.gemm import Float32, linear
+from lfm2kit_cpu_simd.machine import VL
 from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import BOOL, FLOAT, IDS_OUT, INT, ROWS, ROWS_OUT, VECTOR
 
@@ -47,22 +49,22 @@ class Choice:
             self.bias += weights.float32("expert_bias")  # 0 + -0 is 0: no sum with it is -0
         self.normalise = spec.norm_topk_prob
         self.scaling = np.float32(spec.routed_scaling_factor)
+        self.chooser = address_of_chooser(self.taken)
 
     def __call__(self, scores: Float32) -> tuple[Int32, Float32]:
-        return self.call(_choose, scores)
-
-    def call(self, kernel: Any, rows: Float32) -> tuple[Int32, Float32]:
-        """Call a kernel that chooses from scores or from logits [tokens, num_experts]."""
-        shape = (len(rows), self.taken)
-        expert_ids, expert_weights = np.empty(shape, np.int32), np.empty(shape, np.float32)
-        kernel(
-            rows, self.bias, self.normalise, self.scaling, expert_ids, expert_weights, CREW.size()
-        )
+        expert_ids, expert_weights = self.room(scores)
+        how = self.bias, self.normalise, self.scaling
+        _choose(scores, *how, expert_ids, expert_weights, self.chooser, CREW.size())
         return expert_ids, expert_weights
+
+    def room(self, rows: Float32) -> tuple[Int32, Float32]:
+        """Return arrays for what is chosen for rows of scores or logits."""
+        shape = (len(rows), self.taken)
+        return np.empty(shape, np.int32), np.empty(shape, np.float32)
 
     def native(self) -> NativeCall:
         """Return the choice as machine code; see `_choose_natively` for its argument."""
-        sizes = np.array([self.num_experts, self.taken, self.normalise], np.int64)
+        sizes = np.array([self.num_experts, self.taken, self.normalise, self.chooser], np.int64)
         numbers = np.array([self.scaling, *self.bias], np.float32)
         argument = np.array([sizes.ctypes.data, numbers.ctypes.data], np.uintp)
         owner = (_choose_natively, argument, sizes, numbers)
@@ -77,7 +79,11 @@ class Router:
         self.choice = Choice(spec.choice, weights, format)
 
     def __call__(self, x: Float32) -> tuple[Int32, Float32]:
-        return self.choice.call(_choose_of_logits, self.scores.logits(x))
+        choice, logits = self.choice, self.scores.logits(x)
+        expert_ids, expert_weights = choice.room(logits)
+        how = choice.bias, choice.normalise, choice.scaling
+        _choose_of_logits(logits, *how, expert_ids, expert_weights, CREW.size())
+        return expert_ids, expert_weights
 
 
 @numba.njit(inline="always")
@@ -147,6 +153,22 @@ def _first_of(rows: Any, part: Any, parts: Any) -> Any:
 
 
 @numba.njit(error_model="numpy")
+def _choose_row_by_row(
+    scores: Any,
+    bias: Any,
+    normalise: Any,
+    scaling: Any,
+    expert_ids: Any,
+    expert_weights: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    keys = _room_for_keys(bias.shape[0])
+    for r in range(first, last):
+        _choose_of_row(scores[r], bias, keys, normalise, scaling, expert_ids[r], expert_weights[r])
+
+
+@numba.njit(error_model="numpy")
 def _choose_part(
     scores: Any,
     bias: Any,
@@ -154,13 +176,32 @@ def _choose_part(
     scaling: Any,
     expert_ids: Any,
     expert_weights: Any,
+    chooser: Any,
     part: Any,
     parts: Any,
 ) -> None:
-    """Choose for one of `parts` shares of the rows."""
-    keys, rows = _room_for_keys(bias.shape[0]), scores.shape[0]
-    for r in range(_first_of(rows, part, parts), _first_of(rows, part + 1, parts)):
-        _choose_of_row(scores[r], bias, keys, normalise, scaling, expert_ids[r], expert_weights[r])
+    """Choose for one of `parts` shares of the rows.
+
+    The `chooser`, an address, takes VL rows at a time; 0 if there is none.  It takes no NaN: then
+    these rows are chosen for one by one.
+    """
+    last = _first_of(scores.shape[0], part + 1, parts)
+    for row in range(_first_of(scores.shape[0], part, parts), last, VL):
+        end = min(row + VL, last)
+        if chooser == 0 or not call_chooser(
+            chooser,
+            end - row,
+            scores[row:].ctypes.data,
+            bias.shape[0],
+            bias.ctypes.data,
+            normalise,
+            scaling,
+            expert_ids[row:].ctypes.data,
+            expert_weights[row:].ctypes.data,
+        ):
+            _choose_row_by_row(
+                scores, bias, normalise, scaling, expert_ids, expert_weights, row, end
+            )
 
 
 @kernel(types.void(ROWS_OUT), parallel=True, error_model="numpy")
@@ -171,7 +212,8 @@ def _score(logits: Any) -> None:
             logits[row, e] = _sigmoid(logits[row, e])
 
 
-CHOOSES = types.void(ROWS, VECTOR, BOOL, FLOAT, IDS_OUT, ROWS_OUT, INT)
+CHOOSES = types.void(ROWS, VECTOR, BOOL, FLOAT, IDS_OUT, ROWS_OUT, INT, INT)
+CHOOSES_OF_LOGITS = types.void(ROWS, VECTOR, BOOL, FLOAT, IDS_OUT, ROWS_OUT, INT)
 
 
 @kernel(CHOOSES, parallel=True, error_model="numpy")
@@ -182,15 +224,24 @@ def _choose(
     scaling: Any,
     expert_ids: Any,
     expert_weights: Any,
+    chooser: int,
     parts: int,
 ) -> None:
     for part in numba.prange(parts):
         _choose_part(
-            scores, bias, normalise, scaling, expert_ids, expert_weights, np.int64(part), parts
+            scores,
+            bias,
+            normalise,
+            scaling,
+            expert_ids,
+            expert_weights,
+            chooser,
+            np.int64(part),
+            parts,
         )
 
 
-@kernel(CHOOSES, parallel=True, error_model="numpy")
+@kernel(CHOOSES_OF_LOGITS, parallel=True, error_model="numpy")
 def _choose_of_logits(
     logits: Any,
     bias: Any,
@@ -219,9 +270,10 @@ def _choose_natively(
 ) -> None:
     """Choose for a share of the rows, as `lfm2kit.backend.NativeCall` says.
 
-    The argument has the addresses of (num_experts, taken, normalise) and of (scaling, *bias).
+    The argument has the addresses of (num_experts, taken, normalise, chooser) and of
+    (scaling, *bias).
     """
-    num_experts, taken, normalise = numba.carray(argument[0], 3, np.int64)
+    num_experts, taken, normalise, chooser = numba.carray(argument[0], 4, np.int64)
     numbers = numba.carray(argument[1], num_experts + 1, np.float32)
     _choose_part(
         numba.carray(inputs[0], (rows, num_experts), np.float32),
@@ -230,6 +282,7 @@ def _choose_natively(
         numbers[0],
         numba.carray(results[0], (rows, taken), np.int32),
         numba.carray(results[1], (rows, taken), np.float32),
+        chooser,
         part,
         parts,
     )
