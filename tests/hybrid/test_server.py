@@ -179,10 +179,27 @@ def test_shares_may_end_in_any_order(device: DeviceMemory, server: Server) -> No
         parts.append(part)
 
     crossing = server.crossing("layers.2", NativeDoubling(share))
-    for rows in (511, 512, 768, 5000, 1, 512, 768, 5000, 0, 768, 512):
+    for rows in (127, 128, 192, 5000, 1, 128, 192, 5000, 0, 192, 128):
         call(device, crossing, rows)
     assert sorted(set(parts)) == [0, 1, 2]
-    assert server._workers._calls[0].entry(1)[polling.PARTS] == 1
+    table = server._workers._calls._table
+    assert list(table[:6, polling.PARTS]) == [1, 2, 3, 3, 1, 1]
+
+
+@pytest.mark.parametrize("core", [None, max(cores.MASK, default=0)])
+def test_only_a_worker_without_a_core_of_its_own_offers_it_before_it_sleeps(
+    core: int | None, device: DeviceMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[tuple[int, ...]] = []
+
+    def looked(*arguments: int) -> Any:
+        looks.append(arguments[-2:])
+        return polling.poll(*arguments)
+
+    monkeypatch.setattr(workers, "poll", looked)
+    call(device, crossing := Server(device, [core]).crossing("layers.2", NativeDoubling()))
+    call(device, crossing)
+    assert set(looks) == {(polling.PATIENCE, polling.PAUSES if core is None else polling.PATIENCE)}
 
 
 def test_more_calls_than_the_first_table_has(device: DeviceMemory, server: Server) -> None:

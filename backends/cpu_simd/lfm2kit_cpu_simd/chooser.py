@@ -122,12 +122,12 @@ class Emitter:
     def _take(self, columns: Sequence[Any], bias: Any, first: Any) -> None:
         """Emit the insertion of the experts from `first` on into the lists."""
         b = self.builder
+        first_id = self._splat(b.trunc(first, self.word), self.vl)
         biased, ids = [], []
         for i, column in enumerate(columns):
-            expert = b.add(first, self.index(i))
-            its_bias = self._splat(self._load(bias, expert, self.float), self.vl)
-            biased.append(b.fadd(column, its_bias))
-            ids.append(self._splat(b.trunc(expert, self.word), self.vl))
+            its_bias = self._load(bias, b.add(first, self.index(i)), self.float)
+            biased.append(b.fadd(column, self._splat(its_bias, self.vl)))
+            ids.append(b.add(first_id, ir.Constant(self.words, [i] * self.vl)))
         self._look_for_nan(biased)
         for value, expert in zip(biased, ids, strict=True):
             self._insert(value, expert)

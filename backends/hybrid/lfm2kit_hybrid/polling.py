@@ -24,7 +24,9 @@ FUNCTION, ARGUMENT, INPUTS, RESULTS, ROWS, PARTS = range(6)
 ENTRY = 8
 ENTRY_BYTES = 8 * ENTRY
 
-PAUSES = 1_000  # looks at the flag, some 50 us, after which the core is offered to others
+# Looks at the flag, some 50 us, after which a worker without a core of its own offers the one that
+# it runs on to others.  To offer a core that nobody wants costs a trip 18 us, so others never do.
+PAUSES = 1_000
 PATIENCE = 1_000_000  # looks, about half a second, after which a worker goes to sleep
 
 WORD, LONG = ir.IntType(32), ir.IntType(64)
@@ -108,7 +110,7 @@ def _pointer(builder: Any, address: Any, kind: Any) -> Any:
 
 
 ADDRESS = types.intp
-POLL = types.int64(*[ADDRESS] * 6, types.uint32, types.int64, types.int64)
+POLL = types.int64(*[ADDRESS] * 6, types.uint32, types.int64, types.int64, types.int64)
 
 
 @kernel(POLL, nogil=True)
@@ -122,15 +124,16 @@ def poll(
     generation: int,
     worker: int,
     patience: int,
+    pauses: int,
 ) -> int:
     """Answer the trips that a worker can answer, until there is something else to do.
 
     The first six are addresses: of the channel's `sent` and `failed`, of what this worker has
     `answered`, of the trip that it has `seen`, of the table's address, and of the number of the
-    forward that is served.  The worker serves `generation`, and after `patience` looks in vain
-    returns QUIET.
+    forward that is served.  The worker serves `generation`, after `pauses` looks in vain offers its
+    core to others, and after `patience` returns QUIET.
     """
-    looks = 0
+    looks, offered_after = 0, pauses
     while True:
         trip = load_acquire(sent)
         # Looked at after the trip, which is therefore none of a later forward.
@@ -140,19 +143,21 @@ def poll(
             looks += 1
             if looks >= patience:
                 return QUIET
-            if looks < PAUSES:
+            if looks < offered_after:
                 pause()
             else:
                 sched_yield()
             continue
-        looks, patience = 0, PATIENCE
+        looks, patience, offered_after = 0, PATIENCE, pauses
         # If the trip does not wait for this worker, this may be the next trip's call.  The share
         # is then computed twice, but the next trip is answered after the second time.
         entry = load_long(table) + ENTRY_BYTES * load_acquire(sent + 4)
         parts = load_long(entry + 8 * PARTS)
+        function = load_long(entry + 8 * FUNCTION)
+        if function == 0:
+            offered_after = 0  # a block that needs Python may compute on all cores
         if worker < parts:
             is_failed = load_acquire(failed) != 0 or load_acquire(failed + 4) != 0
-            function = load_long(entry + 8 * FUNCTION)
             if function == 0 and not is_failed:
                 return CALL
             if not is_failed:

@@ -20,7 +20,7 @@ from lfm2kit.backend import Channel
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_hybrid.calls import Called, Calls
 from lfm2kit_hybrid.cores import bind, unbound
-from lfm2kit_hybrid.polling import CALL, OVER, PATIENCE, observe, poll, publish
+from lfm2kit_hybrid.polling import CALL, OVER, PATIENCE, PAUSES, observe, poll, publish
 
 NAP = 0.02  # seconds between two looks of a worker whose patience is at its end
 LEAVING = 1.0  # seconds that a worker gets to leave
@@ -144,8 +144,11 @@ class Workers:
         answered, seen = _address(channel.answered[worker]), _address(self._seen[worker])
         table, serving = _address(self._table), _address(self._serving)
         patience = PATIENCE
+        pauses = PAUSES if self._cores[worker] is None else PATIENCE
         while True:
-            why = poll(sent, failed, answered, seen, table, serving, generation, worker, patience)
+            why = poll(
+                sent, failed, answered, seen, table, serving, generation, worker, patience, pauses
+            )
             patience = PATIENCE
             if why == OVER:
                 return
