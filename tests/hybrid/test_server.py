@@ -346,6 +346,12 @@ def test_threads_end_with_their_server(device: DeviceMemory) -> None:
         assert not thread.is_alive()
 
 
+def test_what_workers_look_at_shares_a_cache_line_with_nothing(server: Server) -> None:
+    team = server._workers
+    looked_at = [team._serving, team._table, *team._seen]
+    assert all(words.ctypes.data % 64 == 0 and words.nbytes == 64 for words in looked_at)
+
+
 def test_two_forwards_at_once_take_turns(device: DeviceMemory, server: Server) -> None:
     crossings = [server.crossing(f"layers.{i}", NativeDoubling()) for i in range(2)]
     errors: list[BaseException] = []

@@ -285,3 +285,19 @@ def call_chooser(
         return builder.trunc(builder.call(called, args[1:]), ir.IntType(1))
 
     return signature, codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Have a cache line fetched, which may lie behind any array."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        called = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch")
+        read, into_first_level, data = word(0), word(3), word(1)
+        at = builder.inttoptr(args[0], pointer)
+        builder.call(called, [at, read, into_first_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen

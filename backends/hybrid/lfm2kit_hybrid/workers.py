@@ -22,6 +22,7 @@ from lfm2kit_hybrid.calls import Called, Calls
 from lfm2kit_hybrid.cores import bind, unbound
 from lfm2kit_hybrid.polling import CALL, OVER, PATIENCE, PAUSES, observe, poll, publish
 
+CACHE_LINE = 64
 NAP = 0.02  # seconds between two looks of a worker whose patience is at its end
 LEAVING = 1.0  # seconds that a worker gets to leave
 
@@ -43,10 +44,10 @@ class Workers:
         self._is_shaken = False  # a call of a forward that has failed may still be running
         self._failure: tuple[str, BaseException] | None = None  # a block's name, and what it raised
         # In memory that machine code reads: the generation that is served or 0, the table's
-        # address, and each worker's newest trip, on cache lines of their own.
-        self._serving = np.zeros(16, np.uint32)
-        self._table = np.zeros(1, np.int64)
-        self._seen = np.zeros((len(cores), 16), np.uint32)
+        # address, and each worker's newest trip.
+        self._serving = _lines(1)[0]
+        self._table = _lines(1)[0].view(np.int64)
+        self._seen = _lines(len(cores))
         self._calls = Calls(self._take_table)
 
     def add(self, called: Called, parts: int) -> None:
@@ -185,6 +186,13 @@ def _named(name: str, error: BaseException) -> BaseException:
         named = RuntimeError(f"{name} raised {type(error).__name__}: {error}")
     named.__cause__ = error
     return named
+
+
+def _lines(count: int) -> npt.NDArray[np.uint32]:
+    """Return zeros on cache lines of their own, which nobody else's writes take from a worker."""
+    memory = np.zeros((count + 1) * CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return memory[start : start + count * CACHE_LINE].view(np.uint32).reshape(count, -1)
 
 
 def _address(array: npt.NDArray[Any]) -> int:

@@ -12,13 +12,14 @@ from numba import types
 
 from lfm2kit import specs
 from lfm2kit.backend import Format, NativeCall, Weights
-from lfm2kit_cpu_simd.chooser import address_of_chooser, call_chooser
+from lfm2kit_cpu_simd.chooser import address_of_chooser, call_chooser, prefetch
 from lfm2kit_cpu_simd.compiling import c_function, kernel
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.gemm import Float32, linear
 from lfm2kit_cpu_simd.machine import VL
 from lfm2kit_cpu_simd.packing import pack
 from lfm2kit_cpu_simd.signatures import BOOL, FLOAT, IDS_OUT, INT, ROWS, ROWS_OUT, VECTOR
+from lfm2kit_cpu_simd.tile import CACHE_LINE
 
 Int32 = npt.NDArray[np.int32]
 
@@ -152,6 +153,15 @@ def _first_of(rows: Any, part: Any, parts: Any) -> Any:
     return np.int64(rows) * np.int64(part) // np.int64(parts)
 
 
+@numba.njit(inline="always")
+def _prefetch_rows(scores: Any, first: Any, last: Any) -> None:
+    """Fetch rows ahead: where another core or a device has written them, each line takes long."""
+    if first < last:
+        start = scores[first:].ctypes.data
+        for at in range(start, start + 4 * (last - first) * scores.shape[1], CACHE_LINE):
+            prefetch(at)
+
+
 @numba.njit(error_model="numpy")
 def _choose_row_by_row(
     scores: Any,
@@ -188,6 +198,7 @@ def _choose_part(
     last = _first_of(scores.shape[0], part + 1, parts)
     for row in range(_first_of(scores.shape[0], part, parts), last, VL):
         end = min(row + VL, last)
+        _prefetch_rows(scores, end, min(end + VL, last))
         if chooser == 0 or not call_chooser(
             chooser,
             end - row,
