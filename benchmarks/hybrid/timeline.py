@@ -176,8 +176,11 @@ def picture(gpu: Sequence[Span], cpu: Sequence[Span], title: str) -> str:
     scale, height = 1100 / (end - begin), 22
     workers: list[list[Span]] = []
     for span in sorted(cpu, key=lambda span: span.start):
-        free = [w for w in workers if w[-1].end <= span.start]
-        (free[0] if free else workers.append([]) or workers[-1]).append(span)
+        free = next((worker for worker in workers if worker[-1].end <= span.start), None)
+        if free is None:
+            workers.append([span])
+        else:
+            free.append(span)
     rows = [("GPU", gpu), *((f"core {i}", spans) for i, spans in enumerate(workers))]
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="1220" height="{height * len(rows) + 70}" '
