@@ -31,7 +31,7 @@ import itertools
 from full_size import build
 from lfm2kit_cpu_simd.blocks.router import Choice
 from lfm2kit_hybrid.backend import HybridBackend
-from lfm2kit_hybrid.polling import call_native, load_long
+from lfm2kit_hybrid.instructions import call_native, load_long
 from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic

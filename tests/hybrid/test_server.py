@@ -19,6 +19,21 @@ import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
 from lfm2kit_hybrid import cores, polling, workers
 from lfm2kit_hybrid.backend import HybridBackend
+from lfm2kit_hybrid.board import (
+    ASLEEP,
+    CLOSED,
+    LINE,
+    NOTED,
+    READ_END,
+    SEEN,
+    SERVING,
+    SHARED_BY,
+    TABLE,
+    TURN,
+    TURNS_CALL,
+    WANTED,
+    WRITE_END,
+)
 from lfm2kit_hybrid.server import HostCrossing, Server
 
 from lfm2kit import progress
@@ -190,16 +205,16 @@ def test_shares_may_end_in_any_order(device: DeviceMemory, server: Server) -> No
 def test_only_a_worker_without_a_core_of_its_own_offers_it_before_it_sleeps(
     core: int | None, device: DeviceMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks: list[tuple[int, ...]] = []
+    pauses: list[int] = []
 
     def looked(*arguments: int) -> Any:
-        looks.append(arguments[-2:])
+        pauses.append(arguments[5])
         return polling.poll(*arguments)
 
     monkeypatch.setattr(workers, "poll", looked)
     call(device, crossing := Server(device, [core]).crossing("layers.2", NativeDoubling()))
     call(device, crossing)
-    assert set(looks) == {(polling.PATIENCE, polling.PAUSES if core is None else polling.PATIENCE)}
+    assert pauses == [polling.PAUSES if core is None else polling.PATIENCE]
 
 
 def test_more_calls_than_the_first_table_has(device: DeviceMemory, server: Server) -> None:
@@ -300,37 +315,103 @@ def test_a_block_that_fails_is_the_cause_of_what_follows(
     call(device, crossing)
 
 
-def test_a_forward_that_does_not_come_lets_the_worker_sleep(
+def until(is_true: Callable[[], object]) -> None:
+    """Wait until something is so, much longer than it takes."""
+    end = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(1e-4)
+
+
+def asleep(server: Server) -> list[int]:
+    """Return the numbers of the workers that sleep."""
+    board, started = server._workers._board, len(server._workers._threads)
+    return [worker for worker in range(started) if board[board.of(worker, ASLEEP)]]
+
+
+def test_a_forward_that_does_not_come_lets_the_workers_sleep(
     device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crossing = server.crossing("layers.2.choice", NativeDoubling())
-    call(device, crossing)
-    naps = []
-    has_slept = threading.Event()
-
-    def nap(seconds: float) -> None:
-        naps.append(seconds)
-        has_slept.set()
-        time.sleep(1e-3)
-
     monkeypatch.setattr(workers, "PATIENCE", 100)
-    monkeypatch.setattr(workers, "sleep", nap)
-    x = np.ones((5, 3), np.float32)
+    crossing = server.crossing("layers.2.choice", NativeDoubling())
+    for rows in (900, 900, 5):
+        call(device, crossing, rows)
+    x = np.ones((900, 3), np.float32)
     with forward(device, server):
-        assert has_slept.wait(60)
+        until(lambda: asleep(server) == [0, 1, 2])
         result = device.to_host(crossing(device.from_host(x)))
     np.testing.assert_array_equal(result, 2 * x)
-    assert set(naps) == {workers.NAP}
 
 
-def test_between_forwards_every_thread_rests(device: DeviceMemory, server: Server) -> None:
+@pytest.mark.parametrize("wanted", [(5,), (900,), (900, 5)])
+def test_between_forwards_all_workers_sleep_and_take_no_time(
+    wanted: tuple[int, ...], device: DeviceMemory, server: Server
+) -> None:
+    crossing = server.crossing("layers.2.choice", NativeDoubling())
+    for rows in wanted:
+        call(device, crossing, rows)
+        call(device, crossing, rows)
+    everybody = list(range(len(server._workers._threads)))
+    assert len(everybody) == (3 if 900 in wanted else 1)
+    until(lambda: asleep(server) == everybody)
+    start = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - start < 0.01 * 0.2
+
+
+def test_calls_of_one_share_wake_the_first_worker_alone(
+    device: DeviceMemory, server: Server
+) -> None:
     crossing = server.crossing("layers.2.choice", NativeDoubling())
     for rows in (900, 900, 5, 5):
         call(device, crossing, rows)
-    team = server._workers
-    with team._condition:
-        assert len(team._threads) == 3
-        assert team._condition.wait_for(lambda: team._resting == 3, 60)
+    until(lambda: asleep(server) == [0, 1, 2])
+    for _ in range(5):
+        call(device, crossing, 5)
+        assert asleep(server)[-2:] == [1, 2]
+
+
+def test_a_forward_wakes_all_whom_the_one_before_needed(
+    device: DeviceMemory, server: Server
+) -> None:
+    crossing = server.crossing("layers.2.choice", NativeDoubling())
+    for _ in range(2):
+        call(device, crossing, 900)
+    until(lambda: asleep(server) == [0, 1, 2])
+    with forward(device, server):
+        until(lambda: asleep(server) == [])
+    with forward(device, server):
+        until(lambda: asleep(server) == [1, 2])
+
+
+def test_nobody_sleeps_through_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that sleep as soon as they may are woken at every step."""
+    monkeypatch.setattr(workers, "LINGER", 1)
+    monkeypatch.setattr(workers, "PATIENCE", 1)
+    device = DeviceMemory(1e-5)
+    server = Server(device, [None, None, None])
+    crossing = server.crossing("layers.2.choice", NativeDoubling())
+    for rows in np.random.default_rng(0).choice([5, 128, 900], 200):
+        call(device, crossing, int(rows))
+
+
+def test_nobody_sleeps_through_the_beginning_of_a_forward(
+    device: DeviceMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins whenever the worker is just about to sleep."""
+    monkeypatch.setattr(workers, "LINGER", 1)
+    server = Server(device, [None])
+    call(device, server.crossing("layers.2.choice", NativeDoubling()))
+    board = server._workers._board
+    noted = board.of(0, NOTED)
+    for i in range(20_000):
+        server._workers.begin()
+        end = time.monotonic() + 60
+        while board[noted] != board[SERVING]:
+            assert time.monotonic() < end
+        server._workers.end()
+        for _ in range(i % 50):
+            pass
 
 
 def test_threads_end_with_their_server(device: DeviceMemory) -> None:
@@ -346,10 +427,15 @@ def test_threads_end_with_their_server(device: DeviceMemory) -> None:
         assert not thread.is_alive()
 
 
-def test_what_workers_look_at_shares_a_cache_line_with_nothing(server: Server) -> None:
-    team = server._workers
-    looked_at = [team._serving, team._table, *team._seen]
-    assert all(words.ctypes.data % 64 == 0 and words.nbytes == 64 for words in looked_at)
+def test_words_of_different_writers_lie_on_different_cache_lines(server: Server) -> None:
+    board = server._workers._board
+    assert board.address % LINE == 0
+    lines = [{SERVING, CLOSED}, {TURN, TURNS_CALL}, {TABLE, TABLE + 4}]
+    for worker in range(3):
+        lines.append({board.of(worker, word) for word in (SEEN, NOTED, SHARED_BY)})
+        lines.append({board.of(worker, word) for word in (ASLEEP, WANTED, READ_END, WRITE_END)})
+    assert sum(map(len, lines)) == len(set.union(*lines))
+    assert [{word // LINE for word in line} for line in lines] == [{i} for i in range(9)]
 
 
 def test_two_forwards_at_once_take_turns(device: DeviceMemory, server: Server) -> None:

@@ -1,30 +1,29 @@
 """Threads that answer a channel's trips: they look for them during forwards, and sleep between.
 
-Each forward that is served has a number, its *generation*.  Workers serve one generation, and then
-wait for the next.
+They are in machine code (`polling.poll`) from their start to their end, except while a block needs
+Python.  So the thread that runs forwards never waits for Python's lock because of them.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
-from functools import partial
-from threading import Condition, Thread, current_thread
-from time import sleep
+from threading import Thread, current_thread
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.backend import Channel
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit_hybrid import polling
+from lfm2kit_hybrid.board import CLOSED, NOTED, SEEN, SERVING, Board
 from lfm2kit_hybrid.calls import Called, Calls
 from lfm2kit_hybrid.cores import bind, unbound
-from lfm2kit_hybrid.polling import CALL, OVER, PATIENCE, PAUSES, observe, poll, publish
+from lfm2kit_hybrid.polling import CALL, LINGER, PATIENCE, PAUSES, observe, poll, publish, wake
 
-CACHE_LINE = 64
-NAP = 0.02  # seconds between two looks of a worker whose patience is at its end
 LEAVING = 1.0  # seconds that a worker gets to leave
+LOOK = 1e-3  # seconds between two looks at whether the calls of a failed forward have returned
 
 
 class Workers:
@@ -36,24 +35,16 @@ class Workers:
         self._deadline = deadline
         self._process = os.getpid()
         self._threads: list[Thread] = []
-        self._condition = Condition()  # guards what follows
-        self._generation = 0  # the newest one; a uint32, never 0
-        self._is_serving = self._is_closed = False
-        self._first = 0  # the newest trip when the generation began
-        self._resting = 0  # threads that are neither in a call nor looking
         self._is_shaken = False  # a call of a forward that has failed may still be running
         self._failure: tuple[str, BaseException] | None = None  # a block's name, and what it raised
-        # In memory that machine code reads: the generation that is served or 0, the table's
-        # address, and each worker's newest trip.
-        self._serving = _lines(1)[0]
-        self._table = _lines(1)[0].view(np.int64)
-        self._seen = _lines(len(cores))
+        self._board = Board(len(cores), observe(_address(channel.sent)))
         self._calls = Calls(self._take_table)
 
     def add(self, called: Called, parts: int) -> None:
         """Add a call that is shared by `parts` workers."""
         self._calls.add(called, parts)
         for worker in range(len(self._threads), parts):
+            self._board.open(worker)
             name = f"lfm2kit-hybrid-{worker}"
             self._threads.append(Thread(target=self._work, args=[worker], name=name, daemon=True))
             self._threads[worker].start()
@@ -62,18 +53,11 @@ class Workers:
         """Serve a forward.  Raises `Lfm2kitError` if a call of one that failed still runs."""
         if self._is_shaken:
             self._recover()
-        with self._condition:
-            self._generation = self._generation % (2**32 - 1) + 1
-            self._first = observe(_address(self._channel.sent))
-            self._is_serving = True
-            publish(_address(self._serving), self._generation)
-            self._condition.notify_all()
+        polling.begin(self._board.address)
 
     def end(self) -> None:
         """Let the threads sleep."""
-        with self._condition:
-            self._is_serving = False
-            publish(_address(self._serving), 0)
+        polling.end(self._board.address)
 
     def give_up(self) -> None:
         """Let the memory wait for nothing more in this forward."""
@@ -97,67 +81,55 @@ class Workers:
     def close(self) -> None:
         """End the threads, and give the channel back once nobody uses it."""
         if os.getpid() != self._process:
-            return  # after a fork: there are no threads here, and perhaps a lock that nobody opens
-        self.end()
-        with self._condition:
-            self._is_closed = True
-            self._condition.notify_all()
+            return  # after a fork: there are no threads here, and the pipes are another process's
+        publish(self._board.address + CLOSED, 1)
+        self._wake_all()
         for thread in self._threads:
             if thread is not current_thread():  # the garbage collector may call this anywhere
                 thread.join(LEAVING)
         if not any(thread.is_alive() for thread in self._threads):
             self._channel.close()
+            self._board.close()
 
     def _recover(self) -> None:
-        with self._condition:
-            everybody = len(self._threads)
-            if not self._condition.wait_for(lambda: self._resting == everybody, self._deadline):
+        """Wait until nobody is in a call of a forward that has failed, and forget that it has."""
+        self._wake_all()
+        end = time.monotonic() + self._deadline
+        while not self._have_left():
+            if time.monotonic() > end:
                 name = self._calls[int(self._channel.sent[1])].name
                 raise Lfm2kitError(
                     f"{name}: it was called in a forward that has failed, and has not returned "
                     f"after {self._deadline:g} s more"
                 )
-            self._is_shaken, self._failure = False, None
-            for i in range(2):
-                publish(_address(self._channel.failed[i:]), 0)
+            time.sleep(LOOK)
+        self._is_shaken, self._failure = False, None
+        self._board.have_seen(observe(_address(self._channel.sent)))
+        for i in range(2):
+            publish(_address(self._channel.failed[i:]), 0)
+
+    def _have_left(self) -> bool:
+        """Return whether all workers know that the forward has ended."""
+        board = self._board
+        return all(
+            observe(board.address + board.of(worker, NOTED)) == board[SERVING]
+            for worker in range(len(self._threads))
+        )
+
+    def _wake_all(self) -> None:
+        for worker in range(len(self._threads)):
+            wake(self._board.address, worker)
 
     def _work(self, worker: int) -> None:
         bind(self._cores[worker])
-        served = 0
-        while True:
-            with self._condition:
-                self._resting += 1
-                self._condition.notify_all()
-                self._condition.wait_for(partial(self._is_called, served))
-                self._resting -= 1
-                if self._is_closed:
-                    return
-                served, self._seen[worker, 0] = self._generation, self._first
-            self._serve(worker, served)
-
-    def _is_called(self, served: int) -> bool:
-        return self._is_closed or (self._is_serving and self._generation != served)
-
-    def _serve(self, worker: int, generation: int) -> None:
-        """Answer the trips of a generation."""
         channel = self._channel
-        sent, failed = _address(channel.sent), _address(channel.failed)
-        answered, seen = _address(channel.answered[worker]), _address(self._seen[worker])
-        table, serving = _address(self._table), _address(self._serving)
-        patience = PATIENCE
+        sent, failed, answered = map(
+            _address, (channel.sent, channel.failed, channel.answered[worker])
+        )
         pauses = PAUSES if self._cores[worker] is None else PATIENCE
-        while True:
-            why = poll(
-                sent, failed, answered, seen, table, serving, generation, worker, patience, pauses
-            )
-            patience = PATIENCE
-            if why == OVER:
-                return
-            if why == CALL:
-                self._call(worker)
-            else:
-                sleep(NAP)
-                patience = 1
+        board = self._board.address
+        while poll(board, sent, failed, answered, worker, pauses, LINGER, PATIENCE) == CALL:
+            self._call(worker)
 
     def _call(self, worker: int) -> None:
         """Call a block that needs Python, and answer, whatever happens."""
@@ -169,11 +141,11 @@ class Workers:
         except BaseException as error:  # raised in the thread that runs the forward
             self._failure = self._failure or (called.name, error)
             publish(_address(self._channel.failed), 1)
-        publish(_address(self._seen[worker]), trip)
+        publish(self._board.address + self._board.of(worker, SEEN), trip)
         publish(_address(self._channel.answered[worker]), trip)
 
     def _take_table(self, table: npt.NDArray[Any]) -> None:
-        self._table[0] = table.ctypes.data
+        self._board.set_table(_address(table))
 
 
 def _named(name: str, error: BaseException) -> BaseException:
@@ -186,13 +158,6 @@ def _named(name: str, error: BaseException) -> BaseException:
         named = RuntimeError(f"{name} raised {type(error).__name__}: {error}")
     named.__cause__ = error
     return named
-
-
-def _lines(count: int) -> npt.NDArray[np.uint32]:
-    """Return zeros on cache lines of their own, which nobody else's writes take from a worker."""
-    memory = np.zeros((count + 1) * CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE
-    return memory[start : start + count * CACHE_LINE].view(np.uint32).reshape(count, -1)
 
 
 def _address(array: npt.NDArray[Any]) -> int:
