@@ -137,6 +137,20 @@ def raising(error: BaseException) -> Fault:
     return fault
 
 
+def until(is_true: Callable[[], object]) -> None:
+    """Wait until something is so, much longer than it takes."""
+    end = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(1e-4)
+
+
+def asleep(server: Server) -> list[int]:
+    """Return the numbers of the workers that sleep."""
+    board, started = server._workers._board, len(server._workers._threads)
+    return [worker for worker in range(started) if board[board.of(worker, ASLEEP)]]
+
+
 @pytest.fixture
 def device() -> DeviceMemory:
     return DeviceMemory(1e-4)
@@ -293,6 +307,56 @@ def test_ctrl_c_ends_a_forward_whose_block_is_slow(
     call(device, crossing)
 
 
+def test_workers_that_sleep_hold_nobody_up_after_a_failure(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = server.crossing("layers.2.choice", NativeDoubling())
+    bad = server.crossing("layers.3.choice", Doubling(raising(ValueError("no"))))
+    for crossing, rows in ((shared, 900), (shared, 900), (bad, 5)):
+        call(device, crossing, rows)
+    until(lambda: asleep(server) == [0, 1, 2])
+    failure(device, bad)
+    assert asleep(server)[-2:] == [1, 2]
+    monkeypatch.setattr(server._workers, "_deadline", 1.0)
+    call(device, shared, 900)
+
+
+def test_trips_of_a_forward_that_has_failed_are_never_made(
+    device: DeviceMemory, server: Server
+) -> None:
+    """The worker is still in the first trip's call when the device sends the second."""
+    parts: list[int] = []
+    is_called, go_on = threading.Event(), threading.Event()
+
+    def wait(part: int) -> None:
+        is_called.set()
+        go_on.wait(60)
+
+    blocks = [NativeDoubling(), NativeDoubling(parts.append)]
+    slow, next_one = (server.crossing(f"layers.{i}", block) for i, block in enumerate(blocks))
+    x = np.ones((5, 3), np.float32)
+
+    def fail() -> None:
+        with forward(device, server):
+            there = device.from_host(x)
+            slow(there)
+            next_one(there)
+            assert is_called.wait(60)
+            raise ZeroDivisionError
+
+    for crossing in (slow, next_one):
+        call(device, crossing)
+    blocks[0].share = wait
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    until(lambda: server._channel.sent[1] == 1)
+    go_on.set()
+    with forward(device, server):
+        time.sleep(0.01)
+    assert not parts
+    call(device, next_one)
+
+
 def test_a_forward_that_ends_by_itself_keeps_its_error(
     device: DeviceMemory, server: Server
 ) -> None:
@@ -313,20 +377,6 @@ def test_a_block_that_fails_is_the_cause_of_what_follows(
         end_by_itself(device, crossing)
     block.fault = nothing
     call(device, crossing)
-
-
-def until(is_true: Callable[[], object]) -> None:
-    """Wait until something is so, much longer than it takes."""
-    end = time.monotonic() + 60
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(1e-4)
-
-
-def asleep(server: Server) -> list[int]:
-    """Return the numbers of the workers that sleep."""
-    board, started = server._workers._board, len(server._workers._threads)
-    return [worker for worker in range(started) if board[board.of(worker, ASLEEP)]]
 
 
 def test_a_forward_that_does_not_come_lets_the_workers_sleep(
@@ -398,13 +448,13 @@ def test_nobody_sleeps_through_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_sleeps_through_the_beginning_of_a_forward(
     device: DeviceMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It begins whenever the worker is just about to sleep."""
-    monkeypatch.setattr(workers, "LINGER", 1)
-    server = Server(device, [None])
+    """It begins whenever the worker is just about to sleep, some 20 looks after the last one."""
+    monkeypatch.setattr(workers, "LINGER", 20)
+    server = Server(device, [max(cores.MASK, default=None)])
     call(device, server.crossing("layers.2.choice", NativeDoubling()))
     board = server._workers._board
     noted = board.of(0, NOTED)
-    for i in range(20_000):
+    for i in range(50_000):
         server._workers.begin()
         end = time.monotonic() + 60
         while board[noted] != board[SERVING]:
