@@ -351,10 +351,10 @@ class Experts(Spec):
     delta[t] = sum_k expert_weights[t, k] * E(x[t]), E = the MLP number expert_ids[t, k], for any
     k >= 1.  Each product is rounded to float32 and they are added in the order of k, starting
     from the first: so the sum has the same bits when expert parallelism adds it elsewhere.
-    An id of -1 stands for no expert, and may be anywhere: nothing is added for it, whatever the
-    weight beside it is.  A row that contains only -1 has a delta of +0, whatever x contains there.
-    Every other id is one of `local_experts`: any ids below num_experts, in any order, without
-    repeats, or none.  Only those experts' weights may be asked for.
+    `local_experts` are any ids below num_experts, in any order, without repeats, or none.  Only
+    their weights may be asked for.  Every other id is another block's, or -1, which stands for no
+    expert.  Such ids may be anywhere: nothing is added for them, whatever the weight beside one is.
+    A row that contains no other has a delta of +0, whatever x contains there.
     """
 
     hidden_size: int

@@ -326,6 +326,33 @@ class NobodyWeighedByZero(feed_forward.Experts):
         return super().__call__(x, np.where(expert_ids < 0, some, expert_ids), weights)
 
 
+class OthersAreRefused(feed_forward.Experts):
+    """Looks each id up among its own, and -1 alone is not an error."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        assert set(np.unique(expert_ids)) <= {-1, *self.experts}, "no such expert here"
+        return super().__call__(x, expert_ids, expert_weights)
+
+
+class OthersAreTheLastExpert(feed_forward.Experts):
+    """Takes an id beyond its own for its last expert's."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        own = np.int32(max(self.experts, default=-1))
+        return super().__call__(x, np.minimum(expert_ids, own), expert_weights)
+
+
+class OthersWeighedByZero(feed_forward.Experts):
+    """Computes the rows of others' experts with one of its own, and weighs them by 0."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        if not self.experts:
+            return np.zeros_like(x)
+        is_others = (expert_ids >= 0) & ~np.isin(expert_ids, list(self.experts))
+        some = np.where(is_others, np.int32(min(self.experts)), expert_ids)
+        return super().__call__(x, some, np.where(is_others, np.float32(0), expert_weights))
+
+
 class NobodyEndsTheRow(feed_forward.Experts):
     """Takes the first -1 for the end of a row's ids."""
 

@@ -152,6 +152,18 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         BrokenBackend({EXPERTS: broken.NobodyWeighedByZero}),
         ("experts-nobody-adds-nothing",),
     ),
+    "experts of others are refused": (
+        BrokenBackend({EXPERTS: broken.OthersAreRefused}),
+        ("experts-of-others-add-nothing", "experts-none-local"),
+    ),
+    "an expert of others is the last one": (
+        BrokenBackend({EXPERTS: broken.OthersAreTheLastExpert}),
+        ("experts-of-others-add-nothing",),
+    ),
+    "experts of others weighed by 0": (
+        BrokenBackend({EXPERTS: broken.OthersWeighedByZero}),
+        ("experts-of-others-add-nothing",),
+    ),
     "nobody ends the row": (
         BrokenBackend({EXPERTS: broken.NobodyEndsTheRow}),
         ("experts-nobody-adds-nothing", "experts-split-by-slot-bitwise"),
@@ -304,6 +316,7 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
 CRASHES = {
     "bias always asked for",
     "empty expert crashes",
+    "experts of others are refused",
     "some expert is local",
     "no rows crash",
     "writes its weights",

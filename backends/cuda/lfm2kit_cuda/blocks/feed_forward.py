@@ -57,7 +57,7 @@ class Experts:
         """Do what a call does, with an input that is rounded already."""
         h, (tokens, taken) = self.spec.hidden_size, expert_ids.shape
         if not self.spec.local_experts:
-            return cupy.zeros((tokens, h), cupy.float32)  # every pair is nobody's
+            return cupy.zeros((tokens, h), cupy.float32)  # no pair is of a local expert
         tiles, place = grouped_by_expert(expert_ids, self.local, self.spec.num_experts, self.gemm)
         outputs = self.gemm.down(self.gemm.gated(rounded, self.w13, tiles), self.w2, tiles)
         delta = cupy.empty((tokens, h), cupy.float32)
@@ -92,8 +92,8 @@ def grouped_by_expert(
 ) -> tuple[RowTiles, cupy.ndarray]:
     """Sort the (token, k) pairs by expert.
 
-    Returns the tiles of their rows, and the slot of each pair, int32 [pairs]: -1 if it is nobody's.
-    `local` int32 are the ids of the experts that are here, of `experts` in all.
+    Returns the tiles of their rows, and the slot of each pair, int32 [pairs]: -1 if its expert is
+    not local.  `local` int32 are the ids of the experts that are here, of `experts` in all.
     """
     pairs, taken = expert_ids.size, expert_ids.shape[1]
     slots = padded(pairs + (ALIGNMENT - 1) * min(pairs, len(local)), ALIGNMENT)
