@@ -26,6 +26,7 @@ from lfm2kit.crossing import (
 from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.memory import (
     HOST,
+    Adds,
     Array,
     Arriving,
     Bounded,
@@ -35,6 +36,7 @@ from lfm2kit.memory import (
     Memory,
     Ordered,
 )
+from lfm2kit.pending import Begins, Pending
 from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Grade, Precision
 from lfm2kit.specs import Spec
 from lfm2kit.state import STEP_BACK, Room, State
@@ -52,12 +54,14 @@ __all__ = [
     "HOST",
     "SIXTEEN_BIT",
     "STEP_BACK",
+    "Adds",
     "Array",
     "ArrayForm",
     "Arriving",
     "Backend",
     "BackendPlugin",
     "Batch",
+    "Begins",
     "Block",
     "Bounded",
     "BuildsAround",
@@ -84,6 +88,7 @@ __all__ = [
     "NativeCall",
     "Operator",
     "Ordered",
+    "Pending",
     "Precision",
     "Replay",
     "Room",

@@ -40,11 +40,15 @@ class Work(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One part of a larger spec: its role there, and its scope in the checkpoint's names."""
+    """One part of a larger spec: its role there, and its scope in the checkpoint's names.
+
+    A plan names it by the kind of its spec, or by `kind`, if it has one.
+    """
 
     role: str
     scope: str
     spec: Spec
+    kind: str | None = None
 
 
 class Spec:
@@ -480,11 +484,20 @@ class Model(Spec):
 
 def leaves(spec: Spec) -> Iterator[Spec]:
     """The plain specs of a spec, in the order of the forward."""
+    for _, leaf in leaves_by_kind(spec):
+        yield leaf
+
+
+def leaves_by_kind(spec: Spec, kind: str | None = None) -> Iterator[tuple[str, Spec]]:
+    """Yields the plain specs of a spec, each with the kind by which a plan names it.
+
+    That is its own, if neither the spec nor a part around it has been given a `kind`.
+    """
     parts = spec.parts()
     if not parts:
-        yield spec
+        yield kind or spec.kind, spec
     for part in parts:
-        yield from leaves(part.spec)
+        yield from leaves_by_kind(part.spec, part.kind or kind)
 
 
 def _require_all(

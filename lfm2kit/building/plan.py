@@ -25,14 +25,19 @@ from lfm2kit.errors import Lfm2kitError, Option, choices
 
 AUTO = "auto"  # in a plan: the best backend of this machine
 
+# Experts of a layer that is split, see `lfm2kit.rewrites.experts_split`.
+STREAMED_EXPERTS, HOST_EXPERTS = "streamed_experts", "host_experts"
+EXPERTS = frozenset({"experts", STREAMED_EXPERTS, HOST_EXPERTS})
+
 # What a kind in a plan stands for: a block's own kind, or a group of them.
 KINDS: dict[str, frozenset[str]] = {
     **{k: frozenset({k}) for k in ("embed", "norm", "conv", "attn", "mlp", "rows", "head")},
-    **{k: frozenset({k}) for k in ("scores", "choice", "experts")},
+    **{k: frozenset({k}) for k in ("scores", "choice", STREAMED_EXPERTS, HOST_EXPERTS)},
     "router": frozenset({"scores", "choice"}),
-    "moe": frozenset({"scores", "choice", "experts"}),
+    "experts": EXPERTS,
+    "moe": EXPERTS | {"scores", "choice"},
     "operator": frozenset({"conv", "attn"}),
-    "ffn": frozenset({"mlp", "scores", "choice", "experts"}),
+    "ffn": EXPERTS | {"mlp", "scores", "choice"},
 }
 
 
@@ -132,7 +137,7 @@ class Plan:
 
 
 def _kinds(model: specs.Model) -> list[set[str]]:
-    return [{leaf.kind for leaf in specs.leaves(layer)} for layer in model.layers]
+    return [{kind for kind, _ in specs.leaves_by_kind(layer)} for layer in model.layers]
 
 
 def _layers_with(kind: str | None, kinds: list[set[str]]) -> Iterator[int]:

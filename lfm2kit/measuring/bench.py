@@ -224,7 +224,7 @@ def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
     if placed.backend is None:
         return
     backend = setup.create(placed.backend)
-    for role, scope, spec in placed.spec.parts():
+    for role, scope, spec, _ in placed.spec.parts():
         if backend.why_unsupported(spec) is None:
             name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
             memory = backend.memory(spec)

@@ -808,6 +808,17 @@ class LivesInLossyMemory(BrokenBackend):
         return LossyMemory()
 
 
+class AddsInPlace(HostMemory):
+    def add(self, left, right):
+        left += right
+        return left
+
+
+class LivesWhereSumsAreInPlace(BrokenBackend):
+    def memory(self, spec: Spec) -> Memory:
+        return AddsInPlace()
+
+
 class ScratchForNoRows(BrokenBackend):
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
         return 0

@@ -301,6 +301,7 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "a given part ignored": (broken.IgnoresTheGivenPart({}), ("built-around-parts",)),
     "unknown spec raises": (broken.RaisesForUnknownSpecs({}), ("unknown-spec-is-refused",)),
     "lossy memory": (broken.LivesInLossyMemory({}), ("memory-round-trip",)),
+    "sums in place": (broken.LivesWhereSumsAreInPlace({}), ("memory-adds",)),
     "less scratch for more rows": (
         broken.ScratchForNoRows({}),
         ("sizes-are-known-before-building",),

@@ -122,6 +122,7 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "packing": {**SLABS._asdict(), "PANEL": GEMM90.PANEL},
     "activations": {**SLABS._asdict(), **ACTIVATIONS._asdict()},
     "ceilings": CEILINGS._asdict(),
+    "sums": {},
     "blocks/rows": {**SLABS._asdict(), **ROWS._asdict()},
     "blocks/short_conv": {**SLABS._asdict(), **SHORT_CONV._asdict()},
     "blocks/attention": {**SLABS._asdict(), **ATTENTION._asdict()},

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from lfm2kit.memory import Arriving, Mark
 from lfm2kit_cuda.choosing import identity
 from lfm2kit_cuda.device import current_device, on_device
+from lfm2kit_cuda.sums import add
 from lfm2kit_cuda.upload import upload
 
 
@@ -51,6 +52,10 @@ class CudaMemory:
         with on_device(self.device):
             free, _ = cupy.cuda.runtime.memGetInfo()
             return int(free) + int(cupy.get_default_memory_pool().free_bytes())
+
+    def add(self, left: cupy.ndarray, right: cupy.ndarray) -> cupy.ndarray:
+        with on_device(self.device):
+            return add(left, right)
 
     @contextmanager
     def stream(self) -> Iterator[None]:
