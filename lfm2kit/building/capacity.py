@@ -50,6 +50,7 @@ class Sizes(NamedTuple):
     create: Callable[[str], Backend]
     weights: Weights  # of the whole model
     ranks: int = 1  # ranks that share the host's memory
+    limit: int | None = None  # bytes that may be taken of each device's memory, if not all
 
     def kept(self, leaf: Placed) -> int | None:
         """Return the bytes that a block will keep of its weights; None if its backend is silent."""
@@ -78,8 +79,12 @@ class Sizes(NamedTuple):
         return backend_of(self.create, leaf)
 
     def free(self, placed: Placed) -> dict[str, int]:
-        """Returns the free bytes by memory, for memories that know them."""
-        return free_bytes(placed, self.ranks)
+        """Returns the bytes that may be taken by memory, for memories that know them."""
+        free = free_bytes(placed, self.ranks)
+        if self.limit is None:
+            return free
+        devices = {leaf.memory.name for leaf in placed.leaves()} - {HOST.name}
+        return free | {name: min(free.get(name, self.limit), self.limit) for name in devices}
 
     def shortage(self, placed: Placed, tokens: int = 0, room: Room = NO_ROOM) -> Shortage | None:
         """Return the first memory too small for its blocks, a state and `tokens` tokens."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Context, Explains
 from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
-from lfm2kit.building.options import Options
+from lfm2kit.building.fitting import on_devices, places_that_fit
+from lfm2kit.building.options import FREE, Options
 from lfm2kit.building.placement import Placed, Placer
 from lfm2kit.building.plan import AUTO, Plan
 from lfm2kit.building.plugins import Plugins, installed_plugins
@@ -29,8 +30,8 @@ from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, can_capture
 from lfm2kit.precisions import Grade
 from lfm2kit.progress import Wrap, telling
-from lfm2kit.rewrites import Rewrite, chosen, rewritten
-from lfm2kit.specs import Spec
+from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
+from lfm2kit.rewrites.experts_split import experts_split
 from lfm2kit.state import Room
 from lfm2kit.transport import Transport, World
 
@@ -74,6 +75,21 @@ class Setup:
         if can_capture(self.create(self.plan.default), self.placed):
             yield from self.wrappers.why_not_captured()
 
+    def split(self, places: Mapping[int, Places]) -> Setup:
+        """Returns the same set-up with the experts of some layers in these places."""
+        if not places:
+            return self
+        rewrites = (*self.rewrites, experts_split(places))
+        model, joins = rewritten(self.checkpoint.spec, JOINS, rewrites)
+        plan = self.plan
+        if any(layer.host for layer in places.values()):
+            asked = Option("gpu_memory", self.options.gpu_memory)
+            host = _host_backend(model, asked, self.options, self.plugins, self.create)
+            plan = plan.with_host_experts(host)
+        placed = Placer(plan, self.create, joins, self.plugins.backends).place(model)
+        wrappers = Wrappers.of(placed, self.plugins)
+        return replace(self, plan=plan, placed=placed, rewrites=rewrites, wrappers=wrappers)
+
     def build(
         self, built: Callable[[Placed], None] = lambda placed: None, *, tokens: int = 0
     ) -> LFM2:
@@ -99,7 +115,8 @@ class Setup:
 
     @property
     def sizes(self) -> Sizes:
-        return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks)
+        limit = self.options.gpu_bytes()
+        return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks, limit)
 
     def shortage(self, tokens: int = 0, room: Room = NO_ROOM) -> Lfm2kitError | None:
         """Return an error that says which memory is too small, and what would fit; else None."""
@@ -125,7 +142,7 @@ class Setup:
         return Lfm2kitError(f"{short}; try ", *(fitting or [*nothing, " is enough"]))
 
     def _fitting(self, memory: str) -> Iterator[Option]:
-        """Yields options with which this setup would fit: a precision, the fewest CPU layers.
+        """Yields options with which this setup would fit: a precision, fewer experts on a device.
 
         Experts on the CPU take the host's memory instead.
         """
@@ -133,8 +150,11 @@ class Setup:
             if self._fits(precision=precision.name):
                 yield Option("precision", precision.name)
                 break
-        most = 0 if memory == HOST.name else len(self.checkpoint.spec.layers)
-        for count in range(1, 1 + most):
+        if memory == HOST.name:
+            return
+        if self.options.gpu_memory is None and self._fits(gpu_memory=FREE):
+            yield Option("gpu_memory", FREE)
+        for count in range(1, 1 + len(self.checkpoint.spec.layers)):
             if self._fits(n_cpu_moe=count):
                 yield Option("n_cpu_moe", count)
                 break
@@ -197,7 +217,8 @@ def set_up(
 ) -> Setup:
     """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
 
-    With a `transport` the model is this rank's share.  A `world` alone gives the share of that
+    If the options limit a device's memory, experts that do not fit are placed elsewhere.  With a
+    `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.
     """
     plugins = plugins or installed_plugins()
@@ -210,10 +231,12 @@ def set_up(
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
     there = plugins.rewrites(world, transport)
     applied = chosen(options.rewrites, there, plugins.skipped())
+
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
-    placed = Placer(plan, create, joins, plugins.backends).place(model)
+    of_whole = plan if options.gpu_memory is None else plan.for_whole_experts()
+    placed = Placer(of_whole, create, joins, plugins.backends).place(model)
     wrappers = Wrappers.of(placed, plugins)
-    return Setup(
+    whole = Setup(
         checkpoint,
         options,
         plan,
@@ -226,6 +249,21 @@ def set_up(
         context,
         transport,
     )
+    return whole if options.gpu_memory is None else _fitted(whole)
+
+
+def _fitted(whole: Setup) -> Setup:
+    """Returns the set-up with as many experts in the devices' memory as its options allow."""
+    model = whole.placed.spec
+    assert isinstance(model, specs.Model)
+    places = places_that_fit(
+        on_devices(model, whole.plan, whole.create),
+        lambda places: whole.split(places).placed,
+        whole.sizes,
+        Option("gpu_memory", whole.options.gpu_memory),
+        whole.options.streamed_experts,
+    )
+    return whole.split(places)
 
 
 def load_model(model: str | Path, backend: str | None = None, **options: Any) -> LFM2:
@@ -281,22 +319,32 @@ def _with_host_experts(
     """Returns the plan with the experts of the first layers in the host's memory, as asked."""
     if not options.n_cpu_moe:
         return plan
-    experts = (leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts))
-    one = next(experts, None)
-    backend = AUTO if one is None else _host_backend(one, options, plugins, create)
+    asked = Option("n_cpu_moe", options.n_cpu_moe)
+    backend = _host_backend(model, asked, options, plugins, create)
     return plan.with_cpu_experts(options.n_cpu_moe, model, backend)
 
 
 def _host_backend(
-    spec: Spec, options: Options, plugins: Plugins, create: Callable[[str], Backend]
+    model: specs.Model,
+    asked: Option,
+    options: Options,
+    plugins: Plugins,
+    create: Callable[[str], Backend],
 ) -> str:
-    """Returns the most preferred backend that builds `spec` in the host's memory."""
+    """Returns the most preferred backend that builds the model's experts in the host's memory.
+
+    Without experts it is `auto`, which nothing is asked of.
+    """
+    experts = (leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts))
+    spec = next(experts, None)
+    if spec is None:
+        return AUTO
     for name in plugins.ready(options.precision):
         backend = create(name)
         is_on_host = backend.memory(spec).name == HOST.name
         if is_on_host and backend.why_unsupported(spec) is None:
             return name
     raise Lfm2kitError(
-        Option("n_cpu_moe", options.n_cpu_moe),
+        asked,
         f": no backend that can run here builds {type(spec).__name__} in the host's memory",
     )

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from lfm2kit import bounds
+from lfm2kit.building.byte_counts import parse_bytes
 from lfm2kit.building.plan import AUTO, Plan
 from lfm2kit.errors import Lfm2kitError, Option
 
 BACKEND_VARIABLE = "LFM2KIT_BACKEND"
+FREE = "free"  # as the size of a device's memory: what is free
+
+SIZE = f"a size such as 24GiB or 20GB, or '{FREE}' for what is free"
 
 # The types of options that are not numbers, and what an error says is expected.
 EXPECTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "backend": (str, "a plan as text, such as 'auto'"),
     "plan": ((str, Path), "the path of a TOML file"),
     "precision": (str, "a name, such as 'fp32'"),
+    "gpu_memory": (str, SIZE),
     "rewrites": ((tuple, list), "a tuple of names, such as ('NAME',)"),
 }
 
@@ -73,6 +78,16 @@ class Options:
         None, "CPU threads.", words="the cores that this process may use", least=1
     )
     n_cpu_moe: int = option(0, "Experts of the first N MoE layers on CPU.", least=0)
+    gpu_memory: str | None = option(
+        None,
+        "Take no more of a GPU's memory, such as 24GiB or 20GB; free: what is free. Experts that "
+        "do not fit are computed on CPU, or streamed.",
+        words="all experts stay where the plan puts them",
+        metavar="SIZE",
+    )
+    streamed_experts: int = option(
+        0, "Of each layer's experts that do not fit, stream N ahead of their layer.", least=0
+    )
     rewrites: tuple[str, ...] = option(
         (), "Rewrites of the model, in the order of their names here."
     )
@@ -93,6 +108,20 @@ class Options:
             if not isinstance(value, kind) or (one.name == "precision" and not value):
                 raise Lfm2kitError(Option(one.name, value), f": expected {words}")
             one.metadata["about"].check(one.name, value)
+        if self.streamed_experts and self.gpu_memory is None:
+            asked = Option("streamed_experts", self.streamed_experts)
+            raise Lfm2kitError(asked, ": say what does not fit, as ", Option("gpu_memory", "24GiB"))
+        self.gpu_bytes()
+
+    def gpu_bytes(self) -> int | None:
+        """Returns the bytes that may be taken of a device's memory; None for what is free."""
+        if self.gpu_memory is None or self.gpu_memory == FREE:
+            return None
+        try:
+            return parse_bytes(self.gpu_memory)
+        except ValueError:
+            asked = Option("gpu_memory", self.gpu_memory)
+            raise Lfm2kitError(asked, f": expected {SIZE}") from None
 
     def chosen_plan(self) -> Plan:
         """Returns the plan, from its text or its file; raises `Lfm2kitError` if it is wrong."""

@@ -117,6 +117,17 @@ class Plan:
         rules = (Rule(backend, "experts", range(i, i + 1)) for i in sparse[:count])
         return replace(self, rules=(*self.rules, *rules))
 
+    def for_whole_experts(self) -> Plan:
+        """The same plan without rules for parts that experts have only where they are split."""
+        rules = (r for r in self.rules if r.kind not in (STREAMED_EXPERTS, HOST_EXPERTS))
+        return replace(self, rules=tuple(rules))
+
+    def with_host_experts(self, backend: str) -> Plan:
+        """The same plan with the host's part of split experts on `backend`, if no rule says it."""
+        if any(rule.kind == HOST_EXPERTS for rule in self.rules):
+            return self
+        return replace(self, rules=(*self.rules, Rule(backend, HOST_EXPERTS)))
+
     def check(self, model: specs.Model) -> None:
         """`Lfm2kitError` if a rule fits no block of `model`."""
         kinds = _kinds(model)

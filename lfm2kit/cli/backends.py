@@ -17,7 +17,16 @@ from lfm2kit.errors import WRONG_RESULT
 from lfm2kit.text import indented
 
 # The options that say which model is set up; a check makes its own.
-OF_A_MODEL = ("model", "backend", "plan", "n_cpu_moe", "rewrites", "seed")
+OF_A_MODEL = (
+    "model",
+    "backend",
+    "plan",
+    "n_cpu_moe",
+    "gpu_memory",
+    "streamed_experts",
+    "rewrites",
+    "seed",
+)
 
 backends = typer.Typer(help="Lists the installed backends, or checks one.")
 
@@ -43,9 +52,7 @@ def list_backends(json: JsonOption = None) -> None:
 @spread
 def check(
     name: Annotated[str, typer.Argument(help="The backend to judge.")],
-    options: Annotated[
-        Options, Without(("model", "backend", "plan", "n_cpu_moe", "rewrites", "seed"))
-    ],
+    options: Annotated[Options, Without(OF_A_MODEL)],
     only: Annotated[
         str | None, typer.Option(metavar="ID,...", help="Only these checks. \\[default: all]")
     ] = None,

@@ -31,7 +31,10 @@ TINY = open_checkpoint(find_model("tiny"))
         ({"threads": "2"}, "threads='2': expected a whole number"),
         ({"threads": True}, "threads=True: expected a whole number"),
         ({"trim": True}, "'trim' is a rewrite; type rewrites=('trim',)"),
-        ({"preciison": "bf16"}, "unknown option 'preciison'; there is: backend, n_cpu_moe, plan, "),
+        (
+            {"preciison": "bf16"},
+            "unknown option 'preciison'; there is: backend, gpu_memory, n_cpu_moe",
+        ),
         ({"rewrites": "trim"}, "rewrites='trim': expected a tuple of names, such as ('NAME',)"),
         ({"rewrites": 7}, "rewrites=7: expected a tuple of names"),
         ({"backend": 5}, "backend=5: expected a plan as text"),

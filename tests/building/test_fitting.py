@@ -1,0 +1,223 @@
+"""Experts are placed so that the model takes no more of a device's memory than is allowed."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit import specs
+from lfm2kit.backend import BackendPlugin, Batch, Spec, Weights
+from lfm2kit.building.byte_counts import parse_bytes
+from lfm2kit.building.fitting import RESERVE, TOKENS
+from lfm2kit.building.loading import Setup, find_model, load_model, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import InstalledBackend, installed_plugins
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.rewrites.parted_experts import SplitExperts, StreamedExperts
+from lfm2kit.transport import World
+from tests.checkpoint.typed import Cli
+from tests.core.test_model import DeviceBackend
+from tests.rewrites.split_memories import Adding, AddingBackend
+
+TINY = open_checkpoint(find_model("tiny"))
+MOES = [i for i, x in enumerate(TINY.spec.layers) if isinstance(x.feed_forward, specs.SparseMoe)]
+EXPERTS: Any = TINY.spec.layers[MOES[0]].feed_forward.experts
+ONE = 4 * EXPERTS.expert.weight_elements()
+SCRATCH = 1000  # bytes a token
+SLOTS = 2
+
+
+class Card(Adding):
+    free = 1 << 40
+
+    def free_bytes(self) -> int:
+        return Card.free
+
+
+class CardBackend(AddingBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self.there = Card("elsewhere, a card")
+
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        return 4 * spec.weight_elements()
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        return SCRATCH * tokens
+
+
+class StreamingCard(CardBackend):
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if isinstance(spec, StreamedExperts) else super().why_unsupported(spec)
+
+    def build(self, spec: Spec, weights: Weights) -> Any:
+        return super().build(spec.experts if isinstance(spec, StreamedExperts) else spec, weights)
+
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        if isinstance(spec, StreamedExperts):
+            return SLOTS * spec.most * ONE if spec.position == 0 else 0
+        return super().kept_bytes(spec, weights)
+
+
+class Silent(DeviceBackend):
+    """Gives no figures."""
+
+
+def setup(plan: str = "card", world: World | None = None, **options: Any) -> Setup:
+    plugins = installed_plugins()
+    for name, kind in {"card": CardBackend, "streaming": StreamingCard, "silent": Silent}.items():
+        plugin = BackendPlugin(name, "a device", lambda _, kind=kind: kind(), 1)  # type: ignore[misc]
+        plugins.backends[name] = InstalledBackend(plugin, "this test")
+    return set_up(TINY, Options(backend=plan, **options), plugins=plugins, world=world)
+
+
+def limit(resident: int, more: int = 0) -> str:
+    """A size that is just enough for that many experts of each layer."""
+    whole = 4 * (TINY.spec.weight_elements() + TINY.spec.lm_head.weight_elements())
+    away = len(MOES) * (len(EXPERTS.local_experts) - resident) * ONE
+    return f"{int((whole - away + SCRATCH * TOKENS + more) / (1 - RESERVE)) + 2}B"
+
+
+def splits(found: Setup) -> list[SplitExperts]:
+    trees = found.placed.tree()
+    return [one.spec for one in trees if isinstance(one.spec, SplitExperts)]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("24GiB", 24 << 30),
+        ("20GB", 20 * 10**9),
+        ("1.5 gib", 3 << 29),
+        ("512MiB", 512 << 20),
+        ("7kB", 7000),
+        ("100B", 100),
+        (" 2TB ", 2 * 10**12),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "24", "24G", "GiB", "-1GB", "1e3GB", "24 giga", "0GB", "9" * 19 + "TB", "iB", "1iB"],
+)
+def test_what_is_no_size_is_one_sentence_before_anything_is_read(text: str) -> None:
+    with pytest.raises(Lfm2kitError) as refused:
+        Options(gpu_memory=text)
+    assert str(refused.value) == (
+        f"gpu_memory='{text}': expected a size such as 24GiB or 20GB, or 'free' for what is free"
+    )
+
+
+@pytest.mark.parametrize("size", ["1TB", "free"])
+def test_what_fits_is_not_split(size: str) -> None:
+    Card.free = 1 << 40
+    assert splits(setup(gpu_memory=size)) == []
+    assert str(setup(gpu_memory=size).plan) == "card"
+
+
+@pytest.mark.parametrize("resident", [0, 1, 5])
+def test_as_many_experts_stay_as_there_is_room_for(resident: int) -> None:
+    """In every layer the same number, those with the lowest ids; the host has the rest."""
+    found = setup(gpu_memory=limit(resident))
+    ids = EXPERTS.local_experts
+    assert {spec.resident for spec in splits(found)} == {ids[:resident]}
+    assert {spec.host for spec in splits(found)} == {ids[resident:]}
+    assert len(splits(found)) == len(MOES)
+    hosts = {leaf.memory.name for leaf in found.placed.leaves() if leaf.name.endswith(".host")}
+    assert hosts == {"host"}
+    assert found.shortage(TOKENS) is None
+    less = int(limit(resident)[:-1]) - 4
+    fewer = setup(gpu_memory=f"{less}B")
+    assert {spec.resident for spec in splits(fewer)} == {ids[: max(resident - 1, 0)]}
+
+
+def test_what_is_free_is_the_limit_of_free_and_of_more() -> None:
+    Card.free = int(limit(3)[:-1])
+    try:
+        for size in ("free", "1TB"):
+            assert {spec.resident for spec in splits(setup(gpu_memory=size))} == {
+                EXPERTS.local_experts[:3]
+            }
+    finally:
+        Card.free = 1 << 40
+
+
+def test_too_little_without_any_expert_says_what_is_missing() -> None:
+    found = setup(gpu_memory="100kB")
+    shortage = str(found.shortage())
+    assert shortage.startswith("memory 'elsewhere, a card' is too small: the model needs ")
+    assert "100 KB are free" in shortage
+
+
+def test_streamed_experts_take_slots_and_the_host_has_the_rest() -> None:
+    found = setup("streaming", gpu_memory=limit(3, more=SLOTS * 2 * ONE), streamed_experts=2)
+    ids = EXPERTS.local_experts
+    assert {(s.resident, s.streamed, s.host) for s in splits(found)} == {
+        (ids[:3], ids[3:5], ids[5:])
+    }
+    backends = {leaf.name: leaf.backend for leaf in found.placed.leaves()}
+    assert backends[f"layers.{MOES[0]}.feed_forward.experts.streamed"] == "streaming"
+    assert str(found.plan).startswith("streaming,host_experts=")
+
+
+def test_streamed_experts_alone_are_refused() -> None:
+    with pytest.raises(Lfm2kitError, match=r"^streamed_experts=2: say what does not fit, as gpu_m"):
+        Options(streamed_experts=2)
+
+
+def test_a_user_may_say_who_computes_the_hosts_experts() -> None:
+    first = MOES[0]
+    plan = "card,host_experts=reference"
+    assert str(setup(plan, gpu_memory=limit(2)).plan) == plan
+    assert splits(setup(plan, gpu_memory="free")) == [], "nor need it apply"
+    with pytest.raises(Lfm2kitError, match="host_experts=reference' fits no block"):
+        setup(plan)
+    found = setup(f"card,{first}.experts=reference", gpu_memory=limit(2))
+    assert len(splits(found)) == len(MOES) - 1, "a layer whose experts are on the host stays whole"
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ("reference", "the plan has no experts in a device's memory"),
+        ("card,experts=reference", "the plan has no experts in a device's memory"),
+        ("silent", "a backend in memory 'elsewhere' does not say how much"),
+    ],
+)
+def test_what_cannot_be_fitted_is_an_error(plan: str, says: str) -> None:
+    with pytest.raises(Lfm2kitError) as refused:
+        setup(plan, gpu_memory="1GB")
+    assert str(refused.value).startswith(f"gpu_memory='1GB': {says}")
+
+
+def test_a_rank_splits_its_own_experts() -> None:
+    found = setup(gpu_memory=limit(0), world=World(1, 2))
+    own = EXPERTS.local_experts[len(EXPERTS.local_experts) // 2 :]
+    for spec in splits(found):
+        assert spec.resident + spec.host == own
+
+
+def test_the_logits_are_those_of_the_whole_model() -> None:
+    batch = Batch.of_sequences([[1, 2, 3], [4]])
+    whole = load_model("tiny", "reference").logits(batch)
+    split = setup(gpu_memory=limit(2)).build().logits(batch)
+    np.testing.assert_allclose(split, whole, rtol=0, atol=1e-4)
+
+
+def test_the_plan_says_who_is_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        import_module("lfm2kit.cli.plan"),
+        "set_up",
+        lambda _, options, **others: setup(gpu_memory=options.gpu_memory, **others),
+    )
+    shown = " ".join(cli("plan", "--gpu-memory", limit(3)).out.split())
+    last = len(EXPERTS.local_experts) - 1
+    assert f"({len(MOES)} blocks): experts 0-2 resident, 3-{last} host" in shown
+    assert "a card <-> host" in shown
