@@ -89,6 +89,7 @@ __all__ = [
     "Operator",
     "Ordered",
     "Pending",
+    "PinsMemory",
     "Precision",
     "Replay",
     "Room",
@@ -278,6 +279,19 @@ class MemoryFigures(Protocol):
 
         Arguments, result and state do not count.
         """
+        ...
+
+
+@runtime_checkable
+class PinsMemory(Protocol):
+    """Capability: a backend whose blocks keep weights in pinned memory of the host.
+
+    A device reads it at the link's speed, and the system can neither move nor reclaim it.  A model
+    that would pin more than half of what is free is refused before it is built.
+    """
+
+    def pinned_bytes(self, spec: Spec, weights: Weights) -> int:
+        """Return the bytes that the block pins, beside its `kept_bytes`."""
         ...
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, Room, Weights
+from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, PinsMemory, Room, Weights
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import HOST, Bounded
@@ -22,10 +22,12 @@ class Shortage(NamedTuple):
     what: str  # needs them
     needed: int
     free: int
+    rule: str = ""  # why no more is free; in the host's memory else what limits it
 
     def __str__(self) -> str:
         needed, free, missing = map(size, (self.needed, self.free, self.needed - self.free))
-        by_whom = f" ({tightest_limit().name})" if self.memory == HOST.name else ""
+        why = self.rule or (tightest_limit().name if self.memory == HOST.name else "")
+        by_whom = f" ({why})" if why else ""
         return (
             f"memory '{self.memory}' is too small: {self.what} needs {needed} there, "
             f"{free} are free{by_whom}, {missing} are missing"
@@ -40,6 +42,7 @@ class Needed(NamedTuple):
     state: int  # as long as the state lives
 
 
+PINNED = 1 / 2  # of the host's free memory, at most
 NO_ROOM = Room(0)
 FEWER_SEQUENCES = "try fewer sequences at once, or shorter ones"
 
@@ -67,6 +70,14 @@ class Sizes(NamedTuple):
             return None
         return whole_bytes(leaf, "scratch_bytes", backend.scratch_bytes(leaf.spec, tokens))
 
+    def pinned(self, leaf: Placed) -> int:
+        """Return the bytes of the host's memory that a block will pin."""
+        backend = self._backend(leaf)
+        if not isinstance(backend, PinsMemory):
+            return 0
+        pinned = backend.pinned_bytes(leaf.spec, self.weights.scope(leaf.scope))
+        return whole_bytes(leaf, "pinned_bytes", pinned)
+
     def state(self, leaf: Placed, room: Room) -> int:
         """Return the bytes that a block's state with this room will take; 0 if it has none."""
         return state_bytes(self.create, leaf, room)
@@ -88,9 +99,15 @@ class Sizes(NamedTuple):
 
     def shortage(self, placed: Placed, tokens: int = 0, room: Room = NO_ROOM) -> Shortage | None:
         """Return the first memory too small for its blocks, a state and `tokens` tokens."""
+        pinned = sum(map(self.pinned, placed.leaves()))
+        if pinned and (most := int(PINNED * HOST.free_bytes(self.ranks))) < pinned:
+            rule = "no more than half of it may be pinned"
+            return Shortage(HOST.name, "what is streamed", pinned, most, rule)
         for name, free in self.free(placed).items():
             leaves = [leaf for leaf in placed.leaves() if leaf.memory.name == name]
             needed = self.needed(leaves)
+            if name == HOST.name:
+                free -= pinned
             if needed.kept > free:
                 return Shortage(name, "the model", needed.kept, free)
             needed = self.needed(leaves, tokens, room)

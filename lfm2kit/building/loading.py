@@ -150,6 +150,10 @@ class Setup:
             if self._fits(precision=precision.name):
                 yield Option("precision", precision.name)
                 break
+        for count in reversed(range(self.options.streamed_experts)):
+            if self._fits(streamed_experts=count):
+                yield Option("streamed_experts", count)
+                break
         if memory == HOST.name:
             return
         if self.options.gpu_memory is None and self._fits(gpu_memory=FREE):

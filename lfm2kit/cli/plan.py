@@ -102,6 +102,7 @@ def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:
         "weight_bytes": setup.stored_bytes(leaf),
         "kept_bytes": setup.sizes.kept(leaf),
         "scratch_bytes": setup.sizes.scratch(leaf, tokens),
+        "pinned_bytes": setup.sizes.pinned(leaf),
         "state_bytes": setup.sizes.state(leaf, room),
         "copy": _copy(leaf),
         "crosser": leaf.crosser,
@@ -179,6 +180,8 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
         report.line(
             f"{memory}: {weights} of weights as stored, {_taken(total, tokens, room)}{left}"
         )
+    if pinned := sum(row["pinned_bytes"] for row in fields["blocks"]):
+        report.line(f"{HOST.name}: {size(pinned)} of weights pinned, to be copied to a device")
     for bound in memory_limits():
         report.line(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
     if (shortage := report.fields["shortage"]) is not None:

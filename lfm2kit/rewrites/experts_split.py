@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
+from itertools import count
 
 from lfm2kit.backend import HOST, Adds, Array, Block
 from lfm2kit.building.joins import Join
@@ -20,16 +21,19 @@ from lfm2kit.rewrites.rewrite import Rewrite, replaced
 from lfm2kit.seam import begun
 from lfm2kit.specs import Experts, Model, Spec
 
+SLOTS = 8  # for streamed experts: with more the link waits less, but fewer experts are resident
 
-def experts_split(places: Mapping[int, Places]) -> Rewrite:
+
+def experts_split(places: Mapping[int, Places], slots: int = SLOTS) -> Rewrite:
     """Returns the rewrite that splits the experts of the given layers.
 
     The other layers stay as they are, and so does a layer of which a rank has only resident ones.
+    Streamed experts share `slots` slots of one expert each, or fewer, if there are not as many.
     """
 
     def apply(model: Model) -> Model:
         layers = [_split(layer, places.get(i, Places())) for i, layer in enumerate(model.layers)]
-        return replace(model, layers=tuple(_numbered(layers)))
+        return replace(model, layers=tuple(_numbered(layers, slots)))
 
     return Rewrite(
         name="experts-split",
@@ -50,14 +54,14 @@ def _split(layer: Spec, places: Places) -> Spec:
     return changed
 
 
-def _numbered(layers: Sequence[Spec]) -> list[Spec]:
-    """Return the layers with the positions of their streamed experts."""
-    sizes = [len(spec.streamed) for layer in layers for spec in _splits(layer) if spec.streamed]
-    positions = iter(range(len(sizes)))
+def _numbered(layers: Sequence[Spec], slots: int) -> list[Spec]:
+    """Return the layers with the positions and slots of their streamed experts."""
+    total = sum(len(spec.streamed) for layer in layers for spec in _splits(layer))
+    positions = count()
 
     def numbered(spec: Spec) -> Spec:
         if isinstance(spec, SplitExperts) and spec.streamed:
-            return replace(spec, position=next(positions), most=max(sizes))
+            return replace(spec, position=next(positions), slots=min(slots, total))
         return spec
 
     return [replaced(layer, numbered) for layer in layers]

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 
 from lfm2kit.batch import Batch
 from lfm2kit.building.plan import HOST_EXPERTS, STREAMED_EXPERTS
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.rewrites import ids_in_words
 from lfm2kit.specs import Experts, Part, Spec, Work
 
@@ -23,14 +24,14 @@ class StreamedExperts(Spec):
     """(x, expert_ids, expert_weights) -> delta, as `Experts`, whose weights need not stay here.
 
     A backend that builds it keeps the weights in the host's memory and copies them here for each
-    call, into memory that all such blocks of a model share.  It may copy the next block's while
-    this one's are used.  Every forward calls them in the order of `position`.  A backend that does
-    not know this spec is asked for the `Experts` inside.
+    call, into slots that all such blocks of a model share.  So it can copy the next block's while
+    this one's are used.  Blocks are built, and called in every forward, in the order of `position`.
+    A backend that does not know this spec is asked for the `Experts` inside.
     """
 
     experts: Experts
     position: int  # among the model's streamed experts, in the order of the forward: 0, 1, ...
-    most: int  # how many experts the largest of them has
+    slots: int  # how many experts all of the model's slots together may hold
     kind: ClassVar[str] = STREAMED_EXPERTS
 
     def parts(self) -> tuple[Part, ...]:
@@ -47,8 +48,13 @@ class SplitExperts(Spec):
     experts: Experts  # all that are here
     places: Places
     position: int = 0  # of the streamed ones, see `StreamedExperts`
-    most: int = 0
+    slots: int = 1
     kind: ClassVar[str] = "experts"
+
+    def __post_init__(self) -> None:
+        twice = set(self.places.streamed) & set(self.places.host)
+        if twice:
+            raise Lfm2kitError(f"{ids_in_words.experts(sorted(twice))} are streamed and the host's")
 
     @property
     def resident(self) -> tuple[int, ...]:
@@ -80,7 +86,7 @@ class SplitExperts(Spec):
         return self.experts.local_experts
 
     def parts(self) -> tuple[Part, ...]:
-        streamed = StreamedExperts(self._only(self.streamed), self.position, self.most)
+        streamed = StreamedExperts(self._only(self.streamed), self.position, self.slots)
         parts = (
             (self.resident, Part("resident", "", self._only(self.resident))),
             (self.streamed, Part("streamed", "", streamed, STREAMED_EXPERTS)),

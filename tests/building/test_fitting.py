@@ -17,6 +17,9 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.memory import HostMemory
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.rewrites.experts_split import SLOTS
 from lfm2kit.rewrites.parted_experts import SplitExperts, StreamedExperts
 from lfm2kit.transport import World
 from tests.checkpoint.typed import Cli
@@ -28,7 +31,6 @@ MOES = [i for i, x in enumerate(TINY.spec.layers) if isinstance(x.feed_forward, 
 EXPERTS: Any = TINY.spec.layers[MOES[0]].feed_forward.experts
 ONE = 4 * EXPERTS.expert.weight_elements()
 SCRATCH = 1000  # bytes a token
-SLOTS = 2
 
 
 class Card(Adding):
@@ -59,8 +61,11 @@ class StreamingCard(CardBackend):
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
         if isinstance(spec, StreamedExperts):
-            return SLOTS * spec.most * ONE if spec.position == 0 else 0
+            return spec.slots * ONE if spec.position == 0 else 0
         return super().kept_bytes(spec, weights)
+
+    def pinned_bytes(self, spec: Spec, weights: Weights) -> int:
+        return 4 * spec.weight_elements() if isinstance(spec, StreamedExperts) else 0
 
 
 class Silent(DeviceBackend):
@@ -157,7 +162,7 @@ def test_too_little_without_any_expert_says_what_is_missing() -> None:
 
 
 def test_streamed_experts_take_slots_and_the_host_has_the_rest() -> None:
-    found = setup("streaming", gpu_memory=limit(3, more=SLOTS * 2 * ONE), streamed_experts=2)
+    found = setup("streaming", gpu_memory=limit(3, more=SLOTS * ONE), streamed_experts=2)
     ids = EXPERTS.local_experts
     assert {(s.resident, s.streamed, s.host) for s in splits(found)} == {
         (ids[:3], ids[3:5], ids[5:])
@@ -165,6 +170,42 @@ def test_streamed_experts_take_slots_and_the_host_has_the_rest() -> None:
     backends = {leaf.name: leaf.backend for leaf in found.placed.leaves()}
     assert backends[f"layers.{MOES[0]}.feed_forward.experts.streamed"] == "streaming"
     assert str(found.plan).startswith("streaming,host_experts=")
+
+
+def test_no_more_is_pinned_than_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def streaming(count: int) -> Setup:
+        size = limit(0, more=SLOTS * ONE)
+        plan = "streaming,host_experts=reference"
+        return setup(plan, gpu_memory=size, streamed_experts=count)
+
+    def free(count: int) -> None:
+        monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: count)
+
+    pinned = 3 * len(MOES) * ONE
+    monkeypatch.setattr(ReferenceBackend, "kept_bytes", lambda *arguments: 0)
+    free(2 * pinned)
+    assert streaming(3).shortage() is None
+    free(2 * pinned - 1)
+    refusal = str(streaming(3).shortage())
+    assert refusal.startswith("memory 'host' is too small: what is streamed needs ")
+    assert "(no more than half of it may be pinned)" in refusal
+    assert "try " in refusal
+    assert "streamed_experts=2" in refusal
+
+
+def test_the_hosts_own_blocks_need_what_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = setup(
+        "streaming,host_experts=reference",
+        gpu_memory=limit(0, more=SLOTS * ONE),
+        streamed_experts=3,
+    )
+    pinned, kept = 3 * len(MOES) * ONE, 1 << 30
+    monkeypatch.setattr(
+        ReferenceBackend, "kept_bytes", lambda self, spec, weights: kept // len(MOES)
+    )
+    for free, is_short in ((pinned + kept, False), (pinned + kept - len(MOES) - 1, True)):
+        monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1, free=free: free)
+        assert (found.shortage() is not None) == is_short
 
 
 def test_streamed_experts_alone_are_refused() -> None:

@@ -140,7 +140,9 @@ def test_streamed_experts_know_their_place_in_the_forward() -> None:
     places = {0: Places((4,)), 1: Places((), (1,)), 2: Places((1, 2, 0), (3,)), 3: Places((2, 3))}
     split = experts_split(places).apply(spec)
     streamed = [one for layer in split.layers for one in inside(layer, StreamedExperts)]
-    assert [(s.position, s.most) for s in streamed] == [(0, 3), (1, 3), (2, 3)]
+    assert [(s.position, s.slots) for s in streamed] == [(0, 6), (1, 6), (2, 6)]
+    fewer = experts_split(places, slots=2).apply(spec)
+    assert {s.slots for s in inside(fewer, StreamedExperts)} == {2}
     assert [s.experts.local_experts for s in streamed] == [(4,), (1, 2, 0), (2, 3)]
 
 
@@ -191,6 +193,11 @@ def test_a_memory_that_cannot_add_leaves_that_to_the_host() -> None:
     (placed,) = (one for one in model.placed.tree() if one.name == name)
     assert placed.memory.name == HOST.name
     assert all(part.is_copied for part in placed.leaves())
+
+
+def test_an_expert_has_one_place() -> None:
+    with pytest.raises(Lfm2kitError, match="experts 0, 3 are streamed and the host's"):
+        experts_split({2: Places((0, 1, 3), (3, 0))}).apply(small_spec())
 
 
 def test_the_note_of_a_layer_says_where_its_experts_are() -> None:

@@ -123,6 +123,7 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "activations": {**SLABS._asdict(), **ACTIVATIONS._asdict()},
     "ceilings": CEILINGS._asdict(),
     "sums": {},
+    "after_copies": {},
     "blocks/rows": {**SLABS._asdict(), **ROWS._asdict()},
     "blocks/short_conv": {**SLABS._asdict(), **SHORT_CONV._asdict()},
     "blocks/attention": {**SLABS._asdict(), **ATTENTION._asdict()},

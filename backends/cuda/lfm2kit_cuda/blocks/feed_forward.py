@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import cupy
@@ -12,7 +13,7 @@ from lfm2kit.backend import Block, Weights
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.constants import EXPERTS
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Activations, Arithmetic, RowTiles, padded
+from lfm2kit_cuda.products import Activations, Arithmetic, Matrix, RowTiles, padded
 from lfm2kit_cuda.upload import upload
 
 GROUP_THREADS, COMBINE_THREADS = EXPERTS.GROUP_THREADS, 512
@@ -36,15 +37,22 @@ class MLP:
 
 class Experts:
     def __init__(self, spec: specs.Experts, weights: Weights, gemm: Arithmetic) -> None:
-        self.spec = spec
-        self.gemm = gemm
+        self._prepare(spec, gemm)
         w1, w3, w2 = (
             [weights[f"experts.{e}.{name}.weight"] for e in spec.local_experts]
             for name in ("w1", "w3", "w2")
         )
-        self.local = upload(np.array(spec.local_experts, np.int32))
         if spec.local_experts:
             self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack_down(w2)
+
+    def _prepare(self, spec: specs.Experts, gemm: Arithmetic) -> None:
+        self.spec = spec
+        self.gemm = gemm
+        self.local = upload(np.array(spec.local_experts, np.int32))
+
+    def matrices(self) -> AbstractContextManager[tuple[Matrix, Matrix]]:
+        """Return a context in which work that multiplies with the matrices is enqueued."""
+        return nullcontext((self.w13, self.w2))
 
     def __call__(
         self, x: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
@@ -59,7 +67,8 @@ class Experts:
         if not self.spec.local_experts:
             return cupy.zeros((tokens, h), cupy.float32)  # no pair is of a local expert
         tiles, place = grouped_by_expert(expert_ids, self.local, self.spec.num_experts, self.gemm)
-        outputs = self.gemm.down(self.gemm.gated(rounded, self.w13, tiles), self.w2, tiles)
+        with self.matrices() as (w13, w2):
+            outputs = self.gemm.down(self.gemm.gated(rounded, w13, tiles), w2, tiles)
         delta = cupy.empty((tokens, h), cupy.float32)
         combine = _kernel(f"combine_{COMBINED[outputs.dtype.type]}", taken, h)
         combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, h)
