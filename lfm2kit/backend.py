@@ -20,6 +20,7 @@ from lfm2kit.crossing import (
     Channel,
     Crossing,
     NativeCall,
+    Near,
     Server,
     Signals,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "Memory",
     "MemoryFigures",
     "NativeCall",
+    "Near",
     "Operator",
     "Ordered",
     "Pending",

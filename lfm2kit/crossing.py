@@ -12,7 +12,7 @@ the threads that call blocks, and makes a `Crossing` of each block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -143,6 +143,21 @@ class Signals(Protocol):
 
     def channel(self, workers: int, deadline: float) -> Channel:
         """Return a channel to `workers` threads, which waits `deadline` seconds for an answer."""
+        ...
+
+
+@runtime_checkable
+class Near(Protocol):
+    """Capability of a memory that some cores of the machine reach faster than others."""
+
+    @property
+    def name(self) -> str: ...
+
+    def near_cores(self) -> Collection[int]:
+        """Return the numbers of the cores that reach it fastest; none if that is not known.
+
+        Threads that answer a channel run there, if the process may use these cores.
+        """
         ...
 
 
