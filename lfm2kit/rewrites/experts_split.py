@@ -21,19 +21,23 @@ from lfm2kit.rewrites.rewrite import Rewrite, replaced
 from lfm2kit.seam import begun
 from lfm2kit.specs import Experts, Model, Spec
 
-SLOTS = 8  # for streamed experts: with more the link waits less, but fewer experts are resident
+# For streamed experts: with more the link waits less, but fewer experts are resident; with larger
+# ones the device has fewer products to begin.
+SLOTS, EXPERTS_PER_SLOT = 4, 2
 
 
-def experts_split(places: Mapping[int, Places], slots: int = SLOTS) -> Rewrite:
+def experts_split(
+    places: Mapping[int, Places], slots: int = SLOTS, experts_per_slot: int = EXPERTS_PER_SLOT
+) -> Rewrite:
     """Returns the rewrite that splits the experts of the given layers.
 
     The other layers stay as they are, and so does a layer of which a rank has only resident ones.
-    Streamed experts share `slots` slots of one expert each, or fewer, if there are not as many.
+    Streamed experts share the slots, which are fewer or smaller if there are not as many experts.
     """
 
     def apply(model: Model) -> Model:
         layers = [_split(layer, places.get(i, Places())) for i, layer in enumerate(model.layers)]
-        return replace(model, layers=tuple(_numbered(layers, slots)))
+        return replace(model, layers=tuple(_numbered(layers, slots, experts_per_slot)))
 
     return Rewrite(
         name="experts-split",
@@ -54,14 +58,20 @@ def _split(layer: Spec, places: Places) -> Spec:
     return changed
 
 
-def _numbered(layers: Sequence[Spec], slots: int) -> list[Spec]:
+def _numbered(layers: Sequence[Spec], slots: int, experts_per_slot: int) -> list[Spec]:
     """Return the layers with the positions and slots of their streamed experts."""
-    total = sum(len(spec.streamed) for layer in layers for spec in _splits(layer))
-    positions = count()
+    counts = [len(spec.streamed) for layer in layers for spec in _splits(layer)]
+    each = min(experts_per_slot, max(counts, default=0))
+    positions, portions = count(), sum(-(-experts // each) for experts in counts if experts)
 
     def numbered(spec: Spec) -> Spec:
         if isinstance(spec, SplitExperts) and spec.streamed:
-            return replace(spec, position=next(positions), slots=min(slots, total))
+            return replace(
+                spec,
+                position=next(positions),
+                slots=min(slots, portions),
+                experts_per_slot=each,
+            )
         return spec
 
     return [replaced(layer, numbered) for layer in layers]

@@ -31,8 +31,15 @@ class StreamedExperts(Spec):
 
     experts: Experts
     position: int  # among the model's streamed experts, in the order of the forward: 0, 1, ...
-    slots: int  # how many experts all of the model's slots together may hold
+    slots: int  # that all of the model's streamed experts pass through
+    experts_per_slot: int  # at most, which are copied at once
     kind: ClassVar[str] = STREAMED_EXPERTS
+
+    @property
+    def portions(self) -> tuple[tuple[int, ...], ...]:
+        """The ids of the experts that are in a slot together, in the order of their copies."""
+        ids, each = self.experts.local_experts, self.experts_per_slot
+        return tuple(ids[i : i + each] for i in range(0, len(ids), each))
 
     def parts(self) -> tuple[Part, ...]:
         return (Part("experts", "", self.experts),)
@@ -47,8 +54,9 @@ class SplitExperts(Spec):
 
     experts: Experts  # all that are here
     places: Places
-    position: int = 0  # of the streamed ones, see `StreamedExperts`
+    position: int = 0  # of the streamed ones, as the fields below: see `StreamedExperts`
     slots: int = 1
+    experts_per_slot: int = 1
     kind: ClassVar[str] = "experts"
 
     def __post_init__(self) -> None:
@@ -86,7 +94,9 @@ class SplitExperts(Spec):
         return self.experts.local_experts
 
     def parts(self) -> tuple[Part, ...]:
-        streamed = StreamedExperts(self._only(self.streamed), self.position, self.slots)
+        streamed = StreamedExperts(
+            self._only(self.streamed), self.position, self.slots, self.experts_per_slot
+        )
         parts = (
             (self.resident, Part("resident", "", self._only(self.resident))),
             (self.streamed, Part("streamed", "", streamed, STREAMED_EXPERTS)),

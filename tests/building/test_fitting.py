@@ -19,7 +19,7 @@ from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HostMemory
 from lfm2kit.reference.backend import ReferenceBackend
-from lfm2kit.rewrites.experts_split import SLOTS
+from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
 from lfm2kit.rewrites.parted_experts import SplitExperts, StreamedExperts
 from lfm2kit.transport import World
 from tests.checkpoint.typed import Cli
@@ -31,6 +31,7 @@ MOES = [i for i, x in enumerate(TINY.spec.layers) if isinstance(x.feed_forward, 
 EXPERTS: Any = TINY.spec.layers[MOES[0]].feed_forward.experts
 ONE = 4 * EXPERTS.expert.weight_elements()
 SCRATCH = 1000  # bytes a token
+ROOM = SLOTS * EXPERTS_PER_SLOT * ONE  # of the slots
 
 
 class Card(Adding):
@@ -61,7 +62,7 @@ class StreamingCard(CardBackend):
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
         if isinstance(spec, StreamedExperts):
-            return spec.slots * ONE if spec.position == 0 else 0
+            return spec.slots * spec.experts_per_slot * ONE if spec.position == 0 else 0
         return super().kept_bytes(spec, weights)
 
     def pinned_bytes(self, spec: Spec, weights: Weights) -> int:
@@ -162,7 +163,7 @@ def test_too_little_without_any_expert_says_what_is_missing() -> None:
 
 
 def test_streamed_experts_take_slots_and_the_host_has_the_rest() -> None:
-    found = setup("streaming", gpu_memory=limit(3, more=SLOTS * ONE), streamed_experts=2)
+    found = setup("streaming", gpu_memory=limit(3, more=ROOM), streamed_experts=2)
     ids = EXPERTS.local_experts
     assert {(s.resident, s.streamed, s.host) for s in splits(found)} == {
         (ids[:3], ids[3:5], ids[5:])
@@ -174,7 +175,7 @@ def test_streamed_experts_take_slots_and_the_host_has_the_rest() -> None:
 
 def test_no_more_is_pinned_than_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     def streaming(count: int) -> Setup:
-        size = limit(0, more=SLOTS * ONE)
+        size = limit(0, more=ROOM)
         plan = "streaming,host_experts=reference"
         return setup(plan, gpu_memory=size, streamed_experts=count)
 
@@ -196,7 +197,7 @@ def test_no_more_is_pinned_than_half_of_what_is_free(monkeypatch: pytest.MonkeyP
 def test_the_hosts_own_blocks_need_what_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     found = setup(
         "streaming,host_experts=reference",
-        gpu_memory=limit(0, more=SLOTS * ONE),
+        gpu_memory=limit(0, more=ROOM),
         streamed_experts=3,
     )
     pinned, kept = 3 * len(MOES) * ONE, 1 << 30

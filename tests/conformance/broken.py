@@ -18,6 +18,7 @@ from lfm2kit.model import RoutedExperts
 from lfm2kit.reference import attention, feed_forward, rows, short_conv
 from lfm2kit.reference.backend import BLOCKS, ReferenceBackend
 from lfm2kit.reference.linear import linear, rms_norm
+from lfm2kit.rewrites import StreamedExperts
 
 Build = Callable[[Any, Weights], Block]
 
@@ -817,6 +818,24 @@ class AddsInPlace(HostMemory):
 class LivesWhereSumsAreInPlace(BrokenBackend):
     def memory(self, spec: Spec) -> Memory:
         return AddsInPlace()
+
+
+class StreamsTheLayerBefore(BrokenBackend):
+    """Each block of streamed experts but the first has the weights of the one before."""
+
+    def __init__(self, replaced) -> None:
+        super().__init__(replaced)
+        self.before = None
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if isinstance(spec, StreamedExperts) else super().why_unsupported(spec)
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        if not isinstance(spec, StreamedExperts):
+            return super().build(spec, weights)
+        block = super().build(spec.experts, weights)
+        before, self.before = self.before, block
+        return before if spec.position else block
 
 
 class ScratchForNoRows(BrokenBackend):

@@ -302,6 +302,10 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "a given part ignored": (broken.IgnoresTheGivenPart({}), ("built-around-parts",)),
     "unknown spec raises": (broken.RaisesForUnknownSpecs({}), ("unknown-spec-is-refused",)),
     "lossy memory": (broken.LivesInLossyMemory({}), ("memory-round-trip",)),
+    "experts of the layer before are streamed": (
+        broken.StreamsTheLayerBefore({}),
+        ("streamed-experts-are-their-own",),
+    ),
     "sums in place": (broken.LivesWhereSumsAreInPlace({}), ("memory-adds",)),
     "less scratch for more rows": (
         broken.ScratchForNoRows({}),

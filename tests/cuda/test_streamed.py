@@ -19,11 +19,11 @@ from tests.cuda.late_cupy import Array, current_stream
 H, INNER, EXPERTS = 8, 4, 9
 BATCH = Batch.of_sequences([[1, 2, 3]])
 LAYERS = [(3, 0, 8, 5, 1), (7,), (2, 4, 6, 1), (0, 1, 2, 3, 4, 5, 6, 7)]
-SLOTS = [1, 2, 3, 7, 8]
+SLOTS = [(1, 1), (2, 1), (3, 2), (2, 8), (4, 2), (20, 1)]  # and experts in each
 
 
-def spec_of(position: int, ids: tuple[int, ...], slots: int) -> StreamedExperts:
-    return StreamedExperts(specs.Experts(H, INNER, EXPERTS, 2, ids), position, slots)
+def spec_of(position: int, ids: tuple[int, ...], slots: tuple[int, int]) -> StreamedExperts:
+    return StreamedExperts(specs.Experts(H, INNER, EXPERTS, 2, ids), position, *slots)
 
 
 class Gemm:
@@ -48,7 +48,7 @@ class Gemm:
 class Model:
     """Blocks of several layers, whose products note the matrices that they find."""
 
-    def __init__(self, modules: SimpleNamespace, slots: int, *, is_hasty: bool) -> None:
+    def __init__(self, modules: SimpleNamespace, slots: tuple[int, int], *, is_hasty: bool) -> None:
         self.memory = modules.memory.memory_of(1)
         gemm, shared = Gemm(modules.products.Matrix), None
         self.blocks, self.weights = [], []
@@ -81,10 +81,10 @@ class Model:
         current_stream().add(lambda: np.copyto(found.values[at:end], packed.values.reshape(-1)))
         return end
 
-    def expected(self, slots: int, division: Any) -> Any:
+    def expected(self, slots: tuple[int, int]) -> Any:
         found = []
         for ids, weights in zip(LAYERS, self.weights, strict=True):
-            for portion in division.of(slots).portions(ids):
+            for portion in spec_of(0, ids, slots).portions:
                 for names in (("w1", "w3"), ("w2",)):
                     for e in portion:
                         for name in names:
@@ -106,25 +106,16 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 @pytest.mark.parametrize("is_hasty", [False, True], ids=["late", "early"])
-@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("slots", SLOTS, ids=str)
 def test_every_product_finds_its_own_experts(
-    modules: SimpleNamespace, slots: int, is_hasty: bool
+    modules: SimpleNamespace, slots: tuple[int, int], is_hasty: bool
 ) -> None:
     """Of its own layer, in the order of its ids, plain and in replays."""
     model = Model(modules, slots, is_hasty=is_hasty)
-    expected = model.expected(slots, modules.streamed.Division)
+    expected = model.expected(slots)
     replay = modules.capture.Replay(model.forward, BATCH, model.memory)
     for call in (model.forward, model.forward, replay, replay, model.forward, replay):
         assert np.array_equal(model.read(call), expected)
-
-
-@pytest.mark.parametrize(
-    ("experts", "slots", "each"), [(1, 1, 1), (2, 2, 1), (3, 3, 1), (5, 5, 1), (6, 3, 2), (8, 4, 2)]
-)
-def test_room_is_divided_into_at_least_three_slots_if_it_can_be(
-    modules: SimpleNamespace, experts: int, slots: int, each: int
-) -> None:
-    assert modules.streamed.Division.of(experts) == (slots, each)
 
 
 def test_memory_is_pinned_when_blocks_are_built_and_never_again(
@@ -136,7 +127,7 @@ def test_memory_is_pinned_when_blocks_are_built_and_never_again(
     monkeypatch.setattr(
         modules.streamed, "empty_pinned", lambda n: (pinned.append(n), empty_pinned(n))[1]
     )
-    model = Model(modules, 8, is_hasty=False)
+    model = Model(modules, (4, 2), is_hasty=False)
     assert sum(pinned) == sum(map(len, LAYERS)) * 3 * H * INNER * 4
     count = len(pinned)
     replay = modules.capture.Replay(model.forward, BATCH, model.memory)
@@ -151,10 +142,10 @@ def test_slots_of_another_form_are_not_used(modules: SimpleNamespace) -> None:
     with modules.memory.memory_of(1).stream():
         ids = LAYERS[0]
         first = modules.streamed.StreamedExperts(
-            spec_of(0, ids, 3), random_weights(spec_of(0, ids, 3)), gemm, None
+            spec_of(0, ids, (3, 1)), random_weights(spec_of(0, ids, (3, 1))), gemm, None
         )
         other = modules.streamed.StreamedExperts(
-            spec_of(1, ids, 8), random_weights(spec_of(1, ids, 8)), gemm, first.slots
+            spec_of(1, ids, (4, 2)), random_weights(spec_of(1, ids, (4, 2))), gemm, first.slots
         )
     assert other.slots is not first.slots
     assert (first.slots.form[0], other.slots.form[0]) == (3, 4)

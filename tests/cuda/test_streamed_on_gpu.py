@@ -45,20 +45,15 @@ def backend_of(precision: str) -> Any:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("slots", [1, 2, 3, 8])
-def test_a_block_has_the_bits_of_resident_experts(slots: int, precision: str) -> None:
+@pytest.mark.parametrize(("slots", "each"), [(1, 1), (2, 1), (3, 2), (2, 5), (1, 9)])
+def test_a_block_has_the_bits_of_resident_experts(slots: int, each: int, precision: str) -> None:
     """Of a block for each portion, whose results are added."""
-    from lfm2kit_cuda.blocks.streamed import Division
-
     backend, rng = backend_of(precision), np.random.default_rng(slots)
     whole = experts(2048, 1792, 12, 4)
     weights = random_weights(whole)
-    spec = StreamedExperts(replace(whole, local_experts=(3, 0, 8, 5, 11)), 0, slots)
+    spec = StreamedExperts(replace(whole, local_experts=(3, 0, 8, 5, 11)), 0, slots, each)
     memory, streamed = backend.memory(spec), backend.build(spec, weights)
-    parts = [
-        backend.build(replace(whole, local_experts=ids), weights)
-        for ids in Division.of(slots).portions(spec.experts.local_experts)
-    ]
+    parts = [backend.build(replace(whole, local_experts=ids), weights) for ids in spec.portions]
     for rows in (0, 1, 17, 300, 2048):
         inputs = [memory.from_host(a) for a in random_inputs(whole, rng, rows)]
         want = memory.to_host(reduce(memory.add, [part(*inputs) for part in parts]))
@@ -211,13 +206,13 @@ def test_figures_are_what_is_taken(precision: str, monkeypatch: pytest.MonkeyPat
     kept = 0
     with cupy.cuda.using_allocator(pool.malloc):
         for position, ids in enumerate([(0, 3, 5, 7, 9), (1, 2, 4)]):
-            spec = StreamedExperts(replace(whole, local_experts=ids), position, 4)
+            spec = StreamedExperts(replace(whole, local_experts=ids), position, 2, 2)
             blocks.append(backend.build(spec, weights))
             kept += backend.kept_bytes(spec, weights)
             assert sum(pinned) == backend.pinned_bytes(spec, weights)
             pinned.clear()
     assert kept <= pool.used_bytes() <= kept + SLACK
-    spec = StreamedExperts(replace(whole, local_experts=(0, 3, 5, 7, 9)), 0, 4)
+    spec = StreamedExperts(replace(whole, local_experts=(0, 3, 5, 7, 9)), 0, 2, 2)
     inputs = [
         backend.memory(spec).from_host(a)
         for a in random_inputs(whole, np.random.default_rng(0), 2048)
@@ -236,7 +231,7 @@ def test_a_dropped_block_gives_its_pinned_memory_and_its_slots_back() -> None:
     import cupy
 
     backend, whole = backend_of("fp32"), experts(2048, 1792, 12, 4)
-    spec, weights = StreamedExperts(whole, 0, 4), random_weights(whole)
+    spec, weights = StreamedExperts(whole, 0, 2, 2), random_weights(whole)
     pool = cupy.cuda.MemoryPool()
     gc.disable()
     try:

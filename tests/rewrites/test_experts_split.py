@@ -140,9 +140,16 @@ def test_streamed_experts_know_their_place_in_the_forward() -> None:
     places = {0: Places((4,)), 1: Places((), (1,)), 2: Places((1, 2, 0), (3,)), 3: Places((2, 3))}
     split = experts_split(places).apply(spec)
     streamed = [one for layer in split.layers for one in inside(layer, StreamedExperts)]
-    assert [(s.position, s.slots) for s in streamed] == [(0, 6), (1, 6), (2, 6)]
-    fewer = experts_split(places, slots=2).apply(spec)
-    assert {s.slots for s in inside(fewer, StreamedExperts)} == {2}
+    assert [(s.position, s.slots, s.experts_per_slot) for s in streamed] == [
+        (0, 4, 2),
+        (1, 4, 2),
+        (2, 4, 2),
+    ]
+    assert [s.portions for s in streamed] == [((4,),), ((1, 2), (0,)), ((2, 3),)]
+
+    for asked, there in (((9, 1), (6, 1)), ((9, 7), (3, 3)), ((2, 2), (2, 2))):
+        other = inside(experts_split(places, *asked).apply(spec), StreamedExperts)
+        assert {(s.slots, s.experts_per_slot) for s in other} == {there}
     assert [s.experts.local_experts for s in streamed] == [(4,), (1, 2, 0), (2, 3)]
 
 

@@ -15,7 +15,6 @@ from lfm2kit.rewrites import StreamedExperts
 from lfm2kit.specs import Spec
 from lfm2kit_cuda.blocks.feed_forward import ALIGNMENT
 from lfm2kit_cuda.blocks.router import SPLITS
-from lfm2kit_cuda.blocks.streamed import Division
 from lfm2kit_cuda.products import Arithmetic, padded, read_format
 
 
@@ -33,8 +32,7 @@ class Figures:
             table = weights["weight"]  # it stays as it is stored, if kernels read its format
             return read_format(table).nbytes(table.shape)
         if isinstance(spec, StreamedExperts):  # all of the model's share the first one's slots
-            division = Division.of(spec.slots)
-            count = division.slots * division.experts if spec.position == 0 else 0
+            count = spec.slots * spec.experts_per_slot if spec.position == 0 else 0
             return count * self._gated_weights(spec.experts.expert)
         return sum(self._kept(leaf) for leaf in specs.leaves(spec))
 
@@ -138,9 +136,8 @@ class Figures:
 
     def _streamed(self, spec: StreamedExperts, tokens: int) -> int:
         """Return what the largest portion needs, beside the sum of those before and its own."""
-        portions = Division.of(spec.slots).portions(spec.experts.local_experts)
-        largest = replace(spec.experts, local_experts=portions[0])
-        sums = 8 * tokens * spec.experts.hidden_size if len(portions) > 1 else 0
+        largest = replace(spec.experts, local_experts=spec.portions[0])
+        sums = 8 * tokens * spec.experts.hidden_size if len(spec.portions) > 1 else 0
         return self._rounded(largest, tokens) + self._experts(largest, tokens) + sums
 
     def _layer(self, spec: specs.Layer, tokens: int) -> int:

@@ -21,39 +21,16 @@ from lfm2kit_cuda.slots import Bytes, Slots
 from lfm2kit_cuda.sums import add
 
 
-class Division(NamedTuple):
-    """How the experts that there is room for are divided into slots."""
-
-    slots: int
-    experts: int  # of a slot: those that one product multiplies with
-
-    @classmethod
-    def of(cls, experts: int) -> Division:
-        """Return slots of few experts, and at least three of them, if there is room for three.
-
-        Then the link goes on to the next slots while one is read.
-        """
-        each = max(1, experts // 3)
-        return cls(experts // each, each)
-
-    def portions(self, ids: tuple[int, ...]) -> list[tuple[int, ...]]:
-        return [ids[i : i + self.experts] for i in range(0, len(ids), self.experts)]
-
-
 class StreamedExperts:
     """Multiplies with one portion of experts after the other, and adds the results."""
 
     def __init__(self, spec: Spec, weights: Weights, gemm: Arithmetic, slots: Slots | None) -> None:
         """Use the slots of the model that this is a part of, or make them if there are none."""
-        division = Division.of(spec.slots)
-        parts = [
-            replace(spec.experts, local_experts=ids)
-            for ids in division.portions(spec.experts.local_experts)
-        ]
+        parts = [replace(spec.experts, local_experts=ids) for ids in spec.portions]
         packed = [_packed(part, weights, gemm) for part in parts]
-        nbytes = division.experts * packed[0].bytes_each
-        if slots is None or slots.form != (division.slots, nbytes):
-            slots = Slots(division.slots, nbytes)
+        nbytes = spec.experts_per_slot * packed[0].bytes_each
+        if slots is None or slots.form != (spec.slots, nbytes):
+            slots = Slots(spec.slots, nbytes)
         self.slots = slots
         self.portions = [Portion(*part, gemm, slots) for part in zip(parts, packed, strict=True)]
 
