@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -194,8 +194,11 @@ def set_up(
     world: World | None = None,
     transport: Transport | None = None,
     plugins: Plugins | None = None,
+    rewrites: Sequence[Rewrite] = (),
 ) -> Setup:
     """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
+
+    `rewrites` are applied after those that the options name.
 
     With a `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.
@@ -209,7 +212,7 @@ def set_up(
     for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
     there = plugins.rewrites(world, transport)
-    applied = chosen(options.rewrites, there, plugins.skipped())
+    applied = (*chosen(options.rewrites, there, plugins.skipped()), *rewrites)
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
     placed = Placer(plan, create, joins, plugins.backends).place(model)
     wrappers = Wrappers.of(placed, plugins)

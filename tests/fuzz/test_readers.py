@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lfm2kit import bounds
+from lfm2kit.building.load import read_load
 from lfm2kit.building.plan import KINDS, Plan
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.config import parse_config, read_config
@@ -330,6 +331,27 @@ def test_a_plan_as_text(texts: list[str]) -> None:
     except Lfm2kitError:
         return
     assert Plan.parse(str(plan)) == plan
+
+
+# ---- a recorded load ----
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> Any:
+    layer = {"layer": 2, "num_experts_per_tok": 2, "counts": [3, 2, 1]}
+    layers = [draw(changed({**layer, "layer": i}, ["x"])) for i in range(draw(st.integers(0, 3)))]
+    if layers and draw(st.booleans()):
+        layers[0]["counts"] = draw(st.lists(odd, max_size=3))
+    fields = {"kind": "lfm2kit load", "version": 1, "model": "m", "hidden_size": 8, "tokens": 4}
+    return draw(changed({**fields, "layers": layers}, ["x"]))
+
+
+@fuzzed
+@given(text=json_texts(loads()))
+def test_a_load(tmp_path: Path, text: bytes) -> None:
+    load, _ = attempt_bytes(read_load, tmp_path / "load.json", text)
+    for shares in load.shares() if load is not None else ():
+        assert all(0 <= share <= 1 for share in shares)
 
 
 # ---- samples ----
