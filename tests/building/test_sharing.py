@@ -118,11 +118,6 @@ def test_the_most_used_experts_are_resident_and_the_least_used_on_the_host() -> 
 
 
 LAYERS, EXPERTS = 2, 3
-loads = st.lists(
-    st.lists(st.floats(0.0, 1.0), min_size=EXPERTS, max_size=EXPERTS),
-    min_size=LAYERS,
-    max_size=LAYERS,
-)
 
 
 def best_of_all(
@@ -138,15 +133,36 @@ def best_of_all(
     return min(found)
 
 
-@settings(max_examples=15, deadline=None)
-@given(loads, st.integers(1, 4096), st.integers(0, 6), st.floats(1e9, 1e12))
-def test_no_placement_of_a_small_model_is_much_better(
-    load: list[list[float]], tokens: int, room: int, link: float
-) -> None:
-    machine = rates(link=link)
-    chosen = shared_out(machine, load, tokens, Budget(room * EXPERT, slots=(2,)))
-    best = best_of_all(machine, load, tokens, room, 2)
-    assert best * (1 - 1e-9) <= chosen.seconds <= 1.25 * best
+def test_hardly_any_placement_of_a_small_model_is_better() -> None:
+    """Two layers are the hardest: the link can be ahead only once."""
+    rng = np.random.default_rng(1)
+    ratios = []
+    for _ in range(40):
+        load = rng.choice([0.0, 1.0, 0.5, 0.1, 0.01, 0.001], (LAYERS, EXPERTS)).tolist()
+        tokens, room = int(2 ** rng.uniform(0, 12)), int(rng.integers(0, 7))
+        machine = rates(link=10 ** rng.uniform(9, 11))
+        chosen = shared_out(machine, load, tokens, Budget(room * EXPERT, slots=(2,))).seconds
+        best = best_of_all(machine, load, tokens, room, 2)
+        ratios.append(chosen / best if best else 1.0)
+    assert min(ratios) > 1 - 1e-9
+    assert np.median(ratios) < 1.001
+    assert max(ratios) < 1.2
+
+
+@pytest.mark.parametrize("spread", [0.5, 1, 4, 100])
+@pytest.mark.parametrize("tokens", [16, 256, 1024])
+def test_the_time_is_near_what_link_and_host_need_at_least(tokens: int, spread: float) -> None:
+    """As if neither ever waited for the other: absent experts are sent, or computed at least."""
+    load = np.random.default_rng(0).dirichlet(np.full(32, spread), 22) * 4
+    load = np.minimum(load, 1.0)
+    used = 1 - (1 - load) ** tokens
+    on_host = np.sort((used * rates().host.at(tokens * load / used)).ravel())
+    absent = 22 * 32 - RESIDENT
+    least = min(
+        max((absent - count) * EXPERT / 46e9, on_host[:count].sum()) for count in range(absent)
+    )
+    sharing = shared_out(rates(), load.tolist(), tokens, Budget(RESIDENT * EXPERT))
+    assert least < sharing.seconds < 1.12 * least
 
 
 @settings(max_examples=50, deadline=None)
