@@ -65,6 +65,7 @@ __all__ = [
     "Measures",
     "Memory",
     "MemoryFigures",
+    "NamesHardware",
     "Operator",
     "Ordered",
     "Precision",
@@ -258,6 +259,18 @@ class Measures(Protocol):
     """Capability: a backend that can measure the ceilings of the machine it runs on."""
 
     def ceilings(self) -> Ceilings: ...
+
+
+@runtime_checkable
+class NamesHardware(Protocol):
+    """Capability: a backend that can name the device that it works on.
+
+    What is measured on a machine is kept with these names.
+    """
+
+    def hardware(self) -> Mapping[str, str]:
+        """Return names and versions: {"device": "NVIDIA H200", "driver": "580.95.05"}."""
+        ...
 
 
 class Replay(Protocol):

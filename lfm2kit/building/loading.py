@@ -286,20 +286,22 @@ def _with_host_experts(
         return plan
     experts = (leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts))
     one = next(experts, None)
-    backend = AUTO if one is None else _host_backend(one, options, plugins, create)
+    backend = AUTO if one is None else host_backend(one, options.precision, plugins, create)
+    if backend is None:
+        raise Lfm2kitError(
+            Option("n_cpu_moe", options.n_cpu_moe),
+            f": no backend that can run here builds {type(one).__name__} in the host's memory",
+        )
     return plan.with_cpu_experts(options.n_cpu_moe, model, backend)
 
 
-def _host_backend(
-    spec: Spec, options: Options, plugins: Plugins, create: Callable[[str], Backend]
-) -> str:
-    """Returns the most preferred backend that builds `spec` in the host's memory."""
-    for name in plugins.ready(options.precision):
+def host_backend(
+    spec: Spec, precision: str, plugins: Plugins, create: Callable[[str], Backend]
+) -> str | None:
+    """Returns the most preferred backend that builds `spec` in the host's memory, if any does."""
+    for name in plugins.ready(precision):
         backend = create(name)
         is_on_host = backend.memory(spec).name == HOST.name
         if is_on_host and backend.why_unsupported(spec) is None:
             return name
-    raise Lfm2kitError(
-        Option("n_cpu_moe", options.n_cpu_moe),
-        f": no backend that can run here builds {type(spec).__name__} in the host's memory",
-    )
+    return None
