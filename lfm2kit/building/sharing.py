@@ -1,13 +1,10 @@
 """Chooses where every expert is computed, so that the predicted time of a forward is least.
 
 A layer's experts are resident in the device's memory, streamed into slots there ahead of their
-layer, or computed on the host.  The link carries experts during the whole forward, as far ahead as
-there are slots; the host computes only while the device works on the same layer.
-
-In each layer the least used experts go to the host and the most used ones are resident, because the
-host's time depends on the rows, and the link's does not.  So a choice is two numbers for each
-layer.  It is made before a model is built, from numbers alone, and stays: the bits of a sample must
-not depend on what else is in its batch.
+layer, or computed on the host.  In each layer the least used experts go to the host and the most
+used ones are resident, because the host's time depends on the rows, and the link's does not.  So a
+choice is two numbers for each layer.  It is made before a model is built, from numbers alone, and
+stays: the bits of a sample must not depend on what else is in its batch.
 """
 
 from __future__ import annotations
@@ -15,20 +12,20 @@ from __future__ import annotations
 import enum
 import heapq
 import math
-from collections import Counter, defaultdict, deque
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from lfm2kit.building.overlap import NO_SLOTS, LayerTime, Limit, Slots, Work, layer_times
 from lfm2kit.building.rates import Float64, Rates
 
 SLOTS = (2, 3, 4, 6, 8)  # that are tried: with more the link waits less, but fewer are resident
-GRID = 64  # numbers that are tried at once in a search
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are far apart
-# The host's memory limits it if its rows take less than this times what one row of each takes.
-NEAR_ONE_ROW = 1.25
+GRID = 64  # numbers that are tried at once in a search
 
 Shares = Sequence[Sequence[float]]  # [layers][experts]: of a layer's tokens, those that choose each
 
@@ -41,15 +38,6 @@ class Place(enum.StrEnum):
     HOST = "host"
 
 
-class Limit(enum.StrEnum):
-    """What a layer's end waits for."""
-
-    DEVICE = "device"
-    LINK = "link"
-    HOST_COMPUTE = "host's arithmetic"
-    HOST_MEMORY = "host's memory"
-
-
 @dataclass(frozen=True, slots=True)
 class Budget:
     """The memory that experts may take, in bytes."""
@@ -57,13 +45,7 @@ class Budget:
     device: int  # for resident experts and slots; other weights, state and scratch are not in it
     pinned: int | None = None  # of the host's, for streamed experts; None: no limit
     slots: tuple[int, ...] = SLOTS  # numbers of them to choose from; (): nothing is streamed
-
-
-class LayerTime(NamedTuple):
-    """A layer's predicted time, and what its end waits for."""
-
-    seconds: float
-    limit: Limit
+    portion: int | None = 1  # experts in a slot, sent at once; None: all that a layer streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +53,7 @@ class Sharing:
     """The place of every expert, and what is predicted for a forward with these places."""
 
     places: tuple[tuple[Place, ...], ...]  # [layers][experts]
-    slots: int  # that the streamed experts of all layers share
+    slots: Slots  # that the streamed experts of all layers share
     layers: tuple[LayerTime, ...]
 
     @property
@@ -101,7 +83,7 @@ def shared_out(
 
     def times(choice: _Choice) -> list[LayerTime]:
         works = [one.work(h, s) for one, h, s in zip(layers, *choice[:2], strict=True)]
-        return _times(works, rest, transfer, choice.slots)
+        return layer_times(works, rest, transfer, choice.slots)
 
     def seconds(choice: _Choice) -> float:
         return sum(time.seconds for time in times(choice))
@@ -116,7 +98,7 @@ def predicted(
     shares: Shares,
     tokens: int,
     places: Sequence[Sequence[Place]],
-    slots: int = 0,
+    slots: Slots = NO_SLOTS,
     rest: Sequence[float] | None = None,
 ) -> Sharing:
     """Returns what is predicted for a forward with given places; see `shared_out`."""
@@ -124,14 +106,15 @@ def predicted(
     for layer, there in zip(_layers(rates, shares, tokens), places, strict=True):
         at = {place: [there[e] is place for e in layer.order] for place in Place}
         works.append(
-            _Work(
+            Work(
                 float(layer.host[at[Place.HOST]].sum()),
                 float(layer.host_reading[at[Place.HOST]].sum()),
                 float(layer.device[at[Place.RESIDENT]].sum()),
                 layer.device[at[Place.STREAMED]].tolist(),
             )
         )
-    times = _times(works, rest or [0.0] * len(works), rates.expert_bytes / rates.link, slots)
+    rest = rest or [0.0] * len(works)
+    times = layer_times(works, rest, rates.expert_bytes / rates.link, slots)
     return Sharing(tuple(map(tuple, places)), slots, tuple(times))
 
 
@@ -140,16 +123,7 @@ class _Choice(NamedTuple):
 
     host: Sequence[int]
     streamed: Sequence[int]
-    slots: int
-
-
-class _Work(NamedTuple):
-    """The expected seconds of a layer's experts, each where it is."""
-
-    host: float
-    host_reading: float  # if each expert on the host that is used had one row
-    resident: float
-    streamed: Sequence[float]  # of each, on the device
+    slots: Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +146,9 @@ class _Layer:
         )
         return round(after - before, 12)  # rounding must not make equal layers differ
 
-    def work(self, on_host: int, streamed: int) -> _Work:
+    def work(self, on_host: int, streamed: int) -> Work:
         resident = on_host + streamed
-        return _Work(
+        return Work(
             float(self.host[:on_host].sum()),
             float(self.host_reading[:on_host].sum()),
             float(self.device[resident:].sum()),
@@ -215,27 +189,54 @@ def _choices(
     moves = list(_to_the_host(layers))
     room = budget.device // expert_bytes
     absent = max(0, len(moves) - room)
-    yield _choice(layers, moves, absent, 0, 0)
-    for slots in budget.slots if absent else ():
-        if slots > room:
-            continue
-        absent = min(len(moves), len(moves) - room + slots)
-        pinned = absent if budget.pinned is None else budget.pinned // expert_bytes
+    yield _choice(layers, moves[:absent], 0, NO_SLOTS)
+    most = len(moves) if budget.pinned is None else budget.pinned // expert_bytes
+    streamable = range(1, 1 + min(most, len(moves)))
+    for count in budget.slots if absent else ():
+        portion = budget.portion
+        yield from _streaming(layers, moves, room, streamable, count, portion, seconds)
 
-        def choice(streamed: int, absent: int = absent, slots: int = slots) -> _Choice:
-            return _choice(layers, moves, absent - streamed, streamed, slots)
 
-        yield choice(_least(lambda n: seconds(choice(n)), 0, min(absent, pinned)))
+def _streaming(
+    layers: Sequence[_Layer],
+    moves: Sequence[int],
+    room: int,
+    streamable: range,
+    count: int,
+    portion: int | None,
+    seconds: Callable[[_Choice], float],
+) -> Iterator[_Choice]:
+    """Yields the best choice with experts streamed through `count` slots, if any fit into them."""
+
+    def slots_for(streamed: int) -> Slots:
+        return Slots(count, portion or -(-streamed // len(layers)))
+
+    def choice(streamed: int) -> _Choice:
+        slots = slots_for(streamed)  # they take room as well
+        absent = max(streamed, len(moves) - room + slots.size)
+        return _choice(layers, moves[: absent - streamed], streamed, slots)
+
+    def time(streamed: int) -> float:
+        one = choice(streamed)
+        has_room = portion is not None or max(one.streamed) <= one.slots.experts
+        return seconds(one) if has_room else math.inf
+
+    fitting = bisect_right(streamable, room, key=lambda streamed: slots_for(streamed).size)
+    if fitting:
+        yield choice(_least(time, 1, fitting))
 
 
 def _choice(
-    layers: Sequence[_Layer], moves: Sequence[int], host: int, streamed: int, slots: int
+    layers: Sequence[_Layer], on_host: Sequence[int], streamed: int, slots: Slots
 ) -> _Choice:
-    """Returns the choice with so many experts on the host, and the streamed ones spread evenly."""
-    counts = Counter(moves[:host])
-    on_host = [counts[i] for i in range(len(layers))]
-    left = [len(layer) - count for layer, count in zip(layers, on_host, strict=True)]
-    return _Choice(on_host, _spread(streamed, left), slots)
+    """Returns the choice with these experts on the host, and the streamed ones spread evenly.
+
+    `on_host` has a layer for each expert there.
+    """
+    counts = Counter(on_host)
+    host = [counts[i] for i in range(len(layers))]
+    left = [len(layer) - count for layer, count in zip(layers, host, strict=True)]
+    return _Choice(host, _spread(streamed, left), slots)
 
 
 def _to_the_host(layers: Sequence[_Layer]) -> Iterator[int]:
@@ -281,34 +282,3 @@ def _least(seconds: Callable[[int], float], first: int, last: int) -> int:
         if step == 1:
             return best
         first, last = max(first, best - step), min(last, best + step)
-
-
-def _times(
-    works: Sequence[_Work], rest: Sequence[float], transfer: float, slots: int
-) -> list[LayerTime]:
-    """Returns the layers' times, by following link, device and host through one forward.
-
-    A transfer begins when the one before it has ended and a slot is free.  The device computes a
-    layer's resident experts first, and then each streamed one when it has arrived.
-    """
-    free = deque([0.0] * slots)  # when each slot will be, the first one first
-    link = end = 0.0
-    times: list[LayerTime] = []
-    for work, before in zip(works, rest, strict=True):
-        begin, start = end, end + before
-        host, device, waits = start + work.host, start + work.resident, False
-        for seconds in work.streamed:
-            link = max(link, free.popleft()) + transfer
-            waits = link > device
-            device = max(device, link) + seconds
-            free.append(device)
-        end = max(device, host)
-        times.append(LayerTime(end - begin, _limit(work, host > device, waits)))
-    return times
-
-
-def _limit(work: _Work, is_host: bool, waits: bool) -> Limit:
-    if not is_host:
-        return Limit.LINK if waits else Limit.DEVICE
-    reads = work.host < NEAR_ONE_ROW * work.host_reading
-    return Limit.HOST_MEMORY if reads else Limit.HOST_COMPUTE

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lfm2kit.building.overlap import Limit, Slots
 from lfm2kit.building.rates import Curve, Rates
-from lfm2kit.building.sharing import Budget, Limit, Place, Sharing, predicted, shared_out
+from lfm2kit.building.sharing import Budget, Place, Sharing, predicted, shared_out
 
 EXPERT = 3 * 2048 * 1792 * 4  # bytes in fp32
 FLOPS = 6 * 2048 * 1792  # of a row
@@ -57,7 +58,7 @@ def test_the_model_gives_what_was_predicted_by_hand(
 def test_more_than_two_slots_are_taken_where_they_gain_more_than_residents() -> None:
     room = Budget(RESIDENT * EXPERT)
     chosen = shared_out(rates(), UNIFORM, 2048, room)
-    assert chosen.slots > 2
+    assert chosen.slots.count > 2
     two = shared_out(rates(), UNIFORM, 2048, Budget(RESIDENT * EXPERT, slots=(2,)))
     assert chosen.seconds < two.seconds
 
@@ -82,7 +83,7 @@ def test_a_slow_host_leaves_the_link_as_the_limit() -> None:
 
 def test_where_all_fit_nothing_is_streamed_and_no_slot_is_taken() -> None:
     sharing = shared_out(rates(), UNIFORM, 2048, Budget(32 * 22 * EXPERT))
-    assert (count(sharing), sharing.slots) == ({Place.RESIDENT: 704}, 0)
+    assert (count(sharing), sharing.slots) == ({Place.RESIDENT: 704}, Slots(0, 0))
 
 
 def test_without_any_room_all_are_on_the_host() -> None:
@@ -95,6 +96,17 @@ def test_a_token_at_a_time_is_computed_where_it_is_read_fastest() -> None:
     assert count(sharing)[Place.STREAMED] <= 22
     used = 12 * 4 / 32 * EXPERT / 100e9  # of 12 absent experts of a layer
     assert sharing.seconds == pytest.approx(22 * used, rel=0.15)
+
+
+def test_a_slot_may_have_room_for_all_that_a_layer_streams() -> None:
+    """Then two are enough for a link that never waits, but they take more memory."""
+    room = Budget(RESIDENT * EXPERT, slots=(2,), portion=None)
+    layerwise = shared_out(rates(), UNIFORM, 1024, room)
+    most = max(layer.count(Place.STREAMED) for layer in layerwise.places)
+    assert layerwise.slots == Slots(2, most)
+    assert count(layerwise)[Place.RESIDENT] == RESIDENT - 2 * most
+    one_by_one = shared_out(rates(), UNIFORM, 1024, Budget(RESIDENT * EXPERT))
+    assert layerwise.seconds == pytest.approx(one_by_one.seconds, rel=0.05)
 
 
 def test_what_the_rest_of_a_layer_takes_is_time_for_the_link() -> None:
@@ -129,7 +141,7 @@ def best_of_all(
         streamed = Place.STREAMED in places
         if places.count(Place.RESIDENT) + streamed * slots <= room:
             rows = [places[:EXPERTS], places[EXPERTS:]]
-            found.append(predicted(rates, load, tokens, rows, slots).seconds)
+            found.append(predicted(rates, load, tokens, rows, Slots(slots, 1)).seconds)
     return min(found)
 
 
@@ -171,15 +183,19 @@ def test_the_time_is_near_what_link_and_host_need_at_least(tokens: int, spread: 
     st.integers(1, 4096),
     st.integers(0, 50),
     st.none() | st.integers(0, 10),
+    st.none() | st.integers(1, 3),
 )
 def test_any_load_is_shared_out_within_the_budget(
-    load: list[list[float]], tokens: int, room: int, pinned: int | None
+    load: list[list[float]], tokens: int, room: int, pinned: int | None, portion: int | None
 ) -> None:
-    budget = Budget(room * EXPERT, None if pinned is None else pinned * EXPERT)
+    pinned_bytes = None if pinned is None else pinned * EXPERT
+    budget = Budget(room * EXPERT, pinned_bytes, portion=portion)
     sharing = shared_out(rates(), load, tokens, budget)
     counts = count(sharing)
     assert [len(layer) for layer in sharing.places] == [len(layer) for layer in load]
-    assert counts[Place.RESIDENT] + sharing.slots <= max(room, 0)
+    assert counts[Place.RESIDENT] + sharing.slots.count * sharing.slots.experts <= room
+    largest = max(layer.count(Place.STREAMED) for layer in sharing.places)
+    assert portion is not None or largest <= sharing.slots.experts
     assert counts[Place.STREAMED] <= (1000 if pinned is None else pinned)
     again = predicted(rates(), load, tokens, sharing.places, sharing.slots)
     assert again.seconds == pytest.approx(sharing.seconds)
