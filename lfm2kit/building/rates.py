@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit import bounds
-from lfm2kit.backend import Ceilings
+from lfm2kit import bounds, specs
+from lfm2kit.backend import Ceilings, Weights
 from lfm2kit.building.records import Record, read_record
 from lfm2kit.errors import Lfm2kitError
 
@@ -78,6 +78,16 @@ class Experts(NamedTuple):
     hidden_size: int
     intermediate_size: int
     stored: str  # the format of their weights in the checkpoint
+
+    @classmethod
+    def of(cls, spec: specs.Experts, weights: Weights, item: str, precision: str) -> Experts:
+        """Returns the key of the experts that a plan's item builds, in the precision it has.
+
+        `weights` are those of the scope of `spec`.
+        """
+        first = next(iter(spec.parameters()))
+        backend, stored = item.partition(":")[0], str(weights[first].format)
+        return cls(backend, precision, spec.hidden_size, spec.intermediate_size, stored)
 
     def __str__(self) -> str:
         size = f"{self.hidden_size} x {self.intermediate_size}"

@@ -91,9 +91,10 @@ def measurable(setup: Setup) -> list[Measurable]:
         for item in sorted({*setup.plan.backends(), *filter(None, [on_host])}):
             backend = setup.create(item)
             if backend.why_unsupported(spec) is None:
-                memory = backend.memory(spec)
+                memory, weights = backend.memory(spec), setup.checkpoint.weights.scope(scope)
+                precision = setup.plugins.precision(item, setup.context.precision).name
                 placed = Placed(name, scope, _few(spec), memory, memory, item)
-                found.setdefault(_key(setup, placed), placed)
+                found.setdefault(rates.Experts.of(spec, weights, item, precision), placed)
     if not found:
         raise Lfm2kitError(
             f"{setup.checkpoint.path}: the model has no experts that a backend of the plan "
@@ -138,20 +139,6 @@ def _few(spec: specs.Experts) -> specs.Experts:
     enough = -(-EXPERTS_BYTES // (4 * spec.expert.weight_elements()))
     count = max(per_token, min(enough, spec.num_experts) // per_token * per_token)
     return replace(spec, local_experts=tuple(range(count)))
-
-
-def _key(setup: Setup, placed: Placed) -> rates.Experts:
-    spec, item = placed.spec, placed.backend
-    assert isinstance(spec, specs.Experts)
-    assert item is not None
-    first = next(iter(spec.parameters()))
-    return rates.Experts(
-        backend=item.partition(":")[0],
-        precision=setup.plugins.precision(item, setup.context.precision).name,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        stored=str(setup.checkpoint.weights.scope(placed.scope)[first].format),
-    )
 
 
 def _side(setup: Setup, one: Measurable, watch: Stopwatch, done: Callable[[], None]) -> Side:
