@@ -56,13 +56,18 @@ class Sharing:
     slots: Slots  # that the streamed experts of all layers share
     layers: tuple[LayerTime, ...]
 
+    def at(self, layer: int, place: Place) -> tuple[int, ...]:
+        """Returns the ids of a layer's experts in one place, in ascending order."""
+        return tuple(e for e, there in enumerate(self.places[layer]) if there is place)
+
     @property
     def seconds(self) -> float:
+        """The predicted time of the forward."""
         return sum(layer.seconds for layer in self.layers)
 
     @property
     def limit(self) -> Limit:
-        """Returns the limit of the layers that take the most time together."""
+        """The limit of the layers that take the most time together."""
         seconds: dict[Limit, float] = defaultdict(float)
         for layer in self.layers:
             seconds[layer.limit] += layer.seconds

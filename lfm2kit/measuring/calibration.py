@@ -125,8 +125,8 @@ def _experts(spec: Spec, name: str, scope: str) -> Iterator[tuple[str, str, spec
     """Yields the experts within `spec`, with their names and scopes."""
     if isinstance(spec, specs.Experts):
         yield name, scope, spec
-    for role, inner, part in spec.parts():
-        yield from _experts(part, _dotted(name, role), _dotted(scope, inner))
+    for part in spec.parts():
+        yield from _experts(part.spec, _dotted(name, part.role), _dotted(scope, part.scope))
 
 
 def _dotted(*names: str) -> str:

@@ -90,6 +90,14 @@ def test_without_any_room_all_are_on_the_host() -> None:
     assert count(shared_out(rates(), UNIFORM, 256, Budget(EXPERT - 1))) == {Place.HOST: 704}
 
 
+def test_the_ids_in_one_place_are_given_layer_by_layer() -> None:
+    places = [[Place.HOST, Place.RESIDENT, Place.HOST], [Place.STREAMED]]
+    sharing = predicted(rates(), [[0.5] * 3, [1.0]], 16, places, Slots(2, 1))
+    assert sharing.at(0, Place.HOST) == (0, 2)
+    assert sharing.at(0, Place.STREAMED) == ()
+    assert sharing.at(1, Place.STREAMED) == (0,)
+
+
 def test_a_token_at_a_time_is_computed_where_it_is_read_fastest() -> None:
     """A streamed expert is copied in every forward, one on the host is read only if it is used."""
     sharing = shared_out(rates(), UNIFORM, 1, Budget(RESIDENT * EXPERT))
