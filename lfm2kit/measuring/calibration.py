@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Block, Measures, NamesHardware
+from lfm2kit.backend import Backend, Block, Exclusive, Measures, NamesHardware
 from lfm2kit.building import rates
 from lfm2kit.building.loading import Setup, host_backend
 from lfm2kit.building.placement import Placed
@@ -151,7 +151,6 @@ def _side(setup: Setup, one: Measurable, watch: Stopwatch, done: Callable[[], No
     product = _product(placed.spec, block, watch, done)
     link = None if placed.memory.name == HOST.name else _link(placed.memory, watch)
     ceilings = backend.ceilings() if isinstance(backend, Measures) else None
-    hardware = backend.hardware() if isinstance(backend, NamesHardware) else {}
     done()
     return Side(
         one.experts,
@@ -160,8 +159,15 @@ def _side(setup: Setup, one: Measurable, watch: Stopwatch, done: Callable[[], No
         product,
         link,
         ceilings,
-        {str(k): str(v) for k, v in hardware.items()},
+        _hardware(backend, placed.memory),
     )
+
+
+def _hardware(backend: Backend, memory: Memory) -> dict[str, str]:
+    """Returns what the backend says of its device, or what its memory is called."""
+    if isinstance(backend, NamesHardware):
+        return {str(name): str(text) for name, text in backend.hardware().items()}
+    return {"device": memory.unit()} if isinstance(memory, Exclusive) else {}
 
 
 def _product(

@@ -155,6 +155,17 @@ def test_a_memory_elsewhere_has_a_link_and_the_host_is_measured_too(backend: Any
     assert len(steps) == 2 * (3 + 1)
 
 
+def test_a_device_is_named_by_its_memory_if_its_backend_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = DeviceBackend()
+    monkeypatch.setattr(type(backend.there), "unit", lambda memory: "the loom", raising=False)
+    there = setup("far", far=backend)
+    measured, _ = calibrated(there, measurable(there))
+    assert by_name(measured)["far"].hardware == {"device": "the loom"}
+    assert by_name(measured)["reference"].hardware == {}
+
+
 def test_a_call_that_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """After 2 s for one row, four are expected to take twice 8 s, to warm up and to be timed."""
     monkeypatch.setattr(Stopwatch, "_once", lambda self, call: calibration.Timing(2.0, 1.0))
