@@ -86,6 +86,7 @@ __all__ = [
     "Measures",
     "Memory",
     "MemoryFigures",
+    "NamesHardware",
     "NativeCall",
     "Near",
     "Operator",
@@ -324,6 +325,18 @@ class Measures(Protocol):
     """Capability: a backend that can measure the ceilings of the machine it runs on."""
 
     def ceilings(self) -> Ceilings: ...
+
+
+@runtime_checkable
+class NamesHardware(Protocol):
+    """Capability: a backend that can name the device that it works on.
+
+    What is measured on a machine is kept with these names.
+    """
+
+    def hardware(self) -> Mapping[str, str]:
+        """Return names and versions: {"device": "NVIDIA H200", "driver": "580.95.05"}."""
+        ...
 
 
 class Replay(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from lfm2kit.precisions import Grade
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import experts_split
+from lfm2kit.specs import Spec
 from lfm2kit.state import Room
 from lfm2kit.transport import Transport, World
 
@@ -218,11 +219,14 @@ def set_up(
     world: World | None = None,
     transport: Transport | None = None,
     plugins: Plugins | None = None,
+    rewrites: Sequence[Rewrite] = (),
 ) -> Setup:
     """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
 
-    If the options limit a device's memory, experts that do not fit are placed elsewhere.  With a
-    `transport` the model is this rank's share.  A `world` alone gives the share of that
+    `rewrites` are applied after those that the options name.  If the options limit a device's
+    memory, experts that do not fit are placed elsewhere.
+
+    With a `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.
     """
     plugins = plugins or installed_plugins()
@@ -234,8 +238,7 @@ def set_up(
     for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
     there = plugins.rewrites(world, transport)
-    applied = chosen(options.rewrites, there, plugins.skipped())
-
+    applied = (*chosen(options.rewrites, there, plugins.skipped()), *rewrites)
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
     of_whole = plan if options.gpu_memory is None else plan.for_whole_experts()
     placed = Placer(of_whole, create, joins, plugins.backends).place(model)
@@ -335,20 +338,30 @@ def _host_backend(
     plugins: Plugins,
     create: Callable[[str], Backend],
 ) -> str:
-    """Returns the most preferred backend that builds the model's experts in the host's memory.
+    """Returns the backend for the model's experts in the host's memory.
 
-    Without experts it is `auto`, which nothing is asked of.
+    Without experts it is `auto`, which nothing is asked of.  An error names the option `asked`.
     """
     experts = (leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts))
     spec = next(experts, None)
     if spec is None:
         return AUTO
-    for name in plugins.ready(options.precision):
+    backend = host_backend(spec, options.precision, plugins, create)
+    if backend is None:
+        raise Lfm2kitError(
+            asked,
+            f": no backend that can run here builds {type(spec).__name__} in the host's memory",
+        )
+    return backend
+
+
+def host_backend(
+    spec: Spec, precision: str, plugins: Plugins, create: Callable[[str], Backend]
+) -> str | None:
+    """Returns the most preferred backend that builds `spec` in the host's memory, if any does."""
+    for name in plugins.ready(precision):
         backend = create(name)
         is_on_host = backend.memory(spec).name == HOST.name
         if is_on_host and backend.why_unsupported(spec) is None:
             return name
-    raise Lfm2kitError(
-        asked,
-        f": no backend that can run here builds {type(spec).__name__} in the host's memory",
-    )
+    return None

@@ -9,6 +9,7 @@ import typer
 import lfm2kit
 from lfm2kit.cli.backends import backends
 from lfm2kit.cli.bench import bench
+from lfm2kit.cli.calibrate import calibrate
 from lfm2kit.cli.convert import convert
 from lfm2kit.cli.env import env
 from lfm2kit.cli.plan import plan
@@ -32,6 +33,7 @@ app.command(cls=RanksCommand)(run)
 app.command()(plan)
 app.add_typer(backends, name="backends")
 app.command()(bench)
+app.command()(calibrate)
 app.command()(convert)
 app.command()(specs)
 app.command()(warmup)

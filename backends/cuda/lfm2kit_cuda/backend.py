@@ -34,6 +34,7 @@ from lfm2kit_cuda.blocks.short_conv import ShortConv
 from lfm2kit_cuda.blocks.streamed import StreamedExperts as Streamed
 from lfm2kit_cuda.capture import Replay
 from lfm2kit_cuda.ceilings import measure_ceilings
+from lfm2kit_cuda.choosing import hardware
 from lfm2kit_cuda.device import choose_device, on_device
 from lfm2kit_cuda.figures import Figures
 from lfm2kit_cuda.memory import memory_of
@@ -137,6 +138,9 @@ class CudaBackend:
     def ceilings(self) -> Ceilings:
         with self._memory.stream():
             return measure_ceilings()
+
+    def hardware(self) -> dict[str, str]:
+        return {**hardware(self._memory.device), "CuPy": cupy.__version__}
 
     def _why_not_whole(self, layer: specs.Layer) -> str | None:
         """Return why a layer is not built whole: its norms must have something to round."""
