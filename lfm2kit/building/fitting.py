@@ -1,76 +1,144 @@
-"""Finds out how many of each layer's experts a device's memory has room for.
+"""Places a model's experts so that it takes no more of a device's memory than is allowed.
 
-The rule is simple: the same number in every layer, those with the lowest ids.  Of the others, some
-may be streamed, and the host computes the rest.
+With a file of rates the placement is the one with the least predicted time (`predicting.py`).
+Without one the rule is simple: the same number stays in every layer, those that are used most, or
+have the lowest ids; of the others, some may be streamed, and the host computes the rest.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Backend
-from lfm2kit.building.capacity import Sizes
-from lfm2kit.building.placement import Placed
-from lfm2kit.building.plan import Plan
+from lfm2kit.backend import HOST
+from lfm2kit.building.capacity import PINNED
+from lfm2kit.building.load import read_load, uniform, unused
+from lfm2kit.building.predicting import Layer, Predictor
+from lfm2kit.building.sharing import Budget, Place, Sharing
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit.rewrites.parted_experts import Places
+from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
+from lfm2kit.rewrites.parted_experts import Places, StreamedExperts
 
-TOKENS = 2048  # at once, for which scratch memory is left
+if TYPE_CHECKING:
+    from lfm2kit.building.loading import Setup
+
+TOKENS = 2048  # of a forward, for which scratch memory is left and times are predicted
 RESERVE = 1 / 16  # of the memory, for what no figure counts: captures, activations, the driver
 
-Experts = Mapping[int, Sequence[int]]  # by layer, those that are wanted in the memory first
 
+def fitted(whole: Setup, tokens: int) -> Setup:
+    """Returns the set-up with as many experts in the devices' memory as its options allow.
 
-def on_devices(model: specs.Model, plan: Plan, create: Callable[[str], Backend]) -> Experts:
-    """Returns the experts that the plan computes in other memories than the host's, by layer."""
-    found = {}
-    for i, layer in enumerate(model.layers):
-        for kind, leaf in specs.leaves_by_kind(layer):
-            if isinstance(leaf, specs.Experts):
-                memory = create(plan.backend_for(i, kind)).memory(leaf)
-                if memory.name != HOST.name and leaf.local_experts:
-                    found[i] = leaf.local_experts
-    return found
-
-
-def places_that_fit(
-    experts: Experts,
-    place: Callable[[Mapping[int, Places]], Placed],
-    sizes: Sizes,
-    asked: Option,
-    streamed: int = 0,
-) -> Mapping[int, Places]:
-    """Returns where experts have to be for the model to fit; nothing if it fits as it is.
-
-    `streamed` of each layer's experts that do not stay are streamed, the rest are the host's.
-    `sizes` know the limit.  Raises `Lfm2kitError` if there is nothing to split, or no figures.
+    Raises `Lfm2kitError` if there is nothing to split, a file does not fit the model, or a backend
+    does not say how much its blocks take.
     """
-    if not experts:
+    options, layers = whole.options, list(on_devices(whole))
+    if not layers:
+        asked = Option("gpu_memory", options.gpu_memory)
         raise Lfm2kitError(asked, ": the plan has no experts in a device's memory")
+    predictor = None if options.rates is None else Predictor.read(whole, layers, tokens)
+    if _room(whole, tokens) >= 0:
+        return whole
+    if predictor is None:
+        return _alike(whole, layers, tokens)
+    if options.streamed_experts is None:
+        sharing = predictor.cheapest(*_budget(whole, layers, tokens))
+        return replace(_shared(whole, layers, sharing), sharing=sharing)
+    found = _alike(whole, layers, tokens)
+    return replace(found, sharing=predictor.of(found.placed.spec))
 
-    def places(resident: int) -> Mapping[int, Places]:
-        away = {i: tuple(ids[resident:]) for i, ids in experts.items()}
-        return {i: Places(ids[:streamed], ids[streamed:]) for i, ids in away.items() if ids}
 
-    def is_too_much(resident: int) -> bool:
-        return not _fits(place(places(resident)), sizes, asked)
+def on_devices(whole: Setup) -> Iterator[Layer]:
+    """Yields the layers of which the plan computes experts in other memories than the host's."""
+    model, shares = whole.placed.spec, _shares(whole)
+    assert isinstance(model, specs.Model)
+    for i, layer in enumerate(model.layers):
+        for scope, spec in _experts(layer, f"layers.{i}"):
+            item = whole.plan.backend_for(i, spec.kind)
+            on_host = whole.create(item).memory(spec).name == HOST.name
+            if spec.local_experts and not on_host:
+                of_local = tuple(shares[i][e] for e in spec.local_experts)
+                yield Layer(i, spec, scope, item, of_local)
 
-    most = max(map(len, experts.values()))
-    resident = bisect_left(range(most + 1), True, key=is_too_much) - 1
-    return places(max(resident, 0))
+
+def _experts(spec: specs.Spec, scope: str) -> Iterator[tuple[str, specs.Experts]]:
+    if isinstance(spec, specs.Experts):
+        yield scope, spec
+    for part in spec.parts():
+        yield from _experts(part.spec, f"{scope}.{part.scope}".strip("."))
 
 
-def _fits(placed: Placed, sizes: Sizes, asked: Option) -> bool:
-    for name, free in sizes.free(placed).items():
-        leaves = [leaf for leaf in placed.leaves() if leaf.memory.name == name]
+def _shares(whole: Setup) -> dict[int, Sequence[float]]:
+    """Returns how often each expert is chosen, by layer: as recorded, or all alike."""
+    path, model = whole.options.load, whole.checkpoint.spec
+    numbers = [one.layer for one in unused(model)]
+    if path is None:
+        return dict(zip(numbers, uniform(model), strict=True))
+    load = read_load(Path(path))
+    load.check(Path(path), model)
+    return dict(zip(numbers, load.shares(), strict=True))
+
+
+def _room(setup: Setup, tokens: int) -> int:
+    """Returns the bytes that are left in the device's memory with the fewest, below 0 if too few.
+
+    Without such a memory it is 0.
+    """
+    sizes, left = setup.sizes, []
+    for name, free in sizes.free(setup.placed).items():
+        leaves = [leaf for leaf in setup.placed.leaves() if leaf.memory.name == name]
         if name == HOST.name:
             continue
         if sizes.unknown(leaves):
             raise Lfm2kitError(
-                asked, f": a backend in memory '{name}' does not say how much its blocks take"
+                Option("gpu_memory", setup.options.gpu_memory),
+                f": a backend in memory '{name}' does not say how much its blocks take",
             )
-        if sum(sizes.needed(leaves, TOKENS)) > (1 - RESERVE) * free:
-            return False
-    return True
+        left.append(int((1 - RESERVE) * free) - sum(sizes.needed(leaves, tokens)))
+    return min(left, default=0)
+
+
+def _alike(whole: Setup, layers: Sequence[Layer], tokens: int) -> Setup:
+    """Returns the set-up in which as many experts stay as fit, in every layer the same number."""
+    streamed = whole.options.streamed_experts or 0
+
+    def with_resident(count: int) -> Setup:
+        away = {layer.number: layer.wanted[count:] for layer in layers}
+        places = {i: Places(ids[:streamed], ids[streamed:]) for i, ids in away.items() if ids}
+        return whole.split(places)
+
+    def is_too_much(count: int) -> bool:
+        return _room(with_resident(count), tokens) < 0
+
+    most = max(len(layer.wanted) for layer in layers)
+    too_many = bisect_left(range(most), True, key=is_too_much)
+    return with_resident(max(too_many - 1, 0))
+
+
+def _budget(whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Budget, int]:
+    """Returns what experts may take, and the bytes of one of them in the device's memory."""
+    none = whole.split({layer.number: Places((), layer.wanted) for layer in layers})
+    room, count = _room(none, tokens), sum(len(layer.wanted) for layer in layers)
+    one = max(1, -(-(room - _room(whole, tokens)) // count))
+    pinned = int(PINNED * HOST.free_bytes(whole.context.local_ranks))
+    budget = Budget(max(room, 0), pinned, portion=EXPERTS_PER_SLOT)
+    streamed = StreamedExperts(layers[0].spec, 0, SLOTS, EXPERTS_PER_SLOT)
+    streams = whole.create(layers[0].item).why_unsupported(streamed) is None
+    return (budget if streams else replace(budget, slots=())), one
+
+
+def _shared(whole: Setup, layers: Sequence[Layer], sharing: Sharing) -> Setup:
+    """Returns the set-up with the experts where the sharing says."""
+
+    def ids(index: int, place: Place) -> tuple[int, ...]:
+        return tuple(layers[index].spec.local_experts[e] for e in sharing.at(index, place))
+
+    places = {
+        layer.number: Places(ids(i, Place.STREAMED), ids(i, Place.HOST))
+        for i, layer in enumerate(layers)
+    }
+    return whole.split(places, max(1, sharing.slots.count), max(1, sharing.slots.experts))

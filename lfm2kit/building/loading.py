@@ -17,11 +17,12 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Context, Explains
 from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
-from lfm2kit.building.fitting import on_devices, places_that_fit
+from lfm2kit.building.fitting import TOKENS, fitted
 from lfm2kit.building.options import FREE, Options
 from lfm2kit.building.placement import Placed, Placer
 from lfm2kit.building.plan import AUTO, Plan
 from lfm2kit.building.plugins import Plugins, installed_plugins
+from lfm2kit.building.sharing import Sharing
 from lfm2kit.building.wrappers import Wrappers
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.foreign import why_absent
@@ -31,7 +32,7 @@ from lfm2kit.model import JOINS, LFM2, can_capture
 from lfm2kit.precisions import Grade
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
-from lfm2kit.rewrites.experts_split import experts_split
+from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
 from lfm2kit.specs import Spec
 from lfm2kit.state import Room
 from lfm2kit.transport import Transport, World
@@ -65,6 +66,7 @@ class Setup:
     world: World
     context: Context
     transport: Transport | None
+    sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
 
     def notes(self) -> Iterator[str]:
         """Yields remarks on checkpoint and capture, and notes from the backends of the plan."""
@@ -76,17 +78,25 @@ class Setup:
         if can_capture(self.create(self.plan.default), self.placed):
             yield from self.wrappers.why_not_captured()
 
-    def split(self, places: Mapping[int, Places]) -> Setup:
+    def host_item(self) -> str:
+        """Returns the backend that computes experts on the host, if some do not fit elsewhere."""
+        asked, model = Option("gpu_memory", self.options.gpu_memory), self.checkpoint.spec
+        return _host_backend(model, asked, self.options, self.plugins, self.create)
+
+    def split(
+        self,
+        places: Mapping[int, Places],
+        slots: int = SLOTS,
+        experts_per_slot: int = EXPERTS_PER_SLOT,
+    ) -> Setup:
         """Returns the same set-up with the experts of some layers in these places."""
         if not places:
             return self
-        rewrites = (*self.rewrites, experts_split(places))
+        rewrites = (*self.rewrites, experts_split(places, slots, experts_per_slot))
         model, joins = rewritten(self.checkpoint.spec, JOINS, rewrites)
         plan = self.plan
         if any(layer.host for layer in places.values()):
-            asked = Option("gpu_memory", self.options.gpu_memory)
-            host = _host_backend(model, asked, self.options, self.plugins, self.create)
-            plan = plan.with_host_experts(host)
+            plan = plan.with_host_experts(self.host_item())
         placed = Placer(plan, self.create, joins, self.plugins.backends).place(model)
         wrappers = Wrappers.of(placed, self.plugins)
         return replace(self, plan=plan, placed=placed, rewrites=rewrites, wrappers=wrappers)
@@ -151,7 +161,7 @@ class Setup:
             if self._fits(precision=precision.name):
                 yield Option("precision", precision.name)
                 break
-        for count in reversed(range(self.options.streamed_experts)):
+        for count in reversed(range(self.options.streamed_experts or 0)):
             if self._fits(streamed_experts=count):
                 yield Option("streamed_experts", count)
                 break
@@ -220,11 +230,12 @@ def set_up(
     transport: Transport | None = None,
     plugins: Plugins | None = None,
     rewrites: Sequence[Rewrite] = (),
+    tokens: int = TOKENS,
 ) -> Setup:
     """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
 
     `rewrites` are applied after those that the options name.  If the options limit a device's
-    memory, experts that do not fit are placed elsewhere.
+    memory, experts that do not fit are placed elsewhere, for forwards of `tokens` tokens.
 
     With a `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.
@@ -256,21 +267,7 @@ def set_up(
         context,
         transport,
     )
-    return whole if options.gpu_memory is None else _fitted(whole)
-
-
-def _fitted(whole: Setup) -> Setup:
-    """Returns the set-up with as many experts in the devices' memory as its options allow."""
-    model = whole.placed.spec
-    assert isinstance(model, specs.Model)
-    places = places_that_fit(
-        on_devices(model, whole.plan, whole.create),
-        lambda places: whole.split(places).placed,
-        whole.sizes,
-        Option("gpu_memory", whole.options.gpu_memory),
-        whole.options.streamed_experts,
-    )
-    return whole.split(places)
+    return whole if options.gpu_memory is None else fitted(whole, tokens)
 
 
 def load_model(model: str | Path, backend: str | None = None, **options: Any) -> LFM2:

@@ -25,6 +25,8 @@ EXPECTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "plan": ((str, Path), "the path of a TOML file"),
     "precision": (str, "a name, such as 'fp32'"),
     "gpu_memory": (str, SIZE),
+    "rates": ((str, Path), "the path of a file"),
+    "load": ((str, Path), "the path of a file"),
     "rewrites": ((tuple, list), "a tuple of names, such as ('NAME',)"),
 }
 
@@ -85,8 +87,17 @@ class Options:
         words="all experts stay where the plan puts them",
         metavar="SIZE",
     )
-    streamed_experts: int = option(
-        0, "Of each layer's experts that do not fit, stream N ahead of their layer.", least=0
+    streamed_experts: int | None = option(
+        None,
+        "Of each layer's experts that do not fit, stream N ahead of their layer.",
+        words="0, or with rates as many as is fastest",
+        least=0,
+    )
+    rates: Path | None = option(
+        None, "What lfm2kit calibrate measured: place experts by predicted time.", metavar="FILE"
+    )
+    load: Path | None = option(
+        None, "What a run recorded as its load: experts that are used most stay.", metavar="FILE"
     )
     rewrites: tuple[str, ...] = option(
         (), "Rewrites of the model, in the order of their names here."
@@ -108,9 +119,11 @@ class Options:
             if not isinstance(value, kind) or (one.name == "precision" and not value):
                 raise Lfm2kitError(Option(one.name, value), f": expected {words}")
             one.metadata["about"].check(one.name, value)
-        if self.streamed_experts and self.gpu_memory is None:
-            asked = Option("streamed_experts", self.streamed_experts)
-            raise Lfm2kitError(asked, ": say what does not fit, as ", Option("gpu_memory", "24GiB"))
+        for name in ("streamed_experts", "rates", "load"):
+            value = getattr(self, name)
+            if value is not None and self.gpu_memory is None:
+                size = Option("gpu_memory", "24GiB")
+                raise Lfm2kitError(Option(name, value), ": say what may be taken, as ", size)
         self.gpu_bytes()
 
     def gpu_bytes(self) -> int | None:

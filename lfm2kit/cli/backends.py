@@ -24,6 +24,8 @@ OF_A_MODEL = (
     "n_cpu_moe",
     "gpu_memory",
     "streamed_experts",
+    "rates",
+    "load",
     "rewrites",
     "seed",
 )

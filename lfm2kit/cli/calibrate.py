@@ -21,10 +21,13 @@ from lfm2kit.measuring.calibration import ROWS, calibrated, measurable
 from lfm2kit.outputs.files import check_target
 from lfm2kit.outputs.targets import check_apart
 
+# Options that say where experts go: what is measured does not depend on it.
+OF_A_PLACEMENT = ("n_cpu_moe", "gpu_memory", "streamed_experts", "rates", "load", "rewrites")
+
 
 @spread
 def calibrate(
-    options: Annotated[Options, Without(("n_cpu_moe", "rewrites"))],
+    options: Annotated[Options, Without(OF_A_PLACEMENT)],
     output: Annotated[
         Path | None,
         flags("output", About("Where to write the rates.", "nowhere", metavar="FILE")),

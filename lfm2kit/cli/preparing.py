@@ -95,8 +95,14 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
     answers = answers_of(request, checkpoint)
     recorder = None if request.record_load is None else LoadRecorder()
     rewrites = [] if recorder is None else [recorder.rewrite()]
-    setup = set_up(checkpoint, request.options, transport=transport, rewrites=rewrites)
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
+    setup = set_up(
+        checkpoint,
+        request.options,
+        transport=transport,
+        rewrites=rewrites,
+        tokens=min(batch_size, len(token_ids)) * token_ids.shape[1],
+    )
     return Prepared(report, plan, checkpoint, setup, token_ids, answers, batch_size, recorder)
 
 
@@ -108,6 +114,8 @@ def check_shared(request: Request) -> None:
     paths = {
         "--model": Path(request.options.model),
         "--plan": request.options.plan,
+        "--rates": request.options.rates,
+        "--load": request.options.load,
         "--inputs": request.inputs,
         "--answers": request.answers,
         "--outputs": request.outputs,

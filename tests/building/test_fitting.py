@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from lfm2kit import specs
-from lfm2kit.backend import BackendPlugin, Batch, Spec, Weights
+from lfm2kit.backend import BackendPlugin, Batch, Ceilings, Spec, Weights
 from lfm2kit.building.byte_counts import parse_bytes
 from lfm2kit.building.fitting import RESERVE, TOKENS
+from lfm2kit.building.load import Load, unused
 from lfm2kit.building.loading import Setup, find_model, load_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
+from lfm2kit.building.rates import Calibration, Curve, Link, Side
+from lfm2kit.building.rates import Experts as Measured
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HostMemory
@@ -29,6 +34,7 @@ from tests.rewrites.split_memories import Adding, AddingBackend
 TINY = open_checkpoint(find_model("tiny"))
 MOES = [i for i, x in enumerate(TINY.spec.layers) if isinstance(x.feed_forward, specs.SparseMoe)]
 EXPERTS: Any = TINY.spec.layers[MOES[0]].feed_forward.experts
+STORED = str(TINY.weights[f"layers.{MOES[0]}.feed_forward.experts.0.w1.weight"].format)
 ONE = 4 * EXPERTS.expert.weight_elements()
 SCRATCH = 1000  # bytes a token
 ROOM = SLOTS * EXPERTS_PER_SLOT * ONE  # of the slots
@@ -73,12 +79,15 @@ class Silent(DeviceBackend):
     """Gives no figures."""
 
 
-def setup(plan: str = "card", world: World | None = None, **options: Any) -> Setup:
+def setup(
+    plan: str = "card", world: World | None = None, tokens: int = TOKENS, **options: Any
+) -> Setup:
     plugins = installed_plugins()
     for name, kind in {"card": CardBackend, "streaming": StreamingCard, "silent": Silent}.items():
         plugin = BackendPlugin(name, "a device", lambda _, kind=kind: kind(), 1)  # type: ignore[misc]
         plugins.backends[name] = InstalledBackend(plugin, "this test")
-    return set_up(TINY, Options(backend=plan, **options), plugins=plugins, world=world)
+    asked = Options(backend=plan, **options)
+    return set_up(TINY, asked, plugins=plugins, world=world, tokens=tokens)
 
 
 def limit(resident: int, more: int = 0) -> str:
@@ -209,9 +218,13 @@ def test_the_hosts_own_blocks_need_what_is_not_pinned(monkeypatch: pytest.Monkey
         assert (found.shortage() is not None) == is_short
 
 
-def test_streamed_experts_alone_are_refused() -> None:
-    with pytest.raises(Lfm2kitError, match=r"^streamed_experts=2: say what does not fit, as gpu_m"):
-        Options(streamed_experts=2)
+@pytest.mark.parametrize("option", [{"streamed_experts": 2}, {"rates": "a"}, {"load": "a"}])
+def test_what_says_how_to_fit_needs_a_size(option: Any) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(Lfm2kitError) as refused:
+        Options(**option)
+    asked = f"{name}={value!r}"
+    assert str(refused.value) == f"{asked}: say what may be taken, as gpu_memory='24GiB'"
 
 
 def test_a_user_may_say_who_computes_the_hosts_experts() -> None:
@@ -251,6 +264,137 @@ def test_the_logits_are_those_of_the_whole_model() -> None:
     whole = load_model("tiny", "reference").logits(batch)
     split = setup(gpu_memory=limit(2)).build().logits(batch)
     np.testing.assert_allclose(split, whole, rtol=0, atol=1e-4)
+
+
+def write_rates(
+    path: Path, plan: str, host: float = 1e11, link: float = 1e10, ceilings: Any = None
+) -> Path:
+    """Rates by which the host does `host` operations, the link `link` bytes a second."""
+    one = 6 * EXPERTS.hidden_size * EXPERTS.intermediate_size
+
+    def side(backend: str, flops: float, memory: str, way: Link | None) -> Side:
+        key = Measured(backend, "fp32", EXPERTS.hidden_size, EXPERTS.intermediate_size, STORED)
+        curve = Curve((1, 64, 128), tuple(max(64, rows) * one / flops for rows in (1, 64, 128)))
+        return Side(key, memory, ONE, curve, way, ceilings, {})
+
+    sides = side("reference", host, "host", None), side(plan, 1e13, "card", Link(link, link))
+    calibration = Calibration("2030-01-01T00:00:00+00:00", {}, "tiny", sides)
+    path.write_text(json.dumps(calibration.document()))
+    return path
+
+
+def write_load(path: Path) -> Path:
+    """Experts with higher ids are chosen more often, but for those of the last layer."""
+    layers = []
+    for one in unused(TINY.spec):
+        counts = range(10, 10 + len(one.counts))
+        layers.append(one._replace(counts=tuple(counts[:: -1 if one.layer == MOES[-1] else 1])))
+    load = Load("tiny", TINY.spec.embed_tokens.hidden_size, 1000, tuple(layers))
+    path.write_text(json.dumps(load.document()))
+    return path
+
+
+@pytest.fixture
+def reference_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2kit.building.loading.host_backend", lambda *_: "reference")
+
+
+def fast(plan: str, tmp_path: Path, resident: int, **rates: Any) -> Setup:
+    path = write_rates(tmp_path / "rates.json", plan, **rates)
+    return setup(plan, gpu_memory=limit(resident, more=ROOM), rates=path)
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+@pytest.mark.parametrize(
+    ("rates", "streams", "computes"),
+    [
+        ({"host": 1e13, "link": 1e5}, False, True),
+        ({"host": 1e6, "link": 1e11}, True, False),
+        ({"host": 1e11, "link": 3e8, "ceilings": Ceilings(1e12, 1e11)}, True, True),
+    ],
+    ids=["slow link", "slow host", "both"],
+)
+def test_rates_say_what_is_streamed_and_what_the_host_computes(
+    rates: Any, streams: bool, computes: bool, tmp_path: Path
+) -> None:
+    found = fast("streaming", tmp_path, 3, **rates)
+    assert any(spec.streamed for spec in splits(found)) == streams
+    assert any(spec.host for spec in splits(found)) == computes
+    assert found.shortage(TOKENS) is None
+    assert found.sharing is not None
+    for spec in splits(found):
+        all_ids = (*spec.resident, *spec.streamed, *spec.host)
+        assert sorted(all_ids) == list(EXPERTS.local_experts)
+    batch = Batch.of_sequences([[1, 2, 3], [4]])
+    whole = load_model("tiny", "reference").logits(batch)
+    np.testing.assert_allclose(found.build().logits(batch), whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_no_other_number_of_streamed_experts_is_predicted_to_be_faster(tmp_path: Path) -> None:
+    found = fast("streaming", tmp_path, 3, link=3e8)
+    assert found.sharing is not None
+    for count in (0, 1, 3, 13):
+        other = setup(
+            "streaming",
+            gpu_memory=limit(3, more=ROOM),
+            rates=tmp_path / "rates.json",
+            streamed_experts=count,
+        )
+        assert other.sharing is not None
+        assert {len(spec.streamed) for spec in splits(other)} == {count}
+        assert found.sharing.seconds <= 1.001 * other.sharing.seconds
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_a_backend_that_does_not_stream_is_given_nothing_to_stream(tmp_path: Path) -> None:
+    """The `Experts` inside would stay, and take the memory that is not there."""
+    found = fast("card", tmp_path, 3, host=1e6, link=1e12)
+    assert not any(spec.streamed for spec in splits(found))
+    assert found.shortage(TOKENS) is None
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+@pytest.mark.parametrize("has_rates", [False, True])
+def test_experts_that_are_used_most_stay(has_rates: bool, tmp_path: Path) -> None:
+    load = write_load(tmp_path / "load.json")
+    rates = write_rates(tmp_path / "rates.json", "card") if has_rates else None
+    found = setup(gpu_memory=limit(4), load=load, rates=rates)
+    *others, last = splits(found)
+    ids = EXPERTS.local_experts
+    for spec in others:
+        assert sorted(spec.resident) == list(ids[len(ids) - len(spec.resident) :])
+    assert sorted(last.resident) == list(ids[: len(last.resident)])
+    assert sum(len(spec.resident) for spec in splits(found)) == 4 * len(MOES)
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_files_that_do_not_fit_are_one_sentence(tmp_path: Path) -> None:
+    rates, load = tmp_path / "rates.json", tmp_path / "load.json"
+    write_rates(rates, "another")
+    with pytest.raises(Lfm2kitError, match=f"{rates}: there are no rates of .* by card in fp32"):
+        setup(gpu_memory=limit(3), rates=rates)
+    for name, path in (("rates", rates), ("load", load)):
+        path.write_text("{}")
+        with pytest.raises(Lfm2kitError, match=str(path)):
+            setup(gpu_memory=limit(3), **{name: path})
+
+
+def test_the_plan_says_what_is_predicted(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reference_is_preferred: None
+) -> None:
+    rates = write_rates(tmp_path / "rates.json", "streaming", host=1e6, link=1e9)
+    monkeypatch.setattr(
+        import_module("lfm2kit.cli.plan"),
+        "set_up",
+        lambda _, options, **others: setup(
+            "streaming", gpu_memory=options.gpu_memory, rates=options.rates, **others
+        ),
+    )
+    size = limit(3, more=ROOM)
+    shown = " ".join(cli("plan", "--gpu-memory", size, "--rates", str(rates)).out.split())
+    assert "ms with 2048 tokens at once; most of it waits for the link" in shown
+    assert "of weights pinned, to be copied to a device" in shown
 
 
 def test_the_plan_says_who_is_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
