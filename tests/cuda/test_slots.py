@@ -5,6 +5,8 @@ The stream that copies works as late as it may, or as early.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -171,6 +173,21 @@ def test_two_models_have_slots_of_their_own(scene: Scene) -> None:
     for i in (0, 1, 1, 0):
         assert scene.read(forwards[i], forwards[i]) == forwards[i].expected
         assert scene.read(replays[i], forwards[i]) == forwards[i].expected
+
+
+def test_slots_are_given_back_when_their_last_copy_has_ended(scene: Scene) -> None:
+    """A forward that failed has left one under way."""
+    forward = scene.forward(3)
+    forward.fails_after = 4
+    with scene.memory.stream(), pytest.raises(RuntimeError, match="a forward fails"):
+        forward()
+    stream = forward.slots._link.stream
+    assert scene.is_hasty or stream.done < len(stream.work)
+    gone = weakref.ref(forward.slots)
+    del forward
+    gc.collect()  # the exception's traceback
+    assert gone() is None
+    assert stream.done == len(stream.work)
 
 
 # Faults, each of which the scenes above show: in plain calls or in graphs, late or early.

@@ -8,6 +8,7 @@ ordered by events, in plain calls and in captures alike.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import cupy
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit_cuda.device import current_device, on_device
 from lfm2kit_cuda.recording import Recording, current_recording
 
 Bytes = npt.NDArray[np.uint8]
@@ -30,6 +32,9 @@ class Slots:
         self._link = _Link([cupy.empty(nbytes, cupy.uint8) for _ in range(count)])
         self._plain = _Passage(self._link)  # of calls outside captures
         self._lock = RLock()
+        # After a forward that failed, a copy may be under way that nobody waits for.
+        drained = weakref.finalize(self, _drain, self._link.stream, current_device())
+        drained.atexit = False
 
     def __len__(self) -> int:
         return len(self._link.slots)
@@ -75,6 +80,12 @@ class Slots:
     def _captured(self, recording: Recording) -> _Captured:
         recording.branch(self._link.stream)
         return _Captured(_Passage(self._link), self._plain, self._lock)
+
+
+def _drain(stream: cupy.cuda.Stream, device: int) -> None:
+    """Wait for all copies, before the memory that they read and write gets other uses."""
+    with on_device(device):
+        stream.synchronize()
 
 
 @dataclass(frozen=True, slots=True)
