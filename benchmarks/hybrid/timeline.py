@@ -56,7 +56,7 @@ class Span(NamedTuple):
 # The CPU's side: a function that stamps and calls the choice.
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def nanoseconds(typingctx: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word, long = ir.IntType(32), ir.IntType(64)
@@ -72,7 +72,7 @@ def nanoseconds(typingctx: Any) -> Any:
     return types.int64(), codegen
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def store_long(typingctx: Any, address: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[1], builder.inttoptr(args[0], ir.IntType(64).as_pointer()))
@@ -176,8 +176,11 @@ def picture(gpu: Sequence[Span], cpu: Sequence[Span], title: str) -> str:
     scale, height = 1100 / (end - begin), 22
     workers: list[list[Span]] = []
     for span in sorted(cpu, key=lambda span: span.start):
-        free = [w for w in workers if w[-1].end <= span.start]
-        (free[0] if free else workers.append([]) or workers[-1]).append(span)
+        free = next((worker for worker in workers if worker[-1].end <= span.start), None)
+        if free is None:
+            workers.append([span])
+        else:
+            free.append(span)
     rows = [("GPU", gpu), *((f"core {i}", spans) for i, spans in enumerate(workers))]
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="1220" height="{height * len(rows) + 70}" '
