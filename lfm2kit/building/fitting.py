@@ -1,8 +1,9 @@
 """Places a model's experts so that it takes no more of a device's memory than is allowed.
 
-With a file of rates the placement is the one with the least predicted time (`predicting.py`).
-Without one the rule is simple: the same number stays in every layer, those that are used most, or
-have the lowest ids; of the others, some may be streamed, and the host computes the rest.
+With rates, from a file that is named or kept for this machine, the placement is the one with the
+least predicted time (`predicting.py`).  Without them the rule is simple: the same number stays in
+every layer, those that are used most, or have the lowest ids; of the others, some may be streamed,
+and the host computes the rest.
 """
 
 from __future__ import annotations
@@ -41,9 +42,14 @@ def fitted(whole: Setup, tokens: int) -> Setup:
     if not layers:
         asked = Option("gpu_memory", options.gpu_memory)
         raise Lfm2kitError(asked, ": the plan has no experts in a device's memory")
-    predictor = None if options.rates is None else Predictor.read(whole, layers, tokens)
+    predictor = None
+    if options.rates is not None:
+        predictor = Predictor.read(whole, layers, tokens, Path(options.rates))
     if _room(whole, tokens) >= 0:
         return whole
+    if predictor is None:
+        predictor, note = _kept(whole, layers, tokens)
+        whole = replace(whole, placing=note)
     if predictor is None:
         return _alike(whole, layers, tokens)
     if options.streamed_experts is None:
@@ -51,6 +57,15 @@ def fitted(whole: Setup, tokens: int) -> Setup:
         return replace(_shared(whole, layers, sharing), sharing=sharing)
     found = _alike(whole, layers, tokens)
     return replace(found, sharing=predictor.of(found.placed.spec))
+
+
+def _kept(whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Predictor | None, str]:
+    """Return what predicts times by the rates of this machine, if they are kept, and a note."""
+    try:
+        path, predictor = Predictor.kept(whole, layers, tokens)
+    except Lfm2kitError as error:
+        return None, f"experts are placed without predicted times: {error}"
+    return predictor, f"experts are placed by the rates in {path}"
 
 
 def on_devices(whole: Setup) -> Iterator[Layer]:

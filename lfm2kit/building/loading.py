@@ -68,10 +68,13 @@ class Setup:
     context: Context
     transport: Transport | None
     sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
+    placing: str | None = None  # a note on the rates, if experts are split and none were named
 
     def notes(self) -> Iterator[str]:
         """Yield remarks on checkpoint and capture, and notes from the backends of the plan."""
         yield from self.checkpoint.remarks
+        if self.placing is not None:
+            yield self.placing
         for name in sorted(self.plan.backends()):
             backend = self.create(name)
             if isinstance(backend, Explains):

@@ -119,6 +119,7 @@ class Options:
     rates: Path | None = option(
         None,
         "Place experts by predicted time, from what lfm2kit calibrate measured.",
+        words="what it has kept for this machine, if it has",
         metavar="FILE",
     )
     load: Path | None = option(

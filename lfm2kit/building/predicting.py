@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from lfm2kit import specs
 from lfm2kit.backend import Ceilings
 from lfm2kit.batch import Batch
+from lfm2kit.building.answers import Answers
+from lfm2kit.building.kept_rates import check_hardware, hardware_of, read_kept
 from lfm2kit.building.overlap import NO_SLOTS, Slots
-from lfm2kit.building.rates import Experts, Rates, read_calibration
+from lfm2kit.building.rates import Calibration, Experts, Rates, read_calibration
 from lfm2kit.building.sharing import Budget, Place, Sharing, predicted, shared_out
 from lfm2kit.rewrites.parted_experts import SplitExperts
 
@@ -47,21 +49,38 @@ class Predictor:
     rest: Sequence[float] | None  # the device's seconds for all but experts, by layer, if known
 
     @classmethod
-    def read(cls, whole: Setup, layers: Sequence[Layer], tokens: int) -> Predictor:
+    def read(cls, whole: Setup, layers: Sequence[Layer], tokens: int, path: Path) -> Predictor:
         """Return a predictor for forwards of `tokens` tokens, with the rates of a file.
 
         Raise `Lfm2kitError` if the file lacks the rates of the model's experts.
         """
-        assert whole.options.rates is not None
-        path, one = Path(whole.options.rates), layers[0]
-        weights = whole.checkpoint.weights.scope(one.scope)
+        return cls._of(whole, layers, tokens, path, read_calibration(path))
 
-        def measured(item: str) -> Experts:
-            precision = whole.plugins.precision(item, whole.context.precision).name
-            return Experts.of(one.spec, weights, item, precision)
+    @classmethod
+    def kept(cls, whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Path, Predictor]:
+        """Return what `read` does, with the file that is kept for this machine.
 
-        calibration, device = read_calibration(path), measured(one.item)
-        rates = calibration.rates(path, measured(whole.host_item(one.number)), device)
+        Raise `Lfm2kitError` if there is none, or none for this device and the model's experts.
+        """
+        (path, calibration), one = read_kept(whole.context), layers[0]
+        asked = Answers(whole.create(one.item), one.item)
+        now = hardware_of(asked, asked.memory(one.spec))
+        check_hardware(path, calibration, _measured(whole, one, one.item), now)
+        return path, cls._of(whole, layers, tokens, path, calibration)
+
+    @classmethod
+    def _of(
+        cls,
+        whole: Setup,
+        layers: Sequence[Layer],
+        tokens: int,
+        path: Path,
+        calibration: Calibration,
+    ) -> Predictor:
+        one = layers[0]
+        device = _measured(whole, one, one.item)
+        host = _measured(whole, one, whole.host_item(one.number))
+        rates = calibration.rates(path, host, device)
         ceilings = next(s.ceilings for s in calibration.sides if s.experts == device)
         model, numbers = whole.checkpoint.spec, {layer.number for layer in layers}
         rest = None if ceilings is None else list(_rest(model, numbers, ceilings, tokens))
@@ -86,6 +105,12 @@ class Predictor:
     @property
     def _shares(self) -> list[tuple[float, ...]]:
         return [layer.shares for layer in self.layers]
+
+
+def _measured(whole: Setup, layer: Layer, item: str) -> Experts:
+    """Return the key of the rates at which a plan's item builds a layer's experts."""
+    precision = whole.plugins.precision(item, whole.context.precision).name
+    return Experts.of(layer.spec, whole.checkpoint.weights.scope(layer.scope), item, precision)
 
 
 def _rest(

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.building.capacity import size
+from lfm2kit.building.kept_rates import with_kept
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.rates import Calibration, Side
@@ -17,9 +18,12 @@ from lfm2kit.checkpoint import check_no_part
 from lfm2kit.cli.bench import TOO_MUCH_WAITING
 from lfm2kit.cli.console import Report, progress, remark, show_table, write_document
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring.calibration import ROWS, calibrated, measurable
 from lfm2kit.outputs.files import check_target
 from lfm2kit.outputs.targets import check_apart
+
+KEPT = "a file for this machine, beside the compiled kernels"
 
 # Options that say where experts go: what is measured does not depend on it.
 OF_A_PLACEMENT = ("n_cpu_moe", "gpu_memory", "streamed_experts", "rates", "load", "rewrites")
@@ -30,7 +34,7 @@ def calibrate(
     options: Annotated[Options, Without(OF_A_PLACEMENT)],
     output: Annotated[
         Path | None,
-        flags("output", About("Where to write the rates.", "nowhere", metavar="FILE")),
+        flags("output", About("Where to write the rates.", KEPT, metavar="FILE")),
     ] = None,
     json: JsonOption = None,
 ) -> None:
@@ -57,7 +61,18 @@ def calibrate(
         )
     if output is not None:
         write_document(output, report.fields)
+    else:
+        _keep(report, calibration)
     report.write()
+
+
+def _keep(report: Report, calibration: Calibration) -> None:
+    try:
+        path, kept = with_kept(calibration)
+        write_document(path, kept.document())
+        report.line(f"kept in {path}, for --gpu-memory")
+    except Lfm2kitError as error:
+        remark(f"the rates are not kept: {error}; --output names another file")
 
 
 def _show(report: Report, calibration: Calibration) -> None:

@@ -6,22 +6,21 @@ same number of rows for each of them.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import distributions
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Block, Exclusive, Measures, NamesHardware
+from lfm2kit.backend import Block, Measures
 from lfm2kit.building import rates
 from lfm2kit.building.answers import Answers
+from lfm2kit.building.kept_rates import described, hardware_of
 from lfm2kit.building.loading import Setup, in_host_memory
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.rates import Calibration, Curve, Link, Side
@@ -29,7 +28,6 @@ from lfm2kit.building.records import LEAST
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring.timing import Timing, timed
 from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
-from lfm2kit.process import machine
 from lfm2kit.specs import Spec
 
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)  # of each expert
@@ -118,7 +116,7 @@ def calibrated(
         waited = max(waited, watch.waited)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     model = setup.checkpoint.path.name
-    return Calibration(date, _machine(setup), model, tuple(sides)), waited
+    return Calibration(date, described(setup.context), model, tuple(sides)), waited
 
 
 def _experts(spec: Spec, name: str, scope: str) -> Iterator[tuple[str, str, specs.Experts]]:
@@ -172,13 +170,6 @@ def _side(setup: Setup, one: Measurable, watch: Stopwatch, done: Callable[[], No
     )
 
 
-def hardware_of(asked: Answers, memory: Memory) -> dict[str, str]:
-    """Return what the backend says of its device, or what its memory is called."""
-    if isinstance(asked.backend, NamesHardware):
-        return dict(asked.hardware())
-    return {"device": memory.unit()} if isinstance(memory, Exclusive) else {}
-
-
 def _product(
     spec: specs.Experts, block: Block, watch: Stopwatch, done: Callable[[], None]
 ) -> Curve:
@@ -214,17 +205,3 @@ def _link(memory: Memory, watch: Stopwatch) -> Link:
     sent = watch.seconds(lambda: memory.from_host(here))
     came = watch.seconds(lambda: memory.to_host(there))
     return Link(LINK_BYTES / sent, LINK_BYTES / came)
-
-
-def _machine(setup: Setup) -> dict[str, str]:
-    """Return the names and versions that the rates of the host depend on."""
-    ours = {d.name: d.version for d in distributions() if (d.name or "").startswith("lfm2kit")}
-    return {
-        "processor": machine.processor(),
-        "cores": str(machine.cores()),
-        "threads": str(setup.options.threads or "all"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        **dict(sorted(ours.items())),
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +19,12 @@ from lfm2kit.backend import (
     BackendPlugin,
     Batch,
     Ceilings,
+    Context,
     Precision,
     Spec,
     Weights,
 )
+from lfm2kit.building import kept_rates
 from lfm2kit.building.byte_counts import parse_bytes
 from lfm2kit.building.fitting import RESERVE, TOKENS
 from lfm2kit.building.load import Load, unused
@@ -307,15 +310,22 @@ def test_the_logits_are_those_of_the_whole_model() -> None:
 
 
 def write_rates(
-    path: Path, plan: str, host: float = 1e11, link: float = 1e10, ceilings: Any = None
+    path: Path,
+    plan: str,
+    host: float = 1e11,
+    link: float = 1e10,
+    ceilings: Any = None,
+    device: str = "",
 ) -> Path:
     """Write rates by which the host does `host` operations, the link `link` bytes a second."""
     one = 6 * EXPERTS.hidden_size * EXPERTS.intermediate_size
 
+    hardware = {"device": device} if device else {}
+
     def side(backend: str, flops: float, memory: str, way: Link | None) -> Side:
         key = Measured(backend, "fp32", EXPERTS.hidden_size, EXPERTS.intermediate_size, STORED)
         curve = Curve((1, 64, 128), tuple(max(64, rows) * one / flops for rows in (1, 64, 128)))
-        return Side(key, memory, ONE, curve, way, ceilings, {})
+        return Side(key, memory, ONE, curve, way, ceilings, hardware)
 
     sides = side("reference", host, "host", None), side(plan, 1e13, "card", Link(link, link))
     calibration = Calibration("2030-01-01T00:00:00+00:00", {}, "tiny", sides)
@@ -331,6 +341,15 @@ def write_load(path: Path) -> Path:
         layers.append(one._replace(counts=tuple(counts[:: -1 if one.layer == MOES[-1] else 1])))
     load = Load("tiny", TINY.spec.embed_tokens.hidden_size, 1000, tuple(layers))
     path.write_text(json.dumps(load.document()))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return the file in which this machine's rates would be kept."""
+    monkeypatch.setattr(kept_rates, "root_folder", lambda: tmp_path / "cache")
+    path = kept_rates.kept_file(kept_rates.described(Context()))
+    path.parent.mkdir(parents=True)
     return path
 
 
@@ -418,6 +437,58 @@ def test_files_that_do_not_fit_are_one_sentence(tmp_path: Path) -> None:
         path.write_text("{}")
         with pytest.raises(Lfm2kitError, match=str(path)):
             setup(gpu_memory=limit(3), **{name: path})
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_rates_that_are_kept_for_this_machine_place_experts_and_the_notes_say_it(
+    kept: Path,
+) -> None:
+    write_rates(kept, "streaming", link=3e8)
+    size = limit(3, more=ROOM)
+    named = setup("streaming", gpu_memory=size, rates=kept)
+    found = setup("streaming", gpu_memory=size)
+    assert splits(found) == splits(named)
+    assert found.sharing == named.sharing
+    assert f"experts are placed by the rates in {kept}" in list(found.notes())
+    assert not [note for note in named.notes() if "placed" in note]
+    assert not [note for note in setup(gpu_memory="1TB").notes() if "placed" in note]
+    given = setup("streaming", gpu_memory=size, streamed_experts=1)
+    assert {len(spec.streamed) for spec in splits(given)} == {1}
+    assert given.sharing is not None
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.unlink(), "no rates are kept for this machine and these threads; meas"),
+        (lambda path: path.write_text("{}"), "json: 'kind' is not there"),
+        (lambda path: write_rates(path, "another"), "there are no rates of .* by card in fp32"),
+        (
+            lambda path: write_rates(path, "card", device="a loom"),
+            "rates of a loom, but this is an abacus; measure with lfm2kit calibrate",
+        ),
+    ],
+)
+def test_without_such_rates_the_simple_rule_holds_and_a_note_says_why(
+    spoil: Any, says: str, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rates(kept, "card")
+    monkeypatch.setattr(
+        CardBackend, "hardware", lambda self: {"device": "an abacus"}, raising=False
+    )
+    spoil(kept)
+    found = setup(gpu_memory=limit(3))
+    assert found.sharing is None
+    assert {spec.resident for spec in splits(found)} == {EXPERTS.local_experts[:3]}
+    (note,) = (note for note in found.notes() if note.startswith("experts are placed without"))
+    assert re.search(says, note)
+    assert "\n" not in note
+
+
+def test_what_is_kept_is_of_the_threads_and_ranks_that_compute() -> None:
+    contexts = [Context(), Context(threads=2), Context(local_ranks=2)]
+    assert len({kept_rates.kept_file(kept_rates.described(one)) for one in contexts}) == 3
 
 
 def test_the_plan_says_what_is_predicted(

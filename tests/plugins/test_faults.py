@@ -30,6 +30,7 @@ from lfm2kit.backend import (
 )
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.capacity import free_bytes
+from lfm2kit.building.kept_rates import hardware_of
 from lfm2kit.building.loading import Setup, find_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed
@@ -40,7 +41,6 @@ from lfm2kit.checkpoint.readers import CheckpointReader
 from lfm2kit.cli.plan import _row
 from lfm2kit.formats import Format
 from lfm2kit.measuring.bench import measured_ceilings
-from lfm2kit.measuring.calibration import hardware_of
 from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Join
