@@ -27,6 +27,7 @@ from lfm2kit.crossing import (
 from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.memory import (
     HOST,
+    Adds,
     Array,
     Arriving,
     Bounded,
@@ -36,6 +37,7 @@ from lfm2kit.memory import (
     Memory,
     Ordered,
 )
+from lfm2kit.pending import Begins, Pending
 from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Grade, Precision
 from lfm2kit.specs import Spec
 from lfm2kit.state import STEP_BACK, Room, State
@@ -53,12 +55,14 @@ __all__ = [
     "HOST",
     "SIXTEEN_BIT",
     "STEP_BACK",
+    "Adds",
     "Array",
     "ArrayForm",
     "Arriving",
     "Backend",
     "BackendPlugin",
     "Batch",
+    "Begins",
     "Block",
     "Bounded",
     "BuildsAround",
@@ -82,10 +86,13 @@ __all__ = [
     "Measures",
     "Memory",
     "MemoryFigures",
+    "NamesHardware",
     "NativeCall",
     "Near",
     "Operator",
     "Ordered",
+    "Pending",
+    "PinsMemory",
     "Precision",
     "Replay",
     "Room",
@@ -279,6 +286,19 @@ class MemoryFigures(Protocol):
 
 
 @runtime_checkable
+class PinsMemory(Protocol):
+    """Capability: a backend whose blocks keep weights in pinned memory of the host.
+
+    A device reads it at the link's speed, and the system can neither move nor reclaim it.  A model
+    that would pin more than half of what is free is refused before it is built.
+    """
+
+    def pinned_bytes(self, spec: Spec, weights: Weights) -> int:
+        """Return the bytes that the block pins, beside its `kept_bytes`."""
+        ...
+
+
+@runtime_checkable
 class KeepsFormats(Protocol):
     """Capability: a backend that can say in which formats a block will keep its weights.
 
@@ -305,6 +325,18 @@ class Measures(Protocol):
     """Capability: a backend that can measure the ceilings of the machine it runs on."""
 
     def ceilings(self) -> Ceilings: ...
+
+
+@runtime_checkable
+class NamesHardware(Protocol):
+    """Capability: a backend that can name the device that it works on.
+
+    What is measured on a machine is kept with these names.
+    """
+
+    def hardware(self) -> Mapping[str, str]:
+        """Return names and versions: {"device": "NVIDIA H200", "driver": "580.95.05"}."""
+        ...
 
 
 class Replay(Protocol):

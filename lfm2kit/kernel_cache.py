@@ -130,7 +130,7 @@ class KernelCache:
     def _made(self) -> int | None:
         """Return what `_opened` does, but makes a missing folder first; raise `OSError`."""
         if self._opened() is None and (root := root_folder()) is not None and not self._is_refused:
-            _make_folder(root, self._backend)
+            make_folder(root, self._backend)
         if (descriptor := self._opened()) is not None and not self._has_cleaned_up:
             self._has_cleaned_up = True
             _remove_unused(descriptor)
@@ -204,7 +204,7 @@ def _trusted_by_all() -> set[int]:
     return {0, os.stat(__file__).st_uid}
 
 
-def _make_folder(root: Path, backend: str) -> None:
+def make_folder(root: Path, backend: str) -> None:
     """Make a private folder, or a readable one if it was named and everybody trusts its owner."""
     is_shared = bool(os.environ.get(VARIABLE)) and os.geteuid() in _trusted_by_all()
     mode = 0o755 if is_shared else 0o700

@@ -53,6 +53,25 @@ class Bounded(Protocol):
         ...
 
 
+@runtime_checkable
+class Adds(Protocol):
+    """Capability of a memory in which the core can add arrays up.
+
+    Where a layer's experts are split between several blocks, their results are added here.  In a
+    memory without it they are copied to the host for that.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def add(self, left: Array, right: Array) -> Array:
+        """Return left + right, a new float32 array; both are float32 arrays of the same shape.
+
+        In an ordered memory the work is enqueued in the current stream.
+        """
+        ...
+
+
 class Mark(Protocol):
     """A place in the order of a memory's work, as `Ordered.mark` returns it."""
 
@@ -166,6 +185,10 @@ class HostMemory:
 
     def to_host(self, array: Array) -> npt.NDArray[Any]:
         return np.asarray(array)
+
+    def add(self, left: npt.NDArray[Any], right: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        total: npt.NDArray[Any] = left + right
+        return total
 
     def free_bytes(self, ranks: int = 1) -> int:
         """Return the bytes that blocks can still take if `ranks` ranks share the machine.

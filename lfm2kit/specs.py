@@ -40,11 +40,15 @@ class Work(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a larger spec: its role there, and its scope in the checkpoint's names."""
+    """A part of a larger spec: its role there, and its scope in the checkpoint's names.
+
+    A plan names it by the kind of its spec, or by `kind`, if it has one.
+    """
 
     role: str
     scope: str
     spec: Spec
+    kind: str | None = None
 
 
 class Spec:
@@ -351,10 +355,10 @@ class Experts(Spec):
     delta[t] = sum_k expert_weights[t, k] * E(x[t]), E = the MLP number expert_ids[t, k], for any
     k >= 1.  Each product is rounded to float32 and they are added in the order of k, starting
     from the first: so the sum has the same bits when expert parallelism adds it elsewhere.
-    An id of -1 stands for no expert, and may be anywhere: nothing is added for it, whatever the
-    weight beside it is.  A row that contains only -1 has a delta of +0, whatever x contains there.
-    Every other id is one of `local_experts`: any ids below num_experts, in any order, without
-    repeats, or none.  Only those experts' weights may be asked for.
+    `local_experts` are any ids below num_experts, in any order, without repeats, or none.  Only
+    their weights may be asked for.  Every other id is another block's, or -1, which stands for no
+    expert.  Such ids may be anywhere: nothing is added for them, whatever the weight beside one is.
+    A row that contains no other has a delta of +0, whatever x contains there.
     """
 
     hidden_size: int
@@ -480,11 +484,20 @@ class Model(Spec):
 
 def leaves(spec: Spec) -> Iterator[Spec]:
     """Yield the plain specs of a spec, in the order of the forward."""
+    for _, leaf in leaves_by_kind(spec):
+        yield leaf
+
+
+def leaves_by_kind(spec: Spec, kind: str | None = None) -> Iterator[tuple[str, Spec]]:
+    """Yield the plain specs of a spec, each with the kind by which a plan names it.
+
+    That is its own, if neither the spec nor a part around it has been given a `kind`.
+    """
     parts = spec.parts()
     if not parts:
-        yield spec
+        yield kind or spec.kind, spec
     for part in parts:
-        yield from leaves(part.spec)
+        yield from leaves_by_kind(part.spec, part.kind or kind)
 
 
 def _require_all(

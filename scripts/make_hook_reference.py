@@ -21,6 +21,7 @@ from lfm2kit import (
     formats,
     hookspecs,
     memory,
+    pending,
     precisions,
     progress,
     rewrites,
@@ -31,7 +32,7 @@ from lfm2kit import (
 )
 from lfm2kit.building import joins
 from lfm2kit.checkpoint import readers
-from lfm2kit.rewrites import rewrite
+from lfm2kit.rewrites import parted_experts, rewrite
 
 PAGE = Path(__file__).parents[1] / "docs" / "hooks.md"
 HEAD = """\
@@ -51,12 +52,14 @@ SECTIONS: tuple[tuple[str, ModuleType, ModuleType], ...] = (
     ("What a model remembers of sequences", state, state),
     ("Memories", memory, backend),
     ("Blocks called from another memory", crossing, backend),
+    ("Calls in two halves", pending, backend),
     ("Weights", weights, weights),
     ("How weights are stored", formats, formats),
     ("Readers of checkpoints", readers, lfm2kit),
     ("Transports", transport, transport),
     ("Rewrites", rewrite, rewrites),
     ("Joins", joins, rewrites),
+    ("Experts in several parts", parted_experts, rewrites),
     ("Progress", progress, progress),
 )
 LEFT_OUT = {"work"}  # what `lfm2kit bench` needs of a spec, and no plugin

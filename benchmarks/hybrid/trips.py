@@ -243,7 +243,7 @@ def add_host_node(address: int) -> None:
 
 
 def graph_of(step: Callable[[], None]) -> cupy.cuda.Graph:
-    graph, _ = recorded(lambda batch: step(), cast(Any, None))
+    graph, _, _ = recorded(lambda batch: step(), cast(Any, None))
     return graph
 
 
@@ -394,7 +394,7 @@ WAYS: dict[str, Callable[[int], Any]] = {
 
 
 def waited_for(event: cupy.cuda.Event, release: Callable[[], None]) -> None:
-    """Wait for an event; raises RuntimeError if only `release` has ended the wait."""
+    """Wait for an event; raise RuntimeError if only `release` has ended the wait."""
     until = time.perf_counter() + 2 * SOON
     late = time.perf_counter() + HUNG
     while not event.done:
@@ -406,7 +406,7 @@ def waited_for(event: cupy.cuda.Event, release: Callable[[], None]) -> None:
 
 
 def measured(way: Way, replays: int) -> list[float]:
-    """Return the microseconds a trip of each replay.  Raises RuntimeError if a trip was wrong."""
+    """Return the microseconds a trip of each replay.  Raise RuntimeError if a trip was wrong."""
     times = []
     for replay in range(WARM_UP + replays):
         before = way.trip() if replay % 50 == 0 else None

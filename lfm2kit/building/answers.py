@@ -58,6 +58,9 @@ class Answers(NamedTuple):
     def state_bytes(self, spec: Spec, room: Room) -> int:
         return self._bytes(spec, "state_bytes", spec, room)
 
+    def pinned_bytes(self, spec: Spec, weights: Weights) -> int:
+        return self._bytes(spec, "pinned_bytes", spec, weights)
+
     def kept_formats(self, spec: Spec, weights: Weights) -> Mapping[str, Format]:
         there = spec.parameters()
 
@@ -79,6 +82,12 @@ class Answers(NamedTuple):
     def ceilings(self) -> Ceilings:
         answer: Ceilings = self._of(
             None, "ceilings", _are_ceilings, "Ceilings of two numbers above 0"
+        )
+        return answer
+
+    def hardware(self) -> Mapping[str, str]:
+        answer: Mapping[str, str] = self._of(
+            None, "hardware", _maps_texts, "a mapping of texts to texts"
         )
         return answer
 
@@ -124,6 +133,12 @@ def _is_size(answer: Any) -> bool:
 
 def _are_texts(answer: Any) -> bool:
     return isinstance(answer, list | tuple) and all(isinstance(one, str) for one in answer)
+
+
+def _maps_texts(answer: Any) -> bool:
+    return isinstance(answer, Mapping) and all(
+        isinstance(text, str) for both in answer.items() for text in both
+    )
 
 
 def _are_ceilings(answer: Any) -> bool:

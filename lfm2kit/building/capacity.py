@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, Room, Weights
+from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, PinsMemory, Room, Weights
 from lfm2kit.building.answers import Answers, free_bytes_of
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError, Option
@@ -20,10 +20,12 @@ class Shortage(NamedTuple):
     what: str  # needs them
     needed: int
     free: int
+    rule: str = ""  # why no more is free; in the host's memory else what limits it
 
     def __str__(self) -> str:
         needed, free, missing = map(size, (self.needed, self.free, self.needed - self.free))
-        by_whom = f" ({tightest_limit().name})" if self.memory == HOST.name else ""
+        why = self.rule or (tightest_limit().name if self.memory == HOST.name else "")
+        by_whom = f" ({why})" if why else ""
         return (
             f"memory '{self.memory}' is too small: {self.what} needs {needed} there, "
             f"{free} are free{by_whom}, {missing} are missing"
@@ -38,6 +40,7 @@ class Needed(NamedTuple):
     state: int  # as long as the state lives
 
 
+PINNED = 1 / 2  # of the host's free memory, at most
 NO_ROOM = Room(0)
 FEWER_SEQUENCES = "try fewer sequences at once, or shorter ones"
 
@@ -48,6 +51,7 @@ class Sizes(NamedTuple):
     create: Callable[[str], Backend]
     weights: Weights  # of the whole model
     ranks: int = 1  # ranks that share the host's memory
+    limit: int | None = None  # bytes that may be taken of each device's memory, if not all
 
     def kept(self, leaf: Placed) -> int | None:
         """Return the bytes that a block will keep of its weights; None if its backend is silent."""
@@ -63,6 +67,13 @@ class Sizes(NamedTuple):
             return None
         return asked.scratch_bytes(leaf.spec, tokens)
 
+    def pinned(self, leaf: Placed) -> int:
+        """Return the bytes of the host's memory that a block will pin."""
+        asked = self._ask(leaf)
+        if not isinstance(asked.backend, PinsMemory):
+            return 0
+        return asked.pinned_bytes(leaf.spec, self.weights.scope(leaf.scope))
+
     def state(self, leaf: Placed, room: Room) -> int:
         """Return the bytes that a block's state with this room will take; 0 if it has none."""
         return state_bytes(self.create, leaf, room)
@@ -75,14 +86,24 @@ class Sizes(NamedTuple):
         return answers_of(self.create, leaf)
 
     def free(self, placed: Placed) -> dict[str, int]:
-        """Return the free bytes by memory, for memories that know them."""
-        return free_bytes(placed, self.ranks)
+        """Return the bytes that may be taken by memory, for memories that know them."""
+        free = free_bytes(placed, self.ranks)
+        if self.limit is None:
+            return free
+        devices = {leaf.memory.name for leaf in placed.leaves()} - {HOST.name}
+        return free | {name: min(free.get(name, self.limit), self.limit) for name in devices}
 
     def shortage(self, placed: Placed, tokens: int = 0, room: Room = NO_ROOM) -> Shortage | None:
         """Return the first memory too small for its blocks, a state and `tokens` tokens."""
+        pinned = sum(map(self.pinned, placed.leaves()))
+        if pinned and (most := int(PINNED * HOST.free_bytes(self.ranks))) < pinned:
+            rule = "no more than half of it may be pinned"
+            return Shortage(HOST.name, "what is streamed", pinned, most, rule)
         for name, free in self.free(placed).items():
             leaves = [leaf for leaf in placed.leaves() if leaf.memory.name == name]
             needed = self.needed(leaves)
+            if name == HOST.name:
+                free -= pinned
             if needed.kept > free:
                 return Shortage(name, "the model", needed.kept, free)
             needed = self.needed(leaves, tokens, room)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from lfm2kit.backend import Backend, Block, Context, Explains
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
-from lfm2kit.building.options import Options
+from lfm2kit.building.fitting import TOKENS, fitted
+from lfm2kit.building.options import FREE, Options
 from lfm2kit.building.placement import Placed, Placer
-from lfm2kit.building.plan import AUTO, Plan
+from lfm2kit.building.plan import AUTO, HOST_EXPERTS, Plan
 from lfm2kit.building.plugins import Plugins, installed_plugins
+from lfm2kit.building.sharing import Sharing
 from lfm2kit.building.wrappers import Wrappers
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.foreign import why_absent
@@ -30,7 +32,8 @@ from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, can_capture
 from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
-from lfm2kit.rewrites import Rewrite, chosen, rewritten
+from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
+from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
 from lfm2kit.specs import Spec
 from lfm2kit.state import Room
 from lfm2kit.transport import Transport, World
@@ -64,16 +67,45 @@ class Setup:
     world: World
     context: Context
     transport: Transport | None
+    sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
+    placing: str | None = None  # a note on the rates, if experts are split and none were named
 
     def notes(self) -> Iterator[str]:
         """Yield remarks on checkpoint and capture, and notes from the backends of the plan."""
         yield from self.checkpoint.remarks
+        if self.placing is not None:
+            yield self.placing
         for name in sorted(self.plan.backends()):
             backend = self.create(name)
             if isinstance(backend, Explains):
                 yield from (f"{name}: {note}" for note in Answers(backend, name).notes())
         if can_capture(self.create(self.plan.default), self.placed):
             yield from self.wrappers.why_not_captured()
+
+    def host_item(self, layer: int) -> str:
+        """Return the plan's item for the host's part of a layer's experts, if they are split."""
+        return self._with_host_parts([layer]).backend_for(layer, HOST_EXPERTS)
+
+    def _with_host_parts(self, layers: Iterable[int]) -> Plan:
+        asked = Option("gpu_memory", self.options.gpu_memory)
+        on_host = _on_host(self.checkpoint.spec, asked, self.options, self.plugins, self.create)
+        return self.plan.with_host_experts(layers, on_host)
+
+    def split(
+        self,
+        places: Mapping[int, Places],
+        slots: int = SLOTS,
+        experts_per_slot: int = EXPERTS_PER_SLOT,
+    ) -> Setup:
+        """Return the same set-up with the experts of some layers in these places."""
+        if not places:
+            return self
+        rewrites = (*self.rewrites, experts_split(places, slots, experts_per_slot))
+        model, joins = rewritten(self.checkpoint.spec, JOINS, rewrites)
+        plan = self._with_host_parts(i for i, layer in places.items() if layer.host)
+        placed = Placer(plan, self.create, joins, self.plugins.backends).place(model)
+        wrappers = Wrappers.of(placed, self.plugins)
+        return replace(self, plan=plan, placed=placed, rewrites=rewrites, wrappers=wrappers)
 
     def build(
         self, built: Callable[[Placed], None] = lambda placed: None, *, tokens: int = 0
@@ -108,7 +140,8 @@ class Setup:
 
     @property
     def sizes(self) -> Sizes:
-        return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks)
+        limit = self.options.gpu_bytes()
+        return Sizes(self.create, self.checkpoint.weights, self.context.local_ranks, limit)
 
     def shortage(self, tokens: int = 0, room: Room = NO_ROOM) -> Lfm2kitError | None:
         """Return an error that says which memory is too small, and what would fit; else None."""
@@ -134,7 +167,7 @@ class Setup:
         return Lfm2kitError(f"{short}; try ", *(fitting or [*nothing, " is enough"]))
 
     def _fitting(self, memory: str) -> Iterator[Option]:
-        """Yield options with which this setup would fit: a precision, the fewest CPU layers.
+        """Yield options with which this setup would fit: a precision, fewer experts on a device.
 
         Experts on the CPU take the host's memory instead.
         """
@@ -142,8 +175,15 @@ class Setup:
             if self._fits(precision=precision.name):
                 yield Option("precision", precision.name)
                 break
-        most = 0 if memory == HOST.name else len(self.checkpoint.spec.layers)
-        for count in range(1, 1 + most):
+        for count in reversed(range(self.options.streamed_experts or 0)):
+            if self._fits(streamed_experts=count):
+                yield Option("streamed_experts", count)
+                break
+        if memory == HOST.name:
+            return
+        if self.options.gpu_memory is None and self._fits(gpu_memory=FREE):
+            yield Option("gpu_memory", FREE)
+        for count in range(1, 1 + len(self.checkpoint.spec.layers)):
             if self._fits(n_cpu_moe=count):
                 yield Option("n_cpu_moe", count)
                 break
@@ -203,8 +243,13 @@ def set_up(
     world: World | None = None,
     transport: Transport | None = None,
     plugins: Plugins | None = None,
+    rewrites: Sequence[Rewrite] = (),
+    tokens: int = TOKENS,
 ) -> Setup:
     """Place every block; raise `Lfm2kitError` if the plan, a backend or the machine forbids it.
+
+    `rewrites` are applied after those that the options name.  If the options limit a device's
+    memory, experts that do not fit are placed elsewhere, for forwards of `tokens` tokens.
 
     With a `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.
@@ -218,11 +263,12 @@ def set_up(
     for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
     there = plugins.rewrites(world, transport)
-    applied = chosen(options.rewrites, there, plugins.skipped())
+    applied = (*chosen(options.rewrites, there, plugins.skipped()), *rewrites)
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
-    placed = Placer(plan, create, joins, plugins.backends).place(model)
+    of_whole = plan if options.gpu_memory is None else plan.for_whole_experts()
+    placed = Placer(of_whole, create, joins, plugins.backends).place(model)
     wrappers = Wrappers.of(placed, plugins)
-    return Setup(
+    whole = Setup(
         checkpoint,
         options,
         plan,
@@ -235,6 +281,7 @@ def set_up(
         context,
         transport,
     )
+    return whole if options.gpu_memory is None else fitted(whole, tokens)
 
 
 def load_model(model: str | Path, backend: str | None = None, **options: Any) -> LFM2:
@@ -294,31 +341,49 @@ def _with_host_experts(
     """
     if not options.n_cpu_moe:
         return plan
-    experts = [leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts)]
-
-    def on_host(item: str) -> str:
-        return _host_item(item, experts[0], options, plugins, create)
-
+    on_host = _on_host(model, Option("n_cpu_moe", options.n_cpu_moe), options, plugins, create)
     return plan.with_cpu_experts(options.n_cpu_moe, model, on_host)
 
 
-def _host_item(
+def _on_host(
+    model: specs.Model,
+    asked: Option,
+    options: Options,
+    plugins: Plugins,
+    create: Callable[[str], Backend],
+) -> Callable[[str], str]:
+    """Return a function that takes a plan's item for experts, and returns one on the host.
+
+    It raises `Lfm2kitError`, which names the option `asked`, if no backend builds them there.
+    """
+    experts = [leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts)]
+
+    def on_host(item: str) -> str:
+        there = in_host_memory(item, experts[0], options, plugins, create)
+        if there is None:
+            precision = item.partition(":")[2] or options.precision
+            where = f"builds Experts in {precision} in the host's memory"
+            raise Lfm2kitError(asked, f": no backend that can run here {where}")
+        return there
+
+    return on_host
+
+
+def in_host_memory(
     item: str,
     spec: Spec,
     options: Options,
     plugins: Plugins,
     create: Callable[[str], Backend],
-) -> str:
-    """Return the most preferred backend that builds `spec` on the host, in `item`'s precision."""
+) -> str | None:
+    """Return a plan's item that builds `spec` in the host's memory, in the precision of `item`.
+
+    It names the most preferred backend that does; without one it is None.
+    """
     _, colon, own = item.partition(":")
-    precision = own or options.precision
-    for name in plugins.ready(precision):
+    for name in plugins.ready(own or options.precision):
         there = f"{name}{colon}{own}"
         asked = Answers(create(there), there)
         if asked.why_unsupported(spec) is None and asked.memory(spec).name == HOST.name:
             return there
-    raise Lfm2kitError(
-        Option("n_cpu_moe", options.n_cpu_moe),
-        f": no backend that can run here builds {type(spec).__name__} in {precision} "
-        "in the host's memory",
-    )
+    return None

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lfm2kit import bounds
+from lfm2kit.building.byte_counts import parse_bytes
 from lfm2kit.building.plan import AUTO, Plan
 from lfm2kit.errors import Lfm2kitError, Option
 
 BACKEND_VARIABLE = "LFM2KIT_BACKEND"
+FREE = "free"  # as the size of a device's memory: what is free
+
+SIZE = f"a size such as 24GiB or 20GB, or '{FREE}' for what is free"
 
 
 def _is_text(value: object) -> bool:
@@ -25,6 +29,10 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
+def _is_path(value: object) -> bool:
+    return isinstance(value, (str, Path))
+
+
 def _are_names(value: object) -> bool:
     return isinstance(value, (tuple, list)) and all(map(_is_name, value))
 
@@ -33,8 +41,11 @@ def _are_names(value: object) -> bool:
 EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "model": (_is_text, "a path, or an embedded model's name, such as 'tiny'"),
     "backend": (_is_text, "a plan as text, such as 'auto'"),
-    "plan": (lambda value: isinstance(value, (str, Path)), "the path of a TOML file"),
+    "plan": (_is_path, "the path of a TOML file"),
     "precision": (_is_name, "a name, such as 'fp32'"),
+    "gpu_memory": (_is_text, SIZE),
+    "rates": (_is_path, "the path of a file"),
+    "load": (_is_path, "the path of a file"),
     "rewrites": (_are_names, "a tuple of names, such as ('NAME',)"),
 }
 
@@ -69,7 +80,7 @@ def option(default: Any, help: str, *, words: str | None = None, **about: Any) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """A choice of a model and its set-up.  Raises `Lfm2kitError` for values out of bounds."""
+    """A choice of a model and its set-up.  Raise `Lfm2kitError` for values out of bounds."""
 
     model: str = option(
         "tiny",
@@ -92,6 +103,30 @@ class Options:
         None, "Number of CPU threads.", words="one for each core that this process may use", least=1
     )
     n_cpu_moe: int = option(0, "Build the experts of the first N MoE layers on the CPU.", least=0)
+    gpu_memory: str | None = option(
+        None,
+        "Take no more of a GPU's memory, such as 24GiB or 20GB; free: what is free. Experts that "
+        "do not fit are computed on the CPU, or streamed.",
+        words="all experts stay where the plan puts them",
+        metavar="SIZE",
+    )
+    streamed_experts: int | None = option(
+        None,
+        "Of each layer's experts that do not fit, stream N ahead of their layer.",
+        words="0, or with rates as many as is fastest",
+        least=0,
+    )
+    rates: Path | None = option(
+        None,
+        "Place experts by predicted time, from what lfm2kit calibrate measured.",
+        words="what it has kept for this machine, if it has",
+        metavar="FILE",
+    )
+    load: Path | None = option(
+        None,
+        "Keep the experts on the GPU that are used most, by the load that a run recorded.",
+        metavar="FILE",
+    )
     rewrites: tuple[str, ...] = option(
         (), "Rewrites of the model, in the order of their names here."
     )
@@ -113,6 +148,22 @@ class Options:
                 if not is_right(value):
                     raise Lfm2kitError(Option(one.name, value), f": expected {words}")
             one.metadata["about"].check(one.name, value)
+        for name in ("streamed_experts", "rates", "load"):
+            value = getattr(self, name)
+            if value is not None and self.gpu_memory is None:
+                size = Option("gpu_memory", "24GiB")
+                raise Lfm2kitError(Option(name, value), ": needs a limit, such as ", size)
+        self.gpu_bytes()
+
+    def gpu_bytes(self) -> int | None:
+        """Return the bytes that may be taken of a device's memory; None for what is free."""
+        if self.gpu_memory is None or self.gpu_memory == FREE:
+            return None
+        try:
+            return parse_bytes(self.gpu_memory)
+        except ValueError:
+            asked = Option("gpu_memory", self.gpu_memory)
+            raise Lfm2kitError(asked, f": expected {SIZE}") from None
 
     def chosen_plan(self) -> Plan:
         """Return the plan, from its text or its file; raise `Lfm2kitError` if it is wrong."""

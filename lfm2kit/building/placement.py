@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, BuildsAround, Crosses
@@ -68,6 +69,13 @@ class Placed:
         )
 
 
+class _Where(NamedTuple):
+    """What a plan goes by inside a spec: the layer, and the kind that a part has been given."""
+
+    layer: int | None = None
+    kind: str | None = None
+
+
 class _LackingError(Exception):
     """A backend lacks a block that the plan gives it: the block's name, its spec, and why."""
 
@@ -86,12 +94,12 @@ class Placer:
         self.plan.check(model)
         home = self._ask(self.plan.default).memory(model.embed_tokens)
         try:
-            return self._place("", "", model, None, home)
+            return self._place("", "", model, _Where(), home)
         except _LackingError as lacking:
             raise self._unsupported(model, *lacking.args) from None
 
-    def _place(self, name: str, scope: str, spec: Spec, layer: int | None, outer: Memory) -> Placed:
-        backend = self._one_backend(spec, layer)
+    def _place(self, name: str, scope: str, spec: Spec, where: _Where, outer: Memory) -> Placed:
+        backend = self._one_backend(spec, where)
         if backend is not None:
             reason = self._why_not_whole(backend, name, spec)
             if reason is None:
@@ -100,15 +108,15 @@ class Placer:
                 return Placed(name, scope, spec, memory, outer, backend, crosser=crosser)
             if type(spec) not in self.joins:
                 raise _LackingError(name, spec, backend, reason)
-        around = self._around(name, scope, spec, layer, outer)
+        around = self._around(name, scope, spec, where, outer)
         if around is not None:
             return around
         if type(spec) not in self.joins:
-            raise self._not_joined(name, spec, layer)
+            raise self._not_joined(name, spec, where)
         join = self.joins[type(spec)](outer)
         parts = tuple(
-            (part.role, self._place(*_part_place(name, scope, part, number), join.memory))
-            for part, number in _numbered(spec, layer)
+            (part.role, self._place(*_part_place(name, scope, part, inside), join.memory))
+            for part, inside in _numbered(spec, where)
         )
         return Placed(name, scope, spec, join.memory, outer, None, parts, join)
 
@@ -131,19 +139,19 @@ class Placer:
         return next((reason for reason in reasons if reason is not None), None)
 
     def _around(
-        self, name: str, scope: str, spec: Spec, layer: int | None, outer: Memory
+        self, name: str, scope: str, spec: Spec, where: _Where, outer: Memory
     ) -> Placed | None:
         """Return `spec` built by one backend around parts that lie elsewhere, if one does that."""
-        for backend in self._names(spec, layer) if layer is not None else ():
+        for backend in self._names(spec, where) if where.layer is not None else ():
             can_build = isinstance(self.create(backend), BuildsAround)
             if not can_build or self._why_not_inside(backend, spec):
                 continue
             asked = self._ask(backend, name)
             memory = asked.memory(spec)
-            apart = {p.role: p for p in self._apart(spec, layer, backend, memory)}
+            apart = {p.role: p for p in self._apart(spec, where, backend, memory)}
             if apart and asked.why_not_around(spec, tuple(apart)) is None:
                 parts = tuple(
-                    (role, self._place(*_part_place(name, scope, part, layer), memory))
+                    (role, self._place(*_part_place(name, scope, part, where), memory))
                     for role, part in apart.items()
                 )
                 return Placed(name, scope, spec, memory, outer, backend, parts)
@@ -161,43 +169,47 @@ class Placer:
         return None
 
     def _apart(
-        self, spec: Spec, layer: int | None, backend: str, memory: Memory
+        self, spec: Spec, where: _Where, backend: str, memory: Memory
     ) -> Iterator[specs.Part]:
         """Yield the largest parts of `spec` that `backend` does not compute in `memory`.
 
         Their roles are paths, and their scopes relative to that of `spec`.
         """
         for part in spec.parts():
-            leaves = list(specs.leaves(part.spec))
-            theirs = sum(not self._is_in(leaf, layer, backend, memory) for leaf in leaves)
+            inside = _Where(where.layer, part.kind or where.kind)
+            leaves = list(specs.leaves_by_kind(part.spec, inside.kind))
+            theirs = sum(
+                not self._is_in(leaf, _Where(where.layer, kind), backend, memory)
+                for kind, leaf in leaves
+            )
             if theirs == len(leaves):
-                yield part
+                yield part._replace(kind=inside.kind)
             elif theirs:
-                for inner in self._apart(part.spec, layer, backend, memory):
+                for inner in self._apart(part.spec, inside, backend, memory):
                     role, scope = _dotted(part.role, inner.role), _dotted(part.scope, inner.scope)
-                    yield specs.Part(role, scope, inner.spec)
+                    yield specs.Part(role, scope, inner.spec, inner.kind)
 
-    def _is_in(self, leaf: Spec, layer: int | None, backend: str, memory: Memory) -> bool:
+    def _is_in(self, leaf: Spec, where: _Where, backend: str, memory: Memory) -> bool:
         """Return whether the plan gives `leaf` to `backend`, which computes it in `memory`."""
-        if self.plan.backend_for(layer, leaf.kind) != backend:
+        if self.plan.backend_for(where.layer, where.kind or leaf.kind) != backend:
             return False
         own = self._ask(backend)
         return own.why_unsupported(leaf) is not None or own.memory(leaf).name == memory.name
 
-    def _names(self, spec: Spec, layer: int | None) -> dict[str, None]:
+    def _names(self, spec: Spec, where: _Where) -> dict[str, None]:
         """Return the backends that the plan gives parts of `spec`, in the order of the forward."""
-        leaves = specs.leaves(spec)
-        return dict.fromkeys(self.plan.backend_for(layer, leaf.kind) for leaf in leaves)
+        leaves = specs.leaves_by_kind(spec, where.kind)
+        return dict.fromkeys(self.plan.backend_for(where.layer, kind) for kind, _ in leaves)
 
-    def _one_backend(self, spec: Spec, layer: int | None) -> str | None:
+    def _one_backend(self, spec: Spec, where: _Where) -> str | None:
         """Return the backend that the plan gives every block of `spec`; None for several."""
         if isinstance(spec, specs.Model) and self.plan.rules:
             return None
-        names = self._names(spec, layer)
+        names = self._names(spec, where)
         return next(iter(names)) if len(names) == 1 else None
 
-    def _not_joined(self, name: str, spec: Spec, layer: int | None) -> Lfm2kitError:
-        backends = " and ".join(f"'{backend}'" for backend in self._names(spec, layer))
+    def _not_joined(self, name: str, spec: Spec, where: _Where) -> Lfm2kitError:
+        backends = " and ".join(f"'{backend}'" for backend in self._names(spec, where))
         return Lfm2kitError(
             f"{name}: the plan gives parts of this {type(spec).__name__} to {backends}, but its "
             "rewrite has no join for it; give all of it to one backend that builds it whole"
@@ -238,21 +250,23 @@ def _inside(spec: Spec) -> Iterator[Spec]:
         yield from _inside(part.spec)
 
 
-def _numbered(spec: Spec, layer: int | None) -> Iterator[tuple[specs.Part, int | None]]:
-    """Yield the parts of `spec`, each with the number of the layer that it is or lies in.
+def _numbered(spec: Spec, where: _Where) -> Iterator[tuple[specs.Part, _Where]]:
+    """Yield the parts of `spec`, each with `where` and the layer that it is or lies in.
 
     A layer is what lies in a model's `layers`, of whatever type a rewrite has put there; a `Layer`
     inside of that is a part of it.
     """
     for part in spec.parts():
         _, is_layer, number = part.role.partition("layers.")
-        yield part, int(number) if is_layer and isinstance(spec, specs.Model) else layer
+        is_layer_of_model = is_layer and isinstance(spec, specs.Model)
+        yield part, where._replace(layer=int(number)) if is_layer_of_model else where
 
 
 def _part_place(
-    name: str, scope: str, part: specs.Part, layer: int | None
-) -> tuple[str, str, Spec, int | None]:
-    return _dotted(name, part.role), _dotted(scope, part.scope), part.spec, layer
+    name: str, scope: str, part: specs.Part, where: _Where
+) -> tuple[str, str, Spec, _Where]:
+    inside = where._replace(kind=part.kind or where.kind)
+    return _dotted(name, part.role), _dotted(scope, part.scope), part.spec, inside
 
 
 def _dotted(outer: str, inner: str) -> str:

@@ -25,14 +25,19 @@ from lfm2kit.errors import Lfm2kitError, Option, choices
 
 AUTO = "auto"  # in a plan: the best backend of this machine
 
+# Experts of a layer that is split, see `lfm2kit.rewrites.experts_split`.
+STREAMED_EXPERTS, HOST_EXPERTS = "streamed_experts", "host_experts"
+EXPERTS = frozenset({"experts", STREAMED_EXPERTS, HOST_EXPERTS})
+
 # What a kind in a plan stands for: a block's own kind, or a group of them.
 KINDS: dict[str, frozenset[str]] = {
     **{k: frozenset({k}) for k in ("embed", "norm", "conv", "attn", "mlp", "rows", "head")},
-    **{k: frozenset({k}) for k in ("scores", "choice", "experts")},
+    **{k: frozenset({k}) for k in ("scores", "choice", STREAMED_EXPERTS, HOST_EXPERTS)},
     "router": frozenset({"scores", "choice"}),
-    "moe": frozenset({"scores", "choice", "experts"}),
+    "experts": EXPERTS,
+    "moe": EXPERTS | {"scores", "choice"},
     "operator": frozenset({"conv", "attn"}),
-    "ffn": frozenset({"mlp", "scores", "choice", "experts"}),
+    "ffn": EXPERTS | {"mlp", "scores", "choice"},
 }
 
 
@@ -118,6 +123,26 @@ class Plan:
         rules = (Rule(item, "experts", range(i, i + 1)) for i, item in items)
         return replace(self, rules=(*self.rules, *rules))
 
+    def for_whole_experts(self) -> Plan:
+        """Return the same plan without rules for parts that only split experts have."""
+        rules = (r for r in self.rules if r.kind not in (STREAMED_EXPERTS, HOST_EXPERTS))
+        return replace(self, rules=tuple(rules))
+
+    def with_host_experts(self, layers: Iterable[int], on_host: Callable[[str], str]) -> Plan:
+        """Return the same plan with the host's part of these layers' split experts on the host.
+
+        Where a rule says who builds that part, it stays.  `on_host` is as in `with_cpu_experts`.
+        """
+        said = [rule for rule in self.rules if rule.kind == HOST_EXPERTS]
+        unsaid = [i for i in layers if not any(rule.fits(i, HOST_EXPERTS) for rule in said)]
+        items = [on_host(self.backend_for(i, "experts")) for i in unsaid]
+        if not said and len(set(items)) == 1:
+            rules = [Rule(items[0], HOST_EXPERTS)]
+        else:
+            both = zip(items, unsaid, strict=True)
+            rules = [Rule(item, HOST_EXPERTS, range(i, i + 1)) for item, i in both]
+        return replace(self, rules=(*self.rules, *rules))
+
     def check(self, model: specs.Model) -> None:
         """Raise `Lfm2kitError` if a rule fits no block of `model`."""
         kinds = _kinds(model)
@@ -138,7 +163,7 @@ class Plan:
 
 
 def _kinds(model: specs.Model) -> list[set[str]]:
-    return [{leaf.kind for leaf in specs.leaves(layer)} for layer in model.layers]
+    return [{kind for kind, _ in specs.leaves_by_kind(layer)} for layer in model.layers]
 
 
 def _layers_with(kind: str | None, kinds: list[set[str]]) -> Iterator[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from reprlib import repr as brief  # of what a backend returned, however long it is
 from typing import Any
 
@@ -19,6 +20,8 @@ from lfm2kit import specs
 from lfm2kit.backend import Block, CallsNatively, Operator
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.pending import Begins, Pending
+from lfm2kit.rewrites.parted_experts import SplitExperts, StreamedExperts
 from lfm2kit.specs import Shape, Spec
 
 FLOAT, INT = np.dtype(np.float32), np.dtype(np.int32)
@@ -34,6 +37,8 @@ ARGUMENTS: Mapping[type[Spec], int] = {
     specs.Choice: 1,
     specs.Router: 1,
     specs.Experts: 3,
+    SplitExperts: 3,
+    StreamedExperts: 3,
     specs.SparseMoe: 1,
     specs.LastRows: 3,
     specs.LMHead: 1,
@@ -63,6 +68,8 @@ RETURNED: Mapping[type[Spec], Returned] = {
     ),
     specs.Router: Returned(lambda spec, x: (x.shape[0], spec.num_experts_per_tok), (INT, FLOAT)),
     specs.Experts: Returned(lambda spec, x, ids, weights: x.shape),
+    SplitExperts: Returned(lambda spec, x, ids, weights: x.shape),
+    StreamedExperts: Returned(lambda spec, x, ids, weights: x.shape),
     specs.SparseMoe: Returned(lambda spec, x: x.shape),
     specs.LastRows: Returned(
         lambda spec, hidden, delta, batch: (batch.logits_rows.shape[0], spec.hidden_size),
@@ -123,6 +130,12 @@ class Checked:
             self.new_state = block.new_state
         if isinstance(block, CallsNatively):  # its results' shapes are the caller's
             self.native = block.native
+        if isinstance(block, Begins):
+            self.begin = self._begin
+
+    def _begin(self, *inputs: Any) -> Pending:
+        pending = self._block.begin(*inputs)  # type: ignore[attr-defined]
+        return _Begun(pending, partial(self._check, shape=self._shape(self._spec, *inputs)))
 
     def _check(self, result: Any, shape: Shape) -> None:
         """Raise `Lfm2kitError` unless `result` is as it must be.
@@ -143,6 +156,19 @@ class Checked:
         raise Lfm2kitError(
             f"{said_of(self._placed)} returned {returned}, but must return {expected}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A call of a block that has begun, whose result is checked when it has ended."""
+
+    pending: Pending
+    check: Callable[[Any], None]
+
+    def end(self) -> Any:
+        result = self.pending.end()
+        self.check(result)
+        return result
 
 
 class CheckedArray(Checked):

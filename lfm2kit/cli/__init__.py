@@ -9,6 +9,7 @@ import typer
 import lfm2kit
 from lfm2kit.cli.backends import backends
 from lfm2kit.cli.bench import bench
+from lfm2kit.cli.calibrate import calibrate
 from lfm2kit.cli.convert import convert
 from lfm2kit.cli.env import env
 from lfm2kit.cli.help import PlainCommand
@@ -32,7 +33,7 @@ app = typer.Typer(
 app.command(cls=RanksCommand)(run)
 app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
-for command in (bench, convert, specs, warmup, env):
+for command in (bench, calibrate, convert, specs, warmup, env):
     app.command(cls=PlainCommand)(command)
 
 

@@ -18,7 +18,18 @@ from lfm2kit.errors import WRONG_RESULT
 from lfm2kit.text import indented
 
 # The options that say which model is set up; a check makes its own.
-OF_A_MODEL = ("model", "backend", "plan", "n_cpu_moe", "rewrites", "seed")
+OF_A_MODEL = (
+    "model",
+    "backend",
+    "plan",
+    "n_cpu_moe",
+    "gpu_memory",
+    "streamed_experts",
+    "rates",
+    "load",
+    "rewrites",
+    "seed",
+)
 
 backends = typer.Typer(cls=PlainGroup, help="List the installed backends, or check one.")
 
@@ -44,9 +55,7 @@ def list_backends(json: JsonOption = None) -> None:
 @spread
 def check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The backend to check.")],
-    options: Annotated[
-        Options, Without(("model", "backend", "plan", "n_cpu_moe", "rewrites", "seed"))
-    ],
+    options: Annotated[Options, Without(OF_A_MODEL)],
     only: Annotated[
         str | None, typer.Option(metavar="ID,...", help="Run only these checks. \\[default: all]")
     ] = None,

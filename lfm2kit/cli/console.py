@@ -93,16 +93,24 @@ class Report:
         return _without_nan(self.fields)
 
     def write(self) -> None:
-        """Write the document in ASCII; NaN and infinities, which JSON lacks, become null.
-
-        A path that is not UTF-8 has surrogates, from which `os.fsencode` restores its bytes.
-        """
-        text = json.dumps(self.record(), indent=2).replace("\x7f", "\\u007f")
+        """Write the document in ASCII; NaN and infinities, which JSON lacks, become null."""
         if self.target == STDOUT:
-            print(text)
+            print(_json(self.record()))
         elif self.path is not None:
-            with replaced(self.path, remark) as file:
-                file.write(text.encode() + b"\n")
+            write_document(self.path, self.record())
+
+
+def write_document(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write a JSON document in ASCII; raise `Lfm2kitError` if it cannot be written.
+
+    A path that is not UTF-8 has surrogates, from which `os.fsencode` restores its bytes.
+    """
+    with replaced(path, remark) as file:
+        file.write(_json(fields).encode() + b"\n")
+
+
+def _json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=2).replace("\x7f", "\\u007f")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import platform
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, distributions, version
-from pathlib import Path
 from typing import Any
 
 from lfm2kit.building.capacity import size
@@ -45,7 +44,7 @@ def _environment() -> dict[str, Any]:
         **dict(sorted(ours.items())),
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": machine.processor(),
         "cores": machine.cores(),
         "memory": {limit.name: _of(limit) for limit in machine.memory_limits()},
         "processors": cgroups.processors() or "no cgroup limit",
@@ -68,14 +67,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    """Return the processor's name, from Linux if it gives one, else what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
 
 
 def _of(limit: machine.Limit) -> str:

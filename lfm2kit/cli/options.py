@@ -146,4 +146,6 @@ def files_of(checkpoint: Checkpoint, options: Options) -> dict[str, list[Path]]:
     return {
         "one of the model's": checkpoint.files(),
         "the plan": [] if options.plan is None else [options.plan],
+        "the rates": [] if options.rates is None else [options.rates],
+        "the load": [] if options.load is None else [options.load],
     }

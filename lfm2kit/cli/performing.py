@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import progress as steps
+from lfm2kit.backend import Captures
+from lfm2kit.building.load import Load
 from lfm2kit.building.plugins import Plugins
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import Report, complain, only_said, progress, remark
+from lfm2kit.cli.console import Report, complain, only_said, progress, remark, write_document
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.preparing import Prepared, Request, passed_over
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
@@ -37,7 +39,10 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     if request.warmup:
         warm = prepared.inputs[: prepared.batch_size]
         run_samples(model, warm, prepared.batch_size, transport=transport)
+        if prepared.recorder is not None:
+            prepared.recorder.clear()
     timed = run_timed(model, prepared, transport, is_first)
+    load = recorded(prepared, transport)
     if timed.logits is None:
         return True
     steps.step("validating and writing", steps.longest(Work(0, 2 * timed.logits.nbytes)))
@@ -51,7 +56,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
             complain(problem)
     finally:  # whatever becomes of the printed lines
         with only_said(when=not is_good):
-            deliver(request, prepared, timed.logits)
+            deliver(request, prepared, timed.logits, load)
     return is_good
 
 
@@ -80,8 +85,16 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
     how = ", ".join([report.fields["precision"], *report.fields["rewrites"]])
     report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}")
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
-    for note in (*prepared.setup.notes(), *passed_over(request, prepared)):
+    notes = (*prepared.setup.notes(), *not_captured(prepared), *passed_over(request, prepared))
+    for note in notes:
         remark(note)
+
+
+def not_captured(prepared: Prepared) -> Iterator[str]:
+    """Yield a sentence if the model is not captured because its load is recorded."""
+    setup = prepared.setup
+    if prepared.recorder is not None and isinstance(setup.create(setup.plan.default), Captures):
+        yield "not captured, and slower: --record-load counts the experts in every call"
 
 
 def weights_of(checkpoint: Checkpoint) -> str:
@@ -141,11 +154,22 @@ def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) ->
         report.fields["validation"] = asdict(verdict) | {"valid": verdict.is_valid}
 
 
-def deliver(request: Request, prepared: Prepared, logits: npt.NDArray[np.float32]) -> None:
+def recorded(prepared: Prepared, transport: Transport | None) -> Load | None:
+    """Return the load of the timed run if it is asked for; every rank calls this."""
+    if prepared.recorder is None:
+        return None
+    checkpoint = prepared.checkpoint
+    return prepared.recorder.load(checkpoint.path.name, checkpoint.spec, transport)
+
+
+def deliver(
+    request: Request, prepared: Prepared, logits: npt.NDArray[np.float32], load: Load | None
+) -> None:
     """Write the files that were asked for and tell the plugins, even if one of these fails."""
     failures: list[Lfm2kitError] = []
     tasks: list[Callable[[], None]] = [
         lambda: write_outputs(request, logits),
+        lambda: write_load(request, load),
         prepared.report.write,
         lambda: tell(prepared.setup.plugins, prepared.report),
     ]
@@ -179,6 +203,11 @@ def write_outputs(request: Request, logits: npt.NDArray[np.float32]) -> None:
     samples.write_outputs(request.outputs, logits, remark)
     if before > len(logits):
         remark(f"{request.outputs} held {before} samples before, and now holds {len(logits)}")
+
+
+def write_load(request: Request, load: Load | None) -> None:
+    if request.record_load is not None and load is not None:
+        write_document(request.record_load, load.document())
 
 
 def peak_memory() -> int:

@@ -14,6 +14,7 @@ from lfm2kit.building.capacity import Needed, answers_of, size
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.placement import Placed
+from lfm2kit.building.sharing import Sharing
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
@@ -58,7 +59,7 @@ def plan(
     report.check_apart(files_of(checkpoint, options))
     if rank >= ranks:
         raise Lfm2kitError(f"--rank {rank}: ranks are 0 to {ranks - 1}; give --ranks {rank + 1}")
-    setup = set_up(checkpoint, options, world=World(rank, ranks, rank, ranks))
+    setup = set_up(checkpoint, options, world=World(rank, ranks, rank, ranks), tokens=tokens)
     if context:
         check_state(f"--context {context}", setup.rewrites)
     room = _room(sequences, context)
@@ -76,6 +77,7 @@ def plan(
         "ranks": ranks,
         "rewrites": [rewrite.name for rewrite in setup.rewrites],
         "block_notes": dict(_block_notes(setup)),
+        "predicted": None if setup.sharing is None else _predicted(setup.sharing),
         "free_bytes": setup.sizes.free(setup.placed),
         "host_limits": {bound.name: bound._asdict() for bound in memory_limits()},
         "room": asdict(room),
@@ -85,6 +87,15 @@ def plan(
     if json != "-":
         _show(report, setup, tokens, room)
     report.write()
+
+
+def _predicted(sharing: Sharing) -> dict[str, Any]:
+    """Return what is predicted for the layers whose experts are split."""
+    return {
+        "seconds": sharing.seconds,
+        "limit": str(sharing.limit),
+        "layers": [{"seconds": one.seconds, "limit": str(one.limit)} for one in sharing.layers],
+    }
 
 
 def _room(sequences: int, context: int) -> Room:
@@ -104,6 +115,7 @@ def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:
         "weight_bytes": setup.stored_bytes(leaf),
         "kept_bytes": setup.sizes.kept(leaf),
         "scratch_bytes": setup.sizes.scratch(leaf, tokens),
+        "pinned_bytes": setup.sizes.pinned(leaf),
         "state_bytes": setup.sizes.state(leaf, room),
         "copy": _copy(leaf),
         "crosser": leaf.crosser,
@@ -180,11 +192,16 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
         report.line(
             f"{memory}: {weights} of weights as stored, {_taken(total, tokens, room)}{left}"
         )
+    if pinned := sum(row["pinned_bytes"] for row in fields["blocks"]):
+        report.line(f"{HOST.name}: {size(pinned)} of weights pinned, to be copied to a device")
     for bound in memory_limits():
         report.line(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
     if (shortage := report.fields["shortage"]) is not None:
         report.line(shortage)
     report.line(f"copies between memories in a forward: {setup.placed.copies()}")
+    if setup.sharing is not None:
+        milliseconds = f"{1e3 * setup.sharing.seconds:.3g} ms with {tokens} tokens at once"
+        report.line(f"predicted: {milliseconds}; most of it waits for the {setup.sharing.limit}")
     for line in _grouped(report.fields["block_notes"]):
         report.line(line)
     for note in fields["notes"]:

@@ -32,6 +32,7 @@ from lfm2kit.outputs.files import check_target
 from lfm2kit.outputs.targets import check_apart
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts
+from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.transport import Transport, World
 
 MOST_BY_DEFAULT = 128  # samples: the assignment's largest choice
@@ -60,6 +61,9 @@ class Request:
     outputs: Path | None = option(
         None, "Where to write the logits.", words="nowhere", metavar="FILE"
     )
+    record_load: Path | None = option(
+        None, "Where to write how many tokens chose each expert.", words="nowhere", metavar="FILE"
+    )
     ranks: int | None = option(None, "Number of processes that share samples and experts.", least=1)
     transport: str = option(
         DEFAULT_TRANSPORT,
@@ -80,6 +84,7 @@ class Prepared:
     inputs: npt.NDArray[np.int32]  # [n, seq_len]
     answers: Path | None
     batch_size: int
+    recorder: LoadRecorder | None
 
 
 def prepare(request: Request, transport: Transport | None) -> Prepared:
@@ -98,9 +103,17 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
         check_outputs(request, report, checkpoint)
     token_ids = token_ids_of(request, checkpoint)
     answers = answers_of(request, checkpoint)
-    setup = set_up(checkpoint, request.options, transport=transport)
+    recorder = None if request.record_load is None else LoadRecorder()
+    rewrites = [] if recorder is None else [recorder.rewrite()]
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
-    return Prepared(report, plan, checkpoint, setup, token_ids, answers, batch_size)
+    setup = set_up(
+        checkpoint,
+        request.options,
+        transport=transport,
+        rewrites=rewrites,
+        tokens=min(batch_size, len(token_ids)) * token_ids.shape[1],
+    )
+    return Prepared(report, plan, checkpoint, setup, token_ids, answers, batch_size, recorder)
 
 
 def check_shared(request: Request) -> None:
@@ -111,9 +124,12 @@ def check_shared(request: Request) -> None:
     paths = {
         "--model": Path(request.options.model),
         "--plan": request.options.plan,
+        "--rates": request.options.rates,
+        "--load": request.options.load,
         "--inputs": request.inputs,
         "--answers": request.answers,
         "--outputs": request.outputs,
+        "--record-load": request.record_load,
         "--json": None if request.json is None else Path(request.json),
     }
     for name, path in paths.items():
@@ -173,13 +189,17 @@ def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> N
 
     `--outputs` may replace the answers, which are read before it is written.
     """
-    if request.outputs is not None:
-        check_target("--outputs", request.outputs)
-        check_no_part("--outputs", request.outputs)
+    outputs = {"--outputs": request.outputs, "--record-load": request.record_load}
+    for name, path in outputs.items():
+        if path is not None:
+            check_target(name, path)
+            check_no_part(name, path)
     reads = files_of(checkpoint, request.options)
     reads["the inputs"] = [inputs_of(request, checkpoint)]
-    check_apart({"--outputs": request.outputs, "--json": report.path}, reads)
-    report.check_apart({"the answers": [request.answers or checkpoint.beside("answers.bin")]})
+    outputs["--json"] = report.path
+    check_apart(outputs, reads)
+    answers = {"the answers": [request.answers or checkpoint.beside("answers.bin")]}
+    check_apart({**outputs, "--outputs": None}, answers)
 
 
 def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:

@@ -233,7 +233,7 @@ def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
     if placed.backend is None:
         return
     backend = setup.create(placed.backend)
-    for role, scope, spec in placed.spec.parts():
+    for role, scope, spec, _ in placed.spec.parts():
         name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
         asked = Answers(backend, placed.backend, name)
         if asked.why_unsupported(spec) is None:

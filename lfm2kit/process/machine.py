@@ -1,9 +1,10 @@
-"""Finds out how much memory and how many cores this process may use, whatever limits them."""
+"""Finds out which processor this is, and how much memory and how many cores may be used."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,16 @@ def cores(root: Path = Path("/")) -> int:
     there = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = cgroups.processors(root)
     return there if quota is None else max(1, min(there, math.ceil(quota)))
+
+
+def processor(root: Path = Path("/")) -> str:
+    """Return the processor's name, from Linux where it says; else what Python knows."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
 
 
 def _physical(root: Path) -> Limit:

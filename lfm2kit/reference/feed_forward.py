@@ -71,10 +71,11 @@ class Experts:
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
         """Return the sum of products, each rounded to float32 and added in the order of k.
 
-        What is nobody's counts as -0, which changes no bit of a sum.
+        What is not of these experts counts as -0, which changes no bit of a sum.
         """
         products = np.full((*expert_ids.shape, x.shape[1]), -0.0, dtype=np.float32)
-        for e in np.unique(expert_ids[expert_ids >= 0]):
+        is_local = np.isin(expert_ids, list(self.experts))
+        for e in np.unique(expert_ids[is_local]):
             rows, slots = np.nonzero(expert_ids == e)
             products[rows, slots] = expert_weights[rows, slots, None] * self.experts[int(e)](
                 x[rows]
@@ -82,7 +83,7 @@ class Experts:
         delta = products[:, 0].copy()
         for k in range(1, products.shape[1]):
             delta += products[:, k]
-        delta[(expert_ids < 0).all(axis=1)] = 0
+        delta[~is_local.any(axis=1)] = 0
         return delta
 
 

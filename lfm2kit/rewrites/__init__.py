@@ -9,15 +9,21 @@ from collections.abc import Iterator
 
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
+from lfm2kit.rewrites.parted_experts import Places, SplitExperts, StreamedExperts
 from lfm2kit.rewrites.plugged import kept_to_contract
 from lfm2kit.rewrites.rewrite import Rewrite, chosen, replaced, rewritten
 from lfm2kit.rewrites.trim import TRIM
+from lfm2kit.seam import begun
 from lfm2kit.transport import Transport, World
 
 __all__ = [
     "Join",
     "Joins",
+    "Places",
     "Rewrite",
+    "SplitExperts",
+    "StreamedExperts",
+    "begun",
     "built_in",
     "chosen",
     "kept_to_contract",

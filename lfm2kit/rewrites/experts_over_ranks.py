@@ -16,6 +16,7 @@ from lfm2kit.building.joins import Join
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.host_exchange import offered
 from lfm2kit.memory import HOST, Memory
+from lfm2kit.rewrites import ids_in_words
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
 from lfm2kit.specs import Experts, Model, Part, Router, SparseMoe, Spec
 from lfm2kit.transport import Exchange, ExchangeOffer, Traffic, Transport, World, evenly
@@ -46,7 +47,7 @@ class ExpertParallelMoe(Spec):
         return Traffic(experts.hidden_size, experts.num_experts_per_tok, self.owners)
 
     def note(self) -> str:
-        held = _in_words(self.experts.local_experts)
+        held = ids_in_words.experts(self.experts.local_experts)
         return f"rank {self.rank} holds {held} of {self.experts.num_experts}"
 
 
@@ -121,17 +122,3 @@ class ExpertParallel:
         expert_ids, expert_weights = self.router(x)
         rows = self.exchange.dispatch(x, expert_ids, expert_weights)
         return self.exchange.combine(self.experts(*rows))
-
-
-def _in_words(ids: Sequence[int]) -> str:
-    """Return "experts 0-3, 7", "expert 5", or "no experts"."""
-    runs: list[list[int]] = []
-    for e in ids:
-        if runs and e == runs[-1][-1] + 1:
-            runs[-1].append(e)
-        else:
-            runs.append([e])
-    texts = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs]
-    if not texts:
-        return "no experts"
-    return f"{'expert' if len(ids) == 1 else 'experts'} {', '.join(texts)}"

@@ -52,7 +52,7 @@ def _check_parts(who: str, name: str, spec: Spec) -> None:
     if not isinstance(getattr(spec, "kind", None), str):
         raise Lfm2kitError(f"{who}: {name}, a {type(spec).__name__}, has no kind")
     roles = [part.role for part in spec.parts()]
-    for role, _, part in spec.parts():
+    for role, _, part, _ in spec.parts():
         if not isinstance(part, Spec):
             raise Lfm2kitError(f"{who}: {name}.{role} is {brief(part)}, not a Spec")
         if roles.count(role) > 1:

@@ -187,6 +187,12 @@ class DeviceMemory:
         self.enqueue(arrived.reach)
         return copy
 
+    def add(self, left: DeviceArray, right: DeviceArray) -> DeviceArray:
+        def make(total: DeviceArray) -> None:
+            total.values = left.values + right.values
+
+        return self.made(left.shape, make)
+
     @contextmanager
     def stream(self) -> Iterator[None]:
         self._local.streams.append(self._idle.pop() if self._idle else self._new_stream())

@@ -95,7 +95,8 @@ def test_too_little_says_what_is_missing_and_what_would_fit(monkeypatch: Any) ->
     message = refusal(card())
     assert "memory 'elsewhere' is too small" in message
     assert f"needs {needed:.1f} GB there, {free:.1f} GB are free" in message
-    assert f"{needed - free:.1f} GB are missing; try precision='bf16' or n_cpu_moe=3" in message
+    assert f"{needed - free:.1f} GB are missing; " in message
+    assert message.endswith("; try precision='bf16' or gpu_memory='free' or n_cpu_moe=3")
     Card.free -= 1
     assert "n_cpu_moe=4" in refusal(card())
     assert "n_cpu_moe=4" in refusal(card(n_cpu_moe=2))
@@ -103,7 +104,8 @@ def test_too_little_says_what_is_missing_and_what_would_fit(monkeypatch: Any) ->
 
 def test_what_would_not_fit_is_not_proposed() -> None:
     Card.free = 2 * elements() - 1
-    assert refusal(card(precision="bf16")).endswith("missing; try n_cpu_moe=1")
+    says = "missing; try gpu_memory='free' or n_cpu_moe=1"
+    assert refusal(card(precision="bf16")).endswith(says)
     Card.free = 2 * elements(without_experts_of=6) - 1
     assert "try a smaller model" in refusal(card())
 

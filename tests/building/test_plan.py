@@ -143,6 +143,23 @@ def test_experts_of_the_first_moe_layers_on_the_cpu() -> None:
     assert [plan.backend_for(i, "experts") for i in (2, 3)] == ["cpu", "cpu:bf16"]
 
 
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ("a", "a,host_experts=cpu"),
+        ("a:bf16", "a:bf16,host_experts=cpu:bf16"),
+        ("a,3.moe=a:bf16", "a,3.moe=a:bf16,2.host_experts=cpu,3.host_experts=cpu:bf16"),
+        ("a,host_experts=b", "a,host_experts=b"),
+        ("a,2.host_experts=b", "a,2.host_experts=b,3.host_experts=cpu"),
+    ],
+)
+def test_the_hosts_part_of_split_experts_is_on_the_host_where_no_rule_names_it(
+    plan: str, expected: str
+) -> None:
+    on_host = {"a": "cpu", "a:bf16": "cpu:bf16"}.__getitem__
+    assert str(Plan.parse(plan).with_host_experts([2, 3], on_host)) == expected
+
+
 class MlpAndHead(ReferenceBackend):
     def why_unsupported(self, spec: Spec) -> str | None:
         return None if spec.kind in ("mlp", "head") else "it builds MLP and LMHead"

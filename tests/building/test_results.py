@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from lfm2kit import specs
-from lfm2kit.backend import Block, Spec, Weights
+from lfm2kit.backend import HOST, Block, Spec, Weights
 from lfm2kit.batch import Batch
+from lfm2kit.building.placement import Placed
+from lfm2kit.building.results import checked
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.rewrites.parted_experts import Places, SplitExperts, StreamedExperts
+from lfm2kit.seam import begun
 from tests.core.small import build, small_spec
 
 BATCH = Batch.of_sequences([[3, 1, 4], [1]])
@@ -134,6 +138,39 @@ def test_arrays_of_another_kind_than_numpys_are_judged_by_their_shapes_alone() -
     model = build(small_spec(), plan, {"wrong": Wrong(specs.MLP, change)})
     right = build(small_spec(), "reference").logits(BATCH)
     np.testing.assert_array_equal(np.asarray(model.logits(BATCH)), right)
+
+
+class InHalves:
+    """A block that can be begun."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.result
+
+    def begin(self, *inputs: Any) -> Any:
+        return begun(lambda: self.result)
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+@pytest.mark.parametrize("kind", [specs.Experts, StreamedExperts, SplitExperts])
+def test_a_call_in_two_halves_is_judged_when_it_has_ended(kind: type[Spec], rows: int) -> None:
+    experts = specs.Experts(24, 8, 4, 2, (0, 1))
+    specs_of: dict[Any, Spec] = {
+        specs.Experts: experts,
+        StreamedExperts: StreamedExperts(experts, 0, 1, 1),
+        SplitExperts: SplitExperts(experts, Places((0,))),
+    }
+    x, ids = np.zeros((4, 24), np.float32), np.zeros((4, 2), np.int32)
+    placed = Placed("experts", "", specs_of[kind], HOST, HOST, "wrong")
+    block = checked(placed, InHalves(np.zeros((rows, 24), np.float32)))
+    pending = begun(block, x, ids, np.zeros((4, 2), np.float32))
+    if rows == 4:
+        assert pending.end().shape == (4, 24)
+        return
+    with pytest.raises(Lfm2kitError, match=rf"{kind.__name__} block of .* returned an array \[3"):
+        pending.end()
 
 
 def test_no_block_is_called_after_one_with_a_wrong_result() -> None:

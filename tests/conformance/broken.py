@@ -18,6 +18,7 @@ from lfm2kit.model import RoutedExperts
 from lfm2kit.reference import attention, feed_forward, rows, short_conv
 from lfm2kit.reference.backend import BLOCKS, ReferenceBackend
 from lfm2kit.reference.linear import linear, rms_norm
+from lfm2kit.rewrites import StreamedExperts
 
 Build = Callable[[Any, Weights], Block]
 
@@ -324,6 +325,33 @@ class NobodyWeighedByZero(feed_forward.Experts):
         some = np.int32(next(iter(self.experts), -1))
         weights = np.where(expert_ids < 0, np.float32(0), expert_weights)
         return super().__call__(x, np.where(expert_ids < 0, some, expert_ids), weights)
+
+
+class OthersAreRefused(feed_forward.Experts):
+    """Looks each id up among its own, and -1 alone is not an error."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        assert set(np.unique(expert_ids)) <= {-1, *self.experts}, "no such expert here"
+        return super().__call__(x, expert_ids, expert_weights)
+
+
+class OthersAreTheLastExpert(feed_forward.Experts):
+    """Takes an id beyond its own for its last expert's."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        own = np.int32(max(self.experts, default=-1))
+        return super().__call__(x, np.minimum(expert_ids, own), expert_weights)
+
+
+class OthersWeighedByZero(feed_forward.Experts):
+    """Computes the rows of others' experts with one of its own, and weighs them by 0."""
+
+    def __call__(self, x, expert_ids, expert_weights):
+        if not self.experts:
+            return np.zeros_like(x)
+        is_others = (expert_ids >= 0) & ~np.isin(expert_ids, list(self.experts))
+        some = np.where(is_others, np.int32(min(self.experts)), expert_ids)
+        return super().__call__(x, some, np.where(is_others, np.float32(0), expert_weights))
 
 
 class NobodyEndsTheRow(feed_forward.Experts):
@@ -779,6 +807,35 @@ class LossyMemory:
 class LivesInLossyMemory(BrokenBackend):
     def memory(self, spec: Spec) -> Memory:
         return LossyMemory()
+
+
+class AddsInPlace(HostMemory):
+    def add(self, left, right):
+        left += right
+        return left
+
+
+class LivesWhereSumsAreInPlace(BrokenBackend):
+    def memory(self, spec: Spec) -> Memory:
+        return AddsInPlace()
+
+
+class StreamsTheLayerBefore(BrokenBackend):
+    """Each block of streamed experts but the first has the weights of the one before."""
+
+    def __init__(self, replaced) -> None:
+        super().__init__(replaced)
+        self.before = None
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if isinstance(spec, StreamedExperts) else super().why_unsupported(spec)
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        if not isinstance(spec, StreamedExperts):
+            return super().build(spec, weights)
+        block = super().build(spec.experts, weights)
+        before, self.before = self.before, block
+        return before if spec.position else block
 
 
 class ScratchForNoRows(BrokenBackend):

@@ -153,6 +153,18 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         BrokenBackend({EXPERTS: broken.NobodyWeighedByZero}),
         ("experts-nobody-adds-nothing",),
     ),
+    "experts of others are refused": (
+        BrokenBackend({EXPERTS: broken.OthersAreRefused}),
+        ("experts-of-others-add-nothing", "experts-none-local"),
+    ),
+    "an expert of others is the last one": (
+        BrokenBackend({EXPERTS: broken.OthersAreTheLastExpert}),
+        ("experts-of-others-add-nothing",),
+    ),
+    "experts of others weighed by 0": (
+        BrokenBackend({EXPERTS: broken.OthersWeighedByZero}),
+        ("experts-of-others-add-nothing",),
+    ),
     "nobody ends the row": (
         BrokenBackend({EXPERTS: broken.NobodyEndsTheRow}),
         ("experts-nobody-adds-nothing", "experts-split-by-slot-bitwise"),
@@ -290,6 +302,11 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "a given part ignored": (broken.IgnoresTheGivenPart({}), ("built-around-parts",)),
     "unknown spec raises": (broken.RaisesForUnknownSpecs({}), ("unknown-spec-is-refused",)),
     "lossy memory": (broken.LivesInLossyMemory({}), ("memory-round-trip",)),
+    "experts of the layer before are streamed": (
+        broken.StreamsTheLayerBefore({}),
+        ("streamed-experts-are-their-own",),
+    ),
+    "sums in place": (broken.LivesWhereSumsAreInPlace({}), ("memory-adds",)),
     "less scratch for more rows": (
         broken.ScratchForNoRows({}),
         ("sizes-are-known-before-building",),
@@ -349,6 +366,7 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
 CRASHES = {
     "bias always asked for",
     "empty expert crashes",
+    "experts of others are refused",
     "some expert is local",
     "no rows crash",
     "writes its weights",

@@ -1,7 +1,8 @@
 """CuPy's names over NumPy arrays, for two devices whose streams work only when somebody waits.
 
 So a buffer that is filled again before it has been read, and an array that is read before it is
-made, show every time.  `loaded` gives the modules of the backend on top of it.
+made, show every time.  A stream that is `hasty` works at once instead, and makes those work that it
+waits for.  `loaded` gives the modules of the backend on top of it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import ctypes
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,28 +35,50 @@ class _Thread(threading.local):
 
 
 class Stream(late.Stream):
-    """A stream of the current device; what is added while it is captured is only recorded."""
+    """A stream of the current device; what is added while it is captured is only recorded.
+
+    It takes part in the capture of another stream once it waits for one of that capture's events.
+    """
 
     def __init__(self, non_blocking: bool = False, device: int | None = None) -> None:
         super().__init__()
         self.device = THREAD.device if device is None else device
-        self.recorded: list[Callable[[], object]] | None = None
+        self.is_hasty = False
+        self.recorded: list[Callable[[], object] | Waits] | None = None
+        self.branches: list[Stream] = []  # that take part in a capture which began here
+        self.origin = self
 
     def add(self, work: Callable[[], object]) -> int:
-        if self.recorded is None:
-            return super().add(work)
-        self.recorded.append(work)
-        return -1
+        if self.recorded is not None:
+            self.recorded.append(work)
+            return len(self.recorded)
+        place = super().add(work)
+        if self.is_hasty:
+            self.run(place)
+        return place
 
     def synchronize(self) -> None:
         assert self.recorded is None, "a captured stream is waited for"
         self.run(len(self.work))
 
     def wait_event(self, event: Event) -> None:
-        assert self.recorded is None, "a captured stream waits for what is not captured"
-        if event.stream is not None:
-            stream, place = event.stream, event.place
+        if event.stream is None:
+            return
+        stream, place = event.stream, event.place
+        if event.is_captured:
+            assert stream.recorded is not None, "a stream waits for a capture that has ended"
+            self._join(stream.origin)
+            assert self.recorded is not None
+            self.recorded.append(Waits(stream, place))
+        else:
+            assert self.recorded is None, "a captured stream waits for what is not captured"
             self.add(lambda: stream.run(place))
+
+    def _join(self, origin: Stream) -> None:
+        if self.recorded is None:
+            self.recorded, self.origin = [], origin
+            origin.branches.append(self)
+        assert self.origin is origin, "two captures wait for each other"
 
     def use(self) -> None:
         assert THREAD.device == self.device, "a stream of another device"
@@ -77,11 +100,38 @@ class Stream(late.Stream):
         self.recorded = []
 
     def end_capture(self) -> Any:
-        recorded, self.recorded = self.recorded or [], None
+        assert self.recorded is not None
+        recorded = {stream: stream.recorded or [] for stream in (self, *self.branches)}
+        awaited = {w.stream: w.place for w in self.recorded if isinstance(w, Waits)}
+        for branch in self.branches:
+            assert awaited.get(branch, 0) == len(recorded[branch]), "a branch is never joined"
+        for stream in recorded:
+            stream.recorded, stream.branches, stream.origin = None, [], stream
         return SimpleNamespace(
-            launch=lambda stream: [stream.add(work) for work in recorded],
+            launch=lambda stream: stream.add(lambda: _run_graph(self, recorded)),
             upload=lambda stream: None,
         )
+
+
+class Waits(NamedTuple):
+    """A place in another stream that a captured one waits for."""
+
+    stream: Stream
+    place: int
+
+
+def _run_graph(origin: Stream, recorded: Mapping[Stream, Sequence[Any]]) -> None:
+    """Run what was captured: hasty streams as early as they may, the others as late."""
+    twins = {stream: late.Stream() for stream in recorded}
+    for stream, works in recorded.items():
+        for work in works:
+            waited = (
+                partial(twins[work.stream].run, work.place) if isinstance(work, Waits) else work
+            )
+            twins[stream].add(waited)
+    for stream in sorted(recorded, key=lambda stream: not stream.is_hasty):
+        if stream.is_hasty or stream is origin:
+            twins[stream].run(len(recorded[stream]))
 
 
 class Event:
@@ -89,11 +139,13 @@ class Event:
         self.device = THREAD.device
         self.stream: Stream | None = None
         self.place = 0
+        self.is_captured = False
         self.seconds = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         self.stream = stream or current_stream()
         assert self.stream.device == self.device, "an event of another device"
+        self.is_captured = self.stream.recorded is not None
         self.place = self.stream.add(self._reach)
 
     def synchronize(self) -> None:
@@ -190,6 +242,7 @@ def _modules() -> dict[str, Any]:
         getDeviceCount=lambda: DEVICES,
         driverGetVersion=lambda: 13000,
         streamCaptureModeRelaxed=2,
+        hostAllocPortable=1,
         CUDARuntimeError=RuntimeError,
     )
     pool = SimpleNamespace(malloc=None, total_bytes=lambda: 0, free_all_blocks=lambda: None)
@@ -203,6 +256,8 @@ def _modules() -> dict[str, Any]:
         get_current_stream=current_stream,
         get_elapsed_time=lambda a, b: 1e3 * (b.seconds - a.seconds),
         MemoryPool=lambda: pool,
+        PinnedMemory=lambda nbytes, flags: np.full(nbytes, 0xA5, np.uint8),
+        PinnedMemoryPointer=lambda memory, offset: memory[offset:],
         using_allocator=lambda allocator: nullcontext(),
     )
     cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -86,3 +87,17 @@ def test_a_gpu_is_told_apart_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> Non
     assert choosing.identity(2) == "NVIDIA H200 with UUID 00000000-0000-0000-0000-000000000007"
     with pytest.raises(Lfm2kitError, match=r"does not describe device 0 \(error 101\)"):
         choosing.identity(0)
+
+
+VERSION = """\
+NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)
+GCC version:  gcc version 12.2.0 (Debian 12.2.0-14+deb12u1)
+"""
+
+
+def test_a_gpu_is_named_with_its_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    version = tmp_path / "version"
+    assert choosing.hardware(2, version) == {"device": "NVIDIA H200"}
+    version.write_text(VERSION)
+    assert choosing.hardware(2, version) == {"device": "NVIDIA H200", "driver": "580.95.05"}

@@ -29,6 +29,9 @@ ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
 KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("packing", {}, ALL),
     ("ceilings", {}, ALL),
+    ("after_copies", {}, ALL),
+    ("sums", {"VECTOR": 4}, ALL),
+    ("sums", {"VECTOR": 1}, ALL),
     ("channel", {}, ALL),
     ("gemm", {"TILE_K": 4, "PASS": 2}, ("sm_75",)),
     ("gemm", {"TILE_K": 8, "PASS": 2}, ("sm_80",)),

@@ -71,9 +71,11 @@ def written(out: Ints, *sizes: int) -> list[Ints]:
 
 
 def random_ids(rng: np.random.Generator, local: tuple[int, ...], shape: tuple[int, int]) -> Ints:
-    """Return local ids, among which every fourth is nobody's."""
+    """Return local ids, of which every fourth is nobody's, and every fourth any expert's."""
     ids = rng.choice(np.array(local, np.int32), shape)
     ids[rng.random(shape) < 0.25] = NOBODY
+    others = rng.random(shape) < 0.25
+    ids[others] = rng.integers(0, 8, others.sum())
     return ids
 
 
@@ -81,13 +83,13 @@ def random_ids(rng: np.random.Generator, local: tuple[int, ...], shape: tuple[in
 @pytest.mark.parametrize(
     ("tokens", "local"), [(70, (5, 0, 7)), (1, (2,)), (60, (0, 1, 2)), (300, (3, 6))]
 )
-def test_pairs_of_nobody_go_nowhere(
+def test_pairs_of_nobody_and_of_others_go_nowhere(
     experts: Callable[[int], Run],
     tokens: int,
     local: tuple[int, ...],
     tiling: tuple[int, int, bool],
 ) -> None:
-    """Local experts are any ids in any order; all else is as if the pairs of -1 were not there."""
+    """Local experts are any ids in any order; all is as if there were no pairs but theirs."""
     taken, rng = 3, np.random.default_rng(tokens)
     ids = random_ids(rng, local, (tokens, taken))
     if tokens == 60:

@@ -57,12 +57,15 @@ def random_ids(
 ) -> Ints:
     """Return different experts for each token, more often the first ones if asked.
 
-    A share of `nobodys` is -1.
+    Of `nobodys` a half is -1, the rest any expert's.
     """
     rng = np.random.default_rng(tokens + len(local))
     scores = rng.random((tokens, len(local))) + favourites * np.linspace(1, 0, len(local))
     ids = np.array(local, np.int32)[np.argsort(-scores, axis=1)[:, :taken]]
-    ids[rng.random(ids.shape) < nobodys] = -1
+    is_nobodys = rng.random(ids.shape)
+    ids[is_nobodys < nobodys / 2] = -1
+    others = (nobodys / 2 <= is_nobodys) & (is_nobodys < nobodys)
+    ids[others] = rng.integers(0, 1 + max(local), others.sum())
     return ids
 
 
@@ -95,7 +98,7 @@ def test_tiles_cover_an_expert_evenly(rows: int, tile_rows: int, step: int) -> N
         (2048, 4, range(32), 9.0, 0.1),  # most experts have no token
         (333, 1, range(8, 16), 0.5, 0.0),
         (333, 2, (31, 4, 0, 17), 0.5, 0.4),
-        (100, 3, range(33), 0.5, 1.0),  # every pair is nobody's
+        (100, 3, range(5, 33, 3), 0.5, 1.0),
         (4097, 8, range(256), 0.2, 0.0),
     ],
 )

@@ -23,7 +23,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lfm2kit import bounds
+from lfm2kit.building.load import read_load
 from lfm2kit.building.plan import KINDS, Plan
+from lfm2kit.building.rates import read_calibration
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.config import parse_config, read_config
 from lfm2kit.checkpoint.convert import config_fields
@@ -330,6 +332,52 @@ def test_a_plan_as_text(texts: list[str]) -> None:
     except Lfm2kitError:
         return
     assert Plan.parse(str(plan)) == plan
+
+
+# ---- a recorded load ----
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> Any:
+    layer = {"layer": 2, "num_experts_per_tok": 2, "counts": [3, 2, 1]}
+    layers = [draw(changed({**layer, "layer": i}, ["x"])) for i in range(draw(st.integers(0, 3)))]
+    if layers and draw(st.booleans()):
+        layers[0]["counts"] = draw(st.lists(odd, max_size=3))
+    fields = {"kind": "lfm2kit load", "version": 1, "model": "m", "hidden_size": 8, "tokens": 4}
+    return draw(changed({**fields, "layers": layers}, ["x"]))
+
+
+@fuzzed
+@given(text=json_texts(loads()))
+def test_a_load(tmp_path: Path, text: bytes) -> None:
+    load, _ = attempt_bytes(read_load, tmp_path / "load.json", text)
+    for shares in load.shares() if load is not None else ():
+        assert all(0 <= share <= 1 for share in shares)
+
+
+# ---- rates ----
+
+
+@st.composite
+def rate_files(draw: st.DrawFn) -> Any:
+    experts = {"backend": "b", "precision": "p", "stored": "F32", "memory": "host"}
+    sizes = {"hidden_size": 8, "intermediate_size": 4, "expert_bytes": 384}
+    measured = {"rows": [1, 4], "seconds": [1e-6, 2e-6], "hardware": {}}
+    link = draw(changed({"from_host": 1e9, "to_host": 1e9}, ["x"]) | odd)
+    fields = {**experts, **sizes, **measured, "link": link, "ceilings": None}
+    if draw(st.booleans()):
+        fields["seconds"] = draw(st.lists(odd, min_size=2, max_size=2))
+    side = draw(changed(fields, ["x"]))
+    head = {"kind": "lfm2kit rates", "version": 1, "date": "", "machine": {}, "model": "m"}
+    return draw(changed({**head, "sides": [side]}, ["x"]))
+
+
+@fuzzed
+@given(text=json_texts(rate_files()))
+def test_a_file_of_rates(tmp_path: Path, text: bytes) -> None:
+    calibration, _ = attempt_bytes(read_calibration, tmp_path / "rates.json", text)
+    for side in calibration.sides if calibration is not None else ():
+        assert 0 < side.product.at(3) < float("inf")
 
 
 # ---- samples ----

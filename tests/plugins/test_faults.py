@@ -30,6 +30,7 @@ from lfm2kit.backend import (
 )
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.capacity import free_bytes
+from lfm2kit.building.kept_rates import hardware_of
 from lfm2kit.building.loading import Setup, find_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed
@@ -191,12 +192,16 @@ NONSENSE: list[tuple[str, Any, str]] = [
     ("scratch_bytes", "7", WHOLE),
     ("state_bytes", 0.5, WHOLE),
     ("state_bytes", True, WHOLE),
+    ("pinned_bytes", None, WHOLE),
+    ("pinned_bytes", -1, WHOLE),
     ("kept_formats", None, "a mapping of .* to Formats"),
     ("kept_formats", {"weight": "F32"}, "a mapping of weight to Formats"),
     ("kept_formats", {"odd": F32}, "a mapping of weight to Formats"),
     ("notes", None, "a list of texts"),
     ("notes", "a note", "a list of texts"),
     ("notes", [1], "a list of texts"),
+    ("hardware", None, "a mapping of texts to texts"),
+    ("hardware", {"device": 5}, "a mapping of texts to texts"),
     ("ceilings", None, "Ceilings of two numbers above 0"),
     ("ceilings", Ceilings(0, 1.0), "Ceilings of two numbers above 0"),
     ("ceilings", (1.0, 1.0), "Ceilings of two numbers above 0"),
@@ -212,6 +217,9 @@ class Answering(ReferenceBackend):
     def scratch_bytes(self, spec: Spec, tokens: int) -> int:
         return 0
 
+    def pinned_bytes(self, spec: Spec, weights: Weights) -> int:
+        return 0
+
     def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
         return dict.fromkeys(spec.parameters(), F32)
 
@@ -220,6 +228,9 @@ class Answering(ReferenceBackend):
 
     def ceilings(self) -> Ceilings:
         return Ceilings(1.0, 1.0)
+
+    def hardware(self) -> dict[str, str]:
+        return {}
 
 
 def asked_all(yielding: Yielding, **methods: Any) -> None:
@@ -235,6 +246,7 @@ def asked_all(yielding: Yielding, **methods: Any) -> None:
     for leaf in setup.placed.leaves():
         _row(leaf, setup, 1, Room(1))
     measured_ceilings(setup)
+    hardware_of(Answers(setup.create("bb"), "bb"), HOST)
 
 
 def test_a_backend_that_keeps_to_the_contract_is_asked_all(yielding: Yielding) -> None:

@@ -134,3 +134,10 @@ def test_this_machine_says_what_is_free() -> None:
     assert 0 < machine.free_memory() < limits[0].limit
     assert machine.free_memory(1000) < machine.free_memory()
     assert machine.cores() >= 1
+
+
+def test_the_processor_is_named_as_linux_names_it(tmp_path: Path) -> None:
+    assert machine.processor(tmp_path), "what Python knows, or 'unknown'"
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("processor\t: 0\nmodel name\t: An Abacus: 10 beads\n")
+    assert machine.processor(tmp_path) == "An Abacus: 10 beads"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import cupy
@@ -21,6 +22,7 @@ from lfm2kit.backend import (
     Weights,
 )
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.rewrites import StreamedExperts
 from lfm2kit_cuda.arithmetic import arithmetic
 from lfm2kit_cuda.blocks.attention import Attention
 from lfm2kit_cuda.blocks.feed_forward import MLP, Experts, SparseMoe
@@ -29,13 +31,16 @@ from lfm2kit_cuda.blocks.on_device import OnDevice
 from lfm2kit_cuda.blocks.router import Choice, Router, Scores
 from lfm2kit_cuda.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
 from lfm2kit_cuda.blocks.short_conv import ShortConv
+from lfm2kit_cuda.blocks.streamed import StreamedExperts as Streamed
 from lfm2kit_cuda.capture import Replay
 from lfm2kit_cuda.ceilings import measure_ceilings
+from lfm2kit_cuda.choosing import hardware
 from lfm2kit_cuda.device import choose_device, on_device
 from lfm2kit_cuda.figures import Figures
 from lfm2kit_cuda.memory import memory_of
 from lfm2kit_cuda.paging import state_bytes
 from lfm2kit_cuda.products import read_format
+from lfm2kit_cuda.slots import Slots
 
 BLOCKS = {
     specs.Embedding: Embedding,
@@ -62,9 +67,11 @@ class CudaBackend:
         with on_device(self._memory.device):
             self._gemm = arithmetic(context.precision)
             self._figures = Figures(self._gemm)
+        # Those of the model that is being built; its blocks keep them.
+        self._slots: Callable[[], Slots | None] = lambda: None
 
     def why_unsupported(self, spec: Spec) -> str | None:
-        if type(spec) not in BLOCKS:
+        if type(spec) not in BLOCKS and not isinstance(spec, StreamedExperts):
             return "it builds blocks up to Layer"
         if isinstance(spec, specs.Layer):
             return self._why_not_whole(spec)
@@ -74,6 +81,8 @@ class CudaBackend:
         return self._memory
 
     def build(self, spec: Spec, weights: Weights) -> Block:
+        if isinstance(spec, StreamedExperts):
+            return self._built(spec, weights, lambda: self._streamed(spec, weights))
         return self._built(spec, weights, lambda: BLOCKS[type(spec)](spec, weights, self._gemm))
 
     def why_not_around(self, spec: Spec, parts: Sequence[str]) -> str | None:
@@ -84,6 +93,13 @@ class CudaBackend:
     def build_around(self, spec: Spec, weights: Weights, parts: Mapping[str, Block]) -> Block:
         assert isinstance(spec, specs.Layer)
         return self._built(spec, weights, lambda: Layer(spec, weights, self._gemm, parts))
+
+    def _streamed(self, spec: StreamedExperts, weights: Weights) -> Streamed:
+        """Return a block with the slots of the one before, unless it is the first of a model."""
+        slots = self._slots() if spec.position > 0 else None
+        block = Streamed(spec, weights, self._gemm, slots)
+        self._slots = weakref.ref(block.slots)
+        return block
 
     def _built(self, spec: Spec, weights: Weights, make: Callable[[], Block]) -> Block:
         with self._memory.stream():
@@ -97,6 +113,9 @@ class CudaBackend:
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
         with on_device(self._memory.device):
             return self._figures.kept(spec, weights)
+
+    def pinned_bytes(self, spec: Spec, weights: Weights) -> int:
+        return self._figures.pinned(spec)
 
     def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
         """Return the precision's packed format for matrices, and F32 for gates and other arrays."""
@@ -119,6 +138,9 @@ class CudaBackend:
     def ceilings(self) -> Ceilings:
         with self._memory.stream():
             return measure_ceilings()
+
+    def hardware(self) -> dict[str, str]:
+        return {**hardware(self._memory.device), "CuPy": cupy.__version__}
 
     def _why_not_whole(self, layer: specs.Layer) -> str | None:
         """Return why a layer is not built whole: its norms must have something to round."""

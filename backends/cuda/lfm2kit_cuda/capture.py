@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from threading import Lock
 
 import cupy
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from lfm2kit.backend import Array, Batch
 from lfm2kit_cuda.device import on_device
 from lfm2kit_cuda.memory import CudaMemory
+from lfm2kit_cuda.recording import Part, recording
 
 RELAXED = cupy.cuda.runtime.streamCaptureModeRelaxed  # pools, and other threads, may allocate
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, which CuPy does not export
@@ -41,7 +42,7 @@ class Replay:
             self._arrays = cupy.empty(count, np.int32)
             there = batch.unpacked(memory, self._arrays)
             try:
-                self._graph, self._logits = recorded(step, there)
+                self._graph, self._logits, self._parts = recorded(step, there)
             finally:
                 there.views.clear()  # of which it is one: the garbage collector would come later
 
@@ -56,7 +57,10 @@ class Replay:
             stream.wait_event(self._done)
             self._staging.send(batch.packed(), self._arrays, stream)
             try:
-                self._graph.launch(stream)
+                with ExitStack() as launching:
+                    for part in self._parts:
+                        launching.enter_context(part.launching(stream))
+                    self._graph.launch(stream)
                 return self._logits.copy()
             finally:
                 self._done.record(stream)
@@ -70,7 +74,7 @@ class Replay:
     def close(self) -> None:
         with self._lock, on_device(self._memory.device):
             self._done.synchronize()
-            del self._graph, self._logits, self._arrays
+            del self._graph, self._logits, self._arrays, self._parts
             self._pool.free_all_blocks()
 
 
@@ -96,15 +100,18 @@ class Staging:
         read.record(stream)
 
 
-def recorded(step: Callable[[Batch], Array], batch: Batch) -> tuple[cupy.cuda.Graph, Array]:
-    """Return the graph of `step` and what it will leave its result in.
+def recorded(
+    step: Callable[[Batch], Array], batch: Batch
+) -> tuple[cupy.cuda.Graph, Array, list[Part]]:
+    """Return the graph of `step`, what it will leave its result in, and what takes part in it.
 
     Raise MemoryError if the device has no room for either.
     """
     stream = cupy.cuda.get_current_stream()
     stream.begin_capture(mode=RELAXED)
     try:
-        result = step(batch)
+        with recording(stream) as made:
+            result = step(batch)
     except BaseException:
         with suppress(cupy.cuda.runtime.CUDARuntimeError):  # the first error says why
             stream.end_capture()
@@ -117,4 +124,4 @@ def recorded(step: Callable[[Batch], Array], batch: Batch) -> tuple[cupy.cuda.Gr
         if error.status == OUT_OF_MEMORY:
             raise MemoryError(f"the device has no room for a graph: {error}") from None
         raise
-    return graph, result
+    return graph, result, made.parts

@@ -1,4 +1,4 @@
-"""Which GPU a process works on, and what tells that GPU from every other one.
+"""Which GPU a process works on, what tells that GPU from every other one, and what it is.
 
 Needs the driver, but neither CuPy nor a context on any GPU.
 """
@@ -6,12 +6,16 @@ Needs the driver, but neither CuPy nor a context on any GPU.
 from __future__ import annotations
 
 import ctypes
+import re
+from contextlib import suppress
+from pathlib import Path
 from uuid import UUID
 
 from lfm2kit.backend import Context
 from lfm2kit.errors import Lfm2kitError
 
 NAME_BYTES, UUID_BYTES = 256, 16
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def device_for(context: Context, visible: int, current: int) -> int:
@@ -31,6 +35,22 @@ def identity(device: int) -> str:
 
     The parts that a GPU is divided into (MIG) have UUIDs of their own.
     """
+    name, uuid = _described(device)
+    return f"{name} with UUID {uuid}"
+
+
+def hardware(device: int, driver: Path = DRIVER) -> dict[str, str]:
+    """Return the name of a device, and the version of its driver where the system says it."""
+    names = {"device": _described(device)[0]}
+    with suppress(OSError):
+        version = re.search(r"\b[0-9]+\.[0-9.]*[0-9]\b", driver.read_text())
+        if version is not None:
+            names["driver"] = version[0]
+    return names
+
+
+def _described(device: int) -> tuple[str, UUID]:
+    """Return the name and the UUID of a device."""
     driver = ctypes.CDLL("libcuda.so.1")
     handle = ctypes.c_int()
     name = ctypes.create_string_buffer(NAME_BYTES)
@@ -43,4 +63,4 @@ def identity(device: int) -> str:
     )
     if status:
         raise Lfm2kitError(f"the NVIDIA driver does not describe device {device} (error {status})")
-    return f"{name.value.decode()} with UUID {UUID(bytes=uuid.raw)}"
+    return name.value.decode(), UUID(bytes=uuid.raw)

@@ -134,6 +134,8 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "activations": {**SLABS._asdict(), **ACTIVATIONS._asdict()},
     "channel": CHANNEL._asdict(),
     "ceilings": CEILINGS._asdict(),
+    "sums": {},
+    "after_copies": {},
     "blocks/rows": {**SLABS._asdict(), **ROWS._asdict()},
     "blocks/short_conv": {**SLABS._asdict(), **SHORT_CONV._asdict()},
     "blocks/attention": {**SLABS._asdict(), **ATTENTION._asdict()},

@@ -6,10 +6,12 @@ worst moment.  CuPy's pool rounds each array up to 512 bytes, which is not count
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from lfm2kit import specs
 from lfm2kit.backend import Weights
+from lfm2kit.rewrites import StreamedExperts
 from lfm2kit.specs import Spec
 from lfm2kit_cuda.blocks.feed_forward import ALIGNMENT
 from lfm2kit_cuda.blocks.router import SPLITS
@@ -29,12 +31,23 @@ class Figures:
         if isinstance(spec, specs.Embedding):
             table = weights["weight"]  # it stays as it is stored, if kernels read its format
             return read_format(table).nbytes(table.shape)
+        if isinstance(spec, StreamedExperts):  # all of the model's share the first one's slots
+            count = spec.slots * spec.experts_per_slot if spec.position == 0 else 0
+            return count * self._gated_weights(spec.experts.expert)
         return sum(self._kept(leaf) for leaf in specs.leaves(spec))
+
+    def pinned(self, spec: Spec) -> int:
+        """Return the bytes of the weights that a block keeps in pinned memory of the host."""
+        if not isinstance(spec, StreamedExperts):
+            return 0
+        return len(spec.experts.local_experts) * self._gated_weights(spec.experts.expert)
 
     def scratch(self, spec: Spec, tokens: int) -> int:
         """Return the bytes that a call with this many rows needs beside arguments and result."""
         if isinstance(spec, specs.Layer):
             return self._layer(spec, tokens)
+        if isinstance(spec, StreamedExperts):
+            return self._streamed(spec, tokens)
         if isinstance(spec, specs.Router | specs.Scores):
             return 4 * SPLITS * tokens * spec.num_experts
         if isinstance(spec, specs.LMHead):
@@ -120,6 +133,12 @@ class Figures:
         gated = self._gemm.gated_bytes(slots, inner, tiles)
         outputs = self._down * slots * h
         return lists + max(self._gated(slots, h, inner, tiles), gated + outputs)
+
+    def _streamed(self, spec: StreamedExperts, tokens: int) -> int:
+        """Return what the largest portion needs, beside the sum of those before and its own."""
+        largest = replace(spec.experts, local_experts=spec.portions[0])
+        sums = 8 * tokens * spec.experts.hidden_size if len(spec.portions) > 1 else 0
+        return self._rounded(largest, tokens) + self._experts(largest, tokens) + sums
 
     def _layer(self, spec: specs.Layer, tokens: int) -> int:
         """Return what a layer needs that is built whole: its norms round in the same pass."""

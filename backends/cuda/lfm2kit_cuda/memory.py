@@ -18,6 +18,7 @@ from lfm2kit_cuda.channel import Channel
 from lfm2kit_cuda.choosing import identity
 from lfm2kit_cuda.device import current_device, on_device
 from lfm2kit_cuda.near import cores_near
+from lfm2kit_cuda.sums import add
 from lfm2kit_cuda.upload import upload
 
 
@@ -54,6 +55,10 @@ class CudaMemory:
             free, _ = cupy.cuda.runtime.memGetInfo()
             return int(free) + int(cupy.get_default_memory_pool().free_bytes())
 
+    def add(self, left: cupy.ndarray, right: cupy.ndarray) -> cupy.ndarray:
+        with on_device(self.device):
+            return add(left, right)
+
     def near_cores(self) -> frozenset[int]:
         """Return the cores of the NUMA node that the GPU is attached to."""
         return cores_near(cupy.cuda.Device(self.device).pci_bus_id)
@@ -89,7 +94,7 @@ class CudaMemory:
     def channel(self, workers: int, deadline: float) -> Channel:
         """Return a new channel to threads of the host.
 
-        Raises ValueError if there are more of them than a kernel can look at.
+        Raise ValueError if there are more of them than a kernel can look at.
         """
         with on_device(self.device):
             return Channel(workers, deadline)

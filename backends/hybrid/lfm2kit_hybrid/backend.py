@@ -23,6 +23,7 @@ from lfm2kit.backend import (
     Memory,
     MemoryFigures,
     Near,
+    PinsMemory,
     Room,
     Signals,
     Spec,
@@ -91,6 +92,10 @@ class HybridBackend:
     def scratch_bytes(self, spec: Spec, tokens: int) -> int:
         backend = self._backend_of(spec)
         return backend.scratch_bytes(spec, tokens) if isinstance(backend, MemoryFigures) else 0
+
+    def pinned_bytes(self, spec: Spec, weights: Weights) -> int:
+        backend = self._backend_of(spec)
+        return backend.pinned_bytes(spec, weights) if isinstance(backend, PinsMemory) else 0
 
     def state_bytes(self, spec: Spec, room: Room) -> int:
         backend = self._backend_of(spec)

@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lfm2kit.backend import ArrayForm, Block, Call, CallsNatively, Ordered, Signals
+from lfm2kit.backend import ArrayForm, Block, Call, CallsNatively, Ordered, Pending, Signals
 from lfm2kit.progress import THIS_PROCESS
 from lfm2kit_hybrid.calls import Called
 from lfm2kit_hybrid.workers import Workers
@@ -69,6 +69,26 @@ class Server:
         return call
 
 
+class _Sent(NamedTuple):
+    """A trip whose answer has not been enqueued yet."""
+
+    call: Call
+    is_tuple: bool  # the result
+
+    def end(self) -> Any:
+        results = self.call.receive()
+        return results if self.is_tuple else results[0]
+
+
+class _Answered(NamedTuple):
+    """The result of a call that did without a trip."""
+
+    result: Any
+
+    def end(self) -> Any:
+        return self.result
+
+
 class HostCrossing:
     """A block of the host's memory, called from `outer`.
 
@@ -83,13 +103,16 @@ class HostCrossing:
         self._calls: dict[Shapes, tuple[Call, bool]] = {}  # and whether the result is a tuple
 
     def __call__(self, *inputs: Any) -> Any:
+        return self.begin(*inputs).end()
+
+    def begin(self, *inputs: Any) -> Pending:
+        """Enqueue the sending; the block runs beside what is enqueued before `end`."""
         shapes = tuple(tuple(array.shape) for array in inputs)
         if shapes not in self._calls:
-            return self._first(shapes, inputs)
+            return _Answered(self._first(shapes, inputs))
         call, is_tuple = self._calls[shapes]
         call.send(*inputs)
-        results = call.receive()
-        return results if is_tuple else results[0]
+        return _Sent(call, is_tuple)
 
     def _first(self, shapes: Shapes, inputs: Sequence[Any]) -> Any:
         arriving = [self._outer.start_to_host(array) for array in inputs]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Bounded, MemoryFigures
+from lfm2kit.backend import Adds, Bounded, MemoryFigures
 from lfm2kit.batch import Batch
 from lfm2kit.specs import Spec
 from lfm2kit.testing.checks.registry import check
@@ -17,7 +17,7 @@ from lfm2kit.testing.compare import Result, assert_same, each
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.sessions import calls
 from lfm2kit.testing.trial import Trial
-from lfm2kit.testing.verdicts import CheckFailed
+from lfm2kit.testing.verdicts import CheckFailed, Skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,25 @@ def memory_round_trip(trial: Trial) -> None:
                 assert_same(back, array, what)
                 if back.dtype != dtype:
                     raise CheckFailed(f"{what}: came back as {back.dtype}")
+
+
+@check
+def memory_adds(trial: Trial) -> None:
+    """A memory's `add` gives the sum of two arrays as a new one, and leaves both as they are."""
+    for spec in trial.first_of_kinds():
+        if trial.backend.why_unsupported(spec) is not None:
+            continue  # joined of parts, which have their turn
+        memory = trial.backend.memory(spec)
+        if not isinstance(memory, Adds):
+            raise Skipped("its memory has no `add`")
+        for shape in ((17, 24), (1, 33), (300, 2048), (0, 24)):
+            arrays = [trial.rng.standard_normal(shape).astype(np.float32) for _ in range(2)]
+            there = [memory.from_host(array.copy()) for array in arrays]
+            total = memory.to_host(memory.add(*there))
+            what = f"memory {memory.name!r} of {spec}, {list(shape)}"
+            assert_same(total, arrays[0] + arrays[1], f"{what}: the sum")
+            for array, was in zip(there, arrays, strict=True):
+                assert_same(memory.to_host(array), was, f"{what}: an array that was added")
 
 
 @check

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 
 from lfm2kit import specs
+from lfm2kit.rewrites import StreamedExperts
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_close, assert_same
 from lfm2kit.testing.random_inputs import random_inputs, random_rows
 from lfm2kit.testing.random_weights import frozen_weights
 from lfm2kit.testing.trial import Trial
-from lfm2kit.testing.verdicts import CheckFailed
+from lfm2kit.testing.verdicts import CheckFailed, Skipped
 from lfm2kit.weights import Tensor, Weights
 
 
@@ -75,14 +76,15 @@ def experts_local_ids(trial: Trial) -> None:
 
 @check
 def experts_none_local(trial: Trial) -> None:
-    """A rank may hold none of a layer's experts: its block then returns zeros for ids of -1."""
+    """A rank may hold none of a layer's experts: its block then returns zeros for any ids."""
     for spec in _experts(trial):
         block = trial.build(replace(spec, local_experts=()), Weights({}))
         for rows in (0, 1, 17):
-            ids = np.full((rows, spec.num_experts_per_tok), -1, np.int32)
-            weights = np.full(ids.shape, np.nan, np.float32)
-            x = random_rows(trial.rng, rows, spec.hidden_size)
-            assert_same(block(x, ids, weights), np.zeros_like(x), f"{spec} with no local experts")
+            x, others, _ = random_inputs(spec, trial.rng, rows)
+            weights = np.full(others.shape, np.nan, np.float32)
+            for ids in (np.full_like(others, -1), others):
+                got = block(x, ids, weights)
+                assert_same(got, np.zeros_like(x), f"{spec} with no local experts")
 
 
 @check
@@ -107,6 +109,58 @@ def experts_nobody_adds_nothing(trial: Trial) -> None:
             assert_close(got, want, trial.tolerance, f"{part} at {rows} rows, some ids -1")
             if np.any(got[is_padding]) or np.any(np.signbit(got[is_padding])):
                 raise CheckFailed(f"{part} at {rows} rows: a row of -1 alone is not +0")
+
+
+@check
+def experts_of_others_add_nothing(trial: Trial) -> None:
+    """Ids of experts that another block has are as -1, to the bit.
+
+    They lie above, below and between its own.  Where experts are split between devices, each block
+    gets all ids that the router has chosen.
+    """
+    for spec in _experts(trial):
+        ids_there = range(spec.num_experts)
+        for local in (ids_there[1::2], ids_there[:0:-3], ids_there[2:3]):
+            part = replace(spec, local_experts=tuple(local))
+            block, reference = trial.pair(part)
+            for rows in (1, 17, 129):
+                x, ids, weights = random_inputs(spec, trial.rng, rows)
+                is_local = np.isin(ids, local)
+                x[~is_local.any(axis=1)] = np.nan
+                masked = np.where(is_local, ids, np.int32(-1))
+                want = block(x, masked, weights)
+                assert_close(want, reference(x, masked, weights), trial.tolerance, f"{part}")
+                got = block(x, ids, np.where(is_local, weights, np.float32(np.nan)))
+                assert_same(got, want, f"{part} at {rows} rows, with ids of others and -1 for them")
+
+
+@check
+def streamed_experts_are_their_own(trial: Trial) -> None:
+    """Blocks of `StreamedExperts` share slots, and each call finds its block's own experts there.
+
+    They are called in the order of the forward, again and again, and nobody waits between them.
+    """
+    for spec in _experts(trial):
+        ids = range(spec.num_experts)
+        layers = [tuple(some) for some in (ids[::2], ids[1::2], ids[:1], ids[::-1])]
+        parts = [replace(spec, local_experts=local) for local in layers]
+        for slots, each in ((1, 1), (2, 1), (2, 2)):
+            streamed = [StreamedExperts(p, i, slots, each) for i, p in enumerate(parts)]
+            if trial.backend.why_unsupported(streamed[0]) is not None:
+                raise Skipped("it streams no experts")
+            weights = [trial.random_weights(part) for part in parts]
+            blocks = [trial.build(*given) for given in zip(streamed, weights, strict=True)]
+            for rows in (1, 17, 129):
+                inputs = random_inputs(spec, trial.rng, rows)
+                moved = blocks[0].to_memory(inputs)
+                results = [[b.block(*moved) for b in blocks] for _ in range(3)]
+                for i, (part, block) in enumerate(zip(parts, blocks, strict=True)):
+                    what = f"{streamed[i]} at {rows} rows"
+                    want = trial.build_reference(part, weights[i])(*inputs)
+                    first, *others = (block.to_host(forward[i]) for forward in results)
+                    assert_close(first, want, trial.tolerance, what)
+                    for other in others:
+                        assert_same(other, first, f"{what}, called again")
 
 
 @check

@@ -65,15 +65,16 @@ class Experts:
     def __call__(self, x: Floats, expert_ids: Ints, expert_weights: Floats) -> Floats:
         rows, top_k = expert_ids.shape
         pairs = np.argsort(expert_ids, axis=None, kind="stable")  # pair = row * top_k + k
-        begins = np.searchsorted(expert_ids.reshape(-1)[pairs], list(self.experts))
-        # What is nobody's, -1, comes first: it stays -0, which changes no bit of a sum.
+        sorted_ids = expert_ids.reshape(-1)[pairs]
+        # What is not of these experts stays -0, which changes no bit of a sum.
         products = np.full((rows * top_k, x.shape[1]), -0.0, np.float32)
-        for mlp, mine in zip(self.experts.values(), np.split(pairs, begins)[1:], strict=True):
-            if len(mine):
+        for e, mlp in self.experts.items():
+            begin, end = np.searchsorted(sorted_ids, (e, e + 1))
+            if len(mine := pairs[begin:end]):
                 weights = expert_weights.reshape(-1)[mine, None]
                 products[mine] = weights * mlp(x[mine // top_k])
         delta = _sum_in_order(products.reshape(rows, top_k, x.shape[1]))
-        delta[(expert_ids < 0).all(axis=1)] = 0
+        delta[~np.isin(expert_ids, list(self.experts)).any(axis=1)] = 0
         return delta
 
 

@@ -52,7 +52,7 @@ class Experts:
 
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
         if not self.spec.local_experts:
-            return np.zeros_like(x)  # every pair is nobody's
+            return np.zeros_like(x)  # no pair is of a local expert
         count = len(self.spec.local_experts)
         offsets, rows, places = sort_by_expert(expert_ids, self.numbers, count)
         size = self.spec.intermediate_size
@@ -83,7 +83,7 @@ def sort_by_expert(expert_ids: Int32, numbers: Int32, count: int) -> tuple[Int64
     """Sort the (row, k) pairs by local expert, and leave them in their order within an expert.
 
     Return where the pairs of each of `count` experts begin [count + 1], each pair's row [pairs],
-    and the place of each pair [rows, k].  A pair that is nobody's has no row, and the place -1.
+    and the place of each pair [rows, k].  A pair of no local expert has no row, and the place -1.
     """
     offsets = np.zeros(count + 1, np.int64)
     rows = np.empty(expert_ids.size, np.int64)
@@ -96,17 +96,18 @@ def sort_by_expert(expert_ids: Int32, numbers: Int32, count: int) -> tuple[Int64
 def _sort(expert_ids: Any, numbers: Any, offsets: Any, rows: Any, places: Any) -> None:
     """Sort by counting."""
     for expert in expert_ids.flat:
-        if expert >= 0:
+        if expert >= 0 and numbers[expert] >= 0:
             offsets[numbers[expert] + 1] += 1
     for e in range(1, offsets.shape[0]):
         offsets[e] += offsets[e - 1]
     following = offsets.copy()
     for row in range(expert_ids.shape[0]):
         for k in range(expert_ids.shape[1]):
-            if expert_ids[row, k] < 0:
+            expert = expert_ids[row, k]
+            number = numbers[expert] if expert >= 0 else -1
+            if number < 0:
                 places[row, k] = -1
                 continue
-            number = numbers[expert_ids[row, k]]
             places[row, k] = following[number]
             rows[following[number]] = row
             following[number] += 1

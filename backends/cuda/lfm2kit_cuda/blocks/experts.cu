@@ -7,7 +7,8 @@
 
 constexpr int kWarp = 32, kThreads = GROUP_THREADS, kWarps = kThreads / kWarp;
 constexpr int kIds = 4;        // that a lane asks for at once
-constexpr int kNobody = -1, kNoPair = -2;  // in the place of an expert's id
+constexpr int kNoPair = -2;  // in the place of an expert's id; -1 is in no block's experts
+constexpr int kForeign = -(1 << 30);  // more negative than any count is large
 constexpr int kAlignment = ALIGNMENT;  // an expert's first slot is a multiple of it, as products want it
 
 __device__ inline int slots_of(int rows) { return (rows + kAlignment - 1) / kAlignment * kAlignment; }
@@ -31,7 +32,8 @@ struct Tiles {
   }
 };
 
-extern __shared__ int counts_e[];  // of every id; behind them, the ids of the local experts
+// Of every id; negative where the expert is not local.  Behind them, the ids of the local experts.
+extern __shared__ int counts_e[];
 
 struct Grouping {  // shared by the threads of `group_by_expert`
   int before_w[kWarps], slot0, tall0, low0, all_tiles;
@@ -52,7 +54,7 @@ __device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int (&
 // first: a CTA that takes every nth tile then gets its share of each height.
 //   experts_l       the ids of the local experts, all below `experts`; all else is by local number
 //   source_p[slot]  the token whose row a slot holds; -1 for none, of `slots`
-//   place_p[pair]   the slot of a pair; -1 if it is nobody's
+//   place_p[pair]   the slot of a pair; -1 if its expert is not local
 //   tiles           (expert, first slot, slots, the expert's first tile of the kind | its tiles of the
 //                   kind << 16) each; *tile_count of them
 extern "C" __global__ void __launch_bounds__(kThreads)
@@ -62,9 +64,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   auto& [before_w, slot0, tall0, low0, all_tiles] = grouping;
   int* ids_l = counts_e + experts;
   int expert = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int e = threadIdx.x; e < experts; e += kThreads) counts_e[e] = 0;
-  for (int e = threadIdx.x; e < gridDim.x; e += kThreads) ids_l[e] = experts_l[e];
+  for (int e = threadIdx.x; e < experts; e += kThreads) counts_e[e] = kForeign;
   if (threadIdx.x == 0) slot0 = tall0 = low0 = all_tiles = 0;
+  __syncthreads();
+  for (int e = threadIdx.x; e < gridDim.x; e += kThreads) counts_e[ids_l[e] = experts_l[e]] = 0;
   __syncthreads();
   int its_id = ids_l[expert];
 
@@ -111,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         source_p[at] = pair / TAKEN;
         place_p[pair] = at;
       }
-      if (expert == 0 && ids[i] == kNobody) place_p[pair] = -1;
+      if (expert == 0 && ids[i] != kNoPair && (ids[i] < 0 || counts_e[ids[i]] < 0))
+        place_p[pair] = -1;
       slot += __popc(matches);
     }
   }
@@ -130,8 +134,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // delta_th[t] = sum_k weights_p[t, k] * outputs_ph[place_p[t, k]]: each product rounded, added in
 // the order of k from the first, so that expert parallelism, which adds elsewhere, has these bits.
-// A pair that is nobody's counts as -0, which changes no bit of a sum; without any other pair the sum
-// is +0.
+// A pair whose expert is not local counts as -0, which changes no bit of a sum; without any other
+// pair the sum is +0.
 // A CTA per token; it asks for all that it reads before it uses the first.
 template <class Stored>
 __device__ void combine(const Stored* outputs_ph, const int* place_p, const float* weights_p,
@@ -147,7 +151,7 @@ __device__ void combine(const Stored* outputs_ph, const int* place_p, const floa
     int place = place_p[token * TAKEN + k];
     is_there[k] = place >= 0;
     is_any_there |= is_there[k];
-    from[k] = outputs_ph + size_t(max(place, 0)) * h;  // what is nobody's is read and not used
+    from[k] = outputs_ph + size_t(max(place, 0)) * h;  // without a place: read and not used
     weight[k] = weights_p[token * TAKEN + k];
   }
   for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {

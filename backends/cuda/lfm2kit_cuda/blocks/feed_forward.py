@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import cupy
@@ -12,7 +13,7 @@ from lfm2kit.backend import Block, Weights
 from lfm2kit_cuda.blocks.router import Router
 from lfm2kit_cuda.constants import EXPERTS
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Activations, Arithmetic, RowTiles, padded
+from lfm2kit_cuda.products import Activations, Arithmetic, Matrix, RowTiles, padded
 from lfm2kit_cuda.upload import upload
 
 GROUP_THREADS, COMBINE_THREADS = EXPERTS.GROUP_THREADS, 512
@@ -36,15 +37,22 @@ class MLP:
 
 class Experts:
     def __init__(self, spec: specs.Experts, weights: Weights, gemm: Arithmetic) -> None:
-        self.spec = spec
-        self.gemm = gemm
+        self._prepare(spec, gemm)
         w1, w3, w2 = (
             [weights[f"experts.{e}.{name}.weight"] for e in spec.local_experts]
             for name in ("w1", "w3", "w2")
         )
-        self.local = upload(np.array(spec.local_experts, np.int32))
         if spec.local_experts:
             self.w13, self.w2 = gemm.pack_gated(w1, w3), gemm.pack_down(w2)
+
+    def _prepare(self, spec: specs.Experts, gemm: Arithmetic) -> None:
+        self.spec = spec
+        self.gemm = gemm
+        self.local = upload(np.array(spec.local_experts, np.int32))
+
+    def matrices(self) -> AbstractContextManager[tuple[Matrix, Matrix]]:
+        """Return a context in which work that multiplies with the matrices is enqueued."""
+        return nullcontext((self.w13, self.w2))
 
     def __call__(
         self, x: cupy.ndarray, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
@@ -57,9 +65,10 @@ class Experts:
         """Do what a call does, with an input that is rounded already."""
         h, (tokens, taken) = self.spec.hidden_size, expert_ids.shape
         if not self.spec.local_experts:
-            return cupy.zeros((tokens, h), cupy.float32)  # every pair is nobody's
+            return cupy.zeros((tokens, h), cupy.float32)  # no pair is of a local expert
         tiles, place = grouped_by_expert(expert_ids, self.local, self.spec.num_experts, self.gemm)
-        outputs = self.gemm.down(self.gemm.gated(rounded, self.w13, tiles), self.w2, tiles)
+        with self.matrices() as (w13, w2):
+            outputs = self.gemm.down(self.gemm.gated(rounded, w13, tiles), w2, tiles)
         delta = cupy.empty((tokens, h), cupy.float32)
         combine = _kernel(f"combine_{COMBINED[outputs.dtype.type]}", taken, h)
         combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, h)
@@ -92,8 +101,8 @@ def grouped_by_expert(
 ) -> tuple[RowTiles, cupy.ndarray]:
     """Sort the (token, k) pairs by expert.
 
-    Return the tiles of their rows, and the slot of each pair, int32 [pairs]: -1 if it is nobody's.
-    `local` int32 are the ids of the experts that are here, of `experts` in all.
+    Return the tiles of their rows, and the slot of each pair, int32 [pairs]: -1 if its expert is
+    not local.  `local` int32 are the ids of the experts that are here, of `experts` in all.
     """
     pairs, taken = expert_ids.size, expert_ids.shape[1]
     slots = padded(pairs + (ALIGNMENT - 1) * min(pairs, len(local)), ALIGNMENT)

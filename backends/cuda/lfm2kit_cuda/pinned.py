@@ -1,0 +1,23 @@
+"""Host memory that the device reads at the link's speed, and that the system cannot reclaim."""
+
+from __future__ import annotations
+
+import cupy
+import numpy as np
+import numpy.typing as npt
+
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, which CuPy does not export
+
+
+def empty_pinned(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return new bytes that are given back to the system when the array is dropped.
+
+    CuPy's pool would keep them for later.  Raise MemoryError if the system pins no more.
+    """
+    try:
+        memory = cupy.cuda.PinnedMemory(nbytes, cupy.cuda.runtime.hostAllocPortable)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if error.status != OUT_OF_MEMORY:
+            raise
+        raise MemoryError(f"the system does not pin {1e-9 * nbytes:.2f} GB more") from None
+    return np.frombuffer(cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes)

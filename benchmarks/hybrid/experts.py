@@ -1,0 +1,155 @@
+"""Experts where they fit: a limited GPU memory, full-size LFM2-8B-A1B with random weights.
+
+    python benchmarks/hybrid/experts.py --gpu-memory 24GiB -n 1,16,64,128
+    python benchmarks/hybrid/experts.py --gpu-memory 24GiB --streamed 0,32,4,8 --output times.json
+
+Contenders are numbers of streamed experts of each layer: 0 computes all that do not fit on the CPU,
+32 streams all of them.  `rates` chooses by what is measured here first, for the number of tokens.
+They run one after the other, forward by forward, and their logits may differ by rounding alone.
+Prints Markdown tables: where experts are, what is predicted, what is measured, and the GPU memory
+that each model takes beside the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
+from full_size import STORED_AS, RandomTensors
+
+from lfm2kit.backend import Weights
+from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
+from lfm2kit.measuring.bench import random_batch
+from lfm2kit.measuring.calibration import calibrated, measurable
+from lfm2kit.model import LFM2
+from lfm2kit.rewrites import SplitExperts
+
+LENGTH = 16  # tokens of a sample
+WARM_UP = 3  # the first forward of a form compiles, the second is captured
+MOST_DIFFERENCE = 1e-3  # of logits
+RATES = "rates"
+
+
+class Contender(NamedTuple):
+    name: str
+    setup: Setup
+    model: LFM2
+    gpu_bytes: int
+
+
+def checkpoint(stored_as: str) -> Checkpoint:
+    spec = model_spec(LFM2_8B_A1B, tied=True)
+    tensors = RandomTensors(spec.parameters(), STORED_AS[stored_as])
+    return Checkpoint(Path("random"), spec, Weights(dict(tensors)), LFM2_8B_A1B)
+
+
+def measured_rates(there: Checkpoint, backend: str, precision: str) -> Path:
+    """Return a file with the rates of this machine."""
+    start = time.perf_counter()
+    setup = set_up(there, Options(backend=backend, precision=precision))
+    calibration, waited = calibrated(setup, measurable(setup))
+    path = Path(tempfile.mkdtemp()) / "rates.json"
+    path.write_text(json.dumps(calibration.document()))
+    seconds = time.perf_counter() - start
+    print(f"rates measured in {seconds:.0f} s, waiting {waited:.0%} for cores: {path}", flush=True)
+    return path
+
+
+def used_bytes() -> int:
+    cupy.get_default_memory_pool().free_all_blocks()
+    free, total = cupy.cuda.runtime.memGetInfo()
+    return int(total - free)
+
+
+def contender(there: Checkpoint, name: str, n: int, rates: Path, options: Any) -> Contender:
+    asked = Options(
+        backend=options.backend,
+        precision=options.precision,
+        gpu_memory=options.gpu_memory,
+        rates=rates,
+        streamed_experts=None if name == RATES else int(name),
+    )
+    before, tokens = used_bytes(), n * LENGTH
+    setup = set_up(there, asked, tokens=tokens)
+    model = setup.build(tokens=tokens)
+    for _ in range(WARM_UP):
+        model.logits(random_batch(n, LENGTH, LFM2_8B_A1B.vocab_size, seed=n))
+    return Contender(name, setup, model, used_bytes() - before)
+
+
+def where(setup: Setup) -> str:
+    """Return how many experts are resident, streamed and on the host, in all layers together."""
+    splits = [one.spec for one in setup.placed.tree() if isinstance(one.spec, SplitExperts)]
+    counts = [
+        sum(len(getattr(spec, role)) for spec in splits)
+        for role in ("resident", "streamed", "host")
+    ]
+    slots = next((f", {s.slots} slots of {s.experts_per_slot}" for s in splits if s.streamed), "")
+    return " / ".join(map(str, counts)) + slots
+
+
+def times_in_turns(contenders: list[Contender], n: int, repetitions: int) -> list[list[float]]:
+    batch = random_batch(n, LENGTH, LFM2_8B_A1B.vocab_size, seed=n)
+    times: list[list[float]] = [[] for _ in contenders]
+    for turn in range(repetitions):
+        logits = {}
+        for i in sorted(range(len(contenders)), reverse=turn % 2 == 1):
+            start = time.perf_counter()
+            logits[i] = contenders[i].model.logits(batch)
+            times[i].append(time.perf_counter() - start)
+        for other in logits.values():
+            assert np.abs(other - logits[0]).max() <= MOST_DIFFERENCE, "other logits"
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", default="hybrid")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--stored-as", default="F32", choices=STORED_AS)
+    parser.add_argument("--gpu-memory", default="24GiB")
+    parser.add_argument("--streamed", default=f"0,32,{RATES}", help="numbers, or rates")
+    parser.add_argument("--rates", type=Path, help="a file of lfm2kit calibrate")
+    parser.add_argument("-n", default="16,64,128")
+    parser.add_argument("-r", "--repetitions", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="a JSON file of all times")
+    options = parser.parse_args()
+    there = checkpoint(options.stored_as)
+    rates = options.rates or measured_rates(there, options.backend, options.precision)
+    print("\n| n | streamed | resident / streamed / host | captured | predicted ms | ms | samples/s"
+          " | GPU GB |\n|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
+    records = []
+    for n in map(int, options.n.split(",")):
+        names = options.streamed.split(",")
+        contenders = [contender(there, name, n, rates, options) for name in names]
+        all_times = times_in_turns(contenders, n, options.repetitions)
+        for one, times in zip(contenders, all_times, strict=True):
+            median, sharing = statistics.median(times), one.setup.sharing
+            predicted = "" if sharing is None else f"{1e3 * sharing.seconds:.1f}"
+            row = (
+                n, one.name, where(one.setup), one.model._captures is not None, predicted,
+                f"{1e3 * median:.1f}", f"{n / median:.0f}", f"{one.gpu_bytes / 1e9:.2f}",
+            )  # fmt: skip
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+            records.append({"n": n, "streamed": one.name, "seconds": times,
+                            "predicted": predicted, "gpu_bytes": one.gpu_bytes})  # fmt: skip
+        del contenders, one
+    if options.output is not None:
+        options.output.write_text(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Places a model's experts so that it takes no more of a device's memory than is allowed.
+
+With rates, from a file that is named or kept for this machine, the placement is the one with the
+least predicted time (`predicting.py`).  Without them the rule is simple: the same number stays in
+every layer, those that are used most, or have the lowest ids; of the others, some may be streamed,
+and the host computes the rest.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lfm2kit import specs
+from lfm2kit.backend import HOST
+from lfm2kit.building.answers import Answers
+from lfm2kit.building.capacity import PINNED
+from lfm2kit.building.load import read_load, uniform, unused
+from lfm2kit.building.predicting import Layer, Predictor
+from lfm2kit.building.sharing import Budget, Place, Sharing
+from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
+from lfm2kit.rewrites.parted_experts import Places, StreamedExperts
+
+if TYPE_CHECKING:
+    from lfm2kit.building.loading import Setup
+
+TOKENS = 2048  # of a forward, for which scratch memory is left and times are predicted
+RESERVE = 1 / 16  # of the memory, for what no figure counts: captures, activations, the driver
+
+
+def fitted(whole: Setup, tokens: int) -> Setup:
+    """Return the set-up with as many experts in the devices' memory as its options allow.
+
+    Raise `Lfm2kitError` if there is nothing to split, a file does not fit the model, or a backend
+    does not say how much its blocks take.
+    """
+    options, layers = whole.options, list(on_devices(whole))
+    if not layers:
+        asked = Option("gpu_memory", options.gpu_memory)
+        raise Lfm2kitError(asked, ": the plan has no experts in a device's memory")
+    predictor = None
+    if options.rates is not None:
+        predictor = Predictor.read(whole, layers, tokens, Path(options.rates))
+    if _room(whole, tokens) >= 0:
+        return whole
+    if predictor is None:
+        predictor, note = _kept(whole, layers, tokens)
+        whole = replace(whole, placing=note)
+    if predictor is None:
+        return _alike(whole, layers, tokens)
+    if options.streamed_experts is None:
+        sharing = predictor.cheapest(*_budget(whole, layers, tokens))
+        return replace(_shared(whole, layers, sharing), sharing=sharing)
+    found = _alike(whole, layers, tokens)
+    return replace(found, sharing=predictor.of(found.placed.spec))
+
+
+def _kept(whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Predictor | None, str]:
+    """Return what predicts times by the rates of this machine, if they are kept, and a note."""
+    try:
+        path, predictor = Predictor.kept(whole, layers, tokens)
+    except Lfm2kitError as error:
+        return None, f"experts are placed without predicted times: {error}"
+    return predictor, f"experts are placed by the rates in {path}"
+
+
+def on_devices(whole: Setup) -> Iterator[Layer]:
+    """Yield the layers of which the plan computes experts in other memories than the host's."""
+    model, shares = whole.placed.spec, _shares(whole)
+    assert isinstance(model, specs.Model)
+    for i, layer in enumerate(model.layers):
+        for scope, spec in _experts(layer, f"layers.{i}"):
+            item = whole.plan.backend_for(i, spec.kind)
+            memory = Answers(whole.create(item), item, f"layers.{i}").memory(spec)
+            if spec.local_experts and memory.name != HOST.name:
+                of_local = tuple(shares[i][e] for e in spec.local_experts)
+                yield Layer(i, spec, scope, item, of_local)
+
+
+def _experts(spec: specs.Spec, scope: str) -> Iterator[tuple[str, specs.Experts]]:
+    if isinstance(spec, specs.Experts):
+        yield scope, spec
+    for part in spec.parts():
+        yield from _experts(part.spec, f"{scope}.{part.scope}".strip("."))
+
+
+def _shares(whole: Setup) -> dict[int, Sequence[float]]:
+    """Return how often each expert is chosen, by layer: as recorded, or all alike."""
+    path, model = whole.options.load, whole.checkpoint.spec
+    numbers = [one.layer for one in unused(model)]
+    if path is None:
+        return dict(zip(numbers, uniform(model), strict=True))
+    load = read_load(Path(path))
+    load.check(Path(path), model)
+    return dict(zip(numbers, load.shares(), strict=True))
+
+
+def _room(setup: Setup, tokens: int) -> int:
+    """Return the bytes that are left in the device's memory with the fewest, below 0 if too few.
+
+    Without such a memory it is 0.
+    """
+    sizes, left = setup.sizes, []
+    for name, free in sizes.free(setup.placed).items():
+        leaves = [leaf for leaf in setup.placed.leaves() if leaf.memory.name == name]
+        if name == HOST.name:
+            continue
+        if sizes.unknown(leaves):
+            raise Lfm2kitError(
+                Option("gpu_memory", setup.options.gpu_memory),
+                f": a backend in memory '{name}' does not say how much its blocks take",
+            )
+        left.append(int((1 - RESERVE) * free) - sum(sizes.needed(leaves, tokens)))
+    return min(left, default=0)
+
+
+def _alike(whole: Setup, layers: Sequence[Layer], tokens: int) -> Setup:
+    """Return the set-up in which as many experts stay as fit, in every layer the same number."""
+    streamed = whole.options.streamed_experts or 0
+
+    def with_resident(count: int) -> Setup:
+        away = {layer.number: layer.wanted[count:] for layer in layers}
+        places = {i: Places(ids[:streamed], ids[streamed:]) for i, ids in away.items() if ids}
+        return whole.split(places)
+
+    def is_too_much(count: int) -> bool:
+        return _room(with_resident(count), tokens) < 0
+
+    most = max(len(layer.wanted) for layer in layers)
+    too_many = bisect_left(range(most), True, key=is_too_much)
+    return with_resident(max(too_many - 1, 0))
+
+
+def _budget(whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Budget, int]:
+    """Return what experts may take, and the bytes of one of them in the device's memory."""
+    none = whole.split({layer.number: Places((), layer.wanted) for layer in layers})
+    room, count = _room(none, tokens), sum(len(layer.wanted) for layer in layers)
+    one = max(1, -(-(room - _room(whole, tokens)) // count))
+    pinned = int(PINNED * HOST.free_bytes(whole.context.local_ranks))
+    budget = Budget(max(room, 0), pinned, portion=EXPERTS_PER_SLOT)
+    streamed = StreamedExperts(layers[0].spec, 0, SLOTS, EXPERTS_PER_SLOT)
+    item = layers[0].item
+    streams = Answers(whole.create(item), item).why_unsupported(streamed) is None
+    return (budget if streams else replace(budget, slots=())), one
+
+
+def _shared(whole: Setup, layers: Sequence[Layer], sharing: Sharing) -> Setup:
+    """Return the set-up with the experts where the sharing says."""
+
+    def ids(index: int, place: Place) -> tuple[int, ...]:
+        return tuple(layers[index].spec.local_experts[e] for e in sharing.at(index, place))
+
+    places = {
+        layer.number: Places(ids(i, Place.STREAMED), ids(i, Place.HOST))
+        for i, layer in enumerate(layers)
+    }
+    return whole.split(places, max(1, sharing.slots.count), max(1, sharing.slots.experts))

@@ -1,0 +1,96 @@
+"""Keeps the rates of this machine between commands, in a folder beside the compiled kernels.
+
+A file's name changes with the machine, its software and the threads that compute: rates of another
+machine are not read, even from a home folder that several machines share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import distributions
+from pathlib import Path
+
+import numpy as np
+
+from lfm2kit.backend import Context, Exclusive, Memory, NamesHardware
+from lfm2kit.building.answers import Answers
+from lfm2kit.building.rates import MADE_BY, Calibration, Experts, read_calibration
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.kernel_cache import VARIABLE, make_folder, root_folder
+from lfm2kit.process import machine
+
+FOLDER = "rates"
+
+
+def described(context: Context) -> dict[str, str]:
+    """Return the names and versions that the rates of the host depend on."""
+    ours = {d.name: d.version for d in distributions() if (d.name or "").startswith("lfm2kit")}
+    ranks = {"ranks": str(context.local_ranks)} if context.local_ranks > 1 else {}
+    return {
+        "processor": machine.processor(),
+        "cores": str(machine.cores()),
+        "threads": str(context.threads or "all"),
+        **ranks,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        **dict(sorted(ours.items())),
+    }
+
+
+def hardware_of(asked: Answers, memory: Memory) -> dict[str, str]:
+    """Return what a backend says of its device, or what its memory is called."""
+    if isinstance(asked.backend, NamesHardware):
+        return dict(asked.hardware())
+    return {"device": memory.unit()} if isinstance(memory, Exclusive) else {}
+
+
+def kept_file(described: Mapping[str, str]) -> Path:
+    """Return where the rates of a machine are kept; raise `Lfm2kitError` without a home folder."""
+    root = root_folder()
+    if root is None:
+        raise Lfm2kitError(f"there is no home folder; {VARIABLE} can name another one")
+    text = "\0".join(f"{name}\0{value}" for name, value in described.items())
+    return root / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def read_kept(context: Context) -> tuple[Path, Calibration]:
+    """Return the file that is kept for this machine, and what it says.
+
+    Raise `Lfm2kitError` if there is none, or it cannot be read.
+    """
+    path = kept_file(described(context))
+    if not path.exists():
+        raise Lfm2kitError(
+            f"no rates are kept for this machine and these threads; {MADE_BY}, for this model, "
+            "these backends and this precision"
+        )
+    return path, read_calibration(path)
+
+
+def check_hardware(path: Path, calibration: Calibration, key: Experts, now: dict[str, str]) -> None:
+    """Raise `Lfm2kitError` if experts were measured on another device than the present one."""
+    for side in calibration.sides:
+        if side.experts == key and side.hardware != now:
+            then = ", ".join(side.hardware.values())
+            there = ", ".join(now.values())
+            raise Lfm2kitError(f"{path}: rates of {then}, but this is {there}; {MADE_BY}")
+
+
+def with_kept(calibration: Calibration) -> tuple[Path, Calibration]:
+    """Return the file to keep a calibration in, and the calibration with what is kept there.
+
+    What was measured again replaces what is kept.  Make the folder if that is possible, and raise
+    `Lfm2kitError` if there is no home folder.
+    """
+    path, sides = kept_file(calibration.machine), {}
+    with suppress(Lfm2kitError):  # nothing is there, or nothing that can be used
+        sides = {side.experts: side for side in read_calibration(path).sides}
+    sides |= {side.experts: side for side in calibration.sides}
+    with suppress(OSError):  # then the file cannot be written, and that is an error
+        make_folder(path.parent.parent, FOLDER)
+    return path, replace(calibration, sides=tuple(sides.values()))

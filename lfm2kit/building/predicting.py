@@ -1,0 +1,149 @@
+"""Predicts how long a forward of a set-up takes, from a calibration and a recorded load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lfm2kit import specs
+from lfm2kit.backend import Ceilings
+from lfm2kit.batch import Batch
+from lfm2kit.building.answers import Answers
+from lfm2kit.building.kept_rates import check_hardware, hardware_of, read_kept
+from lfm2kit.building.overlap import NO_SLOTS, Slots
+from lfm2kit.building.rates import Calibration, Experts, Rates, read_calibration
+from lfm2kit.building.sharing import Budget, Place, Sharing, predicted, shared_out
+from lfm2kit.rewrites.parted_experts import SplitExperts
+
+if TYPE_CHECKING:
+    from lfm2kit.building.loading import Setup
+
+SEQUENCE = 16  # tokens of a sequence, for the work of what looks across tokens
+
+
+class Layer(NamedTuple):
+    """A layer whose experts the plan computes in a device's memory."""
+
+    number: int
+    spec: specs.Experts
+    scope: str  # of the experts in the checkpoint's names
+    item: str  # of the plan: who builds them
+    shares: tuple[float, ...]  # of the tokens, those that choose each of the local experts
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """Return the ids of the local experts, those that are used most first."""
+        both = zip(self.shares, self.spec.local_experts, strict=True)
+        return tuple(e for _, e in sorted(both, key=lambda one: (-one[0], one[1])))
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """What predictions for one model on one machine rest on."""
+
+    layers: Sequence[Layer]
+    rates: Rates
+    rows: int  # tokens whose experts may be here
+    rest: Sequence[float] | None  # the device's seconds for all but experts, by layer, if known
+
+    @classmethod
+    def read(cls, whole: Setup, layers: Sequence[Layer], tokens: int, path: Path) -> Predictor:
+        """Return a predictor for forwards of `tokens` tokens, with the rates of a file.
+
+        Raise `Lfm2kitError` if the file lacks the rates of the model's experts.
+        """
+        return cls._of(whole, layers, tokens, path, read_calibration(path))
+
+    @classmethod
+    def kept(cls, whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Path, Predictor]:
+        """Return what `read` does, with the file that is kept for this machine.
+
+        Raise `Lfm2kitError` if there is none, or none for this device and the model's experts.
+        """
+        (path, calibration), one = read_kept(whole.context), layers[0]
+        asked = Answers(whole.create(one.item), one.item)
+        now = hardware_of(asked, asked.memory(one.spec))
+        check_hardware(path, calibration, _measured(whole, one, one.item), now)
+        return path, cls._of(whole, layers, tokens, path, calibration)
+
+    @classmethod
+    def _of(
+        cls,
+        whole: Setup,
+        layers: Sequence[Layer],
+        tokens: int,
+        path: Path,
+        calibration: Calibration,
+    ) -> Predictor:
+        one = layers[0]
+        device = _measured(whole, one, one.item)
+        host = _measured(whole, one, whole.host_item(one.number))
+        rates = calibration.rates(path, host, device)
+        ceilings = next(s.ceilings for s in calibration.sides if s.experts == device)
+        model, numbers = whole.checkpoint.spec, {layer.number for layer in layers}
+        rest = None if ceilings is None else list(_rest(model, numbers, ceilings, tokens))
+        # Experts are used by the tokens of all ranks that share them.
+        return cls(layers, rates, tokens * whole.world.size, rest)
+
+    def cheapest(self, budget: Budget, expert_bytes: int) -> Sharing:
+        """Return the sharing with the least predicted time, if an expert takes these bytes."""
+        link = self.rates.link * expert_bytes / self.rates.expert_bytes
+        rates = replace(self.rates, expert_bytes=expert_bytes, link=link)
+        return shared_out(rates, self._shares, self.rows, budget, self.rest)
+
+    def of(self, model: specs.Spec) -> Sharing:
+        """Return what is predicted for a model whose experts are split."""
+        assert isinstance(model, specs.Model)
+        splits = [next(_splits(model.layers[layer.number]), None) for layer in self.layers]
+        places = [list(_places(*both)) for both in zip(self.layers, splits, strict=True)]
+        streamed = [split for split in splits if split is not None and split.streamed]
+        slots = Slots(streamed[0].slots, streamed[0].experts_per_slot) if streamed else NO_SLOTS
+        return predicted(self.rates, self._shares, self.rows, places, slots, self.rest)
+
+    @property
+    def _shares(self) -> list[tuple[float, ...]]:
+        return [layer.shares for layer in self.layers]
+
+
+def _measured(whole: Setup, layer: Layer, item: str) -> Experts:
+    """Return the key of the rates at which a plan's item builds a layer's experts."""
+    precision = whole.plugins.precision(item, whole.context.precision).name
+    return Experts.of(layer.spec, whole.checkpoint.weights.scope(layer.scope), item, precision)
+
+
+def _rest(
+    model: specs.Model, numbers: set[int], ceilings: Ceilings, tokens: int
+) -> Iterator[float]:
+    """Yield the device's seconds for all but experts, at best, for each of the layers `numbers`.
+
+    The time of layers before that are not among them is included.
+    """
+    batch, before = Batch.of_sequences([[0] * SEQUENCE] * -(-tokens // SEQUENCE)), 0.0
+    for i, layer in enumerate(model.layers):
+        for leaf in specs.leaves(layer):
+            if not isinstance(leaf, specs.Experts):
+                work = leaf.work(batch)
+                before += max(work.flops / ceilings.flops, work.bytes / ceilings.bytes)
+        if i in numbers:
+            yield before
+            before = 0.0
+
+
+def _splits(spec: specs.Spec) -> Iterator[SplitExperts]:
+    if isinstance(spec, SplitExperts):
+        yield spec
+        return
+    for part in spec.parts():
+        yield from _splits(part.spec)
+
+
+def _places(layer: Layer, split: SplitExperts | None) -> Iterator[Place]:
+    """Yield where each of the local experts is."""
+    for e in layer.spec.local_experts:
+        if split is not None and e in split.streamed:
+            yield Place.STREAMED
+        else:
+            is_away = split is not None and e in split.host
+            yield Place.HOST if is_away else Place.RESIDENT

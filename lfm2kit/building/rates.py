@@ -1,0 +1,213 @@
+"""How fast a machine computes experts and moves them: measured once, kept in a file.
+
+Rates are of experts of one size, stored in one format and computed by one backend in one precision:
+any of these changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit import bounds, specs
+from lfm2kit.backend import Ceilings, Weights
+from lfm2kit.building.records import Record, read_record
+from lfm2kit.errors import Lfm2kitError
+
+KIND, VERSION = "lfm2kit rates", 1
+MADE_BY = "measure with lfm2kit calibrate"
+MOST_ROWS = 2**26  # of a product
+MOST_BYTES = 2**50  # of an expert
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds of one expert's product by its number of rows, as measured at some numbers.
+
+    `rows` ascend.  Few rows take the time in which the weights are read, many rows a time in
+    proportion to their number.
+    """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, rows: Any) -> Float64:
+        """Return the seconds at one or more numbers of rows, fractions included.
+
+        Linear between two measurements, and in proportion to the rows after the last.  More rows
+        never take less time, even where a measurement says so.
+        """
+        rising = np.maximum.accumulate(self.seconds)
+        within: Float64 = np.interp(rows, self.rows, rising)
+        beyond: Float64 = np.maximum(1.0, np.asarray(rows, np.float64) / self.rows[-1])
+        return within * beyond
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What it takes to compute experts of one size on the host, and on the device or over the link.
+
+    The device is wherever the model's memory is; the link leads there from the host's memory.
+    """
+
+    expert_bytes: int  # of an expert in the device's memory, and on the link
+    host: Curve
+    device: Curve
+    link: float  # bytes per second to the device
+
+
+class Link(NamedTuple):
+    """Bytes per second between the host's memory and another one, each way alone."""
+
+    from_host: float
+    to_host: float
+
+
+class Experts(NamedTuple):
+    """What experts' rates depend on, beside the machine."""
+
+    backend: str  # without its precision
+    precision: str
+    hidden_size: int
+    intermediate_size: int
+    stored: str  # the format of their weights in the checkpoint
+
+    @classmethod
+    def of(cls, spec: specs.Experts, weights: Weights, item: str, precision: str) -> Experts:
+        """Return the key of the experts that a plan's item builds, in the precision it has.
+
+        `weights` are those of the scope of `spec`.
+        """
+        first = next(iter(spec.parameters()))
+        backend, stored = item.partition(":")[0], str(weights[first].format)
+        return cls(backend, precision, spec.hidden_size, spec.intermediate_size, stored)
+
+    def __str__(self) -> str:
+        size = f"{self.hidden_size} x {self.intermediate_size}"
+        return f"{size} experts stored in {self.stored}, by {self.backend} in {self.precision}"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The rates of experts where one backend computes them."""
+
+    experts: Experts
+    memory: str  # where the backend's blocks work
+    expert_bytes: int  # that the backend keeps of an expert there
+    product: Curve
+    link: Link | None  # None: the memory is the host's
+    ceilings: Ceilings | None  # None: the backend does not measure any
+    hardware: Mapping[str, str]  # that the backend works on, as far as it says
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The rates of a machine."""
+
+    date: str  # ISO 8601, in UTC
+    machine: Mapping[str, str]
+    model: str  # whose experts were measured
+    sides: tuple[Side, ...]
+
+    def rates(self, path: Path, host: Experts, device: Experts) -> Rates:
+        """Return the rates for experts in these two places.
+
+        Raise `Lfm2kitError` if `path`, which the calibration was read from, does not have them.
+        """
+        there = {side.experts: side for side in self.sides}
+        for asked in (host, device):
+            if asked not in there:
+                raise Lfm2kitError(
+                    f"{path}: there are no rates of {asked}; available: {_listed(there)}; {MADE_BY}"
+                )
+        side = there[device]
+        if side.link is None:
+            raise Lfm2kitError(f"{path}: {device} are in the host's memory, which needs no link")
+        product = there[host].product
+        return Rates(side.expert_bytes, product, side.product, side.link.from_host)
+
+    def document(self) -> dict[str, Any]:
+        """Return the fields of the file that `read_calibration` reads."""
+        return {
+            "kind": KIND,
+            "version": VERSION,
+            "date": self.date,
+            "machine": dict(self.machine),
+            "model": self.model,
+            "sides": [_document(side) for side in self.sides],
+        }
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Return the calibration in a file; raise `Lfm2kitError`, which names the wrong field."""
+    record = read_record(path, KIND, VERSION, MADE_BY)
+    calibration = Calibration(
+        record.text("date"),
+        record.texts("machine"),
+        record.text("model"),
+        tuple(_side(side) for side in record.records("sides")),
+    )
+    record.done()
+    measured = [side.experts for side in calibration.sides]
+    if len(set(measured)) < len(measured):
+        raise record.fail("sides", "no experts twice")
+    return calibration
+
+
+def _listed(sides: Iterable[Experts]) -> str:
+    return "; ".join(map(str, sides)) or "nothing"
+
+
+def _document(side: Side) -> dict[str, Any]:
+    return {
+        **side.experts._asdict(),
+        "memory": side.memory,
+        "expert_bytes": side.expert_bytes,
+        **asdict(side.product),
+        "link": None if side.link is None else side.link._asdict(),
+        "ceilings": None if side.ceilings is None else side.ceilings._asdict(),
+        "hardware": dict(side.hardware),
+    }
+
+
+def _side(record: Record) -> Side:
+    side = Side(
+        Experts(
+            record.text("backend"),
+            record.text("precision"),
+            record.whole("hidden_size", 1, bounds.WIDTH),
+            record.whole("intermediate_size", 1, bounds.WIDTH),
+            record.text("stored"),
+        ),
+        record.text("memory"),
+        record.whole("expert_bytes", 1, MOST_BYTES),
+        _curve(record),
+        record.optional("link", lambda key: _rates_of(Link, record.record(key))),
+        record.optional("ceilings", lambda key: _rates_of(Ceilings, record.record(key))),
+        record.texts("hardware"),
+    )
+    record.done()
+    return side
+
+
+def _curve(record: Record) -> Curve:
+    curve = Curve(record.wholes("rows", 1, MOST_ROWS), record.rates("seconds"))
+    if not curve.rows or list(curve.rows) != sorted(set(curve.rows)):
+        raise record.fail("rows", "ascending numbers")
+    if len(curve.seconds) != len(curve.rows):
+        raise record.fail("seconds", f"{len(curve.rows)} numbers, as many as rows")
+    return curve
+
+
+def _rates_of(kind: Any, record: Record) -> Any:
+    """Return a tuple of rates, whose names are the fields of `kind`."""
+    rates = kind(*(record.rate(name) for name in kind._fields))
+    record.done()
+    return rates

@@ -1,0 +1,207 @@
+"""Measures how fast this machine computes a model's experts, and moves bytes between its memories.
+
+Each backend that could compute experts gets a few of the model's, more than caches hold, and the
+same number of rows for each of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lfm2kit import specs
+from lfm2kit.backend import Block, Measures
+from lfm2kit.building import rates
+from lfm2kit.building.answers import Answers
+from lfm2kit.building.kept_rates import described, hardware_of
+from lfm2kit.building.loading import Setup, in_host_memory
+from lfm2kit.building.placement import Placed
+from lfm2kit.building.rates import Calibration, Curve, Link, Side
+from lfm2kit.building.records import LEAST
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.measuring.timing import Timing, timed
+from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
+from lfm2kit.specs import Spec
+
+ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)  # of each expert
+EXPERTS_BYTES = 512 * 2**20  # of those that are measured, as float32: more than caches hold
+LINK_BYTES = 256 * 2**20
+PRODUCT_SECONDS = 12.0  # for the products of one backend: what would take longer is not measured
+REPETITIONS, CALL_SECONDS = 7, 0.5  # of each call: how often, unless these seconds are over
+# Calls that a memory with streams is given at once: the host enqueues the next ones meanwhile.
+ENQUEUED = 4
+WARM_AND_TIMED = 2  # calls that a measurement makes at least
+
+
+class Measurable(NamedTuple):
+    """A few experts of the model, and a backend that can compute them."""
+
+    experts: rates.Experts
+    placed: Placed
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Times calls that work in a memory.
+
+    `waited` is the share of a call on the host, by the median, for which a thread waited for a
+    core: the largest of all.
+    """
+
+    memory: Memory
+    waited: float = 0.0
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Return the median seconds of some calls, without the first one."""
+        call()
+        begin, taken = time.perf_counter(), [self._once(call)]
+        while len(taken) < REPETITIONS and time.perf_counter() - begin < CALL_SECONDS:
+            taken.append(self._once(call))
+        median = max(LEAST, statistics.median(timing.seconds for timing in taken))
+        waited = statistics.median(timing.waited or 0.0 for timing in taken)
+        self.waited = max(self.waited, waited / median)
+        return median
+
+    def _once(self, call: Callable[[], object]) -> Timing:
+        if not is_ordered(self.memory):
+            return timed(call)
+        start = self.memory.mark()
+        for _ in range(ENQUEUED):
+            call()
+        return Timing(self.memory.mark().seconds_since(start) / ENQUEUED, None)
+
+
+def measurable(setup: Setup) -> list[Measurable]:
+    """Return what `calibrated` measures: each size of experts on each backend that builds them.
+
+    The backends are those of the plan, and the one that would compute experts in the host's memory.
+    Raise `Lfm2kitError` if there is nothing to measure.
+    """
+    found: dict[rates.Experts, Placed] = {}
+    for name, scope, spec in _experts(setup.checkpoint.spec, "", ""):
+        for item in sorted(_items(setup, spec)):
+            asked = Answers(setup.create(item), item, name)
+            if asked.why_unsupported(spec) is None:
+                memory, weights = asked.memory(spec), setup.checkpoint.weights.scope(scope)
+                precision = setup.plugins.precision(item, setup.context.precision).name
+                placed = Placed(name, scope, _few(spec), memory, memory, item)
+                found.setdefault(rates.Experts.of(spec, weights, item, precision), placed)
+    if not found:
+        raise Lfm2kitError(
+            f"{setup.checkpoint.path}: the model has no experts that a backend of the plan "
+            f"{setup.plan} builds; there is nothing to measure"
+        )
+    return [Measurable(*one) for one in found.items()]
+
+
+def calibrated(
+    setup: Setup, there: list[Measurable], done: Callable[[], None] = lambda: None
+) -> tuple[Calibration, float]:
+    """Measure all of `there`, and calls `done` `len(ROWS) + 1` times for each.
+
+    Return the rates, and the largest share of a call for which a thread waited for a core.
+    """
+    sides, waited = [], 0.0
+    for one in there:
+        watch = Stopwatch(one.placed.memory)
+        with own_stream(one.placed.memory):
+            sides.append(_side(setup, one, watch, done))
+        waited = max(waited, watch.waited)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    model = setup.checkpoint.path.name
+    return Calibration(date, described(setup.context), model, tuple(sides)), waited
+
+
+def _experts(spec: Spec, name: str, scope: str) -> Iterator[tuple[str, str, specs.Experts]]:
+    """Yield the experts within `spec`, with their names and scopes."""
+    if isinstance(spec, specs.Experts):
+        yield name, scope, spec
+    for part in spec.parts():
+        yield from _experts(part.spec, _dotted(name, part.role), _dotted(scope, part.scope))
+
+
+def _items(setup: Setup, spec: specs.Experts) -> set[str]:
+    """Return the plan's items, and those that would build the experts in the host's memory."""
+    items = setup.plan.backends()
+    on_host = (
+        in_host_memory(item, spec, setup.options, setup.plugins, setup.create) for item in items
+    )
+    return items | set(filter(None, on_host))
+
+
+def _dotted(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+def _few(spec: specs.Experts) -> specs.Experts:
+    """Return as many of the experts as are to be measured, a multiple of those of a token."""
+    per_token = spec.num_experts_per_tok
+    enough = -(-EXPERTS_BYTES // (4 * spec.expert.weight_elements()))
+    count = max(per_token, min(enough, spec.num_experts) // per_token * per_token)
+    return replace(spec, local_experts=tuple(range(count)))
+
+
+def _side(setup: Setup, one: Measurable, watch: Stopwatch, done: Callable[[], None]) -> Side:
+    placed = one.placed
+    assert isinstance(placed.spec, specs.Experts)
+    assert placed.backend is not None
+    asked = Answers(setup.create(placed.backend), placed.backend, placed.name)
+    count = len(placed.spec.local_experts)
+    block = setup.build_block(placed, tokens=_tokens(placed.spec, ROWS[-1]))
+    product = _product(placed.spec, block, watch, done)
+    link = None if placed.memory.name == HOST.name else _link(placed.memory, watch)
+    ceilings = asked.ceilings() if isinstance(asked.backend, Measures) else None
+    done()
+    return Side(
+        one.experts,
+        placed.memory.name,
+        (setup.sizes.kept(placed) or setup.stored_bytes(placed)) // count,
+        product,
+        link,
+        ceilings,
+        hardware_of(asked, placed.memory),
+    )
+
+
+def _product(
+    spec: specs.Experts, block: Block, watch: Stopwatch, done: Callable[[], None]
+) -> Curve:
+    """Return the seconds of one expert's product, up to as many rows as there is time for."""
+    begin, rows, seconds = time.perf_counter(), list[int](), list[float]()
+    for count in ROWS:
+        ahead = WARM_AND_TIMED * seconds[-1] * count / rows[-1] if rows else 0.0
+        if time.perf_counter() - begin + ahead < PRODUCT_SECONDS:
+            inputs = [watch.memory.from_host(array) for array in _inputs(spec, count)]
+            seconds.append(watch.seconds(partial(block, *inputs)))
+            rows.append(count)
+        done()
+    return Curve(tuple(rows), tuple(one / len(spec.local_experts) for one in seconds))
+
+
+def _inputs(spec: specs.Experts, rows: int) -> tuple[Any, Any, Any]:
+    """Return x, ids and weights that give `rows` rows to each of the experts of `spec`."""
+    local, per_token = spec.local_experts, spec.num_experts_per_tok
+    tokens = _tokens(spec, rows)
+    x = np.random.default_rng(0).standard_normal((tokens, spec.hidden_size), dtype=np.float32)
+    ids = np.resize(np.array(local, np.int32), (tokens, per_token))
+    return x, ids, np.full(ids.shape, 1 / per_token, np.float32)
+
+
+def _tokens(spec: specs.Experts, rows: int) -> int:
+    return rows * len(spec.local_experts) // spec.num_experts_per_tok
+
+
+def _link(memory: Memory, watch: Stopwatch) -> Link:
+    """Return the rates of large copies, as the memory makes them."""
+    here = np.zeros(LINK_BYTES, np.uint8)
+    there = memory.from_host(here)
+    sent = watch.seconds(lambda: memory.from_host(here))
+    came = watch.seconds(lambda: memory.to_host(there))
+    return Link(LINK_BYTES / sent, LINK_BYTES / came)

@@ -1,0 +1,90 @@
+"""`lfm2kit calibrate`: its table, its file, and what it refuses before it measures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lfm2kit.building import kept_rates
+from lfm2kit.building.rates import read_calibration
+from lfm2kit.checkpoint.spec_files import spec_text
+from lfm2kit.measuring import calibration
+from tests.checkpoint.typed import Cli
+from tests.core.small import small_spec
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kept_rates, "root_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(calibration, "REPETITIONS", 1)
+    monkeypatch.setattr(calibration, "ROWS", (1, 4))
+
+
+def test_the_file_and_the_document_say_what_the_table_shows(cli: Cli, tmp_path: Path) -> None:
+    rates, document = tmp_path / "rates.json", tmp_path / "document.json"
+    done = cli("calibrate", "-b", "reference", "--output", rates, "--json", document)
+    assert done.code == 0, done.err
+    measured = read_calibration(rates)
+    assert json.loads(document.read_text()) == json.loads(rates.read_text())
+    assert [side.experts.backend for side in measured.sides] == ["cpu_simd", "reference"]
+    for side in measured.sides:
+        assert side.product.rows == calibration.ROWS
+        assert str(side.experts) in done.out
+    assert "by rows" in done.out
+
+
+def test_without_a_file_the_rates_are_kept_for_this_machine(cli: Cli, tmp_path: Path) -> None:
+    """What is measured later is added, and replaces what is the same."""
+    calibrate = ("calibrate", "-b", "reference", "--threads", 1)
+    done = cli(*calibrate)
+    assert done.code == 0, done.err
+    (path,) = (tmp_path / "cache" / "rates").iterdir()
+    assert f"kept in {path}, for --gpu-memory" in " ".join(done.out.split())
+    assert path.parent.stat().st_mode & 0o077 == 0
+    first = read_calibration(path)
+    assert [side.experts.backend for side in first.sides] == ["cpu_simd", "reference"]
+    cli(*calibrate, "--precision", "bf16", "-b", "cpu_simd")
+    assert cli(*calibrate).code == 0
+    last = read_calibration(path)
+    assert {side.experts[:2] for side in last.sides} == {
+        ("cpu_simd", "fp32"),
+        ("cpu_simd", "bf16"),
+        ("reference", "fp32"),
+    }
+    assert last.sides[0].product != first.sides[0].product
+    cli("calibrate", "-b", "reference", "--threads", 2)
+    assert len(list(path.parent.iterdir())) == 2, "threads are a part of the machine"
+
+
+def test_rates_that_cannot_be_kept_are_shown_all_the_same(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("not a folder")
+    for root in (None, tmp_path / "cache"):
+        monkeypatch.setattr(kept_rates, "root_folder", lambda root=root: root)
+        done = cli("calibrate", "-b", "reference", "--json", "-")
+        assert done.code == 0
+        assert json.loads(done.out)["kind"] == "lfm2kit rates"
+        assert "the rates are not kept: " in done.err
+
+
+def test_the_document_alone_goes_to_stdout(cli: Cli) -> None:
+    done = cli("calibrate", "-b", "reference", "--json", "-")
+    assert done.code == 0
+    assert json.loads(done.out)["kind"] == "lfm2kit rates"
+
+
+def test_what_is_wrong_shows_before_anything_is_measured(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "dense.toml").write_text(spec_text(small_spec(num_dense_layers=4)))
+    kept = tmp_path / "plan.toml"
+    kept.write_text('default = "reference"')
+    calibrate = ("calibrate", "-b", "reference")
+    cli(*calibrate, "-m", tmp_path / "dense.toml").assert_fails("no experts")
+    cli(*calibrate, "--output", tmp_path).assert_fails("--output", "folder")
+    cli("calibrate", "--plan", kept, "--output", kept).assert_fails("--output", "the plan")
+    same = tmp_path / "same"
+    cli(*calibrate, "--output", same, "--json", same).assert_fails("--output", "as well")
+    cli(*calibrate, "--precision", "half").assert_fails("'reference'", "precision half")
+    assert not same.exists()

@@ -1,0 +1,210 @@
+"""What `calibrate` measures, wherever experts are computed; it says nothing about real times."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit.backend import (
+    Backend,
+    BackendPlugin,
+    Block,
+    Ceilings,
+    Context,
+    Precision,
+    Spec,
+    Weights,
+)
+from lfm2kit.building import rates
+from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import InstalledBackend, installed_plugins
+from lfm2kit.building.rates import Calibration, Side, read_calibration
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.cli.console import write_document
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.measuring import calibration
+from lfm2kit.measuring.calibration import Stopwatch, calibrated, measurable
+from lfm2kit.memory import HOST
+from lfm2kit.precisions import FP32, FP32_GRADE
+from lfm2kit.reference.backend import ReferenceBackend
+from tests.conformance.late import LateBackend
+from tests.core.test_model import DeviceBackend
+
+TINY = open_checkpoint(find_model("tiny"))
+PRECISIONS = (FP32, Precision("half", FP32_GRADE))
+
+
+class Seen(ReferenceBackend):
+    """The reference, with names and ceilings; it keeps what its blocks of experts are given."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        block = super().build(spec, weights)
+
+        def seen(*inputs: Any) -> Any:
+            self.calls.append((spec, inputs))
+            return block(*inputs)
+
+        return seen
+
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        return 1000 * len(spec.local_experts)  # type: ignore[attr-defined]
+
+    def ceilings(self) -> Ceilings:
+        return Ceilings(1e12, 1e11)
+
+    def hardware(self) -> Mapping[str, str]:
+        return {"device": "an abacus"}
+
+
+class NoExperts(ReferenceBackend):
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return "no experts" if spec.kind in ("experts", "moe") else super().why_unsupported(spec)
+
+
+def setup(plan: str, **others: Backend) -> Setup:
+    """Return a setup in which the reference is what would compute on the host."""
+    plugins = installed_plugins()
+    for name in list(plugins.backends):
+        if name != "reference":
+            del plugins.backends[name]
+    for name, backend in others.items():
+        create = _always(backend)
+        plugin = BackendPlugin(name, name, create, 1, preference=1, precisions=PRECISIONS)
+        plugins.backends[name] = InstalledBackend(plugin, "this test")
+    return set_up(TINY, Options(backend=plan), plugins=plugins)
+
+
+def _always(backend: Backend) -> Any:
+    def create(context: Context) -> Backend:
+        return backend
+
+    return create
+
+
+def by_name(measured: Calibration) -> dict[str, Side]:
+    return {side.experts.backend: side for side in measured.sides}
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "REPETITIONS", 1)
+    monkeypatch.setattr(calibration, "ROWS", (1, 4, 16))
+    monkeypatch.setattr(calibration, "LINK_BYTES", 1 << 16)
+
+
+def test_every_expert_gets_the_same_rows_and_every_token_different_experts() -> None:
+    calls: list[Any] = []
+    there = setup("seen", seen=Seen(calls))
+    calibrated(there, measurable(there))
+    given = []
+    for spec, (x, ids, weights) in calls:
+        rows = Counter(ids.ravel().tolist())
+        assert rows.keys() == set(spec.local_experts)
+        assert x.shape == (len(ids), 128)
+        assert ids.shape == weights.shape == (len(ids), 4)
+        assert all(len(set(row)) == 4 for row in ids.tolist())
+        given.append(set(rows.values()))
+    assert [*map(sorted, given)] == [[rows] for rows in (1, 4, 16) for _ in range(2)]
+
+
+def test_experts_are_as_many_as_caches_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = 4 * 3 * 128 * 48
+    for enough, count in [(1, 4), (5 * one, 4), (8 * one, 8), (1000 * one, 16)]:
+        monkeypatch.setattr(calibration, "EXPERTS_BYTES", enough)
+        (there,) = measurable(setup("reference"))  # also what computes on the host
+        assert there.placed.spec.local_experts == tuple(range(count))  # type: ignore[attr-defined]
+
+
+def test_the_seconds_are_of_one_expert_and_the_file_is_read_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there = setup("seen", seen=Seen([]))
+    monkeypatch.setattr(Stopwatch, "seconds", lambda self, call: 0.032)
+    measured, _ = calibrated(there, measurable(there))
+    side = by_name(measured)["seen"]
+    assert side.experts == rates.Experts("seen", "fp32", 128, 48, "BF16")
+    assert side.product == rates.Curve((1, 4, 16), (0.002,) * 3)  # 16 experts
+    assert (side.expert_bytes, side.memory, side.link) == (1000, "host", None)
+    assert (side.ceilings, side.hardware) == (Ceilings(1e12, 1e11), {"device": "an abacus"})
+    assert measured.model == "tiny"
+    assert {"processor", "cores", "threads", "lfm2kit"} <= measured.machine.keys()
+    write_document(tmp_path / "rates.json", measured.document())
+    assert read_calibration(tmp_path / "rates.json") == measured
+
+
+@pytest.mark.parametrize("backend", [DeviceBackend(), LateBackend()])
+def test_a_memory_elsewhere_has_a_link_and_the_host_is_measured_too(backend: Any) -> None:
+    there = setup("far", far=backend)
+    steps: list[int] = []
+    measured, _ = calibrated(there, measurable(there), lambda: steps.append(1))
+    near, far = by_name(measured)["reference"], by_name(measured)["far"]
+    assert near.link is None
+    assert far.memory == backend.memory(TINY.spec).name
+    assert far.link is not None
+    assert min(far.link) > 0
+    assert far.expert_bytes == 2 * 3 * 128 * 48  # as they are stored: the backend does not say
+    assert len(steps) == 2 * (3 + 1)
+
+
+def test_the_host_is_measured_in_the_precision_of_the_plans_item() -> None:
+    """Without a backend for it there, nothing would compute these experts on the host."""
+    both = {"far": DeviceBackend(), "near": ReferenceBackend()}
+    assert {one.experts[:2] for one in measurable(setup("far:half", far=both["far"]))} == {
+        ("far", "half")
+    }
+    assert {one.experts[:2] for one in measurable(setup("far:half", **both))} == {
+        ("far", "half"),
+        ("near", "half"),
+    }
+
+
+def test_a_device_is_named_by_its_memory_if_its_backend_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = DeviceBackend()
+    monkeypatch.setattr(type(backend.there), "unit", lambda memory: "the loom", raising=False)
+    there = setup("far", far=backend)
+    measured, _ = calibrated(there, measurable(there))
+    assert by_name(measured)["far"].hardware == {"device": "the loom"}
+    assert by_name(measured)["reference"].hardware == {}
+
+
+def test_a_call_that_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 2 s for one row, four are expected to take twice 8 s, to warm up and to be timed."""
+    monkeypatch.setattr(Stopwatch, "_once", lambda self, call: calibration.Timing(2.0, 1.0))
+    there = setup("seen", seen=Seen([]))
+    measured, waited = calibrated(there, measurable(there))
+    assert by_name(measured)["seen"].product.rows == (1,)
+    assert waited == 0.5
+
+
+def test_a_plan_without_experts_has_nothing_to_measure() -> None:
+    dense = replace(TINY, spec=replace(TINY.spec, layers=TINY.spec.layers[:2]))
+    there = replace(setup("reference"), checkpoint=dense)
+    with pytest.raises(Lfm2kitError, match="no experts that a backend of the plan reference"):
+        measurable(there)
+
+
+def test_a_backend_that_builds_no_experts_is_not_asked() -> None:
+    there = measurable(setup("none,experts=reference", none=NoExperts()))
+    assert [one.experts.backend for one in there] == ["reference"]
+
+
+def test_host_memory_is_timed_by_the_host_and_another_one_by_its_marks() -> None:
+    assert Stopwatch(HOST).seconds(lambda: np.zeros(10)) > 0
+    late = LateBackend().late
+    with late.stream():
+        done: list[int] = []
+        seconds = Stopwatch(late).seconds(lambda: late.current.add(lambda: done.append(1)))
+        assert seconds > 0
+    assert len(done) == calibration.ENQUEUED + 1
