@@ -56,7 +56,7 @@ class Span(NamedTuple):
 # The CPU's side: a function that stamps and calls the choice.
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def nanoseconds(typingctx: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word, long = ir.IntType(32), ir.IntType(64)
@@ -72,7 +72,7 @@ def nanoseconds(typingctx: Any) -> Any:
     return types.int64(), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store_long(typingctx: Any, address: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[1], builder.inttoptr(args[0], ir.IntType(64).as_pointer()))
