@@ -17,12 +17,15 @@ from functools import partial
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from tests.conformance import late
 
 DEVICES = 2
+HOST_TO_DEVICE = 1
+STREAMS: WeakValueDictionary[int, Stream] = WeakValueDictionary()  # by address
 PACKAGES = ("cupy", "cupyx", "lfm2kit_cuda")
 
 
@@ -47,6 +50,8 @@ class Stream(late.Stream):
         self.recorded: list[Callable[[], object] | Waits] | None = None
         self.branches: list[Stream] = []  # that take part in a capture which began here
         self.origin = self
+        self.ptr = id(self)
+        STREAMS[self.ptr] = self
 
     def add(self, work: Callable[[], object]) -> int:
         if self.recorded is not None:
@@ -165,6 +170,7 @@ class Array:
         self.shape, self.dtype, self.nbytes = values.shape, values.dtype, values.nbytes
         self.device = THREAD.device
         self.data = self
+        self.ptr = values.ctypes.data
 
     def __len__(self) -> int:
         return len(self.values)
@@ -185,8 +191,9 @@ class Array:
 
     def copy_from_host_async(self, address: int, nbytes: int, stream: Stream | None = None) -> None:
         assert THREAD.device == self.device, "an array of another device"
-        work = partial(ctypes.memmove, self.values.ctypes.data, address, nbytes)
-        (stream or current_stream()).add(work)
+        stream = stream or current_stream()
+        assert stream.recorded is None, "CuPy refuses copies from the host in a capture"
+        stream.add(partial(ctypes.memmove, self.ptr, address, nbytes))
 
     def copy_to_host_async(self, address: int, nbytes: int) -> None:
         self.enqueue(lambda: ctypes.memmove(address, self.values.ctypes.data, nbytes))
@@ -228,6 +235,12 @@ def empty(shape: Any, dtype: Any) -> Array:
     return Array(values)
 
 
+def copy_async(target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
+    """Copy as `cudaMemcpyAsync` does, in a stream that is given by its address."""
+    assert kind == HOST_TO_DEVICE
+    STREAMS[stream].add(partial(ctypes.memmove, target, source, nbytes))
+
+
 LEGACY = [Stream(device=device) for device in range(DEVICES)]
 THREAD = _Thread()
 
@@ -243,6 +256,8 @@ def _modules() -> dict[str, Any]:
         driverGetVersion=lambda: 13000,
         streamCaptureModeRelaxed=2,
         hostAllocPortable=1,
+        memcpyHostToDevice=HOST_TO_DEVICE,
+        memcpyAsync=copy_async,
         CUDARuntimeError=RuntimeError,
     )
     pool = SimpleNamespace(malloc=None, total_bytes=lambda: 0, free_all_blocks=lambda: None)

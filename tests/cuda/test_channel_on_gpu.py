@@ -199,7 +199,7 @@ class Chain:
         self._start = cupy.zeros(self.shape, np.int32)
         self._pool = cupy.cuda.MemoryPool()  # has what lies between trips
         with cupy.cuda.using_allocator(self._pool.malloc):
-            self._graph, self._result = recorded(self._step, None)
+            self._graph, self._result, _ = recorded(self._step, None)
 
     def _step(self, batch: Any) -> Any:
         x = self._start

@@ -18,6 +18,7 @@ from typing import Any
 import cupy
 import numpy as np
 import numpy.typing as npt
+from cupy.cuda import runtime
 
 from lfm2kit_cuda.device import current_device, on_device
 from lfm2kit_cuda.recording import Recording, current_recording
@@ -117,9 +118,11 @@ class _Passage:
             return
         if self._read[slot] is not None:
             stream.wait_event(self._read[slot])
-        portion = self._link.portions[number]
-        target = self._link.slots[slot].data
-        target.copy_from_host_async(portion.ctypes.data, portion.nbytes, stream)
+        portion, target = self._link.portions[number], self._link.slots[slot].data
+        # Not by an array's own method, which refuses to copy from the host in a capture.
+        runtime.memcpyAsync(
+            target.ptr, portion.ctypes.data, portion.nbytes, runtime.memcpyHostToDevice, stream.ptr
+        )
         self._arrived[slot].record(stream)
         self._held[slot] = number
 
