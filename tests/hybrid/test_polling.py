@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from itertools import takewhile
 
 import numpy as np
-from lfm2kit_hybrid.board import CLOSED, SERVING, TURN, Board
+from lfm2kit_hybrid.board import CLOSED, SERVING, Board
 from lfm2kit_hybrid.cores import MASK, bind
-from lfm2kit_hybrid.polling import ENTRY, FUNCTION, OVER, PARTS, poll, publish, wake, want
+from lfm2kit_hybrid.polling import ENTRY, FUNCTION, OVER, PARTS, pass_on, poll, publish, wake
 
-LOOKS = 20  # after which the worker sleeps, so that it is about to sleep whenever a trip comes
+FORWARD = 3
+LOOKS = 60  # after which the worker sleeps: about when the next trip comes
 HARMLESS = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
 
 
@@ -31,7 +32,7 @@ def test_nobody_sleeps_through_a_trip_of_a_forward_that_needs_it() -> None:
     table = np.zeros(ENTRY, np.int64)
     table[FUNCTION], table[PARTS] = HARMLESS, 2
     board.set_table(table.ctypes.data)
-    publish(board.address + SERVING, 3)
+    publish(board.address + SERVING, FORWARD)
     why: list[int] = []
 
     def work() -> None:
@@ -40,16 +41,17 @@ def test_nobody_sleeps_through_a_trip_of_a_forward_that_needs_it() -> None:
 
     worker = threading.Thread(target=work)
     worker.start()
-    for trip in as_many_as_fit(50_000):
-        publish(board.address + TURN, trip)
-        want(board.address, 1, 2, 3)
-        end = time.monotonic() + 60
-        while words[2] != trip:
-            assert time.monotonic() < end
-        for _ in range(trip % 50):
-            pass
-    publish(board.address + CLOSED, 1)
-    wake(board.address, 1)
-    worker.join()
-    board.close()
+    try:
+        for trip in as_many_as_fit(50_000):
+            pass_on(board.address, trip, 0, 2, FORWARD)
+            end = time.monotonic() + 60
+            while words[2] != trip:
+                assert time.monotonic() < end
+            for _ in range(trip % 100):
+                pass
+    finally:
+        publish(board.address + CLOSED, 1)
+        wake(board.address, 1)
+        worker.join()
+        board.close()
     assert why == [OVER]
