@@ -47,6 +47,7 @@ from lfm2kit.testing.runner import judged
 from tests.conformance.crossing import DeviceBackend
 from tests.core.small import build, small_spec
 from tests.core.test_model import SEQUENCES
+from tests.hybrid.test_polling import as_many_as_fit
 
 NATIVE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3)
 Fault = Callable[[], object]
@@ -454,7 +455,7 @@ def test_nobody_sleeps_through_the_beginning_of_a_forward(
     call(device, server.crossing("layers.2.choice", NativeDoubling()))
     board = server._workers._board
     noted = board.of(0, NOTED)
-    for i in range(50_000):
+    for i in as_many_as_fit(50_000):
         server._workers.begin()
         end = time.monotonic() + 60
         while board[noted] != board[SERVING]:

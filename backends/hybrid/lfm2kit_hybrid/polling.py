@@ -128,15 +128,13 @@ def _note(board: int, own: int, worker: int, serving: int) -> Any:
     return was_wanted
 
 
-@numba.njit(inline="always")
-def _pass_on(board: int, own: int, trip: int, call: int, parts: int, serving: int) -> None:
-    """Tell the other workers of a trip."""
+@kernel(types.void(ADDRESS, types.uint32, types.uint32, COUNT, types.uint32))
+def pass_on(board: int, trip: int, call: int, parts: int, forward: int) -> None:
+    """Tell the other workers of a trip, and wake those who have a share in it."""
     store_release(board + TURNS_CALL, call)
     store_release(board + TURN, trip)
     if parts > 1:
-        want(board, 1, parts, serving)
-        if parts > load_acquire(own + SHARED_BY):
-            store_release(own + SHARED_BY, np.uint32(parts))
+        want(board, 1, parts, forward)
 
 
 @numba.njit(inline="always")
@@ -206,7 +204,9 @@ def poll(
         if function == 0:
             offered_after = 0  # a block that needs Python may compute on all cores
         if worker == 0 and not is_failed and (parts > 1 or function == 0):
-            _pass_on(board, own, trip, call, parts, serving)
+            pass_on(board, trip, call, parts, serving)
+            if parts > load_acquire(own + SHARED_BY):
+                store_release(own + SHARED_BY, np.uint32(parts))
         if worker < parts:
             if function == 0 and not is_failed:
                 return CALL
