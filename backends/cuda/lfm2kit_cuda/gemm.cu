@@ -26,6 +26,7 @@
 #include "even_tiles.cuh"
 #include "panels.cuh"
 #include "shared_memory.cuh"
+#include "silu.cuh"
 #include "stages.cuh"
 
 constexpr int kRows = kTallest / 4, kLeastRows = kLowest / 4, kRowsStep = kHeightStep / 4;
@@ -321,7 +322,7 @@ struct Gated {
     // Not `/`, whose rare cases are a call: with one in it, the whole kernel takes half as long again.
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (c + i < n) out[i * height] = __fdividef(gates[i], 1 + expf(-gates[i])) * ups[i];
+      if (c + i < n) out[i * height] = silu(gates[i]) * ups[i];
   }
 };
 
