@@ -30,6 +30,7 @@ from lfm2kit_cpu_simd.tile import (
     FIRST,
     LATER,
     MR,
+    ROWS_AT_ONCE,
     SHARED_FROM,
     TABLES,
     UNROLL,
@@ -42,7 +43,6 @@ Int64 = npt.NDArray[np.int64]
 NO_BIAS = np.empty(0, np.float32)
 # k of a stretch: at most 32 KB of a panel in float32.
 STRETCH = 128
-ROWS_AT_ONCE = 12 * MR  # of 2048 floats: 576 KB
 
 
 def linear(
@@ -105,8 +105,8 @@ def _finish(
 @numba.njit(inline="always")
 def _multiply(
     x: Any, bounds: Any, row: Any, rows: Any, weights: Any, following: Any, itemsize: Any,
-    table: Any, shared_from: Any, chains: Any, sums: Any, wide: Any, panel: Any, is_gated: Any,
-    bias: Any, out: Any,
+    table: Any, shared_from: Any, sums: Any, wide: Any, panel: Any, is_gated: Any, bias: Any,
+    out: Any,
 ) -> None:  # fmt: skip
     """Multiply `rows` rows of x, from `row` on, by the panel at address `weights`, into `out`.
 
@@ -127,22 +127,21 @@ def _multiply(
         is_last = last == k
         while bounds[chain + 1] <= first:
             chain += 1
-        at = weights
+        at = weights + first * row_bytes
         ahead = following if is_last else weights + (first + STRETCH) * row_bytes
         kind = FIRST if is_shared else ALONE
-        widened = wide.ctypes.data - 4 * NR * first  # as if all k were there
         done = 0
         for tile in range(tiles):
             m = (rows - done) // (tiles - tile)  # tiles have nearly the same height
             call_tile(
-                table[kind, m], x.ctypes.data + 4 * (row + done) * k, k, at, first, last,
-                bounds.ctypes.data + 8 * chain, chains[done].ctypes.data, sums[done].ctypes.data,
-                ahead, lines, widened,
+                table[kind, m], x.ctypes.data + 4 * ((row + done) * k + first), at,
+                sums[done].ctypes.data, lines, k, first, last, bounds.ctypes.data + 8 * chain,
+                ahead, wide.ctypes.data,
             )  # fmt: skip
             if is_last:
                 _finish(sums, done, m, row + done, panel, is_gated, bias, out)
             if is_shared:
-                kind, at = LATER, np.int64(widened)
+                kind, at = LATER, np.int64(wide.ctypes.data)
             ahead += (last - first) // UNROLL * lines * CACHE_LINE
             done += m
 
@@ -191,8 +190,7 @@ def _grouped(
 ) -> None:
     size, groups = itemsize * NR * x.shape[1], offsets.shape[0] - 1
     for thread in numba.prange(threads):
-        both = aligned(2 * ROWS_AT_ONCE * NR).reshape(2, ROWS_AT_ONCE, NR)
-        sums, chains = both[0], both[1]
+        sums = aligned(2 * ROWS_AT_ONCE * NR).reshape(2 * ROWS_AT_ONCE, NR)  # the latter of chains
         bounds = chain_bounds(x.shape[1])
         # Used as an array to the end, because Numba may free one of which only the address is used.
         wide = aligned(STRETCH * NR)
@@ -206,6 +204,6 @@ def _grouped(
                     at = panels_at + (group * count + panel) * size
                     place = following_panel(group, panel, count, groups, threads, band + 1 < bands)
                     _multiply(x, bounds, first + begin, end - begin, at,
-                              panels_at + place * size, itemsize, table, shared_from, chains,
-                              sums, wide, panel, is_gated, bias, out)  # fmt: skip
+                              panels_at + place * size, itemsize, table, shared_from, sums,
+                              wide, panel, is_gated, bias, out)  # fmt: skip
                 tasks += count

@@ -33,7 +33,11 @@ from lfm2kit_cpu_simd.machine import NR, NV, STORAGES, VL
 MR = 6  # rows of a tile
 UNROLL = 4  # steps of k per iteration of the loop
 CACHE_LINE = 64
-ARGUMENTS = [types.intp] * 11
+# Of a panel's sums.  For x of 2048 floats: 576 KB.
+ROWS_AT_ONCE = 12 * MR
+# The first four are handed over in registers.  The tile looks at `lines` all the time: from memory,
+# it took up to a tenth longer where memory limits the speed.
+ARGUMENTS = [types.intp] * 10
 # The number of tiles from which on it is faster if one widens for all.  BF16 takes less work.
 SHARED_FROM: dict[Format, int] = {F32: sys.maxsize, BF16: 4, F16: 3}
 
@@ -57,27 +61,26 @@ def _multiply(
     m: Any,
     leaves: Any,
     x: Any,
-    stride: Any,
     panel: Any,
+    out: Any,
+    lines: Any,
+    stride: Any,
     first: Any,
     last: Any,
     bounds: Any,
-    chain: Any,
-    out: Any,
     ahead: Any,
-    lines: Any,
     wide: Any,
 ) -> Any:
-    """Addresses x [m, last] (rows `stride` floats apart), panel [last, NR], out [m, NR].
+    """Addresses x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR].
 
-    `storage` (an index of STORAGES), m and `leaves` are literals.  The tile multiplies the k from
-    `first` to `last`.  `bounds` int64 are where the chain of `first` begins, where it ends, where
-    the next one ends, and so on.  `chain` [m, NR] has the sum of a chain that began in an earlier
-    call, and afterwards of one that ends in a later call.
+    `storage` (an index of STORAGES), m and `leaves` are literals.  The k are those from `first` to
+    `last` of a product.  `bounds` int64 are where the chain of `first` begins, where it ends, where
+    the next one ends, and so on.  ROWS_AT_ONCE rows after `out` lie the sums [m, NR] of a chain
+    that began in an earlier call, and afterwards of one that ends in a later call.
 
     While it computes, the tile fetches memory from `ahead` on: `lines` cache lines with every
-    UNROLL steps of k.  If it `leaves` its weights, they are in float32 at `wide` [last, NR]
-    afterwards, from `first` on.
+    UNROLL steps of k.  If it `leaves` its weights, they are in float32 at `wide` [k, NR]
+    afterwards.
     """
     signature = types.void(storage, m, leaves, *ARGUMENTS)
     format, rows = STORAGES[storage.literal_value], m.literal_value
@@ -111,20 +114,21 @@ class Emitter:
         self,
         b: Any,
         x_at: Any,
-        stride: Any,
         panel_at: Any,
+        out_at: Any,
+        lines: Any,
+        stride: Any,
         first: Any,
         last: Any,
         bounds: Any,
-        chain: Any,
-        out_at: Any,
         ahead: Any,
-        lines: Any,
         wide: Any,
     ) -> None:
         self.builder = b
         fma = ir.FunctionType(self.vector, [self.vector] * 3)
         self.fmuladd = cgutils.get_or_insert_function(b.module, fma, f"llvm.fmuladd.v{self.vl}f32")
+        depth = b.sub(last, first)
+        chain = b.add(out_at, self._constant(4 * ROWS_AT_ONCE * self.nv * self.vl))
         row_bytes = b.mul(stride, self._constant(4))
         x = [b.add(x_at, b.mul(row_bytes, self._constant(i))) for i in range(self.rows)]
 
@@ -135,8 +139,7 @@ class Emitter:
             return self._multiply_add(k, x, weights, sums)
 
         def iteration(k: Any, sums: Sequence[Any]) -> Sequence[Any]:
-            done = b.mul(b.sub(k, first), lines)
-            fetched = b.mul(done, self._constant(CACHE_LINE // UNROLL))
+            fetched = b.mul(b.mul(k, lines), self._constant(CACHE_LINE // UNROLL))
             self._prefetch(b.add(ahead, fetched), lines)
             for u in range(UNROLL):
                 sums = step(b.add(k, self._constant(u)), sums)
@@ -145,8 +148,10 @@ class Emitter:
         def piece(begin: Any, bound: Any) -> tuple[Any, Any]:
             """Emit the k from `begin` on, to the end of their chain or of the call."""
             following = b.add(bound, self._constant(8))
-            chain_begin, chain_end = (self._load(at, self.index) for at in (bound, following))
-            end = b.select(b.icmp_signed("<", last, chain_end), last, chain_end)
+            chain_begin, chain_end = (
+                b.sub(self._load(at, self.index), first) for at in (bound, following)
+            )
+            end = b.select(b.icmp_signed("<", depth, chain_end), depth, chain_end)
             unrolled = b.add(begin, b.and_(b.sub(end, begin), self._constant(-UNROLL)))
             sums = self._begun(b.icmp_signed("<", chain_begin, begin), chain)
             sums = self._loop(begin, unrolled, UNROLL, iteration, sums)
@@ -158,19 +163,19 @@ class Emitter:
                     self._store(sums, chain)
             return end, following
 
-        self._pieces(first, last, bounds, piece)
+        self._pieces(depth, bounds, piece)
 
-    def _pieces(self, first: Any, last: Any, bounds: Any, piece: Any) -> None:
-        """Emit `while first < last: first, bounds = piece(first, bounds)`."""
+    def _pieces(self, depth: Any, bounds: Any, piece: Any) -> None:
+        """Emit `k = 0; while k < depth: k, bounds = piece(k, bounds)`."""
         b = self.builder
         before = b.basic_block
         head, body, after = map(b.append_basic_block, ("piece.head", "piece.body", "piece.end"))
         b.branch(head)
         b.position_at_end(head)
         phis = [b.phi(self.index) for _ in range(2)]
-        for phi, value in zip(phis, (first, bounds), strict=True):
+        for phi, value in zip(phis, (self._constant(0), bounds), strict=True):
             phi.add_incoming(value, before)
-        b.cbranch(b.icmp_signed("<", phis[0], last), body, after)
+        b.cbranch(b.icmp_signed("<", phis[0], depth), body, after)
         b.position_at_end(body)
         for phi, value in zip(phis, piece(*phis), strict=True):
             phi.add_incoming(value, b.basic_block)
@@ -313,13 +318,12 @@ def _tile(storage: int, m: int, leaves: int) -> Any:
 
     @c_function(TILE)
     def tile(
-        x: int, stride: int, panel: int, first: int, last: int, bounds: int, chain: int, out: int,
-        ahead: int, lines: int, wide: int,
+        x: int, panel: int, out: int, lines: int, stride: int, first: int, last: int, bounds: int,
+        ahead: int, wide: int,
     ) -> None:  # fmt: skip
         _multiply(
-            storage, m, leaves, x, stride, panel, first, last, bounds, chain, out, ahead, lines,
-            wide,
-        )  # fmt: skip
+            storage, m, leaves, x, panel, out, lines, stride, first, last, bounds, ahead, wide
+        )
 
     return tile
 
@@ -352,15 +356,14 @@ def call_tile(
     typingctx: Any,
     address: Any,
     x: Any,
-    stride: Any,
     panel: Any,
+    out: Any,
+    lines: Any,
+    stride: Any,
     first: Any,
     last: Any,
     bounds: Any,
-    chain: Any,
-    out: Any,
     ahead: Any,
-    lines: Any,
     wide: Any,
 ) -> Any:
     """Call an entry of a table with the tile's arguments."""
@@ -388,10 +391,7 @@ def call_tile_of_one_chain(
         builder.store(k, builder.gep(memory, [ir.Constant(k.type, 1)]))
         bounds = builder.ptrtoint(memory, k.type)
         unused = zero
-        _call(
-            builder, address,
-            [x, stride, panel, zero, k, bounds, unused, out, panel, zero, unused],
-        )  # fmt: skip
+        _call(builder, address, [x, panel, out, zero, stride, zero, k, bounds, unused, unused])
         return context.get_dummy_value()
 
     return signature, codegen
