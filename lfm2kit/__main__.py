@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def script() -> NoReturn:
-    """Runs the command line as `main` does, and takes over the process's signals and streams.
+    """Run the command line as `main` does, and take over the process's signals and streams.
 
     Besides the exit codes of `main` there is 141, without a line, if the reader of stdout has left.
     """
@@ -35,7 +35,7 @@ def script() -> NoReturn:
 
 
 def _cannot_start(error: Exception) -> int:
-    """Says so in one line, with as little as possible; the exit code."""
+    """Say so in one line, with as little as possible; the exit code."""
     said = " ".join(f"{type(error).__name__}: {error}".split())
     print(
         f"lfm2kit: error: lfm2kit cannot start ({said[:200]}): the limits here are too low "
@@ -46,7 +46,7 @@ def _cannot_start(error: Exception) -> int:
 
 
 def main() -> NoReturn:
-    """Runs the command line of `sys.argv`, and raises SystemExit.
+    """Run the command line of `sys.argv`, and raise SystemExit.
 
     Exit code 0 good, 1 the result is INVALID, 2 the user must act, 3 a bug, 130 after Ctrl-C; after
     another signal 128 and its number.
@@ -61,7 +61,7 @@ def main() -> NoReturn:
 
 
 def exit_code() -> int:
-    """Runs the command line of `sys.argv` and returns its exit code; interrupts are raised."""
+    """Run the command line of `sys.argv` and return its exit code; interrupts are raised."""
     from lfm2kit.process.interrupts import PROCESS
     from lfm2kit.process.streams import READER_GONE, ReaderGone
 
@@ -77,7 +77,7 @@ def exit_code() -> int:
 
 
 def _failed(error: BaseException) -> int:
-    """Prints what went wrong, and returns the exit code."""
+    """Print what went wrong, and return the exit code."""
     import errno
     import os
 
@@ -102,7 +102,7 @@ def _failed(error: BaseException) -> int:
 
 
 def _command() -> int:
-    """Returns the command's exit code; a wrong command line becomes an `Lfm2kitError`."""
+    """Return the command's exit code; a wrong command line becomes an `Lfm2kitError`."""
     import typer
 
     from lfm2kit.cli import app

@@ -110,18 +110,18 @@ class Operator(Protocol):
 
 
 class Backend(Protocol):
-    """Builds blocks.  Nothing is decided later than here: the forward only calls blocks."""
+    """A backend builds blocks.  All decisions are made here: the forward only calls blocks."""
 
     def why_unsupported(self, spec: Spec) -> str | None:
-        """None if `build(spec, ...)` will work, else the reason in a few words."""
+        """Return None if `build(spec, ...)` will work, else the reason in a few words."""
         ...
 
     def memory(self, spec: Spec) -> Memory:
-        """Where the block of `spec` takes its arrays and leaves its result."""
+        """Return the memory where the block of `spec` takes its arrays and leaves its result."""
         ...
 
     def build(self, spec: Spec, weights: Weights) -> Block:
-        """The block of a spec that `why_unsupported` has accepted.
+        """Return the block of a spec that `why_unsupported` has accepted.
 
         `weights` holds the names of `spec.parameters()`, in shape, and perhaps others: only what
         is asked for is read.  The tensors may be read-only views of a memory map that outlives
@@ -132,7 +132,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a backend may know of the run that it is created for."""
+    """The facts that a backend may use about the run that it is created for."""
 
     precision: str = "fp32"  # the name of one that the backend announces
     threads: int | None = None  # None: what suits the machine and the ranks that share it
@@ -145,7 +145,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class BackendPlugin:
-    """What a plugin announces.  Making one must be free: heavy imports belong in `create`.
+    """A backend as a plugin announces it.  Making one must be free: `create` does heavy imports.
 
     `lfm2kit plan` creates backends, so compiling belongs into a backend's `build`.
     """
@@ -164,7 +164,7 @@ class Explains(Protocol):
     """Capability: a backend with something to say about this run, in `plan` and on stderr."""
 
     def notes(self) -> Sequence[str]:
-        """One line each, without the backend's name."""
+        """Return notes of one line each, without the backend's name."""
         ...
 
 
@@ -195,7 +195,7 @@ class BuildsAround(Protocol):
 
 @runtime_checkable
 class BuildsOperators(Protocol):
-    """What a backend that builds operators or layers must have: the size of their states."""
+    """A backend that builds operators or layers, and so must say how large their states are."""
 
     def state_bytes(self, spec: Spec, room: Room) -> int:
         """Return the bytes that `new_state(room)` of an operator or a layer will take.
@@ -239,7 +239,7 @@ class KeepsFormats(Protocol):
     """
 
     def kept_formats(self, spec: Spec, weights: Weights) -> Mapping[str, Format]:
-        """Returns the format of each of `spec.parameters()` in a block of `spec`, by name.
+        """Return the format of each of `spec.parameters()` in a block of `spec`, by name.
 
         `weights` are those that `build` will get; look only at formats and shapes.
         """
@@ -247,7 +247,7 @@ class KeepsFormats(Protocol):
 
 
 class Ceilings(NamedTuple):
-    """What the machine gives at best, as measured."""
+    """The most that the machine achieves, as measured."""
 
     flops: float  # per second, fused multiply-add in float32
     bytes: float  # per second, reading memory too large for any cache
@@ -270,7 +270,7 @@ class Replay(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its backend's memory that it holds until it is closed."""
+        """Return the bytes of its backend's memory that it holds until it is closed."""
         ...
 
     def close(self) -> None:
@@ -293,7 +293,7 @@ class Captures(Protocol):
         the core replays this batch right after.  It may be called any number of times here, because
         that replay writes the same pages again.  The replay takes host batches, and must copy all
         of their arrays, ids, positions and pages included: see `Batch.packed` and `Batch.unpacked`.
-        Raises MemoryError if there is no room; the core then closes other replays and tries once
+        Raise MemoryError if there is no room; the core then closes other replays and tries once
         more.
         """
         ...

@@ -38,7 +38,7 @@ class Batch:
     that starts at position p > 0 goes on after the p tokens that its pages hold.  Token t of a
     sequence lies in page `pages[sequence, t // page_tokens]`, at place `t % page_tokens`.
 
-    Raises ValueError, when it is made on the host, if a field is not as described here.  The arrays
+    Raise ValueError, when it is made on the host, if a field is not as described here.  The arrays
     are not copied and not checked again, so they must not change.
     """
 
@@ -56,6 +56,8 @@ class Batch:
     copied: Mark | None = field(default=None, repr=False, init=False)  # when `on` made this copy
 
     def __post_init__(self) -> None:
+        if not isinstance(getattr(self.memory, "name", None), str):
+            raise ValueError(f"memory is {brief(self.memory)}, but must be a lfm2kit Memory")
         if self.memory.name == HOST.name:
             check(self)
 
@@ -79,7 +81,7 @@ class Batch:
 
     @property
     def starts(self) -> Any:
-        """The position of each sequence's first row, int32 [sequences], in the batch's memory."""
+        """Return each sequence's first position, int32 [sequences], in the batch's memory."""
         is_decoding = self.tokens == self.sequences  # a row each
         return self.positions if is_decoding else self.positions[self.cu_seqlens[:-1]]
 
@@ -97,12 +99,13 @@ class Batch:
         its pages (default none, for a forward without a state), or all of them as a table padded
         with -1.
 
-        Raises ValueError for an empty sequence, ids that are not integers, a negative start, pages
+        Raise ValueError for an empty sequence, ids that are not integers, a negative start, pages
         that are not page numbers, and a wrong number of starts or rows of pages.
         """
         if not np.iterable(sequences):
             raise ValueError(
-                f"sequences is {brief(sequences)}, but must be rows of token ids, as [[1, 2], [3]]"
+                f"sequences is {brief(sequences)}, but must be rows of token ids, "
+                "such as [[1, 2], [3]]"
             )
         chunks = [_row_of_ids(sequence) for sequence in sequences]
         count = len(chunks)
@@ -221,7 +224,7 @@ def _row_of_ids(sequence: npt.ArrayLike) -> npt.NDArray[np.int32]:
 def _starts(values: npt.ArrayLike, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     starts = integers("starts", values)
     if starts.shape != lengths.shape:
-        raise ValueError(f"starts of shape {starts.shape} for {len(lengths)} sequences")
+        raise ValueError(f"starts has shape {starts.shape} for {len(lengths)} sequences")
     is_within = (starts >= 0) & (starts <= MOST_CONTEXT - lengths)
     if not is_within.all():
         row = int(np.argmin(is_within))
@@ -243,7 +246,7 @@ def _table(
         for i, row in enumerate(rows):
             table[i, : len(row)] = row
     if len(table) != sequences:
-        raise ValueError(f"{len(table)} rows of pages for {sequences} sequences")
+        raise ValueError(f"there are {len(table)} rows of pages for {sequences} sequences")
     check_pages(table)
     return table
 

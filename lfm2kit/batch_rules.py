@@ -23,7 +23,7 @@ ARRAYS = ("token_ids", "positions", "cu_seqlens", "pages", "logits_rows")
 
 
 def check(batch: Batch) -> None:
-    """Raises ValueError if a field of this host batch breaks a rule."""
+    """Raise ValueError if a field of this host batch breaks a rule."""
     for name in ARRAYS:
         check_array(name, getattr(batch, name), 2 if name == "pages" else 1)
     check_sequences(batch)
@@ -45,7 +45,7 @@ def check_array(name: str, array: Any, ndim: int = 1) -> None:
 
 
 def check_sequences(batch: Batch) -> None:
-    """Checks that `cu_seqlens` rises from 0 to `tokens`, with one step for each sequence."""
+    """Check that `cu_seqlens` rises from 0 to `tokens`, with one step for each sequence."""
     ends, tokens, sequences = batch.cu_seqlens, batch.tokens, batch.sequences
     if len(ends) != sequences + 1:
         raise ValueError(f"cu_seqlens has {len(ends)} entries for {sequences} sequences")
@@ -59,7 +59,7 @@ def check_sequences(batch: Batch) -> None:
 
 
 def check_positions(batch: Batch) -> None:
-    """Checks that `positions` rise by one within a sequence, from 0 to MOST_CONTEXT - 1."""
+    """Check that `positions` rise by one within a sequence, from 0 to MOST_CONTEXT - 1."""
     positions = batch.positions
     if len(positions) != batch.tokens:
         raise ValueError(f"there are {len(positions)} positions for {batch.tokens} tokens")
@@ -77,16 +77,16 @@ def check_pages(pages: Int32) -> None:
     if not pages.size:
         return
     if pages.min() < -1:
-        raise ValueError(f"a page number is negative: {pages.min()}; -1 is for no page")
+        raise ValueError(f"a page number is negative: {pages.min()}; -1 means no page")
     is_page = pages >= 0
     if (is_page[:, 1:] > is_page[:, :-1]).any():
-        raise ValueError("a sequence's pages do not come first: after a -1 there is another page")
+        raise ValueError("a row of pages has another page after a -1")
 
 
 def integers(name: str, values: npt.ArrayLike) -> Int32:
-    """Returns `values` as int32; ValueError if they are not integers, or do not fit."""
+    """Return `values` as int32; ValueError if they are not integers, or do not fit."""
     if isinstance(values, np.ma.MaskedArray):
-        raise ValueError(f"{name} are a masked array; give the ones that count")
+        raise ValueError(f"{name} are a masked array; give an array without masked values")
     try:
         array = np.asarray(values)
     except (TypeError, ValueError):  # rows of different lengths, or what looks like an array
@@ -96,10 +96,12 @@ def integers(name: str, values: npt.ArrayLike) -> Int32:
     if array.size and array.dtype.kind not in "iu":
         raise ValueError(f"{name} are not integers, but {array.dtype}")
     if array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
-        raise ValueError(f"{name} reach from {array.min()} to {array.max()}: too far for int32")
+        raise ValueError(
+            f"{name} reach from {array.min()} to {array.max()}, which does not fit into int32"
+        )
     return array.astype(INT32)
 
 
 def _check_largest(name: str, stated: Any, is_so: int) -> None:
-    if type(stated) is not int or stated != is_so:  # a NumPy integer is no int to a kernel
+    if type(stated) is not int or stated != is_so:  # to a kernel a NumPy integer is not an int
         raise ValueError(f"{name} is {stated!r}, but must be the int {is_so}")

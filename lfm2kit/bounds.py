@@ -61,9 +61,9 @@ REAL: Mapping[str, tuple[float, float]] = {
 
 
 def whole(where: str, key: str, value: Any, least: int = 1) -> int:
-    """Returns `value` if it is a whole number from `least` to `LARGEST[key]`.
+    """Return `value` if it is a whole number from `least` to `LARGEST[key]`.
 
-    Raises `Lfm2kitError` otherwise; `where` names the number in the message.
+    Raise `Lfm2kitError` otherwise; `where` names the number in the message.
     """
     most = LARGEST[key]
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -74,7 +74,7 @@ def whole(where: str, key: str, value: Any, least: int = 1) -> int:
 
 
 def real(where: str, key: str, value: Any) -> float:
-    """Returns `value` as a float if it lies within `REAL[key]`; raises `Lfm2kitError` otherwise."""
+    """Return `value` as a float if it lies within `REAL[key]`; raise `Lfm2kitError` otherwise."""
     least, most = REAL[key]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not least <= value <= most:  # false for NaN as well
@@ -85,7 +85,7 @@ def real(where: str, key: str, value: Any) -> float:
 
 
 def check_tokens(samples: int, seq_len: int) -> None:
-    """Raises `Lfm2kitError` if all samples together have too many tokens."""
+    """Raise `Lfm2kitError` if all samples together have too many tokens."""
     if samples * seq_len > TOKENS:
         raise Lfm2kitError(
             f"{samples} samples of {seq_len} tokens; lfm2kit takes up to {TOKENS} tokens at once"
@@ -93,7 +93,7 @@ def check_tokens(samples: int, seq_len: int) -> None:
 
 
 def check_tensors(model: specs.Model) -> None:
-    """Raises `Lfm2kitError` if the model has too many tensors.
+    """Raise `Lfm2kitError` if the model has too many tensors.
 
     Counts without listing names: the names of a billion experts would fill the memory.
     """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import NamedTuple
 
 # Exit codes.  After a signal it is 128 and the signal's number.
@@ -29,12 +31,12 @@ class Option(NamedTuple):
     def __str__(self) -> str:
         if self.value is None:
             return self.name
-        is_number = isinstance(self.value, int)
-        return f"{self.name}={self.value if is_number else repr(str(self.value))}"
+        is_text = isinstance(self.value, (str, os.PathLike))
+        return f"{self.name}={repr(str(self.value)) if is_text else brief(self.value)}"
 
 
 class Lfm2kitError(Exception):
-    """What the user must change; says what was asked, what is there, what to type.
+    """An error for the user to correct: what was asked, what is there, what to type.
 
     Shown as a sentence without a traceback, with `USER_ERROR` as the exit code.  The sentence is
     given in parts where it names options: `Lfm2kitError(Option("threads", 8), ": 4 cores")`.
@@ -47,19 +49,19 @@ class Lfm2kitError(Exception):
         return self.sentence()
 
     def sentence(self, option: Callable[[Option], str] = str) -> str:
-        """Returns the whole sentence, with each option as the function `option` writes it."""
+        """Return the whole sentence, with each option as the function `option` writes it."""
         return "".join(option(p) if isinstance(p, Option) else str(p) for p in self.args)
 
 
 def either(options: Iterable[Option]) -> list[str | Option]:
-    """Returns the parts of a sentence that offer these options: "a or b"."""
+    """Return the parts of a sentence that offer these options: "a or b"."""
     parts = [part for option in options for part in (" or ", option)]
     return parts[1:]
 
 
 def choices(asked: str, available: Iterable[str]) -> str:
-    """The tail of an error about an unknown name: what there is, and the nearest of it."""
+    """Return the tail of an error about an unknown name: the nearest name, and all names."""
     names = sorted(available)
     nearest = difflib.get_close_matches(asked, names, n=1)
     hint = f". Did you mean '{nearest[0]}'?" if nearest else ""
-    return f"there is: {', '.join(names) or 'nothing'}{hint}"
+    return f"available: {', '.join(names) or 'none'}{hint}"

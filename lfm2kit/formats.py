@@ -22,7 +22,7 @@ Blocks = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How values are stored: `block_values` values of a row's in each element of type `block`.
+    """A way to store values: an element of type `block` holds `block_values` values of a row.
 
     `unpack(data, *beside)` returns the values in float32: from data [..., blocks] of type `block`,
     the values [..., blocks * block_values].  The leading dimensions are any, also none at all.
@@ -32,7 +32,7 @@ class Format:
     `pack(values)` rounds float32 values to such data, to nearest, ties to even.  It raises
     OverflowError where a finite value has no finite neighbour.  A format without it is only read.
 
-    Raises TypeError for a field of another type, and for blocks of less than one value.
+    Raise TypeError for a field of another type, and for blocks of less than one value.
     """
 
     name: str  # as users see it
@@ -65,20 +65,20 @@ class Format:
 
     @property
     def bits(self) -> float:
-        """The bits that a value takes, without what lies beside the data."""
+        """Return the bits that a value takes, without what lies beside the data."""
         return 8 * self.block_bytes / self.block_values
 
     def blocks(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Returns the shape of the data of a tensor of `shape`; rows may end in padding."""
+        """Return the shape of the data of a tensor of `shape`; rows may end in padding."""
         return (*shape[:-1], -(-shape[-1] // self.block_values)) if shape else ()
 
     def nbytes(self, shape: Sequence[int]) -> int:
-        """Returns the bytes of the data of a tensor of `shape`."""
+        """Return the bytes of the data of a tensor of `shape`."""
         return math.prod(self.blocks(shape)) * self.block_bytes
 
 
 def fate(stored: Format, kept: Format) -> str:
-    """Says what becomes of weights: "BF16 as stored", "BF16 widened to F32"."""
+    """Say what becomes of weights: "BF16 as stored", "BF16 widened to F32"."""
     if stored == kept:
         return f"{stored} as stored"
     return f"{stored} {'widened' if kept.bits > stored.bits else 'rounded'} to {kept}"
@@ -101,7 +101,7 @@ def _from_bfloat16(data: Blocks) -> Float32:
 
 
 def _bfloat16(values: Float32) -> Blocks:
-    """The upper halves of the bits, rounded to nearest even; a NaN stays one."""
+    """Return the upper halves of the bits, rounded to nearest even; a NaN stays one."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)

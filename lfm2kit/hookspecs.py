@@ -29,7 +29,7 @@ hookimpl = pluggy.HookimplMarker("lfm2kit")
 
 @dataclass(frozen=True, slots=True)
 class Wrapper:
-    """What a plugin puts around a block: `wrap(block)` runs in the block's place.
+    """A plugin's wrapper around a block: `wrap(block)` runs in the block's place.
 
     A captured forward calls its blocks once, while it is captured, and none of them in a replay.  A
     wrapper that works all the same, because it only enqueues work on the memory's current stream,
@@ -54,7 +54,7 @@ class Command:
 
 @hookspec
 def lfm2kit_backends() -> Iterable[BackendPlugin]:
-    """Announces backends.
+    """Announce backends.
 
     import lfm2kit
 
@@ -70,7 +70,7 @@ def lfm2kit_backends() -> Iterable[BackendPlugin]:
 
 @hookspec
 def lfm2kit_transports() -> Iterable[TransportPlugin]:
-    """Announces transports: what expert parallelism sends its tokens over.
+    """Announce transports: what expert parallelism sends its tokens over.
 
     @lfm2kit.hookimpl
     def lfm2kit_transports():
@@ -81,7 +81,7 @@ def lfm2kit_transports() -> Iterable[TransportPlugin]:
 
 @hookspec
 def lfm2kit_checkpoints() -> Iterable[CheckpointReader]:
-    """Announces readers of checkpoints in other formats than lfm2kit's own.
+    """Announce readers of checkpoints in other formats than lfm2kit's own.
 
     @lfm2kit.hookimpl
     def lfm2kit_checkpoints():
@@ -92,7 +92,7 @@ def lfm2kit_checkpoints() -> Iterable[CheckpointReader]:
 
 @hookspec
 def lfm2kit_rewrites(world: World, transport: Transport | None) -> Iterable[Rewrite]:
-    """Announces rewrites: changes to the model before its blocks are placed.
+    """Announce rewrites: changes to the model before its blocks are placed.
 
     Called when plugins are loaded, with a world of one rank, and again for every model that is set
     up, with this process's place in its job.  `transport` is None where there is no job, and where
@@ -108,7 +108,7 @@ def lfm2kit_rewrites(world: World, transport: Transport | None) -> Iterable[Rewr
 
 @hookspec
 def lfm2kit_block_wrapper(name: str, spec: Spec, memory: Memory) -> Wrapper | None:
-    """Returns a wrapper for the block called `name` (`layers.3.operator`), or None for none.
+    """Return a wrapper for the block called `name` (`layers.3.operator`), or None for none.
 
     For tracing, timing, checking.  Called once per block when a model is set up, also by commands
     that build nothing.  `memory` is where the block takes its arrays and leaves its result.
@@ -127,12 +127,12 @@ def lfm2kit_block_wrapper(name: str, spec: Spec, memory: Memory) -> Wrapper | No
 
 @hookspec
 def lfm2kit_commands() -> Iterable[Command]:
-    """Announces commands.  No two plugins can have the same, and none can have one of lfm2kit's.
+    """Announce commands.  No two plugins can have the same, and none can have one of lfm2kit's.
 
     @lfm2kit.hookimpl
     def lfm2kit_commands():
         def hello(name: str, times: int = 1) -> None:
-            "Greets somebody."
+            "Greet somebody."
             print("hello", name * times)
         yield lfm2kit.Command("hello", hello)
     """
@@ -141,7 +141,7 @@ def lfm2kit_commands() -> Iterable[Command]:
 
 @hookspec
 def lfm2kit_run_ended(record: Mapping[str, Any]) -> None:
-    """Called when `lfm2kit run` has printed and written its result, whether that is good or not.
+    """Receive the record of an `lfm2kit run` that has printed and written its result, good or not.
 
     `record` is what `--json` writes.  Called on rank 0 alone, with a copy for each plugin.  An
     exception loses nothing: it is shown, and changes the exit code of a good run alone.

@@ -22,13 +22,13 @@ NOTHING = np.float32(-0.0)
 
 
 def offered(transport: Transport, outer: Memory) -> ExchangeOffer:
-    """Returns the transport's exchange for blocks in `outer`; the host's where it has none."""
+    """Return the transport's exchange for blocks in `outer`; the host's where it has none."""
     offer = transport.exchange_in(outer) if isinstance(transport, Exchanges) else None
     return offer or ExchangeOffer(HOST, partial(HostExchange, transport))
 
 
 class HostExchange:
-    """Sends each pair of a token and one of its experts as a row, and its product back."""
+    """An exchange that sends each token to each of its experts as a row, and the products back."""
 
     def __init__(self, transport: Transport, traffic: Traffic) -> None:
         self._transport = transport
@@ -65,7 +65,7 @@ class HostExchange:
         return delta
 
     def _by_owner(self, flat: Int32) -> npt.NDArray[np.intp]:
-        """Returns the places of the ids that are not -1, by the rank that holds the expert."""
+        """Return the places of the ids that are not -1, by the rank that holds the expert."""
         taken = np.flatnonzero(flat >= 0)
         return taken[np.argsort(self._owners[flat[taken]], kind="stable")]
 

@@ -31,7 +31,7 @@ TURN_SECONDS = 30.0
 
 
 class UnusableError(Exception):
-    """Says in a few words why a folder or a file is not used."""
+    """A folder or a file that is not used; the message says why in a few words."""
 
 
 class KernelCache:
@@ -52,12 +52,12 @@ class KernelCache:
 
     @property
     def folder(self) -> Path | None:
-        """Returns the folder that kernels are kept in; None if there is no home folder."""
+        """Return the folder that kernels are kept in; None if there is no home folder."""
         root = root_folder()
         return root / self._backend if root is not None else None
 
     def read(self, name: str) -> bytes | None:
-        """Returns the bytes that were written under `name`; None if there are none to use."""
+        """Return the bytes that were written under `name`; None if there are none to use."""
         if (descriptor := self._opened()) is None:
             return None
         try:
@@ -69,12 +69,12 @@ class KernelCache:
             return None
 
     def has(self, name: str) -> bool:
-        """Returns whether a file exists under `name`, damaged or not."""
+        """Return whether a file exists under `name`, damaged or not."""
         descriptor = self._opened()
         return descriptor is not None and os.access(name + ENDING, os.F_OK, dir_fd=descriptor)
 
     def discard(self, name: str, reason: str) -> None:
-        """Removes a kernel that cannot be used, and says so the first time."""
+        """Remove a kernel that cannot be used, and say so the first time."""
         if self._descriptor is not None:
             with suppress(OSError):
                 os.unlink(name + ENDING, dir_fd=self._descriptor)
@@ -84,7 +84,7 @@ class KernelCache:
             self.say(f"{path} cannot be used ({reason}); such kernels are compiled again")
 
     def write(self, name: str, data: bytes) -> None:
-        """Keeps `data` under `name`; if that fails, says so the first time."""
+        """Keep `data` under `name`; if that fails, say so the first time."""
         if not self.keeps:
             return
         try:
@@ -95,7 +95,7 @@ class KernelCache:
 
     @contextmanager
     def turn(self, name: str) -> Iterator[None]:
-        """Lets one process at a time compile a missing kernel, while the others wait.
+        """Let one process at a time compile a missing kernel, while the others wait.
 
         Inside, look again whether the kernel is there before compiling it.  Nobody waits for more
         than half a minute, or at all if the file system has no locks: it does no harm if several
@@ -116,7 +116,7 @@ class KernelCache:
                     fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def _opened(self) -> int | None:
-        """Returns a descriptor of the folder; None if there is no folder that can be trusted."""
+        """Return a descriptor of the folder; None if there is no folder that can be trusted."""
         if self._descriptor is None and not self._is_refused:
             try:
                 self._descriptor = _open_folder(root_folder(), self._backend)
@@ -128,7 +128,7 @@ class KernelCache:
         return self._descriptor
 
     def _made(self) -> int | None:
-        """Returns what `_opened` does, but makes a missing folder first; raises `OSError`."""
+        """Return what `_opened` does, but makes a missing folder first; raise `OSError`."""
         if self._opened() is None and (root := root_folder()) is not None and not self._is_refused:
             _make_folder(root, self._backend)
         if (descriptor := self._opened()) is not None and not self._has_cleaned_up:
@@ -145,14 +145,14 @@ class KernelCache:
             )
 
     def say(self, sentence: str) -> None:
-        """Prints a line about this backend's kernels on stderr, if the process has one."""
+        """Print a line about this backend's kernels on stderr, if the process has one."""
         if sys.stderr is not None:
             with suppress(OSError, ValueError):  # of a stream that is closed, or on a full disk
                 print(f"{self._backend}: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def root_folder() -> Path | None:
-    """Returns the folder that holds one folder per backend; None if there is no home."""
+    """Return the folder that holds one folder per backend; None if there is no home."""
     if named := os.environ.get(VARIABLE):
         return Path(os.path.expanduser(named))  # a Dockerfile's ENV does not expand ~
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -165,7 +165,7 @@ def root_folder() -> Path | None:
 
 
 def _open_folder(root: Path | None, backend: str) -> int:
-    """Returns a descriptor of the backend's folder, after checking who may write there.
+    """Return a descriptor of the backend's folder, after checking who may write there.
 
     Files are then opened relative to the descriptor, so nobody can exchange the folder meanwhile.
     """
@@ -190,7 +190,7 @@ def _open_folder(root: Path | None, backend: str) -> int:
 
 
 def _check_trust(what: str, status: os.stat_result, *, is_sticky: bool = False) -> None:
-    """Raises `UnusableError` if somebody who is not trusted may have written the file or folder."""
+    """Raise `UnusableError` if somebody who is not trusted may have written the file or folder."""
     if status.st_uid not in {os.geteuid(), *_trusted_by_all()}:
         raise UnusableError(f"{what} belongs to user {status.st_uid}")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_sticky:
@@ -200,12 +200,12 @@ def _check_trust(what: str, status: os.stat_result, *, is_sticky: bool = False) 
 
 
 def _trusted_by_all() -> set[int]:
-    """Returns the user ids of root and of the owner of the installation."""
+    """Return the user ids of root and of the owner of the installation."""
     return {0, os.stat(__file__).st_uid}
 
 
 def _make_folder(root: Path, backend: str) -> None:
-    """Makes a private folder, or a readable one if it was named and everybody trusts its owner."""
+    """Make a private folder, or a readable one if it was named and everybody trusts its owner."""
     is_shared = bool(os.environ.get(VARIABLE)) and os.geteuid() in _trusted_by_all()
     mode = 0o755 if is_shared else 0o700
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def _read(folder: int, name: str) -> bytes:
 
 
 def _write(folder: int, name: str, data: bytes) -> None:
-    """Writes a kernel so that a reader sees the whole file or none."""
+    """Write a kernel so that a reader sees the whole file or none."""
     partial = f".{name}.{secrets.token_hex(8)}{PARTIAL}"
     mode = 0o644 if os.fstat(folder).st_mode & stat.S_IROTH else 0o600
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -248,12 +248,12 @@ def _write(folder: int, name: str, data: bytes) -> None:
 
 
 def _checksum(name: str, data: bytes) -> bytes:
-    """Returns a checksum that covers the name, so that a renamed file is not another kernel."""
+    """Return a checksum that covers the name, so that a renamed file is not another kernel."""
     return hashlib.sha256(name.encode() + b"\0" + data).digest()
 
 
 def _remove_unused(folder: int) -> None:
-    """Removes kernels that nobody has read for months, and partial files of killed processes."""
+    """Remove kernels that nobody has read for months, and partial files of killed processes."""
     now = time.time()
     for name in os.listdir(folder):
         limit = {ENDING: UNUSED_SECONDS, PARTIAL: ABANDONED_SECONDS}.get(Path(name).suffix)
@@ -276,5 +276,5 @@ def _reason(error: Exception) -> str:
 
 
 def _quoted(path: object) -> str:
-    """Returns a path in quotes, with line ends and the like escaped."""
+    """Return a path in quotes, with line ends and the like escaped."""
     return repr(str(path))

@@ -29,7 +29,7 @@ _LOST = -1  # tokens of a page that a failed forward was writing
 
 
 class Ledger:
-    """Keeps the books of the pages of a room; `begin` and `complete` surround each forward."""
+    """The books of a room's pages; `begin` and `complete` surround each forward."""
 
     def __init__(self, room: Room) -> None:
         self._room = room
@@ -45,7 +45,7 @@ class Ledger:
     def begin(self, batch: Batch) -> None:
         """Note that a forward of the host `batch` begins; what it writes is lost if it fails.
 
-        Raises ValueError, and changes nothing, if a sequence does not go on from what its pages
+        Raise ValueError, and change nothing, if a sequence does not go on from what its pages
         hold, names a page that there is not, or writes a page that another sequence uses.
         """
         if self._run is not None and self._pending is None and self._run.goes_on_with(batch):
@@ -247,7 +247,7 @@ def _pages(
 
 @dataclass(slots=True)
 class Run:
-    """Steps of decoding with one and the same table, one token each: there is little to check.
+    """A run of decoding steps with one table, a token each, which need few checks.
 
     As long as the sequences stay within their pages, each step writes one token further.
     """

@@ -22,7 +22,7 @@ class Memory(Protocol):
 
     @property
     def name(self) -> str:
-        """The name that `lfm2kit plan` shows: "host", or one like "lfm2kit_cuda:0".
+        """Return the name that `lfm2kit plan` shows: "host", or one like "lfm2kit_cuda:0".
 
         It begins with the name of the package that defines the memory.  So two packages whose
         arrays are of different types never share a name, even if both use the same device.
@@ -30,17 +30,17 @@ class Memory(Protocol):
         ...
 
     def from_host(self, array: npt.NDArray[Any]) -> Array:
-        """A copy of a NumPy array in this memory; dtype and shape stay."""
+        """Return a copy of a NumPy array in this memory, with the same dtype and shape."""
         ...
 
     def to_host(self, array: Array) -> npt.NDArray[Any]:
-        """A NumPy array with the values of `array`, complete when this returns."""
+        """Return a NumPy array with the values of `array`, complete when this returns."""
         ...
 
 
 @runtime_checkable
 class Bounded(Protocol):
-    """Capability of a memory that can say how much of it is left.
+    """Capability: a memory that can say how much of it is left.
 
     A model whose blocks need more of it (see `MemoryFigures`) is refused before it is built.
     """
@@ -49,7 +49,7 @@ class Bounded(Protocol):
     def name(self) -> str: ...
 
     def free_bytes(self) -> int:
-        """Bytes that blocks can still take."""
+        """Return the bytes that blocks can still take."""
         ...
 
 
@@ -59,7 +59,7 @@ class Mark(Protocol):
     def seconds_since(self, earlier: Mark) -> float:
         """Return the seconds from when the work reached `earlier` to when it reached this mark.
 
-        Waits until it has reached both.  The clock is the memory's own.
+        Wait until it has reached both.  The clock is the memory's own.
         """
         ...
 
@@ -74,7 +74,7 @@ class Arriving(Protocol):
 
 @runtime_checkable
 class Ordered(Memory, Protocol):
-    """Capability of a memory that works while the host goes on, as a GPU's does.
+    """Capability: a memory that works while the host goes on, as a GPU's does.
 
     Each thread has a current stream in this memory.  A block enqueues its work on the current
     stream, as do `from_host` and `to_host`, and the work of one stream is done in that order.  So a
@@ -117,7 +117,7 @@ class Ordered(Memory, Protocol):
 
 @runtime_checkable
 class Exclusive(Protocol):
-    """Capability of a memory that one rank of a job uses alone, as a GPU's.
+    """Capability: a memory that one rank of a job uses alone, as a GPU's.
 
     Ranks that would use the same one are refused before they start.
     """
@@ -168,7 +168,7 @@ class HostMemory:
         return np.asarray(array)
 
     def free_bytes(self, ranks: int = 1) -> int:
-        """Returns the bytes that blocks can still take if `ranks` ranks share the machine.
+        """Return the bytes that blocks can still take if `ranks` ranks share the machine.
 
         The smallest of what the machine, its control groups and `ulimit` have left.
         """

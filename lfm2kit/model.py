@@ -19,18 +19,19 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import Array, Backend, Block, Captures, Operator, State
+from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, State
 from lfm2kit.batch import Batch, Make
 from lfm2kit.building import out_of_memory
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.placement import Placed
+from lfm2kit.building.results import check_replay
 from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.state import ModelState, Room
 
 
 class Forward:
-    """ids -> embedding -> layers -> norm of the last rows -> logits [logits, vocab_size]."""
+    """A forward: ids -> embedding -> layers -> norm of last rows -> logits [logits, vocab_size]."""
 
     def __init__(self, spec: specs.Model, **blocks: Any) -> None:
         self.embed_tokens: Block = blocks["embed_tokens"]
@@ -157,7 +158,7 @@ class LFM2:
 
         With a `state` (see `new_state`) each sequence goes on from what its pages hold; without
         one, sequences are whole.
-        Raises ValueError for an id outside the vocabulary, a position above 0 without a state, a
+        Raise ValueError for an id outside the vocabulary, a position above 0 without a state, a
         state of another model, and a batch that the state cannot hold or go on from; TypeError for
         what is neither a batch nor a state.
         """
@@ -188,7 +189,7 @@ class LFM2:
         """Return an empty state with `room.pages` pages of `room.page_tokens` tokens.
 
         `Room.of_sequences(16, 4096)` has room for 16 sequences of up to 4096 tokens each.
-        Raises `Lfm2kitError` if a memory has too little left for it, before any is allocated, and
+        Raise `Lfm2kitError` if a memory has too little left for it, before any is allocated, and
         TypeError for what is not a `Room`.
         """
         if not isinstance(room, Room):
@@ -242,8 +243,15 @@ class LFM2:
         def step(batch: Batch) -> Array:
             return self.forward(batch, layers)
 
-        with self._replays.using(key, partial(self._captures.capture, step, batch)) as replay:
+        with self._replays.using(key, partial(self._captured, step, batch)) as replay:
             return self.home.to_host(replay(batch))
+
+    def _captured(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
+        """Return the backend's replay of a step; `Lfm2kitError` if it returns something else."""
+        assert self._captures is not None, "only such a model is captured"
+        replay = self._captures.capture(step, batch)
+        check_replay(self._captures, replay)
+        return replay
 
     def _with_own_views(self, batch: Batch) -> Batch:
         """Return the host batch with the derived ones of this model's forwards, in their order.
@@ -264,5 +272,5 @@ class LFM2:
 
 
 def can_capture(backend: Backend, placed: Placed) -> bool:
-    """Returns whether a forward of `placed` can be captured by the plan's default backend."""
+    """Return whether a forward of `placed` can be captured by the plan's default backend."""
     return isinstance(backend, Captures) and placed.is_capturable

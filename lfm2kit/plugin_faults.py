@@ -11,7 +11,7 @@ from lfm2kit.transport import JobError
 
 @contextmanager
 def blaming(who: str, advice: str = "") -> Iterator[None]:
-    """Raises `Lfm2kitError`, "`who` raised KeyError: ...", for what is raised inside.
+    """Raise `Lfm2kitError`, "`who` raised KeyError: ...", for what is raised inside.
 
     Errors that mean something to the core pass unchanged: those of the user, of memory, of a job.
     """

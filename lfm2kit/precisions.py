@@ -10,7 +10,7 @@ from lfm2kit.formats import Format
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """How exact the results of a precision are, and so what counts as wrong."""
+    """The accuracy that a precision promises, by which results are judged right or wrong."""
 
     name: str
     block_error: float  # of one block, relative to its result's largest value

@@ -50,7 +50,7 @@ THIS_PROCESS = Progress()
 
 
 def step(name: str, seconds: float = 0.0) -> None:
-    """Announces that `name` begins, and may take `seconds` if that is above the deadline.
+    """Announce that `name` begins, and may take `seconds` if that is above the deadline.
 
     Costs less than a microsecond, and does nothing if nobody watches.  Anything that may take more
     than a few seconds should be announced, such as compiling a kernel or writing a file.
@@ -59,18 +59,18 @@ def step(name: str, seconds: float = 0.0) -> None:
 
 
 def set_deadline(seconds: float) -> None:
-    """Sets how long a step may take unless it asks for more."""
+    """Set how long a step may take unless it asks for more."""
     THIS_PROCESS.deadline = seconds
 
 
 def allow(seconds: Mapping[str, float]) -> None:
-    """Sets how long the steps of these names may take, if that is above the deadline."""
+    """Set how long the steps of these names may take, if that is above the deadline."""
     deadline = THIS_PROCESS.deadline
     THIS_PROCESS.allowed.update((name, s) for name, s in seconds.items() if s > deadline)
 
 
 def longest(work: Work) -> float:
-    """Returns the seconds that `work` takes on the slowest machine worth using."""
+    """Return the seconds that `work` takes on the slowest machine worth using."""
     return work.flops / SLOWEST_FLOPS + work.bytes / SLOWEST_BYTES
 
 
@@ -78,7 +78,7 @@ Wrap = Callable[[str, Spec, Block], Block]
 
 
 def telling(wrap: Wrap, names: set[str]) -> Wrap:
-    """Returns a `wrap` that also announces a step at each call of the blocks in `names`."""
+    """Return a `wrap` that also announces a step at each call of the blocks in `names`."""
 
     def telling_wrap(name: str, spec: Spec, block: Block) -> Block:
         wrapped = wrap(name, spec, block)

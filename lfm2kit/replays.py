@@ -19,7 +19,7 @@ MOST_NOTED = 4096
 
 
 class Key(NamedTuple):
-    """What a replay is for: a model without a state, or one of its states; and forms of batches."""
+    """The key of a replay: a model without a state, or one of its states; and forms of batches."""
 
     owner: Hashable
     forms: Hashable

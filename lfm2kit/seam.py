@@ -13,7 +13,7 @@ from lfm2kit.memory import Memory, is_ordered
 
 
 class Seam:
-    """`block`, which works in `memory`, callable with arrays of the memory `outer`.
+    """A block that works in `memory`, callable with arrays of the memory `outer`.
 
     Also carries the state methods of `state_of`, the block itself, past a plugin's wrapper.
     """

@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 
 class Work(NamedTuple):
-    """What a block must at least do: floating-point operations, and bytes read or written once."""
+    """The least that a block must do: floating-point operations, and bytes read or written once."""
 
     flops: float
     bytes: float
@@ -40,7 +40,7 @@ class Work(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One part of a larger spec: its role there, and its scope in the checkpoint's names."""
+    """A part of a larger spec: its role there, and its scope in the checkpoint's names."""
 
     role: str
     scope: str
@@ -62,25 +62,25 @@ class Spec:
         return {_join(p.scope, n): s for p in self.parts() for n, s in p.spec.parameters().items()}
 
     def parts(self) -> tuple[Part, ...]:
-        """The specs that make up this one, where no backend builds it whole; () for a plain one."""
+        """Return the specs that make up this one if no backend builds it whole; () if plain."""
         return ()
 
     def work(self, batch: Batch, itemsize: float = 4) -> Work:
-        """The least work on `batch`, weights being `itemsize` bytes an element."""
+        """Return the least work on `batch`, with weights of `itemsize` bytes an element."""
         total = Work(0, 0)
         for part in self.parts():
             total += part.spec.work(batch, itemsize)
         return total
 
     def note(self) -> str | None:
-        """Returns what `lfm2kit plan` says about this spec in one line; None for nothing."""
+        """Return what `lfm2kit plan` says about this spec in one line; None for nothing."""
         return None
 
     def weight_elements(self) -> int:
         return sum(math.prod(shape) for shape in self.parameters().values())
 
     def check_values(self, weights: Weights) -> None:
-        """Raises `Lfm2kitError`, naming the tensor, for values that no block can work with."""
+        """Raise `Lfm2kitError`, naming the tensor, for values that no block can work with."""
         for part in self.parts():
             part.spec.check_values(weights.scope(part.scope))
 
@@ -479,7 +479,7 @@ class Model(Spec):
 
 
 def leaves(spec: Spec) -> Iterator[Spec]:
-    """The plain specs of a spec, in the order of the forward."""
+    """Yield the plain specs of a spec, in the order of the forward."""
     parts = spec.parts()
     if not parts:
         yield spec

@@ -24,9 +24,9 @@ PAGE_STEP = 64  # tokens: `page_tokens` is a multiple of it, so that tiles of ke
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many tokens a state can hold: `pages` pages of `page_tokens` tokens each.
+    """The number of tokens that a state can hold: `pages` pages of `page_tokens` tokens each.
 
-    Raises ValueError if `pages` is not a whole number of 0 or more, or `page_tokens` not a positive
+    Raise ValueError if `pages` is not a whole number of 0 or more, or `page_tokens` not a positive
     multiple of 64.
     """
 
@@ -59,7 +59,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ModelState:
-    """What every layer's operator remembers of the tokens in the pages of `room`.
+    """A model's state: what every layer's operator remembers of the tokens in `room`'s pages.
 
     A model takes the states that its `new_state` returned: a copy with another room would have
     blocks write beyond what the layers hold.

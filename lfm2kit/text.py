@@ -10,12 +10,12 @@ LONGEST = 500  # characters of a line on stderr
 
 
 def printable(text: str) -> str:
-    """Returns `text` as one line, with unprintable characters escaped."""
+    """Return `text` as one line, with unprintable characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def shortened(text: str, length: int = LONGEST) -> str:
-    """Returns `printable(text)`, cut in the middle to at most `length` characters.
+    """Return `printable(text)`, cut in the middle to at most `length` characters.
 
     An error's subject is at its beginning, and what to do about it at its end.
     """
@@ -31,6 +31,6 @@ def shortened(text: str, length: int = LONGEST) -> str:
 
 
 def indented(text: str) -> list[str]:
-    """Returns the lines of a longer text, printable and indented, unlike lines of our own."""
+    """Return the lines of a longer text, printable and indented, unlike lines of our own."""
     lines = text.rstrip().split("\n") if text.strip() else []
     return [f"  {shortened(line)}" for line in lines]

@@ -26,7 +26,7 @@ class World(NamedTuple):
 
 
 class Transport(Protocol):
-    """Collective operations over host arrays: every rank calls each of them, in the same order."""
+    """Collective operations over host arrays; every rank calls each of them, in the same order."""
 
     @property
     def world(self) -> World: ...
@@ -34,21 +34,21 @@ class Transport(Protocol):
     def all_to_all(
         self, rows: npt.NDArray[Any], send_counts: Sequence[int]
     ) -> tuple[npt.NDArray[Any], list[int]]:
-        """Sends `send_counts[r]` consecutive rows of `rows` to each rank r, in order of r.
+        """Send `send_counts[r]` consecutive rows of `rows` to each rank r, in order of r.
 
-        Returns the rows that came, those of rank 0 first, and how many each rank sent.  `rows`
+        Return the rows that came, those of rank 0 first, and how many each rank sent.  `rows`
         is C-contiguous; all ranks pass one dtype and row shape; counts may be 0.
         """
         ...
 
     def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-        """All ranks' rows in order of rank, on rank 0; None elsewhere."""
+        """Return all ranks' rows in order of rank, on rank 0; None elsewhere."""
         ...
 
     def barrier(self) -> None: ...
 
     def finish(self, exit_code: int) -> None:
-        """Says that this rank's work is done; rank 0's exit code is the job's.
+        """Say that this rank's work is done; rank 0's exit code is the job's.
 
         Every rank calls it once, last of all.  A process that ends before that is a fault, which
         ends the job, whatever its exit code was.
@@ -56,7 +56,7 @@ class Transport(Protocol):
         ...
 
     def abort(self, exit_code: int, reason: str, details: str = "") -> NoReturn:
-        """Ends every rank's process, and shows `reason`, a sentence, with this rank's number.
+        """End every rank's process, and show `reason`, a sentence, with this rank's number.
 
         Where several ranks call it, one reason is shown.  `details`, a traceback or nothing, are
         shown before it.
@@ -65,7 +65,7 @@ class Transport(Protocol):
 
 
 class Traffic(NamedTuple):
-    """What travels between ranks in one MoE layer."""
+    """The data that travels between ranks in one MoE layer."""
 
     hidden_size: int
     num_experts_per_tok: int
@@ -81,7 +81,7 @@ class Rows(NamedTuple):
 
 
 class Exchange(Protocol):
-    """Carries the tokens of one MoE layer to the ranks of their experts, and the products back.
+    """An exchange carries one MoE layer's tokens to their experts' ranks, and the products back.
 
     All arrays lie in its memory.  Every rank calls `dispatch` and then `combine`, layer by layer,
     with no tokens if need be.  Like a block it may return before its result is
@@ -89,7 +89,7 @@ class Exchange(Protocol):
     """
 
     def dispatch(self, x: Array, expert_ids: Array, expert_weights: Array) -> Rows:
-        """Sends this rank's tokens to the ranks of their experts, and returns the rows that came.
+        """Send this rank's tokens to the ranks of their experts, and return the rows that came.
 
         x is float32 [tokens, hidden_size], expert_ids int32 and expert_weights float32 [tokens, k].
         An id of -1 stands for no expert: nothing is sent for it, whatever its weight is.  Rows may
@@ -98,7 +98,7 @@ class Exchange(Protocol):
         ...
 
     def combine(self, products: Array) -> Array:
-        """Sends each row's product back, and returns delta, float32 [tokens, hidden_size].
+        """Send each row's product back, and return delta, float32 [tokens, hidden_size].
 
         products is float32 [rows, hidden_size], in the order of the rows that `dispatch` returned;
         those of padding may hold anything.  A token's products are added at its own rank in the
@@ -121,45 +121,45 @@ class ExchangeOffer:
 
 @runtime_checkable
 class Exchanges(Protocol):
-    """Capability of a transport: exchanges in memories of its own, past the host.
+    """Capability: a transport with exchanges in memories of its own, past the host.
 
     Without it, tokens are exchanged by `all_to_all`, in the host's memory.
     """
 
     def exchange_in(self, memory: Memory) -> ExchangeOffer | None:
-        """Returns the exchange for blocks in `memory`; None if there is none, on every rank.
+        """Return the exchange for blocks in `memory`; None if there is none, on every rank.
 
-        Takes no memory and sends nothing; the offer's memory has the name of `memory`.
+        Take no memory and send nothing; the offer's memory has the name of `memory`.
         """
         ...
 
 
 class Launcher(Protocol):
-    """How a job of several ranks is started, and how a process knows that it is part of one."""
+    """A way to start a job of several ranks, and to tell whether a process is part of one."""
 
     def world_size(self) -> int | None:
-        """How many ranks the job has that this process was started in; None outside any job.
+        """Return the number of ranks of this process's job; None outside any job.
 
-        Reads the environment only: nothing is initialised.
+        Read the environment only: nothing is initialised.
         """
         ...
 
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
-        """Runs `rank_command(arguments)` on `ranks` ranks; the exit code that rank 0 finished with.
+        """Run `rank_command(arguments)` on `ranks` ranks; the exit code that rank 0 finished with.
 
-        Raises `Lfm2kitError` where no launcher is installed, and `JobError` where a rank fails,
+        Raise `Lfm2kitError` where no launcher is installed, and `JobError` where a rank fails,
         ends early or makes no progress (see `lfm2kit.progress`).  Ctrl-C, SIGTERM and SIGHUP come
         as KeyboardInterrupt, which is let pass.  No process of the job is left in any case.
         """
         ...
 
     def connect(self) -> Transport:
-        """This rank's transport; called in every process of a job, and joins it.
+        """Join the job and return this rank's transport; called in every process of a job.
 
         No other plugin is loaded yet, and no device is in use.  A transport that hands a device's
         memory to MPI chooses the device here, by the launcher's local rank, and then starts MPI.
         From here on the job is watched: a rank that makes no progress ends it.
-        Raises `Lfm2kitError` where the job cannot be joined.
+        Raise `Lfm2kitError` where the job cannot be joined.
         """
         ...
 
@@ -175,7 +175,7 @@ class JobError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TransportPlugin:
-    """What a plugin announces; making one must be free."""
+    """A transport as a plugin announces it, which must be free to make."""
 
     name: str
     summary: str
@@ -187,7 +187,7 @@ _OPTIONS = {"isolated": "I", "ignore_environment": "E", "no_user_site": "s", "no
 
 
 def rank_command(arguments: Sequence[str]) -> list[str]:
-    """The command of a process that runs `lfm2kit *arguments` with the code of this one.
+    """Return the command of a process that runs `lfm2kit *arguments` with this one's code.
 
     It has this process's interpreter and `sys.path`.  `python -m lfm2kit` would look into the
     current folder first, even where the user's own command does not.
@@ -200,10 +200,10 @@ def rank_command(arguments: Sequence[str]) -> list[str]:
 
 
 def share(count: int, size: int, rank: int) -> range:
-    """The part of `range(count)` that is `rank`'s: contiguous, sizes differ by one at most."""
+    """Return `rank`'s part of `range(count)`: contiguous, sizes differ by one at most."""
     return range(count * rank // size, count * (rank + 1) // size)
 
 
 def evenly(size: int, num_experts: int) -> list[int]:
-    """Returns the rank that holds each expert if `share` gives `size` ranks theirs."""
+    """Return the rank that holds each expert if `share` gives `size` ranks theirs."""
     return [((e + 1) * size - 1) // num_experts for e in range(num_experts)]

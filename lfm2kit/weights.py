@@ -18,14 +18,14 @@ from lfm2kit.plugin_faults import blaming
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One weight as the checkpoint stores it; its arrays are usually views of memory maps.
+    """A weight as the checkpoint stores it; its arrays are usually views of memory maps.
 
     `data` has the shape `format.blocks(shape)` and the type `format.block`.  `beside` are further
     arrays that `format.unpack` needs, such as scales.  Each has the tensor's leading dimensions
     (all but the last), so that rows and experts can be taken without unpacking anything:
     `np.broadcast_to` gives a scale of the whole tensor this form, without a copy.
 
-    Raises ValueError if an array does not fit the shape.
+    Raise ValueError if an array does not fit the shape.
     """
 
     name: str
@@ -51,34 +51,34 @@ class Tensor:
 
     @classmethod
     def of_array(cls, name: str, array: npt.NDArray[Any], format: Format = F32) -> Tensor:
-        """Returns a tensor of `array`'s shape, in a format with one value in a block."""
+        """Return a tensor of `array`'s shape, in a format with one value in a block."""
         return cls(name, format, array.shape, array)
 
     @property
     def arrays(self) -> tuple[npt.NDArray[Any], ...]:
-        """The data and what lies beside them."""
+        """Return the data and what lies beside them."""
         return (self.data, *self.beside)
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the tensor takes as it is stored; what is broadcast beside counts once."""
+        """Return the bytes of the tensor as stored; what is broadcast beside counts once."""
         return self.format.nbytes(self.shape) + sum(map(_stored_bytes, self.beside))
 
     @property
     def size(self) -> int:
-        """The number of values."""
+        """Return the number of values."""
         return math.prod(self.shape)
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Returns some rows, as stored: `index` is NumPy's, for any dimensions but the last."""
+        """Return some rows, as stored: `index` is NumPy's, for any dimensions but the last."""
         data = self.data[index]
         shape = (*data.shape[:-1], *self.shape[-1:])
         return Tensor(self.name, self.format, shape, data, tuple(a[index] for a in self.beside))
 
     def float32(self) -> npt.NDArray[np.float32]:
-        """Returns the values in float32, exactly and aligned; F32 data may be the file's own.
+        """Return the values in float32, exactly and aligned; F32 data may be the file's own.
 
-        They are then read-only.  Raises `Lfm2kitError` if the format raises anything, or unpacks
+        They are then read-only.  Raise `Lfm2kitError` if the format raises anything, or unpacks
         something else than float32 values of all blocks.
         """
         if self.size == 0:  # formats need not know how to unpack nothing
@@ -97,7 +97,7 @@ class Tensor:
         return np.require(values, np.float32, "A")  # a copy if the file holds it unaligned
 
     def flat(self, begin: int, end: int) -> Tensor:
-        """Returns the values `begin` to `end` in one dimension.
+        """Return the values `begin` to `end` in one dimension.
 
         They are as stored where each has an element of its own, else in F32.
         """
@@ -110,9 +110,9 @@ class Tensor:
         return Tensor.of_array(self.name, values[begin - first * columns : end - first * columns])
 
     def stored_as(self, format: Format) -> Tensor:
-        """Returns the same values, rounded to a format that can be packed.
+        """Return the same values, rounded to a format that can be packed.
 
-        The tensor itself if it is stored so.  Raises `Lfm2kitError` for values beyond F16's
+        The tensor itself if it is stored so.  Raise `Lfm2kitError` for values beyond F16's
         largest, and for a format that can only be read.
         """
         if self.format == format:
@@ -126,7 +126,7 @@ class Tensor:
 
 
 def _form(values: Any) -> str:
-    """Says what `values` are: their shape and type, if they are an array."""
+    """Say what `values` are: their shape and type, if they are an array."""
     if isinstance(values, np.ndarray):
         return f"{list(values.shape)} of {values.dtype}"
     return brief(values)
@@ -155,16 +155,16 @@ class Weights(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
     def scope(self, name: str) -> Weights:
-        """The tensors whose names begin with `name.`, under the rest of their names."""
+        """Return the tensors whose names begin with `name.`, under the rest of their names."""
         return Weights(self._tensors, f"{self._prefix}{name}." if name else self._prefix)
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
-        """The values of one tensor in float32."""
+        """Return the values of one tensor in float32."""
         return self[name].float32()
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, npt.ArrayLike]) -> Weights:
-        """Weights that lie in memory as float32: for tests and small models."""
+        """Return weights that lie in memory as float32: for tests and small models."""
         return cls(
             {n: Tensor.of_array(n, np.asarray(a, dtype=np.float32)) for n, a in arrays.items()}
         )

@@ -63,7 +63,7 @@ Definition = ast.ClassDef | ast.FunctionDef
 
 
 def page() -> str:
-    """The whole page, the same for the same source."""
+    """Return the whole page, the same for the same source."""
     return "\n".join([HEAD, *(_section(*section) for section in SECTIONS)])
 
 
@@ -75,7 +75,7 @@ def _section(title: str, module: ModuleType, public: ModuleType) -> str:
 
 
 def _definitions(module: ModuleType) -> list[Any]:
-    """The hooks, and a module's own classes, in the order of the source."""
+    """Return the hooks, and a module's own classes, in the order of the source."""
     hooks = list(hookspecs.HOOKS) if module is hookspecs else []
     return hooks + [c for c in vars(module).values() if inspect.isclass(c) and _is_of(c, module)]
 
@@ -85,7 +85,7 @@ def _is_of(thing: type, module: ModuleType) -> bool:
 
 
 def _stub(thing: Any) -> str:
-    """Its head, docstring, fields and methods; a method that has a docstring without its body."""
+    """Return a definition's head, docstring, fields and methods, without the methods' bodies."""
     source = textwrap.dedent(inspect.getsource(thing))
     (node,) = ast.parse(source).body
     assert isinstance(node, Definition)
@@ -108,7 +108,7 @@ def _outline(node: Definition, lines: list[str]) -> Iterator[str]:
 
 
 def _member(node: ast.stmt, lines: list[str]) -> Iterator[str]:
-    """A field with its comment, or a method after an empty line; what is private is left out."""
+    """Yield the lines of a field with its comment, or of a public method after an empty line."""
     if isinstance(node, ast.AnnAssign):
         yield from _source(node, lines)
     elif isinstance(node, ast.FunctionDef) and _is_public(node.name):
@@ -124,7 +124,7 @@ def _source(node: ast.stmt, lines: list[str]) -> list[str]:
 
 
 def _first(node: ast.stmt) -> int:
-    """The line of the first decorator, or of the statement itself."""
+    """Return the line of the first decorator, or of the statement itself."""
     decorators: list[ast.expr] = getattr(node, "decorator_list", [])
     return decorators[0].lineno if decorators else node.lineno
 

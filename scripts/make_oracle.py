@@ -75,7 +75,7 @@ def scaled(ending: str, factor: float) -> Change:
 
 
 def bias_beyond_bf16(name: str, values: Any) -> Any:
-    """Scores near 0.5 and biases whose differences bfloat16 would round away."""
+    """Return scores near 0.5 and biases whose differences bfloat16 would round away."""
     if name.endswith("expert_bias"):
         return np.float32(1) + np.float32(0.01) * values
     return np.float32(0.002) * values if name.endswith("gate.weight") else values
@@ -160,7 +160,7 @@ def changed(source: Source, change: Change) -> Source:
 
 
 def answers(folder: Path, case: Case) -> tuple[dict[str, Any], float]:
-    """The arrays of expected.npz, from ids that route without near ties."""
+    """Return the arrays of expected.npz, from ids that route without near ties."""
     oracle = Oracle(folder)
     vocab_size = oracle.model.config.vocab_size
     rng = np.random.default_rng(7)
@@ -188,7 +188,7 @@ def answers(folder: Path, case: Case) -> tuple[dict[str, Any], float]:
 
 
 def check_padding(oracle: Oracle, ids: Any, logits: Any) -> None:
-    """transformers itself must agree with the unpadded logits when it is told of the padding."""
+    """Check that transformers itself has the unpadded logits when it is told of the padding."""
     for pad in range(1, 9):
         mask = torch.tensor([[0] * pad + [1] * len(ids)])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -201,7 +201,7 @@ def check_padding(oracle: Oracle, ids: Any, logits: Any) -> None:
 
 
 def pack(folder: Path) -> None:
-    """Stores each layer's experts as transformers 5 holds them: gate_up_proj and down_proj."""
+    """Store each layer's experts as transformers 5 holds them: gate_up_proj and down_proj."""
     stored = read_safetensors(folder / SINGLE)
     packed = {name: t.data for name, t in stored.items() if ".experts." not in name}
     for prefix in sorted({n.split(".experts.")[0] for n in stored if ".experts." in n}):

@@ -41,7 +41,7 @@ class Oracle:
         self._watch_routers()
 
     def logits(self, token_ids: npt.NDArray[np.int32], **kwargs: Any) -> npt.NDArray[np.float64]:
-        """Returns the logits of all positions, float64 [tokens, vocab_size].
+        """Return the logits of all positions, float64 [tokens, vocab_size].
 
         Adds the choices of each MoE layer to `routings`.
         """
@@ -54,13 +54,13 @@ class Oracle:
         return logits
 
     def loads(self) -> list[int]:
-        """Returns how many rows each expert got in all."""
+        """Return how many rows each expert got in all."""
         ids = np.concatenate([ids.reshape(-1) for run in self.routings for ids, _ in run])
         counts: list[int] = np.bincount(ids).tolist()
         return counts
 
     def _fill(self, weights: dict[str, npt.NDArray[np.float32]]) -> None:
-        """Copies canonical weights into the packed parameters of transformers 5."""
+        """Copy canonical weights into the packed parameters of transformers 5."""
         state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         left = set(weights)
         with torch.no_grad():
@@ -92,7 +92,7 @@ class Oracle:
                 gate.forward = self._watched(gate)
 
     def _watched(self, gate: Any) -> Any:
-        """The router of the module `gate` with float32 scores, remembering what it chose."""
+        """Return a forward of the router `gate` with float32 scores that remembers its choices."""
 
         def forward(x: torch.Tensor, expert_bias: torch.Tensor | None = None) -> Any:
             logits = torch.nn.functional.linear(x, gate.weight).to(torch.float32)

@@ -10,7 +10,7 @@ from tests.checkpoint.typed import Cli
 
 
 def pytest_configure() -> None:
-    """Lets commands that tests start be interrupted.
+    """Let commands that tests start be interrupted.
 
     A script's shell starts what runs in the background (`./check.sh &`) with SIGINT ignored, and
     every process that comes of it inherits that.
@@ -20,5 +20,5 @@ def pytest_configure() -> None:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs commands in this process."""
+    """Run commands in this process."""
     return Cli(monkeypatch, capsys)

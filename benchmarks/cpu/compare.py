@@ -36,7 +36,7 @@ from lfm2kit.checkpoint import open_checkpoint
 DTYPES = ("F32", "BF16", "F16")
 DATA = Path(__file__).parents[1] / ".data"
 MOST_DIFFERENCE = 1e-3  # of FP32 answers: beyond it somebody did other work
-TIES = 32  # of so many samples one may meet equal scores of two experts
+TIES = 32  # one sample of this number may meet equal scores of two experts
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def _tasks(groups: Sequence[str], spec: specs.Model, dtype: str) -> Iterator[Tas
 def _bout(
     ours: Contender, rival: Contender, todo: list[Task], options: argparse.Namespace
 ) -> list[Row]:
-    """All tasks between two contenders; the ceilings are the best that were seen meanwhile."""
+    """Run all tasks between two contenders; the ceilings are the best that were seen meanwhile."""
     _remark(f"{ours.name} and {rival.name}: loading")
     with running([ours, rival], options.data, options.threads) as processes:
         rows = []
@@ -87,7 +87,7 @@ def _bout(
 
 
 def _difference(processes: list[Process], task: Task) -> float:
-    """Of the two answers; this is the warm-up as well.
+    """Return the largest difference of the two answers, which also warms both up.
 
     Where two experts score equal to the last bits, FP32 alone does not say which is taken: one row
     of logits in 32 may differ for that, and does not count.
@@ -107,7 +107,7 @@ def _difference(processes: list[Process], task: Task) -> float:
 def _turns(
     processes: list[Process], task: Task, repetitions: int, pause: float
 ) -> list[list[float]]:
-    """The seconds of each, in turns; the pause lets the other's spinning threads go to sleep."""
+    """Return each one's seconds, measured alternately; spinning threads sleep in the pauses."""
     seconds: list[list[float]] = [[] for _ in processes]
     for _ in range(repetitions):
         for process, taken in zip(processes, seconds, strict=True):
@@ -143,7 +143,7 @@ def _choice(known: Sequence[str]) -> Any:
 
 
 def _cores() -> int:
-    """Physical ones that this process may use: a second thread a core only takes turns."""
+    """Return the physical cores that this process may use; a core's second thread adds nothing."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(usable or 1, psutil.cpu_count(logical=False) or 1)
 

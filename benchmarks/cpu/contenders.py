@@ -39,7 +39,7 @@ class Contender:
         return data / f"wide-6-{self.dtype}{suffix}"
 
     def memory(self, data: Path) -> float:
-        """Bytes that it is likely to hold once it has loaded its model."""
+        """Return the bytes that it is likely to hold once it has loaded its model."""
         path = self.path(data)
         files = [path] if path.is_file() else path.glob("*.safetensors")
         return sum(file.stat().st_size for file in files) + ASIDE
@@ -82,7 +82,7 @@ class Process:
 
 @contextmanager
 def running(contenders: list[Contender], data: Path, threads: int) -> Iterator[list[Process]]:
-    """Processes that have loaded their models; refused where these would not fit in memory."""
+    """Yield processes that have loaded their models; refuse models that would not fit in memory."""
     needed = sum(contender.memory(data) for contender in contenders)
     available = psutil.virtual_memory().available
     if needed > available:
@@ -99,7 +99,7 @@ def running(contenders: list[Contender], data: Path, threads: int) -> Iterator[l
 
 
 def _serve(pipe: Connection, engine: str, path: Path, threads: int) -> None:
-    """The far end: answers until the pipe is closed."""
+    """Answer, as the process at the pipe's other end, until the pipe is closed."""
     make, *options = ENGINES[engine]
     model = make(path, threads, *options)
     pipe.send("ready")
@@ -113,7 +113,7 @@ def _serve(pipe: Connection, engine: str, path: Path, threads: int) -> None:
 
 
 def _turn(prepare: Callable[..., Call], arguments: tuple[Any, ...]) -> Answer:
-    """The median of as many calls as `LEAST_SECONDS` take, at least one."""
+    """Return the median of as many calls as `LEAST_SECONDS` take, but at least one."""
     seconds: list[float] = []
     while sum(seconds) < LEAST_SECONDS:
         call = prepare(*arguments)

@@ -23,7 +23,7 @@ BLOCK_SEED = 0
 
 
 class Lfm2kit:
-    """This project's cpu_simd; weights stay in the checkpoint's type."""
+    """This project's cpu_simd, with weights in the checkpoint's type."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         from lfm2kit.building.loading import set_up
@@ -41,7 +41,7 @@ class Lfm2kit:
         return lambda: self._model.logits(Batch.of_sequences(list(ids)))
 
     def decode(self, prompt: Ids, ids: Ids) -> Call:
-        """Every call steps back to the prompt's end, for which `ids` must be 16 at most."""
+        """Return a call that decodes `ids`, 16 at most, from the end of the prompt each time."""
         from lfm2kit.batch import Batch
         from lfm2kit.state import Room
 
@@ -131,7 +131,7 @@ def _long(ids: Ids) -> Any:
 
 
 def _block_input(samples: int, hidden_size: int) -> npt.NDArray[np.float32]:
-    """The activations that `lfm2kit.measuring.bench.single_blocks` draws for so many samples."""
+    """Return the activations that `lfm2kit.measuring.bench.single_blocks` draws."""
     rng = np.random.default_rng(BLOCK_SEED)
     for n in BLOCK_SAMPLES[: BLOCK_SAMPLES.index(samples) + 1]:
         x = rng.standard_normal((n * SEQ_LEN, hidden_size), dtype=np.float32)
@@ -197,7 +197,7 @@ class LlamaCpp:
         return steps
 
     def _fill(self, ids: Ids, start: int) -> None:
-        """The batch of `ids` [samples, tokens] at positions from `start` on."""
+        """Fill the batch with `ids` [samples, tokens] at positions from `start` on."""
         batch = self._batch
         samples, tokens = ids.shape
         batch.n_tokens = ids.size

@@ -79,7 +79,7 @@ class Entry:
         return F32 if is_small else self.parts[0].format
 
     def array(self) -> npt.NDArray[Any]:
-        """The values as the file holds them; what was read is given back."""
+        """Return the values as the file holds them, and give back the memory that reading took."""
         stacked = np.stack([part.stored_as(self.format).data for part in self.parts])
         for part in self.parts:
             mapped.release(part.data)
@@ -105,7 +105,7 @@ def write_gguf(folder: Path, target: Path) -> None:
 
 
 def _representable(checkpoint: Checkpoint) -> ModelConfig:
-    """The configuration; `Lfm2kitError` where llama.cpp would compute another model."""
+    """Return the configuration; refuse one of which llama.cpp would compute another model."""
     config = checkpoint.config
     if config is None:
         raise Lfm2kitError(f"{checkpoint.path}: GGUF needs a config.json")
@@ -140,7 +140,7 @@ def _add_keys(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 
 
 def _entries(checkpoint: Checkpoint) -> Iterator[Entry]:
-    """In the checkpoint's order; the experts of a layer together, by their number."""
+    """Yield tensors in the checkpoint's order, the experts of a layer together by their number."""
     groups: dict[str, list[Tensor]] = {}
     for name in checkpoint.spec.parameters():
         merged = re.sub(r"\.experts\.\d+\.", ".experts.", name)

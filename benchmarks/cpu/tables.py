@@ -26,7 +26,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Row:
-    """lfm2kit and one rival at one task."""
+    """The result of lfm2kit and one rival at one task."""
 
     dtype: str
     task: str
@@ -75,7 +75,7 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows, task by task, and the ceilings that the shares are of."""
+    """Return the rows, task by task, and the ceilings that the shares refer to."""
     order = list(dict.fromkeys(row.task for row in rows))
     in_order = sorted(rows, key=lambda row: order.index(row.task))
     lines = [HEAD, ("---",) * len(HEAD), *(row.cells() for row in in_order)]

@@ -23,7 +23,7 @@ ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 
 @dataclass(frozen=True)
 class Task:
-    """One question, how much of its unit an answer amounts to, and the least work that it takes."""
+    """A question, how much of its unit an answer amounts to, and the least work that it takes."""
 
     name: str
     method: str
@@ -48,7 +48,7 @@ def tasks(group: str, spec: specs.Model, dtype: str) -> Iterator[Task]:
 
 
 def _decode(spec: specs.Model, itemsize: int, rng: np.random.Generator) -> Task:
-    """Random tokens: chosen by the model, they would soon go round in the same experts."""
+    """Return the decoding of random tokens; a model's own soon use the same few experts."""
     ids = rng.integers(0, spec.embed_tokens.vocab_size, SEQ_LEN + STEPS, dtype=np.int32)
     work = Work(0, 0)
     for position in range(SEQ_LEN, len(ids)):
@@ -76,7 +76,7 @@ OURS_F32 = "lfm2kit F32"
 
 
 def bouts(dtype: str) -> list[tuple[Contender, tuple[str, ...]]]:
-    """Whom lfm2kit meets with weights of `dtype`, and in which groups of tasks."""
+    """Return whom lfm2kit meets with weights of `dtype`, and in which groups of tasks."""
     whole = ("n1", "n16", "n64", "decode")
     if dtype == "F32":
         return [
@@ -95,7 +95,7 @@ READ_SHARES = {("F32", "decode"): 0.90, ("BF16", "decode"): 0.85, ("F16", "decod
 
 
 def ratio_goal(dtype: str, task: str, rival: str) -> float | None:
-    """Times as fast as `rival`; to beat the best rival is to beat each of them."""
+    """Return how many times as fast as `rival` to be; to beat the best one is to beat each."""
     if dtype == "F32":
         return F32_RATIOS.get(task.split()[0])
     return HALF_RATIOS.get((task, rival))

@@ -45,7 +45,7 @@ def median_seconds(call: Callable[[], object]) -> float:
 
 
 def device_seconds(call: Callable[[], object]) -> float:
-    """Of one call, by ten replays of a graph of it."""
+    """Return the seconds of one call, from ten replays of its graph."""
     pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.get_current_stream().synchronize()  # it has made the inputs
     with stream, cupy.cuda.using_allocator(pool.malloc):

@@ -78,7 +78,7 @@ class Sequences:
 
 
 class Times(NamedTuple):
-    """Seconds of one step."""
+    """The seconds of one step."""
 
     batch: float  # to make it
     uncaptured: float

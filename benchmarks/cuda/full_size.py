@@ -70,7 +70,7 @@ class RandomTensors(Mapping[str, Tensor]):
 
 
 def build(plan: Plan, precision: str, stored_as: Format, rewrites: Sequence[str] = ()) -> LFM2:
-    """The full-size model, its blocks from `plan`."""
+    """Return the full-size model, its blocks from `plan`."""
     plugins = installed_plugins()
     create = plugins.creator(Context(precision=precision))
     spec = model_spec(LFM2_8B_A1B, tied=True)

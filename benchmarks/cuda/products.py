@@ -52,7 +52,7 @@ SLEEP_CYCLES = 3_000_000  # 1.5 ms
 
 
 def seconds(calls: list[Callable[[], object]], repetitions: int = 15) -> list[float]:
-    """The median device time of each call; the calls alternate, after two warm-ups.
+    """Return the median device time of each call; the calls alternate, after two warm-ups.
 
     The device sleeps while the host starts a call, so that only the device's time is seen.
     """

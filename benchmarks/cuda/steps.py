@@ -36,7 +36,7 @@ class Interval(NamedTuple):
 
 
 def kernels_of(call: Callable[[], object]) -> list[Interval]:
-    """What the device did in a call, in the order in which it began."""
+    """Return what the device did in a call, in the order in which it began."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize()
@@ -47,7 +47,7 @@ def kernels_of(call: Callable[[], object]) -> list[Interval]:
 
 
 def own_times(intervals: Iterable[Interval]) -> list[tuple[str, float]]:
-    """By how much each prolonged the time in which something ran."""
+    """Return by how much each one prolonged the time in which something ran."""
     own, until = [], 0.0
     for name, start, end in intervals:
         own.append((name, max(end - max(start, until), 0.0)))

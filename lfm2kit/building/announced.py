@@ -22,7 +22,7 @@ RESERVED = {AUTO}
 
 
 def check_hooks(plugin: Any) -> None:
-    """A misspelt hook, and one without its mark, would otherwise be ignored in silence."""
+    """Refuse a misspelt hook, and one without its mark, which pluggy would ignore in silence."""
     known = {hook.__name__ for hook in hookspecs.HOOKS}
     for name in dir(plugin):
         is_marked = hasattr(getattr(plugin, name), "lfm2kit_impl")
@@ -35,15 +35,17 @@ def check_hooks(plugin: Any) -> None:
 def check_announced(
     hook: str, announced: list[Any], expected: type[Any], owners: Mapping[str, str]
 ) -> None:
-    """What a hook yielded is of its type, under names that a plan can say and nobody has."""
+    """Check what a hook yielded: its type, and names that a plan can contain and nobody has yet."""
     owners = dict(owners)
     for plugin in announced:
         if not isinstance(plugin, expected):
             raise TypeError(f"{hook} yielded {plugin!r}, not a {expected.__name__}")
         if not isinstance(plugin.name, str) or not NAME.fullmatch(plugin.name):
-            raise ValueError(f"{hook} yielded the name {plugin.name!r}; a name is like my_backend")
+            raise ValueError(
+                f"{hook} yielded the name {plugin.name!r}; a name looks like my_backend"
+            )
         if plugin.name in RESERVED:
-            raise ValueError(f"{hook} yielded the name '{plugin.name}', which means something else")
+            raise ValueError(f"{hook} yielded the name '{plugin.name}', which is reserved")
         if plugin.name in owners:
             raise ValueError(f"{hook} yielded '{plugin.name}', which is {owners[plugin.name]}'s")
         _check_fields(f"{hook} yielded '{plugin.name}', whose", plugin)
@@ -128,7 +130,7 @@ def _check_fields(whose: str, announced: Any) -> None:
 
 
 def _check_precisions(backend: BackendPlugin) -> None:
-    """A name alone does not say how results are judged."""
+    """Check that precisions say how results are judged, and are not only names."""
     names = set()
     for precision in backend.precisions:
         if (

@@ -22,7 +22,7 @@ from lfm2kit.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class Builder:
-    """Makes the blocks of a placed model."""
+    """A builder of the blocks of a placed model."""
 
     weights: Weights
     create: Callable[[str], Backend]
@@ -33,7 +33,7 @@ class Builder:
     ranks: int = 1  # ranks that share the host's memory
 
     def build(self, placed: Placed) -> Any:
-        """The block of `placed`, ready to be called from the memory around it."""
+        """Return the block of `placed`, ready to be called from the memory around it."""
         blocks = {role: self.build(part) for role, part in placed.parts}
         if placed.backend is None:
             assert placed.join is not None, "what no backend builds is joined"
@@ -64,7 +64,7 @@ def _built(backend: Backend, spec: Spec, weights: Weights, parts: dict[str, Bloc
 
 
 def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
-    """The model that `placed` describes, with `builder`'s weights."""
+    """Return the model that `placed` describes, with `builder`'s weights."""
     assert isinstance(placed.spec, specs.Model)
     return LFM2(
         spec=placed.spec,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from reprlib import repr as brief  # of what a backend returns, however long it is
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, Room, Weights
+from lfm2kit.building.answers import Answers, free_bytes_of
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import HOST, Bounded
@@ -33,7 +31,7 @@ class Shortage(NamedTuple):
 
 
 class Needed(NamedTuple):
-    """Bytes of one memory, at the least: blocks whose backend gives no figures count as 0."""
+    """The bytes of one memory, at the least: blocks whose backend gives no figures count as 0."""
 
     kept: int  # of weights, as long as the model lives
     scratch: int  # by the block of a forward that needs most, while it runs
@@ -45,7 +43,7 @@ FEWER_SEQUENCES = "try fewer sequences at once, or shorter ones"
 
 
 class Sizes(NamedTuple):
-    """Compares what blocks need with what their memories have."""
+    """The bytes that blocks need, to be compared with what their memories have."""
 
     create: Callable[[str], Backend]
     weights: Weights  # of the whole model
@@ -53,18 +51,17 @@ class Sizes(NamedTuple):
 
     def kept(self, leaf: Placed) -> int | None:
         """Return the bytes that a block will keep of its weights; None if its backend is silent."""
-        backend = self._backend(leaf)
-        if not isinstance(backend, MemoryFigures):
+        asked = self._ask(leaf)
+        if not isinstance(asked.backend, MemoryFigures):
             return None
-        kept = backend.kept_bytes(leaf.spec, self.weights.scope(leaf.scope))
-        return whole_bytes(leaf, "kept_bytes", kept)
+        return asked.kept_bytes(leaf.spec, self.weights.scope(leaf.scope))
 
     def scratch(self, leaf: Placed, tokens: int) -> int | None:
         """Return the bytes that a call of a block with `tokens` rows will need while it runs."""
-        backend = self._backend(leaf)
-        if not isinstance(backend, MemoryFigures):
+        asked = self._ask(leaf)
+        if not isinstance(asked.backend, MemoryFigures):
             return None
-        return whole_bytes(leaf, "scratch_bytes", backend.scratch_bytes(leaf.spec, tokens))
+        return asked.scratch_bytes(leaf.spec, tokens)
 
     def state(self, leaf: Placed, room: Room) -> int:
         """Return the bytes that a block's state with this room will take; 0 if it has none."""
@@ -72,13 +69,13 @@ class Sizes(NamedTuple):
 
     def unknown(self, leaves: Sequence[Placed]) -> int:
         """Return how many of these blocks have a backend that gives no figures."""
-        return sum(not isinstance(self._backend(leaf), MemoryFigures) for leaf in leaves)
+        return sum(not isinstance(self._ask(leaf).backend, MemoryFigures) for leaf in leaves)
 
-    def _backend(self, leaf: Placed) -> Backend:
-        return backend_of(self.create, leaf)
+    def _ask(self, leaf: Placed) -> Answers:
+        return answers_of(self.create, leaf)
 
     def free(self, placed: Placed) -> dict[str, int]:
-        """Returns the free bytes by memory, for memories that know them."""
+        """Return the free bytes by memory, for memories that know them."""
         return free_bytes(placed, self.ranks)
 
     def shortage(self, placed: Placed, tokens: int = 0, room: Room = NO_ROOM) -> Shortage | None:
@@ -107,42 +104,33 @@ class Sizes(NamedTuple):
         )
 
 
-def backend_of(create: Callable[[str], Backend], leaf: Placed) -> Backend:
+def answers_of(create: Callable[[str], Backend], leaf: Placed) -> Answers:
+    """Return what the backend of a leaf answers about it."""
     assert leaf.backend is not None  # a leaf's always is
-    return create(leaf.backend)
+    return Answers(create(leaf.backend), leaf.backend, leaf.name or "the model")
 
 
 def state_bytes(create: Callable[[str], Backend], leaf: Placed, room: Room) -> int:
     """Return the bytes that a block's state with this room will take; 0 if it has none.
 
-    Raises `Lfm2kitError` if its backend lacks `state_bytes`.
+    Raise `Lfm2kitError` if its backend lacks `state_bytes`.
     """
     if not leaf.spec.has_state:
         return 0
-    backend = backend_of(create, leaf)
-    if not isinstance(backend, BuildsOperators):
+    asked = answers_of(create, leaf)
+    if not isinstance(asked.backend, BuildsOperators):
         raise Lfm2kitError(
             f"{leaf.name}: backend '{leaf.backend}' builds {type(leaf.spec).__name__} blocks, "
             "but has no method state_bytes(spec, room), which says what their states take"
         )
-    return whole_bytes(leaf, "state_bytes", backend.state_bytes(leaf.spec, room))
-
-
-def whole_bytes(leaf: Placed, method: str, count: Any) -> int:
-    """Return what a backend says of a block; `Lfm2kitError` if it is not a number of bytes."""
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
-        raise Lfm2kitError(
-            f"{leaf.name or 'the model'}: {method} of backend '{leaf.backend}' returned "
-            f"{brief(count)} for a {type(leaf.spec).__name__}, but must return a whole number"
-        )
-    return int(count)
+    return asked.state_bytes(leaf.spec, room)
 
 
 def free_bytes(placed: Placed, ranks: int = 1) -> dict[str, int]:
     """Return the free bytes by memory, for memories that know them."""
     memories = {leaf.memory.name: leaf.memory for leaf in placed.leaves()}
     return {
-        name: HOST.free_bytes(ranks) if name == HOST.name else memory.free_bytes()
+        name: HOST.free_bytes(ranks) if name == HOST.name else free_bytes_of(memory)
         for name, memory in memories.items()
         if isinstance(memory, Bounded)
     }
@@ -159,7 +147,7 @@ def check_state(create: Callable[[str], Backend], placed: Placed, ranks: int, ro
 
 
 def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:
-    """Raises `Lfm2kitError` if the host has less than `nbytes` bytes of memory left."""
+    """Raise `Lfm2kitError` if the host has less than `nbytes` bytes of memory left."""
     if nbytes > (free := HOST.free_bytes()):
         raise Lfm2kitError(
             f"{what_takes} {size(nbytes)} of memory, {size(free)} are free "
@@ -169,7 +157,7 @@ def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:
 
 
 def size(count: float) -> str:
-    """Formats a number of bytes for people: "512 MB", "46.9 GB"."""
+    """Format a number of bytes for people: "512 MB", "46.9 GB"."""
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

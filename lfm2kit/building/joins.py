@@ -12,7 +12,7 @@ from lfm2kit.specs import Spec
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Makes a block of the blocks of its spec's parts: `make(spec, **blocks by role)`.
+    """A way to make a block of the blocks of its spec's parts: `make(spec, **blocks by role)`.
 
     The parts are given and leave their arrays in `memory`, as the block itself does: where a part
     lives elsewhere, the core moves its arrays.  A block that looks across tokens has the methods

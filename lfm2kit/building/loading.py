@@ -15,6 +15,7 @@ from typing import Any
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Context, Explains
+from lfm2kit.building.answers import Answers
 from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
 from lfm2kit.building.options import Options
@@ -27,7 +28,7 @@ from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, Option, choices, either
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, can_capture
-from lfm2kit.precisions import Grade
+from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.rewrites import Rewrite, chosen, rewritten
 from lfm2kit.specs import Spec
@@ -38,7 +39,7 @@ EMBEDDED = Path(__file__).parents[1] / "models"
 
 
 def find_model(name: str) -> Path:
-    """Returns the path that `name` means: a model that comes with lfm2kit, or a path."""
+    """Return the path that `name` means: a model that comes with lfm2kit, or a path."""
     embedded = sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())
     if name in embedded:  # even where a folder is called so: that is ./NAME
         return EMBEDDED / name
@@ -65,37 +66,45 @@ class Setup:
     transport: Transport | None
 
     def notes(self) -> Iterator[str]:
-        """Yields remarks on checkpoint and capture, and notes from the backends of the plan."""
+        """Yield remarks on checkpoint and capture, and notes from the backends of the plan."""
         yield from self.checkpoint.remarks
         for name in sorted(self.plan.backends()):
             backend = self.create(name)
             if isinstance(backend, Explains):
-                yield from (f"{name}: {note}" for note in backend.notes())
+                yield from (f"{name}: {note}" for note in Answers(backend, name).notes())
         if can_capture(self.create(self.plan.default), self.placed):
             yield from self.wrappers.why_not_captured()
 
     def build(
         self, built: Callable[[Placed], None] = lambda placed: None, *, tokens: int = 0
     ) -> LFM2:
-        """Builds the model for forwards of `tokens` tokens; calls `built` after each block.
+        """Build the model for forwards of `tokens` tokens; call `built` after each block.
 
-        Raises `Lfm2kitError` if a memory is too small, before any of it is allocated.
+        Raise `Lfm2kitError` if a memory is too small, before any of it is allocated.
         """
         self._check_memory(self.placed, tokens)
         return build_model(self.placed, self.builder(built), self.plan.default)
 
     def build_block(self, placed: Placed, *, tokens: int) -> Block:
-        """Builds one block of the model for calls of `tokens` rows; raises as `build` does."""
+        """Build one block of the model for calls of `tokens` rows; raise as `build` does."""
         self._check_memory(placed, tokens)
         block: Block = self.builder().build(placed)
         return block
 
+    def precision_of(self, placed: Placed) -> str:
+        """Return the precisions in which `placed` computes: "fp32", or "bf16 and fp32"."""
+        names = (precision.name for precision in self._precisions(placed))
+        return " and ".join(dict.fromkeys(names))
+
     @property
     def grade(self) -> Grade:
-        """The coarsest grade of the precisions in use: what the logits are judged by."""
-        items = {leaf.backend for leaf in self.placed.leaves() if leaf.backend is not None}
-        precisions = (self.plugins.precision(item, self.context.precision) for item in items)
-        return max((p.grade for p in precisions), key=lambda grade: grade.block_error)
+        """Return the coarsest grade of the precisions in use, by which the logits are judged."""
+        grades = (precision.grade for precision in self._precisions(self.placed))
+        return max(grades, key=lambda grade: grade.block_error)
+
+    def _precisions(self, placed: Placed) -> Iterator[Precision]:
+        items = dict.fromkeys(leaf.backend for leaf in placed.leaves() if leaf.backend is not None)
+        return (self.plugins.precision(item, self.context.precision) for item in items)
 
     @property
     def sizes(self) -> Sizes:
@@ -125,7 +134,7 @@ class Setup:
         return Lfm2kitError(f"{short}; try ", *(fitting or [*nothing, " is enough"]))
 
     def _fitting(self, memory: str) -> Iterator[Option]:
-        """Yields options with which this setup would fit: a precision, the fewest CPU layers.
+        """Yield options with which this setup would fit: a precision, the fewest CPU layers.
 
         Experts on the CPU take the host's memory instead.
         """
@@ -140,7 +149,7 @@ class Setup:
                 break
 
     def _fits(self, **changes: Any) -> bool:
-        """Returns whether the same model would fit with other options."""
+        """Return whether the same model would fit with other options."""
         try:
             other = set_up(
                 self.checkpoint,
@@ -154,7 +163,7 @@ class Setup:
         return other.sizes.shortage(other.placed) is None
 
     def builder(self, built: Callable[[Placed], None] = lambda placed: None) -> Builder:
-        """Returns a builder for the blocks of `placed`, or of a part of it."""
+        """Return a builder for the blocks of `placed`, or of a part of it."""
 
         def check(placed: Placed) -> None:
             self.checkpoint.files_of(placed.scope, placed.spec).check_unchanged()
@@ -178,7 +187,7 @@ class Setup:
         )
 
     def stored_bytes(self, placed: Placed) -> int:
-        """Returns the bytes that the weights of `placed` take in the checkpoint.
+        """Return the bytes that the weights of `placed` take in the checkpoint.
 
         Those of parts that a block is built around count as theirs alone.
         """
@@ -195,7 +204,7 @@ def set_up(
     transport: Transport | None = None,
     plugins: Plugins | None = None,
 ) -> Setup:
-    """Places every block; `Lfm2kitError` where the plan, the backends or the machine forbid it.
+    """Place every block; raise `Lfm2kitError` if the plan, a backend or the machine forbids it.
 
     With a `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.
@@ -229,19 +238,20 @@ def set_up(
 
 
 def load_model(model: str | Path, backend: str | None = None, **options: Any) -> LFM2:
-    """Returns the model at a path (or an embedded model's name), its blocks from a plan.
+    """Return the model at a path (or an embedded model's name), its blocks from a plan.
 
     model = load_model("tiny", "reference,2-4.moe=cpu_simd", threads=4)
     logits = model.logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))
 
     Without a `backend` and a `plan` (the path of a TOML file) every block is `auto`'s.
-    `options` are other fields of `lfm2kit.building.options.Options`.  Raises `Lfm2kitError` for
-    anything that the user must change.  Warns about doubtful checkpoints, such as two sets of
+    `options` are other fields of `lfm2kit.building.options.Options`.  Raise `Lfm2kitError` for
+    anything that the user must change.  Warn about doubtful checkpoints, such as two sets of
     weights in one folder.
     """
     plugins = installed_plugins()
     _check_names(options, plugins)
-    asked = Options(model=str(model), backend=backend, **options)
+    name = os.fspath(model) if isinstance(model, os.PathLike) else model
+    asked = Options(model=name, backend=backend, **options)
     readers = plugins.readers.values()
     checkpoint = open_checkpoint(find_model(asked.model), readers, seed=asked.seed or 0)
     for remark in checkpoint.remarks:
@@ -250,7 +260,7 @@ def load_model(model: str | Path, backend: str | None = None, **options: Any) ->
 
 
 def _check_names(options: Iterable[str], plugins: Plugins) -> None:
-    """Raises `Lfm2kitError` for a name that no option of `load_model` has."""
+    """Raise `Lfm2kitError` for a name that no option of `load_model` has."""
     there = [one.name for one in fields(Options) if one.name != "model"]
     for name in options:
         if name in plugins.rewrites():
@@ -260,7 +270,7 @@ def _check_names(options: Iterable[str], plugins: Plugins) -> None:
 
 
 def _resolve_auto(plan: Plan, plugins: Plugins, context: Context) -> Plan:
-    """`auto` spelt out, wherever the plan says it."""
+    """Return the plan with the name of a backend wherever it says `auto`."""
 
     def resolved(item: str) -> str:
         name, colon, precision = item.partition(":")
@@ -278,25 +288,37 @@ def _with_host_experts(
     plugins: Plugins,
     create: Callable[[str], Backend],
 ) -> Plan:
-    """Returns the plan with the experts of the first layers in the host's memory, as asked."""
+    """Return the plan with the experts of the first layers in the host's memory, as asked.
+
+    They keep the precision that the plan gives them: `NAME:bf16` asks for BF16 wherever they are.
+    """
     if not options.n_cpu_moe:
         return plan
-    experts = (leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts))
-    one = next(experts, None)
-    backend = AUTO if one is None else _host_backend(one, options, plugins, create)
-    return plan.with_cpu_experts(options.n_cpu_moe, model, backend)
+    experts = [leaf for leaf in specs.leaves(model) if isinstance(leaf, specs.Experts)]
+
+    def on_host(item: str) -> str:
+        return _host_item(item, experts[0], options, plugins, create)
+
+    return plan.with_cpu_experts(options.n_cpu_moe, model, on_host)
 
 
-def _host_backend(
-    spec: Spec, options: Options, plugins: Plugins, create: Callable[[str], Backend]
+def _host_item(
+    item: str,
+    spec: Spec,
+    options: Options,
+    plugins: Plugins,
+    create: Callable[[str], Backend],
 ) -> str:
-    """Returns the most preferred backend that builds `spec` in the host's memory."""
-    for name in plugins.ready(options.precision):
-        backend = create(name)
-        is_on_host = backend.memory(spec).name == HOST.name
-        if is_on_host and backend.why_unsupported(spec) is None:
-            return name
+    """Return the most preferred backend that builds `spec` on the host, in `item`'s precision."""
+    _, colon, own = item.partition(":")
+    precision = own or options.precision
+    for name in plugins.ready(precision):
+        there = f"{name}{colon}{own}"
+        asked = Answers(create(there), there)
+        if asked.why_unsupported(spec) is None and asked.memory(spec).name == HOST.name:
+            return there
     raise Lfm2kitError(
         Option("n_cpu_moe", options.n_cpu_moe),
-        f": no backend that can run here builds {type(spec).__name__} in the host's memory",
+        f": no backend that can run here builds {type(spec).__name__} in {precision} "
+        "in the host's memory",
     )

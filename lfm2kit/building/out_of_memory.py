@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @contextmanager
 def building(placed: Placed, weights: Weights) -> Iterator[None]:
-    """Explains a MemoryError that occurs while the block of `placed` is built."""
+    """Explain a MemoryError that occurs while the block of `placed` is built."""
     try:
         yield
     except MemoryError as error:
@@ -36,7 +36,7 @@ def building(placed: Placed, weights: Weights) -> Iterator[None]:
 
 @contextmanager
 def making_a_state(room: Room) -> Iterator[None]:
-    """Explains a MemoryError that occurs while a state is made."""
+    """Explain a MemoryError that occurs while a state is made."""
     try:
         yield
     except MemoryError as error:
@@ -47,7 +47,7 @@ def making_a_state(room: Room) -> Iterator[None]:
 
 
 def in_a_forward(logits: F) -> F:
-    """Decorates `LFM2.logits(batch, ...)`, to explain a MemoryError in a forward."""
+    """Decorate `LFM2.logits(batch, ...)`, to explain a MemoryError in a forward."""
 
     @wraps(logits)
     def told(model: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
@@ -64,11 +64,11 @@ def in_a_forward(logits: F) -> F:
 
 
 def _layer_of(error: MemoryError, layers: list[Any]) -> str:
-    """Returns the layer that raised the error, as its traceback shows."""
+    """Return the layer that raised the error, as its traceback shows."""
     passed = {id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)}
     return next((f" in layers.{i}" for i, layer in enumerate(layers) if id(layer) in passed), "")
 
 
 def _said(error: MemoryError) -> str:
-    """Returns the error's text: NumPy and CuPy say how many bytes they asked for."""
+    """Return the error's text: NumPy and CuPy say how many bytes they asked for."""
     return f" ({error})" if str(error) else ""

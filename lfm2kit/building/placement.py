@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, BuildsAround
+from lfm2kit.building.answers import Answers
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.plan import Plan
 from lfm2kit.errors import Lfm2kitError, Option
@@ -40,25 +41,25 @@ class Placed:
         return self.memory.name != self.outer.name
 
     def leaves(self) -> Iterator[Placed]:
-        """The blocks that backends build, in the order of the forward."""
+        """Yield the blocks that backends build, in the order of the forward."""
         if self.backend is not None:
             yield self
         for _, part in self.parts:
             yield from part.leaves()
 
     def copies(self) -> int:
-        """How many blocks of the tree take their arrays from another memory."""
+        """Return how many blocks of the tree take their arrays from another memory."""
         return int(self.is_copied) + sum(part.copies() for _, part in self.parts)
 
     def tree(self) -> Iterator[Placed]:
-        """Yields this block and all that it is joined of."""
+        """Yield this block and all that it is joined of."""
         yield self
         for _, part in self.parts:
             yield from part.tree()
 
     @property
     def is_capturable(self) -> bool:
-        """Whether a forward can be recorded: nothing moves between memories, no join forbids it."""
+        """Return whether a forward can be captured: it has no copies, and no join forbids it."""
         return not any(
             placed.is_copied or (placed.join is not None and not placed.join.is_capturable)
             for placed in self.tree()
@@ -71,7 +72,7 @@ class _LackingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Placer:
-    """Places specs as `plan` says; `create` gives backends, `installed` names them for errors."""
+    """A placer of specs by `plan`; `create` gives backends, `installed` names them for errors."""
 
     plan: Plan
     create: Callable[[str], Backend]
@@ -79,9 +80,9 @@ class Placer:
     installed: Iterable[str] = ()
 
     def place(self, model: specs.Model) -> Placed:
-        """The whole model's tree; `Lfm2kitError` where a backend lacks a block it is given."""
+        """Return the whole model's tree; raise `Lfm2kitError` if a backend lacks its block."""
         self.plan.check(model)
-        home = self.create(self.plan.default).memory(model.embed_tokens)
+        home = self._ask(self.plan.default).memory(model.embed_tokens)
         try:
             return self._place("", "", model, None, home)
         except _LackingError as lacking:
@@ -90,47 +91,54 @@ class Placer:
     def _place(self, name: str, scope: str, spec: Spec, layer: int | None, outer: Memory) -> Placed:
         backend = self._one_backend(spec, layer)
         if backend is not None:
-            reason = self._why_not_whole(backend, spec)
+            reason = self._why_not_whole(backend, name, spec)
             if reason is None:
-                memory = self.create(backend).memory(spec)
+                memory = self._ask(backend, name).memory(spec)
                 return Placed(name, scope, spec, memory, outer, backend)
             if type(spec) not in self.joins:
                 raise _LackingError(name, spec, backend, reason)
         around = self._around(name, scope, spec, layer, outer)
         if around is not None:
             return around
+        if type(spec) not in self.joins:
+            raise self._not_joined(name, spec, layer)
         join = self.joins[type(spec)](outer)
         parts = tuple(
-            (part.role, self._place(*_part_place(name, scope, part, layer), join.memory))
-            for part in spec.parts()
+            (part.role, self._place(*_part_place(name, scope, part, number), join.memory))
+            for part, number in _numbered(spec, layer)
         )
         return Placed(name, scope, spec, join.memory, outer, None, parts, join)
 
-    def _why_not_whole(self, backend: str, spec: Spec) -> str | None:
-        """Returns why the backend cannot build `spec` as one block; None if it can."""
-        reason = self.create(backend).why_unsupported(spec)
+    def _ask(self, backend: str, place: str = "") -> Answers:
+        """Return what a backend answers about the block at `place`."""
+        return Answers(self.create(backend), backend, place)
+
+    def _why_not_whole(self, backend: str, name: str, spec: Spec) -> str | None:
+        """Return why the backend cannot build `spec` as one block; None if it can."""
+        reason = self._ask(backend, name or "the model").why_unsupported(spec)
         return self._why_not_inside(backend, spec) if reason is None else reason
 
     def _why_not_inside(self, backend: str, spec: Spec) -> str | None:
-        """Returns why the backend cannot build what rewrites have put into `spec`; None if it can.
+        """Return why the backend cannot build what rewrites have put into `spec`; None if it can.
 
         A backend that builds layers may not have looked whether it knows all that is in one.
         """
         put = (one for one in _inside(spec) if type(one).__module__ != specs.__name__)
-        reasons = (self.create(backend).why_unsupported(one) for one in put)
+        reasons = (self._ask(backend).why_unsupported(one) for one in put)
         return next((reason for reason in reasons if reason is not None), None)
 
     def _around(
         self, name: str, scope: str, spec: Spec, layer: int | None, outer: Memory
     ) -> Placed | None:
-        """Returns `spec` built by one backend around parts that lie elsewhere, if one does that."""
+        """Return `spec` built by one backend around parts that lie elsewhere, if one does that."""
         for backend in self._names(spec, layer) if layer is not None else ():
-            builder = self.create(backend)
-            if not isinstance(builder, BuildsAround) or self._why_not_inside(backend, spec):
+            can_build = isinstance(self.create(backend), BuildsAround)
+            if not can_build or self._why_not_inside(backend, spec):
                 continue
-            memory = builder.memory(spec)
+            asked = self._ask(backend, name)
+            memory = asked.memory(spec)
             apart = {p.role: p for p in self._apart(spec, layer, backend, memory)}
-            if apart and builder.why_not_around(spec, tuple(apart)) is None:
+            if apart and asked.why_not_around(spec, tuple(apart)) is None:
                 parts = tuple(
                     (role, self._place(*_part_place(name, scope, part, layer), memory))
                     for role, part in apart.items()
@@ -141,7 +149,7 @@ class Placer:
     def _apart(
         self, spec: Spec, layer: int | None, backend: str, memory: Memory
     ) -> Iterator[specs.Part]:
-        """Yields the largest parts of `spec` that `backend` does not compute in `memory`.
+        """Yield the largest parts of `spec` that `backend` does not compute in `memory`.
 
         Their roles are paths, and their scopes relative to that of `spec`.
         """
@@ -156,23 +164,30 @@ class Placer:
                     yield specs.Part(role, scope, inner.spec)
 
     def _is_in(self, leaf: Spec, layer: int | None, backend: str, memory: Memory) -> bool:
-        """Whether the plan gives `leaf` to `backend`, which computes it in `memory`."""
+        """Return whether the plan gives `leaf` to `backend`, which computes it in `memory`."""
         if self.plan.backend_for(layer, leaf.kind) != backend:
             return False
-        own = self.create(backend)
+        own = self._ask(backend)
         return own.why_unsupported(leaf) is not None or own.memory(leaf).name == memory.name
 
     def _names(self, spec: Spec, layer: int | None) -> dict[str, None]:
-        """Returns the backends that the plan gives parts of `spec`, in the order of the forward."""
+        """Return the backends that the plan gives parts of `spec`, in the order of the forward."""
         leaves = specs.leaves(spec)
         return dict.fromkeys(self.plan.backend_for(layer, leaf.kind) for leaf in leaves)
 
     def _one_backend(self, spec: Spec, layer: int | None) -> str | None:
-        """The backend that the plan gives every block of `spec`, if it is one and the same."""
+        """Return the backend that the plan gives every block of `spec`; None for several."""
         if isinstance(spec, specs.Model) and self.plan.rules:
             return None
         names = self._names(spec, layer)
         return next(iter(names)) if len(names) == 1 else None
+
+    def _not_joined(self, name: str, spec: Spec, layer: int | None) -> Lfm2kitError:
+        backends = " and ".join(f"'{backend}'" for backend in self._names(spec, layer))
+        return Lfm2kitError(
+            f"{name}: the plan gives parts of this {type(spec).__name__} to {backends}, but its "
+            "rewrite has no join for it; give all of it to one backend that builds it whole"
+        )
 
     def _unsupported(
         self, model: Spec, name: str, spec: Spec, backend: str, reason: str
@@ -185,9 +200,9 @@ class Placer:
         )
 
     def _plan_with_another(self, model: Spec, spec: Spec, backend: str) -> str:
-        """Returns a plan in which a backend NAME builds all that the plan's default one lacks."""
+        """Return a plan in which a backend NAME builds all that the plan's default one lacks."""
         leaves = {leaf.kind: leaf for leaf in specs.leaves(model)}
-        why_not = self.create(backend).why_unsupported
+        why_not = self._ask(backend).why_unsupported
         built = [kind for kind, leaf in leaves.items() if why_not(leaf) is None]
         if backend != self.plan.default or len(leaves) - len(built) == 1:
             return f"{self.plan},{spec.kind}=NAME"
@@ -197,7 +212,7 @@ class Placer:
     def _supporting(self, spec: Spec) -> Iterator[str]:
         for name in self.installed:
             try:
-                if self.create(name).why_unsupported(spec) is None:
+                if self._ask(name).why_unsupported(spec) is None:
                     yield name
             except Exception:
                 continue  # it cannot run here, or is broken: no help to name it
@@ -209,11 +224,20 @@ def _inside(spec: Spec) -> Iterator[Spec]:
         yield from _inside(part.spec)
 
 
+def _numbered(spec: Spec, layer: int | None) -> Iterator[tuple[specs.Part, int | None]]:
+    """Yield the parts of `spec`, each with the number of the layer that it is or lies in.
+
+    A layer is what lies in a model's `layers`, of whatever type a rewrite has put there; a `Layer`
+    inside of that is a part of it.
+    """
+    for part in spec.parts():
+        _, is_layer, number = part.role.partition("layers.")
+        yield part, int(number) if is_layer and isinstance(spec, specs.Model) else layer
+
+
 def _part_place(
     name: str, scope: str, part: specs.Part, layer: int | None
 ) -> tuple[str, str, Spec, int | None]:
-    if part.spec.kind == specs.Layer.kind:
-        layer = int(part.role.removeprefix("layers."))
     return _dotted(name, part.role), _dotted(scope, part.scope), part.spec, layer
 
 

@@ -13,7 +13,7 @@ A backend may have a precision of its own, other than the model's: `NAME:bf16,he
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as brief  # of what a file says, however long it is
@@ -38,7 +38,7 @@ KINDS: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Blocks of `kind` (None: all) in `layers` (None: anywhere) come from `backend`."""
+    """A rule: blocks of `kind` (None: all) in `layers` (None: anywhere) come from `backend`."""
 
     backend: str
     kind: str | None = None
@@ -68,13 +68,13 @@ class Plan:
         for backend in self.backends():
             if not re.fullmatch("[^:]+(:[^:]+)?", backend):
                 raise Lfm2kitError(
-                    f"plan item '{backend}': expected a backend, perhaps with a precision, as "
-                    "NAME:bf16"
+                    f"plan item '{backend}': expected a backend, or a backend and its "
+                    "precision, such as NAME:bf16"
                 )
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """The plan that a text says; `Lfm2kitError` names the item that is wrong."""
+        """Return the plan that a text describes; `Lfm2kitError` names the item that is wrong."""
         default, *items = [item.strip() for item in text.split(",")]
         if not default or "=" in default:
             raise Lfm2kitError(
@@ -85,7 +85,7 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """The plan in a TOML file."""
+        """Return the plan in a TOML file."""
         table = read_toml(path)
         try:
             return _parse_table(table)
@@ -93,7 +93,7 @@ class Plan:
             raise Lfm2kitError(f"{path}: ", *error.args) from None
 
     def backend_for(self, layer: int | None, kind: str) -> str:
-        """The backend of a block of `kind` in `layer`; None is outside the layers."""
+        """Return the backend of a block of `kind` in `layer`; None means outside the layers."""
         fitting = (rule.backend for rule in reversed(self.rules) if rule.fits(layer, kind))
         return next(fitting, self.default)
 
@@ -103,17 +103,23 @@ class Plan:
     def with_default(self, backend: str) -> Plan:
         return replace(self, default=backend)
 
-    def with_cpu_experts(self, count: int, model: specs.Model, backend: str) -> Plan:
-        """The same plan with the experts of the first `count` MoE layers on `backend`."""
+    def with_cpu_experts(
+        self, count: int, model: specs.Model, on_host: Callable[[str], str]
+    ) -> Plan:
+        """Return the same plan with the experts of the first `count` MoE layers on the host.
+
+        `on_host` takes the item that this plan gives such experts, and returns the one instead.
+        """
         sparse = [i for i, kinds in enumerate(_kinds(model)) if "experts" in kinds]
         if not 0 <= count <= len(sparse):
             there = f": the model has {len(sparse)} MoE layers"
             raise Lfm2kitError(Option("n_cpu_moe", count), there)
-        rules = (Rule(backend, "experts", range(i, i + 1)) for i in sparse[:count])
+        items = ((i, on_host(self.backend_for(i, "experts"))) for i in sparse[:count])
+        rules = (Rule(item, "experts", range(i, i + 1)) for i, item in items)
         return replace(self, rules=(*self.rules, *rules))
 
     def check(self, model: specs.Model) -> None:
-        """`Lfm2kitError` if a rule fits no block of `model`."""
+        """Raise `Lfm2kitError` if a rule fits no block of `model`."""
         kinds = _kinds(model)
         outside = {"embed", "rows", "norm", "head"}
         for rule in self.rules:
@@ -140,10 +146,12 @@ def _layers_with(kind: str | None, kinds: list[set[str]]) -> Iterator[int]:
 
 
 def _parse_rule(item: str) -> Rule:
-    """`2-4.moe=reference`, `moe=reference` or `2-4=reference`."""
+    """Return the rule of an item: `2-4.moe=reference`, `moe=reference` or `2-4=reference`."""
     where, equals, backend = (part.strip() for part in item.partition("="))
     if not (equals and where and backend):
-        raise Lfm2kitError(f"plan item '{item}': expected [LAYERS.]KIND=BACKEND, as 2-4.moe=NAME")
+        raise Lfm2kitError(
+            f"plan item '{item}': expected [LAYERS.]KIND=BACKEND, such as 2-4.moe=NAME"
+        )
     layers, dot, kind = where.partition(".")
     if dot:
         return _rule(backend, kind, layers, item)
@@ -158,7 +166,7 @@ def _parse_table(table: dict[str, Any]) -> Plan:
     if not isinstance(default, str):
         raise Lfm2kitError(f"default is {brief(default)}; expected a backend's name")
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-        raise Lfm2kitError("rule is no array of tables; write [[rule]]")
+        raise Lfm2kitError(f"rule is {brief(rules)}; expected an array of tables: write [[rule]]")
     return Plan(default, tuple(_table_rule(rule) for rule in rules))
 
 
@@ -181,11 +189,12 @@ def _rule(backend: str, kind: str | None, layers: str | None, item: str) -> Rule
 
 
 def _parse_range(text: str, item: str) -> range:
-    """Returns the layers that `3` or `2-4` names."""
+    """Return the layers that `3` or `2-4` names."""
     numbers = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text.strip())
     if numbers is None:
         raise Lfm2kitError(
-            f"plan item '{item}': '{text}' is no layer; expected a number or a range, as 2-4"
+            f"plan item '{item}': '{text}' is not a layer; expected a number, or a range such as "
+            "2-4"
         )
     first, last = (_layer(digits) for digits in (numbers[1], numbers[2] or numbers[1]))
     if max(first, last) >= bounds.LAYERS:
@@ -196,7 +205,7 @@ def _parse_range(text: str, item: str) -> range:
 
 
 def _layer(digits: str) -> int:
-    """Reads a number of any length; of thousands of digits only the first few are read."""
+    """Read a number of any length; of thousands of digits only the first few are read."""
     return int(digits.lstrip("0")[:9] or "0")
 
 

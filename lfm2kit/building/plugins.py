@@ -62,7 +62,7 @@ class InstalledBackend:
 
     @property
     def why_not(self) -> str | None:
-        """Why this backend cannot run here: another API version, or what it says itself."""
+        """Return why this backend cannot run here: another API version, or its own reason."""
         if self.plugin.api_version != API_VERSION:
             return (
                 f"it is written for backend API {self.plugin.api_version}, "
@@ -88,12 +88,12 @@ class InstalledReader:
         return f"reader '{self.plugin.name}' of {self.distribution}"
 
     def recognises(self, path: Path) -> bool:
-        """Whether the reader takes `path`; as `open`, `Lfm2kitError` where it raises something."""
+        """Return whether the reader takes `path`; raise `Lfm2kitError` if it raises something."""
         with self._blamed(path):
             return bool(self.plugin.recognises(path))
 
     def open(self, path: Path) -> Checkpoint:
-        """Returns what the reader makes of `path`."""
+        """Return what the reader makes of `path`."""
         with self._blamed(path):
             return self.plugin.open(path)
 
@@ -102,7 +102,7 @@ class InstalledReader:
 
 
 class Plugins:
-    """All that installed plugins add: backends, transports, readers, rewrites, and the rest."""
+    """The additions of all installed plugins: backends, transports, readers, rewrites and so on."""
 
     def __init__(self, entries: list[EntryPoint]) -> None:
         self.backends: dict[str, InstalledBackend] = {}
@@ -118,7 +118,7 @@ class Plugins:
             self._load(entry)
 
     def _load(self, entry: EntryPoint) -> None:
-        """One plugin in a manager of its own, so that what is wrong with it stays with it."""
+        """Load one plugin in a manager of its own, so that its faults do not affect the others."""
         distribution = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
         try:
             manager = pluggy.PluginManager("lfm2kit")
@@ -152,7 +152,7 @@ class Plugins:
         commands: list[Any],
         distribution: str,
     ) -> None:
-        """All that a plugin yields, or nothing of it: a bad name leaves no half behind."""
+        """Add everything that a plugin yields, or nothing if a part of it is wrong."""
         owners = {name: b.distribution for name, b in self.backends.items()}
         check_announced("lfm2kit_backends", backends, BackendPlugin, owners)
         others = dict.fromkeys(self.transports, "another plugin")
@@ -168,9 +168,9 @@ class Plugins:
         self._owners |= {c.name: distribution for c in commands}
 
     def backend(self, item: str) -> BackendPlugin:
-        """The announced backend of a plan's item, `NAME` or `NAME:bf16`, if it can run here.
+        """Return the announced backend of a plan's item, `NAME` or `NAME:bf16`, if it can run here.
 
-        Raises `Lfm2kitError` if it cannot, or is not there.
+        Raise `Lfm2kitError` if it cannot, or is not there.
         """
         name = item.partition(":")[0]
         if name not in self.backends:
@@ -180,24 +180,25 @@ class Plugins:
         if (reason := installed.why_not) is not None:
             others = ", ".join(sorted(n for n, b in self.backends.items() if b.why_not is None))
             raise Lfm2kitError(
-                f"backend '{name}' is installed but cannot run here: {reason}. Can run: {others}"
+                f"backend '{name}' is installed but cannot run here: {reason}. "
+                f"Backends that can run: {others}"
             )
         return installed.plugin
 
     def precision(self, item: str, otherwise: str) -> Precision:
-        """The precision of a plan's item: its own (`NAME:bf16`), or else that of this name.
+        """Return the precision of a plan's item: its own (`NAME:bf16`), or else that of this name.
 
-        Raises `Lfm2kitError` if the backend has no such precision, or cannot run.
+        Raise `Lfm2kitError` if the backend has no such precision, or cannot run.
         """
         plugin, wanted = self.backend(item), item.partition(":")[2] or otherwise
         for precision in plugin.precisions:
             if precision.name == wanted:
                 return precision
         there = ", ".join(precision.name for precision in plugin.precisions)
-        raise Lfm2kitError(f"backend '{plugin.name}' has no precision {wanted}; there is: {there}")
+        raise Lfm2kitError(f"backend '{plugin.name}' has no precision {wanted}; available: {there}")
 
     def auto(self, precision: str = "fp32") -> str:
-        """Returns the name that `auto` stands for in a plan: the most preferred that can run."""
+        """Return the name that `auto` stands for in a plan: the most preferred that can run."""
         ready = self.ready(precision)
         if not ready:
             limit = (
@@ -209,7 +210,7 @@ class Plugins:
         return ready[0]
 
     def ready(self, precision: str) -> list[str]:
-        """Returns the names of the backends that can run here, the most preferred first."""
+        """Return the names of the backends that can run here, the most preferred first."""
         able = [
             b.plugin
             for b in self.backends.values()
@@ -222,9 +223,9 @@ class Plugins:
     def rewrites(
         self, world: World | None = None, transport: Transport | None = None
     ) -> dict[str, Rewrite]:
-        """Returns all rewrites by name, for a process at this place of a job, lfm2kit's own first.
+        """Return all rewrites by name, for a process at this place of a job, lfm2kit's own first.
 
-        Raises `Lfm2kitError`, naming the plugin, if a plugin's hook fails.
+        Raise `Lfm2kitError`, naming the plugin, if a plugin's hook fails.
         """
         world = world or World()
         found = {rewrite.name: rewrite for rewrite in built_in(world, transport)}
@@ -241,7 +242,7 @@ class Plugins:
         return {**self._rewriters, **dict.fromkeys(ours, "lfm2kit")}
 
     def creator(self, context: Context) -> Callable[[str], Backend]:
-        """Creates backends by the items of a plan, each in each precision once.
+        """Create backends by the items of a plan, each in each precision once.
 
         The context that a backend gets can create the others, in its own precision.
         """
@@ -264,16 +265,16 @@ class Plugins:
         return create
 
     def skipped(self) -> str:
-        """Returns what to add where something is not there: the plugins that were set aside."""
+        """Return what to add where something is not there: the plugins that were set aside."""
         said = ", ".join(f"'{broken.name}' ({broken.reason})" for broken in self.broken)
         return f"; skipped as broken: plugin {said}; see lfm2kit backends" if said else ""
 
     def owner(self, command: str) -> str:
-        """Returns the distribution that a command comes from."""
+        """Return the distribution that a command comes from."""
         return self._owners[command]
 
     def wrappers(self, name: str, spec: Spec, memory: Memory) -> list[tuple[str, Wrapper]]:
-        """Returns the wrappers around a block, each with its plugin's name, the innermost first."""
+        """Return the wrappers around a block, each with its plugin's name, the innermost first."""
         found = []
         for plugin, manager in self._managers:
             who = f"lfm2kit_block_wrapper of plugin '{plugin}', asked about {name or 'the model'},"
@@ -282,13 +283,13 @@ class Plugins:
             for wrapper in some:
                 if not isinstance(wrapper, Wrapper) or not callable(wrapper.wrap):
                     raise Lfm2kitError(
-                        f"{who} returned {brief(wrapper)}, not an lfm2kit.Wrapper of a function"
+                        f"{who} returned {brief(wrapper)}, not an lfm2kit.Wrapper around a function"
                     )
                 found.append((plugin, wrapper))
         return found
 
     def run_ended(self, record: Mapping[str, Any]) -> dict[str, Exception]:
-        """Tells every plugin that a run has ended; returns what plugins raised, by their names."""
+        """Tell every plugin that a run has ended; return what plugins raised, by their names."""
         raised = {}
         for plugin, manager in self._managers:
             try:
@@ -301,15 +302,15 @@ class Plugins:
 
 
 def installed_plugins() -> Plugins:
-    """The plugins of this environment that the allow-list lets in."""
+    """Return the plugins of this environment that the allow-list lets in."""
     return Plugins(list(_allowed(os.environ.get(ALLOW_LIST))))
 
 
 def find_transport(name: str) -> TransportPlugin:
-    """Loads the plugin of the transport `name`, and no other plugin, and returns the transport.
+    """Load the plugin of the transport `name`, and no other plugin, and return the transport.
 
     That is the plugin whose entry point is called `name`, even if the allow-list leaves it out.
-    Plugins of the list are loaded only if it announces no such transport.  Raises `Lfm2kitError`.
+    Plugins of the list are loaded only if it announces no such transport.  Raise `Lfm2kitError`.
     """
     named = Plugins([entry for entry in _installed() if entry.name == name])
     if name in named.transports:

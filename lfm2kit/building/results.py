@@ -1,14 +1,19 @@
 """Checks what a backend builds, so that its mistake is named and harms no other block.
 
-A block is looked at when it is built, and its results at its first call with each number of rows: a
-kernel that is given too few rows would read beyond them.
+A block is looked at when it is built, and its results at each call that is not a replay: a kernel
+that is given too few rows, or rows of a shorter type, would read beyond them.  A forward may be as
+short as a third of a millisecond, so a right result must be recognised at once.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from reprlib import repr as brief  # of what a backend returned, however long it is
 from typing import Any
+
+import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Block, Operator
@@ -16,9 +21,7 @@ from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.specs import Shape, Spec
 
-Shapes = tuple[Shape, ...]  # of a block's results
-
-MOST = 4096  # numbers of rows that a block remembers
+FLOAT, INT = np.dtype(np.float32), np.dtype(np.int32)
 
 # How many arguments a block takes, by its spec's type.
 ARGUMENTS: Mapping[type[Spec], int] = {
@@ -38,25 +41,37 @@ ARGUMENTS: Mapping[type[Spec], int] = {
     specs.Model: 2,
 }
 
-# What a block returns for its arguments, by its spec's type.
-RETURNED: Mapping[type[Spec], Callable[..., Shapes]] = {
-    specs.Embedding: lambda spec, batch: ((batch.tokens, spec.hidden_size),),
-    specs.RMSNorm: lambda spec, hidden, delta: (hidden.shape, hidden.shape),
-    specs.ShortConv: lambda spec, x, batch, state: (x.shape,),
-    specs.Attention: lambda spec, x, batch, state: (x.shape,),
-    specs.MLP: lambda spec, x: (x.shape,),
-    specs.Scores: lambda spec, x: ((x.shape[0], spec.num_experts),),
-    specs.Choice: lambda spec, scores: ((scores.shape[0], spec.num_experts_per_tok),) * 2,
-    specs.Router: lambda spec, x: ((x.shape[0], spec.num_experts_per_tok),) * 2,
-    specs.Experts: lambda spec, x, ids, weights: (x.shape,),
-    specs.SparseMoe: lambda spec, x: (x.shape,),
-    specs.LastRows: lambda spec, hidden, delta, batch: (
-        ((batch.logits_rows.shape[0], spec.hidden_size),) * 2
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What a block returns: an array, or two, of the shape that follows from its arguments."""
+
+    shape: Callable[..., Shape]  # of the spec and the arguments
+    dtypes: tuple[np.dtype[Any], ...] = (FLOAT,)
+
+
+# What a block returns, by its spec's type.
+RETURNED: Mapping[type[Spec], Returned] = {
+    specs.Embedding: Returned(lambda spec, batch: (batch.tokens, spec.hidden_size)),
+    specs.RMSNorm: Returned(lambda spec, hidden, delta: hidden.shape, (FLOAT, FLOAT)),
+    specs.ShortConv: Returned(lambda spec, x, batch, state: x.shape),
+    specs.Attention: Returned(lambda spec, x, batch, state: x.shape),
+    specs.MLP: Returned(lambda spec, x: x.shape),
+    specs.Scores: Returned(lambda spec, x: (x.shape[0], spec.num_experts)),
+    specs.Choice: Returned(
+        lambda spec, scores: (scores.shape[0], spec.num_experts_per_tok), (INT, FLOAT)
     ),
-    specs.LMHead: lambda spec, x: ((x.shape[0], spec.vocab_size),),
-    specs.Layer: lambda spec, hidden, delta, batch, state: (hidden.shape, hidden.shape),
-    specs.Model: lambda spec, batch, state: (
-        (batch.logits_rows.shape[0], spec.lm_head.vocab_size),
+    specs.Router: Returned(lambda spec, x: (x.shape[0], spec.num_experts_per_tok), (INT, FLOAT)),
+    specs.Experts: Returned(lambda spec, x, ids, weights: x.shape),
+    specs.SparseMoe: Returned(lambda spec, x: x.shape),
+    specs.LastRows: Returned(
+        lambda spec, hidden, delta, batch: (batch.logits_rows.shape[0], spec.hidden_size),
+        (FLOAT, FLOAT),
+    ),
+    specs.LMHead: Returned(lambda spec, x: (x.shape[0], spec.vocab_size)),
+    specs.Layer: Returned(lambda spec, hidden, delta, batch, state: hidden.shape, (FLOAT, FLOAT)),
+    specs.Model: Returned(
+        lambda spec, batch, state: (batch.logits_rows.shape[0], spec.lm_head.vocab_size)
     ),
 }
 
@@ -64,7 +79,7 @@ RETURNED: Mapping[type[Spec], Callable[..., Shapes]] = {
 def checked(placed: Placed, block: Block) -> Block:
     """Return `block`, which `placed.backend` has built, as one that checks its results.
 
-    Raises `Lfm2kitError` if it cannot be called as its spec says, or lacks `new_state`.  Blocks of
+    Raise `Lfm2kitError` if it cannot be called as its spec says, or lacks `new_state`.  Blocks of
     specs that a plugin defines are returned as they are.
     """
     if type(placed.spec) not in RETURNED:
@@ -74,7 +89,18 @@ def checked(placed: Placed, block: Block) -> Block:
         if not isinstance(block, Operator):
             raise Lfm2kitError(f"{said_of(placed)} has no method new_state(room)")
         _check_call(placed, "new_state", block.new_state, 1)
-    return Checked(placed, block)
+    has_two = len(RETURNED[type(placed.spec)].dtypes) == 2
+    return CheckedPair(placed, block) if has_two else CheckedArray(placed, block)
+
+
+def check_replay(backend: object, replay: Any) -> None:
+    """Raise `Lfm2kitError` if what a backend's `capture` returned is not a `Replay`."""
+    has_methods = callable(replay) and callable(getattr(replay, "close", None))
+    if not has_methods or not isinstance(getattr(replay, "nbytes", None), int | np.integer):
+        raise Lfm2kitError(
+            f"capture of {type(backend).__name__} returned {brief(replay)}, but must return a "
+            "Replay: a function with nbytes and close()"
+        )
 
 
 def said_of(placed: Placed) -> str:
@@ -90,46 +116,83 @@ class Checked:
         self._placed = placed
         self._spec = placed.spec
         self._block = block
-        self._returned = RETURNED[type(placed.spec)]
-        self._seen: set[int] = set()  # numbers of rows whose results were right
+        returned = RETURNED[type(placed.spec)]
+        self._shape, self._dtypes = returned.shape, returned.dtypes
+        self._dtype = returned.dtypes[0]  # of the first array; a second one is of floats
         if isinstance(block, Operator):
             self.new_state = block.new_state
 
+    def _check(self, result: Any, shape: Shape) -> None:
+        """Raise `Lfm2kitError` unless `result` is as it must be.
+
+        The type of arrays of another library, as a backend may have in its own memory, is judged
+        only where it is one of NumPy's.
+        """
+        arrays = result if isinstance(result, tuple) else (result,)
+        shapes = (shape,) * len(self._dtypes)
+        if tuple(getattr(array, "shape", None) for array in arrays) != shapes:
+            returned, expected = _in_words(arrays), _arrays(shapes)
+        elif not all(map(_may_be, arrays, self._dtypes)):
+            types = [getattr(array, "dtype", "another type") for array in arrays]
+            returned = _arrays(shapes, types)
+            expected = _arrays(shapes, self._dtypes)
+        else:
+            return
+        raise Lfm2kitError(
+            f"{said_of(self._placed)} returned {returned}, but must return {expected}"
+        )
+
+
+class CheckedArray(Checked):
+    def __call__(self, *inputs: Any) -> Any:
+        array = self._block(*inputs)
+        shape = self._shape(self._spec, *inputs)
+        try:
+            if array.shape == shape and array.dtype is self._dtype:
+                return array
+        except AttributeError:
+            pass
+        self._check(array, shape)
+        return array
+
+
+class CheckedPair(Checked):
     def __call__(self, *inputs: Any) -> Any:
         result = self._block(*inputs)
-        rows = inputs[0].shape[0] if hasattr(inputs[0], "shape") else -1  # -1: a batch
-        if rows not in self._seen:
-            self._check(result, inputs)
-            if rows >= 0 and not isinstance(self._spec, specs.LastRows) and len(self._seen) < MOST:
-                self._seen.add(rows)
+        shape = self._shape(self._spec, *inputs)
+        try:
+            first, second = result
+            if (
+                first.shape == second.shape == shape
+                and first.dtype is self._dtype
+                and second.dtype is FLOAT
+                and type(result) is tuple
+            ):
+                return result
+        except (AttributeError, TypeError, ValueError):
+            pass
+        self._check(result, shape)
         return result
 
-    def _check(self, result: Any, inputs: tuple[Any, ...]) -> None:
-        expected = self._returned(self._spec, *inputs)
-        if _shapes(result) != expected:
-            raise Lfm2kitError(
-                f"{said_of(self._placed)} returned {_in_words(result)}, "
-                f"but must return {_arrays(expected)}"
-            )
+
+def _may_be(array: Any, dtype: np.dtype[Any]) -> bool:
+    """Return whether an array has this type, or one that NumPy does not know."""
+    its = getattr(array, "dtype", None)
+    return not isinstance(its, np.dtype) or its == dtype
 
 
-def _shapes(result: Any) -> tuple[Any, ...]:
-    if isinstance(result, tuple):
-        return tuple(getattr(array, "shape", None) for array in result)
-    return (getattr(result, "shape", None),)
-
-
-def _in_words(result: Any) -> str:
-    results = result if isinstance(result, tuple) else (result,)
+def _in_words(results: tuple[Any, ...]) -> str:
     if all(hasattr(array, "shape") for array in results):
-        return _arrays(_shapes(result))
+        return _arrays(tuple(array.shape for array in results))
     kinds = ("None" if one is None else type(one).__name__ for one in results)
     return ", ".join(kinds)
 
 
-def _arrays(shapes: Shapes) -> str:
+def _arrays(shapes: tuple[Any, ...], dtypes: Sequence[Any] = ()) -> str:
     many = "an array" if len(shapes) == 1 else f"{len(shapes)} arrays"
     texts = [f"[{', '.join(map(str, shape))}]" for shape in shapes]
+    if dtypes:
+        texts = [f"{text} of {dtype}" for text, dtype in zip(texts, dtypes, strict=True)]
     return f"{many} {' and '.join(texts)}".rstrip()
 
 

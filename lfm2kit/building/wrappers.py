@@ -25,18 +25,18 @@ class Wrappers:
 
     @classmethod
     def of(cls, placed: Placed, plugins: Plugins) -> Wrappers:
-        """Asks every plugin about every block."""
+        """Ask every plugin about every block."""
         blocks = {p.name: plugins.wrappers(p.name, p.spec, p.memory) for p in placed.tree()}
         return cls({name: around for name, around in blocks.items() if around})
 
     def wrap(self, name: str, spec: Spec, block: Block) -> Block:
-        """Returns the block called `name` inside its wrappers, usually none."""
+        """Return the block called `name` inside its wrappers, usually none."""
         for plugin, wrapper in self.around.get(name, ()):
             who = f"plugin '{plugin}', wrapping {name or 'the model'},"
             with blaming(who):
                 block = wrapper.wrap(block)
             if not callable(block):
-                raise Lfm2kitError(f"{who} returned {brief(block)}, which is no block")
+                raise Lfm2kitError(f"{who} returned {brief(block)}, not a block")
         return block
 
     @property
@@ -44,13 +44,13 @@ class Wrappers:
         return not self._in_calls_alone()
 
     def why_not_captured(self) -> Iterator[str]:
-        """Yields a sentence for each plugin whose wrappers prevent a capture."""
+        """Yield a sentence for each plugin whose wrappers prevent a capture."""
         for plugin, (first, *others) in self._in_calls_alone().items():
             more = f" and {len(others)} more" if others else ""
             yield f"not captured: plugin '{plugin}' wraps {first or 'the model'}{more}"
 
     def _in_calls_alone(self) -> dict[str, list[str]]:
-        """Returns the blocks, by plugin, that have a wrapper which does not survive capture."""
+        """Return the blocks, by plugin, that have a wrapper which does not survive capture."""
         blocks: dict[str, list[str]] = {}
         for name, around in self.around.items():
             for plugin, wrapper in around:

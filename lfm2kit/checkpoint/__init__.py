@@ -70,7 +70,7 @@ class Checkpoint:
 
     @property
     def values(self) -> Weights:
-        """The weights with their values; those in `weights` are NaN if they are random."""
+        """Return the weights with their values; those in `weights` are NaN if they are random."""
         if self.seed is None:
             return self.weights
         return Weights(RandomTensors(self.spec.parameters(), self.seed))
@@ -80,50 +80,50 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     def tensors_of(self, scope: str, spec: Spec) -> list[Tensor]:
-        """The tensors of a block of `spec` whose names begin with `scope`."""
+        """Return the tensors of a block of `spec` whose names begin with `scope`."""
         weights = self.weights.scope(scope)
         return [weights[name] for name in spec.parameters()]
 
     def release(self, scope: str, spec: Spec) -> None:
-        """Gives back the memory that reading a block's tensors took."""
+        """Give back the memory that reading a block's tensors took."""
         for tensor in self.tensors_of(scope, spec):
             for array in tensor.arrays:
                 mapped.release(array)
 
     def files(self) -> list[Path]:
-        """The files that the model is read from, and its other files beside them."""
+        """Return the files that the model is read from, and its other files beside them."""
         own = [self.path] if self.path.is_file() else []
         parts = [path for path in files_in(self.folder) if is_part(path)]
         files = [*self.weight_files(), *own, *parts, *companions(self.folder).values()]
         return list(dict.fromkeys(files))
 
     def weight_files(self) -> list[Path]:
-        """The files that the tensors are mapped from, links resolved."""
+        """Return the files that the tensors are mapped from, links resolved."""
         return mapped.files_of(a for tensor in self.weights.values() for a in tensor.arrays)
 
     def files_of(self, scope: str, spec: Spec) -> mapped.Files:
-        """The files that a block's tensors lie in."""
+        """Return the files that contain a block's tensors."""
         return mapped.Files(a for tensor in self.tensors_of(scope, spec) for a in tensor.arrays)
 
     def beside(self, name: str) -> Path:
-        """The file `name` beside the model, or in `data/` there, as the assignment has it."""
+        """Return the file `name` beside the model, or in `data/` there, as in the assignment."""
         in_data = self.folder / "data" / name
         return in_data if in_data.exists() else self.folder / name
 
     def passed_over(self, name: str) -> Path | None:
-        """Returns the file `name` beside the model if another one in `data/` overrides it."""
+        """Return the file `name` beside the model if another one in `data/` overrides it."""
         chosen, other = self.beside(name), self.folder / name
         return other if other.exists() and not other.samefile(chosen) else None
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file has the name of a checkpoint's part."""
+    """Return whether a file has the name of a checkpoint's part."""
     named = path.name in (CONFIG, SPECS, MODEL_BIN, INPUTS) or is_companion(Path(path.name))
     return named or ".safetensors" in path.name
 
 
 def check_no_part(option: str, path: Path) -> None:
-    """Raises `Lfm2kitError` if writing `path` would replace a part of some checkpoint.
+    """Raise `Lfm2kitError` if writing `path` would replace a part of some checkpoint.
 
     It looks at names alone, and so protects models that this command does not read, too;
     `lfm2kit.outputs.targets` compares files.
@@ -135,10 +135,10 @@ def check_no_part(option: str, path: Path) -> None:
 def open_checkpoint(
     path: Path, readers: Iterable[InstalledReader] = (), *, seed: int = 0
 ) -> Checkpoint:
-    """A folder with config.json (or model.toml) and tensors, a .safetensors file, or a model.bin.
+    """Open a folder with config.json (or model.toml), a .safetensors file, or a model.bin.
 
     A TOML file of specs has its tensors beside it; if there are none, they are random, by `seed`.
-    Other paths are opened by the one of `readers` that takes them.  Raises `Lfm2kitError` naming
+    Other paths are opened by the one of `readers` that takes them.  Raise `Lfm2kitError` naming
     file, tensor and cause where anything is missing, left over, misshapen, truncated or untrue,
     and where a reader takes what lfm2kit reads itself.
     """
@@ -155,7 +155,7 @@ def open_checkpoint(
 
 
 def _is_own(path: Path) -> bool:
-    """Whether lfm2kit reads `path` without any plugin."""
+    """Return whether lfm2kit reads `path` without any plugin."""
     try:
         _open_own(path, seed=0)
     except Lfm2kitError:
@@ -175,7 +175,7 @@ def _open_own(path: Path, seed: int) -> Checkpoint:
 
 
 def _open_specs(path: Path, seed: int) -> Checkpoint:
-    """Opens the model that a TOML file of specs describes, whatever else describes the weights."""
+    """Open the model that a TOML file of specs describes, whatever else describes the weights."""
     spec = read_spec(path)
     beside = next((name for name in WEIGHTS if os.path.lexists(path.parent / name)), None)
     if beside is not None:
@@ -199,7 +199,7 @@ def _fitted(
     config: ModelConfig | None,
     remarks: tuple[str, ...],
 ) -> Checkpoint:
-    """Returns the checkpoint if the tensors are those of `spec`."""
+    """Return the checkpoint if the tensors are those of `spec`."""
     twin = tensors.pop(HEAD, None) if spec.tie_word_embeddings else None
     check_names(path, tensors)
     _check_tensors(path, spec.parameters(), tensors)
@@ -218,7 +218,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_config(path: Path, folder: Path) -> ModelConfig | None:
-    """The config beside the tensors; None where model.toml describes the model instead."""
+    """Return the config beside the tensors; None if model.toml describes the model instead."""
     if os.path.lexists(folder / CONFIG):  # a link to nowhere counts: the reader says so
         return read_config(folder / CONFIG)
     if os.path.lexists(folder / SPECS):
@@ -229,7 +229,7 @@ def _read_config(path: Path, folder: Path) -> ModelConfig | None:
 
 
 def _spec(folder: Path, config: ModelConfig | None, tensors: Mapping[str, Tensor]) -> specs.Model:
-    """Returns the model that the folder describes; two descriptions must agree."""
+    """Return the model that the folder describes; two descriptions must agree."""
     if config is None:
         return read_spec(folder / SPECS)
     stated = config.tie_word_embeddings
@@ -240,7 +240,7 @@ def _spec(folder: Path, config: ModelConfig | None, tensors: Mapping[str, Tensor
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have equal values, whatever their types."""
+    """Return whether two tensors have equal values, whatever their types."""
     return a.shape == b.shape and all(
         np.array_equal(a[i : i + ROWS_AT_ONCE].float32(), b[i : i + ROWS_AT_ONCE].float32())
         for i in range(0, a.shape[0], ROWS_AT_ONCE)
@@ -258,7 +258,7 @@ def _check_tensors(
         if tensors[name].shape != shape:
             raise Lfm2kitError(
                 f"{path}: tensor '{name}' has shape {list(tensors[name].shape)}, "
-                f"the model's is {list(shape)}"
+                f"but the model needs {list(shape)}"
             )
     extra = [name for name in tensors if name not in expected]
     if extra:

@@ -24,21 +24,21 @@ TEMPLATES = "additional_chat_templates"  # a folder of .jinja files, as transfor
 
 
 def is_companion(name: Path) -> bool:
-    """Whether a path, relative to the model's folder, is one of these files."""
+    """Return whether a path, relative to the model's folder, is one of these files."""
     if len(name.parts) == 2:
         return name.parts[0] == TEMPLATES and name.suffix == ".jinja"
     return str(name) in NAMES
 
 
 def companions(folder: Path) -> dict[Path, Path]:
-    """Returns the companions in `folder`, by their paths relative to it."""
+    """Return the companions in `folder`, by their paths relative to it."""
     there = [*files_in(folder), *files_in(folder / TEMPLATES)]
     named = {path.relative_to(folder): path for path in there}
     return {name: path for name, path in named.items() if is_companion(name)}
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Returns the regular files of a folder, sorted; none if it cannot be listed."""
+    """Return the regular files of a folder, sorted; none if it cannot be listed."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:

@@ -33,12 +33,12 @@ TWINS: Mapping[str, str] = {
 
 # Keys for which lfm2kit supports a single value, and what to say about any other.
 FIXED: Mapping[str, tuple[Any, str]] = {
-    "model_type": ("lfm2_moe", "give a model of that type"),
-    "hidden_act": ("silu", "it has no other activation"),
-    "block_use_swiglu": (True, "it has no other feed-forward"),
-    "use_pos_enc": (True, "its attention always rotates"),
-    "partial_rotary_factor": (1.0, "its attention rotates whole heads"),
-    "transformers_weights": ("model.safetensors", "give that file its usual name"),
+    "model_type": ("lfm2_moe", "; give a model of that type"),
+    "hidden_act": ("silu", " as the activation"),
+    "block_use_swiglu": (True, ", a gated feed-forward"),
+    "use_pos_enc": (True, ", rotary positions in every attention"),
+    "partial_rotary_factor": (1.0, ", the rotation of whole heads"),
+    "transformers_weights": ("model.safetensors", "; rename the file of weights"),
 }
 
 
@@ -97,7 +97,7 @@ LFM2_8B_A1B = ModelConfig(
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Returns the configuration in a config.json; `Lfm2kitError` where it cannot be run."""
+    """Return the configuration in a config.json; `Lfm2kitError` where it cannot be run."""
     fields = read_json(path)
     try:
         return parse_config(fields)
@@ -106,7 +106,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that the keys of a config.json describe; `Lfm2kitError` names a bad key."""
+    """Return the configuration that config.json's keys describe; `Lfm2kitError` names a bad key."""
     _check_form(fields)
     _check_twins(fields)
     layer_types = _layer_types(fields)
@@ -141,7 +141,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def model_spec(config: ModelConfig, *, tied: bool) -> specs.Model:
-    """The specs of the model that `config` describes; `tied` says whose weight the head reads."""
+    """Return the specs of `config`'s model; `tied` says whose weight the head reads."""
     c = config
     norm = specs.RMSNorm(c.hidden_size, c.norm_eps)
     operators: dict[str, specs.ShortConv | specs.Attention] = {
@@ -191,18 +191,20 @@ def _moe(c: ModelConfig) -> specs.SparseMoe:
 
 
 def _check_form(fields: Mapping[str, Any]) -> None:
-    """Refuses settings that would need another model than the one lfm2kit has."""
+    """Refuse settings that would need another model than the one lfm2kit has."""
     if (sentence := quantised.said_by_config(fields)) is not None:
         raise Lfm2kitError(sentence)
     if fields.get("text_config") is not None:
         raise Lfm2kitError("text_config is a model within this one; give the text model's folder")
-    for key, (value, otherwise) in FIXED.items():
+    for key, (value, advice) in FIXED.items():
         if fields.get(key, value) not in (value, None):
-            raise Lfm2kitError(f"{key} is {brief(fields[key])}; lfm2kit has {value!r}: {otherwise}")
+            raise Lfm2kitError(
+                f"{key} is {brief(fields[key])}; lfm2kit supports only {value!r}{advice}"
+            )
 
 
 def _check_twins(fields: Mapping[str, Any]) -> None:
-    """Refuses two keys with one meaning and different values: readers differ in which they take."""
+    """Refuse two keys with one meaning and different values: readers differ in which they take."""
     for twin, key in TWINS.items():
         _check_equal(twin, fields.get(twin), key, fields.get(key))
 
@@ -216,7 +218,7 @@ def _check_equal(key: str, value: Any, other_key: str, other: Any) -> None:
 
 
 def _layer_types(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """`layer_types`, or what the older `full_attn_idxs` says of `num_hidden_layers`."""
+    """Return `layer_types`, or what the older `full_attn_idxs` says of `num_hidden_layers`."""
     kinds = fields.get("layer_types")
     by_index = None if fields.get("full_attn_idxs") is None else _layers_by_index(fields)
     if kinds is None and by_index is not None:
@@ -227,7 +229,7 @@ def _layer_types(fields: Mapping[str, Any]) -> tuple[str, ...]:
         )
     for i, kind in enumerate(kinds):
         if kind not in (CONV, ATTENTION):
-            raise Lfm2kitError(f"layer_types[{i}] is {brief(kind)}; there is: {CONV}, {ATTENTION}")
+            raise Lfm2kitError(f"layer_types[{i}] is {brief(kind)}; available: {CONV}, {ATTENTION}")
     count = fields.get("num_hidden_layers")
     if count is not None and count != len(kinds):
         raise Lfm2kitError(f"num_hidden_layers is {brief(count)}, layer_types has {len(kinds)}")
@@ -256,10 +258,10 @@ def _head_dim(fields: Mapping[str, Any], hidden_size: int, heads: int) -> int:
 
 
 def _rope_theta(fields: Mapping[str, Any]) -> float:
-    """Returns the base of the rotary angles; refuses every scaled form of RoPE."""
+    """Return the base of the rotary angles; refuse every scaled form of RoPE."""
     found = _thetas(fields)
     if not found:
-        raise Lfm2kitError("key 'rope_theta' is missing, and 'rope_parameters.rope_theta' as well")
+        raise Lfm2kitError("keys 'rope_theta' and 'rope_parameters.rope_theta' are both missing")
     if fields.get("rope_scaling") and list(found) == ["rope_parameters.rope_theta"]:
         raise Lfm2kitError(
             "rope_scaling has no rope_theta, and transformers takes it in place of "
@@ -272,7 +274,7 @@ def _rope_theta(fields: Mapping[str, Any]) -> float:
 
 
 def _thetas(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns every theta by its key: nested (LFM2.5), flat, and under older LFM2's name.
+    """Return every theta by its key: nested (LFM2.5), flat, and under older LFM2's name.
 
     Model cards tell users to add `rope_scaling` for long contexts.
     """
@@ -288,28 +290,31 @@ def _thetas(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_unscaled(key: str, nested: Any) -> None:
-    """Refuses a form of RoPE other than the default, and names it."""
+    """Refuse a form of RoPE other than the default, and name it."""
     if not isinstance(nested, dict):
         raise Lfm2kitError(f"{key} is {brief(nested)}; expected an object")
     for name, value in nested.items():
         if isinstance(value, dict):
-            raise Lfm2kitError(f"{key}.{name} is an object; lfm2kit has one RoPE for all layers")
+            raise Lfm2kitError(
+                f"{key}.{name} is an object; lfm2kit supports one RoPE for all layers"
+            )
     types = [nested[name] for name in ("rope_type", "type") if nested.get(name) is not None]
     for rope_type in types:
         if rope_type != "default":
             raise Lfm2kitError(
-                f"{key}.rope_type is {brief(rope_type)}; lfm2kit has 'default' alone: take {key} "
-                "out of config.json, and positions stay unscaled"
+                f"{key}.rope_type is {brief(rope_type)}; lfm2kit supports only 'default': remove "
+                f"{key} from config.json to run with unscaled positions"
             )
     for name in ("factor", "partial_rotary_factor"):
         if nested.get(name) not in (None, 1):
             raise Lfm2kitError(
-                f"{key}.{name} is {brief(nested[name])}; lfm2kit has RoPE unscaled, of whole heads"
+                f"{key}.{name} is {brief(nested[name])}; lfm2kit supports only unscaled RoPE over "
+                "whole heads"
             )
 
 
 def _tied(fields: Mapping[str, Any]) -> bool | None:
-    """`tie_embedding` (LFM2's own key) or `tie_word_embeddings`; None where neither is there."""
+    """Return `tie_embedding` (LFM2's own key) or `tie_word_embeddings`; None if neither exists."""
     for key in ("tie_embedding", "tie_word_embeddings"):
         if fields.get(key) is not None:
             return _flag(fields, key)

@@ -29,7 +29,13 @@ from lfm2kit.checkpoint.mapped import Files
 from lfm2kit.checkpoint.model_bin import write_model_bin
 from lfm2kit.checkpoint.names import CONFIG, INDEX, SINGLE
 from lfm2kit.checkpoint.pieces import PIECE, in_order
-from lfm2kit.checkpoint.place import Origin, check_place, companions_beside, origin_of
+from lfm2kit.checkpoint.place import (
+    Origin,
+    check_place,
+    companions_beside,
+    origin_of,
+    other_beside,
+)
 from lfm2kit.checkpoint.safetensors import write_safetensors
 from lfm2kit.errors import Lfm2kitError, Option, either
 from lfm2kit.formats import BF16, F16, F32, PLAIN, Format
@@ -47,7 +53,7 @@ MAX_SHARD = 5_000_000_000  # bytes: Hugging Face's own default
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What to write: the shapes, and a function that makes values when needed, in any thread."""
+    """The shapes to write, and a function that makes values when needed, in any thread."""
 
     config: Mapping[str, Any]  # the keys of config.json
     shapes: Mapping[str, tuple[int, ...]]  # by canonical name
@@ -56,17 +62,17 @@ class Source:
     origin: Origin = field(default_factory=Origin)
 
     def tensor(self, name: str) -> Tensor:
-        """The whole of a tensor, in its shape."""
+        """Return the whole of a tensor, in its shape."""
         flat = self.values(name, 0, self.size(name))
         return Tensor.of_array(name, flat.data.reshape(self.shapes[name]), flat.format)
 
     def size(self, name: str) -> int:
-        """How many elements a tensor has."""
+        """Return how many elements a tensor has."""
         return math.prod(self.shapes[name])
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
-    """A checkpoint that was opened, as a source."""
+    """Return a checkpoint that was opened, as a source."""
     weights = checkpoint.weights
 
     def values(name: str, begin: int, end: int) -> Tensor:
@@ -93,12 +99,12 @@ def write_checkpoint(
     note: Note = warnings.warn,
     done: Done = lambda nbytes: None,
 ) -> None:
-    """Writes a `model.bin` with its config.json if `target` ends in .bin, else a folder.
+    """Write a `model.bin` with its config.json if `target` ends in .bin, else a folder.
 
     `dtype` None keeps each tensor's format (a model.bin is F32 always); `expert_bias` is never
     narrowed.  Tokenizer, chat template and generation settings go along.  `note` is told where
     files cannot be replaced in one step, and `done` the bytes of each piece written.
-    Raises `Lfm2kitError` where the target exists already, or a value does not fit into F16.
+    Raise `Lfm2kitError` where the target exists already, or a value does not fit into F16.
     """
     target = Path(os.path.realpath(target))  # "." gets its name, a link stays one
     check_place(target, source.origin, overwrite=overwrite)
@@ -112,7 +118,7 @@ def write_checkpoint(
 def _made(
     source: Source, stored: Mapping[str, Format], done: Done
 ) -> Iterator[Callable[[str], Iterator[npt.NDArray[Any]]]]:
-    """Yields a function that gives the pieces of a tensor; call it in the order of `stored`."""
+    """Yield a function that gives the pieces of a tensor; call it in the order of `stored`."""
 
     def make(part: tuple[str, int]) -> npt.NDArray[Any]:
         name, begin = part
@@ -134,7 +140,7 @@ def _write_bin(
 ) -> None:
     if format not in (None, F32):
         raise Lfm2kitError(f"a model.bin holds F32; for {format} give a folder as the target")
-    has_config = _has_config(source, target.with_name(CONFIG), overwrite)
+    has_config = _has_config(source, target, overwrite)
     beside = list(companions_beside(target, source.origin, overwrite=overwrite))
     stored: Mapping[str, Format] = dict.fromkeys(source.shapes, F32)
     with replaced(target, note) as file, _made(source, stored, done) as pieces_of:
@@ -147,11 +153,13 @@ def _write_bin(
             _copy(path, new, note)
 
 
-def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
-    """Whether the config beside the target already describes the source, and stays.
+def _has_config(source: Source, target: Path, overwrite: bool) -> bool:
+    """Return whether the config beside the target already describes the source, and stays.
 
-    The source's own config is never overwritten, nor is a file that is not a model's.
+    The source's own config is never overwritten, nor that of other weights in the folder, nor a
+    file that is not a model's.
     """
+    config = target.with_name(CONFIG)
     if not os.path.exists(config):
         return False
     try:
@@ -159,9 +167,12 @@ def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
     except Lfm2kitError as error:
         raise Lfm2kitError(f"{error}; move this file away, or give another folder") from None
     is_own = identity(config) in map(identity, source.origin.files)
+    is_same = there == parse_config(source.config)
     if overwrite and not is_own:
-        return False
-    if there != parse_config(source.config):
+        if (other := other_beside(target)) is not None and not is_same:
+            raise Lfm2kitError(f"{config} is {other.name}'s as well; give another folder")
+        return other is not None
+    if not is_same:
         raise Lfm2kitError(
             f"{config} is another model's; give ", Option("overwrite", True), " or another folder"
         )
@@ -169,7 +180,7 @@ def _has_config(source: Source, config: Path, overwrite: bool) -> bool:
 
 
 def _stating(config: Mapping[str, Any], format: Format | None) -> Mapping[str, Any]:
-    """Returns the config with the type of the converted weights."""
+    """Return the config with the type of the converted weights."""
     if format is None:
         return config
     others = {key: value for key, value in config.items() if key != "torch_dtype"}
@@ -214,7 +225,7 @@ def _write_shard(file: BinaryIO, source: Source, stored: Mapping[str, Format], d
 
 
 def _stored_format(name: str, format: Format) -> Format:
-    """A router's bias rounded to 16 bits selects other experts."""
+    """Return a tensor's format; a router's bias in 16 bits would select other experts."""
     return F32 if name.endswith("expert_bias") else format
 
 
@@ -236,7 +247,7 @@ def _shard_name(index: int, count: int) -> str:
 
 
 def _shards(sizes: Mapping[str, int], max_shard: int) -> Iterator[list[str]]:
-    """The names in order, in groups of at most `max_shard` bytes (or of one larger tensor)."""
+    """Yield the names in order, in groups of at most `max_shard` bytes (or of one tensor)."""
     shard: list[str] = []
     filled = 0
     for name, size in sizes.items():
@@ -259,7 +270,7 @@ def _copy(path: Path, new: Path, note: Note) -> None:
 
 
 def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's own config.json, or the keys of the config that it was taken for.
+    """Return the checkpoint's own config.json, or the keys of the config that it was taken for.
 
     What is written is not quantised, whatever a plugin read.
     """
@@ -272,7 +283,7 @@ def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:
-    """The keys of a config.json that says what `config` says."""
+    """Return the keys of a config.json that says what `config` says."""
     fields = dataclasses.asdict(config)
     fields["layer_types"] = list(config.layer_types)
     fields |= {"model_type": "lfm2_moe", "num_hidden_layers": config.num_hidden_layers}

@@ -23,12 +23,12 @@ LONG_KEY = re.compile(rb"(?:%b){%d}" % (_PART, bounds.PARTS))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the fields of a JSON file; raises `Lfm2kitError` if it cannot be read as one."""
+    """Return the fields of a JSON file; raise `Lfm2kitError` if it cannot be read as one."""
     return parse_json(path, _read(path, bounds.JSON))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Returns the table of a TOML file; raises `Lfm2kitError` if it cannot be read as one."""
+    """Return the table of a TOML file; raise `Lfm2kitError` if it cannot be read as one."""
     text = _read(path, bounds.TOML)
     if LONG_KEY.search(text):  # the parser's memory grows with the square of the parts
         raise Lfm2kitError(f"{path}: a key has more than {bounds.PARTS} parts between dots")
@@ -43,9 +43,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    """Returns the fields of `text`, a JSON object from the file `path`.
+    """Return the fields of `text`, a JSON object from the file `path`.
 
-    Raises `Lfm2kitError` for anything else.  Python's own reader accepts NaN, a key that comes
+    Raise `Lfm2kitError` for anything else.  Python's own reader accepts NaN, a key that comes
     twice, and 1e999 as infinity; here each of these is an error.
     """
 
@@ -95,12 +95,12 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int | float:
-    """Reads -0 as a float, because no whole number is negative zero."""
+    """Read -0 as a float, because no whole number is negative zero."""
     return -0.0 if text == "-0" else int(text)
 
 
 def _check_depth(value: Any, left: int) -> None:
-    """Refuses values nested so deep that comparing or printing them would fail."""
+    """Refuse values nested so deep that comparing or printing them would fail."""
     if isinstance(value, (dict, list)):
         if left == 0:
             raise ValueError(f"it is nested more than {bounds.NESTED} deep")

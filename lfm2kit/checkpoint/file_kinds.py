@@ -17,6 +17,8 @@ from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
 
 MOST_LINKS = 40  # in a row: Linux does not follow more
+# Files in /proc claim no bytes, and some block whoever reads them: nothing opens such a file.
+EMPTY = "the file is empty, or has no size, as those in /proc; give another file"
 HEAD = 512  # bytes that show what a file is: the sign of a tar archive ends at byte 262
 
 SPECIAL: dict[Callable[[int], bool], str] = {
@@ -70,13 +72,14 @@ ANSWERS: dict[bytes, str] = {
 
 
 def check_file(path: Path, *, is_text: bool = False) -> int:
-    """Returns the size in bytes of a regular file that may hold weights or, with `is_text`, text.
+    """Return the size in bytes of a regular file that may hold weights or, with `is_text`, text.
 
-    Raises `Lfm2kitError` for a pipe, a device, a folder, a broken link, and a file whose first
-    bytes belong to another format.  Opens nothing but regular files.
+    Raise `Lfm2kitError` for a pipe, a device, a folder, a broken link, an empty file, and a file
+    whose first bytes belong to another format.  Opens nothing but regular files that have a size.
     """
     try:
-        size = check_regular(path)
+        if not (size := check_regular(path)):
+            raise Lfm2kitError(f"{path}: {EMPTY}")
         with open(path, "rb") as file:
             head = file.read(HEAD)
     except (OSError, ValueError) as error:
@@ -87,9 +90,9 @@ def check_file(path: Path, *, is_text: bool = False) -> int:
 
 
 def check_regular(path: Path) -> int:
-    """Returns the size in bytes of a regular file, without opening it.
+    """Return the size in bytes of a regular file, without opening it.
 
-    Raises `Lfm2kitError` for a pipe, a device, a folder, and a path that does not exist.
+    Raise `Lfm2kitError` for a pipe, a device, a folder, and a path that does not exist.
     """
     try:
         status = os.stat(path)
@@ -102,7 +105,7 @@ def check_regular(path: Path) -> int:
 
 
 def foreign(head: bytes, suffix: str = "") -> str | None:
-    """Returns a sentence that says what a file with these first bytes is; None if it is unknown.
+    """Return a sentence that says what a file with these first bytes is; None if it is unknown.
 
     Two formats that lfm2kit reads begin with a number, which may look like another format's sign.
     They are checked first: a safetensors file has "{" as its ninth byte, and model.bin begins with
@@ -126,24 +129,24 @@ def foreign(head: bytes, suffix: str = "") -> str | None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Returns whether a file begins like a safetensors file: a small length, then a JSON object."""
+    """Return whether a file begins like a safetensors file: a small length, then a JSON object."""
     with open(path, "rb") as file:
         head = file.read(9)
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= bounds.HEADER
 
 
 def broken_link(path: Path) -> str | None:
-    """Returns a sentence about a broken link; None for anything else."""
+    """Return a sentence about a broken link; None for anything else."""
     if not os.path.islink(path) or os.path.exists(path):
         return None
     return (
-        f"this is a link to {os.readlink(path)}, which is not there; download it again, "
+        f"this is a link to {os.readlink(path)}, which does not exist; download it again, "
         "or copy folders of links with 'cp -rL'"
     )
 
 
 def _zip(head: bytes) -> str:
-    """Returns a sentence about a zip archive, which it identifies by its first member's name."""
+    """Return a sentence about a zip archive, which it identifies by its first member's name."""
     length = struct.unpack_from("<H", head.ljust(30, b"\0"), 26)[0]
     member = head[30 : 30 + length]
     if member.endswith(b".npy"):
@@ -159,7 +162,7 @@ def _why_not(path: Path, error: OSError | ValueError) -> str:
 
 
 def is_of_this_process(path: Path) -> bool:
-    """Returns whether `path` leads to a file that this process has open.
+    """Return whether `path` leads to a file that this process has open.
 
     Examples are /dev/stdin, /dev/fd/3 and /proc/self/fd/3, links to them, and paths below them.  In
     another process the same path may lead to another file, or to none.
@@ -169,7 +172,7 @@ def is_of_this_process(path: Path) -> bool:
 
 
 def _folders(path: Path) -> Iterator[str]:
-    """Yields the folder that contains `path`, and those of the links that it leads through."""
+    """Yield the folder that contains `path`, and those of the links that it leads through."""
     for _ in range(MOST_LINKS):
         folder = os.path.realpath(path.parent)
         yield folder

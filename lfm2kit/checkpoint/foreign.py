@@ -1,4 +1,4 @@
-"""Recognises paths and tensor names that are no model for lfm2kit.
+"""Recognises paths and tensor names that are not a model for lfm2kit.
 
 For each there is one sentence: what it is, and what to type.  `lfm2kit.checkpoint.file_kinds`
 recognises single files.
@@ -26,7 +26,7 @@ ADAPTER = (
 SIGNS: Sequence[tuple[str, str]] = (
     ("adapter_model.*", f"there is {ADAPTER}"),
     ("model-*-of-*.safetensors", f"there are shards without {INDEX}; download that as well"),
-    ("*.safetensors", f"the weights have another name than {SINGLE}; rename the file, or give it"),
+    ("*.safetensors", f"the weights are not called {SINGLE}; rename the file, or give it"),
     ("pytorch_model*.bin", f"the weights are pickles (PyTorch's), {NO_PICKLES}"),
     ("*.pth", f"the weights are pickles (PyTorch's), {NO_PICKLES}"),
     ("*.gguf", "there is only GGUF, which lfm2kit does not read; give the Hugging Face folder"),
@@ -46,7 +46,7 @@ WRAPPERS = {
 
 
 def check_model(path: Path) -> None:
-    """Raises `Lfm2kitError` if `path` is known to be something other than a model."""
+    """Raise `Lfm2kitError` if `path` is known to be something other than a model."""
     if not os.path.exists(path):
         raise Lfm2kitError(f"{path}: {broken_link(path) or 'no such file or folder'}")
     if os.path.isdir(path):
@@ -59,7 +59,7 @@ def check_model(path: Path) -> None:
 
 
 def check_names(path: Path, names: Collection[str]) -> None:
-    """Raises `Lfm2kitError` if canonical names show quantised weights or a wrapped model."""
+    """Raise `Lfm2kitError` if canonical names show quantised weights or a wrapped model."""
     if (quantised := said_by_names(names)) is not None:
         raise Lfm2kitError(f"{path}: {quantised}")
     if any(".lora_A." in name or ".lora_B." in name for name in names):
@@ -76,11 +76,11 @@ def check_names(path: Path, names: Collection[str]) -> None:
 
 
 def why_absent(name: str) -> str | None:
-    """Explains a model's name that is no path, and says what to type; None if unknown."""
+    """Explain a model's name that is not a path, and say what to type; None if unknown."""
     if (link := broken_link(Path(name))) is not None:
         return link
     if name.startswith("~"):
-        return f"the shell replaces '~' only unquoted and after a space; give {name} so"
+        return f"the shell replaces '~' only at the start of an unquoted word; type {name} as one"
     if "://" in name:
         return "this is an address, and lfm2kit downloads nothing; download the folder and give it"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name.split("/")[0]):
@@ -89,7 +89,7 @@ def why_absent(name: str) -> str | None:
 
 
 def _part(path: Path) -> str | None:
-    """Explains a file that belongs to a model, but is not one."""
+    """Explain a file that belongs to a model, but is not one."""
     give_folder = f"give the folder: {path.parent}"
     shard = re.search(r"-\d+-of-(\d+)\.safetensors$", path.name)
     if shard is not None and int(shard[1][:9]) > 1:
@@ -127,19 +127,19 @@ def _folder(folder: Path) -> str | None:
 
 
 def _elsewhere(folder: Path, names: Sequence[str]) -> str | None:
-    """Explains a folder around models: the hub's cache, a model's folder in it, training output."""
+    """Explain a folder around models: the hub's cache, a model's folder in it, training output."""
     if cached := matching(names, "models--*"):
         return f"this is the hub's cache, not a model; {_snapshot(folder / cached[0])}"
     if "snapshots" in names:
         return f"this is a model's place in the hub's cache; {_snapshot(folder)}"
     inner = [name for name in names if os.path.isfile(folder / name / CONFIG)]
     if CONFIG not in names and inner:
-        return f"there is no model here, but below; give {folder / inner[-1]}"
+        return f"the model is in a folder below this one; give {folder / inner[-1]}"
     return None
 
 
 def _snapshot(cached: Path) -> str:
-    """Says which snapshot of a model in the hub's cache to give: the main one, or the last."""
+    """Say which snapshot of a model in the hub's cache to give: the main one, or the last."""
     snapshots, main = cached / "snapshots", cached / "refs" / "main"
     names = sorted(os.listdir(snapshots)) if os.path.isdir(snapshots) else []
     if not names:

@@ -25,7 +25,7 @@ GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by canonical name; `Lfm2kitError` names file and tensor.
+    """Return all tensors of a folder by canonical name; `Lfm2kitError` names file and tensor.
 
     Where there is both one whole file and an index, the file is read, as transformers does.
     """
@@ -37,7 +37,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def canonical(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `path` under canonical names, packed experts taken apart without a copy."""
+    """Return `path`'s tensors under canonical names, packed experts separated without a copy."""
     named: dict[str, Tensor] = {}
     for stored, tensor in tensors.items():
         for name, part in _unpacked(path, stored.removeprefix("model."), tensor):
@@ -48,14 +48,17 @@ def canonical(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unpacked(path: Path, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """gate_up_proj [E, 2I, H] is cat(w1, w3) on dim 1; down_proj [E, H, I] is w2."""
+    """Yield a tensor, or the experts that it packs: gate_up_proj has w1 and w3, down_proj w2."""
     packed = GATE_UP if name.endswith(GATE_UP) else DOWN
     if not name.endswith(packed):
         yield name, tensor
         return
     shape = list(tensor.shape)
     if len(shape) != 3 or 0 in shape or (packed == GATE_UP and shape[1] % 2):
-        raise Lfm2kitError(f"{path}: tensor '{name}' has shape {shape}: no packed experts")
+        expected = (
+            "[experts, 2 * rows, columns]" if packed == GATE_UP else "[experts, rows, columns]"
+        )
+        raise Lfm2kitError(f"{path}: tensor '{name}' has shape {shape}; expected {expected}")
     if shape[0] > bounds.EXPERTS:
         raise Lfm2kitError(
             f"{path}: tensor '{name}' has shape {shape}; lfm2kit takes up to "
@@ -70,7 +73,7 @@ def _unpacked(path: Path, name: str, tensor: Tensor) -> Iterator[tuple[str, Tens
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
-    """Every tensor from the shard that the index names, and none besides."""
+    """Return every tensor from the shard that the index names, and no others."""
     weight_map = read_index(folder / INDEX)["weight_map"]
     shards = {shard: _read_shard(folder, shard) for shard in sorted(set(weight_map.values()))}
     for shard, tensors in shards.items():
@@ -87,18 +90,18 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_shard(folder: Path, shard: str) -> dict[str, Tensor]:
-    """A shard beside the index, which must not lead out of its folder."""
+    """Return the tensors of a shard beside the index, which must not lead out of its folder."""
     if PurePath(shard).name != shard or shard == "..":
-        raise Lfm2kitError(f"{folder / INDEX}: the shard '{shard}' is no plain file name")
+        raise Lfm2kitError(f"{folder / INDEX}: the shard '{shard}' is not the plain name of a file")
     return read_safetensors(folder / shard)
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The fields of an index; `weight_map` has a shard's name for each tensor."""
+    """Return the fields of an index; `weight_map` has a shard's name for each tensor."""
     fields = read_json(path)
     weight_map = fields.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise Lfm2kitError(f"{path}: weight_map is missing, empty or no object")
+        raise Lfm2kitError(f"{path}: weight_map is missing, empty or not an object")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard:
             raise Lfm2kitError(f"{path}: the shard of '{name}' is {brief(shard)}")

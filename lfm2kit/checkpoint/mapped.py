@@ -14,14 +14,14 @@ import numpy.typing as npt
 from numpy.lib.array_utils import byte_bounds
 
 from lfm2kit import bounds
-from lfm2kit.checkpoint.file_kinds import check_regular
+from lfm2kit.checkpoint.file_kinds import EMPTY, check_regular
 from lfm2kit.errors import Lfm2kitError
 
 Bytes = npt.NDArray[np.uint8]
 
 
 class Extent(NamedTuple):
-    """Where a tensor's bytes lie in its file, if the header is to be believed."""
+    """The place of a tensor's bytes in its file, if the header is right."""
 
     name: str
     begin: int
@@ -35,7 +35,7 @@ class MappedFile(NamedTuple):
     seen: os.stat_result
 
     def check(self, its_map: mmap.mmap) -> None:
-        """Raises `Lfm2kitError` if the file has changed; another file with its name is harmless."""
+        """Raise `Lfm2kitError` if the file has changed; another file with its name is harmless."""
         try:
             now = os.stat(self.path)
         except OSError:
@@ -60,7 +60,7 @@ class Files:
         self._maps = [m for m in maps if m is not None and m in _FILES]
 
     def check_unchanged(self) -> None:
-        """Raises `Lfm2kitError` for the first file that was written to since it was mapped.
+        """Raise `Lfm2kitError` for the first file that was written to since it was mapped.
 
         Reading a mapped file beyond its new, shorter end would end the process.
         """
@@ -69,13 +69,13 @@ class Files:
 
 
 def map_file(path: Path) -> Bytes:
-    """Maps a file and returns its bytes, read-only; nothing is read before it is used.
+    """Map a file and return its bytes, read-only; nothing is read before it is used.
 
-    Raises `Lfm2kitError` for an empty file, a pipe and a device.  Another format than the caller's
+    Raise `Lfm2kitError` for an empty file, a pipe and a device.  Another format than the caller's
     is its own to recognise.
     """
     if check_regular(path) == 0:
-        raise Lfm2kitError(f"{path}: the file is empty")
+        raise Lfm2kitError(f"{path}: {EMPTY}")
     try:
         seen = os.stat(path)
         data = np.memmap(path, np.uint8, "r")
@@ -87,7 +87,7 @@ def map_file(path: Path) -> Bytes:
 
 
 def check_extents(path: Path, extents: Iterable[Extent], start: int, size: int) -> None:
-    """`Lfm2kitError` if a tensor leaves [start, size) or overlaps another."""
+    """Raise `Lfm2kitError` if a tensor leaves [start, size) or overlaps another."""
     previous = Extent("the header", 0, start)
     for extent in sorted(extents, key=lambda e: (e.begin, e.end)):
         if not start <= extent.begin <= extent.end:
@@ -106,7 +106,7 @@ def check_extents(path: Path, extents: Iterable[Extent], start: int, size: int) 
 
 
 def release(array: npt.NDArray[Any]) -> None:
-    """Gives back the memory of a view of a map; the file is read again when the view is used.
+    """Give back the memory of a view of a map; the file is read again when the view is used.
 
     Weights that a backend has packed need not stay in memory twice.
     """
@@ -122,13 +122,13 @@ def release(array: npt.NDArray[Any]) -> None:
 
 
 def files_of(arrays: Iterable[npt.NDArray[Any]]) -> list[Path]:
-    """Returns the files that arrays are views of, links resolved."""
+    """Return the files that arrays are views of, links resolved."""
     names = {getattr(array, "filename", None) for array in arrays}
     return sorted(map(Path, filter(None, names)))
 
 
 def _map_of(array: npt.NDArray[Any]) -> mmap.mmap | None:
-    """Returns the map that an array is a view of, if any."""
+    """Return the map that an array is a view of, if any."""
     owner: Any = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
@@ -138,7 +138,7 @@ def _map_of(array: npt.NDArray[Any]) -> mmap.mmap | None:
 def view(
     path: Path, data: Bytes, extent: Extent, dtype: np.dtype[Any], shape: tuple[int, ...]
 ) -> Any:
-    """The tensor's elements where they lie, of any alignment."""
+    """Return the tensor's elements where they lie, of any alignment."""
     if any(size > bounds.DIMENSION for size in shape):
         raise Lfm2kitError(
             f"{path}: tensor '{extent.name}' has shape {list(shape)}; "

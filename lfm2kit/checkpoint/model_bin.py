@@ -25,7 +25,7 @@ Entry = tuple[Extent, tuple[int, ...]]  # where a tensor lies, and its shape
 
 
 def read_model_bin(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name; `Lfm2kitError` says what is wrong with it."""
+    """Return the tensors of a file by name; `Lfm2kitError` says what is wrong with it."""
     check_file(path)
     data = map_file(path)
     entries, start = _read_table(path, data)
@@ -44,7 +44,7 @@ def write_model_bin(
     entries: Sequence[tuple[str, Sequence[int]]],
     pieces_of: Callable[[str], Iterable[Any]],
 ) -> None:
-    """Writes a file; `pieces_of(name)` gives each tensor's elements when its turn comes."""
+    """Write a file; `pieces_of(name)` gives each tensor's elements when its turn comes."""
     offset = 4 + sum(len(_table_row(name, shape, 0)) for name, shape in entries)
     file.write(struct.pack("<I", len(entries)))
     for name, shape in entries:
@@ -62,7 +62,7 @@ def _table_row(name: str, shape: Sequence[int], offset: int) -> bytes:
 
 
 class _Reader:
-    """Reads the table field by field and never past the end of the file."""
+    """A reader of the table, field by field and never past the end of the file."""
 
     def __init__(self, path: Path, data: Bytes) -> None:
         self.path = path
@@ -85,7 +85,7 @@ class _Reader:
 
 
 def _read_table(path: Path, data: Bytes) -> tuple[list[Entry], int]:
-    """The entries of the table, and where it ends."""
+    """Return the entries of the table, and where it ends."""
     reader = _Reader(path, data)
     count = reader.u32()
     entries = list(_entries(reader, count))
@@ -111,8 +111,12 @@ def _entries(reader: _Reader, count: int) -> Iterator[Entry]:
 def _name(reader: _Reader, where: str) -> str:
     length = reader.u32()
     if not 1 <= length <= bounds.NAME:
-        raise Lfm2kitError(f"{where}: the name's length is {length}: no model.bin, or damaged")
+        raise Lfm2kitError(
+            f"{where}: the name's length is {length}: this is not a model.bin, or it is damaged"
+        )
     try:
         return reader.take(length).decode("utf-8")
     except UnicodeDecodeError:
-        raise Lfm2kitError(f"{where}: the name is no UTF-8: no model.bin, or damaged") from None
+        raise Lfm2kitError(
+            f"{where}: the name is not UTF-8: this is not a model.bin, or it is damaged"
+        ) from None

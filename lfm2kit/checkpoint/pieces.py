@@ -27,7 +27,7 @@ def threads() -> int:
 
 
 def in_order(make: Callable[[Task], Made], tasks: Iterable[Task]) -> Generator[Made]:
-    """Yields `make(task)` for each task, in order, computed in threads a bounded number ahead.
+    """Yield `make(task)` for each task, in order, computed in threads a bounded number ahead.
 
     Close the iterator if it is not exhausted, to stop its threads.
     """
@@ -51,7 +51,7 @@ def write_pieces(
     dtype: np.dtype[Any],
     shape: Iterable[int],
 ) -> None:
-    """Writes a tensor's elements, which come in pieces of any shape."""
+    """Write a tensor's elements, which come in pieces of any shape."""
     count = 0
     for piece in pieces:
         assert piece.dtype == dtype, (piece.dtype, dtype)

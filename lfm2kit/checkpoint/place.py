@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.checkpoint.companions import TEMPLATES, companions
+from lfm2kit.checkpoint.companions import TEMPLATES, companions, files_in
 from lfm2kit.checkpoint.model_bin import read_model_bin
 from lfm2kit.checkpoint.names import CONFIG, INDEX
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.outputs.folders import remove_leftovers_of_folder
 from lfm2kit.outputs.targets import identity
 
+ANYONES_WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin")
 OUR_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 
@@ -31,12 +32,12 @@ class Origin:
     left_behind: tuple[str, ...] = ()  # what else is in the checkpoint's folder
 
     def is_at(self, target: Path) -> bool:
-        """Whether the checkpoint is to be rewritten in its own place."""
+        """Return whether the checkpoint is to be rewritten in its own place."""
         return self.path is not None and os.path.realpath(self.path) == str(target)
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
-    """Where a checkpoint that was opened comes from."""
+    """Return where a checkpoint that was opened comes from."""
     weights = tuple(checkpoint.weight_files())
     kept = companions(checkpoint.folder)
     files = tuple(checkpoint.files())
@@ -46,7 +47,7 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
 def _others(
     checkpoint: Checkpoint, weights: tuple[Path, ...], kept: Mapping[Path, Path]
 ) -> Iterator[str]:
-    """Yields the visible entries of a checkpoint's folder that are neither read nor copied."""
+    """Yield the visible entries of a checkpoint's folder that are neither read nor copied."""
     if not checkpoint.path.is_dir():
         return  # what lies beside a single file need not belong to it
     taken = {identity(path) for path in weights}
@@ -60,7 +61,7 @@ def _others(
 def check_place(
     target: Path, origin: Origin, *, overwrite: bool, staged: Path | None = None
 ) -> None:
-    """Raises `Lfm2kitError` if writing a folder or a model.bin would lose another file.
+    """Raise `Lfm2kitError` if writing a folder or a model.bin would lose another file.
 
     `staged` is the new folder, which may lie in the old one, once it is complete.
     """
@@ -72,7 +73,7 @@ def check_place(
         return
     if not overwrite:
         raise Lfm2kitError(
-            f"{target} exists already; give ", Option("overwrite", True), " to replace it"
+            f"{target} already exists; give ", Option("overwrite", True), " to replace it"
         )
     if is_bin == target.is_dir():
         raise Lfm2kitError(f"{target} is a {'folder' if is_bin else 'file'}; remove it yourself")
@@ -83,7 +84,7 @@ def check_place(
 
 
 def _check_bin(target: Path, origin: Origin) -> None:
-    """Refuses a model.bin that would replace a file of its source, except that model.bin itself."""
+    """Refuse a model.bin that would replace a file of its source, except that model.bin itself."""
     if not origin.is_at(target) and identity(target) in map(identity, origin.files):
         raise Lfm2kitError(f"{target}: the source is read from this file; give another name")
     if os.path.getsize(target):
@@ -94,7 +95,7 @@ def _check_bin(target: Path, origin: Origin) -> None:
 
 
 def _check_folder(target: Path, origin: Origin, staged: Path | None) -> None:
-    """Refuses to replace a folder if it holds a file that the new one lacks."""
+    """Refuse to replace a folder if it holds a file that the new one lacks."""
     own = {identity(path) for path in origin.weights} if origin.is_at(target) else set()
     for path in target.rglob("*"):
         name = path.relative_to(target)
@@ -110,12 +111,32 @@ def _check_folder(target: Path, origin: Origin, staged: Path | None) -> None:
             )
 
 
+def other_beside(target: Path) -> Path | None:
+    """Return another model's weights in the folder of a model.bin; both share what is beside them.
+
+    A folder has one config.json and one tokenizer for all of them.
+    """
+    own = identity(target)
+    others = (path for path in files_in(target.parent) if identity(path) != own)
+    return next((path for path in others if _has_weights(path)), None)
+
+
+def _has_weights(path: Path) -> bool:
+    if ANYONES_WEIGHTS.fullmatch(path.name):
+        return True
+    try:
+        return path.suffix == ".bin" and bool(read_model_bin(path))
+    except Lfm2kitError:  # samples, for example
+        return False
+
+
 def companions_beside(
     target: Path, origin: Origin, *, overwrite: bool
 ) -> Iterator[tuple[Path, Path]]:
-    """Yields the companions to be copied beside a model.bin, each with its new path.
+    """Yield the companions to be copied beside a model.bin, each with its new path.
 
-    Raises `Lfm2kitError` where a file of another model has that name.
+    Raise `Lfm2kitError` where a file of another model has that name: with `overwrite` only if that
+    model's weights are there, too.
     """
     for name, path in origin.companions.items():
         new = target.parent / name
@@ -128,4 +149,6 @@ def companions_beside(
                     Option("overwrite", True),
                     " or another folder",
                 )
+            if (other := other_beside(target)) is not None:
+                raise Lfm2kitError(f"{new} is {other.name}'s as well; give another folder")
         yield path, new

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def reader_of(path: Path, readers: Iterable[InstalledReader]) -> InstalledReader | None:
-    """Returns the reader that takes `path`; None if there is none, or nothing that can be read.
+    """Return the reader that takes `path`; None if there is none, or nothing that can be read.
 
-    Raises `Lfm2kitError` if there are two, and for a reader that raises something else.
+    Raise `Lfm2kitError` if there are two, and for a reader that raises something else.
     """
     if not (os.path.isfile(path) or os.path.isdir(path)):
         return None
@@ -34,7 +34,7 @@ def reader_of(path: Path, readers: Iterable[InstalledReader]) -> InstalledReader
 
 
 def check_opened(who: str, checkpoint: Checkpoint) -> None:
-    """Raises `Lfm2kitError`, beginning with `who`, if a field or a tensor is not what it must be.
+    """Raise `Lfm2kitError`, beginning with `who`, if a field or a tensor is not what it must be.
 
     A row of each format is unpacked, so that a wrong format is found before anything is built.
     """

@@ -41,7 +41,7 @@ ANY_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})(?:$|[.])")
 
 
 def said_by_config(fields: Mapping[str, Any]) -> str | None:
-    """Returns a sentence about a config.json that says the weights are quantised; else None."""
+    """Return a sentence about a config.json that says the weights are quantised; else None."""
     for key in KEYS:
         said = fields.get(key)
         if said is None or said == {}:
@@ -52,7 +52,7 @@ def said_by_config(fields: Mapping[str, Any]) -> str | None:
 
 
 def said_by_names(names: Iterable[str]) -> str | None:
-    """Returns a sentence about tensor names that only quantised weights have; else None."""
+    """Return a sentence about tensor names that only quantised weights have; else None."""
     for name in names:
         if (found := ANY_ENDING.search(name)) is not None:
             return f"tensor '{name}' belongs to quantised weights ({ENDINGS[found[1]]}); {GIVE}"
@@ -60,7 +60,7 @@ def said_by_names(names: Iterable[str]) -> str | None:
 
 
 def _method(said: Mapping[str, Any]) -> Any:
-    """Returns the quantisation method that a config section names; each tool has its own key."""
+    """Return the quantisation method that a config section names; each tool has its own key."""
     if said.get("quant_method") is not None:
         return said["quant_method"]
     flags = [key for key in ("load_in_4bit", "load_in_8bit") if said.get(key) is True]

@@ -37,12 +37,12 @@ class RandomTensors(Mapping[str, Tensor]):
 
 
 def without_values(shapes: Shapes) -> dict[str, Tensor]:
-    """Returns tensors of these shapes that take no memory: every value is the same NaN."""
+    """Return tensors of these shapes that take no memory: every value is the same NaN."""
     return {n: Tensor.of_array(n, np.broadcast_to(NAN, shape)) for n, shape in shapes.items()}
 
 
 def random_values(name: str, shape: Sequence[int], seed: int, begin: int, end: int) -> Any:
-    """Returns elements `begin` to `end` of a flat tensor, float32.
+    """Return elements `begin` to `end` of a flat tensor, float32.
 
     They keep activations of order 1 and tell implementations apart: matrices have std
     1 / sqrt(inputs), norms are 1 +- 0.1, the router's bias has std 0.1.  With a bias of 0, as
@@ -53,7 +53,7 @@ def random_values(name: str, shape: Sequence[int], seed: int, begin: int, end: i
 
 
 def _normal(seed: int, name: str, begin: int, end: int) -> Any:
-    """Elements `begin` to `end` of a tensor of normal values.
+    """Return elements `begin` to `end` of a tensor of normal values.
 
     Every `PIECE` of them has a generator of its own, so that threads can make them in any order.
     """

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointReader:
-    """What a plugin announces.  Making one must be free: heavy imports belong in `open`.
+    """A reader as a plugin announces it.  Making one must be free: `open` does heavy imports.
 
     `recognises(path)` is asked of every model that is opened, before lfm2kit looks at it; the path
     is a folder or a regular file.  Look at names and the first bytes alone.  A path that two

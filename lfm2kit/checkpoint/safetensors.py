@@ -31,10 +31,10 @@ FIELDS = {"dtype", "shape", "data_offsets"}  # of a tensor; others are ignored
 
 
 def read_safetensors(path: Path, more: Mapping[str, Format] | None = None) -> dict[str, Tensor]:
-    """Returns the tensors of a file by the names it gives them.
+    """Return the tensors of a file by the names it gives them.
 
     A tensor's dtype in the header says how it is stored: F32, F16, BF16, or a key of `more`, which
-    plugins give.  Raises `Lfm2kitError` for any other dtype, and for a damaged file.
+    plugins give.  Raise `Lfm2kitError` for any other dtype, and for a damaged file.
     """
     formats = {**FORMATS, **(more or {})}
     check_file(path)
@@ -45,7 +45,7 @@ def read_safetensors(path: Path, more: Mapping[str, Format] | None = None) -> di
     if length > min(bounds.HEADER, len(data) - LENGTH):
         raise Lfm2kitError(
             f"{path}: the header claims {length} bytes, the file has {len(data)} "
-            "(truncated, or no safetensors file?)"
+            "(truncated, or not a safetensors file?)"
         )
     start = LENGTH + length
     entries = _entries(path, parse_json(path, data[LENGTH:start].tobytes()), start, formats)
@@ -72,7 +72,7 @@ def _data(path: Path, data: Bytes, extent: Extent, entry: Entry) -> Any:
 
 
 def header_bytes(entries: Iterable[tuple[str, Format, Sequence[int]]]) -> bytes:
-    """Length and JSON header of a file with these tensors in this order."""
+    """Return the length and JSON header of a file with these tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, format, shape in entries:
@@ -89,7 +89,7 @@ def write_safetensors(
     entries: Sequence[tuple[str, Format, Sequence[int]]],
     pieces_of: Callable[[str], Iterable[Any]],
 ) -> None:
-    """Writes a file; `pieces_of(name)` gives each tensor's elements when its turn comes."""
+    """Write a file; `pieces_of(name)` gives each tensor's elements when its turn comes."""
     file.write(header_bytes(entries))
     for name, format, shape in entries:
         write_pieces(file, pieces_of(name), format.block, format.blocks(shape))
@@ -108,7 +108,7 @@ def _entries(
 
 
 def _check_no_gaps(path: Path, extents: Sequence[Extent], start: int, size: int) -> None:
-    """Refuses bytes that belong to no tensor, and an empty tensor in the middle of another."""
+    """Refuse bytes that belong to no tensor, and an empty tensor in the middle of another."""
     used = sum(extent.end - extent.begin for extent in extents)
     if used != size - start:
         raise Lfm2kitError(f"{path}: {size - start} bytes of data, but its tensors take {used}")
@@ -129,7 +129,7 @@ def _entry(path: Path, name: str, entry: Any, start: int, formats: Mapping[str, 
     if not isinstance(dtype, str) or dtype not in formats:
         raise Lfm2kitError(
             f"{path}: tensor '{name}' has dtype {brief(dtype)}; "
-            f"lfm2kit reads {', '.join(formats)}, and no quantised weights"
+            f"lfm2kit reads {', '.join(formats)}, but no quantised weights"
         )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise Lfm2kitError(
@@ -152,7 +152,7 @@ def _sizes(values: Any) -> bool:
 
 
 def _is_double(value: Any) -> bool:
-    """Whether the library, which ignores `value` as we do, can read the numbers in it."""
+    """Return whether the library, which ignores `value` as we do, can read the numbers in it."""
     if isinstance(value, (dict, list)):
         return all(map(_is_double, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, int) or abs(value) < 10**308

@@ -42,7 +42,7 @@ Table = Mapping[str, Any]
 
 
 def read_spec(path: Path) -> specs.Model:
-    """The model that a TOML file describes; `Lfm2kitError` names the key that is wrong."""
+    """Return the model that a TOML file describes; `Lfm2kitError` names the key that is wrong."""
     table = read_toml(path)
     try:
         return parse_spec(table)
@@ -51,7 +51,7 @@ def read_spec(path: Path) -> specs.Model:
 
 
 def parse_spec(table: Table) -> specs.Model:
-    """The model that the parsed file describes."""
+    """Return the model that the parsed file describes."""
     common = {key: value for key, value in table.items() if key != "layers"}
     _refuse_unknown("the model", common, COMMON)
     model = specs.Model(
@@ -80,7 +80,7 @@ def _all_layers(tables: Any, common: Table) -> list[specs.Layer]:
 
 
 def _layers(where: str, table: Any, common: Table) -> list[specs.Layer]:
-    """The layers of one [[layers]] table: `repeat` times the same."""
+    """Return the layers of one [[layers]] table: `repeat` times the same."""
     if not isinstance(table, dict):
         raise Lfm2kitError(f"{where} is {brief(table)}; expected a table")
     _refuse_unknown(where, table, {"repeat", "operator", "feed_forward"})
@@ -92,7 +92,7 @@ def _layers(where: str, table: Any, common: Table) -> list[specs.Layer]:
 
 
 def _typed(where: str, table: Any, types: Mapping[str, Any], common: Table) -> Any:
-    """The spec of the class that the table's `type` names."""
+    """Return the spec of the class that the table's `type` names."""
     if not isinstance(table, dict) or not isinstance(table.get("type"), str):
         raise Lfm2kitError(f"{where} is {brief(table)}; expected a table with a type")
     if table["type"] not in types:
@@ -121,7 +121,7 @@ def _refuse_unknown(where: str, table: Table, known: Collection[str]) -> None:
 
 
 def _fields(*types: Any) -> set[str]:
-    """The keys that a file gives of these specs."""
+    """Return the keys that a file gives for these specs."""
     return {field.name for t in types for field in dataclasses.fields(t)} - {"local_experts"}
 
 
@@ -132,7 +132,7 @@ COMMON = _fields(
 
 
 def _make(where: str, spec: type[S], common: Table, fields: Table) -> S:
-    """An instance of the dataclass `spec`, its fields from `fields`, else from `common`."""
+    """Return an instance of the dataclass `spec`, its fields from `fields`, else from `common`."""
     values = {}
     for field in dataclasses.fields(spec):  # type: ignore[arg-type]
         value = fields.get(field.name, common.get(field.name, field.default))
@@ -144,7 +144,7 @@ def _make(where: str, spec: type[S], common: Table, fields: Table) -> S:
 
 
 def _checked(key: str, annotation: str, value: Any, where: str = "") -> Any:
-    """`value` if it fits the annotation and the bounds of the field `key`."""
+    """Return `value` if it fits the annotation and the bounds of the field `key`."""
     where = where or key
     if annotation == "int":
         return bounds.whole(where, key, value)
@@ -156,9 +156,9 @@ def _checked(key: str, annotation: str, value: Any, where: str = "") -> Any:
 
 
 def spec_text(model: specs.Model) -> str:
-    """Returns the text of a TOML file from which `read_spec` reads `model`.
+    """Return the text of a TOML file from which `read_spec` reads `model`.
 
-    Raises `Lfm2kitError` if a file cannot describe the model, as with another eps in some norm.
+    Raise `Lfm2kitError` if a file cannot describe the model, as with another eps in some norm.
     """
     lines = [
         f"tie_word_embeddings = {_toml(model.tie_word_embeddings)}",
@@ -177,7 +177,7 @@ def spec_text(model: specs.Model) -> str:
 
 
 def _layer_lines(layer: specs.Layer, count: int) -> Iterator[str]:
-    """Yields the lines of a [[layers]] table for `count` equal layers."""
+    """Yield the lines of a [[layers]] table for `count` equal layers."""
     if count > 1:
         yield f"repeat = {count}"
     yield f"operator = {_inline(layer.operator)}"
@@ -185,7 +185,7 @@ def _layer_lines(layer: specs.Layer, count: int) -> Iterator[str]:
 
 
 def _inline(spec: specs.Spec) -> str:
-    """Returns an inline table with the type of a spec and its fields, hidden_size apart."""
+    """Return an inline table with the type of a spec and its fields, hidden_size apart."""
     parts = [spec.router, spec.experts] if isinstance(spec, specs.SparseMoe) else [spec]
     fields = {f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part)}  # type: ignore[arg-type]
     pairs = [f"{n} = {_toml(v)}" for n, v in fields.items() if n not in ELSEWHERE]

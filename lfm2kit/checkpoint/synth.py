@@ -22,7 +22,7 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {"wide-6": WIDE_6, "lfm2-8b-a1b": LFM2_
 
 
 def random_source(config: Mapping[str, Any], seed: int = 0) -> Source:
-    """Returns a source of random weights for the model that a config.json's keys describe."""
+    """Return a source of random weights for the model that a config.json's keys describe."""
     parsed = parse_config(config)
     spec = model_spec(parsed, tied=parsed.tie_word_embeddings is not False)
     shapes = spec.parameters()

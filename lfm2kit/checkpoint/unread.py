@@ -16,7 +16,7 @@ NAMED = 3  # of the files that are not read; the others are counted
 
 
 def remarks_on(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yields remarks on a folder whose weights were read as `tensors`."""
+    """Yield remarks on a folder whose weights were read as `tensors`."""
     first = next(name for name in WEIGHTS if os.path.exists(folder / name))
     shards = _shards(folder)
     read = {first, *(shards if first == INDEX else ())}
@@ -27,13 +27,13 @@ def remarks_on(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         others.insert(0, INDEX + _staleness(folder, shards))
     if others:
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
-        yield f"{folder}: read {first}, and not {', '.join(others[:NAMED])}{more}"
+        yield f"{folder}: reading {first}, not {', '.join(others[:NAMED])}{more}"
     if first == INDEX:
         yield from _size(folder, tensors)
 
 
 def _shards(folder: Path) -> set[str]:
-    """Returns the files that the index names; none if it is missing or cannot be read."""
+    """Return the files that the index names; none if it is missing or cannot be read."""
     if not os.path.exists(folder / INDEX):
         return set()
     try:
@@ -43,7 +43,7 @@ def _shards(folder: Path) -> set[str]:
 
 
 def _staleness(folder: Path, shards: set[str]) -> str:
-    """Says that an index is stale: save_pretrained removes old shards, but not their index."""
+    """Say that an index is stale: save_pretrained removes old shards, but not their index."""
     is_here = any("/" not in name and os.path.exists(folder / name) for name in shards)
     return "" if is_here else " (stale: it names no file that is here; delete it)"
 
@@ -54,7 +54,7 @@ def _has_weights(name: str) -> bool:
 
 
 def _size(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Compares the bytes that an index states with its tensors; transformers does not."""
+    """Compare the bytes that an index states with its tensors; transformers does not."""
     metadata = read_index(folder / INDEX).get("metadata")
     stated = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(tensor.nbytes for tensor in tensors.values())

@@ -11,6 +11,7 @@ from lfm2kit.cli.backends import backends
 from lfm2kit.cli.bench import bench
 from lfm2kit.cli.convert import convert
 from lfm2kit.cli.env import env
+from lfm2kit.cli.help import PlainCommand
 from lfm2kit.cli.plan import plan
 from lfm2kit.cli.plugin_commands import CONTEXT, Commands
 from lfm2kit.cli.ranks import RanksCommand
@@ -20,8 +21,8 @@ from lfm2kit.cli.warmup import warmup
 
 app = typer.Typer(
     name="lfm2kit",
-    help="Runs the LFM2-MoE family with every block's implementation coming from a plugin.",
-    epilog="Begin with:  lfm2kit run -v   (the embedded model, the best backend of this machine)",
+    help="Run LFM2-MoE models with every block coming from a plugin.",
+    epilog="To begin:  lfm2kit run -v   (the embedded model, on the best backend of this machine)",
     no_args_is_help=True,
     context_settings=CONTEXT,
     cls=Commands,
@@ -29,13 +30,10 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command(cls=RanksCommand)(run)
-app.command()(plan)
+app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
-app.command()(bench)
-app.command()(convert)
-app.command()(specs)
-app.command()(warmup)
-app.command()(env)
+for command in (bench, convert, specs, warmup, env):
+    app.command(cls=PlainCommand)(command)
 
 
 def _version(wanted: bool) -> None:

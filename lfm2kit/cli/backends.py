@@ -12,6 +12,7 @@ from lfm2kit.backend import Context
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.cli.console import Report, only_said, progress, show_table
+from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.cli.options import JsonOption, Without, spread
 from lfm2kit.errors import WRONG_RESULT
 from lfm2kit.text import indented
@@ -19,7 +20,7 @@ from lfm2kit.text import indented
 # The options that say which model is set up; a check makes its own.
 OF_A_MODEL = ("model", "backend", "plan", "n_cpu_moe", "rewrites", "seed")
 
-backends = typer.Typer(help="Lists the installed backends, or checks one.")
+backends = typer.Typer(cls=PlainGroup, help="List the installed backends, or check one.")
 
 
 @backends.callback(invoke_without_command=True)
@@ -28,9 +29,9 @@ def _default(context: typer.Context, json: JsonOption = None) -> None:
         list_backends(json)
 
 
-@backends.command("list")
+@backends.command("list", cls=PlainCommand)
 def list_backends(json: JsonOption = None) -> None:
-    """Lists all that plugins add, and why plugins could not be loaded."""
+    """List everything that plugins add, and why plugins could not be loaded."""
     plugins = installed_plugins()
     report = Report(json)
     report.fields = _description(plugins)
@@ -39,19 +40,19 @@ def list_backends(json: JsonOption = None) -> None:
     report.write()
 
 
-@backends.command("check")
+@backends.command("check", cls=PlainCommand)
 @spread
 def check(
-    name: Annotated[str, typer.Argument(help="The backend to judge.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The backend to check.")],
     options: Annotated[
         Options, Without(("model", "backend", "plan", "n_cpu_moe", "rewrites", "seed"))
     ],
     only: Annotated[
-        str | None, typer.Option(metavar="ID,...", help="Only these checks. \\[default: all]")
+        str | None, typer.Option(metavar="ID,...", help="Run only these checks. \\[default: all]")
     ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Runs the conformance suite on a backend; exit code 1 if it fails."""
+    """Run the conformance suite on a backend, and exit with code 1 if it fails."""
     from lfm2kit.testing.runner import run_checks, selected
 
     report = Report(json)

@@ -59,27 +59,40 @@ def bench(
         list[str] | None,
         flags(
             "backend",
-            About("Repeat it to compare several.", f"${BACKEND_VARIABLE}, or auto", metavar="PLAN"),
+            About(
+                "Plan to measure; repeat the option to compare several.",
+                f"${BACKEND_VARIABLE}, or auto",
+                metavar="PLAN",
+            ),
         ),
     ] = None,
     n: Annotated[
-        str, typer.Option("-n", help="Samples in a forward: a list, as 1,16,64.")
+        str, typer.Option("-n", metavar="N,...", help="Samples in a forward, as a list.")
     ] = "1,16,64",
     block: Annotated[
-        list[Block] | None, typer.Option(help="A single block instead of the whole model.")
+        list[Block] | None,
+        typer.Option(
+            metavar="|".join(Block),
+            help="Measure this block instead of the whole model; repeat the option for several.",
+        ),
     ] = None,
     decode: Annotated[
-        bool, typer.Option("--decode", help="One token after another, for -n sequences at once.")
+        bool,
+        typer.Option(
+            "--decode", help="Measure decoding: one token after another, of -n sequences."
+        ),
     ] = False,
     seq_len: Annotated[
         int, flags("seq_len", About("Tokens in a sample, or in a prompt.", least=1))
     ] = 16,
     repetitions: Annotated[
-        int, flags("repetitions", About("Calls of each that are timed.", least=1))
+        int, flags("repetitions", About("Timed calls of each row of the table.", least=1))
     ] = 5,
-    output: Annotated[Form, typer.Option("-o", "--output", help="Form of the table.")] = Form.md,
+    output: Annotated[
+        Form, typer.Option("-o", "--output", metavar="|".join(Form), help="Format of the table.")
+    ] = Form.md,
 ) -> None:
-    """Measures the model or its blocks: median and spread, beside this machine's ceilings."""
+    """Measure a model or its blocks, and compare the medians with this machine's ceilings."""
     samples = _whole_numbers(n)
     bounds.check_tokens(max(samples), seq_len)
     if decode and block:
@@ -115,7 +128,7 @@ def bench(
 
 
 def _default_plan() -> str:
-    """Returns the plan from the environment, unsplit: Typer would split a list's at blanks."""
+    """Return the plan from the environment, unsplit: Typer would split a list's at blanks."""
     return os.environ.get(BACKEND_VARIABLE) or AUTO
 
 
@@ -141,7 +154,7 @@ def _row(checkpoint: Checkpoint, measured: Measured, options: Options) -> dict[s
         "model": checkpoint.path.name,
         "parameters": checkpoint.spec.weight_elements(),
         "backend": contender.backend,
-        "precision": options.precision,
+        "precision": contender.precision,
         "threads": options.threads or "all",
         "test": contender.test,
         "samples_per_second": contender.samples / median,
@@ -158,7 +171,7 @@ def _row(checkpoint: Checkpoint, measured: Measured, options: Options) -> dict[s
 
 
 def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> None:
-    """Warns in one line if blocks on the CPU had to share cores, which falsifies their times."""
+    """Warn in one line if blocks on the CPU had to share cores, which falsifies their times."""
     on_cpu = {str(s.plan) for s in setups if _is_on_cpu(s)}
     rows = [m for m in measured if m.contender.backend in on_cpu]
     waiting = [(m.waiting or 0.0, f"{m.contender.backend}: {m.contender.test}") for m in rows]
@@ -167,13 +180,13 @@ def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> N
         share, name = max(late)
         remark(
             f"warning: a thread waited for a core for {share:.0%} of a call's time ({name}), in "
-            f"{len(late)} of {len(rows)} rows for {TOO_MUCH_WAITING:.0%} or more: these are slower "
-            "than this machine; end what else runs, or give fewer --threads"
+            f"{len(late)} of {len(rows)} rows for {TOO_MUCH_WAITING:.0%} or more: their times are "
+            "too long; stop other programs, or give fewer --threads"
         )
 
 
 def _end_where_not_finite(measured: Sequence[Measured]) -> None:
-    """Ends with one line and exit code 1 if a result had NaN or infinities."""
+    """End with one line and exit code 1 if a result had NaN or infinities."""
     wrong = [f"{m.contender.backend}: {m.contender.test}" for m in measured if not m.is_finite]
     if wrong:
         complain(f"the results are not finite in {len(wrong)} of {len(measured)} rows ({wrong[0]})")
@@ -185,7 +198,7 @@ def _is_on_cpu(setup: Setup) -> bool:
 
 
 def _texts(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the table: as llama-bench's, and what the machine would allow."""
+    """Return a row of the table: as llama-bench's, and the share of what the machine allows."""
     roofline = row["roofline"]
     return {
         "model": row["model"],
@@ -226,7 +239,7 @@ def _whole_numbers(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise Lfm2kitError(f"-n {text}: expected whole numbers of 1 or more, as 1,16,64")
+        raise Lfm2kitError(f"-n {text}: expected whole numbers of 1 or more, such as 1,16,64")
     if max(numbers) > bounds.COUNT:
         raise Lfm2kitError(f"-n {text}: lfm2kit takes up to {bounds.COUNT}")
     return numbers

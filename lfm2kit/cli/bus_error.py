@@ -33,9 +33,9 @@ _code: mmap.mmap | None = None  # must outlive the process's last bus error
 
 
 def explain_bus_errors(model: Path) -> None:
-    """Makes bus errors say that a file of `model` changed.
+    """Make bus errors say that a file of `model` changed.
 
-    Does nothing on processors other than x86-64, or if memory may not be executable.
+    Do nothing on processors other than x86-64, or if memory may not be executable.
     """
     global _code
     if (sys.platform, platform.machine()) != ("linux", "x86_64") or faulthandler.is_enabled():

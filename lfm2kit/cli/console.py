@@ -39,13 +39,13 @@ def remark(sentence: str) -> None:
 
 
 def _say(name: tuple[str, str], between: str, sentence: str) -> None:
-    """Prints a line on stderr, at most `LONGEST` characters long."""
+    """Print a line on stderr, at most `LONGEST` characters long."""
     said = shortened(sentence, LONGEST - len(name[0]) - len(between))
     err.print(Text.assemble(name, between, said))
 
 
 def show_traceback(error: BaseException) -> None:
-    """Prints the traceback of `error` on stderr, indented (`lfm2kit.text.indented`)."""
+    """Print the traceback of `error` on stderr, indented (`lfm2kit.text.indented`)."""
     for line in indented("".join(traceback.format_exception(error))):
         err.print(Text(line))
 
@@ -53,7 +53,7 @@ def show_traceback(error: BaseException) -> None:
 def show_table(
     rows: Iterable[Iterable[str]], *columns: Column, title: str | None = None, **style: Any
 ) -> None:
-    """Prints a table on stdout; in a file or a pipe, cells are not cut to a terminal's width."""
+    """Print a table on stdout; in a file or a pipe, cells are not cut to a terminal's width."""
     table = Table(*columns, title=title and Text(printable(title)), **style)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
@@ -76,24 +76,24 @@ class Report:
 
     @property
     def path(self) -> Path | None:
-        """The file that the document goes to."""
+        """Return the file that the document goes to."""
         return None if self.target in (None, STDOUT) else Path(self.target)
 
     def check_apart(self, reads: Mapping[str, Iterable[Path]]) -> None:
-        """`Lfm2kitError` if the document would take the place of a file that is read."""
+        """Raise `Lfm2kitError` if the document would take the place of a file that is read."""
         check_apart({"--json": self.path}, reads)
 
     def line(self, text: str = "") -> None:
-        """Prints `text` as one line."""
+        """Print `text` as one line."""
         stream = sys.stderr if self.target == STDOUT else sys.stdout
         print(printable(text), file=stream, flush=True)
 
     def record(self) -> Any:
-        """Returns the fields as they are in the document: NaN and infinities are None."""
+        """Return the fields as they are in the document: NaN and infinities are None."""
         return _without_nan(self.fields)
 
     def write(self) -> None:
-        """Writes the document in ASCII; NaN and infinities, which JSON lacks, become null.
+        """Write the document in ASCII; NaN and infinities, which JSON lacks, become null.
 
         A path that is not UTF-8 has surrogates, from which `os.fsencode` restores its bytes.
         """
@@ -107,7 +107,7 @@ class Report:
 
 @contextmanager
 def only_said(when: bool) -> Iterator[None]:
-    """Prints an `Lfm2kitError` instead of raising it, when worse news sets the exit code."""
+    """Print an `Lfm2kitError` instead of raising it, when worse news sets the exit code."""
     try:
         yield
     except Lfm2kitError as error:
@@ -129,7 +129,7 @@ def _without_nan(value: Any) -> Any:
 def progress(
     title: str, total: int, unit: str, scale: float = 1, *, visible: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Yields a function that advances a progress bar; shows nothing if stderr is no terminal."""
+    """Yield a function that advances a progress bar, which is shown only on a terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

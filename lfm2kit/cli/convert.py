@@ -34,24 +34,38 @@ FORMATS = {StoredAs.F32: F32, StoredAs.F16: F16, StoredAs.BF16: BF16}
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint folder, model.bin, embedded model.")],
-    target: Annotated[Path, typer.Argument(help="A new folder, or a file ending in .bin.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="Checkpoint folder, model.bin or embedded model."),
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="A new folder, or a file ending in .bin.")
+    ],
     dtype: Annotated[
-        StoredAs | None, typer.Option(help="Type of the weights. \\[default: as stored]")
+        StoredAs | None,
+        typer.Option(
+            metavar="|".join(StoredAs.__members__),
+            help="Type of the weights. \\[default: as stored]",
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a target that exists.")
+    ] = False,
     random: Annotated[
         bool,
-        typer.Option(help=f"Random weights; SOURCE is a config.json or {', '.join(KNOWN)}."),
+        typer.Option(
+            "--random",
+            help=f"Write random weights; SOURCE is a config.json or one of {', '.join(KNOWN)}.",
+        ),
     ] = False,
     seed: Annotated[
         int | None,
         flags("seed", About("Seed of the random weights.", "0", least=0, most=bounds.SEED)),
     ] = None,
 ) -> None:
-    """Converts a checkpoint to the other layout, or to another type of weights."""
+    """Convert a checkpoint to the other layout, or to another type of weights."""
     if seed is not None and not random:
-        raise Lfm2kitError(f"--seed {seed} is for --random, which is not given")
+        raise Lfm2kitError(f"--seed {seed} needs --random, which is not given")
     weights = _random(source, seed or 0) if random else _opened(source)
     stored = None if dtype is None else FORMATS[dtype]
     with progress("writing", _size(weights, stored, target), "GB", 1e9) as advance:
@@ -85,7 +99,7 @@ def _random(source: str, seed: int) -> Source:
 
 
 def _size(source: Source, format: Format | None, target: Path) -> int:
-    """Bytes to be written, for the progress bar."""
+    """Return the bytes to be written, for the progress bar."""
     fixed = F32 if target.suffix == ".bin" else format
     shapes = source.shapes.items()
     return sum((fixed or source.formats[name]).nbytes(shape) for name, shape in shapes)

@@ -30,7 +30,7 @@ VARIABLES = (
 
 
 def env(json: JsonOption = None) -> None:
-    """Shows versions, machine and plugins: put it into a bug report."""
+    """Show versions, machine and plugins, for a bug report."""
     report = Report(json)
     report.fields = _environment()
     for key, value in report.fields.items():
@@ -71,7 +71,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name, from Linux where it says; else what Python knows."""
+    """Return the processor's name, from Linux if it gives one, else what Python knows."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -13,7 +13,7 @@ VARIABLES = {f.name: v for f in fields(Options) if (v := f.metadata["about"].var
 
 
 def flag(option: Option) -> str:
-    """Returns the words to type for an option; the environment variable, if it says the same."""
+    """Return the words to type for an option; the environment variable, if it says the same."""
     variable = VARIABLES.get(option.name, "")
     if option.value is not None and os.environ.get(variable) == option.value:
         return f"{variable}={option.value}"
@@ -23,5 +23,5 @@ def flag(option: Option) -> str:
 
 
 def told(error: Lfm2kitError) -> str:
-    """Returns the sentence of an error as the command line says it."""
+    """Return the sentence of an error as the command line says it."""
     return error.sentence(flag)

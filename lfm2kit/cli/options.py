@@ -30,13 +30,13 @@ SHORT = {
 
 
 class Without(NamedTuple):
-    """Fields of a dataclass that a command does not take: `Annotated[Options, Without(...)]`."""
+    """The fields of a dataclass that a command leaves out: `Annotated[Options, Without(...)]`."""
 
     names: tuple[str, ...]
 
 
 def flags(name: str, about: About) -> Any:
-    """Returns Typer's description of the option `name`."""
+    """Return Typer's description of the option `name`."""
     is_letter = len(name) == 1
     names = [f"-{name}" if is_letter else f"--{name.replace('_', '-')}"]
     is_number = about.least is not None
@@ -60,12 +60,12 @@ def _whole(name: str, about: About, text: str) -> int:
     return int(text)
 
 
-JSON = About("Also write the result as JSON; - is stdout.", metavar="FILE|-")
+JSON = About("Also write the result as JSON; - means stdout.", metavar="FILE|-")
 JsonOption = Annotated[str | None, flags("json", JSON)]
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Returns `command` with an option for each field of its parameters that are dataclasses."""
+    """Return `command` with an option for each field of its parameters that are dataclasses."""
     given = inspect.signature(command, eval_str=True).parameters.values()
     groups = {p.name: group for p in given if (group := _group(p.annotation)) is not None}
 
@@ -90,7 +90,7 @@ class _Group(NamedTuple):
     without: tuple[str, ...] = ()
 
     def parameters(self) -> Iterator[inspect.Parameter]:
-        """Yields the parameters that Typer makes options of."""
+        """Yield the parameters that Typer makes options of."""
         for field, annotation in self._taken():
             if (inner := _group(annotation)) is not None:
                 yield from inner.parameters()
@@ -103,7 +103,7 @@ class _Group(NamedTuple):
             yield inspect.Parameter(field.name, kind, default=field.default, annotation=described)
 
     def made(self, values: dict[str, Any]) -> Any:
-        """Returns the dataclass of the options' values, which it takes out of `values`."""
+        """Return the dataclass of the options' values, which it takes out of `values`."""
         made: dict[str, Any] = {}
         for field, annotation in self._taken():
             if (inner := _group(annotation)) is not None:
@@ -122,7 +122,7 @@ class _Group(NamedTuple):
 
 
 def _group(annotation: Any) -> _Group | None:
-    """Returns the dataclass that a parameter's annotation is, if it is one."""
+    """Return the dataclass that a parameter's annotation is, if it is one."""
     others: tuple[Any, ...] = ()
     if get_origin(annotation) is Annotated:
         annotation, *rest = get_args(annotation)
@@ -134,7 +134,7 @@ def _group(annotation: Any) -> _Group | None:
 
 
 def open_model(options: Options) -> Checkpoint:
-    """Opens the model that the options name."""
+    """Open the model that the options name."""
     readers = installed_plugins().readers.values()
     checkpoint = open_checkpoint(find_model(options.model), readers, seed=options.seed or 0)
     explain_bus_errors(checkpoint.path)
@@ -142,7 +142,7 @@ def open_model(options: Options) -> Checkpoint:
 
 
 def files_of(checkpoint: Checkpoint, options: Options) -> dict[str, list[Path]]:
-    """Returns the files that these options make a command read, which no output may replace."""
+    """Return the files that these options make a command read, which no output may replace."""
     return {
         "one of the model's": checkpoint.files(),
         "the plan": [] if options.plan is None else [options.plan],

@@ -29,7 +29,7 @@ from lfm2kit.transport import Transport
 
 @np.errstate(all="ignore")  # what is not finite is told once, at the end
 def perform(request: Request, prepared: Prepared, transport: Transport | None) -> bool:
-    """Does the whole run, and returns whether its result is good.  Only rank 0 prints."""
+    """Do the whole run, and return whether its result is good.  Only rank 0 prints."""
     is_first = transport is None or transport.world.rank == 0
     if is_first:
         introduce(request, prepared, transport)
@@ -56,7 +56,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
 
 
 def introduce(request: Request, prepared: Prepared, transport: Transport | None) -> None:
-    """Prints what was chosen, before it runs."""
+    """Print what was chosen, before it runs."""
     report = prepared.report
     n, seq_len = prepared.inputs.shape
     size = prepared.checkpoint.spec.weight_elements()
@@ -67,7 +67,7 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
         "parameters": size,
         "weights": weights_of(prepared.checkpoint),
         "backend": str(prepared.setup.plan),
-        "precision": request.options.precision,
+        "precision": prepared.setup.precision_of(prepared.setup.placed),
         "rewrites": [rewrite.name for rewrite in prepared.setup.rewrites],
         "ranks": ranks,
         "samples": n,
@@ -77,7 +77,7 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
     report.line(f"Model: {prepared.checkpoint.path} ({size / 1e6:.4g} M parameters)")
     if prepared.checkpoint.config is None:  # a file of specs names no weights
         report.line(f"Weights: {report.fields['weights']}")
-    how = ", ".join([request.options.precision, *report.fields["rewrites"]])
+    how = ", ".join([report.fields["precision"], *report.fields["rewrites"]])
     report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}")
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
     for note in (*prepared.setup.notes(), *passed_over(request, prepared)):
@@ -85,14 +85,14 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
 
 
 def weights_of(checkpoint: Checkpoint) -> str:
-    """Says which weights a model has."""
+    """Say which weights a model has."""
     if checkpoint.seed is not None:
         return f"random, seed {checkpoint.seed}"
     return ", ".join(path.name for path in checkpoint.weight_files())
 
 
 def built(prepared: Prepared, is_first: bool) -> LFM2:
-    """Builds the model, with a progress bar over the bytes of its weights."""
+    """Build the model, with a progress bar over the bytes of its weights."""
     setup, (n, seq_len) = prepared.setup, prepared.inputs.shape
     tokens = min(n, prepared.batch_size) * seq_len
     total = sum(setup.stored_bytes(leaf) for leaf in setup.placed.leaves())
@@ -126,7 +126,7 @@ def judge(logits: npt.NDArray[np.float32], answers: Path | None, grade: Grade) -
 
 
 def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) -> None:
-    """Prints the lines that graders search for, word for word."""
+    """Print the lines that graders search for, word for word."""
     report.line(f"Elapsed time: {seconds:f} (sec)")
     report.line(f"Throughput: {n / seconds:f} (samples/sec)")
     report.line(f"Peak memory: {peak_memory() / 1e9:.3g} GB")
@@ -142,7 +142,7 @@ def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) ->
 
 
 def deliver(request: Request, prepared: Prepared, logits: npt.NDArray[np.float32]) -> None:
-    """Writes the files that were asked for and tells the plugins; what fails ends nothing else."""
+    """Write the files that were asked for and tell the plugins, even if one of these fails."""
     failures: list[Lfm2kitError] = []
     tasks: list[Callable[[], None]] = [
         lambda: write_outputs(request, logits),
@@ -159,7 +159,7 @@ def deliver(request: Request, prepared: Prepared, logits: npt.NDArray[np.float32
 
 
 def tell(plugins: Plugins, report: Report) -> None:
-    """Tells the plugins that the run has ended; raises `Lfm2kitError` if any of them fails."""
+    """Tell the plugins that the run has ended; raise `Lfm2kitError` if any of them fails."""
     raised = plugins.run_ended(report.record())
     said = [f"plugin '{name}' failed after the run: {_why(e)}" for name, e in raised.items()]
     if said:
@@ -173,11 +173,15 @@ def _why(error: Exception) -> str:
 
 
 def write_outputs(request: Request, logits: npt.NDArray[np.float32]) -> None:
-    if request.outputs is not None:
-        samples.write_outputs(request.outputs, logits, remark)
+    if request.outputs is None:
+        return
+    before = samples.samples_in(request.outputs)
+    samples.write_outputs(request.outputs, logits, remark)
+    if before > len(logits):
+        remark(f"{request.outputs} held {before} samples before, and now holds {len(logits)}")
 
 
 def peak_memory() -> int:
-    """Returns the largest memory of this process so far in bytes, mapped files included."""
+    """Return the largest memory of this process so far in bytes, mapped files included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

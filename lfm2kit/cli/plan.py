@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.backend import KeepsFormats
-from lfm2kit.building.capacity import Needed, size
+from lfm2kit.building.capacity import Needed, answers_of, size
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.placement import Placed
@@ -32,25 +32,27 @@ PAGE = Room(0).page_tokens
 def plan(
     options: Annotated[Options, Without(("seed",))],
     ranks: Annotated[
-        int, flags("ranks", About("Show one rank's share, of N ranks on this machine.", least=1))
+        int, flags("ranks", About("Show the share of one of N ranks on this machine.", least=1))
     ] = 1,
     rank: Annotated[int, flags("rank", About("The rank to show.", least=0))] = 0,
     tokens: Annotated[
-        int, flags("tokens", About("Tokens of a forward, for the scratch memory.", least=1))
+        int,
+        flags("tokens", About("Tokens in a forward, which scratch memory depends on.", least=1)),
     ] = 2048,
     context: Annotated[
         int,
         flags(
             "context",
-            About(f"Tokens of a sequence that a state keeps, in pages of {PAGE}.", least=0),
+            About(f"Tokens that the state keeps of each sequence, in pages of {PAGE}.", least=0),
         ),
     ] = 0,
     sequences: Annotated[
-        int, flags("sequences", About("Sequences in the state, of --context tokens each.", least=1))
+        int,
+        flags("sequences", About("Sequences in the state, with --context tokens each.", least=1)),
     ] = 1,
     json: JsonOption = None,
 ) -> None:
-    """Shows each block's backend, memory, bytes and copies; nothing is loaded."""
+    """Show each block's backend, memory, bytes and copies, without loading any weights."""
     report = Report(json)
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
@@ -66,7 +68,7 @@ def plan(
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
-        "precision": options.precision,
+        "precision": setup.precision_of(setup.placed),
         "blocks": rows,
         "totals": totals,
         "copies": setup.placed.copies(),
@@ -108,23 +110,22 @@ def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:
 
 
 def _formats(leaf: Placed, setup: Setup) -> list[str] | None:
-    """Says in which formats a block keeps its matrices, or its vectors if it has no matrix.
+    """Say in which formats a block keeps its matrices, or its vectors if it has no matrix.
 
     None if its backend does not say.
     """
     assert leaf.backend is not None  # a leaf's always is
-    backend = setup.create(leaf.backend)
-    if not isinstance(backend, KeepsFormats):
+    if not isinstance(setup.create(leaf.backend), KeepsFormats):
         return None
     weights = setup.checkpoint.weights.scope(leaf.scope)
-    kept = backend.kept_formats(leaf.spec, weights)
+    kept = answers_of(setup.create, leaf).kept_formats(leaf.spec, weights)
     matrices = [name for name in kept if len(weights[name].shape) == 2]
     fates = (fate(weights[name].format, kept[name]) for name in matrices or kept)
     return list(dict.fromkeys(fates))
 
 
 def _block_notes(setup: Setup) -> Iterator[tuple[str, str]]:
-    """Yields what blocks have to say beside the table: their specs' notes, copies around joins."""
+    """Yield what blocks have to say beside the table: their specs' notes, copies around joins."""
     for placed in setup.placed.tree():
         note = placed.spec.note()
         copy = _copy(placed) if placed.backend is None else None
@@ -137,7 +138,7 @@ def _copy(placed: Placed) -> str | None:
 
 
 def _totals(setup: Setup, tokens: int, room: Room) -> dict[str, dict[str, int]]:
-    """Bytes per memory.  A tied head's weights count again: the block may pack them anew."""
+    """Return bytes per memory; a tied head's weights count again, because it may repack them."""
     leaves: dict[str, list[Placed]] = {}
     for leaf in setup.placed.leaves():
         leaves.setdefault(leaf.memory.name, []).append(leaf)
@@ -190,19 +191,19 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
 
 
 def _without_state(sequences: int, room: Room) -> Iterator[str]:
-    """Yields a remark on sequences that take no memory, because they have no tokens."""
+    """Yield a remark on sequences that take no memory, because they have no tokens."""
     if sequences > 1 and not room.pages:
-        yield f"--sequences {sequences} shows no state without --context TOKENS of each sequence"
+        yield f"--sequences {sequences} needs --context TOKENS to show a state"
 
 
 def _for_whom(memory: str, setup: Setup) -> str:
-    """Says that the ranks of a machine share its memory evenly."""
+    """Say that the ranks of a machine share its memory evenly."""
     ranks = setup.world.local_size
     return f" for each of {ranks} ranks" if ranks > 1 and memory == HOST.name else ""
 
 
 def _taken(total: Mapping[str, int], tokens: int, room: Room) -> str:
-    """Says what the blocks in one memory take, and for how many of them that is not known."""
+    """Say what the blocks in one memory take, and for how many of them that is not known."""
     unknown, blocks = total["unknown_blocks"], total["blocks"]
     kept, scratch, state = (size(total[f"{kind}_bytes"]) for kind in Needed._fields)
     if unknown == blocks:
@@ -217,7 +218,7 @@ def _taken(total: Mapping[str, int], tokens: int, room: Room) -> str:
 
 
 def _grouped(notes: dict[str, str]) -> Iterator[str]:
-    """Yields a line for each note, with the blocks that it is about."""
+    """Yield a line for each note, with the blocks that it is about."""
     blocks: dict[str, list[str]] = {}
     for name, note in notes.items():
         blocks.setdefault(note, []).append(name)

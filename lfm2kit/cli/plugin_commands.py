@@ -11,18 +11,18 @@ from functools import wraps
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.cli.console import complain
+from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
 from lfm2kit.hookspecs import Command
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
-class Commands(TyperGroup):
-    """lfm2kit's commands, and those of plugins."""
+class Commands(PlainGroup):
+    """The group of lfm2kit's commands and those of plugins."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.commands:
@@ -48,7 +48,7 @@ class Commands(TyperGroup):
 
 
 def _made(command: Command, owner: str) -> Any:
-    """Returns the command of a plugin; one that says so in place of one that Typer cannot read."""
+    """Return the command of a plugin; one that says so in place of one that Typer cannot read."""
     try:
         return _typer_command(command.name, command.run)
     except Exception as error:
@@ -64,12 +64,12 @@ def _made(command: Command, owner: str) -> Any:
 
 def _typer_command(name: str, run: Callable[..., None]) -> Any:
     app = typer.Typer(add_completion=False, context_settings=CONTEXT)
-    app.command(name)(_ending(run))
+    app.command(name, cls=PlainCommand)(_ending(run))
     return typer.main.get_command(app)
 
 
 def _ending(run: Callable[..., None]) -> Callable[..., None]:
-    """Returns `run` with the exit code that it asks for by `sys.exit` or `typer.Abort`.
+    """Return `run` with the exit code that it asks for by `sys.exit` or `typer.Abort`.
 
     As in Python, `sys.exit` with a text shows the text, and the exit code is 1.
     """

@@ -39,29 +39,39 @@ MOST_BY_DEFAULT = 128  # samples: the assignment's largest choice
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the command line asks for."""
+    """A run as the command line asks for it."""
 
     options: Options
-    n: int | None = option(None, "Samples to run.", words="all, 128 at most", least=1)
+    n: int | None = option(None, "Number of samples to run.", words="all, up to 128", least=1)
     validate: bool = option(False, "Compare the outputs with the answers.")
     warmup: bool = option(False, "Run one batch before the timed run.")
     batch_size: int | None = option(
-        None, "Samples in a forward.", words="4096 tokens' worth", least=1
+        None, "Samples in a forward.", words="as many as make 4096 tokens", least=1
     )
-    inputs: Path | None = option(None, "Token ids.", words="inputs.bin beside the model")
+    inputs: Path | None = option(
+        None, "File of token ids.", words="inputs.bin beside the model", metavar="FILE"
+    )
     random_inputs: int | None = option(
-        None, "Random samples of TOKENS ids, not a file.", least=1, metavar="TOKENS"
+        None, "Run random samples of TOKENS ids instead of a file.", least=1, metavar="TOKENS"
     )
-    answers: Path | None = option(None, "Expected logits.", words="answers.bin beside the model")
-    outputs: Path | None = option(None, "Where to write the logits.", words="nowhere")
-    ranks: int | None = option(None, "Processes that share samples and experts (MPI).", least=1)
-    transport: str = option(DEFAULT_TRANSPORT, "What several ranks talk over.")
+    answers: Path | None = option(
+        None, "File of expected logits.", words="answers.bin beside the model", metavar="FILE"
+    )
+    outputs: Path | None = option(
+        None, "Where to write the logits.", words="nowhere", metavar="FILE"
+    )
+    ranks: int | None = option(None, "Number of processes that share samples and experts.", least=1)
+    transport: str = option(
+        DEFAULT_TRANSPORT,
+        "How ranks exchange data, as `lfm2kit backends` lists it.",
+        metavar="NAME",
+    )
     json: str | None = field(default=None, metadata={"about": JSON})
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything that is known, and checked, before a weight is read."""
+    """A run of which everything is known, and checked, before a weight is read."""
 
     report: Report
     plan: Plan  # as it was asked for
@@ -73,7 +83,7 @@ class Prepared:
 
 
 def prepare(request: Request, transport: Transport | None) -> Prepared:
-    """Finds and checks everything; `Lfm2kitError` says what the user must change."""
+    """Find and check everything; `Lfm2kitError` says what the user must change."""
     world = transport.world if transport is not None else World()
     if transport is not None and request.ranks not in (None, world.size):
         raise Lfm2kitError(
@@ -94,7 +104,7 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
 
 
 def check_shared(request: Request) -> None:
-    """`Lfm2kitError` where a path leads to another file in each process of a job.
+    """Raise `Lfm2kitError` if a path leads to another file in each process of a job.
 
     What a rank has open under that number may be its connection to the others.
     """
@@ -109,22 +119,21 @@ def check_shared(request: Request) -> None:
     for name, path in paths.items():
         if path is not None and is_of_this_process(path):
             raise Lfm2kitError(
-                f"{name} {path}: each rank would take a file of its own for this; "
-                "give the name of a file"
+                f"{name} {path}: each rank has another file there; give the name of a file"
             )
 
 
 def token_ids_of(request: Request, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
-    """Returns the ids [n, seq_len] that were asked for, from a file or random ones."""
+    """Return the ids [n, seq_len] that were asked for, from a file or random ones."""
     vocab_size = checkpoint.spec.embed_tokens.vocab_size
     if request.random_inputs is None:
         if request.options.seed is not None and checkpoint.seed is None:
             raise Lfm2kitError(
-                f"--seed {request.options.seed} is for --random-inputs, which is not given"
+                f"--seed {request.options.seed} needs --random-inputs, which is not given"
             )
         return _ids_of_file(request, checkpoint, vocab_size)
     if request.inputs is not None:
-        raise Lfm2kitError("--inputs and --random-inputs: give one of them")
+        raise Lfm2kitError("--inputs and --random-inputs: give only one of them")
     shape = (request.n or MOST_BY_DEFAULT, request.random_inputs)
     bounds.check_tokens(*shape)
     check_samples(shape, vocab_size)
@@ -149,7 +158,7 @@ def _ids_of_file(
 
 
 def check_samples(shape: tuple[int, ...], vocab_size: int) -> None:
-    """Raises `Lfm2kitError` if memory cannot hold the ids and the logits of all samples."""
+    """Raise `Lfm2kitError` if memory cannot hold the ids and the logits of all samples."""
     n, seq_len = shape
     what = f"{n} samples of {seq_len} tokens, and their logits, take"
     check_room(what, 4 * n * (seq_len + vocab_size), "try a smaller -n, or shorter samples")
@@ -160,7 +169,7 @@ def inputs_of(request: Request, checkpoint: Checkpoint) -> Path:
 
 
 def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> None:
-    """Raises `Lfm2kitError` if an output cannot be written, or would replace a file that is read.
+    """Raise `Lfm2kitError` if an output cannot be written, or would replace a file that is read.
 
     `--outputs` may replace the answers, which are read before it is written.
     """
@@ -174,16 +183,16 @@ def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> N
 
 
 def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
-    """Returns the file of answers if `-v` asks for a comparison."""
+    """Return the file of answers if `-v` asks for a comparison."""
     if not request.validate:
         if request.answers is not None:
-            raise Lfm2kitError(f"--answers {request.answers} is for -v, which is not given")
+            raise Lfm2kitError(f"--answers {request.answers} needs -v, which is not given")
         return None
     answers = request.answers or checkpoint.beside("answers.bin")
     if request.random_inputs is not None:
         raise Lfm2kitError("-v: there are no answers to random inputs; leave one of the two out")
     if not os.path.exists(answers):
-        raise Lfm2kitError(f"-v needs answers, and {answers} is not there; give --answers FILE")
+        raise Lfm2kitError(f"-v needs answers, and {answers} does not exist; give --answers FILE")
     check_regular(answers)
     return answers
 
@@ -204,18 +213,18 @@ NOT_COMPARED = {
 
 
 def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
-    """Yields a sentence for each sample file beside the model that one in `data/` overrides."""
+    """Yield a sentence for each sample file beside the model that one in `data/` overrides."""
     used = {"inputs": request.random_inputs is None, "answers": prepared.answers is not None}
     for name, is_used in used.items():
         is_chosen = getattr(request, name) is not None
         other = prepared.checkpoint.passed_over(f"{name}.bin")
         if is_used and not is_chosen and other is not None:
             read = prepared.checkpoint.beside(f"{name}.bin")
-            yield f"read {read}, and not {other}; --{name} FILE chooses"
+            yield f"reading {read}, not {other}; give --{name} FILE to choose"
 
 
 def facts_of(request: Request, prepared: Prepared) -> Facts:
-    """Returns what all ranks of a job must have in common before they read weights."""
+    """Return what all ranks of a job must have in common before they read weights."""
     asked = {**asdict(request), **asdict(request.options)}
     settled = {
         "--backend": prepared.setup.plan,
@@ -236,7 +245,7 @@ def facts_of(request: Request, prepared: Prepared) -> Facts:
 
 
 def _fact(value: object) -> Fact:
-    """Puts an option's value into words."""
+    """Put an option's value into words."""
     if value is None or isinstance(value, bool):
         return Fact("given" if value else "not given")
     return Fact(str(value))

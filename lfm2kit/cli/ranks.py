@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import typer
-from typer.core import TyperCommand
 
 from lfm2kit.building.plugins import find_transport
 from lfm2kit.cli.console import complain
 from lfm2kit.cli.flags import told
+from lfm2kit.cli.help import PlainCommand
 from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError
 from lfm2kit.process.interrupts import exit_code
 from lfm2kit.process.streams import READER_GONE, ReaderGone
@@ -33,9 +33,9 @@ T = TypeVar("T")
 
 
 def joined_job(name: str) -> Transport | None:
-    """Returns the transport of the job that this process belongs to; None if it is alone.
+    """Return the transport of the job that this process belongs to; None if it is alone.
 
-    Loads only the plugin of the transport `name`.  Raises `Lfm2kitError` if a launcher started
+    Load only the plugin of the transport `name`.  Raise `Lfm2kitError` if a launcher started
     several processes that cannot be ranks of one job.
     """
     others = started()
@@ -64,7 +64,7 @@ def _joined(launcher: Launcher) -> Transport | None:
 
 
 def _refuse_copies(others: Started) -> NoReturn:
-    """Ends every process if a launcher did not make them ranks; one of them says so."""
+    """End every process if a launcher did not make them ranks; one of them says so."""
     if not others.is_first_to_know:
         raise typer.Exit(USER_ERROR)
     raise Lfm2kitError(
@@ -75,7 +75,7 @@ def _refuse_copies(others: Started) -> NoReturn:
 
 
 def refuse(sentence: str, name: str = DEFAULT_TRANSPORT) -> None:
-    """Ends the job that this process belongs to, before it has joined; returns if there is none."""
+    """End the job that this process belongs to, before it has joined; return if there is none."""
     try:
         job = _joined(find_transport(name).launcher)
     except Lfm2kitError:
@@ -86,7 +86,7 @@ def refuse(sentence: str, name: str = DEFAULT_TRANSPORT) -> None:
 
 
 def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T], Facts]) -> T:
-    """Returns the result of `prepare` once every rank has prepared, with the same facts.
+    """Return the result of `prepare` once every rank has prepared, with the same facts.
 
     If a rank fails, or facts differ, every rank exits and rank 0 says why.
     """
@@ -102,14 +102,14 @@ def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T],
 
 
 def _refusal(error: Exception) -> Refusal:
-    """Returns the report of a rank on which `error` was raised."""
+    """Return the report of a rank on which `error` was raised."""
     exit_code, sentence, details = _reason(error)
     _show(details)
     return Refusal(f"this is a bug: {sentence}" if exit_code == BUG else sentence, exit_code)
 
 
 def _settle(job: Transport, report: Facts | Refusal) -> None:
-    """Returns if all ranks agree; else all of them exit."""
+    """Return if all ranks agree; else all of them exit."""
     refusal = agree(job, report)
     if refusal is None:
         return
@@ -119,8 +119,8 @@ def _settle(job: Transport, report: Facts | Refusal) -> None:
     raise typer.Exit(refusal.exit_code)
 
 
-class RanksCommand(TyperCommand):
-    """A command line that is wrong on one rank ends the job, on every rank."""
+class RanksCommand(PlainCommand):
+    """A command that ends the job on every rank if the command line is wrong on one of them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words = list(args)
@@ -134,7 +134,7 @@ class RanksCommand(TyperCommand):
 
 
 def _sentence(error: Exception) -> str | None:
-    """Returns what is wrong with a command line; None if nothing is, as for --help."""
+    """Return what is wrong with a command line; None if nothing is, as for --help."""
     if isinstance(error, Lfm2kitError):
         return told(error)
     said = getattr(error, "format_message", None)  # typer's errors, wherever they are defined
@@ -142,7 +142,7 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _transport_in(words: Sequence[str]) -> str:
-    """Returns the transport that a command line names, even if the line is wrong."""
+    """Return the transport that a command line names, even if the line is wrong."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, _, value = word.partition("=")
         if option == "--transport":
@@ -151,7 +151,7 @@ def _transport_in(words: Sequence[str]) -> str:
 
 
 def launched(transport: str, ranks: int, arguments: Sequence[str]) -> int:
-    """Runs `lfm2kit *arguments` on `ranks` ranks, and returns the exit code."""
+    """Run `lfm2kit *arguments` on `ranks` ranks, and return the exit code."""
     try:
         return find_transport(transport).launcher.launch(ranks, arguments)
     except JobError as error:
@@ -161,14 +161,14 @@ def launched(transport: str, ranks: int, arguments: Sequence[str]) -> int:
 
 
 def _show(details: str) -> None:
-    """Prints a traceback, or what a launcher said, so that no line looks like one of ours."""
+    """Print a traceback, or what a launcher said, so that no line looks like one of ours."""
     for line in indented(details):
         print(line, file=sys.stderr)
 
 
 @contextmanager
 def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
-    """Reports this rank's end to the job; a failure ends all ranks.
+    """Report this rank's end to the job; a failure ends all ranks.
 
     The others would wait for a rank that has failed.  A rank that ends without reporting counts as
     failed.
@@ -188,7 +188,7 @@ def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> tuple[int, str, str]:
-    """Returns the exit code, a sentence and, if asked for, the traceback of a rank's failure."""
+    """Return the exit code, a sentence and, if asked for, the traceback of a rank's failure."""
     wanted = bool(os.environ.get(TRACEBACK))
     details = "".join(traceback.format_exception(error)) if wanted else ""
     if isinstance(error, Lfm2kitError):

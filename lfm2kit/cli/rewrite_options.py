@@ -20,36 +20,36 @@ FLAGS = {r.name: r.summary for r in built_in(World(), None) if not r.is_automati
 
 
 def chosen(values: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the rewrites that these options choose, whose values it takes out of `values`."""
+    """Return the rewrites that these options choose, whose values it takes out of `values`."""
     flags = [name for name in FLAGS if values.pop(_parameter(name))]
     return (*flags, *(values.pop("rewrite") or []))
 
 
 def option_of(rewrite: str) -> str:
-    """Returns what the user types for a rewrite: "--NAME", or "--rewrite NAME"."""
+    """Return what the user types for a rewrite: "--NAME", or "--rewrite NAME"."""
     return f"--{rewrite}" if rewrite in FLAGS else f"--rewrite {rewrite}"
 
 
 def check_state(option: str, rewrites: Iterable[Rewrite]) -> None:
-    """Raises `Lfm2kitError` if a model with these rewrites has no state, which `option` needs."""
+    """Raise `Lfm2kitError` if a model with these rewrites has no state, which `option` needs."""
     for rewrite in rewrites:
         if not rewrite.has_state:
             raise Lfm2kitError(
-                f"{option} needs a state; {option_of(rewrite.name)} is for whole samples alone"
+                f"{option} needs a state; {option_of(rewrite.name)} works on whole samples only"
             )
 
 
 def settled(rewrites: Iterable[str]) -> dict[str, object]:
-    """Returns the value of each of these options, by its name."""
+    """Return the value of each of these options, by its name."""
     others = [name for name in rewrites if name not in FLAGS]
     flags = {f"--{name}": name in rewrites for name in FLAGS}
     return {**flags, "--rewrite": ",".join(others) or None}
 
 
 def parameters() -> list[inspect.Parameter]:
-    """Returns the parameters that Typer makes these options of."""
+    """Return the parameters that Typer makes these options of."""
     flags = [_option(name, bool, False, summary) for name, summary in FLAGS.items()]
-    summary = "A rewrite of a plugin's, as `lfm2kit backends` lists them; repeat it for several."
+    summary = "A plugin's rewrite, as `lfm2kit backends` lists it; repeat the option for several."
     return [*flags, _option("rewrite", list[str] | None, None, summary, metavar="NAME")]
 
 

@@ -31,7 +31,7 @@ def run(
         ),
     ] = int(steps.DEADLINE),
 ) -> None:
-    """Runs samples through a model, and validates and times it."""
+    """Run samples through a model, time it, and validate its outputs."""
     steps.set_deadline(deadline)
     job = None if independent else joined_job(request.transport)
     with ending_all_ranks(job):

@@ -18,10 +18,13 @@ from lfm2kit.cli.options import open_model
 def specs(
     model: Annotated[
         str,
-        typer.Argument(help=f"What --model takes, a config.json, or {', '.join(KNOWN)}."),
+        typer.Argument(
+            metavar="MODEL",
+            help=f"A model as --model takes it, a config.json, or one of {', '.join(KNOWN)}.",
+        ),
     ],
 ) -> None:
-    """Prints a model as specs in TOML, for run --model FILE.toml --random-inputs 16."""
+    """Print a model as specs in TOML, to run by --model FILE.toml --random-inputs 16."""
     print(spec_text(_spec(model)), end="")
 
 

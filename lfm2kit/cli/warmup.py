@@ -14,7 +14,7 @@ from lfm2kit.measuring.bench import random_batch
 
 @spread
 def warmup(options: Annotated[Options, Without(("seed",))], json: JsonOption = None) -> None:
-    """Compiles the kernels that a plan needs, by a forward of a small model; runs start faster."""
+    """Compile the kernels that a plan needs, so that later runs start faster."""
     report = Report(json)
     start = time.perf_counter()
     checkpoint = open_model(options)
@@ -26,5 +26,9 @@ def warmup(options: Annotated[Options, Without(("seed",))], json: JsonOption = N
     built.logits(random_batch(1, 2, built.spec.embed_tokens.vocab_size, seed=0))
     seconds = time.perf_counter() - start
     report.line(f"{setup.plan}: ready after {seconds:.1f} s")
-    report.fields = {"backend": str(setup.plan), "precision": options.precision, "seconds": seconds}
+    report.fields = {
+        "backend": str(setup.plan),
+        "precision": setup.precision_of(setup.placed),
+        "seconds": seconds,
+    }
     report.write()

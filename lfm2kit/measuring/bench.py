@@ -15,6 +15,7 @@ import numpy.typing as npt
 from lfm2kit import specs
 from lfm2kit.backend import Ceilings, Measures
 from lfm2kit.batch import Batch
+from lfm2kit.building.answers import Answers
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
@@ -29,9 +30,10 @@ MOST_STEPS = 256  # tokens that a decoding sequence grows by
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Something to time: called once per repetition; `work` is the least that a call must do."""
+    """A call to time, made once per repetition; `work` is the least that a call must do."""
 
     backend: str
+    precision: str
     test: str
     samples: int
     tokens: int
@@ -54,7 +56,7 @@ class Measured:
 
     @property
     def waiting(self) -> float | None:
-        """The share of a call, by the median, that a thread waited for a core; None: not known."""
+        """Return the median share of a call that a thread waited for a core; None: unknown."""
         shares = [t.waited / t.seconds for t in self.timings if t.waited is not None]
         return statistics.median(shares) if shares else None
 
@@ -64,12 +66,12 @@ class Measured:
 
     @property
     def spread(self) -> float:
-        """The standard deviation of the seconds; 0 for a single repetition."""
+        """Return the standard deviation of the seconds; 0 for a single repetition."""
         return statistics.stdev(self.seconds) if len(self.seconds) > 1 else 0.0
 
     @property
     def roofline(self) -> float | None:
-        """The share of what the measured ceilings allow: 1 is as fast as this machine can."""
+        """Return the share of what the measured ceilings allow; 1 is the machine's limit."""
         if self.ceilings is None:
             return None
         work = self.contender.work
@@ -104,9 +106,11 @@ def measure(
 
 
 def measured_ceilings(setup: Setup) -> Ceilings | None:
-    """The machine's ceilings, by the plan's default backend, if it can measure them."""
+    """Return the machine's ceilings, if the plan's default backend can measure them."""
     backend = setup.create(setup.plan.default)
-    return backend.ceilings() if isinstance(backend, Measures) else None
+    if not isinstance(backend, Measures):
+        return None
+    return Answers(backend, setup.plan.default).ceilings()
 
 
 def random_batch(samples: int, seq_len: int, vocab_size: int, seed: int) -> Batch:
@@ -117,12 +121,13 @@ def random_batch(samples: int, seq_len: int, vocab_size: int, seed: int) -> Batc
 def forwards(
     setup: Setup, model: LFM2, samples: Sequence[int], seq_len: int, seed: int
 ) -> Iterator[Contender]:
-    """The whole model, ids in to logits out on the host, at each number of samples."""
+    """Yield the whole model, ids in to logits out on the host, at each number of samples."""
     name = "+".join(["model", *(rewrite.name for rewrite in setup.rewrites)])
     for n in samples:
         batch = random_batch(n, seq_len, model.spec.embed_tokens.vocab_size, seed)
         yield Contender(
             backend=str(setup.plan),
+            precision=setup.precision_of(model.placed),
             test=f"{name} {n}x{seq_len}",
             samples=n,
             tokens=n * seq_len,
@@ -143,6 +148,7 @@ def decodings(
         batch = decoder.next_batch(seq_len)
         yield Contender(
             backend=str(setup.plan),
+            precision=setup.precision_of(model.placed),
             test=f"decode {n}",
             samples=n,
             tokens=n,
@@ -175,7 +181,7 @@ class Decoder:
         return Batch.of_sequences(list(ids), starts=[position] * self._sequences, pages=self._pages)
 
     def step(self) -> npt.NDArray[np.float32]:
-        """The logits of every sequence's next token; after `MOST_STEPS` again from the prompt."""
+        """Return the logits of every sequence's next token; start over after `MOST_STEPS`."""
         logits = self._model.logits(self.next_batch(self._position), self._state)
         self._position += 1
         if self._position == self._start + MOST_STEPS:
@@ -187,7 +193,7 @@ class Decoder:
 def single_blocks(
     setup: Setup, kind: str, samples: Sequence[int], seq_len: int, seed: int
 ) -> Iterator[Contender]:
-    """The model's first block of `kind`, host array in, host array out."""
+    """Yield the model's first block of `kind`, host array in, host array out."""
     placed = _first(setup, kind)
     home = setup.placed.outer
     block = setup.build_block(placed, tokens=max(samples) * seq_len)
@@ -199,6 +205,7 @@ def single_blocks(
         rest = (batch.on(home), None) if kind in ("conv", "attn") else ()
         yield Contender(
             backend=str(setup.plan),
+            precision=setup.precision_of(placed),
             test=f"{kind} {n}x{seq_len}",
             samples=n,
             tokens=n * seq_len,
@@ -208,16 +215,18 @@ def single_blocks(
 
 
 def _first(setup: Setup, kind: str) -> Placed:
-    """The first block of `kind`: joined by the core, built whole, or a part of a larger one."""
+    """Return the first block of `kind`: joined by the core, built whole, or part of another."""
     found = next((p for p in _walk(setup, setup.placed) if p.spec.kind == kind), None)
     if found is None:
         there = sorted({leaf.kind for leaf in specs.leaves(setup.placed.spec)})
-        raise Lfm2kitError(f"the plan builds no block of kind {kind}; there is: {', '.join(there)}")
+        raise Lfm2kitError(
+            f"the plan builds no block of kind {kind}; available: {', '.join(there)}"
+        )
     return found
 
 
 def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
-    """`placed` and its parts; of a block that is built whole, those that can be built alone."""
+    """Yield `placed` and its parts, also those that a block built whole could be built of."""
     yield placed
     for _, part in placed.parts:
         yield from _walk(setup, part)
@@ -225,13 +234,14 @@ def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
         return
     backend = setup.create(placed.backend)
     for role, scope, spec in placed.spec.parts():
-        if backend.why_unsupported(spec) is None:
-            name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
-            memory = backend.memory(spec)
+        name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
+        asked = Answers(backend, placed.backend, name)
+        if asked.why_unsupported(spec) is None:
+            memory = asked.memory(spec)
             alone = replace(placed, name=name, scope=scope, spec=spec, memory=memory, parts=())
             yield from _walk(setup, alone)
 
 
 def _itemsize(setup: Setup, placed: Placed) -> float:
-    """Bytes per weight element as stored."""
+    """Return the bytes per weight element as stored."""
     return setup.stored_bytes(placed) / max(placed.spec.weight_elements(), 1)

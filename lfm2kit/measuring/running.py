@@ -18,7 +18,7 @@ TOKENS_PER_BATCH = 4096  # by default: enough to be compute-bound, small enough 
 
 
 class Timed(NamedTuple):
-    """The logits [n, vocab_size] of all samples (None but on rank 0), and how long it took."""
+    """The logits [n, vocab_size] of all samples (None but on rank 0), and how long they took."""
 
     logits: npt.NDArray[np.float32] | None
     seconds: float
@@ -36,7 +36,7 @@ def run_samples(
     transport: Transport | None = None,
     done: Callable[[int], None] = lambda samples: None,
 ) -> Timed:
-    """The last token's logits of each sample of `inputs` int32 [n, seq_len].
+    """Return the last token's logits of each sample of `inputs` int32 [n, seq_len], and the time.
 
     The samples are shared out over the ranks of `transport`; every rank makes the same number of
     forwards, some perhaps of no samples, because they exchange tokens in each.
@@ -57,7 +57,7 @@ def run_samples(
 
 
 def _allow_the_longest(model: LFM2, inputs: npt.NDArray[np.int32], world: World) -> None:
-    """Gives each block the time that its largest batch takes on the slowest machine.
+    """Give each block the time that its largest batch takes on the slowest machine.
 
     A rank may get every token of all ranks, and share its cores with them.
     """
@@ -71,7 +71,7 @@ def _slice(part: range) -> slice:
 
 
 def _now(transport: Transport | None) -> float:
-    """The time at which all ranks are here."""
+    """Return the time at which all ranks are here."""
     if transport is not None:
         transport.barrier()
     return time.perf_counter()

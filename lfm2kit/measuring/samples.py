@@ -21,22 +21,22 @@ HEADER = np.dtype("<i4")
 
 
 class BadAnswersError(Lfm2kitError):
-    """Raised for a bad answers file: the validator then calls the outputs INVALID."""
+    """A bad answers file, for which the validator calls the outputs INVALID."""
 
 
 def read_inputs(path: Path) -> npt.NDArray[np.int32]:
-    """Returns token ids, int32 [n, seq_len], memory-mapped.
+    """Return token ids, int32 [n, seq_len], memory-mapped.
 
-    Raises `Lfm2kitError` if the file cannot be read, or its size is not what its header says.
+    Raise `Lfm2kitError` if the file cannot be read, or its size is not what its header says.
     """
     ids: npt.NDArray[np.int32] = _read(path, np.dtype("<i4"), "seq_len", Lfm2kitError)
     return ids
 
 
 def read_answers(path: Path) -> npt.NDArray[np.float32]:
-    """Returns logits, float32 [n, vocab_size], memory-mapped.
+    """Return logits, float32 [n, vocab_size], memory-mapped.
 
-    Raises `Lfm2kitError` if the file cannot be read, and `BadAnswersError` if its size is not what
+    Raise `Lfm2kitError` if the file cannot be read, and `BadAnswersError` if its size is not what
     its header says.
     """
     logits: npt.NDArray[np.float32] = _read(path, np.dtype("<f4"), "vocab_size", BadAnswersError)
@@ -44,12 +44,12 @@ def read_answers(path: Path) -> npt.NDArray[np.float32]:
 
 
 def write_inputs(path: Path, token_ids: npt.NDArray[np.int32]) -> None:
-    """Writes token ids [n, seq_len]; a reader sees the old file or the whole new one."""
+    """Write token ids [n, seq_len]; a reader sees the old file or the whole new one."""
     _write(path, token_ids, np.dtype("<i4"))
 
 
 def write_outputs(path: Path, logits: npt.NDArray[np.float32], note: Note = warnings.warn) -> None:
-    """Writes logits [n, vocab_size]; a reader sees the old file or the whole new one.
+    """Write logits [n, vocab_size]; a reader sees the old file or the whole new one.
 
     `note` is called with a sentence if the file has to be written in place (see
     `lfm2kit.outputs.files.replaced`).
@@ -57,8 +57,16 @@ def write_outputs(path: Path, logits: npt.NDArray[np.float32], note: Note = warn
     _write(path, logits, np.dtype("<f4"), note)
 
 
+def samples_in(path: Path) -> int:
+    """Return how many samples' logits a file holds; 0 if it is not there, or another file."""
+    try:
+        return len(read_answers(path))
+    except Lfm2kitError:
+        return 0
+
+
 def take(token_ids: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.int32]:
-    """Returns the first n samples; raises `Lfm2kitError` if there are fewer."""
+    """Return the first n samples; raise `Lfm2kitError` if there are fewer."""
     if not 1 <= n <= len(token_ids):
         there = len(token_ids)
         raise Lfm2kitError(
@@ -68,7 +76,7 @@ def take(token_ids: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.int32]:
 
 
 def check_ids(token_ids: npt.NDArray[np.int32], vocab_size: int) -> None:
-    """Raises `Lfm2kitError`, which names the first id outside [0, vocab_size), if there is one."""
+    """Raise `Lfm2kitError`, which names the first id outside [0, vocab_size), if there is one."""
     bad = np.argwhere((token_ids < 0) | (token_ids >= vocab_size))
     if len(bad):
         sample, position = bad[0]
@@ -79,15 +87,15 @@ def check_ids(token_ids: npt.NDArray[np.int32], vocab_size: int) -> None:
 
 
 def _read(path: Path, dtype: np.dtype[Any], width: str, wrong: type[Lfm2kitError]) -> Any:
-    """Returns the array of a file, whose size must be exactly what its header says."""
+    """Return the array of a file, whose size must be exactly what its header says."""
     size = check_regular(path)
+    if size < 2 * HEADER.itemsize:  # not even opened: a file in /proc may block whoever reads it
+        raise wrong(f"{path}: {size} bytes are too few for a header")
     try:
         with open(path, "rb") as file:
             header = file.read(2 * HEADER.itemsize)
     except OSError as error:
         raise Lfm2kitError(f"{path}: {error.strerror}") from None
-    if len(header) < 2 * HEADER.itemsize:
-        raise wrong(f"{path}: {size} bytes are too few for a header")
     rows, columns = (int(value) for value in np.frombuffer(header, HEADER))
     if rows < 1 or columns < 1:
         raise wrong(f"{path}: the header says {rows} samples with {width} {columns}")

@@ -15,7 +15,7 @@ THREADS = Path("/proc/self/task")
 
 
 class Timing(NamedTuple):
-    """How long a call took.
+    """The time that a call took.
 
     `waited` is for how many of these seconds the thread that waited longest was ready to run but
     had no core; None if the system does not say.
@@ -26,7 +26,7 @@ class Timing(NamedTuple):
 
 
 def waits(threads: Path = THREADS) -> Mapping[str, float]:
-    """Returns the seconds that each thread of this process has waited for a core; {} if unknown."""
+    """Return the seconds that each thread of this process has waited for a core; {} if unknown."""
     try:
         return {
             thread.name: int((thread / "schedstat").read_bytes().split()[1]) / 1e9
@@ -41,7 +41,7 @@ def timed(
     clock: Callable[[], float] = time.perf_counter,
     waits: Callable[[], Mapping[str, float]] = waits,
 ) -> Timing:
-    """Calls `call` and returns how long it took; tests may replace `clock` and `waits`."""
+    """Call `call` and return how long it took; tests may replace `clock` and `waits`."""
     before = waits()
     start = clock()
     call()

@@ -55,7 +55,7 @@ class Verdict:
         return wrong == 0 and self.top1_matches == self.samples
 
     def lines(self) -> Iterator[str]:
-        """Yields the lines that graders search for, word for word, and then further details."""
+        """Yield the lines that graders search for, word for word, and then further details."""
         accuracy = 100 * self.top1_matches / max(self.samples, 1)
         yield f"Top-1 Prediction Accuracy: {accuracy:g}% ({self.top1_matches}/{self.samples})"
         yield "VALID" if self.is_valid else "INVALID"
@@ -71,7 +71,7 @@ class Verdict:
 def validate(
     outputs: npt.NDArray[np.float32], answers: npt.NDArray[np.float32], grade: Grade
 ) -> Verdict:
-    """Compares outputs [n, vocab] with the first n answers [at least n, vocab].
+    """Compare outputs [n, vocab] with the first n answers [at least n, vocab].
 
     FP32's grade is judged by every logit and by top-1, that of 16 bits by top-1 alone, as in the
     assignment.  The verdict reports their differences as well.
@@ -100,7 +100,7 @@ def validate(
 
 
 def not_finite(logits: npt.NDArray[np.float32]) -> str | None:
-    """Returns a sentence about the NaNs and infinities in logits [n, vocab]; None without any."""
+    """Return a sentence about the NaNs and infinities in logits [n, vocab]; None without any."""
     wrong = np.flatnonzero(~np.isfinite(logits))
     if not len(wrong):
         return None

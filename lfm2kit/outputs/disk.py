@@ -25,7 +25,7 @@ class Mount(NamedTuple):
 
 
 def mounts(root: Path = Path("/")) -> Iterator[Mount]:
-    """Yields all mounts that Linux lists below `root`; none on other systems."""
+    """Yield all mounts that Linux lists below `root`; none on other systems."""
     try:
         lines = os.fsdecode((root / "proc/self/mountinfo").read_bytes()).split("\n")
     except OSError:
@@ -38,18 +38,18 @@ def mounts(root: Path = Path("/")) -> Iterator[Mount]:
 
 
 def mount_points() -> set[str]:
-    """Returns all mount points; `os.path.ismount` misses mounts within one file system."""
+    """Return all mount points; `os.path.ismount` misses mounts within one file system."""
     return {mount.point for mount in mounts()}
 
 
 def _unescaped(field: str) -> str:
-    r"""Decodes a path from mountinfo, which writes a blank as \040."""
+    r"""Decode a path from mountinfo, which writes a blank as \040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 @contextmanager
 def synced(path: Path) -> Iterator[BinaryIO]:
-    """Yields a new file whose content is on the disk when the `with` block ends."""
+    """Yield a new file whose content is on the disk when the `with` block ends."""
     with path.open("wb") as file, syncing(file):
         yield file
         file.flush()
@@ -58,7 +58,7 @@ def synced(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def syncing(file: BinaryIO) -> Iterator[None]:
-    """Sends data to the disk while it is written, so that little is left for the end."""
+    """Send data to the disk while it is written, so that little is left for the end."""
     is_done = threading.Event()
 
     def sync() -> None:
@@ -75,7 +75,7 @@ def syncing(file: BinaryIO) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk.
+    """Wait until a file, or a folder's list of names, is on the disk.
 
     After a rename without it, a power failure may leave the new name with no content.
     """

@@ -32,12 +32,12 @@ CHUNK = 1 << 20  # bytes copied at once
 
 @contextmanager
 def replaced(path: Path, note: Note = warnings.warn) -> Iterator[BinaryIO]:
-    """Yields a new file that replaces `path` when the block ends well, and is removed if not.
+    """Yield a new file that replaces `path` when the block ends well, and is removed if not.
 
     The old file's mode is kept.  If `path` is a link, its target is replaced.  A file with several
     hard links, or one that cannot be replaced, is written in place, and `note` is called with a
     sentence.  A pipe or a device is written directly; a pipe without a reader within `READER_WAIT`
-    is an error.  Raises `Lfm2kitError` if the file cannot be written.
+    is an error.  Raise `Lfm2kitError` if the file cannot be written.
     """
     opened = _special(path, note) if _is_special(path) else _regular(path, note)
     try:
@@ -48,7 +48,7 @@ def replaced(path: Path, note: Note = warnings.warn) -> Iterator[BinaryIO]:
 
 
 def check_target(option: str, path: Path) -> None:
-    """Raises `Lfm2kitError` if `path` cannot be written, so that this shows before the work."""
+    """Raise `Lfm2kitError` if `path` cannot be written, so that this shows before the work."""
     if os.path.isdir(path):
         raise Lfm2kitError(f"{option} {path}: this is a folder")
     try:
@@ -67,7 +67,7 @@ def _check_special(path: Path) -> None:
 
 
 def _check_regular(path: Path) -> None:
-    """Raises `OSError` if a file can be written neither beside `path` nor into it."""
+    """Raise `OSError` if a file can be written neither beside `path` nor into it."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     can_write_in_place = os.path.isfile(path) and os.access(path, os.W_OK)
@@ -92,14 +92,14 @@ def _is_special(path: Path) -> bool:
 
 @contextmanager
 def _special(path: Path, note: Note) -> Iterator[BinaryIO]:
-    """Yields a pipe or a device that is open for writing."""
+    """Yield a pipe or a device that is open for writing."""
     is_pipe = stat.S_ISFIFO(os.stat(path).st_mode)
     with open(_pipe_with_a_reader(path, note) if is_pipe else path, "wb") as file:
         yield file
 
 
 def _pipe_with_a_reader(path: Path, note: Note) -> int:
-    """Returns a descriptor to write to; raises `OSError` if nobody opens the pipe for reading."""
+    """Return a descriptor to write to; raise `OSError` if nobody opens the pipe for reading."""
     deadline = time.monotonic() + READER_WAIT
     noted = False
     while True:
@@ -136,7 +136,7 @@ def _regular(path: Path, note: Note) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _staged(path: Path) -> Iterator[tuple[BinaryIO, Path | None]]:
-    """Yields a new file beside `path`, or a nameless one if only `path` itself can be written."""
+    """Yield a new file beside `path`, or a nameless one if only `path` itself can be written."""
     partial = beside(path, "partial")
     try:
         file = partial.open("w+b")
@@ -155,7 +155,7 @@ def _staged(path: Path) -> Iterator[tuple[BinaryIO, Path | None]]:
 
 
 def _replace(path: Path, file: BinaryIO, partial: Path | None) -> str | None:
-    """Replaces `path` by `partial`, or returns a clause that says why that is impossible."""
+    """Replace `path` by `partial`, or return a clause that says why that is impossible."""
     if partial is None:
         return "no new file can be made in its folder"
     old = os.stat(path) if os.path.exists(path) else None
@@ -176,7 +176,7 @@ def _replace(path: Path, file: BinaryIO, partial: Path | None) -> str | None:
 
 
 def _copy_into(path: Path, file: BinaryIO) -> None:
-    """Copies the content of `file` into `path`, once space for all of it is reserved."""
+    """Copy the content of `file` into `path`, once space for all of it is reserved."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     with open(path, "r+b") as target:
@@ -191,7 +191,7 @@ def _copy_into(path: Path, file: BinaryIO) -> None:
 
 
 def _reserve(target: BinaryIO, size: int) -> None:
-    """Makes `target` at least `size` bytes long on the disk, or leaves it unchanged."""
+    """Make `target` at least `size` bytes long on the disk, or leave it unchanged."""
     before = target.seek(0, os.SEEK_END)
     target.seek(0)
     if size <= before:

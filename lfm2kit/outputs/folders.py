@@ -20,7 +20,7 @@ INSIDE = "new"  # the name of a partial folder inside one that cannot be renamed
 
 @contextmanager
 def replaced_folder(path: Path, note: Note = warnings.warn) -> Iterator[Path]:
-    """Yields a new folder that replaces `path` when the block ends well, and is removed if not.
+    """Yield a new folder that replaces `path` when the block ends well, and is removed if not.
 
     A folder may be impossible to rename, because something is mounted on it or because its parent
     is not writable.  Then its files are replaced one by one, and `note` is called with a sentence.
@@ -51,19 +51,19 @@ def replaced_folder(path: Path, note: Note = warnings.warn) -> Iterator[Path]:
 
 
 def remove_leftovers_of_folder(path: Path) -> None:
-    """Removes the partial folders that killed runs left beside `path` and inside it."""
+    """Remove the partial folders that killed runs left beside `path` and inside it."""
     remove_leftovers(path)
     if os.path.isdir(path):
         remove_leftovers(path / INSIDE)
 
 
 def _can_move(folder: Path) -> bool:
-    """Returns whether a folder can be renamed and another one can take its name."""
+    """Return whether a folder can be renamed and another one can take its name."""
     return os.access(folder.parent, os.W_OK | os.X_OK) and str(folder) not in mount_points()
 
 
 def _keep_modes(old: Path, new: Path) -> None:
-    """Gives a new folder and its files the modes of their namesakes in `old`."""
+    """Give a new folder and its files the modes of their namesakes in `old`."""
     for path in [new, *new.rglob("*")]:
         before = old / path.relative_to(new)
         if before.exists():
@@ -77,7 +77,7 @@ def _swap(partial: Path, path: Path, old: Path) -> None:
 
 
 def _move_files(partial: Path, folder: Path) -> None:
-    """Moves the files of `partial` into `folder`, and removes those that were there."""
+    """Move the files of `partial` into `folder`, and remove those that were there."""
     outdated = [p for p in folder.rglob("*") if p.is_file() and not p.is_relative_to(partial)]
     for new in [p for p in partial.rglob("*") if p.is_file()]:
         target = folder / new.relative_to(partial)

@@ -22,12 +22,12 @@ LONGEST_STEM = 220  # bytes of it that a partial file's name keeps
 
 
 def beside(path: Path, ending: str) -> Path:
-    """Returns a new name beside `path`, for its partial successor or for the old one."""
+    """Return a new name beside `path`, for its partial successor or for the old one."""
     return path.with_name(f".{_stem(path)}.{os.getpid()}-{secrets.token_hex(4)}.{ending}")
 
 
 def _stem(path: Path) -> str:
-    """Returns the name of `path`, or a shorter one if it leaves no room for more.
+    """Return the name of `path`, or a shorter one if it leaves no room for more.
 
     A name that is itself too long is returned unchanged, so that writing fails before the work.
     """
@@ -40,7 +40,7 @@ def _stem(path: Path) -> str:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Holds a lock on a partial file or folder, if the file system has locks."""
+    """Hold a lock on a partial file or folder, if the file system has locks."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -51,7 +51,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes the partial files that killed runs of this user left beside `path`.
+    """Remove the partial files that killed runs of this user left beside `path`.
 
     If such a run was killed while it exchanged folders, the old folder gets its name back.
     """
@@ -73,7 +73,7 @@ def _remove(leftover: Path, path: Path, *, is_old: bool) -> None:
 
 
 def _is_abandoned(leftover: Path, pid: int) -> bool:
-    """Returns whether the leftover's writer, a process of this user, has ended."""
+    """Return whether the leftover's writer, a process of this user, has ended."""
     if leftover.is_symlink() or leftover.stat().st_uid != os.geteuid():
         return False
     if pid != os.getpid() and _is_alive(pid):

@@ -20,7 +20,7 @@ Identity = tuple[object, ...]
 
 
 def identity(path: Path) -> Identity:
-    """Returns a value that is equal for two paths if they lead to the same file.
+    """Return a value that is equal for two paths if they lead to the same file.
 
     A file that does not exist yet is identified by its folder and its name.
     """
@@ -37,7 +37,7 @@ def identity(path: Path) -> Identity:
 
 
 def check_apart(outputs: Mapping[str, Path | None], reads: Mapping[str, Iterable[Path]]) -> None:
-    """Raises `Lfm2kitError` if an output is a file that is read, or another output.
+    """Raise `Lfm2kitError` if an output is a file that is read, or another output.
 
     `outputs` maps options to paths; `reads` maps descriptions ("the plan") to files.  Loaded
     modules, kept kernels, and the files behind stdout and stderr count as well.
@@ -56,7 +56,7 @@ def check_apart(outputs: Mapping[str, Path | None], reads: Mapping[str, Iterable
 
 
 def _is_device(path: Path) -> bool:
-    """Returns whether `path` is a device, such as /dev/null, which several outputs may name."""
+    """Return whether `path` is a device, such as /dev/null, which several outputs may name."""
     return os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
 
 
@@ -73,7 +73,7 @@ def _kernels() -> list[Path]:
 
 
 def _printed() -> list[Identity]:
-    """Returns the identities of the files that stdout and stderr are redirected to."""
+    """Return the identities of the files that stdout and stderr are redirected to."""
     found: list[Identity] = []
     for descriptor in (1, 2):
         try:

@@ -25,7 +25,7 @@ class MemoryLimit(NamedTuple):
 
 
 def memory_limits(root: Path = Path("/")) -> Iterator[MemoryLimit]:
-    """Yields the limits of all groups that this process is in, the innermost group first."""
+    """Yield the limits of all groups that this process is in, the innermost group first."""
     for folder in _folders("memory", root):
         for limit, usage in (
             ("memory.max", "memory.current"),
@@ -39,7 +39,7 @@ def memory_limits(root: Path = Path("/")) -> Iterator[MemoryLimit]:
 
 
 def processors(root: Path = Path("/")) -> float | None:
-    """Returns how many processors the tightest group allows; None if no group sets a limit.
+    """Return how many processors the tightest group allows; None if no group sets a limit.
 
     The number may be a fraction.
     """
@@ -58,14 +58,14 @@ def _share(folder: Path) -> float | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Returns the bytes that the kernel reclaims before it refuses more."""
+    """Return the bytes that the kernel reclaims before it refuses more."""
     lines = [line.split() for line in (_read(folder / "memory.stat") or "").splitlines()]
     stat = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
     return sum(stat.get(f"total_{key}", stat.get(key, 0)) for key in RECLAIMABLE)
 
 
 def _folders(controller: str, root: Path) -> Iterator[Path]:
-    """Yields the folders of this process's group and of the groups around it."""
+    """Yield the folders of this process's group and of the groups around it."""
     for mounted, inside, mount in _mounts(controller, root):
         for group in _groups(controller if mounted == "cgroup" else "", root):
             # A container may see its own group as the root of what is mounted.
@@ -78,7 +78,7 @@ def _folders(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _groups(controller: str, root: Path) -> Iterator[str]:
-    """Yields this process's group in a controller's hierarchy; version 2's controller is ""."""
+    """Yield this process's group in a controller's hierarchy; version 2's controller is ""."""
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, group = line.split(":", 2)
         if controller in controllers.split(","):
@@ -86,7 +86,7 @@ def _groups(controller: str, root: Path) -> Iterator[str]:
 
 
 def _mounts(controller: str, root: Path) -> Iterator[tuple[str, str, Path]]:
-    """Yields (type, first group, folder) of each mounted hierarchy that may have the controller."""
+    """Yield (type, first group, folder) of each mounted hierarchy that may have the controller."""
     for mount in mounts(root):
         options = mount.options.split(",")
         if mount.kind == "cgroup2" or (mount.kind == "cgroup" and controller in options):

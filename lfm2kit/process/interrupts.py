@@ -25,7 +25,7 @@ PATIENCE = 20.0  # seconds until a process that does not unwind is ended
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised by a signal."""
+    """A KeyboardInterrupt that a signal has raised."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -33,19 +33,19 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """Returns the exit code for a process that `error` ends, as a shell reports the signal."""
+    """Return the exit code for a process that `error` ends, as a shell reports the signal."""
     return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 
 def told(error: KeyboardInterrupt) -> int:
-    """Prints a line about the interrupt on stderr, and returns its exit code."""
+    """Print a line about the interrupt on stderr, and return its exit code."""
     code = exit_code(error)
     print(_line(code - 128), end="", file=sys.stderr, flush=True)
     return code
 
 
 class Interrupts:
-    """Handles this process's signals until it ends."""
+    """The handlers of this process's signals, until it ends."""
 
     def __init__(self) -> None:
         self._is_handling = False
@@ -55,7 +55,7 @@ class Interrupts:
         self.is_told = False  # the line was printed, or somebody else prints it
 
     def ended(self, command: Callable[[], int]) -> int:
-        """Calls `command`; returns its exit code, or that of a signal that came meanwhile."""
+        """Call `command`; return its exit code, or that of a signal that came meanwhile."""
         try:
             self._take()
             code = command()
@@ -68,21 +68,21 @@ class Interrupts:
         return code if self._code is None else self._code
 
     def end(self, code: int) -> None:
-        """Makes the main thread unwind silently, as after a signal, and exit with `code`.
+        """Make the main thread unwind silently, as after a signal, and exit with `code`.
 
-        For other threads.  Does nothing if signals are not handled here.
+        For other threads.  Do nothing if signals are not handled here.
         """
         if self._is_handling:  # perhaps inside a handler that a compiler put round ours
             self._code, self.is_told = code, True
             os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal has come: the exception that it raised may be lost."""
+        """Raise `Interrupted` if a signal has come: the exception that it raised may be lost."""
         if self._received is not None:
             raise Interrupted(self._received)
 
     def _take(self) -> None:
-        """Handles the signals from now on, except those that the parent process ignores."""
+        """Handle the signals from now on, except those that the parent process ignores."""
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -107,7 +107,7 @@ class Interrupts:
             raise Interrupted(self._received)
 
     def _watch(self, pipe: int) -> None:
-        """Reminds the main thread of a signal until the process ends, or ends it."""
+        """Remind the main thread of a signal until the process ends, or end it."""
         while (number := os.read(pipe, 1)[0]) not in SIGNALS:
             pass
         start, main = time.monotonic(), threading.main_thread().ident or 0
@@ -120,7 +120,7 @@ class Interrupts:
                 self._end(number)
 
     def _end(self, number: int) -> NoReturn:
-        """Ends the process at once, from any thread, without the streams' locks."""
+        """End the process at once, from any thread, without the streams' locks."""
         restored = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # a progress bar may hide the cursor
         line = "" if self.is_told else _line(number)
         try:
@@ -138,7 +138,7 @@ def _line(number: int) -> str:
 
 
 def _is_unwinding() -> bool:
-    """Returns whether an interrupt is already being handled; a second would stop the clean-up."""
+    """Return whether an interrupt is already being handled; a second would stop the clean-up."""
     error = sys.exception()
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
@@ -146,6 +146,6 @@ def _is_unwinding() -> bool:
 
 
 def _unraisable(unraisable: Any) -> None:
-    """Prints what a callback or a destructor raised, except interrupts, which are raised again."""
+    """Print what a callback or a destructor raised, except interrupts, which are raised again."""
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)

@@ -26,12 +26,12 @@ class Limit(NamedTuple):
     is_shared: bool  # with the other processes of this machine, or of a container
 
     def left(self, ranks: int) -> int:
-        """Returns the bytes that each of `ranks` such processes on this machine can still take."""
+        """Return the bytes that each of `ranks` such processes on this machine can still take."""
         return self.free // ranks if self.is_shared else self.free
 
 
 def memory_limits(root: Path = Path("/")) -> Iterator[Limit]:
-    """Yields all limits on this process's memory: the machine, control groups, ulimit."""
+    """Yield all limits on this process's memory: the machine, control groups, ulimit."""
     yield _physical(root)
     for name, limit, free in cgroups.memory_limits(root):
         yield Limit(f"cgroup {name}", limit, free, is_shared=True)
@@ -44,17 +44,17 @@ def memory_limits(root: Path = Path("/")) -> Iterator[Limit]:
 
 
 def free_memory(ranks: int = 1, root: Path = Path("/")) -> int:
-    """Returns the bytes that this process can still take if `ranks` such processes run here."""
+    """Return the bytes that this process can still take if `ranks` such processes run here."""
     return min(limit.left(ranks) for limit in memory_limits(root))
 
 
 def tightest_limit(root: Path = Path("/")) -> Limit:
-    """Returns the limit that leaves this process the least memory."""
+    """Return the limit that leaves this process the least memory."""
     return min(memory_limits(root), key=lambda limit: limit.free)
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Returns how many threads can run at once: the affinity mask's cores, or a group's quota.
+    """Return how many threads can run at once: the affinity mask's cores, or a group's quota.
 
     A quota is rounded up: one thread too many computes more than one too few.
     """
@@ -65,7 +65,7 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def _physical(root: Path) -> Limit:
-    """Returns the machine's memory without swap: with weights there, a token would take minutes."""
+    """Return the machine's memory without swap: with weights there, a token would take minutes."""
     there = _kilobytes(root / "proc/meminfo")
     if "MemTotal" not in there:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -76,7 +76,7 @@ def _physical(root: Path) -> Limit:
 
 
 def _kilobytes(path: Path) -> dict[str, int]:
-    """Returns the numbers in a file that has lines such as `MemTotal:   24684092 kB`."""
+    """Return the numbers in a file that has lines such as `MemTotal:   24684092 kB`."""
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:

@@ -20,7 +20,7 @@ PLAIN = "lfm2kit.plain"  # the error handler of our streams' encodings
 
 
 class ReaderGone(BaseException):
-    """Nobody reads stdout any more.  Not an OSError: libraries turn those into exit code 1."""
+    """The loss of stdout's reader; no OSError, which libraries would turn into exit code 1."""
 
 
 class Output(io.FileIO):
@@ -32,7 +32,7 @@ class Output(io.FileIO):
         self.ends_process = descriptor == 1  # when its reader is gone
 
     def write(self, data: Any) -> int:
-        """Writes `data`, or drops it; raises `ReaderGone` once if stdout has lost its reader."""
+        """Write `data`, or drops it; raise `ReaderGone` once if stdout has lost its reader."""
         if self.error is None:
             try:
                 return self._written(data)
@@ -43,7 +43,7 @@ class Output(io.FileIO):
         return len(data)
 
     def _written(self, data: Any) -> int:
-        """Writes `data`, and waits if another process has made the descriptor non-blocking."""
+        """Write `data`, and wait if another process has made the descriptor non-blocking."""
         while (count := super().write(data)) is None:
             select.select([], [self], [])
         return count
@@ -53,7 +53,7 @@ class Streams:
     """This process's stdout and stderr, from `take` to its last instruction."""
 
     def take(self) -> None:
-        """Replaces `sys.stdout` and `sys.stderr`."""
+        """Replace `sys.stdout` and `sys.stderr`."""
         _open_closed_descriptors()
         codecs.register_error(PLAIN, _plain)
         self._stdout = Output(1)
@@ -61,7 +61,7 @@ class Streams:
         sys.stderr = _text(Output(2), sys.stderr)
 
     def conclude(self, code: int) -> int:
-        """Returns the exit code of the process, given its command's `code`."""
+        """Return the exit code of the process, given its command's `code`."""
         from lfm2kit.errors import USER_ERROR, WRONG_RESULT
 
         self._stdout.ends_process = False
@@ -77,7 +77,7 @@ class Streams:
 
 
 def _open_closed_descriptors() -> None:
-    """Opens closed descriptors on /dev/null; else a file opened later would get what is printed."""
+    """Open closed descriptors on /dev/null; else a file opened later would get what is printed."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -86,7 +86,7 @@ def _open_closed_descriptors() -> None:
 
 
 def _text(output: Output, before: Any) -> io.TextIOWrapper:
-    """Returns a text stream like `before`, which is None if the descriptor was closed."""
+    """Return a text stream like `before`, which is None if the descriptor was closed."""
     is_unbuffered = getattr(before, "write_through", False)
     return io.TextIOWrapper(
         io.BufferedWriter(output),
@@ -98,7 +98,7 @@ def _text(output: Output, before: Any) -> io.TextIOWrapper:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Returns a replacement for characters that a stream's encoding lacks."""
+    """Return a replacement for characters that a stream's encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end].replace("±", "+-")

@@ -17,7 +17,7 @@ from lfm2kit.errors import USER_ERROR
 from lfm2kit.transport import Transport
 
 MOST_SHOWN = 3  # differences, or errors, in the one line
-ABSENT = "not there"
+ABSENT = "missing"
 
 
 class Fact(NamedTuple):
@@ -45,7 +45,7 @@ class Refusal(NamedTuple):
 
 
 def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:
-    """Returns None if every rank reports the same facts, else the same refusal on every rank.
+    """Return None if every rank reports the same facts, else the same refusal on every rank.
 
     This is collective: every rank of the job calls it once, before any other operation.
     """
@@ -56,7 +56,7 @@ def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:
 
 
 def compared(reports: Sequence[Facts | Refusal]) -> Refusal | None:
-    """Returns why ranks with these reports, in order of rank, cannot run together."""
+    """Return why ranks with these reports, in order of rank, cannot run together."""
     refusals = {rank: r for rank, r in enumerate(reports) if isinstance(r, Refusal)}
     if refusals:
         return _of_all(refusals, len(reports))
@@ -71,7 +71,7 @@ def compared(reports: Sequence[Facts | Refusal]) -> Refusal | None:
 
 
 def _names(reports: Sequence[Facts]) -> list[str]:
-    """Returns the names of all facts in order, including those that only some ranks have.
+    """Return the names of all facts in order, including those that only some ranks have.
 
     Leaves out each rank's own.
     """
@@ -84,7 +84,7 @@ def _names(reports: Sequence[Facts]) -> list[str]:
 
 
 def _shared(reports: Sequence[Facts]) -> dict[str, list[int]]:
-    """Returns the values that several ranks report as their own, with these ranks."""
+    """Return the values that several ranks report as their own, with these ranks."""
     owners: dict[str, list[int]] = {}
     for rank, report in enumerate(reports):
         for value in {fact.value for fact in report.values() if fact.is_own}:
@@ -93,7 +93,7 @@ def _shared(reports: Sequence[Facts]) -> dict[str, list[int]]:
 
 
 def _of_all(refusals: Mapping[int, Refusal], size: int) -> Refusal:
-    """Returns the ranks' refusals as one; each sentence names the ranks that it comes from."""
+    """Return the ranks' refusals as one; each sentence names the ranks that it comes from."""
     said: dict[str, list[int]] = {}
     for rank, refusal in refusals.items():
         said.setdefault(refusal.sentence, []).append(rank)
@@ -104,7 +104,7 @@ def _of_all(refusals: Mapping[int, Refusal], size: int) -> Refusal:
 
 
 def _difference(name: str, reports: Sequence[Facts]) -> str | None:
-    """Returns which ranks have which value of the fact `name`; None if all have the same."""
+    """Return which ranks have which value of the fact `name`; None if all have the same."""
     groups: dict[str, list[int]] = {}
     shown: dict[str, str] = {}
     for rank, report in enumerate(reports):
@@ -128,7 +128,7 @@ def _and(phrases: Sequence[str]) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """Returns "rank 2", "ranks 0, 3" or "ranks 1-7" for ascending `ranks`."""
+    """Return "rank 2", "ranks 0, 3" or "ranks 1-7" for ascending `ranks`."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
@@ -150,13 +150,13 @@ def _unpacked(text: str) -> Facts | Refusal:
 
 
 def _on_first(transport: Transport, line: str) -> list[str] | None:
-    """Returns every rank's line, in order of rank, on rank 0; None on the others."""
+    """Return every rank's line, in order of rank, on rank 0; None on the others."""
     rows = transport.gather(_bytes(f"{line}\n"))
     return None if rows is None else rows.tobytes().decode().splitlines()
 
 
 def _from_first(transport: Transport, text: str) -> str:
-    """Returns rank 0's text on every rank."""
+    """Return rank 0's text on every rank."""
     size = transport.world.size
     mine = _bytes(text if transport.world.rank == 0 else "")
     received, _ = transport.all_to_all(np.tile(mine, size), [len(mine)] * size)

@@ -31,13 +31,13 @@ NOT_COMPARED = {"LFM2KIT_BACKEND", TRACEBACK}
 
 
 def of_environment() -> Facts:
-    """Returns the environment variables that lfm2kit and its plugins read."""
+    """Return the environment variables that lfm2kit and its plugins read."""
     names = sorted(name for name in os.environ if name.startswith("LFM2KIT_"))
     return {name: Fact(os.environ[name]) for name in names if name not in NOT_COMPARED}
 
 
 def of_memories(placed: Placed) -> Facts:
-    """Returns the memories of the blocks that no other rank may use."""
+    """Return the memories of the blocks that no other rank may use."""
     memories = {leaf.memory.name: leaf.memory for leaf in placed.leaves()}
     return {
         f"memory {name}": Fact(memory.unit(), is_own=True)
@@ -47,7 +47,7 @@ def of_memories(placed: Placed) -> Facts:
 
 
 def of_code(plugins: Plugins) -> Facts:
-    """Returns versions and contents of lfm2kit and plugins, and the versions of dependencies."""
+    """Return versions and contents of lfm2kit and plugins, and the versions of dependencies."""
     facts = {"lfm2kit": _package("lfm2kit", f"lfm2kit {lfm2kit.__version__}")}
     for entry in plugins.loaded:
         facts[f"plugin {entry.name}"] = _package(entry.module, _distribution(entry))
@@ -59,7 +59,7 @@ def of_code(plugins: Plugins) -> Facts:
 
 
 def of_model(checkpoint: Checkpoint) -> Facts:
-    """Returns the description, tensor types and shapes, file sizes and a sample of the values."""
+    """Return the description, tensor types and shapes, file sizes and a sample of the values."""
     place = str(checkpoint.path)
     facts = {f"the model's {name}": fact for name, fact in _description(checkpoint)}
     tensors = dict(sorted(checkpoint.weights.items()))
@@ -75,7 +75,7 @@ def of_model(checkpoint: Checkpoint) -> Facts:
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """Returns a hash of the parts, in this order, as twelve hexadecimal digits."""
+    """Return a hash of the parts, in this order, as twelve hexadecimal digits."""
     result = hashlib.blake2b(digest_size=6)
     for part in parts:
         result.update(len(part).to_bytes(8, "little"))
@@ -84,7 +84,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def _description(checkpoint: Checkpoint) -> Iterator[tuple[str, Fact]]:
-    """Yields the config field by field, if there is one, so that a difference has a name."""
+    """Yield the config field by field, if there is one, so that a difference has a name."""
     place = str(checkpoint.path)
     if checkpoint.config is not None:
         for name, value in asdict(checkpoint.config).items():
@@ -93,7 +93,7 @@ def _description(checkpoint: Checkpoint) -> Iterator[tuple[str, Fact]]:
 
 
 def _by_block(names: Iterable[str]) -> dict[str, list[str]]:
-    """Groups tensor names by layer, or by block outside the layers."""
+    """Group tensor names by layer, or by block outside the layers."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         block = re.match(r"layers\.\d+|\w+", name)
@@ -102,7 +102,7 @@ def _by_block(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _sample(tensor: Tensor, whole: bool) -> bytes:
-    """Returns a tensor's bytes or, if not `whole`, those of a matrix's first, middle, last row."""
+    """Return a tensor's bytes or, if not `whole`, those of a matrix's first, middle, last row."""
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 0
     if not whole and rows:
         tensor = tensor[[0, rows // 2, rows - 1]]
@@ -110,7 +110,7 @@ def _sample(tensor: Tensor, whole: bool) -> bytes:
 
 
 def _package(module: str, title: str) -> Fact:
-    """Returns a fact about the imported `module`: the hash of its sources."""
+    """Return a fact about the imported `module`: the hash of its sources."""
     top = sys.modules[module.partition(".")[0]]
     file = getattr(top, "__file__", None)
     if file is None:  # made by hand, or a namespace
@@ -120,7 +120,7 @@ def _package(module: str, title: str) -> Fact:
 
 
 def of_package(place: Path) -> str:
-    """Returns the hash of a package's folder or a module's file, independent of its path."""
+    """Return the hash of a package's folder or a module's file, independent of its path."""
     if place.is_file():
         return digest(_contents(place))
     files = {str(path.relative_to(place)): path for path in _sources(place)}
@@ -130,7 +130,7 @@ def of_package(place: Path) -> str:
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    """Yields all files of a package except hidden and compiled ones."""
+    """Yield all files of a package except hidden and compiled ones."""
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
         is_kept = any(part == "__pycache__" or part.startswith(".") for part in parts)
@@ -148,7 +148,7 @@ def _distribution(entry: EntryPoint) -> str:
 
 
 def _requirements(distributions: Iterable[Distribution]) -> set[str]:
-    """Returns the names of the packages that the distributions need, extras included."""
+    """Return the names of the packages that the distributions need, extras included."""
     lines = [line for distribution in distributions for line in distribution.requires or ()]
     names = {match[0].lower() for line in lines if (match := re.match(r"[\w.-]+", line))}
     return {name for name in names if not name.startswith("lfm2kit")}

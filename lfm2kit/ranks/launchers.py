@@ -24,7 +24,7 @@ class Launcher(NamedTuple):
 
 
 class Started(NamedTuple):
-    """This process is one of at least `size` that a launcher started."""
+    """The place of this process among at least `size` that a launcher started."""
 
     launcher: Launcher
     rank: int
@@ -32,12 +32,12 @@ class Started(NamedTuple):
 
     @property
     def is_first_to_know(self) -> bool:
-        """Returns whether this is the lowest rank that knows that there are several."""
+        """Return whether this is the lowest rank that knows that there are several."""
         return self.rank == (0 if self.launcher.size is not None else 1)
 
     @property
     def evidence(self) -> str:
-        """Returns the environment variable that shows it, with its value."""
+        """Return the environment variable that shows it, with its value."""
         name = self.launcher.size or self.launcher.rank
         return f"{name}={os.environ[name]}"
 
@@ -52,7 +52,7 @@ LAUNCHERS = (
         SLURM,
         "SLURM_PROCID",
         "SLURM_STEP_NUM_TASKS",  # SLURM_NTASKS is set in every shell of an allocation
-        "type srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list shows which there are)",
+        "type srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list shows what is available)",
     ),
     Launcher("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
     Launcher("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
@@ -63,7 +63,7 @@ LAUNCHERS = (
 
 
 def started() -> Started | None:
-    """Returns this process's place among those of a launcher; None if it is alone.
+    """Return this process's place among those of a launcher; None if it is alone.
 
     If the launcher does not say how many there are, its first process counts as alone.
     """
@@ -86,5 +86,5 @@ def _number(variable: str) -> int | None:
 
 
 def _is_interactive_shell() -> bool:
-    """Returns whether this runs in the shell of `srun --pty bash`, which starts it only once."""
+    """Return whether this runs in the shell of `srun --pty bash`, which starts it only once."""
     return "SLURM_PTY_PORT" in os.environ and sys.stdin is not None and sys.stdin.isatty()

@@ -45,7 +45,7 @@ class Attention:
         return State(np.empty(shape), np.empty(shape))
 
     def _heads(self, x: Float32, name: str) -> Float64:
-        """[tokens, heads, head_dim]"""
+        """Return the projection `name` of x as [tokens, heads, head_dim]."""
         y = linear(x, self.weights[f"{name}_proj.weight"])
         return y.reshape(len(x), y.shape[1] // self.spec.head_dim, self.spec.head_dim)
 
@@ -63,7 +63,7 @@ class Attention:
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
 
     def _attend(self, q: Float64, k: Float64, v: Float64) -> Float64:
-        """q [tokens, heads, head_dim]; k, v [context, kv_heads, head_dim]; the last rows align."""
+        """Attend with q [tokens, heads, head_dim] to k and v [context, kv_heads, head_dim]."""
         group = self.spec.num_attention_heads // self.spec.num_key_value_heads
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         scores = np.einsum("qhd,khd->hqk", q, k) * self.spec.head_dim**-0.5
@@ -74,7 +74,7 @@ class Attention:
         return self._weighed(weights, v, ~future)
 
     def _weighed(self, weights: Float64, v: Float64, is_seen: npt.NDArray[np.bool_]) -> Float64:
-        """The sums of the values by weight, NaN where a row sees one that is not finite.
+        """Return the values' weighted sums, NaN where a row sees one that is not finite.
 
         A weight of 0 would not hide it from the rows before: 0 * NaN is NaN.
         """

@@ -52,7 +52,7 @@ class ReferenceBackend:
         return 8 * max((math.prod(shape) for shape in spec.parameters().values()), default=0)
 
     def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
-        """Every weight stays as it is stored; each call unpacks it."""
+        """Return each weight's own format: it stays as it is stored, and each call unpacks it."""
         return {name: weights[name].format for name in spec.parameters()}
 
     def state_bytes(self, spec: Spec, room: Room) -> int:

@@ -39,7 +39,7 @@ class Choice:
         self.weights = weights
 
     def __call__(self, scores: Float32) -> tuple[Int32, Float32]:
-        """The bias selects the experts; it does not weigh them."""
+        """Choose experts by their biased scores, and weigh them by the scores alone."""
         bias = self.weights.float32("expert_bias") if self.spec.use_expert_bias else np.float32(0)
         # NaN has no order: the bias alone selects in such a row, whose weights become NaN.
         is_nan = np.isnan(scores).any(axis=1, keepdims=True)
@@ -69,7 +69,7 @@ class Experts:
         }
 
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
-        """Every product is rounded to float32, and they are added in the order of k.
+        """Return the sum of products, each rounded to float32 and added in the order of k.
 
         What is nobody's counts as -0, which changes no bit of a sum.
         """
@@ -87,6 +87,6 @@ class Experts:
 
 
 def _sigmoid(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """1 / (1 + exp(-a)) in the type of `a`, without overflow at either end."""
+    """Return 1 / (1 + exp(-a)) in the type of `a`, without overflow at either end."""
     e = np.exp(-np.abs(a))
     return np.asarray(np.where(a >= 0, 1 / (1 + e), e / (1 + e)))

@@ -18,7 +18,7 @@ def float64(values: Tensor | npt.NDArray[Any]) -> Float64:
 
 
 def linear(x: npt.NDArray[Any], weight: Tensor, bias: Tensor | None = None) -> Float64:
-    """x @ weight.T + bias in float64; x [rows, in], weight [out, in] -> [rows, out].
+    """Return x @ weight.T + bias in float64; x [rows, in], weight [out, in] -> [rows, out].
 
     One matrix-vector product per row: a matrix-matrix product may round a row differently
     depending on how many others there are.
@@ -28,7 +28,7 @@ def linear(x: npt.NDArray[Any], weight: Tensor, bias: Tensor | None = None) -> F
 
 
 def rms_norm(x: Float64, weight: Tensor, eps: float) -> Float64:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis."""
     mean_square = np.mean(x * x, axis=-1, keepdims=True)
     y: Float64 = x / np.sqrt(mean_square + eps) * float64(weight)
     return y

@@ -69,7 +69,7 @@ class ShortConv:
         return past
 
     def _convolve(self, u: Float64) -> Float64:
-        """[kernel_size - 1 + tokens, hidden_size] -> [tokens, hidden_size]."""
+        """Convolve [kernel_size - 1 + tokens, hidden_size] to [tokens, hidden_size]."""
         tokens = len(u) - self.spec.kernel_size + 1
         y = sum(tap * u[j : j + tokens] for j, tap in enumerate(self.taps))
         return y + float64(self.weights["conv.bias"]) if self.spec.bias else np.asarray(y)

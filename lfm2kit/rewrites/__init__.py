@@ -27,7 +27,7 @@ __all__ = [
 
 
 def built_in(world: World, transport: Transport | None) -> Iterator[Rewrite]:
-    """Yields lfm2kit's own rewrites, as a plugin's `lfm2kit_rewrites` yields others."""
+    """Yield lfm2kit's own rewrites, as a plugin's `lfm2kit_rewrites` yields others."""
     yield TRIM
     if world.size > 1:
         yield experts_over_ranks(world, transport)

@@ -53,7 +53,7 @@ class ExpertParallelMoe(Spec):
 def experts_over_ranks(
     world: World, transport: Transport | None, owners: Owners | None = None
 ) -> Rewrite:
-    """Returns the rewrite for rank `world.rank`: all of the model, but only its own experts.
+    """Return the rewrite for rank `world.rank`: all of the model, but only its own experts.
 
     Without `owners`, consecutive experts are shared out evenly.  Without a transport the model can
     be planned, but not built.
@@ -86,7 +86,7 @@ def _held_by(rank: int, owners: Sequence[int]) -> tuple[int, ...]:
 
 
 def _join(transport: Transport | None, outer: Memory) -> Join:
-    """Returns how an `ExpertParallelMoe` is made of its parts within the memory `outer`."""
+    """Return how an `ExpertParallelMoe` is made of its parts within the memory `outer`."""
     offer = _in_no_job() if transport is None else offered(transport, outer)
 
     def make(spec: ExpertParallelMoe, router: Block, experts: Block) -> Block:
@@ -96,7 +96,7 @@ def _join(transport: Transport | None, outer: Memory) -> Join:
 
 
 def _in_no_job() -> ExchangeOffer:
-    """Returns what stands for an exchange in a plan."""
+    """Return what stands for an exchange in a plan."""
 
     def create(traffic: Traffic) -> NoReturn:
         raise Lfm2kitError("this is a plan of one rank's share of the model; it cannot be built")
@@ -105,7 +105,7 @@ def _in_no_job() -> ExchangeOffer:
 
 
 class ExpertParallel:
-    """route -> dispatch -> experts -> combine.
+    """The block of `ExpertParallelMoe`: route -> dispatch -> experts -> combine.
 
     A token goes to each of its experts as a row of its own, and every row's weighted output
     comes back: the sum over a token's experts is then made here in the order of k, and has the
@@ -124,7 +124,7 @@ class ExpertParallel:
 
 
 def _in_words(ids: Sequence[int]) -> str:
-    """Returns "experts 0-3, 7", "expert 5", or "no experts"."""
+    """Return "experts 0-3, 7", "expert 5", or "no experts"."""
     runs: list[list[int]] = []
     for e in ids:
         if runs and e == runs[-1][-1] + 1:

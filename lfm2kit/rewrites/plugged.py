@@ -18,7 +18,7 @@ from lfm2kit.specs import Model, Shape, Spec
 
 
 def kept_to_contract(rewrite: Rewrite, plugin: str, ranks: int) -> Rewrite:
-    """Returns the rewrite with its results checked, in a job of `ranks` ranks.
+    """Return the rewrite with its results checked, in a job of `ranks` ranks.
 
     Its functions then raise `Lfm2kitError` where they raise anything, return something else than
     they should, or make a model of other tensors than the checkpoint's.
@@ -44,10 +44,24 @@ def _check_form(who: str, model: Any) -> None:
     for i, layer in enumerate(model.layers):
         if not isinstance(layer, Spec):
             raise Lfm2kitError(f"{who}: layers.{i} is {brief(layer)}, not a Spec")
+    _check_parts(who, "", model)
+
+
+def _check_parts(who: str, name: str, spec: Spec) -> None:
+    """Check kinds, which a plan needs, and roles, by which a join gets the parts of a spec."""
+    if not isinstance(getattr(spec, "kind", None), str):
+        raise Lfm2kitError(f"{who}: {name}, a {type(spec).__name__}, has no kind")
+    roles = [part.role for part in spec.parts()]
+    for role, _, part in spec.parts():
+        if not isinstance(part, Spec):
+            raise Lfm2kitError(f"{who}: {name}.{role} is {brief(part)}, not a Spec")
+        if roles.count(role) > 1:
+            raise Lfm2kitError(f"{who}: {name} has two parts '{role}'")
+        _check_parts(who, f"{name}.{role}" if name else role, part)
 
 
 def _check_tensors(who: str, model: Model, rewritten: Model, *, may_leave_out: bool) -> None:
-    """A rank may hold a share of the model; everything else has all of its tensors, as they are."""
+    """Check that the rewritten model has all of the model's tensors; a rank may hold a share."""
     there, wanted = model.parameters(), rewritten.parameters()
     for name, shape in _wanted(rewritten):
         if name not in there:
@@ -55,7 +69,7 @@ def _check_tensors(who: str, model: Model, rewritten: Model, *, may_leave_out: b
         if shape != there[name]:
             raise Lfm2kitError(
                 f"{who}: tensor '{name}' has shape {list(there[name])}, "
-                f"its model's is {list(shape)}"
+                f"but its model needs {list(shape)}"
             )
     left_out = [name for name in there if name not in wanted]
     if left_out and not may_leave_out:
@@ -64,7 +78,7 @@ def _check_tensors(who: str, model: Model, rewritten: Model, *, may_leave_out: b
 
 
 def _wanted(model: Model) -> Iterator[tuple[str, Shape]]:
-    """Yields the tensors of the model's parts; two that share one may want different shapes."""
+    """Yield the tensors of the model's parts; two that share one may want different shapes."""
     for part in model.parts():
         for name, shape in part.spec.parameters().items():
             yield f"{part.scope}.{name}" if part.scope else name, shape
@@ -81,7 +95,7 @@ def _joined(who: str, factory: Callable[[Memory], Join], outer: Memory) -> Join:
         with blaming(joining):
             block = join.make(spec, **parts)
         if not callable(block):
-            raise Lfm2kitError(f"{joining} returned {brief(block)}, which is no block")
+            raise Lfm2kitError(f"{joining} returned {brief(block)}, not a block")
         return block
 
     return replace(join, make=make)

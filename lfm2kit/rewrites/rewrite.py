@@ -20,7 +20,7 @@ class Rewrite:
     `apply` returns a model that gives the same logits, and may put specs of types of its own into
     it.  A backend that knows such a type may build it.  For every other backend `joins` has, by
     type, how the core makes the block of the blocks of its parts.
-    Raises `Lfm2kitError` in `apply` if the model cannot be rewritten.
+    Raise `Lfm2kitError` in `apply` if the model cannot be rewritten.
     """
 
     name: str  # as in `--rewrite NAME`
@@ -34,9 +34,9 @@ class Rewrite:
 def chosen(
     names: Iterable[str], there: Mapping[str, Rewrite], skipped: str = ""
 ) -> tuple[Rewrite, ...]:
-    """Returns the rewrites `names` in their order, and then the automatic ones of `there`.
+    """Return the rewrites `names` in their order, and then the automatic ones of `there`.
 
-    Raises `Lfm2kitError` for a name that is not there, which ends with `skipped`, or is given
+    Raise `Lfm2kitError` for a name that is not there, which ends with `skipped`, or is given
     twice.
     """
     asked: dict[str, Rewrite] = {}
@@ -53,14 +53,14 @@ def chosen(
 def rewritten(
     model: specs.Model, joins: Joins, rewrites: Iterable[Rewrite]
 ) -> tuple[specs.Model, Joins]:
-    """Returns the model after all `rewrites`, and `joins` together with theirs."""
+    """Return the model after all `rewrites`, and `joins` together with theirs."""
     for rewrite in rewrites:
         model, joins = rewrite.apply(model), {**joins, **rewrite.joins}
     return model, joins
 
 
 def replaced(spec: Any, change: Callable[[Spec], Spec]) -> Any:
-    """Returns `spec` with `change` applied to it and to the specs inside it, the outermost first.
+    """Return `spec` with `change` applied to it and to the specs inside it, the outermost first.
 
     Where `change` returns the spec that it is given, the specs in its fields are changed; another
     spec takes its place as it is.

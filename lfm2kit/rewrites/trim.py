@@ -41,7 +41,7 @@ class TrimmedLayer(Spec):
 
     @property
     def rows_out(self) -> int:
-        """How many rows of a sequence go out, if it is long enough and wants its last logits."""
+        """Return how many rows of a sequence go out, if it is long and wants its last logits."""
         return 1 + (self.reach_out or 0)
 
     def parts(self) -> tuple[Part, ...]:
@@ -70,7 +70,7 @@ class KeptRows(Spec):
 
 
 def trim(model: Model) -> Model:
-    """Returns the model whose layers from the last attention on compute no row in vain."""
+    """Return the model whose layers from the last attention on compute no row in vain."""
     layers = list(model.layers)
     first = _first_trimmed(layers)
     reach_out = None
@@ -87,7 +87,7 @@ def trim(model: Model) -> Model:
 
 
 def _first_trimmed(layers: list[Spec]) -> int:
-    """Returns the last layer that needs all rows; those after it are convolutions."""
+    """Return the last layer that needs all rows; those after it are convolutions."""
     if not isinstance(layers[-1], Layer):
         raise Lfm2kitError(
             f"rewrite 'trim' cannot leave out rows of a {type(layers[-1]).__name__}, which another "
@@ -100,7 +100,7 @@ def _first_trimmed(layers: list[Spec]) -> int:
 
 
 def _is_cut(layer: Spec) -> bool:
-    """Whether a layer can do with a few rows before the wanted ones."""
+    """Return whether a layer can do with a few rows before the wanted ones."""
     return isinstance(layer, Layer) and isinstance(layer.operator, ShortConv)
 
 
@@ -155,7 +155,7 @@ TRIM = Rewrite(
 
 
 def rows_of(batch: Batch, reach_in: int | None, reach_out: int | None) -> Batch:
-    """Returns the batch of fewer rows that a trimmed layer's operator is given.
+    """Return the batch of fewer rows that a trimmed layer's operator is given.
 
     Each sequence begins `reach_in` rows before its first row in `logits_rows`, and counts as a
     whole one; None keeps all rows.  The new `logits_rows` begin `reach_out` rows before that row;
@@ -185,7 +185,7 @@ def _asking_from(batch: Batch, reach: int | None) -> Batch:
 
 
 def _rows_from(batch: Batch, reach: int) -> npt.NDArray[np.int32]:
-    """Returns each sequence's rows from `reach` before the first of its `logits_rows` on."""
+    """Return each sequence's rows from `reach` before the first of its `logits_rows` on."""
     sequence = _sequence_of_rows(batch)
     first = np.full(batch.sequences, batch.tokens + reach)  # where none is wanted: out of reach
     np.minimum.at(first, sequence[batch.logits_rows], batch.logits_rows)

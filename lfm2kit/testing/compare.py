@@ -17,7 +17,7 @@ Result = HostArray | tuple[HostArray, ...]
 def assert_close(
     got: Result, want: Result, within: float, what: str, rows: Any = slice(None)
 ) -> None:
-    """`CheckFailed` unless all of `got` is finite and within `within * max|want|` of `want`.
+    """Raise `CheckFailed` unless `got` is finite and within `within * max|want|` of `want`.
 
     The arrays of a tuple are compared one by one; integers must be equal.  Of each array only
     `rows` are compared.
@@ -36,7 +36,7 @@ def assert_close(
 
 
 def assert_same(got: Result, want: Result, what: str) -> None:
-    """`CheckFailed` unless `got` has the values of `want`, to the last bit."""
+    """Raise `CheckFailed` unless `got` has the values of `want`, to the last bit."""
     for name, array, expected in _pairs(got, want, what):
         if not np.array_equal(array, expected):
             error = np.abs(array.astype(np.float64) - expected)
@@ -47,12 +47,12 @@ def assert_same(got: Result, want: Result, what: str) -> None:
 
 
 def each(result: Result) -> tuple[HostArray, ...]:
-    """The arrays of a block's result, which may be one array or a tuple."""
+    """Return the arrays of a block's result, which may be one array or a tuple."""
     return result if isinstance(result, tuple) else (result,)
 
 
 def rows_of(result: Result, rows: Any) -> Result:
-    """Some rows of every array of a result."""
+    """Return some rows of every array of a result."""
     return tuple(array[rows] for array in result) if isinstance(result, tuple) else result[rows]
 
 
@@ -70,7 +70,7 @@ def _pairs(
 
 
 def _worst(error: npt.NDArray[np.float64], got: HostArray, want: HostArray) -> str:
-    """The largest error (the first NaN, if there is one) and where it is."""
+    """Return the largest error (the first NaN, if there is one) and where it is."""
     where = np.unravel_index(int(np.argmax(error)), error.shape)
     at = ", ".join(str(int(i)) for i in where)
     return (

@@ -16,7 +16,7 @@ from lfm2kit.weights import Weights
 
 
 class HostBlock:
-    """`block`, which works in `memory`; it is given copies, and its results are copied at once."""
+    """A block that works in `memory`; arguments are copied to it, and results back at once."""
 
     def __init__(self, spec: Spec, block: Block, memory: Memory) -> None:
         self.block = block
@@ -30,7 +30,7 @@ class HostBlock:
         return self.block.new_state(room)  # type: ignore[attr-defined]
 
     def to_memory(self, inputs: Sequence[Any]) -> list[Any]:
-        """Copies of the arguments in the block's memory; a state, which is there, as it is."""
+        """Return the arguments copied to the block's memory; a state is already there."""
         moved, state = (inputs[:-1], inputs[-1:]) if self._has_state else (inputs, ())
         return [*map(self._moved, moved), *state]
 
@@ -48,7 +48,7 @@ class HostBlock:
 
 
 def why_not_built(backend: Backend, spec: Spec) -> str | None:
-    """None if `backend` builds `spec`, whole or all its parts; else the reason it gives."""
+    """Return None if `backend` builds `spec`, whole or all its parts; else the reason it gives."""
     reason = backend.why_unsupported(spec)
     if reason is None or not spec.parts():
         return reason
@@ -56,7 +56,7 @@ def why_not_built(backend: Backend, spec: Spec) -> str | None:
 
 
 def host_block(backend: Backend, spec: Spec, weights: Weights) -> HostBlock:
-    """The block of `spec`, built whole or joined of its parts as the core would."""
+    """Return the block of `spec`, built whole or joined of its parts as the core would."""
     if backend.why_unsupported(spec) is None:
         return HostBlock(spec, backend.build(spec, weights), backend.memory(spec))
     parts = {

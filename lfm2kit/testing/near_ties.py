@@ -26,7 +26,7 @@ NEAR_TIE = 1e-5  # a gap between two scores (with bias) that roundings in float3
 
 
 def selection_gaps(spec: specs.Router, weights: Weights, x: npt.NDArray[Any]) -> Gaps:
-    """How close each row came to another selection or order: float64 [rows].
+    """Return how close each row came to another selection or order: float64 [rows].
 
     The smallest difference between neighbours among the num_experts_per_tok + 1 highest scores.
     """
@@ -35,7 +35,7 @@ def selection_gaps(spec: specs.Router, weights: Weights, x: npt.NDArray[Any]) ->
 
 
 def choice_gaps(spec: specs.Choice, weights: Weights, scores: npt.NDArray[Any]) -> Gaps:
-    """Returns the same as `selection_gaps`, from the scores [rows, num_experts]."""
+    """Return the same as `selection_gaps`, from the scores [rows, num_experts]."""
     biased = scores.astype(np.float64)
     if spec.use_expert_bias:
         biased = biased + weights.float32("expert_bias")
@@ -73,7 +73,7 @@ class GapWatch:
         return watched
 
     def clear_rows(self, margin: float) -> Rows:
-        """The rows that no router since `gaps` was cleared took closer to a tie than `margin`."""
+        """Return the rows that no router since `gaps` was cleared took within `margin` of a tie."""
         if not self.gaps:
             return slice(None)
         return np.flatnonzero(np.min(self.gaps, axis=0) > margin)

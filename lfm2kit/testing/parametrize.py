@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class BackendCheck:
-    """One check of one backend, to be called in a test; the backend is created by the first."""
+    """A check of a backend, to be called in a test; the first call creates the backend."""
 
     def __init__(self, name: str, create: Callable[[], tuple[Backend, Precision]]) -> None:
         self.id = name
         self._create = create
 
     def __call__(self) -> None:
-        """Raises `CheckFailed`, or skips the test where the backend builds no such block."""
+        """Raise `CheckFailed`, or skip the test where the backend builds no such block."""
         import pytest
 
         try:
@@ -39,14 +39,14 @@ def parametrize_backend_checks(
     expected_failures: Mapping[str, str] | None = None,
     precision: str = "fp32",
 ) -> pytest.MarkDecorator:
-    """A case for every check of an installed backend:
+    """Return a decorator that makes a case for every check of an installed backend:
 
         @lfm2kit.testing.parametrize_backend_checks("mine", {"repeatable": "atomic additions"})
         def test_conformance(check):
             check()
 
     `expected_failures` maps check ids to reasons.  Such a check must fail: its passing is an
-    error, so that the list stays true.  Raises `Lfm2kitError` for an id that is no check's.
+    error, so that the list stays true.  Raise `Lfm2kitError` for an unknown id.
     """
     import pytest
 
@@ -56,7 +56,7 @@ def parametrize_backend_checks(
 def backend_cases(
     backend: str, expected_failures: Mapping[str, str] | None = None, precision: str = "fp32"
 ) -> list[Any]:
-    """The cases of `parametrize_backend_checks`, their ids those of the checks."""
+    """Return the cases of `parametrize_backend_checks`, with the ids of the checks."""
     import pytest
 
     expected = expected_failures or {}
@@ -70,7 +70,7 @@ def backend_cases(
 
 
 def _created_once(name: str, precision: str) -> Callable[[], tuple[Backend, Precision]]:
-    """Creates the backend when the first case asks for it: collecting tests stays free."""
+    """Create the backend when the first case asks for it: collecting tests stays free."""
 
     @cache
     def create() -> tuple[Backend, Precision]:

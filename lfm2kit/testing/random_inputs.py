@@ -18,12 +18,12 @@ Int32 = npt.NDArray[np.int32]
 
 
 def random_rows(rng: np.random.Generator, rows: int, size: int, scale: float = 1.0) -> Float32:
-    """float32 [rows, size], N(0, scale)."""
+    """Return float32 [rows, size], N(0, scale)."""
     return (scale * rng.standard_normal((rows, size))).astype(np.float32)
 
 
 def random_lengths(rng: np.random.Generator, rows: int) -> list[int]:
-    """The lengths of some sequences, `rows` in all."""
+    """Return the lengths of some sequences, `rows` in all."""
     if rows == 0:
         return []
     cuts = rng.choice(np.arange(1, rows), size=min(3, rows - 1), replace=False)
@@ -36,7 +36,7 @@ def random_batch(
     *,
     vocab_size: int = 10,
 ) -> Batch:
-    """A ragged batch of sequences of these lengths."""
+    """Return a ragged batch of sequences of these lengths."""
     ids = [rng.integers(vocab_size, size=n) for n in lengths]
     return Batch.of_sequences(ids)
 
@@ -44,7 +44,7 @@ def random_batch(
 def random_scores(
     rng: np.random.Generator, rows: int, num_experts: int, scale: float = 1.0
 ) -> Float32:
-    """Returns float32 [rows, num_experts]: the sigmoids of N(0, scale)."""
+    """Return float32 [rows, num_experts]: the sigmoids of N(0, scale)."""
     logits = scale * rng.standard_normal((rows, num_experts))
     return (1 / (1 + np.exp(-np.clip(logits, -700, 700)))).astype(np.float32)
 
@@ -52,7 +52,7 @@ def random_scores(
 def random_routing(
     rng: np.random.Generator, spec: specs.Experts, rows: int
 ) -> tuple[Int32, Float32]:
-    """(expert_ids, expert_weights), each row's ids distinct and local."""
+    """Return (expert_ids, expert_weights), each row's ids distinct and local."""
     local = np.array(spec.local_experts, np.int32)
     k = min(spec.num_experts_per_tok, len(local))
     order = rng.random((rows, len(local))).argsort(axis=1)[:, :k]
@@ -62,7 +62,7 @@ def random_routing(
 def random_inputs(
     spec: Spec, rng: np.random.Generator, rows: int, scale: float = 1.0
 ) -> tuple[Any, ...]:
-    """Arguments for one call of a block of `spec`; operators get no state."""
+    """Return arguments for one call of a block of `spec`; operators get no state."""
     lengths = random_lengths(rng, rows)
     match spec:
         case specs.Embedding():

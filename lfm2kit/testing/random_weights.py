@@ -16,7 +16,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 def random_weights(spec: Spec, rng: np.random.Generator | int = 0) -> Weights:
-    """Float32 weights for all of `spec.parameters()`, read-only as a checkpoint's memory map is.
+    """Return float32 weights for all of `spec.parameters()`, read-only as a memory map is.
 
     Matrices keep the size of what goes through them (1 / sqrt(fan_in)); w3 is smaller than w1, the
     taps of a convolution differ in size, norm weights are 1 + 0.2 N(0, 1), biases are nonzero.
@@ -28,21 +28,21 @@ def random_weights(spec: Spec, rng: np.random.Generator | int = 0) -> Weights:
 
 
 def frozen_weights(arrays: Mapping[str, Float32]) -> Weights:
-    """Weights that raise ValueError where a block writes them."""
+    """Return weights that raise ValueError if a block writes them."""
     for array in arrays.values():
         array.flags.writeable = False
     return Weights.of_arrays(arrays)
 
 
 def stored_as(weights: Weights, format: Format) -> Weights:
-    """The same weights rounded to another format; the expert bias stays F32, as in checkpoints."""
+    """Return the weights rounded to another format; the expert bias stays F32, as in files."""
     return Weights(
         {n: t if n.endswith("expert_bias") else _stored(t, format) for n, t in weights.items()}
     )
 
 
 def in_int8(weights: Weights) -> Weights:
-    """The same weights, all matrices in a format that no backend knows: int8, a scale per row.
+    """Return the weights, all matrices in a format that no backend knows: int8, a scale per row.
 
     The scales are powers of two, so that BF16 holds the values.
     """
@@ -50,12 +50,12 @@ def in_int8(weights: Weights) -> Weights:
 
 
 def with_values_of(weights: Weights, format: Format) -> Weights:
-    """The same weights in float32, all matrices but a router's rounded to values of `format`."""
+    """Return float32 weights, all matrices but a router's rounded to values of `format`."""
     return frozen_weights({n: _rounded(n, t, format) for n, t in weights.items()})
 
 
 def seed_of(name: str) -> int:
-    """A seed that belongs to a name, the same on every machine and day."""
+    """Return a seed that belongs to a name, the same on every machine and day."""
     return zlib.crc32(name.encode())
 
 

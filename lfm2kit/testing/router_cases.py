@@ -18,7 +18,7 @@ WITHIN = 2e-5  # of the largest weight, in every precision: the router is always
 
 
 def routers(trial: Trial, **changes: Any) -> list[Router]:
-    """Routers of an odd and a usual size."""
+    """Return routers of an odd and a usual size."""
     fields = {
         "use_expert_bias": True,
         "norm_topk_prob": True,
@@ -29,7 +29,7 @@ def routers(trial: Trial, **changes: Any) -> list[Router]:
 
 
 def judge_rows(trial: Trial, spec: Router, rows: int) -> None:
-    """Random rows against the reference, but those near a tie."""
+    """Compare random rows with the reference, except those near a tie."""
     weights = trial.random_weights(spec)
     block, reference = trial.pair(spec, weights)
     x = random_rows(trial.rng, rows, spec.hidden_size)
@@ -45,7 +45,7 @@ def judge_logits(
     bias: npt.NDArray[Any] | None = None,
     within: float = WITHIN,
 ) -> None:
-    """Rows with exactly these logits [rows, num_experts], whatever order a block adds in.
+    """Compare rows with exactly these logits [rows, num_experts], however a block adds.
 
     Row r is 1 at r and 0 elsewhere, the gate's columns are the logits.
     """

@@ -22,7 +22,7 @@ Verdict = Literal["passed", "failed", "skipped", "expected-failure", "unexpected
 
 
 class Result(NamedTuple):
-    """What one check said of a backend."""
+    """The verdict of one check on a backend."""
 
     id: str
     verdict: Verdict
@@ -31,12 +31,12 @@ class Result(NamedTuple):
 
     @property
     def is_failure(self) -> bool:
-        """Whether the backend as a whole fails by this: an unexpected pass counts."""
+        """Return whether the backend as a whole fails by this: an unexpected pass counts."""
         return self.verdict in ("failed", "unexpected-pass")
 
 
 def selected(only: Iterable[str] | None) -> list[str]:
-    """The ids of the checks to run, in their order; `Lfm2kitError` for an id that is none."""
+    """Return the ids of the checks to run, in order; raise `Lfm2kitError` for an unknown id."""
     if only is None:
         return list(CHECKS)
     wanted = {name.strip() for name in only}
@@ -55,11 +55,11 @@ def run_checks(
     expected_failures: Mapping[str, str] | None = None,
     done: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
-    """The result of every check (or of those in `only`) for an installed backend.
+    """Return the result of every check (or of those in `only`) for an installed backend.
 
     `expected_failures` maps check ids to reasons: such a check must fail.  `done` is called after
-    each check.  Raises `Lfm2kitError` if the backend is not there, cannot run, or lacks the
-    precision, and for an id that is no check's; what a check raises is its result.
+    each check.  Raise `Lfm2kitError` if the backend is not there, cannot run, or lacks the
+    precision, and for an unknown id; what a check raises is its result.
     """
     ids = selected(only)
     expected = dict(expected_failures or {})
@@ -77,7 +77,7 @@ def run_checks(
 def judged(
     name: str, backend: Backend, precision: Precision = FP32, expected: str | None = None
 ) -> Result:
-    """The result of one check; `expected` is why it is expected to fail."""
+    """Return the result of one check; `expected` is why it is expected to fail."""
     start = time.perf_counter()
     verdict: Verdict = "passed"
     detail = ""
@@ -98,7 +98,7 @@ def judged(
 
 
 def run_check(name: str, backend: Backend, precision: Precision = FP32) -> None:
-    """One check, of the same random numbers every time; raises what the check raises."""
+    """Run one check with the same random numbers every time; raise what the check raises."""
     rng = np.random.default_rng(seed_of(name))
     with np.errstate(all="ignore"):  # NaN and infinities are what some checks are about
         CHECKS[name].run(Trial(backend, ReferenceBackend(), rng, precision))

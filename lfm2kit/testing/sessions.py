@@ -23,7 +23,7 @@ PAGE_TOKENS = 64
 
 
 class Pages:
-    """Hands out page numbers, in an order that no block can rely on, and counts who uses them."""
+    """The free page numbers, given in an order that no block can rely on, with their users."""
 
     def __init__(self, room: Room, rng: np.random.Generator) -> None:
         self.room = room
@@ -74,7 +74,7 @@ class Pages:
 
 
 class Session:
-    """One state of a block, and the pages of its sequences."""
+    """A state of a block, and the pages of its sequences."""
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -29,7 +30,7 @@ PATIENCE = 300.0  # seconds without a word of a rank: a kernel may have to be co
 
 
 class OthersEnded(Exception):  # noqa: N818 (a consequence, not an error)
-    """Raised in a rank that waits for a rank which has failed, or does not come."""
+    """The error in a rank that waits for one which has failed, or does not come."""
 
 
 class ThreadTransport:
@@ -43,7 +44,7 @@ class ThreadTransport:
         self._meeting = meeting
 
     def everyones(self, value: Any, operation: str = "everyones") -> list[Any]:
-        """Returns the value that each rank brings to this call, in order of rank.
+        """Return the value that each rank brings to this call, in order of rank.
 
         The values are not copied: a rank that changes its own one must wait in `barrier` first.
         """
@@ -76,14 +77,14 @@ class ThreadTransport:
         self.everyones(None, "barrier")
 
     def finish(self, exit_code: int) -> None:
-        """Does nothing: a rank is done when its function returns."""
+        """Do nothing: a rank is done when its function returns."""
 
     def abort(self, exit_code: int, reason: str, details: str = "") -> NoReturn:
         raise JobError(f"rank {self.world.rank} of {self.world.size}: {reason}", exit_code, details)
 
 
 def _check_alike(everyones: Sequence[npt.NDArray[Any]]) -> None:
-    """Raises JobError if the rows that the ranks bring differ in type or shape."""
+    """Raise JobError if the rows that the ranks bring differ in type or shape."""
     forms = [f"{rows.dtype} {list(rows.shape[1:])}" for rows in everyones]
     if len(set(forms)) > 1:
         said = ", ".join(f"rank {rank} has {form}" for rank, form in enumerate(forms))
@@ -100,7 +101,7 @@ class Meeting:
         self.words = 0  # how often a rank has come: it still grows where all is well
 
     def swap(self, rank: int, operation: str, value: Any) -> list[Any]:
-        """Returns every rank's value; JobError if the ranks are not in the same operation."""
+        """Return every rank's value; JobError if the ranks are not in the same operation."""
         self.words += 1
         self._brought[rank] = operation, value
         self._wait()
@@ -112,7 +113,7 @@ class Meeting:
         return [value for _, value in everyone]
 
     def end(self) -> None:
-        """Ends all waiting, now and later."""
+        """End all waiting, now and later."""
         self._barrier.abort()
 
     def _wait(self) -> None:
@@ -123,7 +124,7 @@ class Meeting:
 
 
 class Ended(NamedTuple):
-    """How a rank ended: what it returned or raised."""
+    """The end of a rank: what it returned or raised."""
 
     rank: int
     result: Any
@@ -137,15 +138,18 @@ def run_ranks(
     make: Callable[[int, Meeting], ThreadTransport] = ThreadTransport,
     patience: float = PATIENCE,
 ) -> list[T]:
-    """Runs `rank(transport)` in a thread for each of `size` ranks; returns what they returned.
+    """Run `rank(transport)` in a thread for each of `size` ranks; return what they returned.
 
     `make` makes a rank's transport, such as a subclass that has an exchange.  If a rank raises, the
     others end at their next collective operation, and its error is raised here with a note that
     names the rank.  Raises `JobError` if the ranks do not call the same operations, or if one does
-    not come to an operation, or to its end, within `patience` seconds; ValueError without a rank.
+    not come to an operation, or to its end, within `patience` seconds; ValueError for a `size` that
+    is not a whole number of 1 or more, and a `rank` that is not a function.
     """
-    if size < 1:
-        raise ValueError(f"run_ranks needs 1 rank or more, not {size}")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"run_ranks needs 1 rank or more, not {brief(size)}")
+    if not callable(rank):
+        raise ValueError(f"run_ranks calls a function for each rank, which {brief(rank)} is not")
     meeting, ended = Meeting(size, patience), queue.SimpleQueue[Ended]()
 
     def run(transport: ThreadTransport) -> None:
@@ -168,7 +172,7 @@ def run_ranks(
 
 
 def _results(meeting: Meeting, ended: queue.SimpleQueue[Ended], patience: float) -> list[Any]:
-    """Waits for all ranks, as long as one of them comes to an operation now and then."""
+    """Wait for all ranks, as long as one of them comes to an operation now and then."""
     size = meeting.size
     by_rank: dict[int, Ended] = {}
     is_silent = False

@@ -24,14 +24,14 @@ REFERENCE, ON_TRIAL = "reference", "on trial"
 
 
 class Recorder:
-    """Keeps what each block of a model returned, by the block's name, in order."""
+    """A record of what each block of a model returned, by the block's name, in order."""
 
     def __init__(self, placed: Placed) -> None:
         self.results: dict[str, tuple[npt.NDArray[Any], ...]] = {}
         self._memory = {p.name: p.memory for p in placed.tree()}
 
     def wrap(self, name: str, spec: Spec, block: Block) -> Block:
-        """For `Builder`: `block`, its results recorded."""
+        """Return `block` with its results recorded, for `Builder`."""
 
         def recorded(*inputs: Any) -> Any:
             result = block(*inputs)
@@ -45,7 +45,7 @@ class Recorder:
 def build_tiny_model(
     spec: specs.Model, weights: Weights, reference: Backend, on_trial: Backend | None
 ) -> LFM2:
-    """The model with `on_trial` for all that it builds and the reference for the rest."""
+    """Return the model with `on_trial` for all that it builds and the reference for the rest."""
     placed, builder, default = _placed(spec, weights, reference, on_trial)
     return build_model(placed, builder, default)
 
@@ -57,7 +57,7 @@ def recorded_run(
     on_trial: Backend | None,
     batch: Batch,
 ) -> dict[str, tuple[npt.NDArray[Any], ...]]:
-    """What every block returned in one forward, by name, in the order in which they finished."""
+    """Return what every block returned in one forward, by name, in the order of completion."""
     placed, builder, default = _placed(spec, weights, reference, on_trial)
     recorder = Recorder(placed)
     model = build_model(
@@ -68,7 +68,7 @@ def recorded_run(
 
 
 def plan_for(spec: specs.Model, on_trial: Backend | None) -> Plan:
-    """The trial's backend as the default if it builds everything, else wherever it can."""
+    """Return a plan of the trial's backend wherever it can build, else of the reference."""
     if on_trial is None:
         return Plan(REFERENCE)
     if why_not_built(on_trial, spec) is None:
@@ -82,7 +82,7 @@ def plan_for(spec: specs.Model, on_trial: Backend | None) -> Plan:
 
 
 def _built(backend: Backend, spec: Spec) -> set[str]:
-    """The kinds of the plain blocks of `spec` that `backend` builds, alone or in a larger one."""
+    """Return the kinds of plain blocks of `spec` that `backend` builds, alone or in larger ones."""
     if backend.why_unsupported(spec) is None:
         return {leaf.kind for leaf in specs.leaves(spec)}
     return set().union(*(_built(backend, part.spec) for part in spec.parts()))

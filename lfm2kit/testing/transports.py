@@ -28,7 +28,7 @@ HIDDEN_SIZE = 6
 
 
 def check_transport(transport: Transport) -> None:
-    """Rows of any type reach the rank that they are sent to, in the order of the ranks."""
+    """Check that rows of any type reach the rank they are sent to, in the order of the ranks."""
     for dtype, shape in ROWS:
         _check_all_to_all(transport, np.dtype(dtype), shape)
     _check_gather(transport)
@@ -49,7 +49,7 @@ def _check_all_to_all(transport: Transport, dtype: np.dtype[Any], shape: tuple[i
 
 
 def _marked(dtype: np.dtype[Any], shape: tuple[int, ...], source: int, to: int) -> Any:
-    """Returns a row whose bytes say from whom it comes and to whom it goes."""
+    """Return a row whose bytes say from whom it comes and to whom it goes."""
     row = np.zeros(shape, dtype)
     row.reshape(-1).view(np.uint8)[:] = 16 * (source % 16) + to % 16
     return row
@@ -77,7 +77,7 @@ class _Tokens(NamedTuple):
 
 
 def check_exchange(transport: Transport, memory: Memory = HOST) -> None:
-    """A token's products come back to it, and are added in the order of k, bit for bit.
+    """Check that a token's products come back and are added in the order of k, bit for bit.
 
     The experts stand anywhere, some ranks hold none, some have no tokens; ids of -1 are nobody's.
     """
@@ -91,7 +91,7 @@ def check_exchange(transport: Transport, memory: Memory = HOST) -> None:
 
 
 def _layers(size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields numbers of experts per token, and the rank that holds each expert."""
+    """Yield numbers of experts per token, and the rank that holds each expert."""
     yield 3, evenly(size, 5 * size + 1)
     yield 2, evenly(size, max(2, size - 1))  # a rank has none, if there are more than two
     yield 4, [(7 * e + 3) % size for e in range(9)]
@@ -133,14 +133,14 @@ def _check_one(
 
 
 def _products(x: Floats, ids: Int32, weights: Floats) -> Floats:
-    """Returns the weighted outputs [rows, k, hidden_size] of experts that scale; NaN for -1."""
+    """Return the weighted outputs [rows, k, hidden_size] of experts that scale; NaN for -1."""
     scale = np.where(ids < 0, np.float32(np.nan), np.sqrt(ids.astype(np.float32) + 2))
     outputs: Floats = weights[:, :, None] * (scale.astype(np.float32)[:, :, None] * x[:, None])
     return outputs
 
 
 def _added(products: Floats, ids: Int32) -> Floats:
-    """Returns the sum of each token's products in the order of k, without those of -1."""
+    """Return the sum of each token's products in the order of k, without those of -1."""
     delta = np.zeros((len(products), products.shape[2]), np.float32)
     for t, row in enumerate(products):
         taken = np.flatnonzero(ids[t] >= 0)

@@ -23,7 +23,7 @@ S = TypeVar("S", bound=Spec)
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One backend before one check.  The reference works in the host's memory."""
+    """A backend before one check; the reference works in the host's memory."""
 
     backend: Backend
     reference: Backend
@@ -32,16 +32,16 @@ class Trial:
 
     @property
     def tolerance(self) -> float:
-        """The largest error of a block, relative to its result's largest value."""
+        """Return the largest error of a block, relative to its result's largest value."""
         return self.precision.grade.block_error
 
     @property
     def near_tie(self) -> float:
-        """The gap between two scores of a router below which either choice is right."""
+        """Return the gap between two scores of a router below which either choice is right."""
         return NEAR_TIE if self.precision.grade == FP32_GRADE else self.tolerance
 
     def supported(self, candidates: Iterable[S]) -> list[S]:
-        """Those that the backend builds; raises `Skipped` with its reason if there are none.
+        """Return those that the backend builds; raise `Skipped` with its reason if there are none.
 
         Of a kind of which it builds none, they come widened: a backend may have kernels for the
         release's widths alone, and is then judged by those.
@@ -61,11 +61,11 @@ class Trial:
         return next((list(dict.fromkeys(found)) for w in wider if (found := self.built(w))), [])
 
     def built(self, candidates: Iterable[S]) -> list[S]:
-        """Returns those that the backend builds, whole or all their parts; perhaps none."""
+        """Return those that the backend builds, whole or all their parts; perhaps none."""
         return [spec for spec in candidates if why_not_built(self.backend, spec) is None]
 
     def first_of_kinds(self, kinds: Iterable[str] = CASES) -> list[Spec]:
-        """One spec of each of these kinds that the backend builds."""
+        """Return one spec of each of these kinds that the backend builds."""
         candidates = [spec for kind in kinds for spec in CASES[kind]]
         first = {spec.kind: spec for spec in reversed(self.supported(candidates))}
         return [first[kind] for kind in kinds if kind in first]
@@ -77,11 +77,11 @@ class Trial:
         return host_block(self.reference, spec, weights)
 
     def random_weights(self, spec: Spec) -> Weights:
-        """Random ones that the precision takes."""
+        """Return random weights that the precision takes."""
         return self.as_taken(random_weights(spec, self.rng))
 
     def as_taken(self, weights: Weights) -> Weights:
-        """`weights`, rounded to values that the precision takes where it does not take all.
+        """Return `weights`, rounded to values that the precision takes if it does not take all.
 
         They are still stored as float32; the router's, which stays float32, is not rounded.
         """
@@ -89,6 +89,6 @@ class Trial:
         return weights if format is None else with_values_of(weights, format)
 
     def pair(self, spec: Spec, weights: Weights | None = None) -> tuple[HostBlock, HostBlock]:
-        """The backend's block and the reference's, of the same weights (random ones)."""
+        """Return the backend's block and the reference's, of the same weights (random ones)."""
         weights = self.random_weights(spec) if weights is None else weights
         return self.build(spec, weights), self.build_reference(spec, weights)

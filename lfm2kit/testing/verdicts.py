@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class CheckFailed(AssertionError):  # noqa: N818 (a verdict, not an error)
-    """The backend breaks its contract; the message says where, what came and what was expected."""
+    """A breach of the contract; the message says where, what came and what was expected."""
 
 
 class Skipped(Exception):  # noqa: N818 (a verdict, not an error)
-    """The backend builds none of the blocks that the check is about; the message is its reason."""
+    """A check of blocks that the backend does not build; the message is the backend's reason."""

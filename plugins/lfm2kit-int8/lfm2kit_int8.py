@@ -32,7 +32,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """Opens a folder; its tensors stay views of the file."""
+    """Open a folder; its tensors stay views of the file."""
     from lfm2kit.checkpoint import Checkpoint, canonical, read_safetensors
     from lfm2kit.checkpoint.config import model_spec, parse_config
     from lfm2kit.weights import Weights
@@ -46,7 +46,7 @@ def open_folder(folder: Path) -> Checkpoint:
 
 
 def _with_scales(stored: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors; the scales, which the file has as tensors, are beside their matrices."""
+    """Yield the tensors; the scales, which the file has as tensors, are beside their matrices."""
     scales = {
         name: f"{name}_scale" for name, tensor in stored.items() if tensor.format.name == "I8"
     }
@@ -61,7 +61,7 @@ def _with_scales(stored: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def format_of_rows() -> Any:
-    """Returns the format: a value in each element of the data, and a scale for each row beside."""
+    """Return the format: a value in each element of the data, and a scale for each row beside."""
     import numpy as np
 
     from lfm2kit.formats import Format
@@ -70,7 +70,7 @@ def format_of_rows() -> Any:
 
 
 def quantise(model: Path, new: Path) -> None:
-    """Writes a folder with the matrices of `model` rounded to int8, all but the routers' gates."""
+    """Write a folder with the matrices of `model` rounded to int8, all but the routers' gates."""
     from lfm2kit.checkpoint import open_checkpoint, write_safetensors
     from lfm2kit.formats import F32
 
@@ -91,7 +91,7 @@ def quantise(model: Path, new: Path) -> None:
 
 
 def rounded(values: Any) -> tuple[Any, Any]:
-    """Returns values [out, in] as int8, and the scales [out] to multiply them with."""
+    """Return values [out, in] as int8, and the scales [out] to multiply them with."""
     import numpy as np
 
     scales = np.max(np.abs(values), axis=1) / np.float32(127)

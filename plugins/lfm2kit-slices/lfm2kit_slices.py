@@ -36,7 +36,7 @@ class SlicedMLP(Spec):
 
 
 class SlicedBlock:
-    """Made of the block of an `MLP`, which any backend may have built."""
+    """A block made of the block of an `MLP`, which any backend may have built."""
 
     def __init__(self, spec: SlicedMLP, slice: Block) -> None:
         self.rows = spec.rows
@@ -51,13 +51,13 @@ class SlicedBlock:
 
 
 def apply(model: Model) -> Model:
-    """Returns the model with a `SlicedMLP` in the place of each `MLP`."""
+    """Return the model with a `SlicedMLP` in the place of each `MLP`."""
     sliced: Model = replaced(model, lambda spec: SlicedMLP(spec) if type(spec) is MLP else spec)
     return sliced
 
 
 def join(surroundings: Memory) -> Join:
-    """Returns how a `SlicedMLP` is made: in the host's memory, whatever surrounds it."""
+    """Return how a `SlicedMLP` is made: in the host's memory, whatever surrounds it."""
     return Join(SlicedBlock, HOST)
 
 

@@ -28,7 +28,7 @@ MOST_PENDING = 20_000  # calls whose marks are kept: a mark may hold an event of
 
 @lfm2kit.hookimpl
 def lfm2kit_block_wrapper(name: str, spec: Spec, memory: Memory) -> lfm2kit.Wrapper | None:
-    """No wrapper, hence no cost, unless a trace is asked for.
+    """Return a wrapper that records a block's calls; None if no trace is asked for.
 
     It does not survive capture: a replay calls no block that could be timed.
     """
@@ -38,7 +38,7 @@ def lfm2kit_block_wrapper(name: str, spec: Spec, memory: Memory) -> lfm2kit.Wrap
 
 @lfm2kit.hookimpl
 def lfm2kit_run_ended(record: Mapping[str, Any]) -> None:
-    """Puts what was run into the trace, so that the file says what its times are of."""
+    """Put what was run into the trace, so that the file says what its times are of."""
     target = os.environ.get(VARIABLE)
     if target:
         _trace(target).record = record
@@ -114,7 +114,7 @@ class Trace:
         return lfm2kit.Wrapper(wrap)
 
     def write(self) -> None:
-        """The old file or the whole new one, never half of it; then the totals on stderr."""
+        """Write the whole new file or keep the old one; then print the totals on stderr."""
         self._settle()
         names = [_thread_name(memory, tid) for memory, tid in self._threads.items()]
         document = {"traceEvents": [*names, *self.events], "otherData": dict(self.record)}
@@ -137,7 +137,7 @@ class Trace:
         return self._origins.setdefault(memory, Origin(mark(), time.perf_counter()))
 
     def _settle(self) -> None:
-        """Turns marks into times; all calls have ended, or are waited for."""
+        """Turn marks into times; all calls have ended, or are waited for."""
         for event, start, end, origin in self._pending:
             ts = 1e6 * (origin.seconds + start.seconds_since(origin.mark))
             self.events.append({**event, "ts": ts, "dur": 1e6 * end.seconds_since(start)})
@@ -150,7 +150,7 @@ def _thread_name(memory: str, tid: int) -> dict[str, Any]:
 
 
 def trace_summary(file: Path, blocks: bool = False) -> None:
-    """Prints the calls, seconds and share of each kind in a trace, or of each block."""
+    """Print the calls, seconds and share of each kind of block in a trace, or of each block."""
     events, record = _read(file)
     for key in ("model", "backend", "precision", "ranks", "samples_per_second"):
         if key in record:
@@ -160,7 +160,7 @@ def trace_summary(file: Path, blocks: bool = False) -> None:
 
 
 def _read(file: Path) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
-    """Returns the calls in a trace's file, and the record of its run."""
+    """Return the calls in a trace's file, and the record of its run."""
     try:
         document = json.loads(file.read_text())
         events = [event for event in document["traceEvents"] if event["ph"] == "X"]
@@ -173,7 +173,7 @@ def _read(file: Path) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
 
 
 def _totals(events: Iterable[Mapping[str, Any]], key: str) -> list[str]:
-    """Returns a line for each kind or block, the longest first; `model` is the whole of them."""
+    """Return a line for each kind or block, the longest first; `model` is the whole of them."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for event in events:
         seconds[event[key]].append(event["dur"] / 1e6)
@@ -187,5 +187,5 @@ def _totals(events: Iterable[Mapping[str, Any]], key: str) -> list[str]:
 
 @cache
 def _trace(target: str) -> Trace:
-    """The trace that goes to `target`: one for all models that this process builds."""
+    """Return the trace that goes to `target`: one for all models that this process builds."""
     return Trace(Path(target.replace("%p", str(os.getpid()))))

@@ -63,7 +63,7 @@ def card(plan: str = "card", *, transport: Any = None, **options: Any) -> Setup:
 
 
 def elements(*, without_experts_of: int = 0) -> int:
-    """Of the model's weights, a tied head's counted again, but for some layers' experts."""
+    """Return the elements of the weights, a tied head's counted again, but for some experts."""
     sparse = [
         x.feed_forward for x in TINY.spec.layers if isinstance(x.feed_forward, specs.SparseMoe)
     ]
@@ -136,7 +136,7 @@ class TwoRanks:
 
 
 def share_of_two(itemsize: int) -> int:
-    """Bytes of a rank's blocks: half of the experts, and all else."""
+    """Return the bytes of a rank's blocks: half of the experts, and all else."""
     return itemsize * (elements() + elements(without_experts_of=6)) // 2
 
 
@@ -178,7 +178,7 @@ def test_each_memory_must_have_room_for_its_own_part_of_a_state(monkeypatch: Any
 
 
 class WithoutStateBytes:
-    """Builds operators, but does not say what their states take."""
+    """A backend that builds operators, but does not say what their states take."""
 
     def __init__(self, context: Context) -> None:
         backend = ReferenceBackend()
@@ -206,6 +206,6 @@ def test_a_size_that_is_not_a_number_of_bytes_is_named(
 ) -> None:
     monkeypatch.setattr(CardBackend, method, lambda *arguments: wrong)
     Card.free = 1 << 40
-    says = rf"{method} of backend 'card' returned {wrong} for a \w+, but must return a whole number"
+    says = rf"{method} of backend 'card' returned {wrong} for \S+, a \w+, but must return a whole"
     with pytest.raises(Lfm2kitError, match=says):
         card().build()

@@ -26,20 +26,37 @@ TINY = open_checkpoint(find_model("tiny"))
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"threads": 0}, "threads=0: expected a whole number of 1 or more, as threads=1"),
+        ({"threads": 0}, "threads=0: expected a whole number of 1 or more, such as threads=1"),
         ({"threads": 2**21}, "threads=2097152: lfm2kit takes up to 1048576"),
         ({"threads": "2"}, "threads='2': expected a whole number"),
         ({"threads": True}, "threads=True: expected a whole number"),
         ({"trim": True}, "'trim' is a rewrite; type rewrites=('trim',)"),
-        ({"preciison": "bf16"}, "unknown option 'preciison'; there is: backend, n_cpu_moe, plan, "),
+        (
+            {"preciison": "bf16"},
+            "unknown option 'preciison'; available: backend, n_cpu_moe, plan, ",
+        ),
         ({"rewrites": "trim"}, "rewrites='trim': expected a tuple of names, such as ('NAME',)"),
         ({"rewrites": 7}, "rewrites=7: expected a tuple of names"),
+        ({"rewrites": (7,)}, "rewrites=(7,): expected a tuple of names"),
+        ({"rewrites": [["trim"]]}, "rewrites=[['trim']]: expected a tuple of names"),
+        ({"rewrites": None}, "rewrites: expected a tuple of names"),
+        ({"n_cpu_moe": None}, "n_cpu_moe: expected a whole number of 0 or more"),
+        ({"threads": [2]}, "threads=[2]: expected a whole number"),
+        ({"seed": 0.5}, "seed=0.5: expected a whole number of 0 or more"),
+        ({"model": 7}, "model=7: expected a path, or an embedded model's name, such as 'tiny'"),
+        ({"model": None}, "model: expected a path"),
+        ({"model": b"tiny"}, "model=b'tiny': expected a path"),
+        ({"backend": ["reference"]}, "backend=['reference']: expected a plan as text"),
+        ({"plan": {}}, "plan={}: expected the path of a TOML file"),
         ({"backend": 5}, "backend=5: expected a plan as text"),
         ({"plan": 5}, "plan=5: expected the path of a TOML file"),
         ({"precision": 5}, "precision=5: expected a name"),
         ({"precision": ""}, "precision='': expected a name"),
         ({"precision": None}, "precision: expected a name"),
-        ({"n_cpu_moe": -1}, "n_cpu_moe=-1: expected a whole number of 0 or more, as n_cpu_moe=0"),
+        (
+            {"n_cpu_moe": -1},
+            "n_cpu_moe=-1: expected a whole number of 0 or more, such as n_cpu_moe=0",
+        ),
         ({"n_cpu_moe": 7, "backend": "reference"}, "n_cpu_moe=7: the model has 6 MoE layers"),
     ],
 )
@@ -47,7 +64,7 @@ def test_a_wrong_option_is_one_sentence_in_the_words_of_python(
     options: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(Lfm2kitError) as caught:
-        load_model("tiny", **options)
+        load_model(**{"model": "tiny", **options})
     assert str(caught.value).startswith(says)
 
 
@@ -61,8 +78,8 @@ def test_a_plan_as_a_file_needs_no_other_backend(tmp_path: Path) -> None:
 def test_a_plan_as_text_and_as_a_file_are_both_named() -> None:
     with pytest.raises(Lfm2kitError) as caught:
         Options(backend="reference", plan=Path("p.toml")).chosen_plan()
-    assert str(caught.value) == "backend='reference' and plan='p.toml': give one of them"
-    assert told(caught.value) == "--backend reference and --plan p.toml: give one of them"
+    assert str(caught.value) == "backend='reference' and plan='p.toml': give only one of them"
+    assert told(caught.value) == "--backend reference and --plan p.toml: give only one of them"
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "warmup"])
@@ -98,7 +115,7 @@ def test_a_dataclass_of_options_is_made_of_what_was_typed() -> None:
 
 
 def plugins_with(preference: int, backend: Any) -> Plugins:
-    """The installed plugins and one more backend."""
+    """Return the installed plugins and one more backend."""
     plugins = installed_plugins()
     plugin = BackendPlugin("mine", "", lambda context: backend, 1, preference=preference)
     plugins.backends["mine"] = InstalledBackend(plugin, "this test")
@@ -116,6 +133,25 @@ def test_experts_on_the_host_come_from_the_most_preferred_backend_that_lives_the
     assert experts_of_layer_2(plugins_with(1000, reference)) == "mine"
     assert experts_of_layer_2(plugins_with(1000, DeviceBackend())) != "mine"
     assert experts_of_layer_2(plugins_with(0, reference)) != "mine"
+
+
+@pytest.mark.parametrize(
+    ("plan", "precision", "expected"),
+    [
+        ("cpu_simd:bf16", "fp32", "cpu_simd:bf16"),
+        ("cpu_simd,2.moe=cpu_simd:bf16", "fp32", "cpu_simd:bf16"),
+        ("cpu_simd:fp32", "bf16", "cpu_simd:fp32"),
+        ("cpu_simd", "bf16", "cpu_simd"),
+    ],
+)
+def test_experts_on_the_host_keep_the_precision_that_the_plan_gives_them(
+    plan: str, precision: str, expected: str
+) -> None:
+    pytest.importorskip("lfm2kit_cpu_simd", reason="it has several precisions")
+    setup = set_up(TINY, Options(backend=plan, precision=precision, n_cpu_moe=1))
+    leaves = {leaf.name: leaf.backend for leaf in setup.placed.leaves()}
+    experts = {name: leaf for name, leaf in leaves.items() if name.startswith("layers.2.feed")}
+    assert set(experts.values()) == {expected}
 
 
 def test_without_such_a_backend_the_option_is_named() -> None:

@@ -133,11 +133,14 @@ def test_a_rule_that_fits_no_block_is_an_error(item: str) -> None:
 
 
 def test_experts_of_the_first_moe_layers_on_the_cpu() -> None:
-    plan = Plan.parse("a").with_cpu_experts(1, small_spec(), "cpu")
+    on_host = {"a": "cpu", "a:bf16": "cpu:bf16"}.__getitem__
+    plan = Plan.parse("a").with_cpu_experts(1, small_spec(), on_host)
     assert [plan.backend_for(i, "experts") for i in range(4)] == ["a", "a", "cpu", "a"]
     assert plan.backend_for(2, "scores") == "a"
     with pytest.raises(Lfm2kitError, match="2 MoE layers"):
-        Plan.parse("a").with_cpu_experts(3, small_spec(), "cpu")
+        Plan.parse("a").with_cpu_experts(3, small_spec(), on_host)
+    plan = Plan.parse("a,3.moe=a:bf16").with_cpu_experts(2, small_spec(), on_host)
+    assert [plan.backend_for(i, "experts") for i in (2, 3)] == ["cpu", "cpu:bf16"]
 
 
 class MlpAndHead(ReferenceBackend):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lfm2kit import specs
@@ -19,7 +20,7 @@ Change = Callable[[Any], Any]
 
 
 class Wrong(ReferenceBackend):
-    """Builds the blocks of one spec's type as `change` makes them from the right ones."""
+    """A backend that builds the blocks of one type of spec as `change` makes them."""
 
     def __init__(self, spec: type[Spec], change: Change) -> None:
         self.spec = spec
@@ -31,7 +32,7 @@ class Wrong(ReferenceBackend):
 
 
 def returning(change: Change) -> Change:
-    """Makes a block whose result is changed, and that keeps its state."""
+    """Make a block whose result is changed, and that keeps its state."""
 
     def changed(block: Any) -> Any:
         def call(*inputs: Any) -> Any:
@@ -73,6 +74,66 @@ def test_a_result_that_is_not_as_the_spec_says_names_block_and_backend(
     with pytest.raises(Lfm2kitError, match=says) as error:
         model.logits(BATCH)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "says"),
+    [
+        (
+            specs.MLP,
+            lambda x: x.astype(np.float64),
+            r"layers.0.feed_forward: the MLP block of backend 'wrong' returned an array \[4, 24\] "
+            r"of float64, but must return an array \[4, 24\] of float32",
+        ),
+        (specs.Embedding, lambda x: x.astype(np.float16), r"of float16, but must .* of float32"),
+        (
+            specs.Router,
+            lambda both: (both[0].astype(np.int64), both[1]),
+            r"2 arrays \[4, 3\] of int64 and \[4, 3\] of float32, but must return 2 arrays "
+            r"\[4, 3\] of int32 and \[4, 3\] of float32",
+        ),
+        (specs.RMSNorm, lambda both: (both[0], both[1].astype(np.int32)), "and .* of int32, but"),
+    ],
+)
+def test_a_result_of_another_type_names_block_and_backend(
+    spec: type[Spec], change: Change, says: str
+) -> None:
+    model = build(
+        small_spec(), f"reference,{spec.kind}=wrong", {"wrong": Wrong(spec, returning(change))}
+    )
+    with pytest.raises(Lfm2kitError, match=says):
+        model.logits(BATCH)
+
+
+@pytest.mark.parametrize("spec", [specs.Embedding, specs.RMSNorm, specs.MLP, specs.LMHead])
+def test_a_result_that_is_wrong_only_later_is_not_believed(spec: type[Spec]) -> None:
+    is_wrong = False
+
+    def change(result: Any) -> Any:
+        if not is_wrong:
+            return result
+        return tuple(x[:-1] for x in result) if isinstance(result, tuple) else result[:-1]
+
+    plan = f"reference,{spec.kind}=wrong"
+    model = build(small_spec(), plan, {"wrong": Wrong(spec, returning(change))})
+    model.logits(BATCH)
+    is_wrong = True
+    with pytest.raises(Lfm2kitError, match=f"the {spec.__name__} block of backend 'wrong'"):
+        model.logits(BATCH)
+
+
+def test_arrays_of_another_kind_than_numpys_are_judged_by_their_shapes_alone() -> None:
+    class Foreign(np.ndarray):
+        """An array whose type has no NumPy name, as torch's have none."""
+
+        @property
+        def dtype(self) -> Any:
+            return "torch.float32"
+
+    plan, change = "reference,mlp=wrong", returning(lambda x: x.view(Foreign))
+    model = build(small_spec(), plan, {"wrong": Wrong(specs.MLP, change)})
+    right = build(small_spec(), "reference").logits(BATCH)
+    np.testing.assert_array_equal(np.asarray(model.logits(BATCH)), right)
 
 
 def test_no_block_is_called_after_one_with_a_wrong_result() -> None:

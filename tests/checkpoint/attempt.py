@@ -16,12 +16,12 @@ Content = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
 def content(tensors: Mapping[str, Tensor]) -> Content:
-    """What can be compared: types, shapes and bits."""
+    """Return what can be compared: types, shapes and bits."""
     return {n: (str(t.format), t.shape, t.data.tobytes()) for n, t in tensors.items()}
 
 
 class Attempt(NamedTuple):
-    """What came of reading a file."""
+    """The result of reading a file."""
 
     tensors: Content | None
     error: str  # the sentence that refuses it; any other exception is the test's failure
@@ -44,7 +44,7 @@ class Attempt(NamedTuple):
 def assert_refused(
     read: Callable[[Path], Mapping[str, Tensor]], path: Path, words: list[str]
 ) -> None:
-    """Refused with one short sentence that has the path and all the words in it."""
+    """Check that one short sentence refuses, with the path and all the words in it."""
     attempt = Attempt.to(read, path)
     assert attempt.tensors is None
     for word in [str(path), *words]:

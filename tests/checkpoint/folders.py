@@ -21,13 +21,13 @@ Change = Callable[[Tensors], None]
 
 
 def copied(case: str, folder: Path) -> Path:
-    """A copy of one of tests/oracle's checkpoints."""
+    """Return a copy of one of tests/oracle's checkpoints."""
     shutil.copytree(ORACLE / case, folder, ignore=shutil.ignore_patterns("*.npz"))
     return folder
 
 
 def change_tensors(folder: Path, change: Change, file_name: str = SINGLE) -> None:
-    """Writes a safetensors file anew, its tensors changed."""
+    """Write a safetensors file anew, its tensors changed."""
     path = folder / file_name
     tensors = read_safetensors(path)
     change(tensors)
@@ -42,7 +42,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def change_json(path: Path, **changes: Any) -> None:
-    """Changes fields of a JSON file; None removes one."""
+    """Change fields of a JSON file; None removes one."""
     fields = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
 

@@ -42,7 +42,7 @@ CASE = "experts_stored_apart"
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
+    """Return every file below a folder, hidden ones too."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
         for path in sorted(folder.rglob("*"))
@@ -238,7 +238,7 @@ COMPANIONS = [
 
 
 def published(folder: Path) -> Path:
-    """A model with everything that its publisher puts beside the weights."""
+    """Return a model with everything that its publisher puts beside the weights."""
     copied(CASE, folder)
     (folder / "additional_chat_templates").mkdir()
     for name in [*COMPANIONS, "README.md", "LICENSE", ".gitattributes"]:
@@ -423,8 +423,40 @@ def test_another_models_config_beside_the_target_is_not_replaced_unasked(tmp_pat
     with pytest.raises(Lfm2kitError, match="another model's"):
         write_checkpoint(source(), folder / "model.bin")
     assert snapshot(folder) == before
+    (folder / SINGLE).unlink()
     write_checkpoint(source(), folder / "model.bin", overwrite=True)
     assert open_checkpoint(folder / "model.bin").config == open_checkpoint(ORACLE / CASE).config
+
+
+@pytest.mark.parametrize("weights", ["model.bin", SINGLE])
+@pytest.mark.parametrize("shared", ["config.json", "tokenizer.json"])
+def test_what_other_weights_in_the_folder_share_is_not_replaced_even_if_asked(
+    weights: str, shared: str, tmp_path: Path, cli: Cli
+) -> None:
+    """A second model.bin beside a first one would leave that one without its description."""
+    there = CASE if shared == "tokenizer.json" else "odd_one_kv_head"
+    folder, other = published(tmp_path / "model"), copied(there, tmp_path / "other")
+    (other / "tokenizer.json").write_bytes(b"another's")
+    if weights == "model.bin":
+        write_checkpoint(source_of(open_checkpoint(other)), other / weights)
+        (other / SINGLE).unlink()
+    before = snapshot(other)
+    done = cli("convert", folder, other / "x.bin", "--overwrite")
+    done.assert_fails(f"{other / shared} is {weights}'s as well; give another folder")
+    assert snapshot(other) == before
+
+
+def test_weights_of_the_same_model_share_its_config(tmp_path: Path, cli: Cli) -> None:
+    """Samples beside them are not weights."""
+    write_checkpoint(source(), tmp_path / "model.bin")
+    (tmp_path / "inputs.bin").write_bytes(bytes(16))
+    before = snapshot(tmp_path)
+    write_checkpoint(source(), tmp_path / "x.bin", overwrite=True)
+    after = snapshot(tmp_path)
+    assert after.pop("x.bin") == before["model.bin"]
+    assert after == before
+    (tmp_path / "model.bin").unlink()
+    write_checkpoint(source("odd_one_kv_head"), tmp_path / "x.bin", overwrite=True)
 
 
 @pytest.mark.parametrize("text", ['{"my": "web app"}', "{", ""])
@@ -456,7 +488,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
 
 @pytest.fixture
 def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with much that must stay as it is."""
+    """Make a current folder with much that must stay as it is."""
     monkeypatch.chdir(tmp_path)
     for folder in ("folder", "folder.bin", "keeps/x.safetensors"):
         (tmp_path / folder).mkdir(parents=True)
@@ -520,7 +552,7 @@ def test_what_comes_to_be_during_a_conversion_is_not_replaced_unasked(
         if not (tmp_path / name).exists():
             write_checkpoint(other, tmp_path / name)
 
-    with pytest.raises(Lfm2kitError, match="exists already"):
+    with pytest.raises(Lfm2kitError, match="already exists"):
         write_checkpoint(source(), tmp_path / name, done=done)
     assert open_checkpoint(tmp_path / name).config == parse_config(other.config)
 
@@ -550,7 +582,7 @@ def test_a_file_that_is_put_into_the_old_folder_meanwhile_is_not_lost(
 
 
 def stopping(error: BaseException) -> Callable[[int], None]:
-    """Lets five tensors pass, then fails."""
+    """Let five tensors pass, then fail."""
     passed: list[int] = []
 
     def done(nbytes: int) -> None:
@@ -581,7 +613,7 @@ def test_a_full_disk_is_an_error_that_names_the_target(tmp_path: Path) -> None:
 
 
 def large_folder(folder: Path) -> Path:
-    """A checkpoint of 1.3 GB whose data is a hole: seconds of conversion, no bytes on the disk."""
+    """Return a checkpoint of 1.3 GB whose data is a hole, which takes seconds to convert."""
     layers = {"layer_types": ["conv"] * 100, "num_hidden_layers": 100, "num_experts": 32}
     config = {**FIELDS, **layers, "hidden_size": 256, "moe_intermediate_size": 256}
     shapes = random_source(config).shapes
@@ -614,7 +646,7 @@ def test_ctrl_c_in_the_middle_leaves_no_file_behind(tmp_path: Path, name: str) -
 
 
 def wait_for_data(folder: Path, job: subprocess.Popen[str]) -> None:
-    """Until ten megabytes have been written."""
+    """Wait until ten megabytes have been written."""
     while sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1e7:
         assert job.poll() is None, job.stderr and job.stderr.read()
         time.sleep(0.02)

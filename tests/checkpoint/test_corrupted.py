@@ -24,13 +24,13 @@ NORM = "model.embedding_norm.weight"
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the embedded model, in a current folder with nothing else."""
+    """Return a copy of the embedded model, in a current folder with nothing else."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(EMBEDDED / "tiny", tmp_path / "copy"))
 
 
 def header(folder: Path, change: Callable[[bytes], bytes]) -> None:
-    """Changes the text of the header; its length stays true."""
+    """Change the text of the header; its length stays true."""
     file = (folder / SINGLE).read_bytes()
     end = 8 + int.from_bytes(file[:8], "little")
     text = change(file[8:end])
@@ -38,7 +38,7 @@ def header(folder: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 def entry(folder: Path, **changes: object) -> None:
-    """Changes what the header says of the last norm."""
+    """Change what the header says of the last norm."""
 
     def change(text: bytes) -> bytes:
         fields = json.loads(text)
@@ -168,7 +168,7 @@ CORRUPTIONS: dict[Callable[[Path], None], list[str]] = {
     a_config_cut_in_half: ["config.json", "JSON"],
     a_config_without_theta: ["config.json", "rope_theta"],
     a_config_of_a_billion_experts: ["config.json", "num_experts", "1000000000"],
-    an_index_out_of_the_folder: [INDEX, f"../{SINGLE}", "no plain file name"],
+    an_index_out_of_the_folder: [INDEX, f"../{SINGLE}", "not the plain name of a file"],
     no_tensors: ["copy", SINGLE],
 }
 

@@ -44,7 +44,7 @@ def refused(read: Reader, path: Path, *words: str) -> None:
         ('{"a": ' + "9" * 4301 + "}", "digits"),
         ("[" * 100_000, "JSON"),
         ("[1]", "list"),
-        ("", "JSON"),
+        ("", "the file is empty"),
         ("\ufeff{}", "JSON"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Paths that are no model: one line that says what each is and what to type."""
+"""Paths that are not a model: one line that says what each is and what to type."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.checkpoint.typed import Cli
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a whole model in `model` and nothing else."""
+    """Return the current folder, with a whole model in `model` and nothing else."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(EMBEDDED / "tiny", "model")
     return Path(".")
@@ -59,7 +59,7 @@ def git_lfs_pointer_for_a_config(here: Path) -> str:
 
 
 def hub_folder(here: Path) -> str:
-    """Two snapshots, of which the earlier one is the main one."""
+    """Make two snapshots, of which the earlier one is the main one."""
     cached = here / "models--org--name"
     for commit in ("abc", "fed"):
         shutil.copytree(here / "model", cached / "snapshots" / commit)
@@ -280,9 +280,9 @@ ROWS: dict[Callable[[Path], str], list[str]] = {
     hub_folder_whose_download_broke_off: ["no snapshot", "download"],
     hub_cache: ["hub's cache", "hub/models--org--name/snapshots/abc"],
     snapshots: ["give models--org--name/snapshots/fed"],
-    link_to_nowhere: [SINGLE, "a link to ../../blobs/gone", "not there", "cp -rL"],
-    config_link_to_nowhere: ["config.json", "a link to ../../blobs/gone", "not there"],
-    model_link_to_nowhere: ["link", "a link to gone", "not there"],
+    link_to_nowhere: [SINGLE, "a link to ../../blobs/gone", "does not exist", "cp -rL"],
+    config_link_to_nowhere: ["config.json", "a link to ../../blobs/gone", "does not exist"],
+    model_link_to_nowhere: ["link", "a link to gone", "does not exist"],
     config: ["config.json", "give the folder: model"],
     answers: ["answers.bin", "samples", "give the folder: model"],
     index: [INDEX, "give the folder: model"],
@@ -290,7 +290,7 @@ ROWS: dict[Callable[[Path], str], list[str]] = {
     json_for_weights: [SINGLE, "JSON text", "download"],
     one_shard: ["one shard of 4", "give the folder: model"],
     shards_without_an_index: ["shards without", INDEX],
-    weights_of_another_name: ["another name", SINGLE],
+    weights_of_another_name: ["not called", SINGLE],
     vision_language_model: ["'language_model.'", "multimodal"],
     prefixed("language_model."): ["'language_model.model.'", "multimodal"],
     prefixed("base_model.model."): ["'base_model.model.model.'", "PEFT", "merge"],

@@ -36,7 +36,7 @@ FIRST, SECOND, LAST = (f"model-0000{i}-of-00009.safetensors" for i in (1, 2, 9))
 
 
 def refused(path: Path, *words: str) -> None:
-    """Opening `path` fails with one line that has its name and all the words in it."""
+    """Check that opening `path` fails with one line that has its name and all the words in it."""
     with pytest.raises(Lfm2kitError) as caught:
         open_checkpoint(path)
     message = str(caught.value)
@@ -67,14 +67,22 @@ def packed(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        ("gate_up_proj", (8, 31, 24), ["gate_up_proj", "[8, 31, 24]", "no packed experts"]),
-        ("gate_up_proj", (8, 32 * 24), ["gate_up_proj", "[8, 768]", "no packed experts"]),
-        ("gate_up_proj", (), ["gate_up_proj", "[]", "no packed experts"]),
-        ("down_proj", (24, 16), ["down_proj", "[24, 16]", "no packed experts"]),
+        (
+            "gate_up_proj",
+            (8, 31, 24),
+            ["gate_up_proj", "[8, 31, 24]", "[experts, 2 * rows, columns]"],
+        ),
+        (
+            "gate_up_proj",
+            (8, 32 * 24),
+            ["gate_up_proj", "[8, 768]", "[experts, 2 * rows, columns]"],
+        ),
+        ("gate_up_proj", (), ["gate_up_proj", "[]", "[experts, 2 * rows, columns]"]),
+        ("down_proj", (24, 16), ["down_proj", "[24, 16]", "[experts, rows, columns]"]),
         ("down_proj", (8, 16, 24), ["experts.0.w2.weight", "[16, 24]", "[24, 16]"]),
         ("down_proj", (7, 24, 16), ["experts.7.w2.weight"]),
         ("down_proj", (9, 24, 16), ["experts.8.w2.weight", "no place"]),
-        ("down_proj", (0, 24, 16), ["down_proj", "no packed experts"]),
+        ("down_proj", (0, 24, 16), ["down_proj", "[experts, rows, columns]"]),
         ("down_proj", (2**40, 0, 16), ["down_proj", "dimensions up to 2147483647"]),
         ("down_proj", (1025, 1, 1), ["down_proj", "up to 1024 experts"]),
     ],
@@ -157,7 +165,7 @@ def head_like_embedding(tensors: Tensors) -> None:
 
 
 def head_in_bfloat16(tensors: Tensors) -> None:
-    """The embedding's values, chosen so that 16 bits hold them."""
+    """Store a head in BF16, and an embedding of the same values in F32."""
     bits = (np.arange(80 * 24) % 99 + 0x3F80).astype(np.uint16).reshape(80, 24)
     tensors[HEAD] = Tensor.of_array("", bits, BF16)
     tensors[f"model.{EMBEDDING}"] = Tensor.of_array("", tensors[HEAD].float32())
@@ -277,7 +285,7 @@ def test_shards_give_the_same_bits_as_one_file(sharded: Path, tmp_path: Path) ->
 
 
 def change_map(sharded: Path, **shards: str | None) -> None:
-    """Says of tensors, without `model.` and `.weight`, that they are in other shards."""
+    """Say of tensors, without `model.` and `.weight`, that they are in other shards."""
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"] |= {f"model.{name}.weight": shard for name, shard in shards.items()}
     index["weight_map"] = {k: v for k, v in index["weight_map"].items() if v is not None}

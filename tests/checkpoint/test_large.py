@@ -36,7 +36,7 @@ print(int(status.split("VmHWM:")[1].split()[0]) // 1000)  # MB: the most that wa
 
 
 def apart() -> Shapes:
-    """The model's tensors, the expert last so that its values come at the file's end."""
+    """Return the model's tensors, the expert last so that its values are at the file's end."""
     shapes = dict(random_source(LFM2_8B).shapes)
     shapes[EXPERT] = shapes.pop(EXPERT)
     return shapes
@@ -55,7 +55,7 @@ def sizes(shapes: Shapes) -> list[int]:
 
 
 def write(path: Path, head: bytes, shapes: Shapes) -> None:
-    """The head, a hole where all data but the last would be, and the expert's values."""
+    """Write the head, a hole where all data but the last would be, and the expert's values."""
     with open(path, "wb") as file:
         file.write(head)
         file.seek(len(head) + sum(sizes(shapes)) - VALUES.nbytes)

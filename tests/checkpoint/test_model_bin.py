@@ -48,7 +48,7 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path, tensors: dict[str, 
 def row(
     name: bytes, dims: list[int], offset: int, nbytes: int, *, length: int = -1, ndim: int = -1
 ) -> bytes:
-    """A line of the table, saying what it is told to say."""
+    """Return a line of the table, saying what it is told to say."""
     claimed_length = struct.pack("<I", len(name) if length < 0 else length)
     claimed_ndim = struct.pack("<I", len(dims) if ndim < 0 else ndim)
     rest = struct.pack(f"<{len(dims)}I2Q", *dims, offset, nbytes)
@@ -60,12 +60,12 @@ def table(*rows: bytes, count: int = -1) -> bytes:
 
 
 def one(dims: list[int], offset: int = 33, nbytes: int = 8) -> bytes:
-    """A file of 8 bytes of data, from byte 33 on, and one tensor `w` that claims what it likes."""
+    """Write 8 bytes of data, from byte 33 on, and one tensor `w` that claims what it likes."""
     return table(row(b"w", dims, offset, nbytes)).ljust(33, b"\0") + struct.pack("<2f", 1, 2)
 
 
 def two(first: tuple[int, int], second: tuple[int, int]) -> bytes:
-    """Tensors `v` and `w` from byte to byte of 16 bytes of data, which begin at byte 62."""
+    """Write tensors `v` and `w`, each at some of 16 bytes of data, which begin at byte 62."""
     rows = [
         row(name, [(end - begin) // 4], 62 + begin, end - begin)
         for name, (begin, end) in zip((b"v", b"w"), (first, second), strict=True)
@@ -111,7 +111,7 @@ LIES: dict[str, tuple[bytes, list[str]]] = {
     "data missing": (GOOD[:33], ["'w'", "truncated"]),
     "count one too high": (table(row(b"w", [2], 33, 8), count=2) + bytes(8), ["entry 1 of 2"]),
     "count huge": (table(row(b"w", [2], 33, 8), count=2**32 - 1) + bytes(8), ["entry 1 of 4294"]),
-    "some text": (b"some text " * 100, ["entry 0", "no model.bin"]),
+    "some text": (b"some text " * 100, ["entry 0", "not a model.bin"]),
     "a zip archive": (b"PK\x03\x04" + b"zip" * 100, ["zip archive"]),
     "no name": (table(row(b"", [2], 32, 8)) + bytes(8), ["entry 0", "name's length is 0"]),
     "name length huge": (

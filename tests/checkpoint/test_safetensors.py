@@ -39,7 +39,7 @@ metadata = st.dictionaries(texts, texts, min_size=1, max_size=3)  # {} the libra
 
 @st.composite
 def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
-    """Tensors of any bits: a NaN's payload is data like any other."""
+    """Draw tensors of any bits: a NaN's payload is data like any other."""
     drawn: dict[str, Tensor] = {}
     for name in draw(st.lists(names, max_size=5, unique=True)):
         format = draw(st.sampled_from(PLAIN))
@@ -123,7 +123,7 @@ def test_data_at_an_odd_address_reads_the_same(tmp_path: Path) -> None:
 
 
 def stated(header: object, data: bytes, *, pad_to_odd: bool = False) -> bytes:
-    """A file whose header is `header`: the JSON of it, or the very bytes."""
+    """Write a file whose header is `header`: the JSON of it, or the very bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     text += b" " * (pad_to_odd and len(text) % 2 == 0)
     return len(text).to_bytes(8, "little") + text + data
@@ -134,12 +134,12 @@ def entry(shape: object, begin: object, end: object, dtype: object = "F32") -> d
 
 
 def one(shape: object, begin: object = 0, end: object = 8, dtype: object = "F32") -> bytes:
-    """A file of 8 bytes of data and one tensor, `w`, that claims what it likes."""
+    """Write a file of 8 bytes of data and one tensor, `w`, that claims what it likes."""
     return stated({"w": entry(shape, begin, end, dtype)}, bytes(8))
 
 
 def two(first: tuple[int, int], second: tuple[int, int], data: int = 16) -> bytes:
-    """A file with tensors `v` and `w` of one dimension at these offsets."""
+    """Write a file with tensors `v` and `w` of one dimension at these offsets."""
     entries = {
         name: entry([(end - begin) // 4], begin, end)
         for name, (begin, end) in zip("vw", (first, second), strict=True)
@@ -272,7 +272,7 @@ edits = st.tuples(in_the_header | st.integers(0, len(WHOLE) - 1), st.binary(max_
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """A sound file with bytes replaced, inserted or removed here and there, and maybe cut off."""
+    """Draw a sound file with bytes replaced, inserted or removed, and perhaps cut off."""
     file = WHOLE
     for at, replacement in draw(st.lists(edits, min_size=1, max_size=3)):
         width = draw(st.integers(0, 3))

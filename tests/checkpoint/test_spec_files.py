@@ -152,7 +152,7 @@ def test_a_model_that_no_file_can_describe_is_refused() -> None:
 
 
 def beside(model: Path, folder: Path) -> Path:
-    """The file of specs of an oracle's model, in a folder with its weights and no config.json."""
+    """Return the file of specs of an oracle's model, beside its weights but no config.json."""
     for path in model.glob("model*.safetensors*"):
         (folder / path.name).symlink_to(path)
     (folder / "mine.toml").write_text(spec_text(open_checkpoint(model).spec))

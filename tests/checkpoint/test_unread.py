@@ -32,7 +32,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def stale_index(folder: Path) -> None:
-    """As save_pretrained of one file leaves a folder that was sharded before."""
+    """Write an index as it stays behind when save_pretrained later writes a single file."""
     names = open_checkpoint(folder).weights
     shard = "model-00001-of-00002.safetensors"
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
@@ -43,7 +43,7 @@ def damaged_index(folder: Path) -> None:
 
 
 def whole_shards(folder: Path) -> None:
-    """A second set that could be read as well, of other values."""
+    """Write a second set that could be read as well, with other values."""
     other = copied(WHOLE, folder.parent / "other")
     change_tensors(other, lambda tensors: tensors.update(other_norm(tensors)))
     write_checkpoint(source_of(open_checkpoint(other)), folder.parent / "cut", max_shard=20_000)
@@ -83,7 +83,7 @@ def test_the_whole_file_is_read_as_transformers_does_and_one_line_says_so(
     checkpoint = open_checkpoint(folder)
     assert content(checkpoint.weights) == alone
     (remark,) = checkpoint.remarks
-    for word in [str(folder), f"read {SINGLE}, and not", *SECOND_SETS[add]]:
+    for word in [str(folder), f"reading {SINGLE}, not ", *SECOND_SETS[add]]:
         assert word in remark
 
 

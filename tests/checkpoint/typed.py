@@ -26,7 +26,7 @@ class Typed(NamedTuple):
 
 
 class Cli:
-    """Runs commands exactly as the console script does."""
+    """A runner of commands, exactly as the console script runs them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch = monkeypatch

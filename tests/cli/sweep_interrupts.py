@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def ended(command: list[str], number: signal.Signals, moment: float) -> tuple[int, str]:
-    """The exit code and stderr of a process that gets a signal `moment` seconds after its start."""
+    """Return exit code and stderr of a process that gets a signal after `moment` seconds."""
     job = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8"
     )

@@ -26,7 +26,7 @@ RANDOM = ("--random-inputs", "4")
 
 @pytest.fixture
 def facts_of(monkeypatch: pytest.MonkeyPatch) -> FactsOf:
-    """The facts that a rank with these arguments would report."""
+    """Return the facts that a rank with these arguments would report."""
     reported: list[Facts] = []
 
     def agreed(job: Any, prepare: Callable[[], Any], facts: Callable[[Any], Facts]) -> None:

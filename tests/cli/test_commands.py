@@ -38,7 +38,7 @@ Cli = Callable[..., Done]
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs a command in this process, exactly as the console script does."""
+    """Run a command in this process, exactly as the console script does."""
 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["lfm2kit", *map(str, arguments)])
@@ -76,6 +76,25 @@ def test_run_prints_the_lines_that_graders_grep(cli: Cli, plan: str) -> None:
 
 def test_auto_says_what_it_stands_for(cli: Cli) -> None:
     assert "Backend: cpu_simd (auto), fp32" in cli("run", "-n", 1).out
+
+
+@pytest.mark.parametrize(
+    ("plan", "precision"),
+    [
+        ("cpu_simd:bf16", "bf16"),
+        ("cpu_simd:bf16,head=reference:fp32", "bf16 and fp32"),
+    ],
+)
+def test_the_precision_shown_is_the_one_that_computes(cli: Cli, plan: str, precision: str) -> None:
+    done = cli("run", "-n", 1, "-b", plan)
+    assert f"Backend: {plan}, {precision}, ranks: 1" in done.out, done
+    assert json.loads(cli("plan", "-b", plan, "--json", "-").out)["precision"] == precision
+
+
+def test_a_block_is_measured_in_the_precision_that_computes_it(cli: Cli) -> None:
+    plan = "cpu_simd,moe=cpu_simd:bf16"
+    done = cli("bench", "-b", plan, "-n", 1, "-r", 1, "--block", "moe", "-o", "json")
+    assert [row["precision"] for row in json.loads(done.out)["results"]] == ["bf16"]
 
 
 def test_hybrid_without_a_gpu_says_so_in_one_line(cli: Cli) -> None:
@@ -224,7 +243,7 @@ def test_what_the_user_must_change_is_one_line(
 def test_a_number_out_of_range_is_refused_in_our_words(
     cli: Cli, command: str, option: str, refused: str, least: int
 ) -> None:
-    expected = f"expected a whole number of {least} or more, as {option} {least}"
+    expected = f"expected a whole number of {least} or more, such as {option} {least}"
     fails(cli(command, option, refused), f"{option} {refused}: {expected}")
 
 
@@ -390,10 +409,10 @@ def test_plan_shows_what_is_free_and_missing(cli: Cli) -> None:
 def test_plan_says_that_sequences_without_a_context_show_no_state(cli: Cli) -> None:
     plan = ("plan", "-b", "reference", "--sequences", 16)
     out = cli(*plan).out
-    assert "--sequences 16 shows no state without --context" in out
+    assert "--sequences 16 needs --context TOKENS to show a state" in out
     with_context = cli(*plan, "--context", 200).out
     assert "in 32 pages of 128 tokens" in with_context
-    assert "shows no state" not in with_context
+    assert "to show a state" not in with_context
 
 
 def test_a_plan_file_says_the_same_as_text(cli: Cli, tmp_path: Path) -> None:
@@ -507,13 +526,13 @@ def other_memory(name: str) -> HostMemory:
 
 
 def test_no_state_is_planned_for_a_rewrite_that_has_none(cli: Cli) -> None:
-    fails(cli("plan", "--context", 4096, "--trim"), "--context 4096 needs a state; --trim is for")
+    fails(cli("plan", "--context", 4096, "--trim"), "--context 4096 needs a state; --trim works on")
     assert cli("plan", "--trim").code == 0
 
 
 def test_bench_refuses_nonsense(cli: Cli) -> None:
     fails(cli("bench", "-n", "1,x"), "1,x")
-    fails(cli("bench", "-n", "0"), "-n 0: expected whole numbers of 1 or more, as 1,16,64")
+    fails(cli("bench", "-n", "0"), "-n 0: expected whole numbers of 1 or more, such as 1,16,64")
     fails(cli("bench", "--decode", "--block", "moe"), "leave out --block")
     fails(cli("bench", "--decode", "--trim"), "whole samples")
     fails(cli("bench", "--block", "moe", "--trim"), "the model as it is; leave out --trim")

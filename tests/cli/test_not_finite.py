@@ -22,7 +22,7 @@ NORM = "model.embedding_norm.weight"
 
 @pytest.fixture
 def spoilt(tmp_path: Path) -> Path:
-    """The embedded model with a NaN in its last norm."""
+    """Return the embedded model with a NaN in its last norm."""
     folder = tmp_path / "spoilt"
     shutil.copytree(TINY, folder)
     path = folder / "model.safetensors"

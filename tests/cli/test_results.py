@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +30,7 @@ def wrong_answers(tmp_path: Path) -> Path:
 
 
 def assert_said(done: Typed, verdict: str, *words: str) -> None:
-    """Times and verdict on stdout, one line with the words on stderr."""
+    """Check that times and verdict are on stdout, and one line with the words on stderr."""
     lines = done.out.splitlines()
     assert verdict in lines
     for beginning in ("Elapsed time:", "Throughput:"):
@@ -122,6 +125,51 @@ def test_nothing_but_a_file_is_taken_for_samples(
     cli(*RUN, option, tmp_path / kind).assert_fails(kind)
 
 
+@pytest.fixture
+def never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Make a file as /proc/kmsg is: regular, without a size, and reading it never ends."""
+    opened = io.open
+
+    def open_others(path: Any, *arguments: Any, **more: Any) -> Any:
+        assert "kmsg" not in str(path), "it is opened"
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr("builtins.open", open_others)
+    monkeypatch.setattr("io.open", open_others)
+
+    def made(name: str) -> Path:
+        (tmp_path / name).touch()
+        return tmp_path / name
+
+    return made
+
+
+@pytest.mark.parametrize("suffix", ["", ".bin", ".toml", ".safetensors", ".json"])
+@pytest.mark.parametrize(
+    "words",
+    [["run", "--plan"], ["plan", "--plan"], ["warmup", "--plan"], ["run", "--inputs"],
+     ["run", "--model"], ["specs"], ["convert", "TARGET"], ["convert", "TARGET", "--random"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_file_that_may_block_is_refused_unopened(
+    cli: Cli, never_opened: Callable[[str], Path], words: list[str], suffix: str, tmp_path: Path
+) -> None:
+    path = never_opened(f"kmsg{suffix}")
+    target = str(tmp_path / "new")
+    command, *others = (word.replace("TARGET", target) for word in words)
+    given = [path, *others] if command in ("specs", "convert") else [*others, path]
+    cli(command, *given).assert_fails(str(path))
+    assert not os.path.exists(target)
+
+
+def test_answers_that_may_block_are_invalid_unopened(
+    cli: Cli, never_opened: Callable[[str], Path]
+) -> None:
+    done = cli(*RUN, "--answers", never_opened("kmsg"))
+    assert done.code == 1
+    assert "0 bytes are too few for a header" in done.out
+
+
 # ---- samples in two places ----
 
 
@@ -133,7 +181,7 @@ def test_samples_in_data_are_taken_and_the_others_named(cli: Cli, tmp_path: Path
     done = cli(*RUN, "-m", folder)
     assert done.code == 0
     assert [line.split(": ")[1] for line in done.err.splitlines()] == [
-        f"read {folder}/data/{name}, and not {folder}/{name}; --{name[:-4]} FILE chooses"
+        f"reading {folder}/data/{name}, not {folder}/{name}; give --{name[:-4]} FILE to choose"
         for name in ("inputs.bin", "answers.bin")
     ]
     assert cli(*RUN[:3], "-n", "1", "-m", folder, "--inputs", folder / "inputs.bin").err == ""

@@ -25,7 +25,7 @@ FULL = "lfm2kit: error: stdout: No space left on device; the result could not be
 def shell(
     script: str, *words: object, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a line of bash, in which "$@" is lfm2kit with `words`."""
+    """Run a line of bash, in which "$@" is lfm2kit with `words`."""
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", script, "bash", *LFM2KIT, *map(str, words)],
         capture_output=True,

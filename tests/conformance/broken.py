@@ -252,7 +252,7 @@ class ChoiceOfTheHigherId(feed_forward.Choice):
 
 
 def bf16(values):
-    """Rounded to BF16 towards zero."""
+    """Round to BF16 towards zero."""
     return (values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
@@ -627,7 +627,7 @@ class OtherSumForManyRows(feed_forward.MLP):
 
 
 def sums(x, weight):
-    """x @ weight.T in float32, from the other end where there are more than 4 rows."""
+    """Return x @ weight.T in float32, summed from the other end if there are more than 4 rows."""
     step = -1 if len(x) > 4 else 1
     products = (x[:, None, :] * weight)[:, :, ::step]
     return np.cumsum(products, axis=2, dtype=np.float32)[:, :, -1]
@@ -855,7 +855,7 @@ class CannotBeClosed(BrokenBackend):
 
 
 def around(kind: type[Spec], wrapper: Callable[[Block], Block]) -> BrokenBackend:
-    """The reference with one kind of block inside a wrapper."""
+    """Return the reference with one kind of block inside a wrapper."""
     return BrokenBackend({kind: lambda spec, weights: wrapper(BLOCKS[kind](spec, weights))})
 
 

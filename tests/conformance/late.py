@@ -23,7 +23,7 @@ RUNNING = threading.RLock()
 
 
 class Stream:
-    """Work that is done in order, up to where somebody waits."""
+    """A queue of work that is done in order, up to where somebody waits."""
 
     def __init__(self) -> None:
         self.work: list[Callable[[], object]] = []
@@ -146,7 +146,9 @@ class LateBlock:
             self.state_bytes = getattr(block, "state_bytes", None)
 
     def __call__(self, *inputs: Any) -> Any:
-        made = tuple(map(Late, RETURNED[type(self.spec)](self.spec, *inputs)))
+        returned = RETURNED[type(self.spec)]
+        shape = returned.shape(self.spec, *inputs)
+        made = tuple(Late(shape) for _ in returned.dtypes)
 
         def work() -> None:
             result = self.block(*map(_values, inputs))

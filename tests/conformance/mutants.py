@@ -120,14 +120,14 @@ class IdsIn16Bits(Around):
 
 
 class FortranOrder(Around):
-    """Returns a transposed product: BLAS in column-major order gives nothing else."""
+    """A product that is transposed: BLAS in column-major order gives nothing else."""
 
     def __call__(self, x):
         return np.asfortranarray(self.block(x))
 
 
 class EveryOtherRow(Around):
-    """Returns a view with gaps: the rows of a padded buffer, for example."""
+    """A view with gaps: the rows of a padded buffer, for example."""
 
     def __call__(self, x):
         result = self.block(x)
@@ -137,7 +137,7 @@ class EveryOtherRow(Around):
 
 
 class ForeignArray:
-    """What another library returns: it has a shape and a dtype, and is no NumPy array."""
+    """What another library returns: it has a shape and a dtype, but is not a NumPy array."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
@@ -186,7 +186,7 @@ class ReturnsAView(Around):
 class ViewOfTheTable(rows.Embedding):
     """One token's embedding is a view of the table; a norm that adds in place changes the weights.
 
-    Indexing by a slice or an integer is a view in NumPy, indexing by an array is none.
+    Indexing by a slice or an integer is a view in NumPy, indexing by an array is not.
     """
 
     def __init__(self, spec, weights):
@@ -251,7 +251,7 @@ class RowsWantedOnce(Around):
 
 
 def norms_stored_as_matrices(spec: specs.Attention, weights: Weights) -> Block:
-    """Takes the norms to be stored as q_proj is, and so misreads F32 norms beside BF16 matrices."""
+    """Take the norms to be stored as q_proj is, and so misread F32 norms beside BF16 matrices."""
     stored = weights["q_proj.weight"].format
     misread = {
         name: Tensor(name, stored, t.shape, t.data.astype(stored.block))

@@ -48,7 +48,7 @@ pytestmark = [pytest.mark.gpu] if "cuda" in BACKENDS else []
 
 @cache
 def models() -> dict[str, LFM2]:
-    """For each backend one with its blocks wherever it has them."""
+    """Return a model for each backend, with its blocks wherever it has them."""
     create = PLUGINS.creator(Context())
     return {name: built(create(name)) for name in BACKENDS}
 
@@ -121,7 +121,7 @@ def fits(fields: Fields, seen: tuple[int, ...] | None) -> bool:
 
 
 def goes_on(table: list[int], start: int, seen: tuple[int, ...]) -> bool:
-    """Whether the pages before `start` are those of one sequence that holds so much."""
+    """Return whether the pages before `start` are those of one sequence that holds so much."""
     owner = table[0] // 2
     used = (start - 1) // 64 + 1
     if table[:used] != [2 * owner, 2 * owner + 1][:used] or seen[owner] < start:
@@ -131,7 +131,7 @@ def goes_on(table: list[int], start: int, seen: tuple[int, ...]) -> bool:
 
 
 def edited(draw: st.DrawFn, array: Any) -> Any:
-    """An array with one thing changed: a number, its length, its type or its form."""
+    """Draw an array with one thing changed: a number, its length, its type or its form."""
     number = draw(st.integers(-3, 60) | st.integers(-(2**31), 2**31 - 1))
     flat = array.reshape(-1)
     at = draw(st.integers(0, max(0, len(flat) - 1)))
@@ -187,7 +187,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def state_of(model: LFM2, case: Case) -> ModelState | None:
-    """A state whose sequences have seen as many tokens as the case says."""
+    """Return a state whose sequences have seen as many tokens as the case says."""
     if case.seen is None:
         return None
     state = model.new_state(ROOM)
@@ -203,7 +203,7 @@ def state_of(model: LFM2, case: Case) -> ModelState | None:
 
 
 def outcome(model: LFM2, case: Case) -> Any:
-    """The logits, or the sentence of a ValueError; anything else that is raised is a fault."""
+    """Return the logits, or the sentence of a ValueError; any other error is a fault."""
     state = state_of(model, case)
     try:
         return model.logits(Batch(**case.fields), state).copy()

@@ -35,7 +35,7 @@ EXPECTED_FAILURES = {
 
 
 def cases() -> Iterator[Any]:
-    """A case for each check and installed backend; one that is skipped for each that cannot run."""
+    """Yield a case for each check and installed backend, skipped if the backend cannot run."""
     for name, installed in installed_plugins().backends.items():
         if (reason := installed.why_not) is not None:
             yield pytest.param(None, id=name, marks=pytest.mark.skip(reason))

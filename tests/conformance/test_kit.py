@@ -83,11 +83,11 @@ def test_a_backend_of_one_block_passes_with_skips() -> None:
 
 @pytest.mark.long
 def test_a_backend_of_wide_kernels_is_judged_by_every_check() -> None:
-    verdicts = {name: judged(name, broken.MultiplesOf256({}), "fp32").verdict for name in CHECKS}
+    verdicts = {name: judged(name, broken.MultiplesOf256({}), FP32).verdict for name in CHECKS}
     assert set(verdicts.values()) == {"passed", "skipped"}
     skipped = [name for name, verdict in verdicts.items() if verdict == "skipped"]
     of_all_widths = [
-        name for name in skipped if judged(name, BrokenBackend({}), "fp32").verdict == "skipped"
+        name for name in skipped if judged(name, BrokenBackend({}), FP32).verdict == "skipped"
     ]
     assert skipped == of_all_widths
 

@@ -69,7 +69,7 @@ def model(case: str, plan: str) -> LFM2:
 
 
 def every_row(batch: Batch) -> Batch:
-    """The same batch, asking for the logits of all its rows."""
+    """Return the same batch, asking for the logits of all its rows."""
     return replace(batch, logits_rows=np.arange(batch.tokens, dtype=np.int32))
 
 
@@ -98,7 +98,7 @@ def test_routers_choose_and_weigh_as_the_oracles_do(case: str, backend: str) -> 
 
 
 def routings(case: str, backend: str, token_ids: Any) -> Iterator[Any]:
-    """What the routers of a forward gave, layer by layer; reference blocks around them."""
+    """Return what a forward's routers gave, layer by layer, between reference blocks."""
     seen: list[Any] = []
 
     def remembering(name: str, spec: Spec, block: Block) -> Block:

@@ -72,7 +72,7 @@ class CapturingBackend(ReferenceBackend):
 
 
 class BuildsOnly:
-    """The reference's parts as one block, for specs of these types alone."""
+    """A backend of the reference's parts as one block, for specs of these types alone."""
 
     def __init__(self, *kinds: type[Spec]) -> None:
         self.kinds = kinds

@@ -52,7 +52,7 @@ def model_of(backend: str) -> LFM2:
 
 
 class Sequences(RuleBasedStateMachine):
-    """What users do with sequences, on the state of one model."""
+    """A machine that does what users do with sequences, on the state of one model."""
 
     backend = "reference"
 

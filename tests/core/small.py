@@ -67,7 +67,7 @@ def build(
     rewrites: Sequence[Rewrite] = (),
     **builder: object,
 ) -> LFM2:
-    """The model that `plan` makes of `spec` after `rewrites`, with random weights."""
+    """Return the model that `plan` makes of `spec` after `rewrites`, with random weights."""
     create, weights = creator(backends or {}), random_weights(spec)
     spec, joins = rewritten(spec, JOINS, rewrites)
     placed = Placer(Plan.parse(plan), create, joins, ["reference", *(backends or {})]).place(spec)

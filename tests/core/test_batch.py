@@ -19,7 +19,7 @@ def int32(*values: int) -> Any:
 
 
 def two_sequences(**changes: Any) -> Batch:
-    """Three rows from position 5 on in pages 2 and 1, two rows from 0 on in page 0."""
+    """Return three rows from position 5 on in pages 2 and 1, and two from 0 on in page 0."""
     fields = {
         "token_ids": int32(1, 2, 3, 4, 5),
         "positions": int32(5, 6, 7, 0, 1),
@@ -57,12 +57,14 @@ def two_sequences(**changes: Any) -> Batch:
         ("cu_seqlens", int32(0, 6, 5), "does not rise"),
         ("cu_seqlens", int32(0, 5), "2 entries for 2 sequences"),
         ("pages", np.array([[2], [-2]], np.int32), "negative: -2"),
-        ("pages", np.array([[2, 1], [-1, 1]], np.int32), "after a -1 there is another page"),
+        ("pages", np.array([[2, 1], [-1, 1]], np.int32), "another page after a -1"),
         ("pages", np.array([[2]], np.int32), "3 entries for 1 sequences"),
         ("logits_rows", int32(5), "outside the batch's 5 rows"),
         ("logits_rows", int32(0, -1), "outside the batch's 5 rows"),
         ("max_seqlen", 2, "max_seqlen is 2, but must be the int 3"),
         ("max_seqlen", np.int64(3), "must be the int 3"),
+        ("memory", None, "memory is None, but must be a lfm2kit Memory"),
+        ("memory", "host", "memory is 'host', but must be"),
     ],
 )
 def test_a_wrong_field_is_an_error_of_one_sentence(field: str, value: Any, says: str) -> None:
@@ -92,9 +94,9 @@ def test_long_sequences_do_not_wrap_around() -> None:
         ({"sequences": [np.ma.masked_less([1, 2], 2)]}, "token ids are a masked array"),
         ({"sequences": [[1]], "pages": [np.ma.masked_less([1], 2)]}, "pages are a masked array"),
         ({"sequences": [[True]]}, "not integers, but bool"),
-        ({"sequences": [[2**32 + 5]]}, "too far for int32"),
-        ({"sequences": [np.array([2**40])]}, "too far for int32"),
-        ({"sequences": [[1], [2]], "starts": [0]}, "starts of shape"),
+        ({"sequences": [[2**32 + 5]]}, "does not fit into int32"),
+        ({"sequences": [np.array([2**40])]}, "does not fit into int32"),
+        ({"sequences": [[1], [2]], "starts": [0]}, "starts has shape"),
         ({"sequences": [[1]], "starts": [-1000]}, "cannot start at -1000"),
         ({"sequences": [[1]], "starts": [0.5]}, "starts are not integers"),
         ({"sequences": [[1]], "starts": [10**9]}, "cannot start at 1000000000"),
@@ -116,7 +118,7 @@ def test_long_sequences_do_not_wrap_around() -> None:
             r"not a row of integers: \[\[1\], \[2, 3\]\]",
         ),
         ({"sequences": 7}, "sequences is 7, but must be rows of token ids"),
-        ({"sequences": [[1]], "starts": 0}, r"starts of shape \(\)"),
+        ({"sequences": [[1]], "starts": 0}, r"starts has shape \(\)"),
         ({"sequences": [[1]], "starts": [[0], [1, 2]]}, "starts are not a row of integers"),
         ({"sequences": [[1]], "pages": [[0.5]]}, "pages are not integers"),
     ],

@@ -34,7 +34,7 @@ NAMES = {
 
 
 def config_of(folder: Path, key: str, value: object) -> str:
-    """What refuses a config.json in which `key` is `value`."""
+    """Return what refuses a config.json in which `key` is `value`."""
     (folder / "config.json").write_text(json.dumps({**FIELDS, key: value}))
     with pytest.raises(Lfm2kitError) as caught:
         read_config(folder / "config.json")
@@ -42,7 +42,7 @@ def config_of(folder: Path, key: str, value: object) -> str:
 
 
 def toml_of(folder: Path, key: str, value: object) -> str:
-    """The same for a model.toml."""
+    """Return the same for a model.toml."""
     text = re.sub(rf"\b{key} = [^\s,]+", f"{key} = {value}", SMALL)
     (folder / "model.toml").write_text(text)
     with pytest.raises(Lfm2kitError) as caught:

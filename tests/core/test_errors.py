@@ -60,7 +60,7 @@ def test_several_options_are_offered_in_one_sentence() -> None:
 
 
 def messages(path: Path) -> Iterator[str]:
-    """Every text in a module but its docstrings."""
+    """Yield every text in a module but its docstrings."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         for child in ast.iter_child_nodes(node):
@@ -84,7 +84,7 @@ def test_no_message_of_the_library_names_a_flag_of_the_command_line() -> None:
 
 
 def option_names() -> set[str]:
-    """The names of all options of the command line that have more than a letter."""
+    """Return the names of all options of the command line that have more than a letter."""
     import typer
 
     from lfm2kit.cli import app

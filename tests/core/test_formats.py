@@ -21,7 +21,7 @@ Q4_0_BLOCK = np.dtype([("scale", "<f2"), ("quants", "u1", 16)])
 
 
 def unpack_q4_0(data: npt.NDArray[Any]) -> Float32:
-    """As llama.cpp does: 16 bytes hold two values each, the second half of them above."""
+    """Unpack as llama.cpp does: 16 bytes hold two values each, the second half of them above."""
     quants = data["quants"]
     values = np.concatenate([quants & 15, quants >> 4], axis=-1).astype(np.float32) - 8
     values *= data["scale"].astype(np.float32)[..., None]

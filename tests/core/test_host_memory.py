@@ -23,7 +23,7 @@ BATCH = Batch.of_sequences([[1, 2, 3], [4, 5]])
 
 
 def stored_as(format: Format) -> Checkpoint:
-    """The embedded model in another type; the expert bias is float32 always."""
+    """Return the embedded model in another type; the expert bias is always float32."""
     tensors = {n: t if t.format == F32 else t.stored_as(format) for n, t in TINY.weights.items()}
     return replace(TINY, weights=Weights(tensors))
 
@@ -38,7 +38,7 @@ def kept(of: Setup) -> int:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets how many bytes this machine has left, shared by all ranks."""
+    """Set how many bytes this machine has left, shared by all ranks."""
 
     def set_free(nbytes: int) -> None:
         monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: nbytes // ranks)

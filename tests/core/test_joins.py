@@ -26,7 +26,7 @@ BATCH = Batch.of_sequences([[3, 1, 4, 1, 5], [9]])
 
 @dataclass(frozen=True, slots=True)
 class Seen(Spec):
-    """(x) -> delta, as the MLP; a block that notes the type of its arrays."""
+    """A spec (x) -> delta, as the MLP, whose block notes the type of its arrays."""
 
     mlp: MLP
     kind: ClassVar[str] = "mlp"
@@ -36,7 +36,7 @@ class Seen(Spec):
 
 
 class Watching:
-    """Makes blocks that note the types of the arrays that they take and that their part gives."""
+    """A maker of blocks that note the types of the arrays that they take and their part gives."""
 
     def __init__(self) -> None:
         self.types: set[type] = set()
@@ -51,7 +51,7 @@ class Watching:
         return block
 
     def rewrite(self, memory: Memory | None = None, *, is_capturable: bool = True) -> Rewrite:
-        """A rewrite whose blocks work in `memory`; None: where their surroundings do."""
+        """Return a rewrite whose blocks work in `memory`, or where their surroundings do."""
 
         def join(surroundings: Memory) -> Join:
             self.surroundings.append(surroundings.name)
@@ -86,7 +86,7 @@ def test_a_join_sees_arrays_of_its_memory_wherever_its_parts_and_surroundings_ar
 
 
 class Capturing(DeviceBackend):
-    """Counts its captures; a replay is the forward itself."""
+    """A backend that counts its captures; a replay is the forward itself."""
 
     captures = 0
 
@@ -129,7 +129,7 @@ def test_a_tree_has_the_blocks_that_are_joined_and_those_that_are_built() -> Non
 
 
 class Calls:
-    """Makes blocks that note how they are called, and return what they are told to."""
+    """A maker of blocks that note how they are called, and return what they are told to."""
 
     def __init__(self) -> None:
         self.made: list[tuple[Any, ...]] = []

@@ -20,14 +20,14 @@ CODE = bytes(range(256)) * 4
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The only place that the environment names."""
+    """Return the only place that the environment names."""
     monkeypatch.delenv("LFM2KIT_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
 
 
 def kept() -> Path:
-    """The file of a kernel "tile" that was just kept."""
+    """Return the file of a kernel "tile" that was just kept."""
     KernelCache("fast").write("tile", CODE)
     folder = KernelCache("fast").folder
     assert folder is not None
@@ -110,7 +110,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line about a cache that is neither read nor written."""
+    """Return the one line about a cache that is neither read nor written."""
     cache = KernelCache("fast")
     assert cache.read("tile") is None
     cache.write("other", CODE)

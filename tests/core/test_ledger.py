@@ -15,7 +15,7 @@ T = 64
 
 
 def chunk(*sequences: tuple[int, int, Sequence[int]]) -> Batch:
-    """A batch of sequences by start, number of new tokens, and pages."""
+    """Return a batch of sequences by start, number of new tokens, and pages."""
     starts, lengths, pages = zip(*sequences, strict=True)
     return Batch.of_sequences([np.zeros(n, np.int32) for n in lengths], starts=starts, pages=pages)
 
@@ -34,7 +34,7 @@ def refused(ledger: Ledger, says: str, *sequences: tuple[int, int, Sequence[int]
 
 @pytest.fixture
 def ledger() -> Ledger:
-    """Two sequences: one of 70 tokens in pages 5 and 2, one of 3 in page 0."""
+    """Return a ledger of two sequences: 70 tokens in pages 5 and 2, and 3 tokens in page 0."""
     ledger = Ledger(Room(8, T))
     write(ledger, (0, 70, [5, 2]), (0, 3, [0]))
     return ledger

@@ -48,7 +48,7 @@ class Box:
 
 
 class DeviceBackend:
-    """The reference's blocks behind boxed arrays: stands in for any backend of another memory."""
+    """A backend of the reference's blocks behind boxed arrays, as in any other memory."""
 
     def __init__(self) -> None:
         self.there = Elsewhere()
@@ -87,7 +87,7 @@ def _unboxed(value: Any) -> Any:
 
 
 class FusingBackend(ReferenceBackend):
-    """Builds the specs of one larger type whole, by joining the reference's parts itself."""
+    """A backend that builds specs of one larger type whole, by joining the reference's parts."""
 
     def __init__(self, fused: type[Spec], make: Callable[..., Block]) -> None:
         self.fused = fused
@@ -162,7 +162,7 @@ def test_arrays_are_moved_at_the_seams_and_counted(plan: str, copies: int, expec
 
 
 class AroundBackend(DeviceBackend):
-    """Builds layers around their choice of experts, which it computes in the host's memory."""
+    """A backend that builds layers around their choice of experts, which is on the host."""
 
     CHOICE = "feed_forward.router.choice"
 
@@ -272,7 +272,7 @@ class Recorded:
 
 
 class CapturingBackend(DeviceBackend):
-    """Records which forms were captured; its replay is the forward itself, of 1000 bytes."""
+    """A backend that records which forms were captured; a replay is the forward, of 1000 bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,6 +298,16 @@ def test_a_forward_is_captured_when_its_form_comes_again(expected: Any) -> None:
     model.logits(Batch.of_sequences([[1, 2]]))
     model.logits(Batch.of_sequences([[3, 4]]))
     assert backend.forms == [Batch.of_sequences(s).form for s in (SEQUENCES, [[1, 2]])]
+
+
+@pytest.mark.parametrize("replay", [None, 42, lambda batch: batch])
+def test_what_is_captured_is_a_replay(replay: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = capturing_model()
+    monkeypatch.setattr(CapturingBackend, "capture", lambda *_: replay)
+    model.logits(Batch.of_sequences(SEQUENCES))
+    says = "capture of CapturingBackend returned .*, but must return a Replay"
+    with pytest.raises(Lfm2kitError, match=says):
+        model.logits(Batch.of_sequences(SEQUENCES))
 
 
 def test_a_replay_serves_other_lengths_of_the_same_form() -> None:
@@ -415,7 +425,7 @@ def test_pages_of_a_forward_that_failed_hold_no_sequence() -> None:
 
 
 class Interrupting(CapturingBackend):
-    """Ends a forward as Ctrl-C does, once it has written its state."""
+    """A backend that ends a forward as Ctrl-C does, once it has written its state."""
 
     is_armed = False
 

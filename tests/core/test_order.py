@@ -25,7 +25,7 @@ TURNS = 50
 
 @pytest.fixture
 def hasty_threads() -> Iterator[None]:
-    """Threads that interrupt each other all the time."""
+    """Let threads interrupt each other all the time."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -33,7 +33,7 @@ def hasty_threads() -> Iterator[None]:
 
 
 class SlowReplay(Recorded):
-    """Gives other threads time to close it before it begins."""
+    """A replay that gives other threads time to close it before it begins."""
 
     def __call__(self, batch: Batch) -> Any:
         time.sleep(0.001)

@@ -35,7 +35,7 @@ class Alone:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[progress.Step]:
-    """The steps that this process tells from now on."""
+    """Return the steps that this process tells from now on."""
     told: list[progress.Step] = []
     mine = Progress()
     mine.on_step = lambda: told.append(mine.now)

@@ -16,7 +16,7 @@ from tests.core.test_model import Recorded, capturing_model
 
 
 class Tank(HostMemory):
-    """A memory of so many bytes, of which replays hold some; `taken` says how many."""
+    """A memory with a limit of bytes, of which replays hold some; `taken` says how many."""
 
     def __init__(self, size: int) -> None:
         self.size = size

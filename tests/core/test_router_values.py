@@ -30,7 +30,7 @@ def setup(backend: str) -> Setup:
 
 
 def with_values(name: str, places: Any, value: float, backend: str = "reference") -> Setup:
-    """The embedded model with other values at some places of one tensor."""
+    """Return the embedded model with other values at some places of one tensor."""
     made = setup(backend)
     weights = made.checkpoint.weights
     values = weights.float32(name).copy()

@@ -29,7 +29,7 @@ class Doubling:
 
 
 class Operator(Doubling):
-    """The same with a state."""
+    """A doubling block with a state."""
 
     def new_state(self, room: Room) -> Any:
         return ("state of", room)
@@ -117,7 +117,7 @@ def test_only_operators_have_a_state(there: Elsewhere) -> None:
 
 
 class Watched(LateMemory):
-    """Keeps in a list when copies to the host are begun and awaited."""
+    """A memory that lists when copies to the host are begun and awaited."""
 
     def __init__(self) -> None:
         super().__init__()

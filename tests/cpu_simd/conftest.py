@@ -14,7 +14,7 @@ assert CpuSimdBackend
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Has this many threads share the work of each kernel."""
+    """Have this many threads share the work of each kernel."""
     before = numba.get_num_threads()
     if request.param > numba.config.NUMBA_NUM_THREADS:
         pytest.skip("one core")

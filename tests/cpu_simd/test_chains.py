@@ -25,7 +25,7 @@ DEPTHS = (
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Other numbers in every run; the seed is shown if a test fails."""
+    """Return other numbers in every run; the seed is shown if a test fails."""
     seed = int(np.random.SeedSequence().generate_state(1)[0])
     print("seed", seed)
     return np.random.default_rng(seed)

@@ -77,7 +77,7 @@ def test_avx2_kernels_are_right_and_compiled_once_wherever_the_sources_are(tmp_p
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of an empty cache; `new_process` forgets what is known of it."""
+    """Return the folder of an empty cache; `new_process` forgets what is known of it."""
     monkeypatch.setenv("LFM2KIT_CACHE_DIR", str(tmp_path))
     new_process(monkeypatch)
     return tmp_path / "cpu_simd"
@@ -289,7 +289,7 @@ def test_a_changed_source_has_other_kernels(
 
 
 def assembly(triple: str, cpu: str, vl: int, nv: int, storage: str, leaves: bool) -> str:
-    """The tile, compiled for another machine."""
+    """Return the tile, compiled for another machine."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     module = ir.Module()

@@ -43,7 +43,7 @@ def silu(x: Float64) -> Float64:
 
 
 def slow(x: Any, offsets: Any, tensors: list[Tensor]) -> Float64:
-    """Row by row, in float64."""
+    """Multiply row by row, in float64."""
     groups = np.repeat(np.arange(len(tensors)), np.diff(offsets))
     values = [t.float32().astype(np.float64) for t in tensors]
     out = [values[g] @ row for g, row in zip(groups, x.astype(np.float64), strict=True)]

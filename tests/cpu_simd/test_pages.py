@@ -58,7 +58,7 @@ def arrays_of(state: Any) -> list[Float32]:
 
 
 class Fed:
-    """Sequences of one state, with pages in an order of their own."""
+    """The sequences of one state, with pages in an order of their own."""
 
     def __init__(self, block: Block, sequences: int, tokens: int, page_tokens: int) -> None:
         room = Room.of_sequences(sequences + 1, tokens, page_tokens)  # with pages of nobody

@@ -44,7 +44,7 @@ def _threads_as_before() -> object:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody wants the cores, so far as the crew is told."""
+    """Tell the crew that nobody wants the cores."""
     monkeypatch.setattr(CREW, "_waits", dict)
 
 
@@ -121,7 +121,7 @@ class Machine:
         return dict(self.waited)
 
     def passes(self, windows: int, waiting: float = 0.0) -> None:
-        """Some time, of which a thread waits a share."""
+        """Let some time pass, of which a thread waits a share."""
         seconds = 1.001 * windows * WINDOW  # sums of windows round to less than their number
         self.now += seconds
         self.waited["2"] += seconds * waiting

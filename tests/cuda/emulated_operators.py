@@ -77,7 +77,7 @@ class Kept:
 
 @dataclass
 class EmulatedAttention:
-    """From the projections' result on: rows of queries, keys and values."""
+    """The attention after the projections: rows of queries, keys and values."""
 
     program: Path
     spec: specs.Attention = field(default=ATTENTION)
@@ -85,7 +85,7 @@ class EmulatedAttention:
     def __call__(self, qkv: Float32, batch: Batch, state: Kept | None) -> Float32:
         size, (keys, values) = _size(state), state.arrays if state else _nothing()
         out = run(
-            self.program, [*_numbers(batch), *size],
+            self.program, [*_numbers(batch), *size, min(2, batch.sequences)],
             [qkv, *WEIGHTS, INVERSE, batch.positions, batch.cu_seqlens, batch.pages, keys, values],
         )  # fmt: skip
         heads, kept = np.split(out, [len(qkv) * self.spec.num_attention_heads * self.spec.head_dim])
@@ -100,7 +100,7 @@ class EmulatedAttention:
 
 @dataclass
 class EmulatedConv:
-    """Between the projections: rows of B, C and X."""
+    """The convolution between the projections: rows of B, C and X."""
 
     program: Path
     spec: specs.ShortConv

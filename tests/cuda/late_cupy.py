@@ -26,7 +26,7 @@ PACKAGES = ("cupy", "cupyx", "lfm2kit_cuda")
 
 
 class _Thread(threading.local):
-    """What is current in a thread: a device, and for each device a stream."""
+    """The current device of a thread, and for each device a stream."""
 
     def __init__(self) -> None:
         self.device = 0
@@ -67,7 +67,7 @@ class Stream(late.Stream):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Returns to the stream before, or to the legacy one if that was chosen by `use`."""
+        """Return to the stream before, or to the legacy one if that was chosen by `use`."""
         streams = THREAD.streams[self.device]
         streams.pop()
         if len(streams) == 1:
@@ -106,7 +106,7 @@ class Event:
 
 
 class Array:
-    """Values on a device; `data` is itself, for what CuPy says of an array's memory."""
+    """An array on a device; `data` is itself, for what CuPy says of an array's memory."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
@@ -145,15 +145,18 @@ class Array:
 
 
 class Device:
-    """The first is a Hopper, the second an Ampere."""
+    """A device: the first one is a Hopper, the second an Ampere."""
 
     def __init__(self, device: int) -> None:
         self.compute_capability = ("90", "80")[device]
-        self.attributes = {"MultiProcessorCount": (132, 108)[device]}
+        self.attributes = {
+            "MultiProcessorCount": (132, 108)[device],
+            "MaxSharedMemoryPerBlockOptin": (227, 163)[device] << 10,
+        }
 
 
 class Module:
-    """Machine code on the device that was current when it was loaded."""
+    """A module of machine code on the device that was current when it was loaded."""
 
     def load(self, code: bytes) -> None:
         self.device = THREAD.device
@@ -167,7 +170,7 @@ def current_stream() -> Stream:
 
 
 def empty(shape: Any, dtype: Any) -> Array:
-    """An array that is full of something else."""
+    """Return an array that is full of something else."""
     values = np.empty(shape, dtype)
     values.reshape(-1).view(np.uint8).fill(0xA5)
     return Array(values)

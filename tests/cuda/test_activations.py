@@ -21,7 +21,7 @@ SHAPES = ((1, 1), (7, 13), (16, 64), (17, 72), (33, 200))  # rows, columns
 
 
 def rows_of(slabs: Any) -> npt.NDArray[np.uint16]:
-    """[terms, rows, columns with padding]"""
+    """Return the rows of slabs: [terms, rows, columns with padding]."""
     array = slabs.array.get()
     terms, count, extent, k = array.shape
     chunks = array.reshape(terms, count, extent, 8, 8)

@@ -17,7 +17,7 @@ Machine = list[list[str]]  # for each rank, the GPUs that it sees, in its order
 
 
 def verdict(machine: Machine) -> Refusal | None:
-    """What ranks that see these GPUs are told."""
+    """Return what ranks that see these GPUs are told."""
     reports = []
     for rank, visible in enumerate(machine):
         context = Context(local_ranks=len(machine), local_rank=rank)

@@ -62,14 +62,14 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of a cache that holds nothing from before."""
+    """Return the folder of a cache that holds nothing from before."""
     monkeypatch.setenv("LFM2KIT_CACHE_DIR", str(tmp_path))
     new_process(monkeypatch)
     return tmp_path / "cuda"
 
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgets what is known of the cache, and what was said."""
+    """Forget what is known of the cache, and what was said."""
     monkeypatch.setattr(compiling, "KERNELS", KernelCache("cuda"))
     compiling._announce.cache_clear()
 

@@ -23,7 +23,7 @@ def ptx(stem: str, architecture: str, constants: dict[str, Any]) -> str:
 
 
 def kernels_in(text: str) -> dict[str, str]:
-    """The body of each kernel by name."""
+    """Return the body of each kernel by name."""
     parts = re.split(r"\.entry (\w+)\(", text)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 

@@ -43,7 +43,7 @@ Judged = tuple[Float64, Float64]  # what is expected, and the most that a result
 
 @dataclass(frozen=True)
 class Tiles:
-    """As `RowTiles`; group_of holds the group of each row, -1 where there is none."""
+    """A list of tiles as `RowTiles`; group_of holds the group of each row, -1 if there is none."""
 
     source: Ints
     tiles: Ints
@@ -56,17 +56,17 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Emulated:
-    """What gemm.py launches, by blocks that take several tiles each."""
+    """A product as gemm.py launches it, by CTAs that take several tiles each."""
 
     program: Path
 
     def arrange(self, x: Float32, tiles: Tiles | None = None, height: int = TALLEST) -> Float32:
-        """Without a list, in even tiles of at most `height` rows."""
+        """Arrange tiles as a list says, or evenly, of at most `height` rows."""
         rows, inputs = len(tiles.source) if tiles else len(x), padded(x.shape[1], STEP)
         most = len(tiles.tiles) + 1 if tiles else -(-rows // height)
         source = tiles.source if tiles else None
         return self._run(
-            "arrange", (-(-inputs // PART), most), (rows, most, x.shape[1], inputs),
+            "arrange", (-(-inputs // PART), -(-most // 3), 3), (rows, most, x.shape[1], inputs),
             (x, source, None, *listed(tiles)), (most, inputs, TALLEST),
         )  # fmt: skip
 
@@ -81,7 +81,7 @@ class Emulated:
         blocks: int = 2,
     ) -> Float32:
         return self._run(
-            "linear_simt", (blocks, 1),
+            "linear_simt", (blocks, 1, 1),
             (rows, len(panels), panels.shape[1], width(packed), columns),
             (panels, packed, bias, None, *listed(tiles)), (rows, columns), output=3,
         )  # fmt: skip
@@ -97,7 +97,7 @@ class Emulated:
     ) -> Float32:
         shape = (len(panels), padded(columns, STEP), TALLEST)
         return self._run(
-            "gated_simt", (blocks, 1),
+            "gated_simt", (blocks, 1, 1),
             (rows, len(panels), panels.shape[1], width(packed), shape[1]),
             (panels, packed, None, *listed(tiles)), shape,
         )  # fmt: skip
@@ -105,7 +105,7 @@ class Emulated:
     def _run(
         self,
         name: str,
-        grid: tuple[int, int],
+        grid: tuple[int, int, int],
         numbers: tuple[int, ...],
         arrays: tuple[npt.NDArray[np.generic] | None, ...],
         shape: tuple[int, ...],
@@ -124,7 +124,7 @@ class Emulated:
 
 
 def ranges(panels: Float32, rows: int, tiles: Tiles | None) -> list[tuple[int, int]]:
-    """First row and rows of each tile."""
+    """Return the first row and the rows of each tile."""
     if tiles:
         return [(int(first), int(many)) for _, first, many, _ in tiles.tiles]
     sizes = [HEIGHT_STEP * steps for steps in even(-(-rows // HEIGHT_STEP), len(panels))]
@@ -142,7 +142,7 @@ def content(panel: Float32, rows: int) -> Float32:
 
 
 def rows_of(panels: Float32, rows: int, tiles: Tiles | None = None) -> Float32:
-    """Panels as rows again: [rows, k]."""
+    """Return panels as rows again: [rows, k]."""
     out = np.full((rows, panels.shape[1]), np.nan, np.float32)
     for panel, (first, many) in zip(panels, ranges(panels, rows, tiles), strict=False):
         out[first : first + many] = content(panel, many).T[:many]
@@ -171,7 +171,7 @@ def width(packed: Float32) -> int:
 
 
 def pack(matrices_gnk: Float32) -> Float32:
-    """As `Gemm.pack`: groups, panels, k, columns."""
+    """Pack as `Gemm.pack` does: groups, panels, k, columns."""
     groups, columns, inputs = matrices_gnk.shape
     room = np.zeros((groups, padded(columns, WIDTH), padded(inputs, STEP)), np.float32)
     room[:, :columns, :inputs] = matrices_gnk
@@ -187,7 +187,7 @@ def pack_gated(gates_gnk: Float32, ups_gnk: Float32) -> Float32:
 
 
 def product(x: Float32, matrices_gnk: Float32, group_of: Ints) -> Judged:
-    """Rows times the matrices of their groups: no sum of floats can be further off than this."""
+    """Return the product of rows and their groups' matrices, and a bound of its rounding."""
     x64, w64 = x.astype(np.float64), matrices_gnk.astype(np.float64)[group_of]
     want = np.einsum("mk,mnk->mn", x64, w64)
     size = np.einsum("mk,mnk->mn", abs(x64), abs(w64))
@@ -232,7 +232,7 @@ def of_one_group(rows: int) -> Ints:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Other numbers in every run; the seed is shown if a test fails."""
+    """Return other numbers in every run; the seed is shown if a test fails."""
     seed = int(np.random.SeedSequence().generate_state(1)[0])
     print("seed", seed)
     return np.random.default_rng(seed)
@@ -240,7 +240,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated]:
-    """By its sizes; compiled from headers of which some are replaced by those here."""
+    """Return a kernel by its sizes, compiled from headers of which some are replaced."""
     if COMPILER is None:
         pytest.skip("there is no g++ to compile kernels for the CPU with")
     folder = tmp_path_factory.mktemp("emulated")

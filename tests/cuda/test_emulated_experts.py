@@ -32,7 +32,7 @@ TILINGS = [(48, 8, True), (16, 16, False)]  # rows, step, by height
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
-    """Compiles the kernels for a number of experts that each token takes."""
+    """Compile the kernels for a number of experts that each token takes."""
     folder = tmp_path_factory.mktemp("experts")
     if COMPILER is None or not has_cpp20(folder):
         pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
@@ -61,7 +61,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
 
 
 def written(out: Ints, *sizes: int) -> list[Ints]:
-    """Returns the arrays of these sizes; behind each nothing may have been written."""
+    """Return the arrays of these sizes; behind each nothing may have been written."""
     arrays = []
     for size in sizes:
         array, margin, out = np.split(out, [size, size + MARGIN])
@@ -72,7 +72,7 @@ def written(out: Ints, *sizes: int) -> list[Ints]:
 
 
 def random_ids(rng: np.random.Generator, local: tuple[int, ...], shape: tuple[int, int]) -> Ints:
-    """Returns local ids, among which every fourth is nobody's."""
+    """Return local ids, among which every fourth is nobody's."""
     ids = rng.choice(np.array(local, np.int32), shape)
     ids[rng.random(shape) < 0.25] = NOBODY
     return ids
@@ -106,12 +106,12 @@ def test_pairs_of_nobody_go_nowhere(
     assert (tiles.reshape(-1, 4)[len(want_tiles) :] == POISON).all()
 
 
-def outputs_places_and_weights(taken: int) -> tuple[Float32, Ints, Float32]:
+def outputs_places_and_weights() -> tuple[Float32, Ints, Float32]:
     """Return arguments with NaN where nothing may come from: -1, and the row read in its stead."""
     rng = np.random.default_rng(0)
     outputs = rng.standard_normal((8, 20)).astype(np.float32)
     outputs[0] = np.nan
-    weights = rng.random((6, taken), np.float32)
+    weights = rng.random((6, 3), np.float32)
     place = np.array([[1, 2, 3], [-1, 4, 5], [6, -1, 7], [1, 2, -1], [-1, -1, 3], [-1, -1, -1]])
     place = place.astype(np.int32)
     weights[place < 0] = np.nan
@@ -120,8 +120,8 @@ def outputs_places_and_weights(taken: int) -> tuple[Float32, Ints, Float32]:
 
 
 def test_a_sum_has_nothing_of_nobody(experts: Callable[[int], Run]) -> None:
-    """The sum starts from the first product that there is: even a -0 stays."""
-    arrays = outputs_places_and_weights(3)
+    """The sum starts from the first product, even if that is -0."""
+    arrays = outputs_places_and_weights()
     want = expected_sums(*arrays)
     out = experts(3)("combine", *want.shape, 8, arrays=arrays)
     delta = written(out, want.size)[0]
@@ -129,7 +129,7 @@ def test_a_sum_has_nothing_of_nobody(experts: Callable[[int], Run]) -> None:
 
 
 def test_cpu_simd_adds_with_the_same_bits() -> None:
-    outputs, place, weights = outputs_places_and_weights(3)
+    outputs, place, weights = outputs_places_and_weights()
     delta = np.full((len(place), outputs.shape[1]), np.nan, np.float32)
     _combine(outputs, place.astype(np.int64), weights, delta)
     want = expected_sums(outputs, place, weights)

@@ -28,7 +28,7 @@ SCALING = 1.5
 
 @pytest.fixture(scope="module")
 def router(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Route]:
-    """Compiles the kernels for a number of experts, and of those that a token takes."""
+    """Compile the kernels for a number of experts, and of those that a token takes."""
     folder = tmp_path_factory.mktemp("router")
     if COMPILER is None or not has_cpp20(folder):
         pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")

@@ -18,7 +18,7 @@ Ints = npt.NDArray[np.int32]
 def grouped(
     ids: Ints, local: Sequence[int], tile_rows: int, step: int, by_height: bool = False
 ) -> tuple[Ints, Ints, Ints]:
-    """source, place and tiles as `group_by_expert` makes them: experts begin at eighth slots.
+    """Return source, place and tiles as `group_by_expert` makes them, in eights for each expert.
 
     A pair of an id that is not local, -1 as well, has the place -1.
     """
@@ -55,7 +55,7 @@ def even(whole: int, parts: int) -> list[int]:
 def random_ids(
     tokens: int, taken: int, local: Sequence[int], favourites: float, nobodys: float
 ) -> Ints:
-    """Different experts for each token; the first ones more often, if there are favourites.
+    """Return different experts for each token, more often the first ones if asked.
 
     A share of `nobodys` is -1.
     """

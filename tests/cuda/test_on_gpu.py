@@ -150,3 +150,45 @@ def test_a_sample_has_the_same_bits_in_batches_that_take_other_tiles() -> None:
     alone = model.logits(Batch.of_sequences(samples[:1])).copy()
     for n in (2, 3, 16, 17, 128):
         assert np.array_equal(model.logits(Batch.of_sequences(samples[:n]))[:1], alone)
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["whole", "with a state"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_more_sequences_than_a_grid_has_in_y(precision: str, is_kept: bool) -> None:
+    model, ids = load_model("tiny", "cuda", precision=precision), np.arange(70_000) % 1024
+    alone = model.logits(Batch.of_sequences([[i] for i in range(1024)]))
+    pages = np.arange(len(ids), dtype=np.int32)[:, None]
+    batch = Batch.of_sequences(
+        list(ids.astype(np.int32)[:, None]), pages=pages if is_kept else None
+    )
+    state = model.new_state(Room(len(ids), 64)) if is_kept else None
+    assert np.array_equal(model.logits(batch, state), alone[ids])
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0)], ids=["this chip", "older chips"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_grids_in_layers_have_the_bits_of_flat_ones(
+    precision: str, capability: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large batches need them: with a limit of 3, small ones do."""
+    from lfm2kit_cuda import device, launching
+
+    if capability:
+        monkeypatch.setattr(device, "compute_capability", lambda: capability)
+    model, rng = load_model("tiny", "cuda", precision=precision), np.random.default_rng(5)
+    samples = random_samples(rng, *[70] * 8, *[3] * 3, 400)
+    pages = np.full((12, 7), -1, np.int32)
+    pages[:11, :2] = np.arange(22).reshape(11, 2)
+    pages[11] = range(22, 29)
+    first = Batch.of_sequences(samples, pages=pages)
+    then = Batch.of_sequences(
+        random_samples(rng, *[1] * 12), pages=pages, starts=[len(sample) for sample in samples]
+    )
+
+    def both_steps() -> list[Any]:
+        state = model.new_state(Room(29, 64))
+        return [model.logits(batch, state) for batch in (first, then)]
+
+    flat = both_steps()
+    monkeypatch.setattr(launching, "MOST_CTAS", 3)
+    assert all(np.array_equal(a, b) for a, b in zip(both_steps(), flat, strict=True))

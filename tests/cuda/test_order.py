@@ -21,7 +21,7 @@ SIZES = (0, 1, 5, 1 << 20, (1 << 20) + 1, 3 << 20, (16 << 20) + 5)
 
 @pytest.fixture(autouse=True)
 def hasty_threads() -> Iterator[None]:
-    """Threads that interrupt each other all the time."""
+    """Let threads interrupt each other all the time."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -36,7 +36,7 @@ def memories() -> Iterator[list[Any]]:
 
 @pytest.fixture
 def replay_of() -> Iterator[Any]:
-    """A replay, on device 1, of what multiplies the ids of a batch by ten."""
+    """Yield a replay, on device 1, of what multiplies the ids of a batch by ten."""
 
     def forward(batch: Any) -> Array:
         logits = empty(batch.token_ids.shape, np.int32)

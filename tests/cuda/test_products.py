@@ -33,7 +33,7 @@ def hopper(precision: str) -> Any:
 
 
 def random(rng: np.random.Generator, *shape: int) -> Float32:
-    """Numbers that BF16 and F16 hold exactly, so that only the sums are rounded."""
+    """Return numbers that BF16 and F16 hold exactly, so that only the sums are rounded."""
     return (rng.integers(-128, 129, shape) / 64).astype(np.float32)
 
 
@@ -47,7 +47,7 @@ def assert_close(got: Any, want: npt.NDArray[np.float64], within: float) -> None
 
 
 def assert_rounded(got: Any, sums: Any, format: Format) -> None:
-    """`got` has the bits of what is nearest to `sums`, of two the even."""
+    """Check that `got` has the bits of what is nearest to `sums`, of two the even."""
     want = Tensor.of_array("sums", sums.get()).stored_as(format).data
     assert np.array_equal(got.get(), want.view(np.uint16))
 

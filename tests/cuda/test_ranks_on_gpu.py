@@ -24,7 +24,7 @@ RUN = [sys.executable, "-m", "lfm2kit", "run", "--backend", "cuda", "-n", "8", "
 
 
 def job(*visible: str) -> subprocess.CompletedProcess[str]:
-    """A job whose ranks see these devices: each string is a rank's CUDA_VISIBLE_DEVICES."""
+    """Run a job whose ranks see these devices: each string is a CUDA_VISIBLE_DEVICES."""
     mpiexec = find_mpiexec()
     command = [mpiexec, *_flags(mpiexec)]
     for i, devices in enumerate(visible):

@@ -71,7 +71,7 @@ def memory() -> Any:
 
 @pytest.fixture
 def arrays() -> Iterator[tuple[Any, Any, Any]]:
-    """Values on the host, the same on the device, and an array of -1 there; all of it done."""
+    """Yield values on the host and on the device, and an array of -1 there; all of it done."""
     import cupy
 
     values = np.random.default_rng(0).random(SIZE, np.float32)
@@ -190,7 +190,7 @@ SHAPES = ((16, 5), (1,), (33, 2, 7), (16, 16, 16, 16))
 
 
 def logits_of(model: LFM2, seed: int) -> list[Any]:
-    """The results of plain forwards, captures and replays of several shapes."""
+    """Return the results of plain forwards, captures and replays of several shapes."""
     got = []
     for turn in range(TURNS):
         batch = random_batch(1000 * seed + turn, *SHAPES[turn % len(SHAPES)])

@@ -44,7 +44,7 @@ odd = values | st.sampled_from([126, 127, 400]).map(deep)
 
 @st.composite
 def changed(draw: st.DrawFn, fields: Mapping[str, Json], others: list[str]) -> dict[str, Json]:
-    """`fields` with up to three keys removed, or saying what they like, or new from `others`."""
+    """Draw `fields` with up to three keys removed, changed, or new from `others`."""
     result = dict(fields)
     for key in draw(st.lists(st.sampled_from([*fields, *others]), max_size=3)):
         result[key] = draw(odd)
@@ -67,7 +67,7 @@ rope = st.fixed_dictionaries(
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Json]:
-    """The fields of a config.json, most of them sound."""
+    """Draw the fields of a config.json, most of them sound."""
     others = [*TWINS, *FIXED, "head_dim", "full_attn_idxs", "quantization_config", "theta"]
     fields = draw(changed(FIELDS, others))
     for key in draw(st.lists(st.sampled_from(["rope_parameters", "rope_scaling"]), max_size=2)):
@@ -77,7 +77,7 @@ def configs(draw: st.DrawFn) -> dict[str, Json]:
 
 @st.composite
 def json_texts(draw: st.DrawFn, document: st.SearchStrategy[Json]) -> bytes:
-    """A document as text, sometimes with a key twice or bytes changed."""
+    """Draw a document as text, sometimes with a key twice or bytes changed."""
     text = json.dumps(draw(document), ensure_ascii=draw(st.booleans()))
     if draw(st.integers(0, 4)) == 0:
         text = text.replace("{", '{"vocab_size": 50, ', draw(st.integers(1, 2)))
@@ -86,7 +86,7 @@ def json_texts(draw: st.DrawFn, document: st.SearchStrategy[Json]) -> bytes:
 
 @st.composite
 def damaged(draw: st.DrawFn, file: bytes) -> bytes:
-    """A file as it is, or with bytes replaced, inserted, removed or cut off."""
+    """Draw a file as it is, or with bytes replaced, inserted, removed or cut off."""
     if draw(st.integers(0, 2)):
         return file
     for _ in range(draw(st.integers(1, 3))):
@@ -96,7 +96,7 @@ def damaged(draw: st.DrawFn, file: bytes) -> bytes:
 
 
 def toml(value: Json) -> str:
-    """A value as TOML has it; what it has not, such as null, becomes a text."""
+    """Write a value as TOML; what TOML lacks, such as null, becomes a text."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
@@ -109,5 +109,5 @@ def toml(value: Json) -> str:
 
 
 def toml_text(table: Mapping[str, Json]) -> str:
-    """A table as TOML, every list of tables as one of inline tables."""
+    """Write a table as TOML, every list of tables as one of inline tables."""
     return "".join(f"{json.dumps(key)} = {toml(value)}\n" for key, value in table.items())

@@ -60,7 +60,7 @@ fuzzed = settings(
 
 
 def attempt(read: Callable[[Path], T], path: Path) -> tuple[T | None, str]:
-    """What reading gives, or the sentence that refuses; anything else fails the test."""
+    """Return what reading gives, or the sentence that refuses; any other error fails the test."""
     result, error = None, ""
     tracemalloc.start()
     try:
@@ -130,7 +130,7 @@ def safetensors_file(header: bytes, data: bytes) -> bytes:
 
 @st.composite
 def safetensors_files(draw: st.DrawFn) -> bytes:
-    """Tensors one behind the other, of whose entries some say something else."""
+    """Draw tensors one behind the other, some of whose entries say something else."""
     header: dict[str, Any] = {}
     end = 0
     for i in range(draw(st.integers(0, 3))):
@@ -207,7 +207,7 @@ def test_a_safetensors_file(tmp_path: Path, file: bytes) -> None:
 
 @st.composite
 def model_bins(draw: st.DrawFn) -> bytes:
-    """A table and its data, of whose numbers some say something else."""
+    """Draw a table and its data, some of whose numbers say something else."""
     numbers = st.sampled_from([0, 1, 2, 7, 8, 9, 1000, 1001, 2**31, 2**32 - 1])
     rows = draw(st.integers(0, 3))
     start = 4 + rows * (4 + 2 + 4 + 4 + 16)
@@ -366,7 +366,7 @@ KINDS_OF_FILE = ["file", "file", "empty", "page", "folder", "link", "pipe"]
 
 
 def put(path: Path, kind: str) -> None:
-    """Something at `path`, sound or not."""
+    """Put something at `path`, sound or not."""
     if kind == "folder":
         path.mkdir()
     elif kind == "link":

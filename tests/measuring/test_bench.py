@@ -21,7 +21,7 @@ from lfm2kit.testing.host_block import host_block
 
 
 class WholeLayers(ReferenceBackend):
-    """The reference, its layers built whole; their parts it builds alone too."""
+    """A backend that builds the reference's layers whole, and their parts alone too."""
 
     def why_unsupported(self, spec: Spec) -> str | None:
         return None if isinstance(spec, specs.Layer) else super().why_unsupported(spec)
@@ -58,7 +58,7 @@ def test_decoding_begins_again_from_the_prompt_when_its_state_is_full(
 
 
 def waiting(*timings: Timing) -> float | None:
-    contender = Contender("any", "a test", 1, 1, Work(1, 1), lambda: None)
+    contender = Contender("any", "fp32", "a test", 1, 1, Work(1, 1), lambda: None)
     return Measured(contender, timings, None).waiting
 
 

@@ -21,7 +21,7 @@ from tests.core.small import build, small_spec
 
 @pytest.fixture(autouse=True)
 def own_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run allows its blocks stays with it."""
+    """Keep what a run allows its blocks from other tests."""
     monkeypatch.setattr(progress, "THIS_PROCESS", Progress())
 
 

@@ -170,7 +170,7 @@ def test_the_first_id_outside_the_vocabulary_is_named(bad: int) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the embedded model, its inputs and answers: the current folder."""
+    """Return a copy of the embedded model, its inputs and answers, as the current folder."""
     folder = Path(shutil.copytree(EMBEDDED / "tiny", tmp_path / "tiny"))
     monkeypatch.chdir(folder)
     return folder

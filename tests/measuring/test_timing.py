@@ -11,7 +11,7 @@ from lfm2kit.measuring.timing import THREADS, Timing, timed, waits
 
 
 def account(folder: Path, **waited: int) -> Path:
-    """A folder of threads as the kernel shows them: run, waited (both in ns), turns."""
+    """Make a folder of threads as the kernel shows them: run, waited (both in ns), times run."""
     for thread, nanoseconds in waited.items():
         (folder / thread).mkdir()
         (folder / thread / "schedstat").write_text(f"123456 {nanoseconds} 7\n")

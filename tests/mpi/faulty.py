@@ -82,7 +82,7 @@ def lfm2kit_backends() -> Iterator[lfm2kit.BackendPlugin]:
 
 
 def install(folder: Path) -> str:
-    """Makes a distribution of this file in `folder`; what PYTHONPATH must be for it."""
+    """Make a distribution of this file in `folder`; what PYTHONPATH must be for it."""
     (folder / "faulty_plugin.py").write_text(Path(__file__).read_text())
     (folder / "sitecustomize.py").write_text(SITE)
     info = folder / "faulty_plugin-1.dist-info"

@@ -23,7 +23,7 @@ A_WHILE = 60  # seconds: ranks that wait for each other take longer
 
 
 def job(*ranks: list[str]) -> subprocess.CompletedProcess[str]:
-    """A job with a command line for each rank, as a user's own mpiexec starts it."""
+    """Run a job with a command line for each rank, as a user's own mpiexec starts it."""
     command = [find_mpiexec(), *_flags(find_mpiexec())]
     for words in ranks:
         command += ["-n", "1", *words, ":"]
@@ -34,7 +34,7 @@ def job(*ranks: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def on_path(folder: Path) -> str:
-    """The setting with which a rank looks for modules in `folder` first."""
+    """Return the setting with which a rank looks for modules in `folder` first."""
     before = os.environ.get("PYTHONPATH")
     return "PYTHONPATH=" + os.pathsep.join(filter(None, [str(folder), before]))
 
@@ -48,7 +48,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 @pytest.fixture
 def odd_plugin(tmp_path: Path) -> str:
-    """On the PYTHONPATH of one rank: a plugin that cannot be imported."""
+    """Put a plugin that cannot be imported on the PYTHONPATH of one rank."""
     (tmp_path / "odd_plugin.py").write_text("import a_module_that_is_not_there\n")
     info = tmp_path / "odd_plugin-1.dist-info"
     info.mkdir()
@@ -84,12 +84,12 @@ def test_another_model_on_one_rank_ends_all(tmp_path: Path) -> None:
 
 def test_a_plugin_that_is_broken_on_one_rank_ends_all(odd_plugin: str) -> None:
     done = job(RUN, ["env", odd_plugin, *RUN])
-    assert_refused(done, "plugin odd is not there on rank 0 and broken", "a_module_that_is")
+    assert_refused(done, "plugin odd is missing on rank 0 and broken", "a_module_that_is")
 
 
 def test_another_list_of_plugins_on_one_rank_ends_all() -> None:
     done = job(RUN, ["env", "LFM2KIT_PLUGINS=reference", *RUN])
-    assert_refused(done, "LFM2KIT_PLUGINS is not there on rank 0 and reference on rank 1")
+    assert_refused(done, "LFM2KIT_PLUGINS is missing on rank 0 and reference on rank 1")
 
 
 def test_another_lfm2kit_on_one_rank_ends_all(tmp_path: Path) -> None:

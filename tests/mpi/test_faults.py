@@ -66,7 +66,7 @@ EXPECTED = {
     "holds-the-lock": (3, BLOCK + "it is hung or cut off, and " + SILENT),
     "never-joins": (3, "lfm2kit: error: no word from rank 1 of 2 within 5 s: "),
 }
-UNDER_ANOTHER_LAUNCHER = ["killed", "users-error", "stopped"]
+UNDER_ANOTHER_LAUNCHER = ["killed", "segfault", "users-error", "stopped"]
 
 
 class Ended(NamedTuple):
@@ -97,7 +97,7 @@ def job(before: Sequence[str], after: Sequence[str], plugin: str, fault: str) ->
 
 
 def own_shm() -> list[str]:
-    """What a command begins with to have a /dev/shm of its own, where that can be had."""
+    """Return what a command begins with to have a /dev/shm of its own, if that is possible."""
     try:
         can = subprocess.run([*OWN_SHM, "true"], capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
@@ -106,7 +106,7 @@ def own_shm() -> list[str]:
 
 
 def marked(mark: str) -> list[int]:
-    """The processes that were started with this mark and have not ended."""
+    """Return the processes that were started with this mark and have not ended."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -119,7 +119,7 @@ def marked(mark: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def ended(plugin: str) -> dict[tuple[str, bool], Ended]:
-    """The jobs of all faults; some at a time, as most of them only wait.
+    """Run the jobs of all faults, some at a time, as most of them only wait.
 
     The key is the fault, and whether we start the job, with `--ranks`.
     """
@@ -193,7 +193,7 @@ def test_the_end_of_what_started_a_job_ends_every_rank(
 
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Iterator[list[str]]:
-    """The command that starts one rank in each of two network namespaces with a link of theirs."""
+    """Yield the command that starts a rank in each of two network namespaces with a link."""
     if shutil.which("ip") is None:
         pytest.skip("needs iproute2")
     mpiexec = find_mpiexec()

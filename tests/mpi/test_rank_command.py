@@ -29,7 +29,7 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A folder with another lfm2kit, which says "Clone:" where this one says "Model:"."""
+    """Return a folder with another lfm2kit, which says "Clone:" instead of "Model:"."""
     package = Path(lfm2kit.__file__).parent
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, tmp_path / "lfm2kit", ignore=ignored)

@@ -20,7 +20,7 @@ A_WHILE = 120
 
 
 def run_mpi(ranks: int, script: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a script on real ranks; `transport`, `world`, `np` and `rng` are there."""
+    """Run a script on real ranks; `transport`, `world`, `np` and `rng` are there."""
     path = tmp_path / "script.py"
     path.write_text(f"{PROLOGUE}\n{script}\ntransport.finish(0)\n")
     return subprocess.run(

@@ -18,7 +18,7 @@ pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution o
 
 from lfm2kit_mpi import hub as hubs
 from lfm2kit_mpi import watch
-from lfm2kit_mpi.faults import Rank, gone, lingering, not_joined, place, stuck
+from lfm2kit_mpi.faults import Fault, Rank, culprit, gone, lingering, not_joined, place, stuck
 from lfm2kit_mpi.hub import LOOK, Hub
 from lfm2kit_mpi.job import run_job
 from lfm2kit_mpi.page import SharedPage, reader_of
@@ -103,9 +103,9 @@ def test_the_cause_of_a_rank_s_end_is_said_as_far_as_it_is_known() -> None:
 
 
 @pytest.fixture
-def hub() -> Iterator[tuple[Hub, int]]:
-    """A hub that runs in a thread, and its port."""
-    hub, port = Hub(1, 60, "the key"), 0
+def hub(request: pytest.FixtureRequest) -> Iterator[tuple[Hub, int]]:
+    """Yield a hub that runs in a thread, of one rank or of `request.param`, and its port."""
+    hub, port = Hub(getattr(request, "param", 1), 60, "the key"), 0
     is_ready, is_over = threading.Event(), threading.Event()
 
     async def serve() -> None:
@@ -147,13 +147,132 @@ def test_what_a_rank_prints_arrives_byte_by_byte_and_its_failure_after_it(
     mine = watch.joined(0, ["127.0.0.1"], port, "the key")
     data = bytes(range(256))
     mine.send(stream="stdout", text=data.decode("latin-1"))
-    mine.send(reason="no such file", exit_code=2, details="")
+    mine.report(2, "no such file", "")
     until(lambda: watched.fault is not None)
     assert printed == [("stdout", data)]
     fault = watched.explain()
     assert fault is not None
     assert fault.sentence.endswith("starting: no such file")
     assert fault.exit_code == 2
+
+
+class Scene:
+    """Two ranks that end while their hub has no core."""
+
+    def __init__(self, hub: Hub, port: int) -> None:
+        self.hub = hub
+        self.ranks = [watch.joined(number, ["127.0.0.1"], port, "the key") for number in (0, 1)]
+        self._may_go_on = threading.Event()
+        is_held = threading.Event()
+        hub.pass_on = lambda *_: (is_held.set(), self._may_go_on.wait())[0]
+        self.ranks[0].send(stream="stdout", text="")
+        is_held.wait()  # in the hub's only thread
+
+    def say(self, number: int, words: bytes) -> None:
+        self.ranks[number]._link.sendall(words)
+
+    def end(self, *numbers: int) -> None:
+        for number in numbers:
+            self.ranks[number]._link.shutdown(socket.SHUT_RDWR)
+
+    def verdict(self, number: int | None = None, pid: int | None = None) -> Fault:
+        """Return what the hub says of it, once it has a core again and has heard them out."""
+        self._may_go_on.set()
+        asyncio.run(self.hub.hear_out())
+        fault = self.hub.explain(number, pid)
+        assert fault is not None
+        return fault
+
+
+@pytest.fixture
+def scene(hub: tuple[Hub, int]) -> Scene:
+    return Scene(*hub)
+
+
+two_ranks = pytest.mark.parametrize("hub", [2], indirect=True)
+any_order = pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["rank-0-first", "rank-1-first"])
+
+
+@two_ranks
+@any_order
+@pytest.mark.parametrize("cause", ["Segmentation fault", "Aborted"])
+def test_a_rank_that_crashed_is_named_in_whichever_order_the_ranks_ended(
+    scene: Scene, order: tuple[int, int], cause: str
+) -> None:
+    scene.say(1, f"Fatal Python error: {cause}\n\nCurrent thread:\n".encode())
+    scene.end(*order)
+    here = scene.hub.ranks[0].pid
+    assert scene.verdict(9, here).sentence.endswith(f"crashed: {cause}")
+    assert scene.verdict().sentence.startswith("rank 1 ")
+
+
+@two_ranks
+@any_order
+@pytest.mark.parametrize("talks", [0, 1])
+def test_a_rank_that_was_killed_is_named_as_it_ended_first(
+    scene: Scene, order: tuple[int, int], talks: int
+) -> None:
+    """Whatever is still to be read from either of the two."""
+    scene.ranks[talks].tell()
+    scene.end(*order)
+    sentence = scene.verdict().sentence
+    assert sentence.startswith(f"rank {order[0]} ")
+    assert sentence.endswith("its process ended before its work was done")
+
+
+@two_ranks
+@any_order
+def test_a_rank_that_raised_is_named_in_whichever_order_the_ranks_ended(
+    scene: Scene, order: tuple[int, int]
+) -> None:
+    scene.ranks[1].report(3, "RuntimeError: no", "")
+    scene.end(*order)
+    fault = scene.verdict()
+    assert fault.sentence.startswith("rank 1 ")
+    assert fault.sentence.endswith("RuntimeError: no")
+
+
+@two_ranks
+@pytest.mark.parametrize("cause", ["interrupted", "cut off"])
+def test_a_rank_that_others_made_end_is_named_only_if_no_other_has_ended(
+    scene: Scene, cause: str
+) -> None:
+    first, code = scene.ranks[0], 143 if cause == "interrupted" else 3
+    if cause == "cut off":
+        with pytest.raises(ConnectionError), first.waiting_in("all_to_all"):
+            raise ConnectionError
+    first.report(code, cause, "")
+    scene.end(1)
+    assert scene.verdict().sentence.startswith("rank 1 ")
+    scene.hub.fault = None
+    scene.hub.ranks[1].is_done = True
+    fault = scene.verdict()
+    assert (fault.sentence.split(",")[0], fault.exit_code) == (
+        "rank 0 on " + socket.gethostname(),
+        code,
+    )
+    assert fault.sentence.endswith(cause)
+    assert scene.hub.is_cut_short
+
+
+def test_a_signal_that_no_launcher_sends_outranks_an_earlier_end() -> None:
+    first, second = rank(0), rank(1)
+    second.pid = 4712
+    fault = culprit([first, second], [first, second], 11, 4712)
+    assert fault is not None
+    assert fault.sentence.endswith("its process was ended by signal 11 (SIGSEGV)")
+    killed = culprit([first, second], [first, second], 9, 4712)
+    assert killed is not None
+    assert killed.sentence.startswith("rank 0 ")
+
+
+def test_a_rank_that_crashed_but_has_not_ended_yet_is_named() -> None:
+    """Writing a core file may take longer than the deadline."""
+    crashed = rank(1, quiet=61)
+    crashed.last_words = "Aborted"
+    fault = stuck([rank(0, still=62, waiting=True), crashed], NOW)
+    assert fault is not None
+    assert fault.sentence.endswith("crashed: Aborted")
 
 
 def test_a_hub_that_was_stopped_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

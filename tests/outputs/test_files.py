@@ -24,7 +24,7 @@ from lfm2kit.outputs.leftovers import beside
 
 
 def write(path: Path, content: bytes) -> list[str]:
-    """Writes a file, and returns what was noted."""
+    """Write a file, and return what was noted."""
     notes: list[str] = []
     with replaced(path, notes.append) as file:
         file.write(content)
@@ -264,7 +264,7 @@ def test_a_folder_that_something_is_mounted_on_gets_its_files_one_by_one(
 
 
 def cannot_mount() -> bool:
-    """Whether this process may not mount something in a name space of its own."""
+    """Return whether this process may not mount something in a name space of its own."""
     words = ["unshare", "-m", "true"]
     if shutil.which("unshare") is None:
         return True
@@ -363,7 +363,7 @@ TOKEN = "0123abcd"
 
 @pytest.fixture
 def dead() -> int:
-    """The id of a process that has ended."""
+    """Return the id of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid

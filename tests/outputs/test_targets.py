@@ -15,6 +15,7 @@ import lfm2kit
 from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.measuring.samples import read_answers
 from lfm2kit.outputs.targets import check_apart, identity
 from tests.checkpoint.folders import ORACLE
 from tests.checkpoint.typed import Cli
@@ -149,7 +150,7 @@ def test_weights_of_any_name_are_known(tmp_path: Path) -> None:
 
 
 def cached_model(tmp_path: Path) -> Path:
-    """A model as the hub's client keeps it: names that are links, contents by their hash."""
+    """Return a model as the hub's client keeps it: names that are links to hashed contents."""
     folder = tmp_path / "snapshots" / "abc"
     folder.mkdir(parents=True)
     (tmp_path / "blobs").mkdir()
@@ -164,7 +165,7 @@ def cached_model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the embedded model beside everything else that a run reads: the current folder."""
+    """Return the current folder: a copy of the embedded model and all else that a run reads."""
     folder = Path(shutil.copytree(EMBEDDED / "tiny", tmp_path / "tiny"))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "plan.toml").write_text('default = "reference"\n')
@@ -210,6 +211,16 @@ def test_the_answers_may_be_replaced_by_outputs_but_not_by_a_report(tiny: Path, 
     cli(*RUN, "--json", "answers.bin").assert_fails("--json", "the answers")
     assert cli(*run, "--outputs", "my answers").code == 0
     assert (tiny / "my answers").stat().st_size == 8 + 4 * 1024
+
+
+def test_outputs_that_replace_more_samples_than_they_are_say_so(tiny: Path, cli: Cli) -> None:
+    """What was there may be answers to all samples; the same number again is not worth a word."""
+    held = len(read_answers(tiny / "my answers"))
+    said = [cli(*RUN, "--outputs", "my answers").err for _ in range(2)]
+    assert f"my answers held {held} samples before, and now holds 1" in said[0]
+    assert said[1] == ""
+    assert cli(*RUN[:-1], "2", "--outputs", "my answers").err == ""
+    assert cli(*RUN, "--outputs", "/dev/null").err == ""
 
 
 def test_a_blob_behind_the_weights_is_no_output(tmp_path: Path, cli: Cli) -> None:

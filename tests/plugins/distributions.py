@@ -24,12 +24,12 @@ ANNOUNCES = """
 
 
 def announcing(name: str) -> str:
-    """The source of a plugin that announces a backend `name` which works."""
+    """Return the source of a plugin that announces a backend `name` which works."""
     return ANNOUNCES.format(name=name)
 
 
 def install(site: Path, name: str, source: str, entry_point: str = "") -> None:
-    """The distribution `lfm2kit-{name}` 1.0 of one module, as an installer would leave it."""
+    """Install the distribution `lfm2kit-{name}` 1.0 of one module, as an installer would."""
     module = f"lfm2kit_{name}"
     (site / f"{module}.py").write_text(textwrap.dedent(source))
     info = site / f"{module}-1.0.dist-info"
@@ -39,7 +39,7 @@ def install(site: Path, name: str, source: str, entry_point: str = "") -> None:
 
 
 def install_project(project: Path, site: Path, wheels: Path) -> None:
-    """The wheel of `project`, unpacked: what installing it comes to, without an installer."""
+    """Unpack the wheel of `project`, which amounts to installing it, without an installer."""
     zipfile.ZipFile(build_wheel(project, wheels)).extractall(site)
 
 
@@ -50,7 +50,7 @@ def build_wheel(project: Path, into: Path) -> Path:
 
 
 def environment(site: Path, **variables: str) -> dict[str, str]:
-    """This environment with `site` on Python's path, and no LFM2KIT variable but `variables`."""
+    """Return this environment with `site` on Python's path and only these LFM2KIT variables."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("LFM2KIT_")}
     return {**clean, "PYTHONPATH": str(site), **variables}
 
@@ -58,7 +58,7 @@ def environment(site: Path, **variables: str) -> dict[str, str]:
 def lfm2kit(
     site: Path, *arguments: str, cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """`lfm2kit *arguments` in a process that finds the distributions in `site`."""
+    """Run `lfm2kit *arguments` in a process that finds the distributions in `site`."""
     return subprocess.run(
         [sys.executable, "-m", "lfm2kit", *arguments],
         cwd=cwd or site,
@@ -70,7 +70,7 @@ def lfm2kit(
 
 
 def listing(site: Path, **variables: str) -> dict[str, Any]:
-    """What `lfm2kit backends` says, each list as a dict by name."""
+    """Return what `lfm2kit backends` says, each list as a dict by name."""
     done = lfm2kit(site, "backends", "--json", "-", **variables)
     assert done.returncode == 0, done.stderr
     fields = json.loads(done.stdout)

@@ -34,24 +34,24 @@ def fences(page: str, *languages: str) -> Iterator[str]:
 
 
 def files(page: str) -> dict[str, str]:
-    """The blocks whose first line is a comment that names a file."""
+    """Return the blocks whose first line is a comment that names a file."""
     texts = fences(page, "python", "toml")
     return {m[1]: t for t in texts if (m := re.match(r"# (\S+\.(?:py|toml))\n", t))}
 
 
 def typed(page: str) -> list[str]:
-    """What a reader types."""
+    """Return what a reader types."""
     lines = "".join(fences(page, "console")).splitlines()
     return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
 
 
 def commands(page: str) -> list[str]:
-    """What a reader types, but for the installing: of that `install_project` takes care."""
+    """Return what a reader types, but for the installing, which `install_project` does."""
     return [line for line in typed(page) if not line.startswith(INSTALLING)]
 
 
 def installing(page: str) -> list[str]:
-    """What a reader types to install, in a form that installs nothing."""
+    """Return what a reader types to install, in a form that installs nothing."""
     lines = [line for line in typed(page) if line.startswith(INSTALLING)]
     return [f"{line} --dry-run --no-index --no-deps --no-build-isolation" for line in lines]
 
@@ -65,7 +65,7 @@ GROWN["pyproject.toml"] = GROWN["pyproject.toml"].partition(ENTRIES)[0] + ENTRY_
 
 
 def installed(folder: Path, contents: dict[str, str]) -> Path:
-    """`folder` with the files of the page, the plugin installed into its folder `site`."""
+    """Write the page's files into `folder`, and install the plugin into its folder `site`."""
     for name, text in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -84,7 +84,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, project: Path) -> subprocess.CompletedProcess[str]:
-    """A line of the page, with this interpreter's `lfm2kit` and `pytest`."""
+    """Run a line of the page, with this interpreter's `lfm2kit` and `pytest`."""
     words = shlex.split(command)
     variables = [
         words.pop(0).split("=", 1) for word in list(words) if re.match(r"[A-Z_0-9]+=", word)
@@ -123,7 +123,7 @@ def test_the_grown_plugin_runs_all_its_blocks_in_both_memories(grown: Path) -> N
     plan = "reference,mlp=mine,experts=mine,conv=mine,head=mine"
     done = run(f"lfm2kit run --backend {plan} --threads 2 -n 4 -v", grown)
     assert (done.returncode, "\nVALID\n" in done.stdout) == (0, True), done.stdout + done.stderr
-    assert "mine: it has one thread, whatever is asked for" in done.stderr
+    assert "mine: it has one thread, whatever the user asks for" in done.stderr
     blocks = json.loads(run(f"lfm2kit plan --backend {plan} --json -", grown).stdout)["blocks"]
     copies = {block["block"]: block["copy"] for block in blocks if block["copy"]}
     assert copies == {"lm_head": "host <-> lfm2kit_mine"}
@@ -142,7 +142,7 @@ def test_importing_the_grown_plugin_imports_none_of_its_work(grown: Path) -> Non
 
 
 def module(name: str) -> dict[str, Any]:
-    """The names that a file of the page defines, which needs no other file of the page."""
+    """Return the names that a file of the page defines, which needs no other file of the page."""
     names: dict[str, Any] = {"__name__": __name__}  # where a dataclass looks for its module
     exec(GROWN[f"lfm2kit_mine/{name}.py"], names)
     return names

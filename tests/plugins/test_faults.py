@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from reprlib import repr as brief
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -14,7 +16,20 @@ import numpy as np
 import pytest
 
 import lfm2kit
-from lfm2kit.backend import API_VERSION, FP32, HOST, BackendPlugin, Context, Precision
+from lfm2kit.backend import (
+    API_VERSION,
+    F32,
+    FP32,
+    HOST,
+    BackendPlugin,
+    Ceilings,
+    Context,
+    HostMemory,
+    Precision,
+    Room,
+)
+from lfm2kit.building.answers import Answers
+from lfm2kit.building.capacity import free_bytes
 from lfm2kit.building.loading import Setup, find_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed
@@ -22,7 +37,9 @@ from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.building.wrappers import Wrappers
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.readers import CheckpointReader
+from lfm2kit.cli.plan import _row
 from lfm2kit.formats import Format
+from lfm2kit.measuring.bench import measured_ceilings
 from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Join
@@ -43,7 +60,7 @@ def raises(error: BaseException) -> Callable[..., Any]:
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Plugins of one module with these hooks, the entry point `odd`, besides `reference`."""
+    """Load plugins of one module with these hooks, the entry point `odd`, besides `reference`."""
 
     def loaded(**hooks: Any) -> Plugins:
         module = ModuleType("odd")
@@ -59,7 +76,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
 @pytest.fixture
 def yielding(load: Load) -> Yielding:
-    """Plugins of one whose hook `name` yields these values."""
+    """Return plugins of one whose hook `name` yields these values."""
 
     def announced(name: str, *values: Any) -> Plugins:
         return load(**{name: lambda: iter(values)})
@@ -160,6 +177,116 @@ def test_what_is_created_is_a_backend(yielding: Yielding, made: Any) -> None:
         plugins.creator(Context())("bb")
 
 
+# ---- what backends answer ----
+
+WHOLE = "a whole number of 0 or more"
+REASON = "a text or None"
+NONSENSE: list[tuple[str, Any, str]] = [
+    ("why_unsupported", 42, REASON),
+    ("why_unsupported", False, REASON),
+    ("memory", None, "a Memory"),
+    ("memory", "host", "a Memory"),
+    ("kept_bytes", None, WHOLE),
+    ("kept_bytes", -1, WHOLE),
+    ("scratch_bytes", "7", WHOLE),
+    ("state_bytes", 0.5, WHOLE),
+    ("state_bytes", True, WHOLE),
+    ("kept_formats", None, "a mapping of .* to Formats"),
+    ("kept_formats", {"weight": "F32"}, "a mapping of weight to Formats"),
+    ("kept_formats", {"odd": F32}, "a mapping of weight to Formats"),
+    ("notes", None, "a list of texts"),
+    ("notes", "a note", "a list of texts"),
+    ("notes", [1], "a list of texts"),
+    ("ceilings", None, "Ceilings of two numbers above 0"),
+    ("ceilings", Ceilings(0, 1.0), "Ceilings of two numbers above 0"),
+    ("ceilings", (1.0, 1.0), "Ceilings of two numbers above 0"),
+]
+
+
+class Answering(ReferenceBackend):
+    """Has every method that the core asks before it builds."""
+
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        return 0
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        return 0
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
+        return dict.fromkeys(spec.parameters(), F32)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def ceilings(self) -> Ceilings:
+        return Ceilings(1.0, 1.0)
+
+
+def asked_all(yielding: Yielding, **methods: Any) -> None:
+    """Ask a backend with these methods all that commands ask before they build."""
+
+    def create(context: Context) -> Any:
+        return type("Odd", (Answering,), methods)()
+
+    plugins = yielding("lfm2kit_backends", a_backend(create=create))
+    setup = set_up(open_checkpoint(find_model("tiny")), Options(backend="bb"), plugins=plugins)
+    list(setup.notes())
+    setup.shortage(1, Room(1))
+    for leaf in setup.placed.leaves():
+        _row(leaf, setup, 1, Room(1))
+    measured_ceilings(setup)
+
+
+def test_a_backend_that_keeps_to_the_contract_is_asked_all(yielding: Yielding) -> None:
+    asked_all(yielding)
+
+
+@pytest.mark.parametrize(("method", "answer", "words"), NONSENSE)
+def test_an_answer_that_the_contract_does_not_know_is_named(
+    yielding: Yielding, method: str, answer: Any, words: str
+) -> None:
+    sentence = (
+        rf"{method} of backend 'bb' returned .*{re.escape(brief(answer))}.*, but must return "
+    )
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence + words) as raised:
+        asked_all(yielding, **{method: lambda *arguments: answer})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("method", sorted({method for method, _, _ in NONSENSE}))
+@pytest.mark.parametrize("error", [KeyError("w"), SystemExit(3)])
+def test_a_backend_that_raises_when_asked_is_named(
+    yielding: Yielding, method: str, error: BaseException
+) -> None:
+    sentence = f"{method} of backend 'bb',? .*raised {type(error).__name__}: .*TRACEBACK=1"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
+        asked_all(yielding, **{method: raises(error)})
+
+
+def test_a_backend_that_does_not_say_what_it_builds_around_is_named() -> None:
+    class Around(Answering):
+        def why_not_around(self, spec: Spec, parts: Any) -> Any:
+            return 42
+
+    layer = open_checkpoint(find_model("tiny")).spec.layers[2]
+    asked = Answers(Around(), "bb", "layers.2")
+    sentence = "why_not_around of backend 'bb' returned 42 for layers.2, a Layer, but must return"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
+        asked.why_not_around(layer, ["feed_forward.router.choice"])
+
+
+@pytest.mark.parametrize("free", [None, -1, "7"])
+def test_a_memory_that_does_not_know_what_is_free_is_named(free: Any) -> None:
+    class Odd(HostMemory):
+        name = "odd"
+
+        def free_bytes(self, ranks: int = 1) -> Any:
+            return free
+
+    with pytest.raises(lfm2kit.Lfm2kitError, match=r"free_bytes of memory 'odd' returned .* whole"):
+        free_bytes(Placed("", "", MLP(2, 3), Odd(), HOST, "bb"))
+
+
 # ---- wrappers ----
 
 BLOCKS = [("", "the model"), ("layers.0.feed_forward", "layers.0.feed_forward")]
@@ -203,7 +330,7 @@ def test_a_wrapper_that_makes_no_block_is_named(load: Load, name: str, said: str
         return wrappers.wrap(name, MLP(2, 3), lambda x: x)
 
     who = f"plugin 'odd', wrapping {said},"
-    with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} returned None, which is no block"):
+    with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} returned None, not a block"):
         wrapped(lambda block: None)
     with pytest.raises(lfm2kit.Lfm2kitError, match=f"{who} raised KeyError: 'w'"):
         wrapped(raises(KeyError("w")))
@@ -225,6 +352,26 @@ class Boxed(Spec):
 
 def boxed(model: Model) -> Model:
     return replace(model, layers=tuple(Boxed(layer) for layer in model.layers))
+
+
+@dataclass(frozen=True, slots=True)
+class Odd(Spec):
+    """A spec of any parts, and of no kind."""
+
+    its_parts: tuple[Part, ...]
+
+    def parts(self) -> tuple[Part, ...]:
+        return self.its_parts
+
+
+def odd(*roles: str, spec: Any = None) -> Callable[[Model], Model]:
+    """Return a rewrite's function whose first layer has parts of these roles."""
+
+    def made(layers: tuple[Spec, ...]) -> tuple[Spec, ...]:
+        parts = tuple(Part(role, "", spec or layers[0]) for role in roles)
+        return (type("Odd", (Odd,), {"kind": "odd"})(parts), *layers[1:])
+
+    return has_layers(made)
 
 
 def set_up_with(plugins: Plugins, world: World | None = None) -> Setup:
@@ -253,7 +400,10 @@ def larger(model: Model) -> Model:
         (a_rewrite(has_layers(lambda all: (None, *all[1:]))), r"layers\.0 is None, not a Spec"),
         (a_rewrite(has_layers(lambda all: all[:3])), r"leaves out tensor 'layers\.3\..* more"),
         (a_rewrite(has_layers(lambda all: all * 2)), r"there is no tensor 'layers\.8\."),
-        (a_rewrite(larger), r"has shape \[\d+, 128\], its model's is \[4096, 128\]"),
+        (a_rewrite(has_layers(lambda all: (Odd(()), *all[1:]))), r"layers\.0, a Odd, has no kind"),
+        (a_rewrite(odd("a", spec="b")), r"layers\.0\.a is 'b', not a Spec"),
+        (a_rewrite(odd("a", "a")), r"layers\.0 has two parts 'a'"),
+        (a_rewrite(larger), r"has shape \[\d+, 128\], but its model needs \[4096, 128\]"),
         (a_rewrite(boxed, joins={Boxed: lambda outer: 5}), "a join of rewrite 'x' .* is 5, not a"),
         (a_rewrite(boxed, joins={Boxed: raises(KeyError("w"))}), "a join of .* raised KeyError"),
     ],
@@ -299,7 +449,7 @@ def test_a_hook_for_rewrites_that_fails_in_a_job_is_named(load: Load, error: Any
 
 
 def opened(yielding: Yielding, path: Path, change: Callable[[Checkpoint], Any]) -> Checkpoint:
-    """The embedded model as a reader opens it that changes something."""
+    """Return the embedded model as a reader opens it that changes something."""
 
     def open_it(path: Path) -> Any:
         return change(open_checkpoint(find_model("tiny")))
@@ -309,7 +459,7 @@ def opened(yielding: Yielding, path: Path, change: Callable[[Checkpoint], Any]) 
 
 
 def with_tensor(made: Callable[[Tensor], Any]) -> Callable[[Checkpoint], Checkpoint]:
-    """Returns a change of the first convolution's matrix."""
+    """Return a change of the first convolution's matrix."""
     name = "layers.0.conv.out_proj.weight"
 
     def change(checkpoint: Checkpoint) -> Checkpoint:
@@ -320,7 +470,7 @@ def with_tensor(made: Callable[[Tensor], Any]) -> Callable[[Checkpoint], Checkpo
 
 
 def stored(unpack: Any, name: str = "odd") -> Callable[[Checkpoint], Checkpoint]:
-    """Returns a change that stores this matrix in a format with this `unpack`."""
+    """Return a change that stores this matrix in a format with this `unpack`."""
 
     def made(tensor: Tensor) -> Tensor:
         format = Format(name, 1, np.dtype("<f4"), unpack)

@@ -38,7 +38,7 @@ Load = Callable[..., Plugins]
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Plugins of a module per hook, in this order: the entry points `plugin_0`, `plugin_1`."""
+    """Load plugins of a module per hook, in this order, as `plugin_0`, `plugin_1` and so on."""
 
     def loaded(*hooks: Any) -> Plugins:
         entries = []
@@ -108,7 +108,7 @@ def test_lfm2kit_backends_are_picked_by_auto_only_if_preferred_and_able(load: Lo
     assert plugins.auto("fp16") == "half"
     with pytest.raises(lfm2kit.Lfm2kitError, match="no backend for precision int3"):
         plugins.auto("int3")
-    with pytest.raises(lfm2kit.Lfm2kitError, match="no precision fp16; there is: fp32"):
+    with pytest.raises(lfm2kit.Lfm2kitError, match="no precision fp16; available: fp32"):
         plugins.creator(Context(precision="fp16"))("fast")
 
 
@@ -131,7 +131,7 @@ def test_lfm2kit_backends_are_created_once_in_each_precision(load: Load) -> None
     assert create("outer") is create("inner") is create("inner:fp32") is create("outer:fp32")
     assert create("outer:int4") is create("inner:int4")
     assert made == ["inner fp32", "inner int4"]
-    with pytest.raises(lfm2kit.Lfm2kitError, match="'inner' has no precision fp8; there is: fp32"):
+    with pytest.raises(lfm2kit.Lfm2kitError, match="'inner' has no precision fp8; available: fp32"):
         create("inner:fp8")
 
 
@@ -172,7 +172,7 @@ def test_lfm2kit_rewrites_are_found_by_name_and_learn_their_place_in_the_job(loa
 
 
 def recording(mark: str, *, survives: bool = False) -> Any:
-    """A plugin's hook that wraps every MLP, and leaves a mark in what it returns."""
+    """Return a plugin's hook that wraps every MLP, and leaves a mark in what it returns."""
 
     @lfm2kit.hookimpl
     def lfm2kit_block_wrapper(name: str, spec: Spec) -> Any:
@@ -247,7 +247,7 @@ class Capturing(ReferenceBackend):
 
 
 def wrapped_setup(load: Load, *hooks: Any) -> Setup:
-    """The embedded model on a backend that captures, with the hooks of some plugins."""
+    """Set up the embedded model on a backend that captures, with the hooks of some plugins."""
     plugins = load(*hooks)
     plugin = BackendPlugin("capturing", "", lambda context: Capturing(), 1)
     plugins.backends["capturing"] = InstalledBackend(plugin, "this test")
@@ -263,7 +263,7 @@ def is_captured(setup: Setup) -> bool:
 
 
 def transparent(survives: bool) -> Any:
-    """A plugin's hook that wraps all layers and changes nothing."""
+    """Return a plugin's hook that wraps all layers and changes nothing."""
 
     @lfm2kit.hookimpl
     def lfm2kit_block_wrapper(name: str, spec: Spec) -> Any:
@@ -308,7 +308,7 @@ def announcing(*commands: lfm2kit.Command) -> Any:
 def cli_with(
     load: Load, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[lfm2kit.Command], Cli]:
-    """The command line with a command of a plugin."""
+    """Return the command line with a command of a plugin."""
 
     def installed(command: lfm2kit.Command) -> Cli:
         plugins = load(announcing(command))
@@ -320,7 +320,7 @@ def cli_with(
 
 
 def hello(name: str, times: int = 1) -> None:
-    """Greets somebody."""
+    """Greet somebody."""
     if times == 0:
         raise lfm2kit.Lfm2kitError("not at all, ", Option("times", 0))
     print("hello", name * times)
@@ -329,7 +329,7 @@ def hello(name: str, times: int = 1) -> None:
 def test_lfm2kit_commands_run_with_the_arguments_of_their_function(cli_with: Any) -> None:
     cli = cli_with(lfm2kit.Command("hello", hello))
     assert cli("hello", "you", "--times", 2).out == "hello youyou\n"
-    assert "Greets somebody" in cli("--help").out
+    assert "Greet somebody" in cli("--help").out
     assert "--times" in cli("hello", "-h").out
     cli("hello", "you", "--times", 0).assert_fails("not at all, --times 0")
     cli("hello").assert_fails("Missing argument 'name'", "see lfm2kit hello --help")
@@ -360,7 +360,7 @@ def test_a_command_ends_with_its_own_exit_code(
 
 def test_a_command_that_typer_cannot_read_breaks_no_help(cli_with: Any) -> None:
     def odd(value: Any) -> None:
-        """Never runs."""
+        """Greet nobody, because it never runs."""
 
     odd.__annotations__["value"] = "NoSuchType"
 
@@ -379,7 +379,7 @@ def test_a_plugin_that_was_skipped_is_named_where_a_name_is_not_there(
     skipped = "; skipped as broken: plugin 'odd' (ModuleNotFoundError: No module named"
     cli("helo").assert_fails("No such command 'helo'", skipped)
     cli("plan", "-b", "mine").assert_fails("unknown backend 'mine'", skipped)
-    cli("plan", "--rewrite", "x").assert_fails("unknown rewrite 'x'; there is: trim", skipped)
+    cli("plan", "--rewrite", "x").assert_fails("unknown rewrite 'x'; available: trim", skipped)
 
 
 def test_no_plugin_is_loaded_for_a_command_of_lfm2kit(
@@ -402,7 +402,7 @@ def test_the_names_of_lfm2kits_commands_are_those_of_the_command_line() -> None:
 
 @pytest.fixture
 def run_with(load: Load, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Typed]:
-    """`lfm2kit run` with plugins that are told of its end."""
+    """Run `lfm2kit run` with plugins that are told of its end."""
 
     def run(*functions: Callable[[Any], None], words: tuple[object, ...] = ()) -> Typed:
         hooks = []
@@ -471,7 +471,7 @@ def test_a_wrong_result_stays_the_worse_news(run_with: Any, tmp_path: Path) -> N
 
 
 def claims(name: str, claimed: Path, open_it: Any = lambda path: None) -> Any:
-    """A plugin with a reader `name` of one path."""
+    """Return a plugin with a reader `name` of one path."""
 
     @lfm2kit.hookimpl
     def lfm2kit_checkpoints() -> Iterator[CheckpointReader]:

@@ -42,7 +42,7 @@ class Installed:
         )
 
     def succeeds(self, program: str, *arguments: str, **variables: str) -> str:
-        """Its stdout."""
+        """Check that a command succeeds, and return its stdout."""
         done = self.run(program, *arguments, **variables)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

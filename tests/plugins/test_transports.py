@@ -29,7 +29,7 @@ def lfm2kit_transports():
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Makes these sources, by entry point, all the plugins that are installed."""
+    """Make these sources, by entry point, all the plugins that are installed."""
 
     def install(**sources: str) -> None:
         entries = []

@@ -31,7 +31,7 @@ MEMORY_V1 = {
 
 
 def system(root: Path, mounts: str, groups: str, files: Mapping[str, Mapping[str, object]]) -> Path:
-    """A file system with the files of /proc and of some groups' folders."""
+    """Make a file system with the files of /proc and of some groups' folders."""
     everything = {
         "proc/self": {"mountinfo": mounts, "cgroup": groups},
         "proc": {"meminfo": "MemTotal:  1000 kB\nMemAvailable:  800 kB\nHugePages_Total:  0"},

@@ -46,7 +46,7 @@ def test_a_note_is_shown_beside_the_value_that_differs() -> None:
 
 
 def test_what_one_rank_lacks_is_not_there() -> None:
-    assert "trace is not there on rank 0 and 1.0 on rank 1" in sentence({}, facts(trace="1.0"))
+    assert "trace is missing on rank 0 and 1.0 on rank 1" in sentence({}, facts(trace="1.0"))
 
 
 def test_of_many_differences_three_are_shown_and_the_rest_counted() -> None:
@@ -58,7 +58,7 @@ def test_of_many_differences_three_are_shown_and_the_rest_counted() -> None:
 
 def test_what_one_rank_has_alone_keeps_its_place_among_the_differences() -> None:
     said = sentence(facts(a="1", z="1"), facts(a="1", b="2", z="2"))
-    assert said.index("b is not there") < said.index("z is")
+    assert said.index("b is missing") < said.index("z is")
 
 
 def test_an_error_on_some_ranks_is_told_with_them_and_before_any_difference() -> None:

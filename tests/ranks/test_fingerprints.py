@@ -41,7 +41,7 @@ def embedded() -> Facts:
 
 
 def rewritten(folder: Path, change: Callable[[Tensor], Tensor]) -> Checkpoint:
-    """The model in `folder` with one of its tensors changed."""
+    """Return the model in `folder` with one of its tensors changed."""
     path = folder / "model.safetensors"
     tensors = read_safetensors(path)
     tensors[NORM] = change(tensors[NORM])
@@ -137,7 +137,7 @@ def test_variables_of_lfm2kit_are_compared(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LFM2KIT_TRACEBACK", "1")
     assert fingerprints.of_environment() == before
     monkeypatch.setenv("LFM2KIT_PLUGINS", "reference")
-    assert "LFM2KIT_PLUGINS is not there on rank 0 and reference on rank 1" in said(
+    assert "LFM2KIT_PLUGINS is missing on rank 0 and reference on rank 1" in said(
         before, fingerprints.of_environment()
     )
 

@@ -28,13 +28,13 @@ Owners = Callable[[int], Sequence[int]]
 
 
 def share_of(rank: int, size: int) -> Batch:
-    """A rank's sequences; with three ranks or more, the last rank has none."""
+    """Return a rank's sequences; with three ranks or more, the last rank has none."""
     givers = max(1, size - (size > 2))
     return Batch.of_sequences(SEQUENCES[rank::givers] if rank < givers else [])
 
 
 def alone(spec: specs.Model, size: int) -> list[Any]:
-    """The logits of each rank's sequences, from one process."""
+    """Return the logits of each rank's sequences, from one process."""
     model = build(spec)
     return [model.logits(share_of(rank, size)).copy() for rank in range(size)]
 
@@ -76,7 +76,7 @@ def test_experts_may_be_on_any_rank(owners: Owners) -> None:
 
 
 def shares(num_experts: int, size: int) -> list[list[int]]:
-    """The experts that each rank holds if they are shared out evenly."""
+    """Return the experts that each rank holds if they are shared out evenly."""
     spec = small_spec(num_experts=num_experts, num_experts_per_tok=2)
     moes = [parallel(spec, World(rank, size)) for rank in range(size)]
     return [list(moe.experts.local_experts) for moe in moes]
@@ -166,7 +166,7 @@ def test_ids_of_nobody_are_not_sent_and_add_nothing() -> None:
 
 
 class DeviceExchange:
-    """Exchanges boxed arrays without unboxing them for the host; pads to what all ranks send.
+    """An exchange of boxed arrays, which are not unboxed for the host, with padding.
 
     Every rank gets all pairs of all ranks, and those that are not for it have the id -1.
     """
@@ -202,7 +202,7 @@ class DeviceExchange:
 
 
 class DeviceTransport(ThreadTransport):
-    """Ranks whose tokens go from device to device."""
+    """A transport whose tokens go from device to device."""
 
     is_capturable = False
 
@@ -217,7 +217,7 @@ class CapturableTransport(DeviceTransport):
 
 
 class Padded(DeviceBackend):
-    """Experts that leave NaN in the rows of padding, which may hold anything."""
+    """A backend whose experts leave NaN in the rows of padding, which may hold anything."""
 
     def build(self, spec: Spec, weights: Any) -> Block:
         block = super().build(spec, weights)

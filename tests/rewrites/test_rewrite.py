@@ -20,12 +20,17 @@ from lfm2kit import specs
 from lfm2kit.batch import Batch
 from lfm2kit.building.loading import Setup, find_model, set_up
 from lfm2kit.building.options import Options
+from lfm2kit.building.placement import Placer
+from lfm2kit.building.plan import Plan
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.model import JOINS
+from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Join, Rewrite, chosen, replaced
 from lfm2kit.rewrites.trim import TRIM
 from lfm2kit.specs import MLP, Part, Spec
+from lfm2kit.state import Room
 from lfm2kit.transport import Transport, World
 from tests.core.small import build, small_spec
 
@@ -35,7 +40,7 @@ SEQUENCES = Batch.of_sequences([[3, 1, 4], [1, 5]])
 
 @dataclass(frozen=True, slots=True)
 class Halves(Spec):
-    """(x) -> delta, as the MLP: computed for half of the rows, and then for the others."""
+    """A spec (x) -> delta, as the MLP, computed for half of the rows and then for the others."""
 
     mlp: MLP
     kind: ClassVar[str] = "mlp"
@@ -76,7 +81,7 @@ def lfm2kit_rewrites() -> Iterator[Rewrite]:
 
 
 def plugins_of(monkeypatch: pytest.MonkeyPatch, *hooks: Any) -> Plugins:
-    """The plugins `extra_0`, `extra_1`, ... with one hook each, beside the reference backend."""
+    """Return the plugins `extra_0`, `extra_1`, ... with one hook each, beside the reference."""
     entries = [entry for entry in installed_plugins().loaded if entry.name == "reference"]
     for i, hook in enumerate(hooks):
         module = ModuleType(f"extra_{i}")
@@ -100,6 +105,69 @@ def test_a_plugins_rewrite_is_chosen_by_name_and_keeps_the_bits(
     halves = [p.name for p in setup.placed.tree() if isinstance(p.spec, Halves)]
     assert halves == ["layers.0.feed_forward", "layers.1.feed_forward"]
     assert np.array_equal(setup.build().logits(SEQUENCES), tiny(plugins).build().logits(SEQUENCES))
+
+
+@dataclass(frozen=True, slots=True)
+class Around(Spec):
+    """(hidden, delta, batch, state) -> (hidden, delta), as the layer that it holds."""
+
+    layer: Spec
+    kind: ClassVar[str] = "layer"
+    has_state: ClassVar[bool] = True
+
+    def parts(self) -> tuple[Part, ...]:
+        return (Part("layer", "", self.layer),)
+
+
+@dataclass(frozen=True, slots=True)
+class Held(Around):
+    """The same, of a kind of its own."""
+
+    kind: ClassVar[str] = "held"
+
+
+def around_layers(model: specs.Model) -> specs.Model:
+    first, *others = model.layers
+    return replace(model, layers=(Around(Held(first)), *map(Held, others)))
+
+
+AROUND = Rewrite(
+    "around",
+    "Put each layer into another spec.",
+    around_layers,
+    dict.fromkeys((Around, Held), partial(Join, lambda spec, layer: layer)),
+)
+
+
+def test_a_layer_inside_a_rewrites_spec_has_the_number_of_its_place_in_the_model() -> None:
+    plan = Plan.parse("first,1-2=second")
+    placer = Placer(plan, lambda name: ReferenceBackend(), {**JOINS, **AROUND.joins})
+    leaves = list(placer.place(around_layers(small_spec())).leaves())
+    inside = {(one.name.split(".")[1], one.backend) for one in leaves if "layers" in one.name}
+    assert inside == {("0", "first"), ("1", "second"), ("2", "second"), ("3", "first")}
+    assert {one.name.partition(".operator")[0] for one in leaves} >= {
+        "layers.0.layer.layer",
+        "layers.1.layer",
+    }
+
+
+def test_a_spec_without_a_join_whose_parts_the_plan_gives_to_two_backends_is_named() -> None:
+    placer = Placer(Plan.parse("a,conv=b"), lambda name: ReferenceBackend(), JOINS)
+    with pytest.raises(
+        Lfm2kitError, match=r"layers\.0: the plan gives parts of this Around to 'a' "
+    ):
+        placer.place(around_layers(small_spec()))
+
+
+def test_a_model_of_layers_inside_a_rewrites_specs_gives_the_same_bits_and_has_a_state() -> None:
+    plain, around = build(small_spec()), build(small_spec(), rewrites=(AROUND,))
+    assert np.array_equal(around.logits(SEQUENCES), plain.logits(SEQUENCES))
+    state = around.new_state(Room(1))
+    first = Batch.of_sequences([[3, 1]], pages=[[0]])
+    then = Batch.of_sequences([[4]], pages=[[0]], starts=[2])
+    whole = plain.logits(Batch.of_sequences([[3, 1, 4]]))
+    around.logits(first, state)
+    assert np.array_equal(around.logits(then, state), whole)
 
 
 def test_a_plugins_rewrite_learns_its_place_in_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_batches_cross_the_seams(plan: str) -> None:
 
 
 class Rows:
-    """Counts the rows that come into each block and go out of it, where they are rows."""
+    """A count of the rows that come into each block and go out of it, where they are rows."""
 
     def __init__(self) -> None:
         self.seen: dict[str, tuple[int, int]] = {}
@@ -171,7 +171,7 @@ def test_what_a_backend_builds_whole_stays_so_before_the_trimmed_layers(
 
 
 class ReplayingBackend(DeviceBackend):
-    """Stands in for graphs: a replay changes the ids in place, and nothing else crosses over."""
+    """A backend like one with graphs: a replay changes the ids in place, and nothing else."""
 
     def capture(self, forward: Callable[[Batch], Any], batch: Batch) -> Recorded:
         there = replace(batch).on(self.there)

@@ -108,10 +108,12 @@ def test_ranks_that_come_now_and_then_are_waited_for() -> None:
     assert _results(meeting, Slow(), WAITS_BRIEFLY) == ["done"]
 
 
-@pytest.mark.parametrize("size", [0, -1])
-def test_no_ranks_are_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"needs 1 rank or more, not {size}"):
+@pytest.mark.parametrize("size", [0, -1, "2", None, 1.5, True])
+def test_no_ranks_are_refused(size: Any) -> None:
+    with pytest.raises(ValueError, match=f"needs 1 rank or more, not {size!r}"):
         run_ranks(size, lambda transport: None)
+    with pytest.raises(ValueError, match="calls a function for each rank, which 7 is not"):
+        run_ranks(1, 7)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("counts", [[4], [1, 1, 2], [1, 1], [3, 9], [-1, 5]])

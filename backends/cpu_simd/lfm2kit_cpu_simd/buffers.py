@@ -6,6 +6,7 @@ touched: that takes some percent of a forward of many rows.
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 
 class Buffers(threading.local):
-    """One growing piece of memory for each role; every thread that calls blocks has its own."""
+    """The memory for each role, one growing piece per role and per thread that calls blocks."""
 
     def __init__(self) -> None:
         self._memory: dict[str, npt.NDArray[np.float32]] = {}
@@ -23,7 +24,7 @@ class Buffers(threading.local):
 
         A block must not return it.
         """
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         if role not in self._memory or self._memory[role].size < size:
             self._memory[role] = np.empty(size, np.float32)
         return self._memory[role][:size].reshape(shape)

@@ -15,7 +15,7 @@ def tell_compile_steps() -> None:
 
 
 class _Steps(event.Listener):
-    """Announces the functions being compiled; one may need another one first."""
+    """A listener that announces the functions being compiled; one may need another one first."""
 
     def __init__(self) -> None:
         self._names: list[str] = []

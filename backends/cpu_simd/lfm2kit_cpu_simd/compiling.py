@@ -112,7 +112,7 @@ def _rebuilt(name: str, target_context: Any) -> CompileResult | None:
 
 
 class Progress(event.Listener):
-    """Prints that kernels are missing and, every few seconds, how many were compiled so far.
+    """A listener that says that kernels are missing, and how many were compiled so far.
 
     It prints whole lines, because a line that is overwritten would clash with the command line's
     progress bar.

@@ -77,7 +77,7 @@ def grouped(
         out = BUFFERS.array(buffer, len(x), columns)
     data, storage = panels.data, panels.storage
     _grouped(
-        x, offsets, data.ctypes.data, data.shape[1], data.itemsize, TABLES[storage],
+        x, offsets, panels.address, data.shape[1], data.itemsize, TABLES[storage],
         SHARED_FROM[storage], panels.is_gated, bias, out, CREW.size(),
     )  # fmt: skip
     return out

@@ -5,8 +5,9 @@ A panel holds NR rows of a matrix [out, in], transposed: [in, NR], its columns i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numba
@@ -26,11 +27,15 @@ COLUMNS_AT_ONCE = 32  # columns that are transposed at once: a cache line of 16-
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """Matrices of one shape, a group each: data [groups, ceil(out / NR), in, NR], zero-padded."""
+    """Packed matrices of one shape: data [groups, ceil(out / NR), in, NR], zero-padded."""
 
     data: npt.NDArray[Any]
     storage: Format
     is_gated: bool
+    address: int = field(init=False)  # of data: asking an array for it takes a microsecond
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "address", self.data.ctypes.data)
 
 
 def pack(groups: Sequence[Sequence[Tensor]], format: Format | None = None) -> Panels:
@@ -71,7 +76,7 @@ def _elements(tensor: Tensor, storage: Format) -> npt.NDArray[Any]:
 def _empty_panels(groups: int, panels: int, k: int, storage: Format) -> npt.NDArray[Any]:
     """Return zeros that begin on a cache line: a vector load across two takes twice as long."""
     shape = (groups, panels, k, NR)
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     itemsize = storage.block_bytes
     memory = np.zeros(count + CACHE_LINE // itemsize, np.float32 if storage == F32 else np.uint16)
     skipped = -memory.ctypes.data % CACHE_LINE // itemsize

@@ -71,7 +71,7 @@ def _multiply(
     ahead: Any,
     wide: Any,
 ) -> Any:
-    """Addresses x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR].
+    """Multiply at addresses: x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR].
 
     `storage` (an index of STORAGES), m and `leaves` are literals.  The k are those from `first` to
     `last` of a product.  `bounds` int64 are where the chain of `first` begins, where it ends, where
@@ -94,7 +94,7 @@ def _multiply(
 
 
 class Emitter:
-    """Emits the tile's vector code at a builder's place, for vectors of `vl` floats."""
+    """An emitter of the tile's vector code at a builder's place, for vectors of `vl` floats."""
 
     def __init__(
         self, storage: Format, rows: int, vl: int = VL, nv: int = NV, *, leaves: bool = False

@@ -15,7 +15,7 @@ BF16_FROM, HOPPER = (8, 0), (9, 0)
 def arithmetic(precision: str) -> Arithmetic:
     """Return what the blocks of a precision multiply with.
 
-    Raises Lfm2kitError if this GPU lacks the instructions for it.
+    Raise Lfm2kitError if this GPU lacks the instructions for it.
     """
     capability = device.compute_capability()
     is_hopper = capability[0] == HOPPER[0]

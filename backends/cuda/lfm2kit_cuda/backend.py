@@ -55,7 +55,7 @@ BLOCKS = {
 
 
 class CudaBackend:
-    """Builds for one device; what it has built may be called from any thread."""
+    """A backend for one device; what it has built may be called from any thread."""
 
     def __init__(self, context: Context) -> None:
         self._memory = memory_of(choose_device(context))
@@ -78,7 +78,7 @@ class CudaBackend:
 
     def why_not_around(self, spec: Spec, parts: Sequence[str]) -> str | None:
         if not isinstance(spec, specs.Layer) or tuple(parts) != (CHOICE,):
-            return f"it builds a Layer around its {CHOICE}, and nothing else around anything"
+            return f"it builds a Layer around its {CHOICE}, but nothing else around parts"
         return self._why_not_whole(spec)
 
     def build_around(self, spec: Spec, weights: Weights, parts: Mapping[str, Block]) -> Block:
@@ -123,7 +123,7 @@ class CudaBackend:
     def _why_not_whole(self, layer: specs.Layer) -> str | None:
         """Return why a layer is not built whole: its norms must have something to round."""
         if self._gemm.activation == "F32":
-            return "in fp32 a layer is no faster whole"
+            return "in fp32 a layer built whole is not faster"
         known = all(type(part.spec) in PARTS for part in layer.parts())
         return None if known else "its feed-forward is not one of ours"
 

@@ -21,7 +21,7 @@ BUFFERS = 2  # of pinned memory: one is filled while the device still reads the 
 
 
 class Replay:
-    """`step`, recorded for batches of one form, whatever state it goes on from.
+    """A recording of `step` for batches of one form, whatever state it goes on from.
 
     Threads may call it in streams of their own.
 
@@ -99,7 +99,7 @@ class Staging:
 def recorded(step: Callable[[Batch], Array], batch: Batch) -> tuple[cupy.cuda.Graph, Array]:
     """Return the graph of `step` and what it will leave its result in.
 
-    Raises MemoryError if the device has no room for either.
+    Raise MemoryError if the device has no room for either.
     """
     stream = cupy.cuda.get_current_stream()
     stream.begin_capture(mode=RELAXED)

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 
 class Slabs(NamedTuple):
-    """slabs.cuh, which most sources include."""
+    """The constants of slabs.cuh, which most sources include."""
 
     SLAB: int = 64  # k of a slab
     CHUNK: int = 8  # elements that are copied at once: 16 bytes
 
 
 class Heights(NamedTuple):
-    """panels.cuh: the rows of a tile of gemm.cu."""
+    """The constants of panels.cuh: the rows of a tile of gemm.cu."""
 
     TALLEST: int = 48
     LOWEST: int = 16
@@ -25,7 +25,7 @@ class Heights(NamedTuple):
 
 
 class Gemm(NamedTuple):
-    """gemm.cu."""
+    """The constants of gemm.cu."""
 
     GROUPS: int = 6  # of warps: each sums a stretch of k
     STAGES: int = 2  # of a group; each of its warps fills one
@@ -35,21 +35,21 @@ class Gemm(NamedTuple):
 
 
 class Panels(NamedTuple):
-    """panels.cu."""
+    """The constants of panels.cu."""
 
     PART: int = 64  # k of a CTA
     ARRANGE_THREADS: int = 256
 
 
 class Gemm16(NamedTuple):
-    """gemm16.cu."""
+    """The constants of gemm16.cu."""
 
     THREADS: int = 256
     TILE_COLUMNS: int = 128
 
 
 class Gemm90(NamedTuple):
-    """gemm90.cu; PANEL also in packing.cu."""
+    """The constants of gemm90.cu; PANEL also in packing.cu."""
 
     THREADS: int = 384
     PANEL: int = 256  # columns of packed weights
@@ -60,32 +60,32 @@ class Gemm90(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """activations.cu."""
+    """The constants of activations.cu."""
 
     TERMS: int = 3  # of BF16, whose exact sum is a float32
 
 
 class Rows(NamedTuple):
-    """rows.cu."""
+    """The constants of rows.cu."""
 
     NORM_THREADS: int = 256
 
 
 class ShortConv(NamedTuple):
-    """short_conv.cu."""
+    """The constants of short_conv.cu."""
 
     ROWS: int = 4  # of a thread
 
 
 class Attention(NamedTuple):
-    """attention.cu."""
+    """The constants of attention.cu."""
 
     ATTEND_THREADS: int = 128
     MOST_ROWS: int = 16  # (row, head) pairs of a CTA, unless a group of heads is larger
 
 
 class Router(NamedTuple):
-    """router.cu."""
+    """The constants of router.cu."""
 
     SPLITS: int = 16  # CTAs that share the k of a logit
     WARPS: int = 4  # of a CTA of `logits`
@@ -96,14 +96,14 @@ class Router(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """experts.cu."""
+    """The constants of experts.cu."""
 
     GROUP_THREADS: int = 1024
     ALIGNMENT: int = 8  # an expert's first slot is a multiple of it
 
 
 class Ceilings(NamedTuple):
-    """ceilings.cu."""
+    """The constants of ceilings.cu."""
 
     CHAINS: int = 16  # of multiply-adds in a thread
 

@@ -13,6 +13,7 @@ from lfm2kit_cuda.activations import Rows
 from lfm2kit_cuda.constants import GEMM, HEIGHTS, PANELS
 from lfm2kit_cuda.device import current_device, most_shared_bytes, sm_count
 from lfm2kit_cuda.kernels import Kernel, load_kernel
+from lfm2kit_cuda.launching import in_layers
 from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
@@ -109,7 +110,7 @@ def _arranged(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> Panels:
     most = len(tiles.tiles) if tiles else _dense_tiles(rows, matrix.width, sm_count())
     panels = cupy.empty((most, matrix.inputs, TALLEST), cupy.float32)
     load_kernel("panels", "arrange")(
-        (-(-matrix.inputs // PANELS.PART), most), PANELS.ARRANGE_THREADS, x.array,
+        (-(-matrix.inputs // PANELS.PART), *in_layers(most)), PANELS.ARRANGE_THREADS, x.array,
         tiles.source if tiles else None, panels, *listed(tiles), rows, most, x.extent,
         matrix.inputs,
     )  # fmt: skip

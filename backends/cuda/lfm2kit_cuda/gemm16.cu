@@ -10,6 +10,7 @@
 // ldmatrix finds eight rows in different banks.  In the gated kernel W has 8 rows of w1, then 8 of
 // w3, and so on: a thread's sums of both belong together.
 #include "async_copy.cuh"
+#include "layers.cuh"
 #include "tile16.cuh"
 
 constexpr int kTileN = TILE_COLUMNS, kWarps = kThreads / 32, kCtas = 2;
@@ -151,13 +152,14 @@ template <class Store>
 __device__ __forceinline__ void compute(const HALF* a, int extent, const HALF* w_gnk,
                                         const int4* tiles, const int* tile_count, int tile_rows,
                                         int m, int k, int width, Store store) {
-  int row = blockIdx.y * tile_rows;
+  int number = number_in_layers(blockIdx.z), row = number * tile_rows;
   Tile tile{0, row, min(tile_rows, m - row), int(blockIdx.x) * kTileN};
   if (tiles) {
-    if (blockIdx.y >= *tile_count) return;
-    int4 listed = tiles[blockIdx.y];
+    if (number >= *tile_count) return;
+    int4 listed = tiles[number];
     tile.group = listed.x, tile.row = listed.y, tile.rows = listed.z;
   }
+  if (tile.rows <= 0) return;
   if (tile.rows > 96) compute_tile<4, 2>(a, extent, w_gnk, tile, k, width, store);
   else if (tile.rows > 64) compute_tile<3, 2>(a, extent, w_gnk, tile, k, width, store);
   else if (tile.rows > 48) compute_tile<2, 2>(a, extent, w_gnk, tile, k, width, store);

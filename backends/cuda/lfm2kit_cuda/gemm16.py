@@ -23,6 +23,7 @@ from lfm2kit_cuda.activations import (
 from lfm2kit_cuda.constants import GEMM16, SLABS
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
+from lfm2kit_cuda.launching import in_layers
 from lfm2kit_cuda.products import Ctas, Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
@@ -172,8 +173,9 @@ class TensorCoreGemm:
             tile_rows, tile_columns = TILE_ROWS, TILE_COLUMNS
             count = len(tiles.tiles)
         self._kernel(name)(
-            (matrix.width // tile_columns, count), MMA.threads, x.array, matrix.packed, *outputs,
-            *listed(tiles), tile_rows, len(x), x.extent, matrix.inputs, matrix.width, columns,
+            (matrix.width // tile_columns, *in_layers(count)), MMA.threads, x.array, matrix.packed,
+            *outputs, *listed(tiles), tile_rows, len(x), x.extent, matrix.inputs, matrix.width,
+            columns,
         )  # fmt: skip
 
     def _kernel(self, name: str) -> Kernel:

@@ -127,7 +127,7 @@ class HopperGemm(TensorCoreGemm):
 
 
 class ThreeTermGemm(HopperGemm):
-    """Activations are handed on in float32 and split where a product reads them.
+    """A product whose activations are handed on in float32 and split when they are read.
 
     `rounded` leaves them as they are; what `gated` returns is split already.
     """
@@ -165,7 +165,7 @@ class ThreeTermGemm(HopperGemm):
     def _uploaded(self, matrix: Tensor) -> cupy.ndarray:
         """Return the matrix on the device.
 
-        Raises Lfm2kitError if BF16 does not hold its values.
+        Raise Lfm2kitError if BF16 does not hold its values.
         """
         weights = upload(matrix.data)
         if matrix.format == BF16:

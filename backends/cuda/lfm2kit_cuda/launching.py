@@ -10,7 +10,17 @@ from typing import Any
 
 from lfm2kit_cuda.arguments import Arguments
 
+MOST_CTAS = 65535  # of a grid in y, and in z; in x there may be 2^31 - 1
 EARLY_ATTRIBUTE = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+def in_layers(count: int) -> tuple[int, int]:
+    """Return a grid's y and layers in z that have `count` CTAs together, or a few more.
+
+    For what grows with a batch, where x is taken; kernels count them with layers.cuh.
+    """
+    layers = max(1, -(-count // MOST_CTAS))
+    return -(-count // layers), layers
 
 
 class _Attribute(ctypes.Structure):
@@ -37,7 +47,7 @@ _EARLY = _Attribute(id=EARLY_ATTRIBUTE, value=1)
 
 
 class _Buffers(threading.local):
-    """What the driver reads of a launch.
+    """The memory from which the driver reads a launch.
 
     Each thread has its own: while the driver reads, other threads run and launch, too.
     """
@@ -50,7 +60,7 @@ class _Buffers(threading.local):
 
 
 class Launch:
-    """One kernel's launches, from any thread; the types of its arguments are always the same.
+    """The launches of one kernel, from any thread, with the same types of arguments each time.
 
     An `early` kernel may place its CTAs before the kernel ahead of it in the stream has ended.
     """

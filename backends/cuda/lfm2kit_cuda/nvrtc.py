@@ -21,7 +21,7 @@ SUCCESS, INVALID_OPTION, COMPILATION_ERROR = 0, 5, 6
 
 
 class CompileError(Exception):
-    """The compiler's log for a source that it rejects."""
+    """A source that the compiler rejects; the message is the compiler's log."""
 
 
 def why_unavailable() -> str | None:
@@ -41,7 +41,7 @@ def version() -> tuple[int, int]:
 
 
 def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
-    """Return the machine code of `source`.  Raises CompileError with the log if it has errors."""
+    """Return the machine code of `source`.  Raise CompileError with the log if it has errors."""
     return _compile(source, name, options, "CUBIN")
 
 

@@ -1,6 +1,7 @@
 // Gathers rows of activations into panels (panels.cuh).  The last row is repeated up to the tile's
 // height, and there are zeros beyond the columns.
 #include "even_tiles.cuh"
+#include "layers.cuh"
 #include "panels.cuh"
 #include "types.cuh"
 
@@ -12,13 +13,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     arrange(const float* x_mc, const int* source_m, float* panels_tkr, const int4* tiles,
             const int* tile_count, int m, int dense_tiles, int columns, int k) {
   __shared__ float part[kTallest][kPart + 1];
-  int first, rows;
+  int tile = number_in_layers(blockIdx.z), first, rows;
+  if (tile >= (tiles ? *tile_count : dense_tiles)) return;
   if (tiles) {
-    if (blockIdx.y >= *tile_count) return;
-    first = tiles[blockIdx.y].y, rows = tiles[blockIdx.y].z;
+    first = tiles[tile].y, rows = tiles[tile].z;
   } else {
     EvenTiles even = even_tiles(m, dense_tiles, kHeightStep);
-    first = even.first_row(blockIdx.y), rows = even.rows_of(blockIdx.y);
+    first = even.first_row(tile), rows = even.rows_of(tile);
   }
   int k0 = blockIdx.x * kPart, x = threadIdx.x % kPart, height = height_of(rows);
   for (int y = threadIdx.x / kPart; y < height; y += kThreads / kPart) {
@@ -28,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   int row = threadIdx.x % kFours * 4;
   if (row >= height) return;
-  float* panel_kr = panels_tkr + size_t(blockIdx.y) * k * kTallest + size_t(k0) * height + row;
+  float* panel_kr = panels_tkr + size_t(tile) * k * kTallest + size_t(k0) * height + row;
   for (int i = threadIdx.x / kFours; i < min(kPart, k - k0); i += kThreads / kFours)
     *reinterpret_cast<float4*>(panel_kr + i * height) =
         make_float4(part[row][i], part[row + 1][i], part[row + 2][i], part[row + 3][i]);

@@ -28,7 +28,7 @@ class Matrix:
 
 
 class Tiling(NamedTuple):
-    """How the rows of a group are cut into tiles."""
+    """A way to cut the rows of a group into tiles."""
 
     rows: int  # of a tile at most: a multiple of the step
     step: int  # by which tiles of a group may differ: even_tiles.cuh
@@ -37,7 +37,7 @@ class Tiling(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RowTiles:
-    """Which rows belong to which group, as `group_by_expert` lists them."""
+    """The rows of each group, as `group_by_expert` lists them."""
 
     rows: int  # with those that belong to none, between the groups
     tiling: Tiling
@@ -58,7 +58,7 @@ class Activations(NamedTuple):
 
 
 class Arithmetic(Protocol):
-    """How one precision packs and multiplies.
+    """A precision's way to pack and multiply.
 
     What its products read (`Any` here) comes from its own `empty`, `rounded` and `gated`.  It has a
     length.  What `empty` returns also has an `array` and an `extent`, for the kernels that fill it

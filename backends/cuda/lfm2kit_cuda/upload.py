@@ -27,7 +27,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class InPieces:
-    """Copies arrays of any size piece by piece, through a ring of buffers."""
+    """An upload that copies arrays of any size piece by piece, through a ring of buffers."""
 
     def __init__(self, device: int) -> None:
         self.lock = Lock()
@@ -65,7 +65,7 @@ class InPieces:
 
 
 class InParts:
-    """Copies at once, this thread a part and a few others one each: for a few megabytes.
+    """An upload that several threads do at once, a part each: for a few megabytes.
 
     To wake a thread takes as long as to copy some hundred kilobytes, and to hand over a piece not
     much less.

@@ -47,7 +47,7 @@ class HybridBackend:
 
     def why_not_around(self, spec: Spec, parts: Sequence[str]) -> str | None:
         if not isinstance(self._gpu, BuildsAround):
-            return f"'{GPU}' is not there"
+            return f"backend '{GPU}' is not installed"
         return self._gpu.why_not_around(spec, parts)
 
     def build_around(self, spec: Spec, weights: Weights, parts: Mapping[str, Block]) -> Block:

@@ -23,7 +23,7 @@ class Launcher:
 
 
 def launcher_of(pid: int) -> Launcher | None:
-    """Returns the nearest ancestor of `pid` that is an MPI launcher of this user, if any."""
+    """Return the nearest ancestor of `pid` that is an MPI launcher of this user, if any."""
     if not hasattr(os, "pidfd_open"):
         return None
     with suppress(OSError):

@@ -27,7 +27,7 @@ TO_END = 1.0  # seconds for ranks to end when told to
 
 
 def start_hub(size: int) -> tuple[list[str], int, str]:
-    """Starts the hub's process, and returns its addresses, its port and the job's key."""
+    """Start the hub's process, and return its addresses, its port and the job's key."""
     key = hubs.new_key()
     read, write = os.pipe()
     with hubs.listening() as listener:
@@ -58,6 +58,7 @@ async def _watch(listener: socket.socket, hub: Hub) -> None:
     while not hub.is_over:
         hub.look()
         await asyncio.sleep(LOOK)
+    await hub.hear_out()
     fault = hub.explain()
     if fault is not None:
         _say(fault)
@@ -66,7 +67,7 @@ async def _watch(listener: socket.socket, hub: Hub) -> None:
 
 
 async def _end(hub: Hub, exit_code: int, launcher: Launcher | None) -> None:
-    """Ends every rank, and then the launcher, which may wait for a machine that is cut off."""
+    """End every rank, and then the launcher, which may wait for a machine that is cut off."""
     drop_names_of(hub.processes_here())
     hub.end_ranks(exit_code)
     await asyncio.sleep(TO_END)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import math
 import os
 import secrets
 import socket
@@ -18,10 +19,21 @@ from time import monotonic
 from typing import Any
 
 from lfm2kit.errors import BUG
-from lfm2kit_mpi.faults import STARTING, Fault, Rank, gone, lingering, not_joined, place, stuck
+from lfm2kit_mpi.ends import Ends
+from lfm2kit_mpi.faults import (
+    STARTING,
+    Fault,
+    Rank,
+    culprit,
+    lingering,
+    not_joined,
+    place,
+    stuck,
+)
 from lfm2kit_mpi.page import reader_of
 
 LOOK = 0.1  # seconds between two looks at the ranks
+TO_HEAR = 1.0  # seconds for the last words of ranks to arrive, once one of them has ended
 LONGEST_LINE = 1 << 24  # bytes of a message: a rank may print a large table
 FATAL = b"Fatal Python error: "  # how Python's fault handler begins
 
@@ -34,27 +46,39 @@ class Hub:
         self.deadline = deadline
         self.key = key
         self.ranks: dict[int, Rank] = {}
-        self.left: list[Rank] = []  # those whose process ended before they were done, in order
         self.fault: Fault | None = None
         self.exit_code: int | None = None  # rank 0's, once it is done
         self.pass_on: Callable[[str, bytes], None] = lambda stream, data: None
         self.broken: BaseException | None = None  # why nothing more can be passed on
         self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._ends = Ends()
         self._started = self._looked = monotonic()
 
     @property
     def is_over(self) -> bool:
-        """Whether there is a fault, or every rank is done and gone."""
-        has_fault = self.fault is not None or self.broken is not None or bool(self.left)
-        return has_fault or (len(self.ranks) == self.size and not self.has_ranks)
+        """Return whether there is a fault, or every rank is done and gone."""
+        has_fault = self.fault is not None or self.broken is not None
+        is_complete = len(self.ranks) == self.size and not self.has_ranks
+        return has_fault or self.is_cut_short or is_complete
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Return whether a rank has ended, or was made to end, before it was done."""
+        return bool(self.left) or any(rank.ended_by for rank in self.ranks.values())
 
     @property
     def has_ranks(self) -> bool:
-        """Whether the process of any rank is still connected."""
+        """Return whether the process of any rank is still connected."""
         return bool(self._writers)
 
+    @property
+    def left(self) -> list[Rank]:
+        """Return the ranks whose process ended before they were done, in that order."""
+        over = [self.ranks[number] for number in self._ends.order if number not in self._writers]
+        return [rank for rank in over if not rank.is_done]
+
     def look(self) -> None:
-        """Looks for ranks that do not join, make no progress or are silent."""
+        """Look for ranks that do not join, make no progress or are silent."""
         now = monotonic()
         pause = now - self._looked
         if pause > 10 * LOOK:  # this process itself was stopped, or had no core
@@ -71,7 +95,7 @@ class Hub:
             self.fault = self.fault or lingering(connected, now, self.deadline)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serves one connection until it ends."""
+        """Serve one connection until it ends."""
         rank = None
         try:
             async with asyncio.timeout(self.deadline + STARTING):
@@ -89,13 +113,12 @@ class Hub:
 
     def _leave(self, rank: Rank) -> None:
         del self._writers[rank.number]
-        if not rank.is_done:
-            self.left.append(rank)
+        self._ends.leave(rank.number)
 
     async def _welcome(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> Rank | None:
-        """Returns the rank at the other end, if it knows the job's key."""
+        """Return the rank at the other end, if it knows the job's key."""
         nonce = secrets.token_hex(16)
         writer.write(f"{nonce}\n".encode())
         hello = json.loads(await reader.readline())
@@ -110,6 +133,7 @@ class Hub:
         )  # fmt: skip
         self.ranks[rank.number] = rank
         self._writers[rank.number] = writer
+        self._ends.watch(rank.number, writer.get_extra_info("socket"))
         writer.write(b"welcome\n")
         return rank
 
@@ -125,9 +149,13 @@ class Hub:
             rank.tell(rank.heard, said["count"], said["doing"], said["is_waiting"])
         if "text" in said:
             self._pass_on(said["stream"], said["text"].encode("latin-1"))
-        if "reason" in said and self.fault is None:
+        if "reason" in said:
             sentence = f"{rank.where}: {said['reason']}"
-            self.fault = Fault(sentence, said["exit_code"], said["details"])
+            fault = Fault(sentence, said["exit_code"], said["details"])
+            if said["is_effect"]:
+                rank.ended_by = fault
+            else:
+                self.fault = self.fault or fault
         if "done" in said:
             rank.is_done = True
             if rank.number == 0:
@@ -140,30 +168,43 @@ class Hub:
             self.broken = error
 
     def explain(self, number: int | None = None, pid: int | None = None) -> Fault | None:
-        """Returns the fault, even if only a process's end is known; None if there is no fault.
+        """Return the fault, even if only a process's end is known; None if there is no fault.
 
-        `number` is the signal that ended the process `pid`, if a launcher has reported it.
+        `number` is the signal that ended the process `pid`, if a launcher has reported it.  The
+        ranks should have been heard out.
         """
-        if self.fault is None and self.left:
-            first = self.left[0]  # a launcher kills the others then, and may speak of those
-            self.fault = gone(first, number if pid == first.pid else None)
+        if self.fault is None:
+            self.fault = culprit(self.left, self.ranks.values(), number, pid)
         return self.fault
 
+    async def hear_out(self) -> None:
+        """Wait for what ranks said last: it may be on its way when others have ended already."""
+        await until(lambda: self.fault is not None or not self.has_ranks, TO_HEAR)
+
     def end_ranks(self, exit_code: int = BUG) -> None:
-        """Tells every rank to end its process at once."""
+        """Tell every rank to end its process at once."""
         for writer in self._writers.values():
             with suppress(OSError, RuntimeError):
                 writer.write(json.dumps({"end": exit_code}).encode() + b"\n")
 
     def processes_here(self) -> list[int]:
-        """Returns the process ids of the connected ranks on this machine."""
+        """Return the process ids of the connected ranks on this machine."""
         here = place()
         connected = map(self.ranks.__getitem__, self._writers)
         return [rank.pid for rank in connected if here and rank.place == here]
 
 
+async def until(is_so: Callable[[], bool], seconds: float) -> None:
+    """Return once `is_so`, or after `seconds` in which this process was not short of a core."""
+    pause = LOOK / 2
+    for _ in range(math.ceil(seconds / pause)):  # not a time: one long pause would pass for many
+        if is_so():
+            return
+        await asyncio.sleep(pause)
+
+
 def proof(key: str, nonce: str) -> str:
-    """Returns proof that its sender has the job's key, without revealing it."""
+    """Return proof that its sender has the job's key, without revealing it."""
     return hmac.digest(key.encode(), nonce.encode(), "sha256").hex()
 
 
@@ -172,7 +213,7 @@ def new_key() -> str:
 
 
 def listening() -> socket.socket:
-    """Opens a socket for the ranks of a job, on every address of this machine."""
+    """Open a socket for the ranks of a job, on every address of this machine."""
     if socket.has_dualstack_ipv6():
         with suppress(OSError):
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -180,7 +221,7 @@ def listening() -> socket.socket:
 
 
 def addresses() -> list[str]:
-    """Returns this machine's addresses, the loopback's last."""
+    """Return this machine's addresses, the loopback's last."""
     found = dict.fromkeys(_of_interfaces())
     with suppress(OSError):
         infos = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
@@ -190,7 +231,7 @@ def addresses() -> list[str]:
 
 
 def _of_interfaces() -> list[str]:
-    """Returns the IPv4 addresses of Linux's network interfaces; none on other systems."""
+    """Return the IPv4 addresses of Linux's network interfaces; none on other systems."""
     if os.uname().sysname != "Linux":
         return []
     import fcntl

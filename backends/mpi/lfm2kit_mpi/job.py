@@ -22,7 +22,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.transport import JobError
 from lfm2kit_mpi import hub as hubs
 from lfm2kit_mpi.faults import Fault, by_signal
-from lfm2kit_mpi.hub import LOOK, Hub
+from lfm2kit_mpi.hub import LOOK, Hub, until
 from lfm2kit_mpi.shared_memory import drop_names_of
 
 HUB = "LFM2KIT_MPI_HUB"  # for the ranks: where the hub listens, and the job's key
@@ -31,9 +31,9 @@ TO_END = 2.0  # seconds for a job's processes to end when told to
 
 
 def run_job(command: Sequence[str], ranks: int) -> int:
-    """Runs `command`, which starts `ranks` ranks, and returns rank 0's exit code.
+    """Run `command`, which starts `ranks` ranks, and return rank 0's exit code.
 
-    Raises `JobError` if the job ends before rank 0, and `Lfm2kitError` if no rank starts.
+    Raise `JobError` if the job ends before rank 0, and `Lfm2kitError` if no rank starts.
     """
     hub = Hub(ranks, progress.THIS_PROCESS.deadline, hubs.new_key())
     hub.pass_on = _print
@@ -61,12 +61,13 @@ async def _watched(
 
 
 async def _concluded(hub: Hub, job: subprocess.Popen[bytes], said: BinaryIO) -> int:
-    """Returns rank 0's exit code if the job has no fault."""
+    """Return rank 0's exit code if the job has no fault."""
     if hub.broken is not None:
         raise hub.broken
     if hub.fault is None:
-        await _until(lambda: job.poll() is not None, TO_SAY_WHY if hub.left else hub.deadline)
-        await _until(lambda: not hub.has_ranks, TO_SAY_WHY)  # what they said last
+        patience = TO_SAY_WHY if hub.is_cut_short else hub.deadline
+        await until(lambda: job.poll() is not None, patience)
+        await hub.hear_out()
     words = _words_of(said)
     number = _number("signal", words)
     fault = hub.explain(number, _number("PID", words))
@@ -80,7 +81,7 @@ async def _concluded(hub: Hub, job: subprocess.Popen[bytes], said: BinaryIO) -> 
         ended = f"the job ended before rank 0 was done: {_last_line(words)}"
         fault = Fault(ended, details=words)
     hub.end_ranks(fault.exit_code)
-    await _until(lambda: job.poll() is not None, TO_SAY_WHY)
+    await until(lambda: job.poll() is not None, TO_SAY_WHY)
     raise JobError(*fault)
 
 
@@ -88,7 +89,7 @@ async def _concluded(hub: Hub, job: subprocess.Popen[bytes], said: BinaryIO) -> 
 def _started(
     command: Sequence[str], variables: dict[str, str], said: BinaryIO
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts the job's mpiexec, and ends all processes of the job when the block ends."""
+    """Start the job's mpiexec, and end all processes of the job when the block ends."""
     marker = "=".join(*variables.items()).encode()
     # A session of its own: an interrupt is passed on once, by us, and reaches every process.
     job = subprocess.Popen(
@@ -107,7 +108,7 @@ def _started(
 
 
 def _kill_all(job: subprocess.Popen[bytes], marker: bytes) -> None:
-    """Kills every process of the job on this machine, including stopped ones."""
+    """Kill every process of the job on this machine, including stopped ones."""
     until = time.monotonic() + TO_END
     while (left := _processes_with(marker)) and time.monotonic() < until:
         for pid in left:
@@ -121,7 +122,7 @@ def _kill_all(job: subprocess.Popen[bytes], marker: bytes) -> None:
 
 
 def _processes_with(marker: bytes) -> list[int]:
-    """Returns the processes of this machine that have `marker` in their environment."""
+    """Return the processes of this machine that have `marker` in their environment."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -131,17 +132,11 @@ def _processes_with(marker: bytes) -> list[int]:
 
 
 def _ending_with_this_process() -> Callable[[], None] | None:
-    """Returns a function that makes Linux end a child when this process is killed."""
+    """Return a function that makes Linux end a child when this process is killed."""
     if sys.platform != "linux":
         return None
     prctl, set_signal = ctypes.CDLL(None).prctl, 1  # PR_SET_PDEATHSIG
     return lambda: prctl(set_signal, signal.SIGTERM)
-
-
-async def _until(is_so: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not is_so() and time.monotonic() < end:
-        await asyncio.sleep(LOOK / 2)
 
 
 def _print(stream: str, data: bytes) -> None:
@@ -156,7 +151,7 @@ def _words_of(said: BinaryIO) -> str:
 
 
 def _number(word: str, text: str) -> int | None:
-    """Finds the number after `word`: "EXIT STRING: Killed (signal 9)", "PID 4711 RUNNING AT n1"."""
+    """Find the number after `word`: "EXIT STRING: Killed (signal 9)", "PID 4711 RUNNING AT n1"."""
     found = re.search(rf"\b{word} (\d+)", text)
     return int(found[1]) if found else None
 

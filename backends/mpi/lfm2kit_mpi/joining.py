@@ -26,7 +26,7 @@ RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PM
 
 
 def join(size: int) -> MpiTransport:
-    """Joins a job of `size` ranks and returns this rank's transport."""
+    """Join a job of `size` ranks and return this rank's transport."""
     progress.step("joining the job", starting_seconds())
     transport = _of_our_job(size) if HUB in os.environ else _of_another_job(size)
     progress.step("starting")
@@ -34,7 +34,7 @@ def join(size: int) -> MpiTransport:
 
 
 def _of_our_job(size: int) -> MpiTransport:
-    """Joins a job that `--ranks` started; its hub already watches while MPI starts."""
+    """Join a job that `--ranks` started; its hub already watches while MPI starts."""
     addresses, port, key = os.environ[HUB].split()
     watch = joined(_rank() or 0, addresses.split(","), int(port), key)
     streams.through_the_hub(watch)
@@ -45,7 +45,7 @@ def _of_our_job(size: int) -> MpiTransport:
 
 
 def _of_another_job(size: int) -> MpiTransport:
-    """Joins a job of another launcher: rank 0 starts the hub, and MPI sends its address round."""
+    """Join a job of another launcher: rank 0 starts the hub, and MPI sends its address round."""
     streams.apart()
     hub = start_hub(size) if _rank() == 0 else None
     watch = _watched(0, hub) if hub is not None else None
@@ -59,21 +59,21 @@ def _of_another_job(size: int) -> MpiTransport:
 
 
 def _start_mpi(size: int) -> ModuleType:
-    """Starts MPI by importing the module that needs it."""
+    """Start MPI by importing the module that needs it."""
     check_library()
     from lfm2kit_mpi import transport
 
     if transport.world_size() != size:
         raise Lfm2kitError(
-            f"the launcher started {size} ranks, but mpi4py sees {transport.world_size()}: its MPI "
-            "is another than mpiexec's. Install mpi4py for the MPI of this machine"
+            f"the launcher started {size} ranks, but mpi4py sees {transport.world_size()}: it uses "
+            "another MPI than mpiexec does. Install mpi4py for the MPI of this machine"
         )
     return transport
 
 
 @contextmanager
 def _told(watch: Watch | None) -> Iterator[None]:
-    """Ends the job on an error inside, if the rank is watched already."""
+    """End the job on an error inside, if the rank is watched already."""
     try:
         yield
     except Lfm2kitError as error:
@@ -84,7 +84,7 @@ def _told(watch: Watch | None) -> Iterator[None]:
 
 @contextmanager
 def _limited(watch: Watch | None) -> Iterator[None]:
-    """Has the system end a process that nobody watches, where MPI's start takes too long inside.
+    """Have the system end a process that nobody watches, if MPI's start takes too long inside.
 
     MPI's start waits for ever if another rank never joins, and holds Python's lock meanwhile.
     """

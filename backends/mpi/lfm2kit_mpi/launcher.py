@@ -22,7 +22,7 @@ MOST_PER_CORE = 8  # ranks: more of them only swamp the machine
 
 class MpiLauncher:
     def world_size(self) -> int | None:
-        """From the environment alone: importing mpi4py would start MPI."""
+        """Read the size from the environment alone, because importing mpi4py would start MPI."""
         for variable in SIZE_VARIABLES:
             if os.environ.get(variable, "").isdigit():
                 return int(os.environ[variable])
@@ -52,12 +52,12 @@ def _check_cores(ranks: int) -> None:
         raise Lfm2kitError(
             Option("ranks", ranks),
             f": this machine has {cores} cores, enough for {MOST_PER_CORE * cores}; "
-            "start more of them over several machines, in an allocation",
+            "start more of them on several machines, in an allocation",
         )
 
 
 def find_mpiexec() -> str:
-    """This environment's mpiexec (the mpich wheel's), else the PATH's; `Lfm2kitError` if none."""
+    """Return this environment's mpiexec (the mpich wheel's), or else the one on the PATH."""
     if find_spec("mpi4py") is None:
         raise Lfm2kitError(Option("ranks"), " needs mpi4py; pip install 'lfm2kit-mpi[mpich]'")
     beside = Path(sys.executable).parent / "mpiexec"

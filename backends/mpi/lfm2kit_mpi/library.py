@@ -12,7 +12,7 @@ OPEN_MPI_SIZE = "OMPI_COMM_WORLD_SIZE"
 
 
 def check_library() -> None:
-    """Loads MPI without starting it; raises `Lfm2kitError` if it cannot join this job."""
+    """Load MPI without starting it; raise `Lfm2kitError` if it cannot join this job."""
     try:
         import mpi4py
 
@@ -35,5 +35,5 @@ def check_library() -> None:
 
 
 def fits(vendor: str, environment: Mapping[str, str]) -> bool:
-    """Whether the MPI of `vendor` can join a job of the launcher that set the environment."""
+    """Return whether the MPI of `vendor` can join a job of this environment's launcher."""
     return OPEN_MPI_SIZE not in environment or vendor in OPEN_MPI

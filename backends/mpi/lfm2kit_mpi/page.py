@@ -16,7 +16,7 @@ SIZE = 256  # bytes: longer words are cut
 
 
 class Page(Protocol):
-    """Where a rank writes what it is doing."""
+    """A place where a rank writes what it is doing."""
 
     fd: int  # -1 where no other process can read it
 
@@ -34,7 +34,7 @@ class SharedPage:
 
 
 class NoPage:
-    """For systems without such memory, where the hub knows only what was last sent."""
+    """A page for systems without such memory, where the hub knows only what was last sent."""
 
     fd = -1
 
@@ -57,7 +57,7 @@ class Reader:
 
 
 def reader_of(pid: int, fd: int) -> Reader | None:
-    """The page that the process `pid` has open as `fd`; None where it cannot be read."""
+    """Return the page that the process `pid` has open as `fd`; None if it cannot be read."""
     with suppress(OSError, ValueError):
         page = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY)
         try:

@@ -13,7 +13,7 @@ SEGMENTS = ("/dev/shm/mpich_", "/dev/shm/sm_segment.")
 def drop_names(
     maps: Path = Path("/proc/self/maps"), beginnings: tuple[str, ...] = SEGMENTS
 ) -> None:
-    """Removes the names of the segments that MPI has made and this process has mapped.
+    """Remove the names of the segments that MPI has made and this process has mapped.
 
     Call it once every rank of this machine has mapped them.  Mapped memory stays usable, and is
     freed with the last process, however that ends.
@@ -26,6 +26,6 @@ def drop_names(
 
 
 def drop_names_of(processes: Iterable[int]) -> None:
-    """Does the same for other processes, before they are killed."""
+    """Do the same for other processes, before they are killed."""
     for pid in processes:
         drop_names(Path("/proc", str(pid), "maps"))

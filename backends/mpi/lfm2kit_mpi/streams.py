@@ -15,13 +15,13 @@ from lfm2kit_mpi.watch import Watch
 
 
 def through_the_hub(watch: Watch) -> None:
-    """Sends what Python prints to the process that started the job, which prints it."""
+    """Send what Python prints to the process that started the job, which prints it."""
     sys.stdout = _relayed(watch, "stdout", sys.stdout)
     sys.stderr = _relayed(watch, "stderr", sys.stderr)
 
 
 def apart() -> None:
-    """Redirects C code's stdout to stderr, and leaves Python's stdout as it is."""
+    """Redirect C code's stdout to stderr, and leave Python's stdout as it is."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

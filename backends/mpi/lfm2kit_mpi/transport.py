@@ -27,7 +27,7 @@ def rank() -> int:
 
 
 def from_rank_0(value: Any) -> Any:
-    """Rank 0's `value`, on every rank."""
+    """Return rank 0's `value` on every rank."""
     return MPI.COMM_WORLD.bcast(value)
 
 
@@ -100,7 +100,7 @@ class MpiTransport:
 
 
 def _row_type(rows: npt.NDArray[Any]) -> MPI.Datatype:
-    """One row as a single element: counts of bytes would pass 2^31 at a few hundred MB."""
+    """Return a type for a whole row: counts of bytes would pass 2^31 at a few hundred MB."""
     nbytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
     return MPI.BYTE.Create_contiguous(nbytes).Commit()
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from lfm2kit import progress
 from lfm2kit.errors import BUG, Lfm2kitError
-from lfm2kit.process.interrupts import PROCESS
+from lfm2kit.process.interrupts import PROCESS, SIGNALS
 from lfm2kit_mpi.faults import STARTING, place
 from lfm2kit_mpi.hub import proof
 from lfm2kit_mpi.page import Page, new_page
@@ -44,6 +44,7 @@ class Watch:
         self._page = page
         self._collective: str | None = None  # that the main thread is in
         self._collectives = 0  # that it has left
+        self._collective_failed = False
         self._told = 0.0  # when
         self._told_long = False  # whether the step that was told may take longer than others
         self.is_done = False
@@ -52,7 +53,7 @@ class Watch:
         self._sending = threading.Lock()
 
     def start(self) -> None:
-        """Begins to report and to listen; a crash of this process is reported as well."""
+        """Begin to report and to listen; a crash of this process is reported as well."""
         faulthandler.enable(self._link.fileno(), all_threads=False)
         PROCESS.is_told = True  # an interrupt: by the hub, or by who sent it to all ranks
         progress.THIS_PROCESS.on_step = self._tell_in_time
@@ -61,18 +62,21 @@ class Watch:
 
     @contextmanager
     def waiting_in(self, collective: str) -> Iterator[None]:
-        """Marks a collective, in which this rank cannot go on before the others come."""
+        """Mark a collective, in which this rank cannot go on before the others come."""
         self._collective = collective
         self._page.write(self._doing())
         try:
             yield
+        except Exception:
+            self._collective_failed = True
+            raise
         finally:
             self._collective = None
             self._collectives += 1
             self._page.write(self._doing())
 
     def _tell_in_time(self) -> None:
-        """Reports the step that begins now; a block may then keep Python's lock for long."""
+        """Report the step that begins now; a block may then keep Python's lock for long."""
         _, name, seconds = progress.THIS_PROCESS.now
         self._page.write(name)
         is_long = seconds > progress.THIS_PROCESS.deadline
@@ -80,7 +84,7 @@ class Watch:
             self.tell()
 
     def tell(self) -> None:
-        """Reports what this process is doing now."""
+        """Report what this process is doing now."""
         number, _, seconds = progress.THIS_PROCESS.now
         self._told, self._told_long = time.monotonic(), seconds > progress.THIS_PROCESS.deadline
         self.send(
@@ -101,10 +105,19 @@ class Watch:
         self.is_done = True
         self.send(done=exit_code)
 
-    def abort(self, exit_code: int, reason: str, details: str) -> NoReturn:
-        """Reports why the job ends, and waits for the hub to end this process."""
+    def report(self, exit_code: int, reason: str, details: str) -> None:
+        """Report why this rank ends.
+
+        Another rank's end may be the cause if this one was told to end or a collective failed: a
+        launcher ends the ranks that remain, and MPI may see that a rank is gone.
+        """
+        is_effect = exit_code - 128 in SIGNALS or self._collective_failed
         self.tell()
-        self.send(reason=reason, exit_code=exit_code, details=details)
+        self.send(reason=reason, exit_code=exit_code, details=details, is_effect=is_effect)
+
+    def abort(self, exit_code: int, reason: str, details: str) -> NoReturn:
+        """Report why the job ends, and wait for the hub to end this process."""
+        self.report(exit_code, reason, details)
         time.sleep(TO_BE_ENDED)
         os._exit(exit_code)
 
@@ -114,7 +127,7 @@ class Watch:
             time.sleep(BEAT)
 
     def _listen(self) -> None:
-        """Waits for the hub's order to end, or for the end of the connection."""
+        """Wait for the hub's order to end, or for the end of the connection."""
         said = b""
         with suppress(OSError):
             said = self._words.readline()
@@ -126,7 +139,7 @@ class Watch:
 
 
 def joined(rank: int, where: Sequence[str], port: int, key: str) -> Watch:
-    """Connects this rank to the hub at one of the addresses `where`."""
+    """Connect this rank to the hub at one of the addresses `where`."""
     page = new_page()
     page.write(progress.THIS_PROCESS.now.name)
     for address in where:
@@ -150,12 +163,12 @@ def joined(rank: int, where: Sequence[str], port: int, key: str) -> Watch:
 
 
 def starting_seconds() -> float:
-    """Returns how long MPI's start may take; it waits for every rank, and holds Python's lock."""
+    """Return how long MPI's start may take; it waits for every rank, and holds Python's lock."""
     return progress.THIS_PROCESS.deadline + 2 * STARTING
 
 
 def notice_cuts(link: socket.socket, seconds: float) -> None:
-    """Makes the system end a connection whose other end has not answered for `seconds`."""
+    """Make the system end a connection whose other end has not answered for `seconds`."""
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     seconds = min(seconds, LONGEST_SILENCE)
@@ -172,7 +185,7 @@ def notice_cuts(link: socket.socket, seconds: float) -> None:
 
 
 def _end_process(exit_code: int) -> NoReturn:
-    """Ends this process from another thread, and lets it remove partial files first."""
+    """End this process from another thread, and let it remove partial files first."""
     with suppress(OSError):  # the fault has been reported: print nothing more
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)

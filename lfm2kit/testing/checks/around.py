@@ -71,7 +71,7 @@ def _larger() -> list[Spec]:
 
 
 def _parts(spec: Spec) -> Iterator[Part]:
-    """Yields the parts of `spec` and theirs, by path of roles and by scope within `spec`."""
+    """Yield the parts of `spec` and theirs, by path of roles and by scope within `spec`."""
     for part in spec.parts():
         yield part
         for inner in _parts(part.spec):

@@ -57,7 +57,7 @@ def rope_theta(trial: Trial) -> None:
 
 @check
 def rope_beyond_position_1000(trial: Trial) -> None:
-    """A sequence of 1050 tokens: angles stay float32, and no table of positions ends early.
+    """In a sequence of 1050 tokens angles stay float32, and no table of positions ends early.
 
     Judged by the last 20 rows.  Angles in BF16, or in F16, are off by whole turns there.
     """
@@ -71,7 +71,7 @@ def rope_beyond_position_1000(trial: Trial) -> None:
 
 @check
 def attention_large_scores(trial: Trial) -> None:
-    """Scores beyond 100, whose exponentials overflow where the maximum is not subtracted."""
+    """Scores beyond 100 do not overflow: the maximum is subtracted before exponentials."""
     _judge_layernorm(trial, lambda size: np.full(size, 8.0), 10 * trial.tolerance)
 
 
@@ -79,7 +79,7 @@ def attention_large_scores(trial: Trial) -> None:
 def attention_is_causal(trial: Trial) -> None:
     """A row's result has the same bits whatever stands in the rows after it, NaN even.
 
-    A weight of 0 is no mask for a value that is not finite: 0 * NaN is NaN.
+    A weight of 0 does not mask a value that is not finite: 0 * NaN is NaN.
     """
     for spec in _attentions(trial):
         block = trial.build(spec, trial.random_weights(spec))
@@ -99,7 +99,7 @@ def _attentions(trial: Trial) -> list[specs.Attention]:
 def _judge_layernorm(
     trial: Trial, weight: Callable[[int], Float64], within: float | None = None
 ) -> None:
-    """Compares with these weights [head_dim] of q_layernorm and k_layernorm."""
+    """Compare with these weights [head_dim] of q_layernorm and k_layernorm."""
     for spec in _attentions(trial):
         block, reference = trial.pair(spec, _with_layernorm(trial, spec, weight(spec.head_dim)))
         inputs = random_inputs(spec, trial.rng, 33)

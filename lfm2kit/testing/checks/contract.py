@@ -60,7 +60,7 @@ def memory_round_trip(trial: Trial) -> None:
 
 @check
 def sizes_are_known_before_building(trial: Trial) -> None:
-    """`kept_bytes`, `scratch_bytes` and a memory's `free_bytes` are whole numbers, and in order.
+    """`kept_bytes`, `scratch_bytes` and a memory's `free_bytes` are whole numbers from 0 on.
 
     A run is refused where blocks need more than is free.
     """
@@ -84,7 +84,7 @@ def sizes_are_known_before_building(trial: Trial) -> None:
 
 @check
 def output_dtype_and_shape(trial: Trial) -> None:
-    """Results are float32 (expert ids int32) and of the shapes that the spec says, in precision.
+    """Results are float32 (expert ids int32) and have the shapes that the spec says.
 
     Whatever the precision of the weights: the residual stream is float32.
     """
@@ -100,7 +100,7 @@ def output_dtype_and_shape(trial: Trial) -> None:
 
 @check
 def outputs_finite(trial: Trial) -> None:
-    """No NaN or infinity for rows of zeros, of large and of tiny values.
+    """Rows of zeros, of large and of tiny values give neither NaN nor infinity.
 
     A norm of zeros divides by eps alone; exp(-x) of a large gate overflows.
     """
@@ -132,7 +132,7 @@ def inputs_not_written(trial: Trial) -> None:
 
 @check
 def results_belong_to_the_caller(trial: Trial) -> None:
-    """No later call changes a result: of the same block, or of another one.
+    """A later call of the same block, or of another one, changes no result.
 
     Two batches may be on their way at once; a layer's `hidden` is read again after its operator.
     """
@@ -154,7 +154,7 @@ def _require_finite(result: Result, what: str) -> None:
 
 
 def _arrays(inputs: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays among the arguments of a block, and those of its batch; not its state."""
+    """Yield the arrays among the arguments of a block, and those of its batch; not its state."""
     for i, value in enumerate(inputs):
         if isinstance(value, Batch):
             names = ("token_ids", "positions", "cu_seqlens", "pages", "logits_rows")

@@ -20,7 +20,7 @@ from lfm2kit.weights import Tensor, Weights
 
 @check
 def mlp_w1_is_the_gate(trial: Trial) -> None:
-    """w1 is the gate (inside silu), w3 the up and w2 the down projection; in experts as well.
+    """w1 is the gate (inside silu), w3 the up and w2 the down projection, also in experts.
 
     The gate is always below -8 here, where silu is nearly 0: swapped with w3, which is large, the
     result is a thousand times larger.  Other libraries call them gate, up and down, and at least
@@ -40,7 +40,7 @@ def mlp_w1_is_the_gate(trial: Trial) -> None:
 
 @check
 def moe_empty_expert(trial: Trial) -> None:
-    """Experts that no row, one row, or every row goes to.
+    """Experts may get no row, one row, or every row.
 
     With few rows most experts are empty in every batch; a kernel launched for one must do nothing.
     """

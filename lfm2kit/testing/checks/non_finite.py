@@ -134,7 +134,7 @@ def _require_not_finite(arrays: tuple[npt.NDArray[Any], ...], what: str) -> None
 
 
 def _masked_bias(trial: Trial, spec: Router, allowed: int) -> Float32:
-    """Returns equal biases for some experts, the last one included, and -inf for the others."""
+    """Return equal biases for some experts, the last one included, and -inf for the others."""
     bias = np.full(spec.num_experts, -np.inf, np.float32)
     bias[-1] = 0.25
     bias[1 + trial.rng.permutation(spec.num_experts - 2)[: allowed - 1]] = 0.25
@@ -142,7 +142,7 @@ def _masked_bias(trial: Trial, spec: Router, allowed: int) -> Float32:
 
 
 def _with_bias(trial: Trial, spec: Router, bias: Float32) -> Weights:
-    """Returns random weights except for the bias; the last expert ignores the first column."""
+    """Return random weights except for the bias; the last expert ignores the first column."""
     gate = trial.random_weights(spec).float32("gate.weight").copy()
     gate[-1, 0] = 0
     return frozen_weights({"gate.weight": gate, "expert_bias": bias})

@@ -142,7 +142,7 @@ def _blocks(trial: Trial, *kinds: type[Spec]) -> list[tuple[Spec, HostBlock, Ord
 
 
 def _ordered(trial: Trial) -> list[Ordered]:
-    """Return the ordered memories of the backend's blocks; raises `Skipped` if there are none."""
+    """Return the ordered memories of the backend's blocks; raise `Skipped` if there are none."""
     specs_there = trial.first_of_kinds()
     memories = {memory.name: memory for memory in map(trial.backend.memory, specs_there)}
     ordered = [memory for memory in memories.values() if is_ordered(memory)]

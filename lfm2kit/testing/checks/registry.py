@@ -18,7 +18,7 @@ class Check:
 
     @property
     def summary(self) -> str:
-        """The first line of the documentation: what is guarded."""
+        """Return the first line of the documentation, which says what is guarded."""
         return self.documentation.splitlines()[0]
 
     @property
@@ -30,7 +30,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
-    """Enters a function into the table: `zero_rows` as "zero-rows"."""
+    """Enter a function into the table: `zero_rows` as "zero-rows"."""
     name = function.__name__.strip("_").replace("_", "-")
     assert name not in CHECKS, f"two checks are called {name}"
     CHECKS[name] = Check(name, function)

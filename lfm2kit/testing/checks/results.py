@@ -41,7 +41,7 @@ def results_are_plain_arrays(trial: Trial) -> None:
 
 
 def _require_plain(block: HostBlock, got: Any, expected: Any, what: str) -> None:
-    """`CheckFailed` unless `got` is a plain array of the block's memory, as `expected` is."""
+    """Raise `CheckFailed` unless `got` is a plain array of the block's memory, as `expected` is."""
     kind = type(block.memory.from_host(expected.copy()))
     if not isinstance(got, kind):
         raise CheckFailed(
@@ -82,7 +82,7 @@ def results_are_new_arrays(trial: Trial) -> None:
 
 
 def _require_own(spec: Spec, result: tuple[Any, ...], arguments: Sequence[Any]) -> None:
-    """`CheckFailed` if a result on the host is read-only, or shares memory with an argument."""
+    """Raise `CheckFailed` if a host result is read-only, or shares memory with an argument."""
     if not all(array.flags.writeable for array in result):
         raise CheckFailed(f"{spec}: a result is read-only, but it belongs to the caller")
     may_return_hidden = isinstance(spec, specs.RMSNorm | specs.Layer)

@@ -65,7 +65,7 @@ def router_scaling(trial: Trial) -> None:
 
 @check
 def router_shape_grid(trial: Trial) -> None:
-    """Numbers of experts that no tile divides, 1 to 8 experts per token, and all of them.
+    """The router is right for counts of experts that no tile divides, and for 1 to 8 per token.
 
     Elsewhere the weights were wrong at one shape only (vLLM-metax#270).
     """

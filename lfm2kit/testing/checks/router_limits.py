@@ -14,7 +14,7 @@ from lfm2kit.testing.trial import Trial
 
 @check
 def router_extreme_logits(trial: Trial) -> None:
-    """Logits of +-120 and beyond: a saturated sigmoid is exactly 1, none is NaN.
+    """At logits of +-120 and beyond a saturated sigmoid is exactly 1, and none is NaN.
 
     Logarithms of sigmoids underflow there and change the selection (onnxruntime-genai#2575);
     down to logits of -80 the scores are float32 numbers, and their order counts.
@@ -54,9 +54,9 @@ def router_ties(trial: Trial) -> None:
 
 @check
 def choice_of_equal_scores(trial: Trial) -> None:
-    """From the very same scores the very same experts: also where several are equal, 1 or 0.
+    """Equal scores give the same experts, also where several scores are 1 or 0.
 
-    Whoever is given the scores has no rounding of his own to blame.
+    A block that is given the scores has no rounding of its own to blame.
     """
     for spec in trial.supported([router.choice for router in ROUTERS]):
         block, reference = trial.pair(spec)

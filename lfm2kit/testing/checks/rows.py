@@ -59,7 +59,7 @@ def zero_rows(trial: Trial) -> None:
 
 @check
 def repeatable(trial: Trial) -> None:
-    """The same call gives the same bits every time: no race, no order of atomic additions."""
+    """The same call gives the same bits every time, without races or atomic additions."""
     for spec in trial.first_of_kinds():
         block = trial.build(spec, trial.random_weights(spec))
         inputs = random_inputs(spec, trial.rng, 33)
@@ -70,7 +70,7 @@ def repeatable(trial: Trial) -> None:
 
 @check
 def scratch_is_not_seen(trial: Trial) -> None:
-    """What a block computed before, NaN even, is not in what it computes next.
+    """A block's earlier calls, even with NaN, do not change what it computes next.
 
     Blocks own buffers that are larger than a small batch; the rows beyond it are old ones.
     """
@@ -108,7 +108,7 @@ class _Sequences:
         )
 
     def run(self, block: HostBlock, chosen: Sequence[int]) -> list[Any]:
-        """One call over the chosen sequences; each one's part of the result."""
+        """Call the block once over the chosen sequences; return each one's part of the result."""
         batch = Batch.of_sequences([self.token_ids[i] for i in chosen])
         result = block(*(self._joined(position, chosen, batch) for position in self._positions()))
         if any(len(array) != batch.tokens for array in each(result)):

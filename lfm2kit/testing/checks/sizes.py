@@ -32,7 +32,7 @@ Vocabulary = specs.Embedding | specs.LMHead
 
 @check
 def rows_among_300(trial: Trial) -> None:
-    """A row of 300 has the bits that it has alone: also the first, the last, one beyond 256."""
+    """A row among 300 has the bits that it has alone, also the first, the last and the 257th."""
     for spec in trial.supported([spec for kind in BY_ROW for spec in CASES[kind]]):
         block = trial.build(spec, trial.random_weights(spec))
         inputs = random_inputs(spec, trial.rng, MANY)
@@ -99,7 +99,7 @@ def _fed(spec: Spec, block: HostBlock, *calls: Sequence[Float32]) -> list[Result
 
 @check
 def ids_beyond_32767(trial: Trial) -> None:
-    """Ids in a vocabulary of 70,001 tokens, in the embedding and the head: 16 bits hold few."""
+    """Ids of a vocabulary of 70,001 tokens, beyond 16 bits, work in the embedding and the head."""
     embeddings: list[Vocabulary] = [specs.Embedding(VOCABULARY, size) for size in (24, 128)]
     heads: list[Vocabulary] = [specs.LMHead(VOCABULARY, size) for size in (24, 128)]
     ids = Batch.of_sequences([LARGE_IDS])

@@ -35,7 +35,7 @@ BEYOND_A_PAGE = PAGE_TOKENS + 7
 
 @check
 def operator_has_state(trial: Trial) -> None:
-    """Blocks of operators and layers have `new_state`; `state_bytes` says what it takes, at least.
+    """Blocks of operators and layers have `new_state`, and `state_bytes` gives at least its bytes.
 
     `state_bytes` is what `lfm2kit plan` and a server's admission count with, before building.
     """
@@ -149,7 +149,7 @@ def state_prefill_beside_decode(trial: Trial) -> None:
 
 @check
 def state_pages_do_not_leak(trial: Trial) -> None:
-    """What other sequences are fed, NaN even, changes no bit of a sequence's results."""
+    """What other sequences are fed, even NaN, changes no bit of a sequence's results."""
     for spec, block, _ in _operators(trial):
         x = _rows(trial, spec, BEYOND_A_PAGE)
         between = [_rows(trial, spec, len(x)), np.full_like(x, np.nan)]
@@ -215,7 +215,7 @@ def state_steps_back(trial: Trial) -> None:
 def state_positions_beyond_32768(trial: Trial) -> None:
     """Positions above 32,768, in page tables of more than 512 columns, are read right.
 
-    Every column names one page, so that no forward over so many tokens is needed.
+    Every column names one page, so that no forward over all those tokens is needed.
     """
     for spec in trial.supported(OPERATORS):
         columns = 32768 // PAGE_TOKENS
@@ -282,7 +282,7 @@ def state_of_an_empty_batch(trial: Trial) -> None:
 
 @check
 def state_random_schedule(trial: Trial) -> None:
-    """Forty calls with the next rows of some sequences each, which end, fork and step back.
+    """Sequences that start, end, fork and step back at random in forty calls have right values.
 
     Elsewhere a sequence's room was freed twice and shared by two (mistral.rs#2357).
     """
@@ -298,7 +298,7 @@ def state_random_schedule(trial: Trial) -> None:
 
 
 class _Feeder:
-    """Feeds random rows to sequences, and keeps what each was fed and gave."""
+    """A feeder of random rows to sequences, which keeps what each was fed and gave."""
 
     def __init__(self, spec: Spec, block: HostBlock, reference: HostBlock, trial: Trial) -> None:
         self.spec = spec

@@ -27,7 +27,7 @@ ROWS = (0, 1, 2, 15, 16, 17, 33, 129)
 
 @check
 def embedding(trial: Trial) -> None:
-    """The embedding's rows are the table's rows, bit for bit in precisions of FP32's grade."""
+    """The embedding's rows are the table's rows, in precisions of FP32's grade bit for bit."""
     for spec in trial.supported(CASES["embed"]):
         block, reference = trial.pair(spec)
         for rows in ROWS:
@@ -59,7 +59,7 @@ def norm(trial: Trial) -> None:
 
 @check
 def short_conv(trial: Trial) -> None:
-    """ShortConv over whole sequences, for kernels of 1 to 4 taps, with and without biases.
+    """ShortConv over whole sequences is right for kernels of 1 to 4 taps, with and without biases.
 
     The batches are ragged: a sequence's first rows must see zeros before them, not the end of the
     sequence that lies before it in memory.
@@ -69,31 +69,31 @@ def short_conv(trial: Trial) -> None:
 
 @check
 def attention(trial: Trial) -> None:
-    """Attention over whole sequences: groups of query heads, odd head sizes, several thetas."""
+    """Attention over whole sequences is right for groups of heads and for odd head sizes."""
     _judge(trial, CASES["attn"])
 
 
 @check
 def mlp(trial: Trial) -> None:
-    """MLP: w2(silu(w1 x) * w3 x)."""
+    """MLP computes w2(silu(w1 x) * w3 x)."""
     _judge(trial, CASES["mlp"])
 
 
 @check
 def scores(trial: Trial) -> None:
-    """Scores: sigmoid(gate(x)), of float32 in every precision."""
+    """Scores computes sigmoid(gate(x)) in float32 in every precision."""
     _judge(trial, CASES["scores"], within=WITHIN)
 
 
 @check
 def choice(trial: Trial) -> None:
-    """Choice: the same experts in the same order, and their weights, from given scores."""
+    """Choice gives the same experts in the same order, and their weights, for given scores."""
     _judge(trial, CASES["choice"], within=WITHIN)
 
 
 @check
 def router(trial: Trial) -> None:
-    """Router: the same experts in the same order, and their weights.
+    """Router gives the same experts in the same order, and their weights.
 
     Rows where the reference itself is within rounding of another choice are left out.
     """
@@ -102,19 +102,19 @@ def router(trial: Trial) -> None:
 
 @check
 def experts(trial: Trial) -> None:
-    """Experts: the weighted sum of each row's experts."""
+    """Experts computes the weighted sum of each row's experts."""
     _judge(trial, CASES["experts"])
 
 
 @check
 def sparse_moe(trial: Trial) -> None:
-    """SparseMoe: router and experts together, built whole or joined of the backend's own parts."""
+    """SparseMoe is right, whether built whole or joined of the backend's own parts."""
     _judge(trial, CASES["moe"])
 
 
 @check
 def last_rows(trial: Trial) -> None:
-    """LastRows: the wanted rows of `hidden` and `delta`, in the order they are asked for."""
+    """LastRows gives the wanted rows of `hidden` and `delta`, in the order they are asked for."""
     for spec in trial.supported(CASES["rows"]):
         block, reference = trial.pair(spec)
         for rows in ROWS[1:]:
@@ -124,7 +124,7 @@ def last_rows(trial: Trial) -> None:
 
 @check
 def last_rows_twice_or_none(trial: Trial) -> None:
-    """A row may be wanted twice, all of them once, and of many rows none may be wanted.
+    """LastRows may be asked for a row twice, for all rows once, and for no row of many.
 
     A rank of a parallel run may have tokens of which no logits are asked for.
     """
@@ -139,13 +139,13 @@ def last_rows_twice_or_none(trial: Trial) -> None:
 
 @check
 def lm_head(trial: Trial) -> None:
-    """LMHead: x @ weight.T, also for a vocabulary that no tile divides."""
+    """LMHead computes x @ weight.T, also for a vocabulary that no tile divides."""
     _judge(trial, CASES["head"])
 
 
 @check
 def layer(trial: Trial) -> None:
-    """A whole layer, of either operator and either feed-forward, also as the model's first."""
+    """A whole layer is right with either operator and either feed-forward, also as the first."""
     _judge(trial, CASES["layer"])
     spec = trial.supported(CASES["layer"])[0]
     block, reference = trial.pair(spec)
@@ -157,7 +157,7 @@ def layer(trial: Trial) -> None:
 
 @check
 def real_widths(trial: Trial) -> None:
-    """The widths of LFM2-8B-A1B (2048, 1792, 32 experts) on a few rows: long sums stay exact."""
+    """The widths of LFM2-8B-A1B (2048, 1792, 32 experts) are right: long sums stay exact."""
     _judge(trial, REAL_WIDTHS, rows=(1, 5))
 
 
@@ -177,7 +177,7 @@ def bf16_and_f16_weights(trial: Trial) -> None:
 
 @check
 def weights_in_an_unknown_format(trial: Trial) -> None:
-    """Weights in a format that the backend has never heard of mean what `float32()` says.
+    """Weights in a format that the backend does not know mean what `float32()` says.
 
     A plugin may read quantised checkpoints: here int8 with a scale per row.  No block may look at
     `Tensor.data` unless it knows the tensor's format.
@@ -228,7 +228,7 @@ def _judge_weights(
     what: str,
     within: float | None = None,
 ) -> None:
-    """Calls with several numbers of rows, compared where no router is near a tie."""
+    """Call with several numbers of rows, compared where no router is near a tie."""
     watch = GapWatch(trial.reference)
     block, reference = trial.build(spec, weights), host_block(watch, spec, weights)
     for count in rows:

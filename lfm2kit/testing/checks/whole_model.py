@@ -30,7 +30,7 @@ DRAWS = 50
 
 @check
 def whole_model(trial: Trial) -> None:
-    """Four layers, every kind of block, against the same model built of the reference alone.
+    """A model of four layers with every kind of block has the logits of the reference's model.
 
     The backend gets every block that it builds, the reference the others, arrays crossing between
     their memories.  A failure names the first block whose result is off.
@@ -91,7 +91,7 @@ def whole_model_batch_independence(trial: Trial) -> None:
 
 @check
 def captured_forward(trial: Trial) -> None:
-    """A captured forward gives the bits of the plain one, whatever batches of its form came before.
+    """A captured forward has the bits of the plain one, whatever batches of its form preceded it.
 
     A replay with the first batch's ids, lengths or rows in it looks right as long as the same batch
     comes.
@@ -114,7 +114,7 @@ def captured_forward(trial: Trial) -> None:
 
 @check
 def captured_steps(trial: Trial) -> None:
-    """Captured steps of decoding have the bits of plain ones: positions, pages and states differ.
+    """Captured decoding steps have the bits of plain ones: positions, pages and states differ.
 
     Two states take turns, sequences change places and pages, and a step back is replayed, too.
     """
@@ -158,7 +158,7 @@ def _captured_models(trial: Trial) -> Iterator[tuple[specs.Model, LFM2]]:
 
 
 def _models(trial: Trial) -> list[specs.Model]:
-    """The models in which the backend has a block."""
+    """Return the models in which the backend has a block."""
     models = [m for m in MODELS if plan_for(m, trial.backend).backends() != {"reference"}]
     if not models:
         raise Skipped("it builds no block of the tiny models")
@@ -168,7 +168,7 @@ def _models(trial: Trial) -> list[specs.Model]:
 def _without_near_ties(
     trial: Trial, spec: specs.Model
 ) -> tuple[Weights, Batch, npt.NDArray[np.float32]]:
-    """Weights, a batch and the reference's logits, no router's choice being within rounding."""
+    """Return weights, a batch and the reference's logits, no router being near a tie."""
     for _ in range(DRAWS):
         weights, batch = trial.random_weights(spec), _random_batch(trial, spec)
         watch = GapWatch(trial.reference)

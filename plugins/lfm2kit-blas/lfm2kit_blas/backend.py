@@ -31,7 +31,7 @@ Ints = npt.NDArray[np.int32]
 
 
 class Linear:
-    """x @ weight.T + bias; x [rows, in], weight [out, in] as stored: BLAS transposes for free."""
+    """A product x @ weight.T + bias, weight [out, in] as stored: BLAS transposes for free."""
 
     def __init__(self, weights: Weights, bias: bool = False) -> None:
         # A view of the checkpoint unless it is not float32, or lies so that BLAS cannot read it.
@@ -55,7 +55,7 @@ class MLP:
 
 
 class Experts:
-    """Permute the (row, k) pairs by expert, one MLP call per expert, then add up each row's k."""
+    """A block that permutes (row, k) pairs by expert, and calls one MLP per expert."""
 
     def __init__(self, spec: specs.Experts, weights: Weights) -> None:
         self.experts = {
@@ -78,7 +78,7 @@ class Experts:
 
 
 def _sum_in_order(products: Floats) -> Floats:
-    """[rows, top_k, hidden_size] -> [rows, hidden_size]: k after k, which `np.sum` need not do."""
+    """Sum [rows, top_k, hidden_size] over k in its order, which `np.sum` need not keep."""
     delta = products[:, 0].copy()
     for k in range(1, products.shape[1]):
         delta += products[:, k]
@@ -178,7 +178,7 @@ class BlasBackend:
         return sum(4 * t.size for t in tensors if t.format != F32)
 
     def kept_formats(self, spec: Spec, weights: Weights) -> dict[str, Format]:
-        """BLAS multiplies float32 alone."""
+        """Return F32 for every weight, because BLAS multiplies float32 alone."""
         return dict.fromkeys(spec.parameters(), F32)
 
     def scratch_bytes(self, spec: Spec, tokens: int) -> int:

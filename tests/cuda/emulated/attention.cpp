@@ -1,10 +1,11 @@
 // Runs the kernels of attention.cu on the host, one after the other:
 //
-//     attention TOKENS SEQUENCES MAX_SEQLEN WIDTH PAGES PAGE_TOKENS < ARRAYS > HEADS KEYS VALUES
+//     attention TOKENS SEQUENCES MAX_SEQLEN WIDTH PAGES PAGE_TOKENS LAYERS
+//         < ARRAYS > HEADS KEYS VALUES
 //
 // ARRAYS are qkv, the weights of the two norms, the inverse frequencies, positions, cu_seqlens, the
 // table of pages, and the kept keys and values, all of 4 bytes an element and as the kernels take
-// them.  PAGES is 0 without a state.
+// them.  PAGES is 0 without a state; LAYERS as in layers.cuh.
 #include "f32.h"
 
 inline void sincosf(float x, float* sin, float* cos) { *sin = std::sin(x), *cos = std::cos(x); }
@@ -33,10 +34,11 @@ int main(int, char** argv) {
                     ends.data(), table.data(), kept_keys, kept_values, sequences, width,
                     page_tokens, kEps);
   });
-  Index grid{(longest + kRows - 1) / kRows, sequences, KV_HEADS};
+  u32 layers = number(7), y = (sequences + layers - 1) / layers;
+  Index grid{(longest + kRows - 1) / kRows, y, KV_HEADS * layers};
   launch(grid, kThreads, kWarps, [] {}, [&] {
     attend(qkv.data(), kept_keys, kept_values, positions.data(), ends.data(), table.data(),
-           heads.data(), kQueries, width, page_tokens, 1 / std::sqrt(float(HEAD_DIM)));
+           heads.data(), kQueries, sequences, width, page_tokens, 1 / std::sqrt(float(HEAD_DIM)));
   });
   write(heads), write(keys), write(values);
 }

@@ -1,6 +1,6 @@
 // Runs a kernel of gemm.cu or panels.cu on the host:
 //
-//     products NAME GRID_X GRID_Y NUMBER... < ARRAYS > OUTPUT
+//     products NAME GRID_X GRID_Y GRID_Z NUMBER... < ARRAYS > OUTPUT
 //
 // NUMBER... are the kernel's ints and ARRAYS its arrays, both in the order of its parameters: the
 // bytes that follow, in 8 bytes, then those; 0 for null.  OUTPUT is the array that it writes.
@@ -42,8 +42,8 @@ void poison() {
 
 int main(int argc, char** argv) {
   std::string name = argv[1];
-  auto number = [=](int i) { return std::atoi(argv[4 + i]); };
-  Index grid{u32(std::atoi(argv[2])), u32(std::atoi(argv[3])), 1};
+  auto number = [=](int i) { return std::atoi(argv[5 + i]); };
+  Index grid{u32(std::atoi(argv[2])), u32(std::atoi(argv[3])), u32(std::atoi(argv[4]))};
   std::vector<Bytes> arrays = read_arrays();
   auto floats = [&](int i) { return reinterpret_cast<float*>(arrays[i].data()); };
   auto ints = [&](int i) { return reinterpret_cast<int*>(arrays[i].data()); };

@@ -1,9 +1,10 @@
 // Runs the kernels of short_conv.cu on the host, one after the other:
 //
-//     short_conv TOKENS SEQUENCES H WIDTH PAGES PAGE_TOKENS GRID_Z < ARRAYS > RESULT PAST
+//     short_conv TOKENS SEQUENCES H WIDTH PAGES PAGE_TOKENS REACHED < ARRAYS > RESULT PAST
 //
 // ARRAYS are bcx, taps, positions, cu_seqlens, the table of pages, and the kept rows, all of 4 bytes
-// an element and as the kernels take them.  PAGES is 0 without a state.  GRID_Z is remember's.
+// an element and as the kernels take them.  PAGES is 0 without a state.  REACHED is how many
+// pages a chunk reaches; each has a launch of its own, as beyond 65535 pages.
 #include "f32.h"
 
 #include "blocks/short_conv.cu"
@@ -26,10 +27,10 @@ int main(int, char** argv) {
              pages ? past.data() : nullptr, out.data(), sequences, width, page_tokens, tokens, h,
              h);
   });
-  if (pages)
-    launch({sequences, ctas, reached}, kThreads, 1, [] {}, [&] {
-      remember(bcx.data(), positions.data(), ends.data(), table.data(), past.data(), width,
-               page_tokens, h);
+  for (u32 skipped = 0; pages && skipped < reached; ++skipped)
+    launch({sequences, ctas, 1}, kThreads, 1, [] {}, [&] {
+      remember(bcx.data(), positions.data(), ends.data(), table.data(), past.data(), skipped,
+               width, page_tokens, h);
     });
   write(out), write(past);
 }

@@ -80,9 +80,9 @@ def local_numbers(spec: specs.Experts) -> Int32:
 
 
 def sort_by_expert(expert_ids: Int32, numbers: Int32, count: int) -> tuple[Int64, Int64, Int64]:
-    """Sort the (row, k) pairs by local expert, and leaves them in their order within an expert.
+    """Sort the (row, k) pairs by local expert, and leave them in their order within an expert.
 
-    Returns where the pairs of each of `count` experts begin [count + 1], each pair's row [pairs],
+    Return where the pairs of each of `count` experts begin [count + 1], each pair's row [pairs],
     and the place of each pair [rows, k].  A pair that is nobody's has no row, and the place -1.
     """
     offsets = np.zeros(count + 1, np.int64)

@@ -7,6 +7,9 @@ The rows of a tile are neighbouring tokens of one sequence with the query heads 
 head.  A page of a state holds page_tokens / NR panels, one after the other.  A panel begins at a
 fixed position of its sequence, so that a result's bits depend neither on the batch nor on how the
 sequence came in, nor on the size of pages.
+
+In the kernels, row r of a task's scores of panel i is row i * rows + r of `scores`.  Each thread
+allocates its arrays once: for a token in a short context that takes longer than the arithmetic.
 """
 
 from __future__ import annotations
@@ -137,40 +140,41 @@ def _remember(
 
 
 @numba.njit(inline="always")
-def _softmax(scores: Any, row: Any, seen: Any, scale: Any) -> Any:
-    """Make e^(score - most) of row `row` of scores [panels, rows, NR], and 0 from `seen` on.
+def _softmax(scores: Any, row: Any, rows: Any, count: Any, seen: Any, scale: Any) -> Any:
+    """Make e^(score - most) of row `row` of the scores of `count` panels, and 0 from `seen` on.
 
-    Returns their sum.
+    Return their sum.
     """
-    panels = scores.shape[0]
     most = np.float32(-np.inf)
-    for i in range(panels):
+    for i in range(count):
         for j in range(min(NR, seen - i * NR)):
-            most = max(most, scores[i, row, j])
+            most = max(most, scores[i * rows + row, j])
     total, part = np.float32(0), np.float32(0)
-    for i in range(panels):
+    for i in range(count):
         if i % SUMMED == 0:
             total, part = total + part, np.float32(0)
         for j in range(NR):
-            weight = exp((scores[i, row, j] - most) * scale)
-            scores[i, row, j] = weight if i * NR + j < seen else np.float32(0)
+            weight = exp((scores[i * rows + row, j] - most) * scale)
+            scores[i * rows + row, j] = weight if i * NR + j < seen else np.float32(0)
         for j in range(NR):
-            part += scores[i, row, j]
+            part += scores[i * rows + row, j]
     return total + part
 
 
 @numba.njit(inline="always")
-def _score(queries: Any, keys: Any, panels: Any, head: Any, table: Any, scores: Any) -> None:
-    """Compute scores [panels, rows, NR] of queries [rows, head_dim] and panels of keys."""
-    rows, head_dim = queries.shape
-    scores[:] = 0
-    for i, panel in enumerate(panels):
-        at = keys[panel, head].ctypes.data
+def _score(
+    queries: Any, rows: Any, keys: Any, panels: Any, count: Any, head: Any, table: Any, scores: Any
+) -> None:
+    """Compute the scores of `rows` queries [rows, head_dim] and `count` panels of keys."""
+    head_dim = queries.shape[1]
+    scores[: count * rows] = 0
+    for i in range(count):
+        at = keys[panels[i], head].ctypes.data
         for r in range(0, rows, MR):
             m = min(MR, rows - r)
             call_tile_of_one_chain(
                 table[ALONE, m], queries[r].ctypes.data, head_dim, at, head_dim,
-                scores[i, r].ctypes.data,
+                scores[i * rows + r].ctypes.data,
             )  # fmt: skip
 
 
@@ -185,23 +189,23 @@ def _move(sums: Any, others: Any) -> None:
 
 @numba.njit(inline="always")
 def _weigh(
-    scores: Any, r: Any, m: Any, seen: Any, values: Any, panels: Any, head: Any, part: Any,
-    table: Any, sums: Any, earlier: Any,
+    scores: Any, r: Any, m: Any, rows: Any, seen: Any, values: Any, panels: Any, count: Any,
+    head: Any, part: Any, table: Any, sums: Any, earlier: Any,
 ) -> None:  # fmt: skip
     """Sum the columns `part` of values, weighed by rows r to r + m of scores, into sums [m, NR].
 
     `earlier` is zero before and after.
     """
     sums[:] = 0
-    for i, panel in enumerate(panels):
+    for i in range(count):
         if i and i % SUMMED == 0:
             _move(sums, earlier)
-        at = values[panel, head, part].ctypes.data
+        at = values[panels[i], head, part].ctypes.data
         k = max(0, min(NR, seen - i * NR))
         call_tile_of_one_chain(
-            table[ALONE, m], scores[i, r].ctypes.data, NR, at, k, sums.ctypes.data
+            table[ALONE, m], scores[i * rows + r].ctypes.data, NR, at, k, sums.ctypes.data
         )
-    if panels.shape[0] > SUMMED:
+    if count > SUMMED:
         _move(earlier, sums)
 
 
@@ -216,22 +220,20 @@ def _is_finite(row: Any) -> Any:
 @numba.njit(inline="always")
 def _attend_rows(
     qkv: Any, begin: Any, end: Any, positions: Any, head: Any, group: Any, keys: Any, values: Any,
-    panels: Any, scale: Any, table: Any, sums: Any, earlier: Any, out: Any,
+    panels: Any, scale: Any, table: Any, queries: Any, scores: Any, totals: Any, sums: Any,
+    earlier: Any, out: Any,
 ) -> None:  # fmt: skip
     """Compute the query heads that share key head `head`, of rows begin to end of a sequence."""
     head_dim, rows = keys.shape[2], (end - begin) * group
-    queries = np.empty((rows, head_dim), np.float32)
     for r in range(rows):
         at = (head * group + r % group) * head_dim
         for d in range(head_dim):
             queries[r, d] = qkv[begin + r // group, at + d]
     seen = positions[end - 1] + 1
-    panels = panels[: -(-seen // NR)]
-    scores = np.empty((panels.shape[0], rows, NR), np.float32)
-    _score(queries, keys, panels, head, table, scores)
-    totals = np.empty(rows, np.float32)
+    count = -(-seen // NR)
+    _score(queries, rows, keys, panels, count, head, table, scores)
     for r in range(rows):
-        totals[r] = _softmax(scores, r, positions[begin + r // group] + 1, scale)
+        totals[r] = _softmax(scores, r, rows, count, positions[begin + r // group] + 1, scale)
     height = MR
     while True:
         for part in range(values.shape[2]):
@@ -239,7 +241,10 @@ def _attend_rows(
                 m = min(height, rows - r)
                 if height == 1:
                     seen = positions[begin + r // group] + 1
-                _weigh(scores, r, m, seen, values, panels, head, part, table, sums, earlier)
+                _weigh(
+                    scores, r, m, rows, seen, values, panels, count, head, part, table, sums,
+                    earlier,
+                )  # fmt: skip
                 for i in range(m):
                     at = (head * group + (r + i) % group) * head_dim + part * NR
                     for j in range(min(NR, head_dim - part * NR)):
@@ -275,7 +280,15 @@ def _attend(
     kv_heads, head_dim = keys.shape[1], keys.shape[2]
     group = out.shape[1] // head_dim // kv_heads
     tokens = max(1, ROWS_AT_ONCE // group)
+    most = 0  # scores of a task
+    for sequence in range(first_panels.shape[0]):
+        last = cu_seqlens[sequence + 1] - 1
+        rows = min(tokens, last + 1 - cu_seqlens[sequence]) * group
+        most = max(most, rows * (positions[last] // NR + 1))
     for thread in numba.prange(threads):
+        scores = np.empty((most, NR), np.float32)
+        queries = np.empty((tokens * group, head_dim), np.float32)
+        totals = np.empty(tokens * group, np.float32)
         sums, earlier = np.empty((MR, NR), np.float32), np.zeros((MR, NR), np.float32)
         panels = np.empty(first_panels.shape[1] * panels_per_page, np.int64)
         task = 0
@@ -291,5 +304,5 @@ def _attend(
                     end = min(begin + tokens, cu_seqlens[sequence + 1])
                     _attend_rows(
                         qkv, begin, end, positions, head, group, keys, values, panels, scale,
-                        table, sums, earlier, out,
+                        table, queries, scores, totals, sums, earlier, out,
                     )  # fmt: skip

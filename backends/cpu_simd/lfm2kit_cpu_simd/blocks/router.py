@@ -56,7 +56,7 @@ class Choice:
 
 
 class Router:
-    """Chooses from logits in one kernel, so that scores need no array of all rows."""
+    """A router that chooses from logits in one kernel, so that scores need no array of all rows."""
 
     def __init__(self, spec: specs.Router, weights: Weights, format: Format | None) -> None:
         self.scores = Scores(spec.scores, weights, format)

@@ -17,7 +17,7 @@ from lfm2kit_cpu_simd.signatures import FLOAT, ROWS, ROWS_OUT, VECTOR
 
 
 class Embedding:
-    """The table stays a view of the checkpoint; rows are widened as they are looked up."""
+    """An embedding whose table stays a view of the checkpoint; rows are widened when looked up."""
 
     def __init__(self, spec: specs.Embedding, weights: Weights, format: Format | None) -> None:
         self.table = weights["weight"]

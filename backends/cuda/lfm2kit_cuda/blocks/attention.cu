@@ -5,6 +5,7 @@
 // float32.  Kept keys and values are [pages, page_tokens, KV_HEADS, HEAD_DIM]; pages_sw names the
 // pages of each sequence, `width` numbers in a row.
 #include "dependent.cuh"
+#include "layers.cuh"
 #include "reduce.cuh"
 #include "sequences.cuh"
 #include "slabs.cuh"
@@ -248,14 +249,16 @@ __device__ inline void attend_pairs(Shared& shared, const Past& past, Pages page
   }
 }
 
+// CTAs are (rows of a sequence, sequence, key head): layers of sequences for each key head.
 extern "C" __global__ void __launch_bounds__(kThreads)
     attend(const INNER* qkv_t, const INNER* keys, const INNER* values, const int* positions_t,
-           const int* cu_seqlens_s, const int* pages_sw, INNER* out, int extent, int width,
-           int page_tokens, float scale) {
+           const int* cu_seqlens_s, const int* pages_sw, INNER* out, int extent, int sequences,
+           int width, int page_tokens, float scale) {
   __shared__ Shared shared;
   wait_for_previous();
   let_next_start();
-  int sequence = blockIdx.y, kv_head = blockIdx.z;
+  int sequence = number_in_layers(blockIdx.z / KV_HEADS), kv_head = blockIdx.z % KV_HEADS;
+  if (sequence >= sequences) return;
   int first = cu_seqlens_s[sequence], end = cu_seqlens_s[sequence + 1];
   int row0 = first + blockIdx.x * kRows;
   if (row0 >= end) return;

@@ -9,6 +9,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Batch, Room, Tensor, Weights
 from lfm2kit_cuda.constants import ATTENTION
 from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.launching import in_layers
 from lfm2kit_cuda.paging import keys_shape
 from lfm2kit_cuda.products import Activations, Arithmetic, readable
 from lfm2kit_cuda.upload import upload
@@ -60,10 +61,11 @@ class Attention:
             batch.positions, *of_sequences, keys, values, batch.sequences, *table, s.norm_eps,
         )  # fmt: skip
         heads = self.gemm.empty(tokens, s.num_attention_heads * s.head_dim)
-        grid = (-(-batch.max_seqlen // self.rows), batch.sequences, s.num_key_value_heads)
+        y, layers = in_layers(batch.sequences)
+        grid = (-(-batch.max_seqlen // self.rows), y, layers * s.num_key_value_heads)
         self.attend(
             grid, ATTEND_THREADS, qkv, keys, values, batch.positions, *of_sequences, heads.array,
-            heads.extent, *table, s.head_dim**-0.5,
+            heads.extent, batch.sequences, *table, s.head_dim**-0.5,
         )  # fmt: skip
         return self.gemm.linear(heads, self.out_proj)
 

@@ -67,7 +67,7 @@ class Experts:
 
 
 class SparseMoe:
-    """With a `choice` that is computed elsewhere, its router takes that one."""
+    """A router and its experts; the router takes a `choice` that lies elsewhere, if given one."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ def grouped_by_expert(
 ) -> tuple[RowTiles, cupy.ndarray]:
     """Sort the (token, k) pairs by expert.
 
-    Returns the tiles of their rows, and the slot of each pair, int32 [pairs]: -1 if it is nobody's.
+    Return the tiles of their rows, and the slot of each pair, int32 [pairs]: -1 if it is nobody's.
     `local` int32 are the ids of the experts that are here, of `experts` in all.
     """
     pairs, taken = expert_ids.size, expert_ids.shape[1]

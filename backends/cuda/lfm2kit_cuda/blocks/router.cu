@@ -187,36 +187,37 @@ __device__ inline void choose_of_row(const float (&score)[kPanels], const float*
   }
 }
 
-// Chooses the experts of each row from the sums of its logits; a warp has a row.
-extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
-    choose_by_sums(const float* sums_ste, const float* bias_e, int* expert_ids_tk,
-                   float* expert_weights_tk, int tokens, int normalise, float scaling) {
+// Chooses the experts of each row, whose scores are score_at(row, expert), 0 where there is no such
+// expert; a warp has a row.
+template <class ScoreAt>
+__device__ inline void choose_of_rows(const float* bias_e, int* expert_ids_tk,
+                                      float* expert_weights_tk, int tokens, int normalise,
+                                      float scaling, ScoreAt score_at) {
   int row = blockIdx.x * kChoosingRows + threadIdx.x / kWarp;
   wait_for_previous();
   let_next_start();
   if (row >= tokens) return;
   float score[kPanels];
 #pragma unroll
-  for (int p = 0; p < kPanels; ++p)
-    score[p] = score_of(sums_ste, tokens, row, threadIdx.x % kWarp + p * kWarp);
+  for (int p = 0; p < kPanels; ++p) score[p] = score_at(row, threadIdx.x % kWarp + p * kWarp);
   choose_of_row(score, bias_e, expert_ids_tk + size_t(row) * TAKEN,
                 expert_weights_tk + size_t(row) * TAKEN, normalise, scaling);
 }
 
-// Does what `choose_by_sums` does, from scores.
+// From the sums of logits.
+extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
+    choose_by_sums(const float* sums_ste, const float* bias_e, int* expert_ids_tk,
+                   float* expert_weights_tk, int tokens, int normalise, float scaling) {
+  choose_of_rows(bias_e, expert_ids_tk, expert_weights_tk, tokens, normalise, scaling,
+                 [=](int row, int expert) { return score_of(sums_ste, tokens, row, expert); });
+}
+
+// From scores.
 extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
     choose(const float* scores_te, const float* bias_e, int* expert_ids_tk,
            float* expert_weights_tk, int tokens, int normalise, float scaling) {
-  int row = blockIdx.x * kChoosingRows + threadIdx.x / kWarp;
-  wait_for_previous();
-  let_next_start();
-  if (row >= tokens) return;
-  float score[kPanels];
-#pragma unroll
-  for (int p = 0; p < kPanels; ++p) {
-    int expert = threadIdx.x % kWarp + p * kWarp;
-    score[p] = expert < EXPERTS ? scores_te[size_t(row) * EXPERTS + expert] : 0;
-  }
-  choose_of_row(score, bias_e, expert_ids_tk + size_t(row) * TAKEN,
-                expert_weights_tk + size_t(row) * TAKEN, normalise, scaling);
+  choose_of_rows(bias_e, expert_ids_tk, expert_weights_tk, tokens, normalise, scaling,
+                 [=](int row, int expert) {
+                   return expert < EXPERTS ? scores_te[size_t(row) * EXPERTS + expert] : 0.0f;
+                 });
 }

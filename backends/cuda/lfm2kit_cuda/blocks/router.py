@@ -69,7 +69,7 @@ class Choice:
 
 
 class Router:
-    """With a `choice` that is computed elsewhere, the scores are given to it."""
+    """A router, which gives its scores to a `choice` that lies elsewhere, if given one."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ SOURCE, THREADS = "blocks/rows", ROWS.NORM_THREADS
 
 
 class Embedding:
-    """The table stays as the checkpoint stores it; rows are widened as they are looked up."""
+    """An embedding whose table stays as stored; rows are widened when they are looked up."""
 
     def __init__(self, spec: specs.Embedding, weights: Weights, gemm: Arithmetic) -> None:
         table = readable(weights["weight"])
@@ -30,7 +30,7 @@ class Embedding:
 
 
 class RMSNorm:
-    """Adds `delta` into `hidden` in place."""
+    """A norm that adds `delta` into `hidden` in place."""
 
     def __init__(self, spec: specs.RMSNorm, weights: Weights, gemm: Arithmetic) -> None:
         self.spec = spec

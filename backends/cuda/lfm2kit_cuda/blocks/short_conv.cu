@@ -79,17 +79,17 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
 }
 
 // Writes the rows of u that stay in their page: those that no later one of the page replaces.
-// A thread per sequence, page that its chunk reaches, and VECTOR channels.
+// A thread per sequence, page that its chunk reaches, from the page `skipped` on, and VECTOR channels.
 extern "C" __global__ void remember(const INNER* __restrict__ bcx_t3h, const int* positions_t,
                                     const int* cu_seqlens_s, const int* pages_sw,
-                                    float* __restrict__ past_pwh, int width, int page_tokens,
-                                    int h) {
+                                    float* __restrict__ past_pwh, int skipped, int width,
+                                    int page_tokens, int h) {
   wait_for_previous();
   let_next_start();
   int channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   if (channel >= h) return;
   int first = cu_seqlens_s[blockIdx.x], tokens = cu_seqlens_s[blockIdx.x + 1] - first;
-  int start = positions_t[first], column = start / page_tokens + blockIdx.z;
+  int start = positions_t[first], column = start / page_tokens + skipped + blockIdx.z;
   int page_start = column * page_tokens;
   int end = min(start + tokens, page_start + page_tokens);
   const int* pages = pages_sw + size_t(blockIdx.x) * width;

@@ -9,6 +9,7 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Room, Weights
+from lfm2kit_cuda import launching
 from lfm2kit_cuda.constants import SHORT_CONV
 from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.paging import most_pages, rows_shape, window
@@ -62,8 +63,12 @@ class ShortConv:
             *of_sequences, rows, y.array, batch.sequences, width, page_tokens, tokens, h, y.extent,
         )  # fmt: skip
         if state is not None:
-            grid = batch.sequences, self.ctas, most_pages(batch.max_seqlen, page_tokens)
-            self.remember(grid, THREADS, BCX, *of_sequences, rows, width, page_tokens, h)
+            pages, most = most_pages(batch.max_seqlen, page_tokens), launching.MOST_CTAS
+            for skipped in range(0, pages, most):  # once, for chunks of less than 4 million tokens
+                grid = batch.sequences, self.ctas, min(most, pages - skipped)
+                self.remember(
+                    grid, THREADS, BCX, *of_sequences, rows, skipped, width, page_tokens, h
+                )
         return self.gemm.linear(y, self.out_proj, self.out_bias)
 
     def new_state(self, room: Room) -> State:

@@ -91,7 +91,7 @@ class Stages {
   __device__ __forceinline__ void go_round() { parity ^= 1; }
 
   // This thread has read a stage.  All arrive, not one for its warp: it is as fast, and racecheck
-  // can follow it (__syncwarp before is no instruction where a warp has not parted).
+  // can follow it (__syncwarp before costs nothing where a warp has not diverged).
   __device__ __forceinline__ void release(int stage) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(full + 8 * (kCount + stage))

@@ -1,0 +1,127 @@
+"""Asks backends what the core wants to know before it builds, and names one that answers nonsense.
+
+A backend that raises, or returns something else than its contract says, becomes one line with its
+name, the method, the spec that it was asked about and what it returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from reprlib import repr as brief  # of what a backend returns, however long it is
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lfm2kit.backend import Backend, Bounded, Ceilings, Room, Weights
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import Format
+from lfm2kit.memory import Memory
+from lfm2kit.plugin_faults import blaming
+from lfm2kit.specs import Spec
+
+Holds = Callable[[Any], bool]
+
+
+class Answers(NamedTuple):
+    """The answers of one backend; each of them raises `Lfm2kitError` if it breaks the contract."""
+
+    backend: Backend
+    item: str  # the backend's, in the plan
+    place: str = ""  # of the block that it is asked about: "layers.2.feed_forward"
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        answer: str | None = self._of(spec, "why_unsupported", _is_reason, "a text or None", spec)
+        return answer
+
+    def why_not_around(self, spec: Spec, parts: Sequence[str]) -> str | None:
+        answer: str | None = self._of(
+            spec, "why_not_around", _is_reason, "a text or None", spec, parts
+        )
+        return answer
+
+    def memory(self, spec: Spec) -> Memory:
+        answer: Memory = self._of(spec, "memory", _is_memory, "a Memory", spec)
+        return answer
+
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        return self._bytes(spec, "kept_bytes", spec, weights)
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        return self._bytes(spec, "scratch_bytes", spec, tokens)
+
+    def state_bytes(self, spec: Spec, room: Room) -> int:
+        return self._bytes(spec, "state_bytes", spec, room)
+
+    def kept_formats(self, spec: Spec, weights: Weights) -> Mapping[str, Format]:
+        there = spec.parameters()
+
+        def are_formats(answer: Any) -> bool:
+            return isinstance(answer, Mapping) and all(
+                name in there and isinstance(kept, Format) for name, kept in answer.items()
+            )
+
+        words = f"a mapping of {', '.join(there) or 'nothing'} to Formats"
+        answer: Mapping[str, Format] = self._of(
+            spec, "kept_formats", are_formats, words, spec, weights
+        )
+        return answer
+
+    def notes(self) -> Sequence[str]:
+        answer: Sequence[str] = self._of(None, "notes", _are_texts, "a list of texts")
+        return answer
+
+    def ceilings(self) -> Ceilings:
+        answer: Ceilings = self._of(
+            None, "ceilings", _are_ceilings, "Ceilings of two numbers above 0"
+        )
+        return answer
+
+    def _bytes(self, spec: Spec, method: str, *arguments: Any) -> int:
+        return int(self._of(spec, method, _is_size, "a whole number of 0 or more", *arguments))
+
+    def _of(self, spec: Spec | None, method: str, holds: Holds, words: str, *arguments: Any) -> Any:
+        what = "" if spec is None else f" for {self.place or 'a block'}, a {type(spec).__name__}"
+        who = f"{method} of backend '{self.item}'"
+        with blaming(f"{who}, asked{what}," if what else who):
+            answer = getattr(self.backend, method)(*arguments)
+            is_right = holds(answer)
+        if not is_right:
+            raise Lfm2kitError(f"{who} returned {brief(answer)}{what}, but must return {words}")
+        return answer
+
+
+def free_bytes_of(memory: Bounded) -> int:
+    """Return the free bytes of a memory; `Lfm2kitError` if that raises, or returns no size."""
+    who = f"free_bytes of memory '{memory.name}'"
+    with blaming(who):
+        answer: Any = memory.free_bytes()
+    if not _is_size(answer):
+        raise Lfm2kitError(
+            f"{who} returned {brief(answer)}, but must return a whole number of 0 or more"
+        )
+    return int(answer)
+
+
+def _is_reason(answer: Any) -> bool:
+    return answer is None or isinstance(answer, str)
+
+
+def _is_memory(answer: Any) -> bool:
+    is_named = isinstance(getattr(answer, "name", None), str)
+    return is_named and all(callable(getattr(answer, m, None)) for m in ("from_host", "to_host"))
+
+
+def _is_size(answer: Any) -> bool:
+    is_whole = isinstance(answer, int | np.integer) and not isinstance(answer, bool)
+    return is_whole and bool(answer >= 0)
+
+
+def _are_texts(answer: Any) -> bool:
+    return isinstance(answer, list | tuple) and all(isinstance(one, str) for one in answer)
+
+
+def _are_ceilings(answer: Any) -> bool:
+    numbers = (int, float, np.number)
+    return isinstance(answer, Ceilings) and all(
+        isinstance(one, numbers) and not isinstance(one, bool) and one > 0 for one in answer
+    )
