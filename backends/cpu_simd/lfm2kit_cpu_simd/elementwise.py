@@ -15,7 +15,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _LOG2_E = np.float32(1.442695)
-_LN2_HIGH, _LN2_LOW = np.float32(0.6931472), np.float32(-1.904654e-09)
+# ln 2 in two parts: n * _LN2_HIGH is exact for every n, without fused multiply-adds too.
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 # A float32 plus this is rounded to a whole number n, and its last eight bits are n + 127.
 _SHIFT = np.float32(1.5 * 2**23 + 127)
 _MOST = np.float32(88.3)  # e^-_MOST and e^_MOST are normal float32 numbers

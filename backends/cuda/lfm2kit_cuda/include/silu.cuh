@@ -13,7 +13,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 // Below -87.3 it is 1.2e-38 of x, which is less than matters: up to there 1 / (1 + e^-x) is normal.
 __device__ __forceinline__ float silu(float x) {
   constexpr float kMost = 87.3f, kLog2E = 1.442695f;
-  constexpr float kLn2High = 0.6931472f, kLn2Low = -1.904654e-09f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   // A float plus this is rounded to a whole number n, and its last eight bits are n + 127.
   constexpr float kShift = 1.5f * 8388608 + 127;
   float minus_x = fminf(fmaxf(-x, -kMost), kMost);
