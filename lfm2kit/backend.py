@@ -13,6 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lfm2kit.batch import Batch, Form
+from lfm2kit.crossing import (
+    ArrayForm,
+    Call,
+    CallsNatively,
+    Channel,
+    Crossing,
+    NativeCall,
+    Near,
+    Server,
+    Signals,
+)
 from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.memory import (
     HOST,
@@ -43,6 +54,7 @@ __all__ = [
     "SIXTEEN_BIT",
     "STEP_BACK",
     "Array",
+    "ArrayForm",
     "Arriving",
     "Backend",
     "BackendPlugin",
@@ -51,9 +63,14 @@ __all__ = [
     "Bounded",
     "BuildsAround",
     "BuildsOperators",
+    "Call",
+    "CallsNatively",
     "Captures",
     "Ceilings",
+    "Channel",
     "Context",
+    "Crosses",
+    "Crossing",
     "Exclusive",
     "Explains",
     "Form",
@@ -65,11 +82,15 @@ __all__ = [
     "Measures",
     "Memory",
     "MemoryFigures",
+    "NativeCall",
+    "Near",
     "Operator",
     "Ordered",
     "Precision",
     "Replay",
     "Room",
+    "Server",
+    "Signals",
     "Spec",
     "State",
     "Tensor",
@@ -194,6 +215,32 @@ class BuildsAround(Protocol):
 
 
 @runtime_checkable
+class Crosses(Protocol):
+    """Capability: a backend that can call blocks in the midst of another memory's work.
+
+    For a block that lives in another memory than its surroundings, the core asks the backends of
+    the plan, the default one first.  The first that can makes a crossing of it, and the forward can
+    be captured; without one, the core waits for copies around the block.
+    """
+
+    def why_not_crossed(self, spec: Spec, memory: Memory, outer: Memory) -> str | None:
+        """Return None if `crossing` will work for a block of `spec`, else the reason.
+
+        The block lives in `memory`, whichever backend has built it, and is called from `outer`.
+        """
+        ...
+
+    def crossing(
+        self, name: str, spec: Spec, block: Block, memory: Memory, outer: Memory
+    ) -> Crossing:
+        """Return `block` as one that takes and returns arrays of `outer`.
+
+        `name` is the block's name in the model, for errors.
+        """
+        ...
+
+
+@runtime_checkable
 class BuildsOperators(Protocol):
     """A backend that builds operators or layers, and so must say how large their states are."""
 
@@ -282,7 +329,8 @@ class Replay(Protocol):
 class Captures(Protocol):
     """Capability: a backend that can record a whole forward and replay it, as a CUDA graph does.
 
-    The core asks for it only if every block of the model works in this backend's memory.
+    The core asks for it only if every block of the model works in this backend's memory, or is
+    called by a crossing (see `Crosses`).
     """
 
     def capture(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:

@@ -5,8 +5,8 @@ Everything is decided in `lfm2kit.building`; nothing of it is left to the forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, State
+from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, Server, State
 from lfm2kit.batch import Batch, Make
 from lfm2kit.building import out_of_memory
 from lfm2kit.building.joins import Join, Joins
@@ -123,6 +123,7 @@ class LFM2:
     home: Memory
     backend: Backend  # the plan's default
     may_capture: bool = True
+    servers: Sequence[Server] = ()  # of crossings: each forward runs inside their contexts
     check_room: Callable[[Room], None] = lambda room: None  # raises if a state would not fit
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
     _captures: Captures | None = field(init=False, repr=False)
@@ -169,9 +170,7 @@ class LFM2:
             )
         host = batch.on(HOST)
         self._check_ids(host)
-        with self._lock, ExitStack() as streams:
-            for memory in self._ordered:
-                streams.enter_context(own_stream(memory))
+        with self._lock, self.running():
             if state is None:
                 if (starts := host.starts).any():
                     row = int(np.flatnonzero(starts)[0])
@@ -203,6 +202,19 @@ class LFM2:
         self._states[state] = owner = object()
         finalize(state, self._replays.drop, owner)
         return state
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Give a forward its surroundings: a stream in each ordered memory, and the servers.
+
+        `logits` does this; only who calls `forward` needs it.
+        """
+        with ExitStack() as around:
+            for memory in self._ordered:
+                around.enter_context(own_stream(memory))
+            for server in self.servers:
+                around.enter_context(server.serving())
+            yield
 
     def _check_ids(self, batch: Batch) -> None:
         token_ids: npt.NDArray[np.int32] = batch.token_ids

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lfm2kit.backend import Block
+from lfm2kit.backend import Block, CallsNatively
 from lfm2kit.specs import Spec, Work
 
 DEADLINE = 60.0  # seconds that a step may take, unless it asks for more
@@ -88,10 +88,13 @@ def telling(wrap: Wrap, names: set[str]) -> Wrap:
 
 
 def _telling(name: str, block: Block) -> Block:
+    """Return `block`, each call announced; those of its machine code have no time for it."""
     tell = THIS_PROCESS.step
 
     def called(*inputs: Any) -> Any:
         tell(name)
         return block(*inputs)
 
+    if isinstance(block, CallsNatively):
+        called.native = block.native  # type: ignore[attr-defined]
     return called

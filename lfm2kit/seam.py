@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from lfm2kit.backend import Block, Operator, Room, State
+from lfm2kit.backend import Block, Crossing, Operator, Room, State
 from lfm2kit.batch import Batch
 from lfm2kit.memory import Memory, is_ordered
 
@@ -15,16 +15,27 @@ from lfm2kit.memory import Memory, is_ordered
 class Seam:
     """A block that works in `memory`, callable with arrays of the memory `outer`.
 
-    Also carries the state methods of `state_of`, the block itself, past a plugin's wrapper.
+    Also carries the state methods of `state_of`, the block itself, past a plugin's wrapper.  With a
+    `crossing`, that is called, and nothing waits here.
     """
 
-    def __init__(self, block: Block, memory: Memory, outer: Memory, state_of: Block) -> None:
+    def __init__(
+        self,
+        block: Block,
+        memory: Memory,
+        outer: Memory,
+        state_of: Block,
+        crossing: Crossing | None = None,
+    ) -> None:
         self.block = block
         self.memory = memory
         self.outer = outer
+        self.crossing = crossing
         self.operator = state_of if isinstance(state_of, Operator) else None
 
     def __call__(self, *inputs: Any) -> Any:
+        if self.crossing is not None:
+            return self.crossing(*inputs)
         if self.memory.name == self.outer.name:
             return self.block(*inputs)
         if self.operator is not None:  # its last argument is its own state: never moved

@@ -17,6 +17,7 @@ import lfm2kit
 from lfm2kit import (
     backend,
     batch,
+    crossing,
     formats,
     hookspecs,
     memory,
@@ -49,6 +50,7 @@ SECTIONS: tuple[tuple[str, ModuleType, ModuleType], ...] = (
     ("What a block knows of sequences", batch, backend),
     ("What a model remembers of sequences", state, state),
     ("Memories", memory, backend),
+    ("Blocks called from another memory", crossing, backend),
     ("Weights", weights, weights),
     ("How weights are stored", formats, formats),
     ("Readers of checkpoints", readers, lfm2kit),

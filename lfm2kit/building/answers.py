@@ -39,6 +39,12 @@ class Answers(NamedTuple):
         )
         return answer
 
+    def why_not_crossed(self, spec: Spec, memory: Memory, outer: Memory) -> str | None:
+        answer: str | None = self._of(
+            spec, "why_not_crossed", _is_reason, "a text or None", spec, memory, outer
+        )
+        return answer
+
     def memory(self, spec: Spec) -> Memory:
         answer: Memory = self._of(spec, "memory", _is_memory, "a Memory", spec)
         return answer

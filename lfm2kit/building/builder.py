@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from lfm2kit import specs
-from lfm2kit.backend import Backend, Block, BuildsAround
+from lfm2kit.backend import Backend, Block, BuildsAround, Crosses, Crossing, Server
 from lfm2kit.building import out_of_memory
 from lfm2kit.building.capacity import check_state
 from lfm2kit.building.placement import Placed
@@ -31,6 +31,9 @@ class Builder:
     before: Callable[[Placed], None] = lambda placed: None  # called before each leaf
     may_capture: bool = True  # False: a wrapper works in calls alone
     ranks: int = 1  # ranks that share the host's memory
+    # Filled with the servers of crossings, which a model needs around each forward.  None: blocks
+    # are called by themselves, and every seam waits.
+    servers: list[Server] | None = None
 
     def build(self, placed: Placed) -> Any:
         """Return the block of `placed`, ready to be called from the memory around it."""
@@ -53,7 +56,19 @@ class Builder:
         wrapped = self.wrap(placed.name, placed.spec, block)
         if wrapped is block and not placed.is_copied:
             return block
-        return Seam(wrapped, placed.memory, placed.outer, state_of=block)
+        crossing = self._crossing(placed, wrapped)
+        return Seam(wrapped, placed.memory, placed.outer, state_of=block, crossing=crossing)
+
+    def _crossing(self, placed: Placed, block: Block) -> Crossing | None:
+        """Return the crossing of a block that is called from another memory, if there is one."""
+        if placed.crosser is None or self.servers is None:
+            return None
+        backend = self.create(placed.crosser)
+        assert isinstance(backend, Crosses)
+        crossing = backend.crossing(placed.name, placed.spec, block, placed.memory, placed.outer)
+        if crossing.server not in self.servers:
+            self.servers.append(crossing.server)
+        return crossing
 
 
 def _built(backend: Backend, spec: Spec, weights: Weights, parts: dict[str, Block]) -> Block:
@@ -66,10 +81,12 @@ def _built(backend: Backend, spec: Spec, weights: Weights, parts: dict[str, Bloc
 def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
     """Return the model that `placed` describes, with `builder`'s weights."""
     assert isinstance(placed.spec, specs.Model)
+    servers: list[Server] = []
     return LFM2(
         spec=placed.spec,
         placed=placed,
-        forward=builder.build(placed),
+        forward=replace(builder, servers=servers).build(placed),
+        servers=servers,
         home=placed.outer,
         backend=builder.create(default_backend),
         may_capture=builder.may_capture,

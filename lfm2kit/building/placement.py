@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from lfm2kit import specs
-from lfm2kit.backend import Backend, BuildsAround
+from lfm2kit.backend import Backend, BuildsAround, Crosses
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.plan import Plan
@@ -35,6 +35,7 @@ class Placed:
     backend: str | None
     parts: tuple[tuple[str, Placed], ...] = ()  # by role, or by path of roles in a built one
     join: Join | None = None  # of the parts
+    crosser: str | None = None  # the backend that calls it from `outer`, captured or not
 
     @property
     def is_copied(self) -> bool:
@@ -59,9 +60,10 @@ class Placed:
 
     @property
     def is_capturable(self) -> bool:
-        """Return whether a forward can be captured: it has no copies, and no join forbids it."""
+        """Return whether a forward can be captured: no copy is waited for, no join objects."""
         return not any(
-            placed.is_copied or (placed.join is not None and not placed.join.is_capturable)
+            (placed.is_copied and placed.crosser is None)
+            or (placed.join is not None and not placed.join.is_capturable)
             for placed in self.tree()
         )
 
@@ -94,7 +96,8 @@ class Placer:
             reason = self._why_not_whole(backend, name, spec)
             if reason is None:
                 memory = self._ask(backend, name).memory(spec)
-                return Placed(name, scope, spec, memory, outer, backend)
+                crosser = self._crosser(name, spec, memory, outer)
+                return Placed(name, scope, spec, memory, outer, backend, crosser=crosser)
             if type(spec) not in self.joins:
                 raise _LackingError(name, spec, backend, reason)
         around = self._around(name, scope, spec, layer, outer)
@@ -144,6 +147,17 @@ class Placer:
                     for role, part in apart.items()
                 )
                 return Placed(name, scope, spec, memory, outer, backend, parts)
+        return None
+
+    def _crosser(self, name: str, spec: Spec, memory: Memory, outer: Memory) -> str | None:
+        """Return the backend of the plan that can call a block from `outer`, or None."""
+        if memory.name == outer.name:
+            return None
+        for backend in dict.fromkeys((self.plan.default, *sorted(self.plan.backends()))):
+            if not isinstance(self.create(backend), Crosses):
+                continue
+            if self._ask(backend, name).why_not_crossed(spec, memory, outer) is None:
+                return backend
         return None
 
     def _apart(

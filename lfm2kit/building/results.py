@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Block, Operator
+from lfm2kit.backend import Block, CallsNatively, Operator
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.specs import Shape, Spec
@@ -121,6 +121,8 @@ class Checked:
         self._dtype = returned.dtypes[0]  # of the first array; a second one is of floats
         if isinstance(block, Operator):
             self.new_state = block.new_state
+        if isinstance(block, CallsNatively):  # its results' shapes are the caller's
+            self.native = block.native
 
     def _check(self, result: Any, shape: Shape) -> None:
         """Raise `Lfm2kitError` unless `result` is as it must be.

@@ -106,6 +106,7 @@ def _row(leaf: Placed, setup: Setup, tokens: int, room: Room) -> dict[str, Any]:
         "scratch_bytes": setup.sizes.scratch(leaf, tokens),
         "state_bytes": setup.sizes.state(leaf, room),
         "copy": _copy(leaf),
+        "crosser": leaf.crosser,
     }
 
 
@@ -230,7 +231,8 @@ def _grouped(notes: dict[str, str]) -> Iterator[str]:
 def _texts(row: dict[str, Any]) -> list[str]:
     formats = "?" if row["formats"] is None else ", ".join(row["formats"])
     texts = [*(row[key] for key in ("block", "spec", "backend", "memory")), formats]
-    texts.append(row["copy"] or "")
+    crosser = f", by {row['crosser']}" if row["crosser"] else ""
+    texts.append(f"{row['copy'] or ''}{crosser}")
     kinds = ("weight_bytes", "kept_bytes", "scratch_bytes", "state_bytes")
     return [*texts, *(_size(row[kind]) for kind in kinds)]
 

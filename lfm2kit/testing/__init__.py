@@ -7,6 +7,7 @@
     def test_conformance(check):
         check()
 
+    DeviceMemory(delay=1e-4)                                     a device that is a thread
     check_transport(transport)                                   on every rank of a job
     run_ranks(3, rank)                                           ranks as threads of one process
 
@@ -16,6 +17,7 @@ The checks are the functions of `lfm2kit.testing.checks`; their docstrings say w
 from __future__ import annotations
 
 from lfm2kit.testing.checks import CHECKS, Check
+from lfm2kit.testing.device import DeviceMemory
 from lfm2kit.testing.parametrize import parametrize_backend_checks
 from lfm2kit.testing.random_inputs import random_batch, random_inputs
 from lfm2kit.testing.random_weights import random_weights
@@ -29,6 +31,7 @@ __all__ = [
     "CHECKS",
     "Check",
     "CheckFailed",
+    "DeviceMemory",
     "Result",
     "Skipped",
     "ThreadTransport",

@@ -63,7 +63,8 @@ def recorded_run(
     model = build_model(
         placed, Builder(builder.weights, builder.create, wrap=recorder.wrap), default
     )
-    model.forward(batch.on(model.home))
+    with model.running():
+        model.forward(batch.on(model.home))
     return recorder.results
 
 

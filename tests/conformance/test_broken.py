@@ -10,8 +10,9 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
-from tests.conformance import broken, late
+from tests.conformance import broken, crossing, late
 from tests.conformance.broken import BrokenBackend, around
+from tests.conformance.crossing import CrossingBackend, device_with
 from tests.conformance.late import LateBackend
 from tests.conformance.mutants import MUTANTS
 
@@ -297,6 +298,50 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         broken.LivesInOverdrawnMemory({}),
         ("sizes-are-known-before-building",),
     ),
+    "an answer before the results": (
+        CrossingBackend(crossing.AnswersBeforeItHasComputed),
+        ("crossings-have-the-blocks-bits", "crossings-can-be-replayed"),
+    ),
+    "ids of the layer before": (
+        CrossingBackend(crossing.AnswersForTheCallBefore),
+        ("crossings-have-the-blocks-bits", "crossings-can-be-replayed"),
+    ),
+    "trips compared by size": (
+        CrossingBackend(crossing.AnswersTheFirstTripsOnly, deadline=0.5),
+        ("crossings-have-the-blocks-bits",),
+    ),
+    "a failure that is not taken back": (
+        CrossingBackend(crossing.ForgetsToReset),
+        ("crossings-fail-by-name",),
+    ),
+    "failures hidden": (CrossingBackend(crossing.HidesFailures), ("crossings-fail-by-name",)),
+    "failures of the first call": (
+        CrossingBackend(crossing.NamesTheFirstCall),
+        ("crossings-fail-by-name",),
+    ),
+    "a wait left out": (device_with(crossing.WaitsForNothing), ("channels-carry-every-trip",)),
+    "a worker's share left out": (
+        device_with(crossing.WaitsForTheFirstWorker),
+        ("channels-carry-every-trip",),
+    ),
+    "a wait without a deadline": (device_with(crossing.WaitsForEver), ("channels-end-a-wait",)),
+    "results of a forward that failed": (
+        device_with(crossing.KeepsBytesAfterAFailure),
+        ("channels-end-a-wait",),
+    ),
+    "nobody was late": (device_with(crossing.ForgetsWhoWasLate), ("channels-end-a-wait",)),
+    "a trip announced before its arguments": (
+        device_with(crossing.AnnouncesBeforeItHasCopied),
+        ("channels-carry-every-trip",),
+    ),
+    "a buffer used again too early": (
+        device_with(crossing.ReturnsItsBuffer),
+        ("channels-carry-every-trip",),
+    ),
+    "a replay with old numbers of trips": (
+        device_with(crossing.SendsOneNumber),
+        ("channels-carry-every-trip",),
+    ),
 }
 
 
@@ -313,6 +358,7 @@ CRASHES = {
     "marks before the last work",
     "copies when asked for",
     "unknown spec raises",
+    "trips compared by size",
 }
 
 

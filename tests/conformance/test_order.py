@@ -6,6 +6,7 @@ import pytest
 
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
+from tests.conformance.crossing import CrossingBackend, DeviceBackend
 from tests.conformance.late import LateBackend
 
 ORDER = (
@@ -22,3 +23,23 @@ def test_a_memory_that_works_as_late_as_it_may_passes(name: str) -> None:
     result = judged(name, LateBackend())
     assert result.verdict == ("passed" if name in ORDER else result.verdict), result.detail
     assert not result.is_failure, result.detail
+
+
+CROSSINGS = (
+    "crossings-have-the-blocks-bits",
+    "crossings-can-be-replayed",
+    "crossings-fail-by-name",
+)
+CHANNELS = ("channels-carry-every-trip", "channels-end-a-wait")
+
+
+@pytest.mark.parametrize("name", CROSSINGS)
+def test_a_simple_server_passes(name: str) -> None:
+    result = judged(name, CrossingBackend())
+    assert result.verdict == "passed", result.detail
+
+
+@pytest.mark.parametrize("name", [*ORDER, *CHANNELS, "captured-forward", "captured-steps"])
+def test_a_device_that_is_a_thread_passes(name: str) -> None:
+    result = judged(name, DeviceBackend())
+    assert result.verdict == "passed", result.detail

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lfm2kit_cpu_simd
+import lfm2kit_hybrid
 import llvmlite.binding as llvm
 import numba
 import pytest
@@ -273,19 +274,20 @@ def test_settings_of_numba_that_change_code_are_other_kernels(
     assert (fingerprint.__wrapped__() != before) is counts
 
 
+@pytest.mark.parametrize("changed", [lfm2kit_cpu_simd, lfm2kit_hybrid])
 def test_a_changed_source_has_other_kernels(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    changed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Numba alone would go on running the kernels of an old generator."""
     source = tmp_path / "tile.py"
     source.write_text("old")
-    monkeypatch.setattr("lfm2kit_cpu_simd.compiling.__file__", str(tmp_path / "compiling.py"))
-    before = fingerprint.__wrapped__()
+    monkeypatch.setattr(changed, "__file__", str(tmp_path / "__init__.py"))
+    before = fingerprint.__wrapped__("lfm2kit_hybrid")
     source.write_text("new")
-    assert fingerprint.__wrapped__() != before
+    assert fingerprint.__wrapped__("lfm2kit_hybrid") != before
     source.write_text("old")
     os.utime(source, (0, 0))
-    assert fingerprint.__wrapped__() == before
+    assert fingerprint.__wrapped__("lfm2kit_hybrid") == before
 
 
 def assembly(triple: str, cpu: str, vl: int, nv: int, storage: str, leaves: bool) -> str:

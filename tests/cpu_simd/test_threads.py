@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -37,8 +38,9 @@ print(time.process_time() - before)
 
 @pytest.fixture(autouse=True)
 def _threads_as_before() -> object:
-    before = numba.get_num_threads()
+    before, asked = numba.get_num_threads(), Crew.asked
     yield
+    Crew.asked = asked
     CREW.hire(before)
 
 
@@ -72,6 +74,13 @@ def test_a_quota_of_processor_time_limits_the_threads(monkeypatch: pytest.Monkey
 def test_ranks_on_one_machine_share_its_cores() -> None:
     CpuSimdBackend(Context(local_ranks=CORES))
     assert numba.get_num_threads() == 1
+
+
+def test_blocks_called_by_other_threads_keep_to_what_was_asked_for() -> None:
+    """As those of a crossing are, and those of a user's own threads."""
+    CpuSimdBackend(Context(threads=1))
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(CREW.size).result() == 1
 
 
 BOUND = """

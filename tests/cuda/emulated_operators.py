@@ -31,15 +31,16 @@ HALF = np.arange(ATTENTION.head_dim // 2, dtype=np.float32) / (ATTENTION.head_di
 INVERSE = (1 / np.float32(ATTENTION.rope_theta) ** HALF).astype(np.float32)
 
 
-def compiled(folder: Path, name: str, **constants: int | str) -> Path:
-    """Return the program of `emulated/{name}.cpp`, compiled with these constants."""
+def compiled(folder: Path, stem: str, **constants: int | str) -> Path:
+    """Return the program of `emulated/{name}.cpp` for `{stem}.cu`, with these constants."""
+    name = Path(stem).name
     if COMPILER is None or not has_cpp20(folder):
         pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
     sources = shutil.copytree(INCLUDE, folder / "sources")
     shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
     subprocess.run(
         [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-         *definitions(f"blocks/{name}", constants),
+         *definitions(stem, constants),
          str(sources / f"{name}.cpp"), "-o", str(folder / name)], check=True,
     )  # fmt: skip
     return folder / name

@@ -29,6 +29,7 @@ ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
 KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("packing", {}, ALL),
     ("ceilings", {}, ALL),
+    ("channel", {}, ALL),
     ("gemm", {"TILE_K": 4, "PASS": 2}, ("sm_75",)),
     ("gemm", {"TILE_K": 8, "PASS": 2}, ("sm_80",)),
     ("gemm", {"TILE_K": 16, "PASS": 4}, ("sm_90a", "sm_100")),

@@ -23,7 +23,7 @@ GROUP, QUERIES, KEYS = HEADS // KV_HEADS, HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory: pytest.TempPathFactory) -> EmulatedAttention:
     sizes = {"HEADS": HEADS, "KV_HEADS": KV_HEADS, "HEAD_DIM": HEAD_DIM, "INNER": "F32"}
-    program = compiled(tmp_path_factory.mktemp("attention"), "attention", **sizes)
+    program = compiled(tmp_path_factory.mktemp("attention"), "blocks/attention", **sizes)
     return EmulatedAttention(program)
 
 

@@ -23,7 +23,7 @@ def conv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     spec = specs.ShortConv(HIDDEN_SIZE, kernel_size=request.param)
     constants = {"KERNEL_SIZE": spec.kernel_size, "WINDOW": spec.kernel_size - 1 + STEP_BACK}
     folder = tmp_path_factory.mktemp("short_conv")
-    program = compiled(folder, "short_conv", **constants, VECTOR=4, INNER="F32")
+    program = compiled(folder, "blocks/short_conv", **constants, VECTOR=4, INNER="F32")
     taps = np.random.default_rng(5).standard_normal((spec.kernel_size, HIDDEN_SIZE))
     return EmulatedConv(program, spec, taps.astype(np.float32))
 

@@ -36,6 +36,7 @@ from lfm2kit.kernel_cache import KernelCache
 from lfm2kit_cpu_simd.interrupts import remembered_interrupts
 
 KERNELS = KernelCache("cpu_simd")
+OWN = "lfm2kit_cpu_simd"  # this package; others, too, may have kernels compiled
 SECONDS_BETWEEN_LINES = 10.0
 # Bytes that compiling needs at the least (230 MB were measured); with less, LLVM aborts.
 COMPILING = 200_000_000
@@ -64,11 +65,11 @@ def kernel(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], A
     return compiled
 
 
-def c_function(signature: Any) -> Callable[[Callable[..., Any]], CFunc]:
+def c_function(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], CFunc]:
     """Do what `numba.cfunc` does: make a function that is called by its address."""
 
     def compiled(function: Callable[..., Any]) -> CFunc:
-        result = CFunc(function, normalize_signature(signature), locals={}, options={})
+        result = CFunc(function, normalize_signature(signature), locals={}, options=options)
         result._cache = kept = Kept(function)
         with _turn(kept.name(signature)):
             result.compile()
@@ -83,10 +84,11 @@ class Kept(NullCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
         self._function = f"{function.__module__}.{function.__qualname__}{cells}"
+        self._package = function.__module__.partition(".")[0]
         self._label = f"{function.__module__.split('.')[-1]}.{function.__name__}"
 
     def name(self, signature: Any) -> str:
-        key = f"{fingerprint()} {self._function} {signature}"
+        key = f"{fingerprint(self._package)} {self._function} {signature}"
         return f"{self._label}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
     def load_overload(self, signature: Any, target_context: Any) -> CompileResult | None:
@@ -177,15 +179,16 @@ def _turn(name: str) -> Iterator[None]:
 
 
 @cache
-def fingerprint() -> str:
-    """Return a hash of this package's sources, the compilers and the CPU that they compile for.
+def fingerprint(package: str = OWN) -> str:
+    """Return a hash of a package's sources and this one's, the compilers and the CPU.
 
     It contains no path and no time, so another copy of the same sources has the same kernels.
     """
     digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    for name in sorted({OWN, package}):
+        folder = Path(str(sys.modules[name].__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     features = sorted(f for f, there in llvm.get_host_cpu_features().items() if there)
     versions = [sys.version, np.__version__, numba.__version__, llvmlite.__version__]
     settings = [

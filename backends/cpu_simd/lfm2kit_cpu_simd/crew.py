@@ -31,6 +31,8 @@ class Crew(threading.local):
     Each thread that calls blocks has its own crew, because Numba sets the number for each.
     """
 
+    asked: int | None = None  # the most that a thread which calls its first block begins with
+
     def __init__(
         self,
         clock: Callable[[], float] = time.perf_counter,
@@ -38,7 +40,7 @@ class Crew(threading.local):
         waits: Callable[[], Mapping[str, float]] = waits,
     ) -> None:
         self._clock, self._preemptions, self._waits = clock, preemptions, waits
-        self.hire(numba.get_num_threads())
+        self.hire(self.asked or numba.get_num_threads())
 
     def hire(self, most: int) -> None:
         """Start again with `most` threads, and never take more."""
@@ -95,4 +97,5 @@ def set_threads(context: Context) -> None:
             Option("threads", context.threads),
             f": this process may use {most} (cores of its affinity mask, or NUMBA_NUM_THREADS)",
         )
-    CREW.hire(context.threads or max(1, min(most, CORES // context.local_ranks)))
+    Crew.asked = context.threads or max(1, min(most, CORES // context.local_ranks))
+    CREW.hire(Crew.asked)

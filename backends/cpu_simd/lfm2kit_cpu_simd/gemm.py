@@ -147,14 +147,6 @@ def _multiply(
 
 
 @numba.njit(inline="always")
-def aligned(size: Any) -> Any:
-    """Return `size` float32 of any values that begin on a cache line."""
-    memory = np.empty(size + CACHE_LINE // 4, np.float32)
-    skipped = -(memory.ctypes.data // 4) % (CACHE_LINE // 4)
-    return memory[skipped : skipped + size]
-
-
-@numba.njit(inline="always")
 def following_panel(
     group: Any, panel: Any, count: Any, groups: Any, threads: Any, is_again: Any
 ) -> Any:
@@ -190,10 +182,14 @@ def _grouped(
 ) -> None:
     size, groups = itemsize * NR * x.shape[1], offsets.shape[0] - 1
     for thread in numba.prange(threads):
-        sums = aligned(2 * ROWS_AT_ONCE * NR).reshape(2 * ROWS_AT_ONCE, NR)  # the latter of chains
+        memory = np.empty((2 * ROWS_AT_ONCE + STRETCH) * NR + CACHE_LINE // 4, np.float32)
+        # Both begin on a cache line: a vector across two takes twice as long.  They are used as
+        # arrays to the end, because Numba may free one of which only the address is used.
+        aligned = memory[-(memory.ctypes.data // 4) % (CACHE_LINE // 4) :]
+        # The latter half of sums is for unfinished chains.
+        sums = aligned[: 2 * ROWS_AT_ONCE * NR].reshape((2 * ROWS_AT_ONCE, NR))
+        wide = aligned[2 * ROWS_AT_ONCE * NR :]
         bounds = chain_bounds(x.shape[1])
-        # Used as an array to the end, because Numba may free one of which only the address is used.
-        wide = aligned(STRETCH * NR)
         tasks = 0
         for group in range(groups):
             first, rows = offsets[group], offsets[group + 1] - offsets[group]

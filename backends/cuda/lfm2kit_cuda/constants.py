@@ -102,6 +102,17 @@ class Experts(NamedTuple):
     ALIGNMENT: int = 8  # an expert's first slot is a multiple of it
 
 
+class Channel(NamedTuple):
+    """channel.cu, and host_layout.py: vectors of 16 bytes, and words of `control`."""
+
+    MOST_THREADS: int = 1024
+    OF_THREAD: int = 4  # vectors that a thread copies at once
+    LINE: int = 4  # vectors; no two arrays share a line of the host's memory
+    FAILED: int = 32  # the first word of the marks of failure
+    ANSWERED: int = 64  # the first word of the workers
+    WORKER: int = 16  # words of a worker
+
+
 class Ceilings(NamedTuple):
     """The constants of ceilings.cu."""
 
@@ -112,7 +123,7 @@ SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90 = (
     Slabs(), Heights(), Gemm(), Panels(), Gemm16(), Gemm90(),
 )  # fmt: skip
 ACTIVATIONS, ROWS, SHORT_CONV, ATTENTION = Activations(), Rows(), ShortConv(), Attention()
-ROUTER, EXPERTS, CEILINGS = Router(), Experts(), Ceilings()
+ROUTER, EXPERTS, CHANNEL, CEILINGS = Router(), Experts(), Channel(), Ceilings()
 
 OF_SOURCES: dict[str, dict[str, int]] = {
     "gemm": {**HEIGHTS._asdict(), **GEMM._asdict()},
@@ -121,6 +132,7 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "gemm90": {**SLABS._asdict(), **GEMM90._asdict()},
     "packing": {**SLABS._asdict(), "PANEL": GEMM90.PANEL},
     "activations": {**SLABS._asdict(), **ACTIVATIONS._asdict()},
+    "channel": CHANNEL._asdict(),
     "ceilings": CEILINGS._asdict(),
     "blocks/rows": {**SLABS._asdict(), **ROWS._asdict()},
     "blocks/short_conv": {**SLABS._asdict(), **SHORT_CONV._asdict()},

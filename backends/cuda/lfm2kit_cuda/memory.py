@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.memory import Arriving, Mark
+from lfm2kit_cuda.channel import Channel
 from lfm2kit_cuda.choosing import identity
 from lfm2kit_cuda.device import current_device, on_device
+from lfm2kit_cuda.near import cores_near
 from lfm2kit_cuda.upload import upload
 
 
@@ -52,6 +54,10 @@ class CudaMemory:
             free, _ = cupy.cuda.runtime.memGetInfo()
             return int(free) + int(cupy.get_default_memory_pool().free_bytes())
 
+    def near_cores(self) -> frozenset[int]:
+        """Return the cores of the NUMA node that the GPU is attached to."""
+        return cores_near(cupy.cuda.Device(self.device).pci_bus_id)
+
     @contextmanager
     def stream(self) -> Iterator[None]:
         """Make a stream current that no other thread uses meanwhile.
@@ -79,6 +85,14 @@ class CudaMemory:
         assert isinstance(mark, _Event), "a mark of another memory"
         with on_device(self.device):
             mark.hold_back(cupy.cuda.get_current_stream())
+
+    def channel(self, workers: int, deadline: float) -> Channel:
+        """Return a new channel to threads of the host.
+
+        Raises ValueError if there are more of them than a kernel can look at.
+        """
+        with on_device(self.device):
+            return Channel(workers, deadline)
 
     def _idle_stream(self) -> cupy.cuda.Stream:
         with suppress(IndexError):

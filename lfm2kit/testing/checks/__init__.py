@@ -14,6 +14,8 @@ from lfm2kit.testing.checks import (  # noqa: I001 (the order in which they run)
     sizes,
     state,
     around,
+    crossings,
+    channels,
     whole_model,
 )
 from lfm2kit.testing.checks.registry import CHECKS, Check
@@ -23,7 +25,9 @@ __all__ = [
     "Check",
     "around",
     "attention",
+    "channels",
     "contract",
+    "crossings",
     "feed_forward",
     "non_finite",
     "order",

@@ -1,0 +1,139 @@
+// Trips to threads of the host (channel.py): `send` copies up to four arrays to the host and
+// announces a trip, `receive` waits until it has been answered and copies up to four arrays back.
+//
+// Arrays are copied by vectors, and lie one behind the other in the host's memory, which is mapped:
+// each begins a line there (host_layout.py).  `control` is an array of words in it: the newest trip
+// and its call, then the marks of failure, then the workers' answers.
+//
+// What counts is how often something has to cross the link and back before the next can begin.
+// `send` does not wait for its stores until all are under way.  `receive` takes a way there and back
+// for each look at the answers, and one for everything that it copies: a thread starts all its loads,
+// of whatever arrays, before it uses the first of them.  It has found where they lead before.
+#include "dependent.cuh"
+#include "ordering.cuh"
+
+constexpr int kMostThreads = MOST_THREADS, kOfThread = OF_THREAD, kArrays = 4, kLine = LINE;
+constexpr int kFailed = FAILED, kAnswered = ANSWERED, kWorker = WORKER;
+
+struct Counters {
+  u32 trip;     // the newest
+  u32 arrived;  // CTAs of `send` that have copied their share
+};
+
+struct Arrays {
+  uint4* at[kArrays];
+  int count[kArrays];  // of vectors
+};
+
+__device__ inline int whole_lines(int count) { return (count + kLine - 1) / kLine * kLine; }
+
+// Returns the n-th vector from `first` on that this thread copies; the grid has them in order.
+__device__ inline int of_thread(int first, int n) {
+  return first + int((n * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x);
+}
+
+__device__ inline int of_grid() { return kOfThread * gridDim.x * blockDim.x; }
+
+__device__ inline void copy_to(uint4* host, const uint4* from, int count) {
+#pragma unroll 1
+  for (int first = 0; first < count; first += of_grid()) {
+    uint4 vector[kOfThread];
+#pragma unroll
+    for (int n = 0; n < kOfThread; ++n)
+      if (int i = of_thread(first, n); i < count) vector[n] = from[i];
+#pragma unroll
+    for (int n = 0; n < kOfThread; ++n)
+      if (int i = of_thread(first, n); i < count) host[i] = vector[n];
+  }
+}
+
+// What a thread copies from the host at once.
+struct Wave {
+  int place[kOfThread];  // in the host's memory
+  uint4* at[kOfThread];  // on the device; null where a line has no vector
+
+  __device__ Wave(const Arrays& arrays, int first) {
+#pragma unroll
+    for (int n = 0; n < kOfThread; ++n) {
+      int i = place[n] = of_thread(first, n);
+      at[n] = nullptr;
+#pragma unroll
+      for (int a = 0; a < kArrays; ++a) {
+        if (i >= 0 && i < arrays.count[a]) at[n] = arrays.at[a] + i;
+        i -= whole_lines(arrays.count[a]);
+      }
+    }
+  }
+
+  // With a mark of failure all bits are 1.  One thread loads the marks for its CTA: the link carries
+  // each thread's load of a word that others store, even if all are of the same word.
+  __device__ void copy_from(const uint4* host, const u32* failed) const {
+    __shared__ u64 marks;
+    uint4 vector[kOfThread];
+#pragma unroll
+    for (int n = 0; n < kOfThread; ++n)
+      if (at[n]) vector[n] = host[place[n]];
+    if (threadIdx.x == 0) marks = load_two_relaxed(failed);
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kOfThread; ++n)
+      if (at[n]) *at[n] = marks ? uint4{~0u, ~0u, ~0u, ~0u} : vector[n];
+    __syncthreads();
+  }
+};
+
+// Waits until a worker has answered; no longer if there is a mark of failure, and not beyond the
+// deadline, which sets one.  The marks and the clock are read while the answer is on its way.
+__device__ inline void wait_for_answer(const u32* answered, u32 trip, u32* failed, u32 mark,
+                                       float deadline) {
+  u64 limit = u64(deadline * 1e9f), start = nanoseconds();
+  for (;;) {
+    u64 marks = load_two_relaxed(failed), waited = nanoseconds() - start;
+    if (load_acquire(answered) == trip || marks) return;
+    if (waited < limit) continue;
+    store_relaxed(failed + 1, mark);
+    return;
+  }
+}
+
+// Only the CTA that is the last to arrive waits until the copies are in the host's memory.
+extern "C" __global__ void __launch_bounds__(kMostThreads)
+    send(const uint4* a, const uint4* b, const uint4* c, const uint4* d, int of_a, int of_b,
+         int of_c, int of_d, uint4* inputs, u32* control, Counters* counters, int call) {
+  wait_for_previous();
+  let_next_start();
+  u32 trip = counters->trip + 1;
+  copy_to(inputs, a, of_a);
+  copy_to(inputs += whole_lines(of_a), b, of_b);
+  copy_to(inputs += whole_lines(of_b), c, of_c);
+  copy_to(inputs += whole_lines(of_c), d, of_d);
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  if (gridDim.x > 1) {
+    if (arrive(&counters->arrived) < gridDim.x - 1) return;
+    counters->arrived = 0;
+  }
+  counters->trip = trip;
+  store_relaxed(control + 1, call);
+  store_release(control, trip);
+}
+
+// Every CTA looks for the answers itself: to be told by another would take as long.  The marks of
+// failure are loaded along with the results: a worker that fails sets its mark before it answers.
+extern "C" __global__ void __launch_bounds__(kMostThreads)
+    receive(uint4* a, uint4* b, uint4* c, uint4* d, int of_a, int of_b, int of_c, int of_d,
+            const uint4* results, int places, u32* control, const Counters* counters, int call,
+            int workers, float deadline) {
+  Arrays arrays{{a, b, c, d}, {of_a, of_b, of_c, of_d}};
+  u32* failed = control + kFailed;
+  Wave wave(arrays, 0);
+  wait_for_previous();
+  let_next_start();
+  if (int(threadIdx.x) < workers)
+    wait_for_answer(control + kAnswered + threadIdx.x * kWorker, counters->trip, failed, call + 1,
+                    deadline);
+  __syncthreads();
+  wave.copy_from(results, failed);
+  for (int first = of_grid(); first < places; first += of_grid())
+    Wave(arrays, first).copy_from(results, failed);
+}

@@ -1,0 +1,105 @@
+"""The server of all crossings into the host's memory, and a crossing of one block."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+
+from lfm2kit.backend import ArrayForm, Block, Call, CallsNatively, Ordered, Signals
+from lfm2kit.progress import THIS_PROCESS
+from lfm2kit_hybrid.calls import Called
+from lfm2kit_hybrid.workers import Workers
+
+# At least.  A row's choice takes some 10 ns, so this many take 0.6 us; fewer would not save what it
+# costs to have one more core see the trip and one more answer looked at.
+ROWS_OF_A_WORKER = 64
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Outer(Ordered, Signals, Protocol):
+    """The memory from which blocks are called."""
+
+
+class Server:
+    """Calls blocks of the host's memory for a memory with signals."""
+
+    def __init__(self, memory: Outer, cores: Sequence[int | None]) -> None:
+        deadline = THIS_PROCESS.deadline
+        self._memory = memory
+        self._lock = Lock()  # one forward at a time
+        self._most = len(cores)
+        self._channel = memory.channel(len(cores), deadline)
+        self._workers = Workers(self._channel, cores, deadline)
+        weakref.finalize(self, self._workers.close)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        with self._lock:
+            self._workers.begin()
+            try:
+                yield
+            except BaseException as error:
+                self._workers.give_up()
+                if isinstance(error, Exception):
+                    self._workers.check()  # a block's failure is the cause
+                raise
+            finally:
+                self._workers.end()
+            self._workers.check()
+
+    def crossing(self, name: str, block: Block) -> HostCrossing:
+        """Return a block of the host's memory as one of the memory that is served."""
+        return HostCrossing(name, block, self._memory, self)
+
+    def call(
+        self, name: str, block: Block, inputs: Sequence[ArrayForm], results: Sequence[ArrayForm]
+    ) -> Call:
+        """Return a new call of the channel, in which `block` computes the results."""
+        native = block.native() if isinstance(block, CallsNatively) else None
+        rows = inputs[0].shape[0] if inputs[0].shape else 1
+        workers = min(self._most, max(1, rows // ROWS_OF_A_WORKER)) if native else 1
+        call = self._channel.call(inputs, results, workers)
+        self._workers.add(Called(name, block, call, native), workers)
+        return call
+
+
+class HostCrossing:
+    """A block of the host's memory, called from `outer`.
+
+    The first call with arguments of new shapes waits, and shows the shapes of the results.
+    """
+
+    def __init__(self, name: str, block: Block, outer: Outer, server: Server) -> None:
+        self.server = server
+        self._name = name
+        self._block = block
+        self._outer = outer
+        self._calls: dict[Shapes, tuple[Call, bool]] = {}  # and whether the result is a tuple
+
+    def __call__(self, *inputs: Any) -> Any:
+        shapes = tuple(tuple(array.shape) for array in inputs)
+        if shapes not in self._calls:
+            return self._first(shapes, inputs)
+        call, is_tuple = self._calls[shapes]
+        call.send(*inputs)
+        results = call.receive()
+        return results if is_tuple else results[0]
+
+    def _first(self, shapes: Shapes, inputs: Sequence[Any]) -> Any:
+        arriving = [self._outer.start_to_host(array) for array in inputs]
+        arrays = [copy.wait() for copy in arriving]
+        result = self._block(*arrays)
+        results = result if isinstance(result, tuple) else (result,)
+        forms = [
+            [ArrayForm(a.shape, np.dtype(a.dtype)) for a in side] for side in (arrays, results)
+        ]
+        call = self.server.call(self._name, self._block, *forms)
+        self._calls[shapes] = call, isinstance(result, tuple)
+        moved = tuple(self._outer.from_host(np.ascontiguousarray(array)) for array in results)
+        return moved if isinstance(result, tuple) else moved[0]

@@ -1,0 +1,164 @@
+"""Threads that answer a channel's trips: they look for them during forwards, and sleep between.
+
+They are in machine code (`polling.poll`) from their start to their end, except while a block needs
+Python.  So the thread that runs forwards never waits for Python's lock because of them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from threading import Thread, current_thread
+from typing import Any
+
+import numpy.typing as npt
+
+from lfm2kit.backend import Channel
+from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit_hybrid import polling
+from lfm2kit_hybrid.board import CLOSED, NOTED, SEEN, SERVING, Board
+from lfm2kit_hybrid.calls import Called, Calls
+from lfm2kit_hybrid.cores import bind, unbound
+from lfm2kit_hybrid.polling import CALL, LINGER, PATIENCE, PAUSES, observe, poll, publish, wake
+
+LEAVING = 1.0  # seconds that a worker gets to leave
+LOOK = 1e-3  # seconds between two looks at whether the calls of a failed forward have returned
+
+
+class Workers:
+    """The threads of one channel, which start when a call needs them."""
+
+    def __init__(self, channel: Channel, cores: Sequence[int | None], deadline: float) -> None:
+        self._channel = channel
+        self._cores = cores
+        self._deadline = deadline
+        self._process = os.getpid()
+        self._threads: list[Thread] = []
+        self._is_shaken = False  # a call of a forward that has failed may still be running
+        self._failure: tuple[str, BaseException] | None = None  # a block's name, and what it raised
+        self._board = Board(len(cores), observe(_address(channel.sent)))
+        self._calls = Calls(self._take_table)
+
+    def add(self, called: Called, parts: int) -> None:
+        """Add a call that is shared by `parts` workers."""
+        self._calls.add(called, parts)
+        for worker in range(len(self._threads), parts):
+            self._board.open(worker)
+            name = f"lfm2kit-hybrid-{worker}"
+            self._threads.append(Thread(target=self._work, args=[worker], name=name, daemon=True))
+            self._threads[worker].start()
+
+    def begin(self) -> None:
+        """Serve a forward.  Raises `Lfm2kitError` if a call of one that failed still runs."""
+        if self._is_shaken:
+            self._recover()
+        polling.begin(self._board.address)
+
+    def end(self) -> None:
+        """Let the threads sleep."""
+        polling.end(self._board.address)
+
+    def give_up(self) -> None:
+        """Let the memory wait for nothing more in this forward."""
+        self._is_shaken = True
+        publish(_address(self._channel.failed), 1)
+
+    def check(self) -> None:
+        """Raise what a block has raised, or an error if the memory's deadline has passed."""
+        late = int(self._channel.failed[1])
+        if self._failure is None and not late:
+            return
+        self._is_shaken = True
+        if self._failure is not None:
+            raise _named(*self._failure)
+        raise Lfm2kitError(
+            f"{self._calls[late - 1].name}: no answer within {self._deadline:g} s; if it is only "
+            "slow, give a longer ",
+            Option("deadline"),
+        )
+
+    def close(self) -> None:
+        """End the threads, and give the channel back once nobody uses it."""
+        if os.getpid() != self._process:
+            return  # after a fork: there are no threads here, and the pipes are another process's
+        publish(self._board.address + CLOSED, 1)
+        self._wake_all()
+        for thread in self._threads:
+            if thread is not current_thread():  # the garbage collector may call this anywhere
+                thread.join(LEAVING)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._channel.close()
+            self._board.close()
+
+    def _recover(self) -> None:
+        """Wait until nobody is in a call of a forward that has failed, and forget that it has."""
+        self._wake_all()
+        end = time.monotonic() + self._deadline
+        while not self._have_left():
+            if time.monotonic() > end:
+                name = self._calls[int(self._channel.sent[1])].name
+                raise Lfm2kitError(
+                    f"{name}: it was called in a forward that has failed, and has not returned "
+                    f"after {self._deadline:g} s more"
+                )
+            time.sleep(LOOK)
+        self._is_shaken, self._failure = False, None
+        self._board.have_seen(observe(_address(self._channel.sent)))
+        for i in range(2):
+            publish(_address(self._channel.failed[i:]), 0)
+
+    def _have_left(self) -> bool:
+        """Return whether all workers know that the forward has ended."""
+        board = self._board
+        return all(
+            observe(board.address + board.of(worker, NOTED)) == board[SERVING]
+            for worker in range(len(self._threads))
+        )
+
+    def _wake_all(self) -> None:
+        for worker in range(len(self._threads)):
+            wake(self._board.address, worker)
+
+    def _work(self, worker: int) -> None:
+        bind(self._cores[worker])
+        channel = self._channel
+        sent, failed, answered = map(
+            _address, (channel.sent, channel.failed, channel.answered[worker])
+        )
+        pauses = PAUSES if self._cores[worker] is None else PATIENCE
+        board = self._board.address
+        while poll(board, sent, failed, answered, worker, pauses, LINGER, PATIENCE) == CALL:
+            self._call(worker)
+
+    def _call(self, worker: int) -> None:
+        """Call a block that needs Python, and answer, whatever happens."""
+        trip, number = (int(n) for n in self._channel.sent)
+        called = self._calls[number]
+        try:
+            with unbound(self._cores[worker]):
+                called()
+        except BaseException as error:  # raised in the thread that runs the forward
+            self._failure = self._failure or (called.name, error)
+            publish(_address(self._channel.failed), 1)
+        publish(self._board.address + self._board.of(worker, SEEN), trip)
+        publish(_address(self._channel.answered[worker]), trip)
+
+    def _take_table(self, table: npt.NDArray[Any]) -> None:
+        self._board.set_table(_address(table))
+
+
+def _named(name: str, error: BaseException) -> BaseException:
+    """Return an error that names the block which raised it."""
+    if isinstance(error, Lfm2kitError):
+        named: BaseException = Lfm2kitError(f"{name}: ", *error.args)
+    elif isinstance(error, MemoryError):
+        named = MemoryError(f"{name}: {error}")
+    else:
+        named = RuntimeError(f"{name} raised {type(error).__name__}: {error}")
+    named.__cause__ = error
+    return named
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return array.ctypes.data

@@ -1,0 +1,184 @@
+"""Blocks of one memory that are called in the midst of another memory's work, captured or not.
+
+Without this, the core copies a block's arguments to the host, waits, calls the block and copies its
+results back, and a forward with such a copy is never captured.  A *crossing* needs no waiting: the
+outer memory's work hands the arguments to a thread of the host by itself, and waits for its answer.
+One such call is a *trip*.
+
+Two sides take part.  The outer memory has the capability `Signals`: it gives a `Channel`, which its
+work writes to and waits at.  A backend has the capability `Crosses` (see `lfm2kit.backend`): it has
+the threads that call blocks, and makes a `Crossing` of each block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.memory import Array
+
+
+class Server(Protocol):
+    """The threads that call the blocks of one backend's crossings."""
+
+    def serving(self) -> AbstractContextManager[None]:
+        """Return a context in which one forward runs, from its first block to its logits.
+
+        The threads work inside this context only; outside, none of them takes time of a core.  If a
+        block has failed, or a deadline has passed, leaving the context raises it, with the name of
+        the block, and the next forward works again.
+        """
+        ...
+
+
+class Crossing(Protocol):
+    """A block of another memory, called with arrays of the outer memory.
+
+    A call enqueues the trip in the outer memory's current stream and returns without waiting, so
+    that it can be captured.  The first call with arguments of new shapes may wait.
+    """
+
+    @property
+    def server(self) -> Server:
+        """Whoever calls the block: the same object for all crossings of a backend."""
+        ...
+
+    def __call__(self, *inputs: Any) -> Any: ...
+
+
+class ArrayForm(NamedTuple):
+    """The shape and the dtype of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class Call(Protocol):
+    """Trips with arrays of the same shapes, as `Channel.call` returns it."""
+
+    @property
+    def number(self) -> int:
+        """Return the call's number in its channel: 0, 1, 2, ..."""
+        ...
+
+    @property
+    def inputs(self) -> Sequence[npt.NDArray[Any]]:
+        """Return the host arrays in which the arguments lie until the trip is answered."""
+        ...
+
+    @property
+    def results(self) -> Sequence[npt.NDArray[Any]]:
+        """Return the host arrays that are to be filled before the answer."""
+        ...
+
+    def send(self, *arrays: Array) -> None:
+        """Enqueue in the current stream: copy the arguments to `inputs`, then announce the trip."""
+        ...
+
+    def receive(self) -> tuple[Array, ...]:
+        """Enqueue in the current stream: wait for the answers, then copy `results`.
+
+        The arrays returned are new ones.  Nothing else is sent through the channel before.
+        """
+        ...
+
+
+class Channel(Protocol):
+    """Host memory through which enqueued work calls threads of the host, one trip at a time.
+
+    All calls share the same bytes for their arguments and results.  Numbers of trips are counted in
+    the memory, so that captured work, replayed, makes new ones.  They begin again at 0 after
+    2^32 - 1: compare them for equality.
+    """
+
+    @property
+    def sent(self) -> npt.NDArray[np.uint32]:
+        """Return [2]: the number of the newest trip, and the number of the call that it makes.
+
+        The memory writes the arguments, then the call's number, and last the trip's: who reads the
+        trip's with acquire semantics then finds the others.
+        """
+        ...
+
+    @property
+    def answered(self) -> npt.NDArray[np.uint32]:
+        """Return [workers, 16]: in column 0 the newest trip that each worker has answered.
+
+        A worker writes its share of the results, and last this number, with release semantics.
+        """
+        ...
+
+    @property
+    def failed(self) -> npt.NDArray[np.uint32]:
+        """Return [2]: whether the host has failed; 1 + the number of the call that was too late.
+
+        While either is not 0, nothing waits, and the bytes of all results are 0xFF: expert id -1,
+        NaN.  The host sets the first one before it answers, and both to 0 once the memory is idle.
+        """
+        ...
+
+    def call(self, inputs: Sequence[ArrayForm], results: Sequence[ArrayForm], workers: int) -> Call:
+        """Return a new call, which waits for the answers of the first `workers` workers."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back.  Nothing that was captured with it may run afterwards."""
+        ...
+
+
+@runtime_checkable
+class Signals(Protocol):
+    """Capability of an ordered memory whose work can call threads of the host."""
+
+    @property
+    def name(self) -> str: ...
+
+    def channel(self, workers: int, deadline: float) -> Channel:
+        """Return a channel to `workers` threads, which waits `deadline` seconds for an answer."""
+        ...
+
+
+@runtime_checkable
+class Near(Protocol):
+    """Capability of a memory that some cores of the machine reach faster than others."""
+
+    @property
+    def name(self) -> str: ...
+
+    def near_cores(self) -> Collection[int]:
+        """Return the numbers of the cores that reach it fastest; none if that is not known.
+
+        Threads that answer a channel run there, if the process may use these cores.
+        """
+        ...
+
+
+class NativeCall(NamedTuple):
+    """A block as machine code: it can be called without Python, by several threads at once.
+
+    `function` is the address of
+
+        void f(const void *argument, const void *const *inputs, void *const *results,
+               int64_t rows, int64_t part, int64_t parts)
+
+    which computes the rows from `rows * part / parts` to `rows * (part + 1) / parts` of the
+    results, rounded down.  `rows` is the length of the first input.  It needs neither Python's lock
+    nor the stack of a Python thread, and raises nothing.
+    """
+
+    function: int
+    argument: int  # an address, passed as it is
+    owner: object  # keeps both alive
+
+
+@runtime_checkable
+class CallsNatively(Protocol):
+    """Capability of a block of the host's memory: it can be called as machine code."""
+
+    def native(self) -> NativeCall:
+        """Return the block as machine code; its results have the bits of a plain call."""
+        ...

@@ -1,0 +1,204 @@
+"""Blocks called in the midst of another memory's work.
+
+That memory is a device that is a thread (`lfm2kit.testing.device`), which waits at random.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+from lfm2kit import specs
+from lfm2kit.backend import HOST, Block, Crosses, Crossing
+from lfm2kit.specs import Spec
+from lfm2kit.testing.cases import CASES
+from lfm2kit.testing.checks.registry import check
+from lfm2kit.testing.compare import assert_same
+from lfm2kit.testing.device import DeviceArray, DeviceMemory
+from lfm2kit.testing.random_inputs import random_inputs
+from lfm2kit.testing.trial import Trial
+from lfm2kit.testing.verdicts import CheckFailed, Skipped
+
+DELAY = 1e-4  # seconds, at most, before each piece of work
+SHORT = 0.2  # seconds that a wait takes that ends without an answer
+FORWARDS = 6
+NAMES = ("layers.2.crossed", "layers.3.crossed")
+
+
+class Crossed(NamedTuple):
+    """A block of the host's memory, and its crossing."""
+
+    block: Block
+    crossing: Crossing
+
+
+@check
+def crossings_have_the_blocks_bits(trial: Trial) -> None:
+    """A crossing returns what its block returns, whatever was called before.
+
+    Two blocks of one kind take turns, with the same and with other numbers of rows, and nobody
+    waits between their calls.
+    """
+    device = DeviceMemory(DELAY)
+    for spec in _crossed_specs(trial, device):
+        pair = [_crossed(trial, device, spec, name) for name in NAMES]
+        for rows in (17, 0, 1, 17, 700, 5):
+            inputs = [random_inputs(spec, trial.rng, rows) for _ in range(3)]
+            with _forward(device, pair[0]):
+                there = [[device.from_host(array) for array in one] for one in inputs]
+                got = [[one.crossing(*arrays) for one in pair] for arrays in there]
+                found = [[_to_host(device, result) for result in results] for results in got]
+            for values, results in zip(inputs, found, strict=True):
+                for one, result, name in zip(pair, results, NAMES, strict=True):
+                    assert_same(result, one.block(*values), f"{name}: {spec} of {rows} rows")
+
+
+@check
+def crossings_can_be_replayed(trial: Trial) -> None:
+    """Recorded calls of crossings, replayed, return what the blocks make of new arguments."""
+    device = DeviceMemory(DELAY)
+    for spec in _crossed_specs(trial, device):
+        pair = [_crossed(trial, device, spec, name) for name in NAMES]
+        for rows in (9, 600):
+            inputs = random_inputs(spec, trial.rng, rows)
+            sources = [DeviceArray(array.shape) for array in inputs]
+            with _forward(device, pair[0]):
+                for one in pair:  # outside of a recording, which cannot wait
+                    one.crossing(*(device.from_host(array) for array in inputs))
+            replay = device.recorded(partial(_calls_twice, pair, sources))
+            for _ in range(FORWARDS):
+                inputs = random_inputs(spec, trial.rng, rows)
+                with _forward(device, pair[0]):
+                    for source, array in zip(sources, inputs, strict=True):
+                        device.enqueue(partial(source.take, array))
+                    found = [_to_host(device, result) for result in replay()]
+                for one, result in zip(pair * 2, found, strict=True):
+                    assert_same(result, one.block(*inputs), f"{spec} of {rows} rows, replayed")
+
+
+@check
+def crossings_fail_by_name(trial: Trial) -> None:
+    """A block that raises or is too late ends its forward with its name; the next one is right.
+
+    So does a forward that ends by itself while a block is called.
+    """
+    device = DeviceMemory(DELAY, longest_wait=SHORT)
+    for spec in _crossed_specs(trial, device)[:1]:
+        crossed = _crossed(trial, device, spec, "layers.2.good")
+        inputs = random_inputs(spec, trial.rng, 5)
+        faults: dict[str, Callable[[], None]] = {
+            "layers.3.raises": _raise,
+            "layers.3.late": partial(time.sleep, 2 * SHORT),
+        }
+        for name, fault in faults.items():
+            faulty = _faulty(trial, device, spec, name, crossed.block, fault)
+            _judge_calls(device, crossed, inputs)
+            _call(device, faulty, inputs)  # the first call is not at fault
+            said = _failure(_call, device, faulty, inputs)
+            if said is None or name not in str(said):
+                raise CheckFailed(f"a block at fault, {name}, was reported as: {said}")
+            _judge_calls(device, crossed, inputs)
+        slowly = partial(time.sleep, SHORT / 2)
+        slow = _faulty(trial, device, spec, "layers.4.slow", crossed.block, slowly)
+        _call(device, slow, inputs)
+        said = _failure(_call, device, slow, inputs, _raise)
+        if not isinstance(said, PlantedError):
+            raise CheckFailed(f"a forward that raised an error of its own ended with: {said}")
+        _judge_calls(device, crossed, inputs)
+
+
+class PlantedError(Exception):
+    """An error that a check raises."""
+
+
+def _raise() -> None:
+    raise PlantedError("planted")
+
+
+def _crossed_specs(trial: Trial, device: DeviceMemory) -> list[Spec]:
+    """Return the first spec of each kind that the backend calls from the device."""
+    backend = trial.backend
+    if not isinstance(backend, Crosses):
+        raise Skipped("it crosses no memories")
+    first = [one[0] for one in CASES.values() if trial.reference.why_unsupported(one[0]) is None]
+    found = [spec for spec in first if backend.why_not_crossed(spec, HOST, device) is None]
+    if not found:
+        raise Skipped(f"it crosses nothing here: {backend.why_not_crossed(first[0], HOST, device)}")
+    return sorted(found, key=lambda spec: not isinstance(spec, specs.Choice))
+
+
+def _crossed(trial: Trial, device: DeviceMemory, spec: Spec, name: str) -> Crossed:
+    """Return a block of random weights: the backend's own, if it builds one on the host."""
+    weights, backend = trial.random_weights(spec), trial.backend
+    assert isinstance(backend, Crosses)
+    is_own = backend.why_unsupported(spec) is None and backend.memory(spec).name == HOST.name
+    block = (backend if is_own else trial.reference).build(spec, weights)
+    return Crossed(block, backend.crossing(name, spec, block, HOST, device))
+
+
+def _faulty(
+    trial: Trial,
+    device: DeviceMemory,
+    spec: Spec,
+    name: str,
+    block: Block,
+    fault: Callable[[], None],
+) -> Crossed:
+    """Return a block that is at fault from its second call on."""
+    calls = iter(range(2**31))
+
+    def faulty(*inputs: Any) -> Any:
+        if next(calls):
+            fault()
+        return block(*inputs)
+
+    assert isinstance(trial.backend, Crosses)
+    return Crossed(faulty, trial.backend.crossing(name, spec, faulty, HOST, device))
+
+
+def _calls_twice(pair: Sequence[Crossed], sources: Sequence[DeviceArray]) -> list[Any]:
+    return [one.crossing(*sources) for one in (*pair, *pair)]
+
+
+@contextmanager
+def _forward(device: DeviceMemory, crossed: Crossed) -> Iterator[None]:
+    """Give a forward what the core gives it: a stream, which ends, and the server."""
+    with device.stream():
+        here = device.mark()
+        try:
+            with crossed.crossing.server.serving():
+                yield
+        finally:
+            device.mark().seconds_since(here)
+
+
+def _call(
+    device: DeviceMemory, crossed: Crossed, inputs: Any, then: Callable[[], None] = lambda: None
+) -> Any:
+    with _forward(device, crossed):
+        result = crossed.crossing(*(device.from_host(array) for array in inputs))
+        then()
+        return _to_host(device, result)
+
+
+def _judge_calls(device: DeviceMemory, crossed: Crossed, inputs: Any) -> None:
+    for _ in range(2):
+        result = _call(device, crossed, inputs)
+        assert_same(result, crossed.block(*inputs), "a block beside one at fault")
+
+
+def _failure(call: Callable[..., object], *arguments: Any) -> Exception | None:
+    try:
+        call(*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def _to_host(device: DeviceMemory, result: Any) -> Any:
+    if isinstance(result, tuple):
+        return tuple(map(device.to_host, result))
+    return device.to_host(result)

@@ -1,0 +1,31 @@
+// As the header of this name in lfm2kit_cuda/include, on a host.
+#pragma once
+#include <atomic>
+#include <chrono>
+
+#include "device.h"
+
+inline u32 load_acquire(const u32* at) {
+  return std::atomic_ref<u32>(*const_cast<u32*>(at)).load(std::memory_order_acquire);
+}
+
+inline u64 load_two_relaxed(const u32* at) {
+  auto load = [](const u32* word) {
+    return std::atomic_ref<u32>(*const_cast<u32*>(word)).load(std::memory_order_relaxed);
+  };
+  return u64(load(at + 1)) << 32 | load(at);
+}
+
+inline void store_relaxed(u32* at, u32 value) {
+  std::atomic_ref<u32>(*at).store(value, std::memory_order_relaxed);
+}
+
+inline void store_release(u32* at, u32 value) {
+  std::atomic_ref<u32>(*at).store(value, std::memory_order_release);
+}
+
+inline u32 arrive(u32* count) { return std::atomic_ref<u32>(*count).fetch_add(1); }
+
+inline u64 nanoseconds() {
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
