@@ -38,3 +38,16 @@ def test_silu_of_any_number_is_finite_and_right() -> None:
     got = vector_silu(x)
     assert np.all(np.isfinite(got))
     np.testing.assert_allclose(got, want, rtol=4e-7, atol=1e-30)
+
+
+def test_silu_keeps_nan_and_infinities() -> None:
+    with np.errstate(invalid="ignore"):
+        got = vector_silu(np.array([np.nan, np.inf, -np.inf], np.float32))
+    np.testing.assert_array_equal(got, [np.nan, np.inf, -np.inf])
+
+
+def test_silu_of_zeros_and_subnormal_numbers_is_half_of_them() -> None:
+    x = np.array([0.0, -0.0, 2.0**-149, 3 * 2.0**-149, -(2.0**-140)], np.float32)
+    want = x * np.float32(0.5)
+    np.testing.assert_array_equal(vector_silu(x), want)
+    np.testing.assert_array_equal(np.signbit(vector_silu(x)), np.signbit(want))

@@ -18,9 +18,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lfm2kit_cpu_simd import gemm as cpu_simd
+from lfm2kit_cpu_simd import packing
 from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
 from lfm2kit_cuda.constants import GEMM, HEIGHTS, PANELS
 
+from lfm2kit.weights import Tensor
+from tests.cpu_simd.twins import HAS_FMA, assert_same_bits
 from tests.cuda.test_grouping import even, grouped
 
 COMPILER = shutil.which("g++")
@@ -354,3 +358,43 @@ def test_a_row_has_the_same_bits_in_every_tile(
     assert np.array_equal(both(x[row : row + 1])[0], want[row])
     for height in ALL_HEIGHTS:
         assert np.array_equal(both(x, height=height), want)
+
+
+@pytest.mark.skipif(not HAS_FMA, reason="the CPU has no fused multiply-adds")
+@pytest.mark.parametrize(
+    ("sizes", "rows", "inputs"),
+    [
+        (HOPPER, 500, 16), (HOPPER, 19, 107), (AMPERE, 19, 107), (TURING, 19, 107),
+        (HOPPER, 19, 300), (HOPPER, 19, 2048),
+    ],
+)  # fmt: skip
+def test_products_have_the_bits_of_cpu_simd(
+    emulated: Callable[..., Emulated],
+    rng: np.random.Generator,
+    sizes: tuple[int, int],
+    rows: int,
+    inputs: int,
+) -> None:
+    """A gated product, and one that reads its result; gates from small to beyond what exp holds."""
+    gemm, inner = emulated(sizes), 69
+    x, ups = normal(rng, rows, inputs), normal(rng, inner, inputs)
+    sizes_of_gates = np.exp(rng.uniform(-4, 6, (inner, 1))) / np.sqrt(inputs)
+    gates = (normal(rng, inner, inputs) * sizes_of_gates).astype(np.float32)
+    down, bias = normal(rng, 101, inner), normal(rng, 101)
+    panels = gemm.gated(gemm.arrange(x), pack_gated(gates[None], ups[None]), rows, inner)
+    out = gemm.linear(panels, pack(down[None]), rows, 101, bias)
+
+    w1, w3, w2 = (Tensor.of_array("w", matrix) for matrix in (gates, ups, down))
+    want = cpu_simd.linear(x, packing.pack_gated([w1], [w3]), inner)
+    assert_same_bits(rows_of(panels, rows)[:, :inner], want)
+    assert_same_bits(out, cpu_simd.linear(want, packing.pack([[w2]]), 101, bias))
+
+
+def test_a_sum_that_is_zero_is_positive(emulated: Callable[..., Emulated]) -> None:
+    """Though each chain is -0, because its terms are too small for float32, and so is the bias."""
+    k = STEP * GEMM.GROUPS  # a step for each chain
+    x, weight = np.full((1, k), -1e-30, np.float32), np.full((1, 1, k), 1e-30, np.float32)
+    bias = np.full(1, -0.0, np.float32)
+    gemm = emulated()
+    got = gemm.linear(gemm.arrange(x), pack(weight), 1, 1, bias)
+    assert_same_bits(got, np.zeros((1, 1), np.float32))

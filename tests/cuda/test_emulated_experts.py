@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lfm2kit_cpu_simd.blocks.feed_forward import _combine
 from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
 
 from tests.cuda.test_emulated import COMPILER, has_cpp20
@@ -107,23 +108,34 @@ def test_pairs_of_nobody_and_of_others_go_nowhere(
     assert (tiles.reshape(-1, 4)[len(want_tiles) :] == POISON).all()
 
 
-def test_a_sum_has_nothing_of_nobody(experts: Callable[[int], Run]) -> None:
-    """NaN beside a place of -1, and in the row that is read in its stead, does not show.
-
-    The sum starts from the first product, even if that is -0.
-    """
-    taken, columns, rng = 3, 20, np.random.default_rng(0)
-    outputs = rng.standard_normal((8, columns)).astype(np.float32)
+def outputs_places_and_weights() -> tuple[Float32, Ints, Float32]:
+    """Return arguments with NaN where nothing may come from: -1, and the row read in its stead."""
+    rng = np.random.default_rng(0)
+    outputs = rng.standard_normal((8, 20)).astype(np.float32)
     outputs[0] = np.nan
-    weights = rng.random((6, taken), np.float32)
+    weights = rng.random((6, 3), np.float32)
     place = np.array([[1, 2, 3], [-1, 4, 5], [6, -1, 7], [1, 2, -1], [-1, -1, 3], [-1, -1, -1]])
     place = place.astype(np.int32)
     weights[place < 0] = np.nan
     weights[4, 2] = -0.0
-    out = experts(taken)("combine", len(place), columns, 8, arrays=(outputs, place, weights))
-    delta = written(out, len(place) * columns)[0].view(np.float32).reshape(-1, columns)
-    for row, want in zip(delta, expected_sums(outputs, place, weights), strict=True):
-        assert np.array_equal(row.view(np.int32), want.view(np.int32))  # the sign of 0, too
+    return outputs, place, weights
+
+
+def test_a_sum_has_nothing_of_nobody(experts: Callable[[int], Run]) -> None:
+    """The sum starts from the first product, even if that is -0."""
+    arrays = outputs_places_and_weights()
+    want = expected_sums(*arrays)
+    out = experts(3)("combine", *want.shape, 8, arrays=arrays)
+    delta = written(out, want.size)[0]
+    assert np.array_equal(delta, want.reshape(-1).view(np.int32))  # the sign of 0, too
+
+
+def test_cpu_simd_adds_with_the_same_bits() -> None:
+    outputs, place, weights = outputs_places_and_weights()
+    delta = np.full((len(place), outputs.shape[1]), np.nan, np.float32)
+    _combine(outputs, place.astype(np.int64), weights, delta)
+    want = expected_sums(outputs, place, weights)
+    assert np.array_equal(delta.view(np.int32), want.view(np.int32))
 
 
 def expected_sums(outputs: Float32, place: Ints, weights: Float32) -> Float32:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from numba import types
 
 from lfm2kit_cpu_simd.buffers import BUFFERS
+from lfm2kit_cpu_simd.chains import chain_bounds
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.elementwise import silu
@@ -29,6 +30,7 @@ from lfm2kit_cpu_simd.tile import (
     FIRST,
     LATER,
     MR,
+    ROWS_AT_ONCE,
     SHARED_FROM,
     TABLES,
     UNROLL,
@@ -39,9 +41,8 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 NO_BIAS = np.empty(0, np.float32)
-# k of a stretch: 32 KB of a panel in float32.  A chain is as long: a longer one would round worse.
+# k of a stretch: at most 32 KB of a panel in float32.
 STRETCH = 128
-ROWS_AT_ONCE = 12 * MR  # of 2048 floats: 576 KB
 
 
 def linear(
@@ -103,8 +104,9 @@ def _finish(
 
 @numba.njit(inline="always")
 def _multiply(
-    x: Any, row: Any, rows: Any, weights: Any, following: Any, itemsize: Any, table: Any,
-    shared_from: Any, sums: Any, wide: Any, panel: Any, is_gated: Any, bias: Any, out: Any,
+    x: Any, bounds: Any, row: Any, rows: Any, weights: Any, following: Any, itemsize: Any,
+    table: Any, shared_from: Any, sums: Any, wide: Any, panel: Any, is_gated: Any, bias: Any,
+    out: Any,
 ) -> None:  # fmt: skip
     """Multiply `rows` rows of x, from `row` on, by the panel at address `weights`, into `out`.
 
@@ -117,24 +119,30 @@ def _multiply(
     lines = -(-UNROLL * row_bytes // (CACHE_LINE * tiles))
     is_shared = tiles >= shared_from
     sums[:rows] = 0
-    for first in range(0, k, STRETCH):
-        depth = min(STRETCH, k - first)
-        is_last = first + depth == k
+    # A single tile uses no weight twice: its first stretch has all but the last STRETCH.
+    most = STRETCH if tiles > 1 else max(STRETCH, k - STRETCH)
+    last, chain = 0, 0
+    while last < k:
+        first, last = last, min(last + most, k)
+        is_last = last == k
+        while bounds[chain + 1] <= first:
+            chain += 1
         at = weights + first * row_bytes
-        ahead = following if is_last else at + depth * row_bytes
+        ahead = following if is_last else weights + (first + STRETCH) * row_bytes
         kind = FIRST if is_shared else ALONE
         done = 0
         for tile in range(tiles):
             m = (rows - done) // (tiles - tile)  # tiles have nearly the same height
             call_tile(
-                table[kind, m], x.ctypes.data + 4 * ((row + done) * k + first), k, at, depth,
-                sums[done].ctypes.data, ahead, lines, wide.ctypes.data,
+                table[kind, m], x.ctypes.data + 4 * ((row + done) * k + first), at,
+                sums[done].ctypes.data, lines, k, first, last, bounds.ctypes.data + 8 * chain,
+                ahead, wide.ctypes.data,
             )  # fmt: skip
             if is_last:
                 _finish(sums, done, m, row + done, panel, is_gated, bias, out)
             if is_shared:
                 kind, at = LATER, np.int64(wide.ctypes.data)
-            ahead += depth // UNROLL * lines * CACHE_LINE
+            ahead += (last - first) // UNROLL * lines * CACHE_LINE
             done += m
 
 
@@ -174,12 +182,14 @@ def _grouped(
 ) -> None:
     size, groups = itemsize * NR * x.shape[1], offsets.shape[0] - 1
     for thread in numba.prange(threads):
-        memory = np.empty((ROWS_AT_ONCE + STRETCH) * NR + CACHE_LINE // 4, np.float32)
+        memory = np.empty((2 * ROWS_AT_ONCE + STRETCH) * NR + CACHE_LINE // 4, np.float32)
         # Both begin on a cache line: a vector across two takes twice as long.  They are used as
         # arrays to the end, because Numba may free one of which only the address is used.
         aligned = memory[-(memory.ctypes.data // 4) % (CACHE_LINE // 4) :]
-        sums = aligned[: ROWS_AT_ONCE * NR].reshape((ROWS_AT_ONCE, NR))
-        wide = aligned[ROWS_AT_ONCE * NR :]
+        # The latter half of sums is for unfinished chains.
+        sums = aligned[: 2 * ROWS_AT_ONCE * NR].reshape((2 * ROWS_AT_ONCE, NR))
+        wide = aligned[2 * ROWS_AT_ONCE * NR :]
+        bounds = chain_bounds(x.shape[1])
         tasks = 0
         for group in range(groups):
             first, rows = offsets[group], offsets[group + 1] - offsets[group]
@@ -189,7 +199,7 @@ def _grouped(
                 for panel in range((thread - tasks) % threads, count, threads):
                     at = panels_at + (group * count + panel) * size
                     place = following_panel(group, panel, count, groups, threads, band + 1 < bands)
-                    _multiply(x, first + begin, end - begin, at, panels_at + place * size,
-                              itemsize, table, shared_from, sums, wide, panel, is_gated, bias,
-                              out)  # fmt: skip
+                    _multiply(x, bounds, first + begin, end - begin, at,
+                              panels_at + place * size, itemsize, table, shared_from, sums,
+                              wide, panel, is_gated, bias, out)  # fmt: skip
                 tasks += count

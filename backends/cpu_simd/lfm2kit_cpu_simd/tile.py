@@ -8,9 +8,10 @@ in registers: 12 of AVX2's 16, 24 of AVX-512's 32.  Row-major x needs no packing
 Weights of 16 bits are widened in registers; where several tiles use them, the first one leaves them
 in float32 for the others.  The arithmetic is the same.
 
-The sum is one chain of fused multiply-adds, the same for every m: its bits depend neither on the
-number of rows nor on a row's place.  `llvm.fmuladd` and not `llvm.fma`, which becomes a
-library call per lane on a CPU without FMA.
+The sum is made of chains of fused multiply-adds (chains.py), the same for every m: its bits depend
+neither on the number of rows nor on a row's place.  A call may begin and end within a chain, whose
+sum so far lies in memory.  `llvm.fmuladd` and not `llvm.fma`, which becomes a library call per lane
+on a CPU without FMA.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ from lfm2kit_cpu_simd.machine import NR, NV, STORAGES, VL
 MR = 6  # rows of a tile
 UNROLL = 4  # steps of k per iteration of the loop
 CACHE_LINE = 64
+# Of a panel's sums.  For x of 2048 floats: 576 KB.
+ROWS_AT_ONCE = 12 * MR
+# The first four are handed over in registers.  The tile looks at `lines` all the time: from memory,
+# it took up to a tenth longer where memory limits the speed.
+ARGUMENTS = [types.intp] * 10
 # The number of tiles from which on it is faster if one widens for all.  BF16 takes less work.
 SHARED_FROM: dict[Format, int] = {F32: sys.maxsize, BF16: 4, F16: 3}
 
@@ -55,21 +61,28 @@ def _multiply(
     m: Any,
     leaves: Any,
     x: Any,
-    stride: Any,
     panel: Any,
-    k: Any,
     out: Any,
-    ahead: Any,
     lines: Any,
+    stride: Any,
+    first: Any,
+    last: Any,
+    bounds: Any,
+    ahead: Any,
     wide: Any,
 ) -> Any:
     """Multiply at addresses: x [m, k] (rows `stride` floats apart), panel [k, NR], out [m, NR].
 
-    `storage` (an index of STORAGES), m and `leaves` are literals.  While it computes, the tile
-    fetches memory from `ahead` on: `lines` cache lines with every UNROLL steps of k.  If it
-    `leaves` its weights, they are in float32 at `wide` [k, NR] afterwards.
+    `storage` (an index of STORAGES), m and `leaves` are literals.  The k are those from `first` to
+    `last` of a product.  `bounds` int64 are where the chain of `first` begins, where it ends, where
+    the next one ends, and so on.  ROWS_AT_ONCE rows after `out` lie the sums [m, NR] of a chain
+    that began in an earlier call, and afterwards of one that ends in a later call.
+
+    While it computes, the tile fetches memory from `ahead` on: `lines` cache lines with every
+    UNROLL steps of k.  If it `leaves` its weights, they are in float32 at `wide` [k, NR]
+    afterwards.
     """
-    signature = types.void(storage, m, leaves, *[types.intp] * 8)
+    signature = types.void(storage, m, leaves, *ARGUMENTS)
     format, rows = STORAGES[storage.literal_value], m.literal_value
     emitter = Emitter(format, rows, leaves=bool(leaves.literal_value))
 
@@ -101,18 +114,23 @@ class Emitter:
         self,
         b: Any,
         x_at: Any,
-        stride: Any,
         panel_at: Any,
-        k: Any,
         out_at: Any,
-        ahead: Any,
         lines: Any,
+        stride: Any,
+        first: Any,
+        last: Any,
+        bounds: Any,
+        ahead: Any,
         wide: Any,
     ) -> None:
         self.builder = b
         fma = ir.FunctionType(self.vector, [self.vector] * 3)
         self.fmuladd = cgutils.get_or_insert_function(b.module, fma, f"llvm.fmuladd.v{self.vl}f32")
-        x = [b.add(x_at, b.mul(stride, self._constant(4 * i))) for i in range(self.rows)]
+        depth = b.sub(last, first)
+        chain = b.add(out_at, self._constant(4 * ROWS_AT_ONCE * self.nv * self.vl))
+        row_bytes = b.mul(stride, self._constant(4))
+        x = [b.add(x_at, b.mul(row_bytes, self._constant(i))) for i in range(self.rows)]
 
         def step(k: Any, sums: Sequence[Any]) -> Sequence[Any]:
             weights = self._row(panel_at, k)
@@ -127,11 +145,57 @@ class Emitter:
                 sums = step(b.add(k, self._constant(u)), sums)
             return sums
 
-        unrolled = b.and_(k, self._constant(-UNROLL))
-        zero = [ir.Constant(self.vector, None)] * (self.rows * self.nv)
-        sums = self._loop(self._constant(0), unrolled, UNROLL, iteration, zero)
-        sums = self._loop(unrolled, k, 1, step, sums)
-        self._add_to(sums, out_at)
+        def piece(begin: Any, bound: Any) -> tuple[Any, Any]:
+            """Emit the k from `begin` on, to the end of their chain or of the call."""
+            following = b.add(bound, self._constant(8))
+            chain_begin, chain_end = (
+                b.sub(self._load(at, self.index), first) for at in (bound, following)
+            )
+            end = b.select(b.icmp_signed("<", depth, chain_end), depth, chain_end)
+            unrolled = b.add(begin, b.and_(b.sub(end, begin), self._constant(-UNROLL)))
+            sums = self._begun(b.icmp_signed("<", chain_begin, begin), chain)
+            sums = self._loop(begin, unrolled, UNROLL, iteration, sums)
+            sums = self._loop(unrolled, end, 1, step, sums)
+            with b.if_else(b.icmp_signed("==", end, chain_end)) as (is_over, goes_on):
+                with is_over:
+                    self._add_to(sums, out_at)
+                with goes_on:
+                    self._store(sums, chain)
+            return end, following
+
+        self._pieces(depth, bounds, piece)
+
+    def _pieces(self, depth: Any, bounds: Any, piece: Any) -> None:
+        """Emit `k = 0; while k < depth: k, bounds = piece(k, bounds)`."""
+        b = self.builder
+        before = b.basic_block
+        head, body, after = map(b.append_basic_block, ("piece.head", "piece.body", "piece.end"))
+        b.branch(head)
+        b.position_at_end(head)
+        phis = [b.phi(self.index) for _ in range(2)]
+        for phi, value in zip(phis, (self._constant(0), bounds), strict=True):
+            phi.add_incoming(value, before)
+        b.cbranch(b.icmp_signed("<", phis[0], depth), body, after)
+        b.position_at_end(body)
+        for phi, value in zip(phis, piece(*phis), strict=True):
+            phi.add_incoming(value, b.basic_block)
+        b.branch(head)
+        b.position_at_end(after)
+
+    def _begun(self, is_begun: Any, chain: Any) -> list[Any]:
+        """Emit the sums that a chain begins with here: those at `chain`, or zeros."""
+        b, count = self.builder, self.rows * self.nv
+        with b.if_else(is_begun) as (then, otherwise):
+            with then:
+                loaded = self._vectors(chain, count)
+                loading = b.basic_block
+            with otherwise:
+                starting = b.basic_block
+        phis = [b.phi(self.vector) for _ in range(count)]
+        for phi, value in zip(phis, loaded, strict=True):
+            phi.add_incoming(value, loading)
+            phi.add_incoming(ir.Constant(self.vector, None), starting)
+        return phis
 
     def _loop(self, first: Any, last: Any, stride: int, iteration: Any, sums: Sequence[Any]) -> Any:
         """Emit `for k in range(first, last, stride)`, whose sums stay in registers."""
@@ -180,7 +244,7 @@ class Emitter:
         if self.storage == F16:
             halves = [self._load(at, self.halves, 2 * self.vl * v) for v in range(self.nv)]
             return [b.fpext(half, self.vector) for half in halves]
-        return [self._load(at, self.vector, 4 * self.vl * v) for v in range(self.nv)]
+        return self._vectors(at, self.nv)
 
     def _widened_pair(self, pair: Any) -> list[Any]:
         """Return the lower and the upper BF16 of each word as float32, by a shift and a mask."""
@@ -193,8 +257,7 @@ class Emitter:
         """Emit the stores of row k of the panel, as `_row` returns it."""
         b = self.builder
         at = b.add(wide, b.mul(k, self._constant(4 * self.vl * self.nv)))
-        for v, value in enumerate(weights):
-            b.store(value, self._vector_at(at, v), align=4)
+        self._store(weights, at)
 
     def _prefetch(self, at: Any, lines: Any) -> None:
         """Emit the fetches of `lines` cache lines into the second-level cache."""
@@ -225,21 +288,25 @@ class Emitter:
         at = self.builder.add(at, self._constant(offset))
         return self.builder.load(self.builder.inttoptr(at, kind.as_pointer()), align=2)
 
+    def _vectors(self, at: Any, count: int) -> list[Any]:
+        return [self._load(at, self.vector, 4 * self.vl * i) for i in range(count)]
+
     def _add_to(self, values: Sequence[Any], at: Any) -> None:
         b = self.builder
-        for i, value in enumerate(values):
-            pointer = self._vector_at(at, i)
-            b.store(b.fadd(b.load(pointer, align=4), value), pointer, align=4)
+        before = self._vectors(at, len(values))
+        self._store([b.fadd(a, value) for a, value in zip(before, values, strict=True)], at)
 
-    def _vector_at(self, at: Any, i: int) -> Any:
+    def _store(self, values: Sequence[Any], at: Any) -> None:
         b = self.builder
-        return b.inttoptr(b.add(at, self._constant(4 * self.vl * i)), self.vector.as_pointer())
+        for i, value in enumerate(values):
+            place = b.add(at, self._constant(4 * self.vl * i))
+            b.store(value, b.inttoptr(place, self.vector.as_pointer()), align=4)
 
     def _constant(self, value: int) -> Any:
         return ir.Constant(self.index, value)
 
 
-TILE = types.void(*[types.intp] * 8)
+TILE = types.void(*ARGUMENTS)
 
 
 def _tile(storage: int, m: int, leaves: int) -> Any:
@@ -251,9 +318,12 @@ def _tile(storage: int, m: int, leaves: int) -> Any:
 
     @c_function(TILE)
     def tile(
-        x: int, stride: int, panel: int, k: int, out: int, ahead: int, lines: int, wide: int
-    ) -> None:
-        _multiply(storage, m, leaves, x, stride, panel, k, out, ahead, lines, wide)
+        x: int, panel: int, out: int, lines: int, stride: int, first: int, last: int, bounds: int,
+        ahead: int, wide: int,
+    ) -> None:  # fmt: skip
+        _multiply(
+            storage, m, leaves, x, panel, out, lines, stride, first, last, bounds, ahead, wide
+        )
 
     return tile
 
@@ -286,21 +356,48 @@ def call_tile(
     typingctx: Any,
     address: Any,
     x: Any,
-    stride: Any,
     panel: Any,
-    k: Any,
     out: Any,
-    ahead: Any,
     lines: Any,
+    stride: Any,
+    first: Any,
+    last: Any,
+    bounds: Any,
+    ahead: Any,
     wide: Any,
 ) -> Any:
-    """Call an entry of a table with the tile's eight arguments."""
-    signature = types.void(*[types.intp] * 9)
+    """Call an entry of a table with the tile's arguments."""
+    signature = types.void(types.intp, *ARGUMENTS)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        integer = ir.IntType(64)
-        function = ir.FunctionType(ir.VoidType(), [integer] * 8)
-        builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
+        _call(builder, args[0], args[1:])
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic
+def call_tile_of_one_chain(
+    typingctx: Any, address: Any, x: Any, stride: Any, panel: Any, k: Any, out: Any
+) -> Any:
+    """Call an entry of a table for a product of k terms in one chain; nothing is fetched ahead."""
+    signature = types.void(*[types.intp] * 6)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        address, x, stride, panel, k, out = args
+        zero = ir.Constant(k.type, 0)
+        memory = cgutils.alloca_once(builder, k.type, 2)
+        builder.store(zero, memory)
+        builder.store(k, builder.gep(memory, [ir.Constant(k.type, 1)]))
+        bounds = builder.ptrtoint(memory, k.type)
+        unused = zero
+        _call(builder, address, [x, panel, out, zero, stride, zero, k, bounds, unused, unused])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _call(builder: Any, address: Any, arguments: Sequence[Any]) -> None:
+    """Emit the call of a tile."""
+    function = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(builder.inttoptr(address, function.as_pointer()), arguments)

@@ -1,6 +1,7 @@
 // out = A @ W in float32, one fused multiply-add per term.  The terms of an output element are
-// kGroups chains, each over its own range of k, added in their order: the same whatever the tile.
-// So its bits depend neither on the batch nor on the heights of tiles.
+// kGroups chains, each over its own range of k, added to +0 in their order (chains.py): the same
+// whatever the tile.  So its bits depend neither on the batch nor on the heights of tiles, and are
+// those of cpu_simd.
 //
 //   a_panels  a panel for each tile of rows, made by `arrange` in panels.cu (panels.cuh)
 //   w_gpkc    matrices packed by `transpose` in packing.cu: groups, panels of 128 columns (padded
@@ -25,6 +26,7 @@
 #include "even_tiles.cuh"
 #include "panels.cuh"
 #include "shared_memory.cuh"
+#include "silu.cuh"
 #include "stages.cuh"
 
 constexpr int kRows = kTallest / 4, kLeastRows = kLowest / 4, kRowsStep = kHeightStep / 4;
@@ -138,9 +140,9 @@ __device__ __forceinline__ void run_as_high(Ring& ring, const Lane& lane, int ro
 }
 
 __device__ __forceinline__ float4 total(const float* from, int pass_rows) {
-  float4 sum = *reinterpret_cast<const float4*>(from);
+  float4 sum = {};
 #pragma unroll
-  for (int group = 1; group < kGroups; ++group) {
+  for (int group = 0; group < kGroups; ++group) {
     float4 v = *reinterpret_cast<const float4*>(from + group * pass_rows * kPassRow);
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
   }
@@ -216,8 +218,10 @@ struct Operands {
     return {listed.x, listed.y, listed.z, column, panel};
   }
 
-  // The rounds in a group's range of k.
-  __device__ int first_round(int group) const { return k / kRound * group / kGroups; }
+  // The rounds in a group's range of k: whole steps, so that all chips add in the same order.
+  __device__ int first_round(int group) const {
+    return k / STEP * group / kGroups * (STEP / kRound);
+  }
   __device__ int rounds(int group) const { return first_round(group + 1) - first_round(group); }
 
   __device__ Ring::Source source(const Tile& tile, int group) const {
@@ -318,7 +322,7 @@ struct Gated {
     // Not `/`, whose rare cases are a call: with one in it, the whole kernel takes half as long again.
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (c + i < n) out[i * height] = __fdividef(gates[i], 1 + expf(-gates[i])) * ups[i];
+      if (c + i < n) out[i * height] = silu(gates[i]) * ups[i];
   }
 };
 

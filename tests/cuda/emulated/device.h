@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <barrier>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -34,7 +35,9 @@ struct Index {
 
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline float __fdividef(float x, float y) { return x / y; }
+inline u32 __float_as_uint(float x) { return std::bit_cast<u32>(x); }
+inline float __uint_as_float(u32 bits) { return std::bit_cast<float>(bits); }
+inline float __int_as_float(u32 bits) { return std::bit_cast<float>(bits); }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline int atomicAdd(int* at, int more) { return std::atomic_ref<int>(*at).fetch_add(more); }

@@ -43,5 +43,3 @@ inline T __shfl_xor_sync(u32 lanes, T mine, int offset) {
 
 inline int __popc(u32 bits) { return std::popcount(bits); }
 inline int __ffs(u32 bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
-inline u32 __float_as_uint(float x) { return std::bit_cast<u32>(x); }
-inline float __int_as_float(u32 bits) { return std::bit_cast<float>(bits); }

@@ -30,7 +30,7 @@ from lfm2kit_cpu_simd.elementwise import exp
 from lfm2kit_cpu_simd.gemm import Float32
 from lfm2kit_cpu_simd.machine import NR
 from lfm2kit_cpu_simd.signatures import FLOAT, IDS, IDS_2D, INT, ROWS, ROWS_OUT, TABLE
-from lfm2kit_cpu_simd.tile import ALONE, MR, TABLES, call_tile
+from lfm2kit_cpu_simd.tile import ALONE, MR, TABLES, call_tile_of_one_chain
 
 ROWS_AT_ONCE = 4 * MR  # of queries: their scores stay in the second-level cache
 # Panels of 1024 tokens.  Sums of sums: one chain over a long context would round worse.
@@ -172,9 +172,9 @@ def _score(
         at = keys[panels[i], head].ctypes.data
         for r in range(0, rows, MR):
             m = min(MR, rows - r)
-            call_tile(
+            call_tile_of_one_chain(
                 table[ALONE, m], queries[r].ctypes.data, head_dim, at, head_dim,
-                scores[i * rows + r].ctypes.data, at, 0, 0,
+                scores[i * rows + r].ctypes.data,
             )  # fmt: skip
 
 
@@ -202,8 +202,8 @@ def _weigh(
             _move(sums, earlier)
         at = values[panels[i], head, part].ctypes.data
         k = max(0, min(NR, seen - i * NR))
-        call_tile(
-            table[ALONE, m], scores[i * rows + r].ctypes.data, NR, at, k, sums.ctypes.data, at, 0, 0
+        call_tile_of_one_chain(
+            table[ALONE, m], scores[i * rows + r].ctypes.data, NR, at, k, sums.ctypes.data
         )
     if count > SUMMED:
         _move(earlier, sums)

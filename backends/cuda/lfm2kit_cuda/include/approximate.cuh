@@ -1,0 +1,10 @@
+// Approximations by single instructions.  They stand alone so that tests can run what is built on
+// them without a GPU (tests/cuda/emulated).
+#pragma once
+
+// 1 / x within a unit of the last place, for a normal x with a normal 1 / x.
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+}
