@@ -358,6 +358,41 @@ def test_trips_of_a_forward_that_has_failed_are_never_made(
     call(device, next_one)
 
 
+def test_trips_that_are_begun_together_are_made_one_after_the_other(
+    device: DeviceMemory, server: Server
+) -> None:
+    """They share the bytes of their arguments and results."""
+    crossings = [server.crossing(f"layers.{i}", Doubling()) for i in range(3)]
+    for crossing in crossings:
+        call(device, crossing)
+    x = np.arange(15, dtype=np.float32).reshape(5, 3)
+    with forward(device, server):
+        trips = [crossing.begin(device.from_host(i + x)) for i, crossing in enumerate(crossings)]
+        results = {i: device.to_host(trips[i].end()) for i in (2, 0, 1)}
+    for i, result in results.items():
+        np.testing.assert_array_equal(result, 2 * (i + x))
+
+
+def test_nothing_waits_for_a_trip_of_a_recording_that_has_failed(
+    device: DeviceMemory, server: Server
+) -> None:
+    """It was never made, and the newest trip has been answered by one worker alone."""
+    one, many = (server.crossing(f"layers.{i}", NativeDoubling()) for i in range(2))
+    for crossing, rows in ((many, 900), (one, 5), (one, 5)):
+        call(device, crossing, rows)
+
+    def fail() -> None:
+        trip = many.begin(device.from_host(np.ones((900, 3), np.float32)))
+        raise MemoryError(str(trip))
+
+    with forward(device, server), pytest.raises(MemoryError):
+        device.recorded(fail)
+    with forward(device, server):
+        there = device.from_host(np.ones((5, 3), np.float32))
+        replay = device.recorded(lambda: one(there))
+        np.testing.assert_array_equal(device.to_host(replay()), np.full((5, 3), 2))
+
+
 def test_a_forward_that_ends_by_itself_keeps_its_error(
     device: DeviceMemory, server: Server
 ) -> None:
