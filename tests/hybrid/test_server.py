@@ -358,6 +358,36 @@ def test_trips_of_a_forward_that_has_failed_are_never_made(
     call(device, next_one)
 
 
+def test_a_block_is_not_called_once_its_forward_has_failed(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker has seen the trip, but gets Python's lock when other arguments lie there."""
+    has_seen, go_on = threading.Event(), threading.Event()
+
+    def held_up(*arguments: int) -> Any:
+        reason = polling.poll(*arguments)
+        has_seen.set()
+        go_on.wait(60)
+        return reason
+
+    monkeypatch.setattr(workers, "poll", held_up)
+    called: list[None] = []
+    crossing = server.crossing("layers.2.experts", Doubling(lambda: called.append(None)))
+
+    def fail() -> None:
+        with forward(device, server):
+            crossing(device.from_host(np.ones((5, 3), np.float32)))
+            assert has_seen.wait(60)
+            raise ZeroDivisionError
+
+    call(device, crossing)
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    go_on.set()
+    call(device, crossing)
+    assert len(called) == 1
+
+
 def test_trips_that_are_begun_together_are_made_one_after_the_other(
     device: DeviceMemory, server: Server
 ) -> None:

@@ -132,12 +132,17 @@ class Workers:
             self._call(worker)
 
     def _call(self, worker: int) -> None:
-        """Call a block that needs Python, and answer, whatever happens."""
+        """Call a block that needs Python, and answer, whatever happens.
+
+        Python's lock may have come late.  If the forward has failed meanwhile, the memory goes on
+        and writes over the arguments: experts sorted by ids that change would read anywhere.
+        """
         trip, number = (int(n) for n in self._channel.sent)
         called = self._calls[number]
         try:
-            with unbound(self._cores[worker]):
-                called()
+            if not self._channel.failed.any():
+                with unbound(self._cores[worker]):
+                    called()
         except BaseException as error:  # raised in the thread that runs the forward
             self._failure = self._failure or (called.name, error)
             publish(_address(self._channel.failed), 1)
