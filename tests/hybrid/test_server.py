@@ -180,7 +180,7 @@ def test_a_model_with_its_choices_on_the_host_is_captured_and_has_the_references
             np.testing.assert_array_equal(model.logits(batch), reference.logits(batch))
     assert len(gpu.replays) == 3
     (server,) = backend._servers.values()
-    assert all(called.native is not None for called in server._workers._calls._calls)
+    assert all(called.native is not None for called in server._workers._calls._calls.values())
     assert {part.crosser for part in model.placed.tree() if part.is_copied} == {"hybrid"}
 
 
@@ -528,6 +528,49 @@ def test_nobody_sleeps_through_the_beginning_of_a_forward(
         server._workers.end()
         for _ in range(i % 50):
             pass
+
+
+class NoThread(threading.Thread):
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fails"),
+    [(workers, "Thread", NoThread), (os, "pipe", raising(OSError(24, "Too many open files")))],
+)
+def test_a_worker_that_cannot_start_is_started_by_the_next_forward(
+    where: Any,
+    name: str,
+    fails: Any,
+    device: DeviceMemory,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crossing = server.crossing("layers.2", NativeDoubling())
+    said = r"layers\.2: thread 1 of the 1 that share it cannot start \(.*\); see ulimit"
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, fails)
+        with pytest.raises(Lfm2kitError, match=said):
+            call(device, crossing)
+    monkeypatch.setattr(server._workers, "_deadline", 1.0)
+    for _ in range(3):
+        call(device, crossing)
+
+
+def test_an_interrupt_while_a_call_is_made_leaves_the_channel_whole(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(called: Any, parts: int) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    crossing = server.crossing("layers.2", NativeDoubling())
+    monkeypatch.setattr(server._workers, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        call(device, crossing)
+    for _ in range(3):
+        call(device, crossing)
 
 
 def test_threads_end_with_their_server(device: DeviceMemory) -> None:
