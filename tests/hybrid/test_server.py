@@ -530,6 +530,47 @@ def test_nobody_sleeps_through_the_beginning_of_a_forward(
             pass
 
 
+def test_an_interrupt_just_before_a_forward_lets_the_workers_sleep(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin() -> None:
+        monkeypatch.undo()
+        server._workers.begin()
+        raise KeyboardInterrupt
+
+    crossing = server.crossing("layers.2", NativeDoubling())
+    for _ in range(2):
+        call(device, crossing)
+    monkeypatch.setattr(server._workers, "begin", begin)
+    with pytest.raises(KeyboardInterrupt):
+        call(device, crossing)
+    assert server._workers._board[SERVING] & 1 == 0
+    call(device, crossing)
+
+
+def test_a_second_interrupt_leaves_no_mark_of_failure_to_the_next_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes before the memory is told not to wait, which then does until its deadline."""
+    device = DeviceMemory(longest_wait=0.2)
+    server = Server(device, [None])
+    go_on = threading.Event()
+    crossing = server.crossing("layers.2", Doubling(lambda: go_on.wait(60)))
+    call(device, crossing)
+
+    def fail() -> None:
+        with forward(device, server):
+            crossing(device.from_host(np.ones((5, 3), np.float32)))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(server._workers, "give_up", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    monkeypatch.undo()
+    go_on.set()
+    call(device, crossing)
+
+
 class NoThread(threading.Thread):
     def start(self) -> None:
         raise RuntimeError("can't start new thread")

@@ -43,17 +43,22 @@ class Server:
     @contextmanager
     def serving(self) -> Iterator[None]:
         with self._lock:
-            self._workers.begin()
             try:
-                yield
-            except BaseException as error:
-                self._workers.give_up()
-                if isinstance(error, Exception):
-                    self._workers.check()  # a block's failure is the cause
-                raise
+                self._workers.begin()
+                yield from self._forward()
             finally:
                 self._workers.end()
             self._workers.check()
+
+    def _forward(self) -> Iterator[None]:
+        """Yield once; what is raised meanwhile ends the forward for the memory as well."""
+        try:
+            yield
+        except BaseException as error:
+            self._workers.give_up()
+            if isinstance(error, Exception):
+                self._workers.check()  # a block's failure is the cause
+            raise
 
     def crossing(self, name: str, block: Block) -> HostCrossing:
         """Return a block of the host's memory as one of the memory that is served."""

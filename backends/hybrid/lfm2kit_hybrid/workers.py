@@ -57,8 +57,11 @@ class Workers:
                 ) from error
 
     def begin(self) -> None:
-        """Serve a forward.  Raises `Lfm2kitError` if a call of one that failed still runs."""
-        if self._is_shaken:
+        """Serve a forward.  Raises `Lfm2kitError` if a call of one that failed still runs.
+
+        Marks of failure are looked at as well: a second interrupt may have come before `give_up`.
+        """
+        if self._is_shaken or self._channel.failed.any():
             self._recover()
         polling.begin(self._board.address)
 
