@@ -201,9 +201,10 @@ class LFM2:
     def running(self) -> Iterator[None]:
         """Give a forward its surroundings: a stream in each ordered memory, and the servers.
 
-        `logits` does this; only who calls `forward` needs it.
+        `logits` does this; only who calls `forward` needs it, and calls no `logits` inside.  Other
+        threads' forwards of this model wait until the context is left.
         """
-        with ExitStack() as around:
+        with self._lock, ExitStack() as around:
             for memory in self._ordered:
                 around.enter_context(own_stream(memory))
             for server in self.servers:

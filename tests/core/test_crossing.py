@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,17 @@ def test_the_server_serves_during_forwards_only() -> None:
     for forwards in (1, 2):
         model.logits(Batch.of_sequences(SEQUENCES))
         assert (backend.server.forwards, backend.server.is_serving) == (forwards, False)
+
+
+def test_running_keeps_the_forwards_of_other_threads_out() -> None:
+    """Else one thread may hold the model and wait for its server, while another holds that."""
+    model, _ = crossing_model()
+    has_lock: list[bool] = []
+    thread = Thread(target=lambda: has_lock.append(model._lock.acquire(blocking=False)))
+    with model.running():
+        thread.start()
+        thread.join()
+    assert has_lock == [False]
 
 
 def test_a_failure_of_a_server_is_the_forwards_and_the_next_one_works(expected: Any) -> None:

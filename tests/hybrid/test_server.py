@@ -657,6 +657,27 @@ def test_two_forwards_at_once_take_turns(device: DeviceMemory, server: Server) -
     assert not errors
 
 
+def test_a_forward_inside_a_forward_is_refused(device: DeviceMemory, server: Server) -> None:
+    """It would wait for itself."""
+    errors: list[BaseException] = []
+    crossing = server.crossing("layers.2", NativeDoubling())
+
+    def nested() -> None:
+        with forward(device, server):
+            try:
+                call(device, crossing)
+            except Lfm2kitError as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=nested, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert [str(error).partition(";")[0] for error in errors] == [
+        "a forward of this model runs in this thread already"
+    ]
+    call(device, crossing)
+
+
 ENDS = """
 import os, sys
 import numpy as np

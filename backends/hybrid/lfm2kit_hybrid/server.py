@@ -5,12 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from lfm2kit.backend import ArrayForm, Block, Call, CallsNatively, Ordered, Pending, Signals
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.progress import THIS_PROCESS
 from lfm2kit_hybrid.calls import Called
 from lfm2kit_hybrid.workers import Workers
@@ -33,6 +34,7 @@ class Server:
         deadline = THIS_PROCESS.deadline
         self._memory = memory
         self._lock = Lock()  # one forward at a time
+        self._thread: int | None = None  # the one that runs it, or has run the one before
         self._most = len(cores)
         self._channel = memory.channel(len(cores), deadline)
         self._workers = Workers(self._channel, cores, deadline)
@@ -42,8 +44,14 @@ class Server:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
+        if self._lock.locked() and self._thread == get_ident():
+            raise Lfm2kitError(
+                "a forward of this model runs in this thread already; call logits outside of "
+                "running(), and not from a block"
+            )
         with self._lock:
             try:
+                self._thread = get_ident()
                 self._workers.begin()
                 yield from self._forward()
             finally:
