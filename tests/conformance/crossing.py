@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ import numpy as np
 from lfm2kit.backend import HOST, Batch, Block, Crossing, Memory, Spec, Weights
 from lfm2kit.batch_rules import ARRAYS
 from lfm2kit.building.results import RETURNED
+from lfm2kit.pending import Pending
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.seam import begun
 from lfm2kit.specs import Choice, Scores
 from lfm2kit.testing.device import DeviceArray, DeviceMemory
 from lfm2kit.testing.device_channel import DeviceCall, DeviceChannel
@@ -95,8 +98,14 @@ class DeviceBackend(ReferenceBackend):
 class CrossingBackend(ReferenceBackend):
     """Crosses choices and scores by a simple server."""
 
-    def __init__(self, server: type[SimpleServer] = SimpleServer, deadline: float = 20.0) -> None:
+    def __init__(
+        self,
+        server: type[SimpleServer] = SimpleServer,
+        deadline: float = 20.0,
+        made: type[SimpleCrossing] = SimpleCrossing,
+    ) -> None:
         self.server = server
+        self.made = made
         self.deadline = deadline
         self.servers: dict[str, SimpleServer] = {}
 
@@ -106,7 +115,7 @@ class CrossingBackend(ReferenceBackend):
     def crossing(self, name: str, spec: Spec, block: Block, memory: Memory, outer: Any) -> Crossing:
         if outer.name not in self.servers:
             self.servers[outer.name] = self.server(outer.channel(1, self.deadline))
-        return SimpleCrossing(name, block, outer, self.servers[outer.name])
+        return self.made(name, block, outer, self.servers[outer.name])
 
 
 # Servers that are wrong in one way each.
@@ -161,6 +170,23 @@ class NamesTheFirstCall(SimpleServer):
     def _check(self) -> None:
         if self.failure is not None or self.channel.failed[1]:
             raise RuntimeError(f"{self._calls[0][0]} has failed")
+
+
+class SendsBesideAnotherTrip(SimpleCrossing):
+    """Begins a trip while another one lies in the same bytes."""
+
+    def begin(self, *inputs: Any) -> Pending:
+        shapes = tuple(array.shape for array in inputs)
+        if shapes not in self._calls:
+            return begun(self.__call__, *inputs)
+        call, is_tuple = self._calls[shapes]
+        call.send(*inputs)
+
+        def end() -> Any:
+            results = call.receive()
+            return results if is_tuple else results[0]
+
+        return SimpleNamespace(end=end)
 
 
 # Devices whose channels are wrong in one way each.

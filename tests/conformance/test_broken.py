@@ -336,6 +336,10 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         CrossingBackend(crossing.NamesTheFirstCall),
         ("crossings-fail-by-name",),
     ),
+    "two trips at once": (
+        CrossingBackend(made=crossing.SendsBesideAnotherTrip),
+        ("crossings-have-the-blocks-bits",),
+    ),
     "a wait left out": (device_with(crossing.WaitsForNothing), ("channels-carry-every-trip",)),
     "a worker's share left out": (
         device_with(crossing.WaitsForTheFirstWorker),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Block, Crosses, Crossing
+from lfm2kit.seam import begun
 from lfm2kit.specs import Spec
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
@@ -40,7 +41,7 @@ def crossings_have_the_blocks_bits(trial: Trial) -> None:
     """A crossing returns what its block returns, whatever was called before.
 
     Two blocks of one kind take turns, with the same and with other numbers of rows, and nobody
-    waits between their calls.
+    waits between their calls.  Then both are begun before either is ended.
     """
     device = DeviceMemory(DELAY)
     for spec in _crossed_specs(trial, device):
@@ -49,7 +50,8 @@ def crossings_have_the_blocks_bits(trial: Trial) -> None:
             inputs = [random_inputs(spec, trial.rng, rows) for _ in range(3)]
             with _forward(device, pair[0]):
                 there = [[device.from_host(array) for array in one] for one in inputs]
-                got = [[one.crossing(*arrays) for one in pair] for arrays in there]
+                got = [[one.crossing(*arrays) for one in pair] for arrays in there[:2]]
+                got.append(_begun_together(pair, there[2]))
                 found = [[_to_host(device, result) for result in results] for results in got]
             for values, results in zip(inputs, found, strict=True):
                 for one, result, name in zip(pair, results, NAMES, strict=True):
@@ -157,6 +159,11 @@ def _faulty(
 
     assert isinstance(trial.backend, Crosses)
     return Crossed(faulty, trial.backend.crossing(name, spec, faulty, HOST, device))
+
+
+def _begun_together(pair: Sequence[Crossed], arrays: Sequence[DeviceArray]) -> list[Any]:
+    pending = [begun(one.crossing, *arrays) for one in pair]
+    return [one.end() for one in pending]
 
 
 def _calls_twice(pair: Sequence[Crossed], sources: Sequence[DeviceArray]) -> list[Any]:
