@@ -201,8 +201,9 @@ class LFM2:
     def running(self) -> Iterator[None]:
         """Give a forward its surroundings: a stream in each ordered memory, and the servers.
 
-        `logits` does this; only who calls `forward` needs it, and calls no `logits` inside.  Other
-        threads' forwards of this model wait until the context is left.
+        `logits` does this; only who calls `forward` needs it, and calls no `logits` inside.  Copy
+        the result to the host inside as well: servers answer no trip once the context is left, and
+        what they have not answered is NaN.  Other threads' forwards of this model wait meanwhile.
         """
         with self._lock, ExitStack() as around:
             for memory in self._ordered:
