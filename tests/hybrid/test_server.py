@@ -435,6 +435,26 @@ def test_a_forward_wakes_all_whom_the_one_before_needed(
         until(lambda: asleep(server) == [1, 2])
 
 
+def test_the_other_workers_sleep_while_a_block_that_needs_python_computes(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a block computes on all cores.  They are there again as soon as it has returned."""
+    monkeypatch.setattr(workers, "PATIENCE", 1 << 60)
+    monkeypatch.setattr(workers, "LINGER", 1 << 60)
+    shared = server.crossing("layers.2.choice", NativeDoubling())
+    experts = server.crossing(
+        "layers.2.experts", Doubling(lambda: until(lambda: asleep(server) == [1, 2]))
+    )
+    for crossing in (shared, shared, experts):
+        call(device, crossing, 900)
+    x = np.ones((900, 3), np.float32)
+    with forward(device, server):
+        for _ in range(3):
+            for crossing in (shared, experts):
+                np.testing.assert_array_equal(device.to_host(crossing(device.from_host(x))), 2 * x)
+            until(lambda: asleep(server) == [])
+
+
 def test_nobody_sleeps_through_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that sleep as soon as they may are woken at every step."""
     monkeypatch.setattr(workers, "LINGER", 1)

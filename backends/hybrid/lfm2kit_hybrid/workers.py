@@ -20,7 +20,17 @@ from lfm2kit_hybrid import polling
 from lfm2kit_hybrid.board import CLOSED, NOTED, SEEN, SERVING, Board
 from lfm2kit_hybrid.calls import Called, Calls
 from lfm2kit_hybrid.cores import bind, unbound
-from lfm2kit_hybrid.polling import CALL, LINGER, PATIENCE, PAUSES, observe, poll, publish, wake
+from lfm2kit_hybrid.polling import (
+    CALL,
+    LINGER,
+    PATIENCE,
+    PAUSES,
+    call_back,
+    observe,
+    poll,
+    publish,
+    wake,
+)
 
 LEAVING = 1.0  # seconds that a worker gets to leave
 LOOK = 1e-3  # seconds between two looks at whether the calls of a failed forward have returned
@@ -143,6 +153,7 @@ class Workers:
             publish(_address(self._channel.failed), 1)
         publish(self._board.address + self._board.of(worker, SEEN), trip)
         publish(_address(self._channel.answered[worker]), trip)
+        call_back(self._board.address)
 
     def _take_table(self, table: npt.NDArray[Any]) -> None:
         self._board.set_table(_address(table))
