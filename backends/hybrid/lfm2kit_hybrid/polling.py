@@ -9,9 +9,10 @@ Waking needs no Python either.  `begin` wakes the first worker, and this one wak
 soon as a forward begins if the one before had a call of several shares, otherwise when there is
 such a call.  Workers look on for a while after a forward, and then sleep.
 
-A block that needs Python computes on all cores, in the first worker's name.  A worker that looked
-on meanwhile would take a core from it, and all its threads would wait for the one without.  So the
-others sleep until it has returned (`call_back`).
+A block that needs Python computes on all cores, in the first worker's name.  The others sleep
+until it has returned (`call_back`): one that looked on could take a core from it, even if it
+offered the core at every look, because some versions of Linux give such a thread its share all the
+same.  All threads of the block would then wait for the one without a core.
 """
 
 from __future__ import annotations

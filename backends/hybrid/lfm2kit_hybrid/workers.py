@@ -13,6 +13,7 @@ from threading import Thread, current_thread
 from typing import Any
 
 import numpy.typing as npt
+from lfm2kit_cpu_simd.crew import CREW
 
 from lfm2kit.backend import Channel
 from lfm2kit.errors import Lfm2kitError, Option
@@ -39,7 +40,14 @@ LOOK = 1e-3  # seconds between two looks at whether the calls of a failed forwar
 class Workers:
     """The threads of one channel, which start when a call needs them."""
 
-    def __init__(self, channel: Channel, cores: Sequence[int | None], deadline: float) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        cores: Sequence[int | None],
+        deadline: float,
+        block_threads: int | None = None,
+    ) -> None:
+        self._block_threads = block_threads
         self._channel = channel
         self._cores = cores
         self._deadline = deadline
@@ -132,6 +140,8 @@ class Workers:
 
     def _work(self, worker: int) -> None:
         bind(self._cores[worker])
+        if self._block_threads is not None:
+            CREW.hire(min(self._block_threads, CREW.size()))
         channel = self._channel
         sent, failed, answered = map(
             _address, (channel.sent, channel.failed, channel.answered[worker])
