@@ -42,8 +42,9 @@ class Crossing(Protocol):
     that it can be captured.  The first call with arguments of new shapes may wait.
 
     A crossing may also have `begin` (see `lfm2kit.pending`), which enqueues the sending; `end` then
-    enqueues the wait for the answer.  What is enqueued between the two runs beside the block, and
-    nothing else is sent through the same channel.
+    enqueues the wait for the answer.  What is enqueued between the two runs beside the block.  If
+    another crossing of the same channel is called between them, the wait is enqueued before its
+    trip is sent.
     """
 
     @property

@@ -170,18 +170,12 @@ class LFM2:
             )
         host = batch.on(HOST)
         self._check_ids(host)
-        with self._lock, self.running():
-            if state is None:
-                if (starts := host.starts).any():
-                    row = int(np.flatnonzero(starts)[0])
-                    raise ValueError(
-                        f"sequence {row} starts at position {starts[row]}, but there is no state"
-                    )
-                return self._run(host, None)
-            self._check_state(state)
-            state.ledger.begin(host)
-            logits = self._run(host, state)
-            state.ledger.complete(host)
+        with self._lock:
+            with self.running():
+                self._begin(host, state)
+                logits = self._run(host, state)
+            if state is not None:  # not before the servers have said that nothing has failed
+                state.ledger.complete(host)
             return logits
 
     def new_state(self, room: Room) -> ModelState:
@@ -225,6 +219,17 @@ class LFM2:
             raise ValueError(
                 f"token id {token_ids[row]} in row {row}, which is of sequence {sequence}, lies "
                 f"outside the vocabulary of {size}"
+            )
+
+    def _begin(self, host: Batch, state: ModelState | None) -> None:
+        """Raise ValueError or TypeError if the batch cannot go on from the state, or from none."""
+        if state is not None:
+            self._check_state(state)
+            state.ledger.begin(host)
+        elif (starts := host.starts).any():
+            row = int(np.flatnonzero(starts)[0])
+            raise ValueError(
+                f"sequence {row} starts at position {starts[row]}, but there is no state"
             )
 
     def _check_state(self, state: ModelState) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from lfm2kit.building.results import checked
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.model import LFM2
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.state import Room
 from tests.core.small import build, creator, random_weights, small_spec
 from tests.core.test_model import SEQUENCES, Box, CapturingBackend
 
@@ -123,6 +124,19 @@ def test_a_failure_of_a_server_is_the_forwards_and_the_next_one_works(expected: 
     with pytest.raises(Lfm2kitError, match=r"layers\.2 failed"):
         model.logits(Batch.of_sequences(SEQUENCES))
     np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
+
+
+def test_what_a_forward_with_a_failure_has_written_to_a_state_is_lost() -> None:
+    """A crossing's failure is raised when its results, which mean nothing, have gone through."""
+    model, backend = crossing_model()
+    state = model.new_state(Room(1, 64))
+    for step, failure in enumerate([None, None, Lfm2kitError("layers.2 failed")]):
+        backend.server.failure = failure
+        with nullcontext() if failure is None else pytest.raises(Lfm2kitError, match=r"layers\.2"):
+            model.logits(Batch.of_sequences([[5]], starts=[step], pages=[[0]]), state)
+    with pytest.raises(ValueError, match="page 0 was lost when a forward failed"):
+        model.logits(Batch.of_sequences([[5]], starts=[3], pages=[[0]]), state)
+    model.logits(Batch.of_sequences([[5]], starts=[0], pages=[[0]]), state)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_a_model_with_its_choices_on_the_host_is_captured_and_has_the_references
             np.testing.assert_array_equal(model.logits(batch), reference.logits(batch))
     assert len(gpu.replays) == 3
     (server,) = backend._servers.values()
-    assert all(called.native is not None for called in server._workers._calls._calls)
+    assert all(called.native is not None for called in server._workers._calls._calls.values())
     assert {part.crosser for part in model.placed.tree() if part.is_copied} == {"hybrid"}
 
 
@@ -360,6 +360,71 @@ def test_trips_of_a_forward_that_has_failed_are_never_made(
     call(device, next_one)
 
 
+def test_a_block_is_not_called_once_its_forward_has_failed(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker has seen the trip, but gets Python's lock when other arguments lie there."""
+    has_seen, go_on = threading.Event(), threading.Event()
+
+    def held_up(*arguments: int) -> Any:
+        reason = polling.poll(*arguments)
+        has_seen.set()
+        go_on.wait(60)
+        return reason
+
+    monkeypatch.setattr(workers, "poll", held_up)
+    called: list[None] = []
+    crossing = server.crossing("layers.2.experts", Doubling(lambda: called.append(None)))
+
+    def fail() -> None:
+        with forward(device, server):
+            crossing(device.from_host(np.ones((5, 3), np.float32)))
+            assert has_seen.wait(60)
+            raise ZeroDivisionError
+
+    call(device, crossing)
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    go_on.set()
+    call(device, crossing)
+    assert len(called) == 1
+
+
+def test_trips_that_are_begun_together_are_made_one_after_the_other(
+    device: DeviceMemory, server: Server
+) -> None:
+    """They share the bytes of their arguments and results."""
+    crossings = [server.crossing(f"layers.{i}", Doubling()) for i in range(3)]
+    for crossing in crossings:
+        call(device, crossing)
+    x = np.arange(15, dtype=np.float32).reshape(5, 3)
+    with forward(device, server):
+        trips = [crossing.begin(device.from_host(i + x)) for i, crossing in enumerate(crossings)]
+        results = {i: device.to_host(trips[i].end()) for i in (2, 0, 1)}
+    for i, result in results.items():
+        np.testing.assert_array_equal(result, 2 * (i + x))
+
+
+def test_nothing_waits_for_a_trip_of_a_recording_that_has_failed(
+    device: DeviceMemory, server: Server
+) -> None:
+    """It was never made, and the newest trip has been answered by one worker alone."""
+    one, many = (server.crossing(f"layers.{i}", NativeDoubling()) for i in range(2))
+    for crossing, rows in ((many, 900), (one, 5), (one, 5)):
+        call(device, crossing, rows)
+
+    def fail() -> None:
+        trip = many.begin(device.from_host(np.ones((900, 3), np.float32)))
+        raise MemoryError(str(trip))
+
+    with forward(device, server), pytest.raises(MemoryError):
+        device.recorded(fail)
+    with forward(device, server):
+        there = device.from_host(np.ones((5, 3), np.float32))
+        replay = device.recorded(lambda: one(there))
+        np.testing.assert_array_equal(device.to_host(replay()), np.full((5, 3), 2))
+
+
 def test_a_forward_that_ends_by_itself_keeps_its_error(
     device: DeviceMemory, server: Server
 ) -> None:
@@ -485,6 +550,49 @@ def test_nobody_sleeps_through_the_beginning_of_a_forward(
         server._workers.end()
         for _ in range(i % 50):
             pass
+
+
+class NoThread(threading.Thread):
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fails"),
+    [(workers, "Thread", NoThread), (os, "pipe", raising(OSError(24, "Too many open files")))],
+)
+def test_a_worker_that_cannot_start_is_started_by_the_next_forward(
+    where: Any,
+    name: str,
+    fails: Any,
+    device: DeviceMemory,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crossing = server.crossing("layers.2", NativeDoubling())
+    said = r"layers\.2: thread 1 of the 1 that share it cannot start \(.*\); see ulimit"
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, fails)
+        with pytest.raises(Lfm2kitError, match=said):
+            call(device, crossing)
+    monkeypatch.setattr(server._workers, "_deadline", 1.0)
+    for _ in range(3):
+        call(device, crossing)
+
+
+def test_an_interrupt_while_a_call_is_made_leaves_the_channel_whole(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(called: Any, parts: int) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    crossing = server.crossing("layers.2", NativeDoubling())
+    monkeypatch.setattr(server._workers, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        call(device, crossing)
+    for _ in range(3):
+        call(device, crossing)
 
 
 def test_threads_end_with_their_server(device: DeviceMemory) -> None:

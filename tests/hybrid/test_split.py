@@ -40,10 +40,13 @@ def model_of(plan: str, gpu: DeviceBackend | None = None, host: Any = None) -> L
 
 
 @pytest.mark.parametrize("default", ["hybrid", "device"])
-def test_a_split_model_has_the_same_bits_with_and_without_crossings(default: str) -> None:
-    """With crossings it is captured."""
+@pytest.mark.parametrize("others", ["", ",streamed_experts=host", ",experts=host"])
+def test_a_split_model_has_the_same_bits_with_and_without_crossings(
+    default: str, others: str
+) -> None:
+    """With crossings it is captured; several parts of a layer may be crossed to."""
     gpu = DeviceBackend(DeviceMemory(1e-4))
-    model = model_of(f"{default},host_experts=host", gpu)
+    model = model_of(f"{default},host_experts=host{others}", gpu)
     expected = build(small_spec(), rewrites=[experts_split(PLACES)]).logits(BATCH)
     for _ in range(8):
         np.testing.assert_array_equal(model.logits(BATCH), expected)

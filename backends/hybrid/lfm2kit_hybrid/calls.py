@@ -55,7 +55,7 @@ class Calls:
 
     def __init__(self, publish: Callable[[npt.NDArray[Any]], None]) -> None:
         self._publish = publish  # tells the workers of a new table
-        self._calls: list[Called] = []
+        self._calls: dict[int, Called] = {}  # an interrupt may have left out a number
         self._table = np.zeros((64, ENTRY), np.int64)
         self._outgrown: list[npt.NDArray[np.int64]] = []  # a worker may be reading one of them
         publish(self._table)
@@ -64,15 +64,14 @@ class Calls:
         return self._calls[number]
 
     def add(self, called: Called, parts: int) -> None:
-        """Add the channel's next call, before its first trip."""
+        """Add the channel's newest call, before its first trip."""
         number = called.call.number
-        assert number == len(self._calls), "somebody else has made a call of this channel"
-        if number == len(self._table):
+        while number >= len(self._table):
             self._outgrown.append(self._table)
             self._table = np.concatenate([self._table, np.zeros_like(self._table)])
             self._publish(self._table)
         self._table[number] = called.entry(parts)
-        self._calls.append(called)
+        self._calls[number] = called
 
 
 def _addresses(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uintp]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
@@ -39,6 +39,8 @@ class Server:
         self._most = len(cores)
         self._channel = memory.channel(len(cores), deadline)
         self._workers = Workers(self._channel, cores, deadline, threads)
+        # Weak: nobody waits for a trip of a forward, or of a recording, that has failed.
+        self._newest: Callable[[], _Trip | None] = lambda: None
         weakref.finalize(self, self._workers.close)
 
     @contextmanager
@@ -71,16 +73,34 @@ class Server:
         self._workers.add(Called(name, block, call, native), workers)
         return call
 
+    def send(self, call: Call, is_tuple: bool, inputs: Sequence[Any]) -> Pending:
+        """Enqueue a trip, after the answer to the one before: both would lie in the same bytes."""
+        if (before := self._newest()) is not None:
+            before.receive()
+        call.send(*inputs)
+        trip = _Trip(call, is_tuple)
+        self._newest = weakref.ref(trip)
+        return trip
 
-class _Sent(NamedTuple):
-    """A trip whose answer has not been enqueued yet."""
 
-    call: Call
-    is_tuple: bool  # the result
+class _Trip:
+    """A trip that has been sent."""
+
+    def __init__(self, call: Call, is_tuple: bool) -> None:
+        self._call: Call | None = call  # None: the wait for its answer has been enqueued
+        self._is_tuple = is_tuple  # the result
+        self._results: tuple[Any, ...] = ()
+
+    def receive(self) -> None:
+        """Enqueue the wait for the answer, unless that has been done."""
+        if self._call is not None:
+            call, self._call = self._call, None
+            self._results = call.receive()
 
     def end(self) -> Any:
-        results = self.call.receive()
-        return results if self.is_tuple else results[0]
+        self.receive()
+        results, self._results = self._results, ()
+        return results if self._is_tuple else results[0]
 
 
 class _Answered(NamedTuple):
@@ -113,9 +133,7 @@ class HostCrossing:
         shapes = tuple(tuple(array.shape) for array in inputs)
         if shapes not in self._calls:
             return _Answered(self._first(shapes, inputs))
-        call, is_tuple = self._calls[shapes]
-        call.send(*inputs)
-        return _Sent(call, is_tuple)
+        return self.server.send(*self._calls[shapes], inputs)
 
     def _first(self, shapes: Shapes, inputs: Sequence[Any]) -> Any:
         arriving = [self._outer.start_to_host(array) for array in inputs]

@@ -59,13 +59,20 @@ class Workers:
         self._calls = Calls(self._take_table)
 
     def add(self, called: Called, parts: int) -> None:
-        """Add a call that is shared by `parts` workers."""
+        """Add a call that is shared by `parts` workers.
+
+        Raises `Lfm2kitError` if the system gives a thread or a pipe no more; the next call may try
+        again.
+        """
         self._calls.add(called, parts)
         for worker in range(len(self._threads), parts):
-            self._board.open(worker)
-            name = f"lfm2kit-hybrid-{worker}"
-            self._threads.append(Thread(target=self._work, args=[worker], name=name, daemon=True))
-            self._threads[worker].start()
+            try:
+                self._start(worker)
+            except (OSError, RuntimeError) as error:
+                raise Lfm2kitError(
+                    f"{called.name}: thread {worker + 1} of the {parts} that share it cannot start "
+                    f"({error}); see ulimit -n and ulimit -u"
+                ) from error
 
     def begin(self) -> None:
         """Serve a forward.  Raises `Lfm2kitError` if a call of one that failed still runs."""
@@ -138,6 +145,17 @@ class Workers:
         for worker in range(len(self._threads)):
             wake(self._board.address, worker)
 
+    def _start(self, worker: int) -> None:
+        self._board.open(worker)
+        name = f"lfm2kit-hybrid-{worker}"
+        thread = Thread(target=self._work, args=[worker], name=name, daemon=True)
+        self._threads.append(thread)  # before: after an interrupt in `start`, it runs
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.pop()
+            raise
+
     def _work(self, worker: int) -> None:
         bind(self._cores[worker])
         if self._block_threads is not None:
@@ -152,12 +170,17 @@ class Workers:
             self._call(worker)
 
     def _call(self, worker: int) -> None:
-        """Call a block that needs Python, and answer, whatever happens."""
+        """Call a block that needs Python, and answer, whatever happens.
+
+        Python's lock may have come late.  If the forward has failed meanwhile, the memory goes on
+        and writes over the arguments: experts sorted by ids that change would read anywhere.
+        """
         trip, number = (int(n) for n in self._channel.sent)
         called = self._calls[number]
         try:
-            with unbound(self._cores[worker]):
-                called()
+            if not self._channel.failed.any():
+                with unbound(self._cores[worker]):
+                    called()
         except BaseException as error:  # raised in the thread that runs the forward
             self._failure = self._failure or (called.name, error)
             publish(_address(self._channel.failed), 1)
