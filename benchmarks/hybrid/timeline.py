@@ -147,12 +147,15 @@ def layers(spans: Sequence[Span]) -> Iterator[list[Span]]:
 
 
 def idle_of(layer: Sequence[Span], end: float) -> float:
-    """Return the microseconds until `end` in which no kernel runs but one that waits."""
-    idle, busy_until = 0.0, layer[0].start
+    """Return the microseconds until `end` in which no kernel works, though some may wait."""
+    idle, busy_until, waits_until = 0.0, layer[0].start, 0.0
     for span in layer:
         if span.name == WAITING:
+            waits_until = span.end
             continue
-        idle += max(0.0, span.start - busy_until)
+        # A kernel that was placed early also waits for the one that waits.
+        start = max(span.start, waits_until) if span.end > waits_until else span.start
+        idle += max(0.0, start - busy_until)
         busy_until = max(busy_until, span.end)
     return idle + max(0.0, end - busy_until)
 

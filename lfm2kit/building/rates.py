@@ -19,7 +19,7 @@ from lfm2kit.backend import Ceilings, Weights
 from lfm2kit.building.records import Record, read_record
 from lfm2kit.errors import Lfm2kitError
 
-KIND, VERSION = "lfm2kit rates", 1
+KIND, VERSION = "lfm2kit rates", 2
 MADE_BY = "measure with lfm2kit calibrate"
 MOST_ROWS = 2**26  # of a product
 MOST_BYTES = 2**50  # of an expert
@@ -64,7 +64,10 @@ class Rates:
 
 
 class Link(NamedTuple):
-    """Bytes per second between the host's memory and another one, each way alone."""
+    """Bytes per second between the host's memory and another one, each way alone.
+
+    From the host they are those of streamed experts, where the backend streams them.
+    """
 
     from_host: float
     to_host: float

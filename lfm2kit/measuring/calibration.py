@@ -1,7 +1,9 @@
 """Measures how fast this machine computes a model's experts, and moves bytes between its memories.
 
 Each backend that could compute experts gets a few of the model's, more than caches hold, and the
-same number of rows for each of them.
+same number of rows for each of them.  The way to a device is measured with the same experts,
+streamed as a model streams them: a plain copy from memory that is not pinned takes several times as
+long.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from lfm2kit.building.records import LEAST
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring.timing import Timing, timed
 from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
+from lfm2kit.rewrites import StreamedExperts
+from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
 from lfm2kit.specs import Spec
 
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)  # of each expert
 EXPERTS_BYTES = 512 * 2**20  # of those that are measured, as float32: more than caches hold
-LINK_BYTES = 256 * 2**20
+LINK_BYTES = 256 * 2**20  # of a plain copy
 PRODUCT_SECONDS = 12.0  # for the products of one backend: what would take longer is not measured
 REPETITIONS, CALL_SECONDS = 7, 0.5  # of each call: how often, unless these seconds are over
 # Calls that a memory with streams is given at once: the host enqueues the next ones meanwhile.
@@ -153,16 +157,20 @@ def _side(setup: Setup, one: Measurable, watch: Stopwatch, done: Callable[[], No
     assert isinstance(placed.spec, specs.Experts)
     assert placed.backend is not None
     asked = Answers(setup.create(placed.backend), placed.backend, placed.name)
-    count = len(placed.spec.local_experts)
+    kept = setup.sizes.kept(placed) or setup.stored_bytes(placed)
+    expert_bytes = kept // len(placed.spec.local_experts)
     block = setup.build_block(placed, tokens=_tokens(placed.spec, ROWS[-1]))
     product = _product(placed.spec, block, watch, done)
-    link = None if placed.memory.name == HOST.name else _link(placed.memory, watch)
+    del block
+    link = None if placed.memory.name == HOST.name else _link(watch)
+    if link is not None and (seconds := _streaming(setup, placed, asked, watch)) is not None:
+        link = link._replace(from_host=expert_bytes / seconds)
     ceilings = asked.ceilings() if isinstance(asked.backend, Measures) else None
     done()
     return Side(
         one.experts,
         placed.memory.name,
-        (setup.sizes.kept(placed) or setup.stored_bytes(placed)) // count,
+        expert_bytes,
         product,
         link,
         ceilings,
@@ -198,9 +206,24 @@ def _tokens(spec: specs.Experts, rows: int) -> int:
     return rows * len(spec.local_experts) // spec.num_experts_per_tok
 
 
-def _link(memory: Memory, watch: Stopwatch) -> Link:
+def _streaming(setup: Setup, placed: Placed, asked: Answers, watch: Stopwatch) -> float | None:
+    """Return the seconds in which one expert is streamed; None if the backend does not stream.
+
+    Each has one row: its product takes less time than the copy of the next ones.
+    """
+    experts = placed.spec
+    assert isinstance(experts, specs.Experts)
+    spec = StreamedExperts(experts, 0, SLOTS, EXPERTS_PER_SLOT)
+    if asked.why_unsupported(spec) is not None:
+        return None
+    block = setup.build_block(replace(placed, spec=spec), tokens=_tokens(experts, 1))
+    inputs = [watch.memory.from_host(array) for array in _inputs(experts, 1)]
+    return watch.seconds(partial(block, *inputs)) / len(experts.local_experts)
+
+
+def _link(watch: Stopwatch) -> Link:
     """Return the rates of large copies, as the memory makes them."""
-    here = np.zeros(LINK_BYTES, np.uint8)
+    memory, here = watch.memory, np.zeros(LINK_BYTES, np.uint8)
     there = memory.from_host(here)
     sent = watch.seconds(lambda: memory.from_host(here))
     came = watch.seconds(lambda: memory.to_host(there))

@@ -12,6 +12,7 @@ import pytest
 
 from lfm2kit.backend import Ceilings
 from lfm2kit.building.rates import (
+    VERSION,
     Calibration,
     Curve,
     Experts,
@@ -76,7 +77,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda d: d.update(kind="lfm2kit load"),
         "'lfm2kit load', not 'lfm2kit rates'",
     ),
-    "a later version": (lambda d: d.update(version=2), "version is 2"),
+    "an earlier version": (lambda d: d.update(version=VERSION - 1), "version is 1"),
+    "a later version": (lambda d: d.update(version=VERSION + 1), "version is 3"),
     "a machine that is a text": (lambda d: d.update(machine="x"), "machine is 'x'"),
     "cores that are a number": (lambda d: d["machine"].update(cores=2), "an object of texts"),
     "no date": (lambda d: d.pop("date"), "date is missing"),

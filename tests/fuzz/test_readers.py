@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from lfm2kit import bounds
 from lfm2kit.building.load import read_load
 from lfm2kit.building.plan import KINDS, Plan
-from lfm2kit.building.rates import read_calibration
+from lfm2kit.building.rates import VERSION, read_calibration
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.config import parse_config, read_config
 from lfm2kit.checkpoint.convert import config_fields
@@ -368,7 +368,7 @@ def rate_files(draw: st.DrawFn) -> Any:
     if draw(st.booleans()):
         fields["seconds"] = draw(st.lists(odd, min_size=2, max_size=2))
     side = draw(changed(fields, ["x"]))
-    head = {"kind": "lfm2kit rates", "version": 1, "date": "", "machine": {}, "model": "m"}
+    head = {"kind": "lfm2kit rates", "version": VERSION, "date": "", "machine": {}, "model": "m"}
     return draw(changed({**head, "sides": [side]}, ["x"]))
 
 

@@ -14,9 +14,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
+from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_hybrid import cores, polling, workers
 from lfm2kit_hybrid.backend import HybridBackend
 from lfm2kit_hybrid.board import (
@@ -500,6 +502,26 @@ def test_a_forward_wakes_all_whom_the_one_before_needed(
         until(lambda: asleep(server) == [1, 2])
 
 
+def test_the_other_workers_sleep_while_a_block_that_needs_python_computes(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a block computes on all cores.  They are there again as soon as it has returned."""
+    monkeypatch.setattr(workers, "PATIENCE", 1 << 60)
+    monkeypatch.setattr(workers, "LINGER", 1 << 60)
+    shared = server.crossing("layers.2.choice", NativeDoubling())
+    experts = server.crossing(
+        "layers.2.experts", Doubling(lambda: until(lambda: asleep(server) == [1, 2]))
+    )
+    for crossing in (shared, shared, experts):
+        call(device, crossing, 900)
+    x = np.ones((900, 3), np.float32)
+    with forward(device, server):
+        for _ in range(3):
+            for crossing in (shared, experts):
+                np.testing.assert_array_equal(device.to_host(crossing(device.from_host(x))), 2 * x)
+            until(lambda: asleep(server) == [])
+
+
 def test_nobody_sleeps_through_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that sleep as soon as they may are woken at every step."""
     monkeypatch.setattr(workers, "LINGER", 1)
@@ -731,6 +753,33 @@ def test_each_worker_has_a_core_of_its_rank_and_the_main_thread_keeps_one(
     monkeypatch.setattr(cores, "CORES", there)
     assert cores.workers_cores(rank, ranks, near) == expected
     assert bool(cores.core_notes(ranks)) == (expected == [None])
+
+
+@pytest.mark.parametrize(
+    ("there", "ranks", "expected"), [(16, 1, 15), (16, 4, 3), (2, 1, 1), (1, 1, 1), (2, 3, 1)]
+)
+def test_a_blocks_threads_leave_a_core_to_the_one_that_waits(
+    there: int, ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "CORES", there)
+    assert cores.block_threads(ranks) == expected
+
+
+@pytest.mark.parametrize("threads", [1, None, 1000])
+def test_a_block_called_by_a_worker_has_as_many_threads_as_it_may(
+    threads: int | None, device: DeviceMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = min(2, numba.config.NUMBA_NUM_THREADS)
+    monkeypatch.setattr(type(CREW), "asked", most)
+    sizes: list[tuple[int, int]] = []
+
+    def look() -> None:
+        sizes.append((CREW._most, numba.get_num_threads()))
+
+    crossing = Server(device, [None], threads).crossing("layers.2.experts", Doubling(look))
+    for _ in range(2):
+        call(device, crossing)
+    assert sizes == [(min(threads or most, most),) * 2]
 
 
 @pytest.mark.skipif(not cores.MASK, reason="this system does not bind threads")

@@ -34,6 +34,7 @@ from lfm2kit.measuring.calibration import Stopwatch, calibrated, measurable
 from lfm2kit.memory import HOST
 from lfm2kit.precisions import FP32, FP32_GRADE
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.rewrites import StreamedExperts
 from tests.conformance.late import LateBackend
 from tests.core.test_model import DeviceBackend
 
@@ -64,6 +65,28 @@ class Seen(ReferenceBackend):
 
     def hardware(self) -> Mapping[str, str]:
         return {"device": "an abacus"}
+
+
+class Streaming(DeviceBackend):
+    """A backend elsewhere that streams; it keeps what its streamed blocks are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if isinstance(spec, StreamedExperts) else super().why_unsupported(spec)
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        if not isinstance(spec, StreamedExperts):
+            return super().build(spec, weights)
+        block = super().build(spec.experts, weights)
+
+        def streamed(*inputs: Any) -> Any:
+            self.calls.append((spec, inputs))
+            return block(*inputs)
+
+        return streamed
 
 
 class NoExperts(ReferenceBackend):
@@ -154,6 +177,27 @@ def test_a_memory_elsewhere_has_a_link_and_the_host_is_measured_too(backend: Any
     assert min(far.link) > 0
     assert far.expert_bytes == 2 * 3 * 128 * 48  # as they are stored: the backend does not say
     assert len(steps) == 2 * (3 + 1)
+
+
+@pytest.mark.parametrize("backend", [DeviceBackend(), Streaming()])
+def test_the_way_to_a_device_that_streams_is_measured_by_what_it_streams(
+    backend: DeviceBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stopwatch, "seconds", lambda self, call: (call(), 0.032)[1])
+    there = setup("far", far=backend)
+    measured, _ = calibrated(there, measurable(there))
+    far, plain = by_name(measured)["far"], calibration.LINK_BYTES / 0.032
+    assert far.link is not None
+    assert far.link.to_host == pytest.approx(plain)
+    if not isinstance(backend, Streaming):
+        assert far.link.from_host == pytest.approx(plain)
+        return
+    assert far.link.from_host == pytest.approx(16 * far.expert_bytes / 0.032)
+    ((spec, (x, ids, _)),) = backend.calls
+    assert spec.experts.local_experts == tuple(range(16))
+    assert len(spec.portions) > spec.slots > 1, "a slot is used again"
+    assert sorted(ids.values.ravel().tolist()) == list(range(16)), "a row for each"
+    assert len(x.values) == len(ids.values) == 4
 
 
 def test_the_host_is_measured_in_the_precision_of_the_plans_item() -> None:

@@ -32,7 +32,7 @@ from lfm2kit.backend import (
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import is_ordered
 from lfm2kit.specs import MLP, Choice, Experts, LMHead, Router, Scores, SparseMoe, leaves
-from lfm2kit_hybrid.cores import core_notes, workers_cores
+from lfm2kit_hybrid.cores import block_threads, core_notes, workers_cores
 
 if TYPE_CHECKING:
     from lfm2kit_hybrid.server import Outer, Server
@@ -120,7 +120,8 @@ class HybridBackend:
             with announced(is_quiet=self._is_quiet):
                 from lfm2kit_hybrid.server import Server
             near = outer.near_cores() if isinstance(outer, Near) else ()
-            self._servers[outer.name] = Server(outer, workers_cores(*self._ranks, near))
+            cores, threads = workers_cores(*self._ranks, near), block_threads(self._ranks[1])
+            self._servers[outer.name] = Server(outer, cores, threads)
         return self._servers[outer.name]
 
     def _gpu_or_cpu(self, context: Context) -> Backend:

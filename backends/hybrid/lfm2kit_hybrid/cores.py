@@ -32,6 +32,15 @@ def workers_cores(
     return [*(are_near or free)[:MOST_WORKERS]] or [None]
 
 
+def block_threads(local_ranks: int = 1) -> int:
+    """Return how many threads a block may compute on that a worker of this rank calls.
+
+    The thread that runs the forward waits for the GPU meanwhile, and CUDA's way to wait is to look
+    all the time.  A kernel ends with its slowest thread, so none must share a core with that one.
+    """
+    return max(1, CORES // local_ranks - 1)
+
+
 def core_notes(local_ranks: int = 1) -> list[str]:
     """Return what slows the workers down on this machine, a line each."""
     if CORES // local_ranks > 1:

@@ -8,6 +8,11 @@ at every trip.
 Waking needs no Python either.  `begin` wakes the first worker, and this one wakes the others: as
 soon as a forward begins if the one before had a call of several shares, otherwise when there is
 such a call.  Workers look on for a while after a forward, and then sleep.
+
+A block that needs Python computes on all cores, in the first worker's name.  The others sleep
+until it has returned (`call_back`): one that looked on could take a core from it, even if it
+offered the core at every look, because some versions of Linux give such a thread its share all the
+same.  All threads of the block would then wait for the one without a core.
 """
 
 from __future__ import annotations
@@ -137,6 +142,14 @@ def pass_on(board: int, trip: int, call: int, parts: int, forward: int) -> None:
         want(board, 1, parts, forward)
 
 
+@kernel(types.void(ADDRESS))
+def call_back(board: int) -> None:
+    """Wake the workers that slept while a block computed, if their forward has shares for them."""
+    forward = load_acquire(board + SERVING)
+    if forward & 1:
+        want(board, 1, load_acquire(board + WORKERS + SHARED_BY), forward)
+
+
 @numba.njit(inline="always")
 def _rest(watched: int, own: int, trip: int, wanted: int, milliseconds: int) -> None:
     """Sleep, unless a trip has come or the worker is wanted anew."""
@@ -166,7 +179,7 @@ def poll(
     """
     own = board + WORKERS + OF_WORKER * worker
     watched = sent if worker == 0 else board + TURN
-    looks, offered_after = 0, pauses
+    looks = 0
     while True:
         # In this order: who is wanted finds the trip and the forward for which it is, and the trip
         # belongs to no later forward.
@@ -177,12 +190,12 @@ def poll(
             return OVER
         if serving != load_acquire(own + NOTED):
             if _note(board, own, worker, serving):
-                looks, offered_after = 0, pauses
+                looks = 0
             continue
         if serving & 1 == 0 or trip == load_acquire(own + SEEN):
             looks += 1
             if looks < (patience if wanted == serving else linger):
-                if looks < offered_after:
+                if looks < pauses:
                     pause()
                 else:
                     sched_yield()
@@ -192,7 +205,7 @@ def poll(
                 _rest(watched, own, trip, wanted, FOR_EVER)
                 looks = 0
             continue
-        looks, offered_after = 0, pauses
+        looks = 0
         # If the trip does not wait for this worker, this may be the next trip's call.  The share
         # is then computed twice, but the next trip is answered after the second time.
         call = load_acquire(watched + 4)
@@ -201,8 +214,8 @@ def poll(
         parts = load_long(entry + 8 * PARTS)
         function = load_long(entry + 8 * FUNCTION)
         is_failed = load_acquire(failed) != 0 or load_acquire(failed + 4) != 0
-        if function == 0:
-            offered_after = 0  # a block that needs Python may compute on all cores
+        if worker != 0 and function == 0:
+            looks = max(linger, patience)  # a block that needs Python computes on all cores
         if worker == 0 and not is_failed and (parts > 1 or function == 0):
             pass_on(board, trip, call, parts, serving)
             if parts > load_acquire(own + SHARED_BY):

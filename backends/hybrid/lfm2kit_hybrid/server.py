@@ -30,14 +30,17 @@ class Outer(Ordered, Signals, Protocol):
 class Server:
     """Calls blocks of the host's memory for a memory with signals."""
 
-    def __init__(self, memory: Outer, cores: Sequence[int | None]) -> None:
+    def __init__(
+        self, memory: Outer, cores: Sequence[int | None], threads: int | None = None
+    ) -> None:
+        """Start no worker yet.  A block that needs Python computes on `threads` at the most."""
         deadline = THIS_PROCESS.deadline
         self._memory = memory
         self._lock = Lock()  # one forward at a time
         self._thread: int | None = None  # the one that runs it, or has run the one before
         self._most = len(cores)
         self._channel = memory.channel(len(cores), deadline)
-        self._workers = Workers(self._channel, cores, deadline)
+        self._workers = Workers(self._channel, cores, deadline, threads)
         # Weak: nobody waits for a trip of a forward, or of a recording, that has failed.
         self._newest: Callable[[], _Trip | None] = lambda: None
         weakref.finalize(self, self._workers.close)

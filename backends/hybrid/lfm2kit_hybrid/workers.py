@@ -13,6 +13,7 @@ from threading import Thread, current_thread
 from typing import Any
 
 import numpy.typing as npt
+from lfm2kit_cpu_simd.crew import CREW
 
 from lfm2kit.backend import Channel
 from lfm2kit.errors import Lfm2kitError, Option
@@ -20,7 +21,17 @@ from lfm2kit_hybrid import polling
 from lfm2kit_hybrid.board import CLOSED, NOTED, SEEN, SERVING, Board
 from lfm2kit_hybrid.calls import Called, Calls
 from lfm2kit_hybrid.cores import bind, unbound
-from lfm2kit_hybrid.polling import CALL, LINGER, PATIENCE, PAUSES, observe, poll, publish, wake
+from lfm2kit_hybrid.polling import (
+    CALL,
+    LINGER,
+    PATIENCE,
+    PAUSES,
+    call_back,
+    observe,
+    poll,
+    publish,
+    wake,
+)
 
 LEAVING = 1.0  # seconds that a worker gets to leave
 LOOK = 1e-3  # seconds between two looks at whether the calls of a failed forward have returned
@@ -29,7 +40,14 @@ LOOK = 1e-3  # seconds between two looks at whether the calls of a failed forwar
 class Workers:
     """The threads of one channel, which start when a call needs them."""
 
-    def __init__(self, channel: Channel, cores: Sequence[int | None], deadline: float) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        cores: Sequence[int | None],
+        deadline: float,
+        block_threads: int | None = None,
+    ) -> None:
+        self._block_threads = block_threads
         self._channel = channel
         self._cores = cores
         self._deadline = deadline
@@ -143,6 +161,8 @@ class Workers:
 
     def _work(self, worker: int) -> None:
         bind(self._cores[worker])
+        if self._block_threads is not None:
+            CREW.hire(min(self._block_threads, CREW.size()))
         channel = self._channel
         sent, failed, answered = map(
             _address, (channel.sent, channel.failed, channel.answered[worker])
@@ -169,6 +189,7 @@ class Workers:
             publish(_address(self._channel.failed), 1)
         publish(self._board.address + self._board.of(worker, SEEN), trip)
         publish(_address(self._channel.answered[worker]), trip)
+        call_back(self._board.address)
 
     def _take_table(self, table: npt.NDArray[Any]) -> None:
         self._board.set_table(_address(table))
