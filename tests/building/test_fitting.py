@@ -229,6 +229,26 @@ def test_no_more_is_pinned_than_half_of_what_is_free(monkeypatch: pytest.MonkeyP
     assert "streamed_experts=2" in refusal
 
 
+def test_no_more_is_streamed_than_a_layer_has() -> None:
+    """And so a shortage tries no numbers that no model has."""
+    there = EXPERTS.num_experts
+    assert splits(setup("streaming", gpu_memory=limit(3), streamed_experts=there))
+    with pytest.raises(Lfm2kitError) as refused:
+        setup("streaming", gpu_memory=limit(3), streamed_experts=there + 1)
+    assert str(refused.value) == (
+        f"streamed_experts={there + 1}: the model has {there} experts in a layer; "
+        f"try streamed_experts={there}"
+    )
+
+
+def test_a_limit_that_is_too_low_is_what_the_user_is_told_to_change() -> None:
+    Card.free = 1 << 40
+    assert "try gpu_memory='free'" in str(setup(gpu_memory="1B").shortage())
+    Card.free = 1
+    assert "gpu_memory='free'" not in str(setup(gpu_memory="1B").shortage())
+    Card.free = 1 << 40
+
+
 def test_the_hosts_own_blocks_need_what_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     found = setup(
         "streaming,host_experts=reference",
