@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from importlib import import_module
@@ -329,6 +330,10 @@ def test_the_logits_are_those_of_the_whole_model() -> None:
     np.testing.assert_allclose(split, whole, rtol=0, atol=1e-4)
 
 
+def link(path: Path) -> None:
+    path.symlink_to(path.parent / "a")
+
+
 def write_rates(
     path: Path,
     plan: str,
@@ -488,6 +493,14 @@ def test_rates_that_are_kept_for_this_machine_place_experts_and_the_notes_say_it
             lambda path: write_rates(path, "card", device="a loom"),
             "rates of a loom, but this is an abacus; measure with lfm2kit calibrate",
         ),
+        (
+            lambda path: write_rates(path, "card"),
+            "rates of a device without a name, but this is an abacus; measure with",
+        ),
+        (lambda path: path.chmod(0o666), "can be written by others .* can name another folder"),
+        (lambda path: path.parent.chmod(0o777), "rates' can be written by others"),
+        (lambda path: path.rename(path.parent / "a") and link(path), "neither a file nor a folder"),
+        (lambda path: path.unlink() or os.mkfifo(path), "neither a file nor a folder"),
     ],
 )
 def test_without_such_rates_the_simple_rule_holds_and_a_note_says_why(
