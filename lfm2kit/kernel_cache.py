@@ -199,6 +199,20 @@ def _check_trust(what: str, status: os.stat_result, *, is_sticky: bool = False) 
         )
 
 
+def check_kept(path: Path) -> None:
+    """Raise `UnusableError` if a folder or a file below the root folder is not used here.
+
+    Nothing is followed or opened: it may be a link or a pipe.  What is not there is all right.
+    """
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return
+    if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
+        raise UnusableError(f"{_quoted(path)} is neither a file nor a folder")
+    _check_trust(_quoted(path), status)
+
+
 def _trusted_by_all() -> set[int]:
     """Return the user ids of root and of the owner of the installation."""
     return {0, os.stat(__file__).st_uid}

@@ -41,7 +41,9 @@ def fitted(whole: Setup, tokens: int) -> Setup:
     options, layers = whole.options, list(on_devices(whole))
     if not layers:
         asked = Option("gpu_memory", options.gpu_memory)
-        raise Lfm2kitError(asked, ": the plan has no experts in a device's memory")
+        nothing = ": the plan has no experts in a device's memory"
+        raise Lfm2kitError(asked, f"{nothing}; leave it out, or give a plan that has some there")
+    _check_streamed(options.streamed_experts or 0, layers)
     predictor = None
     if options.rates is not None:
         predictor = Predictor.read(whole, layers, tokens, Path(options.rates))
@@ -57,6 +59,16 @@ def fitted(whole: Setup, tokens: int) -> Setup:
         return replace(_shared(whole, layers, sharing), sharing=sharing)
     found = _alike(whole, layers, tokens)
     return replace(found, sharing=predictor.of(found.placed.spec))
+
+
+def _check_streamed(count: int, layers: Sequence[Layer]) -> None:
+    """Raise `Lfm2kitError` if every layer has fewer experts than that."""
+    most = max(layer.spec.num_experts for layer in layers)
+    if count > most:
+        there = f": the model has {most} experts in a layer; try "
+        raise Lfm2kitError(
+            Option("streamed_experts", count), there, Option("streamed_experts", most)
+        )
 
 
 def _kept(whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Predictor | None, str]:

@@ -7,6 +7,7 @@ machine are not read, even from a home folder that several machines share.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,10 +21,11 @@ from lfm2kit.backend import Context, Exclusive, Memory, NamesHardware
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.rates import MADE_BY, Calibration, Experts, read_calibration
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.kernel_cache import VARIABLE, make_folder, root_folder
+from lfm2kit.kernel_cache import VARIABLE, UnusableError, check_kept, make_folder, root_folder
 from lfm2kit.process import machine
 
 FOLDER = "rates"
+NO_NAME = "a device without a name"
 
 
 def described(context: Context) -> dict[str, str]:
@@ -50,12 +52,21 @@ def hardware_of(asked: Answers, memory: Memory) -> dict[str, str]:
 
 
 def kept_file(described: Mapping[str, str]) -> Path:
-    """Return where the rates of a machine are kept; raise `Lfm2kitError` without a home folder."""
+    """Return where the rates of a machine are kept.
+
+    Raise `Lfm2kitError` without a home folder, and if somebody who is not trusted may write there.
+    """
     root = root_folder()
     if root is None:
         raise Lfm2kitError(f"there is no home folder; {VARIABLE} can name another one")
     text = "\0".join(f"{name}\0{value}" for name, value in described.items())
-    return root / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    path = root / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    try:
+        check_kept(path.parent)
+        check_kept(path)
+    except UnusableError as error:
+        raise Lfm2kitError(f"{error}; {VARIABLE} can name another folder") from None
+    return path
 
 
 def read_kept(context: Context) -> tuple[Path, Calibration]:
@@ -64,7 +75,7 @@ def read_kept(context: Context) -> tuple[Path, Calibration]:
     Raise `Lfm2kitError` if there is none, or it cannot be read.
     """
     path = kept_file(described(context))
-    if not path.exists():
+    if not os.path.exists(path):  # not Path's: that raises where a name is too long
         raise Lfm2kitError(
             f"no rates are kept for this machine and these threads; {MADE_BY}, for this model, "
             "these backends and this precision"
@@ -76,8 +87,7 @@ def check_hardware(path: Path, calibration: Calibration, key: Experts, now: dict
     """Raise `Lfm2kitError` if experts were measured on another device than the present one."""
     for side in calibration.sides:
         if side.experts == key and side.hardware != now:
-            then = ", ".join(side.hardware.values())
-            there = ", ".join(now.values())
+            then, there = (", ".join(names.values()) or NO_NAME for names in (side.hardware, now))
             raise Lfm2kitError(f"{path}: rates of {then}, but this is {there}; {MADE_BY}")
 
 

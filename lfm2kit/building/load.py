@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any, NamedTuple
 
 from lfm2kit import bounds, specs
@@ -12,7 +13,7 @@ from lfm2kit.building.records import Record, read_record
 from lfm2kit.errors import Lfm2kitError
 
 KIND, VERSION = "lfm2kit load", 1
-MADE_BY = "record one with lfm2kit run"
+MADE_BY = "record one with lfm2kit run --record-load FILE"
 MOST = 2**53  # tokens: whole numbers that every reader of JSON keeps
 
 
@@ -79,7 +80,8 @@ def read_load(path: Path) -> Load:
     record.done()
     numbers = [layer.layer for layer in load.layers]
     if numbers != sorted(set(numbers)):
-        raise record.fail("layers", "each layer once, in ascending order")
+        order = f"layers are numbered {brief(numbers)}; expected each once, in ascending order"
+        raise Lfm2kitError(f"{path}: {order}")
     return load
 
 

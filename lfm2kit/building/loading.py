@@ -181,7 +181,7 @@ class Setup:
                 break
         if memory == HOST.name:
             return
-        if self.options.gpu_memory is None and self._fits(gpu_memory=FREE):
+        if self.options.gpu_memory != FREE and self._fits(gpu_memory=FREE):
             yield Option("gpu_memory", FREE)
         for count in range(1, 1 + len(self.checkpoint.spec.layers)):
             if self._fits(n_cpu_moe=count):

@@ -106,7 +106,7 @@ def read_record(path: Path, kind: str, version: int, made_by: str) -> Record:
         raise Lfm2kitError(f"{path}: 'kind' is {said}, not '{kind}'; {made_by}")
     record = Record(f"{path}: ", fields)
     record.text("kind")
-    if fields.get("version") != version:
+    if not _is_whole(fields.get("version"), version, version):
         raise record.fail("version", f"{version}, which this lfm2kit reads; {made_by}")
     record.whole("version", version, version)
     return record

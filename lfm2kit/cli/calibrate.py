@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -52,13 +53,19 @@ def calibrate(
     with progress("measuring", len(there) * (len(ROWS) + 1), "steps") as advance:
         calibration, waited = calibrated(setup, there, lambda: advance(1))
     report.fields = calibration.document()
-    if json != "-":
-        _show(report, calibration)
+    try:
+        if json != "-":
+            _show(report, calibration)
+    finally:  # whatever becomes of the printed lines
+        _deliver(report, calibration, output)
     if waited >= TOO_MUCH_WAITING:
         remark(
             f"warning: a thread waited for a core for {waited:.0%} of a call's time: these rates "
             "are lower than this machine's; end what else runs, and measure again"
         )
+
+
+def _deliver(report: Report, calibration: Calibration, output: Path | None) -> None:
     if output is not None:
         write_document(output, report.fields)
     else:
@@ -70,6 +77,8 @@ def _keep(report: Report, calibration: Calibration) -> None:
     try:
         path, kept = with_kept(calibration)
         write_document(path, kept.document())
+        with suppress(OSError):  # of a file system without modes
+            path.chmod(path.stat().st_mode & 0o755)  # whatever the umask: else it is not read
         report.line(f"kept in {path}, for --gpu-memory")
     except Lfm2kitError as error:
         remark(f"the rates are not kept: {error}; --output names another file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from importlib import import_module
@@ -229,6 +230,26 @@ def test_no_more_is_pinned_than_half_of_what_is_free(monkeypatch: pytest.MonkeyP
     assert "streamed_experts=2" in refusal
 
 
+def test_no_more_is_streamed_than_a_layer_has() -> None:
+    """And so a shortage tries no numbers that no model has."""
+    there = EXPERTS.num_experts
+    assert splits(setup("streaming", gpu_memory=limit(3), streamed_experts=there))
+    with pytest.raises(Lfm2kitError) as refused:
+        setup("streaming", gpu_memory=limit(3), streamed_experts=there + 1)
+    assert str(refused.value) == (
+        f"streamed_experts={there + 1}: the model has {there} experts in a layer; "
+        f"try streamed_experts={there}"
+    )
+
+
+def test_a_limit_that_is_too_low_is_what_the_user_is_told_to_change() -> None:
+    Card.free = 1 << 40
+    assert "try gpu_memory='free'" in str(setup(gpu_memory="1B").shortage())
+    Card.free = 1
+    assert "gpu_memory='free'" not in str(setup(gpu_memory="1B").shortage())
+    Card.free = 1 << 40
+
+
 def test_the_hosts_own_blocks_need_what_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     found = setup(
         "streaming,host_experts=reference",
@@ -307,6 +328,10 @@ def test_the_logits_are_those_of_the_whole_model() -> None:
     whole = load_model("tiny", "reference").logits(batch)
     split = setup(gpu_memory=limit(2)).build().logits(batch)
     np.testing.assert_allclose(split, whole, rtol=0, atol=1e-4)
+
+
+def link(path: Path) -> None:
+    path.symlink_to(path.parent / "a")
 
 
 def write_rates(
@@ -468,6 +493,14 @@ def test_rates_that_are_kept_for_this_machine_place_experts_and_the_notes_say_it
             lambda path: write_rates(path, "card", device="a loom"),
             "rates of a loom, but this is an abacus; measure with lfm2kit calibrate",
         ),
+        (
+            lambda path: write_rates(path, "card"),
+            "rates of a device without a name, but this is an abacus; measure with",
+        ),
+        (lambda path: path.chmod(0o666), "can be written by others .* can name another folder"),
+        (lambda path: path.parent.chmod(0o777), "rates' can be written by others"),
+        (lambda path: path.rename(path.parent / "a") and link(path), "neither a file nor a folder"),
+        (lambda path: path.unlink() or os.mkfifo(path), "neither a file nor a folder"),
     ],
 )
 def test_without_such_rates_the_simple_rule_holds_and_a_note_says_why(

@@ -42,14 +42,20 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "no kind": (lambda d: d.pop("kind"), "not there"),
     "a later version": (lambda d: d.update(version=2), "version is 2"),
-    "a version that is true": (lambda d: d.update(version=True), "version is True"),
+    "a version that is true": (
+        lambda d: d.update(version=True),
+        "version is True; expected 1, which",
+    ),
     "no tokens": (lambda d: d.update(tokens=0), "tokens is 0"),
     "tokens that are not a number": (lambda d: d.update(tokens="10"), "tokens is '10'"),
     "a field too few": (lambda d: d.pop("model"), "model is missing"),
     "a field too many": (lambda d: d.update(experts=5), "experts is unknown"),
     "no layers": (lambda d: d.update(layers={}), "layers is {}"),
     "a layer that is a number": (lambda d: d["layers"].append(3), r"layers\[2\] is 3"),
-    "a layer twice": (lambda d: d["layers"].append(d["layers"][0]), "each layer once"),
+    "a layer twice": (
+        lambda d: d["layers"].append(d["layers"][0]),
+        r"layers are numbered \[.*\]; expected each once",
+    ),
     "a count below 0": (
         lambda d: d["layers"][1]["counts"].__setitem__(4, -1),
         r"counts\[4\] is -1",

@@ -84,7 +84,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no date": (lambda d: d.pop("date"), "date is missing"),
     "a field too many": (lambda d: d.update(rates=[]), "rates is unknown"),
     "no sides": (lambda d: d.update(sides=None), "sides is None"),
-    "a side twice": (lambda d: d["sides"].append(d["sides"][0]), "no experts twice"),
+    "a side twice": (
+        lambda d: d["sides"].append(d["sides"][0]),
+        "has rates of .* again; keep the right ones",
+    ),
     "a size of 0": (lambda d: d["sides"][0].update(hidden_size=0), r"sides\[0\].hidden_size is 0"),
     "no bytes": (lambda d: d["sides"][0].update(expert_bytes=0), "expert_bytes is 0"),
     "rows that fall": (lambda d: d["sides"][0].update(rows=[1, 64, 16]), "ascending numbers"),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from lfm2kit.backend import Context
 from lfm2kit.building import kept_rates
 from lfm2kit.building.rates import read_calibration
 from lfm2kit.checkpoint.spec_files import spec_text
+from lfm2kit.cli.console import Report
 from lfm2kit.measuring import calibration
+from lfm2kit.process.streams import READER_GONE, ReaderGone
 from tests.checkpoint.typed import Cli
 from tests.core.small import small_spec
 
@@ -68,6 +72,45 @@ def test_rates_that_cannot_be_kept_are_shown_all_the_same(
         assert done.code == 0
         assert json.loads(done.out)["kind"] == "lfm2kit rates"
         assert "the rates are not kept: " in done.err
+
+
+def test_rates_are_kept_even_if_nobody_reads_the_table(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def gone(*arguments: object) -> None:
+        raise ReaderGone
+
+    monkeypatch.setattr(Report, "line", gone)
+    rates, document = tmp_path / "rates.json", tmp_path / "document.json"
+    calibrate = ("calibrate", "-b", "reference")
+    assert cli(*calibrate, "--output", rates, "--json", document).code == READER_GONE
+    assert read_calibration(rates) == read_calibration(document)
+    assert cli(*calibrate).code == READER_GONE
+    assert len(list((tmp_path / "cache" / "rates").iterdir())) == 1
+
+
+def test_kept_rates_are_read_whatever_the_umask(cli: Cli, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert cli("calibrate", "-b", "reference").code == 0
+    finally:
+        os.umask(before)
+    (path,) = (tmp_path / "cache" / "rates").iterdir()
+    assert kept_rates.read_kept(Context()) == (path, read_calibration(path))
+
+
+def test_rates_are_not_kept_where_a_link_leads(cli: Cli, tmp_path: Path) -> None:
+    calibrate = ("calibrate", "-b", "reference")
+    assert cli(*calibrate).code == 0
+    (path,) = (tmp_path / "cache" / "rates").iterdir()
+    mine = path.rename(tmp_path / "mine")
+    before = mine.read_text()
+    path.symlink_to(mine)
+    done = cli(*calibrate)
+    assert done.code == 0
+    assert "the rates are not kept: " in done.err
+    assert "neither a file nor a folder" in done.err
+    assert mine.read_text() == before
 
 
 def test_the_document_alone_goes_to_stdout(cli: Cli) -> None:
