@@ -13,7 +13,7 @@ from lfm2kit.building.records import Record, read_record
 from lfm2kit.errors import Lfm2kitError
 
 KIND, VERSION = "lfm2kit load", 1
-MADE_BY = "record one with lfm2kit run --record-load FILE"
+MADE_BY = "record one with lfm2kit run, whose help says how"
 MOST = 2**53  # tokens: whole numbers that every reader of JSON keeps
 
 
