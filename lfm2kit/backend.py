@@ -37,7 +37,7 @@ from lfm2kit.memory import (
     Memory,
     Ordered,
 )
-from lfm2kit.pending import Begins, Pending
+from lfm2kit.pending import Begins, Over, Pending
 from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Grade, Precision
 from lfm2kit.specs import Spec
 from lfm2kit.state import STEP_BACK, Room, State
@@ -91,6 +91,7 @@ __all__ = [
     "Near",
     "Operator",
     "Ordered",
+    "Over",
     "Pending",
     "PinsMemory",
     "Precision",

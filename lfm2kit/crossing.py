@@ -28,9 +28,10 @@ class Server(Protocol):
     def serving(self) -> AbstractContextManager[None]:
         """Return a context in which one forward runs, from its first block to its logits.
 
-        The threads work inside this context only; outside, none of them takes time of a core.  If a
-        block has failed, or a deadline has passed, leaving the context raises it, with the name of
-        the block, and the next forward works again.
+        The threads work inside this context only.  Once it is left they sleep, at the latest after
+        a fraction of a millisecond, in which the next forward may find them awake.  If a block has
+        failed, or a deadline has passed, leaving the context raises it, with the name of the block,
+        and the next forward works again.
         """
         ...
 

@@ -7,7 +7,7 @@ runs beside the block.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class Pending(Protocol):
@@ -16,6 +16,15 @@ class Pending(Protocol):
     def end(self) -> Any:
         """Return what the call returns.  It is asked for once."""
         ...
+
+
+class Over(NamedTuple):
+    """A call that was over when it began."""
+
+    result: Any
+
+    def end(self) -> Any:
+        return self.result
 
 
 @runtime_checkable
@@ -28,9 +37,10 @@ class Begins(Protocol):
     def __call__(self, *inputs: Any) -> Any: ...
 
     def begin(self, *inputs: Any) -> Pending:
-        """Return the call of the block with these inputs, which may be dropped at once.
+        """Return the call of the block with these inputs.
 
-        As much of it as can be is done by the time that `end` is called.  `begin(*inputs).end()`
-        has the bits of a plain call.
+        The caller may drop the inputs at once, but not the call: it ends every call that it has
+        begun.  As much of it as can be is done by the time that `end` is called.
+        `begin(*inputs).end()` has the bits of a plain call.
         """
         ...

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from lfm2kit.backend import Block, Crossing, Operator, Pending, Room, State
+from lfm2kit.backend import Block, Crossing, Operator, Over, Pending, Room, State
 from lfm2kit.batch import Batch
 from lfm2kit.memory import Memory, is_ordered
 
@@ -17,7 +17,7 @@ class Seam:
     """A block that works in `memory`, callable with arrays of the memory `outer`.
 
     Also carries the state methods of `state_of`, the block itself, past a plugin's wrapper.  With a
-    `crossing`, that is called, and nothing waits here.
+    `crossing`, that is called instead: only its first call with new shapes may wait.
     """
 
     def __init__(
@@ -80,16 +80,7 @@ class _Begun:
 def begun(block: Block, *inputs: Any) -> Pending:
     """Return a block's call with `inputs`, begun if the block can, or else made and over."""
     begin = getattr(block, "begin", None)  # isinstance would take 15 us for a protocol
-    return _Over(block(*inputs)) if begin is None else begin(*inputs)
-
-
-class _Over(NamedTuple):
-    """A call that was over when it began."""
-
-    result: Any
-
-    def end(self) -> Any:
-        return self.result
+    return Over(block(*inputs)) if begin is None else begin(*inputs)
 
 
 def _started(value: Any, source: Memory) -> Any:

@@ -60,11 +60,12 @@ FUNCTION, ARGUMENT, INPUTS, RESULTS, ROWS, PARTS = range(6)
 ENTRY = 8
 ENTRY_BYTES = 8 * ENTRY
 
-# Looks in vain, of 30 to 50 ns.  After so many a worker without a core of its own offers the one
-# that it runs on to others.  To offer a core that nobody wants costs a trip 18 us: others never do.
+# How often a worker looks in vain, at 30 to 50 ns a look, before it does something else.
+# After PAUSES it offers the core that it runs on to others, unless the core is its own: to offer
+# one that nobody wants costs a trip 18 us.
 PAUSES = 1_000
-LINGER = 5_000  # after so many, some 200 us, it sleeps between forwards: steps follow each other
-PATIENCE = 10_000_000  # and after so many, about half a second, in a forward that needs it
+LINGER = 5_000  # then it sleeps between forwards: some 200 us, in which the next step often begins
+PATIENCE = 10_000_000  # then it sleeps in a forward that needs it: about half a second
 NAP = 20  # milliseconds; the first worker then looks again, as the memory cannot wake it
 FOR_EVER = -1
 

@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock, get_ident
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from lfm2kit.backend import ArrayForm, Block, Call, CallsNatively, Ordered, Pending, Signals
+from lfm2kit.backend import ArrayForm, Block, Call, CallsNatively, Ordered, Over, Pending, Signals
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.progress import THIS_PROCESS
 from lfm2kit_hybrid.calls import Called
@@ -116,15 +116,6 @@ class _Trip:
         return results if self._is_tuple else results[0]
 
 
-class _Answered(NamedTuple):
-    """The result of a call that did without a trip."""
-
-    result: Any
-
-    def end(self) -> Any:
-        return self.result
-
-
 class HostCrossing:
     """A block of the host's memory, called from `outer`.
 
@@ -145,7 +136,7 @@ class HostCrossing:
         """Enqueue the sending; the block runs beside what is enqueued before `end`."""
         shapes = tuple(tuple(array.shape) for array in inputs)
         if shapes not in self._calls:
-            return _Answered(self._first(shapes, inputs))
+            return Over(self._first(shapes, inputs))
         return self.server.send(*self._calls[shapes], inputs)
 
     def _first(self, shapes: Shapes, inputs: Sequence[Any]) -> Any:
