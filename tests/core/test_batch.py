@@ -165,6 +165,13 @@ def test_a_changed_batch_shares_no_view_with_the_one_before(was_moved: bool) -> 
     assert changed.on(there).logits_rows.values.tolist() == [0]
 
 
+def test_a_batch_moves_from_one_memory_to_another_without_being_copied_to_the_host() -> None:
+    here, there = Elsewhere("elsewhere"), Elsewhere("elsewhere, too")
+    moved = two_sequences().on(here).on(there)
+    assert moved.memory is there
+    assert (here.crossings, there.crossings) == (len(module.ARRAYS),) * 2
+
+
 def test_a_derived_batch_is_made_once_on_the_host_for_all_memories() -> None:
     made: list[Batch] = []
 
@@ -219,6 +226,13 @@ def test_batches_of_equal_sizes_have_one_form() -> None:
         {"cu_seqlens": int32(0, 1, 5), "positions": int32(7, 0, 1, 2, 3), "max_seqlen": 4},
     ]
     assert all(two_sequences(**changes).form != form for changes in others)
+
+
+def test_a_batch_moves_from_one_memory_to_another_without_being_copied_to_the_host() -> None:
+    here, there = Elsewhere("elsewhere"), Elsewhere("elsewhere, too")
+    moved = two_sequences().on(here).on(there)
+    assert moved.memory is there
+    assert (here.crossings, there.crossings) == (len(module.ARRAYS),) * 2
 
 
 def test_a_derived_batch_is_made_once_on_the_host_and_lies_where_its_origin_does() -> None:
