@@ -228,13 +228,6 @@ def test_batches_of_equal_sizes_have_one_form() -> None:
     assert all(two_sequences(**changes).form != form for changes in others)
 
 
-def test_a_batch_moves_from_one_memory_to_another_without_being_copied_to_the_host() -> None:
-    here, there = Elsewhere("elsewhere"), Elsewhere("elsewhere, too")
-    moved = two_sequences().on(here).on(there)
-    assert moved.memory is there
-    assert (here.crossings, there.crossings) == (len(module.ARRAYS),) * 2
-
-
 def test_a_derived_batch_is_made_once_on_the_host_and_lies_where_its_origin_does() -> None:
     there, made = Elsewhere(), []
 
