@@ -20,6 +20,10 @@ from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import Memory
 from lfm2kit.specs import Spec
 
+# Why a block that lives in another memory is not called from there by a crossing.
+NO_CROSSER = "no backend of the plan calls blocks of another memory"
+JOINED = "it consists of several blocks"
+
 
 @dataclass(frozen=True, slots=True)
 class Placed:
@@ -37,6 +41,7 @@ class Placed:
     parts: tuple[tuple[str, Placed], ...] = ()  # by role, or by path of roles in a built one
     join: Join | None = None  # of the parts
     crosser: str | None = None  # the backend that calls it from `outer`, captured or not
+    why_not_crossed: str | None = None  # if its arrays are copied, and `outer` waits for that
 
     @property
     def is_copied(self) -> bool:
@@ -104,8 +109,17 @@ class Placer:
             reason = self._why_not_whole(backend, name, spec)
             if reason is None:
                 memory = self._ask(backend, name).memory(spec)
-                crosser = self._crosser(name, spec, memory, outer)
-                return Placed(name, scope, spec, memory, outer, backend, crosser=crosser)
+                crosser, reason = self._crosser(name, spec, memory, outer)
+                return Placed(
+                    name,
+                    scope,
+                    spec,
+                    memory,
+                    outer,
+                    backend,
+                    crosser=crosser,
+                    why_not_crossed=reason,
+                )
             if type(spec) not in self.joins:
                 raise _LackingError(name, spec, backend, reason)
         around = self._around(name, scope, spec, where, outer)
@@ -118,7 +132,10 @@ class Placer:
             (part.role, self._place(*_part_place(name, scope, part, inside), join.memory))
             for part, inside in _numbered(spec, where)
         )
-        return Placed(name, scope, spec, join.memory, outer, None, parts, join)
+        reason = None if join.memory.name == outer.name else JOINED
+        return Placed(
+            name, scope, spec, join.memory, outer, None, parts, join, why_not_crossed=reason
+        )
 
     def _ask(self, backend: str, place: str = "") -> Answers:
         """Return what a backend answers about the block at `place`."""
@@ -154,19 +171,30 @@ class Placer:
                     (role, self._place(*_part_place(name, scope, part, where), memory))
                     for role, part in apart.items()
                 )
-                return Placed(name, scope, spec, memory, outer, backend, parts)
+                reason = None if memory.name == outer.name else JOINED
+                return Placed(
+                    name, scope, spec, memory, outer, backend, parts, why_not_crossed=reason
+                )
         return None
 
-    def _crosser(self, name: str, spec: Spec, memory: Memory, outer: Memory) -> str | None:
-        """Return the backend of the plan that can call a block from `outer`, or None."""
+    def _crosser(
+        self, name: str, spec: Spec, memory: Memory, outer: Memory
+    ) -> tuple[str | None, str | None]:
+        """Return the backend of the plan that can call a block from `outer`, or why none can.
+
+        Neither if the block lives there.
+        """
         if memory.name == outer.name:
-            return None
+            return None, None
+        reasons = []
         for backend in dict.fromkeys((self.plan.default, *sorted(self.plan.backends()))):
             if not isinstance(self.create(backend), Crosses):
                 continue
-            if self._ask(backend, name).why_not_crossed(spec, memory, outer) is None:
-                return backend
-        return None
+            reason = self._ask(backend, name).why_not_crossed(spec, memory, outer)
+            if reason is None:
+                return backend, None
+            reasons.append(f"{backend}: {reason}")
+        return None, "; ".join(reasons) or NO_CROSSER
 
     def _apart(
         self, spec: Spec, where: _Where, backend: str, memory: Memory

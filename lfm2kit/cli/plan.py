@@ -73,6 +73,7 @@ def plan(
         "blocks": rows,
         "totals": totals,
         "copies": setup.placed.copies(),
+        "waits": dict(_waits(setup.placed)),
         "rank": rank,
         "ranks": ranks,
         "rewrites": [rewrite.name for rewrite in setup.rewrites],
@@ -146,6 +147,13 @@ def _block_notes(setup: Setup) -> Iterator[tuple[str, str]]:
             yield placed.name, "; ".join(filter(None, (note, copy)))
 
 
+def _waits(placed: Placed) -> Iterator[tuple[str, str]]:
+    """Yield the blocks around which copies are waited for, and why they are not crossed."""
+    for one in placed.tree():
+        if one.why_not_crossed is not None:
+            yield one.name, one.why_not_crossed
+
+
 def _copy(placed: Placed) -> str | None:
     return f"{placed.outer.name} <-> {placed.memory.name}" if placed.is_copied else None
 
@@ -199,6 +207,9 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
     if (shortage := report.fields["shortage"]) is not None:
         report.line(shortage)
     report.line(f"copies between memories in a forward: {setup.placed.copies()}")
+    waits = {name: f"waits for its copies: {why}" for name, why in fields["waits"].items()}
+    for line in _grouped(waits):
+        report.line(line)
     if setup.sharing is not None:
         milliseconds = f"{1e3 * setup.sharing.seconds:.3g} ms with {tokens} tokens at once"
         report.line(f"predicted: {milliseconds}; most of it waits for the {setup.sharing.limit}")

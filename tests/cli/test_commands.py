@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -348,7 +349,11 @@ def test_plan_shows_a_ranks_share_without_a_job(cli: Cli, monkeypatch: pytest.Mo
     assert whole[experts] == 4 * mine[experts]
     assert whole["layers.2.feed_forward.router"] == mine["layers.2.feed_forward.router"]
     assert (alone["copies"], share["copies"]) == (0, 18)  # around each MoE, its router, its experts
+    reasons = Counter(share["waits"].values())
+    none_calls = "no backend of the plan calls blocks of another memory"
+    assert reasons == {"it consists of several blocks": 6, none_calls: 12}
     shown = cli("plan", "-b", "reference", "--ranks", 4).out
+    assert f"layers.7.feed_forward.experts (12 blocks): waits for its copies: {none_calls}" in shown
     assert "reference, rank 0 of 4" in shown
     assert "layers.2.feed_forward to layers.7.feed_forward (6 blocks): rank 0 holds" in shown
     fails(cli("plan", "--ranks", 4, "--rank", 4), "--rank 4: ranks are 0 to 3; give --ranks 5")

@@ -167,6 +167,8 @@ def test_the_plans_backends_are_asked_who_crosses(
     copied = [leaf for leaf in model.placed.leaves() if leaf.is_copied]
     assert model.placed.copies() == len(copied) == copies
     assert {leaf.crosser for leaf in copied} == set(crosser)
+    reasons = {leaf.spec.kind: leaf.why_not_crossed for leaf in copied if leaf.crosser is None}
+    assert reasons == ({"mlp": "crossing: only choices and experts"} if None in crosser else {})
     for _ in range(3):
         np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), expected)
     assert bool(backend.forms) == (plan == "crossing,experts=reference")
