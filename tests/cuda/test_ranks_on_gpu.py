@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
@@ -20,16 +22,19 @@ pytestmark = [
 ]
 
 A_WHILE = 280  # seconds: kernels may have to be compiled first
-RUN = [sys.executable, "-m", "lfm2kit", "run", "--backend", "cuda", "-n", "8", "-v"]
+RUN = [sys.executable, "-m", "lfm2kit", "run", "-n", "8", "-v"]
 
 
-def job(*visible: str) -> subprocess.CompletedProcess[str]:
+def job(
+    *visible: str, arguments: Sequence[str] = ("--backend", "cuda")
+) -> subprocess.CompletedProcess[str]:
     """Run a job whose ranks see these devices: each string is a CUDA_VISIBLE_DEVICES."""
     mpiexec = find_mpiexec()
     command = [mpiexec, *_flags(mpiexec)]
     for i, devices in enumerate(visible):
         separator = [":"] if i else []
-        command += [*separator, "-n", "1", "env", f"CUDA_VISIBLE_DEVICES={devices}", *RUN]
+        command += [*separator, "-n", "1", "env", f"CUDA_VISIBLE_DEVICES={devices}"]
+        command += [*RUN, *arguments]
     variables = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run(command, capture_output=True, text=True, timeout=A_WHILE, env=variables)
 
@@ -59,3 +64,13 @@ def test_two_ranks_have_a_gpu_each_however_they_see_them(visible: tuple[str, str
 def test_two_ranks_that_see_the_same_gpus_in_another_order_are_refused() -> None:
     needs_two_devices()
     assert job("0,1", "1,0").returncode == 2
+
+
+def test_two_ranks_of_hybrid_have_the_bits_of_one(tmp_path: Path) -> None:
+    needs_two_devices()
+    outputs = [tmp_path / "one.bin", tmp_path / "two.bin"]
+    for file, visible in zip(outputs, [("0",), ("0", "1")], strict=True):
+        done = job(*visible, arguments=("--backend", "hybrid", "--outputs", str(file)))
+        assert done.returncode == 0, done.stderr
+    one, two = (file.read_bytes() for file in outputs)
+    assert one == two
