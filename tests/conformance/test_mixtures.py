@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,16 @@ from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed, Placer
 from lfm2kit.building.plan import Plan
+from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.model import JOINS, LFM2
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.rewrites import Places
 from lfm2kit.rewrites.trim import KeptRows, TrimmedLayer
 from lfm2kit.state import Room
 from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.testing.near_ties import NEAR_TIE, GapWatch
 from tests.conformance.mixtures import (
     SPEC,
-    VOCABULARY,
     Mixture,
     checkpoint,
     crossed_mixtures,
@@ -40,10 +42,8 @@ Floats = npt.NDArray[np.float32]
 
 EXAMPLES = os.environ.get("LFM2KIT_MIXTURES")
 NAMES = ("reference", "cpu_simd", "hybrid", "hybrid", "cuda", "device", "boxed", "blas", "auto")
-EVERY_RANKS = tuple(name for name in NAMES if name != "blas")
 FP32 = 1e-4  # how far logits may be from the reference's
-# How much larger than one block's an error may be after all layers, and a near tie in 16 bits.
-GROWTH = 20
+GROWTH = 20  # how much larger than one block's an error in 16 bits may be after all layers
 
 
 def drawn(few: int) -> Any:
@@ -107,12 +107,15 @@ def arrays_out(spec: Spec) -> int:
 def shown(model: LFM2) -> dict[str, Counter[str]]:
     """Return the arrays that leave and enter each memory, as the placement says.
 
-    A crossing's arrays are not copied by the host.
+    A crossing's arrays are not copied by the host.  Of every other block that has its arrays from
+    elsewhere `plan` says why it is not crossed.
     """
     copies = {memory: Counter[str]() for memory in counting(model)}
     nowhere = Counter[str]()
     for placed in model.placed.tree():
-        if not placed.is_copied or placed.crosser is not None:
+        is_awaited = placed.is_copied and placed.crosser is None
+        assert is_awaited == bool(placed.why_not_crossed)
+        if not is_awaited:
             continue
         there, back = arrays_in(placed), arrays_out(placed.spec)
         outer, inner = (copies.get(m.name, nowhere) for m in (placed.outer, placed.memory))
@@ -184,7 +187,7 @@ def test_any_mixture_has_the_references_logits(mixture: Mixture, has_gpu: bool) 
     """The bits do not depend on where blocks are; a plan that cannot be built is one sentence."""
     where, twin = (plugins(are_devices_real=real, has_gpu=has_gpu) for real in (True, False))
     if (refusal := mixture.refusal(where)) is not None:
-        check_refusal(mixture, refusal)
+        check_refusal(refusal)
         assert mixture.refusal(twin) == refusal
         return
     setup = mixture.set_up(where)
@@ -195,31 +198,89 @@ def test_any_mixture_has_the_references_logits(mixture: Mixture, has_gpu: bool) 
     for _ in range(3):  # plainly, captured, and replayed
         np.testing.assert_array_equal(model.logits(batch), logits)
     check_copies(model, batch)
-    if not mixture.rounds_by_batch:
-        check_alone(mixture, model, logits)
-        if "trim" not in mixture.rewrites:
-            check_steps(mixture, model, logits)
+    check_promises(mixture, model, logits)
 
 
-def check_refusal(mixture: Mixture, refusal: str) -> None:
+def check_promises(mixture: Mixture, model: LFM2, logits: Floats) -> None:
+    """Check what all backends but one promise: the same bits in other batches and in steps."""
+    if mixture.rounds_by_batch:
+        return
+    check_alone(mixture, model, logits)
+    if "trim" not in mixture.rewrites:
+        check_steps(mixture, model, logits)
+
+
+def check_refusal(refusal: str) -> None:
     assert refusal.strip()
     assert "\n" not in refusal
     event(re.sub("'.*?'|[0-9]", "_", refusal)[:60])
 
 
-@pytest.mark.parametrize("plan", ["hybrid", "hybrid,3.moe=cpu_simd,4-5.experts=cuda"])
-def test_two_ranks_of_hybrid_have_the_bits_of_one(plan: str) -> None:
-    """Each has a device of its own; the experts of a layer are on both."""
-    drawn_ids = np.random.default_rng(4).integers(VOCABULARY, size=(6, 7))
-    sequences = [ids[: 1 + i].tolist() for i, ids in enumerate(drawn_ids)]
-    whole = Mixture(plan, sequences)
-    expected = whole.set_up(plugins()).build().logits(Batch.of_sequences(sequences))
+def check_two_ranks(where: Plugins, mixture: Mixture, whole: Mixture) -> None:
+    """Check that the mixture has the bits of `whole`; the experts of a layer are on both ranks."""
+    sequences = mixture.sequences
+    expected = whole.set_up(where).build().logits(Batch.of_sequences(sequences))
 
     def rank(transport: ThreadTransport) -> list[Floats]:
-        model = whole.set_up(plugins(), transport).build()
+        model = mixture.set_up(where, transport).build()
         share = Batch.of_sequences(sequences[transport.world.rank :: 2])
         return [model.logits(share).copy() for _ in range(3)]
 
     for i, shares in enumerate(run_ranks(2, rank)):
         for logits in shares:
             np.testing.assert_array_equal(logits, expected[i::2])
+
+
+SIX = [ids[: 1 + i] for i, ids in enumerate(np.random.default_rng(4).integers(50, size=(6, 7)))]
+IN_THREE_PLACES = {2: Places((0, 3), (4,)), 3: Places((1,), (2, 0)), 5: Places((), (1, 2, 4))}
+
+
+@pytest.mark.parametrize("plan", ["hybrid", "hybrid,3.moe=cpu_simd,4-5.experts=cuda"])
+def test_two_ranks_of_hybrid_have_the_bits_of_one(plan: str) -> None:
+    """Each has a device of its own."""
+    check_two_ranks(plugins(), Mixture(plan, SIX), Mixture(plan, SIX))
+
+
+def test_two_ranks_of_split_experts_have_the_bits_of_one_with_whole_experts() -> None:
+    """Products are added at their token's rank, in the order of k, wherever they were made.
+
+    All experts are the reference's, on the device and on the host.
+    """
+    split = Mixture("hybrid,host_experts=reference", SIX, places=IN_THREE_PLACES)
+    check_two_ranks(plugins(), split, Mixture("hybrid", SIX))
+
+
+# On a real GPU.
+
+GPU = installed_plugins().backends["cuda"].why_not
+ON_GPU = ("reference", "cpu_simd", "hybrid", "hybrid", "cuda", "cuda", "cuda:bf16", "cuda:fp16")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPU is not None, reason=str(GPU))
+@drawn(60)
+@given(st.one_of(mixtures(ON_GPU), crossed_mixtures()))
+def test_any_mixture_on_a_gpu_has_the_references_logits(mixture: Mixture) -> None:
+    where = installed_plugins()
+    if (refusal := mixture.refusal(where)) is not None:
+        check_refusal(refusal)
+        return
+    setup = mixture.set_up(where)
+    model, batch = setup.build(), Batch.of_sequences(mixture.sequences)
+    event(f"captured: {model._captures is not None}")
+    logits = model.logits(batch).copy()
+    judge(mixture, setup, logits)
+    for _ in range(2):
+        np.testing.assert_array_equal(model.logits(batch), logits)
+    check_promises(mixture, model, logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPU is not None, reason=str(GPU))
+@pytest.mark.parametrize("places", [{}, IN_THREE_PLACES], ids=["whole", "split"])
+def test_two_ranks_of_hybrid_on_one_gpu_have_the_bits_of_one(
+    places: Mapping[int, Places],
+) -> None:
+    """FP32 experts of cuda and cpu_simd have the same bits, so a split changes none either."""
+    where = installed_plugins()
+    check_two_ranks(where, Mixture("hybrid", SIX, places=places), Mixture("hybrid", SIX))
