@@ -188,3 +188,19 @@ class CallsNatively(Protocol):
     def native(self) -> NativeCall:
         """Return the block as machine code; its results have the bits of a plain call."""
         ...
+
+
+@runtime_checkable
+class Fills(Protocol):
+    """Capability of a block of the host's memory: it can write its results where they are wanted.
+
+    Whoever calls a block from another memory asks for it: results need not be copied then.
+    """
+
+    def fill(self, results: Sequence[npt.NDArray[Any]], *inputs: Any) -> None:
+        """Compute the results of a call with these inputs, with the same bits, in given arrays.
+
+        `results` are C-contiguous, of the shapes and dtypes that a call returns, and have any
+        values.  They share no memory with `inputs`.
+        """
+        ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lfm2kit.backend import Block, CallsNatively
+from lfm2kit.backend import Block, CallsNatively, Fills
 from lfm2kit.specs import Spec, Work
 
 DEADLINE = 60.0  # seconds that a step may take, unless it asks for more
@@ -97,4 +97,6 @@ def _telling(name: str, block: Block) -> Block:
 
     if isinstance(block, CallsNatively):
         called.native = block.native  # type: ignore[attr-defined]
+    if isinstance(block, Fills):
+        called.fill = _telling(name, block.fill)  # type: ignore[attr-defined]
     return called

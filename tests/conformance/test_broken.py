@@ -266,6 +266,10 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         around(MLP, broken.SharedBuffer),
         ("results-belong-to-the-caller",),
     ),
+    "fills only what is not zero": (
+        around(EXPERTS, broken.FillsOnlyValues),
+        ("filled-results-have-the-same-bits",),
+    ),
     "stale scratch": (around(MLP, broken.StaleScratch), ("scratch-is-not-seen",)),
     "a race": (around(MLP, broken.RaceBetweenCalls), ("repeatable",)),
     "float64 result": (

@@ -39,7 +39,7 @@ from lfm2kit_hybrid.board import (
 from lfm2kit_hybrid.server import HostCrossing, Server
 
 from lfm2kit import progress
-from lfm2kit.backend import Backend, Context, NativeCall
+from lfm2kit.backend import Backend, Context, Fills, NativeCall
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import own_stream
@@ -200,6 +200,44 @@ def test_all_experts_of_a_layer_on_the_host_are_crossed_too() -> None:
     for _ in range(4):
         np.testing.assert_array_equal(model.logits(Batch.of_sequences(SEQUENCES)), want)
     assert len(gpu.replays) == 1
+
+
+class Filling:
+    """A block of the host's memory that writes where it is told to."""
+
+    def __init__(self) -> None:
+        self.filled: list[int] = []  # addresses
+
+    def __call__(self, x: Any) -> Any:
+        return 2 * x
+
+    def fill(self, results: Any, x: Any) -> None:
+        (result,) = results
+        np.multiply(x, 2, out=result)
+        self.filled.append(result.ctypes.data)
+
+
+def test_a_block_that_fills_writes_where_the_device_reads(
+    device: DeviceMemory, server: Server
+) -> None:
+    block = Filling()
+    crossing = server.crossing("layers.2", block)
+    for _ in range(3):
+        call(device, crossing, 100)
+    ((made, _),) = crossing._calls.values()
+    assert block.filled == 2 * [made.results[0].ctypes.data]
+
+
+def test_what_is_told_of_a_block_does_not_hide_that_it_fills(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(progress.THIS_PROCESS, "step", told.append)
+    wrap = telling(lambda name, spec, block: block, {"layers.2"})
+    block = wrap("layers.2", small_spec(), Filling())
+    assert isinstance(block, Fills)
+    block.fill([np.empty(3)], np.ones(3))
+    assert told == ["layers.2"]
 
 
 def test_shares_may_end_in_any_order(device: DeviceMemory, server: Server) -> None:
