@@ -75,20 +75,27 @@ class Sharing:
 
 
 def shared_out(
-    rates: Rates, shares: Shares, tokens: int, budget: Budget, rest: Sequence[float] | None = None
+    rates: Rates,
+    shares: Shares,
+    tokens: int,
+    budget: Budget,
+    rest: Sequence[float] | None = None,
+    trip: float = 0.0,
 ) -> Sharing:
     """Return the sharing with the least predicted time for a forward of `tokens` tokens.
 
     `rest` has the device's seconds, by layer, for everything but its experts; the time of layers
-    without experts belongs to the next one.  Without it there is nothing else.
+    without experts belongs to the next one.  Without it there is nothing else.  `trip` is what it
+    takes, in seconds, to bring a layer's tokens to the host and back.
     """
     layers = list(_layers(rates, shares, tokens))
     rest = rest or [0.0] * len(layers)
     transfer = rates.expert_bytes / rates.link
 
     def times(choice: _Choice) -> list[LayerTime]:
-        works = [one.work(h, s) for one, h, s in zip(layers, *choice[:2], strict=True)]
-        return layer_times(works, rest, transfer, choice.slots)
+        with_link = bool(choice.slots.count)
+        works = [one.work(h, s, with_link) for one, h, s in zip(layers, *choice[:2], strict=True)]
+        return layer_times(works, rest, transfer, choice.slots, trip)
 
     def seconds(choice: _Choice) -> float:
         return sum(time.seconds for time in times(choice))
@@ -105,6 +112,7 @@ def predicted(
     places: Sequence[Sequence[Place]],
     slots: Slots = NO_SLOTS,
     rest: Sequence[float] | None = None,
+    trip: float = 0.0,
 ) -> Sharing:
     """Return what is predicted for a forward with given places; see `shared_out`."""
     works = []
@@ -112,14 +120,14 @@ def predicted(
         at = {place: [there[e] is place for e in layer.order] for place in Place}
         works.append(
             Work(
-                float(layer.host[at[Place.HOST]].sum()),
+                float(layer.host_time(bool(slots.count))[at[Place.HOST]].sum()),
                 float(layer.host_reading[at[Place.HOST]].sum()),
                 float(layer.device[at[Place.RESIDENT]].sum()),
                 layer.device[at[Place.STREAMED]].tolist(),
             )
         )
     rest = rest or [0.0] * len(works)
-    times = layer_times(works, rest, rates.expert_bytes / rates.link, slots)
+    times = layer_times(works, rest, rates.expert_bytes / rates.link, slots, trip)
     return Sharing(tuple(map(tuple, places)), slots, tuple(times))
 
 
@@ -137,6 +145,7 @@ class _Layer:
 
     order: tuple[int, ...]
     host: Float64
+    host_beside_link: Float64  # while the link reads the host's memory
     host_reading: Float64
     device: Float64
 
@@ -151,10 +160,13 @@ class _Layer:
         )
         return round(after - before, 12)  # rounding must not make equal layers differ
 
-    def work(self, on_host: int, streamed: int) -> Work:
+    def host_time(self, beside_link: bool) -> Float64:
+        return self.host_beside_link if beside_link else self.host
+
+    def work(self, on_host: int, streamed: int, beside_link: bool) -> Work:
         resident = on_host + streamed
         return Work(
-            float(self.host[:on_host].sum()),
+            float(self.host_time(beside_link)[:on_host].sum()),
             float(self.host_reading[:on_host].sum()),
             float(self.device[resident:].sum()),
             self.device[on_host:resident].tolist(),
@@ -173,7 +185,8 @@ def _layers(rates: Rates, shares: Shares, tokens: int) -> Iterator[_Layer]:
         share = np.asarray(given, np.float64)
         order = np.lexsort((-np.arange(len(share)), share))  # of equals the highest id first
         used, rows = _expected(share[order], tokens)
-        seconds = (rates.host.at(rows), rates.host.at(1.0), rates.device.at(rows))
+        hosts = (rates.host_seconds(rows, beside_link=beside) for beside in (False, True))
+        seconds = (*hosts, rates.host.at(1.0), rates.device.at(rows))
         yield _Layer(tuple(order.tolist()), *(used * one for one in seconds))
 
 
