@@ -5,9 +5,10 @@
 
 Contenders are numbers of streamed experts of each layer: 0 computes all that do not fit on the CPU,
 32 streams all of them.  `rates` chooses by what is measured here first, for the number of tokens.
-All of them know how often each expert is chosen, from other batches of random tokens.  They run one after the other, forward by forward, and their logits may differ by rounding alone.
-Prints Markdown tables: where experts are, what is predicted, what is measured, and the GPU memory
-that each model takes beside the others.
+All of them know how often each expert is chosen, from other batches of random tokens.  They run one
+after the other, forward by forward, and their logits may differ by rounding alone.  Prints Markdown
+tables: where experts are, what is predicted, what is measured, and the GPU memory that each model
+takes beside the others.
 """
 
 from __future__ import annotations

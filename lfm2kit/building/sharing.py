@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -160,6 +161,10 @@ class _Layer:
         )
         return round(after - before, 12)  # rounding must not make equal layers differ
 
+    def hosts_total(self, on_host: int) -> float:
+        """Return the host's time with one more expert there, while the link carries others."""
+        return round(float(self.host_beside_link[: on_host + 1].sum()), 12)
+
     def host_time(self, beside_link: bool) -> Float64:
         return self.host_beside_link if beside_link else self.host
 
@@ -203,16 +208,21 @@ def _choices(
     budget: Budget,
     seconds: Callable[[_Choice], float],
 ) -> Iterator[_Choice]:
-    """Yield the best choice with nothing streamed, and the best one with each number of slots."""
-    moves = list(_to_the_host(layers))
-    room = budget.device // expert_bytes
-    absent = max(0, len(moves) - room)
-    yield _choice(layers, moves[:absent], 0, NO_SLOTS)
-    most = len(moves) if budget.pinned is None else budget.pinned // expert_bytes
-    streamable = range(1, 1 + min(most, len(moves)))
-    for count in budget.slots if absent else ():
-        portion = budget.portion
-        yield from _streaming(layers, moves, room, streamable, count, portion, seconds)
+    """Yield the best choice with nothing streamed, and the best ones with each number of slots.
+
+    Where nothing is streamed, what counts is the sum of all layers' times.  A link that is only a
+    few experts ahead would wait in a layer that takes much longer than others.
+    """
+    room, count = budget.device // expert_bytes, sum(map(len, layers))
+    absent = max(0, count - room)
+    least_added, even = (
+        list(_to_the_host(layers, cost)) for cost in (_Layer.added, _Layer.hosts_total)
+    )
+    yield _choice(layers, least_added[:absent], 0, NO_SLOTS)
+    most = count if budget.pinned is None else budget.pinned // expert_bytes
+    streamable, portion = range(1, 1 + min(most, count)), budget.portion
+    for moves, slots in product((least_added, even), budget.slots if absent else ()):
+        yield from _streaming(layers, moves, room, streamable, slots, portion, seconds)
 
 
 def _streaming(
@@ -257,25 +267,25 @@ def _choice(
     return _Choice(host, _spread(streamed, left), slots)
 
 
-def _to_the_host(layers: Sequence[_Layer]) -> Iterator[int]:
+def _to_the_host(layers: Sequence[_Layer], cost: Callable[[_Layer, int], float]) -> Iterator[int]:
     """Yield a layer for each expert of all: one after the other, the next one goes to the host.
 
-    That is the expert which adds least to the time.  Where layers are alike, it is of one that has
-    the fewest on the host, far from the one before: the link is only a few experts ahead, and would
-    wait wherever neighbours have many.
+    It is of the layer whose `cost` is least, given how many it has there.  Where layers are alike,
+    it is one that has the fewest, far from the one before: the link would wait wherever neighbours
+    have many.
     """
     apart = _apart(len(layers))
 
-    def added(layer: int, taken: int) -> tuple[float, int, float, int]:
-        return layers[layer].added(taken), taken, apart[layer], layer
+    def key(layer: int, taken: int) -> tuple[float, int, float, int]:
+        return cost(layers[layer], taken), taken, apart[layer], layer
 
-    heap = [added(i, 0) for i, layer in enumerate(layers) if len(layer)]
+    heap = [key(i, 0) for i, layer in enumerate(layers) if len(layer)]
     heapq.heapify(heap)
     while heap:
         _, taken, _, layer = heapq.heappop(heap)
         yield layer
         if taken + 1 < len(layers[layer]):
-            heapq.heappush(heap, added(layer, taken + 1))
+            heapq.heappush(heap, key(layer, taken + 1))
 
 
 def _spread(count: int, room: Sequence[int]) -> list[int]:

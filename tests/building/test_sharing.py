@@ -154,6 +154,16 @@ def test_the_link_takes_its_part_of_the_hosts_memory() -> None:
     assert both.seconds == pytest.approx(2 * alone.seconds)
 
 
+def test_layers_take_about_as_long_where_the_link_is_only_a_few_experts_ahead() -> None:
+    """Half of the layers have experts that hardly anyone uses; the others' go to the host, too."""
+    cold = [0.001] * 8 + [3.992 / 24] * 24
+    loads = [cold if i % 2 else UNIFORM[0] for i in range(22)]
+    room = Budget((RESIDENT - 8) * EXPERT, slots=(4,))
+    sharing = shared_out(rates(), loads, 1024, room)
+    seconds = [layer.seconds for layer in sharing.layers[1:]]  # before the first, the link is ahead
+    assert max(seconds) < 1.6 * min(seconds)
+
+
 def test_the_most_used_experts_are_resident_and_the_least_used_on_the_host() -> None:
     rng = np.random.default_rng(0)
     load = rng.dirichlet(np.full(32, 0.5), 22) * 4
