@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -259,6 +260,34 @@ def test_what_a_block_raises_ends_its_forward_with_its_name(
     for _ in range(2):
         assert failure(device, bad) == said
         call(device, good)
+
+
+def test_nothing_of_a_failed_call_is_kept_once_it_is_reported(
+    device: DeviceMemory, server: Server
+) -> None:
+    left: list[weakref.ref[Any]] = []
+
+    def fault() -> None:
+        array = np.zeros(3)
+        left.append(weakref.ref(array))
+        raise ValueError(str(array))
+
+    crossing = server.crossing("layers.3.choice", Doubling(fault))
+    call(device, crossing)
+    failure(device, crossing)
+    gc.collect()
+    assert [array() for array in left] == [None]
+
+
+def test_a_call_that_nobody_knows_is_answered_by_a_failure(
+    device: DeviceMemory, server: Server
+) -> None:
+    crossing = server.crossing("call 0", Doubling())
+    call(device, crossing)
+    known = server._workers._calls._calls.pop(0)
+    assert failure(device, crossing) == "RuntimeError: call 0 raised KeyError: 0"
+    server._workers._calls._calls[0] = known
+    call(device, crossing)
 
 
 def test_another_result_than_the_first_is_a_failure(device: DeviceMemory, server: Server) -> None:

@@ -95,11 +95,12 @@ class Workers:
     def check(self) -> None:
         """Raise what a block has raised, or an error if the memory's deadline has passed."""
         late = int(self._channel.failed[1])
-        if self._failure is None and not late:
+        failure, self._failure = self._failure, None  # whoever catches it says how long it lives
+        if failure is None and not late:
             return
         self._is_shaken = True
-        if self._failure is not None:
-            raise _named(*self._failure)
+        if failure is not None:
+            raise _named(*failure)
         raise Lfm2kitError(
             f"{self._calls[late - 1].name}: no answer within {self._deadline:g} s; if it is only "
             "slow, give a longer ",
@@ -179,13 +180,15 @@ class Workers:
         and writes over the arguments: experts sorted by ids that change would read anywhere.
         """
         trip, number = (int(n) for n in self._channel.sent)
-        called = self._calls[number]
+        name = f"call {number}"
         try:
+            called = self._calls[number]
+            name = called.name
             if not self._channel.failed.any():
                 with unbound(self._cores[worker]):
                     called()
         except BaseException as error:  # raised in the thread that runs the forward
-            self._failure = self._failure or (called.name, error)
+            self._failure = self._failure or (name, error)
             publish(_address(self._channel.failed), 1)
         publish(self._board.address + self._board.of(worker, SEEN), trip)
         publish(_address(self._channel.answered[worker]), trip)
