@@ -127,6 +127,15 @@ class Channel(Protocol):
         """
         ...
 
+    @property
+    def deadline(self) -> npt.NDArray[np.float32]:
+        """Return [1]: the seconds after which a wait ends without an answer.
+
+        The host may write it at any time.  Waits read it while they wait, those of captured work as
+        well.
+        """
+        ...
+
     def call(self, inputs: Sequence[ArrayForm], results: Sequence[ArrayForm], workers: int) -> Call:
         """Return a new call, which waits for the answers of the first `workers` workers."""
         ...
@@ -144,7 +153,7 @@ class Signals(Protocol):
     def name(self) -> str: ...
 
     def channel(self, workers: int, deadline: float) -> Channel:
-        """Return a channel to `workers` threads, which waits `deadline` seconds for an answer."""
+        """Return a channel to `workers` threads, whose `deadline` is at first this number."""
         ...
 
 

@@ -21,6 +21,7 @@ import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_hybrid import cores, polling, workers
+from lfm2kit_hybrid import server as server_module
 from lfm2kit_hybrid.backend import HybridBackend
 from lfm2kit_hybrid.board import (
     ASLEEP,
@@ -319,6 +320,25 @@ def test_a_deadline_that_passes_names_the_block(monkeypatch: pytest.MonkeyPatch)
     call(device, crossing)
 
 
+def test_a_forward_has_the_deadline_that_is_set_when_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever it was when the server was made; the longest of its blocks' counts."""
+    process, device = progress.Progress(), DeviceMemory()
+    for module in (progress, server_module):
+        monkeypatch.setattr(module, "THIS_PROCESS", process)
+    crossing = Server(device, [None]).crossing("layers.3", Doubling(lambda: time.sleep(0.4)))
+    call(device, crossing)
+    progress.set_deadline(0.1)
+    assert "layers.3: no answer within 0.1 s" in failure(device, crossing)
+    progress.allow({"layers.3": 20})
+    call(device, crossing)
+    progress.allow({"layers.3": 0.2, "another": 20})
+    assert "layers.3: no answer within 0.2 s" in failure(device, crossing)
+    progress.set_deadline(20)
+    call(device, crossing)
+
+
 @pytest.mark.parametrize("block", [Doubling, NativeDoubling])
 def test_ctrl_c_ends_a_forward_whose_block_is_slow(
     block: type[Doubling], device: DeviceMemory, server: Server
@@ -349,7 +369,7 @@ def test_workers_that_sleep_hold_nobody_up_after_a_failure(
     until(lambda: asleep(server) == [0, 1, 2])
     failure(device, bad)
     assert asleep(server)[-2:] == [1, 2]
-    monkeypatch.setattr(server._workers, "_deadline", 1.0)
+    monkeypatch.setattr(progress.THIS_PROCESS, "deadline", 1.0)
     call(device, shared, 900)
 
 
@@ -645,7 +665,7 @@ def test_a_worker_that_cannot_start_is_started_by_the_next_forward(
         patched.setattr(where, name, fails)
         with pytest.raises(Lfm2kitError, match=said):
             call(device, crossing)
-    monkeypatch.setattr(server._workers, "_deadline", 1.0)
+    monkeypatch.setattr(progress.THIS_PROCESS, "deadline", 1.0)
     for _ in range(3):
         call(device, crossing)
 

@@ -55,19 +55,21 @@ class _Mapped(NamedTuple):
 class Channel:
     """A channel from the current device to threads of the host.
 
-    A trip that has not been answered after `deadline` seconds fails.  Trips follow one another: the
-    calls of a channel are enqueued in one stream, or in streams that wait for each other.
+    A trip that has not been answered after the seconds in `deadline` fails.  Trips follow one
+    another: the calls of a channel are enqueued in one stream, or in streams that wait for each
+    other.
     """
 
     def __init__(self, workers: int, deadline: float) -> None:
         if not 1 <= workers <= CHANNEL.MOST_THREADS:
             raise ValueError(f"a channel has 1 to {CHANNEL.MOST_THREADS} workers, not {workers}")
         self.device = current_device()
-        self.deadline = float(deadline)
         words = cupyx.empty_pinned(CHANNEL.ANSWERED + workers * CHANNEL.WORKER, np.uint32)
         words[...] = 0  # pinned memory is used again
         self.sent: Words = words[:2]
-        self.failed: Words = words[CHANNEL.FAILED : CHANNEL.FAILED + 2]
+        self.failed: Words = words[CHANNEL.FAILED : CHANNEL.DEADLINE]
+        self.deadline = words[CHANNEL.DEADLINE :][:1].view(np.float32)
+        self.deadline[0] = deadline
         self.answered: Words = words[CHANNEL.ANSWERED :].reshape(workers, CHANNEL.WORKER)
         self.control = _Mapped.of(words)
         self.counters = upload(np.zeros(COUNTERS, np.uint32))
@@ -153,7 +155,6 @@ class Call:
             channel.receive(
                 (ctas,), threads, *_padded(results), *self._back.vectors, self._results_start,
                 self._back.places, channel.control, channel.counters, self.number, self._workers,
-                channel.deadline,
             )  # fmt: skip
         return results
 

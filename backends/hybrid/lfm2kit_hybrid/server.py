@@ -34,13 +34,12 @@ class Server:
         self, memory: Outer, cores: Sequence[int | None], threads: int | None = None
     ) -> None:
         """Start no worker yet.  A block that needs Python computes on `threads` at the most."""
-        deadline = THIS_PROCESS.deadline
         self._memory = memory
         self._lock = Lock()  # one forward at a time
         self._thread: int | None = None  # the one that runs it, or has run the one before
         self._most = len(cores)
-        self._channel = memory.channel(len(cores), deadline)
-        self._workers = Workers(self._channel, cores, deadline, threads)
+        self._channel = memory.channel(len(cores), THIS_PROCESS.deadline)
+        self._workers = Workers(self._channel, cores, threads)
         # Weak: nobody waits for a trip of a forward, or of a recording, that has failed.
         self._newest: Callable[[], _Trip | None] = lambda: None
         weakref.finalize(self, self._workers.close)
