@@ -19,10 +19,12 @@ from lfm2kit.crossing import (
     CallsNatively,
     Channel,
     Crossing,
+    FirstCall,
     NativeCall,
     Near,
     Server,
     Signals,
+    first_call,
 )
 from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.memory import (
@@ -77,6 +79,7 @@ __all__ = [
     "Crossing",
     "Exclusive",
     "Explains",
+    "FirstCall",
     "Form",
     "Format",
     "Grade",
@@ -103,6 +106,7 @@ __all__ = [
     "State",
     "Tensor",
     "Weights",
+    "first_call",
 ]
 
 

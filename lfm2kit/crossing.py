@@ -12,14 +12,14 @@ the threads that call blocks, and makes a `Crossing` of each block.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.memory import Array
+from lfm2kit.memory import Array, Ordered
 
 
 class Server(Protocol):
@@ -137,7 +137,10 @@ class Channel(Protocol):
         ...
 
     def call(self, inputs: Sequence[ArrayForm], results: Sequence[ArrayForm], workers: int) -> Call:
-        """Return a new call, which waits for the answers of the first `workers` workers."""
+        """Return a new call, which waits for the answers of the first `workers` workers.
+
+        Raise ValueError if the arrays are more, or larger, than a trip carries.
+        """
         ...
 
     def close(self) -> None:
@@ -197,3 +200,32 @@ class CallsNatively(Protocol):
     def native(self) -> NativeCall:
         """Return the block as machine code; its results have the bits of a plain call."""
         ...
+
+
+class FirstCall(NamedTuple):
+    """What the first call of a block with arguments of some shapes shows."""
+
+    result: (
+        Any  # arrays of the memory that the arguments are from: a tuple if the block returns one
+    )
+    inputs: Sequence[ArrayForm]
+    results: Sequence[ArrayForm]
+
+
+def first_call(block: Callable[..., Any], outer: Ordered, inputs: Sequence[Array]) -> FirstCall:
+    """Call a block of the host's memory with arrays of `outer`; wait for them, and show the forms.
+
+    A crossing does this outside of captured work, to know what a `Call` takes and returns.
+    """
+    arriving = [outer.start_to_host(array) for array in inputs]
+    arrays = [copy.wait() for copy in arriving]
+    made = block(*arrays)
+    results = made if isinstance(made, tuple) else (made,)
+    moved = tuple(outer.from_host(np.ascontiguousarray(array)) for array in results)
+    return FirstCall(
+        moved if isinstance(made, tuple) else moved[0], _forms(arrays), _forms(results)
+    )
+
+
+def _forms(arrays: Sequence[npt.NDArray[Any]]) -> list[ArrayForm]:
+    return [ArrayForm(array.shape, np.dtype(array.dtype)) for array in arrays]

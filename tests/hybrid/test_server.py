@@ -142,6 +142,10 @@ def raising(error: BaseException) -> Fault:
     return fault
 
 
+def raising_for_all(error: BaseException) -> Callable[..., object]:
+    return lambda *arguments: raising(error)()
+
+
 def until(is_true: Callable[[], object]) -> None:
     """Wait until something is so, much longer than it takes."""
     end = time.monotonic() + 60
@@ -667,6 +671,21 @@ def test_a_worker_that_cannot_start_is_started_by_the_next_forward(
             call(device, crossing)
     monkeypatch.setattr(progress.THIS_PROCESS, "deadline", 1.0)
     for _ in range(3):
+        call(device, crossing)
+
+
+def test_arrays_that_are_too_large_for_a_trip_are_one_line(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crossing = server.crossing("layers.2.experts", Doubling())
+    with monkeypatch.context() as patched:
+        patched.setattr(server._channel, "call", raising_for_all(ValueError("at most 16 bytes")))
+        with pytest.raises(Lfm2kitError) as caught:
+            call(device, crossing)
+    assert str(caught.value) == (
+        "layers.2.experts: at most 16 bytes; try a smaller batch, or shorter samples"
+    )
+    for _ in range(2):
         call(device, crossing)
 
 

@@ -29,6 +29,7 @@ from lfm2kit_cuda.host_layout import (
     sending_grid,
 )
 from lfm2kit_cuda.kernels import Kernel, load_kernel
+from lfm2kit_cuda.pinned import empty_pinned
 from lfm2kit_cuda.upload import upload
 
 FIRST_BYTES = 1 << 16  # of the arrays' memory
@@ -82,7 +83,8 @@ class Channel:
     def call(self, inputs: Sequence[ArrayForm], results: Sequence[ArrayForm], workers: int) -> Call:
         """Return a new call, which waits for the first `workers` workers.
 
-        Raises ValueError if there are fewer workers, or if its arrays are too many or too large.
+        Raises ValueError if there are fewer workers, or if its arrays are too many or too large,
+        and MemoryError if the system pins no memory for them.
         """
         if not 1 <= workers <= len(self.answered):
             raise ValueError(f"a call waits for 1 to {len(self.answered)} workers, not {workers}")
@@ -101,7 +103,7 @@ class Channel:
         """
         last = len(self._arrays[-1]) if self._arrays else FIRST_BYTES // 2
         if last < nbytes or not self._arrays:
-            self._arrays.append(cupyx.empty_pinned(max(nbytes, 2 * last), np.uint8))
+            self._arrays.append(empty_pinned(max(nbytes, 2 * last)))
         return self._arrays[-1][:nbytes]
 
 
