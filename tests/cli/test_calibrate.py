@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lfm2kit import kernel_cache
 from lfm2kit.backend import Context
 from lfm2kit.building import kept_rates
-from lfm2kit.building.rates import read_calibration
+from lfm2kit.building.rates import Calibration, read_calibration
 from lfm2kit.checkpoint.spec_files import spec_text
 from lfm2kit.cli.console import Report
 from lfm2kit.measuring import calibration
@@ -46,7 +47,6 @@ def test_without_a_file_the_rates_are_kept_for_this_machine(cli: Cli, tmp_path: 
     assert done.code == 0, done.err
     (path,) = (tmp_path / "cache" / "rates").iterdir()
     assert f"kept in {path}, for --gpu-memory" in " ".join(done.out.split())
-    assert path.parent.stat().st_mode & 0o077 == 0
     first = read_calibration(path)
     assert [side.experts.backend for side in first.sides] == ["cpu_simd", "reference"]
     cli(*calibrate, "--precision", "bf16", "-b", "cpu_simd")
@@ -60,6 +60,18 @@ def test_without_a_file_the_rates_are_kept_for_this_machine(cli: Cli, tmp_path: 
     assert last.sides[0].product != first.sides[0].product
     cli("calibrate", "-b", "reference", "--threads", 2)
     assert len(list(path.parent.iterdir())) == 2, "threads are a part of the machine"
+
+
+@pytest.mark.parametrize(("named", "mode"), [("", 0o700), ("a folder", 0o755)])
+def test_others_read_kept_rates_only_where_a_folder_was_named_for_all(
+    named: str, mode: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever the environment of the tests names, and whoever runs them."""
+    monkeypatch.setenv(kernel_cache.VARIABLE, named)
+    monkeypatch.setattr(kernel_cache, "_trusted_by_all", lambda: {os.geteuid()})
+    path, _ = kept_rates.with_kept(Calibration("today", {}, "tiny", ()))
+    assert path.parent == tmp_path / "cache" / "rates"
+    assert path.parent.stat().st_mode & 0o777 == mode
 
 
 def test_rates_that_cannot_be_kept_are_shown_all_the_same(
