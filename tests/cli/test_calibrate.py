@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -99,6 +104,62 @@ def test_rates_are_kept_even_if_nobody_reads_the_table(
     assert read_calibration(rates) == read_calibration(document)
     assert cli(*calibrate).code == READER_GONE
     assert len(list((tmp_path / "cache" / "rates").iterdir())) == 1
+
+
+def test_one_calibration_at_a_time_measures_and_keeps_its_rates(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache" / "rates"
+    folder.mkdir(parents=True, mode=0o700)
+    seen: list[str] = []
+
+    def wait(seconds: float) -> None:
+        seen.append("waits")
+        os.close(other)
+
+    def look(name: str) -> Callable[..., Any]:
+        real = getattr(command, name)
+
+        def looking(*arguments: Any) -> Any:
+            seen.append(name if is_locked(folder) else f"{name} beside another one")
+            return real(*arguments)
+
+        return looking
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=wait)
+    monkeypatch.setattr(kept_rates, "time", clock)
+    command = import_module("lfm2kit.cli.calibrate")
+    for name in ("calibrated", "with_kept", "write_document"):
+        monkeypatch.setattr(command, name, look(name))
+    other = os.open(folder, os.O_RDONLY)
+    assert kernel_cache.locked(other)
+    done = cli("calibrate", "-b", "reference")
+    assert done.code == 0, done.err
+    assert "another lfm2kit calibrate is measuring; waiting until it has ended" in done.err
+    assert seen == ["waits", "calibrated", "with_kept", "write_document"]
+    assert not is_locked(folder)
+
+
+def test_a_calibration_that_does_not_end_is_waited_for_no_longer(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache" / "rates"
+    folder.mkdir(parents=True, mode=0o700)
+    monkeypatch.setattr(kept_rates, "LONGEST_TURN", 0.2)
+    other = os.open(folder, os.O_RDONLY)
+    assert kernel_cache.locked(other)
+    done = cli("calibrate", "-b", "reference")
+    assert (done.code, done.out) == (2, "")
+    assert "has not ended after 0.2 s; end it, and measure again" in done.err
+    os.close(other)
+
+
+def is_locked(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        return not kernel_cache.locked(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def test_kept_rates_are_read_whatever_the_umask(cli: Cli, tmp_path: Path) -> None:
