@@ -20,10 +20,12 @@ from lfm2kit.crossing import (
     Channel,
     Crossing,
     Fills,
+    FirstCall,
     NativeCall,
     Near,
     Server,
     Signals,
+    first_call,
 )
 from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.memory import (
@@ -79,6 +81,7 @@ __all__ = [
     "Exclusive",
     "Explains",
     "Fills",
+    "FirstCall",
     "Form",
     "Format",
     "Grade",
@@ -105,6 +108,7 @@ __all__ = [
     "State",
     "Tensor",
     "Weights",
+    "first_call",
 ]
 
 

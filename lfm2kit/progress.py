@@ -7,7 +7,7 @@ the job if a step takes longer than allowed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lfm2kit.backend import Block, CallsNatively, Fills
@@ -67,6 +67,12 @@ def allow(seconds: Mapping[str, float]) -> None:
     """Set how long the steps of these names may take, if that is above the deadline."""
     deadline = THIS_PROCESS.deadline
     THIS_PROCESS.allowed.update((name, s) for name, s in seconds.items() if s > deadline)
+
+
+def longest_of(names: Iterable[str]) -> float:
+    """Return how long a step of one of these names may take, at the most."""
+    allowed = THIS_PROCESS.allowed
+    return max([THIS_PROCESS.deadline, *(allowed[name] for name in names if name in allowed)])
 
 
 def longest(work: Work) -> float:

@@ -350,6 +350,10 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         ("channels-carry-every-trip",),
     ),
     "a wait without a deadline": (device_with(crossing.WaitsForEver), ("channels-end-a-wait",)),
+    "a deadline that cannot be changed": (
+        device_with(crossing.WaitsAsLongAsAtFirst),
+        ("channels-wait-as-long-as-they-are-told",),
+    ),
     "results of a forward that failed": (
         device_with(crossing.KeepsBytesAfterAFailure),
         ("channels-end-a-wait",),

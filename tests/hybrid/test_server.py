@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_hybrid import cores, polling, workers
+from lfm2kit_hybrid import server as server_module
 from lfm2kit_hybrid.backend import HybridBackend
 from lfm2kit_hybrid.board import (
     ASLEEP,
@@ -138,6 +140,10 @@ def raising(error: BaseException) -> Fault:
         raise error
 
     return fault
+
+
+def raising_for_all(error: BaseException) -> Callable[..., object]:
+    return lambda *arguments: raising(error)()
 
 
 def until(is_true: Callable[[], object]) -> None:
@@ -299,6 +305,34 @@ def test_what_a_block_raises_ends_its_forward_with_its_name(
         call(device, good)
 
 
+def test_nothing_of_a_failed_call_is_kept_once_it_is_reported(
+    device: DeviceMemory, server: Server
+) -> None:
+    left: list[weakref.ref[Any]] = []
+
+    def fault() -> None:
+        array = np.zeros(3)
+        left.append(weakref.ref(array))
+        raise ValueError(str(array))
+
+    crossing = server.crossing("layers.3.choice", Doubling(fault))
+    call(device, crossing)
+    failure(device, crossing)
+    gc.collect()
+    assert [array() for array in left] == [None]
+
+
+def test_a_call_that_nobody_knows_is_answered_by_a_failure(
+    device: DeviceMemory, server: Server
+) -> None:
+    crossing = server.crossing("call 0", Doubling())
+    call(device, crossing)
+    known = server._workers._calls._calls.pop(0)
+    assert failure(device, crossing) == "RuntimeError: call 0 raised KeyError: 0"
+    server._workers._calls._calls[0] = known
+    call(device, crossing)
+
+
 def test_another_result_than_the_first_is_a_failure(device: DeviceMemory, server: Server) -> None:
     block = Doubling()
     crossing = server.crossing("layers.3.mlp", block)
@@ -325,6 +359,25 @@ def test_a_deadline_that_passes_names_the_block(monkeypatch: pytest.MonkeyPatch)
         "returned after 0.1 s more"
     )
     go_on.set()
+    call(device, crossing)
+
+
+def test_a_forward_has_the_deadline_that_is_set_when_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever it was when the server was made; the longest of its blocks' counts."""
+    process, device = progress.Progress(), DeviceMemory()
+    for module in (progress, server_module):
+        monkeypatch.setattr(module, "THIS_PROCESS", process)
+    crossing = Server(device, [None]).crossing("layers.3", Doubling(lambda: time.sleep(0.4)))
+    call(device, crossing)
+    progress.set_deadline(0.1)
+    assert "layers.3: no answer within 0.1 s" in failure(device, crossing)
+    progress.allow({"layers.3": 20})
+    call(device, crossing)
+    progress.allow({"layers.3": 0.2, "another": 20})
+    assert "layers.3: no answer within 0.2 s" in failure(device, crossing)
+    progress.set_deadline(20)
     call(device, crossing)
 
 
@@ -358,7 +411,7 @@ def test_workers_that_sleep_hold_nobody_up_after_a_failure(
     until(lambda: asleep(server) == [0, 1, 2])
     failure(device, bad)
     assert asleep(server)[-2:] == [1, 2]
-    monkeypatch.setattr(server._workers, "_deadline", 1.0)
+    monkeypatch.setattr(progress.THIS_PROCESS, "deadline", 1.0)
     call(device, shared, 900)
 
 
@@ -654,8 +707,23 @@ def test_a_worker_that_cannot_start_is_started_by_the_next_forward(
         patched.setattr(where, name, fails)
         with pytest.raises(Lfm2kitError, match=said):
             call(device, crossing)
-    monkeypatch.setattr(server._workers, "_deadline", 1.0)
+    monkeypatch.setattr(progress.THIS_PROCESS, "deadline", 1.0)
     for _ in range(3):
+        call(device, crossing)
+
+
+def test_arrays_that_are_too_large_for_a_trip_are_one_line(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crossing = server.crossing("layers.2.experts", Doubling())
+    with monkeypatch.context() as patched:
+        patched.setattr(server._channel, "call", raising_for_all(ValueError("at most 16 bytes")))
+        with pytest.raises(Lfm2kitError) as caught:
+            call(device, crossing)
+    assert str(caught.value) == (
+        "layers.2.experts: at most 16 bytes; try a smaller batch, or shorter samples"
+    )
+    for _ in range(2):
         call(device, crossing)
 
 
