@@ -22,6 +22,7 @@ if [ "${1:-}" = --long ]; then
   chosen=(--timeout 3600)
   export LFM2KIT_BATCHES="${LFM2KIT_BATCHES:-10000}"
   export LFM2KIT_FUZZ_EXAMPLES="${LFM2KIT_FUZZ_EXAMPLES:-5000}"
+  export LFM2KIT_MIXTURES="${LFM2KIT_MIXTURES:-2000}"
 fi
 # Two workers share the cores: idle threads must sleep, not spin.
 export OMP_WAIT_POLICY=PASSIVE

@@ -137,7 +137,8 @@ class Batch:
             return self
         if (view := self.views.get(memory.name)) is None:
             self.views.setdefault(self.memory.name, self)
-            view = self.views[memory.name] = self._moved(memory)
+            nearest = self.views.get(HOST.name, self)  # its arrays need no copy to the host
+            view = self.views[memory.name] = nearest._moved(memory)
         if view.copied is not None and is_ordered(memory):
             memory.wait(view.copied)
         return view

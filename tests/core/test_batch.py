@@ -165,6 +165,13 @@ def test_a_changed_batch_shares_no_view_with_the_one_before(was_moved: bool) -> 
     assert changed.on(there).logits_rows.values.tolist() == [0]
 
 
+def test_a_batch_moves_from_one_memory_to_another_without_being_copied_to_the_host() -> None:
+    here, there = Elsewhere("elsewhere"), Elsewhere("elsewhere, too")
+    moved = two_sequences().on(here).on(there)
+    assert moved.memory is there
+    assert (here.crossings, there.crossings) == (len(module.ARRAYS),) * 2
+
+
 def test_a_derived_batch_is_made_once_on_the_host_for_all_memories() -> None:
     made: list[Batch] = []
 
