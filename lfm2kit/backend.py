@@ -19,10 +19,13 @@ from lfm2kit.crossing import (
     CallsNatively,
     Channel,
     Crossing,
+    Fills,
+    FirstCall,
     NativeCall,
     Near,
     Server,
     Signals,
+    first_call,
 )
 from lfm2kit.formats import BF16, F16, F32, Format
 from lfm2kit.memory import (
@@ -77,6 +80,8 @@ __all__ = [
     "Crossing",
     "Exclusive",
     "Explains",
+    "Fills",
+    "FirstCall",
     "Form",
     "Format",
     "Grade",
@@ -103,6 +108,7 @@ __all__ = [
     "State",
     "Tensor",
     "Weights",
+    "first_call",
 ]
 
 

@@ -12,14 +12,14 @@ the threads that call blocks, and makes a `Crossing` of each block.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.memory import Array
+from lfm2kit.memory import Array, Ordered
 
 
 class Server(Protocol):
@@ -127,8 +127,20 @@ class Channel(Protocol):
         """
         ...
 
+    @property
+    def deadline(self) -> npt.NDArray[np.float32]:
+        """Return [1]: the seconds after which a wait ends without an answer.
+
+        The host may write it at any time.  Waits read it while they wait, those of captured work as
+        well.
+        """
+        ...
+
     def call(self, inputs: Sequence[ArrayForm], results: Sequence[ArrayForm], workers: int) -> Call:
-        """Return a new call, which waits for the answers of the first `workers` workers."""
+        """Return a new call, which waits for the answers of the first `workers` workers.
+
+        Raise ValueError if the arrays are more, or larger, than a trip carries.
+        """
         ...
 
     def close(self) -> None:
@@ -144,7 +156,7 @@ class Signals(Protocol):
     def name(self) -> str: ...
 
     def channel(self, workers: int, deadline: float) -> Channel:
-        """Return a channel to `workers` threads, which waits `deadline` seconds for an answer."""
+        """Return a channel to `workers` threads, whose `deadline` is at first this number."""
         ...
 
 
@@ -188,3 +200,48 @@ class CallsNatively(Protocol):
     def native(self) -> NativeCall:
         """Return the block as machine code; its results have the bits of a plain call."""
         ...
+
+
+@runtime_checkable
+class Fills(Protocol):
+    """Capability of a block of the host's memory: it can write its results where they are wanted.
+
+    Whoever calls a block from another memory asks for it: results need not be copied then.
+    """
+
+    def fill(self, results: Sequence[npt.NDArray[Any]], *inputs: Any) -> None:
+        """Compute the results of a call with these inputs, with the same bits, in given arrays.
+
+        `results` are C-contiguous, of the shapes and dtypes that a call returns, and have any
+        values.  They share no memory with `inputs`.
+        """
+        ...
+
+
+class FirstCall(NamedTuple):
+    """What the first call of a block with arguments of some shapes shows."""
+
+    result: (
+        Any  # arrays of the memory that the arguments are from: a tuple if the block returns one
+    )
+    inputs: Sequence[ArrayForm]
+    results: Sequence[ArrayForm]
+
+
+def first_call(block: Callable[..., Any], outer: Ordered, inputs: Sequence[Array]) -> FirstCall:
+    """Call a block of the host's memory with arrays of `outer`; wait for them, and show the forms.
+
+    A crossing does this outside of captured work, to know what a `Call` takes and returns.
+    """
+    arriving = [outer.start_to_host(array) for array in inputs]
+    arrays = [copy.wait() for copy in arriving]
+    made = block(*arrays)
+    results = made if isinstance(made, tuple) else (made,)
+    moved = tuple(outer.from_host(np.ascontiguousarray(array)) for array in results)
+    return FirstCall(
+        moved if isinstance(made, tuple) else moved[0], _forms(arrays), _forms(results)
+    )
+
+
+def _forms(arrays: Sequence[npt.NDArray[Any]]) -> list[ArrayForm]:
+    return [ArrayForm(array.shape, np.dtype(array.dtype)) for array in arrays]

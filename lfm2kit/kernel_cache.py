@@ -104,7 +104,7 @@ class KernelCache:
         give_up = time.monotonic() + TURN_SECONDS
         with suppress(OSError):
             descriptor = None if self.has(name) else self._made()
-            while descriptor is not None and not _locked(descriptor):
+            while descriptor is not None and not locked(descriptor):
                 if self.has(name) or time.monotonic() > give_up:
                     break
                 time.sleep(0.02)
@@ -277,7 +277,11 @@ def _remove_unused(folder: int) -> None:
                 os.unlink(name, dir_fd=folder)
 
 
-def _locked(descriptor: int) -> bool:
+def locked(descriptor: int) -> bool:
+    """Lock an open file or folder, and return whether nobody else holds the lock.
+
+    Raise `OSError` if the file system has no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -7,10 +7,10 @@ the job if a step takes longer than allowed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lfm2kit.backend import Block, CallsNatively
+from lfm2kit.backend import Block, CallsNatively, Fills
 from lfm2kit.specs import Spec, Work
 
 DEADLINE = 60.0  # seconds that a step may take, unless it asks for more
@@ -69,6 +69,12 @@ def allow(seconds: Mapping[str, float]) -> None:
     THIS_PROCESS.allowed.update((name, s) for name, s in seconds.items() if s > deadline)
 
 
+def longest_of(names: Iterable[str]) -> float:
+    """Return how long a step of one of these names may take, at the most."""
+    allowed = THIS_PROCESS.allowed
+    return max([THIS_PROCESS.deadline, *(allowed[name] for name in names if name in allowed)])
+
+
 def longest(work: Work) -> float:
     """Return the seconds that `work` takes on the slowest machine worth using."""
     return work.flops / SLOWEST_FLOPS + work.bytes / SLOWEST_BYTES
@@ -97,4 +103,6 @@ def _telling(name: str, block: Block) -> Block:
 
     if isinstance(block, CallsNatively):
         called.native = block.native  # type: ignore[attr-defined]
+    if isinstance(block, Fills):
+        called.fill = _telling(name, block.fill)  # type: ignore[attr-defined]
     return called

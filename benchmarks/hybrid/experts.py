@@ -5,9 +5,10 @@
 
 Contenders are numbers of streamed experts of each layer: 0 computes all that do not fit on the CPU,
 32 streams all of them.  `rates` chooses by what is measured here first, for the number of tokens.
-They run one after the other, forward by forward, and their logits may differ by rounding alone.
-Prints Markdown tables: where experts are, what is predicted, what is measured, and the GPU memory
-that each model takes beside the others.
+All of them know how often each expert is chosen, from other batches of random tokens.  They run one
+after the other, forward by forward, and their logits may differ by rounding alone.  Prints Markdown
+tables: where experts are, what is predicted, what is measured, and the GPU memory that each model
+takes beside the others.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ from lfm2kit.measuring.bench import random_batch
 from lfm2kit.measuring.calibration import calibrated, measurable
 from lfm2kit.model import LFM2
 from lfm2kit.rewrites import SplitExperts
+from lfm2kit.rewrites.recorded_load import LoadRecorder
 
 LENGTH = 16  # tokens of a sample
 WARM_UP = 3  # the first forward of a form compiles, the second is captured
+LOAD_SAMPLES, LOAD_BATCHES = 64, 8
 MOST_DIFFERENCE = 1e-3  # of logits
 RATES = "rates"
 
@@ -68,18 +71,37 @@ def measured_rates(there: Checkpoint, backend: str, precision: str) -> Path:
     return path
 
 
+def recorded_load(there: Checkpoint, backend: str, precision: str) -> Path:
+    """Return a file with the load of some batches, computed with all experts on the GPU."""
+    recorder = LoadRecorder()
+    asked = Options(backend=backend, precision=precision)
+    setup = set_up(there, asked, rewrites=[recorder.rewrite()], tokens=LOAD_SAMPLES * LENGTH)
+    model = setup.build(tokens=LOAD_SAMPLES * LENGTH)
+    for seed in range(LOAD_BATCHES):
+        model.logits(random_batch(LOAD_SAMPLES, LENGTH, LFM2_8B_A1B.vocab_size, seed=1000 + seed))
+    load = recorder.load("random", there.spec, None)
+    assert load is not None
+    path = Path(tempfile.mkdtemp()) / "load.json"
+    path.write_text(json.dumps(load.document()))
+    return path
+
+
 def used_bytes() -> int:
     cupy.get_default_memory_pool().free_all_blocks()
     free, total = cupy.cuda.runtime.memGetInfo()
     return int(total - free)
 
 
-def contender(there: Checkpoint, name: str, n: int, rates: Path, options: Any) -> Contender:
+def contender(
+    there: Checkpoint, name: str, n: int, rates: Path, load: Path, options: Any
+) -> Contender:
     asked = Options(
         backend=options.backend,
         precision=options.precision,
         gpu_memory=options.gpu_memory,
         rates=rates,
+        load=load,
+        threads=options.threads,
         streamed_experts=None if name == RATES else int(name),
     )
     before, tokens = used_bytes(), n * LENGTH
@@ -123,18 +145,21 @@ def main() -> None:
     parser.add_argument("--gpu-memory", default="24GiB")
     parser.add_argument("--streamed", default=f"0,32,{RATES}", help="numbers, or rates")
     parser.add_argument("--rates", type=Path, help="a file of lfm2kit calibrate")
+    parser.add_argument("--load", type=Path, help="a file of lfm2kit run --record-load")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("-n", default="16,64,128")
     parser.add_argument("-r", "--repetitions", type=int, default=5)
     parser.add_argument("--output", type=Path, help="a JSON file of all times")
     options = parser.parse_args()
     there = checkpoint(options.stored_as)
     rates = options.rates or measured_rates(there, options.backend, options.precision)
+    load = options.load or recorded_load(there, options.backend, options.precision)
     print("\n| n | streamed | resident / streamed / host | captured | predicted ms | ms | samples/s"
           " | GPU GB |\n|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
     records = []
     for n in map(int, options.n.split(",")):
         names = options.streamed.split(",")
-        contenders = [contender(there, name, n, rates, options) for name in names]
+        contenders = [contender(there, name, n, rates, load, options) for name in names]
         all_times = times_in_turns(contenders, n, options.repetitions)
         for one, times in zip(contenders, all_times, strict=True):
             median, sharing = statistics.median(times), one.setup.sharing

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
@@ -21,11 +22,19 @@ from lfm2kit.backend import Context, Exclusive, Memory, NamesHardware
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.rates import MADE_BY, Calibration, Experts, read_calibration
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.kernel_cache import VARIABLE, UnusableError, check_kept, make_folder, root_folder
+from lfm2kit.kernel_cache import (
+    VARIABLE,
+    UnusableError,
+    check_kept,
+    locked,
+    make_folder,
+    root_folder,
+)
 from lfm2kit.process import machine
 
 FOLDER = "rates"
 NO_NAME = "a device without a name"
+LONGEST_TURN = 180.0  # seconds that another calibration is waited for; it takes less than a minute
 
 
 def described(context: Context) -> dict[str, str]:
@@ -104,3 +113,48 @@ def with_kept(calibration: Calibration) -> tuple[Path, Calibration]:
     with suppress(OSError):  # then the file cannot be written, and that is an error
         make_folder(path.parent.parent, FOLDER)
     return path, replace(calibration, sides=tuple(sides.values()))
+
+
+@contextmanager
+def turn(note: Callable[[str], None]) -> Iterator[None]:
+    """Let one process at a time measure, and keep what it has measured.
+
+    If another one is measuring, call `note` with a sentence and wait.  Raise `Lfm2kitError` if that
+    takes too long.  Where no folder can be locked, nobody waits.
+    """
+    descriptor = _opened_folder()
+    try:
+        if descriptor is not None:
+            with suppress(OSError):  # of a file system without locks
+                _wait_for_turn(descriptor, note)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _opened_folder() -> int | None:
+    """Return a descriptor of the folder of rates; None where `kept_file` will say why not."""
+    root = root_folder()
+    if root is None:
+        return None
+    try:
+        make_folder(root, FOLDER)
+        check_kept(root / FOLDER)
+        return os.open(root / FOLDER, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (OSError, UnusableError):
+        return None
+
+
+def _wait_for_turn(descriptor: int, note: Callable[[str], None]) -> None:
+    give_up, is_noted = time.monotonic() + LONGEST_TURN, False
+    while not locked(descriptor):
+        if not is_noted:
+            note("another lfm2kit calibrate is measuring; waiting until it has ended")
+            is_noted = True
+        if time.monotonic() > give_up:
+            raise Lfm2kitError(
+                f"another lfm2kit calibrate has not ended after {LONGEST_TURN:g} s; end it, and "
+                "measure again"
+            )
+        time.sleep(0.1)

@@ -20,6 +20,7 @@ from lfm2kit.rewrites.parted_experts import SplitExperts
 if TYPE_CHECKING:
     from lfm2kit.building.loading import Setup
 
+FLOAT32 = 4  # bytes
 SEQUENCE = 16  # tokens of a sequence, for the work of what looks across tokens
 
 
@@ -47,6 +48,7 @@ class Predictor:
     rates: Rates
     rows: int  # tokens whose experts may be here
     rest: Sequence[float] | None  # the device's seconds for all but experts, by layer, if known
+    trip: float  # seconds in which a layer's tokens come to the host, and its results back
 
     @classmethod
     def read(cls, whole: Setup, layers: Sequence[Layer], tokens: int, path: Path) -> Predictor:
@@ -85,13 +87,14 @@ class Predictor:
         model, numbers = whole.checkpoint.spec, {layer.number for layer in layers}
         rest = None if ceilings is None else list(_rest(model, numbers, ceilings, tokens))
         # Experts are used by the tokens of all ranks that share them.
-        return cls(layers, rates, tokens * whole.world.size, rest)
+        rows = tokens * whole.world.size
+        return cls(layers, rates, rows, rest, _trip(one.spec, rates, rows))
 
     def cheapest(self, budget: Budget, expert_bytes: int) -> Sharing:
         """Return the sharing with the least predicted time, if an expert takes these bytes."""
         link = self.rates.link * expert_bytes / self.rates.expert_bytes
         rates = replace(self.rates, expert_bytes=expert_bytes, link=link)
-        return shared_out(rates, self._shares, self.rows, budget, self.rest)
+        return shared_out(rates, self._shares, self.rows, budget, self.rest, self.trip)
 
     def of(self, model: specs.Spec) -> Sharing:
         """Return what is predicted for a model whose experts are split."""
@@ -100,7 +103,7 @@ class Predictor:
         places = [list(_places(*both)) for both in zip(self.layers, splits, strict=True)]
         streamed = [split for split in splits if split is not None and split.streamed]
         slots = Slots(streamed[0].slots, streamed[0].experts_per_slot) if streamed else NO_SLOTS
-        return predicted(self.rates, self._shares, self.rows, places, slots, self.rest)
+        return predicted(self.rates, self._shares, self.rows, places, slots, self.rest, self.trip)
 
     @property
     def _shares(self) -> list[tuple[float, ...]]:
@@ -111,6 +114,12 @@ def _measured(whole: Setup, layer: Layer, item: str) -> Experts:
     """Return the key of the rates at which a plan's item builds a layer's experts."""
     precision = whole.plugins.precision(item, whole.context.precision).name
     return Experts.of(layer.spec, whole.checkpoint.weights.scope(layer.scope), item, precision)
+
+
+def _trip(spec: specs.Experts, rates: Rates, rows: int) -> float:
+    """Return the seconds in which x, ids and weights come to the host, and delta back."""
+    one, choice = FLOAT32 * spec.hidden_size, 2 * FLOAT32 * spec.num_experts_per_tok
+    return rows * ((one + choice) / rates.to_host + one / rates.link)
 
 
 def _rest(

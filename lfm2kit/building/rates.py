@@ -6,6 +6,7 @@ any of these changes them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,6 +62,21 @@ class Rates:
     host: Curve
     device: Curve
     link: float  # bytes per second to the device
+    to_host: float = math.inf  # bytes per second from the device
+    host_expert_bytes: int = 0  # of an expert where the host computes it
+    host_memory: float = math.inf  # bytes per second that all who read it get together
+
+    def host_seconds(self, rows: Any, *, beside_link: bool) -> Float64:
+        """Return the host's seconds for an expert with `rows` rows.
+
+        What the link carries is read from the host's memory as well.  Of two who read it at once,
+        neither gets less than half.
+        """
+        alone = self.host.at(rows)
+        if not beside_link:
+            return alone
+        left = max(self.host_memory - self.link, self.host_memory / 2)
+        return np.maximum(alone, self.host_expert_bytes / left)
 
 
 class Link(NamedTuple):
@@ -130,11 +146,18 @@ class Calibration:
                 raise Lfm2kitError(
                     f"{path}: there are no rates of {asked}; available: {_listed(there)}; {MADE_BY}"
                 )
-        side = there[device]
+        side, away = there[device], there[host]
         if side.link is None:
             raise Lfm2kitError(f"{path}: {device} are in the host's memory, which needs no link")
-        product = there[host].product
-        return Rates(side.expert_bytes, product, side.product, side.link.from_host)
+        memory = math.inf if away.ceilings is None else away.ceilings.bytes
+        return Rates(
+            side.expert_bytes,
+            away.product,
+            side.product,
+            *side.link,
+            away.expert_bytes,
+            memory,
+        )
 
     def document(self) -> dict[str, Any]:
         """Return the fields of the file that `read_calibration` reads."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Block, CallsNatively, Operator
+from lfm2kit.backend import Block, CallsNatively, Fills, Operator
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.pending import Begins, Pending
@@ -130,6 +130,8 @@ class Checked:
             self.new_state = block.new_state
         if isinstance(block, CallsNatively):  # its results' shapes are the caller's
             self.native = block.native
+        if isinstance(block, Fills):
+            self.fill = block.fill
         if isinstance(block, Begins):
             self.begin = self._begin
 

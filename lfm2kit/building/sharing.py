@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -75,20 +76,27 @@ class Sharing:
 
 
 def shared_out(
-    rates: Rates, shares: Shares, tokens: int, budget: Budget, rest: Sequence[float] | None = None
+    rates: Rates,
+    shares: Shares,
+    tokens: int,
+    budget: Budget,
+    rest: Sequence[float] | None = None,
+    trip: float = 0.0,
 ) -> Sharing:
     """Return the sharing with the least predicted time for a forward of `tokens` tokens.
 
     `rest` has the device's seconds, by layer, for everything but its experts; the time of layers
-    without experts belongs to the next one.  Without it there is nothing else.
+    without experts belongs to the next one.  Without it there is nothing else.  `trip` is what it
+    takes, in seconds, to bring a layer's tokens to the host and back.
     """
     layers = list(_layers(rates, shares, tokens))
     rest = rest or [0.0] * len(layers)
     transfer = rates.expert_bytes / rates.link
 
     def times(choice: _Choice) -> list[LayerTime]:
-        works = [one.work(h, s) for one, h, s in zip(layers, *choice[:2], strict=True)]
-        return layer_times(works, rest, transfer, choice.slots)
+        with_link = bool(choice.slots.count)
+        works = [one.work(h, s, with_link) for one, h, s in zip(layers, *choice[:2], strict=True)]
+        return layer_times(works, rest, transfer, choice.slots, trip)
 
     def seconds(choice: _Choice) -> float:
         return sum(time.seconds for time in times(choice))
@@ -105,6 +113,7 @@ def predicted(
     places: Sequence[Sequence[Place]],
     slots: Slots = NO_SLOTS,
     rest: Sequence[float] | None = None,
+    trip: float = 0.0,
 ) -> Sharing:
     """Return what is predicted for a forward with given places; see `shared_out`."""
     works = []
@@ -112,14 +121,14 @@ def predicted(
         at = {place: [there[e] is place for e in layer.order] for place in Place}
         works.append(
             Work(
-                float(layer.host[at[Place.HOST]].sum()),
+                float(layer.host_time(bool(slots.count))[at[Place.HOST]].sum()),
                 float(layer.host_reading[at[Place.HOST]].sum()),
                 float(layer.device[at[Place.RESIDENT]].sum()),
                 layer.device[at[Place.STREAMED]].tolist(),
             )
         )
     rest = rest or [0.0] * len(works)
-    times = layer_times(works, rest, rates.expert_bytes / rates.link, slots)
+    times = layer_times(works, rest, rates.expert_bytes / rates.link, slots, trip)
     return Sharing(tuple(map(tuple, places)), slots, tuple(times))
 
 
@@ -137,6 +146,7 @@ class _Layer:
 
     order: tuple[int, ...]
     host: Float64
+    host_beside_link: Float64  # while the link reads the host's memory
     host_reading: Float64
     device: Float64
 
@@ -151,10 +161,17 @@ class _Layer:
         )
         return round(after - before, 12)  # rounding must not make equal layers differ
 
-    def work(self, on_host: int, streamed: int) -> Work:
+    def hosts_total(self, on_host: int) -> float:
+        """Return the host's time with one more expert there, while the link carries others."""
+        return round(float(self.host_beside_link[: on_host + 1].sum()), 12)
+
+    def host_time(self, beside_link: bool) -> Float64:
+        return self.host_beside_link if beside_link else self.host
+
+    def work(self, on_host: int, streamed: int, beside_link: bool) -> Work:
         resident = on_host + streamed
         return Work(
-            float(self.host[:on_host].sum()),
+            float(self.host_time(beside_link)[:on_host].sum()),
             float(self.host_reading[:on_host].sum()),
             float(self.device[resident:].sum()),
             self.device[on_host:resident].tolist(),
@@ -173,7 +190,8 @@ def _layers(rates: Rates, shares: Shares, tokens: int) -> Iterator[_Layer]:
         share = np.asarray(given, np.float64)
         order = np.lexsort((-np.arange(len(share)), share))  # of equals the highest id first
         used, rows = _expected(share[order], tokens)
-        seconds = (rates.host.at(rows), rates.host.at(1.0), rates.device.at(rows))
+        hosts = (rates.host_seconds(rows, beside_link=beside) for beside in (False, True))
+        seconds = (*hosts, rates.host.at(1.0), rates.device.at(rows))
         yield _Layer(tuple(order.tolist()), *(used * one for one in seconds))
 
 
@@ -190,16 +208,21 @@ def _choices(
     budget: Budget,
     seconds: Callable[[_Choice], float],
 ) -> Iterator[_Choice]:
-    """Yield the best choice with nothing streamed, and the best one with each number of slots."""
-    moves = list(_to_the_host(layers))
-    room = budget.device // expert_bytes
-    absent = max(0, len(moves) - room)
-    yield _choice(layers, moves[:absent], 0, NO_SLOTS)
-    most = len(moves) if budget.pinned is None else budget.pinned // expert_bytes
-    streamable = range(1, 1 + min(most, len(moves)))
-    for count in budget.slots if absent else ():
-        portion = budget.portion
-        yield from _streaming(layers, moves, room, streamable, count, portion, seconds)
+    """Yield the best choice with nothing streamed, and the best ones with each number of slots.
+
+    Where nothing is streamed, what counts is the sum of all layers' times.  A link that is only a
+    few experts ahead would wait in a layer that takes much longer than others.
+    """
+    room, count = budget.device // expert_bytes, sum(map(len, layers))
+    absent = max(0, count - room)
+    least_added, even = (
+        list(_to_the_host(layers, cost)) for cost in (_Layer.added, _Layer.hosts_total)
+    )
+    yield _choice(layers, least_added[:absent], 0, NO_SLOTS)
+    most = count if budget.pinned is None else budget.pinned // expert_bytes
+    streamable, portion = range(1, 1 + min(most, count)), budget.portion
+    for moves, slots in product((least_added, even), budget.slots if absent else ()):
+        yield from _streaming(layers, moves, room, streamable, slots, portion, seconds)
 
 
 def _streaming(
@@ -244,25 +267,25 @@ def _choice(
     return _Choice(host, _spread(streamed, left), slots)
 
 
-def _to_the_host(layers: Sequence[_Layer]) -> Iterator[int]:
+def _to_the_host(layers: Sequence[_Layer], cost: Callable[[_Layer, int], float]) -> Iterator[int]:
     """Yield a layer for each expert of all: one after the other, the next one goes to the host.
 
-    That is the expert which adds least to the time.  Where layers are alike, it is of one that has
-    the fewest on the host, far from the one before: the link is only a few experts ahead, and would
-    wait wherever neighbours have many.
+    It is of the layer whose `cost` is least, given how many it has there.  Where layers are alike,
+    it is one that has the fewest, far from the one before: the link would wait wherever neighbours
+    have many.
     """
     apart = _apart(len(layers))
 
-    def added(layer: int, taken: int) -> tuple[float, int, float, int]:
-        return layers[layer].added(taken), taken, apart[layer], layer
+    def key(layer: int, taken: int) -> tuple[float, int, float, int]:
+        return cost(layers[layer], taken), taken, apart[layer], layer
 
-    heap = [added(i, 0) for i, layer in enumerate(layers) if len(layer)]
+    heap = [key(i, 0) for i, layer in enumerate(layers) if len(layer)]
     heapq.heapify(heap)
     while heap:
         _, taken, _, layer = heapq.heappop(heap)
         yield layer
         if taken + 1 < len(layers[layer]):
-            heapq.heappush(heap, added(layer, taken + 1))
+            heapq.heappush(heap, key(layer, taken + 1))
 
 
 def _spread(count: int, room: Sequence[int]) -> list[int]:

@@ -18,6 +18,7 @@ from lfm2kit import specs
 from lfm2kit.checkpoint import mapped
 from lfm2kit.checkpoint.companions import companions, files_in, is_companion
 from lfm2kit.checkpoint.config import LFM2_8B_A1B, ModelConfig, model_spec, read_config
+from lfm2kit.checkpoint.file_kinds import is_safetensors
 from lfm2kit.checkpoint.foreign import check_model, check_names
 from lfm2kit.checkpoint.huggingface import canonical, read_folder
 from lfm2kit.checkpoint.mapped import map_file
@@ -123,13 +124,24 @@ def is_part(path: Path) -> bool:
 
 
 def check_no_part(option: str, path: Path) -> None:
-    """Raise `Lfm2kitError` if writing `path` would replace a part of some checkpoint.
+    """Raise `Lfm2kitError` if `path` has the name of a checkpoint's part, or contains tensors.
 
-    It looks at names alone, and so protects models that this command does not read, too;
-    `lfm2kit.outputs.targets` compares files.
+    So models that this command does not read are protected, too, and a new file is never taken for
+    one; `lfm2kit.outputs.targets` compares files.
     """
-    if path.exists() and any(map(is_part, (path, path.resolve()))):
-        raise Lfm2kitError(f"{option} {path}: this is a checkpoint's file; give another name")
+    if any(map(is_part, (path, path.resolve()))):
+        raise Lfm2kitError(f"{option} {path}: a checkpoint's file is called so; give another name")
+    if _has_tensors(path):
+        raise Lfm2kitError(f"{option} {path}: this file contains tensors; give another name")
+
+
+def _has_tensors(path: Path) -> bool:
+    try:
+        if not os.path.isfile(path) or not os.path.getsize(path):  # never open those of /proc
+            return False
+        return is_safetensors(path) or bool(read_model_bin(path))
+    except (OSError, Lfm2kitError):
+        return False
 
 
 def open_checkpoint(

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.building.capacity import size
-from lfm2kit.building.kept_rates import with_kept
+from lfm2kit.building.kept_rates import turn, with_kept
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.rates import Calibration, Side
@@ -50,14 +50,15 @@ def calibrate(
     there = measurable(setup)
     for note in setup.notes():
         remark(note)
-    with progress("measuring", len(there) * (len(ROWS) + 1), "steps") as advance:
-        calibration, waited = calibrated(setup, there, lambda: advance(1))
-    report.fields = calibration.document()
-    try:
-        if json != "-":
-            _show(report, calibration)
-    finally:  # whatever becomes of the printed lines
-        _deliver(report, calibration, output)
+    with turn(remark):
+        with progress("measuring", len(there) * (len(ROWS) + 1), "steps") as advance:
+            calibration, waited = calibrated(setup, there, lambda: advance(1))
+        report.fields = calibration.document()
+        try:
+            if json != "-":
+                _show(report, calibration)
+        finally:  # whatever becomes of the printed lines
+            _deliver(report, calibration, output)
     if waited >= TOO_MUCH_WAITING:
         remark(
             f"warning: a thread waited for a core for {waited:.0%} of a call's time: these rates "

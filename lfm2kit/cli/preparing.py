@@ -190,16 +190,17 @@ def check_outputs(request: Request, report: Report, checkpoint: Checkpoint) -> N
     `--outputs` may replace the answers, which are read before it is written.
     """
     outputs = {"--outputs": request.outputs, "--record-load": request.record_load}
-    for name, path in outputs.items():
-        if path is not None:
-            check_target(name, path)
-            check_no_part(name, path)
+    given = {name: path for name, path in outputs.items() if path is not None}
+    for name, path in given.items():
+        check_target(name, path)
     reads = files_of(checkpoint, request.options)
     reads["the inputs"] = [inputs_of(request, checkpoint)]
     outputs["--json"] = report.path
     check_apart(outputs, reads)
     answers = {"the answers": [request.answers or checkpoint.beside("answers.bin")]}
     check_apart({**outputs, "--outputs": None}, answers)
+    for name, path in given.items():
+        check_no_part(name, path)
 
 
 def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:

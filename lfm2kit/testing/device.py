@@ -212,7 +212,7 @@ class DeviceMemory:
             self.enqueue(mark.wait)
 
     def channel(self, workers: int, deadline: float) -> DeviceChannel:
-        return DeviceChannel(self, workers, min(deadline, self.longest_wait))
+        return DeviceChannel(self, workers, deadline)
 
     def enqueue(self, work: Work) -> None:
         """Do `work` after everything that is enqueued in the current stream, or record it."""

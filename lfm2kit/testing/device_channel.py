@@ -33,7 +33,7 @@ class DeviceChannel:
     def __init__(self, memory: DeviceMemory, workers: int, deadline: float) -> None:
         self.memory = memory
         self.workers = workers
-        self.deadline = deadline
+        self.deadline = np.array([deadline], np.float32)
         self.made_call: type[DeviceCall] = DeviceCall
         self.sent = np.zeros(2, np.uint32)
         self.answered = np.zeros((workers, 16), np.uint32)
@@ -108,11 +108,14 @@ class DeviceCall:
     def _wait(self) -> None:
         """Wait for all workers that share the call, or for a failure."""
         channel = self.channel
-        end = time.monotonic() + channel.deadline
+        begin = time.monotonic()
         while not self._is_answered() and not channel.failed.any():
-            if time.monotonic() > end:
+            if time.monotonic() - begin > self._deadline():
                 channel.failed[1] = self.number + 1
             time.sleep(LOOK)
+
+    def _deadline(self) -> float:
+        return min(float(self.channel.deadline[0]), self.channel.memory.longest_wait)
 
     def _is_answered(self) -> bool:
         return bool((self.channel.answered[: self.workers, 0] == self.channel.trips).all())

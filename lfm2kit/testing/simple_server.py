@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lfm2kit.backend import ArrayForm, Block, Call, Channel, Ordered
+from lfm2kit.backend import ArrayForm, Block, Call, Channel, Ordered, first_call
 
 LOOK = 2e-5  # seconds between two looks at what was sent
 Answer = Callable[[Call, int], None]  # fills one worker's share of a call's results
@@ -113,15 +113,10 @@ class SimpleCrossing:
         return results if is_tuple else results[0]
 
     def _first(self, shapes: Any, inputs: Sequence[Any]) -> Any:
-        arrays = [self._outer.to_host(array) for array in inputs]
-        result = self._block(*arrays)
-        is_tuple = isinstance(result, tuple)
-        results = result if is_tuple else (result,)
-        given, made = ([ArrayForm(a.shape, a.dtype) for a in side] for side in (arrays, results))
-        call = self.server.call(self._name, self._answer, given, made)
-        self._calls[shapes] = call, is_tuple
-        moved = tuple(self._outer.from_host(array) for array in results)
-        return moved if is_tuple else moved[0]
+        first = first_call(self._block, self._outer, inputs)
+        call = self.server.call(self._name, self._answer, first.inputs, first.results)
+        self._calls[shapes] = call, isinstance(first.result, tuple)
+        return first.result
 
     def _answer(self, call: Call, worker: int) -> None:
         if worker > 0:

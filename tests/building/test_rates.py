@@ -59,7 +59,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = written(tmp_path / "rates.json")
     read = read_calibration(path)
     assert read == CALIBRATION
-    assert read.rates(path, HOST, DEVICE) == Rates(22_020_096, CURVE, CURVE, 46e9)
+    there = Rates(22_020_096, CURVE, CURVE, 46e9, 55e9, 22_020_096, 1e11)
+    assert read.rates(path, HOST, DEVICE) == there
 
 
 def test_rates_that_are_not_there_are_named_with_those_that_are() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -123,6 +124,44 @@ def test_what_the_rest_of_a_layer_takes_is_time_for_the_link() -> None:
     beside = shared_out(rates(), UNIFORM, 2048, room, rest)
     assert alone.seconds < beside.seconds < alone.seconds + sum(rest)
     assert count(beside)[Place.STREAMED] > count(alone)[Place.STREAMED]
+
+
+def test_what_the_host_is_given_and_returns_takes_time_in_each_layer_that_it_has_a_part_in() -> (
+    None
+):
+    places = [[Place.HOST, Place.RESIDENT], [Place.RESIDENT] * 2, [Place.HOST] * 2]
+    loads = [[0.5] * 2] * 3
+    plain = predicted(rates(), loads, 1024, places)
+    with_trips = predicted(rates(), loads, 1024, places, trip=1e-3)
+    assert with_trips.seconds == pytest.approx(plain.seconds + 2e-3)
+
+
+def test_trips_leave_the_host_fewer_experts() -> None:
+    room = Budget(RESIDENT * EXPERT)
+    plain, far = (shared_out(rates(), UNIFORM, 1024, room, trip=trip) for trip in (0.0, 2e-3))
+    assert count(far)[Place.HOST] < count(plain)[Place.HOST]
+
+
+def test_the_link_takes_its_part_of_the_hosts_memory() -> None:
+    """A host that reads 100 GB/s is left 50 while the link carries 60, and all of it otherwise."""
+    slow = replace(rates(link=60e9), host_expert_bytes=EXPERT, host_memory=100e9)
+    assert slow.host_seconds(1.0, beside_link=True) == pytest.approx(EXPERT / 50e9)
+    assert slow.host_seconds(1.0, beside_link=False) == pytest.approx(EXPERT / 100e9)
+    assert slow.host_seconds(1e3, beside_link=True) == slow.host_seconds(1e3, beside_link=False)
+    places = [[Place.HOST, Place.STREAMED]]
+    both = predicted(slow, [[1.0, 1.0]], 1, places, Slots(1, 1))
+    alone = predicted(slow, [[1.0, 1.0]], 1, [[Place.HOST, Place.RESIDENT]])
+    assert both.seconds == pytest.approx(2 * alone.seconds)
+
+
+def test_layers_take_about_as_long_where_the_link_is_only_a_few_experts_ahead() -> None:
+    """Half of the layers have experts that hardly anyone uses; the others' go to the host, too."""
+    cold = [0.001] * 8 + [3.992 / 24] * 24
+    loads = [cold if i % 2 else UNIFORM[0] for i in range(22)]
+    room = Budget((RESIDENT - 8) * EXPERT, slots=(4,))
+    sharing = shared_out(rates(), loads, 1024, room)
+    seconds = [layer.seconds for layer in sharing.layers[1:]]  # before the first, the link is ahead
+    assert max(seconds) < 1.6 * min(seconds)
 
 
 def test_the_most_used_experts_are_resident_and_the_least_used_on_the_host() -> None:

@@ -31,9 +31,9 @@ def test_a_model_in_int8_gives_the_bits_of_its_values_in_float32(
     assert cli("convert", int8, plain, "--dtype", "F32").code == 0
     run = ("run", "-b", plan, "--random-inputs", 7, "-n", 3)
     for model in (int8, plain):
-        done = cli(*run, "-m", model, "--outputs", tmp_path / f"{model.name}.bin")
+        done = cli(*run, "-m", model, "--outputs", tmp_path / f"{model.name}.out")
         assert done.code == 0, done.err
-    got, want = (read_answers(tmp_path / f"{name}.bin") for name in (int8.name, plain.name))
+    got, want = (read_answers(tmp_path / f"{name}.out") for name in (int8.name, plain.name))
     np.testing.assert_array_equal(got, want)
     assert np.ptp(got) > 1
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from lfm2kit import kernel_cache
 from lfm2kit.backend import Context
 from lfm2kit.building import kept_rates
-from lfm2kit.building.rates import read_calibration
+from lfm2kit.building.rates import Calibration, read_calibration
 from lfm2kit.checkpoint.spec_files import spec_text
 from lfm2kit.cli.console import Report
 from lfm2kit.measuring import calibration
@@ -46,7 +52,6 @@ def test_without_a_file_the_rates_are_kept_for_this_machine(cli: Cli, tmp_path: 
     assert done.code == 0, done.err
     (path,) = (tmp_path / "cache" / "rates").iterdir()
     assert f"kept in {path}, for --gpu-memory" in " ".join(done.out.split())
-    assert path.parent.stat().st_mode & 0o077 == 0
     first = read_calibration(path)
     assert [side.experts.backend for side in first.sides] == ["cpu_simd", "reference"]
     cli(*calibrate, "--precision", "bf16", "-b", "cpu_simd")
@@ -60,6 +65,18 @@ def test_without_a_file_the_rates_are_kept_for_this_machine(cli: Cli, tmp_path: 
     assert last.sides[0].product != first.sides[0].product
     cli("calibrate", "-b", "reference", "--threads", 2)
     assert len(list(path.parent.iterdir())) == 2, "threads are a part of the machine"
+
+
+@pytest.mark.parametrize(("named", "mode"), [("", 0o700), ("a folder", 0o755)])
+def test_others_read_kept_rates_only_where_a_folder_was_named_for_all(
+    named: str, mode: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever the environment of the tests names, and whoever runs them."""
+    monkeypatch.setenv(kernel_cache.VARIABLE, named)
+    monkeypatch.setattr(kernel_cache, "_trusted_by_all", lambda: {os.geteuid()})
+    path, _ = kept_rates.with_kept(Calibration("today", {}, "tiny", ()))
+    assert path.parent == tmp_path / "cache" / "rates"
+    assert path.parent.stat().st_mode & 0o777 == mode
 
 
 def test_rates_that_cannot_be_kept_are_shown_all_the_same(
@@ -87,6 +104,62 @@ def test_rates_are_kept_even_if_nobody_reads_the_table(
     assert read_calibration(rates) == read_calibration(document)
     assert cli(*calibrate).code == READER_GONE
     assert len(list((tmp_path / "cache" / "rates").iterdir())) == 1
+
+
+def test_one_calibration_at_a_time_measures_and_keeps_its_rates(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache" / "rates"
+    folder.mkdir(parents=True, mode=0o700)
+    seen: list[str] = []
+
+    def wait(seconds: float) -> None:
+        seen.append("waits")
+        os.close(other)
+
+    def look(name: str) -> Callable[..., Any]:
+        real = getattr(command, name)
+
+        def looking(*arguments: Any) -> Any:
+            seen.append(name if is_locked(folder) else f"{name} beside another one")
+            return real(*arguments)
+
+        return looking
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=wait)
+    monkeypatch.setattr(kept_rates, "time", clock)
+    command = import_module("lfm2kit.cli.calibrate")
+    for name in ("calibrated", "with_kept", "write_document"):
+        monkeypatch.setattr(command, name, look(name))
+    other = os.open(folder, os.O_RDONLY)
+    assert kernel_cache.locked(other)
+    done = cli("calibrate", "-b", "reference")
+    assert done.code == 0, done.err
+    assert "another lfm2kit calibrate is measuring; waiting until it has ended" in done.err
+    assert seen == ["waits", "calibrated", "with_kept", "write_document"]
+    assert not is_locked(folder)
+
+
+def test_a_calibration_that_does_not_end_is_waited_for_no_longer(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache" / "rates"
+    folder.mkdir(parents=True, mode=0o700)
+    monkeypatch.setattr(kept_rates, "LONGEST_TURN", 0.2)
+    other = os.open(folder, os.O_RDONLY)
+    assert kernel_cache.locked(other)
+    done = cli("calibrate", "-b", "reference")
+    assert (done.code, done.out) == (2, "")
+    assert "has not ended after 0.2 s; end it, and measure again" in done.err
+    os.close(other)
+
+
+def is_locked(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        return not kernel_cache.locked(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def test_kept_rates_are_read_whatever_the_umask(cli: Cli, tmp_path: Path) -> None:

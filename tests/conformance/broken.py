@@ -701,6 +701,18 @@ class SharedBuffer(Around):
         return out
 
 
+class FillsOnlyValues(Around):
+    """Leaves what was there where nothing is to be added."""
+
+    def __call__(self, *inputs):
+        return self.block(*inputs)
+
+    def fill(self, results, *inputs):
+        (target,) = results
+        delta = self.block(*inputs)
+        target[delta != 0] = delta[delta != 0]
+
+
 class StaleScratch(Around):
     """Pads its rows to a multiple of 4 with old ones, and lets their sum into the result."""
 

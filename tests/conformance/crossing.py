@@ -226,6 +226,17 @@ class WaitsForEver(DeviceCall):
             time.sleep(2e-5)
 
 
+class WaitsAsLongAsAtFirst(DeviceCall):
+    """Takes the deadline along when a trip is enqueued, or made."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._first = super()._deadline()
+
+    def _deadline(self) -> float:
+        return self._first
+
+
 class KeepsBytesAfterAFailure(DeviceCall):
     def _take(self, host: Any) -> Any:
         return lambda target: target.take(host.copy())

@@ -266,6 +266,10 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         around(MLP, broken.SharedBuffer),
         ("results-belong-to-the-caller",),
     ),
+    "fills only what is not zero": (
+        around(EXPERTS, broken.FillsOnlyValues),
+        ("filled-results-have-the-same-bits",),
+    ),
     "stale scratch": (around(MLP, broken.StaleScratch), ("scratch-is-not-seen",)),
     "a race": (around(MLP, broken.RaceBetweenCalls), ("repeatable",)),
     "float64 result": (
@@ -346,6 +350,10 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         ("channels-carry-every-trip",),
     ),
     "a wait without a deadline": (device_with(crossing.WaitsForEver), ("channels-end-a-wait",)),
+    "a deadline that cannot be changed": (
+        device_with(crossing.WaitsAsLongAsAtFirst),
+        ("channels-wait-as-long-as-they-are-told",),
+    ),
     "results of a forward that failed": (
         device_with(crossing.KeepsBytesAfterAFailure),
         ("channels-end-a-wait",),

@@ -30,7 +30,11 @@ CROSSINGS = (
     "crossings-can-be-replayed",
     "crossings-fail-by-name",
 )
-CHANNELS = ("channels-carry-every-trip", "channels-end-a-wait")
+CHANNELS = (
+    "channels-carry-every-trip",
+    "channels-end-a-wait",
+    "channels-wait-as-long-as-they-are-told",
+)
 
 
 @pytest.mark.parametrize("name", CROSSINGS)

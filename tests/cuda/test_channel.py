@@ -74,6 +74,13 @@ def test_arrays_of_a_few_tokens_need_one_cta() -> None:
         assert receiving_grid(of_choices, 1) == (1, threads)
 
 
+def test_kernels_count_the_vectors_of_the_largest_call() -> None:
+    """With 31 bits, and as far beyond the end as a grid goes in one step."""
+    layout = Layout.of([MOST_BYTES - 65, 1, 64])
+    grid, threads = receiving_grid(layout.places, 1)
+    assert layout.places + grid * threads * CHANNEL.OF_THREAD < 2**31
+
+
 # A channel, without the kernels.
 
 
@@ -110,6 +117,7 @@ def form(*shape: int, dtype: type = np.float32) -> ArrayForm:
 def test_nothing_has_been_sent_at_first(channel: Any) -> None:
     assert channel.sent.shape == channel.failed.shape == (2,)
     assert channel.answered.shape == (3, 16)
+    assert (channel.deadline.dtype, channel.deadline.tolist()) == (np.float32, [5.0])
     for words in (channel.sent, channel.failed, channel.answered):
         assert words.dtype == np.uint32
         assert not words.any()
@@ -148,6 +156,22 @@ def test_a_larger_call_leaves_the_arrays_of_former_ones_where_they_are(channel: 
     assert (small.inputs[0] == 7).all()
     again = channel.call([form(1 << 20)], [form(4)], 1)
     assert np.shares_memory(large.inputs[0], again.inputs[0])
+
+
+def test_memory_that_the_system_does_not_pin_is_a_memory_error(
+    channel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(nbytes: int, flags: int) -> None:
+        error = cuda.runtime.CUDARuntimeError()
+        error.status = 2  # cudaErrorMemoryAllocation
+        raise error
+
+    cuda = channel.call.__globals__["cupy"].cuda
+    channel.call([form(4)], [form(4)], 1)
+    monkeypatch.setattr(cuda, "PinnedMemory", refuse)
+    channel.call([form(8)], [form(8)], 1)
+    with pytest.raises(MemoryError, match=r"does not pin 3\.00 GB more"):
+        channel.call([form(500_000_000)], [form(250_000_000)], 1)
 
 
 @pytest.mark.parametrize("workers", [0, 4])
@@ -191,7 +215,7 @@ def test_kernels_get_what_they_declare(channel: Any, kernels: Kernels) -> None:
     assert received[:8] == (result, None, None, None, 1, 0, 0, 0)
     assert received[8].data.ptr == call.results[0].ctypes.data
     assert received[9] == 4
-    assert received[12:] == (0, 2, 5.0)
+    assert received[12:] == (0, 2)
 
 
 def test_other_arrays_than_those_of_the_call_are_refused(channel: Any, kernels: Kernels) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_hybrid import cores, polling, workers
+from lfm2kit_hybrid import server as server_module
 from lfm2kit_hybrid.backend import HybridBackend
 from lfm2kit_hybrid.board import (
     ASLEEP,
@@ -39,7 +41,7 @@ from lfm2kit_hybrid.board import (
 from lfm2kit_hybrid.server import HostCrossing, Server
 
 from lfm2kit import progress
-from lfm2kit.backend import Backend, Context, NativeCall
+from lfm2kit.backend import Backend, Context, Fills, NativeCall
 from lfm2kit.batch import Batch
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import own_stream
@@ -140,6 +142,10 @@ def raising(error: BaseException) -> Fault:
     return fault
 
 
+def raising_for_all(error: BaseException) -> Callable[..., object]:
+    return lambda *arguments: raising(error)()
+
+
 def until(is_true: Callable[[], object]) -> None:
     """Wait until something is so, much longer than it takes."""
     end = time.monotonic() + 60
@@ -202,6 +208,44 @@ def test_all_experts_of_a_layer_on_the_host_are_crossed_too() -> None:
     assert len(gpu.replays) == 1
 
 
+class Filling:
+    """A block of the host's memory that writes where it is told to."""
+
+    def __init__(self) -> None:
+        self.filled: list[int] = []  # addresses
+
+    def __call__(self, x: Any) -> Any:
+        return 2 * x
+
+    def fill(self, results: Any, x: Any) -> None:
+        (result,) = results
+        np.multiply(x, 2, out=result)
+        self.filled.append(result.ctypes.data)
+
+
+def test_a_block_that_fills_writes_where_the_device_reads(
+    device: DeviceMemory, server: Server
+) -> None:
+    block = Filling()
+    crossing = server.crossing("layers.2", block)
+    for _ in range(3):
+        call(device, crossing, 100)
+    ((made, _),) = crossing._calls.values()
+    assert block.filled == 2 * [made.results[0].ctypes.data]
+
+
+def test_what_is_told_of_a_block_does_not_hide_that_it_fills(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(progress.THIS_PROCESS, "step", told.append)
+    wrap = telling(lambda name, spec, block: block, {"layers.2"})
+    block = wrap("layers.2", small_spec(), Filling())
+    assert isinstance(block, Fills)
+    block.fill([np.empty(3)], np.ones(3))
+    assert told == ["layers.2"]
+
+
 def test_shares_may_end_in_any_order(device: DeviceMemory, server: Server) -> None:
     rng = np.random.default_rng(0)
     parts: list[int] = []
@@ -261,6 +305,34 @@ def test_what_a_block_raises_ends_its_forward_with_its_name(
         call(device, good)
 
 
+def test_nothing_of_a_failed_call_is_kept_once_it_is_reported(
+    device: DeviceMemory, server: Server
+) -> None:
+    left: list[weakref.ref[Any]] = []
+
+    def fault() -> None:
+        array = np.zeros(3)
+        left.append(weakref.ref(array))
+        raise ValueError(str(array))
+
+    crossing = server.crossing("layers.3.choice", Doubling(fault))
+    call(device, crossing)
+    failure(device, crossing)
+    gc.collect()
+    assert [array() for array in left] == [None]
+
+
+def test_a_call_that_nobody_knows_is_answered_by_a_failure(
+    device: DeviceMemory, server: Server
+) -> None:
+    crossing = server.crossing("call 0", Doubling())
+    call(device, crossing)
+    known = server._workers._calls._calls.pop(0)
+    assert failure(device, crossing) == "RuntimeError: call 0 raised KeyError: 0"
+    server._workers._calls._calls[0] = known
+    call(device, crossing)
+
+
 def test_another_result_than_the_first_is_a_failure(device: DeviceMemory, server: Server) -> None:
     block = Doubling()
     crossing = server.crossing("layers.3.mlp", block)
@@ -287,6 +359,25 @@ def test_a_deadline_that_passes_names_the_block(monkeypatch: pytest.MonkeyPatch)
         "returned after 0.1 s more"
     )
     go_on.set()
+    call(device, crossing)
+
+
+def test_a_forward_has_the_deadline_that_is_set_when_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever it was when the server was made; the longest of its blocks' counts."""
+    process, device = progress.Progress(), DeviceMemory()
+    for module in (progress, server_module):
+        monkeypatch.setattr(module, "THIS_PROCESS", process)
+    crossing = Server(device, [None]).crossing("layers.3", Doubling(lambda: time.sleep(0.4)))
+    call(device, crossing)
+    progress.set_deadline(0.1)
+    assert "layers.3: no answer within 0.1 s" in failure(device, crossing)
+    progress.allow({"layers.3": 20})
+    call(device, crossing)
+    progress.allow({"layers.3": 0.2, "another": 20})
+    assert "layers.3: no answer within 0.2 s" in failure(device, crossing)
+    progress.set_deadline(20)
     call(device, crossing)
 
 
@@ -320,7 +411,7 @@ def test_workers_that_sleep_hold_nobody_up_after_a_failure(
     until(lambda: asleep(server) == [0, 1, 2])
     failure(device, bad)
     assert asleep(server)[-2:] == [1, 2]
-    monkeypatch.setattr(server._workers, "_deadline", 1.0)
+    monkeypatch.setattr(progress.THIS_PROCESS, "deadline", 1.0)
     call(device, shared, 900)
 
 
@@ -616,8 +707,23 @@ def test_a_worker_that_cannot_start_is_started_by_the_next_forward(
         patched.setattr(where, name, fails)
         with pytest.raises(Lfm2kitError, match=said):
             call(device, crossing)
-    monkeypatch.setattr(server._workers, "_deadline", 1.0)
+    monkeypatch.setattr(progress.THIS_PROCESS, "deadline", 1.0)
     for _ in range(3):
+        call(device, crossing)
+
+
+def test_arrays_that_are_too_large_for_a_trip_are_one_line(
+    device: DeviceMemory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crossing = server.crossing("layers.2.experts", Doubling())
+    with monkeypatch.context() as patched:
+        patched.setattr(server._channel, "call", raising_for_all(ValueError("at most 16 bytes")))
+        with pytest.raises(Lfm2kitError) as caught:
+            call(device, crossing)
+    assert str(caught.value) == (
+        "layers.2.experts: at most 16 bytes; try a smaller batch, or shorter samples"
+    )
+    for _ in range(2):
         call(device, crossing)
 
 

@@ -49,6 +49,12 @@ def with_dots(path: Path) -> Path:
     return path.parent / ".." / path.parent.name / path.name
 
 
+def by_a_link_to_nothing(path: Path) -> Path:
+    link = path.parents[1] / "link to nothing"
+    link.symlink_to(path)
+    return link
+
+
 SPELLINGS = [directly, through_a_link, through_a_folders_link, by_a_hard_link, with_dots]
 spelt = pytest.mark.parametrize("spelling", SPELLINGS)
 
@@ -191,6 +197,31 @@ def test_no_result_of_a_run_takes_the_place_of_a_file_that_it_reads(
     target = spelling(tiny / name)
     cli(*RUN, option, target).assert_fails(option, str(target), "give another name")
     assert (tiny / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--outputs", "--json", "--record-load"])
+@pytest.mark.parametrize("name", ["model.bin", "config.json", "x/model-1-of-2.safetensors"])
+def test_no_result_becomes_a_file_that_looks_like_a_models(
+    tiny: Path, cli: Cli, option: str, name: str
+) -> None:
+    target = tiny / "other" / name
+    target.parent.mkdir(parents=True)
+    for one in (target, by_a_link_to_nothing(target)):
+        cli(*RUN, option, one).assert_fails(f"{option} {one}", "a checkpoint's file is called so")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("option", ["--outputs", "--json", "--record-load"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin"])
+def test_no_result_takes_the_place_of_tensors_whatever_they_are_called(
+    tiny: Path, cli: Cli, option: str, name: str, tmp_path: Path
+) -> None:
+    assert cli("convert", ".", tmp_path / "model.bin").code == 0
+    shutil.copy(tiny / "model.safetensors", tmp_path)
+    weights = (tmp_path / name).rename(tmp_path / "weights")
+    before = weights.read_bytes()
+    cli(*RUN, option, weights).assert_fails(f"{option} {weights}", "contains tensors")
+    assert weights.read_bytes() == before
 
 
 @pytest.mark.parametrize("command", ["plan", "warmup"])

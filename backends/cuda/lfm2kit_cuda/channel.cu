@@ -3,7 +3,7 @@
 //
 // Arrays are copied by vectors, and lie one behind the other in the host's memory, which is mapped:
 // each begins a line there (host_layout.py).  `control` is an array of words in it: the newest trip
-// and its call, then the marks of failure, then the workers' answers.
+// and its call, then the marks of failure and the deadline, then the workers' answers.
 //
 // What counts is how often something has to cross the link and back before the next can begin.
 // `send` does not wait for its stores until all are under way.  `receive` takes a way there and back
@@ -14,6 +14,7 @@
 
 constexpr int kMostThreads = MOST_THREADS, kOfThread = OF_THREAD, kArrays = 4, kLine = LINE;
 constexpr int kFailed = FAILED, kAnswered = ANSWERED, kWorker = WORKER;
+static_assert(kFailed % 4 == 0 && DEADLINE == kFailed + 2, "loaded together, as a vector");
 
 struct Counters {
   u32 trip;     // the newest
@@ -83,14 +84,16 @@ struct Wave {
 };
 
 // Waits until a worker has answered; no longer if there is a mark of failure, and not beyond the
-// deadline, which sets one.  The marks and the clock are read while the answer is on its way.
-__device__ inline void wait_for_answer(const u32* answered, u32 trip, u32* failed, u32 mark,
-                                       float deadline) {
-  u64 limit = u64(deadline * 1e9f), start = nanoseconds();
+// deadline, which sets one.  One load has the marks and the deadline, so that the host may change it
+// and a look takes no more loads; they and the clock are read while the answer is on its way.
+__device__ inline void wait_for_answer(const u32* answered, u32 trip, u32* failed, u32 mark) {
+  u64 start = nanoseconds();
   for (;;) {
-    u64 marks = load_two_relaxed(failed), waited = nanoseconds() - start;
-    if (load_acquire(answered) == trip || marks) return;
-    if (waited < limit) continue;
+    uint4 marks = load_four_relaxed(failed);
+    u64 waited = nanoseconds() - start;
+    if (load_acquire(answered) == trip || marks.x || marks.y) return;
+    float deadline = __uint_as_float(marks.z);
+    if (float(waited) < 1e9f * deadline) continue;
     store_relaxed(failed + 1, mark);
     return;
   }
@@ -123,15 +126,14 @@ extern "C" __global__ void __launch_bounds__(kMostThreads)
 extern "C" __global__ void __launch_bounds__(kMostThreads)
     receive(uint4* a, uint4* b, uint4* c, uint4* d, int of_a, int of_b, int of_c, int of_d,
             const uint4* results, int places, u32* control, const Counters* counters, int call,
-            int workers, float deadline) {
+            int workers) {
   Arrays arrays{{a, b, c, d}, {of_a, of_b, of_c, of_d}};
   u32* failed = control + kFailed;
   Wave wave(arrays, 0);
   wait_for_previous();
   let_next_start();
   if (int(threadIdx.x) < workers)
-    wait_for_answer(control + kAnswered + threadIdx.x * kWorker, counters->trip, failed, call + 1,
-                    deadline);
+    wait_for_answer(control + kAnswered + threadIdx.x * kWorker, counters->trip, failed, call + 1);
   __syncthreads();
   wave.copy_from(results, failed);
   for (int first = of_grid(); first < places; first += of_grid())

@@ -29,6 +29,7 @@ from lfm2kit_cuda.host_layout import (
     sending_grid,
 )
 from lfm2kit_cuda.kernels import Kernel, load_kernel
+from lfm2kit_cuda.pinned import empty_pinned
 from lfm2kit_cuda.upload import upload
 
 FIRST_BYTES = 1 << 16  # of the arrays' memory
@@ -55,19 +56,21 @@ class _Mapped(NamedTuple):
 class Channel:
     """A channel from the current device to threads of the host.
 
-    A trip that has not been answered after `deadline` seconds fails.  Trips follow one another: the
-    calls of a channel are enqueued in one stream, or in streams that wait for each other.
+    A trip that has not been answered after the seconds in `deadline` fails.  Trips follow one
+    another: the calls of a channel are enqueued in one stream, or in streams that wait for each
+    other.
     """
 
     def __init__(self, workers: int, deadline: float) -> None:
         if not 1 <= workers <= CHANNEL.MOST_THREADS:
             raise ValueError(f"a channel has 1 to {CHANNEL.MOST_THREADS} workers, not {workers}")
         self.device = current_device()
-        self.deadline = float(deadline)
         words = cupyx.empty_pinned(CHANNEL.ANSWERED + workers * CHANNEL.WORKER, np.uint32)
         words[...] = 0  # pinned memory is used again
         self.sent: Words = words[:2]
-        self.failed: Words = words[CHANNEL.FAILED : CHANNEL.FAILED + 2]
+        self.failed: Words = words[CHANNEL.FAILED : CHANNEL.DEADLINE]
+        self.deadline = words[CHANNEL.DEADLINE :][:1].view(np.float32)
+        self.deadline[0] = deadline
         self.answered: Words = words[CHANNEL.ANSWERED :].reshape(workers, CHANNEL.WORKER)
         self.control = _Mapped.of(words)
         self.counters = upload(np.zeros(COUNTERS, np.uint32))
@@ -80,7 +83,8 @@ class Channel:
     def call(self, inputs: Sequence[ArrayForm], results: Sequence[ArrayForm], workers: int) -> Call:
         """Return a new call, which waits for the first `workers` workers.
 
-        Raises ValueError if there are fewer workers, or if its arrays are too many or too large.
+        Raises ValueError if there are fewer workers, or if its arrays are too many or too large,
+        and MemoryError if the system pins no memory for them.
         """
         if not 1 <= workers <= len(self.answered):
             raise ValueError(f"a call waits for 1 to {len(self.answered)} workers, not {workers}")
@@ -99,7 +103,7 @@ class Channel:
         """
         last = len(self._arrays[-1]) if self._arrays else FIRST_BYTES // 2
         if last < nbytes or not self._arrays:
-            self._arrays.append(cupyx.empty_pinned(max(nbytes, 2 * last), np.uint8))
+            self._arrays.append(empty_pinned(max(nbytes, 2 * last)))
         return self._arrays[-1][:nbytes]
 
 
@@ -153,7 +157,6 @@ class Call:
             channel.receive(
                 (ctas,), threads, *_padded(results), *self._back.vectors, self._results_start,
                 self._back.places, channel.control, channel.counters, self.number, self._workers,
-                channel.deadline,
             )  # fmt: skip
         return results
 

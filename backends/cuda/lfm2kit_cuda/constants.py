@@ -108,7 +108,8 @@ class Channel(NamedTuple):
     MOST_THREADS: int = 1024
     OF_THREAD: int = 4  # vectors that a thread copies at once
     LINE: int = 4  # vectors; no two arrays share a line of the host's memory
-    FAILED: int = 32  # the first word of the marks of failure
+    FAILED: int = 32  # the first word of the marks of failure; kernels load four from here
+    DEADLINE: int = 34  # a float32, in seconds
     ANSWERED: int = 64  # the first word of the workers
     WORKER: int = 16  # words of a worker
 

@@ -14,7 +14,7 @@ from lfm2kit_cuda.constants import CHANNEL
 
 VECTOR = 16  # bytes
 MOST_ARRAYS = 4
-MOST_BYTES = 2**31 - 1  # of all arrays: kernels count vectors with 32 bits
+MOST_BYTES = 2**34  # of all arrays: kernels count vectors, and those of a grid more, with 31 bits
 WARP, MOST_CTAS = 32, 16  # more would not fill the link any better
 
 

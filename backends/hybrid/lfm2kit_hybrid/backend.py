@@ -20,6 +20,7 @@ from lfm2kit.backend import (
     Crossing,
     Format,
     KeepsFormats,
+    Measures,
     Memory,
     MemoryFigures,
     Near,
@@ -51,6 +52,8 @@ class HybridBackend:
         self._servers: dict[str, Server] = {}  # by the name of the memory that they serve
         if isinstance(self._gpu, Captures):
             self.capture = self._gpu.capture
+        if isinstance(self._gpu, Measures):
+            self.ceilings = self._gpu.ceilings
 
     def why_unsupported(self, spec: Spec) -> str | None:
         if not isinstance(spec, Choice) and any(isinstance(s, Choice) for s in leaves(spec)):

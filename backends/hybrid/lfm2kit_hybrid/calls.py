@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.backend import Block, Call, NativeCall
+from lfm2kit.backend import Block, Call, Fills, NativeCall
 from lfm2kit_hybrid.polling import ARGUMENT, ENTRY, FUNCTION, INPUTS, PARTS, RESULTS, ROWS
 
 
@@ -39,6 +39,9 @@ class Called:
 
     def __call__(self) -> None:
         """Call the block from Python, and leave its results where the memory takes them."""
+        if isinstance(self.block, Fills):
+            self.block.fill(self.call.results, *self.call.inputs)
+            return
         results = self.block(*self.call.inputs)
         results = results if isinstance(results, tuple) else (results,)
         for target, result in zip(self.call.results, results, strict=True):

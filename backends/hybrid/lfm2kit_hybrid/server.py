@@ -8,9 +8,17 @@ from contextlib import contextmanager
 from threading import Lock, get_ident
 from typing import Any, Protocol
 
-import numpy as np
-
-from lfm2kit.backend import ArrayForm, Block, Call, CallsNatively, Ordered, Over, Pending, Signals
+from lfm2kit.backend import (
+    ArrayForm,
+    Block,
+    Call,
+    CallsNatively,
+    Ordered,
+    Over,
+    Pending,
+    Signals,
+    first_call,
+)
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.progress import THIS_PROCESS
 from lfm2kit_hybrid.calls import Called
@@ -20,6 +28,7 @@ from lfm2kit_hybrid.workers import Workers
 # costs to have one more core see the trip and one more answer looked at.
 ROWS_OF_A_WORKER = 64
 
+SMALLER = "try a smaller batch, or shorter samples"
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -34,13 +43,12 @@ class Server:
         self, memory: Outer, cores: Sequence[int | None], threads: int | None = None
     ) -> None:
         """Start no worker yet.  A block that needs Python computes on `threads` at the most."""
-        deadline = THIS_PROCESS.deadline
         self._memory = memory
         self._lock = Lock()  # one forward at a time
         self._thread: int | None = None  # the one that runs it, or has run the one before
         self._most = len(cores)
-        self._channel = memory.channel(len(cores), deadline)
-        self._workers = Workers(self._channel, cores, deadline, threads)
+        self._channel = memory.channel(len(cores), THIS_PROCESS.deadline)
+        self._workers = Workers(self._channel, cores, threads)
         # Weak: nobody waits for a trip of a forward, or of a recording, that has failed.
         self._newest: Callable[[], _Trip | None] = lambda: None
         weakref.finalize(self, self._workers.close)
@@ -78,11 +86,17 @@ class Server:
     def call(
         self, name: str, block: Block, inputs: Sequence[ArrayForm], results: Sequence[ArrayForm]
     ) -> Call:
-        """Return a new call of the channel, in which `block` computes the results."""
+        """Return a new call of the channel, in which `block` computes the results.
+
+        Raises `Lfm2kitError` if the arrays are too large for a trip.
+        """
         native = block.native() if isinstance(block, CallsNatively) else None
         rows = inputs[0].shape[0] if inputs[0].shape else 1
         workers = min(self._most, max(1, rows // ROWS_OF_A_WORKER)) if native else 1
-        call = self._channel.call(inputs, results, workers)
+        try:
+            call = self._channel.call(inputs, results, workers)
+        except ValueError as error:
+            raise Lfm2kitError(f"{name}: {error}; {SMALLER}") from error
         self._workers.add(Called(name, block, call, native), workers)
         return call
 
@@ -140,14 +154,7 @@ class HostCrossing:
         return self.server.send(*self._calls[shapes], inputs)
 
     def _first(self, shapes: Shapes, inputs: Sequence[Any]) -> Any:
-        arriving = [self._outer.start_to_host(array) for array in inputs]
-        arrays = [copy.wait() for copy in arriving]
-        result = self._block(*arrays)
-        results = result if isinstance(result, tuple) else (result,)
-        forms = [
-            [ArrayForm(a.shape, np.dtype(a.dtype)) for a in side] for side in (arrays, results)
-        ]
-        call = self.server.call(self._name, self._block, *forms)
-        self._calls[shapes] = call, isinstance(result, tuple)
-        moved = tuple(self._outer.from_host(np.ascontiguousarray(array)) for array in results)
-        return moved if isinstance(result, tuple) else moved[0]
+        first = first_call(self._block, self._outer, inputs)
+        call = self.server.call(self._name, self._block, first.inputs, first.results)
+        self._calls[shapes] = call, isinstance(first.result, tuple)
+        return first.result

@@ -17,6 +17,7 @@ from lfm2kit_cpu_simd.crew import CREW
 
 from lfm2kit.backend import Channel
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.progress import longest_of
 from lfm2kit_hybrid import polling
 from lfm2kit_hybrid.board import CLOSED, NOTED, SEEN, SERVING, Board
 from lfm2kit_hybrid.calls import Called, Calls
@@ -44,19 +45,18 @@ class Workers:
         self,
         channel: Channel,
         cores: Sequence[int | None],
-        deadline: float,
         block_threads: int | None = None,
     ) -> None:
         self._block_threads = block_threads
         self._channel = channel
         self._cores = cores
-        self._deadline = deadline
         self._process = os.getpid()
         self._threads: list[Thread] = []
         self._is_shaken = False  # a call of a forward that has failed may still be running
         self._failure: tuple[str, BaseException] | None = None  # a block's name, and what it raised
         self._board = Board(len(cores), observe(_address(channel.sent)))
         self._calls = Calls(self._take_table)
+        self._names: set[str] = set()  # of the blocks that are called
 
     def add(self, called: Called, parts: int) -> None:
         """Add a call that is shared by `parts` workers.
@@ -65,6 +65,7 @@ class Workers:
         again.
         """
         self._calls.add(called, parts)
+        self._names.add(called.name)
         for worker in range(len(self._threads), parts):
             try:
                 self._start(worker)
@@ -77,8 +78,10 @@ class Workers:
     def begin(self) -> None:
         """Serve a forward.  Raises `Lfm2kitError` if a call of one that failed still runs.
 
-        Marks of failure are looked at as well: a second interrupt may have come before `give_up`.
+        A block may take as long as steps of its name may by now.  Marks of failure are looked at as
+        well: a second interrupt may have come before `give_up`.
         """
+        self._channel.deadline[0] = longest_of(self._names)
         if self._is_shaken or self._channel.failed.any():
             self._recover()
         polling.begin(self._board.address)
@@ -95,13 +98,14 @@ class Workers:
     def check(self) -> None:
         """Raise what a block has raised, or an error if the memory's deadline has passed."""
         late = int(self._channel.failed[1])
-        if self._failure is None and not late:
+        failure, self._failure = self._failure, None  # whoever catches it says how long it lives
+        if failure is None and not late:
             return
         self._is_shaken = True
-        if self._failure is not None:
-            raise _named(*self._failure)
+        if failure is not None:
+            raise _named(*failure)
         raise Lfm2kitError(
-            f"{self._calls[late - 1].name}: no answer within {self._deadline:g} s; if it is only "
+            f"{self._calls[late - 1].name}: no answer within {self._deadline():g} s; if it is only "
             "slow, give a longer ",
             Option("deadline"),
         )
@@ -122,19 +126,22 @@ class Workers:
     def _recover(self) -> None:
         """Wait until nobody is in a call of a forward that has failed, and forget that it has."""
         self._wake_all()
-        end = time.monotonic() + self._deadline
+        end = time.monotonic() + self._deadline()
         while not self._have_left():
             if time.monotonic() > end:
                 name = self._calls[int(self._channel.sent[1])].name
                 raise Lfm2kitError(
                     f"{name}: it was called in a forward that has failed, and has not returned "
-                    f"after {self._deadline:g} s more"
+                    f"after {self._deadline():g} s more"
                 )
             time.sleep(LOOK)
         self._is_shaken, self._failure = False, None
         self._board.have_seen(observe(_address(self._channel.sent)))
         for i in range(2):
             publish(_address(self._channel.failed[i:]), 0)
+
+    def _deadline(self) -> float:
+        return float(self._channel.deadline[0])
 
     def _have_left(self) -> bool:
         """Return whether all workers know that the forward has ended."""
@@ -179,13 +186,15 @@ class Workers:
         and writes over the arguments: experts sorted by ids that change would read anywhere.
         """
         trip, number = (int(n) for n in self._channel.sent)
-        called = self._calls[number]
+        name = f"call {number}"
         try:
+            called = self._calls[number]
+            name = called.name
             if not self._channel.failed.any():
                 with unbound(self._cores[worker]):
                     called()
         except BaseException as error:  # raised in the thread that runs the forward
-            self._failure = self._failure or (called.name, error)
+            self._failure = self._failure or (name, error)
             publish(_address(self._channel.failed), 1)
         publish(self._board.address + self._board.of(worker, SEEN), trip)
         publish(_address(self._channel.answered[worker]), trip)

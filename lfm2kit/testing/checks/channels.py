@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,47 @@ def channels_end_a_wait(trial: Trial) -> None:
                 found = tuple(map(memory.to_host, _trip(memory, calls[1], values)))
             assert_same(found, _doubled(values), "results after a failure")
         channel.close()
+
+
+@check
+def channels_wait_as_long_as_they_are_told(trial: Trial) -> None:
+    """A channel whose deadline is changed keeps to the new one, in what was captured before too."""
+    for memory in _signalling(trial):
+        server = SimpleServer(memory.channel(1, LONG), 1, partial(time.sleep, 2 * SHORT))
+        call = _doubling(server, 5, 1)
+        values = _values(trial, call)
+        with memory.stream(), _captured(trial, memory, server, call, values) as run:
+            for deadline in (SHORT, LONG):
+                server.channel.deadline[0] = deadline
+                with suppress(RuntimeError), server.serving():
+                    found = memory.to_host(run())
+                is_late = bool(server.channel.failed[1])
+                if is_late != (deadline == SHORT):
+                    raise CheckFailed(
+                        f"an answer after {2 * SHORT} s was {'too late' if is_late else 'in time'} "
+                        f"for a deadline of {deadline} s, written after the call was captured"
+                    )
+            assert_same(found, 2 * values[0], "results of an answer in time")
+        server.channel.close()
+
+
+@contextmanager
+def _captured(
+    trial: Trial, memory: Any, server: SimpleServer, call: Call, values: tuple[Any, ...]
+) -> Iterator[Callable[[], Any]]:
+    """Give a function that makes a trip: a replay, if the backend captures."""
+    there, batch = tuple(map(memory.from_host, values)), Batch.of_sequences([[1]])
+    step = partial(_trips, call, there, 1)
+    if not isinstance(trial.backend, Captures):
+        yield lambda: step(batch.on(memory))
+        return
+    with server.serving():
+        memory.to_host(step(batch.on(memory)))
+    replay = trial.backend.capture(step, batch)
+    try:
+        yield lambda: replay(batch)
+    finally:
+        replay.close()
 
 
 def _signalling(trial: Trial) -> list[Any]:

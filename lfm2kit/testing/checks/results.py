@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST
+from lfm2kit.backend import HOST, Fills
 from lfm2kit.specs import Spec
+from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_same, each
 from lfm2kit.testing.host_block import HostBlock
+from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.sessions import calls
 from lfm2kit.testing.trial import Trial
-from lfm2kit.testing.verdicts import CheckFailed
+from lfm2kit.testing.verdicts import CheckFailed, Skipped
+
+POISON = {"f": np.nan, "i": -7777}  # by the kind of dtype
 
 
 @check
@@ -79,6 +83,27 @@ def results_are_new_arrays(trial: Trial) -> None:
                 array.fill(7)
             what = f"{spec}, the same call after a result was overwritten"
             assert_same(block(*inputs), want, what)
+
+
+@check
+def filled_results_have_the_same_bits(trial: Trial) -> None:
+    """`fill` writes all of the results of a call, with its bits, whatever was there before."""
+    filling = 0
+    for spec in trial.supported(spec for kind in CASES for spec in CASES[kind]):
+        block = trial.build(spec, trial.random_weights(spec))
+        if spec.has_state or not isinstance(block.block, Fills):
+            continue
+        filling += 1
+        for rows in (17, 5, 1):
+            inputs = random_inputs(spec, trial.rng, rows)
+            if isinstance(spec, specs.Experts):
+                inputs[1][0] = -1  # nobody's: the first row is zero
+            want = each(block(*inputs))
+            results = [np.full_like(array, POISON[array.dtype.kind]) for array in want]
+            block.block.fill(results, *(value.copy() for value in inputs))
+            assert_same(tuple(results), tuple(want), f"{spec}: what fill wrote, {rows} rows")
+    if not filling:
+        raise Skipped("no block can write its results into given arrays")
 
 
 def _require_own(spec: Spec, result: tuple[Any, ...], arguments: Sequence[Any]) -> None:

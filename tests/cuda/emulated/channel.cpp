@@ -59,6 +59,7 @@ int main(int, char** argv) {
   std::vector<u32> words{before, 0};
   auto* counters = reinterpret_cast<Counters*>(words.data());
   control[0] = before;
+  control[DEADLINE] = __float_as_uint(deadline);
 
   auto worker = [&](int i) {
     while (load_acquire(&control[0]) == before) std::this_thread::yield();
@@ -77,7 +78,7 @@ int main(int, char** argv) {
   launch(receive_grid, number(10), 1, [] {}, [&] {
     receive(received[0].data(), received[1].data(), received[2].data(), received[3].data(),
             returns[0], returns[1], returns[2], returns[3], results.data(), int(results.size()),
-            control.data(), counters, call, workers, deadline);
+            control.data(), counters, call, workers);
   });
   answers.clear();
   write(words), write(control), write(inputs);

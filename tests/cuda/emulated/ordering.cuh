@@ -9,11 +9,14 @@ inline u32 load_acquire(const u32* at) {
   return std::atomic_ref<u32>(*const_cast<u32*>(at)).load(std::memory_order_acquire);
 }
 
-inline u64 load_two_relaxed(const u32* at) {
-  auto load = [](const u32* word) {
-    return std::atomic_ref<u32>(*const_cast<u32*>(word)).load(std::memory_order_relaxed);
-  };
-  return u64(load(at + 1)) << 32 | load(at);
+inline u32 load_relaxed(const u32* at) {
+  return std::atomic_ref<u32>(*const_cast<u32*>(at)).load(std::memory_order_relaxed);
+}
+
+inline u64 load_two_relaxed(const u32* at) { return u64(load_relaxed(at + 1)) << 32 | load_relaxed(at); }
+
+inline uint4 load_four_relaxed(const u32* at) {
+  return uint4{load_relaxed(at), load_relaxed(at + 1), load_relaxed(at + 2), load_relaxed(at + 3)};
 }
 
 inline void store_relaxed(u32* at, u32 value) {

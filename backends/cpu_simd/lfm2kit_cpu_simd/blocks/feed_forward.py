@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -51,16 +52,23 @@ class Experts:
             self.w2 = pack([[w2] for w2 in matrices["w2"]], format)
 
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
+        delta = np.empty_like(x)
+        self.fill([delta], x, expert_ids, expert_weights)
+        return delta
+
+    def fill(
+        self, results: Sequence[Float32], x: Float32, expert_ids: Int32, expert_weights: Float32
+    ) -> None:
+        (delta,) = results
         if not self.spec.local_experts:
-            return np.zeros_like(x)  # no pair is of a local expert
+            delta[...] = 0  # no pair is of a local expert
+            return
         count = len(self.spec.local_experts)
         offsets, rows, places = sort_by_expert(expert_ids, self.numbers, count)
         size = self.spec.intermediate_size
         inner = grouped(_gather(x, rows), offsets, self.w13, size, buffer="inner")
         outputs = grouped(inner, offsets, self.w2, self.spec.hidden_size, buffer="outputs")
-        delta = np.empty_like(x)
         _combine(outputs, places, expert_weights, delta)
-        return delta
 
 
 class SparseMoe:
@@ -70,6 +78,9 @@ class SparseMoe:
 
     def __call__(self, x: Float32) -> Float32:
         return self.experts(x, *self.router(x))
+
+    def fill(self, results: Sequence[Float32], x: Float32) -> None:
+        self.experts.fill(results, x, *self.router(x))
 
 
 def local_numbers(spec: specs.Experts) -> Int32:

@@ -17,6 +17,15 @@ __device__ inline u64 load_two_relaxed(const u32* at) {
   return both;
 }
 
+// Returns four neighbouring words that the host stores.  `at` is a multiple of 16 bytes.
+__device__ inline uint4 load_four_relaxed(const u32* at) {
+  uint4 four;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+               : "l"(at));
+  return four;
+}
+
 // Stores a word for the host.
 __device__ inline void store_relaxed(u32* at, u32 value) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
