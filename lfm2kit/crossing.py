@@ -221,9 +221,7 @@ class Fills(Protocol):
 class FirstCall(NamedTuple):
     """What the first call of a block with arguments of some shapes shows."""
 
-    result: (
-        Any  # arrays of the memory that the arguments are from: a tuple if the block returns one
-    )
+    result: Any  # in the memory of the arguments: an array, or a tuple of them
     inputs: Sequence[ArrayForm]
     results: Sequence[ArrayForm]
 
