@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from lfm2kit.backend import Replay
 from lfm2kit.memory import Bounded, Memory
@@ -143,13 +144,12 @@ class Replays:
             kept.replay.close()
 
 
-_of_memories: dict[str, Replays] = {}
+# Weak: models and states keep them, and a memory goes with the last of these.
+_of_memories: WeakValueDictionary[str, Replays] = WeakValueDictionary()
 _lock = Lock()
 
 
 def replays_in(memory: Memory) -> Replays:
     """Return the replays of all models whose logits lie in `memory`: they share its bounds."""
     with _lock:
-        if memory.name not in _of_memories:
-            _of_memories[memory.name] = Replays(memory)
-        return _of_memories[memory.name]
+        return _of_memories.setdefault(memory.name, Replays(memory))

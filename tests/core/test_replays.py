@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 from lfm2kit.batch import Batch
 from lfm2kit.memory import HOST, HostMemory
 from lfm2kit.replays import MOST, Key, Replays
+from lfm2kit.testing.device import DeviceMemory
+from tests.conformance.crossing import DeviceBackend
 from tests.core.small import build, small_spec
 from tests.core.test_model import Recorded, capturing_model
 
@@ -156,3 +160,20 @@ def test_an_owner_that_goes_while_replays_are_at_work_is_dropped_afterwards() ->
             assert replay is not None
     assert tank.taken == [10]
     assert len(replays) == 1
+
+
+def test_models_of_a_memory_share_its_replays_and_the_last_one_takes_both_with_it() -> None:
+    """Else the threads of a memory, and whatever it has, would stay until the process ends."""
+    memory = DeviceMemory()
+    one, other = (build(small_spec(), "device", {"device": DeviceBackend(memory)}) for _ in "ab")
+    for model in (one, other, one, other):
+        model.logits(Batch.of_sequences([[1, 2]]))
+    assert one._replays is other._replays
+    assert len(one._replays) == 2
+    is_there = weakref.ref(memory)
+    del memory, model, one
+    gc.collect()
+    assert len(other._replays) == 1
+    del other
+    gc.collect()
+    assert is_there() is None
