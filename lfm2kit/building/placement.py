@@ -41,7 +41,7 @@ class Placed:
     parts: tuple[tuple[str, Placed], ...] = ()  # by role, or by path of roles in a built one
     join: Join | None = None  # of the parts
     crosser: str | None = None  # the backend that calls it from `outer`, captured or not
-    why_not_crossed: str | None = None  # if its arrays are copied, and `outer` waits for that
+    why_no_crosser: str | None = None  # of a block without parts that lives elsewhere
 
     @property
     def is_copied(self) -> bool:
@@ -57,6 +57,11 @@ class Placed:
     def copies(self) -> int:
         """Return how many blocks of the tree take their arrays from another memory."""
         return int(self.is_copied) + sum(part.copies() for _, part in self.parts)
+
+    @property
+    def why_not_crossed(self) -> str | None:
+        """Return why `outer` waits for copies around this block; None if it does not."""
+        return JOINED if self.parts and self.is_copied else self.why_no_crosser
 
     def tree(self) -> Iterator[Placed]:
         """Yield this block and all that it is joined of."""
@@ -110,16 +115,7 @@ class Placer:
             if reason is None:
                 memory = self._ask(backend, name).memory(spec)
                 crosser, reason = self._crosser(name, spec, memory, outer)
-                return Placed(
-                    name,
-                    scope,
-                    spec,
-                    memory,
-                    outer,
-                    backend,
-                    crosser=crosser,
-                    why_not_crossed=reason,
-                )
+                return Placed(name, scope, spec, memory, outer, backend, (), None, crosser, reason)
             if type(spec) not in self.joins:
                 raise _LackingError(name, spec, backend, reason)
         around = self._around(name, scope, spec, where, outer)
@@ -132,10 +128,7 @@ class Placer:
             (part.role, self._place(*_part_place(name, scope, part, inside), join.memory))
             for part, inside in _numbered(spec, where)
         )
-        reason = None if join.memory.name == outer.name else JOINED
-        return Placed(
-            name, scope, spec, join.memory, outer, None, parts, join, why_not_crossed=reason
-        )
+        return Placed(name, scope, spec, join.memory, outer, None, parts, join)
 
     def _ask(self, backend: str, place: str = "") -> Answers:
         """Return what a backend answers about the block at `place`."""
@@ -171,10 +164,7 @@ class Placer:
                     (role, self._place(*_part_place(name, scope, part, where), memory))
                     for role, part in apart.items()
                 )
-                reason = None if memory.name == outer.name else JOINED
-                return Placed(
-                    name, scope, spec, memory, outer, backend, parts, why_not_crossed=reason
-                )
+                return Placed(name, scope, spec, memory, outer, backend, parts)
         return None
 
     def _crosser(
