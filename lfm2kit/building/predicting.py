@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lfm2kit import specs
-from lfm2kit.backend import Ceilings
+from lfm2kit.backend import F32, Ceilings
 from lfm2kit.batch import Batch
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.kept_rates import check_hardware, hardware_of, read_kept
@@ -20,7 +20,6 @@ from lfm2kit.rewrites.parted_experts import SplitExperts
 if TYPE_CHECKING:
     from lfm2kit.building.loading import Setup
 
-FLOAT32 = 4  # bytes
 SEQUENCE = 16  # tokens of a sequence, for the work of what looks across tokens
 
 
@@ -118,7 +117,7 @@ def _measured(whole: Setup, layer: Layer, item: str) -> Experts:
 
 def _trip(spec: specs.Experts, rates: Rates, rows: int) -> float:
     """Return the seconds in which x, ids and weights come to the host, and delta back."""
-    one, choice = FLOAT32 * spec.hidden_size, 2 * FLOAT32 * spec.num_experts_per_tok
+    one, choice = F32.nbytes((spec.hidden_size,)), 2 * F32.nbytes((spec.num_experts_per_tok,))
     return rows * ((one + choice) / rates.to_host + one / rates.link)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lfm2kit import specs
 from lfm2kit.backend import Spec
 from lfm2kit.batch import Batch
+from lfm2kit.batch_rules import ARRAYS
 from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed, Placer
@@ -152,9 +153,6 @@ def check_copies(model: LFM2, batch: Batch) -> None:
         copies.subtract(expected[memory])
         assert copies["to host"] == 0
         assert 0 <= copies["from host"] <= len(ARRAYS) * len(fresh.family())
-
-
-ARRAYS = ("token_ids", "positions", "cu_seqlens", "pages", "logits_rows")
 
 
 # The tests.
