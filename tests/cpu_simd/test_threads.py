@@ -35,6 +35,21 @@ time.sleep(1)
 print(time.process_time() - before)
 """
 
+RESTING = """
+import os
+import numpy as np
+from lfm2kit_cpu_simd import threads
+from lfm2kit_cpu_simd.blocks.feed_forward import _copy_rows
+from lfm2kit_cpu_simd.crew import CREW
+def compute():
+    CREW.hire(2)
+    x = np.zeros((100, 8), np.float32)
+    _copy_rows(x, np.arange(100), x.copy())
+for work in (int, compute, CREW.rest, compute):
+    work()
+    print(len(os.listdir("/proc/self/task")))
+"""
+
 
 @pytest.fixture(autouse=True)
 def _threads_as_before() -> object:
@@ -226,3 +241,12 @@ def test_a_machine_without_openmp_and_tbb_is_told(
     monkeypatch.setattr("lfm2kit_cpu_simd.threads.import_module", imported)
     assert len(threading_notes()) == told
     assert all("libgomp" in note for note in threading_notes())
+
+
+def test_a_thread_that_leaves_kernels_to_others_ends_its_own_threads() -> None:
+    """Asked of a new process: other tests leave threads."""
+    done = subprocess.run(
+        [sys.executable, "-c", RESTING], capture_output=True, text=True, check=True
+    )
+    alone, computing, resting, again = map(int, done.stdout.split())
+    assert alone == resting < computing == again

@@ -12,7 +12,7 @@ import numba
 from lfm2kit.backend import Context
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.measuring.timing import waits
-from lfm2kit_cpu_simd.threads import CORES  # imported first: it sets how threads wait
+from lfm2kit_cpu_simd.threads import CORES, end_team  # imported first: it sets how threads wait
 
 WINDOW = 0.02  # seconds between two looks: several time slices of the processes on a core
 CROWDED = 0.15  # a thread is given up if one waits for a core for this share of a window
@@ -54,6 +54,15 @@ class Crew(threading.local):
         if self._clock() - self._looked >= WINDOW:
             self._look()
         return self._size
+
+    def rest(self) -> None:
+        """End the threads that share this thread's kernels; its next kernel starts new ones.
+
+        For a thread that leaves kernels to another one from here on.  libgomp counts the threads of
+        both, and where they are more than cores, all sleep as soon as a kernel ends: to wake
+        them takes longer than many kernels.
+        """
+        end_team()
 
     def _look(self) -> None:
         share = self._share_of_waiting()

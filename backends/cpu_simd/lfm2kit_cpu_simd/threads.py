@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from importlib import import_module
 
 import numba
@@ -18,6 +20,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # workqueue, always there, takes fifty times as long to start a parallel region as OpenMP.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
+SOFT_PAUSE = 1  # omp_pause_soft: everything is as before, but for the threads
+
 # Asked for before anything runs: with OMP_PROC_BIND the first parallel kernel binds this thread to
 # one core, which is then all that it is told of.
 CORES = cores()
@@ -32,3 +36,10 @@ def threading_notes() -> list[str]:
             continue
         return []
     return ["there is neither libgomp nor tbb: threads start slowly; install libgomp1, or pip tbb"]
+
+
+def end_team() -> None:
+    """End the threads that this thread's parallel kernels run on, if they are libgomp's."""
+    with suppress(ValueError, OSError):  # no kernel has run; there is no libgomp
+        if numba.threading_layer() == "omp":
+            ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(SOFT_PAUSE)
