@@ -5,22 +5,24 @@
 
 Contenders are numbers of streamed experts of each layer: 0 computes all that do not fit on the CPU,
 32 streams all of them.  `rates` chooses by what is measured here first, for the number of tokens.
-All of them know how often each expert is chosen, from other batches of random tokens.  They run one
-after the other, forward by forward, and their logits may differ by rounding alone.  Prints Markdown
-tables: where experts are, what is predicted, what is measured, and the GPU memory that each model
-takes beside the others.
+All of them know how often each expert is chosen, from other batches of random tokens.  Each is a
+process of its own, as a user's run is: threads of several models in one process would be more than
+cores.  They run one after the other, forward by forward, and their logits may differ by rounding
+alone.  Prints Markdown tables: where experts are, what is predicted, what is measured, and the peak
+GPU memory of each process, its context included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import cupy
 import numpy as np
@@ -35,22 +37,22 @@ from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
 from lfm2kit.measuring.bench import random_batch
 from lfm2kit.measuring.calibration import calibrated, measurable
-from lfm2kit.model import LFM2
 from lfm2kit.rewrites import SplitExperts
 from lfm2kit.rewrites.recorded_load import LoadRecorder
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 LENGTH = 16  # tokens of a sample
 WARM_UP = 3  # the first forward of a form compiles, the second is captured
 LOAD_SAMPLES, LOAD_BATCHES = 64, 8
 MOST_DIFFERENCE = 1e-3  # of logits
 RATES = "rates"
-
-
-class Contender(NamedTuple):
-    name: str
-    setup: Setup
-    model: LFM2
-    gpu_bytes: int
+HEADER = """
+| n | streamed | resident / streamed / host | captured | predicted ms | ms | samples/s | GPU GB \
+| private host GB |
+|---|---|---|---|---|---|---|---|---|"""
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def checkpoint(stored_as: str) -> Checkpoint:
@@ -87,14 +89,14 @@ def recorded_load(there: Checkpoint, backend: str, precision: str) -> Path:
 
 
 def used_bytes() -> int:
-    cupy.get_default_memory_pool().free_all_blocks()
+    """Return the bytes of the GPU that are used, by whatever process."""
     free, total = cupy.cuda.runtime.memGetInfo()
     return int(total - free)
 
 
-def contender(
-    there: Checkpoint, name: str, n: int, rates: Path, load: Path, options: Any
-) -> Contender:
+def contender(name: str, n: int, rates: Path, load: Path, options: Any, pipe: Connection) -> None:
+    """Build a model, tell of it, and send the logits and seconds of a forward when asked to."""
+    there, tokens = checkpoint(options.stored_as), n * LENGTH
     asked = Options(
         backend=options.backend,
         precision=options.precision,
@@ -104,12 +106,48 @@ def contender(
         threads=options.threads,
         streamed_experts=None if name == RATES else int(name),
     )
-    before, tokens = used_bytes(), n * LENGTH
     setup = set_up(there, asked, tokens=tokens)
     model = setup.build(tokens=tokens)
     for _ in range(WARM_UP):
         model.logits(random_batch(n, LENGTH, LFM2_8B_A1B.vocab_size, seed=n))
-    return Contender(name, setup, model, used_bytes() - before)
+    predicted = None if setup.sharing is None else setup.sharing.seconds
+    pipe.send((where(setup), model._captures is not None, predicted, private_bytes()))
+    batch = random_batch(n, LENGTH, LFM2_8B_A1B.vocab_size, seed=n)
+    while pipe.recv():
+        start = time.perf_counter()
+        logits = model.logits(batch)
+        pipe.send((time.perf_counter() - start, logits))
+
+
+def private_bytes() -> int:
+    """Return the bytes of the host's memory that this process shares with no other."""
+    smaps = Path("/proc/self/smaps_rollup").read_text()
+    kilobytes = (line.split()[1] for line in smaps.splitlines() if line.startswith("Private_"))
+    return 1024 * sum(map(int, kilobytes))
+
+
+class Contender:
+    """A process with a model."""
+
+    def __init__(self, name: str, *given: Any) -> None:
+        before = used_bytes()
+        self.name = name
+        self._pipe, its = multiprocessing.Pipe()
+        self._process = SPAWN.Process(target=contender, args=(name, *given, its), daemon=True)
+        self._process.start()
+        its.close()
+        self.where, self.is_captured, self.predicted, self.host_bytes = self._pipe.recv()
+        self.gpu_bytes = used_bytes() - before
+
+    def forward(self) -> tuple[float, Any]:
+        """Return the seconds of a forward, and its logits."""
+        self._pipe.send(True)
+        seconds, logits = self._pipe.recv()
+        return seconds, logits
+
+    def close(self) -> None:
+        self._pipe.send(False)
+        self._process.join()
 
 
 def where(setup: Setup) -> str:
@@ -123,15 +161,13 @@ def where(setup: Setup) -> str:
     return " / ".join(map(str, counts)) + slots
 
 
-def times_in_turns(contenders: list[Contender], n: int, repetitions: int) -> list[list[float]]:
-    batch = random_batch(n, LENGTH, LFM2_8B_A1B.vocab_size, seed=n)
+def times_in_turns(contenders: list[Contender], repetitions: int) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in contenders]
     for turn in range(repetitions):
         logits = {}
         for i in sorted(range(len(contenders)), reverse=turn % 2 == 1):
-            start = time.perf_counter()
-            logits[i] = contenders[i].model.logits(batch)
-            times[i].append(time.perf_counter() - start)
+            seconds, logits[i] = contenders[i].forward()
+            times[i].append(seconds)
         for other in logits.values():
             assert np.abs(other - logits[0]).max() <= MOST_DIFFERENCE, "other logits"
     return times
@@ -154,24 +190,24 @@ def main() -> None:
     there = checkpoint(options.stored_as)
     rates = options.rates or measured_rates(there, options.backend, options.precision)
     load = options.load or recorded_load(there, options.backend, options.precision)
-    print("\n| n | streamed | resident / streamed / host | captured | predicted ms | ms | samples/s"
-          " | GPU GB |\n|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
+    print(HEADER, flush=True)
     records = []
     for n in map(int, options.n.split(",")):
         names = options.streamed.split(",")
-        contenders = [contender(there, name, n, rates, load, options) for name in names]
-        all_times = times_in_turns(contenders, n, options.repetitions)
+        contenders = [Contender(name, n, rates, load, options) for name in names]
+        all_times = times_in_turns(contenders, options.repetitions)
         for one, times in zip(contenders, all_times, strict=True):
-            median, sharing = statistics.median(times), one.setup.sharing
-            predicted = "" if sharing is None else f"{1e3 * sharing.seconds:.1f}"
+            median = statistics.median(times)
+            predicted = "" if one.predicted is None else f"{1e3 * one.predicted:.1f}"
             row = (
-                n, one.name, where(one.setup), one.model._captures is not None, predicted,
-                f"{1e3 * median:.1f}", f"{n / median:.0f}", f"{one.gpu_bytes / 1e9:.2f}",
+                n, one.name, one.where, one.is_captured, predicted, f"{1e3 * median:.1f}",
+                f"{n / median:.0f}", f"{one.gpu_bytes / 1e9:.2f}", f"{one.host_bytes / 1e9:.2f}",
             )  # fmt: skip
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
             records.append({"n": n, "streamed": one.name, "seconds": times,
-                            "predicted": predicted, "gpu_bytes": one.gpu_bytes})  # fmt: skip
-        del contenders, one
+                            "predicted": one.predicted, "gpu_bytes": one.gpu_bytes,
+                            "private_host_bytes": one.host_bytes})  # fmt: skip
+            one.close()
     if options.output is not None:
         options.output.write_text(json.dumps(records))
 
