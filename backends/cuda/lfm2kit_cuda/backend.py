@@ -150,11 +150,8 @@ class CudaBackend:
         return None if known else "its feed-forward is not one of ours"
 
     def capture(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
-        try:
-            return Replay(step, batch, self._memory)
-        except MemoryError:
-            pass  # outside the handler, whose error holds arrays
-        # A replay has a pool of its own, so what the common pool keeps for later is in its way.
+        # A replay has a pool of its own, so what the common pool keeps for later is in its way: a
+        # model that was built for a limit would need more than that.
         cupy.get_default_memory_pool().free_all_blocks()
         return Replay(step, batch, self._memory)
 
