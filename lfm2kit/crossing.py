@@ -81,14 +81,19 @@ class Call(Protocol):
         """Return the host arrays that are to be filled before the answer."""
         ...
 
-    def send(self, *arrays: Array) -> None:
-        """Enqueue in the current stream: copy the arguments to `inputs`, then announce the trip."""
+    def send(self, *arrays: Array, count: Array | None = None) -> None:
+        """Enqueue in the current stream: copy the arguments to `inputs`, then announce the trip.
+
+        With a `count`, int32 [1], only the first `count` rows of each array are copied.  All arrays
+        and results of such a call have the same number of rows, and `count` does not exceed it.
+        """
         ...
 
-    def receive(self) -> tuple[Array, ...]:
+    def receive(self, count: Array | None = None) -> tuple[Array, ...]:
         """Enqueue in the current stream: wait for the answers, then copy `results`.
 
-        The arrays returned are new ones.  Nothing else is sent through the channel before.
+        The arrays returned are new ones.  Nothing else is sent through the channel before.  With
+        the `count` of `send`, only the first rows are copied; the others may hold anything.
         """
         ...
 
@@ -103,10 +108,11 @@ class Channel(Protocol):
 
     @property
     def sent(self) -> npt.NDArray[np.uint32]:
-        """Return [2]: the number of the newest trip, and the number of the call that it makes.
+        """Return [3]: the numbers of the newest trip and of the call that it makes, and its rows.
 
-        The memory writes the arguments, then the call's number, and last the trip's: who reads the
-        trip's with acquire semantics then finds the others.
+        The rows are the `count` of `send`; without one they are those of the first argument, or 1
+        if it has none.  The memory writes the arguments, then the rows and the call's number, and
+        last the trip's: who reads the trip's with acquire semantics then finds the others.
         """
         ...
 
@@ -157,6 +163,53 @@ class Signals(Protocol):
 
     def channel(self, workers: int, deadline: float) -> Channel:
         """Return a channel to `workers` threads, whose `deadline` is at first this number."""
+        ...
+
+
+class Picked(Protocol):
+    """Some rows of arrays, one behind the other."""
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Return arrays of the given ones' shapes: rows picked, in their order, then anything."""
+        ...
+
+    @property
+    def count(self) -> Array:
+        """Return the number of rows picked, int32 [1]."""
+        ...
+
+    def put_back(self, array: Array) -> Array:
+        """Return an array of such rows with each where it was, and +0 in all others.
+
+        `array` is float32 [rows, columns], and may hold anything from row `count` on.
+        """
+        ...
+
+
+class Picker(Protocol):
+    """Picks rows by the ids in them."""
+
+    def __call__(self, arrays: Sequence[Array], ids: Array) -> Picked:
+        """Enqueue in the current stream: pick the rows of all arrays that have a wanted id.
+
+        `ids` is int32 [rows, k].  The arrays have as many rows, and elements of 4 bytes.
+        """
+        ...
+
+
+@runtime_checkable
+class PicksRows(Protocol):
+    """Capability of a memory: it finds out which rows a block needs, so that no others travel.
+
+    How many rows that are is known to enqueued work only; `Call.send` takes it from there.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def picker(self, wanted: Collection[int]) -> Picker:
+        """Return what picks the rows that have one of these ids, which are not negative."""
         ...
 
 

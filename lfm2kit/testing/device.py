@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from queue import SimpleQueue
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from lfm2kit.memory import Arriving, Mark
 from lfm2kit.testing.device_channel import DeviceChannel
+from lfm2kit.testing.device_picking import DevicePicker
 
 Work = Callable[[], object]
 
@@ -210,6 +211,9 @@ class DeviceMemory:
         assert isinstance(mark, _Event), "a mark of another memory"
         if mark.stream is not self._stream():
             self.enqueue(mark.wait)
+
+    def picker(self, wanted: Collection[int]) -> DevicePicker:
+        return DevicePicker(self, wanted)
 
     def channel(self, workers: int, deadline: float) -> DeviceChannel:
         return DeviceChannel(self, workers, deadline)

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.crossing import ArrayForm
+from lfm2kit.testing.device_picking import NOBODYS, poisoned
 
 if TYPE_CHECKING:
     from lfm2kit.testing.device import DeviceArray, DeviceMemory
 
 ALIGNMENT = 64  # bytes, of each array
-NOBODYS = 0xA5  # what bytes that nobody may read are overwritten with
 LOST = 0xFF  # the bytes of all results of a forward that has failed
 LOOK = 2e-5  # seconds between two looks at the workers' answers
 
@@ -35,7 +35,7 @@ class DeviceChannel:
         self.workers = workers
         self.deadline = np.array([deadline], np.float32)
         self.made_call: type[DeviceCall] = DeviceCall
-        self.sent = np.zeros(2, np.uint32)
+        self.sent = np.zeros(3, np.uint32)
         self.answered = np.zeros((workers, 16), np.uint32)
         self.failed = np.zeros(2, np.uint32)
         self.trips = 2**32 - 4  # counted by the device; soon begins again at 0
@@ -85,22 +85,24 @@ class DeviceCall:
         self.results = results
         self.workers = workers
 
-    def send(self, *arrays: DeviceArray) -> None:
-        self.channel.memory.enqueue(lambda: self._send(arrays))
+    def send(self, *arrays: DeviceArray, count: DeviceArray | None = None) -> None:
+        self.channel.memory.enqueue(lambda: self._send(arrays, count))
 
-    def receive(self) -> tuple[DeviceArray, ...]:
+    def receive(self, count: DeviceArray | None = None) -> tuple[DeviceArray, ...]:
         memory = self.channel.memory
         memory.enqueue(self._wait)
-        made = tuple(memory.made(host.shape, self._take(host)) for host in self.results)
+        made = tuple(memory.made(host.shape, self._take(host, count)) for host in self.results)
         memory.enqueue(lambda: _overwrite((*self.inputs, *self.results), NOBODYS))
         return made
 
-    def _send(self, arrays: Sequence[DeviceArray]) -> None:
+    def _send(self, arrays: Sequence[DeviceArray], count: DeviceArray | None) -> None:
         channel = self.channel
-        _overwrite(self.results, NOBODYS)
+        _overwrite((*self.inputs, *self.results), NOBODYS)
+        rows = _rows(count)
         for host, array in zip(self.inputs, arrays, strict=True):
-            host[...] = array.values
+            host[rows] = array.values[rows]
             channel.memory.pause()
+        channel.sent[2] = self._all_rows() if count is None else count.values[0]
         channel.trips = (channel.trips + 1) % 2**32
         channel.sent[1] = self.number
         channel.sent[0] = channel.trips
@@ -120,14 +122,23 @@ class DeviceCall:
     def _is_answered(self) -> bool:
         return bool((self.channel.answered[: self.workers, 0] == self.channel.trips).all())
 
-    def _take(self, host: npt.NDArray[Any]) -> Any:
+    def _take(self, host: npt.NDArray[Any], count: DeviceArray | None) -> Any:
         def take(target: DeviceArray) -> None:
-            values = host.copy()
+            values, rows = poisoned(host), _rows(count)
+            values[rows] = host[rows]
             if self.channel.failed.any():
                 _overwrite([values], LOST)
             target.values = values
 
         return take
+
+    def _all_rows(self) -> int:
+        return self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else 1
+
+
+def _rows(count: DeviceArray | None) -> Any:
+    """Return the index of the rows that are copied: all of them without a count."""
+    return ... if count is None else slice(int(count.values[0]))
 
 
 def _padded(form: ArrayForm) -> int:

@@ -6,7 +6,7 @@ And others, of which each is wrong in one way.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from lfm2kit.seam import begun
 from lfm2kit.specs import Choice, Scores
 from lfm2kit.testing.device import DeviceArray, DeviceMemory
 from lfm2kit.testing.device_channel import DeviceCall, DeviceChannel
+from lfm2kit.testing.device_picking import DevicePicked, DevicePicker, poisoned
 from lfm2kit.testing.simple_server import SimpleCrossing, SimpleServer
 
 
@@ -207,6 +208,29 @@ def device_with(call: type[DeviceCall]) -> DeviceBackend:
     return DeviceBackend(BrokenDevice(call))
 
 
+class PicksOnABrokenDevice(DeviceMemory):
+    def __init__(self, picked: type[DevicePicked]) -> None:
+        super().__init__()
+        self._picked = picked
+
+    def picker(self, wanted: Collection[int]) -> DevicePicker:
+        picker = super().picker(wanted)
+        picker.made_picked = self._picked
+        return picker
+
+
+class PutsBackAmongOthers(DevicePicked):
+    """Leaves whatever memory holds where no row is put back."""
+
+    def put_back(self, array: DeviceArray) -> DeviceArray:
+        def make(made: DeviceArray) -> None:
+            values = poisoned(array.values)
+            values[self.rows.values] = array.values[: self.count.values[0]]
+            made.values = values
+
+        return self.memory.made(array.shape, make)
+
+
 class WaitsForNothing(DeviceCall):
     def _wait(self) -> None:
         pass
@@ -238,13 +262,13 @@ class WaitsAsLongAsAtFirst(DeviceCall):
 
 
 class KeepsBytesAfterAFailure(DeviceCall):
-    def _take(self, host: Any) -> Any:
+    def _take(self, host: Any, count: DeviceArray | None) -> Any:
         return lambda target: target.take(host.copy())
 
 
 class AnnouncesBeforeItHasCopied(DeviceCall):
-    def _send(self, arrays: Sequence[DeviceArray]) -> None:
-        super()._send([_made(np.zeros_like(host)) for host in self.inputs])
+    def _send(self, arrays: Sequence[DeviceArray], count: DeviceArray | None) -> None:
+        super()._send([_made(np.zeros_like(host)) for host in self.inputs], count)
         time.sleep(2e-3)
         for host, array in zip(self.inputs, arrays, strict=True):
             host[...] = array.values
@@ -253,20 +277,29 @@ class AnnouncesBeforeItHasCopied(DeviceCall):
 class ReturnsItsBuffer(DeviceCall):
     """Results are where the next trip's will be, and not the caller's own."""
 
-    def _take(self, host: Any) -> Any:
+    def _take(self, host: Any, count: DeviceArray | None) -> Any:
         return lambda target: target.take(host)
+
+
+class SendsTheCountBefore(DeviceCall):
+    """Tells of the rows of the trip before."""
+
+    def _send(self, arrays: Sequence[DeviceArray], count: DeviceArray | None) -> None:
+        before = self.channel.sent[2]
+        super()._send(arrays, count)
+        self.channel.sent[2] = before
 
 
 class SendsOneNumber(DeviceCall):
     """Each trip of a call has the number that was counted when it was enqueued."""
 
-    def send(self, *arrays: DeviceArray) -> None:
+    def send(self, *arrays: DeviceArray, count: DeviceArray | None = None) -> None:
         channel = self.channel
         channel.enqueued = number = (getattr(channel, "enqueued", channel.trips) + 1) % 2**32
 
         def send() -> None:
             channel.trips = (number - 1) % 2**32
-            self._send(arrays)
+            self._send(arrays, count)
 
         channel.memory.enqueue(send)
 

@@ -12,7 +12,7 @@ from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
 from tests.conformance import broken, crossing, late
 from tests.conformance.broken import BrokenBackend, around
-from tests.conformance.crossing import CrossingBackend, device_with
+from tests.conformance.crossing import CrossingBackend, DeviceBackend, device_with
 from tests.conformance.late import LateBackend
 from tests.conformance.mutants import MUTANTS
 
@@ -348,6 +348,14 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "a worker's share left out": (
         device_with(crossing.WaitsForTheFirstWorker),
         ("channels-carry-every-trip",),
+    ),
+    "a count of the trip before": (
+        device_with(crossing.SendsTheCountBefore),
+        ("picked-rows-travel-alone",),
+    ),
+    "rows put back among those of before": (
+        DeviceBackend(crossing.PicksOnABrokenDevice(crossing.PutsBackAmongOthers)),
+        ("picked-rows-travel-alone",),
     ),
     "a wait without a deadline": (device_with(crossing.WaitsForEver), ("channels-end-a-wait",)),
     "a deadline that cannot be changed": (

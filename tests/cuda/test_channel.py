@@ -115,7 +115,7 @@ def form(*shape: int, dtype: type = np.float32) -> ArrayForm:
 
 
 def test_nothing_has_been_sent_at_first(channel: Any) -> None:
-    assert channel.sent.shape == channel.failed.shape == (2,)
+    assert (channel.sent.shape, channel.failed.shape) == ((3,), (2,))
     assert channel.answered.shape == (3, 16)
     assert (channel.deadline.dtype, channel.deadline.tolist()) == (np.float32, [5.0])
     for words in (channel.sent, channel.failed, channel.answered):
@@ -211,11 +211,10 @@ def test_kernels_get_what_they_declare(channel: Any, kernels: Kernels) -> None:
     assert [a.data.ptr for a in sent[8:10]] == [
         call.inputs[0].ctypes.data, channel.sent.ctypes.data
     ]  # fmt: skip
-    assert sent[11:] == (0,)
+    assert sent[11:] == (0, None, 4)
     assert received[:8] == (result, None, None, None, 1, 0, 0, 0)
     assert received[8].data.ptr == call.results[0].ctypes.data
-    assert received[9] == 4
-    assert received[12:] == (0, 2)
+    assert received[11:] == (0, 2, None, 4)
 
 
 def test_other_arrays_than_those_of_the_call_are_refused(channel: Any, kernels: Kernels) -> None:

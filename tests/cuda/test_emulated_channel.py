@@ -40,6 +40,7 @@ class Seen:
 def trip(
     channel: Path, takes: list[Bytes], returns: list[Bytes], *, call: int = 3, before: int = 41,
     workers: int = 1, answering: int = 1, failing: int = 0, deadline: float = 100.0,
+    count: int = -1, rows: int = 1,
     send: tuple[int, int] = (1, 32), receive: tuple[int, int] = (1, 32),
 ) -> Seen:  # fmt: skip
     """Make a trip with whole vectors of bytes; those behind each array stay as they were."""
@@ -48,8 +49,8 @@ def trip(
     for start, array in zip(back.starts, returns, strict=True):
         answer[start : start + len(array)] = array
     numbers = [
-        before, call, workers, answering, failing, deadline, *send, *receive, *there.vectors,
-        *back.vectors,
+        before, call, workers, answering, failing, deadline, count, rows, *send, *receive,
+        *there.vectors, *back.vectors,
     ]  # fmt: skip
     done = subprocess.run(
         [str(channel), *map(str, numbers)], input=b"".join([*takes, answer]),
@@ -66,7 +67,7 @@ def trip(
         assert (margin == POISON).all()
         received.append(array)
     return Seen(
-        counters.tolist(), control[:2].tolist(),
+        counters.tolist(), control[:3].tolist(),
         control[CHANNEL.FAILED : CHANNEL.FAILED + 2].tolist(),
         [inputs[s : s + len(a)] for s, a in zip(there.starts, takes, strict=True)],
         received[: len(returns)],
@@ -95,7 +96,24 @@ def test_arrays_of_any_size_go_there_and_back(
     seen = trip(channel, given, answer, send=(ctas, 32), receive=(ctas, 32))
     assert_bits(seen.inputs, given)
     assert_bits(seen.received, answer)
-    assert (seen.counters, seen.sent, seen.failed) == ([42, 0], [42, 3], [0, 0])
+    assert (seen.counters, seen.sent, seen.failed) == ([42, 0], [42, 3, 1], [0, 0])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 7])
+@pytest.mark.parametrize("ctas", [1, 3])
+def test_only_the_first_rows_go_there_and_back(channel: Path, count: int, ctas: int) -> None:
+    """Rows of 35, 1 and 3 vectors, and of 20 bytes: seven of them fill 8.75 vectors."""
+    rng, rows = np.random.default_rng(count), 7
+    given = random_arrays(rng, [35 * rows, rows, 9])
+    answer = random_arrays(rng, [3 * rows, 9])
+    seen = trip(channel, given, answer, count=count, rows=rows, send=(ctas, 32), receive=(ctas, 32))
+    for got, whole in zip([*seen.inputs, *seen.received], [*given, *answer], strict=True):
+        row_bytes = len(whole) // rows // 4 * 4
+        there = row_bytes * count
+        np.testing.assert_array_equal(got[:there], whole[:there])
+        vectors = -(-len(whole) // VECTOR * count // rows)
+        assert (got[vectors * VECTOR :] == POISON).all()
+    assert (seen.sent, seen.failed) == ([42, 3, count], [0, 0])
 
 
 def test_a_trip_with_the_grids_of_its_size_waits_for_all_its_workers(channel: Path) -> None:
@@ -111,7 +129,7 @@ def test_a_trip_with_the_grids_of_its_size_waits_for_all_its_workers(channel: Pa
 
 def test_numbers_of_trips_begin_again_at_0(channel: Path) -> None:
     seen = trip(channel, [], random_arrays(np.random.default_rng(2), [9]), before=LAST)
-    assert (seen.counters, seen.sent, seen.failed) == ([0, 0], [0, 3], [0, 0])
+    assert (seen.counters, seen.sent, seen.failed) == ([0, 0], [0, 3, 1], [0, 0])
 
 
 def test_a_worker_that_has_failed_leaves_no_results(channel: Path) -> None:

@@ -2,8 +2,9 @@
 // announces a trip, `receive` waits until it has been answered and copies up to four arrays back.
 //
 // Arrays are copied by vectors, and lie one behind the other in the host's memory, which is mapped:
-// each begins a line there (host_layout.py).  `control` is an array of words in it: the newest trip
-// and its call, then the marks of failure and the deadline, then the workers' answers.
+// each begins a line there (host_layout.py).  `control` is an array of words in it: the newest trip,
+// its call and its rows, then the marks of failure and the deadline, then the workers' answers.  With
+// a count, which the device has, only this many rows of each array are copied.
 //
 // What counts is how often something has to cross the link and back before the next can begin.
 // `send` does not wait for its stores until all are under way.  `receive` takes a way there and back
@@ -21,12 +22,37 @@ struct Counters {
   u32 arrived;  // CTAs of `send` that have copied their share
 };
 
+__device__ inline int whole_lines(int count) { return (count + kLine - 1) / kLine * kLine; }
+
+// The first rows of arrays of `all` rows; all of them without a count.
+struct Rows {
+  int all, taken;
+
+  __device__ Rows(const int* count, int all) : all(all), taken(count ? *count : all) {}
+
+  // Returns how many of an array's vectors have these rows.
+  __device__ int of(int vectors) const {
+    return taken == all ? vectors : int(((long long)vectors * taken + all - 1) / all);
+  }
+};
+
 struct Arrays {
   uint4* at[kArrays];
   int count[kArrays];  // of vectors
-};
+  int start[kArrays];  // of each in the host's memory
+  int end;             // of them all there
 
-__device__ inline int whole_lines(int count) { return (count + kLine - 1) / kLine * kLine; }
+  __device__ Arrays(uint4* a, uint4* b, uint4* c, uint4* d, int of_a, int of_b, int of_c, int of_d)
+      : at{a, b, c, d}, count{of_a, of_b, of_c, of_d}, end(0) {
+    for (int n = 0; n < kArrays; ++n) start[n] = end, end += whole_lines(count[n]);
+  }
+
+  __device__ void keep(Rows rows) {
+    end = 0;
+    for (int n = 0; n < kArrays; ++n)
+      if (count[n] = rows.of(count[n])) end = start[n] + count[n];
+  }
+};
 
 // Returns the n-th vector from `first` on that this thread copies; the grid has them in order.
 __device__ inline int of_thread(int first, int n) {
@@ -56,13 +82,12 @@ struct Wave {
   __device__ Wave(const Arrays& arrays, int first) {
 #pragma unroll
     for (int n = 0; n < kOfThread; ++n) {
-      int i = place[n] = of_thread(first, n);
+      place[n] = of_thread(first, n);
       at[n] = nullptr;
 #pragma unroll
-      for (int a = 0; a < kArrays; ++a) {
-        if (i >= 0 && i < arrays.count[a]) at[n] = arrays.at[a] + i;
-        i -= whole_lines(arrays.count[a]);
-      }
+      for (int a = 0; a < kArrays; ++a)
+        if (int i = place[n] - arrays.start[a]; i >= 0 && i < arrays.count[a])
+          at[n] = arrays.at[a] + i;
     }
   }
 
@@ -102,14 +127,16 @@ __device__ inline void wait_for_answer(const u32* answered, u32 trip, u32* faile
 // Only the CTA that is the last to arrive waits until the copies are in the host's memory.
 extern "C" __global__ void __launch_bounds__(kMostThreads)
     send(const uint4* a, const uint4* b, const uint4* c, const uint4* d, int of_a, int of_b,
-         int of_c, int of_d, uint4* inputs, u32* control, Counters* counters, int call) {
+         int of_c, int of_d, uint4* inputs, u32* control, Counters* counters, int call,
+         const int* count, int all_rows) {
   wait_for_previous();
   let_next_start();
   u32 trip = counters->trip + 1;
-  copy_to(inputs, a, of_a);
-  copy_to(inputs += whole_lines(of_a), b, of_b);
-  copy_to(inputs += whole_lines(of_b), c, of_c);
-  copy_to(inputs += whole_lines(of_c), d, of_d);
+  Rows rows(count, all_rows);
+  copy_to(inputs, a, rows.of(of_a));
+  copy_to(inputs += whole_lines(of_a), b, rows.of(of_b));
+  copy_to(inputs += whole_lines(of_b), c, rows.of(of_c));
+  copy_to(inputs += whole_lines(of_c), d, rows.of(of_d));
   __syncthreads();
   if (threadIdx.x > 0) return;
   if (gridDim.x > 1) {
@@ -118,6 +145,7 @@ extern "C" __global__ void __launch_bounds__(kMostThreads)
   }
   counters->trip = trip;
   store_relaxed(control + 1, call);
+  store_relaxed(control + 2, rows.taken);
   store_release(control, trip);
 }
 
@@ -125,10 +153,14 @@ extern "C" __global__ void __launch_bounds__(kMostThreads)
 // failure are loaded along with the results: a worker that fails sets its mark before it answers.
 extern "C" __global__ void __launch_bounds__(kMostThreads)
     receive(uint4* a, uint4* b, uint4* c, uint4* d, int of_a, int of_b, int of_c, int of_d,
-            const uint4* results, int places, u32* control, const Counters* counters, int call,
-            int workers) {
-  Arrays arrays{{a, b, c, d}, {of_a, of_b, of_c, of_d}};
+            const uint4* results, u32* control, const Counters* counters, int call, int workers,
+            const int* count, int all_rows) {
+  Arrays arrays(a, b, c, d, of_a, of_b, of_c, of_d);
   u32* failed = control + kFailed;
+  if (count) {
+    wait_for_previous();
+    arrays.keep(Rows(count, all_rows));
+  }
   Wave wave(arrays, 0);
   wait_for_previous();
   let_next_start();
@@ -136,6 +168,6 @@ extern "C" __global__ void __launch_bounds__(kMostThreads)
     wait_for_answer(control + kAnswered + threadIdx.x * kWorker, counters->trip, failed, call + 1);
   __syncthreads();
   wave.copy_from(results, failed);
-  for (int first = of_grid(); first < places; first += of_grid())
+  for (int first = of_grid(); first < arrays.end; first += of_grid())
     Wave(arrays, first).copy_from(results, failed);
 }

@@ -67,7 +67,7 @@ class Channel:
         self.device = current_device()
         words = cupyx.empty_pinned(CHANNEL.ANSWERED + workers * CHANNEL.WORKER, np.uint32)
         words[...] = 0  # pinned memory is used again
-        self.sent: Words = words[:2]
+        self.sent: Words = words[:3]
         self.failed: Words = words[CHANNEL.FAILED : CHANNEL.DEADLINE]
         self.deadline = words[CHANNEL.DEADLINE :][:1].view(np.float32)
         self.deadline[0] = deadline
@@ -122,6 +122,7 @@ class Call:
         self._channel = channel
         self._workers = int(workers)
         self._takes, self._returns = tuple(inputs), tuple(results)
+        self._rows = int(inputs[0].shape[0]) if inputs and inputs[0].shape else 1
         there, back = (Layout.of([*map(_nbytes, forms)]) for forms in (inputs, results))
         self._there, self._back = there, back
         with on_device(channel.device):
@@ -131,8 +132,8 @@ class Call:
         self.results = _views(returned, back, self._returns)
         self._inputs_start, self._results_start = _Mapped.of(given), _Mapped.of(returned)
 
-    def send(self, *arrays: cupy.ndarray) -> None:
-        """Enqueue the trip in the current stream.
+    def send(self, *arrays: cupy.ndarray, count: cupy.ndarray | None = None) -> None:
+        """Enqueue the trip in the current stream, of all rows or the first `count`.
 
         Raises ValueError if the arrays are not those that the call takes.
         """
@@ -145,10 +146,10 @@ class Call:
             channel.send(
                 (ctas,), threads, *_padded([_whole_vectors(array) for array in arrays]),
                 *self._there.vectors, self._inputs_start, channel.control, channel.counters,
-                self.number,
+                self.number, count, self._rows,
             )  # fmt: skip
 
-    def receive(self) -> tuple[cupy.ndarray, ...]:
+    def receive(self, count: cupy.ndarray | None = None) -> tuple[cupy.ndarray, ...]:
         """Enqueue the wait in the current stream, and return the results, which are new arrays."""
         channel = self._channel
         with on_device(channel.device):
@@ -156,7 +157,7 @@ class Call:
             ctas, threads = receiving_grid(self._back.places, self._workers)
             channel.receive(
                 (ctas,), threads, *_padded(results), *self._back.vectors, self._results_start,
-                self._back.places, channel.control, channel.counters, self.number, self._workers,
+                channel.control, channel.counters, self.number, self._workers, count, self._rows,
             )  # fmt: skip
         return results
 

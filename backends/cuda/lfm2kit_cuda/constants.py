@@ -114,6 +114,13 @@ class Channel(NamedTuple):
     WORKER: int = 16  # words of a worker
 
 
+class Picking(NamedTuple):
+    """picking.cu."""
+
+    THREADS: int = 512
+    ROWS: int = 16  # of a CTA, at least
+
+
 class Ceilings(NamedTuple):
     """The constants of ceilings.cu."""
 
@@ -125,6 +132,7 @@ SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90 = (
 )  # fmt: skip
 ACTIVATIONS, ROWS, SHORT_CONV, ATTENTION = Activations(), Rows(), ShortConv(), Attention()
 ROUTER, EXPERTS, CHANNEL, CEILINGS = Router(), Experts(), Channel(), Ceilings()
+PICKING = Picking()
 
 OF_SOURCES: dict[str, dict[str, int]] = {
     "gemm": {**HEIGHTS._asdict(), **GEMM._asdict()},
@@ -134,6 +142,7 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "packing": {**SLABS._asdict(), "PANEL": GEMM90.PANEL},
     "activations": {**SLABS._asdict(), **ACTIVATIONS._asdict()},
     "channel": CHANNEL._asdict(),
+    "picking": {"THREADS": PICKING.THREADS},
     "ceilings": CEILINGS._asdict(),
     "sums": {},
     "after_copies": {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -18,6 +18,7 @@ from lfm2kit_cuda.channel import Channel
 from lfm2kit_cuda.choosing import identity
 from lfm2kit_cuda.device import current_device, on_device
 from lfm2kit_cuda.near import cores_near
+from lfm2kit_cuda.picking import Picker
 from lfm2kit_cuda.sums import add
 from lfm2kit_cuda.upload import upload
 
@@ -58,6 +59,11 @@ class CudaMemory:
     def add(self, left: cupy.ndarray, right: cupy.ndarray) -> cupy.ndarray:
         with on_device(self.device):
             return add(left, right)
+
+    def picker(self, wanted: Collection[int]) -> Picker:
+        """Return what picks the rows that have one of these ids."""
+        with on_device(self.device):
+            return Picker(wanted)
 
     def near_cores(self) -> frozenset[int]:
         """Return the cores of the NUMA node that the GPU is attached to."""

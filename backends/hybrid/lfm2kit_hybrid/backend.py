@@ -86,6 +86,8 @@ class HybridBackend:
         self, name: str, spec: Spec, block: Block, memory: Memory, outer: Memory
     ) -> Crossing:
         server = self._server(cast("Outer", outer))
+        if isinstance(spec, Experts) and len(spec.local_experts) < spec.num_experts:
+            return server.crossing_for_ids(name, block, spec.local_experts)
         return server.crossing(name, block)
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:

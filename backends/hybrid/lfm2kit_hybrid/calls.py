@@ -21,6 +21,7 @@ class Called:
     block: Block
     call: Call
     native: NativeCall | None
+    takes_some_rows: bool  # of its arguments' first ones; such a call is not native
     addresses: tuple[npt.NDArray[np.uintp], ...] = field(init=False)  # of inputs, of results
     fill: Callable[..., None] | None = field(init=False)  # the block's, if it has one
 
@@ -41,14 +42,20 @@ class Called:
             entry[FUNCTION], entry[ARGUMENT] = self.native.function, self.native.argument
         return entry
 
-    def __call__(self) -> None:
-        """Call the block from Python, and leave its results where the memory takes them."""
+    def __call__(self, rows: int) -> None:
+        """Call the block from Python, and leave its results where the memory takes them.
+
+        `rows` came with the trip: all there are, unless the crossing sends only those it needs.
+        """
+        inputs, targets = self.call.inputs, self.call.results
+        if self.takes_some_rows:
+            inputs, targets = ([array[:rows] for array in arrays] for arrays in (inputs, targets))
         if self.fill is not None:
-            self.fill(self.call.results, *self.call.inputs)
+            self.fill(targets, *inputs)
             return
-        results = self.block(*self.call.inputs)
+        results = self.block(*inputs)
         results = results if isinstance(results, tuple) else (results,)
-        for target, result in zip(self.call.results, results, strict=True):
+        for target, result in zip(targets, results, strict=True):
             if result.shape != target.shape or result.dtype != target.dtype:
                 raise ValueError(
                     f"it returned {result.dtype} {result.shape}, and {target.dtype} "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock, get_ident
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from lfm2kit_cpu_simd.crew import CREW
 
 from lfm2kit.backend import (
+    Array,
     ArrayForm,
     Block,
     Call,
@@ -16,6 +19,9 @@ from lfm2kit.backend import (
     Ordered,
     Over,
     Pending,
+    Picked,
+    Picker,
+    PicksRows,
     Signals,
     first_call,
 )
@@ -83,29 +89,47 @@ class Server:
         """Return a block of the host's memory as one of the memory that is served."""
         return HostCrossing(name, block, self._memory, self)
 
+    def crossing_for_ids(self, name: str, block: Block, wanted: Collection[int]) -> HostCrossing:
+        """Return the same for a block (x, ids, weights) -> delta that needs rows of some ids.
+
+        All other rows of delta are +0.  They travel as well if the memory cannot pick rows.
+        """
+        memory = self._memory
+        picker = memory.picker(wanted) if isinstance(memory, PicksRows) else None
+        return HostCrossing(name, block, memory, self, picker)
+
     def call(
-        self, name: str, block: Block, inputs: Sequence[ArrayForm], results: Sequence[ArrayForm]
+        self,
+        name: str,
+        block: Block,
+        inputs: Sequence[ArrayForm],
+        results: Sequence[ArrayForm],
+        takes_some_rows: bool = False,
     ) -> Call:
         """Return a new call of the channel, in which `block` computes the results.
 
         Raises `Lfm2kitError` if the arrays are too large for a trip.
         """
-        native = block.native() if isinstance(block, CallsNatively) else None
+        native = None
+        if isinstance(block, CallsNatively) and not takes_some_rows:
+            native = block.native()
         rows = inputs[0].shape[0] if inputs[0].shape else 1
         workers = min(self._most, max(1, rows // ROWS_OF_A_WORKER)) if native else 1
         try:
             call = self._channel.call(inputs, results, workers)
         except ValueError as error:
             raise Lfm2kitError(f"{name}: {error}; {SMALLER}") from error
-        self._workers.add(Called(name, block, call, native), workers)
+        self._workers.add(Called(name, block, call, native, takes_some_rows), workers)
         return call
 
-    def send(self, call: Call, is_tuple: bool, inputs: Sequence[Any]) -> Pending:
+    def send(
+        self, call: Call, is_tuple: bool, inputs: Sequence[Any], count: Array | None = None
+    ) -> Pending:
         """Enqueue a trip, after the answer to the one before: both would lie in the same bytes."""
         if (before := self._newest()) is not None:
             before.receive()
-        call.send(*inputs)
-        trip = _Trip(call, is_tuple)
+        call.send(*inputs, count=count)
+        trip = _Trip(call, is_tuple, count)
         self._newest = weakref.ref(trip)
         return trip
 
@@ -113,21 +137,32 @@ class Server:
 class _Trip:
     """A trip that has been sent."""
 
-    def __init__(self, call: Call, is_tuple: bool) -> None:
+    def __init__(self, call: Call, is_tuple: bool, count: Array | None) -> None:
         self._call: Call | None = call  # None: the wait for its answer has been enqueued
         self._is_tuple = is_tuple  # the result
+        self._count = count  # of the rows that are sent; None: all
         self._results: tuple[Any, ...] = ()
 
     def receive(self) -> None:
         """Enqueue the wait for the answer, unless that has been done."""
         if self._call is not None:
             call, self._call = self._call, None
-            self._results = call.receive()
+            self._results = call.receive(self._count)
 
     def end(self) -> Any:
         self.receive()
         results, self._results = self._results, ()
         return results if self._is_tuple else results[0]
+
+
+class _PutBack(NamedTuple):
+    """A trip of rows that were picked."""
+
+    trip: Pending
+    picked: Picked
+
+    def end(self) -> Any:
+        return self.picked.put_back(self.trip.end())
 
 
 class HostCrossing:
@@ -136,8 +171,16 @@ class HostCrossing:
     The first call with arguments of new shapes waits, and shows the shapes of the results.
     """
 
-    def __init__(self, name: str, block: Block, outer: Outer, server: Server) -> None:
+    def __init__(
+        self,
+        name: str,
+        block: Block,
+        outer: Outer,
+        server: Server,
+        picker: Picker | None = None,  # of the rows that are sent, by the second argument
+    ) -> None:
         self.server = server
+        self._picker = picker
         self._name = name
         self._block = block
         self._outer = outer
@@ -151,10 +194,18 @@ class HostCrossing:
         shapes = tuple(tuple(array.shape) for array in inputs)
         if shapes not in self._calls:
             return Over(self._first(shapes, inputs))
-        return self.server.send(*self._calls[shapes], inputs)
+        if self._picker is None:
+            return self.server.send(*self._calls[shapes], inputs)
+        picked = self._picker(inputs, inputs[1])
+        trip = self.server.send(*self._calls[shapes], picked.arrays, picked.count)
+        return _PutBack(trip, picked)
 
     def _first(self, shapes: Shapes, inputs: Sequence[Any]) -> Any:
         first = first_call(self._block, self._outer, inputs)
-        call = self.server.call(self._name, self._block, first.inputs, first.results)
+        takes_some_rows = self._picker is not None
+        call = self.server.call(
+            self._name, self._block, first.inputs, first.results, takes_some_rows
+        )
         self._calls[shapes] = call, isinstance(first.result, tuple)
+        CREW.rest()  # a worker's threads compute from here on
         return first.result

@@ -185,14 +185,14 @@ class Workers:
         Python's lock may have come late.  If the forward has failed meanwhile, the memory goes on
         and writes over the arguments: experts sorted by ids that change would read anywhere.
         """
-        trip, number = (int(n) for n in self._channel.sent)
+        trip, number, rows = (int(n) for n in self._channel.sent)
         name = f"call {number}"
         try:
             called = self._calls[number]
             name = called.name
             if not self._channel.failed.any():
                 with unbound(self._cores[worker]):
-                    called()
+                    called(rows)
         except BaseException as error:  # raised in the thread that runs the forward
             self._failure = self._failure or (name, error)
             publish(_address(self._channel.failed), 1)

@@ -16,6 +16,7 @@ from lfm2kit.testing.checks import (  # noqa: I001 (the order in which they run)
     around,
     crossings,
     channels,
+    picking,
     whole_model,
 )
 from lfm2kit.testing.checks.registry import CHECKS, Check
@@ -31,6 +32,7 @@ __all__ = [
     "feed_forward",
     "non_finite",
     "order",
+    "picking",
     "results",
     "router",
     "router_limits",

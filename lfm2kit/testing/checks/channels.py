@@ -33,7 +33,7 @@ def channels_carry_every_trip(trial: Trial) -> None:
 
     The calls have different sizes, take turns, and are replayed if the backend captures.
     """
-    for memory in _signalling(trial):
+    for memory in signalling(trial):
         server = SimpleServer(memory.channel(WORKERS, LONG), WORKERS, _pause(trial))
         calls = [_doubling(server, rows, workers) for rows, workers in SIZES]
         with memory.stream():
@@ -55,7 +55,7 @@ def channels_end_a_wait(trial: Trial) -> None:
 
     The results of such a forward have all bytes 0xFF, and `failed` tells whose deadline it was.
     """
-    for memory in _signalling(trial):
+    for memory in signalling(trial):
         channel = memory.channel(1, SHORT)
         server = SimpleServer(channel)
         calls = [_doubling(server, rows, 1) for rows in (7, 5)]
@@ -80,7 +80,7 @@ def channels_end_a_wait(trial: Trial) -> None:
 @check
 def channels_wait_as_long_as_they_are_told(trial: Trial) -> None:
     """A channel whose deadline is changed keeps to the new one, in what was captured before too."""
-    for memory in _signalling(trial):
+    for memory in signalling(trial):
         server = SimpleServer(memory.channel(1, LONG), 1, partial(time.sleep, 2 * SHORT))
         call = _doubling(server, 5, 1)
         values = _values(trial, call)
@@ -118,7 +118,8 @@ def _captured(
         replay.close()
 
 
-def _signalling(trial: Trial) -> list[Any]:
+def signalling(trial: Trial) -> list[Any]:
+    """Return the memories of a backend whose work can call threads of the host."""
     memories = {m.name: m for m in map(trial.backend.memory, trial.first_of_kinds())}
     found = [m for m in memories.values() if isinstance(m, Signals) and is_ordered(m)]
     if not found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -121,7 +122,10 @@ def _raise() -> None:
 
 
 def _crossed_specs(trial: Trial, device: DeviceMemory) -> list[Spec]:
-    """Return the first spec of each kind that the backend calls from the device."""
+    """Return the first spec of each kind that the backend calls from the device.
+
+    Experts come twice, once with a part of them.
+    """
     backend = trial.backend
     if not isinstance(backend, Crosses):
         raise Skipped("it crosses no memories")
@@ -129,7 +133,13 @@ def _crossed_specs(trial: Trial, device: DeviceMemory) -> list[Spec]:
     found = [spec for spec in first if backend.why_not_crossed(spec, HOST, device) is None]
     if not found:
         raise Skipped(f"it crosses nothing here: {backend.why_not_crossed(first[0], HOST, device)}")
+    found += [_some_of(spec) for spec in found if isinstance(spec, specs.Experts)]
     return sorted(found, key=lambda spec: not isinstance(spec, specs.Choice))
+
+
+def _some_of(spec: specs.Experts) -> specs.Experts:
+    """Return experts of which not all are here: they need some of the rows only."""
+    return replace(spec, local_experts=spec.local_experts[1::3])
 
 
 def _crossed(trial: Trial, device: DeviceMemory, spec: Spec, name: str) -> Crossed:

@@ -1,9 +1,10 @@
 // Makes a trip with the kernels of channel.cu on the host, which has threads that answer:
 //
-//     channel TRIP CALL WORKERS ANSWERING FAILING DEADLINE SEND RECEIVE TAKES RETURNS < ARRAYS
+//     channel TRIP CALL WORKERS ANSWERING FAILING DEADLINE COUNT ROWS SEND RECEIVE TAKES RETURNS
+//         < ARRAYS
 //
 // TRIP is the one before.  ANSWERING of the workers answer, after the first has failed if FAILING
-// is 1.  SEND and RECEIVE are CTAs and threads of each, TAKES and RETURNS four numbers of vectors.
+// is 1.  COUNT of the ROWS are sent and received, all if it is negative.  SEND and RECEIVE are CTAs and threads of each, TAKES and RETURNS four numbers of vectors.
 // ARRAYS are those that are sent, then those that are answered as they lie in the host's memory.
 // What comes out are words (counters, control), the host's inputs, and the arrays received, each
 // with some vectors behind it that are to stay as they are.
@@ -47,9 +48,10 @@ int main(int, char** argv) {
   u32 before = u32(std::strtoul(argv[1], nullptr, 10));
   int call = number(2), workers = number(3), answering = number(4), failing = number(5);
   float deadline = float(std::atof(argv[6]));
-  Index send_grid{u32(number(7)), 1, 1}, receive_grid{u32(number(9)), 1, 1};
+  int taken = number(7), rows = number(8), *count = taken < 0 ? nullptr : &taken;
+  Index send_grid{u32(number(9)), 1, 1}, receive_grid{u32(number(11)), 1, 1};
   int takes[kArrays], returns[kArrays];
-  for (int a = 0; a < kArrays; ++a) takes[a] = number(11 + a), returns[a] = number(15 + a);
+  for (int a = 0; a < kArrays; ++a) takes[a] = number(13 + a), returns[a] = number(17 + a);
 
   Vectors sent[kArrays], received[kArrays];
   for (int a = 0; a < kArrays; ++a) sent[a] = read(takes[a]), received[a] = poisoned(returns[a]);
@@ -71,14 +73,14 @@ int main(int, char** argv) {
   };
   std::vector<std::jthread> answers;
   for (int i = 0; i < answering; ++i) answers.emplace_back(worker, i);
-  launch(send_grid, number(8), 1, [] {}, [&] {
+  launch(send_grid, number(10), 1, [] {}, [&] {
     send(sent[0].data(), sent[1].data(), sent[2].data(), sent[3].data(), takes[0], takes[1],
-         takes[2], takes[3], inputs.data(), control.data(), counters, call);
+         takes[2], takes[3], inputs.data(), control.data(), counters, call, count, rows);
   });
-  launch(receive_grid, number(10), 1, [] {}, [&] {
+  launch(receive_grid, number(12), 1, [] {}, [&] {
     receive(received[0].data(), received[1].data(), received[2].data(), received[3].data(),
-            returns[0], returns[1], returns[2], returns[3], results.data(), int(results.size()),
-            control.data(), counters, call, workers);
+            returns[0], returns[1], returns[2], returns[3], results.data(), control.data(), counters,
+            call, workers, count, rows);
   });
   answers.clear();
   write(words), write(control), write(inputs);
