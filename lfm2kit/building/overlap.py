@@ -55,17 +55,18 @@ class Work(NamedTuple):
     host_reading: float  # if each expert on the host that is used had one row
     resident: float
     streamed: Sequence[float]  # of each, on the device
+    trip: float = 0.0  # of what the host is given, and returns
 
 
 def layer_times(
-    works: Sequence[Work], rest: Sequence[float], transfer: float, slots: Slots, trip: float = 0.0
+    works: Sequence[Work], rest: Sequence[float], transfer: float, slots: Slots
 ) -> list[LayerTime]:
     """Return the times of a forward's layers.
 
-    `rest` has the device's seconds for everything before a layer's experts, `transfer` is how long
-    the link takes for an expert, and `trip` for what the host is given and returns.  The experts of
-    a slot are sent when those before them have arrived and the slot is free.  The device computes a
-    layer's resident experts first, and then each slot's when they have arrived.
+    `rest` has the device's seconds for everything before a layer's experts, and `transfer` is how
+    long the link takes for an expert.  The experts of a slot are sent when those before them have
+    arrived and the slot is free.  The device computes a layer's resident experts first, and then
+    each slot's when they have arrived.
     """
     free = deque([0.0] * slots.count)  # when each slot will be, the first one first
     link = end = 0.0
@@ -73,7 +74,7 @@ def layer_times(
     for work, before in zip(works, rest, strict=True):
         begin, start = end, end + before
         device, waits = start + work.resident, False
-        host = start + trip + work.host if work.host else start
+        host = start + work.trip + work.host if work.host else start
         for first in range(0, len(work.streamed), slots.experts or 1):
             sent = work.streamed[first : first + slots.experts]
             link = max(link, free.popleft()) + len(sent) * transfer

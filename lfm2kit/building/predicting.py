@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lfm2kit import specs
-from lfm2kit.backend import F32, Ceilings
+from lfm2kit.backend import F32, Ceilings, Memory, PicksRows
 from lfm2kit.batch import Batch
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.kept_rates import check_hardware, hardware_of, read_kept
 from lfm2kit.building.overlap import NO_SLOTS, Slots
 from lfm2kit.building.rates import Calibration, Experts, Rates, read_calibration
-from lfm2kit.building.sharing import Budget, Place, Sharing, predicted, shared_out
+from lfm2kit.building.sharing import Budget, Place, Sharing, Trip, predicted, shared_out
 from lfm2kit.rewrites.parted_experts import SplitExperts
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Predictor:
     rates: Rates
     rows: int  # tokens whose experts may be here
     rest: Sequence[float] | None  # the device's seconds for all but experts, by layer, if known
-    trip: float  # seconds in which a layer's tokens come to the host, and its results back
+    trip: Trip  # of a layer's tokens to the host, and of its results back
 
     @classmethod
     def read(cls, whole: Setup, layers: Sequence[Layer], tokens: int, path: Path) -> Predictor:
@@ -87,7 +87,8 @@ class Predictor:
         rest = None if ceilings is None else list(_rest(model, numbers, ceilings, tokens))
         # Experts are used by the tokens of all ranks that share them.
         rows = tokens * whole.world.size
-        return cls(layers, rates, rows, rest, _trip(one.spec, rates, rows))
+        memory = Answers(whole.create(one.item), one.item).memory(one.spec)
+        return cls(layers, rates, rows, rest, _trip(one.spec, rates, memory))
 
     def cheapest(self, budget: Budget, expert_bytes: int) -> Sharing:
         """Return the sharing with the least predicted time, if an expert takes these bytes."""
@@ -115,10 +116,11 @@ def _measured(whole: Setup, layer: Layer, item: str) -> Experts:
     return Experts.of(layer.spec, whole.checkpoint.weights.scope(layer.scope), item, precision)
 
 
-def _trip(spec: specs.Experts, rates: Rates, rows: int) -> float:
-    """Return the seconds in which x, ids and weights come to the host, and delta back."""
+def _trip(spec: specs.Experts, rates: Rates, memory: Memory) -> Trip:
+    """Return what it takes to bring x, ids and weights of a token to the host, and delta back."""
     one, choice = F32.nbytes((spec.hidden_size,)), 2 * F32.nbytes((spec.num_experts_per_tok,))
-    return rows * ((one + choice) / rates.to_host + one / rates.link)
+    picks = isinstance(memory, PicksRows)
+    return Trip((one + choice) / rates.to_host, one / rates.link, is_of_all=not picks)
 
 
 def _rest(

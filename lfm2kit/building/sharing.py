@@ -14,10 +14,10 @@ import heapq
 import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,22 @@ class Budget:
     pinned: int | None = None  # of the host's, for streamed experts; None: no limit
     slots: tuple[int, ...] = SLOTS  # numbers of them to choose from; (): nothing is streamed
     portion: int | None = 1  # experts in a slot, sent at once; None: all that a layer streams
+
+
+class Trip(NamedTuple):
+    """The seconds in which a token's row comes to the host, and its result back."""
+
+    to_host: float = 0.0
+    back: float = 0.0
+    is_of_all: bool = False  # also of tokens that no expert of the host needs
+
+    def seconds(self, rows: Any, *, beside_link: bool) -> Float64:
+        """Return how long these rows travel; what comes back shares the link with experts."""
+        back = 2 * self.back if beside_link else self.back
+        return np.asarray(rows, np.float64) * (self.to_host + back)
+
+
+NO_TRIP = Trip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +97,24 @@ def shared_out(
     tokens: int,
     budget: Budget,
     rest: Sequence[float] | None = None,
-    trip: float = 0.0,
+    trip: Trip = NO_TRIP,
 ) -> Sharing:
     """Return the sharing with the least predicted time for a forward of `tokens` tokens.
 
     `rest` has the device's seconds, by layer, for everything but its experts; the time of layers
-    without experts belongs to the next one.  Without it there is nothing else.  `trip` is what it
-    takes, in seconds, to bring a layer's tokens to the host and back.
+    without experts belongs to the next one.  Without it there is nothing else.
     """
-    layers = list(_layers(rates, shares, tokens))
+    layers = list(_layers(rates, shares, tokens, trip))
     rest = rest or [0.0] * len(layers)
     transfer = rates.expert_bytes / rates.link
 
     def times(choice: _Choice) -> list[LayerTime]:
         with_link = bool(choice.slots.count)
-        works = [one.work(h, s, with_link) for one, h, s in zip(layers, *choice[:2], strict=True)]
-        return layer_times(works, rest, transfer, choice.slots, trip)
+        works = [
+            one.work(one.where(h, s), with_link)
+            for one, h, s in zip(layers, *choice[:2], strict=True)
+        ]
+        return layer_times(works, rest, transfer, choice.slots)
 
     def seconds(choice: _Choice) -> float:
         return sum(time.seconds for time in times(choice))
@@ -113,22 +131,15 @@ def predicted(
     places: Sequence[Sequence[Place]],
     slots: Slots = NO_SLOTS,
     rest: Sequence[float] | None = None,
-    trip: float = 0.0,
+    trip: Trip = NO_TRIP,
 ) -> Sharing:
     """Return what is predicted for a forward with given places; see `shared_out`."""
     works = []
-    for layer, there in zip(_layers(rates, shares, tokens), places, strict=True):
-        at = {place: [there[e] is place for e in layer.order] for place in Place}
-        works.append(
-            Work(
-                float(layer.host_time(bool(slots.count))[at[Place.HOST]].sum()),
-                float(layer.host_reading[at[Place.HOST]].sum()),
-                float(layer.device[at[Place.RESIDENT]].sum()),
-                layer.device[at[Place.STREAMED]].tolist(),
-            )
-        )
+    for layer, there in zip(_layers(rates, shares, tokens, trip), places, strict=True):
+        at = {place: np.array([there[e] is place for e in layer.order], bool) for place in Place}
+        works.append(layer.work(at, bool(slots.count)))
     rest = rest or [0.0] * len(works)
-    times = layer_times(works, rest, rates.expert_bytes / rates.link, slots, trip)
+    times = layer_times(works, rest, rates.expert_bytes / rates.link, slots)
     return Sharing(tuple(map(tuple, places)), slots, tuple(times))
 
 
@@ -149,6 +160,8 @@ class _Layer:
     host_beside_link: Float64  # while the link reads the host's memory
     host_reading: Float64
     device: Float64
+    unneeded: Float64  # of all rows, those that do not travel to this expert on the host
+    trips: tuple[float, float]  # seconds in which all rows travel; also beside the link
 
     def __len__(self) -> int:
         return len(self.order)
@@ -168,14 +181,26 @@ class _Layer:
     def host_time(self, beside_link: bool) -> Float64:
         return self.host_beside_link if beside_link else self.host
 
-    def work(self, on_host: int, streamed: int, beside_link: bool) -> Work:
-        resident = on_host + streamed
+    def work(self, at: Mapping[Place, Any], beside_link: bool) -> Work:
+        """Return the work of experts at these places, each a choice of them in this order."""
+        host = at[Place.HOST]
+        needed = 1.0 - float(self.unneeded[host].prod())
         return Work(
-            float(self.host_time(beside_link)[:on_host].sum()),
-            float(self.host_reading[:on_host].sum()),
-            float(self.device[resident:].sum()),
-            self.device[on_host:resident].tolist(),
+            float(self.host_time(beside_link)[host].sum()),
+            float(self.host_reading[host].sum()),
+            float(self.device[at[Place.RESIDENT]].sum()),
+            self.device[at[Place.STREAMED]].tolist(),
+            needed * self.trips[beside_link],
         )
+
+    def where(self, on_host: int, streamed: int) -> Mapping[Place, slice]:
+        """Return which experts are where; the least used ones are on the host."""
+        resident = on_host + streamed
+        return {
+            Place.HOST: slice(on_host),
+            Place.STREAMED: slice(on_host, resident),
+            Place.RESIDENT: slice(resident, None),
+        }
 
     def places(self, on_host: int, streamed: int) -> tuple[Place, ...]:
         counts = {Place.HOST: on_host, Place.STREAMED: streamed}
@@ -185,14 +210,21 @@ class _Layer:
         return tuple(there[expert] for expert in range(len(self)))
 
 
-def _layers(rates: Rates, shares: Shares, tokens: int) -> Iterator[_Layer]:
+def _layers(rates: Rates, shares: Shares, tokens: int, trip: Trip) -> Iterator[_Layer]:
+    alone, beside_link = (float(trip.seconds(tokens, beside_link=is_so)) for is_so in (False, True))
     for given in shares:
         share = np.asarray(given, np.float64)
         order = np.lexsort((-np.arange(len(share)), share))  # of equals the highest id first
         used, rows = _expected(share[order], tokens)
-        hosts = (rates.host_seconds(rows, beside_link=beside) for beside in (False, True))
-        seconds = (*hosts, rates.host.at(1.0), rates.device.at(rows))
-        yield _Layer(tuple(order.tolist()), *(used * one for one in seconds))
+        yield _Layer(
+            order=tuple(order.tolist()),
+            host=used * rates.host_seconds(rows, beside_link=False),
+            host_beside_link=used * rates.host_seconds(rows, beside_link=True),
+            host_reading=used * rates.host.at(1.0),
+            device=used * rates.device.at(rows),
+            unneeded=np.zeros_like(share) if trip.is_of_all else 1.0 - share[order],
+            trips=(alone, beside_link),
+        )
 
 
 def _expected(shares: Float64, tokens: int) -> tuple[Float64, Float64]:

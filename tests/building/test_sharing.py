@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lfm2kit.building.overlap import Limit, Slots
 from lfm2kit.building.rates import Curve, Rates
-from lfm2kit.building.sharing import Budget, Place, Sharing, predicted, shared_out
+from lfm2kit.building.sharing import Budget, Place, Sharing, Trip, predicted, shared_out
 
 EXPERT = 3 * 2048 * 1792 * 4  # bytes in fp32
 FLOPS = 6 * 2048 * 1792  # of a row
@@ -126,19 +126,34 @@ def test_what_the_rest_of_a_layer_takes_is_time_for_the_link() -> None:
     assert count(beside)[Place.STREAMED] > count(alone)[Place.STREAMED]
 
 
-def test_what_the_host_is_given_and_returns_takes_time_in_each_layer_that_it_has_a_part_in() -> (
-    None
-):
-    places = [[Place.HOST, Place.RESIDENT], [Place.RESIDENT] * 2, [Place.HOST] * 2]
-    loads = [[0.5] * 2] * 3
-    plain = predicted(rates(), loads, 1024, places)
-    with_trips = predicted(rates(), loads, 1024, places, trip=1e-3)
-    assert with_trips.seconds == pytest.approx(plain.seconds + 2e-3)
+PLACES = [[Place.HOST, Place.RESIDENT], [Place.RESIDENT] * 2, [Place.HOST] * 2]
+LOADS = [[0.5] * 2] * 3
+
+
+def test_only_rows_that_an_expert_of_the_host_needs_take_time_to_travel() -> None:
+    """One half of the tokens choose the one expert of the first layer, 3/4 one of two."""
+    plain = predicted(rates(), LOADS, 1024, PLACES)
+    with_trips = predicted(rates(), LOADS, 1024, PLACES, trip=Trip(1e-6, 3e-6))
+    assert with_trips.seconds == pytest.approx(plain.seconds + 1024 * 4e-6 * (1 / 2 + 3 / 4))
+
+
+def test_all_rows_travel_from_a_memory_that_cannot_pick_some() -> None:
+    plain = predicted(rates(), LOADS, 1024, PLACES)
+    with_trips = predicted(rates(), LOADS, 1024, PLACES, trip=Trip(1e-6, 3e-6, is_of_all=True))
+    assert with_trips.seconds == pytest.approx(plain.seconds + 1024 * 4e-6 * 2)
+
+
+def test_what_comes_back_shares_the_link_with_streamed_experts() -> None:
+    slots = Slots(2, 1)
+    plain = predicted(rates(), LOADS, 1024, PLACES, slots)
+    with_trips = predicted(rates(), LOADS, 1024, PLACES, slots, trip=Trip(1e-6, 3e-6))
+    assert with_trips.seconds == pytest.approx(plain.seconds + 1024 * 7e-6 * (1 / 2 + 3 / 4))
 
 
 def test_trips_leave_the_host_fewer_experts() -> None:
     room = Budget(RESIDENT * EXPERT)
-    plain, far = (shared_out(rates(), UNIFORM, 1024, room, trip=trip) for trip in (0.0, 2e-3))
+    trips = Trip(), Trip(1e-6, 1e-6)
+    plain, far = (shared_out(rates(), UNIFORM, 1024, room, trip=trip) for trip in trips)
     assert count(far)[Place.HOST] < count(plain)[Place.HOST]
 
 
