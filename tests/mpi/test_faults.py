@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -189,69 +188,6 @@ def test_the_end_of_what_started_a_job_ends_every_rank(
     assert as_a_shell_says == 128 + number
     until_ended(mark)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def two_nodes(tmp_path: Path) -> Iterator[list[str]]:
-    """Yield the command that starts a rank in each of two network namespaces with a link."""
-    if shutil.which("ip") is None:
-        pytest.skip("needs iproute2")
-    mpiexec = find_mpiexec()
-    if b"HYDRA" not in subprocess.run([mpiexec, "--version"], capture_output=True).stdout:
-        pytest.skip("hydra's options say where the ranks run")
-    first, second = (f"lfm2kit{os.getpid()}-{number}" for number in (1, 2))
-    made = subprocess.run(["ip", "netns", "add", first], capture_output=True, check=False)
-    if made.returncode != 0:
-        pytest.skip("no network namespace can be made here")
-    enter = tmp_path / "enter"
-    enter.write_text(
-        "#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nhost=$1; shift\n"
-        f'exec ip netns exec lfm2kit{os.getpid()}-${{host##*.}} sh -c "$*"\n'
-    )
-    enter.chmod(0o755)
-    try:
-        ip("netns", "add", second)
-        peer = ["peer", "name", "eth0", "netns", second]
-        ip("-n", first, "link", "add", "eth0", "type", "veth", *peer)
-        for number, name in enumerate((first, second), 1):
-            ip("-n", name, "addr", "add", f"10.77.9.{number}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", "eth0", "up")
-        for name in (first, second):  # MPI finds no link that is not up yet
-            until(lambda name=name: "state UP" in ip("-n", name, "link", "show", "eth0"))
-        variables = ["UCX_TLS=tcp,self", "UCX_NET_DEVICES=eth0", "FI_PROVIDER=tcp"]
-        hosts = ["-hosts", "10.77.9.1,10.77.9.2", "-ppn", "1", "-localhost", "10.77.9.1"]
-        yield [
-            "ip", "netns", "exec", first, "env", *variables, mpiexec,
-            "-launcher", "ssh", "-launcher-exec", str(enter), *hosts, "-n", "2",
-        ]  # fmt: skip
-    finally:
-        for name in (first, second):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
-def ip(*words: str) -> str:
-    return subprocess.run(["ip", *words], check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def test_a_link_that_is_cut_ends_the_ranks_on_both_sides(two_nodes: list[str]) -> None:
-    mark = f"{os.getpid()} cut"
-    arguments = ["run", "-n", "128", "--batch-size", "1", "--backend", "reference"]
-    with subprocess.Popen(
-        [*two_nodes, *LFM2KIT, *arguments, "--deadline", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {MARK: mark},
-    ) as job:  # fmt: skip
-        assert job.stdout is not None
-        assert job.stdout.readline().startswith("Model:")
-        ip("-n", f"lfm2kit{os.getpid()}-2", "link", "set", "eth0", "down")
-        _, said = job.communicate(timeout=A_WHILE)
-    lines = [line for line in said.splitlines() if line.startswith("lfm2kit: error:")]
-    assert len(lines) == 1, said
-    assert re.match(
-        r"lfm2kit: error: rank 1 on \S+, .*cut off, and has said nothing for", lines[0]
-    ), said
-    assert job.returncode != 0
-    until_ended(mark)
 
 
 def until_ended(mark: str) -> None:
