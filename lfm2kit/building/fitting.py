@@ -44,14 +44,11 @@ def fitted(whole: Setup, tokens: int) -> Setup:
         nothing = ": the plan has no experts in a device's memory"
         raise Lfm2kitError(asked, f"{nothing}; leave it out, or give a plan that has some there")
     _check_streamed(options.streamed_experts or 0, layers)
-    predictor = None
-    if options.rates is not None:
-        predictor = Predictor.read(whole, layers, tokens, Path(options.rates))
+    named = None if options.rates is None else _named(whole, layers, tokens, Path(options.rates))
     if _room(whole, tokens) >= 0:
         return whole
-    if predictor is None:
-        predictor, note = _kept(whole, layers, tokens)
-        whole = replace(whole, placing=note)
+    predictor, note = named or _kept(whole, layers, tokens)
+    whole = replace(whole, placing=note)
     if predictor is None:
         return _alike(whole, layers, tokens)
     if options.streamed_experts is None:
@@ -69,6 +66,19 @@ def _check_streamed(count: int, layers: Sequence[Layer]) -> None:
         raise Lfm2kitError(
             Option("streamed_experts", count), there, Option("streamed_experts", most)
         )
+
+
+def _named(
+    whole: Setup, layers: Sequence[Layer], tokens: int, path: Path
+) -> tuple[Predictor, str | None]:
+    """Return what predicts times by the rates in a file, and a note if they are not this machine's.
+
+    They may be another one's, so that a plan can be made for it.
+    """
+    differing, predictor = Predictor.read(whole, layers, tokens, path)
+    if not differing:
+        return predictor, None
+    return predictor, f"the rates in {path} were not measured here: {'; '.join(differing)}"
 
 
 def _kept(whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Predictor | None, str]:

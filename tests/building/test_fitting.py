@@ -341,19 +341,23 @@ def write_rates(
     link: float = 1e10,
     ceilings: Any = None,
     device: str = "",
+    **machine: str,
 ) -> Path:
-    """Write rates by which the host does `host` operations, the link `link` bytes a second."""
-    one = 6 * EXPERTS.hidden_size * EXPERTS.intermediate_size
+    """Write rates by which the host does `host` operations, the link `link` bytes a second.
 
-    hardware = {"device": device} if device else {}
+    They are this machine's, but for the names in `machine`.
+    """
+    one = 6 * EXPERTS.hidden_size * EXPERTS.intermediate_size
 
     def side(backend: str, flops: float, memory: str, way: Link | None) -> Side:
         key = Measured(backend, "fp32", EXPERTS.hidden_size, EXPERTS.intermediate_size, STORED)
         curve = Curve((1, 64, 128), tuple(max(64, rows) * one / flops for rows in (1, 64, 128)))
+        hardware = {"device": device} if device and way else {}
         return Side(key, memory, ONE, curve, way, ceilings, hardware)
 
     sides = side("reference", host, "host", None), side(plan, 1e13, "card", Link(link, link))
-    calibration = Calibration("2030-01-01T00:00:00+00:00", {}, "tiny", sides)
+    measured_on = kept_rates.described(Context()) | machine
+    calibration = Calibration("2030-01-01T00:00:00+00:00", measured_on, "tiny", sides)
     path.write_text(json.dumps(calibration.document()))
     return path
 
@@ -519,6 +523,47 @@ def test_without_such_rates_the_simple_rule_holds_and_a_note_says_why(
     (note,) = (note for note in found.notes() if note.startswith("experts are placed without"))
     assert re.search(says, note)
     assert "\n" not in note
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_rates_that_were_measured_elsewhere_are_named_with_what_differs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They are used: a plan for another machine is a use of them."""
+    monkeypatch.setattr(
+        CardBackend, "hardware", lambda self: {"device": "an abacus"}, raising=False
+    )
+    rates = write_rates(tmp_path / "rates.json", "card", device="a loom", cores="77", cuda="9")
+    cores = kept_rates.described(Context())["cores"]
+    for options in ({}, {"streamed_experts": 0}):
+        found = setup(gpu_memory=limit(3), rates=rates, **options)
+        assert found.sharing is not None
+        (note,) = (note for note in found.notes() if str(rates) in note)
+        assert note == (
+            f"the rates in {rates} were not measured here: cores 77, here {cores}; "
+            "cuda 9, here unknown; device a loom, here an abacus"
+        )
+    assert not [note for note in setup(gpu_memory="1TB", rates=rates).notes() if "rates" in note]
+    write_rates(rates, "card", device="an abacus")
+    assert not [note for note in setup(gpu_memory=limit(3), rates=rates).notes() if "rates" in note]
+
+
+def test_a_run_says_it_once_and_in_its_record(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reference_is_preferred: None
+) -> None:
+    rates = write_rates(tmp_path / "rates.json", "card", processor="a slide rule")
+
+    def limited(_: Any, options: Options, **others: Any) -> Setup:
+        del others["rewrites"], others["transport"]
+        return setup(gpu_memory=options.gpu_memory, rates=options.rates, **others)
+
+    monkeypatch.setattr(import_module("lfm2kit.cli.preparing"), "set_up", limited)
+    size = limit(3, tokens=16)
+    done = cli("run", "-n", 1, "--gpu-memory", size, "--rates", rates, "--json", "-")
+    assert done.code == 0
+    (note,) = json.loads(done.out)["notes"]
+    assert "not measured here: processor a slide rule, here " in note
+    assert done.err.count("not measured here") == 1
 
 
 def test_what_is_kept_is_of_the_threads_and_ranks_that_compute() -> None:
