@@ -242,6 +242,26 @@ def test_no_more_is_streamed_than_a_layer_has() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("plan", "item", "layer"),
+    [
+        ("card", "card", MOES[0]),
+        (f"streaming,{MOES[-1]}.moe=card", "card", MOES[-1]),
+        ("streaming,streamed_experts=reference", "reference", MOES[0]),
+    ],
+)
+@pytest.mark.parametrize("size", ["1TB", limit(3)])
+def test_what_cannot_be_streamed_is_refused(plan: str, item: str, layer: int, size: str) -> None:
+    """It would stay on the device, or go to the host, without a word."""
+    with pytest.raises(Lfm2kitError) as refused:
+        setup(plan, gpu_memory=size, streamed_experts=2)
+    assert str(refused.value) == (
+        f"streamed_experts=2: '{item}' does not stream the experts of layer {layer}; "
+        "leave it out, or give a plan that streams them"
+    )
+    assert splits(setup("card", gpu_memory=limit(3), streamed_experts=0)), "that streams nothing"
+
+
 def test_a_limit_that_is_too_low_is_what_the_user_is_told_to_change() -> None:
     Card.free = 1 << 40
     assert "try gpu_memory='free'" in str(setup(gpu_memory="1B").shortage())
