@@ -21,6 +21,7 @@ from lfm2kit.building.kept_rates import (
 from lfm2kit.building.overlap import NO_SLOTS, Slots
 from lfm2kit.building.rates import Calibration, Experts, Rates, read_calibration
 from lfm2kit.building.sharing import Budget, Place, Sharing, predicted, shared_out
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.rewrites.parted_experts import SplitExperts
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ class Predictor:
         calibration: Calibration,
     ) -> Predictor:
         one = layers[0]
-        device = _measured(whole, one, one.item)
-        host = _measured(whole, one, whole.host_item(one.number))
+        host, device = _measured_of_all(whole, layers, path)
         rates = calibration.rates(path, host, device)
         ceilings = next(s.ceilings for s in calibration.sides if s.experts == device)
         model, numbers = whole.checkpoint.spec, {layer.number for layer in layers}
@@ -123,6 +123,27 @@ def _measured(whole: Setup, layer: Layer, item: str) -> Experts:
     """Return the key of the rates at which a plan's item builds a layer's experts."""
     precision = whole.plugins.precision(item, whole.context.precision).name
     return Experts.of(layer.spec, whole.checkpoint.weights.scope(layer.scope), item, precision)
+
+
+def _measured_of_all(whole: Setup, layers: Sequence[Layer], path: Path) -> tuple[Experts, Experts]:
+    """Return the keys of the rates at the host and at the device, which all layers have.
+
+    Raise `Lfm2kitError`, which names the file of the rates, if layers need different ones.
+    """
+    needed = [
+        tuple(_measured(whole, one, item) for item in (whole.host_item(one.number), one.item))
+        for one in layers
+    ]
+    (host, device), first = needed[0], layers[0].number
+    for layer, keys in zip(layers, needed, strict=True):
+        for here, there in zip((host, device), keys, strict=True):
+            if here != there:
+                raise Lfm2kitError(
+                    f"{path}: rates place experts that are alike in all layers, but layer {first} "
+                    f"has {here} and layer {layer.number} has {there}; without rates, the same "
+                    "number stays in every layer"
+                )
+    return host, device
 
 
 def _hardware(whole: Setup, layer: Layer, item: str) -> dict[str, str]:

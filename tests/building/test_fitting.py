@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,15 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.building.rates import Calibration, Curve, Link, Side
 from lfm2kit.building.rates import Experts as Measured
-from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import BF16
 from lfm2kit.memory import HostMemory
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.rewrites import replaced
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
 from lfm2kit.rewrites.parted_experts import SplitExperts, StreamedExperts
+from lfm2kit.testing.random_weights import random_weights, stored_as
 from lfm2kit.transport import World
 from tests.checkpoint.typed import Cli
 from tests.core.test_model import DeviceBackend
@@ -110,11 +114,15 @@ def with_backends(precisions: Sequence[Precision] = (FP32,), **kinds: type[Any])
 
 
 def setup(
-    plan: str = "card", world: World | None = None, tokens: int = TOKENS, **options: Any
+    plan: str = "card",
+    world: World | None = None,
+    tokens: int = TOKENS,
+    checkpoint: Checkpoint = TINY,
+    **options: Any,
 ) -> Setup:
     plugins = with_backends(card=CardBackend, streaming=StreamingCard, silent=Silent)
     asked = Options(backend=plan, **options)
-    return set_up(TINY, asked, plugins=plugins, world=world, tokens=tokens)
+    return set_up(checkpoint, asked, plugins=plugins, world=world, tokens=tokens)
 
 
 def limit(resident: int, more: int = 0, tokens: int = TOKENS) -> str:
@@ -543,6 +551,61 @@ def test_without_such_rates_the_simple_rule_holds_and_a_note_says_why(
     (note,) = (note for note in found.notes() if note.startswith("experts are placed without"))
     assert re.search(says, note)
     assert "\n" not in note
+
+
+def smaller(spec: Spec) -> Spec:
+    is_other = isinstance(spec, specs.Experts)
+    return replace(spec, intermediate_size=40) if is_other else spec
+
+
+def last_layer(size: bool = False, names: Sequence[str] = ()) -> Checkpoint:
+    """Return a checkpoint whose last layer has smaller experts, or these tensors as F32."""
+    last = MOES[-1]
+    layers = list(TINY.spec.layers)
+    if size:
+        layers[last] = replaced(layers[last], smaller)
+    spec = replace(TINY.spec, layers=tuple(layers))
+    wide = random_weights(spec)
+    tensors = dict(stored_as(wide, BF16))
+    tensors |= {name: wide[name] for name in (f"layers.{last}.{n}.weight" for n in names)}
+    return Checkpoint(Path("mixed"), spec, Weights(tensors), None)
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ({"checkpoint": last_layer(size=True)}, "128 x 40 experts stored in BF16, by"),
+        (
+            {"checkpoint": last_layer(names=["feed_forward.experts.15.w2"])},
+            "128 x 48 experts stored in BF16 and F32, by",
+        ),
+        (
+            {"plan": f"card,{MOES[-1]}.moe=streaming"},
+            "128 x 48 experts stored in BF16, by streaming in fp32",
+        ),
+    ],
+)
+@pytest.mark.parametrize("streamed", [None, 0])
+def test_rates_of_one_layer_do_not_stand_for_layers_that_are_not_like_it(
+    options: Any, last: str, streamed: int | None, kept: Path
+) -> None:
+    """They are refused if they are named, and passed over with a note if they are kept."""
+    write_rates(kept, "card")
+    said = (
+        f"{kept}: rates place experts that are alike in all layers, but layer {MOES[0]} has "
+        "128 x 48 experts stored in BF16, by "
+    )
+    options |= {"gpu_memory": limit(3), "streamed_experts": streamed}
+    with pytest.raises(Lfm2kitError) as refused:
+        setup(rates=kept, **options)
+    assert str(refused.value).startswith(said)
+    assert f"and layer {MOES[-1]} has {last}" in str(refused.value)
+    found = setup(**options)
+    assert found.sharing is None
+    assert len({len(spec.resident) for spec in splits(found)}) == 1
+    (note,) = (note for note in found.notes() if "placed" in note)
+    assert note == f"experts are placed without predicted times: {refused.value}"
 
 
 @pytest.mark.usefixtures("reference_is_preferred")
