@@ -104,6 +104,8 @@ FIELDS: dict[type[Any], dict[str, _Kind]] = {
         "apply": FUNCTION,
         "joins": _Kind(_are_joins, "a mapping of types of specs to functions"),
         "has_state": TRUTH,
+        "keeps_rows": TRUTH,
+        "needs_rows": TRUTH,
         "is_automatic": TRUTH,
     },
     Precision: {

@@ -19,6 +19,7 @@ from lfm2kit.backend import HOST
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.capacity import PINNED
 from lfm2kit.building.load import read_load, uniform, unused
+from lfm2kit.building.plan import STREAMED_EXPERTS
 from lfm2kit.building.predicting import Layer, Predictor
 from lfm2kit.building.sharing import Budget, Place, Sharing
 from lfm2kit.errors import Lfm2kitError, Option
@@ -43,15 +44,13 @@ def fitted(whole: Setup, tokens: int) -> Setup:
         asked = Option("gpu_memory", options.gpu_memory)
         nothing = ": the plan has no experts in a device's memory"
         raise Lfm2kitError(asked, f"{nothing}; leave it out, or give a plan that has some there")
-    _check_streamed(options.streamed_experts or 0, layers)
-    predictor = None
-    if options.rates is not None:
-        predictor = Predictor.read(whole, layers, tokens, Path(options.rates))
+    if options.streamed_experts:
+        _check_streamed(whole, layers, options.streamed_experts)
+    named = None if options.rates is None else _named(whole, layers, tokens, Path(options.rates))
     if _room(whole, tokens) >= 0:
         return whole
-    if predictor is None:
-        predictor, note = _kept(whole, layers, tokens)
-        whole = replace(whole, placing=note)
+    predictor, note = named or _kept(whole, layers, tokens)
+    whole = replace(whole, placing=note)
     if predictor is None:
         return _alike(whole, layers, tokens)
     if options.streamed_experts is None:
@@ -61,14 +60,42 @@ def fitted(whole: Setup, tokens: int) -> Setup:
     return replace(found, sharing=predictor.of(found.placed.spec))
 
 
-def _check_streamed(count: int, layers: Sequence[Layer]) -> None:
-    """Raise `Lfm2kitError` if every layer has fewer experts than that."""
-    most = max(layer.spec.num_experts for layer in layers)
+def _check_streamed(whole: Setup, layers: Sequence[Layer], count: int) -> None:
+    """Raise `Lfm2kitError` if a layer's are not streamed, or all layers have fewer than `count`."""
+    asked, most = Option("streamed_experts", count), max(one.spec.num_experts for one in layers)
     if count > most:
         there = f": the model has {most} experts in a layer; try "
-        raise Lfm2kitError(
-            Option("streamed_experts", count), there, Option("streamed_experts", most)
-        )
+        raise Lfm2kitError(asked, there, Option("streamed_experts", most))
+    for layer in layers:
+        item = _streaming_item(whole, layer)
+        if not _streams(whole, layer):
+            not_here = f": '{item}' does not stream the experts of layer {layer.number}"
+            raise Lfm2kitError(asked, f"{not_here}; leave it out, or give a plan that streams them")
+
+
+def _streaming_item(whole: Setup, layer: Layer) -> str:
+    """Return the plan's item for the streamed part of a layer's experts."""
+    return whole.plan.backend_for(layer.number, STREAMED_EXPERTS)
+
+
+def _streams(whole: Setup, layer: Layer) -> bool:
+    """Return whether the layer's streamed part is streamed: else its experts would all stay."""
+    item = _streaming_item(whole, layer)
+    asked = Answers(whole.create(item), item, f"layers.{layer.number}")
+    return asked.why_unsupported(StreamedExperts(layer.spec, 0, SLOTS, EXPERTS_PER_SLOT)) is None
+
+
+def _named(
+    whole: Setup, layers: Sequence[Layer], tokens: int, path: Path
+) -> tuple[Predictor, str | None]:
+    """Return what predicts times by the rates in a file, and a note if they are not this machine's.
+
+    They may be another one's, so that a plan can be made for it.
+    """
+    differing, predictor = Predictor.read(whole, layers, tokens, path)
+    if not differing:
+        return predictor, None
+    return predictor, f"the rates in {path} were not measured here: {'; '.join(differing)}"
 
 
 def _kept(whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Predictor | None, str]:
@@ -154,10 +181,8 @@ def _budget(whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Budget,
     one = max(1, -(-(room - _room(whole, tokens)) // count))
     pinned = int(PINNED * HOST.free_bytes(whole.context.local_ranks))
     budget = Budget(max(room, 0), pinned, portion=EXPERTS_PER_SLOT)
-    streamed = StreamedExperts(layers[0].spec, 0, SLOTS, EXPERTS_PER_SLOT)
-    item = layers[0].item
-    streams = Answers(whole.create(item), item).why_unsupported(streamed) is None
-    return (budget if streams else replace(budget, slots=())), one
+    can_stream = all(_streams(whole, layer) for layer in layers)
+    return (budget if can_stream else replace(budget, slots=())), one
 
 
 def _shared(whole: Setup, layers: Sequence[Layer], sharing: Sharing) -> Setup:

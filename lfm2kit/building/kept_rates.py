@@ -34,6 +34,7 @@ from lfm2kit.process import machine
 
 FOLDER = "rates"
 NO_NAME = "a device without a name"
+UNKNOWN = "unknown"  # a name that one of two descriptions does not have
 LONGEST_TURN = 180.0  # seconds that another calibration is waited for; it takes less than a minute
 
 
@@ -98,6 +99,14 @@ def check_hardware(path: Path, calibration: Calibration, key: Experts, now: dict
         if side.experts == key and side.hardware != now:
             then, there = (", ".join(names.values()) or NO_NAME for names in (side.hardware, now))
             raise Lfm2kitError(f"{path}: rates of {then}, but this is {there}; {MADE_BY}")
+
+
+def differences(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """Yield in words what two descriptions of a machine or a device do not have in common."""
+    for name in dict.fromkeys([*now, *then]):
+        there, here = (names.get(name, UNKNOWN) for names in (then, now))
+        if there != here:
+            yield f"{name} {there}, here {here}"
 
 
 def with_kept(calibration: Calibration) -> tuple[Path, Calibration]:

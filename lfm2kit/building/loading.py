@@ -68,7 +68,7 @@ class Setup:
     context: Context
     transport: Transport | None
     sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
-    placing: str | None = None  # a note on the rates, if experts are split and none were named
+    placing: str | None = None  # a note on the rates by which experts are split, if it is needed
 
     def notes(self) -> Iterator[str]:
         """Yield remarks on checkpoint and capture, and notes from the backends of the plan."""

@@ -11,10 +11,17 @@ from lfm2kit import specs
 from lfm2kit.backend import F32, Ceilings, Memory, PicksRows
 from lfm2kit.batch import Batch
 from lfm2kit.building.answers import Answers
-from lfm2kit.building.kept_rates import check_hardware, hardware_of, read_kept
+from lfm2kit.building.kept_rates import (
+    check_hardware,
+    described,
+    differences,
+    hardware_of,
+    read_kept,
+)
 from lfm2kit.building.overlap import NO_SLOTS, Slots
 from lfm2kit.building.rates import Calibration, Experts, Rates, read_calibration
 from lfm2kit.building.sharing import Budget, Place, Sharing, Trip, predicted, shared_out
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.rewrites.parted_experts import SplitExperts
 
 if TYPE_CHECKING:
@@ -50,12 +57,17 @@ class Predictor:
     trip: Trip  # of a layer's tokens to the host, and of its results back
 
     @classmethod
-    def read(cls, whole: Setup, layers: Sequence[Layer], tokens: int, path: Path) -> Predictor:
+    def read(
+        cls, whole: Setup, layers: Sequence[Layer], tokens: int, path: Path
+    ) -> tuple[list[str], Predictor]:
         """Return a predictor for forwards of `tokens` tokens, with the rates of a file.
 
+        Return first what differs from this machine where the rates were measured, in words.
         Raise `Lfm2kitError` if the file lacks the rates of the model's experts.
         """
-        return cls._of(whole, layers, tokens, path, read_calibration(path))
+        calibration = read_calibration(path)
+        predictor = cls._of(whole, layers, tokens, path, calibration)
+        return _differing(whole, layers[0], calibration), predictor
 
     @classmethod
     def kept(cls, whole: Setup, layers: Sequence[Layer], tokens: int) -> tuple[Path, Predictor]:
@@ -64,8 +76,7 @@ class Predictor:
         Raise `Lfm2kitError` if there is none, or none for this device and the model's experts.
         """
         (path, calibration), one = read_kept(whole.context), layers[0]
-        asked = Answers(whole.create(one.item), one.item)
-        now = hardware_of(asked, asked.memory(one.spec))
+        now = _hardware(whole, one, one.item)
         check_hardware(path, calibration, _measured(whole, one, one.item), now)
         return path, cls._of(whole, layers, tokens, path, calibration)
 
@@ -79,8 +90,7 @@ class Predictor:
         calibration: Calibration,
     ) -> Predictor:
         one = layers[0]
-        device = _measured(whole, one, one.item)
-        host = _measured(whole, one, whole.host_item(one.number))
+        host, device = _measured_of_all(whole, layers, path)
         rates = calibration.rates(path, host, device)
         ceilings = next(s.ceilings for s in calibration.sides if s.experts == device)
         model, numbers = whole.checkpoint.spec, {layer.number for layer in layers}
@@ -114,6 +124,43 @@ def _measured(whole: Setup, layer: Layer, item: str) -> Experts:
     """Return the key of the rates at which a plan's item builds a layer's experts."""
     precision = whole.plugins.precision(item, whole.context.precision).name
     return Experts.of(layer.spec, whole.checkpoint.weights.scope(layer.scope), item, precision)
+
+
+def _measured_of_all(whole: Setup, layers: Sequence[Layer], path: Path) -> tuple[Experts, Experts]:
+    """Return the keys of the rates at the host and at the device, which all layers have.
+
+    Raise `Lfm2kitError`, which names the file of the rates, if layers need different ones.
+    """
+    needed = [
+        tuple(_measured(whole, one, item) for item in (whole.host_item(one.number), one.item))
+        for one in layers
+    ]
+    (host, device), first = needed[0], layers[0].number
+    for layer, keys in zip(layers, needed, strict=True):
+        for here, there in zip((host, device), keys, strict=True):
+            if here != there:
+                raise Lfm2kitError(
+                    f"{path}: rates place experts that are alike in all layers, but layer {first} "
+                    f"has {here} and layer {layer.number} has {there}; without rates, the same "
+                    "number stays in every layer"
+                )
+    return host, device
+
+
+def _hardware(whole: Setup, layer: Layer, item: str) -> dict[str, str]:
+    """Return what a plan's item computes a layer's experts on."""
+    asked = Answers(whole.create(item), item)
+    return hardware_of(asked, asked.memory(layer.spec))
+
+
+def _differing(whole: Setup, layer: Layer, calibration: Calibration) -> list[str]:
+    """Say what differs from this machine, or from a device that its rates are of."""
+    found = list(differences(calibration.machine, described(whole.context)))
+    for item in (layer.item, whole.host_item(layer.number)):
+        key = _measured(whole, layer, item)
+        then = next(side.hardware for side in calibration.sides if side.experts == key)
+        found += differences(then, _hardware(whole, layer, item))
+    return found
 
 
 def _trip(spec: specs.Experts, rates: Rates, memory: Memory) -> Trip:

@@ -96,7 +96,7 @@ class Experts(NamedTuple):
     precision: str
     hidden_size: int
     intermediate_size: int
-    stored: str  # the format of their weights in the checkpoint
+    stored: str  # the format of their weights in the checkpoint, or all formats: "F16 and F32"
 
     @classmethod
     def of(cls, spec: specs.Experts, weights: Weights, item: str, precision: str) -> Experts:
@@ -104,9 +104,9 @@ class Experts(NamedTuple):
 
         `weights` are those of the scope of `spec`.
         """
-        first = next(iter(spec.parameters()))
-        backend, stored = item.partition(":")[0], str(weights[first].format)
-        return cls(backend, precision, spec.hidden_size, spec.intermediate_size, stored)
+        formats = sorted({str(weights[name].format) for name in spec.parameters()})
+        sizes = spec.hidden_size, spec.intermediate_size
+        return cls(item.partition(":")[0], precision, *sizes, " and ".join(formats))
 
     def __str__(self) -> str:
         size = f"{self.hidden_size} x {self.intermediate_size}"

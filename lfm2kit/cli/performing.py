@@ -79,13 +79,14 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
         "tokens_per_sample": seq_len,
         "batch_size": prepared.batch_size,
     }
+    notes = (*prepared.setup.notes(), *not_captured(prepared), *passed_over(request, prepared))
+    report.fields["notes"] = list(notes)
     report.line(f"Model: {prepared.checkpoint.path} ({size / 1e6:.4g} M parameters)")
     if prepared.checkpoint.config is None:  # a file of specs names no weights
         report.line(f"Weights: {report.fields['weights']}")
     how = ", ".join([report.fields["precision"], *report.fields["rewrites"]])
     report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}")
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
-    notes = (*prepared.setup.notes(), *not_captured(prepared), *passed_over(request, prepared))
     for note in notes:
         remark(note)
 

@@ -53,6 +53,7 @@ class LoadRecorder:
             summary="Count the tokens that choose each expert.",
             apply=_recorded,
             joins={RecordedRouter: self._join},
+            needs_rows=True,
         )
 
     def clear(self) -> None:

@@ -28,6 +28,8 @@ class Rewrite:
     apply: Callable[[specs.Model], specs.Model]
     joins: Joins = field(default_factory=dict)
     has_state: bool = True  # whether a sequence can go on after a forward of the rewritten model
+    keeps_rows: bool = True  # whether every layer computes all rows of a batch, as it did before
+    needs_rows: bool = False  # whether all rewrites that are applied with it must keep them
     is_automatic: bool = False  # applied without being asked for, after those that are
 
 
@@ -53,10 +55,25 @@ def chosen(
 def rewritten(
     model: specs.Model, joins: Joins, rewrites: Iterable[Rewrite]
 ) -> tuple[specs.Model, Joins]:
-    """Return the model after all `rewrites`, and `joins` together with theirs."""
-    for rewrite in rewrites:
+    """Return the model after all `rewrites`, and `joins` together with theirs.
+
+    Raise `Lfm2kitError` if one needs rows that another one leaves out.
+    """
+    applied = tuple(rewrites)
+    _check_rows(applied)
+    for rewrite in applied:
         model, joins = rewrite.apply(model), {**joins, **rewrite.joins}
     return model, joins
+
+
+def _check_rows(rewrites: tuple[Rewrite, ...]) -> None:
+    needing = next((one.name for one in rewrites if one.needs_rows), None)
+    leaving_out = next((one.name for one in rewrites if not one.keeps_rows), None)
+    if needing is not None and leaving_out is not None:
+        raise Lfm2kitError(
+            f"'{needing}' needs all rows, and '{leaving_out}' leaves some out; "
+            "give only one of them"
+        )
 
 
 def replaced(spec: Any, change: Callable[[Spec], Spec]) -> Any:

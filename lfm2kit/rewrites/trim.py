@@ -151,6 +151,7 @@ TRIM = Rewrite(
         KeptRows: partial(Join, _hand_through),
     },
     has_state=False,
+    keeps_rows=False,
 )
 
 

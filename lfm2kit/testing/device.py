@@ -86,11 +86,19 @@ class _Stream:
     def close(self) -> None:
         self._queue.put(None)
 
-    def raise_error(self) -> None:
-        """Raise what work of this stream has raised since this was last called."""
+    def give_back(self, idle: list[_Stream]) -> None:
+        """Join the idle streams once all work is done, without what it has raised."""
+
+        def rest() -> None:
+            self._error = None
+            idle.append(self)
+
+        self.add(rest)
+
+    def take_error(self) -> BaseException | None:
+        """Return what work has raised first since this was last called, from this thread."""
         error, self._error = self._error, None
-        if error is not None:
-            raise error
+        return error
 
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
@@ -129,15 +137,19 @@ class _Copy:
         self._array = array
         self._arrived = arrived
         self._host: npt.NDArray[Any] | None = None
+        self._error: BaseException | None = None
 
     def copy(self) -> None:
-        self._host = self._array.values.copy()
+        try:
+            self._host = self._array.values.copy()
+        except BaseException as error:  # what has failed before says more
+            self._error = self._arrived.stream.take_error() or error
 
     def wait(self) -> npt.NDArray[Any]:
         self._arrived.wait()
-        if self._host is None:
-            self._arrived.stream.raise_error()
-            raise RuntimeError("the work before a copy has failed")
+        if self._error is not None:
+            raise self._error
+        assert self._host is not None, "it has arrived"
         return self._host
 
 
@@ -196,11 +208,11 @@ class DeviceMemory:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        self._local.streams.append(self._idle.pop() if self._idle else self._new_stream())
+        self._local.streams.append(self._idle_stream())
         try:
             yield
         finally:
-            self._idle.append(self._local.streams.pop())
+            self._local.streams.pop().give_back(self._idle)
 
     def mark(self) -> Mark:
         event = _Event(self._stream())
@@ -257,9 +269,16 @@ class DeviceMemory:
             self._local.streams.append(self._new_stream())
         return self._local.streams[-1]
 
+    def _idle_stream(self) -> _Stream:
+        try:
+            return self._idle.pop()  # in one step: another thread may want the last one
+        except IndexError:
+            return self._new_stream()
+
     def _new_stream(self) -> _Stream:
-        self._streams.append(_Stream(_weak(self)))
-        return self._streams[-1]
+        stream = _Stream(_weak(self))
+        self._streams.append(stream)
+        return stream
 
 
 def _weak(memory: DeviceMemory) -> Work:

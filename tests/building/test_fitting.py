@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,15 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.building.rates import Calibration, Curve, Link, Side
 from lfm2kit.building.rates import Experts as Measured
-from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import BF16
 from lfm2kit.memory import HostMemory
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.rewrites import replaced
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
 from lfm2kit.rewrites.parted_experts import SplitExperts, StreamedExperts
+from lfm2kit.testing.random_weights import random_weights, stored_as
 from lfm2kit.transport import World
 from tests.checkpoint.typed import Cli
 from tests.core.test_model import DeviceBackend
@@ -110,11 +114,15 @@ def with_backends(precisions: Sequence[Precision] = (FP32,), **kinds: type[Any])
 
 
 def setup(
-    plan: str = "card", world: World | None = None, tokens: int = TOKENS, **options: Any
+    plan: str = "card",
+    world: World | None = None,
+    tokens: int = TOKENS,
+    checkpoint: Checkpoint = TINY,
+    **options: Any,
 ) -> Setup:
     plugins = with_backends(card=CardBackend, streaming=StreamingCard, silent=Silent)
     asked = Options(backend=plan, **options)
-    return set_up(TINY, asked, plugins=plugins, world=world, tokens=tokens)
+    return set_up(checkpoint, asked, plugins=plugins, world=world, tokens=tokens)
 
 
 def limit(resident: int, more: int = 0, tokens: int = TOKENS) -> str:
@@ -242,6 +250,26 @@ def test_no_more_is_streamed_than_a_layer_has() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("plan", "item", "layer"),
+    [
+        ("card", "card", MOES[0]),
+        (f"streaming,{MOES[-1]}.moe=card", "card", MOES[-1]),
+        ("streaming,streamed_experts=reference", "reference", MOES[0]),
+    ],
+)
+@pytest.mark.parametrize("size", ["1TB", limit(3)])
+def test_what_cannot_be_streamed_is_refused(plan: str, item: str, layer: int, size: str) -> None:
+    """It would stay on the device, or go to the host, without a word."""
+    with pytest.raises(Lfm2kitError) as refused:
+        setup(plan, gpu_memory=size, streamed_experts=2)
+    assert str(refused.value) == (
+        f"streamed_experts=2: '{item}' does not stream the experts of layer {layer}; "
+        "leave it out, or give a plan that streams them"
+    )
+    assert splits(setup("card", gpu_memory=limit(3), streamed_experts=0)), "that streams nothing"
+
+
 def test_a_limit_that_is_too_low_is_what_the_user_is_told_to_change() -> None:
     Card.free = 1 << 40
     assert "try gpu_memory='free'" in str(setup(gpu_memory="1B").shortage())
@@ -341,19 +369,23 @@ def write_rates(
     link: float = 1e10,
     ceilings: Any = None,
     device: str = "",
+    **machine: str,
 ) -> Path:
-    """Write rates by which the host does `host` operations, the link `link` bytes a second."""
-    one = 6 * EXPERTS.hidden_size * EXPERTS.intermediate_size
+    """Write rates by which the host does `host` operations, the link `link` bytes a second.
 
-    hardware = {"device": device} if device else {}
+    They are this machine's, but for the names in `machine`.
+    """
+    one = 6 * EXPERTS.hidden_size * EXPERTS.intermediate_size
 
     def side(backend: str, flops: float, memory: str, way: Link | None) -> Side:
         key = Measured(backend, "fp32", EXPERTS.hidden_size, EXPERTS.intermediate_size, STORED)
         curve = Curve((1, 64, 128), tuple(max(64, rows) * one / flops for rows in (1, 64, 128)))
+        hardware = {"device": device} if device and way else {}
         return Side(key, memory, ONE, curve, way, ceilings, hardware)
 
     sides = side("reference", host, "host", None), side(plan, 1e13, "card", Link(link, link))
-    calibration = Calibration("2030-01-01T00:00:00+00:00", {}, "tiny", sides)
+    measured_on = kept_rates.described(Context()) | machine
+    calibration = Calibration("2030-01-01T00:00:00+00:00", measured_on, "tiny", sides)
     path.write_text(json.dumps(calibration.document()))
     return path
 
@@ -519,6 +551,102 @@ def test_without_such_rates_the_simple_rule_holds_and_a_note_says_why(
     (note,) = (note for note in found.notes() if note.startswith("experts are placed without"))
     assert re.search(says, note)
     assert "\n" not in note
+
+
+def smaller(spec: Spec) -> Spec:
+    is_other = isinstance(spec, specs.Experts)
+    return replace(spec, intermediate_size=40) if is_other else spec
+
+
+def last_layer(size: bool = False, names: Sequence[str] = ()) -> Checkpoint:
+    """Return a checkpoint whose last layer has smaller experts, or these tensors as F32."""
+    last = MOES[-1]
+    layers = list(TINY.spec.layers)
+    if size:
+        layers[last] = replaced(layers[last], smaller)
+    spec = replace(TINY.spec, layers=tuple(layers))
+    wide = random_weights(spec)
+    tensors = dict(stored_as(wide, BF16))
+    tensors |= {name: wide[name] for name in (f"layers.{last}.{n}.weight" for n in names)}
+    return Checkpoint(Path("mixed"), spec, Weights(tensors), None)
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ({"checkpoint": last_layer(size=True)}, "128 x 40 experts stored in BF16, by"),
+        (
+            {"checkpoint": last_layer(names=["feed_forward.experts.15.w2"])},
+            "128 x 48 experts stored in BF16 and F32, by",
+        ),
+        (
+            {"plan": f"card,{MOES[-1]}.moe=streaming"},
+            "128 x 48 experts stored in BF16, by streaming in fp32",
+        ),
+    ],
+)
+@pytest.mark.parametrize("streamed", [None, 0])
+def test_rates_of_one_layer_do_not_stand_for_layers_that_are_not_like_it(
+    options: Any, last: str, streamed: int | None, kept: Path
+) -> None:
+    """They are refused if they are named, and passed over with a note if they are kept."""
+    write_rates(kept, "card")
+    said = (
+        f"{kept}: rates place experts that are alike in all layers, but layer {MOES[0]} has "
+        "128 x 48 experts stored in BF16, by "
+    )
+    options |= {"gpu_memory": limit(3), "streamed_experts": streamed}
+    with pytest.raises(Lfm2kitError) as refused:
+        setup(rates=kept, **options)
+    assert str(refused.value).startswith(said)
+    assert f"and layer {MOES[-1]} has {last}" in str(refused.value)
+    found = setup(**options)
+    assert found.sharing is None
+    assert len({len(spec.resident) for spec in splits(found)}) == 1
+    (note,) = (note for note in found.notes() if "placed" in note)
+    assert note == f"experts are placed without predicted times: {refused.value}"
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_rates_that_were_measured_elsewhere_are_named_with_what_differs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They are used: a plan for another machine is a use of them."""
+    monkeypatch.setattr(
+        CardBackend, "hardware", lambda self: {"device": "an abacus"}, raising=False
+    )
+    rates = write_rates(tmp_path / "rates.json", "card", device="a loom", cores="77", cuda="9")
+    cores = kept_rates.described(Context())["cores"]
+    for options in ({}, {"streamed_experts": 0}):
+        found = setup(gpu_memory=limit(3), rates=rates, **options)
+        assert found.sharing is not None
+        (note,) = (note for note in found.notes() if str(rates) in note)
+        assert note == (
+            f"the rates in {rates} were not measured here: cores 77, here {cores}; "
+            "cuda 9, here unknown; device a loom, here an abacus"
+        )
+    assert not [note for note in setup(gpu_memory="1TB", rates=rates).notes() if "rates" in note]
+    write_rates(rates, "card", device="an abacus")
+    assert not [note for note in setup(gpu_memory=limit(3), rates=rates).notes() if "rates" in note]
+
+
+def test_a_run_says_it_once_and_in_its_record(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reference_is_preferred: None
+) -> None:
+    rates = write_rates(tmp_path / "rates.json", "card", processor="a slide rule")
+
+    def limited(_: Any, options: Options, **others: Any) -> Setup:
+        del others["rewrites"], others["transport"]
+        return setup(gpu_memory=options.gpu_memory, rates=options.rates, **others)
+
+    monkeypatch.setattr(import_module("lfm2kit.cli.preparing"), "set_up", limited)
+    size = limit(3, tokens=16)
+    done = cli("run", "-n", 1, "--gpu-memory", size, "--rates", rates, "--json", "-")
+    assert done.code == 0
+    (note,) = json.loads(done.out)["notes"]
+    assert "not measured here: processor a slide rule, here " in note
+    assert done.err.count("not measured here") == 1
 
 
 def test_what_is_kept_is_of_the_threads_and_ranks_that_compute() -> None:

@@ -42,6 +42,13 @@ def test_a_backend_that_captures_says_that_it_does_not(
     assert read_load(path).tokens == 4 * 16
 
 
+def test_it_is_refused_beside_a_rewrite_that_leaves_out_rows(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "load.json"
+    run = ("run", "-b", "reference", "-n", 2, "--trim", "--record-load", path)
+    cli(*run).assert_fails("'record-load' needs all rows, and 'trim' leaves some out")
+    assert not path.exists()
+
+
 def test_it_may_not_take_the_place_of_a_file_that_is_read(cli: Cli, tmp_path: Path) -> None:
     inputs, answers = tmp_path / "inputs", tmp_path / "answers"
     shutil.copy(TINY / "inputs.bin", inputs)

@@ -147,6 +147,8 @@ GRADE_OF_TEXT = Grade("odd", "much", "logits")
         ("lfm2kit_rewrites", a_rewrite(joins={"MLP": 5}), "not a mapping of types of specs"),
         ("lfm2kit_rewrites", a_rewrite(summary=None), "summary is None, not a text"),
         ("lfm2kit_rewrites", a_rewrite(has_state=None), "has_state is None, not True or False"),
+        ("lfm2kit_rewrites", a_rewrite(keeps_rows=0), "keeps_rows is 0, not True or False"),
+        ("lfm2kit_rewrites", a_rewrite(needs_rows="no"), "needs_rows is 'no', not True or False"),
     ],
 )
 def test_a_plugin_that_announces_nonsense_is_set_aside(

@@ -112,13 +112,14 @@ def test_the_load_of_a_job_is_the_sum_over_its_ranks(is_last: bool) -> None:
     assert others == [None, None]
 
 
-def test_rows_that_are_trimmed_away_are_not_counted() -> None:
-    recorder, batch = LoadRecorder(), Batch.of_sequences(SEQUENCES)
-    build(SPEC, rewrites=[TRIM, recorder.rewrite()]).logits(batch)
-    load = recorder.load("small", SPEC, None)
-    assert load is not None
-    assert load.tokens == TOKENS
-    assert sum(load.layers[-1].counts) == 3 * len(SEQUENCES)
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_load_without_the_rows_that_are_trimmed_away_is_refused(is_last: bool) -> None:
+    rewrites = [TRIM, LoadRecorder().rewrite()]
+    with pytest.raises(Lfm2kitError) as refused:
+        build(SPEC, rewrites=rewrites if is_last else rewrites[::-1])
+    assert str(refused.value) == (
+        "'record-load' needs all rows, and 'trim' leaves some out; give only one of them"
+    )
 
 
 def test_an_expert_that_is_nobodys_is_not_counted() -> None:
