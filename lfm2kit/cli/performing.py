@@ -51,7 +51,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     prepared.report.fields["finite"] = problem is None
     is_good = problem is None and (verdict is None or verdict.is_valid)
     try:
-        conclude(timed.seconds, len(prepared.inputs), verdict, prepared.report)
+        conclude(timed, len(prepared.inputs), verdict, prepared.report)
         if problem is not None:
             complain(problem)
     finally:  # whatever becomes of the printed lines
@@ -139,8 +139,9 @@ def judge(logits: npt.NDArray[np.float32], answers: Path | None, grade: Grade) -
     return validate(logits, expected, grade)
 
 
-def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) -> None:
+def conclude(timed: Timed, n: int, verdict: Verdict | None, report: Report) -> None:
     """Print the lines that graders search for, word for word."""
+    seconds = timed.seconds
     report.line(f"Elapsed time: {seconds:f} (sec)")
     report.line(f"Throughput: {n / seconds:f} (samples/sec)")
     report.line(f"Peak memory: {peak_memory() / 1e9:.3g} GB")
@@ -149,6 +150,9 @@ def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) ->
         "samples_per_second": n / seconds,
         "peak_memory_bytes": peak_memory(),
     }
+    if timed.exchanged is not None:
+        report.line(timed.exchanged.line(seconds))
+        report.fields["exchanged"] = timed.exchanged.document(seconds)
     if verdict is not None:
         for line in verdict.lines():
             report.line(line)

@@ -108,9 +108,9 @@ def _in_no_job() -> ExchangeOffer:
 class ExpertParallel:
     """The block of `ExpertParallelMoe`: route -> dispatch -> experts -> combine.
 
-    A token goes to each of its experts as a row of its own, and every row's weighted output
-    comes back: the sum over a token's experts is then made here in the order of k, and has the
-    same bits as without expert parallelism.
+    The experts get a row for each token and expert, and every row's weighted output comes back:
+    the sum over a token's experts is then made here in the order of k, and has the same bits as
+    without expert parallelism.
     """
 
     def __init__(self, router: Block, experts: Block, exchange: Exchange) -> None:

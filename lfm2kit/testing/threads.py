@@ -51,14 +51,20 @@ class ThreadTransport:
         return self._meeting.swap(self.world.rank, operation, value)
 
     def all_to_all(
-        self, rows: npt.NDArray[Any], send_counts: Sequence[int]
+        self,
+        rows: npt.NDArray[Any],
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int] | None = None,
+        into: npt.NDArray[Any] | None = None,
     ) -> tuple[npt.NDArray[Any], list[int]]:
         counts = self._checked(send_counts, len(rows))
         sent = np.split(rows.copy(), np.cumsum(counts)[:-1])
         everyone = self.everyones(sent, "all_to_all")
         came = [parts[self.world.rank] for parts in everyone]
         _check_alike([parts[0] for parts in everyone])
-        return np.concatenate(came), [len(part) for part in came]
+        came_counts = [len(part) for part in came]
+        _check_expected("all_to_all: receive_counts", receive_counts, came_counts)
+        return np.concatenate(came, out=into), came_counts
 
     def _checked(self, send_counts: Sequence[int], rows: int) -> list[int]:
         counts = list(send_counts)
@@ -68,9 +74,12 @@ class ThreadTransport:
             )
         return counts
 
-    def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+    def gather(
+        self, rows: npt.NDArray[Any], counts: Sequence[int] | None = None
+    ) -> npt.NDArray[Any] | None:
         everyone = self.everyones(rows.copy(), "gather")
         _check_alike(everyone)
+        _check_expected("gather: counts", counts, [len(part) for part in everyone])
         return np.concatenate(everyone) if self.world.rank == 0 else None
 
     def barrier(self) -> None:
@@ -89,6 +98,12 @@ def _check_alike(everyones: Sequence[npt.NDArray[Any]]) -> None:
     if len(set(forms)) > 1:
         said = ", ".join(f"rank {rank} has {form}" for rank, form in enumerate(forms))
         raise JobError(f"the ranks bring rows of different forms: {said}", BUG)
+
+
+def _check_expected(name: str, expected: Sequence[int] | None, came: list[int]) -> None:
+    """Raise ValueError if other numbers of rows came than a rank expected."""
+    if expected is not None and list(expected) != came:
+        raise ValueError(f"{name} is {list(expected)}, but {came} rows came")
 
 
 class Meeting:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from lfm2kit.host_exchange import offered
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.testing.verdicts import CheckFailed
-from lfm2kit.transport import Exchange, Traffic, Transport, evenly
+from lfm2kit.transport import Counted, Exchange, Traffic, Transport, evenly
 
 Floats = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -39,13 +39,17 @@ def _check_all_to_all(transport: Transport, dtype: np.dtype[Any], shape: tuple[i
     rank, size = transport.world.rank, transport.world.size
     counts = [(3 * rank + to) % 4 for to in range(size)]  # some are 0
     rows = np.repeat([_marked(dtype, shape, rank, to) for to in range(size)], counts, axis=0)
-    received, came = transport.all_to_all(rows, counts)
-    _require(came == [(3 * source + rank) % 4 for source in range(size)], f"counts {came} came")
-    expected = np.repeat([_marked(dtype, shape, s, rank) for s in range(size)], came, axis=0)
-    _require(
-        received.dtype == dtype and received.tobytes() == expected.tobytes(),
-        f"rows of {dtype} {shape} came in another order, or with other values",
-    )
+    coming = [(3 * source + rank) % 4 for source in range(size)]
+    expected = np.repeat([_marked(dtype, shape, s, rank) for s in range(size)], coming, axis=0)
+    into = np.zeros_like(expected)
+    for known in (), (coming,), (coming, into):
+        received, came = transport.all_to_all(rows, counts, *known)
+        _require(came == coming, f"counts {came} came")
+        _require(
+            received.dtype == dtype and received.tobytes() == expected.tobytes(),
+            f"rows of {dtype} {shape} came in another order, or with other values",
+        )
+    _require(into.tobytes() == expected.tobytes(), "rows did not come into the given array")
 
 
 def _marked(dtype: np.dtype[Any], shape: tuple[int, ...], source: int, to: int) -> Any:
@@ -57,15 +61,16 @@ def _marked(dtype: np.dtype[Any], shape: tuple[int, ...], source: int, to: int) 
 
 def _check_gather(transport: Transport) -> None:
     rank, size = transport.world.rank, transport.world.size
-    everyone = transport.gather(np.full((rank, 2), rank, np.float32))
-    if rank > 0:
-        _require(everyone is None, "gather returned rows on another rank than 0")
-        return
     expected = np.repeat(np.arange(size), np.arange(size))
-    _require(
-        everyone is not None and np.array_equal(everyone, np.c_[expected, expected]),
-        "gather did not return every rank's rows in order of rank",
-    )
+    for known in (), (range(size),):
+        everyone = transport.gather(np.full((rank, 2), rank, np.float32), *known)
+        if rank > 0:
+            _require(everyone is None, "gather returned rows on another rank than 0")
+            continue
+        _require(
+            everyone is not None and np.array_equal(everyone, np.c_[expected, expected]),
+            "gather did not return every rank's rows in order of rank",
+        )
 
 
 class _Tokens(NamedTuple):
@@ -120,6 +125,10 @@ def _check_one(
     _require(ids.shape == weights.shape == (len(x), 1), f"{len(x)} rows, but ids {ids.shape}")
     strange = sorted({int(e) for e in ids.flat if e >= 0 and owners[e] != transport.world.rank})
     _require(not strange, f"rows came for experts {strange}, which other ranks hold")
+    if isinstance(exchange, Counted):
+        came = np.bincount(ids[ids >= 0], minlength=len(owners))
+        counted = exchange.counted().expert_rows
+        _require(np.array_equal(counted, came), f"rows {came} came by expert, counted {counted}")
     products = _products(x, ids, weights)[:, 0]  # NaN in rows of padding
     delta = memory.to_host(exchange.combine(memory.from_host(np.ascontiguousarray(products))))
     expected = _added(_products(*tokens), tokens.expert_ids)

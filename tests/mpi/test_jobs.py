@@ -52,7 +52,11 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
         "--batch-size", "4", "--threads", "1", "--outputs", str(path), "--json", "-",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ranks"] == ranks
+    record = json.loads(done.stdout)
+    assert record["ranks"] == ranks
+    for layer in record["exchanged"]["layers"]:
+        assert sum(layer["rows_by_expert"]) == sum(layer["rows_by_rank"]) == 21 * 16 * 4
+    assert "of the time waiting for others" in done.stderr
     assert "VALID" in done.stderr.splitlines()
     np.testing.assert_array_equal(samples.read_answers(path), alone)
 

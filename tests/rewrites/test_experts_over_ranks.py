@@ -52,9 +52,9 @@ def assert_same_bits(spec: specs.Model, size: int, owners: Owners | None = None)
         assert np.array_equal(there, expected)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_every_rank_gets_the_bits_that_one_process_gives(size: int) -> None:
-    assert_same_bits(small_spec(), size)
+@pytest.mark.parametrize(("size", "experts"), [(1, 5), (2, 5), (3, 33), (4, 12), (8, 12)])
+def test_every_rank_gets_the_bits_that_one_process_gives(size: int, experts: int) -> None:
+    assert_same_bits(small_spec(num_experts=experts), size)
 
 
 def test_more_ranks_than_experts_leave_one_without_any() -> None:

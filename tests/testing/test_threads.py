@@ -122,6 +122,14 @@ def test_counts_that_do_not_fit_the_rows_are_refused(counts: list[int]) -> None:
         run_ranks(2, lambda transport: transport.all_to_all(np.zeros((4, 2)), counts))
 
 
+def test_rows_that_do_not_come_as_expected_are_refused() -> None:
+    rows = np.zeros((4, 2))
+    with pytest.raises(ValueError, match=r"receive_counts is \[3, 1\], but \[2, 2\] rows came"):
+        run_ranks(2, lambda transport: transport.all_to_all(rows, [2, 2], [3, 1]))
+    with pytest.raises(ValueError, match=r"gather: counts is \[3, 4\], but \[4, 4\] rows came"):
+        run_ranks(2, lambda transport: transport.gather(rows, [3, 4]))
+
+
 @pytest.mark.parametrize("other", [np.zeros((4, 3)), np.zeros((4, 2), np.int32)])
 @pytest.mark.parametrize("operation", ["all_to_all", "gather"])
 def test_rows_of_different_forms_are_refused(operation: str, other: Any) -> None:

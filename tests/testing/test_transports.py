@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfm2kit.host_exchange import HostExchange
+from lfm2kit.host_exchange import Buffers, HostExchange
 from lfm2kit.memory import Memory
 from lfm2kit.testing import (
     CheckFailed,
@@ -28,8 +28,8 @@ def test_the_exchange_of_every_transport_keeps_the_contract(size: int) -> None:
 class Reversing(ThreadTransport):
     """Delivers the rows of the last rank first."""
 
-    def all_to_all(self, rows: Any, send_counts: Sequence[int]) -> Any:
-        received, counts = super().all_to_all(rows, send_counts)
+    def all_to_all(self, rows: Any, send_counts: Sequence[int], *known: Any) -> Any:
+        received, counts = super().all_to_all(rows, send_counts, *known)
         parts = np.split(received, np.cumsum(counts)[:-1])
         return np.concatenate(parts[::-1]), counts
 
@@ -37,15 +37,24 @@ class Reversing(ThreadTransport):
 class Miscounting(ThreadTransport):
     """Says that every rank has sent what rank 0 has."""
 
-    def all_to_all(self, rows: Any, send_counts: Sequence[int]) -> Any:
-        received, counts = super().all_to_all(rows, send_counts)
+    def all_to_all(self, rows: Any, send_counts: Sequence[int], *known: Any) -> Any:
+        received, counts = super().all_to_all(rows, send_counts, *known)
         return received, [counts[0]] * len(counts)
+
+
+class Elsewhere(ThreadTransport):
+    """Returns the rows, but not in the array that was given for them."""
+
+    def all_to_all(
+        self, rows: Any, send_counts: Any, receive_counts: Any = None, into: Any = None
+    ) -> Any:
+        return super().all_to_all(rows, send_counts, receive_counts)
 
 
 class Scattering(ThreadTransport):
     """Gathers on every rank."""
 
-    def gather(self, rows: Any) -> Any:
+    def gather(self, rows: Any, counts: Any = None) -> Any:
         return np.concatenate(self.everyones(rows.copy()))
 
 
@@ -54,6 +63,7 @@ class Scattering(ThreadTransport):
     [
         (Reversing, "came in another order"),
         (Miscounting, "counts .* came"),
+        (Elsewhere, "rows did not come into the given array"),
         (Scattering, "gather returned rows on another rank than 0"),
     ],
 )
@@ -66,9 +76,11 @@ class ByRank(HostExchange):
     """Adds a token's products in the order of their experts' ranks, not of k."""
 
     def combine(self, products: Any) -> Any:
+        places = self._home.places
         returned, _ = self._transport.all_to_all(products, self._received)
-        delta = np.zeros((len(self._expert_ids), products.shape[1]), np.float32)
-        np.add.at(delta, self._pairs // self._expert_ids.shape[1], returned)
+        tokens = np.argsort(places, axis=None)[: len(returned)] // places.shape[1]
+        delta = np.zeros((len(places), products.shape[1]), np.float32)
+        np.add.at(delta, tokens, returned)
         return delta
 
 
@@ -82,10 +94,17 @@ class SendingNobodys(HostExchange):
 class Misrouting(HostExchange):
     """Sends each token to the next rank."""
 
-    def __init__(self, transport: Any, traffic: Traffic) -> None:
+    def __init__(self, transport: Any, traffic: Traffic, buffers: Buffers) -> None:
         size = transport.world.size
         owners = tuple((owner + 1) % size for owner in traffic.owners)
-        super().__init__(transport, traffic._replace(owners=owners))
+        super().__init__(transport, traffic._replace(owners=owners), buffers)
+
+
+class CountingOn(HostExchange):
+    """Does not begin again at 0 after it was asked for its counts."""
+
+    def counted(self) -> Any:
+        return self._counts
 
 
 class NotClearing(HostExchange):
@@ -95,10 +114,11 @@ class NotClearing(HostExchange):
 
     def combine(self, products: Any) -> Any:
         returned, _ = self._transport.all_to_all(products, self._received)
-        tokens, k = self._expert_ids.shape
+        tokens, k = self._home.places.shape
         if self.buffer is None or len(self.buffer) < tokens * k:
             self.buffer = np.full((tokens * k, products.shape[1]), np.float32(-0.0))
-        self.buffer[self._pairs] = returned
+        pairs = np.argsort(self._home.places, axis=None, kind="stable")[: len(returned)]
+        self.buffer[pairs] = returned
         by_k = self.buffer[: tokens * k].reshape(tokens, k, products.shape[1])
         delta = by_k[:, 0].copy()
         for column in range(1, k):
@@ -124,7 +144,7 @@ class LeavingPadding(HostExchange):
 def offering(create: Callable[..., HostExchange]) -> type[ThreadTransport]:
     class Offering(ThreadTransport):
         def exchange_in(self, memory: Memory) -> ExchangeOffer | None:
-            return ExchangeOffer(memory, lambda traffic: create(self, traffic))
+            return ExchangeOffer(memory, lambda traffic: create(self, traffic, Buffers()))
 
     return Offering
 
@@ -135,6 +155,7 @@ def offering(create: Callable[..., HostExchange]) -> type[ThreadTransport]:
         (ByRank, "the products added in the order of k"),
         (SendingNobodys, "the products added in the order of k"),
         (Misrouting, "which other ranks hold"),
+        (CountingOn, "rows .* came by expert, counted"),
         (NotClearing, "the products added in the order of k"),
         (LeavingPadding, "the products added in the order of k"),
     ],
