@@ -42,17 +42,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return samples.read_answers(path)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("ranks", "groups"),
+    [(2, []), (3, []), (4, []), (4, ["--ep-size", "2"]), (2, ["--parallel", "dp"])],
+)
 def test_the_logits_of_several_ranks_have_the_bits_of_one(
-    ranks: int, alone: Any, tmp_path: Path
+    ranks: int, groups: list[str], alone: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "outputs.bin"
     done = lfm2kit(
         "run", "-v", "-n", "21", "--ranks", str(ranks), "--backend", "cpu_simd",
-        "--batch-size", "4", "--threads", "1", "--outputs", str(path), "--json", "-",
+        "--batch-size", "4", "--threads", "1", "--outputs", str(path), "--json", "-", *groups,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ranks"] == ranks
+    record = json.loads(done.stdout)
+    sizes = {"--ep-size": 2, "--parallel": 1}
+    size = sizes[groups[0]] if groups else ranks
+    assert record["ranks"] == ranks
+    assert record["groups"] == [[*range(r, r + size)] for r in range(0, ranks, size)]
     assert "VALID" in done.stderr.splitlines()
     np.testing.assert_array_equal(samples.read_answers(path), alone)
 
