@@ -119,7 +119,8 @@ class Setup:
         Raise `Lfm2kitError` if a memory is too small, before any of it is allocated.
         """
         self._check_memory(self.placed, tokens)
-        return build_model(self.placed, self.builder(built), self.plan.default)
+        with self.checkpoint.files_of("", self.placed.spec).reading_exactly():
+            return build_model(self.placed, self.builder(built), self.plan.default)
 
     def build_block(self, placed: Placed, *, tokens: int) -> Block:
         """Build one block of the model for calls of `tokens` rows; raise as `build` does."""
@@ -212,6 +213,10 @@ class Setup:
         def check(placed: Placed) -> None:
             self.checkpoint.files_of(placed.scope, placed.spec).check_unchanged()
 
+        def before(placed: Placed) -> None:
+            check(placed)
+            self.checkpoint.prefetch(placed.scope, placed.spec)
+
         def done(placed: Placed) -> None:
             check(placed)
             self.checkpoint.release(placed.scope, placed.spec)
@@ -225,7 +230,7 @@ class Setup:
             self.create,
             wrap,
             done,
-            check,
+            before,
             self.wrappers.survive_capture,
             self.context.local_ranks,
         )
