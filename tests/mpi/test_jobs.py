@@ -42,24 +42,41 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return samples.read_answers(path)
 
 
+# MPICH then takes even and odd ranks for those of two machines.
+TWO_MACHINES = {"MPIR_CVAR_ODD_EVEN_CLIQUES": "1"}
+
+
 @pytest.mark.parametrize(
-    ("ranks", "groups"),
-    [(2, []), (3, []), (4, []), (4, ["--ep-size", "2"]), (2, ["--parallel", "dp"])],
+    ("ranks", "more", "environment", "groups"),
+    [
+        (2, [], {}, [[0, 1]]),
+        (3, [], {}, [[0, 1, 2]]),
+        (4, [], {}, [[0, 1, 2, 3]]),
+        (4, [], TWO_MACHINES, [[0, 2], [1, 3]]),
+        (2, ["--parallel", "dp"], {}, [[0], [1]]),
+    ],
+    ids=["2", "3", "4", "4-on-two-machines", "2-each-with-all-experts"],
 )
 def test_the_logits_of_several_ranks_have_the_bits_of_one(
-    ranks: int, groups: list[str], alone: Any, tmp_path: Path
+    ranks: int,
+    more: list[str],
+    environment: dict[str, str],
+    groups: list[list[int]],
+    alone: Any,
+    tmp_path: Path,
 ) -> None:
+    mpi = subprocess.run([find_mpiexec(), "--version"], capture_output=True, text=True).stdout
+    if environment and "HYDRA" not in mpi:
+        pytest.skip("only MPICH can be told that ranks are on several machines")
     path = tmp_path / "outputs.bin"
     done = lfm2kit(
         "run", "-v", "-n", "21", "--ranks", str(ranks), "--backend", "cpu_simd",
-        "--batch-size", "4", "--threads", "1", "--outputs", str(path), "--json", "-", *groups,
+        "--batch-size", "4", "--threads", "1", "--outputs", str(path), "--json", "-", *more,
+        **environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
-    sizes = {"--ep-size": 2, "--parallel": 1}
-    size = sizes[groups[0]] if groups else ranks
-    assert record["ranks"] == ranks
-    assert record["groups"] == [[*range(r, r + size)] for r in range(0, ranks, size)]
+    assert (record["ranks"], record["groups"]) == (ranks, groups)
     assert "VALID" in done.stderr.splitlines()
     np.testing.assert_array_equal(samples.read_answers(path), alone)
 
