@@ -24,6 +24,22 @@ class World(NamedTuple):
     size: int = 1
     local_rank: int = 0
     local_size: int = 1  # ranks on this machine
+    nodes: tuple[int, ...] = ()  # the machine of each rank, [size]; () if that is not known
+
+    @classmethod
+    def of(cls, rank: int, nodes: Sequence[int]) -> World:
+        """Return the place of `rank` among ranks on these machines, [size], whatever their ids."""
+        numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
+        before, here = nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank])
+        return cls(rank, len(nodes), before, here, tuple(numbers[node] for node in nodes))
+
+    def within(self, ranks: Sequence[int]) -> World:
+        """Return this rank's place in a group of `ranks`, as if there were no others.
+
+        The group's rank i is `ranks[i]`.  Ranks whose machines are not known count as on one.
+        """
+        nodes = self.nodes or (0,) * self.size
+        return World.of(ranks.index(self.rank), [nodes[rank] for rank in ranks])
 
 
 class Transport(Protocol):
@@ -74,6 +90,25 @@ class Transport(Protocol):
 
         Where several ranks call it, one reason is shown.  `details`, a traceback or nothing, are
         shown before it.
+        """
+        ...
+
+
+@runtime_checkable
+class FormsGroups(Transport, Protocol):
+    """Capability: a transport whose ranks can also talk in groups.
+
+    Its world gives the `nodes`.  Without it, experts are shared out over all ranks or not at all.
+    """
+
+    def group(self, ranks: Sequence[int]) -> Transport:
+        """Return a transport among `ranks` alone, which are different and include this one.
+
+        Rank i of the group is `ranks[i]`, and its world is `world.within(ranks)`.  Send nothing:
+        what the group needs is made in its first operation, for which its ranks alone come.
+        Meanwhile others may use groups of their own.  A rank calls one operation after another,
+        of whichever group.  `finish` is called on the job's transport only; `abort` ends the whole
+        job.  The group has the job's capabilities.
         """
         ...
 

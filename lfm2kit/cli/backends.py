@@ -13,7 +13,7 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.cli.console import Report, only_said, progress, show_table
 from lfm2kit.cli.help import PlainCommand, PlainGroup
-from lfm2kit.cli.options import JsonOption, Without, spread
+from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, spread
 from lfm2kit.errors import WRONG_RESULT
 from lfm2kit.text import indented
 
@@ -27,6 +27,7 @@ OF_A_MODEL = (
     "streamed_experts",
     "rates",
     "load",
+    *OF_RANKS,
     "rewrites",
     "seed",
 )

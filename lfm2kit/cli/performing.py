@@ -75,6 +75,7 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
         "precision": prepared.setup.precision_of(prepared.setup.placed),
         "rewrites": [rewrite.name for rewrite in prepared.setup.rewrites],
         "ranks": ranks,
+        "groups": prepared.setup.grouping.groups,
         "samples": n,
         "tokens_per_sample": seq_len,
         "batch_size": prepared.batch_size,
@@ -85,7 +86,8 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
     if prepared.checkpoint.config is None:  # a file of specs names no weights
         report.line(f"Weights: {report.fields['weights']}")
     how = ", ".join([report.fields["precision"], *report.fields["rewrites"]])
-    report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}")
+    among = f", {prepared.setup.grouping}" if ranks > 1 else ""
+    report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}{among}")
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
     for note in notes:
         remark(note)

@@ -55,6 +55,13 @@ def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:
     return None if verdict == "null" else Refusal(*json.loads(verdict))
 
 
+def least(transport: Transport, value: int) -> int:
+    """Return the smallest value that a rank brings, on every rank; every rank calls it."""
+    size = transport.world.size
+    everyones, _ = transport.all_to_all(np.full(size, value, np.int64), [1] * size)
+    return int(everyones.min())
+
+
 def compared(reports: Sequence[Facts | Refusal]) -> Refusal | None:
     """Return why ranks with these reports, in order of rank, cannot run together."""
     refusals = {rank: r for rank, r in enumerate(reports) if isinstance(r, Refusal)}

@@ -1,6 +1,6 @@
 """Checks of a transport: every rank of a job calls them, and each returns or raises `CheckFailed`.
 
-check_transport(transport)              the collective operations
+check_transport(transport)              the collective operations, in groups too
 check_exchange(transport, memory)       its exchange for blocks in `memory`, or the host's
 """
 
@@ -15,7 +15,15 @@ import numpy.typing as npt
 from lfm2kit.host_exchange import offered
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.testing.verdicts import CheckFailed
-from lfm2kit.transport import Counted, Exchange, Traffic, Transport, evenly
+from lfm2kit.transport import (
+    Counted,
+    Exchange,
+    FormsGroups,
+    Traffic,
+    Transport,
+    World,
+    evenly,
+)
 
 Floats = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -28,11 +36,58 @@ HIDDEN_SIZE = 6
 
 
 def check_transport(transport: Transport) -> None:
-    """Check that rows of any type reach the rank they are sent to, in the order of the ranks."""
+    """Check that rows of any type reach the rank they are sent to, in the order of the ranks.
+
+    If the transport `FormsGroups`, its groups are checked in the same way.
+    """
+    _check_operations(transport)
+    if isinstance(transport, FormsGroups):
+        _check_groups(transport)
+
+
+def _check_operations(transport: Transport) -> None:
     for dtype, shape in ROWS:
         _check_all_to_all(transport, np.dtype(dtype), shape)
     _check_gather(transport)
     transport.barrier()
+
+
+def _check_groups(transport: FormsGroups) -> None:
+    """Check that the ranks of a group find each other, and that no other rank has to come."""
+    world = transport.world
+    _check_nodes(transport)
+    for together in _groupings(world.size):
+        mine = next(ranks for ranks in together if world.rank in ranks)
+        group = transport.group(mine)
+        _require(
+            group.world == world.within(mine),
+            f"the world of the group {mine} is {group.world}, and not {world.within(mine)}",
+        )
+        for _ in range(1 + together.index(mine)):  # groups make different numbers of calls
+            _check_operations(group)
+        check_exchange(group)
+        if isinstance(group, FormsGroups):  # and groups of a group
+            _check_operations(group.group([group.world.rank]))
+
+
+def _groupings(size: int) -> Iterator[list[list[int]]]:
+    """Yield ways to share out ranks: halves, every other one, in another order, alone."""
+    ranks = list(range(size))
+    yield [half for half in (ranks[: size // 2], ranks[size // 2 :]) if half]
+    yield [half[::-1] for half in (ranks[::2], ranks[1::2]) if half]
+    yield [ranks[::-1]]
+    yield [[rank] for rank in ranks]
+
+
+def _check_nodes(transport: FormsGroups) -> None:
+    """Check that all ranks see the same machines, and this one its own place on one of them."""
+    world = transport.world
+    _require(len(world.nodes) == world.size, f"{world.size} ranks, but nodes {world.nodes}")
+    place = World.of(world.rank, world.nodes)
+    _require(world == place, f"the world is {world}, and not {place} by its nodes")
+    nodes = np.array([world.nodes] * world.size, np.int32)
+    everyones, _ = transport.all_to_all(nodes, [1] * world.size)
+    _require(bool((everyones == nodes).all()), "the ranks do not see the same nodes")
 
 
 def _check_all_to_all(transport: Transport, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:

@@ -114,9 +114,9 @@ def test_a_rank_says_which_experts_it_holds() -> None:
         assert isinstance(layer, specs.Layer)
         return layer.feed_forward.note()
 
-    assert note(0, 0, 0, 1, 0, rank=0) == "rank 0 holds experts 0-2, 4 of 5"
-    assert note(0, 0, 0, 1, 0, rank=1) == "rank 1 holds expert 3 of 5"
-    assert note(0, 0, 0, 1, 0, rank=2) == "rank 2 holds no experts of 5"
+    assert note(0, 0, 0, 1, 0, rank=0) == "this rank holds experts 0-2, 4 of 5"
+    assert note(0, 0, 0, 1, 0, rank=1) == "this rank holds expert 3 of 5"
+    assert note(0, 0, 0, 1, 0, rank=2) == "this rank holds no experts of 5"
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["trim first", "trim last"])

@@ -17,7 +17,8 @@ from lfm2kit.testing import (
     check_transport,
     run_ranks,
 )
-from lfm2kit.transport import ExchangeOffer, Rows, Traffic
+from lfm2kit.testing.threads import Meeting
+from lfm2kit.transport import ExchangeOffer, JobError, Rows, Traffic, World
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -70,6 +71,76 @@ class Scattering(ThreadTransport):
 def test_a_broken_transport_is_caught(broken: Any, says: str) -> None:
     with pytest.raises(CheckFailed, match=says):
         run_ranks(3, check_transport, make=broken)
+
+
+class Whole(ThreadTransport):
+    """Gives all ranks where some are asked for."""
+
+    def group(self, ranks: Sequence[int]) -> ThreadTransport:
+        return self
+
+
+class Sorting(ThreadTransport):
+    """Numbers a group's ranks as the job does, in whatever order they are asked for."""
+
+    def group(self, ranks: Sequence[int]) -> ThreadTransport:
+        return super().group(sorted(ranks))
+
+
+class Gathering(ThreadTransport):
+    """Lets a group's ranks wait for all others."""
+
+    def group(self, ranks: Sequence[int]) -> ThreadTransport:
+        group = super().group(ranks)
+        group.barrier = self.barrier  # type: ignore[method-assign]
+        return group
+
+
+class OnAnyNode(ThreadTransport):
+    """Does not say which ranks share a machine."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        super().__init__(rank, meeting)
+        self.world = self.world._replace(nodes=())
+
+
+class OnOtherNodes(ThreadTransport):
+    """Says something else on each rank."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        super().__init__(rank, meeting)
+        self.world = World.of(rank, [0 if rank == 0 else 3, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (Whole, r"the world of the group \[.*\] is World"),
+        (Sorting, r"the world of the group \[2, 0\] is World"),
+        (OnAnyNode, r"3 ranks, but nodes \(\)"),
+        (OnOtherNodes, "the ranks do not see the same nodes"),
+    ],
+)
+def test_broken_groups_are_caught(broken: Any, says: str) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        run_ranks(3, check_transport, make=broken)
+
+
+def test_a_group_that_waits_for_other_ranks_is_caught() -> None:
+    with pytest.raises(JobError, match="no word within 1 s"):
+        run_ranks(3, check_transport, make=Gathering, patience=1)
+
+
+@pytest.mark.parametrize("nodes", [[0, 0, 1, 1], [7, 5, 7, 5], [0, 1, 2, 3], [0, 1, 1, 1]])
+def test_groups_keep_the_contract_wherever_ranks_are(nodes: list[int]) -> None:
+    run_ranks(4, check_transport, nodes=nodes)
+
+
+def test_a_transport_need_not_form_groups() -> None:
+    class Plain(ThreadTransport):
+        group = None  # type: ignore[assignment]
+
+    run_ranks(2, check_transport, make=Plain)
 
 
 class ByRank(HostExchange):

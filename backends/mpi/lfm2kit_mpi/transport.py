@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NoReturn
 
@@ -33,19 +34,35 @@ def from_rank_0(value: Any) -> Any:
     return MPI.COMM_WORLD.bcast(value)
 
 
-class MpiTransport:
-    """The ranks of MPI's COMM_WORLD, each of them watched."""
+def of_this_job(watch: Watch) -> MpiTransport:
+    """Return the transport among all ranks of this job."""
+    job = MPI.COMM_WORLD
+    # Not rank // n: launchers may number the ranks of one machine in any way.
+    local = job.Split_type(MPI.COMM_TYPE_SHARED)
+    nodes = job.allgather(local.bcast(job.Get_rank()))
+    local.Barrier()
+    if local.Get_rank() == 0:
+        drop_names()
+    return MpiTransport(watch, World.of(job.Get_rank(), nodes), lambda: job)
 
-    def __init__(self, watch: Watch) -> None:
-        self.comm = MPI.COMM_WORLD
+
+class MpiTransport:
+    """Ranks of MPI's COMM_WORLD, each of them watched."""
+
+    def __init__(self, watch: Watch, world: World, make: Callable[[], MPI.Intracomm]) -> None:
         self.watch = watch
-        # Not rank % n: launchers may number the ranks of one machine in any way.
-        local = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        rank, size = self.comm.Get_rank(), self.comm.Get_size()
-        self.world = World(rank, size, local.Get_rank(), local.Get_size())
-        local.Barrier()
-        if self.world.local_rank == 0:
-            drop_names()
+        self.world = world
+        self._make = make  # the communicator, for which all of its ranks have to come
+
+    @cached_property
+    def comm(self) -> MPI.Intracomm:
+        return self._make()
+
+    def group(self, ranks: Sequence[int]) -> MpiTransport:
+        def make() -> MPI.Intracomm:
+            return self.comm.Create_group(self.comm.Get_group().Incl(list(ranks)))
+
+        return MpiTransport(self.watch, self.world.within(ranks), make)
 
     def all_to_all(
         self,
