@@ -42,6 +42,8 @@ from lfm2kit_cuda.paging import state_bytes
 from lfm2kit_cuda.products import read_format
 from lfm2kit_cuda.slots import Slots
 
+MOST_SPARE = 1 << 28  # bytes that the pool keeps when a block has been built
+
 BLOCKS = {
     specs.Embedding: Embedding,
     specs.RMSNorm: RMSNorm,
@@ -57,6 +59,16 @@ BLOCKS = {
     specs.LMHead: LMHead,
     specs.Layer: Layer,
 }
+
+
+def _give_back_spare_memory() -> None:
+    """Give back what packing weights has left in the pool, if it is much.
+
+    A model that is built for a limit of memory must not take more on the way.
+    """
+    pool = cupy.get_default_memory_pool()
+    if pool.free_bytes() > MOST_SPARE:
+        pool.free_all_blocks()
 
 
 class CudaBackend:
@@ -108,6 +120,7 @@ class CudaBackend:
             except cupy.cuda.memory.OutOfMemoryError:
                 raise self._out_of_memory(spec, weights) from None
             cupy.cuda.get_current_stream().synchronize()  # so that any stream finds its weights
+        _give_back_spare_memory()
         return OnDevice(block, self._memory.device)
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
@@ -150,8 +163,11 @@ class CudaBackend:
         return None if known else "its feed-forward is not one of ours"
 
     def capture(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
-        # A replay has a pool of its own, so what the common pool keeps for later is in its way: a
-        # model that was built for a limit would need more than that.
+        try:
+            return Replay(step, batch, self._memory)
+        except MemoryError:
+            pass  # outside the handler, whose error holds arrays
+        # A replay has a pool of its own, so what the common pool keeps for later is in its way.
         cupy.get_default_memory_pool().free_all_blocks()
         return Replay(step, batch, self._memory)
 
