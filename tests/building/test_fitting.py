@@ -39,6 +39,7 @@ from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16
 from lfm2kit.memory import HostMemory
+from lfm2kit.ranks.groups import Grouping
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import replaced
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
@@ -118,11 +119,12 @@ def setup(
     world: World | None = None,
     tokens: int = TOKENS,
     checkpoint: Checkpoint = TINY,
+    grouping: Grouping | None = None,
     **options: Any,
 ) -> Setup:
     plugins = with_backends(card=CardBackend, streaming=StreamingCard, silent=Silent)
     asked = Options(backend=plan, **options)
-    return set_up(checkpoint, asked, plugins=plugins, world=world, tokens=tokens)
+    return set_up(checkpoint, asked, plugins=plugins, world=world, tokens=tokens, grouping=grouping)
 
 
 def limit(resident: int, more: int = 0, tokens: int = TOKENS) -> str:
@@ -659,7 +661,7 @@ def test_the_plan_says_what_is_predicted(
 ) -> None:
     rates = write_rates(tmp_path / "rates.json", "streaming", host=1e6, link=1e9)
     monkeypatch.setattr(
-        import_module("lfm2kit.cli.plan"),
+        import_module("lfm2kit.ranks.shares"),
         "set_up",
         lambda _, options, **others: setup(
             "streaming", gpu_memory=options.gpu_memory, rates=options.rates, **others
@@ -673,7 +675,7 @@ def test_the_plan_says_what_is_predicted(
 
 def test_the_plan_says_who_is_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        import_module("lfm2kit.cli.plan"),
+        import_module("lfm2kit.ranks.shares"),
         "set_up",
         lambda _, options, **others: setup(gpu_memory=options.gpu_memory, **others),
     )

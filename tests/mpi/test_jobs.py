@@ -79,7 +79,7 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
     assert (record["ranks"], record["groups"]) == (ranks, groups)
     for layer in record["exchanged"]["layers"]:
         assert sum(layer["rows_by_expert"]) == sum(layer["rows_by_rank"]) == 21 * 16 * 4
-    assert "of the time waiting for others" in done.stderr
+    assert ("of the time waiting for others" in done.stderr) == any(len(g) > 1 for g in groups)
     assert "VALID" in done.stderr.splitlines()
     np.testing.assert_array_equal(samples.read_answers(path), alone)
 
