@@ -128,3 +128,18 @@ def test_what_c_libraries_print_stays_out_of_the_result(is_ours: bool) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ranks"] == 2
+
+
+def test_the_transport_passes_its_own_conformance_check() -> None:
+    ids = ["exchange", "exit-code", "abort"]
+    done = lfm2kit("transports", "check", "mpi", "--only", ",".join(ids), "--json", "-")
+    assert done.returncode == 0, done.stdout
+    assert [(r["id"], r["verdict"]) for r in json.loads(done.stdout)["results"]] == [
+        (name, "passed") for name in ids
+    ]
+
+
+def test_a_check_inside_a_job_is_refused_in_one_line() -> None:
+    done = lfm2kit("transports", "check", "mpi", PMI_SIZE="2", PMI_RANK="0")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "this is a rank of a job of 2; the checks start jobs themselves" in done.stderr
