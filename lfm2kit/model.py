@@ -5,7 +5,7 @@ Everything is decided in `lfm2kit.building`; nothing of it is left to the forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from lfm2kit.building.results import check_replay
 from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.state import ModelState, Room
+from lfm2kit.transport import Exchange
 
 
 class Forward:
@@ -124,6 +125,7 @@ class LFM2:
     backend: Backend  # the plan's default
     may_capture: bool = True
     servers: Sequence[Server] = ()  # of crossings: each forward runs inside their contexts
+    exchanges: Mapping[str, Exchange] = field(default_factory=dict)  # with other ranks, by block
     check_room: Callable[[Room], None] = lambda room: None  # raises if a state would not fit
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
     _captures: Captures | None = field(init=False, repr=False)

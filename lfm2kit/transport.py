@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
+import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.memory import Array, Memory
@@ -23,6 +24,22 @@ class World(NamedTuple):
     size: int = 1
     local_rank: int = 0
     local_size: int = 1  # ranks on this machine
+    nodes: tuple[int, ...] = ()  # the machine of each rank, [size]; () if that is not known
+
+    @classmethod
+    def of(cls, rank: int, nodes: Sequence[int]) -> World:
+        """Return the place of `rank` among ranks on these machines, [size], whatever their ids."""
+        numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
+        before, here = nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank])
+        return cls(rank, len(nodes), before, here, tuple(numbers[node] for node in nodes))
+
+    def within(self, ranks: Sequence[int]) -> World:
+        """Return this rank's place in a group of `ranks`, as if there were no others.
+
+        The group's rank i is `ranks[i]`.  Ranks whose machines are not known count as on one.
+        """
+        nodes = self.nodes or (0,) * self.size
+        return World.of(ranks.index(self.rank), [nodes[rank] for rank in ranks])
 
 
 class Transport(Protocol):
@@ -32,17 +49,30 @@ class Transport(Protocol):
     def world(self) -> World: ...
 
     def all_to_all(
-        self, rows: npt.NDArray[Any], send_counts: Sequence[int]
+        self,
+        rows: npt.NDArray[Any],
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int] | None = None,
+        into: npt.NDArray[Any] | None = None,
     ) -> tuple[npt.NDArray[Any], list[int]]:
         """Send `send_counts[r]` consecutive rows of `rows` to each rank r, in order of r.
 
         Return the rows that came, those of rank 0 first, and how many each rank sent.  `rows`
         is C-contiguous; all ranks pass one dtype and row shape; counts may be 0.
+
+        Who knows how many rows come gives `receive_counts`, on every rank: then only rows travel.
+        Beside them `into` may be given, a C-contiguous array of as many rows, of the same dtype
+        and shape.  The rows are then written there, and it is returned.
         """
         ...
 
-    def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-        """Return all ranks' rows in order of rank, on rank 0; None elsewhere."""
+    def gather(
+        self, rows: npt.NDArray[Any], counts: Sequence[int] | None = None
+    ) -> npt.NDArray[Any] | None:
+        """Return all ranks' rows in order of rank, on rank 0; None elsewhere.
+
+        Where `counts`, the number of each rank's rows, is given on every rank, only rows travel.
+        """
         ...
 
     def barrier(self) -> None: ...
@@ -64,6 +94,25 @@ class Transport(Protocol):
         ...
 
 
+@runtime_checkable
+class FormsGroups(Transport, Protocol):
+    """Capability: a transport whose ranks can also talk in groups.
+
+    Its world gives the `nodes`.  Without it, experts are shared out over all ranks or not at all.
+    """
+
+    def group(self, ranks: Sequence[int]) -> Transport:
+        """Return a transport among `ranks` alone, which are different and include this one.
+
+        Rank i of the group is `ranks[i]`, and its world is `world.within(ranks)`.  Send nothing:
+        what the group needs is made in its first operation, for which its ranks alone come.
+        Meanwhile others may use groups of their own.  A rank calls one operation after another,
+        of whichever group.  `finish` is called on the job's transport only; `abort` ends the whole
+        job.  The group has the job's capabilities.
+        """
+        ...
+
+
 class Traffic(NamedTuple):
     """The data that travels between ranks in one MoE layer."""
 
@@ -73,7 +122,7 @@ class Traffic(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows that came to a rank, each a token with one of the experts that the rank holds."""
+    """The rows for a rank's experts, each a token with one of the experts that the rank holds."""
 
     x: Array  # float32 [rows, hidden_size]
     expert_ids: Array  # int32 [rows, 1]; -1 in a row of padding, for no expert
@@ -94,6 +143,8 @@ class Exchange(Protocol):
         x is float32 [tokens, hidden_size], expert_ids int32 and expert_weights float32 [tokens, k].
         An id of -1 stands for no expert: nothing is sent for it, whatever its weight is.  Rows may
         come in any order.  An exchange of fixed size fills up with rows whose id is -1.
+        The rows stay as they are until the next `dispatch` of any layer, which may reuse their
+        memory.
         """
         ...
 
@@ -132,6 +183,54 @@ class Exchanges(Protocol):
         Take no memory and send nothing; the offer's memory has the name of `memory`.
         """
         ...
+
+
+@dataclass(slots=True)
+class Sent:
+    """What a rank has sent to other ranks by one of an exchange's collective operations."""
+
+    messages: int = 0  # that had any bytes: at most one to each rank and call
+    rows: int = 0
+    bytes: int = 0  # headers included
+    header_bytes: int = 0  # of ids, weights and counts
+    seconds: float = 0.0  # inside the operation, most of them waiting for the slowest rank
+
+    def add(self, counts: Sequence[int], row_bytes: int, header_bytes: int = 0) -> None:
+        """Count a call that sends `counts` rows of `row_bytes`, headers included, to the others."""
+        self.messages += sum(count > 0 for count in counts)
+        self.rows += sum(counts)
+        self.bytes += row_bytes * sum(counts)
+        self.header_bytes += header_bytes * sum(counts)
+
+
+@dataclass(slots=True)
+class ExchangeCounts:
+    """The work of one layer's exchange on one rank.  What a rank sends to itself is not sent."""
+
+    counts: Sent  # how many rows will come
+    dispatch: Sent
+    combine: Sent
+    copied_rows: int  # that the rank copied, or added, before and after these operations
+    expert_rows: npt.NDArray[np.int64]  # that this rank's experts were given, [num_experts]
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """Capability of an exchange: it counts what it sends.  `lfm2kit run --json` reports it."""
+
+    def counted(self) -> ExchangeCounts:
+        """Return the counts of all calls since this was last asked, and begin again at 0.
+
+        It may wait for the memory's work.
+        """
+        ...
+
+
+@runtime_checkable
+class Exchanging(Protocol):
+    """Capability of a joined block: the counts of its exchange are reported by its name."""
+
+    exchange: Exchange
 
 
 class Launcher(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from lfm2kit.model import LFM2
 from lfm2kit.progress import longest, step
 from lfm2kit.seam import Seam
 from lfm2kit.specs import Spec, Work
+from lfm2kit.transport import Exchange, Exchanging
 from lfm2kit.weights import Weights
 
 
@@ -34,6 +35,8 @@ class Builder:
     # Filled with the servers of crossings, which a model needs around each forward.  None: blocks
     # are called by themselves, and every seam waits.
     servers: list[Server] | None = None
+    # Filled with the exchanges of joined blocks, by the block's name.
+    exchanges: dict[str, Exchange] = field(default_factory=dict)
 
     def build(self, placed: Placed) -> Any:
         """Return the block of `placed`, ready to be called from the memory around it."""
@@ -41,6 +44,8 @@ class Builder:
         if placed.backend is None:
             assert placed.join is not None, "what no backend builds is joined"
             block = placed.join.make(placed.spec, **blocks)
+            if isinstance(block, Exchanging):
+                self.exchanges[placed.name] = block.exchange
         else:
             self.before(placed)
             weights = self.weights.scope(placed.scope)
@@ -82,11 +87,13 @@ def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
     """Return the model that `placed` describes, with `builder`'s weights."""
     assert isinstance(placed.spec, specs.Model)
     servers: list[Server] = []
+    builder = replace(builder, servers=servers, exchanges={})
     return LFM2(
         spec=placed.spec,
         placed=placed,
-        forward=replace(builder, servers=servers).build(placed),
+        forward=builder.build(placed),
         servers=servers,
+        exchanges=builder.exchanges,
         home=placed.outer,
         backend=builder.create(default_backend),
         may_capture=builder.may_capture,

@@ -32,7 +32,8 @@ from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, can_capture
 from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
-from lfm2kit.ranks.joining import check_alike, refuse_copies
+from lfm2kit.ranks.groups import Grouping, groupings
+from lfm2kit.ranks.joining import check_alike, fitting_alike, refuse_copies
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
 from lfm2kit.specs import Spec
@@ -68,6 +69,7 @@ class Setup:
     world: World
     context: Context
     transport: Transport | None
+    grouping: Grouping
     sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
     placing: str | None = None  # a note on the rates by which experts are split, if it is needed
 
@@ -76,6 +78,8 @@ class Setup:
         yield from self.checkpoint.remarks
         if self.placing is not None:
             yield self.placing
+        if self.grouping.note is not None:
+            yield self.grouping.note
         for name in sorted(self.plan.backends()):
             backend = self.create(name)
             if isinstance(backend, Explains):
@@ -116,7 +120,8 @@ class Setup:
         Raise `Lfm2kitError` if a memory is too small, before any of it is allocated.
         """
         self._check_memory(self.placed, tokens)
-        return build_model(self.placed, self.builder(built), self.plan.default)
+        with self.checkpoint.files_of("", self.placed.spec).reading_exactly():
+            return build_model(self.placed, self.builder(built), self.plan.default)
 
     def build_block(self, placed: Placed, *, tokens: int) -> Block:
         """Build one block of the model for calls of `tokens` rows; raise as `build` does."""
@@ -209,6 +214,10 @@ class Setup:
         def check(placed: Placed) -> None:
             self.checkpoint.files_of(placed.scope, placed.spec).check_unchanged()
 
+        def before(placed: Placed) -> None:
+            check(placed)
+            self.checkpoint.prefetch(placed.scope, placed.spec)
+
         def done(placed: Placed) -> None:
             check(placed)
             self.checkpoint.release(placed.scope, placed.spec)
@@ -222,7 +231,7 @@ class Setup:
             self.create,
             wrap,
             done,
-            check,
+            before,
             self.wrappers.survive_capture,
             self.context.local_ranks,
         )
@@ -246,24 +255,51 @@ def set_up(
     plugins: Plugins | None = None,
     rewrites: Sequence[Rewrite] = (),
     tokens: int = TOKENS,
+    grouping: Grouping | None = None,
 ) -> Setup:
     """Place every block; raise `Lfm2kitError` if the plan, a backend or the machine forbids it.
 
-    `rewrites` are applied after those that the options name.  If the options limit a device's
-    memory, experts that do not fit are placed elsewhere, for forwards of `tokens` tokens.
+    In a job, experts are shared out inside the groups of `grouping`; without it, inside those that
+    the options ask for and in which this rank's share fits.  `rewrites` are applied after those
+    that the options name.  If the options limit a device's memory, experts that do not fit are
+    placed elsewhere, for forwards of `tokens` tokens.
 
     With a `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.
     """
     plugins = plugins or installed_plugins()
     world = world or (transport.world if transport is not None else World())
+
+    def within(grouping: Grouping) -> Setup:
+        return _set_up(checkpoint, options, world, transport, grouping, plugins, rewrites, tokens)
+
+    asked = groupings(options.parallel, options.ep_size, world, transport)
+    *smaller, last = asked if grouping is None else [grouping]
+    for one in smaller:
+        found = within(one)
+        if found.sizes.shortage(found.placed, tokens) is None:
+            return found
+    return within(last)
+
+
+def _set_up(
+    checkpoint: Checkpoint,
+    options: Options,
+    world: World,
+    transport: Transport | None,
+    grouping: Grouping,
+    plugins: Plugins,
+    rewrites: Sequence[Rewrite],
+    tokens: int,
+) -> Setup:
+    """Place every block, with the experts of each layer shared out inside the given groups."""
     context = Context(options.precision, options.threads, world.local_size, world.local_rank)
     create = plugins.creator(context)
     plan = _resolve_auto(options.chosen_plan(), plugins, context)
     plan = _with_host_experts(plan, options, checkpoint.spec, plugins, create)
     for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
-    there = plugins.rewrites(world, transport)
+    there = plugins.rewrites(*grouping.place(world, transport))
     applied = (*chosen(options.rewrites, there, plugins.skipped()), *rewrites)
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
     of_whole = plan if options.gpu_memory is None else plan.for_whole_experts()
@@ -281,6 +317,7 @@ def set_up(
         world,
         context,
         transport,
+        grouping,
     )
     return whole if options.gpu_memory is None else fitted(whole, tokens)
 
@@ -320,9 +357,14 @@ def load_model(
     for remark in checkpoint.remarks:
         warnings.warn(remark, stacklevel=2)
     transport = job if job is not None and job.world.size > 1 else None
-    setup = set_up(checkpoint, asked, plugins=plugins, transport=transport)
+
+    def in_groups(grouping: Grouping | None = None) -> Setup:
+        return set_up(checkpoint, asked, transport=transport, plugins=plugins, grouping=grouping)
+
+    setup = in_groups()
     if transport is not None:
         check_alike(transport, setup)
+        setup = fitting_alike(transport, setup, in_groups)
     return setup.build()
 
 

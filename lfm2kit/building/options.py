@@ -14,6 +14,8 @@ from lfm2kit import bounds
 from lfm2kit.building.byte_counts import parse_bytes
 from lfm2kit.building.plan import AUTO, Plan
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.ranks.groups import AUTO as AUTO_PARALLEL
+from lfm2kit.ranks.groups import DP, PARALLEL
 
 BACKEND_VARIABLE = "LFM2KIT_BACKEND"
 FREE = "free"  # as the size of a device's memory: what is free
@@ -46,6 +48,7 @@ EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "gpu_memory": (_is_text, SIZE),
     "rates": (_is_path, "the path of a file"),
     "load": (_is_path, "the path of a file"),
+    "parallel": (lambda value: value in PARALLEL, f"{', '.join(PARALLEL[:-1])} or {PARALLEL[-1]}"),
     "rewrites": (_are_names, "a tuple of names, such as ('NAME',)"),
 }
 
@@ -127,6 +130,20 @@ class Options:
         "Keep the experts on the GPU that are used most, by the load that a run recorded.",
         metavar="FILE",
     )
+    parallel: str = option(
+        AUTO_PARALLEL,
+        "How ranks divide the experts of a layer. ep: among the ranks of a machine, or of all "
+        "machines; dp: not at all; auto: among those of a machine, of all where one has too little "
+        "memory.",
+        metavar="|".join(PARALLEL),
+    )
+    ep_size: int | None = option(
+        None,
+        "Divide experts inside groups of K ranks.",
+        words="the ranks of a machine, or all",
+        metavar="K",
+        least=1,
+    )
     rewrites: tuple[str, ...] = option(
         (), "Rewrites of the model, in the order of their names here."
     )
@@ -153,6 +170,9 @@ class Options:
             if value is not None and self.gpu_memory is None:
                 size = Option("gpu_memory", "24GiB")
                 raise Lfm2kitError(Option(name, value), ": needs a limit, such as ", size)
+        if self.ep_size is not None and self.parallel == DP:
+            both = Option("parallel", DP), " and ", Option("ep_size", self.ep_size)
+            raise Lfm2kitError(*both, ": give only one of them")
         self.gpu_bytes()
 
     def gpu_bytes(self) -> int | None:

@@ -85,6 +85,12 @@ class Checkpoint:
         weights = self.weights.scope(scope)
         return [weights[name] for name in spec.parameters()]
 
+    def prefetch(self, scope: str, spec: Spec) -> None:
+        """Begin to read a block's tensors, which are used next."""
+        for tensor in self.tensors_of(scope, spec):
+            for array in tensor.arrays:
+                mapped.prefetch(array)
+
     def release(self, scope: str, spec: Spec) -> None:
         """Give back the memory that reading a block's tensors took."""
         for tensor in self.tensors_of(scope, spec):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -67,6 +68,23 @@ class Files:
         for its_map in self._maps:
             _FILES[its_map].check(its_map)
 
+    @contextmanager
+    def reading_exactly(self) -> Iterator[None]:
+        """Let the system read no more than what is used meanwhile.
+
+        Else it reads some of a file around each place, up to several MB: of a rank's share, or of
+        a few rows of every matrix, that makes most of a model.
+        """
+        self._advise("MADV_RANDOM")
+        try:
+            yield
+        finally:
+            self._advise("MADV_NORMAL")
+
+    def _advise(self, advice: str) -> None:
+        for its_map in self._maps if hasattr(mmap, advice) else []:
+            its_map.madvise(getattr(mmap, advice))
+
 
 def map_file(path: Path) -> Bytes:
     """Map a file and return its bytes, read-only; nothing is read before it is used.
@@ -105,6 +123,17 @@ def check_extents(path: Path, extents: Iterable[Extent], start: int, size: int) 
         previous = max(previous, extent, key=lambda e: e.end)
 
 
+def prefetch(array: npt.NDArray[Any]) -> None:
+    """Let the system begin to read a view of a map, and all of it at once."""
+    owner = _map_of(array)
+    if owner is None or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    first, last = _place(owner, array)
+    first = first // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        owner.madvise(mmap.MADV_WILLNEED, first, last - first)
+
+
 def release(array: npt.NDArray[Any]) -> None:
     """Give back the memory of a view of a map; the file is read again when the view is used.
 
@@ -113,12 +142,18 @@ def release(array: npt.NDArray[Any]) -> None:
     owner = _map_of(array)
     if owner is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    begin, end = byte_bounds(array)  # not its nbytes: a scale may be broadcast to every row
-    start = np.frombuffer(owner, np.uint8).ctypes.data
-    first = -(-(begin - start) // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (end - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    begin, end = _place(owner, array)
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = end // mmap.PAGESIZE * mmap.PAGESIZE
     if first < last:
         owner.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _place(owner: mmap.mmap, array: npt.NDArray[Any]) -> tuple[int, int]:
+    """Return where the bytes of a view of a map begin and end in it."""
+    begin, end = byte_bounds(array)  # not its nbytes: a scale may be broadcast to every row
+    start = np.frombuffer(owner, np.uint8).ctypes.data
+    return begin - start, end - start
 
 
 def files_of(arrays: Iterable[npt.NDArray[Any]]) -> list[Path]:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from lfm2kit import bounds
 from lfm2kit.checkpoint.file_kinds import check_file
-from lfm2kit.checkpoint.mapped import Bytes, Extent, check_extents, map_file, view
+from lfm2kit.checkpoint.mapped import Bytes, Extent, Files, check_extents, map_file, view
 from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import F32
@@ -28,7 +28,8 @@ def read_model_bin(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by name; `Lfm2kitError` says what is wrong with it."""
     check_file(path)
     data = map_file(path)
-    entries, start = _read_table(path, data)
+    with Files([data]).reading_exactly():
+        entries, start = _read_table(path, data)
     check_extents(path, [extent for extent, _ in entries], start, len(data))
     tensors: dict[str, Tensor] = {}
     for extent, shape in entries:

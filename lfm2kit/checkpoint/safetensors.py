@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 from lfm2kit import bounds
 from lfm2kit.checkpoint.documents import parse_json
 from lfm2kit.checkpoint.file_kinds import check_file
-from lfm2kit.checkpoint.mapped import Bytes, Extent, check_extents, map_file, view
+from lfm2kit.checkpoint.mapped import Bytes, Extent, Files, check_extents, map_file, view
 from lfm2kit.checkpoint.pieces import write_pieces
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import PLAIN, Format
@@ -41,14 +41,17 @@ def read_safetensors(path: Path, more: Mapping[str, Format] | None = None) -> di
     data = map_file(path)
     if len(data) < LENGTH:
         raise Lfm2kitError(f"{path}: {len(data)} bytes are too few for a safetensors file")
-    length = int.from_bytes(data[:LENGTH].tobytes(), "little")
+    with Files([data]).reading_exactly():
+        length = int.from_bytes(data[:LENGTH].tobytes(), "little")
     if length > min(bounds.HEADER, len(data) - LENGTH):
         raise Lfm2kitError(
             f"{path}: the header claims {length} bytes, the file has {len(data)} "
             "(truncated, or not a safetensors file?)"
         )
     start = LENGTH + length
-    entries = _entries(path, parse_json(path, data[LENGTH:start].tobytes()), start, formats)
+    with Files([data]).reading_exactly():
+        header = data[LENGTH:start].tobytes()
+    entries = _entries(path, parse_json(path, header), start, formats)
     extents = [Extent(name, entry.begin, entry.end) for name, entry in entries.items()]
     check_extents(path, extents, start, len(data))
     _check_no_gaps(path, extents, start, len(data))

@@ -12,7 +12,7 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.cli.console import Report, progress, show_table
 from lfm2kit.cli.help import PlainCommand, PlainGroup
-from lfm2kit.cli.options import JsonOption, Without, spread
+from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, spread
 from lfm2kit.text import indented
 
 # The options that say which model is set up; a check makes its own.
@@ -25,6 +25,7 @@ OF_A_MODEL = (
     "streamed_experts",
     "rates",
     "load",
+    *OF_RANKS,
     "rewrites",
     "seed",
 )

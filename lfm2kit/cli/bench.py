@@ -19,7 +19,7 @@ from lfm2kit.building.options import BACKEND_VARIABLE, About, Options
 from lfm2kit.building.plan import AUTO
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import Report, complain, progress, remark
-from lfm2kit.cli.options import Without, flags, open_model, spread
+from lfm2kit.cli.options import OF_RANKS, Without, flags, open_model, spread
 from lfm2kit.cli.rewrite_options import check_state, option_of
 from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.measuring.bench import (
@@ -54,7 +54,7 @@ class Form(enum.StrEnum):
 
 @spread
 def bench(
-    options: Annotated[Options, Without(("backend", "plan", "n_cpu_moe"))],
+    options: Annotated[Options, Without(("backend", "plan", "n_cpu_moe", *OF_RANKS))],
     backend: Annotated[
         list[str] | None,
         flags(

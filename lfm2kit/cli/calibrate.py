@@ -18,7 +18,7 @@ from lfm2kit.building.rates import Calibration, Side
 from lfm2kit.checkpoint import check_no_part
 from lfm2kit.cli.bench import TOO_MUCH_WAITING
 from lfm2kit.cli.console import Report, progress, remark, show_table, write_document
-from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
+from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, files_of, flags, open_model, spread
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring.calibration import ROWS, calibrated, measurable
 from lfm2kit.outputs.files import check_target
@@ -27,7 +27,15 @@ from lfm2kit.outputs.targets import check_apart
 KEPT = "a file for this machine, beside the compiled kernels"
 
 # Options that say where experts go: what is measured does not depend on it.
-OF_A_PLACEMENT = ("n_cpu_moe", "gpu_memory", "streamed_experts", "rates", "load", "rewrites")
+OF_A_PLACEMENT = (
+    "n_cpu_moe",
+    "gpu_memory",
+    "streamed_experts",
+    "rates",
+    "load",
+    *OF_RANKS,
+    "rewrites",
+)
 
 
 @spread

@@ -51,7 +51,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     prepared.report.fields["finite"] = problem is None
     is_good = problem is None and (verdict is None or verdict.is_valid)
     try:
-        conclude(timed.seconds, len(prepared.inputs), verdict, prepared.report)
+        conclude(timed, len(prepared.inputs), verdict, prepared.report)
         if problem is not None:
             complain(problem)
     finally:  # whatever becomes of the printed lines
@@ -75,6 +75,7 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
         "precision": prepared.setup.precision_of(prepared.setup.placed),
         "rewrites": [rewrite.name for rewrite in prepared.setup.rewrites],
         "ranks": ranks,
+        "groups": prepared.setup.grouping.groups,
         "samples": n,
         "tokens_per_sample": seq_len,
         "batch_size": prepared.batch_size,
@@ -85,7 +86,8 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
     if prepared.checkpoint.config is None:  # a file of specs names no weights
         report.line(f"Weights: {report.fields['weights']}")
     how = ", ".join([report.fields["precision"], *report.fields["rewrites"]])
-    report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}")
+    among = f", {prepared.setup.grouping}" if ranks > 1 else ""
+    report.line(f"Backend: {prepared.setup.plan}{chosen}, {how}, ranks: {ranks}{among}")
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
     for note in notes:
         remark(note)
@@ -139,8 +141,9 @@ def judge(logits: npt.NDArray[np.float32], answers: Path | None, grade: Grade) -
     return validate(logits, expected, grade)
 
 
-def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) -> None:
+def conclude(timed: Timed, n: int, verdict: Verdict | None, report: Report) -> None:
     """Print the lines that graders search for, word for word."""
+    seconds = timed.seconds
     report.line(f"Elapsed time: {seconds:f} (sec)")
     report.line(f"Throughput: {n / seconds:f} (samples/sec)")
     report.line(f"Peak memory: {peak_memory() / 1e9:.3g} GB")
@@ -149,6 +152,9 @@ def conclude(seconds: float, n: int, verdict: Verdict | None, report: Report) ->
         "samples_per_second": n / seconds,
         "peak_memory_bytes": peak_memory(),
     }
+    if timed.exchanged is not None:
+        report.line(timed.exchanged.line(seconds))
+        report.fields["exchanged"] = timed.exchanged.document(seconds)
     if verdict is not None:
         for line in verdict.lines():
             report.line(line)

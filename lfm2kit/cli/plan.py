@@ -11,10 +11,11 @@ from rich.table import Column
 
 from lfm2kit.backend import KeepsFormats
 from lfm2kit.building.capacity import Needed, answers_of, size
-from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.building.loading import Setup
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.sharing import Sharing
+from lfm2kit.cli import rank_shares
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
@@ -23,8 +24,8 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import fate
 from lfm2kit.memory import HOST
 from lfm2kit.process.machine import memory_limits
+from lfm2kit.ranks.shares import shares
 from lfm2kit.state import Room
-from lfm2kit.transport import World
 
 PAGE = Room(0).page_tokens
 
@@ -33,9 +34,14 @@ PAGE = Room(0).page_tokens
 def plan(
     options: Annotated[Options, Without(("seed",))],
     ranks: Annotated[
-        int, flags("ranks", About("Show the share of one of N ranks on this machine.", least=1))
+        int,
+        flags("ranks", About("Show what each of N ranks holds, without starting any.", least=1)),
     ] = 1,
-    rank: Annotated[int, flags("rank", About("The rank to show.", least=0))] = 0,
+    ranks_per_node: Annotated[
+        int | None,
+        flags("ranks_per_node", About("Ranks on a machine like this one.", "all of them", least=1)),
+    ] = None,
+    rank: Annotated[int, flags("rank", About("The rank whose blocks are shown.", least=0))] = 0,
     tokens: Annotated[
         int,
         flags("tokens", About("Tokens in a forward, which scratch memory depends on.", least=1)),
@@ -59,7 +65,9 @@ def plan(
     report.check_apart(files_of(checkpoint, options))
     if rank >= ranks:
         raise Lfm2kitError(f"--rank {rank}: ranks are 0 to {ranks - 1}; give --ranks {rank + 1}")
-    setup = set_up(checkpoint, options, world=World(rank, ranks, rank, ranks), tokens=tokens)
+    nodes = _nodes(ranks, ranks_per_node)
+    of_ranks = shares(checkpoint, options, nodes, tokens)
+    setup = of_ranks[rank]
     if context:
         check_state(f"--context {context}", setup.rewrites)
     room = _room(sequences, context)
@@ -76,6 +84,8 @@ def plan(
         "waits": dict(_waits(setup.placed)),
         "rank": rank,
         "ranks": ranks,
+        "groups": setup.grouping.groups,
+        "shares": rank_shares.fields_of(of_ranks, nodes, lambda one: _totals(one, tokens, room)),
         "rewrites": [rewrite.name for rewrite in setup.rewrites],
         "block_notes": dict(_block_notes(setup)),
         "predicted": None if setup.sharing is None else _predicted(setup.sharing),
@@ -88,6 +98,15 @@ def plan(
     if json != "-":
         _show(report, setup, tokens, room)
     report.write()
+
+
+def _nodes(ranks: int, ranks_per_node: int | None) -> list[int]:
+    """Return the machine of each rank; the last one may have fewer ranks than the others."""
+    if ranks_per_node is not None and ranks_per_node > ranks:
+        enough = f"give --ranks {ranks_per_node} or more"
+        there = "there is only one rank" if ranks == 1 else f"there are {ranks} ranks"
+        raise Lfm2kitError(f"--ranks-per-node {ranks_per_node}: {there}; {enough}")
+    return [rank // (ranks_per_node or ranks) for rank in range(ranks)]
 
 
 def _predicted(sharing: Sharing) -> dict[str, Any]:
@@ -180,7 +199,8 @@ def _named(needed: Needed) -> dict[str, int]:
 
 def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
     fields = report.fields
-    of_ranks = f", rank {fields['rank']} of {fields['ranks']}" if fields["ranks"] > 1 else ""
+    has_ranks = fields["ranks"] > 1
+    of_ranks = f", rank {fields['rank']} of {fields['ranks']}" if has_ranks else ""
     report.line(f"{setup.checkpoint.path}: {setup.plan}{of_ranks}")
     headings = ("block", "spec", "backend", "memory", "formats", "copy")
     sizes = ("weights", "kept", f"scratch at {tokens} tokens", "state")
@@ -200,6 +220,11 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
         report.line(
             f"{memory}: {weights} of weights as stored, {_taken(total, tokens, room)}{left}"
         )
+    if has_ranks:
+        report.line(
+            f"{fields['ranks']} ranks, {setup.grouping}, with {tokens} tokens at once each:"
+        )
+        rank_shares.show(fields["shares"])
     if pinned := sum(row["pinned_bytes"] for row in fields["blocks"]):
         report.line(f"{HOST.name}: {size(pinned)} of weights pinned, to be copied to a device")
     for bound in memory_limits():

@@ -6,8 +6,8 @@ Whatever is wrong with the command line, a file or this machine is an error here
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,8 @@ from lfm2kit.outputs.files import check_target
 from lfm2kit.outputs.targets import check_apart
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts
-from lfm2kit.ranks.joining import DEFAULT_TRANSPORT
+from lfm2kit.ranks.groups import Grouping
+from lfm2kit.ranks.joining import DEFAULT_TRANSPORT, fitting_alike
 from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.transport import Transport, World
 
@@ -78,6 +79,7 @@ class Prepared:
     plan: Plan  # as it was asked for
     checkpoint: Checkpoint
     setup: Setup
+    in_groups: Callable[[Grouping], Setup]  # the same set-up with other groups of ranks
     inputs: npt.NDArray[np.int32]  # [n, seq_len]
     answers: Path | None
     batch_size: int
@@ -86,7 +88,7 @@ class Prepared:
 
 def prepare(request: Request, transport: Transport | None) -> Prepared:
     """Find and check everything; `Lfm2kitError` says what the user must change."""
-    world = transport.world if transport is not None else World()
+    world = place_of(request, transport)
     check_size(transport, request.ranks)
     if transport is not None or (request.ranks or 1) > 1:
         check_shared(request)
@@ -98,16 +100,46 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
     token_ids = token_ids_of(request, checkpoint)
     answers = answers_of(request, checkpoint)
     recorder = None if request.record_load is None else LoadRecorder()
-    rewrites = [] if recorder is None else [recorder.rewrite()]
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
-    setup = set_up(
+    tokens = min(batch_size, len(token_ids)) * token_ids.shape[1]
+
+    def in_groups(grouping: Grouping | None = None) -> Setup:
+        return set_up(
+            checkpoint,
+            request.options,
+            world=world,
+            transport=transport,
+            rewrites=[] if recorder is None else [recorder.rewrite()],
+            tokens=tokens,
+            grouping=grouping,
+        )
+
+    return Prepared(
+        report,
+        plan,
         checkpoint,
-        request.options,
-        transport=transport,
-        rewrites=rewrites,
-        tokens=min(batch_size, len(token_ids)) * token_ids.shape[1],
+        in_groups(),
+        in_groups,
+        token_ids,
+        answers,
+        batch_size,
+        recorder,
     )
-    return Prepared(report, plan, checkpoint, setup, token_ids, answers, batch_size, recorder)
+
+
+def place_of(request: Request, transport: Transport | None) -> World:
+    """Return this process's place in its job; before there is one, rank 0's on this machine."""
+    if transport is not None:
+        return transport.world
+    return World.of(0, (0,) * (request.ranks or 1))
+
+
+def grouped_alike(prepared: Prepared, transport: Transport | None) -> Prepared:
+    """Return the run in groups in which every rank's share fits; every rank of a job calls this."""
+    if transport is None:
+        return prepared
+    setup = fitting_alike(transport, prepared.setup, prepared.in_groups)
+    return replace(prepared, setup=setup)
 
 
 def check_shared(request: Request) -> None:

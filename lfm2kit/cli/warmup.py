@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -29,8 +30,9 @@ from lfm2kit.cli.rewrite_options import settled
 from lfm2kit.errors import Option
 from lfm2kit.measuring.bench import random_batch
 from lfm2kit.ranks.agreement import Fact, Facts
-from lfm2kit.ranks.joining import DEFAULT_TRANSPORT, facts_of
-from lfm2kit.transport import Transport
+from lfm2kit.ranks.groups import Grouping
+from lfm2kit.ranks.joining import DEFAULT_TRANSPORT, facts_of, fitting_alike
+from lfm2kit.transport import Transport, World
 
 
 @spread
@@ -48,9 +50,12 @@ def warmup(
     report = Report(json if is_first else None)
     with ending_all_ranks(job):
         # On each machine one rank compiles a kernel, while the others wait for it.
-        setup = agreed(job, lambda: _prepared(options, json, report, job, ranks), _facts)
+        prepared = partial(_prepared, options, json, report, job, ranks)
+        setup = agreed(job, prepared, _facts)
         if job is None and (ranks or 1) > 1:
             raise typer.Exit(launched(transport, ranks or 1, sys.argv[1:]))
+        if job is not None:
+            setup = fitting_alike(job, setup, prepared)
         for note in setup.notes() if is_first else ():
             remark(note)
         built = setup.build()
@@ -62,14 +67,20 @@ def warmup(
 
 
 def _prepared(
-    options: Options, json: str | None, report: Report, job: Transport | None, ranks: int | None
+    options: Options,
+    json: str | None,
+    report: Report,
+    job: Transport | None,
+    ranks: int | None,
+    grouping: Grouping | None = None,
 ) -> Setup:
     check_size(job, ranks)
     if job is not None or (ranks or 1) > 1:
         check_same_file(shared_paths(options, json))
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
-    return set_up(checkpoint, options, transport=job)
+    world = job.world if job is not None else World.of(0, (0,) * (ranks or 1))
+    return set_up(checkpoint, options, world=world, transport=job, grouping=grouping)
 
 
 def _facts(setup: Setup) -> Facts:

@@ -11,17 +11,20 @@ import numpy.typing as npt
 
 from lfm2kit import progress
 from lfm2kit.batch import Batch
+from lfm2kit.measuring import exchanged
+from lfm2kit.measuring.exchanged import Exchanged
 from lfm2kit.model import LFM2
-from lfm2kit.transport import Transport, World, share
+from lfm2kit.transport import Sent, Transport, World, share
 
 TOKENS_PER_BATCH = 4096  # by default: enough to be compute-bound, small enough for any machine
 
 
 class Timed(NamedTuple):
-    """The logits [n, vocab_size] of all samples (None but on rank 0), and how long they took."""
+    """The logits [n, vocab_size] of all samples, how long they took, and what ranks exchanged."""
 
-    logits: npt.NDArray[np.float32] | None
+    logits: npt.NDArray[np.float32] | None  # None but on rank 0
     seconds: float
+    exchanged: Exchanged | None = None  # None but on rank 0 of several
 
 
 def default_batch_size(seq_len: int) -> int:
@@ -45,6 +48,7 @@ def run_samples(
     mine = inputs[_slice(share(len(inputs), world.size, world.rank))]
     largest = -(-len(inputs) // world.size)  # samples of the rank that has most
     logits = np.empty((len(mine), model.spec.lm_head.vocab_size), dtype=np.float32)
+    exchanged.begin(model)
     if transport is not None:
         _allow_the_longest(model, inputs[: min(largest, batch_size)], world)
     start = _now(transport)
@@ -52,8 +56,25 @@ def run_samples(
         rows = slice(i * batch_size, (i + 1) * batch_size)
         logits[rows] = model.logits(Batch.of_sequences(list(mine[rows])))
         done(len(mine[rows]))
-    everyone = transport.gather(logits) if transport is not None else logits
-    return Timed(everyone, _now(transport) - start)
+    if transport is None:
+        return Timed(logits, _now(transport) - start)
+    everyone, gather = _gathered(transport, logits, len(inputs))
+    seconds = _now(transport) - start
+    return Timed(everyone, seconds, exchanged.ended(model, transport, gather))
+
+
+def _gathered(
+    transport: Transport, logits: npt.NDArray[np.float32], samples: int
+) -> tuple[npt.NDArray[np.float32] | None, Sent]:
+    """Return the logits of all ranks' samples on rank 0, and what this rank has sent."""
+    size, sent = transport.world.size, Sent()
+    counts = [len(share(samples, size, rank)) for rank in range(size)]
+    start = time.perf_counter()
+    everyone = transport.gather(logits, counts)
+    sent.seconds = time.perf_counter() - start
+    if transport.world.rank > 0:
+        sent.add([len(logits)], logits.itemsize * logits.shape[1])
+    return everyone, sent
 
 
 def _allow_the_longest(model: LFM2, inputs: npt.NDArray[np.int32], world: World) -> None:

@@ -49,10 +49,17 @@ def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:
 
     This is collective: every rank of the job calls it once, before any other operation.
     """
-    reports = _on_first(transport, json.dumps(_packed(report)))
+    reports = on_first(transport, json.dumps(_packed(report)))
     refusal = None if reports is None else compared([_unpacked(r) for r in reports])
     verdict = _from_first(transport, json.dumps(refusal))
     return None if verdict == "null" else Refusal(*json.loads(verdict))
+
+
+def least(transport: Transport, value: int) -> int:
+    """Return the smallest value that a rank brings, on every rank; every rank calls it."""
+    size = transport.world.size
+    everyones, _ = transport.all_to_all(np.full(size, value, np.int64), [1] * size)
+    return int(everyones.min())
 
 
 def compared(reports: Sequence[Facts | Refusal]) -> Refusal | None:
@@ -149,8 +156,8 @@ def _unpacked(text: str) -> Facts | Refusal:
     raise ValueError(f"a rank reported {text[:80]!r}: is it another lfm2kit?")
 
 
-def _on_first(transport: Transport, line: str) -> list[str] | None:
-    """Return every rank's line, in order of rank, on rank 0; None on the others."""
+def on_first(transport: Transport, line: str) -> list[str] | None:
+    """Return every rank's line of ASCII, in order of rank, on rank 0; None on the others."""
     rows = transport.gather(_bytes(f"{line}\n"))
     return None if rows is None else rows.tobytes().decode().splitlines()
 

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, version
 from pathlib import Path
@@ -68,9 +69,12 @@ def of_model(checkpoint: Checkpoint) -> Facts:
     facts["the tensor table"] = Fact(f"{len(tensors)} tensors of {stored} bytes, {table}", place)
     for file in checkpoint.weight_files():
         facts[f"the size of {file.name}"] = Fact(f"{os.path.getsize(file)} bytes", str(file))
-    for block, names in _by_block(tensors).items():
-        samples = (_sample(tensors[name], stored <= WHOLE_MODEL) for name in names)
-        facts[f"the content of {block}"] = Fact(digest(samples), place)
+    is_whole = stored <= WHOLE_MODEL
+    files = checkpoint.files_of("", checkpoint.spec)
+    with nullcontext() if is_whole else files.reading_exactly():
+        for block, names in _by_block(tensors).items():
+            samples = (_sample(tensors[name], is_whole) for name in names)
+            facts[f"the content of {block}"] = Fact(digest(samples), place)
     return facts
 
 

@@ -14,7 +14,8 @@ from lfm2kit.building.plugins import find_transport
 from lfm2kit.errors import BUG, USER_ERROR, WRONG_RESULT, Lfm2kitError
 from lfm2kit.process.interrupts import exit_code
 from lfm2kit.ranks import fingerprints
-from lfm2kit.ranks.agreement import Fact, Facts, agree
+from lfm2kit.ranks.agreement import Fact, Facts, agree, least
+from lfm2kit.ranks.groups import Grouping, groupings
 from lfm2kit.ranks.launchers import started
 from lfm2kit.transport import Launcher, Transport, World
 
@@ -80,6 +81,18 @@ def check_alike(job: Transport, setup: Setup) -> None:
     refusal = agree(job, facts_of(setup))
     if refusal is not None:
         raise Lfm2kitError(refusal.sentence)
+
+
+def fitting_alike(job: Transport, setup: Setup, in_groups: Callable[[Grouping], Setup]) -> Setup:
+    """Return the set-up in groups in which every rank's share fits; every rank calls this.
+
+    A machine may have less memory than the others.
+    """
+    mine, options = len(setup.grouping.groups), setup.options
+    if least(job, mine) == mine:
+        return setup
+    *_, largest = groupings(options.parallel, options.ep_size, job.world, job)
+    return in_groups(largest)
 
 
 def facts_of(setup: Setup, named: Callable[[str], str] = str) -> Facts:

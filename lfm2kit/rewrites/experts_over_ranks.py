@@ -35,7 +35,6 @@ class ExpertParallelMoe(Spec):
     router: Router
     experts: Experts
     owners: tuple[int, ...]  # the rank that holds each expert, [num_experts]
-    rank: int
     kind: ClassVar[str] = "moe"
 
     def parts(self) -> tuple[Part, ...]:
@@ -48,7 +47,7 @@ class ExpertParallelMoe(Spec):
 
     def note(self) -> str:
         held = ids_in_words.experts(self.experts.local_experts)
-        return f"rank {self.rank} holds {held} of {self.experts.num_experts}"
+        return f"this rank holds {held} of {self.experts.num_experts}"
 
 
 def experts_over_ranks(
@@ -56,6 +55,7 @@ def experts_over_ranks(
 ) -> Rewrite:
     """Return the rewrite for rank `world.rank`: all of the model, but only its own experts.
 
+    In a job of several groups, world and transport are those of the rank's group.
     Without `owners`, consecutive experts are shared out evenly.  Without a transport the model can
     be planned, but not built.
     """
@@ -66,7 +66,7 @@ def experts_over_ranks(
             return spec
         owner = tuple(int(rank) for rank in owners(spec.experts.num_experts))
         experts = replace(spec.experts, local_experts=_held_by(world.rank, owner))
-        return ExpertParallelMoe(spec.router, experts, owner, world.rank)
+        return ExpertParallelMoe(spec.router, experts, owner)
 
     def apply(model: Model) -> Model:
         rewritten: Model = replaced(model, parallel)
@@ -108,9 +108,9 @@ def _in_no_job() -> ExchangeOffer:
 class ExpertParallel:
     """The block of `ExpertParallelMoe`: route -> dispatch -> experts -> combine.
 
-    A token goes to each of its experts as a row of its own, and every row's weighted output
-    comes back: the sum over a token's experts is then made here in the order of k, and has the
-    same bits as without expert parallelism.
+    The experts get a row for each token and expert, and every row's weighted output comes back:
+    the sum over a token's experts is then made here in the order of k, and has the same bits as
+    without expert parallelism.
     """
 
     def __init__(self, router: Block, experts: Block, exchange: Exchange) -> None:

@@ -12,6 +12,7 @@ way.  Whatever happens to a rank, no other one waits for it for ever.
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -40,8 +41,15 @@ class ThreadTransport:
     """
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
-        self.world = World(rank, meeting.size, rank, meeting.size)
+        self.world = World.of(rank, meeting.nodes)
         self._meeting = meeting
+
+    def group(self, ranks: Sequence[int]) -> ThreadTransport:
+        """Return a transport of this one's type among `ranks` alone, as `FormsGroups` asks."""
+        group = copy.copy(self)
+        group.world = self.world.within(ranks)
+        group._meeting = self._meeting.group(tuple(ranks), group.world)
+        return group
 
     def everyones(self, value: Any, operation: str = "everyones") -> list[Any]:
         """Return the value that each rank brings to this call, in order of rank.
@@ -51,14 +59,20 @@ class ThreadTransport:
         return self._meeting.swap(self.world.rank, operation, value)
 
     def all_to_all(
-        self, rows: npt.NDArray[Any], send_counts: Sequence[int]
+        self,
+        rows: npt.NDArray[Any],
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int] | None = None,
+        into: npt.NDArray[Any] | None = None,
     ) -> tuple[npt.NDArray[Any], list[int]]:
         counts = self._checked(send_counts, len(rows))
         sent = np.split(rows.copy(), np.cumsum(counts)[:-1])
         everyone = self.everyones(sent, "all_to_all")
         came = [parts[self.world.rank] for parts in everyone]
         _check_alike([parts[0] for parts in everyone])
-        return np.concatenate(came), [len(part) for part in came]
+        came_counts = [len(part) for part in came]
+        _check_expected("all_to_all: receive_counts", receive_counts, came_counts)
+        return np.concatenate(came, out=into), came_counts
 
     def _checked(self, send_counts: Sequence[int], rows: int) -> list[int]:
         counts = list(send_counts)
@@ -68,9 +82,12 @@ class ThreadTransport:
             )
         return counts
 
-    def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+    def gather(
+        self, rows: npt.NDArray[Any], counts: Sequence[int] | None = None
+    ) -> npt.NDArray[Any] | None:
         everyone = self.everyones(rows.copy(), "gather")
         _check_alike(everyone)
+        _check_expected("gather: counts", counts, [len(part) for part in everyone])
         return np.concatenate(everyone) if self.world.rank == 0 else None
 
     def barrier(self) -> None:
@@ -91,18 +108,42 @@ def _check_alike(everyones: Sequence[npt.NDArray[Any]]) -> None:
         raise JobError(f"the ranks bring rows of different forms: {said}", BUG)
 
 
+def _check_expected(name: str, expected: Sequence[int] | None, came: list[int]) -> None:
+    """Raise ValueError if other numbers of rows came than a rank expected."""
+    if expected is not None and list(expected) != came:
+        raise ValueError(f"{name} is {list(expected)}, but {came} rows came")
+
+
 class Meeting:
     """The place where the ranks of a job meet, to get what each one brings."""
 
-    def __init__(self, size: int, patience: float) -> None:
-        self.size = size
-        self._barrier = threading.Barrier(size, timeout=patience)
-        self._brought: list[tuple[str, Any]] = [("", None)] * size
-        self.words = 0  # how often a rank has come: it still grows where all is well
+    def __init__(self, nodes: Sequence[int], patience: float) -> None:
+        self.nodes, self.size = tuple(nodes), len(nodes)
+        self._patience = patience
+        self._barrier = threading.Barrier(self.size, timeout=patience)
+        self._brought: list[tuple[str, Any]] = [("", None)] * self.size
+        self._words = 0
+        self._groups: dict[tuple[int, ...], Meeting] = {}
+        self._making = threading.Lock()
+        self._is_over = False
+
+    @property
+    def words(self) -> int:
+        """Return how often a rank has come, to groups too: it still grows where all is well."""
+        return self._words + sum(group.words for group in list(self._groups.values()))
+
+    def group(self, ranks: tuple[int, ...], world: World) -> Meeting:
+        """Return the place where `ranks` meet without the others, the same one for all of them."""
+        with self._making:
+            if ranks not in self._groups:
+                self._groups[ranks] = Meeting(world.nodes, self._patience)
+                if self._is_over:
+                    self._groups[ranks].end()
+            return self._groups[ranks]
 
     def swap(self, rank: int, operation: str, value: Any) -> list[Any]:
         """Return every rank's value; JobError if the ranks are not in the same operation."""
-        self.words += 1
+        self._words += 1
         self._brought[rank] = operation, value
         self._wait()
         everyone = list(self._brought)
@@ -113,8 +154,12 @@ class Meeting:
         return [value for _, value in everyone]
 
     def end(self) -> None:
-        """End all waiting, now and later."""
+        """End all waiting, now and later, in groups too."""
         self._barrier.abort()
+        with self._making:
+            self._is_over = True
+            for group in self._groups.values():
+                group.end()
 
     def _wait(self) -> None:
         try:
@@ -136,21 +181,27 @@ def run_ranks(
     rank: Callable[[ThreadTransport], T],
     *,
     make: Callable[[int, Meeting], ThreadTransport] = ThreadTransport,
+    nodes: Sequence[int] | None = None,
     patience: float = PATIENCE,
 ) -> list[T]:
     """Run `rank(transport)` in a thread for each of `size` ranks; return what they returned.
 
-    `make` makes a rank's transport, such as a subclass that has an exchange.  If a rank raises, the
-    others end at their next collective operation, and its error is raised here with a note that
-    names the rank.  Raises `JobError` if the ranks do not call the same operations, or if one does
-    not come to an operation, or to its end, within `patience` seconds; ValueError for a `size` that
-    is not a whole number of 1 or more, and a `rank` that is not a function.
+    `make` makes a rank's transport, such as a subclass that has an exchange.  `nodes` are the
+    machines that the ranks are said to be on, [size], by any numbers; by default all are on one.
+    If a rank raises, the others end at their next collective operation, and its error is raised
+    here with a note that names the rank.  Raises `JobError` if the ranks do not call the same
+    operations, or if one does not come to an operation, or to its end, within `patience` seconds;
+    ValueError for a `size` that is not a whole number of 1 or more, `nodes` of another length, and
+    a `rank` that is not a function.
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"run_ranks needs 1 rank or more, not {brief(size)}")
     if not callable(rank):
         raise ValueError(f"run_ranks calls a function for each rank, which {brief(rank)} is not")
-    meeting, ended = Meeting(size, patience), queue.SimpleQueue[Ended]()
+    if nodes is not None and len(nodes) != size:
+        raise ValueError(f"run_ranks needs the machine of each of {size} ranks, not {brief(nodes)}")
+    meeting = Meeting((0,) * size if nodes is None else nodes, patience)
+    ended = queue.SimpleQueue[Ended]()
 
     def run(transport: ThreadTransport) -> None:
         number, result = transport.world.rank, None

@@ -1,6 +1,6 @@
 """Checks of a transport: every rank of a job calls them, and each returns or raises `CheckFailed`.
 
-check_transport(transport)              the collective operations
+check_transport(transport)              the collective operations, in groups too
 check_exchange(transport, memory)       its exchange for blocks in `memory`, or the host's
 """
 
@@ -15,7 +15,15 @@ import numpy.typing as npt
 from lfm2kit.host_exchange import offered
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.testing.verdicts import CheckFailed
-from lfm2kit.transport import Exchange, Traffic, Transport, evenly
+from lfm2kit.transport import (
+    Counted,
+    Exchange,
+    FormsGroups,
+    Traffic,
+    Transport,
+    World,
+    evenly,
+)
 
 Floats = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -28,24 +36,75 @@ HIDDEN_SIZE = 6
 
 
 def check_transport(transport: Transport) -> None:
-    """Check that rows of any type reach the rank they are sent to, in the order of the ranks."""
+    """Check that rows of any type reach the rank they are sent to, in the order of the ranks.
+
+    If the transport `FormsGroups`, its groups are checked in the same way.
+    """
+    _check_operations(transport)
+    if isinstance(transport, FormsGroups):
+        _check_groups(transport)
+
+
+def _check_operations(transport: Transport) -> None:
     for dtype, shape in ROWS:
         _check_all_to_all(transport, np.dtype(dtype), shape)
     _check_gather(transport)
     transport.barrier()
 
 
+def _check_groups(transport: FormsGroups) -> None:
+    """Check that the ranks of a group find each other, and that no other rank has to come."""
+    world = transport.world
+    _check_nodes(transport)
+    for together in _groupings(world.size):
+        mine = next(ranks for ranks in together if world.rank in ranks)
+        group = transport.group(mine)
+        _require(
+            group.world == world.within(mine),
+            f"the world of the group {mine} is {group.world}, and not {world.within(mine)}",
+        )
+        for _ in range(1 + together.index(mine)):  # groups make different numbers of calls
+            _check_operations(group)
+        check_exchange(group)
+        if isinstance(group, FormsGroups):  # and groups of a group
+            _check_operations(group.group([group.world.rank]))
+
+
+def _groupings(size: int) -> Iterator[list[list[int]]]:
+    """Yield ways to share out ranks: halves, every other one, in another order, alone."""
+    ranks = list(range(size))
+    yield [half for half in (ranks[: size // 2], ranks[size // 2 :]) if half]
+    yield [half[::-1] for half in (ranks[::2], ranks[1::2]) if half]
+    yield [ranks[::-1]]
+    yield [[rank] for rank in ranks]
+
+
+def _check_nodes(transport: FormsGroups) -> None:
+    """Check that all ranks see the same machines, and this one its own place on one of them."""
+    world = transport.world
+    _require(len(world.nodes) == world.size, f"{world.size} ranks, but nodes {world.nodes}")
+    place = World.of(world.rank, world.nodes)
+    _require(world == place, f"the world is {world}, and not {place} by its nodes")
+    nodes = np.array([world.nodes] * world.size, np.int32)
+    everyones, _ = transport.all_to_all(nodes, [1] * world.size)
+    _require(bool((everyones == nodes).all()), "the ranks do not see the same nodes")
+
+
 def _check_all_to_all(transport: Transport, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     rank, size = transport.world.rank, transport.world.size
     counts = [(3 * rank + to) % 4 for to in range(size)]  # some are 0
     rows = np.repeat([_marked(dtype, shape, rank, to) for to in range(size)], counts, axis=0)
-    received, came = transport.all_to_all(rows, counts)
-    _require(came == [(3 * source + rank) % 4 for source in range(size)], f"counts {came} came")
-    expected = np.repeat([_marked(dtype, shape, s, rank) for s in range(size)], came, axis=0)
-    _require(
-        received.dtype == dtype and received.tobytes() == expected.tobytes(),
-        f"rows of {dtype} {shape} came in another order, or with other values",
-    )
+    coming = [(3 * source + rank) % 4 for source in range(size)]
+    expected = np.repeat([_marked(dtype, shape, s, rank) for s in range(size)], coming, axis=0)
+    into = np.zeros_like(expected)
+    for known in (), (coming,), (coming, into):
+        received, came = transport.all_to_all(rows, counts, *known)
+        _require(came == coming, f"counts {came} came")
+        _require(
+            received.dtype == dtype and received.tobytes() == expected.tobytes(),
+            f"rows of {dtype} {shape} came in another order, or with other values",
+        )
+    _require(into.tobytes() == expected.tobytes(), "rows did not come into the given array")
 
 
 def _marked(dtype: np.dtype[Any], shape: tuple[int, ...], source: int, to: int) -> Any:
@@ -57,15 +116,16 @@ def _marked(dtype: np.dtype[Any], shape: tuple[int, ...], source: int, to: int) 
 
 def _check_gather(transport: Transport) -> None:
     rank, size = transport.world.rank, transport.world.size
-    everyone = transport.gather(np.full((rank, 2), rank, np.float32))
-    if rank > 0:
-        _require(everyone is None, "gather returned rows on another rank than 0")
-        return
     expected = np.repeat(np.arange(size), np.arange(size))
-    _require(
-        everyone is not None and np.array_equal(everyone, np.c_[expected, expected]),
-        "gather did not return every rank's rows in order of rank",
-    )
+    for known in (), (range(size),):
+        everyone = transport.gather(np.full((rank, 2), rank, np.float32), *known)
+        if rank > 0:
+            _require(everyone is None, "gather returned rows on another rank than 0")
+            continue
+        _require(
+            everyone is not None and np.array_equal(everyone, np.c_[expected, expected]),
+            "gather did not return every rank's rows in order of rank",
+        )
 
 
 class _Tokens(NamedTuple):
@@ -120,6 +180,10 @@ def _check_one(
     _require(ids.shape == weights.shape == (len(x), 1), f"{len(x)} rows, but ids {ids.shape}")
     strange = sorted({int(e) for e in ids.flat if e >= 0 and owners[e] != transport.world.rank})
     _require(not strange, f"rows came for experts {strange}, which other ranks hold")
+    if isinstance(exchange, Counted):
+        came = np.bincount(ids[ids >= 0], minlength=len(owners))
+        counted = exchange.counted().expert_rows
+        _require(np.array_equal(counted, came), f"rows {came} came by expert, counted {counted}")
     products = _products(x, ids, weights)[:, 0]  # NaN in rows of padding
     delta = memory.to_host(exchange.combine(memory.from_host(np.ascontiguousarray(products))))
     expected = _added(_products(*tokens), tokens.expert_ids)

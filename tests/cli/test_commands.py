@@ -340,7 +340,7 @@ def test_plan_shows_a_ranks_share_without_a_job(cli: Cli, monkeypatch: pytest.Mo
         json.loads(cli(*arguments, *more).out) for more in ([], ["--ranks", 4, "--rank", 3])
     )
     assert (share["rank"], share["ranks"], share["rewrites"]) == (3, 4, ["experts-over-ranks"])
-    note = "rank 3 holds experts 12-15 of 16; device <-> host"
+    note = "this rank holds experts 12-15 of 16; device <-> host"
     assert share["block_notes"] == {f"layers.{i}.feed_forward": note for i in range(2, 8)}
     whole, mine = (
         {row["block"]: row["weight_bytes"] for row in fields["blocks"]} for fields in (alone, share)
@@ -355,7 +355,7 @@ def test_plan_shows_a_ranks_share_without_a_job(cli: Cli, monkeypatch: pytest.Mo
     shown = cli("plan", "-b", "reference", "--ranks", 4).out
     assert f"layers.7.feed_forward.experts (12 blocks): waits for its copies: {none_calls}" in shown
     assert "reference, rank 0 of 4" in shown
-    assert "layers.2.feed_forward to layers.7.feed_forward (6 blocks): rank 0 holds" in shown
+    assert "layers.2.feed_forward to layers.7.feed_forward (6 blocks): this rank holds" in shown
     fails(cli("plan", "--ranks", 4, "--rank", 4), "--rank 4: ranks are 0 to 3; give --ranks 5")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lfm2kit.backend import (
     Spec,
     Weights,
 )
+from lfm2kit.building.fitting import RESERVE
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plan import HOST_EXPERTS, KINDS, STREAMED_EXPERTS
@@ -35,7 +36,7 @@ from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.model import JOINS
 from lfm2kit.reference.backend import ReferenceBackend
-from lfm2kit.rewrites import Places
+from lfm2kit.rewrites import Places, SplitExperts, StreamedExperts
 from lfm2kit.rewrites.experts_split import experts_split
 from lfm2kit.testing import random_weights
 from lfm2kit.testing.device import DeviceMemory
@@ -133,8 +134,31 @@ class WholeLayers(ReferenceBackend):
         return block
 
 
-class WholeLayersOnDevice(WholeLayers, DeviceBackend):
-    """The same on a device, where a forward can be captured as well."""
+class Streaming(ReferenceBackend):
+    """A part of a device's backend that says what it takes there, and can stream experts."""
+
+    def why_unsupported(self, spec: Spec) -> str | None:
+        return None if isinstance(spec, StreamedExperts) else super().why_unsupported(spec)
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        return super().build(spec.experts if isinstance(spec, StreamedExperts) else spec, weights)
+
+    def kept_bytes(self, spec: Spec, weights: Weights) -> int:
+        if not isinstance(spec, StreamedExperts):
+            return 4 * spec.weight_elements()
+        slots = spec.slots * spec.experts_per_slot if spec.position == 0 else 0
+        return slots * 4 * spec.experts.expert.weight_elements()
+
+    def scratch_bytes(self, spec: Spec, tokens: int) -> int:
+        return 0
+
+
+class StreamingDevice(Streaming, DeviceBackend):
+    """The reference's blocks on a device."""
+
+
+class WholeLayersOnDevice(Streaming, WholeLayers, DeviceBackend):
+    """Whole layers on a device, where a forward can be captured as well."""
 
 
 # Places where a mixture is built: which backend each name stands for.
@@ -146,7 +170,7 @@ def plugins(*, are_devices_real: bool = True, has_gpu: bool = True) -> Plugins:
     found = installed_plugins()
     on_devices: dict[str, Callable[[], Backend]] = {
         "cuda": lambda: WholeLayersOnDevice(CountingDevice()),
-        "device": lambda: DeviceBackend(CountingDevice()),
+        "device": lambda: StreamingDevice(CountingDevice()),
         "boxed": Boxed,
     }
     on_host: dict[str, Callable[[], Backend]] = {
@@ -184,6 +208,8 @@ class Mixture:
     rewrites: tuple[str, ...] = ()
     n_cpu_moe: int = 0
     places: Mapping[int, Places] = field(default_factory=dict)  # of experts, by layer
+    gpu_memory: str | None = None  # instead of places
+    streamed_experts: int | None = None
     seed: int = 0
 
     @property
@@ -197,6 +223,8 @@ class Mixture:
             precision=self.precision,
             rewrites=self.rewrites,
             n_cpu_moe=self.n_cpu_moe,
+            gpu_memory=self.gpu_memory,
+            streamed_experts=self.streamed_experts,
         )
         there, split = checkpoint(self.seed), experts_split(self.places)
         if any(kind in self.plan for kind in (STREAMED_EXPERTS, HOST_EXPERTS)):
@@ -206,10 +234,21 @@ class Mixture:
     def refusal(self, where: Plugins) -> str | None:
         """Return the sentence with which a set-up is refused, if it is."""
         try:
-            self.set_up(where)
+            shortage = self.set_up(where).shortage()
         except Lfm2kitError as error:
             return str(error)
-        return None
+        return None if shortage is None else str(shortage)
+
+    def placed_as(self, setup: Setup) -> Mixture:
+        """Return the mixture whose experts are where this one's budget has put them in `setup`."""
+        if self.gpu_memory is None:
+            return self
+        places = {
+            int(one.name.split(".")[1]): Places(one.spec.streamed, one.spec.host)
+            for one in setup.placed.tree()
+            if isinstance(one.spec, SplitExperts)
+        }
+        return replace(self, gpu_memory=None, streamed_experts=None, places=places)
 
 
 # What is drawn.
@@ -247,6 +286,21 @@ def splits(draw: st.DrawFn) -> Mapping[int, Places]:
 
 
 @st.composite
+def budgets(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw a limit of a device's memory, too low for all experts, and how many are streamed.
+
+    A model with only some of its blocks there may fit all the same.
+    """
+    leaves = [leaf for layer in SPEC.layers for leaf in specs.leaves(layer)]
+    experts = [leaf.weight_elements() for leaf in leaves if isinstance(leaf, specs.Experts)]
+    whole = 4 * (SPEC.weight_elements() + SPEC.lm_head.weight_elements())
+    least = whole - 4 * sum(experts)
+    limit = draw(st.integers(least, whole)) / (1 - RESERVE)
+    streamed = draw(st.sampled_from([None, None, 0, 1, 3]))
+    return {"gpu_memory": f"{int(limit) + 1}B", "streamed_experts": streamed}
+
+
+@st.composite
 def sequences(draw: st.DrawFn) -> Sequence[Sequence[int]]:
     lengths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=8))
     ids = np.random.default_rng(draw(st.integers(0, 9))).integers(VOCABULARY, size=sum(lengths))
@@ -269,6 +323,7 @@ def mixtures(
     draw: st.DrawFn,
     names: Sequence[str],
     *,
+    have_budgets: bool = False,
     defaults: Sequence[str] = (),
     kinds: Sequence[str] = ("", *KINDS),
     rewrites: Sequence[tuple[str, ...]] = ((), ("trim",), ("slices",), ("trim", "slices")),
@@ -279,6 +334,8 @@ def mixtures(
         items(some, has_sixteen_bits=has_sixteen_bits) for some in (defaults or names, names)
     )
     places = draw(st.one_of(st.just({}), splits()))
+    has_budget = have_budgets and not places and draw(st.booleans())
+    budget = draw(budgets()) if has_budget else {}
     there = [kind for kind in kinds if places or not kind.endswith("_experts")]
     return Mixture(
         plan=",".join([draw(default), *draw(st.lists(rules(other, there), max_size=4))]),
@@ -287,13 +344,15 @@ def mixtures(
         n_cpu_moe=draw(st.sampled_from([0, 0, 0, 1, 2])),
         places=places,
         seed=draw(st.sampled_from([0, 1])),
+        **budget,
     )
 
 
-def crossed_mixtures() -> st.SearchStrategy[Mixture]:
+def crossed_mixtures(*, have_budgets: bool = False) -> st.SearchStrategy[Mixture]:
     """Return a strategy of mixtures that hybrid can capture: others build what it can call."""
     return mixtures(
         ("reference", "cpu_simd", "hybrid", "cuda"),
+        have_budgets=have_budgets,
         defaults=("hybrid",),
         kinds=[kind for kind in KINDS if kind not in ("embed", "norm", "conv", "attn", "operator")],
         rewrites=[(), ("trim",)],

@@ -33,6 +33,8 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("sums", {"VECTOR": 4}, ALL),
     ("sums", {"VECTOR": 1}, ALL),
     ("channel", {}, ALL),
+    ("picking", {"VECTOR": 4}, ALL),
+    ("picking", {"VECTOR": 1}, ALL),
     ("gemm", {"TILE_K": 4, "PASS": 2}, ("sm_75",)),
     ("gemm", {"TILE_K": 8, "PASS": 2}, ("sm_80",)),
     ("gemm", {"TILE_K": 16, "PASS": 4}, ("sm_90a", "sm_100")),

@@ -159,6 +159,35 @@ def test_under_another_launcher_the_line_is_said_and_no_rank_is_left(
     assert done.left == []
 
 
+IN_A_GROUP = ["exits-at-once", "stopped", "loops"]
+
+
+@pytest.fixture(scope="module")
+def ended_in_a_group(plugin: str) -> dict[str, Ended]:
+    """Run jobs of two groups; rank 0 waits for rank 1 in a collective of theirs alone."""
+    late = ["--backend", "reference,3.experts=faulty"]  # after the group's first operations
+    arguments = ["--ranks", "4", "--ep-size", "2", *late]
+
+    def run(fault: str) -> Ended:
+        return job(own_shm(), arguments, plugin, fault)
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(IN_A_GROUP, pool.map(run, IN_A_GROUP), strict=True))
+
+
+@pytest.mark.parametrize("fault", IN_A_GROUP)
+def test_a_fault_in_one_group_ends_the_job_with_one_line_that_names_the_rank(
+    fault: str, ended_in_a_group: dict[str, Ended]
+) -> None:
+    code, line = EXPECTED[fault]
+    done = ended_in_a_group[fault]
+    assert done.code == code, done.err
+    expected = line.replace(BLOCK, WHO + r"layers\.3\.feed_forward\.experts: ")
+    assert re.fullmatch(f"{expected}.*\n", done.err)
+    assert "left: " not in done.out
+    assert done.left == []
+
+
 def test_a_rank_does_not_wait_for_ever_for_one_that_runs_another_command() -> None:
     """Without rank 0 nobody watches, and MPI's start lets no thread run."""
     other, waiting = [*LFM2KIT, "plan"], [*LFM2KIT, *RUN]

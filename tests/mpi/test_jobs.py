@@ -42,17 +42,44 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return samples.read_answers(path)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+# MPICH then takes even and odd ranks for those of two machines.
+TWO_MACHINES = {"MPIR_CVAR_ODD_EVEN_CLIQUES": "1"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more", "environment", "groups"),
+    [
+        (2, [], {}, [[0, 1]]),
+        (3, [], {}, [[0, 1, 2]]),
+        (4, [], {}, [[0, 1, 2, 3]]),
+        (4, [], TWO_MACHINES, [[0, 2], [1, 3]]),
+        (2, ["--parallel", "dp"], {}, [[0], [1]]),
+    ],
+    ids=["2", "3", "4", "4-on-two-machines", "2-each-with-all-experts"],
+)
 def test_the_logits_of_several_ranks_have_the_bits_of_one(
-    ranks: int, alone: Any, tmp_path: Path
+    ranks: int,
+    more: list[str],
+    environment: dict[str, str],
+    groups: list[list[int]],
+    alone: Any,
+    tmp_path: Path,
 ) -> None:
+    mpi = subprocess.run([find_mpiexec(), "--version"], capture_output=True, text=True).stdout
+    if environment and "HYDRA" not in mpi:
+        pytest.skip("only MPICH can be told that ranks are on several machines")
     path = tmp_path / "outputs.bin"
     done = lfm2kit(
         "run", "-v", "-n", "21", "--ranks", str(ranks), "--backend", "cpu_simd",
-        "--batch-size", "4", "--threads", "1", "--outputs", str(path), "--json", "-",
+        "--batch-size", "4", "--threads", "1", "--outputs", str(path), "--json", "-", *more,
+        **environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ranks"] == ranks
+    record = json.loads(done.stdout)
+    assert (record["ranks"], record["groups"]) == (ranks, groups)
+    for layer in record["exchanged"]["layers"]:
+        assert sum(layer["rows_by_expert"]) == sum(layer["rows_by_rank"]) == 21 * 16 * 4
+    assert "of the time waiting for others" in done.stderr
     assert "VALID" in done.stderr.splitlines()
     np.testing.assert_array_equal(samples.read_answers(path), alone)
 

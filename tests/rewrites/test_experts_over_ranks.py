@@ -52,9 +52,9 @@ def assert_same_bits(spec: specs.Model, size: int, owners: Owners | None = None)
         assert np.array_equal(there, expected)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_every_rank_gets_the_bits_that_one_process_gives(size: int) -> None:
-    assert_same_bits(small_spec(), size)
+@pytest.mark.parametrize(("size", "experts"), [(1, 5), (2, 5), (3, 33), (4, 12), (8, 12)])
+def test_every_rank_gets_the_bits_that_one_process_gives(size: int, experts: int) -> None:
+    assert_same_bits(small_spec(num_experts=experts), size)
 
 
 def test_more_ranks_than_experts_leave_one_without_any() -> None:
@@ -114,9 +114,9 @@ def test_a_rank_says_which_experts_it_holds() -> None:
         assert isinstance(layer, specs.Layer)
         return layer.feed_forward.note()
 
-    assert note(0, 0, 0, 1, 0, rank=0) == "rank 0 holds experts 0-2, 4 of 5"
-    assert note(0, 0, 0, 1, 0, rank=1) == "rank 1 holds expert 3 of 5"
-    assert note(0, 0, 0, 1, 0, rank=2) == "rank 2 holds no experts of 5"
+    assert note(0, 0, 0, 1, 0, rank=0) == "this rank holds experts 0-2, 4 of 5"
+    assert note(0, 0, 0, 1, 0, rank=1) == "this rank holds expert 3 of 5"
+    assert note(0, 0, 0, 1, 0, rank=2) == "this rank holds no experts of 5"
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["trim first", "trim last"])

@@ -129,7 +129,7 @@ class OfAnotherSize:
         return 0
 
     def connect(self) -> ThreadTransport:
-        return ThreadTransport(0, Meeting(2, 1.0))
+        return ThreadTransport(0, Meeting((0, 0), 1.0))
 
 
 def test_a_job_of_another_size_is_a_breach() -> None:

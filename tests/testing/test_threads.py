@@ -23,8 +23,30 @@ def test_the_collective_operations_are_those_of_a_transport(size: int) -> None:
 
 def test_results_come_in_the_order_of_the_ranks() -> None:
     assert run_ranks(3, lambda transport: transport.world) == [
-        World(rank, 3, rank, 3) for rank in range(3)
+        World(rank, 3, rank, 3, (0, 0, 0)) for rank in range(3)
     ]
+
+
+def test_ranks_may_be_said_to_be_on_several_machines() -> None:
+    worlds = run_ranks(3, lambda transport: transport.world, nodes=[8, 3, 8])
+    assert worlds == [
+        World(0, 3, 0, 2, (0, 1, 0)), World(1, 3, 0, 1, (0, 1, 0)), World(2, 3, 1, 2, (0, 1, 0)),
+    ]  # fmt: skip
+    assert worlds[2].within([1, 2]) == World(1, 2, 0, 1, (0, 1))
+    with pytest.raises(ValueError, match=r"the machine of each of 3 ranks, not \[0\]"):
+        run_ranks(3, lambda transport: None, nodes=[0])
+
+
+def test_a_rank_that_raises_ends_those_that_wait_for_others_in_a_group() -> None:
+    def rank(transport: ThreadTransport) -> None:
+        if transport.world.rank == 2:
+            raise ValueError("no such token")
+        pair = transport.group([0, 1] if transport.world.rank < 2 else [2, 3])
+        while True:
+            pair.barrier()
+
+    with pytest.raises(ValueError, match="no such token"):
+        run_ranks(4, rank)
 
 
 def test_what_a_rank_sends_may_change_afterwards() -> None:
@@ -94,7 +116,7 @@ def test_ranks_that_hang_outside_an_operation_are_ended(size: int) -> None:
 
 
 def test_ranks_that_come_now_and_then_are_waited_for() -> None:
-    meeting = Meeting(1, WAITS_BRIEFLY)
+    meeting = Meeting([0], WAITS_BRIEFLY)
 
     class Slow(queue.SimpleQueue[Ended]):
         """Has nothing for longer than the patience, three times, while the rank goes on."""
@@ -120,6 +142,14 @@ def test_no_ranks_are_refused(size: Any) -> None:
 def test_counts_that_do_not_fit_the_rows_are_refused(counts: list[int]) -> None:
     with pytest.raises(ValueError, match=r"send_counts is .*, for 4 rows and 2 ranks"):
         run_ranks(2, lambda transport: transport.all_to_all(np.zeros((4, 2)), counts))
+
+
+def test_rows_that_do_not_come_as_expected_are_refused() -> None:
+    rows = np.zeros((4, 2))
+    with pytest.raises(ValueError, match=r"receive_counts is \[3, 1\], but \[2, 2\] rows came"):
+        run_ranks(2, lambda transport: transport.all_to_all(rows, [2, 2], [3, 1]))
+    with pytest.raises(ValueError, match=r"gather: counts is \[3, 4\], but \[4, 4\] rows came"):
+        run_ranks(2, lambda transport: transport.gather(rows, [3, 4]))
 
 
 @pytest.mark.parametrize("other", [np.zeros((4, 3)), np.zeros((4, 2), np.int32)])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfm2kit.host_exchange import HostExchange
+from lfm2kit.host_exchange import Buffers, HostExchange
 from lfm2kit.memory import Memory
 from lfm2kit.testing import (
     CheckFailed,
@@ -17,7 +17,8 @@ from lfm2kit.testing import (
     check_transport,
     run_ranks,
 )
-from lfm2kit.transport import ExchangeOffer, Rows, Traffic
+from lfm2kit.testing.threads import Meeting
+from lfm2kit.transport import ExchangeOffer, JobError, Rows, Traffic, World
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -28,8 +29,8 @@ def test_the_exchange_of_every_transport_keeps_the_contract(size: int) -> None:
 class Reversing(ThreadTransport):
     """Delivers the rows of the last rank first."""
 
-    def all_to_all(self, rows: Any, send_counts: Sequence[int]) -> Any:
-        received, counts = super().all_to_all(rows, send_counts)
+    def all_to_all(self, rows: Any, send_counts: Sequence[int], *known: Any) -> Any:
+        received, counts = super().all_to_all(rows, send_counts, *known)
         parts = np.split(received, np.cumsum(counts)[:-1])
         return np.concatenate(parts[::-1]), counts
 
@@ -37,15 +38,24 @@ class Reversing(ThreadTransport):
 class Miscounting(ThreadTransport):
     """Says that every rank has sent what rank 0 has."""
 
-    def all_to_all(self, rows: Any, send_counts: Sequence[int]) -> Any:
-        received, counts = super().all_to_all(rows, send_counts)
+    def all_to_all(self, rows: Any, send_counts: Sequence[int], *known: Any) -> Any:
+        received, counts = super().all_to_all(rows, send_counts, *known)
         return received, [counts[0]] * len(counts)
+
+
+class Elsewhere(ThreadTransport):
+    """Returns the rows, but not in the array that was given for them."""
+
+    def all_to_all(
+        self, rows: Any, send_counts: Any, receive_counts: Any = None, into: Any = None
+    ) -> Any:
+        return super().all_to_all(rows, send_counts, receive_counts)
 
 
 class Scattering(ThreadTransport):
     """Gathers on every rank."""
 
-    def gather(self, rows: Any) -> Any:
+    def gather(self, rows: Any, counts: Any = None) -> Any:
         return np.concatenate(self.everyones(rows.copy()))
 
 
@@ -54,6 +64,7 @@ class Scattering(ThreadTransport):
     [
         (Reversing, "came in another order"),
         (Miscounting, "counts .* came"),
+        (Elsewhere, "rows did not come into the given array"),
         (Scattering, "gather returned rows on another rank than 0"),
     ],
 )
@@ -62,13 +73,85 @@ def test_a_broken_transport_is_caught(broken: Any, says: str) -> None:
         run_ranks(3, check_transport, make=broken)
 
 
+class Whole(ThreadTransport):
+    """Gives all ranks where some are asked for."""
+
+    def group(self, ranks: Sequence[int]) -> ThreadTransport:
+        return self
+
+
+class Sorting(ThreadTransport):
+    """Numbers a group's ranks as the job does, in whatever order they are asked for."""
+
+    def group(self, ranks: Sequence[int]) -> ThreadTransport:
+        return super().group(sorted(ranks))
+
+
+class Gathering(ThreadTransport):
+    """Lets a group's ranks wait for all others."""
+
+    def group(self, ranks: Sequence[int]) -> ThreadTransport:
+        group = super().group(ranks)
+        group.barrier = self.barrier  # type: ignore[method-assign]
+        return group
+
+
+class OnAnyNode(ThreadTransport):
+    """Does not say which ranks share a machine."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        super().__init__(rank, meeting)
+        self.world = self.world._replace(nodes=())
+
+
+class OnOtherNodes(ThreadTransport):
+    """Says something else on each rank."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        super().__init__(rank, meeting)
+        self.world = World.of(rank, [0 if rank == 0 else 3, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (Whole, r"the world of the group \[.*\] is World"),
+        (Sorting, r"the world of the group \[2, 0\] is World"),
+        (OnAnyNode, r"3 ranks, but nodes \(\)"),
+        (OnOtherNodes, "the ranks do not see the same nodes"),
+    ],
+)
+def test_broken_groups_are_caught(broken: Any, says: str) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        run_ranks(3, check_transport, make=broken)
+
+
+def test_a_group_that_waits_for_other_ranks_is_caught() -> None:
+    with pytest.raises(JobError, match="no word within 1 s"):
+        run_ranks(3, check_transport, make=Gathering, patience=1)
+
+
+@pytest.mark.parametrize("nodes", [[0, 0, 1, 1], [7, 5, 7, 5], [0, 1, 2, 3], [0, 1, 1, 1]])
+def test_groups_keep_the_contract_wherever_ranks_are(nodes: list[int]) -> None:
+    run_ranks(4, check_transport, nodes=nodes)
+
+
+def test_a_transport_need_not_form_groups() -> None:
+    class Plain(ThreadTransport):
+        group = None  # type: ignore[assignment]
+
+    run_ranks(2, check_transport, make=Plain)
+
+
 class ByRank(HostExchange):
     """Adds a token's products in the order of their experts' ranks, not of k."""
 
     def combine(self, products: Any) -> Any:
+        places = self._home.places
         returned, _ = self._transport.all_to_all(products, self._received)
-        delta = np.zeros((len(self._expert_ids), products.shape[1]), np.float32)
-        np.add.at(delta, self._pairs // self._expert_ids.shape[1], returned)
+        tokens = np.argsort(places, axis=None)[: len(returned)] // places.shape[1]
+        delta = np.zeros((len(places), products.shape[1]), np.float32)
+        np.add.at(delta, tokens, returned)
         return delta
 
 
@@ -82,10 +165,17 @@ class SendingNobodys(HostExchange):
 class Misrouting(HostExchange):
     """Sends each token to the next rank."""
 
-    def __init__(self, transport: Any, traffic: Traffic) -> None:
+    def __init__(self, transport: Any, traffic: Traffic, buffers: Buffers) -> None:
         size = transport.world.size
         owners = tuple((owner + 1) % size for owner in traffic.owners)
-        super().__init__(transport, traffic._replace(owners=owners))
+        super().__init__(transport, traffic._replace(owners=owners), buffers)
+
+
+class CountingOn(HostExchange):
+    """Does not begin again at 0 after it was asked for its counts."""
+
+    def counted(self) -> Any:
+        return self._counts
 
 
 class NotClearing(HostExchange):
@@ -95,10 +185,11 @@ class NotClearing(HostExchange):
 
     def combine(self, products: Any) -> Any:
         returned, _ = self._transport.all_to_all(products, self._received)
-        tokens, k = self._expert_ids.shape
+        tokens, k = self._home.places.shape
         if self.buffer is None or len(self.buffer) < tokens * k:
             self.buffer = np.full((tokens * k, products.shape[1]), np.float32(-0.0))
-        self.buffer[self._pairs] = returned
+        pairs = np.argsort(self._home.places, axis=None, kind="stable")[: len(returned)]
+        self.buffer[pairs] = returned
         by_k = self.buffer[: tokens * k].reshape(tokens, k, products.shape[1])
         delta = by_k[:, 0].copy()
         for column in range(1, k):
@@ -124,7 +215,7 @@ class LeavingPadding(HostExchange):
 def offering(create: Callable[..., HostExchange]) -> type[ThreadTransport]:
     class Offering(ThreadTransport):
         def exchange_in(self, memory: Memory) -> ExchangeOffer | None:
-            return ExchangeOffer(memory, lambda traffic: create(self, traffic))
+            return ExchangeOffer(memory, lambda traffic: create(self, traffic, Buffers()))
 
     return Offering
 
@@ -135,6 +226,7 @@ def offering(create: Callable[..., HostExchange]) -> type[ThreadTransport]:
         (ByRank, "the products added in the order of k"),
         (SendingNobodys, "the products added in the order of k"),
         (Misrouting, "which other ranks hold"),
+        (CountingOn, "rows .* came by expert, counted"),
         (NotClearing, "the products added in the order of k"),
         (LeavingPadding, "the products added in the order of k"),
     ],

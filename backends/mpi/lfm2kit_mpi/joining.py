@@ -40,7 +40,7 @@ def _of_our_job(size: int) -> MpiTransport:
     streams.through_the_hub(watch)
     watch.start()
     with _told(watch):
-        transport: MpiTransport = _start_mpi(size).MpiTransport(watch)
+        transport: MpiTransport = _start_mpi(size).of_this_job(watch)
     return transport
 
 
@@ -54,7 +54,7 @@ def _of_another_job(size: int) -> MpiTransport:
     if hub is None and mpi.rank() == 0:  # a launcher whose variables are not known
         hub = start_hub(size)
     hub = mpi.from_rank_0(hub)
-    transport: MpiTransport = mpi.MpiTransport(watch or _watched(mpi.rank(), hub))
+    transport: MpiTransport = mpi.of_this_job(watch or _watched(mpi.rank(), hub))
     return transport
 
 

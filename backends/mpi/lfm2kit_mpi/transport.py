@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,60 +34,81 @@ def from_rank_0(value: Any) -> Any:
     return MPI.COMM_WORLD.bcast(value)
 
 
-class MpiTransport:
-    """The ranks of MPI's COMM_WORLD, each of them watched."""
+def of_this_job(watch: Watch) -> MpiTransport:
+    """Return the transport among all ranks of this job."""
+    job = MPI.COMM_WORLD
+    # Not rank // n: launchers may number the ranks of one machine in any way.
+    local = job.Split_type(MPI.COMM_TYPE_SHARED)
+    nodes = job.allgather(local.bcast(job.Get_rank()))
+    local.Barrier()
+    if local.Get_rank() == 0:
+        drop_names()
+    return MpiTransport(watch, World.of(job.Get_rank(), nodes), lambda: job)
 
-    def __init__(self, watch: Watch) -> None:
-        self.comm = MPI.COMM_WORLD
+
+class MpiTransport:
+    """Ranks of MPI's COMM_WORLD, each of them watched."""
+
+    def __init__(self, watch: Watch, world: World, make: Callable[[], MPI.Intracomm]) -> None:
         self.watch = watch
-        # Not rank % n: launchers may number the ranks of one machine in any way.
-        local = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        rank, size = self.comm.Get_rank(), self.comm.Get_size()
-        self.world = World(rank, size, local.Get_rank(), local.Get_size())
-        local.Barrier()
-        if self.world.local_rank == 0:
-            drop_names()
+        self.world = world
+        self._make = make  # the communicator, for which all of its ranks have to come
+
+    @cached_property
+    def comm(self) -> MPI.Intracomm:
+        return self._make()
+
+    def group(self, ranks: Sequence[int]) -> MpiTransport:
+        def make() -> MPI.Intracomm:
+            return self.comm.Create_group(self.comm.Get_group().Incl(list(ranks)))
+
+        return MpiTransport(self.watch, self.world.within(ranks), make)
 
     def all_to_all(
-        self, rows: npt.NDArray[Any], send_counts: Sequence[int]
+        self,
+        rows: npt.NDArray[Any],
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int] | None = None,
+        into: npt.NDArray[Any] | None = None,
     ) -> tuple[npt.NDArray[Any], list[int]]:
         with self.watch.waiting_in("all_to_all"):
-            return self._exchanged(rows, send_counts)
+            if receive_counts is None:
+                receive_counts = self._swapped(send_counts)
+            received = _empty_like(rows, receive_counts) if into is None else into
+            with _row_type(rows) as row:
+                self.comm.Alltoallv(
+                    [rows, (list(send_counts), _starts(send_counts)), row],
+                    [received, (list(receive_counts), _starts(receive_counts)), row],
+                )
+        return received, list(receive_counts)
 
-    def _exchanged(
-        self, rows: npt.NDArray[Any], send_counts: Sequence[int]
-    ) -> tuple[npt.NDArray[Any], list[int]]:
-        counts = [int(count) for count in self.comm.alltoall(list(send_counts))]
-        received = np.empty((sum(counts), *rows.shape[1:]), rows.dtype)
-        row = _row_type(rows)
-        try:
-            self.comm.Alltoallv(
-                [rows, (list(send_counts), _starts(send_counts)), row],
-                [received, (counts, _starts(counts)), row],
-            )
-        finally:
-            row.Free()
-        return received, counts
+    def _swapped(self, counts: Sequence[int]) -> list[int]:
+        """Send each rank its number, and return those that came."""
+        received = np.empty(len(counts), np.int32)
+        self.comm.Alltoall(np.array(counts, np.int32), received)
+        return [int(count) for count in received]
 
-    def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+    def gather(
+        self, rows: npt.NDArray[Any], counts: Sequence[int] | None = None
+    ) -> npt.NDArray[Any] | None:
+        rows = np.ascontiguousarray(rows)
         with self.watch.waiting_in("gather"):
-            return self._gathered(rows)
-
-    def _gathered(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-        counts = self.comm.gather(len(rows))
-        row = _row_type(rows)
-        try:
             if counts is None:
-                self.comm.Gatherv([np.ascontiguousarray(rows), len(rows), row], None)
-                return None
-            everyone = np.empty((sum(counts), *rows.shape[1:]), rows.dtype)
-            self.comm.Gatherv(
-                [np.ascontiguousarray(rows), len(rows), row],
-                [everyone, (counts, _starts(counts)), row],
-            )
-            return everyone
-        finally:
-            row.Free()
+                counts = self._on_rank_0(len(rows))
+            with _row_type(rows) as row:
+                if self.world.rank > 0:
+                    self.comm.Gatherv([rows, len(rows), row], None)
+                    return None
+                everyone = _empty_like(rows, counts)
+                into = [everyone, (list(counts), _starts(counts)), row]
+                self.comm.Gatherv([rows, len(rows), row], into)
+                return everyone
+
+    def _on_rank_0(self, count: int) -> list[int]:
+        """Return each rank's number, in order of rank, on rank 0; zeros elsewhere."""
+        received = np.zeros(self.world.size, np.int32)
+        self.comm.Gather(np.array([count], np.int32), received)
+        return [int(count) for count in received]
 
     def barrier(self) -> None:
         with self.watch.waiting_in("barrier"):
@@ -99,11 +123,21 @@ class MpiTransport:
         self.watch.abort(exit_code, reason, details)
 
 
-def _row_type(rows: npt.NDArray[Any]) -> MPI.Datatype:
-    """Return a type for a whole row: counts of bytes would pass 2^31 at a few hundred MB."""
+@contextmanager
+def _row_type(rows: npt.NDArray[Any]) -> Iterator[MPI.Datatype]:
+    """Yield a type for a whole row: counts of bytes would pass 2^31 at a few hundred MB."""
     nbytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
-    return MPI.BYTE.Create_contiguous(nbytes).Commit()
+    row = MPI.BYTE.Create_contiguous(nbytes).Commit()
+    try:
+        yield row
+    finally:
+        row.Free()
+
+
+def _empty_like(rows: npt.NDArray[Any], counts: Sequence[int]) -> npt.NDArray[Any]:
+    """Return memory for all ranks' rows."""
+    return np.empty((sum(counts), *rows.shape[1:]), rows.dtype)
 
 
 def _starts(counts: Sequence[int]) -> list[int]:
-    return [sum(counts[:i]) for i in range(len(counts))]
+    return [0, *accumulate(counts)][:-1]

@@ -1,0 +1,113 @@
+"""The host's exchange counts what it sends, sends a token to a rank once, and keeps its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit.host_exchange import Buffers, HostExchange
+from lfm2kit.testing import ThreadTransport, run_ranks
+from lfm2kit.transport import Traffic, evenly
+
+TOKENS, EXPERTS, K = 128, 32, 4
+
+
+def uniform(rank: int, tokens: int = TOKENS) -> Any:
+    """Return ids [tokens, K] of a router that prefers no expert."""
+    return np.random.default_rng(rank).random((tokens, EXPERTS)).argsort(axis=1)[:, :K]
+
+
+def of_one_expert(rank: int) -> Any:
+    return np.full((TOKENS, 1), 5)
+
+
+def of_rank_0_alone(rank: int) -> Any:
+    return uniform(rank, 0 if rank else TOKENS)
+
+
+def with_nobodys(rank: int) -> Any:
+    ids = uniform(rank)
+    ids[::3, 1:], ids[1::3] = -1, -1
+    return ids
+
+
+def called(transport: ThreadTransport, ids: Any, hidden_size: int = 1024) -> Any:
+    """Dispatch tokens and combine their rows, and return what was counted."""
+    traffic = Traffic(hidden_size, ids.shape[1], tuple(evenly(transport.world.size, EXPERTS)))
+    exchange = HostExchange(transport, traffic, Buffers())
+    x = np.full((len(ids), hidden_size), transport.world.rank, np.float32)
+    rows = exchange.dispatch(x, ids.astype(np.int32), np.ones(ids.shape, np.float32))
+    exchange.combine(rows.x)
+    return exchange.counted()
+
+
+@pytest.mark.parametrize("ids_of", [uniform, of_one_expert, of_rank_0_alone, with_nobodys])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_what_is_counted_follows_from_the_routing(size: int, ids_of: Any) -> None:
+    owners = [*evenly(size, EXPERTS), size]  # of the id -1: nobody
+    pairs = np.zeros((size, size), int)  # (token, expert) pairs of a rank, by the expert's rank
+    rows = np.zeros((size, size), int)
+    for rank in range(size):
+        for ids in ids_of(rank):
+            to = [owners[e] for e in ids if e >= 0]
+            np.add.at(pairs[rank], to, 1)
+            np.add.at(rows[rank], list(set(to)), 1)
+    asked = np.concatenate([ids_of(rank).ravel() for rank in range(size)])
+    everyones = run_ranks(size, lambda t: called(t, ids_of(t.world.rank), 16))
+    for rank, counted in enumerate(everyones):
+        sent, back = (np.delete(a, rank) for a in (rows[rank], pairs[:, rank]))
+        header = 2 * 4 * ids_of(rank).shape[1]
+        assert counted.dispatch.messages == np.count_nonzero(sent)
+        assert counted.dispatch.rows == sent.sum()
+        assert counted.dispatch.bytes == sent.sum() * (64 + header)
+        assert counted.dispatch.header_bytes == sent.sum() * header
+        assert counted.combine.messages == np.count_nonzero(back)
+        assert (counted.combine.rows, counted.combine.bytes) == (back.sum(), 64 * back.sum())
+        assert counted.combine.header_bytes == 0
+        assert (counted.counts.messages, counted.counts.bytes) == (size - 1, 4 * (size - 1))
+        assert counted.copied_rows == sent.sum() + pairs[:, rank].sum() + pairs[rank].sum()
+        assert counted.expert_rows.sum() == pairs[:, rank].sum()
+    by_expert = sum(counted.expert_rows for counted in everyones)
+    assert np.array_equal(by_expert, np.bincount(asked[asked >= 0], minlength=EXPERTS))
+
+
+def test_a_token_goes_to_a_rank_once_and_headers_are_small() -> None:
+    """Of 4 ranks, a token of uniform routing concerns 2.11 others, and 3.0 of its experts."""
+    everyones = run_ranks(4, lambda t: called(t, uniform(t.world.rank)))
+    rows = sum(counted.dispatch.rows for counted in everyones)
+    assert rows <= 2.2 * 4 * TOKENS < sum(counted.combine.rows for counted in everyones)
+    legs = [leg for c in everyones for leg in (c.counts, c.dispatch, c.combine)]
+    assert sum(leg.header_bytes for leg in legs) <= 0.02 * sum(leg.bytes for leg in legs)
+
+
+def test_the_layers_of_a_model_share_memory_that_is_allocated_once() -> None:
+    def rank(transport: ThreadTransport) -> Any:
+        buffers, places = Buffers(), []
+        traffic = Traffic(64, K, tuple(evenly(2, EXPERTS)))
+        layers = [HostExchange(transport, traffic, buffers) for _ in range(2)]
+        for tokens in (TOKENS, 1, TOKENS):
+            ids = uniform(transport.world.rank, tokens).astype(np.int32)
+            for layer in layers:
+                x = np.ones((tokens, 64), np.float32)
+                rows = layer.dispatch(x, ids, np.ones(ids.shape, np.float32))
+                places.append(rows.x.ctypes.data)
+                assert not np.shares_memory(layer.combine(rows.x), rows.x)
+        return places
+
+    for places in run_ranks(2, rank):
+        assert len(set(places)) == 1
+
+
+def test_what_is_counted_is_told_once() -> None:
+    def rank(transport: ThreadTransport) -> Any:
+        traffic = Traffic(8, 1, tuple(evenly(2, EXPERTS)))
+        exchange = HostExchange(transport, traffic, Buffers())
+        ids, weights = np.full((3, 1), 31, np.int32), np.ones((3, 1), np.float32)
+        for _ in range(2):
+            exchange.combine(exchange.dispatch(np.ones((3, 8), np.float32), ids, weights).x)
+        first, again = exchange.counted(), exchange.counted()
+        return first.dispatch.rows, first.expert_rows.sum(), again.dispatch.rows, again.copied_rows
+
+    assert run_ranks(2, rank) == [(6, 0, 0, 0), (0, 12, 0, 0)]

@@ -1,0 +1,104 @@
+"""What a plan says of each rank of a job is what the rank then holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lfm2kit.building.loading import EMBEDDED, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.memory import HostMemory
+from lfm2kit.ranks.groups import NO_ROOM
+from lfm2kit.ranks.shares import shares
+from lfm2kit.testing import ThreadTransport, run_ranks
+from tests.checkpoint.typed import Cli
+
+TINY = open_checkpoint(EMBEDDED / "tiny", [])
+OPTIONS = Options(backend="cpu_simd")
+
+
+@pytest.mark.parametrize("nodes", [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 2, 3]])
+def test_every_rank_is_planned_as_it_is_in_a_job(nodes: list[int]) -> None:
+    def kept(setup: Any) -> tuple[Any, ...]:
+        leaves = list(setup.placed.leaves())
+        return setup.grouping, setup.sizes.needed(leaves, 64), setup.placed.spec.parameters()
+
+    def rank(transport: ThreadTransport) -> Any:
+        return kept(set_up(TINY, OPTIONS, transport=transport))
+
+    assert list(map(kept, shares(TINY, OPTIONS, nodes, 64))) == run_ranks(4, rank, nodes=nodes)
+
+
+def test_the_plan_shows_groups_experts_and_memory_of_each_rank(cli: Cli) -> None:
+    plan = ("plan", "-b", "cpu_simd", "--ranks", 4, "--ranks-per-node", 2, "--context", 32)
+    fields = json.loads(cli(*plan, "--rank", 3, "--json", "-").out)
+    assert fields["groups"] == [[0, 1], [2, 3]]
+    first, second, third, fourth = fields["shares"]
+    assert [share["rank"] for share in fields["shares"]] == [0, 1, 2, 3]
+    assert [share["machine"] for share in fields["shares"]] == [0, 0, 1, 1]
+    assert first["experts"] == {f"layers.{i}": list(range(8)) for i in range(2, 8)}
+    assert (third["group"], third["experts"]) == ([2, 3], first["experts"])
+    assert (
+        second["experts"]
+        == fourth["experts"]
+        == {f"layers.{i}": list(range(8, 16)) for i in range(2, 8)}
+    )
+    assert fourth["memories"] == fields["totals"]
+    assert fields["totals"]["host"]["state_bytes"] > 0
+    shown = cli(*plan).out
+    assert "4 ranks, experts in groups of 2, with 2048 tokens at once each:" in shown
+    rows = [line.split() for line in shown.splitlines()]
+    assert [row[:5] for row in rows if row[4:5] == ["host"] and row[0].isdigit()] == [
+        ["0", "0", "0-1", "0-7", "host"],
+        ["1", "0", "0-1", "8-15", "host"],
+        ["2", "1", "2-3", "0-7", "host"],
+        ["3", "1", "2-3", "8-15", "host"],
+    ]
+
+
+def test_a_process_alone_has_no_table_of_ranks(cli: Cli) -> None:
+    assert "ranks" not in cli("plan", "-b", "reference").out
+
+
+def test_the_plan_knows_every_way_to_share_out_experts(cli: Cli) -> None:
+    def groups(*more: object) -> Any:
+        return json.loads(cli("plan", "-b", "reference", "--json", "-", *more).out)["groups"]
+
+    assert groups() == [[0]]
+    assert groups("--ranks", 4) == [[0, 1, 2, 3]]
+    assert groups("--ranks", 4, "--parallel", "dp") == [[0], [1], [2], [3]]
+    assert groups("--ranks", 4, "--ep-size", 2) == [[0, 1], [2, 3]]
+    assert groups("--ranks", 4, "--ranks-per-node", 1) == [[0], [1], [2], [3]]
+    assert groups("--ranks", 4, "--ranks-per-node", 1, "--parallel", "ep") == [[0, 1, 2, 3]]
+    assert groups("--ranks", 4, "--ranks-per-node", 3) == [[0, 1, 2], [3]]
+
+
+def test_if_one_share_does_not_fit_all_ranks_share_the_experts(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three ranks and one, the one would hold all experts."""
+    monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 4_600_000)
+    plan = ("plan", "-b", "cpu_simd", "--tokens", 1, "--ranks", 4, "--ranks-per-node", 3)
+    fields = json.loads(cli(*plan, "--json", "-").out)
+    assert fields["groups"] == [[0, 1, 2, 3]]
+    assert fields["shortage"] is None
+    assert any(note.endswith(NO_ROOM) for note in fields["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ranks-per-node", 4], ["there is only one rank; give --ranks 4 or more"]),
+        (["--ranks", 4, "--ranks-per-node", 5], ["there are 4 ranks; give --ranks 5 or more"]),
+        (["--ranks", 4, "--ranks-per-node", 0], ["--ranks-per-node 0: expected a whole number"]),
+        (["--ranks", 0], ["--ranks 0: expected a whole number"]),
+        (["--ranks", 4, "--rank", 4], ["--rank 4: ranks are 0 to 3; give --ranks 5"]),
+    ],
+)
+def test_ranks_that_cannot_be_are_one_line(
+    cli: Cli, arguments: list[object], words: list[str]
+) -> None:
+    cli("plan", "-b", "reference", *arguments).assert_fails(*words)
