@@ -2,6 +2,7 @@
 # The graded command:  ./run.sh -v
 # Makes .venv and installs lfm2kit into it the first time, then runs `lfm2kit run` with your
 # arguments:  ./run.sh -v -n 128 --backend hybrid
+# On several nodes, which Slurm allocates where there is one:  NODES=4 ./run.sh -v
 set -euo pipefail
 root="$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)"
 source "$root/scripts/environment.sh"
@@ -10,4 +11,9 @@ ensure_environment "$root" run
 blocked=(env --block-signal=INT,TERM,HUP)
 "${blocked[@]}" true 2>/dev/null || blocked=()
 # Not .venv/bin/lfm2kit, whose first line cannot name every path.
-exec ${blocked[@]+"${blocked[@]}"} "$root/.venv/bin/python" -P -m lfm2kit run "$@"
+command=(${blocked[@]+"${blocked[@]}"} "$root/.venv/bin/python" -P -m lfm2kit run)
+if [ -n "${NODES:-}" ]; then
+  source "$root/scripts/nodes.sh"
+  on_nodes "$NODES" "${command[@]}"
+fi
+exec "${command[@]}" "$@"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lfm2kit.errors import Lfm2kitError
     from lfm2kit.hookspecs import Command, Wrapper, hookimpl
     from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade, Precision
+    from lfm2kit.ranks.joining import joined_job
     from lfm2kit.rewrites import Rewrite
     from lfm2kit.state import Room
     from lfm2kit.transport import TransportPlugin
@@ -35,6 +36,7 @@ else:
         "TransportPlugin": "transport",
         "Wrapper": "hookspecs",
         "hookimpl": "hookspecs",
+        "joined_job": "ranks.joining",
         "load_model": "building.loading",
     }
 
@@ -67,6 +69,7 @@ __all__ = [
     "TransportPlugin",
     "Wrapper",
     "hookimpl",
+    "joined_job",
     "load_model",
 ]
 __version__ = "0.1.0"

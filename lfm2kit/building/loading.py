@@ -33,6 +33,7 @@ from lfm2kit.model import JOINS, LFM2, can_capture
 from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.ranks.groups import Grouping, groupings
+from lfm2kit.ranks.joining import check_alike, fitting_alike, refuse_copies
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
 from lfm2kit.specs import Spec
@@ -321,17 +322,32 @@ def _set_up(
     return whole if options.gpu_memory is None else fitted(whole, tokens)
 
 
-def load_model(model: str | Path, backend: str | None = None, **options: Any) -> LFM2:
+def load_model(
+    model: str | Path,
+    backend: str | None = None,
+    *,
+    job: Transport | None = None,
+    independent: bool = False,
+    **options: Any,
+) -> LFM2:
     """Return the model at a path (or an embedded model's name), its blocks from a plan.
 
     model = load_model("tiny", "reference,2-4.moe=cpu_simd", threads=4)
     logits = model.logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))
 
     Without a `backend` and a `plan` (the path of a TOML file) every block is `auto`'s.
-    `options` are other fields of `lfm2kit.building.options.Options`.  Raise `Lfm2kitError` for
+    `options` are other fields of `lfm2kit.building.options.Options`.
+
+    A rank of a job gives the `job` of `lfm2kit.joined_job`, and gets its share of the model.  All
+    ranks then make the same number of forwards, perhaps of no sequences.  One of several processes
+    that does not give its job is refused, unless each is meant to be `independent`.
+
+    Raise `Lfm2kitError` for
     anything that the user must change.  Warn about doubtful checkpoints, such as two sets of
     weights in one folder.
     """
+    if job is None and not independent:
+        refuse_copies()
     plugins = installed_plugins()
     _check_names(options, plugins)
     name = os.fspath(model) if isinstance(model, os.PathLike) else model
@@ -340,7 +356,16 @@ def load_model(model: str | Path, backend: str | None = None, **options: Any) ->
     checkpoint = open_checkpoint(find_model(asked.model), readers, seed=asked.seed or 0)
     for remark in checkpoint.remarks:
         warnings.warn(remark, stacklevel=2)
-    return set_up(checkpoint, asked, plugins=plugins).build()
+    transport = job if job is not None and job.world.size > 1 else None
+
+    def in_groups(grouping: Grouping | None = None) -> Setup:
+        return set_up(checkpoint, asked, transport=transport, plugins=plugins, grouping=grouping)
+
+    setup = in_groups()
+    if transport is not None:
+        check_alike(transport, setup)
+        setup = fitting_alike(transport, setup, in_groups)
+    return setup.build()
 
 
 def _check_names(options: Iterable[str], plugins: Plugins) -> None:

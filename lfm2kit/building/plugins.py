@@ -39,7 +39,18 @@ if TYPE_CHECKING:
 GROUP = "lfm2kit"
 # lfm2kit's own commands, which no plugin may take.
 COMMANDS = frozenset(
-    ("backends", "bench", "calibrate", "convert", "env", "plan", "run", "specs", "warmup")
+    [
+        "backends",
+        "bench",
+        "calibrate",
+        "convert",
+        "env",
+        "plan",
+        "run",
+        "specs",
+        "transports",
+        "warmup",
+    ]
 )
 METHODS = ("why_unsupported", "memory", "build")  # that every backend has
 ALLOW_LIST = "LFM2KIT_PLUGINS"  # comma-separated entry-point names; "none" for none

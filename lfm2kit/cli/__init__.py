@@ -18,6 +18,7 @@ from lfm2kit.cli.plugin_commands import CONTEXT, Commands
 from lfm2kit.cli.ranks import RanksCommand
 from lfm2kit.cli.run import run
 from lfm2kit.cli.specs import specs
+from lfm2kit.cli.transports import transports
 from lfm2kit.cli.warmup import warmup
 
 app = typer.Typer(
@@ -30,10 +31,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command(cls=RanksCommand)(run)
+for ranked in (run, warmup):
+    app.command(cls=RanksCommand)(ranked)
 app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
-for command in (bench, calibrate, convert, specs, warmup, env):
+app.add_typer(transports, name="transports")
+for command in (bench, calibrate, convert, specs, env):
     app.command(cls=PlainCommand)(command)
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.backend import Context
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins, installed_plugins
-from lfm2kit.cli.console import Report, only_said, progress, show_table
+from lfm2kit.cli.console import Report, progress, show_table
 from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, spread
-from lfm2kit.errors import WRONG_RESULT
 from lfm2kit.text import indented
 
 # The options that say which model is set up; a check makes its own.
@@ -63,6 +61,7 @@ def check(
     json: JsonOption = None,
 ) -> None:
     """Run the conformance suite on a backend, and exit with code 1 if it fails."""
+    from lfm2kit.cli.verdicts import conclude
     from lfm2kit.testing.runner import run_checks, selected
 
     report = Report(json)
@@ -72,23 +71,7 @@ def check(
     with progress(f"checking {name}", len(ids), "checks") as advance:
         context = Context(options.precision, options.threads)
         results = run_checks(name, plugins, context, only=ids, done=lambda _: advance(1))
-    if json != "-":
-        show_table(
-            [(result.id, result.verdict, result.detail) for result in results],
-            Column("check", no_wrap=True),  # to be copied into --only
-            Column("verdict", no_wrap=True),
-            Column("detail"),
-            title=f"conformance of '{name}'",
-            box=SIMPLE_HEAD,
-        )
-    failed = [result.id for result in results if result.verdict == "failed"]
-    counts = {v: sum(r.verdict == v for r in results) for v in ("passed", "failed", "skipped")}
-    report.line(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    report.fields = {"backend": name, **counts, "results": [r._asdict() for r in results]}
-    with only_said(when=bool(failed)):
-        report.write()
-    if failed:
-        raise typer.Exit(WRONG_RESULT)
+    conclude(report, "backend", name, results)
 
 
 def _description(plugins: Plugins) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import csv
 import enum
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -18,8 +18,9 @@ from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import BACKEND_VARIABLE, About, Options
 from lfm2kit.building.plan import AUTO
 from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.cli import scaling
 from lfm2kit.cli.console import Report, complain, progress, remark
-from lfm2kit.cli.options import OF_RANKS, Without, flags, open_model, spread
+from lfm2kit.cli.options import OF_RANKS, TransportOption, Without, flags, open_model, spread
 from lfm2kit.cli.rewrite_options import check_state, option_of
 from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.measuring.bench import (
@@ -32,7 +33,9 @@ from lfm2kit.measuring.bench import (
     measured_ceilings,
     single_blocks,
 )
+from lfm2kit.measuring.scaling import Job
 from lfm2kit.memory import HOST
+from lfm2kit.ranks.joining import DEFAULT_TRANSPORT
 from lfm2kit.text import printable
 
 # A share of a call's time.  On idle cores calls waited for 0.09 of their time at most; with one
@@ -54,7 +57,7 @@ class Form(enum.StrEnum):
 
 @spread
 def bench(
-    options: Annotated[Options, Without(("backend", "plan", "n_cpu_moe", *OF_RANKS))],
+    options: Annotated[Options, Without(("backend", "plan", "n_cpu_moe"))],
     backend: Annotated[
         list[str] | None,
         flags(
@@ -88,20 +91,38 @@ def bench(
     repetitions: Annotated[
         int, flags("repetitions", About("Timed calls of each row of the table.", least=1))
     ] = 5,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,...",
+            help="Compare these numbers of ranks, each in jobs of its own. \\[default: no job]",
+        ),
+    ] = None,
+    transport: TransportOption = DEFAULT_TRANSPORT,
     output: Annotated[
         Form, typer.Option("-o", "--output", metavar="|".join(Form), help="Format of the table.")
     ] = Form.md,
 ) -> None:
     """Measure a model or its blocks, and compare the medians with this machine's ceilings."""
-    samples = _whole_numbers(n)
+    samples = _whole_numbers("-n", n, "1,16,64")
     bounds.check_tokens(max(samples), seq_len)
     if decode and block:
         raise Lfm2kitError("--decode measures the whole model; leave out --block")
     if options.rewrites and block:
         option = option_of(options.rewrites[0])
         raise Lfm2kitError(f"--block measures blocks of the model as it is; leave out {option}")
-    checkpoint, seed = open_model(options), options.seed or 0
     plans = backend or [_default_plan()]
+    if ranks is not None:
+        if decode or block:
+            raise Lfm2kitError("--ranks measures the whole model; leave out --decode and --block")
+        sizes = _whole_numbers("--ranks", ranks, "1,2,4")
+        jobs = [Job(plan, size, n) for plan in plans for n in samples for size in sizes]
+        _bench_jobs(options, jobs, seq_len, repetitions, transport, output)
+        return
+    for name in OF_RANKS:
+        if getattr(options, name) != Options.__dataclass_fields__[name].default:
+            raise Lfm2kitError(f"--{name.replace('_', '-')} needs --ranks, such as --ranks 1,2,4")
+    checkpoint, seed = open_model(options), options.seed or 0
     setups = [set_up(checkpoint, replace(options, backend=plan)) for plan in plans]
     if decode:
         check_state("--decode", setups[0].rewrites)
@@ -119,12 +140,34 @@ def bench(
         with progress("measuring", total, "calls") as advance:
             measured = measure(contenders, repetitions, ceilings, lambda: advance(1))
     rows = [_row(checkpoint, m, options) for m in measured]
-    _print(rows, output)
+    _print(rows, _texts, output)
     _warn_of_waiting(measured, setups)
     for plan, ceiling in ceilings.items():
         gflops, gbytes = ceiling.flops / 1e9, ceiling.bytes / 1e9
         remark(f"{plan}: this machine's ceilings: {gflops:.0f} GFLOP/s FMA, {gbytes:.1f} GB/s read")
-    _end_where_not_finite(measured)
+    _end_where_not_finite(
+        {f"{m.contender.backend}: {m.contender.test}": m.is_finite for m in measured}
+    )
+
+
+def _bench_jobs(
+    options: Options,
+    jobs: Sequence[Job],
+    seq_len: int,
+    repetitions: int,
+    transport: str,
+    output: Form,
+) -> None:
+    """Measure jobs, and print a table of them."""
+    checkpoint = open_model(options)
+    measured = scaling.scaled(options, jobs, seq_len, repetitions, transport)
+    for note in scaling.notes(measured):
+        remark(note)
+    rows = scaling.rows(checkpoint, options, measured, seq_len)
+    _print(rows, scaling.texts, output)
+    _end_where_not_finite(
+        {f"{row['backend']}: {row['test']} on {row['ranks']} ranks": row["finite"] for row in rows}
+    )
 
 
 def _default_plan() -> str:
@@ -185,11 +228,12 @@ def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> N
         )
 
 
-def _end_where_not_finite(measured: Sequence[Measured]) -> None:
+def _end_where_not_finite(are_finite: Mapping[str, bool]) -> None:
     """End with one line and exit code 1 if a result had NaN or infinities."""
-    wrong = [f"{m.contender.backend}: {m.contender.test}" for m in measured if not m.is_finite]
+    wrong = [row for row, is_finite in are_finite.items() if not is_finite]
     if wrong:
-        complain(f"the results are not finite in {len(wrong)} of {len(measured)} rows ({wrong[0]})")
+        rows = f"{len(wrong)} of {len(are_finite)} rows"
+        complain(f"the results are not finite in {rows} ({wrong[0]})")
         raise typer.Exit(WRONG_RESULT)
 
 
@@ -216,13 +260,17 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _print(rows: Sequence[dict[str, Any]], form: Form) -> None:
+def _print(
+    rows: Sequence[dict[str, Any]],
+    in_texts: Callable[[dict[str, Any]], dict[str, str]],
+    form: Form,
+) -> None:
     if form is Form.json:
         report = Report("-")
         report.fields = {"results": list(rows)}
         report.write()
         return
-    texts = [_texts(row) for row in rows]
+    texts = [in_texts(row) for row in rows]
     table = [list(texts[0]), *([printable(t) for t in row.values()] for row in texts)]
     if form is Form.csv:
         csv.writer(sys.stdout).writerows(table)
@@ -233,13 +281,15 @@ def _print(rows: Sequence[dict[str, Any]], form: Form) -> None:
         print("| " + " | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + " |")
 
 
-def _whole_numbers(text: str) -> list[int]:
+def _whole_numbers(option: str, text: str, example: str) -> list[int]:
     try:
         numbers = [int(item) for item in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise Lfm2kitError(f"-n {text}: expected whole numbers of 1 or more, such as 1,16,64")
+        raise Lfm2kitError(
+            f"{option} {text}: expected whole numbers of 1 or more, such as {example}"
+        )
     if max(numbers) > bounds.COUNT:
-        raise Lfm2kitError(f"-n {text}: lfm2kit takes up to {bounds.COUNT}")
+        raise Lfm2kitError(f"{option} {text}: lfm2kit takes up to {bounds.COUNT}")
     return numbers

@@ -63,6 +63,14 @@ def _whole(name: str, about: About, text: str) -> int:
 
 JSON = About("Also write the result as JSON; - means stdout.", metavar="FILE|-")
 JsonOption = Annotated[str | None, flags("json", JSON)]
+RANKS = About("Number of processes that share samples and experts.", least=1)
+RanksOption = Annotated[int | None, flags("ranks", RANKS)]
+TRANSPORT = About("How ranks exchange data, as `lfm2kit backends` lists it.", metavar="NAME")
+TransportOption = Annotated[str, flags("transport", TRANSPORT)]
+IndependentOption = Annotated[
+    bool,
+    typer.Option("--independent", help="Run alone, even if a launcher started several copies."),
+]
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ Whatever is wrong with the command line, a file or this machine is an error here
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.checkpoint.file_kinds import check_regular, is_of_this_process
 from lfm2kit.cli.console import Report
 from lfm2kit.cli.flags import flag
-from lfm2kit.cli.options import JSON, files_of, open_model
-from lfm2kit.cli.ranks import DEFAULT_TRANSPORT
+from lfm2kit.cli.options import JSON, RANKS, TRANSPORT, files_of, open_model
+from lfm2kit.cli.ranks import check_size
 from lfm2kit.cli.rewrite_options import settled as settled_rewrites
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.measuring import samples
@@ -31,8 +31,9 @@ from lfm2kit.measuring.running import default_batch_size
 from lfm2kit.outputs.files import check_target
 from lfm2kit.outputs.targets import check_apart
 from lfm2kit.ranks import fingerprints
-from lfm2kit.ranks.agreement import Fact, Facts, least
-from lfm2kit.ranks.groups import Grouping, groupings
+from lfm2kit.ranks.agreement import Fact, Facts
+from lfm2kit.ranks.groups import Grouping
+from lfm2kit.ranks.joining import DEFAULT_TRANSPORT, fitting_alike
 from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.transport import Transport, World
 
@@ -65,12 +66,8 @@ class Request:
     record_load: Path | None = option(
         None, "Where to write how many tokens chose each expert.", words="nowhere", metavar="FILE"
     )
-    ranks: int | None = option(None, "Number of processes that share samples and experts.", least=1)
-    transport: str = option(
-        DEFAULT_TRANSPORT,
-        "How ranks exchange data, as `lfm2kit backends` lists it.",
-        metavar="NAME",
-    )
+    ranks: int | None = field(default=None, metadata={"about": RANKS})
+    transport: str = field(default=DEFAULT_TRANSPORT, metadata={"about": TRANSPORT})
     json: str | None = field(default=None, metadata={"about": JSON})
 
 
@@ -92,10 +89,7 @@ class Prepared:
 def prepare(request: Request, transport: Transport | None) -> Prepared:
     """Find and check everything; `Lfm2kitError` says what the user must change."""
     world = place_of(request, transport)
-    if transport is not None and request.ranks not in (None, world.size):
-        raise Lfm2kitError(
-            f"--ranks {request.ranks}, but this job has {world.size}; leave --ranks out here"
-        )
+    check_size(transport, request.ranks)
     if transport is not None or (request.ranks or 1) > 1:
         check_shared(request)
     report = Report(request.json if world.rank == 0 else None)
@@ -141,35 +135,42 @@ def place_of(request: Request, transport: Transport | None) -> World:
 
 
 def grouped_alike(prepared: Prepared, transport: Transport | None) -> Prepared:
-    """Return the run in groups in which every rank's share fits; every rank of a job calls this.
-
-    A machine may have less memory than the others.
-    """
+    """Return the run in groups in which every rank's share fits; every rank of a job calls this."""
     if transport is None:
         return prepared
-    mine, options = len(prepared.setup.grouping.groups), prepared.setup.options
-    if least(transport, mine) == mine:
-        return prepared
-    *_, largest = groupings(options.parallel, options.ep_size, transport.world, transport)
-    return replace(prepared, setup=prepared.in_groups(largest))
+    setup = fitting_alike(transport, prepared.setup, prepared.in_groups)
+    return replace(prepared, setup=setup)
 
 
 def check_shared(request: Request) -> None:
-    """Raise `Lfm2kitError` if a path leads to another file in each process of a job.
+    """Raise `Lfm2kitError` if a path leads to another file in each process of a job."""
+    check_same_file(
+        {
+            **shared_paths(request.options, request.json),
+            "--inputs": request.inputs,
+            "--answers": request.answers,
+            "--outputs": request.outputs,
+            "--record-load": request.record_load,
+        }
+    )
+
+
+def shared_paths(options: Options, json: str | None) -> dict[str, Path | None]:
+    """Return the paths that these options name, by option."""
+    return {
+        "--model": Path(options.model),
+        "--plan": options.plan,
+        "--rates": options.rates,
+        "--load": options.load,
+        "--json": None if json is None else Path(json),
+    }
+
+
+def check_same_file(paths: Mapping[str, Path | None]) -> None:
+    """Raise `Lfm2kitError` if a path leads to another file in each process.
 
     What a rank has open under that number may be its connection to the others.
     """
-    paths = {
-        "--model": Path(request.options.model),
-        "--plan": request.options.plan,
-        "--rates": request.options.rates,
-        "--load": request.options.load,
-        "--inputs": request.inputs,
-        "--answers": request.answers,
-        "--outputs": request.outputs,
-        "--record-load": request.record_load,
-        "--json": None if request.json is None else Path(request.json),
-    }
     for name, path in paths.items():
         if path is not None and is_of_this_process(path):
             raise Lfm2kitError(

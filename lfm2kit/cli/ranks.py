@@ -23,11 +23,10 @@ from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitEr
 from lfm2kit.process.interrupts import exit_code
 from lfm2kit.process.streams import READER_GONE, ReaderGone
 from lfm2kit.ranks.agreement import Facts, Refusal, agree
+from lfm2kit.ranks.joining import DEFAULT_TRANSPORT
 from lfm2kit.ranks.launchers import Started, started
 from lfm2kit.text import indented
 from lfm2kit.transport import JobError, Launcher, Transport
-
-DEFAULT_TRANSPORT = "mpi"
 
 T = TypeVar("T")
 
@@ -72,6 +71,14 @@ def _refuse_copies(others: Started) -> NoReturn:
         f"ranks of one job: each would run everything; {others.launcher.advice}, or give "
         "--independent if that is what you want"
     )
+
+
+def check_size(job: Transport | None, ranks: int | None) -> None:
+    """Raise `Lfm2kitError` if other `ranks` are asked for than those of the job."""
+    if job is not None and ranks not in (None, job.world.size):
+        raise Lfm2kitError(
+            f"--ranks {ranks}, but this job has {job.world.size}; leave --ranks out here"
+        )
 
 
 def refuse(sentence: str, name: str = DEFAULT_TRANSPORT) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from lfm2kit import progress as steps
 from lfm2kit.building.options import About
-from lfm2kit.cli.options import flags, spread
+from lfm2kit.cli.options import IndependentOption, flags, spread
 from lfm2kit.cli.performing import perform
 from lfm2kit.cli.preparing import Request, facts_of, grouped_alike, prepare
 from lfm2kit.cli.ranks import agreed, ending_all_ranks, joined_job, launched
@@ -19,10 +19,7 @@ from lfm2kit.errors import WRONG_RESULT
 @spread
 def run(
     request: Request,
-    independent: Annotated[
-        bool,
-        typer.Option("--independent", help="Run alone, even if a launcher started several copies."),
-    ] = False,
+    independent: IndependentOption = False,
     deadline: Annotated[
         int,
         flags(

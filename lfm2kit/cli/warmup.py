@@ -2,33 +2,105 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from functools import partial
 from typing import Annotated
 
-from lfm2kit.building.loading import set_up
+import typer
+
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.cli.console import Report, remark
-from lfm2kit.cli.options import JsonOption, Without, files_of, open_model, spread
+from lfm2kit.cli.flags import flag
+from lfm2kit.cli.options import (
+    REWRITES,
+    IndependentOption,
+    JsonOption,
+    RanksOption,
+    TransportOption,
+    Without,
+    files_of,
+    open_model,
+    spread,
+)
+from lfm2kit.cli.preparing import check_same_file, shared_paths
+from lfm2kit.cli.ranks import agreed, check_size, ending_all_ranks, joined_job, launched
+from lfm2kit.cli.rewrite_options import settled
+from lfm2kit.errors import Option
 from lfm2kit.measuring.bench import random_batch
+from lfm2kit.ranks.agreement import Fact, Facts
+from lfm2kit.ranks.groups import Grouping
+from lfm2kit.ranks.joining import DEFAULT_TRANSPORT, facts_of, fitting_alike
+from lfm2kit.transport import Transport, World
 
 
 @spread
-def warmup(options: Annotated[Options, Without(("seed",))], json: JsonOption = None) -> None:
+def warmup(
+    options: Annotated[Options, Without(("seed",))],
+    ranks: RanksOption = None,
+    transport: TransportOption = DEFAULT_TRANSPORT,
+    independent: IndependentOption = False,
+    json: JsonOption = None,
+) -> None:
     """Compile the kernels that a plan needs, so that later runs start faster."""
-    report = Report(json)
     start = time.perf_counter()
+    job = None if independent else joined_job(transport)
+    is_first = job is None or job.world.rank == 0
+    report = Report(json if is_first else None)
+    with ending_all_ranks(job):
+        # On each machine one rank compiles a kernel, while the others wait for it.
+        prepared = partial(_prepared, options, json, report, job, ranks)
+        setup = agreed(job, prepared, _facts)
+        if job is None and (ranks or 1) > 1:
+            raise typer.Exit(launched(transport, ranks or 1, sys.argv[1:]))
+        if job is not None:
+            setup = fitting_alike(job, setup, prepared)
+        for note in setup.notes() if is_first else ():
+            remark(note)
+        built = setup.build()
+        built.logits(random_batch(1, 2, built.spec.embed_tokens.vocab_size, seed=0))
+        if job is not None:
+            job.barrier()
+        if is_first:
+            _conclude(setup, time.perf_counter() - start, report)
+
+
+def _prepared(
+    options: Options,
+    json: str | None,
+    report: Report,
+    job: Transport | None,
+    ranks: int | None,
+    grouping: Grouping | None = None,
+) -> Setup:
+    check_size(job, ranks)
+    if job is not None or (ranks or 1) > 1:
+        check_same_file(shared_paths(options, json))
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
-    setup = set_up(checkpoint, options)
-    for note in setup.notes():
-        remark(note)
-    built = setup.build()
-    built.logits(random_batch(1, 2, built.spec.embed_tokens.vocab_size, seed=0))
-    seconds = time.perf_counter() - start
-    report.line(f"{setup.plan}: ready after {seconds:.1f} s")
+    world = job.world if job is not None else World.of(0, (0,) * (ranks or 1))
+    return set_up(checkpoint, options, world=world, transport=job, grouping=grouping)
+
+
+def _facts(setup: Setup) -> Facts:
+    """Return what the ranks must have in common, options by what users type."""
+    facts = dict(facts_of(setup, lambda name: flag(Option(name))))
+    facts.pop(flag(Option(REWRITES)))
+    for name, value in settled(setup.options.rewrites).items():
+        is_given = "given" if value else "not given"
+        facts[name] = Fact(value if isinstance(value, str) else is_given)
+    return facts
+
+
+def _conclude(setup: Setup, seconds: float, report: Report) -> None:
+    ranks = setup.world.size
+    on = f" on {ranks} ranks" if ranks > 1 else ""
+    report.line(f"{setup.plan}: ready{on} after {seconds:.1f} s")
     report.fields = {
         "backend": str(setup.plan),
         "precision": setup.precision_of(setup.placed),
+        "ranks": ranks,
         "seconds": seconds,
     }
     report.write()

@@ -7,6 +7,8 @@
     def test_conformance(check):
         check()
 
+    lfm2kit transports check mine                                the same for a transport
+
     DeviceMemory(delay=1e-4)                                     a device that is a thread
     check_transport(transport)                                   on every rank of a job
     run_ranks(3, rank)                                           ranks as threads of one process

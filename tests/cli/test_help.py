@@ -18,7 +18,9 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", ["", *sorted(COMMANDS), "backends list", "backends check"])
+@pytest.mark.parametrize(
+    "words", ["", *sorted(COMMANDS), "backends list", "backends check", "transports check"]
+)
 def test_flags_and_options_show_what_to_type(
     words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

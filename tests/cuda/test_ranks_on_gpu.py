@@ -13,7 +13,7 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
 
-from lfm2kit_mpi.launcher import _flags, find_mpiexec
+from lfm2kit_mpi.launcher import find_mpiexec, flags_for, version_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +30,7 @@ def job(
 ) -> subprocess.CompletedProcess[str]:
     """Run a job whose ranks see these devices: each string is a CUDA_VISIBLE_DEVICES."""
     mpiexec = find_mpiexec()
-    command = [mpiexec, *_flags(mpiexec)]
+    command = [mpiexec, *flags_for(version_of(mpiexec), 2)]
     for i, devices in enumerate(visible):
         separator = [":"] if i else []
         command += [*separator, "-n", "1", "env", f"CUDA_VISIBLE_DEVICES={devices}"]

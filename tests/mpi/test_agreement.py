@@ -15,7 +15,7 @@ from tests.mpi.test_rank_command import CONSOLE_SCRIPT
 
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
 
-from lfm2kit_mpi.launcher import _flags, find_mpiexec
+from lfm2kit_mpi.launcher import find_mpiexec, flags_for, version_of
 
 pytestmark = pytest.mark.mpi
 RUN = [CONSOLE_SCRIPT, "run", "-n", "4", "--backend", "reference"]
@@ -24,7 +24,7 @@ A_WHILE = 60  # seconds: ranks that wait for each other take longer
 
 def job(*ranks: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a job with a command line for each rank, as a user's own mpiexec starts it."""
-    command = [find_mpiexec(), *_flags(find_mpiexec())]
+    command = [find_mpiexec(), *flags_for(version_of(find_mpiexec()), 2)]
     for words in ranks:
         command += ["-n", "1", *words, ":"]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}

@@ -155,3 +155,33 @@ def test_what_c_libraries_print_stays_out_of_the_result(is_ours: bool) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ranks"] == 2
+
+
+def test_the_transport_passes_its_own_conformance_check() -> None:
+    ids = ["exchange", "exit-code", "abort"]
+    done = lfm2kit("transports", "check", "mpi", "--only", ",".join(ids), "--json", "-")
+    assert done.returncode == 0, done.stdout
+    assert [(r["id"], r["verdict"]) for r in json.loads(done.stdout)["results"]] == [
+        (name, "passed") for name in ids
+    ]
+
+
+def test_a_check_inside_a_job_is_refused_in_one_line() -> None:
+    done = lfm2kit("transports", "check", "mpi", PMI_SIZE="2", PMI_RANK="0")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "this is a rank of a job of 2; the checks start jobs themselves" in done.stderr
+
+
+def test_a_benchmark_of_ranks_says_where_their_time_went() -> None:
+    done = lfm2kit("bench", "--ranks", "1,2", "-n", "4", "-r", "1", "-b", "reference", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    alone, both = json.loads(done.stdout)["results"]
+    assert (alone["ranks"], both["ranks"]) == (1, 2)
+    assert sum(both["parts"].values()) == pytest.approx(both["median_seconds"])
+    assert both["parts"]["exchange"] > 0 == alone["parts"]["exchange"]
+
+
+def test_a_job_of_a_benchmark_that_fails_is_one_line() -> None:
+    done = lfm2kit("bench", "--ranks", "2", "-n", "4", "-b", "nosuch")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "lfm2kit: error: unknown backend 'nosuch'" in done.stderr

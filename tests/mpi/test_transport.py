@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
 
-from lfm2kit_mpi.launcher import MpiLauncher, find_mpiexec
+from lfm2kit_mpi.launcher import MpiLauncher, find_mpiexec, flags_for
 from lfm2kit_mpi.library import fits
 
 from tests.mpi.test_faults import LETS_ANYONE_RUN
@@ -131,6 +131,27 @@ def test_the_environment_says_whether_this_is_a_job(
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     assert MpiLauncher().world_size() == size
+
+
+@pytest.mark.parametrize(
+    ("version", "nodes", "ranks", "flags"),
+    [
+        ("HYDRA build details", None, 4, ""),
+        ("HYDRA build details", 1, 4, ""),
+        ("HYDRA build details", 4, 4, "-ppn 1"),
+        ("HYDRA build details", 4, 6, "-ppn 2"),
+        ("mpirun (Open MPI) 5.0.9", None, 4, "--oversubscribe"),
+        ("mpirun (Open MPI) 5.0.9", 4, 6, "--oversubscribe --map-by ppr:2:node"),
+    ],
+)
+def test_ranks_are_spread_evenly_over_an_allocation(
+    version: str, nodes: int | None, ranks: int, flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+    if nodes is not None:
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(nodes))
+    assert " ".join(flags_for(version, ranks)) == flags
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,18 @@ class MpiLauncher:
         from lfm2kit_mpi.job import run_job  # here: plugins are imported by every command
 
         _check_cores(ranks)
-        mpiexec = find_mpiexec()
-        command = [mpiexec, *_flags(mpiexec), "-n", str(ranks), *rank_command(arguments)]
-        return run_job(command, ranks)
+        return run_job(on_ranks(ranks, rank_command(arguments)), ranks)
 
     def connect(self) -> Transport:
         from lfm2kit_mpi.joining import join
 
         return join(self.world_size() or 1)
+
+
+def on_ranks(ranks: int, command: Sequence[str]) -> list[str]:
+    """Return the command that starts `command` as each of `ranks` ranks."""
+    mpiexec = find_mpiexec()
+    return [mpiexec, *flags_for(version_of(mpiexec), ranks), "-n", str(ranks), *command]
 
 
 def _check_cores(ranks: int) -> None:
@@ -71,9 +75,26 @@ def find_mpiexec() -> str:
     return found
 
 
-def _flags(mpiexec: str) -> list[str]:
-    """Open MPI refuses root, and more ranks than cores, unless told."""
+def version_of(mpiexec: str) -> str:
+    """Return what an mpiexec says of itself."""
     said = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False)
-    if "Open MPI" not in said.stdout and "OpenRTE" not in said.stdout:
-        return []
-    return ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    return said.stdout
+
+
+def flags_for(version: str, ranks: int) -> list[str]:
+    """Return the options of the mpiexec that says `version` of itself.
+
+    Open MPI refuses root, and more ranks than cores, unless told.  In an allocation of several
+    nodes, every mpiexec would fill one node after the other as far as their slots go.
+    """
+    on_each = -(-ranks // _nodes())
+    if "Open MPI" not in version and "OpenRTE" not in version:
+        return ["-ppn", str(on_each)] if _nodes() > 1 else []
+    spread = ["--map-by", f"ppr:{on_each}:node"] if _nodes() > 1 else []
+    return ["--oversubscribe", *spread, *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+
+
+def _nodes() -> int:
+    """Return the number of nodes of the allocation that this is in; 1 if it is not known."""
+    text = os.environ.get("SLURM_JOB_NUM_NODES", "")
+    return max(1, int(text)) if text.isdigit() else 1

@@ -1,0 +1,162 @@
+"""Joins a user's program to the job that it is a rank of."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy.typing as npt
+
+from lfm2kit.building.plugins import find_transport
+from lfm2kit.errors import BUG, USER_ERROR, WRONG_RESULT, Lfm2kitError
+from lfm2kit.process.interrupts import exit_code
+from lfm2kit.ranks import fingerprints
+from lfm2kit.ranks.agreement import Fact, Facts, agree, least
+from lfm2kit.ranks.groups import Grouping, groupings
+from lfm2kit.ranks.launchers import started
+from lfm2kit.transport import Launcher, Transport, World
+
+if TYPE_CHECKING:
+    from lfm2kit.building.loading import Setup
+
+DEFAULT_TRANSPORT = "mpi"
+# Options whose result is compared, or which may differ: machines may have other paths and cores.
+NOT_COMPARED = {"model", "backend", "plan", "threads", "seed"}
+
+
+@contextmanager
+def joined_job(transport: str = DEFAULT_TRANSPORT) -> Iterator[Transport]:
+    """Join the job that this process is a rank of, and yield what its ranks communicate over.
+
+    A process alone gets a job of one rank.  At the end of the block this rank's work is done: an
+    error there ends the job on every rank.  Raise `Lfm2kitError` if a launcher has started several
+    processes that cannot be ranks of one job, or if there is no such transport.
+    """
+    launcher = find_transport(transport).launcher if _may_be_a_rank(transport) else None
+    job = connected(launcher) if launcher is not None else None
+    if job is None:
+        yield Alone()
+        return
+    try:
+        yield job
+    except SystemExit as ended:
+        job.finish(_exit_code(ended))
+        raise
+    except BaseException as error:
+        job.abort(*_reason(error))
+    job.finish(0)
+
+
+def connected(launcher: Launcher) -> Transport | None:
+    """Return the transport of this process's job; None if it is alone.
+
+    Raise `Lfm2kitError` if a launcher has started several processes that are not ranks of a job.
+    """
+    size = launcher.world_size()
+    if size is not None:
+        return launcher.connect() if size > 1 else None
+    if (others := started()) is not None:
+        raise Lfm2kitError(
+            f"{others.launcher.name} started {others.size} processes ({others.evidence}), but not "
+            f"as ranks of one job; {others.launcher.advice}"
+        )
+    return None
+
+
+def refuse_copies() -> None:
+    """Raise `Lfm2kitError` if this process is one of several, each of which would load a model."""
+    if (others := started()) is not None:
+        raise Lfm2kitError(
+            f"{others.launcher.name} started {others.size} processes ({others.evidence}), and each "
+            "would load the whole model; give the job of `with lfm2kit.joined_job() as job` as "
+            "job=job, or independent=True if that is what you want"
+        )
+
+
+def check_alike(job: Transport, setup: Setup) -> None:
+    """Raise `Lfm2kitError` on every rank if the ranks are about to build different models."""
+    refusal = agree(job, facts_of(setup))
+    if refusal is not None:
+        raise Lfm2kitError(refusal.sentence)
+
+
+def fitting_alike(job: Transport, setup: Setup, in_groups: Callable[[Grouping], Setup]) -> Setup:
+    """Return the set-up in groups in which every rank's share fits; every rank calls this.
+
+    A machine may have less memory than the others.
+    """
+    mine, options = len(setup.grouping.groups), setup.options
+    if least(job, mine) == mine:
+        return setup
+    *_, largest = groupings(options.parallel, options.ep_size, job.world, job)
+    return in_groups(largest)
+
+
+def facts_of(setup: Setup, named: Callable[[str], str] = str) -> Facts:
+    """Return what all ranks must have in common; `named` returns what users call an option."""
+    options = {k: v for k, v in asdict(setup.options).items() if k not in NOT_COMPARED}
+    return {
+        named("backend"): Fact(str(setup.plan)),
+        **{named(name): Fact(str(value)) for name, value in options.items()},
+        **fingerprints.of_memories(setup.placed),
+        **fingerprints.of_environment(),
+        **fingerprints.of_model(setup.checkpoint),
+        **fingerprints.of_code(setup.plugins),
+    }
+
+
+class Alone:
+    """The transport of a process that is a job's only rank."""
+
+    world = World()
+
+    def all_to_all(
+        self,
+        rows: npt.NDArray[Any],
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int] | None = None,
+        into: npt.NDArray[Any] | None = None,
+    ) -> tuple[npt.NDArray[Any], list[int]]:
+        """Return the rows, which this rank sends to itself; they lie in `into` if it is given."""
+        if into is None:
+            return rows.copy(), list(send_counts)
+        into[...] = rows
+        return into, list(send_counts)
+
+    def gather(
+        self, rows: npt.NDArray[Any], counts: Sequence[int] | None = None
+    ) -> npt.NDArray[Any] | None:
+        return rows.copy()
+
+    def barrier(self) -> None:
+        """Do nothing: every rank is here."""
+
+    def finish(self, exit_code: int) -> None:
+        """Do nothing: the process's own exit code is the job's."""
+
+    def abort(self, exit_code: int, reason: str, details: str = "") -> NoReturn:
+        raise Lfm2kitError(reason)
+
+
+def _may_be_a_rank(transport: str) -> bool:
+    """Return whether a transport is needed: the default one need not be installed otherwise."""
+    return transport != DEFAULT_TRANSPORT or started() is not None
+
+
+def _exit_code(ended: SystemExit) -> int:
+    if isinstance(ended.code, int):
+        return ended.code
+    return 0 if ended.code is None else WRONG_RESULT
+
+
+def _reason(error: BaseException) -> tuple[int, str, str]:
+    """Return the exit code, a sentence and the traceback of an error in a user's program."""
+    if isinstance(error, Lfm2kitError):
+        return USER_ERROR, str(error), ""
+    if isinstance(error, KeyboardInterrupt):
+        return exit_code(error), "interrupted", ""
+    said = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0]
+    return BUG, said, "".join(traceback.format_exception(error))
