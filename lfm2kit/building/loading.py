@@ -60,7 +60,8 @@ class Setup:
 
     checkpoint: Checkpoint
     options: Options
-    plan: Plan  # the one that the options say, each `auto` replaced by a name
+    asked: Plan  # the one that the options say, each `auto` replaced by a name
+    plan: Plan  # the same, and who computes which part of experts that were split here
     placed: Placed
     plugins: Plugins
     create: Callable[[str], Backend]
@@ -308,6 +309,7 @@ def _set_up(
     whole = Setup(
         checkpoint,
         options,
+        plan,
         plan,
         placed,
         plugins,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lfm2kit import specs
-from lfm2kit.backend import F32, Ceilings, Memory, PicksRows
+from lfm2kit.backend import F32, HOST, Ceilings, Crosses, Memory, PicksRows
 from lfm2kit.batch import Batch
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.kept_rates import (
@@ -96,9 +96,8 @@ class Predictor:
         model, numbers = whole.checkpoint.spec, {layer.number for layer in layers}
         rest = None if ceilings is None else list(_rest(model, numbers, ceilings, tokens))
         # Experts are used by the tokens of all ranks that share them.
-        rows = tokens * whole.world.size
-        memory = Answers(whole.create(one.item), one.item).memory(one.spec)
-        return cls(layers, rates, rows, rest, _trip(one.spec, rates, memory))
+        rows = tokens * len(whole.grouping.of(whole.world.rank))
+        return cls(layers, rates, rows, rest, _trip(whole, one, rates))
 
     def cheapest(self, budget: Budget, expert_bytes: int) -> Sharing:
         """Return the sharing with the least predicted time, if an expert takes these bytes."""
@@ -163,11 +162,20 @@ def _differing(whole: Setup, layer: Layer, calibration: Calibration) -> list[str
     return found
 
 
-def _trip(spec: specs.Experts, rates: Rates, memory: Memory) -> Trip:
+def _trip(whole: Setup, layer: Layer, rates: Rates) -> Trip:
     """Return what it takes to bring x, ids and weights of a token to the host, and delta back."""
-    one, choice = F32.nbytes((spec.hidden_size,)), 2 * F32.nbytes((spec.num_experts_per_tok,))
-    picks = isinstance(memory, PicksRows)
+    hidden_size, k = layer.spec.hidden_size, layer.spec.num_experts_per_tok
+    one, choice = F32.nbytes((hidden_size,)), 2 * F32.nbytes((k,))
+    memory = Answers(whole.create(layer.item), layer.item).memory(layer.spec)
+    picks = isinstance(memory, PicksRows) and _is_crossed(whole, layer.spec, memory)
     return Trip((one + choice) / rates.to_host, one / rates.link, is_of_all=not picks)
+
+
+def _is_crossed(whole: Setup, spec: specs.Experts, memory: Memory) -> bool:
+    """Return whether a backend of the plan calls experts on the host from this memory."""
+    backends = map(whole.create, sorted(whole.plan.backends()))
+    crossing = (backend for backend in backends if isinstance(backend, Crosses))
+    return any(one.why_not_crossed(spec, HOST, memory) is None for one in crossing)
 
 
 def _rest(

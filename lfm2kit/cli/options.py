@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -17,6 +17,7 @@ from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.cli import rewrite_options
 from lfm2kit.cli.bus_error import explain_bus_errors
+from lfm2kit.errors import Lfm2kitError
 
 REWRITES = "rewrites"  # the field that several options fill
 OF_RANKS = ("parallel", "ep_size")  # which a command of a process alone leaves out
@@ -73,15 +74,26 @@ IndependentOption = Annotated[
 ]
 
 
-def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Return `command` with an option for each field of its parameters that are dataclasses."""
+def spread(
+    command: Callable[..., None],
+    refused: Callable[[Lfm2kitError, Mapping[str, Any]], object] = lambda error, values: None,
+) -> Callable[..., None]:
+    """Return `command` with an option for each field of its parameters that are dataclasses.
+
+    `refused` is called with the options if they do not go together, before the error is raised.
+    """
     given = inspect.signature(command, eval_str=True).parameters.values()
     groups = {p.name: group for p in given if (group := _group(p.annotation)) is not None}
 
     @wraps(command)
     def spread_command(**values: Any) -> None:
-        made = {name: group.made(values) for name, group in groups.items()}
-        command(**made, **values)
+        left = dict(values)
+        try:
+            made = {name: group.made(left) for name, group in groups.items()}
+        except Lfm2kitError as error:
+            refused(error, values)
+            raise
+        command(**made, **left)
 
     parameters: list[inspect.Parameter] = []
     for one in given:

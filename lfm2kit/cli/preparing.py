@@ -287,7 +287,7 @@ def facts_of(request: Request, prepared: Prepared) -> Facts:
     """Return what all ranks of a job must have in common before they read weights."""
     asked = {**asdict(request), **asdict(request.options)}
     settled = {
-        "--backend": prepared.setup.plan,
+        "--backend": prepared.setup.asked,
         **{flag(Option(name)): v for name, v in asked.items() if name not in NOT_COMPARED},
         **settled_rewrites(request.options.rewrites),
         "--seed": request.options.seed or 0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
@@ -90,6 +90,20 @@ def refuse(sentence: str, name: str = DEFAULT_TRANSPORT) -> None:
     if job is not None:
         with ending_all_ranks(job):
             _settle(job, Refusal(sentence))
+
+
+def refuse_options(error: Lfm2kitError, options: Mapping[str, Any]) -> None:
+    """End the job of a rank whose options do not go together, unless it runs alone."""
+    if not options["independent"]:
+        refuse(told(error), options["transport"])
+
+
+def check_independent(ranks: int | None, independent: bool) -> None:
+    """Raise `Lfm2kitError` if a job is to be started by a process that is to run alone."""
+    if independent and (ranks or 1) > 1:
+        raise Lfm2kitError(
+            f"--ranks {ranks} starts a job, and --independent runs alone; give only one of them"
+        )
 
 
 def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T], Facts]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -12,11 +13,18 @@ from lfm2kit.building.options import About
 from lfm2kit.cli.options import IndependentOption, flags, spread
 from lfm2kit.cli.performing import perform
 from lfm2kit.cli.preparing import Request, facts_of, grouped_alike, prepare
-from lfm2kit.cli.ranks import agreed, ending_all_ranks, joined_job, launched
+from lfm2kit.cli.ranks import (
+    agreed,
+    check_independent,
+    ending_all_ranks,
+    joined_job,
+    launched,
+    refuse_options,
+)
 from lfm2kit.errors import WRONG_RESULT
 
 
-@spread
+@partial(spread, refused=refuse_options)
 def run(
     request: Request,
     independent: IndependentOption = False,
@@ -30,6 +38,7 @@ def run(
 ) -> None:
     """Run samples through a model, time it, and validate its outputs."""
     steps.set_deadline(deadline)
+    check_independent(request.ranks, independent)
     job = None if independent else joined_job(request.transport)
     with ending_all_ranks(job):
         # Without a job yet, what is wrong shows here: once, not on every rank.

@@ -25,7 +25,15 @@ from lfm2kit.cli.options import (
     spread,
 )
 from lfm2kit.cli.preparing import check_same_file, shared_paths
-from lfm2kit.cli.ranks import agreed, check_size, ending_all_ranks, joined_job, launched
+from lfm2kit.cli.ranks import (
+    agreed,
+    check_independent,
+    check_size,
+    ending_all_ranks,
+    joined_job,
+    launched,
+    refuse_options,
+)
 from lfm2kit.cli.rewrite_options import settled
 from lfm2kit.errors import Option
 from lfm2kit.measuring.bench import random_batch
@@ -35,7 +43,7 @@ from lfm2kit.ranks.joining import DEFAULT_TRANSPORT, facts_of, fitting_alike
 from lfm2kit.transport import Transport, World
 
 
-@spread
+@partial(spread, refused=refuse_options)
 def warmup(
     options: Annotated[Options, Without(("seed",))],
     ranks: RanksOption = None,
@@ -45,6 +53,7 @@ def warmup(
 ) -> None:
     """Compile the kernels that a plan needs, so that later runs start faster."""
     start = time.perf_counter()
+    check_independent(ranks, independent)
     job = None if independent else joined_job(transport)
     is_first = job is None or job.world.rank == 0
     report = Report(json if is_first else None)

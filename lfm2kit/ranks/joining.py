@@ -99,7 +99,7 @@ def facts_of(setup: Setup, named: Callable[[str], str] = str) -> Facts:
     """Return what all ranks must have in common; `named` returns what users call an option."""
     options = {k: v for k, v in asdict(setup.options).items() if k not in NOT_COMPARED}
     return {
-        named("backend"): Fact(str(setup.plan)),
+        named("backend"): Fact(str(setup.asked)),
         **{named(name): Fact(str(value)) for name, value in options.items()},
         **fingerprints.of_memories(setup.placed),
         **fingerprints.of_environment(),

@@ -683,3 +683,34 @@ def test_the_plan_says_who_is_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     last = len(EXPERTS.local_experts) - 1
     assert f"({len(MOES)} blocks): experts 0-2 resident, 3-{last} host" in shown
     assert "a card <-> host" in shown
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+@pytest.mark.parametrize(
+    ("parallel", "world"), [("dp", World.of(0, (0,) * 4)), ("auto", World.of(0, range(4)))]
+)
+def test_experts_that_are_not_shared_out_get_the_rows_of_their_own_rank(
+    parallel: str, world: World, tmp_path: Path
+) -> None:
+    rates = write_rates(tmp_path / "rates.json", "streaming", host=1e10, link=3e8)
+    asked = {"tokens": 16, "gpu_memory": limit(3, more=ROOM, tokens=16), "rates": rates}
+    alone = setup("streaming", **asked).sharing
+    assert setup("streaming", world=world, parallel=parallel, **asked).sharing == alone
+
+
+def test_ranks_that_split_different_shares_have_the_plan_that_was_asked_for_in_common() -> None:
+    found = [setup(world=World.of(r, (0, 0, 1)), gpu_memory=limit(9)) for r in range(3)]
+    assert len({str(one.plan) for one in found}) == 2
+    assert len({str(one.asked) for one in found}) == 1
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_all_rows_travel_where_no_backend_calls_the_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Even if the memory could pick some."""
+    rates = write_rates(tmp_path / "rates.json", "streaming", host=1e13, link=1e6)
+    asked = {"gpu_memory": limit(15), "rates": rates, "streamed_experts": 0}
+    plain = setup("streaming", **asked).sharing
+    monkeypatch.setattr(Card, "picker", lambda self, wanted: None, raising=False)
+    assert setup("streaming", **asked).sharing == plain

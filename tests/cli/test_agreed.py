@@ -19,6 +19,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HostMemory
 from lfm2kit.ranks.agreement import Fact, Facts, compared
 from lfm2kit.transport import World
+from tests.checkpoint.typed import Cli
 
 FactsOf = Callable[..., Facts]
 RANDOM = ("--random-inputs", "4")
@@ -107,6 +108,17 @@ def test_copies_that_a_launcher_started_run_with_independent_alone(
     with pytest.raises(Lfm2kitError, match="srun started 4 processes"):
         facts_of()
     assert facts_of("--independent")["-n"] == Fact("4")
+
+
+@pytest.mark.parametrize("command", ["run", "warmup"])
+def test_a_job_is_not_started_by_a_process_that_is_to_run_alone(cli: Cli, command: str) -> None:
+    """Each of its ranks would start a job again."""
+    done = cli(command, "--ranks", 2, "--independent")
+    assert done.code == 2
+    assert done.err == (
+        "lfm2kit: error: --ranks 2 starts a job, and --independent runs alone; "
+        "give only one of them\n"
+    )
 
 
 class OneRank:

@@ -73,6 +73,11 @@ def test_what_keeps_some_ranks_from_running_ends_all() -> None:
     )
 
 
+def test_options_that_do_not_go_together_on_one_rank_end_all() -> None:
+    done = job(RUN, [*RUN, "--parallel", "dp", "--ep-size", "2"])
+    assert_refused(done, "rank 1: --parallel dp and --ep-size 2: give only one of them")
+
+
 def test_another_model_on_one_rank_ends_all(tmp_path: Path) -> None:
     copy = shutil.copytree(find_model("tiny"), tmp_path / "tiny")
     with (copy / "model.safetensors").open("r+b") as file:

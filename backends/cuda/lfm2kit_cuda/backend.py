@@ -62,7 +62,7 @@ BLOCKS = {
 
 
 def _give_back_spare_memory() -> None:
-    """Give back what packing weights has left in the pool, if it is much.
+    """Give back what packing weights has left in the current device's pool, if it is much.
 
     A model that is built for a limit of memory must not take more on the way.
     """
@@ -120,7 +120,7 @@ class CudaBackend:
             except cupy.cuda.memory.OutOfMemoryError:
                 raise self._out_of_memory(spec, weights) from None
             cupy.cuda.get_current_stream().synchronize()  # so that any stream finds its weights
-        _give_back_spare_memory()
+            _give_back_spare_memory()
         return OnDevice(block, self._memory.device)
 
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
