@@ -85,6 +85,15 @@ def read_load(path: Path) -> Load:
     return load
 
 
+def load_of(path: Path | None, model: specs.Model) -> Load | None:
+    """Return the load in a file, if there is one; `Lfm2kitError` if it is of another model."""
+    if path is None:
+        return None
+    load = read_load(Path(path))
+    load.check(Path(path), model)
+    return load
+
+
 def uniform(model: specs.Model) -> list[list[float]]:
     """Return shares as `Load.shares` does, as if all experts of a layer were chosen alike."""
     sizes = ((len(one.counts), one.num_experts_per_tok) for one in unused(model))

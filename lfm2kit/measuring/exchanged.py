@@ -9,6 +9,7 @@ from typing import Any
 
 from lfm2kit.model import LFM2
 from lfm2kit.ranks.agreement import on_first
+from lfm2kit.ranks.balancing import max_over_mean
 from lfm2kit.transport import Counted, ExchangeCounts, Sent, Transport
 
 OPERATIONS = ("counts", "dispatch", "combine")  # of an exchange, in the order of its calls
@@ -42,13 +43,8 @@ class Exchanged:
         return said
 
     def imbalance(self) -> float | None:
-        """Return the rows of each layer's busiest rank over those of an average one.
-
-        None if there are no rows.
-        """
-        rows = [self._layer(name)["rows_by_rank"] for name in self._layers()]
-        total = sum(map(sum, rows))
-        return sum(map(max, rows)) * len(self.ranks) / total if total else None
+        """Return `max_over_mean` of the rows that were computed."""
+        return max_over_mean(self._layer(name)["rows_by_rank"] for name in self._layers())
 
     def waited(self) -> list[float]:
         """Return the seconds that each rank waited for others in exchanges.

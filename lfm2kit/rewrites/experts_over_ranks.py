@@ -6,7 +6,7 @@ experts, which know nothing of other ranks, and of an exchange, which moves toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NoReturn
@@ -95,6 +95,20 @@ def parallel_moe(moe: SparseMoe, rank: int, owners: Owners) -> ExpertParallelMoe
     """Return the share of `rank`: the router, and the experts that it computes for any rank."""
     experts = replace(moe.experts, local_experts=held_by(rank, owners))
     return ExpertParallelMoe(moe.router, experts, owners)
+
+
+def owners_by_layer(model: Model) -> dict[int, Owners]:
+    """Return the owners of the experts of each layer that has some on several ranks."""
+    found = ((i, owners) for i, layer in enumerate(model.layers) for owners in _owners(layer))
+    return dict(found)
+
+
+def _owners(spec: Spec) -> Iterator[Owners]:
+    if isinstance(spec, ExpertParallelMoe):
+        yield spec.owners
+        return
+    for part in spec.parts():
+        yield from _owners(part.spec)
 
 
 def _join(transport: Transport | None, outer: Memory) -> Join:

@@ -293,7 +293,7 @@ def test_the_hosts_own_blocks_need_what_is_not_pinned(monkeypatch: pytest.Monkey
         assert (found.shortage() is not None) == is_short
 
 
-@pytest.mark.parametrize("option", [{"streamed_experts": 2}, {"rates": "a"}, {"load": "a"}])
+@pytest.mark.parametrize("option", [{"streamed_experts": 2}, {"rates": "a"}])
 def test_what_says_how_to_fit_needs_a_size(option: Any) -> None:
     ((name, value),) = option.items()
     with pytest.raises(Lfm2kitError) as refused:
@@ -484,6 +484,40 @@ def test_experts_that_are_used_most_stay(has_rates: bool, tmp_path: Path) -> Non
         assert sorted(spec.resident) == list(ids[len(ids) - len(spec.resident) :])
     assert sorted(last.resident) == list(ids[: len(last.resident)])
     assert sum(len(spec.resident) for spec in splits(found)) == 4 * len(MOES)
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+@pytest.mark.parametrize("has_rates", [False, True])
+def test_of_a_ranks_experts_those_that_get_the_most_rows_there_stay(
+    has_rates: bool, tmp_path: Path
+) -> None:
+    """The three used most are on both ranks, and each of these computes half of their rows."""
+    load = write_load(tmp_path / "load.json")
+    rates = write_rates(tmp_path / "rates.json", "card") if has_rates else None
+    ids = EXPERTS.local_experts
+    for rank in range(2):
+        found = setup(
+            gpu_memory=limit(4), load=load, rates=rates, replicate_experts=3, world=World(rank, 2)
+        )
+        assert all(len(spec.local_experts) in (3 + 6, 3 + 7) for spec in splits(found))
+        for spec in splits(found)[:-1]:
+            assert not {*spec.resident} & {*ids[-3:]}
+            assert {*ids[-3:]} < {*spec.local_experts}
+            own = sorted({*spec.local_experts} - {*ids[-3:]})
+            assert sorted(spec.resident) == own[len(own) - len(spec.resident) :]
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_experts_are_predicted_for_the_tokens_of_the_ranks_that_share_them(tmp_path: Path) -> None:
+    rates = write_rates(tmp_path / "rates.json", "card", host=1e6)
+
+    def seconds(world: World, **options: Any) -> float:
+        found = setup(gpu_memory=limit(0), rates=rates, world=world, **options)
+        assert found.sharing is not None
+        return found.sharing.seconds
+
+    alone_of_two = seconds(World(0, 2))
+    assert seconds(World(0, 4), ep_size=2) == alone_of_two
 
 
 @pytest.mark.usefixtures("reference_is_preferred")
