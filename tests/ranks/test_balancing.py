@@ -20,9 +20,11 @@ from lfm2kit.measuring.running import Timed, run_samples
 from lfm2kit.memory import HostMemory
 from lfm2kit.progress import Progress
 from lfm2kit.ranks.balancing import balanced, expected_rows, max_over_mean, owners_by
+from lfm2kit.rewrites.ids_in_words import ranges
 from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.transport import World, held_by
+from tests.checkpoint.typed import Cli
 
 RANKS, EXPERTS, K = 4, 32, 4
 SEED, SAMPLES, TOKENS = 1, 32, 16  # a seed with which the router is uneven
@@ -272,3 +274,39 @@ def test_a_load_that_decides_nothing_or_is_of_another_model_is_refused(
     other = tmp_path / "other.json"
     other.write_text(json.dumps(json.loads(load.read_text()) | {"hidden_size": 25}))
     assert "of a model with hidden_size 25" in refused(model, 4, load=other)
+
+
+def test_the_plan_shows_who_holds_what_and_how_even_that_is(
+    cli: Cli, model: Checkpoint, load: Path
+) -> None:
+    plan = ("plan", "-m", model.path, "-b", "reference", "--ranks", RANKS)
+    given = (*plan, "--load", load, "--replicate-experts", K)
+    fields = json.loads(cli(*given, "--rank", 2, "--json", "-").out)
+    expected = fields["expected"]
+    assert expected["rows_max_over_mean_in_order"] == pytest.approx(imbalance(run(model, RANKS)))
+    assert expected["rows_max_over_mean"] <= 1.10
+    assert json.loads(cli(*plan, "--json", "-").out)["expected"] is None
+    for layer in expected["layers"]:
+        assert len(layer["on_all_ranks"]) == K
+        assert sum(layer["rows_by_rank"]) == SAMPLES * TOKENS * 4
+        for share, ids in zip(fields["shares"], layer["held_by_rank"], strict=True):
+            assert share["experts"][layer["layer"]] == ids
+    done = cli(*given)
+    assert done.code == 0
+    assert "by the load, rows max/mean 1.00 (without it 1.41); in each group:" in done.out
+    first = expected["layers"][0]
+    on_one = [ids for ids in first["held_by_rank"][3] if ids not in first["on_all_ranks"]]
+    row = next(line for line in done.out.splitlines() if line.split()[:2] == ["layers.0", "1.00"])
+    assert f" {ranges(first['on_all_ranks'])} " in row
+    assert f"3: {ranges(on_one)} " in row
+    assert "11 of each layer" in done.out
+
+
+def test_replicas_that_cannot_be_are_one_line(cli: Cli, load: Path, tmp_path: Path) -> None:
+    replicas = ("plan", "-b", "reference", "--ranks", 4, "--replicate-experts")
+    cli(*replicas, -1).assert_fails("--replicate-experts -1: expected a whole number of 0 or more")
+    cli(*replicas, 4).assert_fails("--replicate-experts 4: needs a load, such as --load load.json")
+    cli(*replicas, 4, "--load", load).assert_fails(f"{load}: of a model with hidden_size 24")
+    run = ("run", "-b", "reference", "--load", load, "--json", tmp_path / "a.json")
+    cli(*run).assert_fails(f"{load}: of a model with hidden_size 24")
+    assert not (tmp_path / "a.json").exists()
