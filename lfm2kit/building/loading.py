@@ -312,8 +312,9 @@ def _check_load_is_used(options: Options, grouping: Grouping) -> None:
         asked = Option("load", options.load)
     else:
         return
-    if len(grouping.groups) > 1:
-        raise Lfm2kitError(asked, ": each rank holds all experts; try ", Option("parallel", EP))
+    if (ranks := len(grouping.groups)) > 1:
+        other = Option("parallel", EP) if options.ep_size is None else Option("ep_size", ranks)
+        raise Lfm2kitError(asked, ": each rank holds all experts; try ", other)
     if options.replicate_experts:
         raise Lfm2kitError(asked, ": there is only one rank; start more")
     limit = Option("gpu_memory", "24GiB")

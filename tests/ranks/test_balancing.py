@@ -250,6 +250,11 @@ def test_where_replicas_do_not_fit_fewer_are_offered(
             "replicate_experts=4: each rank holds all experts; try parallel='ep'",
         ),
         (
+            {"replicate_experts": 4, "ep_size": 1},
+            4,
+            "replicate_experts=4: each rank holds all experts; try ep_size=4",
+        ),
+        (
             {"replicate_experts": 4, "gpu_memory": "1GB", "parallel": "dp"},
             4,
             "gpu_memory='1GB': the plan has no experts in a device's memory",
