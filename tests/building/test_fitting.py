@@ -43,6 +43,7 @@ from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import replaced
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
 from lfm2kit.rewrites.parted_experts import SplitExperts, StreamedExperts
+from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.testing.random_weights import random_weights, stored_as
 from lfm2kit.transport import World
 from tests.checkpoint.typed import Cli
@@ -505,6 +506,22 @@ def test_of_a_ranks_experts_those_that_get_the_most_rows_there_stay(
             assert {*ids[-3:]} < {*spec.local_experts}
             own = sorted({*spec.local_experts} - {*ids[-3:]})
             assert sorted(spec.resident) == own[len(own) - len(spec.resident) :]
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_a_load_places_experts_over_ranks_and_below_a_limit_at_once(tmp_path: Path) -> None:
+    load, batch = write_load(tmp_path / "load.json"), Batch.of_sequences([[1, 2, 3], [4]])
+    plugins = with_backends(card=CardBackend)
+    asked = Options(backend="card", gpu_memory=limit(3), load=load, replicate_experts=3)
+
+    def rank(transport: ThreadTransport) -> Any:
+        found = set_up(TINY, asked, plugins=plugins, transport=transport)
+        assert all(spec.host and spec.resident for spec in splits(found))
+        return found.build().logits(batch)
+
+    whole = load_model("tiny", "reference").logits(batch)
+    for logits in run_ranks(2, rank):
+        np.testing.assert_allclose(logits, whole, rtol=0, atol=1e-4)
 
 
 @pytest.mark.usefixtures("reference_is_preferred")
