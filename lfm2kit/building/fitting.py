@@ -23,7 +23,7 @@ from lfm2kit.building.plan import STREAMED_EXPERTS
 from lfm2kit.building.predicting import Layer, Predictor
 from lfm2kit.building.sharing import Budget, Place, Sharing
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit.rewrites.experts_over_ranks import owners_by_layer
+from lfm2kit.rewrites import owners_by_layer
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
 from lfm2kit.rewrites.parted_experts import Places, StreamedExperts
 from lfm2kit.transport import Owners

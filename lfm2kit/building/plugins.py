@@ -230,7 +230,7 @@ class Plugins:
     ) -> dict[str, Rewrite]:
         """Return all rewrites by name, for a process at this place of a job, lfm2kit's own first.
 
-        `owners_of` says which ranks hold each expert, see `experts_over_ranks`.
+        `owners_of` says which ranks hold each expert, if they are not shared out in order.
         Raise `Lfm2kitError`, naming the plugin, if a plugin's hook fails.
         """
         world = world or World()

@@ -12,7 +12,7 @@ from lfm2kit import specs
 from lfm2kit.building.loading import Setup
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.ranks.balancing import expected_rows, max_over_mean
-from lfm2kit.rewrites.experts_over_ranks import owners_by_layer
+from lfm2kit.rewrites import owners_by_layer
 from lfm2kit.rewrites.ids_in_words import ranges
 from lfm2kit.transport import Owners, evenly, held_by, held_once
 
