@@ -84,7 +84,8 @@ class HostExchange:
         self._transport = transport
         self._rank, self._size = transport.world.rank, transport.world.size
         self._buffers = buffers
-        self._owners = np.array([*traffic.owners, self._size], np.intp)  # of the id -1: nobody
+        owners = traffic.owners[self._rank]
+        self._owners = np.array([*owners, self._size], np.intp)  # of the id -1: nobody
         self._home = Home(np.empty((0, 1), np.intp), [0] * self._size)
         self._received: list[int] = []  # pairs that came from each rank
         self._counts = self._no_counts()

@@ -113,16 +113,23 @@ class FormsGroups(Transport, Protocol):
         ...
 
 
+Owners = tuple[tuple[int, ...], ...]  # [ranks][num_experts], see `Traffic`
+
+
 class Traffic(NamedTuple):
-    """The data that travels between ranks in one MoE layer."""
+    """The data that travels between ranks in one MoE layer.
+
+    Tokens of rank r that chose expert e are sent to rank `owners[r][e]`.  For each rank r it is the
+    same one unless several ranks hold the expert.
+    """
 
     hidden_size: int
     num_experts_per_tok: int
-    owners: tuple[int, ...]  # the rank that holds each expert, [num_experts]
+    owners: tuple[tuple[int, ...], ...]  # [ranks][num_experts]
 
 
 class Rows(NamedTuple):
-    """The rows for a rank's experts, each a token with one of the experts that the rank holds."""
+    """The rows for a rank's experts: tokens, each with one expert to compute."""
 
     x: Array  # float32 [rows, hidden_size]
     expert_ids: Array  # int32 [rows, 1]; -1 in a row of padding, for no expert
@@ -138,7 +145,7 @@ class Exchange(Protocol):
     """
 
     def dispatch(self, x: Array, expert_ids: Array, expert_weights: Array) -> Rows:
-        """Send this rank's tokens to the ranks of their experts, and return the rows that came.
+        """Send this rank's tokens to their experts' owners, and return the rows that came.
 
         x is float32 [tokens, hidden_size], expert_ids int32 and expert_weights float32 [tokens, k].
         An id of -1 stands for no expert: nothing is sent for it, whatever its weight is.  Rows may
@@ -304,5 +311,15 @@ def share(count: int, size: int, rank: int) -> range:
 
 
 def evenly(size: int, num_experts: int) -> list[int]:
-    """Return the rank that holds each expert if `share` gives `size` ranks theirs."""
+    """Return the rank that holds each expert if `share` gives `size` ranks theirs, [experts]."""
     return [((e + 1) * size - 1) // num_experts for e in range(num_experts)]
+
+
+def held_once(holders: Sequence[int], size: int) -> Owners:
+    """Return the owners where one of `size` ranks holds each expert: `holders`, [experts]."""
+    return (tuple(holders),) * size
+
+
+def held_by(rank: int, owners: Owners) -> tuple[int, ...]:
+    """Return the experts that `rank` computes for any rank's tokens, in ascending order."""
+    return tuple(e for e, ranks in enumerate(zip(*owners, strict=True)) if rank in ranks)

@@ -18,13 +18,15 @@ from lfm2kit import specs
 from lfm2kit.backend import HOST
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.capacity import PINNED
-from lfm2kit.building.load import read_load, uniform, unused
+from lfm2kit.building.load import uniform, unused
 from lfm2kit.building.plan import STREAMED_EXPERTS
 from lfm2kit.building.predicting import Layer, Predictor
 from lfm2kit.building.sharing import Budget, Place, Sharing
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.rewrites import owners_by_layer
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
 from lfm2kit.rewrites.parted_experts import Places, StreamedExperts
+from lfm2kit.transport import Owners
 
 if TYPE_CHECKING:
     from lfm2kit.building.loading import Setup
@@ -111,13 +113,20 @@ def on_devices(whole: Setup) -> Iterator[Layer]:
     """Yield the layers of which the plan computes experts in other memories than the host's."""
     model, shares = whole.placed.spec, _shares(whole)
     assert isinstance(model, specs.Model)
+    owners, rank = owners_by_layer(model), whole.group.index(whole.world.rank)
     for i, layer in enumerate(model.layers):
         for scope, spec in _experts(layer, f"layers.{i}"):
             item = whole.plan.backend_for(i, spec.kind)
             memory = Answers(whole.create(item), item, f"layers.{i}").memory(spec)
             if spec.local_experts and memory.name != HOST.name:
-                of_local = tuple(shares[i][e] for e in spec.local_experts)
-                yield Layer(i, spec, scope, item, of_local)
+                asking = owners.get(i, ((rank,) * spec.num_experts,))
+                of_local = (shares[i][e] * _part(asking, e, rank) for e in spec.local_experts)
+                yield Layer(i, spec, scope, item, tuple(of_local))
+
+
+def _part(owners: Owners, expert: int, rank: int) -> float:
+    """Return the part of all ranks for which `rank` computes an expert."""
+    return sum(ranks[expert] == rank for ranks in owners) / len(owners)
 
 
 def _experts(spec: specs.Spec, scope: str) -> Iterator[tuple[str, specs.Experts]]:
@@ -129,13 +138,10 @@ def _experts(spec: specs.Spec, scope: str) -> Iterator[tuple[str, specs.Experts]
 
 def _shares(whole: Setup) -> dict[int, Sequence[float]]:
     """Return how often each expert is chosen, by layer: as recorded, or all alike."""
-    path, model = whole.options.load, whole.checkpoint.spec
+    load, model = whole.load, whole.checkpoint.spec
     numbers = [one.layer for one in unused(model)]
-    if path is None:
-        return dict(zip(numbers, uniform(model), strict=True))
-    load = read_load(Path(path))
-    load.check(Path(path), model)
-    return dict(zip(numbers, load.shares(), strict=True))
+    shares = uniform(model) if load is None else load.shares()
+    return dict(zip(numbers, shares, strict=True))
 
 
 def _room(setup: Setup, tokens: int) -> int:

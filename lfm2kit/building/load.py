@@ -23,6 +23,13 @@ class LayerLoad(NamedTuple):
     layer: int
     num_experts_per_tok: int
     counts: tuple[int, ...]  # tokens that chose each expert, [experts]
+    by_rank: tuple[tuple[int, ...], ...] = ()  # those of each rank of a job, [ranks][experts]
+
+    def document(self) -> dict[str, Any]:
+        """Return the fields of the layer in a file; `ranks` is there for a job's load alone."""
+        fields = self._asdict()
+        ranks = [{"counts": counts} for counts in fields.pop("by_rank")]
+        return {**fields, "ranks": ranks} if ranks else fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class Load:
             "model": self.model,
             "hidden_size": self.hidden_size,
             "tokens": self.tokens,
-            "layers": [layer._asdict() for layer in self.layers],
+            "layers": [layer.document() for layer in self.layers],
         }
 
 
@@ -82,6 +89,15 @@ def read_load(path: Path) -> Load:
     if numbers != sorted(set(numbers)):
         order = f"layers are numbered {brief(numbers)}; expected each once, in ascending order"
         raise Lfm2kitError(f"{path}: {order}")
+    return load
+
+
+def load_of(path: Path | None, model: specs.Model) -> Load | None:
+    """Return the load in a file, if there is one; `Lfm2kitError` if it is of another model."""
+    if path is None:
+        return None
+    load = read_load(Path(path))
+    load.check(Path(path), model)
     return load
 
 
@@ -107,11 +123,26 @@ def _layer(record: Record, tokens: int) -> LayerLoad:
         record.whole("layer", 0, bounds.LAYERS - 1),
         record.whole("num_experts_per_tok", 1, len(counts)),
         counts,
+        tuple(_of_ranks(record, counts)) if record.has("ranks") else (),
     )
     if sum(counts) > tokens * layer.num_experts_per_tok:
         raise record.fail("counts", f"{tokens * layer.num_experts_per_tok} choices at most")
     record.done()
     return layer
+
+
+def _of_ranks(record: Record, counts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yield the counts of each rank's tokens, which add up to `counts`."""
+    left = list(counts)
+    for rank in record.records("ranks"):
+        own = rank.wholes("counts", 0, max(counts))
+        rank.done()
+        if len(own) != len(counts):
+            raise rank.fail("counts", f"{len(counts)} numbers")
+        left = [total - mine for total, mine in zip(left, own, strict=True)]
+        yield own
+    if any(left):
+        raise record.fail("ranks", "counts that add up to those of the layer")
 
 
 def _in_words(layer: LayerLoad) -> str:

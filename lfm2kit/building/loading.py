@@ -19,6 +19,7 @@ from lfm2kit.building.answers import Answers
 from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
 from lfm2kit.building.fitting import TOKENS, fitted
+from lfm2kit.building.load import Load, load_of
 from lfm2kit.building.options import FREE, Options
 from lfm2kit.building.placement import Placed, Placer
 from lfm2kit.building.plan import AUTO, HOST_EXPERTS, Plan
@@ -32,7 +33,8 @@ from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, can_capture
 from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
-from lfm2kit.ranks.groups import Grouping, groupings
+from lfm2kit.ranks.balancing import check_replicas, owners_by
+from lfm2kit.ranks.groups import EP, Grouping, groupings
 from lfm2kit.ranks.joining import check_alike, fitting_alike, refuse_copies
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
@@ -73,6 +75,12 @@ class Setup:
     grouping: Grouping
     sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
     placing: str | None = None  # a note on the rates by which experts are split, if it is needed
+    load: Load | None = None  # by which experts are placed
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """Return the ranks that share experts with this one, and this one, in the group's order."""
+        return self.grouping.of(self.world.rank)
 
     def notes(self) -> Iterator[str]:
         """Yield remarks on checkpoint and capture, and notes from the backends of the plan."""
@@ -186,6 +194,10 @@ class Setup:
             if self._fits(streamed_experts=count):
                 yield Option("streamed_experts", count)
                 break
+        for count in reversed(range(self.options.replicate_experts)):
+            if self._fits(replicate_experts=count):
+                yield Option("replicate_experts", count)
+                break
         if memory == HOST.name:
             return
         if self.options.gpu_memory != FREE and self._fits(gpu_memory=FREE):
@@ -270,17 +282,45 @@ def set_up(
     """
     plugins = plugins or installed_plugins()
     world = world or (transport.world if transport is not None else World())
+    load = load_of(options.load, checkpoint.spec)
+    if load is not None:
+        check_replicas(options.replicate_experts, load)
 
     def within(grouping: Grouping) -> Setup:
-        return _set_up(checkpoint, options, world, transport, grouping, plugins, rewrites, tokens)
+        return _set_up(
+            checkpoint, options, world, transport, grouping, plugins, rewrites, tokens, load
+        )
 
     asked = groupings(options.parallel, options.ep_size, world, transport)
     *smaller, last = asked if grouping is None else [grouping]
     for one in smaller:
         found = within(one)
         if found.sizes.shortage(found.placed, tokens) is None:
-            return found
-    return within(last)
+            break
+    else:
+        found = within(last)
+    _check_load_is_used(options, found.grouping)
+    return found
+
+
+def _check_load_is_used(options: Options, grouping: Grouping) -> None:
+    """Raise `Lfm2kitError` if a load is given, but leaves no choice of places for experts."""
+    is_shared = any(len(group) > 1 for group in grouping.groups)
+    if options.load is None or is_shared:
+        return
+    if options.replicate_experts:
+        asked = Option("replicate_experts", options.replicate_experts)
+    elif options.gpu_memory is None:
+        asked = Option("load", options.load)
+    else:
+        return
+    if (ranks := len(grouping.groups)) > 1:
+        other = Option("parallel", EP) if options.ep_size is None else Option("ep_size", ranks)
+        raise Lfm2kitError(asked, ": each rank holds all experts; try ", other)
+    if options.replicate_experts:
+        raise Lfm2kitError(asked, ": there is only one rank; start more")
+    limit = Option("gpu_memory", "24GiB")
+    raise Lfm2kitError(asked, ": needs ranks that share experts, or a limit, such as ", limit)
 
 
 def _set_up(
@@ -292,6 +332,7 @@ def _set_up(
     plugins: Plugins,
     rewrites: Sequence[Rewrite],
     tokens: int,
+    load: Load | None,
 ) -> Setup:
     """Place every block, with the experts of each layer shared out inside the given groups."""
     context = Context(options.precision, options.threads, world.local_size, world.local_rank)
@@ -300,7 +341,9 @@ def _set_up(
     plan = _with_host_experts(plan, options, checkpoint.spec, plugins, create)
     for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
-    there = plugins.rewrites(*grouping.place(world, transport))
+    place, among = grouping.place(world, transport)
+    by_load = None if load is None else owners_by(load, place.size, options.replicate_experts)
+    there = plugins.rewrites(place, among, by_load)
     applied = (*chosen(options.rewrites, there, plugins.skipped()), *rewrites)
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
     of_whole = plan if options.gpu_memory is None else plan.for_whole_experts()
@@ -320,6 +363,7 @@ def _set_up(
         context,
         transport,
         grouping,
+        load=load,
     )
     return whole if options.gpu_memory is None else fitted(whole, tokens)
 

@@ -127,7 +127,8 @@ class Options:
     )
     load: Path | None = option(
         None,
-        "Keep the experts on the GPU that are used most, by the load that a run recorded.",
+        "Place experts by the load that a run recorded: those that are used most stay on the GPU, "
+        "and ranks that share experts have equal work.",
         metavar="FILE",
     )
     parallel: str = option(
@@ -143,6 +144,12 @@ class Options:
         words="the ranks of a machine, or all",
         metavar="K",
         least=1,
+    )
+    replicate_experts: int = option(
+        0,
+        "Let each rank hold the K experts of a layer that are used most, by the load.",
+        metavar="K",
+        least=0,
     )
     rewrites: tuple[str, ...] = option(
         (), "Rewrites of the model, in the order of their names here."
@@ -165,7 +172,7 @@ class Options:
                 if not is_right(value):
                     raise Lfm2kitError(Option(one.name, value), f": expected {words}")
             one.metadata["about"].check(one.name, value)
-        for name in ("streamed_experts", "rates", "load"):
+        for name in ("streamed_experts", "rates"):
             value = getattr(self, name)
             if value is not None and self.gpu_memory is None:
                 size = Option("gpu_memory", "24GiB")
@@ -173,6 +180,9 @@ class Options:
         if self.ep_size is not None and self.parallel == DP:
             both = Option("parallel", DP), " and ", Option("ep_size", self.ep_size)
             raise Lfm2kitError(*both, ": give only one of them")
+        if self.replicate_experts and self.load is None:
+            asked = Option("replicate_experts", self.replicate_experts)
+            raise Lfm2kitError(asked, ": needs a load, such as ", Option("load", "load.json"))
         self.gpu_bytes()
 
     def gpu_bytes(self) -> int | None:

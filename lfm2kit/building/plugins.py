@@ -29,7 +29,7 @@ from lfm2kit.hookspecs import Command, Wrapper
 from lfm2kit.memory import Memory
 from lfm2kit.plugin_faults import blaming
 from lfm2kit.precisions import Precision
-from lfm2kit.rewrites import Rewrite, built_in, kept_to_contract
+from lfm2kit.rewrites import OwnersOf, Rewrite, built_in, kept_to_contract
 from lfm2kit.specs import Spec
 from lfm2kit.transport import Transport, TransportPlugin, World
 
@@ -234,14 +234,19 @@ class Plugins:
         return [p.name for p in sorted(able, key=lambda plugin: -plugin.preference)]
 
     def rewrites(
-        self, world: World | None = None, transport: Transport | None = None
+        self,
+        world: World | None = None,
+        transport: Transport | None = None,
+        owners_of: OwnersOf | None = None,
     ) -> dict[str, Rewrite]:
         """Return all rewrites by name, for a process at this place of a job, lfm2kit's own first.
 
+        `owners_of` says which ranks hold each expert, if they are not shared out in order.
         Raise `Lfm2kitError`, naming the plugin, if a plugin's hook fails.
         """
         world = world or World()
-        found = {rewrite.name: rewrite for rewrite in built_in(world, transport)}
+        ours = built_in(world, transport, owners_of)
+        found = {rewrite.name: rewrite for rewrite in ours}
         for plugin, manager in self._managers:
             others = {name: p for name, p in self._owners_of_rewrites().items() if p != plugin}
             with blaming(f"plugin '{plugin}', asked for rank {world.rank} of {world.size},"):

@@ -37,7 +37,8 @@ class Layer(NamedTuple):
     spec: specs.Experts
     scope: str  # of the experts in the checkpoint's names
     item: str  # of the plan: who builds them
-    shares: tuple[float, ...]  # of the tokens, those that choose each of the local experts
+    # Of the tokens of all ranks that share experts, those that each of the local experts gets here.
+    shares: tuple[float, ...]
 
     @property
     def wanted(self) -> tuple[int, ...]:
@@ -96,7 +97,7 @@ class Predictor:
         model, numbers = whole.checkpoint.spec, {layer.number for layer in layers}
         rest = None if ceilings is None else list(_rest(model, numbers, ceilings, tokens))
         # Experts are used by the tokens of all ranks that share them.
-        rows = tokens * len(whole.grouping.of(whole.world.rank))
+        rows = tokens * len(whole.group)
         return cls(layers, rates, rows, rest, _trip(whole, one, rates))
 
     def cheapest(self, budget: Budget, expert_bytes: int) -> Sharing:

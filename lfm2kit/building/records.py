@@ -39,6 +39,9 @@ class Record:
 
         return dict(self._checked(key, "an object of texts", holds))
 
+    def has(self, key: str) -> bool:
+        return key in self._fields
+
     def whole(self, key: str, least: int, most: int) -> int:
         expected = f"a whole number from {least} to {most}"
         return int(self._checked(key, expected, lambda value: _is_whole(value, least, most)))

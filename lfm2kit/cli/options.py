@@ -20,7 +20,8 @@ from lfm2kit.cli.bus_error import explain_bus_errors
 from lfm2kit.errors import Lfm2kitError
 
 REWRITES = "rewrites"  # the field that several options fill
-OF_RANKS = ("parallel", "ep_size")  # which a command of a process alone leaves out
+# What a command of a process alone leaves out.
+OF_RANKS = ("parallel", "ep_size", "replicate_experts")
 SHORT = {
     "model": "-m",
     "backend": "-b",

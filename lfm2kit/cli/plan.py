@@ -15,7 +15,7 @@ from lfm2kit.building.loading import Setup
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.sharing import Sharing
-from lfm2kit.cli import rank_shares
+from lfm2kit.cli import rank_loads, rank_shares
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
@@ -86,6 +86,7 @@ def plan(
         "ranks": ranks,
         "groups": setup.grouping.groups,
         "shares": rank_shares.fields_of(of_ranks, nodes, lambda one: _totals(one, tokens, room)),
+        "expected": rank_loads.fields_of(setup),
         "rewrites": [rewrite.name for rewrite in setup.rewrites],
         "block_notes": dict(_block_notes(setup)),
         "predicted": None if setup.sharing is None else _predicted(setup.sharing),
@@ -225,6 +226,8 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
             f"{fields['ranks']} ranks, {setup.grouping}, with {tokens} tokens at once each:"
         )
         rank_shares.show(fields["shares"])
+    if fields["expected"] is not None:
+        rank_loads.show(report, fields["expected"])
     if pinned := sum(row["pinned_bytes"] for row in fields["blocks"]):
         report.line(f"{HOST.name}: {size(pinned)} of weights pinned, to be copied to a device")
     for bound in memory_limits():

@@ -266,6 +266,7 @@ NOT_COMPARED = {
     "n",
     "batch_size",
     "inputs",
+    "load",
     "threads",
     "ranks",
     "rewrites",
@@ -285,7 +286,7 @@ def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
 
 def facts_of(request: Request, prepared: Prepared) -> Facts:
     """Return what all ranks of a job must have in common before they read weights."""
-    asked = {**asdict(request), **asdict(request.options)}
+    asked, load = {**asdict(request), **asdict(request.options)}, prepared.setup.load
     settled = {
         "--backend": prepared.setup.asked,
         **{flag(Option(name)): v for name, v in asked.items() if name not in NOT_COMPARED},
@@ -293,6 +294,7 @@ def facts_of(request: Request, prepared: Prepared) -> Facts:
         "--seed": request.options.seed or 0,
         "--batch-size": prepared.batch_size,
         "-n": len(prepared.inputs),
+        "the load": None if load is None else fingerprints.digest([repr(load).encode()]),
         "the inputs' content": fingerprints.digest([prepared.inputs.tobytes()]),
     }
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -57,9 +57,18 @@ def show(shares: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _rows(share: Mapping[str, Any]) -> Iterator[list[str]]:
-    held = dict.fromkeys(ranges(ids) or "none" for ids in share["experts"].values())
-    place = [str(share["rank"]), str(share["machine"]), ranges(share["group"]), "; ".join(held)]
+    experts = _in_words(share["experts"].values())
+    place = [str(share["rank"]), str(share["machine"]), ranges(share["group"]), experts]
     for memory, total in share["memories"].items():
         sizes = [total[f"{kind}_bytes"] for kind in KINDS]
         least = "at least " if total["unknown_blocks"] else ""
         yield [*place, memory, *map(size, sizes), f"{least}{size(sum(sizes))}"]
+
+
+def _in_words(layers: Collection[list[int]]) -> str:
+    """Return which experts of each layer a rank holds; how many, if these differ by layer."""
+    held = {ranges(ids) or "none" for ids in layers}
+    if len(held) < 2:
+        return "".join(held)
+    counts = sorted({len(ids) for ids in layers})
+    return f"{' to '.join(map(str, dict.fromkeys([counts[0], counts[-1]])))} of each layer"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lfm2kit.building.joins import Join, Joins
-from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
+from lfm2kit.rewrites.experts_over_ranks import OwnersOf, experts_over_ranks, owners_by_layer
 from lfm2kit.rewrites.parted_experts import Places, SplitExperts, StreamedExperts
 from lfm2kit.rewrites.plugged import kept_to_contract
 from lfm2kit.rewrites.rewrite import Rewrite, chosen, replaced, rewritten
@@ -19,6 +19,7 @@ from lfm2kit.transport import Transport, World
 __all__ = [
     "Join",
     "Joins",
+    "OwnersOf",
     "Places",
     "Rewrite",
     "SplitExperts",
@@ -27,13 +28,16 @@ __all__ = [
     "built_in",
     "chosen",
     "kept_to_contract",
+    "owners_by_layer",
     "replaced",
     "rewritten",
 ]
 
 
-def built_in(world: World, transport: Transport | None) -> Iterator[Rewrite]:
+def built_in(
+    world: World, transport: Transport | None, owners_of: OwnersOf | None = None
+) -> Iterator[Rewrite]:
     """Yield lfm2kit's own rewrites, as a plugin's `lfm2kit_rewrites` yields others."""
     yield TRIM
     if world.size > 1:
-        yield experts_over_ranks(world, transport)
+        yield experts_over_ranks(world, transport, owners_of)

@@ -6,7 +6,7 @@ experts, which know nothing of other ranks, and of an exchange, which moves toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NoReturn
@@ -19,9 +19,19 @@ from lfm2kit.memory import HOST, Memory
 from lfm2kit.rewrites import ids_in_words
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
 from lfm2kit.specs import Experts, Model, Part, Router, SparseMoe, Spec
-from lfm2kit.transport import Exchange, ExchangeOffer, Traffic, Transport, World, evenly
+from lfm2kit.transport import (
+    Exchange,
+    ExchangeOffer,
+    Owners,
+    Traffic,
+    Transport,
+    World,
+    evenly,
+    held_by,
+    held_once,
+)
 
-Owners = Callable[[int], Sequence[int]]  # of a number of experts: the rank that holds each of them
+OwnersOf = Callable[[int, int], Owners]  # of a layer's number, and how many experts it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +44,7 @@ class ExpertParallelMoe(Spec):
 
     router: Router
     experts: Experts
-    owners: tuple[int, ...]  # the rank that holds each expert, [num_experts]
+    owners: Owners  # [ranks][num_experts], see `lfm2kit.transport`
     kind: ClassVar[str] = "moe"
 
     def parts(self) -> tuple[Part, ...]:
@@ -51,26 +61,26 @@ class ExpertParallelMoe(Spec):
 
 
 def experts_over_ranks(
-    world: World, transport: Transport | None, owners: Owners | None = None
+    world: World, transport: Transport | None, owners_of: OwnersOf | None = None
 ) -> Rewrite:
     """Return the rewrite for rank `world.rank`: all of the model, but only its own experts.
 
     In a job of several groups, world and transport are those of the rank's group.
-    Without `owners`, consecutive experts are shared out evenly.  Without a transport the model can
-    be planned, but not built.
+    Without `owners_of`, consecutive experts are shared out evenly.  Without a transport the model
+    can be planned, but not built.
     """
-    owners = owners or partial(evenly, world.size)
 
-    def parallel(spec: Spec) -> Spec:
+    def parallel(number: int, spec: Spec) -> Spec:
         if not isinstance(spec, SparseMoe):
             return spec
-        owner = tuple(int(rank) for rank in owners(spec.experts.num_experts))
-        experts = replace(spec.experts, local_experts=_held_by(world.rank, owner))
-        return ExpertParallelMoe(spec.router, experts, owner)
+        experts = spec.experts.num_experts
+        if owners_of is not None:
+            return parallel_moe(spec, world.rank, owners_of(number, experts))
+        return parallel_moe(spec, world.rank, held_once(evenly(world.size, experts), world.size))
 
     def apply(model: Model) -> Model:
-        rewritten: Model = replaced(model, parallel)
-        return rewritten
+        layers = tuple(replaced(one, partial(parallel, i)) for i, one in enumerate(model.layers))
+        return model if layers == model.layers else replace(model, layers=layers)
 
     return Rewrite(
         name="experts-over-ranks",
@@ -81,9 +91,24 @@ def experts_over_ranks(
     )
 
 
-def _held_by(rank: int, owners: Sequence[int]) -> tuple[int, ...]:
-    """Return the experts of `rank`."""
-    return tuple(e for e, owner in enumerate(owners) if owner == rank)
+def parallel_moe(moe: SparseMoe, rank: int, owners: Owners) -> ExpertParallelMoe:
+    """Return the share of `rank`: the router, and the experts that it computes for any rank."""
+    experts = replace(moe.experts, local_experts=held_by(rank, owners))
+    return ExpertParallelMoe(moe.router, experts, owners)
+
+
+def owners_by_layer(model: Model) -> dict[int, Owners]:
+    """Return the owners of the experts of each layer that has some on several ranks."""
+    found = ((i, owners) for i, layer in enumerate(model.layers) for owners in _owners(layer))
+    return dict(found)
+
+
+def _owners(spec: Spec) -> Iterator[Owners]:
+    if isinstance(spec, ExpertParallelMoe):
+        yield spec.owners
+        return
+    for part in spec.parts():
+        yield from _owners(part.spec)
 
 
 def _join(transport: Transport | None, outer: Memory) -> Join:

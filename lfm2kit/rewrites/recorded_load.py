@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lfm2kit.backend import Array, Block
 from lfm2kit.building.joins import Join
-from lfm2kit.building.load import Load, unused
+from lfm2kit.building.load import LayerLoad, Load, unused
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import Memory, is_ordered
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
@@ -65,7 +65,8 @@ class LoadRecorder:
     def load(self, name: str, model: Model, transport: Transport | None) -> Load | None:
         """Return the load of the forwards up to now, those of all ranks of a job on rank 0.
 
-        `model` is the one called `name` before any rewrite.  None on the other ranks.
+        `model` is the one called `name` before any rewrite.  None on the other ranks.  A job's load
+        has the sum, which one process would have recorded, and the counts of each rank's tokens.
         """
         self._settle()
         mine = np.concatenate(list(self._counts.values()))[None]
@@ -73,11 +74,9 @@ class LoadRecorder:
         if everyone is None:
             return None
         ends = np.cumsum([len(counts) for counts in self._counts.values()])
-        sums = dict(zip(self._counts, np.split(everyone.sum(axis=0), ends[:-1]), strict=True))
-        layers = [
-            one._replace(counts=tuple(sums[one.layer][:-1].tolist())) for one in unused(model)
-        ]
-        tokens = max(int(counts[-1]) for counts in sums.values())
+        by_rank = dict(zip(self._counts, np.split(everyone, ends[:-1], axis=1), strict=True))
+        layers = [_of_layer(one, by_rank[one.layer][:, :-1]) for one in unused(model)]
+        tokens = max(int(counts[:, -1].sum()) for counts in by_rank.values())
         return Load(name, model.embed_tokens.hidden_size, tokens, tuple(layers))
 
     def _settle(self) -> None:
@@ -108,6 +107,12 @@ class LoadRecorder:
         self._pending.append((layer, arrived))
         if len(self._pending) >= MOST_PENDING:
             self._settle()
+
+
+def _of_layer(layer: LayerLoad, by_rank: npt.NDArray[np.int64]) -> LayerLoad:
+    """Return the layer's load, of counts [ranks, experts]."""
+    ranks = tuple(map(tuple, by_rank.tolist())) if len(by_rank) > 1 else ()
+    return layer._replace(counts=tuple(by_rank.sum(axis=0).tolist()), by_rank=ranks)
 
 
 def _recorded(model: Model) -> Model:

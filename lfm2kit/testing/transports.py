@@ -19,10 +19,13 @@ from lfm2kit.transport import (
     Counted,
     Exchange,
     FormsGroups,
+    Owners,
     Traffic,
     Transport,
     World,
     evenly,
+    held_by,
+    held_once,
 )
 
 Floats = npt.NDArray[np.float32]
@@ -139,23 +142,34 @@ class _Tokens(NamedTuple):
 def check_exchange(transport: Transport, memory: Memory = HOST) -> None:
     """Check that a token's products come back and are added in the order of k, bit for bit.
 
-    The experts stand anywhere, some ranks hold none, some have no tokens; ids of -1 are nobody's.
+    The experts stand anywhere, on one rank or on several; some ranks hold none, some have no
+    tokens; ids of -1 are nobody's.  A rank gets rows for its experts from those ranks alone whose
+    tokens it computes.
     """
     size = transport.world.size
     offer = offered(transport, memory)
     for number, (k, owners) in enumerate(_layers(size)):
-        exchange = offer.create(Traffic(HIDDEN_SIZE, k, tuple(owners)))
+        exchange = offer.create(Traffic(HIDDEN_SIZE, k, owners))
         for call in range(3):  # whatever an exchange keeps from a call must not reach the next
-            tokens = _tokens([number, call, transport.world.rank], k, len(owners))
+            tokens = _tokens([number, call, transport.world.rank], k, len(owners[0]))
             _check_one(transport, offer.memory, exchange, owners, tokens)
 
 
-def _layers(size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield numbers of experts per token, and the rank that holds each expert."""
-    yield 3, evenly(size, 5 * size + 1)
-    yield 2, evenly(size, max(2, size - 1))  # a rank has none, if there are more than two
-    yield 4, [(7 * e + 3) % size for e in range(9)]
-    yield 1, [size - 1] * 4
+def _layers(size: int) -> Iterator[tuple[int, Owners]]:
+    """Yield numbers of experts per token, and the rank that computes each expert for each rank."""
+    yield 3, held_once(evenly(size, 5 * size + 1), size)
+    yield 2, held_once(evenly(size, max(2, size - 1)), size)  # of more than two ranks, one has none
+    yield 4, held_once([(7 * e + 3) % size for e in range(9)], size)
+    yield 1, held_once([size - 1] * 4, size)
+    # The even experts are held by every rank, and the others by two, which share out the ranks.
+    held_twice = [[(rank % 2 + e) % size for e in range(9)] for rank in range(size)]
+    yield (
+        3,
+        tuple(
+            tuple(owner if e % 2 else rank for e, owner in enumerate(owners))
+            for rank, owners in enumerate(held_twice)
+        ),
+    )
 
 
 def _tokens(seed: list[int], k: int, num_experts: int) -> _Tokens:
@@ -173,15 +187,21 @@ def _tokens(seed: list[int], k: int, num_experts: int) -> _Tokens:
 
 
 def _check_one(
-    transport: Transport, memory: Memory, exchange: Exchange, owners: list[int], tokens: _Tokens
+    transport: Transport, memory: Memory, exchange: Exchange, owners: Owners, tokens: _Tokens
 ) -> None:
+    due = _rows_due(transport, owners, tokens.expert_ids)
     rows = exchange.dispatch(*map(memory.from_host, tokens))
     x, ids, weights = map(memory.to_host, rows)
     _require(ids.shape == weights.shape == (len(x), 1), f"{len(x)} rows, but ids {ids.shape}")
-    strange = sorted({int(e) for e in ids.flat if e >= 0 and owners[e] != transport.world.rank})
+    held = held_by(transport.world.rank, owners)
+    strange = sorted({int(e) for e in ids.flat if e >= 0} - {*held})
     _require(not strange, f"rows came for experts {strange}, which other ranks hold")
+    came = np.bincount(ids[ids >= 0], minlength=len(owners[0]))
+    _require(
+        np.array_equal(came, due),
+        f"rows {came} came by expert, and not {due}, which are this rank's to compute",
+    )
     if isinstance(exchange, Counted):
-        came = np.bincount(ids[ids >= 0], minlength=len(owners))
         counted = exchange.counted().expert_rows
         _require(np.array_equal(counted, came), f"rows {came} came by expert, counted {counted}")
     products = _products(x, ids, weights)[:, 0]  # NaN in rows of padding
@@ -194,6 +214,16 @@ def _check_one(
         if delta.shape == expected.shape
         else f"delta has the shape {delta.shape}, and not {expected.shape}",
     )
+
+
+def _rows_due(transport: Transport, owners: Owners, ids: Int32) -> npt.NDArray[np.int64]:
+    """Return how many rows of each expert all ranks have for this one."""
+    experts, world = len(owners[0]), transport.world
+    mine = np.bincount(ids[ids >= 0], minlength=experts)
+    to = np.array(owners[world.rank]) == np.arange(world.size)[:, None]  # [ranks, experts]
+    everyones, _ = transport.all_to_all(np.where(to, mine, 0), [1] * world.size)
+    due: npt.NDArray[np.int64] = everyones.sum(axis=0)
+    return due
 
 
 def _products(x: Floats, ids: Int32, weights: Floats) -> Floats:

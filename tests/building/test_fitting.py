@@ -44,6 +44,7 @@ from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import replaced
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
 from lfm2kit.rewrites.parted_experts import SplitExperts, StreamedExperts
+from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.testing.random_weights import random_weights, stored_as
 from lfm2kit.transport import World
 from tests.checkpoint.typed import Cli
@@ -295,7 +296,7 @@ def test_the_hosts_own_blocks_need_what_is_not_pinned(monkeypatch: pytest.Monkey
         assert (found.shortage() is not None) == is_short
 
 
-@pytest.mark.parametrize("option", [{"streamed_experts": 2}, {"rates": "a"}, {"load": "a"}])
+@pytest.mark.parametrize("option", [{"streamed_experts": 2}, {"rates": "a"}])
 def test_what_says_how_to_fit_needs_a_size(option: Any) -> None:
     ((name, value),) = option.items()
     with pytest.raises(Lfm2kitError) as refused:
@@ -486,6 +487,56 @@ def test_experts_that_are_used_most_stay(has_rates: bool, tmp_path: Path) -> Non
         assert sorted(spec.resident) == list(ids[len(ids) - len(spec.resident) :])
     assert sorted(last.resident) == list(ids[: len(last.resident)])
     assert sum(len(spec.resident) for spec in splits(found)) == 4 * len(MOES)
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+@pytest.mark.parametrize("has_rates", [False, True])
+def test_of_a_ranks_experts_those_that_get_the_most_rows_there_stay(
+    has_rates: bool, tmp_path: Path
+) -> None:
+    """The three used most are on both ranks, and each of these computes half of their rows."""
+    load = write_load(tmp_path / "load.json")
+    rates = write_rates(tmp_path / "rates.json", "card") if has_rates else None
+    ids = EXPERTS.local_experts
+    for rank in range(2):
+        found = setup(
+            gpu_memory=limit(4), load=load, rates=rates, replicate_experts=3, world=World(rank, 2)
+        )
+        assert all(len(spec.local_experts) in (3 + 6, 3 + 7) for spec in splits(found))
+        for spec in splits(found)[:-1]:
+            assert not {*spec.resident} & {*ids[-3:]}
+            assert {*ids[-3:]} < {*spec.local_experts}
+            own = sorted({*spec.local_experts} - {*ids[-3:]})
+            assert sorted(spec.resident) == own[len(own) - len(spec.resident) :]
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_a_load_places_experts_over_ranks_and_below_a_limit_at_once(tmp_path: Path) -> None:
+    load, batch = write_load(tmp_path / "load.json"), Batch.of_sequences([[1, 2, 3], [4]])
+    plugins = with_backends(card=CardBackend)
+    asked = Options(backend="card", gpu_memory=limit(3), load=load, replicate_experts=3)
+
+    def rank(transport: ThreadTransport) -> Any:
+        found = set_up(TINY, asked, plugins=plugins, transport=transport)
+        assert all(spec.host and spec.resident for spec in splits(found))
+        return found.build().logits(batch)
+
+    whole = load_model("tiny", "reference").logits(batch)
+    for logits in run_ranks(2, rank):
+        np.testing.assert_allclose(logits, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("reference_is_preferred")
+def test_experts_are_predicted_for_the_tokens_of_the_ranks_that_share_them(tmp_path: Path) -> None:
+    rates = write_rates(tmp_path / "rates.json", "card", host=1e6)
+
+    def seconds(world: World, **options: Any) -> float:
+        found = setup(gpu_memory=limit(0), rates=rates, world=world, **options)
+        assert found.sharing is not None
+        return found.sharing.seconds
+
+    alone_of_two = seconds(World(0, 2))
+    assert seconds(World(0, 4), ep_size=2) == alone_of_two
 
 
 @pytest.mark.usefixtures("reference_is_preferred")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert load == LOAD
     assert load.shares() == [[1.0, 1.0, 0.5, 0.5, 0.0], [0.6] * 5]
     load.check(tmp_path / "load.json", small_spec())
+
+
+def test_the_load_of_a_job_has_the_counts_of_each_rank_beside_the_sum(tmp_path: Path) -> None:
+    first, second = LOAD.layers
+    ranks = ((10, 4, 5, 0, 0), (0, 6, 0, 5, 0))
+    of_job = replace(LOAD, layers=(first._replace(by_rank=ranks), second))
+    path = tmp_path / "load.json"
+    path.write_text(json.dumps(of_job.document()))
+    assert read_load(path) == of_job
+    fields, alone = of_job.document(), LOAD.document()
+    assert fields["layers"][0].pop("ranks") == [{"counts": counts} for counts in ranks]
+    assert fields == alone
 
 
 def test_without_a_load_all_experts_are_alike() -> None:
@@ -73,6 +86,19 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "more chosen than there are": (
         lambda d: d["layers"][0].update(num_experts_per_tok=6),
         r"layers\[0\].num_experts_per_tok is 6",
+    ),
+    "ranks that are numbers": (lambda d: d["layers"][0].update(ranks=[1]), r"ranks\[0\] is 1"),
+    "ranks that do not add up": (
+        lambda d: d["layers"][1].update(ranks=[{"counts": [6, 6, 6, 6, 5]}]),
+        r"layers\[1\].ranks is .*; expected counts that add up to those of the layer",
+    ),
+    "a rank with fewer experts": (
+        lambda d: d["layers"][1].update(ranks=[{"counts": [6] * 4}]),
+        r"layers\[1\].ranks\[0\].counts is .*; expected 5 numbers",
+    ),
+    "an unknown field of a rank": (
+        lambda d: d["layers"][1].update(ranks=[{"counts": [6] * 5, "x": 1}]),
+        r"layers\[1\].ranks\[0\].x is unknown",
     ),
     "an unknown field in a layer": (lambda d: d["layers"][0].update(x=1), r"layers\[0\].x is unk"),
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 import typer
 
+from lfm2kit.building.load import Load, unused
 from lfm2kit.building.loading import find_model
+from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.cli import app
 from lfm2kit.cli.ranks import agreed
 from lfm2kit.errors import Lfm2kitError
@@ -68,6 +72,27 @@ def test_ranks_that_differ_in_an_option_are_told_which(
     refusal = compared([facts_of(), facts_of(*arguments)])
     assert refusal is not None
     assert f"do not agree: {says}" in refusal.sentence
+
+
+def test_ranks_whose_loads_have_other_counts_do_not_run(facts_of: FactsOf, tmp_path: Path) -> None:
+    """They would disagree about who holds an expert.  The files may have other names."""
+
+    spec = open_checkpoint(find_model("tiny")).spec
+
+    def written(name: str, first: int) -> Path:
+        layers = tuple(one._replace(counts=(first, *one.counts[1:])) for one in unused(spec))
+        load = Load("tiny", spec.embed_tokens.hidden_size, 10, layers)
+        (tmp_path / name).write_text(json.dumps(load.document()))
+        return tmp_path / name
+
+    one, same, other = (
+        facts_of("--ranks", "2", "--load", str(written(name, first)))
+        for name, first in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert compared([one, same]) is None
+    refusal = compared([one, other])
+    assert refusal is not None
+    assert re.search(r"do not agree: the load is \w{12} on rank 0 and \w{12} on", refusal.sentence)
 
 
 def test_other_ids_are_noticed(facts_of: FactsOf) -> None:

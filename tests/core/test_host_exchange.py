@@ -9,7 +9,7 @@ import pytest
 
 from lfm2kit.host_exchange import Buffers, HostExchange
 from lfm2kit.testing import ThreadTransport, run_ranks
-from lfm2kit.transport import Traffic, evenly
+from lfm2kit.transport import Traffic, evenly, held_once
 
 TOKENS, EXPERTS, K = 128, 32, 4
 
@@ -33,9 +33,13 @@ def with_nobodys(rank: int) -> Any:
     return ids
 
 
+def held_evenly(size: int) -> Any:
+    return held_once(evenly(size, EXPERTS), size)
+
+
 def called(transport: ThreadTransport, ids: Any, hidden_size: int = 1024) -> Any:
     """Dispatch tokens and combine their rows, and return what was counted."""
-    traffic = Traffic(hidden_size, ids.shape[1], tuple(evenly(transport.world.size, EXPERTS)))
+    traffic = Traffic(hidden_size, ids.shape[1], held_evenly(transport.world.size))
     exchange = HostExchange(transport, traffic, Buffers())
     x = np.full((len(ids), hidden_size), transport.world.rank, np.float32)
     rows = exchange.dispatch(x, ids.astype(np.int32), np.ones(ids.shape, np.float32))
@@ -85,7 +89,7 @@ def test_a_token_goes_to_a_rank_once_and_headers_are_small() -> None:
 def test_the_layers_of_a_model_share_memory_that_is_allocated_once() -> None:
     def rank(transport: ThreadTransport) -> Any:
         buffers, places = Buffers(), []
-        traffic = Traffic(64, K, tuple(evenly(2, EXPERTS)))
+        traffic = Traffic(64, K, held_evenly(2))
         layers = [HostExchange(transport, traffic, buffers) for _ in range(2)]
         for tokens in (TOKENS, 1, TOKENS):
             ids = uniform(transport.world.rank, tokens).astype(np.int32)
@@ -102,7 +106,7 @@ def test_the_layers_of_a_model_share_memory_that_is_allocated_once() -> None:
 
 def test_what_is_counted_is_told_once() -> None:
     def rank(transport: ThreadTransport) -> Any:
-        traffic = Traffic(8, 1, tuple(evenly(2, EXPERTS)))
+        traffic = Traffic(8, 1, held_evenly(2))
         exchange = HostExchange(transport, traffic, Buffers())
         ids, weights = np.full((3, 1), 31, np.int32), np.ones((3, 1), np.float32)
         for _ in range(2):

@@ -343,6 +343,9 @@ def loads(draw: st.DrawFn) -> Any:
     layers = [draw(changed({**layer, "layer": i}, ["x"])) for i in range(draw(st.integers(0, 3)))]
     if layers and draw(st.booleans()):
         layers[0]["counts"] = draw(st.lists(odd, max_size=3))
+    elif layers and draw(st.booleans()):
+        ranks = [draw(changed({"counts": one}, ["x"])) for one in ([1, 2, 0], [2, 0, 1])]
+        layers[-1]["ranks"] = draw(st.sampled_from([ranks, ranks[:1], ranks[0]]))
     fields = {"kind": "lfm2kit load", "version": 1, "model": "m", "hidden_size": 8, "tokens": 4}
     return draw(changed({**fields, "layers": layers}, ["x"]))
 

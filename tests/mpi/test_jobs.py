@@ -106,6 +106,28 @@ def test_trimmed_layers_have_the_same_bits_on_several_ranks(alone: Any, tmp_path
     np.testing.assert_array_equal(samples.read_answers(path), alone)
 
 
+def test_a_load_that_ranks_have_recorded_places_experts_for_ranks(tmp_path: Path) -> None:
+    """It is what one process records; by it, rows are more even, and the answers are right."""
+    files = [tmp_path / name for name in ("one.json", "ranks.json", "before.json", "after.json")]
+    one, recorded, before, after = map(str, files)
+    run = ("run", "-n", "21", "--backend", "reference")
+    ranks = (*run, "-v", "--ranks", "3", "--threads", "1")
+    for arguments in (
+        (*run, "--record-load", one),
+        (*ranks, "--record-load", recorded, "--json", before),
+        (*ranks, "--load", recorded, "--replicate-experts", "2", "--json", after),
+    ):
+        done = lfm2kit(*arguments)
+        assert done.returncode == 0, done.stderr
+    of_one, of_ranks = (json.loads(path.read_text()) for path in files[:2])
+    assert [len(layer.pop("ranks")) for layer in of_ranks["layers"]] == [3] * 6
+    assert of_ranks == of_one
+    even, uneven = (
+        json.loads(path.read_text())["exchanged"]["rows_max_over_mean"] for path in files[:1:-1]
+    )
+    assert even < 1.1 < uneven
+
+
 def test_a_plan_with_several_backends_works_across_ranks() -> None:
     done = lfm2kit(
         "run", "-v", "-n", "8", "--ranks", "2", "--backend", "reference,2-4.moe=cpu_simd"

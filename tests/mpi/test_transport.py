@@ -52,7 +52,8 @@ from lfm2kit import specs
 from lfm2kit.memory import HOST
 from lfm2kit.model import RoutedExperts
 from lfm2kit.reference.backend import ReferenceBackend
-from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
+from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks, parallel_moe
+from lfm2kit.transport import evenly, held_once
 from lfm2kit.weights import Weights
 
 E, K, H = {experts}, {k}, 8
@@ -67,15 +68,19 @@ if {one}:
 backend = ReferenceBackend()
 alone = RoutedExperts(whole, backend.build(router, weights), backend.build(experts, weights))
 rewrite = experts_over_ranks(world, transport)
-mine = rewrite.apply(whole)
+owners = held_once(evenly(world.size, E), world.size)
+if {one}:  # the experts that all tokens choose are on every rank
+    owners = tuple((rank,) * K + some[K:] for rank, some in enumerate(owners))
+mine = parallel_moe(whole, world.rank, owners)
 block = rewrite.joins[type(mine)](HOST).make(
     mine, router=backend.build(router, weights), experts=backend.build(mine.experts, weights))
-owners = np.array(mine.owners)
+owners = np.array(mine.owners[world.rank])
 for tokens in (0, 1, 17) if world.rank % 2 else (5, 0, 9):
     x = rng.normal(size=(tokens, H)).astype(np.float32)
     np.testing.assert_array_equal(block(x), alone(x) if tokens else x)
     counted = block.exchange.counted()
     ranks = [set(owners[ids]) - {{world.rank}} for ids in alone.router(x)[0]]
+    assert not {one} or not any(ranks)
     assert counted.dispatch.rows == sum(map(len, ranks))
     assert counted.dispatch.bytes == sum(map(len, ranks)) * 4 * (H + 2 * K)
     assert counted.dispatch.messages == len(set().union(*ranks))

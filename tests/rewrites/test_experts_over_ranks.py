@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,19 @@ from lfm2kit.memory import Array
 from lfm2kit.model import Forward, RoutedExperts
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import built_in
-from lfm2kit.rewrites.experts_over_ranks import ExpertParallelMoe, experts_over_ranks
+from lfm2kit.rewrites.experts_over_ranks import (
+    ExpertParallelMoe,
+    OwnersOf,
+    experts_over_ranks,
+    parallel_moe,
+)
 from lfm2kit.rewrites.trim import TRIM, TrimmedLayer
 from lfm2kit.testing import ThreadTransport, check_exchange, run_ranks
-from lfm2kit.transport import ExchangeOffer, Rows, Traffic, World, share
+from lfm2kit.transport import ExchangeOffer, Owners, Rows, Traffic, World, held_once, share
 from tests.core.small import build, random_weights, small_spec
 from tests.core.test_model import Box, DeviceBackend, FusingBackend, Recorded
 
 SEQUENCES = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3], [2]]
-Owners = Callable[[int], Sequence[int]]
 
 
 def share_of(rank: int, size: int) -> Batch:
@@ -39,13 +43,13 @@ def alone(spec: specs.Model, size: int) -> list[Any]:
     return [model.logits(share_of(rank, size)).copy() for rank in range(size)]
 
 
-def over_ranks(transport: ThreadTransport, owners: Owners | None = None) -> Any:
-    return experts_over_ranks(transport.world, transport, owners)
+def over_ranks(transport: ThreadTransport, owners_of: OwnersOf | None = None) -> Any:
+    return experts_over_ranks(transport.world, transport, owners_of)
 
 
-def assert_same_bits(spec: specs.Model, size: int, owners: Owners | None = None) -> None:
+def assert_same_bits(spec: specs.Model, size: int, owners_of: OwnersOf | None = None) -> None:
     def rank(transport: ThreadTransport) -> Any:
-        model = build(spec, rewrites=[over_ranks(transport, owners)])
+        model = build(spec, rewrites=[over_ranks(transport, owners_of)])
         return model.logits(share_of(transport.world.rank, size)).copy()
 
     for there, expected in zip(run_ranks(size, rank), alone(spec, size), strict=True):
@@ -62,17 +66,34 @@ def test_more_ranks_than_experts_leave_one_without_any() -> None:
     assert_same_bits(small_spec(num_experts=3, num_experts_per_tok=2), 4)
 
 
-@pytest.mark.parametrize(
-    "owners",
-    [
-        lambda num_experts: [(2 * e + 1) % 3 for e in range(num_experts)],
-        lambda num_experts: [2] * num_experts,
-        lambda num_experts: [2] + [0] * (num_experts - 1),
-    ],
-    ids=["scattered", "all on one rank", "none on one rank"],
-)
-def test_experts_may_be_on_any_rank(owners: Owners) -> None:
-    assert_same_bits(small_spec(), 3, owners)
+OWNERS: dict[str, Owners] = {
+    "scattered": held_once([1, 0, 2, 1, 0], 3),
+    "all on one rank": held_once([2] * 5, 3),
+    "none on one rank": held_once([2, 0, 0, 0, 0], 3),
+    "one on all ranks": ((0, 0, 1, 2, 2), (0, 1, 1, 2, 2), (0, 2, 1, 2, 2)),
+    "two on two of three ranks": ((0, 2, 1, 0, 0), (0, 1, 1, 0, 0), (0, 2, 2, 0, 0)),
+    "all on all ranks": ((0,) * 5, (1,) * 5, (2,) * 5),
+    "each rank asks the next": ((1,) * 5, (2,) * 5, (0,) * 5),
+}
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_experts_may_be_on_any_rank_and_on_several(name: str) -> None:
+    assert_same_bits(small_spec(), 3, lambda layer, num_experts: OWNERS[name])
+
+
+def test_each_layer_may_have_owners_of_its_own() -> None:
+    owners = {2: OWNERS["scattered"], 3: OWNERS["one on all ranks"]}
+    assert_same_bits(small_spec(), 3, lambda layer, num_experts: owners[layer])
+
+
+def test_a_rank_holds_what_it_computes_for_any_rank() -> None:
+    moe = small_spec().layers[3]
+    assert isinstance(moe, specs.Layer)
+    assert isinstance(moe.feed_forward, specs.SparseMoe)
+    owners = OWNERS["two on two of three ranks"]
+    held = [parallel_moe(moe.feed_forward, r, owners).experts.local_experts for r in range(3)]
+    assert held == [(0, 3, 4), (1, 2), (1, 2)]
 
 
 def shares(num_experts: int, size: int) -> list[list[int]]:
@@ -109,7 +130,8 @@ def test_a_rank_reads_its_own_experts_and_all_other_weights() -> None:
 
 def test_a_rank_says_which_experts_it_holds() -> None:
     def note(*owners: int, rank: int) -> str | None:
-        rewrite = experts_over_ranks(World(rank, 3), None, lambda num_experts: owners)
+        held = held_once(owners, 3)
+        rewrite = experts_over_ranks(World(rank, 3), None, lambda layer, num_experts: held)
         layer = rewrite.apply(small_spec()).layers[3]
         assert isinstance(layer, specs.Layer)
         return layer.feed_forward.note()
@@ -173,15 +195,18 @@ class DeviceExchange:
 
     def __init__(self, transport: ThreadTransport, traffic: Traffic) -> None:
         self.transport = transport
-        self.owners = np.array([*traffic.owners, -1])  # of the id -1: nobody
+        self.owners = np.array([[*owners, -1] for owners in traffic.owners])  # of the id -1: nobody
         self.expert_ids: Any = None
 
     def dispatch(self, x: Array, expert_ids: Array, expert_weights: Array) -> Rows:
-        ids = self.expert_ids = expert_ids.values
+        ids, rank = expert_ids.values, self.transport.world.rank
+        self.expert_ids = ids
         repeated = np.repeat(x.values, ids.shape[1], axis=0)
-        pairs = repeated, ids.ravel(), expert_weights.values.ravel()
-        x, ids, weights = map(np.concatenate, zip(*self.transport.everyones(pairs), strict=True))
-        ids = np.where(self.owners[ids] == self.transport.world.rank, ids, -1).astype(np.int32)
+        owners = self.owners[rank, ids].ravel()
+        pairs = repeated, ids.ravel(), expert_weights.values.ravel(), owners
+        everyones = zip(*self.transport.everyones(pairs), strict=True)
+        x, ids, weights, owners = map(np.concatenate, everyones)
+        ids = np.where(owners == rank, ids, -1).astype(np.int32)
         return Rows(Box(x), Box(ids[:, None]), Box(weights[:, None]))
 
     def combine(self, products: Array) -> Array:
@@ -189,7 +214,7 @@ class DeviceExchange:
         everyones = self.transport.everyones((products.values, tokens * k))
         start = sum(pairs for _, pairs in everyones[:rank])
         by_owner = np.stack([p[start : start + tokens * k] for p, _ in everyones])
-        owner = self.owners[self.expert_ids.ravel()]
+        owner = self.owners[rank, self.expert_ids.ravel()]
         mine = by_owner[owner, np.arange(tokens * k)]
         mine[owner < 0] = -0.0  # changes no number that it is added to
         mine = mine.reshape(tokens, k, mine.shape[1])

@@ -96,13 +96,17 @@ def test_copies_of_ids_are_not_kept_without_bound(monkeypatch: pytest.MonkeyPatc
     assert load.tokens == 9
 
 
+def of_rank(rank: int) -> Batch:
+    return Batch.of_sequences(SEQUENCES[rank::3])
+
+
 @pytest.mark.parametrize("is_last", [True, False])
 def test_the_load_of_a_job_is_the_sum_over_its_ranks(is_last: bool) -> None:
     def rank(transport: ThreadTransport) -> Load | None:
         recorder = LoadRecorder()
         rewrites = [experts_over_ranks(transport.world, transport), recorder.rewrite()]
         model = build(SPEC, rewrites=rewrites if is_last else rewrites[::-1])
-        model.logits(Batch.of_sequences(SEQUENCES[transport.world.rank :: 3]))
+        model.logits(of_rank(transport.world.rank))
         return recorder.load("small", SPEC, transport)
 
     first, *others = run_ranks(3, rank)
@@ -110,6 +114,9 @@ def test_the_load_of_a_job_is_the_sum_over_its_ranks(is_last: bool) -> None:
     assert first is not None
     assert first.tokens == TOKENS
     assert others == [None, None]
+    for layer, expected in enumerate(zip(*map(chosen, map(of_rank, range(3))), strict=True)):
+        there = first.layers[layer].by_rank
+        assert [Counter({e: n for e, n in enumerate(one) if n}) for one in there] == [*expected]
 
 
 @pytest.mark.parametrize("is_last", [True, False])

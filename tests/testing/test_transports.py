@@ -18,7 +18,7 @@ from lfm2kit.testing import (
     run_ranks,
 )
 from lfm2kit.testing.threads import Meeting
-from lfm2kit.transport import ExchangeOffer, JobError, Rows, Traffic, World
+from lfm2kit.transport import ExchangeOffer, JobError, Rows, Traffic, World, held_once
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -167,8 +167,16 @@ class Misrouting(HostExchange):
 
     def __init__(self, transport: Any, traffic: Traffic, buffers: Buffers) -> None:
         size = transport.world.size
-        owners = tuple((owner + 1) % size for owner in traffic.owners)
-        super().__init__(transport, traffic._replace(owners=owners), buffers)
+        owners = [tuple((owner + 1) % size for owner in some) for some in traffic.owners]
+        super().__init__(transport, traffic._replace(owners=tuple(owners)), buffers)
+
+
+class SharingAlike(HostExchange):
+    """Sends tokens to the owners of rank 0's, where other holders should compute them."""
+
+    def __init__(self, transport: Any, traffic: Traffic, buffers: Buffers) -> None:
+        alike = held_once(traffic.owners[0], transport.world.size)
+        super().__init__(transport, traffic._replace(owners=alike), buffers)
 
 
 class CountingOn(HostExchange):
@@ -224,8 +232,9 @@ def offering(create: Callable[..., HostExchange]) -> type[ThreadTransport]:
     ("broken", "says"),
     [
         (ByRank, "the products added in the order of k"),
-        (SendingNobodys, "the products added in the order of k"),
+        (SendingNobodys, "which are this rank's to compute"),
         (Misrouting, "which other ranks hold"),
+        (SharingAlike, "which are this rank's to compute"),
         (CountingOn, "rows .* came by expert, counted"),
         (NotClearing, "the products added in the order of k"),
         (LeavingPadding, "the products added in the order of k"),
