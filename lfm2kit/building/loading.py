@@ -30,9 +30,11 @@ from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, Option, choices, either
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, can_capture
+from lfm2kit.overlapped import AUTO as AUTO_OVERLAP
+from lfm2kit.overlapped import ON
 from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
-from lfm2kit.ranks.groups import Grouping, groupings
+from lfm2kit.ranks.groups import EP, Grouping, groupings
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
 from lfm2kit.specs import Spec
@@ -69,6 +71,7 @@ class Setup:
     context: Context
     transport: Transport | None
     grouping: Grouping
+    group: Transport | None  # the transport of this rank's group, if it has other ranks
     sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
     placing: str | None = None  # a note on the rates by which experts are split, if it is needed
 
@@ -120,7 +123,13 @@ class Setup:
         """
         self._check_memory(self.placed, tokens)
         with self.checkpoint.files_of("", self.placed.spec).reading_exactly():
-            return build_model(self.placed, self.builder(built), self.plan.default)
+            return build_model(
+                self.placed,
+                self.builder(built),
+                self.plan.default,
+                self.group,
+                self.options.overlap,
+            )
 
     def build_block(self, placed: Placed, *, tokens: int) -> Block:
         """Build one block of the model for calls of `tokens` rows; raise as `build` does."""
@@ -298,7 +307,10 @@ def _set_up(
     plan = _with_host_experts(plan, options, checkpoint.spec, plugins, create)
     for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
-    there = plugins.rewrites(*grouping.place(world, transport))
+    place, group = grouping.place(world, transport)
+    if options.overlap == ON and place.size == 1:
+        raise _nothing_travels(world)
+    there = plugins.rewrites(place, group)
     applied = (*chosen(options.rewrites, there, plugins.skipped()), *rewrites)
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
     of_whole = plan if options.gpu_memory is None else plan.for_whole_experts()
@@ -317,8 +329,18 @@ def _set_up(
         context,
         transport,
         grouping,
+        group,
     )
     return whole if options.gpu_memory is None else fitted(whole, tokens)
+
+
+def _nothing_travels(world: World) -> Lfm2kitError:
+    """Return the error for an overlap with an exchange that there is not."""
+    asked, auto = Option("overlap", ON), Option("overlap", AUTO_OVERLAP)
+    if world.size == 1:
+        return Lfm2kitError(asked, ": there is only one rank; start more, or try ", auto)
+    either_of = Option("parallel", EP), " or ", auto
+    return Lfm2kitError(asked, ": each rank holds all experts; try ", *either_of)
 
 
 def load_model(model: str | Path, backend: str | None = None, **options: Any) -> LFM2:

@@ -19,7 +19,7 @@ from lfm2kit.cli import rewrite_options
 from lfm2kit.cli.bus_error import explain_bus_errors
 
 REWRITES = "rewrites"  # the field that several options fill
-OF_RANKS = ("parallel", "ep_size")  # which a command of a process alone leaves out
+OF_RANKS = ("parallel", "ep_size", "overlap")  # which a command of a process alone leaves out
 SHORT = {
     "model": "-m",
     "backend": "-b",

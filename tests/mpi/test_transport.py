@@ -74,7 +74,7 @@ owners = np.array(mine.owners)
 for tokens in (0, 1, 17) if world.rank % 2 else (5, 0, 9):
     x = rng.normal(size=(tokens, H)).astype(np.float32)
     np.testing.assert_array_equal(block(x), alone(x) if tokens else x)
-    counted = block.exchange.counted()
+    counted = block.exchanges[0].counted()
     ranks = [set(owners[ids]) - {{world.rank}} for ids in alone.router(x)[0]]
     assert counted.dispatch.rows == sum(map(len, ranks))
     assert counted.dispatch.bytes == sum(map(len, ranks)) * 4 * (H + 2 * K)
