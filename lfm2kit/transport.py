@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.memory import Array, Memory
+from lfm2kit.pending import Pending
 
 
 class World(NamedTuple):
@@ -116,6 +117,36 @@ class FormsGroups(Transport, Protocol):
 Owners = tuple[tuple[int, ...], ...]  # [ranks][num_experts], see `Traffic`
 
 
+class Aside(Transport, Protocol):
+    """A transport for calls that are made in a thread of their own, beside the caller's work."""
+
+    def begin(self, call: Callable[[], Any]) -> Pending:
+        """Begin `call`, which uses operations of this transport, and return at once.
+
+        Calls are made one after the other, in the order in which they are begun, in the context of
+        the caller (`contextvars`).  An `all_to_all` of known counts takes no core while it waits
+        there.  `end()` waits for the call, and returns its result or raises what it raised.
+        Before all calls have ended, the caller uses the transport in no other way.  If it fails,
+        it ends none of those that are left, and nothing may wait for them.
+        """
+        ...
+
+
+@runtime_checkable
+class WorksAside(Transport, Protocol):
+    """Capability: a transport whose operations can run beside a rank's computation.
+
+    Without it, nothing is computed while tokens travel.
+    """
+
+    def aside(self) -> Aside | None:
+        """Return this transport for calls beside the caller's work; None if it is not possible.
+
+        It is possible on all ranks or on none.  Send nothing.
+        """
+        ...
+
+
 class Traffic(NamedTuple):
     """The data that travels between ranks in one MoE layer.
 
@@ -209,6 +240,9 @@ class Sent:
         self.bytes += row_bytes * sum(counts)
         self.header_bytes += header_bytes * sum(counts)
 
+    def __add__(self, other: Sent) -> Sent:
+        return Sent(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
 
 @dataclass(slots=True)
 class ExchangeCounts:
@@ -219,6 +253,10 @@ class ExchangeCounts:
     combine: Sent
     copied_rows: int  # that the rank copied, or added, before and after these operations
     expert_rows: npt.NDArray[np.int64]  # that this rank's experts were given, [num_experts]
+
+    def __add__(self, other: ExchangeCounts) -> ExchangeCounts:
+        values = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
+        return ExchangeCounts(*values)
 
 
 @runtime_checkable
@@ -235,9 +273,13 @@ class Counted(Protocol):
 
 @runtime_checkable
 class Exchanging(Protocol):
-    """Capability of a joined block: the counts of its exchange are reported by its name."""
+    """Capability of a joined block: the counts of its exchanges are reported by its name.
 
-    exchange: Exchange
+    There is one for forwards that run by themselves, or one more for each of two halves that take
+    turns (see `lfm2kit.steps`).
+    """
+
+    exchanges: Sequence[Exchange]
 
 
 class Launcher(Protocol):

@@ -55,6 +55,7 @@ def all_to_all(rate: str) -> list[float]:
 def run(model: Path, n: int, rate: str) -> list[float]:
     """Return the time of a run on two ranks of one thread each."""
     options = f"--ranks {RUNNING} --threads 1 -n {n} --random-inputs {LENGTH} -w --json -"
+    options += " --parallel ep --overlap off"
     given = ["--model", str(model), "--backend", "cpu_simd", *options.split()]
     return [on_nodes(RUNNING, rate, sys.executable, "-m", "lfm2kit", "run", *given)["seconds"]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,10 +14,11 @@ from lfm2kit.building.capacity import check_state
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import checked
 from lfm2kit.model import LFM2
+from lfm2kit.overlapped import OFF, overlapped, overlapping
 from lfm2kit.progress import longest, step
 from lfm2kit.seam import Seam
 from lfm2kit.specs import Spec, Work
-from lfm2kit.transport import Exchange, Exchanging
+from lfm2kit.transport import Exchange, Exchanging, Transport
 from lfm2kit.weights import Weights
 
 
@@ -36,7 +37,8 @@ class Builder:
     # are called by themselves, and every seam waits.
     servers: list[Server] | None = None
     # Filled with the exchanges of joined blocks, by the block's name.
-    exchanges: dict[str, Exchange] = field(default_factory=dict)
+    exchanges: dict[str, Sequence[Exchange]] = field(default_factory=dict)
+    without_steps: list[str] = field(default_factory=list)  # filled with blocks around exchanges
 
     def build(self, placed: Placed) -> Any:
         """Return the block of `placed`, ready to be called from the memory around it."""
@@ -45,7 +47,7 @@ class Builder:
             assert placed.join is not None, "what no backend builds is joined"
             block = placed.join.make(placed.spec, **blocks)
             if isinstance(block, Exchanging):
-                self.exchanges[placed.name] = block.exchange
+                self.exchanges[placed.name] = block.exchanges
         else:
             self.before(placed)
             weights = self.weights.scope(placed.scope)
@@ -55,7 +57,10 @@ class Builder:
                 built = _built(self.create(placed.backend), placed.spec, weights, blocks)
             block = checked(placed, built)
             self.built(placed)
-        return self._seamed(placed, block)
+        seamed = self._seamed(placed, block)
+        if not hasattr(seamed, "steps") and any(map(placed.is_around, self.exchanges)):
+            self.without_steps.append(placed.name)
+        return seamed
 
     def _seamed(self, placed: Placed, block: Block) -> Block:
         wrapped = self.wrap(placed.name, placed.spec, block)
@@ -83,15 +88,28 @@ def _built(backend: Backend, spec: Spec, weights: Weights, parts: dict[str, Bloc
     return backend.build_around(spec, weights, parts)
 
 
-def build_model(placed: Placed, builder: Builder, default_backend: str) -> LFM2:
-    """Return the model that `placed` describes, with `builder`'s weights."""
+def build_model(
+    placed: Placed,
+    builder: Builder,
+    default_backend: str,
+    transport: Transport | None = None,
+    overlap: str = OFF,
+) -> LFM2:
+    """Return the model that `placed` describes, with `builder`'s weights.
+
+    The ranks that share out its experts talk over `transport`.  Raise `Lfm2kitError` where
+    `overlap` is "on", and not possible.
+    """
     assert isinstance(placed.spec, specs.Model)
     servers: list[Server] = []
-    builder = replace(builder, servers=servers, exchanges={})
+    builder = replace(builder, servers=servers, exchanges={}, without_steps=[])
+    forward = builder.build(placed)
+    decision = overlapping(overlap, transport, builder.exchanges, builder.without_steps)
     return LFM2(
         spec=placed.spec,
         placed=placed,
-        forward=builder.build(placed),
+        forward=overlapped(forward, transport, decision),
+        overlap=decision,
         servers=servers,
         exchanges=builder.exchanges,
         home=placed.outer,

@@ -31,6 +31,8 @@ from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, Option, choices, either
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, can_capture
+from lfm2kit.overlapped import AUTO as AUTO_OVERLAP
+from lfm2kit.overlapped import ON
 from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.ranks.balancing import check_replicas, owners_by
@@ -73,6 +75,7 @@ class Setup:
     context: Context
     transport: Transport | None
     grouping: Grouping
+    among: Transport | None  # the transport of this rank's group, if it has other ranks
     sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
     placing: str | None = None  # a note on the rates by which experts are split, if it is needed
     load: Load | None = None  # by which experts are placed
@@ -130,7 +133,13 @@ class Setup:
         """
         self._check_memory(self.placed, tokens)
         with self.checkpoint.files_of("", self.placed.spec).reading_exactly():
-            return build_model(self.placed, self.builder(built), self.plan.default)
+            return build_model(
+                self.placed,
+                self.builder(built),
+                self.plan.default,
+                self.among,
+                self.options.overlap,
+            )
 
     def build_block(self, placed: Placed, *, tokens: int) -> Block:
         """Build one block of the model for calls of `tokens` rows; raise as `build` does."""
@@ -342,6 +351,8 @@ def _set_up(
     for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
     place, among = grouping.place(world, transport)
+    if options.overlap == ON and place.size == 1:
+        raise _nothing_travels(world)
     by_load = None if load is None else owners_by(load, place.size, options.replicate_experts)
     there = plugins.rewrites(place, among, by_load)
     applied = (*chosen(options.rewrites, there, plugins.skipped()), *rewrites)
@@ -363,9 +374,19 @@ def _set_up(
         context,
         transport,
         grouping,
+        among,
         load=load,
     )
     return whole if options.gpu_memory is None else fitted(whole, tokens)
+
+
+def _nothing_travels(world: World) -> Lfm2kitError:
+    """Return the error for an overlap with an exchange that there is not."""
+    asked, auto = Option("overlap", ON), Option("overlap", AUTO_OVERLAP)
+    if world.size == 1:
+        return Lfm2kitError(asked, ": there is only one rank; start more, or try ", auto)
+    either_of = Option("parallel", EP), " or ", auto
+    return Lfm2kitError(asked, ": each rank holds all experts; try ", *either_of)
 
 
 def load_model(

@@ -14,6 +14,8 @@ from lfm2kit import bounds
 from lfm2kit.building.byte_counts import parse_bytes
 from lfm2kit.building.plan import AUTO, Plan
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.overlapped import AUTO as AUTO_OVERLAP
+from lfm2kit.overlapped import OVERLAP
 from lfm2kit.ranks.groups import AUTO as AUTO_PARALLEL
 from lfm2kit.ranks.groups import DP, PARALLEL
 
@@ -49,6 +51,7 @@ EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "rates": (_is_path, "the path of a file"),
     "load": (_is_path, "the path of a file"),
     "parallel": (lambda value: value in PARALLEL, f"{', '.join(PARALLEL[:-1])} or {PARALLEL[-1]}"),
+    "overlap": (lambda value: value in OVERLAP, f"{', '.join(OVERLAP[:-1])} or {OVERLAP[-1]}"),
     "rewrites": (_are_names, "a tuple of names, such as ('NAME',)"),
 }
 
@@ -150,6 +153,12 @@ class Options:
         "Let each rank hold the K experts of a layer that are used most, by the load.",
         metavar="K",
         least=0,
+    )
+    overlap: str = option(
+        AUTO_OVERLAP,
+        "Compute half of a batch while the other half's tokens travel between ranks. auto: where "
+        "the exchange takes 15 % of a layer's time or more, in the first forward.",
+        metavar="|".join(OVERLAP),
     )
     rewrites: tuple[str, ...] = option(
         (), "Rewrites of the model, in the order of their names here."

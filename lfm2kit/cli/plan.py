@@ -23,6 +23,7 @@ from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import fate
 from lfm2kit.memory import HOST
+from lfm2kit.overlapped import OFF
 from lfm2kit.process.machine import memory_limits
 from lfm2kit.ranks.shares import shares
 from lfm2kit.state import Room
@@ -85,6 +86,7 @@ def plan(
         "rank": rank,
         "ranks": ranks,
         "groups": setup.grouping.groups,
+        "overlap": setup.options.overlap if has_exchanges(setup) else OFF,
         "shares": rank_shares.fields_of(of_ranks, nodes, lambda one: _totals(one, tokens, room)),
         "expected": rank_loads.fields_of(setup),
         "rewrites": [rewrite.name for rewrite in setup.rewrites],
@@ -99,6 +101,11 @@ def plan(
     if json != "-":
         _show(report, setup, tokens, room)
     report.write()
+
+
+def has_exchanges(setup: Setup) -> bool:
+    """Return whether tokens travel between ranks."""
+    return any(len(group) > 1 for group in setup.grouping.groups)
 
 
 def _nodes(ranks: int, ranks_per_node: int | None) -> list[int]:
@@ -226,6 +233,7 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
             f"{fields['ranks']} ranks, {setup.grouping}, with {tokens} tokens at once each:"
         )
         rank_shares.show(fields["shares"])
+        report.line(f"overlap of exchange and computation: {fields['overlap']}")
     if fields["expected"] is not None:
         rank_loads.show(report, fields["expected"])
     if pinned := sum(row["pinned_bytes"] for row in fields["blocks"]):

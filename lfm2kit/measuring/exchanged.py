@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -119,9 +121,10 @@ def ended(
 
 
 def _counted(model: LFM2) -> Iterator[tuple[str, ExchangeCounts]]:
-    for name, exchange in model.exchanges.items():
-        if isinstance(exchange, Counted):
-            yield name, exchange.counted()
+    for name, exchanges in model.exchanges.items():
+        counts = [one.counted() for one in exchanges if isinstance(one, Counted)]
+        if counts:
+            yield name, reduce(add, counts)
 
 
 def _told(counts: ExchangeCounts) -> dict[str, Any]:

@@ -6,7 +6,7 @@ experts, which know nothing of other ranks, and of an exchange, which moves toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NoReturn
@@ -19,12 +19,14 @@ from lfm2kit.memory import HOST, Memory
 from lfm2kit.rewrites import ids_in_words
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
 from lfm2kit.specs import Experts, Model, Part, Router, SparseMoe, Spec
+from lfm2kit.steps import Steps, finished
 from lfm2kit.transport import (
     Exchange,
     ExchangeOffer,
     Owners,
     Traffic,
     Transport,
+    WorksAside,
     World,
     evenly,
     held_by,
@@ -86,7 +88,7 @@ def experts_over_ranks(
         name="experts-over-ranks",
         summary="Share out each layer's experts over the ranks of a job.",
         apply=apply,
-        joins={ExpertParallelMoe: partial(_join, transport)},
+        joins={ExpertParallelMoe: partial(_join, _Offers(transport))},
         is_automatic=True,
     )
 
@@ -111,14 +113,38 @@ def _owners(spec: Spec) -> Iterator[Owners]:
         yield from _owners(part.spec)
 
 
-def _join(transport: Transport | None, outer: Memory) -> Join:
+def _join(offers: _Offers, outer: Memory) -> Join:
     """Return how an `ExpertParallelMoe` is made of its parts within the memory `outer`."""
-    offer = _in_no_job() if transport is None else offered(transport, outer)
+    there = offers.within(outer)
 
     def make(spec: ExpertParallelMoe, router: Block, experts: Block) -> Block:
-        return ExpertParallel(router, experts, offer.create(spec.traffic))
+        return ExpertParallel(router, experts, [offer.create(spec.traffic) for offer in there])
 
-    return Join(make, offer.memory, offer.is_capturable)
+    return Join(make, there[0].memory, there[0].is_capturable)
+
+
+class _Offers:
+    """The exchanges that all layers of a model get, and which share memory between layers."""
+
+    def __init__(self, transport: Transport | None) -> None:
+        self._transport = transport
+        self._by_memory: dict[str, list[ExchangeOffer]] = {}
+
+    def within(self, outer: Memory) -> list[ExchangeOffer]:
+        """Return the exchange of forwards by themselves, and those of halves that can overlap."""
+        if outer.name not in self._by_memory:
+            self._by_memory[outer.name] = _made(self._transport, outer)
+        return self._by_memory[outer.name]
+
+
+def _made(transport: Transport | None, outer: Memory) -> list[ExchangeOffer]:
+    if transport is None:
+        return [_in_no_job()]
+    offers = [offered(transport, outer)]
+    aside = transport.aside() if isinstance(transport, WorksAside) else None
+    if aside is not None and offers[0].memory.name == HOST.name:
+        offers += [offered(aside, outer) for _ in range(2)]
+    return offers
 
 
 def _in_no_job() -> ExchangeOffer:
@@ -138,12 +164,16 @@ class ExpertParallel:
     without expert parallelism.
     """
 
-    def __init__(self, router: Block, experts: Block, exchange: Exchange) -> None:
+    def __init__(self, router: Block, experts: Block, exchanges: Sequence[Exchange]) -> None:
         self.router = router
         self.experts = experts
-        self.exchange = exchange
+        self.exchanges = exchanges  # by the number of the forward: see `lfm2kit.steps`
 
     def __call__(self, x: Array) -> Array:
-        expert_ids, expert_weights = self.router(x)
-        rows = self.exchange.dispatch(x, expert_ids, expert_weights)
-        return self.exchange.combine(self.experts(*rows))
+        return finished(self.steps(x))
+
+    def steps(self, x: Array) -> Steps[Array]:
+        routed = self.router(x)
+        rows = yield lambda forward: self.exchanges[forward].dispatch(x, *routed)
+        products = self.experts(*rows)
+        return (yield lambda forward: self.exchanges[forward].combine(products))

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.aside import InOrder
 from lfm2kit.errors import BUG
+from lfm2kit.pending import Pending
 from lfm2kit.transport import JobError, World
 
 T = TypeVar("T")
@@ -50,6 +52,10 @@ class ThreadTransport:
         group.world = self.world.within(ranks)
         group._meeting = self._meeting.group(tuple(ranks), group.world)
         return group
+
+    def aside(self) -> ThreadAside:
+        """Return this transport for calls beside the caller's work, as `WorksAside` asks."""
+        return ThreadAside(self.world.rank, self._meeting)
 
     def everyones(self, value: Any, operation: str = "everyones") -> list[Any]:
         """Return the value that each rank brings to this call, in order of rank.
@@ -98,6 +104,17 @@ class ThreadTransport:
 
     def abort(self, exit_code: int, reason: str, details: str = "") -> NoReturn:
         raise JobError(f"rank {self.world.rank} of {self.world.size}: {reason}", exit_code, details)
+
+
+class ThreadAside(ThreadTransport):
+    """A transport between threads whose operations run beside the threads that begin them."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        super().__init__(rank, meeting)
+        self._calls = InOrder()
+
+    def begin(self, call: Callable[[], Any]) -> Pending:
+        return self._calls.begin(call)
 
 
 def _check_alike(everyones: Sequence[npt.NDArray[Any]]) -> None:

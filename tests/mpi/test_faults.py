@@ -188,6 +188,35 @@ def test_a_fault_in_one_group_ends_the_job_with_one_line_that_names_the_rank(
     assert done.left == []
 
 
+IN_AN_OVERLAP = ["raises", "exits-at-once", "loops"]
+
+
+@pytest.fixture(scope="module")
+def ended_in_an_overlap(plugin: str) -> dict[str, Ended]:
+    """Run jobs in which tokens of each rank travel when one of them fails."""
+    late = ["--backend", "reference,3.experts=faulty"]
+    arguments = ["--ranks", "2", "--overlap", "on", *late]
+
+    def run(fault: str) -> Ended:
+        return job(own_shm(), arguments, plugin, fault)
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(IN_AN_OVERLAP, pool.map(run, IN_AN_OVERLAP), strict=True))
+
+
+@pytest.mark.parametrize("fault", IN_AN_OVERLAP)
+def test_a_fault_while_tokens_travel_ends_the_job_with_one_line_that_names_the_rank(
+    fault: str, ended_in_an_overlap: dict[str, Ended]
+) -> None:
+    code, line = EXPECTED[fault]
+    done = ended_in_an_overlap[fault]
+    assert done.code == code, done.err
+    expected = line.replace(BLOCK, WHO + r"layers\.3\.feed_forward\.experts: ")
+    assert re.fullmatch(f"{expected}.*\n", done.err)
+    assert "left: " not in done.out
+    assert done.left == []
+
+
 def test_a_rank_does_not_wait_for_ever_for_one_that_runs_another_command() -> None:
     """Without rank 0 nobody watches, and MPI's start lets no thread run."""
     other, waiting = [*LFM2KIT, "plan"], [*LFM2KIT, *RUN]
@@ -203,7 +232,8 @@ def test_the_end_of_what_started_a_job_ends_every_rank(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     path, mark = tmp_path / "outputs.bin", f"{os.getpid()} launcher {number}"
-    arguments = ["run", "--ranks", "2", "--backend", "reference", "--batch-size", "1"]
+    arguments = ["run", "--ranks", "2", "--backend", "reference", "--batch-size", "2"]
+    arguments += ["--overlap", "on"]
     with subprocess.Popen(
         [*LFM2KIT, *arguments, "--outputs", str(path)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {MARK: mark},

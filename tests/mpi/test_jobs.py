@@ -128,6 +128,24 @@ def test_a_load_that_ranks_have_recorded_places_experts_for_ranks(tmp_path: Path
     assert even < 1.1 < uneven
 
 
+@pytest.mark.parametrize(("n", "trim"), [(21, []), (21, ["--trim"]), (1, [])])
+def test_overlapped_forwards_have_the_same_bits(
+    n: int, trim: list[str], alone: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "outputs.bin"
+    done = lfm2kit(
+        "run", "-n", str(n), "--ranks", "2", "--backend", "cpu_simd", "--batch-size", "5",
+        "--threads", "1", "--overlap", "on", "--outputs", str(path), "--json", "-", *trim,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["overlap"] == {"asked": "on", "is_on": True, "why": None, "share": None}
+    forwards = -(-(n + 1) // 10)
+    for layer in record["exchanged"]["layers"]:
+        assert layer["counts"]["messages"] == [2 * forwards] * 2
+    np.testing.assert_array_equal(samples.read_answers(path), alone[:n])
+
+
 def test_a_plan_with_several_backends_works_across_ranks() -> None:
     done = lfm2kit(
         "run", "-v", "-n", "8", "--ranks", "2", "--backend", "reference,2-4.moe=cpu_simd"

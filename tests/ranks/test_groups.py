@@ -177,6 +177,15 @@ def test_the_least_value_of_a_rank_is_known_to_all() -> None:
             ["--ranks", "2", "--parallel", "dp", "--ep-size", "2"],
             ["--parallel dp and --ep-size 2: give only one of them"],
         ),
+        (["--ranks", "2", "--overlap", "yes"], ["--overlap yes: expected on, off or auto"]),
+        (
+            ["--overlap", "on"],
+            ["--overlap on: there is only one rank; start more, or try --overlap auto"],
+        ),
+        (
+            ["--ranks", "2", "--parallel", "dp", "--overlap", "on"],
+            ["--overlap on: each rank holds all experts; try --parallel ep or --overlap auto"],
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "plan"])

@@ -76,6 +76,17 @@ def test_the_plan_knows_every_way_to_share_out_experts(cli: Cli) -> None:
     assert groups("--ranks", 4, "--ranks-per-node", 3) == [[0, 1, 2], [3]]
 
 
+def test_the_plan_says_whether_exchange_and_computation_overlap(cli: Cli) -> None:
+    def overlap(*more: object) -> Any:
+        return json.loads(cli("plan", "-b", "reference", "--json", "-", *more).out)["overlap"]
+
+    assert overlap() == overlap("--ranks", 4, "--parallel", "dp") == "off"
+    assert overlap("--ranks", 4) == "auto"
+    assert overlap("--ranks", 4, "--overlap", "on") == "on"
+    said = cli("plan", "-b", "reference", "--ranks", 2).out
+    assert "overlap of exchange and computation: auto" in said
+
+
 def test_if_one_share_does_not_fit_all_ranks_share_the_experts(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

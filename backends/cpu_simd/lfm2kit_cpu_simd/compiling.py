@@ -51,10 +51,13 @@ WITHOUT_EFFECT = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER
 
 
 def kernel(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Do what `numba.njit` does with these signatures, but take kernels from the cache."""
+    """Do what `numba.njit` does with these signatures, but take kernels from the cache.
+
+    Kernels release Python's lock, so that other threads go on, such as one that exchanges tokens.
+    """
 
     def compiled(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(**options)(function)
+        dispatcher = numba.njit(nogil=True, **options)(function)
         dispatcher._cache = kept = Kept(function)
         for signature in signatures:
             with _turn(kept.name(signature)):

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import wait
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from lfm2kit.aside import Begun, InOrder
+from lfm2kit.pending import Pending
 from lfm2kit.transport import World
 from lfm2kit_mpi.shared_memory import drop_names
 from lfm2kit_mpi.watch import Watch
+
+PAUSE = 1e-4  # seconds between two looks at an exchange beside a computation
+Buffer = list[Any]  # rows, with how many each rank sends or gets, and their type
 
 if not MPI.Is_initialized():  # it may have been loaded without being started
     MPI.Init_thread()
@@ -64,6 +71,9 @@ class MpiTransport:
 
         return MpiTransport(self.watch, self.world.within(ranks), make)
 
+    def aside(self) -> MpiAside | None:
+        return MpiAside(self) if MPI.Query_thread() >= MPI.THREAD_SERIALIZED else None
+
     def all_to_all(
         self,
         rows: npt.NDArray[Any],
@@ -71,16 +81,22 @@ class MpiTransport:
         receive_counts: Sequence[int] | None = None,
         into: npt.NDArray[Any] | None = None,
     ) -> tuple[npt.NDArray[Any], list[int]]:
-        with self.watch.waiting_in("all_to_all"):
+        with self._inside("all_to_all"):
             if receive_counts is None:
                 receive_counts = self._swapped(send_counts)
             received = _empty_like(rows, receive_counts) if into is None else into
             with _row_type(rows) as row:
-                self.comm.Alltoallv(
+                self._swap_rows(
                     [rows, (list(send_counts), _starts(send_counts)), row],
                     [received, (list(receive_counts), _starts(receive_counts)), row],
                 )
         return received, list(receive_counts)
+
+    def _inside(self, collective: str) -> AbstractContextManager[None]:
+        return self.watch.waiting_in(collective)
+
+    def _swap_rows(self, sent: Buffer, received: Buffer) -> None:
+        self.comm.Alltoallv(sent, received)
 
     def _swapped(self, counts: Sequence[int]) -> list[int]:
         """Send each rank its number, and return those that came."""
@@ -121,6 +137,39 @@ class MpiTransport:
 
     def abort(self, exit_code: int, reason: str, details: str = "") -> NoReturn:
         self.watch.abort(exit_code, reason, details)
+
+
+class MpiAside(MpiTransport):
+    """The same ranks, for calls beside the thread that computes."""
+
+    def __init__(self, transport: MpiTransport) -> None:
+        super().__init__(transport.watch, transport.world, lambda: transport.comm)
+        self._calls = InOrder()
+
+    def begin(self, call: Callable[[], Any]) -> Pending:
+        return Watched(self.watch, self._calls.begin(call))
+
+    def _inside(self, collective: str) -> AbstractContextManager[None]:
+        return self.watch.beside()
+
+    def _swap_rows(self, sent: Buffer, received: Buffer) -> None:
+        """Exchange rows without spinning, as MPI's own waiting does, on the core that computes."""
+        request = self.comm.Ialltoallv(sent, received)
+        while not request.Test():
+            time.sleep(PAUSE)
+
+
+class Watched(NamedTuple):
+    """A call beside the thread that computes, for which that thread is seen to wait."""
+
+    watch: Watch
+    call: Begun
+
+    def end(self) -> Any:
+        if not self.call.future.done():
+            with self.watch.waiting_in("the exchange"):
+                wait([self.call.future])
+        return self.call.end()
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class Watch:
         self.rank = rank
         self._page = page
         self._collective: str | None = None  # that the main thread is in
-        self._collectives = 0  # that it has left
+        self._collectives = 0  # that this process has left
         self._collective_failed = False
         self._told = 0.0  # when
         self._told_long = False  # whether the step that was told may take longer than others
@@ -66,14 +66,22 @@ class Watch:
         self._collective = collective
         self._page.write(self._doing())
         try:
+            with self.beside():
+                yield
+        finally:
+            self._collective = None
+            self._page.write(self._doing())
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Mark a collective in a thread beside the main one, which may go on meanwhile."""
+        try:
             yield
         except Exception:
             self._collective_failed = True
             raise
         finally:
-            self._collective = None
             self._collectives += 1
-            self._page.write(self._doing())
 
     def _tell_in_time(self) -> None:
         """Report the step that begins now; a block may then keep Python's lock for long."""
