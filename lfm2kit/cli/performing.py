@@ -127,7 +127,12 @@ def run_timed(
             advance(samples)
 
         return run_samples(
-            model, prepared.inputs, prepared.batch_size, transport=transport, done=done
+            model,
+            prepared.inputs,
+            prepared.batch_size,
+            transport=transport,
+            groups=prepared.setup.grouping.groups,
+            done=done,
         )
 
 

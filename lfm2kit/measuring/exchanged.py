@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from lfm2kit.model import LFM2
 from lfm2kit.ranks.agreement import on_first
 from lfm2kit.transport import Counted, ExchangeCounts, Sent, Transport
@@ -16,9 +18,13 @@ OPERATIONS = ("counts", "dispatch", "combine")  # of an exchange, in the order o
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """The counts of all ranks, those of rank 0 first, as each rank told them."""
+    """The counts of all ranks, those of rank 0 first, as each rank told them.
+
+    A rank that is alone in its group exchanges nothing, and has zeros.
+    """
 
     ranks: Sequence[dict[str, Any]]
+    groups: Sequence[Sequence[int]]  # the ranks that exchange tokens with each other
 
     def document(self, seconds: float) -> dict[str, Any]:
         """Return the fields for a run of `seconds`; lists are by rank, or by expert."""
@@ -44,23 +50,28 @@ class Exchanged:
     def imbalance(self) -> float | None:
         """Return the rows of each layer's busiest rank over those of an average one.
 
-        None if there are no rows.
+        Ranks that are alone in their groups do not count.  None if there are no rows.
         """
-        rows = [self._layer(name)["rows_by_rank"] for name in self._layers()]
+        sharing = [number for number, rank in enumerate(self.ranks) if rank["layers"]]
+        by_rank = [self._layer(name)["rows_by_rank"] for name in self._layers()]
+        rows = [[of_layer[rank] for rank in sharing] for of_layer in by_rank]
         total = sum(map(sum, rows))
-        return sum(map(max, rows)) * len(self.ranks) / total if total else None
+        return sum(map(max, rows)) * len(sharing) / total if total else None
 
     def waited(self) -> list[float]:
         """Return the seconds that each rank waited for others in exchanges.
 
-        They are what it spent in an operation of a layer beyond the rank that spent least there:
-        the last to come waits for nobody.
+        They are what it spent in an operation of a layer beyond the rank of its group that spent
+        least there: the last to come waits for nobody.
         """
         waited = [0.0] * len(self.ranks)
         for name in self._layers():
             for operation in OPERATIONS:
                 spent = self._layer(name)[operation]["seconds"]
-                waited = [w + s - min(spent) for w, s in zip(waited, spent, strict=True)]
+                for group in self.groups:
+                    least = min(spent[rank] for rank in group)
+                    for rank in group:
+                        waited[rank] += spent[rank] - least
         return waited
 
     def _waited_share(self, seconds: float) -> float:
@@ -68,10 +79,13 @@ class Exchanged:
         return sum(waited) / len(waited) / seconds
 
     def _layers(self) -> list[str]:
-        return list(self.ranks[0]["layers"])
+        return list(dict.fromkeys(name for rank in self.ranks for name in rank["layers"]))
 
     def _layer(self, name: str) -> dict[str, Any]:
-        counts = [rank["layers"][name] for rank in self.ranks]
+        there = [rank["layers"].get(name) for rank in self.ranks]
+        experts = max(len(one["expert_rows"]) for one in there if one is not None)
+        nothing = _told(ExchangeCounts(Sent(), Sent(), Sent(), 0, np.zeros(experts, np.int64)))
+        counts = [one or nothing for one in there]
         by_expert = [one["expert_rows"] for one in counts]
         return {
             "layer": name,
@@ -79,6 +93,7 @@ class Exchanged:
             "copied_rows": [one["copied_rows"] for one in counts],
             "rows_by_rank": [sum(rows) for rows in by_expert],
             "rows_by_expert": [sum(rows) for rows in zip(*by_expert, strict=True)],
+            "rows_by_rank_and_expert": by_expert,
         }
 
     def _bytes(self, rank: dict[str, Any]) -> int:
@@ -95,14 +110,16 @@ def begin(model: LFM2) -> None:
         pass
 
 
-def ended(model: LFM2, transport: Transport, gather: Sent) -> Exchanged | None:
+def ended(
+    model: LFM2, transport: Transport, gather: Sent, groups: Sequence[Sequence[int]]
+) -> Exchanged | None:
     """Return the counts of all ranks since `begin`, on rank 0; None elsewhere.
 
     `gather` is what this rank sent when the logits were gathered.  Every rank calls this.
     """
     layers = {name: _told(counts) for name, counts in _counted(model)}
     lines = on_first(transport, json.dumps({"layers": layers, "gather": asdict(gather)}))
-    return None if lines is None else Exchanged([json.loads(line) for line in lines])
+    return None if lines is None else Exchanged([json.loads(line) for line in lines], groups)
 
 
 def _counted(model: LFM2) -> Iterator[tuple[str, ExchangeCounts]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,11 +37,13 @@ def run_samples(
     batch_size: int,
     *,
     transport: Transport | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
     done: Callable[[int], None] = lambda samples: None,
 ) -> Timed:
     """Return the last token's logits of each sample of `inputs` int32 [n, seq_len], and the time.
 
-    The samples are shared out over the ranks of `transport`; every rank makes the same number of
+    The samples are shared out over the ranks of `transport`, which exchange tokens inside `groups`,
+    or with all others; every rank makes the same number of
     forwards, some perhaps of no samples, because they exchange tokens in each.
     """
     world = transport.world if transport is not None else World()
@@ -60,7 +62,8 @@ def run_samples(
         return Timed(logits, _now(transport) - start)
     everyone, gather = _gathered(transport, logits, len(inputs))
     seconds = _now(transport) - start
-    return Timed(everyone, seconds, exchanged.ended(model, transport, gather))
+    groups = groups or [range(world.size)]
+    return Timed(everyone, seconds, exchanged.ended(model, transport, gather, groups))
 
 
 def _gathered(

@@ -11,12 +11,16 @@ import pytest
 
 from lfm2kit import progress
 from lfm2kit.backend import Block, Spec
+from lfm2kit.building.loading import set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.measuring.exchanged import Exchanged
 from lfm2kit.measuring.running import run_samples
 from lfm2kit.progress import Progress
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.transport import evenly
+from tests.building.test_capacity import TINY
 from tests.core.small import build, small_spec
 from tests.measuring.test_running import inputs_of
 
@@ -78,6 +82,8 @@ def test_what_is_reported_follows_from_the_routing(samples: int, runs: int) -> N
         assert layer["rows_by_rank"] == at.tolist()
         by_expert = np.bincount(np.concatenate([m[layer["layer"]] for m in ids]).ravel(), None, 7)
         assert layer["rows_by_expert"] == by_expert.tolist()
+        of_ranks = [np.where(owners == rank, by_expert, 0).tolist() for rank in range(RANKS)]
+        assert layer["rows_by_rank_and_expert"] == of_ranks
 
 
 def test_the_gather_of_logits_is_counted() -> None:
@@ -111,9 +117,40 @@ def told(seconds: tuple[float, float, float], rows: int) -> dict[str, Any]:
 
 
 def test_a_rank_waited_as_long_as_it_spent_beyond_the_one_that_spent_least() -> None:
-    exchanged = Exchanged([told((0.5, 0.1, 0.2), rows=30), told((0.1, 0.1, 0.8), rows=10)])
+    ranks = [told((0.5, 0.1, 0.2), rows=30), told((0.1, 0.1, 0.8), rows=10)]
+    exchanged = Exchanged(ranks, [[0, 1]])
     assert exchanged.waited() == pytest.approx([0.4, 0.6])
     assert exchanged.imbalance() == 1.5
     sent, even, share = exchanged.line(2.0).split(", ")
     assert sent == "Ranks: 4 MB sent by each on average"
     assert (even, share) == ("rows max/mean 1.50", "25% of the time waiting for others")
+
+
+def test_a_rank_waits_for_those_of_its_group_alone() -> None:
+    ranks = [told((0.0, spent, 0.0), rows=10) for spent in (0.1, 5.0, 0.3, 5.0)]
+    exchanged = Exchanged(ranks, [[0, 2], [1, 3]])
+    assert exchanged.waited() == pytest.approx([0, 0, 0.2, 0])
+
+
+@pytest.mark.parametrize("nodes", [[0, 0, 1], [0, 1, 1]])
+def test_a_rank_that_is_alone_in_its_group_has_zeros(nodes: list[int]) -> None:
+    """Its group is that of a machine with one rank; rank 0 may be the one that is alone."""
+    asked, plugins = Options(backend="reference"), installed_plugins()
+
+    def rank(transport: ThreadTransport) -> Any:
+        setup = set_up(TINY, asked, plugins=plugins, transport=transport)
+        groups = setup.grouping.groups
+        return run_samples(setup.build(), inputs_of(3), 1, transport=transport, groups=groups)
+
+    exchanged = run_ranks(RANKS, rank, nodes=nodes)[0].exchanged
+    document = exchanged.document(1.0)
+    alone = 2 if nodes[1] == 0 else 0
+    assert [layer["layer"] for layer in document["layers"]] == [
+        f"layers.{i}.feed_forward" for i in range(2, 8)
+    ]
+    for layer in document["layers"]:
+        assert layer["rows_by_rank"][alone] == layer["dispatch"]["bytes"][alone] == 0
+        assert sum(layer["rows_by_rank"]) == 2 * 6 * 4
+    assert document["waited_seconds"][alone] == 0
+    assert 1 <= document["rows_max_over_mean"] < 2
+    assert exchanged.line(1.0).count("max/mean") == 1
