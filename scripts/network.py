@@ -35,7 +35,9 @@ USER_ERROR = 2
 SUBNET = "10.77.0"
 SWITCH = f"{SUBNET}.254"
 MOST_NODES = 250  # addresses of the subnet, but the switch's
-RATE = "[1-9][0-9]*[kmg]bit"  # of tc's units, those in which links are sold
+RATE = "([1-9][0-9]{0,8})([kmg])bit"  # of tc's units, those in which links are sold
+MOST_GBIT = 100  # tc counts a link's queue in 32 bits, which end at 343 Gbit/s
+MOST_RANKS_PER_NODE = 1000
 BURST, QUEUE = "128kb", "100ms"  # what a link sends at once, and how long packets may wait for it
 # CLONE_NEW...
 NEW_MOUNTS, NEW_USER, NEW_PROCESSES, NEW_NETWORK = 0x00020000, 0x10000000, 0x20000000, 0x40000000
@@ -61,9 +63,16 @@ def main() -> None:
     sys.exit(exit_code_of(first))
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
 def parsed(words: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command line; one that is wrong ends this process."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="network.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--nodes", type=int, default=2, help="number of nodes (default: 2)")
@@ -78,11 +87,18 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(words)
     if not 1 <= options.nodes <= MOST_NODES:
         fail(f"--nodes {options.nodes}: give a number from 1 to {MOST_NODES}")
-    if options.rate is not None and not re.fullmatch(RATE, options.rate):
-        fail(f"--rate {options.rate}: give a rate such as 200mbit or 1gbit")
-    if options.ranks_per_node < 1:
-        fail(f"--ranks-per-node {options.ranks_per_node}: give 1 or a larger number")
+    if options.rate is not None and not 0 < gbit_of(options.rate) <= MOST_GBIT:
+        fail(f"--rate {options.rate}: give a rate such as 200mbit or 1gbit, up to {MOST_GBIT}gbit")
+    if not 1 <= options.ranks_per_node <= MOST_RANKS_PER_NODE:
+        asked = f"--ranks-per-node {options.ranks_per_node}"
+        fail(f"{asked}: give a number from 1 to {MOST_RANKS_PER_NODE}")
     return options
+
+
+def gbit_of(rate: str) -> float:
+    """Return a rate in Gbit/s; 0 if `rate` is not in the form of `RATE`."""
+    found = re.fullmatch(RATE, rate)
+    return int(found[1]) / {"k": 1e6, "m": 1e3, "g": 1}[found[2]] if found else 0
 
 
 def make_namespaces() -> None:

@@ -198,7 +198,12 @@ def test_a_link_that_is_cut_ends_the_ranks_on_both_sides(is_ours: bool) -> None:
     ("words", "sentence"),
     [
         (["--nodes", "0", "--", "true"], "--nodes 0: give a number from 1 to 250"),
-        (["--ranks-per-node", "0", "--", "true"], "--ranks-per-node 0: give 1 or a larger number"),
+        (["--ranks-per-node", "0", "--", "true"], "--ranks-per-node 0: give a number from 1 to"),
+        (["--ranks-per-node", "9" * 20, "--", "true"], ": give a number from 1 to 1000"),
+        (["--nodes", "two", "--", "true"], "argument --nodes: invalid int value: 'two'"),
+        (["--rate", "101gbit", "--", "true"], "--rate 101gbit: give a rate such as"),
+        (["--rate", "99999999999gbit", "--", "true"], "1gbit, up to 100gbit"),
+        (["--rate", "9" * 5000 + "kbit", "--", "true"], "1gbit, up to 100gbit"),
         (["--rate", "fast", "--", "true"], "--rate fast: give a rate such as 200mbit or 1gbit"),
         (["--", "no-such-command"], "there is no no-such-command here"),
     ],
