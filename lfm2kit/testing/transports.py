@@ -7,6 +7,7 @@ check_exchange(transport, memory)       its exchange for blocks in `memory`, or 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from lfm2kit.transport import (
     Owners,
     Traffic,
     Transport,
+    WorksAside,
     World,
     evenly,
     held_by,
@@ -41,9 +43,11 @@ HIDDEN_SIZE = 6
 def check_transport(transport: Transport) -> None:
     """Check that rows of any type reach the rank they are sent to, in the order of the ranks.
 
-    If the transport `FormsGroups`, its groups are checked in the same way.
+    If the transport `FormsGroups`, its groups are checked in the same way, and if it `WorksAside`,
+    exchanges beside the caller's work.
     """
     _check_operations(transport)
+    _check_aside(transport)
     if isinstance(transport, FormsGroups):
         _check_groups(transport)
 
@@ -53,6 +57,28 @@ def _check_operations(transport: Transport) -> None:
         _check_all_to_all(transport, np.dtype(dtype), shape)
     _check_gather(transport)
     transport.barrier()
+
+
+def _check_aside(transport: Transport) -> None:
+    """Check that calls are made in order, beside the caller, and send as the transport does."""
+    aside = transport.aside() if isinstance(transport, WorksAside) else None
+    if aside is None:
+        return
+    made: list[int] = []
+    begun = [
+        aside.begin(partial(_exchange_and_note, aside, number, made)) for number in range(len(ROWS))
+    ]
+    for number, call in enumerate(begun):
+        _require(call.end() == number, "end() did not return what the call returned")
+    _require(made == sorted(made), f"calls were made in the order {made}")
+    aside.begin(partial(check_exchange, aside)).end()
+
+
+def _exchange_and_note(transport: Transport, number: int, made: list[int]) -> int:
+    dtype, shape = ROWS[number]
+    _check_all_to_all(transport, np.dtype(dtype), shape)
+    made.append(number)
+    return number
 
 
 def _check_groups(transport: FormsGroups) -> None:

@@ -59,9 +59,25 @@ class Scattering(ThreadTransport):
         return np.concatenate(self.everyones(rows.copy()))
 
 
+class Losing(ThreadTransport):
+    """Loses what calls beside the caller's work return."""
+
+    def aside(self) -> Any:
+        aside = super().aside()
+        begin = aside.begin
+
+        def losing(call: Callable[[], Any]) -> Any:
+            begun = begin(call)
+            return begin(lambda: [begun.end()].clear())
+
+        aside.begin = losing  # type: ignore[method-assign]
+        return aside
+
+
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
+        (Losing, r"end\(\) did not return what the call returned"),
         (Reversing, "came in another order"),
         (Miscounting, "counts .* came"),
         (Elsewhere, "rows did not come into the given array"),
