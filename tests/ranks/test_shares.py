@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from lfm2kit.building.loading import EMBEDDED, set_up
+from lfm2kit.building.loading import EMBEDDED, Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.memory import HostMemory
-from lfm2kit.ranks.groups import NO_ROOM
+from lfm2kit.ranks.groups import NO_ROOM, Grouping
+from lfm2kit.ranks.joining import fitting_alike
 from lfm2kit.ranks.shares import shares
 from lfm2kit.testing import ThreadTransport, run_ranks
 from tests.checkpoint.typed import Cli
@@ -20,16 +21,30 @@ TINY = open_checkpoint(EMBEDDED / "tiny", [])
 OPTIONS = Options(backend="cpu_simd")
 
 
+ALL_FIT, NONE_FIT, SMALLER_FIT = 10**9, 3_300_000, 4_600_000  # free bytes
+
+
+@pytest.mark.parametrize("free", [ALL_FIT, NONE_FIT, SMALLER_FIT])
 @pytest.mark.parametrize("nodes", [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 2, 3]])
-def test_every_rank_is_planned_as_it_is_in_a_job(nodes: list[int]) -> None:
-    def kept(setup: Any) -> tuple[Any, ...]:
+def test_every_rank_is_planned_as_it_is_in_a_job(
+    nodes: list[int], free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: free)
+
+    def kept(setup: Setup) -> tuple[Any, ...]:
         leaves = list(setup.placed.leaves())
-        return setup.grouping, setup.sizes.needed(leaves, 64), setup.placed.spec.parameters()
+        return setup.grouping, setup.sizes.needed(leaves, 64), setup.placed.spec
 
     def rank(transport: ThreadTransport) -> Any:
-        return kept(set_up(TINY, OPTIONS, transport=transport))
+        def in_groups(grouping: Grouping | None = None) -> Setup:
+            return set_up(TINY, OPTIONS, transport=transport, tokens=64, grouping=grouping)
 
-    assert list(map(kept, shares(TINY, OPTIONS, nodes, 64))) == run_ranks(4, rank, nodes=nodes)
+        return kept(fitting_alike(transport, in_groups(), in_groups))
+
+    planned = list(map(kept, shares(TINY, OPTIONS, nodes, 64)))
+    assert planned == run_ranks(4, rank, nodes=nodes)
+    if free != SMALLER_FIT:
+        assert len(planned[0][0].groups) == (len(set(nodes)) if free == ALL_FIT else 1)
 
 
 def test_the_plan_shows_groups_experts_and_memory_of_each_rank(cli: Cli) -> None:
