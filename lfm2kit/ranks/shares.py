@@ -40,8 +40,11 @@ def shares(
                 )
         return [found[place] for place in places]
 
+    def fits(grouping: Grouping) -> bool:
+        return all(setup.fits(tokens) for setup in distinct(within(grouping)))
+
     asked = groupings(options.parallel, options.ep_size, worlds[0], None)
-    return within(first_fitting(asked, lambda one: _fit(within(one), tokens)))
+    return within(first_fitting(asked, fits))
 
 
 def _places(grouping: Grouping, worlds: Sequence[World]) -> list[tuple[int, int, int]]:
@@ -50,6 +53,6 @@ def _places(grouping: Grouping, worlds: Sequence[World]) -> list[tuple[int, int,
     return [(*places[world.rank], world.local_size) for world in worlds]
 
 
-def _fit(setups: Sequence[Setup], tokens: int) -> bool:
-    """Return whether every rank's share fits."""
-    return all(setup.fits(tokens) for setup in {id(one): one for one in setups}.values())
+def distinct(setups: Sequence[Setup]) -> list[Setup]:
+    """Return each set-up of `setups` once, in order; ranks may have the same one."""
+    return list({id(one): one for one in setups}.values())

@@ -103,6 +103,20 @@ def test_if_one_share_does_not_fit_all_ranks_share_the_experts(
     assert any(note.endswith(NO_ROOM) for note in fields["notes"])
 
 
+def test_the_first_rank_whose_share_does_not_fit_is_named(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 experts, the third of three ranks holds 6, the others 5."""
+    plan = ("plan", "-b", "cpu_simd", "--tokens", 1, "--ranks", 3, "--json", "-")
+    first, *_ = json.loads(cli(*plan).out)["shares"]
+    host = first["memories"]["host"]
+    enough = host["kept_bytes"] + host["scratch_bytes"]
+    monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: enough)
+    said = [json.loads(cli(*plan, "--rank", rank).out)["shortage"] for rank in range(3)]
+    assert said[0].startswith("rank 2: memory 'host' is too small")
+    assert said == [said[0]] * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -110,6 +124,7 @@ def test_if_one_share_does_not_fit_all_ranks_share_the_experts(
         (["--ranks", 4, "--ranks-per-node", 5], ["there are 4 ranks; give --ranks 5 or more"]),
         (["--ranks", 4, "--ranks-per-node", 0], ["--ranks-per-node 0: expected a whole number"]),
         (["--ranks", 0], ["--ranks 0: expected a whole number"]),
+        (["--rank", 1], ["--rank 1: there is only rank 0; give --ranks 2"]),
         (["--ranks", 4, "--rank", 4], ["--rank 4: ranks are 0 to 3; give --ranks 5"]),
     ],
 )
