@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
@@ -30,9 +31,19 @@ class World(NamedTuple):
     @classmethod
     def of(cls, rank: int, nodes: Sequence[int]) -> World:
         """Return the place of `rank` among ranks on these machines, [size], whatever their ids."""
+        return cls.of_all(nodes)[rank]
+
+    @classmethod
+    def of_all(cls, nodes: Sequence[int]) -> list[World]:
+        """Return the places of all ranks on these machines, in order of rank."""
         numbers = {node: number for number, node in enumerate(dict.fromkeys(nodes))}
-        before, here = nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank])
-        return cls(rank, len(nodes), before, here, tuple(numbers[node] for node in nodes))
+        numbered = tuple(numbers[node] for node in nodes)
+        sizes, before = Counter(numbered), Counter[int]()
+        worlds = []
+        for rank, node in enumerate(numbered):
+            worlds.append(cls(rank, len(nodes), before[node], sizes[node], numbered))
+            before[node] += 1
+        return worlds
 
     def within(self, ranks: Sequence[int]) -> World:
         """Return this rank's place in a group of `ranks`, as if there were no others.

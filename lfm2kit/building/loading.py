@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from lfm2kit.overlapped import ON
 from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.ranks.balancing import check_replicas, owners_by
-from lfm2kit.ranks.groups import EP, Grouping, groupings
+from lfm2kit.ranks.groups import EP, Grouping, first_fitting, groupings
 from lfm2kit.ranks.joining import check_alike, fitting_alike, refuse_copies
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
@@ -171,6 +172,10 @@ class Setup:
         """Return an error that says which memory is too small, and what would fit; else None."""
         return self._shortage(self.placed, tokens, room)
 
+    def fits(self, tokens: int) -> bool:
+        """Return whether the model, with `tokens` tokens at once, fits into its memories."""
+        return self.sizes.shortage(self.placed, tokens) is None
+
     def _check_memory(self, placed: Placed, tokens: int) -> None:
         if (shortage := self._shortage(placed, tokens)) is not None:
             raise shortage
@@ -228,7 +233,7 @@ class Setup:
             )
         except Lfm2kitError:  # no such precision in a backend of the plan, or no such layer
             return False
-        return other.sizes.shortage(other.placed) is None
+        return other.fits(tokens=0)
 
     def builder(self, built: Callable[[Placed], None] = lambda placed: None) -> Builder:
         """Return a builder for the blocks of `placed`, or of a part of it."""
@@ -295,19 +300,16 @@ def set_up(
     if load is not None:
         check_replicas(options.replicate_experts, load)
 
+    @cache
     def within(grouping: Grouping) -> Setup:
         return _set_up(
             checkpoint, options, world, transport, grouping, plugins, rewrites, tokens, load
         )
 
     asked = groupings(options.parallel, options.ep_size, world, transport)
-    *smaller, last = asked if grouping is None else [grouping]
-    for one in smaller:
-        found = within(one)
-        if found.sizes.shortage(found.placed, tokens) is None:
-            break
-    else:
-        found = within(last)
+    if grouping is not None:
+        asked = [grouping]
+    found = within(first_fitting(asked, lambda one: within(one).fits(tokens)))
     _check_load_is_used(options, found.grouping)
     return found
 

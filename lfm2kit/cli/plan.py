@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from lfm2kit.formats import fate
 from lfm2kit.memory import HOST
 from lfm2kit.overlapped import OFF
 from lfm2kit.process.machine import memory_limits
-from lfm2kit.ranks.shares import shares
+from lfm2kit.ranks.shares import distinct, shares
 from lfm2kit.state import Room
 
 PAGE = Room(0).page_tokens
@@ -65,7 +65,8 @@ def plan(
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
     if rank >= ranks:
-        raise Lfm2kitError(f"--rank {rank}: ranks are 0 to {ranks - 1}; give --ranks {rank + 1}")
+        there = f"ranks are 0 to {ranks - 1}" if ranks > 1 else "there is only rank 0"
+        raise Lfm2kitError(f"--rank {rank}: {there}; give --ranks {rank + 1}")
     nodes = _nodes(ranks, ranks_per_node)
     of_ranks = shares(checkpoint, options, nodes, tokens)
     setup = of_ranks[rank]
@@ -73,21 +74,20 @@ def plan(
         check_state(f"--context {context}", setup.rewrites)
     room = _room(sequences, context)
     rows = [_row(leaf, setup, tokens, room) for leaf in setup.placed.leaves()]
-    totals = _totals(setup, tokens, room)
-    shortage = setup.shortage(tokens, room)
+    totals_of = {id(one): _totals(one, tokens, room) for one in distinct(of_ranks)}
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
         "precision": setup.precision_of(setup.placed),
         "blocks": rows,
-        "totals": totals,
+        "totals": totals_of[id(setup)],
         "copies": setup.placed.copies(),
         "waits": dict(_waits(setup.placed)),
         "rank": rank,
         "ranks": ranks,
         "groups": setup.grouping.groups,
         "overlap": setup.options.overlap if has_exchanges(setup) else OFF,
-        "shares": rank_shares.fields_of(of_ranks, nodes, lambda one: _totals(one, tokens, room)),
+        "shares": rank_shares.fields_of(of_ranks, nodes, lambda one: totals_of[id(one)]),
         "expected": rank_loads.fields_of(setup),
         "rewrites": [rewrite.name for rewrite in setup.rewrites],
         "block_notes": dict(_block_notes(setup)),
@@ -95,7 +95,7 @@ def plan(
         "free_bytes": setup.sizes.free(setup.placed),
         "host_limits": {bound.name: bound._asdict() for bound in memory_limits()},
         "room": asdict(room),
-        "shortage": None if shortage is None else told(shortage),
+        "shortage": _shortage(of_ranks, tokens, room),
         "notes": [*setup.notes(), *_without_state(sequences, room)],
     }
     if json != "-":
@@ -106,6 +106,15 @@ def plan(
 def has_exchanges(setup: Setup) -> bool:
     """Return whether tokens travel between ranks."""
     return any(len(group) > 1 for group in setup.grouping.groups)
+
+
+def _shortage(of_ranks: Sequence[Setup], tokens: int, room: Room) -> str | None:
+    """Say which memory of which rank is too small, the first of them; None if all shares fit."""
+    for setup in distinct(of_ranks):
+        if (shortage := setup.shortage(tokens, room)) is not None:
+            which = f"rank {setup.world.rank}: " if len(of_ranks) > 1 else ""
+            return f"{which}{told(shortage)}"
+    return None
 
 
 def _nodes(ranks: int, ranks_per_node: int | None) -> list[int]:

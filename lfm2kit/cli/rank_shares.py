@@ -12,6 +12,7 @@ from lfm2kit import specs
 from lfm2kit.building.capacity import size
 from lfm2kit.building.loading import Setup
 from lfm2kit.cli.console import show_table
+from lfm2kit.ranks.shares import distinct
 from lfm2kit.rewrites.ids_in_words import ranges
 
 LEFT = ("rank", "machine", "group", "experts", "memory")
@@ -22,12 +23,13 @@ def fields_of(
     setups: Sequence[Setup], nodes: Sequence[int], totals: Callable[[Setup], Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return what each rank holds, by name, in order of rank; `totals` gives its memories."""
+    experts = {id(one): dict(_experts(one.placed.spec)) for one in distinct(setups)}
     return [
         {
             "rank": rank,
             "machine": nodes[rank],
             "group": setup.grouping.of(rank),
-            "experts": dict(_experts(setup.placed.spec)),
+            "experts": experts[id(setup)],
             "memories": totals(setup),
         }
         for rank, setup in enumerate(setups)

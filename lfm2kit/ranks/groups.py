@@ -6,6 +6,7 @@ follows from the machines that ranks are on, and not from how a launcher numbers
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lfm2kit.errors import Lfm2kitError, Option
@@ -57,7 +58,7 @@ class Grouping(NamedTuple):
 def groupings(
     parallel: str, ep_size: int | None, world: World, transport: Transport | None
 ) -> list[Grouping]:
-    """Return what to choose from: the first in which the weights fit, else the last.
+    """Return what `first_fitting` chooses from, smaller groups first.
 
     Without a transport, groups are only planned.  Raise `Lfm2kitError` if the ranks cannot form
     groups of `ep_size`.
@@ -79,6 +80,14 @@ def groupings(
     if on_nodes.has_parts and not _forms_groups(transport):
         return [everyone._replace(note=f"{over_all}{NO_GROUPS}")]
     return [on_nodes, everyone._replace(note=f"{over_all}{NO_ROOM}")]
+
+
+def first_fitting(asked: Sequence[Grouping], fits: Callable[[Grouping], bool]) -> Grouping:
+    """Return the first of `asked` in which every share fits, else the last.
+
+    `fits` says of one of them whether the shares of all ranks that are known do.
+    """
+    return next((one for one in asked[:-1] if fits(one)), asked[-1])
 
 
 def check_ep_size(ep_size: int, ranks: int) -> None:
@@ -103,11 +112,10 @@ def _in_groups_of(size: int, world: World) -> Grouping:
 
 def _on_nodes(world: World) -> Grouping:
     """Return a group for each machine; a transport that does not know them has one."""
-    nodes = world.nodes or (0,) * world.size
-    ranks = range(world.size)
-    return Grouping(
-        tuple(tuple(r for r in ranks if nodes[r] == node) for node in dict.fromkeys(nodes))
-    )
+    ranks: dict[int, list[int]] = {}
+    for rank, node in enumerate(world.nodes or (0,) * world.size):
+        ranks.setdefault(node, []).append(rank)
+    return Grouping(tuple(map(tuple, ranks.values())))
 
 
 def _forms_groups(transport: Transport | None) -> bool:

@@ -15,7 +15,7 @@ from lfm2kit.errors import BUG, USER_ERROR, WRONG_RESULT, Lfm2kitError
 from lfm2kit.process.interrupts import exit_code
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts, agree, least
-from lfm2kit.ranks.groups import Grouping, groupings
+from lfm2kit.ranks.groups import Grouping, first_fitting, groupings
 from lfm2kit.ranks.launchers import started
 from lfm2kit.transport import Launcher, Transport, World
 
@@ -88,11 +88,11 @@ def fitting_alike(job: Transport, setup: Setup, in_groups: Callable[[Grouping], 
 
     A machine may have less memory than the others.
     """
-    mine, options = len(setup.grouping.groups), setup.options
-    if least(job, mine) == mine:
-        return setup
-    *_, largest = groupings(options.parallel, options.ep_size, job.world, job)
-    return in_groups(largest)
+    options = setup.options
+    asked = groupings(options.parallel, options.ep_size, job.world, job)
+    mine = asked.index(setup.grouping)
+    chosen = first_fitting(asked, lambda one: bool(least(job, asked.index(one) >= mine)))
+    return setup if chosen == setup.grouping else in_groups(chosen)
 
 
 def facts_of(setup: Setup, named: Callable[[str], str] = str) -> Facts:

@@ -714,7 +714,7 @@ def test_the_plan_says_what_is_predicted(
     monkeypatch.setattr(
         import_module("lfm2kit.ranks.shares"),
         "set_up",
-        lambda _, options, **others: setup(
+        lambda _, options, plugins, **others: setup(
             "streaming", gpu_memory=options.gpu_memory, rates=options.rates, **others
         ),
     )
@@ -728,7 +728,7 @@ def test_the_plan_says_who_is_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         import_module("lfm2kit.ranks.shares"),
         "set_up",
-        lambda _, options, **others: setup(gpu_memory=options.gpu_memory, **others),
+        lambda _, options, plugins, **others: setup(gpu_memory=options.gpu_memory, **others),
     )
     shown = " ".join(cli("plan", "--gpu-memory", limit(3)).out.split())
     last = len(EXPERTS.local_experts) - 1

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from lfm2kit.building.loading import EMBEDDED, set_up
+from lfm2kit.building.loading import EMBEDDED, Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.memory import HostMemory
-from lfm2kit.ranks.groups import NO_ROOM
+from lfm2kit.ranks.groups import NO_ROOM, Grouping
+from lfm2kit.ranks.joining import fitting_alike
 from lfm2kit.ranks.shares import shares
 from lfm2kit.testing import ThreadTransport, run_ranks
 from tests.checkpoint.typed import Cli
@@ -20,16 +21,30 @@ TINY = open_checkpoint(EMBEDDED / "tiny", [])
 OPTIONS = Options(backend="cpu_simd")
 
 
+ALL_FIT, NONE_FIT, SMALLER_FIT = 10**9, 3_300_000, 4_600_000  # free bytes
+
+
+@pytest.mark.parametrize("free", [ALL_FIT, NONE_FIT, SMALLER_FIT])
 @pytest.mark.parametrize("nodes", [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 2, 3]])
-def test_every_rank_is_planned_as_it_is_in_a_job(nodes: list[int]) -> None:
-    def kept(setup: Any) -> tuple[Any, ...]:
+def test_every_rank_is_planned_as_it_is_in_a_job(
+    nodes: list[int], free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: free)
+
+    def kept(setup: Setup) -> tuple[Any, ...]:
         leaves = list(setup.placed.leaves())
-        return setup.grouping, setup.sizes.needed(leaves, 64), setup.placed.spec.parameters()
+        return setup.grouping, setup.sizes.needed(leaves, 64), setup.placed.spec
 
     def rank(transport: ThreadTransport) -> Any:
-        return kept(set_up(TINY, OPTIONS, transport=transport))
+        def in_groups(grouping: Grouping | None = None) -> Setup:
+            return set_up(TINY, OPTIONS, transport=transport, tokens=64, grouping=grouping)
 
-    assert list(map(kept, shares(TINY, OPTIONS, nodes, 64))) == run_ranks(4, rank, nodes=nodes)
+        return kept(fitting_alike(transport, in_groups(), in_groups))
+
+    planned = list(map(kept, shares(TINY, OPTIONS, nodes, 64)))
+    assert planned == run_ranks(4, rank, nodes=nodes)
+    if free != SMALLER_FIT:
+        assert len(planned[0][0].groups) == (len(set(nodes)) if free == ALL_FIT else 1)
 
 
 def test_the_plan_shows_groups_experts_and_memory_of_each_rank(cli: Cli) -> None:
@@ -99,6 +114,20 @@ def test_if_one_share_does_not_fit_all_ranks_share_the_experts(
     assert any(note.endswith(NO_ROOM) for note in fields["notes"])
 
 
+def test_the_first_rank_whose_share_does_not_fit_is_named(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 experts, the third of three ranks holds 6, the others 5."""
+    plan = ("plan", "-b", "cpu_simd", "--tokens", 1, "--ranks", 3, "--json", "-")
+    first, *_ = json.loads(cli(*plan).out)["shares"]
+    host = first["memories"]["host"]
+    enough = host["kept_bytes"] + host["scratch_bytes"]
+    monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: enough)
+    said = [json.loads(cli(*plan, "--rank", rank).out)["shortage"] for rank in range(3)]
+    assert said[0].startswith("rank 2: memory 'host' is too small")
+    assert said == [said[0]] * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -106,6 +135,7 @@ def test_if_one_share_does_not_fit_all_ranks_share_the_experts(
         (["--ranks", 4, "--ranks-per-node", 5], ["there are 4 ranks; give --ranks 5 or more"]),
         (["--ranks", 4, "--ranks-per-node", 0], ["--ranks-per-node 0: expected a whole number"]),
         (["--ranks", 0], ["--ranks 0: expected a whole number"]),
+        (["--rank", 1], ["--rank 1: there is only rank 0; give --ranks 2"]),
         (["--ranks", 4, "--rank", 4], ["--rank 4: ranks are 0 to 3; give --ranks 5"]),
     ],
 )
