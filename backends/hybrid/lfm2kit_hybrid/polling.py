@@ -161,7 +161,7 @@ def _rest(watched: int, own: int, trip: int, wanted: int, milliseconds: int) -> 
     store_release(own + ASLEEP, np.uint32(0))
 
 
-@kernel(COUNT(*[ADDRESS] * 4, *[COUNT] * 4), nogil=True)
+@kernel(COUNT(*[ADDRESS] * 4, *[COUNT] * 4))
 def poll(
     board: int,
     sent: int,
