@@ -35,7 +35,7 @@ from lfm2kit.measuring.bench import (
 )
 from lfm2kit.measuring.scaling import Job
 from lfm2kit.memory import HOST
-from lfm2kit.ranks.joining import DEFAULT_TRANSPORT
+from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.text import printable
 
 # A share of a call's time.  On idle cores calls waited for 0.09 of their time at most; with one

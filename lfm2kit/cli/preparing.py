@@ -33,7 +33,8 @@ from lfm2kit.outputs.targets import check_apart
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.ranks.groups import Grouping
-from lfm2kit.ranks.joining import DEFAULT_TRANSPORT, fitting_alike
+from lfm2kit.ranks.joining import fitting_alike
+from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.transport import Transport, World
 

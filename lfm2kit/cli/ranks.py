@@ -23,8 +23,7 @@ from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitEr
 from lfm2kit.process.interrupts import exit_code
 from lfm2kit.process.streams import READER_GONE, ReaderGone
 from lfm2kit.ranks.agreement import Facts, Refusal, agree
-from lfm2kit.ranks.joining import DEFAULT_TRANSPORT
-from lfm2kit.ranks.launchers import Started, started
+from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT, Started, started
 from lfm2kit.text import indented
 from lfm2kit.transport import JobError, Launcher, Transport
 

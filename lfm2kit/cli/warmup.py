@@ -39,7 +39,8 @@ from lfm2kit.errors import Option
 from lfm2kit.measuring.bench import random_batch
 from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.ranks.groups import Grouping
-from lfm2kit.ranks.joining import DEFAULT_TRANSPORT, facts_of, fitting_alike
+from lfm2kit.ranks.joining import facts_of, fitting_alike
+from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.transport import Transport, World
 
 

@@ -16,13 +16,12 @@ from lfm2kit.process.interrupts import exit_code
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts, agree, least
 from lfm2kit.ranks.groups import Grouping, first_fitting, groupings
-from lfm2kit.ranks.launchers import started
+from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT, started
 from lfm2kit.transport import Launcher, Transport, World
 
 if TYPE_CHECKING:
     from lfm2kit.building.loading import Setup
 
-DEFAULT_TRANSPORT = "mpi"
 # Options whose result is compared, or which may differ: machines may have other paths and cores.
 NOT_COMPARED = {"model", "backend", "plan", "threads", "seed"}
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 SLURM = "srun"
 MPIEXEC = "start them with the mpiexec of mpi4py's MPI"
 
+DEFAULT_TRANSPORT = "mpi"  # what the ranks of a job talk over if nobody says more
+
 
 class Launcher(NamedTuple):
     """A program that starts processes, and the variables that it sets for each of them."""

@@ -208,7 +208,7 @@ def test_what_halves_send_is_counted_together() -> None:
         model = built(transport, overlap)
         exchanged.begin(model)
         model.logits(share_of(transport.world.rank, 2))
-        told = exchanged.ended(model, transport, Sent())
+        told = exchanged.ended(model, transport, Sent(), [[0, 1]])
         return None if told is None else told.document(1.0)["layers"]
 
     on, off = (run_ranks(2, partial(rank, overlap=mode))[0] for mode in ("on", "off"))

@@ -131,6 +131,9 @@ def test_what_ranks_of_different_nodes_exchange_goes_over_the_links(
         assert held_up > 0
 
 
+# On busy cores MPICH's other ranks now and then crash for the lost connection before the launcher
+# tells of the one that was killed; the line then names one of those.
+@pytest.mark.long
 def test_a_rank_that_is_killed_on_a_node_ends_the_job_with_one_line(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, [faulty.install(tmp_path), os.environ.get("PYTHONPATH")]))
     done = on_network(

@@ -374,7 +374,7 @@ def test_a_plugin_that_was_skipped_is_named_where_a_name_is_not_there(
 ) -> None:
     broken = Plugins([EntryPoint("odd", "a_module_that_is_not_there", "lfm2kit")])
     broken.backends["reference"] = installed_plugins().backends["reference"]
-    for name in ("building.loading", "cli.plugin_commands", "cli.options"):
+    for name in ("building.loading", "cli.plugin_commands", "cli.options", "ranks.shares"):
         monkeypatch.setattr(sys.modules[f"lfm2kit.{name}"], "installed_plugins", lambda: broken)
     skipped = "; skipped as broken: plugin 'odd' (ModuleNotFoundError: No module named"
     cli("helo").assert_fails("No such command 'helo'", skipped)
