@@ -59,8 +59,18 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("blocks/experts", {"VECTOR": 4, "TAKEN": 4}, ALL),
     ("blocks/experts", {"VECTOR": 1, "TAKEN": 1}, ALL),
 ]
+
+
+def marks(stem: str, constants: dict[str, Any]) -> list[pytest.MarkDecorator]:
+    """Return the marks of a source's tests.
+
+    These products take half a minute to compile, and in fp16 differ from bf16 by a type alone.
+    """
+    return [pytest.mark.long] if stem == "gemm90" and constants["HALF"] == "F16" else []
+
+
 CASES = [
-    pytest.param(stem, constants, arch, id=f"{stem}-{i}-{arch}")
+    pytest.param(stem, constants, arch, id=f"{stem}-{i}-{arch}", marks=marks(stem, constants))
     for i, (stem, constants, architectures) in enumerate(KERNELS)
     for arch in architectures
 ]

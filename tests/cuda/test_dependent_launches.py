@@ -9,7 +9,7 @@ import pytest
 from lfm2kit_cuda import nvrtc
 from lfm2kit_cuda.compiling import OPTIONS, SOURCES, definitions, waits_for_previous
 
-from tests.cuda.test_compiling import KERNELS
+from tests.cuda.test_compiling import KERNELS, marks
 
 pytestmark = pytest.mark.skipif(
     nvrtc.why_unavailable() is not None, reason=str(nvrtc.why_unavailable())
@@ -30,9 +30,10 @@ def kernels_in(text: str) -> dict[str, str]:
 
 WAYS = {"gemm90": 2}  # its warpgroups part before they wait: those that copy, those that multiply
 EARLY = [(stem, constants) for stem, constants, _ in KERNELS if waits_for_previous(stem)]
+CASES = [pytest.param(*case, id=case[0], marks=marks(*case)) for case in EARLY]
 
 
-@pytest.mark.parametrize(("stem", "constants"), EARLY, ids=[stem for stem, _ in EARLY])
+@pytest.mark.parametrize(("stem", "constants"), CASES)
 def test_every_kernel_of_an_early_source_waits(stem: str, constants: dict[str, Any]) -> None:
     kernels = kernels_in(ptx(stem, "compute_90a", constants))
     assert kernels
