@@ -159,33 +159,41 @@ def test_under_another_launcher_the_line_is_said_and_no_rank_is_left(
     assert done.left == []
 
 
+def ended_late(faults: list[str], plugin: str, *arguments: str) -> dict[str, Ended]:
+    """Run a job for each fault, of the experts of layer 3: after its ranks' first operations."""
+    late = [*arguments, "--backend", "reference,3.experts=faulty"]
+
+    def run(fault: str) -> Ended:
+        return job(own_shm(), late, plugin, fault)
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(faults, pool.map(run, faults), strict=True))
+
+
+def assert_named(fault: str, done: Ended) -> None:
+    """Assert that a job with a fault of layer 3's experts has ended, and says so in one line."""
+    code, line = EXPECTED[fault]
+    assert done.code == code, done.err
+    expected = line.replace(BLOCK, WHO + r"layers\.3\.feed_forward\.experts: ")
+    assert re.fullmatch(f"{expected}.*\n", done.err)
+    assert "left: " not in done.out
+    assert done.left == []
+
+
 IN_A_GROUP = ["exits-at-once", "stopped", "loops"]
 
 
 @pytest.fixture(scope="module")
 def ended_in_a_group(plugin: str) -> dict[str, Ended]:
     """Run jobs of two groups; rank 0 waits for rank 1 in a collective of theirs alone."""
-    late = ["--backend", "reference,3.experts=faulty"]  # after the group's first operations
-    arguments = ["--ranks", "4", "--ep-size", "2", *late]
-
-    def run(fault: str) -> Ended:
-        return job(own_shm(), arguments, plugin, fault)
-
-    with ThreadPoolExecutor(3) as pool:
-        return dict(zip(IN_A_GROUP, pool.map(run, IN_A_GROUP), strict=True))
+    return ended_late(IN_A_GROUP, plugin, "--ranks", "4", "--ep-size", "2")
 
 
 @pytest.mark.parametrize("fault", IN_A_GROUP)
 def test_a_fault_in_one_group_ends_the_job_with_one_line_that_names_the_rank(
     fault: str, ended_in_a_group: dict[str, Ended]
 ) -> None:
-    code, line = EXPECTED[fault]
-    done = ended_in_a_group[fault]
-    assert done.code == code, done.err
-    expected = line.replace(BLOCK, WHO + r"layers\.3\.feed_forward\.experts: ")
-    assert re.fullmatch(f"{expected}.*\n", done.err)
-    assert "left: " not in done.out
-    assert done.left == []
+    assert_named(fault, ended_in_a_group[fault])
 
 
 IN_AN_OVERLAP = ["raises", "exits-at-once", "loops"]
@@ -194,27 +202,14 @@ IN_AN_OVERLAP = ["raises", "exits-at-once", "loops"]
 @pytest.fixture(scope="module")
 def ended_in_an_overlap(plugin: str) -> dict[str, Ended]:
     """Run jobs in which tokens of each rank travel when one of them fails."""
-    late = ["--backend", "reference,3.experts=faulty"]
-    arguments = ["--ranks", "2", "--overlap", "on", *late]
-
-    def run(fault: str) -> Ended:
-        return job(own_shm(), arguments, plugin, fault)
-
-    with ThreadPoolExecutor(3) as pool:
-        return dict(zip(IN_AN_OVERLAP, pool.map(run, IN_AN_OVERLAP), strict=True))
+    return ended_late(IN_AN_OVERLAP, plugin, "--ranks", "2", "--overlap", "on")
 
 
 @pytest.mark.parametrize("fault", IN_AN_OVERLAP)
 def test_a_fault_while_tokens_travel_ends_the_job_with_one_line_that_names_the_rank(
     fault: str, ended_in_an_overlap: dict[str, Ended]
 ) -> None:
-    code, line = EXPECTED[fault]
-    done = ended_in_an_overlap[fault]
-    assert done.code == code, done.err
-    expected = line.replace(BLOCK, WHO + r"layers\.3\.feed_forward\.experts: ")
-    assert re.fullmatch(f"{expected}.*\n", done.err)
-    assert "left: " not in done.out
-    assert done.left == []
+    assert_named(fault, ended_in_an_overlap[fault])
 
 
 def test_a_rank_does_not_wait_for_ever_for_one_that_runs_another_command() -> None:
