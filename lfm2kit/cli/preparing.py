@@ -33,7 +33,7 @@ from lfm2kit.outputs.targets import check_apart
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.ranks.groups import Grouping
-from lfm2kit.ranks.joining import fitting_alike
+from lfm2kit.ranks.joining import facts_of_content, fitting_alike
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.transport import Transport, World
@@ -287,7 +287,7 @@ def passed_over(request: Request, prepared: Prepared) -> Iterator[str]:
 
 def facts_of(request: Request, prepared: Prepared) -> Facts:
     """Return what all ranks of a job must have in common before they read weights."""
-    asked, load = {**asdict(request), **asdict(request.options)}, prepared.setup.load
+    asked = {**asdict(request), **asdict(request.options)}
     settled = {
         "--backend": prepared.setup.asked,
         **{flag(Option(name)): v for name, v in asked.items() if name not in NOT_COMPARED},
@@ -295,15 +295,11 @@ def facts_of(request: Request, prepared: Prepared) -> Facts:
         "--seed": request.options.seed or 0,
         "--batch-size": prepared.batch_size,
         "-n": len(prepared.inputs),
-        "the load": None if load is None else fingerprints.digest([repr(load).encode()]),
         "the inputs' content": fingerprints.digest([prepared.inputs.tobytes()]),
     }
     return {
         **{name: _fact(value) for name, value in settled.items()},
-        **fingerprints.of_memories(prepared.setup.placed),
-        **fingerprints.of_environment(),
-        **fingerprints.of_model(prepared.checkpoint),
-        **fingerprints.of_code(prepared.setup.plugins),
+        **facts_of_content(prepared.setup),
     }
 
 

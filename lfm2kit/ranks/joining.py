@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lfm2kit.building.loading import Setup
 
 # Options whose result is compared, or which may differ: machines may have other paths and cores.
-NOT_COMPARED = {"model", "backend", "plan", "threads", "seed"}
+NOT_COMPARED = {"model", "backend", "plan", "threads", "seed", "load"}
 
 
 @contextmanager
@@ -100,6 +100,19 @@ def facts_of(setup: Setup, named: Callable[[str], str] = str) -> Facts:
     return {
         named("backend"): Fact(str(setup.asked)),
         **{named(name): Fact(str(value)) for name, value in options.items()},
+        **facts_of_content(setup),
+    }
+
+
+def facts_of_content(setup: Setup) -> Facts:
+    """Return what is read and run, which all ranks must have in common whatever its path is.
+
+    With different loads, ranks would wait for each other's experts at different places.
+    """
+    load = setup.load
+    digest = "not given" if load is None else fingerprints.digest([repr(load).encode()])
+    return {
+        "the load": Fact(digest),
         **fingerprints.of_memories(setup.placed),
         **fingerprints.of_environment(),
         **fingerprints.of_model(setup.checkpoint),

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from lfm2kit import Batch, joined_job, load_model
+from lfm2kit.building.load import Load, unused
+from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.ranks.joining import Alone
+from lfm2kit.ranks.joining import Alone, facts_of
 from lfm2kit.testing import check_exchange, check_transport
 from lfm2kit.transport import World
 
@@ -59,3 +66,24 @@ def test_copies_that_are_not_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_an_unknown_transport_is_named() -> None:
     with pytest.raises(Lfm2kitError, match="unknown transport 'pigeon'"), joined_job("pigeon"):
         pass
+
+
+def test_ranks_compare_what_a_load_says_and_not_where_it_is(tmp_path: Path) -> None:
+    """Other loads would make them wait for each other at different places."""
+    checkpoint = open_checkpoint(find_model("tiny"), [])
+    layers = [
+        one._replace(counts=(one.num_experts_per_tok,) * len(one.counts))
+        for one in unused(checkpoint.spec)
+    ]
+    hidden_size, tokens = checkpoint.spec.embed_tokens.hidden_size, len(layers[0].counts)
+    even = Load("tiny", hidden_size, tokens, tuple(layers))
+    a, b, *others = layers[0].counts
+    other = replace(even, layers=(layers[0]._replace(counts=(a + 1, b - 1, *others)), *layers[1:]))
+    facts = []
+    for name, load in (("a", even), ("b", even), ("a", other)):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(load.document()))
+        options = Options(backend="reference", load=path, parallel="ep")
+        facts.append(facts_of(set_up(checkpoint, options, world=World.of(0, (0, 0)))))
+    assert facts[0] == facts[1]
+    assert {name for name, fact in facts[2].items() if fact != facts[0][name]} == {"the load"}
