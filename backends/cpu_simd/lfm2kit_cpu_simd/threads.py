@@ -40,7 +40,7 @@ def threading_notes() -> list[str]:
 
 def end_team() -> None:
     """End the threads that this thread's parallel kernels run on, if they are libgomp's."""
-    # No kernel has run; there is no libgomp; it is older than OpenMP 5.
+    # It fails if no kernel has run yet, without libgomp, and with one older than OpenMP 5.
     with suppress(ValueError, OSError, AttributeError):
         if numba.threading_layer() == "omp":
             ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(SOFT_PAUSE)
