@@ -11,6 +11,7 @@ import pytest
 from lfm2kit.batch import Batch
 from lfm2kit.building.loading import Setup, find_model, set_up
 from lfm2kit.building.options import Options
+from lfm2kit.building.placement import Placed
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F32, Format
@@ -53,13 +54,20 @@ def test_blocks_keep_what_was_said_before_they_were_built(stored: Format, plan: 
     here = setup(stored_as(stored), plan)
     for leaf in here.placed.leaves():
         here.builder().build(leaf)  # whatever comes with the first one
-        tracemalloc.start()
-        block = here.builder().build(leaf)
-        taken, _ = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
+        taken = min(bytes_taken(here, leaf) for _ in range(3))  # other threads take some as well
         said = here.sizes.kept(leaf)
         assert said is not None
-        assert said <= taken <= 1.25 * said + 30_000, (leaf.name, block)
+        assert said <= taken <= 1.25 * said + 30_000, leaf.name
+
+
+def bytes_taken(here: Setup, leaf: Placed) -> int:
+    """Return the bytes that this process took, and kept, while it built a block."""
+    tracemalloc.start()
+    block = here.builder().build(leaf)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del block
+    return taken
 
 
 def test_a_precision_halves_what_is_stored_in_float32_and_nothing_else() -> None:

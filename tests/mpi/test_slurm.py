@@ -128,10 +128,23 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     ids=["srun", "mpiexec-in-an-allocation", "ranks-in-an-allocation", "run.sh"],
 )
 def test_four_nodes_of_slurm_run_one_valid_job(command: list[str]) -> None:
-    done = run(*(find_mpiexec() if word == "mpiexec" else word for word in command))
+    words = [find_mpiexec() if word == "mpiexec" else word for word in command]
+    for _ in range(10):
+        done = run(*words)
+        if not cut_short(done):
+            break
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert (record["ranks"], record["validation"]["valid"]) == (4, True)
+
+
+def cut_short(done: subprocess.CompletedProcess[str]) -> bool:
+    """Return whether Slurm has misread a line of MPICH's, which is nothing that lfm2kit can mend.
+
+    MPICH sends each rank's address with whatever lay in memory behind it.  Slurm reads up to 1024
+    bytes of a line, which are enough only if that has many zeros.
+    """
+    return "mpi/pmi2: value not properly terminated in client request" in done.stderr
 
 
 def test_ranks_are_spread_over_the_nodes_whatever_slots_these_have() -> None:
