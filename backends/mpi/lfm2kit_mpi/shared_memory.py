@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-# MPICH's, a few MB for all ranks of a machine, and Open MPI's, one of each rank.
-SEGMENTS = ("/dev/shm/mpich_", "/dev/shm/sm_segment.")
+# MPICH's, a few MB for all ranks of a machine, Open MPI's, one of each rank, and Intel MPI's.
+SEGMENTS = ("/dev/shm/mpich_", "/dev/shm/sm_segment.", "/dev/shm/Intel_MPI_")
 
 
 def drop_names(
