@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.backend import KeepsFormats
-from lfm2kit.building.capacity import Needed, answers_of, size
+from lfm2kit.building.capacity import Needed, answers_of, memories, size
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.placement import Placed
@@ -196,13 +196,13 @@ def _copy(placed: Placed) -> str | None:
 
 def _totals(setup: Setup, tokens: int, room: Room) -> dict[str, dict[str, int]]:
     """Return bytes per memory; a tied head's weights count again, because it may repack them."""
-    leaves: dict[str, list[Placed]] = {}
+    leaves: dict[str, list[Placed]] = {name: [] for name in memories(setup.placed)}
     for leaf in setup.placed.leaves():
-        leaves.setdefault(leaf.memory.name, []).append(leaf)
+        leaves[leaf.memory.name].append(leaf)
     return {
         memory: {
             "weight_bytes": sum(setup.stored_bytes(leaf) for leaf in here),
-            **_named(setup.sizes.needed(here, tokens, room)),
+            **_named(setup.sizes.needed(setup.placed, memory, tokens, room)),
             "blocks": len(here),
             "unknown_blocks": setup.sizes.unknown(here),
         }
@@ -279,13 +279,15 @@ def _for_whom(memory: str, setup: Setup) -> str:
 def _taken(total: Mapping[str, int], tokens: int, room: Room) -> str:
     """Say what the blocks in one memory take, and for how many of them that is not known."""
     unknown, blocks = total["unknown_blocks"], total["blocks"]
-    kept, scratch, state = (size(total[f"{kind}_bytes"]) for kind in Needed._fields)
+    kept, scratch, exchange, state = (size(total[f"{kind}_bytes"]) for kind in Needed._fields)
     if unknown == blocks:
         taken = f"kept and scratch bytes unknown for all {blocks} blocks"
     else:
         least = "at least " if unknown else ""
         taken = f"{least}{kept} kept, {least}{scratch} of scratch with {tokens} tokens at once"
         taken += f" (unknown for {unknown} of {blocks} blocks)" if unknown else ""
+    if total["exchange_bytes"]:
+        taken += f", {exchange} for the exchange with other ranks"
     if room.pages:
         taken += f", {state} of state in {room.pages} pages of {room.page_tokens} tokens"
     return taken
