@@ -19,6 +19,7 @@ from lfm2kit.cli import rank_loads, rank_shares
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
+from lfm2kit.cli.ranks import refuse_copies
 from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import fate
@@ -61,6 +62,7 @@ def plan(
     json: JsonOption = None,
 ) -> None:
     """Show each block's backend, memory, bytes and copies, without loading any weights."""
+    refuse_copies()
     report = Report(json)
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))

@@ -64,6 +64,17 @@ def _joined(launcher: Launcher) -> Transport | None:
     return connected(launcher, INDEPENDENT)
 
 
+def refuse_copies() -> None:
+    """End every process if a launcher started several, for a command that knows no ranks.
+
+    One of them raises `Lfm2kitError`, and says so.
+    """
+    if (others := started()) is None:
+        return
+    _leave_it_to_one(others)
+    raise Lfm2kitError(f"{others}, and each would do the same; start this command once")
+
+
 def _leave_it_to_one(others: Started) -> None:
     """End this process unless it is the one of several that says why they end."""
     if not others.is_first_to_know:
