@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
+from math import comb
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,13 +36,40 @@ Places = npt.NDArray[np.intp]
 # What stands for the product of an id of -1: added to any number, even to -0.0, it changes nothing.
 NOTHING = np.float32(-0.0)
 BAND = 64  # tokens whose products are added at once: their sums stay in a core's cache
+SPARE = 1 / 8  # of a buffer, so that calls of a few more rows need no other
 WORD = 4  # bytes of a number, whether it is of x, an id, a weight or a count
 
 
 def offered(transport: Transport, outer: Memory) -> ExchangeOffer:
     """Return the transport's exchange for blocks in `outer`; the host's where it has none."""
     offer = transport.exchange_in(outer) if isinstance(transport, Exchanges) else None
-    return offer or ExchangeOffer(HOST, partial(HostExchange, transport, buffers=Buffers()))
+    return offer or ExchangeOffer(
+        HOST,
+        partial(HostExchange, transport, buffers=Buffers()),
+        scratch_bytes=partial(scratch_bytes, transport.world.rank),
+    )
+
+
+def scratch_bytes(rank: int, traffic: Traffic, tokens: int) -> int:
+    """Return the bytes that exchanges of this traffic share on `rank`, and those of the products.
+
+    Each rank has `tokens` tokens, and the experts of a token are any k with the same probability.
+    """
+    hidden_size, k, owners = traffic
+    num_experts = len(owners[rank])
+    others = [other for other in range(len(owners)) if other != rank]
+
+    def going(of_rank: int, to: int) -> float:
+        """Return how many tokens of one rank have experts on the other."""
+        elsewhere = num_experts - owners[of_rank].count(to)
+        return tokens * (1 - comb(elsewhere, k) / comb(num_experts, k))
+
+    sent = sum(going(rank, other) for other in others)
+    received = sum(going(other, rank) for other in others)
+    rows = tokens * k * sum(of.count(rank) for of in owners) / num_experts
+    row, message = hidden_size, hidden_size + 2 * k
+    buffers = max(sent * message, tokens * k * row) + received * message + rows * row
+    return round(WORD * (buffers * (1 + SPARE) + rows * row))
 
 
 class Buffers:
@@ -55,7 +83,7 @@ class Buffers:
         size = rows * columns
         if name not in self._arrays or self._arrays[name].size < size:
             self._arrays.pop(name, None)  # before the larger one is allocated
-            self._arrays[name] = np.empty(size + size // 8, np.float32)
+            self._arrays[name] = np.empty(int(size * (1 + SPARE)), np.float32)
         return self._arrays[name][:size].reshape(rows, columns)
 
 

@@ -217,6 +217,10 @@ class ExchangeOffer:
     # Whether both operations can be recorded and replayed.  To record a step, a backend may first
     # call it on this rank alone; other ranks do not call theirs then.
     is_capturable: bool = False
+    # The bytes that exchanges take in `memory`, those of all layers together, for forwards of as
+    # many tokens on each rank, which choose experts evenly: buffers, the rows that are handed out
+    # and the products that are handed in.  An exchange that does not say counts as none.
+    scratch_bytes: Callable[[Traffic, int], int] = lambda traffic, tokens: 0
 
 
 @runtime_checkable

@@ -3,7 +3,8 @@
     mpiexec -n 4 python benchmarks/ranks/memory.py MODEL -n 64 --batch-size 16 [--ep-size 2]
 
 What the interpreter, its libraries and kernels take is measured with the embedded model, and left
-out.  All figures are proportional set sizes (Linux's smaps_rollup).
+out.  All figures are proportional set sizes (Linux's smaps_rollup) without the pages of files: rows
+of the embedding are read where the file is mapped, and the system can drop these pages.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from lfm2kit.measuring.running import run_samples
 from lfm2kit.transport import Transport
 
 SEQ_LEN = 16
+ROLLUP = "/proc/self/smaps_rollup"
 PAUSE = 0.004  # seconds between two looks
 
 
 def proportional_bytes() -> int:
     """Return this process's memory; what it shares counts in parts."""
-    found = re.search(r"^Pss:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
+    found = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+)", Path(ROLLUP).read_text(), re.MULTILINE)
+    assert len(found) == 2
+    return 1024 * sum(map(int, found))
 
 
 class Peak(threading.Thread):
@@ -56,7 +58,7 @@ def taken(transport: Transport, options: Options, n: int, batch: int) -> tuple[i
     checkpoint = open_checkpoint(find_model(options.model), [])
     tokens = min(n, batch) * SEQ_LEN
     setup = set_up(checkpoint, options, transport=transport, tokens=tokens)
-    planned = sum(setup.sizes.needed(list(setup.placed.leaves()), tokens))
+    planned = sum(setup.sizes.needed(setup.placed, "host", tokens))
     ids = np.random.default_rng(0).integers(
         0, checkpoint.spec.embed_tokens.vocab_size, (n, SEQ_LEN), dtype=np.int32
     )

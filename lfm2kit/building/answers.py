@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as brief  # of what a backend returns, however long it is
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from lfm2kit.formats import Format
 from lfm2kit.memory import Memory
 from lfm2kit.plugin_faults import blaming
 from lfm2kit.specs import Spec
+
+if TYPE_CHECKING:
+    from lfm2kit.building.placement import Placed
 
 Holds = Callable[[Any], bool]
 
@@ -107,9 +110,24 @@ class Answers(NamedTuple):
 
 def free_bytes_of(memory: Bounded) -> int:
     """Return the free bytes of a memory; `Lfm2kitError` if that raises, or returns no size."""
-    who = f"free_bytes of memory '{memory.name}'"
+    return _size(f"free_bytes of memory '{memory.name}'", memory.free_bytes)
+
+
+def exchange_bytes_of(placed: Placed, tokens: int) -> int:
+    """Return the bytes that a joined block's exchange takes; 0 for a block that is not joined.
+
+    Raise `Lfm2kitError` if the join raises, or returns no size.
+    """
+    join = placed.join
+    if join is None:
+        return 0
+    who = f"exchange_bytes of the join of {placed.name or 'the model'}"
+    return _size(who, lambda: join.exchange_bytes(placed.spec, tokens))
+
+
+def _size(who: str, ask: Callable[[], Any]) -> int:
     with blaming(who):
-        answer: Any = memory.free_bytes()
+        answer = ask()
     if not _is_size(answer):
         raise Lfm2kitError(
             f"{who} returned {brief(answer)}, but must return a whole number of 0 or more"

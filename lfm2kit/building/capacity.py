@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, PinsMemory, Room, Weights
-from lfm2kit.building.answers import Answers, free_bytes_of
+from lfm2kit.building.answers import Answers, exchange_bytes_of, free_bytes_of
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit.memory import HOST, Bounded
+from lfm2kit.memory import HOST, Bounded, Memory
 from lfm2kit.process.machine import tightest_limit
 
 
@@ -37,6 +37,7 @@ class Needed(NamedTuple):
 
     kept: int  # of weights, as long as the model lives
     scratch: int  # by the block of a forward that needs most, while it runs
+    exchange: int  # of the exchange with other ranks, which all layers share
     state: int  # as long as the state lives
 
 
@@ -100,27 +101,29 @@ class Sizes(NamedTuple):
             rule = "no more than half of it may be pinned"
             return Shortage(HOST.name, "what is streamed", pinned, most, rule)
         for name, free in self.free(placed).items():
-            leaves = [leaf for leaf in placed.leaves() if leaf.memory.name == name]
-            needed = self.needed(leaves)
+            needed = self.needed(placed, name)
             if name == HOST.name:
                 free -= pinned
             if needed.kept > free:
                 return Shortage(name, "the model", needed.kept, free)
-            needed = self.needed(leaves, tokens, room)
+            needed = self.needed(placed, name, tokens, room)
             if (state := needed.kept + needed.state) > free:
                 return Shortage(name, f"the model with a state of {room.pages} pages", state, free)
             if (total := sum(needed)) > free:
                 return Shortage(name, f"the model with {tokens} tokens at once", total, free)
         return None
 
-    def needed(self, leaves: Sequence[Placed], tokens: int = 0, room: Room = NO_ROOM) -> Needed:
-        """Return what blocks in one memory need together, at the least.
+    def needed(self, placed: Placed, memory: str, tokens: int = 0, room: Room = NO_ROOM) -> Needed:
+        """Return what the blocks in one memory need together, at the least.
 
-        Blocks run one after the other, so only the largest scratch memory counts.
+        Blocks run one after the other, so only the largest scratch memory and exchange count.
         """
+        here = [one for one in placed.tree() if one.memory.name == memory]
+        leaves = [one for one in here if one.backend is not None]
         return Needed(
             kept=sum(self.kept(leaf) or 0 for leaf in leaves),
             scratch=max((self.scratch(leaf, tokens) or 0 for leaf in leaves), default=0),
+            exchange=max((exchange_bytes_of(one, tokens) for one in here), default=0),
             state=sum(self.state(leaf, room) for leaf in leaves),
         )
 
@@ -147,12 +150,16 @@ def state_bytes(create: Callable[[str], Backend], leaf: Placed, room: Room) -> i
     return asked.state_bytes(leaf.spec, room)
 
 
+def memories(placed: Placed) -> dict[str, Memory]:
+    """Return the memories in which a model's blocks, or their exchange, take any bytes."""
+    return {one.memory.name: one.memory for one in placed.tree()}
+
+
 def free_bytes(placed: Placed, ranks: int = 1) -> dict[str, int]:
     """Return the free bytes by memory, for memories that know them."""
-    memories = {leaf.memory.name: leaf.memory for leaf in placed.leaves()}
     return {
         name: HOST.free_bytes(ranks) if name == HOST.name else free_bytes_of(memory)
-        for name, memory in memories.items()
+        for name, memory in memories(placed).items()
         if isinstance(memory, Bounded)
     }
 

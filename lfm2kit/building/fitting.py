@@ -159,7 +159,7 @@ def _room(setup: Setup, tokens: int) -> int:
                 Option("gpu_memory", setup.options.gpu_memory),
                 f": a backend in memory '{name}' does not say how much its blocks take",
             )
-        left.append(int((1 - RESERVE) * free) - sum(sizes.needed(leaves, tokens)))
+        left.append(int((1 - RESERVE) * free) - sum(sizes.needed(setup.placed, name, tokens)))
     return min(left, default=0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lfm2kit.backend import Block
 from lfm2kit.memory import Memory
@@ -22,6 +23,8 @@ class Join:
     make: Callable[..., Block]
     memory: Memory
     is_capturable: bool = True  # whether a recorded call does all that the first one did
+    # The bytes in `memory` that such blocks share, for a forward of as many tokens: an exchange's.
+    exchange_bytes: Callable[[Any, int], int] = lambda spec, tokens: 0
 
 
 # By a spec's type, its join within the memory that surrounds it: `partial(Join, make)` stays there.

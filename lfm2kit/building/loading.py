@@ -87,16 +87,20 @@ class Setup:
         return self.grouping.of(self.world.rank)
 
     def notes(self) -> Iterator[str]:
-        """Yield remarks on checkpoint and capture, and notes from the backends of the plan."""
+        """Yield the remarks, and notes from the backends of the plan."""
+        yield from self.remarks()
+        for name in sorted(self.plan.backends()):
+            backend = self.create(name)
+            if isinstance(backend, Explains):
+                yield from (f"{name}: {note}" for note in Answers(backend, name).notes())
+
+    def remarks(self) -> Iterator[str]:
+        """Yield what may be unexpected of the checkpoint, the places of experts, and capture."""
         yield from self.checkpoint.remarks
         if self.placing is not None:
             yield self.placing
         if self.grouping.note is not None:
             yield self.grouping.note
-        for name in sorted(self.plan.backends()):
-            backend = self.create(name)
-            if isinstance(backend, Explains):
-                yield from (f"{name}: {note}" for note in Answers(backend, name).notes())
         if can_capture(self.create(self.plan.default), self.placed):
             yield from self.wrappers.why_not_captured()
 
@@ -411,9 +415,9 @@ def load_model(
     ranks then make the same number of forwards, perhaps of no sequences.  One of several processes
     that does not give its job is refused, unless each is meant to be `independent`.
 
-    Raise `Lfm2kitError` for
-    anything that the user must change.  Warn about doubtful checkpoints, such as two sets of
-    weights in one folder.
+    Raise `Lfm2kitError` for anything that the user must change.  Warn, once in a job, about
+    doubtful checkpoints, such as two sets of weights in one folder, about experts that are placed
+    in another way than might be expected, and about forwards that are not captured.
     """
     if job is None and not independent:
         refuse_copies()
@@ -423,8 +427,6 @@ def load_model(
     asked = Options(model=name, backend=backend, **options)
     readers = plugins.readers.values()
     checkpoint = open_checkpoint(find_model(asked.model), readers, seed=asked.seed or 0)
-    for remark in checkpoint.remarks:
-        warnings.warn(remark, stacklevel=2)
     transport = job if job is not None and job.world.size > 1 else None
 
     def in_groups(grouping: Grouping | None = None) -> Setup:
@@ -434,6 +436,9 @@ def load_model(
     if transport is not None:
         check_alike(transport, setup)
         setup = fitting_alike(transport, setup, in_groups)
+    if transport is None or transport.world.rank == 0:
+        for remark in setup.remarks():
+            warnings.warn(remark, stacklevel=2)
     return setup.build()
 
 

@@ -21,6 +21,7 @@ from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli import scaling
 from lfm2kit.cli.console import Report, complain, progress, remark
 from lfm2kit.cli.options import OF_RANKS, TransportOption, Without, flags, open_model, spread
+from lfm2kit.cli.ranks import refuse_copies
 from lfm2kit.cli.rewrite_options import check_state, option_of
 from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.measuring.bench import (
@@ -104,6 +105,7 @@ def bench(
     ] = Form.md,
 ) -> None:
     """Measure a model or its blocks, and compare the medians with this machine's ceilings."""
+    refuse_copies()
     samples = _whole_numbers("-n", n, "1,16,64")
     bounds.check_tokens(max(samples), seq_len)
     if decode and block:

@@ -18,6 +18,7 @@ from lfm2kit.checkpoint.place import Origin
 from lfm2kit.checkpoint.synth import KNOWN, random_source
 from lfm2kit.cli.console import progress, remark
 from lfm2kit.cli.options import flags, open_model
+from lfm2kit.cli.ranks import refuse_copies
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F16, F32, Format
 
@@ -64,6 +65,7 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a checkpoint to the other layout, or to another type of weights."""
+    refuse_copies()
     if seed is not None and not random:
         raise Lfm2kitError(f"--seed {seed} needs --random, which is not given")
     weights = _random(source, seed or 0) if random else _opened(source)

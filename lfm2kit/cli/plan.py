@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.backend import KeepsFormats
-from lfm2kit.building.capacity import Needed, answers_of, size
+from lfm2kit.building.capacity import Needed, answers_of, memories, size
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.placement import Placed
@@ -19,6 +19,7 @@ from lfm2kit.cli import rank_loads, rank_shares
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
+from lfm2kit.cli.ranks import refuse_copies
 from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import fate
@@ -61,6 +62,7 @@ def plan(
     json: JsonOption = None,
 ) -> None:
     """Show each block's backend, memory, bytes and copies, without loading any weights."""
+    refuse_copies()
     report = Report(json)
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
@@ -196,13 +198,13 @@ def _copy(placed: Placed) -> str | None:
 
 def _totals(setup: Setup, tokens: int, room: Room) -> dict[str, dict[str, int]]:
     """Return bytes per memory; a tied head's weights count again, because it may repack them."""
-    leaves: dict[str, list[Placed]] = {}
+    leaves: dict[str, list[Placed]] = {name: [] for name in memories(setup.placed)}
     for leaf in setup.placed.leaves():
-        leaves.setdefault(leaf.memory.name, []).append(leaf)
+        leaves[leaf.memory.name].append(leaf)
     return {
         memory: {
             "weight_bytes": sum(setup.stored_bytes(leaf) for leaf in here),
-            **_named(setup.sizes.needed(here, tokens, room)),
+            **_named(setup.sizes.needed(setup.placed, memory, tokens, room)),
             "blocks": len(here),
             "unknown_blocks": setup.sizes.unknown(here),
         }
@@ -279,13 +281,15 @@ def _for_whom(memory: str, setup: Setup) -> str:
 def _taken(total: Mapping[str, int], tokens: int, room: Room) -> str:
     """Say what the blocks in one memory take, and for how many of them that is not known."""
     unknown, blocks = total["unknown_blocks"], total["blocks"]
-    kept, scratch, state = (size(total[f"{kind}_bytes"]) for kind in Needed._fields)
+    kept, scratch, exchange, state = (size(total[f"{kind}_bytes"]) for kind in Needed._fields)
     if unknown == blocks:
         taken = f"kept and scratch bytes unknown for all {blocks} blocks"
     else:
         least = "at least " if unknown else ""
         taken = f"{least}{kept} kept, {least}{scratch} of scratch with {tokens} tokens at once"
         taken += f" (unknown for {unknown} of {blocks} blocks)" if unknown else ""
+    if total["exchange_bytes"]:
+        taken += f", {exchange} for the exchange with other ranks"
     if room.pages:
         taken += f", {state} of state in {room.pages} pages of {room.page_tokens} tokens"
     return taken

@@ -16,7 +16,7 @@ from lfm2kit.ranks.shares import distinct
 from lfm2kit.rewrites.ids_in_words import ranges
 
 LEFT = ("rank", "machine", "group", "experts", "memory")
-KINDS = ("kept", "scratch", "state")
+KINDS = ("kept", "scratch", "exchange", "state")
 
 
 def fields_of(

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import typer
 
@@ -20,14 +20,16 @@ from lfm2kit.cli.console import complain
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.help import PlainCommand
 from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError
-from lfm2kit.process.interrupts import exit_code
-from lfm2kit.process.streams import READER_GONE, ReaderGone
 from lfm2kit.ranks.agreement import Facts, Refusal, agree
+from lfm2kit.ranks.joining import connected
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT, Started, started
+from lfm2kit.ranks.reasons import reason
 from lfm2kit.text import indented
 from lfm2kit.transport import JobError, Launcher, Transport
 
 T = TypeVar("T")
+
+INDEPENDENT = ", or give --independent if that is what you want"
 
 
 def joined_job(name: str) -> Transport | None:
@@ -53,23 +55,30 @@ def joined_job(name: str) -> Transport | None:
 
 
 def _joined(launcher: Launcher) -> Transport | None:
-    size = launcher.world_size()
-    if size is not None:
-        return launcher.connect() if size > 1 else None
-    if (others := started()) is not None:
-        _refuse_copies(others)
-    return None
+    """Return the transport of this process's job; None if it is alone.
+
+    Of several processes that are not ranks, one says so; all of them exit.
+    """
+    if launcher.world_size() is None and (others := started()) is not None:
+        _leave_it_to_one(others)
+    return connected(launcher, INDEPENDENT)
 
 
-def _refuse_copies(others: Started) -> NoReturn:
-    """End every process if a launcher did not make them ranks; one of them says so."""
+def refuse_copies() -> None:
+    """End every process if a launcher started several, for a command that knows no ranks.
+
+    One of them raises `Lfm2kitError`, and says so.
+    """
+    if (others := started()) is None:
+        return
+    _leave_it_to_one(others)
+    raise Lfm2kitError(f"{others}, and each would do the same; start this command once")
+
+
+def _leave_it_to_one(others: Started) -> None:
+    """End this process unless it is the one of several that says why they end."""
     if not others.is_first_to_know:
         raise typer.Exit(USER_ERROR)
-    raise Lfm2kitError(
-        f"{others.launcher.name} started {others.size} processes ({others.evidence}), but not as "
-        f"ranks of one job: each would run everything; {others.launcher.advice}, or give "
-        "--independent if that is what you want"
-    )
 
 
 def check_size(job: Transport | None, ranks: int | None) -> None:
@@ -209,17 +218,7 @@ def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
 
 def _reason(error: BaseException) -> tuple[int, str, str]:
     """Return the exit code, a sentence and, if asked for, the traceback of a rank's failure."""
-    wanted = bool(os.environ.get(TRACEBACK))
-    details = "".join(traceback.format_exception(error)) if wanted else ""
-    if isinstance(error, Lfm2kitError):
-        return USER_ERROR, told(error), details
-    if isinstance(error, KeyboardInterrupt):
-        return exit_code(error), "interrupted", details
-    if isinstance(error, ReaderGone):
-        return READER_GONE, "nobody reads its output any more", details
-    said = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0]
-    if isinstance(error, SystemExit):
-        return BUG, f"sys.exit({error.code!r}) was called", details
-    if isinstance(error, MemoryError):
-        return USER_ERROR, f"out of memory ({said})", details
-    return BUG, said if wanted else f"{said}{TRACEBACK_HINT}", details
+    code, sentence = reason(error, told)
+    if os.environ.get(TRACEBACK):
+        return code, sentence, "".join(traceback.format_exception(error))
+    return code, f"{sentence}{TRACEBACK_HINT}" if code == BUG else sentence, ""

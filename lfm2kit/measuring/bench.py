@@ -19,7 +19,7 @@ from lfm2kit.building.answers import Answers
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.measuring.timing import Timing, timed
+from lfm2kit.measuring.timing import Repeated, Timing, timed
 from lfm2kit.model import LFM2
 from lfm2kit.specs import Work
 from lfm2kit.state import Room
@@ -42,7 +42,7 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(Repeated):
     """The timings of each repetition of one contender, and what they amount to."""
 
     contender: Contender
@@ -59,15 +59,6 @@ class Measured:
         """Return the median share of a call that a thread waited for a core; None: unknown."""
         shares = [t.waited / t.seconds for t in self.timings if t.waited is not None]
         return statistics.median(shares) if shares else None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Return the standard deviation of the seconds; 0 for a single repetition."""
-        return statistics.stdev(self.seconds) if len(self.seconds) > 1 else 0.0
 
     @property
     def roofline(self) -> float | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lfm2kit.measuring.exchanged import OPERATIONS
+from lfm2kit.measuring.timing import Repeated
 
 Record = Mapping[str, Any]  # what `lfm2kit run --json` writes
 
@@ -29,7 +30,7 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled:
+class Scaled(Repeated):
     """The records of a job's repetitions, and the medians of them."""
 
     job: Job
@@ -38,15 +39,6 @@ class Scaled:
     @property
     def seconds(self) -> list[float]:
         return [float(record["seconds"]) for record in self.records]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Return the standard deviation of the seconds; 0 for a single repetition."""
-        return statistics.stdev(self.seconds) if len(self.seconds) > 1 else 0.0
 
     @property
     def parts(self) -> Parts | None:

@@ -6,12 +6,34 @@ as much CPU time as one thread that has it alone, and threads that sleep between
 
 from __future__ import annotations
 
+import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 THREADS = Path("/proc/self/task")
+
+
+class Repeated(ABC):
+    """A measurement that was repeated."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def seconds(self) -> list[float]:
+        """Return the time of each repetition."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Return the standard deviation of the seconds; 0 for a single repetition."""
+        return statistics.stdev(self.seconds) if len(self.seconds) > 1 else 0.0
 
 
 class Timing(NamedTuple):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy.typing as npt
 
 from lfm2kit.building.plugins import find_transport
-from lfm2kit.errors import BUG, USER_ERROR, WRONG_RESULT, Lfm2kitError
-from lfm2kit.process.interrupts import exit_code
+from lfm2kit.errors import BUG, WRONG_RESULT, Lfm2kitError
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts, agree, least
 from lfm2kit.ranks.groups import Grouping, first_fitting, groupings
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT, started
+from lfm2kit.ranks.reasons import reason
 from lfm2kit.transport import Launcher, Transport, World
 
 if TYPE_CHECKING:
@@ -45,22 +45,25 @@ def joined_job(transport: str = DEFAULT_TRANSPORT) -> Iterator[Transport]:
         job.finish(_exit_code(ended))
         raise
     except BaseException as error:
-        job.abort(*_reason(error))
+        code, sentence = reason(error)
+        details = "".join(traceback.format_exception(error)) if code == BUG else ""
+        job.abort(code, sentence, details)
     job.finish(0)
 
 
-def connected(launcher: Launcher) -> Transport | None:
+def connected(launcher: Launcher, otherwise: str = "") -> Transport | None:
     """Return the transport of this process's job; None if it is alone.
 
-    Raise `Lfm2kitError` if a launcher has started several processes that are not ranks of a job.
+    Raise `Lfm2kitError` if a launcher has started several processes that are not ranks of a job;
+    `otherwise` says what else the user may do.
     """
     size = launcher.world_size()
     if size is not None:
         return launcher.connect() if size > 1 else None
     if (others := started()) is not None:
         raise Lfm2kitError(
-            f"{others.launcher.name} started {others.size} processes ({others.evidence}), but not "
-            f"as ranks of one job; {others.launcher.advice}"
+            f"{others}, but not as ranks of one job: each would run everything; "
+            f"{others.launcher.advice}{otherwise}"
         )
     return None
 
@@ -69,9 +72,9 @@ def refuse_copies() -> None:
     """Raise `Lfm2kitError` if this process is one of several, each of which would load a model."""
     if (others := started()) is not None:
         raise Lfm2kitError(
-            f"{others.launcher.name} started {others.size} processes ({others.evidence}), and each "
-            "would load the whole model; give the job of `with lfm2kit.joined_job() as job` as "
-            "job=job, or independent=True if that is what you want"
+            f"{others}, and each would load the whole model; give the job of "
+            "`with lfm2kit.joined_job() as job` as job=job, or independent=True if that is what "
+            "you want"
         )
 
 
@@ -162,13 +165,3 @@ def _exit_code(ended: SystemExit) -> int:
     if isinstance(ended.code, int):
         return ended.code
     return 0 if ended.code is None else WRONG_RESULT
-
-
-def _reason(error: BaseException) -> tuple[int, str, str]:
-    """Return the exit code, a sentence and the traceback of an error in a user's program."""
-    if isinstance(error, Lfm2kitError):
-        return USER_ERROR, str(error), ""
-    if isinstance(error, KeyboardInterrupt):
-        return exit_code(error), "interrupted", ""
-    said = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0]
-    return BUG, said, "".join(traceback.format_exception(error))

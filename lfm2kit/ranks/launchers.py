@@ -32,6 +32,9 @@ class Started(NamedTuple):
     rank: int
     size: int
 
+    def __str__(self) -> str:
+        return f"{self.launcher.name} started {self.size} processes ({self.evidence})"
+
     @property
     def is_first_to_know(self) -> bool:
         """Return whether this is the lowest rank that knows that there are several."""

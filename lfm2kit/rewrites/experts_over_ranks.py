@@ -14,7 +14,7 @@ from typing import ClassVar, NoReturn
 from lfm2kit.backend import Array, Block
 from lfm2kit.building.joins import Join
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.host_exchange import offered
+from lfm2kit.host_exchange import offered, scratch_bytes
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.rewrites import ids_in_words
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
@@ -88,7 +88,7 @@ def experts_over_ranks(
         name="experts-over-ranks",
         summary="Share out each layer's experts over the ranks of a job.",
         apply=apply,
-        joins={ExpertParallelMoe: partial(_join, _Offers(transport))},
+        joins={ExpertParallelMoe: partial(_join, _Offers(transport, world.rank))},
         is_automatic=True,
     )
 
@@ -120,26 +120,32 @@ def _join(offers: _Offers, outer: Memory) -> Join:
     def make(spec: ExpertParallelMoe, router: Block, experts: Block) -> Block:
         return ExpertParallel(router, experts, [offer.create(spec.traffic) for offer in there])
 
-    return Join(make, there[0].memory, there[0].is_capturable)
+    def exchange_bytes(spec: ExpertParallelMoe, tokens: int) -> int:
+        # Of whole forwards: two overlapping halves take as much again, if `auto` finds that
+        # overlap pays.
+        return there[0].scratch_bytes(spec.traffic, tokens)
+
+    return Join(make, there[0].memory, there[0].is_capturable, exchange_bytes)
 
 
 class _Offers:
     """The exchanges that all layers of a model get, and which share memory between layers."""
 
-    def __init__(self, transport: Transport | None) -> None:
+    def __init__(self, transport: Transport | None, rank: int) -> None:
         self._transport = transport
+        self._rank = rank
         self._by_memory: dict[str, list[ExchangeOffer]] = {}
 
     def within(self, outer: Memory) -> list[ExchangeOffer]:
         """Return the exchange of forwards by themselves, and those of halves that can overlap."""
         if outer.name not in self._by_memory:
-            self._by_memory[outer.name] = _made(self._transport, outer)
+            self._by_memory[outer.name] = _made(self._transport, self._rank, outer)
         return self._by_memory[outer.name]
 
 
-def _made(transport: Transport | None, outer: Memory) -> list[ExchangeOffer]:
+def _made(transport: Transport | None, rank: int, outer: Memory) -> list[ExchangeOffer]:
     if transport is None:
-        return [_in_no_job()]
+        return [_in_no_job(rank)]
     offers = [offered(transport, outer)]
     aside = transport.aside() if isinstance(transport, WorksAside) else None
     if aside is not None and offers[0].memory.name == HOST.name:
@@ -147,13 +153,13 @@ def _made(transport: Transport | None, outer: Memory) -> list[ExchangeOffer]:
     return offers
 
 
-def _in_no_job() -> ExchangeOffer:
-    """Return what stands for an exchange in a plan."""
+def _in_no_job(rank: int) -> ExchangeOffer:
+    """Return what stands for an exchange in a plan: the one that every transport has."""
 
     def create(traffic: Traffic) -> NoReturn:
         raise Lfm2kitError("this is a plan of one rank's share of the model; it cannot be built")
 
-    return ExchangeOffer(HOST, create)
+    return ExchangeOffer(HOST, create, scratch_bytes=partial(scratch_bytes, rank))
 
 
 class ExpertParallel:

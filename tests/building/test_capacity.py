@@ -15,11 +15,11 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.memory import HostMemory
+from lfm2kit.memory import HostMemory, Memory
 from lfm2kit.precisions import FP32, SIXTEEN_BIT, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.state import Room
-from lfm2kit.transport import World
+from lfm2kit.transport import ExchangeOffer, World
 from tests.core.test_model import DeviceBackend, Elsewhere
 
 TINY = open_checkpoint(find_model("tiny"))
@@ -146,6 +146,52 @@ def test_a_rank_needs_its_own_share_of_the_experts_alone() -> None:
     Card.free = share_of_two(4)
     assert card(transport=TwoRanks()).shortage() is None
     refusal(card())
+
+
+class WithBuffers(TwoRanks):
+    """A transport whose exchange says that it takes 1000 bytes a token in the card's memory."""
+
+    def exchange_in(self, memory: Memory) -> ExchangeOffer:
+        return ExchangeOffer(memory, pytest.fail, scratch_bytes=lambda _, tokens: 1000 * tokens)
+
+
+def test_the_buffers_of_an_exchange_are_counted_once_for_all_layers() -> None:
+    setup = card(transport=WithBuffers())
+    needed = setup.sizes.needed(setup.placed, "elsewhere", tokens=7)
+    assert (needed.scratch, needed.exchange) == (7_000_000, 7000)
+    Card.free = sum(needed)
+    assert setup.shortage(7) is None
+    Card.free -= 1
+    says = "memory 'elsewhere' is too small: the model with 7 tokens at once needs"
+    assert str(setup.shortage(7)).startswith(says)
+
+
+def test_the_exchange_through_the_host_is_counted_there() -> None:
+    setup = card(transport=TwoRanks())
+    assert setup.sizes.needed(setup.placed, "elsewhere", tokens=7).exchange == 0
+    needed = setup.sizes.needed(setup.placed, "host", tokens=7)
+    assert needed.exchange > 0 == needed.kept == needed.scratch
+    assert "host" in setup.sizes.free(setup.placed)
+
+
+@pytest.mark.parametrize("wrong", [None, -1, 0.5])
+def test_an_exchange_whose_size_is_no_number_of_bytes_is_named(wrong: Any) -> None:
+    class Wrong(TwoRanks):
+        def exchange_in(self, memory: Memory) -> ExchangeOffer:
+            return ExchangeOffer(memory, pytest.fail, scratch_bytes=lambda *_: wrong)
+
+    says = rf"exchange_bytes of the join of layers\.2\.feed_forward returned {wrong}, but must"
+    with pytest.raises(Lfm2kitError, match=says):
+        card(transport=Wrong()).shortage(1)
+
+
+def test_an_exchange_that_says_nothing_counts_as_none() -> None:
+    class Silent(TwoRanks):
+        def exchange_in(self, memory: Memory) -> ExchangeOffer:
+            return ExchangeOffer(memory, pytest.fail)
+
+    setup = card(transport=Silent())
+    assert setup.sizes.needed(setup.placed, "elsewhere", tokens=7).exchange == 0
 
 
 def test_a_state_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatch: Any) -> None:

@@ -606,6 +606,16 @@ def test_without_such_rates_the_simple_rule_holds_and_a_note_says_why(
     assert "\n" not in note
 
 
+def test_load_model_warns_where_experts_are_placed_without_rates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plugins = with_backends(card=CardBackend)
+    monkeypatch.setattr("lfm2kit.building.loading.installed_plugins", lambda: plugins)
+    with pytest.warns(UserWarning, match="experts are placed without predicted times") as warned:
+        load_model("tiny", "card", gpu_memory=limit(3))
+    assert [one.filename for one in warned] == [__file__]
+
+
 def smaller(spec: Spec) -> Spec:
     is_other = isinstance(spec, specs.Experts)
     return replace(spec, intermediate_size=40) if is_other else spec

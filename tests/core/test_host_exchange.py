@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lfm2kit.host_exchange import Buffers, HostExchange
+from lfm2kit.host_exchange import Buffers, HostExchange, scratch_bytes
 from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.transport import Traffic, evenly, held_once
 
@@ -102,6 +103,37 @@ def test_the_layers_of_a_model_share_memory_that_is_allocated_once() -> None:
 
     for places in run_ranks(2, rank):
         assert len(set(places)) == 1
+
+
+OWNERS = {
+    "evenly": held_once(evenly(2, 6), 2),
+    "unevenly": held_once([0, 1, 1, 1, 2, 1], 3),
+    "one on both ranks": ((0, 0, 1, 1, 1, 0), (0, 0, 1, 1, 1, 1)),
+    "none on one rank": held_once([1] * 6, 2),
+    "all on all ranks": ((0,) * 6, (1,) * 6),
+}
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("owners", OWNERS.values(), ids=list(OWNERS))
+def test_an_exchange_takes_the_bytes_that_are_said_before_it_is_made(owners: Any, k: int) -> None:
+    """Tokens with every combination of k experts choose them evenly, and not only on average."""
+    ids = np.array([*combinations(range(6), k)] * 8, np.int32)
+    traffic = Traffic(256, k, owners)
+
+    def rank(transport: ThreadTransport) -> tuple[int, int]:
+        buffers = Buffers()
+        for _ in range(2):  # layers, which share the buffers
+            exchange = HostExchange(transport, traffic, buffers)
+            x = np.zeros((len(ids), 256), np.float32)
+            rows = exchange.dispatch(x, ids, np.ones(ids.shape, np.float32))
+            exchange.combine(products := np.empty_like(rows.x))
+        taken = sum(array.nbytes for array in buffers._arrays.values()) + products.nbytes
+        return taken, scratch_bytes(transport.world.rank, traffic, len(ids))
+
+    row = 4 * (256 + 2 * k)
+    for taken, said in run_ranks(len(owners), rank):
+        assert said <= taken <= said + 2 * row  # the row of nobody's product, and roundings
 
 
 def test_what_is_counted_is_told_once() -> None:

@@ -34,7 +34,7 @@ def setup(checkpoint: Checkpoint = TINY, plan: str = "cpu_simd", **options: Any)
 
 
 def kept(of: Setup) -> int:
-    return of.sizes.needed(list(of.placed.leaves())).kept
+    return of.sizes.needed(of.placed, "host").kept
 
 
 @pytest.fixture

@@ -27,19 +27,33 @@ BLOCKS = [spec for kind, cases in CASES.items() if kind != "layer" for spec in c
 
 def test_a_role_keeps_its_memory_and_grows() -> None:
     buffers = Buffers()
-    first = buffers.array("x", 4, 5)
-    assert buffers.array("x", 2, 10).ctypes.data == first.ctypes.data
-    assert buffers.array("x", 3, 3).shape == (3, 3)
-    assert not np.shares_memory(buffers.array("y", 4, 5), first)
-    assert buffers.array("x", 100, 5).size == 500
-    assert buffers.array("x", 0, 5).shape == (0, 5)
+    first = buffers.array("projected", 4, 5)
+    assert buffers.array("projected", 2, 10).ctypes.data == first.ctypes.data
+    assert buffers.array("projected", 3, 3).shape == (3, 3)
+    assert not np.shares_memory(buffers.array("heads", 4, 5), first)
+    assert buffers.array("projected", 100, 5).size == 500
+    assert buffers.array("projected", 0, 5).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    "roles_of_a_block",
+    [
+        ("projected", "heads", "keys", "values"),
+        ("projected", "gated"),
+        ("gathered", "inner", "outputs"),
+    ],
+)
+def test_no_two_roles_of_a_block_share_memory(roles_of_a_block: tuple[str, ...]) -> None:
+    buffers = Buffers()
+    places = [buffers.array(role, 10).ctypes.data for role in roles_of_a_block]
+    assert len(set(places)) == len(places)
 
 
 def test_another_thread_has_memory_of_its_own() -> None:
     buffers = Buffers()
-    here = buffers.array("x", 10)
+    here = buffers.array("inner", 10)
     with ThreadPoolExecutor(1) as pool:
-        there = pool.submit(buffers.array, "x", 10).result()
+        there = pool.submit(buffers.array, "inner", 10).result()
     assert not np.shares_memory(here, there)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,27 @@ def test_a_call_needs_what_the_backend_says(spec: Spec) -> None:
     needed = most - sum(array.nbytes for array in new)
     said = backend.scratch_bytes(spec, rows)
     assert said <= needed < 1.1 * said + OBJECTS + TILES
+
+
+def test_a_thread_that_calls_all_blocks_keeps_what_the_largest_of_them_needs() -> None:
+    backend, rows = CpuSimdBackend(Context()), 2048
+    specs_of_a_model = [*FULL, specs.Experts(512, 192, 8, 4, range(8))]
+    calls = [
+        partial(
+            backend.build(spec, random_weights(spec)),
+            *random_inputs(spec, np.random.default_rng(0), rows),
+        )
+        for spec in specs_of_a_model
+    ]
+
+    def all_called() -> None:
+        for call in calls:
+            call()
+
+    with ThreadPoolExecutor(1) as thread:  # a new one has no buffers yet
+        _, kept, _ = allocated(lambda: thread.submit(all_called).result())
+    said = max(backend.scratch_bytes(spec, rows) for spec in specs_of_a_model)
+    assert said <= kept < 1.05 * said + OBJECTS + TILES
 
 
 @pytest.mark.parametrize("room", [Room(0), Room(1, 64), Room(3, 192)], ids=str)

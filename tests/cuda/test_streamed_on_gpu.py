@@ -249,7 +249,7 @@ def test_a_dropped_block_gives_its_pinned_memory_and_its_slots_back() -> None:
 def test_a_size_is_kept(checkpoint: Any) -> None:
     """The embedded model in a part of its size: with experts on the host and streamed."""
     whole = set_up(checkpoint, Options(backend="cuda"))
-    kept = whole.sizes.needed(list(whole.placed.leaves())).kept
+    kept = whole.sizes.needed(whole.placed, whole.placed.memory.name).kept
     options = Options(backend="cuda", gpu_memory=f"{kept}B", streamed_experts=1)
     split = set_up(checkpoint, options)
     assert any(isinstance(leaf.spec, StreamedExperts) for leaf in split.placed.leaves())

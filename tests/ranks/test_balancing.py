@@ -224,7 +224,7 @@ def test_where_replicas_do_not_fit_fewer_are_offered(
         return set_up(model, asked, world=World(0, RANKS))
 
     fitting = of(2)
-    free = fitting.sizes.needed(list(fitting.placed.leaves())).kept
+    free = fitting.sizes.needed(fitting.placed, "host").kept
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: free)
     assert str(of(EXPERTS).shortage()).endswith("try replicate_experts=2")
 

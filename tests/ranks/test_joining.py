@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -14,8 +17,10 @@ from lfm2kit.building.load import Load, unused
 from lfm2kit.building.loading import find_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import BUG, USER_ERROR, Lfm2kitError, Option
+from lfm2kit.process.streams import READER_GONE, ReaderGone
 from lfm2kit.ranks.joining import Alone, facts_of
+from lfm2kit.ranks.reasons import reason
 from lfm2kit.testing import check_exchange, check_transport
 from lfm2kit.transport import World
 
@@ -87,3 +92,59 @@ def test_ranks_compare_what_a_load_says_and_not_where_it_is(tmp_path: Path) -> N
         facts.append(facts_of(set_up(checkpoint, options, world=World.of(0, (0, 0)))))
     assert facts[0] == facts[1]
     assert {name for name, fact in facts[2].items() if fact != facts[0][name]} == {"the load"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (Lfm2kitError(Option("threads", 8), ": 4 cores"), USER_ERROR, "threads=8: 4 cores"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError("no 8 GB"), USER_ERROR, "out of memory (MemoryError: no 8 GB)"),
+        (ReaderGone(), READER_GONE, "nobody reads its output any more"),
+        (SystemExit(4), BUG, "sys.exit(4) was called"),
+        (KeyError("w1"), BUG, "KeyError: 'w1'"),
+        (ValueError("one\ntwo"), BUG, "ValueError: one"),
+        (AssertionError(), BUG, "AssertionError"),
+    ],
+)
+def test_what_a_rank_raises_has_an_exit_code_and_a_sentence(
+    error: BaseException, code: int, sentence: str
+) -> None:
+    assert reason(error) == (code, sentence)
+
+
+class Job(Alone):
+    """A transport that records how its rank ended."""
+
+    ended: tuple[object, ...] = ()
+
+    def finish(self, exit_code: int) -> None:
+        self.ended = (exit_code,)
+
+    def abort(self, exit_code: int, reason: str, details: str = "") -> NoReturn:
+        self.ended = (exit_code, reason, "Traceback" in details)
+        raise SystemExit(exit_code)
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (None, (0,)),
+        (SystemExit(5), (5,)),
+        (Lfm2kitError("no such file"), (USER_ERROR, "no such file", False)),
+        (KeyError("w1"), (BUG, "KeyError: 'w1'", True)),
+    ],
+)
+def test_how_a_program_ends_on_a_rank_is_told_to_the_others(
+    error: BaseException | None, ended: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job()
+    monkeypatch.setattr("lfm2kit.ranks.joining._may_be_a_rank", lambda transport: True)
+    monkeypatch.setattr(
+        "lfm2kit.ranks.joining.find_transport", lambda name: SimpleNamespace(launcher="a launcher")
+    )
+    monkeypatch.setattr("lfm2kit.ranks.joining.connected", lambda launcher: job)
+    with suppress(SystemExit), joined_job():
+        if error is not None:
+            raise error
+    assert job.ended == ended

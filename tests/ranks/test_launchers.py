@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import typer
 from lfm2kit.cli.ranks import joined_job
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.ranks.launchers import LAUNCHERS, started
+from tests.checkpoint.typed import Cli, Typed
 
 STEP = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"}
 
@@ -88,6 +90,21 @@ def test_a_step_without_ranks_ends_with_what_to_type_said_by_one_process(
     with pytest.raises(typer.Exit) as ended:
         joined_job("mpi")
     assert ended.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "command", [["plan"], ["bench", "-b", "reference", "-n", 1], ["convert", "tiny", "copy.bin"]]
+)
+def test_a_command_that_knows_no_ranks_is_refused_once_where_a_launcher_started_copies(
+    command: list[object], cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    set_all({"PMI_RANK": "0", "PMI_SIZE": "4"}, monkeypatch)
+    says = "mpiexec started 4 processes (PMI_SIZE=4), and each would do the same; start this"
+    cli(*command).assert_fails(says)
+    monkeypatch.setenv("PMI_RANK", "3")
+    assert cli(*command) == Typed(2, "", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_without_their_transport_do_not_run_as_copies(

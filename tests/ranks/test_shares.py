@@ -32,8 +32,8 @@ def test_every_rank_is_planned_as_it_is_in_a_job(
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: free)
 
     def kept(setup: Setup) -> tuple[Any, ...]:
-        leaves = list(setup.placed.leaves())
-        return setup.grouping, setup.sizes.needed(leaves, 64), setup.placed.spec
+        needed = setup.sizes.needed(setup.placed, "host", 64)
+        return setup.grouping, needed, setup.placed.spec
 
     def rank(transport: ThreadTransport) -> Any:
         def in_groups(grouping: Grouping | None = None) -> Setup:
@@ -121,7 +121,7 @@ def test_the_first_rank_whose_share_does_not_fit_is_named(
     plan = ("plan", "-b", "cpu_simd", "--tokens", 1, "--ranks", 3, "--json", "-")
     first, *_ = json.loads(cli(*plan).out)["shares"]
     host = first["memories"]["host"]
-    enough = host["kept_bytes"] + host["scratch_bytes"]
+    enough = sum(host[f"{kind}_bytes"] for kind in ("kept", "scratch", "exchange"))
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: enough)
     said = [json.loads(cli(*plan, "--rank", rank).out)["shortage"] for rank in range(3)]
     assert said[0].startswith("rank 2: memory 'host' is too small")

@@ -12,22 +12,33 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
+# The roles that lie in the same piece of memory, one after the other, because no block has two of
+# them: so a thread takes little more than the block that needs most.
+PIECES = (
+    ("projected", "gathered"),
+    ("gated", "heads", "inner"),
+    ("keys", "outputs"),
+    ("values",),
+)
+PIECE_OF = {role: piece for piece, roles in enumerate(PIECES) for role in roles}
+
 
 class Buffers(threading.local):
-    """The memory for each role, one growing piece per role and per thread that calls blocks."""
+    """The memory of all roles, in growing pieces of each thread that calls blocks."""
 
     def __init__(self) -> None:
-        self._memory: dict[str, npt.NDArray[np.float32]] = {}
+        self._memory: dict[int, npt.NDArray[np.float32]] = {}
 
     def array(self, role: str, *shape: int) -> npt.NDArray[np.float32]:
-        """Return a float32 array of any values, valid until its role is asked for again.
+        """Return a float32 array of any values, valid until a role of its piece is asked for.
 
         A block must not return it.
         """
-        size = math.prod(shape)
-        if role not in self._memory or self._memory[role].size < size:
-            self._memory[role] = np.empty(size, np.float32)
-        return self._memory[role][:size].reshape(shape)
+        size, piece = math.prod(shape), PIECE_OF[role]
+        if piece not in self._memory or self._memory[piece].size < size:
+            self._memory.pop(piece, None)  # before the larger one is allocated
+            self._memory[piece] = np.empty(size, np.float32)
+        return self._memory[piece][:size].reshape(shape)
 
 
 BUFFERS = Buffers()

@@ -81,9 +81,11 @@ class MpiTransport:
         receive_counts: Sequence[int] | None = None,
         into: npt.NDArray[Any] | None = None,
     ) -> tuple[npt.NDArray[Any], list[int]]:
+        if receive_counts is None:
+            each = [1] * self.world.size
+            counts, _ = self.all_to_all(np.array(send_counts, np.int32), each, each)
+            receive_counts = counts.tolist()
         with self._inside("all_to_all"):
-            if receive_counts is None:
-                receive_counts = self._swapped(send_counts)
             received = _empty_like(rows, receive_counts) if into is None else into
             with _row_type(rows) as row:
                 self._swap_rows(
@@ -97,12 +99,6 @@ class MpiTransport:
 
     def _swap_rows(self, sent: Buffer, received: Buffer) -> None:
         self.comm.Alltoallv(sent, received)
-
-    def _swapped(self, counts: Sequence[int]) -> list[int]:
-        """Send each rank its number, and return those that came."""
-        received = np.empty(len(counts), np.int32)
-        self.comm.Alltoall(np.array(counts, np.int32), received)
-        return [int(count) for count in received]
 
     def gather(
         self, rows: npt.NDArray[Any], counts: Sequence[int] | None = None
