@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfm2kit.building.loading import EMBEDDED, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.measuring import samples
+from lfm2kit.measuring.running import run_samples
+from lfm2kit.ranks.groups import Grouping
+from lfm2kit.simulating.jobs import Job, Layout
+from lfm2kit.simulating.routing import Routing, RoutingRecorder
+from lfm2kit.transport import ExchangeCounts
 from tests.mpi.test_faults import LETS_ANYONE_RUN
 
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
@@ -42,6 +50,31 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return samples.read_answers(path)
 
 
+@pytest.fixture(scope="module")
+def routing() -> Routing:
+    """Return the experts that the samples of `alone` choose."""
+    recorder = RoutingRecorder()
+    tiny = open_checkpoint(EMBEDDED / "tiny", [])
+    built = set_up(tiny, Options(backend="cpu_simd"), rewrites=[recorder.rewrite()]).build()
+    token_ids = samples.read_inputs(EMBEDDED / "tiny" / "inputs.bin")[:21]
+    run_samples(built, token_ids, len(token_ids))
+    return recorder.routing(token_ids.shape[1])
+
+
+def calculated(routing: Routing, groups: list[list[int]]) -> list[Any]:
+    """Return what the exchanges of these groups count by layer, for batches of 4 of 21 samples."""
+    spec = open_checkpoint(EMBEDDED / "tiny", []).spec
+    grouping = Grouping(tuple(map(tuple, groups)))
+    nodes = [0] * sum(map(len, groups))
+    counts = Job.of(spec, Layout(nodes, grouping, 4), 21).counts(routing)
+    return [[summed(rank[layer]) for rank in counts] for layer in routing.layers if counts[0]]
+
+
+def summed(counts: ExchangeCounts) -> list[int]:
+    legs = counts.counts, counts.dispatch, counts.combine
+    return [n for leg in legs for n in (leg.messages, leg.rows, leg.bytes, leg.header_bytes)]
+
+
 # MPICH then takes even and odd ranks for those of two machines.
 TWO_MACHINES = {"MPIR_CVAR_ODD_EVEN_CLIQUES": "1"}
 
@@ -63,8 +96,10 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
     environment: dict[str, str],
     groups: list[list[int]],
     alone: Any,
+    routing: Routing,
     tmp_path: Path,
 ) -> None:
+    """And what the ranks send is what follows from the routing."""
     mpi = subprocess.run([find_mpiexec(), "--version"], capture_output=True, text=True).stdout
     if environment and "HYDRA" not in mpi:
         pytest.skip("only MPICH can be told that ranks are on several machines")
@@ -79,9 +114,19 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
     assert (record["ranks"], record["groups"]) == (ranks, groups)
     for layer in record["exchanged"]["layers"]:
         assert sum(layer["rows_by_expert"]) == sum(layer["rows_by_rank"]) == 21 * 16 * 4
+    if not record["overlap"]["is_on"]:  # of halves there are more messages
+        assert [by_rank(layer) for layer in record["exchanged"]["layers"]] == calculated(
+            routing, groups
+        )
     assert ("of the time waiting for others" in done.stderr) == any(len(g) > 1 for g in groups)
     assert "VALID" in done.stderr.splitlines()
     np.testing.assert_array_equal(samples.read_answers(path), alone)
+
+
+def by_rank(layer: dict[str, Any]) -> list[list[int]]:
+    names = ("messages", "rows", "bytes", "header_bytes")
+    legs = [layer[leg][name] for leg in ("counts", "dispatch", "combine") for name in names]
+    return [list(of_rank) for of_rank in zip(*legs, strict=True)]
 
 
 @pytest.mark.parametrize("trim", [[], ["--trim"]])
