@@ -15,6 +15,8 @@ import pytest
 
 from lfm2kit.building.loading import EMBEDDED, set_up
 from lfm2kit.building.options import Options
+from lfm2kit.building.rank_rates import ExchangeKey
+from lfm2kit.building.rates import read_calibration
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.measuring import samples
 from lfm2kit.measuring.running import run_samples
@@ -189,6 +191,21 @@ def test_overlapped_forwards_have_the_same_bits(
     for layer in record["exchanged"]["layers"]:
         assert layer["counts"]["messages"] == [2 * forwards] * 2
     np.testing.assert_array_equal(samples.read_answers(path), alone[:n])
+
+
+def test_ranks_measure_together_and_one_of_them_writes_the_rates(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    done = lfm2kit(
+        "calibrate", "--ranks", "2", "--backend", "reference", "--threads", "1", "--output",
+        str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 ranks on one machine") == 1
+    rates = read_calibration(path)
+    assert [one.key for one in rates.exchanges] == [ExchangeKey(2, 1)]
+    assert rates.machine["ranks"] == "2"
+    wrong = lfm2kit("calibrate", "--ranks", "2", "--independent")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
 def test_a_plan_with_several_backends_works_across_ranks() -> None:
