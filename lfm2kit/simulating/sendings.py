@@ -19,15 +19,16 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Sendings(NamedTuple):
-    """The rows that the ranks of a group send each other in one layer of a forward."""
+    """The rows that the ranks of a job send each other in one layer of a forward."""
 
-    traffic: Traffic
+    traffic: Traffic  # among all ranks, whose groups have owners of their own
+    peers: Sequence[int]  # how many ranks each one shares experts with, [ranks]
     tokens: Int64  # that each rank sends to each other one, [from, to]; none to itself
     pairs: Int64  # (token, expert) pairs, [token's rank, expert's rank]
     expert_rows: Int64  # of each rank's experts, [ranks, experts]
 
     @classmethod
-    def of(cls, expert_ids: Sequence[Int32], traffic: Traffic) -> Sendings:
+    def of(cls, expert_ids: Sequence[Int32], traffic: Traffic, peers: Sequence[int]) -> Sendings:
         """Return the rows for tokens of each rank that chose `expert_ids`, [ranks][tokens, k].
 
         An id of -1 stands for no expert.
@@ -43,6 +44,7 @@ class Sendings(NamedTuple):
         held = owners[sources, ids] * experts + ids
         return cls(
             traffic,
+            peers,
             _counted(between[is_sent], size, size),
             _counted(between[targets < size], size, size),
             _counted(held[ids >= 0], size, experts),
@@ -66,7 +68,7 @@ class Sendings(NamedTuple):
         dispatched, back = self._row_bytes()
         headers = WORD * Message.headers(self.traffic.num_experts_per_tok)
         counts, dispatch, combine = Sent(), Sent(), Sent()
-        counts.add([1] * (len(self.traffic.owners) - 1), WORD, WORD)
+        counts.add([1] * self.peers[rank], WORD, WORD)
         dispatch.add(self.tokens[rank].tolist(), dispatched, headers)
         combine.add(_to_others(self.pairs.T)[rank].tolist(), back)
         copied = int(self.copied_rows()[rank])

@@ -301,7 +301,7 @@ def test_the_hosts_own_blocks_need_what_is_not_pinned(monkeypatch: pytest.Monkey
 def test_what_says_how_to_fit_needs_a_size(option: Any) -> None:
     ((name, value),) = option.items()
     with pytest.raises(Lfm2kitError) as refused:
-        Options(**option)
+        set_up(TINY, Options(**option))
     asked = f"{name}={value!r}"
     assert str(refused.value) == f"{asked}: needs a limit, such as gpu_memory='24GiB'"
 

@@ -86,7 +86,7 @@ def test_replicas_are_computed_where_their_tokens_are() -> None:
     layout = Layout([0] * 4, groups_of(4, 4), 8)
 
     def rows(replicas: int) -> int:
-        job = Job.of(TINY.spec, layout, 8, {4: owners_by(load, 4, replicas)})
+        job = Job.of(TINY.spec, layout, 8, lambda size: owners_by(load, size, replicas))
         of_ranks = job.counts(routing)
         return sum(one.combine.rows for rank in of_ranks for one in rank.values())
 
