@@ -102,7 +102,9 @@ def _rates(options: Options, request: Request) -> _Rates:
             raise Lfm2kitError(Option("simulate"), f": {error}, or give rates: {_MADE}") from None
         return _Rates(str(path), calibration, f"by the rates in {path}")
     calibration = read_calibration(options.rates)
-    differing = "; ".join(differences(calibration.machine, described(context)))
+    here = described(context)
+    known = {name: here[name] for name in calibration.machine if name in here}
+    differing = "; ".join(differences(calibration.machine, known))
     note = f"by the rates in {options.rates}"
     return _Rates(
         str(options.rates),

@@ -20,21 +20,22 @@ Bytes = npt.NDArray[np.int64]
 
 
 class Link(NamedTuple):
-    """What carries a rank's messages, or a machine's, one after the other."""
+    """What carries the messages of an exchange that leave a rank, or a machine.
 
-    call: Curve  # by the bytes of each message, for some messages
-    messages: int = 1  # that these seconds are of
+    Their latencies overlap, and their bytes follow each other.
+    """
+
+    call: Curve  # seconds of an exchange, by the bytes of each message
+    messages: int = 1  # that crossed the link in it
 
     @classmethod
     def of(cls, latency: float, per_second: float) -> Link:
-        """Return a link that takes `latency` for each message, and the time of its bytes."""
+        """Return a link that takes `latency` for an exchange, and the time of its bytes."""
         return cls(Curve((1, FAR), (latency + 1 / per_second, latency + FAR / per_second)))
 
-    def seconds(self, nbytes: Float64, messages: Float64) -> Float64:
-        """Return how long messages take that have `nbytes` together."""
-        of_each = np.divide(nbytes, messages, out=np.zeros_like(nbytes), where=messages > 0)
-        together: Float64 = messages / self.messages * self.call.at(of_each)
-        return together
+    def seconds(self, nbytes: Float64) -> Float64:
+        """Return how long an exchange takes that brings these bytes over the link."""
+        return self.call.at(nbytes / self.messages) * (nbytes > 0)
 
 
 class Network(NamedTuple):
@@ -62,15 +63,9 @@ class Network(NamedTuple):
         """Return the longer of both directions over the link of each rank's place, [ranks]."""
         if not nbytes.any():
             return np.zeros(len(place))
-        of_ranks = ((nbytes.sum(axis=axis), (nbytes > 0).sum(axis=axis)) for axis in (0, 1))
-        ways = (link().seconds(_of_places(place, n), _of_places(place, m)) for n, m in of_ranks)
-        longer: Float64 = np.maximum(*ways)[place]
+        ways = [np.bincount(place, nbytes.sum(axis=axis)) for axis in (0, 1)]
+        longer: Float64 = link().seconds(np.maximum(*ways))[place]
         return longer
-
-
-def _of_places(place: npt.NDArray[np.intp], of_ranks: Bytes) -> Float64:
-    """Return the sum over the ranks of each place, [places]."""
-    return np.bincount(place, of_ranks).astype(np.float64)
 
 
 def network(request: Request, calibration: Calibration, rates: str) -> Network:

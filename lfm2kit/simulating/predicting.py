@@ -137,7 +137,7 @@ class _Clock:
         exchanged = self._exchange(WORD * self._peers) + self._exchange(dispatched)
         self.compute(experts)
         exchanged += self._exchange(back)
-        self._hide(exchanged, before.seconds + experts.seconds)
+        self._hide(exchanged, copied, before.seconds + experts.seconds)
 
     def ended(self, to_first: Bytes) -> Parts:
         """Wait for all ranks, add the gather of the logits, and return the seconds by part."""
@@ -163,14 +163,17 @@ class _Clock:
         self._exchanged += seconds
         return seconds
 
-    def _hide(self, exchanged: Float64, computed: Float64) -> None:
+    def _hide(self, exchanged: Float64, copied: Float64, computed: Float64) -> None:
         """Take back what is hidden of an exchange: a share, and no more than there is to compute.
 
-        This is all that a prediction knows of overlap.
+        Rows are copied in the thread that exchanges them.  This is all that a prediction knows of
+        overlap.
         """
-        hidden = np.minimum(self._machine.overlap * exchanged, self._of_group(computed))
+        hidden = np.minimum(self._machine.overlap * (exchanged + copied), self._of_group(computed))
+        of_exchange = np.minimum(hidden, exchanged)
         self._now -= hidden
-        self._exchanged -= hidden
+        self._exchanged -= of_exchange
+        self._copied -= np.minimum(hidden - of_exchange, copied)
 
     def _copies(self, sendings: Sendings) -> Float64:
         row_bytes = WORD * sendings.traffic.hidden_size

@@ -119,13 +119,16 @@ def test_ranks_of_a_machine_share_its_link() -> None:
     assert 1.2 < seconds(2) / seconds(1) < 1.5  # 2 x 2 of 3 messages of a rank leave its machine
 
 
-def test_what_was_measured_counts_for_the_messages_that_were_measured() -> None:
+def test_what_was_measured_counts_for_the_messages_that_crossed_a_link() -> None:
     """Between 4 machines a rank had sent 3 messages; from 2 of 4 ranks 4 left a machine."""
-    ten = Curve((1, 10**9), (10e-3, 10e-3))
+    of_bytes = Curve((1,), (1e-6,))
+    seconds = {}
     for ranks, machines, messages in ((2, 2, 1), (4, 4, 3), (4, 2, 4)):
-        rates = calibration(exchanges=(ExchangeRates(ExchangeKey(ranks, machines), ten),))
-        parts = predictions("ranks=2,n=32", rates)["ep"].parts
-        assert parts.exchange == pytest.approx(6 * 3 * 10e-3 / messages)
+        rates = calibration(exchanges=(ExchangeRates(ExchangeKey(ranks, machines), of_bytes),))
+        # Nothing takes less than the smallest message did.
+        seconds[messages] = predictions("ranks=2,n=32", rates)["ep"].parts.exchange
+    assert seconds[1] / seconds[3] == pytest.approx(3, rel=1e-3)
+    assert seconds[1] / seconds[4] == pytest.approx(4, rel=1e-3)
 
 
 def test_a_group_waits_for_its_slowest_rank() -> None:
@@ -166,6 +169,8 @@ def test_rows_are_copied_around_an_exchange() -> None:
         tokens * (0.94 + 4 + 4 + 2) * 512 / 1e6, rel=0.02
     )
     assert both["ep"].limit is Limit.COPIES
+    hidden = predictions("ranks=2,n=32,per-node=2,overlap=0.25", rates)["ep"].parts.copies
+    assert hidden == pytest.approx(both["ep"].parts.copies - 6 * (4 + 8) * 1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -266,13 +271,12 @@ def test_a_link_without_a_latency_has_the_one_that_was_measured() -> None:
 
     def seconds(rates: Calibration) -> float:
         one = np.array([1.0])
-        return float(network(request, rates, PATH).between().seconds(one, one)[0])
+        return float(network(request, rates, PATH).between().seconds(one)[0])
 
     assert seconds(measured) == pytest.approx(5e-3)
     assert seconds(calibration()) == pytest.approx(20e-6)
 
 
-def test_messages_follow_each_other_on_a_link() -> None:
-    link = Link.of(1e-3, 1e6)
-    taken = link.seconds(np.array([0.0, 1e6, 1e6]), np.array([0.0, 1.0, 4.0]))
-    assert taken == pytest.approx([0, 1.001, 1.004])
+def test_the_messages_of_an_exchange_are_under_way_together() -> None:
+    taken = Link.of(1e-3, 1e6).seconds(np.array([0.0, 1e6, 4e6]))
+    assert taken == pytest.approx([0, 1.001, 4.001])
