@@ -90,12 +90,17 @@ class Buffers:
 class Message(NamedTuple):
     """The tokens that one rank sends to another: n rows of x, and then their ids and weights.
 
-    To a transport it is n rows of hidden_size + 2 k numbers.
+    To a transport it is n rows of hidden_size + `headers(k)` numbers.
     """
 
     x: Floats  # [n, hidden_size]
     expert_ids: Int32  # [n, k]; -1 for experts of other ranks
     expert_weights: Floats  # [n, k]
+
+    @staticmethod
+    def headers(k: int) -> int:
+        """Return how many numbers go with each row of x."""
+        return 2 * k
 
 
 class Home(NamedTuple):
@@ -153,14 +158,14 @@ class HostExchange:
         ids = np.where(owners[rows] == ranks[:, None], tokens.expert_ids[rows], -1)
         sent = self._packed(tokens, rows, ids, counts)
         received = self._buffers.array("received", sum(came), sent.shape[1])
-        headers = 2 * owners.shape[1] * WORD
+        headers = WORD * Message.headers(owners.shape[1])
         self._send(self._counts.dispatch, sent, counts, came, received, headers)
         return list(_messages(received, came, tokens.x.shape[1], owners.shape[1]))
 
     def _packed(self, tokens: Message, rows: Places, ids: Int32, counts: Sequence[int]) -> Floats:
         """Return the messages for all ranks: the tokens in `rows`, with `ids` [rows, k]."""
         hidden_size, k = tokens.x.shape[1], ids.shape[1]
-        words = self._buffers.array("own", len(rows), hidden_size + 2 * k)
+        words = self._buffers.array("own", len(rows), hidden_size + Message.headers(k))
         messages = _messages(words, counts, hidden_size, k)
         for message, part in zip(messages, _parts(counts), strict=True):
             np.take(tokens.x, rows[part], axis=0, out=message.x, mode="clip")

@@ -379,4 +379,13 @@ def held_once(holders: Sequence[int], size: int) -> Owners:
 
 def held_by(rank: int, owners: Owners) -> tuple[int, ...]:
     """Return the experts that `rank` computes for any rank's tokens, in ascending order."""
-    return tuple(e for e, ranks in enumerate(zip(*owners, strict=True)) if rank in ranks)
+    return held_by_all(owners)[rank]
+
+
+def held_by_all(owners: Owners) -> list[tuple[int, ...]]:
+    """Return what `held_by` returns for each rank, [ranks]."""
+    held: list[set[int]] = [set() for _ in owners]
+    for of_one_rank in set(owners):  # most ranks, or all, have the same ones
+        for expert, owner in enumerate(of_one_rank):
+            held[owner].add(expert)
+    return [tuple(sorted(experts)) for experts in held]

@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -115,13 +114,12 @@ def with_kept(calibration: Calibration) -> tuple[Path, Calibration]:
     What was measured again replaces what is kept.  Make the folder if that is possible, and raise
     `Lfm2kitError` if there is no home folder.
     """
-    path, sides = kept_file(calibration.machine), {}
+    path = kept_file(calibration.machine)
     with suppress(Lfm2kitError):  # nothing is there, or nothing that can be used
-        sides = {side.experts: side for side in read_calibration(path).sides}
-    sides |= {side.experts: side for side in calibration.sides}
+        calibration = read_calibration(path).replaced_by(calibration)
     with suppress(OSError):  # then the file cannot be written, and that is an error
         make_folder(path.parent.parent, FOLDER)
-    return path, replace(calibration, sides=tuple(sides.values()))
+    return path, calibration
 
 
 @contextmanager

@@ -298,6 +298,7 @@ def set_up(
     With a `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.
     """
+    options.check_limited("rates")
     plugins = plugins or installed_plugins()
     world = world or (transport.world if transport is not None else World())
     load = load_of(options.load, checkpoint.spec)

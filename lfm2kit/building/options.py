@@ -124,7 +124,7 @@ class Options:
     )
     rates: Path | None = option(
         None,
-        "Place experts by predicted time, from what lfm2kit calibrate measured.",
+        "Predict times from what lfm2kit calibrate measured, and place experts by them.",
         words="what it has kept for this machine, if it has",
         metavar="FILE",
     )
@@ -181,11 +181,8 @@ class Options:
                 if not is_right(value):
                     raise Lfm2kitError(Option(one.name, value), f": expected {words}")
             one.metadata["about"].check(one.name, value)
-        for name in ("streamed_experts", "rates"):
-            value = getattr(self, name)
-            if value is not None and self.gpu_memory is None:
-                size = Option("gpu_memory", "24GiB")
-                raise Lfm2kitError(Option(name, value), ": needs a limit, such as ", size)
+        if self.streamed_experts is not None:
+            self.check_limited("streamed_experts")
         if self.ep_size is not None and self.parallel == DP:
             both = Option("parallel", DP), " and ", Option("ep_size", self.ep_size)
             raise Lfm2kitError(*both, ": give only one of them")
@@ -193,6 +190,16 @@ class Options:
             asked = Option("replicate_experts", self.replicate_experts)
             raise Lfm2kitError(asked, ": needs a load, such as ", Option("load", "load.json"))
         self.gpu_bytes()
+
+    def check_limited(self, name: str) -> None:
+        """Raise `Lfm2kitError` if the option `name` is given without a limit of a device's memory.
+
+        Rates have another use where jobs are simulated, so who sets up a model checks them.
+        """
+        value = getattr(self, name)
+        if value is not None and self.gpu_memory is None:
+            size = Option("gpu_memory", "24GiB")
+            raise Lfm2kitError(Option(name, value), ": needs a limit, such as ", size)
 
     def gpu_bytes(self) -> int | None:
         """Return the bytes that may be taken of a device's memory; None for what is free."""

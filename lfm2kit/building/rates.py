@@ -7,48 +7,29 @@ any of these changes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from lfm2kit import bounds, specs
 from lfm2kit.backend import Ceilings, Weights
+from lfm2kit.building.curves import Curve, Float64, read_curve
+from lfm2kit.building.rank_rates import (
+    MOST_BYTES,
+    MOST_ROWS,
+    BlockRates,
+    ExchangeRates,
+    read_block,
+    read_exchange,
+)
 from lfm2kit.building.records import Record, read_record
 from lfm2kit.errors import Lfm2kitError
 
-KIND, VERSION = "lfm2kit rates", 2
+KIND, VERSION = "lfm2kit rates", 3
 MADE_BY = "measure with lfm2kit calibrate"
-MOST_ROWS = 2**26  # of a product
-MOST_BYTES = 2**50  # of an expert
-
-Float64 = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Seconds of one expert's product by its number of rows, as measured at some numbers.
-
-    `rows` ascend.  Few rows take the time in which the weights are read, many rows a time in
-    proportion to their number.
-    """
-
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def at(self, rows: Any) -> Float64:
-        """Return the seconds at one or more numbers of rows, fractions included.
-
-        Linear between two measurements, and in proportion to the rows after the last.  More rows
-        never take less time, even where a measurement says so.
-        """
-        rising = np.maximum.accumulate(self.seconds)
-        within: Float64 = np.interp(rows, self.rows, rising)
-        beyond: Float64 = np.maximum(1.0, np.asarray(rows, np.float64) / self.rows[-1])
-        return within * beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +115,9 @@ class Calibration:
     machine: Mapping[str, str]
     model: str  # whose experts were measured
     sides: tuple[Side, ...]
+    blocks: tuple[BlockRates, ...] = ()  # those that compute no experts
+    exchanges: tuple[ExchangeRates, ...] = ()  # if there were several ranks
+    copies: float | None = None  # bytes per second of rows that a rank copies in the host's memory
 
     def rates(self, path: Path, host: Experts, device: Experts) -> Rates:
         """Return the rates for experts in these two places.
@@ -159,6 +143,19 @@ class Calibration:
             memory,
         )
 
+    def replaced_by(self, newer: Calibration) -> Calibration:
+        """Return what was measured last of everything that either of them has."""
+        sides = {side.experts: side for side in (*self.sides, *newer.sides)}
+        blocks = {block.key: block for block in (*self.blocks, *newer.blocks)}
+        exchanges = {one.key: one for one in (*self.exchanges, *newer.exchanges)}
+        return replace(
+            newer,
+            sides=tuple(sides.values()),
+            blocks=tuple(blocks.values()),
+            exchanges=tuple(exchanges.values()),
+            copies=self.copies if newer.copies is None else newer.copies,
+        )
+
     def document(self) -> dict[str, Any]:
         """Return the fields of the file that `read_calibration` reads."""
         return {
@@ -168,6 +165,9 @@ class Calibration:
             "machine": dict(self.machine),
             "model": self.model,
             "sides": [_document(side) for side in self.sides],
+            "blocks": [block.document() for block in self.blocks],
+            "exchanges": [exchange.document() for exchange in self.exchanges],
+            "copies": self.copies,
         }
 
 
@@ -179,13 +179,21 @@ def read_calibration(path: Path) -> Calibration:
         record.texts("machine"),
         record.text("model"),
         tuple(_side(side) for side in record.records("sides")),
+        tuple(map(read_block, record.records("blocks"))),
+        tuple(map(read_exchange, record.records("exchanges"))),
+        record.optional("copies", record.rate),
     )
     record.done()
-    measured = [side.experts for side in calibration.sides]
+    _check_once(path, "sides", [side.experts for side in calibration.sides])
+    _check_once(path, "blocks", [block.key for block in calibration.blocks])
+    _check_once(path, "exchanges", [exchange.key for exchange in calibration.exchanges])
+    return calibration
+
+
+def _check_once(path: Path, name: str, measured: Sequence[object]) -> None:
     for i, one in enumerate(measured):
         if one in measured[:i]:
-            raise Lfm2kitError(f"{path}: sides[{i}] has rates of {one} again; keep the right ones")
-    return calibration
+            raise Lfm2kitError(f"{path}: {name}[{i}] has rates of {one} again; keep the right ones")
 
 
 def _listed(sides: Iterable[Experts]) -> str:
@@ -197,7 +205,7 @@ def _document(side: Side) -> dict[str, Any]:
         **side.experts._asdict(),
         "memory": side.memory,
         "expert_bytes": side.expert_bytes,
-        **asdict(side.product),
+        **side.product.document("rows"),
         "link": None if side.link is None else side.link._asdict(),
         "ceilings": None if side.ceilings is None else side.ceilings._asdict(),
         "hardware": dict(side.hardware),
@@ -215,22 +223,13 @@ def _side(record: Record) -> Side:
         ),
         record.text("memory"),
         record.whole("expert_bytes", 1, MOST_BYTES),
-        _curve(record),
+        read_curve(record, "rows", MOST_ROWS),
         record.optional("link", lambda key: _rates_of(Link, record.record(key))),
         record.optional("ceilings", lambda key: _rates_of(Ceilings, record.record(key))),
         record.texts("hardware"),
     )
     record.done()
     return side
-
-
-def _curve(record: Record) -> Curve:
-    curve = Curve(record.wholes("rows", 1, MOST_ROWS), record.rates("seconds"))
-    if not curve.rows or list(curve.rows) != sorted(set(curve.rows)):
-        raise record.fail("rows", "ascending numbers")
-    if len(curve.seconds) != len(curve.rows):
-        raise record.fail("seconds", f"{len(curve.rows)} numbers, as many as rows")
-    return curve
 
 
 def _rates_of(kind: Any, record: Record) -> Any:

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lfm2kit.building.curves import Float64
 from lfm2kit.building.overlap import NO_SLOTS, LayerTime, Limit, Slots, Work, layer_times
-from lfm2kit.building.rates import Float64, Rates
+from lfm2kit.building.rates import Rates
 
 SLOTS = (2, 3, 4, 6, 8)  # that are tried: with more the link waits less, but fewer are resident
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are far apart

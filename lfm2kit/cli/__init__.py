@@ -31,12 +31,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for ranked in (run, warmup):
+for ranked in (run, warmup, calibrate):
     app.command(cls=RanksCommand)(ranked)
 app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
 app.add_typer(transports, name="transports")
-for command in (bench, calibrate, convert, specs, env):
+for command in (bench, convert, specs, env):
     app.command(cls=PlainCommand)(command)
 
 

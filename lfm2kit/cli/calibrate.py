@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.building.capacity import size
-from lfm2kit.building.kept_rates import turn, with_kept
-from lfm2kit.building.loading import set_up
+from lfm2kit.building.curves import Curve
+from lfm2kit.building.kept_rates import LONGEST_TURN, turn, with_kept
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import About, Options
+from lfm2kit.building.rank_rates import BlockRates, ExchangeKey
 from lfm2kit.building.rates import Calibration, Side
 from lfm2kit.checkpoint import check_no_part
 from lfm2kit.cli.bench import TOO_MUCH_WAITING
-from lfm2kit.cli.console import Report, progress, remark, show_table, write_document
-from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, files_of, flags, open_model, spread
-from lfm2kit.errors import Lfm2kitError
-from lfm2kit.measuring.calibration import ROWS, calibrated, measurable
+from lfm2kit.cli.console import STDOUT, Report, progress, remark, show_table, write_document
+from lfm2kit.cli.flags import flag
+from lfm2kit.cli.options import (
+    OF_RANKS,
+    IndependentOption,
+    JsonOption,
+    TransportOption,
+    Without,
+    files_of,
+    flags,
+    open_model,
+    spread,
+)
+from lfm2kit.cli.preparing import check_same_file, shared_paths
+from lfm2kit.cli.ranks import (
+    agreed,
+    check_independent,
+    check_size,
+    ending_all_ranks,
+    joined_job,
+    launched,
+    refuse_options,
+)
+from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.measuring.calibration import Measurable, calibrated, measurable, steps
 from lfm2kit.outputs.files import check_target
 from lfm2kit.outputs.targets import check_apart
+from lfm2kit.progress import step
+from lfm2kit.ranks.joining import facts_of
+from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
+from lfm2kit.transport import Transport, World
 
 KEPT = "a file for this machine, beside the compiled kernels"
 
@@ -38,32 +68,82 @@ OF_A_PLACEMENT = (
 )
 
 
-@spread
+@partial(spread, refused=refuse_options)
 def calibrate(
     options: Annotated[Options, Without(OF_A_PLACEMENT)],
     output: Annotated[
         Path | None,
         flags("output", About("Where to write the rates.", KEPT, metavar="FILE")),
     ] = None,
+    ranks: Annotated[
+        int | None,
+        flags("ranks", About("Number of processes that measure at the same time.", least=1)),
+    ] = None,
+    transport: TransportOption = DEFAULT_TRANSPORT,
+    independent: IndependentOption = False,
     json: JsonOption = None,
 ) -> None:
-    """Measure how fast each side computes and gets experts, in less than a minute."""
-    report = Report(json)
-    if output is not None:
-        check_target("--output", output)
-        check_no_part("--output", output)
+    """Measure how fast experts, other blocks and ranks' exchanges are, in less than a minute."""
+    check_independent(ranks, independent)
+    job = None if independent else joined_job(transport)
+    with ending_all_ranks(job):
+        prepared = agreed(
+            job,
+            lambda: _prepared(options, output, json, job, ranks),
+            lambda found: facts_of(found.setup, lambda name: flag(Option(name))),
+        )
+        if job is None and (ranks or 1) > 1:
+            raise typer.Exit(launched(transport, ranks or 1, sys.argv[1:]))
+        _measure(prepared, output, is_first=job is None or job.world.rank == 0)
+
+
+class _Prepared(NamedTuple):
+    """What is to be measured, and where the result goes."""
+
+    report: Report
+    setup: Setup
+    there: list[Measurable]
+
+
+def _prepared(
+    options: Options,
+    output: Path | None,
+    json: str | None,
+    job: Transport | None,
+    ranks: int | None,
+) -> _Prepared:
+    """Find and check everything before anything is measured."""
+    check_size(job, ranks)
+    if job is not None or (ranks or 1) > 1:
+        check_same_file({**shared_paths(options, json), "--output": output})
+    world = job.world if job is not None else World.of(0, (0,) * (ranks or 1))
+    report = Report(json if world.rank == 0 else None)
     checkpoint = open_model(options)
-    check_apart({"--output": output, "--json": report.path}, files_of(checkpoint, options))
-    setup = set_up(checkpoint, options)
-    there = measurable(setup)
+    if world.rank == 0:
+        if output is not None:
+            check_target("--output", output)
+            check_no_part("--output", output)
+        check_apart({"--output": output, "--json": report.path}, files_of(checkpoint, options))
+    setup = set_up(checkpoint, options, world=world, transport=job)
+    return _Prepared(report, setup, measurable(setup))
+
+
+def _measure(prepared: _Prepared, output: Path | None, *, is_first: bool) -> None:
+    """Measure, on every rank; the first one shows and writes the rates."""
+    report, setup, there = prepared
+    if not is_first:
+        calibrated(setup, there)
+        return
     for note in setup.notes():
         remark(note)
+    step("waiting for another calibration", LONGEST_TURN)
     with turn(remark):
-        with progress("measuring", len(there) * (len(ROWS) + 1), "steps") as advance:
+        total = steps(setup, there)
+        with progress("measuring", total, "steps") as advance:
             calibration, waited = calibrated(setup, there, lambda: advance(1))
         report.fields = calibration.document()
         try:
-            if json != "-":
+            if report.target != STDOUT:
                 _show(report, calibration)
         finally:  # whatever becomes of the printed lines
             _deliver(report, calibration, output)
@@ -95,22 +175,45 @@ def _keep(report: Report, calibration: Calibration) -> None:
 
 def _show(report: Report, calibration: Calibration) -> None:
     sides = calibration.sides
-    rows = sorted({rows for side in sides for rows in side.product.rows})
-    report.line("ms for one expert, by rows")
+    of_experts = {str(side.experts): side.product for side in sides}
+    _show_curves(report, "ms for one expert, by rows", "experts", of_experts)
+    of_blocks = {_called(block): block.call for block in calibration.blocks}
+    _show_curves(report, "ms for a block without experts, by rows", "block", of_blocks)
+    of_exchanges = {_between(one.key): one.call for one in calibration.exchanges}
+    if of_exchanges:
+        said = "ms for an exchange, by the bytes that each rank sends to each other one"
+        _show_curves(report, said, "exchange", of_exchanges)
+    for side in sides:
+        report.line(f"{side.experts}: {'; '.join(_facts(side))}")
+    if calibration.copies is not None:
+        report.line(f"rows are copied at {calibration.copies / 1e9:.3g} GB/s")
+
+
+def _called(block: BlockRates) -> str:
+    return f"{block.key.block}, by {block.key.backend} in {block.key.precision}"
+
+
+def _between(key: ExchangeKey) -> str:
+    machines = "one machine" if key.machines == 1 else f"{key.machines} machines"
+    return f"{key.ranks} ranks on {machines}"
+
+
+def _show_curves(report: Report, title: str, heading: str, curves: Mapping[str, Curve]) -> None:
+    """Print a row for each curve, and a column for each size at which one was measured."""
+    sizes = sorted({size for curve in curves.values() for size in curve.sizes})
+    report.line(title)
     show_table(
-        [(str(side.experts), *_milliseconds(side, rows)) for side in sides],
-        Column("experts", overflow="fold"),
-        *(Column(str(count), justify="right", no_wrap=True) for count in rows),
+        [(name, *_milliseconds(curve, sizes)) for name, curve in curves.items()],
+        Column(heading, overflow="fold"),
+        *(Column(str(one), justify="right", no_wrap=True) for one in sizes),
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    for side in sides:
-        report.line(f"{side.experts}: {'; '.join(_facts(side))}")
 
 
-def _milliseconds(side: Side, rows: list[int]) -> Iterator[str]:
-    seconds = dict(zip(side.product.rows, side.product.seconds, strict=True))
-    return (f"{1e3 * seconds[count]:.3g}" if count in seconds else "-" for count in rows)
+def _milliseconds(curve: Curve, sizes: list[int]) -> Iterator[str]:
+    seconds = dict(zip(curve.sizes, curve.seconds, strict=True))
+    return (f"{1e3 * seconds[one]:.3g}" if one in seconds else "-" for one in sizes)
 
 
 def _facts(side: Side) -> Iterator[str]:

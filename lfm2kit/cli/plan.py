@@ -21,15 +21,22 @@ from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
 from lfm2kit.cli.ranks import refuse_copies
 from lfm2kit.cli.rewrite_options import check_state
+from lfm2kit.cli.simulating import simulate as simulated
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import fate
 from lfm2kit.memory import HOST
 from lfm2kit.overlapped import OFF
 from lfm2kit.process.machine import memory_limits
 from lfm2kit.ranks.shares import distinct, shares
+from lfm2kit.simulating.request import EXAMPLE
 from lfm2kit.state import Room
 
 PAGE = Room(0).page_tokens
+SIMULATE = (
+    "Predict jobs of many ranks instead, from what lfm2kit calibrate measured, such as "
+    f"{EXAMPLE}: 1..256 are powers of two, 1/2/6 is a list. Also latency=20us, tokens=16 of a "
+    "sample, memory=24GB of a rank, and overlap=0.8, the share of an exchange that is hidden."
+)
 
 
 @spread
@@ -59,10 +66,19 @@ def plan(
         int,
         flags("sequences", About("Sequences in the state, with --context tokens each.", least=1)),
     ] = 1,
+    simulate: Annotated[
+        str | None,
+        flags("simulate", About(SIMULATE, metavar="KEY=VALUE,...")),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Show each block's backend, memory, bytes and copies, without loading any weights."""
     refuse_copies()
+    if simulate is not None:
+        if ranks > 1 or ranks_per_node is not None:
+            raise Lfm2kitError("--simulate has ranks of its own; leave out --ranks")
+        simulated(simulate, options, json)
+        return
     report = Report(json)
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))

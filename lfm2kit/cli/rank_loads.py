@@ -14,7 +14,7 @@ from lfm2kit.cli.console import Report, show_table
 from lfm2kit.ranks.balancing import expected_rows, max_over_mean
 from lfm2kit.rewrites import owners_by_layer
 from lfm2kit.rewrites.ids_in_words import ranges
-from lfm2kit.transport import Owners, evenly, held_by, held_once
+from lfm2kit.transport import Owners, evenly, held_by_all, held_once
 
 
 def fields_of(setup: Setup) -> dict[str, Any] | None:
@@ -39,7 +39,7 @@ def fields_of(setup: Setup) -> dict[str, Any] | None:
                 "rows_max_over_mean": max_over_mean([rows[i]]),
                 "rows_by_rank": rows[i],
                 "on_all_ranks": _on_all(table),
-                "held_by_rank": [held_by(rank, table) for rank in range(len(table))],
+                "held_by_rank": held_by_all(table),
             }
             for i, table in owners.items()
         ],
@@ -52,8 +52,7 @@ def _in_order(owners: Owners) -> Owners:
 
 
 def _on_all(owners: Owners) -> list[int]:
-    everyones = (set(held_by(rank, owners)) for rank in range(len(owners)))
-    return sorted(set.intersection(*everyones))
+    return sorted(set.intersection(*map(set, held_by_all(owners))))
 
 
 def show(report: Report, expected: Mapping[str, Any]) -> None:

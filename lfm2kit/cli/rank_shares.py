@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -49,8 +50,9 @@ def _experts(model: specs.Spec) -> Iterator[tuple[str, list[int]]]:
 
 def show(shares: Sequence[Mapping[str, Any]]) -> None:
     """Print a row for each rank and memory."""
+    in_words = cache(ranges)  # of a group, which may have thousands of ranks
     show_table(
-        [row for share in shares for row in _rows(share)],
+        [row for share in shares for row in _rows(share, in_words)],
         *(Column(heading, overflow="fold") for heading in LEFT),
         *(Column(heading, justify="right", no_wrap=True) for heading in (*KINDS, "together")),
         box=SIMPLE_HEAD,
@@ -58,9 +60,11 @@ def show(shares: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _rows(share: Mapping[str, Any]) -> Iterator[list[str]]:
+def _rows(
+    share: Mapping[str, Any], in_words: Callable[[tuple[int, ...]], str]
+) -> Iterator[list[str]]:
     experts = _in_words(share["experts"].values())
-    place = [str(share["rank"]), str(share["machine"]), ranges(share["group"]), experts]
+    place = [str(share["rank"]), str(share["machine"]), in_words(share["group"]), experts]
     for memory, total in share["memories"].items():
         sizes = [total[f"{kind}_bytes"] for kind in KINDS]
         least = "at least " if total["unknown_blocks"] else ""

@@ -3,15 +3,14 @@
 Each backend that could compute experts gets a few of the model's, more than caches hold, and the
 same number of rows for each of them.  The way to a device is measured with the same experts,
 streamed as a model streams them: a plain copy from memory that is not pinned takes several times as
-long.
+long.  The ranks of a job measure at the same time.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,25 +21,26 @@ from lfm2kit import specs
 from lfm2kit.backend import Block, Measures
 from lfm2kit.building import rates
 from lfm2kit.building.answers import Answers
+from lfm2kit.building.curves import Curve
 from lfm2kit.building.kept_rates import described, hardware_of
 from lfm2kit.building.loading import Setup, in_host_memory
 from lfm2kit.building.placement import Placed
-from lfm2kit.building.rates import Calibration, Curve, Link, Side
-from lfm2kit.building.records import LEAST
+from lfm2kit.building.rates import Calibration, Link, Side
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.measuring.timing import Timing, timed
-from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
+from lfm2kit.measuring.block_times import block_rates, blocks
+from lfm2kit.measuring.exchange_times import copied_per_second, exchange_rates, measured_groups
+from lfm2kit.measuring.together import Stopwatch
+from lfm2kit.memory import HOST, own_stream
+from lfm2kit.ranks.joining import Alone
 from lfm2kit.rewrites import StreamedExperts
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
 from lfm2kit.specs import Spec
+from lfm2kit.transport import Transport
 
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)  # of each expert
 EXPERTS_BYTES = 512 * 2**20  # of those that are measured, as float32: more than caches hold
 LINK_BYTES = 256 * 2**20  # of a plain copy
 PRODUCT_SECONDS = 12.0  # for the products of one backend: what would take longer is not measured
-REPETITIONS, CALL_SECONDS = 7, 0.5  # of each call: how often, unless these seconds are over
-# Calls that a memory with streams is given at once: the host enqueues the next ones meanwhile.
-ENQUEUED = 4
 WARM_AND_TIMED = 2  # calls that a measurement makes at least
 
 
@@ -49,37 +49,6 @@ class Measurable(NamedTuple):
 
     experts: rates.Experts
     placed: Placed
-
-
-@dataclass(slots=True)
-class Stopwatch:
-    """Times calls that work in a memory.
-
-    `waited` is the share of a call on the host, by the median, for which a thread waited for a
-    core: the largest of all.
-    """
-
-    memory: Memory
-    waited: float = 0.0
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Return the median seconds of some calls, without the first one."""
-        call()
-        begin, taken = time.perf_counter(), [self._once(call)]
-        while len(taken) < REPETITIONS and time.perf_counter() - begin < CALL_SECONDS:
-            taken.append(self._once(call))
-        median = max(LEAST, statistics.median(timing.seconds for timing in taken))
-        waited = statistics.median(timing.waited or 0.0 for timing in taken)
-        self.waited = max(self.waited, waited / median)
-        return median
-
-    def _once(self, call: Callable[[], object]) -> Timing:
-        if not is_ordered(self.memory):
-            return timed(call)
-        start = self.memory.mark()
-        for _ in range(ENQUEUED):
-            call()
-        return Timing(self.memory.mark().seconds_since(start) / ENQUEUED, None)
 
 
 def measurable(setup: Setup) -> list[Measurable]:
@@ -108,19 +77,35 @@ def measurable(setup: Setup) -> list[Measurable]:
 def calibrated(
     setup: Setup, there: list[Measurable], done: Callable[[], None] = lambda: None
 ) -> tuple[Calibration, float]:
-    """Measure all of `there`, and calls `done` `len(ROWS) + 1` times for each.
+    """Measure all of `there`, the model's other blocks, and what ranks exchange.
 
+    Call `done` as often as `steps` says.  All ranks of a job call this, and measure at once.
     Return the rates, and the largest share of a call for which a thread waited for a core.
     """
+    transport: Transport = setup.transport or Alone()
     sides, waited = [], 0.0
     for one in there:
-        watch = Stopwatch(one.placed.memory)
+        watch = Stopwatch(one.placed.memory, transport)
         with own_stream(one.placed.memory):
             sides.append(_side(setup, one, watch, done))
         waited = max(waited, watch.waited)
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    model = setup.checkpoint.path.name
-    return Calibration(date, described(setup.context), model, tuple(sides)), waited
+    hidden_size = setup.checkpoint.spec.embed_tokens.hidden_size
+    calibration = Calibration(
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        described(setup.context),
+        setup.checkpoint.path.name,
+        tuple(sides),
+        tuple(block_rates(setup, transport, done)),
+        tuple(exchange_rates(transport, done)),
+        copied_per_second(transport, hidden_size),
+    )
+    return calibration, waited
+
+
+def steps(setup: Setup, there: list[Measurable]) -> int:
+    """Return in how many steps `calibrated` measures."""
+    exchanges = [] if setup.transport is None else measured_groups(setup.transport)
+    return len(there) * (len(ROWS) + 1) + len(blocks(setup)) + len(exchanges)
 
 
 def _experts(spec: Spec, name: str, scope: str) -> Iterator[tuple[str, str, specs.Experts]]:
@@ -185,7 +170,7 @@ def _product(
     begin, rows, seconds = time.perf_counter(), list[int](), list[float]()
     for count in ROWS:
         ahead = WARM_AND_TIMED * seconds[-1] * count / rows[-1] if rows else 0.0
-        if time.perf_counter() - begin + ahead < PRODUCT_SECONDS:
+        if watch.largest(time.perf_counter() - begin + ahead) < PRODUCT_SECONDS:
             inputs = [watch.memory.from_host(array) for array in _inputs(spec, count)]
             seconds.append(watch.seconds(partial(block, *inputs)))
             rows.append(count)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
 
+from lfm2kit.building.load import load_of
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
-from lfm2kit.building.plugins import installed_plugins
+from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.ranks.balancing import owners_by
 from lfm2kit.ranks.groups import Grouping, first_fitting, groupings
-from lfm2kit.transport import World
+from lfm2kit.rewrites import built_in, chosen, owners_among
+from lfm2kit.transport import World, held_by_all
 
 
 def shares(
@@ -23,11 +26,12 @@ def shares(
     smaller group's share does not fit on one of them.
     """
     worlds, plugins = World.of_all(nodes), installed_plugins()
+    held_in = _experts_held(checkpoint, options, plugins)
 
     @cache
     def within(grouping: Grouping) -> list[Setup]:
-        found: dict[tuple[int, int, int], Setup] = {}
-        places = _places(grouping, worlds)
+        found: dict[Hashable, Setup] = {}
+        places = list(_places(grouping, worlds, held_in))
         for world, place in zip(worlds, places, strict=True):
             if place not in found:
                 found[place] = set_up(
@@ -47,10 +51,38 @@ def shares(
     return within(first_fitting(asked, fits))
 
 
-def _places(grouping: Grouping, worlds: Sequence[World]) -> list[tuple[int, int, int]]:
-    """Return what each rank's share depends on: its place in its group, and who is beside it."""
-    places = {rank: (i, len(group)) for group in grouping.groups for i, rank in enumerate(group)}
-    return [(*places[world.rank], world.local_size) for world in worlds]
+def _places(
+    grouping: Grouping, worlds: Sequence[World], held_in: Callable[[int], Sequence[Hashable]]
+) -> Iterator[Hashable]:
+    """Yield what each rank's share depends on: what it holds, and who is beside it."""
+    places = {rank: (len(group), i) for group in grouping.groups for i, rank in enumerate(group)}
+    for world in worlds:
+        size, number = places[world.rank]
+        yield held_in(size)[number], size, world.local_size
+
+
+def _experts_held(
+    checkpoint: Checkpoint, options: Options, plugins: Plugins
+) -> Callable[[int], Sequence[Hashable]]:
+    """Return a function that returns what distinguishes the ranks of a group of some size.
+
+    It is which experts they hold; their numbers, if a plugin's rewrite may say otherwise.
+    """
+    load = load_of(options.load, checkpoint.spec)
+
+    @cache
+    def held_in(size: int) -> Sequence[Hashable]:
+        world = World(size=size)
+        ours = {rewrite.name for rewrite in built_in(world, None)}
+        applied = chosen(options.rewrites, plugins.rewrites(world), plugins.skipped())
+        if any(rewrite.name not in ours for rewrite in applied):
+            return range(size)
+        by_load = None if load is None else owners_by(load, size, options.replicate_experts)
+        tables = owners_among(checkpoint.spec, size, by_load).values()
+        held = {owners: held_by_all(owners) for owners in set(tables)}
+        return list(zip(*(held[owners] for owners in tables), strict=True)) or [()] * size
+
+    return held_in
 
 
 def distinct(setups: Sequence[Setup]) -> list[Setup]:

@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lfm2kit.building.joins import Join, Joins
-from lfm2kit.rewrites.experts_over_ranks import OwnersOf, experts_over_ranks, owners_by_layer
+from lfm2kit.rewrites.experts_over_ranks import (
+    OwnersOf,
+    experts_over_ranks,
+    owners_among,
+    owners_by_layer,
+)
 from lfm2kit.rewrites.parted_experts import Places, SplitExperts, StreamedExperts
 from lfm2kit.rewrites.plugged import kept_to_contract
 from lfm2kit.rewrites.rewrite import Rewrite, chosen, replaced, rewritten
@@ -28,6 +33,7 @@ __all__ = [
     "built_in",
     "chosen",
     "kept_to_contract",
+    "owners_among",
     "owners_by_layer",
     "replaced",
     "rewritten",

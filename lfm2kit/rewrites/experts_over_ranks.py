@@ -18,7 +18,7 @@ from lfm2kit.host_exchange import offered, scratch_bytes
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.rewrites import ids_in_words
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
-from lfm2kit.specs import Experts, Model, Part, Router, SparseMoe, Spec
+from lfm2kit.specs import Experts, Model, Part, Router, SparseMoe, Spec, leaves
 from lfm2kit.steps import Steps, finished
 from lfm2kit.transport import (
     Exchange,
@@ -75,10 +75,8 @@ def experts_over_ranks(
     def parallel(number: int, spec: Spec) -> Spec:
         if not isinstance(spec, SparseMoe):
             return spec
-        experts = spec.experts.num_experts
-        if owners_of is not None:
-            return parallel_moe(spec, world.rank, owners_of(number, experts))
-        return parallel_moe(spec, world.rank, held_once(evenly(world.size, experts), world.size))
+        owners = _shared_out(spec.experts.num_experts, world.size, number, owners_of)
+        return parallel_moe(spec, world.rank, owners)
 
     def apply(model: Model) -> Model:
         layers = tuple(replaced(one, partial(parallel, i)) for i, one in enumerate(model.layers))
@@ -97,6 +95,25 @@ def parallel_moe(moe: SparseMoe, rank: int, owners: Owners) -> ExpertParallelMoe
     """Return the share of `rank`: the router, and the experts that it computes for any rank."""
     experts = replace(moe.experts, local_experts=held_by(rank, owners))
     return ExpertParallelMoe(moe.router, experts, owners)
+
+
+def owners_among(model: Model, size: int, owners_of: OwnersOf | None = None) -> dict[int, Owners]:
+    """Return the owners of each layer's experts among `size` ranks, as the rewrite shares them out.
+
+    `model` is the one before any rewrite.
+    """
+    found: dict[int, Owners] = {}
+    for i, layer in enumerate(model.layers):
+        for leaf in leaves(layer):
+            if isinstance(leaf, Experts):
+                found[i] = _shared_out(leaf.num_experts, size, i, owners_of)
+    return found
+
+
+def _shared_out(experts: int, size: int, layer: int, owners_of: OwnersOf | None) -> Owners:
+    if owners_of is not None:
+        return owners_of(layer, experts)
+    return held_once(evenly(size, experts), size)
 
 
 def owners_by_layer(model: Model) -> dict[int, Owners]:

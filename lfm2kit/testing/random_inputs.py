@@ -60,10 +60,17 @@ def random_routing(
 
 
 def random_inputs(
-    spec: Spec, rng: np.random.Generator, rows: int, scale: float = 1.0
+    spec: Spec,
+    rng: np.random.Generator,
+    rows: int,
+    scale: float = 1.0,
+    lengths: Sequence[int] | None = None,
 ) -> tuple[Any, ...]:
-    """Return arguments for one call of a block of `spec`; operators get no state."""
-    lengths = random_lengths(rng, rows)
+    """Return arguments for one call of a block of `spec`; operators get no state.
+
+    The rows are those of sequences of these `lengths`, or of random ones.
+    """
+    lengths = random_lengths(rng, rows) if lengths is None else lengths
     match spec:
         case specs.Embedding():
             return (random_batch(rng, lengths, vocab_size=spec.vocab_size),)

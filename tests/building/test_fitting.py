@@ -28,12 +28,13 @@ from lfm2kit.backend import (
 )
 from lfm2kit.building import kept_rates
 from lfm2kit.building.byte_counts import parse_bytes
+from lfm2kit.building.curves import Curve
 from lfm2kit.building.fitting import RESERVE, TOKENS
 from lfm2kit.building.load import Load, unused
 from lfm2kit.building.loading import Setup, find_model, load_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, Plugins, installed_plugins
-from lfm2kit.building.rates import Calibration, Curve, Link, Side
+from lfm2kit.building.rates import Calibration, Link, Side
 from lfm2kit.building.rates import Experts as Measured
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.errors import Lfm2kitError
@@ -300,7 +301,7 @@ def test_the_hosts_own_blocks_need_what_is_not_pinned(monkeypatch: pytest.Monkey
 def test_what_says_how_to_fit_needs_a_size(option: Any) -> None:
     ((name, value),) = option.items()
     with pytest.raises(Lfm2kitError) as refused:
-        Options(**option)
+        set_up(TINY, Options(**option))
     asked = f"{name}={value!r}"
     assert str(refused.value) == f"{asked}: needs a limit, such as gpu_memory='24GiB'"
 

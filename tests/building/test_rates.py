@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 
 from lfm2kit.backend import Ceilings
+from lfm2kit.building.curves import Curve
+from lfm2kit.building.rank_rates import BlockKey, BlockRates, ExchangeKey, ExchangeRates
 from lfm2kit.building.rates import (
     VERSION,
     Calibration,
-    Curve,
     Experts,
     Link,
     Rates,
@@ -34,6 +36,12 @@ CALIBRATION = Calibration(
         Side(HOST, "host", 22_020_096, CURVE, None, Ceilings(1e12, 1e11), {}),
         Side(DEVICE, "gpu:0", 22_020_096, CURVE, Link(46e9, 55e9), None, {"device": "a loom"}),
     ),
+    (BlockRates(BlockKey("MLP(hidden_size=8, intermediate_size=4)", "cpu", "fp32"), 384, CURVE),),
+    (
+        ExchangeRates(ExchangeKey(4, 1), Curve((4, 2**40), (1e-5, 100.0))),
+        ExchangeRates(ExchangeKey(4, 2), CURVE),
+    ),
+    5e9,
 )
 
 
@@ -63,6 +71,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read.rates(path, HOST, DEVICE) == there
 
 
+def test_what_was_measured_last_replaces_what_is_the_same() -> None:
+    slower = Curve((1,), (1.0,))
+    exchange = ExchangeRates(ExchangeKey(2, 2), slower)
+    block = replace(CALIBRATION.blocks[0], call=slower)
+    newer = Calibration("later", {}, "another", CALIBRATION.sides[:1], (block,), (exchange,))
+    both = CALIBRATION.replaced_by(newer)
+    assert (both.date, both.model, both.copies) == ("later", "another", 5e9)
+    assert both.blocks == (block,)
+    assert both.exchanges == (*CALIBRATION.exchanges, exchange)
+    assert both.sides == CALIBRATION.sides
+
+
 def test_rates_that_are_not_there_are_named_with_those_that_are() -> None:
     path = Path("rates.json")
     with pytest.raises(Lfm2kitError, match=r"no rates of 2048 x 1792 .* by gpu in fp32; avail"):
@@ -78,8 +98,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda d: d.update(kind="lfm2kit load"),
         "'lfm2kit load', not 'lfm2kit rates'",
     ),
-    "an earlier version": (lambda d: d.update(version=VERSION - 1), "version is 1"),
-    "a later version": (lambda d: d.update(version=VERSION + 1), "version is 3"),
+    "an earlier version": (lambda d: d.update(version=VERSION - 1), "version is 2"),
+    "a later version": (lambda d: d.update(version=VERSION + 1), "version is 4"),
     "a machine that is a text": (lambda d: d.update(machine="x"), "machine is 'x'"),
     "cores that are a number": (lambda d: d["machine"].update(cores=2), "an object of texts"),
     "no date": (lambda d: d.pop("date"), "date is missing"),
@@ -106,6 +126,27 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a link too fast": (lambda d: d["sides"][1]["link"].update(to_host=1e30), "to_host is 1e"),
     "a third way": (lambda d: d["sides"][1]["link"].update(up=1.0), "link.up is unknown"),
     "ceilings of 0": (lambda d: d["sides"][0]["ceilings"].update(flops=0), "ceilings.flops is 0"),
+    "a block twice": (
+        lambda d: d["blocks"].append(d["blocks"][0]),
+        r"blocks\[1\] has rates of .*MLP.* again",
+    ),
+    "a block without rows": (lambda d: d["blocks"][0].pop("rows"), r"blocks\[0\].rows is missing"),
+    "a block of negative size": (
+        lambda d: d["blocks"][0].update(kept_bytes=-1),
+        "kept_bytes is -1",
+    ),
+    "an unknown field of a block": (lambda d: d["blocks"][0].update(x=1), r"blocks\[0\].x is unkn"),
+    "an exchange twice": (
+        lambda d: d["exchanges"].append(d["exchanges"][1]),
+        r"exchanges\[2\] has rates of .* again",
+    ),
+    "an exchange of one rank": (lambda d: d["exchanges"][0].update(ranks=1), "ranks is 1"),
+    "more machines than ranks": (
+        lambda d: d["exchanges"][0].update(machines=5),
+        "machines is 5; expected a whole number from 1 to 4",
+    ),
+    "messages that fall": (lambda d: d["exchanges"][0].update(bytes=[4, 1]), "ascending numbers"),
+    "copies of 0": (lambda d: d.update(copies=0), "copies is 0"),
     "an unknown rate": (lambda d: d["sides"][0].update(power=1), r"sides\[0\].power is unknown"),
 }
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lfm2kit.building.curves import Curve
 from lfm2kit.building.overlap import Limit, Slots
-from lfm2kit.building.rates import Curve, Rates
+from lfm2kit.building.rates import Rates
 from lfm2kit.building.sharing import Budget, Place, Sharing, Trip, predicted, shared_out
 
 EXPERT = 3 * 2048 * 1792 * 4  # bytes in fp32

@@ -19,7 +19,7 @@ from lfm2kit.building import kept_rates
 from lfm2kit.building.rates import Calibration, read_calibration
 from lfm2kit.checkpoint.spec_files import spec_text
 from lfm2kit.cli.console import Report
-from lfm2kit.measuring import calibration
+from lfm2kit.measuring import block_times, calibration, exchange_times, together
 from lfm2kit.process.streams import READER_GONE, ReaderGone
 from tests.checkpoint.typed import Cli
 from tests.core.small import small_spec
@@ -28,8 +28,10 @@ from tests.core.small import small_spec
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kept_rates, "root_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(calibration, "REPETITIONS", 1)
+    monkeypatch.setattr(together, "REPETITIONS", 1)
     monkeypatch.setattr(calibration, "ROWS", (1, 4))
+    monkeypatch.setattr(block_times, "ROWS", (1, 4))
+    monkeypatch.setattr(exchange_times, "COPY_BYTES", 1)
 
 
 def test_the_file_and_the_document_say_what_the_table_shows(cli: Cli, tmp_path: Path) -> None:
@@ -40,7 +42,7 @@ def test_the_file_and_the_document_say_what_the_table_shows(cli: Cli, tmp_path: 
     assert json.loads(document.read_text()) == json.loads(rates.read_text())
     assert [side.experts.backend for side in measured.sides] == ["cpu_simd", "reference"]
     for side in measured.sides:
-        assert side.product.rows == calibration.ROWS
+        assert side.product.sizes == calibration.ROWS
         assert str(side.experts) in done.out
     assert "by rows" in done.out
 

@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfm2kit.building.loading import EMBEDDED, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.rank_rates import ExchangeKey
+from lfm2kit.building.rates import read_calibration
+from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.measuring import samples
+from lfm2kit.measuring.running import run_samples
+from lfm2kit.ranks.groups import Grouping
+from lfm2kit.simulating.jobs import Job, Layout
+from lfm2kit.simulating.routing import Routing, RoutingRecorder
+from lfm2kit.transport import ExchangeCounts
 from tests.mpi.test_faults import LETS_ANYONE_RUN
 
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
@@ -42,6 +52,31 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return samples.read_answers(path)
 
 
+@pytest.fixture(scope="module")
+def routing() -> Routing:
+    """Return the experts that the samples of `alone` choose."""
+    recorder = RoutingRecorder()
+    tiny = open_checkpoint(EMBEDDED / "tiny", [])
+    built = set_up(tiny, Options(backend="cpu_simd"), rewrites=[recorder.rewrite()]).build()
+    token_ids = samples.read_inputs(EMBEDDED / "tiny" / "inputs.bin")[:21]
+    run_samples(built, token_ids, len(token_ids))
+    return recorder.routing(token_ids.shape[1])
+
+
+def calculated(routing: Routing, groups: list[list[int]]) -> list[Any]:
+    """Return what the exchanges of these groups count by layer, for batches of 4 of 21 samples."""
+    spec = open_checkpoint(EMBEDDED / "tiny", []).spec
+    grouping = Grouping(tuple(map(tuple, groups)))
+    nodes = [0] * sum(map(len, groups))
+    counts = Job.of(spec, Layout(nodes, grouping, 4), 21).counts(routing)
+    return [[summed(rank[layer]) for rank in counts] for layer in routing.layers if counts[0]]
+
+
+def summed(counts: ExchangeCounts) -> list[int]:
+    legs = counts.counts, counts.dispatch, counts.combine
+    return [n for leg in legs for n in (leg.messages, leg.rows, leg.bytes, leg.header_bytes)]
+
+
 # MPICH then takes even and odd ranks for those of two machines.
 TWO_MACHINES = {"MPIR_CVAR_ODD_EVEN_CLIQUES": "1"}
 
@@ -63,8 +98,10 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
     environment: dict[str, str],
     groups: list[list[int]],
     alone: Any,
+    routing: Routing,
     tmp_path: Path,
 ) -> None:
+    """And what the ranks send is what follows from the routing."""
     mpi = subprocess.run([find_mpiexec(), "--version"], capture_output=True, text=True).stdout
     if environment and "HYDRA" not in mpi:
         pytest.skip("only MPICH can be told that ranks are on several machines")
@@ -79,9 +116,19 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
     assert (record["ranks"], record["groups"]) == (ranks, groups)
     for layer in record["exchanged"]["layers"]:
         assert sum(layer["rows_by_expert"]) == sum(layer["rows_by_rank"]) == 21 * 16 * 4
+    if not record["overlap"]["is_on"]:  # of halves there are more messages
+        assert [by_rank(layer) for layer in record["exchanged"]["layers"]] == calculated(
+            routing, groups
+        )
     assert ("of the time waiting for others" in done.stderr) == any(len(g) > 1 for g in groups)
     assert "VALID" in done.stderr.splitlines()
     np.testing.assert_array_equal(samples.read_answers(path), alone)
+
+
+def by_rank(layer: dict[str, Any]) -> list[list[int]]:
+    names = ("messages", "rows", "bytes", "header_bytes")
+    legs = [layer[leg][name] for leg in ("counts", "dispatch", "combine") for name in names]
+    return [list(of_rank) for of_rank in zip(*legs, strict=True)]
 
 
 @pytest.mark.parametrize("trim", [[], ["--trim"]])
@@ -144,6 +191,21 @@ def test_overlapped_forwards_have_the_same_bits(
     for layer in record["exchanged"]["layers"]:
         assert layer["counts"]["messages"] == [2 * forwards] * 2
     np.testing.assert_array_equal(samples.read_answers(path), alone[:n])
+
+
+def test_ranks_measure_together_and_one_of_them_writes_the_rates(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    done = lfm2kit(
+        "calibrate", "--ranks", "2", "--backend", "reference", "--threads", "1", "--output",
+        str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 ranks on one machine") == 1
+    rates = read_calibration(path)
+    assert [one.key for one in rates.exchanges] == [ExchangeKey(2, 1)]
+    assert rates.machine["ranks"] == "2"
+    wrong = lfm2kit("calibrate", "--ranks", "2", "--independent")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
 def test_a_plan_with_several_backends_works_across_ranks() -> None:

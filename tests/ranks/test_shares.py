@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from lfm2kit import specs
 from lfm2kit.building.loading import EMBEDDED, Setup, set_up
 from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import Plugins
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.memory import HostMemory
 from lfm2kit.ranks.groups import NO_ROOM, Grouping
 from lfm2kit.ranks.joining import fitting_alike
-from lfm2kit.ranks.shares import shares
+from lfm2kit.ranks.shares import distinct, shares
+from lfm2kit.rewrites import Rewrite, owners_among, owners_by_layer
 from lfm2kit.testing import ThreadTransport, run_ranks
+from lfm2kit.transport import held_by
 from tests.checkpoint.typed import Cli
 
 TINY = open_checkpoint(EMBEDDED / "tiny", [])
@@ -45,6 +49,36 @@ def test_every_rank_is_planned_as_it_is_in_a_job(
     assert planned == run_ranks(4, rank, nodes=nodes)
     if free != SMALLER_FIT:
         assert len(planned[0][0].groups) == (len(set(nodes)) if free == ALL_FIT else 1)
+
+
+def test_ranks_that_hold_the_same_experts_are_set_up_once() -> None:
+    """Most of many ranks hold no expert at all."""
+    of_ranks = shares(TINY, OPTIONS, [0] * 300, 64)
+    assert len(distinct(of_ranks)) == 16 + 1
+    owners = owners_among(TINY.spec, 300)
+    for rank, setup in enumerate(of_ranks):
+        held = owners_by_layer(cast(specs.Model, setup.placed.spec))
+        assert held == owners
+        for i in owners:
+            (experts,) = (
+                leaf
+                for leaf in specs.leaves(cast(specs.Model, setup.placed.spec).layers[i])
+                if isinstance(leaf, specs.Experts)
+            )
+            assert experts.local_experts == held_by(rank, owners[i])
+
+
+def test_each_rank_is_set_up_where_another_rewrite_may_tell_them_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = Plugins.rewrites
+
+    def with_another(self: Plugins, *asked: Any) -> dict[str, Rewrite]:
+        another = Rewrite("another", "", lambda model: model, is_automatic=True)
+        return {**ours(self, *asked), "another": another}
+
+    monkeypatch.setattr(Plugins, "rewrites", with_another)
+    assert len(distinct(shares(TINY, OPTIONS, [0] * 20, 64))) == 20
 
 
 def test_the_plan_shows_groups_experts_and_memory_of_each_rank(cli: Cli) -> None:

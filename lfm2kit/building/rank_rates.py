@@ -1,0 +1,71 @@
+"""How fast a rank computes all but experts, and how fast ranks talk: parts of a calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lfm2kit import bounds
+from lfm2kit.building.curves import Curve, read_curve
+from lfm2kit.building.records import Record
+
+MOST_ROWS = 2**26  # of a product
+MOST_BYTES = 2**50  # of a block, or of a message
+
+
+class BlockKey(NamedTuple):
+    """What a block's rates depend on, beside the machine."""
+
+    block: str  # the spec, as Python writes it
+    backend: str  # without its precision
+    precision: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRates:
+    """The seconds of a block that computes no experts, by rows."""
+
+    key: BlockKey
+    kept_bytes: int  # of its weights; 0 if it has none, or its backend does not say
+    call: Curve
+
+    def document(self) -> dict[str, Any]:
+        rows = self.call.document("rows")
+        return {**self.key._asdict(), "kept_bytes": self.kept_bytes, **rows}
+
+
+class ExchangeKey(NamedTuple):
+    """Who exchanged messages with each other: all of some ranks, evenly on some machines."""
+
+    ranks: int
+    machines: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeRates:
+    """The seconds of an exchange in which each rank sends a message to each other one."""
+
+    key: ExchangeKey
+    call: Curve  # by the bytes of each message
+
+    def document(self) -> dict[str, Any]:
+        return {**self.key._asdict(), **self.call.document("bytes")}
+
+
+def read_block(record: Record) -> BlockRates:
+    """Return the rates that `BlockRates.document` wrote."""
+    key = BlockKey(record.text("block"), record.text("backend"), record.text("precision"))
+    rates = BlockRates(
+        key, record.whole("kept_bytes", 0, MOST_BYTES), read_curve(record, "rows", MOST_ROWS)
+    )
+    record.done()
+    return rates
+
+
+def read_exchange(record: Record) -> ExchangeRates:
+    """Return the rates that `ExchangeRates.document` wrote."""
+    ranks = record.whole("ranks", 2, bounds.COUNT)
+    key = ExchangeKey(ranks, record.whole("machines", 1, ranks))
+    rates = ExchangeRates(key, read_curve(record, "bytes", MOST_BYTES))
+    record.done()
+    return rates

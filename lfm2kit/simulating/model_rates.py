@@ -1,0 +1,177 @@
+"""The times and bytes of a model's blocks, put together from the rates of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from lfm2kit import specs
+from lfm2kit.building.curves import Curve, Float64
+from lfm2kit.building.rank_rates import BlockKey, BlockRates
+from lfm2kit.building.rates import MADE_BY, Calibration, Side
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.simulating.sendings import Int64
+
+
+class Spent(NamedTuple):
+    """The seconds of each rank, [ranks], and how long reading the weights alone takes of them."""
+
+    seconds: Float64
+    reading: Float64
+
+
+@dataclass(slots=True)
+class Blocks:
+    """Some blocks that compute no experts, one after the other."""
+
+    calls: list[Curve] = field(default_factory=list)
+    kept_bytes: int = 0
+
+    def add(self, rates: BlockRates) -> None:
+        self.calls.append(rates.call)
+        self.kept_bytes += rates.kept_bytes
+
+    def spent(self, rows: Int64) -> Spent:
+        """Return what ranks spend with these rows, [ranks]; those without any spend nothing."""
+        seconds, reading = np.zeros(len(rows)), np.zeros(len(rows))
+        for call in self.calls:
+            seconds += call.at(rows)
+            reading += call.at(1)
+        return Spent(seconds * (rows > 0), reading * (rows > 0))
+
+
+class Experts(NamedTuple):
+    """The experts of a layer."""
+
+    side: Side
+
+    def spent(self, rows: Int64) -> Spent:
+        """Return what ranks spend whose experts have these rows, [ranks, experts]."""
+        product, is_used = self.side.product, rows > 0
+        seconds: Float64 = (product.at(rows) * is_used).sum(axis=1)
+        return Spent(seconds, float(product.at(1)) * is_used.sum(axis=1))
+
+
+class LayerRates(NamedTuple):
+    """A layer's blocks before its experts, if it has some, and these."""
+
+    number: int
+    before: Blocks
+    experts: Experts | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRates:
+    """The rates of all blocks of a model, in the order of its forward."""
+
+    embedding: Blocks
+    layers: Sequence[LayerRates]
+    of_all_rows: Blocks  # after the layers
+    of_logits: Blocks  # the same, for the rows that have logits
+
+    @classmethod
+    def of(cls, model: specs.Model, found: Found) -> ModelRates:
+        """Return the rates of a model; raise `Lfm2kitError` for a block without."""
+        return cls(
+            found.blocks(model.embed_tokens),
+            [_layer(i, layer, found) for i, layer in enumerate(model.layers)],
+            found.blocks(model.last_rows),
+            found.blocks(model.embedding_norm, model.lm_head),
+        )
+
+    @property
+    def kept_bytes(self) -> int:
+        """Return the bytes of all weights but the experts'."""
+        others = (self.embedding, self.of_all_rows, self.of_logits)
+        before = (layer.before for layer in self.layers)
+        return sum(blocks.kept_bytes for blocks in (*others, *before))
+
+
+class Found(NamedTuple):
+    """The rates of one backend in one precision."""
+
+    rates: str  # what errors call the calibration
+    calibration: Calibration
+    backend: str
+    precision: str
+
+    def blocks(self, *wanted: specs.Spec) -> Blocks:
+        """Return the rates of blocks that compute no experts, or of the parts of these."""
+        blocks = Blocks()
+        for spec in wanted:
+            for one in self._of(spec):
+                blocks.add(one)
+        return blocks
+
+    def experts(self, spec: specs.Experts) -> Experts:
+        """Return the rates of a layer's experts, whatever format they are stored in."""
+        sizes = (spec.hidden_size, spec.intermediate_size)
+        for side in self.calibration.sides:
+            if side.experts[:4] == (self.backend, self.precision, *sizes):
+                return Experts(side)
+        raise self._no_rates(f"experts of {sizes[0]} x {sizes[1]}")
+
+    def _of(self, spec: specs.Spec) -> Iterator[BlockRates]:
+        key = BlockKey(repr(spec), self.backend, self.precision)
+        there = next((one for one in self.calibration.blocks if one.key == key), None)
+        if there is not None:
+            yield there
+            return
+        if not spec.parts():
+            raise self._no_rates(repr(spec))
+        for part in spec.parts():
+            yield from self._of(part.spec)
+
+    def _no_rates(self, what: str) -> Lfm2kitError:
+        there = {f"{key.backend} in {key.precision}" for key in _keys(self.calibration)}
+        of_others = f"; it has rates of {' and '.join(sorted(there)) or 'no blocks'}"
+        by = f"by {self.backend} in {self.precision}"
+        return Lfm2kitError(
+            f"{self.rates}: there are no rates of {what} {by}{of_others}; {MADE_BY} for this model"
+        )
+
+
+def found(calibration: Calibration, rates: str, backend: str | None, precision: str) -> Found:
+    """Return the rates of a backend in a precision; without a backend, of the only one.
+
+    Raise `Lfm2kitError` if there are several, or none.
+    """
+    there = sorted({key.backend for key in _keys(calibration) if key.precision == precision})
+    if backend is None and len(there) != 1:
+        said = f"of blocks by {' and '.join(there)}" if there else "of no blocks"
+        raise Lfm2kitError(
+            f"{rates}: these are rates {said} in {precision}; "
+            + ("give --backend" if there else f"{MADE_BY}")
+        )
+    return Found(rates, calibration, backend or there[0], precision)
+
+
+def _keys(calibration: Calibration) -> list[BlockKey]:
+    return [one.key for one in calibration.blocks]
+
+
+def _layer(number: int, layer: specs.Spec, found: Found) -> LayerRates:
+    before, experts = Blocks(), None
+    for spec in _parts(layer):
+        if isinstance(spec, specs.Experts):
+            experts = found.experts(spec)
+        else:
+            more = found.blocks(spec)
+            before = Blocks(before.calls + more.calls, before.kept_bytes + more.kept_bytes)
+    return LayerRates(number, before, experts)
+
+
+def _parts(spec: specs.Spec) -> Iterator[specs.Spec]:
+    """Yield the parts of a layer, those with experts taken apart."""
+    if isinstance(spec, specs.Experts) or not _has_experts(spec):
+        yield spec
+        return
+    for part in spec.parts():
+        yield from _parts(part.spec)
+
+
+def _has_experts(spec: specs.Spec) -> bool:
+    return any(isinstance(leaf, specs.Experts) for leaf in specs.leaves(spec))

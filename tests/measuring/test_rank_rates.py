@@ -1,0 +1,135 @@
+"""What a calibration measures of blocks and of ranks' exchanges; nothing about real times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2kit import specs
+from lfm2kit.building.loading import EMBEDDED, Setup, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.building.rank_rates import ExchangeKey
+from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.measuring import block_times, calibration, exchange_times, together
+from lfm2kit.measuring.block_times import block_rates, blocks
+from lfm2kit.measuring.calibration import calibrated, measurable
+from lfm2kit.measuring.exchange_times import exchange_rates
+from lfm2kit.measuring.together import Stopwatch
+from lfm2kit.memory import HOST
+from lfm2kit.ranks.joining import Alone
+from lfm2kit.testing import ThreadTransport, run_ranks
+
+TINY = open_checkpoint(EMBEDDED / "tiny", [])
+REFERENCE = Options(backend="reference")
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "REPETITIONS", 1)
+    monkeypatch.setattr(calibration, "ROWS", (1, 4))
+    monkeypatch.setattr(block_times, "ROWS", (1, 20))
+    monkeypatch.setattr(exchange_times, "MESSAGES", (4, 64, 4096))
+    monkeypatch.setattr(exchange_times, "COPY_BYTES", 1)
+
+
+def alone() -> Setup:
+    return set_up(TINY, REFERENCE)
+
+
+def test_each_block_without_experts_is_measured_once() -> None:
+    """A layer that is built whole is taken apart; its router stays whole."""
+    first, sparse = TINY.spec.layers[0], TINY.spec.layers[2]
+    assert isinstance(first, specs.Layer)
+    assert isinstance(sparse, specs.Layer)
+    assert isinstance(sparse.feed_forward, specs.SparseMoe)
+    wanted = [
+        TINY.spec.embed_tokens,
+        first.operator_norm,
+        first.operator,
+        first.feed_forward,
+        sparse.feed_forward.router,
+        TINY.spec.last_rows,
+        TINY.spec.lm_head,
+    ]
+    there = {key.block for key in blocks(alone())}
+    assert {repr(spec) for spec in wanted} <= there
+    assert not [block for block in there if "Experts(" in block]
+    assert {key[1:] for key in blocks(alone())} == {("reference", "fp32")}
+
+
+def test_a_job_measures_the_same_blocks_as_one_process() -> None:
+    def rank(transport: ThreadTransport) -> Any:
+        return blocks(set_up(TINY, REFERENCE, transport=transport)).keys()
+
+    assert run_ranks(2, rank) == [blocks(alone()).keys()] * 2
+
+
+def test_blocks_get_sequences_of_the_usual_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 rows are one sequence of 16 tokens, and one of 4."""
+    given: list[Any] = []
+
+    def seconds(self: Stopwatch, call: Any) -> float:
+        given.append(call.args)
+        call()
+        return 1e-3
+
+    monkeypatch.setattr(Stopwatch, "seconds", seconds)
+    measured = list(block_rates(alone(), Alone()))
+    batches = [one for arguments in given for one in arguments if hasattr(one, "cu_seqlens")]
+    assert {tuple(one.cu_seqlens.tolist()) for one in batches} == {(0, 1), (0, 16, 20)}
+    assert {one.call.sizes for one in measured} == {(1, 20)}
+
+
+def test_every_rank_has_the_seconds_of_the_slowest() -> None:
+    def rank(transport: ThreadTransport) -> Any:
+        setup = set_up(TINY, REFERENCE, transport=transport)
+        measured, _ = calibrated(setup, measurable(setup))
+        return [one.call for one in (*measured.blocks, *measured.exchanges)], [
+            side.product for side in measured.sides
+        ]
+
+    first, second = run_ranks(2, rank)
+    assert first == second
+
+
+def test_ranks_of_a_machine_are_measured_by_themselves_and_with_all_others() -> None:
+    def keys(*nodes: int) -> Any:
+        def rank(transport: ThreadTransport) -> Any:
+            return [one.key for one in exchange_rates(transport)]
+
+        return run_ranks(len(nodes), rank, nodes=nodes)
+
+    assert keys(0, 0) == [[ExchangeKey(2, 1)]] * 2
+    assert keys(0, 1) == [[ExchangeKey(2, 2)]] * 2
+    assert keys(0, 0, 1, 1) == [[ExchangeKey(2, 1), ExchangeKey(4, 2)]] * 4
+    assert keys(0, 0, 1) == [[ExchangeKey(2, 1), ExchangeKey(3, 2)]] * 2 + [[ExchangeKey(3, 2)]]
+    assert list(exchange_rates(Alone())) == []
+
+
+def test_a_rank_sends_a_message_to_each_other_one_and_none_to_itself() -> None:
+    sent: list[Any] = []
+
+    class Seen(ThreadTransport):
+        def all_to_all(self, rows: Any, counts: Any, *more: Any) -> Any:
+            if rows.dtype == np.uint8 and self.world.rank == 1:
+                sent.append((rows.shape, list(counts)))
+            return super().all_to_all(rows, counts, *more)
+
+    (measured,) = run_ranks(3, lambda t: list(exchange_rates(t)), make=Seen)[0]
+    assert measured.call.sizes == (4, 64, 4096)
+    assert {shape for shape, _ in sent} == {(2, 4), (2, 64), (2, 4096)}
+    assert {tuple(counts) for _, counts in sent} == {(1, 0, 1)}
+
+
+def test_messages_that_would_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange_times, "_seconds", lambda transport, nbytes: nbytes / 64)
+    (measured,) = run_ranks(2, lambda t: list(exchange_rates(t)))[0]
+    assert measured.call.sizes == (4, 64)
+
+
+def test_the_ranks_of_a_stopwatch_wait_for_each_other() -> None:
+    watch = Stopwatch(HOST)
+    assert watch.largest(2.5) == 2.5
+    assert run_ranks(3, lambda t: Stopwatch(HOST, t).largest(t.world.rank)) == [2.0] * 3

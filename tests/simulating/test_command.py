@@ -1,0 +1,126 @@
+"""`lfm2kit plan --simulate`: its table, its document, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lfm2kit.building import kept_rates
+from lfm2kit.building.load import Load, unused
+from lfm2kit.building.rank_rates import ExchangeKey, ExchangeRates
+from lfm2kit.cli.console import write_document
+from tests.checkpoint.typed import Cli
+from tests.simulating.rates import FAST, TINY, calibration
+
+ASKED = "ranks=1..4,per-node=2,link=25Gbit,n=16/64"
+NEAR = (ExchangeRates(ExchangeKey(2, 1), FAST),)
+
+
+@pytest.fixture
+def rates(tmp_path: Path) -> Path:
+    path = tmp_path / "rates.json"
+    write_document(path, calibration(exchanges=NEAR).document())
+    return path
+
+
+def test_the_document_has_every_job_and_says_that_it_is_a_prediction(
+    cli: Cli, rates: Path, tmp_path: Path
+) -> None:
+    document = tmp_path / "jobs.json"
+    done = cli("plan", "--rates", rates, "--simulate", ASKED, "--json", document)
+    assert done.code == 0, done.err
+    fields = json.loads(document.read_text())
+    assert fields["predicted"] is True
+    assert (fields["backend"], fields["precision"]) == ("loom", "fp32")
+    assert fields["machine"] == {"processor": "a loom"}
+    jobs = [(job["ranks"], job["n"], job["layout"]) for job in fields["jobs"]]
+    two, four = ("dp", "ep"), ("dp", "ep", "ep in a machine, dp between")
+    layouts = {1: ("one rank",), 2: two, 4: four}
+    assert jobs == [(r, n, name) for r in (1, 2, 4) for n in (16, 64) for name in layouts[r]]
+    for job in fields["jobs"]:
+        assert job["seconds"] == pytest.approx(sum(job["parts"].values()))
+        assert job["samples_per_second"] == pytest.approx(job["n"] / job["seconds"])
+        assert len(job["sent_bytes"]) == len(job["sent_messages"]) == job["ranks"]
+    assert sum(job["best"] for job in fields["jobs"]) == 6
+    assert "PREDICTED, by the rates in" in done.out
+    assert f"which were not measured here: {fields['notes'][0].partition(': ')[2]}" in done.out
+    assert done.out.count("4 ranks, n=64: ") == 1
+
+
+def test_the_document_alone_goes_to_stdout(cli: Cli, rates: Path) -> None:
+    done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
+    assert [job["layout"] for job in json.loads(done.out)["jobs"]] == ["one rank"]
+
+
+def test_without_a_file_the_rates_that_are_kept_are_used(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kept_rates, "root_folder", lambda: tmp_path / "cache")
+    simulate = ("plan", "--simulate", "ranks=1,n=1")
+    cli(*simulate).assert_fails("--simulate: no rates are kept for this machine", "--output rates")
+    measured = calibration(machine=kept_rates.described(kept_rates.Context("fp32", None, 1)))
+    path, kept = kept_rates.with_kept(measured)
+    write_document(path, kept.document())
+    done = cli(*simulate)
+    assert done.code == 0, done.err
+    assert f"by the rates in {path}" in done.out
+
+
+def test_a_load_is_what_tokens_choose(cli: Cli, rates: Path, tmp_path: Path) -> None:
+    layers = tuple(one._replace(counts=(400, *[80] * 15)) for one in unused(TINY.spec))
+    load = tmp_path / "load.json"
+    write_document(load, Load("tiny", 128, 400, layers).document())
+
+    def sent(*more: object) -> Any:
+        done = cli("plan", "--rates", rates, "--simulate", ASKED, "--json", "-", *more)
+        assert done.code == 0, done.err
+        jobs = json.loads(done.out)["jobs"]
+        return sum(sum(job["sent_bytes"]) for job in jobs if job["layout"] == "ep")
+
+    assert sent("--load", load, "--replicate-experts", 1) < sent("--load", load)
+    many = ("--load", load, "--replicate-experts", 17)
+    cli("plan", "--rates", rates, "--simulate", ASKED, *many).assert_fails("has 16 experts")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--simulate", "ranks=1"], ["--simulate ranks=1: n is missing"]),
+        (["--simulate", "ranks=x,n=1"], ["--simulate ranks=x: expected numbers such as"]),
+        (["--simulate", "ranks=1,n=1", "--ranks", 4], ["--simulate has ranks of its own"]),
+        (["--simulate", "ranks=1,n=1", "--trim"], ["rewrites", "not together with --simulate"]),
+        (["--simulate", "ranks=1,n=1", "--ep-size", 2], ["--ep-size 2: not together with"]),
+        (["--simulate", "ranks=1,n=1", "-b", "a,1.moe=b"], ["takes one backend"]),
+        (["--simulate", "ranks=1,n=1", "-b", "cuda"], ["no rates of", "loom in fp32"]),
+        (["--simulate", "ranks=1,n=1", "--precision", "bf16"], ["of no blocks in bf16"]),
+        (["--simulate", "ranks=2,n=1"], ["no exchange between machines; give its link"]),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    cli: Cli, rates: Path, arguments: list[object], words: list[str]
+) -> None:
+    cli("plan", "--rates", rates, *arguments).assert_fails(*words)
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "there is no rate of copies": lambda d: d.update(copies=None),
+    "version is 2": lambda d: d.update(version=2),
+    "no rates of experts of 128 x 48": lambda d: d.update(sides=[]),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_a_file_that_lacks_rates_is_named(cli: Cli, rates: Path, said: str) -> None:
+    document = json.loads(rates.read_text())
+    CHANGES[said](document)
+    rates.write_text(json.dumps(document))
+    cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1").assert_fails(str(rates), said)
+
+
+def test_rates_alone_still_need_a_limit(cli: Cli, rates: Path) -> None:
+    cli("plan", "--rates", rates).assert_fails("--rates", "needs a limit", "--gpu-memory 24GiB")
+    cli("run", "--rates", rates).assert_fails("--rates", "needs a limit", "--gpu-memory 24GiB")
