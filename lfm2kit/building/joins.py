@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lfm2kit.backend import Block
 from lfm2kit.memory import Memory
 from lfm2kit.specs import Spec
+from lfm2kit.transport import ExchangeOffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Join:
     make: Callable[..., Block]
     memory: Memory
     is_capturable: bool = True  # whether a recorded call does all that the first one did
+    offer: ExchangeOffer | None = None  # of the exchange in the block, if there is one
 
 
 # By a spec's type, its join within the memory that surrounds it: `partial(Join, make)` stays there.
