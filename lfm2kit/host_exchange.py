@@ -23,6 +23,7 @@ from lfm2kit.transport import (
     ExchangeCounts,
     ExchangeOffer,
     Exchanges,
+    ExchangesOver,
     Rows,
     Sent,
     Traffic,
@@ -33,6 +34,10 @@ Floats = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 Places = npt.NDArray[np.intp]
 
+# Where tokens travel: past the host where that is possible, past it or not at all, through it.
+AUTO, PAST_HOST, THROUGH_HOST = "auto", "device", "host"
+EXCHANGE = (AUTO, PAST_HOST, THROUGH_HOST)
+
 # What stands for the product of an id of -1: added to any number, even to -0.0, it changes nothing.
 NOTHING = np.float32(-0.0)
 BAND = 64  # tokens whose products are added at once: their sums stay in a core's cache
@@ -40,9 +45,16 @@ SPARE = 1 / 8  # of a buffer, so that calls of a few more rows need no other
 WORD = 4  # bytes of a number, whether it is of x, an id, a weight or a count
 
 
-def offered(transport: Transport, outer: Memory) -> ExchangeOffer:
-    """Return the transport's exchange for blocks in `outer`; the host's where it has none."""
-    offer = transport.exchange_in(outer) if isinstance(transport, Exchanges) else None
+def offered(transport: Transport, outer: Memory, exchange: str = AUTO) -> ExchangeOffer:
+    """Return an exchange for blocks in `outer`: the transport's own, the memory's, or the host's.
+
+    The host's alone if `exchange` is "host".
+    """
+    offer = None
+    if exchange != THROUGH_HOST:
+        offer = transport.exchange_in(outer) if isinstance(transport, Exchanges) else None
+        if offer is None and isinstance(outer, ExchangesOver):
+            offer = outer.exchange_over(transport)
     return offer or ExchangeOffer(
         HOST,
         partial(HostExchange, transport, buffers=Buffers()),

@@ -25,12 +25,13 @@ from lfm2kit.building import out_of_memory
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import check_replay
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
 from lfm2kit.overlapped import OFF, Overlap, OverlappedForward
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.state import ModelState, Room
 from lfm2kit.steps import Steps, finished, stepped
-from lfm2kit.transport import Exchange
+from lfm2kit.transport import Exchange, ExchangeError, ExchangeOffer
 
 
 class Forward:
@@ -137,6 +138,7 @@ class LFM2:
     servers: Sequence[Server] = ()  # of crossings: each forward runs inside their contexts
     # With other ranks, by block: one for forwards by themselves, and one for each half of others.
     exchanges: Mapping[str, Sequence[Exchange]] = field(default_factory=dict)
+    offers: Sequence[ExchangeOffer] = ()  # by which the exchanges were made
     overlap: Overlap = field(default_factory=lambda: Overlap(OFF, is_on=False))
     check_room: Callable[[Room], None] = lambda room: None  # raises if a state would not fit
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
@@ -185,9 +187,9 @@ class LFM2:
         host = batch.on(HOST)
         self._check_ids(host)
         with self._lock:
-            with self.running():
+            with self.running(host.tokens) as agreed:
                 self._begin(host, state)
-                logits = self._run(host, state)
+                logits = self._run(host, state, agreed)
             if state is not None:  # not before the servers have said that nothing has failed
                 state.ledger.complete(host)
             return logits
@@ -212,19 +214,30 @@ class LFM2:
         return state
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Give a forward its surroundings: a stream in each ordered memory, and the servers.
+    def running(self, tokens: int = 0) -> Iterator[Hashable]:
+        """Give a forward of `tokens` tokens its surroundings: streams, servers, and other ranks.
 
         `logits` does this; only who calls `forward` needs it, and calls no `logits` inside.  Copy
         the result to the host inside as well: servers answer no trip once the context is left, and
         what they have not answered is NaN.  Other threads' forwards of this model wait meanwhile.
+        The value is what the ranks that exchange tokens have settled for this forward.
         """
         with self._lock, ExitStack() as around:
             for memory in self._ordered:
                 around.enter_context(own_stream(memory))
             for server in self.servers:
                 around.enter_context(server.serving())
-            yield
+            yield around.enter_context(self._exchanging(tokens))
+
+    @contextmanager
+    def _exchanging(self, tokens: int) -> Iterator[Hashable]:
+        """Give a forward the surroundings of its exchanges; name the layer of one that fails."""
+        try:
+            with ExitStack() as around:
+                yield tuple(around.enter_context(offer.around(tokens)) for offer in self.offers)
+        except ExchangeError as error:
+            failed = (name for name, some in self.exchanges.items() if error.exchange in some)
+            raise Lfm2kitError(f"{next(failed, 'an exchange')}: ", *error.args) from error
 
     def _check_ids(self, batch: Batch) -> None:
         token_ids: npt.NDArray[np.int32] = batch.token_ids
@@ -260,17 +273,19 @@ class LFM2:
                 f"the state has {len(state.layers)} layers, the model {len(self.spec.layers)}"
             )
 
-    def _run(self, batch: Batch, state: ModelState | None) -> npt.NDArray[np.float32]:
+    def _run(
+        self, batch: Batch, state: ModelState | None, agreed: Hashable
+    ) -> npt.NDArray[np.float32]:
         """Return the logits of a host batch: by a replay, if a batch of its form has run before."""
         layers = None if state is None else state.layers
         if self._captures is None:
             return self.home.to_host(self.forward(batch.on(self.home), layers))
         batch = self._with_own_views(batch)
-        key = self._key(batch, state)
+        key = self._key(batch, state, agreed)
         if not self._replays.is_due(key):
             logits = self.home.to_host(self.forward(batch.on(self.home), layers))
             self._makes.update(batch.makes)
-            self._replays.note(self._key(batch, state))
+            self._replays.note(self._key(batch, state, agreed))
             return logits
 
         def step(batch: Batch) -> Array:
@@ -297,11 +312,11 @@ class LFM2:
                 batch.derived(key, make)
         return batch
 
-    def _key(self, batch: Batch, state: ModelState | None) -> Key:
+    def _key(self, batch: Batch, state: ModelState | None, agreed: Hashable) -> Key:
         """Return what a replay for this host batch must have been captured for."""
         owner = self._owner if state is None else self._states[state]
         forms = [one.form for one in batch.family()]
-        return Key(owner, (tuple(batch.makes), tuple(forms)))
+        return Key(owner, (tuple(batch.makes), tuple(forms), agreed))
 
 
 def can_capture(backend: Backend, placed: Placed) -> bool:

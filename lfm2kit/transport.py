@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.errors import Option
 from lfm2kit.memory import Array, Memory
 from lfm2kit.pending import Pending
 
@@ -208,6 +210,10 @@ class Exchange(Protocol):
         ...
 
 
+def _nothing_around(tokens: int) -> AbstractContextManager[Hashable]:
+    return nullcontext()
+
+
 @dataclass(frozen=True, slots=True)
 class ExchangeOffer:
     """An exchange that can be had for arrays in `memory`."""
@@ -221,6 +227,26 @@ class ExchangeOffer:
     # many tokens on each rank, which choose experts evenly: buffers, the rows that are handed out
     # and the products that are handed in.  An exchange that does not say counts as none.
     scratch_bytes: Callable[[Traffic, int], int] = lambda traffic, tokens: 0
+    # Tries the exchange out together with the other ranks, and returns why this rank cannot use it,
+    # in a few words; None if it can.  All ranks call it before a model is built, once they have
+    # found that they run the same.  If one of them cannot, all exchange through the host.
+    why_not: Callable[[], str | None] = lambda: None
+    # A context around each forward, given the number of this rank's tokens.  Every rank enters it
+    # for each of its forwards, so that they can settle what depends on the number of everyone's
+    # tokens.  A recorded forward is replayed only while the value of the context stays the same.
+    # Leaving it raises `ExchangeError` if the exchange has failed in this forward.
+    around: Callable[[int], AbstractContextManager[Hashable]] = _nothing_around
+
+
+class ExchangeError(Exception):
+    """The failure of one layer's exchange: "rank 1 has sent nothing for 60 s".
+
+    The model adds the layer's name.
+    """
+
+    def __init__(self, exchange: Exchange, *sentence: str | Option) -> None:
+        super().__init__(*sentence)
+        self.exchange = exchange
 
 
 @runtime_checkable
@@ -234,6 +260,25 @@ class Exchanges(Protocol):
         """Return the exchange for blocks in `memory`; None if there is none, on every rank.
 
         Take no memory and send nothing; the offer's memory has the name of `memory`.
+        """
+        ...
+
+
+@runtime_checkable
+class ExchangesOver(Protocol):
+    """Capability: a memory in which tokens travel past the host, over whatever transport.
+
+    It is asked where the transport has no exchange of its own for this memory.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def exchange_over(self, transport: Transport) -> ExchangeOffer | None:
+        """Return the exchange among the ranks of `transport`; None if there is none, on every rank.
+
+        Take no memory and send nothing.  Whether it works on this machine is found out later, by
+        `ExchangeOffer.why_not`, which may use the transport.
         """
         ...
 

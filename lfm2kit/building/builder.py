@@ -112,6 +112,7 @@ def build_model(
         overlap=decision,
         servers=servers,
         exchanges=builder.exchanges,
+        offers=placed.offers(),
         home=placed.outer,
         backend=builder.create(default_backend),
         may_capture=builder.may_capture,

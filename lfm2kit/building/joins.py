@@ -9,6 +9,7 @@ from typing import Any
 from lfm2kit.backend import Block
 from lfm2kit.memory import Memory
 from lfm2kit.specs import Spec
+from lfm2kit.transport import ExchangeOffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Join:
     is_capturable: bool = True  # whether a recorded call does all that the first one did
     # The bytes in `memory` that such blocks share, for a forward of as many tokens: an exchange's.
     exchange_bytes: Callable[[Any, int], int] = lambda spec, tokens: 0
+    offer: ExchangeOffer | None = None  # of the exchange in the block, if there is one
 
 
 # By a spec's type, its join within the memory that surrounds it: `partial(Join, make)` stays there.

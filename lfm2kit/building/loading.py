@@ -30,6 +30,8 @@ from lfm2kit.building.wrappers import Wrappers
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.foreign import why_absent
 from lfm2kit.errors import Lfm2kitError, Option, choices, either
+from lfm2kit.host_exchange import AUTO as AUTO_EXCHANGE
+from lfm2kit.host_exchange import PAST_HOST, THROUGH_HOST
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS, LFM2, can_capture
 from lfm2kit.overlapped import AUTO as AUTO_OVERLAP
@@ -38,7 +40,7 @@ from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.ranks.balancing import check_replicas, owners_by
 from lfm2kit.ranks.groups import EP, Grouping, first_fitting, groupings
-from lfm2kit.ranks.joining import check_alike, fitting_alike, refuse_copies
+from lfm2kit.ranks.joining import check_alike, refuse_copies, settled_alike
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
 from lfm2kit.specs import Spec
@@ -80,6 +82,8 @@ class Setup:
     sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
     placing: str | None = None  # a note on the rates by which experts are split, if it is needed
     load: Load | None = None  # by which experts are placed
+    # Why tokens travel through the host, where the options would let them travel past it.
+    through_host: str | None = None
 
     @property
     def group(self) -> tuple[int, ...]:
@@ -89,10 +93,6 @@ class Setup:
     def notes(self) -> Iterator[str]:
         """Yield the remarks, and notes from the backends of the plan."""
         yield from self.remarks()
-        for name in sorted(self.plan.backends()):
-            backend = self.create(name)
-            if isinstance(backend, Explains):
-                yield from (f"{name}: {note}" for note in Answers(backend, name).notes())
 
     def remarks(self) -> Iterator[str]:
         """Yield what may be unexpected of the checkpoint, the places of experts, and capture."""
@@ -101,6 +101,12 @@ class Setup:
             yield self.placing
         if self.grouping.note is not None:
             yield self.grouping.note
+        if self.through_host is not None:
+            yield f"tokens travel through the host's memory: {self.through_host}"
+        for name in sorted(self.plan.backends()):
+            backend = self.create(name)
+            if isinstance(backend, Explains):
+                yield from (f"{name}: {note}" for note in Answers(backend, name).notes())
         if can_capture(self.create(self.plan.default), self.placed):
             yield from self.wrappers.why_not_captured()
 
@@ -234,6 +240,7 @@ class Setup:
                 world=self.world,
                 transport=self.transport,
                 plugins=self.plugins,
+                through_host=self.through_host,
             )
         except Lfm2kitError:  # no such precision in a backend of the plan, or no such layer
             return False
@@ -287,6 +294,7 @@ def set_up(
     rewrites: Sequence[Rewrite] = (),
     tokens: int = TOKENS,
     grouping: Grouping | None = None,
+    through_host: str | None = None,
 ) -> Setup:
     """Place every block; raise `Lfm2kitError` if the plan, a backend or the machine forbids it.
 
@@ -296,7 +304,7 @@ def set_up(
     placed elsewhere, for forwards of `tokens` tokens.
 
     With a `transport` the model is this rank's share.  A `world` alone gives the share of that
-    rank, to be planned but not built.
+    rank, to be planned but not built.  Tokens travel through the host if `through_host` says why.
     """
     options.check_limited("rates")
     plugins = plugins or installed_plugins()
@@ -308,7 +316,16 @@ def set_up(
     @cache
     def within(grouping: Grouping) -> Setup:
         return _set_up(
-            checkpoint, options, world, transport, grouping, plugins, rewrites, tokens, load
+            checkpoint,
+            options,
+            world,
+            transport,
+            grouping,
+            plugins,
+            rewrites,
+            tokens,
+            load,
+            through_host,
         )
 
     asked = groupings(options.parallel, options.ep_size, world, transport)
@@ -349,6 +366,7 @@ def _set_up(
     rewrites: Sequence[Rewrite],
     tokens: int,
     load: Load | None,
+    through_host: str | None,
 ) -> Setup:
     """Place every block, with the experts of each layer shared out inside the given groups."""
     context = Context(options.precision, options.threads, world.local_size, world.local_rank)
@@ -358,10 +376,11 @@ def _set_up(
     for name in sorted(plan.backends()):
         plugins.backend(name)  # a bad name is an error even where its rule would fit nothing
     place, among = grouping.place(world, transport)
-    if options.overlap == ON and place.size == 1:
-        raise _nothing_travels(world)
+    if place.size == 1:
+        _check_something_travels(options, world)
     by_load = None if load is None else owners_by(load, place.size, options.replicate_experts)
-    there = plugins.rewrites(place, among, by_load)
+    exchange = options.exchange if through_host is None else THROUGH_HOST
+    there = plugins.rewrites(place, among, by_load, exchange)
     applied = (*chosen(options.rewrites, there, plugins.skipped()), *rewrites)
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
     of_whole = plan if options.gpu_memory is None else plan.for_whole_experts()
@@ -383,17 +402,24 @@ def _set_up(
         grouping,
         among,
         load=load,
+        through_host=through_host,
     )
     return whole if options.gpu_memory is None else fitted(whole, tokens)
 
 
-def _nothing_travels(world: World) -> Lfm2kitError:
-    """Return the error for an overlap with an exchange that there is not."""
-    asked, auto = Option("overlap", ON), Option("overlap", AUTO_OVERLAP)
-    if world.size == 1:
-        return Lfm2kitError(asked, ": there is only one rank; start more, or try ", auto)
-    either_of = Option("parallel", EP), " or ", auto
-    return Lfm2kitError(asked, ": each rank holds all experts; try ", *either_of)
+def _check_something_travels(options: Options, world: World) -> None:
+    """Raise `Lfm2kitError` if the options ask for something of an exchange that there is not."""
+    for name, value, auto in (
+        ("overlap", ON, AUTO_OVERLAP),
+        ("exchange", PAST_HOST, AUTO_EXCHANGE),
+    ):
+        if getattr(options, name) != value:
+            continue
+        asked, otherwise = Option(name, value), Option(name, auto)
+        if world.size == 1:
+            raise Lfm2kitError(asked, ": there is only one rank; start more, or try ", otherwise)
+        either_of = Option("parallel", EP), " or ", otherwise
+        raise Lfm2kitError(asked, ": each rank holds all experts; try ", *either_of)
 
 
 def load_model(
@@ -430,13 +456,20 @@ def load_model(
     checkpoint = open_checkpoint(find_model(asked.model), readers, seed=asked.seed or 0)
     transport = job if job is not None and job.world.size > 1 else None
 
-    def in_groups(grouping: Grouping | None = None) -> Setup:
-        return set_up(checkpoint, asked, transport=transport, plugins=plugins, grouping=grouping)
+    def again(grouping: Grouping | None = None, through_host: str | None = None) -> Setup:
+        return set_up(
+            checkpoint,
+            asked,
+            transport=transport,
+            plugins=plugins,
+            grouping=grouping,
+            through_host=through_host,
+        )
 
-    setup = in_groups()
+    setup = again()
     if transport is not None:
         check_alike(transport, setup)
-        setup = fitting_alike(transport, setup, in_groups)
+        setup = settled_alike(transport, setup, again)
     if transport is None or transport.world.rank == 0:
         for remark in setup.remarks():
             warnings.warn(remark, stacklevel=2)

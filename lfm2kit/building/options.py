@@ -14,6 +14,8 @@ from lfm2kit import bounds
 from lfm2kit.building.byte_counts import parse_bytes
 from lfm2kit.building.plan import AUTO, Plan
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.host_exchange import AUTO as AUTO_EXCHANGE
+from lfm2kit.host_exchange import EXCHANGE
 from lfm2kit.overlapped import AUTO as AUTO_OVERLAP
 from lfm2kit.overlapped import OVERLAP
 from lfm2kit.ranks.groups import AUTO as AUTO_PARALLEL
@@ -52,6 +54,7 @@ EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "load": (_is_path, "the path of a file"),
     "parallel": (lambda value: value in PARALLEL, f"{', '.join(PARALLEL[:-1])} or {PARALLEL[-1]}"),
     "overlap": (lambda value: value in OVERLAP, f"{', '.join(OVERLAP[:-1])} or {OVERLAP[-1]}"),
+    "exchange": (lambda value: value in EXCHANGE, f"{', '.join(EXCHANGE[:-1])} or {EXCHANGE[-1]}"),
     "rewrites": (_are_names, "a tuple of names, such as ('NAME',)"),
 }
 
@@ -159,6 +162,12 @@ class Options:
         "Compute half of a batch while the other half's tokens travel between ranks. auto: where "
         "the exchange takes 15 % of a layer's time or more, in the first forward.",
         metavar="|".join(OVERLAP),
+    )
+    exchange: str = option(
+        AUTO_EXCHANGE,
+        "Where tokens travel between ranks. device: between the devices' memories; host: through "
+        "the host's; auto: between the devices where every rank can.",
+        metavar="|".join(EXCHANGE),
     )
     rewrites: tuple[str, ...] = option(
         (), "Rewrites of the model, in the order of their names here."

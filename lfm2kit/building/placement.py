@@ -19,6 +19,7 @@ from lfm2kit.building.plan import Plan
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import Memory
 from lfm2kit.specs import Spec
+from lfm2kit.transport import ExchangeOffer
 
 # Why a block that lives in another memory is not called from there by a crossing.
 NO_CROSSER = "no backend of the plan calls blocks of another memory"
@@ -72,6 +73,12 @@ class Placed:
         yield self
         for _, part in self.parts:
             yield from part.tree()
+
+    def offers(self) -> list[ExchangeOffer]:
+        """Return the exchanges in joined blocks, each once, in the order of the forward."""
+        joins = (placed.join for placed in self.tree())
+        offers = (join.offer for join in joins if join is not None)
+        return list({id(offer): offer for offer in offers if offer is not None}.values())
 
     @property
     def is_capturable(self) -> bool:

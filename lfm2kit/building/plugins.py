@@ -26,6 +26,7 @@ from lfm2kit.building.announced import check_announced, check_hooks
 from lfm2kit.checkpoint.readers import CheckpointReader
 from lfm2kit.errors import LEAVE_OUT, Lfm2kitError, choices
 from lfm2kit.hookspecs import Command, Wrapper
+from lfm2kit.host_exchange import AUTO
 from lfm2kit.memory import Memory
 from lfm2kit.plugin_faults import blaming
 from lfm2kit.precisions import Precision
@@ -238,14 +239,16 @@ class Plugins:
         world: World | None = None,
         transport: Transport | None = None,
         owners_of: OwnersOf | None = None,
+        exchange: str = AUTO,
     ) -> dict[str, Rewrite]:
         """Return all rewrites by name, for a process at this place of a job, lfm2kit's own first.
 
-        `owners_of` says which ranks hold each expert, if they are not shared out in order.
+        `owners_of` says which ranks hold each expert, if they are not shared out in order, and
+        `exchange` where tokens may travel.
         Raise `Lfm2kitError`, naming the plugin, if a plugin's hook fails.
         """
         world = world or World()
-        ours = built_in(world, transport, owners_of)
+        ours = built_in(world, transport, owners_of, exchange)
         found = {rewrite.name: rewrite for rewrite in ours}
         for plugin, manager in self._managers:
             others = {name: p for name, p in self._owners_of_rewrites().items() if p != plugin}

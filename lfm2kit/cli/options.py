@@ -21,7 +21,7 @@ from lfm2kit.errors import Lfm2kitError
 
 REWRITES = "rewrites"  # the field that several options fill
 # What a command of a process alone leaves out.
-OF_RANKS = ("parallel", "ep_size", "replicate_experts", "overlap")
+OF_RANKS = ("parallel", "ep_size", "replicate_experts", "overlap", "exchange")
 SHORT = {
     "model": "-m",
     "backend": "-b",

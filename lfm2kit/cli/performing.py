@@ -14,6 +14,7 @@ import numpy.typing as npt
 from lfm2kit import progress as steps
 from lfm2kit.backend import Captures
 from lfm2kit.building.load import Load
+from lfm2kit.building.loading import Setup
 from lfm2kit.building.plugins import Plugins
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import Report, complain, only_said, progress, remark, write_document
@@ -43,6 +44,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
             prepared.recorder.clear()
     timed = run_timed(model, prepared, transport, is_first)
     prepared.report.fields["overlap"] = asdict(model.overlap)
+    prepared.report.fields["exchange"] = exchange_of(prepared.setup)
     load = recorded(prepared, transport)
     if timed.logits is None:
         return True
@@ -92,6 +94,16 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
     report.line(f"Samples: {n} of {seq_len} tokens, {min(n, prepared.batch_size)} in a batch")
     for note in notes:
         remark(note)
+
+
+def exchange_of(setup: Setup) -> dict[str, str | None]:
+    """Return what was asked of the exchange, the memory that it is in, and why not another."""
+    memories = [offer.memory.name for offer in setup.placed.offers()]
+    return {
+        "asked": setup.options.exchange,
+        "memory": memories[0] if memories else None,
+        "why": setup.through_host,
+    }
 
 
 def not_captured(prepared: Prepared) -> Iterator[str]:

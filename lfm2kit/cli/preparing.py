@@ -6,7 +6,7 @@ Whatever is wrong with the command line, a file or this machine is an error here
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from lfm2kit.checkpoint.file_kinds import check_regular, is_of_this_process
 from lfm2kit.cli.console import Report
 from lfm2kit.cli.flags import flag
 from lfm2kit.cli.options import JSON, RANKS, TRANSPORT, files_of, open_model
-from lfm2kit.cli.ranks import check_size
+from lfm2kit.cli.ranks import check_size, settled_together
 from lfm2kit.cli.rewrite_options import settled as settled_rewrites
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.measuring import samples
@@ -33,7 +33,7 @@ from lfm2kit.outputs.targets import check_apart
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.ranks.groups import Grouping
-from lfm2kit.ranks.joining import facts_of_content, fitting_alike
+from lfm2kit.ranks.joining import Again, facts_of_content
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.transport import Transport, World
@@ -80,7 +80,7 @@ class Prepared:
     plan: Plan  # as it was asked for
     checkpoint: Checkpoint
     setup: Setup
-    in_groups: Callable[[Grouping], Setup]  # the same set-up with other groups of ranks
+    again: Again  # the same set-up in other groups of ranks, or with tokens through the host
     inputs: npt.NDArray[np.int32]  # [n, seq_len]
     answers: Path | None
     batch_size: int
@@ -104,7 +104,7 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
     tokens = min(batch_size, len(token_ids)) * token_ids.shape[1]
 
-    def in_groups(grouping: Grouping | None = None) -> Setup:
+    def again(grouping: Grouping | None = None, through_host: str | None = None) -> Setup:
         return set_up(
             checkpoint,
             request.options,
@@ -113,14 +113,15 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
             rewrites=[] if recorder is None else [recorder.rewrite()],
             tokens=tokens,
             grouping=grouping,
+            through_host=through_host,
         )
 
     return Prepared(
         report,
         plan,
         checkpoint,
-        in_groups(),
-        in_groups,
+        again(),
+        again,
         token_ids,
         answers,
         batch_size,
@@ -135,12 +136,11 @@ def place_of(request: Request, transport: Transport | None) -> World:
     return World.of(0, (0,) * (request.ranks or 1))
 
 
-def grouped_alike(prepared: Prepared, transport: Transport | None) -> Prepared:
-    """Return the run in groups in which every rank's share fits; every rank of a job calls this."""
+def settled(prepared: Prepared, transport: Transport | None) -> Prepared:
+    """Return the run that every rank can do together; every rank of a job calls this."""
     if transport is None:
         return prepared
-    setup = fitting_alike(transport, prepared.setup, prepared.in_groups)
-    return replace(prepared, setup=setup)
+    return replace(prepared, setup=settled_together(transport, prepared.setup, prepared.again))
 
 
 def check_shared(request: Request) -> None:

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -20,12 +20,15 @@ from lfm2kit.cli.console import complain
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.help import PlainCommand
 from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError
-from lfm2kit.ranks.agreement import Facts, Refusal, agree
-from lfm2kit.ranks.joining import connected
+from lfm2kit.ranks.agreement import Facts, JointError, Refusal, agree
+from lfm2kit.ranks.joining import Again, connected, settled_alike
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT, Started, started
 from lfm2kit.ranks.reasons import reason
 from lfm2kit.text import indented
 from lfm2kit.transport import JobError, Launcher, Transport
+
+if TYPE_CHECKING:
+    from lfm2kit.building.loading import Setup
 
 T = TypeVar("T")
 
@@ -128,6 +131,15 @@ def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T],
         report = _refusal(error)
     _settle(job, report)
     return prepared
+
+
+def settled_together(job: Transport, setup: Setup, again: Again) -> Setup:
+    """Return the set-up that every rank can use, or end all ranks with one line; see `joining`."""
+    try:
+        return settled_alike(job, setup, again)
+    except JointError as error:
+        _settle(job, Refusal(told(error)))
+        raise
 
 
 def _refusal(error: Exception) -> Refusal:

@@ -12,7 +12,7 @@ from lfm2kit import progress as steps
 from lfm2kit.building.options import About
 from lfm2kit.cli.options import IndependentOption, flags, spread
 from lfm2kit.cli.performing import perform
-from lfm2kit.cli.preparing import Request, facts_of, grouped_alike, prepare
+from lfm2kit.cli.preparing import Request, facts_of, prepare, settled
 from lfm2kit.cli.ranks import (
     agreed,
     check_independent,
@@ -45,5 +45,5 @@ def run(
         prepared = agreed(job, lambda: prepare(request, job), lambda p: facts_of(request, p))
         if job is None and (request.ranks or 1) > 1:
             raise typer.Exit(launched(request.transport, request.ranks or 1, sys.argv[1:]))
-        if not perform(request, grouped_alike(prepared, job), job):
+        if not perform(request, settled(prepared, job), job):
             raise typer.Exit(WRONG_RESULT)

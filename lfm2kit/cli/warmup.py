@@ -33,13 +33,14 @@ from lfm2kit.cli.ranks import (
     joined_job,
     launched,
     refuse_options,
+    settled_together,
 )
 from lfm2kit.cli.rewrite_options import settled
 from lfm2kit.errors import Option
 from lfm2kit.measuring.bench import random_batch
 from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.ranks.groups import Grouping
-from lfm2kit.ranks.joining import facts_of, fitting_alike
+from lfm2kit.ranks.joining import facts_of
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.transport import Transport, World
 
@@ -65,7 +66,7 @@ def warmup(
         if job is None and (ranks or 1) > 1:
             raise typer.Exit(launched(transport, ranks or 1, sys.argv[1:]))
         if job is not None:
-            setup = fitting_alike(job, setup, prepared)
+            setup = settled_together(job, setup, prepared)
         for note in setup.notes() if is_first else ():
             remark(note)
         built = setup.build()
@@ -83,6 +84,7 @@ def _prepared(
     job: Transport | None,
     ranks: int | None,
     grouping: Grouping | None = None,
+    through_host: str | None = None,
 ) -> Setup:
     check_size(job, ranks)
     if job is not None or (ranks or 1) > 1:
@@ -90,7 +92,14 @@ def _prepared(
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
     world = job.world if job is not None else World.of(0, (0,) * (ranks or 1))
-    return set_up(checkpoint, options, world=world, transport=job, grouping=grouping)
+    return set_up(
+        checkpoint,
+        options,
+        world=world,
+        transport=job,
+        grouping=grouping,
+        through_host=through_host,
+    )
 
 
 def _facts(setup: Setup) -> Facts:

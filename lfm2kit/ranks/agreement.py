@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lfm2kit.errors import USER_ERROR
+from lfm2kit.errors import USER_ERROR, Lfm2kitError
 from lfm2kit.transport import Transport
 
 MOST_SHOWN = 3  # differences, or errors, in the one line
@@ -42,6 +42,10 @@ class Refusal(NamedTuple):
 
     sentence: str
     exit_code: int = USER_ERROR
+
+
+class JointError(Lfm2kitError):
+    """An error that every rank of a job raises, because they have told each other why."""
 
 
 def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:

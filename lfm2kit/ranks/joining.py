@@ -6,18 +6,22 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy.typing as npt
 
 from lfm2kit.building.plugins import find_transport
-from lfm2kit.errors import BUG, WRONG_RESULT, Lfm2kitError
+from lfm2kit.errors import BUG, WRONG_RESULT, Lfm2kitError, Option
+from lfm2kit.host_exchange import AUTO as AUTO_EXCHANGE
+from lfm2kit.host_exchange import PAST_HOST, THROUGH_HOST
+from lfm2kit.memory import HOST
 from lfm2kit.ranks import fingerprints
-from lfm2kit.ranks.agreement import Fact, Facts, agree, least
+from lfm2kit.ranks.agreement import Fact, Facts, JointError, Refusal, agree, least
 from lfm2kit.ranks.groups import Grouping, first_fitting, groupings
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT, started
 from lfm2kit.ranks.reasons import reason
-from lfm2kit.transport import Launcher, Transport, World
+from lfm2kit.transport import ExchangeOffer, Launcher, Transport, World
 
 if TYPE_CHECKING:
     from lfm2kit.building.loading import Setup
@@ -85,6 +89,20 @@ def check_alike(job: Transport, setup: Setup) -> None:
         raise Lfm2kitError(refusal.sentence)
 
 
+Again = Callable[[Grouping, str | None], "Setup"]
+
+
+def settled_alike(job: Transport, setup: Setup, again: Again) -> Setup:
+    """Return the set-up that every rank can build and exchange tokens with; every rank calls this.
+
+    `again` returns the same one in other groups, or with tokens that travel through the host, given
+    the reason.  Raise `JointError` if the options ask for an exchange past the
+    host and one of the ranks cannot use it.
+    """
+    setup = fitting_alike(job, setup, lambda grouping: again(grouping, None))
+    return exchanging_alike(job, setup, partial(again, setup.grouping))
+
+
 def fitting_alike(job: Transport, setup: Setup, in_groups: Callable[[Grouping], Setup]) -> Setup:
     """Return the set-up in groups in which every rank's share fits; every rank calls this.
 
@@ -95,6 +113,28 @@ def fitting_alike(job: Transport, setup: Setup, in_groups: Callable[[Grouping], 
     mine = asked.index(setup.grouping)
     chosen = first_fitting(asked, lambda one: bool(least(job, asked.index(one) >= mine)))
     return setup if chosen == setup.grouping else in_groups(chosen)
+
+
+def exchanging_alike(job: Transport, setup: Setup, through_host: Callable[[str], Setup]) -> Setup:
+    """Return the set-up with an exchange that has been tried out on all ranks of the job."""
+    exchange, groups = setup.options.exchange, setup.grouping.groups
+    if exchange == THROUGH_HOST or all(len(group) == 1 for group in groups):
+        return setup
+    why_not = [why for offer in setup.placed.offers() if (why := _why_not(offer, exchange))]
+    refusal = agree(job, Refusal(why_not[0]) if why_not else {})
+    if refusal is None:
+        return setup
+    if exchange == PAST_HOST:
+        otherwise = Option("exchange", AUTO_EXCHANGE)
+        raise JointError(Option("exchange", exchange), f": {refusal.sentence}; try ", otherwise)
+    return through_host(refusal.sentence)
+
+
+def _why_not(offer: ExchangeOffer, exchange: str) -> str | None:
+    """Return why this rank cannot use an exchange; None if it can."""
+    if exchange == PAST_HOST and offer.memory.name == HOST.name:
+        return "neither the transport nor a memory of the plan has an exchange past the host"
+    return offer.why_not()
 
 
 def facts_of(setup: Setup, named: Callable[[str], str] = str) -> Facts:

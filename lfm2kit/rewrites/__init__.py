@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lfm2kit.building.joins import Join, Joins
+from lfm2kit.host_exchange import AUTO
 from lfm2kit.rewrites.experts_over_ranks import (
     OwnersOf,
     experts_over_ranks,
@@ -41,9 +42,12 @@ __all__ = [
 
 
 def built_in(
-    world: World, transport: Transport | None, owners_of: OwnersOf | None = None
+    world: World,
+    transport: Transport | None,
+    owners_of: OwnersOf | None = None,
+    exchange: str = AUTO,
 ) -> Iterator[Rewrite]:
     """Yield lfm2kit's own rewrites, as a plugin's `lfm2kit_rewrites` yields others."""
     yield TRIM
     if world.size > 1:
-        yield experts_over_ranks(world, transport, owners_of)
+        yield experts_over_ranks(world, transport, owners_of, exchange)

@@ -14,7 +14,7 @@ from typing import ClassVar, NoReturn
 from lfm2kit.backend import Array, Block
 from lfm2kit.building.joins import Join
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.host_exchange import offered, scratch_bytes
+from lfm2kit.host_exchange import AUTO, offered, scratch_bytes
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.rewrites import ids_in_words
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
@@ -63,13 +63,16 @@ class ExpertParallelMoe(Spec):
 
 
 def experts_over_ranks(
-    world: World, transport: Transport | None, owners_of: OwnersOf | None = None
+    world: World,
+    transport: Transport | None,
+    owners_of: OwnersOf | None = None,
+    exchange: str = AUTO,
 ) -> Rewrite:
     """Return the rewrite for rank `world.rank`: all of the model, but only its own experts.
 
     In a job of several groups, world and transport are those of the rank's group.
     Without `owners_of`, consecutive experts are shared out evenly.  Without a transport the model
-    can be planned, but not built.
+    can be planned, but not built.  `exchange` says where tokens may travel.
     """
 
     def parallel(number: int, spec: Spec) -> Spec:
@@ -86,7 +89,7 @@ def experts_over_ranks(
         name="experts-over-ranks",
         summary="Share out each layer's experts over the ranks of a job.",
         apply=apply,
-        joins={ExpertParallelMoe: partial(_join, _Offers(transport, world.rank))},
+        joins={ExpertParallelMoe: partial(_join, _Offers(transport, world.rank, exchange))},
         is_automatic=True,
     )
 
@@ -142,31 +145,35 @@ def _join(offers: _Offers, outer: Memory) -> Join:
         # overlap pays.
         return there[0].scratch_bytes(spec.traffic, tokens)
 
-    return Join(make, there[0].memory, there[0].is_capturable, exchange_bytes)
+    return Join(make, there[0].memory, there[0].is_capturable, exchange_bytes, there[0])
 
 
 class _Offers:
     """The exchanges that all layers of a model get, and which share memory between layers."""
 
-    def __init__(self, transport: Transport | None, rank: int) -> None:
+    def __init__(self, transport: Transport | None, rank: int, exchange: str) -> None:
         self._transport = transport
         self._rank = rank
+        self._exchange = exchange
         self._by_memory: dict[str, list[ExchangeOffer]] = {}
 
     def within(self, outer: Memory) -> list[ExchangeOffer]:
         """Return the exchange of forwards by themselves, and those of halves that can overlap."""
         if outer.name not in self._by_memory:
-            self._by_memory[outer.name] = _made(self._transport, self._rank, outer)
+            made = _made(self._transport, self._rank, outer, self._exchange)
+            self._by_memory[outer.name] = made
         return self._by_memory[outer.name]
 
 
-def _made(transport: Transport | None, rank: int, outer: Memory) -> list[ExchangeOffer]:
+def _made(
+    transport: Transport | None, rank: int, outer: Memory, exchange: str
+) -> list[ExchangeOffer]:
     if transport is None:
         return [_in_no_job(rank)]
-    offers = [offered(transport, outer)]
+    offers = [offered(transport, outer, exchange)]
     aside = transport.aside() if isinstance(transport, WorksAside) else None
     if aside is not None and offers[0].memory.name == HOST.name:
-        offers += [offered(aside, outer) for _ in range(2)]
+        offers += [offered(aside, outer, exchange) for _ in range(2)]
     return offers
 
 

@@ -12,7 +12,7 @@ from lfm2kit import specs
 from lfm2kit.building.curves import Curve, Float64
 from lfm2kit.building.rank_rates import BlockKey, BlockRates
 from lfm2kit.building.rates import MADE_BY, Calibration, Side
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.simulating.sendings import Int64
 
 
@@ -142,10 +142,8 @@ def found(calibration: Calibration, rates: str, backend: str | None, precision: 
     there = sorted({key.backend for key in _keys(calibration) if key.precision == precision})
     if backend is None and len(there) != 1:
         said = f"of blocks by {' and '.join(there)}" if there else "of no blocks"
-        raise Lfm2kitError(
-            f"{rates}: these are rates {said} in {precision}; "
-            + ("give --backend" if there else f"{MADE_BY}")
-        )
+        advice = ("choose one by ", Option("backend")) if there else (f"{MADE_BY}",)
+        raise Lfm2kitError(f"{rates}: these are rates {said} in {precision}; ", *advice)
     return Found(rates, calibration, backend or there[0], precision)
 
 

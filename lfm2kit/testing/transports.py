@@ -174,11 +174,14 @@ def check_exchange(transport: Transport, memory: Memory = HOST) -> None:
     """
     size = transport.world.size
     offer = offered(transport, memory)
+    if (why_not := offer.why_not()) is not None:
+        raise CheckFailed(f"this rank cannot use the exchange: {why_not}")
     for number, (k, owners) in enumerate(_layers(size)):
         exchange = offer.create(Traffic(HIDDEN_SIZE, k, owners))
         for call in range(3):  # whatever an exchange keeps from a call must not reach the next
             tokens = _tokens([number, call, transport.world.rank], k, len(owners[0]))
-            _check_one(transport, offer.memory, exchange, owners, tokens)
+            with offer.around(len(tokens.x)):
+                _check_one(transport, offer.memory, exchange, owners, tokens)
 
 
 def _layers(size: int) -> Iterator[tuple[int, Owners]]:

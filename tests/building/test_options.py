@@ -33,7 +33,7 @@ TINY = open_checkpoint(find_model("tiny"))
         ({"trim": True}, "'trim' is a rewrite; type rewrites=('trim',)"),
         (
             {"preciison": "bf16"},
-            "unknown option 'preciison'; available: backend, ep_size, gpu_memory, load",
+            "unknown option 'preciison'; available: backend, ep_size, exchange, gpu_memory, load",
         ),
         ({"rewrites": "trim"}, "rewrites='trim': expected a tuple of names, such as ('NAME',)"),
         ({"rewrites": 7}, "rewrites=7: expected a tuple of names"),

@@ -31,13 +31,22 @@ HALF = np.arange(ATTENTION.head_dim // 2, dtype=np.float32) / (ATTENTION.head_di
 INVERSE = (1 / np.float32(ATTENTION.rope_theta) ** HALF).astype(np.float32)
 
 
-def compiled(folder: Path, stem: str, **constants: int | str) -> Path:
-    """Return the program of `emulated/{name}.cpp` for `{stem}.cu`, with these constants."""
+def compiled(
+    folder: Path, stem: str, fault: tuple[str, str] | None = None, **constants: int | str
+) -> Path:
+    """Return the program of `emulated/{name}.cpp` for `{stem}.cu`, with these constants.
+
+    A `fault` has a part of the source, and what is put in its place.
+    """
     name = Path(stem).name
     if COMPILER is None or not has_cpp20(folder):
         pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
     sources = shutil.copytree(INCLUDE, folder / "sources")
     shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+    if fault is not None:
+        source = (SOURCES / f"{stem}.cu").read_text(encoding="utf-8")
+        assert source.count(fault[0]) == 1, f"{stem}.cu has no such part: {fault[0]}"
+        (sources / f"{name}.cu").write_text(source.replace(*fault), encoding="utf-8")
     subprocess.run(
         [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
          *definitions(stem, constants),

@@ -208,6 +208,15 @@ def test_ranks_measure_together_and_one_of_them_writes_the_rates(tmp_path: Path)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
+def test_ranks_that_cannot_exchange_past_the_host_say_so_once() -> None:
+    done = lfm2kit(
+        "run", "-n", "4", "--ranks", "2", "--backend", "cpu_simd", "--exchange", "device"
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert "--exchange device: neither the transport nor a memory of the plan" in done.stderr
+    assert "try --exchange auto" in done.stderr
+
+
 def test_a_plan_with_several_backends_works_across_ranks() -> None:
     done = lfm2kit(
         "run", "-v", "-n", "8", "--ranks", "2", "--backend", "reference,2-4.moe=cpu_simd"

@@ -13,7 +13,7 @@ from lfm2kit import Batch
 from lfm2kit.building.loading import EMBEDDED, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.cli.preparing import Request, grouped_alike, prepare
+from lfm2kit.cli.preparing import Request, prepare, settled
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HostMemory
 from lfm2kit.ranks.agreement import least
@@ -152,7 +152,7 @@ def test_if_one_machine_has_too_little_memory_the_ranks_of_others_join_it(
     def rank(transport: ThreadTransport) -> Any:
         prepared = prepare(request, transport)
         before = prepared.setup.grouping.groups
-        setup = grouped_alike(prepared, transport).setup
+        setup = settled(prepared, transport).setup
         assert list(setup.notes())[-1].endswith(NO_ROOM)
         return before, setup.grouping.groups
 

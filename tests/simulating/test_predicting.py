@@ -261,7 +261,7 @@ def test_what_was_not_measured_is_one_line() -> None:
     assert "of no blocks in fp32; measure" in said("ranks=1,n=1", calibration(blocks=()))
     other = rates.blocks[0].key._replace(backend="weaver")
     two = calibration(blocks=(*rates.blocks, type(rates.blocks[0])(other, 0, FAST)))
-    assert "of blocks by loom and weaver in fp32; give --backend" in said("ranks=1,n=1", two)
+    assert "of blocks by loom and weaver in fp32; choose one by backend" in said("ranks=1,n=1", two)
 
 
 def test_a_link_without_a_latency_has_the_one_that_was_measured() -> None:

@@ -121,6 +121,15 @@ class Picking(NamedTuple):
     ROWS: int = 16  # of a CTA, at least
 
 
+class Exchange(NamedTuple):
+    """exchange.cu, and exchange.py."""
+
+    THREADS: int = 256
+    MOST_RANKS: int = 32  # bits of a word
+    LINE: int = 32  # words; what comes from a rank has one of its own
+    STATISTICS: int = 6
+
+
 class Ceilings(NamedTuple):
     """The constants of ceilings.cu."""
 
@@ -132,7 +141,7 @@ SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90 = (
 )  # fmt: skip
 ACTIVATIONS, ROWS, SHORT_CONV, ATTENTION = Activations(), Rows(), ShortConv(), Attention()
 ROUTER, EXPERTS, CHANNEL, CEILINGS = Router(), Experts(), Channel(), Ceilings()
-PICKING = Picking()
+PICKING, EXCHANGE = Picking(), Exchange()
 
 OF_SOURCES: dict[str, dict[str, int]] = {
     "gemm": {**HEIGHTS._asdict(), **GEMM._asdict()},
@@ -143,6 +152,8 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "activations": {**SLABS._asdict(), **ACTIVATIONS._asdict()},
     "channel": CHANNEL._asdict(),
     "picking": {"THREADS": PICKING.THREADS},
+    "exchange": EXCHANGE._asdict(),
+    "peers": {"THREADS": EXCHANGE.THREADS},
     "ceilings": CEILINGS._asdict(),
     "sums": {},
     "after_copies": {},

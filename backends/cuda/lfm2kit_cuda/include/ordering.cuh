@@ -10,6 +10,13 @@ __device__ inline u32 load_acquire(const u32* at) {
   return value;
 }
 
+// Returns a word that others store, and nothing of what they have written before.
+__device__ inline u32 load_relaxed(const u32* at) {
+  u32 value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
 // Returns two neighbouring words that the host stores.
 __device__ inline u64 load_two_relaxed(const u32* at) {
   u64 both;

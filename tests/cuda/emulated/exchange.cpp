@@ -1,0 +1,153 @@
+// Exchanges tokens between ranks with the kernels of exchange.cu on the host.  A rank is a process with
+// a host thread for each CUDA thread, and pauses now and then:
+//
+//     exchange RANKS MOST SLOTS K H EXPERTS CALLS CTAS THREADS DEADLINE FIRST ABSENT LATE SEED
+//         < ARRAYS
+//
+// CALLS calls have numbers that begin after FIRST.  From call ABSENT / RANKS on, the rank ABSENT % RANKS
+// does not come, if ABSENT is not negative.  The rank LATE takes its rows late.  ARRAYS are, for each rank, its owners, and for each call
+// and rank the number of its tokens and then x, ids and weights of MOST tokens.  The product of a row
+// is its weight times x, times 1 + id / 8; rows of padding have a NaN.
+//
+// What comes out are, for each rank, its cause and statistics, and for each call its rows, their ids
+// and weights, and its sums, all poisoned before, with some elements behind them.
+#include <sys/mman.h>
+#include <sys/wait.h>
+
+#include "f32.h"
+#include "peers.cuh"
+
+inline u64 atomicAdd(u64* at, u64 more) { return std::atomic_ref<u64>(*at).fetch_add(more); }
+
+#define __shared__ static  // in a function; CTAs run one after the other
+#include "exchange.cu"
+
+constexpr int kMargin = 16;
+constexpr u32 kPoison = 0xa5a5a5a5;
+
+template <class T>
+T* shared_by_ranks(size_t count) {
+  size_t bytes = count * sizeof(T) + 64;
+  void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (at == MAP_FAILED) std::exit(1);
+  return static_cast<T*>(at);
+}
+
+struct Given {
+  int tokens;
+  std::vector<float> x;
+  std::vector<int> ids;
+  std::vector<float> weights;
+};
+
+// What a rank leaves: words, for all calls.
+struct Left {
+  size_t rows, sums, of_call;
+  u32* words;
+
+  Left(int slots_of_all, int most, int k, int h, int calls)
+      : rows(size_t(slots_of_all) * k), sums(size_t(most) * h) {
+    of_call = rows * (h + 2) + sums + 4 * kMargin;
+    words = shared_by_ranks<u32>(of_call * calls);
+    std::fill(words, words + of_call * calls, kPoison);
+  }
+  float* x(int call) { return reinterpret_cast<float*>(words + of_call * call); }
+  int* ids(int call, int h) { return reinterpret_cast<int*>(x(call)) + rows * h + kMargin; }
+  float* weights(int call, int h) { return reinterpret_cast<float*>(ids(call, h)) + rows + kMargin; }
+  float* delta(int call, int h) { return weights(call, h) + rows + kMargin; }
+};
+
+void launch_late(Index grid, int threads, auto kernel) {
+  pause_now_and_then(6, 5000);
+  launch(grid, threads, 1, [] { pause_now_and_then(4); }, kernel);
+  pause_now_and_then(2);
+  make_visible();  // whatever a flag has announced, or should have
+}
+
+int main(int, char** argv) {
+  auto number = [=](int i) { return std::atoi(argv[1 + i]); };
+  int ranks = number(0), most = number(1), slots = number(2), k = number(3), h = number(4);
+  int experts = number(5), calls = number(6), threads = number(8), absent = number(11), late = number(12);
+  u32 ctas = u32(number(7)), first = u32(std::strtoul(argv[11], nullptr, 10));
+  float deadline = float(std::atof(argv[10]));
+
+  std::vector<std::vector<int>> owners;
+  for (int r = 0; r < ranks; ++r) owners.push_back(read<int>(experts));
+  std::vector<std::vector<Given>> given(calls);
+  for (auto& of_call : given)
+    for (int r = 0; r < ranks; ++r) {
+      int tokens = read<int>(1)[0];
+      auto x = read<float>(size_t(most) * h);
+      auto ids = read<int>(size_t(most) * k);
+      auto weights = read<float>(size_t(most) * k);
+      of_call.push_back({tokens, x, ids, weights});
+    }
+
+  Mailbox of_one{nullptr, ranks, most, k, h};
+  size_t bytes = reinterpret_cast<size_t>(of_one.weights(ranks));
+  auto* base = shared_by_ranks<u64>(ranks);
+  auto* states = shared_by_ranks<State>(ranks);
+  auto* controls = shared_by_ranks<Control>(ranks);
+  auto* statistics = shared_by_ranks<u64>(size_t(ranks) * (kStatistics + experts));
+  std::vector<Left> left;
+  for (int r = 0; r < ranks; ++r) {
+    base[r] = reinterpret_cast<u64>(shared_by_ranks<char>(bytes));
+    std::memset(reinterpret_cast<char*>(base[r]) + 2 * kMostRanks * sizeof(Line), 0xa5,
+                bytes - 2 * kMostRanks * sizeof(Line));
+    for (int s = 0; s < ranks; ++s)
+      for (Line* line : {of_one.dispatched(s), of_one.returned(s)})
+        reinterpret_cast<Line*>(base[r] + reinterpret_cast<size_t>(line))->flag = first;
+    states[r].call = first;
+    controls[r].deadline = deadline;
+    left.emplace_back(ranks * slots, most, k, h, calls);
+  }
+
+  for (int rank = 0; rank < ranks; ++rank) {
+    if (fork()) continue;
+    chance.seed(u32(number(13) * 100 + rank));
+    State* state = states + rank;
+    Control* control = controls + rank;
+    auto* counted = reinterpret_cast<Statistics*>(statistics + size_t(rank) * (kStatistics + experts));
+    const int* owner = owners[rank].data();
+    for (int call = 0; call < calls; ++call) {
+      if (absent >= 0 && absent % ranks == rank && call >= absent / ranks) _exit(0);
+      const Given& mine = given[call][rank];
+      Left& out = left[rank];
+      float *x = out.x(call), *weights = out.weights(call, h), *delta = out.delta(call, h);
+      int* ids = out.ids(call, h);
+      launch_late({ctas, 1, 1}, threads, [&] {
+        send_tokens(mine.x.data(), mine.ids.data(), mine.weights.data(), mine.tokens, owner, base,
+                    rank, ranks, most, k, h, state, counted);
+      });
+      if (rank == late) usleep(60000);
+      launch_late({ctas, u32(ranks), 1}, threads, [&] {
+        take_rows(mine.x.data(), mine.ids.data(), mine.weights.data(), mine.tokens, owner, base,
+                  rank, ranks, most, k, h, slots, x, ids, weights, u32(call), state, control,
+                  counted);
+      });
+      std::vector<float> products(out.rows * h, __uint_as_float(0x7fc00000));
+      for (size_t row = 0; row < out.rows; ++row)
+        if (ids[row] >= 0)
+          for (int i = 0; i < h; ++i)
+            products[row * h + i] = weights[row] * (x[row * h + i] * (1 + float(ids[row]) / 8));
+      launch_late({ctas, u32(ranks), 1}, threads, [&] {
+        send_products(products.data(), ids, base, rank, ranks, most, k, h, slots, state, counted);
+      });
+      launch_late({ctas, 1, 1}, threads, [&] {
+        add_products(products.data(), mine.ids.data(), mine.tokens, owner, base, rank, ranks, most,
+                     k, h, slots, delta, u32(call), state, control, counted);
+      });
+    }
+    _exit(0);
+  }
+  int status, failed = 0;
+  while (wait(&status) > 0) failed |= status;
+  if (failed) return 1;
+  for (int r = 0; r < ranks; ++r) {
+    const u64* numbers = statistics + size_t(r) * (kStatistics + experts);
+    std::fwrite(&controls[r].cause, sizeof(u32), 1, stdout);
+    std::fwrite(&states[r].call, sizeof(u32), 1, stdout);
+    std::fwrite(numbers, sizeof(u64), kStatistics + experts, stdout);
+    std::fwrite(left[r].words, sizeof(u32), left[r].of_call * calls, stdout);
+  }
+}
