@@ -76,7 +76,7 @@ class Bench:
 
     def predicted(self, case: Case) -> dict[str, Any]:
         rates = ["--rates", str(self.calibration(case.ranks, case.link))]
-        load = [] if case.ranks == 1 else ["--load", str(self.load())]
+        load = ["--load", str(self.load())]  # where it places no expert, tokens choose by it
         per_node = case.ranks if case.link == HERE else 1
         asked = f"ranks={case.ranks},n={case.n},per-node={per_node},tokens={LENGTH}"
         command = ["plan", *self._common, *rates, *load, "--simulate", asked, "--json", "-"]
