@@ -76,7 +76,7 @@ class Bench:
 
     def predicted(self, case: Case) -> dict[str, Any]:
         rates = ["--rates", str(self.calibration(case.ranks, case.link))]
-        load = [] if case.ranks == 1 else ["--load", str(self.load())]
+        load = ["--load", str(self.load())]  # where it places no expert, tokens choose by it
         per_node = case.ranks if case.link == HERE else 1
         asked = f"ranks={case.ranks},n={case.n},per-node={per_node},tokens={LENGTH}"
         command = ["plan", *self._common, *rates, *load, "--simulate", asked, "--json", "-"]
@@ -143,12 +143,14 @@ def row(case: Case, predicted: dict[str, Any], runs: list[dict[str, Any]]) -> st
     mine = predicted["parts"]
     ours = (mine["compute"] + mine["copies"], mine["exchange"] + mine["gather"], mine["waiting"])
     both = zip(ours, (compute, exchange, waiting), strict=True)
+    sent = [sum(run.get("exchanged", {}).get("bytes", [])) for run in runs]
     cells = [
         *map(str, case),
         f"{predicted['seconds']:.3g}",
         f"{median:.3g} ({min(seconds):.3g} to {max(seconds):.3g})",
         f"{predicted['seconds'] / median:.2f}",
         *(f"{a:.3g} / {b:.3g}" for a, b in both),
+        f"{sum(predicted['sent_bytes']) / 1e6:.3g} / {statistics.median(sent) / 1e6:.3g}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -156,8 +158,8 @@ def row(case: Case, predicted: dict[str, Any], runs: list[dict[str, Any]]) -> st
 def compare_times(asked: argparse.Namespace) -> None:
     bench = Bench(asked)
     headings = ("ranks", "link", "layout", "n", "predicted s", "measured s", "ratio")
-    parts = ("computing and copying, predicted / measured", "exchange and gather", "waiting")
-    lines = [f"| {' | '.join((*headings, *parts))} |", "|---" * 10 + "|"]
+    parts = ("computing, predicted / measured", "exchange and gather", "waiting", "MB sent")
+    lines = [f"| {' | '.join((*headings, *parts))} |", "|---" * 11 + "|"]
     for case in cases(asked):
         lines.append(row(case, bench.predicted(case), bench.measured(case)))
         print(lines[-1], file=sys.stderr, flush=True)

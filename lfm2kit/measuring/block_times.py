@@ -23,7 +23,7 @@ from lfm2kit.memory import own_stream
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.transport import Transport
 
-ROWS = (1, 16, 32, 64, 128, 256, 512, 1024)
+ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)  # the next size is guessed from the last one
 BLOCK_SECONDS = 3.0  # for a block: what would take longer is not measured
 WARM_AND_TIMED = 2  # calls that a measurement makes at least
 SEED = 0
