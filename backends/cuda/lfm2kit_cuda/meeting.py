@@ -16,7 +16,7 @@ import numpy as np
 
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import Memory
-from lfm2kit.progress import THIS_PROCESS, longest_of
+from lfm2kit.progress import COMPILING, THIS_PROCESS, longest_of
 from lfm2kit.transport import ExchangeError, ExchangeOffer, Traffic, Transport
 from lfm2kit_cuda.constants import EXCHANGE
 from lfm2kit_cuda.device import on_device
@@ -28,6 +28,7 @@ from lfm2kit_cuda.peers import LEAST_BYTES, PeerError, Peers
 MULTIPLE = 64  # of the tokens that mailboxes have room for
 # Of the seconds that a step may take: a job's watch must not blame a rank that waits for another.
 PATIENCE = 0.8
+MOST_SEEN = 4096
 LATE = 0  # the kind of a cause in exchange.cu; 1: the host gave up
 
 
@@ -45,6 +46,7 @@ class Meeting:
         self._generation = 0  # of the mailboxes, whose addresses graphs have
         self._exchanges: WeakValueDictionary[int, PeerExchange] = WeakValueDictionary()
         self._created = 0
+        self._seen: set[tuple[int, ...]] = set()  # tokens of all ranks in forwards up to now
 
     def offer(self, memory: Memory) -> ExchangeOffer:
         return ExchangeOffer(memory, self.create, True, self.why_not, self.around)
@@ -81,10 +83,11 @@ class Meeting:
         The value is what the shapes and addresses in a captured forward depend on.
         """
         with self._lock, on_device(self.device):
-            self.slots = max(1, self._largest(tokens))
+            everyones = self._everyones(tokens)
+            self.slots = max(1, *everyones)
             self._check()  # after a failure no forward is begun
             self._make_room()
-            self.mailboxes.begin(PATIENCE * longest_of(THIS_PROCESS.allowed))
+            self.mailboxes.begin(self._deadline(everyones))
             try:
                 yield self.slots, self._generation
             except BaseException:
@@ -97,12 +100,25 @@ class Meeting:
         assert self._mailboxes is not None, "mailboxes are made before the first forward"
         return self._mailboxes
 
-    def _largest(self, tokens: int) -> int:
-        """Return the most tokens that a rank brings."""
+    def _everyones(self, tokens: int) -> tuple[int, ...]:
+        """Return the tokens that each rank brings, in order of rank."""
         size = self.world.size
         mine = np.full(size, tokens, np.int64)
         everyones, _ = self._transport.all_to_all(mine, [1] * size, [1] * size)
-        return int(everyones.max())
+        return tuple(everyones.tolist())
+
+    def _deadline(self, everyones: tuple[int, ...]) -> float:
+        """Return how long a rank may wait for another in a forward of these tokens.
+
+        Longer in the first one, in which the other may have to compile a kernel.
+        """
+        allowed = PATIENCE * longest_of(THIS_PROCESS.allowed)
+        if everyones in self._seen:
+            return allowed
+        if len(self._seen) >= MOST_SEEN:
+            self._seen.clear()
+        self._seen.add(everyones)
+        return allowed + COMPILING
 
     def _make_room(self) -> None:
         """Make larger mailboxes if this forward needs them, as every other rank does then."""
