@@ -244,7 +244,7 @@ class ExchangeError(Exception):
     The model adds the layer's name.
     """
 
-    def __init__(self, exchange: Exchange, *sentence: str | Option) -> None:
+    def __init__(self, exchange: Exchange | None, *sentence: str | Option) -> None:
         super().__init__(*sentence)
         self.exchange = exchange
 

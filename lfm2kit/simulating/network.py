@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.building.curves import Curve, Float64
-from lfm2kit.building.rates import Calibration
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.building.rates import MADE_BY, Calibration
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.simulating.request import Request
 
 LATENCY = 20e-6  # seconds of a message over a link of which only the rate is known
@@ -92,8 +92,8 @@ def network(request: Request, calibration: Calibration, rates: str) -> Network:
     def inside() -> Link:
         if not near:
             raise Lfm2kitError(
-                f"{rates}: there is no exchange between ranks of one machine; measure with "
-                f"lfm2kit calibrate --ranks {max(2, request.per_node)}"
+                f"{rates}: there is no exchange between ranks of one machine; {MADE_BY} ",
+                Option("ranks", max(2, request.per_node)),
             )
         one = min(near, key=lambda one: abs(one.key.ranks - request.per_node))
         return Link(one.call, one.key.ranks - 1)

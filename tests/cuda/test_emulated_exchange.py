@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from lfm2kit_cuda.constants import EXCHANGE
+from lfm2kit_cuda.exchange_size import Size
 
 from lfm2kit.transport import Owners, evenly, held_once
 from tests.cuda.emulated_operators import compiled
@@ -107,7 +108,9 @@ def ran(
         [str(program), *map(str, numbers)], input=b"".join(a.tobytes() for a in arrays),
         stdout=subprocess.PIPE, check=True, timeout=300,
     )  # fmt: skip
-    return [*_read(done.stdout, ranks, slots * K * ranks, most, experts, calls)]
+    (mailbox_bytes,) = np.frombuffer(done.stdout, np.uint64, 1)
+    assert mailbox_bytes == Size(most, K + 1, WIDTH + 2).nbytes(ranks)
+    return [*_read(done.stdout[8:], ranks, slots * K * ranks, most, experts, calls)]
 
 
 def _filled_up(array: Any, most: int) -> Any:

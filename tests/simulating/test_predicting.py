@@ -252,7 +252,7 @@ def test_what_was_not_measured_is_one_line() -> None:
     assert "rates.json: there is no exchange between machines; give" in said("ranks=2,n=1", rates)
     near = said("ranks=4,n=1,per-node=4", rates)
     assert (
-        "no exchange between ranks of one machine; measure with lfm2kit calibrate --ranks" in near
+        "no exchange between ranks of one machine; measure with lfm2kit calibrate ranks=4" in near
     )
     assert "there are no rates of Embedding(" in said("ranks=1,n=1", rates, "weaver")
     assert "it has rates of loom in fp32" in said("ranks=1,n=1", rates, "weaver")

@@ -11,7 +11,7 @@ nothing of the host but addresses, which stay valid until the channel is closed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
 import cupyx
@@ -29,7 +29,7 @@ from lfm2kit_cuda.host_layout import (
     sending_grid,
 )
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.pinned import empty_pinned
+from lfm2kit_cuda.pinned import Mapped, empty_pinned
 from lfm2kit_cuda.upload import upload
 
 FIRST_BYTES = 1 << 16  # of the arrays' memory
@@ -37,20 +37,6 @@ COUNTERS = 2  # words: the newest trip, and CTAs that have arrived
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint32]
-
-
-class _Address(NamedTuple):
-    ptr: int
-
-
-class _Mapped(NamedTuple):
-    """Pinned host memory as an argument of kernels: its address is the same on the device."""
-
-    data: _Address
-
-    @classmethod
-    def of(cls, array: npt.NDArray[Any]) -> _Mapped:
-        return cls(_Address(array.ctypes.data))
 
 
 class Channel:
@@ -72,7 +58,7 @@ class Channel:
         self.deadline = words[CHANNEL.DEADLINE :][:1].view(np.float32)
         self.deadline[0] = deadline
         self.answered: Words = words[CHANNEL.ANSWERED :].reshape(workers, CHANNEL.WORKER)
-        self.control = _Mapped.of(words)
+        self.control = Mapped.of(words)
         self.counters = upload(np.zeros(COUNTERS, np.uint32))
         cupy.cuda.get_current_stream().synchronize()  # whatever stream the first trip is made in
         self.send: Kernel = load_kernel("channel", "send")
@@ -130,7 +116,7 @@ class Call:
         given, returned = np.split(memory, [there.nbytes])
         self.inputs = _views(given, there, self._takes)
         self.results = _views(returned, back, self._returns)
-        self._inputs_start, self._results_start = _Mapped.of(given), _Mapped.of(returned)
+        self._inputs_start, self._results_start = Mapped.of(given), Mapped.of(returned)
 
     def send(self, *arrays: cupy.ndarray, count: cupy.ndarray | None = None) -> None:
         """Enqueue the trip in the current stream, of all rows or the first `count`.

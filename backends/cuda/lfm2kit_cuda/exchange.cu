@@ -53,7 +53,8 @@ struct Statistics {
 };
 static_assert(sizeof(Statistics) == 8 * kStatistics, "as exchange.py reads them");
 
-// The place of everything in a mailbox, the same in all ranks' for as many `tokens` at the most.
+// The place of everything in a mailbox that has room for `tokens` tokens of each rank, and the largest
+// k and h of all layers: the same in all mailboxes and calls.
 struct Mailbox {
   char* at;
   int ranks, tokens, k, h;
@@ -159,9 +160,9 @@ __device__ inline void announce(u32 call, u32 tokens, const Ranks& all, State* s
 // takes one token after another.
 extern "C" __global__ void __launch_bounds__(kThreads)
     send_tokens(const float* x_th, const int* ids_tk, const float* weights_tk, int tokens,
-                const int* owners_e, const u64* base, int rank, int ranks, int most, int k, int h,
-                State* state, Statistics* statistics) {
-  Ranks all{base, rank, ranks, most, k, h};
+                const int* owners_e, const u64* base, int rank, int ranks, int most, int most_k,
+                int most_h, int k, int h, State* state, Statistics* statistics) {
+  Ranks all{base, rank, ranks, most, most_k, most_h};
   wait_for_previous();
   let_next_start();
   u32 call = following(state->call);
@@ -203,10 +204,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // expert of the source's token t, or padding.  blockIdx.y is the source.
 extern "C" __global__ void __launch_bounds__(kThreads)
     take_rows(const float* x_th, const int* ids_tk, const float* weights_tk, int tokens,
-              const int* owners_e, const u64* base, int rank, int ranks, int most, int k, int h,
-              int slots, float* rows_rh, int* ids_r, float* weights_r, u32 layer, State* state,
+              const int* owners_e, const u64* base, int rank, int ranks, int most, int most_k,
+              int most_h, int k, int h, int slots, float* rows_rh, int* ids_r, float* weights_r, u32 layer, State* state,
               Control* control, Statistics* statistics) {
-  Mailbox box = Ranks{base, rank, ranks, most, k, h}.own();
+  Mailbox box = Ranks{base, rank, ranks, most, most_k, most_h}.own();
   int source = blockIdx.y;
   bool is_first = blockIdx.x == 0 && source == 0, is_own = source == rank;
   wait_for_previous();
@@ -246,8 +247,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // The product of each row that is not padding back to the rank of its token.  blockIdx.y is that rank.
 extern "C" __global__ void __launch_bounds__(kThreads)
     send_products(const float* products_rh, const int* ids_r, const u64* base, int rank, int ranks,
-                  int most, int k, int h, int slots, State* state, Statistics* statistics) {
-  Ranks all{base, rank, ranks, most, k, h};
+                  int most, int most_k, int most_h, int k, int h, int slots, State* state, Statistics* statistics) {
+  Ranks all{base, rank, ranks, most, most_k, most_h};
   int to = blockIdx.y, sent = 0;
   wait_for_previous();
   let_next_start();
@@ -271,10 +272,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // token after another.
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_products(const float* products_rh, const int* ids_tk, int tokens, const int* owners_e,
-                 const u64* base, int rank, int ranks, int most, int k, int h, int slots,
-                 float* delta_th, u32 layer, State* state, Control* control,
+                 const u64* base, int rank, int ranks, int most, int most_k, int most_h, int k, int h,
+                 int slots, float* delta_th, u32 layer, State* state, Control* control,
                  Statistics* statistics) {
-  Mailbox box = Ranks{base, rank, ranks, most, k, h}.own();
+  Mailbox box = Ranks{base, rank, ranks, most, most_k, most_h}.own();
   wait_for_previous();
   u64 start = nanoseconds();
   bool is_there = have_come(box.returned(0), 0, ranks, rank, layer, state, control);

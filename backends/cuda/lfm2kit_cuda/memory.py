@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -14,13 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.memory import Arriving, Mark
+from lfm2kit.transport import ExchangeOffer, Transport
 from lfm2kit_cuda.channel import Channel
 from lfm2kit_cuda.choosing import identity
 from lfm2kit_cuda.device import current_device, on_device
+from lfm2kit_cuda.meeting import Meeting
 from lfm2kit_cuda.near import cores_near
 from lfm2kit_cuda.picking import Picker
 from lfm2kit_cuda.sums import add
 from lfm2kit_cuda.upload import upload
+
+SHARED = "LFM2KIT_CUDA_SHARED"  # set: several ranks may use one GPU, for tests of the exchange
 
 
 class CudaMemory:
@@ -33,10 +38,12 @@ class CudaMemory:
         self.device = device
         self.name = f"lfm2kit_cuda:{device}"
         self._idle: list[cupy.cuda.Stream] = []  # appended to and popped from by any thread
+        self._meetings: dict[int, Meeting] = {}  # by the id of their transport, which they keep
 
     def unit(self) -> str:
-        """Return the GPU's name and UUID."""
-        return f"the GPU {identity(self.device)}"
+        """Return the GPU's name and UUID; with `LFM2KIT_CUDA_SHARED` also this process's number."""
+        shared = f", shared by process {os.getpid()}" if os.environ.get(SHARED) else ""
+        return f"the GPU {identity(self.device)}{shared}"
 
     def from_host(self, array: npt.NDArray[Any]) -> cupy.ndarray:
         """Return a copy of a host array; it is complete in the order of the current stream."""
@@ -68,6 +75,12 @@ class CudaMemory:
     def near_cores(self) -> frozenset[int]:
         """Return the cores of the NUMA node that the GPU is attached to."""
         return cores_near(cupy.cuda.Device(self.device).pci_bus_id)
+
+    def exchange_over(self, transport: Transport) -> ExchangeOffer:
+        """Return the exchange through GPUs' memory among the ranks of a transport."""
+        if id(transport) not in self._meetings:
+            self._meetings[id(transport)] = Meeting(self.device, transport)
+        return self._meetings[id(transport)].offer(self)
 
     @contextmanager
     def stream(self) -> Iterator[None]:

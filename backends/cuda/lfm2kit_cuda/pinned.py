@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import cupy
 import numpy as np
 import numpy.typing as npt
 
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, which CuPy does not export
+
+
+class _Address(NamedTuple):
+    ptr: int
+
+
+class Mapped(NamedTuple):
+    """Pinned host memory as an argument of kernels: its address is the same on the device."""
+
+    data: _Address
+
+    @classmethod
+    def of(cls, array: npt.NDArray[Any]) -> Mapped:
+        return cls(_Address(array.ctypes.data))
 
 
 def empty_pinned(nbytes: int) -> npt.NDArray[np.uint8]:

@@ -9,7 +9,7 @@
 // and rank the number of its tokens and then x, ids and weights of MOST tokens.  The product of a row
 // is its weight times x, times 1 + id / 8; rows of padding have a NaN.
 //
-// What comes out are, for each rank, its cause and statistics, and for each call its rows, their ids
+// What comes out are the bytes of a mailbox and, for each rank, its cause and statistics, and for each call its rows, their ids
 // and weights, and its sums, all poisoned before, with some elements behind them.
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -83,7 +83,8 @@ int main(int, char** argv) {
       of_call.push_back({tokens, x, ids, weights});
     }
 
-  Mailbox of_one{nullptr, ranks, most, k, h};
+  int most_k = k + 1, most_h = h + 2;  // another layer's
+  Mailbox of_one{nullptr, ranks, most, most_k, most_h};
   size_t bytes = reinterpret_cast<size_t>(of_one.weights(ranks));
   auto* base = shared_by_ranks<u64>(ranks);
   auto* states = shared_by_ranks<State>(ranks);
@@ -117,12 +118,12 @@ int main(int, char** argv) {
       int* ids = out.ids(call, h);
       launch_late({ctas, 1, 1}, threads, [&] {
         send_tokens(mine.x.data(), mine.ids.data(), mine.weights.data(), mine.tokens, owner, base,
-                    rank, ranks, most, k, h, state, counted);
+                    rank, ranks, most, most_k, most_h, k, h, state, counted);
       });
       if (rank == late) usleep(60000);
       launch_late({ctas, u32(ranks), 1}, threads, [&] {
         take_rows(mine.x.data(), mine.ids.data(), mine.weights.data(), mine.tokens, owner, base,
-                  rank, ranks, most, k, h, slots, x, ids, weights, u32(call), state, control,
+                  rank, ranks, most, most_k, most_h, k, h, slots, x, ids, weights, u32(call), state, control,
                   counted);
       });
       std::vector<float> products(out.rows * h, __uint_as_float(0x7fc00000));
@@ -131,11 +132,11 @@ int main(int, char** argv) {
           for (int i = 0; i < h; ++i)
             products[row * h + i] = weights[row] * (x[row * h + i] * (1 + float(ids[row]) / 8));
       launch_late({ctas, u32(ranks), 1}, threads, [&] {
-        send_products(products.data(), ids, base, rank, ranks, most, k, h, slots, state, counted);
+        send_products(products.data(), ids, base, rank, ranks, most, most_k, most_h, k, h, slots, state, counted);
       });
       launch_late({ctas, 1, 1}, threads, [&] {
         add_products(products.data(), mine.ids.data(), mine.tokens, owner, base, rank, ranks, most,
-                     k, h, slots, delta, u32(call), state, control, counted);
+                     most_k, most_h, k, h, slots, delta, u32(call), state, control, counted);
       });
     }
     _exit(0);
@@ -143,6 +144,7 @@ int main(int, char** argv) {
   int status, failed = 0;
   while (wait(&status) > 0) failed |= status;
   if (failed) return 1;
+  std::fwrite(&bytes, sizeof(u64), 1, stdout);
   for (int r = 0; r < ranks; ++r) {
     const u64* numbers = statistics + size_t(r) * (kStatistics + experts);
     std::fwrite(&controls[r].cause, sizeof(u32), 1, stdout);

@@ -19,7 +19,7 @@ struct Stored {
 };
 inline std::vector<Stored> stored;  // and not visible yet
 
-// Pauses now and then, for up to `most` microseconds.
+// Pauses in one of `times` calls, for up to `most` microseconds.
 inline void pause_now_and_then(u32 times, u32 most = 400) {
   u32 pause = 0;
   {
