@@ -26,10 +26,9 @@ from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import check_replay
 from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
-from lfm2kit.overlapped import OFF, Overlap, OverlappedForward
+from lfm2kit.overlapped import OFF, Overlap
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.state import ModelState, Room
-from lfm2kit.steps import Steps, finished, stepped
 from lfm2kit.transport import Exchange
 
 
@@ -44,12 +43,9 @@ class Forward:
         self.lm_head: Block = blocks["lm_head"]
 
     def __call__(self, batch: Batch, state: Sequence[State] | None = None) -> Array:
-        return finished(self.steps(batch, state))
-
-    def steps(self, batch: Batch, state: Sequence[State] | None = None) -> Steps[Array]:
         hidden, delta = self.embed_tokens(batch), None
         for layer, layer_state in zip(self.layers, state or repeat(None), strict=False):
-            hidden, delta = yield from stepped(layer, hidden, delta, batch, layer_state)
+            hidden, delta = layer(hidden, delta, batch, layer_state)
         hidden, delta = self.last_rows(hidden, delta, batch)
         _, x = self.embedding_norm(hidden, delta)
         return self.lm_head(x)
@@ -78,15 +74,10 @@ class DecoderLayer:
     def __call__(
         self, hidden: Array, delta: Array | None, batch: Batch, state: State
     ) -> tuple[Array, Array]:
-        return finished(self.steps(hidden, delta, batch, state))
-
-    def steps(
-        self, hidden: Array, delta: Array | None, batch: Batch, state: State
-    ) -> Steps[tuple[Array, Array]]:
         hidden, x = self.operator_norm(hidden, delta)
         delta = self.operator(x, batch, state)
         hidden, x = self.ffn_norm(hidden, delta)
-        return hidden, (yield from stepped(self.feed_forward, x))
+        return hidden, self.feed_forward(x)
 
 
 class RoutedExperts:
@@ -130,14 +121,13 @@ class LFM2:
 
     spec: specs.Model
     placed: Placed
-    forward: Forward | OverlappedForward
+    forward: Forward
     home: Memory
     backend: Backend  # the plan's default
     may_capture: bool = True
     servers: Sequence[Server] = ()  # of crossings: each forward runs inside their contexts
-    # With other ranks, by block: one for forwards by themselves, and one for each half of others.
-    exchanges: Mapping[str, Sequence[Exchange]] = field(default_factory=dict)
-    overlap: Overlap = field(default_factory=lambda: Overlap(OFF, is_on=False))
+    exchanges: Mapping[str, Exchange] = field(default_factory=dict)  # with other ranks, by block
+    overlap: Overlap = field(default_factory=lambda: Overlap(OFF))
     check_room: Callable[[Room], None] = lambda room: None  # raises if a state would not fit
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
     _captures: Captures | None = field(init=False, repr=False)
