@@ -27,10 +27,9 @@ from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import check_replay
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
-from lfm2kit.overlapped import OFF, Overlap, OverlappedForward
+from lfm2kit.overlapped import OFF, Overlap
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.state import ModelState, Room
-from lfm2kit.steps import Steps, finished, stepped
 from lfm2kit.transport import Exchange, ExchangeError, ExchangeOffer
 
 
@@ -45,12 +44,9 @@ class Forward:
         self.lm_head: Block = blocks["lm_head"]
 
     def __call__(self, batch: Batch, state: Sequence[State] | None = None) -> Array:
-        return finished(self.steps(batch, state))
-
-    def steps(self, batch: Batch, state: Sequence[State] | None = None) -> Steps[Array]:
         hidden, delta = self.embed_tokens(batch), None
         for layer, layer_state in zip(self.layers, state or repeat(None), strict=False):
-            hidden, delta = yield from stepped(layer, hidden, delta, batch, layer_state)
+            hidden, delta = layer(hidden, delta, batch, layer_state)
         hidden, delta = self.last_rows(hidden, delta, batch)
         _, x = self.embedding_norm(hidden, delta)
         return self.lm_head(x)
@@ -79,15 +75,10 @@ class DecoderLayer:
     def __call__(
         self, hidden: Array, delta: Array | None, batch: Batch, state: State
     ) -> tuple[Array, Array]:
-        return finished(self.steps(hidden, delta, batch, state))
-
-    def steps(
-        self, hidden: Array, delta: Array | None, batch: Batch, state: State
-    ) -> Steps[tuple[Array, Array]]:
         hidden, x = self.operator_norm(hidden, delta)
         delta = self.operator(x, batch, state)
         hidden, x = self.ffn_norm(hidden, delta)
-        return hidden, (yield from stepped(self.feed_forward, x))
+        return hidden, self.feed_forward(x)
 
 
 class RoutedExperts:
@@ -131,15 +122,14 @@ class LFM2:
 
     spec: specs.Model
     placed: Placed
-    forward: Forward | OverlappedForward
+    forward: Forward
     home: Memory
     backend: Backend  # the plan's default
     may_capture: bool = True
     servers: Sequence[Server] = ()  # of crossings: each forward runs inside their contexts
-    # With other ranks, by block: one for forwards by themselves, and one for each half of others.
-    exchanges: Mapping[str, Sequence[Exchange]] = field(default_factory=dict)
+    exchanges: Mapping[str, Exchange] = field(default_factory=dict)  # with other ranks, by block
     offers: Sequence[ExchangeOffer] = ()  # by which the exchanges were made
-    overlap: Overlap = field(default_factory=lambda: Overlap(OFF, is_on=False))
+    overlap: Overlap = field(default_factory=lambda: Overlap(OFF))
     check_room: Callable[[Room], None] = lambda room: None  # raises if a state would not fit
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
     _captures: Captures | None = field(init=False, repr=False)
@@ -236,7 +226,7 @@ class LFM2:
             with ExitStack() as around:
                 yield tuple(around.enter_context(offer.around(tokens)) for offer in self.offers)
         except ExchangeError as error:
-            failed = (name for name, some in self.exchanges.items() if error.exchange in some)
+            failed = (name for name, one in self.exchanges.items() if error.exchange is one)
             raise Lfm2kitError(f"{next(failed, 'an exchange')}: ", *error.args) from error
 
     def _check_ids(self, batch: Batch) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,10 @@ import numpy.typing as npt
 from lfm2kit.errors import Option
 from lfm2kit.memory import Array, Memory
 from lfm2kit.pending import Pending
+
+if TYPE_CHECKING:
+    from lfm2kit.backend import Block
+    from lfm2kit.overlapped import Overlap
 
 
 class World(NamedTuple):
@@ -210,6 +215,26 @@ class Exchange(Protocol):
         ...
 
 
+@runtime_checkable
+class WorksInPieces(Exchange, Protocol):
+    """Capability of an exchange: a rank computes some of its experts while other tokens travel.
+
+    The pieces are of a rank's experts.  Without it, nothing is computed meanwhile.
+    """
+
+    def in_pieces(
+        self, experts: Block, x: Array, expert_ids: Array, expert_weights: Array
+    ) -> Array:
+        """Return `combine(experts(*dispatch(x, expert_ids, expert_weights)))`, with the same bits.
+
+        Call `experts` for each piece, with all rows of these experts, as soon as they have come;
+        meanwhile send those of the next pieces, and the products of those before.  Where `experts`
+        raises, let that pass at once, and wait for no other rank.  For a layer, either all ranks
+        call this, or all call `dispatch` and `combine`.
+        """
+        ...
+
+
 def _nothing_around(tokens: int) -> AbstractContextManager[Hashable]:
     return nullcontext()
 
@@ -291,7 +316,15 @@ class Sent:
     rows: int = 0
     bytes: int = 0  # headers included
     header_bytes: int = 0  # of ids, weights and counts
-    seconds: float = 0.0  # inside the operation, most of them waiting for the slowest rank
+    # In which the rank did nothing else; most of them it waited for the slowest rank.
+    seconds: float = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the seconds that the caller spends inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
 
     def add(self, counts: Sequence[int], row_bytes: int, header_bytes: int = 0) -> None:
         """Count a call that sends `counts` rows of `row_bytes`, headers included, to the others."""
@@ -333,13 +366,15 @@ class Counted(Protocol):
 
 @runtime_checkable
 class Exchanging(Protocol):
-    """Capability of a joined block: the counts of its exchanges are reported by its name.
+    """Capability of a joined block: it sends tokens by an exchange, whose counts are reported.
 
-    There is one for forwards that run by themselves, or one more for each of two halves that take
-    turns (see `lfm2kit.steps`).
+    The core sets `overlap` when the model is built.  At each call the block asks `overlap.is_on`,
+    and calls the exchange `in_pieces` where that is true.  Where it is None, the block tells
+    `overlap.note` how long it computed and exchanged.
     """
 
-    exchanges: Sequence[Exchange]
+    exchange: Exchange
+    overlap: Overlap
 
 
 class Launcher(Protocol):

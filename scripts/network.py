@@ -45,6 +45,8 @@ SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # UCX takes shared memory wherever one kernel runs both ranks, which would be past the links.
 OVER_THE_LINKS = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "eth0"}
+# What UCX does otherwise with large messages over TCP sends one direction after the other.
+BOTH_WAYS_AT_ONCE = {"UCX_RNDV_SCHEME": "get_zcopy"}
 
 
 def main() -> None:
@@ -181,7 +183,7 @@ def environment(nodes: int, ranks_per_node: int) -> dict[str, str]:
 
 def run(command: Sequence[str], variables: dict[str, str]) -> int:
     """Return the exit code of the command; signals are for it alone from now on."""
-    job = subprocess.Popen(command, env=os.environ | variables)
+    job = subprocess.Popen(command, env=BOTH_WAYS_AT_ONCE | os.environ | variables)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     return as_a_shell_says(job.wait())

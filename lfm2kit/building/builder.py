@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,11 +14,11 @@ from lfm2kit.building.capacity import check_state
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import checked
 from lfm2kit.model import LFM2
-from lfm2kit.overlapped import OFF, overlapped, overlapping
+from lfm2kit.overlapped import OFF, overlapping
 from lfm2kit.progress import longest, step
 from lfm2kit.seam import Seam
 from lfm2kit.specs import Spec, Work
-from lfm2kit.transport import Exchange, Exchanging, Transport
+from lfm2kit.transport import Exchanging, Transport
 from lfm2kit.weights import Weights
 
 
@@ -36,9 +36,7 @@ class Builder:
     # Filled with the servers of crossings, which a model needs around each forward.  None: blocks
     # are called by themselves, and every seam waits.
     servers: list[Server] | None = None
-    # Filled with the exchanges of joined blocks, by the block's name.
-    exchanges: dict[str, Sequence[Exchange]] = field(default_factory=dict)
-    without_steps: list[str] = field(default_factory=list)  # filled with blocks around exchanges
+    exchanging: dict[str, Exchanging] = field(default_factory=dict)  # filled with joined blocks
 
     def build(self, placed: Placed) -> Any:
         """Return the block of `placed`, ready to be called from the memory around it."""
@@ -47,7 +45,7 @@ class Builder:
             assert placed.join is not None, "what no backend builds is joined"
             block = placed.join.make(placed.spec, **blocks)
             if isinstance(block, Exchanging):
-                self.exchanges[placed.name] = block.exchanges
+                self.exchanging[placed.name] = block
         else:
             self.before(placed)
             weights = self.weights.scope(placed.scope)
@@ -57,10 +55,7 @@ class Builder:
                 built = _built(self.create(placed.backend), placed.spec, weights, blocks)
             block = checked(placed, built)
             self.built(placed)
-        seamed = self._seamed(placed, block)
-        if not hasattr(seamed, "steps") and any(map(placed.is_around, self.exchanges)):
-            self.without_steps.append(placed.name)
-        return seamed
+        return self._seamed(placed, block)
 
     def _seamed(self, placed: Placed, block: Block) -> Block:
         wrapped = self.wrap(placed.name, placed.spec, block)
@@ -102,16 +97,15 @@ def build_model(
     """
     assert isinstance(placed.spec, specs.Model)
     servers: list[Server] = []
-    builder = replace(builder, servers=servers, exchanges={}, without_steps=[])
+    builder = replace(builder, servers=servers, exchanging={})
     forward = builder.build(placed)
-    decision = overlapping(overlap, transport, builder.exchanges, builder.without_steps)
     return LFM2(
         spec=placed.spec,
         placed=placed,
-        forward=overlapped(forward, transport, decision),
-        overlap=decision,
+        forward=forward,
+        overlap=overlapping(overlap, transport, builder.exchanging),
         servers=servers,
-        exchanges=builder.exchanges,
+        exchanges={name: block.exchange for name, block in builder.exchanging.items()},
         offers=placed.offers(),
         home=placed.outer,
         backend=builder.create(default_backend),

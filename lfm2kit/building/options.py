@@ -159,8 +159,8 @@ class Options:
     )
     overlap: str = option(
         AUTO_OVERLAP,
-        "Compute half of a batch while the other half's tokens travel between ranks. auto: where "
-        "the exchange takes 15 % of a layer's time or more, in the first forward.",
+        "Compute some of a rank's experts while tokens of others travel between ranks. auto: where "
+        "the exchange takes 15 % of its and the experts' time or more, in the first forward.",
         metavar="|".join(OVERLAP),
     )
     exchange: str = option(

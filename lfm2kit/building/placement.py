@@ -55,10 +55,6 @@ class Placed:
         for _, part in self.parts:
             yield from part.leaves()
 
-    def is_around(self, name: str) -> bool:
-        """Return whether the block called `name` is this one or a part of it."""
-        return not self.name or f"{name}.".startswith(f"{self.name}.")
-
     def copies(self) -> int:
         """Return how many blocks of the tree take their arrays from another memory."""
         return int(self.is_copied) + sum(part.copies() for _, part in self.parts)

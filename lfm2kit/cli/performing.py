@@ -43,7 +43,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
         if prepared.recorder is not None:
             prepared.recorder.clear()
     timed = run_timed(model, prepared, transport, is_first)
-    prepared.report.fields["overlap"] = asdict(model.overlap)
+    prepared.report.fields["overlap"] = model.overlap.document()
     prepared.report.fields["exchange"] = exchange_of(prepared.setup)
     load = recorded(prepared, transport)
     if timed.logits is None:

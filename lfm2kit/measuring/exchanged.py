@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -121,10 +119,9 @@ def ended(
 
 
 def _counted(model: LFM2) -> Iterator[tuple[str, ExchangeCounts]]:
-    for name, exchanges in model.exchanges.items():
-        counts = [one.counted() for one in exchanges if isinstance(one, Counted)]
-        if counts:
-            yield name, reduce(add, counts)
+    for name, exchange in model.exchanges.items():
+        if isinstance(exchange, Counted):
+            yield name, exchange.counted()
 
 
 def _told(counts: ExchangeCounts) -> dict[str, Any]:

@@ -72,9 +72,8 @@ def _gathered(
     """Return the logits of all ranks' samples on rank 0, and what this rank has sent."""
     size, sent = transport.world.size, Sent()
     counts = [len(share(samples, size, rank)) for rank in range(size)]
-    start = time.perf_counter()
-    everyone = transport.gather(logits, counts)
-    sent.seconds = time.perf_counter() - start
+    with sent.waiting():
+        everyone = transport.gather(logits, counts)
     if transport.world.rank > 0:
         sent.add([len(logits)], logits.itemsize * logits.shape[1])
     return everyone, sent

@@ -6,7 +6,8 @@ experts, which know nothing of other ranks, and of an exchange, which moves toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NoReturn
@@ -16,17 +17,16 @@ from lfm2kit.building.joins import Join
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.host_exchange import AUTO, offered, scratch_bytes
 from lfm2kit.memory import HOST, Memory
+from lfm2kit.overlapped import OFF, Overlap
 from lfm2kit.rewrites import ids_in_words
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
 from lfm2kit.specs import Experts, Model, Part, Router, SparseMoe, Spec, leaves
-from lfm2kit.steps import Steps, finished
 from lfm2kit.transport import (
     Exchange,
     ExchangeOffer,
     Owners,
     Traffic,
     Transport,
-    WorksAside,
     World,
     evenly,
     held_by,
@@ -138,43 +138,32 @@ def _join(offers: _Offers, outer: Memory) -> Join:
     there = offers.within(outer)
 
     def make(spec: ExpertParallelMoe, router: Block, experts: Block) -> Block:
-        return ExpertParallel(router, experts, [offer.create(spec.traffic) for offer in there])
+        return ExpertParallel(router, experts, there.create(spec.traffic))
 
     def exchange_bytes(spec: ExpertParallelMoe, tokens: int) -> int:
-        # Of whole forwards: two overlapping halves take as much again, if `auto` finds that
-        # overlap pays.
-        return there[0].scratch_bytes(spec.traffic, tokens)
+        return there.scratch_bytes(spec.traffic, tokens)
 
-    return Join(make, there[0].memory, there[0].is_capturable, exchange_bytes, there[0])
+    return Join(make, there.memory, there.is_capturable, exchange_bytes, there)
 
 
 class _Offers:
-    """The exchanges that all layers of a model get, and which share memory between layers."""
+    """The exchange that all layers of a model get, and which shares memory between layers."""
 
     def __init__(self, transport: Transport | None, rank: int, exchange: str) -> None:
         self._transport = transport
         self._rank = rank
         self._exchange = exchange
-        self._by_memory: dict[str, list[ExchangeOffer]] = {}
+        self._by_memory: dict[str, ExchangeOffer] = {}
 
-    def within(self, outer: Memory) -> list[ExchangeOffer]:
-        """Return the exchange of forwards by themselves, and those of halves that can overlap."""
+    def within(self, outer: Memory) -> ExchangeOffer:
         if outer.name not in self._by_memory:
-            made = _made(self._transport, self._rank, outer, self._exchange)
-            self._by_memory[outer.name] = made
+            self._by_memory[outer.name] = self._offer(outer)
         return self._by_memory[outer.name]
 
-
-def _made(
-    transport: Transport | None, rank: int, outer: Memory, exchange: str
-) -> list[ExchangeOffer]:
-    if transport is None:
-        return [_in_no_job(rank)]
-    offers = [offered(transport, outer, exchange)]
-    aside = transport.aside() if isinstance(transport, WorksAside) else None
-    if aside is not None and offers[0].memory.name == HOST.name:
-        offers += [offered(aside, outer, exchange) for _ in range(2)]
-    return offers
+    def _offer(self, outer: Memory) -> ExchangeOffer:
+        if self._transport is None:
+            return _in_no_job(self._rank)
+        return offered(self._transport, outer, self._exchange)
 
 
 def _in_no_job(rank: int) -> ExchangeOffer:
@@ -194,16 +183,29 @@ class ExpertParallel:
     without expert parallelism.
     """
 
-    def __init__(self, router: Block, experts: Block, exchanges: Sequence[Exchange]) -> None:
+    def __init__(self, router: Block, experts: Block, exchange: Exchange) -> None:
         self.router = router
         self.experts = experts
-        self.exchanges = exchanges  # by the number of the forward: see `lfm2kit.steps`
+        self.exchange = exchange
+        self.overlap = Overlap(OFF)
 
     def __call__(self, x: Array) -> Array:
-        return finished(self.steps(x))
+        tokens = (x, *self.router(x))
+        if self.overlap.is_on is None:
+            return self._timed(*tokens)
+        if self.overlap.is_on:
+            return self.exchange.in_pieces(self.experts, *tokens)  # type: ignore[attr-defined]
+        rows = self.exchange.dispatch(*tokens)
+        return self.exchange.combine(self.experts(*rows))
 
-    def steps(self, x: Array) -> Steps[Array]:
-        routed = self.router(x)
-        rows = yield lambda forward: self.exchanges[forward].dispatch(x, *routed)
+    def _timed(self, *tokens: Array) -> Array:
+        """Return what the call returns, and note the times of its parts."""
+        start = time.perf_counter()
+        rows = self.exchange.dispatch(*tokens)
+        dispatched = time.perf_counter()
         products = self.experts(*rows)
-        return (yield lambda forward: self.exchanges[forward].combine(products))
+        computed = time.perf_counter()
+        delta = self.exchange.combine(products)
+        end = time.perf_counter()
+        self.overlap.note(computed - dispatched, dispatched - start + end - computed)
+        return delta

@@ -21,7 +21,6 @@ from lfm2kit.building.joins import Join
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.rewrites.rewrite import Rewrite
 from lfm2kit.specs import Layer, Model, Part, ShortConv, Spec, Work
-from lfm2kit.steps import Steps, finished, stepped
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +126,13 @@ class TrimmedDecoderLayer:
     def __call__(
         self, hidden: Array, delta: Array | None, batch: Batch, state: None
     ) -> tuple[Array, Array]:
-        return finished(self.steps(hidden, delta, batch, state))
-
-    def steps(
-        self, hidden: Array, delta: Array | None, batch: Batch, state: None
-    ) -> Steps[tuple[Array, Array]]:
         assert state is None, "a trimmed model has no state"
         rows = rows_of(batch, *self.reach)
         hidden, x = self.operator_norm(hidden, delta)
         delta = self.operator(x, rows, None)
         hidden, delta = self.last_rows(hidden, delta, rows)
         hidden, x = self.ffn_norm(hidden, delta)
-        return hidden, (yield from stepped(self.feed_forward, x))
+        return hidden, self.feed_forward(x)
 
     def new_state(self, *room: object) -> NoReturn:
         raise Lfm2kitError("a trimmed model has no state: later tokens need the rows it leaves out")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lfm2kit.building.curves import Float64
 from lfm2kit.building.overlap import NEAR_ONE_ROW
-from lfm2kit.host_exchange import WORD
+from lfm2kit.exchange_round import WORD
 from lfm2kit.ranks.balancing import max_over_mean
 from lfm2kit.simulating.jobs import Job
 from lfm2kit.simulating.model_rates import ModelRates, Spent

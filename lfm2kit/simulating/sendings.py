@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.host_exchange import WORD, Message
+from lfm2kit.exchange_round import WORD, Message
 from lfm2kit.transport import ExchangeCounts, Sent, Traffic
 
 Int32 = npt.NDArray[np.int32]

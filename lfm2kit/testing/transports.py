@@ -6,7 +6,7 @@ check_exchange(transport, memory)       its exchange for blocks in `memory`, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from lfm2kit.transport import (
     Traffic,
     Transport,
     WorksAside,
+    WorksInPieces,
     World,
     evenly,
     held_by,
@@ -44,7 +45,7 @@ def check_transport(transport: Transport) -> None:
     """Check that rows of any type reach the rank they are sent to, in the order of the ranks.
 
     If the transport `FormsGroups`, its groups are checked in the same way, and if it `WorksAside`,
-    exchanges beside the caller's work.
+    calls beside the caller's work.
     """
     _check_operations(transport)
     _check_aside(transport)
@@ -71,7 +72,6 @@ def _check_aside(transport: Transport) -> None:
     for number, call in enumerate(begun):
         _require(call.end() == number, "end() did not return what the call returned")
     _require(made == sorted(made), f"calls were made in the order {made}")
-    aside.begin(partial(check_exchange, aside)).end()
 
 
 def _exchange_and_note(transport: Transport, number: int, made: list[int]) -> int:
@@ -170,7 +170,7 @@ def check_exchange(transport: Transport, memory: Memory = HOST) -> None:
 
     The experts stand anywhere, on one rank or on several; some ranks hold none, some have no
     tokens; ids of -1 are nobody's.  A rank gets rows for its experts from those ranks alone whose
-    tokens it computes.
+    tokens it computes.  An exchange that `WorksInPieces` gives each expert all of its rows at once.
     """
     size = transport.world.size
     offer = offered(transport, memory)
@@ -180,8 +180,16 @@ def check_exchange(transport: Transport, memory: Memory = HOST) -> None:
         exchange = offer.create(Traffic(HIDDEN_SIZE, k, owners))
         for call in range(3):  # whatever an exchange keeps from a call must not reach the next
             tokens = _tokens([number, call, transport.world.rank], k, len(owners[0]))
-            with offer.around(len(tokens.x)):
-                _check_one(transport, offer.memory, exchange, owners, tokens)
+            for exchanged in _ways(exchange):
+                with offer.around(len(tokens.x)):
+                    _check_one(transport, offer.memory, exchange, exchanged, owners, tokens)
+
+
+def _ways(exchange: Exchange) -> Iterator[Callable[..., Any]]:
+    """Yield functions of experts and tokens that return delta: all that the exchange can do."""
+    yield lambda experts, *tokens: exchange.combine(experts(*exchange.dispatch(*tokens)))
+    if isinstance(exchange, WorksInPieces):
+        yield exchange.in_pieces
 
 
 def _layers(size: int) -> Iterator[tuple[int, Owners]]:
@@ -215,26 +223,52 @@ def _tokens(seed: list[int], k: int, num_experts: int) -> _Tokens:
     return _Tokens(x, ids, weights)
 
 
+class _Scaling:
+    """Experts that scale, and look at once at what comes: a wrong sum may be seen elsewhere."""
+
+    def __init__(self, memory: Memory, held: Sequence[int], due: npt.NDArray[np.int64]) -> None:
+        self.memory = memory
+        self.held = held
+        self.due = due
+        self.came = np.zeros_like(due)
+
+    def __call__(self, *rows: Any) -> Any:
+        x, ids, weights = map(self.memory.to_host, rows)
+        _require(ids.shape == weights.shape == (len(x), 1), f"{len(x)} rows, but ids {ids.shape}")
+        came = np.bincount(ids[ids >= 0], minlength=len(self.due))
+        strange = sorted({*np.flatnonzero(came).tolist()} - {*self.held})
+        _require(not strange, f"rows came for experts {strange}, which other ranks hold")
+        again = np.flatnonzero(np.minimum(came, self.came)).tolist()
+        _require(not again, f"the experts {again} were called several times")
+        self.came += came
+        self.check(np.minimum(self.came, self.due))  # no more have come; others may come yet
+        products = _products(x, ids, weights)[:, 0]  # NaN in rows of padding
+        return self.memory.from_host(np.ascontiguousarray(products))
+
+    def check(self, due: npt.NDArray[np.int64]) -> None:
+        """Check that as many rows of each expert have come as are due."""
+        _require(
+            np.array_equal(self.came, due),
+            f"rows {self.came} came by expert, and not {self.due}, which are this rank's to "
+            "compute",
+        )
+
+
 def _check_one(
-    transport: Transport, memory: Memory, exchange: Exchange, owners: Owners, tokens: _Tokens
+    transport: Transport,
+    memory: Memory,
+    exchange: Exchange,
+    exchanged: Callable[..., Any],
+    owners: Owners,
+    tokens: _Tokens,
 ) -> None:
     due = _rows_due(transport, owners, tokens.expert_ids)
-    rows = exchange.dispatch(*map(memory.from_host, tokens))
-    x, ids, weights = map(memory.to_host, rows)
-    _require(ids.shape == weights.shape == (len(x), 1), f"{len(x)} rows, but ids {ids.shape}")
-    held = held_by(transport.world.rank, owners)
-    strange = sorted({int(e) for e in ids.flat if e >= 0} - {*held})
-    _require(not strange, f"rows came for experts {strange}, which other ranks hold")
-    came = np.bincount(ids[ids >= 0], minlength=len(owners[0]))
-    _require(
-        np.array_equal(came, due),
-        f"rows {came} came by expert, and not {due}, which are this rank's to compute",
-    )
+    experts = _Scaling(memory, held_by(transport.world.rank, owners), due)
+    delta = memory.to_host(exchanged(experts, *map(memory.from_host, tokens)))
+    experts.check(due)
     if isinstance(exchange, Counted):
         counted = exchange.counted().expert_rows
-        _require(np.array_equal(counted, came), f"rows {came} came by expert, counted {counted}")
-    products = _products(x, ids, weights)[:, 0]  # NaN in rows of padding
-    delta = memory.to_host(exchange.combine(memory.from_host(np.ascontiguousarray(products))))
+        _require(np.array_equal(counted, due), f"rows {due} came by expert, counted {counted}")
     expected = _added(_products(*tokens), tokens.expert_ids)
     _require(
         delta.shape == expected.shape and delta.tobytes() == expected.tobytes(),

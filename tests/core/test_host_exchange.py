@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lfm2kit.host_exchange import Buffers, HostExchange, scratch_bytes
+from lfm2kit.exchange_round import Buffers
+from lfm2kit.host_exchange import PIECES, ExchangeInPieces, HostExchange, scratch_bytes
+from lfm2kit.routes import divided
 from lfm2kit.testing import ThreadTransport, run_ranks
-from lfm2kit.transport import Traffic, evenly, held_once
+from lfm2kit.transport import Traffic, evenly, held_by, held_once
 
 TOKENS, EXPERTS, K = 128, 32, 4
 
@@ -38,13 +41,22 @@ def held_evenly(size: int) -> Any:
     return held_once(evenly(size, EXPERTS), size)
 
 
-def called(transport: ThreadTransport, ids: Any, hidden_size: int = 1024) -> Any:
-    """Dispatch tokens and combine their rows, and return what was counted."""
+def in_pieces(transport: ThreadTransport, traffic: Traffic, buffers: Buffers) -> ExchangeInPieces:
+    return ExchangeInPieces(transport, traffic, transport.aside(), buffers)
+
+
+def called(
+    transport: ThreadTransport, ids: Any, hidden_size: int = 1024, is_in_pieces: bool = False
+) -> Any:
+    """Exchange tokens whose experts change nothing, and return what was counted."""
     traffic = Traffic(hidden_size, ids.shape[1], held_evenly(transport.world.size))
-    exchange = HostExchange(transport, traffic, Buffers())
+    exchange = in_pieces(transport, traffic, Buffers())
     x = np.full((len(ids), hidden_size), transport.world.rank, np.float32)
-    rows = exchange.dispatch(x, ids.astype(np.int32), np.ones(ids.shape, np.float32))
-    exchange.combine(rows.x)
+    tokens = x, ids.astype(np.int32), np.ones(ids.shape, np.float32)
+    if is_in_pieces:
+        exchange.in_pieces(lambda x, ids, weights: x.copy(), *tokens)
+    else:
+        exchange.combine(exchange.dispatch(*tokens).x)
     return exchange.counted()
 
 
@@ -76,6 +88,85 @@ def test_what_is_counted_follows_from_the_routing(size: int, ids_of: Any) -> Non
         assert counted.expert_rows.sum() == pairs[:, rank].sum()
     by_expert = sum(counted.expert_rows for counted in everyones)
     assert np.array_equal(by_expert, np.bincount(asked[asked >= 0], minlength=EXPERTS))
+
+
+def pieces_of(size: int, everyones: Sequence[Any]) -> dict[int, int]:
+    """Return the piece of its rank that each expert is in, if the tokens have these experts."""
+    asked = [int((np.concatenate(everyones) == expert).sum()) for expert in range(EXPERTS)]
+    found = {}
+    for rank in range(size):
+        filled = [0] * PIECES
+        held = held_by(rank, held_evenly(size))
+        for expert in sorted(held, key=lambda expert: (-asked[expert], expert)):
+            found[expert] = min(range(PIECES), key=lambda piece: (filled[piece], piece))
+            filled[found[expert]] += asked[expert]
+    return found
+
+
+@pytest.mark.parametrize("ids_of", [uniform, of_one_expert, of_rank_0_alone, with_nobodys])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_in_pieces_the_same_rows_travel_in_messages_that_follow_from_the_routing(
+    size: int, ids_of: Any
+) -> None:
+    owners, ids = evenly(size, EXPERTS), [ids_of(rank) for rank in range(size)]
+    pieces = pieces_of(size, ids)
+    sent, returned = np.zeros((2, size, size, PIECES), int)
+    for rank in range(size):
+        for token in ids[rank]:
+            for to in {owners[e] for e in token if e >= 0} - {rank}:
+                first = min(pieces[e] for e in token if e >= 0 and owners[e] == to)
+                sent[rank, to, first] += 1
+            for e in token[token >= 0]:
+                returned[owners[e], rank, pieces[e]] += owners[e] != rank
+    whole = run_ranks(size, lambda t: called(t, ids[t.world.rank], 16))
+    there = run_ranks(size, lambda t: called(t, ids[t.world.rank], 16, is_in_pieces=True))
+    for rank, (one, other) in enumerate(zip(whole, there, strict=True)):
+        assert other.dispatch.messages == np.count_nonzero(sent[rank])
+        assert other.combine.messages == np.count_nonzero(returned[rank])
+        assert other.counts.messages == 2 * (size - 1)
+        assert (
+            other.counts.bytes == other.counts.header_bytes == 4 * (EXPERTS + PIECES) * (size - 1)
+        )
+        assert (other.dispatch.rows, other.combine.rows) == (sent[rank].sum(), returned[rank].sum())
+        for operation in "dispatch", "combine":
+            mine, its = getattr(one, operation), getattr(other, operation)
+            assert (mine.rows, mine.bytes) == (its.rows, its.bytes)
+            assert mine.header_bytes == its.header_bytes
+        assert other.copied_rows == one.copied_rows
+        assert np.array_equal(other.expert_rows, one.expert_rows)
+
+
+def test_pieces_have_about_equally_many_rows() -> None:
+    """No piece has more than the emptiest one and an expert together."""
+    skewed = np.random.default_rng(3).integers(0, 50, (1, EXPERTS)) ** 2
+    chosen = np.repeat(skewed, 2, axis=0).astype(np.int32)
+    for rank in range(2):
+        own = divided(Traffic(8, K, held_evenly(2)), rank, chosen, PIECES).own[:-1]
+        rows = np.bincount(own, 2 * skewed[0], PIECES + 1)[:PIECES]
+        assert rows.min() > 0
+        assert rows.max() <= rows.min() + 2 * skewed[0][own < PIECES].max()
+
+
+def test_layers_in_pieces_share_memory_that_is_allocated_once() -> None:
+    def rank(transport: ThreadTransport) -> Any:
+        buffers, places = Buffers(), []
+        traffic = Traffic(64, K, held_evenly(2))
+        layers = [in_pieces(transport, traffic, buffers) for _ in range(2)]
+
+        def experts(x: Any, ids: Any, weights: Any) -> Any:
+            places.append(x.ctypes.data)
+            return x.copy()
+
+        for tokens in (TOKENS, 1, TOKENS):
+            ids = uniform(transport.world.rank, tokens).astype(np.int32)
+            for layer in layers:
+                x = np.ones((tokens, 64), np.float32)
+                delta = layer.in_pieces(experts, x, ids, np.ones(ids.shape, np.float32))
+                assert (delta == K).all()
+        return places[PIECES:]  # the first call grows with each piece
+
+    for places in run_ranks(2, rank):
+        assert len(set(places)) == 1
 
 
 def test_a_token_goes_to_a_rank_once_and_headers_are_small() -> None:

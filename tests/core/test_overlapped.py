@@ -1,8 +1,9 @@
-"""Forwards in two halves on ranks that are threads: the bits of one process, and who decides."""
+"""Experts in pieces on ranks that are threads: the bits of one process, and who decides."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,15 +16,16 @@ from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.placement import Placer
 from lfm2kit.building.plan import Plan
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.host_exchange import PIECES
 from lfm2kit.measuring import exchanged
 from lfm2kit.model import JOINS, LFM2
-from lfm2kit.overlapped import Overlap, halves, of_a_layer
+from lfm2kit.overlapped import Overlap
 from lfm2kit.rewrites import rewritten
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.rewrites.trim import TRIM
 from lfm2kit.state import Room
-from lfm2kit.steps import Times, finished
 from lfm2kit.testing import ThreadTransport, run_ranks
+from lfm2kit.testing.threads import ThreadAside
 from lfm2kit.transport import Sent
 from tests.core.small import build, creator, random_weights, small_spec
 from tests.core.test_model import DeviceBackend
@@ -72,18 +74,7 @@ def test_logits_have_the_bits_of_one_process(size: int, rewrites: list[Any]) -> 
         assert empty.shape == (0, expected.shape[1])
 
 
-def test_logits_are_in_the_order_in_which_they_are_asked_for() -> None:
-    batch = Batch.of_sequences([[3, 1, 4], [1, 5], [9, 2, 6]])
-    batch = batch.unchecked(logits_rows=np.array([7, 0, 4, 2, 5, 0], np.int32))
-
-    def rank(transport: ThreadTransport) -> Any:
-        return built(transport).logits(batch)
-
-    for logits in run_ranks(2, rank):
-        assert np.array_equal(logits, build(small_spec()).logits(batch))
-
-
-def test_sequences_go_on_from_a_state_in_halves_too() -> None:
+def test_sequences_go_on_from_a_state_too() -> None:
     chunks = [[[3, 1], [4], [1, 5, 9]], [[2, 6, 5], [3], [5]], [[8], [9], [7]]]
 
     def steps(model: LFM2) -> list[Any]:
@@ -99,111 +90,92 @@ def test_sequences_go_on_from_a_state_in_halves_too() -> None:
         assert all(map(np.array_equal, logits, expected))
 
 
+def around_a_layer(name: str, spec: Spec, block: Block) -> Block:
+    return (lambda *inputs: block(*inputs)) if name == "layers.3" else block
+
+
 @pytest.mark.parametrize(
-    ("lengths", "expected"),
-    [
-        ([], ([], [])),
-        ([5], ([], [5])),
-        ([1, 9], ([1], [9])),
-        ([9, 1], ([9], [1])),
-        ([4, 4, 4, 4], ([4, 4], [4, 4])),
-        ([1, 1, 1, 9], ([1, 1, 1], [9])),
-    ],
+    "more", [{"wrap": around_a_layer}, {"plan": "device"}], ids=["a wrapper", "copies to the host"]
 )
-def test_halves_are_of_whole_sequences_and_about_as_many_tokens(
-    lengths: list[int], expected: tuple[list[int], list[int]]
-) -> None:
-    ids = iter(range(100))
-    batch = Batch.of_sequences([[next(ids) for _ in range(n)] for n in lengths])
-    parts = halves(batch)
-    assert tuple(np.diff(part.cu_seqlens).tolist() for part in parts) == expected
-    assert [i for part in parts for i in part.token_ids] == list(range(sum(lengths)))
-    for part in parts:
-        Batch(
-            part.token_ids, part.positions, part.cu_seqlens, part.pages, part.logits_rows,
-            part.max_seqlen,
-        )  # fmt: skip
+def test_whatever_is_around_an_moe_it_overlaps(more: dict[str, Any]) -> None:
+    def rank(transport: ThreadTransport) -> Any:
+        model = built(transport, backends={"device": DeviceBackend()}, **more)
+        assert model.overlap.is_on
+        return model.logits(share_of(transport.world.rank, 2))
+
+    for number, logits in enumerate(run_ranks(2, rank)):
+        assert np.array_equal(logits, build(small_spec()).logits(share_of(number, 2)))
 
 
-class Spied:
-    """An exchange of one half that tells of its calls; each can be made to wait for an event."""
+class Late(ThreadTransport):
+    """A transport some of whose messages beside the computation wait for an event.
 
-    def __init__(self, exchange: Any, said: str, events: list[str]) -> None:
-        self.exchange, self.said, self.events = exchange, said, events
-        self.waits: dict[str, threading.Event] = {}
+    In each layer there are two messages of counts, those of tokens, and those of products.
+    """
 
-    def dispatch(self, *inputs: Any) -> Any:
-        self.tell("dispatch")
-        return self.exchange.dispatch(*inputs)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.waits: dict[int, threading.Event] = {}
 
-    def combine(self, products: Any) -> Any:
-        self.tell("combine")
-        return self.exchange.combine(products)
+    def aside(self) -> ThreadAside:
+        aside = super().aside()
+        send, numbers = aside.all_to_all, iter(range(100))
 
-    def tell(self, operation: str) -> None:
-        if operation in self.waits:
-            assert self.waits[operation].wait(60), "the other half does not compute meanwhile"
-        self.events.append(f"{self.said} {operation}")
+        def late(*arguments: Any) -> Any:
+            event = self.waits.get(next(numbers))
+            assert event is None or event.wait(60), "nothing happens meanwhile"
+            return send(*arguments)
 
-
-def spied(model: LFM2, events: list[str]) -> dict[str, list[Spied]]:
-    """Replace the exchanges of a model by such as tell of their calls."""
-    spies = {}
-    for name, exchanges in model.exchanges.items():
-        spies[name] = [Spied(e, f"{name} {half}", events) for half, e in enumerate(exchanges)]
-        exchanges[:] = spies[name]  # type: ignore[index]
-    return spies
+        aside.all_to_all = late  # type: ignore[method-assign]
+        return aside
 
 
-def test_a_half_computes_while_the_others_tokens_travel() -> None:
-    """The first half's tokens do not come before the second half has been computed so far."""
+SECOND_TOKENS, FIRST_PRODUCTS = 3, 2 + PIECES
 
-    def rank(transport: ThreadTransport) -> list[str]:
-        events: list[str] = []
-        twice = {"router": threading.Event(), "experts": threading.Event()}
+
+def test_experts_compute_while_tokens_of_others_and_products_travel() -> None:
+    def rank(transport: Any) -> None:
+        computed = [threading.Event() for _ in range(PIECES)]
+        transport.waits = {SECOND_TOKENS: computed[0], FIRST_PRODUCTS: computed[1]}
+        calls = iter(computed)
 
         def wrap(name: str, spec: Spec, block: Block) -> Block:
-            layer, _, kind = name.rpartition(".")
-            if layer != "layers.3.feed_forward" or kind not in twice:
-                return block
-
             def called(*inputs: Any) -> Any:
-                events.append(kind)
-                if events.count(kind) == 2:
-                    twice[kind].set()
-                return block(*inputs)
+                result = block(*inputs)
+                next(calls).set()
+                return result
 
-            return called
+            return called if name == "layers.2.feed_forward.experts" else block
 
+        built(transport, wrap=wrap).logits(share_of(transport.world.rank, 2))
+
+    run_ranks(2, rank, make=Late)
+
+
+def test_a_rank_that_fails_does_not_wait_for_messages_under_way() -> None:
+    failed = threading.Event()
+
+    def rank(transport: Any) -> None:
+        def fails(*inputs: Any) -> Any:
+            raise RuntimeError("no more memory")
+
+        def wrap(name: str, spec: Spec, block: Block) -> Block:
+            is_here = transport.world.rank == 0 and name == "layers.2.feed_forward.experts"
+            return fails if is_here else block
+
+        if transport.world.rank == 1:
+            transport.waits = {SECOND_TOKENS: failed}
         model = built(transport, wrap=wrap)
-        _, first, _ = spied(model, [])["layers.3.feed_forward"]
-        first.waits = {"dispatch": twice["router"], "combine": twice["experts"]}
-        model.logits(share_of(transport.world.rank, 2))
-        return events
+        try:
+            model.logits(share_of(transport.world.rank, 2))
+        finally:
+            failed.set()
 
-    assert run_ranks(2, rank) == [["router", "router", "experts", "experts"]] * 2
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_all_ranks_exchange_in_the_same_order(size: int) -> None:
-    def rank(transport: ThreadTransport) -> list[str]:
-        events: list[str] = []
-        model = built(transport)
-        spied(model, events)
-        model.logits(share_of(transport.world.rank, size))
-        return events
-
-    first, *others = run_ranks(size, rank)
-    assert first == [
-        f"layers.{layer}.feed_forward {half} {operation}"
-        for layer in (2, 3)
-        for operation in ("dispatch", "combine")
-        for half in (1, 2)
-    ]
-    assert others == [first] * (size - 1)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        run_ranks(2, rank, make=Late)
 
 
-def test_what_halves_send_is_counted_together() -> None:
+def test_pieces_send_the_same_rows_as_a_whole() -> None:
     def rank(transport: ThreadTransport, overlap: str) -> Any:
         model = built(transport, overlap)
         exchanged.begin(model)
@@ -217,14 +189,22 @@ def test_what_halves_send_is_counted_together() -> None:
             rows = with_overlap[operation]["rows"], with_overlap[operation]["bytes"]
             assert rows == (without[operation]["rows"], without[operation]["bytes"])
         assert with_overlap["rows_by_expert"] == without["rows_by_expert"]
+        assert with_overlap["copied_rows"] == without["copied_rows"]
         assert with_overlap["counts"]["messages"] == [2, 2]
 
 
-def test_a_rank_that_fails_while_tokens_travel_ends_the_others_and_leaves_no_thread() -> None:
+@pytest.mark.parametrize("call", [1, 3], ids=["the first piece", "a later piece"])
+def test_a_rank_that_fails_while_tokens_travel_ends_the_others_and_leaves_no_thread(
+    call: int,
+) -> None:
     def rank(transport: ThreadTransport) -> Any:
+        calls = iter(range(1, 100))
+
         def wrap(name: str, spec: Spec, block: Block) -> Block:
             def fails(*inputs: Any) -> Any:
-                raise RuntimeError("no more memory")
+                if next(calls) == call:
+                    raise RuntimeError("no more memory")
+                return block(*inputs)
 
             is_here = transport.world.rank == 1 and name == "layers.3.feed_forward.experts"
             return fails if is_here else block
@@ -252,30 +232,68 @@ def test_a_rank_that_fails_while_tokens_travel_ends_the_others_and_leaves_no_thr
 def test_auto_decides_by_the_rank_that_waits_for_nobody_and_for_good(
     milliseconds: list[tuple[float, float]], is_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    note = Overlap.note
+
+    def noting(overlap: Any, computing: float, exchanging: float) -> None:
+        mine = milliseconds[overlap._transport.world.rank]
+        note(overlap, mine[0] / 1e3, mine[1] / 1e3)
+
+    monkeypatch.setattr(Overlap, "note", noting)
+
     def rank(transport: ThreadTransport) -> tuple[Any, list[Any]]:
-        model, mine = built(transport, "auto"), milliseconds[transport.world.rank]
+        model = built(transport, "auto")
         assert model.overlap.is_on is None
-        times = Times([mine[0] / 2e3] * 2, [mine[1] / 2e3] * 2)
-        monkeypatch.setattr(model.forward, "timed", lambda steps: (finished(steps), times))
         logits = [model.logits(share_of(transport.world.rank, 2)) for _ in range(3)]
-        return model.overlap, logits
+        return model.overlap.document(), logits
 
     (first, _), (second, _) = ranks = run_ranks(2, rank)
     assert first == second
-    assert first.is_on is is_on
-    assert (first.why is None) is is_on
+    assert first["is_on"] is is_on
+    assert (first["why"] is None) is is_on
     for number, (_, logits) in enumerate(ranks):
         expected = build(small_spec()).logits(share_of(number, 2))
         assert all(np.array_equal(one, expected) for one in logits)
 
 
 def test_a_layer_in_which_kernels_are_compiled_does_not_count() -> None:
-    times = Times([9.0, 9.0, 1.0, 2.0, 1.0, 2.0], [5.0, 5.0, 0.25, 0.5, 0.25, 0.5])
-    assert of_a_layer(times) == (3.0, 0.75)
+    def rank(transport: ThreadTransport) -> float | None:
+        overlap = Overlap("auto", transport=transport, layers=3)
+        for computing, exchanging in ((9.0, 0.0), (3.0, 1.0), (3.0, 1.0)):
+            assert overlap.is_on is None
+            overlap.note(computing, exchanging)
+        return overlap.share
+
+    assert run_ranks(2, rank) == [0.25, 0.25]
 
 
-def wrapping(name: str, spec: Spec, block: Block) -> Block:
-    return (lambda *inputs: block(*inputs)) if name == "layers.3" else block
+def test_the_first_forward_tells_experts_and_exchange_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a clock that nothing moves but experts, 5 s, and each half of an exchange, 1 s."""
+    now = [0.0]
+    noted: list[tuple[float, float]] = []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Overlap, "note", lambda self, *times: noted.append(times))
+
+    def taking(seconds: float, call: Any) -> Any:
+        def called(*inputs: Any) -> Any:
+            now[0] += seconds
+            return call(*inputs)
+
+        return called
+
+    def rank(transport: ThreadTransport) -> None:
+        def wrap(name: str, spec: Spec, block: Block) -> Block:
+            return taking(5, block) if name.endswith(".experts") else block
+
+        model = built(transport, "auto", wrap=wrap)
+        for exchange in model.exchanges.values():
+            exchange.dispatch = taking(1, exchange.dispatch)  # type: ignore[method-assign]
+            exchange.combine = taking(1, exchange.combine)  # type: ignore[method-assign]
+        model.logits(share_of(0, 1))
+
+    run_ranks(1, rank)
+    assert noted == [(5, 2)] * 2
 
 
 class Busy(ThreadTransport):
@@ -286,24 +304,20 @@ class Busy(ThreadTransport):
 
 
 @pytest.mark.parametrize(
-    ("make", "more", "why"),
-    [
-        (DeviceTransport, {"plan": "device"}, "tokens travel through a device's memory"),
-        (ThreadTransport, {"plan": "device"}, "layers.2.feed_forward cannot be left while"),
-        (ThreadTransport, {"wrap": wrapping}, "layers.3 cannot be left while tokens travel"),
-        (Busy, {}, "the transport cannot work beside a computation"),
-    ],
-    ids=["an exchange of a device", "copies to the host", "a wrapper", "a transport"],
+    ("make", "more"),
+    [(DeviceTransport, {"plan": "device"}), (Busy, {})],
+    ids=["an exchange of a device", "a transport"],
 )
 def test_where_it_is_not_possible_auto_is_off_and_on_says_why(
-    make: Any, more: dict[str, Any], why: str
+    make: Any, more: dict[str, Any]
 ) -> None:
     def rank(transport: ThreadTransport, overlap: str) -> Overlap:
         return built(transport, overlap, backends={"device": DeviceBackend()}, **more).overlap
 
+    why = "the exchange cannot work beside a computation"
     for overlap in run_ranks(2, partial(rank, overlap="auto"), make=make):
         assert overlap.is_on is False
-        assert why in str(overlap.why)
+        assert overlap.why == why
     with pytest.raises(Lfm2kitError, match=why):
         run_ranks(2, partial(rank, overlap="on"), make=make)
 

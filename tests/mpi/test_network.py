@@ -148,6 +148,15 @@ def test_a_rank_that_is_killed_on_a_node_ends_the_job_with_one_line(tmp_path: Pa
     assert done.stderr.startswith("lfm2kit: error: rank 1 on node1, ")
 
 
+@pytest.mark.parametrize("given", [{}, {"UCX_RNDV_SCHEME": "auto"}], ids=["ours", "the user's"])
+def test_large_messages_are_sent_both_ways_at_once_unless_the_user_says_how(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UCX_RNDV_SCHEME", raising=False)
+    done = on_network("printenv", "UCX_RNDV_SCHEME", given=["--nodes", "1"], variables=given)
+    assert done.stdout.strip() == given.get("UCX_RNDV_SCHEME", "get_zcopy")
+
+
 LONG = ["run", "-n", "128", "--batch-size", "1", "--backend", "reference", "--deadline", "2"]
 
 

@@ -78,7 +78,7 @@ owners = np.array(mine.owners[world.rank])
 for tokens in (0, 1, 17) if world.rank % 2 else (5, 0, 9):
     x = rng.normal(size=(tokens, H)).astype(np.float32)
     np.testing.assert_array_equal(block(x), alone(x) if tokens else x)
-    counted = block.exchanges[0].counted()
+    counted = block.exchange.counted()
     ranks = [set(owners[ids]) - {{world.rank}} for ids in alone.router(x)[0]]
     assert not {one} or not any(ranks)
     assert counted.dispatch.rows == sum(map(len, ranks))

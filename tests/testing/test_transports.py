@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfm2kit.host_exchange import Buffers, HostExchange
+from lfm2kit.exchange_round import Buffers
+from lfm2kit.host_exchange import ExchangeInPieces, HostExchange
 from lfm2kit.memory import Memory
 from lfm2kit.testing import (
     CheckFailed,
@@ -159,12 +160,19 @@ def test_a_transport_need_not_form_groups() -> None:
     run_ranks(2, check_transport, make=Plain)
 
 
+def returned_to(exchange: HostExchange, products: Any) -> tuple[Any, Any]:
+    """Return the products that came back, and the place of each pair among them."""
+    here = exchange._round
+    assert here is not None
+    returned, _ = exchange._transport.all_to_all(products, here._received[0])
+    return returned, here._routes.places
+
+
 class ByRank(HostExchange):
     """Adds a token's products in the order of their experts' ranks, not of k."""
 
     def combine(self, products: Any) -> Any:
-        places = self._home.places
-        returned, _ = self._transport.all_to_all(products, self._received)
+        returned, places = returned_to(self, products)
         tokens = np.argsort(places, axis=None)[: len(returned)] // places.shape[1]
         delta = np.zeros((len(places), products.shape[1]), np.float32)
         np.add.at(delta, tokens, returned)
@@ -208,11 +216,11 @@ class NotClearing(HostExchange):
     buffer: Any = None
 
     def combine(self, products: Any) -> Any:
-        returned, _ = self._transport.all_to_all(products, self._received)
-        tokens, k = self._home.places.shape
+        returned, places = returned_to(self, products)
+        tokens, k = places.shape
         if self.buffer is None or len(self.buffer) < tokens * k:
             self.buffer = np.full((tokens * k, products.shape[1]), np.float32(-0.0))
-        pairs = np.argsort(self._home.places, axis=None, kind="stable")[: len(returned)]
+        pairs = np.argsort(places, axis=None, kind="stable")[: len(returned)]
         self.buffer[pairs] = returned
         by_k = self.buffer[: tokens * k].reshape(tokens, k, products.shape[1])
         delta = by_k[:, 0].copy()
@@ -236,10 +244,33 @@ class LeavingPadding(HostExchange):
         return delta
 
 
-def offering(create: Callable[..., HostExchange]) -> type[ThreadTransport]:
+class Splitting(ExchangeInPieces):
+    """Gives each expert its rows in two calls."""
+
+    def in_pieces(self, experts: Any, *tokens: Any) -> Any:
+        def twice(*rows: Any) -> Any:
+            cuts = len(rows[0]) // 2
+            parts = [a[:cuts] for a in rows], [a[cuts:] for a in rows]
+            return np.concatenate([experts(*part) for part in parts])
+
+        return super().in_pieces(twice, *tokens)
+
+
+class Dropping(ExchangeInPieces):
+    """Leaves out the last token."""
+
+    def in_pieces(self, experts: Any, *tokens: Any) -> Any:
+        delta = super().in_pieces(experts, *(a[:-1] for a in tokens))
+        return np.r_[delta, delta[-1:]]
+
+
+def offering(create: type[HostExchange]) -> type[ThreadTransport]:
     class Offering(ThreadTransport):
         def exchange_in(self, memory: Memory) -> ExchangeOffer | None:
-            return ExchangeOffer(memory, lambda traffic: create(self, traffic, Buffers()))
+            more = {"aside": self.aside()} if issubclass(create, ExchangeInPieces) else {}
+            return ExchangeOffer(
+                memory, lambda traffic: create(self, traffic, buffers=Buffers(), **more)
+            )
 
     return Offering
 
@@ -254,6 +285,8 @@ def offering(create: Callable[..., HostExchange]) -> type[ThreadTransport]:
         (CountingOn, "rows .* came by expert, counted"),
         (NotClearing, "the products added in the order of k"),
         (LeavingPadding, "the products added in the order of k"),
+        (Splitting, r"the experts \[.*\] were called several times"),
+        (Dropping, "which are this rank's to compute"),
     ],
 )
 def test_a_broken_exchange_is_caught(broken: Any, says: str) -> None:

@@ -25,3 +25,8 @@ class Size(NamedTuple):
         lines = 2 * EXCHANGE.MOST_RANKS * EXCHANGE.LINE
         rows = (ranks + self.k) * self.tokens * self.hidden_size  # of tokens, and of products
         return WORD * (lines + rows + 2 * ranks * self.tokens * self.k)
+
+    def scratch_bytes(self, ranks: int) -> int:
+        """Return the bytes of a mailbox, of the rows that are handed out, and of their products."""
+        rows = ranks * self.tokens * self.k
+        return self.nbytes(ranks) + WORD * rows * (2 * self.hidden_size + 2)

@@ -49,7 +49,19 @@ class Meeting:
         self._seen: set[tuple[int, ...]] = set()  # tokens of all ranks in forwards up to now
 
     def offer(self, memory: Memory) -> ExchangeOffer:
-        return ExchangeOffer(memory, self.create, True, self.why_not, self.around)
+        return ExchangeOffer(
+            memory,
+            self.create,
+            is_capturable=True,
+            scratch_bytes=self.scratch_bytes,
+            why_not=self.why_not,
+            around=self.around,
+        )
+
+    def scratch_bytes(self, traffic: Traffic, tokens: int) -> int:
+        rounded = -(-tokens // MULTIPLE) * MULTIPLE
+        size = Size(rounded, traffic.num_experts_per_tok, traffic.hidden_size)
+        return size.scratch_bytes(self.world.size)
 
     def create(self, traffic: Traffic) -> PeerExchange:
         exchange = PeerExchange(self, self._created, traffic)

@@ -1,0 +1,219 @@
+"""One exchange of a layer in the host's memory: rows are packed, sent, put in order, and added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.routes import Division, Int32, Places
+from lfm2kit.transport import ExchangeCounts, Rows, Sent, Transport
+
+Floats = npt.NDArray[np.float32]
+
+# What stands for the product of an id of -1: added to any number, even to -0.0, it changes nothing.
+NOTHING = np.float32(-0.0)
+BAND = 64  # tokens whose products are added at once: their sums stay in a core's cache
+SPARE = 1 / 8  # of a buffer, so that calls of a few more rows need no other
+WORD = 4  # bytes of a number, whether it is of x, an id, a weight or a count
+
+
+class Buffers:
+    """Memory that the exchanges of all layers share, and that grows to the largest call."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Floats] = {}
+
+    def array(self, name: str, rows: int, columns: int) -> Floats:
+        """Return float32 [rows, columns], valid until the same name is asked for again."""
+        size = rows * columns
+        if name not in self._arrays or self._arrays[name].size < size:
+            self._arrays.pop(name, None)  # before the larger one is allocated
+            self._arrays[name] = np.empty(int(size * (1 + SPARE)), np.float32)
+        return self._arrays[name][:size].reshape(rows, columns)
+
+
+class Message(NamedTuple):
+    """The tokens that one rank sends to another: n rows of x, and then their ids and weights.
+
+    To a transport it is n rows of hidden_size + `headers(k)` numbers.
+    """
+
+    x: Floats  # [n, hidden_size]
+    expert_ids: Int32  # [n, k]; -1 for experts of other ranks
+    expert_weights: Floats  # [n, k]
+
+    @staticmethod
+    def headers(k: int) -> int:
+        """Return how many numbers go with each row of x."""
+        return 2 * k
+
+
+class Round:
+    """One exchange of a layer: a rank's tokens go to their experts, and the products come back.
+
+    Every rank calls what sends in the same order: `swap_chosen` if this divides the experts,
+    `swap_counts`, `send_tokens` for each piece, and `send_products` for each piece.
+    """
+
+    def __init__(
+        self, transport: Transport, tokens: Message, buffers: Buffers, counts: ExchangeCounts
+    ) -> None:
+        self._transport = transport
+        self._tokens = tokens
+        self._buffers = buffers
+        self._counts = counts
+        self._came: list[list[Message]] = []  # by piece and rank
+        self._received: list[list[int]] = []  # pairs that came, by piece and rank
+        (_, self._hidden_size), (_, self._k) = tokens.x.shape, tokens.expert_ids.shape
+        self._row = self._hidden_size + Message.headers(self._k)  # numbers that travel for a token
+
+    def swap_chosen(self) -> Int32:
+        """Return how often the tokens of each rank chose each expert, [ranks, num_experts]."""
+        ids, experts = self._tokens.expert_ids, len(self._counts.expert_rows)
+        mine = np.bincount(ids[ids >= 0], minlength=experts)
+        return self._swap([mine] * self._transport.world.size)
+
+    def divide(self, division: Division) -> None:
+        """Take the division of experts into pieces, by which the tokens are sent."""
+        self._division, self._routes = division, division.routes(self._tokens.expert_ids)
+
+    def swap_counts(self) -> None:
+        """Send each rank the numbers of rows that it will get, and make room for those to come."""
+        came = self._swap(np.transpose(self._routes.rows))
+        self._coming: list[list[int]] = came.T.tolist()  # rows, by piece and rank
+        self._room = self._buffers.array("received", int(came.sum()), self._row)
+
+    def _swap(self, numbers: npt.ArrayLike) -> Int32:
+        """Send each rank its numbers, of [ranks, n], and return those that came, [ranks, n]."""
+        rows = np.ascontiguousarray(numbers, np.int32)
+        each = [1] * len(rows)
+        return self._send(self._counts.counts, rows, each, each, header_bytes=WORD * rows.shape[1])
+
+    def send_tokens(self, piece: int) -> None:
+        """Send the tokens that need `piece` and none before it to the other ranks."""
+        counts, coming = self._routes.rows[piece], self._coming[piece]
+        words = self._packed(_parts(map(sum, self._routes.rows))[piece], counts)
+        into = self._room[_parts(map(sum, self._coming))[piece]]
+        headers = WORD * Message.headers(self._k)
+        self._send(self._counts.dispatch, words, counts, coming, into, headers)
+        messages = list(_messages(into, coming, self._hidden_size, self._k))
+        if piece == 0:
+            messages[self._division.rank] = self._own()
+        self._came.append(messages)
+
+    def _own(self) -> Message:
+        """Return what is not sent: all tokens, with this rank's experts."""
+        ids, rank = self._tokens.expert_ids, self._division.rank
+        return self._tokens._replace(
+            expert_ids=np.where(self._division.owners[ids] == rank, ids, -1)
+        )
+
+    def _packed(self, part: slice, counts: Sequence[int]) -> Floats:
+        """Return the messages to all ranks that consist of a `part` of all rows to be sent."""
+        ranks, rows = self._routes.ranks[part], self._routes.tokens[part]
+        all_ids = self._tokens.expert_ids[rows]
+        ids = np.where(self._division.owners[all_ids] == ranks[:, None], all_ids, -1)
+        words = self._buffers.array("own", len(rows), self._row)
+        messages = _messages(words, counts, self._hidden_size, self._k)
+        for message, one in zip(messages, _parts(counts), strict=True):
+            np.take(self._tokens.x, rows[one], axis=0, out=message.x, mode="clip")
+            message.expert_ids[:] = ids[one]
+            message.expert_weights[:] = self._tokens.expert_weights[rows[one]]
+        return words
+
+    def rows(self, piece: int) -> Rows:
+        """Return a row for each token and expert of `piece`, once its tokens have come.
+
+        They are in the order of ranks, pieces that the tokens came with, tokens and k.
+        """
+        messages = [
+            one for of_rank in zip(*self._came[: piece + 1], strict=True) for one in of_rank
+        ]
+        pairs = [np.nonzero(self._division.own[one.expert_ids] == piece) for one in messages]
+        counts = [len(rows) for rows, _ in pairs]
+        self._received.append(np.reshape(counts, (-1, piece + 1)).sum(axis=1).tolist())
+        ids = np.concatenate([m.expert_ids[p] for m, p in zip(messages, pairs, strict=True)])
+        weights = [m.expert_weights[p] for m, p in zip(messages, pairs, strict=True)]
+        x = self._buffers.array("rows", len(ids), self._hidden_size)
+        for message, (rows, _), part in zip(messages, pairs, _parts(counts), strict=True):
+            np.take(message.x, rows, axis=0, out=x[part], mode="clip")
+        self._counts.expert_rows += np.bincount(ids, minlength=len(self._counts.expert_rows))
+        return Rows(x, ids[:, None], np.concatenate(weights)[:, None])
+
+    def send_products(self, piece: int, products: Floats) -> None:
+        """Send the products of `piece`, in the order of its rows, to the ranks of their tokens."""
+        coming = self._routes.pairs
+        if piece == 0:  # all tokens have been sent, from memory that is now free
+            rows = sum(map(sum, coming)) + 1
+            self._returned = self._buffers.array("own", rows, self._hidden_size)
+        into = self._returned[_parts(map(sum, coming))[piece]]
+        counts, products = self._received[piece], np.ascontiguousarray(products)
+        self._send(self._counts.combine, products, counts, coming[piece], into)
+
+    def delta(self) -> Floats:
+        """Return the sum of each token's products, in the order of k, once all have come back."""
+        places, last = self._routes.places, len(self._returned) - 1
+        self._returned[last] = NOTHING
+        delta = _added(self._returned, places)
+        delta[(places == last).all(axis=1)] = 0
+        self._counts.copied_rows += len(self._routes.tokens) + int(np.sum(self._received)) + last
+        return delta
+
+    def _send(
+        self,
+        sent: Sent,
+        rows: npt.NDArray[Any],
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        into: npt.NDArray[Any] | None = None,
+        header_bytes: int = 0,
+    ) -> npt.NDArray[Any]:
+        """Exchange rows of which each rank knows how many come, and count them in `sent`."""
+        with self._waiting(sent):
+            received, _ = self._transport.all_to_all(rows, send_counts, receive_counts, into)
+        to_others = [n for rank, n in enumerate(send_counts) if rank != self._transport.world.rank]
+        sent.add(to_others, WORD * int(np.prod(rows.shape[1:])), header_bytes)
+        return received
+
+    def _waiting(self, sent: Sent) -> AbstractContextManager[None]:
+        return sent.waiting()
+
+
+class RoundBeside(Round):
+    """One exchange of a layer beside the computation, which waits somewhere else, or not at all."""
+
+    def _waiting(self, sent: Sent) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def _messages(words: Floats, counts: Sequence[int], hidden_size: int, k: int) -> Iterator[Message]:
+    """Yield each rank's message in `words`; writing into it writes there."""
+    for count, part in zip(counts, _parts(counts), strict=True):
+        ends = [count * hidden_size, count * (hidden_size + k)]
+        x, words_of_ids, weights = np.split(words[part].reshape(-1), ends)
+        ids, weights = words_of_ids.view(np.int32).reshape(count, k), weights.reshape(count, k)
+        yield Message(x.reshape(count, hidden_size), ids, weights)
+
+
+def _parts(counts: Iterable[int]) -> list[slice]:
+    """Return where the rows of each rank, or piece, are if they follow one another."""
+    counts = list(counts)
+    ends = list(accumulate(counts))
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def _added(products: Floats, places: Places) -> Floats:
+    """Return the sum over k, in order, of the products at `places` [tokens, k]."""
+    delta = np.empty((len(places), products.shape[1]), np.float32)
+    term = np.empty((BAND, products.shape[1]), np.float32)
+    for start in range(0, len(places), BAND):
+        sums, first, *others = delta[start : start + BAND], *places[start : start + BAND].T
+        np.take(products, first, axis=0, out=sums, mode="clip")
+        for place in others:
+            sums += np.take(products, place, axis=0, out=term[: len(sums)], mode="clip")
+    return delta
