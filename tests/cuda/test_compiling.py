@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lfm2kit_cuda import compiling, nvrtc
-from lfm2kit_cuda.compiling import SOURCES, architecture_name, compile_source
+from lfm2kit_cuda.compiling import SOURCES, architecture_name, compile_source, waits_for_previous
 
 from lfm2kit import progress
 from lfm2kit.errors import Lfm2kitError
@@ -23,6 +24,7 @@ HALVES = {
     "bf16": {"HALF": "BF16", "MMA_TYPE": '"bf16"', "GATED_SCALE": "1.0f"},
     "fp16": {"HALF": "F16", "MMA_TYPE": '"f16"', "GATED_SCALE": "0.015625f"},
 }
+WAYS = {"gemm90": 2}  # its warpgroups part before they wait: those that copy, those that multiply
 ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
 
 # Each source with the constants of LFM2-8B-A1B, and with odd ones where they change the code.
@@ -93,9 +95,63 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     compiling._announce.cache_clear()
 
 
+@pytest.fixture
+def made_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets the PTX of which machine code is made."""
+    texts, output = [], nvrtc._output
+
+    def kept(program: Any, what: str) -> bytes:
+        if what == "CUBIN":
+            texts.append(output(program, "PTX").decode())
+        return output(program, what)
+
+    monkeypatch.setattr(nvrtc, "_output", kept)
+    return texts
+
+
+@pytest.fixture(scope="module")
+def compiled_before() -> KernelCache:
+    """Return where the PTX of what compiles is kept from run to run, beside users' kernels."""
+    cache = KernelCache("cuda-tests")
+    cache.write("opened", b"")  # now, and not in the folder of a test
+    return cache
+
+
 @pytest.mark.parametrize(("stem", "constants", "architecture"), CASES)
-def test_kernels_compile(stem: str, constants: dict[str, Any], architecture: str) -> None:
-    assert compile_source(stem, architecture, constants).startswith(b"\x7fELF")
+def test_kernels_compile_and_wait_for_the_one_before_if_they_are_launched_early(
+    stem: str,
+    constants: dict[str, Any],
+    architecture: str,
+    compiled_before: KernelCache,
+    made_of: list[str],
+) -> None:
+    """On Hopper, as dependent.cuh promises.  What has compiled once is not compiled again."""
+    name = f"{Path(stem).name}-{compiling._key(stem, architecture, constants)}"
+    ptx = compiled_before.read(name)
+    if ptx is None:
+        assert compile_source(stem, architecture, constants).startswith(b"\x7fELF")
+        compiled_before.write(name, ptx := made_of[0].encode())
+    if waits_for_previous(stem) and architecture == "sm_90a":
+        kernels = kernels_in(ptx.decode())
+        assert kernels
+        for kernel, body in kernels.items():
+            assert body.count("griddepcontrol.wait") >= WAYS.get(stem, 1), kernel
+
+
+def kernels_in(text: str) -> dict[str, str]:
+    """Return the body of each kernel by name."""
+    parts = re.split(r"\.entry (\w+)\(", text)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_older_chips_have_nothing_to_wait_with(made_of: list[str]) -> None:
+    (stem, constants, _), *_ = (case for case in KERNELS if waits_for_previous(case[0]))
+    compile_source(stem, "sm_80", constants)
+    assert "griddepcontrol" not in made_of[0]
+
+
+def test_a_source_that_does_not_promise_is_not_launched_early() -> None:
+    assert not waits_for_previous("packing")
 
 
 def test_every_source_is_compiled_here() -> None:
@@ -184,7 +240,7 @@ def test_a_compilation_is_a_step_that_may_take_long(monkeypatch: pytest.MonkeyPa
     told: list[tuple[str, float]] = []
     mine.on_step = lambda: told.append((mine.now.name, mine.now.seconds))
     monkeypatch.setattr(progress, "THIS_PROCESS", mine)
-    nvrtc.compile_ptx("__global__ void nothing() {}", "nothing.cu", ("-arch=compute_90",))
+    nvrtc.compile_cubin("__global__ void nothing() {}", "nothing.cu", ("-arch=sm_90",))
     assert told == [
         ("compiling nothing.cu", progress.COMPILING), ("compiled nothing.cu", progress.DEADLINE)
     ]  # fmt: skip

@@ -42,15 +42,6 @@ def version() -> tuple[int, int]:
 
 def compile_cubin(source: str, name: str, options: Sequence[str]) -> bytes:
     """Return the machine code of `source`.  Raise CompileError with the log if it has errors."""
-    return _compile(source, name, options, "CUBIN")
-
-
-def compile_ptx(source: str, name: str, options: Sequence[str]) -> bytes:
-    """Return the PTX of `source` for a virtual architecture (`compute_90`): to be read, not run."""
-    return _compile(source, name, options, "PTX")
-
-
-def _compile(source: str, name: str, options: Sequence[str], output: str) -> bytes:
     progress.step(f"compiling {name}", progress.COMPILING)
     library, program = _library(), ctypes.c_void_p()
     _check(
@@ -67,7 +58,7 @@ def _compile(source: str, name: str, options: Sequence[str], output: str) -> byt
             log = _output(program, "ProgramLog").rstrip(b"\0").decode().strip()
             raise CompileError(log) if status == COMPILATION_ERROR else _unknown_option(log)
         _check(status, "nvrtcCompileProgram")
-        return _output(program, output)
+        return _output(program, "CUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
