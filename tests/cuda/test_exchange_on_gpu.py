@@ -94,6 +94,20 @@ def test_two_ranks_have_the_bits_of_one(
     assert not [note for note in record["notes"] if "captured" in note]
 
 
+@pytest.mark.parametrize("captured", ["0", "1"])
+def test_two_ranks_over_nccl_have_the_bits_of_one(captured: str, tmp_path: Path) -> None:
+    pytest.importorskip("lfm2kit_nccl", reason="the exchange over NCCL is a plugin")
+    if devices() < 2:
+        pytest.skip("it takes two GPUs: NCCL refuses two ranks on one")
+    words = ("-n", "24", "--batch-size", "4")
+    one, _ = outputs_of([{"CUDA_VISIBLE_DEVICES": "0"}], tmp_path, *words)
+    variables = {"CUDA_VISIBLE_DEVICES": "0,1", "LFM2KIT_NCCL_CAPTURED": captured}
+    nccl = ("--transport", "nccl", "--exchange", "device")
+    two, record = outputs_of([variables] * 2, tmp_path, *words, *nccl)
+    assert one == two
+    assert record["exchange"]["memory"].startswith("lfm2kit_cuda:")
+
+
 def test_the_exchange_keeps_the_contract(visible: list[dict[str, str]]) -> None:
     if visible[0] != visible[1]:
         pytest.skip("the check gives all ranks the same variables")

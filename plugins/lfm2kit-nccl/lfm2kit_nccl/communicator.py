@@ -1,0 +1,71 @@
+"""NCCL's communicator among the ranks of a transport, by CuPy."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import cupy
+import numpy as np
+
+from lfm2kit.memory import Array, Memory
+from lfm2kit.ranks.agreement import Refusal, agree
+from lfm2kit.transport import Transport
+from lfm2kit_nccl.exchange import Communicator
+
+# NVLink multicast is not there on every machine, and buffers that are registered for a graph would
+# have to be captured by all ranks together.
+SETTINGS = {"NCCL_NVLS_ENABLE": "0", "NCCL_GRAPH_REGISTER": "0"}
+ID_BYTES = 128
+
+
+class Nccl:
+    """All operations are enqueued in the current stream, and can be captured."""
+
+    arrays = cupy
+
+    def __init__(self, size: int, unique_id: tuple[int, ...], rank: int) -> None:
+        self._size = size
+        self._nccl: Any = cupy.cuda.nccl.NcclCommunicator(size, unique_id, rank)
+
+    def all_gather(self, array: Array) -> Array:
+        array = cupy.ascontiguousarray(array)
+        everyones = cupy.empty((self._size, *array.shape), array.dtype)
+        self._nccl.allGather(
+            array.data.ptr, everyones.data.ptr, array.nbytes, cupy.cuda.nccl.NCCL_UINT8,
+            cupy.cuda.get_current_stream().ptr,
+        )  # fmt: skip
+        return everyones
+
+    def swap(self, blocks: Array) -> Array:
+        blocks = cupy.ascontiguousarray(blocks)
+        came, stream = cupy.empty_like(blocks), cupy.cuda.get_current_stream().ptr
+        nbytes, unit = blocks[0].nbytes, cupy.cuda.nccl.NCCL_UINT8
+        cupy.cuda.nccl.groupStart()
+        for peer in range(self._size):
+            self._nccl.send(blocks[peer].data.ptr, nbytes, unit, peer, stream)
+            self._nccl.recv(came[peer].data.ptr, nbytes, unit, peer, stream)
+        cupy.cuda.nccl.groupEnd()
+        return came
+
+
+def connected(transport: Transport, memory: Memory) -> tuple[Communicator | None, str | None]:
+    """Return a communicator among the ranks, or why this one has none; every rank calls this."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    reason = None if cupy.cuda.nccl.available else "CuPy finds no NCCL; install nvidia-nccl-cu13"
+    if agree(transport, {} if reason is None else Refusal(reason)) is not None:
+        return None, reason
+    try:
+        with cupy.cuda.Device(int(memory.name.rpartition(":")[2])):
+            return Nccl(transport.world.size, _id_of_first(transport), transport.world.rank), None
+    except cupy.cuda.nccl.NcclError as error:
+        return None, f"NCCL says {error}"
+
+
+def _id_of_first(transport: Transport) -> tuple[int, ...]:
+    """Return on every rank the id that rank 0 has made."""
+    size, is_first = transport.world.size, transport.world.rank == 0
+    mine = np.array(cupy.cuda.nccl.get_unique_id() if is_first else [0] * ID_BYTES, np.int16)
+    everyones, _ = transport.all_to_all(np.tile(mine, (size, 1)), [1] * size, [1] * size)
+    return tuple(everyones[0].tolist())

@@ -1,0 +1,85 @@
+"""The exchange on NumPy arrays, between ranks that are threads; on GPUs only its arrays differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from lfm2kit_nccl.exchange import Meeting
+from lfm2kit_nccl.transport import NcclTransport
+
+from lfm2kit.memory import HostMemory
+from lfm2kit.testing import ThreadTransport, check_exchange, check_transport, run_ranks
+from lfm2kit.testing.verdicts import CheckFailed
+from lfm2kit.transport import World
+
+
+class Gpu(HostMemory):
+    """A memory by the name of a GPU's, which consists of NumPy arrays."""
+
+    name = "lfm2kit_cuda:0"
+
+
+class Between:
+    """A communicator between threads."""
+
+    arrays = np
+
+    def __init__(self, transport: ThreadTransport) -> None:
+        self._transport = transport
+
+    def all_gather(self, array: Any) -> Any:
+        return np.stack(self._transport.everyones(array.copy()))
+
+    def swap(self, blocks: Any) -> Any:
+        rank = self._transport.world.rank
+        return np.stack([theirs[rank] for theirs in self._transport.everyones(blocks.copy())])
+
+
+def over(transport: ThreadTransport, why_not: str | None = None) -> NcclTransport:
+    """Return the transport of a rank, with a communicator between threads or without one."""
+    memory, made = Gpu(), NcclTransport(transport)
+
+    def connect(transport: Any, memory: Any) -> Any:
+        return (Between(transport), None) if why_not is None else (None, why_not)
+
+    made._meetings[memory.name] = Meeting(transport, memory, connect)
+    return made
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_exchange_keeps_the_contract(size: int) -> None:
+    run_ranks(size, lambda transport: check_exchange(over(transport), Gpu()))
+
+
+def test_the_transport_keeps_the_contract() -> None:
+    run_ranks(3, lambda transport: check_transport(over(transport)), nodes=[0, 0, 1])
+
+
+def test_blocks_in_other_memories_exchange_through_the_host() -> None:
+    def rank(transport: ThreadTransport) -> None:
+        assert over(transport).exchange_in(HostMemory()) is None
+        check_exchange(over(transport))
+
+    run_ranks(2, rank)
+
+
+def test_a_forward_is_captured_only_if_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rank(transport: ThreadTransport) -> bool:
+        offer = over(transport).exchange_in(Gpu())
+        assert offer is not None
+        return offer.is_capturable
+
+    assert run_ranks(2, rank) == [False, False]
+    monkeypatch.setenv("LFM2KIT_NCCL_CAPTURED", "1")
+    assert run_ranks(2, rank) == [True, True]
+
+
+def test_a_rank_without_nccl_says_so() -> None:
+    def rank(transport: ThreadTransport) -> World:
+        with pytest.raises(CheckFailed, match="cannot use the exchange: CuPy finds no NCCL"):
+            check_exchange(over(transport, "CuPy finds no NCCL"), Gpu())
+        return transport.world
+
+    assert len(run_ranks(2, rank)) == 2
