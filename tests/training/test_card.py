@@ -1,0 +1,57 @@
+"""The model card says what the record says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training import card
+
+RECORD: dict[str, Any] = {
+    "data": {"novels": [5049892, 1585418], "held_out_novels": [159075, 49944]},
+    "parameters": 4934112,
+    "bits_per_byte": {"all": 1.31, "held_out_speeches": 1.21, "held_out_novels": 1.47},
+    "experts": [{"layer": 2, "shares": [0.25] * 4, "top_over_mean": 1.37, "bias_std": 0.12}],
+    "samples": ["It is a truth {that}\n\nthe captain"],
+    "command": "python -m training.train --tokens 41e6",
+    "hardware": "a GPU, torch 2",
+    "seconds": 90,
+    "tokens": 41000000,
+    "curve": [[1000000, 4.0, 1.9], [41000000, 3.0, 1.3111]],
+}
+INPUTS = {
+    "count": 128,
+    "length": 16,
+    "candidates": 144,
+    "gap_rule": 1e-4,
+    "least_gap": 1.1e-4,
+    "least_margin": 6e-3,
+}
+
+
+def test_the_card_says_what_was_measured() -> None:
+    text = card.render(RECORD)
+    for said in (
+        "**1.31 bits per byte**",
+        "1.47 for novels, 1.21 for speeches",
+        "4.93 M parameters",
+        "    python -m training.train --tokens 41e6",
+        "a GPU, torch 2; 1.5 minutes; 41.0 M tokens",
+        "| novels | 5,049,892 | 1,585,418 |",
+        "| 41.00 | 3.000 | 1.311 |",
+        "| 2 | 1.37 | 0.12 |",
+        "> It is a truth {that} the captain",
+        "CC0 1.0",
+    ):
+        assert said in text
+
+
+def test_inputs_are_added_later(tmp_path: Path) -> None:
+    card.write(tmp_path, RECORD)
+    assert "There are none yet" in (tmp_path / "README.md").read_text()
+    card.add(tmp_path, inputs=INPUTS)
+    text = (tmp_path / "README.md").read_text()
+    assert "128 beginnings of held-out paragraphs, 16 tokens each, of 144" in text
+    assert "closer than 1.1e-04" in text
+    assert json.loads((tmp_path / "training.json").read_text()) == RECORD | {"inputs": INPUTS}

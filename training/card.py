@@ -1,0 +1,74 @@
+"""Writes the model card, README.md, from the record of a training, training.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+RECORD = "training.json"
+TEMPLATE = Path(__file__).with_name("card.md")
+
+
+def write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write a record and its card into a checkpoint's folder."""
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "README.md").write_text(render(record))
+
+
+def add(folder: Path, **more: Any) -> None:
+    """Add facts to the record in a checkpoint's folder, and write its card anew."""
+    write(folder, json.loads((folder / RECORD).read_text()) | more)
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """Return the card of a record, in Markdown."""
+    bits = record["bits_per_byte"]
+    return TEMPLATE.read_text().format(
+        parameters=f"{record['parameters'] / 1e6:.2f}",
+        all=bits["all"],
+        novels=bits["held_out_novels"],
+        speeches=bits["held_out_speeches"],
+        command=record["command"],
+        hardware=record["hardware"],
+        minutes=f"{record['seconds'] / 60:.1f}",
+        tokens=f"{record['tokens'] / 1e6:.1f}",
+        data=_table(("part", "bytes", "tokens"), _data_rows(record["data"])),
+        curve=_table(("M tokens", "training loss", "held out"), _curve_rows(record["curve"])),
+        experts=_table(
+            ("layer", "top load / mean", "std of the bias"),
+            ((e["layer"], e["top_over_mean"], e["bias_std"]) for e in record["experts"]),
+        ),
+        samples="\n\n".join(f"> {' '.join(s.split())}" for s in record["samples"]),
+        inputs=_inputs(record.get("inputs")),
+    )
+
+
+def _data_rows(data: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    for name, (nbytes, tokens) in data.items():
+        yield name.replace("_", " "), f"{nbytes:,}", f"{tokens:,}"
+
+
+def _curve_rows(curve: Iterable[Any]) -> Iterable[tuple[str, str, str]]:
+    for tokens, loss, bits in curve:
+        yield f"{tokens / 1e6:.2f}", f"{loss:.3f}", f"{bits:.3f}"
+
+
+def _inputs(inputs: Mapping[str, Any] | None) -> str:
+    if inputs is None:
+        return "There are none yet; `python -m training.answers` makes them."
+    return (
+        f"`inputs.bin` has {inputs['count']} beginnings of held-out paragraphs, {inputs['length']} "
+        f"tokens each, of {inputs['candidates']} that were tried. `answers.bin` has transformers' "
+        f"logits in float64, stored as float32. For no token are the scores of the last expert "
+        f"taken and the first one not taken closer than {inputs['least_gap']:.1e}, so rounding "
+        f"cannot choose another expert (paragraphs with a gap below {inputs['gap_rule']:.0e} were "
+        f"left out). The two highest logits differ by at least {inputs['least_margin']:.1e}."
+    )
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    names = list(head)
+    lines = [names, ["---"] * len(names), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
