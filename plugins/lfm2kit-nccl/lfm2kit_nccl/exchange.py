@@ -62,7 +62,9 @@ class Meeting:
 
     def offer(self) -> ExchangeOffer:
         is_captured = os.environ.get(CAPTURED) == "1"
-        return ExchangeOffer(self.memory, self.create, is_captured, self.why_not, self.around)
+        return ExchangeOffer(
+            self.memory, self.create, is_captured, why_not=self.why_not, around=self.around
+        )
 
     def create(self, traffic: Traffic) -> GatheringExchange:
         return GatheringExchange(self, traffic)
