@@ -26,4 +26,5 @@ if [ "${1:-}" = --long ]; then
 fi
 # Two workers share the cores: idle threads must sleep, not spin.
 export OMP_WAIT_POLICY=PASSIVE
-python -m pytest -n 2 --dist loadfile "${chosen[@]}" "$@"
+# In the order of tests/conftest.py, and not the files with most tests first.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${chosen[@]}" "$@"

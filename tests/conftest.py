@@ -18,6 +18,22 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files whose tests take longest.  They begin first: else one of two workers would have none left to
+# begin while the other is in the midst of such a file.
+LONGEST = (
+    "tests/mpi/",
+    "tests/cpu_simd/test_compiling.py",
+    "tests/cuda/test_compiling.py",
+    "tests/cuda/test_emulated",
+    "tests/plugins/test_installed.py",
+    "tests/conformance/test_mixtures.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Run commands in this process."""

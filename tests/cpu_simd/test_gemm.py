@@ -88,9 +88,9 @@ def test_a_product_writes_all_of_its_result_and_nothing_behind_it(rows: int, thr
     columns, k = 3 * NR + 5, STRETCH + 3
     (w,) = matrices(rng, 1, (columns, k), BF16)
     x = rng.standard_normal((rows, k)).astype(np.float32)
-    memory = BUFFERS.array("poisoned", rows + 1, columns)
+    memory = BUFFERS.array("projected", rows + 1, columns)
     memory[:] = np.nan
-    assert_close(linear(x, pack([[w]]), columns, buffer="poisoned"), slow(x, [0, rows], [w]))
+    assert_close(linear(x, pack([[w]]), columns, buffer="projected"), slow(x, [0, rows], [w]))
     assert np.isnan(memory[rows]).all()
 
 
