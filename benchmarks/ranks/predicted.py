@@ -6,9 +6,10 @@
         --ranks 1,2 --layouts dp,ep -n 16,32,64,128 --threads 0 --out DIR
 
 For each number of ranks and each link: a calibration, and then runs with other token ids, all with
-as many threads a rank.  Links are those of `scripts/network.py`, with a rank on each node; `here`
-is this machine without any.  Experts are placed by a load that one process records, with ids of
-its own.  What was calibrated or run is kept in DIR, and is not done again.
+as many threads a rank.  With --alone there is only the calibration of one rank, and links are given
+by name.  Links are those of `scripts/network.py`, with a rank on each node; `here` is this machine
+without any.  Tokens choose experts by a load that one process records, with ids of its own.  What
+was calibrated or run is kept in DIR, and is not done again.
 
 Prints a table of seconds: predicted, measured, and both by part, of an average rank.  The 2, 4, 8
 and 16 ranks of --bytes run the embedded model, and their messages are compared with those that
@@ -39,6 +40,7 @@ from lfm2kit.simulating.routing import RoutingRecorder
 
 NETWORK = Path(__file__).resolve().parents[2] / "scripts" / "network.py"
 HERE, NO_LIMIT = "here", "none"
+KERNEL = "5gbit"  # what is copied through the kernel of two cores without a limit: `links.py`
 LENGTH = 16  # tokens of a sample
 RUN_SEED, LOAD_SEED = 0, 1  # of token ids
 LOAD_SAMPLES = 64
@@ -75,24 +77,25 @@ class Bench:
         return self._made(path, command, ranks, link)
 
     def predicted(self, case: Case) -> dict[str, Any]:
-        rates = ["--rates", str(self.calibration(case.ranks, case.link))]
-        load = ["--load", str(self.load())]  # where it places no expert, tokens choose by it
         per_node = case.ranks if case.link == HERE else 1
-        asked = f"ranks={case.ranks},n={case.n},per-node={per_node},tokens={LENGTH}"
-        command = ["plan", *self._common, *rates, *load, "--simulate", asked, "--json", "-"]
+        asked = f"ranks={case.ranks},n={case.n},per-node={per_node},tokens={LENGTH},placement=order"
+        if self._asked.alone and case.link != HERE:
+            asked += f",link={KERNEL if case.link == NO_LIMIT else case.link}"
+        of = (1, HERE) if self._asked.alone else (case.ranks, case.link)
+        files = ["--rates", str(self.calibration(*of)), "--load", str(self.load())]
+        command = ["plan", *self._common, *files, "--simulate", asked, "--json", "-"]
         done = subprocess.run(_lfm2kit(command), stdout=subprocess.PIPE, check=True)
         jobs = json.loads(done.stdout)["jobs"]
         return next(job for job in jobs if job["layout"] == case.layout or case.ranks == 1)
 
     def measured(self, case: Case) -> list[dict[str, Any]]:
         """Return what some runs of a case have written."""
-        load = ["--load", str(self.load())] if case.layout == "ep" and case.ranks > 1 else []
         how = ["--parallel", case.layout, "--overlap", "off"] if case.ranks > 1 else []
         ids = f"--random-inputs {LENGTH} -n {case.n} --batch-size {case.n} --seed {RUN_SEED}"
         found = []
         for number in range(self._asked.repetitions):
             path = self._folder / f"run-{'-'.join(map(str, case))}-{number}.json"
-            run = ["run", *self._common, *ids.split(), *load, *how, "-w", "--json", str(path)]
+            run = ["run", *self._common, *ids.split(), *how, "-w", "--json", str(path)]
             self._made(path, [*run, *_ranks(case.ranks)], case.ranks, case.link)
             found.append(json.loads(path.read_text()))
         return found
@@ -217,6 +220,7 @@ def main() -> None:
     parser.add_argument("--layouts", default="ep")
     parser.add_argument("-n", default="16,64")
     parser.add_argument("-r", "--repetitions", type=int, default=3, help="runs of each case")
+    parser.add_argument("--alone", action="store_true", help="calibrate one rank, and name links")
     parser.add_argument("--only", help="cases that have all of these, such as 2,200mbit")
     asked = parser.parse_args()
     if asked.bytes is not None:

@@ -35,7 +35,8 @@ PAGE = Room(0).page_tokens
 SIMULATE = (
     "Predict jobs of many ranks instead, from what lfm2kit calibrate measured, such as "
     f"{EXAMPLE}: 1..256 are powers of two, 1/2/6 is a list. Also latency=20us, tokens=16 of a "
-    "sample, memory=24GB of a rank, and overlap=0.8, the share of an exchange that is hidden."
+    "sample, memory=24GB of a rank, overlap=0.8, the share of an exchange that is hidden, and "
+    "placement=order, for a load by which tokens choose experts, but no expert is placed."
 )
 
 

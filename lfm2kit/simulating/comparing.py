@@ -14,7 +14,7 @@ from lfm2kit.ranks.groups import DP, EP, Grouping, groupings
 from lfm2kit.rewrites import OwnersOf
 from lfm2kit.simulating.jobs import Job, Layout
 from lfm2kit.simulating.predicting import Machine, Parts, Predicted, predict
-from lfm2kit.simulating.request import Request
+from lfm2kit.simulating.request import IN_ORDER, Request
 from lfm2kit.simulating.routing import Routing, drawn
 from lfm2kit.transport import World
 
@@ -99,8 +99,8 @@ class Simulation:
             yield Simulated(ranks, n, name, predicted, fits)
 
     def _owners_of(self, size: int) -> OwnersOf | None:
-        """Return who holds which expert in groups of a size: by the load, as in a run."""
-        if self.load is None or size == 1:
+        """Return who holds which expert in groups of a size: by the load, or in order."""
+        if self.load is None or size == 1 or self.request.placement == IN_ORDER:
             return None
         return owners_by(self.load, size, self.replicas)
 

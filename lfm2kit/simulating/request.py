@@ -18,6 +18,7 @@ MOST_TOKENS = 2**18  # of all samples
 MOST_JOBS = 4096  # numbers of ranks times numbers of samples
 BITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+BY_LOAD, IN_ORDER = "load", "order"
 NUMBERS = "numbers such as 4, 1/2/4 or 1..64, which are the powers of two from 1 to 64"
 
 
@@ -33,6 +34,7 @@ class Request:
     tokens: int = 16  # of each sample
     overlap: float = 0.0  # share of an exchange that is hidden where there is enough to compute
     memory: int | None = None  # bytes that a rank may take for weights
+    placement: str = BY_LOAD  # of experts on ranks, if there is a load; the others need none
 
 
 def parsed(text: str) -> Request:
@@ -128,6 +130,12 @@ def _memory(item: str, value: str) -> int:
         raise _wrong(item, "expected a size, such as 24GB or 24GiB") from None
 
 
+def _placement(item: str, value: str) -> str:
+    if value not in (BY_LOAD, IN_ORDER):
+        raise _wrong(item, f"expected {BY_LOAD}, or {IN_ORDER} for experts in order of their ids")
+    return value
+
+
 READ: dict[str, Callable[[str, str], Any]] = {
     "ranks": partial(_numbers, MOST_RANKS),
     "per-node": partial(_whole, MOST_RANKS),
@@ -137,4 +145,5 @@ READ: dict[str, Callable[[str, str], Any]] = {
     "tokens": partial(_whole, MOST_TOKENS),
     "overlap": _share,
     "memory": _memory,
+    "placement": _placement,
 }

@@ -18,7 +18,7 @@ def test_a_range_is_the_powers_of_two_in_it_and_a_list_is_what_it_says() -> None
 
 
 def test_everything_else_has_a_default() -> None:
-    assert parsed("ranks=1,n=1") == Request((1,), (1,), 1, None, None, 16, 0.0, None)
+    assert parsed("ranks=1,n=1") == Request((1,), (1,), 1, None, None, 16, 0.0, None, "load")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,7 @@ def test_everything_else_has_a_default() -> None:
         ("overlap=0.8", {"overlap": 0.8}),
         ("memory=24GB", {"memory": 24_000_000_000}),
         ("per-node=4", {"per_node": 4}),
+        ("placement=order", {"placement": "order"}),
     ],
 )
 def test_units_are_those_that_people_write(text: str, request_: dict[str, object]) -> None:
@@ -69,6 +70,7 @@ def test_units_are_those_that_people_write(text: str, request_: dict[str, object
         ("ranks=2,n=1024,tokens=1024", "262144: n=256"),
         ("ranks=2,n=1,overlap=1.5", "expected a share from 0 to 1"),
         ("ranks=2,n=1,overlap=-1", "expected a share from 0 to 1"),
+        ("ranks=2,n=1,placement=best", "'placement=best': expected load, or order"),
         ("ranks=2,n=1,memory=24", "expected a size, such as 24GB"),
     ],
 )
