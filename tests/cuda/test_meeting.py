@@ -235,6 +235,8 @@ def test_a_forward_that_fails_on_the_host_ends_the_waits_of_its_kernels(world: W
         with pytest.raises(ZeroDivisionError), meeting.around(4):
             raise ZeroDivisionError
         assert meeting.mailboxes._words[0] == 1
+        with meeting.around(4):  # no kernel has seen it
+            assert meeting.mailboxes._words[0] == 0
 
     run_ranks(RANKS, rank)
 
