@@ -194,7 +194,7 @@ def replicated(ranks: int, experts: int) -> Owners:
 @pytest.mark.parametrize(
     ("owners", "most", "slots", "calls"),
     [
-        (held_once(evenly(2, 12), 2), 5, 5, 20),
+        (held_once(evenly(2, 12), 2), 5, 5, 40),
         (held_once(evenly(2, 33), 2), 9, 6, 8),  # a smaller forward than the largest
         (held_once(evenly(3, 12), 3), 4, 4, 12),
         (held_once([0, 0, 0, 2, 2], 3), 3, 3, 8),  # one rank has none
@@ -297,8 +297,10 @@ FAULTS = {  # what is there, and what is put in its place
 def with_a_late_rank(program: Path, deadline: float) -> None:
     """Rank 2 has nothing for the others in every second call, and rank 0 takes its rows late."""
     owners, rng = held_once(evenly(3, 12), 3), np.random.default_rng(0)
-    given = [[tokens_of(rng, n, 12) for n in (4, 3, 4 * (call % 2))] for call in range(9)]
-    assert_right(ran(program, owners, given, most=4, late=0, deadline=deadline), owners, given, 4)
+    given = [[tokens_of(rng, n, 12) for n in (4, 3, 4 * (call % 2))] for call in range(6)]
+    assert_right(
+        ran(program, owners, given, most=4, late=0, deadline=deadline, ctas=2), owners, given, 4
+    )
 
 
 def test_a_rank_that_takes_its_rows_late_finds_them(exchange: Path) -> None:
