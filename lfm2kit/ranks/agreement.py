@@ -51,7 +51,7 @@ class JointError(Lfm2kitError):
 def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:
     """Return None if every rank reports the same facts, else the same refusal on every rank.
 
-    This is collective: every rank of the job calls it once, before any other operation.
+    This is collective: every rank of the job calls it, first before any other operation.
     """
     reports = on_first(transport, json.dumps(_packed(report)))
     refusal = None if reports is None else compared([_unpacked(r) for r in reports])

@@ -6,6 +6,7 @@ Their GPUs are a CuPy over NumPy arrays, and the ranks threads, which all see th
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from lfm2kit_cuda.exchange_size import Size
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.progress import COMPILING, THIS_PROCESS
 from lfm2kit.testing import ThreadTransport, run_ranks
-from lfm2kit.transport import ExchangeError, Traffic, evenly, held_once
+from lfm2kit.transport import ExchangeError, ExchangesOver, Traffic, evenly, held_once
 from tests.cuda import late_cupy
 
 RANKS, EXPERTS, K, WIDTH = 3, 12, 2, 8
@@ -235,8 +236,34 @@ def test_a_forward_that_fails_on_the_host_ends_the_waits_of_its_kernels(world: W
         with pytest.raises(ZeroDivisionError), meeting.around(4):
             raise ZeroDivisionError
         assert meeting.mailboxes._words[0] == 1
+        with meeting.around(4):  # no kernel has seen it
+            assert meeting.mailboxes._words[0] == 0
 
     run_ranks(RANKS, rank)
+
+
+def test_a_memory_has_one_meeting_for_the_ranks_of_a_transport() -> None:
+    with late_cupy.loaded("memory") as (module,):
+        memory = module.memory_of(1)
+        assert isinstance(memory, ExchangesOver)
+
+        def rank(transport: ThreadTransport) -> None:
+            first, again = (memory.exchange_over(transport) for _ in range(2))
+            assert (first.memory, first.is_capturable) == (memory, True)
+            assert first.create.__self__ is again.create.__self__
+            other = memory.exchange_over(transport.group([transport.world.rank]))
+            assert other.create.__self__ is not first.create.__self__
+
+        run_ranks(2, rank)
+
+
+def test_ranks_share_a_gpu_only_if_they_are_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    with late_cupy.loaded("memory") as (module,):
+        monkeypatch.setattr(module, "identity", lambda device: f"number {device}")
+        memory = module.memory_of(1)
+        assert memory.unit() == "the GPU number 1"
+        monkeypatch.setenv("LFM2KIT_CUDA_SHARED", "1")
+        assert memory.unit() == f"the GPU number 1, shared by process {os.getpid()}"
 
 
 PARAMETERS = re.compile(

@@ -46,7 +46,11 @@ class Mailboxes:
         return float(self._words[DEADLINE:].view(np.float32)[0])
 
     def begin(self, deadline: float) -> None:
-        """Set the deadline, which kernels read while they wait, captured ones as well."""
+        """Begin a forward: set the deadline, which kernels read while they wait, captured ones too.
+
+        If the host gave up in a forward before, and no kernel has seen that, nothing is lost.
+        """
+        self._words[GAVE_UP] = 0
         self._words[DEADLINE:].view(np.float32)[0] = deadline
 
     def give_up(self) -> None:

@@ -1,11 +1,12 @@
 // Exchanges tokens between ranks with the kernels of exchange.cu on the host.  A rank is a process with
 // a host thread for each CUDA thread, and pauses now and then:
 //
-//     exchange RANKS MOST SLOTS K H EXPERTS CALLS CTAS THREADS DEADLINE FIRST ABSENT LATE SEED
-//         < ARRAYS
+//     exchange RANKS MOST SLOTS K H EXPERTS CALLS CTAS THREADS DEADLINE FIRST ABSENT LATE GIVING_UP
+//         SEED < ARRAYS
 //
 // CALLS calls have numbers that begin after FIRST.  From call ABSENT / RANKS on, the rank ABSENT % RANKS
-// does not come, if ABSENT is not negative.  The rank LATE takes its rows late.  ARRAYS are, for each rank, its owners, and for each call
+// does not come, if ABSENT is not negative.  The rank LATE takes its rows late.  On the
+// rank GIVING_UP % RANKS the host gives up in call GIVING_UP / RANKS, if it is not negative.  ARRAYS are, for each rank, its owners, and for each call
 // and rank the number of its tokens and then x, ids and weights of MOST tokens.  The product of a row
 // is its weight times x, times 1 + id / 8; rows of padding have a NaN.
 //
@@ -67,7 +68,7 @@ void launch_late(Index grid, int threads, auto kernel) {
 int main(int, char** argv) {
   auto number = [=](int i) { return std::atoi(argv[1 + i]); };
   int ranks = number(0), most = number(1), slots = number(2), k = number(3), h = number(4);
-  int experts = number(5), calls = number(6), threads = number(8), absent = number(11), late = number(12);
+  int experts = number(5), calls = number(6), threads = number(8), absent = number(11), late = number(12), giving_up = number(13);
   u32 ctas = u32(number(7)), first = u32(std::strtoul(argv[11], nullptr, 10));
   float deadline = float(std::atof(argv[10]));
 
@@ -105,13 +106,15 @@ int main(int, char** argv) {
 
   for (int rank = 0; rank < ranks; ++rank) {
     if (fork()) continue;
-    chance.seed(u32(number(13) * 100 + rank));
+    chance.seed(u32(number(14) * 100 + rank));
     State* state = states + rank;
     Control* control = controls + rank;
     auto* counted = reinterpret_cast<Statistics*>(statistics + size_t(rank) * (kStatistics + experts));
     const int* owner = owners[rank].data();
     for (int call = 0; call < calls; ++call) {
       if (absent >= 0 && absent % ranks == rank && call >= absent / ranks) _exit(0);
+      if (giving_up >= 0 && giving_up % ranks == rank && call == giving_up / ranks)
+        store_relaxed(&control->gave_up, 1);
       const Given& mine = given[call][rank];
       Left& out = left[rank];
       float *x = out.x(call), *weights = out.weights(call, h), *delta = out.delta(call, h);

@@ -30,6 +30,7 @@ inline void store_release(u32* at, u32 value) {
 inline u32 arrive(u32* count) { return std::atomic_ref<u32>(*count).fetch_add(1); }
 
 inline u64 nanoseconds() {
-  std::this_thread::yield();  // who looks at the clock waits, perhaps for a thread without a core
+  // Who looks at the clock waits, and others need the core.
+  std::this_thread::sleep_for(std::chrono::microseconds(20));
   return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
