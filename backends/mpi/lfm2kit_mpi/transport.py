@@ -21,7 +21,8 @@ from lfm2kit.transport import World
 from lfm2kit_mpi.shared_memory import drop_names
 from lfm2kit_mpi.watch import Watch
 
-PAUSE = 1e-4  # seconds between two looks at an exchange beside a computation
+PAUSE = 2e-4  # seconds between looks at an exchange beside a computation
+LOOKS = 32  # one after the other: MPI takes a few kB at each from a link of TCP
 Buffer = list[Any]  # rows, with how many each rank sends or gets, and their type
 
 if not MPI.Is_initialized():  # it may have been loaded without being started
@@ -155,7 +156,7 @@ class MpiAside(MpiTransport):
     def _swap_rows(self, sent: Buffer, received: Buffer) -> None:
         """Exchange rows without spinning, as MPI's own waiting does, on the core that computes."""
         request = self.comm.Ialltoallv(sent, received)
-        while not request.Test():
+        while not any(request.Test() for _ in range(LOOKS)):
             time.sleep(PAUSE)
 
 
