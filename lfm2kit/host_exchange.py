@@ -64,7 +64,7 @@ def offered(transport: Transport, outer: Memory, exchange: str = AUTO) -> Exchan
 
 
 def _of_host(transport: Transport) -> Callable[[Traffic], HostExchange]:
-    aside = transport.aside() if isinstance(transport, WorksAside) else None
+    aside = transport.aside("exchange") if isinstance(transport, WorksAside) else None
     if aside is None:
         return partial(HostExchange, transport, buffers=Buffers())
     return partial(ExchangeInPieces, transport, aside=aside, buffers=Buffers())

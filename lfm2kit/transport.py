@@ -126,8 +126,8 @@ class FormsGroups(Transport, Protocol):
         Rank i of the group is `ranks[i]`, and its world is `world.within(ranks)`.  Send nothing:
         what the group needs is made in its first operation, for which its ranks alone come.
         Meanwhile others may use groups of their own.  A rank calls one operation after another,
-        of whichever group.  `finish` is called on the job's transport only; `abort` ends the whole
-        job.  The group has the job's capabilities.
+        of whichever group, but for calls aside (`WorksAside`).  `finish` is called on the job's
+        transport only; `abort` ends the whole job.  The group has the job's capabilities.
         """
         ...
 
@@ -142,10 +142,10 @@ class Aside(Transport, Protocol):
         """Begin `call`, which uses operations of this transport, and return at once.
 
         Calls are made one after the other, in the order in which they are begun, in the context of
-        the caller (`contextvars`).  An `all_to_all` of known counts takes no core while it waits
-        there.  `end()` waits for the call, and returns its result or raises what it raised.
-        Before all calls have ended, the caller uses the transport in no other way.  If it fails,
-        it ends none of those that are left, and nothing may wait for them.
+        the caller (`contextvars`).  An `all_to_all` and a `gather` of known counts take no core
+        while they wait there.  `end()` waits for the call, and returns its result or raises what
+        it raised.  If the caller fails, it ends none of those that are left, and nothing may wait
+        for them.
         """
         ...
 
@@ -154,13 +154,15 @@ class Aside(Transport, Protocol):
 class WorksAside(Transport, Protocol):
     """Capability: a transport whose operations can run beside a rank's computation.
 
-    Without it, nothing is computed while tokens travel.
+    Without it, nothing is computed while tokens or logits travel.
     """
 
-    def aside(self) -> Aside | None:
+    def aside(self, purpose: str) -> Aside | None:
         """Return this transport for calls beside the caller's work; None if it is not possible.
 
-        It is possible on all ranks or on none.  Send nothing.
+        It is possible on all ranks or on none, and the same transport is returned for the same
+        purpose.  Those of different purposes, and this transport itself, may be in operations at
+        the same time, in any order.  Send nothing.
         """
         ...
 

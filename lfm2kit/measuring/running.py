@@ -13,8 +13,9 @@ from lfm2kit import progress
 from lfm2kit.batch import Batch
 from lfm2kit.measuring import exchanged
 from lfm2kit.measuring.exchanged import Exchanged
+from lfm2kit.measuring.gathering import Gather
 from lfm2kit.model import LFM2
-from lfm2kit.transport import Sent, Transport, World, share
+from lfm2kit.transport import Transport, World, share
 
 TOKENS_PER_BATCH = 4096  # by default: enough to be compute-bound, small enough for any machine
 
@@ -47,36 +48,24 @@ def run_samples(
     forwards, some perhaps of no samples, because they exchange tokens in each.
     """
     world = transport.world if transport is not None else World()
-    mine = inputs[_slice(share(len(inputs), world.size, world.rank))]
+    own = share(len(inputs), world.size, world.rank)
+    mine = inputs[own.start : own.stop]
     largest = -(-len(inputs) // world.size)  # samples of the rank that has most
-    logits = np.empty((len(mine), model.spec.lm_head.vocab_size), dtype=np.float32)
     exchanged.begin(model)
     if transport is not None:
         _allow_the_longest(model, inputs[: min(largest, batch_size)], world)
+    gather = Gather(transport, len(inputs), model.spec.lm_head.vocab_size)
     start = _now(transport)
     for i in range(-(-largest // batch_size)):
         rows = slice(i * batch_size, (i + 1) * batch_size)
-        logits[rows] = model.logits(Batch.of_sequences(list(mine[rows])))
+        gather.begin(rows, model.logits(Batch.of_sequences(list(mine[rows]))))
         done(len(mine[rows]))
-    if transport is None:
-        return Timed(logits, _now(transport) - start)
-    everyone, gather = _gathered(transport, logits, len(inputs))
+    logits = gather.end()
     seconds = _now(transport) - start
+    if transport is None:
+        return Timed(logits, seconds)
     groups = groups or [range(world.size)]
-    return Timed(everyone, seconds, exchanged.ended(model, transport, gather, groups))
-
-
-def _gathered(
-    transport: Transport, logits: npt.NDArray[np.float32], samples: int
-) -> tuple[npt.NDArray[np.float32] | None, Sent]:
-    """Return the logits of all ranks' samples on rank 0, and what this rank has sent."""
-    size, sent = transport.world.size, Sent()
-    counts = [len(share(samples, size, rank)) for rank in range(size)]
-    with sent.waiting():
-        everyone = transport.gather(logits, counts)
-    if transport.world.rank > 0:
-        sent.add([len(logits)], logits.itemsize * logits.shape[1])
-    return everyone, sent
+    return Timed(logits, seconds, exchanged.ended(model, transport, gather.sent, groups))
 
 
 def _allow_the_longest(model: LFM2, inputs: npt.NDArray[np.int32], world: World) -> None:
@@ -87,10 +76,6 @@ def _allow_the_longest(model: LFM2, inputs: npt.NDArray[np.int32], world: World)
     batch = Batch.of_sequences(list(inputs))
     leaves = model.placed.leaves()
     progress.allow({b.name: world.size * progress.longest(b.spec.work(batch)) for b in leaves})
-
-
-def _slice(part: range) -> slice:
-    return slice(part.start, part.stop)
 
 
 def _now(transport: Transport | None) -> float:

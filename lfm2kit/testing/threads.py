@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -45,17 +45,22 @@ class ThreadTransport:
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.world = World.of(rank, meeting.nodes)
         self._meeting = meeting
+        self._asides: dict[str, ThreadAside] = {}
 
     def group(self, ranks: Sequence[int]) -> ThreadTransport:
         """Return a transport of this one's type among `ranks` alone, as `FormsGroups` asks."""
         group = copy.copy(self)
         group.world = self.world.within(ranks)
-        group._meeting = self._meeting.group(tuple(ranks), group.world)
+        group._meeting = self._meeting.group(tuple(ranks), group.world.nodes)
+        group._asides = {}
         return group
 
-    def aside(self) -> ThreadAside:
+    def aside(self, purpose: str) -> ThreadAside | None:
         """Return this transport for calls beside the caller's work, as `WorksAside` asks."""
-        return ThreadAside(self.world.rank, self._meeting)
+        if purpose not in self._asides:
+            meeting = self._meeting.group(purpose, self._meeting.nodes)
+            self._asides[purpose] = ThreadAside(self.world.rank, meeting)
+        return self._asides[purpose]
 
     def everyones(self, value: Any, operation: str = "everyones") -> list[Any]:
         """Return the value that each rank brings to this call, in order of rank.
@@ -140,7 +145,7 @@ class Meeting:
         self._barrier = threading.Barrier(self.size, timeout=patience)
         self._brought: list[tuple[str, Any]] = [("", None)] * self.size
         self._words = 0
-        self._groups: dict[tuple[int, ...], Meeting] = {}
+        self._groups: dict[Hashable, Meeting] = {}
         self._making = threading.Lock()
         self._is_over = False
 
@@ -149,14 +154,14 @@ class Meeting:
         """Return how often a rank has come, to groups too: it still grows where all is well."""
         return self._words + sum(group.words for group in list(self._groups.values()))
 
-    def group(self, ranks: tuple[int, ...], world: World) -> Meeting:
-        """Return the place where `ranks` meet without the others, the same one for all of them."""
+    def group(self, key: Hashable, nodes: Sequence[int]) -> Meeting:
+        """Return another place to meet for ranks on `nodes`, the same one for the same key."""
         with self._making:
-            if ranks not in self._groups:
-                self._groups[ranks] = Meeting(world.nodes, self._patience)
+            if key not in self._groups:
+                self._groups[key] = Meeting(nodes, self._patience)
                 if self._is_over:
-                    self._groups[ranks].end()
-            return self._groups[ranks]
+                    self._groups[key].end()
+            return self._groups[key]
 
     def swap(self, rank: int, operation: str, value: Any) -> list[Any]:
         """Return every rank's value; JobError if the ranks are not in the same operation."""

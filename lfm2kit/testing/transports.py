@@ -17,6 +17,7 @@ from lfm2kit.host_exchange import offered
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.testing.verdicts import CheckFailed
 from lfm2kit.transport import (
+    Aside,
     Counted,
     Exchange,
     FormsGroups,
@@ -62,7 +63,7 @@ def _check_operations(transport: Transport) -> None:
 
 def _check_aside(transport: Transport) -> None:
     """Check that calls are made in order, beside the caller, and send as the transport does."""
-    aside = transport.aside() if isinstance(transport, WorksAside) else None
+    aside = transport.aside("check") if isinstance(transport, WorksAside) else None
     if aside is None:
         return
     made: list[int] = []
@@ -72,6 +73,18 @@ def _check_aside(transport: Transport) -> None:
     for number, call in enumerate(begun):
         _require(call.end() == number, "end() did not return what the call returned")
     _require(made == sorted(made), f"calls were made in the order {made}")
+    aside.begin(partial(_check_gather, aside)).end()
+    _check_beside(transport, aside)
+
+
+def _check_beside(transport: Transport, aside: Aside) -> None:
+    """Check that other operations are possible while a call is under way, on each rank its own."""
+    if transport.world.rank == 0:  # the others' calls wait for this rank
+        transport.barrier()
+    call = aside.begin(aside.barrier)
+    if transport.world.rank > 0:
+        transport.barrier()
+    call.end()
 
 
 def _exchange_and_note(transport: Transport, number: int, made: list[int]) -> int:

@@ -42,7 +42,7 @@ def held_evenly(size: int) -> Any:
 
 
 def in_pieces(transport: ThreadTransport, traffic: Traffic, buffers: Buffers) -> ExchangeInPieces:
-    return ExchangeInPieces(transport, traffic, transport.aside(), buffers)
+    return ExchangeInPieces(transport, traffic, transport.aside("exchange"), buffers)
 
 
 def called(

@@ -25,7 +25,6 @@ from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.rewrites.trim import TRIM
 from lfm2kit.state import Room
 from lfm2kit.testing import ThreadTransport, run_ranks
-from lfm2kit.testing.threads import ThreadAside
 from lfm2kit.transport import Sent
 from tests.core.small import build, creator, random_weights, small_spec
 from tests.core.test_model import DeviceBackend
@@ -117,8 +116,8 @@ class Late(ThreadTransport):
         super().__init__(*arguments)
         self.waits: dict[int, threading.Event] = {}
 
-    def aside(self) -> ThreadAside:
-        aside = super().aside()
+    def aside(self, purpose: str) -> Any:
+        aside: Any = super().aside(purpose)
         send, numbers = aside.all_to_all, iter(range(100))
 
         def late(*arguments: Any) -> Any:
@@ -299,7 +298,7 @@ def test_the_first_forward_tells_experts_and_exchange_apart(
 class Busy(ThreadTransport):
     """A transport of ranks that cannot do two things at a time."""
 
-    def aside(self) -> Any:
+    def aside(self, purpose: str) -> Any:
         return None
 
 

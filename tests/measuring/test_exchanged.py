@@ -87,10 +87,11 @@ def test_what_is_reported_follows_from_the_routing(samples: int, runs: int) -> N
 
 
 def test_the_gather_of_logits_is_counted() -> None:
+    """A batch of one sample is one message."""
     exchanged, _ = run()
     gather = exchanged.document(1.0)["gather"]
     vocab_size = small_spec().lm_head.vocab_size
-    assert gather["messages"] == [0, 1, 1]
+    assert gather["messages"] == [0, 2, 2]
     assert gather["rows"] == [0, 2, 2]
     assert gather["bytes"] == [0, 8 * vocab_size, 8 * vocab_size]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
 from lfm2kit import progress
+from lfm2kit.backend import Block, Spec
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import installed_plugins
@@ -47,6 +49,61 @@ def test_several_ranks_give_the_bits_of_one_in_the_order_of_the_samples(
     assert [logits for logits, _ in others] == [None] * (ranks - 1)
     assert sum(sum(run) for _, run in results) == samples
     assert len({len(run) for _, run in results}) == 1, "ranks made different numbers of forwards"
+
+
+class Busy(ThreadTransport):
+    """A transport of ranks that cannot do two things at a time."""
+
+    def aside(self, purpose: str) -> Any:
+        return None
+
+
+def test_without_a_transport_that_works_aside_logits_are_gathered_too() -> None:
+    spec, inputs = small_spec(), inputs_of(5)
+
+    def rank(transport: ThreadTransport) -> Any:
+        model = build(spec, rewrites=[experts_over_ranks(transport.world, transport)])
+        return run_samples(model, inputs, 2, transport=transport).logits
+
+    alone = run_samples(build(spec), inputs, 5).logits
+    assert np.array_equal(run_ranks(2, rank, make=Busy)[0], alone)
+
+
+def test_logits_of_a_batch_travel_while_the_next_one_is_computed() -> None:
+    """Those of the first batch arrive when the second one has been computed in part."""
+
+    class Late(ThreadTransport):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.computed = threading.Event()
+
+        def aside(self, purpose: str) -> Any:
+            aside: Any = super().aside(purpose)
+            gather = aside.gather
+
+            def late(*arguments: Any) -> Any:
+                assert purpose != "gather" or self.computed.wait(60), "nothing is computed"
+                return gather(*arguments)
+
+            aside.gather = late
+            return aside
+
+    def rank(transport: Any) -> Any:
+        calls = iter([lambda: None, transport.computed.set])
+
+        def wrap(name: str, spec: Spec, block: Block) -> Block:
+            def called(*inputs: Any) -> Any:
+                next(calls)()
+                return block(*inputs)
+
+            return called if name == "layers.3.operator" else block
+
+        rewrites = [experts_over_ranks(transport.world, transport)]
+        model = build(small_spec(), rewrites=rewrites, wrap=wrap)
+        return run_samples(model, inputs_of(4), 1, transport=transport).logits
+
+    alone = run_samples(build(small_spec()), inputs_of(4), 4).logits
+    assert np.array_equal(run_ranks(2, rank, make=Late)[0], alone)
 
 
 def test_a_rank_is_set_up_from_a_checkpoint_with_its_transport() -> None:

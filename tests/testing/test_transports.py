@@ -63,8 +63,8 @@ class Scattering(ThreadTransport):
 class Losing(ThreadTransport):
     """Loses what calls beside the caller's work return."""
 
-    def aside(self) -> Any:
-        aside = super().aside()
+    def aside(self, purpose: str) -> Any:
+        aside: Any = super().aside(purpose)
         begin = aside.begin
 
         def losing(call: Callable[[], Any]) -> Any:
@@ -267,7 +267,7 @@ class Dropping(ExchangeInPieces):
 def offering(create: type[HostExchange]) -> type[ThreadTransport]:
     class Offering(ThreadTransport):
         def exchange_in(self, memory: Memory) -> ExchangeOffer | None:
-            more = {"aside": self.aside()} if issubclass(create, ExchangeInPieces) else {}
+            more = {"aside": self.aside("exchange")} if issubclass(create, ExchangeInPieces) else {}
             return ExchangeOffer(
                 memory, lambda traffic: create(self, traffic, buffers=Buffers(), **more)
             )

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
 from itertools import accumulate
+from threading import Lock
 from typing import Any, NamedTuple, NoReturn
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,9 @@ from lfm2kit.transport import World
 from lfm2kit_mpi.shared_memory import drop_names
 from lfm2kit_mpi.watch import Watch
 
-PAUSE = 1e-4  # seconds between two looks at an exchange beside a computation
+PAUSE = 2e-4  # seconds between looks at an exchange beside a computation
+LOOKS = 32  # one after the other: MPI takes a few kB at each from a link of TCP
+TAGS = 32767  # that every MPI has
 Buffer = list[Any]  # rows, with how many each rank sends or gets, and their type
 
 if not MPI.Is_initialized():  # it may have been loaded without being started
@@ -60,19 +63,29 @@ class MpiTransport:
         self.watch = watch
         self.world = world
         self._make = make  # the communicator, for which all of its ranks have to come
+        self._comm: MPI.Intracomm | None = None
+        self._making = Lock()  # calls aside may need it first
+        self._asides: dict[str, MpiAside] = {}
 
-    @cached_property
+    @property
     def comm(self) -> MPI.Intracomm:
-        return self._make()
+        with self._making:
+            self._comm = self._comm or self._make()
+            return self._comm
 
     def group(self, ranks: Sequence[int]) -> MpiTransport:
-        def make() -> MPI.Intracomm:
-            return self.comm.Create_group(self.comm.Get_group().Incl(list(ranks)))
+        return MpiTransport(self.watch, self.world.within(ranks), lambda: self._among(ranks))
 
-        return MpiTransport(self.watch, self.world.within(ranks), make)
+    def aside(self, purpose: str) -> MpiAside | None:
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            return None
+        if purpose not in self._asides:
+            self._asides[purpose] = MpiAside(self, purpose)
+        return self._asides[purpose]
 
-    def aside(self) -> MpiAside | None:
-        return MpiAside(self) if MPI.Query_thread() >= MPI.THREAD_SERIALIZED else None
+    def _among(self, ranks: Sequence[int], tag: int = 0) -> MPI.Intracomm:
+        """Return a new communicator; several may be made at once, with tags that differ."""
+        return self.comm.Create_group(self.comm.Get_group().Incl(list(ranks)), tag)
 
     def all_to_all(
         self,
@@ -104,17 +117,20 @@ class MpiTransport:
         self, rows: npt.NDArray[Any], counts: Sequence[int] | None = None
     ) -> npt.NDArray[Any] | None:
         rows = np.ascontiguousarray(rows)
-        with self.watch.waiting_in("gather"):
+        with self._inside("gather"):
             if counts is None:
                 counts = self._on_rank_0(len(rows))
             with _row_type(rows) as row:
+                mine: Buffer = [rows, len(rows), row]
                 if self.world.rank > 0:
-                    self.comm.Gatherv([rows, len(rows), row], None)
+                    self._gather_rows(mine, None)
                     return None
                 everyone = _empty_like(rows, counts)
-                into = [everyone, (list(counts), _starts(counts)), row]
-                self.comm.Gatherv([rows, len(rows), row], into)
+                self._gather_rows(mine, [everyone, (list(counts), _starts(counts)), row])
                 return everyone
+
+    def _gather_rows(self, sent: Buffer, received: Buffer | None) -> None:
+        self.comm.Gatherv(sent, received)
 
     def _on_rank_0(self, count: int) -> list[int]:
         """Return each rank's number, in order of rank, on rank 0; zeros elsewhere."""
@@ -138,34 +154,43 @@ class MpiTransport:
 class MpiAside(MpiTransport):
     """The same ranks, for calls beside the thread that computes."""
 
-    def __init__(self, transport: MpiTransport) -> None:
-        super().__init__(transport.watch, transport.world, lambda: transport.comm)
+    def __init__(self, transport: MpiTransport, purpose: str) -> None:
+        ranks, tag = range(transport.world.size), 1 + crc32(purpose.encode()) % TAGS
+        super().__init__(transport.watch, transport.world, lambda: transport._among(ranks, tag))
+        self._purpose = purpose
         self._calls = InOrder()
 
     def begin(self, call: Callable[[], Any]) -> Pending:
-        return Watched(self.watch, self._calls.begin(call))
+        return Watched(self.watch, self._purpose, self._calls.begin(call))
 
     def _inside(self, collective: str) -> AbstractContextManager[None]:
         return self.watch.beside()
 
     def _swap_rows(self, sent: Buffer, received: Buffer) -> None:
-        """Exchange rows without spinning, as MPI's own waiting does, on the core that computes."""
-        request = self.comm.Ialltoallv(sent, received)
-        while not request.Test():
-            time.sleep(PAUSE)
+        _wait_idly(self.comm.Ialltoallv(sent, received))
+
+    def _gather_rows(self, sent: Buffer, received: Buffer | None) -> None:
+        _wait_idly(self.comm.Igatherv(sent, received))
 
 
 class Watched(NamedTuple):
     """A call beside the thread that computes, for which that thread is seen to wait."""
 
     watch: Watch
+    purpose: str
     call: Begun
 
     def end(self) -> Any:
         if not self.call.future.done():
-            with self.watch.waiting_in("the exchange"):
+            with self.watch.waiting_in(f"the {self.purpose}"):
                 wait([self.call.future])
         return self.call.end()
+
+
+def _wait_idly(request: MPI.Request) -> None:
+    """Wait without spinning, as MPI's own waiting does, on the core that computes."""
+    while not any(request.Test() for _ in range(LOOKS)):
+        time.sleep(PAUSE)
 
 
 @contextmanager

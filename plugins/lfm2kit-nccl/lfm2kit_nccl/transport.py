@@ -44,9 +44,9 @@ class NcclTransport:
         assert isinstance(self._transport, FormsGroups)  # as MPI's does
         return NcclTransport(self._transport.group(ranks))
 
-    def aside(self) -> Aside | None:
+    def aside(self, purpose: str) -> Aside | None:
         """Return the other transport aside, which has no exchange over NCCL."""
-        return self._transport.aside() if isinstance(self._transport, WorksAside) else None
+        return self._transport.aside(purpose) if isinstance(self._transport, WorksAside) else None
 
     def all_to_all(
         self,
