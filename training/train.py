@@ -3,9 +3,9 @@
     python -m training.train --data training/.data --out training/.model --tokens 41e6 \\
         --sequences 16 --length 512 --dropout 0.1 --device cuda
 
-Needs torch and tokenizers, but no network. It computes in float32 on the CPU, and in bfloat16 with
-float32 weights on a GPU. Seeds are fixed; on one kind of device the same command gives the same
-model, as far as torch's kernels are deterministic there.
+Needs torch and tokenizers, but no network. It computes in float32; a GPU makes products in TF32.
+Seeds are fixed: on one kind of device the same command gives the same model, as far as torch's
+kernels are deterministic there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from lfm2kit.checkpoint.config import parse_config
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16
 from training import card
-from training.checkpoints import read_network, write_network
+from training.checkpoints import check_target, read_network, write_network
 from training.commands import ended
 from training.data import HELD_OUT, LEARNT, Part, Windows, read_data
 from training.evaluate import bits_per_byte, expert_loads, forget_loads
@@ -69,13 +68,8 @@ def train(recipe: Recipe, parts: Mapping[str, Part], device: str) -> tuple[Netwo
 
 
 def _loss(network: Network, windows: torch.Tensor) -> torch.Tensor:
-    with _precision(windows.device.type):
-        logits = network(windows[:, :-1])
-    return functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-
-
-def _precision(device: str) -> Any:
-    return nullcontext() if device == "cpu" else torch.autocast(device, torch.bfloat16)
+    logits = network(windows[:, :-1])
+    return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 def _measured(
@@ -101,7 +95,7 @@ def sampled(network: Network, tokenizer: Tokenizer, prompt: str, count: int, see
     generator = torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt).ids
     for _ in range(count):
-        logits = network(torch.tensor([ids], device=device))[0, -1].float().cpu()
+        logits = network(torch.tensor([ids], device=device))[0, -1].cpu()
         probabilities = torch.softmax(logits / 0.6, -1)
         ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
     return str(tokenizer.decode(ids))
@@ -137,11 +131,12 @@ def hardware(device: str) -> str:
 def main() -> None:
     options = parsed()
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-    if options.device != "cpu" and not torch.cuda.is_available():
-        raise Lfm2kitError(f"--device {options.device}: torch finds no GPU; give --device cpu")
-    if options.device != "cpu":
-        torch.set_float32_matmul_precision("high")  # Muon's products and the routers'
     parts = read_data(options.data)
+    check_target(options.out, options.data)
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            raise Lfm2kitError("--device cuda: torch finds no GPU; give --device cpu")
+        torch.set_float32_matmul_precision("high")  # TF32
     begun = time.perf_counter()
     network, curve = train(recipe, parts, options.device)
     seconds = time.perf_counter() - begun
@@ -164,7 +159,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the model on prepared data.")
     parser.add_argument("--data", type=Path, required=True, help="folder of training.prepare")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     for field in fields(Recipe):
         kind = _whole if isinstance(field.default, int) else float
         name = field.name.replace("_", "-")
