@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -28,12 +29,12 @@ class Part:
 
 def write_data(folder: Path, parts: Mapping[str, Part]) -> None:
     """Write the parts into the folder's tokens.npz."""
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{name}.{field}": np.asarray(getattr(part, field))
         for name, part in parts.items()
         for field in Part.__slots__
     }
-    np.savez_compressed(folder / FILE, allow_pickle=False, **arrays)
+    np.savez_compressed(folder / FILE, **arrays)
 
 
 def read_data(folder: Path) -> dict[str, Part]:

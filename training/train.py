@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import fields
@@ -119,10 +117,21 @@ def record_of(
     }
 
 
+def command_of(recipe: Recipe, device: str) -> str:
+    """Return the command that trains so, with the folders of README.md."""
+    folders = "--data training/.data --out training/.model"
+    given = [
+        f" --{field.name.replace('_', '-')} {getattr(recipe, field.name)}"
+        for field in fields(Recipe)
+        if getattr(recipe, field.name) != field.default
+    ]
+    return f"python -m training.train {folders} --device {device}{''.join(given)}"
+
+
 def hardware(device: str) -> str:
     """Return the name of the device that trains, with torch's version."""
     if device == "cpu":
-        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        name = f"{platform.machine()} CPU, threads: {torch.get_num_threads()}"
     else:
         name = torch.cuda.get_device_name(device)
     return f"{name}, torch {torch.__version__}"
@@ -144,7 +153,8 @@ def main() -> None:
     write_network(network, CONFIG, options.out, options.data, BF16)
     stored = read_network(options.out).to(options.device)  # as rounded
     record = record_of(recipe, parts, stored, options.data) | {
-        "command": shlex.join(["python", "-m", "training.train", *sys.argv[1:]]),
+        "command": command_of(recipe, options.device),
+        "seed": recipe.seed,
         "hardware": hardware(options.device),
         "seconds": round(seconds),
         "tokens": recipe.steps * recipe.sequences * recipe.length,
