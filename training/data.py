@@ -71,7 +71,7 @@ class Windows:
         self.ends = [len(part.ids) - length for part in self.parts]
         if min(self.ends) <= 0:
             raise Lfm2kitError(f"windows of {length} tokens are longer than a part of the data")
-        shares = [len(part.ids) * LEARNT[name] for name, part in parts.items() if name in LEARNT]
+        shares = [len(parts[name].ids) * weight for name, weight in LEARNT.items()]
         self.shares = np.array(shares) / sum(shares)
 
     def draw(self, count: int) -> npt.NDArray[np.int64]:
