@@ -46,7 +46,7 @@ def train(recipe: Recipe, parts: Mapping[str, Part], device: str) -> tuple[Netwo
     network = Network(parse_config(CONFIG), recipe.dropout).to(device)
     steppers = optimisers(network, recipe)
     windows = Windows(parts, recipe.length, BOS, recipe.seed)
-    every = max(1, recipe.steps // MEASUREMENTS)
+    every = -(-recipe.steps // MEASUREMENTS)  # rounded up
     curve, total, begun = [], torch.zeros((), device=device), time.perf_counter()
     for step in range(recipe.steps):
         set_rates(steppers, recipe.rate_at(step))
