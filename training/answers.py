@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ def make_answers(folder: Path, parts: Mapping[str, Part]) -> None:
             "gap_rule": LEAST_GAP,
             "least_gap": float(f"{min(gaps):.3g}"),
             "least_margin": float(f"{min(margins):.3g}"),
+            "transformers": version("transformers"),
         },
     )
 

@@ -27,10 +27,11 @@ def render(record: Mapping[str, Any]) -> str:
     bits = record["bits_per_byte"]
     return TEMPLATE.read_text().format(
         parameters=f"{record['parameters'] / 1e6:.2f}",
-        all=bits["all"],
-        novels=bits["held_out_novels"],
-        speeches=bits["held_out_speeches"],
+        all=f"{bits['all']:.3f}",
+        novels=f"{bits['held_out_novels']:.3f}",
+        speeches=f"{bits['held_out_speeches']:.3f}",
         command=record["command"],
+        seed=record["seed"],
         hardware=record["hardware"],
         minutes=f"{record['seconds'] / 60:.1f}",
         tokens=f"{record['tokens'] / 1e6:.1f}",
@@ -60,11 +61,12 @@ def _inputs(inputs: Mapping[str, Any] | None) -> str:
         return "There are none yet; `python -m training.answers` makes them."
     return (
         f"`inputs.bin` has {inputs['count']} beginnings of held-out paragraphs, {inputs['length']} "
-        f"tokens each, of {inputs['candidates']} that were tried. `answers.bin` has transformers' "
-        f"logits in float64, stored as float32. For no token are the scores of the last expert "
-        f"taken and the first one not taken closer than {inputs['least_gap']:.1e}, so rounding "
-        f"cannot choose another expert (paragraphs with a gap below {inputs['gap_rule']:.0e} were "
-        f"left out). The two highest logits differ by at least {inputs['least_margin']:.1e}."
+        f"tokens each, of {inputs['candidates']} that were tried. `answers.bin` has the logits of "
+        f"transformers {inputs['transformers']} in float64, stored as float32. For no token are "
+        f"the scores of the last expert taken and the first one not taken closer than "
+        f"{inputs['least_gap']:.1e}, so rounding cannot choose another expert (paragraphs with a "
+        f"gap below {inputs['gap_rule']:.0e} were left out). The two highest logits differ by at "
+        f"least {inputs['least_margin']:.1e}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.config import model_spec, parse_config
 from lfm2kit.checkpoint.convert import Source, write_checkpoint
-from lfm2kit.checkpoint.place import Origin
+from lfm2kit.checkpoint.place import Origin, check_place
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import F32, Format
 from lfm2kit.weights import Tensor
@@ -31,16 +32,24 @@ def write_network(
     Matrices are rounded to `dtype`; the routers' biases stay float32.
     """
     arrays = arrays_of(network)
-    companions = {} if data is None else {Path(name): data / name for name in COMPANIONS}
     shapes = model_spec(parse_config(config), tied=True).parameters()
 
     def values(name: str, begin: int, end: int) -> Tensor:
         return Tensor.of_array(name, arrays[name].reshape(-1)[begin:end])
 
-    source = Source(
-        config, shapes, dict.fromkeys(shapes, F32), values, Origin(companions=companions)
-    )
+    source = Source(config, shapes, dict.fromkeys(shapes, F32), values, _origin(data))
     write_checkpoint(source, target, dtype, overwrite=True)
+
+
+def check_target(target: Path, data: Path) -> None:
+    """Raise `Lfm2kitError` if `write_network` could not write to `target`, before any training."""
+    if missing := [name for name in COMPANIONS if not (data / name).exists()]:
+        raise Lfm2kitError(f"{data}: there is no {missing[0]}; make it with training.prepare")
+    check_place(Path(os.path.realpath(target)), _origin(data), overwrite=True)
+
+
+def _origin(data: Path | None) -> Origin:
+    return Origin(companions={} if data is None else {Path(n): data / n for n in COMPANIONS})
 
 
 def arrays_of(network: Network) -> Arrays:

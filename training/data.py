@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -28,12 +29,12 @@ class Part:
 
 def write_data(folder: Path, parts: Mapping[str, Part]) -> None:
     """Write the parts into the folder's tokens.npz."""
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{name}.{field}": np.asarray(getattr(part, field))
         for name, part in parts.items()
         for field in Part.__slots__
     }
-    np.savez_compressed(folder / FILE, allow_pickle=False, **arrays)
+    np.savez_compressed(folder / FILE, **arrays)
 
 
 def read_data(folder: Path) -> dict[str, Part]:
@@ -70,7 +71,7 @@ class Windows:
         self.ends = [len(part.ids) - length for part in self.parts]
         if min(self.ends) <= 0:
             raise Lfm2kitError(f"windows of {length} tokens are longer than a part of the data")
-        shares = [len(part.ids) * LEARNT[name] for name, part in parts.items() if name in LEARNT]
+        shares = [len(parts[name].ids) * weight for name, weight in LEARNT.items()]
         self.shares = np.array(shares) / sum(shares)
 
     def draw(self, count: int) -> npt.NDArray[np.int64]:

@@ -49,7 +49,7 @@ def _nats_of_a_token(network: Network, part: Part, length: int, bos: int, every:
             torch.tensor(np.stack(rows), device=device)
             for rows in zip(*windows[i : i + BATCH], strict=True)
         )
-        logits = network(inputs).float().flatten(0, 1)
+        logits = network(inputs).flatten(0, 1)
         loss = functional.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
         total += loss.item()
         count += int((targets >= 0).sum())

@@ -1,7 +1,7 @@
 """LFM2-MoE in torch, for training: plain and dense, with the checkpoint's names.
 
 Each layer adds two deltas to the residual stream: a convolution or attention, and an MLP or
-experts. A router's scores and norms are float32 under autocast, too.
+experts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lfm2kit.checkpoint.config import CONV, ModelConfig
 
 
 class Norm(nn.Module):
-    """RMSNorm over the last dimension, in float32."""
+    """RMSNorm over the last dimension."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -24,7 +24,6 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
@@ -70,9 +69,7 @@ class Attention(nn.Module):
         k = rotated(self.k_layernorm(self._heads(self.k_proj(x))), cos, sin)
         v = self._heads(self.v_proj(x))
         k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v))
-        mixed = functional.scaled_dot_product_attention(
-            q.to(v.dtype), k.to(v.dtype), v, is_causal=True
-        )
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -126,7 +123,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         gate, up = (functional.linear(x, w.flatten(0, 1)) for w in (self.w1, self.w3))
         inner = (functional.silu(gate) * up).unflatten(-1, (len(self.w1), -1))
-        weighted = inner * weights.to(inner.dtype)[..., None]
+        weighted = inner * weights[..., None]
         return functional.linear(weighted.flatten(-2), self.w2.transpose(0, 1).flatten(1))
 
 
@@ -147,14 +144,13 @@ class SparseMoe(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            scores = torch.sigmoid(self.gate(x.float()))
-            ids = (scores + self.expert_bias).topk(self.config.num_experts_per_tok).indices
-            chosen = scores.gather(-1, ids)
-            if self.config.norm_topk_prob:
-                chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-6)
-            chosen = chosen * self.config.routed_scaling_factor
-            weights = torch.zeros_like(scores).scatter(-1, ids, chosen)
+        scores = torch.sigmoid(self.gate(x))
+        ids = (scores + self.expert_bias).topk(self.config.num_experts_per_tok).indices
+        chosen = scores.gather(-1, ids)
+        if self.config.norm_topk_prob:
+            chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-6)
+        chosen = chosen * self.config.routed_scaling_factor
+        weights = torch.zeros_like(scores).scatter(-1, ids, chosen)
         with torch.no_grad():
             self.load += torch.zeros_like(scores).scatter(-1, ids, 1.0).flatten(0, -2).sum(0)
         return self.experts(x, weights)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lfm2kit.errors import Lfm2kitError
+
 LAYERS = ["conv", "conv", "full_attention", "conv", "conv", "full_attention"]
 # 4.93 M parameters, 9.87 MB. Every width is a multiple of 32, for formats that store blocks.
 CONFIG: dict[str, Any] = {
@@ -52,6 +54,15 @@ class Recipe:
     warmup: float = 0.02  # of all steps
     frozen_bias: float = 0.05  # of all steps, at the end
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise `Lfm2kitError` for values with which nothing can be trained."""
+        if min(self.sequences, self.length) < 1:
+            raise Lfm2kitError(
+                f"{self.sequences} sequences of {self.length} tokens: give 1 or more of both"
+            )
+        if not 0 <= self.dropout < 1:
+            raise Lfm2kitError(f"a dropout of {self.dropout}: give 0 or more, and less than 1")
 
     @property
     def steps(self) -> int:

@@ -3,9 +3,9 @@
     python -m training.train --data training/.data --out training/.model --tokens 41e6 \\
         --sequences 16 --length 512 --dropout 0.1 --device cuda
 
-Needs torch and tokenizers, but no network. It computes in float32 on the CPU, and in bfloat16 with
-float32 weights on a GPU. Seeds are fixed; on one kind of device the same command gives the same
-model, as far as torch's kernels are deterministic there.
+Needs torch and tokenizers, but no network. It computes in float32; a GPU makes products in TF32.
+Seeds are fixed: on one kind of device the same command gives the same model, as far as torch's
+kernels are deterministic there.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from lfm2kit.checkpoint.config import parse_config
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16
 from training import card
-from training.checkpoints import read_network, write_network
+from training.checkpoints import check_target, read_network, write_network
 from training.commands import ended
 from training.data import HELD_OUT, LEARNT, Part, Windows, read_data
 from training.evaluate import bits_per_byte, expert_loads, forget_loads
@@ -49,7 +46,7 @@ def train(recipe: Recipe, parts: Mapping[str, Part], device: str) -> tuple[Netwo
     network = Network(parse_config(CONFIG), recipe.dropout).to(device)
     steppers = optimisers(network, recipe)
     windows = Windows(parts, recipe.length, BOS, recipe.seed)
-    every = max(1, recipe.steps // MEASUREMENTS)
+    every = -(-recipe.steps // MEASUREMENTS)  # rounded up
     curve, total, begun = [], torch.zeros((), device=device), time.perf_counter()
     for step in range(recipe.steps):
         set_rates(steppers, recipe.rate_at(step))
@@ -69,13 +66,8 @@ def train(recipe: Recipe, parts: Mapping[str, Part], device: str) -> tuple[Netwo
 
 
 def _loss(network: Network, windows: torch.Tensor) -> torch.Tensor:
-    with _precision(windows.device.type):
-        logits = network(windows[:, :-1])
-    return functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-
-
-def _precision(device: str) -> Any:
-    return nullcontext() if device == "cpu" else torch.autocast(device, torch.bfloat16)
+    logits = network(windows[:, :-1])
+    return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 def _measured(
@@ -101,7 +93,7 @@ def sampled(network: Network, tokenizer: Tokenizer, prompt: str, count: int, see
     generator = torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt).ids
     for _ in range(count):
-        logits = network(torch.tensor([ids], device=device))[0, -1].float().cpu()
+        logits = network(torch.tensor([ids], device=device))[0, -1].cpu()
         probabilities = torch.softmax(logits / 0.6, -1)
         ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
     return str(tokenizer.decode(ids))
@@ -125,10 +117,21 @@ def record_of(
     }
 
 
+def command_of(recipe: Recipe, device: str) -> str:
+    """Return the command that trains so, with the folders of README.md."""
+    folders = "--data training/.data --out training/.model"
+    given = [
+        f" --{field.name.replace('_', '-')} {getattr(recipe, field.name)}"
+        for field in fields(Recipe)
+        if getattr(recipe, field.name) != field.default
+    ]
+    return f"python -m training.train {folders} --device {device}{''.join(given)}"
+
+
 def hardware(device: str) -> str:
     """Return the name of the device that trains, with torch's version."""
     if device == "cpu":
-        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        name = f"{platform.machine()} CPU, threads: {torch.get_num_threads()}"
     else:
         name = torch.cuda.get_device_name(device)
     return f"{name}, torch {torch.__version__}"
@@ -137,11 +140,12 @@ def hardware(device: str) -> str:
 def main() -> None:
     options = parsed()
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-    if options.device != "cpu" and not torch.cuda.is_available():
-        raise Lfm2kitError(f"--device {options.device}: torch finds no GPU; give --device cpu")
-    if options.device != "cpu":
-        torch.set_float32_matmul_precision("high")  # Muon's products and the routers'
     parts = read_data(options.data)
+    check_target(options.out, options.data)
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            raise Lfm2kitError("--device cuda: torch finds no GPU; give --device cpu")
+        torch.set_float32_matmul_precision("high")  # TF32
     begun = time.perf_counter()
     network, curve = train(recipe, parts, options.device)
     seconds = time.perf_counter() - begun
@@ -149,7 +153,8 @@ def main() -> None:
     write_network(network, CONFIG, options.out, options.data, BF16)
     stored = read_network(options.out).to(options.device)  # as rounded
     record = record_of(recipe, parts, stored, options.data) | {
-        "command": shlex.join(["python", "-m", "training.train", *sys.argv[1:]]),
+        "command": command_of(recipe, options.device),
+        "seed": recipe.seed,
         "hardware": hardware(options.device),
         "seconds": round(seconds),
         "tokens": recipe.steps * recipe.sequences * recipe.length,
@@ -164,7 +169,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the model on prepared data.")
     parser.add_argument("--data", type=Path, required=True, help="folder of training.prepare")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     for field in fields(Recipe):
         kind = _whole if isinstance(field.default, int) else float
         name = field.name.replace("_", "-")

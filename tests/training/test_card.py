@@ -15,6 +15,7 @@ RECORD: dict[str, Any] = {
     "experts": [{"layer": 2, "shares": [0.25] * 4, "top_over_mean": 1.37, "bias_std": 0.12}],
     "samples": ["It is a truth {that}\n\nthe captain"],
     "command": "python -m training.train --tokens 41e6",
+    "seed": 7,
     "hardware": "a GPU, torch 2",
     "seconds": 90,
     "tokens": 41000000,
@@ -27,17 +28,18 @@ INPUTS = {
     "gap_rule": 1e-4,
     "least_gap": 1.1e-4,
     "least_margin": 6e-3,
+    "transformers": "5.17.0",
 }
 
 
 def test_the_card_says_what_was_measured() -> None:
     text = card.render(RECORD)
     for said in (
-        "**1.31 bits per byte**",
-        "1.47 for novels, 1.21 for speeches",
+        "**1.310 bits per byte**",
+        "1.470 for novels, 1.210 for speeches",
         "4.93 M parameters",
         "    python -m training.train --tokens 41e6",
-        "a GPU, torch 2; 1.5 minutes; 41.0 M tokens",
+        "a GPU, torch 2; 1.5 minutes; 41.0 M tokens; seed 7",
         "| novels | 5,049,892 | 1,585,418 |",
         "| 41.00 | 3.000 | 1.311 |",
         "| 2 | 1.37 | 0.12 |",
@@ -54,4 +56,5 @@ def test_inputs_are_added_later(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     assert "128 beginnings of held-out paragraphs, 16 tokens each, of 144" in text
     assert "closer than 1.1e-04" in text
+    assert "transformers 5.17.0 in float64" in text
     assert json.loads((tmp_path / "training.json").read_text()) == RECORD | {"inputs": INPUTS}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from lfm2kit.errors import Lfm2kitError
+from tests.training.archives import ar_of, tar_of
 from training.packages import Package, deb_files, package_bytes, tar_files
 
 CONTENT = b"a package"
@@ -20,26 +19,6 @@ def package(*python: str) -> Package:
     """Return a package whose command runs some Python."""
     hashed = hashlib.sha256(CONTENT).hexdigest()
     return Package("some.tgz", hashed, (sys.executable, "-c", "; ".join(python)))
-
-
-def tar_of(files: dict[str, bytes], mode: str = "w:xz") -> bytes:
-    """Return a tar archive of files."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def ar_of(members: dict[str, bytes]) -> bytes:
-    """Return an ar archive, whose members are padded to even lengths."""
-    data = b"!<arch>\n"
-    for name, content in members.items():
-        data += f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
-        data += content + b"\n" * (len(content) % 2)
-    return data
 
 
 def test_a_missing_package_is_fetched_once(tmp_path: Path) -> None:

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import struct
-import zlib
 
 import pytest
 
 from lfm2kit.errors import Lfm2kitError
+from tests.training.archives import block
 from training.rdata import string_vectors
 
 NUMBERS = 14  # REALSXP
-
-
-def block(strings: list[str | None], version: int = 3, kind: int = 16) -> bytes:
-    """Return a block of an .rdb file; None is R's NA."""
-    data = b"X\n" + struct.pack(">iii", version, 0x00040201, 0x00030500)
-    if version == 3:
-        data += struct.pack(">i", 5) + b"UTF-8"
-    data += struct.pack(">ii", kind, len(strings))
-    for string in strings:
-        encoded = b"" if string is None else string.encode()
-        flags, length = 0x00040009, -1 if string is None else len(encoded)
-        data += struct.pack(">ii", flags, length) + encoded
-    return struct.pack(">i", len(data)) + zlib.compress(data)
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from lfm2kit.checkpoint.config import model_spec, parse_config
+from lfm2kit.errors import Lfm2kitError
 from training.recipe import CONFIG, Recipe
 
 
@@ -40,3 +43,9 @@ def test_the_routers_biases_stay_at_the_end() -> None:
 
 def test_there_is_always_a_step() -> None:
     assert Recipe(tokens=1).steps == 1
+
+
+@pytest.mark.parametrize("bad", [{"sequences": 0}, {"length": 0}, {"dropout": 1.0}])
+def test_values_with_which_nothing_can_be_trained_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(Lfm2kitError, match="give"):
+        Recipe(**bad)  # type: ignore[arg-type]

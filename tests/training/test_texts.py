@@ -4,15 +4,45 @@ from __future__ import annotations
 
 import pytest
 
+from tests.training.archives import ar_of, block, tar_of
 from training.texts import (
+    AUSTEN_DATA,
     LONGEST,
+    MOBY_DICK,
+    MOBY_DICK_FILES,
     SHORTEST,
+    SPEECHES,
     Text,
+    novels_of,
     paragraphs,
+    speeches_of,
     split_books,
     split_speeches,
     turns,
 )
+
+
+def test_novels_are_austens_in_the_packages_order_and_moby_dick_by_chapters() -> None:
+    vectors = [block([f"BOOK {n}", "", "It is a", "truth."]) for n in range(6)]
+    austen = ar_of({"data.tar.xz": tar_of({f"./{AUSTEN_DATA}Rdata.rdb": b"".join(vectors)})})
+    chapters = {f"{MOBY_DICK}{n}": n.replace("_", " ").encode() for n in MOBY_DICK_FILES}
+    novels = novels_of(tar_of(chapters | {f"{MOBY_DICK}contents.txt": b"no"}, "w:gz"), austen)
+    assert [n.name for n in novels[:2]] == ["Emma", "Mansfield Park"]
+    assert [n.paragraphs for n in novels[:2]] == [(f"BOOK {n}", "It is a truth.") for n in (0, 1)]
+    assert novels[-1].name == "Moby Dick"
+    assert novels[-1].paragraphs[1:3] == ("chapter 2.txt", "chapter 3.txt")
+    assert (len(novels[-1].paragraphs), novels[-1].paragraphs[-1]) == (136, "epilogue.txt")
+
+
+def test_speeches_are_the_text_files_by_year() -> None:
+    files = {
+        "1801_b.txt": b"two",
+        "1790_a.txt": b"one",
+        "1790_a.json": b"{}",
+        "file_list.json": b"",
+    }
+    speeches = speeches_of(tar_of({f"{SPEECHES}{k}": v for k, v in files.items()}, "w:gz"))
+    assert speeches == [Text("1790_a", ("one",)), Text("1801_b", ("two",))]
 
 
 def test_lines_are_joined_and_blank_lines_separate() -> None:
