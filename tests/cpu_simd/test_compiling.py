@@ -86,6 +86,10 @@ def kept_for_tests(name: str, otherwise: Path) -> Path:
     It takes a minute to fill.  Those of other sources are removed after a week.
     """
     folder = (root_folder() or otherwise) / f"{name}-tests"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return otherwise / name
     for generation in folder.glob("*"):
         if time.time() - generation.stat().st_mtime > 7 * 24 * 3600:
             shutil.rmtree(generation, ignore_errors=True)

@@ -108,6 +108,19 @@ def test_the_plan_shows_groups_experts_and_memory_of_each_rank(cli: Cli) -> None
     ]
 
 
+def test_the_plan_shows_what_the_exchange_takes_where_there_is_one(cli: Cli) -> None:
+    def exchange(*more: object) -> int:
+        fields = json.loads(cli("plan", "-b", "cpu_simd", "--json", "-", *more).out)
+        of_ranks = {share["memories"]["host"]["exchange_bytes"] for share in fields["shares"]}
+        assert of_ranks == {fields["totals"]["host"]["exchange_bytes"]}
+        return int(*of_ranks)
+
+    assert exchange() == exchange("--ranks", 2, "--parallel", "dp") == 0
+    assert 0 < exchange("--ranks", 2, "--tokens", 64) * 31 < exchange("--ranks", 2)  # of 2048
+    said = cli("plan", "-b", "cpu_simd", "--ranks", 2).out
+    assert "MB for the exchange with other ranks; " in said
+
+
 def test_a_process_alone_has_no_table_of_ranks(cli: Cli) -> None:
     assert "ranks" not in cli("plan", "-b", "reference").out
 
