@@ -20,7 +20,6 @@ from lfm2kit.building.predicting import SEQUENCE
 from lfm2kit.building.rank_rates import BlockKey, BlockRates
 from lfm2kit.measuring.together import Stopwatch
 from lfm2kit.memory import own_stream
-from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.transport import Transport
 
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)  # the next size is guessed from the last one
@@ -77,6 +76,8 @@ def _call(placed: Placed, block: Any, watch: Stopwatch) -> Curve:
 
 
 def _inputs(placed: Placed, rows: int) -> tuple[Any, ...]:
+    from lfm2kit.testing.random_inputs import random_inputs  # no other command loads the suite
+
     full, rest = divmod(rows, SEQUENCE)
     lengths = [SEQUENCE] * full + [rest] * (rest > 0)
     return random_inputs(placed.spec, np.random.default_rng(SEED), rows, lengths=lengths)
