@@ -104,8 +104,9 @@ class Job:
         ]
 
     def gathered(self, vocab_size: int) -> list[Sent]:
-        """Return what each rank sends when the logits are gathered, [ranks]."""
-        return gathered([len(self.samples_of(r)) for r in range(self.ranks)], vocab_size)
+        """Return what each rank sends when the logits of all forwards are gathered, [ranks]."""
+        of_forwards = [gathered(list(map(len, some)), vocab_size) for some in self.forwards()]
+        return [reduce(add, of_rank) for of_rank in zip(*of_forwards, strict=True)]
 
 
 def experts_of(model: specs.Model) -> Iterator[tuple[int, specs.Experts]]:

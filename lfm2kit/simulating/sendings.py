@@ -81,7 +81,7 @@ class Sendings(NamedTuple):
 
 
 def gathered(samples: Sequence[int], vocab_size: int) -> list[Sent]:
-    """Return what each rank sends when rank 0 gathers the logits of all, [ranks] samples."""
+    """Return what each rank sends when rank 0 gathers a forward's logits, of [ranks] samples."""
     everyones = [Sent() for _ in samples]
     for sent, count in list(zip(everyones, samples, strict=True))[1:]:
         sent.add([count], WORD * vocab_size)
