@@ -168,7 +168,7 @@ def _keep(report: Report, calibration: Calibration) -> None:
         write_document(path, kept.document())
         with suppress(OSError):  # of a file system without modes
             path.chmod(path.stat().st_mode & 0o755)  # whatever the umask: else it is not read
-        report.line(f"kept in {path}, for --gpu-memory")
+        report.line(f"kept in {path}, for --gpu-memory and plan --simulate")
     except Lfm2kitError as error:
         remark(f"the rates are not kept: {error}; --output names another file")
 

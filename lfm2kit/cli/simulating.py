@@ -99,7 +99,10 @@ def _rates(options: Options, request: Request) -> _Rates:
         try:
             path, calibration = read_kept(context)
         except Lfm2kitError as error:
-            raise Lfm2kitError(Option("simulate"), f": {error}, or give rates: {_MADE}") from None
+            with_ranks = f", with --ranks {ranks}" if ranks > 1 else ""
+            file = f"{with_ranks}; or give the file of a calibration, such as "
+            said = Option("simulate"), f": {error}{file}", Option("rates", "rates.json")
+            raise Lfm2kitError(*said) from None
         return _Rates(str(path), calibration, f"by the rates in {path}")
     calibration = read_calibration(options.rates)
     here = described(context)
@@ -111,9 +114,6 @@ def _rates(options: Options, request: Request) -> _Rates:
         calibration,
         f"{note}, which were not measured here: {differing}" if differing else note,
     )
-
-
-_MADE = "lfm2kit calibrate --output rates.json writes some"
 
 
 def _simulation(

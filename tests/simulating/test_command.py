@@ -61,7 +61,11 @@ def test_without_a_file_the_rates_that_are_kept_are_used(
 ) -> None:
     monkeypatch.setattr(kept_rates, "root_folder", lambda: tmp_path / "cache")
     simulate = ("plan", "--simulate", "ranks=1,n=1")
-    cli(*simulate).assert_fails("--simulate: no rates are kept for this machine", "--output rates")
+    cli(*simulate).assert_fails(
+        "--simulate: no rates are kept for this machine", "--rates rates.json"
+    )
+    four = ("plan", "--simulate", "ranks=1..8,per-node=4,n=1")
+    cli(*four).assert_fails("with --ranks 4; or give the file of a calibration")
     measured = calibration(machine=kept_rates.described(kept_rates.Context("fp32", None, 1)))
     path, kept = kept_rates.with_kept(measured)
     write_document(path, kept.document())
