@@ -92,7 +92,8 @@ def _range(item: str, text: str, most: int) -> Iterator[int]:
     powers = (2**i for i in range(last.bit_length()))
     within = [one for one in takewhile(lambda one: one <= last, powers) if one >= first]
     if not within:
-        raise _wrong(item, f"there is no power of two from {first} to {last}; give {first}/{last}")
+        ends_alone = "/".join(dict.fromkeys(ends.groups()))
+        raise _wrong(item, f"there is no power of two from {first} to {last}; give {ends_alone}")
     yield from within
 
 

@@ -54,6 +54,7 @@ def test_units_are_those_that_people_write(text: str, request_: dict[str, object
         ("ranks=2048,n=1", "'ranks=2048': expected numbers from 1 to 1024"),
         ("ranks=8..4,n=1", "the smaller one first"),
         ("ranks=5..7,n=1", "there is no power of two from 5 to 7; give 5/7"),
+        ("ranks=3..3,n=1", "there is no power of two from 3 to 3; give 3"),
         ("ranks=4..,n=1", "expected numbers such as"),
         ("ranks=-4,n=1", "expected numbers such as"),
         ("ranks=2,n=1e3", "expected numbers such as"),
