@@ -67,7 +67,7 @@ class Overlap:
         self.is_on = self.share >= LEAST_SHARE and exchanging >= LEAST_SECONDS
         if not self.is_on:
             self.why = (
-                f"the exchange took {1e3 * exchanging:.2g} ms of a layer, "
+                f"the exchange took {1e3 * exchanging:.3g} ms of a layer, "
                 f"{self.share:.0%} of the time of exchange and experts"
             )
 

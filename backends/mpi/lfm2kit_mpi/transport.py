@@ -22,8 +22,10 @@ from lfm2kit.transport import World
 from lfm2kit_mpi.shared_memory import drop_names
 from lfm2kit_mpi.watch import Watch
 
-PAUSE = 2e-4  # seconds between looks at an exchange beside a computation
+# How an exchange beside a computation is looked at.
 LOOKS = 32  # one after the other: MPI takes a few kB at each from a link of TCP
+PAUSE = 1 / 16  # before the next looks, of the time that the exchange has taken
+LONGEST_PAUSE = 4e-4  # seconds
 TAGS = 32767  # that every MPI has
 Buffer = list[Any]  # rows, with how many each rank sends or gets, and their type
 
@@ -189,8 +191,9 @@ class Watched(NamedTuple):
 
 def _wait_idly(request: MPI.Request) -> None:
     """Wait without spinning, as MPI's own waiting does, on the core that computes."""
+    start = time.monotonic()
     while not any(request.Test() for _ in range(LOOKS)):
-        time.sleep(PAUSE)
+        time.sleep(min(LONGEST_PAUSE, PAUSE * (time.monotonic() - start)))
 
 
 @contextmanager
