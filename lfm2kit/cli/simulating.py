@@ -57,7 +57,8 @@ def simulate(text: str, options: Options, json: str | None) -> None:
     rates = _rates(options, request)
     backend, precision = _item(options)
     there = found(rates.calibration, rates.name, backend, precision)
-    compared = list(_simulation(checkpoint, options, request, there).compared())
+    simulation = _simulation(checkpoint, options, request, there)
+    compared = list(simulation.compared())
     report.fields = {
         "model": str(checkpoint.path),
         "predicted": True,
@@ -65,7 +66,7 @@ def simulate(text: str, options: Options, json: str | None) -> None:
         "machine": dict(rates.calibration.machine),
         "backend": there.backend,
         "precision": precision,
-        "notes": [rates.note],
+        "notes": list(filter(None, (rates.note, simulation.machine.rates.differing()))),
         "jobs": [_fields(one, job) for one in compared for job in one.jobs],
     }
     if json != STDOUT:
@@ -126,7 +127,7 @@ def _simulation(
     if copies is None:
         raise Lfm2kitError(f"{there.rates}: there is no rate of copies; {MADE_BY}")
     machine = Machine(
-        ModelRates.of(checkpoint.spec, there),
+        ModelRates.of(checkpoint.spec, checkpoint.weights, there),
         network(request, there.calibration, there.rates),
         copies,
         request.overlap,
@@ -157,7 +158,7 @@ def _fields(compared: Compared, job: Simulated) -> dict[str, Any]:
 
 def _show(report: Report, compared: Sequence[Compared]) -> None:
     """Print a row for each job, and which layout wins."""
-    report.line(f"{report.fields['model']}: PREDICTED, {report.fields['notes'][0]}")
+    report.line(f"{report.fields['model']}: PREDICTED, {'; '.join(report.fields['notes'])}")
     report.line("ms are those of an average rank; weights and bytes sent are the most of a rank")
     show_table(
         [list(_row(job)) for one in compared for job in one.jobs],

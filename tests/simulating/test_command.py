@@ -70,6 +70,29 @@ def test_without_a_file_the_rates_that_are_kept_are_used(
     assert f"by the rates in {path}" in done.out
 
 
+def test_rates_of_experts_in_another_format_are_used_only_where_there_are_no_others(
+    cli: Cli, rates: Path
+) -> None:
+    document = json.loads(rates.read_text())
+    (side,) = document["sides"]
+    other = {**side, "stored": "F32", "expert_bytes": 10 * side["expert_bytes"]}
+
+    def simulated(*sides: object) -> Any:
+        rates.write_text(json.dumps({**document, "sides": sides}))
+        done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    both, same, others = simulated(other, side), simulated(side), simulated(other)
+    assert both == same
+    assert len(same["notes"]) == 1
+    assert others["jobs"][0]["weight_bytes"] > same["jobs"][0]["weight_bytes"]
+    said = "they are of experts stored in F32, and the model's are in BF16"
+    assert others["notes"][1:] == [said]
+    done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1")
+    assert said in " ".join(done.out.split())
+
+
 def test_a_load_is_what_tokens_choose(cli: Cli, rates: Path, tmp_path: Path) -> None:
     layers = tuple(one._replace(counts=(400, *[80] * 15)) for one in unused(TINY.spec))
     load = tmp_path / "load.json"
