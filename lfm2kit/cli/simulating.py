@@ -18,6 +18,7 @@ from lfm2kit.building.rates import MADE_BY, Calibration, read_calibration
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import STDOUT, Report, show_table
 from lfm2kit.cli.options import files_of, open_model
+from lfm2kit.cli.rewrite_options import option_of
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.ranks.balancing import check_replicas
 from lfm2kit.simulating.comparing import Compared, Simulated, Simulation
@@ -34,6 +35,7 @@ NOT_SIMULATED = (
     "parallel",
     "ep_size",
     "overlap",
+    "exchange",
     "rewrites",
 )
 LEFT = ("ranks", "n", "layout")
@@ -79,7 +81,7 @@ def _check(options: Options) -> None:
     for name in NOT_SIMULATED:
         value = getattr(options, name)
         if value != Options.__dataclass_fields__[name].default:
-            shown = Option(name) if name == "rewrites" else Option(name, value)
+            shown = option_of(value[0]) if name == "rewrites" else Option(name, value)
             raise Lfm2kitError(shown, ": not together with ", Option("simulate"), "; leave it out")
 
 
