@@ -38,6 +38,9 @@ NOT_SIMULATED = (
     "exchange",
     "rewrites",
 )
+IN_ONE_PIECE = (
+    "messages are counted without overlap; tokens that travel in pieces take more of them"
+)
 LEFT = ("ranks", "n", "layout")
 RIGHT = ("samples/s", "ms", "compute", "waiting", "exchange", "copies", "gather", "weights", "sent")
 
@@ -68,12 +71,21 @@ def simulate(text: str, options: Options, json: str | None) -> None:
         "machine": dict(rates.calibration.machine),
         "backend": there.backend,
         "precision": precision,
-        "notes": list(filter(None, (rates.note, simulation.machine.rates.differing()))),
+        "notes": list(_notes(rates, simulation)),
         "jobs": [_fields(one, job) for one in compared for job in one.jobs],
     }
     if json != STDOUT:
         _show(report, compared)
     report.write()
+
+
+def _notes(rates: _Rates, simulation: Simulation) -> Iterator[str]:
+    """Yield what is to be said about the rates, and about what is not predicted exactly."""
+    yield rates.note
+    if (differing := simulation.machine.rates.differing()) is not None:
+        yield differing
+    if simulation.request.overlap:
+        yield IN_ONE_PIECE
 
 
 def _check(options: Options) -> None:

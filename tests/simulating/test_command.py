@@ -93,6 +93,17 @@ def test_rates_of_experts_in_another_format_are_used_only_where_there_are_no_oth
     assert said in " ".join(done.out.split())
 
 
+def test_messages_of_a_job_with_overlap_are_said_to_be_those_without(cli: Cli, rates: Path) -> None:
+    jobs = []
+    for overlap in ("0", "1"):
+        asked = f"{ASKED},overlap={overlap}"
+        done = cli("plan", "--rates", rates, "--simulate", asked, "--json", "-")
+        jobs.append(json.loads(done.out))
+    plain, overlapped = ([job["sent_messages"] for job in one["jobs"]] for one in jobs)
+    assert plain == overlapped
+    assert ["without overlap" in " ".join(one["notes"]) for one in jobs] == [False, True]
+
+
 def test_a_load_is_what_tokens_choose(cli: Cli, rates: Path, tmp_path: Path) -> None:
     layers = tuple(one._replace(counts=(400, *[80] * 15)) for one in unused(TINY.spec))
     load = tmp_path / "load.json"
