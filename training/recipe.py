@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lfm2kit.errors import Lfm2kitError
@@ -39,6 +40,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
+SHARES = ("warmup", "frozen_bias")
+MOST_SEED = 2**63 - 1  # that torch takes
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How the model is trained; the learning rates are those at the peak."""
@@ -57,6 +62,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raise `Lfm2kitError` for values with which nothing can be trained."""
+        for field in fields(self):
+            value, option = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
+            if not 0 <= value < math.inf:
+                raise Lfm2kitError(f"{option} {value}: give a number of 0 or more")
+            if field.name in SHARES and value > 1:
+                raise Lfm2kitError(f"{option} {value}: give a share of all steps, from 0 to 1")
+        if self.seed > MOST_SEED:
+            raise Lfm2kitError(f"--seed {self.seed}: give a number up to {MOST_SEED}")
         if min(self.sequences, self.length) < 1:
             raise Lfm2kitError(
                 f"{self.sequences} sequences of {self.length} tokens: give 1 or more of both"

@@ -28,7 +28,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16
 from training import card
 from training.checkpoints import check_target, read_network, write_network
-from training.commands import ended
+from training.commands import ended, whole
 from training.data import HELD_OUT, LEARNT, Part, Windows, read_data
 from training.evaluate import bits_per_byte, expert_loads, forget_loads
 from training.network import Network
@@ -171,18 +171,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     for field in fields(Recipe):
-        kind = _whole if isinstance(field.default, int) else float
+        kind = whole if isinstance(field.default, int) else float
         name = field.name.replace("_", "-")
         parser.add_argument(f"--{name}", type=kind, default=field.default)
     return parser.parse_args()
-
-
-def _whole(text: str) -> int:
-    """Return a whole number of 0 or more; `41e6` is one."""
-    number = float(text)
-    if number < 0 or number != int(number):
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, such as 512 or 41e6")
-    return int(number)
 
 
 if __name__ == "__main__":

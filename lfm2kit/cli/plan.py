@@ -32,6 +32,7 @@ from lfm2kit.simulating.request import EXAMPLE
 from lfm2kit.state import Room
 
 PAGE = Room(0).page_tokens
+TOKENS = 2048
 SIMULATE = (
     "Predict jobs of many ranks instead, from what lfm2kit calibrate measured, such as "
     f"{EXAMPLE}: 1..256 are powers of two, 1/2/6 is a list. Also latency=20us, tokens=16 of a "
@@ -55,7 +56,7 @@ def plan(
     tokens: Annotated[
         int,
         flags("tokens", About("Tokens in a forward, which scratch memory depends on.", least=1)),
-    ] = 2048,
+    ] = TOKENS,
     context: Annotated[
         int,
         flags(
@@ -78,6 +79,7 @@ def plan(
     if simulate is not None:
         if ranks > 1 or ranks_per_node is not None:
             raise Lfm2kitError("--simulate has ranks of its own; leave out --ranks")
+        _check_simulated(rank=rank, tokens=tokens, context=context, sequences=sequences)
         simulated(simulate, options, json)
         return
     report = Report(json)
@@ -120,6 +122,17 @@ def plan(
     if json != "-":
         _show(report, setup, tokens, room)
     report.write()
+
+
+def _check_simulated(**given: int) -> None:
+    """Raise `Lfm2kitError` for an option of a single plan that `--simulate` knows nothing of."""
+    defaults = {"rank": 0, "tokens": TOKENS, "context": 0, "sequences": 1}
+    for name, value in given.items():
+        if value != defaults[name]:
+            instead = "; its KEY=VALUE tokens= is of a sample" if name == "tokens" else ""
+            raise Lfm2kitError(
+                f"--{name} {value}: not together with --simulate; leave it out{instead}"
+            )
 
 
 def has_exchanges(setup: Setup) -> bool:

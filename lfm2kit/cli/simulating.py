@@ -18,6 +18,7 @@ from lfm2kit.building.rates import MADE_BY, Calibration, read_calibration
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import STDOUT, Report, show_table
 from lfm2kit.cli.options import files_of, open_model
+from lfm2kit.cli.rewrite_options import option_of
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.ranks.balancing import check_replicas
 from lfm2kit.simulating.comparing import Compared, Simulated, Simulation
@@ -34,7 +35,11 @@ NOT_SIMULATED = (
     "parallel",
     "ep_size",
     "overlap",
+    "exchange",
     "rewrites",
+)
+IN_ONE_PIECE = (
+    "messages are counted without overlap; tokens that travel in pieces take more of them"
 )
 LEFT = ("ranks", "n", "layout")
 RIGHT = ("samples/s", "ms", "compute", "waiting", "exchange", "copies", "gather", "weights", "sent")
@@ -57,7 +62,8 @@ def simulate(text: str, options: Options, json: str | None) -> None:
     rates = _rates(options, request)
     backend, precision = _item(options)
     there = found(rates.calibration, rates.name, backend, precision)
-    compared = list(_simulation(checkpoint, options, request, there).compared())
+    simulation = _simulation(checkpoint, options, request, there)
+    compared = list(simulation.compared())
     report.fields = {
         "model": str(checkpoint.path),
         "predicted": True,
@@ -65,7 +71,7 @@ def simulate(text: str, options: Options, json: str | None) -> None:
         "machine": dict(rates.calibration.machine),
         "backend": there.backend,
         "precision": precision,
-        "notes": [rates.note],
+        "notes": list(_notes(rates, simulation)),
         "jobs": [_fields(one, job) for one in compared for job in one.jobs],
     }
     if json != STDOUT:
@@ -73,12 +79,21 @@ def simulate(text: str, options: Options, json: str | None) -> None:
     report.write()
 
 
+def _notes(rates: _Rates, simulation: Simulation) -> Iterator[str]:
+    """Yield what is to be said about the rates, and about what is not predicted exactly."""
+    yield rates.note
+    if (differing := simulation.machine.rates.differing()) is not None:
+        yield differing
+    if simulation.request.overlap:
+        yield IN_ONE_PIECE
+
+
 def _check(options: Options) -> None:
     """Raise `Lfm2kitError` for an option that a simulation would not take into account."""
     for name in NOT_SIMULATED:
         value = getattr(options, name)
         if value != Options.__dataclass_fields__[name].default:
-            shown = Option(name) if name == "rewrites" else Option(name, value)
+            shown = option_of(value[0]) if name == "rewrites" else Option(name, value)
             raise Lfm2kitError(shown, ": not together with ", Option("simulate"), "; leave it out")
 
 
@@ -126,7 +141,7 @@ def _simulation(
     if copies is None:
         raise Lfm2kitError(f"{there.rates}: there is no rate of copies; {MADE_BY}")
     machine = Machine(
-        ModelRates.of(checkpoint.spec, there),
+        ModelRates.of(checkpoint.spec, checkpoint.weights, there),
         network(request, there.calibration, there.rates),
         copies,
         request.overlap,
@@ -157,7 +172,7 @@ def _fields(compared: Compared, job: Simulated) -> dict[str, Any]:
 
 def _show(report: Report, compared: Sequence[Compared]) -> None:
     """Print a row for each job, and which layout wins."""
-    report.line(f"{report.fields['model']}: PREDICTED, {report.fields['notes'][0]}")
+    report.line(f"{report.fields['model']}: PREDICTED, {'; '.join(report.fields['notes'])}")
     report.line("ms are those of an average rank; weights and bytes sent are the most of a rank")
     show_table(
         [list(_row(job)) for one in compared for job in one.jobs],

@@ -9,9 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lfm2kit import specs
+from lfm2kit.backend import Weights
 from lfm2kit.building.curves import Curve, Float64
 from lfm2kit.building.rank_rates import BlockKey, BlockRates
 from lfm2kit.building.rates import MADE_BY, Calibration, Side
+from lfm2kit.building.rates import Experts as ExpertsKey
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.simulating.sendings import Int64
 
@@ -47,6 +49,7 @@ class Experts(NamedTuple):
     """The experts of a layer."""
 
     side: Side
+    stored: str  # the format of the model's own
 
     def spent(self, rows: Int64) -> Spent:
         """Return what ranks spend whose experts have these rows, [ranks, experts]."""
@@ -73,11 +76,14 @@ class ModelRates:
     of_logits: Blocks  # the same, for the rows that have logits
 
     @classmethod
-    def of(cls, model: specs.Model, found: Found) -> ModelRates:
+    def of(cls, model: specs.Model, weights: Weights, found: Found) -> ModelRates:
         """Return the rates of a model; raise `Lfm2kitError` for a block without."""
         return cls(
             found.blocks(model.embed_tokens),
-            [_layer(i, layer, found) for i, layer in enumerate(model.layers)],
+            [
+                _layer(i, layer, weights.scope(f"layers.{i}"), found)
+                for i, layer in enumerate(model.layers)
+            ],
             found.blocks(model.last_rows),
             found.blocks(model.embedding_norm, model.lm_head),
         )
@@ -88,6 +94,19 @@ class ModelRates:
         others = (self.embedding, self.of_all_rows, self.of_logits)
         before = (layer.before for layer in self.layers)
         return sum(blocks.kept_bytes for blocks in (*others, *before))
+
+    def differing(self) -> str | None:
+        """Say which experts the rates are of if the model's are stored in other formats."""
+        experts = (layer.experts for layer in self.layers if layer.experts is not None)
+        pairs = {(one.side.experts.stored, one.stored) for one in experts}
+        return (
+            "; ".join(
+                f"they are of experts stored in {measured}, and the model's are in {stored}"
+                for measured, stored in sorted(pairs)
+                if measured != stored
+            )
+            or None
+        )
 
 
 class Found(NamedTuple):
@@ -106,13 +125,13 @@ class Found(NamedTuple):
                 blocks.add(one)
         return blocks
 
-    def experts(self, spec: specs.Experts) -> Experts:
-        """Return the rates of a layer's experts, whatever format they are stored in."""
-        sizes = (spec.hidden_size, spec.intermediate_size)
-        for side in self.calibration.sides:
-            if side.experts[:4] == (self.backend, self.precision, *sizes):
-                return Experts(side)
-        raise self._no_rates(f"experts of {sizes[0]} x {sizes[1]}")
+    def experts(self, spec: specs.Experts, weights: Weights) -> Experts:
+        """Return the rates of a layer's experts, those of another format if there are no others."""
+        key = ExpertsKey.of(spec, weights, self.backend, self.precision)
+        sides = [side for side in self.calibration.sides if side.experts[:4] == key[:4]]
+        if not sides:
+            raise self._no_rates(f"experts of {spec.hidden_size} x {spec.intermediate_size}")
+        return Experts(max(sides, key=lambda side: side.experts == key), key.stored)
 
     def _of(self, spec: specs.Spec) -> Iterator[BlockRates]:
         key = BlockKey(repr(spec), self.backend, self.precision)
@@ -151,24 +170,24 @@ def _keys(calibration: Calibration) -> list[BlockKey]:
     return [one.key for one in calibration.blocks]
 
 
-def _layer(number: int, layer: specs.Spec, found: Found) -> LayerRates:
+def _layer(number: int, layer: specs.Spec, weights: Weights, found: Found) -> LayerRates:
     before, experts = Blocks(), None
-    for spec in _parts(layer):
+    for scope, spec in _parts(layer, weights):
         if isinstance(spec, specs.Experts):
-            experts = found.experts(spec)
+            experts = found.experts(spec, scope)
         else:
             more = found.blocks(spec)
             before = Blocks(before.calls + more.calls, before.kept_bytes + more.kept_bytes)
     return LayerRates(number, before, experts)
 
 
-def _parts(spec: specs.Spec) -> Iterator[specs.Spec]:
-    """Yield the parts of a layer, those with experts taken apart."""
+def _parts(spec: specs.Spec, weights: Weights) -> Iterator[tuple[Weights, specs.Spec]]:
+    """Yield the parts of a layer with their weights; those with experts are taken apart."""
     if isinstance(spec, specs.Experts) or not _has_experts(spec):
-        yield spec
+        yield weights, spec
         return
     for part in spec.parts():
-        yield from _parts(part.spec)
+        yield from _parts(part.spec, weights.scope(part.scope) if part.scope else weights)
 
 
 def _has_experts(spec: specs.Spec) -> bool:

@@ -208,6 +208,22 @@ def test_a_rank_without_memory_for_its_mailbox_is_named_by_all(world: World) -> 
     assert not +world.runtime.mapped
 
 
+def test_after_too_many_tokens_fewer_need_no_more_memory_than_they_do_alone(world: World) -> None:
+    def rank(transport: ThreadTransport) -> Size:
+        meeting = meeting_of(world, transport)
+        meeting.create(TRAFFIC)
+        transport.barrier()
+        world.runtime.may_allocate = lambda: False
+        with pytest.raises(Lfm2kitError, match="try fewer tokens"), meeting.around(1000):
+            pass
+        transport.barrier()
+        world.runtime.may_allocate = lambda: True
+        with meeting.around(4):
+            return meeting.mailboxes.size
+
+    assert run_ranks(RANKS, rank) == [Size(64, K, WIDTH)] * RANKS
+
+
 def test_a_failure_names_rank_and_exchange_and_no_forward_follows(world: World) -> None:
     def rank(transport: ThreadTransport) -> None:
         meeting = meeting_of(world, transport)

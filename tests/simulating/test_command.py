@@ -74,6 +74,40 @@ def test_without_a_file_the_rates_that_are_kept_are_used(
     assert f"by the rates in {path}" in done.out
 
 
+def test_rates_of_experts_in_another_format_are_used_only_where_there_are_no_others(
+    cli: Cli, rates: Path
+) -> None:
+    document = json.loads(rates.read_text())
+    (side,) = document["sides"]
+    other = {**side, "stored": "F32", "expert_bytes": 10 * side["expert_bytes"]}
+
+    def simulated(*sides: object) -> Any:
+        rates.write_text(json.dumps({**document, "sides": sides}))
+        done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    both, same, others = simulated(other, side), simulated(side), simulated(other)
+    assert both == same
+    assert len(same["notes"]) == 1
+    assert others["jobs"][0]["weight_bytes"] > same["jobs"][0]["weight_bytes"]
+    said = "they are of experts stored in F32, and the model's are in BF16"
+    assert others["notes"][1:] == [said]
+    done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1")
+    assert said in " ".join(done.out.split())
+
+
+def test_messages_of_a_job_with_overlap_are_said_to_be_those_without(cli: Cli, rates: Path) -> None:
+    jobs = []
+    for overlap in ("0", "1"):
+        asked = f"{ASKED},overlap={overlap}"
+        done = cli("plan", "--rates", rates, "--simulate", asked, "--json", "-")
+        jobs.append(json.loads(done.out))
+    plain, overlapped = ([job["sent_messages"] for job in one["jobs"]] for one in jobs)
+    assert plain == overlapped
+    assert ["without overlap" in " ".join(one["notes"]) for one in jobs] == [False, True]
+
+
 def test_a_load_is_what_tokens_choose(cli: Cli, rates: Path, tmp_path: Path) -> None:
     layers = tuple(one._replace(counts=(400, *[80] * 15)) for one in unused(TINY.spec))
     load = tmp_path / "load.json"
@@ -96,7 +130,12 @@ def test_a_load_is_what_tokens_choose(cli: Cli, rates: Path, tmp_path: Path) -> 
         (["--simulate", "ranks=1"], ["--simulate ranks=1: n is missing"]),
         (["--simulate", "ranks=x,n=1"], ["--simulate ranks=x: expected numbers such as"]),
         (["--simulate", "ranks=1,n=1", "--ranks", 4], ["--simulate has ranks of its own"]),
-        (["--simulate", "ranks=1,n=1", "--trim"], ["rewrites", "not together with --simulate"]),
+        (["--simulate", "ranks=1,n=1", "--trim"], ["--trim: not together with --simulate"]),
+        (["--simulate", "ranks=1,n=1", "--rank", 3], ["--rank 3: not together with --simulate"]),
+        (["--simulate", "ranks=1,n=1", "--tokens", 5], ["--tokens 5: not together", "tokens= is"]),
+        (["--simulate", "ranks=1,n=1", "--context", 9], ["--context 9: not together"]),
+        (["--simulate", "ranks=1,n=1", "--sequences", 4], ["--sequences 4: not together"]),
+        (["--simulate", "ranks=1,n=1", "--exchange", "host"], ["--exchange host: not together"]),
         (["--simulate", "ranks=1,n=1", "--ep-size", 2], ["--ep-size 2: not together with"]),
         (["--simulate", "ranks=1,n=1", "-b", "a,1.moe=b"], ["takes one backend"]),
         (["--simulate", "ranks=1,n=1", "-b", "cuda"], ["no rates of", "loom in fp32"]),

@@ -24,7 +24,7 @@ VOCAB = 1024
 
 
 def machine(request: Request, rates: Calibration, backend: str | None = None) -> Machine:
-    of_model = ModelRates.of(TINY.spec, found(rates, PATH, backend, "fp32"))
+    of_model = ModelRates.of(TINY.spec, TINY.weights, found(rates, PATH, backend, "fp32"))
     assert rates.copies is not None
     return Machine(of_model, network(request, rates, PATH), rates.copies, request.overlap)
 

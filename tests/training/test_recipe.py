@@ -45,7 +45,14 @@ def test_there_is_always_a_step() -> None:
     assert Recipe(tokens=1).steps == 1
 
 
-@pytest.mark.parametrize("bad", [{"sequences": 0}, {"length": 0}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"sequences": 0}, {"length": 0}, {"dropout": 1.0}, {"adam_rate": math.nan},
+        {"muon_rate": math.inf}, {"weight_decay": -1.0}, {"warmup": 1.5}, {"frozen_bias": math.nan},
+        {"seed": 2**63},
+    ],
+)  # fmt: skip
 def test_values_with_which_nothing_can_be_trained_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(Lfm2kitError, match="give"):
         Recipe(**bad)  # type: ignore[arg-type]

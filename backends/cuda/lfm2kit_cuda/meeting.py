@@ -141,7 +141,7 @@ class Meeting:
                 return
             self._mailboxes.close()
             self._mailboxes = None
-        self._most, self._generation = needed, self._generation + 1
+        self._generation += 1
         try:
             self._mailboxes = Mailboxes(self._transport, needed)
         except PeerError as error:
@@ -151,6 +151,7 @@ class Meeting:
                 f"{self.slots} tokens of each rank; try fewer tokens at once, or ",
                 Option("exchange", "host"),
             ) from None
+        self._most = needed  # not before: what was too much is not asked for again
 
     def _check(self) -> None:
         """Raise `ExchangeError` if an exchange has failed."""

@@ -53,19 +53,31 @@ def connected(transport: Transport, memory: Memory) -> tuple[Communicator | None
     """Return a communicator among the ranks, or why this one has none; every rank calls this."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    reason = None if cupy.cuda.nccl.available else "CuPy finds no NCCL; install nvidia-nccl-cu13"
+    unique_id, reason = _made_id(is_first=transport.world.rank == 0)
     if agree(transport, {} if reason is None else Refusal(reason)) is not None:
         return None, reason
+    unique_id = _of_first(transport, unique_id)
     try:
         with cupy.cuda.Device(int(memory.name.rpartition(":")[2])):
-            return Nccl(transport.world.size, _id_of_first(transport), transport.world.rank), None
+            return Nccl(transport.world.size, unique_id, transport.world.rank), None
     except cupy.cuda.nccl.NcclError as error:
         return None, f"NCCL says {error}"
 
 
-def _id_of_first(transport: Transport) -> tuple[int, ...]:
-    """Return on every rank the id that rank 0 has made."""
-    size, is_first = transport.world.size, transport.world.rank == 0
-    mine = np.array(cupy.cuda.nccl.get_unique_id() if is_first else [0] * ID_BYTES, np.int16)
-    everyones, _ = transport.all_to_all(np.tile(mine, (size, 1)), [1] * size, [1] * size)
+def _made_id(*, is_first: bool) -> tuple[tuple[int, ...], str | None]:
+    """Return the id that rank 0 makes, zeros on the others; or why there can be none."""
+    none = (0,) * ID_BYTES
+    if not cupy.cuda.nccl.available:
+        return none, "CuPy finds no NCCL; install nvidia-nccl-cu13"
+    try:
+        return cupy.cuda.nccl.get_unique_id() if is_first else none, None
+    except cupy.cuda.nccl.NcclError as error:
+        return none, f"NCCL says {error}"
+
+
+def _of_first(transport: Transport, unique_id: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the id of rank 0 on every rank."""
+    size = transport.world.size
+    mine = np.tile(np.array(unique_id, np.int16), (size, 1))
+    everyones, _ = transport.all_to_all(mine, [1] * size, [1] * size)
     return tuple(everyones[0].tolist())

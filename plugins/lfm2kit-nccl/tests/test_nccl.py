@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,3 +86,19 @@ def test_a_rank_without_nccl_says_so() -> None:
         return transport.world
 
     assert len(run_ranks(2, rank)) == 2
+
+
+def test_where_rank_0_gets_no_id_no_rank_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NcclError(Exception):
+        pass
+
+    def get_unique_id() -> Any:
+        raise NcclError("unhandled system error")
+
+    nccl = SimpleNamespace(available=True, NcclError=NcclError, get_unique_id=get_unique_id)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nccl=nccl)))
+    monkeypatch.delitem(sys.modules, "lfm2kit_nccl.communicator", raising=False)
+    connected = import_module("lfm2kit_nccl.communicator").connected
+    monkeypatch.delitem(sys.modules, "lfm2kit_nccl.communicator")
+    found = run_ranks(2, lambda transport: connected(transport, Gpu()), patience=20)
+    assert found == [(None, "NCCL says unhandled system error"), (None, None)]
