@@ -77,7 +77,8 @@ class Transport(Protocol):
         """Send `send_counts[r]` consecutive rows of `rows` to each rank r, in order of r.
 
         Return the rows that came, those of rank 0 first, and how many each rank sent.  `rows`
-        is C-contiguous; all ranks pass one dtype and row shape; counts may be 0.
+        is C-contiguous; all ranks pass one dtype and row shape; counts may be 0.  Once this
+        returns, nothing reads `rows` any more: the caller may write there.
 
         Who knows how many rows come gives `receive_counts`, on every rank: then only rows travel.
         Beside them `into` may be given, a C-contiguous array of as many rows, of the same dtype
