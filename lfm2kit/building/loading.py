@@ -446,6 +446,10 @@ def load_model(
     doubtful checkpoints, such as two sets of weights in one folder, about experts that are placed
     in another way than might be expected, and about forwards that are not captured.
     """
+    if job is not None and not isinstance(getattr(job, "world", None), World):
+        raise Lfm2kitError(
+            f"job={job!r}: expected a job, such as that of `with lfm2kit.joined_job() as job`"
+        )
     if job is None and not independent:
         refuse_copies()
     plugins = installed_plugins()

@@ -68,6 +68,13 @@ def test_copies_that_are_not_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
+@pytest.mark.parametrize("job", ["mpi", 2, True])
+def test_what_is_no_job_is_refused_with_what_to_give(job: object) -> None:
+    with pytest.raises(Lfm2kitError, match=rf"job={job!r}: expected a job, such as") as refused:
+        load_model("tiny", job=job)  # type: ignore[arg-type]
+    assert "\n" not in str(refused.value)
+
+
 def test_an_unknown_transport_is_named() -> None:
     with pytest.raises(Lfm2kitError, match="unknown transport 'pigeon'"), joined_job("pigeon"):
         pass
