@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lfm2kit import progress
 from lfm2kit.text import printable
 
 VARIABLE = "LFM2KIT_CACHE_DIR"
@@ -99,17 +100,24 @@ class KernelCache:
 
         Inside, look again whether the kernel is there before compiling it.  Nobody waits for more
         than half a minute, or at all if the file system has no locks: it does no harm if several
-        processes compile the same kernel.
+        processes compile the same kernel.  A missing kernel is a step: a watched rank may wait for
+        many of them, one after the other.
         """
         give_up = time.monotonic() + TURN_SECONDS
+        is_missing = not self.has(name)
+        label = name.rpartition("-")[0] or name  # without a hash
+        if is_missing:
+            progress.step(f"waiting for kernel {label}", progress.COMPILING)
         with suppress(OSError):
-            descriptor = None if self.has(name) else self._made()
+            descriptor = self._made() if is_missing else None
             while descriptor is not None and not locked(descriptor):
                 if self.has(name) or time.monotonic() > give_up:
                     break
                 time.sleep(0.02)
         try:
             yield
+            if is_missing:
+                progress.step(f"kernel {label} is ready")
         finally:
             if self._descriptor is not None:
                 with suppress(OSError):

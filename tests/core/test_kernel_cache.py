@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lfm2kit import kernel_cache
+from lfm2kit import kernel_cache, progress
 from lfm2kit.kernel_cache import TURN_SECONDS, KernelCache
 
 CODE = bytes(range(256)) * 4
@@ -267,6 +267,25 @@ def test_who_waits_for_a_turn_goes_on_as_soon_as_the_kernel_is_there() -> None:
         first.write("tile", CODE)
         thread.join(TURN_SECONDS / 2)  # the first goes on to compile other kernels
         assert found == [CODE]
+
+
+def test_a_turn_for_a_missing_kernel_is_a_step_that_may_take_as_long_as_compiling(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a watched rank that waits for one kernel after the other would seem to hang."""
+    mine = progress.Progress()
+    told: list[tuple[str, float]] = []
+    mine.on_step = lambda: told.append((mine.now.name, mine.now.seconds))
+    monkeypatch.setattr(progress, "THIS_PROCESS", mine)
+    cache = KernelCache("fast")
+    with cache.turn("tile"):
+        cache.write("tile", b"code")
+    with cache.turn("tile"):
+        pass
+    assert told == [
+        ("waiting for kernel tile", progress.COMPILING),
+        ("kernel tile is ready", progress.DEADLINE),
+    ]
 
 
 def test_whose_turn_ends_without_a_kernel_gives_it_to_the_next() -> None:
