@@ -144,7 +144,7 @@ def cut_short(done: subprocess.CompletedProcess[str]) -> bool:
     MPICH sends each rank's address with whatever lay in memory behind it.  Slurm reads up to 1024
     bytes of a line, which are enough only if that has many zeros.
     """
-    return "mpi/pmi2: value not properly terminated in client request" in done.stderr
+    return "mpi/pmi2: " in done.stderr  # Slurm's own errors, of which the first names the line
 
 
 def test_ranks_are_spread_over_the_nodes_whatever_slots_these_have() -> None:
