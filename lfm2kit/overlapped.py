@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit.transport import Exchanging, Transport, WorksInPieces
+from lfm2kit.transport import Exchanging, Transport, WorksInPieces, everyones
 
 ON, OFF, AUTO = "on", "off", "auto"
 OVERLAP = (ON, OFF, AUTO)
@@ -59,10 +59,8 @@ class Overlap:
         The rank that computes longest waits for nobody in the exchange.
         """
         assert self._transport is not None, "only its ranks decide"
-        size = self._transport.world.size
-        mine = np.array([[computing, exchanging]] * size)
-        everyones, _ = self._transport.all_to_all(mine, [1] * size, [1] * size)
-        computing, exchanging = float(everyones[:, 0].max()), float(everyones[:, 1].min())
+        times = everyones(self._transport, [computing, exchanging])
+        computing, exchanging = float(times[:, 0].max()), float(times[:, 1].min())
         self.share = exchanging / (computing + exchanging)
         self.is_on = self.share >= LEAST_SHARE and exchanging >= LEAST_SECONDS
         if not self.is_on:

@@ -445,6 +445,14 @@ def rank_command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", *options, "-c", code, *arguments]
 
 
+def everyones(transport: Transport, mine: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Return what each rank gives, [ranks, ...]; all give arrays of one shape and dtype."""
+    size = transport.world.size
+    each = [1] * size
+    came, _ = transport.all_to_all(np.stack([np.asarray(mine)] * size), each, each)
+    return came
+
+
 def share(count: int, size: int, rank: int) -> range:
     """Return `rank`'s part of `range(count)`: contiguous, sizes differ by one at most."""
     return range(count * rank // size, count * (rank + 1) // size)

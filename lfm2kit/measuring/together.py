@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from lfm2kit.building.records import LEAST
 from lfm2kit.measuring.timing import Timing, timed
 from lfm2kit.memory import Memory, is_ordered
 from lfm2kit.progress import step
 from lfm2kit.ranks.joining import Alone
-from lfm2kit.transport import Transport
+from lfm2kit.transport import Transport, everyones
 
 REPETITIONS, CALL_SECONDS = 7, 0.5  # of each call: how often, unless these seconds are over
 # Calls that a memory with streams is given at once: the host enqueues the next ones meanwhile.
@@ -23,10 +21,7 @@ ENQUEUED = 4
 
 def largest(transport: Transport, value: float) -> float:
     """Return the largest of all ranks' values, on every rank, when all of them are here."""
-    size = transport.world.size
-    mine = np.full((size, 1), value)
-    everyones, _ = transport.all_to_all(mine, [1] * size, [1] * size)
-    return float(everyones.max())
+    return float(everyones(transport, value).max())
 
 
 @dataclass(slots=True)

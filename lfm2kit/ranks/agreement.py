@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lfm2kit.errors import USER_ERROR, Lfm2kitError
-from lfm2kit.transport import Transport
+from lfm2kit.transport import Transport, everyones
 
 MOST_SHOWN = 3  # differences, or errors, in the one line
 ABSENT = "missing"
@@ -61,9 +61,7 @@ def agree(transport: Transport, report: Facts | Refusal) -> Refusal | None:
 
 def least(transport: Transport, value: int) -> int:
     """Return the smallest value that a rank brings, on every rank; every rank calls it."""
-    size = transport.world.size
-    everyones, _ = transport.all_to_all(np.full(size, value, np.int64), [1] * size)
-    return int(everyones.min())
+    return int(everyones(transport, int(value)).min())
 
 
 def compared(reports: Sequence[Facts | Refusal]) -> Refusal | None:

@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from threading import RLock
 from weakref import WeakValueDictionary
 
-import numpy as np
-
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import Memory
 from lfm2kit.progress import COMPILING, THIS_PROCESS, longest_of
-from lfm2kit.transport import ExchangeError, ExchangeOffer, Traffic, Transport
+from lfm2kit.transport import ExchangeError, ExchangeOffer, Traffic, Transport, everyones
 from lfm2kit_cuda.constants import EXCHANGE
 from lfm2kit_cuda.device import on_device
 from lfm2kit_cuda.exchange import PeerExchange
@@ -59,8 +57,8 @@ class Meeting:
         )
 
     def scratch_bytes(self, traffic: Traffic, tokens: int) -> int:
-        rounded = -(-tokens // MULTIPLE) * MULTIPLE
-        size = Size(rounded, traffic.num_experts_per_tok, traffic.hidden_size)
+        """Return the bytes that exchanges of this traffic take for `tokens` tokens of each rank."""
+        size = Size(_rounded(tokens), traffic.num_experts_per_tok, traffic.hidden_size)
         return size.scratch_bytes(self.world.size)
 
     def create(self, traffic: Traffic) -> PeerExchange:
@@ -95,11 +93,11 @@ class Meeting:
         The value is what the shapes and addresses in a captured forward depend on.
         """
         with self._lock, on_device(self.device):
-            everyones = self._everyones(tokens)
-            self.slots = max(1, *everyones)
+            brought = tuple(everyones(self._transport, tokens).tolist())
+            self.slots = max(1, *brought)
             self._check()  # after a failure no forward is begun
             self._make_room()
-            self.mailboxes.begin(self._deadline(everyones))
+            self.mailboxes.begin(self._deadline(brought))
             try:
                 yield self.slots, self._generation
             except BaseException:
@@ -112,30 +110,22 @@ class Meeting:
         assert self._mailboxes is not None, "mailboxes are made before the first forward"
         return self._mailboxes
 
-    def _everyones(self, tokens: int) -> tuple[int, ...]:
-        """Return the tokens that each rank brings, in order of rank."""
-        size = self.world.size
-        mine = np.full(size, tokens, np.int64)
-        everyones, _ = self._transport.all_to_all(mine, [1] * size, [1] * size)
-        return tuple(everyones.tolist())
-
-    def _deadline(self, everyones: tuple[int, ...]) -> float:
+    def _deadline(self, brought: tuple[int, ...]) -> float:
         """Return how long a rank may wait for another in a forward of these tokens.
 
         Longer in the first one, in which the other may have to compile a kernel.
         """
         allowed = PATIENCE * longest_of(THIS_PROCESS.allowed)
-        if everyones in self._seen:
+        if brought in self._seen:
             return allowed
         if len(self._seen) >= MOST_SEEN:
             self._seen.clear()
-        self._seen.add(everyones)
+        self._seen.add(brought)
         return allowed + COMPILING
 
     def _make_room(self) -> None:
         """Make larger mailboxes if this forward needs them, as every other rank does then."""
-        rounded = -(-self.slots // MULTIPLE) * MULTIPLE
-        needed = self._most.covering(Size(rounded, 1, 1))
+        needed = self._most.covering(Size(_rounded(self.slots), 1, 1))
         if self._mailboxes is not None:
             if self._mailboxes.size.covering(needed) == self._mailboxes.size:
                 return
@@ -168,3 +158,8 @@ class Meeting:
             "longer ",
             Option("deadline"),
         )
+
+
+def _rounded(tokens: int) -> int:
+    """Return how many tokens of each rank mailboxes have room for, to hold these."""
+    return -(-tokens // MULTIPLE) * MULTIPLE

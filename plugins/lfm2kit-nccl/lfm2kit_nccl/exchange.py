@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lfm2kit.memory import Adds, Array, Memory
-from lfm2kit.transport import ExchangeOffer, Rows, Traffic, Transport
+from lfm2kit.transport import ExchangeOffer, Rows, Traffic, Transport, everyones
 
 # "1": forwards are captured.  NCCL allows that where all ranks capture the same calls together, so
 # their batches must have the same forms at the same time.
@@ -79,10 +79,7 @@ class Meeting:
     @contextmanager
     def around(self, tokens: int) -> Iterator[Hashable]:
         """Settle how many tokens the largest rank has; every rank enters this for each forward."""
-        size = self.world.size
-        mine = np.full(size, tokens, np.int64)
-        everyones, _ = self._transport.all_to_all(mine, [1] * size, [1] * size)
-        self.slots = max(1, int(everyones.max()))
+        self.slots = max(1, int(everyones(self._transport, tokens).max()))
         yield self.slots
 
 
