@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,25 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a worker whole files, and one worker all jobs of ranks.
+
+    Ranks that wait for each other spin.  Two jobs on the two cores of CI take so long together that
+    deadlines pass.
+    """
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class JobsOneByOne(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            jobs = "tests/mpi/"
+            return jobs if nodeid.startswith(jobs) else super()._split_scope(nodeid)
+
+    return JobsOneByOne(config, log)
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
     assert (record["ranks"], record["groups"]) == (ranks, groups)
     for layer in record["exchanged"]["layers"]:
         assert sum(layer["rows_by_expert"]) == sum(layer["rows_by_rank"]) == 21 * 16 * 4
-    if not record["overlap"]["is_on"]:  # of halves there are more messages
+    if not record["overlap"]["is_on"]:  # pieces have more messages
         assert [by_rank(layer) for layer in record["exchanged"]["layers"]] == calculated(
             routing, groups
         )

@@ -26,6 +26,19 @@ class Ends:
 
     def leave(self, rank: int) -> None:
         """Take in that all has been read from `rank`; what ended before it comes before it."""
+        self._look()
+        self._append(rank)
+
+    def before(self, rank: int) -> list[int]:
+        """Return the ranks whose connections have ended, and if that of `rank` has, before it."""
+        self._look()
+        return self.order[: self.order.index(rank)] if rank in self.order else self.order
+
+    def _look(self) -> None:
         events = self._poll.poll(0) if self._poll is not None else []
-        ended = [self._ranks[descriptor] for descriptor, _ in events]
-        self.order += [one for one in (*ended, rank) if one not in self.order]
+        for descriptor, _ in events:
+            self._append(self._ranks[descriptor])
+
+    def _append(self, rank: int) -> None:
+        if rank not in self.order:
+            self.order.append(rank)

@@ -152,7 +152,7 @@ class Hub:
         if "reason" in said:
             sentence = f"{rank.where}: {said['reason']}"
             fault = Fault(sentence, said["exit_code"], said["details"])
-            if said["is_effect"]:
+            if said["is_effect"] or self._others_ended_before(rank):
                 rank.ended_by = fault
             else:
                 self.fault = self.fault or fault
@@ -160,6 +160,14 @@ class Hub:
             rank.is_done = True
             if rank.number == 0:
                 self.exit_code = said["done"]
+
+    def _others_ended_before(self, rank: Rank) -> bool:
+        """Return whether another rank ended too early before `rank` did, or said why it will.
+
+        What comes from such a rank need not be what it sent, and MPICH may report no error: a block
+        may then fail because of a number that makes no sense.
+        """
+        return any(not self.ranks[other].is_done for other in self._ends.before(rank.number))
 
     def _pass_on(self, stream: str, data: bytes) -> None:
         try:
