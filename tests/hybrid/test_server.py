@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numba
@@ -753,6 +753,27 @@ def test_threads_end_with_their_server(device: DeviceMemory) -> None:
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
+
+
+def test_a_server_that_is_collected_waits_for_no_call(device: DeviceMemory) -> None:
+    """While it waited, an interrupt would be lost.  The last thread tidies up."""
+    is_called, go_on, closed = (threading.Event() for _ in range(3))
+    server = Server(device, [None])
+    crossing = server.crossing("layers.2", Doubling(lambda: (is_called.set(), go_on.wait(60))))
+    call(device, crossing)
+    workers = server._workers
+    workers._channel.close = closed.set  # type: ignore[method-assign]
+    with suppress(ZeroDivisionError), forward(device, server):
+        crossing(device.from_host(np.ones((5, 3), np.float32)))
+        is_called.wait(60)
+        raise ZeroDivisionError
+    del server, crossing
+    gc.collect()
+    assert workers._board[CLOSED] == 1
+    assert workers._threads[0].is_alive()
+    assert not closed.is_set()
+    go_on.set()
+    assert closed.wait(60)
 
 
 def test_words_of_different_writers_lie_on_different_cache_lines(server: Server) -> None:

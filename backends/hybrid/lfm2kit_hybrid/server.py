@@ -57,7 +57,7 @@ class Server:
         self._workers = Workers(self._channel, cores, threads)
         # Weak: nobody waits for a trip of a forward, or of a recording, that has failed.
         self._newest: Callable[[], _Trip | None] = lambda: None
-        weakref.finalize(self, self._workers.close)
+        weakref.finalize(self, self._workers.close).atexit = False  # they end themselves then
 
     @contextmanager
     def serving(self) -> Iterator[None]:

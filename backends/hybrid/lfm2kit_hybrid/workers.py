@@ -6,11 +6,14 @@ Python.  So the thread that runs forwards never waits for Python's lock because 
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Sequence
-from threading import Thread, current_thread
+from itertools import count
+from threading import Thread
 from typing import Any
+from weakref import WeakSet
 
 import numpy.typing as npt
 from lfm2kit_cpu_simd.crew import CREW
@@ -37,6 +40,14 @@ from lfm2kit_hybrid.polling import (
 LEAVING = 1.0  # seconds that a worker gets to leave
 LOOK = 1e-3  # seconds between two looks at whether the calls of a failed forward have returned
 
+_OPEN: WeakSet[Workers] = WeakSet()  # that are not closed
+
+
+@atexit.register
+def _close_all() -> None:
+    for workers in list(_OPEN):
+        workers.end_with_process()
+
 
 class Workers:
     """The threads of one channel, which start when a call needs them."""
@@ -54,9 +65,11 @@ class Workers:
         self._threads: list[Thread] = []
         self._is_shaken = False  # a call of a forward that has failed may still be running
         self._failure: tuple[str, BaseException] | None = None  # a block's name, and what it raised
+        self._leavers = count()  # of one after the other
         self._board = Board(len(cores), observe(_address(channel.sent)))
         self._calls = Calls(self._take_table)
         self._names: set[str] = set()  # of the blocks that are called
+        _OPEN.add(self)
 
     def add(self, called: Called, parts: int) -> None:
         """Add a call that is shared by `parts` workers.
@@ -111,17 +124,29 @@ class Workers:
         )
 
     def close(self) -> None:
-        """End the threads, and give the channel back once nobody uses it."""
+        """Tell the threads to end, and do not wait for them.
+
+        The garbage collector calls this wherever it is at work, and an interrupt that comes while
+        it does is lost.
+        """
         if os.getpid() != self._process:
             return  # after a fork: there are no threads here, and the pipes are another process's
+        _OPEN.discard(self)
         publish(self._board.address + CLOSED, 1)
         self._wake_all()
-        for thread in self._threads:
-            if thread is not current_thread():  # the garbage collector may call this anywhere
-                thread.join(LEAVING)
-        if not any(thread.is_alive() for thread in self._threads):
+        self._leave()
+
+    def _leave(self) -> None:
+        """Give the channel back if all threads, and who closes it, have left."""
+        if next(self._leavers) == len(self._threads):
             self._channel.close()
             self._board.close()
+
+    def end_with_process(self) -> None:
+        """Let the threads end while what they look at is still there."""
+        self.close()
+        for thread in self._threads:
+            thread.join(LEAVING)
 
     def _recover(self) -> None:
         """Wait until nobody is in a call of a forward that has failed, and forget that it has."""
@@ -178,6 +203,7 @@ class Workers:
         board = self._board.address
         while poll(board, sent, failed, answered, worker, pauses, LINGER, PATIENCE) == CALL:
             self._call(worker)
+        self._leave()
 
     def _call(self, worker: int) -> None:
         """Call a block that needs Python, and answer, whatever happens.
