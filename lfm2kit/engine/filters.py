@@ -1,7 +1,6 @@
 """Which tokens may be drawn: temperature, top-k, top-p and min-p, as in transformers.
 
-transformers sorts whole rows.  Here what is surely removed is removed first, by a comparison; the
-definitions then see few numbers.
+Where min-p removes most of a row, a comparison does so first, and the rest sees few numbers.
 """
 
 from __future__ import annotations
@@ -76,14 +75,13 @@ def _top_p(there: Kept, top_p: float) -> Bools:
     equal ones, a top_p of 0.9 keeps 9.  So probabilities and sums are rounded to float32 here.  Of
     equal tokens those with the lowest ids are kept, where transformers leaves it to its sort.
     """
-    weights, rest = there.weights(), 1 - top_p
-    probabilities = (weights / weights.sum()).astype(np.float32).astype(np.float64)
-    unsure = np.flatnonzero(probabilities >= 0.5 * rest / len(weights))  # all others are removed
-    by_score = np.lexsort((-unsure, there.scores[unsure]))  # ascending, the highest ids first
-    ascending = unsure[by_score]
-    sums = np.cumsum(probabilities[ascending])
-    sums += probabilities.sum() - sums[-1]  # of all others
-    keep = np.zeros(len(weights), np.bool_)
-    keep[ascending] = sums.astype(np.float32) > np.float32(rest)
-    keep[ascending[-1]] = True
+    ascending = np.sort(there.scores)
+    weights = np.exp(ascending.astype(np.float64) - ascending[-1])
+    probabilities = (weights / weights.sum()).astype(np.float32)
+    sums = np.cumsum(probabilities, dtype=np.float64).astype(np.float32)
+    removed = min(int(np.searchsorted(sums, np.float32(1 - top_p), side="right")), len(sums) - 1)
+    border = ascending[removed]
+    keep: Bools = there.scores > border
+    equal = np.flatnonzero(there.scores == border)
+    keep[equal[: len(sums) - removed - np.count_nonzero(keep)]] = True
     return keep
