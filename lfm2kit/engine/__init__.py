@@ -1,0 +1,1 @@
+"""Generates text: requests in, tokens out."""
