@@ -31,7 +31,7 @@ class Sequence:
         self.computed = 0  # tokens that the pages hold
         self.followers: list[Sequence] = []  # wait until the prompt that they share is computed
         self.forks = 0
-        self._ids = np.array(request.ids)  # with room for more behind
+        self._ids = request.ids  # never written: a longer array, with room for more, replaces it
         self._count = len(self._ids)
 
     @property
@@ -79,5 +79,5 @@ class Sequence:
         seed = seed_of_fork(self.seed, number)
         fork = Sequence(id, 0, age, self.request, self.most, seed)
         self.forks += 1
-        fork._ids, fork._count = self.ids.copy(), self._count
+        fork._ids, fork._count = self.ids, self._count
         return fork

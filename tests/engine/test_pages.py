@@ -65,8 +65,10 @@ def test_what_is_found_holds_the_tokens_that_are_looked_for(program: list[Any]) 
             told.pages.give_back(running.pop(one % len(running))[0])
             late = [pair for pair in late if any(pair[0] is pages for pages, _ in running)]
         if len(late) > 1:
-            for pages, ids in late:
-                told.pages.know(pages, ids[:-1], 0)
+            for end in range(SIZE, 5 * SIZE, SIZE):  # a page of each after the other
+                for pages, ids in late:
+                    if end < len(ids):
+                        told.pages.know(pages, ids[:end], end - SIZE)
             late = []
         assert told.pages.free == PAGES - len({page for pages, _ in running for page in pages})
     for pages, _ in running:
@@ -134,3 +136,31 @@ def test_what_is_forgotten_is_not_found() -> None:
     other = pages.begin(ids_of([0, 1]))
     assert other is not None
     assert other.tokens == 0
+
+
+def test_what_follows_a_second_copy_is_not_found() -> None:
+    """Else it would be found behind the other tokens that its first page holds later."""
+    pages = Pages(Room(PAGES, SIZE))
+    ids = ids_of([0, 1], rest=0)
+    first, second = pages.begin(ids), pages.begin(ids)
+    assert first is not None
+    assert second is not None
+    for end in (SIZE, 2 * SIZE):
+        for copy in (first.pages, second.pages):
+            pages.know(copy, ids[:end], end - SIZE)
+    pages.give_back(second.pages)
+    other = pages.begin(ids_of([1], rest=0))
+    assert other is not None
+    assert other.pages == second.pages[:1]
+    pages.know(other.pages, ids_of([1], rest=0), 0)
+    after = pages.begin(ids_of([1, 1]))
+    assert after is not None
+    assert after.tokens == SIZE
+
+
+def test_pages_that_nobody_can_find_are_taken_first() -> None:
+    pages = Pages(Room(PAGES, SIZE))
+    first, other = known(pages, [0]), pages.take()
+    pages.give_back(first)
+    pages.give_back([other])
+    assert [pages.take() for _ in range(PAGES)][-1] == first[0]
