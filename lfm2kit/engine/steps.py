@@ -16,6 +16,7 @@ from lfm2kit.batch import Batch, Form
 from lfm2kit.engine.room import room_for
 from lfm2kit.engine.scheduler import Chunk
 from lfm2kit.model import LFM2
+from lfm2kit.progress import step
 from lfm2kit.ranks.agreement import least
 from lfm2kit.state import ModelState, Room
 from lfm2kit.transport import Transport
@@ -23,6 +24,9 @@ from lfm2kit.transport import Transport
 Int32 = npt.NDArray[np.int32]
 
 THE_END = np.empty(0, np.int32)
+# What rank 0 does between two steps, and the seconds that whoever watches the job lets it do so:
+# users may think for long.
+WAITING = "waiting for requests", 24 * 3600.0
 
 
 class Steps:
@@ -33,6 +37,8 @@ class Steps:
         self.room = room if self._job is None else agreed(self._job, room)
         self._model = model
         self._state: ModelState | None = model.new_state(self.room)
+        if self._job is not None:
+            step(*WAITING)
 
     @property
     def has_followers(self) -> bool:
@@ -41,13 +47,18 @@ class Steps:
 
     def logits(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Return float32 [len(batch.logits_rows), vocab_size]."""
-        if self._job is not None:
-            from_first(self._job, packed(batch))
-        return self._model.logits(batch, self._state)
+        if self._job is None:
+            return self._model.logits(batch, self._state)
+        step("sending a batch")
+        from_first(self._job, packed(batch))
+        logits = self._model.logits(batch, self._state)
+        step(*WAITING)
+        return logits
 
     def close(self) -> None:
         """Free the state, and let the other ranks go."""
         if self._job is not None:
+            step("letting the other ranks go")
             from_first(self._job, THE_END)
         self._state = self._job = None
 
@@ -65,8 +76,8 @@ def follow(
     The room, or what it is made of, is what the engine is given.
     """
     state = model.new_state(agreed(job, room or room_for(model, context, sequences)))
-    while len(step := from_first(job, THE_END)):
-        model.logits(unpacked(step), state)
+    while len(batch := from_first(job, THE_END)):
+        model.logits(unpacked(batch), state)
 
 
 def batch_of(chunks: Iterable[Chunk]) -> Batch:
@@ -98,11 +109,11 @@ def packed(batch: Batch) -> Int32:
     return np.concatenate([np.array(batch.form, np.int32), batch.packed()])
 
 
-def unpacked(step: Int32) -> Batch:
+def unpacked(array: Int32) -> Batch:
     """Return the batch that was packed."""
-    form = Form(*step[:5].tolist())
+    form = Form(*array[:5].tolist())
     shapes = [form.tokens, form.tokens, form.sequences + 1, form.sequences * form.width]
-    token_ids, positions, cu_seqlens, pages, logits_rows = np.split(step[5:], np.cumsum(shapes))
+    token_ids, positions, cu_seqlens, pages, logits_rows = np.split(array[5:], np.cumsum(shapes))
     table = pages.reshape(form.sequences, form.width)
     return Batch(token_ids, positions, cu_seqlens, table, logits_rows, form.max_seqlen)
 

@@ -12,6 +12,7 @@ from lfm2kit.engine.engine import Engine
 from lfm2kit.engine.requests import Request
 from lfm2kit.engine.sampling import Sampling
 from lfm2kit.engine.steps import follow, packed, unpacked
+from lfm2kit.progress import THIS_PROCESS
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.state import Room
 from lfm2kit.testing import ThreadTransport, run_ranks
@@ -81,6 +82,23 @@ def test_a_forward_that_fails_on_one_rank_ends_the_job(broken: int) -> None:
 
     with pytest.raises(OSError, match="no device"):
         run_ranks(2, rank)
+
+
+def test_the_first_rank_may_wait_for_requests_as_long_as_its_users() -> None:
+    def rank(job: ThreadTransport) -> Any:
+        model = shared_model(job)
+        if job.world.rank:
+            return follow(model, job, ROOM)
+        with Engine(model, ROOM, job=job) as engine:
+            before = THIS_PROCESS.now
+            generated(engine, *REQUESTS)
+            between = THIS_PROCESS.now
+        return before, between, THIS_PROCESS.now
+
+    before, between, after = run_ranks(2, rank)[0]
+    assert before.name == between.name == "waiting for requests"
+    assert between.seconds == 24 * 3600
+    assert after.seconds == THIS_PROCESS.deadline
 
 
 def test_a_batch_comes_back_from_what_is_sent() -> None:
