@@ -49,6 +49,7 @@ LARGEST: Mapping[str, int] = {
     "conv_L_cache": KERNEL,
     "kernel_size": KERNEL,
     "repeat": LAYERS,
+    "max_position_embeddings": DIMENSION,
 }
 
 # The least and largest values of real numbers.

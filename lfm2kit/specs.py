@@ -468,6 +468,7 @@ class Model(Spec):
     embedding_norm: RMSNorm
     lm_head: LMHead
     tie_word_embeddings: bool = field(default=True)
+    max_position_embeddings: int | None = None  # tokens of its longest sequence; None: unknown
     kind: ClassVar[str] = "model"
 
     def parts(self) -> tuple[Part, ...]:

@@ -66,6 +66,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool | None  # None: the file does not say; tied unless a head is stored
+    max_position_embeddings: int | None = None  # None: the file does not say
 
     @property
     def num_hidden_layers(self) -> int:
@@ -93,6 +94,7 @@ LFM2_8B_A1B = ModelConfig(
     norm_eps=1e-5,
     rope_theta=1e6,
     tie_word_embeddings=None,
+    max_position_embeddings=128000,
 )
 
 
@@ -135,6 +137,7 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         norm_eps=_real(fields, "norm_eps"),
         rope_theta=_rope_theta(fields),
         tie_word_embeddings=_tied(fields),
+        max_position_embeddings=_max_positions(fields),
     )
     bounds.check_tensors(model_spec(config, tied=True))  # specs refuse what does not fit together
     return config
@@ -167,6 +170,7 @@ def model_spec(config: ModelConfig, *, tied: bool) -> specs.Model:
         embedding_norm=norm,
         lm_head=specs.LMHead(c.vocab_size, c.hidden_size),
         tie_word_embeddings=tied,
+        max_position_embeddings=c.max_position_embeddings,
     )
 
 
@@ -325,6 +329,11 @@ def _value(fields: Mapping[str, Any], key: str) -> Any:
     if fields.get(key) is None:
         raise Lfm2kitError(f"key '{key}' is missing")
     return fields[key]
+
+
+def _max_positions(fields: Mapping[str, Any]) -> int | None:
+    key = "max_position_embeddings"
+    return None if fields.get(key) is None else _whole(fields, key)
 
 
 def _whole(fields: Mapping[str, Any], key: str, least: int = 1) -> int:

@@ -1,6 +1,7 @@
 """A model described by a TOML file of specs instead of a config.json; reads and writes them.
 
     tie_word_embeddings = true
+    max_position_embeddings = 128000   # may be left out
     vocab_size = 1024             # what a spec's own table does not say
     hidden_size = 128             # is looked for here
     eps = 1e-5
@@ -62,6 +63,9 @@ def parse_spec(table: Table) -> specs.Model:
         lm_head=_make("the model", specs.LMHead, common, {}),
         tie_word_embeddings=_checked(
             "tie_word_embeddings", "bool", common.get("tie_word_embeddings", True)
+        ),
+        max_position_embeddings=_checked(
+            "max_position_embeddings", "int | None", common.get("max_position_embeddings")
         ),
     )
     bounds.check_tensors(model)
@@ -125,10 +129,10 @@ def _fields(*types: Any) -> set[str]:
     return {field.name for t in types for field in dataclasses.fields(t)} - {"local_experts"}
 
 
-# What the top of a file may say: anything that a spec below it has, and one thing more.
+# What the top of a file may say: anything that a spec below it has, and two things more.
 COMMON = _fields(
     specs.Embedding, specs.RMSNorm, *OPERATORS.values(), specs.MLP, specs.Router, specs.Experts
-) | {"tie_word_embeddings"}
+) | {"tie_word_embeddings", "max_position_embeddings"}
 
 
 def _make(where: str, spec: type[S], common: Table, fields: Table) -> S:
@@ -146,7 +150,9 @@ def _make(where: str, spec: type[S], common: Table, fields: Table) -> S:
 def _checked(key: str, annotation: str, value: Any, where: str = "") -> Any:
     """Return `value` if it fits the annotation and the bounds of the field `key`."""
     where = where or key
-    if annotation == "int":
+    if annotation == "int | None" and value is None:
+        return None
+    if annotation.startswith("int"):
         return bounds.whole(where, key, value)
     if annotation == "float":
         return bounds.real(where, key, value)
@@ -166,6 +172,8 @@ def spec_text(model: specs.Model) -> str:
         f"hidden_size = {model.embed_tokens.hidden_size}",
         f"eps = {_toml(model.embedding_norm.eps)}",
     ]
+    if model.max_position_embeddings is not None:
+        lines.append(f"max_position_embeddings = {model.max_position_embeddings}")
     for layer, equal in groupby(model.layers):
         if not isinstance(layer, specs.Layer):
             raise Lfm2kitError(NOT_DESCRIBED)

@@ -57,6 +57,8 @@ def test_every_other_missing_key_is_named(key: str) -> None:
         ("layer_types", []),
         ("layer_types", ["conv", "mamba", "conv", "conv"]),
         ("num_hidden_layers", 7),
+        ("max_position_embeddings", 0),
+        ("max_position_embeddings", "128000"),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}),
         ("rope_parameters", [1]),
         ("rope_scaling", {"type": "linear", "factor": 2}),
@@ -163,3 +165,9 @@ def test_a_config_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(FIELDS))
     assert read_config(path) == config()
+
+
+def test_the_longest_sequence_is_known_where_the_file_says_it() -> None:
+    assert small_spec(max_position_embeddings=128000).max_position_embeddings == 128000
+    assert small_spec(max_position_embeddings=None).max_position_embeddings is None
+    assert small_spec().max_position_embeddings is None

@@ -99,6 +99,11 @@ def test_repeat_makes_equal_layers(tmp_path: Path) -> None:
             'vocab_size = 50\ntie_word_embeddings = "false"',
             "tie_word_embeddings",
         ),
+        (
+            "vocab_size = 50",
+            "vocab_size = 50\nmax_position_embeddings = 0",
+            "max_position_embeddings",
+        ),
         ("vocab_size = 50", "vocab_size = 50\nvocab_sise = 50", "Did you mean 'vocab_size'"),
         ("vocab_size = 50", "vocab_size = 50\n[rope]\nx = 1", "no key 'rope'"),
         ("vocab_size = 50", "vocab_size = 50\nvocab_size = 51", "TOML"),

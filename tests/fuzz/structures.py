@@ -69,6 +69,7 @@ rope = st.fixed_dictionaries(
 def configs(draw: st.DrawFn) -> dict[str, Json]:
     """Draw the fields of a config.json, most of them sound."""
     others = [*TWINS, *FIXED, "head_dim", "full_attn_idxs", "quantization_config", "theta"]
+    others.append("max_position_embeddings")
     fields = draw(changed(FIELDS, others))
     for key in draw(st.lists(st.sampled_from(["rope_parameters", "rope_scaling"]), max_size=2)):
         fields[key] = draw(rope)

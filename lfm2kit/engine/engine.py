@@ -1,0 +1,235 @@
+"""The engine: requests in, events out; each step is one forward of many sequences.
+
+    with Engine(model) as engine:
+        engine.add(Request([1, 2, 3], max_tokens=8))
+        while engine.is_busy:
+            for event in engine.step():
+                print(event.token_id, event.end)
+
+A sequence's tokens do not depend on what else is in its steps.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.engine.drawing import Drawn, NotANumber, NumPySampler, Sampler
+from lfm2kit.engine.random_numbers import seed_of_fork
+from lfm2kit.engine.requests import CANCELLED, FAILED, Event, Request, check_whole
+from lfm2kit.engine.room import context_of, described, room_for
+from lfm2kit.engine.scheduler import Chunk, Scheduler
+from lfm2kit.engine.sequence import Sequence
+from lfm2kit.engine.steps import Steps, batch_of
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.model import LFM2
+from lfm2kit.state import Room
+from lfm2kit.transport import Transport
+
+BUDGET = 512  # tokens of a step
+
+
+class Engine:
+    """Sequences of one model that are made longer together.  One thread uses it.
+
+    The state has `room`, or room for `sequences` of up to `context` tokens, or for what half of the
+    free memory holds (`lfm2kit.engine.room`).  A step computes up to `budget` tokens.  Rank 0 of a
+    `job` has the engine, while the others `lfm2kit.engine.steps.follow` it.
+    """
+
+    def __init__(
+        self,
+        model: LFM2,
+        room: Room | None = None,
+        *,
+        context: int | None = None,
+        sequences: int | None = None,
+        budget: int = BUDGET,
+        sampler: Sampler | None = None,
+        job: Transport | None = None,
+    ) -> None:
+        check_whole("budget", budget, 1)
+        self._steps = Steps(model, room or room_for(model, context, sequences), job)
+        self.room = self._steps.room
+        self.context = min(context_of(model), self.room.pages * self.room.page_tokens)
+        self._model = model
+        self._sampler: Sampler = sampler or NumPySampler()
+        self._scheduler = Scheduler(self.room, budget)
+        self._live: dict[int, list[Sequence]] = {}  # sequences by the id of their request
+        self._events: list[Event] = []  # that no step has returned yet
+        self._ids, self._ages = count(), count()
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"<Engine of {self._model!r}, with {described(self.room)}>"
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None or not self._steps.has_followers:  # else the job ends with this error
+            self.close()
+
+    def close(self) -> None:
+        """Free the state; sequences that have not ended are lost."""
+        if self._is_closed:
+            return
+        self._steps.close()
+        self._scheduler = Scheduler(Room(0), 0)
+        self._live.clear()
+        self._events.clear()
+        self._is_closed = True
+
+    @property
+    def is_busy(self) -> bool:
+        """Return whether there are events to come."""
+        return bool(self._events) or bool(self._live)
+
+    def add(self, request: Request) -> int:
+        """Return the id by which the events of a request are known; its sequences wait.
+
+        Raise `Lfm2kitError` if its prompt, or the prompt and `max_tokens`, are too long, or if it
+        has ids outside the vocabulary.
+        """
+        self._check_open()
+        self._check_ids("the prompt", request.ids)
+        self._check_ids("stop_ids", [*request.stop_ids])
+        request.sampling.check_ids(self._model.spec.embed_tokens.vocab_size)
+        most = self._most_tokens(request)
+        id, seed = next(self._ids), request.sampling.seed
+        first, *others = self._live[id] = [
+            Sequence(id, choice, next(self._ages), request, most, seed_of_fork(seed, choice))
+            for choice in range(request.n)
+        ]
+        first.followers = others
+        self._scheduler.add(first)
+        return id
+
+    def fork(self, id: int, choice: int = 0) -> int:
+        """Return the id of a new request that goes on from the tokens that a sequence has now.
+
+        It is of one sequence, with another seed, and shares the whole pages.  Raise `Lfm2kitError`
+        if the sequence has ended.
+        """
+        self._check_open()
+        origin = next((one for one in self._live.get(id, ()) if one.choice == choice), None)
+        if origin is None:
+            raise Lfm2kitError(f"choice {choice} of request {id} has ended, or there was none")
+        fork = origin.fork(next(self._ids), next(self._ages))
+        self._live[fork.id] = [fork]
+        self._scheduler.add(fork)
+        return fork.id
+
+    def cancel(self, id: int) -> None:
+        """End the sequences of a request, and free their pages; the next step returns the events.
+
+        Do nothing if all of them have ended.
+        """
+        for sequence in self._live.get(id, [])[:]:
+            self._end(sequence, CANCELLED)
+
+    def step(self) -> list[Event]:
+        """Compute the next tokens of sequences; return what there is to tell since the last step.
+
+        If the forward fails, the sequences of the step end with its error.  If it is interrupted,
+        they are put back.
+        """
+        self._check_open()
+        chunks = self._scheduler.plan()
+        if chunks:
+            try:
+                self._run(chunks)
+            except Exception as error:
+                if self._steps.has_followers:  # they are still in the midst of it
+                    raise
+                for sequence in _running_of(chunks):
+                    self._fail(sequence, error)
+            except BaseException:
+                for sequence in _running_of(chunks):
+                    self._scheduler.put_back(sequence)
+                raise
+        events, self._events = self._events, []
+        return events
+
+    def _run(self, chunks: list[Chunk]) -> None:
+        last = [chunk.sequence for chunk in chunks if chunk.is_last]
+        logits = self._steps.logits(batch_of(chunks))
+        drawn = self._sampler.draw(logits, [sequence.row() for sequence in last])
+        self._scheduler.advance(chunks)
+        for sequence, one in zip(last, drawn, strict=True):
+            if isinstance(one, NotANumber):
+                self._fail(sequence, Lfm2kitError(str(one)))
+            else:
+                self._continue(sequence, one)
+
+    def _continue(self, sequence: Sequence, drawn: Drawn) -> None:
+        """Add a token to its sequence; those that share the prompt can begin now."""
+        end = sequence.append(drawn.token_id)
+        best = tuple(drawn.best)
+        token = Event(sequence.id, sequence.choice, drawn.token_id, drawn.logprob, best, end)
+        self._events.append(token)
+        if end is not None:
+            self._remove(sequence)
+        for follower in sequence.followers:
+            self._scheduler.add(follower)
+        sequence.followers = []
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End a sequence, and those that share its prompt and have not begun."""
+        self._scheduler.pages.forget()
+        for one in (sequence, *sequence.followers):
+            self._end(one, FAILED, error)
+
+    def _end(self, sequence: Sequence, end: str, error: Exception | None = None) -> None:
+        """End a sequence without another token."""
+        self._events.append(Event(sequence.id, sequence.choice, None, end=end, error=error))
+        self._remove(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Free what a sequence that has ended holds."""
+        self._scheduler.drop(sequence)
+        others = self._live[sequence.id]
+        others.remove(sequence)
+        if not others:
+            del self._live[sequence.id]
+
+    def _most_tokens(self, request: Request) -> int:
+        """Return how many tokens each sequence may have; `Lfm2kitError` if it needs more."""
+        prompt, asked = len(request.ids), request.max_tokens
+        most = self.context if asked is None else prompt + asked
+        if most <= self.context and prompt < self.context:
+            return most
+        is_whole = self.context == context_of(self._model)
+        holder = "the model's context" if is_whole else f"the engine's {described(self.room)}"
+        advice = f"a prompt may have up to {self.context - 1}"
+        if prompt < self.context:
+            advice = f"max_tokens may be up to {self.context - prompt}"
+        raise Lfm2kitError(
+            f"a prompt of {prompt} tokens and {asked or 1} more do not fit into the {self.context} "
+            f"tokens that a sequence may have ({holder}); {advice}"
+        )
+
+    def _check_ids(self, name: str, ids: npt.ArrayLike) -> None:
+        size, ids = self._model.spec.embed_tokens.vocab_size, np.asarray(ids)
+        outside = ids[(ids < 0) | (ids >= size)]
+        if len(outside):
+            raise Lfm2kitError(
+                f"{name}: token id {outside[0]} lies outside the vocabulary of {size}"
+            )
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise Lfm2kitError("the engine is closed; make another one")
+
+
+def _running_of(chunks: list[Chunk]) -> list[Sequence]:
+    """Return the sequences of a step that have not ended."""
+    return [chunk.sequence for chunk in chunks if chunk.sequence.pages]

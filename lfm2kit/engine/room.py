@@ -1,0 +1,65 @@
+"""Sizes the state of an engine: by what is asked, or by what is free."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from lfm2kit.batch_rules import MOST_CONTEXT
+from lfm2kit.engine.requests import check_whole
+from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.model import LFM2
+from lfm2kit.state import MOST_TOKENS, Room
+
+SEQUENCES = 16  # of the whole context, at most, where nobody asks for a number
+SHARE = 2  # one part of what is free for the state, the others for what forwards need
+
+
+NO_ROOM = Room(0)
+
+
+def room_for(model: LFM2, context: int | None = None, sequences: int | None = None) -> Room:
+    """Return room for `sequences` sequences of up to `context` tokens each.
+
+    Without both numbers it is what half of the free memory holds, and at most as much as 16
+    sequences of the model's context need.  Raise `Lfm2kitError` if the context is longer than the
+    model's.
+    """
+    for name, value in (("context", context), ("sequences", sequences)):
+        if value is not None:
+            check_whole(name, value, 1)
+    most = context_of(model)
+    if context is not None and context > most:
+        raise Lfm2kitError(
+            Option("context", context),
+            f": the model's context has {most} tokens; give at most that",
+        )
+    of_one = NO_ROOM.pages_of(context or most)
+    if context is not None and sequences is not None:
+        return Room(sequences * of_one)
+    least = 1 if context is None else of_one
+    return Room(max(least, _fitting(model, (sequences or SEQUENCES) * of_one)))
+
+
+def context_of(model: LFM2) -> int:
+    """Return how many tokens a sequence of this model may have."""
+    return min(model.spec.max_position_embeddings or MOST_CONTEXT, MOST_CONTEXT)
+
+
+def described(room: Room) -> str:
+    """Return a room in words."""
+    tokens = room.pages * room.page_tokens
+    return f"{room.pages} pages of {room.page_tokens} tokens, for {tokens} tokens of all sequences"
+
+
+def _fitting(model: LFM2, most: int) -> int:
+    """Return how many pages fit into one part in `SHARE` of what is free, up to `most`."""
+    most = min(most, MOST_TOKENS // NO_ROOM.page_tokens // SHARE)
+    return bisect_left(range(1, most + 1), True, key=lambda pages: not _fits(model, pages))
+
+
+def _fits(model: LFM2, pages: int) -> bool:
+    try:
+        model.check_room(Room(SHARE * pages))
+    except Lfm2kitError:
+        return False
+    return True

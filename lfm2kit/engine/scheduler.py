@@ -1,0 +1,114 @@
+"""Decides which tokens of which sequences are computed in a step.
+
+Sequences that wait for one token alone come first, then chunks of prompts, the oldest first, then
+sequences that have not begun.  A sequence that begins gets the pages for all tokens that it has.
+Where no page is left for a sequence to go on, the youngest one that runs is put back: its pages are
+free again, and it waits.  The oldest one can thus always go on.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+from typing import NamedTuple
+
+from lfm2kit.engine.pages import Pages
+from lfm2kit.engine.sequence import Sequence
+from lfm2kit.state import Room
+
+_AGE = attrgetter("age")
+
+
+class Chunk(NamedTuple):
+    """The next tokens of a sequence, as many as a step computes."""
+
+    sequence: Sequence
+    tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """Return whether a token can be drawn after it."""
+        return self.tokens == self.sequence.left
+
+
+class Scheduler:
+    """The sequences that wait, those that run, and the pages of the latter."""
+
+    def __init__(self, room: Room, budget: int) -> None:
+        self.pages = Pages(room)
+        self._room = room
+        self._budget = budget  # tokens of a step
+        self._waiting: list[Sequence] = []  # the oldest first, as those that run
+        self._running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait, behind those that are older."""
+        insort(self._waiting, sequence, key=_AGE)
+
+    def drop(self, sequence: Sequence) -> None:
+        """End a sequence, and free its pages."""
+        if sequence in self._running:
+            self._stop(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Let a sequence that runs wait again; it will go on with the same tokens."""
+        self._stop(sequence)
+        self.add(sequence)
+
+    def plan(self) -> list[Chunk]:
+        """Return the chunks of the next step, whose sequences have the pages for them."""
+        chunks, left = [], self._budget
+        for sequence in self._in_order():
+            chunks.append(Chunk(sequence, min(sequence.left, left)))
+            left -= chunks[-1].tokens
+            if not left:
+                break
+        return chunks
+
+    def advance(self, chunks: Iterable[Chunk]) -> None:
+        """Note that the chunks of a step are computed."""
+        for sequence, tokens in chunks:
+            before = sequence.computed
+            sequence.computed += tokens
+            self.pages.know(sequence.pages, sequence.ids[: sequence.computed], before)
+
+    def _in_order(self) -> Iterator[Sequence]:
+        """Yield the sequences that can go on, each with the pages for what it has left."""
+        for sequence in [one for one in self._running if one.left == 1]:
+            if self._has_pages(sequence):
+                yield sequence
+        yield from [one for one in self._running if one.left > 1]
+        while (begun := self._begin()) is not None:
+            yield begun
+
+    def _has_pages(self, sequence: Sequence) -> bool:
+        """Return whether a sequence runs and has the pages for its next token.
+
+        If none is free, the youngest one is put back, perhaps itself.  The step has only older ones
+        so far.
+        """
+        needed = self._room.pages_of(sequence.computed + 1)
+        while 0 < len(sequence.pages) < needed:
+            if self.pages.free:
+                sequence.pages.append(self.pages.take())
+            else:
+                self.put_back(self._running[-1])
+        return bool(sequence.pages)
+
+    def _begin(self) -> Sequence | None:
+        """Return the oldest sequence that waits, with its pages; None if too few are free."""
+        beginning = self.pages.begin(self._waiting[0].ids) if self._waiting else None
+        if beginning is None:
+            return None
+        sequence = self._waiting.pop(0)
+        sequence.pages, sequence.computed = beginning
+        insort(self._running, sequence, key=_AGE)
+        return sequence
+
+    def _stop(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self.pages.give_back(sequence.pages)
+        sequence.pages, sequence.computed = [], 0

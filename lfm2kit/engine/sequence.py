@@ -1,0 +1,83 @@
+"""A sequence that an engine makes longer: its tokens, its pages, and how much they hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.engine.drawing import Row
+from lfm2kit.engine.random_numbers import seed_of_fork
+from lfm2kit.engine.requests import LENGTH, STOP, Request
+
+Int32 = npt.NDArray[np.int32]
+
+
+class Sequence:
+    """A prompt and the tokens drawn so far.
+
+    The last token is never in its pages: its row of logits is still to be computed.
+    """
+
+    def __init__(
+        self, id: int, choice: int, age: int, request: Request, most: int, seed: int
+    ) -> None:
+        self.id = id
+        self.choice = choice
+        self.age = age  # smaller numbers were added before
+        self.request = request
+        self.most = most  # tokens, the prompt included
+        self.seed = seed
+        self.pages: list[int] = []
+        self.computed = 0  # tokens that the pages hold
+        self.followers: list[Sequence] = []  # wait until the prompt that they share is computed
+        self.forks = 0
+        self._ids = request.ids  # never written: a longer array, with room for more, replaces it
+        self._count = len(self._ids)
+
+    @property
+    def ids(self) -> Int32:
+        """Return all of its token ids."""
+        return self._ids[: self._count]
+
+    @property
+    def generated(self) -> Int32:
+        """Return the ids that were drawn."""
+        return self.ids[len(self.request.ids) :]
+
+    @property
+    def left(self) -> int:
+        """Return how many tokens its pages do not hold yet."""
+        return self._count - self.computed
+
+    def append(self, token_id: int) -> str | None:
+        """Add a token that was drawn; return why the sequence ends, if it does."""
+        if self._count == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+        self._ids[self._count] = token_id
+        self._count += 1
+        if token_id in self.request.stop_ids:
+            return STOP
+        return LENGTH if self._count >= self.most else None
+
+    def row(self) -> Row:
+        """Return what a sampler needs to know to draw the next token."""
+        request, generated = self.request, self.generated
+        is_early = len(generated) < request.min_tokens
+        return Row(
+            sampling=request.sampling,
+            seed=self.seed,
+            position=self._count,
+            prompt=request.ids,
+            generated=generated,
+            forbidden=tuple(request.stop_ids) if is_early else (),
+            logprobs=request.logprobs,
+        )
+
+    def fork(self, id: int, age: int) -> Sequence:
+        """Return a sequence of the same tokens, which goes on with other random numbers."""
+        number = self.request.n + self.forks  # smaller ones are of the request's own sequences
+        seed = seed_of_fork(self.seed, number)
+        fork = Sequence(id, 0, age, self.request, self.most, seed)
+        self.forks += 1
+        fork._ids, fork._count = self.ids, self._count
+        return fork

@@ -1,0 +1,125 @@
+"""Runs the steps of an engine: chunks of sequences as a batch, and its forward on the state.
+
+In a job of several ranks, rank 0 has the engine and sends each batch to the others, which `follow`:
+so all ranks make the same forwards, each on a state of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.batch import Batch, Form
+from lfm2kit.engine.room import room_for
+from lfm2kit.engine.scheduler import Chunk
+from lfm2kit.model import LFM2
+from lfm2kit.progress import step
+from lfm2kit.ranks.agreement import least
+from lfm2kit.state import ModelState, Room
+from lfm2kit.transport import Transport
+
+Int32 = npt.NDArray[np.int32]
+
+THE_END = np.empty(0, np.int32)
+# What rank 0 does between two steps, and the seconds that whoever watches the job lets it do so:
+# users may think for long.
+WAITING = "waiting for requests", 24 * 3600.0
+
+
+class Steps:
+    """The forwards of one engine, and the state that they share."""
+
+    def __init__(self, model: LFM2, room: Room, job: Transport | None = None) -> None:
+        self._job = job if job is not None and job.world.size > 1 else None
+        self.room = room if self._job is None else agreed(self._job, room)
+        self._model = model
+        self._state: ModelState | None = model.new_state(self.room)
+        if self._job is not None:
+            step(*WAITING)
+
+    @property
+    def has_followers(self) -> bool:
+        """Return whether other ranks make the same forwards."""
+        return self._job is not None
+
+    def logits(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Return float32 [len(batch.logits_rows), vocab_size]."""
+        if self._job is None:
+            return self._model.logits(batch, self._state)
+        step("sending a batch")
+        from_first(self._job, packed(batch))
+        logits = self._model.logits(batch, self._state)
+        step(*WAITING)
+        return logits
+
+    def close(self) -> None:
+        """Free the state, and let the other ranks go."""
+        if self._job is not None:
+            step("letting the other ranks go")
+            from_first(self._job, THE_END)
+        self._state = self._job = None
+
+
+def follow(
+    model: LFM2,
+    job: Transport,
+    room: Room | None = None,
+    *,
+    context: int | None = None,
+    sequences: int | None = None,
+) -> None:
+    """Make the forwards of rank 0's engine on another rank, until that engine is closed.
+
+    The room, or what it is made of, is what the engine is given.
+    """
+    state = model.new_state(agreed(job, room or room_for(model, context, sequences)))
+    while len(batch := from_first(job, THE_END)):
+        model.logits(unpacked(batch), state)
+
+
+def batch_of(chunks: Iterable[Chunk]) -> Batch:
+    """Return the batch of a step; it wants the logits of those chunks alone that are the last.
+
+    If the sizes of steps are to be rounded, so that fewer forms are captured, this is the place.
+    """
+    chunks = list(chunks)
+    starts = [sequence.computed for sequence, _ in chunks]
+    batch = Batch.of_sequences(
+        [
+            sequence.ids[start : start + tokens]
+            for (sequence, tokens), start in zip(chunks, starts, strict=True)
+        ],
+        starts=starts,
+        pages=[sequence.pages for sequence, _ in chunks],
+    )
+    is_last = [chunk.is_last for chunk in chunks]
+    return batch if all(is_last) else replace(batch, logits_rows=batch.logits_rows[is_last])
+
+
+def agreed(job: Transport, room: Room) -> Room:
+    """Return the smallest room that a rank of a job has; every rank calls it."""
+    return replace(room, pages=least(job, room.pages))
+
+
+def packed(batch: Batch) -> Int32:
+    """Return a host batch as one array: its form, and then its arrays."""
+    return np.concatenate([np.array(batch.form, np.int32), batch.packed()])
+
+
+def unpacked(array: Int32) -> Batch:
+    """Return the batch that was packed."""
+    form = Form(*array[:5].tolist())
+    shapes = [form.tokens, form.tokens, form.sequences + 1, form.sequences * form.width]
+    token_ids, positions, cu_seqlens, pages, logits_rows = np.split(array[5:], np.cumsum(shapes))
+    table = pages.reshape(form.sequences, form.width)
+    return Batch(token_ids, positions, cu_seqlens, table, logits_rows, form.max_seqlen)
+
+
+def from_first(job: Transport, mine: Int32) -> Int32:
+    """Return rank 0's array on every rank, int32 [n]; the others bring an empty one."""
+    size = job.world.size
+    received, _ = job.all_to_all(np.tile(mine, size), [len(mine)] * size)
+    return received

@@ -1,0 +1,141 @@
+"""Models, a sampler and judges for tests of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2kit.backend import Context
+from lfm2kit.batch import Batch
+from lfm2kit.building.plugins import installed_plugins
+from lfm2kit.engine.drawing import Drawn, NotANumber, Row
+from lfm2kit.engine.engine import Engine
+from lfm2kit.engine.pages import Pages
+from lfm2kit.engine.requests import Event, Request
+from lfm2kit.engine.sampling import Sampling
+from lfm2kit.model import LFM2
+from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.state import ModelState, Room
+from lfm2kit.testing import random_weights
+from lfm2kit.testing.tiny_model import build_tiny_model
+from tests.core.small import small_spec
+
+Float32 = npt.NDArray[np.float32]
+
+VOCABULARY = 50
+PAGE_TOKENS = 64
+MOST_STEPS = 10_000
+GREEDY = Sampling(temperature=0)
+PLUGINS = installed_plugins()
+# Those whose results depend on nothing else in the batch, and that run on this machine.
+BACKENDS = [name for name in ("reference", "cpu_simd") if name in PLUGINS.backends]
+# All experts are taken: no two results differ by a choice that was within rounding.
+SPEC = small_spec(
+    layer_types=["conv", "full_attention"], num_hidden_layers=2, num_dense_layers=1,
+    num_experts=3, vocab_size=VOCABULARY,
+)  # fmt: skip
+
+
+@cache
+def model_of(backend: str = "reference") -> LFM2:
+    on_trial = PLUGINS.creator(Context())(backend)
+    return build_tiny_model(SPEC, random_weights(SPEC, 0), ReferenceBackend(), on_trial)
+
+
+class KeyedSampler:
+    """A sampler whose random numbers follow from a row's seed and position."""
+
+    def draw(self, logits: Float32, rows: Sequence[Row]) -> list[Drawn | NotANumber]:
+        assert len(logits) == len(rows)
+        return [self._drawn(*pair) for pair in zip(logits, rows, strict=True)]
+
+    def _drawn(self, logits: Float32, row: Row) -> Drawn | NotANumber:
+        if np.isnan(logits).any():
+            return NotANumber(row.position, "its logits are NaN")
+        scores = logits.astype(np.float64)
+        scores[list(row.forbidden)] = -np.inf
+        if row.sampling.temperature:
+            keyed = np.random.default_rng([row.seed, row.position])
+            scores += keyed.gumbel(size=len(scores))
+        return Drawn(int(scores.argmax()))
+
+
+def engine_of(model: LFM2, pages: int, **options: Any) -> Engine:
+    """Return an engine with a small room, in whose state nothing but NaN lies."""
+    engine = Engine(model, Room(pages, PAGE_TOKENS), sampler=KeyedSampler(), **options)
+    Poison(engine)
+    return engine
+
+
+class Poison(Pages):
+    """The books of pages, each of which is filled with NaN when it is taken."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.room)
+        self._state = engine._steps._state
+        engine._scheduler.pages = self
+        for array in arrays_of(self._state):
+            array.fill(np.nan)
+
+    def take(self) -> int:
+        page = super().take()
+        for array in arrays_of(self._state):
+            array[page] = np.nan
+        return page
+
+
+def arrays_of(state: ModelState | None) -> list[Any]:
+    """Return a state's arrays, each [pages, ...]; those of one backend may be lists of them."""
+    assert state is not None
+    found = [value for layer in state.layers for value in layer if isinstance(value, np.ndarray)]
+    assert found
+    assert all(len(array) == state.room.pages for array in found)
+    return found
+
+
+def run(engine: Engine) -> list[Event]:
+    """Return all events until the engine has nothing to do."""
+    events = []
+    for _ in range(MOST_STEPS):
+        if not engine.is_busy:
+            return events
+        events += engine.step()
+    raise AssertionError(f"not done after {MOST_STEPS} steps")
+
+
+def tokens_of(events: list[Event], id: int, choice: int = 0) -> list[int]:
+    """Return the tokens that these events say of one sequence."""
+    mine = [event for event in events if (event.id, event.choice) == (id, choice)]
+    return [event.token_id for event in mine if event.token_id is not None]
+
+
+def generated(engine: Engine, *requests: Request) -> list[list[int]]:
+    """Return what each request, of one sequence, gives together with the others."""
+    ids = [engine.add(request) for request in requests]
+    events = run(engine)
+    return [tokens_of(events, id) for id in ids]
+
+
+def alone(model: LFM2, request: Request, seed: int, ids: Sequence[int], begin: int) -> list[int]:
+    """Return the tokens from place `begin` of `ids` on that single forwards choose.
+
+    One forward over the whole sequence gives all of its rows: each choice is the right one after
+    the tokens before it.
+    """
+    places = range(begin, len(ids))
+    rows = np.array(places, np.int32) - np.int32(1)
+    logits = model.logits(replace(Batch.of_sequences([ids]), logits_rows=rows))
+    drawn = KeyedSampler().draw(logits, [_row(request, seed, ids, place) for place in places])
+    return [one.token_id for one in drawn if isinstance(one, Drawn)]
+
+
+def _row(request: Request, seed: int, ids: Sequence[int], place: int) -> Row:
+    prompt = request.ids
+    generated = np.array(ids[len(prompt) : place], np.int32)
+    forbidden = tuple(request.stop_ids) if len(generated) < request.min_tokens else ()
+    return Row(request.sampling, seed, place, prompt, generated, None, forbidden, request.logprobs)
