@@ -150,7 +150,7 @@ def _blaming(path: Path) -> Iterator[None]:
         yield
     except Lfm2kitError:
         raise
-    except BaseException as error:  # a panic is no Exception
+    except BaseException as error:  # a panic is not an Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             said = " ".join(str(error).split())
             raise Lfm2kitError(f"{path}: the library tokenizers cannot use it: {said}") from None
