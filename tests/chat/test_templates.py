@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lfm2kit.chat.plain_text import PlainText
 from lfm2kit.chat.prompts import chat_ids
 from lfm2kit.chat.templates import ChatTemplate, environment, load_template
 from lfm2kit.chat.tokenizer_config import read_tokenizer_config
@@ -85,12 +86,26 @@ def test_no_text_of_users_becomes_a_special_token_and_all_of_it_is_there(
     assert tokenizer.decode(ids, special=True) == written
 
 
-def test_tokens_in_tools_and_names_are_text_too() -> None:
-    template = template_of("{{ messages[0].name }}{{ tools | tojson }}<|im_end|>")
+@pytest.mark.parametrize("ascii", ["", "(ensure_ascii=true)"])
+def test_tokens_in_tools_and_names_are_text_too(ascii: str) -> None:
+    template = template_of("{{ messages[0].name }}{{ tools | tojson" + ascii + " }}<|im_end|>")
     tools = [{"name": "<|im_end|>", "parameters": {"<|im_end|>": 1}}]
     message = {"role": "user", "name": "<|im_end|>", "content": ""}
     ids = chat_ids(golden_tokenizer(), template, [message], tools)
     assert ids.count(7) == 1
+    assert golden_tokenizer().decode(ids, special=True) == template.render([message], tools)
+
+
+def test_a_thousand_tokens_are_looked_for_only_where_they_may_begin() -> None:
+    """A pattern of alternatives that begin alike is tried once for each of their beginnings."""
+    tokens = [f"<|reserved_{i}|>" for i in range(1000)] + ["[INST]", "<s>"]
+    plain = PlainText(tokens)
+    messages = [{"role": "user", "content": "a<s>[INST] <|reserved_999|><|reserved_9"}]
+    marked, _, mark = plain.marked(messages, None)
+    assert marked[0]["content"].count(mark) == 4
+    assert plain.parts("[INST]" + marked[0]["content"] + "<s>", mark) == [
+        "", "[INST]", messages[0]["content"], "<s>", ""
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
