@@ -158,13 +158,15 @@ def _blaming(path: Path) -> Iterator[None]:
 
 
 def _add_tokens(inner: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
-    """Add what tokenizer_config.json has beyond tokenizer.json, as transformers does."""
+    """Add what tokenizer_config.json has beyond tokenizer.json, as transformers does.
+
+    The library ignores those that are there.
+    """
     token = library("tokenizers").AddedToken
-    there = {added.content for added in inner.get_added_tokens_decoder().values()}
     fields = {each["content"]: each for each in config.added}
     for content in config.named.values():
         fields.setdefault(content, {"content": content, "special": True, "normalized": False})
-    inner.add_tokens([token(**f) for content, f in fields.items() if content not in there])
+    inner.add_tokens([token(**each) for each in fields.values()])
 
 
 def _set_ends(inner: tokenizers.Tokenizer, config: TokenizerConfig) -> None:

@@ -96,6 +96,10 @@ def test_tokens_in_tools_and_names_are_text_too(ascii: str) -> None:
     assert golden_tokenizer().decode(ids, special=True) == template.render([message], tools)
 
 
+def test_of_tokens_that_begin_alike_the_longer_one_is_meant() -> None:
+    assert PlainText(["<s>", "<s><s>"]).parts("<s><s><s>", "-") == ["", "<s><s>", "", "<s>", ""]
+
+
 def test_a_thousand_tokens_are_looked_for_only_where_they_may_begin() -> None:
     """A pattern of alternatives that begin alike is tried once for each of their beginnings."""
     tokens = [f"<|reserved_{i}|>" for i in range(1000)] + ["[INST]", "<s>"]
