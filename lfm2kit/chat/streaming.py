@@ -22,16 +22,23 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token that is one byte, in vocabulari
 class TextStream:
     """The text of one answer, while its ids come in.
 
-    `stopped` is the stop string that ended the text, if one did.  The text before it is given, the
-    string itself is not, and ids that come later have no text.
+    `special` says which special tokens are part of the text: all, none, or those that it names,
+    such as the tags of thoughts and tool calls.  `stopped` is the stop string that ended the text,
+    if one did.  The text before it is given, the string itself is not, and ids that come later have
+    no text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Collection[str] = (), *, special: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: Collection[str] = (),
+        *,
+        special: bool | Collection[str] = False,
     ) -> None:
         if isinstance(stop, str) or not all(stop):
             raise Lfm2kitError("stop strings are a list of strings, none of them empty")
-        left_out = set() if special else set(tokenizer.special)
+        kept = tokenizer.special.values() if special is True else special or ()
+        left_out = {number for number, token in tokenizer.special.items() if token not in kept}
         decoding = ByteText if tokenizer.is_byte_level else WindowText
         self._text: ByteText | WindowText = decoding(tokenizer, left_out)
         self._finder = Finder(stop)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lfm2kit.chat.matching import Finder
 
-BEGIN, END = "<think>", "</think>"
+TAGS = BEGIN, END = "<think>", "</think>"  # some tokenizers have them as special tokens
 
 
 class Part(NamedTuple):

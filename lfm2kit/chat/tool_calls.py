@@ -17,7 +17,7 @@ from typing import Any
 
 from lfm2kit import bounds
 
-BEGIN, END = "<|tool_call_start|>", "<|tool_call_end|>"
+TAGS = BEGIN, END = "<|tool_call_start|>", "<|tool_call_end|>"
 # A string without an end reaches to the end of the text, which keeps the time linear.
 STRING = re.compile(r"""'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?""", re.DOTALL)
 NAMED = {"true": True, "false": False, "null": None}  # JSON's, among Python's own
@@ -34,7 +34,7 @@ class ToolCall:
 def split_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
     """Return the text around calls, and the calls in the order in which they were written.
 
-    The text must have special tokens (`TextStream(special=True)`), because calls are between them.
+    The text must have the special tokens around calls: `TextStream(..., special=TAGS)`.
     """
     said, calls, position = [], list[ToolCall](), 0
     while (begin := text.find(BEGIN, position)) >= 0 and (end := text.find(END, begin)) >= 0:

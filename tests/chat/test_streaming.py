@@ -16,6 +16,7 @@ from lfm2kit.chat.matching import Finder
 from lfm2kit.chat.streaming import TextStream
 from lfm2kit.chat.tokenizer import Tokenizer
 from lfm2kit.chat.tokenizer_config import read_tokenizer_config
+from lfm2kit.chat.tool_calls import TAGS
 from lfm2kit.errors import Lfm2kitError
 from tests.chat.folders import golden_tokenizer
 
@@ -165,6 +166,13 @@ def test_only_what_may_begin_a_stop_string_is_held_back(text: str, stop: list[st
             break
         held = max((len(b) for b in beginnings if text[:end].endswith(b)), default=0)
         assert shown == text[: end - held]
+
+
+def test_named_special_tokens_are_part_of_the_text() -> None:
+    tokenizer = golden_tokenizer()
+    ids = tokenizer.encode("<|tool_call_start|>[f()]<|tool_call_end|>a<|im_end|>", special=True)
+    stream = TextStream(tokenizer, special=TAGS)
+    assert stream.push(ids) + stream.finish() == "<|tool_call_start|>[f()]<|tool_call_end|>a"
 
 
 def test_a_stop_string_may_contain_characters_of_several_bytes() -> None:
