@@ -49,6 +49,7 @@ COMMANDS = frozenset(
         "plan",
         "run",
         "specs",
+        "tokenize",
         "transports",
         "warmup",
     ]

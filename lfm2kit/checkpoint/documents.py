@@ -24,12 +24,12 @@ LONG_KEY = re.compile(rb"(?:%b){%d}" % (_PART, bounds.PARTS))
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the fields of a JSON file; raise `Lfm2kitError` if it cannot be read as one."""
-    return parse_json(path, _read(path, bounds.JSON))
+    return parse_json(path, read_bounded(path, bounds.JSON))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the table of a TOML file; raise `Lfm2kitError` if it cannot be read as one."""
-    text = _read(path, bounds.TOML)
+    text = read_bounded(path, bounds.TOML)
     if LONG_KEY.search(text):  # the parser's memory grows with the square of the parts
         raise Lfm2kitError(f"{path}: a key has more than {bounds.PARTS} parts between dots")
     try:
@@ -40,6 +40,17 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Lfm2kitError(f"{path}: not a readable TOML file: {error}") from None
     return table
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Return the bytes of a text file; raise `Lfm2kitError` if it has more than `most`."""
+    size = check_file(path, is_text=True)
+    if size > most:
+        raise Lfm2kitError(f"{path}: {size} bytes; lfm2kit reads up to {most} of such a file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Lfm2kitError(f"{path}: {error.strerror}") from None
 
 
 def parse_json(path: Path, text: bytes) -> dict[str, Any]:
@@ -71,16 +82,6 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise Lfm2kitError(f"{path}: expected a JSON object, found a {type(fields).__name__}")
     return fields
-
-
-def _read(path: Path, most: int) -> bytes:
-    size = check_file(path, is_text=True)
-    if size > most:
-        raise Lfm2kitError(f"{path}: {size} bytes; lfm2kit reads up to {most} of such a file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Lfm2kitError(f"{path}: {error.strerror}") from None
 
 
 def _refused(name: str) -> None:

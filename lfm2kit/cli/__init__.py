@@ -18,6 +18,7 @@ from lfm2kit.cli.plugin_commands import CONTEXT, Commands
 from lfm2kit.cli.ranks import RanksCommand
 from lfm2kit.cli.run import run
 from lfm2kit.cli.specs import specs
+from lfm2kit.cli.tokenize import tokenize
 from lfm2kit.cli.transports import transports
 from lfm2kit.cli.warmup import warmup
 
@@ -36,7 +37,7 @@ for ranked in (run, warmup, calibrate):
 app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
 app.add_typer(transports, name="transports")
-for command in (bench, convert, specs, env):
+for command in (bench, convert, specs, tokenize, env):
     app.command(cls=PlainCommand)(command)
 
 

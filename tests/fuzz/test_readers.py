@@ -26,6 +26,8 @@ from lfm2kit import bounds
 from lfm2kit.building.load import read_load
 from lfm2kit.building.plan import KINDS, Plan
 from lfm2kit.building.rates import VERSION, read_calibration
+from lfm2kit.chat.templates import load_template
+from lfm2kit.chat.tokenizer import load_tokenizer
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.config import parse_config, read_config
 from lfm2kit.checkpoint.convert import config_fields
@@ -37,6 +39,7 @@ from lfm2kit.checkpoint.safetensors import read_safetensors
 from lfm2kit.checkpoint.spec_files import read_spec
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring.samples import read_answers, read_inputs
+from tests.chat.folders import GOLDEN
 from tests.checkpoint.attempt import content
 from tests.checkpoint.folders import ORACLE
 from tests.core.small import FIELDS
@@ -333,6 +336,33 @@ def test_a_plan_as_text(texts: list[str]) -> None:
     except Lfm2kitError:
         return
     assert Plan.parse(str(plan)) == plan
+
+
+# ---- tokenizer_config.json ----
+
+
+@st.composite
+def tokenizer_configs(draw: st.DrawFn) -> Any:
+    added = {"500": {"content": "<x>", "special": False}, "7": {"content": "<|im_end|>"}}
+    added["500"] = draw(changed(added["500"], ["lstrip", "rstrip", "normalized", "other"]))
+    templates = [draw(changed({"name": "default", "template": "a"}, ["other"]))]
+    fields = json.loads((GOLDEN / "tokenizer_config.json").read_text())
+    fields |= {"added_tokens_decoder": added, "chat_template": draw(st.just(templates) | odd)}
+    return draw(changed(fields, ["add_bos_token", "add_eos_token", "unk_token"]))
+
+
+@fuzzed
+@given(text=json_texts(tokenizer_configs()))
+@example(text=b'{"bos_token": "\\ud800", "added_tokens_decoder": {"' + b"9" * 5000 + b'": "a"}}')
+@example(text=b'{"bos_token": "\\ud800", "chat_template": "\\ud800"}')
+def test_a_tokenizer_config(tmp_path: Path, text: bytes) -> None:
+    shutil.copy(GOLDEN / "tokenizer.json", tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    tokenizer, _ = attempt_bytes(lambda path: load_tokenizer(path.parent), path, text)
+    if tokenizer is not None:
+        assert tokenizer.decode(tokenizer.encode("a<|im_end|>")).endswith("a<|im_end|>")
+        with suppress(Lfm2kitError):
+            load_template(tmp_path, tokenizer.config).render([{"role": "user"}])
 
 
 # ---- a recorded load ----
