@@ -97,6 +97,27 @@ def test_rates_of_experts_in_another_format_are_used_only_where_there_are_no_oth
     assert said in " ".join(done.out.split())
 
 
+def test_rates_of_blocks_in_another_format_are_used_only_where_there_are_no_others(
+    cli: Cli, rates: Path
+) -> None:
+    document = json.loads(rates.read_text())
+    (mlp,) = (one for one in document["blocks"] if one["block"].startswith("MLP("))
+    others = [one for one in document["blocks"] if one != mlp]
+    float32 = {**mlp, "stored": "F32", "kept_bytes": 10 * mlp["kept_bytes"]}
+
+    def simulated(*mlps: object) -> Any:
+        rates.write_text(json.dumps({**document, "blocks": [*mlps, *others]}))
+        done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    both, same, only_other = simulated(float32, mlp), simulated(mlp), simulated(float32)
+    assert both == same
+    assert only_other["jobs"][0]["weight_bytes"] > same["jobs"][0]["weight_bytes"]
+    said = "they are of other blocks stored in F32, and the model's are in BF16"
+    assert only_other["notes"][1:] == [said]
+
+
 def test_messages_of_a_job_with_overlap_are_said_to_be_those_without(cli: Cli, rates: Path) -> None:
     jobs = []
     for overlap in ("0", "1"):
