@@ -55,21 +55,22 @@ def check(
 ) -> None:
     """Start a job for each check of a transport, and exit with code 1 if one fails."""
     from lfm2kit.cli.verdicts import conclude
-    from lfm2kit.testing.jobs import JOB_CHECKS, judged, selected
+    from lfm2kit.testing.jobs import JOB_CHECKS, judged, selected, with_place
 
     report = Report(json)
     launcher = find_transport(name).launcher
     ids = selected(only.split(",") if only else None)
     if (size := launcher.world_size()) is not None:
         raise Lfm2kitError(f"this is a rank of a job of {size}; the checks start jobs themselves")
-    _memory_of(backend, World())
+    memory = _memory_of(backend, World())
     words = ["--ranks", str(ranks), *(["--backend", backend] if backend is not None else [])]
     results = []
     with progress(f"checking {name}", len(ids), "checks") as advance:
         for one in ids:
             steps.set_deadline(JOB_CHECKS[one].deadline)
             arguments = ["transports", "rank", name, one, *words]
-            results.append(judged(one, partial(launcher.launch, ranks, arguments)))
+            result = judged(one, partial(launcher.launch, ranks, arguments))
+            results.append(with_place(result, memory))
             advance(1)
     conclude(report, "transport", name, results)
 
