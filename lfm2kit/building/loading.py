@@ -457,6 +457,11 @@ def load_model(
         raise Lfm2kitError(
             f"job={job!r}: expected a job, such as that of `with lfm2kit.joined_job() as job`"
         )
+    if job is not None and independent:
+        said = ": a rank of a job has its share of the model, and an independent process all of it"
+        raise Lfm2kitError(
+            "job and ", Option("independent", True), f"{said}; give only one of them"
+        )
     if job is None and not independent:
         refuse_copies()
     plugins = installed_plugins()
