@@ -61,7 +61,7 @@ def test_copies_do_not_load_a_model_each_unless_they_are_meant_to(
 
 
 def test_a_rank_of_a_job_is_not_independent() -> None:
-    with pytest.raises(Lfm2kitError, match="job and independent=True: .* give only one of them"):
+    with pytest.raises(Lfm2kitError, match=r"job and independent=True: .* give only one of them"):
         load_model("tiny", "reference", job=Alone(), independent=True)
 
 
