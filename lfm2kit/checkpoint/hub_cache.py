@@ -40,19 +40,19 @@ def find_cached(name: str) -> Path | None:
     model = cache_folder() / f"models--{name.replace('/', '--')}"
     if not os.path.isdir(model):
         return None
-    snapshot = main_snapshot(model)
-    if snapshot is None:
-        raise Lfm2kitError(_lacks(name, f"refs/main with its snapshot (in {model})"))
-    for missing in _missing(snapshot):
-        raise Lfm2kitError(_lacks(name, f"{missing} (in {snapshot})"))
+    try:
+        snapshot = main_snapshot(model)
+        lacks = (
+            "refs/main with its snapshot" if snapshot is None else next(_missing(snapshot), None)
+        )
+    except OSError as error:
+        raise Lfm2kitError(f"{error.filename}: {error.strerror}") from None
+    if lacks is not None:
+        raise Lfm2kitError(
+            f"the hub's cache has only a part of '{name}': there is no {lacks} in "
+            f"{snapshot or model}, and lfm2kit downloads nothing; type '{to_download(name)}'"
+        )
     return snapshot
-
-
-def _lacks(name: str, what: str) -> str:
-    return (
-        f"the hub's cache has only a part of '{name}': there is no {what}, and lfm2kit downloads "
-        f"nothing; type '{to_download(name)}'"
-    )
 
 
 def to_download(name: str) -> str:

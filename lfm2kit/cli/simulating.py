@@ -63,7 +63,7 @@ def simulate(text: str, options: Options, json: str | None) -> None:
     backend, precision = _item(options)
     there = found(rates.calibration, rates.name, backend, precision)
     simulation = _simulation(checkpoint, options, request, there)
-    with progress("predicting", simulation.work, "layers of ranks") as advance:
+    with progress("predicting", simulation.work, "layers") as advance:
         compared = list(simulation.compared(advance))
     report.fields = {
         "model": str(checkpoint.path),

@@ -132,6 +132,13 @@ def test_a_model_without_its_main_version_is_one_line(
     refused(cli, "refs/main")
 
 
+def test_a_snapshot_that_is_no_folder_is_one_line(hub: Path, cli: Cli) -> None:
+    snapshot = cache(hub)
+    shutil.rmtree(snapshot)
+    snapshot.touch()
+    cli("plan", "--model", LFM2).assert_fails(str(snapshot), "Not a directory")
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "a/..", "a--b/c", "a/b.", "-a/b", "a/b/c", "a", ".a/b", "a./b", "é/b", "a/b\n"]
 )
