@@ -62,12 +62,11 @@ def to_download(name: str) -> str:
 
 def main_snapshot(model: Path) -> Path | None:
     """Return the snapshot that `main` is, of a model's folder in the cache; None without one."""
-    commits = snapshots(model)
-    try:
-        with open(model / "refs" / "main", encoding="utf-8", errors="replace") as file:
-            commit = file.read(100).strip()
-    except OSError:
+    commits, main = snapshots(model), model / "refs" / "main"
+    if not os.path.isfile(main):  # a pipe would block
         return None
+    with open(main, encoding="utf-8", errors="replace") as file:
+        commit = file.read(100).strip()
     return model / "snapshots" / commit if commit in commits else None
 
 

@@ -82,17 +82,6 @@ def judged(name: str, launch: Callable[[], int], patience: float = PATIENCE) -> 
     return Result(name, verdict, detail, time.perf_counter() - start)
 
 
-def with_place(result: Result, memory: Memory) -> Result:
-    """Return a result that says for which memory the exchange was checked, if it passed."""
-    if result.id != EXCHANGE or result.verdict != "passed":
-        return result
-    if memory.name == HOST.name:
-        where = "only through the host's memory; --backend NAME checks a GPU's"
-    else:
-        where = f"in the memory '{memory.name}'"
-    return result._replace(detail=where)
-
-
 def run_on_rank(name: str, transport: Transport, memory: Memory = HOST) -> None:
     """Do a rank's part of a check; a breach that it finds ends the job."""
     try:
@@ -215,11 +204,10 @@ def _judge_hang(ended: Ended) -> None:
     _require_fault(ended, f"the last rank made no progress for more than {STUCK:g} s")
 
 
-EXCHANGE = "exchange"  # the check that depends on a memory
 JOB_CHECKS = {
     "places": JobCheck(_places, _require_good),
     "collectives": JobCheck(_collectives, _require_good),
-    EXCHANGE: JobCheck(_exchange, _require_good),
+    "exchange": JobCheck(_exchange, _require_good),
     "exit-code": JobCheck(_good, lambda ended: _require_exit_code(ended, EXIT_CODE)),
     "abort": JobCheck(_last_gives_up, _judge_abort),
     "early-end": JobCheck(_last_leaves, _judge_early_end),

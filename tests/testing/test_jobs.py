@@ -9,21 +9,10 @@ from typing import Any, NoReturn
 import pytest
 
 from lfm2kit.errors import BUG, Lfm2kitError
-from lfm2kit.memory import HOST
 from lfm2kit.testing import ThreadTransport, run_ranks
-from lfm2kit.testing.jobs import (
-    JOB_CHECKS,
-    exit_code_of,
-    joined,
-    judged,
-    run_on_rank,
-    selected,
-    with_place,
-)
-from lfm2kit.testing.runner import Result
+from lfm2kit.testing.jobs import JOB_CHECKS, exit_code_of, joined, judged, run_on_rank, selected
 from lfm2kit.testing.threads import Meeting
 from lfm2kit.transport import JobError, World
-from tests.core.test_model import Elsewhere
 
 OF_PROCESSES = {"early-end", "hang"}  # which threads cannot do without their process
 Launch = Callable[[], int]
@@ -43,14 +32,6 @@ def on_threads(name: str, make: Any = ThreadTransport) -> int:
 def test_a_launcher_that_keeps_the_contract_passes(name: str) -> None:
     result = judged(name, lambda: on_threads(name))
     assert (result.verdict, result.detail) == ("passed", "")
-
-
-def test_a_result_says_that_exchanges_past_the_host_were_left_out() -> None:
-    passed = Result("exchange", "passed", "", 0.0)
-    assert "only through the host's memory; --backend NAME" in with_place(passed, HOST).detail
-    assert "'elsewhere'" in with_place(passed, Elsewhere()).detail
-    for other in (passed._replace(id="hang"), passed._replace(verdict="failed", detail="why")):
-        assert with_place(other, HOST) == other
 
 
 class Unnumbered(ThreadTransport):
