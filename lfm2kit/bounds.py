@@ -43,6 +43,7 @@ LARGEST: Mapping[str, int] = {
     "hidden_size": WIDTH,
     "intermediate_size": WIDTH,
     "moe_intermediate_size": WIDTH,
+    "block_multiple_of": WIDTH,
     "num_hidden_layers": LAYERS,
     "num_dense_layers": LAYERS,
     "num_attention_heads": HEADS,
@@ -62,6 +63,7 @@ REAL: Mapping[str, tuple[float, float]] = {
     "norm_eps": (1e-20, 1.0),
     "rope_theta": (1.0, 1e12),
     "routed_scaling_factor": (1e-6, 1e6),
+    "block_ffn_dim_multiplier": (1e-3, 1e3),
 }
 
 

@@ -1,6 +1,6 @@
 """Makes tests/oracle: small checkpoints, each named after what it guards, and their answers.
 
-    PYTHONPATH=. oracle/bin/python scripts/make_oracle.py        (see make_tiny.py)
+    PYTHONPATH=. oracle/bin/python scripts/make_oracle.py [CASE ...]        (see make_tiny.py)
 
 A case is a Hugging Face folder with `expected.npz`: sequences `ids_0`, ..., the positions
 `rows_0` whose logits are kept, `logits_0`, and what each MoE layer's router chose for every
@@ -10,7 +10,7 @@ position, `experts_0` and `weights_0` [moe layers, tokens, k].  All in float64, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lfm2kit.checkpoint.config import ATTENTION, CONV
 from lfm2kit.checkpoint.convert import Source, write_checkpoint
 from lfm2kit.checkpoint.names import SINGLE
 from lfm2kit.checkpoint.safetensors import read_safetensors, write_safetensors
@@ -53,8 +54,38 @@ BASE: dict[str, Any] = {
     "max_position_embeddings": 128000,
     "tie_word_embeddings": True,
 }
+MOE_ONLY = ("moe_intermediate_size", "num_dense_layers", "norm_topk_prob", "routed_scaling_factor")
+# The keys of the first LFM2, which say some things twice: no layer has experts.
+DENSE: dict[str, Any] = {
+    **{key: None for key in BASE if "expert" in key or key in MOE_ONLY},
+    "architectures": ["Lfm2ForCausalLM"],
+    "model_type": "lfm2",
+    "layer_types": None,
+    "full_attn_idxs": [1, 3],
+    "intermediate_size": None,
+    "block_ff_dim": 61,
+    "block_auto_adjust_ff_dim": True,  # to 40: two thirds, times the multiplier, rounded up
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 8,
+    "block_dim": 24,
+    "block_norm_eps": 1e-5,
+    "block_use_swiglu": True,
+    "conv_dim": 24,
+    "conv_dim_out": 24,
+    "num_heads": 4,
+    "theta": 50000.0,
+    "use_pos_enc": True,
+}
+DENSE_LATER = {**DENSE, "block_ff_dim": None, "intermediate_size": 61, "full_attn_idxs": None}
 ONE_LAYER = {"num_hidden_layers": 1, "num_dense_layers": 0, "layer_types": ["conv"]}
 NESTED = {"rope_parameters": {"rope_theta": 5e6, "rope_type": "default"}, "rope_theta": None}
+NARROW = {
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 4,
+    "num_experts_per_tok": 4,
+    "num_dense_layers": 2,
+}
 LONG = (1100,)
 LEAST_GAP = 2e-6  # between the last expert taken and the first not: below it, a near tie
 
@@ -79,6 +110,10 @@ def bias_beyond_bf16(name: str, values: Any) -> Any:
     if name.endswith("expert_bias"):
         return np.float32(1) + np.float32(0.01) * values
     return np.float32(0.002) * values if name.endswith("gate.weight") else values
+
+
+def layers(count: int, *attention: int) -> list[str]:
+    return [ATTENTION if i in attention else CONV for i in range(count)]
 
 
 CASES = {
@@ -127,12 +162,44 @@ CASES = {
     "odd_one_token": Case(lengths=(1, 1, 1)),
     "odd_stored_as_f16": Case(format=F16),
     "odd_sharded": Case(max_shard=20_000),
+    "dense_lfm2_older_keys": Case(DENSE),
+    "dense_lfm2_multiplied": Case(
+        {**DENSE_LATER, "layer_types": layers(4, 0, 2), "block_ffn_dim_multiplier": 1.3}
+    ),
+    "dense_lfm2_not_adjusted": Case(
+        {
+            **DENSE_LATER,
+            **NESTED,
+            "theta": None,
+            "layer_types": layers(4, 1, 3),
+            "block_auto_adjust_ff_dim": False,
+        }
+    ),
+    "like_lfm2_5_8b_a1b_packed": Case(
+        {
+            **NARROW,
+            **NESTED,
+            "num_experts": 32,
+            "num_hidden_layers": 24,
+            "layer_types": layers(24, 2, 6, 10, 14, 18, 21),
+        },
+        format=BF16,
+    ),
+    "like_lfm2_24b_a2b_packed": Case(
+        {
+            **NARROW,
+            "num_experts": 64,
+            "num_hidden_layers": 12,  # of 40
+            "layer_types": layers(12, 2, 6, 10),
+        },
+        format=BF16,
+    ),
 }
 
 
-def main() -> None:
+def main(asked: Sequence[str]) -> None:
     TARGET.mkdir(exist_ok=True)
-    for name, case in CASES.items():
+    for name, case in ((name, CASES[name]) for name in asked or CASES):
         folder = TARGET / name
         (folder / "expected.npz").unlink(missing_ok=True)
         write(folder, case)
@@ -203,22 +270,24 @@ def check_padding(oracle: Oracle, ids: Any, logits: Any) -> None:
 def pack(folder: Path) -> None:
     """Store each layer's experts as transformers 5 holds them: gate_up_proj and down_proj."""
     stored = read_safetensors(folder / SINGLE)
-    packed = {name: t.data for name, t in stored.items() if ".experts." not in name}
+    packed = {name: (t.format, t.data) for name, t in stored.items() if ".experts." not in name}
     for prefix in sorted({n.split(".experts.")[0] for n in stored if ".experts." in n}):
 
-        def expert(e: int, w: str, prefix: str = prefix) -> Any:
-            return stored[f"{prefix}.experts.{e}.{w}.weight"].data
+        def expert(e: int, w: str, prefix: str = prefix) -> Tensor:
+            return stored[f"{prefix}.experts.{e}.{w}.weight"]
 
         count = sum(n.startswith(f"{prefix}.experts.") for n in stored) // 3
-        gate_up = [np.concatenate([expert(e, "w1"), expert(e, "w3")]) for e in range(count)]
-        packed[f"{prefix}.experts.gate_up_proj"] = np.stack(gate_up)
-        packed[f"{prefix}.experts.down_proj"] = np.stack([expert(e, "w2") for e in range(count)])
+        gate_up = [np.concatenate([expert(e, w).data for w in ("w1", "w3")]) for e in range(count)]
+        down = [expert(e, "w2").data for e in range(count)]
+        format = expert(0, "w1").format
+        packed[f"{prefix}.experts.gate_up_proj"] = format, np.stack(gate_up)
+        packed[f"{prefix}.experts.down_proj"] = format, np.stack(down)
     partial = folder / "packed"
     with open(partial, "wb") as file:
-        entries = [(name, F32, data.shape) for name, data in packed.items()]
-        write_safetensors(file, entries, lambda name: [packed[name]])
+        entries = [(name, format, data.shape) for name, (format, data) in packed.items()]
+        write_safetensors(file, entries, lambda name: [packed[name][1]])
     partial.replace(folder / SINGLE)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

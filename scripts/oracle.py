@@ -1,4 +1,4 @@
-"""transformers' LFM2-MoE in float64: what the fixtures' expected values come from.
+"""transformers' LFM2 and LFM2-MoE in float64: what the fixtures' expected values come from.
 
 transformers rounds to float32 inside RMSNorm and RoPE even in a float64 model.  The norm is
 replaced by its formula in float64; RoPE's angles stay float32, as every implementation has them;
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.lfm2 import modeling_lfm2 as lfm2
 from transformers.models.lfm2_moe import modeling_lfm2_moe as lfm2_moe
 
 from lfm2kit.checkpoint import open_checkpoint
@@ -23,6 +24,7 @@ def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
 
 
+lfm2.Lfm2RMSNorm.forward = _norm
 lfm2_moe.Lfm2MoeRMSNorm.forward = _norm
 
 
@@ -31,10 +33,10 @@ class Oracle:
 
     def __init__(self, folder: Path) -> None:
         checkpoint = open_checkpoint(folder)
-        config = Lfm2MoeConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
         config._attn_implementation = "sdpa"  # eager rounds its softmax to float32
         config._experts_implementation = "eager"
-        self.model = Lfm2MoeForCausalLM(config).to(torch.float64).eval()
+        self.model = AutoModelForCausalLM.from_config(config).to(torch.float64).eval()
         self._fill({name: t.float32() for name, t in checkpoint.weights.items()})
         self.routings: list[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]] = []
         self.least_gap = float("inf")  # of the last run

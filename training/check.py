@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lfm2kit import Batch, load_model
 from lfm2kit.checkpoint.config import parse_config
 from lfm2kit.formats import F32
-from training.checkpoints import read_network, write_network
 from training.commands import ended
-from training.network import Network
 from training.recipe import CONFIG
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from oracle import Oracle
+with ended():
+    import torch
+    from oracle import Oracle
+
+    from training.checkpoints import read_network, write_network
+    from training.network import Network
 
 TOLERANCE = 1e-4
 LENGTH = 48

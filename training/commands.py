@@ -9,15 +9,25 @@ from contextlib import contextmanager
 
 from lfm2kit.errors import Lfm2kitError
 
+PACKAGES = ("tokenizers", "torch", "transformers")  # which lfm2kit does not depend on
+
 
 @contextmanager
 def ended() -> Iterator[None]:
     """Turn an error that the user can act on into one line on stderr and exit code 2.
 
-    An interrupted command exits with 130.
+    That includes a package of `PACKAGES` that is not installed: commands import these within.  An
+    interrupted command exits with 130.
     """
     try:
         yield
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        install = f"pip install {' '.join(PACKAGES)}"
+        said = f"there is no {error.name}; type '{install}', as training/README.md says"
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(2)
     except (Lfm2kitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from training import tokenizer as tokenizers
 from training.commands import ended
 from training.data import Part, write_data
 from training.packages import AUSTEN, STDLIB, package_bytes
 from training.texts import Text, novels_of, speeches_of, split_books, split_speeches, turns
+
+with ended():
+    from tokenizers import Tokenizer
+
+    from training import tokenizer as tokenizers
 
 GENERATION: dict[str, Any] = {  # generation_config.json
     "bos_token_id": tokenizers.BOS,

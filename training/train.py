@@ -19,21 +19,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import Tokenizer
-from torch.nn import functional
-
 from lfm2kit.checkpoint.config import parse_config
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16
 from training import card
-from training.checkpoints import check_target, read_network, write_network
 from training.commands import ended, whole
 from training.data import HELD_OUT, LEARNT, Part, Windows, read_data
-from training.evaluate import bits_per_byte, expert_loads, forget_loads
-from training.network import Network
-from training.optimisers import balance, optimisers, set_rates
 from training.recipe import CONFIG, Recipe
+
+with ended():
+    import torch
+    from tokenizers import Tokenizer
+    from torch.nn import functional
+
+    from training.checkpoints import check_target, read_network, write_network
+    from training.evaluate import bits_per_byte, expert_loads, forget_loads
+    from training.network import Network
+    from training.optimisers import balance, optimisers, set_rates
 
 BOS = CONFIG["bos_token_id"]
 MEASUREMENTS = 12  # points of the curve of held-out text

@@ -17,7 +17,7 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.building.curves import Curve
-from lfm2kit.building.rank_rates import BlockKey, BlockRates
+from lfm2kit.building.rank_rates import NOTHING, BlockKey, BlockRates
 from lfm2kit.building.rates import Calibration, Experts, Link, Side
 from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
 from lfm2kit.cli.console import write_document
@@ -94,6 +94,13 @@ def blocks(spec: specs.Spec) -> Iterator[specs.Spec]:
         yield from blocks(part.spec)
 
 
+def stored(spec: specs.Spec) -> str:
+    """Return the format of a block's weights in the published checkpoint: a bias is F32."""
+    if not spec.parameters():
+        return NOTHING
+    return "BF16 and F32" if isinstance(spec, specs.Router) else "BF16"
+
+
 def main() -> None:
     model = model_spec(LFM2_8B_A1B, tied=True)
     different = dict.fromkeys(blocks(model))
@@ -110,7 +117,7 @@ def main() -> None:
         (side,),
         tuple(
             BlockRates(
-                BlockKey(repr(spec), "cuda", "fp32"),
+                BlockKey(repr(spec), "cuda", "fp32", stored(spec)),
                 0 if isinstance(spec, specs.Embedding) else 4 * spec.weight_elements(),
                 Curve(ROWS, tuple(map(seconds_of(spec), ROWS))),
             )

@@ -29,6 +29,7 @@ from lfm2kit.building.sharing import Sharing
 from lfm2kit.building.wrappers import Wrappers
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.foreign import why_absent
+from lfm2kit.checkpoint.hub_cache import find_cached
 from lfm2kit.errors import Lfm2kitError, Option, choices, either
 from lfm2kit.host_exchange import AUTO as AUTO_EXCHANGE
 from lfm2kit.host_exchange import PAST_HOST, THROUGH_HOST
@@ -51,12 +52,18 @@ EMBEDDED = Path(__file__).parents[1] / "models"
 
 
 def find_model(name: str) -> Path:
-    """Return the path that `name` means: a model that comes with lfm2kit, or a path."""
+    """Return the path that `name` means.
+
+    In this order: a model that comes with lfm2kit, a path, and a model's name on the Hugging Face
+    hub if the hub's cache on this machine has it.
+    """
     embedded = sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())
     if name in embedded:  # even where a folder is called so: that is ./NAME
         return EMBEDDED / name
     if os.path.exists(name):  # not Path's: that raises where a name is too long
         return Path(name)
+    if not os.path.islink(name) and (cached := find_cached(name)) is not None:
+        return cached
     unknown = f"neither a path nor an embedded model; {choices(name, embedded)}"
     raise Lfm2kitError(f"no model '{name}': {why_absent(name) or unknown}")
 
@@ -449,6 +456,11 @@ def load_model(
     if job is not None and not isinstance(getattr(job, "world", None), World):
         raise Lfm2kitError(
             f"job={job!r}: expected a job, such as that of `with lfm2kit.joined_job() as job`"
+        )
+    if job is not None and independent:
+        said = ": a rank of a job has its share of the model, and an independent process all of it"
+        raise Lfm2kitError(
+            "job and ", Option("independent", True), f"{said}; give only one of them"
         )
     if job is None and not independent:
         refuse_copies()

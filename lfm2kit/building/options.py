@@ -45,7 +45,7 @@ def _are_names(value: object) -> bool:
 
 # What options that are not numbers must be, and how an error says it.
 EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
-    "model": (_is_text, "a path, or an embedded model's name, such as 'tiny'"),
+    "model": (_is_text, "a path, or a model's name, such as 'tiny'"),
     "backend": (_is_text, "a plan as text, such as 'auto'"),
     "plan": (_is_path, "the path of a TOML file"),
     "precision": (_is_name, "a name, such as 'fp32'"),
@@ -93,7 +93,9 @@ class Options:
 
     model: str = option(
         "tiny",
-        "Checkpoint folder, model.bin, TOML file of specs, or embedded model.",
+        "Checkpoint folder, model.bin, TOML file of specs, embedded model, or the name of a model "
+        "that the Hugging Face cache has, such as LiquidAI/LFM2-8B-A1B. A path of that name comes "
+        "first, and nothing is downloaded.",
         metavar="MODEL",
     )
     backend: str | None = option(

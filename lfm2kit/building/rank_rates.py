@@ -6,11 +6,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lfm2kit import bounds
+from lfm2kit.backend import Spec, Weights
 from lfm2kit.building.curves import Curve, read_curve
 from lfm2kit.building.records import Record
 
 MOST_ROWS = 2**26  # of a product
 MOST_BYTES = 2**50  # of a block, or of a message
+NOTHING = "nothing"  # the format of a block's weights if it has none
+
+
+def stored_formats(spec: Spec, weights: Weights) -> str:
+    """Return the format of a block's weights in the checkpoint, or all of them: "F16 and F32".
+
+    `weights` are those of the scope of `spec`.
+    """
+    return " and ".join(sorted({str(weights[n].format) for n in spec.parameters()})) or NOTHING
 
 
 class BlockKey(NamedTuple):
@@ -19,6 +29,19 @@ class BlockKey(NamedTuple):
     block: str  # the spec, as Python writes it
     backend: str  # without its precision
     precision: str
+    stored: str  # as `stored_formats` returns it
+
+    @classmethod
+    def of(cls, spec: Spec, weights: Weights, item: str, precision: str) -> BlockKey:
+        """Return the key of the block that a plan's item builds, in the precision it has.
+
+        `weights` are those of the scope of `spec`.
+        """
+        return cls(repr(spec), item.partition(":")[0], precision, stored_formats(spec, weights))
+
+    def __str__(self) -> str:
+        stored = "" if self.stored == NOTHING else f" stored in {self.stored}"
+        return f"{self.block}{stored}, by {self.backend} in {self.precision}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +77,7 @@ class ExchangeRates:
 
 def read_block(record: Record) -> BlockRates:
     """Return the rates that `BlockRates.document` wrote."""
-    key = BlockKey(record.text("block"), record.text("backend"), record.text("precision"))
+    key = BlockKey(*(record.text(name) for name in BlockKey._fields))
     rates = BlockRates(
         key, record.whole("kept_bytes", 0, MOST_BYTES), read_curve(record, "rows", MOST_ROWS)
     )

@@ -24,11 +24,12 @@ from lfm2kit.building.rank_rates import (
     ExchangeRates,
     read_block,
     read_exchange,
+    stored_formats,
 )
 from lfm2kit.building.records import Record, read_record
 from lfm2kit.errors import Lfm2kitError
 
-KIND, VERSION = "lfm2kit rates", 3
+KIND, VERSION = "lfm2kit rates", 4
 MADE_BY = "measure with lfm2kit calibrate"
 
 
@@ -77,7 +78,7 @@ class Experts(NamedTuple):
     precision: str
     hidden_size: int
     intermediate_size: int
-    stored: str  # the format of their weights in the checkpoint, or all formats: "F16 and F32"
+    stored: str  # as `stored_formats` returns it
 
     @classmethod
     def of(cls, spec: specs.Experts, weights: Weights, item: str, precision: str) -> Experts:
@@ -85,9 +86,8 @@ class Experts(NamedTuple):
 
         `weights` are those of the scope of `spec`.
         """
-        formats = sorted({str(weights[name].format) for name in spec.parameters()})
         sizes = spec.hidden_size, spec.intermediate_size
-        return cls(item.partition(":")[0], precision, *sizes, " and ".join(formats))
+        return cls(item.partition(":")[0], precision, *sizes, stored_formats(spec, weights))
 
     def __str__(self) -> str:
         size = f"{self.hidden_size} x {self.intermediate_size}"

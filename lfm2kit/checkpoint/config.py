@@ -17,6 +17,7 @@ from lfm2kit.checkpoint.documents import read_json
 from lfm2kit.errors import Lfm2kitError
 
 CONV, ATTENTION = "conv", "full_attention"
+MOE, DENSE = "lfm2_moe", "lfm2"  # types of model: in the second, every layer is dense
 
 # Other names of keys in files of this family.  If both names are there, their values must be equal.
 # The first six names are older LFM2's.
@@ -33,7 +34,6 @@ TWINS: Mapping[str, str] = {
 
 # Keys for which lfm2kit supports a single value, and what to say about any other.
 FIXED: Mapping[str, tuple[Any, str]] = {
-    "model_type": ("lfm2_moe", "; give a model of that type"),
     "hidden_act": ("silu", " as the activation"),
     "block_use_swiglu": (True, ", a gated feed-forward"),
     "use_pos_enc": (True, ", rotary positions in every attention"),
@@ -44,12 +44,15 @@ FIXED: Mapping[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """An `lfm2_moe` configuration.  Nothing is filled in from another library's class defaults:
-    those are not this model's (32 layers, eos 2)."""
+    """A configuration of type `lfm2_moe`, or `lfm2`, whose layers are all dense.
+
+    Nothing is filled in from another library's class defaults: those are not this model's (32
+    layers, eos 2).
+    """
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # the width of the weights: an `lfm2` file may say another
     moe_intermediate_size: int
     layer_types: tuple[str, ...]
     num_attention_heads: int
@@ -114,13 +117,12 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
     layer_types = _layer_types(fields)
     hidden_size = _whole(fields, "hidden_size")
     heads = _whole(fields, "num_attention_heads")
-    # All layers, at most: a model cut short keeps the number of the whole one.
-    dense = min(_whole(fields, "num_dense_layers", least=0), len(layer_types))
+    dense = _dense_layers(fields, len(layer_types))
     sparse = dense < len(layer_types)
     config = ModelConfig(
         vocab_size=_whole(fields, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_whole(fields, "intermediate_size") if dense else 0,
+        intermediate_size=_dense_width(fields) if dense else 0,
         moe_intermediate_size=_whole(fields, "moe_intermediate_size") if sparse else 0,
         layer_types=layer_types,
         num_attention_heads=heads,
@@ -129,9 +131,9 @@ def parse_config(fields: Mapping[str, Any]) -> ModelConfig:
         num_dense_layers=dense,
         num_experts=_whole(fields, "num_experts") if sparse else 0,
         num_experts_per_tok=_whole(fields, "num_experts_per_tok") if sparse else 0,
-        norm_topk_prob=_flag(fields, "norm_topk_prob"),
-        use_expert_bias=_flag(fields, "use_expert_bias"),
-        routed_scaling_factor=_real(fields, "routed_scaling_factor"),
+        norm_topk_prob=sparse and _flag(fields, "norm_topk_prob"),
+        use_expert_bias=sparse and _flag(fields, "use_expert_bias"),
+        routed_scaling_factor=_real(fields, "routed_scaling_factor") if sparse else 1.0,
         conv_L_cache=_whole(fields, "conv_L_cache"),
         conv_bias=_flag(fields, "conv_bias"),
         norm_eps=_real(fields, "norm_eps"),
@@ -200,6 +202,11 @@ def _check_form(fields: Mapping[str, Any]) -> None:
         raise Lfm2kitError(sentence)
     if fields.get("text_config") is not None:
         raise Lfm2kitError("text_config is a model within this one; give the text model's folder")
+    if fields.get("model_type") not in (MOE, DENSE, None):
+        raise Lfm2kitError(
+            f"model_type is {brief(fields['model_type'])}; lfm2kit supports only {MOE!r} and "
+            f"{DENSE!r}; give a model of such a type"
+        )
     for key, (value, advice) in FIXED.items():
         if fields.get(key, value) not in (value, None):
             raise Lfm2kitError(
@@ -251,6 +258,48 @@ def _layers_by_index(fields: Mapping[str, Any]) -> tuple[str, ...]:
             f"full_attn_idxs is {brief(attention)}; there are layers 0 to {layers[-1]}"
         )
     return tuple(ATTENTION if i in attention else CONV for i in layers)
+
+
+def _dense_layers(fields: Mapping[str, Any], layers: int) -> int:
+    """Return how many of the first layers are dense.
+
+    All, at most: a model cut short keeps the number of the whole one.
+    """
+    if fields.get("model_type") == DENSE:
+        return layers
+    return min(_whole(fields, "num_dense_layers", least=0), layers)
+
+
+def _dense_width(fields: Mapping[str, Any]) -> int:
+    """Return the width of dense layers' weights, which an `lfm2` file need not say itself.
+
+    Its older key `block_ff_dim` must agree with `intermediate_size`; some files say there what
+    results from it.
+    """
+    if fields.get("model_type") != DENSE:
+        return _whole(fields, "intermediate_size")
+    older, newer = fields.get("block_ff_dim"), fields.get("intermediate_size")
+    key = "intermediate_size" if older is None else "block_ff_dim"
+    width = _adjusted(fields, bounds.whole(key, "intermediate_size", _value(fields, key)))
+    if newer != width:
+        _check_equal("block_ff_dim", older, "intermediate_size", newer)
+    return width
+
+
+def _adjusted(fields: Mapping[str, Any], width: int) -> int:
+    """Return the width that transformers makes of an `lfm2` file's: two thirds, rounded up.
+
+    There the file turns it off by `block_auto_adjust_ff_dim`, and the rounding by a multiplier of
+    null.
+    """
+    if not _flag(fields, "block_auto_adjust_ff_dim"):
+        return width
+    width = int(2 * width / 3)
+    if fields.get("block_ffn_dim_multiplier", "missing") is not None:
+        multiple = _whole(fields, "block_multiple_of")
+        width = int(_real(fields, "block_ffn_dim_multiplier") * width)
+        width = multiple * -(-width // multiple)
+    return bounds.whole("the adjusted block_ff_dim", "intermediate_size", width)
 
 
 def _head_dim(fields: Mapping[str, Any], hidden_size: int, heads: int) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from fnmatch import filter as matching
 from pathlib import Path
 
+from lfm2kit.checkpoint import hub_cache
 from lfm2kit.checkpoint.file_kinds import NO_PICKLES, broken_link, check_file, is_safetensors
 from lfm2kit.checkpoint.names import CONFIG, EMBEDDING, INDEX, SINGLE, WEIGHTS
 from lfm2kit.checkpoint.quantised import said_by_names
@@ -83,8 +84,12 @@ def why_absent(name: str) -> str | None:
         return f"the shell replaces '~' only at the start of an unquoted word; type {name} as one"
     if "://" in name:
         return "this is an address, and lfm2kit downloads nothing; download the folder and give it"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name.split("/")[0]):
-        return f"there is no such path, and lfm2kit downloads nothing; type 'hf download {name}'"
+    if hub_cache.NAME.fullmatch(name) and not os.path.exists(name.split("/")[0]):
+        return (
+            "there is neither such a path nor such a model in the hub's cache, "
+            f"{hub_cache.cache_folder()}, and lfm2kit downloads nothing; "
+            f"type '{hub_cache.to_download(name)}'"
+        )
     return None
 
 
@@ -140,9 +145,8 @@ def _elsewhere(folder: Path, names: Sequence[str]) -> str | None:
 
 def _snapshot(cached: Path) -> str:
     """Say which snapshot of a model in the hub's cache to give: the main one, or the last."""
-    snapshots, main = cached / "snapshots", cached / "refs" / "main"
-    names = sorted(os.listdir(snapshots)) if os.path.isdir(snapshots) else []
-    if not names:
+    commits = hub_cache.snapshots(cached)
+    if not commits:
         return "it has no snapshot; download the model again"
-    chosen = main.read_text(errors="replace").strip() if os.path.isfile(main) else ""
-    return f"give its snapshot: {snapshots / (chosen if chosen in names else names[-1])}"
+    chosen = hub_cache.main_snapshot(cached) or cached / "snapshots" / commits[-1]
+    return f"give its snapshot: {chosen}"

@@ -113,7 +113,7 @@ def bench(
     if options.rewrites and block:
         option = option_of(options.rewrites[0])
         raise Lfm2kitError(f"--block measures blocks of the model as it is; leave out {option}")
-    plans = backend or [_default_plan()]
+    plans = list(dict.fromkeys(backend or [_default_plan()]))  # each once, and so below
     if ranks is not None:
         if decode or block:
             raise Lfm2kitError("--ranks measures the whole model; leave out --decode and --block")
@@ -190,7 +190,8 @@ def _contenders(
         return list(decodings(setup, setup.build(tokens=tokens), samples, seq_len, seed))
     if not blocks:
         return list(forwards(setup, setup.build(tokens=tokens), samples, seq_len, seed))
-    return [c for b in blocks for c in single_blocks(setup, b.value, samples, seq_len, seed)]
+    different = dict.fromkeys(b.value for b in blocks)
+    return [c for b in different for c in single_blocks(setup, b, samples, seq_len, seed)]
 
 
 def _row(checkpoint: Checkpoint, measured: Measured, options: Options) -> dict[str, Any]:
@@ -284,6 +285,7 @@ def _print(
 
 
 def _whole_numbers(option: str, text: str, example: str) -> list[int]:
+    """Return the numbers of a list, in its order and each once."""
     try:
         numbers = [int(item) for item in text.split(",")]
     except ValueError:
@@ -294,4 +296,4 @@ def _whole_numbers(option: str, text: str, example: str) -> list[int]:
         )
     if max(numbers) > bounds.COUNT:
         raise Lfm2kitError(f"{option} {text}: lfm2kit takes up to {bounds.COUNT}")
-    return numbers
+    return list(dict.fromkeys(numbers))

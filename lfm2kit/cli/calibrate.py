@@ -18,7 +18,7 @@ from lfm2kit.building.curves import Curve
 from lfm2kit.building.kept_rates import LONGEST_TURN, turn, with_kept
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import About, Options
-from lfm2kit.building.rank_rates import BlockRates, ExchangeKey
+from lfm2kit.building.rank_rates import ExchangeKey
 from lfm2kit.building.rates import Calibration, Side
 from lfm2kit.checkpoint import check_no_part
 from lfm2kit.cli.bench import TOO_MUCH_WAITING
@@ -177,7 +177,7 @@ def _show(report: Report, calibration: Calibration) -> None:
     sides = calibration.sides
     of_experts = {str(side.experts): side.product for side in sides}
     _show_curves(report, "ms for one expert, by rows", "experts", of_experts)
-    of_blocks = {_called(block): block.call for block in calibration.blocks}
+    of_blocks = {str(block.key): block.call for block in calibration.blocks}
     _show_curves(report, "ms for a block without experts, by rows", "block", of_blocks)
     of_exchanges = {_between(one.key): one.call for one in calibration.exchanges}
     if of_exchanges:
@@ -187,10 +187,6 @@ def _show(report: Report, calibration: Calibration) -> None:
         report.line(f"{side.experts}: {'; '.join(_facts(side))}")
     if calibration.copies is not None:
         report.line(f"rows are copied at {calibration.copies / 1e9:.3g} GB/s")
-
-
-def _called(block: BlockRates) -> str:
-    return f"{block.key.block}, by {block.key.backend} in {block.key.precision}"
 
 
 def _between(key: ExchangeKey) -> str:

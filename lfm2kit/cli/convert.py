@@ -37,7 +37,10 @@ FORMATS = {StoredAs.F32: F32, StoredAs.F16: F16, StoredAs.BF16: BF16}
 def convert(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="Checkpoint folder, model.bin or embedded model."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="Checkpoint folder, model.bin, embedded model, or name in the Hugging Face cache.",
+        ),
     ],
     target: Annotated[
         Path, typer.Argument(metavar="TARGET", help="A new folder, or a file ending in .bin.")

@@ -16,7 +16,7 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.plan import AUTO
 from lfm2kit.building.rates import MADE_BY, Calibration, read_calibration
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import STDOUT, Report, show_table
+from lfm2kit.cli.console import STDOUT, Report, progress, show_table
 from lfm2kit.cli.options import files_of, open_model
 from lfm2kit.cli.rewrite_options import option_of
 from lfm2kit.errors import Lfm2kitError, Option
@@ -63,7 +63,8 @@ def simulate(text: str, options: Options, json: str | None) -> None:
     backend, precision = _item(options)
     there = found(rates.calibration, rates.name, backend, precision)
     simulation = _simulation(checkpoint, options, request, there)
-    compared = list(simulation.compared())
+    with progress("predicting", simulation.work, "layers") as advance:
+        compared = list(simulation.compared(advance))
     report.fields = {
         "model": str(checkpoint.path),
         "predicted": True,

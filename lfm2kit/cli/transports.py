@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,11 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.specs import Experts, leaves
 from lfm2kit.transport import World
+
+if TYPE_CHECKING:  # the conformance suite takes a while to import
+    from lfm2kit.testing.runner import Result
+
+EXCHANGE = "exchange"  # the check that depends on a memory
 
 transports = typer.Typer(cls=PlainGroup, help="Check a transport.", no_args_is_help=True)
 
@@ -62,16 +67,28 @@ def check(
     ids = selected(only.split(",") if only else None)
     if (size := launcher.world_size()) is not None:
         raise Lfm2kitError(f"this is a rank of a job of {size}; the checks start jobs themselves")
-    _memory_of(backend, World())
+    memory = _memory_of(backend, World())
     words = ["--ranks", str(ranks), *(["--backend", backend] if backend is not None else [])]
     results = []
     with progress(f"checking {name}", len(ids), "checks") as advance:
         for one in ids:
             steps.set_deadline(JOB_CHECKS[one].deadline)
             arguments = ["transports", "rank", name, one, *words]
-            results.append(judged(one, partial(launcher.launch, ranks, arguments)))
+            result = judged(one, partial(launcher.launch, ranks, arguments))
+            results.append(_with_place(result, memory))
             advance(1)
     conclude(report, "transport", name, results)
+
+
+def _with_place(result: Result, memory: Memory) -> Result:
+    """Return a result that says for which memory the exchange was checked, if it passed."""
+    if result.id != EXCHANGE or result.verdict != "passed":
+        return result
+    if memory.name == HOST.name:
+        where = "only through the host's memory; --backend NAME checks a GPU's"
+    else:
+        where = f"in the memory '{memory.name}'"
+    return result._replace(detail=where)
 
 
 @transports.command("rank", cls=PlainCommand, hidden=True)

@@ -43,7 +43,8 @@ def key_of(setup: Setup, placed: Placed) -> BlockKey:
     """Return the key of a block's rates, in the precision that it has in the plan."""
     assert placed.backend is not None  # a leaf's always is
     precision = setup.plugins.precision(placed.backend, setup.context.precision).name
-    return BlockKey(repr(placed.spec), placed.backend.partition(":")[0], precision)
+    weights = setup.checkpoint.weights.scope(placed.scope)
+    return BlockKey.of(placed.spec, weights, placed.backend, precision)
 
 
 def block_rates(

@@ -28,6 +28,7 @@ READER_WAIT = 10.0  # seconds that a pipe is given to find its reader
 CANNOT_CREATE = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a new file in a folder
 CANNOT_REPLACE = (*CANNOT_CREATE, errno.EBUSY)  # EBUSY: something is mounted on it
 CHUNK = 1 << 20  # bytes copied at once
+ROOM = 1 << 16  # bytes that a disk must have free before the work begins
 
 
 @contextmanager
@@ -48,7 +49,10 @@ def replaced(path: Path, note: Note = warnings.warn) -> Iterator[BinaryIO]:
 
 
 def check_target(option: str, path: Path) -> None:
-    """Raise `Lfm2kitError` if `path` cannot be written, so that this shows before the work."""
+    """Raise `Lfm2kitError` if `path` cannot be written, so that this shows before the work.
+
+    A disk without `ROOM` left is full; one that fills up during the work shows only at its end.
+    """
     if os.path.isdir(path):
         raise Lfm2kitError(f"{option} {path}: this is a folder")
     try:
@@ -64,6 +68,17 @@ def _check_special(path: Path) -> None:
     mode = os.stat(path).st_mode
     if not stat.S_ISFIFO(mode) and not stat.S_ISCHR(mode):
         raise OSError(errno.EINVAL, "this is neither a file nor a pipe nor a terminal")
+    if stat.S_ISCHR(mode):
+        _check_device(path)
+
+
+def _check_device(path: Path) -> None:
+    """Raise `OSError` if a device takes no bytes, as /dev/full does; write none to any other."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        os.write(descriptor, b"")
+    finally:
+        os.close(descriptor)
 
 
 def _check_regular(path: Path) -> None:
@@ -75,11 +90,14 @@ def _check_regular(path: Path) -> None:
         raise OSError(errno.EACCES, "it cannot be written, and no other file can take its place")
     partial = beside(path, "partial")
     try:
-        partial.touch()
-        partial.unlink(missing_ok=True)  # other ranks try as well
+        with partial.open("wb") as file:
+            _reserve(file, ROOM)
     except OSError as error:
         if error.errno not in CANNOT_CREATE or not can_write_in_place:
             raise
+    finally:
+        with suppress(OSError):  # other ranks try as well
+            partial.unlink()
 
 
 def _can_replace(file: Path) -> bool:

@@ -13,7 +13,7 @@ from lfm2kit.ranks.balancing import owners_by
 from lfm2kit.ranks.groups import DP, EP, Grouping, groupings
 from lfm2kit.rewrites import OwnersOf
 from lfm2kit.simulating.jobs import Job, Layout
-from lfm2kit.simulating.predicting import Machine, Parts, Predicted, predict
+from lfm2kit.simulating.predicting import Done, Machine, Parts, Predicted, nothing, predict
 from lfm2kit.simulating.request import IN_ORDER, Request
 from lfm2kit.simulating.routing import Routing, drawn
 from lfm2kit.transport import World
@@ -81,22 +81,38 @@ class Simulation:
     load: Load | None
     replicas: int = 0
 
-    def compared(self) -> Iterator[Compared]:
-        """Yield the jobs of each number of ranks and samples."""
+    @property
+    def work(self) -> int:
+        """Return how many layers there are to predict, of all ranks and in all jobs together."""
+        request, of_rank = self.request, 0
+        for ranks in request.ranks:
+            forwards = sum(-(-n // (ranks * self._batch_size)) for n in request.n)
+            of_rank += len(layouts(self._nodes(ranks))) * forwards * ranks
+        return of_rank * len(self.machine.rates.layers)
+
+    def compared(self, done: Done = nothing) -> Iterator[Compared]:
+        """Yield the jobs of each number of ranks and samples; tell `done` of the `work` it did."""
         for ranks in self.request.ranks:
             for n in self.request.n:
-                yield Compared(list(self._jobs(ranks, n)))
+                yield Compared(list(self._jobs(ranks, n, done)))
 
-    def _jobs(self, ranks: int, n: int) -> Iterator[Simulated]:
-        nodes = [rank // self.request.per_node for rank in range(ranks)]
-        batch_size = default_batch_size(self.request.tokens)
+    def _jobs(self, ranks: int, n: int, done: Done) -> Iterator[Simulated]:
+        nodes = self._nodes(ranks)
         vocab_size = self.model.lm_head.vocab_size
         for name, grouping in layouts(nodes).items():
-            job = Job.of(self.model, Layout(nodes, grouping, batch_size), n, self._owners_of)
-            predicted = predict(job, self._routing, self.machine, vocab_size)
+            layout = Layout(nodes, grouping, self._batch_size)
+            job = Job.of(self.model, layout, n, self._owners_of)
+            predicted = predict(job, self._routing, self.machine, vocab_size, done)
             memory = self.request.memory
             fits = memory is None or predicted.kept_bytes <= memory
             yield Simulated(ranks, n, name, predicted, fits)
+
+    def _nodes(self, ranks: int) -> list[int]:
+        return [rank // self.request.per_node for rank in range(ranks)]
+
+    @property
+    def _batch_size(self) -> int:
+        return default_batch_size(self.request.tokens)
 
     def _owners_of(self, size: int) -> OwnersOf | None:
         """Return who holds which expert in groups of a size: by the load, or in order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,10 +31,12 @@ class Blocks:
 
     calls: list[Curve] = field(default_factory=list)
     kept_bytes: int = 0
+    formats: set[tuple[str, str]] = field(default_factory=set)  # measured, and the model's own
 
-    def add(self, rates: BlockRates) -> None:
+    def add(self, rates: BlockRates, stored: str) -> None:
         self.calls.append(rates.call)
         self.kept_bytes += rates.kept_bytes
+        self.formats.add((rates.key.stored, stored))
 
     def spent(self, rows: Int64) -> Spent:
         """Return what ranks spend with these rows, [ranks]; those without any spend nothing."""
@@ -78,35 +80,38 @@ class ModelRates:
     @classmethod
     def of(cls, model: specs.Model, weights: Weights, found: Found) -> ModelRates:
         """Return the rates of a model; raise `Lfm2kitError` for a block without."""
+        parts = {part.role: part for part in model.parts()}
+
+        def blocks(*roles: str) -> Blocks:
+            return found.blocks(
+                *((parts[role].spec, weights.scope(parts[role].scope)) for role in roles)
+            )
+
         return cls(
-            found.blocks(model.embed_tokens),
+            blocks("embed_tokens"),
             [
                 _layer(i, layer, weights.scope(f"layers.{i}"), found)
                 for i, layer in enumerate(model.layers)
             ],
-            found.blocks(model.last_rows),
-            found.blocks(model.embedding_norm, model.lm_head),
+            blocks("last_rows"),
+            blocks("embedding_norm", "lm_head"),
         )
 
     @property
     def kept_bytes(self) -> int:
         """Return the bytes of all weights but the experts'."""
-        others = (self.embedding, self.of_all_rows, self.of_logits)
-        before = (layer.before for layer in self.layers)
-        return sum(blocks.kept_bytes for blocks in (*others, *before))
+        return sum(blocks.kept_bytes for blocks in self._blocks())
 
     def differing(self) -> str | None:
-        """Say which experts the rates are of if the model's are stored in other formats."""
+        """Say what the rates are of if the model's weights are stored in other formats."""
         experts = (layer.experts for layer in self.layers if layer.experts is not None)
-        pairs = {(one.side.experts.stored, one.stored) for one in experts}
-        return (
-            "; ".join(
-                f"they are of experts stored in {measured}, and the model's are in {stored}"
-                for measured, stored in sorted(pairs)
-                if measured != stored
-            )
-            or None
-        )
+        of_experts = {(one.side.experts.stored, one.stored) for one in experts}
+        of_blocks = set[tuple[str, str]]().union(*(blocks.formats for blocks in self._blocks()))
+        return "; ".join([*_said("experts", of_experts), *_said("other blocks", of_blocks)]) or None
+
+    def _blocks(self) -> Iterator[Blocks]:
+        yield from (self.embedding, self.of_all_rows, self.of_logits)
+        yield from (layer.before for layer in self.layers)
 
 
 class Found(NamedTuple):
@@ -117,12 +122,16 @@ class Found(NamedTuple):
     backend: str
     precision: str
 
-    def blocks(self, *wanted: specs.Spec) -> Blocks:
-        """Return the rates of blocks that compute no experts, or of the parts of these."""
+    def blocks(self, *wanted: tuple[specs.Spec, Weights]) -> Blocks:
+        """Return the rates of blocks that compute no experts, or of the parts of these.
+
+        Each is given with the weights of its scope; rates of weights in another format are taken
+        if there are no others.
+        """
         blocks = Blocks()
-        for spec in wanted:
-            for one in self._of(spec):
-                blocks.add(one)
+        for spec, weights in wanted:
+            for rates, stored in self._of(spec, weights):
+                blocks.add(rates, stored)
         return blocks
 
     def experts(self, spec: specs.Experts, weights: Weights) -> Experts:
@@ -133,16 +142,17 @@ class Found(NamedTuple):
             raise self._no_rates(f"experts of {spec.hidden_size} x {spec.intermediate_size}")
         return Experts(max(sides, key=lambda side: side.experts == key), key.stored)
 
-    def _of(self, spec: specs.Spec) -> Iterator[BlockRates]:
-        key = BlockKey(repr(spec), self.backend, self.precision)
-        there = next((one for one in self.calibration.blocks if one.key == key), None)
-        if there is not None:
-            yield there
+    def _of(self, spec: specs.Spec, weights: Weights) -> Iterator[tuple[BlockRates, str]]:
+        """Yield rates, and the format in which the model's own weights are stored."""
+        key = BlockKey.of(spec, weights, self.backend, self.precision)
+        there = [one for one in self.calibration.blocks if one.key[:3] == key[:3]]
+        if there:
+            yield max(there, key=lambda one: one.key == key), key.stored
             return
         if not spec.parts():
             raise self._no_rates(repr(spec))
         for part in spec.parts():
-            yield from self._of(part.spec)
+            yield from self._of(part.spec, weights.scope(part.scope))
 
     def _no_rates(self, what: str) -> Lfm2kitError:
         there = {f"{key.backend} in {key.precision}" for key in _keys(self.calibration)}
@@ -171,14 +181,19 @@ def _keys(calibration: Calibration) -> list[BlockKey]:
 
 
 def _layer(number: int, layer: specs.Spec, weights: Weights, found: Found) -> LayerRates:
-    before, experts = Blocks(), None
+    others, experts = list[tuple[specs.Spec, Weights]](), None
     for scope, spec in _parts(layer, weights):
         if isinstance(spec, specs.Experts):
             experts = found.experts(spec, scope)
         else:
-            more = found.blocks(spec)
-            before = Blocks(before.calls + more.calls, before.kept_bytes + more.kept_bytes)
-    return LayerRates(number, before, experts)
+            others.append((spec, scope))
+    return LayerRates(number, found.blocks(*others), experts)
+
+
+def _said(what: str, formats: Iterable[tuple[str, str]]) -> Iterator[str]:
+    for measured, stored in sorted(formats):
+        if measured != stored:
+            yield f"they are of {what} stored in {measured}, and the model's are in {stored}"
 
 
 def _parts(spec: specs.Spec, weights: Weights) -> Iterator[tuple[Weights, specs.Spec]]:
@@ -187,7 +202,7 @@ def _parts(spec: specs.Spec, weights: Weights) -> Iterator[tuple[Weights, specs.
         yield weights, spec
         return
     for part in spec.parts():
-        yield from _parts(part.spec, weights.scope(part.scope) if part.scope else weights)
+        yield from _parts(part.spec, weights.scope(part.scope))
 
 
 def _has_experts(spec: specs.Spec) -> bool:

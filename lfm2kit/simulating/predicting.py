@@ -8,7 +8,7 @@ The ranks of a group wait for each other before tokens travel, and before produc
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,8 +71,20 @@ class Predicted:
     rows_max_over_mean: float | None
 
 
-def predict(job: Job, routing: Routing, machine: Machine, vocab_size: int) -> Predicted:
-    """Return what is predicted for a job whose tokens choose the experts of `routing`."""
+Done = Callable[[int], None]  # is told layers, each as often as there are ranks
+
+
+def nothing(layers: int) -> None:
+    """Do nothing: nobody watches."""
+
+
+def predict(
+    job: Job, routing: Routing, machine: Machine, vocab_size: int, done: Done = nothing
+) -> Predicted:
+    """Return what is predicted for a job whose tokens choose the experts of `routing`.
+
+    Tell `done` of each layer.
+    """
     clock = _Clock(job, machine)
     sent_bytes, messages = np.zeros(job.ranks, np.int64), np.zeros(job.ranks, np.int64)
     rows: list[Sequence[float]] = []
@@ -81,6 +93,7 @@ def predict(job: Job, routing: Routing, machine: Machine, vocab_size: int) -> Pr
         tokens = counts * routing.seq_len
         clock.compute(machine.rates.embedding.spent(tokens))
         for layer in machine.rates.layers:
+            done(job.ranks)
             computed = layer.before.spent(tokens)
             if layer.experts is None:
                 clock.compute(computed)

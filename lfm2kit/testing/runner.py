@@ -26,7 +26,7 @@ class Result(NamedTuple):
 
     id: str
     verdict: Verdict
-    detail: str  # one line: the failure, or why it was skipped
+    detail: str  # one line: the failure, why it was skipped, or what was checked
     seconds: float
 
     @property

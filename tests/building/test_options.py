@@ -43,7 +43,7 @@ TINY = open_checkpoint(find_model("tiny"))
         ({"n_cpu_moe": None}, "n_cpu_moe: expected a whole number of 0 or more"),
         ({"threads": [2]}, "threads=[2]: expected a whole number"),
         ({"seed": 0.5}, "seed=0.5: expected a whole number of 0 or more"),
-        ({"model": 7}, "model=7: expected a path, or an embedded model's name, such as 'tiny'"),
+        ({"model": 7}, "model=7: expected a path, or a model's name, such as 'tiny'"),
         ({"model": None}, "model: expected a path"),
         ({"model": b"tiny"}, "model=b'tiny': expected a path"),
         ({"backend": ["reference"]}, "backend=['reference']: expected a plan as text"),

@@ -36,7 +36,11 @@ CALIBRATION = Calibration(
         Side(HOST, "host", 22_020_096, CURVE, None, Ceilings(1e12, 1e11), {}),
         Side(DEVICE, "gpu:0", 22_020_096, CURVE, Link(46e9, 55e9), None, {"device": "a loom"}),
     ),
-    (BlockRates(BlockKey("MLP(hidden_size=8, intermediate_size=4)", "cpu", "fp32"), 384, CURVE),),
+    (
+        BlockRates(
+            BlockKey("MLP(hidden_size=8, intermediate_size=4)", "cpu", "fp32", "BF16"), 384, CURVE
+        ),
+    ),
     (
         ExchangeRates(ExchangeKey(4, 1), Curve((4, 2**40), (1e-5, 100.0))),
         ExchangeRates(ExchangeKey(4, 2), CURVE),
@@ -83,6 +87,13 @@ def test_what_was_measured_last_replaces_what_is_the_same() -> None:
     assert both.sides == CALIBRATION.sides
 
 
+def test_blocks_of_weights_in_another_format_are_kept_beside_each_other() -> None:
+    (block,) = CALIBRATION.blocks
+    other = replace(block, key=block.key._replace(stored="F32"), call=Curve((1,), (1.0,)))
+    newer = replace(CALIBRATION, blocks=(other,))
+    assert CALIBRATION.replaced_by(newer).blocks == (block, other)
+
+
 def test_rates_that_are_not_there_are_named_with_those_that_are() -> None:
     path = Path("rates.json")
     with pytest.raises(Lfm2kitError, match=r"no rates of 2048 x 1792 .* by gpu in fp32; avail"):
@@ -98,8 +109,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda d: d.update(kind="lfm2kit load"),
         "'lfm2kit load', not 'lfm2kit rates'",
     ),
-    "an earlier version": (lambda d: d.update(version=VERSION - 1), "version is 2"),
-    "a later version": (lambda d: d.update(version=VERSION + 1), "version is 4"),
+    "an earlier version": (lambda d: d.update(version=VERSION - 1), "version is 3"),
+    "a later version": (lambda d: d.update(version=VERSION + 1), "version is 5"),
     "a machine that is a text": (lambda d: d.update(machine="x"), "machine is 'x'"),
     "cores that are a number": (lambda d: d["machine"].update(cores=2), "an object of texts"),
     "no date": (lambda d: d.pop("date"), "date is missing"),

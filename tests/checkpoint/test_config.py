@@ -9,6 +9,7 @@ import pytest
 
 from lfm2kit import specs
 from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec, parse_config, read_config
+from lfm2kit.checkpoint.convert import config_fields
 from lfm2kit.errors import Lfm2kitError
 from tests.core.small import FIELDS, config, small_spec
 
@@ -132,6 +133,108 @@ def test_two_keys_that_say_one_thing_and_differ_are_both_named(
 )
 def test_two_keys_that_agree_are_one(changes: dict[str, object]) -> None:
     assert config(**changes) == config()
+
+
+def all_layers(count: int, *attention: int) -> list[str]:
+    return ["full_attention" if i in attention else "conv" for i in range(count)]
+
+
+DENSE = {
+    "model_type": "lfm2",
+    "vocab_size": 65536,
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "block_auto_adjust_ff_dim": True,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 256,
+}
+SIXTEEN = {"num_hidden_layers": 16, "full_attn_idxs": [2, 5, 8, 10, 12, 14]}
+LFM2_350M = {**DENSE, **SIXTEEN, "hidden_size": 1024, "num_attention_heads": 16}
+LFM2_1_2B = {**DENSE, **SIXTEEN}
+LFM2_2_6B = {**DENSE, "layer_types": all_layers(30, 2, 5, 9, 12, 15, 18, 21, 24)}
+LFM25_8B_A1B = {
+    **{k: v for k, v in config_fields(LFM2_8B_A1B).items() if k != "rope_theta"},
+    "vocab_size": 128000,
+    "rope_parameters": {"rope_theta": 5000000.0, "rope_type": "default"},
+}
+LFM2_24B_A2B = {
+    **config_fields(LFM2_8B_A1B),
+    "layer_types": all_layers(40, *range(2, 40, 4)),
+    "num_hidden_layers": 40,
+    "intermediate_size": 11776,
+    "moe_intermediate_size": 1536,
+    "num_experts": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "width", "parameters"),
+    [
+        ({**LFM2_350M, "block_ff_dim": 6656}, 4608, 354e6),
+        ({**LFM2_1_2B, "block_ff_dim": 12288}, 8192, 1.17e9),
+        ({**LFM2_1_2B, "intermediate_size": 12288}, 8192, 1.17e9),
+        ({**LFM2_1_2B, "block_ff_dim": 12288, "intermediate_size": 12288}, 8192, 1.17e9),
+        ({**LFM2_1_2B, "block_ff_dim": 12288, "intermediate_size": 8192}, 8192, 1.17e9),
+        (
+            {**LFM2_2_6B, "block_auto_adjust_ff_dim": False, "intermediate_size": 10752},
+            10752,
+            2.57e9,
+        ),
+        (LFM25_8B_A1B, 7168, 8.47e9),
+        (LFM2_24B_A2B, 11776, 23.8e9),
+    ],
+)
+def test_published_models_have_their_widths_and_parameters(
+    fields: dict[str, object], width: int, parameters: float
+) -> None:
+    config = parse_config(fields)
+    assert config.intermediate_size == width
+    spec = model_spec(config, tied=True)
+    assert spec.weight_elements() == pytest.approx(parameters, rel=5e-3)
+    assert config.num_dense_layers == (
+        2 if fields["model_type"] == "lfm2_moe" else len(spec.layers)
+    )
+
+
+def test_a_multiplier_of_null_turns_the_rounding_off() -> None:
+    fields = {**LFM2_1_2B, "block_ff_dim": 1000, "block_ffn_dim_multiplier": None}
+    assert parse_config(fields).intermediate_size == 666
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"intermediate_size": 9000}, ["block_ff_dim is 12288", "intermediate_size is 9000"]),
+        ({"block_auto_adjust_ff_dim": None}, ["'block_auto_adjust_ff_dim' is missing"]),
+        ({"block_auto_adjust_ff_dim": 1}, ["block_auto_adjust_ff_dim is 1"]),
+        ({"block_ff_dim": None}, ["'intermediate_size' is missing"]),
+        ({"block_ff_dim": 2**20 + 1}, ["block_ff_dim is 1048577"]),
+        ({"block_ff_dim": 1, "block_ffn_dim_multiplier": None}, ["block_ff_dim is 0"]),
+        ({"block_ffn_dim_multiplier": 900.0}, ["the adjusted block_ff_dim is 7372800"]),
+        ({"block_ffn_dim_multiplier": 0}, ["block_ffn_dim_multiplier is 0"]),
+        ({"block_multiple_of": 0}, ["block_multiple_of is 0"]),
+        ({"block_multiple_of": None}, ["'block_multiple_of' is missing"]),
+    ],
+)
+def test_a_width_that_a_dense_config_cannot_mean_is_named(
+    changes: dict[str, object], words: list[str]
+) -> None:
+    with pytest.raises(Lfm2kitError) as caught:
+        parse_config({**LFM2_1_2B, "block_ff_dim": 12288, **changes})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_multiplier_that_is_not_there_is_named() -> None:
+    fields = {**LFM2_1_2B, "block_ff_dim": 12288}
+    del fields["block_ffn_dim_multiplier"]
+    with pytest.raises(Lfm2kitError, match="'block_ffn_dim_multiplier' is missing"):
+        parse_config(fields)
 
 
 def test_layers_come_in_the_order_of_layer_types_dense_first() -> None:

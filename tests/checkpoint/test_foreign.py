@@ -22,6 +22,7 @@ from tests.checkpoint.typed import Cli
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the current folder, with a whole model in `model` and nothing else."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))  # whatever this machine has
     shutil.copytree(EMBEDDED / "tiny", "model")
     return Path(".")
 

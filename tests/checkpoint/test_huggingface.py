@@ -218,7 +218,8 @@ def test_an_untied_model_without_its_head_is_refused(apart: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "lfm2"}, ["model_type", "'lfm2'"]),
+        ({"model_type": "lfm3"}, ["model_type", "'lfm3'", "'lfm2_moe' and 'lfm2'"]),
+        ({"model_type": "lfm2"}, ["block_auto_adjust_ff_dim"]),
         ({"num_experts": 9}, ["[8, 24]", "[9, 24]"]),
         ({"num_experts": 2**31 - 1}, ["num_experts", "2147483647"]),
         ({"num_experts_per_tok": 9}, ["9", "8"]),

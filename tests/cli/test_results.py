@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.measuring import samples
+from lfm2kit.outputs import files
 from lfm2kit.testing import runner
 from tests.checkpoint.typed import Cli, Typed
 
@@ -29,6 +31,12 @@ def wrong_answers(tmp_path: Path) -> Path:
     return tmp_path / "answers.bin"
 
 
+@pytest.fixture
+def fills_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make /dev/full a disk that is full only once everything has been computed."""
+    monkeypatch.setattr(files, "_check_device", lambda path: None)
+
+
 def assert_said(done: Typed, verdict: str, *words: str) -> None:
     """Check that times and verdict are on stdout, and one line with the words on stderr."""
     lines = done.out.splitlines()
@@ -40,6 +48,7 @@ def assert_said(done: Typed, verdict: str, *words: str) -> None:
         assert word in line
 
 
+@pytest.mark.usefixtures("fills_up")
 def test_outputs_that_cannot_be_written_cost_neither_verdict_nor_report(
     cli: Cli, tmp_path: Path
 ) -> None:
@@ -49,6 +58,7 @@ def test_outputs_that_cannot_be_written_cost_neither_verdict_nor_report(
     assert json.loads((tmp_path / "report").read_text())["validation"]["valid"]
 
 
+@pytest.mark.usefixtures("fills_up")
 def test_a_report_that_cannot_be_written_costs_no_outputs(cli: Cli, tmp_path: Path) -> None:
     done = cli(*RUN, "--outputs", tmp_path / "outputs.bin", "--json", "/dev/full")
     assert_said(done, "VALID", "/dev/full", "No space left")
@@ -56,12 +66,14 @@ def test_a_report_that_cannot_be_written_costs_no_outputs(cli: Cli, tmp_path: Pa
     assert len(samples.read_answers(tmp_path / "outputs.bin")) == 1
 
 
+@pytest.mark.usefixtures("fills_up")
 def test_files_that_fail_together_are_named_in_one_line(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "full").symlink_to("/dev/full")
     done = cli(*RUN, "--outputs", tmp_path / "full", "--json", "/dev/full")
     assert_said(done, "VALID", str(tmp_path / "full"), "; /dev/full: No space left")
 
 
+@pytest.mark.usefixtures("fills_up")
 def test_wrong_outputs_that_cannot_be_written_are_still_invalid(
     cli: Cli, wrong_answers: Path
 ) -> None:
@@ -70,6 +82,7 @@ def test_wrong_outputs_that_cannot_be_written_are_still_invalid(
     assert done.code == 1
 
 
+@pytest.mark.usefixtures("fills_up")
 def test_a_backend_that_fails_fails_even_where_the_report_cannot_be_written(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +92,29 @@ def test_a_backend_that_fails_fails_even_where_the_report_cannot_be_written(
     assert (done.code, done.err.count("\n")) == (1, 1)
     assert "/dev/full: No space left" in done.err
     assert "1 failed" in done.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [RUN, ["plan"], ["env"], ["backends", "list"], ["backends", "check", "reference"], ["warmup"],
+     ["transports", "check", "mpi"], ["calibrate"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_full_device_is_refused_before_any_work(cli: Cli, words: list[str]) -> None:
+    cli(*words, "--json", "/dev/full").assert_fails("--json /dev/full", "No space left")
+
+
+@pytest.mark.parametrize("option", ["--json", "--outputs", "--record-load"])
+def test_a_full_disk_is_refused_before_any_work(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    (tmp_path / "new").mkdir()
+    cli(*RUN, option, tmp_path / "new" / "file").assert_fails(option, "file", "No space left")
+    assert not os.listdir(tmp_path / "new")
 
 
 def test_lines_that_cannot_be_printed_cost_no_outputs(

@@ -49,6 +49,16 @@ def test_jobs_are_interleaved_and_compared(cli: Cli, started: list[list[str]]) -
     assert done.err.count("slow") == 1
 
 
+def test_what_is_repeated_is_measured_once(cli: Cli, started: list[list[str]]) -> None:
+    twice = ["-b", "reference", "-b", "reference", "-n", "8,16,8"]
+    done = cli("bench", "--ranks", "2,1,2", *twice, "-r", 1, "-o", "json")
+    assert [line[line.index("--ranks") + 1] for line in started] == ["2", "1"] * 2
+    assert len(json.loads(done.out)["results"]) == 4
+    blocks = ("--block", "conv", "--block", "conv")
+    done = cli("bench", *blocks, *twice, "-r", 1, "--seq-len", 1, "-o", "json")
+    assert len(json.loads(done.out)["results"]) == 2
+
+
 def test_a_job_whose_logits_are_not_finite_is_named(cli: Cli, started: list[list[str]]) -> None:
     done = cli("bench", "--ranks", "2,4", "-n", 8, "-r", 1, "-b", "reference")
     assert done.code == 1

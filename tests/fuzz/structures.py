@@ -65,12 +65,22 @@ rope = st.fixed_dictionaries(
 )
 
 
+ADJUSTED = {
+    "model_type": "lfm2",
+    "block_ff_dim": 60,
+    "intermediate_size": 40,
+    "block_auto_adjust_ff_dim": True,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 8,
+}
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Json]:
     """Draw the fields of a config.json, most of them sound."""
     others = [*TWINS, *FIXED, "head_dim", "full_attn_idxs", "quantization_config", "theta"]
     others.append("max_position_embeddings")
-    fields = draw(changed(FIELDS, others))
+    fields = draw(changed(FIELDS | draw(st.sampled_from([{}, ADJUSTED])), others))
     for key in draw(st.lists(st.sampled_from(["rope_parameters", "rope_scaling"]), max_size=2)):
         fields[key] = draw(rope)
     return fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from lfm2kit.measuring.together import Stopwatch
 from lfm2kit.memory import HOST
 from lfm2kit.ranks.joining import Alone
 from lfm2kit.testing import ThreadTransport, run_ranks
+from lfm2kit.weights import Tensor, Weights
 
 TINY = open_checkpoint(EMBEDDED / "tiny", [])
 REFERENCE = Options(backend="reference")
@@ -56,7 +58,21 @@ def test_each_block_without_experts_is_measured_once() -> None:
     there = {key.block for key in blocks(alone())}
     assert {repr(spec) for spec in wanted} <= there
     assert not [block for block in there if "Experts(" in block]
-    assert {key[1:] for key in blocks(alone())} == {("reference", "fp32")}
+    assert {key[1:3] for key in blocks(alone())} == {("reference", "fp32")}
+
+
+def test_equal_blocks_whose_weights_are_in_two_formats_are_both_measured() -> None:
+    name = "embedding_norm.weight"
+    float32 = Tensor.of_array(name, TINY.weights[name].float32())
+    weights = Weights({**TINY.weights, name: float32})
+    there = blocks(set_up(replace(TINY, weights=weights), REFERENCE))
+
+    def stored(block: str) -> set[str]:
+        return {key.stored for key in there if key.block.startswith(block)}
+
+    assert stored("RMSNorm(") == {"BF16", "F32"}
+    assert stored("Router(") == {"BF16 and F32"}  # a bias is F32 in every checkpoint
+    assert stored("LastRows(") == {"nothing"}
 
 
 def test_a_job_measures_the_same_blocks_as_one_process() -> None:

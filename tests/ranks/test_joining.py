@@ -60,6 +60,11 @@ def test_copies_do_not_load_a_model_each_unless_they_are_meant_to(
     assert load_model("tiny", "reference", independent=True).spec.layers
 
 
+def test_a_rank_of_a_job_is_not_independent() -> None:
+    with pytest.raises(Lfm2kitError, match=r"job and independent=True: .* give only one of them"):
+        load_model("tiny", "reference", job=Alone(), independent=True)
+
+
 def test_copies_that_are_not_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lfm2kit_mpi", reason="the default transport")
     for name, value in COPIES.items():

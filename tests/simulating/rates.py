@@ -10,6 +10,7 @@ from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.building.rank_rates import BlockKey, BlockRates
 from lfm2kit.building.rates import Calibration, Experts, Side
 from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.weights import Weights
 
 TINY = open_checkpoint(EMBEDDED / "tiny", [])
 MS = Curve((1, 2**26), (1e-3, 1e-3))  # whatever the rows are
@@ -18,18 +19,18 @@ BLOCK, EXPERT = 100, 1000  # bytes
 BLOCKS_MS = 8 * 4 + 4  # of a forward: two norms, operator and router or MLP; and the ends
 
 
-def blocks(spec: specs.Spec) -> Iterator[specs.Spec]:
+def blocks(spec: specs.Spec, weights: Weights = TINY.weights) -> Iterator[BlockKey]:
     if not isinstance(spec, specs.Experts):
         if not spec.parts() or isinstance(spec, specs.Router):
-            yield spec
+            yield BlockKey.of(spec, weights, "loom", "fp32")
         else:
             for part in spec.parts():
-                yield from blocks(part.spec)
+                yield from blocks(part.spec, weights.scope(part.scope))
 
 
 def calibration(block: Curve = MS, expert: Curve = MS, **more: object) -> Calibration:
     """Return rates by which each block and each expert that is used takes 1 ms."""
-    keys = dict.fromkeys(BlockKey(repr(one), "loom", "fp32") for one in blocks(TINY.spec))
+    keys = dict.fromkeys(blocks(TINY.spec))
     key = Experts("loom", "fp32", 128, 48, "BF16")
     made = {
         "date": "today",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,42 @@ def test_rates_of_experts_in_another_format_are_used_only_where_there_are_no_oth
     assert others["notes"][1:] == [said]
     done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1")
     assert said in " ".join(done.out.split())
+
+
+def test_rates_of_blocks_in_another_format_are_used_only_where_there_are_no_others(
+    cli: Cli, rates: Path
+) -> None:
+    document = json.loads(rates.read_text())
+    (mlp,) = (one for one in document["blocks"] if one["block"].startswith("MLP("))
+    others = [one for one in document["blocks"] if one != mlp]
+    float32 = {**mlp, "stored": "F32", "kept_bytes": 10 * mlp["kept_bytes"]}
+
+    def simulated(*mlps: object) -> Any:
+        rates.write_text(json.dumps({**document, "blocks": [*mlps, *others]}))
+        done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    both, same, only_other = simulated(float32, mlp), simulated(mlp), simulated(float32)
+    assert both == same
+    assert only_other["jobs"][0]["weight_bytes"] > same["jobs"][0]["weight_bytes"]
+    said = "they are of other blocks stored in F32, and the model's are in BF16"
+    assert only_other["notes"][1:] == [said]
+
+
+def test_a_simulation_shows_its_progress(
+    cli: Cli, rates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+
+    @contextmanager
+    def shown(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        yield done.append
+        assert sum(done) == total > 0
+
+    monkeypatch.setattr(sys.modules["lfm2kit.cli.simulating"], "progress", shown)
+    assert cli("plan", "--rates", rates, "--simulate", "ranks=1,n=16").code == 0
+    assert done == [1] * 8
 
 
 def test_messages_of_a_job_with_overlap_are_said_to_be_those_without(cli: Cli, rates: Path) -> None:

@@ -61,6 +61,18 @@ def test_every_batch_is_a_forward() -> None:
     assert ms(one)[0] == pytest.approx(3 * (BLOCKS_MS + 6 * 16))
 
 
+@pytest.mark.parametrize(
+    "text", ["ranks=1,n=16", "ranks=1/2/5,n=3/40,per-node=2", "ranks=1/2,n=5,tokens=2048"]
+)
+def test_as_much_work_is_told_as_was_announced(text: str) -> None:
+    request, told = parsed(text), list[int]()
+    near = (ExchangeRates(ExchangeKey(2, 1), FAST), ExchangeRates(ExchangeKey(2, 2), FAST))
+    rates = calibration(exchanges=near)
+    simulation = Simulation(TINY.spec, request, machine(request, rates), None)
+    list(simulation.compared(told.append))
+    assert sum(told) == simulation.work
+
+
 def test_two_ranks_exchange_three_messages_a_layer_and_gather_one() -> None:
     both = predictions("ranks=2,n=32,link=1Tbit,latency=1ms", calibration())
     assert ms(both["dp"]) == pytest.approx([BLOCKS_MS + 6 * 16, 0, 0, 0, 1], rel=1e-3)
