@@ -183,6 +183,19 @@ def test_nan_ends_that_request_alone_and_names_the_position() -> None:
         assert engine._scheduler.pages.free == 3
 
 
+@pytest.mark.parametrize("error", [None, OSError("no device")])
+def test_nothing_is_found_that_was_computed_before_a_failure(error: Exception | None) -> None:
+    model: Any = Failing(model_of(), error)
+    request = Request([*[1] * 70, 49], max_tokens=2)
+    with engine_of(model, 3, budget=70) as engine:
+        engine.add(request)
+        assert ends_of(run(engine)) == {(0, 0): FAILED}
+        model.is_on = False
+        again = engine.add(request)
+        engine.step()
+        assert engine._live[again][0].computed == 70  # with the first page, it would be all 71
+
+
 def test_a_forward_that_raises_ends_the_requests_of_its_step() -> None:
     model: Any = Failing(model_of(), OSError("no device"))
     with engine_of(model, 4, budget=70) as engine:
