@@ -11,7 +11,7 @@ from lfm2kit.engine.engine import Engine
 from lfm2kit.engine.requests import Request
 from lfm2kit.model import LFM2
 from lfm2kit.state import Room
-from tests.engine.harness import BACKENDS, GREEDY, VOCABULARY, generated, model_of
+from tests.engine.harness import GREEDY, ON_HOST, VOCABULARY, generated, model_of
 
 
 def peak_of(model: LFM2, tokens: int) -> int:
@@ -39,4 +39,4 @@ def test_a_prompt_of_4096_tokens_takes_linear_memory() -> None:
 
 @pytest.mark.long
 def test_a_prompt_of_32768_tokens_takes_linear_memory() -> None:
-    assert grows_linearly(model_of(BACKENDS[-1]), 32768)
+    assert grows_linearly(model_of(ON_HOST[-1]), 32768)
