@@ -37,7 +37,8 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _ids("prompt", self.prompt))
-        object.__setattr__(self, "stop_ids", tuple(_ids("stop_ids", [*self.stop_ids]).tolist()))
+        stop_ids: Any = [*self.stop_ids] if np.iterable(self.stop_ids) else self.stop_ids
+        object.__setattr__(self, "stop_ids", tuple(_ids("stop_ids", stop_ids).tolist()))
         if not len(self.ids):
             raise Lfm2kitError("the prompt is empty; give one token or more")
         if self.max_tokens is not None:

@@ -12,9 +12,8 @@ from lfm2kit.state import MOST_TOKENS, Room
 
 SEQUENCES = 16  # of the whole context, at most, where nobody asks for a number
 SHARE = 2  # one part of what is free for the state, the others for what forwards need
-
-
 NO_ROOM = Room(0)
+MOST_PAGES = MOST_TOKENS // NO_ROOM.page_tokens
 
 
 def room_for(model: LFM2, context: int | None = None, sequences: int | None = None) -> Room:
@@ -35,6 +34,12 @@ def room_for(model: LFM2, context: int | None = None, sequences: int | None = No
         )
     of_one = NO_ROOM.pages_of(context or most)
     if context is not None and sequences is not None:
+        if sequences * of_one > MOST_PAGES:
+            few = MOST_PAGES // of_one
+            raise Lfm2kitError(
+                Option("sequences", sequences),
+                f": a state has room for up to {few} sequences of {context} tokens",
+            )
         return Room(sequences * of_one)
     least = 1 if context is None else of_one
     return Room(max(least, _fitting(model, (sequences or SEQUENCES) * of_one)))
@@ -53,7 +58,7 @@ def described(room: Room) -> str:
 
 def _fitting(model: LFM2, most: int) -> int:
     """Return how many pages fit into one part in `SHARE` of what is free, up to `most`."""
-    most = min(most, MOST_TOKENS // NO_ROOM.page_tokens // SHARE)
+    most = min(most, MOST_PAGES // SHARE)
     return bisect_left(range(1, most + 1), True, key=lambda pages: not _fits(model, pages))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
-from lfm2kit.backend import Context
+from lfm2kit.backend import HOST, Context
 from lfm2kit.batch import Batch
 from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.engine.drawing import Drawn, NotANumber, Row
@@ -32,8 +33,10 @@ PAGE_TOKENS = 64
 MOST_STEPS = 10_000
 GREEDY = Sampling(temperature=0)
 PLUGINS = installed_plugins()
+THERE = [name for name, backend in PLUGINS.backends.items() if backend.why_not is None]
 # Those whose results depend on nothing else in the batch, and that run on this machine.
-BACKENDS = [name for name in ("reference", "cpu_simd") if name in PLUGINS.backends]
+ON_HOST = [name for name in ("reference", "cpu_simd") if name in THERE]
+BACKENDS = [*ON_HOST, *(pytest.param("cuda", marks=pytest.mark.gpu) for _ in {"cuda"} & {*THERE})]
 # All experts are taken: no two results differ by a choice that was within rounding.
 SPEC = small_spec(
     layer_types=["conv", "full_attention"], num_hidden_layers=2, num_dense_layers=1,
@@ -66,9 +69,10 @@ class KeyedSampler:
 
 
 def engine_of(model: LFM2, pages: int, **options: Any) -> Engine:
-    """Return an engine with a small room, in whose state nothing but NaN lies."""
+    """Return an engine with a small room, in whose state, in the host's memory, is only NaN."""
     engine = Engine(model, Room(pages, PAGE_TOKENS), sampler=KeyedSampler(), **options)
-    Poison(engine)
+    if model.home.name == HOST.name:  # else nothing says when it would be written
+        Poison(engine)
     return engine
 
 

@@ -102,6 +102,20 @@ def test_choices_share_the_prompt_and_differ() -> None:
     assert ends_of(events) == {(id, choice): LENGTH for choice in range(3)}
 
 
+def test_the_next_turn_of_a_chat_computes_only_what_is_new() -> None:
+    """That is, from the beginning of the page in which the last turn ended."""
+    model = model_of()
+    with engine_of(model, 4) as engine:
+        (answer,) = generated(engine, Request(prompt_of(70), max_tokens=70))
+        request = Request([*prompt_of(70), *answer, 5, 6, 7], GREEDY, max_tokens=3)
+        id = engine.add(request)
+        (chunk,) = engine._scheduler.plan()
+        assert chunk.tokens == 143 - 128
+        tokens = tokens_of(run(engine), id)
+    ids = [*request.ids.tolist(), *tokens]
+    assert tokens == alone(model, request, 0, ids, 143)
+
+
 def test_forks_differ_from_their_origin_and_from_each_other() -> None:
     with engine_of(model_of(), 4) as engine:
         first = engine.add(Request(prompt_of(3), n=2))
@@ -183,6 +197,19 @@ def test_nan_ends_that_request_alone_and_names_the_position() -> None:
         assert engine._scheduler.pages.free == 3
 
 
+@pytest.mark.parametrize("error", [None, OSError("no device")])
+def test_nothing_is_found_that_was_computed_before_a_failure(error: Exception | None) -> None:
+    model: Any = Failing(model_of(), error)
+    request = Request([*[1] * 70, 49], max_tokens=2)
+    with engine_of(model, 3, budget=70) as engine:
+        engine.add(request)
+        assert ends_of(run(engine)) == {(0, 0): FAILED}
+        model.is_on = False
+        again = engine.add(request)
+        engine.step()
+        assert engine._live[again][0].computed == 70  # with the first page, it would be all 71
+
+
 def test_a_forward_that_raises_ends_the_requests_of_its_step() -> None:
     model: Any = Failing(model_of(), OSError("no device"))
     with engine_of(model, 4, budget=70) as engine:
@@ -238,6 +265,7 @@ def test_an_interrupted_step_can_be_made_again() -> None:
         (lambda: Request([1], n=True), "n is True"),
         (lambda: Request([1], logprobs=21), "logprobs is 21; .* 0 to 20"),
         (lambda: Request([1], stop_ids=["x"]), "stop_ids are not integers"),
+        (lambda: Request([1], stop_ids=2), "stop_ids has shape"),  # type: ignore[arg-type]
     ],
 )
 def test_a_request_out_of_range_is_refused(make: Callable[[], Request], said: str) -> None:

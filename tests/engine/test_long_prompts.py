@@ -11,7 +11,7 @@ from lfm2kit.engine.engine import Engine
 from lfm2kit.engine.requests import Request
 from lfm2kit.model import LFM2
 from lfm2kit.state import Room
-from tests.engine.harness import GREEDY, VOCABULARY, generated, model_of
+from tests.engine.harness import GREEDY, ON_HOST, VOCABULARY, generated, model_of
 
 
 def peak_of(model: LFM2, tokens: int) -> int:
@@ -28,9 +28,9 @@ def peak_of(model: LFM2, tokens: int) -> int:
 
 
 def grows_linearly(model: LFM2, tokens: int) -> bool:
-    """Return whether the second half of a prompt takes as much memory as the first."""
+    """Return whether twice as many further tokens take about twice as much further memory."""
     quarter, half, whole = (peak_of(model, tokens // part) for part in (4, 2, 1))
-    return whole - half < 2.2 * (half - quarter)  # 2 if it is linear, 4 if it is quadratic
+    return whole - half < 3 * (half - quarter)  # 2 if it is linear, 4 if it is quadratic
 
 
 def test_a_prompt_of_4096_tokens_takes_linear_memory() -> None:
@@ -39,4 +39,4 @@ def test_a_prompt_of_4096_tokens_takes_linear_memory() -> None:
 
 @pytest.mark.long
 def test_a_prompt_of_32768_tokens_takes_linear_memory() -> None:
-    assert grows_linearly(model_of(), 32768)
+    assert grows_linearly(model_of(ON_HOST[-1]), 32768)

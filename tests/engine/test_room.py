@@ -71,6 +71,15 @@ def test_a_context_beyond_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) 
             room_for(model_with(monkeypatch, 12), **wrong)
 
 
+def test_more_tokens_than_a_state_may_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "sequences=1048576: a state has room for up to 16777 sequences of 128000 tokens"
+    model = model_with(monkeypatch, 12, context=128000)
+    with pytest.raises(Lfm2kitError, match=said):
+        room_for(model, 128000, 2**20)
+    assert room_for(model, 128000, 16777).pages == 16777 * 1000
+    assert room_for(model, sequences=2**20) == Room(6)
+
+
 def test_it_is_reported() -> None:
     said = "12 pages of 128 tokens, for 1536 tokens of all sequences"
     assert described(Room(12)) == said
