@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from lfm2kit.batch import Batch, Form
 from lfm2kit.crossing import (
@@ -48,6 +48,9 @@ from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Grade, Precision
 from lfm2kit.specs import Spec
 from lfm2kit.state import STEP_BACK, Room, State
 from lfm2kit.weights import Tensor, Weights
+
+if TYPE_CHECKING:
+    from lfm2kit.engine.drawing import Sampler
 
 API_VERSION = 1
 
@@ -108,6 +111,7 @@ __all__ = [
     "Precision",
     "Replay",
     "Room",
+    "Samples",
     "Server",
     "Signals",
     "Spec",
@@ -388,6 +392,22 @@ class Captures(Protocol):
         of their arrays, ids, positions and pages included: see `Batch.packed` and `Batch.unpacked`.
         Raise MemoryError if there is no room; the core then closes other replays and tries once
         more.
+        """
+        ...
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Capability: a backend that draws tokens from the logits of its LM head, where they are.
+
+    Without it, NumPy draws on the host.
+    """
+
+    def sampler(self) -> Sampler:
+        """Return a sampler for logits in `memory(head)`, for one thread at a time.
+
+        It draws the tokens that `lfm2kit.engine.drawing.NumPySampler` draws from the same logits,
+        to which it does not write.
         """
         ...
 

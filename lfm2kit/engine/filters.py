@@ -1,6 +1,7 @@
 """Which tokens may be drawn: temperature, top-k, top-p and min-p, as in transformers.
 
-Where min-p removes most of a row, a comparison does so first, and the rest sees few numbers.
+Where top-k or min-p remove most of a row, a comparison does so first, and the definitions see few
+numbers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.engine.sampling import LARGEST, Sampling
+
+GROUP = 64  # logits, of which the largest is found first
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -53,13 +56,26 @@ def kept(logits: Floats, sampling: Sampling) -> Kept:
 def _least(logits: Floats, sampling: Sampling) -> np.float32:
     """Return a logit such that all lower ones are surely removed.
 
-    Only top-p depends on their probabilities.  The margin is for what dividing in float32 rounds.
+    For min-p they are known only if top-p does not change the best token's share.
     """
-    if sampling.min_p == 0 or sampling.top_p < 1:
-        return np.float32(-LARGEST)
-    best = float(logits.max())
-    margin = 1e-3 * sampling.temperature + 1e-6 * abs(best)
-    return np.float32(max(best + log(sampling.min_p) * sampling.temperature - margin, -LARGEST))
+    least = -LARGEST
+    if 0 < sampling.top_k * GROUP <= len(logits):
+        least = max(least, _below(_least_of_top_k(logits, sampling.top_k)))
+    if sampling.min_p > 0 and sampling.top_p == 1:
+        border = float(logits.max()) + log(sampling.min_p) * sampling.temperature
+        least = max(least, _below(border) - 1e-3 * sampling.temperature)
+    return np.float32(least)
+
+
+def _below(border: float) -> float:
+    """Return a logit whose score, rounded to float32, is below that of `border`."""
+    return border - 1e-6 * abs(border)
+
+
+def _least_of_top_k(logits: Floats, k: int) -> float:
+    """Return the k-th largest of groups' largest logits: at least k logits are as large."""
+    largest = logits[: len(logits) // GROUP * GROUP].reshape(GROUP, -1).max(axis=0)
+    return float(np.partition(largest, -k)[-k])
 
 
 def _top_k(there: Kept, k: int) -> Bools:

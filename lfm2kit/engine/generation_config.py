@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any, NamedTuple
@@ -27,13 +28,18 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     """Return what the generation_config.json in `folder` says; the defaults if there is not one.
 
     Raise `Lfm2kitError` if it cannot be read, or a value is out of range.  Keys that it leaves out,
-    or sets to null, keep the defaults of `Sampling`, and unknown keys are ignored.
+    or sets to null, keep the defaults of `Sampling`, and unknown keys are ignored.  Where it has no
+    eos ids, those of config.json count.
     """
-    path = folder / NAME
-    if not path.exists():
-        return GenerationConfig()
-    fields = read_json(path)
-    return GenerationConfig(_sampling(path, fields), _eos_ids(path, fields.get("eos_token_id")))
+    path, config = folder / NAME, folder / "config.json"
+    fields = _fields(path)
+    eos_ids = _eos_ids(path, fields) or _eos_ids(config, _fields(config))
+    return GenerationConfig(_sampling(path, fields), eos_ids)
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """Return the fields of a file; none if there is not one, but a broken link is an error."""
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _sampling(path: Path, fields: dict[str, Any]) -> Sampling:
@@ -50,8 +56,9 @@ def _sampling(path: Path, fields: dict[str, Any]) -> Sampling:
         raise Lfm2kitError(f"{path}: {error}") from None
 
 
-def _eos_ids(path: Path, value: Any) -> tuple[int, ...]:
+def _eos_ids(path: Path, fields: dict[str, Any]) -> tuple[int, ...]:
     """Return each id once, in the order of the file."""
+    value = fields.get("eos_token_id")
     ids = value if isinstance(value, list) else [value] if value is not None else []
     for one in ids:
         if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one <= LARGEST_ID:

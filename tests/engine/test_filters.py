@@ -96,16 +96,33 @@ def test_sets_are_those_of_the_definitions(
     assert kept(logits, sampling).ids.tolist() == by_definition(logits, sampling)
 
 
-def test_rows_of_a_large_vocabulary_are_those_of_the_definitions() -> None:
-    random = np.random.default_rng(0)
-    for scale in (0.5, 3):
-        logits = (scale * random.normal(size=65_536)).astype(np.float32)
-        for sampling in (
-            Sampling(temperature=0.3, min_p=0.15),
-            Sampling(top_p=0.9),
-            Sampling(top_k=50, top_p=0.95, min_p=0.05),
-        ):
-            assert kept(logits, sampling).ids.tolist() == by_definition(logits, sampling)
+@pytest.mark.parametrize("step", [0, 0.25])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.3, min_p=0.15),
+        Sampling(top_p=0.9),
+        Sampling(temperature=3, top_k=50),
+        Sampling(top_k=50, top_p=0.95, min_p=0.05),
+    ],
+)
+def test_long_rows_are_those_of_the_definitions(sampling: Sampling, step: float) -> None:
+    logits = (3 * np.random.default_rng(0).normal(size=20_000)).astype(np.float32)
+    if step:  # many ties
+        logits = np.round(logits / np.float32(step)) * np.float32(step)
+    assert kept(logits, sampling).ids.tolist() == by_definition(logits, sampling)
+
+
+def test_logits_that_tie_only_after_the_division_are_kept() -> None:
+    """Neighbouring float32 numbers below 16 often have the same third."""
+    logits = (16 - np.arange(1, 4097) * 2.0**-20).astype(np.float32)[::-1]
+    more = 0
+    for top_k in range(1, 61):
+        sampling = Sampling(temperature=3, top_k=top_k)
+        ids = kept(logits, sampling).ids.tolist()
+        assert ids == by_definition(logits, sampling)
+        more += len(ids) > top_k
+    assert more > 10
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,19 @@ def test_all_eos_ids_are_kept_once(tmp_path: Path) -> None:
     assert read(tmp_path, '{"eos_token_id": [7, 2, 7]}').eos_ids == (7, 2)
 
 
+def test_config_json_names_the_eos_ids_where_nothing_else_does(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7, "temperature": 5}')
+    assert read_generation_config(tmp_path) == (Sampling(), (7,))
+    assert read(tmp_path, "{}").eos_ids == (7,)
+    assert read(tmp_path, '{"eos_token_id": 2}').eos_ids == (2,)
+
+
+def test_a_link_to_nothing_is_not_the_same_as_no_file(tmp_path: Path) -> None:
+    (tmp_path / NAME).symlink_to(tmp_path / "gone")
+    with pytest.raises(Lfm2kitError, match=NAME.replace(".", r"\.")):
+        read_generation_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

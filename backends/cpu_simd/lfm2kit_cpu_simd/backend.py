@@ -23,6 +23,7 @@ from lfm2kit.backend import (
     Spec,
     Weights,
 )
+from lfm2kit.engine.drawing import Sampler
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cpu_simd import sizes
 from lfm2kit_cpu_simd.compiling import announced
@@ -46,7 +47,7 @@ BLOCKS = {
     specs.LMHead: "blocks.rows",
 }
 
-MODULES = sorted({*BLOCKS.values(), "ceilings"})
+MODULES = sorted({*BLOCKS.values(), "ceilings", "sampling"})
 
 # The format that matrices are rounded to; in fp32 they stay as the checkpoint has them.
 ROUNDED_TO: dict[str, Format | None] = {"fp32": None, "bf16": BF16, "fp16": F16}
@@ -93,6 +94,10 @@ class CpuSimdBackend:
     def ceilings(self) -> Ceilings:
         ceilings = self._compiled("ceilings")
         return Ceilings(ceilings.flops_per_second(), ceilings.bytes_per_second())
+
+    def sampler(self) -> Sampler:
+        sampler: Sampler = self._compiled("sampling").Sampler()
+        return sampler
 
     def _compiled(self, module: str) -> ModuleType:
         """Return a module with its kernels; the first call compiles those of all modules."""

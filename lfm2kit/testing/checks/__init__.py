@@ -17,6 +17,7 @@ from lfm2kit.testing.checks import (  # noqa: I001 (the order in which they run)
     crossings,
     channels,
     picking,
+    sampling,
     whole_model,
 )
 from lfm2kit.testing.checks.registry import CHECKS, Check
@@ -37,6 +38,7 @@ __all__ = [
     "router",
     "router_limits",
     "rows",
+    "sampling",
     "sizes",
     "state",
     "values",
