@@ -5,14 +5,15 @@ Everything is decided in `lfm2kit.building`; nothing of it is left to the forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from reprlib import repr as brief  # of what a caller gives, however long it is
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
@@ -31,6 +32,9 @@ from lfm2kit.overlapped import OFF, Overlap
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.state import ModelState, Room
 from lfm2kit.transport import Exchange, ExchangeError, ExchangeOffer
+
+if TYPE_CHECKING:
+    from lfm2kit.chat.templates import Message
 
 
 class Forward:
@@ -131,6 +135,9 @@ class LFM2:
     offers: Sequence[ExchangeOffer] = ()  # by which the exchanges were made
     overlap: Overlap = field(default_factory=lambda: Overlap(OFF))
     check_room: Callable[[Room], None] = lambda room: None  # raises if a state would not fit
+    folder: Path | None = None  # of its checkpoint, where its tokenizer is
+    # What the methods that generate text keep between their calls.
+    kept: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.
     _captures: Captures | None = field(init=False, repr=False)
     _replays: Replays = field(init=False, repr=False)
@@ -202,6 +209,36 @@ class LFM2:
         self._states[state] = owner = object()
         finalize(state, self._replays.drop, owner)
         return state
+
+    @overload
+    def generate(self, prompt: str | Sequence[Message], **options: Any) -> Iterator[str]: ...
+
+    @overload
+    def generate(self, prompt: list[str] | list[list[Message]], **options: Any) -> list[str]: ...
+
+    def generate(self, prompt: Any, **options: Any) -> Iterator[str] | list[str]:
+        """Return the text that follows a prompt, in pieces as they come.
+
+        For a list of prompts return the whole texts in their order; these are computed together.  A
+        prompt is a text, or the messages of a chat: dicts with a role and content.  The options are
+        those of `lfm2kit.generating.options.Generation`: `max_tokens=100, temperature=0.7`.  Raise
+        `Lfm2kitError` for wrong options or prompts, and for a model without a tokenizer.
+
+        Threads may do this at the same time; their texts are computed together.  A text whose
+        iterator is dropped is cancelled.
+        """
+        from lfm2kit.generating.from_python import generate
+
+        return generate(self, prompt, options)
+
+    def generate_async(self, prompt: str | Sequence[Message], **options: Any) -> AsyncIterator[str]:
+        """Return what `generate` returns for one prompt, to be read with `async for`.
+
+        Steps are made in threads.  A text whose task is cancelled is cancelled as well.
+        """
+        from lfm2kit.generating.from_python import generate_async
+
+        return generate_async(self, prompt, options)
 
     @contextmanager
     def running(self, tokens: int = 0) -> Iterator[Hashable]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lfm2kit import specs
@@ -89,8 +90,9 @@ def build_model(
     default_backend: str,
     transport: Transport | None = None,
     overlap: str = OFF,
+    folder: Path | None = None,
 ) -> LFM2:
-    """Return the model that `placed` describes, with `builder`'s weights.
+    """Return the model that `placed` describes, with `builder`'s weights, from `folder`.
 
     The ranks that share out its experts talk over `transport`.  Raise `Lfm2kitError` where
     `overlap` is "on", and not possible.
@@ -111,4 +113,5 @@ def build_model(
         backend=builder.create(default_backend),
         may_capture=builder.may_capture,
         check_room=partial(check_state, builder.create, placed, builder.ranks),
+        folder=folder,
     )

@@ -157,6 +157,7 @@ class Setup:
                 self.plan.default,
                 self.among,
                 self.options.overlap,
+                self.checkpoint.folder,
             )
 
     def build_block(self, placed: Placed, *, tokens: int) -> Block:

@@ -37,12 +37,16 @@ class Tokenizer:
         self._lock = Lock()  # whether text may have special tokens is a setting of `inner`
         added = inner.get_added_tokens_decoder()
         self.special = {number: token.content for number, token in added.items() if token.special}
-        self._bos = inner.token_to_id(config.named.get("bos_token", ""))
+        self._bos = self.id_of("bos_token")
 
     @cached_property
     def size(self) -> int:
         """Return one more than the largest id, which may be more than the number of tokens."""
         return max(self._inner.get_vocab().values(), default=-1) + 1
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of the token that is called `bos_token`, `eos_token`, and so on."""
+        return self._inner.token_to_id(self.config.named.get(name, ""))
 
     @cached_property
     def plain_text(self) -> PlainText:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from lfm2kit.engine.drawing import Drawn, NotANumber, NumPySampler, Sampler
 from lfm2kit.engine.random_numbers import seed_of_fork
 from lfm2kit.engine.requests import CANCELLED, FAILED, Event, Request, check_whole
-from lfm2kit.engine.room import context_of, described, room_for
+from lfm2kit.engine.room import MODELS, context_of, described, most_tokens, room_for
 from lfm2kit.engine.scheduler import Chunk, Scheduler
 from lfm2kit.engine.sequence import Sequence
 from lfm2kit.engine.steps import Steps, batch_of
@@ -54,7 +54,7 @@ class Engine:
         check_whole("budget", budget, 1)
         self._steps = Steps(model, room or room_for(model, context, sequences), job)
         self.room = self._steps.room
-        self.context = min(context_of(model), self.room.pages * self.room.page_tokens)
+        self.context = min(context_of(model.spec), self.room.pages * self.room.page_tokens)
         self._model = model
         self._sampler: Sampler = sampler or NumPySampler()
         self._scheduler = Scheduler(self.room, budget)
@@ -128,13 +128,15 @@ class Engine:
         self._scheduler.add(fork)
         return fork.id
 
-    def cancel(self, id: int) -> None:
-        """End the sequences of a request, and free their pages; the next step returns the events.
+    def cancel(self, id: int, choice: int | None = None) -> None:
+        """End one sequence of a request, or all, and free their pages.
 
-        Do nothing if all of them have ended.
+        The next step returns the events.  Do nothing if they have ended.
         """
         for sequence in self._live.get(id, [])[:]:
-            self._end(sequence, CANCELLED)
+            if choice is None or sequence.choice == choice:
+                self._leave(sequence)
+                self._end(sequence, CANCELLED)
 
     def step(self) -> list[Event]:
         """Compute the next tokens of sequences; return what there is to tell since the last step.
@@ -182,6 +184,16 @@ class Engine:
             self._scheduler.add(follower)
         sequence.followers = []
 
+    def _leave(self, sequence: Sequence) -> None:
+        """Let those that share the prompt of a sequence, and have not begun, do without it."""
+        for other in self._live[sequence.id]:
+            if sequence in other.followers:
+                other.followers.remove(sequence)
+        if sequence.followers:
+            first, *first.followers = sequence.followers
+            sequence.followers = []
+            self._scheduler.add(first)
+
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         """End a sequence, and those that share its prompt and have not begun."""
         self._scheduler.pages.forget()
@@ -202,20 +214,9 @@ class Engine:
             del self._live[sequence.id]
 
     def _most_tokens(self, request: Request) -> int:
-        """Return how many tokens each sequence may have; `Lfm2kitError` if it needs more."""
-        prompt, asked = len(request.ids), request.max_tokens
-        most = self.context if asked is None else prompt + asked
-        if most <= self.context and prompt < self.context:
-            return most
-        is_whole = self.context == context_of(self._model)
-        holder = "the model's context" if is_whole else f"the engine's {described(self.room)}"
-        advice = f"a prompt may have up to {self.context - 1}"
-        if prompt < self.context:
-            advice = f"max_tokens may be up to {self.context - prompt}"
-        raise Lfm2kitError(
-            f"a prompt of {prompt} tokens and {asked or 1} more do not fit into the {self.context} "
-            f"tokens that a sequence may have ({holder}); {advice}"
-        )
+        is_whole = self.context == context_of(self._model.spec)
+        holder = MODELS if is_whole else f"the engine's {described(self.room)}"
+        return most_tokens(request, self.context, holder)
 
     def _check_ids(self, name: str, ids: npt.ArrayLike) -> None:
         size, ids = self._model.spec.embed_tokens.vocab_size, np.asarray(ids)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from lfm2kit import specs
 from lfm2kit.batch_rules import MOST_CONTEXT
-from lfm2kit.engine.requests import check_whole
+from lfm2kit.engine.requests import Request, check_whole
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.model import LFM2
 from lfm2kit.state import MOST_TOKENS, Room
 
 SEQUENCES = 16  # of the whole context, at most, where nobody asks for a number
 SHARE = 2  # one part of what is free for the state, the others for what forwards need
+MODELS = "the model's context"
+
 NO_ROOM = Room(0)
 MOST_PAGES = MOST_TOKENS // NO_ROOM.page_tokens
 
@@ -26,7 +29,7 @@ def room_for(model: LFM2, context: int | None = None, sequences: int | None = No
     for name, value in (("context", context), ("sequences", sequences)):
         if value is not None:
             check_whole(name, value, 1)
-    most = context_of(model)
+    most = context_of(model.spec)
     if context is not None and context > most:
         raise Lfm2kitError(
             Option("context", context),
@@ -45,9 +48,27 @@ def room_for(model: LFM2, context: int | None = None, sequences: int | None = No
     return Room(max(least, _fitting(model, (sequences or SEQUENCES) * of_one)))
 
 
-def context_of(model: LFM2) -> int:
+def context_of(spec: specs.Model) -> int:
     """Return how many tokens a sequence of this model may have."""
-    return min(model.spec.max_position_embeddings or MOST_CONTEXT, MOST_CONTEXT)
+    return min(spec.max_position_embeddings or MOST_CONTEXT, MOST_CONTEXT)
+
+
+def most_tokens(request: Request, context: int, holder: str = MODELS) -> int:
+    """Return how many tokens each sequence of a request may have, its prompt included.
+
+    Raise `Lfm2kitError` if it needs more than the `context` of `holder`.
+    """
+    prompt, asked = len(request.ids), request.max_tokens
+    most = context if asked is None else prompt + asked
+    if most <= context and prompt < context:
+        return most
+    advice = f"a prompt may have up to {context - 1}"
+    if prompt < context:
+        advice = f"max_tokens may be up to {context - prompt}"
+    raise Lfm2kitError(
+        f"a prompt of {prompt} tokens and {asked or 1} more do not fit into the {context} "
+        f"tokens that a sequence may have ({holder}); {advice}"
+    )
 
 
 def described(room: Room) -> str:

@@ -142,6 +142,25 @@ def test_a_cancelled_request_ends_at_once_and_frees_its_pages() -> None:
         assert engine.step() == []
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("choice", [0, 1, 2])
+def test_cancelling_one_choice_changes_no_other(steps: int, choice: int) -> None:
+    request = Request(prompt_of(70), Sampling(seed=1), max_tokens=6, n=3)
+    with engine_of(model_of(), 6, budget=64) as engine:
+        undisturbed_id = engine.add(request)
+        undisturbed = run(engine)
+        id = engine.add(request)
+        events = [event for _ in range(steps) for event in engine.step()]
+        engine.cancel(id, choice)
+        engine.cancel(id, choice)
+        events += run(engine)
+        assert engine._scheduler.pages.free == 6
+    assert ends_of(events)[id, choice] == CANCELLED
+    for other in {0, 1, 2} - {choice}:
+        assert tokens_of(events, id, other) == tokens_of(undisturbed, undisturbed_id, other)
+        assert len(tokens_of(events, id, other)) == 6
+
+
 def test_the_youngest_is_put_back_where_pages_run_out() -> None:
     model, requests = model_of(), [Request(prompt_of(60, s), max_tokens=30) for s in (1, 2, 3)]
     with engine_of(model, 3) as engine:

@@ -1,0 +1,148 @@
+"""The options of generated text, each defined once: default, bounds, and what it means.
+
+`LFM2.generate` takes them as keyword arguments, a file of prompts as fields, and the command line
+makes its flags from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from secrets import randbelow
+from typing import Any
+
+from lfm2kit import bounds
+from lfm2kit.building.options import option
+from lfm2kit.engine.requests import MOST_CHOICES
+from lfm2kit.engine.sampling import RANGES, Sampling
+from lfm2kit.errors import Lfm2kitError, Option, choices
+
+SHOW, HIDE = THINK = "show", "hide"
+CHECKPOINTS = "what generation_config.json says"
+MOST_TOKENS = 256  # of a text that is continued: a base model rarely ends it
+MOST_CONTEXT = bounds.LARGEST["max_position_embeddings"]
+# What is of an engine or of a command, and not of one prompt.
+OF_ALL = ("chat", "context", "sequences")
+SAMPLED = tuple(RANGES)
+
+
+def _number(help: str, words: str = CHECKPOINTS) -> Any:
+    return option(None, help, words=words, metavar="X")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """How text is generated.  Raise `Lfm2kitError` for a value out of bounds, and name it."""
+
+    max_tokens: int | None = option(
+        None,
+        "The most tokens of an answer.",
+        words=f"{MOST_TOKENS}, or in a chat as many as the context leaves",
+        least=1,
+        most=MOST_CONTEXT,
+    )
+    min_tokens: int = option(0, "Do not end before N tokens.", least=0, most=MOST_CONTEXT)
+    temperature: float | None = _number("Divides the logits; 0 always takes the best token.")
+    top_k: int | None = option(
+        None,
+        "Draw from the N best tokens; 0 is all.",
+        words=CHECKPOINTS,
+        least=0,
+        most=bounds.DIMENSION,
+    )
+    top_p: float | None = _number("Draw from the best tokens whose probabilities reach X together.")
+    min_p: float | None = _number("Draw from tokens with at least X times the best probability.")
+    repetition_penalty: float | None = _number(
+        "Divide the logits of tokens that are there already; above 1 repeats less."
+    )
+    presence_penalty: float | None = _number(
+        "Subtract X from the logits of tokens of the answer.", "0"
+    )
+    frequency_penalty: float | None = _number(
+        "Subtract X from a token's logit for each time that it is in the answer.", "0"
+    )
+    seed: int | None = option(
+        None,
+        "The same seed gives the same text.",
+        words="drawn at random, and reported",
+        least=0,
+        most=bounds.SEED,
+    )
+    stop: list[str] | None = option(
+        None,
+        "End before this text; repeat the option for several.",
+        words="the model alone ends an answer",
+        metavar="TEXT",
+    )
+    n: int = option(1, "Number of answers.", least=1, most=MOST_CHOICES)
+    chat: bool = option(False, "The prompt is what a user says in a chat.")
+    system: str | None = option(None, "The system message of a chat.", words="none", metavar="TEXT")
+    special: bool = option(False, "Take special tokens in the prompt for tokens.")
+    think: str = option(
+        SHOW, "Whether to show thoughts, which are between <think> tags.", metavar="|".join(THINK)
+    )
+    context: int | None = option(
+        None,
+        "Make room for sequences of up to N tokens.",
+        words="the model's context, or what fits into memory",
+        least=1,
+        most=MOST_CONTEXT,
+    )
+    sequences: int | None = option(
+        None, "Make room for N sequences.", words="16, or what fits into memory", least=1
+    )
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None or one.default is not None:
+                one.metadata["about"].check(one.name, value)
+        _check_text(self)
+        self.sampling(Sampling())
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            asked = Option("min_tokens", self.min_tokens)
+            raise Lfm2kitError(asked, ": more than ", Option("max_tokens", self.max_tokens))
+
+    def sampling(self, defaults: Sampling, seed: int = 0) -> Sampling:
+        """Return the sampling: what is asked for, else the defaults, and `seed` if none is set."""
+        values = {name: getattr(defaults, name) for name in SAMPLED} | {"seed": seed}
+        given = {name: value for name in SAMPLED if (value := getattr(self, name)) is not None}
+        return Sampling(**values | given)
+
+
+def _check_text(options: Generation) -> None:
+    """Raise `Lfm2kitError` for an option that is not the kind of text or flag it should be."""
+    for name in ("chat", "special"):
+        if not isinstance(value := getattr(options, name), bool):
+            raise Lfm2kitError(Option(name, value), ": expected true or false")
+    if options.system is not None and not isinstance(options.system, str):
+        raise Lfm2kitError(Option("system", options.system), ": expected a text")
+    if options.think not in THINK:
+        raise Lfm2kitError(Option("think", options.think), f": expected {SHOW} or {HIDE}")
+    if options.stop is not None and not _are_texts(options.stop):
+        wanted = ": expected a list of texts, none of them empty"
+        raise Lfm2kitError(Option("stop", options.stop), wanted)
+
+
+def _are_texts(value: object) -> bool:
+    is_list = isinstance(value, (list, tuple))
+    return is_list and all(isinstance(one, str) and one for one in value)  # type: ignore[attr-defined]
+
+
+def check_names(given: Iterable[str], without: Iterable[str] = ()) -> None:
+    """Raise `Lfm2kitError` for a name that no option has, or one of `without`."""
+    there = [one.name for one in fields(Generation) if one.name not in without]
+    for name in given:
+        if name not in there:
+            raise Lfm2kitError(f"unknown option '{name:.80}'; {choices(name, there)}")
+
+
+def generation(given: Mapping[str, Any]) -> Generation:
+    """Return the options of these names; raise `Lfm2kitError` if one is unknown or wrong."""
+    check_names(given)
+    return Generation(**given)
+
+
+def drawn_seed() -> int:
+    """Return a seed that nobody can foresee."""
+    return randbelow(bounds.SEED + 1)
