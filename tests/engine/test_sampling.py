@@ -48,7 +48,7 @@ def test_a_value_out_of_range_is_one_line_that_names_it(name: str, value: object
             {7: -INF},
             "logit_bias: the bias of token 7 is -inf; expected a number from -1000 to 1000",
         ),
-        ([1], "logit_bias=[1]: expected a bias by token id"),
+        ([1], "logit_bias is [1]; expected a bias by token id"),
     ],
 )
 def test_a_bias_is_a_number_by_token_id(bias: Any, line: str) -> None:
