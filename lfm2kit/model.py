@@ -26,6 +26,7 @@ from lfm2kit.building import out_of_memory
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import check_replay
+from lfm2kit.engine.drawing import NumPySampler, Sampler
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
 from lfm2kit.overlapped import OFF, Overlap
@@ -136,6 +137,7 @@ class LFM2:
     overlap: Overlap = field(default_factory=lambda: Overlap(OFF))
     check_room: Callable[[Room], None] = lambda room: None  # raises if a state would not fit
     folder: Path | None = None  # of its checkpoint, where its tokenizer is
+    new_sampler: Callable[[], Sampler] = NumPySampler  # makes who draws tokens from its logits
     # What the methods that generate text keep between their calls.
     kept: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
     # The backend, if it can capture the model: asked once, because it takes longer than a launch.

@@ -14,6 +14,7 @@ from lfm2kit.building import out_of_memory
 from lfm2kit.building.capacity import check_state
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import checked
+from lfm2kit.engine.samplers import sampler_for
 from lfm2kit.model import LFM2
 from lfm2kit.overlapped import OFF, overlapping
 from lfm2kit.progress import longest, step
@@ -114,4 +115,5 @@ def build_model(
         may_capture=builder.may_capture,
         check_room=partial(check_state, builder.create, placed, builder.ranks),
         folder=folder,
+        new_sampler=sampler_for(placed, builder.create),
     )

@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.engine.drawing import Drawn, NotANumber, NumPySampler, Sampler
+from lfm2kit.engine.drawing import Drawn, NotANumber, Sampler
 from lfm2kit.engine.random_numbers import seed_of_fork
 from lfm2kit.engine.requests import CANCELLED, FAILED, Event, Request, check_whole
 from lfm2kit.engine.room import MODELS, context_of, described, most_tokens, room_for
@@ -56,7 +56,7 @@ class Engine:
         self.room = self._steps.room
         self.context = min(context_of(model.spec), self.room.pages * self.room.page_tokens)
         self._model = model
-        self._sampler: Sampler = sampler or NumPySampler()
+        self._sampler: Sampler = sampler or model.new_sampler()
         self._scheduler = Scheduler(self.room, budget)
         self._live: dict[int, list[Sequence]] = {}  # sequences by the id of their request
         self._events: list[Event] = []  # that no step has returned yet

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lfm2kit import load_model
 from lfm2kit.backend import Samples
 from lfm2kit.engine.drawing import NumPySampler, Row
+from lfm2kit.engine.engine import Engine
 from lfm2kit.engine.samplers import sampler_of
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.reference.backend import ReferenceBackend
@@ -65,6 +67,20 @@ def test_a_backend_draws_its_own_tokens() -> None:
     own = NumPySampler()
     assert sampler_of("own", Backend(own)) is own
     assert isinstance(Backend(own), Samples)
+
+
+@pytest.mark.parametrize(
+    ("backend", "sampler"),
+    [("reference", NumPySampler), ("cpu_simd,head=reference", NumPySampler)],
+)
+def test_the_backend_of_the_head_draws(backend: str, sampler: type) -> None:
+    engine = Engine(load_model("tiny", backend=backend), context=64, sequences=1)
+    assert type(engine._sampler) is sampler
+
+
+def test_the_compiled_sampler_draws_where_its_backend_has_the_head() -> None:
+    model = load_model("tiny", backend="reference,head=cpu_simd")
+    assert type(model.new_sampler()).__module__.startswith("lfm2kit_cpu_simd")
 
 
 def test_a_backend_that_raises_is_named() -> None:
