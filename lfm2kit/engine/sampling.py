@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import nextafter
 from numbers import Integral, Real
+from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import Any, NamedTuple
 
 from lfm2kit import bounds
@@ -85,8 +86,7 @@ class Sampling:
         beyond = max(self.logit_bias, default=0)
         if beyond >= vocab_size:
             raise Lfm2kitError(
-                Option("logit_bias"),
-                f": token id {beyond} is outside the vocabulary of {vocab_size}",
+                f"logit_bias: token id {beyond} is outside the vocabulary of {vocab_size}"
             )
 
 
@@ -104,12 +104,12 @@ def _checked(name: str, value: Any, number: Range) -> int | float:
 def _checked_bias(logit_bias: Any) -> dict[int, float]:
     """Return a copy that its giver cannot change."""
     if not isinstance(logit_bias, Mapping):
-        raise Lfm2kitError(Option("logit_bias", logit_bias), ": expected a bias by token id")
+        raise Lfm2kitError(f"logit_bias={brief(logit_bias)}: expected a bias by token id")
     for token_id, bias in logit_bias.items():
         if not _is_a(Integral, token_id) or not 0 <= token_id <= bounds.DIMENSION:
-            said = f": {token_id!r:.40} is not a token id, which is a whole number from 0"
-            raise Lfm2kitError(Option("logit_bias"), said)
+            said = f"{token_id!r:.40} is not a token id, which is a whole number from 0"
+            raise Lfm2kitError(f"logit_bias: {said}")
         if not CHANGE.holds(bias):
-            said = f": the bias of token {token_id} is {bias!r:.40}; expected {CHANGE.expected}"
-            raise Lfm2kitError(Option("logit_bias"), said)
+            said = f"the bias of token {token_id} is {bias!r:.40}; expected {CHANGE.expected}"
+            raise Lfm2kitError(f"logit_bias: {said}")
     return {int(token_id): float(bias) for token_id, bias in logit_bias.items()}
