@@ -46,6 +46,7 @@ COMMANDS = frozenset(
         "calibrate",
         "convert",
         "env",
+        "generate",
         "plan",
         "run",
         "specs",
