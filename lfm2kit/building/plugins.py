@@ -44,6 +44,7 @@ COMMANDS = frozenset(
         "backends",
         "bench",
         "calibrate",
+        "chat",
         "convert",
         "env",
         "generate",

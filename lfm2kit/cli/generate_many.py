@@ -87,6 +87,7 @@ def _answer(
     def stepped() -> None:
         pace.note(writer.tokens)
 
+    pace.start()
     with progress("answering", len(left), "prompts") as advance:
         for asked, those in written(writer, left, begin, stepped):
             advance(1)

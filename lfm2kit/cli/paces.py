@@ -9,13 +9,17 @@ from lfm2kit.cli.performing import peak_memory
 
 
 class Pace:
-    """A count of tokens, and a clock that starts with it."""
+    """A count of tokens, and a clock."""
 
     def __init__(self) -> None:
-        self._start = perf_counter()
+        self.start()
         self._first: float | None = None
         self._last = 0.0
         self.tokens = 0
+
+    def start(self) -> None:
+        """Start the clock: the prompts are given now."""
+        self._start = perf_counter()
 
     def note(self, tokens: int) -> None:
         """Note how many tokens there are now."""
