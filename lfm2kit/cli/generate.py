@@ -86,15 +86,16 @@ def _answer(prepared: Prepared, text: str) -> None:
     writer = writer_of(prepared, options.context or longest, options.sequences or request.n)
     pace = Pace()
     answers = writer.begin(request, options, split=voice.is_terminal)
-    for place, answer in enumerate(answers):
-        if place:
-            voice.line(BETWEEN)
-        while not answer.is_taken:
-            parts = writer.advance(answer)
-            pace.note(writer.tokens)
-            voice.say(parts)
-        voice.line()
-        answer.check()
+    with voice.ending_its_line():
+        for place, answer in enumerate(answers):
+            if place:
+                voice.line(BETWEEN)
+            while not answer.is_taken:
+                parts = writer.advance(answer)
+                pace.note(writer.tokens)
+                voice.say(parts)
+            voice.line()
+            answer.check()
     remark(f"{pace.line()}, seed {prepared.seed}")
     report.fields |= {
         "prompt_tokens": len(request.ids),

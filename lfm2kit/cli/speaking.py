@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from lfm2kit.chat.thinking import Part
 from lfm2kit.cli.console import STDOUT
@@ -32,3 +33,16 @@ class Voice:
         """End the line, after `text`."""
         self._stream.write(f"{text}\n")
         self._stream.flush()
+
+    @contextmanager
+    def ending_its_line(self) -> Iterator[None]:
+        """End the line on a terminal if Ctrl-C ends the text; a pipe gets nothing that is not text.
+
+        The line about the interrupt follows.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.is_terminal:
+                self.line()
+            raise

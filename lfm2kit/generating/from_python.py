@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import chain
 from threading import Lock
 from typing import Any
@@ -76,9 +77,10 @@ def _whole(model: LFM2, prompts: Sequence[Prompt], options: Generation) -> list[
         answers[place] = writer.begin(requests[place], options)
         return answers[place]
 
-    for _, ended in written(writer, range(len(requests)), begin):
-        for answer in ended:
-            answer.check()
+    with closing(written(writer, range(len(requests)), begin)) as pairs:  # whatever fails
+        for _, ended in pairs:
+            for answer in ended:
+                answer.check()
     return [answer.text for answer in chain.from_iterable(answers)]
 
 

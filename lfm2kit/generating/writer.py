@@ -7,7 +7,7 @@ that share a writer fill its batches together, and no thread of its own is neede
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 from threading import Lock
 from typing import TypeVar
@@ -149,7 +149,7 @@ def written(
     wanted: Iterable[Wanted],
     begin: Callable[[Wanted], list[Answer]],
     stepped: Callable[[], object] = lambda: None,
-) -> Iterator[tuple[Wanted, list[Answer]]]:
+) -> Generator[tuple[Wanted, list[Answer]], None, None]:
     """Yield each of `wanted` with its whole answers, as soon as they have ended.
 
     `begin` returns the answers to one of them, and `stepped` is called after each step.  The next
