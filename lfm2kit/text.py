@@ -6,12 +6,29 @@ commands, or characters that reorder a line.  They are printed escaped, as Pytho
 
 from __future__ import annotations
 
+import unicodedata
+
+REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # classes of Unicode
 LONGEST = 500  # characters of a line on stderr
 
 
 def printable(text: str) -> str:
     """Return `text` as one line, with unprintable characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def harmless(text: str) -> str:
+    """Return `text` with what commands a terminal, or reorders its lines, escaped.
+
+    Line ends and tabs stay, and so does what joins characters, as in emoji.
+    """
+    return "".join(repr(c)[1:-1] if _commands(c) else c for c in text)
+
+
+def _commands(character: str) -> bool:
+    if unicodedata.category(character) == "Cc":
+        return character not in "\n\t"
+    return unicodedata.bidirectional(character) in REORDERING
 
 
 def shortened(text: str, length: int = LONGEST) -> str:

@@ -10,8 +10,10 @@ import lfm2kit
 from lfm2kit.cli.backends import backends
 from lfm2kit.cli.bench import bench
 from lfm2kit.cli.calibrate import calibrate
+from lfm2kit.cli.chat import chat
 from lfm2kit.cli.convert import convert
 from lfm2kit.cli.env import env
+from lfm2kit.cli.generate import generate
 from lfm2kit.cli.help import PlainCommand
 from lfm2kit.cli.plan import plan
 from lfm2kit.cli.plugin_commands import CONTEXT, Commands
@@ -37,7 +39,7 @@ for ranked in (run, warmup, calibrate):
 app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
 app.add_typer(transports, name="transports")
-for command in (bench, convert, specs, tokenize, env):
+for command in (generate, chat, bench, convert, specs, tokenize, env):
     app.command(cls=PlainCommand)(command)
 
 

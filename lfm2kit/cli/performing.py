@@ -36,7 +36,9 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     is_first = transport is None or transport.world.rank == 0
     if is_first:
         introduce(request, prepared, transport)
-    model = built(prepared, is_first)
+    samples_at_once = min(len(prepared.inputs), prepared.batch_size)
+    tokens = samples_at_once * prepared.inputs.shape[1]
+    model = built(prepared.setup, tokens, is_first)
     if request.warmup:
         warm = prepared.inputs[: prepared.batch_size]
         run_samples(model, warm, prepared.batch_size, transport=transport)
@@ -120,10 +122,8 @@ def weights_of(checkpoint: Checkpoint) -> str:
     return ", ".join(path.name for path in checkpoint.weight_files())
 
 
-def built(prepared: Prepared, is_first: bool) -> LFM2:
-    """Build the model, with a progress bar over the bytes of its weights."""
-    setup, (n, seq_len) = prepared.setup, prepared.inputs.shape
-    tokens = min(n, prepared.batch_size) * seq_len
+def built(setup: Setup, tokens: int, is_first: bool = True) -> LFM2:
+    """Build the model for forwards of `tokens` tokens, with a bar over the bytes of its weights."""
     total = sum(setup.stored_bytes(leaf) for leaf in setup.placed.leaves())
     with progress("loading", total, "GB", 1e9, visible=is_first) as advance:
         return setup.build(lambda leaf: advance(setup.stored_bytes(leaf)), tokens=tokens)

@@ -74,7 +74,8 @@ def most_tokens(request: Request, context: int, holder: str = MODELS) -> int:
 def described(room: Room) -> str:
     """Return a room in words."""
     tokens = room.pages * room.page_tokens
-    return f"{room.pages} pages of {room.page_tokens} tokens, for {tokens} tokens of all sequences"
+    pages = "1 page" if room.pages == 1 else f"{room.pages} pages"
+    return f"{pages} of {room.page_tokens} tokens, for {tokens} tokens of all sequences"
 
 
 def _fitting(model: LFM2, most: int) -> int:

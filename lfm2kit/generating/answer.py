@@ -13,8 +13,9 @@ from lfm2kit.engine.requests import STOP, Event
 class Answer:
     """An answer while it is generated: what nobody has taken yet, all of its text, and its end.
 
-    With `thinking`, thoughts are split from the rest, and `text` has none of them; without, the
-    text is as the model writes it, tags included.  The token that ends an answer has no text.
+    The text is as the model writes it, the tags of thoughts included.  With `thinking` its parts
+    come without tags, and if `hides` is true without thoughts, which `text` then lacks as well.
+    The token that ends an answer has no text.
     """
 
     def __init__(
@@ -22,6 +23,8 @@ class Answer:
         stream: TextStream,
         end_ids: Iterable[int],
         thinking: Thinking | None = None,
+        *,
+        hides: bool = False,
     ) -> None:
         self.key: tuple[int, int] | None = None  # request and choice, once an engine has it
         self.token_ids: list[int] = []
@@ -30,12 +33,13 @@ class Answer:
         self._stream = stream
         self._end_ids = frozenset(end_ids)
         self._thinking = thinking
+        self._hides = hides
         self._untaken: deque[Part] = deque()
         self._said: list[str] = []
 
     @property
     def text(self) -> str:
-        """Return the text so far, without thoughts that were split from it."""
+        """Return the text so far."""
         return "".join(self._said)
 
     @property
@@ -72,13 +76,15 @@ class Answer:
         self.end = end  # last: other threads may look
 
     def _show(self, text: str) -> None:
+        if not self._hides:
+            self._said.append(text)
         if self._thinking is not None:
             self._keep(self._thinking.push(text))
         elif text:
             self._keep([Part(text, False)])
 
     def _keep(self, parts: Iterable[Part]) -> None:
-        for part in parts:
-            self._untaken.append(part)
-            if not part.is_thought:
-                self._said.append(part.text)
+        shown = [part for part in parts if not (self._hides and part.is_thought)]
+        self._untaken.extend(shown)
+        if self._hides:
+            self._said += [part.text for part in shown]

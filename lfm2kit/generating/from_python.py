@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import chain
 from threading import Lock
 from typing import Any
 
 from lfm2kit.engine.requests import Request
-from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.generating.answer import Answer
 from lfm2kit.generating.language import Language, Prompt
 from lfm2kit.generating.options import Generation, drawn_seed, generation
@@ -63,7 +64,7 @@ async def _async_pieces(model: LFM2, request: Request, options: Generation) -> A
 
 
 def _shown(writer: Writer, answer: Answer) -> list[str]:
-    return [part.text for part in writer.advance(answer) if not part.is_thought]
+    return [part.text for part in writer.advance(answer)]
 
 
 def _whole(model: LFM2, prompts: Sequence[Prompt], options: Generation) -> list[str]:
@@ -76,16 +77,16 @@ def _whole(model: LFM2, prompts: Sequence[Prompt], options: Generation) -> list[
         answers[place] = writer.begin(requests[place], options)
         return answers[place]
 
-    for _, ended in written(writer, range(len(requests)), begin):
-        for answer in ended:
-            answer.check()
+    with closing(written(writer, range(len(requests)), begin)) as pairs:  # whatever fails
+        for _, ended in pairs:
+            for answer in ended:
+                answer.check()
     return [answer.text for answer in chain.from_iterable(answers)]
 
 
 def _one_request(model: LFM2, prompt: Prompt, options: Generation) -> Request:
     if options.n > 1:
-        asked = Option("n", options.n)
-        raise Lfm2kitError(asked, ": several answers come whole; give the prompt in a list")
+        raise Lfm2kitError(f"n={options.n}: several answers come whole; give the prompt in a list")
     return language_of(model).request(prompt, options, drawn_seed())
 
 

@@ -7,7 +7,7 @@ that share a writer fill its batches together, and no thread of its own is neede
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 from threading import Lock
 from typing import TypeVar
@@ -44,6 +44,7 @@ class Writer:
         sequences: int | None = None,
     ) -> None:
         self.language = language
+        self.tokens = 0  # of all answers so far
         self._engine = Engine(model, context=context, sequences=sequences)
         self._lock = Lock()  # of the engine and of the answers
         self._answers: dict[tuple[int, int], Answer] = {}  # that have not ended
@@ -59,15 +60,16 @@ class Writer:
     def begin(self, request: Request, options: Generation, *, split: bool = False) -> list[Answer]:
         """Return the answers to a request, which the next steps write.
 
-        Thoughts are split from their text if `split` says so, or the options hide them.  Answers
+        Their parts have thoughts apart if `split` says so.  Answers
         fail with an `Lfm2kitError` if the engine has no room for a sequence of that length.
         """
-        is_split = split or options.think == HIDE
+        hides = options.think == HIDE
         answers = [
             Answer(
                 self.language.stream(options),
                 self.language.end_ids,
-                self.language.thinking(request) if is_split else None,
+                self.language.thinking(request) if split or hides else None,
+                hides=hides,
             )
             for _ in range(request.n)
         ]
@@ -110,6 +112,7 @@ class Writer:
             if answer is None:  # it was cancelled
                 continue
             answer.add(event)
+            self.tokens += event.token_id is not None
             if answer.end is not None:
                 del self._answers[key]
                 self._engine.cancel(
@@ -142,12 +145,15 @@ class Writer:
 
 
 def written(
-    writer: Writer, wanted: Iterable[Wanted], begin: Callable[[Wanted], list[Answer]]
-) -> Iterator[tuple[Wanted, list[Answer]]]:
+    writer: Writer,
+    wanted: Iterable[Wanted],
+    begin: Callable[[Wanted], list[Answer]],
+    stepped: Callable[[], object] = lambda: None,
+) -> Generator[tuple[Wanted, list[Answer]], None, None]:
     """Yield each of `wanted` with its whole answers, as soon as they have ended.
 
-    `begin` returns the answers to one of them.  The next ones begin while others end, so the
-    engine's steps stay full.
+    `begin` returns the answers to one of them, and `stepped` is called after each step.  The next
+    ones begin while others end, so the engine's steps stay full.
     """
     waiting, begun = iter(wanted), list[tuple[Wanted, list[Answer]]]()
     try:
@@ -157,6 +163,7 @@ def written(
             if not begun:
                 return
             writer.step()
+            stepped()
             ended = [pair for pair in begun if _have_ended(pair[1])]
             begun = [pair for pair in begun if not _have_ended(pair[1])]
             yield from ended

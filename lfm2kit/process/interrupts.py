@@ -53,6 +53,7 @@ class Interrupts:
         self._is_over = False  # the command has ended: nothing is left to unwind
         self._code: int | None = None  # the process's exit code, if not the signal's
         self.is_told = False  # the line was printed, or somebody else prints it
+        self._heard: Callable[[], None] | None = None  # called at Ctrl-C, which then ends nothing
 
     def ended(self, command: Callable[[], int]) -> int:
         """Call `command`; return its exit code, or that of a signal that came meanwhile."""
@@ -76,6 +77,13 @@ class Interrupts:
             self._code, self.is_told = code, True
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def give_ctrl_c_to(self, heard: Callable[[], None] | None) -> None:
+        """Call `heard` at Ctrl-C from now on, and end nothing; with None, end the process again.
+
+        It is called in the main thread, between any two instructions, and may raise.
+        """
+        self._heard = heard
+
     def check(self) -> None:
         """Raise `Interrupted` if a signal has come: the exception that it raised may be lost."""
         if self._received is not None:
@@ -96,6 +104,9 @@ class Interrupts:
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._heard is not None and self._is_heard(number):
+            self._heard()
+            return
         is_first = number in SIGNALS and self._received is None
         if is_first:
             self._received = number
@@ -108,7 +119,7 @@ class Interrupts:
 
     def _watch(self, pipe: int) -> None:
         """Remind the main thread of a signal until the process ends, or end it."""
-        while (number := os.read(pipe, 1)[0]) not in SIGNALS:
+        while (number := os.read(pipe, 1)[0]) not in SIGNALS or self._is_heard(number):
             pass
         start, main = time.monotonic(), threading.main_thread().ident or 0
         while True:
@@ -118,6 +129,10 @@ class Interrupts:
             elapsed = time.monotonic() - start
             if elapsed > PATIENCE or (is_repeated and elapsed > SAME):
                 self._end(number)
+
+    def _is_heard(self, number: int) -> bool:
+        """Return whether a signal ends nothing, because somebody else wants to hear of it."""
+        return number == signal.SIGINT and self._heard is not None and self._received is None
 
     def _end(self, number: int) -> NoReturn:
         """End the process at once, from any thread, without the streams' locks."""

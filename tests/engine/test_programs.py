@@ -90,10 +90,10 @@ class Programs(RuleBasedStateMachine):
         self.engine._scheduler.put_back(self.engine._scheduler._running[-1])
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        id, _ = data.draw(st.sampled_from(self.live))
-        self.engine.cancel(id)
+    @rule(data=st.data(), alone=st.booleans())
+    def cancel(self, data: st.DataObject, alone: bool) -> None:
+        id, choice = data.draw(st.sampled_from(self.live))
+        self.engine.cancel(id, choice if alone else None)
         self._hear(self.engine.step())
 
     @invariant()

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from lfm2kit.engine.drawing import NumPySampler
 from lfm2kit.engine.engine import Engine
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.generating.from_python import WRITER
@@ -159,6 +161,21 @@ def test_an_answer_that_fails_raises(model: LFM2, monkeypatch: pytest.MonkeyPatc
         model.generate(["a", "b"], **OPTIONS)
     monkeypatch.undo()
     assert model.generate(["a"], **OPTIONS)
+
+
+def test_the_others_are_cancelled_where_one_fails(
+    model: LFM2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = NumPySampler.draw
+
+    def poisoned(self: NumPySampler, logits: Any, rows: Any) -> Any:
+        is_short = np.array([len(row.prompt) == 2 for row in rows])  # "a" and BOS
+        return draw(self, np.where(is_short[:, None], np.nan, logits), rows)
+
+    monkeypatch.setattr(NumPySampler, "draw", poisoned)
+    with pytest.raises(Lfm2kitError, match="no token can be drawn at position 2"):
+        model.generate(["hello", "a"], **OPTIONS)
+    assert_nothing_is_held(writer_kept(model))
 
 
 def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:

@@ -148,33 +148,39 @@ def test_answers_that_nobody_waits_for_are_left(tmp_path: Path) -> None:
     assert_nothing_is_held(writer)
 
 
-def thoughts(text: str, begins: str, *, split: bool) -> Answer:
+def thinking_answer(text: str, begins: str = "", *, split: bool, hides: bool = False) -> Answer:
     """Return an answer that a model has written after a prompt that ends with `begins`."""
     tokenizer = golden_tokenizer()
     thinking = Thinking(begins_in_thought(begins)) if split else None
-    answer = Answer(TextStream(tokenizer, special=TAGS), [7], thinking)
+    answer = Answer(TextStream(tokenizer, special=TAGS), [7], thinking, hides=hides)
     for number in [*tokenizer.encode(text, special=True, bos=False), 7]:
         answer.add(Event(0, 0, number, end=STOP if number == 7 else None))
     return answer
 
 
 @pytest.mark.parametrize(
-    ("text", "begins", "shown"),
+    ("text", "begins", "thought", "shown"),
     [
-        ("<think>so</think>yes", "", "yes"),
-        ("so</think>yes", "<think>\n", "yes"),
-        ("yes <thi", "", "yes <thi"),
-        ("<think>so", "", ""),
+        ("<think>so</think>yes", "", "so", "yes"),
+        ("so</think>yes", "<think>\n", "so", "yes"),
+        ("yes <thi", "", "", "yes <thi"),
+        ("<think>so", "", "so", ""),
     ],
 )
-def test_thoughts_are_split_from_the_text(text: str, begins: str, shown: str) -> None:
-    answer = thoughts(text, begins, split=True)
-    assert answer.text == shown
-    assert "".join(part.text for part in answer.take() if not part.is_thought) == shown
-    assert thoughts(text, begins, split=False).text == text
+def test_thoughts_are_split_from_the_text(text: str, begins: str, thought: str, shown: str) -> None:
+    answer = thinking_answer(text, begins, split=True)
+    assert answer.text == text
+    said = {True: "", False: ""}
+    for part in answer.take():
+        said[part.is_thought] += part.text
+    assert said == {True: thought, False: shown}
+    hidden = thinking_answer(text, begins, split=True, hides=True)
+    assert (hidden.text, "".join(part.text for part in hidden.take())) == (shown, shown)
+    plain = thinking_answer(text, begins, split=False)
+    assert (plain.text, "".join(part.text for part in plain.take())) == (text, text)
 
 
 def test_cancelling_is_not_an_error() -> None:
-    answer = thoughts("a", "", split=False)
+    answer = thinking_answer("a", split=False)
     answer.finish(CANCELLED)
     answer.check()
