@@ -41,7 +41,12 @@ class Generation:
         least=1,
         most=MOST_CONTEXT,
     )
-    min_tokens: int = option(0, "Do not end before N tokens.", least=0, most=MOST_CONTEXT)
+    min_tokens: int = option(
+        0,
+        "Do not let the model end an answer before N tokens; a text to stop at still does.",
+        least=0,
+        most=MOST_CONTEXT,
+    )
     temperature: float | None = _number("Divides the logits; 0 always takes the best token.")
     top_k: int | None = option(
         None,

@@ -98,6 +98,14 @@ def test_a_stop_string_ends_its_choice_alone(tmp_path: Path) -> None:
     assert_nothing_is_held(writer)
 
 
+def test_a_stop_string_ends_a_text_that_the_model_may_not_end_yet(tmp_path: Path) -> None:
+    writer = writer_for(model_folder(tmp_path))
+    text = answered(writer, **SAMPLED, min_tokens=24).text
+    stop = text[5:7]
+    early = answered(writer, **SAMPLED, min_tokens=24, stop=[stop])
+    assert (early.text, early.end) == (text[: text.index(stop)], STOP)
+
+
 def test_an_answer_that_is_left_frees_its_pages_whenever_it_is_left(tmp_path: Path) -> None:
     writer = writer_for(model_folder(tmp_path))
     (kept,) = begun(writer, **SAMPLED)
