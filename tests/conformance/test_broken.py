@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
-from tests.conformance import broken, crossing, late
+from tests.conformance import broken, crossing, late, samplers
 from tests.conformance.broken import BrokenBackend, around
 from tests.conformance.crossing import CrossingBackend, DeviceBackend, device_with
 from tests.conformance.late import LateBackend
 from tests.conformance.mutants import MUTANTS
+from tests.conformance.samplers import Sampling
 
 ROUTER, EXPERTS, MLP, NORM = specs.Router, specs.Experts, specs.MLP, specs.RMSNorm
 CONV, ATTENTION, HEAD = specs.ShortConv, specs.Attention, specs.LMHead
@@ -374,6 +376,47 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "a buffer used again too early": (
         device_with(crossing.ReturnsItsBuffer),
         ("channels-carry-every-trip",),
+    ),
+    "a sampler that writes its logits": (
+        Sampling(samplers.Writes()),
+        (
+            "sampled-tokens",
+            "sampled-tokens-of-large-vocabularies",
+            "sampled-tokens-depend-on-their-row-alone",
+        ),
+    ),
+    "a sampler without masks": (Sampling(samplers.Forgets(mask=None)), ("sampled-tokens",)),
+    "a sampler that forbids nothing": (
+        Sampling(samplers.Forgets(forbidden=())),
+        ("sampled-tokens",),
+    ),
+    "a sampler of one seed": (
+        Sampling(samplers.Forgets(seed=0)),
+        ("sampled-tokens", "sampled-tokens-of-large-vocabularies"),
+    ),
+    "a sampler without logprobs": (
+        Sampling(samplers.Forgets(logprobs=None)),
+        ("sampled-tokens",),
+    ),
+    "a sampler that forgets the prompt": (
+        Sampling(samplers.Forgets(prompt=np.zeros(0, np.int32))),
+        ("sampled-tokens",),
+    ),
+    "a sampler that forgets what it drew": (
+        Sampling(samplers.Forgets(generated=np.zeros(0, np.int32))),
+        ("sampled-tokens",),
+    ),
+    "a sampler that counts its rows": (
+        Sampling(samplers.CountsItsRows()),
+        (
+            "sampled-tokens",
+            "sampled-tokens-of-large-vocabularies",
+            "sampled-tokens-depend-on-their-row-alone",
+        ),
+    ),
+    "a sampler that takes nan for 0": (
+        Sampling(samplers.TakesNanForZero()),
+        ("sampled-tokens",),
     ),
     "a replay with old numbers of trips": (
         device_with(crossing.SendsOneNumber),
