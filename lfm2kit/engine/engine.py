@@ -156,13 +156,13 @@ class Engine:
         held = self._masks.late()
         chunks = self._scheduler.plan(held)
         if chunks:
-            self._try(chunks)
+            self._run_or_end(chunks)
         elif held:
             self._masks.wait()
         events, self._events = self._events, []
         return events
 
-    def _try(self, chunks: list[Chunk]) -> None:
+    def _run_or_end(self, chunks: list[Chunk]) -> None:
         """Run the chunks of a step; end their sequences, or put them back, if it fails."""
         try:
             self._run(chunks)

@@ -30,7 +30,7 @@ FREE = Next()
 class Patience:
     """How long masks may take, in seconds."""
 
-    step: float = 0.02  # that a step waits for masks after its forward
+    step: float = 0.01  # that a step waits for masks after its forward
     sequence: float = 5.0  # that the late masks of a sequence may take together
     clock: Callable[[], float] = monotonic
 

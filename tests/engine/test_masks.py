@@ -21,6 +21,7 @@ from lfm2kit.engine.requests import CANCELLED, FAILED, LENGTH, STOP, Event, Requ
 from lfm2kit.engine.sampling import Sampling
 from lfm2kit.errors import Lfm2kitError
 from tests.engine.harness import (
+    BACKENDS,
     GREEDY,
     VOCABULARY,
     Thirds,
@@ -301,6 +302,49 @@ def test_a_late_sequence_is_not_computed_until_its_mask_is_there() -> None:
         for _ in range(3):
             assert engine.step() == []
         assert engine.is_busy
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 100, 128])
+@pytest.mark.parametrize("is_put_back", [False, True])
+def test_a_prompt_whose_mask_is_late_has_the_same_tokens(
+    backend: str, tokens: int, is_put_back: bool
+) -> None:
+    """Its last token is computed twice, also at the edges of pages."""
+    prompt = [token % VOCABULARY for token in range(7, 7 + tokens)]
+    given: dict[str, Any] = {"sampling": Sampling(seed=2), "max_tokens": 4}
+    with engine_of(model_of(backend), 4, budget=70, patience=IMPATIENT) as engine, Gate() as gate:
+        late = engine.add(Request(prompt, constraint=gate, **given))
+        for _ in range(3):
+            assert engine.step() == []
+        (sequence,) = engine._live[late]
+        assert sequence.left == 1
+        if is_put_back:
+            engine._scheduler.put_back(sequence)
+            for _ in range(3):
+                assert engine.step() == []
+        gate.open()
+        events = until_ended(engine, late)
+        alone = engine.add(Request(prompt, constraint=Thirds(), **given))
+        events += until_ended(engine, alone)
+        assert tokens_of(events, late) == tokens_of(events, alone)
+        assert len(tokens_of(events, late)) == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_do_not_depend_on_which_masks_are_late(backend: str) -> None:
+    lengths = [1, 40, 64, 90]
+    with engine_of(model_of(backend), 6, budget=50) as engine:
+        requests = [
+            Request([length % VOCABULARY] * length, Sampling(seed=length), 9, constraint=Thirds())
+            for length in lengths
+        ]
+        alone = [generated(engine, request)[0] for request in requests]
+    hasty = Patience(step=0, sequence=LONG)
+    with engine_of(model_of(backend), 6, budget=50, patience=hasty) as engine:
+        ids = [engine.add(request) for request in requests]
+        events = until_ended(engine, *ids)
+    assert [tokens_of(events, id) for id in ids] == alone
 
 
 def test_masks_that_take_too_long_end_their_request_alone() -> None:
