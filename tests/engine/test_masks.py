@@ -237,6 +237,7 @@ def test_a_text_takes_each_token_once() -> None:
     constraint = Steps(*[range(VOCABULARY)] * 5)
     with engine_of(model_of(), 2) as engine:
         (tokens,) = generated(engine, constrained(constraint))
+        assert not engine._masks._texts
     assert constraint.taken == [tokens]
 
 
@@ -294,14 +295,15 @@ def test_a_late_mask_holds_up_nobody_else_and_goes_on_with_the_same_tokens() -> 
 
 def test_a_late_sequence_is_not_computed_until_its_mask_is_there() -> None:
     with engine_of(model_of(), 2, patience=IMPATIENT) as engine, Gate() as gate:
-        id = engine.add(constrained(gate))
+        id, steps = engine.add(constrained(gate)), engine._steps
         assert engine.step() == []
         (sequence,) = engine._live[id]
         assert sequence.left == 1
-        engine._steps.logits = interrupted  # type: ignore[method-assign]
+        engine._steps = None  # type: ignore[assignment]
         for _ in range(3):
             assert engine.step() == []
         assert engine.is_busy
+        engine._steps = steps
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -415,6 +417,16 @@ def test_a_request_may_be_cancelled_while_its_mask_is_computed() -> None:
         assert tokens_of(until_ended(engine, good), good) == alone
 
 
+def test_a_request_that_is_cancelled_before_its_mask_is_late_holds_up_nobody() -> None:
+    with engine_of(model_of(), 6, budget=64, patience=IMPATIENT) as engine, Gate() as gate:
+        cancelled = engine.add(Request([5] * 100, constraint=gate))
+        engine.step()
+        gate.reached()
+        engine.cancel(cancelled)
+        good = engine.add(constrained(Thirds()))
+        assert len(tokens_of(until_ended(engine, good), good)) == 8
+
+
 def test_the_mask_of_a_prompt_is_begun_with_its_first_chunk() -> None:
     """And if it is late, it is late for no other request."""
     with engine_of(model_of(), 6, budget=64, patience=IMPATIENT) as engine, Gate() as gate:
@@ -438,15 +450,18 @@ def test_a_closed_engine_has_no_thread() -> None:
     assert not threads()
 
 
-def test_an_engine_that_is_closed_by_an_error_has_no_thread() -> None:
-    def failing() -> None:
-        with engine_of(model_of(), 2) as engine:
-            engine.add(constrained(Thirds()))
-            engine.step()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        failing()
+@pytest.mark.parametrize("has_followers", [False, True])
+def test_an_engine_that_is_closed_by_an_error_has_no_thread(
+    has_followers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one of several ranks, which does not close the others'."""
+    monkeypatch.setattr("lfm2kit.engine.steps.Steps.has_followers", has_followers)
+    engine = engine_of(model_of(), 2)
+    engine.add(constrained(Thirds()))
+    engine.step()
+    assert threads()
+    with pytest.raises(KeyboardInterrupt), engine:
+        raise KeyboardInterrupt
     assert not threads()
 
 
