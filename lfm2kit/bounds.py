@@ -31,6 +31,7 @@ TOKENIZER = 2**28  # bytes of a tokenizer.json: the largest known ones have 34 M
 TEMPLATE = 2**20  # bytes of a chat template
 TEXT = 2**26  # characters that are tokenized at once
 PROMPTS = 2**28  # bytes of a file of prompts, or of answers to them
+CONSTRAINT = 2**16  # characters of a JSON schema, a regex or a grammar
 TOOL_CALL = 2**16  # bytes of a model's tool calls, as it writes them
 COUNT = 2**20  # any count on the command line: samples, tokens of a sample, threads, ...
 TOKENS = 2**26  # of all samples together

@@ -98,6 +98,13 @@ class Tokenizer:
         return "null" if decoder is None else decoder.__getstate__().decode()
 
     @cached_property
+    def description(self) -> str:
+        """Return the tokenizer in JSON: its file, with the tokens of tokenizer_config.json."""
+        with _blaming(self.path):
+            text: str = self._inner.to_str()
+        return text
+
+    @cached_property
     def is_byte_level(self) -> bool:
         """Return whether a text's bytes are those of its tokens, one after the other."""
         decoder = json.loads(self.decoder)

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.engine.drawing import Drawn, NotANumber, Sampler
+from lfm2kit.engine.followed import Next
+from lfm2kit.engine.masks import Masks, Patience
 from lfm2kit.engine.random_numbers import seed_of_fork
 from lfm2kit.engine.requests import CANCELLED, FAILED, Event, Request, check_whole
 from lfm2kit.engine.room import MODELS, context_of, described, most_tokens, room_for
@@ -36,8 +38,9 @@ class Engine:
     """Sequences of one model that are made longer together.  One thread uses it.
 
     The state has `room`, or room for `sequences` of up to `context` tokens, or for what half of the
-    free memory holds (`lfm2kit.engine.room`).  A step computes up to `budget` tokens.  Rank 0 of a
-    `job` has the engine, while the others `lfm2kit.engine.steps.follow` it.
+    free memory holds (`lfm2kit.engine.room`).  A step computes up to `budget` tokens.  The masks of
+    constrained requests have `patience`.  Rank 0 of a `job` has the engine, while the others
+    `lfm2kit.engine.steps.follow` it.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Engine:
         sequences: int | None = None,
         budget: int = BUDGET,
         sampler: Sampler | None = None,
+        patience: Patience | None = None,
         job: Transport | None = None,
     ) -> None:
         check_whole("budget", budget, 1)
@@ -57,6 +61,7 @@ class Engine:
         self.context = min(context_of(model.spec), self.room.pages * self.room.page_tokens)
         self._model = model
         self._sampler: Sampler = sampler or model.new_sampler()
+        self._masks = Masks(model.spec.embed_tokens.vocab_size, patience or Patience())
         self._scheduler = Scheduler(self.room, budget)
         self._live: dict[int, list[Sequence]] = {}  # sequences by the id of their request
         self._events: list[Event] = []  # that no step has returned yet
@@ -75,13 +80,16 @@ class Engine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is None or not self._steps.has_followers:  # else the job ends with this error
+        if error is None or not self._steps.has_followers:
             self.close()
+        else:  # the job ends with this error
+            self._masks.close()
 
     def close(self) -> None:
         """Free the state; sequences that have not ended are lost."""
         if self._is_closed:
             return
+        self._masks.close()
         self._steps.close()
         self._scheduler = Scheduler(Room(0), 0)
         self._live.clear()
@@ -145,32 +153,59 @@ class Engine:
         they are put back.
         """
         self._check_open()
-        chunks = self._scheduler.plan()
+        for sequence, overdue in self._masks.overdue().items():
+            self._end_constrained(sequence, overdue)
+        held = self._masks.late()
+        chunks = self._scheduler.plan(held)
         if chunks:
-            try:
-                self._run(chunks)
-            except Exception as error:
-                if self._steps.has_followers:  # they are still in the midst of it
-                    raise
-                for sequence in _running_of(chunks):
-                    self._fail(sequence, error)
-            except BaseException:
-                for sequence in _running_of(chunks):
-                    self._scheduler.put_back(sequence)
-                raise
+            self._run_or_end(chunks)
+        elif held:
+            self._masks.wait()
         events, self._events = self._events, []
         return events
 
+    def _run_or_end(self, chunks: list[Chunk]) -> None:
+        """Run the chunks of a step; end their sequences, or put them back, if it fails."""
+        try:
+            self._run(chunks)
+        except Exception as error:
+            if self._steps.has_followers:  # they are still in the midst of it
+                raise
+            for sequence in _running_of(chunks):
+                self._fail(sequence, error)
+        except BaseException:
+            for sequence in _running_of(chunks):
+                self._scheduler.put_back(sequence)
+            raise
+
     def _run(self, chunks: list[Chunk]) -> None:
         last = [chunk.sequence for chunk in chunks if chunk.is_last]
+        self._masks.begin(chunk.sequence for chunk in chunks)
         logits = self._steps.logits(batch_of(chunks))
-        drawn = self._sampler.draw(logits, [sequence.row() for sequence in last])
-        self._scheduler.advance(chunks)
-        for sequence, one in zip(last, drawn, strict=True):
-            if isinstance(one, NotANumber):
+        following = self._masks.collect(last)
+        drawn = self._drawn(logits, last, following)
+        late = set(last) - following.keys()
+        self._scheduler.advance(
+            chunk.without_last() if chunk.sequence in late else chunk for chunk in chunks
+        )
+        for sequence, next in following.items():
+            one = drawn.get(sequence)
+            if one is None:
+                self._end_constrained(sequence, next)
+            elif isinstance(one, NotANumber):
                 self._fail(sequence, Lfm2kitError(str(one)))
             else:
                 self._continue(sequence, one)
+
+    def _drawn(
+        self, logits: npt.NDArray[np.float32], last: list[Sequence], following: dict[Sequence, Next]
+    ) -> dict[Sequence, Drawn | NotANumber]:
+        """Return the tokens of those sequences, one for each row of `logits`, that may have one."""
+        masks = {one: next.mask for one, next in following.items() if next.end is None}
+        if len(masks) < len(last):
+            logits = logits[[sequence in masks for sequence in last]]
+        drawn = self._sampler.draw(logits, [one.row(mask) for one, mask in masks.items()])
+        return dict(zip(masks, drawn, strict=True))
 
     def _continue(self, sequence: Sequence, drawn: Drawn) -> None:
         """Add a token to its sequence; those that share the prompt can begin now."""
@@ -178,8 +213,18 @@ class Engine:
         best = tuple(drawn.best)
         token = Event(sequence.id, sequence.choice, drawn.token_id, drawn.logprob, best, end)
         self._events.append(token)
+        self._release(sequence)
         if end is not None:
             self._remove(sequence)
+
+    def _end_constrained(self, sequence: Sequence, next: Next) -> None:
+        """End a sequence as its constraint wants; each of the others has a text of its own."""
+        assert next.end is not None
+        self._release(sequence)
+        self._end(sequence, next.end, next.error)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Let those begin that wait for a sequence's prompt."""
         for follower in sequence.followers:
             self._scheduler.add(follower)
         sequence.followers = []
@@ -208,6 +253,7 @@ class Engine:
     def _remove(self, sequence: Sequence) -> None:
         """Free what a sequence that has ended holds."""
         self._scheduler.drop(sequence)
+        self._masks.end(sequence)
         others = self._live[sequence.id]
         others.remove(sequence)
         if not others:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.batch_rules import integers
+from lfm2kit.engine.constraints import Constraint
 from lfm2kit.engine.sampling import MOST_LOGPROBS, Sampling
 from lfm2kit.errors import Lfm2kitError
 
@@ -34,6 +35,7 @@ class Request:
     stop_ids: Iterable[int] = ()
     n: int = 1  # the seeds of all but the first are derived from the first one's
     logprobs: int | None = None  # how many of the best are returned; None: not the chosen one's
+    constraint: Constraint | None = None  # that each sequence obeys, such as a grammar
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _ids("prompt", self.prompt))
@@ -47,6 +49,11 @@ class Request:
         check_whole("n", self.n, 1, MOST_CHOICES)
         if self.logprobs is not None:
             check_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        if not isinstance(self.constraint, Constraint | None):
+            raise Lfm2kitError(
+                f"constraint is {brief(self.constraint)}; expected an object with a method begin, "
+                "such as those that lfm2kit.chat.guided makes"
+            )
 
     @property
     def ids(self) -> npt.NDArray[np.int32]:

@@ -9,7 +9,7 @@ free again, and it waits.  The oldest one can thus always go on.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -30,6 +30,10 @@ class Chunk(NamedTuple):
     def is_last(self) -> bool:
         """Return whether a token can be drawn after it."""
         return self.tokens == self.sequence.left
+
+    def without_last(self) -> Chunk:
+        """Return the same tokens but for the last one, which will be computed again."""
+        return self._replace(tokens=self.tokens - 1)
 
 
 class Scheduler:
@@ -58,10 +62,13 @@ class Scheduler:
         self._stop(sequence)
         self.add(sequence)
 
-    def plan(self) -> list[Chunk]:
-        """Return the chunks of the next step, whose sequences have the pages for them."""
+    def plan(self, held: Collection[Sequence] = ()) -> list[Chunk]:
+        """Return the chunks of the next step, whose sequences have the pages for them.
+
+        Those that are held get no rows from which a token would be drawn.
+        """
         chunks, left = [], self._budget
-        for sequence in self._in_order():
+        for sequence in self._in_order(held):
             chunks.append(Chunk(sequence, min(sequence.left, left)))
             left -= chunks[-1].tokens
             if not left:
@@ -75,9 +82,9 @@ class Scheduler:
             sequence.computed += tokens
             self.pages.know(sequence.pages, sequence.ids[: sequence.computed], before)
 
-    def _in_order(self) -> Iterator[Sequence]:
+    def _in_order(self, held: Collection[Sequence]) -> Iterator[Sequence]:
         """Yield the sequences that can go on, each with the pages for what it has left."""
-        for sequence in [one for one in self._running if one.left == 1]:
+        for sequence in [one for one in self._running if one.left == 1 and one not in held]:
             if self._has_pages(sequence):
                 yield sequence
         yield from [one for one in self._running if one.left > 1]

@@ -10,6 +10,7 @@ from lfm2kit.engine.random_numbers import seed_of_fork
 from lfm2kit.engine.requests import LENGTH, STOP, Request
 
 Int32 = npt.NDArray[np.int32]
+UInt32 = npt.NDArray[np.uint32]
 
 
 class Sequence:
@@ -59,8 +60,8 @@ class Sequence:
             return STOP
         return LENGTH if self._count >= self.most else None
 
-    def row(self) -> Row:
-        """Return what a sampler needs to know to draw the next token."""
+    def row(self, mask: UInt32 | None = None) -> Row:
+        """Return what a sampler needs to know to draw the next token, which obeys the mask."""
         request, generated = self.request, self.generated
         is_early = len(generated) < request.min_tokens
         return Row(
@@ -69,6 +70,7 @@ class Sequence:
             position=self._count,
             prompt=request.ids,
             generated=generated,
+            mask=mask,
             forbidden=tuple(request.stop_ids) if is_early else (),
             logprobs=request.logprobs,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -14,8 +14,11 @@ import pytest
 from lfm2kit.backend import HOST, Context
 from lfm2kit.batch import Batch
 from lfm2kit.building.plugins import installed_plugins
+from lfm2kit.engine.constraints import Allowed
 from lfm2kit.engine.drawing import Drawn, NotANumber, Row
 from lfm2kit.engine.engine import Engine
+from lfm2kit.engine.followed import Followed
+from lfm2kit.engine.masks import Patience
 from lfm2kit.engine.pages import Pages
 from lfm2kit.engine.requests import Event, Request
 from lfm2kit.engine.sampling import Sampling
@@ -31,6 +34,7 @@ Float32 = npt.NDArray[np.float32]
 VOCABULARY = 50
 PAGE_TOKENS = 64
 MOST_STEPS = 10_000
+ALL_THE_TIME = Patience(step=3600)  # no mask is ever late
 GREEDY = Sampling(temperature=0)
 PLUGINS = installed_plugins()
 THERE = [name for name, backend in PLUGINS.backends.items() if backend.why_not is None]
@@ -62,14 +66,56 @@ class KeyedSampler:
             return NotANumber(row.position, "its logits are NaN")
         scores = logits.astype(np.float64)
         scores[list(row.forbidden)] = -np.inf
+        if row.mask is not None:
+            scores[~in_mask(row.mask, len(scores))] = -np.inf
         if row.sampling.temperature:
             keyed = np.random.default_rng([row.seed, row.position])
             scores += keyed.gumbel(size=len(scores))
         return Drawn(int(scores.argmax()))
 
 
+def in_mask(mask: npt.NDArray[np.uint32], size: int) -> npt.NDArray[np.bool_]:
+    """Return which of `size` ids a mask allows."""
+    ids = np.arange(size)
+    return mask[ids // 32] >> ids % 32 & 1 != 0
+
+
+def words(allowed: Iterable[int], size: int = VOCABULARY) -> npt.NDArray[np.uint32]:
+    """Return the mask that allows these ids."""
+    mask = np.zeros(-(-size // 32), np.uint32)
+    for token_id in allowed:
+        mask[token_id // 32] |= np.uint32(1 << token_id % 32)
+    return mask
+
+
+class Thirds:
+    """A constraint that allows a third of the ids, other ones after each token."""
+
+    def begin(self) -> ThirdsText:
+        return ThirdsText()
+
+
+class ThirdsText:
+    """A text whose next token follows from all tokens that it has."""
+
+    def __init__(self) -> None:
+        self._state = 0
+
+    def take(self, token_id: int) -> None:
+        assert (token_id + self._state) % 3 == 0 or self._may_end()
+        self._state = self._state * 31 % 1009 + token_id
+
+    def allowed(self) -> Allowed:
+        ids = [token_id for token_id in range(VOCABULARY) if (token_id + self._state) % 3 == 0]
+        return Allowed(words(ids), self._may_end())
+
+    def _may_end(self) -> bool:
+        return self._state % 4 == 3
+
+
 def engine_of(model: LFM2, pages: int, **options: Any) -> Engine:
     """Return an engine with a small room, in whose state, in the host's memory, is only NaN."""
+    options = {"patience": ALL_THE_TIME} | options
     engine = Engine(model, Room(pages, PAGE_TOKENS), sampler=KeyedSampler(), **options)
     if model.home.name == HOST.name:  # else nothing says when it would be written
         Poison(engine)
@@ -142,4 +188,7 @@ def _row(request: Request, seed: int, ids: Sequence[int], place: int) -> Row:
     prompt = request.ids
     generated = np.array(ids[len(prompt) : place], np.int32)
     forbidden = tuple(request.stop_ids) if len(generated) < request.min_tokens else ()
-    return Row(request.sampling, seed, place, prompt, generated, None, forbidden, request.logprobs)
+    mask = None
+    if request.constraint is not None:
+        mask = Followed(request, VOCABULARY).next(generated).mask
+    return Row(request.sampling, seed, place, prompt, generated, mask, forbidden, request.logprobs)

@@ -27,6 +27,7 @@ from tests.engine.harness import (
     MOST_STEPS,
     PAGE_TOKENS,
     VOCABULARY,
+    Thirds,
     alone,
     engine_of,
     model_of,
@@ -64,11 +65,12 @@ class Programs(RuleBasedStateMachine):
         max_tokens=st.sampled_from([1, 2, 9, 40]),
         min_tokens=st.sampled_from([0, 1]),
         n=st.sampled_from([1, 1, 3]),
+        constraint=st.sampled_from([None, Thirds()]),
     )
-    def add(self, tokens: int, seed: int, temperature: float, n: int, **limits: int) -> None:
+    def add(self, tokens: int, seed: int, temperature: float, n: int, **others: Any) -> None:
         prompt = np.random.default_rng(seed).integers(VOCABULARY, size=tokens)
         sampling = Sampling(temperature=temperature, seed=seed)
-        request = Request(prompt, sampling, stop_ids=(1, 2, 3), n=n, **limits)
+        request = Request(prompt, sampling, stop_ids=(1, 2, 3), n=n, **others)
         self._know(self.engine.add(request), request, prompt.tolist())
 
     @precondition(lambda self: self.live)
@@ -131,6 +133,7 @@ class Programs(RuleBasedStateMachine):
             self._hear(self.engine.step())
         assert self.ended.keys() == self.known.keys()
         assert self.engine._scheduler.pages.free == self.engine.room.pages
+        self.engine.close()
         for name, known in self.known.items():
             self._judge(known, self.ended[name])
 

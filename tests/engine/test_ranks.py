@@ -17,13 +17,14 @@ from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.state import Room
 from lfm2kit.testing import ThreadTransport, run_ranks
 from tests.core.small import build
-from tests.engine.harness import PAGE_TOKENS, SPEC, generated
+from tests.engine.harness import PAGE_TOKENS, SPEC, Thirds, generated
 
 ROOM = Room(4, PAGE_TOKENS)
 REQUESTS = [
     Request([7] * 70, Sampling(seed=1), max_tokens=5),
     Request([1, 2, 3], Sampling(seed=2), max_tokens=9),
     Request([4] * 65, Sampling(temperature=0), max_tokens=3),
+    Request([8, 9], Sampling(seed=3), max_tokens=6, constraint=Thirds()),
 ]
 
 
