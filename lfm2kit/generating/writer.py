@@ -22,9 +22,8 @@ from lfm2kit.generating.language import Language
 from lfm2kit.generating.options import HIDE, Generation
 from lfm2kit.model import LFM2
 
-MOST_BEGUN = (
-    256  # requests that have begun and not ended: more than an engine's steps have room for
-)
+# Requests that have begun and not ended: more than an engine's steps have room for.
+MOST_BEGUN = 256
 
 Wanted = TypeVar("Wanted")
 
@@ -60,8 +59,8 @@ class Writer:
     def begin(self, request: Request, options: Generation, *, split: bool = False) -> list[Answer]:
         """Return the answers to a request, which the next steps write.
 
-        Their parts have thoughts apart if `split` says so.  Answers
-        fail with an `Lfm2kitError` if the engine has no room for a sequence of that length.
+        Their parts have thoughts apart if `split` says so.  Answers fail with an `Lfm2kitError` if
+        the engine has no room for a sequence of that length.
         """
         hides = options.think == HIDE
         answers = [
@@ -115,9 +114,8 @@ class Writer:
             self.tokens += event.token_id is not None
             if answer.end is not None:
                 del self._answers[key]
-                self._engine.cancel(
-                    *key
-                )  # a stop string ends it, of which the engine knows nothing
+                # A stop string may have ended it, of which the engine knows nothing.
+                self._engine.cancel(*key)
 
     def _begin_new(self) -> None:
         while self._new:
