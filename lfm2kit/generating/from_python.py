@@ -98,10 +98,14 @@ def _is_one(prompt: Any) -> bool:
 
 
 def _prompts(prompts: Any) -> Sequence[Prompt]:
-    if isinstance(prompts, (list, tuple)):
-        return prompts
-    wanted = "a text, a list of messages such as {'role': 'user', 'content': '...'}, or a list of"
-    raise Lfm2kitError(f"a prompt is {wanted} these; got {type(prompts).__name__}")
+    """Return a list of prompts; `Lfm2kitError` for what is not one, or has what is no prompt."""
+    is_list = isinstance(prompts, (list, tuple))
+    for one in prompts if is_list else [prompts]:
+        if not is_list or not isinstance(one, (str, list, tuple)):
+            wanted = "a text, a list of messages such as {'role': 'user', 'content': '...'}, or a"
+            raise Lfm2kitError(f"a prompt is {wanted} list of these; got {type(one).__name__}")
+    whole: Sequence[Prompt] = prompts
+    return whole
 
 
 def language_of(model: LFM2) -> Language:

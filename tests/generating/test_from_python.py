@@ -150,6 +150,13 @@ def test_what_is_wrong_shows_when_it_is_asked_for(model: LFM2) -> None:
         model.generate(["a"], context=500)
 
 
+@pytest.mark.parametrize("prompt", [None, 5, b"ab", ["a", None], [5], [b"ab"], [{"a"}]])
+def test_what_is_no_prompt_is_named_by_its_type(prompt: Any, model: LFM2) -> None:
+    wrong = prompt[-1] if isinstance(prompt, list) else prompt
+    with pytest.raises(Lfm2kitError, match=f"a prompt is .*; got {type(wrong).__name__}$"):
+        model.generate(prompt)
+
+
 def test_an_answer_that_fails_raises(model: LFM2, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Engine, chunks: object) -> None:
         raise ArithmeticError("broken")
