@@ -7,6 +7,7 @@ from changing messages, but nothing ends one that loops for ever or asks for all
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -96,7 +97,8 @@ def load_template(folder: Path, config: TokenizerConfig) -> ChatTemplate:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    default = {DEFAULT: folder / FILE} if (folder / FILE).exists() else {}
+    # A broken link is an error: another template would give another prompt.
+    default = {DEFAULT: folder / FILE} if os.path.lexists(folder / FILE) else {}
     others = files_in(folder / TEMPLATES)
     return {**default, **{path.stem: path for path in others if path.suffix == ".jinja"}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,12 @@ class TokenizerConfig:
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """Return what the files of a model's folder say, as transformers reads them.
 
-    Raise `Lfm2kitError` if a file cannot be read, or a field is not what it should be.
+    Raise `Lfm2kitError` if a file cannot be read, a broken link included, or a field is not what it
+    should be.
     """
     path, older = folder / CONFIG, folder / SPECIAL_TOKENS
-    fields = read_json(path) if path.exists() else {}
-    if ADDED not in fields and older.exists():
+    fields = read_json(path) if os.path.lexists(path) else {}
+    if ADDED not in fields and os.path.lexists(older):
         fields |= read_json(older)
     named = {name: _content(path, name, value) for name in NAMES if (value := fields.get(name))}
     return TokenizerConfig(path, fields, named, _added(path, fields.get(ADDED, {})))
