@@ -53,7 +53,7 @@ def context_of(spec: specs.Model) -> int:
     return min(spec.max_position_embeddings or MOST_CONTEXT, MOST_CONTEXT)
 
 
-def most_tokens(request: Request, context: int, holder: str = MODELS) -> int:
+def most_tokens(request: Request, context: int, holder: str | Option = MODELS) -> int:
     """Return how many tokens each sequence of a request may have, its prompt included.
 
     Raise `Lfm2kitError` if it needs more than the `context` of `holder`.
@@ -67,7 +67,9 @@ def most_tokens(request: Request, context: int, holder: str = MODELS) -> int:
         advice = f"max_tokens may be up to {context - prompt}"
     raise Lfm2kitError(
         f"a prompt of {prompt} tokens and {asked or 1} more do not fit into the {context} "
-        f"tokens that a sequence may have ({holder}); {advice}"
+        "tokens that a sequence may have (",
+        holder,
+        f"); {advice}",
     )
 
 

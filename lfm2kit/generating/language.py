@@ -15,7 +15,7 @@ from lfm2kit.chat.thinking import TAGS, Thinking, begins_in_thought
 from lfm2kit.chat.tokenizer import load_tokenizer
 from lfm2kit.engine.generation_config import NAME, read_generation_config
 from lfm2kit.engine.requests import Request
-from lfm2kit.engine.room import context_of, most_tokens
+from lfm2kit.engine.room import MODELS, context_of, most_tokens
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.generating.options import MOST_TOKENS, Generation
 
@@ -65,7 +65,8 @@ class Language:
             stop_ids=self.end_ids,
             n=options.n,
         )
-        most_tokens(request, context)
+        is_whole = context == self.context
+        most_tokens(request, context, MODELS if is_whole else Option("context", context))
         return request
 
     def stream(self, options: Generation) -> TextStream:

@@ -88,6 +88,8 @@ def test_a_text_is_as_long_as_asked_or_as_the_context_leaves(
         (HELLO * 40, Generation(), "a prompt may have up to 255"),
         ("ab", Generation(max_tokens=254), "max_tokens may be up to 253"),
         ("ab", Generation(max_tokens=18, context=20), "max_tokens may be up to 17"),
+        ("ab", Generation(max_tokens=18, context=20), r"may have \(context=20\)"),
+        ("ab", Generation(max_tokens=254, context=256), r"may have \(the model's context\)"),
         ("ab", Generation(system="x"), "system='x': is of a chat; add chat=True"),
         (
             [{"role": "system", "content": "y"}, *HELLO],
