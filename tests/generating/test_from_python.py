@@ -107,6 +107,19 @@ def test_another_room_takes_another_engine(model: LFM2) -> None:
     assert writer_kept(model) is not writer
 
 
+def test_a_text_of_no_asked_length_fits_into_the_room_that_is_kept(model: LFM2) -> None:
+    greedy: dict[str, Any] = {"temperature": 0, "seed": 0}
+    whole = "".join(model.generate("It is", context=256, sequences=1, **greedy))
+    (first,) = model.generate(["It is"], context=128, sequences=1, max_tokens=9, **greedy)
+    text = "".join(model.generate("It is", **greedy))
+    assert whole.startswith(text.rstrip("\ufffd"))
+    assert text.startswith(first.rstrip("\ufffd"))
+    with pytest.raises(Lfm2kitError, match="the engine's 1 page of 128 tokens"):
+        model.generate(["It is"], max_tokens=200)
+    with pytest.raises(Lfm2kitError, match="the engine's 1 page of 128 tokens"):
+        model.generate(["It is"], min_tokens=200)
+
+
 def test_tasks_get_the_texts_that_they_get_alone(model: LFM2) -> None:
     async def text(prompt: str) -> str:
         return "".join([piece async for piece in model.generate_async(prompt, **OPTIONS)])
