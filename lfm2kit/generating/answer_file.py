@@ -15,7 +15,7 @@ from typing import Any
 from lfm2kit import bounds
 from lfm2kit.checkpoint.documents import parse_json, read_bounded
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.generating.prompt_file import Asked, Broken
+from lfm2kit.generating.prompt_file import NOWHERE, Asked, Broken
 from lfm2kit.outputs.files import Note, replaced
 
 BEGINNING = b'{"line": '  # of each line that is written here
@@ -68,15 +68,22 @@ def _read(path: Path) -> list[tuple[int, str | None, bytes]]:
     """Return line number, key and text of each line in a file; no key where it is an error."""
     if not os.path.exists(path) or not os.path.getsize(path):
         return []
-    *whole, last = read_bounded(path, bounds.PROMPTS).split(b"\n")
+    *lines, last = read_bounded(path, bounds.PROMPTS).split(b"\n")
     if not _is_cut_off(last):
-        raise _not_ours(path)
-    return [_parsed(path, line) for line in whole]
+        lines.append(last)  # a whole line, which lacks its end alone
+    return [_parsed(path, line) for line in lines]
 
 
 def _is_cut_off(last: bytes) -> bool:
     """Return whether a line without an end is one that a killed run has begun."""
-    return last.startswith(BEGINNING) or BEGINNING.startswith(last)
+    return BEGINNING.startswith(last) or (last.startswith(BEGINNING) and not _is_json(last))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return bool(parse_json(NOWHERE, line))
+    except Lfm2kitError:
+        return False
 
 
 def _parsed(path: Path, line: bytes) -> tuple[int, str | None, bytes]:

@@ -206,6 +206,18 @@ def test_answers_to_something_else_are_not_replaced(
     assert output.read_bytes() == before
 
 
+def test_a_whole_answer_whose_line_has_no_end_is_kept(
+    many: Many, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many()
+    before = output.read_bytes()
+    output.write_bytes(before[:-1])
+    begun = count_requests(monkeypatch)
+    assert many().code == 0
+    assert begun == []
+    assert output.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -216,6 +228,7 @@ def test_answers_to_something_else_are_not_replaced(
         '{"line": 1, "key": "k"}\n',
         "\n",
         '{"line": 7, "key": "k", "answers": []}\n',
+        '{"line": 1, "prompt": "a prompt of mine, whose line has no end"}',
     ],
 )
 def test_a_file_of_something_else_is_not_replaced(content: str, many: Many, output: Path) -> None:
