@@ -33,6 +33,7 @@ class AnswerFile:
         self._path = path
         self._note = note
         self._keys = {one.number: one.key for one in asked if isinstance(one, Asked)}
+        self._size = _size_of(path)  # as this process knows it
         self._lines = {n: line for n, key, line in _read(path) if self._is_kept(n, key)}
         self.kept = frozenset(self._lines)  # the lines that have answers already
         if path.exists():
@@ -42,17 +43,32 @@ class AnswerFile:
         """Add the answer to a line, or what is wrong with it, to the end of the file."""
         key = {KEY: self._keys[number]} if number in self._keys and ERROR not in fields else {}
         line = json.dumps({LINE: number, **fields, **key}).encode() + b"\n"
+        self._check_alone()
         self._lines[number] = line
         try:
             with open(self._path, "ab") as file:
                 file.write(line)
         except OSError as error:
             raise Lfm2kitError(f"{self._path}: {error.strerror}") from None
+        self._size += len(line)
 
     def put_in_order(self) -> None:
         """Write the file anew, in the order of the prompts."""
+        self._check_alone()
         with replaced(self._path, self._note) as file:
             file.writelines(self._lines[number] for number in sorted(self._lines))
+        self._size = _size_of(self._path)
+
+    def _check_alone(self) -> None:
+        """Raise `Lfm2kitError` if another process has written to the file: its text would be lost.
+
+        The size shows it, also where a file system has no locks.
+        """
+        if _size_of(self._path) != self._size:
+            raise Lfm2kitError(
+                f"{self._path}: another process has changed this file meanwhile; give another file "
+                "for these answers, or repeat the command when that process has ended"
+            )
 
     def _is_kept(self, number: int, key: str | None) -> bool:
         """Return whether a line is an answer; `Lfm2kitError` if it is one to something else."""
@@ -64,9 +80,14 @@ class AnswerFile:
         return key is not None
 
 
+def _size_of(path: Path) -> int:
+    """Return the bytes of a file; none if it is not there."""
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
 def _read(path: Path) -> list[tuple[int, str | None, bytes]]:
     """Return line number, key and text of each line in a file; no key where it is an error."""
-    if not os.path.exists(path) or not os.path.getsize(path):
+    if not _size_of(path):
         return []
     *lines, last = read_bounded(path, bounds.PROMPTS).split(b"\n")
     if not _is_cut_off(last):

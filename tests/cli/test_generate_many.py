@@ -206,6 +206,18 @@ def test_answers_to_something_else_are_not_replaced(
     assert output.read_bytes() == before
 
 
+def test_two_runs_with_one_output_lose_no_answer(output: Path) -> None:
+    """The one that finds the other's answers stops, and leaves them there."""
+    first, second = (AnswerFile(output, [], lambda said: None) for _ in range(2))
+    first.add(1, {"error": "of the first"})
+    for change in (lambda: second.add(1, {"error": "of the second"}), second.put_in_order):
+        with pytest.raises(Lfm2kitError, match="another process has changed this file"):
+            change()
+    first.add(2, {"error": "of the first"})
+    first.put_in_order()
+    assert [line["error"] for line in answers_in(output)] == ["of the first"] * 2
+
+
 def test_a_whole_answer_whose_line_has_no_end_is_kept(
     many: Many, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
