@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def generate_many(
     _check_output(output)
     prepared = prepare(options, generation, report, {"the prompts": [prompts]})
     check_apart({"--output": output, "--json": report.path}, prepared.reads)
-    name = f"{prepared.checkpoint.path.name}, {options.precision}"
+    # The path may be "." or "..", which says nothing of the model.
+    name = f"{os.path.basename(os.path.abspath(prepared.checkpoint.path))}, {options.precision}"
     asked = read_prompts(prompts, prepared.language, generation, prepared.seed, name)
     broken = [one for one in asked if isinstance(one, Broken)]
     if broken and not keep_going:

@@ -206,6 +206,20 @@ def test_answers_to_something_else_are_not_replaced(
     assert output.read_bytes() == before
 
 
+def test_a_model_is_its_folder_also_where_it_is_called_by_a_dot(
+    many: Many, folder: Path, prompts: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(prompts, [{"prompt": "a"}])
+    many("--max-tokens", 2)
+    before = output.read_bytes()
+    monkeypatch.chdir(folder)
+    assert many("--max-tokens", 2, "-m", ".").code == 0
+    assert output.read_bytes() == before
+    monkeypatch.chdir(model_folder(output.parent / "other"))
+    done = many("--max-tokens", 2, "-m", ".")
+    done.assert_fails(f"{output}: it has an answer to line 1 that is of another prompt")
+
+
 def test_two_runs_with_one_output_lose_no_answer(output: Path) -> None:
     """The one that finds the other's answers stops, and leaves them there."""
     first, second = (AnswerFile(output, [], lambda said: None) for _ in range(2))
