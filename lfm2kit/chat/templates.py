@@ -17,7 +17,7 @@ from typing import Any
 from lfm2kit import bounds
 from lfm2kit.chat.optional import library
 from lfm2kit.chat.tokenizer_config import TokenizerConfig
-from lfm2kit.checkpoint.companions import TEMPLATES, files_in
+from lfm2kit.checkpoint.companions import TEMPLATES
 from lfm2kit.checkpoint.documents import read_bounded
 from lfm2kit.errors import Lfm2kitError
 
@@ -99,8 +99,8 @@ def load_template(folder: Path, config: TokenizerConfig) -> ChatTemplate:
 def _files(folder: Path) -> dict[str, Path]:
     # A broken link is an error: another template would give another prompt.
     default = {DEFAULT: folder / FILE} if os.path.lexists(folder / FILE) else {}
-    others = files_in(folder / TEMPLATES)
-    return {**default, **{path.stem: path for path in others if path.suffix == ".jinja"}}
+    others = sorted((folder / TEMPLATES).glob("*.jinja"))
+    return {**default, **{path.stem: path for path in others}}
 
 
 def _text(path: Path) -> str:

@@ -189,11 +189,18 @@ def test_a_file_comes_before_the_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"]
+    "name",
+    [
+        "chat_template.jinja",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "additional_chat_templates/tool_use.jinja",
+    ],
 )
 def test_a_broken_link_is_not_taken_for_no_file(name: str, tmp_path: Path) -> None:
     """Another template, or other special tokens, would silently give another prompt."""
     folder = folder_with(tmp_path, chat_template="in the configuration")
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("nowhere")
     with pytest.raises(Lfm2kitError, match=f"{name}: this is a link to nowhere"):
