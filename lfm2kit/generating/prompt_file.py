@@ -62,6 +62,7 @@ def _asked(
     try:
         prompt, given = _read(parse_json(NOWHERE, line))
         own = replace(options, **given)
+        _check_system(prompt, own)
         request = language.request(prompt, own, seed)
     except Lfm2kitError as error:
         return Broken(number, str(error).removeprefix(f"{NOWHERE}: "))
@@ -82,6 +83,14 @@ def _read(fields: Mapping[str, Any]) -> tuple[Prompt, dict[str, Any]]:
         expected = "a text" if kind is str else "a list of messages"
         raise Lfm2kitError(f"'{PROMPT if kind is str else MESSAGES}' is not {expected}")
     return prompts[0], given
+
+
+def _check_system(prompt: Prompt, options: Generation) -> None:
+    """Raise `Lfm2kitError` for a system message without a chat; a line cannot have `chat`."""
+    if options.system is not None and isinstance(prompt, str) and not options.chat:
+        raise Lfm2kitError(
+            f"a system message is of a chat; give the line '{MESSAGES}', or the command --chat"
+        )
 
 
 def _key(model: str, request: Request, options: Generation) -> str:
