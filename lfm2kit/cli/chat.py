@@ -111,7 +111,8 @@ class Talk:
             self._answer(line)
 
     def _answer(self, text: str) -> None:
-        request, answer = self._conversation.ask(text, split=self._voice.is_terminal)
+        with self._advising():
+            request, answer = self._conversation.ask(text, split=self._voice.is_terminal)
         self._is_cut_off = False
         try:
             while not answer.is_taken and not self._is_cut_off:
@@ -121,6 +122,16 @@ class Talk:
         self._voice.line()
         answer.check()
         self._conversation.keep(text, request, answer)
+
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Say with an error in a chat that has begun how to begin anew: it may be too long."""
+        try:
+            yield
+        except Lfm2kitError as error:
+            if not self._conversation.has_begun:
+                raise
+            raise Lfm2kitError(*error.args, f"; {RESET} forgets what was said before") from None
 
 
 def _goes_on(line: str) -> bool:

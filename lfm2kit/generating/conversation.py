@@ -26,6 +26,11 @@ class Conversation:
         self._said: list[dict[str, Any]] = []
         self._ids: list[int] = []  # of all that was said, as it was computed
 
+    @property
+    def has_begun(self) -> bool:
+        """Return whether something was said that is remembered."""
+        return bool(self._said)
+
     def ask(self, text: str, *, split: bool = False) -> tuple[Request, Answer]:
         """Return the request and the answer to what a user says, which is still to be written.
 

@@ -148,3 +148,14 @@ def test_bad_input_is_one_line(
         assert words in done.err.splitlines()[-1]
     monkeypatch.setattr(sys, "stdin", None)
     assert "stdin is closed" in chat().err
+
+
+def test_a_chat_that_is_full_says_how_to_go_on(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first message that is too long for itself gets no such advice."""
+    reset = "/reset forgets what was said before"
+    type_lines(monkeypatch, "a " * 300)
+    assert reset not in chat().err
+    type_lines(monkeypatch, *["hello " * 20] * 9, "/reset", "hello")
+    done = chat()
+    assert "that a sequence may have (the model's context); " in done.err
+    assert reset in done.err
