@@ -98,7 +98,7 @@ def _is_one(prompt: Any) -> bool:
 
 
 def _prompts(prompts: Any) -> Sequence[Prompt]:
-    """Return a list of prompts; `Lfm2kitError` for what is not one, or has what is no prompt."""
+    """Return a list of prompts; `Lfm2kitError` for anything else, in the list or in its place."""
     is_list = isinstance(prompts, (list, tuple))
     for one in prompts if is_list else [prompts]:
         if not is_list or not isinstance(one, (str, list, tuple)):

@@ -89,7 +89,7 @@ def _check_system(prompt: Prompt, options: Generation) -> None:
     """Raise `Lfm2kitError` for a system message without a chat; a line cannot have `chat`."""
     if options.system is not None and isinstance(prompt, str) and not options.chat:
         raise Lfm2kitError(
-            f"a system message is of a chat; give the line '{MESSAGES}', or the command --chat"
+            f"a system message belongs to a chat; give '{MESSAGES}' instead of the prompt"
         )
 
 

@@ -76,7 +76,7 @@ def test_a_lines_options_come_before_those_of_all(language: Language, tmp_path: 
         (b'{"messages": []}', "a chat needs at least one message"),
         (b'{"messages": ["a"]}', "a message is 'a'"),
         (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
-        (b'{"prompt": "a", "system": "b"}', "give the line 'messages', or the command --chat"),
+        (b'{"prompt": "a", "system": "b"}', "give 'messages' instead of the prompt"),
         (b'{"prompt": "a", "temprature": 1}', "unknown option 'temprature'"),
         (b'{"prompt": "a", "context": 9}', "unknown option 'context'"),
         (b'{"prompt": "a", "top_p": 0}', "top_p=0: expected"),
