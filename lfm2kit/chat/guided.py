@@ -21,7 +21,7 @@ from lfm2kit import bounds
 from lfm2kit.aside import Begun, InOrder
 from lfm2kit.chat.constraint_costs import check_grammar, check_schema
 from lfm2kit.chat.optional import library
-from lfm2kit.chat.tokenizer import Tokenizer
+from lfm2kit.chat.tokenizer import Tokenizer, check_encodable
 from lfm2kit.engine.constraints import Allowed
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.text import shortened
@@ -180,12 +180,7 @@ def _check(kind: str, text: str) -> None:
         raise Lfm2kitError(
             f"the {kind} has {len(text)} characters; lfm2kit takes up to {bounds.CONSTRAINT}"
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Lfm2kitError(
-            f"the {kind}'s character {error.start} is half of a surrogate pair"
-        ) from None
+    check_encodable(text, kind)
 
 
 def _begun(call: Callable[[], Any]) -> Begun:

@@ -29,7 +29,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True, slots=True)
 class TokenizerConfig:
-    """The fields of tokenizer_config.json, or none where there is no such file."""
+    """The fields of tokenizer_config.json, empty if the folder lacks that file."""
 
     path: Path
     fields: Mapping[str, Any]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
@@ -35,14 +33,14 @@ from lfm2kit.cli.options import (
     open_model,
     spread,
 )
-from lfm2kit.cli.preparing import check_same_file, shared_paths
+from lfm2kit.cli.preparing import check_same_file, place_of, shared_paths
 from lfm2kit.cli.ranks import (
     agreed,
     check_independent,
     check_size,
     ending_all_ranks,
     joined_job,
-    launched,
+    leave_to_ranks,
     refuse_options,
 )
 from lfm2kit.errors import Lfm2kitError, Option
@@ -52,7 +50,7 @@ from lfm2kit.outputs.targets import check_apart
 from lfm2kit.progress import step
 from lfm2kit.ranks.joining import facts_of
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
-from lfm2kit.transport import Transport, World
+from lfm2kit.transport import Transport
 
 KEPT = "a file for this machine, beside the compiled kernels"
 
@@ -92,8 +90,7 @@ def calibrate(
             lambda: _prepared(options, output, json, job, ranks),
             lambda found: facts_of(found.setup, lambda name: flag(Option(name))),
         )
-        if job is None and (ranks or 1) > 1:
-            raise typer.Exit(launched(transport, ranks or 1, sys.argv[1:]))
+        leave_to_ranks(job, transport, ranks)
         _measure(prepared, output, is_first=job is None or job.world.rank == 0)
 
 
@@ -116,7 +113,7 @@ def _prepared(
     check_size(job, ranks)
     if job is not None or (ranks or 1) > 1:
         check_same_file({**shared_paths(options, json), "--output": output})
-    world = job.world if job is not None else World.of(0, (0,) * (ranks or 1))
+    world = place_of(job, ranks)
     report = Report(json if world.rank == 0 else None)
     checkpoint = open_model(options)
     if world.rank == 0:

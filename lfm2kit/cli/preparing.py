@@ -89,7 +89,7 @@ class Prepared:
 
 def prepare(request: Request, transport: Transport | None) -> Prepared:
     """Find and check everything; `Lfm2kitError` says what the user must change."""
-    world = place_of(request, transport)
+    world = place_of(transport, request.ranks)
     check_size(transport, request.ranks)
     if transport is not None or (request.ranks or 1) > 1:
         check_shared(request)
@@ -129,11 +129,11 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
     )
 
 
-def place_of(request: Request, transport: Transport | None) -> World:
+def place_of(transport: Transport | None, ranks: int | None) -> World:
     """Return this process's place in its job; before there is one, rank 0's on this machine."""
     if transport is not None:
         return transport.world
-    return World.of(0, (0,) * (request.ranks or 1))
+    return World.of(0, (0,) * (ranks or 1))
 
 
 def settled(prepared: Prepared, transport: Transport | None) -> Prepared:

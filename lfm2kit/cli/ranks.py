@@ -191,7 +191,16 @@ def _transport_in(words: Sequence[str]) -> str:
     return DEFAULT_TRANSPORT
 
 
-def launched(transport: str, ranks: int, arguments: Sequence[str]) -> int:
+def leave_to_ranks(job: Transport | None, transport: str, ranks: int | None) -> None:
+    """End this process if its command is for several ranks, and it is not one of them.
+
+    They run the same command; its exit code is theirs.
+    """
+    if job is None and (ranks or 1) > 1:
+        raise typer.Exit(_launched(transport, ranks or 1, sys.argv[1:]))
+
+
+def _launched(transport: str, ranks: int, arguments: Sequence[str]) -> int:
     """Run `lfm2kit *arguments` on `ranks` ranks, and return the exit code."""
     try:
         return find_transport(transport).launcher.launch(ranks, arguments)

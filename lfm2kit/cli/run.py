@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Annotated
 
@@ -18,7 +17,7 @@ from lfm2kit.cli.ranks import (
     check_independent,
     ending_all_ranks,
     joined_job,
-    launched,
+    leave_to_ranks,
     refuse_options,
 )
 from lfm2kit.errors import WRONG_RESULT
@@ -43,7 +42,6 @@ def run(
     with ending_all_ranks(job):
         # Without a job yet, what is wrong shows here: once, not on every rank.
         prepared = agreed(job, lambda: prepare(request, job), lambda p: facts_of(request, p))
-        if job is None and (request.ranks or 1) > 1:
-            raise typer.Exit(launched(request.transport, request.ranks or 1, sys.argv[1:]))
+        leave_to_ranks(job, request.transport, request.ranks)
         if not perform(request, settled(prepared, job), job):
             raise typer.Exit(WRONG_RESULT)

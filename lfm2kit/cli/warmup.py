@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from functools import partial
 from typing import Annotated
-
-import typer
 
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
@@ -24,14 +21,14 @@ from lfm2kit.cli.options import (
     open_model,
     spread,
 )
-from lfm2kit.cli.preparing import check_same_file, shared_paths
+from lfm2kit.cli.preparing import check_same_file, place_of, shared_paths
 from lfm2kit.cli.ranks import (
     agreed,
     check_independent,
     check_size,
     ending_all_ranks,
     joined_job,
-    launched,
+    leave_to_ranks,
     refuse_options,
     settled_together,
 )
@@ -42,7 +39,7 @@ from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.ranks.groups import Grouping
 from lfm2kit.ranks.joining import facts_of
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
-from lfm2kit.transport import Transport, World
+from lfm2kit.transport import Transport
 
 
 @partial(spread, refused=refuse_options)
@@ -63,8 +60,7 @@ def warmup(
         # On each machine one rank compiles a kernel, while the others wait for it.
         prepared = partial(_prepared, options, json, report, job, ranks)
         setup = agreed(job, prepared, _facts)
-        if job is None and (ranks or 1) > 1:
-            raise typer.Exit(launched(transport, ranks or 1, sys.argv[1:]))
+        leave_to_ranks(job, transport, ranks)
         if job is not None:
             setup = settled_together(job, setup, prepared)
         for note in setup.notes() if is_first else ():
@@ -91,7 +87,7 @@ def _prepared(
         check_same_file(shared_paths(options, json))
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
-    world = job.world if job is not None else World.of(0, (0,) * (ranks or 1))
+    world = place_of(job, ranks)
     return set_up(
         checkpoint,
         options,

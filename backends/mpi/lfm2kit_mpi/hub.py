@@ -162,7 +162,7 @@ class Hub:
                 self.exit_code = said["done"]
 
     def _others_ended_before(self, rank: Rank) -> bool:
-        """Return whether another rank ended too early before `rank` did, or said why it will.
+        """Return whether another rank ended early, before `rank` ended or said why it ends.
 
         What comes from such a rank need not be what it sent, and MPICH may report no error: a block
         may then fail because of a number that makes no sense.
