@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("llguidance", reason="constraints need the package llguidance")
+
 from lfm2kit import bounds
 from lfm2kit.backend import Context
 from lfm2kit.chat.guided import Guide, Guided

@@ -34,6 +34,7 @@ from lfm2kit.building.plan import HOST_EXPERTS, KINDS, STREAMED_EXPERTS
 from lfm2kit.building.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.host_exchange import AUTO
 from lfm2kit.model import JOINS
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Places, SplitExperts, StreamedExperts
@@ -225,6 +226,7 @@ class Mixture:
             n_cpu_moe=self.n_cpu_moe,
             gpu_memory=self.gpu_memory,
             streamed_experts=self.streamed_experts,
+            exchange=AUTO if transport is None else "host",  # threads map nobody's GPU memory
         )
         there, split = checkpoint(self.seed), experts_split(self.places)
         if any(kind in self.plan for kind in (STREAMED_EXPERTS, HOST_EXPERTS)):

@@ -23,7 +23,8 @@ from lfm2kit.transport import Owners, evenly, held_once
 from tests.cuda.emulated_operators import compiled
 
 MARGIN, POISON = 16, np.frombuffer(b"\xa5" * 4, np.int32)[0]  # as in emulated/exchange.cpp
-K, WIDTH = 3, 7
+K, WIDTH = 3, 19  # more than two lanes ask for at once
+LANES = 2
 LATE, GAVE_UP = 0, 1
 DEADLINE, SOON = 200.0, 3.0  # seconds
 
@@ -33,7 +34,7 @@ Int32 = npt.NDArray[np.int32]
 
 @pytest.fixture(scope="module")
 def exchange(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(tmp_path_factory.mktemp("exchange"), "exchange", VECTOR=1)
+    return compiled(tmp_path_factory.mktemp("exchange"), "exchange", VECTOR=1, TAKEN=K, LANES=LANES)
 
 
 @dataclass
@@ -314,6 +315,6 @@ def test_a_rank_that_takes_its_rows_late_finds_them(exchange: Path) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(fault: str, tmp_path: Path) -> None:
-    program = compiled(tmp_path, "exchange", FAULTS[fault], VECTOR=1)
+    program = compiled(tmp_path, "exchange", FAULTS[fault], VECTOR=1, TAKEN=K, LANES=LANES)
     with pytest.raises(AssertionError):
         with_a_late_rank(program, SOON)

@@ -99,7 +99,7 @@ def test_a_replay_in_use_outlives_its_place_among_those_kept() -> None:
     ]
     for step in steps[:2]:
         model.logits(step, state)
-    key = model._key(steps[2], state)
+    key = model._key(steps[2], state, agreed=())
     with model._replays.using(key, lambda: pytest.fail("it is kept")) as replay:
         for n in range(2, MOST + 2):
             for _ in range(2):

@@ -124,7 +124,8 @@ class Picking(NamedTuple):
 class Exchange(NamedTuple):
     """exchange.cu, and exchange.py."""
 
-    THREADS: int = 256
+    THREADS: int = 512
+    LANES: int = 32  # threads that have a row together
     MOST_RANKS: int = 32  # bits of a word
     LINE: int = 32  # words; what comes from a rank has one of its own
     STATISTICS: int = 6

@@ -21,9 +21,11 @@
 #include "vector.cuh"
 
 constexpr int kThreads = THREADS, kMostRanks = MOST_RANKS, kLine = LINE;
+constexpr int kLanes = LANES;   // threads that have a row together; a CTA has several rows at once
+constexpr int kTogether = 8;    // parts of a row that a thread asks for before it stores the first
 constexpr int kStatistics = STATISTICS;  // numbers before those of the experts
 constexpr u32 kFailed = ~0u;             // in a flag: there is a cause instead of data
-constexpr u64 kLook = 20000;             // ns between two looks at the host's memory
+constexpr u64 kLook = 100000;            // ns between two looks at the host's memory
 constexpr u32 kLate = 0, kGaveUp = 1;    // kinds of causes
 
 // What has come from one rank.
@@ -99,20 +101,22 @@ __device__ inline void fail(u32 cause, State* state, Control* control) {
   store_relaxed(&control->cause, cause);
 }
 
-// Waits for a rank's call, and returns whether its data are there.  The line lies in this GPU's memory;
-// the host's memory, which is far, is looked at now and then.
+// Waits for a rank's call, and returns whether its data are there.  The line and the state lie in this
+// GPU's memory.  The host's is far: a thread that looks at it sees a flag late, and looks of many
+// threads delay each other.  So only the threads of one CTA look, now and then.
 __device__ inline bool has_come(const Line* line, u32 call, int source, int rank, u32 layer,
-                                State* state, Control* control) {
+                                bool looks_at_host, State* state, Control* control) {
   u64 start = nanoseconds(), looked = start;
   for (;;) {
     u32 flag = load_acquire(&line->flag);
     if (flag == call) return true;
-    u64 now = nanoseconds();
     if (flag == kFailed) {
       fail(load_relaxed(&line->tokens), state, control);
       return false;
     }
-    if (now - looked < kLook) continue;
+    if (load_relaxed(&state->cause)) return false;
+    u64 now = nanoseconds();
+    if (!looks_at_host || now - looked < kLook) continue;
     looked = now;
     if (load_relaxed(&control->gave_up)) {
       fail(cause_of(kGaveUp, rank, layer), state, control);
@@ -126,17 +130,46 @@ __device__ inline bool has_come(const Line* line, u32 call, int source, int rank
 }
 
 // Waits for the lines of the ranks from `first` on, `count` of them, a thread for each; returns whether
-// all of their data are there.  All threads of a CTA call it.
-__device__ inline bool have_come(Line* lines, int first, int count, int rank, u32 layer, State* state,
-                                 Control* control) {
+// all of their data are there.  All threads of a CTA call it.  The CTA of a kernel that looks at the host
+// waits for all ranks, and so it ends what any other CTA waits for.
+__device__ inline bool have_come(Line* lines, int first, int count, int rank, u32 layer,
+                                 bool looks_at_host, State* state, Control* control) {
   __shared__ int failed;
   if (threadIdx.x == 0) failed = load_relaxed(&state->cause) != 0;
   __syncthreads();
   int source = first + threadIdx.x;
   if (int(threadIdx.x) < count && source != rank && !failed)
-    if (!has_come(lines + source, state->call, source, rank, layer, state, control)) failed = 1;
+    if (!has_come(lines + source, state->call, source, rank, layer, looks_at_host, state, control))
+      failed = 1;
   __syncthreads();
   return !failed;
+}
+
+// Which rows a thread has: `first`, `first + step`, ..., with the other lanes.  Neighbouring rows are in
+// different CTAs, so that few rows are spread over the device too.
+struct Rows {
+  int first, step, lane;
+
+  __device__ Rows() {
+    first = threadIdx.x / kLanes * gridDim.x + blockIdx.x;
+    step = blockDim.x / kLanes * gridDim.x;
+    lane = threadIdx.x % kLanes;
+  }
+};
+
+// Calls put(i, part) for the parts of a row that a thread has.
+template <class Put>
+__device__ inline void for_parts(const float* row, int h, int lane, Put put) {
+  constexpr int kStep = kLanes * VECTOR;
+  for (int i0 = lane * VECTOR; i0 < h; i0 += kTogether * kStep) {
+    Vector parts[kTogether];
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n)
+      if (i0 + n * kStep < h) parts[n] = load(row + i0 + n * kStep);
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n)
+      if (i0 + n * kStep < h) put(i0 + n * kStep, parts[n]);
+  }
 }
 
 // Ends a CTA of a kernel that sends: the last one raises the flags of all other ranks.
@@ -144,7 +177,7 @@ template <class LineOf>
 __device__ inline void announce(u32 call, u32 tokens, const Ranks& all, State* state, LineOf line_of) {
   __shared__ bool is_last;
   __syncthreads();  // the threads of this CTA have stored their share
-  if (threadIdx.x == 0) is_last = arrive_for_peers(&state->arrived) == gridDim.x * gridDim.y - 1;
+  if (threadIdx.x == 0) is_last = arrive(&state->arrived) == gridDim.x * gridDim.y - 1;
   __syncthreads();
   if (!is_last) return;
   u32 cause = state->cause;
@@ -156,46 +189,44 @@ __device__ inline void announce(u32 call, u32 tokens, const Ranks& all, State* s
   raise_flag(&line->flag, cause ? kFailed : call);
 }
 
-// A token's row and its ids to every other rank that has experts of it; ids to all of them.  A CTA
-// takes one token after another.
+// A token's row and its ids to every other rank that has experts of it; ids to all of them.
 extern "C" __global__ void __launch_bounds__(kThreads)
     send_tokens(const float* x_th, const int* ids_tk, const float* weights_tk, int tokens,
                 const int* owners_e, const u64* base, int rank, int ranks, int most, int most_k,
-                int most_h, int k, int h, State* state, Statistics* statistics) {
+                int most_h, int h, State* state, Statistics* statistics) {
   Ranks all{base, rank, ranks, most, most_k, most_h};
+  Rows mine;
   wait_for_previous();
   let_next_start();
   u32 call = following(state->call);
   bool is_alive = !state->cause;
   int sent = 0;
-  for (int t = blockIdx.x; t < tokens && is_alive; t += gridDim.x) {
+  for (int t = mine.first; t < tokens && is_alive; t += mine.step) {
+    size_t pair = size_t(t) * TAKEN;
     u32 wanted = 0;
-    for (int j = 0; j < k; ++j)
-      if (int id = ids_tk[size_t(t) * k + j]; id >= 0) wanted |= 1u << owners_e[id];
+#pragma unroll
+    for (int j = 0; j < TAKEN; ++j)
+      if (int id = ids_tk[pair + j]; id >= 0) wanted |= 1u << owners_e[id];
     wanted &= ~(1u << rank);
     sent += __popc(wanted);
-    for (int i = threadIdx.x; i < ranks * k; i += blockDim.x) {
-      int to = i / k, j = i % k;
+    for (int i = mine.lane; i < ranks * TAKEN; i += kLanes) {
+      int to = i / TAKEN, j = i % TAKEN;
       if (to == rank) continue;
-      size_t pair = size_t(t) * k + j;
-      int id = ids_tk[pair];
-      store_to_peer(all.of(to).ids(rank) + pair, id >= 0 && owners_e[id] == to ? id : -1);
-      store_to_peer(all.of(to).weights(rank) + pair, weights_tk[pair]);
+      int id = ids_tk[pair + j];
+      store_to_peer(all.of(to).ids(rank) + pair + j, id >= 0 && owners_e[id] == to ? id : -1);
+      store_to_peer(all.of(to).weights(rank) + pair + j, weights_tk[pair + j]);
     }
     if (!wanted) continue;
-    for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {
-      Vector part = load(x_th + size_t(t) * h + i);
+    for_parts(x_th + size_t(t) * h, h, mine.lane, [&](int i, Vector part) {
       for (int to = 0; to < ranks; ++to)
         if (wanted >> to & 1)
           store_to_peer(reinterpret_cast<Vector*>(all.of(to).x(rank) + size_t(t) * h + i), part);
-    }
+    });
   }
-  if (threadIdx.x == 0) {
-    atomicAdd(&statistics->rows_sent, u64(sent));
-    if (blockIdx.x == 0) {
-      atomicAdd(&statistics->calls, u64(1));
-      atomicAdd(&statistics->tokens, u64(tokens));
-    }
+  if (mine.lane == 0 && sent) atomicAdd(&statistics->rows_sent, u64(sent));
+  if (threadIdx.x == 0 && blockIdx.x == 0) {
+    atomicAdd(&statistics->calls, u64(1));
+    atomicAdd(&statistics->tokens, u64(tokens));
   }
   announce(call, tokens, all, state, [=](Mailbox box) { return box.dispatched(rank); });
 }
@@ -205,15 +236,16 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 extern "C" __global__ void __launch_bounds__(kThreads)
     take_rows(const float* x_th, const int* ids_tk, const float* weights_tk, int tokens,
               const int* owners_e, const u64* base, int rank, int ranks, int most, int most_k,
-              int most_h, int k, int h, int slots, float* rows_rh, int* ids_r, float* weights_r, u32 layer, State* state,
-              Control* control, Statistics* statistics) {
+              int most_h, int h, int slots, float* rows_rh, int* ids_r, float* weights_r, u32 layer,
+              State* state, Control* control, Statistics* statistics) {
   Mailbox box = Ranks{base, rank, ranks, most, most_k, most_h}.own();
+  Rows mine;
   int source = blockIdx.y;
   bool is_first = blockIdx.x == 0 && source == 0, is_own = source == rank;
   wait_for_previous();
   u64 start = nanoseconds();
-  bool is_there = is_first ? have_come(box.dispatched(0), 0, ranks, rank, layer, state, control)
-                           : have_come(box.dispatched(0), source, 1, rank, layer, state, control);
+  bool is_there = have_come(box.dispatched(0), is_first ? 0 : source, is_first ? ranks : 1, rank, layer,
+                            is_first, state, control);
   if (is_first && threadIdx.x == 0)
     atomicAdd(&statistics->ns_of_dispatch, nanoseconds() - start);
   let_next_start();
@@ -223,83 +255,91 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const float* weights = is_own ? weights_tk : box.weights(source);
   int came = is_own ? tokens : int(load_relaxed(&box.dispatched(source)->tokens));
   if (!is_there) came = 0;
-  for (int t = blockIdx.x; t < slots; t += gridDim.x) {
-    size_t pair = size_t(t) * k, row = (size_t(source) * slots + t) * k;
+  for (int t = mine.first; t < slots; t += mine.step) {
+    size_t pair = size_t(t) * TAKEN, row = (size_t(source) * slots + t) * TAKEN;
     u32 taken = 0;
-    for (int j = 0; j < k; ++j) {
+#pragma unroll
+    for (int j = 0; j < TAKEN; ++j) {
       int id = t < came ? ids[pair + j] : -1;
       if (id >= 0 && is_own && owners_e[id] != rank) id = -1;
       if (id >= 0) taken |= 1u << j;
-      if (threadIdx.x != j % blockDim.x) continue;
+      if (mine.lane != j % kLanes) continue;
       ids_r[row + j] = id;
       weights_r[row + j] = id >= 0 ? weights[pair + j] : 0.0f;
       if (id >= 0) atomicAdd(rows_of_e + id, u64(1));
     }
     if (!taken) continue;
-    for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {
-      Vector part = load(from + size_t(t) * h + i);
-      for (int j = 0; j < k; ++j)
+    for_parts(from + size_t(t) * h, h, mine.lane, [&](int i, Vector part) {
+#pragma unroll
+      for (int j = 0; j < TAKEN; ++j)
         if (taken >> j & 1) store(rows_rh + (row + j) * h + i, part);
-    }
+    });
   }
 }
 
 // The product of each row that is not padding back to the rank of its token.  blockIdx.y is that rank.
 extern "C" __global__ void __launch_bounds__(kThreads)
     send_products(const float* products_rh, const int* ids_r, const u64* base, int rank, int ranks,
-                  int most, int most_k, int most_h, int k, int h, int slots, State* state, Statistics* statistics) {
+                  int most, int most_k, int most_h, int h, int slots, State* state,
+                  Statistics* statistics) {
   Ranks all{base, rank, ranks, most, most_k, most_h};
+  Rows mine;
   int to = blockIdx.y, sent = 0;
   wait_for_previous();
   let_next_start();
   u32 call = state->call;
   bool is_sending = to != rank && !state->cause;
   float* products = all.of(to).products();
-  for (int p = blockIdx.x; p < slots * k && is_sending; p += gridDim.x) {
-    size_t row = size_t(to) * slots * k + p;
+  for (int p = mine.first; p < slots * TAKEN && is_sending; p += mine.step) {
+    size_t row = size_t(to) * slots * TAKEN + p;
     if (ids_r[row] < 0) continue;
     sent += 1;
-    for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR)
-      store_to_peer(reinterpret_cast<Vector*>(products + size_t(p) * h + i),
-                    load(products_rh + row * h + i));
+    for_parts(products_rh + row * h, h, mine.lane, [&](int i, Vector part) {
+      store_to_peer(reinterpret_cast<Vector*>(products + size_t(p) * h + i), part);
+    });
   }
-  if (threadIdx.x == 0) atomicAdd(&statistics->products_sent, u64(sent));
+  if (mine.lane == 0 && sent) atomicAdd(&statistics->products_sent, u64(sent));
   announce(call, 0, all, state, [=](Mailbox box) { return box.returned(rank); });
 }
 
 // delta_th[t] = the sum of its products in the order of k.  An id of -1 counts as -0, which changes no
-// bit of a sum; without any other id the sum is +0 (see `combine` in experts.cu).  A CTA takes one
-// token after another.
+// bit of a sum; without any other id the sum is +0 (see `combine` in experts.cu).
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_products(const float* products_rh, const int* ids_tk, int tokens, const int* owners_e,
-                 const u64* base, int rank, int ranks, int most, int most_k, int most_h, int k, int h,
+                 const u64* base, int rank, int ranks, int most, int most_k, int most_h, int h,
                  int slots, float* delta_th, u32 layer, State* state, Control* control,
                  Statistics* statistics) {
   Mailbox box = Ranks{base, rank, ranks, most, most_k, most_h}.own();
+  Rows mine;
   wait_for_previous();
   u64 start = nanoseconds();
-  bool is_there = have_come(box.returned(0), 0, ranks, rank, layer, state, control);
-  if (blockIdx.x == 0 && threadIdx.x == 0)
+  bool is_first = blockIdx.x == 0;
+  bool is_there = have_come(box.returned(0), 0, ranks, rank, layer, is_first, state, control);
+  if (is_first && threadIdx.x == 0)
     atomicAdd(&statistics->ns_of_combine, nanoseconds() - start);
   let_next_start();
-  for (int t = blockIdx.x; t < tokens; t += gridDim.x) {
-    size_t pair = size_t(t) * k;
-    for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {
-      Vector sum;
-      bool is_any_there = false;
-      for (int v = 0; v < VECTOR; ++v) sum.of[v] = -0.0f;
-      for (int j = 0; j < k; ++j) {
-        int id = ids_tk[pair + j];
-        if (id < 0) continue;
-        is_any_there = true;
-        const float* from = owners_e[id] == rank
-                                ? products_rh + ((size_t(rank) * slots + t) * k + j) * h
-                                : box.products() + (pair + j) * h;
-        Vector product = load(from + i);
-        for (int v = 0; v < VECTOR; ++v) sum.of[v] = __fadd_rn(sum.of[v], product.of[v]);
-      }
+  for (int t = mine.first; t < tokens; t += mine.step) {
+    size_t pair = size_t(t) * TAKEN;
+    const float* from[TAKEN];  // null for an id of -1
+    bool is_any_there = false;
+#pragma unroll
+    for (int j = 0; j < TAKEN; ++j) {
+      int id = ids_tk[pair + j];
+      const float* own = products_rh + ((size_t(rank) * slots + t) * TAKEN + j) * h;
+      from[j] = id < 0 ? nullptr : owners_e[id] == rank ? own : box.products() + (pair + j) * h;
+      is_any_there |= id >= 0;
+    }
+    for (int i = mine.lane * VECTOR; i < h; i += kLanes * VECTOR) {
+      Vector products[TAKEN], sum;
+#pragma unroll
+      for (int j = 0; j < TAKEN; ++j)
+        if (from[j]) products[j] = load(from[j] + i);
+#pragma unroll
       for (int v = 0; v < VECTOR; ++v) {
-        if (!is_any_there) sum.of[v] = 0.0f;
+        sum.of[v] = is_any_there ? -0.0f : 0.0f;
+#pragma unroll
+        for (int j = 0; j < TAKEN; ++j)
+          sum.of[v] = __fadd_rn(sum.of[v], from[j] ? products[j].of[v] : -0.0f);
         if (!is_there) sum.of[v] = __uint_as_float(0x7fffffff);
       }
       store(delta_th + size_t(t) * h + i, sum);

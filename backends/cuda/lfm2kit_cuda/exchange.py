@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 WORD = 4
 LINE_WORDS = 2  # of a line that every call stores: the flag, and how many tokens come
-MOST_CTAS = 1024  # for each rank
+MOST_CTAS = 128  # of a kernel, or for each rank: see exchange.cu
 
 
 class PeerExchange:
@@ -108,12 +108,12 @@ class PeerExchange:
     def _place(self) -> tuple[cupy.ndarray | int, ...]:
         """Return the arguments by which kernels find a place in the mailboxes."""
         traffic, world, boxes = self._traffic, self._meeting.world, self._meeting.mailboxes
-        k, hidden_size = traffic.num_experts_per_tok, traffic.hidden_size
-        return boxes.base, world.rank, world.size, *boxes.size, k, hidden_size
+        return boxes.base, world.rank, world.size, *boxes.size, traffic.hidden_size
 
     def _kernel(self, name: str) -> Kernel:
         vector = 4 if self._traffic.hidden_size % 4 == 0 else 1
-        return load_kernel("exchange", name, VECTOR=vector)
+        taken = self._traffic.num_experts_per_tok
+        return load_kernel("exchange", name, VECTOR=vector, TAKEN=taken)
 
     def _counts(self, numbers: npt.NDArray[np.int64]) -> ExchangeCounts:
         """Return the counts by what kernels have counted; see `Statistics` in exchange.cu."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import cupy
 import numpy as np
+from cupy.cuda import nccl  # CuPy makes it an attribute of cupy.cuda only if it is imported
 
 from lfm2kit.memory import Array, Memory
 from lfm2kit.ranks.agreement import Refusal, agree
@@ -24,15 +25,15 @@ class Nccl:
 
     arrays = cupy
 
-    def __init__(self, size: int, unique_id: tuple[int, ...], rank: int) -> None:
+    def __init__(self, size: int, unique_id: bytes, rank: int) -> None:
         self._size = size
-        self._nccl: Any = cupy.cuda.nccl.NcclCommunicator(size, unique_id, rank)
+        self._nccl: Any = nccl.NcclCommunicator(size, unique_id, rank)
 
     def all_gather(self, array: Array) -> Array:
         array = cupy.ascontiguousarray(array)
         everyones = cupy.empty((self._size, *array.shape), array.dtype)
         self._nccl.allGather(
-            array.data.ptr, everyones.data.ptr, array.nbytes, cupy.cuda.nccl.NCCL_UINT8,
+            array.data.ptr, everyones.data.ptr, array.nbytes, nccl.NCCL_UINT8,
             cupy.cuda.get_current_stream().ptr,
         )  # fmt: skip
         return everyones
@@ -40,12 +41,12 @@ class Nccl:
     def swap(self, blocks: Array) -> Array:
         blocks = cupy.ascontiguousarray(blocks)
         came, stream = cupy.empty_like(blocks), cupy.cuda.get_current_stream().ptr
-        nbytes, unit = blocks[0].nbytes, cupy.cuda.nccl.NCCL_UINT8
-        cupy.cuda.nccl.groupStart()
+        nbytes, unit = blocks[0].nbytes, nccl.NCCL_UINT8
+        nccl.groupStart()
         for peer in range(self._size):
             self._nccl.send(blocks[peer].data.ptr, nbytes, unit, peer, stream)
             self._nccl.recv(came[peer].data.ptr, nbytes, unit, peer, stream)
-        cupy.cuda.nccl.groupEnd()
+        nccl.groupEnd()
         return came
 
 
@@ -60,24 +61,24 @@ def connected(transport: Transport, memory: Memory) -> tuple[Communicator | None
     try:
         with cupy.cuda.Device(int(memory.name.rpartition(":")[2])):
             return Nccl(transport.world.size, unique_id, transport.world.rank), None
-    except cupy.cuda.nccl.NcclError as error:
+    except nccl.NcclError as error:
         return None, f"NCCL says {error}"
 
 
-def _made_id(*, is_first: bool) -> tuple[tuple[int, ...], str | None]:
+def _made_id(*, is_first: bool) -> tuple[bytes, str | None]:
     """Return the id that rank 0 makes, zeros on the others; or why there can be none."""
-    none = (0,) * ID_BYTES
-    if not cupy.cuda.nccl.available:
+    none = bytes(ID_BYTES)
+    if not nccl.available:
         return none, "CuPy finds no NCCL; install nvidia-nccl-cu13"
     try:
-        return cupy.cuda.nccl.get_unique_id() if is_first else none, None
-    except cupy.cuda.nccl.NcclError as error:
+        return nccl.get_unique_id() if is_first else none, None
+    except nccl.NcclError as error:
         return none, f"NCCL says {error}"
 
 
-def _of_first(transport: Transport, unique_id: tuple[int, ...]) -> tuple[int, ...]:
+def _of_first(transport: Transport, unique_id: bytes) -> bytes:
     """Return the id of rank 0 on every rank."""
     size = transport.world.size
-    mine = np.tile(np.array(unique_id, np.int16), (size, 1))
+    mine = np.tile(np.frombuffer(unique_id, np.uint8), (size, 1))
     everyones, _ = transport.all_to_all(mine, [1] * size, [1] * size)
-    return tuple(everyones[0].tolist())
+    return bytes(everyones[0])

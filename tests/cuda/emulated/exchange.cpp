@@ -121,12 +121,12 @@ int main(int, char** argv) {
       int* ids = out.ids(call, h);
       launch_late({ctas, 1, 1}, threads, [&] {
         send_tokens(mine.x.data(), mine.ids.data(), mine.weights.data(), mine.tokens, owner, base,
-                    rank, ranks, most, most_k, most_h, k, h, state, counted);
+                    rank, ranks, most, most_k, most_h, h, state, counted);
       });
       if (rank == late) usleep(60000);
       launch_late({ctas, u32(ranks), 1}, threads, [&] {
         take_rows(mine.x.data(), mine.ids.data(), mine.weights.data(), mine.tokens, owner, base,
-                  rank, ranks, most, most_k, most_h, k, h, slots, x, ids, weights, u32(call), state, control,
+                  rank, ranks, most, most_k, most_h, h, slots, x, ids, weights, u32(call), state, control,
                   counted);
       });
       std::vector<float> products(out.rows * h, __uint_as_float(0x7fc00000));
@@ -135,11 +135,11 @@ int main(int, char** argv) {
           for (int i = 0; i < h; ++i)
             products[row * h + i] = weights[row] * (x[row * h + i] * (1 + float(ids[row]) / 8));
       launch_late({ctas, u32(ranks), 1}, threads, [&] {
-        send_products(products.data(), ids, base, rank, ranks, most, most_k, most_h, k, h, slots, state, counted);
+        send_products(products.data(), ids, base, rank, ranks, most, most_k, most_h, h, slots, state, counted);
       });
       launch_late({ctas, 1, 1}, threads, [&] {
         add_products(products.data(), mine.ids.data(), mine.tokens, owner, base, rank, ranks, most,
-                     most_k, most_h, k, h, slots, delta, u32(call), state, control, counted);
+                     most_k, most_h, h, slots, delta, u32(call), state, control, counted);
       });
     }
     _exit(0);

@@ -44,8 +44,6 @@ inline void make_visible() {
   stored.clear();
 }
 
-inline u32 arrive_for_peers(u32* count) { return arrive(count); }
-
 inline void raise_flag(u32* at, u32 value) {
   make_visible();
   store_release(at, value);
