@@ -37,6 +37,7 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("channel", {}, ALL),
     ("picking", {"VECTOR": 4}, ALL),
     ("picking", {"VECTOR": 1}, ALL),
+    ("sampling", {}, ALL),
     ("exchange", {"VECTOR": 4, "TAKEN": 4}, ALL),
     ("exchange", {"VECTOR": 1, "TAKEN": 3}, ALL),
     ("peers", {}, ALL),
