@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from lfm2kit.building.loading import find_model
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.measuring import samples
 from training import card
 from training.choose import note_candidates
+from training.recipe import CONFIG
 
 RECORD: dict[str, Any] = {
     "data": {"novels": [5049892, 1585418], "held_out_novels": [159075, 49944]},
@@ -98,3 +101,16 @@ def test_only_the_best_is_called_so(tmp_path: Path) -> None:
     with pytest.raises(Lfm2kitError, match=r"better is better than .*one; name the best"):
         note_candidates(one, [better])
     assert (one / "README.md").read_bytes() == before
+
+
+def test_the_embedded_models_card_is_what_its_record_gives() -> None:
+    folder = find_model("tiny")
+    record = json.loads((folder / "training.json").read_text())
+    assert (folder / "README.md").read_text() == card.render(record)
+    assert record["inputs"]["least_gap"] >= record["inputs"]["gap_rule"] == 1e-4
+    assert record["inputs"]["count"] == len(samples.read_inputs(folder / "inputs.bin")) >= 128
+    assert "the best of 4 trainings" in card.render(record)
+
+
+def test_the_embedded_model_is_that_of_the_recipe() -> None:
+    assert json.loads((find_model("tiny") / "config.json").read_text()) == CONFIG
