@@ -1,6 +1,6 @@
 """Compares what may be drawn with transformers, on logits that hypothesis makes.
 
-    PYTHONPATH=. oracle/bin/python scripts/compare_sampling.py [EXAMPLES]     (see make_tiny.py)
+    PYTHONPATH=. oracle/bin/python scripts/compare_sampling.py [EXAMPLES]     (see make_chats.py)
 
 The tests do not run it; they have tests/engine/transformers.npz.  Where rounding decides whether a
 token is kept, the sets may differ; then they must be equal after a border has moved by `NEAR`.

@@ -45,7 +45,7 @@ install() {
 
 # Fills the array `packages`, with relative paths, because pip interprets some characters of others.
 list_packages() {
-  packages=(-e . -e ./backends/cpu_simd -e ./backends/hybrid)
+  packages=(-e ".[chat]" -e ./backends/cpu_simd -e ./backends/hybrid)
   # Without an MPI on the machine, its wheel brings one.
   if command -v mpiexec >/dev/null; then packages+=(-e ./backends/mpi)
   else packages+=(-e "./backends/mpi[mpich]"); fi

@@ -1,6 +1,6 @@
 """Makes tests/oracle: small checkpoints, each named after what it guards, and their answers.
 
-    PYTHONPATH=. oracle/bin/python scripts/make_oracle.py [CASE ...]        (see make_tiny.py)
+    PYTHONPATH=. oracle/bin/python scripts/make_oracle.py [CASE ...]        (see make_chats.py)
 
 A case is a Hugging Face folder with `expected.npz`: sequences `ids_0`, ..., the positions
 `rows_0` whose logits are kept, `logits_0`, and what each MoE layer's router chose for every

@@ -1,6 +1,6 @@
 """Makes tests/engine/transformers.npz: rows of logits, and what transformers may draw of them.
 
-    PYTHONPATH=. oracle/bin/python scripts/make_sampling.py        (see make_tiny.py)
+    PYTHONPATH=. oracle/bin/python scripts/make_sampling.py        (see make_chats.py)
 
 The arrays of all cases lie one after the other: `logits`, which of them are `kept`, and their
 `probabilities`, with the `sizes` of cases; the `ids` before the token, with their `counts`.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.checkpoint.typed import Cli
+from tests.random_model import write_random_model
 
 
 def pytest_configure() -> None:
@@ -52,6 +54,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return jobs if nodeid.startswith(jobs) else super()._split_scope(nodeid)
 
     return JobsOneByOne(config, log)
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the random model, which no test may change."""
+    return write_random_model(tmp_path_factory.mktemp("random") / "random")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def render(record: Mapping[str, Any]) -> str:
             ((e["layer"], e["top_over_mean"], e["bias_std"]) for e in record["experts"]),
         ),
         samples="\n\n".join(f"> {' '.join(s.split())}" for s in record["samples"]),
+        candidates=_candidates(record.get("candidates", ())),
         inputs=_inputs(record.get("inputs")),
     )
 
@@ -54,6 +55,22 @@ def _data_rows(data: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
 def _curve_rows(curve: Iterable[Any]) -> Iterable[tuple[str, str, str]]:
     for tokens, loss, bits in curve:
         yield f"{tokens / 1e6:.2f}", f"{loss:.3f}", f"{bits:.3f}"
+
+
+def _candidates(candidates: Sequence[Mapping[str, Any]]) -> str:
+    if not candidates:
+        return ""
+    rows = ((_options(one["command"]), f"{one['bits_per_byte']:.4f}") for one in candidates)
+    return (
+        f"\nIt is the best of {len(candidates)} trainings, chosen by the figure for held-out text, "
+        f"which is therefore slightly too good:\n\n{_table(('options', 'bits per byte'), rows)}\n"
+    )
+
+
+def _options(command: str) -> str:
+    """Return a command's options without those that all trainings have."""
+    _, _, options = command.partition(" --device ")
+    return f"`{options.partition(' ')[2]}`"
 
 
 def _inputs(inputs: Mapping[str, Any] | None) -> str:

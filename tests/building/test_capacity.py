@@ -10,10 +10,9 @@ from lfm2kit import specs
 from lfm2kit.backend import BackendPlugin, Block, Context, Spec, Weights
 from lfm2kit.batch import Batch
 from lfm2kit.building.capacity import size
-from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HostMemory, Memory
 from lfm2kit.precisions import FP32, SIXTEEN_BIT, Precision
@@ -21,8 +20,8 @@ from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.state import Room
 from lfm2kit.transport import ExchangeOffer, World
 from tests.core.test_model import DeviceBackend, Elsewhere
+from tests.random_model import RANDOM
 
-TINY = open_checkpoint(find_model("tiny"))
 PACKED = {"fp32": 4, "bf16": 2}  # bytes of an element
 PRECISIONS = (FP32, Precision("bf16", SIXTEEN_BIT))
 
@@ -59,16 +58,16 @@ def card(plan: str = "card", *, transport: Any = None, **options: Any) -> Setup:
     plugins = installed_plugins()
     plugin = BackendPlugin("card", "a small device", CardBackend, 1, precisions=PRECISIONS)
     plugins.backends["card"] = InstalledBackend(plugin, "this test")
-    return set_up(TINY, Options(backend=plan, **options), transport=transport, plugins=plugins)
+    return set_up(RANDOM, Options(backend=plan, **options), transport=transport, plugins=plugins)
 
 
 def elements(*, without_experts_of: int = 0) -> int:
     """Return the elements of the weights, a tied head's counted again, but for some experts."""
     sparse = [
-        x.feed_forward for x in TINY.spec.layers if isinstance(x.feed_forward, specs.SparseMoe)
+        x.feed_forward for x in RANDOM.spec.layers if isinstance(x.feed_forward, specs.SparseMoe)
     ]
     left_out = sum(moe.experts.weight_elements() for moe in sparse[:without_experts_of])
-    return TINY.spec.weight_elements() + TINY.spec.lm_head.weight_elements() - left_out
+    return RANDOM.spec.weight_elements() + RANDOM.spec.lm_head.weight_elements() - left_out
 
 
 def refusal(setup: Setup) -> str:
@@ -200,7 +199,7 @@ def test_a_state_that_does_not_fit_is_refused_before_it_is_allocated(monkeypatch
     allocated: list[Room] = []
     monkeypatch.setattr(type(model.forward), "new_state", lambda self, room: allocated.append(room))
     backend = ReferenceBackend()
-    layers = [layer.operator for layer in TINY.spec.layers]
+    layers = [layer.operator for layer in RANDOM.spec.layers]
     needed = sum(backend.state_bytes(operator, room) for operator in layers)
     Card.free = needed - 1
     with pytest.raises(Lfm2kitError) as refused:
@@ -239,7 +238,7 @@ def test_a_backend_that_does_not_say_what_states_take_is_named() -> None:
     plugins = installed_plugins()
     plugin = BackendPlugin("silent", "says nothing", WithoutStateBytes, 1)
     plugins.backends["silent"] = InstalledBackend(plugin, "this test")
-    setup = set_up(TINY, Options(backend="silent"), plugins=plugins)
+    setup = set_up(RANDOM, Options(backend="silent"), plugins=plugins)
     says = r"layers.0.operator: backend 'silent' builds ShortConv .* no method state_bytes\(spec, r"
     with pytest.raises(Lfm2kitError, match=says):
         setup.build()

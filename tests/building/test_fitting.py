@@ -31,12 +31,12 @@ from lfm2kit.building.byte_counts import parse_bytes
 from lfm2kit.building.curves import Curve
 from lfm2kit.building.fitting import RESERVE, TOKENS
 from lfm2kit.building.load import Load, unused
-from lfm2kit.building.loading import Setup, find_model, load_model, set_up
+from lfm2kit.building.loading import Setup, load_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.building.rates import Calibration, Link, Side
 from lfm2kit.building.rates import Experts as Measured
-from lfm2kit.checkpoint import Checkpoint, open_checkpoint
+from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16
 from lfm2kit.memory import HostMemory
@@ -50,12 +50,12 @@ from lfm2kit.testing.random_weights import random_weights, stored_as
 from lfm2kit.transport import World
 from tests.checkpoint.typed import Cli
 from tests.core.test_model import DeviceBackend
+from tests.random_model import RANDOM, build_random
 from tests.rewrites.split_memories import Adding, AddingBackend
 
-TINY = open_checkpoint(find_model("tiny"))
-MOES = [i for i, x in enumerate(TINY.spec.layers) if isinstance(x.feed_forward, specs.SparseMoe)]
-EXPERTS: Any = TINY.spec.layers[MOES[0]].feed_forward.experts
-STORED = str(TINY.weights[f"layers.{MOES[0]}.feed_forward.experts.0.w1.weight"].format)
+MOES = [i for i, x in enumerate(RANDOM.spec.layers) if isinstance(x.feed_forward, specs.SparseMoe)]
+EXPERTS: Any = RANDOM.spec.layers[MOES[0]].feed_forward.experts
+STORED = str(RANDOM.weights[f"layers.{MOES[0]}.feed_forward.experts.0.w1.weight"].format)
 ONE = 4 * EXPERTS.expert.weight_elements()
 SCRATCH = 1000  # bytes a token
 ROOM = SLOTS * EXPERTS_PER_SLOT * ONE  # of the slots
@@ -120,7 +120,7 @@ def setup(
     plan: str = "card",
     world: World | None = None,
     tokens: int = TOKENS,
-    checkpoint: Checkpoint = TINY,
+    checkpoint: Checkpoint = RANDOM,
     grouping: Grouping | None = None,
     **options: Any,
 ) -> Setup:
@@ -131,7 +131,7 @@ def setup(
 
 def limit(resident: int, more: int = 0, tokens: int = TOKENS) -> str:
     """Return a size that is just enough for that many experts of each layer."""
-    whole = 4 * (TINY.spec.weight_elements() + TINY.spec.lm_head.weight_elements())
+    whole = 4 * (RANDOM.spec.weight_elements() + RANDOM.spec.lm_head.weight_elements())
     away = len(MOES) * (len(EXPERTS.local_experts) - resident) * ONE
     return f"{int((whole - away + SCRATCH * tokens + more) / (1 - RESERVE)) + 2}B"
 
@@ -301,7 +301,7 @@ def test_the_hosts_own_blocks_need_what_is_not_pinned(monkeypatch: pytest.Monkey
 def test_what_says_how_to_fit_needs_a_size(option: Any) -> None:
     ((name, value),) = option.items()
     with pytest.raises(Lfm2kitError) as refused:
-        set_up(TINY, Options(**option))
+        set_up(RANDOM, Options(**option))
     asked = f"{name}={value!r}"
     assert str(refused.value) == f"{asked}: needs a limit, such as gpu_memory='24GiB'"
 
@@ -321,7 +321,7 @@ def test_the_hosts_part_keeps_the_precision_that_the_plan_gives_the_experts() ->
     half = Precision("half", FP32_GRADE)
     plugins = with_backends((FP32, half), card=CardBackend, near=ReferenceBackend)
     options = Options(backend=f"card:half,{MOES[0]}.experts=card:fp32", gpu_memory=limit(2))
-    found = set_up(TINY, options, plugins=plugins)
+    found = set_up(RANDOM, options, plugins=plugins)
     items = [leaf.backend for leaf in found.placed.leaves() if leaf.name.endswith(".host")]
     first, *others = items
     assert first is not None
@@ -331,7 +331,7 @@ def test_the_hosts_part_keeps_the_precision_that_the_plan_gives_the_experts() ->
     with pytest.raises(
         Lfm2kitError, match=r"^gpu_memory=.*: no backend that can run .* in half in"
     ):
-        set_up(TINY, options, plugins=alone)
+        set_up(RANDOM, options, plugins=alone)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_a_rank_splits_its_own_experts() -> None:
 
 def test_the_logits_are_those_of_the_whole_model() -> None:
     batch = Batch.of_sequences([[1, 2, 3], [4]])
-    whole = load_model("tiny", "reference").logits(batch)
+    whole = build_random("reference").logits(batch)
     split = setup(gpu_memory=limit(2)).build().logits(batch)
     np.testing.assert_allclose(split, whole, rtol=0, atol=1e-4)
 
@@ -397,10 +397,10 @@ def write_rates(
 def write_load(path: Path) -> Path:
     """Write a load in which all layers but the last choose experts with higher ids more often."""
     layers = []
-    for one in unused(TINY.spec):
+    for one in unused(RANDOM.spec):
         counts = range(10, 10 + len(one.counts))
         layers.append(one._replace(counts=tuple(counts[:: -1 if one.layer == MOES[-1] else 1])))
-    load = Load("tiny", TINY.spec.embed_tokens.hidden_size, 1000, tuple(layers))
+    load = Load("tiny", RANDOM.spec.embed_tokens.hidden_size, 1000, tuple(layers))
     path.write_text(json.dumps(load.document()))
     return path
 
@@ -448,7 +448,7 @@ def test_rates_say_what_is_streamed_and_what_the_host_computes(
         all_ids = (*spec.resident, *spec.streamed, *spec.host)
         assert sorted(all_ids) == list(EXPERTS.local_experts)
     batch = Batch.of_sequences([[1, 2, 3], [4]])
-    whole = load_model("tiny", "reference").logits(batch)
+    whole = build_random("reference").logits(batch)
     np.testing.assert_allclose(found.build().logits(batch), whole, rtol=0, atol=1e-4)
 
 
@@ -518,11 +518,11 @@ def test_a_load_places_experts_over_ranks_and_below_a_limit_at_once(tmp_path: Pa
     asked = Options(backend="card", gpu_memory=limit(3), load=load, replicate_experts=3)
 
     def rank(transport: ThreadTransport) -> Any:
-        found = set_up(TINY, asked, plugins=plugins, transport=transport)
+        found = set_up(RANDOM, asked, plugins=plugins, transport=transport)
         assert all(spec.host and spec.resident for spec in splits(found))
         return found.build().logits(batch)
 
-    whole = load_model("tiny", "reference").logits(batch)
+    whole = build_random("reference").logits(batch)
     for logits in run_ranks(2, rank):
         np.testing.assert_allclose(logits, whole, rtol=0, atol=1e-4)
 
@@ -608,12 +608,12 @@ def test_without_such_rates_the_simple_rule_holds_and_a_note_says_why(
 
 
 def test_load_model_warns_where_experts_are_placed_without_rates(
-    monkeypatch: pytest.MonkeyPatch,
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plugins = with_backends(card=CardBackend)
     monkeypatch.setattr("lfm2kit.building.loading.installed_plugins", lambda: plugins)
     with pytest.warns(UserWarning, match="experts are placed without predicted times") as warned:
-        load_model("tiny", "card", gpu_memory=limit(3))
+        load_model(random_folder, "card", gpu_memory=limit(3))
     assert [one.filename for one in warned] == [__file__]
 
 
@@ -625,10 +625,10 @@ def smaller(spec: Spec) -> Spec:
 def last_layer(size: bool = False, names: Sequence[str] = ()) -> Checkpoint:
     """Return a checkpoint whose last layer has smaller experts, or these tensors as F32."""
     last = MOES[-1]
-    layers = list(TINY.spec.layers)
+    layers = list(RANDOM.spec.layers)
     if size:
         layers[last] = replaced(layers[last], smaller)
-    spec = replace(TINY.spec, layers=tuple(layers))
+    spec = replace(RANDOM.spec, layers=tuple(layers))
     wide = random_weights(spec)
     tensors = dict(stored_as(wide, BF16))
     tensors |= {name: wide[name] for name in (f"layers.{last}.{n}.weight" for n in names)}
@@ -695,8 +695,9 @@ def test_rates_that_were_measured_elsewhere_are_named_with_what_differs(
     assert not [note for note in setup(gpu_memory=limit(3), rates=rates).notes() if "rates" in note]
 
 
+@pytest.mark.usefixtures("reference_is_preferred")
 def test_a_run_says_it_once_and_in_its_record(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reference_is_preferred: None
+    cli: Cli, random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     rates = write_rates(tmp_path / "rates.json", "card", processor="a slide rule")
 
@@ -706,7 +707,8 @@ def test_a_run_says_it_once_and_in_its_record(
 
     monkeypatch.setattr(import_module("lfm2kit.cli.preparing"), "set_up", limited)
     size = limit(3, tokens=16)
-    done = cli("run", "-n", 1, "--gpu-memory", size, "--rates", rates, "--json", "-")
+    run = ("run", "-m", random_folder, "--random-inputs", 16, "-n", 1, "--json", "-")
+    done = cli(*run, "--gpu-memory", size, "--rates", rates)
     assert done.code == 0
     (note,) = json.loads(done.out)["notes"]
     assert "not measured here: processor a slide rule, here " in note

@@ -10,17 +10,15 @@ from typing import Any
 import pytest
 
 from lfm2kit.backend import BackendPlugin, Context
-from lfm2kit.building.loading import find_model, load_model, set_up
+from lfm2kit.building.loading import load_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, Plugins, installed_plugins
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import SHORT, spread
 from lfm2kit.errors import Lfm2kitError
 from tests.checkpoint.typed import Cli
 from tests.core.test_model import DeviceBackend
-
-TINY = open_checkpoint(find_model("tiny"))
+from tests.random_model import RANDOM
 
 
 @pytest.mark.parametrize(
@@ -57,7 +55,7 @@ TINY = open_checkpoint(find_model("tiny"))
             {"n_cpu_moe": -1},
             "n_cpu_moe=-1: expected a whole number of 0 or more, such as n_cpu_moe=0",
         ),
-        ({"n_cpu_moe": 7, "backend": "reference"}, "n_cpu_moe=7: the model has 6 MoE layers"),
+        ({"n_cpu_moe": 7, "backend": "reference"}, "n_cpu_moe=7: the model has 4 MoE layers"),
     ],
 )
 def test_a_wrong_option_is_one_sentence_in_the_words_of_python(
@@ -123,7 +121,7 @@ def plugins_with(preference: int, backend: Any) -> Plugins:
 
 
 def experts_of_layer_2(plugins: Plugins) -> str | None:
-    setup = set_up(TINY, Options(backend="reference", n_cpu_moe=1), plugins=plugins)
+    setup = set_up(RANDOM, Options(backend="reference", n_cpu_moe=1), plugins=plugins)
     leaves = {leaf.name: leaf.backend for leaf in setup.placed.leaves()}
     return leaves["layers.2.feed_forward.experts"]
 
@@ -148,7 +146,7 @@ def test_experts_on_the_host_keep_the_precision_that_the_plan_gives_them(
     plan: str, precision: str, expected: str
 ) -> None:
     pytest.importorskip("lfm2kit_cpu_simd", reason="it has several precisions")
-    setup = set_up(TINY, Options(backend=plan, precision=precision, n_cpu_moe=1))
+    setup = set_up(RANDOM, Options(backend=plan, precision=precision, n_cpu_moe=1))
     leaves = {leaf.name: leaf.backend for leaf in setup.placed.leaves()}
     experts = {name: leaf for name, leaf in leaves.items() if name.startswith("layers.2.feed")}
     assert set(experts.values()) == {expected}
@@ -159,7 +157,7 @@ def test_without_such_a_backend_the_option_is_named() -> None:
     plugin = BackendPlugin("mine", "", lambda context: DeviceBackend(), 1, preference=1)
     plugins.backends["mine"] = InstalledBackend(plugin, "this test")
     with pytest.raises(Lfm2kitError, match="n_cpu_moe=1: no backend that can run here builds Exp"):
-        set_up(TINY, Options(backend="mine", n_cpu_moe=1), plugins=plugins)
+        set_up(RANDOM, Options(backend="mine", n_cpu_moe=1), plugins=plugins)
 
 
 def test_reference_alone_is_enough() -> None:

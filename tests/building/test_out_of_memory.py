@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.state import Room
-
-TINY = open_checkpoint(find_model("tiny"))
+from tests.random_model import RANDOM
 
 
 def out_of_memory(*arguments: Any, **options: Any) -> Any:
@@ -27,7 +25,7 @@ def test_memory_that_runs_out_while_building_names_the_block_and_the_bytes(
 ) -> None:
     monkeypatch.setattr(ReferenceBackend, "build", out_of_memory)
     with pytest.raises(Lfm2kitError) as told:
-        set_up(TINY, Options(backend="reference")).build()
+        set_up(RANDOM, Options(backend="reference")).build()
     assert "to build embed_tokens, whose weights take 262 KB" in str(told.value)
     assert "Unable to allocate 2.00 EiB" in str(told.value)
 
@@ -36,7 +34,7 @@ def test_memory_that_runs_out_while_building_names_the_block_and_the_bytes(
 def test_memory_that_runs_out_in_a_forward_names_the_layer_and_the_tokens(
     monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
-    model = set_up(TINY, Options(backend="reference")).build()
+    model = set_up(RANDOM, Options(backend="reference")).build()
 
     def fails(*arguments: Any) -> Any:
         raise MemoryError(said)
@@ -50,7 +48,7 @@ def test_memory_that_runs_out_in_a_forward_names_the_layer_and_the_tokens(
 def test_memory_that_runs_out_while_a_state_is_made_names_its_pages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = set_up(TINY, Options(backend="reference")).build()
+    model = set_up(RANDOM, Options(backend="reference")).build()
     monkeypatch.setattr(type(model.forward), "new_state", out_of_memory)
     with pytest.raises(Lfm2kitError, match=r"for a state of 7 pages \(Unable .*; try fewer seq"):
         model.new_state(Room(7))

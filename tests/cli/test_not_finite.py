@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lfm2kit.measuring.validate import not_finite
-from tests.cli.test_commands import TINY, Cli, cli
+from tests.cli.test_commands import TINY, VOCABULARY, Cli, cli
 
 __all__ = ["cli"]
 
@@ -49,7 +49,10 @@ def test_a_run_says_so_with_and_without_validation(
     outputs, report = spoilt.parent / "outputs.bin", spoilt.parent / "report.json"
     files = ("--outputs", outputs, "--json", report)
     done = cli("run", "--model", spoilt, "-b", "reference", "-n", 2, *files, *validate)
-    judge(done, "2048 of 2048 logits are not finite, the first is nan at sample[0], vocab[0]")
+    count = 2 * VOCABULARY
+    judge(
+        done, f"{count} of {count} logits are not finite, the first is nan at sample[0], vocab[0]"
+    )
     assert "\nVALID" not in done.out
     assert ("INVALID" in done.out) == bool(validate)
     assert json.loads(report.read_text())["finite"] is False

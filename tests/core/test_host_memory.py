@@ -9,27 +9,27 @@ from typing import Any
 import pytest
 
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed
-from lfm2kit.checkpoint import Checkpoint, open_checkpoint
+from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F32, Format
 from lfm2kit.memory import HostMemory
 from lfm2kit.transport import World
 from lfm2kit.weights import Weights
+from tests.random_model import RANDOM
 
-TINY = open_checkpoint(find_model("tiny"))  # stored in BF16
 BATCH = Batch.of_sequences([[1, 2, 3], [4, 5]])
 
 
 def stored_as(format: Format) -> Checkpoint:
     """Return the embedded model in another type; the expert bias is always float32."""
-    tensors = {n: t if t.format == F32 else t.stored_as(format) for n, t in TINY.weights.items()}
-    return replace(TINY, weights=Weights(tensors))
+    tensors = {n: t if t.format == F32 else t.stored_as(format) for n, t in RANDOM.weights.items()}
+    return replace(RANDOM, weights=Weights(tensors))
 
 
-def setup(checkpoint: Checkpoint = TINY, plan: str = "cpu_simd", **options: Any) -> Setup:
+def setup(checkpoint: Checkpoint = RANDOM, plan: str = "cpu_simd", **options: Any) -> Setup:
     return set_up(checkpoint, Options(backend=plan, **options))
 
 
@@ -116,7 +116,7 @@ def test_ranks_on_one_machine_share_its_memory(free: Any) -> None:
             self.world = World(0, 1, 0, ranks)
 
     def of(ranks: Any) -> Setup:
-        return set_up(TINY, Options(backend="cpu_simd"), transport=ranks)
+        return set_up(RANDOM, Options(backend="cpu_simd"), transport=ranks)
 
     assert of(OneOfSeveral(2)).shortage() is None
     assert of(OneOfSeveral(3)).shortage() is not None
@@ -132,7 +132,7 @@ def test_no_rank_takes_memory_before_all_have_asked_what_is_free() -> None:
             order.append("all have asked")
 
     ranks: Any = Ranks()
-    set_up(TINY, Options(backend="reference"), transport=ranks).build(
+    set_up(RANDOM, Options(backend="reference"), transport=ranks).build(
         lambda leaf: order.append("built")
     )
     assert order[:2] == ["all have asked", "built"]

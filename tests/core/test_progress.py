@@ -9,13 +9,13 @@ import pytest
 
 from lfm2kit import progress
 from lfm2kit.backend import Batch
-from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.measuring.running import run_samples
 from lfm2kit.progress import DEADLINE, Progress
 from lfm2kit.specs import Work
 from lfm2kit.transport import World
+from tests.random_model import RANDOM
 
 
 class Alone:
@@ -63,9 +63,7 @@ def test_work_takes_longest_where_both_computing_and_reading_are_slow() -> None:
 def test_a_rank_tells_each_block_that_it_builds_and_each_that_it_computes(
     steps: list[progress.Step],
 ) -> None:
-    setup = set_up(
-        open_checkpoint(find_model("tiny")), Options(backend="reference"), transport=Alone()
-    )  # type: ignore[arg-type]
+    setup = set_up(RANDOM, Options(backend="reference"), transport=Alone())  # type: ignore[arg-type]
     model = setup.build()
     leaves = [leaf.name for leaf in setup.placed.leaves()]
     assert [step.name for step in steps] == [f"building {name}" for name in leaves]
@@ -79,9 +77,7 @@ def test_a_long_batch_gives_the_blocks_that_need_it_more_time(
     steps: list[progress.Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SLOWEST_FLOPS", 1e5)
-    setup = set_up(
-        open_checkpoint(find_model("tiny")), Options(backend="reference"), transport=Alone()
-    )  # type: ignore[arg-type]
+    setup = set_up(RANDOM, Options(backend="reference"), transport=Alone())  # type: ignore[arg-type]
     run_samples(setup.build(), np.zeros((8, 16), np.int32), 8, transport=Alone())  # type: ignore[arg-type]
     longest = {step.name: step.seconds for step in steps}
     assert longest["layers.0.feed_forward"] > DEADLINE
@@ -89,7 +85,7 @@ def test_a_long_batch_gives_the_blocks_that_need_it_more_time(
 
 
 def test_one_process_alone_pays_nothing_for_steps(steps: list[progress.Step]) -> None:
-    model = set_up(open_checkpoint(find_model("tiny")), Options(backend="reference")).build()
+    model = set_up(RANDOM, Options(backend="reference")).build()
     del steps[:]
     model.logits(Batch.of_sequences([[1, 2]]))
     assert steps == []

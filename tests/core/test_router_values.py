@@ -11,22 +11,22 @@ import pytest
 from lfm2kit import specs
 from lfm2kit.backend import Spec, Weights
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import F32
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import Choice, Router, Scores
 from tests.core.small import build, small_spec
 from tests.core.test_model import FusingBackend
+from tests.random_model import RANDOM
 
 GATE, BIAS = "layers.3.feed_forward.gate.weight", "layers.3.feed_forward.expert_bias"
 INF, NAN = np.inf, np.nan
 
 
 def setup(backend: str) -> Setup:
-    return set_up(open_checkpoint(find_model("tiny")), Options(backend=backend))
+    return set_up(RANDOM, Options(backend=backend))
 
 
 def with_values(name: str, places: Any, value: float, backend: str = "reference") -> Setup:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.building.loading import load_model
 from lfm2kit.errors import Lfm2kitError
+from tests.random_model import build_random
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,4 +38,4 @@ def test_too_little_is_an_error_that_says_what_would_fit(
     with pytest.raises(
         Lfm2kitError, match=r"memory 'lfm2kit_cuda:0' is too small.*n_cpu_moe=[1-6]$"
     ):
-        load_model("tiny", plan)
+        build_random(plan)

@@ -11,7 +11,6 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.backend import Context, Room
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import load_model
 from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.precisions import SIXTEEN_BIT
 from lfm2kit.reference.backend import ReferenceBackend
@@ -24,6 +23,7 @@ from lfm2kit.testing.random_weights import frozen_weights, random_weights
 from lfm2kit.testing.runner import run_check
 from lfm2kit.testing.verdicts import Skipped
 from tests.conformance.test_oracle import CASES, expected, setup
+from tests.random_model import build_random
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,7 +101,7 @@ def test_a_state_takes_as_many_bytes_as_it_says(precision: str, spec: Any) -> No
 
 
 def test_hybrid_computes_here_and_routes_on_the_cpu() -> None:
-    hybrid, cuda = load_model("tiny", "hybrid"), load_model("tiny", "cuda")
+    hybrid, cuda = build_random("hybrid"), build_random("cuda")
     batch = Batch.of_sequences(random_samples(np.random.default_rng(3), 16, 16, 5))
     assert hybrid.placed.copies() == 6  # a choice in each sparse layer
     assert np.abs(hybrid.logits(batch) - cuda.logits(batch)).max() <= TOLERANCE
@@ -109,7 +109,7 @@ def test_hybrid_computes_here_and_routes_on_the_cpu() -> None:
 
 @pytest.mark.parametrize("plan", ["hybrid", "cuda,choice=cpu_simd"])
 def test_in_16_bits_whole_layers_take_a_choice_from_the_cpu(plan: str) -> None:
-    apart, whole = (load_model("tiny", text, precision="bf16") for text in (plan, "cuda"))
+    apart, whole = (build_random(text, precision="bf16") for text in (plan, "cuda"))
     layer = dict(apart.placed.parts)["layers.2"]
     assert layer.backend == plan.partition(",")[0]
     assert [role for role, _ in layer.parts] == ["feed_forward.router.choice"]
@@ -129,7 +129,7 @@ def random_samples(rng: np.random.Generator, *lengths: int) -> list[Any]:
 
 
 def test_a_replayed_graph_gives_the_bits_of_the_plain_forward() -> None:
-    model, rng = load_model("tiny", "cuda"), np.random.default_rng(0)
+    model, rng = build_random("cuda"), np.random.default_rng(0)
     for _ in range(4):  # the second is captured, the others are replays
         batch = Batch.of_sequences(random_samples(rng, 16, 5, 1, 33))
         plain = model.home.to_host(model.forward(batch.on(model.home))).copy()
@@ -137,7 +137,7 @@ def test_a_replayed_graph_gives_the_bits_of_the_plain_forward() -> None:
 
 
 def test_graphs_of_several_shapes_do_not_share_memory() -> None:
-    model, rng = load_model("tiny", "cuda"), np.random.default_rng(1)
+    model, rng = build_random("cuda"), np.random.default_rng(1)
     batches = [Batch.of_sequences(random_samples(rng, *[16] * n)) for n in (1, 64, 2, 17)]
     first, *others = ([model.logits(batch) for batch in batches] for _ in range(3))
     for again in others:  # captured, then replayed
@@ -145,7 +145,7 @@ def test_graphs_of_several_shapes_do_not_share_memory() -> None:
 
 
 def test_a_sample_has_the_same_bits_in_batches_that_take_other_tiles() -> None:
-    model, rng = load_model("tiny", "cuda"), np.random.default_rng(2)
+    model, rng = build_random("cuda"), np.random.default_rng(2)
     samples = random_samples(rng, *[16] * 128)
     alone = model.logits(Batch.of_sequences(samples[:1])).copy()
     for n in (2, 3, 16, 17, 128):
@@ -155,7 +155,7 @@ def test_a_sample_has_the_same_bits_in_batches_that_take_other_tiles() -> None:
 @pytest.mark.parametrize("is_kept", [False, True], ids=["whole", "with a state"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_more_sequences_than_a_grid_has_in_y(precision: str, is_kept: bool) -> None:
-    model, ids = load_model("tiny", "cuda", precision=precision), np.arange(70_000) % 1024
+    model, ids = build_random("cuda", precision=precision), np.arange(70_000) % 1024
     alone = model.logits(Batch.of_sequences([[i] for i in range(1024)]))
     pages = np.arange(len(ids), dtype=np.int32)[:, None]
     batch = Batch.of_sequences(
@@ -175,7 +175,7 @@ def test_grids_in_layers_have_the_bits_of_flat_ones(
 
     if capability:
         monkeypatch.setattr(device, "compute_capability", lambda: capability)
-    model, rng = load_model("tiny", "cuda", precision=precision), np.random.default_rng(5)
+    model, rng = build_random("cuda", precision=precision), np.random.default_rng(5)
     samples = random_samples(rng, *[70] * 8, *[3] * 3, 400)
     pages = np.full((12, 7), -1, np.int32)
     pages[:11, :2] = np.arange(22).reshape(11, 2)

@@ -11,13 +11,13 @@ import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import find_model, load_model, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.formats import F32
 from lfm2kit.model import LFM2
 from lfm2kit.replays import MOST
 from lfm2kit.weights import Weights
+from tests.random_model import RANDOM, build_random
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 SHAPES = 5000
-MOST_GROWTH = 400 << 20  # bytes, of 64 graphs of the embedded model and what the driver keeps
+MOST_GROWTH = 400 << 20  # bytes, of 64 graphs of the random model and what the driver keeps
 
 
 def plain(model: LFM2, batch: Batch) -> Any:
@@ -40,7 +40,7 @@ def used_bytes() -> int:
 
 
 def test_5000_shapes_end_with_bounded_memory_and_right_results() -> None:
-    model, rng = load_model("tiny", "cuda"), np.random.default_rng(0)
+    model, rng = build_random("cuda"), np.random.default_rng(0)
     lengths = list(product(range(1, 72), range(1, 72)))
     order = rng.permutation(len(lengths))[:SHAPES]
     before = used_bytes()
@@ -56,7 +56,7 @@ def test_5000_shapes_end_with_bounded_memory_and_right_results() -> None:
 
 
 def test_a_closed_replay_gives_its_memory_back() -> None:
-    model = load_model("tiny", "cuda")
+    model = build_random("cuda")
     batch = Batch.of_sequences([np.arange(512)] * 64)
     for _ in range(2):
         model.logits(batch)
@@ -68,7 +68,7 @@ def test_a_closed_replay_gives_its_memory_back() -> None:
 
 
 def test_a_refused_batch_leaves_no_graph_of_its_positions() -> None:
-    model = load_model("tiny", "cuda")
+    model = build_random("cuda")
     for _ in range(3):
         with pytest.raises(ValueError, match="no state"):
             model.logits(Batch.of_sequences([[1, 2, 3], [4]], starts=[1, 0]))
@@ -77,7 +77,7 @@ def test_a_refused_batch_leaves_no_graph_of_its_positions() -> None:
 
 
 def test_a_graph_takes_each_batchs_own_logits_rows() -> None:
-    model = load_model("tiny", "cuda")
+    model = build_random("cuda")
     batch = Batch.of_sequences([[1, 2, 3], [4, 5]])
     for rows in ([2, 4], [0, 1], [4, 2], [3, 3]):
         wanted = replace(batch, logits_rows=np.array(rows, np.int32))
@@ -86,7 +86,7 @@ def test_a_graph_takes_each_batchs_own_logits_rows() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_spoilt_embedding_reaches_the_logits_of_its_samples_alone(precision: str) -> None:
-    checkpoint = open_checkpoint(find_model("tiny"))
+    checkpoint = RANDOM
     made = set_up(checkpoint, Options(backend="cuda", precision=precision))
     name = "embed_tokens.weight"
     values = checkpoint.weights.float32(name).copy()

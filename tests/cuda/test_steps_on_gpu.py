@@ -13,10 +13,10 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.backend import Room
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import load_model
 from lfm2kit.model import LFM2
 from lfm2kit.replays import MOST
 from lfm2kit.state import ModelState
+from tests.random_model import build_random
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +38,7 @@ def random_ids(rng: np.random.Generator, *shape: int) -> Ids:
 
 
 def model_of(precision: str) -> LFM2:
-    return load_model("tiny", "cuda", precision=precision)
+    return build_random("cuda", precision=precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -56,7 +56,7 @@ def test_captured_chunks_have_the_bits_of_plain_ones(chunk: int, precision: str)
 
 
 def test_a_sequence_decodes_as_one_forward_says() -> None:
-    model, ids = load_model("tiny", "cuda"), random_ids(np.random.default_rng(0), 130)
+    model, ids = build_random("cuda"), random_ids(np.random.default_rng(0), 130)
     state = model.new_state(Room(3, 64))
     for end in range(1, 130):
         batch = Batch.of_sequences([ids[end - 1 : end]], starts=[end - 1], pages=[[1, 2, 0]])
@@ -66,7 +66,7 @@ def test_a_sequence_decodes_as_one_forward_says() -> None:
 
 
 def test_replays_that_were_closed_are_captured_anew() -> None:
-    model, rng = load_model("tiny", "cuda"), np.random.default_rng(1)
+    model, rng = build_random("cuda"), np.random.default_rng(1)
     states = [model.new_state(Room(1, 64)) for _ in range(2)]
     for turn in range(20):
         batch = Batch.of_sequences([random_ids(rng, 1)], starts=[turn], pages=[[0]])
@@ -76,7 +76,7 @@ def test_replays_that_were_closed_are_captured_anew() -> None:
 
 
 def test_a_state_that_is_gone_takes_its_replays_with_it() -> None:
-    model, rng = load_model("tiny", "cuda"), np.random.default_rng(2)
+    model, rng = build_random("cuda"), np.random.default_rng(2)
     model._replays.close()
     kept, gone = (model.new_state(Room(1, 64)) for _ in range(2))
     for turn in range(3):
@@ -92,7 +92,7 @@ def test_a_state_that_is_gone_takes_its_replays_with_it() -> None:
 
 
 def test_a_replay_in_use_outlives_its_place_among_those_kept() -> None:
-    model = load_model("tiny", "cuda")
+    model = build_random("cuda")
     state, rng = model.new_state(Room(1, 64)), np.random.default_rng(3)
     steps = [
         Batch.of_sequences([random_ids(rng, 1)], starts=[turn], pages=[[0]]) for turn in range(3)
@@ -115,7 +115,7 @@ def test_steps_are_queued_without_waiting() -> None:
     """The host is ahead of the device by several steps; each takes its own batch."""
     import cupy
 
-    model, rng = load_model("tiny", "cuda"), np.random.default_rng(4)
+    model, rng = build_random("cuda"), np.random.default_rng(4)
     captured, other = (model.new_state(Room(64, 64)) for _ in range(2))
     pages: Any = np.arange(64, dtype=np.int32)[:, None]
     steps = [
@@ -135,7 +135,7 @@ def test_steps_are_queued_without_waiting() -> None:
 
 def test_a_prompt_in_chunks_then_tokens() -> None:
     """Forms change from call to call, as in a server: each is captured at its second use."""
-    model, rng = load_model("tiny", "cuda"), np.random.default_rng(5)
+    model, rng = build_random("cuda"), np.random.default_rng(5)
     ids = random_ids(rng, 3, 90)
     want = model.logits(Batch.of_sequences(list(ids)))
     state = model.new_state(Room(9, 64))

@@ -13,15 +13,15 @@ import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.backend import Batch, Context
-from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import installed_plugins
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.model import LFM2
 from lfm2kit.rewrites import Places, StreamedExperts
 from lfm2kit.testing.cases import experts
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import random_weights
+from tests.random_model import RANDOM
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 PRECISIONS = ["fp32", "bf16", "fp16"]
-LAYERS, EXPERTS = range(2, 8), 16  # of the embedded model
+LAYERS, EXPERTS = range(2, 8), 16  # of the random model
 SEQUENCES = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3], list(range(300))]
 BATCH = Batch.of_sequences(SEQUENCES)
 SLACK = 1 << 20
@@ -63,7 +63,7 @@ def test_a_block_has_the_bits_of_resident_experts(slots: int, each: int, precisi
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Any:
-    return open_checkpoint(find_model("tiny"))
+    return RANDOM
 
 
 def model_of(
@@ -247,7 +247,7 @@ def test_a_dropped_block_gives_its_pinned_memory_and_its_slots_back() -> None:
 
 
 def test_a_size_is_kept(checkpoint: Any) -> None:
-    """The embedded model in a part of its size: with experts on the host and streamed."""
+    """The random model in a part of its size: with experts on the host and streamed."""
     whole = set_up(checkpoint, Options(backend="cuda"))
     kept = whole.sizes.needed(whole.placed, whole.placed.memory.name).kept
     options = Options(backend="cuda", gpu_memory=f"{kept}B", streamed_experts=1)

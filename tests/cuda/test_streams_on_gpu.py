@@ -18,10 +18,10 @@ from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.backend import Context
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import find_model, load_model, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.model import LFM2
+from tests.random_model import RANDOM, build_random
 
 pytestmark = [
     pytest.mark.gpu,
@@ -177,7 +177,7 @@ def test_the_clock_of_marks_is_the_devices(arrays: Any) -> None:
 
 
 def model_of(precision: str) -> LFM2:
-    checkpoint = open_checkpoint(find_model("tiny"))
+    checkpoint = RANDOM
     return set_up(checkpoint, Options(backend="cuda", precision=precision)).build()
 
 
@@ -235,7 +235,7 @@ def test_two_threads_load_and_run_models_at_once() -> None:
 def test_replays_in_two_streams_behind_a_late_kernel(arrays: Any) -> None:
     """The first has not begun when the second is asked for; each result is its own."""
     _, source, target = arrays
-    model, batches = load_model("tiny", "cuda"), [random_batch(seed, 16, 5) for seed in range(4)]
+    model, batches = build_random("cuda"), [random_batch(seed, 16, 5) for seed in range(4)]
     want = [model.logits(batch).copy() for batch in batches]
     replay = model.backend.capture(model.forward, batches[0])  # type: ignore[attr-defined]
     with memory().stream():
@@ -250,7 +250,7 @@ def test_a_forward_does_not_wait_for_the_legacy_stream(arrays: Any) -> None:
     import cupy
 
     _, source, target = arrays
-    model, batch = load_model("tiny", "cuda"), random_batch(0, 16, 5)
+    model, batch = build_random("cuda"), random_batch(0, 16, 5)
     with memory().stream():
         want = model.logits(batch).copy()
         plain = model.home.to_host(model.forward(batch.on(model.home))).copy()
@@ -281,7 +281,7 @@ def model_on(device: int) -> LFM2:
     import cupy
 
     with cupy.cuda.Device(device):
-        return load_model("tiny", "cuda")
+        return build_random("cuda")
 
 
 def test_a_model_stays_on_its_device_whoever_calls_it() -> None:

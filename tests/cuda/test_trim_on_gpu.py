@@ -7,10 +7,10 @@ import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.model import LFM2
+from tests.random_model import RANDOM
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,7 @@ LENGTHS = [[16] * 16, [16, 1, 2, 3, 4, 5, 6, 33], [1]]
 
 def model(plan: str, precision: str, *, trim: bool) -> LFM2:
     options = Options(backend=plan, precision=precision, rewrites=("trim",) * trim)
-    return set_up(open_checkpoint(find_model("tiny")), options).build()
+    return set_up(RANDOM, options).build()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

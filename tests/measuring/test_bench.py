@@ -11,16 +11,16 @@ import pytest
 from lfm2kit import specs
 from lfm2kit.backend import BackendPlugin, Block, Spec, Weights
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.measuring import decoding
 from lfm2kit.measuring.bench import Contender, Measured, single_blocks
 from lfm2kit.measuring.timing import Timing
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import Work
 from lfm2kit.testing.host_block import host_block
+from tests.random_model import RANDOM
 
 
 class WholeLayers(ReferenceBackend):
@@ -39,7 +39,7 @@ def result_of(backend: str, kind: str) -> Any:
     plugins = installed_plugins()
     whole = BackendPlugin("whole", "whole layers", lambda context: WholeLayers(), 1)
     plugins.backends["whole"] = InstalledBackend(whole, "this test")
-    setup = set_up(open_checkpoint(find_model("tiny")), Options(backend=backend), plugins=plugins)
+    setup = set_up(RANDOM, Options(backend=backend), plugins=plugins)
     (contender,) = single_blocks(setup, kind, [2], [16], seed=0)
     return contender.call()
 
@@ -54,7 +54,7 @@ def test_decoding_goes_on_from_a_context_that_is_computed_in_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decoding, "PROMPT_TOKENS", 8)
-    model = set_up(open_checkpoint(find_model("tiny")), Options(backend="reference")).build()
+    model = set_up(RANDOM, Options(backend="reference")).build()
     batches: list[Batch] = []
 
     def logits(batch: Batch, state: Any) -> Any:

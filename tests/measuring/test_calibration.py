@@ -24,11 +24,10 @@ from lfm2kit.backend import (
 )
 from lfm2kit.building import rates
 from lfm2kit.building.curves import Curve
-from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.building.rates import Calibration, Side, read_calibration
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.cli.console import write_document
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring import block_times, calibration, exchange_times, together
@@ -41,8 +40,8 @@ from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import StreamedExperts
 from tests.conformance.late import LateBackend
 from tests.core.test_model import DeviceBackend
+from tests.random_model import RANDOM
 
-TINY = open_checkpoint(find_model("tiny"))
 PRECISIONS = (FP32, Precision("half", FP32_GRADE))
 
 
@@ -110,7 +109,7 @@ def setup(plan: str, **others: Backend) -> Setup:
         create = _always(backend)
         plugin = BackendPlugin(name, name, create, 1, preference=1, precisions=PRECISIONS)
         plugins.backends[name] = InstalledBackend(plugin, "this test")
-    return set_up(TINY, Options(backend=plan), plugins=plugins)
+    return set_up(RANDOM, Options(backend=plan), plugins=plugins)
 
 
 def _always(backend: Backend) -> Any:
@@ -167,7 +166,7 @@ def test_the_seconds_are_of_one_expert_and_the_file_is_read_back(
     assert side.product == Curve((1, 4, 16), (0.002,) * 3)  # 16 experts
     assert (side.expert_bytes, side.memory, side.link) == (1000, "host", None)
     assert (side.ceilings, side.hardware) == (Ceilings(1e12, 1e11), {"device": "an abacus"})
-    assert measured.model == "tiny"
+    assert measured.model == "random"
     assert {"processor", "cores", "threads", "lfm2kit"} <= measured.machine.keys()
     write_document(tmp_path / "rates.json", measured.document())
     assert read_calibration(tmp_path / "rates.json") == measured
@@ -180,7 +179,7 @@ def test_a_memory_elsewhere_has_a_link_and_the_host_is_measured_too(backend: Any
     measured, _ = calibrated(there, measurable(there), lambda: steps.append(1))
     near, far = by_name(measured)["reference"], by_name(measured)["far"]
     assert near.link is None
-    assert far.memory == backend.memory(TINY.spec).name
+    assert far.memory == backend.memory(RANDOM.spec).name
     assert far.link is not None
     assert min(far.link) > 0
     assert far.expert_bytes == 2 * 3 * 128 * 48  # as they are stored: the backend does not say
@@ -241,7 +240,7 @@ def test_a_call_that_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyP
 
 
 def test_a_plan_without_experts_has_nothing_to_measure() -> None:
-    dense = replace(TINY, spec=replace(TINY.spec, layers=TINY.spec.layers[:2]))
+    dense = replace(RANDOM, spec=replace(RANDOM.spec, layers=RANDOM.spec.layers[:2]))
     there = replace(setup("reference"), checkpoint=dense)
     with pytest.raises(Lfm2kitError, match="no experts that a backend of the plan reference"):
         measurable(there)

@@ -20,9 +20,9 @@ from lfm2kit.progress import Progress
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.transport import evenly
-from tests.building.test_capacity import TINY
 from tests.core.small import build, small_spec
 from tests.measuring.test_running import inputs_of
+from tests.random_model import RANDOM
 
 RANKS, SAMPLES, TOKENS = 3, 5, 6
 K, HIDDEN = 2, 24
@@ -139,7 +139,7 @@ def test_a_rank_that_is_alone_in_its_group_has_zeros(nodes: list[int]) -> None:
     asked, plugins = Options(backend="reference"), installed_plugins()
 
     def rank(transport: ThreadTransport) -> Any:
-        setup = set_up(TINY, asked, plugins=plugins, transport=transport)
+        setup = set_up(RANDOM, asked, plugins=plugins, transport=transport)
         groups = setup.grouping.groups
         return run_samples(setup.build(), inputs_of(3), 1, transport=transport, groups=groups)
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from lfm2kit import specs
-from lfm2kit.building.loading import EMBEDDED, Setup, set_up
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.rank_rates import ExchangeKey
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.measuring import block_times, calibration, exchange_times, together
 from lfm2kit.measuring.block_times import block_rates, blocks
 from lfm2kit.measuring.calibration import calibrated, measurable
@@ -22,8 +21,8 @@ from lfm2kit.memory import HOST
 from lfm2kit.ranks.joining import Alone
 from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.weights import Tensor, Weights
+from tests.random_model import RANDOM
 
-TINY = open_checkpoint(EMBEDDED / "tiny", [])
 REFERENCE = Options(backend="reference")
 
 
@@ -37,23 +36,23 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def alone() -> Setup:
-    return set_up(TINY, REFERENCE)
+    return set_up(RANDOM, REFERENCE)
 
 
 def test_each_block_without_experts_is_measured_once() -> None:
     """A layer that is built whole is taken apart; its router stays whole."""
-    first, sparse = TINY.spec.layers[0], TINY.spec.layers[2]
+    first, sparse = RANDOM.spec.layers[0], RANDOM.spec.layers[2]
     assert isinstance(first, specs.Layer)
     assert isinstance(sparse, specs.Layer)
     assert isinstance(sparse.feed_forward, specs.SparseMoe)
     wanted = [
-        TINY.spec.embed_tokens,
+        RANDOM.spec.embed_tokens,
         first.operator_norm,
         first.operator,
         first.feed_forward,
         sparse.feed_forward.router,
-        TINY.spec.last_rows,
-        TINY.spec.lm_head,
+        RANDOM.spec.last_rows,
+        RANDOM.spec.lm_head,
     ]
     there = {key.block for key in blocks(alone())}
     assert {repr(spec) for spec in wanted} <= there
@@ -63,9 +62,9 @@ def test_each_block_without_experts_is_measured_once() -> None:
 
 def test_equal_blocks_whose_weights_are_in_two_formats_are_both_measured() -> None:
     name = "embedding_norm.weight"
-    float32 = Tensor.of_array(name, TINY.weights[name].float32())
-    weights = Weights({**TINY.weights, name: float32})
-    there = blocks(set_up(replace(TINY, weights=weights), REFERENCE))
+    float32 = Tensor.of_array(name, RANDOM.weights[name].float32())
+    weights = Weights({**RANDOM.weights, name: float32})
+    there = blocks(set_up(replace(RANDOM, weights=weights), REFERENCE))
 
     def stored(block: str) -> set[str]:
         return {key.stored for key in there if key.block.startswith(block)}
@@ -77,7 +76,7 @@ def test_equal_blocks_whose_weights_are_in_two_formats_are_both_measured() -> No
 
 def test_a_job_measures_the_same_blocks_as_one_process() -> None:
     def rank(transport: ThreadTransport) -> Any:
-        return blocks(set_up(TINY, REFERENCE, transport=transport)).keys()
+        return blocks(set_up(RANDOM, REFERENCE, transport=transport)).keys()
 
     assert run_ranks(2, rank) == [blocks(alone()).keys()] * 2
 
@@ -100,7 +99,7 @@ def test_blocks_get_sequences_of_the_usual_length(monkeypatch: pytest.MonkeyPatc
 
 def test_every_rank_has_the_seconds_of_the_slowest() -> None:
     def rank(transport: ThreadTransport) -> Any:
-        setup = set_up(TINY, REFERENCE, transport=transport)
+        setup = set_up(RANDOM, REFERENCE, transport=transport)
         measured, _ = calibrated(setup, measurable(setup))
         return [one.call for one in (*measured.blocks, *measured.exchanges)], [
             side.product for side in measured.sides

@@ -17,8 +17,8 @@ from lfm2kit.measuring.running import default_batch_size, run_samples
 from lfm2kit.progress import Progress
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.testing import ThreadTransport, run_ranks
-from tests.building.test_capacity import TINY
 from tests.core.small import build, small_spec
+from tests.random_model import RANDOM
 
 
 @pytest.fixture(autouse=True)
@@ -108,10 +108,10 @@ def test_logits_of_a_batch_travel_while_the_next_one_is_computed() -> None:
 
 def test_a_rank_is_set_up_from_a_checkpoint_with_its_transport() -> None:
     inputs, plugins, plan = inputs_of(3), installed_plugins(), Options(backend="reference")
-    alone = run_samples(set_up(TINY, plan, plugins=plugins).build(), inputs, 3).logits
+    alone = run_samples(set_up(RANDOM, plan, plugins=plugins).build(), inputs, 3).logits
 
     def rank(transport: ThreadTransport) -> Any:
-        setup = set_up(TINY, plan, plugins=plugins, transport=transport)
+        setup = set_up(RANDOM, plan, plugins=plugins, transport=transport)
         assert [rewrite.name for rewrite in setup.rewrites] == ["experts-over-ranks"]
         return run_samples(setup.build(), inputs, 3, transport=transport).logits
 

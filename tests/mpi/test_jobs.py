@@ -167,7 +167,7 @@ def test_a_load_that_ranks_have_recorded_places_experts_for_ranks(tmp_path: Path
         done = lfm2kit(*arguments)
         assert done.returncode == 0, done.stderr
     of_one, of_ranks = (json.loads(path.read_text()) for path in files[:2])
-    assert [len(layer.pop("ranks")) for layer in of_ranks["layers"]] == [3] * 6
+    assert [len(layer.pop("ranks")) for layer in of_ranks["layers"]] == [3] * len(of_one["layers"])
     assert of_ranks == of_one
     even, uneven = (
         json.loads(path.read_text())["exchanged"]["rows_max_over_mean"] for path in files[:1:-1]
@@ -242,7 +242,8 @@ def test_what_is_wrong_is_said_once_before_any_rank_starts() -> None:
 
 def test_a_wrong_result_of_several_ranks_has_the_exit_code_of_one(tmp_path: Path) -> None:
     answers = tmp_path / "answers.bin"
-    samples.write_outputs(answers, np.zeros((8, 1024), np.float32))
+    right = samples.read_answers(EMBEDDED / "tiny" / "answers.bin")
+    samples.write_outputs(answers, np.zeros_like(right[:8]))
     done = lfm2kit(
         "run", "-v", "-n", "8", "--ranks", "2", "--backend", "reference", "--answers", str(answers)
     )

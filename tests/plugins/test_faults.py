@@ -31,7 +31,7 @@ from lfm2kit.backend import (
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.capacity import free_bytes
 from lfm2kit.building.kept_rates import hardware_of
-from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.plugins import Plugins, installed_plugins
@@ -47,6 +47,7 @@ from lfm2kit.rewrites import Join
 from lfm2kit.specs import MLP, Layer, Model, Part, Spec
 from lfm2kit.transport import TransportPlugin, World
 from lfm2kit.weights import Tensor, Weights
+from tests.random_model import RANDOM
 
 Load = Callable[..., Plugins]
 Yielding = Callable[..., Plugins]
@@ -242,7 +243,7 @@ def asked_all(yielding: Yielding, **methods: Any) -> None:
         return type("Odd", (Answering,), methods)()
 
     plugins = yielding("lfm2kit_backends", a_backend(create=create))
-    setup = set_up(open_checkpoint(find_model("tiny")), Options(backend="bb"), plugins=plugins)
+    setup = set_up(RANDOM, Options(backend="bb"), plugins=plugins)
     list(setup.notes())
     setup.shortage(1, Room(1))
     for leaf in setup.placed.leaves():
@@ -282,7 +283,7 @@ def test_a_backend_that_does_not_say_what_it_builds_around_is_named() -> None:
         def why_not_around(self, spec: Spec, parts: Any) -> Any:
             return 42
 
-    layer = open_checkpoint(find_model("tiny")).spec.layers[2]
+    layer = RANDOM.spec.layers[2]
     asked = Answers(Around(), "bb", "layers.2")
     sentence = "why_not_around of backend 'bb' returned 42 for layers.2, a Layer, but must return"
     with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
@@ -390,7 +391,7 @@ def odd(*roles: str, spec: Any = None) -> Callable[[Model], Model]:
 
 def set_up_with(plugins: Plugins, world: World | None = None) -> Setup:
     options = Options(backend="reference", rewrites=("x",))
-    return set_up(open_checkpoint(find_model("tiny")), options, plugins=plugins, world=world)
+    return set_up(RANDOM, options, plugins=plugins, world=world)
 
 
 def has_layers(change: Callable[[Any], Any]) -> Callable[[Model], Model]:
@@ -466,7 +467,7 @@ def opened(yielding: Yielding, path: Path, change: Callable[[Checkpoint], Any]) 
     """Return the embedded model as a reader opens it that changes something."""
 
     def open_it(path: Path) -> Any:
-        return change(open_checkpoint(find_model("tiny")))
+        return change(RANDOM)
 
     plugins = yielding("lfm2kit_checkpoints", a_reader(lambda asked: asked == path, open_it))
     return open_checkpoint(path, plugins.readers.values())

@@ -32,6 +32,7 @@ from lfm2kit.specs import MLP, LMHead, Spec
 from lfm2kit.transport import Transport, World
 from lfm2kit.weights import Weights
 from tests.checkpoint.typed import Cli, Typed
+from tests.random_model import RANDOM
 
 Load = Callable[..., Plugins]
 
@@ -251,7 +252,7 @@ def wrapped_setup(load: Load, *hooks: Any) -> Setup:
     plugins = load(*hooks)
     plugin = BackendPlugin("capturing", "", lambda context: Capturing(), 1)
     plugins.backends["capturing"] = InstalledBackend(plugin, "this test")
-    tiny = open_checkpoint(find_model("tiny"))
+    tiny = RANDOM
     return set_up(tiny, Options(backend="capturing"), plugins=plugins)
 
 
@@ -289,7 +290,7 @@ def test_where_nothing_is_captured_a_wrapper_prevents_nothing(load: Load) -> Non
     plugins = load(transparent(False))
     reference = installed_plugins().backends["reference"]
     plugins.backends["reference"] = reference
-    tiny = open_checkpoint(find_model("tiny"))
+    tiny = RANDOM
     assert list(set_up(tiny, Options(backend="reference"), plugins=plugins).notes()) == []
 
 
@@ -485,7 +486,7 @@ def opened(plugins: Plugins, path: Path) -> Checkpoint:
 
 
 def tiny_at(path: Path) -> Checkpoint:
-    return replace(open_checkpoint(find_model("tiny")), path=path)
+    return replace(RANDOM, path=path)
 
 
 def test_lfm2kit_checkpoints_open_what_lfm2kit_cannot(load: Load, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lfm2kit.building.loading import find_model, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import GROUP, Plugins
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from tests.plugins.distributions import announcing, environment, install, lfm2kit, listing
+from tests.random_model import RANDOM
 
 ABSENT_IMPORT = "import a_module_that_is_not_there"
 EXITS = "import sys; sys.exit('no licence')"
@@ -257,7 +257,7 @@ def test_an_unknown_backend_or_rewrite_may_be_one_of_a_plugin_that_was_skipped(n
     """A rewrite may have another name than the entry point of its plugin."""
     ours = [entry for entry in entry_points(group=GROUP) if entry.name == "reference"]
     plugins = Plugins([*ours, EntryPoint("odd", "absent", GROUP)])
-    checkpoint = open_checkpoint(find_model("tiny"))
+    checkpoint = RANDOM
     for options in (Options(rewrites=(name,), backend="reference"), Options(backend=name)):
         with pytest.raises(Lfm2kitError) as raised:
             set_up(checkpoint, options, plugins=plugins)

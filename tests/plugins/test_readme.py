@@ -21,10 +21,20 @@ from tests.plugins.test_docs import SMALLEST, fences, files
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
 OTHER_PAGES = sorted([*ROOT.glob("plugins/*/README.md"), *ROOT.glob("backends/*/README.md")])
-FROM_PYTHON, WITH_A_STATE, BACKEND = fences(PAGE, "python")
+WRITING, FROM_PYTHON, WITH_A_STATE, BACKEND = fences(PAGE, "python")
 
 
-def test_the_five_lines_for_python_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_five_lines_that_write_text_write_english(capsys: pytest.CaptureFixture[str]) -> None:
+    code = [line for line in WRITING.splitlines() if line]
+    assert len(code) <= 5
+    exec(WRITING, {})
+    words = re.findall(r"[a-z]+", capsys.readouterr().out.lower())
+    assert len(words) >= 20
+    common = {"the", "of", "and", "to", "a", "in", "that", "is", "was", "it", "he", "be", "have"}
+    assert len([word for word in words if word in common]) >= 5
+
+
+def test_the_lines_for_logits_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
     code = [line for line in FROM_PYTHON.splitlines() if line]
     assert len(code) <= 5
     names: dict[str, Any] = {}

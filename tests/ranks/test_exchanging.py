@@ -15,10 +15,9 @@ import pytest
 
 import lfm2kit
 from lfm2kit.backend import BackendPlugin, Batch, Context
-from lfm2kit.building.loading import EMBEDDED, Setup, set_up
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.cli.performing import exchange_of
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST
@@ -27,9 +26,8 @@ from lfm2kit.ranks.joining import settled_alike
 from lfm2kit.testing import ThreadTransport, check_exchange, run_ranks
 from lfm2kit.transport import ExchangeError, ExchangeOffer
 from tests.core.test_model import DeviceBackend, Elsewhere, Recorded
+from tests.random_model import RANDOM
 from tests.rewrites.test_experts_over_ranks import DeviceExchange, Padded, share_of
-
-TINY = open_checkpoint(EMBEDDED / "tiny", [])
 
 
 class Reaching(Elsewhere):
@@ -104,7 +102,7 @@ class Rank:
 
         def again(grouping: Grouping | None = None, through_host: str | None = None) -> Setup:
             return set_up(
-                TINY,
+                RANDOM,
                 options,
                 transport=transport,
                 plugins=plugins,
@@ -163,7 +161,7 @@ def test_a_plan_without_such_a_memory_cannot_be_asked_for_it() -> None:
     def rank(transport: ThreadTransport) -> str:
         def again(grouping: Grouping | None = None, through_host: str | None = None) -> Setup:
             options = Options(backend="reference", exchange="device")
-            return set_up(TINY, options, transport=transport, grouping=grouping)
+            return set_up(RANDOM, options, transport=transport, grouping=grouping)
 
         with pytest.raises(Lfm2kitError) as error:
             settled_alike(transport, again(), again)
@@ -176,7 +174,7 @@ def test_a_plan_without_such_a_memory_cannot_be_asked_for_it() -> None:
 @pytest.mark.parametrize("more", [{}, {"parallel": "dp"}])
 def test_a_rank_that_exchanges_nothing_cannot_be_asked_for_it(more: dict[str, str]) -> None:
     with pytest.raises(Lfm2kitError, match=r"exchange='device': there is only one rank; start"):
-        set_up(TINY, Options(backend="reference", exchange="device", **more))
+        set_up(RANDOM, Options(backend="reference", exchange="device", **more))
 
 
 def test_the_exchange_of_a_memory_keeps_the_contract() -> None:
@@ -197,7 +195,7 @@ def test_a_replay_is_used_only_while_what_ranks_have_settled_stays_the_same() ->
     def rank(transport: ThreadTransport) -> Any:
         made = Rank(transport, {})
         model = made.setup.build()
-        alone = set_up(TINY, Options(backend="reference")).build()
+        alone = set_up(RANDOM, Options(backend="reference")).build()
         small, large = share_of(1, 2), Batch.of_sequences([[1] * 9] * 3)
         for of_other in (small, small, large, large, small):
             batch = small if transport.world.rank == 0 else of_other

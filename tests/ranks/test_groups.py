@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from lfm2kit import Batch
-from lfm2kit.building.loading import EMBEDDED, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.cli.preparing import Request, prepare, settled
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HostMemory
@@ -21,8 +20,8 @@ from lfm2kit.ranks.groups import NO_GROUPS, NO_ROOM, Grouping, groupings
 from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.transport import World
 from tests.checkpoint.typed import Cli
+from tests.random_model import RANDOM
 
-TINY = open_checkpoint(EMBEDDED / "tiny", [])
 SEQUENCES = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3], [2], [7, 7, 7]]
 LAYOUTS = {
     "1 x 4": [0] * 4,
@@ -62,7 +61,7 @@ def test_groups_of_a_given_size_are_on_as_few_machines_as_possible() -> None:
 
 @pytest.fixture(scope="module")
 def alone() -> list[Any]:
-    model = set_up(TINY, Options(backend="reference")).build()
+    model = set_up(RANDOM, Options(backend="reference")).build()
     return [model.logits(Batch.of_sequences([one])) for one in SEQUENCES]
 
 
@@ -81,7 +80,7 @@ def test_in_every_layout_and_grouping_a_rank_has_the_bits_of_one_process(
     def rank(transport: ThreadTransport) -> Any:
         mine = transport.world.rank % 5  # two ranks have more than one sequence, one of them none
         few = [i for i in range(len(SEQUENCES)) if i % 5 == mine and mine != 3]
-        model = set_up(TINY, options, transport=transport).build()
+        model = set_up(RANDOM, options, transport=transport).build()
         return few, model.logits(Batch.of_sequences([SEQUENCES[i] for i in few]))
 
     for few, logits in run_ranks(len(nodes), rank, nodes=nodes):
@@ -99,7 +98,7 @@ def test_a_group_sends_nothing_to_ranks_outside_it() -> None:
             return super().all_to_all(rows, send_counts, *known)
 
     def rank(transport: ThreadTransport) -> None:
-        model = set_up(TINY, Options(backend="reference"), transport=transport).build()
+        model = set_up(RANDOM, Options(backend="reference"), transport=transport).build()
         model.logits(Batch.of_sequences(SEQUENCES[:1]))
 
     run_ranks(4, rank, make=Counting, nodes=[0, 1, 0, 1])
@@ -115,9 +114,9 @@ class Plain(ThreadTransport):
 def test_a_transport_without_groups_has_experts_over_all_ranks_or_over_none() -> None:
     def rank(transport: ThreadTransport) -> list[Any]:
         options = [Options(backend="reference"), Options(backend="reference", parallel="dp")]
-        setups = [set_up(TINY, one, transport=transport) for one in options]
+        setups = [set_up(RANDOM, one, transport=transport) for one in options]
         with pytest.raises(Lfm2kitError, match=f"ep_size=2: {NO_GROUPS}; try ep_size=4 or par"):
-            set_up(TINY, Options(backend="reference", ep_size=2), transport=transport)
+            set_up(RANDOM, Options(backend="reference", ep_size=2), transport=transport)
         return [(setup.grouping.groups, list(setup.notes())[-1:]) for setup in setups]
 
     for over_all, none in run_ranks(4, rank, make=Plain, nodes=[0, 0, 1, 1]):
@@ -132,10 +131,10 @@ def test_where_one_machine_has_too_little_memory_all_ranks_share_the_experts(
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 4_600_000)
     options = Options(backend="cpu_simd")
     world = World.of(0, [0, 1])
-    setup = set_up(TINY, options, world=world)
+    setup = set_up(RANDOM, options, world=world)
     assert setup.grouping.groups == ((0, 1),)
     assert list(setup.notes())[-1] == f"experts are shared out over all 2 ranks: {NO_ROOM}"
-    asked = set_up(TINY, Options(backend="cpu_simd", ep_size=1), world=world)
+    asked = set_up(RANDOM, Options(backend="cpu_simd", ep_size=1), world=world)
     assert asked.grouping.groups == ((0,), (1,))
     assert asked.shortage() is not None
 

@@ -41,7 +41,8 @@ def test_a_process_alone_is_a_job_of_one_rank() -> None:
     with joined_job() as job:
         assert job.world == World()
         model = load_model("tiny", "reference", job=job)
-        assert model.logits(Batch.of_sequences([[1, 2]])).shape == (1, 1024)
+        vocab_size = model.spec.lm_head.vocab_size
+        assert model.logits(Batch.of_sequences([[1, 2]])).shape == (1, vocab_size)
 
 
 def test_what_is_raised_alone_reaches_the_user() -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from lfm2kit import specs
-from lfm2kit.building.loading import EMBEDDED, Setup, set_up
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.memory import HostMemory
 from lfm2kit.ranks.groups import NO_ROOM, Grouping
 from lfm2kit.ranks.joining import fitting_alike
@@ -20,8 +20,8 @@ from lfm2kit.rewrites import Rewrite, owners_among, owners_by_layer
 from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.transport import held_by
 from tests.checkpoint.typed import Cli
+from tests.random_model import RANDOM
 
-TINY = open_checkpoint(EMBEDDED / "tiny", [])
 OPTIONS = Options(backend="cpu_simd")
 
 
@@ -41,11 +41,11 @@ def test_every_rank_is_planned_as_it_is_in_a_job(
 
     def rank(transport: ThreadTransport) -> Any:
         def in_groups(grouping: Grouping | None = None) -> Setup:
-            return set_up(TINY, OPTIONS, transport=transport, tokens=64, grouping=grouping)
+            return set_up(RANDOM, OPTIONS, transport=transport, tokens=64, grouping=grouping)
 
         return kept(fitting_alike(transport, in_groups(), in_groups))
 
-    planned = list(map(kept, shares(TINY, OPTIONS, nodes, 64)))
+    planned = list(map(kept, shares(RANDOM, OPTIONS, nodes, 64)))
     assert planned == run_ranks(4, rank, nodes=nodes)
     if free != SMALLER_FIT:
         assert len(planned[0][0].groups) == (len(set(nodes)) if free == ALL_FIT else 1)
@@ -53,9 +53,9 @@ def test_every_rank_is_planned_as_it_is_in_a_job(
 
 def test_ranks_that_hold_the_same_experts_are_set_up_once() -> None:
     """Most of many ranks hold no expert at all."""
-    of_ranks = shares(TINY, OPTIONS, [0] * 300, 64)
+    of_ranks = shares(RANDOM, OPTIONS, [0] * 300, 64)
     assert len(distinct(of_ranks)) == 16 + 1
-    owners = owners_among(TINY.spec, 300)
+    owners = owners_among(RANDOM.spec, 300)
     for rank, setup in enumerate(of_ranks):
         held = owners_by_layer(cast(specs.Model, setup.placed.spec))
         assert held == owners
@@ -78,11 +78,25 @@ def test_each_rank_is_set_up_where_another_rewrite_may_tell_them_apart(
         return {**ours(self, *asked), "another": another}
 
     monkeypatch.setattr(Plugins, "rewrites", with_another)
-    assert len(distinct(shares(TINY, OPTIONS, [0] * 20, 64))) == 20
+    assert len(distinct(shares(RANDOM, OPTIONS, [0] * 20, 64))) == 20
 
 
-def test_the_plan_shows_groups_experts_and_memory_of_each_rank(cli: Cli) -> None:
-    plan = ("plan", "-b", "cpu_simd", "--ranks", 4, "--ranks-per-node", 2, "--context", 32)
+def test_the_plan_shows_groups_experts_and_memory_of_each_rank(
+    cli: Cli, random_folder: Path
+) -> None:
+    plan = (
+        "plan",
+        "-m",
+        random_folder,
+        "-b",
+        "cpu_simd",
+        "--ranks",
+        4,
+        "--ranks-per-node",
+        2,
+        "--context",
+        32,
+    )
     fields = json.loads(cli(*plan, "--rank", 3, "--json", "-").out)
     assert fields["groups"] == [[0, 1], [2, 3]]
     first, second, third, fourth = fields["shares"]
@@ -150,11 +164,23 @@ def test_the_plan_says_whether_exchange_and_computation_overlap(cli: Cli) -> Non
 
 
 def test_if_one_share_does_not_fit_all_ranks_share_the_experts(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three ranks and one, the one would hold all experts."""
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 4_600_000)
-    plan = ("plan", "-b", "cpu_simd", "--tokens", 1, "--ranks", 4, "--ranks-per-node", 3)
+    plan = (
+        "plan",
+        "-m",
+        random_folder,
+        "-b",
+        "cpu_simd",
+        "--tokens",
+        1,
+        "--ranks",
+        4,
+        "--ranks-per-node",
+        3,
+    )
     fields = json.loads(cli(*plan, "--json", "-").out)
     assert fields["groups"] == [[0, 1, 2, 3]]
     assert fields["shortage"] is None
@@ -162,10 +188,22 @@ def test_if_one_share_does_not_fit_all_ranks_share_the_experts(
 
 
 def test_the_first_rank_whose_share_does_not_fit_is_named(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 16 experts, the third of three ranks holds 6, the others 5."""
-    plan = ("plan", "-b", "cpu_simd", "--tokens", 1, "--ranks", 3, "--json", "-")
+    plan = (
+        "plan",
+        "-m",
+        random_folder,
+        "-b",
+        "cpu_simd",
+        "--tokens",
+        1,
+        "--ranks",
+        3,
+        "--json",
+        "-",
+    )
     first, *_ = json.loads(cli(*plan).out)["shares"]
     host = first["memories"]["host"]
     enough = sum(host[f"{kind}_bytes"] for kind in ("kept", "scratch", "exchange"))

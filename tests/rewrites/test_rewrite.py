@@ -18,12 +18,11 @@ import pytest
 import lfm2kit
 from lfm2kit import specs
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placer
 from lfm2kit.building.plan import Plan
 from lfm2kit.building.plugins import Plugins, installed_plugins
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.model import JOINS
 from lfm2kit.reference.backend import ReferenceBackend
@@ -33,6 +32,7 @@ from lfm2kit.specs import MLP, Part, Spec
 from lfm2kit.state import Room
 from lfm2kit.transport import Transport, World
 from tests.core.small import build, small_spec
+from tests.random_model import RANDOM
 
 CORE = Path(lfm2kit.__file__).parent
 SEQUENCES = Batch.of_sequences([[3, 1, 4], [1, 5]])
@@ -93,7 +93,7 @@ def plugins_of(monkeypatch: pytest.MonkeyPatch, *hooks: Any) -> Plugins:
 
 def tiny(plugins: Plugins, *rewrites: str, **options: Any) -> Setup:
     asked = Options(backend="reference", rewrites=rewrites)
-    return set_up(open_checkpoint(find_model("tiny")), asked, plugins=plugins, **options)
+    return set_up(RANDOM, asked, plugins=plugins, **options)
 
 
 def test_a_plugins_rewrite_is_chosen_by_name_and_keeps_the_bits(

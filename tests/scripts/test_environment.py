@@ -135,6 +135,12 @@ def test_the_first_call_installs_and_the_second_only_runs(machine: Machine) -> N
     assert done.err == ""
 
 
+def test_what_a_run_installs_can_generate_text(machine: Machine) -> None:
+    machine.run()
+    (call,) = machine.calls("-m pip install")
+    assert "-e .[chat] " in call
+
+
 def test_settings_that_lead_past_the_environment_are_left_out(machine: Machine) -> None:
     settings = {
         "PIP_USER": "1",

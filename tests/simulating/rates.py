@@ -6,20 +6,18 @@ from collections.abc import Iterator
 
 from lfm2kit import specs
 from lfm2kit.building.curves import Curve
-from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.building.rank_rates import BlockKey, BlockRates
 from lfm2kit.building.rates import Calibration, Experts, Side
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.weights import Weights
+from tests.random_model import RANDOM
 
-TINY = open_checkpoint(EMBEDDED / "tiny", [])
 MS = Curve((1, 2**26), (1e-3, 1e-3))  # whatever the rows are
 FAST = Curve((1, 2**26), (1e-12, 2e-12))
 BLOCK, EXPERT = 100, 1000  # bytes
 BLOCKS_MS = 8 * 4 + 4  # of a forward: two norms, operator and router or MLP; and the ends
 
 
-def blocks(spec: specs.Spec, weights: Weights = TINY.weights) -> Iterator[BlockKey]:
+def blocks(spec: specs.Spec, weights: Weights = RANDOM.weights) -> Iterator[BlockKey]:
     if not isinstance(spec, specs.Experts):
         if not spec.parts() or isinstance(spec, specs.Router):
             yield BlockKey.of(spec, weights, "loom", "fp32")
@@ -30,7 +28,7 @@ def blocks(spec: specs.Spec, weights: Weights = TINY.weights) -> Iterator[BlockK
 
 def calibration(block: Curve = MS, expert: Curve = MS, **more: object) -> Calibration:
     """Return rates by which each block and each expert that is used takes 1 ms."""
-    keys = dict.fromkeys(blocks(TINY.spec))
+    keys = dict.fromkeys(blocks(RANDOM.spec))
     key = Experts("loom", "fp32", 128, 48, "BF16")
     made = {
         "date": "today",

@@ -15,11 +15,19 @@ from lfm2kit.building import kept_rates
 from lfm2kit.building.load import Load, unused
 from lfm2kit.building.rank_rates import ExchangeKey, ExchangeRates
 from lfm2kit.cli.console import write_document
-from tests.checkpoint.typed import Cli
-from tests.simulating.rates import FAST, TINY, calibration
+from tests.checkpoint.typed import Cli, Typed
+from tests.random_model import RANDOM
+from tests.simulating.rates import FAST, calibration
 
 ASKED = "ranks=1..4,per-node=2,link=25Gbit,n=16/64"
+Plan = Callable[..., Typed]
 NEAR = (ExchangeRates(ExchangeKey(2, 1), FAST),)
+
+
+@pytest.fixture
+def plan(cli: Cli, random_folder: Path) -> Plan:
+    """Return `lfm2kit plan` for the model of the rates."""
+    return lambda *words: cli("plan", "-m", random_folder, *words)
 
 
 @pytest.fixture
@@ -30,10 +38,10 @@ def rates(tmp_path: Path) -> Path:
 
 
 def test_the_document_has_every_job_and_says_that_it_is_a_prediction(
-    cli: Cli, rates: Path, tmp_path: Path
+    plan: Plan, rates: Path, tmp_path: Path
 ) -> None:
     document = tmp_path / "jobs.json"
-    done = cli("plan", "--rates", rates, "--simulate", ASKED, "--json", document)
+    done = plan("--rates", rates, "--simulate", ASKED, "--json", document)
     assert done.code == 0, done.err
     fields = json.loads(document.read_text())
     assert fields["predicted"] is True
@@ -53,31 +61,31 @@ def test_the_document_has_every_job_and_says_that_it_is_a_prediction(
     assert done.out.count("4 ranks, n=64: ") == 1
 
 
-def test_the_document_alone_goes_to_stdout(cli: Cli, rates: Path) -> None:
-    done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
+def test_the_document_alone_goes_to_stdout(plan: Plan, rates: Path) -> None:
+    done = plan("--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
     assert [job["layout"] for job in json.loads(done.out)["jobs"]] == ["one rank"]
 
 
 def test_without_a_file_the_rates_that_are_kept_are_used(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(kept_rates, "root_folder", lambda: tmp_path / "cache")
-    simulate = ("plan", "--simulate", "ranks=1,n=1")
-    cli(*simulate).assert_fails(
+    simulate = ("--simulate", "ranks=1,n=1")
+    plan(*simulate).assert_fails(
         "--simulate: no rates are kept for this machine", "--rates rates.json"
     )
-    four = ("plan", "--simulate", "ranks=1..8,per-node=4,n=1")
-    cli(*four).assert_fails("with --ranks 4; or give the file of a calibration")
+    four = ("--simulate", "ranks=1..8,per-node=4,n=1")
+    plan(*four).assert_fails("with --ranks 4; or give the file of a calibration")
     measured = calibration(machine=kept_rates.described(kept_rates.Context("fp32", None, 1)))
     path, kept = kept_rates.with_kept(measured)
     write_document(path, kept.document())
-    done = cli(*simulate)
+    done = plan(*simulate)
     assert done.code == 0, done.err
     assert f"by the rates in {path}" in done.out
 
 
 def test_rates_of_experts_in_another_format_are_used_only_where_there_are_no_others(
-    cli: Cli, rates: Path
+    plan: Plan, rates: Path
 ) -> None:
     document = json.loads(rates.read_text())
     (side,) = document["sides"]
@@ -85,7 +93,7 @@ def test_rates_of_experts_in_another_format_are_used_only_where_there_are_no_oth
 
     def simulated(*sides: object) -> Any:
         rates.write_text(json.dumps({**document, "sides": sides}))
-        done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
+        done = plan("--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
         assert done.code == 0, done.err
         return json.loads(done.out)
 
@@ -95,12 +103,12 @@ def test_rates_of_experts_in_another_format_are_used_only_where_there_are_no_oth
     assert others["jobs"][0]["weight_bytes"] > same["jobs"][0]["weight_bytes"]
     said = "they are of experts stored in F32, and the model's are in BF16"
     assert others["notes"][1:] == [said]
-    done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1")
+    done = plan("--rates", rates, "--simulate", "ranks=1,n=1")
     assert said in " ".join(done.out.split())
 
 
 def test_rates_of_blocks_in_another_format_are_used_only_where_there_are_no_others(
-    cli: Cli, rates: Path
+    plan: Plan, rates: Path
 ) -> None:
     document = json.loads(rates.read_text())
     (mlp,) = (one for one in document["blocks"] if one["block"].startswith("MLP("))
@@ -109,7 +117,7 @@ def test_rates_of_blocks_in_another_format_are_used_only_where_there_are_no_othe
 
     def simulated(*mlps: object) -> Any:
         rates.write_text(json.dumps({**document, "blocks": [*mlps, *others]}))
-        done = cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
+        done = plan("--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
         assert done.code == 0, done.err
         return json.loads(done.out)
 
@@ -121,7 +129,7 @@ def test_rates_of_blocks_in_another_format_are_used_only_where_there_are_no_othe
 
 
 def test_a_simulation_shows_its_progress(
-    cli: Cli, rates: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, rates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[int] = []
 
@@ -131,35 +139,37 @@ def test_a_simulation_shows_its_progress(
         assert sum(done) == total > 0
 
     monkeypatch.setattr(sys.modules["lfm2kit.cli.simulating"], "progress", shown)
-    assert cli("plan", "--rates", rates, "--simulate", "ranks=1,n=16").code == 0
+    assert plan("--rates", rates, "--simulate", "ranks=1,n=16").code == 0
     assert done == [1] * 8
 
 
-def test_messages_of_a_job_with_overlap_are_said_to_be_those_without(cli: Cli, rates: Path) -> None:
+def test_messages_of_a_job_with_overlap_are_said_to_be_those_without(
+    plan: Plan, rates: Path
+) -> None:
     jobs = []
     for overlap in ("0", "1"):
         asked = f"{ASKED},overlap={overlap}"
-        done = cli("plan", "--rates", rates, "--simulate", asked, "--json", "-")
+        done = plan("--rates", rates, "--simulate", asked, "--json", "-")
         jobs.append(json.loads(done.out))
     plain, overlapped = ([job["sent_messages"] for job in one["jobs"]] for one in jobs)
     assert plain == overlapped
     assert ["without overlap" in " ".join(one["notes"]) for one in jobs] == [False, True]
 
 
-def test_a_load_is_what_tokens_choose(cli: Cli, rates: Path, tmp_path: Path) -> None:
-    layers = tuple(one._replace(counts=(400, *[80] * 15)) for one in unused(TINY.spec))
+def test_a_load_is_what_tokens_choose(plan: Plan, rates: Path, tmp_path: Path) -> None:
+    layers = tuple(one._replace(counts=(400, *[80] * 15)) for one in unused(RANDOM.spec))
     load = tmp_path / "load.json"
     write_document(load, Load("tiny", 128, 400, layers).document())
 
     def sent(*more: object) -> Any:
-        done = cli("plan", "--rates", rates, "--simulate", ASKED, "--json", "-", *more)
+        done = plan("--rates", rates, "--simulate", ASKED, "--json", "-", *more)
         assert done.code == 0, done.err
         jobs = json.loads(done.out)["jobs"]
         return sum(sum(job["sent_bytes"]) for job in jobs if job["layout"] == "ep")
 
     assert sent("--load", load, "--replicate-experts", 1) < sent("--load", load)
     many = ("--load", load, "--replicate-experts", 17)
-    cli("plan", "--rates", rates, "--simulate", ASKED, *many).assert_fails("has 16 experts")
+    plan("--rates", rates, "--simulate", ASKED, *many).assert_fails("has 16 experts")
 
 
 @pytest.mark.parametrize(
@@ -182,9 +192,9 @@ def test_a_load_is_what_tokens_choose(cli: Cli, rates: Path, tmp_path: Path) -> 
     ],
 )
 def test_what_is_wrong_is_one_line(
-    cli: Cli, rates: Path, arguments: list[object], words: list[str]
+    plan: Plan, rates: Path, arguments: list[object], words: list[str]
 ) -> None:
-    cli("plan", "--rates", rates, *arguments).assert_fails(*words)
+    plan("--rates", rates, *arguments).assert_fails(*words)
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -195,11 +205,11 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("said", CHANGES)
-def test_a_file_that_lacks_rates_is_named(cli: Cli, rates: Path, said: str) -> None:
+def test_a_file_that_lacks_rates_is_named(plan: Plan, rates: Path, said: str) -> None:
     document = json.loads(rates.read_text())
     CHANGES[said](document)
     rates.write_text(json.dumps(document))
-    cli("plan", "--rates", rates, "--simulate", "ranks=1,n=1").assert_fails(str(rates), said)
+    plan("--rates", rates, "--simulate", "ranks=1,n=1").assert_fails(str(rates), said)
 
 
 def test_rates_alone_still_need_a_limit(cli: Cli, rates: Path) -> None:

@@ -17,14 +17,15 @@ from lfm2kit.simulating.network import Link, network
 from lfm2kit.simulating.predicting import Limit, Machine, Predicted, predict
 from lfm2kit.simulating.request import Request, parsed
 from lfm2kit.simulating.routing import drawn
-from tests.simulating.rates import BLOCK, BLOCKS_MS, EXPERT, FAST, TINY, calibration
+from tests.random_model import RANDOM
+from tests.simulating.rates import BLOCK, BLOCKS_MS, EXPERT, FAST, calibration
 
 PATH = "rates.json"
 VOCAB = 1024
 
 
 def machine(request: Request, rates: Calibration, backend: str | None = None) -> Machine:
-    of_model = ModelRates.of(TINY.spec, TINY.weights, found(rates, PATH, backend, "fp32"))
+    of_model = ModelRates.of(RANDOM.spec, RANDOM.weights, found(rates, PATH, backend, "fp32"))
     assert rates.copies is not None
     return Machine(of_model, network(request, rates, PATH), rates.copies, request.overlap)
 
@@ -33,7 +34,7 @@ def compared(
     text: str, rates: Calibration, load: Load | None = None, backend: str | None = None
 ) -> list[Compared]:
     request = parsed(text)
-    simulation = Simulation(TINY.spec, request, machine(request, rates, backend), load)
+    simulation = Simulation(RANDOM.spec, request, machine(request, rates, backend), load)
     return list(simulation.compared())
 
 
@@ -68,7 +69,7 @@ def test_as_much_work_is_told_as_was_announced(text: str) -> None:
     request, told = parsed(text), list[int]()
     near = (ExchangeRates(ExchangeKey(2, 1), FAST), ExchangeRates(ExchangeKey(2, 2), FAST))
     rates = calibration(exchanges=near)
-    simulation = Simulation(TINY.spec, request, machine(request, rates), None)
+    simulation = Simulation(RANDOM.spec, request, machine(request, rates), None)
     list(simulation.compared(told.append))
     assert sum(told) == simulation.work
 
@@ -84,8 +85,8 @@ def test_two_ranks_exchange_three_messages_a_layer_and_gather_one() -> None:
 
 def test_the_time_of_bytes_is_that_of_the_busiest_direction() -> None:
     request = parsed("ranks=2,n=7,link=8Mbit,latency=1ns")
-    routing, layout = drawn(TINY.spec, None, 7, 16), Layout([0, 1], layouts([0, 1])["ep"], 256)
-    job = Job.of(TINY.spec, layout, 7)
+    routing, layout = drawn(RANDOM.spec, None, 7, 16), Layout([0, 1], layouts([0, 1])["ep"], 256)
+    job = Job.of(RANDOM.spec, layout, 7)
     seconds = 0.0
     (samples,) = job.forwards()
     for layer in job.traffic:
@@ -99,9 +100,9 @@ def test_the_time_of_bytes_is_that_of_the_busiest_direction() -> None:
 
 def test_the_bytes_of_a_prediction_are_those_of_the_counts() -> None:
     """Which `test_sendings` compares with those of real ranks."""
-    routing = drawn(TINY.spec, None, 21, 16)
+    routing = drawn(RANDOM.spec, None, 21, 16)
     for layout in layouts([0, 0, 1, 1]).values():
-        job = Job.of(TINY.spec, Layout([0, 0, 1, 1], layout, 2), 21)
+        job = Job.of(RANDOM.spec, Layout([0, 0, 1, 1], layout, 2), 21)
         predicted = predict(job, routing, machine(parsed("ranks=4,n=21"), free()), VOCAB)
         counts, gathered = job.counts(routing), job.gathered(VOCAB)
         for rank, gather in enumerate(gathered):
@@ -146,9 +147,9 @@ def test_what_was_measured_counts_for_the_messages_that_crossed_a_link() -> None
 def test_a_group_waits_for_its_slowest_rank() -> None:
     """Rank 1 has the expert of all tokens, and computes a row for each in every layer."""
     counts = (0,) * 15 + (160,)
-    layers = tuple(one._replace(counts=counts) for one in unused(TINY.spec))
-    routing = drawn(TINY.spec, Load("tiny", 128, 160, layers), 10, 16)
-    job = Job.of(TINY.spec, Layout([0, 0], layouts([0, 0])["ep"], 256), 10)
+    layers = tuple(one._replace(counts=counts) for one in unused(RANDOM.spec))
+    routing = drawn(RANDOM.spec, Load("tiny", 128, 160, layers), 10, 16)
+    job = Job.of(RANDOM.spec, Layout([0, 0], layouts([0, 0])["ep"], 256), 10)
     a_row = Curve((1,), (1e-3,))
     near = ExchangeRates(ExchangeKey(2, 1), FAST)
     rates = calibration(FAST, a_row, exchanges=(near,))
@@ -240,7 +241,7 @@ def test_what_does_not_fit_does_not_win() -> None:
 
 def test_by_a_load_experts_are_placed_as_in_a_run_unless_they_stay_in_order() -> None:
     counts = (400, 300, 200, 100, *[5] * 12)
-    layers = tuple(one._replace(counts=counts) for one in unused(TINY.spec))
+    layers = tuple(one._replace(counts=counts) for one in unused(RANDOM.spec))
     load = Load("tiny", 128, 400, layers)
     rates = calibration(exchanges=(ExchangeRates(ExchangeKey(2, 1), FAST),))
 

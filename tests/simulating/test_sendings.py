@@ -9,21 +9,20 @@ import numpy as np
 import pytest
 
 from lfm2kit.building.load import Load, unused
-from lfm2kit.building.loading import EMBEDDED, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
-from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.measuring.running import run_samples
 from lfm2kit.ranks.balancing import owners_by
 from lfm2kit.ranks.groups import Grouping
 from lfm2kit.simulating.jobs import Job, Layout
 from lfm2kit.simulating.routing import Routing, RoutingRecorder, drawn
 from lfm2kit.testing import ThreadTransport, run_ranks
+from tests.random_model import RANDOM
 
-TINY = open_checkpoint(EMBEDDED / "tiny", [])
 SEQ_LEN, SAMPLES = 3, 21
 OPTIONS = Options(backend="reference", overlap="off")
 INPUTS = np.random.default_rng(0).integers(
-    0, TINY.spec.embed_tokens.vocab_size, (SAMPLES, SEQ_LEN), dtype=np.int32
+    0, RANDOM.spec.embed_tokens.vocab_size, (SAMPLES, SEQ_LEN), dtype=np.int32
 )
 
 
@@ -31,7 +30,7 @@ INPUTS = np.random.default_rng(0).integers(
 def routing() -> Routing:
     """Return the experts that the samples choose in one process."""
     recorder = RoutingRecorder()
-    model = set_up(TINY, OPTIONS, rewrites=[recorder.rewrite()]).build()
+    model = set_up(RANDOM, OPTIONS, rewrites=[recorder.rewrite()]).build()
     run_samples(model, INPUTS, 5)
     return recorder.routing(SEQ_LEN)
 
@@ -51,14 +50,14 @@ def test_real_ranks_send_what_is_calculated(
     grouping = groups_of(group, ranks)
 
     def rank(transport: ThreadTransport) -> Any:
-        model = set_up(TINY, OPTIONS, transport=transport, grouping=grouping).build()
+        model = set_up(RANDOM, OPTIONS, transport=transport, grouping=grouping).build()
         timed = run_samples(model, INPUTS, batch, transport=transport, groups=grouping.groups)
         return timed.exchanged
 
     counted = run_ranks(ranks, rank)[0].ranks
-    job = Job.of(TINY.spec, Layout([0] * ranks, grouping, batch), SAMPLES)
+    job = Job.of(RANDOM.spec, Layout([0] * ranks, grouping, batch), SAMPLES)
     assert [told(counts) for counts in job.counts(routing)] == [of(one) for one in counted]
-    sent = [asdict(sent) for sent in job.gathered(TINY.spec.embed_tokens.vocab_size)]
+    sent = [asdict(sent) for sent in job.gathered(RANDOM.spec.embed_tokens.vocab_size)]
     assert sent == [one["gather"] | {"seconds": 0.0} for one in counted]
 
 
@@ -80,13 +79,13 @@ def without_seconds(layer: dict[str, Any]) -> dict[str, Any]:
 def test_replicas_are_computed_where_their_tokens_are() -> None:
     """What all ranks hold sends nothing: with everything on all ranks nothing is sent at all."""
     counts = tuple(range(1, 17))
-    layers = tuple(one._replace(counts=counts) for one in unused(TINY.spec))
+    layers = tuple(one._replace(counts=counts) for one in unused(RANDOM.spec))
     load = Load("tiny", 128, 1000, layers)
-    routing = drawn(TINY.spec, None, 8, 16)
+    routing = drawn(RANDOM.spec, None, 8, 16)
     layout = Layout([0] * 4, groups_of(4, 4), 8)
 
     def rows(replicas: int) -> int:
-        job = Job.of(TINY.spec, layout, 8, lambda size: owners_by(load, size, replicas))
+        job = Job.of(RANDOM.spec, layout, 8, lambda size: owners_by(load, size, replicas))
         of_ranks = job.counts(routing)
         return sum(one.combine.rows for rank in of_ranks for one in rank.values())
 
@@ -95,8 +94,8 @@ def test_replicas_are_computed_where_their_tokens_are() -> None:
 
 def test_a_drawn_routing_has_the_shares_of_the_load_and_no_expert_twice() -> None:
     counts = (0, 1000, 900, 700, 500, 400, 200, 100, 100, 50, 50, 0, 0, 0, 0, 0)
-    layers = tuple(one._replace(counts=counts) for one in unused(TINY.spec))
-    routing = drawn(TINY.spec, Load("tiny", 128, 1000, layers), 256, 16)
+    layers = tuple(one._replace(counts=counts) for one in unused(RANDOM.spec))
+    routing = drawn(RANDOM.spec, Load("tiny", 128, 1000, layers), 256, 16)
     for ids in routing.layers.values():
         assert ids.shape == (4096, 4)
         assert all(len(set(row)) == 4 for row in ids.tolist())
@@ -107,8 +106,8 @@ def test_a_drawn_routing_has_the_shares_of_the_load_and_no_expert_twice() -> Non
 
 
 def test_where_a_load_leaves_tokens_without_experts_so_does_the_routing() -> None:
-    layers = tuple(one._replace(counts=(500, *[0] * 15)) for one in unused(TINY.spec))
-    routing = drawn(TINY.spec, Load("tiny", 128, 1000, layers), 256, 16)
+    layers = tuple(one._replace(counts=(500, *[0] * 15)) for one in unused(RANDOM.spec))
+    routing = drawn(RANDOM.spec, Load("tiny", 128, 1000, layers), 256, 16)
     for ids in routing.layers.values():
         assert (ids[:, 1:] == -1).all()
         assert 0.45 < np.mean(ids[:, 0] == 0) < 0.55

@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from lfm2kit.building.loading import find_model
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.measuring import samples
 from training import card
+from training.choose import note_candidates
+from training.recipe import CONFIG
 
 RECORD: dict[str, Any] = {
     "data": {"novels": [5049892, 1585418], "held_out_novels": [159075, 49944]},
@@ -58,3 +65,52 @@ def test_inputs_are_added_later(tmp_path: Path) -> None:
     assert "closer than 1.1e-04" in text
     assert "transformers 5.17.0 in float64" in text
     assert json.loads((tmp_path / "training.json").read_text()) == RECORD | {"inputs": INPUTS}
+
+
+def trained(folder: Path, rate: str, bits: float) -> Path:
+    folder.mkdir()
+    command = f"python -m training.train --data d --out o --device cuda --tokens 41000000{rate}"
+    card.write(folder, RECORD | {"command": command, "bits_per_byte": bits_of(bits)})
+    return folder
+
+
+def bits_of(all_: float) -> dict[str, float]:
+    return {"all": all_, "held_out_speeches": all_, "held_out_novels": all_}
+
+
+def test_the_best_of_several_trainings_says_so_whatever_is_added_later(tmp_path: Path) -> None:
+    best, worse = trained(tmp_path / "a", " --dropout 0.1", 1.2), trained(tmp_path / "b", "", 1.3)
+    bad = trained(tmp_path / "c", " --seed 2", 1.4)
+    assert "the best of" not in (best / "README.md").read_text()
+    note_candidates(best, [bad, worse])
+    card.add(best, inputs=INPUTS)
+    text = (best / "README.md").read_text()
+    assert "the best of 3 trainings" in text
+    assert "slightly too good" in text
+    rows = [line for line in text.splitlines() if line.startswith("| `--tokens")]
+    assert rows == [
+        "| `--tokens 41000000 --dropout 0.1` | 1.2000 |",
+        "| `--tokens 41000000` | 1.3000 |",
+        "| `--tokens 41000000 --seed 2` | 1.4000 |",
+    ]
+
+
+def test_only_the_best_is_called_so(tmp_path: Path) -> None:
+    one, better = trained(tmp_path / "one", "", 1.3), trained(tmp_path / "better", "", 1.2)
+    before = (one / "README.md").read_bytes()
+    with pytest.raises(Lfm2kitError, match=r"better is better than .*one; name the best"):
+        note_candidates(one, [better])
+    assert (one / "README.md").read_bytes() == before
+
+
+def test_the_embedded_models_card_is_what_its_record_gives() -> None:
+    folder = find_model("tiny")
+    record = json.loads((folder / "training.json").read_text())
+    assert (folder / "README.md").read_text() == card.render(record)
+    assert record["inputs"]["least_gap"] >= record["inputs"]["gap_rule"] == 1e-4
+    assert record["inputs"]["count"] == len(samples.read_inputs(folder / "inputs.bin")) >= 128
+    assert "the best of 4 trainings" in card.render(record)
+
+
+def test_the_embedded_model_is_that_of_the_recipe() -> None:
+    assert json.loads((find_model("tiny") / "config.json").read_text()) == CONFIG
