@@ -14,7 +14,7 @@ import numpy as np
 
 from lfm2kit import bounds
 from lfm2kit.building.options import Options
-from lfm2kit.cli.console import Report, complain, remark
+from lfm2kit.cli.console import complain, remark
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import OF_RANKS, Without, spread
 from lfm2kit.cli.preparing_text import prepare, writer_of
@@ -38,7 +38,7 @@ def chat(
 ) -> None:
     """Talk with a model: each line is what you say.  Ctrl-C ends an answer, and /exit the chat."""
     refuse_copies()
-    prepared = prepare(options, replace(generation, chat=True), Report(None), {})
+    prepared = prepare(options, replace(generation, chat=True), None)
     assert prepared.language.template, "a model without one is refused before it is built"
     writer = writer_of(prepared, generation.context, 1)
     remark(f"{HELP}; seed {prepared.seed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -9,13 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer
 
 from lfm2kit.chat.thinking import Part
 from lfm2kit.cli.speaking import Voice
 from lfm2kit.engine.engine import Engine
 from lfm2kit.process.streams import READER_GONE, ReaderGone
+from lfm2kit.ranks.agreement import Facts, compared
 from tests.chat.folders import folder_with
 from tests.checkpoint.folders import change_json, copied
 from tests.checkpoint.typed import Cli, Typed
@@ -155,7 +159,9 @@ def test_a_terminal_shows_thoughts_dim_and_no_commands(monkeypatch: pytest.Monke
         (["a", "--trim"], "generate needs a state; --trim"),
         (["a", "--output", "x"], "--output x: is of --file, which is not given"),
         (["a", "--keep-going"], "--keep-going: is of --file"),
-        (["a", "--ranks", 2], "No such option: --ranks"),
+        (["a", "--ranks", 2, "--trim"], "generate needs a state; --trim"),
+        (["a", "--ranks", 2, "--independent"], "--ranks 2 starts a job, and --independent runs"),
+        (["--ranks", 2, "--file", "/dev/fd/0", "--output", "x"], "each rank has another file"),
         (["a", "--json", "/nosuch/x"], "--json /nosuch/x"),
     ],
 )
@@ -163,6 +169,31 @@ def test_bad_input_is_one_line(
     words: list[object], said: str, generate: Callable[..., Typed]
 ) -> None:
     generate(*words).assert_fails(said)
+
+
+def test_ranks_that_are_asked_for_something_else_are_told_so(
+    generate: Callable[..., Typed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first of them reads the prompts, and no rank that others wait for may differ."""
+    reported: list[Facts] = []
+
+    def agreed(job: object, prepare: Callable[[], Any], facts: Callable[[Any], Facts]) -> None:
+        reported.append(facts(prepare()))
+        raise typer.Exit(0)
+
+    monkeypatch.setattr(importlib.import_module("lfm2kit.cli.generate"), "agreed", agreed)
+
+    def refusal(*words: object) -> str:
+        reported.clear()
+        generate("a")
+        generate(*words)
+        found = compared(reported)
+        return "" if found is None else found.sentence
+
+    assert refusal("a") == ""
+    assert "the prompt is a on rank 0 and b on rank 1" in refusal("b")
+    assert "--temperature is None on rank 0 and 0.0 on rank 1" in refusal("a", "--temperature", 0)
+    assert "--precision is fp32 on rank 0" in refusal("a", "--precision", "bf16", "-b", "auto")
 
 
 def test_a_model_that_cannot_do_it_is_one_line(cli: Cli, tmp_path: Path) -> None:
