@@ -28,12 +28,13 @@ from lfm2kit.process.interrupts import PROCESS, Interrupted
 
 RESET, SYSTEM, EXIT = COMMANDS = "/reset", "/system", "/exit"
 PROMPT = "> "
+UNUSED = ("chat", "n", "sequences", "logprobs", "prompt_logprobs")  # options of generated text
 HELP = f"{RESET} forgets what was said, {SYSTEM} TEXT sets the system message, {EXIT} ends the chat"
 
 
 @spread
 def chat(
-    generation: Annotated[Generation, Without(("chat", "n", "sequences"))],
+    generation: Annotated[Generation, Without(UNUSED)],
     options: Annotated[Options, Without((*OF_RANKS, "seed"))],
 ) -> None:
     """Talk with a model: each line is what you say.  Ctrl-C ends an answer, and /exit the chat."""

@@ -114,6 +114,8 @@ class One:
 
     def ask(self, prepared: Prepared) -> Answering:
         """Return what answers the prompt, which may come from stdin."""
+        if (option := prepared.generation.scores) is not None and prepared.report.target is None:
+            raise Lfm2kitError(option, ": needs --json FILE, where they go")
         text = text_of(self._prompt)
         return partial(_answer, prepared.language.request(text, prepared.generation, prepared.seed))
 
@@ -157,9 +159,5 @@ def _answer(request: Request, prepared: Prepared) -> None:
             voice.line()
             answer.check()
     remark(f"{pace.line()}, seed {prepared.seed}")
-    report.fields |= {
-        "prompt_tokens": len(request.ids),
-        "answers": [fields_of(answer) for answer in answers],
-        **pace.fields(),
-    }
+    report.fields |= fields_of(request, answers, prepared.language.tokenizer) | pace.fields()
     report.write()

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from lfm2kit.chat.tokenizer import Tokenizer
 from lfm2kit.checkpoint import check_no_part
 from lfm2kit.checkpoint.file_kinds import check_regular
 from lfm2kit.cli.console import complain, progress, remark
@@ -90,7 +91,7 @@ class Many:
                 advance(1)
                 error = next((answer.error for answer in those if answer.error is not None), None)
                 if error is None:
-                    answers.add(asked.number, _fields(asked, those))
+                    answers.add(asked.number, _fields(asked, those, prepared.language.tokenizer))
                     continue
                 if not isinstance(error, Lfm2kitError):
                     raise error
@@ -112,12 +113,9 @@ def _check_output(output: Path) -> None:
         check_regular(output)  # a later run reads it
 
 
-def _fields(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
-    return {
-        "answers": [fields_of(answer) for answer in answers],
-        "prompt_tokens": len(asked.request.ids),
-        "seed": asked.request.sampling.seed,
-    }
+def _fields(asked: Asked, answers: Sequence[Answer], tokenizer: Tokenizer) -> dict[str, Any]:
+    seed = {"seed": asked.request.sampling.seed}
+    return fields_of(asked.request, answers, tokenizer) | seed
 
 
 def _stopped(prompts: Path, number: int, why: str) -> Lfm2kitError:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
+from lfm2kit.chat.tokenizer import Tokenizer
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import Report, remark
 from lfm2kit.cli.flags import flag
@@ -21,6 +23,8 @@ from lfm2kit.cli.preparing import place_of
 from lfm2kit.cli.ranks import check_size, facts_of_setup, settled_together
 from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.engine.engine import BUDGET
+from lfm2kit.engine.requests import Request
+from lfm2kit.engine.scoring import Scored
 from lfm2kit.engine.steps import THE_END, WAITING, follow, from_first
 from lfm2kit.errors import Option
 from lfm2kit.generating.answer import Answer
@@ -170,6 +174,40 @@ def follow_writer(prepared: Prepared) -> None:
     follow(model, prepared.job, context=context or None, sequences=sequences or None)
 
 
-def fields_of(answer: Answer) -> dict[str, Any]:
-    """Return what a record says of an answer."""
-    return {"text": answer.text, "end": answer.end, "tokens": len(answer.token_ids)}
+def fields_of(request: Request, answers: Sequence[Answer], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what a record says of a prompt and its answers."""
+    fields: dict[str, Any] = {
+        "prompt_tokens": len(request.ids),
+        "answers": [_fields_of_one(answer, tokenizer) for answer in answers],
+    }
+    if request.prompt_logprobs is not None:  # the first token has none
+        scored = _logprobs(answers[0].prompt_logprobs, tokenizer)
+        fields["prompt_logprobs"] = [None, *scored]
+    return fields
+
+
+def _fields_of_one(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "text": answer.text,
+        "end": answer.end,
+        "tokens": len(answer.token_ids),
+    }
+    if answer.logprobs:
+        fields["logprobs"] = _logprobs(answer.logprobs, tokenizer)
+    return fields
+
+
+def _logprobs(scored: Iterable[Scored], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return tokens, with their texts, and what is best at their places.
+
+    JSON has no infinity: the logprob of what the model excludes is null.
+    """
+
+    def described(token_id: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.token_bytes(token_id).decode(errors="replace")
+        return {"id": token_id, "text": text, "logprob": logprob if logprob > -inf else None}
+
+    return [
+        {**described(one.token_id, one.logprob), "best": [described(*pair) for pair in one.best]}
+        for one in scored
+    ]

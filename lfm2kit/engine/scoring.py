@@ -16,9 +16,9 @@ Int32 = npt.NDArray[np.int32]
 
 
 class Scored(NamedTuple):
-    """A token of a prompt and its logprob, and the best ones at its position."""
+    """A token and its logprob, and the best ones at its position."""
 
-    position: int  # in the prompt, from 1: before the first token nothing is computed
+    position: int  # in a prompt, whose first token is at 0 and has no logprob; or in an answer
     token_id: int
     logprob: float
     best: tuple[tuple[int, float], ...]  # (token id, logprob), best first

@@ -64,6 +64,8 @@ class Language:
             min_tokens=options.min_tokens,
             stop_ids=self.end_ids,
             n=options.n,
+            logprobs=options.logprobs,
+            prompt_logprobs=options.prompt_logprobs,
         )
         is_whole = context == self.context
         most_tokens(request, context, MODELS if is_whole else Option("context", context))

@@ -14,7 +14,7 @@ from typing import Any
 from lfm2kit import bounds
 from lfm2kit.building.options import option
 from lfm2kit.engine.requests import MOST_CHOICES
-from lfm2kit.engine.sampling import RANGES, Sampling
+from lfm2kit.engine.sampling import MOST_LOGPROBS, RANGES, Sampling
 from lfm2kit.errors import Lfm2kitError, Option, choices
 
 SHOW, HIDE = THINK = "show", "hide"
@@ -79,6 +79,16 @@ class Generation:
         words="the model alone ends an answer",
         metavar="TEXT",
     )
+    logprobs: int | None = option(
+        None,
+        "Also give the logarithm of each token's probability, and the N best tokens there.",
+        words="none",
+        least=0,
+        most=MOST_LOGPROBS,
+    )
+    prompt_logprobs: int | None = option(
+        None, "The same for the tokens of the prompt.", words="none", least=0, most=MOST_LOGPROBS
+    )
     n: int = option(1, "Number of answers.", least=1, most=MOST_CHOICES)
     chat: bool = option(False, "The prompt is what a user says in a chat.")
     system: str | None = option(None, "The system message of a chat.", words="none", metavar="TEXT")
@@ -113,6 +123,14 @@ class Generation:
         values = {name: getattr(defaults, name) for name in SAMPLED} | {"seed": seed}
         given = {name: value for name in SAMPLED if (value := getattr(self, name)) is not None}
         return Sampling(**values | given)
+
+    @property
+    def scores(self) -> Option | None:
+        """Return the option that asks for logprobs, if one does."""
+        for name in ("logprobs", "prompt_logprobs"):
+            if (most := getattr(self, name)) is not None:
+                return Option(name, most)
+        return None
 
 
 def _check_text(options: Generation) -> None:

@@ -100,6 +100,6 @@ def _key(model: str, request: Request, options: Generation) -> str:
         request.ids.tolist(),
         asdict(request.sampling) | {"seed": options.seed},
         [request.max_tokens, request.min_tokens, request.stop_ids, request.n],
-        [options.stop, options.think],
+        [options.stop, options.think, options.logprobs, options.prompt_logprobs],
     ]
     return sha256(json.dumps(said).encode()).hexdigest()[:32]

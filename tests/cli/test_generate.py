@@ -85,6 +85,30 @@ def test_json_has_answers_and_figures(
     assert texts[0] in alone.err
 
 
+def test_json_has_logprobs_with_the_texts_of_tokens(
+    generate: Callable[..., Typed], folder: Path
+) -> None:
+    done = generate(PROMPT, "-n", 2, "--logprobs", 2, "--prompt-logprobs", 1, "--json", "-")
+    record = json.loads(done.out)
+    answers = loaded(folder).answers(
+        PROMPT, n=2, seed=1, max_tokens=12, logprobs=2, prompt_logprobs=1
+    )
+    none, *of_prompt = record["prompt_logprobs"]
+    assert (none, 1 + len(of_prompt)) == (None, record["prompt_tokens"])
+    assert "".join(one["text"] for one in of_prompt) == PROMPT
+    assert [one["logprob"] for one in of_prompt] == [
+        one.logprob for one in answers[0].prompt_logprobs
+    ]
+    for fields, answer in zip(record["answers"], answers, strict=True):
+        said = [
+            (one["id"], one["logprob"], [(best["id"], best["logprob"]) for best in one["best"]])
+            for one in fields["logprobs"]
+        ]
+        expected = [(one.token_id, one.logprob, [*one.best]) for one in answer.logprobs]
+        assert said == expected
+        assert len(said) == 12
+
+
 def test_a_seed_is_drawn_and_reported(cli: Cli, folder: Path) -> None:
     words = ["generate", PROMPT, "-m", folder, "-b", "reference", "--max-tokens", 4, "--json", "-"]
     seed = json.loads(cli(*words).out)["seed"]
@@ -154,6 +178,9 @@ def test_a_terminal_shows_thoughts_dim_and_no_commands(monkeypatch: pytest.Monke
         (["a", "--repetition-penalty", 0], "--repetition-penalty 0.0: expected"),
         (["a", "--max-tokens", 0], "--max-tokens 0: expected"),
         (["a", "--stop", ""], "--stop"),
+        (["a", "--logprobs", 21, "--json", "-"], "--logprobs 21: lfm2kit takes up to 20"),
+        (["a", "--logprobs", 3], "--logprobs 3: needs --json FILE, where they go"),
+        (["a", "--prompt-logprobs", 0], "--prompt-logprobs 0: needs --json FILE"),
         (["a", "--think", "x"], "--think x: expected show or hide"),
         (["a", "--system", "x"], "--system x: is of a chat; add --chat"),
         (["a", "--trim"], "generate needs a state; --trim"),

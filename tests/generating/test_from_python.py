@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lfm2kit.batch import Batch
 from lfm2kit.engine.drawing import NumPySampler
 from lfm2kit.engine.engine import Engine
+from lfm2kit.engine.logprobs import logprobs
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.generating.from_python import WRITER
+from lfm2kit.generating.from_python import WRITER, language_of
 from lfm2kit.generating.writer import Writer
 from lfm2kit.model import LFM2
 from tests.core.small import build, small_spec
@@ -205,3 +208,33 @@ def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
         loaded(folder).generate("a")
     with pytest.raises(Lfm2kitError, match="no folder with a tokenizer"):
         build(small_spec()).generate("a")
+
+
+def test_answers_have_tokens_ends_and_logprobs(model: LFM2) -> None:
+    given = OPTIONS | {"logprobs": 2, "prompt_logprobs": 1}
+    one, other, *_ = answers = model.answers(PROMPTS[:2], n=2, **given)
+    assert [answer.text for answer in answers] == model.generate(PROMPTS[:2], n=2, **OPTIONS)
+    tokenizer = language_of(model).tokenizer
+    prompt = np.array(tokenizer.encode(PROMPTS[0]), np.int32)
+    ids = np.concatenate([prompt, one.token_ids]).astype(np.int32)
+    rows = np.arange(len(ids) - 1, dtype=np.int32)
+    logits = model.logits(replace(Batch.of_sequences([ids]), logits_rows=rows))
+    expected = [logprobs(row, id, 2) for row, id in zip(logits, ids[1:].tolist(), strict=True)]
+    found = [(each.logprob, [*each.best]) for each in one.logprobs]
+    assert found == expected[len(prompt) - 1 :]
+    assert [each.token_id for each in one.logprobs] == one.token_ids
+    assert [each.position for each in one.logprobs] == [*range(12)]
+    of_prompt = [(each.logprob, [*each.best]) for each in one.prompt_logprobs]
+    assert of_prompt == [(own, best[:1]) for own, best in expected[: len(prompt) - 1]]
+    assert (one.end, other.prompt_logprobs, len(other.logprobs)) == ("length", [], 12)
+    (alone,) = model.answers("hello", **OPTIONS)
+    assert (alone.text, alone.logprobs) == (answers[2].text, [])
+
+
+@pytest.mark.parametrize("option", ["logprobs", "prompt_logprobs"])
+def test_text_alone_has_no_logprobs(model: LFM2, option: str) -> None:
+    for prompt in ("a", ["a"]):
+        with pytest.raises(Lfm2kitError, match=rf"{option}=3: .* call answers"):
+            model.generate(prompt, **{option: 3})
+    with pytest.raises(Lfm2kitError, match=r"call answers"):
+        model.generate_async("a", **{option: 3})
