@@ -19,6 +19,7 @@ from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import OF_RANKS, Without, spread
 from lfm2kit.cli.preparing_text import prepare, writer_of
 from lfm2kit.cli.ranks import refuse_copies
+from lfm2kit.cli.restricting import GIVEN_HERE, Restrictions
 from lfm2kit.cli.speaking import Voice
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.generating.conversation import Conversation
@@ -34,12 +35,14 @@ HELP = f"{RESET} forgets what was said, {SYSTEM} TEXT sets the system message, {
 
 @spread
 def chat(
-    generation: Annotated[Generation, Without(UNUSED)],
+    generation: Annotated[Generation, Without((*UNUSED, *GIVEN_HERE))],
+    restrictions: Restrictions,
     options: Annotated[Options, Without((*OF_RANKS, "seed"))],
 ) -> None:
     """Talk with a model: each line is what you say.  Ctrl-C ends an answer, and /exit the chat."""
     refuse_copies()
-    prepared = prepare(options, replace(generation, chat=True), None)
+    generation = restrictions.added_to(replace(generation, chat=True))
+    prepared = prepare(options, generation, None, restrictions.reads())
     assert prepared.language.template, "a model without one is refused before it is built"
     writer = writer_of(prepared, generation.context, 1)
     remark(f"{HELP}; seed {prepared.seed}")

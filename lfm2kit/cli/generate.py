@@ -40,6 +40,7 @@ from lfm2kit.cli.ranks import (
     leave_to_ranks,
     refuse_options,
 )
+from lfm2kit.cli.restricting import GIVEN_HERE, Restrictions
 from lfm2kit.cli.speaking import Voice
 from lfm2kit.cli.text_input import text_of
 from lfm2kit.engine.requests import Request
@@ -62,7 +63,8 @@ OUTPUT = About(
 
 @partial(spread, refused=refuse_options)
 def generate(
-    generation: Generation,
+    generation: Annotated[Generation, Without(GIVEN_HERE)],
+    restrictions: Restrictions,
     options: Annotated[Options, Without(("seed",))],
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT|-", help="A text; - reads stdin.")
@@ -89,8 +91,9 @@ def generate(
         def prepared_to_answer() -> Prepared:
             question = _question(prompt, file, output, keep_going)
             if job is not None or (ranks or 1) > 1:
-                check_same_file({**shared_paths(options, json), **files})
-            return prepare(options, generation, json, question, job, ranks)
+                check_same_file({**shared_paths(options, json), **files, **restrictions.paths()})
+            whole, reads = restrictions.added_to(generation), restrictions.reads()
+            return prepare(options, whole, json, reads, question, job, ranks)
 
         asked = {"the prompt": prompt, **files, "--keep-going": keep_going, "--json": json}
         prepared = agreed(job, prepared_to_answer, partial(facts_of, asked))

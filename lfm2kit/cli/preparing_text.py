@@ -78,11 +78,12 @@ def prepare(
     options: Options,
     generation: Generation,
     json: str | None,
+    reads: dict[str, list[Path]],
     question: Question | None = None,
     job: Transport | None = None,
     ranks: int | None = None,
 ) -> Prepared:
-    """Find and check the model, its tokenizer and what is asked.
+    """Find and check the model, its tokenizer and what is asked; `reads` are files of options.
 
     Of a job's ranks, the first alone asks and writes.  A process that is about to start them does
     not ask either: stdin is for them.
@@ -91,7 +92,8 @@ def prepare(
     is_first = job is None or job.world.rank == 0
     report = Report(json if is_first else None)
     checkpoint = open_model(options)
-    reads = files_of(checkpoint, options) | ({} if question is None else question.reads())
+    of_question = {} if question is None else question.reads()
+    reads = files_of(checkpoint, options) | reads | of_question
     report.check_apart(reads)
     language = Language(checkpoint.folder, checkpoint.spec)
     again = partial(_set_up, checkpoint, options, job, ranks)

@@ -316,3 +316,20 @@ def test_nan_ends_one_prompt_alone(
     monkeypatch.undo()
     assert second["error"].startswith("no token can be drawn at position 2")
     assert [one["answers"][0]["text"] for one in (first, third)] == texts_alone(folder)[::2]
+
+
+def test_answers_have_the_logprobs_that_a_line_asks_for(
+    many: Many, prompts: Path, output: Path, folder: Path
+) -> None:
+    write(prompts, [PROMPTS[0], PROMPTS[0] | {"logprobs": 1, "prompt_logprobs": 0}])
+    assert many().code == 0
+    plain, scored = answers_in(output)
+    assert "logprobs" not in plain["answers"][0]
+    (answer,) = loaded(folder).answers("It is", seed=1, max_tokens=9, logprobs=1)
+    (said,) = scored["answers"]
+    assert (said["text"], plain["answers"][0]["text"]) == (answer.text, answer.text)
+    assert [one["logprob"] for one in said["logprobs"]] == [one.logprob for one in answer.logprobs]
+    assert [len(one["best"]) for one in said["logprobs"]] == [1] * 9
+    none, *others = scored["prompt_logprobs"]
+    assert (none, 1 + len(others)) == (None, scored["prompt_tokens"])
+    assert {len(one["best"]) for one in others} == {0}
