@@ -167,13 +167,14 @@ def _check_text(options: Generation) -> None:
         first, second = map(Option, given[:2])
         raise Lfm2kitError(first, " and ", second, ": give only one of them")
     if options.stop is not None and not _are_texts(options.stop):
-        wanted = ": expected a list of texts, none of them empty"
-        raise Lfm2kitError(Option("stop", options.stop), wanted)
+        raise Lfm2kitError(Option("stop", options.stop), ": expected a list of texts")
+    if "" in (options.stop or ()):
+        raise Lfm2kitError(Option("stop", options.stop), ": no text to stop at may be empty")
 
 
 def _are_texts(value: object) -> bool:
     is_list = isinstance(value, (list, tuple))
-    return is_list and all(isinstance(one, str) and one for one in value)  # type: ignore[attr-defined]
+    return is_list and all(isinstance(one, str) for one in value)  # type: ignore[attr-defined]
 
 
 def check_names(given: Iterable[str], without: Iterable[str] = ()) -> None:

@@ -177,7 +177,7 @@ def test_a_terminal_shows_thoughts_dim_and_no_commands(monkeypatch: pytest.Monke
         (["a", "--top-k", -1], "--top-k -1: expected a whole number of 0 or more"),
         (["a", "--repetition-penalty", 0], "--repetition-penalty 0.0: expected"),
         (["a", "--max-tokens", 0], "--max-tokens 0: expected"),
-        (["a", "--stop", ""], "--stop"),
+        (["a", "--stop", "x", "--stop", ""], "--stop x --stop '': no text to stop at may be"),
         (["a", "--logprobs", 21, "--json", "-"], "--logprobs 21: lfm2kit takes up to 20"),
         (["a", "--logprobs", 3], "--logprobs 3: needs --json FILE, where they go"),
         (["a", "--prompt-logprobs", 0], "--prompt-logprobs 0: needs --json FILE"),
