@@ -44,6 +44,7 @@ from lfm2kit.cli.restricting import GIVEN_HERE, Restrictions
 from lfm2kit.cli.speaking import Voice
 from lfm2kit.cli.text_input import text_of
 from lfm2kit.engine.requests import Request
+from lfm2kit.engine.room import most_tokens, wanted_tokens
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.generating.options import Generation
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
@@ -145,9 +146,11 @@ def _answer(request: Request, prepared: Prepared) -> None:
     """Answer one prompt, and show the text as it comes."""
     options, report = prepared.generation, prepared.report
     voice = Voice(report.target)
-    longest = None if request.max_tokens is None else len(request.ids) + request.max_tokens
+    context = options.context
+    if context is None and wanted_tokens(request) is not None:
+        context = most_tokens(request, prepared.language.context)
     with (
-        writer_of(prepared, options.context or longest, options.sequences or request.n) as writer,
+        writer_of(prepared, context, options.sequences or request.n) as writer,
         voice.ending_its_line(),
     ):
         pace = Pace()

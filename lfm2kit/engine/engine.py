@@ -27,7 +27,7 @@ from lfm2kit.engine.scheduler import Chunk, Scheduler
 from lfm2kit.engine.scoring import scored
 from lfm2kit.engine.sequence import Sequence
 from lfm2kit.engine.steps import Steps, batch_of, parted
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.model import LFM2
 from lfm2kit.state import Room
 from lfm2kit.transport import Transport
@@ -59,7 +59,8 @@ class Engine:
         check_whole("budget", budget, 1)
         self._steps = Steps(model, room or room_for(model, context, sequences), job)
         self.room = self._steps.room
-        self.context = min(context_of(model.spec), self.room.pages * self.room.page_tokens)
+        self._whole = min(context_of(model.spec), self.room.pages * self.room.page_tokens)
+        self.context = min(context or self._whole, self._whole)  # tokens of a sequence, at most
         self._model = model
         self._sampler: Sampler = sampler or model.new_sampler()
         self._masks = Masks(model.spec.embed_tokens.vocab_size, patience or Patience())
@@ -276,8 +277,11 @@ class Engine:
             del self._live[sequence.id]
 
     def _most_tokens(self, request: Request) -> int:
-        is_whole = self.context == context_of(self._model.spec)
-        holder = MODELS if is_whole else f"the engine's {described(self.room)}"
+        holder: str | Option = f"the engine's {described(self.room)}"
+        if self.context < self._whole:
+            holder = Option("context", self.context)
+        elif self.context == context_of(self._model.spec):
+            holder = MODELS
         return most_tokens(request, self.context, holder)
 
     def _check_ids(self, name: str, ids: npt.ArrayLike) -> None:

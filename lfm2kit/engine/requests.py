@@ -32,6 +32,7 @@ class Request:
     prompt: npt.ArrayLike  # token ids, one or more
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None  # of each sequence; None: as many as the context leaves
+    usual_tokens: int | None = None  # without `max_tokens`, if the context leaves as many
     min_tokens: int = 0  # before which no stop id is drawn
     stop_ids: Iterable[int] = ()
     n: int = 1  # the seeds of all but the first are derived from the first one's
@@ -47,6 +48,8 @@ class Request:
             raise Lfm2kitError("the prompt is empty; give one token or more")
         if self.max_tokens is not None:
             check_whole("max_tokens", self.max_tokens, 1)
+        if self.usual_tokens is not None:
+            check_whole("usual_tokens", self.usual_tokens, 1)
         check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         check_whole("n", self.n, 1, MOST_CHOICES)
         for name in ("logprobs", "prompt_logprobs"):

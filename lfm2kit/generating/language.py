@@ -68,7 +68,8 @@ class Language:
         request = Request(
             ids,
             options.sampling(self._sampling, seed),
-            max_tokens=options.max_tokens if is_chat else _most(options, context - len(ids)),
+            max_tokens=options.max_tokens,
+            usual_tokens=None if is_chat else MOST_TOKENS,
             min_tokens=options.min_tokens,
             stop_ids=self.end_ids,
             n=options.n,
@@ -115,10 +116,3 @@ def _messages(prompt: Prompt, system: str | None) -> list[Any]:
     if said and isinstance(said[0], Mapping) and said[0].get("role") == "system":
         raise Lfm2kitError(Option("system", system), ": the chat has a system message already")
     return [{"role": "system", "content": system}, *said]
-
-
-def _most(options: Generation, left: int) -> int | None:
-    """Return the most tokens of a text, of which the context has `left`."""
-    if options.max_tokens is not None or left < 1:
-        return options.max_tokens
-    return min(max(MOST_TOKENS, options.min_tokens), left)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lfm2kit import bounds
 from lfm2kit.checkpoint.documents import parse_json, read_bounded
 from lfm2kit.engine.requests import Request
+from lfm2kit.engine.room import wanted_tokens
 from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.generating.language import Language, Prompt
 from lfm2kit.generating.options import CONSTRAINTS, OF_ALL, Generation
@@ -113,7 +114,7 @@ def _key(model: str, request: Request, options: Generation) -> str:
         model,
         request.ids.tolist(),
         asdict(request.sampling) | {"seed": options.seed},
-        [request.max_tokens, request.min_tokens, request.stop_ids, request.n],
+        [wanted_tokens(request), request.min_tokens, request.stop_ids, request.n],
         [options.stop, options.think, options.logprobs, options.prompt_logprobs],
         options.constraint,
     ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import replace
 from itertools import islice
 from threading import Lock
 from types import TracebackType
@@ -88,18 +87,8 @@ class Writer:
             )
             for _ in range(request.n)
         ]
-        self._new.append((self._as_long_as_fits(request, options), answers))
+        self._new.append((request, answers))
         return answers
-
-    def _as_long_as_fits(self, request: Request, options: Generation) -> Request:
-        """Return a request whose length nobody asked for, no longer than the engine has room for.
-
-        The room may be smaller than the model's context, for which the request was made.
-        """
-        left = self._engine.context - len(request.ids)
-        if options.max_tokens is not None or request.max_tokens is None or left < 1:
-            return request
-        return replace(request, max_tokens=min(request.max_tokens, max(left, request.min_tokens)))
 
     def advance(self, answer: Answer) -> list[Part]:
         """Return what an answer has that was not taken; make a step first if there is nothing.
