@@ -232,6 +232,23 @@ def test_two_runs_with_one_output_lose_no_answer(output: Path) -> None:
     assert [line["error"] for line in answers_in(output)] == ["of the first"] * 2
 
 
+def test_a_file_of_answers_may_have_any_size_but_a_line_may_not(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = AnswerFile(output, [], lambda said: None)
+    for number in range(9):
+        answers.add(number, {"error": "x" * 50})
+    line = len(output.read_bytes()) // 9
+    monkeypatch.setattr("lfm2kit.bounds.PROMPTS", line)
+    monkeypatch.setattr("lfm2kit.bounds.ANSWER", line)
+    AnswerFile(output, [], lambda said: None)
+    assert output.read_bytes() == b""  # errors are asked again
+    answers = AnswerFile(output, [], lambda said: None)
+    answers.add(1, {"error": "x" * 60})
+    with pytest.raises(Lfm2kitError, match="it has other lines than answers to prompts"):
+        AnswerFile(output, [], lambda said: None)
+
+
 def test_a_whole_answer_whose_line_has_no_end_is_kept(
     many: Many, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
