@@ -36,6 +36,7 @@ from lfm2kit.transport import Exchange, ExchangeError, ExchangeOffer
 
 if TYPE_CHECKING:
     from lfm2kit.chat.templates import Message
+    from lfm2kit.generating.answer import Answer
 
 
 class Forward:
@@ -241,6 +242,18 @@ class LFM2:
         from lfm2kit.generating.from_python import generate_async
 
         return generate_async(self, prompt, options)
+
+    def answers(
+        self, prompts: str | Sequence[Message] | list[str] | list[list[Message]], **options: Any
+    ) -> list[Answer]:
+        """Return whole answers to prompts, or to one: texts, tokens, their ends, and logprobs.
+
+        The prompts and options are those of `generate`; with `logprobs=5` each token has a logprob,
+        and so have those of the prompt with `prompt_logprobs=5`.
+        """
+        from lfm2kit.generating.from_python import answers
+
+        return answers(self, prompts, options)
 
     @contextmanager
     def running(self, tokens: int = 0) -> Iterator[Hashable]:

@@ -74,7 +74,7 @@ class Guide:
         Properties come in the schema's order.
         """
         matcher = self._library.LLMatcher
-        return self._guided("JSON schema", matcher.grammar_from_json_schema(_in_json(schema)))
+        return self._guided("JSON schema", matcher.grammar_from_json_schema(schema_in_json(schema)))
 
     def regex(self, pattern: str) -> Guided:
         """Return the constraint that a regular expression, in Rust's syntax, matches the text."""
@@ -156,7 +156,7 @@ def _end_of(tokenizer: Tokenizer) -> int:
     return ids[0] if ids else min(tokenizer.special)
 
 
-def _in_json(schema: Mapping[str, Any] | str) -> str:
+def schema_in_json(schema: Mapping[str, Any] | str) -> str:
     """Return a schema as one value of JSON; raise `Lfm2kitError` if it cannot be."""
     try:
         if isinstance(schema, str):

@@ -16,6 +16,7 @@ from lfm2kit.chat.optional import library
 from lfm2kit.chat.plain_text import PlainText
 from lfm2kit.chat.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from lfm2kit.checkpoint.documents import read_bounded
+from lfm2kit.checkpoint.hub_cache import name_of, to_download
 from lfm2kit.errors import Lfm2kitError
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     path = folder / FILE
     if not path.exists():
-        raise Lfm2kitError(f"{folder} has no {FILE}, which text needs; copy it beside the model")
+        name = name_of(folder)
+        advice = "copy it beside the model" if name is None else f"type '{to_download(name)}'"
+        raise Lfm2kitError(f"{folder} has no {FILE}, which text needs; {advice}")
     config = read_tokenizer_config(folder)
     inner = _parsed(path, read_bounded(path, bounds.TOKENIZER))
     inner.no_truncation()

@@ -18,6 +18,7 @@ from lfm2kit.errors import Lfm2kitError
 # The hub's rules for ORG/NAME: so two names never share a folder, and no name leads elsewhere.
 PART = r"\w(?:[\w.-]{0,94}\w)?"
 NAME = re.compile(rf"(?!.*(?:--|\.\.)){PART}/{PART}", re.ASCII)
+MODELS, SNAPSHOTS = "models--", "snapshots"
 TEXTS = ("", ".json", ".jinja", ".md", ".model", ".txt")  # the endings of files without weights
 
 
@@ -37,7 +38,7 @@ def find_cached(name: str) -> Path | None:
     """
     if NAME.fullmatch(name) is None:
         return None
-    model = cache_folder() / f"models--{name.replace('/', '--')}"
+    model = cache_folder() / f"{MODELS}{name.replace('/', '--')}"
     if not os.path.isdir(model):
         return None
     try:
@@ -55,6 +56,14 @@ def find_cached(name: str) -> Path | None:
     return snapshot
 
 
+def name_of(snapshot: Path) -> str | None:
+    """Return the name of the model of which a folder is a snapshot in a cache; None if of none."""
+    folder = Path(os.path.abspath(snapshot)).parent
+    name = folder.parent.name.removeprefix(MODELS).replace("--", "/")
+    is_in_cache = folder.name == SNAPSHOTS and folder.parent.name.startswith(MODELS)
+    return name if is_in_cache and NAME.fullmatch(name) else None
+
+
 def to_download(name: str) -> str:
     """Return the command that downloads a model, or the rest of it, into the cache."""
     return f"hf download {name}"
@@ -67,12 +76,12 @@ def main_snapshot(model: Path) -> Path | None:
         return None
     with open(main, encoding="utf-8", errors="replace") as file:
         commit = file.read(100).strip()
-    return model / "snapshots" / commit if commit in commits else None
+    return model / SNAPSHOTS / commit if commit in commits else None
 
 
 def snapshots(model: Path) -> list[str]:
     """Return the commits of which a model's folder in the cache has a snapshot, sorted."""
-    folder = model / "snapshots"
+    folder = model / SNAPSHOTS
     return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 

@@ -34,12 +34,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for ranked in (run, warmup, calibrate):
+for ranked in (run, warmup, calibrate, generate):
     app.command(cls=RanksCommand)(ranked)
 app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
 app.add_typer(transports, name="transports")
-for command in (generate, chat, bench, convert, specs, tokenize, env):
+for command in (chat, bench, convert, specs, tokenize, env):
     app.command(cls=PlainCommand)(command)
 
 

@@ -14,11 +14,12 @@ import numpy as np
 
 from lfm2kit import bounds
 from lfm2kit.building.options import Options
-from lfm2kit.cli.console import Report, complain, remark
+from lfm2kit.cli.console import complain, remark
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import OF_RANKS, Without, spread
 from lfm2kit.cli.preparing_text import prepare, writer_of
 from lfm2kit.cli.ranks import refuse_copies
+from lfm2kit.cli.restricting import GIVEN_HERE, Restrictions
 from lfm2kit.cli.speaking import Voice
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.generating.conversation import Conversation
@@ -28,17 +29,20 @@ from lfm2kit.process.interrupts import PROCESS, Interrupted
 
 RESET, SYSTEM, EXIT = COMMANDS = "/reset", "/system", "/exit"
 PROMPT = "> "
+UNUSED = ("chat", "n", "sequences", "logprobs", "prompt_logprobs")  # options of generated text
 HELP = f"{RESET} forgets what was said, {SYSTEM} TEXT sets the system message, {EXIT} ends the chat"
 
 
 @spread
 def chat(
-    generation: Annotated[Generation, Without(("chat", "n", "sequences"))],
+    generation: Annotated[Generation, Without((*UNUSED, *GIVEN_HERE))],
+    restrictions: Restrictions,
     options: Annotated[Options, Without((*OF_RANKS, "seed"))],
 ) -> None:
     """Talk with a model: each line is what you say.  Ctrl-C ends an answer, and /exit the chat."""
     refuse_copies()
-    prepared = prepare(options, replace(generation, chat=True), Report(None), {})
+    generation = restrictions.added_to(replace(generation, chat=True))
+    prepared = prepare(options, generation, None, restrictions.reads())
     assert prepared.language.template, "a model without one is refused before it is built"
     writer = writer_of(prepared, generation.context, 1)
     remark(f"{HELP}; seed {prepared.seed}")

@@ -13,7 +13,12 @@ VARIABLES = {f.name: v for f in fields(Options) if (v := f.metadata["about"].var
 
 
 def flag(option: Option) -> str:
-    """Return the words to type for an option; the environment variable, if it says the same."""
+    """Return the words to type for an option; the environment variable, if it says the same.
+
+    An option with several values is repeated.
+    """
+    if isinstance(option.value, (list, tuple)) and option.value:
+        return " ".join(flag(option._replace(value=one)) for one in option.value)
     variable = VARIABLES.get(option.name, "")
     if option.value is not None and os.environ.get(variable) == option.value:
         return f"{variable}={option.value}"

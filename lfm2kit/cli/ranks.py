@@ -17,11 +17,12 @@ import typer
 
 from lfm2kit.building.plugins import find_transport
 from lfm2kit.cli.console import complain
-from lfm2kit.cli.flags import told
+from lfm2kit.cli.flags import flag, told
 from lfm2kit.cli.help import PlainCommand
-from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError
-from lfm2kit.ranks.agreement import Facts, JointError, Refusal, agree
-from lfm2kit.ranks.joining import Again, connected, settled_alike
+from lfm2kit.cli.rewrite_options import settled
+from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError, Option
+from lfm2kit.ranks.agreement import Fact, Facts, JointError, Refusal, agree
+from lfm2kit.ranks.joining import Again, connected, facts_of, settled_alike
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT, Started, started
 from lfm2kit.ranks.reasons import reason
 from lfm2kit.text import indented
@@ -131,6 +132,16 @@ def agreed(job: Transport | None, prepare: Callable[[], T], facts: Callable[[T],
         report = _refusal(error)
     _settle(job, report)
     return prepared
+
+
+def facts_of_setup(setup: Setup) -> Facts:
+    """Return what the ranks must have in common, options by what users type."""
+    facts = dict(facts_of(setup, lambda name: flag(Option(name))))
+    facts.pop(flag(Option("rewrites")))
+    for name, value in settled(setup.options.rewrites).items():
+        is_given = "given" if value else "not given"
+        facts[name] = Fact(value if isinstance(value, str) else is_given)
+    return facts
 
 
 def settled_together(job: Transport, setup: Setup, again: Again) -> Setup:

@@ -9,9 +9,7 @@ from typing import Annotated
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.cli.console import Report, remark
-from lfm2kit.cli.flags import flag
 from lfm2kit.cli.options import (
-    REWRITES,
     IndependentOption,
     JsonOption,
     RanksOption,
@@ -27,17 +25,14 @@ from lfm2kit.cli.ranks import (
     check_independent,
     check_size,
     ending_all_ranks,
+    facts_of_setup,
     joined_job,
     leave_to_ranks,
     refuse_options,
     settled_together,
 )
-from lfm2kit.cli.rewrite_options import settled
-from lfm2kit.errors import Option
 from lfm2kit.measuring.bench import random_batch
-from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.ranks.groups import Grouping
-from lfm2kit.ranks.joining import facts_of
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.transport import Transport
 
@@ -59,7 +54,7 @@ def warmup(
     with ending_all_ranks(job):
         # On each machine one rank compiles a kernel, while the others wait for it.
         prepared = partial(_prepared, options, json, report, job, ranks)
-        setup = agreed(job, prepared, _facts)
+        setup = agreed(job, prepared, facts_of_setup)
         leave_to_ranks(job, transport, ranks)
         if job is not None:
             setup = settled_together(job, setup, prepared)
@@ -96,16 +91,6 @@ def _prepared(
         grouping=grouping,
         through_host=through_host,
     )
-
-
-def _facts(setup: Setup) -> Facts:
-    """Return what the ranks must have in common, options by what users type."""
-    facts = dict(facts_of(setup, lambda name: flag(Option(name))))
-    facts.pop(flag(Option(REWRITES)))
-    for name, value in settled(setup.options.rewrites).items():
-        is_given = "given" if value else "not given"
-        facts[name] = Fact(value if isinstance(value, str) else is_given)
-    return facts
 
 
 def _conclude(setup: Setup, seconds: float, report: Report) -> None:

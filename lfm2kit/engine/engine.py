@@ -24,9 +24,10 @@ from lfm2kit.engine.random_numbers import seed_of_fork
 from lfm2kit.engine.requests import CANCELLED, FAILED, Event, Request, check_whole
 from lfm2kit.engine.room import MODELS, context_of, described, most_tokens, room_for
 from lfm2kit.engine.scheduler import Chunk, Scheduler
+from lfm2kit.engine.scoring import scored
 from lfm2kit.engine.sequence import Sequence
-from lfm2kit.engine.steps import Steps, batch_of
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.engine.steps import Steps, batch_of, parted
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.model import LFM2
 from lfm2kit.state import Room
 from lfm2kit.transport import Transport
@@ -58,7 +59,8 @@ class Engine:
         check_whole("budget", budget, 1)
         self._steps = Steps(model, room or room_for(model, context, sequences), job)
         self.room = self._steps.room
-        self.context = min(context_of(model.spec), self.room.pages * self.room.page_tokens)
+        self._whole = min(context_of(model.spec), self.room.pages * self.room.page_tokens)
+        self.context = min(context or self._whole, self._whole)  # tokens of a sequence, at most
         self._model = model
         self._sampler: Sampler = sampler or model.new_sampler()
         self._masks = Masks(model.spec.embed_tokens.vocab_size, patience or Patience())
@@ -181,15 +183,19 @@ class Engine:
     def _run(self, chunks: list[Chunk]) -> None:
         last = [chunk.sequence for chunk in chunks if chunk.is_last]
         self._masks.begin(chunk.sequence for chunk in chunks)
-        logits = self._steps.logits(batch_of(chunks))
+        logits, scores = parted(self._steps.logits(batch_of(chunks)), chunks)
         following = self._masks.collect(last)
         drawn = self._drawn(logits, last, following)
         late = set(last) - following.keys()
         self._scheduler.advance(
             chunk.without_last() if chunk.sequence in late else chunk for chunk in chunks
         )
+        for sequence, after, rows in scores:
+            self._score(sequence, after, rows)
         for sequence, next in following.items():
             one = drawn.get(sequence)
+            if not sequence.pages:  # its prompt could not be scored
+                continue
             if one is None:
                 self._end_constrained(sequence, next)
             elif isinstance(one, NotANumber):
@@ -206,6 +212,17 @@ class Engine:
             logits = logits[[sequence in masks for sequence in last]]
         drawn = self._sampler.draw(logits, [one.row(mask) for one, mask in masks.items()])
         return dict(zip(masks, drawn, strict=True))
+
+    def _score(self, sequence: Sequence, after: range, logits: npt.NDArray[np.float32]) -> None:
+        """Tell the logprobs of the prompt's tokens that come after these positions."""
+        request = sequence.request
+        try:
+            told = scored(request.ids, after, logits, request.prompt_logprobs or 0)
+        except Lfm2kitError as error:
+            self._fail(sequence, error)
+            return
+        sequence.scored = after.stop
+        self._events.append(Event(sequence.id, sequence.choice, None, prompt=told))
 
     def _continue(self, sequence: Sequence, drawn: Drawn) -> None:
         """Add a token to its sequence; those that share the prompt can begin now."""
@@ -260,8 +277,11 @@ class Engine:
             del self._live[sequence.id]
 
     def _most_tokens(self, request: Request) -> int:
-        is_whole = self.context == context_of(self._model.spec)
-        holder = MODELS if is_whole else f"the engine's {described(self.room)}"
+        holder: str | Option = f"the engine's {described(self.room)}"
+        if self.context < self._whole:
+            holder = Option("context", self.context)
+        elif self.context == context_of(self._model.spec):
+            holder = MODELS
         return most_tokens(request, self.context, holder)
 
     def _check_ids(self, name: str, ids: npt.ArrayLike) -> None:

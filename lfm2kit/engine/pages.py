@@ -52,12 +52,13 @@ class Pages:
         """Return how many pages nobody uses."""
         return len(self._free)
 
-    def begin(self, ids: Int32) -> Beginning | None:
+    def begin(self, ids: Int32, shareable: int | None = None) -> Beginning | None:
         """Return pages for a sequence of these tokens; None if too few are free.
 
-        Those of its beginning that is known are shared.  At least one token is left to compute.
+        Those of its beginning that is known are shared, of the first `shareable` tokens alone if
+        that is given.  At least one token is left to compute.
         """
-        found = self._holding(ids)
+        found = self._holding(ids if shareable is None else ids[: shareable + 1])
         for page in found:
             self._use(page)
         missing = self._room.pages_of(len(ids)) - len(found)

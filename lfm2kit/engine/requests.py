@@ -13,6 +13,7 @@ import numpy.typing as npt
 from lfm2kit.batch_rules import integers
 from lfm2kit.engine.constraints import Constraint
 from lfm2kit.engine.sampling import MOST_LOGPROBS, Sampling
+from lfm2kit.engine.scoring import Scored
 from lfm2kit.errors import Lfm2kitError
 
 # Why a sequence ended.
@@ -31,10 +32,12 @@ class Request:
     prompt: npt.ArrayLike  # token ids, one or more
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None  # of each sequence; None: as many as the context leaves
+    usual_tokens: int | None = None  # without `max_tokens`, if the context leaves as many
     min_tokens: int = 0  # before which no stop id is drawn
     stop_ids: Iterable[int] = ()
     n: int = 1  # the seeds of all but the first are derived from the first one's
     logprobs: int | None = None  # how many of the best are returned; None: not the chosen one's
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, with the first choice
     constraint: Constraint | None = None  # that each sequence obeys, such as a grammar
 
     def __post_init__(self) -> None:
@@ -45,10 +48,13 @@ class Request:
             raise Lfm2kitError("the prompt is empty; give one token or more")
         if self.max_tokens is not None:
             check_whole("max_tokens", self.max_tokens, 1)
+        if self.usual_tokens is not None:
+            check_whole("usual_tokens", self.usual_tokens, 1)
         check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         check_whole("n", self.n, 1, MOST_CHOICES)
-        if self.logprobs is not None:
-            check_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (most := getattr(self, name)) is not None:
+                check_whole(name, most, 0, MOST_LOGPROBS)
         if not isinstance(self.constraint, Constraint | None):
             raise Lfm2kitError(
                 f"constraint is {brief(self.constraint)}; expected an object with a method begin, "
@@ -63,15 +69,18 @@ class Request:
 
 
 class Event(NamedTuple):
-    """The next token of a sequence, or its end, or both."""
+    """What there is to tell of a sequence: its next token, its end, or tokens of its prompt."""
 
     id: int  # of the request
     choice: int  # which of its n sequences, from 0
-    token_id: int | None  # None: it ended without another token
+    token_id: int | None  # None: no other token has come
     logprob: float | None = None
     best: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
     end: str | None = None  # STOP, LENGTH, CANCELLED or FAILED; None: the sequence goes on
     error: Exception | None = None  # why it failed
+    prompt: tuple[
+        Scored, ...
+    ] = ()  # the next tokens of the prompt, if logprobs of it are asked for
 
 
 def _ids(name: str, values: npt.ArrayLike) -> npt.NDArray[np.int32]:

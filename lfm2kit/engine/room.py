@@ -58,19 +58,29 @@ def most_tokens(request: Request, context: int, holder: str | Option = MODELS) -
 
     Raise `Lfm2kitError` if it needs more than the `context` of `holder`.
     """
-    prompt, asked = len(request.ids), request.max_tokens
-    most = context if asked is None else prompt + asked
-    if most <= context and prompt < context:
-        return most
+    prompt, least = len(request.ids), request.max_tokens or max(request.min_tokens, 1)
+    if prompt + least <= context:
+        return min(prompt + (wanted_tokens(request) or context), context)
     advice = f"a prompt may have up to {context - 1}"
     if prompt < context:
-        advice = f"max_tokens may be up to {context - prompt}"
+        name = "min_tokens" if request.max_tokens is None else "max_tokens"
+        advice = f"{name} may be up to {context - prompt}"
     raise Lfm2kitError(
-        f"a prompt of {prompt} tokens and {asked or 1} more do not fit into the {context} "
+        f"a prompt of {prompt} tokens and {least} more do not fit into the {context} "
         "tokens that a sequence may have (",
         holder,
         f"); {advice}",
     )
+
+
+def wanted_tokens(request: Request) -> int | None:
+    """Return how many tokens each sequence has if the context leaves them; None: all that it does.
+
+    The prompt is not counted.
+    """
+    if request.max_tokens is not None or request.usual_tokens is None:
+        return request.max_tokens
+    return max(request.usual_tokens, request.min_tokens)
 
 
 def described(room: Room) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError, Option
 
+BIAS = Option("logit_bias")
 MOST_LOGPROBS = 20  # of the best tokens beside the one that is drawn
 
 # No logit within LARGEST leaves the range of float32 by what these bounds allow.
@@ -86,7 +87,7 @@ class Sampling:
         beyond = max(self.logit_bias, default=0)
         if beyond >= vocab_size:
             raise Lfm2kitError(
-                f"logit_bias: token id {beyond} is outside the vocabulary of {vocab_size}"
+                BIAS, f": token id {beyond} is outside the vocabulary of {vocab_size}"
             )
 
 
@@ -104,15 +105,15 @@ def _checked(name: str, value: Any, number: Range) -> int | float:
 def _checked_bias(logit_bias: Any) -> dict[int, float]:
     """Return a copy that its giver cannot change."""
     if not isinstance(logit_bias, Mapping):
-        raise Lfm2kitError(f"logit_bias is {brief(logit_bias)}; expected a bias by token id")
+        raise Lfm2kitError(BIAS, f" is {brief(logit_bias)}; expected a bias by token id")
     for token_id, bias in logit_bias.items():
         if not _is_a(Integral, token_id) or not 0 <= token_id <= bounds.DIMENSION:
             raise Lfm2kitError(
-                f"logit_bias: {brief(token_id)} is not a token id, which is a whole number from 0"
+                BIAS, f": {brief(token_id)} is not a token id, which is a whole number from 0"
             )
         if not CHANGE.holds(bias):
             raise Lfm2kitError(
-                f"logit_bias: the bias of token {token_id} is {brief(bias)}; "
-                f"expected {CHANGE.expected}"
+                BIAS,
+                f": the bias of token {token_id} is {brief(bias)}; expected {CHANGE.expected}",
             )
     return {int(token_id): float(bias) for token_id, bias in logit_bias.items()}

@@ -31,6 +31,11 @@ class Chunk(NamedTuple):
         """Return whether a token can be drawn after it."""
         return self.tokens == self.sequence.left
 
+    @property
+    def to_score(self) -> range:
+        """Return the positions whose logits score tokens of the prompt."""
+        return self.sequence.to_score(self.tokens)
+
     def without_last(self) -> Chunk:
         """Return the same tokens but for the last one, which will be computed again."""
         return self._replace(tokens=self.tokens - 1)
@@ -107,10 +112,13 @@ class Scheduler:
 
     def _begin(self) -> Sequence | None:
         """Return the oldest sequence that waits, with its pages; None if too few are free."""
-        beginning = self.pages.begin(self._waiting[0].ids) if self._waiting else None
+        if not self._waiting:
+            return None
+        sequence = self._waiting[0]
+        beginning = self.pages.begin(sequence.ids, sequence.shareable)
         if beginning is None:
             return None
-        sequence = self._waiting.pop(0)
+        del self._waiting[0]
         sequence.pages, sequence.computed = beginning
         insort(self._running, sequence, key=_AGE)
         return sequence

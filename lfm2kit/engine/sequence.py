@@ -32,6 +32,9 @@ class Sequence:
         self.computed = 0  # tokens that the pages hold
         self.followers: list[Sequence] = []  # wait until the prompt that they share is computed
         self.forks = 0
+        self.scored = 0  # rows of logits by which tokens of the prompt have been scored
+        is_scored = choice == 0 and request.prompt_logprobs is not None
+        self._rows_to_score = len(request.ids) - 1 if is_scored else 0
         self._ids = request.ids  # never written: a longer array, with room for more, replaces it
         self._count = len(self._ids)
 
@@ -49,6 +52,19 @@ class Sequence:
     def left(self) -> int:
         """Return how many tokens its pages do not hold yet."""
         return self._count - self.computed
+
+    @property
+    def shareable(self) -> int:
+        """Return how many of its tokens need not be computed if others' pages hold them."""
+        return self.scored if self.scored < self._rows_to_score else self._count
+
+    def to_score(self, tokens: int) -> range:
+        """Return those of its next `tokens` positions whose logits score the prompt's next token.
+
+        Positions that were scored before it was put back are not among them.
+        """
+        end = min(self.computed + tokens, self._rows_to_score)
+        return range(max(self.computed, self.scored), end)
 
     def append(self, token_id: int) -> str | None:
         """Add a token that was drawn; return why the sequence ends, if it does."""
@@ -82,4 +98,5 @@ class Sequence:
         fork = Sequence(id, 0, age, self.request, self.most, seed)
         self.forks += 1
         fork._ids, fork._count = self.ids, self._count
+        fork._rows_to_score = 0
         return fork

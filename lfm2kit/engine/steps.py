@@ -15,12 +15,14 @@ import numpy.typing as npt
 from lfm2kit.batch import Batch, Form
 from lfm2kit.engine.room import room_for
 from lfm2kit.engine.scheduler import Chunk
+from lfm2kit.engine.sequence import Sequence
 from lfm2kit.model import LFM2
 from lfm2kit.progress import step
 from lfm2kit.ranks.agreement import least
 from lfm2kit.state import ModelState, Room
 from lfm2kit.transport import Transport
 
+Floats = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
 THE_END = np.empty(0, np.int32)
@@ -81,8 +83,9 @@ def follow(
 
 
 def batch_of(chunks: Iterable[Chunk]) -> Batch:
-    """Return the batch of a step; it wants the logits of those chunks alone that are the last.
+    """Return the batch of a step; it wants the logits that draw a token or score a prompt's.
 
+    Each chunk has first those that score, and then, if it is the last, the one that draws.
     If the sizes of steps are to be rounded, so that fewer forms are captured, this is the place.
     """
     chunks = list(chunks)
@@ -95,8 +98,36 @@ def batch_of(chunks: Iterable[Chunk]) -> Batch:
         starts=starts,
         pages=[sequence.pages for sequence, _ in chunks],
     )
+    if any(chunk.to_score for chunk in chunks):
+        return replace(batch, logits_rows=_rows_with_scores(chunks, batch.logits_rows))
     is_last = [chunk.is_last for chunk in chunks]
     return batch if all(is_last) else replace(batch, logits_rows=batch.logits_rows[is_last])
+
+
+def _rows_with_scores(chunks: Iterable[Chunk], last_rows: Int32) -> Int32:
+    """Return the rows of a batch whose logits are wanted, given the last row of each chunk."""
+    rows: list[int] = []
+    for chunk, last in zip(chunks, last_rows.tolist(), strict=True):
+        first = last + 1 - chunk.tokens - chunk.sequence.computed  # of the sequence's position 0
+        rows += [first + position for position in chunk.to_score]
+        rows += [last] if chunk.is_last else []
+    return np.array(rows, np.int32)
+
+
+def parted(
+    logits: Floats, chunks: Iterable[Chunk]
+) -> tuple[Floats, list[tuple[Sequence, range, Floats]]]:
+    """Return the logits from which tokens are drawn, and those that score tokens of prompts.
+
+    The latter are [positions, vocab_size] for each sequence that has any, with the positions.
+    """
+    scores, is_to_draw, begin = [], np.ones(len(logits), np.bool_), 0
+    for chunk in chunks:
+        if after := chunk.to_score:
+            scores.append((chunk.sequence, after, logits[begin : begin + len(after)]))
+            is_to_draw[begin : begin + len(after)] = False
+        begin += len(after) + chunk.is_last
+    return (logits[is_to_draw] if scores else logits), scores
 
 
 def agreed(job: Transport, room: Room) -> Room:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from lfm2kit.chat.streaming import TextStream
 from lfm2kit.chat.thinking import Part, Thinking
 from lfm2kit.engine.requests import STOP, Event
+from lfm2kit.engine.scoring import Scored
 
 
 class Answer:
@@ -28,6 +29,10 @@ class Answer:
     ) -> None:
         self.key: tuple[int, int] | None = None  # request and choice, once an engine has it
         self.token_ids: list[int] = []
+        self.logprobs: list[Scored] = []  # of its tokens, if they are asked for
+        self.prompt_logprobs: list[
+            Scored
+        ] = []  # of the prompt's, if it is the first of its answers
         self.end: str | None = None  # as in `Event`; None: it goes on
         self.error: Exception | None = None
         self._stream = stream
@@ -57,8 +62,12 @@ class Answer:
             raise self.error
 
     def add(self, event: Event) -> None:
-        """Add a token, or the end."""
+        """Add a token, or the end, or logprobs of the prompt."""
+        self.prompt_logprobs += event.prompt
         if event.token_id is not None:
+            if event.logprob is not None:
+                place = len(self.token_ids)
+                self.logprobs.append(Scored(place, event.token_id, event.logprob, event.best))
             self.token_ids.append(event.token_id)
             if event.token_id not in self._end_ids:
                 self._show(self._stream.push([event.token_id]))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lfm2kit import bounds
-from lfm2kit.checkpoint.documents import parse_json, read_bounded
+from lfm2kit.checkpoint.documents import parse_json
+from lfm2kit.checkpoint.file_kinds import check_file
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.generating.prompt_file import NOWHERE, Asked, Broken
 from lfm2kit.outputs.files import Note, replaced
@@ -85,14 +86,25 @@ def _size_of(path: Path) -> int:
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def _read(path: Path) -> list[tuple[int, str | None, bytes]]:
-    """Return line number, key and text of each line in a file; no key where it is an error."""
+def _read(path: Path) -> Iterator[tuple[int, str | None, bytes]]:
+    """Yield line number, key and text of each line in a file; no key where it is an error.
+
+    The file may be of any size: it grows with the answers.
+    """
     if not _size_of(path):
-        return []
-    *lines, last = read_bounded(path, bounds.PROMPTS).split(b"\n")
-    if not _is_cut_off(last):
-        lines.append(last)  # a whole line, which lacks its end alone
-    return [_parsed(path, line) for line in lines]
+        return
+    check_file(path, is_text=True)
+    try:
+        with open(path, "rb") as file:
+            while line := file.readline(bounds.ANSWER + 1):
+                if len(line) > bounds.ANSWER:
+                    raise _not_ours(path)
+                text = line.removesuffix(b"\n")
+                if text == line and _is_cut_off(line):  # else it lacks its end alone
+                    return
+                yield _parsed(path, text)
+    except OSError as error:
+        raise Lfm2kitError(f"{path}: {error.strerror}") from None
 
 
 def _is_cut_off(last: bytes) -> bool:

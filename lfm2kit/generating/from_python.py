@@ -26,18 +26,31 @@ def generate(model: LFM2, prompt: Any, given: dict[str, Any]) -> Iterator[str] |
 
     See `LFM2.generate`.
     """
-    options = generation(given)
+    options = _of_text_alone(given)
     if _is_one(prompt):
         return _pieces(model, _one_request(model, prompt, options), options)
-    return _whole(model, _prompts(prompt), options)
+    return [answer.text for answer in _whole(model, _prompts(prompt), options)]
 
 
 def generate_async(model: LFM2, prompt: Any, given: dict[str, Any]) -> AsyncIterator[str]:
     """Return the text of one prompt piece by piece.  See `LFM2.generate_async`."""
-    options = generation(given)
+    options = _of_text_alone(given)
     if not _is_one(prompt):
         raise Lfm2kitError("generate_async takes one prompt; for several, gather several tasks")
     return _async_pieces(model, _one_request(model, prompt, options), options)
+
+
+def answers(model: LFM2, prompts: Any, given: dict[str, Any]) -> list[Answer]:
+    """Return the whole answers to a prompt, or to a list of prompts.  See `LFM2.answers`."""
+    return _whole(model, _prompts([prompts] if _is_one(prompts) else prompts), generation(given))
+
+
+def _of_text_alone(given: dict[str, Any]) -> Generation:
+    """Return the options; `Lfm2kitError` if they ask for more than text."""
+    options = generation(given)
+    if options.scores is not None:
+        raise Lfm2kitError(options.scores, ": generate gives text alone; call answers([prompt])")
+    return options
 
 
 def _pieces(model: LFM2, request: Request, options: Generation) -> Iterator[str]:
@@ -67,21 +80,21 @@ def _shown(writer: Writer, answer: Answer) -> list[str]:
     return [part.text for part in writer.advance(answer)]
 
 
-def _whole(model: LFM2, prompts: Sequence[Prompt], options: Generation) -> list[str]:
+def _whole(model: LFM2, prompts: Sequence[Prompt], options: Generation) -> list[Answer]:
     language, seed = language_of(model), drawn_seed()
     requests = [language.request(prompt, options, seed) for prompt in prompts]
     writer = writer_of(model, options)
-    answers: list[list[Answer]] = [[] for _ in prompts]
+    found: list[list[Answer]] = [[] for _ in prompts]
 
     def begin(place: int) -> list[Answer]:
-        answers[place] = writer.begin(requests[place], options)
-        return answers[place]
+        found[place] = writer.begin(requests[place], options)
+        return found[place]
 
     with closing(written(writer, range(len(requests)), begin)) as pairs:  # whatever fails
         for _, ended in pairs:
             for answer in ended:
                 answer.check()
-    return [answer.text for answer in chain.from_iterable(answers)]
+    return [*chain.from_iterable(found)]
 
 
 def _one_request(model: LFM2, prompt: Prompt, options: Generation) -> Request:

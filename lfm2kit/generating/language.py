@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from lfm2kit import specs
+from lfm2kit.chat.guided import Guide
 from lfm2kit.chat.prompts import chat_ids
 from lfm2kit.chat.streaming import TextStream
 from lfm2kit.chat.templates import ChatTemplate, Message, load_template
 from lfm2kit.chat.thinking import TAGS, Thinking, begins_in_thought
 from lfm2kit.chat.tokenizer import load_tokenizer
+from lfm2kit.engine.constraints import Constraint
 from lfm2kit.engine.generation_config import NAME, read_generation_config
 from lfm2kit.engine.requests import Request
 from lfm2kit.engine.room import MODELS, context_of, most_tokens
@@ -20,6 +22,7 @@ from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.generating.options import MOST_TOKENS, Generation
 
 Prompt = str | Sequence[Message]  # a text, or the messages of a chat
+MOST_CONSTRAINTS = 64  # that are kept compiled
 LAST = 16  # tokens of a prompt, among which an opening tag of a thought may end it
 
 
@@ -30,7 +33,7 @@ class Language:
     """
 
     def __init__(self, folder: Path, spec: specs.Model) -> None:
-        vocab_size = spec.embed_tokens.vocab_size
+        self._vocab_size = vocab_size = spec.embed_tokens.vocab_size
         self.folder = folder
         self.context = context_of(spec)
         self.tokenizer = load_tokenizer(folder)
@@ -41,8 +44,13 @@ class Language:
                 said = f"eos_token_id {id} is outside the vocabulary of {vocab_size}"
                 raise Lfm2kitError(f"{folder / NAME}: {said}")
         eos = self.tokenizer.id_of("eos_token")
+        self._compiled = lru_cache(MOST_CONSTRAINTS)(self._compile)
         own = () if eos is None else (eos,)
         self.end_ids = tuple(dict.fromkeys((*eos_ids, *own)))  # each of them ends a text
+
+    @cached_property
+    def guide(self) -> Guide:
+        return Guide(self.tokenizer)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -60,11 +68,16 @@ class Language:
         request = Request(
             ids,
             options.sampling(self._sampling, seed),
-            max_tokens=options.max_tokens if is_chat else _most(options, context - len(ids)),
+            max_tokens=options.max_tokens,
+            usual_tokens=None if is_chat else MOST_TOKENS,
             min_tokens=options.min_tokens,
             stop_ids=self.end_ids,
             n=options.n,
+            logprobs=options.logprobs,
+            prompt_logprobs=options.prompt_logprobs,
+            constraint=None if options.constraint is None else self._compiled(*options.constraint),
         )
+        request.sampling.check_ids(self._vocab_size)
         is_whole = context == self.context
         most_tokens(request, context, MODELS if is_whole else Option("context", context))
         return request
@@ -77,6 +90,11 @@ class Language:
         """Return a new splitter for an answer to a prompt, which may have begun a thought."""
         end = self.tokenizer.decode(request.ids[-LAST:].tolist(), special=True)
         return Thinking(begins_in_thought(end))
+
+    def _compile(self, kind: str, text: str) -> Constraint:
+        """Return the constraint that `Guide` makes of a text by its method `kind`."""
+        made: Constraint = getattr(self.guide, kind)(text)
+        return made
 
     def _ids(self, prompt: Prompt, options: Generation) -> list[int]:
         if isinstance(prompt, str) and not prompt:
@@ -98,10 +116,3 @@ def _messages(prompt: Prompt, system: str | None) -> list[Any]:
     if said and isinstance(said[0], Mapping) and said[0].get("role") == "system":
         raise Lfm2kitError(Option("system", system), ": the chat has a system message already")
     return [{"role": "system", "content": system}, *said]
-
-
-def _most(options: Generation, left: int) -> int | None:
-    """Return the most tokens of a text, of which the context has `left`."""
-    if options.max_tokens is not None or left < 1:
-        return options.max_tokens
-    return min(max(MOST_TOKENS, options.min_tokens), left)

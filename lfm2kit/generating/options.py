@@ -13,8 +13,9 @@ from typing import Any
 
 from lfm2kit import bounds
 from lfm2kit.building.options import option
+from lfm2kit.chat.guided import schema_in_json
 from lfm2kit.engine.requests import MOST_CHOICES
-from lfm2kit.engine.sampling import RANGES, Sampling
+from lfm2kit.engine.sampling import MOST_LOGPROBS, RANGES, Sampling
 from lfm2kit.errors import Lfm2kitError, Option, choices
 
 SHOW, HIDE = THINK = "show", "hide"
@@ -23,7 +24,8 @@ MOST_TOKENS = 256  # of a text that is continued: a base model rarely ends it
 MOST_CONTEXT = bounds.LARGEST["max_position_embeddings"]
 # What is of an engine or of a command, and not of one prompt.
 OF_ALL = ("chat", "context", "sequences")
-SAMPLED = tuple(RANGES)
+SAMPLED = (*RANGES, "logit_bias")
+CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 def _number(help: str, words: str = CHECKPOINTS) -> Any:
@@ -66,6 +68,12 @@ class Generation:
     frequency_penalty: float | None = _number(
         "Subtract X from a token's logit for each time that it is in the answer.", "0"
     )
+    logit_bias: Mapping[int, float] | None = option(
+        None, "What is added to the logits of tokens.", words="none"
+    )
+    json_schema: Any = option(None, "The answer is JSON of this schema.", words="any text")
+    regex: str | None = option(None, "This regular expression matches the answer.")
+    grammar: str | None = option(None, "The answer is of this grammar.")
     seed: int | None = option(
         None,
         "The same seed gives the same text.",
@@ -78,6 +86,16 @@ class Generation:
         "End before this text; repeat the option for several.",
         words="the model alone ends an answer",
         metavar="TEXT",
+    )
+    logprobs: int | None = option(
+        None,
+        "Also give the logarithm of each token's probability, and the N best tokens there.",
+        words="none",
+        least=0,
+        most=MOST_LOGPROBS,
+    )
+    prompt_logprobs: int | None = option(
+        None, "The same for the tokens of the prompt.", words="none", least=0, most=MOST_LOGPROBS
     )
     n: int = option(1, "Number of answers.", least=1, most=MOST_CHOICES)
     chat: bool = option(False, "The prompt is what a user says in a chat.")
@@ -103,6 +121,8 @@ class Generation:
             if value is not None or one.default is not None:
                 one.metadata["about"].check(one.name, value)
         _check_text(self)
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", schema_in_json(self.json_schema))
         self.sampling(Sampling())
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             asked = Option("min_tokens", self.min_tokens)
@@ -114,6 +134,22 @@ class Generation:
         given = {name: value for name in SAMPLED if (value := getattr(self, name)) is not None}
         return Sampling(**values | given)
 
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """Return the kind of the constraint that answers obey, and its text, if there is one."""
+        for name in CONSTRAINTS:
+            if (text := getattr(self, name)) is not None:
+                return name, text
+        return None
+
+    @property
+    def scores(self) -> Option | None:
+        """Return the option that asks for logprobs, if one does."""
+        for name in ("logprobs", "prompt_logprobs"):
+            if (most := getattr(self, name)) is not None:
+                return Option(name, most)
+        return None
+
 
 def _check_text(options: Generation) -> None:
     """Raise `Lfm2kitError` for an option that is not the kind of text or flag it should be."""
@@ -124,14 +160,21 @@ def _check_text(options: Generation) -> None:
         raise Lfm2kitError(Option("system", options.system), ": expected a text")
     if options.think not in THINK:
         raise Lfm2kitError(Option("think", options.think), f": expected {SHOW} or {HIDE}")
+    for name in ("regex", "grammar"):
+        if not isinstance(value := getattr(options, name), str | None):
+            raise Lfm2kitError(Option(name, value), ": expected a text")
+    if len(given := [name for name in CONSTRAINTS if getattr(options, name) is not None]) > 1:
+        first, second = map(Option, given[:2])
+        raise Lfm2kitError(first, " and ", second, ": give only one of them")
     if options.stop is not None and not _are_texts(options.stop):
-        wanted = ": expected a list of texts, none of them empty"
-        raise Lfm2kitError(Option("stop", options.stop), wanted)
+        raise Lfm2kitError(Option("stop", options.stop), ": expected a list of texts")
+    if "" in (options.stop or ()):
+        raise Lfm2kitError(Option("stop", options.stop), ": no text to stop at may be empty")
 
 
 def _are_texts(value: object) -> bool:
     is_list = isinstance(value, (list, tuple))
-    return is_list and all(isinstance(one, str) and one for one in value)  # type: ignore[attr-defined]
+    return is_list and all(isinstance(one, str) for one in value)  # type: ignore[attr-defined]
 
 
 def check_names(given: Iterable[str], without: Iterable[str] = ()) -> None:

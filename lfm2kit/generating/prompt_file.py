@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 from lfm2kit import bounds
 from lfm2kit.checkpoint.documents import parse_json, read_bounded
 from lfm2kit.engine.requests import Request
+from lfm2kit.engine.room import wanted_tokens
 from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.generating.language import Language, Prompt
-from lfm2kit.generating.options import OF_ALL, Generation
+from lfm2kit.generating.options import CONSTRAINTS, OF_ALL, Generation
 
 PROMPT, MESSAGES = PROMPTS = "prompt", "messages"
+MOST_DIGITS = 20  # of a token id
 NOWHERE = Path("a line")  # whoever shows an error about a line says which it is
 OPTIONS = [one.name for one in fields(Generation) if one.name not in OF_ALL]
 
@@ -61,7 +63,7 @@ def _asked(
 ) -> Asked | Broken:
     try:
         prompt, given = _read(parse_json(NOWHERE, line))
-        own = replace(options, **given)
+        own = replace(options, **_alone(given))
         _check_system(prompt, own)
         request = language.request(prompt, own, seed)
     except Lfm2kitError as error:
@@ -82,7 +84,20 @@ def _read(fields: Mapping[str, Any]) -> tuple[Prompt, dict[str, Any]]:
     if not isinstance(prompts[0], kind):
         expected = "a text" if kind is str else "a list of messages"
         raise Lfm2kitError(f"'{PROMPT if kind is str else MESSAGES}' is not {expected}")
+    if isinstance(biases := given.get("logit_bias"), dict):
+        given["logit_bias"] = {_id_in(key): bias for key, bias in biases.items()}
     return prompts[0], given
+
+
+def _alone(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line's options, of which a constraint replaces one of another kind."""
+    has_own = any(name in given for name in CONSTRAINTS)
+    return {**(dict.fromkeys(CONSTRAINTS) if has_own else {}), **given}
+
+
+def _id_in(key: str) -> int | str:
+    """Return the token id that a key of JSON, which is always a text, stands for."""
+    return int(key) if key.isdecimal() and len(key) < MOST_DIGITS else key
 
 
 def _check_system(prompt: Prompt, options: Generation) -> None:
@@ -99,7 +114,8 @@ def _key(model: str, request: Request, options: Generation) -> str:
         model,
         request.ids.tolist(),
         asdict(request.sampling) | {"seed": options.seed},
-        [request.max_tokens, request.min_tokens, request.stop_ids, request.n],
-        [options.stop, options.think],
+        [wanted_tokens(request), request.min_tokens, request.stop_ids, request.n],
+        [options.stop, options.think, options.logprobs, options.prompt_logprobs],
+        options.constraint,
     ]
     return sha256(json.dumps(said).encode()).hexdigest()[:32]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import replace
 from itertools import islice
 from threading import Lock
+from types import TracebackType
 from typing import TypeVar
 
 from lfm2kit.chat.thinking import Part
@@ -22,6 +22,7 @@ from lfm2kit.generating.answer import Answer
 from lfm2kit.generating.language import Language
 from lfm2kit.generating.options import HIDE, Generation
 from lfm2kit.model import LFM2
+from lfm2kit.transport import Transport
 
 # Requests that have begun and not ended: more than an engine's steps have room for.
 MOST_BEGUN = 256
@@ -32,7 +33,8 @@ Wanted = TypeVar("Wanted")
 class Writer:
     """A writer of answers with one model and one engine.  Threads may share it.
 
-    Raise `Lfm2kitError` if the room does not fit into memory.
+    In a `job` of several ranks, rank 0 has it, and the others `lfm2kit.engine.steps.follow`.  Raise
+    `Lfm2kitError` if the room does not fit into memory.
     """
 
     def __init__(
@@ -42,15 +44,27 @@ class Writer:
         *,
         context: int | None = None,
         sequences: int | None = None,
+        job: Transport | None = None,
     ) -> None:
         self.language = language
         self.tokens = 0  # of all answers so far
-        self._engine = Engine(model, context=context, sequences=sequences)
+        self._engine = Engine(model, context=context, sequences=sequences, job=job)
         self._lock = Lock()  # of the engine and of the answers
         self._answers: dict[tuple[int, int], Answer] = {}  # that have not ended
         # What any thread may add to: requests to begin, and answers to cancel.
         self._new: deque[tuple[Request, list[Answer]]] = deque()
         self._left: deque[Answer] = deque()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._engine.__exit__(kind, error, traceback)
 
     @property
     def room(self) -> str:
@@ -73,18 +87,8 @@ class Writer:
             )
             for _ in range(request.n)
         ]
-        self._new.append((self._as_long_as_fits(request, options), answers))
+        self._new.append((request, answers))
         return answers
-
-    def _as_long_as_fits(self, request: Request, options: Generation) -> Request:
-        """Return a request whose length nobody asked for, no longer than the engine has room for.
-
-        The room may be smaller than the model's context, for which the request was made.
-        """
-        left = self._engine.context - len(request.ids)
-        if options.max_tokens is not None or request.max_tokens is None or left < 1:
-            return request
-        return replace(request, max_tokens=min(request.max_tokens, max(left, request.min_tokens)))
 
     def advance(self, answer: Answer) -> list[Part]:
         """Return what an answer has that was not taken; make a step first if there is nothing.

@@ -9,7 +9,7 @@ import pytest
 
 from lfm2kit.building.loading import find_model, load_model
 from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.checkpoint.hub_cache import NAME, cache_folder
+from lfm2kit.checkpoint.hub_cache import NAME, cache_folder, name_of
 from lfm2kit.checkpoint.names import CONFIG, INDEX, SINGLE
 from lfm2kit.errors import Lfm2kitError
 from tests.checkpoint.folders import ORACLE, change_json, copied
@@ -156,3 +156,17 @@ def test_a_quantised_model_in_the_cache_is_explained(hub: Path, cli: Cli) -> Non
     snapshot = cache(hub, "odd_kernel_1")
     change_json(snapshot / CONFIG, quantization={"bits": 4, "group_size": 64})
     cli("plan", "--model", LFM2).assert_fails(CONFIG, "quantised")
+
+
+def test_a_snapshot_without_a_tokenizer_is_to_be_downloaded_and_not_copied_to(
+    hub: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cache(hub)
+    advice = f"has no tokenizer.json, which text needs; type 'hf download {LFM2}'"
+    for model in (LFM2, snapshot):
+        cli("generate", "a", "--model", model).assert_fails(str(snapshot), advice)
+    monkeypatch.chdir(snapshot)
+    cli("tokenize", "a", "--model", ".").assert_fails(advice)
+    assert name_of(snapshot) == LFM2
+    assert name_of(snapshot.parent) is None
+    assert name_of(hub / "models--a" / "snapshots" / COMMIT) is None

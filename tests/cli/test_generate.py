@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -9,13 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer
 
 from lfm2kit.chat.thinking import Part
 from lfm2kit.cli.speaking import Voice
 from lfm2kit.engine.engine import Engine
 from lfm2kit.process.streams import READER_GONE, ReaderGone
+from lfm2kit.ranks.agreement import Facts, compared
 from tests.chat.folders import folder_with
 from tests.checkpoint.folders import change_json, copied
 from tests.checkpoint.typed import Cli, Typed
@@ -79,6 +83,30 @@ def test_json_has_answers_and_figures(
     alone = generate(PROMPT, "--json", "-")
     assert json.loads(alone.out)["answers"][0]["text"] == texts[0]
     assert texts[0] in alone.err
+
+
+def test_json_has_logprobs_with_the_texts_of_tokens(
+    generate: Callable[..., Typed], folder: Path
+) -> None:
+    done = generate(PROMPT, "-n", 2, "--logprobs", 2, "--prompt-logprobs", 1, "--json", "-")
+    record = json.loads(done.out)
+    answers = loaded(folder).answers(
+        PROMPT, n=2, seed=1, max_tokens=12, logprobs=2, prompt_logprobs=1
+    )
+    none, *of_prompt = record["prompt_logprobs"]
+    assert (none, 1 + len(of_prompt)) == (None, record["prompt_tokens"])
+    assert "".join(one["text"] for one in of_prompt) == PROMPT
+    assert [one["logprob"] for one in of_prompt] == [
+        one.logprob for one in answers[0].prompt_logprobs
+    ]
+    for fields, answer in zip(record["answers"], answers, strict=True):
+        said = [
+            (one["id"], one["logprob"], [(best["id"], best["logprob"]) for best in one["best"]])
+            for one in fields["logprobs"]
+        ]
+        expected = [(one.token_id, one.logprob, [*one.best]) for one in answer.logprobs]
+        assert said == expected
+        assert len(said) == 12
 
 
 def test_a_seed_is_drawn_and_reported(cli: Cli, folder: Path) -> None:
@@ -149,13 +177,18 @@ def test_a_terminal_shows_thoughts_dim_and_no_commands(monkeypatch: pytest.Monke
         (["a", "--top-k", -1], "--top-k -1: expected a whole number of 0 or more"),
         (["a", "--repetition-penalty", 0], "--repetition-penalty 0.0: expected"),
         (["a", "--max-tokens", 0], "--max-tokens 0: expected"),
-        (["a", "--stop", ""], "--stop"),
+        (["a", "--stop", "x", "--stop", ""], "--stop x --stop '': no text to stop at may be"),
+        (["a", "--logprobs", 21, "--json", "-"], "--logprobs 21: lfm2kit takes up to 20"),
+        (["a", "--logprobs", 3], "--logprobs 3: needs --json FILE, where they go"),
+        (["a", "--prompt-logprobs", 0], "--prompt-logprobs 0: needs --json FILE"),
         (["a", "--think", "x"], "--think x: expected show or hide"),
         (["a", "--system", "x"], "--system x: is of a chat; add --chat"),
         (["a", "--trim"], "generate needs a state; --trim"),
         (["a", "--output", "x"], "--output x: is of --file, which is not given"),
         (["a", "--keep-going"], "--keep-going: is of --file"),
-        (["a", "--ranks", 2], "No such option: --ranks"),
+        (["a", "--ranks", 2, "--trim"], "generate needs a state; --trim"),
+        (["a", "--ranks", 2, "--independent"], "--ranks 2 starts a job, and --independent runs"),
+        (["--ranks", 2, "--file", "/dev/fd/0", "--output", "x"], "each rank has another file"),
         (["a", "--json", "/nosuch/x"], "--json /nosuch/x"),
     ],
 )
@@ -163,6 +196,31 @@ def test_bad_input_is_one_line(
     words: list[object], said: str, generate: Callable[..., Typed]
 ) -> None:
     generate(*words).assert_fails(said)
+
+
+def test_ranks_that_are_asked_for_something_else_are_told_so(
+    generate: Callable[..., Typed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first of them reads the prompts, and no rank that others wait for may differ."""
+    reported: list[Facts] = []
+
+    def agreed(job: object, prepare: Callable[[], Any], facts: Callable[[Any], Facts]) -> None:
+        reported.append(facts(prepare()))
+        raise typer.Exit(0)
+
+    monkeypatch.setattr(importlib.import_module("lfm2kit.cli.generate"), "agreed", agreed)
+
+    def refusal(*words: object) -> str:
+        reported.clear()
+        generate("a")
+        generate(*words)
+        found = compared(reported)
+        return "" if found is None else found.sentence
+
+    assert refusal("a") == ""
+    assert "the prompt is a on rank 0 and b on rank 1" in refusal("b")
+    assert "--temperature is None on rank 0 and 0.0 on rank 1" in refusal("a", "--temperature", 0)
+    assert "--precision is fp32 on rank 0" in refusal("a", "--precision", "bf16", "-b", "auto")
 
 
 def test_a_model_that_cannot_do_it_is_one_line(cli: Cli, tmp_path: Path) -> None:

@@ -232,6 +232,23 @@ def test_two_runs_with_one_output_lose_no_answer(output: Path) -> None:
     assert [line["error"] for line in answers_in(output)] == ["of the first"] * 2
 
 
+def test_a_file_of_answers_may_have_any_size_but_a_line_may_not(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = AnswerFile(output, [], lambda said: None)
+    for number in range(9):
+        answers.add(number, {"error": "x" * 50})
+    line = len(output.read_bytes()) // 9
+    monkeypatch.setattr("lfm2kit.bounds.PROMPTS", line)
+    monkeypatch.setattr("lfm2kit.bounds.ANSWER", line)
+    AnswerFile(output, [], lambda said: None)
+    assert output.read_bytes() == b""  # errors are asked again
+    answers = AnswerFile(output, [], lambda said: None)
+    answers.add(1, {"error": "x" * 60})
+    with pytest.raises(Lfm2kitError, match="it has other lines than answers to prompts"):
+        AnswerFile(output, [], lambda said: None)
+
+
 def test_a_whole_answer_whose_line_has_no_end_is_kept(
     many: Many, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,3 +333,20 @@ def test_nan_ends_one_prompt_alone(
     monkeypatch.undo()
     assert second["error"].startswith("no token can be drawn at position 2")
     assert [one["answers"][0]["text"] for one in (first, third)] == texts_alone(folder)[::2]
+
+
+def test_answers_have_the_logprobs_that_a_line_asks_for(
+    many: Many, prompts: Path, output: Path, folder: Path
+) -> None:
+    write(prompts, [PROMPTS[0], PROMPTS[0] | {"logprobs": 1, "prompt_logprobs": 0}])
+    assert many().code == 0
+    plain, scored = answers_in(output)
+    assert "logprobs" not in plain["answers"][0]
+    (answer,) = loaded(folder).answers("It is", seed=1, max_tokens=9, logprobs=1)
+    (said,) = scored["answers"]
+    assert (said["text"], plain["answers"][0]["text"]) == (answer.text, answer.text)
+    assert [one["logprob"] for one in said["logprobs"]] == [one.logprob for one in answer.logprobs]
+    assert [len(one["best"]) for one in said["logprobs"]] == [1] * 9
+    none, *others = scored["prompt_logprobs"]
+    assert (none, 1 + len(others)) == (None, scored["prompt_tokens"])
+    assert {len(one["best"]) for one in others} == {0}

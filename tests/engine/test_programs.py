@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 
 from lfm2kit.engine.requests import CANCELLED, LENGTH, STOP, Event, Request
 from lfm2kit.engine.sampling import Sampling
+from lfm2kit.engine.scoring import Scored
 from tests.engine.harness import (
     BACKENDS,
     MOST_STEPS,
@@ -32,6 +33,7 @@ from tests.engine.harness import (
     engine_of,
     model_of,
 )
+from tests.engine.test_scoring import in_one_forward
 
 MOST_LIVE = 6
 
@@ -56,6 +58,7 @@ class Programs(RuleBasedStateMachine):
         self.engine = engine_of(self.model, pages, budget=budget)
         self.known: dict[tuple[int, int], Known] = {}
         self.ended: dict[tuple[int, int], str | None] = {}
+        self.scored: dict[int, list[Scored]] = {}  # tokens of prompts, by request
 
     @precondition(lambda self: len(self.live) < MOST_LIVE)
     @rule(
@@ -66,12 +69,14 @@ class Programs(RuleBasedStateMachine):
         min_tokens=st.sampled_from([0, 1]),
         n=st.sampled_from([1, 1, 3]),
         constraint=st.sampled_from([None, Thirds()]),
+        prompt_logprobs=st.sampled_from([None, None, 2]),
     )
     def add(self, tokens: int, seed: int, temperature: float, n: int, **others: Any) -> None:
         prompt = np.random.default_rng(seed).integers(VOCABULARY, size=tokens)
         sampling = Sampling(temperature=temperature, seed=seed)
         request = Request(prompt, sampling, stop_ids=(1, 2, 3), n=n, **others)
-        self._know(self.engine.add(request), request, prompt.tolist())
+        self._know(id := self.engine.add(request), request, prompt.tolist())
+        self.scored[id] = []
 
     @precondition(lambda self: self.live)
     @rule(steps=st.sampled_from([1, 2, 5, 20]))
@@ -119,6 +124,8 @@ class Programs(RuleBasedStateMachine):
             name = event.id, event.choice
             assert name not in self.ended
             assert event.error is None
+            if event.prompt:  # never of a fork
+                self.scored[event.id] += event.prompt
             if event.token_id is not None:
                 self.known[name].ids.append(event.token_id)
             if event.end is not None:
@@ -136,6 +143,8 @@ class Programs(RuleBasedStateMachine):
         self.engine.close()
         for name, known in self.known.items():
             self._judge(known, self.ended[name])
+        for id, scores in self.scored.items():
+            self._judge_scores(self.known[id, 0].request, self.ended[id, 0], scores)
 
     def _judge(self, known: Known, end: str | None) -> None:
         new = known.ids[known.begin :]
@@ -147,6 +156,12 @@ class Programs(RuleBasedStateMachine):
             count = len(known.ids) - len(known.request.ids)
             assert is_stop or count == known.request.max_tokens
             assert end == (STOP if is_stop else LENGTH)
+
+    def _judge_scores(self, request: Request, end: str | None, scores: list[Scored]) -> None:
+        most, prompt = request.prompt_logprobs, request.ids.tolist()
+        expected = [] if most is None else in_one_forward(self.model, prompt, most)
+        assert scores == expected[: len(scores)]
+        assert end == CANCELLED or len(scores) == len(expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,12 +9,15 @@ import pytest
 
 from lfm2kit.building import capacity
 from lfm2kit.engine.engine import Engine
+from lfm2kit.engine.requests import Request
 from lfm2kit.engine.room import described, room_for
+from lfm2kit.engine.sampling import Sampling
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.model import LFM2
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.state import Room
 from tests.core.small import build, small_spec
+from tests.engine.harness import run, tokens_of
 
 
 def model_with(monkeypatch: pytest.MonkeyPatch, pages: int, context: int | None = 1000) -> LFM2:
@@ -35,6 +38,26 @@ def test_it_is_for_the_sequences_that_are_asked_for(monkeypatch: pytest.MonkeyPa
         assert engine.room == Room(12)
     with pytest.raises(Lfm2kitError, match=r"a state of 16 pages needs .*; try fewer sequences"):
         Engine(model, context=500, sequences=4)
+
+
+def test_a_sequence_has_no_more_than_the_context_that_is_asked_for() -> None:
+    """Pages have room for more."""
+    greedy = Sampling(temperature=0)
+    with Engine(build(small_spec()), context=20, sequences=1) as engine:
+        id = engine.add(Request([1, 2, 3], greedy))
+        other = engine.add(Request([1, 2, 3], greedy, usual_tokens=5))
+        events = run(engine)
+        assert [len(tokens_of(events, one)) for one in (id, other)] == [17, 5]
+        with pytest.raises(
+            Lfm2kitError, match=r"may have \(context=20\); max_tokens may be up to 17"
+        ):
+            engine.add(Request([1, 2, 3], max_tokens=18))
+        with pytest.raises(
+            Lfm2kitError, match=r"3 tokens and 18 more .* min_tokens may be up to 17"
+        ):
+            engine.add(Request([1, 2, 3], min_tokens=18, usual_tokens=5))
+        longer = engine.add(Request([1, 2, 3], min_tokens=7, usual_tokens=5))
+        assert len(tokens_of(run(engine), longer)) == 7
 
 
 def test_half_of_what_is_free_is_taken_where_nothing_is_asked_for(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from lfm2kit import load_model
+from lfm2kit.chat.guided import Guide
 from lfm2kit.checkpoint.config import model_spec, parse_config
+from lfm2kit.engine.masks import Patience
 from lfm2kit.model import LFM2
 from lfm2kit.weights import Tensor
 from tests.chat.folders import GOLDEN, folder_with
@@ -49,3 +52,10 @@ def model_folder(folder: Path, template: str | None = TEMPLATE, **generation: An
 
 def loaded(folder: Path) -> LFM2:
     return load_model(folder, backend="reference")
+
+
+def give_constraints_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let neither a mask nor a constraint that is compiled be late, however busy the machine is."""
+    monkeypatch.setattr("lfm2kit.engine.engine.Patience", lambda: Patience(3600, 3600))
+    patient = partial(Guide, seconds=3600)
+    monkeypatch.setattr("lfm2kit.generating.language.Guide", patient)

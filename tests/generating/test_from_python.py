@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
+import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lfm2kit.batch import Batch
 from lfm2kit.engine.drawing import NumPySampler
 from lfm2kit.engine.engine import Engine
+from lfm2kit.engine.logprobs import logprobs
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.generating.from_python import WRITER
+from lfm2kit.generating.from_python import WRITER, language_of
+from lfm2kit.generating.options import Generation
 from lfm2kit.generating.writer import Writer
 from lfm2kit.model import LFM2
 from tests.core.small import build, small_spec
-from tests.generating.folders import loaded, model_folder
+from tests.generating.folders import give_constraints_all_the_time, loaded, model_folder
 from tests.generating.test_writer import assert_nothing_is_held
 
 PROMPTS = ["It is a truth", "hello", "It is"]
@@ -29,6 +35,11 @@ HELLO = [{"role": "user", "content": "hello"}]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LFM2:
     return loaded(model_folder(tmp_path_factory.mktemp("model") / "small"))
+
+
+@pytest.fixture(autouse=True)
+def all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_constraints_all_the_time(monkeypatch)
 
 
 def writer_kept(model: LFM2) -> Writer:
@@ -205,3 +216,67 @@ def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
         loaded(folder).generate("a")
     with pytest.raises(Lfm2kitError, match="no folder with a tokenizer"):
         build(small_spec()).generate("a")
+
+
+def test_answers_have_tokens_ends_and_logprobs(model: LFM2) -> None:
+    given = OPTIONS | {"logprobs": 2, "prompt_logprobs": 1}
+    one, other, *_ = answers = model.answers(PROMPTS[:2], n=2, **given)
+    assert [answer.text for answer in answers] == model.generate(PROMPTS[:2], n=2, **OPTIONS)
+    tokenizer = language_of(model).tokenizer
+    prompt = np.array(tokenizer.encode(PROMPTS[0]), np.int32)
+    ids = np.concatenate([prompt, one.token_ids]).astype(np.int32)
+    rows = np.arange(len(ids) - 1, dtype=np.int32)
+    logits = model.logits(replace(Batch.of_sequences([ids]), logits_rows=rows))
+    expected = [logprobs(row, id, 2) for row, id in zip(logits, ids[1:].tolist(), strict=True)]
+    found = [(each.logprob, [*each.best]) for each in one.logprobs]
+    assert found == expected[len(prompt) - 1 :]
+    assert [each.token_id for each in one.logprobs] == one.token_ids
+    assert [each.position for each in one.logprobs] == [*range(12)]
+    of_prompt = [(each.logprob, [*each.best]) for each in one.prompt_logprobs]
+    assert of_prompt == [(own, best[:1]) for own, best in expected[: len(prompt) - 1]]
+    assert (one.end, other.prompt_logprobs, len(other.logprobs)) == ("length", [], 12)
+    (alone,) = model.answers("hello", **OPTIONS)
+    assert (alone.text, alone.logprobs) == (answers[2].text, [])
+
+
+@pytest.mark.parametrize("option", ["logprobs", "prompt_logprobs"])
+def test_text_alone_has_no_logprobs(model: LFM2, option: str) -> None:
+    for prompt in ("a", ["a"]):
+        with pytest.raises(Lfm2kitError, match=rf"{option}=3: .* call answers"):
+            model.generate(prompt, **{option: 3})
+    with pytest.raises(Lfm2kitError, match=r"call answers"):
+        model.generate_async("a", **{option: 3})
+
+
+def test_texts_obey_constraints_and_biases(model: LFM2) -> None:
+    schema = {"enum": ["tea", "whales"]}
+    for given in ({"json_schema": schema}, {"json_schema": json.dumps(schema)}):
+        texts = model.generate(["a"], n=4, **OPTIONS, **given)
+        assert {*texts} <= {'"tea"', '"whales"'}
+    assert re.fullmatch("[0-9]{2}-[ab]", "".join(model.generate("a", regex="[0-9]{2}-[ab]")))
+    assert model.generate(["a"], grammar='start: "x" "y"', **OPTIONS) == ["xy"]
+    (answer,) = model.answers(HELLO, logit_bias={65: 1000.0}, **OPTIONS)
+    assert answer.token_ids == [65] * 12
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"regex": "("}, "the regex cannot be used: unclosed group"),
+        ({"json_schema": {"type": 5}}, "the JSON schema cannot be used: type must be"),
+        ({"grammar": "begin: "}, "the grammar cannot be used"),
+        ({"logit_bias": {423: 1.0}}, "logit_bias: token id 423 is outside the vocabulary of 423"),
+    ],
+)
+def test_what_cannot_restrict_a_text_is_refused_when_it_is_given(
+    model: LFM2, given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(Lfm2kitError, match=words):
+        model.generate("a", **given)
+
+
+def test_a_constraint_is_compiled_once(model: LFM2) -> None:
+    language = language_of(model)
+    options = Generation(regex="[0-4]{3}")
+    one, other = (language.request(text, options, 0).constraint for text in ("a", "b"))
+    assert one is other

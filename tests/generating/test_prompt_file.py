@@ -124,3 +124,43 @@ def test_the_key_changes_with_all_that_an_answer_depends_on(
     ):
         assert key_of(tmp_path, language, line | changed) != key, changed
     assert key_of(tmp_path, language, line, model="other") != key
+
+
+def test_a_line_may_have_a_bias_and_a_constraint_of_its_own(
+    language: Language, tmp_path: Path
+) -> None:
+    lines = [
+        {"prompt": "a", "logit_bias": {"65": -5}},
+        {"prompt": "a", "json_schema": {"type": "object"}},
+        {"prompt": "a", "regex": None},
+        {"prompt": "a", "regex": "("},
+        {"prompt": "a", "logit_bias": {"x": 1}},
+    ]
+    first, second, third, *broken = read(
+        tmp_path, language, *(json.dumps(line).encode() for line in lines), regex="[a-c]"
+    )
+    assert isinstance(first, Asked)
+    assert isinstance(second, Asked)
+    assert isinstance(third, Asked)
+    assert first.request.sampling.logit_bias == {65: -5.0}
+    assert first.options.constraint == ("regex", "[a-c]")
+    assert second.options.constraint == ("json_schema", '{"type":"object"}')
+    assert first.request.constraint is not second.request.constraint is not None
+    assert third.request.constraint is None
+    assert [one.why for one in broken if isinstance(one, Broken)] == [
+        "the regex cannot be used: unclosed group",
+        "logit_bias: 'x' is not a token id, which is a whole number from 0",
+    ]
+
+
+def test_an_answers_key_says_what_restricts_it(language: Language, tmp_path: Path) -> None:
+    others: list[dict[str, Any]] = [
+        {},
+        {"logit_bias": {1: 2.0}},
+        {"regex": "a"},
+        {"grammar": 'start: "a"'},
+        {"logprobs": 0},
+        {"prompt_logprobs": 0},
+    ]
+    keys = [key_of(tmp_path, language, {"prompt": "a"}, **options) for options in others]
+    assert len({*keys}) == len(keys)
