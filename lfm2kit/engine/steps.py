@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -93,10 +94,16 @@ def batch_of(chunks: Iterable[Chunk]) -> Batch:
             for (sequence, tokens), start in zip(chunks, starts, strict=True)
         ],
         starts=starts,
-        pages=[sequence.pages for sequence, _ in chunks],
+        pages=_table([sequence.pages for sequence, _ in chunks]),
     )
     is_last = [chunk.is_last for chunk in chunks]
     return batch if all(is_last) else replace(batch, logits_rows=batch.logits_rows[is_last])
+
+
+def _table(rows: list[list[int]]) -> Int32:
+    """Return lists of pages as one table, padded with -1; a batch takes longer to make one."""
+    width = max(map(len, rows))
+    return np.array([[*pages, *repeat(-1, width - len(pages))] for pages in rows], np.int32)
 
 
 def agreed(job: Transport, room: Room) -> Room:

@@ -7,6 +7,7 @@ other, so a kernel that goes through the rows knows where those of each begin.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -27,13 +28,13 @@ COUNTS = ("prompt", "generated", "forbidden", "biases", "words")
 RECORD = np.dtype(
     [
         *((name, np.float64) for name in NUMBERS),
-        ("top_k", np.int64),
-        *((name, np.int64) for name in COUNTS),
+        *((name, np.int64) for name in ("top_k", *COUNTS)),
         ("is_masked", np.int64),
         ("seed", np.uint64),
         ("position", np.uint64),
     ],
 )
+_numbers = attrgetter(*NUMBERS, "top_k")  # of a `Sampling`, as a tuple
 NO_IDS, NO_WORDS = np.zeros(0, np.int32), np.zeros(0, np.uint32)
 
 
@@ -64,13 +65,7 @@ def asked_by(rows: Sequence[Row]) -> Asked:
             words.append(mask)
         records.append(
             (
-                sampling.temperature,
-                sampling.top_p,
-                sampling.min_p,
-                sampling.repetition_penalty,
-                sampling.presence_penalty,
-                sampling.frequency_penalty,
-                sampling.top_k,
+                *_numbers(sampling),
                 len(prompt),
                 len(generated),
                 len(row.forbidden),
