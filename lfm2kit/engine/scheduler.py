@@ -102,8 +102,7 @@ class Scheduler:
         If none is free, the youngest one is put back, perhaps itself.  The step has only older ones
         so far.
         """
-        needed = self._room.pages_of(sequence.computed + 1)
-        while 0 < len(sequence.pages) < needed:
+        while 0 < len(sequence.pages) * self._room.page_tokens <= sequence.computed:
             if self.pages.free:
                 sequence.pages.append(self.pages.take())
             else:

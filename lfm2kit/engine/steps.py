@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,7 @@ def batch_of(chunks: Iterable[Chunk]) -> Batch:
             for (sequence, tokens), start in zip(chunks, starts, strict=True)
         ],
         starts=starts,
-        pages=[sequence.pages for sequence, _ in chunks],
+        pages=_table([sequence.pages for sequence, _ in chunks]),
     )
     if any(chunk.to_score for chunk in chunks):
         return replace(batch, logits_rows=_rows_with_scores(chunks, batch.logits_rows))
@@ -128,6 +129,12 @@ def parted(
             is_to_draw[begin : begin + len(after)] = False
         begin += len(after) + chunk.is_last
     return (logits[is_to_draw] if scores else logits), scores
+
+
+def _table(rows: list[list[int]]) -> Int32:
+    """Return lists of pages as one table, padded with -1; a batch takes longer to make one."""
+    width = max(map(len, rows))
+    return np.array([[*pages, *repeat(-1, width - len(pages))] for pages in rows], np.int32)
 
 
 def agreed(job: Transport, room: Room) -> Room:

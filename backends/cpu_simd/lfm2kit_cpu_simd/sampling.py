@@ -1,4 +1,4 @@
-"""Draws the tokens of rows of logits, each row in one kernel.
+"""Draws the tokens of rows of logits, all in one call of a kernel.
 
 It does what `lfm2kit.engine.drawing` does in NumPy (decision 0035), and draws the same tokens.
 Sums of floats may differ in their last bits; the weights of a draw are whole numbers.
@@ -15,14 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from numba import types
 
+from lfm2kit.engine.asked import RECORD, asked_by
 from lfm2kit.engine.drawing import ALL_EXCLUDED, NOT_FINITE, WHOLE, Drawn, NotANumber, Row
 from lfm2kit.engine.filters import GROUP
 from lfm2kit.engine.logprobs import logprobs
-from lfm2kit.engine.random_numbers import bits_of_draw
 from lfm2kit.engine.sampling import LARGEST as LARGEST_LOGIT
 from lfm2kit_cpu_simd.compiling import kernel
+from lfm2kit_cpu_simd.random_bits import bits_of_draw
 from lfm2kit_cpu_simd.selecting import border_of_top_p, exp, kth_largest
-from lfm2kit_cpu_simd.signatures import BOOL, IDS, INT, VECTOR
+from lfm2kit_cpu_simd.signatures import IDS, INDICES_OUT, ROWS, VECTOR
 
 LARGEST = np.float32(LARGEST_LOGIT)
 WHY = {-1: NOT_FINITE, -2: ALL_EXCLUDED}  # what a kernel returns instead of an id
@@ -33,8 +34,6 @@ HALF, LOW = np.uint64(32), np.uint64(2**32 - 1)
 
 Float32 = npt.NDArray[np.float32]
 
-NO_WORDS = np.zeros(0, np.uint32)
-
 
 class Sampler:
     """A sampler for one thread at a time, which works again in the same arrays."""
@@ -43,28 +42,25 @@ class Sampler:
         self._scratch = Scratch(0)
 
     def draw(self, logits: Float32, rows: Sequence[Row]) -> list[Drawn | NotANumber]:
+        if len(logits) != len(rows):  # the kernel does not look where the logits end
+            raise ValueError(f"{len(rows)} rows for {len(logits)} rows of logits")
         if self._scratch.vocab_size != logits.shape[1]:
             self._scratch = Scratch(logits.shape[1])
+        token_ids = np.empty(len(rows), np.int64)
         contiguous = np.ascontiguousarray(logits)
-        return [self._draw(own, row) for own, row in zip(contiguous, rows, strict=True)]
+        _draw_all(contiguous, *asked_by(rows), self._scratch.arrays, token_ids)
+        return [
+            _drawn(own, token_id, row)
+            for own, token_id, row in zip(logits, token_ids.tolist(), rows, strict=True)
+        ]
 
-    def _draw(self, logits: Float32, row: Row) -> Drawn | NotANumber:
-        asked, bias = row.sampling, row.sampling.logit_bias
-        token_id = _draw(
-            logits,
-            *self._scratch.arrays,
-            (row.prompt, row.generated, np.array(row.forbidden, np.int32)),
-            (np.array(list(bias), np.int32), np.array(list(bias.values()), np.float32)),
-            (NO_WORDS if row.mask is None else row.mask, row.mask is not None),
-            (asked.repetition_penalty, asked.presence_penalty, asked.frequency_penalty),
-            (asked.temperature, asked.top_k, asked.top_p, asked.min_p),
-            np.uint64(bits_of_draw(row.seed, row.position)),
-        )
-        if token_id < 0:
-            return NotANumber(row.position, WHY[token_id])
-        if row.logprobs is None:
-            return Drawn(token_id)
-        return Drawn(token_id, *logprobs(logits, token_id, row.logprobs))
+
+def _drawn(logits: Float32, token_id: int, row: Row) -> Drawn | NotANumber:
+    if token_id < 0:
+        return NotANumber(row.position, WHY[token_id])
+    if row.logprobs is None:
+        return Drawn(token_id)
+    return Drawn(token_id, *logprobs(logits, token_id, row.logprobs))
 
 
 class Scratch:
@@ -110,13 +106,14 @@ def _copy(logits: Any, changed: Any) -> Any:
 
 
 @numba.njit
-def _penalise(logits: Any, changed: Any, counts: Any, ids: Any, bias: Any, penalties: Any) -> None:
-    prompt, generated, _ = ids
-    repetition, presence, frequency = map(np.float32, penalties)
+def _penalise(logits: Any, changed: Any, counts: Any, row: Any, ids: Any, biases: Any) -> None:
+    prompt_and_generated = ids[: row.prompt + row.generated]
+    generated = prompt_and_generated[row.prompt :]
+    repetition = np.float32(row.repetition_penalty)
+    presence, frequency = np.float32(row.presence_penalty), np.float32(row.frequency_penalty)
     if repetition != 1:
-        for seen in (prompt, generated):
-            for i in seen:
-                changed[i] = logits[i] * repetition if logits[i] < 0 else logits[i] / repetition
+        for i in prompt_and_generated:
+            changed[i] = logits[i] * repetition if logits[i] < 0 else logits[i] / repetition
     if presence != 0 or frequency != 0:
         for i in generated:
             counts[i] += 1
@@ -124,32 +121,32 @@ def _penalise(logits: Any, changed: Any, counts: Any, ids: Any, bias: Any, penal
             if counts[i] > 0:
                 changed[i] -= frequency * np.float32(counts[i]) + presence
                 counts[i] = 0
-    for i in range(len(bias[0])):
-        changed[bias[0][i]] += bias[1][i]
+    with_bias = ids[len(ids) - row.biases :]
+    for i in range(row.biases):
+        changed[with_bias[i]] += biases[i]
 
 
 @numba.njit
-def _exclude(changed: Any, forbidden: Any, mask: Any) -> None:
-    words, is_masked = mask
-    if is_masked:
+def _exclude(changed: Any, row: Any, ids: Any, words: Any) -> None:
+    if row.is_masked:
         for i in range(len(changed)):
-            word = words[i // 32] if i // 32 < len(words) else np.uint32(0)
+            word = words[i // 32] if i // 32 < row.words else np.uint32(0)
             if word >> np.uint32(i % 32) & np.uint32(1) == 0:
                 changed[i] = -INFINITE
-    for i in forbidden:
+    seen = row.prompt + row.generated
+    for i in ids[seen : seen + row.forbidden]:
         changed[i] = -INFINITE
 
 
 @numba.njit(inline="always")
-def _least(changed: Any, best: Any, asked: Any, groups: Any) -> Any:
+def _least(changed: Any, best: Any, row: Any, groups: Any) -> Any:
     """Return a logit such that all lower ones are surely removed."""
-    temperature, top_k, top_p, min_p = asked
     least = -np.float64(LARGEST)
-    if 0 < top_k * GROUP <= len(changed):
-        least = max(least, _below(np.float64(_least_of_top_k(changed, top_k, groups))))
-    if min_p > 0 and top_p == 1:
-        border = best + math.log(min_p) * temperature
-        least = max(least, _below(border) - 1e-3 * temperature)
+    if 0 < row.top_k * GROUP <= len(changed):
+        least = max(least, _below(np.float64(_least_of_top_k(changed, row.top_k, groups))))
+    if row.min_p > 0 and row.top_p == 1:
+        border = best + math.log(row.min_p) * row.temperature
+        least = max(least, _below(border) - 1e-3 * row.temperature)
     return np.float32(least)
 
 
@@ -261,70 +258,77 @@ def _chosen(ids: Any, weights: Any, bits: Any) -> Any:
     return ids[-1]
 
 
-_FLOATS, _WORDS = types.float32[::1], types.Array(types.uint32, 1, "C", readonly=True)
-_DOUBLE = types.float64
-
-
-@kernel(
-    types.int64(
-        VECTOR,
-        _FLOATS,
-        types.int32[::1],
-        types.int32[::1],
-        types.float32[:, ::1],
-        _FLOATS,
-        types.float64[::1],
-        types.UniTuple(IDS, 3),
-        types.Tuple([IDS, VECTOR]),
-        types.Tuple([_WORDS, BOOL]),
-        types.UniTuple(_DOUBLE, 3),
-        types.Tuple([_DOUBLE, INT, _DOUBLE, _DOUBLE]),
-        types.uint64,
-    )
-)
-def _draw(
-    logits: Any,
-    changed: Any,
-    counts: Any,
-    ids: Any,
-    scores: Any,
-    shares: Any,
-    weights: Any,
-    seen: Any,
-    bias: Any,
-    mask: Any,
-    penalties: Any,
-    asked: Any,
-    bits: Any,
-) -> Any:
-    """Return the id that is drawn, or a key of `WHY`."""
+@numba.njit
+def _draw(logits: Any, row: Any, ids: Any, biases: Any, words: Any, scratch: Any) -> Any:
+    """Return the id that a row draws, or a key of `WHY`."""
+    changed, counts, kept, scores, shares, weights = scratch
     if not _copy(logits, changed):
         return -1
-    _penalise(logits, changed, counts, seen, bias, penalties)
-    _exclude(changed, seen[2], mask)
+    _penalise(logits, changed, counts, row, ids, biases)
+    _exclude(changed, row, ids, words)
     best = _largest(changed)
     if best < -LARGEST:
         return -2
-    temperature, top_k, top_p, min_p = asked
-    if temperature == 0:
+    if row.temperature == 0:
         first = 0
         while changed[first] != best:
             first += 1
         return first
-    least = _least(changed, np.float64(best), asked, scores[1])
-    count = _candidates(changed, least, np.float32(temperature), ids, scores[0])
-    if 0 < top_k < count:
+    least = _least(changed, np.float64(best), row, scores[1])
+    count = _candidates(changed, least, np.float32(row.temperature), kept, scores[0])
+    if 0 < row.top_k < count:
         scores[1, :count] = scores[0, :count]
-        border = kth_largest(scores[1, :count], top_k)
-        count = _keep(ids, scores[0, :count], border, 0)
-    if top_p < 1:
-        count = _top_p(ids, scores[0, :count], scores[1], shares, weights, top_p)
+        border = kth_largest(scores[1, :count], row.top_k)
+        count = _keep(kept, scores[0, :count], border, 0)
+    if row.top_p < 1:
+        count = _top_p(kept, scores[0, :count], scores[1], shares, weights, row.top_p)
     _weigh(scores[0, :count], weights)
-    if min_p > 0:
-        kept = 0
+    if row.min_p > 0:
+        likely = 0
         for i in range(count):
-            if weights[i] >= min_p:
-                ids[kept], weights[kept] = ids[i], weights[i]
-                kept += 1
-        count = kept
-    return _chosen(ids[:count], weights[:count], bits)
+            if weights[i] >= row.min_p:
+                kept[likely], weights[likely] = kept[i], weights[i]
+                likely += 1
+        count = likely
+    return _chosen(kept[:count], weights[:count], bits_of_draw(row.seed, row.position))
+
+
+_FLOATS = types.float32[::1]
+
+
+@kernel(
+    types.void(
+        ROWS,
+        types.Array(numba.from_dtype(RECORD), 1, "C", readonly=True),
+        IDS,
+        VECTOR,
+        types.Array(types.uint32, 1, "C", readonly=True),
+        types.Tuple(
+            [
+                _FLOATS,
+                types.int32[::1],
+                types.int32[::1],
+                types.float32[:, ::1],
+                _FLOATS,
+                types.float64[::1],
+            ]
+        ),
+        INDICES_OUT,
+    )
+)
+def _draw_all(
+    logits: Any,
+    records: Any,
+    ids: Any,
+    biases: Any,
+    words: Any,
+    scratch: Any,
+    token_ids: Any,
+) -> None:
+    """Write the id that each row draws, or a key of `WHY`; see `lfm2kit.engine.asked`."""
+    for i in range(len(records)):
+        row = records[i]
+        last_id = row.first_id + row.prompt + row.generated + row.forbidden + row.biases
+        own = ids[row.first_id : last_id]
+        own_biases, own_words = biases[row.first_bias :], words[row.first_word :]
+        token_ids[i] = _draw(logits[i], row, own, own_biases, own_words, scratch)
