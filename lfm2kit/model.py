@@ -169,7 +169,6 @@ class LFM2:
             f"{self.spec.embed_tokens.vocab_size}, on {', '.join(backends)}>"
         )
 
-    @out_of_memory.in_a_forward
     def logits(self, batch: Batch, state: ModelState | None = None) -> npt.NDArray[np.float32]:
         """Return float32 [len(batch.logits_rows), vocab_size], which belongs to the caller.
 
@@ -184,15 +183,25 @@ class LFM2:
                 f"logits takes a lfm2kit.Batch, not {brief(batch)}; for sequences of token ids "
                 "type logits(Batch.of_sequences([[1, 2, 3], [4, 5]]))"
             )
+        with self.logits_at_home(batch, state) as logits:
+            return self.home.to_host(logits)
+
+    @contextmanager
+    def logits_at_home(self, batch: Batch, state: ModelState | None = None) -> Iterator[Array]:
+        """Give what `logits` returns as an array of the memory `home`, where a sampler draws.
+
+        The array may still be computed.  It is the model's, and holds nothing any more once the
+        context is left.  Raise what `logits` raises.
+        """
         host = batch.on(HOST)
         self._check_ids(host)
-        with self._lock:
+        with out_of_memory.in_a_forward(self.forward, host), self._lock:
             with self.running(host.tokens) as agreed:
                 self._begin(host, state)
-                logits = self._run(host, state, agreed)
+                with self._run(host, state, agreed) as logits:
+                    yield logits
             if state is not None:  # not before the servers have said that nothing has failed
                 state.ledger.complete(host)
-            return logits
 
     def new_state(self, room: Room) -> ModelState:
         """Return an empty state with `room.pages` pages of `room.page_tokens` tokens.
@@ -315,26 +324,26 @@ class LFM2:
                 f"the state has {len(state.layers)} layers, the model {len(self.spec.layers)}"
             )
 
-    def _run(
-        self, batch: Batch, state: ModelState | None, agreed: Hashable
-    ) -> npt.NDArray[np.float32]:
-        """Return the logits of a host batch: by a replay, if a batch of its form has run before."""
+    @contextmanager
+    def _run(self, batch: Batch, state: ModelState | None, agreed: Hashable) -> Iterator[Array]:
+        """Give the logits of a host batch: by a replay, if a batch of its form has run before."""
         layers = None if state is None else state.layers
         if self._captures is None:
-            return self.home.to_host(self.forward(batch.on(self.home), layers))
+            yield self.forward(batch.on(self.home), layers)
+            return
         batch = self._with_own_views(batch)
         key = self._key(batch, state, agreed)
         if not self._replays.is_due(key):
-            logits = self.home.to_host(self.forward(batch.on(self.home), layers))
+            yield self.forward(batch.on(self.home), layers)
             self._makes.update(batch.makes)
             self._replays.note(self._key(batch, state, agreed))
-            return logits
+            return
 
         def step(batch: Batch) -> Array:
             return self.forward(batch, layers)
 
         with self._replays.using(key, partial(self._captured, step, batch)) as replay:
-            return self.home.to_host(replay(batch))
+            yield replay(batch)
 
     def _captured(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
         """Return the backend's replay of a step; `Lfm2kitError` if it returns something else."""

@@ -6,19 +6,17 @@ model needs, and other processes may take memory meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from traceback import walk_tb
-from typing import Any, TypeVar
+from typing import Any
 
+from lfm2kit.batch import Batch
 from lfm2kit.building.capacity import FEWER_SEQUENCES, size
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.state import Room
 from lfm2kit.weights import Weights
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @contextmanager
@@ -46,21 +44,17 @@ def making_a_state(room: Room) -> Iterator[None]:
         ) from None
 
 
-def in_a_forward(logits: F) -> F:
-    """Decorate `LFM2.logits(batch, ...)`, to explain a MemoryError in a forward."""
-
-    @wraps(logits)
-    def told(model: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
-        try:
-            return logits(model, batch, *arguments, **options)
-        except MemoryError as error:
-            layer = _layer_of(error, getattr(model.forward, "layers", []))
-            raise Lfm2kitError(
-                f"there is not enough memory for {batch.tokens} tokens at once{layer}"
-                f"{_said(error)}; try a smaller batch, or shorter samples"
-            ) from None
-
-    return told  # type: ignore[return-value]
+@contextmanager
+def in_a_forward(forward: Any, batch: Batch) -> Iterator[None]:
+    """Explain a MemoryError that occurs in the forward of a batch, or with its logits."""
+    try:
+        yield
+    except MemoryError as error:
+        layer = _layer_of(error, getattr(forward, "layers", []))
+        raise Lfm2kitError(
+            f"there is not enough memory for {batch.tokens} tokens at once{layer}"
+            f"{_said(error)}; try a smaller batch, or shorter samples"
+        ) from None
 
 
 def _layer_of(error: MemoryError, layers: list[Any]) -> str:

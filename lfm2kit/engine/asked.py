@@ -1,7 +1,7 @@
 """What rows ask of a sampler, as arrays: for kernels that draw the tokens of all rows.
 
-A record says how many ids, biases and mask words are a row's own, and where they begin in the
-arrays of all rows.
+A record says of which row of the logits it is, how many ids, biases and mask words are its own, and
+where they begin in the arrays of all rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUMBERS = (
     "frequency_penalty",
 )
 COUNTS = ("prompt", "generated", "forbidden", "biases", "words")
-PLACES = ("first_id", "first_bias", "first_word")
+PLACES = ("row", "first_id", "first_bias", "first_word")
 RECORD = np.dtype(
     [
         *((name, np.float64) for name in NUMBERS),
@@ -43,17 +43,19 @@ NO_IDS, NO_WORDS = np.zeros(0, np.int32), np.zeros(0, np.uint32)
 class Asked(NamedTuple):
     """The records of rows, and what they count."""
 
-    records: npt.NDArray[np.void]  # RECORD [rows]
+    records: npt.NDArray[np.void]  # RECORD [rows that are not None]
     ids: npt.NDArray[np.int32]  # of each row: of its prompt, generated, forbidden, with a bias
     biases: npt.NDArray[np.float32]
     words: npt.NDArray[np.uint32]  # of the masks
 
 
-def asked_by(rows: Sequence[Row]) -> Asked:
-    """Return what rows ask, without the ids of those that no penalty counts."""
+def asked_by(rows: Sequence[Row | None]) -> Asked:
+    """Return what rows ask, without those that are None, and without ids that no penalty counts."""
     records, ids, biases, words = [], [NO_IDS], list[float](), [NO_WORDS]
     first_id = first_word = 0
-    for row in rows:
+    for place, row in enumerate(rows):
+        if row is None:
+            continue
         sampling, bias = row.sampling, row.sampling.logit_bias
         repeats = sampling.repetition_penalty != 1
         counts = repeats or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
@@ -71,6 +73,7 @@ def asked_by(rows: Sequence[Row]) -> Asked:
                 row.mask is not None,
                 row.seed,
                 row.position,
+                place,
                 first_id,
                 len(biases),
                 first_word,

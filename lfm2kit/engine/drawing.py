@@ -18,6 +18,7 @@ from lfm2kit.engine.logprobs import logprobs
 from lfm2kit.engine.penalties import changes, penalise
 from lfm2kit.engine.random_numbers import bits_of_draw
 from lfm2kit.engine.sampling import LARGEST, Sampling
+from lfm2kit.memory import HOST, Array, Memory
 
 Floats = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -66,19 +67,23 @@ ALL_EXCLUDED = "no token that is allowed there has a probability above 0"
 class Sampler(Protocol):
     """Draws the next tokens of several sequences at once."""
 
-    def draw(self, logits: Floats, rows: Sequence[Row]) -> list[Drawn | NotANumber]:
+    def draw(self, logits: Array, rows: Sequence[Row | None]) -> list[Drawn | NotANumber | None]:
         """Return what is drawn of each row of `logits`, float32 [rows, vocab_size].
 
-        A row's result depends on nothing but that row.
+        Nothing is drawn of a row that is None.  A row's result depends on nothing but that row.
         """
         ...
 
 
 class NumPySampler:
-    """The sampler for every model and backend, and the one that others must agree with."""
+    """The sampler for logits in any memory, and the one that others must agree with."""
 
-    def draw(self, logits: Floats, rows: Sequence[Row]) -> list[Drawn | NotANumber]:
-        return [_draw(own, row) for own, row in zip(logits, rows, strict=True)]
+    def __init__(self, memory: Memory = HOST) -> None:
+        self._memory = memory
+
+    def draw(self, logits: Array, rows: Sequence[Row | None]) -> list[Drawn | NotANumber | None]:
+        pairs = zip(self._memory.to_host(logits), rows, strict=True)
+        return [None if row is None else _draw(own, row) for own, row in pairs]
 
 
 def _draw(logits: Floats, row: Row) -> Drawn | NotANumber:

@@ -26,8 +26,9 @@ from lfm2kit.engine.room import MODELS, context_of, described, most_tokens, room
 from lfm2kit.engine.scheduler import Chunk, Scheduler
 from lfm2kit.engine.scoring import scored
 from lfm2kit.engine.sequence import Sequence
-from lfm2kit.engine.steps import Steps, batch_of, parted
+from lfm2kit.engine.steps import Steps, batch_of
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.memory import Array
 from lfm2kit.model import LFM2
 from lfm2kit.state import Room
 from lfm2kit.transport import Transport
@@ -183,35 +184,40 @@ class Engine:
     def _run(self, chunks: list[Chunk]) -> None:
         last = [chunk.sequence for chunk in chunks if chunk.is_last]
         self._masks.begin(chunk.sequence for chunk in chunks)
-        logits, scores = parted(self._steps.logits(batch_of(chunks)), chunks)
-        following = self._masks.collect(last)
-        drawn = self._drawn(logits, last, following)
+        with self._steps.logits(batch_of(chunks)) as logits:
+            following = self._masks.collect(last)  # while the forward still runs, where it can
+            drawn = self._drawn(logits, chunks, following)
+            scores = self._steps.scores(logits, chunks)
         late = set(last) - following.keys()
         self._scheduler.advance(
             chunk.without_last() if chunk.sequence in late else chunk for chunk in chunks
         )
-        for sequence, after, rows in scores:
-            self._score(sequence, after, rows)
+        for one in scores:
+            self._score(*one)
         for sequence, next in following.items():
-            one = drawn.get(sequence)
+            token = drawn.get(sequence)
             if not sequence.pages:  # its prompt could not be scored
                 continue
-            if one is None:
+            if token is None:
                 self._end_constrained(sequence, next)
-            elif isinstance(one, NotANumber):
-                self._fail(sequence, Lfm2kitError(str(one)))
+            elif isinstance(token, NotANumber):
+                self._fail(sequence, Lfm2kitError(str(token)))
             else:
-                self._continue(sequence, one)
+                self._continue(sequence, token)
 
     def _drawn(
-        self, logits: npt.NDArray[np.float32], last: list[Sequence], following: dict[Sequence, Next]
-    ) -> dict[Sequence, Drawn | NotANumber]:
-        """Return the tokens of those sequences, one for each row of `logits`, that may have one."""
+        self, logits: Array, chunks: list[Chunk], following: dict[Sequence, Next]
+    ) -> dict[Sequence, Drawn | NotANumber | None]:
+        """Return the tokens of those sequences that may have one."""
         masks = {one: next.mask for one, next in following.items() if next.end is None}
-        if len(masks) < len(last):
-            logits = logits[[sequence in masks for sequence in last]]
-        drawn = self._sampler.draw(logits, [one.row(mask) for one, mask in masks.items()])
-        return dict(zip(masks, drawn, strict=True))
+        of_rows: list[Sequence | None] = []  # whose token a row of the logits draws
+        for chunk in chunks:
+            of_rows += [None] * len(chunk.to_score)
+            if chunk.is_last:
+                of_rows.append(chunk.sequence if chunk.sequence in masks else None)
+        rows = [None if one is None else one.row(masks[one]) for one in of_rows]
+        drawn = self._sampler.draw(logits, rows)
+        return {one: token for one, token in zip(of_rows, drawn, strict=True) if one is not None}
 
     def _score(self, sequence: Sequence, after: range, logits: npt.NDArray[np.float32]) -> None:
         """Tell the logprobs of the prompt's tokens that come after these positions."""

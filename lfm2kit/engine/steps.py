@@ -6,9 +6,11 @@ so all ranks make the same forwards, each on a state of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from lfm2kit.batch import Batch, Form
 from lfm2kit.engine.room import room_for
 from lfm2kit.engine.scheduler import Chunk
 from lfm2kit.engine.sequence import Sequence
+from lfm2kit.memory import Array
 from lfm2kit.model import LFM2
 from lfm2kit.progress import step
 from lfm2kit.ranks.agreement import least
@@ -30,6 +33,14 @@ THE_END = np.empty(0, np.int32)
 # What rank 0 does between two steps, and the seconds that whoever watches the job lets it do so:
 # users may think for long.
 WAITING = "waiting for requests", 24 * 3600.0
+
+
+class Scores(NamedTuple):
+    """The logits after some positions of a prompt, which score the tokens that come next."""
+
+    sequence: Sequence
+    after: range  # positions
+    logits: Floats  # [positions, vocab_size]
 
 
 class Steps:
@@ -48,15 +59,25 @@ class Steps:
         """Return whether other ranks make the same forwards."""
         return self._job is not None
 
-    def logits(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """Return float32 [len(batch.logits_rows), vocab_size]."""
-        if self._job is None:
-            return self._model.logits(batch, self._state)
-        step("sending a batch")
-        from_first(self._job, packed(batch))
-        logits = self._model.logits(batch, self._state)
-        step(*WAITING)
-        return logits
+    @contextmanager
+    def logits(self, batch: Batch) -> Iterator[Array]:
+        """Give [len(batch.logits_rows), vocab_size], in the model's memory, for a sampler.
+
+        They may still be computed; see `LFM2.logits_at_home`.
+        """
+        if self._job is not None:
+            step("sending a batch")
+            from_first(self._job, packed(batch))
+        with self._model.logits_at_home(batch, self._state) as logits:
+            yield logits
+        if self._job is not None:
+            step(*WAITING)
+
+    def scores(self, logits: Array, chunks: list[Chunk]) -> list[Scores]:
+        """Return those rows of the logits that score tokens of prompts."""
+        if not any(chunk.to_score for chunk in chunks):
+            return []
+        return list(scores_of(self._model.home.to_host(logits), chunks))
 
     def close(self) -> None:
         """Free the state, and let the other ranks go."""
@@ -115,20 +136,13 @@ def _rows_with_scores(chunks: Iterable[Chunk], last_rows: Int32) -> Int32:
     return np.array(rows, np.int32)
 
 
-def parted(
-    logits: Floats, chunks: Iterable[Chunk]
-) -> tuple[Floats, list[tuple[Sequence, range, Floats]]]:
-    """Return the logits from which tokens are drawn, and those that score tokens of prompts.
-
-    The latter are [positions, vocab_size] for each sequence that has any, with the positions.
-    """
-    scores, is_to_draw, begin = [], np.ones(len(logits), np.bool_), 0
+def scores_of(logits: Floats, chunks: Iterable[Chunk]) -> Iterator[Scores]:
+    """Yield the rows that score tokens of prompts, for each sequence that has any."""
+    begin = 0
     for chunk in chunks:
         if after := chunk.to_score:
-            scores.append((chunk.sequence, after, logits[begin : begin + len(after)]))
-            is_to_draw[begin : begin + len(after)] = False
+            yield Scores(chunk.sequence, after, logits[begin : begin + len(after)])
         begin += len(after) + chunk.is_last
-    return (logits[is_to_draw] if scores else logits), scores
 
 
 def _table(rows: list[list[int]]) -> Int32:

@@ -23,7 +23,7 @@ class Sampling(ReferenceBackend):
 
 
 class Writes(NumPySampler):
-    def draw(self, logits: Any, rows: Sequence[Row]) -> Any:
+    def draw(self, logits: Any, rows: Sequence[Row | None]) -> Any:
         drawn = super().draw(logits, rows)
         logits -= 1
         return drawn
@@ -33,17 +33,25 @@ class Forgets(NumPySampler):
     """Forgets something that rows ask for."""
 
     def __init__(self, **forgotten: Any) -> None:
+        super().__init__()
         self._forgotten = forgotten
 
-    def draw(self, logits: Any, rows: Sequence[Row]) -> Any:
-        return super().draw(logits, [row._replace(**self._forgotten) for row in rows])
+    def draw(self, logits: Any, rows: Sequence[Row | None]) -> Any:
+        return super().draw(logits, [row and row._replace(**self._forgotten) for row in rows])
 
 
 class CountsItsRows(NumPySampler):
-    def draw(self, logits: Any, rows: Sequence[Row]) -> Any:
-        return super().draw(logits, [row._replace(position=i) for i, row in enumerate(rows)])
+    def draw(self, logits: Any, rows: Sequence[Row | None]) -> Any:
+        counted = [row and row._replace(position=i) for i, row in enumerate(rows)]
+        return super().draw(logits, counted)
+
+
+class DrawsUnasked(NumPySampler):
+    def draw(self, logits: Any, rows: Sequence[Row | None]) -> Any:
+        some = next(row for row in rows if row is not None)
+        return super().draw(logits, [row or some for row in rows])
 
 
 class TakesNanForZero(NumPySampler):
-    def draw(self, logits: Any, rows: Sequence[Row]) -> Any:
+    def draw(self, logits: Any, rows: Sequence[Row | None]) -> Any:
         return super().draw(np.nan_to_num(logits, nan=0, posinf=np.inf, neginf=-np.inf), rows)

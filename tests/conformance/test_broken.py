@@ -414,6 +414,10 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
             "sampled-tokens-depend-on-their-row-alone",
         ),
     ),
+    "a sampler that draws where nothing is asked": (
+        Sampling(samplers.DrawsUnasked()),
+        ("sampled-tokens",),
+    ),
     "a sampler that takes nan for 0": (
         Sampling(samplers.TakesNanForZero()),
         ("sampled-tokens",),

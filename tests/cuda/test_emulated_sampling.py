@@ -24,6 +24,7 @@ from tests.cuda.emulated_operators import compiled
 
 THREADS, BITS = 32, 4
 ERRORS = {-1: NOT_FINITE, -2: ALL_EXCLUDED}
+NOTHING = -100  # as in emulated/sampling.cpp
 NO_IDS = np.zeros(0, np.int32)
 
 Floats = npt.NDArray[np.float32]
@@ -35,10 +36,11 @@ def sampling(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(folder, "sampling", THREADS=THREADS, BITS=BITS)
 
 
-def drawn(program: Path, logits: Floats, rows: Sequence[Row]) -> list[int]:
+def drawn(program: Path, logits: Floats, rows: Sequence[Row | None]) -> list[int]:
     """Return the tokens, or errors; no count is left behind."""
     asked = asked_by(rows)
-    numbers = [*logits.shape, len(asked.ids), len(asked.biases), len(asked.words)]
+    given = (len(array) for array in (asked.ids, asked.biases, asked.words))
+    numbers = [len(asked.records), *logits.shape, *given]
     out = subprocess.run(
         [str(program), *map(str, numbers)], stdout=subprocess.PIPE, check=True, timeout=300,
         input=b"".join(array.tobytes() for array in (*asked, logits)),
@@ -48,11 +50,14 @@ def drawn(program: Path, logits: Floats, rows: Sequence[Row]) -> list[int]:
     return tokens
 
 
-def assert_drawn_as_numpy_does(program: Path, logits: Floats, rows: Sequence[Row]) -> None:
+def assert_drawn_as_numpy_does(program: Path, logits: Floats, rows: Sequence[Row | None]) -> None:
     tokens = drawn(program, logits, rows)
     for token, row, there in zip(tokens, rows, NumPySampler().draw(logits, rows), strict=True):
-        expected = there.token_id if isinstance(there, Drawn) else there.why
-        assert ERRORS.get(token, token) == expected, row
+        if there is None:
+            assert token == NOTHING
+        else:
+            expected = there.token_id if isinstance(there, Drawn) else there.why
+            assert ERRORS.get(token, token) == expected, row
 
 
 def logits_of(rng: np.random.Generator, kind: int, vocab_size: int) -> Floats:
@@ -103,7 +108,8 @@ def row_of(rng: np.random.Generator, vocab_size: int) -> Row:
 def test_any_row_draws_what_numpy_draws(sampling: Path, vocab_size: int) -> None:
     rng = np.random.default_rng(vocab_size)
     logits = np.stack([logits_of(rng, number % 4, vocab_size) for number in range(60)])
-    assert_drawn_as_numpy_does(sampling, logits, [row_of(rng, vocab_size) for _ in logits])
+    asked = [row_of(rng, vocab_size) for _ in logits]
+    assert_drawn_as_numpy_does(sampling, logits, [None, *asked[1:30], None, *asked[31:]])
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])

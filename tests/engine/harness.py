@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lfm2kit.backend import HOST, Context
+from lfm2kit.backend import HOST, Context, Memory
 from lfm2kit.batch import Batch
 from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.engine.constraints import Allowed
@@ -57,9 +57,12 @@ def model_of(backend: str = "reference") -> LFM2:
 class KeyedSampler:
     """A sampler whose random numbers follow from a row's seed and position."""
 
-    def draw(self, logits: Float32, rows: Sequence[Row]) -> list[Drawn | NotANumber]:
-        assert len(logits) == len(rows)
-        return [self._drawn(*pair) for pair in zip(logits, rows, strict=True)]
+    def __init__(self, memory: Memory = HOST) -> None:
+        self._memory = memory
+
+    def draw(self, logits: Any, rows: Sequence[Row | None]) -> list[Drawn | NotANumber | None]:
+        pairs = zip(self._memory.to_host(logits), rows, strict=True)
+        return [None if row is None else self._drawn(own, row) for own, row in pairs]
 
     def _drawn(self, logits: Float32, row: Row) -> Drawn | NotANumber:
         if np.isnan(logits).any():
@@ -116,7 +119,7 @@ class ThirdsText:
 def engine_of(model: LFM2, pages: int, **options: Any) -> Engine:
     """Return an engine with a small room, in whose state, in the host's memory, is only NaN."""
     options = {"patience": ALL_THE_TIME} | options
-    engine = Engine(model, Room(pages, PAGE_TOKENS), sampler=KeyedSampler(), **options)
+    engine = Engine(model, Room(pages, PAGE_TOKENS), sampler=KeyedSampler(model.home), **options)
     if model.home.name == HOST.name:  # else nothing says when it would be written
         Poison(engine)
     return engine

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,18 +189,19 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def logits(self, batch: Any, state: Any) -> Any:
+    @contextmanager
+    def logits_at_home(self, batch: Any, state: Any) -> Iterator[Any]:
         is_bad = self.is_on and (batch.token_ids == 49).any()
-        if is_bad and self.error is not None:
-            self._model.logits(batch, state)
-            raise self.error
-        logits = self._model.logits(batch, state)
-        if is_bad:
-            sequences = np.searchsorted(batch.cu_seqlens, batch.logits_rows, side="right") - 1
-            for row, sequence in enumerate(sequences):
-                ids = batch.token_ids[slice(*batch.cu_seqlens[sequence : sequence + 2])]
-                logits[row] = np.nan if 49 in ids else logits[row]
-        return logits
+        with self._model.logits_at_home(batch, state) as there:
+            if is_bad and self.error is not None:
+                raise self.error
+            logits = self._model.home.to_host(there).copy()
+            if is_bad:
+                sequences = np.searchsorted(batch.cu_seqlens, batch.logits_rows, side="right") - 1
+                for row, sequence in enumerate(sequences):
+                    ids = batch.token_ids[slice(*batch.cu_seqlens[sequence : sequence + 2])]
+                    logits[row] = np.nan if 49 in ids else logits[row]
+            yield self._model.home.from_host(logits)
 
 
 def test_nan_ends_that_request_alone_and_names_the_position() -> None:

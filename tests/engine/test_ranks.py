@@ -69,6 +69,8 @@ class Broken:
     def logits(self, batch: Any, state: Any) -> Any:
         raise OSError("no device")
 
+    logits_at_home = logits
+
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_forward_that_fails_on_one_rank_ends_the_job(broken: int) -> None:

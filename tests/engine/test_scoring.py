@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -132,10 +134,11 @@ def test_nan_in_a_prompt_ends_that_request_alone_and_names_the_position() -> Non
         def __getattr__(self, name: str) -> Any:
             return getattr(self._model, name)
 
-        def logits(self, batch: Batch, state: Any = None) -> Any:
-            logits = self._model.logits(batch, state)
-            logits[batch.token_ids[batch.logits_rows] == 49] = np.nan
-            return logits
+        @contextmanager
+        def logits_at_home(self, batch: Batch, state: Any) -> Iterator[Any]:
+            with self._model.logits_at_home(batch, state) as logits:
+                logits[batch.token_ids[batch.logits_rows] == 49] = np.nan
+                yield logits
 
     doubtful: Any = Doubtful(model_of())
     asked = Request([1, 2, 49, 3, 4], GREEDY, max_tokens=2, prompt_logprobs=1, n=2)

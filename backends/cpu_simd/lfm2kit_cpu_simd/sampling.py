@@ -41,7 +41,7 @@ class Sampler:
     def __init__(self) -> None:
         self._scratch = Scratch(0)
 
-    def draw(self, logits: Float32, rows: Sequence[Row]) -> list[Drawn | NotANumber]:
+    def draw(self, logits: Float32, rows: Sequence[Row | None]) -> list[Drawn | NotANumber | None]:
         if len(logits) != len(rows):  # the kernel does not look where the logits end
             raise ValueError(f"{len(rows)} rows for {len(logits)} rows of logits")
         if self._scratch.vocab_size != logits.shape[1]:
@@ -49,10 +49,8 @@ class Sampler:
         token_ids = np.empty(len(rows), np.int64)
         contiguous = np.ascontiguousarray(logits)
         _draw_all(contiguous, *asked_by(rows), self._scratch.arrays, token_ids)
-        return [
-            _drawn(own, token_id, row)
-            for own, token_id, row in zip(logits, token_ids.tolist(), rows, strict=True)
-        ]
+        drawn = zip(logits, token_ids.tolist(), rows, strict=True)
+        return [row and _drawn(own, token_id, row) for own, token_id, row in drawn]
 
 
 def _drawn(logits: Float32, token_id: int, row: Row) -> Drawn | NotANumber:
@@ -331,4 +329,4 @@ def _draw_all(
         last_id = row.first_id + row.prompt + row.generated + row.forbidden + row.biases
         own = ids[row.first_id : last_id]
         own_biases, own_words = biases[row.first_bias :], words[row.first_word :]
-        token_ids[i] = _draw(logits[i], row, own, own_biases, own_words, scratch)
+        token_ids[row.row] = _draw(logits[row.row], row, own, own_biases, own_words, scratch)

@@ -1,5 +1,5 @@
 // Draws a token of each row of logits, as lfm2kit.engine.drawing does (sampling.py, decision 0035): the
-// same one, because the weights of a draw are whole numbers.  A CTA per row.  r rows, v vocab_size.
+// same one, because the weights of a draw are whole numbers.  A CTA per row that asks.  r rows, v vocab_size.
 //
 // Nothing is sorted.  Scores are compared by ranks, whole numbers in the same order, and the score at
 // which top-k or top-p cut is found digit by digit: each digit's sums are counted, and the digit is
@@ -26,7 +26,7 @@ struct Asked {
   double temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
   i64 top_k, prompt, generated, forbidden, biases, words, is_masked;
   u64 seed, position;
-  i64 first_id, first_bias, first_word;
+  i64 row, first_id, first_bias, first_word;
 };
 
 __shared__ u64 histogram[kWarps][kBins];
@@ -280,17 +280,17 @@ __device__ inline void exclude(float* changed, int vocab, const Asked& row, cons
 
 //   ids, biases, words  of all rows; see Asked
 //   changed_rv, counts_rv  to work in; all counts are 0 before and after
-//   token_r             the ids that are drawn, or errors
+//   token_r             the ids that are drawn, or errors; nothing for a row that asks nothing
 extern "C" __global__ void __launch_bounds__(kThreads)
     draw_tokens(const float* logits_rv, int vocab, const Asked* asked_r, const int* ids,
                 const float* biases, const u32* words, float* changed_rv, int* counts_rv,
                 int* token_r) {
-  size_t first = size_t(blockIdx.x) * vocab;
-  const float* logits = logits_rv + first;
-  float* changed = changed_rv + first;
   wait_for_previous();
   let_next_start();
   Asked row = asked_r[blockIdx.x];
+  size_t first = size_t(row.row) * vocab;
+  const float* logits = logits_rv + first;
+  float* changed = changed_rv + first;
   ids += row.first_id, biases += row.first_bias, words += row.first_word;
   u64 is_bad = 0;
   for (int i = threadIdx.x; i < vocab; i += kThreads) {
@@ -299,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     is_bad |= !(logit <= kLargest);
   }
   if (most_of_all(is_bad)) {
-    if (threadIdx.x == 0) token_r[blockIdx.x] = -1;
+    if (threadIdx.x == 0) token_r[row.row] = -1;
     return;
   }
   penalise(logits, changed, counts_rv + first, row, ids, biases);
@@ -321,5 +321,5 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     kept.least = row.min_p;
     token = drawn(scores, kept, bits_of_draw(row.seed, row.position));
   }
-  if (threadIdx.x == 0) token_r[blockIdx.x] = token;
+  if (threadIdx.x == 0) token_r[row.row] = token;
 }

@@ -30,22 +30,24 @@ class Sampler:
         self._memory = memory
         self._scratch: _Scratch | None = None
 
-    def draw(self, logits: cupy.ndarray, rows: Sequence[Row]) -> list[Drawn | NotANumber]:
+    def draw(
+        self, logits: cupy.ndarray, rows: Sequence[Row | None]
+    ) -> list[Drawn | NotANumber | None]:
         with on_device(self._memory.device):
             logits = cupy.ascontiguousarray(logits)
             token_ids = self._memory.to_host(self._drawn(logits, rows)).tolist()
             drawn = zip(logits, token_ids, rows, strict=True)
-            return [self._result(own, token_id, row) for own, token_id, row in drawn]
+            return [row and self._result(own, token_id, row) for own, token_id, row in drawn]
 
-    def _drawn(self, logits: cupy.ndarray, rows: Sequence[Row]) -> cupy.ndarray:
+    def _drawn(self, logits: cupy.ndarray, rows: Sequence[Row | None]) -> cupy.ndarray:
         if len(logits) != len(rows):  # the kernel does not look where the rows end
             raise ValueError(f"{len(rows)} rows for {len(logits)} rows of logits")
         if self._scratch is None or not self._scratch.holds(logits.shape):
             self._scratch = _Scratch(logits.shape)
         token_ids = cupy.empty(len(rows), np.int32)
-        if rows:
+        if asking := len(rows) - rows.count(None):
             load_kernel("sampling", "draw_tokens")(
-                (len(rows),), SAMPLING.THREADS, logits, logits.shape[1], *_uploaded(rows),
+                (asking,), SAMPLING.THREADS, logits, logits.shape[1], *_uploaded(rows),
                 self._scratch.changed, self._scratch.counts, token_ids,
             )  # fmt: skip
         return token_ids
@@ -70,7 +72,7 @@ class _Scratch:
         return len(self.changed) >= shape[0] and self.changed.shape[1] == shape[1]
 
 
-def _uploaded(rows: Sequence[Row]) -> list[cupy.ndarray]:
+def _uploaded(rows: Sequence[Row | None]) -> list[cupy.ndarray]:
     """Return the arrays of `asked_by` on the device, from one copy."""
     arrays = [np.ascontiguousarray(array).view(np.uint8) for array in asked_by(rows)]
     sizes = [_padded(len(array)) for array in arrays]

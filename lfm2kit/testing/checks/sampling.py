@@ -40,13 +40,13 @@ def sampled_tokens(trial: Trial) -> None:
     """Tokens, and logprobs, are those that NumPy draws, whatever a row asks for.
 
     Logits have ties, -inf, a single number, NaN; rows have penalties, biases, masks and forbidden
-    ids.
+    ids, or are None, and nothing is drawn of them.
     """
     sampler, memory = _sampler(trial)
     for size in SIZES:
         logits = np.stack([_logits(trial.rng, size) for _ in range(ROWS)])
         rows = [_row(trial.rng, size) for _ in range(ROWS)]
-        _compare(sampler, memory, logits, rows)
+        _compare(sampler, memory, logits, [None, *rows[1:-2], None, rows[-1]])
 
 
 @check
@@ -88,7 +88,7 @@ def _sampler(trial: Trial) -> tuple[Sampler, Memory]:
     return trial.backend.sampler(), trial.backend.memory(trial.supported(heads)[0])
 
 
-def _compare(sampler: Sampler, memory: Memory, logits: Floats, rows: Sequence[Row]) -> None:
+def _compare(sampler: Sampler, memory: Memory, logits: Floats, rows: Sequence[Row | None]) -> None:
     expected = NumPySampler().draw(logits, rows)
     found = _drawn(sampler, memory, logits, rows)
     for got, want, row in zip(found, expected, rows, strict=True):
@@ -99,8 +99,8 @@ def _compare(sampler: Sampler, memory: Memory, logits: Floats, rows: Sequence[Ro
 
 
 def _drawn(
-    sampler: Sampler, memory: Memory, logits: Floats, rows: Sequence[Row]
-) -> list[Drawn | NotANumber]:
+    sampler: Sampler, memory: Memory, logits: Floats, rows: Sequence[Row | None]
+) -> list[Drawn | NotANumber | None]:
     there = memory.from_host(logits.copy())
     found = sampler.draw(there, rows)
     if not np.array_equal(memory.to_host(there), logits, equal_nan=True):
@@ -110,7 +110,7 @@ def _drawn(
     return found
 
 
-def _agree(got: Drawn | NotANumber, want: Drawn | NotANumber) -> bool:
+def _agree(got: Drawn | NotANumber | None, want: Drawn | NotANumber | None) -> bool:
     if not isinstance(got, Drawn) or not isinstance(want, Drawn):
         return got == want
     if got.token_id != want.token_id or (got.logprob is None) != (want.logprob is None):
