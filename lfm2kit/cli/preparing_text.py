@@ -10,6 +10,7 @@ from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import Report, remark
 from lfm2kit.cli.options import files_of, open_model
+from lfm2kit.cli.paces import Readying
 from lfm2kit.cli.performing import built
 from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.engine.engine import BUDGET
@@ -50,16 +51,20 @@ def writer_of(prepared: Prepared, context: int | None, sequences: int | None) ->
     setup, report = prepared.setup, prepared.report
     for note in (notes := list(setup.notes())):
         remark(note)
+    readying = Readying()
     model = built(setup, BUDGET)
     writer = Writer(model, prepared.language, context=context, sequences=sequences)
     precision = setup.precision_of(setup.placed)
+    readying.end()
     remark(f"{prepared.checkpoint.path} on {setup.plan}, {precision}; room for {writer.room}")
+    remark(readying.line())
     report.fields |= {
         "model": str(prepared.checkpoint.path),
         "backend": str(setup.plan),
         "precision": precision,
         "seed": prepared.seed,
         "room": writer.room,
+        "ready_seconds": readying.seconds,
         "notes": notes,
     }
     return writer
