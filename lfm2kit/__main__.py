@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import sys
 
+import lfm2kit.process.start  # noqa: F401  # first, for it takes the time
+
 TYPE_CHECKING = False  # type checkers take it for true
 if TYPE_CHECKING:
     from typing import NoReturn

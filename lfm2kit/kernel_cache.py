@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 from lfm2kit import progress
 from lfm2kit.text import printable
@@ -44,6 +45,8 @@ class KernelCache:
 
     No method raises because of what is or is not in the folder.
     """
+
+    seconds: ClassVar[float] = 0.0  # that all turns of this process have taken
 
     def __init__(self, backend: str) -> None:
         self.keeps = True  # until keeping a kernel fails
@@ -103,7 +106,8 @@ class KernelCache:
         processes compile the same kernel.  A missing kernel is a step: a watched rank may wait for
         many of them, one after the other.
         """
-        give_up = time.monotonic() + TURN_SECONDS
+        start = time.monotonic()
+        give_up = start + TURN_SECONDS
         is_missing = not self.has(name)
         label = name.rpartition("-")[0] or name  # without a hash
         if is_missing:
@@ -122,6 +126,7 @@ class KernelCache:
             if self._descriptor is not None:
                 with suppress(OSError):
                     fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            KernelCache.seconds += time.monotonic() - start
 
     def _opened(self) -> int | None:
         """Return a descriptor of the folder; None if there is no folder that can be trusted."""

@@ -1,4 +1,4 @@
-"""How fast text comes: tokens a second, the time to the first token, and memory."""
+"""How fast text comes: until a model is ready, to the first token, tokens a second, and memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,33 @@ from time import perf_counter
 from typing import Any
 
 from lfm2kit.cli.performing import peak_memory
+from lfm2kit.kernel_cache import KernelCache
+from lfm2kit.process.start import STARTED
+
+
+class Readying:
+    """A clock for the time until a model is ready, which starts when its blocks are to be built."""
+
+    def __init__(self) -> None:
+        self._start, self._kernels = perf_counter(), KernelCache.seconds
+        self.seconds: dict[str, float] = {}  # by part, once it is ready
+
+    def end(self) -> None:
+        """Stop the clock: the model is ready.
+
+        What was found and checked before counts as imports, which take most of that time.
+        """
+        kernels = KernelCache.seconds - self._kernels
+        self.seconds = {
+            "imports": self._start - STARTED,
+            "kernels": kernels,
+            "weights": perf_counter() - self._start - kernels,
+        }
+
+    def line(self) -> str:
+        """Return the times in words."""
+        parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in self.seconds.items())
+        return f"ready after {sum(self.seconds.values()):.3g} s ({parts})"
 
 
 class Pace:

@@ -18,6 +18,7 @@ from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import Report, remark
 from lfm2kit.cli.flags import flag
 from lfm2kit.cli.options import files_of, open_model
+from lfm2kit.cli.paces import Readying
 from lfm2kit.cli.performing import built
 from lfm2kit.cli.preparing import place_of
 from lfm2kit.cli.ranks import check_size, facts_of_setup, settled_together
@@ -147,15 +148,18 @@ def writer_of(prepared: Prepared, context: int | None, sequences: int | None) ->
     setup, report, job = prepared.setup, prepared.report, prepared.job
     for note in (notes := list(setup.notes())):
         remark(note)
+    readying = Readying()
     model = built(setup, BUDGET)
     if job is not None:
         from_first(job, np.array([context or 0, sequences or 0], np.int32))
     writer = Writer(model, prepared.language, context=context, sequences=sequences, job=job)
     precision = setup.precision_of(setup.placed)
+    readying.end()
     among = "" if job is None else f", ranks: {job.world.size}"
     remark(
         f"{prepared.checkpoint.path} on {setup.plan}, {precision}{among}; room for {writer.room}"
     )
+    remark(readying.line())
     report.fields |= {
         "model": str(prepared.checkpoint.path),
         "backend": str(setup.plan),
@@ -163,6 +167,7 @@ def writer_of(prepared: Prepared, context: int | None, sequences: int | None) ->
         "ranks": setup.world.size,
         "seed": prepared.seed,
         "room": writer.room,
+        "ready_seconds": readying.seconds,
         "notes": notes,
     }
     return writer

@@ -26,6 +26,7 @@ from tests.checkpoint.typed import Cli, Typed
 from tests.generating.folders import loaded, model_folder
 
 PROMPT = "It is a truth"
+READY = r"ready after \S+ s \(imports \S+ s, kernels \S+ s, weights \S+ s\)\n"
 FIGURES = r"12 tokens, \S+ tokens/s, the first after \S+ s; peak memory \S+ GB, seed 1\n$"
 
 
@@ -54,7 +55,7 @@ def test_the_text_goes_to_stdout_and_the_figures_to_stderr(
     done = generate(PROMPT)
     assert (done.code, done.out) == (0, text_of(folder, PROMPT) + "\n")
     assert "on reference, fp32; room for 1 page of" in done.err
-    assert re.search(FIGURES, done.err)
+    assert re.search(READY + "(.*\n)*.*" + FIGURES, done.err)
 
 
 def test_options_reach_the_engine(generate: Callable[..., Typed], folder: Path) -> None:
@@ -80,6 +81,8 @@ def test_json_has_answers_and_figures(
     assert (fields["tokens"], fields["seed"], fields["backend"]) == (24, 1, "reference")
     assert fields["prompt_tokens"] > 3
     assert fields["first_token_seconds"] <= fields["seconds"]
+    assert [*fields["ready_seconds"]] == ["imports", "kernels", "weights"]
+    assert min(fields["ready_seconds"].values()) >= 0
     alone = generate(PROMPT, "--json", "-")
     assert json.loads(alone.out)["answers"][0]["text"] == texts[0]
     assert texts[0] in alone.err

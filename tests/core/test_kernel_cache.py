@@ -288,6 +288,16 @@ def test_a_turn_for_a_missing_kernel_is_a_step_that_may_take_as_long_as_compilin
     ]
 
 
+def test_the_time_of_all_turns_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("lfm2kit.kernel_cache.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(KernelCache, "seconds", 1.0)
+    for seconds in (2.0, 3.0):  # missing at first, then kept
+        with KernelCache("fast").turn("tile"):
+            now[0] += seconds
+    assert KernelCache.seconds == 6.0
+
+
 def test_whose_turn_ends_without_a_kernel_gives_it_to_the_next() -> None:
     first, second, found = KernelCache("fast"), KernelCache("fast"), []
 
