@@ -10,8 +10,6 @@ import numpy as np
 import typer
 
 from lfm2kit.building.options import About, Options
-from lfm2kit.cli.console import remark
-from lfm2kit.cli.generate_many import Many
 from lfm2kit.cli.options import (
     IndependentOption,
     JsonOption,
@@ -21,17 +19,7 @@ from lfm2kit.cli.options import (
     flags,
     spread,
 )
-from lfm2kit.cli.paces import Pace
 from lfm2kit.cli.preparing import check_same_file, shared_paths
-from lfm2kit.cli.preparing_text import (
-    Answering,
-    Prepared,
-    facts_of,
-    fields_of,
-    follow_writer,
-    prepare,
-    writer_of,
-)
 from lfm2kit.cli.ranks import (
     agreed,
     check_independent,
@@ -41,15 +29,8 @@ from lfm2kit.cli.ranks import (
     refuse_options,
 )
 from lfm2kit.cli.restricting import GIVEN_HERE, Restrictions
-from lfm2kit.cli.speaking import Voice
-from lfm2kit.cli.text_input import text_of
-from lfm2kit.engine.requests import Request
-from lfm2kit.engine.room import most_tokens, wanted_tokens
-from lfm2kit.errors import Lfm2kitError
 from lfm2kit.generating.options import Generation
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
-
-BETWEEN = "---"  # the line between several answers
 
 FILE = About(
     "Answer every prompt in this file, together. Each line is a JSON object with a prompt, or the "
@@ -84,13 +65,17 @@ def generate(
     json: JsonOption = None,
 ) -> None:
     """Show the text that a model writes after a prompt, or write the answers to a file of them."""
+    # Here, because all commands import this module, and none but this needs all of that.
+    from lfm2kit.cli.asking import question_of
+    from lfm2kit.cli.preparing_text import Prepared, facts_of, follow_writer, prepare
+
     check_independent(ranks, independent)
     job = None if independent else joined_job(transport)
     with ending_all_ranks(job), np.errstate(all="ignore"):  # what is not finite ends the answer
         files = {"--file": file, "--output": output}
 
         def prepared_to_answer() -> Prepared:
-            question = _question(prompt, file, output, keep_going)
+            question = question_of(prompt, file, output, keep_going)
             if job is not None or (ranks or 1) > 1:
                 check_same_file({**shared_paths(options, json), **files, **restrictions.paths()})
             whole, reads = restrictions.added_to(generation), restrictions.reads()
@@ -104,66 +89,3 @@ def generate(
             follow_writer(prepared)
         else:
             prepared.answer(prepared)
-
-
-class One:
-    """A prompt, which is asked alone."""
-
-    def __init__(self, prompt: str) -> None:
-        self._prompt = prompt
-
-    def reads(self) -> dict[str, list[Path]]:
-        """Return the files that are read: none."""
-        return {}
-
-    def ask(self, prepared: Prepared) -> Answering:
-        """Return what answers the prompt, which may come from stdin."""
-        if (option := prepared.generation.scores) is not None and prepared.report.target is None:
-            raise Lfm2kitError(option, ": needs --json FILE, where they go")
-        text = text_of(self._prompt)
-        return partial(_answer, prepared.language.request(text, prepared.generation, prepared.seed))
-
-
-def _question(
-    prompt: str | None, file: Path | None, output: Path | None, keep_going: bool
-) -> One | Many:
-    """Return what is asked: one prompt, or a file of them; `Lfm2kitError` if it is not clear."""
-    if prompt is not None and file is not None:
-        raise Lfm2kitError("a prompt and --file: give only one of them")
-    if file is not None and output is None:
-        raise Lfm2kitError(f"--file {file}: needs --output JSONL, where the answers go")
-    if file is not None and output is not None:
-        return Many(file, output, keep_going=keep_going)
-    if prompt is None:
-        raise Lfm2kitError("there is no prompt: give one, - to read stdin, or --file JSONL")
-    if output is not None or keep_going:
-        option = "--keep-going" if output is None else f"--output {output}"
-        raise Lfm2kitError(f"{option}: is of --file, which is not given")
-    return One(prompt)
-
-
-def _answer(request: Request, prepared: Prepared) -> None:
-    """Answer one prompt, and show the text as it comes."""
-    options, report = prepared.generation, prepared.report
-    voice = Voice(report.target)
-    context = options.context
-    if context is None and wanted_tokens(request) is not None:
-        context = most_tokens(request, prepared.language.context)
-    with (
-        writer_of(prepared, context, options.sequences or request.n) as writer,
-        voice.ending_its_line(),
-    ):
-        pace = Pace()
-        answers = writer.begin(request, options, split=voice.is_terminal)
-        for place, answer in enumerate(answers):
-            if place:
-                voice.line(BETWEEN)
-            while not answer.is_taken:
-                parts = writer.advance(answer)
-                pace.note(writer.tokens)
-                voice.say(parts)
-            voice.line()
-            answer.check()
-    remark(f"{pace.line()}, seed {prepared.seed}")
-    report.fields |= fields_of(request, answers, prepared.language.tokenizer) | pace.fields()
-    report.write()

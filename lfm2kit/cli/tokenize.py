@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lfm2kit.building.loading import find_model
 from lfm2kit.building.options import About, Options
-from lfm2kit.chat.prompts import chat_ids
-from lfm2kit.chat.templates import load_template
-from lfm2kit.chat.tokenizer import Tokenizer, load_tokenizer
 from lfm2kit.checkpoint.config import read_config
 from lfm2kit.checkpoint.names import CONFIG
 from lfm2kit.cli.console import Report
 from lfm2kit.cli.options import JsonOption, flags
 from lfm2kit.cli.text_input import text_of
+
+if TYPE_CHECKING:
+    from lfm2kit.chat.tokenizer import Tokenizer
 
 MODEL: About = Options.__dataclass_fields__["model"].metadata["about"]
 
@@ -44,6 +44,8 @@ def tokenize(
 
 def _tokenizer_of(path: Path) -> Tokenizer:
     """Return the tokenizer beside a model's files, checked against its config.json."""
+    from lfm2kit.chat.tokenizer import load_tokenizer  # here: no other command needs it
+
     folder = path if path.is_dir() else path.parent
     tokenizer = load_tokenizer(folder)
     if (folder / CONFIG).exists():
@@ -54,6 +56,9 @@ def _tokenizer_of(path: Path) -> Tokenizer:
 def _ids(tokenizer: Tokenizer, text: str, *, special: bool, chat: bool) -> list[int]:
     if not chat:
         return tokenizer.encode(text, special=special)
+    from lfm2kit.chat.prompts import chat_ids
+    from lfm2kit.chat.templates import load_template
+
     template = load_template(tokenizer.path.parent, tokenizer.config)
     messages = [{"role": "user", "content": text}]
     return chat_ids(tokenizer, template, messages, special=special)

@@ -13,7 +13,6 @@ from typing import Any
 
 from lfm2kit import bounds
 from lfm2kit.building.options import option
-from lfm2kit.chat.guided import schema_in_json
 from lfm2kit.engine.requests import MOST_CHOICES
 from lfm2kit.engine.sampling import MOST_LOGPROBS, RANGES, Sampling
 from lfm2kit.errors import Lfm2kitError, Option, choices
@@ -122,6 +121,8 @@ class Generation:
                 one.metadata["about"].check(one.name, value)
         _check_text(self)
         if self.json_schema is not None:
+            from lfm2kit.chat.guided import schema_in_json  # here: commands without text do not
+
             object.__setattr__(self, "json_schema", schema_in_json(self.json_schema))
         self.sampling(Sampling())
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
