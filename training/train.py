@@ -1,7 +1,7 @@
 """Trains the model on prepared data, and writes it as a checkpoint with a model card.
 
-    python -m training.train --data training/.data --out training/.model --tokens 41e6 \\
-        --sequences 16 --length 512 --dropout 0.1 --device cuda
+    python -m training.train --data training/.data --out training/.model --device cuda \\
+        --tokens 82e6 --sequences 32 --length 512 --dropout 0.15 --weight-decay 0.1
 
 Needs torch and tokenizers, but no network. It computes in float32; a GPU makes products in TF32.
 Seeds are fixed: on one kind of device the same command gives the same model, as far as torch's
