@@ -40,18 +40,21 @@ class Lfm2kit:
 
         return lambda: self._model.logits(Batch.of_sequences(list(ids)))
 
-    def decode(self, prompt: Ids, ids: Ids) -> Call:
-        """Return a call that decodes `ids`, 16 at most, from the end of the prompt each time."""
+    def decode(self, prompts: Ids, ids: Ids) -> Call:
+        """Return a call that decodes `ids` [samples, steps] after `prompts` [samples, tokens]."""
         from lfm2kit.batch import Batch
         from lfm2kit.state import Room
 
-        room = Room.of_sequences(1, len(prompt) + len(ids))
-        state, pages = self._model.new_state(room), [range(room.pages)]
-        self._model.logits(Batch.of_sequences([prompt], pages=pages), state)
+        n, tokens = prompts.shape
+        room = Room.of_sequences(n, tokens + ids.shape[1])
+        state = self._model.new_state(room)
+        pages = np.arange(room.pages, dtype=np.int32).reshape(n, -1)
+        self._model.logits(Batch.of_sequences(list(prompts), pages=pages), state)
 
         def steps() -> Any:
-            for position, token_id in enumerate(ids, len(prompt)):
-                batch = Batch.of_sequences([[token_id]], starts=[position], pages=pages)
+            for step in range(ids.shape[1]):
+                next_ids, starts = list(ids[:, step : step + 1]), [tokens + step] * n
+                batch = Batch.of_sequences(next_ids, starts=starts, pages=pages)
                 logits = self._model.logits(batch, state)
             return logits
 
@@ -94,9 +97,9 @@ class Transformers:
         input_ids = _long(ids)
         return lambda: self._logits(input_ids, use_cache=False)
 
-    def decode(self, prompt: Ids, ids: Ids) -> Call:
-        seen = self._model(input_ids=_long(prompt[None]), use_cache=True).past_key_values
-        chunks = [_long(ids[i : i + 1, None]) for i in range(len(ids))]
+    def decode(self, prompts: Ids, ids: Ids) -> Call:
+        seen = self._model(input_ids=_long(prompts), use_cache=True).past_key_values
+        chunks = [_long(ids[:, i : i + 1]) for i in range(ids.shape[1])]
 
         def steps() -> Any:
             for chunk in chunks:
@@ -185,13 +188,13 @@ class LlamaCpp:
         self._fill(ids, 0)
         return lambda: self._decoded(len(ids))
 
-    def decode(self, prompt: Ids, ids: Ids) -> Call:
-        self.forward(prompt[None])()
+    def decode(self, prompts: Ids, ids: Ids) -> Call:
+        self.forward(prompts)()
 
         def steps() -> Any:
-            for position, token_id in enumerate(ids, len(prompt)):
-                self._fill(np.array([[token_id]]), position)
-                logits = self._decoded(1)
+            for step in range(ids.shape[1]):
+                self._fill(ids[:, step : step + 1], prompts.shape[1] + step)
+                logits = self._decoded(len(ids))
             return logits
 
         return steps

@@ -16,7 +16,7 @@ from lfm2kit.measuring.bench import random_batch
 from lfm2kit.specs import Spec, Work
 
 STEPS = 16  # tokens that a decoding appends to a prompt of `SEQ_LEN`
-GROUPS = ("n1", "n16", "n64", "decode", "blocks")
+GROUPS = ("n1", "n16", "n64", "decode", "decode16", "blocks")
 KINDS = ("conv", "attn", "moe")
 ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 
@@ -38,8 +38,8 @@ def tasks(group: str, spec: specs.Model, dtype: str) -> Iterator[Task]:
     vocab_size = spec.embed_tokens.vocab_size
     if group == "blocks":
         yield from (_block(kind, n, spec, itemsize) for kind in KINDS for n in BLOCK_SAMPLES)
-    elif group == "decode":
-        yield _decode(spec, itemsize, np.random.default_rng(0))
+    elif group.startswith("decode"):
+        yield _decode(group, int(group.removeprefix("decode") or 1), spec, itemsize)
     else:
         n = int(group.removeprefix("n"))
         ids = np.random.default_rng(n).integers(0, vocab_size, (n, SEQ_LEN), dtype=np.int32)
@@ -47,14 +47,15 @@ def tasks(group: str, spec: specs.Model, dtype: str) -> Iterator[Task]:
         yield Task(group, "forward", (ids,), n, "samples/s", work)
 
 
-def _decode(spec: specs.Model, itemsize: int, rng: np.random.Generator) -> Task:
+def _decode(name: str, n: int, spec: specs.Model, itemsize: int) -> Task:
     """Return the decoding of random tokens; a model's own soon use the same few experts."""
-    ids = rng.integers(0, spec.embed_tokens.vocab_size, SEQ_LEN + STEPS, dtype=np.int32)
+    size, rng = spec.embed_tokens.vocab_size, np.random.default_rng(0)
+    prompts, ids = np.split(rng.integers(0, size, (n, SEQ_LEN + STEPS), np.int32), [SEQ_LEN], 1)
     work = Work(0, 0)
-    for position in range(SEQ_LEN, len(ids)):
-        batch = Batch.of_sequences([ids[position : position + 1]], starts=[position])
+    for step in range(STEPS):
+        batch = Batch.of_sequences(list(ids[:, step : step + 1]), starts=[SEQ_LEN + step] * n)
         work += spec.work(batch, itemsize)
-    return Task("decode", "decode", (ids[:SEQ_LEN], ids[SEQ_LEN:]), STEPS, "tokens/s", work)
+    return Task(name, "decode", (prompts, ids), STEPS * n, "tokens/s", work)
 
 
 def _block(kind: str, samples: int, spec: specs.Model, itemsize: int) -> Task:
@@ -77,7 +78,7 @@ OURS_F32 = "lfm2kit F32"
 
 def bouts(dtype: str) -> list[tuple[Contender, tuple[str, ...]]]:
     """Return whom lfm2kit meets with weights of `dtype`, and in which groups of tasks."""
-    whole = ("n1", "n16", "n64", "decode")
+    whole = ("n1", "n16", "n64", "decode", "decode16")
     if dtype == "F32":
         return [
             (Contender("transformers grouped_mm", "F32"), GROUPS),
@@ -88,8 +89,16 @@ def bouts(dtype: str) -> list[tuple[Contender, tuple[str, ...]]]:
     return [*peers, (Contender("lfm2kit", "F32"), ("n64",))]
 
 
-F32_RATIOS = {"n1": 1.25, "n16": 1.6, "n64": 1.25, "conv": 1.3, "attn": 1.3, "moe": 1.5}
-HALF_RATIOS = {("n1", LLAMA_BF16): 1.7, ("n64", OURS_F32): 1.0}
+F32_RATIOS = {
+    "n1": 1.25,
+    "n16": 1.6,
+    "n64": 1.25,
+    "conv": 1.3,
+    "attn": 1.3,
+    "moe": 1.5,
+    "decode16": 1.2,
+}
+HALF_RATIOS = {("n1", LLAMA_BF16): 1.7, ("n64", OURS_F32): 1.0, ("decode16", LLAMA_BF16): 1.2}
 PEAK_SHARES = {("F32", "n64"): 0.75}
 READ_SHARES = {("F32", "decode"): 0.90, ("BF16", "decode"): 0.85, ("F16", "decode"): 0.85}
 

@@ -26,6 +26,8 @@ class Finder:
 
     def feed(self, piece: str) -> Found:
         """Return what the next piece of the text makes certain; begin anew after a string."""
+        if not self._matches:
+            return Found(piece, None, "")
         text, seen = self._held + piece, len(self._held)
         for end, character in enumerate(piece, seen + 1):
             complete = [m.string for m in self._matches if m.goes_on(character)]

@@ -46,7 +46,7 @@ class Sequence:
     @property
     def generated(self) -> Int32:
         """Return the ids that were drawn."""
-        return self.ids[len(self.request.ids) :]
+        return self._ids[len(self.request.ids) : self._count]
 
     @property
     def left(self) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from itertools import islice
+from dataclasses import replace
+from itertools import compress, islice
+from operator import not_
 from threading import Lock
 from types import TracebackType
 from typing import TypeVar
@@ -48,6 +50,7 @@ class Writer:
     ) -> None:
         self.language = language
         self.tokens = 0  # of all answers so far
+        self.ended = 0  # answers so far
         self._engine = Engine(model, context=context, sequences=sequences, job=job)
         self._lock = Lock()  # of the engine and of the answers
         self._answers: dict[tuple[int, int], Answer] = {}  # that have not ended
@@ -131,6 +134,7 @@ class Writer:
                 del self._answers[key]
                 # A stop string may have ended it, of which the engine knows nothing.
                 self._engine.cancel(*key)
+                self.ended += 1
 
     def _begin_new(self) -> None:
         while self._new:
@@ -140,6 +144,7 @@ class Writer:
             except Lfm2kitError as error:
                 for answer in answers:
                     answer.finish(FAILED, error)
+                self.ended += len(answers)
                 continue
             for choice, answer in enumerate(answers):
                 answer.key = id, choice
@@ -169,6 +174,7 @@ def written(
     ones begin while others end, so the engine's steps stay full.
     """
     waiting, begun = iter(wanted), list[tuple[Wanted, list[Answer]]]()
+    known = writer.ended  # answers, also of other threads
     try:
         while True:
             for one in islice(waiting, MOST_BEGUN - len(begun)):
@@ -177,8 +183,12 @@ def written(
                 return
             writer.step()
             stepped()
-            ended = [pair for pair in begun if _have_ended(pair[1])]
-            begun = [pair for pair in begun if not _have_ended(pair[1])]
+            if known == writer.ended:  # as after most steps: looking at all answers takes longer
+                continue
+            known = writer.ended  # before the look, after which others may end
+            have_ended = [_have_ended(answers) for _, answers in begun]
+            ended = list(compress(begun, have_ended))
+            begun = list(compress(begun, map(not_, have_ended)))
             yield from ended
     finally:
         for _, answers in begun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,34 @@ def test_answers_come_when_they_end_and_more_begin_meanwhile(tmp_path: Path) -> 
     assert sorted(place for place, _ in pairs) == list(range(len(lengths)))
     assert all(a.token_ids == alone[: lengths[place]] for place, [a] in pairs)
     assert_nothing_is_held(writer)
+
+
+def test_answers_come_that_end_in_the_steps_of_others(tmp_path: Path) -> None:
+    writer = writer_for(model_folder(tmp_path), sequences=2)
+    lengths = range(1, 9)
+    pairs = written(writer, lengths, lambda n: begun(writer, max_tokens=n), writer.step)
+    assert {n: len(answer.token_ids) for n, (answer,) in pairs} == {n: n for n in lengths}
+    assert writer.ended == len(lengths)
+
+
+def test_an_answer_that_ends_during_a_look_at_all_comes_with_the_next(tmp_path: Path) -> None:
+    """Another thread may end it right after it was seen to go on."""
+    writer = writer_for(model_folder(tmp_path), sequences=3)
+    answers: list[Answer] = []
+
+    class EndsOthers(list[Answer]):
+        def __iter__(self) -> Iterator[Answer]:
+            try:
+                yield from super().__iter__()
+            finally:
+                if writer.ended:  # the look after the first end
+                    ended(writer, answers)
+
+    def begin(n: int) -> list[Answer]:
+        answers.extend(begun(writer, max_tokens=n))
+        return EndsOthers(answers[-1:])
+
+    assert sorted(n for n, _ in written(writer, [9, 1, 8], begin)) == [1, 8, 9]
 
 
 def test_answers_that_nobody_waits_for_are_left(tmp_path: Path) -> None:

@@ -49,16 +49,18 @@ class Sampler:
         token_ids = np.empty(len(rows), np.int64)
         contiguous = np.ascontiguousarray(logits)
         _draw_all(contiguous, *asked_by(rows), self._scratch.arrays, token_ids)
-        drawn = zip(logits, token_ids.tolist(), rows, strict=True)
-        return [row and _drawn(own, token_id, row) for own, token_id, row in drawn]
+        return [
+            row and _drawn(logits, place, token_id, row)
+            for place, (token_id, row) in enumerate(zip(token_ids.tolist(), rows, strict=True))
+        ]
 
 
-def _drawn(logits: Float32, token_id: int, row: Row) -> Drawn | NotANumber:
+def _drawn(logits: Float32, place: int, token_id: int, row: Row) -> Drawn | NotANumber:
     if token_id < 0:
         return NotANumber(row.position, WHY[token_id])
     if row.logprobs is None:
         return Drawn(token_id)
-    return Drawn(token_id, *logprobs(logits, token_id, row.logprobs))
+    return Drawn(token_id, *logprobs(logits[place], token_id, row.logprobs))
 
 
 class Scratch:
