@@ -11,7 +11,7 @@ A sequence's tokens do not depend on what else is in its steps.
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import chain, count
 from types import TracebackType
 
 import numpy as np
@@ -23,6 +23,7 @@ from lfm2kit.engine.masks import Masks, Patience
 from lfm2kit.engine.random_numbers import seed_of_fork
 from lfm2kit.engine.requests import CANCELLED, FAILED, Event, Request, check_whole
 from lfm2kit.engine.room import MODELS, context_of, described, most_tokens, room_for
+from lfm2kit.engine.rows import rows_of, tokens_of
 from lfm2kit.engine.scheduler import Chunk, Scheduler
 from lfm2kit.engine.scoring import scored
 from lfm2kit.engine.sequence import Sequence
@@ -188,36 +189,36 @@ class Engine:
             following = self._masks.collect(last)  # while the forward still runs, where it can
             drawn = self._drawn(logits, chunks, following)
             scores = self._steps.scores(logits, chunks)
+        told = {one: self._appended(one, tokens) for one, tokens in drawn.items()}
         late = set(last) - following.keys()
         self._scheduler.advance(
-            chunk.without_last() if chunk.sequence in late else chunk for chunk in chunks
+            chunk.without_last()
+            if chunk.sequence in late
+            else chunk.with_guessed(len(told.get(chunk.sequence, ())))
+            for chunk in chunks
         )
         for one in scores:
             self._score(*one)
         for sequence, next in following.items():
-            token = drawn.get(sequence)
             if not sequence.pages:  # its prompt could not be scored
                 continue
-            if token is None:
-                self._end_constrained(sequence, next)
-            elif isinstance(token, NotANumber):
-                self._fail(sequence, Lfm2kitError(str(token)))
+            if sequence in drawn:
+                self._continue(sequence, told[sequence], drawn[sequence][-1])
             else:
-                self._continue(sequence, token)
+                self._end_constrained(sequence, next)
 
     def _drawn(
         self, logits: Array, chunks: list[Chunk], following: dict[Sequence, Next]
-    ) -> dict[Sequence, Drawn | NotANumber | None]:
-        """Return the tokens of those sequences that may have one."""
-        masks = {one: next.mask for one, next in following.items() if next.end is None}
-        of_rows: list[Sequence | None] = []  # whose token a row of the logits draws
-        for chunk in chunks:
-            of_rows += [None] * len(chunk.to_score)
-            if chunk.is_last:
-                of_rows.append(chunk.sequence if chunk.sequence in masks else None)
-        rows = [None if one is None else one.row(masks[one]) for one in of_rows]
-        drawn = self._sampler.draw(logits, rows)
-        return {one: token for one, token in zip(of_rows, drawn, strict=True) if one is not None}
+    ) -> dict[Sequence, list[Drawn | NotANumber]]:
+        """Return the tokens of those sequences that may have one; more if guesses are right."""
+        asked = [rows_of(chunk, following.get(chunk.sequence)) for chunk in chunks]
+        drawn = iter(self._sampler.draw(logits, list(chain.from_iterable(asked))))
+        found = {}
+        for chunk, rows in zip(chunks, asked, strict=True):
+            if tokens := tokens_of(chunk, drawn, rows):
+                found[chunk.sequence] = tokens
+                chunk.sequence.told(len(chunk.guesses), len(tokens) - 1)
+        return found
 
     def _score(self, sequence: Sequence, after: range, logits: npt.NDArray[np.float32]) -> None:
         """Tell the logprobs of the prompt's tokens that come after these positions."""
@@ -230,14 +231,25 @@ class Engine:
         sequence.scored = after.stop
         self._events.append(Event(sequence.id, sequence.choice, None, prompt=told))
 
-    def _continue(self, sequence: Sequence, drawn: Drawn) -> None:
-        """Add a token to its sequence; those that share the prompt can begin now."""
-        end = sequence.append(drawn.token_id)
-        best = tuple(drawn.best)
-        token = Event(sequence.id, sequence.choice, drawn.token_id, drawn.logprob, best, end)
-        self._events.append(token)
-        self._release(sequence)
-        if end is not None:
+    def _appended(self, sequence: Sequence, tokens: list[Drawn | NotANumber]) -> list[Event]:
+        """Add tokens to their sequence, and return what is to be told of them."""
+        events = []
+        for token in tokens:
+            if isinstance(token, NotANumber):
+                break
+            end, best = sequence.append(token.token_id), tuple(token.best)
+            choice = sequence.choice
+            events.append(Event(sequence.id, choice, token.token_id, token.logprob, best, end))
+        return events
+
+    def _continue(self, sequence: Sequence, told: list[Event], last: Drawn | NotANumber) -> None:
+        """Tell the new tokens of a sequence; those that share the prompt can begin now."""
+        self._events += told
+        if told:
+            self._release(sequence)
+        if isinstance(last, NotANumber):
+            self._fail(sequence, Lfm2kitError(str(last)))
+        elif told[-1].end is not None:
             self._remove(sequence)
 
     def _end_constrained(self, sequence: Sequence, next: Next) -> None:

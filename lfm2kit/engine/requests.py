@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lfm2kit.batch_rules import integers
 from lfm2kit.engine.constraints import Constraint
+from lfm2kit.engine.guesses import Guesses
 from lfm2kit.engine.sampling import MOST_LOGPROBS, Sampling
 from lfm2kit.engine.scoring import Scored
 from lfm2kit.errors import Lfm2kitError
@@ -39,6 +40,7 @@ class Request:
     logprobs: int | None = None  # how many of the best are returned; None: not the chosen one's
     prompt_logprobs: int | None = None  # the same of the prompt's tokens, with the first choice
     constraint: Constraint | None = None  # that each sequence obeys, such as a grammar
+    guesses: Callable[[], Guesses] | None = None  # makes who guesses the tokens of a sequence
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _ids("prompt", self.prompt))
@@ -59,6 +61,11 @@ class Request:
             raise Lfm2kitError(
                 f"constraint is {brief(self.constraint)}; expected an object with a method begin, "
                 "such as those that lfm2kit.chat.guided makes"
+            )
+        if self.guesses is not None and not callable(self.guesses):
+            raise Lfm2kitError(
+                f"guesses is {brief(self.guesses)}; expected what makes an object with a method "
+                "guess, such as lfm2kit.engine.guesses.RepeatedText"
             )
 
     @property

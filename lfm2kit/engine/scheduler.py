@@ -21,10 +21,11 @@ _AGE = attrgetter("age")
 
 
 class Chunk(NamedTuple):
-    """The next tokens of a sequence, as many as a step computes."""
+    """The next tokens of a sequence that a step computes, and guesses of those after them."""
 
     sequence: Sequence
     tokens: int
+    guesses: tuple[int, ...] = ()
 
     @property
     def is_last(self) -> bool:
@@ -39,6 +40,13 @@ class Chunk(NamedTuple):
     def without_last(self) -> Chunk:
         """Return the same tokens but for the last one, which will be computed again."""
         return self._replace(tokens=self.tokens - 1)
+
+    def with_guessed(self, tokens: int) -> Chunk:
+        """Return the tokens that are computed for good, if the sequence got this many new ones.
+
+        The row of the newest one is still to be computed; guesses before it were right.
+        """
+        return self._replace(tokens=self.tokens + max(0, tokens - 1), guesses=())
 
 
 class Scheduler:
@@ -77,15 +85,25 @@ class Scheduler:
             chunks.append(Chunk(sequence, min(sequence.left, left)))
             left -= chunks[-1].tokens
             if not left:
-                break
-        return chunks
+                return chunks
+        return list(self._with_guesses(chunks, left))
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
         """Note that the chunks of a step are computed."""
-        for sequence, tokens in chunks:
+        for sequence, tokens, _ in chunks:
             before = sequence.computed
             sequence.computed += tokens
             self.pages.know(sequence.pages, sequence.ids[: sequence.computed], before)
+
+    def _with_guesses(self, chunks: Iterable[Chunk], left: int) -> Iterator[Chunk]:
+        """Add guesses where the budget and the pages of a sequence leave room for them."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.tokens == sequence.left == 1 and not chunk.to_score:
+                room = len(sequence.pages) * self._room.page_tokens - sequence.computed - 1
+                chunk = chunk._replace(guesses=sequence.guess(min(room, left)))
+                left -= len(chunk.guesses)
+            yield chunk
 
     def _in_order(self, held: Collection[Sequence]) -> Iterator[Sequence]:
         """Yield the sequences that can go on, each with the pages for what it has left."""

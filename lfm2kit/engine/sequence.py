@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.engine.drawing import Row
+from lfm2kit.engine.guesses import MOST_GUESSES
 from lfm2kit.engine.random_numbers import seed_of_fork
 from lfm2kit.engine.requests import LENGTH, STOP, Request
 
@@ -35,6 +36,9 @@ class Sequence:
         self.scored = 0  # rows of logits by which tokens of the prompt have been scored
         is_scored = choice == 0 and request.prompt_logprobs is not None
         self._rows_to_score = len(request.ids) - 1 if is_scored else 0
+        # The text of a constraint has a mask at each place, which nobody knows ahead.
+        is_guessed = request.guesses is not None and request.constraint is None
+        self._guesses = request.guesses() if request.guesses and is_guessed else None
         self._ids = request.ids  # never written: a longer array, with room for more, replaces it
         self._count = len(self._ids)
 
@@ -76,14 +80,31 @@ class Sequence:
             return STOP
         return LENGTH if self._count >= self.most else None
 
-    def row(self, mask: UInt32 | None = None) -> Row:
-        """Return what a sampler needs to know to draw the next token, which obeys the mask."""
+    def guess(self, most: int) -> tuple[int, ...]:
+        """Return up to `most` guesses of its next tokens."""
+        most = min(most, MOST_GUESSES, self.most - self._count - 1)
+        if self._guesses is None or most < 1:
+            return ()
+        return tuple(self._guesses.guess(self.ids, most)[:most])
+
+    def told(self, guessed: int, right: int) -> None:
+        """Take note of how many of its guesses were right."""
+        if self._guesses is not None and guessed:
+            self._guesses.told(guessed, right)
+
+    def row(self, mask: UInt32 | None = None, guessed: tuple[int, ...] = ()) -> Row:
+        """Return what a sampler needs to know to draw the next token, which obeys the mask.
+
+        With guesses, it is the token after them.
+        """
         request, generated = self.request, self.generated
+        if guessed:
+            generated = np.concatenate([generated, np.array(guessed, np.int32)])
         is_early = len(generated) < request.min_tokens
         return Row(
             sampling=request.sampling,
             seed=self.seed,
-            position=self._count,
+            position=self._count + len(guessed),
             prompt=request.ids,
             generated=generated,
             mask=mask,

@@ -105,34 +105,39 @@ def follow(
 
 
 def batch_of(chunks: Iterable[Chunk]) -> Batch:
-    """Return the batch of a step; it wants the logits that draw a token or score a prompt's.
+    """Return the batch of a step.
 
-    Each chunk has first those that score, and then, if it is the last, the one that draws.
+    It wants logits where a token is drawn: of the last token of a sequence, and of guesses; and of
+    tokens that score a prompt.
     If the sizes of steps are to be rounded, so that fewer forms are captured, this is the place.
     """
     chunks = list(chunks)
-    starts = [sequence.computed for sequence, _ in chunks]
+    starts = [chunk.sequence.computed for chunk in chunks]
     batch = Batch.of_sequences(
-        [
-            sequence.ids[start : start + tokens]
-            for (sequence, tokens), start in zip(chunks, starts, strict=True)
-        ],
+        [_ids_of(chunk) for chunk in chunks],
         starts=starts,
-        pages=_table([sequence.pages for sequence, _ in chunks]),
+        pages=_table([chunk.sequence.pages for chunk in chunks]),
     )
-    if any(chunk.to_score for chunk in chunks):
-        return replace(batch, logits_rows=_rows_with_scores(chunks, batch.logits_rows))
+    if any(chunk.guesses or chunk.to_score for chunk in chunks):
+        return replace(batch, logits_rows=_rows_of(chunks, batch.logits_rows))
     is_last = [chunk.is_last for chunk in chunks]
     return batch if all(is_last) else replace(batch, logits_rows=batch.logits_rows[is_last])
 
 
-def _rows_with_scores(chunks: Iterable[Chunk], last_rows: Int32) -> Int32:
+def _ids_of(chunk: Chunk) -> Int32:
+    start = chunk.sequence.computed
+    ids = chunk.sequence.ids[start : start + chunk.tokens]
+    return np.concatenate([ids, np.array(chunk.guesses, np.int32)]) if chunk.guesses else ids
+
+
+def _rows_of(chunks: Iterable[Chunk], last_rows: Int32) -> Int32:
     """Return the rows of a batch whose logits are wanted, given the last row of each chunk."""
     rows: list[int] = []
-    for chunk, last in zip(chunks, last_rows.tolist(), strict=True):
+    for chunk, end in zip(chunks, last_rows.tolist(), strict=True):
+        last = end - len(chunk.guesses)
         first = last + 1 - chunk.tokens - chunk.sequence.computed  # of the sequence's position 0
         rows += [first + position for position in chunk.to_score]
-        rows += [last] if chunk.is_last else []
+        rows += range(last, end + 1) if chunk.is_last else []
     return np.array(rows, np.int32)
 
 
@@ -142,7 +147,7 @@ def scores_of(logits: Floats, chunks: Iterable[Chunk]) -> Iterator[Scores]:
     for chunk in chunks:
         if after := chunk.to_score:
             yield Scores(chunk.sequence, after, logits[begin : begin + len(after)])
-        begin += len(after) + chunk.is_last
+        begin += len(after) + chunk.is_last * (1 + len(chunk.guesses))
 
 
 def _table(rows: list[list[int]]) -> Int32:

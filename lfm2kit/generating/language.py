@@ -16,6 +16,7 @@ from lfm2kit.chat.thinking import TAGS, Thinking, begins_in_thought
 from lfm2kit.chat.tokenizer import load_tokenizer
 from lfm2kit.engine.constraints import Constraint
 from lfm2kit.engine.generation_config import NAME, read_generation_config
+from lfm2kit.engine.guesses import SPECULATIONS
 from lfm2kit.engine.requests import Request
 from lfm2kit.engine.room import MODELS, context_of, most_tokens
 from lfm2kit.errors import Lfm2kitError, Option
@@ -75,6 +76,7 @@ class Language:
             n=options.n,
             logprobs=options.logprobs,
             prompt_logprobs=options.prompt_logprobs,
+            guesses=None if options.speculate is None else SPECULATIONS[options.speculate],
             constraint=None if options.constraint is None else self._compiled(*options.constraint),
         )
         request.sampling.check_ids(self._vocab_size)

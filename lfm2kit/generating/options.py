@@ -13,6 +13,7 @@ from typing import Any
 
 from lfm2kit import bounds
 from lfm2kit.building.options import option
+from lfm2kit.engine.guesses import SPECULATIONS
 from lfm2kit.engine.requests import MOST_CHOICES
 from lfm2kit.engine.sampling import MOST_LOGPROBS, RANGES, Sampling
 from lfm2kit.errors import Lfm2kitError, Option, choices
@@ -96,6 +97,12 @@ class Generation:
     prompt_logprobs: int | None = option(
         None, "The same for the tokens of the prompt.", words="none", least=0, most=MOST_LOGPROBS
     )
+    speculate: str | None = option(
+        None,
+        "ngram: compute several tokens at once where a text may repeat itself; they stay the same.",
+        words="one after the other",
+        metavar="|".join(SPECULATIONS),
+    )
     n: int = option(1, "Number of answers.", least=1, most=MOST_CHOICES)
     chat: bool = option(False, "The prompt is what a user says in a chat.")
     system: str | None = option(None, "The system message of a chat.", words="none", metavar="TEXT")
@@ -161,6 +168,9 @@ def _check_text(options: Generation) -> None:
         raise Lfm2kitError(Option("system", options.system), ": expected a text")
     if options.think not in THINK:
         raise Lfm2kitError(Option("think", options.think), f": expected {SHOW} or {HIDE}")
+    if options.speculate is not None and options.speculate not in SPECULATIONS:
+        there = ", ".join(SPECULATIONS)
+        raise Lfm2kitError(Option("speculate", options.speculate), f": expected {there}")
     for name in ("regex", "grammar"):
         if not isinstance(value := getattr(options, name), str | None):
             raise Lfm2kitError(Option(name, value), ": expected a text")

@@ -118,8 +118,8 @@ class ThirdsText:
 
 def engine_of(model: LFM2, pages: int, **options: Any) -> Engine:
     """Return an engine with a small room, in whose state, in the host's memory, is only NaN."""
-    options = {"patience": ALL_THE_TIME} | options
-    engine = Engine(model, Room(pages, PAGE_TOKENS), sampler=KeyedSampler(model.home), **options)
+    options = {"patience": ALL_THE_TIME, "sampler": KeyedSampler(model.home)} | options
+    engine = Engine(model, Room(pages, PAGE_TOKENS), **options)
     if model.home.name == HOST.name:  # else nothing says when it would be written
         Poison(engine)
     return engine

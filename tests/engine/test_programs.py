@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from lfm2kit.engine.guesses import RepeatedText
 from lfm2kit.engine.requests import CANCELLED, LENGTH, STOP, Event, Request
 from lfm2kit.engine.sampling import Sampling
 from lfm2kit.engine.scoring import Scored
@@ -33,6 +34,7 @@ from tests.engine.harness import (
     engine_of,
     model_of,
 )
+from tests.engine.test_guesses import Wrong
 from tests.engine.test_scoring import in_one_forward
 
 MOST_LIVE = 6
@@ -70,6 +72,7 @@ class Programs(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 3]),
         constraint=st.sampled_from([None, Thirds()]),
         prompt_logprobs=st.sampled_from([None, None, 2]),
+        guesses=st.sampled_from([None, RepeatedText, Wrong]),
     )
     def add(self, tokens: int, seed: int, temperature: float, n: int, **others: Any) -> None:
         prompt = np.random.default_rng(seed).integers(VOCABULARY, size=tokens)
