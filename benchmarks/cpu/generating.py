@@ -29,7 +29,7 @@ from lfm2kit.engine.sampling import Sampling
 from lfm2kit.generating.language import Language
 from lfm2kit.generating.options import Generation
 from lfm2kit.generating.writer import Writer
-from lfm2kit.measuring.bench import Decoder
+from lfm2kit.measuring.decoding import Decoder
 from lfm2kit.model import LFM2
 from lfm2kit.state import Room
 
@@ -96,7 +96,7 @@ def _rounds(model: LFM2, n: int, steps: int) -> Iterator[Round]:
     assert model.folder is not None
     language, rng = Language(model.folder, model.spec), np.random.default_rng(0)
     room = Room.of_sequences(n, PROMPT + steps + 1)
-    decoder, sampler = Decoder(model, n, PROMPT, 0), TimedSampler(model.new_sampler())
+    sampler = TimedSampler(model.new_sampler())
     engine = Engine(model, room, sampler=sampler)
     writer = Writer(model, language, context=PROMPT + steps + 1, sequences=n)
 
@@ -106,7 +106,7 @@ def _rounds(model: LFM2, n: int, steps: int) -> Iterator[Round]:
         return [Request(ids, SETTINGS, max_tokens=steps + 1) for ids in prompts]
 
     while True:
-        bare = _seconds(decoder.step, steps)
+        bare = _seconds(Decoder(model, n, PROMPT, steps, seed=0).step, steps)
         first = _seconds(partial(_begin, engine, requests()), 1)
         sampler.seconds = 0.0
         of_engine = _seconds(engine.step, steps)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import replace
 from itertools import compress, islice
 from operator import not_
 from threading import Lock
