@@ -19,7 +19,7 @@ pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution o
 from lfm2kit_mpi import hub as hubs
 from lfm2kit_mpi import watch
 from lfm2kit_mpi.faults import Fault, Rank, culprit, gone, lingering, not_joined, place, stuck
-from lfm2kit_mpi.hub import LOOK, Hub
+from lfm2kit_mpi.hub import LOOK, TO_DOUBT, Hub
 from lfm2kit_mpi.job import run_job
 from lfm2kit_mpi.page import SharedPage, reader_of
 from lfm2kit_mpi.shared_memory import drop_names
@@ -148,7 +148,7 @@ def test_what_a_rank_prints_arrives_byte_by_byte_and_its_failure_after_it(
     data = bytes(range(256))
     mine.send(stream="stdout", text=data.decode("latin-1"))
     mine.report(2, "no such file", "")
-    until(lambda: watched.fault is not None)
+    until(lambda: watched.explain() is not None)
     assert printed == [("stdout", data)]
     fault = watched.explain()
     assert fault is not None
@@ -244,6 +244,25 @@ def test_a_rank_that_ended_is_named_before_one_that_then_raised(
     sentence = scene.verdict().sentence
     assert sentence.startswith("rank 0 ")
     assert sentence.endswith("its process ended before its work was done")
+
+
+@two_ranks
+@pytest.mark.parametrize("looks", [1, TO_DOUBT + 1])
+def test_a_rank_that_raised_is_doubted_until_it_is_clear_that_no_other_has_ended(
+    hub: tuple[Hub, int], looks: int
+) -> None:
+    """What was wrong may come from a rank whose end the system has not told yet."""
+    watched, port = hub
+    ranks = [watch.joined(number, ["127.0.0.1"], port, "the key") for number in (0, 1)]
+    ranks[1].report(3, "IndexError: a number that makes no sense", "")
+    until(lambda: bool(watched._claims))
+    for _ in range(looks):
+        watched.look()
+    ranks[0]._link.shutdown(socket.SHUT_RDWR)
+    until(lambda: bool(watched.left))
+    fault = watched.explain()
+    assert fault is not None
+    assert fault.sentence.startswith("rank 0 " if looks < TO_DOUBT else "rank 1 ")
 
 
 @two_ranks

@@ -15,6 +15,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -33,9 +34,19 @@ from lfm2kit_mpi.faults import (
 from lfm2kit_mpi.page import reader_of
 
 LOOK = 0.1  # seconds between two looks at the ranks
+TO_DOUBT = 3  # looks at the ranks before one is believed that says why it ends
 TO_HEAR = 1.0  # seconds for the last words of ranks to arrive, once one of them has ended
 LONGEST_LINE = 1 << 24  # bytes of a message: a rank may print a large table
 FATAL = b"Fatal Python error: "  # how Python's fault handler begins
+
+
+@dataclass(slots=True)
+class Claim:
+    """The reason that a rank gives for its end, which another rank may have caused."""
+
+    rank: Rank
+    fault: Fault
+    looks: int = 0  # at the ranks since
 
 
 class Hub:
@@ -50,6 +61,7 @@ class Hub:
         self.exit_code: int | None = None  # rank 0's, once it is done
         self.pass_on: Callable[[str, bytes], None] = lambda stream, data: None
         self.broken: BaseException | None = None  # why nothing more can be passed on
+        self._claims: list[Claim] = []  # that are neither believed nor doubted yet
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._ends = Ends()
         self._started = self._looked = monotonic()
@@ -86,6 +98,10 @@ class Hub:
             for rank in self.ranks.values():
                 rank.heard, rank.moved = rank.heard + pause, rank.moved + pause
         self._looked = now
+        for claim in self._claims[:]:
+            claim.looks += 1
+            if claim.looks >= TO_DOUBT or self._others_ended_before(claim.rank):
+                self._judge(claim)
         limit = self.deadline + STARTING
         if self.fault is None and len(self.ranks) < self.size and now - self._started > limit:
             self.fault = not_joined(self.size, self.ranks, limit)
@@ -152,10 +168,10 @@ class Hub:
         if "reason" in said:
             sentence = f"{rank.where}: {said['reason']}"
             fault = Fault(sentence, said["exit_code"], said["details"])
-            if said["is_effect"] or self._others_ended_before(rank):
+            if said["is_effect"]:
                 rank.ended_by = fault
             else:
-                self.fault = self.fault or fault
+                self._claims.append(Claim(rank, fault))
         if "done" in said:
             rank.is_done = True
             if rank.number == 0:
@@ -165,9 +181,18 @@ class Hub:
         """Return whether another rank ended early, before `rank` ended or said why it ends.
 
         What comes from such a rank need not be what it sent, and MPICH may report no error: a block
-        may then fail because of a number that makes no sense.
+        may then fail because of a number that makes no sense.  It may even say so before the other
+        rank's connection ends, because the system takes its time to end a process.
         """
         return any(not self.ranks[other].is_done for other in self._ends.before(rank.number))
+
+    def _judge(self, claim: Claim) -> None:
+        """Decide whether a rank is at fault for its end, or another one that ended before it."""
+        self._claims.remove(claim)
+        if self._others_ended_before(claim.rank):
+            claim.rank.ended_by = claim.fault
+        else:
+            self.fault = self.fault or claim.fault
 
     def _pass_on(self, stream: str, data: bytes) -> None:
         try:
@@ -181,6 +206,8 @@ class Hub:
         `number` is the signal that ended the process `pid`, if a launcher has reported it.  The
         ranks should have been heard out.
         """
+        for claim in self._claims[:]:
+            self._judge(claim)
         if self.fault is None:
             self.fault = culprit(self.left, self.ranks.values(), number, pid)
         return self.fault
