@@ -96,7 +96,9 @@ def test_where_rank_0_gets_no_id_no_rank_waits_for_it(monkeypatch: pytest.Monkey
         raise NcclError("unhandled system error")
 
     nccl = SimpleNamespace(available=True, NcclError=NcclError, get_unique_id=get_unique_id)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nccl=nccl)))
+    cuda = SimpleNamespace(nccl=nccl)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     monkeypatch.delitem(sys.modules, "lfm2kit_nccl.communicator", raising=False)
     connected = import_module("lfm2kit_nccl.communicator").connected
     monkeypatch.delitem(sys.modules, "lfm2kit_nccl.communicator")
