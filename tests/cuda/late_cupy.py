@@ -277,7 +277,12 @@ def _modules() -> dict[str, Any]:
     )
     cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")
     vars(cupy).update(
-        cuda=cuda, ndarray=Array, empty=empty, ascontiguousarray=lambda a: a, uint8=np.uint8
+        cuda=cuda,
+        ndarray=Array,
+        empty=empty,
+        ascontiguousarray=lambda a: a,
+        uint8=np.uint8,
+        uint16=np.uint16,
     )
     vars(cupyx).update(empty_pinned=np.empty)
     function = ModuleType("cupy.cuda.function")
