@@ -85,9 +85,7 @@ class Round:
         self._came: list[list[Message]] = []  # by piece and rank
         self._received: list[list[int]] = []  # pairs that came, by piece and rank
         (_, self._hidden_size), (_, self._k) = tokens.x.shape, tokens.expert_ids.shape
-        self._row = Message.nbytes(
-            self._hidden_size, self._k, row_format
-        )  # that travel for a token
+        self._row = Message.nbytes(self._hidden_size, self._k, row_format)  # of a token
 
     def _rounded(self, x: Floats) -> npt.NDArray[Any]:
         """Return all rows in the format in which experts read them, each rounded once."""
