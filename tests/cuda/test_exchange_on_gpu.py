@@ -96,7 +96,7 @@ def test_two_ranks_have_the_bits_of_one(
 
 
 def assert_rows_have_the_bytes_of(precision: str, record: dict[str, Any]) -> None:
-    """In 16 bits rows travel as such, and products in float32."""
+    """Check that rows travel in 16 bits where products read them, and products in float32."""
     element, hidden_size = 4 if precision == "fp32" else 2, 128
     for layer in record["exchanged"]["layers"]:
         for name, size in (("dispatch", element), ("combine", 4)):
