@@ -61,7 +61,7 @@ class Lfm2kit:
         from lfm2kit.measuring.bench import single_blocks
 
         if (kind, samples) not in self._blocks:
-            for timed in single_blocks(self._setup, kind, BLOCK_SAMPLES, SEQ_LEN, BLOCK_SEED):
+            for timed in single_blocks(self._setup, kind, BLOCK_SAMPLES, [SEQ_LEN], BLOCK_SEED):
                 self._blocks[kind, timed.samples] = timed.call
         return self._blocks[kind, samples]
 

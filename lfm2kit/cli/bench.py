@@ -6,8 +6,9 @@ import csv
 import enum
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from lfm2kit.measuring.bench import (
     measured_ceilings,
     single_blocks,
 )
+from lfm2kit.measuring.decoding import most_tokens
 from lfm2kit.measuring.scaling import Job
 from lfm2kit.memory import HOST
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
@@ -87,8 +89,13 @@ def bench(
         ),
     ] = False,
     seq_len: Annotated[
-        int, flags("seq_len", About("Tokens in a sample, or in a prompt.", least=1))
-    ] = 16,
+        str,
+        typer.Option(
+            "--seq-len",
+            metavar="N,...",
+            help="Tokens in a sample, or of a sequence from which decoding begins, as a list.",
+        ),
+    ] = "16",
     repetitions: Annotated[
         int, flags("repetitions", About("Timed calls of each row of the table.", least=1))
     ] = 5,
@@ -107,7 +114,9 @@ def bench(
     """Measure a model or its blocks, and compare the medians with this machine's ceilings."""
     refuse_copies()
     samples = _whole_numbers("-n", n, "1,16,64")
-    bounds.check_tokens(max(samples), seq_len)
+    lengths = _whole_numbers("--seq-len", seq_len, "16,4096")
+    if not decode:
+        bounds.check_tokens(max(samples), max(lengths))
     if decode and block:
         raise Lfm2kitError("--decode measures the whole model; leave out --block")
     if options.rewrites and block:
@@ -118,8 +127,10 @@ def bench(
         if decode or block:
             raise Lfm2kitError("--ranks measures the whole model; leave out --decode and --block")
         sizes = _whole_numbers("--ranks", ranks, "1,2,4")
+        if len(lengths) > 1:
+            raise Lfm2kitError(f"--seq-len {seq_len}: with --ranks it takes one number")
         jobs = [Job(plan, size, n) for plan in plans for n in samples for size in sizes]
-        _bench_jobs(options, jobs, seq_len, repetitions, transport, output)
+        _bench_jobs(options, jobs, lengths[0], repetitions, transport, output)
         return
     for name in OF_RANKS:
         if getattr(options, name) != Options.__dataclass_fields__[name].default:
@@ -131,12 +142,12 @@ def bench(
     for setup in setups:
         for note in setup.notes():
             remark(note)
+    if decode:
+        contenders_of = partial(_decodings, samples, lengths, WARM_UPS + repetitions, seed)
+    else:
+        contenders_of = partial(_forwards, block or [], samples, lengths, seed)
     with np.errstate(all="ignore"):  # what is not finite is told once, at the end
-        contenders = [
-            contender
-            for setup in setups
-            for contender in _contenders(setup, block or [], decode, samples, seq_len, seed)
-        ]
+        contenders = [contender for setup in setups for contender in contenders_of(setup)]
         ceilings = {str(s.plan): c for s in setups if (c := measured_ceilings(s)) is not None}
         total = (WARM_UPS + repetitions) * len(contenders)
         with progress("measuring", total, "calls") as advance:
@@ -177,21 +188,22 @@ def _default_plan() -> str:
     return os.environ.get(BACKEND_VARIABLE) or AUTO
 
 
-def _contenders(
-    setup: Setup,
-    blocks: Sequence[Block],
-    decode: bool,
-    samples: Sequence[int],
-    seq_len: int,
-    seed: int,
-) -> list[Contender]:
-    tokens = max(samples) * seq_len
-    if decode:
-        return list(decodings(setup, setup.build(tokens=tokens), samples, seq_len, seed))
+def _decodings(
+    samples: Sequence[int], contexts: Sequence[int], steps: int, seed: int, setup: Setup
+) -> Iterator[Contender]:
+    model = setup.build(tokens=most_tokens(samples, contexts))
+    return decodings(setup, model, samples, contexts, steps, seed)
+
+
+def _forwards(
+    blocks: Sequence[Block], samples: Sequence[int], lengths: Sequence[int], seed: int, setup: Setup
+) -> Iterator[Contender]:
+    """Yield the forwards of the blocks, or of the whole model without any."""
     if not blocks:
-        return list(forwards(setup, setup.build(tokens=tokens), samples, seq_len, seed))
-    different = dict.fromkeys(b.value for b in blocks)
-    return [c for b in different for c in single_blocks(setup, b, samples, seq_len, seed)]
+        model = setup.build(tokens=max(samples) * max(lengths))
+        yield from forwards(setup, model, samples, lengths, seed)
+    for block in dict.fromkeys(b.value for b in blocks):
+        yield from single_blocks(setup, block, samples, lengths, seed)
 
 
 def _row(checkpoint: Checkpoint, measured: Measured, options: Options) -> dict[str, Any]:

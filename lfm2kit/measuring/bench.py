@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +20,13 @@ from lfm2kit.building.answers import Answers
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.measuring.decoding import Decoder
 from lfm2kit.measuring.timing import Repeated, Timing, timed
 from lfm2kit.model import LFM2
 from lfm2kit.specs import Work
 from lfm2kit.state import Room
 
-WARM_UPS = 1  # calls of each contender before it is timed
-MOST_STEPS = 256  # tokens that a decoding sequence grows by
+WARM_UPS = 2  # calls of each contender before it is timed: the second one captures
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +77,13 @@ def measure(
     ceilings: dict[str, Ceilings],
     done: Callable[[], None] = lambda: None,
 ) -> list[Measured]:
-    """Time every contender `repetitions` times, one after the other, after two warm-up calls.
-
-    The second one captures the forward, where a backend does.
-    """
+    """Time every contender `repetitions` times, one after the other, after `WARM_UPS` calls."""
     are_finite = []
     for contender in contenders:
-        contender.call()
-        are_finite.append(bool(np.all(np.isfinite(contender.call()))))
-        done()
+        for _ in range(WARM_UPS):
+            result = contender.call()
+            done()
+        are_finite.append(bool(np.all(np.isfinite(result))))
     taken: list[list[Timing]] = [[] for _ in contenders]
     for _ in range(repetitions):
         for contender, timings in zip(contenders, taken, strict=True):
@@ -110,11 +109,11 @@ def random_batch(samples: int, seq_len: int, vocab_size: int, seed: int) -> Batc
 
 
 def forwards(
-    setup: Setup, model: LFM2, samples: Sequence[int], seq_len: int, seed: int
+    setup: Setup, model: LFM2, samples: Sequence[int], lengths: Sequence[int], seed: int
 ) -> Iterator[Contender]:
     """Yield the whole model, ids in to logits out on the host, at each number of samples."""
     name = "+".join(["model", *(rewrite.name for rewrite in setup.rewrites)])
-    for n in samples:
+    for n, seq_len in product(samples, lengths):
         batch = random_batch(n, seq_len, model.spec.embed_tokens.vocab_size, seed)
         yield Contender(
             backend=str(setup.plan),
@@ -128,68 +127,38 @@ def forwards(
 
 
 def decodings(
-    setup: Setup, model: LFM2, sequences: Sequence[int], seq_len: int, seed: int
+    setup: Setup,
+    model: LFM2,
+    sequences: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    seed: int,
 ) -> Iterator[Contender]:
-    """Yield the decoding of each number of sequences, after prompts of `seq_len` tokens.
-
-    The next tokens are random: chosen by the model, they would soon go round in the same experts.
-    """
-    for n in sequences:
-        decoder = Decoder(model, n, seq_len, seed)
-        batch = decoder.next_batch(seq_len)
+    """Yield the decoding of each number of sequences, from each length on, for `steps` calls."""
+    of_a_token = _keys_and_values(setup, model.placed)
+    for n, context in product(sequences, contexts):
+        decoder = Decoder(model, n, context, steps, seed)
+        weights = model.spec.work(decoder.next_batch(), _itemsize(setup, model.placed))
         yield Contender(
             backend=str(setup.plan),
             precision=setup.precision_of(model.placed),
-            test=f"decode {n}",
+            test=f"decode {n} @ {context}",
             samples=n,
             tokens=n,
-            work=model.spec.work(batch, _itemsize(setup, model.placed)),
+            work=weights + Work(0, n * context * of_a_token),
             call=decoder.step,
         )
 
 
-class Decoder:
-    """A state of some sequences that grows by a token each at every step."""
-
-    def __init__(self, model: LFM2, sequences: int, seq_len: int, seed: int) -> None:
-        self._model = model
-        self._sequences = sequences
-        self._start = self._position = seq_len
-        self._rng = np.random.default_rng(seed)
-        tokens = seq_len + MOST_STEPS
-        self._state = model.new_state(room := Room.of_sequences(sequences, tokens))
-        pages = np.arange(room.pages, dtype=np.int32)
-        self._pages = pages.reshape(sequences, room.pages_of(tokens))
-        vocab_size = model.spec.embed_tokens.vocab_size
-        prompts = random_batch(sequences, seq_len, vocab_size, seed)
-        self._prompts = replace(prompts, pages=self._pages)
-        model.logits(self._prompts, self._state)
-
-    def next_batch(self, position: int) -> Batch:
-        ids = self._rng.integers(
-            0, self._model.spec.embed_tokens.vocab_size, (self._sequences, 1), dtype=np.int32
-        )
-        return Batch.of_sequences(list(ids), starts=[position] * self._sequences, pages=self._pages)
-
-    def step(self) -> npt.NDArray[np.float32]:
-        """Return the logits of every sequence's next token; start over after `MOST_STEPS`."""
-        logits = self._model.logits(self.next_batch(self._position), self._state)
-        self._position += 1
-        if self._position == self._start + MOST_STEPS:
-            self._model.logits(self._prompts, self._state)
-            self._position = self._start
-        return logits
-
-
 def single_blocks(
-    setup: Setup, kind: str, samples: Sequence[int], seq_len: int, seed: int
+    setup: Setup, kind: str, samples: Sequence[int], lengths: Sequence[int], seed: int
 ) -> Iterator[Contender]:
     """Yield the model's first block of `kind`, host array in, host array out."""
     placed = _first(setup, kind)
     home = setup.placed.outer
-    block = setup.build_block(placed, tokens=max(samples) * seq_len)
+    block = setup.build_block(placed, tokens=max(samples) * max(lengths))
     rng = np.random.default_rng(seed)
-    for n in samples:
+    for n, seq_len in product(samples, lengths):
         batch = random_batch(n, seq_len, setup.checkpoint.spec.embed_tokens.vocab_size, seed)
         hidden_size = setup.checkpoint.spec.embed_tokens.hidden_size
         x = rng.standard_normal((batch.tokens, hidden_size), dtype=np.float32)
@@ -231,6 +200,17 @@ def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
             memory = asked.memory(spec)
             alone = replace(placed, name=name, scope=scope, spec=spec, memory=memory, parts=())
             yield from _walk(setup, alone)
+
+
+def _keys_and_values(setup: Setup, placed: Placed) -> float:
+    """Return the bytes of a token's keys and values in all layers, as backends keep them."""
+    room = Room(pages=1)
+    attentions = (
+        leaf
+        for leaf in placed.leaves()
+        if any(isinstance(spec, specs.Attention) for spec in specs.leaves(leaf.spec))
+    )
+    return sum(setup.sizes.state(leaf, room) for leaf in attentions) / room.page_tokens
 
 
 def _itemsize(setup: Setup, placed: Placed) -> float:

@@ -18,12 +18,15 @@ import numpy as np
 import pytest
 from lfm2kit_cpu_simd.backend import CpuSimdBackend
 
+from lfm2kit import specs
 from lfm2kit.__main__ import main
-from lfm2kit.building.loading import EMBEDDED
+from lfm2kit.building.loading import EMBEDDED, find_model
+from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.measuring import samples
 from lfm2kit.measuring.timing import Timing
 from lfm2kit.memory import HostMemory
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.state import Room
 
 TINY = EMBEDDED / "tiny"
 
@@ -237,7 +240,6 @@ def test_what_the_user_must_change_is_one_line(
         ("plan", "--n-cpu-moe", "-1", 0),
         ("plan", "--tokens", "1.5", 1),
         ("bench", "--repetitions", "0", 1),
-        ("bench", "--seq-len", "0", 1),
         ("bench", "--seed", "-1", 0),
     ],
 )
@@ -482,11 +484,24 @@ def test_bench_measures_single_blocks_against_the_roofline(cli: Cli, block: str)
 
 
 def test_bench_decodes_one_token_after_another(cli: Cli) -> None:
-    done = cli("bench", "--decode", "-n", "1,3", "-r", 2, "-b", "cpu_simd", "-o", "json")
+    lists = ("-n", "1,3", "--seq-len", "2,5")
+    done = cli("bench", "--decode", *lists, "-r", 2, "-b", "reference", "-o", "json")
     rows = json.loads(done.out)["results"]
-    assert [row["test"] for row in rows] == ["decode 1", "decode 3"]
-    three = rows[1]
+    tests = ["decode 1 @ 2", "decode 1 @ 5", "decode 3 @ 2", "decode 3 @ 5"]
+    assert [row["test"] for row in rows] == tests
+    three, longer = rows[2:]
     assert three["tokens_per_second"] == pytest.approx(3 / three["median_seconds"])
+    read = [row["gbytes_per_second"] * row["median_seconds"] * 1e9 for row in (three, longer)]
+    spec = open_checkpoint(find_model("tiny")).spec
+    attentions = [one for one in specs.leaves(spec) if isinstance(one, specs.Attention)]
+    room = Room(pages=1)
+    of_a_page = sum(ReferenceBackend().state_bytes(one, room) for one in attentions)
+    assert read[1] - read[0] == pytest.approx(3 * (5 - 2) * of_a_page / room.page_tokens)
+
+
+def test_bench_measures_samples_of_several_lengths(cli: Cli) -> None:
+    done = cli("bench", "-n", "2", "--seq-len", "3,1", "-r", 1, "-b", "reference", "-o", "json")
+    assert [row["test"] for row in json.loads(done.out)["results"]] == ["model 2x3", "model 2x1"]
 
 
 def test_bench_measures_a_trimmed_model_by_the_work_that_is_left(cli: Cli) -> None:

@@ -20,6 +20,7 @@ from tests.checkpoint.typed import Cli
         (["run", "--seed", str(2**63)], ["--seed", str(2**63 - 1)]),
         (["plan", "--tokens", "10000000000"], ["--tokens 10000000000", "1048576"]),
         (["bench", "--seq-len", "1000000000"], ["--seq-len 1000000000", "1048576"]),
+        (["bench", "--seq-len", "16,0"], ["--seq-len 16,0", "1 or more, such as 16,4096"]),
         (["bench", "-n", "1,1000000000"], ["-n 1,1000000000", "1048576"]),
         (["bench", "-n", "1048576", "--seq-len", "1000"], ["1048576 samples of 1000 tokens"]),
     ],

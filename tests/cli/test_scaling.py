@@ -72,6 +72,7 @@ def test_a_job_whose_logits_are_not_finite_is_named(cli: Cli, started: list[list
         (["--ranks", "1,x"], "--ranks 1,x: expected whole numbers of 1 or more, such as 1,2,4"),
         (["--ranks", "0"], "--ranks 0: expected whole numbers"),
         (["--ranks", "2", "--decode"], "--ranks measures the whole model; leave out --decode"),
+        (["--ranks", "2", "--seq-len", "4,8"], "--seq-len 4,8: with --ranks it takes one number"),
         (["--ranks", "2", "--transport", "pigeon"], "unknown transport 'pigeon'"),
         (["--ranks", "2", "--model", "nosuch"], "no model 'nosuch'"),
         (["--ep-size", "2"], "--ep-size needs --ranks, such as --ranks 1,2,4"),

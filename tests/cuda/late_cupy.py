@@ -235,6 +235,12 @@ def empty(shape: Any, dtype: Any) -> Array:
     return Array(values)
 
 
+def zeros(shape: Any, dtype: Any) -> Array:
+    array = empty(shape, dtype)
+    array.enqueue(lambda: array.values.fill(0))
+    return array
+
+
 def copy_async(target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
     """Copy as `cudaMemcpyAsync` does, in a stream that is given by its address."""
     assert kind == HOST_TO_DEVICE
@@ -277,13 +283,9 @@ def _modules() -> dict[str, Any]:
     )
     cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")
     vars(cupy).update(
-        cuda=cuda,
-        ndarray=Array,
-        empty=empty,
-        ascontiguousarray=lambda a: a,
-        uint8=np.uint8,
-        uint16=np.uint16,
-    )
+        cuda=cuda, ndarray=Array, empty=empty, zeros=zeros, ascontiguousarray=lambda a: a,
+        uint8=np.uint8, uint16=np.uint16,
+    )  # fmt: skip
     vars(cupyx).update(empty_pinned=np.empty)
     function = ModuleType("cupy.cuda.function")
     vars(function).update(Function=SimpleNamespace, Module=Module)

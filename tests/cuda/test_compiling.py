@@ -37,6 +37,7 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("channel", {}, ALL),
     ("picking", {"VECTOR": 4}, ALL),
     ("picking", {"VECTOR": 1}, ALL),
+    ("sampling", {}, ALL),
     ("exchange", {"VECTOR": 4, "TAKEN": 4, "ROW": "F32"}, ALL),
     ("exchange", {"VECTOR": 4, "TAKEN": 4, "ROW": "BF16"}, ALL),
     ("exchange", {"VECTOR": 4, "TAKEN": 4, "ROW": "F16"}, ALL),

@@ -41,6 +41,7 @@ class Runtime:
         self.mapped: Counter[int] = Counter()
         self.may_allocate: Callable[[], bool] = lambda: True
         self.may_map: Callable[[], bool] = lambda: True
+        self.may_unmap: Callable[[], bool] = lambda: True
 
     def malloc(self, nbytes: int) -> int:
         if not self.may_allocate():
@@ -68,6 +69,8 @@ class Runtime:
         return address
 
     def ipc_close(self, address: int) -> None:
+        if not self.may_unmap():
+            raise CudaError("cudaErrorIllegalAddress: an illegal memory access was encountered")
         self.mapped[address] -= 1
 
     def memcpy(self, target: int, source: int, nbytes: int, kind: int) -> None:
@@ -207,6 +210,26 @@ def test_a_rank_without_memory_for_its_mailbox_is_named_by_all(world: World) -> 
     )
     assert not world.runtime.blocks
     assert not +world.runtime.mapped
+
+
+def test_a_rank_that_cannot_unmap_the_others_memory_is_named_by_all(world: World) -> None:
+    def rank(transport: ThreadTransport) -> str:
+        meeting = meeting_of(world, transport)
+        meeting.create(TRAFFIC)
+        with meeting.around(4):
+            pass
+        transport.barrier()
+        world.runtime.may_unmap = of_rank(2)
+        with pytest.raises(Lfm2kitError) as error, meeting.around(1000):
+            pass
+        return str(error.value)
+
+    (said,) = set(run_ranks(RANKS, rank))
+    assert said == (
+        "rank 2: CUDA says cudaErrorIllegalAddress: an illegal memory access was encountered; its "
+        "GPU cannot give back the exchange's memory: start the job again"
+    )
+    assert len(world.runtime.blocks) == RANKS  # some are still mapped
 
 
 def test_after_too_many_tokens_fewer_need_no_more_memory_than_they_do_alone(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 
 from lfm2kit import specs
 from lfm2kit.backend import BackendPlugin, Block, Spec, Weights
+from lfm2kit.batch import Batch
 from lfm2kit.building.loading import find_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.measuring.bench import Contender, Decoder, Measured, single_blocks
+from lfm2kit.measuring import decoding
+from lfm2kit.measuring.bench import Contender, Measured, single_blocks
 from lfm2kit.measuring.timing import Timing
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import Work
@@ -37,7 +40,7 @@ def result_of(backend: str, kind: str) -> Any:
     whole = BackendPlugin("whole", "whole layers", lambda context: WholeLayers(), 1)
     plugins.backends["whole"] = InstalledBackend(whole, "this test")
     setup = set_up(open_checkpoint(find_model("tiny")), Options(backend=backend), plugins=plugins)
-    (contender,) = single_blocks(setup, kind, [2], 16, seed=0)
+    (contender,) = single_blocks(setup, kind, [2], [16], seed=0)
     return contender.call()
 
 
@@ -47,14 +50,25 @@ def test_a_block_of_a_layer_that_is_built_whole_is_measured_alone(kind: str) -> 
     assert np.array_equal(np.asarray(got), np.asarray(want))
 
 
-def test_decoding_begins_again_from_the_prompt_when_its_state_is_full(
+def test_decoding_goes_on_from_a_context_that_is_computed_in_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lfm2kit.measuring.bench.MOST_STEPS", 2)
+    monkeypatch.setattr(decoding, "PROMPT_TOKENS", 8)
     model = set_up(open_checkpoint(find_model("tiny")), Options(backend="reference")).build()
-    decoder = Decoder(model, sequences=2, seq_len=3, seed=0)
-    for _ in range(5):
-        assert decoder.step().shape == (2, model.spec.lm_head.vocab_size)
+    batches: list[Batch] = []
+
+    def logits(batch: Batch, state: Any) -> Any:
+        batches.append(batch)
+        return model.logits(batch, state)
+
+    recorded: Any = SimpleNamespace(spec=model.spec, new_state=model.new_state, logits=logits)
+    decoder = decoding.Decoder(recorded, sequences=2, context=9, steps=2, seed=0)
+    decoder.step()
+    last = decoder.step()
+    assert [batch.tokens for batch in batches] == [8, 8, 2, 2, 2]
+    assert decoding.most_tokens([2], [9]) == 8
+    whole = np.concatenate([batch.token_ids.reshape(2, -1) for batch in batches], axis=1)
+    np.testing.assert_array_equal(last, model.logits(Batch.of_sequences(list(whole))))
 
 
 def waiting(*timings: Timing) -> float | None:

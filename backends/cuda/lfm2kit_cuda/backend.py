@@ -41,6 +41,7 @@ from lfm2kit_cuda.gemm16 import HALVES
 from lfm2kit_cuda.memory import memory_of
 from lfm2kit_cuda.paging import state_bytes
 from lfm2kit_cuda.products import read_format
+from lfm2kit_cuda.sampling import Sampler
 from lfm2kit_cuda.slots import Slots
 
 MOST_SPARE = 1 << 28  # bytes that the pool keeps when a block has been built
@@ -153,6 +154,9 @@ class CudaBackend:
 
     def state_bytes(self, spec: Spec, room: Room) -> int:
         return state_bytes(spec, room, itemsize=self._figures.itemsize)
+
+    def sampler(self) -> Sampler:
+        return Sampler(self._memory)
 
     def ceilings(self) -> Ceilings:
         with self._memory.stream():

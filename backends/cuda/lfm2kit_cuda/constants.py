@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lfm2kit.engine.sampling import LARGEST
+
 
 class Slabs(NamedTuple):
     """The constants of slabs.cuh, which most sources include."""
@@ -121,6 +123,14 @@ class Picking(NamedTuple):
     ROWS: int = 16  # of a CTA, at least
 
 
+class Sampling(NamedTuple):
+    """sampling.cu."""
+
+    THREADS: int = 512
+    BITS: int = 8  # of a digit of a score's rank
+    LARGEST: str = f"{LARGEST}f"
+
+
 class Exchange(NamedTuple):
     """exchange.cu, and exchange.py."""
 
@@ -142,7 +152,7 @@ SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90 = (
 )  # fmt: skip
 ACTIVATIONS, ROWS, SHORT_CONV, ATTENTION = Activations(), Rows(), ShortConv(), Attention()
 ROUTER, EXPERTS, CHANNEL, CEILINGS = Router(), Experts(), Channel(), Ceilings()
-PICKING, EXCHANGE = Picking(), Exchange()
+PICKING, SAMPLING, EXCHANGE = Picking(), Sampling(), Exchange()
 
 OF_SOURCES: dict[str, dict[str, int]] = {
     "gemm": {**HEIGHTS._asdict(), **GEMM._asdict()},
@@ -153,6 +163,7 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "activations": {**SLABS._asdict(), **ACTIVATIONS._asdict()},
     "channel": CHANNEL._asdict(),
     "picking": {"THREADS": PICKING.THREADS},
+    "sampling": SAMPLING._asdict(),
     "exchange": EXCHANGE._asdict(),
     "peers": {"THREADS": EXCHANGE.THREADS},
     "ceilings": CEILINGS._asdict(),

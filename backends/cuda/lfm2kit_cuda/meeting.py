@@ -127,8 +127,7 @@ class Meeting:
         if self._mailboxes is not None:
             if self._mailboxes.size.covering(needed) == self._mailboxes.size:
                 return
-            self._mailboxes.close()
-            self._mailboxes = None
+            self._give_back(self._mailboxes)
         self._generation += 1
         try:
             self._mailboxes = Mailboxes(self._transport, needed)
@@ -140,6 +139,15 @@ class Meeting:
                 Option("exchange", "host"),
             ) from None
         self._most = needed  # not before: what was too much is not asked for again
+
+    def _give_back(self, mailboxes: Mailboxes) -> None:
+        self._mailboxes = None
+        try:
+            mailboxes.close()
+        except PeerError as error:
+            raise Lfm2kitError(
+                f"{error}; its GPU cannot give back the exchange's memory: start the job again"
+            ) from None
 
     def _check(self) -> None:
         """Raise `ExchangeError` if an exchange has failed."""

@@ -93,16 +93,23 @@ class Peers:
         together(self._transport, found)
 
     def close(self) -> None:
-        """Unmap the others' memory, and then give back the own; every rank calls this."""
+        """Unmap the others' memory, and then give back the own; every rank calls this.
+
+        Raise `PeerError` on every rank if one of them cannot unmap the others'.  The blocks then
+        stay until their processes end: no other rank may have a block mapped that is given back.
+        """
+        together(self._transport, self._unmapped)
+        own, self._own = self._own, 0
+        if own:
+            runtime.free(own)
+
+    def _unmapped(self) -> bytes:
+        others, self.addresses = self.addresses, []
         runtime.deviceSynchronize()
-        for rank, address in enumerate(self.addresses):
+        for rank, address in enumerate(others):
             if rank != self._rank:
                 runtime.ipcCloseMemHandle(address)
-        self.addresses = []
-        self._transport.barrier()  # a block is given back once nobody has it mapped
-        if self._own:
-            runtime.free(self._own)
-        self._own = 0
+        return b""
 
 
 def together(transport: Transport, attempt: Attempt) -> list[bytes]:

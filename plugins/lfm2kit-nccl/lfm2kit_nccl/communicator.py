@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import cupy
 import numpy as np
 from cupy.cuda import nccl  # CuPy makes it an attribute of cupy.cuda only if it is imported
 
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import Array, Memory
 from lfm2kit.ranks.agreement import Refusal, agree
 from lfm2kit.transport import Transport
@@ -32,22 +35,40 @@ class Nccl:
     def all_gather(self, array: Array) -> Array:
         array = cupy.ascontiguousarray(array)
         everyones = cupy.empty((self._size, *array.shape), array.dtype)
-        self._nccl.allGather(
-            array.data.ptr, everyones.data.ptr, array.nbytes, nccl.NCCL_UINT8,
-            cupy.cuda.get_current_stream().ptr,
-        )  # fmt: skip
+        with _errors_in_words():
+            self._nccl.allGather(
+                array.data.ptr, everyones.data.ptr, array.nbytes, nccl.NCCL_UINT8,
+                cupy.cuda.get_current_stream().ptr,
+            )  # fmt: skip
         return everyones
 
     def swap(self, blocks: Array) -> Array:
         blocks = cupy.ascontiguousarray(blocks)
         came, stream = cupy.empty_like(blocks), cupy.cuda.get_current_stream().ptr
         nbytes, unit = blocks[0].nbytes, nccl.NCCL_UINT8
-        nccl.groupStart()
-        for peer in range(self._size):
-            self._nccl.send(blocks[peer].data.ptr, nbytes, unit, peer, stream)
-            self._nccl.recv(came[peer].data.ptr, nbytes, unit, peer, stream)
-        nccl.groupEnd()
+        with _errors_in_words(), _grouped():
+            for peer in range(self._size):
+                self._nccl.send(blocks[peer].data.ptr, nbytes, unit, peer, stream)
+                self._nccl.recv(came[peer].data.ptr, nbytes, unit, peer, stream)
         return came
+
+
+@contextmanager
+def _grouped() -> Iterator[None]:
+    """Make one operation of what is begun inside; a group is ended even if part of it fails."""
+    nccl.groupStart()
+    try:
+        yield
+    finally:
+        nccl.groupEnd()
+
+
+@contextmanager
+def _errors_in_words() -> Iterator[None]:
+    try:
+        yield
+    except nccl.NcclError as error:
+        raise Lfm2kitError(f"NCCL says {error}") from None
 
 
 def connected(transport: Transport, memory: Memory) -> tuple[Communicator | None, str | None]:

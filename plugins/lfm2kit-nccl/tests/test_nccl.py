@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from lfm2kit_nccl.exchange import Meeting, _rounded
 from lfm2kit_nccl.transport import NcclTransport
 
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import PLAIN, Format, rounded
 from lfm2kit.memory import HostMemory
 from lfm2kit.testing import ThreadTransport, check_exchange, check_transport, run_ranks
@@ -99,19 +100,59 @@ def test_a_rank_without_nccl_says_so() -> None:
     assert len(run_ranks(2, rank)) == 2
 
 
-def test_where_rank_0_gets_no_id_no_rank_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    class NcclError(Exception):
-        pass
+class NcclError(Exception):
+    """What CuPy raises for an error of NCCL."""
 
+
+def communicator_over(monkeypatch: pytest.MonkeyPatch, **nccl: Any) -> Any:
+    """Return the module `communicator` on top of a CuPy over NumPy whose NCCL has these names."""
+    module = ModuleType("cupy.cuda")
+    module.nccl = SimpleNamespace(  # type: ignore[attr-defined]
+        available=True, NcclError=NcclError, NCCL_UINT8=1, **nccl
+    )
+    module.get_current_stream = lambda: SimpleNamespace(ptr=0)  # type: ignore[attr-defined]
+    names = {"ascontiguousarray": lambda a: a.view(Addressed), "empty": np.empty}
+    like = {"empty_like": lambda a: np.empty_like(a).view(Addressed)}
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=module, **names, **like))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", module)
+    monkeypatch.delitem(sys.modules, "lfm2kit_nccl.communicator", raising=False)
+    found = import_module("lfm2kit_nccl.communicator")
+    monkeypatch.delitem(sys.modules, "lfm2kit_nccl.communicator")
+    return found
+
+
+class Addressed(np.ndarray):
+    """An array whose memory is asked for as CuPy's is."""
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
+def test_where_rank_0_gets_no_id_no_rank_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def get_unique_id() -> Any:
         raise NcclError("unhandled system error")
 
-    nccl = SimpleNamespace(available=True, NcclError=NcclError, get_unique_id=get_unique_id)
-    cuda = SimpleNamespace(nccl=nccl)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
-    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
-    monkeypatch.delitem(sys.modules, "lfm2kit_nccl.communicator", raising=False)
-    connected = import_module("lfm2kit_nccl.communicator").connected
-    monkeypatch.delitem(sys.modules, "lfm2kit_nccl.communicator")
+    connected = communicator_over(monkeypatch, get_unique_id=get_unique_id).connected
     found = run_ranks(2, lambda transport: connected(transport, Gpu()), patience=20)
     assert found == [(None, "NCCL says unhandled system error"), (None, None)]
+
+
+def test_an_error_of_nccl_is_one_line_and_leaves_no_group_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    open_groups: list[bool] = []
+
+    def send(*arguments: Any) -> None:
+        assert open_groups, "sends and receives belong together"
+        raise NcclError("remote process exited")
+
+    module = communicator_over(
+        monkeypatch,
+        groupStart=lambda: open_groups.append(True), groupEnd=open_groups.pop,
+        NcclCommunicator=lambda size, unique_id, rank: SimpleNamespace(send=send),
+    )  # fmt: skip
+    communicator = module.Nccl(2, bytes(128), 0)
+    with pytest.raises(Lfm2kitError, match=r"^NCCL says remote process exited$"):
+        communicator.swap(np.zeros((2, 3), np.float32))
+    assert not open_groups

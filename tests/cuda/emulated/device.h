@@ -40,6 +40,7 @@ inline float __uint_as_float(u32 bits) { return std::bit_cast<float>(bits); }
 inline float __int_as_float(u32 bits) { return std::bit_cast<float>(bits); }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
 inline int atomicAdd(int* at, int more) { return std::atomic_ref<int>(*at).fetch_add(more); }
 using std::max;
 using std::min;
