@@ -109,6 +109,7 @@ __all__ = [
     "PicksRows",
     "PinsMemory",
     "Precision",
+    "ReadsRows",
     "Replay",
     "Room",
     "Samples",
@@ -326,6 +327,24 @@ class KeepsFormats(Protocol):
         """Return the format of each of `spec.parameters()` in a block of `spec`, by name.
 
         `weights` are those that `build` will get; look only at formats and shapes.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsRows(Protocol):
+    """Capability: a backend whose products read the rows of experts in 16 bits.
+
+    Ranks then send each other rows of 16 bits.  Without it they send float32.
+    """
+
+    def row_format(self, spec: Spec) -> Format:
+        """Return the format to which a block rounds the rows that its experts read.
+
+        It is BF16 or F16 for an `Experts` or a `StreamedExperts` whose block, beside an x of
+        float32, takes an x [rows, hidden_size] of the format's `block` that
+        `lfm2kit.formats.rounded` has made.  Both give the same bits.  It is F32 for all others.  It
+        is the same on all machines.
         """
         ...
 

@@ -10,47 +10,56 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.formats import F32, Format, rounded
 from lfm2kit.routes import Division, Int32, Places
 from lfm2kit.transport import ExchangeCounts, Rows, Sent, Transport
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
 # What stands for the product of an id of -1: added to any number, even to -0.0, it changes nothing.
 NOTHING = np.float32(-0.0)
 BAND = 64  # tokens whose products are added at once: their sums stay in a core's cache
 SPARE = 1 / 8  # of a buffer, so that calls of a few more rows need no other
-WORD = 4  # bytes of a number, whether it is of x, an id, a weight or a count
+WORD = 4  # bytes of a number, whether it is of a product, an id, a weight or a count
 
 
 class Buffers:
     """Memory that the exchanges of all layers share, and that grows to the largest call."""
 
     def __init__(self) -> None:
-        self._arrays: dict[str, Floats] = {}
+        self._arrays: dict[str, Bytes] = {}
 
-    def array(self, name: str, rows: int, columns: int) -> Floats:
-        """Return float32 [rows, columns], valid until the same name is asked for again."""
-        size = rows * columns
-        if name not in self._arrays or self._arrays[name].size < size:
+    def array(
+        self, name: str, rows: int, columns: int, dtype: npt.DTypeLike = np.float32
+    ) -> npt.NDArray[Any]:
+        """Return an array [rows, columns], valid until the same name is asked for again."""
+        nbytes = rows * columns * np.dtype(dtype).itemsize
+        if name not in self._arrays or self._arrays[name].size < nbytes:
             self._arrays.pop(name, None)  # before the larger one is allocated
-            self._arrays[name] = np.empty(int(size * (1 + SPARE)), np.float32)
-        return self._arrays[name][:size].reshape(rows, columns)
+            self._arrays[name] = np.empty(int(nbytes * (1 + SPARE)), np.uint8)
+        return self._arrays[name][:nbytes].view(dtype).reshape(rows, columns)
 
 
 class Message(NamedTuple):
     """The tokens that one rank sends to another: n rows of x, and then their ids and weights.
 
-    To a transport it is n rows of hidden_size + `headers(k)` numbers.
+    To a transport it is n rows of `nbytes` bytes.
     """
 
-    x: Floats  # [n, hidden_size]
+    x: npt.NDArray[Any]  # [n, hidden_size], in the format in which experts read rows
     expert_ids: Int32  # [n, k]; -1 for experts of other ranks
     expert_weights: Floats  # [n, k]
 
     @staticmethod
-    def headers(k: int) -> int:
-        """Return how many numbers go with each row of x."""
-        return 2 * k
+    def header_bytes(k: int) -> int:
+        """Return the bytes that go with each row of x: k ids, and k weights."""
+        return 2 * WORD * k
+
+    @staticmethod
+    def nbytes(hidden_size: int, k: int, row_format: Format) -> int:
+        """Return the bytes of a row of x and of what goes with it."""
+        return row_format.nbytes((hidden_size,)) + Message.header_bytes(k)
 
 
 class Round:
@@ -61,16 +70,32 @@ class Round:
     """
 
     def __init__(
-        self, transport: Transport, tokens: Message, buffers: Buffers, counts: ExchangeCounts
+        self,
+        transport: Transport,
+        tokens: Message,
+        buffers: Buffers,
+        counts: ExchangeCounts,
+        row_format: Format = F32,
     ) -> None:
         self._transport = transport
-        self._tokens = tokens
         self._buffers = buffers
         self._counts = counts
+        self._format = row_format
+        self._tokens = tokens._replace(x=self._rounded(tokens.x))
         self._came: list[list[Message]] = []  # by piece and rank
         self._received: list[list[int]] = []  # pairs that came, by piece and rank
         (_, self._hidden_size), (_, self._k) = tokens.x.shape, tokens.expert_ids.shape
-        self._row = self._hidden_size + Message.headers(self._k)  # numbers that travel for a token
+        self._row = Message.nbytes(self._hidden_size, self._k, row_format)  # of a token
+
+    def _rounded(self, x: Floats) -> npt.NDArray[Any]:
+        """Return all rows in the format in which experts read them, each rounded once."""
+        if self._format == F32:
+            return x
+        tokens, hidden_size = x.shape
+        rows = self._buffers.array("rounded", tokens, hidden_size, self._format.block)
+        for start in range(0, len(x), BAND):
+            rows[start : start + BAND] = rounded(x[start : start + BAND], self._format)
+        return rows
 
     def swap_chosen(self) -> Int32:
         """Return how often the tokens of each rank chose each expert, [ranks, num_experts]."""
@@ -86,7 +111,7 @@ class Round:
         """Send each rank the numbers of rows that it will get, and make room for those to come."""
         came = self._swap(np.transpose(self._routes.rows))
         self._coming: list[list[int]] = came.T.tolist()  # rows, by piece and rank
-        self._room = self._buffers.array("received", int(came.sum()), self._row)
+        self._room = self._buffers.array("received", int(came.sum()), self._row, np.uint8)
 
     def _swap(self, numbers: npt.ArrayLike) -> Int32:
         """Send each rank its numbers, of [ranks, n], and return those that came, [ranks, n]."""
@@ -97,11 +122,11 @@ class Round:
     def send_tokens(self, piece: int) -> None:
         """Send the tokens that need `piece` and none before it to the other ranks."""
         counts, coming = self._routes.rows[piece], self._coming[piece]
-        words = self._packed(_parts(map(sum, self._routes.rows))[piece], counts)
+        packed = self._packed(_parts(map(sum, self._routes.rows))[piece], counts)
         into = self._room[_parts(map(sum, self._coming))[piece]]
-        headers = WORD * Message.headers(self._k)
-        self._send(self._counts.dispatch, words, counts, coming, into, headers)
-        messages = list(_messages(into, coming, self._hidden_size, self._k))
+        headers = Message.header_bytes(self._k)
+        self._send(self._counts.dispatch, packed, counts, coming, into, headers)
+        messages = list(self._messages(into, coming))
         if piece == 0:
             messages[self._division.rank] = self._own()
         self._came.append(messages)
@@ -113,18 +138,29 @@ class Round:
             expert_ids=np.where(self._division.owners[ids] == rank, ids, -1)
         )
 
-    def _packed(self, part: slice, counts: Sequence[int]) -> Floats:
+    def _packed(self, part: slice, counts: Sequence[int]) -> Bytes:
         """Return the messages to all ranks that consist of a `part` of all rows to be sent."""
         ranks, rows = self._routes.ranks[part], self._routes.tokens[part]
         all_ids = self._tokens.expert_ids[rows]
         ids = np.where(self._division.owners[all_ids] == ranks[:, None], all_ids, -1)
-        words = self._buffers.array("own", len(rows), self._row)
-        messages = _messages(words, counts, self._hidden_size, self._k)
-        for message, one in zip(messages, _parts(counts), strict=True):
+        packed = self._buffers.array("own", len(rows), self._row, np.uint8)
+        for message, one in zip(self._messages(packed, counts), _parts(counts), strict=True):
             np.take(self._tokens.x, rows[one], axis=0, out=message.x, mode="clip")
             message.expert_ids[:] = ids[one]
             message.expert_weights[:] = self._tokens.expert_weights[rows[one]]
-        return words
+        return packed
+
+    def _messages(self, packed: Bytes, counts: Sequence[int]) -> Iterator[Message]:
+        """Yield each rank's message in `packed`; writing into it writes there."""
+        row_bytes = self._format.nbytes((self._hidden_size,))
+        for count, part in zip(counts, _parts(counts), strict=True):
+            ends = [count * row_bytes, count * (row_bytes + WORD * self._k)]
+            x, ids, weights = np.split(packed[part].reshape(-1), ends)
+            yield Message(
+                x.view(self._format.block).reshape(count, self._hidden_size),
+                ids.view(np.int32).reshape(count, self._k),
+                weights.view(np.float32).reshape(count, self._k),
+            )
 
     def rows(self, piece: int) -> Rows:
         """Return a row for each token and expert of `piece`, once its tokens have come.
@@ -139,7 +175,7 @@ class Round:
         self._received.append(np.reshape(counts, (-1, piece + 1)).sum(axis=1).tolist())
         ids = np.concatenate([m.expert_ids[p] for m, p in zip(messages, pairs, strict=True)])
         weights = [m.expert_weights[p] for m, p in zip(messages, pairs, strict=True)]
-        x = self._buffers.array("rows", len(ids), self._hidden_size)
+        x = self._buffers.array("rows", len(ids), self._hidden_size, self._format.block)
         for message, (rows, _), part in zip(messages, pairs, _parts(counts), strict=True):
             np.take(message.x, rows, axis=0, out=x[part], mode="clip")
         self._counts.expert_rows += np.bincount(ids, minlength=len(self._counts.expert_rows))
@@ -177,7 +213,7 @@ class Round:
         with self._waiting(sent):
             received, _ = self._transport.all_to_all(rows, send_counts, receive_counts, into)
         to_others = [n for rank, n in enumerate(send_counts) if rank != self._transport.world.rank]
-        sent.add(to_others, WORD * int(np.prod(rows.shape[1:])), header_bytes)
+        sent.add(to_others, rows.itemsize * int(np.prod(rows.shape[1:])), header_bytes)
         return received
 
     def _waiting(self, sent: Sent) -> AbstractContextManager[None]:
@@ -189,15 +225,6 @@ class RoundBeside(Round):
 
     def _waiting(self, sent: Sent) -> AbstractContextManager[None]:
         return nullcontext()
-
-
-def _messages(words: Floats, counts: Sequence[int], hidden_size: int, k: int) -> Iterator[Message]:
-    """Yield each rank's message in `words`; writing into it writes there."""
-    for count, part in zip(counts, _parts(counts), strict=True):
-        ends = [count * hidden_size, count * (hidden_size + k)]
-        x, words_of_ids, weights = np.split(words[part].reshape(-1), ends)
-        ids, weights = words_of_ids.view(np.int32).reshape(count, k), weights.reshape(count, k)
-        yield Message(x.reshape(count, hidden_size), ids, weights)
 
 
 def _parts(counts: Iterable[int]) -> list[slice]:

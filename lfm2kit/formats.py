@@ -108,9 +108,35 @@ def _bfloat16(values: Float32) -> Blocks:
     return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
 
 
+def _saturated_float16(values: Float32) -> Blocks:
+    """Return F16 as GPUs' kernels make it: too large a number becomes the largest, a NaN 0x7fff."""
+    largest = np.float32(65504)
+    with np.errstate(all="ignore"):
+        stored = np.clip(values, -largest, largest).astype("<f2")
+    infinite, is_nan = np.isinf(values), np.isnan(values)
+    stored[infinite] = np.copysign(np.float16(np.inf), values[infinite])
+    stored.view(np.uint16)[is_nan] = 0x7FFF
+    return stored
+
+
 F32 = Format("F32", 1, np.dtype("<f4"), _widened, _widened)
 F16 = Format("F16", 1, np.dtype("<f2"), _widened, _float16)
 # NumPy has no bfloat16: the data are the upper halves of float32's bits.
 BF16 = Format("BF16", 1, np.dtype("<u2"), _from_bfloat16, _bfloat16)
 
 PLAIN = (F32, F16, BF16)  # what checkpoints of every tool hold, and lfm2kit writes
+_ROUNDING = {F32: _widened, F16: _saturated_float16, BF16: _bfloat16}
+
+
+def rounded(values: Float32, kept: Format) -> Blocks:
+    """Return float32 values of any shape in F32, F16 or BF16, as kernels round what they multiply.
+
+    To nearest, ties to even.  Unlike `Format.pack` it refuses no value: in F16, a finite one beyond
+    65504 becomes 65504 with its sign, an infinity stays one, and every NaN becomes 0x7fff.  In BF16
+    a NaN keeps its upper bits and becomes a quiet one.
+
+    Raise ValueError for any other format.
+    """
+    if kept not in _ROUNDING:
+        raise ValueError(f"rows of float32 are not rounded to {kept}, but to F32, F16 or BF16")
+    return _ROUNDING[kept](values)

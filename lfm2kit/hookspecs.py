@@ -111,7 +111,8 @@ def lfm2kit_block_wrapper(name: str, spec: Spec, memory: Memory) -> Wrapper | No
     """Return a wrapper for the block called `name` (`layers.3.operator`), or None for none.
 
     For tracing, timing, checking.  Called once per block when a model is set up, also by commands
-    that build nothing.  `memory` is where the block takes its arrays and leaves its result.
+    that build nothing.  `memory` is where the block takes its arrays and leaves its result.  Those
+    of `Experts` may have 16 bits (see `lfm2kit.backend.ReadsRows`).
 
         @lfm2kit.hookimpl
         def lfm2kit_block_wrapper(name, spec):

@@ -3,7 +3,8 @@
 It is the slow and clear twin of every other exchange: they give the same bits.
 
 A token goes to a rank once, with all of its experts there, and the product of each expert comes
-back.  Rows are copied once before they are sent, and once after they are received.
+back.  Rows are copied once before they are sent, and once after they are received.  Those that are
+read in 16 bits are rounded before.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lfm2kit.exchange_round import (
     Round,
     RoundBeside,
 )
+from lfm2kit.formats import F32
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.routes import Int32, divided, undivided
 from lfm2kit.transport import (
@@ -75,7 +77,7 @@ def scratch_bytes(rank: int, traffic: Traffic, tokens: int) -> int:
 
     Each rank has `tokens` tokens, and the experts of a token are any k with the same probability.
     """
-    hidden_size, k, owners = traffic
+    hidden_size, k, owners, row_format = traffic
     num_experts = len(owners[rank])
     others = [other for other in range(len(owners)) if other != rank]
 
@@ -87,9 +89,10 @@ def scratch_bytes(rank: int, traffic: Traffic, tokens: int) -> int:
     sent = sum(going(rank, other) for other in others)
     received = sum(going(other, rank) for other in others)
     rows = tokens * k * sum(of.count(rank) for of in owners) / num_experts
-    row, message = hidden_size, hidden_size + Message.headers(k)
-    buffers = max(sent * message, tokens * k * row) + received * message + rows * row
-    return round(WORD * (buffers * (1 + SPARE) + rows * row))
+    row, message = row_format.nbytes((hidden_size,)), Message.nbytes(hidden_size, k, row_format)
+    product, own = WORD * hidden_size, 0 if row_format == F32 else tokens * row
+    buffers = max(sent * message, tokens * k * product) + received * message + rows * row + own
+    return round(buffers * (1 + SPARE) + rows * product)
 
 
 class HostExchange:
@@ -105,7 +108,9 @@ class HostExchange:
 
     def dispatch(self, x: Floats, expert_ids: Int32, expert_weights: Floats) -> Rows:
         tokens = Message(x, expert_ids, expert_weights)
-        self._round = here = Round(self._transport, tokens, self._buffers, self._counts)
+        self._round = here = Round(
+            self._transport, tokens, self._buffers, self._counts, self._traffic.row_format
+        )
         here.divide(self._undivided)
         here.swap_counts()
         here.send_tokens(0)
@@ -139,8 +144,8 @@ class ExchangeInPieces(HostExchange):
         self, experts: Block, x: Floats, expert_ids: Int32, expert_weights: Floats
     ) -> Floats:
         tokens = Message(x, expert_ids, expert_weights)
-        here = RoundBeside(self._aside, tokens, self._buffers, self._counts)
-        begin, counts = self._aside.begin, self._counts
+        begin, counts, row_format = self._aside.begin, self._counts, self._traffic.row_format
+        here = RoundBeside(self._aside, tokens, self._buffers, counts, row_format)
         begin(partial(self._divide, here))
         begin(here.swap_counts)
         coming = [begin(partial(here.send_tokens, piece)) for piece in range(PIECES)]

@@ -359,6 +359,7 @@ class Experts(Spec):
     their weights may be asked for.  Every other id is another block's, or -1, which stands for no
     expert.  Such ids may be anywhere: nothing is added for them, whatever the weight beside one is.
     A row that contains no other has a delta of +0, whatever x contains there.
+    Over ranks x may have the `row_format` of the backend, if that has one (`ReadsRows`).
     """
 
     hidden_size: int

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.errors import Option
+from lfm2kit.formats import F32, Format
 from lfm2kit.memory import Array, Memory
 from lfm2kit.pending import Pending
 
@@ -178,12 +179,16 @@ class Traffic(NamedTuple):
     hidden_size: int
     num_experts_per_tok: int
     owners: tuple[tuple[int, ...], ...]  # [ranks][num_experts]
+    # In which the experts of all ranks read x: F32, BF16 or F16.  An exchange that rounds x before
+    # it is sent, as `lfm2kit.formats.rounded` does, sends half of the bytes for 16 bits.  One that
+    # knows nothing of this returns float32 rows, which the experts round themselves.
+    row_format: Format = F32
 
 
 class Rows(NamedTuple):
     """The rows for a rank's experts: tokens, each with one expert to compute."""
 
-    x: Array  # float32 [rows, hidden_size]
+    x: Array  # [rows, hidden_size]: float32, or what it is rounded to, of `row_format.block`
     expert_ids: Array  # int32 [rows, 1]; -1 in a row of padding, for no expert
     expert_weights: Array  # float32 [rows, 1]
 

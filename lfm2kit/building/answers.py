@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lfm2kit.backend import Backend, Bounded, Ceilings, Room, Weights
+from lfm2kit.backend import Backend, Bounded, Ceilings, ReadsRows, Room, Weights
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.formats import Format
+from lfm2kit.formats import F32, PLAIN, Format
 from lfm2kit.memory import Memory
 from lfm2kit.plugin_faults import blaming
 from lfm2kit.specs import Spec
@@ -76,6 +76,14 @@ class Answers(NamedTuple):
         answer: Mapping[str, Format] = self._of(
             spec, "kept_formats", are_formats, words, spec, weights
         )
+        return answer
+
+    def row_format(self, spec: Spec) -> Format:
+        """Return F32 if the backend does not say."""
+        if not isinstance(self.backend, ReadsRows):
+            return F32
+        words = "F32, BF16 or F16"
+        answer: Format = self._of(spec, "row_format", lambda one: one in PLAIN, words, spec)
         return answer
 
     def notes(self) -> Sequence[str]:

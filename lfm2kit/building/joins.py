@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lfm2kit.backend import Block
+from lfm2kit.formats import Format
 from lfm2kit.memory import Memory
 from lfm2kit.specs import Spec
 from lfm2kit.transport import ExchangeOffer
@@ -27,6 +28,9 @@ class Join:
     # The bytes in `memory` that such blocks share, for a forward of as many tokens: an exchange's.
     exchange_bytes: Callable[[Any, int], int] = lambda spec, tokens: 0
     offer: ExchangeOffer | None = None  # of the exchange in the block, if there is one
+    # Returns what the join is once the formats are known in which its parts read rows, by role:
+    # see `lfm2kit.backend.ReadsRows`.  None: it makes no difference.
+    reading: Callable[[Mapping[str, Format]], Join] | None = None
 
 
 # By a spec's type, its join within the memory that surrounds it: `partial(Join, make)` stays there.

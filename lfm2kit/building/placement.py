@@ -17,6 +17,7 @@ from lfm2kit.building.answers import Answers
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.plan import Plan
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.formats import F32, Format
 from lfm2kit.memory import Memory
 from lfm2kit.specs import Spec
 from lfm2kit.transport import ExchangeOffer
@@ -135,7 +136,15 @@ class Placer:
             (part.role, self._place(*_part_place(name, scope, part, inside), join.memory))
             for part, inside in _numbered(spec, where)
         )
+        if join.reading is not None:
+            join = join.reading({role: self._row_format(part) for role, part in parts})
         return Placed(name, scope, spec, join.memory, outer, None, parts, join)
+
+    def _row_format(self, part: Placed) -> Format:
+        """Return the format in which a part of a joined block reads rows."""
+        if part.backend is None:
+            return F32
+        return self._ask(part.backend, part.name).row_format(part.spec)
 
     def _ask(self, backend: str, place: str = "") -> Answers:
         """Return what a backend answers about the block at `place`."""

@@ -28,8 +28,9 @@ from lfm2kit.building.rank_rates import (
 )
 from lfm2kit.building.records import Record, read_record
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import F32, PLAIN, Format
 
-KIND, VERSION = "lfm2kit rates", 4
+KIND, VERSION = "lfm2kit rates", 5
 MADE_BY = "measure with lfm2kit calibrate"
 
 
@@ -105,6 +106,7 @@ class Side:
     link: Link | None  # None: the memory is the host's
     ceilings: Ceilings | None  # None: the backend does not measure any
     hardware: Mapping[str, str]  # that the backend works on, as far as it says
+    row_format: Format = F32  # in which the backend's experts read rows, and ranks send them
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,7 @@ def _document(side: Side) -> dict[str, Any]:
         "link": None if side.link is None else side.link._asdict(),
         "ceilings": None if side.ceilings is None else side.ceilings._asdict(),
         "hardware": dict(side.hardware),
+        "row_format": side.row_format.name,
     }
 
 
@@ -227,9 +230,18 @@ def _side(record: Record) -> Side:
         record.optional("link", lambda key: _rates_of(Link, record.record(key))),
         record.optional("ceilings", lambda key: _rates_of(Ceilings, record.record(key))),
         record.texts("hardware"),
+        _row_format(record),
     )
     record.done()
     return side
+
+
+def _row_format(record: Record) -> Format:
+    formats = {format.name: format for format in PLAIN}
+    name = record.text("row_format")
+    if name not in formats:
+        raise record.fail("row_format", " or ".join(formats))
+    return formats[name]
 
 
 def _rates_of(kind: Any, record: Record) -> Any:

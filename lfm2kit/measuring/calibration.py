@@ -160,6 +160,7 @@ def _side(setup: Setup, one: Measurable, watch: Stopwatch, done: Callable[[], No
         link,
         ceilings,
         hardware_of(asked, placed.memory),
+        asked.row_format(placed.spec),
     )
 
 

@@ -7,7 +7,7 @@ experts, which know nothing of other ranks, and of an exchange, which moves toke
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NoReturn
@@ -15,6 +15,7 @@ from typing import ClassVar, NoReturn
 from lfm2kit.backend import Array, Block
 from lfm2kit.building.joins import Join
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import F32, PLAIN, Format
 from lfm2kit.host_exchange import AUTO, offered, scratch_bytes
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.overlapped import OFF, Overlap
@@ -29,6 +30,7 @@ from lfm2kit.transport import (
     Transport,
     World,
     evenly,
+    everyones,
     held_by,
     held_once,
 )
@@ -52,10 +54,10 @@ class ExpertParallelMoe(Spec):
     def parts(self) -> tuple[Part, ...]:
         return Part("router", "", self.router), Part("experts", "", self.experts)
 
-    @property
-    def traffic(self) -> Traffic:
+    def traffic(self, row_format: Format) -> Traffic:
+        """Return what travels if the experts read rows in this format."""
         experts = self.experts
-        return Traffic(experts.hidden_size, experts.num_experts_per_tok, self.owners)
+        return Traffic(experts.hidden_size, experts.num_experts_per_tok, self.owners, row_format)
 
     def note(self) -> str:
         held = ids_in_words.experts(self.experts.local_experts)
@@ -133,17 +135,21 @@ def _owners(spec: Spec) -> Iterator[Owners]:
         yield from _owners(part.spec)
 
 
-def _join(offers: _Offers, outer: Memory) -> Join:
+def _join(offers: _Offers, outer: Memory, row_format: Format = F32) -> Join:
     """Return how an `ExpertParallelMoe` is made of its parts within the memory `outer`."""
     there = offers.within(outer)
 
     def make(spec: ExpertParallelMoe, router: Block, experts: Block) -> Block:
-        return ExpertParallel(router, experts, there.create(spec.traffic))
+        agreed = offers.agreed(row_format)
+        return ExpertParallel(router, experts, there.create(spec.traffic(agreed)))
 
     def exchange_bytes(spec: ExpertParallelMoe, tokens: int) -> int:
-        return there.scratch_bytes(spec.traffic, tokens)
+        return there.scratch_bytes(spec.traffic(row_format), tokens)
 
-    return Join(make, there.memory, there.is_capturable, exchange_bytes, there)
+    def reading(formats: Mapping[str, Format]) -> Join:
+        return _join(offers, outer, formats["experts"])
+
+    return Join(make, there.memory, there.is_capturable, exchange_bytes, there, reading)
 
 
 class _Offers:
@@ -159,6 +165,16 @@ class _Offers:
         if outer.name not in self._by_memory:
             self._by_memory[outer.name] = self._offer(outer)
         return self._by_memory[outer.name]
+
+    def agreed(self, row_format: Format) -> Format:
+        """Return the format in which all ranks read rows, F32 if they differ; every rank calls it.
+
+        They differ if experts are split between memories on some of the ranks.
+        """
+        if self._transport is None:
+            return row_format
+        everyones_formats = everyones(self._transport, PLAIN.index(row_format))
+        return row_format if len(set(everyones_formats.tolist())) == 1 else F32
 
     def _offer(self, outer: Memory) -> ExchangeOffer:
         if self._transport is None:

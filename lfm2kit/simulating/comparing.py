@@ -101,7 +101,7 @@ class Simulation:
         vocab_size = self.model.lm_head.vocab_size
         for name, grouping in layouts(nodes).items():
             layout = Layout(nodes, grouping, self._batch_size)
-            job = Job.of(self.model, layout, n, self._owners_of)
+            job = Job.of(self.model, layout, n, self._owners_of, self.machine.rates.row_formats)
             predicted = predict(job, self._routing, self.machine, vocab_size, done)
             memory = self.request.memory
             fits = memory is None or predicted.kept_bytes <= memory

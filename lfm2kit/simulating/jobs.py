@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
 from operator import add
+from types import MappingProxyType
 from typing import NamedTuple
 
 from lfm2kit import specs
+from lfm2kit.formats import F32, Format
 from lfm2kit.ranks.groups import Grouping
 from lfm2kit.rewrites import OwnersOf, owners_among
 from lfm2kit.simulating.routing import Routing
@@ -46,8 +48,12 @@ class Job:
         layout: Layout,
         samples: int,
         owners_of: OwnersBySize = evenly_owned,
+        row_formats: Mapping[int, Format] = MappingProxyType({}),
     ) -> Job:
-        """Return the job that runs `model`; `owners_of` shares out experts in groups of a size."""
+        """Return the job that runs `model`; `owners_of` shares out experts in groups of a size.
+
+        `row_formats` are those in which the experts of layers read rows, F32 where there is none.
+        """
         groups = layout.grouping.groups
         tables = {n: owners_among(model, n, owners_of(n)) for n in {len(g) for g in groups}}
         sizes = {rank: len(group) for group in groups for rank in group}
@@ -56,6 +62,7 @@ class Job:
                 spec.hidden_size,
                 spec.num_experts_per_tok,
                 _of_all(groups, {n: table[i] for n, table in tables.items()}),
+                row_formats.get(i, F32),
             )
             for i, spec in experts_of(model)
         }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Weights
+from lfm2kit.backend import Format, Weights
 from lfm2kit.building.curves import Curve, Float64
 from lfm2kit.building.rank_rates import BlockKey, BlockRates
 from lfm2kit.building.rates import MADE_BY, Calibration, Side
@@ -101,6 +101,15 @@ class ModelRates:
     def kept_bytes(self) -> int:
         """Return the bytes of all weights but the experts'."""
         return sum(blocks.kept_bytes for blocks in self._blocks())
+
+    @property
+    def row_formats(self) -> dict[int, Format]:
+        """Return the format in which the experts of each layer read rows."""
+        return {
+            layer.number: layer.experts.side.row_format
+            for layer in self.layers
+            if layer.experts is not None
+        }
 
     def differing(self) -> str | None:
         """Say what the rates are of if the model's weights are stored in other formats."""

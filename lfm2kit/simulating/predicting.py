@@ -189,10 +189,10 @@ class _Clock:
         self._copied -= np.minimum(hidden - of_exchange, copied)
 
     def _copies(self, sendings: Sendings) -> Float64:
-        row_bytes = WORD * sendings.traffic.hidden_size
-        own = np.diagonal(sendings.pairs)  # products that a rank sends to itself
-        rows = np.where(self._is_alone, 0, sendings.copied_rows() + own)
-        return rows * row_bytes / self._machine.copies
+        product = WORD * sendings.traffic.hidden_size
+        own = np.diagonal(sendings.pairs) * product  # products that a rank sends to itself
+        nbytes = np.where(self._is_alone, 0, sendings.copied_bytes() + own)
+        return nbytes / self._machine.copies
 
     def _of_group(self, seconds: Float64) -> Float64:
         """Return the longest of each rank's group, [ranks]."""

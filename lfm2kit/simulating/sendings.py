@@ -64,9 +64,17 @@ class Sendings(NamedTuple):
         rows: Int64 = self.tokens.sum(axis=1) + self.pairs.sum(axis=0) + self.pairs.sum(axis=1)
         return rows
 
+    def copied_bytes(self) -> Int64:
+        """Return the bytes of the rows that each rank copies or adds, [ranks]."""
+        hidden_size, row_format = self.traffic.hidden_size, self.traffic.row_format
+        rows = self.tokens.sum(axis=1) + self.pairs.sum(axis=0)
+        products = self.pairs.sum(axis=1)
+        copied: Int64 = rows * row_format.nbytes((hidden_size,)) + products * WORD * hidden_size
+        return copied
+
     def _of_rank(self, rank: int) -> ExchangeCounts:
         dispatched, back = self._row_bytes()
-        headers = WORD * Message.headers(self.traffic.num_experts_per_tok)
+        headers = Message.header_bytes(self.traffic.num_experts_per_tok)
         counts, dispatch, combine = Sent(), Sent(), Sent()
         counts.add([1] * self.peers[rank], WORD, WORD)
         dispatch.add(self.tokens[rank].tolist(), dispatched, headers)
@@ -76,8 +84,8 @@ class Sendings(NamedTuple):
 
     def _row_bytes(self) -> tuple[int, int]:
         """Return the bytes of a row that is dispatched, and of one that comes back."""
-        hidden_size, k = self.traffic.hidden_size, self.traffic.num_experts_per_tok
-        return WORD * (hidden_size + Message.headers(k)), WORD * hidden_size
+        hidden_size, k, _, row_format = self.traffic
+        return Message.nbytes(hidden_size, k, row_format), WORD * hidden_size
 
 
 def gathered(samples: Sequence[int], vocab_size: int) -> list[Sent]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.formats import BF16, F16, F32, rounded
 from lfm2kit.host_exchange import offered
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.testing.verdicts import CheckFailed
@@ -39,7 +40,15 @@ RECORD = [("a", "<i4"), ("b", "<f4", 5)]
 ROWS: tuple[tuple[Any, tuple[int, ...]], ...] = (
     ("<f4", (7,)), ("<i4", ()), ("<f8", (2, 3)), (RECORD, ()),
 )  # fmt: skip
-HIDDEN_SIZE = 6
+HIDDEN_SIZE, ODD_SIZE = 6, 7
+
+# Numbers of which rows of 16 bits show how they were rounded: ties of BF16 and F16, some of them
+# below the least normal number, and numbers that F16, or BF16, cannot hold.
+EDGES = np.array(
+    [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 2**-25, -1.5 * 2**-24, 7e4, -65519,
+     3.4e38, np.inf, -0.0, 1e-40, 2**-14 - 2**-26],
+    np.float32,
+)  # fmt: skip
 
 
 def check_transport(transport: Transport) -> None:
@@ -184,18 +193,19 @@ def check_exchange(transport: Transport, memory: Memory = HOST) -> None:
     The experts stand anywhere, on one rank or on several; some ranks hold none, some have no
     tokens; ids of -1 are nobody's.  A rank gets rows for its experts from those ranks alone whose
     tokens it computes.  An exchange that `WorksInPieces` gives each expert all of its rows at once.
+    For experts that read 16 bits, rows are float32, or rounded as `lfm2kit.formats.rounded` does.
     """
     size = transport.world.size
     offer = offered(transport, memory)
     if (why_not := offer.why_not()) is not None:
         raise CheckFailed(f"this rank cannot use the exchange: {why_not}")
-    for number, (k, owners) in enumerate(_layers(size)):
-        exchange = offer.create(Traffic(HIDDEN_SIZE, k, owners))
+    for number, traffic in enumerate(_layers(size)):
+        exchange = offer.create(traffic)
         for call in range(3):  # whatever an exchange keeps from a call must not reach the next
-            tokens = _tokens([number, call, transport.world.rank], k, len(owners[0]))
+            tokens = [_tokens([number, call, rank], traffic) for rank in range(size)]
             for exchanged in _ways(exchange):
-                with offer.around(len(tokens.x)):
-                    _check_one(transport, offer.memory, exchange, exchanged, owners, tokens)
+                with offer.around(len(tokens[transport.world.rank].x)):
+                    _check_one(transport, offer.memory, exchange, exchanged, traffic, tokens)
 
 
 def _ways(exchange: Exchange) -> Iterator[Callable[..., Any]]:
@@ -205,27 +215,32 @@ def _ways(exchange: Exchange) -> Iterator[Callable[..., Any]]:
         yield exchange.in_pieces
 
 
-def _layers(size: int) -> Iterator[tuple[int, Owners]]:
-    """Yield numbers of experts per token, and the rank that computes each expert for each rank."""
-    yield 3, held_once(evenly(size, 5 * size + 1), size)
-    yield 2, held_once(evenly(size, max(2, size - 1)), size)  # of more than two ranks, one has none
-    yield 4, held_once([(7 * e + 3) % size for e in range(9)], size)
-    yield 1, held_once([size - 1] * 4, size)
+def _layers(size: int) -> Iterator[Traffic]:
+    """Yield what travels in layers with experts anywhere, some of which read rows of 16 bits."""
+    evenly_held = held_once(evenly(size, 5 * size + 1), size)
     # The even experts are held by every rank, and the others by two, which share out the ranks.
     held_twice = [[(rank % 2 + e) % size for e in range(9)] for rank in range(size)]
-    yield (
-        3,
-        tuple(
-            tuple(owner if e % 2 else rank for e, owner in enumerate(owners))
-            for rank, owners in enumerate(held_twice)
-        ),
+    on_several = tuple(
+        tuple(owner if e % 2 else rank for e, owner in enumerate(owners))
+        for rank, owners in enumerate(held_twice)
     )
+    with_none = held_once(evenly(size, max(2, size - 1)), size)  # if there are more than two ranks
+    yield Traffic(HIDDEN_SIZE, 3, evenly_held)
+    yield Traffic(HIDDEN_SIZE, 2, with_none)
+    yield Traffic(ODD_SIZE, 3, on_several, BF16)
+    yield Traffic(HIDDEN_SIZE, 4, held_once([(7 * e + 3) % size for e in range(9)], size))
+    yield Traffic(HIDDEN_SIZE, 3, evenly_held, F16)
+    yield Traffic(HIDDEN_SIZE, 1, held_once([size - 1] * 4, size))
+    yield Traffic(HIDDEN_SIZE, 3, on_several)
 
 
-def _tokens(seed: list[int], k: int, num_experts: int) -> _Tokens:
+def _tokens(seed: list[int], traffic: Traffic) -> _Tokens:
+    k, num_experts = traffic.num_experts_per_tok, len(traffic.owners[0])
     rng = np.random.default_rng(seed)
     tokens = [0, 11, 3, 1][sum(seed) % 4]
-    x = rng.standard_normal((tokens, HIDDEN_SIZE), np.float32)
+    x = rng.standard_normal((tokens, traffic.hidden_size), np.float32)
+    if traffic.row_format != F32:
+        x[::2] = np.resize(np.roll(EDGES, seed[1]), x[::2].shape)
     ids = rng.random((tokens, num_experts)).argsort(axis=1)[:, :k].astype(np.int32)
     sizes = 10.0 ** rng.integers(-3, 4, (tokens, k))  # so that the order of adding shows
     weights = (rng.random((tokens, k)) * sizes).astype(np.float32)
@@ -239,31 +254,61 @@ def _tokens(seed: list[int], k: int, num_experts: int) -> _Tokens:
 class _Scaling:
     """Experts that scale, and look at once at what comes: a wrong sum may be seen elsewhere."""
 
-    def __init__(self, memory: Memory, held: Sequence[int], due: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self, memory: Memory, traffic: Traffic, rank: int, due: npt.NDArray[np.int64]
+    ) -> None:
         self.memory = memory
-        self.held = held
+        self.traffic = traffic
+        self.rank = rank
         self.due = due
         self.came = np.zeros_like(due)
+        self.rows: list[tuple[int, bytes]] = []  # by expert
+        self.has_rounded = False  # whether they have the 16 bits that products read
 
     def __call__(self, *rows: Any) -> Any:
         x, ids, weights = map(self.memory.to_host, rows)
         _require(ids.shape == weights.shape == (len(x), 1), f"{len(x)} rows, but ids {ids.shape}")
         came = np.bincount(ids[ids >= 0], minlength=len(self.due))
-        strange = sorted({*np.flatnonzero(came).tolist()} - {*self.held})
+        held = held_by(self.rank, self.traffic.owners)
+        strange = sorted({*np.flatnonzero(came).tolist()} - {*held})
         _require(not strange, f"rows came for experts {strange}, which other ranks hold")
         again = np.flatnonzero(np.minimum(came, self.came)).tolist()
         _require(not again, f"the experts {again} were called several times")
         self.came += came
         self.check(np.minimum(self.came, self.due))  # no more have come; others may come yet
-        products = _products(x, ids, weights)[:, 0]  # NaN in rows of padding
+        values = self._read(x)
+        self.rows += [(int(ids[row, 0]), x[row].tobytes()) for row in np.flatnonzero(ids >= 0)]
+        products = _products(values, ids, weights)[:, 0]  # NaN in rows of padding
         return self.memory.from_host(np.ascontiguousarray(products))
+
+    def _read(self, x: npt.NDArray[Any]) -> Floats:
+        """Return the values of rows as products read them."""
+        row_format = self.traffic.row_format
+        types = list(dict.fromkeys([row_format.block, F32.block]))
+        _require(
+            x.dtype in types, f"rows of {x.dtype} came, and not of {' or '.join(map(str, types))}"
+        )
+        self.has_rounded = x.dtype == row_format.block
+        return row_format.unpack(x if self.has_rounded else rounded(x, row_format))
 
     def check(self, due: npt.NDArray[np.int64]) -> None:
         """Check that as many rows of each expert have come as are due."""
         _require(
             np.array_equal(self.came, due),
-            f"rows {self.came} came by expert, and not {self.due}, which are this rank's to "
-            "compute",
+            f"rows {self.came} came by expert, and not {due}, which are this rank's to compute",
+        )
+
+    def check_bits(self, everyones: Sequence[_Tokens]) -> None:
+        """Check that the rows that have come are those of all ranks' tokens, bit for bit."""
+        row_format, due = self.traffic.row_format, []
+        for owners, tokens in zip(self.traffic.owners, everyones, strict=True):
+            x = rounded(tokens.x, row_format) if self.has_rounded else tokens.x
+            for t, k in zip(*np.nonzero(tokens.expert_ids >= 0), strict=True):
+                if owners[e := int(tokens.expert_ids[t, k])] == self.rank:
+                    due.append((e, x[t].tobytes()))
+        _require(
+            sorted(self.rows) == sorted(due),
+            f"rows came with other bits than those of their tokens in {row_format}",
         )
 
 
@@ -272,17 +317,22 @@ def _check_one(
     memory: Memory,
     exchange: Exchange,
     exchanged: Callable[..., Any],
-    owners: Owners,
-    tokens: _Tokens,
+    traffic: Traffic,
+    everyones: Sequence[_Tokens],
 ) -> None:
-    due = _rows_due(transport, owners, tokens.expert_ids)
-    experts = _Scaling(memory, held_by(transport.world.rank, owners), due)
+    """Check one call, in which each rank has its tokens of `everyones`, [ranks]."""
+    rank, row_format = transport.world.rank, traffic.row_format
+    tokens = everyones[rank]
+    due = _rows_due(transport, traffic.owners, tokens.expert_ids)
+    experts = _Scaling(memory, traffic, rank, due)
     delta = memory.to_host(exchanged(experts, *map(memory.from_host, tokens)))
     experts.check(due)
+    experts.check_bits(everyones)
     if isinstance(exchange, Counted):
         counted = exchange.counted().expert_rows
         _require(np.array_equal(counted, due), f"rows {due} came by expert, counted {counted}")
-    expected = _added(_products(*tokens), tokens.expert_ids)
+    read = row_format.unpack(rounded(tokens.x, row_format))
+    expected = _added(_products(read, *tokens[1:]), tokens.expert_ids)
     _require(
         delta.shape == expected.shape and delta.tobytes() == expected.tobytes(),
         f"delta differs in {np.count_nonzero(delta != expected)} of {expected.size} numbers from "
@@ -305,7 +355,8 @@ def _rows_due(transport: Transport, owners: Owners, ids: Int32) -> npt.NDArray[n
 def _products(x: Floats, ids: Int32, weights: Floats) -> Floats:
     """Return the weighted outputs [rows, k, hidden_size] of experts that scale; NaN for -1."""
     scale = np.where(ids < 0, np.float32(np.nan), np.sqrt(ids.astype(np.float32) + 2))
-    outputs: Floats = weights[:, :, None] * (scale.astype(np.float32)[:, :, None] * x[:, None])
+    with np.errstate(over="ignore", under="ignore"):
+        outputs: Floats = weights[:, :, None] * (scale.astype(np.float32)[:, :, None] * x[:, None])
     return outputs
 
 

@@ -24,6 +24,7 @@ from lfm2kit.building.rates import (
     read_calibration,
 )
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import BF16
 
 HOST = Experts("cpu", "fp32", 2048, 1792, "BF16")
 DEVICE = Experts("gpu", "bf16", 2048, 1792, "BF16")
@@ -34,7 +35,9 @@ CALIBRATION = Calibration(
     "tiny",
     (
         Side(HOST, "host", 22_020_096, CURVE, None, Ceilings(1e12, 1e11), {}),
-        Side(DEVICE, "gpu:0", 22_020_096, CURVE, Link(46e9, 55e9), None, {"device": "a loom"}),
+        Side(
+            DEVICE, "gpu:0", 22_020_096, CURVE, Link(46e9, 55e9), None, {"device": "a loom"}, BF16
+        ),
     ),
     (
         BlockRates(
@@ -109,8 +112,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda d: d.update(kind="lfm2kit load"),
         "'lfm2kit load', not 'lfm2kit rates'",
     ),
-    "an earlier version": (lambda d: d.update(version=VERSION - 1), "version is 3"),
-    "a later version": (lambda d: d.update(version=VERSION + 1), "version is 5"),
+    "an earlier version": (lambda d: d.update(version=VERSION - 1), "version is 4"),
+    "a later version": (lambda d: d.update(version=VERSION + 1), "version is 6"),
     "a machine that is a text": (lambda d: d.update(machine="x"), "machine is 'x'"),
     "cores that are a number": (lambda d: d["machine"].update(cores=2), "an object of texts"),
     "no date": (lambda d: d.pop("date"), "date is missing"),
@@ -133,6 +136,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         r"sides\[1\].seconds\[2\] is -3",
     ),
     "a link that is a number": (lambda d: d["sides"][1].update(link=46e9), "an object"),
+    "rows of 4 bits": (
+        lambda d: d["sides"][0].update(row_format="Q4_0"),
+        "row_format is 'Q4_0'; expected F32 or F16 or BF16",
+    ),
     "half a link": (lambda d: d["sides"][1]["link"].pop("to_host"), "link.to_host is missing"),
     "a link too fast": (lambda d: d["sides"][1]["link"].update(to_host=1e30), "to_host is 1e"),
     "a third way": (lambda d: d["sides"][1]["link"].update(up=1.0), "link.up is unknown"),

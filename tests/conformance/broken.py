@@ -12,8 +12,20 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import BF16, HOST, Block, HostMemory, Memory, Room, Spec, Weights
+from lfm2kit.backend import (
+    BF16,
+    F32,
+    HOST,
+    Block,
+    Format,
+    HostMemory,
+    Memory,
+    Room,
+    Spec,
+    Weights,
+)
 from lfm2kit.batch_rules import ARRAYS
+from lfm2kit.formats import rounded
 from lfm2kit.model import RoutedExperts
 from lfm2kit.reference import attention, feed_forward, rows, short_conv
 from lfm2kit.reference.backend import BLOCKS, ReferenceBackend
@@ -848,6 +860,37 @@ class StreamsTheLayerBefore(BrokenBackend):
         block = super().build(spec.experts, weights)
         before, self.before = self.before, block
         return before if spec.position else block
+
+
+class ReadsRoundedRows(BrokenBackend):
+    """Says that its experts read BF16, and has them in a block that takes both."""
+
+    def __init__(self, around: Callable[[Block], Block]) -> None:
+        super().__init__({})
+        self.around = around
+
+    def row_format(self, spec: Spec) -> Format:
+        return BF16 if isinstance(spec, specs.Experts) else F32
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        block = super().build(spec, weights)
+        return self.around(block) if isinstance(spec, specs.Experts) else block
+
+
+class RowsOf16BitsAsNumbers(Around):
+    """Takes the bits of rounded rows for numbers."""
+
+    def __call__(self, x, *experts):
+        is_rounded = x.dtype == BF16.block
+        values = x.astype(np.float32) if is_rounded else BF16.unpack(rounded(x, BF16))
+        return self.block(values, *experts)
+
+
+class RoundsOnlyWhatTravels(Around):
+    """Computes with float32 where no rank has rounded it before."""
+
+    def __call__(self, x, *experts):
+        return self.block(BF16.unpack(x) if x.dtype == BF16.block else x, *experts)
 
 
 class ScratchForNoRows(BrokenBackend):

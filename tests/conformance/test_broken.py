@@ -312,6 +312,14 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         broken.StreamsTheLayerBefore({}),
         ("streamed-experts-are-their-own",),
     ),
+    "bits of rounded rows as numbers": (
+        broken.ReadsRoundedRows(broken.RowsOf16BitsAsNumbers),
+        ("experts-read-rounded-rows",),
+    ),
+    "only what travels is rounded": (
+        broken.ReadsRoundedRows(broken.RoundsOnlyWhatTravels),
+        ("experts-read-rounded-rows",),
+    ),
     "sums in place": (broken.LivesWhereSumsAreInPlace({}), ("memory-adds",)),
     "less scratch for more rows": (
         broken.ScratchForNoRows({}),

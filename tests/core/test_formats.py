@@ -12,7 +12,7 @@ import pytest
 
 from lfm2kit.checkpoint.huggingface import canonical
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.formats import BF16, F16, F32, PLAIN, Format, fate
+from lfm2kit.formats import BF16, F16, F32, PLAIN, Format, fate, rounded
 from lfm2kit.weights import Tensor, Weights
 
 Float32 = npt.NDArray[np.float32]
@@ -202,3 +202,60 @@ def test_a_format_of_nonsense_cannot_be_made(wrong: dict[str, Any]) -> None:
 )
 def test_what_becomes_of_weights_is_said(stored: Format, kept: Format, said: str) -> None:
     assert fate(stored, kept) == said
+
+
+def nearest(value: float, format: Format) -> float:
+    """Return the number of a format that is nearest to a finite one, in Python's own arithmetic."""
+    bits, least = (8, -126) if format == BF16 else (11, -14)
+    exponent = max(math.frexp(value)[1] - 1, least)
+    step = math.ldexp(1.0, exponent - bits + 1)
+    return math.copysign(round(value / step) * step, value)  # Python rounds ties to even
+
+
+EDGES = np.array(
+    [0.0, -0.0, 1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-9, 1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11,
+     2**-24, 2**-25, 1.5 * 2**-24, -(2**-25) - 2**-40, 2**-14, 2**-14 - 2**-26, 65504, 65519.9,
+     65520, -7e4, 1e38, 3.39e38, 1e-40, -1e-45, 2**-126, 2**-133, 2**-134, 1.5 * 2**-133],
+    np.float32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("format", [BF16, F16], ids=str)
+def test_rows_are_rounded_to_nearest_ties_to_even_and_refuse_no_value(format: Format) -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32)
+    x = np.concatenate([EDGES, bits.view(np.float32)])
+    x = x[np.isfinite(x)]
+    want = np.array([nearest(float(value), format) for value in x])
+    if format == F16:
+        want = np.clip(want, -65504, 65504)
+    with np.errstate(over="ignore"):
+        want = want.astype(np.float32)
+    got = rounded(x, format)
+    assert got.dtype == format.block
+    assert format.unpack(got).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("format", "nans"), [(BF16, [0x7FC0, 0xFFC1, 0x7FFF]), (F16, [0x7FFF] * 3)], ids=["BF16", "F16"]
+)
+def test_what_is_not_finite_stays_so_in_rows(format: Format, nans: list[int]) -> None:
+    x = np.array([0x7F800001, 0xFFC10000, 0x7FFFFFFF, 0x7F800000, 0xFF800000], np.uint32)
+    *found, up, down = rounded(x.view(np.float32), format).view(np.uint16).tolist()
+    assert found == nans
+    assert format.unpack(np.array([up, down], np.uint16).view(format.block)).tolist() == [
+        math.inf, -math.inf,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", PLAIN, ids=str)
+def test_rows_that_are_rounded_already_stay_as_they_are(format: Format) -> None:
+    x = np.random.default_rng(1).standard_normal((17, 5)).astype(np.float32)
+    once = rounded(x, format)
+    assert once.shape == x.shape
+    assert rounded(format.unpack(once), format).tobytes() == once.tobytes()
+    assert rounded(x[:0], format).shape == (0, 5)
+
+
+def test_rows_are_not_rounded_to_blocks_of_many_values() -> None:
+    with pytest.raises(ValueError, match="not rounded to Q4_0, but to F32, F16 or BF16"):
+        rounded(np.zeros((1, 32), np.float32), Q4_0)

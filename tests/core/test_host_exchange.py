@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lfm2kit.exchange_round import Buffers
+from lfm2kit.formats import BF16, F16, F32, PLAIN, Format
 from lfm2kit.host_exchange import PIECES, ExchangeInPieces, HostExchange, scratch_bytes
 from lfm2kit.routes import divided
 from lfm2kit.testing import ThreadTransport, run_ranks
@@ -46,17 +47,22 @@ def in_pieces(transport: ThreadTransport, traffic: Traffic, buffers: Buffers) ->
 
 
 def called(
-    transport: ThreadTransport, ids: Any, hidden_size: int = 1024, is_in_pieces: bool = False
+    transport: ThreadTransport,
+    ids: Any,
+    hidden_size: int = 1024,
+    is_in_pieces: bool = False,
+    row_format: Format = F32,
 ) -> Any:
     """Exchange tokens whose experts change nothing, and return what was counted."""
-    traffic = Traffic(hidden_size, ids.shape[1], held_evenly(transport.world.size))
+    owners = held_evenly(transport.world.size)
+    traffic = Traffic(hidden_size, ids.shape[1], owners, row_format)
     exchange = in_pieces(transport, traffic, Buffers())
     x = np.full((len(ids), hidden_size), transport.world.rank, np.float32)
     tokens = x, ids.astype(np.int32), np.ones(ids.shape, np.float32)
     if is_in_pieces:
-        exchange.in_pieces(lambda x, ids, weights: x.copy(), *tokens)
+        exchange.in_pieces(lambda x, ids, weights: row_format.unpack(x).copy(), *tokens)
     else:
-        exchange.combine(exchange.dispatch(*tokens).x)
+        exchange.combine(row_format.unpack(exchange.dispatch(*tokens).x))
     return exchange.counted()
 
 
@@ -196,6 +202,30 @@ def test_the_layers_of_a_model_share_memory_that_is_allocated_once() -> None:
         assert len(set(places)) == 1
 
 
+@pytest.mark.parametrize("is_in_pieces", [False, True])
+@pytest.mark.parametrize("row_format", [BF16, F16], ids=str)
+def test_rows_of_16_bits_take_half_of_the_bytes_and_products_as_many(
+    row_format: Format, is_in_pieces: bool
+) -> None:
+    """Of an odd number of elements: what follows x in a message then begins anywhere."""
+
+    def everyones(row_format: Format) -> Any:
+        def rank(transport: ThreadTransport) -> Any:
+            ids = with_nobodys(transport.world.rank)
+            return called(transport, ids, 17, is_in_pieces, row_format)
+
+        return run_ranks(3, rank)
+
+    for wide, narrow in zip(everyones(F32), everyones(row_format), strict=True):
+        assert narrow.dispatch.rows == wide.dispatch.rows > 0
+        assert narrow.dispatch.header_bytes == wide.dispatch.header_bytes
+        halves = wide.dispatch.bytes - narrow.dispatch.bytes
+        assert halves == 2 * 17 * wide.dispatch.rows
+        for field in "messages", "rows", "bytes", "header_bytes":
+            assert getattr(narrow.combine, field) == getattr(wide.combine, field)
+        assert (narrow.counts.bytes, narrow.copied_rows) == (wide.counts.bytes, wide.copied_rows)
+
+
 OWNERS = {
     "evenly": held_once(evenly(2, 6), 2),
     "unevenly": held_once([0, 1, 1, 1, 2, 1], 3),
@@ -207,10 +237,13 @@ OWNERS = {
 
 @pytest.mark.parametrize("k", [1, 3, 6])
 @pytest.mark.parametrize("owners", OWNERS.values(), ids=list(OWNERS))
-def test_an_exchange_takes_the_bytes_that_are_said_before_it_is_made(owners: Any, k: int) -> None:
+@pytest.mark.parametrize("row_format", PLAIN, ids=str)
+def test_an_exchange_takes_the_bytes_that_are_said_before_it_is_made(
+    row_format: Format, owners: Any, k: int
+) -> None:
     """Tokens with every combination of k experts choose them evenly, and not only on average."""
     ids = np.array([*combinations(range(6), k)] * 8, np.int32)
-    traffic = Traffic(256, k, owners)
+    traffic = Traffic(256, k, owners, row_format)
 
     def rank(transport: ThreadTransport) -> tuple[int, int]:
         buffers = Buffers()
@@ -218,7 +251,7 @@ def test_an_exchange_takes_the_bytes_that_are_said_before_it_is_made(owners: Any
             exchange = HostExchange(transport, traffic, buffers)
             x = np.zeros((len(ids), 256), np.float32)
             rows = exchange.dispatch(x, ids, np.ones(ids.shape, np.float32))
-            exchange.combine(products := np.zeros_like(rows.x))
+            exchange.combine(products := np.zeros(rows.x.shape, np.float32))
         taken = sum(array.nbytes for array in buffers._arrays.values()) + products.nbytes
         return taken, scratch_bytes(transport.world.rank, traffic, len(ids))
 

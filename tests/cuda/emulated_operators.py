@@ -27,6 +27,10 @@ Float32 = npt.NDArray[np.float32]
 
 ATTENTION = specs.Attention(24, 4, 2, 6, rope_theta=100.0, norm_eps=1e-5)
 WEIGHTS = np.random.default_rng(7).standard_normal((2, ATTENTION.head_dim)).astype(np.float32)
+CONVERSIONS = {
+    'asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits))': "value = value_of_half(x.bits)",
+    'asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x))': "half.bits = nearest_half(x)",
+}
 HALF = np.arange(ATTENTION.head_dim // 2, dtype=np.float32) / (ATTENTION.head_dim // 2)
 INVERSE = (1 / np.float32(ATTENTION.rope_theta) ** HALF).astype(np.float32)
 
@@ -43,6 +47,7 @@ def compiled(
         pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
     sources = shutil.copytree(INCLUDE, folder / "sources")
     shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+    (sources / "halves.h").write_text(halves(), encoding="utf-8")
     if fault is not None:
         source = (SOURCES / f"{stem}.cu").read_text(encoding="utf-8")
         assert source.count(fault[0]) == 1, f"{stem}.cu has no such part: {fault[0]}"
@@ -53,6 +58,16 @@ def compiled(
          str(sources / f"{name}.cpp"), "-o", str(folder / name)], check=True,
     )  # fmt: skip
     return folder / name
+
+
+def halves() -> str:
+    """Return the types of 16 bits in types.cuh, with functions of conversions.h for their PTX."""
+    text = (INCLUDE / "types.cuh").read_text(encoding="utf-8")
+    text = text[text.index("struct BF16") :]
+    for instruction, call in CONVERSIONS.items():
+        assert text.count(instruction) == 1, f"types.cuh has no such instruction: {instruction}"
+        text = text.replace(instruction, call)
+    return text
 
 
 def run(program: Path, numbers: list[int], arrays: list[Any]) -> Float32:

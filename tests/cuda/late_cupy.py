@@ -284,7 +284,7 @@ def _modules() -> dict[str, Any]:
     cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")
     vars(cupy).update(
         cuda=cuda, ndarray=Array, empty=empty, zeros=zeros, ascontiguousarray=lambda a: a,
-        uint8=np.uint8,
+        uint8=np.uint8, uint16=np.uint16,
     )  # fmt: skip
     vars(cupyx).update(empty_pinned=np.empty)
     function = ModuleType("cupy.cuda.function")

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.backend import Tensor
+from lfm2kit import formats
 from lfm2kit.formats import BF16, F16, Format
+from tests.core.test_formats import EDGES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,11 +37,28 @@ def test_rounded(format: Format, shape: tuple[int, int]) -> None:
     import cupy
     from lfm2kit_cuda.activations import rounded
 
-    x = np.random.default_rng().standard_normal(shape, dtype=np.float32)
+    x = np.random.default_rng(0).integers(0, 2**32, shape, dtype=np.uint32).view(np.float32)
+    x.reshape(-1)[: len(EDGES)] = EDGES[: x.size]
     (got,) = rows_of(rounded(cupy.asarray(x), format.name))
-    want = Tensor.of_array("x", x).stored_as(format).data.view(np.uint16)
+    want = formats.rounded(x, format).view(np.uint16)
     assert np.array_equal(got[:, : shape[1]], want)
     assert not got[:, shape[1] :].any()
+
+
+@pytest.mark.parametrize("format", [BF16, F16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_placed(format: Format, shape: tuple[int, int]) -> None:
+    import cupy
+    from lfm2kit_cuda.activations import placed
+
+    rng = np.random.default_rng(0)
+    x = formats.rounded(rng.standard_normal(shape, dtype=np.float32), format)
+    for source in (None, rng.integers(-1, shape[0], 50, np.int32)):
+        there = None if source is None else cupy.asarray(source)
+        (got,) = rows_of(placed(cupy.asarray(x), there))
+        rows = np.arange(len(x)) if source is None else source
+        assert np.array_equal(got[rows >= 0, : shape[1]], x.view(np.uint16)[rows[rows >= 0]])
+        assert not got[rows >= 0, shape[1] :].any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

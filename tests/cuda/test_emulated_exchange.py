@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import pytest
 from lfm2kit_cuda.constants import EXCHANGE
 from lfm2kit_cuda.exchange_size import Size
 
+from lfm2kit.formats import BF16, F16, F32, Format, rounded
 from lfm2kit.transport import Owners, evenly, held_once
 from tests.cuda.emulated_operators import compiled
 
@@ -34,7 +35,27 @@ Int32 = npt.NDArray[np.int32]
 
 @pytest.fixture(scope="module")
 def exchange(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(tmp_path_factory.mktemp("exchange"), "exchange", VECTOR=1, TAKEN=K, LANES=LANES)
+    return program_of(tmp_path_factory.mktemp("exchange"))
+
+
+class Narrow(NamedTuple):
+    """Kernels for experts that read rows of 16 bits."""
+
+    program: Path
+    row_format: Format
+
+
+@pytest.fixture(scope="module", params=[BF16, F16], ids=str)
+def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Narrow:
+    folder = tmp_path_factory.mktemp(str(request.param))
+    return Narrow(program_of(folder, row_format=request.param), request.param)
+
+
+def program_of(
+    folder: Path, fault: tuple[str, str] | None = None, row_format: Format = F32
+) -> Path:
+    """Return the compiled kernels for experts that read rows in a format."""
+    return compiled(folder, "exchange", fault, VECTOR=1, TAKEN=K, LANES=LANES, ROW=row_format.name)
 
 
 @dataclass
@@ -50,7 +71,7 @@ class Given:
 class Left:
     """What a call leaves on a rank, all as words."""
 
-    x: Int32
+    x: Any  # as experts read it
     ids: Int32
     weights: Int32
     delta: Int32
@@ -92,14 +113,17 @@ def ran(
     absent: int = -1,
     late: int = -1,
     giving_up: int = -1,
+    element: int | None = None,
+    row_format: Format = F32,
     seed: int = 1,
 ) -> list[Rank]:
     """Return what ranks with these tokens, by call and rank, leave behind."""
     ranks, experts, calls = len(owners), len(owners[0]), len(given)
     slots = most if slots is None else slots
+    element = row_format.block_bytes if element is None else element
     numbers = [
         ranks, most, slots, K, WIDTH, experts, calls, ctas, threads, deadline, first, absent, late,
-        giving_up, seed,
+        giving_up, element, seed,
     ]  # fmt: skip
     arrays: list[Any] = [np.array(owners, np.int32)]
     for of_call in given:
@@ -111,8 +135,9 @@ def ran(
         stdout=subprocess.PIPE, check=True, timeout=300,
     )  # fmt: skip
     (mailbox_bytes,) = np.frombuffer(done.stdout, np.uint64, 1)
-    assert mailbox_bytes == Size(most, K + 1, WIDTH + 2).nbytes(ranks)
-    return [*_read(done.stdout[8:], ranks, slots * K * ranks, most, experts, calls)]
+    assert mailbox_bytes == Size(most, K + 1, WIDTH + 2, element).nbytes(ranks)
+    rows = slots * K * ranks
+    return [*_read(done.stdout[8:], ranks, rows, most, experts, calls, row_format)]
 
 
 def _filled_up(array: Any, most: int) -> Any:
@@ -120,8 +145,11 @@ def _filled_up(array: Any, most: int) -> Any:
     return np.concatenate([array, rest])
 
 
-def _read(out: bytes, ranks: int, rows: int, most: int, experts: int, calls: int) -> Any:
-    sizes = [rows * WIDTH, rows, rows, most * WIDTH]
+def _read(
+    out: bytes, ranks: int, rows: int, most: int, experts: int, calls: int, row_format: Format
+) -> Any:
+    row_words = -(-row_format.nbytes((rows * WIDTH,)) // 4)
+    sizes = [row_words, rows, rows, most * WIDTH]
     counts = EXCHANGE.STATISTICS + experts
     left = np.frombuffer(out, np.int32)
     for _ in range(ranks):
@@ -133,21 +161,34 @@ def _read(out: bytes, ranks: int, rows: int, most: int, experts: int, calls: int
                 part, margin, left = np.split(left, [size, size + MARGIN])
                 assert (margin == POISON).all()
                 parts.append(part)
+            parts[0] = parts[0].view(row_format.block)[: rows * WIDTH].view(_bits(row_format))
             of_calls.append(Left(*parts))
         yield Rank(int(cause), int(call), statistics.copy().view(np.int64).tolist(), of_calls)
     assert not len(left)
 
 
-def expected(owners: Owners, given: Sequence[Given], rank: int, most: int, slots: int) -> Left:
+def _bits(row_format: Format) -> Any:
+    """Return the type of the bits of an element, by which NaN is compared too."""
+    return f"u{row_format.block_bytes}"
+
+
+def expected(
+    owners: Owners,
+    given: Sequence[Given],
+    rank: int,
+    most: int,
+    slots: int,
+    row_format: Format = F32,
+) -> Left:
     """Return what a call must leave on a rank; what it does not write stays poisoned."""
-    rows = len(owners) * slots * K
-    x = np.full((rows, WIDTH), POISON, np.int32)
+    rows, bits = len(owners) * slots * K, _bits(row_format)
+    x = np.full((rows, WIDTH), POISON, np.int32).view(bits)[:, :WIDTH].copy()
     ids, weights = np.full(rows, -1, np.int32), np.zeros(rows, np.float32)
     for source, its in enumerate(given):
         for t, j in zip(*np.nonzero(its.ids >= 0), strict=True):
             if owners[source][its.ids[t, j]] == rank:
                 row = (source * slots + t) * K + j
-                x[row], ids[row] = its.x[t].view(np.int32), its.ids[t, j]
+                x[row], ids[row] = rounded(its.x[t], row_format).view(bits), its.ids[t, j]
                 weights[row] = its.weights[t, j]
     mine = given[rank]
     delta = np.full((most, WIDTH), POISON, np.int32)
@@ -155,7 +196,8 @@ def expected(owners: Owners, given: Sequence[Given], rank: int, most: int, slots
         sums = np.zeros(WIDTH, np.float32)
         taken = np.flatnonzero(row_ids >= 0)
         for n, j in enumerate(taken):
-            scaled = mine.x[t] * np.float32(1 + np.float32(row_ids[j]) / 8)
+            read = row_format.unpack(rounded(mine.x[t], row_format))
+            scaled = read * np.float32(1 + np.float32(row_ids[j]) / 8)
             product = mine.weights[t, j] * scaled
             sums = product if n == 0 else sums + product
         delta[t] = sums.astype(np.float32).view(np.int32)
@@ -168,11 +210,12 @@ def assert_right(
     given: Sequence[Sequence[Given]],
     most: int,
     slots: int | None = None,
+    row_format: Format = F32,
 ) -> None:
     for number, rank in enumerate(ranks):
         assert rank.cause == 0
         for left, of_call in zip(rank.calls, given, strict=True):
-            want = expected(owners, of_call, number, most, slots or most)
+            want = expected(owners, of_call, number, most, slots or most, row_format)
             for name in ("ids", "weights", "x", "delta"):
                 np.testing.assert_array_equal(getattr(left, name), getattr(want, name), name)
 
@@ -220,6 +263,28 @@ def test_eight_ranks_without_a_token_do_no_harm(exchange: Path) -> None:
     owners, rng = held_once(evenly(8, 12), 8), np.random.default_rng(0)
     given = [[tokens_of(rng, int(r == call), 12) for r in range(8)] for call in (0, 9, 7)]
     assert_right(ran(exchange, owners, given, most=2, ctas=1, threads=8), owners, given, 2)
+
+
+# Ties of BF16 and F16, also below the least normal number, and what they cannot hold.
+EDGES = np.array(
+    [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 2**-25, -1.5 * 2**-24, 7e4, -65519,
+     3.4e38, -np.inf, -0.0, 1e-40, 2**-14 - 2**-26, 65504],
+    np.float32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("element", [2, 4])
+def test_rows_of_16_bits_are_rounded_before_they_travel(narrow: Narrow, element: int) -> None:
+    """Mailboxes may have room for another layer's float32."""
+    (program, row_format), owners, most = narrow, replicated(3, 12), 5
+    given = ragged(3, 12, most, 4)
+    for of_call in given:
+        for mine in of_call:
+            mine.x[::2] = np.resize(EDGES, mine.x[::2].shape)
+            mine.weights[::2] = np.abs(mine.weights[::2])
+    with np.errstate(over="ignore", under="ignore"):
+        left = ran(program, owners, given, most=most, element=element, row_format=row_format)
+        assert_right(left, owners, given, most, row_format=row_format)
 
 
 def test_numbers_of_calls_begin_again_and_leave_out_the_mark_of_failure(exchange: Path) -> None:
@@ -315,6 +380,6 @@ def test_a_rank_that_takes_its_rows_late_finds_them(exchange: Path) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(fault: str, tmp_path: Path) -> None:
-    program = compiled(tmp_path, "exchange", FAULTS[fault], VECTOR=1, TAKEN=K, LANES=LANES)
+    program = program_of(tmp_path, FAULTS[fault])
     with pytest.raises(AssertionError):
         with_a_late_rank(program, SOON)

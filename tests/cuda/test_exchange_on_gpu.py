@@ -92,14 +92,40 @@ def test_two_ranks_have_the_bits_of_one(
     assert one == two
     assert record["exchange"]["memory"].startswith("lfm2kit_cuda:")
     assert not [note for note in record["notes"] if "captured" in note]
+    assert_rows_have_the_bytes_of(precision, record)
 
 
+def assert_rows_have_the_bytes_of(precision: str, record: dict[str, Any]) -> None:
+    """Check that rows travel in 16 bits where products read them, and products in float32."""
+    element, hidden_size = 4 if precision == "fp32" else 2, 128
+    for layer in record["exchanged"]["layers"]:
+        for name, size in (("dispatch", element), ("combine", 4)):
+            of_ranks = (layer[name][of] for of in ("bytes", "header_bytes", "rows"))
+            for nbytes, header_bytes, rows in zip(*of_ranks, strict=True):
+                assert nbytes - header_bytes == size * hidden_size * rows
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_rows_of_16_bits_through_the_host_have_the_bits_of_one(
+    precision: str, tmp_path: Path
+) -> None:
+    words = ("--precision", precision, "-n", "21", "--batch-size", "3")
+    one, _ = outputs_of([{"CUDA_VISIBLE_DEVICES": "0"}], tmp_path, *words)
+    two, record = outputs_of([SHARED] * 2, tmp_path, *words, "--exchange", "host")
+    assert one == two
+    assert record["exchange"]["memory"] == "host"
+    assert_rows_have_the_bytes_of(precision, record)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("captured", ["0", "1"])
-def test_two_ranks_over_nccl_have_the_bits_of_one(captured: str, tmp_path: Path) -> None:
+def test_two_ranks_over_nccl_have_the_bits_of_one(
+    captured: str, precision: str, tmp_path: Path
+) -> None:
     pytest.importorskip("lfm2kit_nccl", reason="the exchange over NCCL is a plugin")
     if devices() < 2:
         pytest.skip("it takes two GPUs: NCCL refuses two ranks on one")
-    words = ("-n", "24", "--batch-size", "4")
+    words = ("--precision", precision, "-n", "24", "--batch-size", "4")
     one, _ = outputs_of([{"CUDA_VISIBLE_DEVICES": "0"}], tmp_path, *words)
     variables = {"CUDA_VISIBLE_DEVICES": "0,1", "LFM2KIT_NCCL_CAPTURED": captured}
     nccl = ("--transport", "nccl", "--exchange", "device")

@@ -19,6 +19,7 @@ from lfm2kit_cuda.compiling import SOURCES
 from lfm2kit_cuda.exchange_size import Size
 
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import BF16, F16, F32, PLAIN, Format
 from lfm2kit.progress import COMPILING, THIS_PROCESS
 from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.transport import ExchangeError, ExchangesOver, Traffic, evenly, held_once
@@ -185,7 +186,7 @@ def test_the_largest_rank_settles_a_forward_and_memory_grows_when_it_must(world:
 
     for settled, size in run_ranks(RANKS, rank):
         assert settled == [(3, 1), (5, 1), (1, 1), (70, 2), (9, 2)]
-        assert size == Size(128, K, WIDTH)
+        assert size == Size(128, K, WIDTH, 4)
     assert len(world.runtime.blocks) == RANKS
     assert set(world.runtime.mapped.values()) <= {0, RANKS - 1}
 
@@ -244,7 +245,45 @@ def test_after_too_many_tokens_fewer_need_no_more_memory_than_they_do_alone(worl
         with meeting.around(4):
             return meeting.mailboxes.size
 
-    assert run_ranks(RANKS, rank) == [Size(64, K, WIDTH)] * RANKS
+    assert run_ranks(RANKS, rank) == [Size(64, K, WIDTH, 4)] * RANKS
+
+
+@pytest.mark.parametrize(
+    ("formats", "element"), [((BF16, BF16), 2), ((F16, F32, BF16), 4)], ids=["16 bits", "mixed"]
+)
+def test_mailboxes_have_room_for_the_widest_rows_of_all_layers(
+    world: World, formats: tuple[Format, ...], element: int
+) -> None:
+    def rank(transport: ThreadTransport) -> Size:
+        meeting = meeting_of(world, transport)
+        for row_format in formats:
+            meeting.create(TRAFFIC._replace(row_format=row_format))
+        with meeting.around(4):
+            return meeting.mailboxes.size
+
+    assert run_ranks(RANKS, rank) == [Size(64, K, WIDTH, element)] * RANKS
+
+
+def test_rows_of_16_bits_take_half_of_the_memory_and_products_as_much(world: World) -> None:
+    def rank(transport: ThreadTransport) -> list[int]:
+        meeting = meeting_of(world, transport)
+        return [meeting.scratch_bytes(TRAFFIC._replace(row_format=f), 64) for f in (F32, BF16)]
+
+    rows = 64 * RANKS + 64 * RANKS * K  # in the mailbox, and those that experts get
+    for wide, narrow in run_ranks(RANKS, rank):
+        assert wide - narrow == 2 * rows * WIDTH
+
+
+def test_what_is_counted_in_16_bits_has_half_of_the_bytes_of_rows(world: World) -> None:
+    def rank(transport: ThreadTransport) -> Any:
+        meeting = meeting_of(world, transport)
+        numbers = np.array([1, 5, 7, 11, 0, 0, *[2] * EXPERTS], np.int64)  # as exchange.cu counts
+        return [meeting.create(TRAFFIC._replace(row_format=f))._counts(numbers) for f in (F32, F16)]
+
+    for wide, narrow in run_ranks(RANKS, rank):
+        assert wide.dispatch.bytes - narrow.dispatch.bytes == 7 * 2 * WIDTH
+        assert wide.dispatch.header_bytes == narrow.dispatch.header_bytes
+        assert wide.combine == narrow.combine
 
 
 def test_a_failure_names_rank_and_exchange_and_no_forward_follows(world: World) -> None:
@@ -310,16 +349,21 @@ PARAMETERS = re.compile(
 )
 
 
-def test_kernels_are_launched_with_the_arguments_that_they_have(world: World) -> None:
+@pytest.mark.parametrize("row_format", PLAIN, ids=str)
+def test_kernels_are_launched_with_the_arguments_that_they_have(
+    world: World, row_format: Format
+) -> None:
     def rank(transport: ThreadTransport) -> None:
         meeting = meeting_of(world, transport)
-        exchange = meeting.create(TRAFFIC)
+        exchange = meeting.create(TRAFFIC._replace(row_format=row_format))
         with meeting.around(5):
             x, weights = (late_cupy.empty((5, w), np.float32) for w in (WIDTH, K))
             rows = exchange.dispatch(x, late_cupy.empty((5, K), np.int32), weights)
             assert rows.x.shape == (RANKS * 5 * K, WIDTH)
+            assert rows.x.dtype == row_format.block
             assert rows.expert_ids.shape == rows.expert_weights.shape == (RANKS * 5 * K, 1)
-            assert exchange.combine(rows.x).shape == (5, WIDTH)
+            products = late_cupy.empty(rows.x.shape, np.float32)
+            assert exchange.combine(products).shape == (5, WIDTH)
 
     run_ranks(RANKS, rank)
     text = "".join((SOURCES / name).read_text() for name in ("exchange.cu", "peers.cu"))
@@ -333,6 +377,7 @@ def test_kernels_are_launched_with_the_arguments_that_they_have(world: World) ->
             dtype = getattr(argument, "dtype", None)
             if dtype is not None:
                 kind = {"float": np.float32, "int": np.int32, "u64": np.uint64}
+                kind["Row"] = row_format.block
                 wanted = next((kind[w] for w in kind if f"{w}*" in words), None)
                 assert wanted is None or dtype == wanted, (name, words)
 

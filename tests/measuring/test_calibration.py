@@ -13,11 +13,14 @@ import pytest
 
 from lfm2kit import specs
 from lfm2kit.backend import (
+    BF16,
+    F32,
     Backend,
     BackendPlugin,
     Block,
     Ceilings,
     Context,
+    Format,
     Precision,
     Spec,
     Weights,
@@ -39,6 +42,7 @@ from lfm2kit.precisions import FP32, FP32_GRADE
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import StreamedExperts
 from tests.conformance.late import LateBackend
+from tests.core.rounding import RoundingBackend
 from tests.core.test_model import DeviceBackend
 from tests.random_model import RANDOM
 
@@ -170,6 +174,18 @@ def test_the_seconds_are_of_one_expert_and_the_file_is_read_back(
     assert {"processor", "cores", "threads", "lfm2kit"} <= measured.machine.keys()
     write_document(tmp_path / "rates.json", measured.document())
     assert read_calibration(tmp_path / "rates.json") == measured
+
+
+@pytest.mark.parametrize(
+    ("backend", "row_format"), [(Seen([]), F32), (RoundingBackend(BF16), BF16)], ids=["F32", "BF16"]
+)
+def test_the_format_in_which_experts_read_rows_is_kept(
+    backend: Backend, row_format: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = setup("seen", seen=backend)
+    monkeypatch.setattr(Stopwatch, "seconds", lambda self, call: 0.032)
+    measured, _ = calibrated(there, measurable(there))
+    assert by_name(measured)["seen"].row_format == row_format
 
 
 @pytest.mark.parametrize("backend", [DeviceBackend(), LateBackend()])

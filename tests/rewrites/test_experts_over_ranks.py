@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,11 @@ import pytest
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Batch, Block, Memory, Spec
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.exchange_round import Buffers
+from lfm2kit.formats import BF16, F16, F32, PLAIN, Format
+from lfm2kit.host_exchange import HostExchange, scratch_bytes
 from lfm2kit.memory import Array
-from lfm2kit.model import Forward, RoutedExperts
+from lfm2kit.model import LFM2, Forward, RoutedExperts
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import built_in
 from lfm2kit.rewrites.experts_over_ranks import (
@@ -25,6 +28,7 @@ from lfm2kit.rewrites.experts_over_ranks import (
 from lfm2kit.rewrites.trim import TRIM, TrimmedLayer
 from lfm2kit.testing import ThreadTransport, check_exchange, run_ranks
 from lfm2kit.transport import ExchangeOffer, Owners, Rows, Traffic, World, held_once, share
+from tests.core.rounding import RoundingBackend, Silent
 from tests.core.small import build, random_weights, small_spec
 from tests.core.test_model import Box, DeviceBackend, FusingBackend, Recorded
 
@@ -362,6 +366,92 @@ def test_a_rank_that_is_only_planned_cannot_be_built() -> None:
 def test_a_process_alone_has_nothing_to_share() -> None:
     assert [r.name for r in built_in(World(), None)] == ["trim"]
     assert [r.name for r in built_in(World(1, 2), None)] == ["trim", "experts-over-ranks"]
+
+
+def rounding(backend: RoundingBackend, **more: Any) -> LFM2:
+    """Return a small model whose experts round what they read."""
+    return build(small_spec(), "rounding", {"rounding": backend}, **more)
+
+
+def logits_over_ranks(backends: Sequence[RoundingBackend], make: Any = ThreadTransport) -> Any:
+    """Return the logits of each rank's sequences, with a backend for each rank."""
+
+    def rank(transport: ThreadTransport) -> Any:
+        number, size = transport.world.rank, transport.world.size
+        model = rounding(backends[number], rewrites=[over_ranks(transport)])
+        return model.logits(share_of(number, size)).copy()
+
+    return run_ranks(len(backends), rank, make=make)
+
+
+def assert_alone_has_these(everyones: Any, row_format: Format) -> None:
+    model = rounding(RoundingBackend(row_format))
+    for number, mine in enumerate(everyones):
+        assert np.array_equal(mine, model.logits(share_of(number, len(everyones))))
+
+
+@pytest.mark.parametrize("row_format", [BF16, F16], ids=str)
+def test_experts_that_read_16_bits_get_them_and_give_the_bits_of_one_process(
+    row_format: Format,
+) -> None:
+    backends = [RoundingBackend(row_format) for _ in range(3)]
+    assert_alone_has_these(logits_over_ranks(backends), row_format)
+    assert [backend.types for backend in backends] == [{row_format.block}] * 3
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_an_exchange_that_knows_nothing_of_16_bits_gives_their_experts_float32(size: int) -> None:
+    class Rounding(ThreadTransport):
+        def exchange_in(self, memory: Memory) -> ExchangeOffer | None:
+            buffers = Buffers()
+            return ExchangeOffer(
+                memory,
+                lambda traffic: HostExchange(self, traffic._replace(row_format=F32), buffers),
+            )
+
+    backends = [RoundingBackend(BF16) for _ in range(size)]
+    assert_alone_has_these(logits_over_ranks(backends, Rounding), BF16)
+    assert [backend.types for backend in backends] == [{F32.block}] * size
+
+
+def test_experts_that_say_nothing_get_float32() -> None:
+    backends = [Silent(F16) for _ in range(2)]
+    assert_alone_has_these(logits_over_ranks(backends), F16)
+    assert [backend.types for backend in backends] == [{F32.block}] * 2
+
+
+def test_ranks_whose_experts_read_rows_in_different_formats_send_float32() -> None:
+    """As where one of them splits its experts between memories."""
+    backends = [RoundingBackend(BF16), Silent(BF16), RoundingBackend(BF16)]
+    assert_alone_has_these(logits_over_ranks(backends), BF16)
+    assert [backend.types for backend in backends] == [{F32.block}] * 3
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_a_planned_exchange_takes_follows_from_the_format(number: int) -> None:
+    spec = experts_over_ranks(World(number, 2), None).apply(small_spec())
+    layer = spec.layers[3]
+    assert isinstance(layer, specs.Layer)
+    moe = layer.feed_forward
+    assert isinstance(moe, ExpertParallelMoe)
+
+    def planned(row_format: Format) -> int:
+        rewrite = experts_over_ranks(World(number, 2), None)
+        join = rewrite.joins[ExpertParallelMoe](HOST)
+        assert join.reading is not None
+        there = join.reading({"router": F32, "experts": row_format})
+        return there.exchange_bytes(moe, 100)
+
+    for row_format in PLAIN:
+        assert planned(row_format) == scratch_bytes(number, moe.traffic(row_format), 100)
+    assert planned(BF16) == planned(F16) < planned(F32)
+
+
+def test_a_format_that_no_rows_have_is_named_with_its_backend() -> None:
+    said = r"row_format of backend 'rounding' returned Format\(.* return F32, BF16 or F16"
+    odd = Format("Q4_0", 32, np.dtype("V18"), lambda data: data)
+    with pytest.raises(Lfm2kitError, match=said):
+        rounding(RoundingBackend(odd), rewrites=[experts_over_ranks(World(0, 2), None)])
 
 
 def test_models_without_experts_stay_as_they_are() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from lfm2kit.backend import BF16, F16, Format
 from lfm2kit.building.curves import Curve
 from lfm2kit.building.load import Load, unused
 from lfm2kit.building.rank_rates import ExchangeKey, ExchangeRates
@@ -81,6 +84,22 @@ def test_two_ranks_exchange_three_messages_a_layer_and_gather_one() -> None:
     assert both["ep"].sent_messages.tolist() == [6 * 3, 6 * 3 + 1]
     assert both["dp"].sent_messages.tolist() == [0, 1]
     assert both["dp"].kept_bytes - both["ep"].kept_bytes == 6 * 8 * EXPERT
+
+
+@pytest.mark.parametrize("row_format", [BF16, F16], ids=str)
+def test_rows_of_16_bits_are_sent_as_such_and_take_less_time(row_format: Format) -> None:
+    text = "ranks=4,n=32,link=8Mbit,latency=1ns"
+    wide, (side,) = calibration(FAST, FAST), calibration(FAST, FAST).sides
+    narrow = replace(wide, sides=(replace(side, row_format=row_format),))
+    before, after = (predictions(text, rates)["ep"] for rates in (wide, narrow))
+    routing, layout = drawn(TINY.spec, None, 32, 16), Layout(range(4), layouts(range(4))["ep"], 128)
+    counts = Job.of(TINY.spec, layout, 32).counts(routing)
+    rows = [sum(layer.dispatch.rows for layer in rank.values()) for rank in counts]
+    hidden_size = TINY.spec.embed_tokens.hidden_size
+    saved = before.sent_bytes - after.sent_bytes
+    assert saved.tolist() == [2 * hidden_size * sent for sent in rows]
+    assert before.sent_messages.tolist() == after.sent_messages.tolist()
+    assert after.parts.exchange < before.parts.exchange
 
 
 def test_the_time_of_bytes_is_that_of_the_busiest_direction() -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lfm2kit.backend import API_VERSION, BF16, F16, BackendPlugin, Format
 from lfm2kit.building.load import Load, unused
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
+from lfm2kit.building.plugins import InstalledBackend, Plugins
 from lfm2kit.measuring.running import run_samples
 from lfm2kit.ranks.balancing import owners_by
 from lfm2kit.ranks.groups import Grouping
 from lfm2kit.simulating.jobs import Job, Layout
 from lfm2kit.simulating.routing import Routing, RoutingRecorder, drawn
 from lfm2kit.testing import ThreadTransport, run_ranks
+from tests.core.rounding import RoundingBackend
 from tests.random_model import RANDOM
 
 SEQ_LEN, SAMPLES = 3, 21
@@ -59,6 +62,30 @@ def test_real_ranks_send_what_is_calculated(
     assert [told(counts) for counts in job.counts(routing)] == [of(one) for one in counted]
     sent = [asdict(sent) for sent in job.gathered(RANDOM.spec.embed_tokens.vocab_size)]
     assert sent == [one["gather"] | {"seconds": 0.0} for one in counted]
+
+
+@pytest.mark.parametrize("row_format", [BF16, F16], ids=str)
+def test_real_ranks_send_rows_of_16_bits_as_calculated(row_format: Format) -> None:
+    """Their routing is recorded too: experts that round change what later layers choose."""
+    backend, ranks, grouping = RoundingBackend(row_format), 3, groups_of(3, 3)
+    plugins = Plugins([])
+    plugin = BackendPlugin("rounding", "of this test", lambda _: backend, API_VERSION)
+    plugins.backends["rounding"] = InstalledBackend(plugin, "tests")
+    asked = replace(OPTIONS, backend="rounding")
+    recorder = RoutingRecorder()
+    model = set_up(RANDOM, asked, plugins=plugins, rewrites=[recorder.rewrite()]).build()
+    run_samples(model, INPUTS, 5)
+
+    def rank(transport: ThreadTransport) -> Any:
+        there = set_up(RANDOM, asked, plugins=plugins, transport=transport, grouping=grouping).build()
+        return run_samples(there, INPUTS, 4, transport=transport, groups=grouping.groups).exchanged
+
+    counted = run_ranks(ranks, rank)[0].ranks
+    formats = dict.fromkeys(range(len(RANDOM.spec.layers)), row_format)
+    layout = Layout([0] * ranks, grouping, 4)
+    job = Job.of(RANDOM.spec, layout, SAMPLES, row_formats=formats)
+    counts = job.counts(recorder.routing(SEQ_LEN))
+    assert [told(one) for one in counts] == [of(one) for one in counted]
 
 
 def of(rank: dict[str, Any]) -> dict[int, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lfm2kit.exchange_round import Buffers
+from lfm2kit.formats import BF16, F16, rounded
 from lfm2kit.host_exchange import ExchangeInPieces, HostExchange
 from lfm2kit.memory import Memory
 from lfm2kit.testing import (
@@ -244,6 +245,49 @@ class LeavingPadding(HostExchange):
         return delta
 
 
+class Truncating(HostExchange):
+    """Cuts off the lower bits of rows instead of rounding them."""
+
+    def dispatch(self, x: Any, *experts: Any) -> Rows:
+        bits = {BF16: 16, F16: 13}.get(self._traffic.row_format, 0)
+        cut = np.ascontiguousarray(x).view(np.uint32) >> np.uint32(bits) << np.uint32(bits)
+        return super().dispatch(cut.view(np.float32), *experts)
+
+
+class Overflowing(HostExchange):
+    """Lets too large a number become infinite in F16, as NumPy does."""
+
+    def dispatch(self, x: Any, *experts: Any) -> Rows:
+        if self._traffic.row_format == F16:
+            x = np.where(np.abs(x) > 65519, np.copysign(np.float32(np.inf), x), x)
+        return super().dispatch(x, *experts)
+
+
+class RoundingTwice(HostExchange):
+    """Rounds to BF16 what experts read in F16."""
+
+    def dispatch(self, x: Any, *experts: Any) -> Rows:
+        if self._traffic.row_format == F16:
+            x = BF16.unpack(rounded(x, BF16))
+        return super().dispatch(x, *experts)
+
+
+class Reinterpreting(HostExchange):
+    """Says of bits in 16 that they are whole numbers, whatever the format is."""
+
+    def dispatch(self, *tokens: Any) -> Rows:
+        rows = super().dispatch(*tokens)
+        return rows._replace(x=rows.x.view(np.int16) if rows.x.itemsize == 2 else rows.x)
+
+
+class Widening(HostExchange):
+    """Gives rounded rows in float32, which experts take for what was not rounded."""
+
+    def dispatch(self, *tokens: Any) -> Rows:
+        rows = super().dispatch(*tokens)
+        return rows._replace(x=self._traffic.row_format.unpack(rows.x))
+
+
 class Splitting(ExchangeInPieces):
     """Gives each expert its rows in two calls."""
 
@@ -285,6 +329,11 @@ def offering(create: type[HostExchange]) -> type[ThreadTransport]:
         (CountingOn, "rows .* came by expert, counted"),
         (NotClearing, "the products added in the order of k"),
         (LeavingPadding, "the products added in the order of k"),
+        (Truncating, "rows came with other bits than those of their tokens in BF16"),
+        (Overflowing, "rows came with other bits than those of their tokens in F16"),
+        (RoundingTwice, "rows came with other bits than those of their tokens in F16"),
+        (Reinterpreting, "rows of int16 came, and not of uint16 or float32"),
+        (Widening, "rows came with other bits than those of their tokens in BF16"),
         (Splitting, r"the experts \[.*\] were called several times"),
         (Dropping, "which are this rank's to compute"),
     ],

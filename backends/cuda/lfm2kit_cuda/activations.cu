@@ -1,5 +1,5 @@
-// Writes activations into slabs (slabs.cuh), where no other kernel leaves them there: rounded, split in
-// three terms, or gathered.  A CTA per row of the slabs; row r is row source_m[r] of what is read (null:
+// Writes activations into slabs (slabs.cuh), where no other kernel leaves them there: rounded, placed
+// if they are rounded already, split in three terms, or gathered.  A CTA per row of the slabs; row r is row source_m[r] of what is read (null:
 // r itself), and where that is negative, nothing is written.  k elements per row, then zeros.
 #include "dependent.cuh"
 #include "slabs.cuh"
@@ -25,6 +25,22 @@ extern "C" __global__ void round_BF16(const float* x_mk, BF16* slabs, int k, int
 }
 extern "C" __global__ void round_F16(const float* x_mk, F16* slabs, int k, int extent) {
   round_rows(x_mk, slabs, k, extent);
+}
+
+// Places rows of 16 bits.
+extern "C" __global__ void place_rows(const u16* x_mk, const int* source_m, u16* slabs, int k,
+                                      int extent) {
+  int row = source_row(source_m);
+  if (row < 0) return;
+  const u16* from = x_mk + size_t(row) * k;
+  if (k % kChunk) {
+    for (int i = threadIdx.x; i < padded(k); i += blockDim.x)
+      slabs[in_slabs(blockIdx.x, i, extent)] = i < k ? from[i] : 0;
+    return;
+  }
+  for (int i = threadIdx.x * kChunk; i < padded(k); i += blockDim.x * kChunk)
+    *reinterpret_cast<uint4*>(slabs + in_slabs(blockIdx.x, i, extent)) =
+        i < k ? *reinterpret_cast<const uint4*>(from + i) : uint4{};
 }
 
 // Splits x in three terms of BF16, whose exact sum is x: each is the nearest to what the terms before

@@ -17,7 +17,7 @@ THREADS = 256
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of float32, one after the other."""
+    """Rows one after the other, of float32 or of the 16 bits that products read."""
 
     array: cupy.ndarray  # [rows, columns]
 
@@ -76,6 +76,18 @@ def rounded(x: cupy.ndarray, dtype: str) -> Slabs:
     slabs = empty_slabs(rows, columns)
     kernel = load_kernel("activations", f"round_{dtype}")
     kernel((rows,), THREADS, x, slabs.array, columns, slabs.extent)
+    return slabs
+
+
+def placed(x: cupy.ndarray, source: cupy.ndarray | None) -> Slabs:
+    """Return rows of 16 bits [rows, columns], which are rounded already.
+
+    With a source, row i is row source[i] of x, as `gathered` has it.
+    """
+    rows, columns = len(x) if source is None else len(source), x.shape[1]
+    slabs = empty_slabs(rows, columns)
+    kernel = load_kernel("activations", "place_rows")
+    kernel((rows,), THREADS, x, source, slabs.array, columns, slabs.extent)
     return slabs
 
 

@@ -37,6 +37,7 @@ from lfm2kit_cuda.ceilings import measure_ceilings
 from lfm2kit_cuda.choosing import hardware
 from lfm2kit_cuda.device import choose_device, on_device
 from lfm2kit_cuda.figures import Figures
+from lfm2kit_cuda.gemm16 import HALVES
 from lfm2kit_cuda.memory import memory_of
 from lfm2kit_cuda.paging import state_bytes
 from lfm2kit_cuda.products import read_format
@@ -141,6 +142,11 @@ class CudaBackend:
             else F32
             for name, shape in spec.parameters().items()
         }
+
+    def row_format(self, spec: Spec) -> Format:
+        """Return the precision's activations for experts: other blocks round on their own."""
+        is_of_experts = isinstance(spec, specs.Experts | StreamedExperts)
+        return HALVES.get(self._gemm.activation, F32) if is_of_experts else F32
 
     def scratch_bytes(self, spec: Spec, tokens: int) -> int:
         with on_device(self._memory.device):

@@ -1,6 +1,7 @@
 // The exchange of tokens between the GPUs of a machine (exchange.py): `send_tokens` and `take_rows`
 // are its dispatch, `send_products` and `add_products` its combine.  t tokens of this rank, k experts
-// of a token, h hidden_size, e experts, r rows for this rank's experts.
+// of a token, h hidden_size, e experts, r rows for this rank's experts.  ROW is the type in which experts
+// read rows: F32, or one of 16 bits, to which a token's rank rounds them before they are sent.
 //
 // Each rank has a mailbox, which all others have mapped.  A place in it follows from the rank, token
 // and k that it is for, so ranks tell each other no positions, and nobody needs to know how many rows
@@ -18,7 +19,10 @@
 // and passed on in the flags: each rank's waits end, and its rows and sums are nobody's and NaN.
 #include "dependent.cuh"
 #include "peers.cuh"
+#include "types.cuh"
 #include "vector.cuh"
+
+using Row = ROW;
 
 constexpr int kThreads = THREADS, kMostRanks = MOST_RANKS, kLine = LINE;
 constexpr int kLanes = LANES;   // threads that have a row together; a CTA has several rows at once
@@ -56,33 +60,36 @@ struct Statistics {
 static_assert(sizeof(Statistics) == 8 * kStatistics, "as exchange.py reads them");
 
 // The place of everything in a mailbox that has room for `tokens` tokens of each rank, and the largest
-// k and h of all layers: the same in all mailboxes and calls.
+// k, h and bytes of an element of a row of all layers: the same in all mailboxes and calls.
 struct Mailbox {
   char* at;
-  int ranks, tokens, k, h;
+  int ranks, tokens, k, h, element;
 
   __device__ Line* dispatched(int source) const { return reinterpret_cast<Line*>(at) + source; }
   __device__ Line* returned(int source) const { return dispatched(kMostRanks + source); }
   __device__ size_t pairs() const { return size_t(tokens) * k; }
-  __device__ float* x(int source) const {  // [ranks][tokens][h]
-    return reinterpret_cast<float*>(dispatched(2 * kMostRanks)) + size_t(source) * tokens * h;
+  __device__ float* products() const {  // [tokens][k][h]
+    return reinterpret_cast<float*>(dispatched(2 * kMostRanks));
   }
-  __device__ float* products() const { return x(ranks); }  // [tokens][k][h]
-  __device__ int* ids(int source) const {                  // [ranks][tokens][k]
+  __device__ int* ids(int source) const {  // [ranks][tokens][k]
     return reinterpret_cast<int*>(products() + pairs() * h) + source * pairs();
   }
   __device__ float* weights(int source) const {  // [ranks][tokens][k]
     return reinterpret_cast<float*>(ids(ranks)) + source * pairs();
+  }
+  __device__ Row* x(int source) const {  // [ranks][tokens][h]; last, as it may end in half a word
+    char* first = reinterpret_cast<char*>(weights(ranks));
+    return reinterpret_cast<Row*>(first + size_t(source) * tokens * h * element);
   }
 };
 
 // The mailboxes of all ranks, as this one sees them.
 struct Ranks {
   const u64* base;  // of each
-  int rank, ranks, tokens, k, h;
+  int rank, ranks, tokens, k, h, element;
 
   __device__ Mailbox of(int r) const {
-    return {reinterpret_cast<char*>(base[r]), ranks, tokens, k, h};
+    return {reinterpret_cast<char*>(base[r]), ranks, tokens, k, h, element};
   }
   __device__ Mailbox own() const { return of(rank); }
 };
@@ -157,9 +164,16 @@ struct Rows {
   }
 };
 
+// A part of a row as experts read it.
+__device__ inline Narrow<Row> rounded(Vector part) {
+  Narrow<Row> row;
+  store(row.of, part);
+  return row;
+}
+
 // Calls put(i, part) for the parts of a row that a thread has.
-template <class Put>
-__device__ inline void for_parts(const float* row, int h, int lane, Put put) {
+template <class Stored, class Put>
+__device__ inline void for_parts(const Stored* row, int h, int lane, Put put) {
   constexpr int kStep = kLanes * VECTOR;
   for (int i0 = lane * VECTOR; i0 < h; i0 += kTogether * kStep) {
     Vector parts[kTogether];
@@ -193,8 +207,8 @@ __device__ inline void announce(u32 call, u32 tokens, const Ranks& all, State* s
 extern "C" __global__ void __launch_bounds__(kThreads)
     send_tokens(const float* x_th, const int* ids_tk, const float* weights_tk, int tokens,
                 const int* owners_e, const u64* base, int rank, int ranks, int most, int most_k,
-                int most_h, int h, State* state, Statistics* statistics) {
-  Ranks all{base, rank, ranks, most, most_k, most_h};
+                int most_h, int element, int h, State* state, Statistics* statistics) {
+  Ranks all{base, rank, ranks, most, most_k, most_h, element};
   Rows mine;
   wait_for_previous();
   let_next_start();
@@ -218,9 +232,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
     if (!wanted) continue;
     for_parts(x_th + size_t(t) * h, h, mine.lane, [&](int i, Vector part) {
+      Narrow<Row> row = rounded(part);
       for (int to = 0; to < ranks; ++to)
         if (wanted >> to & 1)
-          store_to_peer(reinterpret_cast<Vector*>(all.of(to).x(rank) + size_t(t) * h + i), part);
+          store_to_peer(reinterpret_cast<Narrow<Row>*>(all.of(to).x(rank) + size_t(t) * h + i), row);
     });
   }
   if (mine.lane == 0 && sent) atomicAdd(&statistics->rows_sent, u64(sent));
@@ -236,9 +251,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 extern "C" __global__ void __launch_bounds__(kThreads)
     take_rows(const float* x_th, const int* ids_tk, const float* weights_tk, int tokens,
               const int* owners_e, const u64* base, int rank, int ranks, int most, int most_k,
-              int most_h, int h, int slots, float* rows_rh, int* ids_r, float* weights_r, u32 layer,
-              State* state, Control* control, Statistics* statistics) {
-  Mailbox box = Ranks{base, rank, ranks, most, most_k, most_h}.own();
+              int most_h, int element, int h, int slots, Row* rows_rh, int* ids_r, float* weights_r,
+              u32 layer, State* state, Control* control, Statistics* statistics) {
+  Mailbox box = Ranks{base, rank, ranks, most, most_k, most_h, element}.own();
   Rows mine;
   int source = blockIdx.y;
   bool is_first = blockIdx.x == 0 && source == 0, is_own = source == rank;
@@ -250,7 +265,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     atomicAdd(&statistics->ns_of_dispatch, nanoseconds() - start);
   let_next_start();
   auto* rows_of_e = reinterpret_cast<u64*>(statistics + 1);
-  const float* from = is_own ? x_th : box.x(source);
   const int* ids = is_own ? ids_tk : box.ids(source);
   const float* weights = is_own ? weights_tk : box.weights(source);
   int came = is_own ? tokens : int(load_relaxed(&box.dispatched(source)->tokens));
@@ -269,20 +283,23 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       if (id >= 0) atomicAdd(rows_of_e + id, u64(1));
     }
     if (!taken) continue;
-    for_parts(from + size_t(t) * h, h, mine.lane, [&](int i, Vector part) {
+    auto put = [&](int i, Vector part) {
 #pragma unroll
       for (int j = 0; j < TAKEN; ++j)
         if (taken >> j & 1) store(rows_rh + (row + j) * h + i, part);
-    });
+    };
+    size_t first = size_t(t) * h;
+    if (is_own) for_parts(x_th + first, h, mine.lane, put);
+    else for_parts(box.x(source) + first, h, mine.lane, put);
   }
 }
 
 // The product of each row that is not padding back to the rank of its token.  blockIdx.y is that rank.
 extern "C" __global__ void __launch_bounds__(kThreads)
     send_products(const float* products_rh, const int* ids_r, const u64* base, int rank, int ranks,
-                  int most, int most_k, int most_h, int h, int slots, State* state,
+                  int most, int most_k, int most_h, int element, int h, int slots, State* state,
                   Statistics* statistics) {
-  Ranks all{base, rank, ranks, most, most_k, most_h};
+  Ranks all{base, rank, ranks, most, most_k, most_h, element};
   Rows mine;
   int to = blockIdx.y, sent = 0;
   wait_for_previous();
@@ -306,10 +323,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // bit of a sum; without any other id the sum is +0 (see `combine` in experts.cu).
 extern "C" __global__ void __launch_bounds__(kThreads)
     add_products(const float* products_rh, const int* ids_tk, int tokens, const int* owners_e,
-                 const u64* base, int rank, int ranks, int most, int most_k, int most_h, int h,
-                 int slots, float* delta_th, u32 layer, State* state, Control* control,
+                 const u64* base, int rank, int ranks, int most, int most_k, int most_h, int element,
+                 int h, int slots, float* delta_th, u32 layer, State* state, Control* control,
                  Statistics* statistics) {
-  Mailbox box = Ranks{base, rank, ranks, most, most_k, most_h}.own();
+  Mailbox box = Ranks{base, rank, ranks, most, most_k, most_h, element}.own();
   Rows mine;
   wait_for_previous();
   u64 start = nanoseconds();

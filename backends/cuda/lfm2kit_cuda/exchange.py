@@ -71,7 +71,7 @@ class PeerExchange:
                 "`forward` inside of `running(tokens)`"
             )
         rows = Rows(
-            cupy.empty((ranks * slots * k, hidden_size), np.float32),
+            cupy.empty((ranks * slots * k, hidden_size), self._traffic.row_format.block),
             cupy.empty((ranks * slots * k, 1), np.int32),
             cupy.empty((ranks * slots * k, 1), np.float32),
         )
@@ -113,13 +113,15 @@ class PeerExchange:
     def _kernel(self, name: str) -> Kernel:
         vector = 4 if self._traffic.hidden_size % 4 == 0 else 1
         taken = self._traffic.num_experts_per_tok
-        return load_kernel("exchange", name, VECTOR=vector, TAKEN=taken)
+        row = self._traffic.row_format.name
+        return load_kernel("exchange", name, VECTOR=vector, TAKEN=taken, ROW=row)
 
     def _counts(self, numbers: npt.NDArray[np.int64]) -> ExchangeCounts:
         """Return the counts by what kernels have counted; see `Statistics` in exchange.cu."""
         of_calls, expert_rows = np.split(numbers, [EXCHANGE.STATISTICS])
         calls, tokens, rows_sent, products_sent, *nanoseconds = of_calls.tolist()
-        others, row_bytes = self._meeting.world.size - 1, WORD * self._traffic.hidden_size
+        others, hidden_size = self._meeting.world.size - 1, self._traffic.hidden_size
+        row_bytes = self._traffic.row_format.nbytes((hidden_size,))
         lines = WORD * LINE_WORDS * calls * others
         headers = 2 * WORD * self._traffic.num_experts_per_tok * tokens * others + lines
         return ExchangeCounts(
@@ -129,7 +131,7 @@ class PeerExchange:
                 1e-9 * nanoseconds[0],
             ),
             combine=Sent(
-                calls * others, products_sent, products_sent * row_bytes + lines, lines,
+                calls * others, products_sent, products_sent * WORD * hidden_size + lines, lines,
                 1e-9 * nanoseconds[1],
             ),
             copied_rows=int(expert_rows.sum()),

@@ -13,9 +13,11 @@ import cupy
 
 from lfm2kit.backend import BF16, F16, Tensor
 from lfm2kit_cuda.activations import (
+    Rows,
     Slabs,
     empty_slabs,
     gathered,
+    placed,
     rounded,
     slabs_bytes,
     zero_slabs,
@@ -94,6 +96,9 @@ class TensorCoreGemm:
         return zero_slabs(rows, columns)
 
     def rounded(self, x: cupy.ndarray) -> Any:
+        """Return what products read: of rows that another rank has rounded, as they are."""
+        if x.dtype == self.packed_format.block:
+            return Rows(x)
         return rounded(x, self.activation)
 
     def empty_bytes(self, rows: int, columns: int) -> int:
@@ -154,8 +159,11 @@ class TensorCoreGemm:
 
     def _slabs(self, x: Any, tiles: RowTiles | None) -> Slabs:
         """Return the activations in the order of the tiles."""
+        source = None if tiles is None else tiles.source
+        if isinstance(x, Rows):
+            return placed(x.array, source)
         slabs: Slabs = x
-        return slabs if tiles is None or tiles.source is None else gathered(slabs, tiles.source)
+        return slabs if source is None else gathered(slabs, source)
 
     def _launch(
         self,

@@ -39,7 +39,7 @@ class Meeting:
         self.slots = 0  # tokens of each rank that a forward has room for
         self._transport = transport
         self._lock = RLock()
-        self._most = Size(0, 1, 1)
+        self._most = Size(0, 1, 1, 1)
         self._mailboxes: Mailboxes | None = None
         self._generation = 0  # of the mailboxes, whose addresses graphs have
         self._exchanges: WeakValueDictionary[int, PeerExchange] = WeakValueDictionary()
@@ -58,15 +58,13 @@ class Meeting:
 
     def scratch_bytes(self, traffic: Traffic, tokens: int) -> int:
         """Return the bytes that exchanges of this traffic take for `tokens` tokens of each rank."""
-        size = Size(_rounded(tokens), traffic.num_experts_per_tok, traffic.hidden_size)
-        return size.scratch_bytes(self.world.size)
+        return Size.of(traffic, _rounded(tokens)).scratch_bytes(self.world.size)
 
     def create(self, traffic: Traffic) -> PeerExchange:
         exchange = PeerExchange(self, self._created, traffic)
         self._exchanges[self._created] = exchange
         self._created += 1
-        k, hidden_size = traffic.num_experts_per_tok, traffic.hidden_size
-        self._most = self._most.covering(Size(0, k, hidden_size))
+        self._most = self._most.covering(Size.of(traffic))
         return exchange
 
     def why_not(self) -> str | None:
@@ -125,7 +123,7 @@ class Meeting:
 
     def _make_room(self) -> None:
         """Make larger mailboxes if this forward needs them, as every other rank does then."""
-        needed = self._most.covering(Size(_rounded(self.slots), 1, 1))
+        needed = self._most.covering(Size(_rounded(self.slots), 1, 1, 1))
         if self._mailboxes is not None:
             if self._mailboxes.size.covering(needed) == self._mailboxes.size:
                 return

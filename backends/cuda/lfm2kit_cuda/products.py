@@ -95,7 +95,7 @@ class Arithmetic(Protocol):
         ...
 
     def rounded(self, x: cupy.ndarray) -> Any:
-        """Return float32 activations as products read them."""
+        """Return activations as products read them: of float32, or rounded to 16 bits already."""
         ...
 
     def empty_bytes(self, rows: int, columns: int) -> int:

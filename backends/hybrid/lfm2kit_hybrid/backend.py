@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from lfm2kit.backend import (
+    F32,
     HOST,
     Backend,
     Block,
@@ -25,6 +26,7 @@ from lfm2kit.backend import (
     MemoryFigures,
     Near,
     PinsMemory,
+    ReadsRows,
     Room,
     Signals,
     Spec,
@@ -110,6 +112,10 @@ class HybridBackend:
     def kept_formats(self, spec: Spec, weights: Weights) -> Mapping[str, Format]:
         backend = self._backend_of(spec)
         return backend.kept_formats(spec, weights) if isinstance(backend, KeepsFormats) else {}
+
+    def row_format(self, spec: Spec) -> Format:
+        backend = self._backend_of(spec)
+        return backend.row_format(spec) if isinstance(backend, ReadsRows) else F32
 
     def notes(self) -> list[str]:
         return self._notes

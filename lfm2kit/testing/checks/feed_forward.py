@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from lfm2kit import specs
+from lfm2kit.backend import F32, ReadsRows
+from lfm2kit.formats import rounded
 from lfm2kit.rewrites import StreamedExperts
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
@@ -135,6 +137,34 @@ def experts_of_others_add_nothing(trial: Trial) -> None:
 
 
 @check
+def experts_read_rounded_rows(trial: Trial) -> None:
+    """Experts whose `row_format` has 16 bits give the same bits for rows that are rounded already.
+
+    Ranks then send each other such rows.  Among them are numbers that the format cannot hold.
+    """
+    backend = trial.backend
+    if not isinstance(backend, ReadsRows):
+        raise Skipped("it has no `row_format`")
+    edges = np.array([7e4, -7e4, 2**-25, 1 + 2**-8, 1 + 2**-11, -0.0], np.float32)
+    narrow = [(s, f) for s in _whole_and_streamed(trial) if (f := backend.row_format(s)) != F32]
+    if not narrow:
+        raise Skipped("its experts read float32")
+    for spec, row_format in narrow:
+        block = trial.build(spec, trial.random_weights(spec))
+        experts = spec if isinstance(spec, specs.Experts) else spec.experts
+        for rows in (0, 1, 17, 129):
+            x, ids, weights = random_inputs(experts, trial.rng, rows)
+            x[::5] = np.resize(edges, x[::5].shape)
+            want = block(x, ids, weights)
+            got = block(rounded(x, row_format), ids, weights)
+            if got.shape != want.shape or got.tobytes() != want.tobytes():
+                raise CheckFailed(
+                    f"{spec} at {rows} rows: rows in {row_format} give other bits than the float32 "
+                    "that they were rounded from"
+                )
+
+
+@check
 def streamed_experts_are_their_own(trial: Trial) -> None:
     """Blocks of `StreamedExperts` share slots, and each call finds its block's own experts there.
 
@@ -183,6 +213,14 @@ def experts_split_by_slot_bitwise(trial: Trial) -> None:
                     one = some[:, k : k + 1].copy(), weights[:, k : k + 1].copy()
                     total = total + block(x, *one)
                 assert_same(whole, total, f"{spec} at {rows} rows, one call and its slots added")
+
+
+def _whole_and_streamed(trial: Trial) -> list[specs.Experts | StreamedExperts]:
+    """Return the experts that the backend builds, and those that it streams."""
+    whole = _experts(trial)
+    streamed = [StreamedExperts(spec, 0, 2, 1) for spec in whole]
+    builds = [spec for spec in streamed if trial.backend.why_unsupported(spec) is None]
+    return [*whole, *builds]
 
 
 def _experts(trial: Trial) -> list[specs.Experts]:

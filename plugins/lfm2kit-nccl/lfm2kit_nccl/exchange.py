@@ -2,7 +2,8 @@
 
 It is written over an array module, CuPy or in tests NumPy, and a communicator with two operations.
 All shapes are those of the rank with most tokens in a forward: every rank gets every rank's rows,
-once for each expert of a token, and the ids of those that are not for it become -1.
+once for each expert of a token, and the ids of those that are not for it become -1.  For experts
+that read 16 bits, a token's rank rounds its row before it is sent.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lfm2kit.formats import BF16, F32, Format
 from lfm2kit.memory import Adds, Array, Memory
 from lfm2kit.transport import ExchangeOffer, Rows, Traffic, Transport, everyones
 
@@ -21,6 +23,7 @@ from lfm2kit.transport import ExchangeOffer, Rows, Traffic, Transport, everyones
 # their batches must have the same forms at the same time.
 CAPTURED = "LFM2KIT_NCCL_CAPTURED"
 NOTHING = np.float32(-0.0)  # added to any number, it changes nothing
+LARGEST_HALF = np.float32(65504)
 
 
 class Communicator(Protocol):
@@ -108,7 +111,7 @@ class GatheringExchange:
             raise ValueError(f"{len(x)} tokens, but the ranks have settled on {slots}")
         xp, gather = meeting.communicator.arrays, meeting.communicator.all_gather
         self._home = _Home(expert_ids, self._owners_of(expert_ids, rank))
-        rows = gather(_filled_up(xp, x, slots, 0))
+        rows = gather(_filled_up(xp, _rounded(xp, x, self._traffic.row_format), slots, 0))
         ids = gather(_filled_up(xp, expert_ids, slots, -1))
         weights = gather(_filled_up(xp, expert_weights, slots, 0))
         sources = xp.arange(ranks, dtype=np.int32)[:, None, None]
@@ -142,6 +145,26 @@ class GatheringExchange:
         xp = self._meeting.communicator.arrays
         known = xp.where(ids < 0, np.int32(self._experts), ids)
         return self._owners.take(known + np.int32(self._experts + 1) * source)
+
+
+def _rounded(xp: Any, x: Array, row_format: Format) -> Array:
+    """Return float32 rows in the format in which experts read them.
+
+    These are the bits of `lfm2kit.formats.rounded`, by operations that are exact on a GPU too.
+    """
+    if row_format == F32:
+        return x
+    is_nan = xp.isnan(x)
+    if row_format == BF16:
+        bits = xp.ascontiguousarray(x).view(np.uint32)
+        last = (bits >> np.uint32(16)) & np.uint32(1)
+        nearest = (bits + np.uint32(0x7FFF) + last) >> np.uint32(16)
+        quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
+        return xp.where(is_nan, quiet, nearest).astype(np.uint16)
+    is_finite = xp.isfinite(x)
+    within = xp.where(is_finite, xp.clip(x, -LARGEST_HALF, LARGEST_HALF), x)
+    halves = xp.where(is_nan, np.float32(0), within).astype(np.float16)
+    return xp.where(is_nan, np.uint16(0x7FFF), halves.view(np.uint16)).view(np.float16)
 
 
 def _filled_up(xp: Any, array: Array, rows: int, value: int) -> Array:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lfm2kit_nccl.exchange import Meeting
+from lfm2kit_nccl.exchange import Meeting, _rounded
 from lfm2kit_nccl.transport import NcclTransport
 
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.formats import PLAIN, Format, rounded
 from lfm2kit.memory import HostMemory
 from lfm2kit.testing import ThreadTransport, check_exchange, check_transport, run_ranks
 from lfm2kit.testing.verdicts import CheckFailed
@@ -55,6 +56,16 @@ def over(transport: ThreadTransport, why_not: str | None = None) -> NcclTranspor
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_the_exchange_keeps_the_contract(size: int) -> None:
     run_ranks(size, lambda transport: check_exchange(over(transport), Gpu()))
+
+
+@pytest.mark.parametrize("row_format", PLAIN, ids=str)
+def test_rows_are_rounded_as_the_contract_says(row_format: Format) -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, (300, 65), dtype=np.uint32)
+    x = bits.view(np.float32)
+    x[0, :9] = [65519, 65520, -7e4, np.inf, -np.inf, 1 + 2**-8, 1 + 2**-11, 2**-25, -1.5 * 2**-24]
+    rows = _rounded(np, x, row_format)
+    assert rows.dtype == row_format.block
+    assert rows.tobytes() == rounded(x, row_format).tobytes()
 
 
 def test_the_transport_keeps_the_contract() -> None:

@@ -2,7 +2,7 @@
 // a host thread for each CUDA thread, and pauses now and then:
 //
 //     exchange RANKS MOST SLOTS K H EXPERTS CALLS CTAS THREADS DEADLINE FIRST ABSENT LATE GIVING_UP
-//         SEED < ARRAYS
+//         ELEMENT SEED < ARRAYS
 //
 // CALLS calls have numbers that begin after FIRST.  From call ABSENT / RANKS on, the rank ABSENT % RANKS
 // does not come, if ABSENT is not negative.  The rank LATE takes its rows late.  On the
@@ -17,6 +17,9 @@
 
 #include "f32.h"
 #include "peers.cuh"
+
+#include "conversions.h"
+#include "halves.h"
 
 inline u64 atomicAdd(u64* at, u64 more) { return std::atomic_ref<u64>(*at).fetch_add(more); }
 
@@ -41,21 +44,22 @@ struct Given {
   std::vector<float> weights;
 };
 
-// What a rank leaves: words, for all calls.
+// What a rank leaves: words, for all calls.  Rows of 16 bits end with half a word, if need be.
 struct Left {
-  size_t rows, sums, of_call;
+  size_t rows, row_words, sums, of_call;
   u32* words;
 
   Left(int slots_of_all, int most, int k, int h, int calls)
-      : rows(size_t(slots_of_all) * k), sums(size_t(most) * h) {
-    of_call = rows * (h + 2) + sums + 4 * kMargin;
+      : rows(size_t(slots_of_all) * k), row_words((rows * h * sizeof(Row) + 3) / 4),
+        sums(size_t(most) * h) {
+    of_call = row_words + 2 * rows + sums + 4 * kMargin;
     words = shared_by_ranks<u32>(of_call * calls);
     std::fill(words, words + of_call * calls, kPoison);
   }
-  float* x(int call) { return reinterpret_cast<float*>(words + of_call * call); }
-  int* ids(int call, int h) { return reinterpret_cast<int*>(x(call)) + rows * h + kMargin; }
-  float* weights(int call, int h) { return reinterpret_cast<float*>(ids(call, h)) + rows + kMargin; }
-  float* delta(int call, int h) { return weights(call, h) + rows + kMargin; }
+  Row* x(int call) { return reinterpret_cast<Row*>(words + of_call * call); }
+  int* ids(int call) { return reinterpret_cast<int*>(x(call)) + row_words + kMargin; }
+  float* weights(int call) { return reinterpret_cast<float*>(ids(call)) + rows + kMargin; }
+  float* delta(int call) { return weights(call) + rows + kMargin; }
 };
 
 void launch_late(Index grid, int threads, auto kernel) {
@@ -85,8 +89,9 @@ int main(int, char** argv) {
     }
 
   int most_k = k + 1, most_h = h + 2;  // another layer's
-  Mailbox of_one{nullptr, ranks, most, most_k, most_h};
-  size_t bytes = reinterpret_cast<size_t>(of_one.weights(ranks));
+  int element = number(14);
+  Mailbox of_one{nullptr, ranks, most, most_k, most_h, element};
+  size_t bytes = reinterpret_cast<size_t>(of_one.x(ranks));
   auto* base = shared_by_ranks<u64>(ranks);
   auto* states = shared_by_ranks<State>(ranks);
   auto* controls = shared_by_ranks<Control>(ranks);
@@ -106,7 +111,7 @@ int main(int, char** argv) {
 
   for (int rank = 0; rank < ranks; ++rank) {
     if (fork()) continue;
-    chance.seed(u32(number(14) * 100 + rank));
+    chance.seed(u32(number(15) * 100 + rank));
     State* state = states + rank;
     Control* control = controls + rank;
     auto* counted = reinterpret_cast<Statistics*>(statistics + size_t(rank) * (kStatistics + experts));
@@ -117,29 +122,32 @@ int main(int, char** argv) {
         store_relaxed(&control->gave_up, 1);
       const Given& mine = given[call][rank];
       Left& out = left[rank];
-      float *x = out.x(call), *weights = out.weights(call, h), *delta = out.delta(call, h);
-      int* ids = out.ids(call, h);
+      Row* x = out.x(call);
+      float *weights = out.weights(call), *delta = out.delta(call);
+      int* ids = out.ids(call);
       launch_late({ctas, 1, 1}, threads, [&] {
         send_tokens(mine.x.data(), mine.ids.data(), mine.weights.data(), mine.tokens, owner, base,
-                    rank, ranks, most, most_k, most_h, h, state, counted);
+                    rank, ranks, most, most_k, most_h, element, h, state, counted);
       });
       if (rank == late) usleep(60000);
       launch_late({ctas, u32(ranks), 1}, threads, [&] {
         take_rows(mine.x.data(), mine.ids.data(), mine.weights.data(), mine.tokens, owner, base,
-                  rank, ranks, most, most_k, most_h, h, slots, x, ids, weights, u32(call), state, control,
-                  counted);
+                  rank, ranks, most, most_k, most_h, element, h, slots, x, ids, weights, u32(call),
+                  state, control, counted);
       });
       std::vector<float> products(out.rows * h, __uint_as_float(0x7fc00000));
       for (size_t row = 0; row < out.rows; ++row)
         if (ids[row] >= 0)
           for (int i = 0; i < h; ++i)
-            products[row * h + i] = weights[row] * (x[row * h + i] * (1 + float(ids[row]) / 8));
+            products[row * h + i] =
+                weights[row] * (Row::to_float(x[row * h + i]) * (1 + float(ids[row]) / 8));
       launch_late({ctas, u32(ranks), 1}, threads, [&] {
-        send_products(products.data(), ids, base, rank, ranks, most, most_k, most_h, h, slots, state, counted);
+        send_products(products.data(), ids, base, rank, ranks, most, most_k, most_h, element, h, slots,
+                      state, counted);
       });
       launch_late({ctas, 1, 1}, threads, [&] {
         add_products(products.data(), mine.ids.data(), mine.tokens, owner, base, rank, ranks, most,
-                     most_k, most_h, h, slots, delta, u32(call), state, control, counted);
+                     most_k, most_h, element, h, slots, delta, u32(call), state, control, counted);
       });
     }
     _exit(0);
