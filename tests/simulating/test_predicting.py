@@ -92,10 +92,13 @@ def test_rows_of_16_bits_are_sent_as_such_and_take_less_time(row_format: Format)
     wide, (side,) = calibration(FAST, FAST), calibration(FAST, FAST).sides
     narrow = replace(wide, sides=(replace(side, row_format=row_format),))
     before, after = (predictions(text, rates)["ep"] for rates in (wide, narrow))
-    routing, layout = drawn(TINY.spec, None, 32, 16), Layout(range(4), layouts(range(4))["ep"], 128)
-    counts = Job.of(TINY.spec, layout, 32).counts(routing)
+    routing, layout = (
+        drawn(RANDOM.spec, None, 32, 16),
+        Layout(range(4), layouts(range(4))["ep"], 128),
+    )
+    counts = Job.of(RANDOM.spec, layout, 32).counts(routing)
     rows = [sum(layer.dispatch.rows for layer in rank.values()) for rank in counts]
-    hidden_size = TINY.spec.embed_tokens.hidden_size
+    hidden_size = RANDOM.spec.embed_tokens.hidden_size
     saved = before.sent_bytes - after.sent_bytes
     assert saved.tolist() == [2 * hidden_size * sent for sent in rows]
     assert before.sent_messages.tolist() == after.sent_messages.tolist()

@@ -77,7 +77,9 @@ def test_real_ranks_send_rows_of_16_bits_as_calculated(row_format: Format) -> No
     run_samples(model, INPUTS, 5)
 
     def rank(transport: ThreadTransport) -> Any:
-        there = set_up(RANDOM, asked, plugins=plugins, transport=transport, grouping=grouping).build()
+        there = set_up(
+            RANDOM, asked, plugins=plugins, transport=transport, grouping=grouping
+        ).build()
         return run_samples(there, INPUTS, 4, transport=transport, groups=grouping.groups).exchanged
 
     counted = run_ranks(ranks, rank)[0].ranks
