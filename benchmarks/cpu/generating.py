@@ -1,6 +1,6 @@
 """What it costs to generate text, beside the bare steps that `lfm2kit bench --decode` measures.
 
-    benchmarks/cpu/generating.py --model FOLDER -n 1,16 -r 9
+    python benchmarks/cpu/generating.py --model FOLDER -n 1,16 -r 9
 
 In one process, the bare steps, those of an engine and those of a writer of text take turns, each
 with prompts of 16 random tokens.  Tokens are drawn with LFM2's settings.  Ratios are medians over
