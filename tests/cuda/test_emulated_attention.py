@@ -64,12 +64,13 @@ def test_rows_see_what_is_before_them_and_nothing_else(attention: EmulatedAttent
     clean = attention(qkv, batch, None)
     for a, b in pairwise(batch.cu_seqlens):
         np.testing.assert_allclose(clean[a:b], expected(qkv[a:b]), rtol=1e-4, atol=1e-6)
-    for row, value in ((35, np.nan), (38 + 31, np.inf), (38 + 36, np.nan)):
-        spoilt = qkv.copy()
-        spoilt[row] = value
+    sequence, places = np.repeat(np.arange(3), lengths), np.arange(len(qkv))
+    for spoilt_rows in ({35: np.nan, 38 + 31: np.inf}, {38 + 36: np.nan}):
+        spoilt, is_after = qkv.copy(), np.zeros(len(qkv), np.bool_)
+        for row, value in spoilt_rows.items():
+            spoilt[row] = value
+            is_after |= (places >= row) & (sequence == sequence[row])
         got = attention(spoilt, batch, None)
-        sequence = np.repeat(np.arange(3), lengths)
-        is_after = (np.arange(len(qkv)) >= row) & (sequence == sequence[row])
         assert not np.isfinite(got[is_after]).any()
         assert np.array_equal(got[~is_after], clean[~is_after])
 
