@@ -24,7 +24,8 @@ if [ "${1:-}" = --long ]; then
   export LFM2KIT_FUZZ_EXAMPLES="${LFM2KIT_FUZZ_EXAMPLES:-5000}"
   export LFM2KIT_MIXTURES="${LFM2KIT_MIXTURES:-2000}"
 fi
-# Two workers share the cores: idle threads must sleep, not spin.
+# Workers share the cores: idle threads must sleep, not spin.  There are three for two cores, because
+# the one that has the jobs of ranks often waits.
 export OMP_WAIT_POLICY=PASSIVE
 # In the order of tests/conftest.py, and not the files with most tests first.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${chosen[@]}" "$@"
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${chosen[@]}" "$@"

@@ -267,8 +267,8 @@ def test_what_does_not_work_once_installed_is_told_in_its_own_words(machine: Mac
 @pytest.mark.parametrize(
     ("arguments", "tests"),
     [
-        (["-x"], "-n 2 --dist loadfile --no-loadscope-reorder -m not long --timeout 300 -x"),
-        (["--long", "-x"], "-n 2 --dist loadfile --no-loadscope-reorder --timeout 3600 -x"),
+        (["-x"], "-n 3 --dist loadfile --no-loadscope-reorder -m not long --timeout 300 -x"),
+        (["--long", "-x"], "-n 3 --dist loadfile --no-loadscope-reorder --timeout 3600 -x"),
         (["--gpu", "-x"], "-m gpu -rs -x"),
     ],
 )
