@@ -39,6 +39,8 @@ STACK = 2**28
 
 SECONDS = 10.0  # in which a constraint must be compiled
 
+EMPTY, NO_TEXT = "NoExtensionBias", "there is a place where no text matches it"
+
 _STARTING = threading.Lock()  # the size of a new thread's stack is a setting of the process
 
 
@@ -95,15 +97,26 @@ class Guide:
     def _guided(self, kind: str, grammar: str) -> Guided:
         matcher = self._library.LLMatcher
         limits = self._library.LLParserLimits(**LIMITS)
-        making = _begun(lambda: matcher(self._tokens, grammar, log_level=0, limits=limits))
+
+        def tried() -> tuple[llguidance.LLMatcher, llguidance.LLMatcher]:
+            """Return a matcher, and a copy that has looked for a first token."""
+            made = matcher(self._tokens, grammar, log_level=0, limits=limits)
+            if made.is_error():
+                return made, made
+            begun = made.deep_copy()
+            begun.compute_bitmask()
+            return made, begun
+
+        making = _begun(tried)
         try:
-            made = making.future.result(self._seconds)
+            made, begun = making.future.result(self._seconds)
         except TimeoutError:
             raise Lfm2kitError(
                 f"the {kind} was not compiled in {self._seconds:g} seconds; make it simpler"
             ) from None
-        if made.is_error():
-            raise Lfm2kitError(f"the {kind} cannot be used: {_said(made)}")
+        if begun.is_error():
+            said = NO_TEXT if EMPTY in (reason := _said(begun)) else reason
+            raise Lfm2kitError(f"the {kind} cannot be used: {said}")
         return Guided(kind, made, self._end)
 
 

@@ -168,7 +168,7 @@ def _check_text(options: Generation) -> None:
         raise Lfm2kitError(Option("system", options.system), ": expected a text")
     if options.think not in THINK:
         raise Lfm2kitError(Option("think", options.think), f": expected {SHOW} or {HIDE}")
-    if options.speculate is not None and options.speculate not in SPECULATIONS:
+    if options.speculate not in (None, *SPECULATIONS):
         there = ", ".join(SPECULATIONS)
         raise Lfm2kitError(Option("speculate", options.speculate), f": expected {there}")
     for name in ("regex", "grammar"):

@@ -19,6 +19,7 @@ from lfm2kit.batch import Batch
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed
+from lfm2kit.engine.room import context_of
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring.decoding import Decoder
 from lfm2kit.measuring.timing import Repeated, Timing, timed
@@ -135,6 +136,7 @@ def decodings(
     seed: int,
 ) -> Iterator[Contender]:
     """Yield the decoding of each number of sequences, from each length on, for `steps` calls."""
+    _check_room(model, max(sequences), max(contexts) + steps)
     of_a_token = _keys_and_values(setup, model.placed)
     for n, context in product(sequences, contexts):
         decoder = Decoder(model, n, context, steps, seed)
@@ -148,6 +150,16 @@ def decodings(
             work=weights + Work(0, n * context * of_a_token),
             call=decoder.step,
         )
+
+
+def _check_room(model: LFM2, sequences: int, tokens: int) -> None:
+    """Raise `Lfm2kitError` if the model's context, or any state, has too little room."""
+    if tokens > (most := context_of(model.spec)):
+        raise Lfm2kitError(f"sequences grow to {tokens} tokens, but the model's context has {most}")
+    try:
+        Room.of_sequences(sequences, tokens)
+    except ValueError as error:
+        raise Lfm2kitError(f"{sequences} sequences of {tokens} tokens: {error}") from None
 
 
 def single_blocks(

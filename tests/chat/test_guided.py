@@ -245,6 +245,11 @@ MANY = {"properties": {f"key {number}": {"type": "string"} for number in range(3
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (lambda: guide().regex(r"[^\s\S]"), "the regex cannot be used: there is a place where no"),
+        (
+            lambda: guide().grammar('start: start "a"'),
+            "the grammar cannot be used: there is a",
+        ),
         (lambda: guide().regex("a("), "the regex cannot be used: unclosed group"),
         (lambda: guide().regex("(?=a)b"), "the regex .* look-around"),
         (lambda: guide().regex(r"a\b"), "the regex .* lookarounds not supported"),

@@ -560,6 +560,8 @@ def test_bench_refuses_nonsense(cli: Cli) -> None:
     fails(cli("bench", "-n", "1,x"), "1,x")
     fails(cli("bench", "-n", "0"), "-n 0: expected whole numbers of 1 or more, such as 1,16,64")
     fails(cli("bench", "--decode", "--block", "moe"), "leave out --block")
+    fails(cli("bench", "--decode", "--seq-len", "128000"), "the model's context has 128000")
+    fails(cli("bench", "--decode", "-n", "100000", "--seq-len", "100000"), "100000 sequences of")
     fails(cli("bench", "--decode", "--trim"), "whole samples")
     fails(cli("bench", "--block", "moe", "--trim"), "the model as it is; leave out --trim")
 

@@ -34,6 +34,8 @@ from lfm2kit.generating.options import Generation, generation
         ({"logit_bias": [1]}, "logit_bias is [1]; expected a bias by token id"),
         ({"logit_bias": {1: "x"}}, "logit_bias: the bias of token 1 is 'x'; expected"),
         ({"regex": 1}, "regex=1: expected a text"),
+        ({"speculate": "no"}, "speculate='no': expected ngram"),
+        ({"speculate": ["ngram"]}, "speculate=['ngram']: expected ngram"),
         ({"grammar": ["a"]}, "grammar=['a']: expected a text"),
         ({"json_schema": "{"}, "the JSON schema is not JSON"),
         ({"json_schema": 5}, "the JSON schema is 5; expected an object"),

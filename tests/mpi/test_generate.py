@@ -22,11 +22,14 @@ PROMPTS = ["It is a truth", "hello"]
 A_WHILE = 120  # seconds: a job that has not ended by then hangs
 
 
-def generate(*words: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def generate(
+    *words: object, launcher: tuple[str, ...] = (), stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
     command = [*launcher, sys.executable, "-m", "lfm2kit", "generate", "-b", "reference"]
     options = ["--threads", 1, "--seed", 1, "--max-tokens", 6, *words]
     return subprocess.run(
-        [*command, *map(str, options)], capture_output=True, text=True, timeout=A_WHILE,
+        [*command, *map(str, options)], input=stdin, capture_output=True, text=True,
+        timeout=A_WHILE,
         env=os.environ | LETS_ANYONE_RUN | {"OMP_WAIT_POLICY": "PASSIVE"},
     )  # fmt: skip
 
@@ -52,3 +55,12 @@ def test_two_ranks_write_the_text_of_one_process(tmp_path: Path) -> None:
         assert [one["answers"][0]["text"] for one in answers[:2]] == expected
         assert answers[2]["error"].startswith("the prompt is empty")
     assert "has 2 of 3 answers already" in done.stderr
+
+
+def test_rank_0_reads_a_stdin_that_the_launcher_would_not_pass_on(tmp_path: Path) -> None:
+    """MPICH's mpiexec fails if it gets more than 64 KB before a rank reads them."""
+    folder, long = model_folder(tmp_path / "m"), "It is a truth. " * 20000
+    done = generate("-", "-m", folder, "--ranks", 2, stdin=long)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("lfm2kit: error: ")]
+    assert "a prompt of 200001 tokens" in line

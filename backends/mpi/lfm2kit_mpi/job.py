@@ -21,10 +21,11 @@ from lfm2kit import progress
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.transport import JobError
 from lfm2kit_mpi import hub as hubs
-from lfm2kit_mpi.faults import Fault, by_signal
+from lfm2kit_mpi.faults import Fault, by_signal, place
 from lfm2kit_mpi.hub import LOOK, Hub, until
 from lfm2kit_mpi.shared_memory import drop_names_of
 
+STDIN = "LFM2KIT_MPI_STDIN"  # for rank 0: which process has the stdin of the job
 HUB = "LFM2KIT_MPI_HUB"  # for the ranks: where the hub listens, and the job's key
 TO_SAY_WHY = 1.0  # seconds for mpiexec to say which signal ended a rank
 TO_END = 2.0  # seconds for a job's processes to end when told to
@@ -91,10 +92,12 @@ def _started(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start the job's mpiexec, and end all processes of the job when the block ends."""
     marker = "=".join(*variables.items()).encode()
+    # mpiexec reads no stdin: MPICH's fails if it has more than 64 KB before a rank reads it.
+    environment = os.environ | variables | {STDIN: f"{os.getpid()} {place()}"}
     # A session of its own: an interrupt is passed on once, by us, and reaches every process.
     job = subprocess.Popen(
-        command, env=os.environ | variables, stdout=said, stderr=said, start_new_session=True,
-        preexec_fn=_ending_with_this_process(),
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+        start_new_session=True, preexec_fn=_ending_with_this_process(),
     )  # fmt: skip
     try:
         yield job

@@ -14,7 +14,8 @@ from lfm2kit import progress
 from lfm2kit.errors import USER_ERROR, Lfm2kitError
 from lfm2kit_mpi import streams
 from lfm2kit_mpi.beside import start_hub
-from lfm2kit_mpi.job import HUB
+from lfm2kit_mpi.faults import place
+from lfm2kit_mpi.job import HUB, STDIN
 from lfm2kit_mpi.library import check_library
 from lfm2kit_mpi.watch import Watch, joined, starting_seconds
 
@@ -37,6 +38,9 @@ def _of_our_job(size: int) -> MpiTransport:
     """Join a job that `--ranks` started; its hub already watches while MPI starts."""
     addresses, port, key = os.environ[HUB].split()
     watch = joined(_rank() or 0, addresses.split(","), int(port), key)
+    if watch.rank == 0:
+        pid, _, where = os.environ[STDIN].partition(" ")
+        streams.take_stdin(pid if where == place() else None)
     streams.through_the_hub(watch)
     watch.start()
     with _told(watch):

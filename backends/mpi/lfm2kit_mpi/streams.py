@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from lfm2kit_mpi.watch import Watch
@@ -28,6 +30,24 @@ def apart() -> None:
     sys.stdout = open(  # noqa: SIM115  (for as long as this process lives)
         kept, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
     )
+
+
+def take_stdin(pid: str | None) -> None:
+    """Read what process `pid` of this machine has as stdin, from where it stands.
+
+    Without one, or where it has none, Python's stdin is closed.
+    """
+    process = Path("/proc", str(pid))
+    try:
+        opened = os.open(process / "fd" / "0", os.O_RDONLY)
+        place = int((process / "fdinfo" / "0").read_text().split()[1])
+    except OSError:
+        sys.stdin = None
+        return
+    with suppress(OSError):  # a pipe has no places
+        os.lseek(opened, place, os.SEEK_SET)
+    os.dup2(opened, 0)
+    os.close(opened)
 
 
 class Relay(io.RawIOBase):
