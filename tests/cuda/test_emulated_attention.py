@@ -77,8 +77,8 @@ def test_rows_see_what_is_before_them_and_nothing_else(attention: EmulatedAttent
 
 def test_chunks_in_pages_have_the_bits_of_one_shot(attention: EmulatedAttention) -> None:
     """Chunks end astride the ends of pages and of tiles; another sequence is fed beside."""
-    qkv, other = rows(130), rows(6, seed=1)
-    fed, ends = session(attention, Room(5, 64)), (0, 31, 63, 64, 65, 129, 130)
+    qkv, other = rows(97), rows(5, seed=1)
+    fed, ends = session(attention, Room(5, 64)), (0, 31, 63, 64, 65, 97)
     got = [
         fed.feed(("one", qkv[a:b]), ("other", other[i : i + 1]))[0]
         for i, (a, b) in enumerate(pairwise(ends))

@@ -135,11 +135,11 @@ def test_the_suite_can_be_run_and_its_verdict_is_the_exit_code(installed: Instal
     assert (failed.returncode, json.loads(failed.stdout)["failed"]) == (1, 1), failed.stderr
 
 
-# Those of blas are the conformance suite once more, which takes as long as all others.
-LONG = {"lfm2kit-blas": [pytest.mark.long]}
+LONG = ("lfm2kit-blas", "lfm2kit-trace")  # whose tests take longest
+OWN_TESTS = [pytest.param(one, marks=[pytest.mark.long] * (one in LONG)) for one in PROJECTS]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG.get(n, [])) for n in PROJECTS])
+@pytest.mark.parametrize("name", OWN_TESTS)
 def test_a_plugins_own_tests_pass_without_its_checkout(installed: Installed, name: str) -> None:
     tests = installed.folder / name
     shutil.copytree(PROJECTS[name] / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
