@@ -1,6 +1,7 @@
 // Writes activations into slabs (slabs.cuh), where no other kernel leaves them there: rounded, placed
-// if they are rounded already, split in three terms, or gathered.  A CTA per row of the slabs; row r is row source_m[r] of what is read (null:
-// r itself), and where that is negative, nothing is written.  k elements per row, then zeros.
+// if they are rounded already, split in three terms, or gathered.  A CTA per row of the slabs; row r is
+// row source_m[r] of what is read (null: r itself), and where that is negative, nothing is written.  k
+// elements per row, then zeros.
 #include "dependent.cuh"
 #include "slabs.cuh"
 
