@@ -199,37 +199,42 @@ __device__ inline u64 bits_of_draw(u64 seed, u64 position) {
   return u64(b) << 32 | a;
 }
 
+// Calls until(i, weight) for the kept tokens of [begin, end), until it returns true.  `equal` tokens
+// before `begin` equal the border.
+//
+// A function, because NVRTC 13.0 takes the generic lambda that it could be for a host function.
+template <class Until>
+__device__ inline void look_through(const Scores& scores, const Kept& kept, int begin, int end, u64 equal,
+                                    Until until) {
+  for (int i = begin; i < end; ++i) {
+    if (!scores.has(i)) continue;
+    u32 rank = rank_of(scores.of(i));
+    if (rank < kept.border || (rank == kept.border && equal++ >= kept.equal)) continue;
+    double weight = scores.weight(i);
+    if (weight >= kept.least && until(i, u64(rint(weight * kWhole)))) return;
+  }
+}
+
 // Returns the id at which the cumulative whole weight, in the order of ids, passes a random one.  Each
 // thread has ids that follow each other.
 __device__ inline int drawn(const Scores& scores, const Kept& kept, u64 bits) {
   int chunk = (scores.vocab + kThreads - 1) / kThreads;
   int begin = min(int(threadIdx.x) * chunk, scores.vocab), end = min(begin + chunk, scores.vocab);
-  u64 equal_before = 0;
+  u64 equal = 0;
   if (!kept.all_equal()) {
     u64 mine = 0;
     for (int i = begin; i < end; ++i) mine += scores.has(i) && rank_of(scores.of(i)) == kept.border;
-    equal_before = sum_up_to(mine) - mine;
+    equal = sum_up_to(mine) - mine;
   }
-  // Calls until(i, weight) for this thread's tokens, until it returns true.
-  auto look_through = [&](auto until) {
-    u64 equal = equal_before;
-    for (int i = begin; i < end; ++i) {
-      if (!scores.has(i)) continue;
-      u32 rank = rank_of(scores.of(i));
-      if (rank < kept.border || (rank == kept.border && equal++ >= kept.equal)) continue;
-      double weight = scores.weight(i);
-      if (weight >= kept.least && until(i, u64(rint(weight * kWhole)))) return;
-    }
-  };
   u64 mine = 0;
-  look_through([&](int, u64 weight) {
+  look_through(scores, kept, begin, end, equal, [&](int, u64 weight) {
     mine += weight;
     return false;
   });
   u64 up_to = sum_up_to(mine), total = values[kThreads - 1];
   u64 passed = high(bits, total), sum = up_to - mine, found = ~0ull;
   if (sum <= passed && passed < up_to)
-    look_through([&](int i, u64 weight) {
+    look_through(scores, kept, begin, end, equal, [&](int i, u64 weight) {
       sum += weight;
       if (sum > passed) found = u64(i);
       return sum > passed;
