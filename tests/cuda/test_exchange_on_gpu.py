@@ -24,6 +24,8 @@ pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution o
 
 from lfm2kit_mpi.launcher import find_mpiexec, flags_for, version_of
 
+from tests.random_model import CONFIG, write_random_model
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.mpi,
@@ -54,6 +56,11 @@ def visible(request: pytest.FixtureRequest) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("random") / "model")
+
+
 def on_ranks(visible: list[dict[str, str]], command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command on a rank for each of `visible`, or alone for one."""
     mpiexec = find_mpiexec()
@@ -66,14 +73,33 @@ def on_ranks(visible: list[dict[str, str]], command: list[str]) -> subprocess.Co
     return subprocess.run(line, capture_output=True, text=True, timeout=A_WHILE, env=environment)
 
 
-def outputs_of(
-    visible: list[dict[str, str]], folder: Path, *arguments: str
-) -> tuple[bytes, dict[str, Any]]:
-    """Return the logits of a run, and its record."""
-    outputs, record = folder / f"{len(visible)}.bin", folder / f"{len(visible)}.json"
-    done = on_ranks(visible, [*RUN, *arguments, "--outputs", str(outputs), "--json", str(record)])
-    assert done.returncode == 0, done.stderr
-    return outputs.read_bytes(), json.loads(record.read_text())
+class Runs:
+    """Runs of the random model, those of one GPU alone kept."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self._model, self._folder = model, folder
+        self._alone: dict[tuple[str, ...], bytes] = {}
+
+    def outputs_of(
+        self, visible: list[dict[str, str]], *arguments: str
+    ) -> tuple[bytes, dict[str, Any]]:
+        """Return the logits of a run, and its record."""
+        outputs, record = self._folder / "out.bin", self._folder / "record.json"
+        what = ["--model", str(self._model), "--random-inputs", "16", *arguments]
+        done = on_ranks(visible, [*RUN, *what, "--outputs", str(outputs), "--json", str(record)])
+        assert done.returncode == 0, done.stderr
+        return outputs.read_bytes(), json.loads(record.read_text())
+
+    def alone(self, *arguments: str) -> bytes:
+        """Return the logits of a run on one GPU."""
+        if arguments not in self._alone:
+            self._alone[arguments], _ = self.outputs_of([{"CUDA_VISIBLE_DEVICES": "0"}], *arguments)
+        return self._alone[arguments]
+
+
+@pytest.fixture(scope="module")
+def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(model, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -84,11 +110,11 @@ def outputs_of(
     ids=["captured", "a rank without tokens", "trimmed", "odd lengths"],
 )  # fmt: skip
 def test_two_ranks_have_the_bits_of_one(
-    visible: list[dict[str, str]], precision: str, arguments: tuple[str, ...], tmp_path: Path
+    visible: list[dict[str, str]], precision: str, arguments: tuple[str, ...], runs: Runs
 ) -> None:
     words = ("--precision", precision, *arguments)
-    one, _ = outputs_of([{"CUDA_VISIBLE_DEVICES": "0"}], tmp_path, *words)
-    two, record = outputs_of(visible, tmp_path, *words, "--exchange", "device")
+    one = runs.alone(*words)
+    two, record = runs.outputs_of(visible, *words, "--exchange", "device")
     assert one == two
     assert record["exchange"]["memory"].startswith("lfm2kit_cuda:")
     assert not [note for note in record["notes"] if "captured" in note]
@@ -97,7 +123,7 @@ def test_two_ranks_have_the_bits_of_one(
 
 def assert_rows_have_the_bytes_of(precision: str, record: dict[str, Any]) -> None:
     """Check that rows travel in 16 bits where products read them, and products in float32."""
-    element, hidden_size = 4 if precision == "fp32" else 2, 128
+    element, hidden_size = 4 if precision == "fp32" else 2, CONFIG["hidden_size"]
     for layer in record["exchanged"]["layers"]:
         for name, size in (("dispatch", element), ("combine", 4)):
             of_ranks = (layer[name][of] for of in ("bytes", "header_bytes", "rows"))
@@ -106,12 +132,10 @@ def assert_rows_have_the_bytes_of(precision: str, record: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_rows_of_16_bits_through_the_host_have_the_bits_of_one(
-    precision: str, tmp_path: Path
-) -> None:
+def test_rows_of_16_bits_through_the_host_have_the_bits_of_one(precision: str, runs: Runs) -> None:
     words = ("--precision", precision, "-n", "21", "--batch-size", "3")
-    one, _ = outputs_of([{"CUDA_VISIBLE_DEVICES": "0"}], tmp_path, *words)
-    two, record = outputs_of([SHARED] * 2, tmp_path, *words, "--exchange", "host")
+    one = runs.alone(*words)
+    two, record = runs.outputs_of([SHARED] * 2, *words, "--exchange", "host")
     assert one == two
     assert record["exchange"]["memory"] == "host"
     assert_rows_have_the_bytes_of(precision, record)
@@ -120,16 +144,16 @@ def test_rows_of_16_bits_through_the_host_have_the_bits_of_one(
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("captured", ["0", "1"])
 def test_two_ranks_over_nccl_have_the_bits_of_one(
-    captured: str, precision: str, tmp_path: Path
+    captured: str, precision: str, runs: Runs
 ) -> None:
     pytest.importorskip("lfm2kit_nccl", reason="the exchange over NCCL is a plugin")
     if devices() < 2:
         pytest.skip("it takes two GPUs: NCCL refuses two ranks on one")
     words = ("--precision", precision, "-n", "24", "--batch-size", "4")
-    one, _ = outputs_of([{"CUDA_VISIBLE_DEVICES": "0"}], tmp_path, *words)
+    one = runs.alone(*words)
     variables = {"CUDA_VISIBLE_DEVICES": "0,1", "LFM2KIT_NCCL_CAPTURED": captured}
     nccl = ("--transport", "nccl", "--exchange", "device")
-    two, record = outputs_of([variables] * 2, tmp_path, *words, *nccl)
+    two, record = runs.outputs_of([variables] * 2, *words, *nccl)
     assert one == two
     assert record["exchange"]["memory"].startswith("lfm2kit_cuda:")
 
@@ -152,13 +176,13 @@ from lfm2kit import Batch, joined_job, load_model, progress
 from lfm2kit.errors import Lfm2kitError
 with joined_job() as job:
     rank, size = job.world.rank, job.world.size
-    model = load_model("tiny", "cuda", job=job, exchange="device", precision="PRECISION")
+    model = load_model("MODEL", "cuda", job=job, exchange="device", precision="PRECISION")
 """
 
 # Each rank has forwards of other forms, and comes to each several times: by itself, captured,
 # replayed, and again after mailboxes have grown.
 MANY_FORMS = """
-    alone = load_model("tiny", "cuda", independent=True, precision="PRECISION")
+    alone = load_model("MODEL", "cuda", independent=True, precision="PRECISION")
     assert model.placed.is_capturable and not model.placed.copies()
     rng = np.random.default_rng(rank)
     sizes = [(5, 1), (0, 3), (16, 16), (1, 0), (5, 1), (40, 100), (5, 1), (16, 16)]
@@ -175,18 +199,18 @@ MANY_FORMS = """
 
 
 def program(
-    visible: list[dict[str, str]], folder: Path, rest: str, precision: str = "fp32"
+    visible: list[dict[str, str]], model: Path, rest: str, precision: str = "fp32"
 ) -> subprocess.CompletedProcess[str]:
-    path = folder / "program.py"
-    path.write_text((JOINED + rest).replace("PRECISION", precision))
+    path = model.parent / "program.py"
+    path.write_text((JOINED + rest).replace("MODEL", str(model)).replace("PRECISION", precision))
     return on_ranks(visible, [sys.executable, str(path)])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_forwards_of_any_forms_have_the_bits_of_a_model_alone(
-    visible: list[dict[str, str]], precision: str, tmp_path: Path
+    visible: list[dict[str, str]], precision: str, model: Path
 ) -> None:
-    done = program(visible, tmp_path, MANY_FORMS, precision)
+    done = program(visible, model, MANY_FORMS, precision)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all have the same bits") == 2
 
@@ -222,10 +246,10 @@ NEVER_COMES = (
 
 
 def test_a_rank_that_never_comes_is_named_with_the_layer(
-    visible: list[dict[str, str]], tmp_path: Path
+    visible: list[dict[str, str]], model: Path
 ) -> None:
     start = time.monotonic()
-    done = program(visible, tmp_path, NEVER_COMES)
+    done = program(visible, model, NEVER_COMES)
     said = re.search(r"after ([\d.]+) s: (.*)", done.stdout)
     assert said is not None, done.stdout + done.stderr
     assert said[2].startswith("layers.2.feed_forward: rank 1 of the 2 that share experts has sent")
@@ -248,11 +272,11 @@ GOES = (
 
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])
 def test_a_rank_that_is_gone_ends_the_job_and_a_new_one_runs(
-    visible: list[dict[str, str]], end: str, tmp_path: Path
+    visible: list[dict[str, str]], end: str, model: Path
 ) -> None:
     rest = GOES.replace("SIGNAL", end)
     start = time.monotonic()
-    done = program(visible, tmp_path, rest)
+    done = program(visible, model, rest)
     assert done.returncode != 0
     assert time.monotonic() - start < 150
     assert "rank 1" in done.stderr
@@ -273,9 +297,9 @@ OUT_OF_MEMORY = """
 
 
 def test_a_gpu_without_memory_for_the_exchange_ends_the_job_in_one_line(
-    visible: list[dict[str, str]], tmp_path: Path
+    visible: list[dict[str, str]], model: Path
 ) -> None:
-    done = program(visible, tmp_path, OUT_OF_MEMORY)
+    done = program(visible, model, OUT_OF_MEMORY)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("lfm2kit: error: ")]
     assert len(errors) == 1, done.stderr
