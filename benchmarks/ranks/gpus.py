@@ -15,6 +15,8 @@ of one GPU alone.  Then the dispatch and combine of one layer alone, of 22 in a 
 | ep | experts shared out, tokens travel between GPUs |
 | host | experts shared out, tokens travel through the host |
 | nccl | experts shared out, tokens travel over NCCL, if plugins/lfm2kit-nccl is installed |
+
+The last table says which of them `--parallel auto` takes.
 """
 
 from __future__ import annotations
@@ -203,6 +205,17 @@ def of_a_layer(ranks: Ranks) -> None:
             ranks.say(f"| {n} | {kind} | {'not possible' if us is None else f'{us:.1f}'} |")
 
 
+def of_auto(ranks: Ranks) -> None:
+    """Say what ranks do that `lfm2kit run -n N` starts."""
+    ranks.say("\n| precision | n | `--parallel auto` |\n|---|---|---|")
+    for precision in ranks.arguments.precisions.split(","):
+        options = Options(backend=ranks.arguments.backend, precision=precision)
+        for n in map(int, ranks.arguments.n.split(",")):
+            tokens = -(-n // ranks.size) * LENGTH
+            chosen = set_up(ranks.checkpoint, options, transport=ranks.transport, tokens=tokens)
+            ranks.say(f"| {precision} | {n} | {chosen.grouping} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -223,6 +236,7 @@ def main() -> None:
     ranks = Ranks(arguments)
     of_models(ranks)
     of_a_layer(ranks)
+    of_auto(ranks)
     ranks.transport.finish(0)
 
 

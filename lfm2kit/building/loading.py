@@ -19,6 +19,7 @@ from lfm2kit.backend import Backend, Block, Context, Explains
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
+from lfm2kit.building.dividing import choices as choices_of_groups
 from lfm2kit.building.fitting import TOKENS, fitted
 from lfm2kit.building.load import Load, load_of
 from lfm2kit.building.options import FREE, Options
@@ -40,7 +41,7 @@ from lfm2kit.overlapped import ON
 from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.ranks.balancing import check_replicas, owners_by
-from lfm2kit.ranks.groups import EP, Grouping, first_fitting, groupings
+from lfm2kit.ranks.groups import EP, Grouping, each_alone, first_fitting
 from lfm2kit.ranks.joining import check_alike, refuse_copies, settled_alike
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
@@ -84,13 +85,14 @@ class Setup:
     world: World
     context: Context
     transport: Transport | None
-    grouping: Grouping
+    grouping: Grouping  # the first of `choices` in which this rank's share fits
     among: Transport | None  # the transport of this rank's group, if it has other ranks
     sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
     placing: str | None = None  # a note on the rates by which experts are split, if it is needed
     load: Load | None = None  # by which experts are placed
     # Why tokens travel through the host, where the options would let them travel past it.
     through_host: str | None = None
+    choices: tuple[Grouping, ...] = ()  # smaller groups first
 
     @property
     def group(self) -> tuple[int, ...]:
@@ -300,7 +302,7 @@ def set_up(
     transport: Transport | None = None,
     plugins: Plugins | None = None,
     rewrites: Sequence[Rewrite] = (),
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     grouping: Grouping | None = None,
     through_host: str | None = None,
 ) -> Setup:
@@ -309,7 +311,10 @@ def set_up(
     In a job, experts are shared out inside the groups of `grouping`; without it, inside those that
     the options ask for and in which this rank's share fits.  `rewrites` are applied after those
     that the options name.  If the options limit a device's memory, experts that do not fit are
-    placed elsewhere, for forwards of `tokens` tokens.
+    placed elsewhere.
+
+    Forwards will have up to `tokens` tokens on this rank, 2048 if that is not known.  Only if it is
+    may the ranks of a machine each hold all experts by themselves (`building.dividing`).
 
     With a `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.  Tokens travel through the host if `through_host` says why.
@@ -317,6 +322,7 @@ def set_up(
     options.check_limited("rates")
     plugins = plugins or installed_plugins()
     world = world or (transport.world if transport is not None else World())
+    most = TOKENS if tokens is None else tokens
     load = load_of(options.load, checkpoint.spec)
     if load is not None:
         check_replicas(options.replicate_experts, load)
@@ -331,17 +337,22 @@ def set_up(
             grouping,
             plugins,
             rewrites,
-            tokens,
+            most,
             load,
             through_host,
         )
 
-    asked = groupings(options.parallel, options.ep_size, world, transport)
-    if grouping is not None:
-        asked = [grouping]
-    found = within(first_fitting(asked, lambda one: within(one).fits(tokens)))
+    def placed_alone() -> Placed:
+        return within(each_alone(world)).placed
+
+    asked = (
+        [grouping]
+        if grouping is not None
+        else choices_of_groups(options, checkpoint.spec, world, transport, tokens, placed_alone)
+    )
+    found = within(first_fitting(asked, lambda one: within(one).fits(most)))
     _check_load_is_used(options, found.grouping)
-    return found
+    return replace(found, choices=tuple(asked))
 
 
 def _check_load_is_used(options: Options, grouping: Grouping) -> None:

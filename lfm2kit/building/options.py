@@ -143,7 +143,7 @@ class Options:
         AUTO_PARALLEL,
         "How ranks divide the experts of a layer. ep: among the ranks of a machine, or of all "
         "machines; dp: not at all; auto: among those of a machine, of all where one has too little "
-        "memory.",
+        "memory, and not at all on devices that have room and many rows for each expert.",
         metavar="|".join(PARALLEL),
     )
     ep_size: int | None = option(

@@ -102,7 +102,8 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
     answers = answers_of(request, checkpoint)
     recorder = None if request.record_load is None else LoadRecorder()
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
-    tokens = min(batch_size, len(token_ids)) * token_ids.shape[1]
+    of_a_rank = -(-len(token_ids) // world.size)
+    tokens = min(batch_size, of_a_rank) * token_ids.shape[1]
 
     def again(grouping: Grouping | None = None, through_host: str | None = None) -> Setup:
         return set_up(

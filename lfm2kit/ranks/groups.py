@@ -65,7 +65,7 @@ def groupings(
     """
     everyone = Grouping((tuple(range(world.size)),))
     if parallel == DP:
-        return [_in_groups_of(1, world)]
+        return [each_alone(world)]
     if ep_size is not None:
         check_ep_size(ep_size, world.size)
         asked = _in_groups_of(ep_size, world)
@@ -80,6 +80,11 @@ def groupings(
     if on_nodes.has_parts and not _forms_groups(transport):
         return [everyone._replace(note=f"{over_all}{NO_GROUPS}")]
     return [on_nodes, everyone._replace(note=f"{over_all}{NO_ROOM}")]
+
+
+def each_alone(world: World) -> Grouping:
+    """Return the grouping in which each rank holds all experts."""
+    return _in_groups_of(1, world)
 
 
 def first_fitting(asked: Sequence[Grouping], fits: Callable[[Grouping], bool]) -> Grouping:

@@ -18,7 +18,7 @@ from lfm2kit.host_exchange import PAST_HOST, THROUGH_HOST
 from lfm2kit.memory import HOST
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts, JointError, Refusal, agree, least
-from lfm2kit.ranks.groups import Grouping, first_fitting, groupings
+from lfm2kit.ranks.groups import Grouping, first_fitting
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT, started
 from lfm2kit.ranks.reasons import reason
 from lfm2kit.transport import ExchangeOffer, Launcher, Transport, World
@@ -108,8 +108,7 @@ def fitting_alike(job: Transport, setup: Setup, in_groups: Callable[[Grouping], 
 
     A machine may have less memory than the others.
     """
-    options = setup.options
-    asked = groupings(options.parallel, options.ep_size, job.world, job)
+    asked = setup.choices
     mine = asked.index(setup.grouping)
     chosen = first_fitting(asked, lambda one: bool(least(job, asked.index(one) >= mine)))
     return setup if chosen == setup.grouping else in_groups(chosen)

@@ -11,7 +11,7 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.ranks.balancing import owners_by
-from lfm2kit.ranks.groups import Grouping, first_fitting, groupings
+from lfm2kit.ranks.groups import Grouping, first_fitting
 from lfm2kit.rewrites import built_in, chosen, owners_among
 from lfm2kit.transport import World, held_by_all
 
@@ -47,8 +47,8 @@ def shares(
     def fits(grouping: Grouping) -> bool:
         return all(setup.fits(tokens) for setup in distinct(within(grouping)))
 
-    asked = groupings(options.parallel, options.ep_size, worlds[0], None)
-    return within(first_fitting(asked, fits))
+    first = set_up(checkpoint, options, world=worlds[0], plugins=plugins, tokens=tokens)
+    return within(first_fitting(first.choices, fits))
 
 
 def _places(
