@@ -162,6 +162,11 @@ class LFM2:
         object.__setattr__(self, "_ordered", ordered)
         finalize(self, self._replays.drop, self._owner)
 
+    @property
+    def is_captured(self) -> bool:
+        """Return whether a forward is captured when its form comes for the second time."""
+        return self._captures is not None
+
     def __repr__(self) -> str:
         backends = sorted({str(leaf.backend) for leaf in self.placed.leaves()})
         return (

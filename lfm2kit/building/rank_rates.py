@@ -9,6 +9,7 @@ from lfm2kit import bounds
 from lfm2kit.backend import Spec, Weights
 from lfm2kit.building.curves import Curve, read_curve
 from lfm2kit.building.records import Record
+from lfm2kit.memory import HOST
 
 MOST_ROWS = 2**26  # of a product
 MOST_BYTES = 2**50  # of a block, or of a message
@@ -62,14 +63,19 @@ class ExchangeKey(NamedTuple):
 
     ranks: int
     machines: int
+    memory: str = HOST.name  # in which they are: the host's, or that of the first rank's device
 
 
 @dataclass(frozen=True, slots=True)
 class ExchangeRates:
-    """The seconds of an exchange in which each rank sends a message to each other one."""
+    """The seconds of an exchange in which each rank sends a message to each other one.
+
+    Past the host, they are those of a layer: its tokens go out and their products come back, and
+    the bytes are those of both messages.  Rows that stay on their rank are copied meanwhile.
+    """
 
     key: ExchangeKey
-    call: Curve  # by the bytes of each message
+    call: Curve  # by the bytes to each other rank
 
     def document(self) -> dict[str, Any]:
         return {**self.key._asdict(), **self.call.document("bytes")}
@@ -88,7 +94,7 @@ def read_block(record: Record) -> BlockRates:
 def read_exchange(record: Record) -> ExchangeRates:
     """Return the rates that `ExchangeRates.document` wrote."""
     ranks = record.whole("ranks", 2, bounds.COUNT)
-    key = ExchangeKey(ranks, record.whole("machines", 1, ranks))
+    key = ExchangeKey(ranks, record.whole("machines", 1, ranks), record.text("memory"))
     rates = ExchangeRates(key, read_curve(record, "bytes", MOST_BYTES))
     record.done()
     return rates

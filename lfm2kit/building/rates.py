@@ -30,7 +30,7 @@ from lfm2kit.building.records import Record, read_record
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import F32, PLAIN, Format
 
-KIND, VERSION = "lfm2kit rates", 5
+KIND, VERSION = "lfm2kit rates", 6
 MADE_BY = "measure with lfm2kit calibrate"
 
 
@@ -72,6 +72,16 @@ class Link(NamedTuple):
     to_host: float
 
 
+class Call(NamedTuple):
+    """What was measured of one call of experts."""
+
+    experts: int
+    fixed: float | None = None  # seconds that the number of experts does not change, if known
+
+
+OF_ONE = Call(1)
+
+
 class Experts(NamedTuple):
     """What experts' rates depend on, beside the machine."""
 
@@ -107,6 +117,9 @@ class Side:
     ceilings: Ceilings | None  # None: the backend does not measure any
     hardware: Mapping[str, str]  # that the backend works on, as far as it says
     row_format: Format = F32  # in which the backend's experts read rows, and ranks send them
+    # `product` has an expert's share of a call of several, of which some seconds would be the same
+    # for any number of experts.
+    call: Call = OF_ONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +225,7 @@ def _document(side: Side) -> dict[str, Any]:
         "ceilings": None if side.ceilings is None else side.ceilings._asdict(),
         "hardware": dict(side.hardware),
         "row_format": side.row_format.name,
+        "call": side.call._asdict(),
     }
 
 
@@ -231,9 +245,17 @@ def _side(record: Record) -> Side:
         record.optional("ceilings", lambda key: _rates_of(Ceilings, record.record(key))),
         record.texts("hardware"),
         _row_format(record),
+        _call(record.record("call")),
     )
     record.done()
     return side
+
+
+def _call(record: Record) -> Call:
+    experts = record.whole("experts", 1, bounds.COUNT)
+    call = Call(experts, record.optional("fixed", record.rate))
+    record.done()
+    return call
 
 
 def _row_format(record: Record) -> Format:

@@ -40,10 +40,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     tokens = samples_at_once * prepared.inputs.shape[1]
     model = built(prepared.setup, tokens, is_first)
     if request.warmup:
-        warm = prepared.inputs[: prepared.batch_size]
-        run_samples(model, warm, prepared.batch_size, transport=transport)
-        if prepared.recorder is not None:
-            prepared.recorder.clear()
+        _warm_up(model, prepared, transport)
     timed = run_timed(model, prepared, transport, is_first)
     prepared.report.fields["overlap"] = model.overlap.document()
     prepared.report.fields["exchange"] = exchange_of(prepared.setup)
@@ -63,6 +60,16 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
         with only_said(when=not is_good):
             deliver(request, prepared, timed.logits, load)
     return is_good
+
+
+def _warm_up(model: LFM2, prepared: Prepared, transport: Transport | None) -> None:
+    """Run the first batch of every rank, and once more if that is captured then."""
+    ranks = transport.world.size if transport is not None else 1
+    warm = prepared.inputs[: ranks * prepared.batch_size]
+    for _ in range(2 if model.is_captured else 1):
+        run_samples(model, warm, prepared.batch_size, transport=transport)
+    if prepared.recorder is not None:
+        prepared.recorder.clear()
 
 
 def introduce(request: Request, prepared: Prepared, transport: Transport | None) -> None:

@@ -48,7 +48,9 @@ class Request:
     options: Options
     n: int | None = option(None, "Number of samples to run.", words="all, up to 128", least=1)
     validate: bool = option(False, "Compare the outputs with the answers.")
-    warmup: bool = option(False, "Run one batch before the timed run.")
+    warmup: bool = option(
+        False, "Run a batch before the timed run; twice if the second one is captured."
+    )
     batch_size: int | None = option(
         None, "Samples in a forward.", words="as many as make 4096 tokens", least=1
     )

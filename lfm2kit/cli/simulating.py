@@ -23,7 +23,7 @@ from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.ranks.balancing import check_replicas
 from lfm2kit.simulating.comparing import Compared, Simulated, Simulation
 from lfm2kit.simulating.model_rates import Found, ModelRates, found
-from lfm2kit.simulating.network import network
+from lfm2kit.simulating.network import network, past_host
 from lfm2kit.simulating.predicting import Machine
 from lfm2kit.simulating.request import Request, parsed
 
@@ -141,11 +141,15 @@ def _simulation(
     copies = there.calibration.copies
     if copies is None:
         raise Lfm2kitError(f"{there.rates}: there is no rate of copies; {MADE_BY}")
+    rates = ModelRates.of(checkpoint.spec, checkpoint.weights, there)
+    side = rates.of_experts
     machine = Machine(
-        ModelRates.of(checkpoint.spec, checkpoint.weights, there),
+        rates,
         network(request, there.calibration, there.rates),
         copies,
         request.overlap,
+        None if side is None else past_host(there.calibration, side.memory, request.per_node),
+        None if side is None or side.link is None else side.link.to_host,
     )
     return Simulation(checkpoint.spec, request, machine, load, options.replicate_experts)
 

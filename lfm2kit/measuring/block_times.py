@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
+from lfm2kit.backend import Block, Captures
 from lfm2kit.batch import Batch
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.curves import Curve
@@ -19,23 +20,29 @@ from lfm2kit.building.placement import Placed
 from lfm2kit.building.predicting import SEQUENCE
 from lfm2kit.building.rank_rates import BlockKey, BlockRates
 from lfm2kit.measuring.together import Stopwatch
-from lfm2kit.memory import own_stream
+from lfm2kit.memory import HOST, own_stream
 from lfm2kit.transport import Transport
 
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)  # the next size is guessed from the last one
 BLOCK_SECONDS = 3.0  # for a block: what would take longer is not measured
+# Of equal blocks, as many are measured in turns as have these bytes together: no cache holds them.
+UNCACHED_BYTES, MOST_EQUAL = 256 * 2**20, 8
 WARM_AND_TIMED = 2  # calls that a measurement makes at least
 SEED = 0
 
 
-def blocks(setup: Setup) -> dict[BlockKey, Placed]:
+def blocks(setup: Setup) -> dict[BlockKey, list[Placed]]:
     """Return the different blocks that are measured, each where the plan builds it first.
 
-    A block that computes experts among other things is taken apart.
+    There are several equal ones if a cache could hold the weights of one.  A block that computes
+    experts among other things is taken apart.
     """
-    found: dict[BlockKey, Placed] = {}
+    found: dict[BlockKey, list[Placed]] = {}
     for placed in _apart(setup, setup.placed):
-        found.setdefault(key_of(setup, placed), placed)
+        equal = found.setdefault(key_of(setup, placed), [])
+        nbytes = setup.stored_bytes(placed) * len(equal)
+        if not equal or (nbytes < UNCACHED_BYTES and len(equal) < MOST_EQUAL):
+            equal.append(placed)
     return found
 
 
@@ -54,25 +61,44 @@ def block_rates(
 
     Ranks make the same calls, so their `setup` is that of one job.
     """
-    for key, placed in blocks(setup).items():
+    for key, equal in blocks(setup).items():
+        placed = equal[0]
         watch = Stopwatch(placed.memory, transport)
         with own_stream(placed.memory):
-            block = setup.build_block(placed, tokens=ROWS[-1])
-            yield BlockRates(key, setup.sizes.kept(placed) or 0, _call(placed, block, watch))
-        del block
+            built = [setup.build_block(one, tokens=ROWS[-1]) for one in equal]
+            seconds = partial(seconds_of, recorder(setup, placed), watch, built)
+            yield BlockRates(key, setup.sizes.kept(placed) or 0, _call(placed, seconds, watch))
+        del built, seconds
         done()
 
 
-def _call(placed: Placed, block: Any, watch: Stopwatch) -> Curve:
+def recorder(setup: Setup, placed: Placed) -> Captures | None:
+    """Return who records calls of a block; None if they are made one by one in a forward too."""
+    assert placed.backend is not None  # a leaf's always is
+    backend = setup.create(placed.backend)
+    works_there = placed.memory.name != HOST.name
+    return backend if isinstance(backend, Captures) and works_there else None
+
+
+def seconds_of(
+    captures: Captures | None, watch: Stopwatch, built: list[Block], inputs: Sequence[Any]
+) -> float:
+    """Return the seconds of a call of one of some equal blocks, as it is in a forward."""
+    calls = [partial(block, *inputs) for block in built]
+    return watch.seconds_recorded(captures, *calls) if captures else watch.seconds(*calls)
+
+
+def _call(placed: Placed, taken: Callable[[Sequence[Any]], float], watch: Stopwatch) -> Curve:
     """Return the seconds of a block's call, up to as many rows as there is time for."""
-    begin, rows, seconds = time.perf_counter(), list[int](), list[float]()
+    begin, rows, seconds = 0.0, list[int](), list[float]()
     for count in ROWS:
         ahead = WARM_AND_TIMED * seconds[-1] * count / rows[-1] if rows else 0.0
-        if watch.largest(time.perf_counter() - begin + ahead) > BLOCK_SECONDS:
+        if rows and watch.largest(time.perf_counter() - begin + ahead) > BLOCK_SECONDS:
             break
         inputs = [_there(placed, one) for one in _inputs(placed, count)]
-        seconds.append(watch.seconds(partial(block, *inputs)))
+        seconds.append(taken(inputs))
         rows.append(count)
+        begin = begin or time.perf_counter()  # kernels may have been compiled before
     return Curve(tuple(rows), tuple(seconds))
 
 
@@ -102,11 +128,12 @@ def _apart(setup: Setup, placed: Placed) -> Iterator[Placed]:
         backend = setup.create(placed.backend)
         for role, scope, spec, _ in placed.spec.parts():
             name = f"{placed.name}.{role}"
+            inner = ".".join(filter(None, (placed.scope, scope)))
             asked = Answers(backend, placed.backend, name)
-            if not _has_experts(spec) and asked.why_unsupported(spec) is None:
-                memory = asked.memory(spec)
-                inner = ".".join(filter(None, (placed.scope, scope)))
-                yield Placed(name, inner, spec, memory, memory, placed.backend)
+            if _has_experts(spec) or asked.why_unsupported(spec) is None:
+                memory = placed.memory if _has_experts(spec) else asked.memory(spec)
+                part = Placed(name, inner, spec, memory, memory, placed.backend)
+                yield from _apart(setup, part)
 
 
 def _has_experts(spec: specs.Spec) -> bool:

@@ -9,7 +9,7 @@ long.  The ranks of a job measure at the same time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -18,17 +18,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Block, Measures
+from lfm2kit.backend import Captures, Measures
 from lfm2kit.building import rates
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.curves import Curve
 from lfm2kit.building.kept_rates import described, hardware_of
 from lfm2kit.building.loading import Setup, in_host_memory
 from lfm2kit.building.placement import Placed
-from lfm2kit.building.rates import Calibration, Link, Side
+from lfm2kit.building.rank_rates import ExchangeRates
+from lfm2kit.building.rates import Calibration, Call, Link, Side
+from lfm2kit.building.records import LEAST
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.measuring.block_times import block_rates, blocks
-from lfm2kit.measuring.exchange_times import copied_per_second, exchange_rates, measured_groups
+from lfm2kit.measuring.block_times import block_rates, blocks, recorder, seconds_of
+from lfm2kit.measuring.exchange_times import (
+    copied_per_second,
+    exchange_rates,
+    groups_of,
+    measured_groups,
+)
+from lfm2kit.measuring.past_host import past_host_rates
 from lfm2kit.measuring.together import Stopwatch
 from lfm2kit.memory import HOST, own_stream
 from lfm2kit.ranks.joining import Alone
@@ -96,7 +104,7 @@ def calibrated(
         setup.checkpoint.path.name,
         tuple(sides),
         tuple(block_rates(setup, transport, done)),
-        tuple(exchange_rates(transport, done)),
+        (*exchange_rates(transport, done), *_past_host(setup, transport, done)),
         copied_per_second(transport, hidden_size),
     )
     return calibration, waited
@@ -105,7 +113,14 @@ def calibrated(
 def steps(setup: Setup, there: list[Measurable]) -> int:
     """Return in how many steps `calibrated` measures."""
     exchanges = [] if setup.transport is None else measured_groups(setup.transport)
-    return len(there) * (len(ROWS) + 1) + len(blocks(setup)) + len(exchanges)
+    return len(there) * (len(ROWS) + 1) + len(blocks(setup)) + 2 * len(exchanges)
+
+
+def _past_host(
+    setup: Setup, transport: Transport, done: Callable[[], None]
+) -> Iterator[ExchangeRates]:
+    for among in groups_of(transport, done):
+        yield from past_host_rates(setup, among)
 
 
 def _experts(spec: Spec, name: str, scope: str) -> Iterator[tuple[str, str, specs.Experts]]:
@@ -145,8 +160,10 @@ def _side(setup: Setup, one: Measurable, watch: Stopwatch, done: Callable[[], No
     kept = setup.sizes.kept(placed) or setup.stored_bytes(placed)
     expert_bytes = kept // len(placed.spec.local_experts)
     block = setup.build_block(placed, tokens=_tokens(placed.spec, ROWS[-1]))
-    product = _product(placed.spec, block, watch, done)
+    captures = recorder(setup, placed)
+    product = _product(placed.spec, partial(seconds_of, captures, watch, [block]), watch, done)
     del block
+    fixed = None if captures is None else _fixed(setup, placed, product, captures, watch)
     link = None if placed.memory.name == HOST.name else _link(watch)
     if link is not None and (seconds := _streaming(setup, placed, asked, watch)) is not None:
         link = link._replace(from_host=expert_bytes / seconds)
@@ -161,22 +178,44 @@ def _side(setup: Setup, one: Measurable, watch: Stopwatch, done: Callable[[], No
         ceilings,
         hardware_of(asked, placed.memory),
         asked.row_format(placed.spec),
+        Call(len(placed.spec.local_experts), fixed),
     )
 
 
 def _product(
-    spec: specs.Experts, block: Block, watch: Stopwatch, done: Callable[[], None]
+    spec: specs.Experts,
+    taken: Callable[[Sequence[Any]], float],
+    watch: Stopwatch,
+    done: Callable[[], None],
 ) -> Curve:
     """Return the seconds of one expert's product, up to as many rows as there is time for."""
-    begin, rows, seconds = time.perf_counter(), list[int](), list[float]()
+    begin, rows, seconds = 0.0, list[int](), list[float]()
     for count in ROWS:
         ahead = WARM_AND_TIMED * seconds[-1] * count / rows[-1] if rows else 0.0
-        if watch.largest(time.perf_counter() - begin + ahead) < PRODUCT_SECONDS:
+        if not rows or watch.largest(time.perf_counter() - begin + ahead) < PRODUCT_SECONDS:
             inputs = [watch.memory.from_host(array) for array in _inputs(spec, count)]
-            seconds.append(watch.seconds(partial(block, *inputs)))
+            seconds.append(taken(inputs))
             rows.append(count)
+            begin = begin or time.perf_counter()  # kernels may have been compiled before
         done()
     return Curve(tuple(rows), tuple(one / len(spec.local_experts) for one in seconds))
+
+
+def _fixed(
+    setup: Setup, placed: Placed, product: Curve, captures: Captures, watch: Stopwatch
+) -> float | None:
+    """Return the seconds that the number of experts does not change: by a call of fewer ones."""
+    experts = placed.spec
+    assert isinstance(experts, specs.Experts)
+    few = replace(experts, local_experts=experts.local_experts[: experts.num_experts_per_tok])
+    some, all_of_them = len(few.local_experts), len(experts.local_experts)
+    if some == all_of_them:
+        return None
+    block = setup.build_block(replace(placed, spec=few), tokens=_tokens(few, ROWS[0]))
+    inputs = [watch.memory.from_host(array) for array in _inputs(few, ROWS[0])]
+    of_some, of_all = seconds_of(captures, watch, [block], inputs), product.seconds[0] * all_of_them
+    fixed = (all_of_them * of_some - some * of_all) / (all_of_them - some)
+    return min(max(LEAST, fixed), of_all)
 
 
 def _inputs(spec: specs.Experts, rows: int) -> tuple[Any, Any, Any]:

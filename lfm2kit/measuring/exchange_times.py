@@ -31,11 +31,17 @@ def exchange_rates(
 
     Every rank of the job calls this.  Call `done` after each.
     """
+    for among in groups_of(transport, done):
+        key = ExchangeKey(among.world.size, len(set(among.world.nodes)))
+        yield ExchangeRates(key, _exchange(among))
+
+
+def groups_of(transport: Transport, done: Callable[[], None] = lambda: None) -> Iterator[Transport]:
+    """Yield the measured groups that this rank is in; call `done` after each measured group."""
     for grouping in measured_groups(transport):
-        world, among = grouping.place(transport.world, transport)
+        _, among = grouping.place(transport.world, transport)
         if among is not None:
-            key = ExchangeKey(world.size, len(set(world.nodes)))
-            yield ExchangeRates(key, _exchange(among))
+            yield among
         done()
 
 

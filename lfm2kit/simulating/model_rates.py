@@ -55,9 +55,11 @@ class Experts(NamedTuple):
 
     def spent(self, rows: Int64) -> Spent:
         """Return what ranks spend whose experts have these rows, [ranks, experts]."""
-        product, is_used = self.side.product, rows > 0
-        seconds: Float64 = (product.at(rows) * is_used).sum(axis=1)
-        return Spent(seconds, float(product.at(1)) * is_used.sum(axis=1))
+        product, is_used, fixed = self.side.product, rows > 0, self.side.call.fixed or 0.0
+        share = fixed / self.side.call.experts  # that is in the time of each
+        of_each: Float64 = ((product.at(rows) - share) * is_used).sum(axis=1)
+        reading = (float(product.at(1)) - share) * is_used.sum(axis=1)
+        return Spent(of_each + fixed * is_used.any(axis=1), reading)
 
 
 class LayerRates(NamedTuple):
@@ -96,6 +98,11 @@ class ModelRates:
             blocks("last_rows"),
             blocks("embedding_norm", "lm_head"),
         )
+
+    @property
+    def of_experts(self) -> Side | None:
+        """Return the rates of experts, and of what surrounds them; None if there are none."""
+        return next((one.experts.side for one in self.layers if one.experts is not None), None)
 
     @property
     def kept_bytes(self) -> int:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lfm2kit.building.curves import Curve, Float64
 from lfm2kit.building.rates import MADE_BY, Calibration
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.memory import HOST
 from lfm2kit.simulating.request import Request
 
 LATENCY = 20e-6  # seconds of a message over a link of which only the rate is known
@@ -68,13 +69,24 @@ class Network(NamedTuple):
         return longer
 
 
+def past_host(calibration: Calibration, memory: str, ranks: int) -> Curve | None:
+    """Return the seconds of a layer's exchange between devices of one machine, if it was measured.
+
+    They are those among about as many ranks as are on a machine, by the bytes to each other one.
+    """
+    there = (one for one in calibration.exchanges if one.key[1:] == (1, memory))
+    nearest = min(there, key=lambda one: abs(one.key.ranks - ranks), default=None)
+    return None if nearest is None or memory == HOST.name else nearest.call
+
+
 def network(request: Request, calibration: Calibration, rates: str) -> Network:
     """Return the links that are asked for; of what is not, those that were measured.
 
     `rates` is what errors call the calibration.
     """
-    apart = [one for one in calibration.exchanges if one.key.machines > 1]
-    near = [one for one in calibration.exchanges if one.key.machines == 1]
+    on_host = [one for one in calibration.exchanges if one.key.memory == HOST.name]
+    apart = [one for one in on_host if one.key.machines > 1]
+    near = [one for one in on_host if one.key.machines == 1]
 
     def between() -> Link:
         if request.link is not None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.building.curves import Float64
+from lfm2kit.building.curves import Curve, Float64
 from lfm2kit.building.overlap import NEAR_ONE_ROW
 from lfm2kit.exchange_round import WORD
 from lfm2kit.ranks.balancing import max_over_mean
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
     compute: float
     waiting: float  # for slower ranks of its group
     exchange: float  # that is not hidden
-    copies: float  # of rows, around the exchange
+    copies: float  # of rows, around the exchange, and of logits to the host
     gather: float  # of the logits
 
 
@@ -56,6 +56,10 @@ class Machine:
     network: Network
     copies: float  # bytes per second
     overlap: float = 0.0  # share of an exchange that is hidden where there is enough to compute
+    # The seconds of a layer's exchange within a machine, by the bytes to each other rank, if its
+    # tokens travel between devices; they are copied meanwhile.
+    past_host: Curve | None = None
+    to_host: float | None = None  # bytes per second of logits from a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ def predict(
             rows.append(sendings.expert_rows.sum(axis=1).tolist())
         clock.compute(machine.rates.of_all_rows.spent(tokens))
         clock.compute(machine.rates.of_logits.spent(counts))
+        clock.to_host(counts * vocab_size)
     gathered = job.gathered(vocab_size)
     to_first = np.zeros((job.ranks, job.ranks), np.int64)
     to_first[:, 0] = [sent.bytes for sent in gathered]
@@ -130,6 +135,8 @@ class _Clock:
         for number, group in enumerate(job.layout.grouping.groups):
             self._group[list(group)] = number
         self._is_alone = np.array(job.peers) == 0
+        nodes = [{job.layout.nodes[rank] for rank in one} for one in job.layout.grouping.groups]
+        self._is_within = all(len(of_group) == 1 for of_group in nodes)  # one machine
         self._peers = self._messages_between()
         zeros = (np.zeros(job.ranks) for _ in range(7))
         self._now, self._computed, self.reading, self._waited, *rest = zeros
@@ -143,6 +150,9 @@ class _Clock:
     def layer(self, before: Spent, experts: Spent, sendings: Sendings) -> None:
         """Add a layer in which tokens travel to experts and back."""
         self.compute(before)
+        if self._machine.past_host is not None and self._is_within:
+            self._past_host(self._machine.past_host, experts, sendings)
+            return
         copied = self._copies(sendings)
         self._now += copied
         self._copied += copied
@@ -151,6 +161,26 @@ class _Clock:
         self.compute(experts)
         exchanged += self._exchange(back)
         self._hide(exchanged, copied, before.seconds + experts.seconds)
+
+    def _past_host(self, call: Curve, experts: Spent, sendings: Sendings) -> None:
+        """Add the experts, and an exchange between devices around them, half before and after."""
+        dispatched, back = sendings.bytes()
+        sent = (dispatched + back).sum(axis=1) / np.maximum(1, sendings.peers)
+        seconds = self._of_group(call.at(sent) * (np.array(sendings.peers) > 0))
+        for computed in (experts, None):
+            together = self._of_group(self._now)
+            self._waited += together - self._now
+            self._now = together + seconds / 2
+            self._exchanged += seconds / 2
+            if computed is not None:
+                self.compute(computed)
+
+    def to_host(self, logits: Int64) -> None:
+        """Add the copy of these numbers of logits to the host, [ranks]."""
+        if self._machine.to_host is not None:
+            seconds = WORD * logits / self._machine.to_host
+            self._now += seconds
+            self._copied += seconds
 
     def ended(self, to_first: Bytes) -> Parts:
         """Wait for all ranks, add the gather of the logits, and return the seconds by part."""

@@ -17,6 +17,7 @@ from lfm2kit.building.rank_rates import BlockKey, BlockRates, ExchangeKey, Excha
 from lfm2kit.building.rates import (
     VERSION,
     Calibration,
+    Call,
     Experts,
     Link,
     Rates,
@@ -36,7 +37,15 @@ CALIBRATION = Calibration(
     (
         Side(HOST, "host", 22_020_096, CURVE, None, Ceilings(1e12, 1e11), {}),
         Side(
-            DEVICE, "gpu:0", 22_020_096, CURVE, Link(46e9, 55e9), None, {"device": "a loom"}, BF16
+            DEVICE,
+            "gpu:0",
+            22_020_096,
+            CURVE,
+            Link(46e9, 55e9),
+            None,
+            {"device": "a loom"},
+            BF16,
+            Call(12, 2e-5),
         ),
     ),
     (
@@ -112,8 +121,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda d: d.update(kind="lfm2kit load"),
         "'lfm2kit load', not 'lfm2kit rates'",
     ),
-    "an earlier version": (lambda d: d.update(version=VERSION - 1), "version is 4"),
-    "a later version": (lambda d: d.update(version=VERSION + 1), "version is 6"),
+    "an earlier version": (lambda d: d.update(version=VERSION - 1), "version is 5"),
+    "a later version": (lambda d: d.update(version=VERSION + 1), "version is 7"),
     "a machine that is a text": (lambda d: d.update(machine="x"), "machine is 'x'"),
     "cores that are a number": (lambda d: d["machine"].update(cores=2), "an object of texts"),
     "no date": (lambda d: d.pop("date"), "date is missing"),

@@ -43,7 +43,7 @@ from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import StreamedExperts
 from tests.conformance.late import LateBackend
 from tests.core.rounding import RoundingBackend
-from tests.core.test_model import DeviceBackend
+from tests.core.test_model import CapturingBackend, DeviceBackend
 from tests.random_model import RANDOM
 
 PRECISIONS = (FP32, Precision("half", FP32_GRADE))
@@ -163,7 +163,7 @@ def test_the_seconds_are_of_one_expert_and_the_file_is_read_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     there = setup("seen", seen=Seen([]))
-    monkeypatch.setattr(Stopwatch, "seconds", lambda self, call: 0.032)
+    monkeypatch.setattr(Stopwatch, "seconds", lambda self, *calls: 0.032)
     measured, _ = calibrated(there, measurable(there))
     side = by_name(measured)["seen"]
     assert side.experts == rates.Experts("seen", "fp32", 128, 48, "BF16")
@@ -176,6 +176,25 @@ def test_the_seconds_are_of_one_expert_and_the_file_is_read_back(
     assert read_calibration(tmp_path / "rates.json") == measured
 
 
+def test_what_a_call_takes_for_any_number_of_experts_is_found_by_fewer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """16 experts take 10 ms, and 4 take 4 ms: 2 ms and 0.5 ms for each."""
+
+    def seconds(self: Stopwatch, captures: Any, *calls: Any) -> float:
+        _, ids, _ = calls[0].args
+        return {16: 10e-3, 4: 4e-3}.get(len(np.unique(ids.values)), 1.0)
+
+    monkeypatch.setattr(Stopwatch, "seconds_recorded", seconds)
+    monkeypatch.setattr(calibration, "block_rates", lambda *there: [])
+    there = setup("far", far=CapturingBackend())
+    far = [one for one in measurable(there) if one.placed.backend == "far"]
+    measured, _ = calibrated(there, far)
+    (side,) = measured.sides
+    assert side.call.experts == 16
+    assert side.call.fixed == pytest.approx(2e-3)
+
+
 @pytest.mark.parametrize(
     ("backend", "row_format"), [(Seen([]), F32), (RoundingBackend(BF16), BF16)], ids=["F32", "BF16"]
 )
@@ -183,7 +202,7 @@ def test_the_format_in_which_experts_read_rows_is_kept(
     backend: Backend, row_format: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = setup("seen", seen=backend)
-    monkeypatch.setattr(Stopwatch, "seconds", lambda self, call: 0.032)
+    monkeypatch.setattr(Stopwatch, "seconds", lambda self, *calls: 0.032)
     measured, _ = calibrated(there, measurable(there))
     assert by_name(measured)["seen"].row_format == row_format
 
@@ -206,7 +225,7 @@ def test_a_memory_elsewhere_has_a_link_and_the_host_is_measured_too(backend: Any
 def test_the_way_to_a_device_that_streams_is_measured_by_what_it_streams(
     backend: DeviceBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Stopwatch, "seconds", lambda self, call: (call(), 0.032)[1])
+    monkeypatch.setattr(Stopwatch, "seconds", lambda self, *calls: (calls[0](), 0.032)[1])
     there = setup("far", far=backend)
     measured, _ = calibrated(there, measurable(there))
     far, plain = by_name(measured)["far"], calibration.LINK_BYTES / 0.032
@@ -248,7 +267,7 @@ def test_a_device_is_named_by_its_memory_if_its_backend_does_not(
 
 def test_a_call_that_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """After 2 s for one row, four are expected to take twice 8 s, to warm up and to be timed."""
-    monkeypatch.setattr(Stopwatch, "_once", lambda self, call: Timing(2.0, 1.0))
+    monkeypatch.setattr(Stopwatch, "_once", lambda self, call, enqueued: Timing(2.0, 1.0))
     there = setup("seen", seen=Seen([]))
     measured, waited = calibrated(there, measurable(there))
     assert by_name(measured)["seen"].product.sizes == (1,)

@@ -11,7 +11,7 @@ from lfm2kit.backend import BF16, F16, Format
 from lfm2kit.building.curves import Curve
 from lfm2kit.building.load import Load, unused
 from lfm2kit.building.rank_rates import ExchangeKey, ExchangeRates
-from lfm2kit.building.rates import Calibration
+from lfm2kit.building.rates import Calibration, Call
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.simulating.comparing import EP_IN_NODE, ONE, Compared, Simulation, layouts
 from lfm2kit.simulating.jobs import Job, Layout
@@ -84,6 +84,41 @@ def test_two_ranks_exchange_three_messages_a_layer_and_gather_one() -> None:
     assert both["ep"].sent_messages.tolist() == [6 * 3, 6 * 3 + 1]
     assert both["dp"].sent_messages.tolist() == [0, 1]
     assert both["dp"].kept_bytes - both["ep"].kept_bytes == 6 * 8 * EXPERT
+
+
+def test_tokens_between_devices_take_what_was_measured_there() -> None:
+    """A layer's exchange is one time, with what is copied around it."""
+    call, bytes_of_a_row = Curve((1,), (1e-6 / 2**10,)), 4 * 128
+    rates = calibration(copies=1.0, exchanges=(ExchangeRates(ExchangeKey(2, 1), FAST),))
+    of_a_kb = replace(machine(parsed("ranks=2,n=32"), rates), past_host=call)
+    routing = drawn(RANDOM.spec, None, 32, 16)
+    near, far = (
+        Job.of(RANDOM.spec, Layout(at, layouts(at)["ep"], 128), 32) for at in ([0, 0], [0, 1])
+    )
+    predicted = predict(near, routing, of_a_kb, VOCAB)
+    assert predicted.parts.copies == 0
+    rows = 256 * (0.97 + 2)  # of a rank: its tokens, and the products of others'
+    ms_of_layers = 1e-6 * rows * bytes_of_a_row / 2**10 * 1e3 * 6
+    assert 1e3 * predicted.parts.exchange == pytest.approx(ms_of_layers, rel=0.1)
+    with pytest.raises(Lfm2kitError, match="no exchange between machines"):
+        predict(far, routing, of_a_kb, VOCAB)
+
+
+def test_experts_of_a_call_share_what_does_not_depend_on_their_number() -> None:
+    """A call of 4 took 4 ms, of which 2 would be the same for any number: 0.5 are an expert's."""
+    (side,) = calibration().sides
+    rates = calibration(sides=(replace(side, call=Call(4, 2e-3)),))
+    one = predictions("ranks=1,n=16", rates)[ONE]
+    assert ms(one)[0] == pytest.approx(BLOCKS_MS + 6 * (2 + 16 * 0.5))
+
+
+def test_logits_are_copied_from_a_device_to_the_host() -> None:
+    rates = calibration()
+    for to_host, seconds in ((None, 0.0), (1e6, 16 * VOCAB * 4 / 1e6)):
+        one = replace(machine(parsed("ranks=1,n=16"), rates), to_host=to_host)
+        job = Job.of(RANDOM.spec, Layout([0], layouts([0])[ONE], 128), 16)
+        predicted = predict(job, drawn(RANDOM.spec, None, 16, 16), one, VOCAB)
+        assert predicted.parts.copies == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("row_format", [BF16, F16], ids=str)
