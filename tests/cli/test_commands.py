@@ -343,7 +343,8 @@ def test_plan_shows_a_ranks_share_without_a_job(
     monkeypatch.setattr(ReferenceBackend, "memory", lambda self, spec: other_memory("device"))
     arguments = ("plan", "-m", random_folder, "-b", "reference", "--json", "-")
     alone, share = (
-        json.loads(cli(*arguments, *more).out) for more in ([], ["--ranks", 4, "--rank", 3])
+        json.loads(cli(*arguments, *more).out)
+        for more in ([], ["--ranks", 4, "--rank", 3, "--parallel", "ep"])
     )
     assert (share["rank"], share["ranks"], share["rewrites"]) == (3, 4, ["experts-over-ranks"])
     note = "this rank holds experts 12-15 of 16; device <-> host"
@@ -358,7 +359,7 @@ def test_plan_shows_a_ranks_share_without_a_job(
     reasons = Counter(share["waits"].values())
     none_calls = "no backend of the plan calls blocks of another memory"
     assert reasons == {"it consists of several blocks": 6, none_calls: 12}
-    shown = cli("plan", "-m", random_folder, "-b", "reference", "--ranks", 4).out
+    shown = cli("plan", "-m", random_folder, "-b", "reference", "--ranks", 4, "--tokens", 9).out
     assert f"layers.7.feed_forward.experts (12 blocks): waits for its copies: {none_calls}" in shown
     assert "reference, rank 0 of 4" in shown
     assert "layers.2.feed_forward to layers.7.feed_forward (6 blocks): this rank holds" in shown
