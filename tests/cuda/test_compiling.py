@@ -24,7 +24,9 @@ HALVES = {
     "bf16": {"HALF": "BF16", "MMA_TYPE": '"bf16"', "GATED_SCALE": "1.0f"},
     "fp16": {"HALF": "F16", "MMA_TYPE": '"f16"', "GATED_SCALE": "0.015625f"},
 }
-WAYS = {"gemm90": 2}  # its warpgroups part before they wait: those that copy, those that multiply
+# gemm90's warpgroups part before they wait: those that copy, those that multiply.  few_rows waits
+# before it reads a list of tiles, and without one after it has asked for weights.
+WAYS = {"gemm90": 2, "few_rows": 2}
 ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
 
 # Each source with the constants of LFM2-8B-A1B, and with odd ones where they change the code.
@@ -46,6 +48,9 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("gemm", {"TILE_K": 4, "PASS": 2}, ("sm_75",)),
     ("gemm", {"TILE_K": 8, "PASS": 2}, ("sm_80",)),
     ("gemm", {"TILE_K": 16, "PASS": 4}, ("sm_90a", "sm_100")),
+    ("few_rows", {"COLUMNS": 16, "STAGES": 16, "VECTOR": 4}, ALL),
+    ("few_rows", {"COLUMNS": 32, "STAGES": 8, "VECTOR": 4}, ALL),
+    ("few_rows", {"COLUMNS": 32, "STAGES": 8, "VECTOR": 1}, ALL),
     ("panels", {}, ALL),
     ("activations", {}, ALL),
     ("gemm16", {**HALVES["fp16"], "SHARED_BYTES": 64 * 1024}, ALL),

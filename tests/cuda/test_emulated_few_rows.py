@@ -1,0 +1,197 @@
+"""The products of few rows on the CPU: the bits of cpu_simd, whose order of sums they share."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from lfm2kit_cpu_simd import gemm as cpu_simd
+from lfm2kit_cpu_simd import packing
+from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
+from lfm2kit_cuda.constants import FEW_ROWS, GEMM
+
+from lfm2kit.weights import Tensor
+from tests.cpu_simd.twins import HAS_FMA, assert_same_bits
+from tests.cuda.test_emulated import (
+    COMPILER,
+    MARGIN,
+    Float32,
+    Tiles,
+    framed,
+    has_cpp20,
+    listed,
+    normal,
+    pack,
+    pack_gated,
+    padded,
+    width,
+)
+from tests.cuda.test_grouping import grouped
+
+MOST, STEP = FEW_ROWS.MOST_ROWS, GEMM.STEP
+NARROW, WIDE = (16, 4), (32, 2)  # columns of a CTA, and its warps' stages: few, so that they wrap
+COUNTS = (1, 7, 8, 0, 9, 2, 17, 4)  # rows of groups, astride the edges of tiles
+
+pytestmark = pytest.mark.skipif(not HAS_FMA, reason="the CPU has no fused multiply-adds")
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """The products as few_rows.py launches them."""
+
+    program: Path
+    columns: int
+    vector: int
+
+    def linear(
+        self,
+        x: Float32,
+        packed: Float32,
+        columns: int,
+        bias: Float32 | None = None,
+        tiles: Tiles | None = None,
+        source: npt.NDArray[np.int32] | None = None,
+    ) -> Float32:
+        return self._run("linear_few", x, packed, (bias,), columns, tiles, source)
+
+    def gated(
+        self,
+        x: Float32,
+        packed: Float32,
+        columns: int,
+        tiles: Tiles | None = None,
+        source: npt.NDArray[np.int32] | None = None,
+    ) -> Float32:
+        return self._run("gated_few", x, packed, (), padded(columns, STEP), tiles, source)
+
+    def _run(
+        self,
+        name: str,
+        x: Float32,
+        packed: Float32,
+        more: tuple[Float32 | None, ...],
+        columns: int,
+        tiles: Tiles | None,
+        source: npt.NDArray[np.int32] | None,
+    ) -> Float32:
+        assert x.shape[1] % self.vector == 0
+        rows, most = (len(tiles.source), len(tiles.tiles) + 1) if tiles else (len(x), 1)
+        output = np.full(rows * columns + MARGIN, np.nan, np.float32)
+        numbers = len(x), x.shape[1], x.shape[1], packed.shape[2], width(packed), columns
+        grid = width(packed) // self.columns, most
+        given = (x, source, packed, *more, output, *listed(tiles))
+        done = subprocess.run(
+            [str(self.program), name, *map(str, (*grid, *numbers))],
+            input=b"".join(map(framed, given)), stdout=subprocess.PIPE, check=True, timeout=100,
+        )  # fmt: skip
+        written = np.frombuffer(done.stdout, np.float32)
+        assert np.isnan(written[rows * columns :]).all()
+        return written[: rows * columns].reshape(rows, columns)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated]:
+    """Return the kernels by the columns of a CTA, the stages, and the floats of a copy."""
+    folder = tmp_path_factory.mktemp("few_rows")
+    if COMPILER is None or not has_cpp20(folder):
+        pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
+    sources = shutil.copytree(INCLUDE, folder / "sources")
+    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+
+    @cache
+    def compiled(sizes: tuple[int, int], vector: int) -> Emulated:
+        constants = {"COLUMNS": sizes[0], "STAGES": sizes[1], "VECTOR": vector}
+        program = folder / "-".join(map(str, constants.values()))
+        subprocess.run(
+            [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
+             *definitions("few_rows", constants), str(sources / "few_rows.cpp"),
+             "-o", str(program)], check=True,
+        )  # fmt: skip
+        return Emulated(program, sizes[0], vector)
+
+    return compiled
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+def tensor(matrix: Float32) -> Tensor:
+    return Tensor.of_array("w", matrix)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "inputs", "vector"),
+    [
+        (NARROW, 1, 16, 4), (WIDE, 2, 300, 4), (NARROW, 3, 107, 1), (WIDE, 5, 224, 4),
+        (NARROW, 8, 2048, 4), (WIDE, 8, 288, 4),
+    ],
+)  # fmt: skip
+def test_dense_rows(
+    emulated: Callable[..., Emulated],
+    rng: np.random.Generator,
+    sizes: tuple[int, int],
+    rows: int,
+    inputs: int,
+    vector: int,
+) -> None:
+    """A gated product, and one that reads its result."""
+    few, inner = emulated(sizes, vector), 69
+    x, gates, ups = (normal(rng, n, inputs) for n in (rows, inner, inner))
+    down, bias = normal(rng, 101, inner), normal(rng, 101)
+    got = few.gated(x, pack_gated(gates[None], ups[None]), inner)
+    want = cpu_simd.linear(x, packing.pack_gated([tensor(gates)], [tensor(ups)]), inner)
+    assert_same_bits(got[:, :inner], want)
+    assert not got[:, inner:].any()
+    out = few.linear(got, pack(down[None]), 101, bias)
+    assert_same_bits(out, cpu_simd.linear(want, packing.pack([[tensor(down)]]), 101, bias))
+
+
+@pytest.mark.parametrize("sizes", [NARROW, WIDE], ids=["narrow", "wide"])
+def test_experts(
+    emulated: Callable[..., Emulated], rng: np.random.Generator, sizes: tuple[int, int]
+) -> None:
+    """Tiles of a list, gathered; the next product reads them where they are."""
+    few, inner, inputs, tokens = emulated(sizes, 4), 69, 108, 30
+    group_of = np.repeat(np.arange(len(COUNTS), dtype=np.int32), COUNTS)
+    slots, place, of_tiles = grouped(group_of[:, None], range(len(COUNTS)), MOST, step=1)
+    slots[place] = rng.integers(0, tokens, len(group_of), np.int32)
+    tiles = Tiles(slots, of_tiles, np.full(len(slots), -1, np.int32))
+    assert tiles.tiles[:, 2].max() <= MOST
+    x, gates, ups, down = (
+        normal(rng, *shape)
+        for shape in (
+            (tokens, inputs),
+            *[(len(COUNTS), inner, inputs)] * 2,
+            (len(COUNTS), 101, inner),
+        )
+    )
+    got = few.gated(x, pack_gated(gates, ups), inner, tiles, slots)
+    out = few.linear(got, pack(down), 101, None, tiles)
+    for row, group in zip(place, group_of, strict=True):
+        w13 = packing.pack_gated([tensor(gates[group])], [tensor(ups[group])])
+        want = cpu_simd.linear(x[slots[row]][None], w13, inner)
+        assert_same_bits(got[row : row + 1, :inner], want)
+        w2 = packing.pack([[tensor(down[group])]])
+        assert_same_bits(out[row : row + 1], cpu_simd.linear(want, w2, 101))
+    nobodys = np.setdiff1d(np.arange(len(slots)), place)
+    assert np.isnan(out[nobodys]).all()
+    assert np.isnan(got[nobodys]).all()
+
+
+def test_a_sum_that_is_zero_is_positive(emulated: Callable[..., Emulated]) -> None:
+    """Though each chain is -0, because its terms are too small for float32, and so is the bias."""
+    k = STEP * GEMM.GROUPS
+    x, weight = np.full((1, k), -1e-30, np.float32), np.full((1, 1, k), 1e-30, np.float32)
+    got = emulated(NARROW, 4).linear(x, pack(weight), 1, np.full(1, -0.0, np.float32))
+    assert_same_bits(got, np.zeros((1, 1), np.float32))

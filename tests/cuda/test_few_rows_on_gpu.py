@@ -1,0 +1,105 @@
+"""Products of few rows on a real GPU: the bits of gemm.cu, at the release's sizes and odd ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from lfm2kit_cuda.requirements import why_unavailable
+
+from lfm2kit.backend import BF16, Tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
+]
+
+Float32 = npt.NDArray[np.float32]
+SHAPES = ((6144, 2048), (2048, 2048), (2048, 7168), (65536, 2048), (101, 69), (33, 300))  # out, in
+
+
+def random(rng: np.random.Generator, *shape: int) -> Float32:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def tensors(rng: np.random.Generator, groups: int, *shape: int) -> list[Tensor]:
+    return [Tensor.of_array("w", random(rng, *shape)).stored_as(BF16) for _ in range(groups)]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def gemm() -> Any:
+    from lfm2kit_cuda import few_rows
+    from lfm2kit_cuda.arithmetic import arithmetic
+
+    if not few_rows.are_few(1):
+        pytest.skip("it takes a chip of compute capability 8.0")
+    return arithmetic("fp32")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense_rows(gemm: Any, rng: np.random.Generator, shape: tuple[int, int]) -> None:
+    import cupy
+    from lfm2kit_cuda import few_rows
+
+    out, inputs = shape
+    matrix, bias = gemm.pack(tensors(rng, 1, out, inputs)), cupy.asarray(random(rng, out))
+    for rows in range(1, 9):
+        x = gemm.rounded(cupy.asarray(random(rng, rows, inputs)))
+        want, got = gemm.linear(x, matrix, bias), few_rows.linear(x, matrix, bias, None)
+        assert (want == got).all()
+
+
+@pytest.mark.parametrize("shape", [(7168, 2048), (320, 128), (69, 107)], ids=str)
+def test_an_mlp(gemm: Any, rng: np.random.Generator, shape: tuple[int, int]) -> None:
+    import cupy
+    from lfm2kit_cuda import few_rows
+
+    inner, hidden = shape
+    w13 = gemm.pack_gated(tensors(rng, 1, inner, hidden), tensors(rng, 1, inner, hidden))
+    w2 = gemm.pack(tensors(rng, 1, hidden, inner))
+    for rows in (1, 2, 3, 7, 8):
+        x = gemm.rounded(cupy.asarray(random(rng, rows, hidden)))
+        want = gemm.linear(gemm.gated(x, w13), w2)
+        got = few_rows.linear(few_rows.gated(x, w13, None), w2, None, None)
+        assert (want == got).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 64])
+def test_experts(gemm: Any, rng: np.random.Generator, tokens: int) -> None:
+    """A few experts get more rows than a tile has, and some get none."""
+    import cupy
+    from lfm2kit_cuda import few_rows
+    from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+
+    class Few:
+        """The FP32 product with tiles of few rows."""
+
+        def tiling(self, pairs: int, groups: int) -> Any:
+            return few_rows.TILING
+
+    experts, hidden, inner = 32, 2048, 1792
+    w13 = gemm.pack_gated(
+        tensors(rng, experts, inner, hidden), tensors(rng, experts, inner, hidden)
+    )
+    w2 = gemm.pack_down(tensors(rng, experts, hidden, inner))
+    chances = rng.random(experts) ** 3
+    order = (rng.random((tokens, experts)) * chances).argsort(axis=1)
+    ids = cupy.asarray(np.ascontiguousarray(order[:, -4:], np.int32))
+    everyone = cupy.arange(experts, dtype=cupy.int32)
+    x = gemm.rounded(cupy.asarray(random(rng, tokens, hidden)))
+    tiles, place = grouped_by_expert(ids, everyone, experts, gemm)
+    want = gemm.down(gemm.gated(x, w13, tiles), w2, tiles)[place.ravel()]
+    tiles, place = grouped_by_expert(ids, everyone, experts, Few())  # type: ignore[arg-type]
+    gated = few_rows.gated(x, w13, tiles)
+    got = few_rows.linear(gated, w2, None, replace(tiles, source=None))[place.ravel()]
+    assert (want == got).all()
