@@ -37,7 +37,7 @@ import numpy as np
 from lfm2kit_mpi.launcher import MpiLauncher, find_mpiexec, flags_for, version_of
 
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.loading import find_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
@@ -84,14 +84,8 @@ class Ranks:
             alone = set_up(self.checkpoint, Options(**common))
             return alone.build() if self.rank == 0 else None
         options, transport = Options(**common, **OPTIONS[kind]), self.over[kind]
-
-        def again(grouping: Any = None, through_host: str | None = None) -> Setup:
-            return set_up(
-                self.checkpoint, options, transport=transport, grouping=grouping,
-                through_host=through_host,
-            )  # fmt: skip
-
-        return settled_alike(transport, again(), again).build()
+        setup = set_up(self.checkpoint, options, transport=transport)
+        return settled_alike(transport, setup).build()
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Return the median time from when all ranks begin to when all have ended."""

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.ranks.balancing import check_replicas, owners_by
 from lfm2kit.ranks.groups import EP, Grouping, each_alone, first_fitting
-from lfm2kit.ranks.joining import check_alike, refuse_copies, settled_alike
+from lfm2kit.ranks.joining import Again, check_alike, refuse_copies, settled_alike
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
 from lfm2kit.specs import Spec
@@ -87,6 +87,7 @@ class Setup:
     transport: Transport | None
     grouping: Grouping  # the first of `choices` in which this rank's share fits
     among: Transport | None  # the transport of this rank's group, if it has other ranks
+    again: Again  # makes the same one in other groups, or with tokens through the host
     sharing: Sharing | None = None  # what is predicted, if experts are split and rates are known
     placing: str | None = None  # a note on the rates by which experts are split, if it is needed
     load: Load | None = None  # by which experts are placed
@@ -420,6 +421,16 @@ def _set_up(
         transport,
         grouping,
         among,
+        partial(
+            set_up,
+            checkpoint,
+            options,
+            world=world,
+            transport=transport,
+            plugins=plugins,
+            rewrites=rewrites,
+            tokens=tokens,
+        ),
         load=load,
         through_host=through_host,
     )
@@ -483,21 +494,10 @@ def load_model(
     readers = plugins.readers.values()
     checkpoint = open_checkpoint(find_model(asked.model), readers, seed=asked.seed or 0)
     transport = job if job is not None and job.world.size > 1 else None
-
-    def again(grouping: Grouping | None = None, through_host: str | None = None) -> Setup:
-        return set_up(
-            checkpoint,
-            asked,
-            transport=transport,
-            plugins=plugins,
-            grouping=grouping,
-            through_host=through_host,
-        )
-
-    setup = again()
+    setup = set_up(checkpoint, asked, transport=transport, plugins=plugins)
     if transport is not None:
         check_alike(transport, setup)
-        setup = settled_alike(transport, setup, again)
+        setup = settled_alike(transport, setup)
     if transport is None or transport.world.rank == 0:
         for remark in setup.remarks():
             warnings.warn(remark, stacklevel=2)

@@ -32,8 +32,7 @@ from lfm2kit.outputs.files import check_target
 from lfm2kit.outputs.targets import check_apart
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts
-from lfm2kit.ranks.groups import Grouping
-from lfm2kit.ranks.joining import Again, facts_of_content
+from lfm2kit.ranks.joining import facts_of_content
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.transport import Transport, World
@@ -82,7 +81,6 @@ class Prepared:
     plan: Plan  # as it was asked for
     checkpoint: Checkpoint
     setup: Setup
-    again: Again  # the same set-up in other groups of ranks, or with tokens through the host
     inputs: npt.NDArray[np.int32]  # [n, seq_len]
     answers: Path | None
     batch_size: int
@@ -106,30 +104,15 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
     of_a_rank = -(-len(token_ids) // world.size)
     tokens = min(batch_size, of_a_rank) * token_ids.shape[1]
-
-    def again(grouping: Grouping | None = None, through_host: str | None = None) -> Setup:
-        return set_up(
-            checkpoint,
-            request.options,
-            world=world,
-            transport=transport,
-            rewrites=[] if recorder is None else [recorder.rewrite()],
-            tokens=tokens,
-            grouping=grouping,
-            through_host=through_host,
-        )
-
-    return Prepared(
-        report,
-        plan,
+    setup = set_up(
         checkpoint,
-        again(),
-        again,
-        token_ids,
-        answers,
-        batch_size,
-        recorder,
+        request.options,
+        world=world,
+        transport=transport,
+        rewrites=[] if recorder is None else [recorder.rewrite()],
+        tokens=tokens,
     )
+    return Prepared(report, plan, checkpoint, setup, token_ids, answers, batch_size, recorder)
 
 
 def place_of(transport: Transport | None, ranks: int | None) -> World:
@@ -143,7 +126,7 @@ def settled(prepared: Prepared, transport: Transport | None) -> Prepared:
     """Return the run that every rank can do together; every rank of a job calls this."""
     if transport is None:
         return prepared
-    return replace(prepared, setup=settled_together(transport, prepared.setup, prepared.again))
+    return replace(prepared, setup=settled_together(transport, prepared.setup))
 
 
 def check_shared(request: Request) -> None:

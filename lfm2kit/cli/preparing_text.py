@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -34,8 +33,6 @@ from lfm2kit.generating.options import Generation, drawn_seed
 from lfm2kit.generating.writer import Writer
 from lfm2kit.progress import step
 from lfm2kit.ranks.agreement import Fact, Facts
-from lfm2kit.ranks.groups import Grouping
-from lfm2kit.ranks.joining import Again
 from lfm2kit.transport import Transport
 
 
@@ -47,7 +44,6 @@ class Prepared(NamedTuple):
     seed: int  # of all that ask for none
     checkpoint: Checkpoint
     setup: Setup
-    again: Again  # the same set-up in other groups of ranks, or with tokens through the host
     language: Language
     reads: dict[str, list[Path]]  # files that no output may replace
     job: Transport | None
@@ -57,7 +53,7 @@ class Prepared(NamedTuple):
         """Return what every rank can do together; every rank of a job calls this."""
         if self.job is None:
             return self
-        return self._replace(setup=settled_together(self.job, self.setup, self.again))
+        return self._replace(setup=settled_together(self.job, self.setup))
 
 
 Answering = Callable[[Prepared], None]
@@ -97,11 +93,10 @@ def prepare(
     reads = files_of(checkpoint, options) | reads | of_question
     report.check_apart(reads)
     language = Language(checkpoint.folder, checkpoint.spec)
-    again = partial(_set_up, checkpoint, options, job, ranks)
-    setup = again()
+    setup = set_up(checkpoint, options, world=place_of(job, ranks), transport=job)
     check_state("generate", setup.rewrites)
     seed = drawn_seed() if generation.seed is None else generation.seed
-    prepared = Prepared(report, generation, seed, checkpoint, setup, again, language, reads, job)
+    prepared = Prepared(report, generation, seed, checkpoint, setup, language, reads, job)
     if question is None or not is_first or (job is None and (ranks or 1) > 1):
         return prepared
     step(*WAITING)  # stdin may be a user who types
@@ -119,25 +114,6 @@ def facts_of(asked: Mapping[str, object], prepared: Prepared) -> Facts:
     own = {flag(Option(name)): getattr(prepared.generation, name) for name in names}
     facts = {name: Fact(str(value)) for name, value in {**asked, **own}.items()}
     return {**facts, **facts_of_setup(prepared.setup)}
-
-
-def _set_up(
-    checkpoint: Checkpoint,
-    options: Options,
-    job: Transport | None,
-    ranks: int | None,
-    grouping: Grouping | None = None,
-    through_host: str | None = None,
-) -> Setup:
-    world = place_of(job, ranks)
-    return set_up(
-        checkpoint,
-        options,
-        world=world,
-        transport=job,
-        grouping=grouping,
-        through_host=through_host,
-    )
 
 
 def writer_of(prepared: Prepared, context: int | None, sequences: int | None) -> Writer:

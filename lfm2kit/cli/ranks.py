@@ -22,7 +22,7 @@ from lfm2kit.cli.help import PlainCommand
 from lfm2kit.cli.rewrite_options import settled
 from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError, Option
 from lfm2kit.ranks.agreement import Fact, Facts, JointError, Refusal, agree
-from lfm2kit.ranks.joining import Again, connected, facts_of, settled_alike
+from lfm2kit.ranks.joining import connected, facts_of, settled_alike
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT, Started, started
 from lfm2kit.ranks.reasons import reason
 from lfm2kit.text import indented
@@ -144,10 +144,10 @@ def facts_of_setup(setup: Setup) -> Facts:
     return facts
 
 
-def settled_together(job: Transport, setup: Setup, again: Again) -> Setup:
+def settled_together(job: Transport, setup: Setup) -> Setup:
     """Return the set-up that every rank can use, or end all ranks with one line; see `joining`."""
     try:
-        return settled_alike(job, setup, again)
+        return settled_alike(job, setup)
     except JointError as error:
         _settle(job, Refusal(told(error)))
         raise

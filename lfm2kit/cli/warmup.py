@@ -32,7 +32,6 @@ from lfm2kit.cli.ranks import (
     settled_together,
 )
 from lfm2kit.measuring.bench import random_batch
-from lfm2kit.ranks.groups import Grouping
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.transport import Transport
 
@@ -53,11 +52,11 @@ def warmup(
     report = Report(json if is_first else None)
     with ending_all_ranks(job):
         # On each machine one rank compiles a kernel, while the others wait for it.
-        prepared = partial(_prepared, options, json, report, job, ranks)
-        setup = agreed(job, prepared, facts_of_setup)
+        prepare = partial(_prepared, options, json, report, job, ranks)
+        setup = agreed(job, prepare, facts_of_setup)
         leave_to_ranks(job, transport, ranks)
         if job is not None:
-            setup = settled_together(job, setup, prepared)
+            setup = settled_together(job, setup)
         for note in setup.notes() if is_first else ():
             remark(note)
         built = setup.build()
@@ -74,23 +73,13 @@ def _prepared(
     report: Report,
     job: Transport | None,
     ranks: int | None,
-    grouping: Grouping | None = None,
-    through_host: str | None = None,
 ) -> Setup:
     check_size(job, ranks)
     if job is not None or (ranks or 1) > 1:
         check_same_file(shared_paths(options, json))
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
-    world = place_of(job, ranks)
-    return set_up(
-        checkpoint,
-        options,
-        world=world,
-        transport=job,
-        grouping=grouping,
-        through_host=through_host,
-    )
+    return set_up(checkpoint, options, world=place_of(job, ranks), transport=job)
 
 
 def _conclude(setup: Setup, seconds: float, report: Report) -> None:

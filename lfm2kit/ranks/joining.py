@@ -6,8 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy.typing as npt
 
@@ -89,21 +88,24 @@ def check_alike(job: Transport, setup: Setup) -> None:
         raise Lfm2kitError(refusal.sentence)
 
 
-Again = Callable[[Grouping, str | None], "Setup"]
+class Again(Protocol):
+    """What makes a set-up once more, in other groups or with tokens that go through the host."""
+
+    def __call__(self, *, grouping: Grouping, through_host: str | None = None) -> Setup:
+        """Return it; `through_host` says why tokens do not travel past the host."""
+        ...
 
 
-def settled_alike(job: Transport, setup: Setup, again: Again) -> Setup:
+def settled_alike(job: Transport, setup: Setup) -> Setup:
     """Return the set-up that every rank can build and exchange tokens with; every rank calls this.
 
-    `again` returns the same one in other groups, or with tokens that travel through the host, given
-    the reason.  Raise `JointError` if the options ask for an exchange past the
-    host and one of the ranks cannot use it.
+    Raise `JointError` if the options ask for an exchange past the host and one of the ranks cannot
+    use it.
     """
-    setup = fitting_alike(job, setup, lambda grouping: again(grouping, None))
-    return exchanging_alike(job, setup, partial(again, setup.grouping))
+    return exchanging_alike(job, fitting_alike(job, setup))
 
 
-def fitting_alike(job: Transport, setup: Setup, in_groups: Callable[[Grouping], Setup]) -> Setup:
+def fitting_alike(job: Transport, setup: Setup) -> Setup:
     """Return the set-up in groups in which every rank's share fits; every rank calls this.
 
     A machine may have less memory than the others.
@@ -111,10 +113,10 @@ def fitting_alike(job: Transport, setup: Setup, in_groups: Callable[[Grouping], 
     asked = setup.choices
     mine = asked.index(setup.grouping)
     chosen = first_fitting(asked, lambda one: bool(least(job, asked.index(one) >= mine)))
-    return setup if chosen == setup.grouping else in_groups(chosen)
+    return setup if chosen == setup.grouping else setup.again(grouping=chosen)
 
 
-def exchanging_alike(job: Transport, setup: Setup, through_host: Callable[[str], Setup]) -> Setup:
+def exchanging_alike(job: Transport, setup: Setup) -> Setup:
     """Return the set-up with an exchange that has been tried out on all ranks of the job."""
     exchange, groups = setup.options.exchange, setup.grouping.groups
     if exchange == THROUGH_HOST or all(len(group) == 1 for group in groups):
@@ -126,7 +128,7 @@ def exchanging_alike(job: Transport, setup: Setup, through_host: Callable[[str],
     if exchange == PAST_HOST:
         otherwise = Option("exchange", AUTO_EXCHANGE)
         raise JointError(Option("exchange", exchange), f": {refusal.sentence}; try ", otherwise)
-    return through_host(refusal.sentence)
+    return setup.again(grouping=setup.grouping, through_host=refusal.sentence)
 
 
 def _why_not(offer: ExchangeOffer, exchange: str) -> str | None:

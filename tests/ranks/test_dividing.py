@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from lfm2kit.building.dividing import MANY_ROWS, rows_of_an_expert
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.memory import HostMemory
-from lfm2kit.ranks.groups import Grouping
 from lfm2kit.ranks.joining import fitting_alike
 from lfm2kit.ranks.shares import shares
 from lfm2kit.reference.backend import ReferenceBackend
@@ -71,14 +71,10 @@ def test_all_ranks_share_experts_if_one_has_no_room_for_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def rank(transport: ThreadTransport) -> Any:
-        def in_groups(grouping: Grouping | None = None) -> Any:
-            options = Options(backend="reference")
-            return set_up(RANDOM, options, transport=transport, tokens=MANY, grouping=grouping)
-
-        setup = in_groups()
+        options = Options(backend="reference")
+        setup = set_up(RANDOM, options, transport=transport, tokens=MANY)
         if transport.world.rank == 1:  # as if its share had not fitted alone
-            setup = in_groups(setup.choices[1])
-            object.__setattr__(setup, "choices", in_groups().choices)
-        return fitting_alike(transport, setup, in_groups).grouping.groups
+            setup = replace(setup.again(grouping=setup.choices[1]), choices=setup.choices)
+        return fitting_alike(transport, setup).grouping.groups
 
     assert run_ranks(2, rank) == [TOGETHER, TOGETHER]

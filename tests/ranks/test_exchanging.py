@@ -15,13 +15,12 @@ import pytest
 
 import lfm2kit
 from lfm2kit.backend import BackendPlugin, Batch, Context
-from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins
 from lfm2kit.cli.performing import exchange_of
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HOST
-from lfm2kit.ranks.groups import Grouping
 from lfm2kit.ranks.joining import settled_alike
 from lfm2kit.testing import ThreadTransport, check_exchange, run_ranks
 from lfm2kit.transport import ExchangeError, ExchangeOffer
@@ -99,18 +98,8 @@ class Rank:
         self.backend = Capturing(self.memory)
         plugins = plugins_with(self.backend, f"reaching_{rank}")
         options = Options(backend="reaching", exchange=exchange)
-
-        def again(grouping: Grouping | None = None, through_host: str | None = None) -> Setup:
-            return set_up(
-                RANDOM,
-                options,
-                transport=transport,
-                plugins=plugins,
-                grouping=grouping,
-                through_host=through_host,
-            )
-
-        self.setup = settled_alike(transport, again(), again)
+        setup = set_up(RANDOM, options, transport=transport, plugins=plugins)
+        self.setup = settled_alike(transport, setup)
 
 
 def settled(reasons: dict[int, str], exchange: str = "auto") -> Any:
@@ -159,12 +148,9 @@ def test_no_memory_is_tried_where_tokens_are_to_travel_through_the_host() -> Non
 
 def test_a_plan_without_such_a_memory_cannot_be_asked_for_it() -> None:
     def rank(transport: ThreadTransport) -> str:
-        def again(grouping: Grouping | None = None, through_host: str | None = None) -> Setup:
-            options = Options(backend="reference", exchange="device")
-            return set_up(RANDOM, options, transport=transport, grouping=grouping)
-
+        options = Options(backend="reference", exchange="device")
         with pytest.raises(Lfm2kitError) as error:
-            settled_alike(transport, again(), again)
+            settled_alike(transport, set_up(RANDOM, options, transport=transport))
         return str(error.value)
 
     why = "neither the transport nor a memory of the plan has an exchange past the host"

@@ -19,10 +19,13 @@ from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import BUG, USER_ERROR, Lfm2kitError, Option
 from lfm2kit.process.streams import READER_GONE, ReaderGone
+from lfm2kit.ranks.groups import Grouping
 from lfm2kit.ranks.joining import Alone, facts_of
 from lfm2kit.ranks.reasons import reason
+from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.testing import check_exchange, check_transport
 from lfm2kit.transport import World
+from tests.random_model import RANDOM
 
 COPIES = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}
 
@@ -105,6 +108,15 @@ def test_ranks_compare_what_a_load_says_and_not_where_it_is(tmp_path: Path) -> N
         facts.append(facts_of(set_up(checkpoint, options, world=World.of(0, (0, 0)))))
     assert facts[0] == facts[1]
     assert {name for name, fact in facts[2].items() if fact != facts[0][name]} == {"the load"}
+
+
+def test_a_set_up_is_made_again_with_the_rewrites_that_it_was_given() -> None:
+    rewrite, options = LoadRecorder().rewrite(), Options(backend="reference")
+    setup = set_up(RANDOM, options, world=World.of(1, (0, 0)), rewrites=[rewrite])
+    again = setup.again(grouping=Grouping(((0,), (1,))), through_host="it is told to")
+    assert (setup.group, again.group) == ((0, 1), (1,))
+    assert again.rewrites[-1] is setup.rewrites[-1] is rewrite
+    assert again.through_host == "it is told to"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins
 from lfm2kit.memory import HostMemory
-from lfm2kit.ranks.groups import NO_ROOM, Grouping
+from lfm2kit.ranks.groups import NO_ROOM
 from lfm2kit.ranks.joining import fitting_alike
 from lfm2kit.ranks.shares import distinct, shares
 from lfm2kit.rewrites import Rewrite, owners_among, owners_by_layer
@@ -40,10 +40,8 @@ def test_every_rank_is_planned_as_it_is_in_a_job(
         return setup.grouping, needed, setup.placed.spec
 
     def rank(transport: ThreadTransport) -> Any:
-        def in_groups(grouping: Grouping | None = None) -> Setup:
-            return set_up(RANDOM, OPTIONS, transport=transport, tokens=64, grouping=grouping)
-
-        return kept(fitting_alike(transport, in_groups(), in_groups))
+        setup = set_up(RANDOM, OPTIONS, transport=transport, tokens=64)
+        return kept(fitting_alike(transport, setup))
 
     planned = list(map(kept, shares(RANDOM, OPTIONS, nodes, 64)))
     assert planned == run_ranks(4, rank, nodes=nodes)
