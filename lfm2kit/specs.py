@@ -385,9 +385,14 @@ class Experts(Spec):
         return {f"experts.{e}.{n}": s for e in self.local_experts for n, s in one.items()}
 
     def work(self, batch: Batch, itemsize: float = 4) -> Work:
+        """Return the work of tokens that choose experts evenly at random, as a mean.
+
+        Those of a router choose fewer different ones: its scores favour some.
+        """
         pairs = batch.tokens * self.num_experts_per_tok
         one = self.expert.weight_elements()
-        read = min(len(self.local_experts), pairs) * one * itemsize
+        unread = (1 - self.num_experts_per_tok / self.num_experts) ** batch.tokens
+        read = (1 - unread) * len(self.local_experts) * one * itemsize
         return Work(2 * one * pairs, read + 8 * batch.tokens * self.hidden_size)
 
 

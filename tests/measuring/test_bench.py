@@ -71,6 +71,19 @@ def test_decoding_goes_on_from_a_context_that_is_computed_in_chunks(
     np.testing.assert_array_equal(last, model.logits(Batch.of_sequences(list(whole))))
 
 
+@pytest.mark.parametrize(("tokens", "read"), [(0, 0), (1, 4), (3, 9.25), (1000, 16)])
+def test_the_bytes_of_experts_are_those_that_tokens_choose_at_random(
+    tokens: int, read: float
+) -> None:
+    """Of 16, each takes 4; so three leave 16 * (3 / 4) ** 3 of them unread."""
+    experts = specs.Experts(8, 6, 16, 4, tuple(range(16)))
+    batch = Batch.of_sequences([[0]] * tokens)
+    weights = experts.work(batch, itemsize=2).bytes - 8 * tokens * experts.hidden_size
+    assert weights == pytest.approx(2 * read * experts.expert.weight_elements())
+    half = specs.Experts(8, 6, 16, 4, tuple(range(8)))
+    assert half.work(batch, 2).bytes == pytest.approx(weights / 2 + 8 * tokens * 8)
+
+
 def waiting(*timings: Timing) -> float | None:
     contender = Contender("any", "fp32", "a test", 1, 1, Work(1, 1), lambda: None)
     return Measured(contender, timings, None).waiting
