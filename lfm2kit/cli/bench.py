@@ -15,6 +15,7 @@ import numpy as np
 import typer
 
 from lfm2kit import bounds
+from lfm2kit.backend import Ceilings
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import BACKEND_VARIABLE, About, Options
 from lfm2kit.building.plan import AUTO
@@ -152,12 +153,11 @@ def bench(
         total = (WARM_UPS + repetitions) * len(contenders)
         with progress("measuring", total, "calls") as advance:
             measured = measure(contenders, repetitions, ceilings, lambda: advance(1))
-    rows = [_row(checkpoint, m, options) for m in measured]
+    defaults = {str(setup.plan): setup.plan.default for setup in setups}
+    rows = [_row(checkpoint, m, options, defaults[m.contender.backend]) for m in measured]
     _print(rows, _texts, output)
     _warn_of_waiting(measured, setups)
-    for plan, ceiling in ceilings.items():
-        gflops, gbytes = ceiling.flops / 1e9, ceiling.bytes / 1e9
-        remark(f"{plan}: this machine's ceilings: {gflops:.0f} GFLOP/s FMA, {gbytes:.1f} GB/s read")
+    _tell_ceilings(ceilings, defaults)
     _end_where_not_finite(
         {f"{m.contender.backend}: {m.contender.test}": m.is_finite for m in measured}
     )
@@ -206,8 +206,10 @@ def _forwards(
         yield from single_blocks(setup, block, samples, lengths, seed)
 
 
-def _row(checkpoint: Checkpoint, measured: Measured, options: Options) -> dict[str, Any]:
-    contender, median = measured.contender, measured.median
+def _row(
+    checkpoint: Checkpoint, measured: Measured, options: Options, default: str
+) -> dict[str, Any]:
+    contender, median, ceilings = measured.contender, measured.median, measured.ceilings
     return {
         "model": checkpoint.path.name,
         "parameters": checkpoint.spec.weight_elements(),
@@ -222,10 +224,21 @@ def _row(checkpoint: Checkpoint, measured: Measured, options: Options) -> dict[s
         "gflops": contender.work.flops / median / 1e9,
         "gbytes_per_second": contender.work.bytes / median / 1e9,
         "roofline": measured.roofline,
+        "memory_share": measured.memory_share,
+        "ceilings": ceilings and {**ceilings._asdict(), "measured_by": default},
         "seconds": measured.seconds,
         "waiting": measured.waiting,
         "finite": measured.is_finite,
     }
+
+
+def _tell_ceilings(ceilings: Mapping[str, Ceilings], defaults: Mapping[str, str]) -> None:
+    """Say what shares are of, and who has measured it."""
+    for plan, (flops, read) in ceilings.items():
+        remark(
+            f"{plan}: this machine's ceilings, measured in this run by {defaults[plan]}: "
+            f"{flops / 1e9:.0f} GFLOP/s FMA, {read / 1e9:.1f} GB/s read"
+        )
 
 
 def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> None:
@@ -258,7 +271,6 @@ def _is_on_cpu(setup: Setup) -> bool:
 
 def _texts(row: dict[str, Any]) -> dict[str, str]:
     """Return a row of the table: as llama-bench's, and the share of what the machine allows."""
-    roofline = row["roofline"]
     return {
         "model": row["model"],
         "params": f"{row['parameters'] / 1e6:.4g} M",
@@ -271,8 +283,13 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
         "ms": f"{1e3 * row['median_seconds']:.4g}",
         "GFLOP/s": f"{row['gflops']:.3g}",
         "GB/s": f"{row['gbytes_per_second']:.3g}",
-        "% of roofline": "-" if roofline is None else f"{100 * roofline:.0f}",
+        "% of memory": _percent(row["memory_share"]),
+        "% of roofline": _percent(row["roofline"]),
     }
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}"
 
 
 def _print(

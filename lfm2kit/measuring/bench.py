@@ -24,8 +24,8 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring.decoding import Decoder
 from lfm2kit.measuring.timing import Repeated, Timing, timed
 from lfm2kit.model import LFM2
-from lfm2kit.specs import Work
-from lfm2kit.state import Room
+from lfm2kit.specs import Spec, Work
+from lfm2kit.state import STEP_BACK, Room
 
 WARM_UPS = 2  # calls of each contender before it is timed: the second one captures
 
@@ -70,6 +70,13 @@ class Measured(Repeated):
         work = self.contender.work
         least = max(work.flops / self.ceilings.flops, work.bytes / self.ceilings.bytes)
         return least / self.median
+
+    @property
+    def memory_share(self) -> float | None:
+        """Return the share of the measured reading bandwidth that the bytes of a call take."""
+        if self.ceilings is None:
+            return None
+        return self.contender.work.bytes / self.ceilings.bytes / self.median
 
 
 def measure(
@@ -137,7 +144,6 @@ def decodings(
 ) -> Iterator[Contender]:
     """Yield the decoding of each number of sequences, from each length on, for `steps` calls."""
     _check_room(model, max(sequences), max(contexts) + steps)
-    of_a_token = _keys_and_values(setup, model.placed)
     for n, context in product(sequences, contexts):
         decoder = Decoder(model, n, context, steps, seed)
         weights = model.spec.work(decoder.next_batch(), _itemsize(setup, model.placed))
@@ -147,7 +153,7 @@ def decodings(
             test=f"decode {n} @ {context}",
             samples=n,
             tokens=n,
-            work=weights + Work(0, n * context * of_a_token),
+            work=weights + Work(0, n * _state_read(setup, model.placed, context)),
             call=decoder.step,
         )
 
@@ -214,15 +220,27 @@ def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
             yield from _walk(setup, alone)
 
 
-def _keys_and_values(setup: Setup, placed: Placed) -> float:
-    """Return the bytes of a token's keys and values in all layers, as backends keep them."""
+def _state_read(setup: Setup, placed: Placed, context: int) -> float:
+    """Return the bytes of its state that a step of a sequence with `context` tokens reads.
+
+    They are those of the keys and values of all tokens, and of the rows to which convolutions look
+    back, as backends keep them.
+    """
     room = Room(pages=1)
-    attentions = (
-        leaf
+    return sum(
+        setup.sizes.state(leaf, room) * _pages_read(leaf.spec, context, room)
         for leaf in placed.leaves()
-        if any(isinstance(spec, specs.Attention) for spec in specs.leaves(leaf.spec))
     )
-    return sum(setup.sizes.state(leaf, room) for leaf in attentions) / room.page_tokens
+
+
+def _pages_read(spec: Spec, context: int, room: Room) -> float:
+    """Return as how many pages of its state a block reads, at the least."""
+    for one in specs.leaves(spec):
+        if isinstance(one, specs.Attention):
+            return context / room.page_tokens
+        if isinstance(one, specs.ShortConv):
+            return (one.kernel_size - 1) / (one.kernel_size - 1 + STEP_BACK)
+    return 0.0
 
 
 def _itemsize(setup: Setup, placed: Placed) -> float:

@@ -485,7 +485,11 @@ def test_bench_measures_single_blocks_against_the_roofline(cli: Cli, block: str)
     (row,) = json.loads(done.out)["results"]
     assert row["test"] == f"{block} 2x16"
     assert len(row["seconds"]) == 3
-    assert row["roofline"] > 0
+    assert row["roofline"] >= row["memory_share"] > 0
+    read = row["memory_share"] * row["ceilings"]["bytes"]
+    assert row["gbytes_per_second"] * 1e9 == pytest.approx(read)
+    assert row["ceilings"]["measured_by"] == "cpu_simd"
+    assert "ceilings, measured in this run by cpu_simd: " in done.err
 
 
 def test_bench_decodes_one_token_after_another(cli: Cli) -> None:

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from lfm2kit import specs
-from lfm2kit.backend import BackendPlugin, Block, Spec, Weights
+from lfm2kit.backend import BackendPlugin, Block, Ceilings, Spec, Weights
 from lfm2kit.batch import Batch
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.measuring import decoding
-from lfm2kit.measuring.bench import Contender, Measured, single_blocks
+from lfm2kit.measuring.bench import Contender, Measured, decodings, single_blocks
 from lfm2kit.measuring.timing import Timing
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import Work
+from lfm2kit.state import STEP_BACK, Room
 from lfm2kit.testing.host_block import host_block
 from tests.random_model import RANDOM
 
@@ -71,6 +72,24 @@ def test_decoding_goes_on_from_a_context_that_is_computed_in_chunks(
     np.testing.assert_array_equal(last, model.logits(Batch.of_sequences(list(whole))))
 
 
+def test_a_step_reads_all_keys_and_values_and_what_convolutions_look_back_to() -> None:
+    tokens, room = 100, Room(pages=1)
+    setup = set_up(RANDOM, Options(backend="reference"))
+    model = setup.build()
+    (contender,) = decodings(setup, model, [3], [tokens], 1, seed=0)
+    batch = Batch.of_sequences([[0]] * 3, starts=[tokens] * 3)
+    itemsize = setup.stored_bytes(setup.placed) / model.spec.weight_elements()
+    weights = model.spec.work(batch, itemsize)
+    state = 0.0
+    for leaf in model.placed.leaves():
+        kept = setup.sizes.state(leaf, room)
+        if isinstance(leaf.spec, specs.Attention):
+            state += kept * tokens / room.page_tokens
+        elif isinstance(leaf.spec, specs.ShortConv):
+            state += kept * 2 / (2 + STEP_BACK)  # its kernel has 3 taps
+    assert contender.work.bytes == pytest.approx(weights.bytes + 3 * state)
+
+
 @pytest.mark.parametrize(("tokens", "read"), [(0, 0), (1, 4), (3, 9.25), (1000, 16)])
 def test_the_bytes_of_experts_are_those_that_tokens_choose_at_random(
     tokens: int, read: float
@@ -84,9 +103,22 @@ def test_the_bytes_of_experts_are_those_that_tokens_choose_at_random(
     assert half.work(batch, 2).bytes == pytest.approx(weights / 2 + 8 * tokens * 8)
 
 
+def measured(*timings: Timing, ceilings: Ceilings | None = None) -> Measured:
+    contender = Contender("any", "fp32", "a test", 1, 1, Work(6, 8), lambda: None)
+    return Measured(contender, timings, ceilings)
+
+
 def waiting(*timings: Timing) -> float | None:
-    contender = Contender("any", "fp32", "a test", 1, 1, Work(1, 1), lambda: None)
-    return Measured(contender, timings, None).waiting
+    return measured(*timings).waiting
+
+
+def test_shares_are_of_the_ceilings_that_a_backend_measures() -> None:
+    slow_memory = measured(Timing(4, None), ceilings=Ceilings(flops=6, bytes=4))
+    assert (slow_memory.memory_share, slow_memory.roofline) == (0.5, 0.5)
+    slow_processor = measured(Timing(4, None), ceilings=Ceilings(flops=2, bytes=4))
+    assert (slow_processor.memory_share, slow_processor.roofline) == (0.5, 0.75)
+    unknown = measured(Timing(4, None))
+    assert (unknown.memory_share, unknown.roofline) == (None, None)
 
 
 def test_waiting_is_the_median_share_of_the_calls_of_which_it_is_known() -> None:
