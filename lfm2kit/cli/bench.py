@@ -37,6 +37,7 @@ from lfm2kit.measuring.bench import (
     single_blocks,
 )
 from lfm2kit.measuring.decoding import most_tokens
+from lfm2kit.measuring.given_texts import GUESSES, LEAST_CONTEXT, NONE
 from lfm2kit.measuring.scaling import Job
 from lfm2kit.memory import HOST
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
@@ -97,6 +98,14 @@ def bench(
             help="Tokens in a sample, or of a sequence from which decoding begins, as a list.",
         ),
     ] = "16",
+    speculate: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(GUESSES),
+            help="What guesses the tokens that are decoded, as a list; but for none, texts repeat "
+            "themselves, and every guess is right.",
+        ),
+    ] = NONE,
     repetitions: Annotated[
         int, flags("repetitions", About("Timed calls of each row of the table.", least=1))
     ] = 5,
@@ -118,6 +127,7 @@ def bench(
     lengths = _whole_numbers("--seq-len", seq_len, "16,4096")
     if not decode:
         bounds.check_tokens(max(samples), max(lengths))
+    guesses = _guesses(speculate, lengths if decode else None)
     if decode and block:
         raise Lfm2kitError("--decode measures the whole model; leave out --block")
     if options.rewrites and block:
@@ -144,7 +154,7 @@ def bench(
         for note in setup.notes():
             remark(note)
     if decode:
-        contenders_of = partial(_decodings, samples, lengths, WARM_UPS + repetitions, seed)
+        contenders_of = partial(_decodings, samples, lengths, guesses, WARM_UPS + repetitions, seed)
     else:
         contenders_of = partial(_forwards, block or [], samples, lengths, seed)
     with np.errstate(all="ignore"):  # what is not finite is told once, at the end
@@ -158,6 +168,7 @@ def bench(
     _print(rows, _texts, output)
     _warn_of_waiting(measured, setups)
     _tell_ceilings(ceilings, defaults)
+    _tell_guesses(measured)
     _end_where_not_finite(
         {f"{m.contender.backend}: {m.contender.test}": m.is_finite for m in measured}
     )
@@ -188,11 +199,31 @@ def _default_plan() -> str:
     return os.environ.get(BACKEND_VARIABLE) or AUTO
 
 
+def _guesses(text: str, contexts: Sequence[int] | None) -> list[str]:
+    """Return the names of a list of guesses, for texts with these contexts; None: no texts."""
+    names = text.split(",")
+    if not set(names) <= GUESSES.keys():
+        raise Lfm2kitError(f"--speculate {text}: expected a list of {', '.join(GUESSES)}")
+    if text != NONE and contexts is None:
+        raise Lfm2kitError(f"--speculate {text} needs --decode, which is not given")
+    if contexts and set(names) != {NONE} and min(contexts) < LEAST_CONTEXT:
+        raise Lfm2kitError(
+            f"--speculate {text}: no text has repeated itself after {min(contexts)} tokens; give "
+            f"--seq-len {LEAST_CONTEXT} or more"
+        )
+    return list(dict.fromkeys(names))
+
+
 def _decodings(
-    samples: Sequence[int], contexts: Sequence[int], steps: int, seed: int, setup: Setup
+    samples: Sequence[int],
+    contexts: Sequence[int],
+    guesses: Sequence[str],
+    steps: int,
+    seed: int,
+    setup: Setup,
 ) -> Iterator[Contender]:
-    model = setup.build(tokens=most_tokens(samples, contexts))
-    return decodings(setup, model, samples, contexts, steps, seed)
+    model = setup.build(tokens=most_tokens(samples, contexts, guesses))
+    return decodings(setup, model, samples, contexts, guesses, steps, seed)
 
 
 def _forwards(
@@ -217,6 +248,8 @@ def _row(
         "precision": contender.precision,
         "threads": options.threads or "all",
         "test": contender.test,
+        "speculate": contender.speculate,
+        "tokens": contender.tokens,
         "samples_per_second": contender.samples / median,
         "tokens_per_second": contender.tokens / median,
         "median_seconds": median,
@@ -239,6 +272,17 @@ def _tell_ceilings(ceilings: Mapping[str, Ceilings], defaults: Mapping[str, str]
             f"{plan}: this machine's ceilings, measured in this run by {defaults[plan]}: "
             f"{flops / 1e9:.0f} GFLOP/s FMA, {read / 1e9:.1f} GB/s read"
         )
+
+
+def _tell_guesses(measured: Sequence[Measured]) -> None:
+    """Say what texts guesses were measured on, and how many tokens a step had."""
+    guessed = {m.contender.speculate: m.contender for m in measured}
+    for speculate, one in guessed.items():
+        if speculate not in (None, NONE):
+            remark(
+                f"{speculate}: in texts that repeat themselves every guess is right, which makes "
+                f"{one.tokens / one.samples:.3g} tokens of a sequence a step; other texts gain less"
+            )
 
 
 def _warn_of_waiting(measured: Sequence[Measured], setups: Sequence[Setup]) -> None:

@@ -22,6 +22,7 @@ from lfm2kit.building.placement import Placed
 from lfm2kit.engine.room import context_of
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring.decoding import Decoder
+from lfm2kit.measuring.given_texts import NONE, most_rows
 from lfm2kit.measuring.timing import Repeated, Timing, timed
 from lfm2kit.model import LFM2
 from lfm2kit.specs import Spec, Work
@@ -41,6 +42,7 @@ class Contender:
     tokens: int
     work: Work
     call: Callable[[], npt.NDArray[np.float32]]  # returns what it has computed
+    speculate: str | None = None  # what guesses the tokens that are decoded, if any are
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,22 +141,29 @@ def decodings(
     model: LFM2,
     sequences: Sequence[int],
     contexts: Sequence[int],
+    guesses: Sequence[str],
     steps: int,
     seed: int,
 ) -> Iterator[Contender]:
-    """Yield the decoding of each number of sequences, from each length on, for `steps` calls."""
-    _check_room(model, max(sequences), max(contexts) + steps)
-    for n, context in product(sequences, contexts):
-        decoder = Decoder(model, n, context, steps, seed)
+    """Yield the decoding of each number of sequences, from each length on, for `steps` calls.
+
+    It is done with each of `guesses`, which are names of `GUESSES`.
+    """
+    steps += 1  # the one that shows how many tokens a step computes
+    _check_room(model, max(sequences), max(contexts) + steps * max(map(most_rows, guesses)))
+    for n, context, speculate in product(sequences, contexts, guesses):
+        decoder = Decoder(model, n, context, steps, seed, speculate)
         weights = model.spec.work(decoder.next_batch(), _itemsize(setup, model.placed))
+        decoder.step()
         yield Contender(
             backend=str(setup.plan),
             precision=setup.precision_of(model.placed),
-            test=f"decode {n} @ {context}",
+            test=f"decode {n} @ {context}" + (speculate != NONE) * f" {speculate}",
             samples=n,
-            tokens=n,
+            tokens=decoder.tokens - n * context,
             work=weights + Work(0, n * _state_read(setup, model.placed, context)),
             call=decoder.step,
+            speculate=speculate,
         )
 
 

@@ -508,6 +508,21 @@ def test_bench_decodes_one_token_after_another(cli: Cli) -> None:
     assert read[1] - read[0] == pytest.approx(3 * (5 - 2) * of_a_page / room.page_tokens)
 
 
+def test_bench_decodes_with_guesses_and_without(cli: Cli) -> None:
+    lists = ("-n", 2, "--seq-len", "16,17", "--speculate", "none,ngram,none")
+    done = cli("bench", "--decode", *lists, "-r", 1, "-b", "reference", "-o", "json")
+    rows = json.loads(done.out)["results"]
+    assert [row["test"] for row in rows] == [
+        "decode 2 @ 16", "decode 2 @ 16 ngram", "decode 2 @ 17", "decode 2 @ 17 ngram",
+    ]  # fmt: skip
+    assert [row["speculate"] for row in rows] == ["none", "ngram"] * 2
+    assert [row["tokens"] for row in rows] == [2, 16] * 2
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["median_seconds"])
+        assert (row["memory_share"], row["ceilings"]) == (None, None)  # the reference measures none
+    assert "every guess is right, which makes 8 tokens of a sequence a step" in done.err
+
+
 def test_bench_measures_samples_of_several_lengths(cli: Cli) -> None:
     done = cli("bench", "-n", "2", "--seq-len", "3,1", "-r", 1, "-b", "reference", "-o", "json")
     assert [row["test"] for row in json.loads(done.out)["results"]] == ["model 2x3", "model 2x1"]
@@ -568,6 +583,9 @@ def test_bench_refuses_nonsense(cli: Cli) -> None:
     fails(cli("bench", "--decode", "--seq-len", "128000"), "the model's context has 128000")
     fails(cli("bench", "--decode", "-n", "100000", "--seq-len", "100000"), "100000 sequences of")
     fails(cli("bench", "--decode", "--trim"), "whole samples")
+    fails(cli("bench", "--speculate", "ngram"), "--speculate ngram needs --decode")
+    fails(cli("bench", "--decode", "--speculate", "none,x"), "expected a list of none, ngram")
+    fails(cli("bench", "--decode", "--speculate", "ngram", "--seq-len", "15"), "--seq-len 16 or")
     fails(cli("bench", "--block", "moe", "--trim"), "the model as it is; leave out --trim")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from lfm2kit.batch import Batch
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
-from lfm2kit.measuring import decoding
+from lfm2kit.engine.guesses import RepeatedText
+from lfm2kit.measuring import decoding, given_texts
 from lfm2kit.measuring.bench import Contender, Measured, decodings, single_blocks
 from lfm2kit.measuring.timing import Timing
 from lfm2kit.reference.backend import ReferenceBackend
@@ -67,19 +69,53 @@ def test_decoding_goes_on_from_a_context_that_is_computed_in_chunks(
     decoder.step()
     last = decoder.step()
     assert [batch.tokens for batch in batches] == [8, 8, 2, 2, 2]
-    assert decoding.most_tokens([2], [9]) == 8
+    assert decoding.most_tokens([2], [9], ["none"]) == 8
     whole = np.concatenate([batch.token_ids.reshape(2, -1) for batch in batches], axis=1)
     np.testing.assert_array_equal(last, model.logits(Batch.of_sequences(list(whole))))
+
+
+def test_texts_of_guesses_repeat_themselves_so_that_each_step_adds_all_that_it_computes() -> None:
+    model = set_up(RANDOM, Options(backend="reference")).build()
+    decoder = decoding.Decoder(model, 2, context=17, steps=3, seed=0, speculate="ngram")
+    assert decoding.most_tokens([2], [17], ["none", "ngram"]) == 34
+    ids = []
+    for step in range(3):
+        assert decoder.tokens == 2 * (17 + 8 * step)
+        ids.append(decoder.next_batch().token_ids.reshape(2, 8))
+        logits = decoder.step()
+        assert len(logits) == 16
+    (first, second), (text, _) = ids[0], np.concatenate(ids, axis=1)
+    assert len(set(first.tolist())) == 8
+    assert first.tolist() != second.tolist()
+    np.testing.assert_array_equal(text[8:], text[:-8])
+
+
+@pytest.mark.parametrize(("wrong", "grown"), [(0, 1), (2, 3), (5, 6)])
+def test_a_text_grows_by_the_guesses_before_the_first_wrong_one(
+    wrong: int, grown: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(RepeatedText):
+        def guess(self, ids: Any, most: int) -> list[int]:
+            guessed = super().guess(ids, 5)
+            return [(one + (i == wrong)) % 2048 for i, one in enumerate(guessed)]
+
+    monkeypatch.setitem(given_texts.GUESSES, "wrong", Wrong)
+    text = given_texts.GivenText("wrong", 16, 100, 2048, np.random.default_rng(0))
+    text.read(16)
+    assert len(text.next()) == 6
+    text.advance()
+    assert text.length == 16 + grown
 
 
 def test_a_step_reads_all_keys_and_values_and_what_convolutions_look_back_to() -> None:
     tokens, room = 100, Room(pages=1)
     setup = set_up(RANDOM, Options(backend="reference"))
     model = setup.build()
-    (contender,) = decodings(setup, model, [3], [tokens], 1, seed=0)
-    batch = Batch.of_sequences([[0]] * 3, starts=[tokens] * 3)
+    (contender,) = decodings(setup, model, [3], [tokens], ["ngram"], 1, seed=0)
+    batch = Batch.of_sequences([[0] * 8] * 3, starts=[tokens] * 3)
+    all_rows = replace(batch, logits_rows=np.arange(24, dtype=np.int32))
     itemsize = setup.stored_bytes(setup.placed) / model.spec.weight_elements()
-    weights = model.spec.work(batch, itemsize)
+    weights = model.spec.work(all_rows, itemsize)
     state = 0.0
     for leaf in model.placed.leaves():
         kept = setup.sizes.state(leaf, room)
@@ -87,6 +123,7 @@ def test_a_step_reads_all_keys_and_values_and_what_convolutions_look_back_to() -
             state += kept * tokens / room.page_tokens
         elif isinstance(leaf.spec, specs.ShortConv):
             state += kept * 2 / (2 + STEP_BACK)  # its kernel has 3 taps
+    assert contender.tokens == 24
     assert contender.work.bytes == pytest.approx(weights.bytes + 3 * state)
 
 
