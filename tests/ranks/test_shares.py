@@ -25,6 +25,11 @@ from tests.random_model import RANDOM
 OPTIONS = Options(backend="cpu_simd")
 
 
+def planned(cli: Cli, *options: object) -> Any:
+    """Return what `lfm2kit plan` reports as JSON."""
+    return json.loads(cli("plan", *options, "--json", "-").out)
+
+
 ALL_FIT, NONE_FIT, SMALLER_FIT = 10**9, 3_300_000, 4_600_000  # free bytes
 
 
@@ -43,10 +48,10 @@ def test_every_rank_is_planned_as_it_is_in_a_job(
         setup = set_up(RANDOM, OPTIONS, transport=transport, tokens=64)
         return kept(fitting_alike(transport, setup))
 
-    planned = list(map(kept, shares(RANDOM, OPTIONS, nodes, 64)))
-    assert planned == run_ranks(4, rank, nodes=nodes)
+    of_ranks = list(map(kept, shares(RANDOM, OPTIONS, nodes, 64)))
+    assert of_ranks == run_ranks(4, rank, nodes=nodes)
     if free != SMALLER_FIT:
-        assert len(planned[0][0].groups) == (len(set(nodes)) if free == ALL_FIT else 1)
+        assert len(of_ranks[0][0].groups) == (len(set(nodes)) if free == ALL_FIT else 1)
 
 
 def test_ranks_that_hold_the_same_experts_are_set_up_once() -> None:
@@ -82,20 +87,9 @@ def test_each_rank_is_set_up_where_another_rewrite_may_tell_them_apart(
 def test_the_plan_shows_groups_experts_and_memory_of_each_rank(
     cli: Cli, random_folder: Path
 ) -> None:
-    plan = (
-        "plan",
-        "-m",
-        random_folder,
-        "-b",
-        "cpu_simd",
-        "--ranks",
-        4,
-        "--ranks-per-node",
-        2,
-        "--context",
-        32,
-    )
-    fields = json.loads(cli(*plan, "--rank", 3, "--json", "-").out)
+    ranks = ("--ranks", 4, "--ranks-per-node", 2)
+    plan = ("-m", random_folder, "-b", "cpu_simd", *ranks, "--context", 32)
+    fields = planned(cli, *plan, "--rank", 3)
     assert fields["groups"] == [[0, 1], [2, 3]]
     first, second, third, fourth = fields["shares"]
     assert [share["rank"] for share in fields["shares"]] == [0, 1, 2, 3]
@@ -109,7 +103,7 @@ def test_the_plan_shows_groups_experts_and_memory_of_each_rank(
     )
     assert fourth["memories"] == fields["totals"]
     assert fields["totals"]["host"]["state_bytes"] > 0
-    shown = cli(*plan).out
+    shown = cli("plan", *plan).out
     assert "4 ranks, experts in groups of 2, with 2048 tokens at once each:" in shown
     rows = [line.split() for line in shown.splitlines()]
     assert [row[:5] for row in rows if row[4:5] == ["host"] and row[0].isdigit()] == [
@@ -122,7 +116,7 @@ def test_the_plan_shows_groups_experts_and_memory_of_each_rank(
 
 def test_the_plan_shows_what_the_exchange_takes_where_there_is_one(cli: Cli) -> None:
     def exchange(*more: object) -> int:
-        fields = json.loads(cli("plan", "-b", "cpu_simd", "--json", "-", *more).out)
+        fields = planned(cli, "-b", "cpu_simd", *more)
         of_ranks = {share["memories"]["host"]["exchange_bytes"] for share in fields["shares"]}
         assert of_ranks == {fields["totals"]["host"]["exchange_bytes"]}
         return int(*of_ranks)
@@ -137,26 +131,27 @@ def test_a_process_alone_has_no_table_of_ranks(cli: Cli) -> None:
     assert "ranks" not in cli("plan", "-b", "reference").out
 
 
-def test_the_plan_knows_every_way_to_share_out_experts(cli: Cli) -> None:
-    def groups(*more: object) -> Any:
-        return json.loads(cli("plan", "-b", "reference", "--json", "-", *more).out)["groups"]
+@pytest.mark.parametrize(
+    ("options", "groups", "overlap"),
+    [
+        ("", [[0]], "off"),
+        ("--ranks 4", [[0, 1, 2, 3]], "auto"),
+        ("--ranks 4 --overlap on", [[0, 1, 2, 3]], "on"),
+        ("--ranks 4 --parallel dp", [[0], [1], [2], [3]], "off"),
+        ("--ranks 4 --ep-size 2", [[0, 1], [2, 3]], "auto"),
+        ("--ranks 4 --ranks-per-node 1", [[0], [1], [2], [3]], "off"),
+        ("--ranks 4 --ranks-per-node 1 --parallel ep", [[0, 1, 2, 3]], "auto"),
+        ("--ranks 4 --ranks-per-node 3", [[0, 1, 2], [3]], "auto"),
+    ],
+)
+def test_the_plan_knows_every_way_to_share_out_experts_and_whether_their_exchange_overlaps(
+    cli: Cli, options: str, groups: list[list[int]], overlap: str
+) -> None:
+    fields = planned(cli, "-b", "reference", *options.split())
+    assert (fields["groups"], fields["overlap"]) == (groups, overlap)
 
-    assert groups() == [[0]]
-    assert groups("--ranks", 4) == [[0, 1, 2, 3]]
-    assert groups("--ranks", 4, "--parallel", "dp") == [[0], [1], [2], [3]]
-    assert groups("--ranks", 4, "--ep-size", 2) == [[0, 1], [2, 3]]
-    assert groups("--ranks", 4, "--ranks-per-node", 1) == [[0], [1], [2], [3]]
-    assert groups("--ranks", 4, "--ranks-per-node", 1, "--parallel", "ep") == [[0, 1, 2, 3]]
-    assert groups("--ranks", 4, "--ranks-per-node", 3) == [[0, 1, 2], [3]]
 
-
-def test_the_plan_says_whether_exchange_and_computation_overlap(cli: Cli) -> None:
-    def overlap(*more: object) -> Any:
-        return json.loads(cli("plan", "-b", "reference", "--json", "-", *more).out)["overlap"]
-
-    assert overlap() == overlap("--ranks", 4, "--parallel", "dp") == "off"
-    assert overlap("--ranks", 4) == "auto"
-    assert overlap("--ranks", 4, "--overlap", "on") == "on"
+def test_the_plan_says_in_words_whether_exchange_and_computation_overlap(cli: Cli) -> None:
     said = cli("plan", "-b", "reference", "--ranks", 2).out
     assert "overlap of exchange and computation: auto" in said
 
@@ -166,20 +161,8 @@ def test_if_one_share_does_not_fit_all_ranks_share_the_experts(
 ) -> None:
     """Of three ranks and one, the one would hold all experts."""
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 4_600_000)
-    plan = (
-        "plan",
-        "-m",
-        random_folder,
-        "-b",
-        "cpu_simd",
-        "--tokens",
-        1,
-        "--ranks",
-        4,
-        "--ranks-per-node",
-        3,
-    )
-    fields = json.loads(cli(*plan, "--json", "-").out)
+    plan = ("-m", random_folder, "-b", "cpu_simd", "--tokens", 1)
+    fields = planned(cli, *plan, "--ranks", 4, "--ranks-per-node", 3)
     assert fields["groups"] == [[0, 1, 2, 3]]
     assert fields["shortage"] is None
     assert any(note.endswith(NO_ROOM) for note in fields["notes"])
@@ -189,24 +172,12 @@ def test_the_first_rank_whose_share_does_not_fit_is_named(
     cli: Cli, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 16 experts, the third of three ranks holds 6, the others 5."""
-    plan = (
-        "plan",
-        "-m",
-        random_folder,
-        "-b",
-        "cpu_simd",
-        "--tokens",
-        1,
-        "--ranks",
-        3,
-        "--json",
-        "-",
-    )
-    first, *_ = json.loads(cli(*plan).out)["shares"]
+    plan = ("-m", random_folder, "-b", "cpu_simd", "--tokens", 1, "--ranks", 3)
+    first, *_ = planned(cli, *plan)["shares"]
     host = first["memories"]["host"]
     enough = sum(host[f"{kind}_bytes"] for kind in ("kept", "scratch", "exchange"))
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: enough)
-    said = [json.loads(cli(*plan, "--rank", rank).out)["shortage"] for rank in range(3)]
+    said = [planned(cli, *plan, "--rank", rank)["shortage"] for rank in range(3)]
     assert said[0].startswith("rank 2: memory 'host' is too small")
     assert said == [said[0]] * 3
 
