@@ -21,6 +21,7 @@ from lfm2kit_mpi.launcher import MpiLauncher
 from lfm2kit.building.loading import find_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.measuring.gathering import gathered_bytes
 from lfm2kit.measuring.running import run_samples
 from lfm2kit.transport import Transport
 
@@ -59,6 +60,8 @@ def taken(transport: Transport, options: Options, n: int, batch: int) -> tuple[i
     tokens = min(n, batch) * SEQ_LEN
     setup = set_up(checkpoint, options, transport=transport, tokens=tokens)
     planned = sum(setup.sizes.needed(setup.placed, "host", tokens))
+    if transport.world.rank == 0:
+        planned += gathered_bytes(n, checkpoint.spec.lm_head.vocab_size)
     ids = np.random.default_rng(0).integers(
         0, checkpoint.spec.embed_tokens.vocab_size, (n, SEQ_LEN), dtype=np.int32
     )

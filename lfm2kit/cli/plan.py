@@ -19,11 +19,13 @@ from lfm2kit.cli import rank_loads, rank_shares
 from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
+from lfm2kit.cli.preparing import MOST_BY_DEFAULT
 from lfm2kit.cli.ranks import refuse_copies
 from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.cli.simulating import simulate as simulated
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import fate
+from lfm2kit.measuring.gathering import gathered_bytes
 from lfm2kit.memory import HOST
 from lfm2kit.overlapped import OFF
 from lfm2kit.process.machine import memory_limits
@@ -57,6 +59,13 @@ def plan(
         int,
         flags("tokens", About("Tokens in a forward, which scratch memory depends on.", least=1)),
     ] = TOKENS,
+    samples: Annotated[
+        int,
+        flags(
+            "samples",
+            About("Samples of a job of several ranks, whose logits rank 0 gathers.", least=1),
+        ),
+    ] = MOST_BY_DEFAULT,
     context: Annotated[
         int,
         flags(
@@ -79,7 +88,9 @@ def plan(
     if simulate is not None:
         if ranks > 1 or ranks_per_node is not None:
             raise Lfm2kitError("--simulate has ranks of its own; leave out --ranks")
-        _check_simulated(rank=rank, tokens=tokens, context=context, sequences=sequences)
+        _check_simulated(
+            rank=rank, tokens=tokens, samples=samples, context=context, sequences=sequences
+        )
         simulated(simulate, options, json)
         return
     report = Report(json)
@@ -95,20 +106,24 @@ def plan(
         check_state(f"--context {context}", setup.rewrites)
     room = _room(sequences, context)
     rows = [_row(leaf, setup, tokens, room) for leaf in setup.placed.leaves()]
-    totals_of = {id(one): _totals(one, tokens, room) for one in distinct(of_ranks)}
+    known = {id(one): _totals(one, tokens, room) for one in distinct(of_ranks)}
+    totals = [known[id(one)] for one in of_ranks]
+    if ranks > 1:
+        vocab_size = checkpoint.spec.lm_head.vocab_size
+        totals[0] = _with_logits(totals[0], gathered_bytes(samples, vocab_size))
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
         "precision": setup.precision_of(setup.placed),
         "blocks": rows,
-        "totals": totals_of[id(setup)],
+        "totals": totals[rank],
         "copies": setup.placed.copies(),
         "waits": dict(_waits(setup.placed)),
         "rank": rank,
         "ranks": ranks,
         "groups": setup.grouping.groups,
         "overlap": setup.options.overlap if has_exchanges(setup) else OFF,
-        "shares": rank_shares.fields_of(of_ranks, nodes, lambda one: totals_of[id(one)]),
+        "shares": rank_shares.fields_of(of_ranks, nodes, totals),
         "expected": rank_loads.fields_of(setup),
         "rewrites": [rewrite.name for rewrite in setup.rewrites],
         "block_notes": dict(_block_notes(setup)),
@@ -126,7 +141,13 @@ def plan(
 
 def _check_simulated(**given: int) -> None:
     """Raise `Lfm2kitError` for an option of a single plan that `--simulate` knows nothing of."""
-    defaults = {"rank": 0, "tokens": TOKENS, "context": 0, "sequences": 1}
+    defaults = {
+        "rank": 0,
+        "tokens": TOKENS,
+        "samples": MOST_BY_DEFAULT,
+        "context": 0,
+        "sequences": 1,
+    }
     for name, value in given.items():
         if value != defaults[name]:
             instead = "; its KEY=VALUE tokens= is of a sample" if name == "tokens" else ""
@@ -235,11 +256,20 @@ def _totals(setup: Setup, tokens: int, room: Room) -> dict[str, dict[str, int]]:
         memory: {
             "weight_bytes": sum(setup.stored_bytes(leaf) for leaf in here),
             **_named(setup.sizes.needed(setup.placed, memory, tokens, room)),
+            "logits_bytes": 0,
             "blocks": len(here),
             "unknown_blocks": setup.sizes.unknown(here),
         }
         for memory, here in leaves.items()
     }
+
+
+def _with_logits(
+    totals: Mapping[str, dict[str, int]], logits_bytes: int
+) -> dict[str, dict[str, int]]:
+    """Return the bytes of rank 0, which gathers logits in the host's memory."""
+    none = dict.fromkeys(next(iter(totals.values())), 0)  # if no block works there
+    return {**totals, HOST.name: {**totals.get(HOST.name, none), "logits_bytes": logits_bytes}}
 
 
 def _named(needed: Needed) -> dict[str, int]:
@@ -320,6 +350,8 @@ def _taken(total: Mapping[str, int], tokens: int, room: Room) -> str:
         taken += f" (unknown for {unknown} of {blocks} blocks)" if unknown else ""
     if total["exchange_bytes"]:
         taken += f", {exchange} for the exchange with other ranks"
+    if total["logits_bytes"]:
+        taken += f", {size(total['logits_bytes'])} for the logits that all ranks send"
     if room.pages:
         taken += f", {state} of state in {room.pages} pages of {room.page_tokens} tokens"
     return taken

@@ -17,13 +17,13 @@ from lfm2kit.ranks.shares import distinct
 from lfm2kit.rewrites.ids_in_words import ranges
 
 LEFT = ("rank", "machine", "group", "experts", "memory")
-KINDS = ("kept", "scratch", "exchange", "state")
+KINDS = ("kept", "scratch", "exchange", "logits", "state")
 
 
 def fields_of(
-    setups: Sequence[Setup], nodes: Sequence[int], totals: Callable[[Setup], Mapping[str, Any]]
+    setups: Sequence[Setup], nodes: Sequence[int], totals: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return what each rank holds, by name, in order of rank; `totals` gives its memories."""
+    """Return what each rank holds, by name, in order of rank; `totals` are their memories."""
     experts = {id(one): dict(_experts(one.placed.spec)) for one in distinct(setups)}
     return [
         {
@@ -31,7 +31,7 @@ def fields_of(
             "machine": nodes[rank],
             "group": setup.grouping.of(rank),
             "experts": experts[id(setup)],
-            "memories": totals(setup),
+            "memories": totals[rank],
         }
         for rank, setup in enumerate(setups)
     ]

@@ -62,5 +62,14 @@ class Gather:
             start += len(part)
 
 
+def gathered_bytes(samples: int, vocab_size: int) -> int:
+    """Return the bytes of logits that rank 0 of several holds, at the most, to gather them.
+
+    They are those of all samples, and once more as they come: in one batch, or in several that are
+    on their way at once.
+    """
+    return 2 * samples * vocab_size * np.dtype(np.float32).itemsize
+
+
 def _at_once(call: Callable[[], object]) -> Pending:
     return Over(call())

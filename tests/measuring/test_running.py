@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from lfm2kit.backend import Block, Spec
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import installed_plugins
+from lfm2kit.measuring.gathering import Gather, gathered_bytes
 from lfm2kit.measuring.running import default_batch_size, run_samples
 from lfm2kit.progress import Progress
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.testing import ThreadTransport, run_ranks
+from lfm2kit.transport import World
 from tests.core.small import build, small_spec
 from tests.random_model import RANDOM
 
@@ -116,3 +119,25 @@ def test_a_rank_is_set_up_from_a_checkpoint_with_its_transport() -> None:
         return run_samples(setup.build(), inputs, 3, transport=transport).logits
 
     assert np.array_equal(run_ranks(2, rank)[0], alone)
+
+
+def test_rank_0_gathers_a_batch_in_the_memory_that_is_said() -> None:
+    samples, vocab_size = 32, 4096
+
+    class OfFour:
+        world = World(0, 4)
+
+        def gather(self, rows: Any, counts: Any) -> Any:
+            return np.empty((sum(counts), vocab_size), np.float32)
+
+    transport: Any = OfFour()
+    mine = np.zeros((samples // 4, vocab_size), np.float32)
+    tracemalloc.start()
+    try:
+        gather = Gather(transport, samples, vocab_size)
+        gather.begin(slice(0, len(mine)), mine)
+        gather.end()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most == pytest.approx(gathered_bytes(samples, vocab_size), rel=0.05)

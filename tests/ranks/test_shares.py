@@ -9,13 +9,16 @@ from typing import Any, cast
 import pytest
 
 from lfm2kit import specs
+from lfm2kit.building.capacity import size
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins
+from lfm2kit.measuring.gathering import gathered_bytes
 from lfm2kit.memory import HostMemory
 from lfm2kit.ranks.groups import NO_ROOM
 from lfm2kit.ranks.joining import fitting_alike
 from lfm2kit.ranks.shares import distinct, shares
+from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Rewrite, owners_among, owners_by_layer
 from lfm2kit.testing import ThreadTransport, run_ranks
 from lfm2kit.transport import held_by
@@ -23,6 +26,10 @@ from tests.checkpoint.typed import Cli
 from tests.random_model import RANDOM
 
 OPTIONS = Options(backend="cpu_simd")
+
+
+class Elsewhere(HostMemory):
+    name = "elsewhere"
 
 
 def planned(cli: Cli, *options: object) -> Any:
@@ -124,7 +131,23 @@ def test_the_plan_shows_what_the_exchange_takes_where_there_is_one(cli: Cli) -> 
     assert exchange() == exchange("--ranks", 2, "--parallel", "dp") == 0
     assert 0 < exchange("--ranks", 2, "--tokens", 64) * 31 < exchange("--ranks", 2)  # of 2048
     said = cli("plan", "-b", "cpu_simd", "--ranks", 2).out
-    assert "MB for the exchange with other ranks; " in said
+    assert "MB for the exchange with other ranks, " in said
+
+
+def test_rank_0_has_the_logits_that_all_ranks_send(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logits(*more: object) -> list[int]:
+        shares = planned(cli, "-b", "reference", *more)["shares"]
+        return [share["memories"].get("host", {}).get("logits_bytes") for share in shares]
+
+    assert logits() == [0]
+    of_samples = gathered_bytes(40, 2048)
+    assert logits("--ranks", 3, "--samples", 40) == [of_samples, 0, 0]
+    said = cli("plan", "-b", "reference", "--ranks", 2, "--samples", 40).out
+    assert f", {size(of_samples)} for the logits that all ranks send" in said
+    monkeypatch.setattr(ReferenceBackend, "memory", lambda self, spec: Elsewhere())
+    assert logits("--ranks", 2, "--samples", 40, "--parallel", "dp") == [of_samples, None]
 
 
 def test_a_process_alone_has_no_table_of_ranks(cli: Cli) -> None:
