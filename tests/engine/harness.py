@@ -143,12 +143,16 @@ class Poison(Pages):
 
 
 def arrays_of(state: ModelState | None) -> list[Any]:
-    """Return a state's arrays, each [pages, ...]; those of one backend may be lists of them."""
+    """Return views of a state's arrays, each [pages, ...]; those of a layer may be a list of them.
+
+    `cpu_simd` has several panels for a page where vectors are short.
+    """
     assert state is not None
+    pages = state.room.pages
     found = [value for layer in state.layers for value in layer if isinstance(value, np.ndarray)]
     assert found
-    assert all(len(array) == state.room.pages for array in found)
-    return found
+    assert all(len(array) % pages == 0 for array in found)
+    return [array.reshape(pages, len(array) // pages, *array.shape[1:]) for array in found]
 
 
 def run(engine: Engine) -> list[Event]:
