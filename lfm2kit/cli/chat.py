@@ -32,7 +32,7 @@ def chat(
     refuse_copies()
     generation = restrictions.added_to(replace(generation, chat=True))
     prepared = prepare(options, generation, None, restrictions.reads())
-    assert prepared.language.template, "a model without one is refused before it is built"
+    prepared.language.check_chat(prepared.generation)  # before a weight is read
     writer = writer_of(prepared, generation.context, 1)
     remark(f"{HELP}; seed {prepared.seed}")
     with np.errstate(all="ignore"):  # what is not finite ends the answer

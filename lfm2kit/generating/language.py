@@ -24,6 +24,7 @@ from lfm2kit.generating.options import MOST_TOKENS, Generation
 
 Prompt = str | Sequence[Message]  # a text, or the messages of a chat
 MOST_CONSTRAINTS = 64  # that are kept compiled
+SHORTEST = "?"  # what a user may say
 LAST = 16  # tokens of a prompt, among which an opening tag of a thought may end it
 
 
@@ -77,12 +78,21 @@ class Language:
             logprobs=options.logprobs,
             prompt_logprobs=options.prompt_logprobs,
             guesses=None if options.speculate is None else SPECULATIONS[options.speculate],
-            constraint=None if options.constraint is None else self._compiled(*options.constraint),
+            constraint=self._constraint_of(options),
         )
         request.sampling.check_ids(self._vocab_size)
         is_whole = context == self.context
         most_tokens(request, context, MODELS if is_whole else Option("context", context))
         return request
+
+    def check(self, options: Generation) -> None:
+        """Raise `Lfm2kitError` for a constraint or a bias that no prompt can have."""
+        self._constraint_of(options)
+        options.sampling(self._sampling).check_ids(self._vocab_size)
+
+    def check_chat(self, options: Generation) -> None:
+        """Raise `Lfm2kitError` if not even the shortest message can be answered with these."""
+        self.request([{"role": "user", "content": SHORTEST}], options, 0)
 
     def stream(self, options: Generation) -> TextStream:
         """Return a new stream for an answer, whose text has the tags of thoughts."""
@@ -92,6 +102,9 @@ class Language:
         """Return a new splitter for an answer to a prompt, which may have begun a thought."""
         end = self.tokenizer.decode(request.ids[-LAST:].tolist(), special=True)
         return Thinking(begins_in_thought(end))
+
+    def _constraint_of(self, options: Generation) -> Constraint | None:
+        return None if options.constraint is None else self._compiled(*options.constraint)
 
     def _compile(self, kind: str, text: str) -> Constraint:
         """Return the constraint that `Guide` makes of a text by its method `kind`."""

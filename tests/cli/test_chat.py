@@ -14,9 +14,10 @@ import pytest
 
 from lfm2kit.engine.engine import Engine
 from lfm2kit.generating.language import Language
+from lfm2kit.generating.writer import Writer
 from lfm2kit.process.interrupts import PROCESS, Interrupted
 from tests.checkpoint.typed import Cli, Typed
-from tests.generating.folders import loaded, model_folder
+from tests.generating.folders import TEMPLATE, loaded, model_folder
 
 HELLO = [{"role": "user", "content": "hello"}]
 Chat = Callable[..., Typed]
@@ -55,6 +56,7 @@ def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str | BaseException) -> 
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
     """Return a list that gets the messages of each turn."""
     asked: list[list[dict[str, str]]] = []
+    monkeypatch.setattr(Language, "check_chat", lambda *_: None)  # it asks for a turn of its own
     request = Language.request
 
     def noted(self: Language, prompt: object, options: object, seed: int) -> object:
@@ -148,6 +150,31 @@ def test_bad_input_is_one_line(
         assert words in done.err.splitlines()[-1]
     monkeypatch.setattr(sys, "stdin", None)
     assert "stdin is closed" in chat().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--regex", "("], "the regex cannot be used: unclosed group"),
+        (["--json-schema", '{"type": 5}'], "the JSON schema cannot be used: type must be"),
+        (["--grammar", "bad.lark"], "the grammar cannot be used: "),
+        (["--logit-bias", "423=1"], "--logit-bias: token id 423 is outside the vocabulary of 423"),
+        (["--context", 9], "9 tokens that a sequence may have (--context 9)"),
+        (["--max-tokens", 256], "256 more do not fit into the 256 tokens that a sequence may have"),
+        (["--system", "no"], "the chat template refuses these messages: no system"),
+    ],
+)
+def test_what_no_message_can_have_is_refused_before_the_first_one(
+    words: list[object], said: str, chat: Chat, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    if "--system" in words:
+        words = [*words, "-m", model_folder(tmp_path / "m", template=f"{refusing}{TEMPLATE}")]
+    (tmp_path / "bad.lark").write_text("start: word")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Writer, "__init__", lambda *_, **__: pytest.fail("the model was built"))
+    type_lines(monkeypatch)
+    chat(*words).assert_fails(said)
 
 
 def test_a_chat_that_is_full_says_how_to_go_on(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:

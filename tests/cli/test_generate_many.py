@@ -144,6 +144,12 @@ def test_a_broken_line_is_named_before_work_begins(
     assert not output.exists()
 
 
+def test_a_broken_option_of_the_command_is_no_answer_to_its_lines(many: Many, output: Path) -> None:
+    many("--keep-going", "--regex", "(").assert_fails("the regex cannot be used: unclosed group")
+    many("--keep-going", "--logit-bias", "423=1").assert_fails("--logit-bias: token id 423 is")
+    assert not output.exists()
+
+
 def test_the_others_run_with_keep_going(
     many: Many, prompts: Path, output: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
