@@ -40,6 +40,7 @@ STACK = 2**28
 SECONDS = 10.0  # in which a constraint must be compiled
 
 EMPTY, NO_TEXT = "NoExtensionBias", "there is a place where no text matches it"
+TOO_LARGE = "too many expressions"
 
 _STARTING = threading.Lock()  # the size of a new thread's stack is a setting of the process
 
@@ -99,13 +100,9 @@ class Guide:
         limits = self._library.LLParserLimits(**LIMITS)
 
         def tried() -> tuple[llguidance.LLMatcher, llguidance.LLMatcher]:
-            """Return a matcher, and a copy that has looked for a first token."""
+            """Return a matcher, and one of its texts, or itself if it has an error."""
             made = matcher(self._tokens, grammar, log_level=0, limits=limits)
-            if made.is_error():
-                return made, made
-            begun = made.deep_copy()
-            begun.compute_bitmask()
-            return made, begun
+            return made, made if made.is_error() else _begun_text(made)
 
         making = _begun(tried)
         try:
@@ -115,8 +112,7 @@ class Guide:
                 f"the {kind} was not compiled in {self._seconds:g} seconds; make it simpler"
             ) from None
         if begun.is_error():
-            said = NO_TEXT if EMPTY in (reason := _said(begun)) else reason
-            raise Lfm2kitError(f"the {kind} cannot be used: {said}")
+            raise Lfm2kitError(f"the {kind} cannot be used: {_explained(begun)}")
         return Guided(kind, made, self._end)
 
 
@@ -204,6 +200,27 @@ def _begun(call: Callable[[], Any]) -> Begun:
             return InOrder().begin(call)
         finally:
             threading.stack_size(before)
+
+
+def _begun_text(made: llguidance.LLMatcher) -> llguidance.LLMatcher:
+    """Return a text of a constraint, with the tokens by which all of its texts begin.
+
+    Of a mask that costs too much the library says so only where the text goes on after it.
+    """
+    begun = made.deep_copy()
+    begun.compute_bitmask()
+    begun.consume_tokens(begun.compute_ff_tokens())
+    if not begun.is_stopped():
+        begun.compute_bitmask()
+    return begun
+
+
+def _explained(matcher: llguidance.LLMatcher) -> str:
+    """Return why a constraint cannot be used."""
+    reason = _said(matcher)
+    if EMPTY in reason:
+        return NO_TEXT
+    return f"it is too large ({reason}); use smaller counts" if TOO_LARGE in reason else reason
 
 
 def _said(matcher: llguidance.LLMatcher) -> str:

@@ -219,8 +219,8 @@ def failures(*requests: Request) -> list[Event]:
     return [ends[id] for id in ids[:-1]]
 
 
-@pytest.mark.parametrize("pattern", ["((a{100}){100}){100}", "a{100000}", "a{1000000000}"])
-def test_a_regex_that_costs_too_much_fails_alone(pattern: str) -> None:
+def test_a_regex_that_costs_too_much_after_some_tokens_fails_alone() -> None:
+    pattern = "[a-z]{10}a{100000}"
     schema = {"type": "string", "pattern": f"^{pattern}$"}
     constraints = guide().regex(pattern), guide().json_schema(schema)
     events = failures(*[request(constraint) for constraint in constraints])
@@ -230,6 +230,45 @@ def test_a_regex_that_costs_too_much_fails_alone(pattern: str) -> None:
         f"the regex {said}",
         f"the JSON schema {said}",
     ]
+
+
+FORCED = {"x-guidance": {"whitespace_flexible": False}, "required": ["long_name"]}
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: guide().regex("((a{100}){100}){100}"),
+            "the regex cannot be used: it is too large",
+        ),
+        (lambda: guide().regex("a{100000}"), "it is too large .*; use smaller counts"),
+        (lambda: guide().regex("a{1000000000}"), "it is too large"),
+        (lambda: guide().regex("x{10}a{100000}"), "it is too large"),
+        (lambda: guide().json_schema({"type": "string", "pattern": "^a{100000}$"}), "too large"),
+        (
+            lambda: guide().json_schema(
+                FORCED
+                | {"type": "object"}
+                | {"properties": {"long_name": {"type": "string", "pattern": "^a{100000}$"}}}
+            ),
+            "the JSON schema cannot be used: it is too large",
+        ),
+        (lambda: guide().grammar('start: "a"{100000}'), "the grammar cannot be used: .* Too many"),
+        (lambda: guide().grammar(many_ways(2500)), "cannot be used: .*Current row has 2500 items"),
+    ],
+)
+def test_a_constraint_that_is_too_large_is_refused_before_a_token(
+    make: Callable[[], Guided], said: str
+) -> None:
+    with pytest.raises(Lfm2kitError, match=said):
+        make()
+
+
+def many_ways(count: int) -> str:
+    """Return a grammar whose texts begin with an "a" of many rules."""
+    rules = "".join(f'\nr{n}: "a" "{n}"' for n in range(count))
+    return f"start: {' | '.join(f'r{n}' for n in range(count))}{rules}"
 
 
 def nested(depth: int) -> Any:
