@@ -36,7 +36,7 @@ def _is_name(value: object) -> bool:
 
 
 def _is_path(value: object) -> bool:
-    return isinstance(value, (str, Path))
+    return isinstance(value, Path) or _is_name(value)
 
 
 def _are_names(value: object) -> bool:

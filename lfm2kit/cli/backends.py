@@ -67,7 +67,7 @@ def check(
     report = Report(json)
     plugins = installed_plugins()
     plugins.backend(name)
-    ids = selected(only.split(",") if only else None)
+    ids = selected(None if only is None else only.split(","))
     with progress(f"checking {name}", len(ids), "checks") as advance:
         context = Context(options.precision, options.threads)
         results = run_checks(name, plugins, context, only=ids, done=lambda _: advance(1))

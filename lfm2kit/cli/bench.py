@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from shlex import quote
 from typing import Annotated, Any
 
 import numpy as np
@@ -365,7 +366,7 @@ def _whole_numbers(option: str, text: str, example: str) -> list[int]:
         numbers = []
     if not numbers or min(numbers) < 1:
         raise Lfm2kitError(
-            f"{option} {text}: expected whole numbers of 1 or more, such as {example}"
+            f"{option} {quote(text)}: expected whole numbers of 1 or more, such as {example}"
         )
     if max(numbers) > bounds.COUNT:
         raise Lfm2kitError(f"{option} {text}: lfm2kit takes up to {bounds.COUNT}")

@@ -71,7 +71,7 @@ def calibrate(
     options: Annotated[Options, Without(OF_A_PLACEMENT)],
     output: Annotated[
         Path | None,
-        flags("output", About("Where to write the rates.", KEPT, metavar="FILE")),
+        flags("output", About("Where to write the rates.", KEPT, metavar="FILE"), is_path=True),
     ] = None,
     ranks: Annotated[
         int | None,

@@ -69,6 +69,8 @@ class Report:
     def __init__(self, target: str | None) -> None:
         self.target = target
         self.fields: dict[str, Any] = {}
+        if target == "":
+            raise Lfm2kitError(f"--json '': the path is empty; give one, or {STDOUT} for stdout")
         if self.path is not None:
             check_target("--json", self.path)
             check_no_part("--json", self.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from lfm2kit.checkpoint.documents import read_json
 from lfm2kit.checkpoint.place import Origin
 from lfm2kit.checkpoint.synth import KNOWN, random_source
 from lfm2kit.cli.console import progress, remark
-from lfm2kit.cli.options import flags, open_model
+from lfm2kit.cli.options import flags, open_model, typed_path
 from lfm2kit.cli.ranks import refuse_copies
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F16, F32, Format
@@ -43,7 +44,12 @@ def convert(
         ),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="A new folder, or a file ending in .bin.")
+        Path,
+        typer.Argument(
+            metavar="TARGET",
+            help="A new folder, or a file ending in .bin.",
+            parser=partial(typed_path, "TARGET"),
+        ),
     ],
     dtype: Annotated[
         StoredAs | None,

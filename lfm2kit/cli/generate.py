@@ -51,8 +51,8 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT|-", help="A text; - reads stdin.")
     ] = None,
-    file: Annotated[Path | None, flags("file", FILE)] = None,
-    output: Annotated[Path | None, flags("output", OUTPUT)] = None,
+    file: Annotated[Path | None, flags("file", FILE, is_path=True)] = None,
+    output: Annotated[Path | None, flags("output", OUTPUT, is_path=True)] = None,
     keep_going: Annotated[
         bool,
         typer.Option(

@@ -38,16 +38,17 @@ class Without(NamedTuple):
     names: tuple[str, ...]
 
 
-def flags(name: str, about: About) -> Any:
+def flags(name: str, about: About, *, is_path: bool = False) -> Any:
     """Return Typer's description of the option `name`."""
     is_letter = len(name) == 1
     names = [f"-{name}" if is_letter else f"--{name.replace('_', '-')}"]
     is_number = about.least is not None
+    parser = partial(_whole, name, about) if is_number else partial(typed_path, names[0])
     default = "" if about.default is None else f" \\[default: {about.default}]"
     return typer.Option(
         *names,
         *([SHORT[name]] if name in SHORT else []),
-        parser=partial(_whole, name, about) if is_number else None,
+        parser=parser if is_number or is_path else None,
         metavar=about.metavar or ("N" if is_number else None),
         envvar=about.variable,
         help=about.help + default,
@@ -61,6 +62,13 @@ def _whole(name: str, about: About, text: str) -> int:
         number = text
     about.check(name, number)
     return int(text)
+
+
+def typed_path(name: str, text: str) -> Path:
+    """Return a path that is typed; `Path("")`, which a shell's empty variable gives, is "."."""
+    if not text:
+        raise Lfm2kitError(f"{name} '': the path is empty; give one")
+    return Path(text)
 
 
 JSON = About("Also write the result as JSON; - means stdout.", metavar="FILE|-")
@@ -120,7 +128,9 @@ class _Group(NamedTuple):
             if field.name == REWRITES:
                 yield from rewrite_options.parameters()
                 continue
-            described: Any = Annotated[annotation, flags(field.name, field.metadata["about"])]
+            is_path = Path in (annotation, *get_args(annotation))
+            given = flags(field.name, field.metadata["about"], is_path=is_path)
+            described: Any = Annotated[annotation, given]
             kind = inspect.Parameter.KEYWORD_ONLY
             yield inspect.Parameter(field.name, kind, default=field.default, annotation=described)
 

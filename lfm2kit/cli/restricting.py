@@ -50,6 +50,8 @@ class Restrictions:
 
     def added_to(self, generation: Generation) -> Generation:
         """Return the options with these; `Lfm2kitError` for one that is wrong or unreadable."""
+        if self.json_schema == "":
+            raise Lfm2kitError(Option("json_schema", ""), ": expected a file or a schema in JSON")
         return replace(
             generation,
             logit_bias=None if self.logit_bias is None else _biases(self.logit_bias),

@@ -22,7 +22,10 @@ FLAGS = {r.name: r.summary for r in built_in(World(), None) if not r.is_automati
 def chosen(values: dict[str, Any]) -> tuple[str, ...]:
     """Return the rewrites that these options choose, whose values it takes out of `values`."""
     flags = [name for name in FLAGS if values.pop(_parameter(name))]
-    return (*flags, *(values.pop("rewrite") or []))
+    others = values.pop("rewrite") or []
+    if "" in others:
+        raise Lfm2kitError("--rewrite '': expected a name; `lfm2kit backends` lists them")
+    return (*flags, *others)
 
 
 def option_of(rewrite: str) -> str:

@@ -64,7 +64,7 @@ def check(
 
     report = Report(json)
     launcher = find_transport(name).launcher
-    ids = selected(only.split(",") if only else None)
+    ids = selected(None if only is None else only.split(","))
     if (size := launcher.world_size()) is not None:
         raise Lfm2kitError(f"this is a rank of a job of {size}; the checks start jobs themselves")
     memory = _memory_of(backend, World())

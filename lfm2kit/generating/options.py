@@ -174,6 +174,8 @@ def _check_text(options: Generation) -> None:
     for name in ("regex", "grammar"):
         if not isinstance(value := getattr(options, name), str | None):
             raise Lfm2kitError(Option(name, value), ": expected a text")
+        if value == "":  # such a regex would leave no answer
+            raise Lfm2kitError(Option(name, value), ": expected a text that is not empty")
     if len(given := [name for name in CONSTRAINTS if getattr(options, name) is not None]) > 1:
         first, second = map(Option, given[:2])
         raise Lfm2kitError(first, " and ", second, ": give only one of them")

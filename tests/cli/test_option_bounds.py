@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from lfm2kit.building.options import Options
+from lfm2kit.errors import Lfm2kitError
 from tests.checkpoint.typed import Cli
+
+PATHS = ["--inputs", "--answers", "--outputs", "--record-load", "--plan", "--load", "--json"]
 
 
 @pytest.mark.parametrize(
@@ -29,6 +33,37 @@ def test_a_size_beyond_its_bound_is_one_line(
     cli: Cli, command: list[str], words: list[str]
 ) -> None:
     cli(*command).assert_fails(*words)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        *[(["run", option, ""], f"{option} '': the path is empty") for option in PATHS],
+        (["generate", "--file", "", "--output", "o"], "--file '': the path is empty"),
+        (["generate", "--file", "p", "--output", ""], "--output '': the path is empty"),
+        (["generate", "a", "--grammar", ""], "--grammar '': the path is empty"),
+        (["generate", "a", "--json-schema", ""], "--json-schema '': expected a file or a schema"),
+        (["generate", "a", "--regex", ""], "--regex '': expected a text that is not empty"),
+        (["generate", "a", "--stop", ""], "--stop '': no text to stop at may be empty"),
+        (["generate", "a", "--logit-bias", ""], "--logit-bias '': expected a token id and a"),
+        (["generate", ""], "the prompt is empty"),
+        (["convert", "tiny", ""], "TARGET '': the path is empty"),
+        (["calibrate", "--output", ""], "--output '': the path is empty"),
+        (["backends", "check", "reference", "--only", ""], "unknown check ''"),
+        (["transports", "check", "mpi", "--only", ""], "unknown check ''"),
+        (["plan", "--rewrite", ""], "--rewrite '': expected a name"),
+        (["bench", "-n", ""], "-n '': expected whole numbers"),
+    ],
+)
+def test_an_empty_value_is_one_line(cli: Cli, command: list[str], said: str) -> None:
+    """A shell makes it of a variable that is not set."""
+    cli(*command).assert_fails(said)
+
+
+def test_an_empty_path_is_one_line_from_python() -> None:
+    for name in ("plan", "load", "rates"):
+        with pytest.raises(Lfm2kitError, match=f"{name}='': expected the path"):
+            Options(**{name: ""})
 
 
 def test_a_plan_file_and_the_environments_plan_are_both_named(
