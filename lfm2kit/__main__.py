@@ -65,7 +65,7 @@ def main() -> NoReturn:
 def exit_code() -> int:
     """Run the command line of `sys.argv` and return its exit code; interrupts are raised."""
     from lfm2kit.process.interrupts import PROCESS
-    from lfm2kit.process.streams import READER_GONE, ReaderGone
+    from lfm2kit.process.streams import READER_GONE, ReaderGone, StdoutFailed
 
     try:
         return _command()
@@ -73,9 +73,19 @@ def exit_code() -> int:
         raise
     except ReaderGone:
         return READER_GONE
+    except StdoutFailed as error:
+        return _stdout_failed(error.said)
     except BaseException as error:  # a plugin may well raise SystemExit, whose code would be ours
         PROCESS.check()  # what looks like a bug may have come of a signal
         return _failed(error)
+
+
+def _stdout_failed(said: str) -> int:
+    from lfm2kit.cli.console import complain
+    from lfm2kit.errors import USER_ERROR
+
+    complain(said)
+    return USER_ERROR
 
 
 def _failed(error: BaseException) -> int:

@@ -1,13 +1,14 @@
-"""A stdout and stderr that let the process go on when nothing can be printed.
+"""A stdout whose failure ends the command at once, and a stderr whose failure ends nothing.
 
-A full disk is reported once, at the end, when the work is done and its files are written.  What is
-printed to a stream that was closed before the start is dropped.  When the reader of a pipe has
-left, as `head` does after its lines, the process ends silently, as SIGPIPE would end it.
+Work whose result cannot be printed is not done: a full disk, or a stdout that was closed before the
+start, is one line and exit code 2.  When the reader of a pipe has left, as `head` does after its
+lines, the process ends silently, as SIGPIPE would end it.
 """
 
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import select
@@ -19,8 +20,21 @@ READER_GONE = 128 + signal.SIGPIPE  # exit code
 PLAIN = "lfm2kit.plain"  # the error handler of our streams' encodings
 
 
-class ReaderGone(BaseException):
-    """The loss of stdout's reader; no OSError, which libraries would turn into exit code 1."""
+class StdoutFailed(BaseException):
+    """The end of what stdout takes; no OSError, which libraries would turn into exit code 1."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.said = f"stdout: {error.strerror}; the result could not be printed"
+        if error.errno == errno.EBADF:
+            self.said = "stdout is closed, and the result could not be printed; open it"
+
+
+class ReaderGone(StdoutFailed):
+    """The loss of stdout's reader."""
+
+    def __init__(self) -> None:
+        super().__init__(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
 
 
 class Output(io.FileIO):
@@ -29,18 +43,22 @@ class Output(io.FileIO):
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self.error: OSError | None = None
-        self.ends_process = descriptor == 1  # when its reader is gone
+        self.ends_process = descriptor == 1  # when it fails
 
     def write(self, data: Any) -> int:
-        """Write `data`, or drops it; raise `ReaderGone` once if stdout has lost its reader."""
+        """Write `data`, or drop it; raise `StdoutFailed` once if it is stdout, and fails."""
         if self.error is None:
             try:
                 return self._written(data)
             except OSError as error:
                 self.error = error
-            if isinstance(self.error, BrokenPipeError) and self.ends_process:
-                raise ReaderGone
+            if self.ends_process:
+                raise ReaderGone if self.reader_is_gone else StdoutFailed(self.error)
         return len(data)
+
+    @property
+    def reader_is_gone(self) -> bool:
+        return isinstance(self.error, BrokenPipeError)
 
     def _written(self, data: Any) -> int:
         """Write `data`, and wait if another process has made the descriptor non-blocking."""
@@ -68,21 +86,24 @@ class Streams:
         sys.stdout.flush()
         if self._stdout.error is None or code not in (0, WRONG_RESULT):
             return code
-        if isinstance(self._stdout.error, BrokenPipeError):
+        if self._stdout.reader_is_gone:
             return READER_GONE
         from lfm2kit.cli.console import complain
 
-        complain(f"stdout: {self._stdout.error.strerror}; the result could not be printed")
+        complain(StdoutFailed(self._stdout.error).said)
         return code or USER_ERROR
 
 
 def _open_closed_descriptors() -> None:
-    """Open closed descriptors on /dev/null; else a file opened later would get what is printed."""
-    for descriptor in (0, 1, 2):
+    """Open closed descriptors on /dev/null; else a file opened later would get what is printed.
+
+    Nothing can be written to a stdout that was closed, here and in processes that inherit it.
+    """
+    for descriptor, how in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_RDWR)):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, how)  # the lowest number that is free
 
 
 def _text(output: Output, before: Any) -> io.TextIOWrapper:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lfm2kit.errors import BUG, USER_ERROR, Lfm2kitError
 from lfm2kit.process.interrupts import exit_code
-from lfm2kit.process.streams import READER_GONE, ReaderGone
+from lfm2kit.process.streams import READER_GONE, ReaderGone, StdoutFailed
 
 
 def reason(error: BaseException, told: Callable[[Lfm2kitError], str] = str) -> tuple[int, str]:
@@ -20,6 +20,8 @@ def reason(error: BaseException, told: Callable[[Lfm2kitError], str] = str) -> t
         return exit_code(error), "interrupted"
     if isinstance(error, ReaderGone):
         return READER_GONE, "nobody reads its output any more"
+    if isinstance(error, StdoutFailed):
+        return USER_ERROR, error.said
     if isinstance(error, SystemExit):
         return BUG, f"sys.exit({error.code!r}) was called"
     said = f"{type(error).__name__}: {error}".rstrip(": ").partition("\n")[0]

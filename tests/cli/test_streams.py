@@ -1,7 +1,8 @@
-"""Streams that cannot take what is printed: the work is done, and the exit code stays true."""
+"""Streams that cannot take what is printed: stdout ends the command, and stderr ends nothing."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -10,16 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lfm2kit.building.loading import EMBEDDED
+from lfm2kit.cli.console import Report
 from lfm2kit.measuring import samples
+from lfm2kit.process.streams import StdoutFailed
+from tests.checkpoint.typed import Cli
 
 LFM2KIT = [sys.executable, "-m", "lfm2kit"]
 RUN = ["run", "-b", "reference", "-n", "1", "-v"]
 PLAN = ["plan", "-b", "reference"]
 FULL = "lfm2kit: error: stdout: No space left on device; the result could not be printed\n"
+CLOSED = "lfm2kit: error: stdout is closed, and the result could not be printed; open it\n"
 
 
 def shell(
@@ -36,34 +40,58 @@ def shell(
     )
 
 
-def wrong_answers(folder: Path) -> Path:
-    path = Path(shutil.copy(EMBEDDED / "tiny" / "answers.bin", folder))
-    logits = np.array(samples.read_answers(path))
-    logits[0, 0] += 1
-    samples.write_outputs(path, logits)
-    return path
-
-
 @pytest.mark.parametrize("words", [RUN, PLAN, ["--help"], ["env"]], ids=" ".join)
 def test_a_full_disk_under_stdout_is_one_line_and_exit_code_2(words: list[str]) -> None:
     done = shell('"$@" > /dev/full', *words)
     assert (done.returncode, done.stderr) == (2, FULL)
 
 
-def test_what_cannot_be_printed_loses_no_file_and_no_verdict(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [RUN, PLAN, ["--help"], ["specs", "tiny"]], ids=" ".join)
+def test_a_closed_stdout_is_one_line_and_exit_code_2(words: list[str]) -> None:
+    done = shell('"$@" >&-', *words)
+    assert (done.returncode, done.stderr) == (2, CLOSED)
+    assert shell('"$@" >&- 2>&-', *words).returncode == 2
+
+
+@pytest.mark.parametrize("redirection", ["> /dev/full", ">&-"])
+def test_work_that_cannot_be_shown_is_not_done(redirection: str, tmp_path: Path) -> None:
     files = ["--outputs", "outputs.bin", "--json", "report.json"]
-    answers = ["--answers", wrong_answers(tmp_path)]
-    done = shell('"$@" > /dev/full', *RUN, *files, *answers, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (1, FULL)
-    assert json.loads((tmp_path / "report.json").read_text())["validation"]["valid"] is False
-    assert (tmp_path / "outputs.bin").stat().st_size > 0
+    done = shell(f'"$@" {redirection}', *RUN, *files, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, FULL if "full" in redirection else CLOSED)
+    assert list(tmp_path.iterdir()) == []
+    words = ["generate", "a", "-b", "reference", "--max-tokens", "100", "--json", "report.json"]
+    done = shell(f'"$@" {redirection}', *words, cwd=tmp_path)
+    assert (done.returncode, "tokens/s" in done.stderr) == (2, False)
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
-def test_a_stream_that_nobody_wants_changes_nothing(redirection: str, tmp_path: Path) -> None:
+def test_a_command_that_prints_nothing_needs_no_stdout(tmp_path: Path) -> None:
+    done = shell('"$@" >&-', "convert", "tiny", "model.bin", cwd=tmp_path)
+    assert done.returncode == 0
+    assert (tmp_path / "model.bin").exists()
+
+
+def test_a_stdout_that_fails_in_the_end_loses_no_file(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    line = Report.line
+
+    def failing(self: Report, text: str = "") -> None:
+        if text.startswith("Elapsed"):
+            raise StdoutFailed(OSError(errno.ENOSPC, "No space left on device"))
+        line(self, text)
+
+    monkeypatch.setattr(Report, "line", failing)
+    done = cli(*RUN, "--outputs", tmp_path / "outputs.bin")
+    assert (done.code, done.err) == (2, FULL)
+    assert samples.read_answers(tmp_path / "outputs.bin").shape[0] == 1
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "<&- 2>&-", "2>/dev/full"])
+def test_a_stderr_that_nobody_wants_changes_nothing(redirection: str, tmp_path: Path) -> None:
     done = shell(f'"$@" {redirection}', *RUN, "--outputs", "outputs.bin", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert ("VALID" in done.stdout.splitlines()) == (">&-" not in redirection.replace("2>&-", ""))
+    assert "VALID" in done.stdout.splitlines()
     assert samples.read_answers(tmp_path / "outputs.bin").shape[0] == 1  # and nothing else in it
 
 

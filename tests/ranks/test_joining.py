@@ -18,7 +18,7 @@ from lfm2kit.building.loading import find_model, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.errors import BUG, USER_ERROR, Lfm2kitError, Option
-from lfm2kit.process.streams import READER_GONE, ReaderGone
+from lfm2kit.process.streams import READER_GONE, ReaderGone, StdoutFailed
 from lfm2kit.ranks.groups import Grouping
 from lfm2kit.ranks.joining import Alone, facts_of
 from lfm2kit.ranks.reasons import reason
@@ -126,6 +126,11 @@ def test_a_set_up_is_made_again_with_the_rewrites_that_it_was_given() -> None:
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError("no 8 GB"), USER_ERROR, "out of memory (MemoryError: no 8 GB)"),
         (ReaderGone(), READER_GONE, "nobody reads its output any more"),
+        (
+            StdoutFailed(OSError(28, "No space left on device")),
+            USER_ERROR,
+            "stdout: No space left on device; the result could not be printed",
+        ),
         (SystemExit(4), BUG, "sys.exit(4) was called"),
         (KeyError("w1"), BUG, "KeyError: 'w1'"),
         (ValueError("one\ntwo"), BUG, "ValueError: one"),
