@@ -17,6 +17,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def is_encodable(text: str) -> bool:
+    """Return whether UTF-8 can say all characters; it has no halves of surrogate pairs.
+
+    Such a half stands for a byte of a command line that is not UTF-8.
+    """
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def harmless(text: str) -> str:
     """Return `text` with what commands a terminal, or reorders its lines, escaped.
 

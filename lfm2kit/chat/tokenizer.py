@@ -122,16 +122,18 @@ class Tokenizer:
             raise Lfm2kitError(
                 f"a text of {len(text)} characters; lfm2kit tokenizes up to {bounds.TEXT} at once"
             )
-        check_encodable(text, "text", ", or was a byte that is not UTF-8; give UTF-8 text")
+        check_encodable(text, "text")
 
 
-def check_encodable(text: str, what: str, advice: str = "") -> None:
+def check_encodable(text: str, what: str) -> None:
     """Raise `Lfm2kitError`, which calls it `what`, if UTF-8 cannot say a character of `text`."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        where = f"the {what}'s character {error.start}"
-        raise Lfm2kitError(f"{where} is half of a surrogate pair{advice}") from None
+        raise Lfm2kitError(
+            f"the {what}'s character {error.start} is half of a surrogate pair, or was a byte that "
+            "is not UTF-8; give UTF-8 text"
+        ) from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -33,13 +33,21 @@ def read_toml(path: Path) -> dict[str, Any]:
     if LONG_KEY.search(text):  # the parser's memory grows with the square of the parts
         raise Lfm2kitError(f"{path}: a key has more than {bounds.PARTS} parts between dots")
     try:
-        if text.startswith(BOM_UTF8):
-            raise ValueError("a byte order mark comes first; save it as UTF-8 without one")
-        table = tomllib.loads(text.decode("utf-8"))
+        table = tomllib.loads(_decoded(text))
         _check_depth(table, bounds.NESTED)
     except (ValueError, RecursionError) as error:
         raise Lfm2kitError(f"{path}: not a readable TOML file: {error}") from None
     return table
+
+
+def read_text(path: Path, most: int) -> str:
+    """Return a file's text; raise `Lfm2kitError` if it is not UTF-8, or has over `most` bytes."""
+    try:
+        return _decoded(read_bounded(path, most))
+    except UnicodeDecodeError as error:
+        raise Lfm2kitError(f"{path}: not UTF-8: {error}") from None
+    except ValueError as error:
+        raise Lfm2kitError(f"{path}: {error}") from None
 
 
 def read_bounded(path: Path, most: int) -> bytes:
@@ -70,7 +78,7 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
 
     try:
         fields = json.loads(
-            text.decode("utf-8"),
+            _decoded(text),
             object_pairs_hook=unique,
             parse_constant=_refused,
             parse_float=_finite,
@@ -82,6 +90,12 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise Lfm2kitError(f"{path}: expected a JSON object, found a {type(fields).__name__}")
     return fields
+
+
+def _decoded(text: bytes) -> str:
+    if text.startswith(BOM_UTF8):
+        raise ValueError("a byte order mark comes first; save it as UTF-8 without one")
+    return text.decode("utf-8")
 
 
 def _refused(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
 from pathlib import Path
@@ -19,6 +20,7 @@ from lfm2kit.cli import rewrite_options
 from lfm2kit.cli.bus_error import explain_bus_errors
 from lfm2kit.errors import Lfm2kitError
 
+WHOLE = re.compile("[-+]?[0-9]{1,4000}")  # without what else Python takes, such as "1_0"
 REWRITES = "rewrites"  # the field that several options fill
 # What a command of a process alone leaves out.
 OF_RANKS = ("parallel", "ep_size", "replicate_experts", "overlap", "exchange")
@@ -55,13 +57,11 @@ def flags(name: str, about: About, *, is_path: bool = False) -> Any:
     )
 
 
-def _whole(name: str, about: About, text: str) -> int:
-    try:
-        number: object = int(text)
-    except ValueError:
-        number = text
-    about.check(name, number)
-    return int(text)
+def _whole(name: str, about: About, given: str | int) -> int:
+    """Return the number that is typed, or a default, which typer may pass as well."""
+    is_whole = WHOLE.fullmatch(str(given)) is not None
+    about.check(name, int(given) if is_whole else given)
+    return int(given)
 
 
 def typed_path(name: str, text: str) -> Path:

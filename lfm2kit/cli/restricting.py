@@ -5,17 +5,19 @@ A command line has files, and pairs of a token and its bias, where Python and JS
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lfm2kit import bounds
 from lfm2kit.building.options import option
-from lfm2kit.checkpoint.documents import read_bounded
+from lfm2kit.checkpoint.documents import read_text
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.generating.options import Generation
 
 GIVEN_HERE = ("logit_bias", "json_schema", "regex", "grammar")  # not as fields of `Generation`
+PAIR = re.compile(r"([0-9]{1,18})=([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)")
 FOUR_BYTES = 4  # of a character in UTF-8, at the most
 
 
@@ -76,23 +78,17 @@ class Restrictions:
 
 
 def _text_of(path: Path) -> str:
-    data = read_bounded(path, bounds.CONSTRAINT * FOUR_BYTES)
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise Lfm2kitError(f"{path}: not UTF-8: {error}") from None
+    return read_text(path, bounds.CONSTRAINT * FOUR_BYTES)
 
 
 def _biases(texts: Iterable[str]) -> dict[int, float]:
     """Return the biases by token; `Lfm2kitError` for a text of another form."""
     biases: dict[int, float] = {}
     for text in texts:
-        token_id, _, value = text.partition("=")
-        try:
-            one, bias = int(token_id), float(value)
-        except ValueError:
+        if (pair := PAIR.fullmatch(text)) is None:
             example = ": expected a token id and a number, such as ", Option("logit_bias", "42=-5")
-            raise Lfm2kitError(Option("logit_bias", text), *example) from None
+            raise Lfm2kitError(Option("logit_bias", text), *example)
+        one, bias = int(pair[1]), float(pair[2])
         if one in biases:
             raise Lfm2kitError(Option("logit_bias", text), f": token {one} has a bias already")
         biases[one] = bias

@@ -17,6 +17,7 @@ from lfm2kit.engine.guesses import SPECULATIONS
 from lfm2kit.engine.requests import MOST_CHOICES
 from lfm2kit.engine.sampling import MOST_LOGPROBS, RANGES, Sampling
 from lfm2kit.errors import Lfm2kitError, Option, choices
+from lfm2kit.text import is_encodable
 
 SHOW, HIDE = THINK = "show", "hide"
 CHECKPOINTS = "what generation_config.json says"
@@ -183,6 +184,10 @@ def _check_text(options: Generation) -> None:
         raise Lfm2kitError(Option("stop", options.stop), ": expected a list of texts")
     if "" in (options.stop or ()):
         raise Lfm2kitError(Option("stop", options.stop), ": no text to stop at may be empty")
+    for text in (*(options.stop or ()), options.system or ""):
+        if not is_encodable(text):
+            asked = Option("system" if text == options.system else "stop", text)
+            raise Lfm2kitError(asked, ": not UTF-8, which all text is; convert it")
 
 
 def _are_texts(value: object) -> bool:

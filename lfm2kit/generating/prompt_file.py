@@ -97,7 +97,8 @@ def _alone(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _id_in(key: str) -> int | str:
     """Return the token id that a key of JSON, which is always a text, stands for."""
-    return int(key) if key.isdecimal() and len(key) < MOST_DIGITS else key
+    is_number = key.isascii() and key.isdecimal() and len(key) < MOST_DIGITS
+    return int(key) if is_number else key
 
 
 def _check_system(prompt: Prompt, options: Generation) -> None:

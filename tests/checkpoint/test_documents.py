@@ -45,7 +45,7 @@ def refused(read: Reader, path: Path, *words: str) -> None:
         ("[" * 100_000, "JSON"),
         ("[1]", "list"),
         ("", "the file is empty"),
-        ("\ufeff{}", "JSON"),
+        ("\ufeff{}", "JSON: a byte order mark comes first; save it as UTF-8 without one"),
     ],
 )
 def test_json_is_refused_where_python_would_guess_or_fail(

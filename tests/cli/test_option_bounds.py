@@ -19,6 +19,10 @@ PATHS = ["--inputs", "--answers", "--outputs", "--record-load", "--plan", "--loa
         (["run", "--random-inputs", "1000000000"], ["--random-inputs 1000000000", "1048576"]),
         (["run", "--random-inputs", "1048576", "-n", "1048576"], ["1048576 samples", "at once"]),
         (["run", "-n", "1" + "0" * 5000], ["-n 1000"]),
+        *[
+            (["run", "-n", n], ["expected a whole number of 1"])
+            for n in ("1_0", " 5", "\u0665", "1.0")
+        ],
         (["run", "--batch-size", "1048577"], ["--batch-size 1048577", "1048576"]),
         (["run", "--threads", "1048577"], ["--threads 1048577", "1048576"]),
         (["run", "--seed", str(2**63)], ["--seed", str(2**63 - 1)]),

@@ -22,6 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "schema.json").write_text(json.dumps(SCHEMA))
     (folder / "sum.lark").write_text(GRAMMAR)
     (folder / "latin").write_bytes(b"start: \xff")
+    (folder / "bom").write_bytes(b'\xef\xbb\xbf{"type": "null"}')
     return folder
 
 
@@ -63,7 +64,11 @@ def test_a_chat_obeys_as_well(cli: Cli, folder: Path, monkeypatch: pytest.Monkey
     [
         (["--logit-bias", "5"], "--logit-bias 5: expected a token id and a number, such as"),
         (["--logit-bias", "x=1"], "--logit-bias x=1: expected a token id and a number"),
-        (["--logit-bias", "5=nan"], "--logit-bias: the bias of token 5 is nan; expected"),
+        *[
+            (["--logit-bias", pair], "expected a token id and a number, such as --logit-bias 42=-5")
+            for pair in ("5=nan", "5 = 1", " 5=1", "5=1_0", "-5=1", "5=1=2", "5=0x1", "\u0665=1")
+        ],
+        (["--logit-bias", "5=1001"], "--logit-bias: the bias of token 5 is 1001.0; expected"),
         (["--logit-bias", "423=1"], "--logit-bias: token id 423 is outside the vocabulary of 423"),
         (["--logit-bias", "5=1", "--logit-bias", "5=2"], "5=2: token 5 has a bias already"),
         (["--regex", "("], "the regex cannot be used: unclosed group"),
@@ -74,6 +79,11 @@ def test_a_chat_obeys_as_well(cli: Cli, folder: Path, monkeypatch: pytest.Monkey
         (["--grammar", "."], ".: this is a directory"),
         (["--grammar", "schema.json"], "the grammar is JSON; expected rules"),
         (["--grammar", "latin"], "latin: not UTF-8"),
+        (["--grammar", "bom"], "bom: a byte order mark comes first; save it as UTF-8 without one"),
+        (["--json-schema", "bom"], "bom: a byte order mark comes first"),
+        (["--stop", "a\udcff"], "--stop 'a\\udcff': not UTF-8"),
+        (["--chat", "--system", "a\udcff"], "--system 'a\\udcff': not UTF-8"),
+        (["--regex", "a\udcff"], "the regex's character 1 is half of a surrogate pair, or was a"),
         (["--regex", "a", "--grammar", "sum.lark"], "--regex and --grammar: give only one"),
         (["--grammar", "sum.lark", "--json", "sum.lark"], "this file is the schema or the grammar"),
         (["--grammar", "/dev/fd/0", "--ranks", 2], "--grammar /dev/fd/0: each rank has another"),
