@@ -1,7 +1,7 @@
 """Chat templates: messages to the text of a prompt, in the environment of Hugging Face's templates.
 
 A template is a program that comes with a model.  The sandbox keeps it from Python's objects and
-from changing messages, but nothing ends one that loops for ever or asks for all memory.
+from changing messages, and ends one that loops for ever, but not one that asks for all memory.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class ChatTemplate:
         prompt = {"add_generation_prompt": add_generation_prompt}
         try:
             template = self._compile(chosen)
-            text: str = template.render({**with_clock, **usual, **prompt, **variables})
+            from lfm2kit.chat.sandbox import bounded  # here: it needs jinja2
+
+            with bounded():
+                text: str = template.render({**with_clock, **usual, **prompt, **variables})
         except Exception as error:  # a template's mistakes raise anything
             raise Lfm2kitError(f"{self.path}: {_explained(error)}") from None
         return text
@@ -144,11 +147,10 @@ def check_chat(messages: Sequence[Message], tools: Sequence[Any] | None) -> None
 def environment() -> Any:
     """Return a Jinja environment like that of transformers' `apply_chat_template`."""
     from lfm2kit.chat.generation_tag import Generation
+    from lfm2kit.chat.sandbox import Sandbox
 
-    sandbox, extensions = library("jinja2.sandbox"), library("jinja2.ext")
-    made = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[extensions.loopcontrols, Generation]
-    )
+    extensions = [library("jinja2.ext").loopcontrols, Generation]
+    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _refuse
     return made

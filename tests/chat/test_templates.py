@@ -247,6 +247,36 @@ def test_a_template_that_is_not_text_is_one_line(tmp_path: Path) -> None:
         loaded(folder)
 
 
+ENDLESS = {
+    "loops in loops": "{% for a in range(999) %}{% for b in range(999) %}{% endfor %}{% endfor %}",
+    "items that a loop passes over": (
+        "{% for a in range(999) %}{% for b in range(999) if false %}{% endfor %}{% endfor %}"
+    ),
+    "macros": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+    ),
+    "a recursive loop": (
+        "{% for n in [20] recursive %}{% if n %}{{ loop([n - 1, n - 1]) }}{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=list(ENDLESS))
+def test_a_template_that_never_ends_is_one_line(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lfm2kit.chat.sandbox.MOST_STEPS", 10_000)
+    with pytest.raises(Lfm2kitError, match="more than 10000 passes of loops and calls; it may nev"):
+        ChatTemplate(Path("a"), {"default": template}, {}).render(QUESTION)
+
+
+def test_each_rendering_has_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2kit.chat.sandbox.MOST_STEPS", 10)
+    template = "{% for a in 'abcdef' %}{{ a }}{% else %}none{% endfor %}"
+    loop = ChatTemplate(Path("a"), {"default": template}, {})
+    assert [loop.render(QUESTION) for _ in range(3)] == ["abcdef"] * 3
+
+
 def test_variables_of_a_template_come_before_tokens_and_defaults() -> None:
     template = ChatTemplate(Path("a"), {"default": "{{ bos_token }}{{ x }}"}, {"bos_token": "<s>"})
     assert template.render(QUESTION, x=1) == "<s>1"
