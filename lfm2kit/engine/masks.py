@@ -9,7 +9,7 @@ take too long together, it fails.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from time import monotonic
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.engine.followed import Followed, Next
+from lfm2kit.engine.line import Line
 from lfm2kit.engine.requests import FAILED
 from lfm2kit.engine.sequence import Sequence
 from lfm2kit.errors import Lfm2kitError
@@ -24,6 +25,7 @@ from lfm2kit.errors import Lfm2kitError
 Int32 = npt.NDArray[np.int32]
 
 FREE = Next()
+CLOSING = 1.0  # seconds that masks may take when an engine is closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Masks:
         self._patience = patience
         self._texts: dict[Sequence, _Text] = {}
         self._line = _line()
-        self._left: list[_Text] = []  # that have ended, with threads that may still be at work
+        self._left: list[Line] = []  # of texts that have ended; they may still be at work
 
     def begin(self, sequences: Iterable[Sequence]) -> None:
         """Have the masks for the next tokens of these sequences computed."""
@@ -100,24 +102,21 @@ class Masks:
         if is_at_work and text.line is None:
             self._leave_line_to(text)
         if text.line is not None:
-            text.line.shutdown(wait=False)
-            self._left.append(text)
-        for left in [one for one in self._left if one.future.done()]:
-            self._join(left)
+            text.line.end()
+            self._left.append(text.line)
+        self._left = [line for line in self._left if line.is_alive]
 
     def close(self) -> None:
-        """End all threads, after the masks that they are computing."""
+        """End all threads after the masks that they are computing.
+
+        Those whose masks take longer than a while run on, and keep no process from ending.
+        """
         for sequence in list(self._texts):
             self.end(sequence)
-        for left in self._left[:]:
-            self._join(left)
-        self._line.shutdown()
-
-    def _join(self, left: _Text) -> None:
-        """Wait for the thread of a text that has ended."""
-        assert left.line is not None
-        left.line.shutdown()
-        self._left.remove(left)
+        self._line.end()
+        until = monotonic() + CLOSING
+        for line in (*self._left, self._line):
+            line.wait(max(0.0, until - monotonic()))
 
     def _go_on(self) -> None:
         """Let another thread compute masks if a sequence holds up the one that does."""
@@ -144,14 +143,14 @@ class _Text:
         self._followed = followed
         self._clock = clock
         self.future: Future[Next] = Future()
-        self.line: ThreadPoolExecutor | None = None  # its own, which it has held up
+        self.line: Line | None = None  # its own, which it has held up
         self.is_late = False  # the mask
         self._tokens = -1  # which it follows
         self._started: float | None = None
         self._ended: float | None = None
         self._late_before = 0.0  # seconds of earlier masks
 
-    def go_on(self, line: ThreadPoolExecutor) -> None:
+    def go_on(self, line: Line) -> None:
         """Have the next mask computed, unless it was begun already."""
         tokens = len(self._sequence.generated)
         if tokens == self._tokens and not self.future.cancelled():
@@ -163,7 +162,7 @@ class _Text:
         self.submit(line)
         self._tokens = tokens  # at last: a step may be interrupted
 
-    def submit(self, line: ThreadPoolExecutor) -> None:
+    def submit(self, line: Line) -> None:
         """Have the mask computed in its own line, or else in this one."""
         self.future = (self.line or line).submit(self._compute, self._sequence.generated)
 
@@ -182,6 +181,5 @@ class _Text:
             self._ended = self._clock()
 
 
-def _line() -> ThreadPoolExecutor:
-    """Return a thread, which begins with its first call."""
-    return ThreadPoolExecutor(1, "masks")
+def _line() -> Line:
+    return Line("masks")

@@ -362,6 +362,25 @@ def test_a_constraint_that_is_not_compiled_in_time_is_one_line() -> None:
     done.set()
 
 
+def test_a_constraint_that_is_still_compiled_does_not_keep_the_process_from_ending() -> None:
+    code = """
+import threading
+from lfm2kit.chat.guided import Guide
+from tests.chat.folders import golden_tokenizer
+
+class Library:
+    LLMatcher = staticmethod(lambda *_, **__: threading.Event().wait())
+    LLParserLimits = dict
+
+late = Guide(golden_tokenizer(), seconds=0)
+late._library = Library
+late._guided("regex", "a")
+"""
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=300)
+    assert b"the regex was not compiled in 0 seconds" in done.stderr
+    assert done.returncode == 1
+
+
 def intersection(count: int) -> str:
     """Return a grammar whose only token matches several regexes."""
     return "start: T\nT: " + " & ".join(f"/[^{n}]*/" for n in range(count))

@@ -16,6 +16,7 @@ from lfm2kit.engine.constraints import Allowed
 from lfm2kit.engine.drawing import NumPySampler
 from lfm2kit.engine.engine import Engine
 from lfm2kit.engine.followed import Followed
+from lfm2kit.engine.line import Line
 from lfm2kit.engine.masks import Patience
 from lfm2kit.engine.requests import CANCELLED, FAILED, LENGTH, STOP, Event, Request
 from lfm2kit.engine.sampling import Sampling
@@ -448,6 +449,29 @@ def test_a_closed_engine_has_no_thread() -> None:
         engine.step()
         assert len(threads()) == 1
     assert not threads()
+
+
+def test_a_mask_that_never_comes_does_not_keep_an_engine_from_closing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lfm2kit.engine.masks.CLOSING", 0)
+    with Gate() as gate:
+        with engine_of(model_of(), 4, patience=IMPATIENT) as engine:
+            engine.add(constrained(gate))
+            engine.step()
+            gate.reached()
+        (left,) = [one for one in threading.enumerate() if one.name == "masks"]
+        assert left.daemon
+    left.join()
+
+
+def test_the_thread_of_a_line_that_is_forgotten_ends() -> None:
+    line = Line("masks")
+    assert line.submit(lambda: 5).result() == 5
+    thread = line._thread
+    assert thread is not None
+    del line
+    thread.join()
 
 
 @pytest.mark.parametrize("has_followers", [False, True])
