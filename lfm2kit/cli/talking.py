@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import takewhile
 
+import typer
+
 from lfm2kit import bounds
-from lfm2kit.cli.console import complain
+from lfm2kit.cli.console import complain, remark
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.speaking import Voice
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.engine.room import TooLongError
+from lfm2kit.errors import USER_ERROR, Lfm2kitError
 from lfm2kit.generating.conversation import Conversation
 from lfm2kit.generating.writer import Writer
 from lfm2kit.process.interrupts import PROCESS, Interrupted
 
 RESET, SYSTEM, EXIT = COMMANDS = "/reset", "/system", "/exit"
 PROMPT = "> "
+ADVICE = f"{RESET} forgets what was said before"
 HELP = f"{RESET} forgets what was said, {SYSTEM} TEXT sets the system message, {EXIT} ends the chat"
 
 
@@ -38,8 +42,7 @@ class Talk:
         if sys.stdin is None:
             raise Lfm2kitError("stdin is closed; open it, and give a message in each line")
         if not sys.stdin.isatty():
-            for line in takewhile(_goes_on, _piped()):
-                self._take(line)
+            self._answer_all(_piped())
             return
         PROCESS.give_ctrl_c_to(self.interrupt)
         try:
@@ -48,6 +51,20 @@ class Talk:
                     self._take(line)
         finally:
             PROCESS.give_ctrl_c_to(None)
+
+    def _answer_all(self, lines: Iterable[str]) -> None:
+        """Answer the lines of a pipe; end with an error if the chat had no room for one of them."""
+        is_full = False
+        for line in takewhile(_goes_on, lines):
+            try:
+                self._take(line)
+            except TooLongError as error:
+                if not self._conversation.has_begun:
+                    raise
+                complain(told(error))
+                is_full = True
+        if is_full:
+            raise typer.Exit(USER_ERROR)
 
     def interrupt(self) -> None:
         """End the line that is being typed, or else the answer that is being written."""
@@ -96,19 +113,23 @@ class Talk:
                 self._voice.say(self._writer.advance(answer))
         finally:
             self._writer.leave(answer)
-        self._voice.line()
-        answer.check()
+        if answer.token_ids or answer.error is None:
+            self._voice.line()
+        with self._advising():
+            answer.check()
         self._conversation.keep(text, request, answer)
+        if len(request.ids) + len(answer.token_ids) >= self._writer.context:
+            remark(f"the context of {self._writer.context} tokens is full; {ADVICE}")
 
     @contextmanager
     def _advising(self) -> Iterator[None]:
-        """Say with an error in a chat that has begun how to begin anew: it may be too long."""
+        """Say with a chat that has grown too long how to begin anew."""
         try:
             yield
-        except Lfm2kitError as error:
+        except TooLongError as error:
             if not self._conversation.has_begun:
                 raise
-            raise Lfm2kitError(*error.args, f"; {RESET} forgets what was said before") from None
+            raise TooLongError(*error.args, f"; {ADVICE}") from None
 
 
 def _goes_on(line: str) -> bool:

@@ -19,6 +19,10 @@ NO_ROOM = Room(0)
 MOST_PAGES = MOST_TOKENS // NO_ROOM.page_tokens
 
 
+class TooLongError(Lfm2kitError):
+    """A refusal of a prompt that leaves no room for an answer."""
+
+
 def room_for(model: LFM2, context: int | None = None, sequences: int | None = None) -> Room:
     """Return room for `sequences` sequences of up to `context` tokens each.
 
@@ -56,20 +60,21 @@ def context_of(spec: specs.Model) -> int:
 def most_tokens(request: Request, context: int, holder: str | Option = MODELS) -> int:
     """Return how many tokens each sequence of a request may have, its prompt included.
 
-    Raise `Lfm2kitError` if it needs more than the `context` of `holder`.
+    Raise `TooLongError` if it needs more than the `context` of `holder`.
     """
     prompt, least = len(request.ids), request.max_tokens or max(request.min_tokens, 1)
     if prompt + least <= context:
         return min(prompt + (wanted_tokens(request) or context), context)
-    advice = f"a prompt may have up to {context - 1}"
+    advice: list[str | Option] = [f"a prompt may have up to {context - 1}"]
     if prompt < context:
         name = "min_tokens" if request.max_tokens is None else "max_tokens"
-        advice = f"{name} may be up to {context - prompt}"
-    raise Lfm2kitError(
+        advice = [Option(name), f" may be up to {context - prompt}"]
+    raise TooLongError(
         f"a prompt of {prompt} tokens and {least} more do not fit into the {context} "
         "tokens that a sequence may have (",
         holder,
-        f"); {advice}",
+        "); ",
+        *advice,
     )
 
 

@@ -73,6 +73,11 @@ class Writer:
         """Return in words what the engine has room for."""
         return described(self._engine.room)
 
+    @property
+    def context(self) -> int:
+        """Return how many tokens a prompt and its answer may have together."""
+        return self._engine.context
+
     def begin(self, request: Request, options: Generation, *, split: bool = False) -> list[Answer]:
         """Return the answers to a request, which the next steps write.
 

@@ -13,9 +13,12 @@ from types import SimpleNamespace
 import pytest
 
 from lfm2kit.engine.engine import Engine
+from lfm2kit.generating.from_python import language_of
 from lfm2kit.generating.language import Language
+from lfm2kit.generating.options import Generation
 from lfm2kit.generating.writer import Writer
 from lfm2kit.process.interrupts import PROCESS, Interrupted
+from lfm2kit.state import Room
 from tests.checkpoint.typed import Cli, Typed
 from tests.generating.folders import TEMPLATE, loaded, model_folder
 
@@ -177,12 +180,55 @@ def test_what_no_message_can_have_is_refused_before_the_first_one(
     chat(*words).assert_fails(said)
 
 
+LONG = "hello " * 20
+
+
 def test_a_chat_that_is_full_says_how_to_go_on(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first message that is too long for itself gets no such advice."""
     reset = "/reset forgets what was said before"
     type_lines(monkeypatch, "a " * 300)
     assert reset not in chat().err
-    type_lines(monkeypatch, *["hello " * 20] * 9, "/reset", "hello")
+    asked = prompts(monkeypatch)
+    type_lines(monkeypatch, *[LONG] * 9, "/reset", "hello")
     done = chat()
-    assert "that a sequence may have (the model's context); " in done.err
-    assert reset in done.err
+    lines = [line for line in done.err.splitlines() if reset in line and "error" in line]
+    assert len(lines) == 9 - len(done.out.splitlines()) + 2  # after /reset, and for Ctrl-D
+    assert all("that a sequence may have (the model's context); " in line for line in lines)
+    assert asked[-1] == HELLO
+
+
+def test_a_full_chat_of_a_pipe_goes_on_and_fails_in_the_end(
+    chat: Chat, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (hello,) = loaded(folder).generate([HELLO], seed=1, max_tokens=8)
+    pipe(monkeypatch, f"{LONG}\n{LONG * 3}\n/reset\nhello\n".encode())
+    done = chat()
+    assert done.code == 2
+    assert done.err.count("do not fit into the 256 tokens") == 1
+    assert done.out.endswith(f"\n{hello}\n")
+
+
+def test_an_answer_that_the_context_has_cut_off_is_followed_by_a_line(
+    chat: Chat, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = len(language_of(loaded(folder)).request(HELLO, Generation(), 0).ids)
+    for context, is_full in ((prompt + 8, True), (prompt + 9, False)):
+        pipe(monkeypatch, b"hello\n")
+        done = chat("--context", context, "--min-tokens", 8)
+        said = f"lfm2kit: the context of {context} tokens is full; /reset forgets what was said"
+        assert (f"{said} before" in done.err.splitlines()) == is_full
+        assert done.code == 0
+
+
+def test_a_chat_that_the_room_is_too_small_for_says_how_to_go_on(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine says so, when the answer is to begin."""
+    monkeypatch.setattr("lfm2kit.engine.engine.room_for", lambda *_: Room(1))
+    pipe(monkeypatch, f"hello\n{LONG}\n{LONG}\n{LONG}\n/reset\nhello\n".encode())
+    done = chat()
+    assert "(the engine's 1 page of " in done.err
+    assert "; /reset forgets what was said before" in done.err
+    assert done.code == 2
+    assert done.out.splitlines()[0] == done.out.splitlines()[-1]
+    assert "" not in done.out.splitlines()

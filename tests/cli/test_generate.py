@@ -169,7 +169,7 @@ def test_a_terminal_shows_thoughts_dim_and_no_commands(monkeypatch: pytest.Monke
         ([""], "the prompt is empty; give some text"),
         (["", "--chat"], "the prompt is empty"),
         (["a" * 300], "a prompt may have up to 255"),
-        (["a", "--max-tokens", 255], "max_tokens may be up to 254"),
+        (["a", "--max-tokens", 255], "--max-tokens may be up to 254"),
         (["a", "--context", 500], "--context 500"),
         (["a", "--temperature", -1], "--temperature -1.0: expected"),
         (["a", "--temperature", "hot"], "Invalid value for '--temperature'"),
