@@ -160,13 +160,24 @@ class Engine:
         for sequence, overdue in self._masks.overdue().items():
             self._end_constrained(sequence, overdue)
         held = self._masks.late()
-        chunks = self._scheduler.plan(held)
+        chunks = [one for one in self._scheduler.plan(held) if not self._is_misguessed(one)]
         if chunks:
             self._run_or_end(chunks)
         elif held:
             self._masks.wait()
         events, self._events = self._events, []
         return events
+
+    def _is_misguessed(self, chunk: Chunk) -> bool:
+        """Return whether the guesses of a chunk's sequence were wrong, and have ended it."""
+        sequence, guessing = chunk.sequence, chunk.sequence.guessing
+        if guessing is None:
+            return False
+        guessing.check(chunk.guesses, self._model.spec.embed_tokens.vocab_size)
+        if guessing.error is not None:
+            self._release(sequence)
+            self._end(sequence, FAILED, guessing.error)
+        return guessing.error is not None
 
     def _run_or_end(self, chunks: list[Chunk]) -> None:
         """Run the chunks of a step; end their sequences, or put them back, if it fails."""

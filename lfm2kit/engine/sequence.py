@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from lfm2kit.engine.drawing import Row
 from lfm2kit.engine.guesses import MOST_GUESSES
+from lfm2kit.engine.guessing import Guessing
 from lfm2kit.engine.random_numbers import seed_of_fork
 from lfm2kit.engine.requests import LENGTH, STOP, Request
 
@@ -38,7 +39,7 @@ class Sequence:
         self._rows_to_score = len(request.ids) - 1 if is_scored else 0
         # The text of a constraint has a mask at each place, which nobody knows ahead.
         is_guessed = request.guesses is not None and request.constraint is None
-        self._guesses = request.guesses() if request.guesses and is_guessed else None
+        self.guessing = Guessing(request.guesses) if request.guesses and is_guessed else None
         self._ids = request.ids  # never written: a longer array, with room for more, replaces it
         self._count = len(self._ids)
 
@@ -83,14 +84,14 @@ class Sequence:
     def guess(self, most: int) -> tuple[int, ...]:
         """Return up to `most` guesses of its next tokens."""
         most = min(most, MOST_GUESSES, self.most - self._count - 1)
-        if self._guesses is None or most < 1:
+        if self.guessing is None or most < 1:
             return ()
-        return tuple(self._guesses.guess(self.ids, most)[:most])
+        return self.guessing.guess(self.ids, most)
 
     def told(self, guessed: int, right: int) -> None:
         """Take note of how many of its guesses were right."""
-        if self._guesses is not None and guessed:
-            self._guesses.told(guessed, right)
+        if self.guessing is not None and guessed:
+            self.guessing.told(guessed, right)
 
     def row(self, mask: UInt32 | None = None, guessed: tuple[int, ...] = ()) -> Row:
         """Return what a sampler needs to know to draw the next token, which obeys the mask.

@@ -10,7 +10,7 @@ import pytest
 
 from lfm2kit.engine.engine import Engine
 from lfm2kit.engine.guesses import MOST_GUESSES, Guesses, RepeatedText
-from lfm2kit.engine.requests import Event, Request
+from lfm2kit.engine.requests import FAILED, Event, Request
 from lfm2kit.engine.sampling import Sampling
 from lfm2kit.engine.steps import follow
 from lfm2kit.errors import Lfm2kitError
@@ -146,6 +146,74 @@ def test_more_guesses_than_asked_for_are_left_out() -> None:
     with engine_of(model_of(), 2) as engine:
         (tokens, guessed) = generated(engine, plain, replace(plain, guesses=Many))
     assert tokens == guessed
+
+
+class Given(Wrong):
+    """Guesses what it is given, or raises it."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def guess(self, ids: Any, most: int) -> Any:
+        if isinstance(self.given, BaseException):
+            raise self.given
+        return self.given(ids) if callable(self.given) else self.given
+
+
+class Deaf(Wrong):
+    """Guesses, but does not listen."""
+
+    def told(self, guessed: int, right: int) -> None:
+        raise KeyError("guessed")
+
+
+def no_guesses() -> Any:
+    raise OSError("no draft model")
+
+
+def written_to(ids: Any) -> list[int]:
+    ids[0] = 0
+    return [1]
+
+
+NAME = "tests.engine.test_guesses."
+
+
+@pytest.mark.parametrize(
+    ("guesses", "said"),
+    [
+        (
+            lambda: Given([1, VOCABULARY]),
+            f"{NAME}Given guesses wrongly: token id {VOCABULARY}",
+        ),
+        (lambda: Given([-1]), f"{NAME}Given guesses wrongly: token id -1 lies outside the vocabul"),
+        (lambda: Given([2**40]), f"{NAME}Given guesses wrongly: the guesses reach from"),
+        (
+            lambda: Given([1.5]),
+            f"{NAME}Given guesses wrongly: the guesses are not integers, but",
+        ),
+        (lambda: Given([[1]]), f"{NAME}Given guesses wrongly: shape (1, 1), not one row"),
+        (lambda: Given(None), f"{NAME}Given guesses wrongly: the guesses are not integers"),
+        (lambda: Given(ValueError("a\nb")), f"{NAME}Given raised ValueError: a; its traceback: "),
+        (lambda: Given(SystemExit(3)), f"{NAME}Given raised SystemExit: 3"),
+        (lambda: Given(written_to), f"{NAME}Given raised ValueError: assignment destination is re"),
+        (Deaf, f"{NAME}Deaf raised KeyError: 'guessed'"),
+        (no_guesses, f"{NAME}no_guesses raised OSError: no draft model"),
+        (lambda: 5, "builtins.int has no methods guess and told"),
+    ],
+)
+def test_guesses_that_go_wrong_end_their_request_alone(guesses: Any, said: str) -> None:
+    plain = Request(PROMPT, GREEDY, max_tokens=6)
+    with engine_of(model_of(), 4) as engine:
+        (alone,) = generated(engine, plain)
+        free = engine.add(plain)
+        id = engine.add(replace(plain, guesses=guesses, n=2))
+        events = run(engine)
+        assert engine._scheduler.pages.free == 4
+    assert tokens_of(events, free) == alone
+    ends = [event for event in events if event.id == id and event.end]
+    assert [event.end for event in ends] == [FAILED] * 2
+    assert all(str(event.error).startswith(said) for event in ends)
 
 
 def test_ranks_make_the_same_forwards_with_guesses() -> None:
