@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lfm2kit.checkpoint.documents import read_json
+from lfm2kit.errors import Lfm2kitError
+
 RECORD = "training.json"
 TEMPLATE = Path(__file__).with_name("card.md")
 
@@ -19,7 +22,26 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 
 def add(folder: Path, **more: Any) -> None:
     """Add facts to the record in a checkpoint's folder, and write its card anew."""
-    write(folder, json.loads((folder / RECORD).read_text()) | more)
+    write(folder, read(folder) | more)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return the record in a checkpoint's folder; raise `Lfm2kitError` if no card comes of it."""
+    record = read_json(folder / RECORD)
+    try:
+        render(record)
+        render(record | {"candidates": [candidate(record)]})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise Lfm2kitError(
+            f"{folder / RECORD}: this is not the record of a training ({said})"
+        ) from None
+    return record
+
+
+def candidate(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the card of the best of several trainings says of each of them."""
+    return {"command": record["command"], "bits_per_byte": record["bits_per_byte"]["all"]}
 
 
 def render(record: Mapping[str, Any]) -> str:

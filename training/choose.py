@@ -10,10 +10,8 @@ lists all of them.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lfm2kit.errors import Lfm2kitError
 from training import card
@@ -23,19 +21,14 @@ from training.commands import ended
 def note_candidates(best: Path, others: Sequence[Path]) -> None:
     """List all candidates, the best first, in the record and the card of the best one.
 
-    Raise `Lfm2kitError` if another one is better.
+    Raise `Lfm2kitError` if another one is better, or if a record is broken.
     """
-    candidates = [_candidate(folder) for folder in (best, *others)]
+    candidates = [card.candidate(card.read(folder)) for folder in (best, *others)]
     first, *rest = candidates
     for folder, other in zip(others, rest, strict=True):
         if other["bits_per_byte"] < first["bits_per_byte"]:
             raise Lfm2kitError(f"{folder} is better than {best}; name the best folder first")
     card.add(best, candidates=[first, *sorted(rest, key=lambda one: one["bits_per_byte"])])
-
-
-def _candidate(folder: Path) -> dict[str, Any]:
-    record = json.loads((folder / card.RECORD).read_text())
-    return {"command": record["command"], "bits_per_byte": record["bits_per_byte"]["all"]}
 
 
 def main() -> None:

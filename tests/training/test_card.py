@@ -13,6 +13,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring import samples
 from training import card
 from training.choose import note_candidates
+from training.commands import ended
 from training.recipe import CONFIG
 
 RECORD: dict[str, Any] = {
@@ -101,6 +102,35 @@ def test_only_the_best_is_called_so(tmp_path: Path) -> None:
     with pytest.raises(Lfm2kitError, match=r"better is better than .*one; name the best"):
         note_candidates(one, [better])
     assert (one / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ("{", "not readable JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "not the record of a training (KeyError: 'bits_per_byte')"),
+        (json.dumps(RECORD | {"bits_per_byte": 1.3}), "not the record of a training (TypeError"),
+        (json.dumps(RECORD | {"seconds": "long"}), "not the record of a training (TypeError"),
+        (json.dumps(RECORD | {"command": None}), "not the record of a training (Attrib"),
+        (None, "No such file"),
+    ],
+)
+def test_a_record_that_is_broken_is_one_line(
+    record: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, broken = trained(tmp_path / "good", "", 1.2), trained(tmp_path / "broken", "", 1.3)
+    before = (good / "README.md").read_bytes()
+    (broken / "training.json").unlink()
+    if record is not None:
+        (broken / "training.json").write_text(record)
+    for folders in ([good, broken], [broken, good]):
+        with pytest.raises(SystemExit, match="2"), ended():
+            note_candidates(folders[0], folders[1:])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {broken / 'training.json'}: ")
+        assert said in line
+    assert (good / "README.md").read_bytes() == before
 
 
 def test_the_embedded_models_card_is_what_its_record_gives() -> None:
