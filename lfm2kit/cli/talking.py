@@ -94,12 +94,14 @@ class Talk:
 
     def _take(self, line: str) -> None:
         command, _, rest = line.strip().partition(" ")
+        if command in (RESET, EXIT) and rest:
+            raise Lfm2kitError(f"{command} stands alone, without '{rest:.40}'; {HELP}")
         if command == RESET:
             self._conversation.reset()
         elif command == SYSTEM:
             options = self._conversation.options
             self._conversation.options = replace(options, system=rest.strip() or None)
-        elif re.fullmatch("/[a-z]+", command):
+        elif re.fullmatch("/[a-zA-Z]+", command):
             raise Lfm2kitError(f"there is no {command}; {HELP}")
         elif command:
             self._answer(line)

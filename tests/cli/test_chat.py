@@ -145,6 +145,9 @@ def test_bad_input_is_one_line(
     for data, words in [
         (b"a\xff\n", "stdin is not UTF-8"),
         (b"/nosuch\n", "there is no /nosuch"),
+        (b"/RESET\n", "there is no /RESET"),
+        (b"/reset now\n", "/reset stands alone, without 'now'"),
+        (b"/exit now\n", "/exit stands alone, without 'now'"),
         (b"a " * 300, "a prompt may have up to 255"),
     ]:
         pipe(monkeypatch, data)
