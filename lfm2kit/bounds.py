@@ -32,6 +32,7 @@ TEMPLATE = 2**20  # bytes of a chat template
 TEXT = 2**26  # characters that are tokenized at once
 PROMPTS = 2**28  # bytes of a file of prompts
 ANSWER = 2**28  # bytes of a line of answers, of which there may be any number
+DIGITS = 4000  # of a whole number in JSON
 CONSTRAINT = 2**16  # characters of a JSON schema, a regex or a grammar
 TOOL_CALL = 2**16  # bytes of a model's tool calls, as it writes them
 COUNT = 2**20  # any count on the command line: samples, tokens of a sample, threads, ...

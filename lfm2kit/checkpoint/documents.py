@@ -111,6 +111,8 @@ def _finite(text: str) -> float:
 
 def _whole(text: str) -> int | float:
     """Read -0 as a float, because no whole number is negative zero."""
+    if len(text) > bounds.DIGITS:
+        raise ValueError(f"a number has {len(text)} digits; lfm2kit reads up to {bounds.DIGITS}")
     return -0.0 if text == "-0" else int(text)
 
 
