@@ -45,7 +45,6 @@ class Many:
         name = os.path.basename(os.path.abspath(prepared.checkpoint.path))
         model = f"{name}, {prepared.setup.options.precision}"
         language, options = prepared.language, prepared.generation
-        language.check(options)  # even where each line has its own
         asked = read_prompts(self._prompts, language, options, prepared.seed, model)
         broken = [one for one in asked if isinstance(one, Broken)]
         if broken and not self._keeps_going:

@@ -93,6 +93,8 @@ def prepare(
     reads = files_of(checkpoint, options) | reads | of_question
     report.check_apart(reads)
     language = Language(checkpoint.folder, checkpoint.spec)
+    if is_first:
+        language.check(generation)  # even where each line of a file has options of its own
     setup = set_up(checkpoint, options, world=place_of(job, ranks), transport=job)
     check_state("generate", setup.rewrites)
     seed = drawn_seed() if generation.seed is None else generation.seed

@@ -34,11 +34,7 @@ def room_for(model: LFM2, context: int | None = None, sequences: int | None = No
         if value is not None:
             check_whole(name, value, 1)
     most = context_of(model.spec)
-    if context is not None and context > most:
-        raise Lfm2kitError(
-            Option("context", context),
-            f": the model's context has {most} tokens; give at most that",
-        )
+    check_context(context, most)
     of_one = NO_ROOM.pages_of(context or most)
     if context is not None and sequences is not None:
         if sequences * of_one > MOST_PAGES:
@@ -50,6 +46,15 @@ def room_for(model: LFM2, context: int | None = None, sequences: int | None = No
         return Room(sequences * of_one)
     least = 1 if context is None else of_one
     return Room(max(least, _fitting(model, (sequences or SEQUENCES) * of_one)))
+
+
+def check_context(context: int | None, most: int) -> None:
+    """Raise `Lfm2kitError` for a context that is longer than a model's, which has `most` tokens."""
+    if context is not None and context > most:
+        raise Lfm2kitError(
+            Option("context", context),
+            f": the model's context has {most} tokens; give at most that",
+        )
 
 
 def context_of(spec: specs.Model) -> int:

@@ -18,7 +18,7 @@ from lfm2kit.engine.constraints import Constraint
 from lfm2kit.engine.generation_config import NAME, read_generation_config
 from lfm2kit.engine.guesses import SPECULATIONS
 from lfm2kit.engine.requests import Request
-from lfm2kit.engine.room import MODELS, context_of, most_tokens
+from lfm2kit.engine.room import MODELS, check_context, context_of, most_tokens
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.generating.options import MOST_TOKENS, Generation
 
@@ -86,7 +86,8 @@ class Language:
         return request
 
     def check(self, options: Generation) -> None:
-        """Raise `Lfm2kitError` for a constraint or a bias that no prompt can have."""
+        """Raise `Lfm2kitError` for a context, a constraint or a bias that no prompt can have."""
+        check_context(options.context, self.context)
         self._constraint_of(options)
         options.sampling(self._sampling).check_ids(self._vocab_size)
 

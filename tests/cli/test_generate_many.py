@@ -144,7 +144,11 @@ def test_a_broken_line_is_named_before_work_begins(
     assert not output.exists()
 
 
-def test_a_broken_option_of_the_command_is_no_answer_to_its_lines(many: Many, output: Path) -> None:
+def test_a_broken_option_of_the_command_is_told_before_work_begins(
+    many: Many, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writer, "__init__", lambda *_, **__: pytest.fail("the model was built"))
+    many("--keep-going", "--context", 257).assert_fails("--context 257: the model's context has")
     many("--keep-going", "--regex", "(").assert_fails("the regex cannot be used: unclosed group")
     many("--keep-going", "--logit-bias", "423=1").assert_fails("--logit-bias: token id 423 is")
     assert not output.exists()
