@@ -24,3 +24,9 @@ def blaming(who: str, advice: str = "") -> Iterator[None]:
         raise Lfm2kitError(
             f"{who} raised {type(error).__name__}: {said}{advice}{TRACEBACK_HINT}"
         ) from error
+
+
+def name_of(code: object) -> str:
+    """Return the name of a class or a function with its module, which says whose it is."""
+    name = getattr(code, "__qualname__", type(code).__name__)
+    return f"{getattr(code, '__module__', '?')}.{name}"

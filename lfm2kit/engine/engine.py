@@ -112,6 +112,8 @@ class Engine:
         has ids outside the vocabulary.
         """
         self._check_open()
+        if not isinstance(request, Request):
+            raise Lfm2kitError(f"an engine takes a Request; got {type(request).__name__}")
         self._check_ids("the prompt", request.ids)
         self._check_ids("stop_ids", [*request.stop_ids])
         request.sampling.check_ids(self._model.spec.embed_tokens.vocab_size)

@@ -7,6 +7,7 @@ sequences that were put back, or whose step was interrupted, go on with what the
 from __future__ import annotations
 
 from collections.abc import Iterable
+from reprlib import repr as brief  # of what a constraint gives, however long it is
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from lfm2kit.engine.constraints import ConstrainedText
 from lfm2kit.engine.requests import FAILED, STOP, Request
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.plugin_faults import blaming, name_of
 
 Int32 = npt.NDArray[np.int32]
 UInt32 = npt.NDArray[np.uint32]
@@ -33,6 +35,7 @@ class Followed:
 
     def __init__(self, request: Request, vocab_size: int) -> None:
         self._request = request
+        self._name = name_of(type(request.constraint))
         self._vocab_size = vocab_size
         self._text: ConstrainedText | None = None
         self._taken = 0
@@ -40,7 +43,8 @@ class Followed:
     def next(self, generated: Int32) -> Next:
         """Return what may come after these tokens; those of the last call begin them."""
         try:
-            return self._next(generated)
+            with blaming(self._name):
+                return self._next(generated)
         except Exception as error:
             return Next(end=FAILED, error=error)
         except BaseException as error:  # such as a library's panic
@@ -55,6 +59,8 @@ class Followed:
             self._text.take(token_id)
             self._taken += 1
         ids, may_end = self._text.allowed()
+        if not isinstance(ids, np.ndarray) or ids.dtype != np.uint32 or ids.ndim != 1:
+            raise Lfm2kitError(f"{self._name} allows {brief(ids)}; expected words, uint32 [n]")
         mask = self._of_vocabulary(ids)
         if mask.any():
             return Next(_with(mask, self._request.stop_ids) if may_end else mask)

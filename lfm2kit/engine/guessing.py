@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lfm2kit.batch_rules import integers
 from lfm2kit.engine.guesses import Guesses
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.plugin_faults import blaming
+from lfm2kit.plugin_faults import blaming, name_of
 
 
 class Guessing:
@@ -23,10 +23,10 @@ class Guessing:
     def __init__(self, make: Callable[[], Guesses]) -> None:
         self.error: Lfm2kitError | None = None
         self._guesses: Guesses | None = None
-        self._name = _name_of(make)
+        self._name = name_of(make)
         with self._keeping_error():
             made = make()
-            self._name = _name_of(type(made))
+            self._name = name_of(type(made))
             if not isinstance(made, Guesses):
                 raise Lfm2kitError(f"{self._name} has no methods guess and told")
             self._guesses = made
@@ -71,9 +71,3 @@ class Guessing:
                 yield
         except Lfm2kitError as error:
             self.error = error
-
-
-def _name_of(maker: object) -> str:
-    """Return the name of a class or a function with its module, which says whose it is."""
-    name = getattr(maker, "__qualname__", type(maker).__name__)
-    return f"{getattr(maker, '__module__', '?')}.{name}"

@@ -57,6 +57,8 @@ class Request:
         for name in ("logprobs", "prompt_logprobs"):
             if (most := getattr(self, name)) is not None:
                 check_whole(name, most, 0, MOST_LOGPROBS)
+        if not isinstance(self.sampling, Sampling):
+            raise Lfm2kitError(f"sampling is {brief(self.sampling)}; expected a Sampling")
         if not isinstance(self.constraint, Constraint | None):
             raise Lfm2kitError(
                 f"constraint is {brief(self.constraint)}; expected an object with a method begin, "

@@ -319,6 +319,14 @@ def test_an_engine_refuses_what_it_cannot_run(request_: Request, said: str) -> N
         assert not engine.is_busy
 
 
+def test_what_is_no_request_is_one_line() -> None:
+    said = "an engine takes a Request; got list"
+    with engine_of(model_of(), 2) as engine, pytest.raises(Lfm2kitError, match=said):
+        engine.add([1, 2])  # type: ignore[arg-type]
+    with pytest.raises(Lfm2kitError, match="sampling is 5; expected a Sampling"):
+        Request([1], 5)  # type: ignore[arg-type]
+
+
 def test_a_prompt_beyond_the_context_of_the_model_is_refused() -> None:
     model = build(small_spec(max_position_embeddings=90))
     with Engine(model, Room(4, PAGE_TOKENS)) as engine:

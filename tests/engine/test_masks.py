@@ -202,6 +202,34 @@ def test_a_constraint_that_fails_ends_its_request_alone() -> None:
     assert tokens_of(events, ids[1]) == alone
 
 
+@pytest.mark.parametrize(
+    ("allowed", "said"),
+    [
+        (None, "raised TypeError: cannot unpack"),
+        (Allowed(np.ones(VOCABULARY, bool), True), "allows array([ True"),  # type: ignore[arg-type]
+        (
+            Allowed(np.ones((1, 2), np.uint32), True),
+            "allows array([[1, 1",
+        ),
+        (([1], True), "allows [1]; expected words, uint32 [n]"),
+        ((words({7}), np.zeros(2)), "raised ValueError: The truth value of an array"),
+    ],
+)
+def test_a_constraint_that_gives_something_else_is_named(allowed: Any, said: str) -> None:
+    constraint = Steps()
+    text = constraint.begin()
+    text.allowed = lambda: allowed  # type: ignore[method-assign]
+    constraint.begin = lambda: text  # type: ignore[method-assign]
+    with engine_of(model_of(), 4) as engine:
+        (alone,) = generated(engine, FREE)
+        free, id = engine.add(FREE), engine.add(constrained(constraint))
+        events = run(engine)
+    assert tokens_of(events, free) == alone
+    (event,) = [event for event in events if event.id == id]
+    assert isinstance(event.error, Lfm2kitError)
+    assert str(event.error).startswith(f"tests.engine.test_masks.Steps {said}")
+
+
 def test_a_text_that_can_neither_go_on_nor_end_fails() -> None:
     with engine_of(model_of(), 2) as engine:
         (event,) = ended(engine, constrained(Steps({7}, {}, {8})))
