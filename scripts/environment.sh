@@ -89,8 +89,13 @@ install_with_pip() {
   if [ ! -x "$venv/bin/pip" ]; then python="$(find_python)" || exit; fi
   begin || fail "cannot make $venv"
   [ -x "$venv/bin/pip" ] || make_venv "$python" || fail "$python could not make $venv (see above)"
-  "$venv/bin/python" -m pip install --quiet "${packages[@]}" ||
+  # What builds the packages is installed once.  pip would do so for each of them.
+  { pip_install hatchling editables && pip_install --no-build-isolation "${packages[@]}"; } ||
     fail "pip could not install it (see above); PIP_INDEX_URL or PIP_FIND_LINKS names another index"
+}
+
+pip_install() {
+  "$venv/bin/python" -m pip install --quiet "$@"
 }
 
 # Without symbolic links, venv copies Python, but still wants its lib64 to be one.
