@@ -9,13 +9,21 @@ source "$root/scripts/environment.sh"
 ensure_environment "$root" test
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
+# Tests start hundreds of processes: none is to compile all of lfm2kit anew.
+unset PYTHONDONTWRITEBYTECODE
 python -m ruff check .
 python -m ruff format --check .
-python -m mypy
 if [ "${1:-}" = --gpu ]; then
   shift
+  python -m mypy
   exec python -m pytest -m gpu -rs "$@"
 fi
+# mypy uses one core alone for long, so it runs beside the tests.  What it says comes last.
+said="$(mktemp)"
+python -m mypy >"$said" 2>&1 &
+types=$!
+trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
+trap 'exit 130' INT
 chosen=(-m "not long" --timeout 300)
 if [ "${1:-}" = --long ]; then
   shift
@@ -28,4 +36,8 @@ fi
 # the one that has the jobs of ranks often waits.
 export OMP_WAIT_POLICY=PASSIVE
 # In the order of tests/conftest.py, and not the files with most tests first.
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${chosen[@]}" "$@"
+code=0
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${chosen[@]}" "$@" || code=$?
+wait "$types" || code=$((code ? code : $?))
+cat "$said"
+exit "$code"

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ TOOLS = (
     "flock",
     "ln",
     "mkdir",
+    "mktemp",
     "readlink",
     "rm",
     "sed",
@@ -43,6 +45,12 @@ case "$*" in
     ;;
   "-m pip "*) sleep "${PIP_TAKES:-0}" && exit "${PIP_FAILS:-0}" ;;
   "-P -m lfm2kit "*) printf '<%s>' "$@" && pwd ;;
+  "-m mypy")
+    echo "types: ${TYPES:-0}"
+    [ -z "${TYPES_TAKE:-}" ] || exec sleep "$TYPES_TAKE"
+    exit "${TYPES:-0}"
+    ;;
+  "-m pytest "*) echo "tests: ${TESTS:-0}" && sleep "${TESTS_TAKE:-0}" && exit "${TESTS:-0}" ;;
 esac
 """
 UV = """#!/usr/bin/env bash
@@ -271,6 +279,11 @@ def test_what_does_not_work_once_installed_is_told_in_its_own_words(machine: Mac
     refused(machine.run(), "does not work: no such library")
 
 
+@pytest.fixture
+def check(machine: Machine) -> Path:
+    return shutil.copy(ROOT / "check.sh", machine.checkout / "check.sh")
+
+
 @pytest.mark.parametrize(
     ("arguments", "tests"),
     [
@@ -280,12 +293,40 @@ def test_what_does_not_work_once_installed_is_told_in_its_own_words(machine: Mac
     ],
 )
 def test_check_runs_the_tests_that_take_minutes_only_if_asked(
-    arguments: list[str], tests: str, machine: Machine
+    arguments: list[str], tests: str, machine: Machine, check: Path
 ) -> None:
-    script = machine.checkout / "check.sh"
-    shutil.copy(ROOT / "check.sh", script)
-    assert machine.run(*arguments, script=script).code == 0
+    assert machine.run(*arguments, script=check).code == 0
     (call,) = machine.calls("-m pytest")
     assert f"-m pytest {tests} PIP_USER" in call
     assert len(machine.calls("-m ruff")) == 2
     assert len(machine.calls("-m mypy")) == 1
+
+
+@pytest.mark.parametrize(("types", "tests", "code"), [(0, 0, 0), (1, 0, 1), (0, 5, 5), (2, 5, 5)])
+def test_check_fails_if_types_or_tests_do_and_shows_the_types_last(
+    types: int, tests: int, code: int, machine: Machine, check: Path
+) -> None:
+    done = machine.run(script=check, TYPES=str(types), TESTS=str(tests), TESTS_TAKE="0.1")
+    assert done == (code, f"tests: {tests}\ntypes: {types}\n", done.err)
+
+
+def test_an_interrupt_ends_the_tests_and_the_types(machine: Machine, check: Path) -> None:
+    job = machine.start(script=check, TYPES_TAKE="1000", TESTS_TAKE="1000")
+    while not machine.calls("-m pytest") or not machine.calls("-m mypy"):
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.communicate(timeout=10)[0] == "tests: 0\n"
+    assert job.returncode == 130
+    with suppress(ProcessLookupError):
+        while True:
+            os.killpg(job.pid, 0)
+            time.sleep(0.01)
+
+
+def test_no_process_of_a_check_compiles_all_modules_anew(machine: Machine, check: Path) -> None:
+    machine.put(
+        "python3", PYTHON.replace("PIP_USER=", "COMPILED=${PYTHONDONTWRITEBYTECODE-} PIP_USER=")
+    )
+    assert machine.run(script=check, PYTHONDONTWRITEBYTECODE="1").code == 0
+    (call,) = machine.calls("-m pytest")
+    assert "COMPILED= " in call
