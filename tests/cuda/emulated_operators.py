@@ -1,4 +1,4 @@
-"""The operators' kernels between their products on the CPU, a host thread for each CUDA thread.
+"""The operators' kernels between their products on the CPU, where CUDA threads take turns.
 
 They are called as blocks are: with rows, a batch and a state, so that the suite's sessions can feed
 them.  Every state is full of NaN before, and what a call must leave alone is looked at.

@@ -1,4 +1,4 @@
-"""Attention between its projections on the CPU, a host thread for each CUDA thread."""
+"""Attention between its projections on the CPU, where CUDA threads take turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A channel's kernels on the CPU, a host thread for each CUDA thread, with threads that answer."""
+"""A channel's kernels on the CPU, where CUDA threads take turns, with host threads that answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exchange's kernels on the CPU: ranks are processes, a host thread is a CUDA thread.
+"""The exchange's kernels on the CPU: ranks are processes, whose CUDA threads take turns.
 
 Stores into a peer's memory become visible late and in any order, unless a flag is raised after
 them, and all ranks pause now and then.  So a flag that is raised too early, and a place that is

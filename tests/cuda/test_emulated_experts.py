@@ -1,6 +1,6 @@
 """The grouping of pairs by expert, and their weighted sum, on the CPU, against NumPy.
 
-A host thread for each CUDA thread.  Every array that a kernel writes is full of one odd number
+CUDA threads take turns.  Every array that a kernel writes is full of one odd number
 before, so that what it should have written and did not is seen, and what it should not have.
 """
 

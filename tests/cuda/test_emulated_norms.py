@@ -1,4 +1,4 @@
-"""The norms of rows and of heads on the CPU, a host thread for each CUDA thread, against NumPy."""
+"""The norms of rows and of heads on the CPU, where CUDA threads take turns, against NumPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows picked by the ids in them, and put back, on the CPU with a host thread per CUDA thread."""
+"""Rows picked by the ids in them, and put back, on the CPU, where CUDA threads take turns."""
 
 from __future__ import annotations
 

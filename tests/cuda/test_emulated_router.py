@@ -1,4 +1,4 @@
-"""The router behind its product on the CPU, a host thread for each CUDA thread, against NumPy."""
+"""The router behind its product on the CPU, where CUDA threads take turns, against NumPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernel that draws tokens, on the CPU with a host thread for each CUDA thread.
+"""The kernel that draws tokens, on the CPU, where CUDA threads take turns.
 
 It must draw what NumPy draws from the same logits.
 """

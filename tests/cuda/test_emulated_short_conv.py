@@ -1,4 +1,4 @@
-"""ShortConv between its projections on the CPU, a host thread for each CUDA thread."""
+"""ShortConv between its projections on the CPU, where CUDA threads take turns."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
 
 #define __shared__ static  // in a function; CTAs run one after the other
 #include "channel.cu"

@@ -1,16 +1,14 @@
-// What kernels take from CUDA C++, on a host: a host thread per thread of a CTA.  CTAs run one
+// What kernels take from CUDA C++, on a host: the threads of a CTA take turns.  CTAs run one
 // after another, so the shared memory of a CTA is memory of the program.
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <deque>
-#include <thread>
 #include <vector>
 
+#include "turns.h"
 #include "types.cuh"
 
 #define __CUDA_ARCH__ 750  // a chip without copies that run beside the arithmetic
@@ -45,8 +43,8 @@ inline int atomicAdd(int* at, int more) { return std::atomic_ref<int>(*at).fetch
 using std::max;
 using std::min;
 
-inline thread_local Index threadIdx;
 inline Index blockIdx, blockDim, gridDim;
+#define threadIdx (Index{u32(running()), 0, 0})
 
 // Addresses in shared memory count from the beginning of what a launch asks for.
 extern __align__(128) float shared[];
@@ -58,32 +56,25 @@ inline void* __cvta_shared_to_generic(size_t address) {
 }
 
 struct Barriers {
-  std::barrier<> of_cta;
-  std::deque<std::barrier<>> of_groups;
-
-  Barriers(int threads, int groups) : of_cta(threads) {
-    for (int i = 0; i < groups; ++i) of_groups.emplace_back(threads / groups);
-  }
+  Barrier of_cta;
+  std::vector<Barrier> of_groups;
 };
-inline Barriers* barriers;  // of the launch
+inline Barriers barriers;  // of the launch
 
-inline void __syncthreads() { barriers->of_cta.arrive_and_wait(); }
+inline void __syncthreads() { wait_at(barriers.of_cta); }
 
 // Runs a kernel; `prepare` is called before each CTA.
 template <class Prepare, class Kernel>
 void launch(Index grid, int threads, int groups, Prepare prepare, Kernel kernel) {
-  Barriers own(threads, groups);
-  barriers = &own, gridDim = grid, blockDim = {u32(threads), 1, 1};
-  auto run = [=](u32 thread) {
-    threadIdx = {thread, 0, 0};
+  barriers = {{threads}, std::vector<Barrier>(groups, {threads / groups})};
+  gridDim = grid, blockDim = {u32(threads), 1, 1};
+  take_turns(threads, [&](int thread) {
     for (u32 i = 0; i < grid.x * grid.y * grid.z; ++i) {
       __syncthreads();
       if (thread == 0)
-        blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, prepare();
+        blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, shuffle_turns(), prepare();
       __syncthreads();
       kernel();
     }
-  };
-  std::vector<std::jthread> running;
-  for (int i = 0; i < threads; ++i) running.emplace_back(run, i);
+  });
 }

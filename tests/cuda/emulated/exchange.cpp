@@ -1,5 +1,5 @@
-// Exchanges tokens between ranks with the kernels of exchange.cu on the host.  A rank is a process with
-// a host thread for each CUDA thread, and pauses now and then:
+// Exchanges tokens between ranks with the kernels of exchange.cu on the host.  A rank is a process whose
+// CUDA threads take turns, and pauses now and then:
 //
 //     exchange RANKS MOST SLOTS K H EXPERTS CALLS CTAS THREADS DEADLINE FIRST ABSENT LATE GIVING_UP
 //         ELEMENT SEED < ARRAYS
@@ -111,7 +111,7 @@ int main(int, char** argv) {
 
   for (int rank = 0; rank < ranks; ++rank) {
     if (fork()) continue;
-    chance.seed(u32(number(15) * 100 + rank));
+    std::srand(u32(number(15) * 100 + rank));
     State* state = states + rank;
     Control* control = controls + rank;
     auto* counted = reinterpret_cast<Statistics*>(statistics + size_t(rank) * (kStatistics + experts));

@@ -12,5 +12,5 @@ inline void read_two(float* to, u32 address) {
 
 template <int kThreads>
 inline void synchronize_group(int group) {
-  barriers->of_groups[group].arrive_and_wait();
+  wait_at(barriers.of_groups[group]);
 }

@@ -7,7 +7,7 @@
 constexpr int kMostWarps = 32;
 inline u32 told[kMostWarps][32];
 
-inline void __syncwarp() { barriers->of_groups[threadIdx.x / 32].arrive_and_wait(); }
+inline void __syncwarp() { wait_at(barriers.of_groups[threadIdx.x / 32]); }
 
 // What `read` makes of the words that all lanes have told.
 template <class T, class Read>
