@@ -93,13 +93,20 @@ class BuildsOnly:
 
 OTHERS: dict[str, Backend] = {
     "another memory": BoxBackend(),
-    "captured": CapturingBackend(),
     "whole layers": BuildsOnly(specs.Layer),
     "whole MoEs": BuildsOnly(specs.SparseMoe),
     "the whole model": BuildsOnly(specs.Model),
     "norms and layers": BuildsOnly(specs.RMSNorm, specs.Layer),
     "nothing": BuildsOnly(),
 }
+
+
+def test_no_check_of_models_fails_if_they_are_captured() -> None:
+    """The others call blocks, which are the reference's."""
+    names = [name for name in CHECKS if name.startswith(("whole-model", "captured"))]
+    verdicts = {name: judged(name, CapturingBackend()).verdict for name in names}
+    assert verdicts == dict.fromkeys(names, "passed")
+    assert {"captured-forward", "captured-steps"} < set(names)
 
 
 @pytest.mark.parametrize("other", OTHERS)
