@@ -2,7 +2,7 @@
 
     python benchmarks/cuda/few_rows.py
 
-Calls are recorded, and replayed with as many matrices in turns as no cache holds.  Prints Markdown:
+Calls are recorded, and replayed with different matrices, more than a cache holds.  Prints Markdown:
 us of a call with gemm.cu and with few_rows.cu, and the share of the measured reading bandwidth that
 few_rows.cu reaches.  For experts, each token chooses four of 32.
 """

@@ -25,7 +25,7 @@ from lfm2kit.transport import Transport
 
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024)  # the next size is guessed from the last one
 BLOCK_SECONDS = 3.0  # for a block: what would take longer is not measured
-# Of equal blocks, as many are measured in turns as have these bytes together: no cache holds them.
+# Of equal blocks, as many are measured alternately as have these bytes: no cache holds them all.
 UNCACHED_BYTES, MOST_EQUAL = 256 * 2**20, 8
 WARM_AND_TIMED = 2  # calls that a measurement makes at least
 SEED = 0

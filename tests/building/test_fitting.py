@@ -702,7 +702,7 @@ def test_a_run_says_it_once_and_in_its_record(
     rates = write_rates(tmp_path / "rates.json", "card", processor="a slide rule")
 
     def limited(_: Any, options: Options, **others: Any) -> Setup:
-        del others["rewrites"], others["transport"], others["through_host"]
+        del others["rewrites"], others["transport"]
         return setup(gpu_memory=options.gpu_memory, rates=options.rates, **others)
 
     monkeypatch.setattr(import_module("lfm2kit.cli.preparing"), "set_up", limited)

@@ -27,6 +27,8 @@ HALVES = {
 # gemm90's warpgroups part before they wait: those that copy, those that multiply.  few_rows waits
 # before it reads a list of tiles, and without one after it has asked for weights.
 WAYS = {"gemm90": 2, "few_rows": 2}
+LOW = {"MOST_ROWS": 32, "MOST_ROWS_OF_TERMS": 32}  # of gemm90's tiles
+ONCE = {"F16": ("sm_75",), "BF16": ("sm_80", "sm_100")}  # what gemm16 is always compiled for
 ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
 
 # Each source with the constants of LFM2-8B-A1B, and with odd ones where they change the code.
@@ -55,6 +57,8 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("activations", {}, ALL),
     ("gemm16", {**HALVES["fp16"], "SHARED_BYTES": 64 * 1024}, ALL),
     ("gemm16", {**HALVES["bf16"], "SHARED_BYTES": 96 * 1024}, FROM_SM_80),
+    ("gemm90", {**HALVES["bf16"], "TERMS": 1, **LOW}, ("sm_90a",)),
+    ("gemm90", {**HALVES["bf16"], "TERMS": 3, **LOW}, ("sm_90a",)),
     ("gemm90", {**HALVES["bf16"], "TERMS": 1}, ("sm_90a",)),
     ("gemm90", {**HALVES["fp16"], "TERMS": 1}, ("sm_90a",)),
     ("gemm90", {**HALVES["bf16"], "TERMS": 3}, ("sm_90a",)),
@@ -74,16 +78,18 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-def marks(stem: str, constants: dict[str, Any]) -> list[pytest.MarkDecorator]:
-    """Return the marks of a source's tests.
+def marks(stem: str, constants: dict[str, Any], architecture: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a source's tests: the products in 16 bits take up to a minute to compile.
 
-    These products take half a minute to compile, and in fp16 differ from bf16 by a type alone.
+    The others have tiles of fewer heights, or are for another chip.
     """
-    return [pytest.mark.long] if stem == "gemm90" and constants["HALF"] == "F16" else []
+    is_long = stem == "gemm90" and "MOST_ROWS" not in constants
+    is_long |= stem == "gemm16" and architecture not in ONCE[constants["HALF"]]
+    return [pytest.mark.long] if is_long else []
 
 
 CASES = [
-    pytest.param(stem, constants, arch, id=f"{stem}-{i}-{arch}", marks=marks(stem, constants))
+    pytest.param(stem, constants, arch, id=f"{stem}-{i}-{arch}", marks=marks(stem, constants, arch))
     for i, (stem, constants, architectures) in enumerate(KERNELS)
     for arch in architectures
 ]
