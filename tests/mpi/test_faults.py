@@ -185,8 +185,11 @@ IN_A_GROUP = ["exits-at-once", "stopped", "loops"]
 
 @pytest.fixture(scope="module")
 def ended_in_a_group(plugin: str) -> dict[str, Ended]:
-    """Run jobs of two groups; rank 0 waits for rank 1 in a collective of theirs alone."""
-    return ended_late(IN_A_GROUP, plugin, "--ranks", "4", "--ep-size", "2")
+    """Run jobs of two groups; rank 0 waits for rank 1 in a collective of theirs alone.
+
+    The deadline is longer than that of other jobs: twelve processes start at once.
+    """
+    return ended_late(IN_A_GROUP, plugin, "--ranks", "4", "--ep-size", "2", "--deadline", "6")
 
 
 @pytest.mark.parametrize("fault", IN_A_GROUP)
