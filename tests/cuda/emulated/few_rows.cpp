@@ -1,7 +1,7 @@
 // Runs a kernel of few_rows.cu on the host: as products.cpp.
+#include "arrays.h"
 #include "warps.h"
 
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -11,17 +11,6 @@
 #include "few_rows.cu"
 
 float shared[kWarps * kStages * kStage + kGroups * kMostRows * kColumns];
-
-using Bytes = std::vector<char>;
-
-std::vector<Bytes> read_arrays() {
-  std::vector<Bytes> arrays;
-  for (uint64_t size; std::fread(&size, sizeof size, 1, stdin) == 1;) {
-    arrays.emplace_back(size);
-    if (std::fread(arrays.back().data(), 1, size, stdin) != size) std::exit(1);
-  }
-  return arrays;
-}
 
 void poison() {
   std::fill(std::begin(shared), std::end(shared), std::numeric_limits<float>::quiet_NaN());

@@ -4,9 +4,9 @@
 //
 // NUMBER... are the kernel's ints and ARRAYS its arrays, both in the order of its parameters: the
 // bytes that follow, in 8 bytes, then those; 0 for null.  OUTPUT is the array that it writes.
+#include "arrays.h"
 #include "device.h"
 
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -22,17 +22,6 @@ namespace panels {
 }
 
 float shared[kRings + kGroups * 4 * kPass * kPassRow];
-
-using Bytes = std::vector<char>;
-
-std::vector<Bytes> read_arrays() {
-  std::vector<Bytes> arrays;
-  for (uint64_t size; std::fread(&size, sizeof size, 1, stdin) == 1;) {
-    arrays.emplace_back(size);
-    if (std::fread(arrays.back().data(), 1, size, stdin) != size) std::exit(1);
-  }
-  return arrays;
-}
 
 // Fills a CTA's shared memory before it begins.
 void poison() {
