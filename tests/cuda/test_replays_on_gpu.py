@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -39,6 +40,9 @@ def used_bytes() -> int:
     return int(total - free)
 
 
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="tests beside this one take the same GPU's memory"
+)
 def test_5000_shapes_end_with_bounded_memory_and_right_results() -> None:
     model, rng = build_random("cuda"), np.random.default_rng(0)
     lengths = list(product(range(1, 72), range(1, 72)))
