@@ -30,7 +30,7 @@ LETS_ANYONE_RUN = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
 LFM2KIT = [sys.executable, "-m", "lfm2kit"]
-RUN = ["run", "-n", "8", "--deadline", "2", "--backend", "reference,mlp=faulty"]
+RUN = ["run", "-n", "8", "--deadline", "4", "--backend", "reference,mlp=faulty"]
 A_WHILE = 120  # seconds: a job that has not ended by then hangs
 MARK = "TEST_OF_FAULTS"  # in the environment of each process of a job
 
@@ -63,7 +63,7 @@ EXPECTED = {
     "stopped": (3, BLOCK + "its process is stopped, and " + SILENT),
     "loops": (3, BLOCK + STILL),
     "holds-the-lock": (3, BLOCK + "it is hung or cut off, and " + SILENT),
-    "never-joins": (3, "lfm2kit: error: no word from rank 1 of 2 within 5 s: "),
+    "never-joins": (3, "lfm2kit: error: no word from rank 1 of 2 within 7 s: "),
 }
 UNDER_ANOTHER_LAUNCHER = ["killed", "segfault", "users-error", "stopped"]
 
