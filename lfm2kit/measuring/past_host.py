@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,4 +109,4 @@ def _seconds(there: _There, layers: Sequence[Exchange], ids: Any, among: Transpo
     watch = Stopwatch(memory, among)
     with recorded(there.captures, [partial(exchange, layer) for layer in layers]) as replay:
         taken = [watch.once_together(replay) for _ in range(REPETITIONS)]
-    return sorted(taken)[len(taken) // 2] / len(layers)
+    return median(taken) / len(layers)

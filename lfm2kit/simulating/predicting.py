@@ -167,13 +167,9 @@ class _Clock:
         dispatched, back = sendings.bytes()
         sent = (dispatched + back).sum(axis=1) / np.maximum(1, sendings.peers)
         seconds = self._of_group(call.at(sent) * (np.array(sendings.peers) > 0))
-        for computed in (experts, None):
-            together = self._of_group(self._now)
-            self._waited += together - self._now
-            self._now = together + seconds / 2
-            self._exchanged += seconds / 2
-            if computed is not None:
-                self.compute(computed)
+        self._travel(seconds / 2)
+        self.compute(experts)
+        self._travel(seconds / 2)
 
     def to_host(self, logits: Int64) -> None:
         """Add the copy of these numbers of logits to the host, [ranks]."""
@@ -197,14 +193,18 @@ class _Clock:
 
     def _exchange(self, nbytes: Bytes) -> Float64:
         """Wait for the group, exchange these bytes, and return the seconds of it, [ranks]."""
-        together = self._of_group(self._now)
-        self._waited += together - self._now
         seconds = self._of_group(self._machine.network.seconds(nbytes, self._nodes))
         one_byte = (nbytes > 0).astype(np.int64)
         self.latency += self._of_group(self._machine.network.seconds(one_byte, self._nodes))
+        self._travel(seconds)
+        return seconds
+
+    def _travel(self, seconds: Float64) -> None:
+        """Wait for the group, and then exchange for these seconds, [ranks]."""
+        together = self._of_group(self._now)
+        self._waited += together - self._now
         self._now = together + seconds
         self._exchanged += seconds
-        return seconds
 
     def _hide(self, exchanged: Float64, copied: Float64, computed: Float64) -> None:
         """Take back what is hidden of an exchange: a share, and no more than there is to compute.

@@ -101,7 +101,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated
     """Return the kernels by the columns of a CTA, the stages, and the floats of a copy."""
     folder = tmp_path_factory.mktemp("few_rows")
     if COMPILER is None or not has_cpp20(folder):
-        pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
+        pytest.skip("kernels for the CPU need a g++ that knows C++20")
     sources = shutil.copytree(INCLUDE, folder / "sources")
     shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
 

@@ -131,7 +131,7 @@ def test_a_step_reads_all_keys_and_values_and_what_convolutions_look_back_to() -
 def test_the_bytes_of_experts_are_those_that_tokens_choose_at_random(
     tokens: int, read: float
 ) -> None:
-    """Of 16, each takes 4; so three leave 16 * (3 / 4) ** 3 of them unread."""
+    """A token takes 4 of 16 experts, so three tokens leave 16 * (3 / 4) ** 3 unread on average."""
     experts = specs.Experts(8, 6, 16, 4, tuple(range(16)))
     batch = Batch.of_sequences([[0]] * tokens)
     weights = experts.work(batch, itemsize=2).bytes - 8 * tokens * experts.hidden_size
