@@ -1,6 +1,7 @@
 """What it costs to generate text, beside the bare steps that `lfm2kit bench --decode` measures.
 
     python benchmarks/cpu/generating.py --model FOLDER -n 1,16 -r 9
+    python benchmarks/cpu/generating.py --model FOLDER -n 1,16 -r 9 --backend cuda --precision bf16
 
 In one process, the bare steps, those of an engine and those of a writer of text take turns, each
 with prompts of 16 random tokens.  Tokens are drawn with LFM2's settings.  Ratios are medians over
@@ -30,6 +31,7 @@ from lfm2kit.generating.language import Language
 from lfm2kit.generating.options import Generation
 from lfm2kit.generating.writer import Writer
 from lfm2kit.measuring.decoding import Decoder
+from lfm2kit.memory import is_ordered
 from lfm2kit.model import LFM2
 from lfm2kit.state import Room
 
@@ -59,13 +61,16 @@ class Round(NamedTuple):
 
 
 class TimedSampler:
-    """A sampler that counts the seconds that another one takes."""
+    """A sampler that counts the seconds that another one takes, once the logits are there."""
 
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
+    def __init__(self, model: LFM2) -> None:
+        self._sampler: Sampler = model.new_sampler()
+        self._memory = model.home
         self.seconds = 0.0
 
     def draw(self, logits: Any, rows: Any) -> Any:
+        if is_ordered(self._memory):
+            self._memory.wait(self._memory.mark())
         start = perf_counter()
         drawn = self._sampler.draw(logits, rows)
         self.seconds += perf_counter() - start
@@ -78,12 +83,13 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="a folder with a tokenizer")
+    add("--backend", default="cpu_simd")
     add("--precision", default="fp32")
     add("-n", default="1,16", help="sequences in a step, as a list")
     add("-r", "--repetitions", type=int, default=9)
     add("--steps", type=int, default=64, help="of each contender in a round")
     options = parser.parse_args()
-    model = load_model(options.model, backend="cpu_simd", precision=options.precision)
+    model = load_model(options.model, backend=options.backend, precision=options.precision)
     print(_row(HEAD), _row(["---"] * len(HEAD)), sep="\n")
     for n in map(int, options.n.split(",")):
         rounds = _rounds(model, n, options.steps)
@@ -96,7 +102,7 @@ def _rounds(model: LFM2, n: int, steps: int) -> Iterator[Round]:
     assert model.folder is not None
     language, rng = Language(model.folder, model.spec), np.random.default_rng(0)
     room = Room.of_sequences(n, PROMPT + steps + 1)
-    sampler = TimedSampler(model.new_sampler())
+    sampler = TimedSampler(model)
     engine = Engine(model, room, sampler=sampler)
     writer = Writer(model, language, context=PROMPT + steps + 1, sequences=n)
 
