@@ -15,7 +15,7 @@ import pytest
 from lfm2kit_cpu_simd import gemm as cpu_simd
 from lfm2kit_cpu_simd import packing
 from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
-from lfm2kit_cuda.constants import FEW_ROWS, GEMM
+from lfm2kit_cuda.constants import GEMM
 
 from lfm2kit.weights import Tensor
 from tests.cpu_simd.twins import HAS_FMA, assert_same_bits
@@ -35,8 +35,8 @@ from tests.cuda.test_emulated import (
 )
 from tests.cuda.test_grouping import grouped
 
-MOST, STEP = FEW_ROWS.MOST_ROWS, GEMM.STEP
-NARROW, WIDE = (16, 4), (32, 2)  # columns of a CTA, and its warps' stages: few, so that they wrap
+MOST, STEP = 8, GEMM.STEP
+STAGES = 3  # of a warp: few, so that they wrap
 COUNTS = (1, 7, 8, 0, 9, 2, 17, 4)  # rows of groups, astride the edges of tiles
 
 pytestmark = pytest.mark.skipif(not HAS_FMA, reason="the CPU has no fused multiply-adds")
@@ -47,7 +47,7 @@ class Emulated:
     """The products as few_rows.py launches them."""
 
     program: Path
-    columns: int
+    rows: int  # of a tile
     vector: int
 
     def linear(
@@ -82,10 +82,11 @@ class Emulated:
         source: npt.NDArray[np.int32] | None,
     ) -> Float32:
         assert x.shape[1] % self.vector == 0
-        rows, most = (len(tiles.source), len(tiles.tiles) + 1) if tiles else (len(x), 1)
+        dense = len(x), -(-len(x) // self.rows)
+        rows, most = (len(tiles.source), len(tiles.tiles) + 1) if tiles else dense
         output = np.full(rows * columns + MARGIN, np.nan, np.float32)
-        numbers = len(x), x.shape[1], x.shape[1], packed.shape[2], width(packed), columns
-        grid = width(packed) // self.columns, most
+        numbers = len(x), x.shape[1], packed.shape[2], width(packed), columns
+        grid = width(packed) // (64 if name == "gated_few" else 32), most
         given = (x, source, packed, *more, output, *listed(tiles))
         done = subprocess.run(
             [str(self.program), name, *map(str, (*grid, *numbers))],
@@ -98,7 +99,7 @@ class Emulated:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated]:
-    """Return the kernels by the columns of a CTA, the stages, and the floats of a copy."""
+    """Return the kernels by the rows of a tile and the floats of a copy."""
     folder = tmp_path_factory.mktemp("few_rows")
     if COMPILER is None or not has_cpp20(folder):
         pytest.skip("kernels for the CPU need a g++ that knows C++20")
@@ -106,15 +107,15 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated
     shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
 
     @cache
-    def compiled(sizes: tuple[int, int], vector: int) -> Emulated:
-        constants = {"COLUMNS": sizes[0], "STAGES": sizes[1], "VECTOR": vector}
+    def compiled(rows: int, vector: int) -> Emulated:
+        constants = {"ROWS": rows, "TEAM": max(1, rows // 4), "STAGES": STAGES, "VECTOR": vector}
         program = folder / "-".join(map(str, constants.values()))
         subprocess.run(
             [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
              *definitions("few_rows", constants), str(sources / "few_rows.cpp"),
              "-o", str(program)], check=True,
         )  # fmt: skip
-        return Emulated(program, sizes[0], vector)
+        return Emulated(program, rows, vector)
 
     return compiled
 
@@ -131,22 +132,26 @@ def tensor(matrix: Float32) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rows", "inputs", "vector"),
+    ("of_tile", "rows", "inputs", "vector"),
     [
-        (NARROW, 1, 16, 4), (WIDE, 2, 300, 4), (NARROW, 3, 107, 1), (WIDE, 5, 224, 4),
-        (NARROW, 8, 2048, 4), (WIDE, 8, 288, 4),
+        (1, 1, 16, 4),
+        (4, 7, 107, 1),
+        (8, 1, 300, 4),
+        (8, 5, 224, 4),
+        (8, 8, 2048, 4),
+        (8, 17, 288, 4),
     ],
-)  # fmt: skip
+)
 def test_dense_rows(
     emulated: Callable[..., Emulated],
     rng: np.random.Generator,
-    sizes: tuple[int, int],
+    of_tile: int,
     rows: int,
     inputs: int,
     vector: int,
 ) -> None:
     """A gated product, and one that reads its result."""
-    few, inner = emulated(sizes, vector), 69
+    few, inner = emulated(of_tile, vector), 69
     x, gates, ups = (normal(rng, n, inputs) for n in (rows, inner, inner))
     down, bias = normal(rng, 101, inner), normal(rng, 101)
     got = few.gated(x, pack_gated(gates[None], ups[None]), inner)
@@ -157,12 +162,9 @@ def test_dense_rows(
     assert_same_bits(out, cpu_simd.linear(want, packing.pack([[tensor(down)]]), 101, bias))
 
 
-@pytest.mark.parametrize("sizes", [NARROW, WIDE], ids=["narrow", "wide"])
-def test_experts(
-    emulated: Callable[..., Emulated], rng: np.random.Generator, sizes: tuple[int, int]
-) -> None:
+def test_experts(emulated: Callable[..., Emulated], rng: np.random.Generator) -> None:
     """Tiles of a list, gathered; the next product reads them where they are."""
-    few, inner, inputs, tokens = emulated(sizes, 4), 69, 108, 30
+    few, inner, inputs, tokens = emulated(MOST, 4), 69, 108, 30
     group_of = np.repeat(np.arange(len(COUNTS), dtype=np.int32), COUNTS)
     slots, place, of_tiles = grouped(group_of[:, None], range(len(COUNTS)), MOST, step=1)
     slots[place] = rng.integers(0, tokens, len(group_of), np.int32)
@@ -193,5 +195,5 @@ def test_a_sum_that_is_zero_is_positive(emulated: Callable[..., Emulated]) -> No
     """Though each chain is -0, because its terms are too small for float32, and so is the bias."""
     k = STEP * GEMM.GROUPS
     x, weight = np.full((1, k), -1e-30, np.float32), np.full((1, 1, k), 1e-30, np.float32)
-    got = emulated(NARROW, 4).linear(x, pack(weight), 1, np.full(1, -0.0, np.float32))
+    got = emulated(MOST, 4).linear(x, pack(weight), 1, np.full(1, -0.0, np.float32))
     assert_same_bits(got, np.zeros((1, 1), np.float32))

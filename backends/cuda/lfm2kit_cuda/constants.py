@@ -36,13 +36,6 @@ class Gemm(NamedTuple):
     STEP: int = 32  # the k of panels are a multiple of it: of two stages
 
 
-class FewRows(NamedTuple):
-    """The constants of few_rows.cu, beside some of gemm.cu."""
-
-    MOST_ROWS: int = 8  # of a tile
-    STAGE_K: int = 8
-
-
 class Panels(NamedTuple):
     """The constants of panels.cu."""
 
@@ -154,8 +147,8 @@ class Ceilings(NamedTuple):
     CHAINS: int = 16  # of multiply-adds in a thread
 
 
-SLABS, HEIGHTS, GEMM, FEW_ROWS, PANELS, GEMM16, GEMM90 = (
-    Slabs(), Heights(), Gemm(), FewRows(), Panels(), Gemm16(), Gemm90(),
+SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90 = (
+    Slabs(), Heights(), Gemm(), Panels(), Gemm16(), Gemm90(),
 )  # fmt: skip
 ACTIVATIONS, ROWS, SHORT_CONV, ATTENTION = Activations(), Rows(), ShortConv(), Attention()
 ROUTER, EXPERTS, CHANNEL, CEILINGS = Router(), Experts(), Channel(), Ceilings()
@@ -163,10 +156,7 @@ PICKING, SAMPLING, EXCHANGE = Picking(), Sampling(), Exchange()
 
 OF_SOURCES: dict[str, dict[str, int]] = {
     "gemm": {**HEIGHTS._asdict(), **GEMM._asdict()},
-    "few_rows": {
-        **FEW_ROWS._asdict(),
-        **{name: getattr(GEMM, name) for name in ("GROUPS", "WIDTH", "RUN", "STEP")},
-    },
+    "few_rows": {name: getattr(GEMM, name) for name in ("GROUPS", "WIDTH", "RUN", "STEP")},
     "panels": {**HEIGHTS._asdict(), **PANELS._asdict()},
     "gemm16": {**SLABS._asdict(), **GEMM16._asdict()},
     "gemm90": {**SLABS._asdict(), **GEMM90._asdict()},

@@ -1,30 +1,31 @@
 // out = A @ W in float32 for tiles of few rows: the sums of gemm.cu, with their chains, order and bits
 // (chains.py).  Few rows take as long as reading W does, so what counts is that many bytes are on
-// their way all the time.
+// their way all the time, and that a stage takes few instructions.
 //
-//   a          rows of activations, `extent` elements apart
+//   a          rows of activations, of `inputs` elements
 //   source     the row of `a` that each row of a tile is; null: its own
 //   w_gpkc     matrices packed by `transpose` in packing.cu: groups, panels of 128 columns (padded
 //              with zeros), k, columns
-//   tiles      (group, first row, rows, -) of up to kMostRows rows; without a list, all m rows, group 0
+//   tiles      (group, first row, rows, -) of up to ROWS rows; without a list, rows in steps of
+//              ROWS, group 0
 //
-// A CTA makes kColumns columns of one tile, and a thread sums a range of k of one column.  Warps do
-// not wait for each other before the end: each copies what it multiplies, through stages of its own.
-// If it is known before the kernel ahead has ended which W that is, the copies begin by then.
+// A CTA makes 32 columns of one tile, or of a gated product 32 of w1 and 32 of w3.  For each range of
+// k and 32 columns it has a team of warps, a lane for each column, and each warp sums some of the
+// rows.  A team copies what it multiplies through stages of its own and waits for no other before the
+// end.  If it is known before the kernel ahead has ended which W that is, the copies begin by then.
 #include "async_copy.cuh"
 #include "dependent.cuh"
+#include "shared_memory.cuh"
 #include "silu.cuh"
 
-constexpr int kMostRows = MOST_ROWS, kStageK = STAGE_K, kStages = STAGES, kVector = VECTOR;
-constexpr int kGroups = GROUPS, kPanel = WIDTH, kColumns = COLUMNS;
-constexpr int kThreads = kGroups * kColumns, kWarps = kThreads / 32;
-constexpr int kRanges = 32 / kColumns;              // of k, that a warp has
-constexpr int kRangeA = kMostRows * kStageK + 4;    // floats; puts two ranges in different banks
-constexpr int kStageW = kStageK * 32, kStage = kStageW + kRanges * kRangeA;
-static_assert(kColumns == 16 || kColumns == 32, "a warp has one range of k, or two");
-static_assert(STEP % kStageK == 0 && kStageK == 8, "ranges are whole stages, of two vectors of a row");
+constexpr int kRows = ROWS, kTeam = TEAM, kStages = STAGES, kVector = VECTOR;
+constexpr int kRanges = GROUPS, kPanel = WIDTH, kColumns = 32, kStageK = STEP;
+constexpr int kRowsOfWarp = kRows / kTeam;
+constexpr int kStageW = kStageK * kColumns, kStage = kStageW + kRows * kStageK;  // floats
+static_assert(kRows % kTeam == 0 && kStageK / 4 % kTeam == 0, "warps of a team have equal shares");
+static_assert(RUN == kColumns, "a gated product's columns of w1 and w3 lie side by side");
 
-extern __shared__ __align__(128) float shared[];  // the warps' stages, then sums
+extern __shared__ __align__(128) float shared[];  // the teams' stages, then sums
 
 struct Operands {
   const float* a;
@@ -33,188 +34,190 @@ struct Operands {
   float* out;
   const int4* tiles;
   const int* tile_count;
-  int m, inputs, extent, k, width, n;
+  int m, inputs, k, width, n;
 };
 
 struct Tile {
   int group, row, rows;
 };
 
-// The columns of a CTA.  A gated product has as many of w1 as of w3, which are RUN to the right.
-template <bool kIsGated>
-__device__ __forceinline__ int column_of(int i) {
-  if constexpr (!kIsGated) return blockIdx.x * kColumns + i;
-  constexpr int kHalf = kColumns / 2, kUnits = RUN / kHalf;
-  int first = blockIdx.x / kUnits * 2 * RUN + blockIdx.x % kUnits * kHalf;
-  return first + (i < kHalf ? i : RUN + i - kHalf);
-}
-
 // Where a range of k begins: ranges are whole steps, so that all chips add in the same order.
-__device__ __forceinline__ int begin_of(int range, int k) { return k / STEP * range / kGroups * STEP; }
+__device__ __forceinline__ int begin_of(int range, int k) { return k / STEP * range / kRanges * STEP; }
 
-__device__ __forceinline__ int length_of(int range, int k) {
-  return begin_of(range + 1, k) - begin_of(range, k);
+__device__ __forceinline__ void wait_for_team(int team) {
+  if constexpr (kTeam == 1) __syncwarp();
+  else synchronize_group<32 * kTeam>(team);
 }
 
-// What a thread copies into stages, and what it multiplies.
-template <bool kIsGated>
+// What a thread copies into stages, one after the other, and what it multiplies.
+template <int kUnits>
 struct Lane {
   static constexpr int kCopies = kStageK / kVector;  // of a row, into a stage
-  static constexpr int kParts = (kRanges * kMostRows * kCopies + 31) / 32;
+  static constexpr int kAtOnce = 32 / kCopies;       // rows that a warp copies at once
+  static constexpr int kParts = (kRowsOfWarp + kAtOnce - 1) / kAtOnce;
 
-  // What goes to one place of every stage: from `end` on nothing, and zeros instead of what is not there.
-  struct Part {
-    const float* from;
-    int to, k, end;
-  };
-
-  float* stages;  // of the warp
-  const float* w;
-  Part parts[kParts];
-  int copied, multiplied;  // k of the range of which it copies W, and of the one that it sums
-  int count;               // stages of the warp's longest range
+  int team, member, lane;
+  float *stages, *stage;        // of the team; the one that is read, and then filled again
+  const float *w, *a[kParts];   // what goes to the next stage; null where there is no row
+  int a_left, stages_left;      // elements of a row, and stages, that were not copied yet
+  int count;                    // stages of this range
 
   __device__ __forceinline__ explicit Lane(const Operands& with) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = warp * kRanges;
-    int place = lane % 8 * 4, column = column_of<kIsGated>(place % kColumns);
-    int range = first + place / kColumns;
-    stages = shared + warp * kStages * kStage;
+    int warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32, member = warp % kTeam, team = warp / kTeam;
+    int range = team / kUnits, begin = begin_of(range, with.k);
+    int column = (blockIdx.x * kUnits + team % kUnits) * kColumns + lane % 8 * 4;
+    count = stages_left = (begin_of(range + 1, with.k) - begin) / kStageK;
+    stage = stages = shared + team * kStages * kStage;
     w = with.w_gpkc + column % kPanel +
-        (size_t(column / kPanel) * with.k + begin_of(range, with.k) + lane / 8) * kPanel;
-    copied = length_of(range, with.k), multiplied = length_of(first + lane / kColumns, with.k);
-    count = max(length_of(first, with.k), length_of(first + kRanges - 1, with.k)) / kStageK;
+        (size_t(column / kPanel) * with.k + begin + 4 * member + lane / 8) * kPanel;
+    a_left = with.inputs - begin - lane % kCopies * kVector;
+  }
+
+  __device__ __forceinline__ int row_of(int part) const {
+    return member * kRowsOfWarp + part * kAtOnce + lane / kCopies;
   }
 
   __device__ __forceinline__ void find_rows(const Operands& with, const Tile& tile) {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      int q = threadIdx.x % 32 + 32 * i, part = q % kCopies * kVector;
-      int row = q / kCopies % kMostRows, of_warp = q / kCopies / kMostRows;
-      int range = threadIdx.x / 32 * kRanges + of_warp, begin = begin_of(range, with.k) + part;
-      parts[i] = {nullptr, kStageW + of_warp * kRangeA + row * kStageK + part, begin, 0};
-      if (of_warp >= kRanges || row >= tile.rows) continue;
-      int from = with.source ? with.source[tile.row + row] : tile.row + row;
-      parts[i].from = with.a + size_t(from) * with.extent + begin;
-      parts[i].end = begin_of(range + 1, with.k);
+      a[i] = nullptr;
+      if (row_of(i) >= min(tile.rows, (member + 1) * kRowsOfWarp)) continue;
+      int row = tile.row + row_of(i), from = with.source ? with.source[row] : row;
+      a[i] = with.a + (size_t(from) + 1) * with.inputs - a_left;
     }
   }
 
-  __device__ __forceinline__ float* stage(int i) const { return stages + i % kStages * kStage; }
-
-  // Starts the copies of W for a stage: 8 k of 32 floats, of one range or of two side by side.
-  __device__ __forceinline__ void copy_w(int i) const {
-    if (i * kStageK >= copied) return;
-    int lane = threadIdx.x % 32;
+  // Starts the copies of W, of which each warp of a team has every kTeam-th four k.
+  __device__ __forceinline__ void copy_w(float* to) {
+    to += (4 * member + lane / 8) * kColumns + lane % 8 * 4;
 #pragma unroll
-    for (int k = 0; k < kStageK; k += 4)
-      copy_async<16>(stage(i) + (k + lane / 8) * 32 + lane % 8 * 4,
-                     w + size_t(i * kStageK + k) * kPanel, 16);
+    for (int k = 0; k < kStageK; k += 4 * kTeam)
+      copy_async<16>(to + k * kColumns, w + k * kPanel, 16);
+    w += kStageK * kPanel;
   }
 
-  __device__ __forceinline__ void copy_a(int inputs, int i) const {
+  // The same for rows, with zeros beyond their last element.
+  __device__ __forceinline__ void copy_a(float* to) {
+    to += kStageW + lane % kCopies * kVector;
 #pragma unroll
-    for (const Part& part : parts) {
-      int k = part.k + i * kStageK;
-      if (k < part.end)
-        copy_async<4 * kVector>(stage(i) + part.to, part.from + i * kStageK,
-                                k < inputs ? 4 * kVector : 0);
+    for (int i = 0; i < kParts; ++i) {
+      if (!a[i]) continue;
+      copy_async<4 * kVector>(to + row_of(i) * kStageK, a[i], a_left > 0 ? 4 * kVector : 0);
+      a[i] += kStageK;
     }
+    a_left -= kStageK;
+  }
+
+  __device__ __forceinline__ void copy_first_w() {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i)
+      if (i < count) copy_w(stages + i * kStage);
+  }
+
+  __device__ __forceinline__ void copy_first_a() {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      if (i < count) copy_a(stages + i * kStage);
+      commit_copies();
+    }
+    stages_left -= kStages;
+  }
+
+  // Fills the stage that was read.
+  __device__ __forceinline__ void refill() {
+    if (stages_left > 0) copy_w(stage), copy_a(stage);
+    commit_copies();
+    --stages_left;
+    stage = stage == stages + (kStages - 1) * kStage ? stages : stage + kStage;
+  }
+
+  // Multiplies a stage by kSummed rows, whatever rows there are.
+  template <int kSummed>
+  __device__ __forceinline__ void multiply(float (&acc)[kSummed]) const {
+    const float *of_w = stage + lane, *of_a = stage + kStageW + member * kRowsOfWarp * kStageK;
+#pragma unroll
+    for (int k = 0; k < kStageK; k += 4) {
+      float4 a4[kSummed];
+#pragma unroll
+      for (int row = 0; row < kSummed; ++row)
+        a4[row] = *reinterpret_cast<const float4*>(of_a + row * kStageK + k);
+      float w4[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w4[i] = of_w[(k + i) * kColumns];
+#pragma unroll
+      for (int row = 0; row < kSummed; ++row) {
+        acc[row] = fmaf(a4[row].x, w4[0], acc[row]);
+        acc[row] = fmaf(a4[row].y, w4[1], acc[row]);
+        acc[row] = fmaf(a4[row].z, w4[2], acc[row]);
+        acc[row] = fmaf(a4[row].w, w4[3], acc[row]);
+      }
+    }
+  }
+
+  // Where the sums of the CTA lie afterwards, in memory that has been stages.
+  __device__ static __forceinline__ float& sum_at(int range, int row, int unit, int column) {
+    return shared[((range * kRows + row) * kUnits + unit) * kColumns + column];
+  }
+
+  // Sums kSummed rows of this warp, whose first stages are on their way, and shares the sums.
+  template <int kSummed>
+  __device__ __forceinline__ void sum() {
+    float acc[kSummed] = {};
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      wait_copies<kStages - 1>();
+      wait_for_team(team);
+      multiply(acc);
+      wait_for_team(team);
+      refill();
+    }
+    __syncthreads();
+#pragma unroll
+    for (int row = 0; row < kSummed; ++row)
+      sum_at(team / kUnits, member * kRowsOfWarp + row, team % kUnits, lane) = acc[row];
+  }
+
+  // Sums as many rows as this warp has, or up to twice as many.
+  template <int kSummed = 1>
+  __device__ __forceinline__ void sum_rows(int rows) {
+    if constexpr (kSummed < kRowsOfWarp)
+      if (rows > kSummed) return sum_rows<2 * kSummed>(rows);
+    sum<kSummed>();
+  }
+
+  // Adds the ranges' sums to +0, in the order of k.
+  __device__ static __forceinline__ float total(int row, int unit, int column) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int range = 0; range < kRanges; ++range) sum += sum_at(range, row, unit, column);
+    return sum;
   }
 };
 
-// Multiplies a stage: kRows rows of a thread's range, whatever rows there are.
-template <int kRows>
-__device__ __forceinline__ void multiply(const float* stage, float (&acc)[kRows]) {
-  int lane = threadIdx.x % 32;
-  const float *w = stage + lane, *a = stage + kStageW + lane / kColumns * kRangeA;
-#pragma unroll
-  for (int k = 0; k < kStageK; k += 4) {
-    float4 of_a[kRows];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row)
-      of_a[row] = *reinterpret_cast<const float4*>(a + row * kStageK + k);
-    float of_w[] = {w[k * 32], w[k * 32 + 32], w[k * 32 + 64], w[k * 32 + 96]};
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      acc[row] = fmaf(of_a[row].x, of_w[0], acc[row]);
-      acc[row] = fmaf(of_a[row].y, of_w[1], acc[row]);
-      acc[row] = fmaf(of_a[row].z, of_w[2], acc[row]);
-      acc[row] = fmaf(of_a[row].w, of_w[3], acc[row]);
-    }
-  }
-}
-
-// Adds the ranges' sums to +0, in the order of k.
-__device__ __forceinline__ float total(const float* sums, int rows, int row, int i) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int range = 0; range < kGroups; ++range) sum += sums[(range * rows + row) * kColumns + i];
-  return sum;
-}
-
 // out_mn = A @ W + bias_n (null for none)
 struct Linear {
-  static constexpr bool kIsGated = false;
+  static constexpr int kUnits = 1;  // of 32 columns, for those of the result
 
-  static __device__ __forceinline__ void store(const Operands& with, const Tile& tile,
-                                               const float* sums, int rows) {
-    for (int q = threadIdx.x; q < tile.rows * kColumns; q += kThreads) {
-      int row = q / kColumns, i = q % kColumns, column = column_of<false>(i);
-      if (column >= with.n) continue;
-      float bias = with.bias_n ? with.bias_n[column] : 0.0f;
-      with.out[size_t(tile.row + row) * with.n + column] = total(sums, rows, row, i) + bias;
-    }
+  static __device__ __forceinline__ float result(const Operands& with, int row, int i, int column) {
+    return Lane<1>::total(row, 0, i) + (with.bias_n ? with.bias_n[column] : 0.0f);
   }
 };
 
 // out_mn = silu(A @ w1) * (A @ w3); W has 32 columns of w1, then 32 of w3, and so on.
 struct Gated {
-  static constexpr bool kIsGated = true;
+  static constexpr int kUnits = 2;
 
-  static __device__ __forceinline__ void store(const Operands& with, const Tile& tile,
-                                               const float* sums, int rows) {
-    constexpr int kHalf = kColumns / 2;
-    for (int q = threadIdx.x; q < tile.rows * kHalf; q += kThreads) {
-      int row = q / kHalf, i = q % kHalf, packed = column_of<true>(i);
-      int column = packed / (2 * RUN) * RUN + packed % (2 * RUN);
-      if (column >= with.n) continue;
-      float gate = total(sums, rows, row, i), up = total(sums, rows, row, kHalf + i);
-      with.out[size_t(tile.row + row) * with.n + column] = silu(gate) * up;
-    }
+  static __device__ __forceinline__ float result(const Operands&, int row, int i, int) {
+    return silu(Lane<2>::total(row, 0, i)) * Lane<2>::total(row, 1, i);
   }
 };
 
-// Computes a tile of up to kRows rows, whose first stages of W are on their way.
-template <class Epilogue, int kRows>
-__device__ __forceinline__ void compute(const Operands& with, const Tile& tile,
-                                        const Lane<Epilogue::kIsGated>& lane) {
-  for (int i = 0; i < kStages; ++i) {
-    lane.copy_a(with.inputs, i);
-    commit_copies();
-  }
-  float acc[kRows] = {};
-#pragma unroll 1
-  for (int i = 0; i < lane.count; ++i) {
-    wait_copies<kStages - 1>();
-    __syncwarp();
-    if (i * kStageK < lane.multiplied) multiply<kRows>(lane.stage(i), acc);
-    __syncwarp();
-    lane.copy_w(i + kStages), lane.copy_a(with.inputs, i + kStages);
-    commit_copies();
-  }
-  let_next_start();
-  float* sums = shared + kWarps * kStages * kStage;
-  int range = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) sums[(range * kRows + row) * kColumns + column] = acc[row];
-  __syncthreads();
-  Epilogue::store(with, tile, sums, kRows);
-}
-
 template <class Epilogue>
 __device__ __forceinline__ void compute(const Operands& with) {
-  Lane<Epilogue::kIsGated> lane(with);
-  Tile tile{0, 0, with.m};
+  Lane<Epilogue::kUnits> lane(with);
+  int first = blockIdx.y * kRows;
+  Tile tile{0, first, min(kRows, with.m - first)};
   if (with.tiles) {
     wait_for_previous();
     if (int(blockIdx.y) >= *with.tile_count) return;
@@ -222,27 +225,29 @@ __device__ __forceinline__ void compute(const Operands& with) {
     tile = {listed.x, listed.y, listed.z};
     lane.w += size_t(tile.group) * with.width * with.k;
   }
-  for (int i = 0; i < kStages; ++i) lane.copy_w(i);
+  lane.copy_first_w();
+  let_next_start();
   if (!with.tiles) wait_for_previous();
   lane.find_rows(with, tile);
-  if (tile.rows <= 1) compute<Epilogue, 1>(with, tile, lane);
-  else if (tile.rows <= 2) compute<Epilogue, 2>(with, tile, lane);
-  else if (tile.rows <= 4) compute<Epilogue, 4>(with, tile, lane);
-  else compute<Epilogue, kMostRows>(with, tile, lane);
+  lane.copy_first_a();
+  lane.sum_rows(tile.rows - lane.member * kRowsOfWarp);
+  __syncthreads();
+  for (int q = threadIdx.x; q < tile.rows * kColumns; q += blockDim.x) {
+    int row = q / kColumns, i = q % kColumns, column = blockIdx.x * kColumns + i;
+    if (column < with.n)
+      with.out[size_t(tile.row + row) * with.n + column] = Epilogue::result(with, row, i, column);
+  }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(32 * kRanges * kTeam)
     linear_few(const float* a, const int* source, const float* w_gpkc, const float* bias_n,
-               float* out_mn, const int4* tiles, const int* tile_count, int m, int inputs,
-               int extent, int k, int width, int n) {
-  compute<Linear>({a, source, w_gpkc, bias_n, out_mn, tiles, tile_count, m, inputs, extent, k,
-                   width, n});
+               float* out_mn, const int4* tiles, const int* tile_count, int m, int inputs, int k,
+               int width, int n) {
+  compute<Linear>({a, source, w_gpkc, bias_n, out_mn, tiles, tile_count, m, inputs, k, width, n});
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(32 * kRanges * 2 * kTeam)
     gated_few(const float* a, const int* source, const float* w_gpkc, float* out_mn,
-              const int4* tiles, const int* tile_count, int m, int inputs, int extent, int k,
-              int width, int n) {
-  compute<Gated>({a, source, w_gpkc, nullptr, out_mn, tiles, tile_count, m, inputs, extent, k,
-                  width, n});
+              const int4* tiles, const int* tile_count, int m, int inputs, int k, int width, int n) {
+  compute<Gated>({a, source, w_gpkc, nullptr, out_mn, tiles, tile_count, m, inputs, k, width, n});
 }

@@ -9,6 +9,7 @@ from functools import cache
 import cupy
 
 from lfm2kit.backend import F32, Tensor
+from lfm2kit_cuda import few_rows
 from lfm2kit_cuda.activations import Rows
 from lfm2kit_cuda.constants import GEMM, HEIGHTS, PANELS
 from lfm2kit_cuda.device import current_device, most_shared_bytes, sm_count
@@ -37,7 +38,7 @@ class Gemm:
     activation, packed_format, run = "F32", F32, RUN
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
-        return Tiling(TALLEST, HEIGHT_STEP, by_height=True)
+        return few_rows.tiling(pairs, groups) or Tiling(TALLEST, HEIGHT_STEP, by_height=True)
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
         columns, inputs = matrices[0].shape
@@ -86,6 +87,8 @@ class Gemm:
         bias: cupy.ndarray | None = None,
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
+        if isinstance(x, Rows) and _are_few(x, matrix, tiles):
+            return few_rows.linear(x, matrix, bias, tiles)
         panels = x if isinstance(x, Panels) else _arranged(x, matrix, tiles)
         out = cupy.empty((panels.rows, matrix.columns), cupy.float32)
         _launch("linear", panels, matrix, (bias, out), tiles, matrix.columns)
@@ -93,15 +96,23 @@ class Gemm:
 
     linear_rounded = linear
 
-    def gated(self, x: Rows, matrix: Matrix, tiles: RowTiles | None = None) -> Panels:
+    def gated(self, x: Rows, matrix: Matrix, tiles: RowTiles | None = None) -> Rows | Panels:
+        if _are_few(x, matrix, tiles):
+            return few_rows.gated(x, matrix, tiles)
         panels, columns = _arranged(x, matrix, tiles), padded(matrix.columns, STEP)
         shape = (len(panels.array), columns, TALLEST)
         out = replace(panels, array=cupy.empty(shape, cupy.float32))
         _launch("gated", panels, matrix, (out.array,), tiles, columns)
         return out
 
-    def down(self, x: Panels, matrix: Matrix, tiles: RowTiles) -> cupy.ndarray:
-        return self.linear(x, matrix, tiles=tiles)
+    def down(self, x: Rows | Panels, matrix: Matrix, tiles: RowTiles) -> cupy.ndarray:
+        return self.linear(x, matrix, tiles=tiles.in_place())
+
+
+def _are_few(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> bool:
+    if tiles is not None:
+        return not tiles.tiling.by_height
+    return few_rows.are_few(len(x), matrix.width)
 
 
 def _arranged(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> Panels:

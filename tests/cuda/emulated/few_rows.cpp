@@ -10,7 +10,7 @@
 #define __shared__  // at namespace scope
 #include "few_rows.cu"
 
-float shared[kWarps * kStages * kStage + kGroups * kMostRows * kColumns];
+float shared[2 * kRanges * (kStages * kStage + kRows * kColumns)];
 
 void poison() {
   std::fill(std::begin(shared), std::end(shared), std::numeric_limits<float>::quiet_NaN());
@@ -31,13 +31,14 @@ int main(int argc, char** argv) {
     return arrays[i].empty() ? nullptr : reinterpret_cast<int4*>(arrays[i].data());
   };
   bool is_gated = name == "gated_few";
-  launch(grid, kThreads, kWarps, poison, [&] {
+  int teams = (is_gated ? 2 : 1) * kRanges;
+  launch(grid, 32 * kTeam * teams, teams, poison, [&] {
     if (is_gated)
       gated_few(floats(0), ints(1), floats(2), floats(3), tiles(4), ints(5), number(0), number(1),
-                number(2), number(3), number(4), number(5));
+                number(2), number(3), number(4));
     else
       linear_few(floats(0), ints(1), floats(2), floats(3), floats(4), tiles(5), ints(6), number(0),
-                 number(1), number(2), number(3), number(4), number(5));
+                 number(1), number(2), number(3), number(4));
   });
   std::vector<char>& output = arrays[is_gated ? 3 : 4];
   std::fwrite(output.data(), 1, output.size(), stdout);
