@@ -20,7 +20,7 @@ from lfm2kit_cuda.paging import keys_shape, most_pages, rows_shape
 
 from lfm2kit import specs
 from lfm2kit.batch import Batch
-from lfm2kit.state import Room
+from lfm2kit.state import STEP_BACK, Room
 from tests.cuda.test_emulated import COMPILER, has_cpp20
 
 Float32 = npt.NDArray[np.float32]
@@ -134,7 +134,8 @@ class EmulatedConv:
     def __call__(self, bcx: Float32, batch: Batch, state: Kept | None) -> Float32:
         tokens, sequences, longest, width = _numbers(batch)
         size, (past, _) = _size(state), [*state.arrays, None] if state else _nothing()
-        reached = most_pages(longest, state.page_tokens) if state else 0
+        keeps = longest <= STEP_BACK
+        reached = most_pages(longest, state.page_tokens) if state and not keeps else 0
         out = run(
             self.program, [tokens, sequences, self.spec.hidden_size, width, *size, reached],
             [bcx, self.taps, batch.positions, batch.cu_seqlens, batch.pages, past],

@@ -18,10 +18,19 @@ Float32 = npt.NDArray[np.float32]
 HIDDEN_SIZE = 8
 
 
-@pytest.fixture(scope="module", params=[1, 3, 4], ids=lambda size: f"kernel of {size}")
+@pytest.fixture(
+    scope="module",
+    params=[(1, 4), (3, 1), (3, 4), (4, 4)],
+    ids="kernel of {0[0]}, {0[1]} rows".format,
+)
 def conv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EmulatedConv:
-    spec = specs.ShortConv(HIDDEN_SIZE, kernel_size=request.param)
-    constants = {"KERNEL_SIZE": spec.kernel_size, "WINDOW": spec.kernel_size - 1 + STEP_BACK}
+    size, rows = request.param
+    spec = specs.ShortConv(HIDDEN_SIZE, kernel_size=size)
+    constants = {
+        "ROWS": rows,
+        "KERNEL_SIZE": spec.kernel_size,
+        "WINDOW": spec.kernel_size - 1 + STEP_BACK,
+    }
     folder = tmp_path_factory.mktemp("short_conv")
     program = compiled(folder, "blocks/short_conv", **constants, VECTOR=4, INNER="F32")
     taps = np.random.default_rng(5).standard_normal((spec.kernel_size, HIDDEN_SIZE))

@@ -73,12 +73,6 @@ class Rows(NamedTuple):
     NORM_THREADS: int = 256
 
 
-class ShortConv(NamedTuple):
-    """The constants of short_conv.cu."""
-
-    ROWS: int = 4  # of a thread
-
-
 class Attention(NamedTuple):
     """The constants of attention.cu."""
 
@@ -150,7 +144,7 @@ class Ceilings(NamedTuple):
 SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90 = (
     Slabs(), Heights(), Gemm(), Panels(), Gemm16(), Gemm90(),
 )  # fmt: skip
-ACTIVATIONS, ROWS, SHORT_CONV, ATTENTION = Activations(), Rows(), ShortConv(), Attention()
+ACTIVATIONS, ROWS, ATTENTION = Activations(), Rows(), Attention()
 ROUTER, EXPERTS, CHANNEL, CEILINGS = Router(), Experts(), Channel(), Ceilings()
 PICKING, SAMPLING, EXCHANGE = Picking(), Sampling(), Exchange()
 
@@ -171,7 +165,7 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "sums": {},
     "after_copies": {},
     "blocks/rows": {**SLABS._asdict(), **ROWS._asdict()},
-    "blocks/short_conv": {**SLABS._asdict(), **SHORT_CONV._asdict()},
+    "blocks/short_conv": SLABS._asdict(),
     "blocks/attention": {**SLABS._asdict(), **ATTENTION._asdict()},
     "blocks/router": ROUTER._asdict(),
     "blocks/experts": EXPERTS._asdict(),

@@ -4,7 +4,8 @@
 //
 // ARRAYS are bcx, taps, positions, cu_seqlens, the table of pages, and the kept rows, all of 4 bytes
 // an element and as the kernels take them.  PAGES is 0 without a state.  REACHED is how many
-// pages a chunk reaches; each has a launch of its own, as beyond 65535 pages.
+// pages a chunk reaches; each has a launch of its own, as beyond 65535 pages.  With 0, `convolve` keeps
+// the rows.
 #include "f32.h"
 
 #include "blocks/short_conv.cu"
@@ -24,8 +25,8 @@ int main(int, char** argv) {
   u32 ctas = (h + kThreads * VECTOR - 1) / (kThreads * VECTOR);
   launch({(tokens + kRows - 1) / kRows, ctas, 1}, kThreads, 1, [] {}, [&] {
     convolve(bcx.data(), taps.data(), nullptr, positions.data(), ends.data(), table.data(),
-             pages ? past.data() : nullptr, out.data(), sequences, width, page_tokens, tokens, h,
-             h);
+             pages ? past.data() : nullptr, out.data(), pages && !reached, sequences, width,
+             page_tokens, tokens, h, h);
   });
   for (u32 skipped = 0; pages && skipped < reached; ++skipped)
     launch({sequences, ctas, 1}, kThreads, 1, [] {}, [&] {

@@ -29,11 +29,13 @@ __device__ inline size_t kept_row(const int* pages, int position, int page_token
 // out[t] = C[t] * (sum_j taps_jh[j] * u[t - kPast + j] + bias_h), in the row's own sequence.
 // A thread per kRows rows and VECTOR channels; of the rows before them it computes u anew, or reads
 // it from the state (null in one forward over whole sequences) where they come before the chunk.
+// If it also `keeps` rows, chunks are no longer than a state can go back: then what it writes
+// replaces nothing that another thread reads.
 extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
                                     const float* bias_h, const int* positions_t,
                                     const int* cu_seqlens_s, const int* pages_sw,
-                                    const float* past_pwh, INNER* out, int sequences, int width,
-                                    int page_tokens, int tokens, int h, int extent) {
+                                    float* past_pwh, INNER* out, int keeps, int sequences,
+                                    int width, int page_tokens, int tokens, int h, int extent) {
   int row0 = blockIdx.x * kRows, channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
   wait_for_previous();
   let_next_start();
@@ -58,6 +60,8 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
       first = cu_seqlens_s[sequence];
       pages = pages_sw + size_t(sequence) * width;
     }
+    if (keeps)
+      store(past_pwh + kept_row(pages, position, page_tokens) * h + channel, u[i + kPast]);
     Vector y = {};
 #pragma unroll
     for (int j = 0; j < KERNEL_SIZE; ++j) {
@@ -78,7 +82,8 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
   }
 }
 
-// Writes the rows of u that stay in their page: those that no later one of the page replaces.
+// Writes the rows of u that stay in their page: those that no later one of the page replaces.  It runs
+// after `convolve` where that keeps none.
 // A thread per sequence, page that its chunk reaches, from the page `skipped` on, and VECTOR channels.
 extern "C" __global__ void remember(const INNER* __restrict__ bcx_t3h, const int* positions_t,
                                     const int* cu_seqlens_s, const int* pages_sw,

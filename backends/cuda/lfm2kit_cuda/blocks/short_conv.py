@@ -8,15 +8,16 @@ import cupy
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Room, Weights
+from lfm2kit.backend import STEP_BACK, Batch, Room, Weights
 from lfm2kit_cuda import launching
-from lfm2kit_cuda.constants import SHORT_CONV
+from lfm2kit_cuda.device import sm_count
 from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.paging import most_pages, rows_shape, window
 from lfm2kit_cuda.products import Activations, Arithmetic
 from lfm2kit_cuda.upload import upload
 
 SOURCE, THREADS = "blocks/short_conv", 256
+MANY_ROWS = 4  # of a thread, where there are enough for all SMs: it computes u of two more
 
 
 class State(NamedTuple):
@@ -45,8 +46,10 @@ class ShortConv:
             "VECTOR": vector,
             "INNER": gemm.activation,
         }
-        self.convolve = load_kernel(SOURCE, "convolve", **constants)
-        self.remember = load_kernel(SOURCE, "remember", **constants)
+        self.convolve = {
+            rows: load_kernel(SOURCE, "convolve", ROWS=rows, **constants) for rows in (1, MANY_ROWS)
+        }
+        self.remember = load_kernel(SOURCE, "remember", ROWS=1, **constants)
 
     def __call__(self, x: cupy.ndarray, batch: Batch, state: State | None) -> cupy.ndarray:
         return self.of(Activations(x, self.gemm.rounded(x)), batch, state)
@@ -58,11 +61,14 @@ class ShortConv:
         BCX = self.gemm.linear_rounded(inputs.rounded, self.in_proj, self.in_bias)
         y = self.gemm.empty(tokens, h)
         of_sequences = batch.positions, batch.cu_seqlens, batch.pages
-        self.convolve(
-            (-(-tokens // SHORT_CONV.ROWS), self.ctas), THREADS, BCX, self.taps, self.conv_bias,
-            *of_sequences, rows, y.array, batch.sequences, width, page_tokens, tokens, h, y.extent,
+        keeps = state is not None and batch.max_seqlen <= STEP_BACK
+        of_thread = 1 if tokens * self.ctas <= sm_count() else MANY_ROWS
+        self.convolve[of_thread](
+            (-(-tokens // of_thread), self.ctas), THREADS, BCX, self.taps, self.conv_bias,
+            *of_sequences, rows, y.array, keeps, batch.sequences, width, page_tokens, tokens, h,
+            y.extent,
         )  # fmt: skip
-        if state is not None:
+        if state is not None and not keeps:
             pages, most = most_pages(batch.max_seqlen, page_tokens), launching.MOST_CTAS
             for skipped in range(0, pages, most):  # once, for chunks of less than 4 million tokens
                 grid = batch.sequences, self.ctas, min(most, pages - skipped)
