@@ -31,7 +31,6 @@ from lfm2kit.generating.language import Language
 from lfm2kit.generating.options import Generation
 from lfm2kit.generating.writer import Writer
 from lfm2kit.measuring.decoding import Decoder
-from lfm2kit.memory import is_ordered
 from lfm2kit.model import LFM2
 from lfm2kit.state import Room
 
@@ -69,8 +68,7 @@ class TimedSampler:
         self.seconds = 0.0
 
     def draw(self, logits: Any, rows: Any) -> Any:
-        if is_ordered(self._memory):
-            self._memory.wait(self._memory.mark())
+        self._memory.to_host(logits[:1])  # which waits for all of them
         start = perf_counter()
         drawn = self._sampler.draw(logits, rows)
         self.seconds += perf_counter() - start
