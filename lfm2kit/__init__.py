@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade, Precision
     from lfm2kit.ranks.joining import joined_job
     from lfm2kit.rewrites import Rewrite
+    from lfm2kit.rewrites.hidden_states import HiddenStates
     from lfm2kit.state import Room
     from lfm2kit.transport import TransportPlugin
 else:
@@ -28,6 +29,7 @@ else:
         "Command": "hookspecs",
         "FP32_GRADE": "precisions",
         "Grade": "precisions",
+        "HiddenStates": "rewrites.hidden_states",
         "Lfm2kitError": "errors",
         "Precision": "precisions",
         "Rewrite": "rewrites",
@@ -62,6 +64,7 @@ __all__ = [
     "CheckpointReader",
     "Command",
     "Grade",
+    "HiddenStates",
     "Lfm2kitError",
     "Precision",
     "Rewrite",

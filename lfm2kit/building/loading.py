@@ -45,6 +45,7 @@ from lfm2kit.ranks.groups import EP, Grouping, each_alone, first_fitting
 from lfm2kit.ranks.joining import Again, check_alike, refuse_copies, settled_alike
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
+from lfm2kit.rewrites.hidden_states import HiddenStates
 from lfm2kit.specs import Spec
 from lfm2kit.state import Room
 from lfm2kit.transport import Transport, World
@@ -458,6 +459,7 @@ def load_model(
     *,
     job: Transport | None = None,
     independent: bool = False,
+    hidden_states: HiddenStates | None = None,
     **options: Any,
 ) -> LFM2:
     """Return the model at a path (or an embedded model's name), its blocks from a plan.
@@ -471,6 +473,8 @@ def load_model(
     A rank of a job gives the `job` of `lfm2kit.joined_job`, and gets its share of the model.  All
     ranks then make the same number of forwards, perhaps of no sequences.  One of several processes
     that does not give its job is refused, unless each is meant to be `independent`.
+
+    `hidden_states` get what comes out of the layers that they name, in every forward.
 
     Raise `Lfm2kitError` for anything that the user must change.  Warn, once in a job, about
     doubtful checkpoints, such as two sets of weights in one folder, about experts that are placed
@@ -494,7 +498,8 @@ def load_model(
     readers = plugins.readers.values()
     checkpoint = open_checkpoint(find_model(asked.model), readers, seed=asked.seed or 0)
     transport = job if job is not None and job.world.size > 1 else None
-    setup = set_up(checkpoint, asked, transport=transport, plugins=plugins)
+    watching = [] if hidden_states is None else [hidden_states.rewrite()]
+    setup = set_up(checkpoint, asked, transport=transport, plugins=plugins, rewrites=watching)
     if transport is not None:
         check_alike(transport, setup)
         setup = settled_alike(transport, setup)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from lfm2kit.backend import Array, Block
 from lfm2kit.building.joins import Join
 from lfm2kit.building.load import LayerLoad, Load, unused
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.memory import Memory, is_ordered
+from lfm2kit.memory import Memory, arriving
 from lfm2kit.rewrites.rewrite import Rewrite, replaced
 from lfm2kit.specs import Model, Part, Router, Spec
 from lfm2kit.transport import Transport
@@ -96,7 +96,7 @@ class LoadRecorder:
 
             def recorded(x: Array) -> tuple[Array, Array]:
                 expert_ids, expert_weights = router(x)
-                self._add(spec.layer, _started(outer, expert_ids))
+                self._add(spec.layer, arriving(outer, expert_ids))
                 return expert_ids, expert_weights
 
             return recorded
@@ -123,11 +123,3 @@ def _recorded(model: Model) -> Model:
     if layers == model.layers:
         raise Lfm2kitError("the model has no router, so there is no load to record")
     return replace(model, layers=layers)
-
-
-def _started(memory: Memory, ids: Array) -> Callable[[], Any]:
-    """Begin to copy ids to the host, and return a function that waits for them."""
-    if is_ordered(memory):
-        return memory.start_to_host(ids).wait
-    copy = np.array(memory.to_host(ids))
-    return lambda: copy

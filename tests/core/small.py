@@ -65,10 +65,11 @@ def build(
     backends: Mapping[str, Backend] | None = None,
     *,
     rewrites: Sequence[Rewrite] = (),
+    weights: Weights | None = None,
     **builder: object,
 ) -> LFM2:
-    """Return the model that `plan` makes of `spec` after `rewrites`, with random weights."""
-    create, weights = creator(backends or {}), random_weights(spec)
+    """Return the model that `plan` makes of `spec` after `rewrites`, of random weights or these."""
+    create, weights = creator(backends or {}), weights or random_weights(spec)
     spec, joins = rewritten(spec, JOINS, rewrites)
     placed = Placer(Plan.parse(plan), create, joins, ["reference", *(backends or {})]).place(spec)
     return build_model(placed, Builder(weights, create, **builder), Plan.parse(plan).default)  # type: ignore[arg-type]
