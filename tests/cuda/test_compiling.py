@@ -24,9 +24,9 @@ HALVES = {
     "bf16": {"HALF": "BF16", "MMA_TYPE": '"bf16"', "GATED_SCALE": "1.0f"},
     "fp16": {"HALF": "F16", "MMA_TYPE": '"f16"', "GATED_SCALE": "0.015625f"},
 }
-# gemm90's warpgroups part before they wait: those that copy, those that multiply.  few_rows waits
-# before it reads a list of tiles, and without one after it has asked for weights.
-WAYS = {"gemm90": 2, "few_rows": 2}
+# Threads of gemm90 and few_rows90 part before they wait: those that copy, those that multiply.
+# few_rows waits before it reads a list of tiles, and without one after it has asked for weights.
+WAYS = {"gemm90": 2, "few_rows90": 2, "few_rows": 2}
 LOW = {"MOST_ROWS": 32, "MOST_ROWS_OF_TERMS": 32}  # of gemm90's tiles
 ONCE = {"F16": ("sm_75",), "BF16": ("sm_80", "sm_100")}  # what gemm16 is always compiled for
 ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
@@ -57,6 +57,8 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("activations", {}, ALL),
     ("gemm16", {**HALVES["fp16"], "SHARED_BYTES": 64 * 1024}, ALL),
     ("gemm16", {**HALVES["bf16"], "SHARED_BYTES": 96 * 1024}, FROM_SM_80),
+    ("few_rows90", HALVES["bf16"], ("sm_90a",)),
+    ("few_rows90", HALVES["fp16"], ("sm_90a",)),
     ("gemm90", {**HALVES["bf16"], "TERMS": 1, **LOW}, ("sm_90a",)),
     ("gemm90", {**HALVES["bf16"], "TERMS": 3, **LOW}, ("sm_90a",)),
     ("gemm90", {**HALVES["bf16"], "TERMS": 1}, ("sm_90a",)),

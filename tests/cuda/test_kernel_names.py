@@ -18,4 +18,4 @@ def test_a_profiler_can_tell_all_kernels_apart() -> None:
     count = Counter(name for name in names if name != "name")
     assert [name for name, times in count.items() if times > 1] == []
     assert {"linear_simt", "linear_mma", "linear_wgmma", "attend", "add_norm"} <= set(count)
-    assert count.total() == sum(text.count('extern "C" __global__') for text in texts) + 2
+    assert count.total() == sum(text.count('extern "C" __global__') for text in texts) + 3

@@ -61,6 +61,16 @@ class Gemm90(NamedTuple):
     MOST_STAGES: int = 8
 
 
+class FewRows90(NamedTuple):
+    """The constants of few_rows90.cu, beside the panels of gemm90.cu."""
+
+    THREADS: int = 160
+    BLOCK: int = 16  # columns
+    MOST_BLOCKS: int = 8  # of a CTA
+    MOST_ROWS: int = 16  # of a tile
+    MOST_STAGES: int = 32
+
+
 class Activations(NamedTuple):
     """The constants of activations.cu."""
 
@@ -141,8 +151,8 @@ class Ceilings(NamedTuple):
     CHAINS: int = 16  # of multiply-adds in a thread
 
 
-SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90 = (
-    Slabs(), Heights(), Gemm(), Panels(), Gemm16(), Gemm90(),
+SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90, FEW_ROWS90 = (
+    Slabs(), Heights(), Gemm(), Panels(), Gemm16(), Gemm90(), FewRows90(),
 )  # fmt: skip
 ACTIVATIONS, ROWS, ATTENTION = Activations(), Rows(), Attention()
 ROUTER, EXPERTS, CHANNEL, CEILINGS = Router(), Experts(), Channel(), Ceilings()
@@ -154,6 +164,12 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "panels": {**HEIGHTS._asdict(), **PANELS._asdict()},
     "gemm16": {**SLABS._asdict(), **GEMM16._asdict()},
     "gemm90": {**SLABS._asdict(), **GEMM90._asdict()},
+    "few_rows90": {
+        **SLABS._asdict(),
+        **FEW_ROWS90._asdict(),
+        "PANEL": GEMM90.PANEL,
+        "TERMS": 1,
+    },
     "packing": {**SLABS._asdict(), "PANEL": GEMM90.PANEL},
     "activations": {**SLABS._asdict(), **ACTIVATIONS._asdict()},
     "channel": CHANNEL._asdict(),

@@ -8,3 +8,10 @@ __device__ __forceinline__ float approximate_reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
   return inverse;
 }
+
+// 2^x within some 2^-22 of it.
+__device__ __forceinline__ float approximate_power_of_2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}

@@ -1,7 +1,10 @@
-// What becomes of the sums of gemm90.cu: a thread has four neighbouring columns of several rows.
-// `begin` says whether any of the columns is to be stored, `are_whole` whether all four always are;
+// What becomes of the sums of gemm90.cu, where a thread has four neighbouring columns of several rows, and
+// of those of few_rows90.cu, where it has two.
+//
+// For gemm90.cu `begin` says whether any of the columns is to be stored, `are_whole` whether all four always are;
 // `result` is what four sums come to, and `put` stores it, in a row counted from the first.
 #pragma once
+#include "approximate.cuh"
 #include "neighbours.cuh"
 #include "slabs.cuh"
 #include "types.cuh"
@@ -44,10 +47,11 @@ __device__ __forceinline__ float silu(float x) {
   // Not `/`, whose rare cases are a call; -0 instead of -1e-36 and less below some -87.
   if constexpr (TERMS > 1) return __fdividef(x, 1 + expf(-x));
   // Within some 2^-22, of which 16 bits show nothing.
-  float power, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1 + power));
-  return x * inverse;
+  return x * approximate_reciprocal(1 + approximate_power_of_2(x * -1.44269504f));
+}
+
+__device__ __forceinline__ float gated(float gate, float up) {
+  return silu(gate) * up * GATED_SCALE;
 }
 
 // silu(gate) * up * GATED_SCALE of two channels, as the next product reads it: n channels, a multiple
@@ -68,7 +72,7 @@ struct Gated {
   }
 
   __device__ __forceinline__ Result result(float gate0, float up0, float gate1, float up1) const {
-    float first = silu(gate0) * up0 * GATED_SCALE, second = silu(gate1) * up1 * GATED_SCALE;
+    float first = gated(gate0, up0), second = gated(gate1, up1);
     Result result;
 #pragma unroll
     for (int term = 0; term < TERMS; ++term) {
@@ -87,5 +91,32 @@ struct Gated {
 #pragma unroll
     for (int term = 0; term < TERMS; ++term)
       *reinterpret_cast<u32*>(at + term * size_t(n) * extent) = result.of[term];
+  }
+};
+
+template <class Stored>
+struct LinearPair {
+  const float* bias_n;
+  Stored* out_mn;
+  int n;
+
+  __device__ float bias(int column) const {
+    return bias_n && column < n ? bias_n[column] : 0.0f;
+  }
+
+  __device__ __forceinline__ void operator()(int row, int column, float a, float b) const {
+    const float sums[] = {a + bias(column), b + bias(column + 1)};
+    store_neighbours(out_mn + size_t(row) * n + column, Neighbours<Stored, 2>(sums), n - column,
+                     n % 2 == 0);
+  }
+};
+
+struct GatedPair {
+  HALF* out;
+  int n, extent;
+
+  __device__ __forceinline__ void operator()(int row, int column, float gate, float up) const {
+    if (column / 2 < n)
+      out[in_slabs(row, column / 2, extent)] = HALF{u16(HALF::both(gated(gate, up), 0))};
   }
 };

@@ -1,0 +1,95 @@
+"""Products on Hopper of so few rows that reading the weights takes longest (few_rows90.cu)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+
+from lfm2kit_cuda.activations import Rows, Slabs, empty_slabs, placed
+from lfm2kit_cuda.constants import FEW_ROWS90, GEMM90, SLABS
+from lfm2kit_cuda.device import sm_count
+from lfm2kit_cuda.kernels import load_kernel
+from lfm2kit_cuda.products import Matrix, RowTiles, listed, padded
+
+BLOCK, MOST_BLOCKS, MOST_ROWS = FEW_ROWS90.BLOCK, FEW_ROWS90.MOST_BLOCKS, FEW_ROWS90.MOST_ROWS
+STEP = GEMM90.STEP  # the rows that an instruction multiplies are a multiple of it
+ROW_BYTES = 2 * SLABS.SLAB  # of a row in a stage
+MULTIPLIED = 64  # rows of weights that an instruction reads
+SHARED_BYTES = 110 * 1024  # so that the next kernel's CTAs fit beside this one's
+
+
+class FewRows:
+    """The products of tiles of up to MOST_ROWS rows, with the bits of gemm90.cu.
+
+    `constants` are those that its sources are compiled with: HALF, MMA_TYPE, GATED_SCALE.
+    """
+
+    def __init__(self, constants: dict[str, int | str]) -> None:
+        self._constants = {key: constants[key] for key in ("HALF", "MMA_TYPE", "GATED_SCALE")}
+
+    def linear(
+        self,
+        name: str,
+        dtype: Any,
+        x: Rows | Slabs,
+        matrix: Matrix,
+        bias: cupy.ndarray | None,
+        tiles: RowTiles | None,
+    ) -> cupy.ndarray:
+        """Return x @ W.T + bias: [rows, columns]; the kernel `name` stores them as `dtype`."""
+        out = cupy.empty((tiles.rows if tiles else len(x), matrix.columns), dtype)
+        self._launch(name, x, matrix, (bias, out), tiles, matrix.columns)
+        return out
+
+    def gated(self, x: Rows | Slabs, matrix: Matrix, tiles: RowTiles | None) -> Slabs:
+        """Return silu(x @ w1.T) * (x @ w3.T); the kernel makes the padding too: silu(0) * 0."""
+        out = empty_slabs(tiles.rows if tiles else len(x), matrix.columns)
+        self._launch("gated", x, matrix, (out.array,), tiles, out.columns, out.extent)
+        return out
+
+    def _launch(
+        self,
+        name: str,
+        x: Rows | Slabs,
+        matrix: Matrix,
+        outputs: tuple[cupy.ndarray | None, ...],
+        tiles: RowTiles | None,
+        columns: int,
+        *extent: int,
+    ) -> None:
+        source, most = (tiles.source, len(tiles.tiles)) if tiles else (None, min(1, len(x)))
+        if isinstance(x, Rows):
+            x, source = placed(x.array, source), None
+        blocks = blocks_of_a_cta(matrix.width // BLOCK, most, sm_count())
+        rows = padded(tiles.tiling.rows if tiles else len(x), STEP)
+        ctas = most * -(-matrix.width // (BLOCK * blocks))
+        kernel = load_kernel("few_rows90", f"{name}_few_wgmma", SHARED_BYTES, **self._constants)
+        kernel(
+            (min(sm_count(), ctas),), FEW_ROWS90.THREADS, x.array, source, matrix.packed, *outputs,
+            *listed(tiles), len(x), x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns,
+            blocks, *stages(blocks, rows), *extent,
+        )  # fmt: skip
+
+
+def blocks_of_a_cta(blocks: int, tiles: int, sm_count: int) -> int:
+    """Return how many blocks of columns a CTA takes at once.
+
+    The busiest SM gets as few blocks as possible, and reads as many of them as possible together.
+    """
+
+    def busiest(each: int) -> tuple[int, int]:
+        ctas = tiles * -(-blocks // each)
+        return each * -(-ctas // sm_count), -each
+
+    return min(range(1, MOST_BLOCKS + 1), key=busiest)
+
+
+def stages(blocks: int, rows: int) -> tuple[int, int]:
+    """Return the number of stages, and the bytes of one, that fit into SHARED_BYTES.
+
+    The last one is followed by what the instructions read beyond its blocks.
+    """
+    stage = ROW_BYTES * (BLOCK * blocks + rows)
+    last = max(stage, ROW_BYTES * padded(BLOCK * blocks, MULTIPLIED))
+    return min(FEW_ROWS90.MOST_STAGES, 1 + (SHARED_BYTES - last) // stage), stage

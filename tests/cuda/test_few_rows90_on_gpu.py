@@ -1,0 +1,155 @@
+"""16-bit products of few rows on a real Hopper: the bits of gemm90.cu, in all that is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from lfm2kit_cuda.requirements import why_unavailable
+
+from lfm2kit.backend import BF16, Tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
+]
+
+Float32 = npt.NDArray[np.float32]
+SHAPES = ((6144, 2048), (2048, 2048), (2048, 7168), (65536, 2048), (101, 69), (33, 300))  # out, in
+ROWS = (*range(1, 9), 9, 16)
+
+
+def random(rng: np.random.Generator, *shape: int) -> Float32:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def tensors(rng: np.random.Generator, groups: int, *shape: int) -> list[Tensor]:
+    return [Tensor.of_array("w", random(rng, *shape) / 16).stored_as(BF16) for _ in range(groups)]
+
+
+def bits(array: Any) -> Any:
+    return array.view(f"u{array.itemsize}")
+
+
+def poison(array: Any) -> int:
+    """Return the bits of all elements of an output before: ones."""
+    return int(np.iinfo(bits(array).dtype).max)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    assert (bits(got) == bits(want)).all()
+    assert (bits(want) != poison(want)).all()
+
+
+def assert_untouched(array: Any) -> None:
+    assert (bits(array) == poison(array)).all()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(params=["bf16", "fp16"])
+def gemm(request: pytest.FixtureRequest) -> Any:
+    from lfm2kit_cuda import arithmetic, device
+
+    if device.compute_capability()[0] != 9:
+        pytest.skip("it takes a chip of compute capability 9.0")
+    return arithmetic.arithmetic(request.param)
+
+
+@pytest.fixture
+def few(gemm: Any) -> Any:
+    from lfm2kit_cuda.few_rows90 import FewRows
+
+    return FewRows(gemm._constants)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+
+    empty = cupy.empty
+
+    def poisoned(*arguments: Any) -> Any:
+        array = empty(*arguments)
+        bits(array).fill(poison(array))
+        return array
+
+    monkeypatch.setattr(cupy, "empty", poisoned)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense_rows(gemm: Any, few: Any, rng: np.random.Generator, shape: tuple[int, int]) -> None:
+    import cupy
+
+    out, inputs = shape
+    matrix, bias = gemm.pack(tensors(rng, 1, out, inputs)), cupy.asarray(random(rng, out))
+    for rows in ROWS:
+        x = gemm.rounded(cupy.asarray(random(rng, rows, inputs)))
+        for of in (bias, None):
+            got = few.linear("linear", cupy.float32, x, matrix, of, None)
+            assert_same(got, gemm.linear(x, matrix, of))
+            got = few.linear("linear_rounded", cupy.uint16, x, matrix, of, None)
+            assert_same(got, gemm.linear_rounded(x, matrix, of))
+
+
+@pytest.mark.parametrize("shape", [(3584, 2048), (7168, 2048), (320, 128), (69, 107)], ids=str)
+def test_gated(gemm: Any, few: Any, rng: np.random.Generator, shape: tuple[int, int]) -> None:
+    import cupy
+
+    w13 = gemm.pack_gated(tensors(rng, 1, *shape), tensors(rng, 1, *shape))
+    for rows in ROWS:
+        x = gemm.rounded(cupy.asarray(random(rng, rows, shape[1])))
+        got, want = few.gated(x, w13, None).array, gemm.gated(x, w13).array
+        assert_same(got[:, :, :rows], want[:, :, :rows])
+        assert_untouched(got[:, :, rows:])
+
+
+@pytest.mark.parametrize("tile_rows", [8, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 64])
+def test_experts(
+    gemm: Any, few: Any, rng: np.random.Generator, tokens: int, tile_rows: int
+) -> None:
+    """A few experts get more rows than a tile has, and some get none."""
+    import cupy
+    from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+    from lfm2kit_cuda.products import Tiling
+
+    class Few:
+        """The arithmetic as far as grouping asks it, with tiles of few rows."""
+
+        def tiling(self, pairs: int, groups: int) -> Any:
+            return Tiling(tile_rows, step=8)
+
+    experts, hidden, inner = 32, 2048, 1792
+    w13 = gemm.pack_gated(
+        tensors(rng, experts, inner, hidden), tensors(rng, experts, inner, hidden)
+    )
+    w2 = gemm.pack_down(tensors(rng, experts, hidden, inner))
+    chances = rng.random(experts) ** 3
+    order = (rng.random((tokens, experts)) * chances).argsort(axis=1)
+    ids = cupy.asarray(np.ascontiguousarray(order[:, -4:], np.int32))
+    everyone = cupy.arange(experts, dtype=cupy.int32)
+    x = gemm.rounded(cupy.asarray(random(rng, tokens, hidden)))
+
+    tiles, place = grouped_by_expert(ids, everyone, experts, gemm)
+    gated = gemm.gated(x, w13, tiles)
+    want = gemm.down(gated, w2, tiles)
+    fews, its_place = grouped_by_expert(ids, everyone, experts, Few())  # type: ignore[arg-type]
+    assert (place == its_place).all()
+    its_gated = few.gated(x, w13, fews)
+    name = "linear" if want.dtype == cupy.float32 else "linear_rounded"
+    got = few.linear(name, want.dtype, its_gated, w2, None, fews.in_place())
+
+    slots = place.ravel()
+    assert_same(its_gated.array[:, :, slots], gated.array[:, :, slots])
+    assert_same(got[slots], want[slots])
+    nobodys = cupy.asarray(np.setdiff1d(np.arange(len(got)), slots.get()))
+    assert_untouched(got[nobodys])
+    assert_untouched(its_gated.array[:, :, nobodys])
