@@ -60,14 +60,9 @@ def gemm(request: pytest.FixtureRequest) -> Any:
 
     if device.compute_capability()[0] != 9:
         pytest.skip("it takes a chip of compute capability 9.0")
-    return arithmetic.arithmetic(request.param)
-
-
-@pytest.fixture
-def few(gemm: Any) -> Any:
-    from lfm2kit_cuda.few_rows90 import FewRows
-
-    return FewRows(gemm._constants)
+    gemm: Any = arithmetic.arithmetic(request.param)
+    gemm.few_rows = 0  # it has the kernels of gemm90.cu for all tiles
+    return gemm
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +80,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dense_rows(gemm: Any, few: Any, rng: np.random.Generator, shape: tuple[int, int]) -> None:
+def test_dense_rows(gemm: Any, rng: np.random.Generator, shape: tuple[int, int]) -> None:
     import cupy
 
     out, inputs = shape
@@ -93,29 +88,27 @@ def test_dense_rows(gemm: Any, few: Any, rng: np.random.Generator, shape: tuple[
     for rows in ROWS:
         x = gemm.rounded(cupy.asarray(random(rng, rows, inputs)))
         for of in (bias, None):
-            got = few.linear("linear", cupy.float32, x, matrix, of, None)
+            got = gemm._few.linear("linear", cupy.float32, x, matrix, of, None)
             assert_same(got, gemm.linear(x, matrix, of))
-            got = few.linear("linear_rounded", cupy.uint16, x, matrix, of, None)
+            got = gemm._few.linear("linear_rounded", cupy.uint16, x, matrix, of, None)
             assert_same(got, gemm.linear_rounded(x, matrix, of))
 
 
 @pytest.mark.parametrize("shape", [(3584, 2048), (7168, 2048), (320, 128), (69, 107)], ids=str)
-def test_gated(gemm: Any, few: Any, rng: np.random.Generator, shape: tuple[int, int]) -> None:
+def test_gated(gemm: Any, rng: np.random.Generator, shape: tuple[int, int]) -> None:
     import cupy
 
     w13 = gemm.pack_gated(tensors(rng, 1, *shape), tensors(rng, 1, *shape))
     for rows in ROWS:
         x = gemm.rounded(cupy.asarray(random(rng, rows, shape[1])))
-        got, want = few.gated(x, w13, None).array, gemm.gated(x, w13).array
+        got, want = gemm._few.gated(x, w13, None).array, gemm.gated(x, w13).array
         assert_same(got[:, :, :rows], want[:, :, :rows])
         assert_untouched(got[:, :, rows:])
 
 
 @pytest.mark.parametrize("tile_rows", [8, 16])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 64])
-def test_experts(
-    gemm: Any, few: Any, rng: np.random.Generator, tokens: int, tile_rows: int
-) -> None:
+def test_experts(gemm: Any, rng: np.random.Generator, tokens: int, tile_rows: int) -> None:
     """A few experts get more rows than a tile has, and some get none."""
     import cupy
     from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
@@ -143,9 +136,9 @@ def test_experts(
     want = gemm.down(gated, w2, tiles)
     fews, its_place = grouped_by_expert(ids, everyone, experts, Few())  # type: ignore[arg-type]
     assert (place == its_place).all()
-    its_gated = few.gated(x, w13, fews)
+    its_gated = gemm._few.gated(x, w13, fews)
     name = "linear" if want.dtype == cupy.float32 else "linear_rounded"
-    got = few.linear(name, want.dtype, its_gated, w2, None, fews.in_place())
+    got = gemm._few.linear(name, want.dtype, its_gated, w2, None, fews.in_place())
 
     slots = place.ravel()
     assert_same(its_gated.array[:, :, slots], gated.array[:, :, slots])

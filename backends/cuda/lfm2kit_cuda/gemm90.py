@@ -15,8 +15,9 @@ import cupy
 from lfm2kit.backend import BF16, Tensor
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda.activations import Rows, Slabs, slabs_bytes, split
-from lfm2kit_cuda.constants import ACTIVATIONS, GEMM90, SLABS
+from lfm2kit_cuda.constants import ACTIVATIONS, FEW_ROWS90, GEMM90, SLABS
 from lfm2kit_cuda.device import sm_count
+from lfm2kit_cuda.few_rows90 import FewRows
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Ctas, Matrix, RowTiles, Tiling, listed, padded, readable
@@ -49,16 +50,19 @@ CTAS_OF_TERMS = Ctas(
 
 class HopperGemm(TensorCoreGemm):
     run, terms, most_rows = 1, 1, MOST_ROWS
+    few_rows = FEW_ROWS90.MOST_ROWS  # of a tile, up to which it takes longest to read the weights
 
     def __init__(self, activation: str) -> None:
         super().__init__(activation)
         self._ctas = CTAS
+        self._few = FewRows(self._constants)
         self._constants["TERMS"] = self.terms
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
         """Return tiles that hold the rows of most experts if routing is even.
 
-        Stages of fewer rows are smaller, so that there are more of them.
+        Stages of fewer rows are smaller, so that there are more of them.  Tiles of up to `few_rows`
+        are multiplied by kernels of their own.
         """
         mean = pairs // groups
         return Tiling(min(self.most_rows, padded(mean + 4 * isqrt(mean) + 1, STEP)), STEP)
@@ -81,6 +85,26 @@ class HopperGemm(TensorCoreGemm):
 
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
         return 2 * padded(shape[0], PANEL) * padded(shape[1], TILE_K)
+
+    def gated(self, x: Any, matrix: Matrix, tiles: RowTiles | None = None) -> Slabs:
+        if self._has_few_rows(x, tiles):
+            return self._few.gated(x, matrix, tiles)
+        return super().gated(x, matrix, tiles)
+
+    def _linear(
+        self,
+        name: str,
+        dtype: Any,
+        x: Any,
+        matrix: Matrix,
+        bias: cupy.ndarray | None,
+        tiles: RowTiles | None,
+    ) -> cupy.ndarray:
+        linear = self._few.linear if self._has_few_rows(x, tiles) else super()._linear
+        return linear(name, dtype, x, matrix, bias, tiles)
+
+    def _has_few_rows(self, x: Any, tiles: RowTiles | None) -> bool:
+        return 0 < (tiles.tiling.rows if tiles else len(x)) <= self.few_rows
 
     def _launch(
         self,
@@ -132,7 +156,7 @@ class ThreeTermGemm(HopperGemm):
     `rounded` leaves them as they are; what `gated` returns is split already.
     """
 
-    terms, most_rows = ACTIVATIONS.TERMS, MOST_ROWS_OF_TERMS
+    terms, most_rows, few_rows = ACTIVATIONS.TERMS, MOST_ROWS_OF_TERMS, 0
 
     def __init__(self) -> None:
         super().__init__("BF16")
