@@ -59,7 +59,9 @@ class Table:
         self.seconds = partial(watch.seconds_recorded, backend)
 
     def row(self, name: str, rows: int, nbytes: float, call: Callable[[], float]) -> None:
-        least, many, ours = (1e6 * seconds for seconds in (nbytes / self.read, by_many(call), call()))
+        least, many, ours = (
+            1e6 * seconds for seconds in (nbytes / self.read, by_many(call), call())
+        )
         cells = f"{many:.1f} | {ours:.1f} | {least:.1f} | {least / ours:.2f}"
         print(f"| {self.precision} | {name} | {rows} | {cells} |", flush=True)
 
