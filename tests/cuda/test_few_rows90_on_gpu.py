@@ -71,8 +71,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     empty = cupy.empty
 
-    def poisoned(*arguments: Any) -> Any:
-        array = empty(*arguments)
+    def poisoned(shape: Any, dtype: Any = np.float32) -> Any:
+        array = empty(shape, dtype)
         bits(array).fill(poison(array))
         return array
 

@@ -64,7 +64,7 @@ class Gemm90(NamedTuple):
 class FewRows90(NamedTuple):
     """The constants of few_rows90.cu, beside the panels of gemm90.cu."""
 
-    THREADS: int = 160
+    COPYING_WARPS: int = 4  # of a CTA, in turn: one alone would take longer than a stage's products
     BLOCK: int = 16  # columns
     MOST_BLOCKS: int = 8  # of a CTA
     MOST_ROWS: int = 16  # of a tile

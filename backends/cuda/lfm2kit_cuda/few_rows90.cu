@@ -9,7 +9,8 @@
 //             rows; without a list, all m rows, group 0
 //
 // A panel has sixteen blocks of 16 columns, of which a slab's 2 KB are consecutive.  A CTA takes 1 to 8
-// blocks of a tile (`blocks`), with all k.  One warp copies stages of 64 k, and a warpgroup multiplies.
+// blocks of a tile (`blocks`), with all k.  Some warps copy a stage of 64 k each, one after the other, and a
+// warpgroup multiplies.
 //
 // The instruction always multiplies 64 rows of W, one block for each warp.  Where there are fewer
 // blocks, it reads what lies behind them in shared memory, and those sums are not stored.
@@ -22,8 +23,9 @@
 
 constexpr int kTileK = kSlabK, kRowBytes = kTileK * 2;
 constexpr int kBlock = BLOCK, kBlocks = PANEL / kBlock, kBlockBytes = kBlock * kRowBytes;
-constexpr int kMultiplying = 128, kThreads = kMultiplying + 32, kWarps = kMultiplying / 32;
-static_assert(THREADS == kThreads && PANEL == 256 && BLOCK == 16, "`column_of`, a warp's 16 rows");
+constexpr int kMultiplying = 128, kWarps = kMultiplying / 32, kCopyingWarps = COPYING_WARPS;
+constexpr int kThreads = kMultiplying + 32 * kCopyingWarps;
+static_assert(PANEL == 256 && BLOCK == 16, "`column_of`, a warp's 16 rows");
 constexpr int kMostRows = MOST_ROWS, kStep = 8;
 constexpr int kPending = 2;  // stages that the tensor cores may still be reading
 static_assert(kMostRows == 2 * kStep, "`compute` has a loop for each number of rows");
@@ -122,13 +124,19 @@ struct Activations {
   }
 };
 
+// Whether this warp copies step s of a tile.
+__device__ __forceinline__ bool is_mine(int s) {
+  return s % kCopyingWarps == int(threadIdx.x - kMultiplying) / 32;
+}
+
 // Copies the first weights of a dense layer, which may be read before the kernel ahead of this one has ended:
-// they were packed at load, at least one kernel before it.  Returns the number of stages that it copies.
+// they were packed at load, at least one kernel before it.  Returns the number of stages that are copied.
 __device__ inline int copy_first_weights(Ring ring, const Operands& of) {
   if (of.tiles) return 0;
   int stages = min(ring.count, of.steps);
   Weights weights(tile_at(blockIdx.x, of), of);
-  for (int s = 0; s < stages; ++s, ring.next()) weights.copy(ring, s);
+  for (int s = 0; s < stages; ++s, ring.next())
+    if (is_mine(s)) weights.copy(ring, s);
   return stages;
 }
 
@@ -142,6 +150,7 @@ __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
     Weights weights(tile, of);
     Activations activations(tile, of);
     for (int s = 0; s < of.steps; ++s, ring.next()) {
+      if (!is_mine(s)) continue;
       ring.wait_until_read();
       if (s >= ahead) weights.copy(ring, s);
       activations.copy(ring, s);

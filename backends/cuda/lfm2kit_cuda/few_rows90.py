@@ -13,6 +13,7 @@ from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.products import Matrix, RowTiles, listed, padded
 
 BLOCK, MOST_BLOCKS, MOST_ROWS = FEW_ROWS90.BLOCK, FEW_ROWS90.MOST_BLOCKS, FEW_ROWS90.MOST_ROWS
+THREADS = 128 + 32 * FEW_ROWS90.COPYING_WARPS
 STEP = GEMM90.STEP  # the rows that an instruction multiplies are a multiple of it
 ROW_BYTES = 2 * SLABS.SLAB  # of a row in a stage
 MULTIPLIED = 64  # rows of weights that an instruction reads
@@ -66,7 +67,7 @@ class FewRows:
         ctas = most * -(-matrix.width // (BLOCK * blocks))
         kernel = load_kernel("few_rows90", f"{name}_few_wgmma", SHARED_BYTES, **self._constants)
         kernel(
-            (min(sm_count(), ctas),), FEW_ROWS90.THREADS, x.array, source, matrix.packed, *outputs,
+            (min(sm_count(), ctas),), THREADS, x.array, source, matrix.packed, *outputs,
             *listed(tiles), len(x), x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns,
             blocks, *stages(blocks, rows), *extent,
         )  # fmt: skip
