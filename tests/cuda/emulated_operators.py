@@ -26,13 +26,21 @@ from tests.cuda.test_emulated import COMPILER, has_cpp20
 Float32 = npt.NDArray[np.float32]
 
 ATTENTION = specs.Attention(24, 4, 2, 6, rope_theta=100.0, norm_eps=1e-5)
-WEIGHTS = np.random.default_rng(7).standard_normal((2, ATTENTION.head_dim)).astype(np.float32)
 CONVERSIONS = {
     'asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits))': "value = value_of_half(x.bits)",
     'asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x))': "half.bits = nearest_half(x)",
 }
-HALF = np.arange(ATTENTION.head_dim // 2, dtype=np.float32) / (ATTENTION.head_dim // 2)
-INVERSE = (1 / np.float32(ATTENTION.rope_theta) ** HALF).astype(np.float32)
+EMULATED_PART = 32  # keys: shorter than on a GPU, so that few tokens have several parts
+
+
+def norm_weights(spec: specs.Attention) -> Float32:
+    """Return the weights of the norms of queries and of keys."""
+    return np.random.default_rng(7).standard_normal((2, spec.head_dim)).astype(np.float32)
+
+
+def inverse_frequencies(spec: specs.Attention) -> Float32:
+    halves = np.arange(spec.head_dim // 2, dtype=np.float32) / (spec.head_dim // 2)
+    return (1 / np.float32(spec.rope_theta) ** halves).astype(np.float32)
 
 
 def compiled(
@@ -106,12 +114,16 @@ class EmulatedAttention:
 
     program: Path
     spec: specs.Attention = field(default=ATTENTION)
+    ctas: int = 0  # that share the parts of a row; 0: a CTA goes through all keys of its rows
 
     def __call__(self, qkv: Float32, batch: Batch, state: Kept | None) -> Float32:
         size, (keys, values) = _size(state), state.arrays if state else _nothing()
+        parts = -(-batch.pages.shape[1] * size[1] // EMULATED_PART) if self.ctas else 0
         out = run(
-            self.program, [*_numbers(batch), *size, min(2, batch.sequences)],
-            [qkv, *WEIGHTS, INVERSE, batch.positions, batch.cu_seqlens, batch.pages, keys, values],
+            self.program,
+            [*_numbers(batch), *size, min(2, batch.sequences), parts, self.ctas],
+            [qkv, norm_weights(self.spec), inverse_frequencies(self.spec), batch.positions,
+             batch.cu_seqlens, batch.pages, keys, values],
         )  # fmt: skip
         heads, kept = np.split(out, [len(qkv) * self.spec.num_attention_heads * self.spec.head_dim])
         if state:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lfm2kit_cuda import compiling, nvrtc
+from lfm2kit_cuda import compiling, nvrtc, parts
 from lfm2kit_cuda.compiling import SOURCES, architecture_name, compile_source, waits_for_previous
 
-from lfm2kit import progress
+from lfm2kit import progress, specs
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.kernel_cache import KernelCache
 
@@ -29,7 +29,18 @@ HALVES = {
 WAYS = {"gemm90": 2, "few_rows90": 2, "few_rows": 2}
 LOW = {"MOST_ROWS": 32, "MOST_ROWS_OF_TERMS": 32}  # of gemm90's tiles
 ONCE = {"F16": ("sm_75",), "BF16": ("sm_80", "sm_100")}  # what gemm16 is always compiled for
-ATTENTION = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
+CONV = {"KERNEL_SIZE": 3, "WINDOW": 18, "VECTOR": 4}
+HEADS = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
+ODD_HEADS = {"HEADS": 3, "KV_HEADS": 1, "HEAD_DIM": 2, "INNER": "F16"}
+
+
+def layout_of(
+    head_dim: int, itemsize: int, kilobytes: int, heads: int = 32, kv_heads: int = 8
+) -> dict[str, int]:
+    """Return the constants of attention.cu for a chip with so much shared memory."""
+    spec = specs.Attention(2048, heads, kv_heads, head_dim, 1e6, 1e-5)
+    return parts.layout(spec, itemsize, kilobytes * 1024)._asdict()
+
 
 # Each source with the constants of LFM2-8B-A1B, and with odd ones where they change the code.
 KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
@@ -66,24 +77,16 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("gemm90", {**HALVES["bf16"], "TERMS": 3}, ("sm_90a",)),
     ("blocks/rows", {"HIDDEN": 2048, "VECTOR": 4, "OUT": "BF16"}, ALL),
     ("blocks/rows", {"HIDDEN": 13, "VECTOR": 1, "OUT": "F32"}, ALL),
-    (
-        "blocks/short_conv",
-        {"ROWS": 4, "KERNEL_SIZE": 3, "WINDOW": 18, "VECTOR": 4, "INNER": "F32"},
-        ALL,
-    ),
-    (
-        "blocks/short_conv",
-        {"ROWS": 1, "KERNEL_SIZE": 3, "WINDOW": 18, "VECTOR": 4, "INNER": "BF16"},
-        ALL,
-    ),
-    (
-        "blocks/short_conv",
-        {"ROWS": 4, "KERNEL_SIZE": 1, "WINDOW": 16, "VECTOR": 1, "INNER": "F16"},
-        ALL,
-    ),
-    ("blocks/attention", {**ATTENTION, "INNER": "F32"}, ALL),
-    ("blocks/attention", {**ATTENTION, "INNER": "BF16"}, ALL),
-    ("blocks/attention", {"HEADS": 3, "KV_HEADS": 1, "HEAD_DIM": 2, "INNER": "F16"}, ALL),
+    ("blocks/short_conv", {**CONV, "ROWS": 4, "INNER": "F32"}, ALL),
+    ("blocks/short_conv", {**CONV, "ROWS": 1, "INNER": "BF16"}, ALL),
+    ("blocks/short_conv", {**CONV, "ROWS": 4, "INNER": "F16", "VECTOR": 1}, ALL),
+    ("blocks/rotation", {**HEADS, "INNER": "F32"}, ALL),
+    ("blocks/rotation", ODD_HEADS, ALL),
+    ("blocks/attention", {**HEADS, "INNER": "F32", **layout_of(64, 4, 227)}, ("sm_90a", "sm_100")),
+    ("blocks/attention", {**HEADS, "INNER": "F32", **layout_of(64, 4, 64)}, ("sm_75",)),
+    ("blocks/attention", {**HEADS, "INNER": "BF16", **layout_of(64, 2, 227)}, ("sm_90a", "sm_100")),
+    ("blocks/attention", {**HEADS, "INNER": "BF16", **layout_of(64, 2, 163)}, ("sm_80",)),
+    ("blocks/attention", {**ODD_HEADS, **layout_of(2, 2, 64, heads=3, kv_heads=1)}, ALL),
     ("blocks/router", {"HIDDEN": 2048, "VECTOR": 4, "EXPERTS": 32, "TAKEN": 1}, ALL),
     ("blocks/router", {"HIDDEN": 4, "VECTOR": 4, "EXPERTS": 32, "TAKEN": 4}, ALL),
     ("blocks/router", {"HIDDEN": 13, "VECTOR": 1, "EXPERTS": 33, "TAKEN": 8}, ALL),

@@ -2,58 +2,99 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lfm2kit_cuda.parts import layout
 
+from lfm2kit import specs
 from lfm2kit.batch import Batch
 from lfm2kit.state import Room
 from lfm2kit.testing.compare import assert_same
 from lfm2kit.testing.sessions import Session, one_shot
-from tests.cuda.emulated_operators import ATTENTION, INVERSE, WEIGHTS, EmulatedAttention, compiled
+from tests.cuda.emulated_operators import (
+    ATTENTION,
+    EMULATED_PART,
+    EmulatedAttention,
+    Kept,
+    compiled,
+    inverse_frequencies,
+    norm_weights,
+)
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 6
-GROUP, QUERIES, KEYS = HEADS // KV_HEADS, HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+WIDE = specs.Attention(256, 4, 1, 64, rope_theta=100.0, norm_eps=1e-5)  # read 16 bytes at once
+ITEMSIZE, SHARED_BYTES = {"F32": 4, "BF16": 2}, 227 * 1024
+CONTEXTS = (1, EMULATED_PART - 1, EMULATED_PART, EMULATED_PART + 1, 105)  # the last: of 4 parts
+
+
+def attention_of(
+    folder: Path, spec: specs.Attention, inner: str, fault: tuple[str, str] | None = None
+) -> EmulatedAttention:
+    sizes = {
+        "HEADS": spec.num_attention_heads, "KV_HEADS": spec.num_key_value_heads,
+        "HEAD_DIM": spec.head_dim, "INNER": inner, "PART_KEYS": EMULATED_PART,
+    }  # fmt: skip
+    chip = layout(spec, ITEMSIZE[inner], SHARED_BYTES)._asdict()
+    return EmulatedAttention(compiled(folder, "blocks/attention", fault, **sizes, **chip), spec)
 
 
 @pytest.fixture(scope="module")
 def attention(tmp_path_factory: pytest.TempPathFactory) -> EmulatedAttention:
-    sizes = {"HEADS": HEADS, "KV_HEADS": KV_HEADS, "HEAD_DIM": HEAD_DIM, "INNER": "F32"}
-    program = compiled(tmp_path_factory.mktemp("attention"), "blocks/attention", **sizes)
-    return EmulatedAttention(program)
+    return attention_of(tmp_path_factory.mktemp("attention"), ATTENTION, "F32")
 
 
-def rows(count: int, seed: int = 0) -> Float32:
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal((count, QUERIES + 2 * KEYS)).astype(np.float32)
+@pytest.fixture(scope="module", params=["small heads", "BF16"])
+def of_parts(
+    request: pytest.FixtureRequest,
+    attention: EmulatedAttention,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> EmulatedAttention:
+    """Return attention with heads that are read word by word, or 16 bytes at once."""
+    if request.param == "small heads":
+        return attention
+    return attention_of(tmp_path_factory.mktemp("attention-wide"), WIDE, request.param)
 
 
-def rotated(heads: Float64, weight: Float32) -> Float64:
-    """Return the heads of one sequence, [tokens, heads, HEAD_DIM], normed and rotated."""
-    size = np.sqrt((heads**2).mean(axis=2, keepdims=True) + ATTENTION.norm_eps)
+def rows(count: int, seed: int = 0, spec: specs.Attention = ATTENTION) -> Float32:
+    rng, heads = (
+        np.random.default_rng(seed),
+        spec.num_attention_heads + 2 * spec.num_key_value_heads,
+    )
+    return rng.standard_normal((count, heads * spec.head_dim)).astype(np.float32)
+
+
+def rotated(heads: Float64, weight: Float32, spec: specs.Attention) -> Float64:
+    """Return the heads of one sequence, [tokens, heads, head_dim], normed and rotated."""
+    size = np.sqrt((heads**2).mean(axis=2, keepdims=True) + spec.norm_eps)
     a, b = np.split(heads / size * weight, 2, axis=2)
-    angles = np.arange(len(heads))[:, None, None] * INVERSE
+    angles = np.arange(len(heads))[:, None, None] * inverse_frequencies(spec)
     cos, sin = np.cos(angles), np.sin(angles)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
 
 
-def expected(qkv: Float32) -> Float32:
+def expected(qkv: Float32, spec: specs.Attention = ATTENTION) -> Float32:
     """Return a sequence's heads, row by row, each of the keys and values up to itself alone."""
-    q, k, v = (
-        part.reshape(len(qkv), -1, HEAD_DIM)
-        for part in np.split(qkv.astype(np.float64), [QUERIES, QUERIES + KEYS], axis=1)
+    queries, keys = (
+        n * spec.head_dim for n in (spec.num_attention_heads, spec.num_key_value_heads)
     )
-    q, k = rotated(q, WEIGHTS[0]), rotated(k, WEIGHTS[1])
-    heads = np.empty_like(q)
+    q, k, v = (
+        part.reshape(len(qkv), -1, spec.head_dim)
+        for part in np.split(qkv.astype(np.float64), [queries, queries + keys], axis=1)
+    )
+    q, k = (rotated(x, w, spec) for x, w in zip((q, k), norm_weights(spec), strict=True))
+    heads, group = np.empty_like(q), spec.num_attention_heads // spec.num_key_value_heads
     for row in range(len(q)):
-        for head in range(HEADS):
-            scores = k[: row + 1, head // GROUP] @ q[row, head] * HEAD_DIM**-0.5
+        for head in range(spec.num_attention_heads):
+            scores = k[: row + 1, head // group] @ q[row, head] * spec.head_dim**-0.5
             weights = np.exp(scores - scores.max())
-            heads[row, head] = weights / weights.sum() @ v[: row + 1, head // GROUP]
+            heads[row, head] = weights / weights.sum() @ v[: row + 1, head // group]
     return heads.reshape(len(qkv), -1).astype(np.float32)
 
 
@@ -104,6 +145,69 @@ def test_steps_back_across_a_page(attention: EmulatedAttention) -> None:
     fed.pages.step_back("one", 5)
     want = whole(attention, np.concatenate([qkv[:62], other]))
     assert_same(fed.feed_in_chunks("one", other, [1, 4]), want[62:], "after a step back")
+
+
+def test_ctas_that_share_the_parts_of_a_row_have_the_bits_of_a_prompt(
+    of_parts: EmulatedAttention,
+) -> None:
+    """The newest rows of several sequences, and of one; the table has columns to spare."""
+    qkvs = [rows(n, n, of_parts.spec) for n in CONTEXTS]
+    want = [one_shot(of_parts.spec, of_parts, qkv)[-1] for qkv in qkvs]  # type: ignore[arg-type]
+    state, pages = filled(of_parts, [qkv[:-1] for qkv in qkvs])
+    for ctas in (1, 3):
+        shared, ids = replace(of_parts, ctas=ctas), np.zeros(1, np.int32)
+        for some in (slice(None), slice(-1, None)):
+            starts = [len(qkv) - 1 for qkv in qkvs[some]]
+            batch = Batch.of_sequences([ids] * len(starts), starts=starts, pages=pages[some])
+            got = shared(np.stack([qkv[-1] for qkv in qkvs[some]]), batch, deepcopy(state))
+            assert_same(got, np.stack(want[some]), f"{ctas} CTAs, {len(starts)} sequences")
+
+
+def test_more_parts_than_a_warp_has_lanes(attention: EmulatedAttention) -> None:
+    """The keys and values before the new row are any numbers: no prompt has made them."""
+    context, rng = 35 * EMULATED_PART + 1, np.random.default_rng(3)
+    state = attention.new_state(Room(context // 64 + 1, 64))
+    state.arrays = [rng.standard_normal(array.shape, np.float32) for array in state.arrays]
+    pages = np.arange(len(state.arrays[0]), dtype=np.int32)[None]
+    batch = Batch.of_sequences([np.zeros(1, np.int32)], starts=[context - 1], pages=pages)
+    alone, shared = (
+        replace(attention, ctas=ctas)(rows(1), batch, deepcopy(state)) for ctas in (0, 3)
+    )
+    assert_same(shared, alone, "36 parts")
+
+
+def test_several_new_rows_have_the_bits_of_a_prompt(attention: EmulatedAttention) -> None:
+    """As when guesses are checked: each row has its own parts, and the first ones have fewer."""
+    qkv, start = rows(2 * EMULATED_PART + 2), 2 * EMULATED_PART - 3
+    state, pages = filled(attention, [qkv[:start]])
+    new = np.zeros(len(qkv) - start, np.int32)
+    batch = Batch.of_sequences([new], starts=[start], pages=pages)
+    got = replace(attention, ctas=2)(qkv[start:], batch, state)
+    assert_same(got, whole(attention, qkv)[start:], "rows of one sequence")
+
+
+def test_parts_are_added_to_what_attention_is(of_parts: EmulatedAttention) -> None:
+    spec = of_parts.spec
+    qkv = rows(2 * EMULATED_PART + 5, 1, spec)
+    error, scale = (0.02, 0.02) if spec is WIDE else (1e-4, 1e-6)
+    got = one_shot(spec, of_parts, qkv)  # type: ignore[arg-type]
+    np.testing.assert_allclose(got, expected(qkv, spec), rtol=error, atol=scale)
+
+
+def filled(
+    attention: EmulatedAttention, qkvs: list[Float32], wider: int = 3
+) -> tuple[Kept, npt.NDArray[np.int32]]:
+    """Return a state with these sequences, and its pages in a table with columns to spare."""
+    count = -(-(max(map(len, qkvs)) + 8) // 64)
+    state = attention.new_state(Room(len(qkvs) * count + 1, 64))
+    numbers = np.random.default_rng(2).permutation(len(qkvs) * count).reshape(-1, count)
+    table = np.full((len(qkvs), count + wider), -1, np.int32)
+    table[:, :count] = numbers
+    ids = [np.zeros(len(qkv), np.int32) for qkv in qkvs]
+    for qkv, tokens, row in zip(qkvs, ids, table, strict=True):
+        if len(qkv):
+            attention(qkv, Batch.of_sequences([tokens], pages=row[None]), state)
+    return state, table
 
 
 def session(attention: EmulatedAttention, room: Room) -> Session:

@@ -29,7 +29,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     subprocess.run(
         [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-         *{*definitions("blocks/rows", constants), *definitions("blocks/attention", constants)},
+         *{*definitions("blocks/rows", constants), *definitions("blocks/rotation", constants)},
          str(sources / "norms.cpp"), "-o", str(folder / "norms")], check=True,
     )  # fmt: skip
     return folder / "norms"

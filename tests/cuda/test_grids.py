@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lfm2kit_cuda.parts import CTAS_OF_SM, PART_KEYS
 
 from lfm2kit import specs
 from lfm2kit.batch import Batch
@@ -72,6 +73,7 @@ class Device:
         kernels.load_kernel = self._load
         upload.upload = lambda array: Shape(array.shape, array.dtype)
         self.launching = import_module("lfm2kit_cuda.launching")
+        self.sms = import_module("lfm2kit_cuda.device").sm_count
 
     def _load(self, stem: str, name: str, *constants: Any, **more: Any) -> Any:
         def launch(grid: Any, threads: int, *arguments: Any) -> None:
@@ -165,6 +167,24 @@ def test_small_batches_have_one_layer(device: Device) -> None:
     block = device.block(attention, "fp32")
     block(Shape((64, 24), np.float32), batch_of(64, 1), None)
     assert device.grids["attend"] == [(1, 64, 2)]
+
+
+@pytest.mark.parametrize("context", [127_000, 512, 256])
+def test_few_rows_with_many_keys_are_shared_by_as_many_ctas_as_fill_the_device(
+    device: Device, context: int
+) -> None:
+    """What a step is captured with is the width of the table; one part needs no sharing."""
+    attention = next(s.operator for s in MODEL.layers if isinstance(s.operator, specs.Attention))
+    block, width = device.block(attention, "fp32"), context // 64
+    pages = np.arange(width, dtype=np.int32)[None]
+    batch = Batch.of_sequences([np.zeros(1, np.int32)], starts=[context - 1], pages=pages)
+    block(*inputs_of(attention, batch, block))
+    kv_heads, parts = attention.num_key_value_heads, -(-context // PART_KEYS)
+    if parts == 1:
+        assert device.grids["attend"] == [(1, 1, kv_heads)]
+    else:
+        ctas = min(parts, -(-CTAS_OF_SM * device.sms() // kv_heads))
+        assert device.grids["attend_parts"] == [(1, ctas, kv_heads)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 65535, 65536, 70_000, 131_070, 131_071, 10**7])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 from lfm2kit_cuda.paging import most_pages, state_bytes
+from lfm2kit_cuda.parts import arrived_shape, parts_shape
 
 from lfm2kit import specs
 from lfm2kit.state import Room
@@ -24,7 +27,9 @@ def test_a_chunk_lies_in_no_more_pages_than_are_written(page_tokens: int) -> Non
 def test_a_layer_takes_what_its_operator_takes() -> None:
     room, conv = Room(5, 192), specs.ShortConv(128, 4)
     attention = specs.Attention(128, 4, 2, 64, 1e6, 1e-5)
-    for operator, expected in ((conv, 4 * 5 * 19 * 128), (attention, 2 * 2 * 5 * 192 * 2 * 64)):
+    shared = 4 * (prod(parts_shape(attention, room)) + prod(arrived_shape(attention, room)))
+    kept = 2 * 2 * 5 * 192 * 2 * 64
+    for operator, expected in ((conv, 4 * 5 * 19 * 128), (attention, kept + shared)):
         layer = specs.Layer(WIDE_NORM, operator, WIDE_NORM, WIDE_MOE)
         assert state_bytes(layer, room, itemsize=2) == expected
         assert state_bytes(operator, room, itemsize=2) == expected

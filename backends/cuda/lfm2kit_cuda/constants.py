@@ -87,6 +87,7 @@ class Attention(NamedTuple):
     """The constants of attention.cu."""
 
     ATTEND_THREADS: int = 128
+    PART_KEYS: int = 256  # that are summed on their own, from multiples of it on
     MOST_ROWS: int = 16  # (row, head) pairs of a CTA, unless a group of heads is larger
 
 
@@ -182,6 +183,7 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "after_copies": {},
     "blocks/rows": {**SLABS._asdict(), **ROWS._asdict()},
     "blocks/short_conv": SLABS._asdict(),
+    "blocks/rotation": {},
     "blocks/attention": {**SLABS._asdict(), **ATTENTION._asdict()},
     "blocks/router": ROUTER._asdict(),
     "blocks/experts": EXPERTS._asdict(),

@@ -7,6 +7,7 @@ from math import prod
 from lfm2kit import specs
 from lfm2kit.backend import STEP_BACK, Room
 from lfm2kit.specs import Spec
+from lfm2kit_cuda.parts import arrived_shape, parts_shape
 
 Shape = tuple[int, ...]
 
@@ -38,4 +39,5 @@ def state_bytes(spec: Spec, room: Room, itemsize: int) -> int:
     if isinstance(spec, specs.ShortConv):
         return 4 * prod(rows_shape(spec, room))
     assert isinstance(spec, specs.Attention)
-    return 2 * itemsize * prod(keys_shape(spec, room))
+    shared = prod(parts_shape(spec, room)) + prod(arrived_shape(spec, room))
+    return 2 * itemsize * prod(keys_shape(spec, room)) + 4 * shared

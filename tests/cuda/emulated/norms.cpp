@@ -1,4 +1,4 @@
-// Runs the norm of rows (rows.cu) or of heads (attention.cu, at position 0) on the host:
+// Runs the norm of rows (rows.cu) or of heads (rotation.cu, at position 0) on the host:
 //
 //     norms rows|heads COUNT EPS < COUNT ROWS OF HIDDEN, OR HEADS OF HEAD_DIM, FLOATS > THE SAME
 //
@@ -29,7 +29,7 @@ namespace rows {
 #include "blocks/rows.cu"
 }
 namespace heads {
-#include "blocks/attention.cu"
+#include "blocks/rotation.cu"
 }
 
 int main(int, char** argv) {

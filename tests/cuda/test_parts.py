@@ -1,0 +1,73 @@
+"""When CTAs share the parts of a context, and what a state has room for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from lfm2kit_cuda.parts import (
+    LEAST_KEPT,
+    MOST_ROWS,
+    PART_KEYS,
+    ctas_of_row,
+    layout,
+    parts_of,
+    parts_shape,
+)
+
+from lfm2kit import specs
+from lfm2kit.batch import Batch
+from lfm2kit.state import Room
+
+SPEC = specs.Attention(2048, 32, 8, 64, 1e6, 1e-5)
+
+
+def batch_of(lengths: list[int], context: int, page_tokens: int = 128) -> Batch:
+    """Return sequences whose last rows are new, with pages of their own."""
+    width = -(-context // page_tokens)
+    pages = np.arange(len(lengths) * width, dtype=np.int32).reshape(-1, width)
+    ids = [np.zeros(n, np.int32) for n in lengths]
+    return Batch.of_sequences(ids, starts=[context - n for n in lengths], pages=pages)
+
+
+@pytest.mark.parametrize(("sequences", "context"), [(1, 127_000), (16, 32_768), (64, 8_192)])
+def test_a_state_has_room_for_a_row_of_each_of_its_sequences(sequences: int, context: int) -> None:
+    batch = batch_of([1] * sequences, context)
+    kept, heads, floats = parts_shape(SPEC, Room.of_sequences(sequences, context))
+    assert (heads, floats) == (32, 66)
+    assert parts_of(batch, 128, kept) == -(-context // PART_KEYS)
+
+
+def test_a_long_context_is_shared_beside_short_ones() -> None:
+    """The table is as wide as the longest sequence needs, which the room need not hold twice."""
+    room = Room.of_sequences(1, 33_000)
+    assert parts_of(batch_of([1] * 7, 32_768), 128, parts_shape(SPEC, room)[0]) == 128
+
+
+def test_prompts_and_single_parts_are_not_shared() -> None:
+    for lengths, context in (([MOST_ROWS + 1], 4096), ([1], PART_KEYS), ([1] * 65, 4096)):
+        assert parts_of(batch_of(lengths, context), 128, LEAST_KEPT) == 0
+    assert parts_of(batch_of([MOST_ROWS], 4096), 128, LEAST_KEPT) == 16
+
+
+def test_a_room_without_pages_takes_nothing() -> None:
+    assert parts_shape(SPEC, Room(0))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "ctas"), [(1, 128, 33), (1, 2, 2), (16, 128, 3), (64, 32, 1)]
+)
+def test_ctas_fill_the_device(rows: int, parts: int, ctas: int) -> None:
+    assert ctas_of_row(batch_of([1] * rows, 8192), 8, parts, sms=132) == ctas
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
+def test_every_chip_has_room_for_stages(itemsize: int, kilobytes: int) -> None:
+    sizes = layout(SPEC, itemsize, 1024 * kilobytes)
+    assert max(sizes.WHOLE_BYTES, sizes.PARTS_BYTES) <= 1024 * kilobytes
+    if (itemsize, kilobytes) == (
+        2,
+        227,
+    ):  # two CTAs of a Hopper's SM, with 1 KB each for the system
+        assert (sizes.PART_WARPS, sizes.PART_STAGES) == (4, 3)
+        assert 2 * (sizes.PARTS_BYTES + 1024) <= 228 * 1024
