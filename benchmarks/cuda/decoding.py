@@ -1,6 +1,7 @@
 """Decoding with full-size LFM2-8B-A1B and random weights: tokens/s, captured and not captured.
 
     python benchmarks/cuda/decoding.py --precision fp32,bf16 -n 1,16,64
+    python benchmarks/cuda/decoding.py --precision bf16 -n 1 --context 128,8192,32768
 
 A step is `model.logits(batch, state)`, one token of every sequence in, logits on the host out.
 Rounds of captured steps alternate with rounds of the same steps uncaptured, and have their bits.
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import NamedTuple, TypeVar
 
 import cupy
@@ -37,8 +39,8 @@ Result = TypeVar("Result")
 
 STEPS = 16  # of a round
 HEADINGS = (
-    "precision", "batch", "tokens/s", "target", "uncaptured", "step us", "spread", "graph us",
-    "copy us", "Python us", "batch us",
+    "precision", "batch", "context", "tokens/s", "target", "uncaptured", "step us", "spread",
+    "graph us", "copy us", "Python us", "batch us",
 )  # fmt: skip
 
 
@@ -134,17 +136,18 @@ def parts(sequences: Sequences, position: int, repetitions: int) -> tuple[float,
 
 
 def rows(model: LFM2, precision: str, options: argparse.Namespace) -> Iterator[tuple[object, ...]]:
-    for n in map(int, options.n.split(",")):
+    numbers = (map(int, option.split(",")) for option in (options.n, options.context))
+    for n, context in product(*numbers):
         rounds = -(-options.repetitions // STEPS) + 1  # the first one is a warm-up
         steps = rounds * STEPS
-        sequences = Sequences.prefilled(model, n, options.context, steps + 1)
-        starts = range(options.context, options.context + steps, STEPS)
+        sequences = Sequences.prefilled(model, n, context, steps + 1)
+        starts = range(context, context + steps, STEPS)
         times = [t for at in starts for t in round_of_steps(sequences, at)][STEPS:]
-        graph, copy = parts(sequences, options.context + steps, options.repetitions)
+        graph, copy = parts(sequences, context + steps, options.repetitions)
         batch, uncaptured, captured = map(statistics.median, zip(*times, strict=True))
         slowest, fastest = (f(t.captured for t in times) for f in (max, min))
         yield (
-            precision, n, f"{n / captured:.0f}", TARGETS.get((precision, n), ""),
+            precision, n, context, f"{n / captured:.0f}", TARGETS.get((precision, n), ""),
             f"{n / uncaptured:.0f}", f"{1e6 * captured:.0f}",
             f"{100 * (slowest - fastest) / captured:.0f} %",
             *(f"{1e6 * t:.0f}" for t in (graph, copy, captured - graph - copy, batch)),
@@ -155,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="fp32,bf16")
     parser.add_argument("-n", default="1,16,64")
-    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--context", default="256")
     parser.add_argument("-r", "--repetitions", type=int, default=50)
     options = parser.parse_args()
     print("| " + " | ".join(HEADINGS) + " |\n" + "|---" * len(HEADINGS) + "|")
