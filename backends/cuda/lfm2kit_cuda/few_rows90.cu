@@ -124,9 +124,10 @@ struct Activations {
   }
 };
 
-// Whether this warp copies step s of a tile.
-__device__ __forceinline__ bool is_mine(int s) {
-  return s % kCopyingWarps == int(threadIdx.x - kMultiplying) / 32;
+// Whether this warp copies the CTA's nth stage, counted over all of its tiles: then it has waited for a
+// stage less than a turn of the ring before, and takes no phase of a barrier for another.
+__device__ __forceinline__ bool is_mine(int n) {
+  return n % kCopyingWarps == int(threadIdx.x - kMultiplying) / 32;
 }
 
 // Copies the first weights of a dense layer, which may be read before the kernel ahead of this one has ended:
@@ -142,15 +143,15 @@ __device__ inline int copy_first_weights(Ring ring, const Operands& of) {
 
 // Fills the ring's stages with the operands of this CTA's tiles.
 __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
-  int ahead = copy_first_weights(ring, of);
+  int ahead = copy_first_weights(ring, of), n = 0;
   wait_for_previous();
   for (int index = blockIdx.x;; index += gridDim.x, ahead = 0) {
     Tile tile = tile_at(index, of);
     if (tile.rows < 0) break;
     Weights weights(tile, of);
     Activations activations(tile, of);
-    for (int s = 0; s < of.steps; ++s, ring.next()) {
-      if (!is_mine(s)) continue;
+    for (int s = 0; s < of.steps; ++s, ++n, ring.next()) {
+      if (!is_mine(n)) continue;
       ring.wait_until_read();
       if (s >= ahead) weights.copy(ring, s);
       activations.copy(ring, s);

@@ -89,7 +89,8 @@ def blocks_of_a_cta(blocks: int, tiles: int, sm_count: int) -> int:
 def stages(blocks: int, rows: int) -> tuple[int, int]:
     """Return the number of stages, and the bytes of one, that fit into SHARED_BYTES.
 
-    The last one is followed by what the instructions read beyond its blocks.
+    The last one is followed by what the instructions read beyond its blocks.  There are more than
+    COPYING_WARPS.
     """
     stage = ROW_BYTES * (BLOCK * blocks + rows)
     last = max(stage, ROW_BYTES * padded(BLOCK * blocks, MULTIPLIED))
