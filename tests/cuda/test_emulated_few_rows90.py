@@ -77,13 +77,12 @@ class Emulated:
         matrices: Float32,
         bias: Float32 | None = None,
         tiles: Tiles | None = None,
-        source: npt.NDArray[np.int32] | None = None,
         dtype: Any = np.float32,
     ) -> npt.NDArray[Any]:
         rows, columns = len(tiles.source) if tiles else len(x), matrices.shape[1]
         out = np.full(rows * columns + MARGIN, -1, np.dtype(f"i{np.dtype(dtype).itemsize}"))
         name = "linear_few_wgmma" if dtype is np.float32 else "linear_rounded_few_wgmma"
-        written = self._run(name, x, matrices, (bias, out), tiles, source, columns)
+        written = self._run(name, x, matrices, (bias, out), tiles, columns)
         assert (written.view(out.dtype)[rows * columns :] == -1).all()
         return written.view(dtype)[: rows * columns].reshape(rows, columns)
 
@@ -93,7 +92,6 @@ class Emulated:
         gates: Float32,
         ups: Float32,
         tiles: Tiles | None = None,
-        source: npt.NDArray[np.int32] | None = None,
     ) -> Halves:
         """Return rows with padding; the bits of those that nobody wrote are those of -1."""
         columns, extent = (
@@ -102,7 +100,7 @@ class Emulated:
         )
         out = np.full(columns * extent, -1, np.int16)
         matrices = interleaved(gates, ups)
-        written = self._run("gated_few_wgmma", x, matrices, (out,), tiles, source, columns, extent)
+        written = self._run("gated_few_wgmma", x, matrices, (out,), tiles, columns, extent)
         return in_rows(written.view(np.uint16), extent).view(np.float16)
 
     def _run(
@@ -112,7 +110,6 @@ class Emulated:
         matrices: Float32,
         outputs: tuple[npt.NDArray[Any] | None, ...],
         tiles: Tiles | None,
-        source: npt.NDArray[np.int32] | None,
         columns: int,
         *extent: int,
     ) -> npt.NDArray[np.uint8]:
@@ -124,7 +121,7 @@ class Emulated:
             len(x), x_extent, weights.shape[2], weights.shape[1] * PANEL, columns, self.blocks,
             min(stages, 5), stage, *extent,
         )  # fmt: skip
-        given = in_slabs(rounded(x, F16), x_extent), source, weights, *outputs
+        given = in_slabs(rounded(x, F16), x_extent), weights, *outputs
         done = subprocess.run(
             [str(self.program), name, *map(str, (3, *numbers))],
             input=b"".join(map(framed, (*given, *listed(tiles)))), stdout=subprocess.PIPE,
@@ -188,7 +185,7 @@ def test_dense_rows(
 def test_experts(
     emulated: Callable[[int], Emulated], rng: np.random.Generator, most: int, blocks: int
 ) -> None:
-    """Tiles of a list, gathered; the next product reads them where they are."""
+    """Tiles of a list, whose rows are in its order."""
     few, inner, inputs, tokens = emulated(blocks), 69, 108, 30
     group_of = np.repeat(np.arange(len(COUNTS), dtype=np.int32), COUNTS)
     slots, place, of_tiles = grouped(group_of[:, None], range(len(COUNTS)), most, STEP)
@@ -197,7 +194,7 @@ def test_experts(
     x, xs = integers(rng, tokens, inputs), integers(rng, len(slots), inner)
     gates, ups = integers(rng, 2, len(COUNTS), inner, inputs) / 4
     down = integers(rng, len(COUNTS), 101, inner)
-    gated, out = few.gated(x, gates, ups, tiles, slots), few.linear(xs, down, None, tiles)
+    gated, out = few.gated(x[slots], gates, ups, tiles), few.linear(xs, down, None, tiles)
     for row, group in zip(place, group_of, strict=True):
         want = swiglu(x[slots[row]][None], gates[group], ups[group])
         assert_near(gated[row : row + 1, :inner], want)

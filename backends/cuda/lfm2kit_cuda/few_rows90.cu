@@ -3,7 +3,6 @@
 // bytes are on their way all the time.  HALF is BF16 or F16.
 //
 //   a         rows of activations in slabs (slabs.cuh)
-//   source    the row of `a` that each row of a tile is; null: its own
 //   w_gpsrk   matrices packed by `panel` in packing.cu: [groups][width / 256][steps][256][64]
 //   tiles     (group, first row, rows, the group's first tile | its tiles << 16) of up to kMostRows
 //             rows; without a list, all m rows, group 0
@@ -36,7 +35,6 @@ __shared__ u64 filled[kMostStages], read_by[kMostStages];  // their barriers
 
 struct Operands {
   const HALF* a;
-  const int* source;
   const HALF* w_gpsrk;
   const int4* tiles;
   const int* tile_count;
@@ -94,33 +92,24 @@ struct Weights {
   }
 };
 
-// The activations of a tile: each lane copies a chunk of every fourth row, swizzled anew for its place in
-// the stage.  Rows beyond the last are whatever lay there, and their sums are not stored.
+// The activations of a tile.  Rows beyond the last are whatever lay there, and their sums are not stored.
 struct Activations {
-  static constexpr int kParts = kMostRows * kChunks / 32;
-  const HALF* from[kParts];  // null: nothing
-  int to[kParts];            // in bytes
+  const char* from;
   size_t slab;
+  int bytes;
 
   __device__ __forceinline__ Activations(const Tile& tile, const Operands& of)
-      : slab(size_t(of.extent) * kSlabK) {
-    int lane = threadIdx.x % 32, k = lane % kChunks * kChunk;
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      int row = lane / kChunks + i * (32 / kChunks);
-      from[i] = nullptr;
-      to[i] = of.blocks * kBlockBytes + 2 * int(in_slabs(row, k, kMostRows));
-      if (row >= tile.rows) continue;
-      int its = of.source ? of.source[tile.row + row] : tile.row + row;
-      from[i] = of.a + in_slabs(its, k, of.extent);
-    }
-  }
+      : from(reinterpret_cast<const char*>(of.a) + size_t(tile.row) * kRowBytes),
+        slab(size_t(of.extent) * kRowBytes),
+        bytes(min(tile.rows > kStep ? kMostRows : kStep, of.extent - tile.row) * kRowBytes) {}
 
-  __device__ __forceinline__ void copy(const Ring& ring, int s) const {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i)
-      if (from[i]) copy_async<16>(ring.at() + to[i], from[i] + s * slab, 16);
-    barrier_arrive_after_copies(ring.filled + ring.stage);
+  // Starts the copy of step s to the ring's stage, which waits for nothing else.
+  __device__ __forceinline__ void copy(const Ring& ring, const Operands& of, int s) const {
+    if (threadIdx.x % 32) return;
+    u64* its = ring.filled + ring.stage;
+    barrier_promise(its, bytes);
+    copy_bulk(ring.at() + of.blocks * kBlockBytes, from + s * slab, bytes, its);
+    barrier_arrive(its);
   }
 };
 
@@ -154,7 +143,7 @@ __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
       if (!is_mine(n)) continue;
       ring.wait_until_read();
       if (s >= ahead) weights.copy(ring, s);
-      activations.copy(ring, s);
+      activations.copy(ring, of, s);
     }
   }
   let_next_start();
@@ -173,7 +162,6 @@ __device__ __forceinline__ void sum_stages(Sums& sums, Ring& ring, const Operand
   Ring behind = ring;
   for (int s = 0; s < of.steps; ++s, ring.next()) {
     ring.wait_until_filled();
-    fence_stores();  // the activations were not copied in bulk
     u64 w = matrix_descriptor(shared_address(ring.at()));
     u64 a = matrix_descriptor(shared_address(ring.at() + of.blocks * kBlockBytes));
     wgmma_begin();
@@ -237,7 +225,7 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
                                         const Store& store) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
-      barrier_init(filled + i, 32);  // the lanes that copy
+      barrier_init(filled + i, 1);
       barrier_init(read_by + i, kWarps);
     }
     fence_stores();
@@ -251,10 +239,10 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
 // out_mn = A @ W.T + bias_n (null for none), as `Stored`
 #define LINEAR(name, Stored)                                                                     \
   extern "C" __global__ void __launch_bounds__(kThreads)                                         \
-      name(const HALF* a, const int* source, const HALF* w_gpsrk, const float* bias_n,           \
-           Stored* out_mn, const int4* tiles, const int* tile_count, int m, int extent,          \
-           int steps, int width, int n, int blocks, int stages, int stage_bytes) {               \
-    compute({a, source, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,    \
+      name(const HALF* a, const HALF* w_gpsrk, const float* bias_n, Stored* out_mn,              \
+           const int4* tiles, const int* tile_count, int m, int extent, int steps, int width,    \
+           int n, int blocks, int stages, int stage_bytes) {                                     \
+    compute({a, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,            \
             stage_bytes, LinearPair<Stored>{bias_n, out_mn, n});                                 \
   }
 LINEAR(linear_few_wgmma, F32)
@@ -263,9 +251,9 @@ LINEAR(linear_rounded_few_wgmma, HALF)
 // out = silu(A @ w1.T) * (A @ w3.T) * GATED_SCALE, n channels in slabs of `out_extent` rows, where the
 // rows of W are one of w1, one of w3, and so on
 extern "C" __global__ void __launch_bounds__(kThreads)
-    gated_few_wgmma(const HALF* a, const int* source, const HALF* w_gpsrk, HALF* out,
-                    const int4* tiles, const int* tile_count, int m, int extent, int steps,
-                    int width, int n, int blocks, int stages, int stage_bytes, int out_extent) {
-  compute({a, source, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,
+    gated_few_wgmma(const HALF* a, const HALF* w_gpsrk, HALF* out, const int4* tiles,
+                    const int* tile_count, int m, int extent, int steps, int width, int n,
+                    int blocks, int stages, int stage_bytes, int out_extent) {
+  compute({a, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,
           stage_bytes, GatedPair{out, n, out_extent});
 }

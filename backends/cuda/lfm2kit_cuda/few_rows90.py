@@ -6,7 +6,7 @@ from typing import Any
 
 import cupy
 
-from lfm2kit_cuda.activations import Rows, Slabs, empty_slabs, placed
+from lfm2kit_cuda.activations import Slabs, empty_slabs
 from lfm2kit_cuda.constants import FEW_ROWS90, GEMM90, SLABS
 from lfm2kit_cuda.device import sm_count
 from lfm2kit_cuda.kernels import load_kernel
@@ -17,6 +17,7 @@ THREADS = 128 + 32 * FEW_ROWS90.COPYING_WARPS
 STEP = GEMM90.STEP  # the rows that an instruction multiplies are a multiple of it
 ROW_BYTES = 2 * SLABS.SLAB  # of a row in a stage
 MULTIPLIED = 64  # rows of weights that an instruction reads
+BESIDE = 3  # blocks: what a tile takes beside its own
 SHARED_BYTES = 110 * 1024  # so that the next kernel's CTAs fit beside this one's
 
 
@@ -33,7 +34,7 @@ class FewRows:
         self,
         name: str,
         dtype: Any,
-        x: Rows | Slabs,
+        x: Slabs,
         matrix: Matrix,
         bias: cupy.ndarray | None,
         tiles: RowTiles | None,
@@ -43,7 +44,7 @@ class FewRows:
         self._launch(name, x, matrix, (bias, out), tiles, matrix.columns)
         return out
 
-    def gated(self, x: Rows | Slabs, matrix: Matrix, tiles: RowTiles | None) -> Slabs:
+    def gated(self, x: Slabs, matrix: Matrix, tiles: RowTiles | None) -> Slabs:
         """Return silu(x @ w1.T) * (x @ w3.T); the kernel makes the padding too: silu(0) * 0."""
         out = empty_slabs(tiles.rows if tiles else len(x), matrix.columns)
         self._launch("gated", x, matrix, (out.array,), tiles, out.columns, out.extent)
@@ -52,36 +53,34 @@ class FewRows:
     def _launch(
         self,
         name: str,
-        x: Rows | Slabs,
+        x: Slabs,
         matrix: Matrix,
         outputs: tuple[cupy.ndarray | None, ...],
         tiles: RowTiles | None,
         columns: int,
         *extent: int,
     ) -> None:
-        source, most = (tiles.source, len(tiles.tiles)) if tiles else (None, min(1, len(x)))
-        if isinstance(x, Rows):
-            x, source = placed(x.array, source), None
+        most = len(tiles.tiles) if tiles else min(1, len(x))
         blocks = blocks_of_a_cta(matrix.width // BLOCK, most, sm_count())
         rows = padded(tiles.tiling.rows if tiles else len(x), STEP)
         ctas = most * -(-matrix.width // (BLOCK * blocks))
         kernel = load_kernel("few_rows90", f"{name}_few_wgmma", SHARED_BYTES, **self._constants)
         kernel(
-            (min(sm_count(), ctas),), THREADS, x.array, source, matrix.packed, *outputs,
+            (min(sm_count(), ctas),), THREADS, x.array, matrix.packed, *outputs,
             *listed(tiles), len(x), x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns,
             blocks, *stages(blocks, rows), *extent,
         )  # fmt: skip
 
 
 def blocks_of_a_cta(blocks: int, tiles: int, sm_count: int) -> int:
-    """Return how many blocks of columns a CTA takes at once.
+    """Return how many blocks of columns a CTA takes at once, so that the busiest SM is done first.
 
-    The busiest SM gets as few blocks as possible, and reads as many of them as possible together.
+    What a tile takes beside its blocks is as long as some of these.
     """
 
-    def busiest(each: int) -> tuple[int, int]:
+    def busiest(each: int) -> int:
         ctas = tiles * -(-blocks // each)
-        return each * -(-ctas // sm_count), -each
+        return (each + BESIDE) * -(-ctas // sm_count)
 
     return min(range(1, MOST_BLOCKS + 1), key=busiest)
 

@@ -88,7 +88,7 @@ class HopperGemm(TensorCoreGemm):
 
     def gated(self, x: Any, matrix: Matrix, tiles: RowTiles | None = None) -> Slabs:
         if self._has_few_rows(x, tiles):
-            return self._few.gated(x, matrix, tiles)
+            return self._few.gated(self._slabs(x, tiles), matrix, tiles)
         return super().gated(x, matrix, tiles)
 
     def _linear(
@@ -100,8 +100,9 @@ class HopperGemm(TensorCoreGemm):
         bias: cupy.ndarray | None,
         tiles: RowTiles | None,
     ) -> cupy.ndarray:
-        linear = self._few.linear if self._has_few_rows(x, tiles) else super()._linear
-        return linear(name, dtype, x, matrix, bias, tiles)
+        if self._has_few_rows(x, tiles):
+            return self._few.linear(name, dtype, self._slabs(x, tiles), matrix, bias, tiles)
+        return super()._linear(name, dtype, x, matrix, bias, tiles)
 
     def _has_few_rows(self, x: Any, tiles: RowTiles | None) -> bool:
         return 0 < (tiles.tiling.rows if tiles else len(x)) <= self.few_rows

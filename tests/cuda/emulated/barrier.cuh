@@ -20,8 +20,6 @@ inline void barrier_init(u64* barrier, int arrivals) { counter(barrier) = {u8(ar
 
 inline void barrier_arrive(u64* barrier) { ++counter(barrier).arrived, counter(barrier).look(); }
 
-inline void barrier_arrive_after_copies(u64* barrier) { barrier_arrive(barrier); }
-
 inline void barrier_promise(u64* barrier, int bytes) { counter(barrier).bytes += bytes; }
 
 inline void barrier_wait(u64* barrier, u32 parity) {

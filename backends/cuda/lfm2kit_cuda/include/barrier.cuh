@@ -11,12 +11,6 @@ __device__ inline void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives as soon as this thread's copies before (async_copy.cuh) are complete.
-__device__ inline void barrier_arrive_after_copies(u64* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
 // Announces bytes to come to the phase that is under way.
 __device__ inline void barrier_promise(u64* barrier, int bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(
