@@ -18,7 +18,7 @@ from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.testing.host_block import host_block
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import random_weights
-from tests.cpu_simd.test_elementwise import vector_silu
+from tests.cpu_simd.test_elementwise import vector_silu  # noqa: F401, a fixture
 from tests.cpu_simd.twins import HAS_FMA, assert_same_bits
 
 pytestmark = [
@@ -114,7 +114,9 @@ def test_reciprocals_are_rounded_to_nearest(exponent: int) -> None:
     assert_same_bits(on_gpu("reciprocals", x), np.float32(1) / x)
 
 
-def test_silu_of_any_number_has_the_bits_of_cpu_simd(rng: np.random.Generator) -> None:
+def test_silu_of_any_number_has_the_bits_of_cpu_simd(
+    rng: np.random.Generator, vector_silu: Any
+) -> None:
     bits = rng.integers(-(2**31), 2**31, 2**23).astype(np.int32)
     usual = rng.uniform(-100, 100, 2**23).astype(np.float32)
     for x in (bits.view(np.float32), usual):
