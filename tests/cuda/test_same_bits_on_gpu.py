@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lfm2kit_cpu_simd import elementwise
 from lfm2kit_cuda.compiling import OPTIONS, architecture_name
 from lfm2kit_cuda.nvrtc import compile_cubin
 from lfm2kit_cuda.requirements import why_unavailable
@@ -18,7 +20,6 @@ from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.testing.host_block import host_block
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import random_weights
-from tests.cpu_simd.test_elementwise import vector_silu  # noqa: F401, a fixture
 from tests.cpu_simd.twins import HAS_FMA, assert_same_bits
 
 pytestmark = [
@@ -114,9 +115,8 @@ def test_reciprocals_are_rounded_to_nearest(exponent: int) -> None:
     assert_same_bits(on_gpu("reciprocals", x), np.float32(1) / x)
 
 
-def test_silu_of_any_number_has_the_bits_of_cpu_simd(
-    rng: np.random.Generator, vector_silu: Any
-) -> None:
+def test_silu_of_any_number_has_the_bits_of_cpu_simd(rng: np.random.Generator) -> None:
+    vector_silu = numba.vectorize(["float32(float32)"])(lambda x: elementwise.silu(x))
     bits = rng.integers(-(2**31), 2**31, 2**23).astype(np.int32)
     usual = rng.uniform(-100, 100, 2**23).astype(np.float32)
     for x in (bits.view(np.float32), usual):
