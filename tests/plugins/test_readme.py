@@ -21,7 +21,7 @@ from tests.plugins.test_docs import SMALLEST, fences, files
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
 OTHER_PAGES = sorted([*ROOT.glob("plugins/*/README.md"), *ROOT.glob("backends/*/README.md")])
-WRITING, FROM_PYTHON, WITH_A_STATE, BACKEND = fences(PAGE, "python")
+WRITING, FROM_PYTHON, HIDDEN_STATES, WITH_A_STATE, BACKEND = fences(PAGE, "python")
 
 
 def test_the_five_lines_that_write_text_write_english(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +43,15 @@ def test_the_lines_for_logits_print_what_they_say(capsys: pytest.CaptureFixture[
     shape, next_tokens = capsys.readouterr().out.split(") ")
     assert f"{shape})" in code[-1].partition("#")[2]
     assert len(next_tokens.split()) == 2
+
+
+def test_the_lines_for_hidden_states_print_a_row_for_each_token(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names: dict[str, Any] = {}
+    exec(HIDDEN_STATES, names)
+    hidden_size = names["model"].spec.embed_tokens.hidden_size
+    assert capsys.readouterr().out == f"(5, {hidden_size})\n"
 
 
 def test_the_code_with_a_state_has_the_logits_of_whole_sequences() -> None:
