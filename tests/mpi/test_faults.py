@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -116,31 +116,45 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-@pytest.fixture(scope="module")
-def ended(plugin: str) -> dict[tuple[str, bool], Ended]:
-    """Run the jobs of all faults, some at a time, as most of them only wait.
+class Case(NamedTuple):
+    """A fault, and whether we start the job, with `--ranks`."""
 
-    The key is the fault, and whether we start the job, with `--ranks`.
-    """
-    ours = [(fault, True) for fault in EXPECTED]
-    cases = [*ours, *((fault, False) for fault in UNDER_ANOTHER_LAUNCHER)]
+    fault: str
+    is_ours: bool
+
+
+# The likes of these are tested each time: a segfault, a user's error, and a killed rank.
+LONG = {Case("abort", True), Case("out-of-memory", True)}
+LONG |= {Case("segfault", False), Case("users-error", False)}
+
+
+def cases(faults: Iterable[str], is_ours: bool) -> list[Any]:
+    """Return the parameters of a test."""
+    some = [Case(fault, is_ours) for fault in faults]
+    return [pytest.param(c, id=c.fault, marks=pytest.mark.long if c in LONG else ()) for c in some]
+
+
+@pytest.fixture(scope="module")
+def ended(plugin: str, request: pytest.FixtureRequest) -> dict[Case, Ended]:
+    """Run the jobs of the cases that are tested, some at a time, as most of them only wait."""
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    chosen = [p.params["case"] for p in parameters if p and isinstance(p.params.get("case"), Case)]
     before = {True: own_shm(), False: [find_mpiexec(), "-n", "2"]}
     after = {True: ["--ranks", "2"], False: []}
 
-    def run(case: tuple[str, bool]) -> Ended:
-        fault, is_ours = case
-        return job(before[is_ours], after[is_ours], plugin, fault)
+    def run(case: Case) -> Ended:
+        return job(before[case.is_ours], after[case.is_ours], plugin, case.fault)
 
     with ThreadPoolExecutor(3) as pool:
-        return dict(zip(cases, pool.map(run, cases), strict=True))
+        return dict(zip(chosen, pool.map(run, chosen), strict=True))
 
 
-@pytest.mark.parametrize("fault", EXPECTED)
+@pytest.mark.parametrize("case", cases(EXPECTED, is_ours=True))
 def test_a_fault_of_one_rank_ends_the_job_with_one_line(
-    fault: str, ended: dict[tuple[str, bool], Ended]
+    case: Case, ended: dict[Case, Ended]
 ) -> None:
-    code, line = EXPECTED[fault]
-    done = ended[fault, True]
+    code, line = EXPECTED[case.fault]
+    done = ended[case]
     assert done.code == code, done.err
     assert re.fullmatch(f"{line}.*\n", done.err)
     assert "BAD TERMINATION" not in done.out
@@ -148,11 +162,11 @@ def test_a_fault_of_one_rank_ends_the_job_with_one_line(
     assert done.left == []
 
 
-@pytest.mark.parametrize("fault", UNDER_ANOTHER_LAUNCHER)
+@pytest.mark.parametrize("case", cases(UNDER_ANOTHER_LAUNCHER, is_ours=False))
 def test_under_another_launcher_the_line_is_said_and_no_rank_is_left(
-    fault: str, ended: dict[tuple[str, bool], Ended]
+    case: Case, ended: dict[Case, Ended]
 ) -> None:
-    done = ended[fault, False]
+    done = ended[case]
     assert done.code != 0
     (line,) = (line for line in done.err.splitlines() if line.startswith("lfm2kit: error:"))
     assert re.match(BLOCK, line)
