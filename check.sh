@@ -21,8 +21,8 @@ fi
 # mypy uses one core alone for long, so it runs beside the tests.  What it says comes last.
 said="$(mktemp)"
 python -m mypy >"$said" 2>&1 &
-types=$!
-trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
+types=$! sources=
+trap 'kill "$types" $sources 2>/dev/null || true; rm -f "$said"' EXIT
 trap 'exit 130' INT
 chosen=(-m "not long" --timeout 300)
 if [ "${1:-}" = --long ]; then
@@ -35,6 +35,12 @@ fi
 # Workers share the cores: idle threads must sleep, not spin.  There are three for two cores, because
 # the one that has the jobs of ranks often waits.
 export OMP_WAIT_POLICY=PASSIVE
+# With an empty cache, workers first compile the CPU's kernels, one after another.  The other core then
+# compiles CUDA's sources, which their tests find in the cache.
+if [ $# = 0 ]; then
+  python -m pytest -q -p no:cacheprovider "${chosen[@]}" tests/cuda/test_compiling.py >/dev/null 2>&1 &
+  sources=$!
+fi
 # In the order of tests/conftest.py, and not the files with most tests first.
 code=0
 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${chosen[@]}" "$@" || code=$?

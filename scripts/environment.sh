@@ -90,12 +90,13 @@ install_with_pip() {
   begin || fail "cannot make $venv"
   [ -x "$venv/bin/pip" ] || make_venv "$python" || fail "$python could not make $venv (see above)"
   # What builds the packages is installed once.  pip would do so for each of them.
+  # Python compiles a module when it is first imported, and many never are.
   { pip_install hatchling editables && pip_install --no-build-isolation "${packages[@]}"; } ||
     fail "pip could not install it (see above); PIP_INDEX_URL or PIP_FIND_LINKS names another index"
 }
 
 pip_install() {
-  "$venv/bin/python" -m pip install --quiet "$@"
+  "$venv/bin/python" -m pip install --quiet --no-compile "$@"
 }
 
 # Without symbolic links, venv copies Python, but still wants its lib64 to be one.
@@ -108,7 +109,8 @@ make_venv() {
 
 check_imports() {
   local said
-  said="$("$venv/bin/python" -P -c 'import lfm2kit.__main__, lfm2kit_cpu_simd, numba' 2>&1)" ||
+  said="$(unset PYTHONDONTWRITEBYTECODE; "$venv/bin/python" -P \
+    -c 'import lfm2kit.cli, lfm2kit_cpu_simd.backend, numba' 2>&1)" ||
     fail "what is installed in $venv does not work: ${said##*$'\n'}"
 }
 

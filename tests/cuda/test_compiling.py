@@ -28,7 +28,7 @@ HALVES = {
 # few_rows waits before it reads a list of tiles, and without one after it has asked for weights.
 WAYS = {"gemm90": 2, "few_rows90": 2, "few_rows": 2}
 LOW = {"MOST_ROWS": 32, "MOST_ROWS_OF_TERMS": 32}  # of gemm90's tiles
-ONCE = {"F16": ("sm_75",), "BF16": ("sm_80", "sm_100")}  # what gemm16 is always compiled for
+PLAINLY = {"F16": ("sm_75",), "BF16": ("sm_80", "sm_100")}  # gemm16's chips
 CONV = {"KERNEL_SIZE": 3, "WINDOW": 18, "VECTOR": 4}
 HEADS = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 64}
 ODD_HEADS = {"HEADS": 3, "KV_HEADS": 1, "HEAD_DIM": 2, "INNER": "F16"}
@@ -95,21 +95,34 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-def marks(stem: str, constants: dict[str, Any], architecture: str) -> list[pytest.MarkDecorator]:
-    """Return the marks of a source's tests: the products in 16 bits take up to a minute to compile.
+def is_always_optimised(stem: str, constants: dict[str, Any], architecture: str) -> bool:
+    """Return whether a source is compiled as for users each time, and not by --long alone.
 
-    The others have tiles of fewer heights, or are for another chip.
+    Hopper stands for all chips, and gemm90's low tiles stand for the products in 16 bits, which
+    take up to a minute.
     """
-    is_long = stem == "gemm90" and "MOST_ROWS" not in constants
-    is_long |= stem == "gemm16" and architecture not in ONCE[constants["HALF"]]
-    return [pytest.mark.long] if is_long else []
+    if stem == "gemm90":
+        return "MOST_ROWS" in constants
+    return architecture == "sm_90a" and stem != "gemm16"
 
 
-CASES = [
-    pytest.param(stem, constants, arch, id=f"{stem}-{i}-{arch}", marks=marks(stem, constants, arch))
+def is_compiled_plainly(stem: str, constants: dict[str, Any], architecture: str) -> bool:
+    """Return whether a source is compiled without the optimiser."""
+    if stem == "gemm16":
+        return architecture in PLAINLY[constants["HALF"]]
+    return architecture != "sm_90a"
+
+
+ALL_CASES = [
+    (f"{stem}-{i}-{arch}", (stem, constants, arch))
     for i, (stem, constants, architectures) in enumerate(KERNELS)
     for arch in architectures
 ]
+CASES = [
+    pytest.param(*case, id=name, marks=() if is_always_optimised(*case) else pytest.mark.long)
+    for name, case in ALL_CASES
+]
+PLAIN_CASES = [pytest.param(*c, id=name) for name, c in ALL_CASES if is_compiled_plainly(*c)]
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +180,22 @@ def test_kernels_compile_and_wait_for_the_one_before_if_they_are_launched_early(
         assert kernels
         for kernel, body in kernels.items():
             assert body.count("griddepcontrol.wait") >= WAYS.get(stem, 1), kernel
+
+
+@pytest.mark.parametrize(("stem", "constants", "architecture"), PLAIN_CASES)
+def test_each_chip_has_the_instructions_that_kernels_use(
+    stem: str,
+    constants: dict[str, Any],
+    architecture: str,
+    compiled_before: KernelCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the optimiser, which takes most of the time: each chip's own code becomes its own."""
+    monkeypatch.setattr(compiling, "OPTIONS", ("--device-debug", *compiling.OPTIONS))
+    name = f"{Path(stem).name}-{compiling._key(stem, architecture, constants)}"
+    if compiled_before.read(name) is None:
+        assert compile_source(stem, architecture, constants).startswith(b"\x7fELF")
+        compiled_before.write(name, b"it compiles")
 
 
 def kernels_in(text: str) -> dict[str, str]:

@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -30,7 +30,7 @@ LETS_ANYONE_RUN = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
 LFM2KIT = [sys.executable, "-m", "lfm2kit"]
-RUN = ["run", "-n", "8", "--deadline", "4", "--backend", "reference,mlp=faulty"]
+RUN = ["run", "-n", "2", "--deadline", "4", "--backend", "reference,mlp=faulty"]
 A_WHILE = 120  # seconds: a job that has not ended by then hangs
 MARK = "TEST_OF_FAULTS"  # in the environment of each process of a job
 
@@ -116,31 +116,45 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-@pytest.fixture(scope="module")
-def ended(plugin: str) -> dict[tuple[str, bool], Ended]:
-    """Run the jobs of all faults, some at a time, as most of them only wait.
+class Case(NamedTuple):
+    """A fault, and whether we start the job, with `--ranks`."""
 
-    The key is the fault, and whether we start the job, with `--ranks`.
-    """
-    ours = [(fault, True) for fault in EXPECTED]
-    cases = [*ours, *((fault, False) for fault in UNDER_ANOTHER_LAUNCHER)]
+    fault: str
+    is_ours: bool
+
+
+# The likes of these are tested each time: a segfault, a user's error, and a killed rank.
+LONG = {Case("abort", True), Case("out-of-memory", True)}
+LONG |= {Case("segfault", False), Case("users-error", False)}
+
+
+def cases(faults: Iterable[str], is_ours: bool) -> list[Any]:
+    """Return the parameters of a test."""
+    some = [Case(fault, is_ours) for fault in faults]
+    return [pytest.param(c, id=c.fault, marks=pytest.mark.long if c in LONG else ()) for c in some]
+
+
+@pytest.fixture(scope="module")
+def ended(plugin: str, request: pytest.FixtureRequest) -> dict[Case, Ended]:
+    """Run the jobs of the cases that are tested, some at a time, as most of them only wait."""
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    chosen = [p.params["case"] for p in parameters if p and isinstance(p.params.get("case"), Case)]
     before = {True: own_shm(), False: [find_mpiexec(), "-n", "2"]}
     after = {True: ["--ranks", "2"], False: []}
 
-    def run(case: tuple[str, bool]) -> Ended:
-        fault, is_ours = case
-        return job(before[is_ours], after[is_ours], plugin, fault)
+    def run(case: Case) -> Ended:
+        return job(before[case.is_ours], after[case.is_ours], plugin, case.fault)
 
     with ThreadPoolExecutor(3) as pool:
-        return dict(zip(cases, pool.map(run, cases), strict=True))
+        return dict(zip(chosen, pool.map(run, chosen), strict=True))
 
 
-@pytest.mark.parametrize("fault", EXPECTED)
+@pytest.mark.parametrize("case", cases(EXPECTED, is_ours=True))
 def test_a_fault_of_one_rank_ends_the_job_with_one_line(
-    fault: str, ended: dict[tuple[str, bool], Ended]
+    case: Case, ended: dict[Case, Ended]
 ) -> None:
-    code, line = EXPECTED[fault]
-    done = ended[fault, True]
+    code, line = EXPECTED[case.fault]
+    done = ended[case]
     assert done.code == code, done.err
     assert re.fullmatch(f"{line}.*\n", done.err)
     assert "BAD TERMINATION" not in done.out
@@ -148,11 +162,11 @@ def test_a_fault_of_one_rank_ends_the_job_with_one_line(
     assert done.left == []
 
 
-@pytest.mark.parametrize("fault", UNDER_ANOTHER_LAUNCHER)
+@pytest.mark.parametrize("case", cases(UNDER_ANOTHER_LAUNCHER, is_ours=False))
 def test_under_another_launcher_the_line_is_said_and_no_rank_is_left(
-    fault: str, ended: dict[tuple[str, bool], Ended]
+    case: Case, ended: dict[Case, Ended]
 ) -> None:
-    done = ended[fault, False]
+    done = ended[case]
     assert done.code != 0
     (line,) = (line for line in done.err.splitlines() if line.startswith("lfm2kit: error:"))
     assert re.match(BLOCK, line)
@@ -180,16 +194,17 @@ def assert_named(fault: str, done: Ended) -> None:
     assert done.left == []
 
 
-IN_A_GROUP = ["exits-at-once", "stopped", "loops"]
+IN_A_GROUP = ["exits-at-once", "loops"]  # one that is noticed at once, and one by the deadline
 
 
 @pytest.fixture(scope="module")
 def ended_in_a_group(plugin: str) -> dict[str, Ended]:
     """Run jobs of two groups; rank 0 waits for rank 1 in a collective of theirs alone.
 
-    The deadline is longer than that of other jobs: twelve processes start at once.
+    The deadline is longer than that of other jobs: eight processes start at once.
     """
-    return ended_late(IN_A_GROUP, plugin, "--ranks", "4", "--ep-size", "2", "--deadline", "6")
+    more = ["-n", "4", "--ranks", "4", "--ep-size", "2", "--deadline", "6"]
+    return ended_late(IN_A_GROUP, plugin, *more)
 
 
 @pytest.mark.parametrize("fault", IN_A_GROUP)
@@ -199,13 +214,13 @@ def test_a_fault_in_one_group_ends_the_job_with_one_line_that_names_the_rank(
     assert_named(fault, ended_in_a_group[fault])
 
 
-IN_AN_OVERLAP = ["raises", "exits-at-once", "loops"]
+IN_AN_OVERLAP = ["raises", "loops"]
 
 
 @pytest.fixture(scope="module")
 def ended_in_an_overlap(plugin: str) -> dict[str, Ended]:
     """Run jobs in which tokens of each rank travel when one of them fails."""
-    return ended_late(IN_AN_OVERLAP, plugin, "--ranks", "2", "--overlap", "on")
+    return ended_late(IN_AN_OVERLAP, plugin, "-n", "8", "--ranks", "2", "--overlap", "on")
 
 
 @pytest.mark.parametrize("fault", IN_AN_OVERLAP)
@@ -225,7 +240,15 @@ def test_a_rank_does_not_wait_for_ever_for_one_that_runs_another_command() -> No
     assert done.returncode != 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.long),  # is handled as SIGTERM is
+        signal.SIGTERM,
+        signal.SIGINT,
+    ],
+)
 def test_the_end_of_what_started_a_job_ends_every_rank(
     number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -18,12 +18,14 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.rank_rates import ExchangeKey
 from lfm2kit.building.rates import read_calibration
 from lfm2kit.checkpoint import open_checkpoint
+from lfm2kit.checkpoint.spec_files import spec_text
 from lfm2kit.measuring import samples
 from lfm2kit.measuring.running import run_samples
 from lfm2kit.ranks.groups import Grouping
 from lfm2kit.simulating.jobs import Job, Layout
 from lfm2kit.simulating.routing import Routing, RoutingRecorder
 from lfm2kit.transport import ExchangeCounts
+from tests.core.small import small_spec
 from tests.mpi.test_faults import LETS_ANYONE_RUN
 
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
@@ -45,10 +47,13 @@ def lfm2kit(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = tmp_path_factory.mktemp("alone") / "outputs.bin"
-    assert (
-        lfm2kit("run", "-n", "21", "--backend", "cpu_simd", "--outputs", str(path)).returncode == 0
-    )
+    """Return what one process computes with the reference, which starts fastest."""
+    return logits_of("reference", tmp_path_factory.mktemp("alone") / "outputs.bin")
+
+
+def logits_of(backend: str, path: Path) -> Any:
+    done = lfm2kit("run", "-n", "21", "--backend", backend, "--outputs", str(path))
+    assert done.returncode == 0, done.stderr
     return samples.read_answers(path)
 
 
@@ -57,7 +62,7 @@ def routing() -> Routing:
     """Return the experts that the samples of `alone` choose."""
     recorder = RoutingRecorder()
     tiny = open_checkpoint(EMBEDDED / "tiny", [])
-    built = set_up(tiny, Options(backend="cpu_simd"), rewrites=[recorder.rewrite()]).build()
+    built = set_up(tiny, Options(backend="reference"), rewrites=[recorder.rewrite()]).build()
     token_ids = samples.read_inputs(EMBEDDED / "tiny" / "inputs.bin")[:21]
     run_samples(built, token_ids, len(token_ids))
     return recorder.routing(token_ids.shape[1])
@@ -82,16 +87,17 @@ TWO_MACHINES = {"MPIR_CVAR_ODD_EVEN_CLIQUES": "1"}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "more", "environment", "groups"),
+    ("backend", "ranks", "more", "environment", "groups"),
     [
-        (3, [], {}, [[0, 1, 2]]),
-        (4, [], {}, [[0, 1, 2, 3]]),
-        (4, [], TWO_MACHINES, [[0, 2], [1, 3]]),
-        (2, ["--parallel", "dp"], {}, [[0], [1]]),
+        ("cpu_simd", 3, [], {}, [[0, 1, 2]]),
+        pytest.param("cpu_simd", 4, [], {}, [[0, 1, 2, 3]], marks=pytest.mark.long),
+        ("reference", 4, [], TWO_MACHINES, [[0, 2], [1, 3]]),
+        ("reference", 2, ["--parallel", "dp"], {}, [[0], [1]]),
     ],
     ids=["3", "4", "4-on-two-machines", "2-each-with-all-experts"],
 )
 def test_the_logits_of_several_ranks_have_the_bits_of_one(
+    backend: str,
     ranks: int,
     more: list[str],
     environment: dict[str, str],
@@ -106,7 +112,7 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
         pytest.skip("only MPICH can be told that ranks are on several machines")
     path = tmp_path / "outputs.bin"
     done = lfm2kit(
-        "run", "-v", "-n", "21", "--ranks", str(ranks), "--backend", "cpu_simd",
+        "run", "-v", "-n", "21", "--ranks", str(ranks), "--backend", backend,
         "--batch-size", "4", "--threads", "1", "--outputs", str(path), "--json", "-", *more,
         **environment,
     )  # fmt: skip
@@ -121,7 +127,8 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
         )
     assert ("of the time waiting for others" in done.stderr) == any(len(g) > 1 for g in groups)
     assert "VALID" in done.stderr.splitlines()
-    np.testing.assert_array_equal(samples.read_answers(path), alone)
+    expected = alone if backend == "reference" else logits_of(backend, tmp_path / "alone.bin")
+    np.testing.assert_array_equal(samples.read_answers(path), expected)
 
 
 def by_rank(layer: dict[str, Any]) -> list[list[int]]:
@@ -136,7 +143,7 @@ def test_more_ranks_than_samples_leave_some_without_any(
 ) -> None:
     path = tmp_path / "outputs.bin"
     done = lfm2kit(
-        "run", "-n", "1", "--ranks", "3", "--backend", "cpu_simd", "--outputs", str(path), *trim
+        "run", "-n", "1", "--ranks", "2", "--backend", "reference", "--outputs", str(path), *trim
     )
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(samples.read_answers(path), alone[:1])
@@ -145,7 +152,7 @@ def test_more_ranks_than_samples_leave_some_without_any(
 def test_trimmed_layers_have_the_same_bits_on_several_ranks(alone: Any, tmp_path: Path) -> None:
     path = tmp_path / "outputs.bin"
     done = lfm2kit(
-        "run", "-n", "21", "--ranks", "2", "--backend", "cpu_simd", "--batch-size", "4", "--trim",
+        "run", "-n", "21", "--ranks", "2", "--backend", "reference", "--batch-size", "4", "--trim",
         "--outputs", str(path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -180,7 +187,7 @@ def test_overlapped_forwards_have_the_same_bits(
 ) -> None:
     path = tmp_path / "outputs.bin"
     done = lfm2kit(
-        "run", "-n", str(n), "--ranks", "2", "--backend", "cpu_simd", "--batch-size", "5",
+        "run", "-n", str(n), "--ranks", "2", "--backend", "reference", "--batch-size", "5",
         "--threads", "1", "--overlap", "on", "--outputs", str(path), "--json", "-", *trim,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -193,10 +200,11 @@ def test_overlapped_forwards_have_the_same_bits(
 
 
 def test_ranks_measure_together_and_one_of_them_writes_the_rates(tmp_path: Path) -> None:
-    path = tmp_path / "rates.json"
+    path, model = tmp_path / "rates.json", tmp_path / "small.toml"
+    model.write_text(spec_text(small_spec()))
     done = lfm2kit(
-        "calibrate", "--ranks", "2", "--backend", "reference", "--threads", "1", "--output",
-        str(path),
+        "calibrate", "-m", str(model), "--ranks", "2", "--backend", "reference", "--threads", "1",
+        "--output", str(path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 ranks on one machine") == 1
@@ -209,7 +217,7 @@ def test_ranks_measure_together_and_one_of_them_writes_the_rates(tmp_path: Path)
 
 def test_ranks_that_cannot_exchange_past_the_host_say_so_once() -> None:
     done = lfm2kit(
-        "run", "-n", "4", "--ranks", "2", "--backend", "cpu_simd", "--exchange", "device"
+        "run", "-n", "4", "--ranks", "2", "--backend", "reference", "--exchange", "device"
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert "--exchange device: neither the transport nor a memory of the plan" in done.stderr

@@ -73,7 +73,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return samples.read_answers(path)
 
 
-@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("nodes", "ranks_per_node"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.long), (2, 2)]
+)
 def test_logits_over_links_have_the_bits_of_one_process(
     nodes: int, ranks_per_node: int, alone: Any, tmp_path: Path
 ) -> None:

@@ -302,6 +302,17 @@ def test_check_runs_the_tests_that_take_minutes_only_if_asked(
     assert len(machine.calls("-m mypy")) == 1
 
 
+def test_only_a_check_of_everything_compiles_cuda_sources_beside_the_tests(
+    machine: Machine, check: Path
+) -> None:
+    job = machine.start(script=check, TESTS_TAKE="1000")
+    while len(calls := machine.calls("-m pytest")) < 2:
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGINT)
+    job.communicate(timeout=10)
+    assert sum("tests/cuda/test_compiling.py" in call for call in calls) == 1
+
+
 @pytest.mark.parametrize(("types", "tests", "code"), [(0, 0, 0), (1, 0, 1), (0, 5, 5), (2, 5, 5)])
 def test_check_fails_if_types_or_tests_do_and_shows_the_types_last(
     types: int, tests: int, code: int, machine: Machine, check: Path
@@ -328,5 +339,6 @@ def test_no_process_of_a_check_compiles_all_modules_anew(machine: Machine, check
         "python3", PYTHON.replace("PIP_USER=", "COMPILED=${PYTHONDONTWRITEBYTECODE-} PIP_USER=")
     )
     assert machine.run(script=check, PYTHONDONTWRITEBYTECODE="1").code == 0
-    (call,) = machine.calls("-m pytest")
-    assert "COMPILED= " in call
+    calls = machine.calls("-m pytest")
+    assert calls
+    assert all("COMPILED= " in call for call in calls)

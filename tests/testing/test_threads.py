@@ -16,7 +16,7 @@ from lfm2kit.transport import JobError, World
 WAITS_BRIEFLY = 0.2  # seconds
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, pytest.param(4, marks=pytest.mark.long)])
 def test_the_collective_operations_are_those_of_a_transport(size: int) -> None:
     run_ranks(size, check_transport)
 
