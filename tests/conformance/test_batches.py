@@ -1,7 +1,7 @@
 """Arbitrary batches, right and wrong in every field, before every backend that can run here.
 
 A right one gives the reference's logits, a wrong one a ValueError of one sentence; what is right
-is said here once more, in plain Python.  LFM2KIT_BATCHES=10000 tries as many instead of 200.
+is said here once more, in plain Python.  LFM2KIT_BATCHES=10000 tries as many instead of 100.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def outcome(model: LFM2, case: Case) -> Any:
 
 
 @settings(
-    max_examples=int(BATCHES or 200),
+    max_examples=int(BATCHES or 100),
     derandomize=BATCHES is None,
     database=None,
     deadline=None,

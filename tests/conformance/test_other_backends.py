@@ -109,7 +109,13 @@ def test_no_check_of_models_fails_if_they_are_captured() -> None:
     assert {"captured-forward", "captured-steps"} < set(names)
 
 
-@pytest.mark.parametrize("other", OTHERS)
+# What lives in another memory is judged each time in test_order.py, by a memory that works late.
+LONG = {"another memory": pytest.mark.long}
+
+
+@pytest.mark.parametrize(
+    "other", [pytest.param(name, id=name, marks=LONG.get(name, ())) for name in OTHERS]
+)
 def test_no_check_fails(other: str) -> None:
     results = {name: judged(name, OTHERS[other]) for name in CHECKS}
     assert [r for r in results.values() if r.verdict not in ("passed", "skipped")] == []

@@ -301,7 +301,7 @@ def test_linear_of_dense_rows(
         assert_near(got, (want, off))
 
 
-@pytest.mark.parametrize("sizes", [HOPPER, AMPERE, TURING])
+@pytest.mark.parametrize("sizes", [HOPPER, pytest.param(AMPERE, marks=pytest.mark.long), TURING])
 def test_experts(
     emulated: Callable[..., Emulated], rng: np.random.Generator, sizes: tuple[int, int]
 ) -> None:
@@ -364,7 +364,8 @@ def test_a_row_has_the_same_bits_in_every_tile(
 @pytest.mark.parametrize(
     ("sizes", "rows", "inputs"),
     [
-        (HOPPER, 500, 16), (HOPPER, 19, 107), (AMPERE, 19, 107), (TURING, 19, 107),
+        (HOPPER, 500, 16), (HOPPER, 19, 107), (TURING, 19, 107),
+        pytest.param(AMPERE, 19, 107, marks=pytest.mark.long),
         (HOPPER, 19, 300), (HOPPER, 19, 2048),
     ],
 )  # fmt: skip

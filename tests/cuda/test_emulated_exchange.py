@@ -378,7 +378,12 @@ def test_a_rank_that_takes_its_rows_late_finds_them(exchange: Path) -> None:
     with_a_late_rank(exchange, DEADLINE)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+ALWAYS, *OTHERS = FAULTS
+
+
+@pytest.mark.parametrize(
+    "fault", [ALWAYS, *(pytest.param(fault, marks=pytest.mark.long) for fault in OTHERS)]
+)
 def test_a_fault_shows(fault: str, tmp_path: Path) -> None:
     program = program_of(tmp_path, FAULTS[fault])
     with pytest.raises(AssertionError):

@@ -58,7 +58,7 @@ T = TypeVar("T")
 MEMORY = 4_000_000  # bytes: what reading a small file may take, whatever it says
 
 fuzzed = settings(
-    max_examples=int(os.environ.get("LFM2KIT_FUZZ_EXAMPLES", "150")),
+    max_examples=int(os.environ.get("LFM2KIT_FUZZ_EXAMPLES", "60")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     deadline=None,
 )

@@ -92,11 +92,13 @@ def test_a_plugin_that_is_broken_on_one_rank_ends_all(odd_plugin: str) -> None:
     assert_refused(done, "plugin odd is missing on rank 0 and broken", "a_module_that_is")
 
 
+@pytest.mark.long
 def test_another_list_of_plugins_on_one_rank_ends_all() -> None:
     done = job(RUN, ["env", "LFM2KIT_PLUGINS=reference", *RUN])
     assert_refused(done, "LFM2KIT_PLUGINS is missing on rank 0 and reference on rank 1")
 
 
+@pytest.mark.long
 def test_another_lfm2kit_on_one_rank_ends_all(tmp_path: Path) -> None:
     package = Path(lfm2kit.__file__).parent
     shutil.copytree(package, tmp_path / "lfm2kit", ignore=shutil.ignore_patterns("__pycache__"))

@@ -123,9 +123,9 @@ class Case(NamedTuple):
     is_ours: bool
 
 
-# The likes of these are tested each time: a segfault, a user's error, and a killed rank.
-LONG = {Case("abort", True), Case("out-of-memory", True)}
-LONG |= {Case("segfault", False), Case("users-error", False)}
+# The likes of these are tested each time: ranks that are killed, raise, end, or say nothing.
+LONG = {Case(fault, True) for fault in ("abort", "segfault", "out-of-memory", "exits", "loops")}
+LONG |= {Case(fault, False) for fault in ("segfault", "users-error", "stopped")}
 
 
 def cases(faults: Iterable[str], is_ours: bool) -> list[Any]:
@@ -207,6 +207,7 @@ def ended_in_a_group(plugin: str) -> dict[str, Ended]:
     return ended_late(IN_A_GROUP, plugin, *more)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", IN_A_GROUP)
 def test_a_fault_in_one_group_ends_the_job_with_one_line_that_names_the_rank(
     fault: str, ended_in_a_group: dict[str, Ended]
@@ -230,6 +231,7 @@ def test_a_fault_while_tokens_travel_ends_the_job_with_one_line_that_names_the_r
     assert_named(fault, ended_in_an_overlap[fault])
 
 
+@pytest.mark.long
 def test_a_rank_does_not_wait_for_ever_for_one_that_runs_another_command() -> None:
     """Without rank 0 nobody watches, and MPI's start lets no thread run."""
     other, waiting = [*LFM2KIT, "plan"], [*LFM2KIT, *RUN]

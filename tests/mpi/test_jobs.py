@@ -91,10 +91,11 @@ TWO_MACHINES = {"MPIR_CVAR_ODD_EVEN_CLIQUES": "1"}
     [
         ("cpu_simd", 3, [], {}, [[0, 1, 2]]),
         pytest.param("cpu_simd", 4, [], {}, [[0, 1, 2, 3]], marks=pytest.mark.long),
-        ("reference", 4, [], TWO_MACHINES, [[0, 2], [1, 3]]),
+        pytest.param("reference", 4, [], TWO_MACHINES, [[0, 2], [1, 3]], marks=pytest.mark.long),
         ("reference", 2, ["--parallel", "dp"], {}, [[0], [1]]),
+        pytest.param("cpu_simd", 2, ["--parallel", "dp"], {}, [[0], [1]], marks=pytest.mark.long),
     ],
-    ids=["3", "4", "4-on-two-machines", "2-each-with-all-experts"],
+    ids=["3", "4", "4-on-two-machines", "2-each-with-all-experts", "2-of-cpu_simd"],
 )
 def test_the_logits_of_several_ranks_have_the_bits_of_one(
     backend: str,
@@ -137,7 +138,7 @@ def by_rank(layer: dict[str, Any]) -> list[list[int]]:
     return [list(of_rank) for of_rank in zip(*legs, strict=True)]
 
 
-@pytest.mark.parametrize("trim", [[], ["--trim"]])
+@pytest.mark.parametrize("trim", [[], pytest.param(["--trim"], marks=pytest.mark.long)])
 def test_more_ranks_than_samples_leave_some_without_any(
     trim: list[str], alone: Any, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_more_ranks_than_samples_leave_some_without_any(
     np.testing.assert_array_equal(samples.read_answers(path), alone[:1])
 
 
+@pytest.mark.long
 def test_trimmed_layers_have_the_same_bits_on_several_ranks(alone: Any, tmp_path: Path) -> None:
     path = tmp_path / "outputs.bin"
     done = lfm2kit(
@@ -159,6 +161,7 @@ def test_trimmed_layers_have_the_same_bits_on_several_ranks(alone: Any, tmp_path
     np.testing.assert_array_equal(samples.read_answers(path), alone)
 
 
+@pytest.mark.long
 def test_a_load_that_ranks_have_recorded_places_experts_for_ranks(tmp_path: Path) -> None:
     """It is what one process records; by it, rows are more even, and the answers are right."""
     files = [tmp_path / name for name in ("one.json", "ranks.json", "before.json", "after.json")]
@@ -181,7 +184,10 @@ def test_a_load_that_ranks_have_recorded_places_experts_for_ranks(tmp_path: Path
     assert even < 1.1 < uneven
 
 
-@pytest.mark.parametrize(("n", "trim"), [(21, []), (21, ["--trim"]), (1, [])])
+@pytest.mark.parametrize(
+    ("n", "trim"),
+    [(21, ["--trim"]), *(pytest.param(n, [], marks=pytest.mark.long) for n in (21, 1))],
+)
 def test_overlapped_forwards_have_the_same_bits(
     n: int, trim: list[str], alone: Any, tmp_path: Path
 ) -> None:
@@ -215,6 +221,7 @@ def test_ranks_measure_together_and_one_of_them_writes_the_rates(tmp_path: Path)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
+@pytest.mark.long
 def test_ranks_that_cannot_exchange_past_the_host_say_so_once() -> None:
     done = lfm2kit(
         "run", "-n", "4", "--ranks", "2", "--backend", "reference", "--exchange", "device"
@@ -224,6 +231,7 @@ def test_ranks_that_cannot_exchange_past_the_host_say_so_once() -> None:
     assert "try --exchange auto" in done.stderr
 
 
+@pytest.mark.long
 def test_a_plan_with_several_backends_works_across_ranks() -> None:
     done = lfm2kit(
         "run", "-v", "-n", "8", "--ranks", "2", "--backend", "reference,2-4.moe=cpu_simd"
@@ -261,7 +269,9 @@ def test_a_wrong_result_of_several_ranks_has_the_exit_code_of_one(tmp_path: Path
 WITHOUT_SYS = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys && exec "$@"', "sh"]
 
 
-@pytest.mark.parametrize("is_ours", [True, False], ids=["--ranks", "mpiexec"])
+@pytest.mark.parametrize(
+    "is_ours", [True, pytest.param(False, marks=pytest.mark.long)], ids=["--ranks", "mpiexec"]
+)
 def test_what_c_libraries_print_stays_out_of_the_result(is_ours: bool) -> None:
     """MPI's libraries complain of a container without /sys, and do so on stdout."""
     if shutil.which("unshare") is None or subprocess.run([*WITHOUT_SYS, "true"]).returncode != 0:
@@ -276,6 +286,7 @@ def test_what_c_libraries_print_stays_out_of_the_result(is_ours: bool) -> None:
     assert json.loads(done.stdout)["ranks"] == 2
 
 
+@pytest.mark.long
 def test_the_transport_passes_its_own_conformance_check() -> None:
     ids = ["exchange", "exit-code", "abort"]
     done = lfm2kit("transports", "check", "mpi", "--only", ",".join(ids), "--json", "-")

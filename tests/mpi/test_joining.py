@@ -31,6 +31,7 @@ def python(ranks: int, program: str, folder: Path) -> subprocess.CompletedProces
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_example_prints_the_same_alone_and_on_ranks(tmp_path: Path) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     program = program.replace("logits[:, :2]", "logits.tobytes().hex()")

@@ -74,7 +74,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "ranks_per_node"), [(2, 1), pytest.param(4, 1, marks=pytest.mark.long), (2, 2)]
+    ("nodes", "ranks_per_node"),
+    [*(pytest.param(n, 1, marks=pytest.mark.long) for n in (2, 4)), (2, 2)],
 )
 def test_logits_over_links_have_the_bits_of_one_process(
     nodes: int, ranks_per_node: int, alone: Any, tmp_path: Path
@@ -116,7 +117,9 @@ transport.finish(0)
 """
 
 
-@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("nodes", "ranks_per_node"), [pytest.param(4, 1, marks=pytest.mark.long), (2, 2)]
+)
 def test_what_ranks_of_different_nodes_exchange_goes_over_the_links(
     nodes: int, ranks_per_node: int, tmp_path: Path
 ) -> None:
@@ -193,7 +196,9 @@ def nodes_of(processes: list[int]) -> set[Path]:
     return {Path("/proc", str(pid), "ns", "net").readlink() for pid in processes}
 
 
-@pytest.mark.parametrize("is_ours", [True, False], ids=["--ranks", "mpiexec"])
+@pytest.mark.parametrize(
+    "is_ours", [True, pytest.param(False, marks=pytest.mark.long)], ids=["--ranks", "mpiexec"]
+)
 def test_a_link_that_is_cut_ends_the_ranks_on_both_sides(is_ours: bool) -> None:
     mark = f"{os.getpid()} cut {is_ours}"
     launcher, ranks = ([], ["--ranks", "2"]) if is_ours else ([find_mpiexec(), "-n", "2"], [])

@@ -38,6 +38,7 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 @pytest.mark.mpi
 def test_modules_in_the_current_folder_are_not_imported(tmp_path: Path) -> None:
     for name in ("random", "tomllib", "numpy"):
@@ -47,6 +48,7 @@ def test_modules_in_the_current_folder_are_not_imported(tmp_path: Path) -> None:
     assert "VALID" in done.stdout.splitlines()
 
 
+@pytest.mark.long
 @pytest.mark.mpi
 def test_in_another_clone_the_ranks_run_the_code_of_the_script_that_was_started(
     clone: Path,

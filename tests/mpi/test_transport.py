@@ -99,7 +99,12 @@ def test_it_keeps_the_contract_of_a_transport(ranks: int, tmp_path: Path) -> Non
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     ("ranks", "experts", "k", "one"),
-    [(2, 5, 3, False), (3, 12, 4, False), (4, 3, 2, False), (4, 33, 2, True)],
+    [
+        pytest.param(2, 5, 3, False, marks=pytest.mark.long),
+        pytest.param(3, 12, 4, False, marks=pytest.mark.long),
+        (4, 3, 2, False),
+        (4, 33, 2, True),
+    ],
     ids=["uneven", "three", "more-ranks-than-experts", "all-tokens-to-the-same-experts"],
 )
 def test_every_token_gets_the_bits_that_one_process_gives_it(
