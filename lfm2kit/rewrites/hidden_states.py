@@ -23,6 +23,7 @@ from lfm2kit.rewrites.rewrite import Rewrite
 from lfm2kit.specs import Model, Part, Spec
 
 Float32 = npt.NDArray[np.float32]
+Arriving = tuple[Callable[[], Any], Callable[[], Any]]  # hidden and delta, once they are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +47,22 @@ class HiddenStates:
         states.newest()[5]  # after layer 5: float32 [batch.tokens, hidden_size]
 
     Layers count from 0.  The output of layer i is what transformers calls `hidden_states[i + 1]`,
-    but for the last layer, whose output it norms.  A forward that is watched is not captured.
+    but for the last layer, whose output it norms.  A forward that is watched is not captured, and
+    keeps two arrays of its rows for each of these layers until the next one.
     """
 
     def __init__(self, layers: Iterable[int]) -> None:
         self.layers = tuple(sorted({index(layer) for layer in layers}))
-        self._arriving: dict[int, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+        self._newest: dict[int, Arriving] = {}
+        self._coming: dict[int, Arriving] = {}  # of a forward that has not shown all layers yet
 
     def newest(self) -> dict[int, Float32]:
         """Return the rows of the newest forward by layer: float32 [batch.tokens, hidden_size].
 
-        Those of a rank of a job are of its own samples.  Before the first forward there are none.
+        Those of a rank of a job are of its own samples.  Before the first forward there are none,
+        and a forward that has failed leaves those of the one before.
         """
-        return {layer: hidden() + delta() for layer, (hidden, delta) in self._arriving.items()}
+        return {layer: hidden() + delta() for layer, (hidden, delta) in self._newest.items()}
 
     def rewrite(self) -> Rewrite:
         """Return the rewrite that makes a model's layers show their results here."""
@@ -89,7 +93,9 @@ class HiddenStates:
 
     def _show(self, number: int, memory: Memory, hidden: Array, delta: Array) -> None:
         """Begin to copy a layer's result: the next norm may add `delta` to `hidden` in place."""
-        self._arriving[number] = arriving(memory, hidden), arriving(memory, delta)
+        self._coming[number] = arriving(memory, hidden), arriving(memory, delta)
+        if number == self.layers[-1]:
+            self._newest, self._coming = self._coming, {}
 
 
 class _Watched:

@@ -29,6 +29,10 @@ def tensors(rng: np.random.Generator, groups: int, *shape: int) -> list[Tensor]:
     return [Tensor.of_array("w", random(rng, *shape)).stored_as(BF16) for _ in range(groups)]
 
 
+def assert_same_bits(got: Any, want: Any) -> None:
+    assert (got.view(np.uint32) == want.view(np.uint32)).all()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     seed = int(np.random.SeedSequence().generate_state(1)[0])
@@ -75,11 +79,11 @@ def test_dense_rows(
 
     out, inputs = shape
     matrix, bias = gemm.pack(tensors(rng, 1, out, inputs)), cupy.asarray(random(rng, out))
-    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32):
+    for rows in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32):
         x = gemm.rounded(cupy.asarray(random(rng, rows, inputs)))
         want = by_many(monkeypatch, lambda x=x: gemm.linear(x, matrix, bias))
-        assert (few_rows.linear(x, matrix, bias, None) == want).all()
-        assert (gemm.linear(x, matrix, bias) == want).all()
+        assert_same_bits(few_rows.linear(x, matrix, bias, None), want)
+        assert_same_bits(gemm.linear(x, matrix, bias), want)
 
 
 @pytest.mark.parametrize("shape", [(7168, 2048), (320, 128), (69, 107)], ids=str)
@@ -91,13 +95,13 @@ def test_an_mlp(
     inner, hidden = shape
     w13 = gemm.pack_gated(tensors(rng, 1, inner, hidden), tensors(rng, 1, inner, hidden))
     w2 = gemm.pack(tensors(rng, 1, hidden, inner))
-    for rows in (1, 2, 3, 7, 8, 9, 16, 40):
+    for rows in (0, 1, 2, 3, 7, 8, 9, 16, 40):
         x = gemm.rounded(cupy.asarray(random(rng, rows, hidden)))
         want = by_many(monkeypatch, lambda x=x: gemm.linear(gemm.gated(x, w13), w2))
-        assert (gemm.linear(gemm.gated(x, w13), w2) == want).all()
+        assert_same_bits(gemm.linear(gemm.gated(x, w13), w2), want)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 16, 32, 64])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 16, 32, 64])
 def test_experts(
     gemm: Any, rng: np.random.Generator, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,4 +124,4 @@ def test_experts(
         tiles, place = grouped_by_expert(ids, everyone, experts, gemm)
         return gemm.down(gemm.gated(x, w13, tiles), w2, tiles)[place.ravel()]
 
-    assert (outputs() == by_many(monkeypatch, outputs)).all()
+    assert_same_bits(outputs(), by_many(monkeypatch, outputs))

@@ -161,6 +161,17 @@ def test_no_launch_is_larger_than_a_grid_may_be(device: Device, batch: Any) -> N
                     assert 1 <= z <= MOST_YZ, (spec, kernel, (x, y, z))
 
 
+def test_batches_without_rows_launch_nothing_that_has_rows(device: Device) -> None:
+    """A step of which no token's logits are wanted has none for the head, for example."""
+    given = Batch.of_sequences([])
+    for precision in PRECISIONS[: 3 if late_cupy.THREAD.device == 0 else 2]:
+        for spec in all_specs():
+            block = device.block(spec, precision)
+            device.grids.clear()
+            block(*inputs_of(spec, given, block))
+            assert not device.grids, spec
+
+
 def test_small_batches_have_one_layer(device: Device) -> None:
     """What large batches need takes nothing from the others."""
     attention = next(s.operator for s in MODEL.layers if isinstance(s.operator, specs.Attention))

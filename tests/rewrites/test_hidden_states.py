@@ -76,6 +76,28 @@ def test_a_step_shows_the_states_of_its_own_tokens() -> None:
         np.testing.assert_allclose(states.newest()[1], whole[start:end], rtol=1e-5, atol=1e-6)
 
 
+def test_a_forward_that_fails_leaves_the_states_of_the_one_before() -> None:
+    calls = []
+
+    def wrap(name: str, spec: specs.Spec, block: Any) -> Any:
+        def failing(*inputs: Any) -> Any:
+            calls.append(name)
+            if len(calls) == 2:
+                raise RuntimeError("the second forward fails here")
+            return block(*inputs)
+
+        return failing if name == "layers.2.feed_forward" else block
+
+    states = HiddenStates([1, 3])
+    model = build(SPEC, wrap=wrap, rewrites=[states.rewrite()])
+    model.logits(every_row(SEQUENCES))
+    before = states.newest()
+    with pytest.raises(RuntimeError):
+        model.logits(every_row([[7] * 9]))
+    for layer, hidden in states.newest().items():
+        assert np.array_equal(hidden, before[layer])
+
+
 def test_a_model_of_a_folder_shows_them() -> None:
     states = lfm2kit.HiddenStates([5])
     model = lfm2kit.load_model("tiny", "reference", hidden_states=states)

@@ -82,7 +82,7 @@ def stages_of(ctas: int, stage_bytes: int) -> tuple[int, int]:
 
     `stage_bytes` is what a stage of all teams takes.
     """
-    together = min(TOGETHER, -(-ctas // sm_count()))
+    together = max(1, min(TOGETHER, -(-ctas // sm_count())))
     fit = (most_shared_bytes() // together - RESERVED) // stage_bytes
     stages = max(1, min(MOST_STAGES, fit))
     return stages, stages * stage_bytes

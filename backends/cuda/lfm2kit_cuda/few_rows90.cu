@@ -141,6 +141,7 @@ __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
     Activations activations(tile, of);
     for (int s = 0; s < of.steps; ++s, ++n, ring.next()) {
       if (!is_mine(n)) continue;
+      __syncwarp();  // a lane that copies nothing must not fall behind by two turns of the ring
       ring.wait_until_read();
       if (s >= ahead) weights.copy(ring, s);
       activations.copy(ring, of, s);

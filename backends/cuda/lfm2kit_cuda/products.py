@@ -73,7 +73,11 @@ class Arithmetic(Protocol):
         ...
 
     def pack(self, matrices: Sequence[Tensor]) -> Matrix:
-        """Pack the [out, in] matrix of each group."""
+        """Pack the [out, in] matrix of each group.
+
+        Products may read a matrix before the kernel ahead of theirs has ended, so another kernel or
+        copy must come between packing and the first product, or a wait for the device.
+        """
         ...
 
     def pack_gated(self, gates: Sequence[Tensor], ups: Sequence[Tensor]) -> Matrix:
