@@ -102,6 +102,5 @@ class Ahead:
 def _needs_tokens_alone(chunk: Chunk) -> bool:
     """Return whether a token is drawn after a chunk, and the next one needs nothing but its id."""
     sequence, request = chunk.sequence, chunk.sequence.request
-    is_free = request.constraint is None and request.logprobs is None
-    is_free = is_free and sequence.guessing is None
-    return is_free and chunk.is_last and not chunk.to_score and not sequence.followers
+    is_read = request.constraint or sequence.guessing or request.logprobs is not None
+    return chunk.is_last and not chunk.to_score and not is_read

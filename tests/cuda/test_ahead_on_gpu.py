@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.engine.drawing import Drawing, NumPySampler, Row
+from lfm2kit.engine.drawing import Drawing, Row
 from lfm2kit.engine.engine import Engine
 from lfm2kit.engine.requests import Request
 from lfm2kit.engine.sampling import Sampling
 from lfm2kit.model import LFM2
-from tests.engine import test_programs
+from tests.engine import test_ahead
 from tests.engine.harness import VOCABULARY, engine_of, generated
 from tests.random_model import build_random
 
@@ -69,19 +69,21 @@ class Reads:
         self.draw = Noted(model).draw
 
 
-class Programs(test_programs.Programs):
-    """The programs of other engines, with the GPU's sampler."""
-
-    judge = NumPySampler()
+class Programs(test_ahead.Programs):
+    """The programs of another device, with the GPU's sampler."""
 
     def new_engine(self, pages: int, budget: int) -> Engine:
         self.model = model_of(self.backend)
-        return engine_of(self.model, pages, budget=budget, sampler=Noted(self.model))
+        self.noted = Noted(self.model)
+        return engine_of(self.model, pages, budget=max(budget, 16), sampler=self.noted)
+
+    def count(self) -> int:
+        return self.noted.ahead
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_sequences_have_the_tokens_that_they_have_alone(precision: str) -> None:
-    test_programs.run(precision, examples=30, programs=Programs)
+    assert sum(test_ahead.run_programs(30, precision, Programs)) > 500
 
 
 def request_of(seed: int) -> Request:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
 
 from lfm2kit.engine.drawing import NotANumber, NumPySampler
 from lfm2kit.engine.engine import Engine
+from lfm2kit.engine.guesses import RepeatedText
 from lfm2kit.engine.requests import CANCELLED, FAILED, LENGTH, STOP, Request
 from lfm2kit.engine.sampling import Sampling
 from lfm2kit.errors import Lfm2kitError
@@ -23,7 +27,9 @@ from tests.engine import test_programs
 from tests.engine.harness import (
     GREEDY,
     SPEC,
+    VOCABULARY,
     KeyedSampler,
+    Thirds,
     engine_of,
     generated,
     model_of,
@@ -62,7 +68,7 @@ def log_of(engine: Engine) -> list[tuple[str, int]]:
 def early_of(engine: Engine) -> list[int]:
     """Return which steps have begun before the tokens of the last one were read."""
     order = {entry: place for place, entry in enumerate(log_of(engine))}
-    numbers = range(1, 1 + max(number for _, number in order))
+    numbers = range(1, len({number for _, number in order}))
     return [n for n in numbers if order["begin", n] < order["end", n - 1]]
 
 
@@ -82,27 +88,75 @@ def ahead_of(engine: Engine, request: Request, tokens: int = 5) -> tuple[int, li
 
 
 class Programs(test_programs.Programs):
-    """The programs of other engines, on a device; results must be those of the host."""
+    """Programs in which most steps can begin ahead; results must be those of the host."""
+
+    judge = NumPySampler()
+    ahead: list[int]  # steps of each program
 
     def new_engine(self, pages: int, budget: int) -> Engine:
         self.model = model_of("reference")  # the judge's
         model, backend = device_model()
-        sampler = DeviceSampler(backend.device, KeyedSampler())
-        return engine_of(model, pages, budget=budget, sampler=sampler)
+        sampler = DeviceSampler(backend.device, NumPySampler())
+        return engine_of(model, pages, budget=max(budget, 16), sampler=sampler)
+
+    @precondition(lambda self: len(self.live) < 3)
+    @rule(
+        tokens=st.sampled_from([1, 5, 50, 64]),
+        seed=st.integers(0, 3),
+        temperature=st.sampled_from([0.0, 1.0]),
+        penalty=st.sampled_from([1.0, 1.3]),
+        n=st.sampled_from([1, 1, 1, 2]),
+        max_tokens=st.sampled_from([9, 40]),
+        min_tokens=st.sampled_from([0, 9]),
+        stop_ids=st.sampled_from([(), (1,), (1, 2, 3)]),
+        logprobs=st.sampled_from([None, None, None, None, 0]),
+    )
+    def add(
+        self, tokens: int, seed: int, temperature: float, n: int, penalty: float = 1, **others: Any
+    ) -> None:
+        prompt = np.random.default_rng(seed).integers(VOCABULARY, size=tokens)
+        sampling = Sampling(
+            temperature=temperature, seed=seed, repetition_penalty=penalty,
+            frequency_penalty=penalty - 1,
+        )  # fmt: skip
+        request = Request(prompt, sampling, n=n, **others)
+        self._know(id := self.engine.add(request), request, prompt.tolist())
+        self.scored[id] = []
+
+    @precondition(lambda self: self.live)
+    @rule(steps=st.sampled_from([5, 20]))
+    def step(self, steps: int) -> None:
+        super().step(steps)
 
     def teardown(self) -> None:
         super().teardown()
         if hasattr(self, "engine"):
             assert not self.engine._ahead.chunks
+            self.ahead.append(self.count())
+
+    def count(self) -> int:
+        """Return how many steps have begun ahead."""
+        return len(early_of(self.engine))
+
+
+def run_programs(
+    examples: int, backend: str = "reference", programs: type[Programs] = Programs
+) -> list[int]:
+    """Return how many steps of each program have begun ahead."""
+    counted: Any = type("Programs", (programs,), {"ahead": []})
+    test_programs.run(backend, examples, counted)
+    ahead: list[int] = counted.ahead
+    return ahead
 
 
 def test_sequences_have_the_tokens_that_they_have_alone() -> None:
-    test_programs.run("reference", examples=5, programs=Programs)
+    ahead = run_programs(3)
+    assert sum(ahead) > 30, ahead
 
 
 @pytest.mark.long
 def test_many_more_sequences_have_the_tokens_that_they_have_alone() -> None:
-    test_programs.run("reference", examples=400, programs=Programs)
+    assert sum(run_programs(400)) > 4000
 
 
 def test_a_step_begins_before_the_tokens_of_the_last_one_are_read(engine: Engine) -> None:
@@ -145,6 +199,35 @@ def test_what_a_step_is_asked_beside_tokens_is_the_same(
         expected = run(plain)
     engine.add(request)
     assert sorted(run(engine), key=str) == sorted(expected, key=str)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"logprobs": 0}, {"constraint": Thirds()}, {"guesses": RepeatedText}],
+    ids=["logprobs", "constraint", "guesses"],
+)
+def test_steps_whose_tokens_the_host_needs_do_not_begin_ahead(
+    engine: Engine, changed: dict[str, Any]
+) -> None:
+    request = Request([1, 2, 3, 4] * 3, Sampling(seed=3), max_tokens=9, **changed)
+    assert generated(engine, request) == plainly(request)
+    assert log_of(engine) == []
+
+
+def test_a_new_request_begins_two_steps_later_at_most(engine: Engine) -> None:
+    """One step has begun when it comes, and its own is the next."""
+    ahead_of(engine, Request(prompt_of(5), GREEDY, max_tokens=40))
+    id = engine.add(Request(prompt_of(3), GREEDY, max_tokens=8))
+    engine.step()
+    assert tokens_of(engine.step(), id)
+
+
+def test_where_pages_run_out_the_youngest_is_put_back() -> None:
+    requests = [Request(prompt_of(60, seed), max_tokens=30) for seed in (1, 2, 3)]
+    with engine_on_device(pages=3) as engine:
+        assert generated(engine, *requests) == plainly(*requests)
+        assert early_of(engine)
+        assert engine._scheduler.pages.free == 3
 
 
 def test_a_sequence_that_stops_leaves_nothing_of_the_step_that_had_begun(engine: Engine) -> None:
