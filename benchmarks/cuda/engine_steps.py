@@ -1,4 +1,4 @@
-"""How long the GPU waits for the host between an engine's steps, with full-size LFM2-8B-A1B.
+"""How long the GPU waits for the host in an engine's steps, with full-size LFM2-8B-A1B.
 
     python benchmarks/cuda/engine_steps.py --precision fp32,bf16 -n 1,16,64
 

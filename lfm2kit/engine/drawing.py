@@ -84,7 +84,7 @@ class Drawing(Pending, Protocol):
         """Return the ids, int32 [rows], in the memory of the logits.
 
         They are ready for what is enqueued there after `begin`.  Where no token can be drawn, there
-        is any id of the vocabulary.
+        is any id of the vocabulary; of a row that is None, anything.
         """
         ...
 

@@ -159,6 +159,7 @@ def test_the_device_gets_what_rows_ask_and_the_host_gets_ids(
     rows = [row_of(rng, 37)._replace(logprobs=2 if i == 0 else None) for i in range(3)]
     logits = rng.standard_normal((3, 37)).astype(np.float32)
     launches: list[str] = []
+    newest_of_launches: list[Any] = []
 
     def kernel(stem: str, name: str) -> Any:
         parameters = re.search(rf"{name}\(([^)]*)\)", (SOURCES / f"{stem}.cu").read_text())
@@ -167,7 +168,7 @@ def test_the_device_gets_what_rows_ask_and_the_host_gets_ids(
             assert parameters is not None
             assert len(parameters[1].split(",")) == len(arguments)
             given, vocab_size, *asked, newest, changed, counts, token_ids, ids = arguments
-            assert newest is None
+            newest_of_launches.append(newest)
             assert (grid, vocab_size) == ((3,), 37)
             assert changed.shape == counts.shape == (3, 37)
 
@@ -195,6 +196,13 @@ def test_the_device_gets_what_rows_ask_and_the_host_gets_ids(
             NotANumber(rows[1].position, NOT_FINITE), NotANumber(rows[2].position, ALL_EXCLUDED),
         ]  # fmt: skip
         assert sampler.draw(there[:0], []) == []
+        first = sampler.begin(there, rows)
+        second = sampler.begin(there, rows, first.token_ids)
+        assert memory.to_host(second.token_ids).tolist() == [5, 0, 0]
+        assert second.end() == first.end() == [drawn, *failed]
+        assert newest_of_launches == [None, None, first.token_ids]
+        with pytest.raises(ValueError, match="3 rows for 2 rows of ids"):
+            sampler.begin(there, rows, first.token_ids[:2])
         with pytest.raises(ValueError, match="2 rows for 3 rows of logits"):
             sampler.draw(there, rows[:2])
-    assert launches == ["draw_tokens"]
+    assert launches == ["draw_tokens"] * 3

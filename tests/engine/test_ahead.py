@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from lfm2kit.model import LFM2
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import random_weights
 from lfm2kit.testing.device import DeviceMemory
+from lfm2kit.testing.simple_server import SimpleServer
 from lfm2kit.testing.tiny_model import build_tiny_model
 from tests.conformance.ahead import DeviceSampler
 from tests.conformance.crossing import DeviceBackend
@@ -220,6 +224,27 @@ def test_a_new_request_begins_two_steps_later_at_most(engine: Engine) -> None:
     id = engine.add(Request(prompt_of(3), GREEDY, max_tokens=8))
     engine.step()
     assert tokens_of(engine.step(), id)
+
+
+def test_threads_take_turns(engine: Engine) -> None:
+    """Each has streams of its own, and a step ends in another one than it began in."""
+    requests = [Request(prompt_of(5, seed), Sampling(seed=seed), max_tokens=30) for seed in (1, 2)]
+    ids, events = [engine.add(request) for request in requests], list[Any]()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for thread in cycle((one, other)):
+            if not engine.is_busy:
+                break
+            events += thread.submit(engine.step).result()
+    assert [tokens_of(events, id) for id in ids] == plainly(*requests)
+    assert len(early_of(engine)) > 20
+
+
+def test_a_step_is_not_left_where_servers_wait_for_the_host() -> None:
+    model, backend = device_model()
+    assert model.may_be_left
+    served: Any = [SimpleServer(backend.device.channel(1, 1.0))]
+    assert not replace(model, servers=served).may_be_left
+    assert not replace(model, may_capture=False).may_be_left
 
 
 def test_where_pages_run_out_the_youngest_is_put_back() -> None:

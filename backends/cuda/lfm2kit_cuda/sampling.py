@@ -43,29 +43,30 @@ class Sampler:
     ) -> Drawing:
         with on_device(self._memory.device):
             logits = cupy.ascontiguousarray(logits)
-            for given in (logits, *([] if newest is None else [newest])):
-                if len(given) != len(rows):  # the kernel does not look where the rows end
-                    raise ValueError(f"{len(rows)} rows for {len(given)} rows of logits")
+            if len(logits) != len(rows):  # the kernel does not look where the rows end
+                raise ValueError(f"{len(rows)} rows for {len(logits)} rows of logits")
+            if newest is not None and len(newest) != len(rows):
+                raise ValueError(f"{len(rows)} rows for {len(newest)} rows of ids")
             if self._scratch is None or not self._scratch.holds(logits.shape):
                 self._scratch = _Scratch(logits.shape)
-            drawn = self._drawn(self._scratch, logits, rows, newest)
+            drawn = _drawn(self._scratch, logits, rows, newest)
             return Drawing(self._memory, drawn, logits, rows, (newest, self._scratch))
 
-    def _drawn(
-        self,
-        scratch: _Scratch,
-        logits: cupy.ndarray,
-        rows: Sequence[Row | None],
-        newest: cupy.ndarray | None,
-    ) -> cupy.ndarray:
-        """Return the ids twice: with errors among them, and with ids in place of these."""
-        token_ids = cupy.empty((2, len(rows)), np.int32)
-        if asking := len(rows) - rows.count(None):
-            load_kernel("sampling", "draw_tokens")(
-                (asking,), SAMPLING.THREADS, logits, logits.shape[1], *_uploaded(rows), newest,
-                scratch.changed, scratch.counts, token_ids[0], token_ids[1],
-            )  # fmt: skip
-        return token_ids
+
+def _drawn(
+    scratch: _Scratch,
+    logits: cupy.ndarray,
+    rows: Sequence[Row | None],
+    newest: cupy.ndarray | None,
+) -> cupy.ndarray:
+    """Return the ids twice: with errors among them, and with ids in place of these."""
+    token_ids = cupy.empty((2, len(rows)), np.int32)
+    if asking := len(rows) - rows.count(None):
+        load_kernel("sampling", "draw_tokens")(
+            (asking,), SAMPLING.THREADS, logits, logits.shape[1], *_uploaded(rows), newest,
+            scratch.changed, scratch.counts, token_ids[0], token_ids[1],
+        )  # fmt: skip
+    return token_ids
 
 
 class Drawing:
