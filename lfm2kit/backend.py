@@ -117,6 +117,7 @@ __all__ = [
     "Signals",
     "Spec",
     "State",
+    "TakesIds",
     "Tensor",
     "Weights",
     "first_call",
@@ -390,6 +391,23 @@ class Replay(Protocol):
 
     def close(self) -> None:
         """Give them back.  The core keeps only the replays that it used last."""
+        ...
+
+
+@runtime_checkable
+class TakesIds(Protocol):
+    """Capability of a replay: it takes token ids that the host does not know yet.
+
+    An engine then begins a step before it has read the tokens of the last one, if the sampler of
+    the logits draws ahead as well (`lfm2kit.engine.drawing.DrawsAhead`).
+    """
+
+    def with_ids(self, batch: Batch, token_ids: Array) -> Array:
+        """Return the logits of a host batch whose ids are those in `token_ids`.
+
+        They are an int32 array [tokens] of the backend's memory, all within the vocabulary, and
+        ready for what is enqueued in the current stream.  The batch's own ids mean nothing.
+        """
         ...
 
 

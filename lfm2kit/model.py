@@ -20,7 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import Array, Backend, Block, Captures, Operator, Replay, Server, State
+from lfm2kit.backend import (
+    Array,
+    Backend,
+    Block,
+    Captures,
+    Operator,
+    Replay,
+    Server,
+    State,
+    TakesIds,
+)
 from lfm2kit.batch import Batch, Make
 from lfm2kit.building import out_of_memory
 from lfm2kit.building.joins import Join, Joins
@@ -28,7 +38,7 @@ from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import check_replay
 from lfm2kit.engine.drawing import NumPySampler, Sampler
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.memory import HOST, Memory, is_ordered, own_stream
+from lfm2kit.memory import HOST, Mark, Memory, is_ordered, own_stream
 from lfm2kit.overlapped import OFF, Overlap
 from lfm2kit.replays import Key, Replays, replays_in
 from lfm2kit.state import ModelState, Room
@@ -151,6 +161,8 @@ class LFM2:
         init=False, repr=False, default_factory=WeakKeyDictionary
     )
     _makes: dict[Hashable, Make] = field(init=False, repr=False, default_factory=dict)
+    # The end of the last forward in each ordered memory: it may have been left before it was over.
+    _last: dict[str, Mark] = field(init=False, repr=False, default_factory=dict)
     _lock: Any = field(init=False, repr=False, default_factory=RLock)
 
     def __post_init__(self) -> None:
@@ -166,6 +178,20 @@ class LFM2:
     def is_captured(self) -> bool:
         """Return whether a forward is captured when its form comes for the second time."""
         return self._captures is not None
+
+    @property
+    def may_be_left(self) -> bool:
+        """Return whether a forward goes on by itself when the context of its logits is left.
+
+        Servers, and other ranks, would wait for the host.
+        """
+        return self.is_captured and not self.servers and not self.offers
+
+    def takes_ids(self, batch: Batch, state: ModelState) -> bool:
+        """Return whether `logits_at_home` takes an array of ids in place of this host batch's."""
+        if not self.may_be_left or self._makes:  # batches that are derived may hold ids as well
+            return False
+        return hasattr(self._replays.get(self._key(batch, state, ())), "with_ids")
 
     def __repr__(self) -> str:
         backends = sorted({str(leaf.backend) for leaf in self.placed.leaves()})
@@ -192,18 +218,23 @@ class LFM2:
             return self.home.to_host(logits)
 
     @contextmanager
-    def logits_at_home(self, batch: Batch, state: ModelState | None = None) -> Iterator[Array]:
+    def logits_at_home(
+        self, batch: Batch, state: ModelState | None = None, token_ids: Array | None = None
+    ) -> Iterator[Array]:
         """Give what `logits` returns as an array of the memory `home`, where a sampler draws.
 
-        The array may still be computed.  It is the model's, and holds nothing any more once the
-        context is left.  Raise what `logits` raises.
+        The array may still be computed.  Whoever leaves the context before that, as `may_be_left`
+        allows, enqueues there what reads it; the next forward comes after that.
+        With `token_ids`, an array of `home`, these are the batch's ids, if `takes_ids` says so.
+        They are ready in the order of the current stream, or were enqueued in the last context.
+        Raise what `logits` raises.
         """
         host = batch.on(HOST)
         self._check_ids(host)
         with out_of_memory.in_a_forward(self.forward, host), self._lock:
             with self.running(host.tokens) as agreed:
                 self._begin(host, state)
-                with self._run(host, state, agreed) as logits:
+                with self._run(host, state, agreed, token_ids) as logits:
                     yield logits
             if state is not None:  # not before the servers have said that nothing has failed
                 state.ledger.complete(host)
@@ -280,10 +311,20 @@ class LFM2:
         """
         with self._lock, ExitStack() as around:
             for memory in self._ordered:
-                around.enter_context(own_stream(memory))
+                around.enter_context(self._after_the_last(memory))
             for server in self.servers:
                 around.enter_context(server.serving())
             yield around.enter_context(self._exchanging(tokens))
+
+    @contextmanager
+    def _after_the_last(self, memory: Memory) -> Iterator[None]:
+        """Make a stream current in which work comes after all that the last forward enqueued."""
+        with own_stream(memory):
+            assert is_ordered(memory)
+            if (last := self._last.get(memory.name)) is not None:
+                memory.wait(last)
+            yield
+            self._last[memory.name] = memory.mark()
 
     @contextmanager
     def _exchanging(self, tokens: int) -> Iterator[Hashable]:
@@ -330,7 +371,13 @@ class LFM2:
             )
 
     @contextmanager
-    def _run(self, batch: Batch, state: ModelState | None, agreed: Hashable) -> Iterator[Array]:
+    def _run(
+        self,
+        batch: Batch,
+        state: ModelState | None,
+        agreed: Hashable,
+        token_ids: Array | None = None,
+    ) -> Iterator[Array]:
         """Give the logits of a host batch: by a replay, if a batch of its form has run before."""
         layers = None if state is None else state.layers
         if self._captures is None:
@@ -348,7 +395,11 @@ class LFM2:
             return self.forward(batch, layers)
 
         with self._replays.using(key, partial(self._captured, step, batch)) as replay:
-            yield replay(batch)
+            if token_ids is None:
+                yield replay(batch)
+            else:
+                assert isinstance(replay, TakesIds), "see takes_ids"
+                yield replay.with_ids(batch, token_ids)
 
     def _captured(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
         """Return the backend's replay of a step; `Lfm2kitError` if it returns something else."""

@@ -68,6 +68,11 @@ class Replays:
         """Return whether a forward of this key is worth a replay: another one has run."""
         return key in self._kept or key in self._noted
 
+    def get(self, key: Key) -> Replay | None:
+        """Return the replay of this key, if it is kept."""
+        kept = self._kept.get(key)
+        return None if kept is None else kept.replay
+
     @contextmanager
     def using(self, key: Key, capture: Callable[[], Replay]) -> Iterator[Replay]:
         """Give the replay of this key, captured if there is none; it is not closed meanwhile."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from lfm2kit.engine.penalties import changes, penalise
 from lfm2kit.engine.random_numbers import bits_of_draw
 from lfm2kit.engine.sampling import LARGEST, Sampling
 from lfm2kit.memory import HOST, Array, Memory
+from lfm2kit.pending import Pending
 
 Floats = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -71,6 +72,41 @@ class Sampler(Protocol):
         """Return what is drawn of each row of `logits`, float32 [rows, vocab_size].
 
         Nothing is drawn of a row that is None.  A row's result depends on nothing but that row.
+        """
+        ...
+
+
+class Drawing(Pending, Protocol):
+    """Tokens that are being drawn; `end` returns what `draw` returns."""
+
+    @property
+    def token_ids(self) -> Array:
+        """Return the ids, int32 [rows], in the memory of the logits.
+
+        They are ready for what is enqueued there after `begin`.  Where no token can be drawn, there
+        is any id of the vocabulary; of a row that is None, anything.
+        """
+        ...
+
+
+@runtime_checkable
+class DrawsAhead(Protocol):
+    """Capability of a sampler: it draws while the host goes on, and its tokens stay where they are.
+
+    An engine then begins the next step before it knows the tokens of this one.
+    """
+
+    def draw(self, logits: Array, rows: Sequence[Row | None]) -> list[Drawn | NotANumber | None]:
+        """Return what is drawn, as every sampler does."""
+        ...
+
+    def begin(
+        self, logits: Array, rows: Sequence[Row | None], newest: Array | None = None
+    ) -> Drawing:
+        """Begin to draw from `logits`, and wait for nothing.
+
+        `newest` are the `token_ids` of another drawing, of as many rows.  The last of a row's
+        `generated` then only stands for its id among them.  The caller may drop all arguments.
         """
         ...
 

@@ -11,12 +11,14 @@ A sequence's tokens do not depend on what else is in its steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from itertools import chain, count
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.engine.ahead import Ahead
 from lfm2kit.engine.drawing import Drawn, NotANumber, Sampler
 from lfm2kit.engine.followed import Next
 from lfm2kit.engine.masks import Masks, Patience
@@ -67,6 +69,7 @@ class Engine:
         self._sampler: Sampler = sampler or model.new_sampler()
         self._masks = Masks(model.spec.embed_tokens.vocab_size, patience or Patience())
         self._scheduler = Scheduler(self.room, budget)
+        self._ahead = Ahead(self._steps, self._sampler, self._scheduler)
         self._live: dict[int, list[Sequence]] = {}  # sequences by the id of their request
         self._events: list[Event] = []  # that no step has returned yet
         self._ids, self._ages = count(), count()
@@ -94,6 +97,7 @@ class Engine:
         if self._is_closed:
             return
         self._masks.close()
+        self._ahead.drop()
         self._steps.close()
         self._scheduler = Scheduler(Room(0), 0)
         self._live.clear()
@@ -156,19 +160,27 @@ class Engine:
         """Compute the next tokens of sequences; return what there is to tell since the last step.
 
         If the forward fails, the sequences of the step end with its error.  If it is interrupted,
-        they are put back.
+        they are put back.  The next step may have begun when this returns (decision 0045).
         """
         self._check_open()
+        if begun := self._ahead.chunks:
+            self._run_or_end(begun, self._go_on)
+        else:
+            self._ahead.drop()
+            self._run_planned()
+        events, self._events = self._events, []
+        return events
+
+    def _run_planned(self) -> None:
+        """Plan a step, and run it."""
         for sequence, overdue in self._masks.overdue().items():
             self._end_constrained(sequence, overdue)
         held = self._masks.late()
         chunks = [one for one in self._scheduler.plan(held) if not self._is_misguessed(one)]
         if chunks:
-            self._run_or_end(chunks)
+            self._run_or_end(chunks, lambda: self._run(chunks))
         elif held:
             self._masks.wait()
-        events, self._events = self._events, []
-        return events
 
     def _is_misguessed(self, chunk: Chunk) -> bool:
         """Return whether the guesses of a chunk's sequence were wrong, and have ended it."""
@@ -181,21 +193,34 @@ class Engine:
             self._end(sequence, FAILED, guessing.error)
         return guessing.error is not None
 
-    def _run_or_end(self, chunks: list[Chunk]) -> None:
+    def _run_or_end(self, chunks: Iterable[Chunk], run: Callable[[], None]) -> None:
         """Run the chunks of a step; end their sequences, or put them back, if it fails."""
         try:
-            self._run(chunks)
+            run()
         except Exception as error:
             if self._steps.has_followers:  # they are still in the midst of it
                 raise
             for sequence in _running_of(chunks):
                 self._fail(sequence, error)
+            self._ahead.drop()
         except BaseException:
             for sequence in _running_of(chunks):
                 self._scheduler.put_back(sequence)
+            self._ahead.drop()
             raise
 
+    def _go_on(self) -> None:
+        """Tell the tokens of the step that has begun, while the next one is computed if it can."""
+        drawn = self._ahead.read()
+        told = {chunk.sequence: self._appended(chunk.sequence, [token]) for chunk, token in drawn}
+        self._scheduler.advance(chunk for chunk, _ in drawn)
+        for chunk, token in drawn:
+            self._continue(chunk.sequence, told[chunk.sequence], token)
+
     def _run(self, chunks: list[Chunk]) -> None:
+        if self._ahead.begin(chunks):
+            self._go_on()
+            return
         last = [chunk.sequence for chunk in chunks if chunk.is_last]
         self._masks.begin(chunk.sequence for chunk in chunks)
         with self._steps.logits(batch_of(chunks)) as logits:
@@ -328,6 +353,6 @@ class Engine:
             raise Lfm2kitError("the engine is closed; make another one")
 
 
-def _running_of(chunks: list[Chunk]) -> list[Sequence]:
+def _running_of(chunks: Iterable[Chunk]) -> list[Sequence]:
     """Return the sequences of a step that have not ended."""
     return [chunk.sequence for chunk in chunks if chunk.sequence.pages]

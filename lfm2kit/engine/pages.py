@@ -69,6 +69,12 @@ class Pages:
             [*found, *(self.take() for _ in range(missing))], len(found) * self._room.page_tokens
         )
 
+    def has_room(self, ids: Int32, shareable: int) -> bool:
+        """Return whether `begin` would find pages for these tokens."""
+        found = self._holding(ids[: shareable + 1])
+        free = self.free - sum(not self._users[page] for page in found)
+        return self._room.pages_of(len(ids)) - len(found) <= free
+
     def take(self) -> int:
         """Return a page that was free, and that the caller may write."""
         page = next(iter(self._free))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Sequence as List
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -87,6 +88,30 @@ class Scheduler:
             if not left:
                 return chunks
         return list(self._with_guesses(chunks, left))
+
+    def plan_after(self, chunks: List[Chunk]) -> list[Chunk]:
+        """Return the chunks of the step after one whose tokens nobody has read yet.
+
+        There are none unless that step's sequences are all that can go on, and none of them is
+        known to end: then the next one's plan needs the tokens.
+        """
+        sequences = [chunk.sequence for chunk in chunks]
+        if len(sequences) < len(self._running) or any(
+            one.ends_next or not one.pages for one in sequences
+        ):
+            return []
+        full = [one for one in sequences if len(one.pages) * self._room.page_tokens <= len(one.ids)]
+        if len(full) > self.pages.free:
+            return []
+        for one in full:
+            one.pages.append(self.pages.take())
+        return [] if self._can_begin() else [Chunk(one, 1) for one in sequences]
+
+    def _can_begin(self) -> bool:
+        """Return whether the oldest sequence that waits finds the pages that it needs."""
+        if not self._waiting:
+            return False
+        return self.pages.has_room(self._waiting[0].ids, self._waiting[0].shareable)
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
         """Note that the chunks of a step are computed."""

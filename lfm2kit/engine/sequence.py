@@ -14,6 +14,8 @@ from lfm2kit.engine.requests import LENGTH, STOP, Request
 Int32 = npt.NDArray[np.int32]
 UInt32 = npt.NDArray[np.uint32]
 
+UNKNOWN = (0,)  # stands for a token that was drawn, but not read: any id of the vocabulary
+
 
 class Sequence:
     """A prompt and the tokens drawn so far.
@@ -57,6 +59,11 @@ class Sequence:
     def left(self) -> int:
         """Return how many tokens its pages do not hold yet."""
         return self._count - self.computed
+
+    @property
+    def ends_next(self) -> bool:
+        """Return whether its next token is the last one, whatever that is."""
+        return self._count + 1 >= self.most
 
     @property
     def shareable(self) -> int:

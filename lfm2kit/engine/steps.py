@@ -18,7 +18,7 @@ import numpy.typing as npt
 from lfm2kit.batch import Batch, Form
 from lfm2kit.engine.room import room_for
 from lfm2kit.engine.scheduler import Chunk
-from lfm2kit.engine.sequence import Sequence
+from lfm2kit.engine.sequence import UNKNOWN, Sequence
 from lfm2kit.memory import Array
 from lfm2kit.model import LFM2
 from lfm2kit.progress import step
@@ -59,8 +59,17 @@ class Steps:
         """Return whether other ranks make the same forwards."""
         return self._job is not None
 
+    @property
+    def may_be_left(self) -> bool:
+        """Return whether a step may be left before its tokens are read."""
+        return self._job is None and self._model.may_be_left
+
+    def takes_ids(self, batch: Batch) -> bool:
+        """Return whether a batch may have ids that only the model's memory has."""
+        return self._state is not None and self._model.takes_ids(batch, self._state)
+
     @contextmanager
-    def logits(self, batch: Batch) -> Iterator[Array]:
+    def logits(self, batch: Batch, token_ids: Array | None = None) -> Iterator[Array]:
         """Give [len(batch.logits_rows), vocab_size], in the model's memory, for a sampler.
 
         They may still be computed; see `LFM2.logits_at_home`.
@@ -68,7 +77,7 @@ class Steps:
         if self._job is not None:
             step("sending a batch")
             from_first(self._job, packed(batch))
-        with self._model.logits_at_home(batch, self._state) as logits:
+        with self._model.logits_at_home(batch, self._state, token_ids) as logits:
             yield logits
         if self._job is not None:
             step(*WAITING)
@@ -122,6 +131,19 @@ def batch_of(chunks: Iterable[Chunk]) -> Batch:
         return replace(batch, logits_rows=_rows_of(chunks, batch.logits_rows))
     is_last = [chunk.is_last for chunk in chunks]
     return batch if all(is_last) else replace(batch, logits_rows=batch.logits_rows[is_last])
+
+
+def batch_after(chunks: Iterable[Chunk]) -> Batch:
+    """Return the batch of the step after one whose tokens nobody has read: a token each.
+
+    Its ids only stand for those tokens.
+    """
+    sequences = [chunk.sequence for chunk in chunks]
+    return Batch.of_sequences(
+        [UNKNOWN for _ in sequences],
+        starts=[len(sequence.ids) for sequence in sequences],
+        pages=_table([sequence.pages for sequence in sequences]),
+    )
 
 
 def _ids_of(chunk: Chunk) -> Int32:

@@ -71,6 +71,19 @@ class Replay:
 
     def __call__(self, batch: Batch) -> DeviceArray:
         self.memory.enqueue(partial(self.numbers.take, batch.packed()))
+        return self._logits()
+
+    def with_ids(self, batch: Batch, token_ids: DeviceArray) -> DeviceArray:
+        packed = batch.packed()
+
+        def take() -> None:
+            packed[: batch.tokens] = token_ids.values
+            self.numbers.take(packed)
+
+        self.memory.enqueue(take)
+        return self._logits()
+
+    def _logits(self) -> DeviceArray:
         logits = self.replay()
         return self.memory.made(logits.shape, lambda copy: copy.take(logits.values.copy()))
 

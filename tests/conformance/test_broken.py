@@ -11,7 +11,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
-from tests.conformance import broken, crossing, late, samplers
+from tests.conformance import ahead, broken, crossing, late, samplers
 from tests.conformance.broken import BrokenBackend, around
 from tests.conformance.crossing import CrossingBackend, DeviceBackend, device_with
 from tests.conformance.late import LateBackend
@@ -430,6 +430,15 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         Sampling(samplers.TakesNanForZero()),
         ("sampled-tokens",),
     ),
+    "a sampler that forgets what nobody has read": (
+        ahead.DrawsAhead(ahead.ForgetsTheNewest),
+        ("tokens-drawn-ahead",),
+    ),
+    "a sampler with errors among its ids": (
+        ahead.DrawsAhead(ahead.LeavesErrorsAmongIds),
+        ("tokens-drawn-ahead",),
+    ),
+    "a replay of ids that mean nothing": (ahead.TakesItsOwnIds(), ("steps-begun-ahead",)),
     "a replay with old numbers of trips": (
         device_with(crossing.SendsOneNumber),
         ("channels-carry-every-trip",),
@@ -452,6 +461,7 @@ CRASHES = {
     "copies when asked for",
     "unknown spec raises",
     "trips compared by size",
+    "a sampler with errors among its ids",
 }
 
 

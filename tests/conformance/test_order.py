@@ -6,7 +6,8 @@ import pytest
 
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
-from tests.conformance.crossing import CrossingBackend, DeviceBackend
+from tests.conformance.ahead import DrawsAhead
+from tests.conformance.crossing import CrossingBackend
 from tests.conformance.late import LateBackend
 
 ORDER = (
@@ -43,7 +44,10 @@ def test_a_simple_server_passes(name: str) -> None:
     assert result.verdict == "passed", result.detail
 
 
-@pytest.mark.parametrize("name", [*ORDER, *CHANNELS, "captured-forward", "captured-steps"])
+CAPTURED = ("captured-forward", "captured-steps", "steps-begun-ahead", "tokens-drawn-ahead")
+
+
+@pytest.mark.parametrize("name", [*ORDER, *CHANNELS, *CAPTURED])
 def test_a_device_that_is_a_thread_passes(name: str) -> None:
-    result = judged(name, DeviceBackend())
+    result = judged(name, DrawsAhead())
     assert result.verdict == "passed", result.detail

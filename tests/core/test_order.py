@@ -87,6 +87,18 @@ def test_a_forward_leaves_the_callers_stream_alone() -> None:
     assert all("LateBlock" not in repr(work) for work in before.work)
 
 
+def test_a_forward_comes_after_one_that_was_left_before_it_was_over() -> None:
+    """In whatever streams they are."""
+    late, plain = model(LateBackend()), build(small_spec())
+    states = [one.new_state(Room(1, 64)) for one in (late, plain)]
+    prompt = Batch.of_sequences([[1, 2, 3]], pages=[[0]])
+    with late.logits_at_home(prompt, states[0]):
+        pass
+    plain.logits(prompt, states[1])
+    step = Batch.of_sequences([[4]], starts=[3], pages=[[0]])
+    assert np.array_equal(late.logits(step, states[0]), plain.logits(step, states[1]))
+
+
 @pytest.mark.usefixtures("hasty_threads")
 @pytest.mark.parametrize("models", [1, 2])
 @pytest.mark.parametrize("kind", [LateBackend, CapturingLate])

@@ -195,6 +195,10 @@ class Array:
         assert stream.recorded is None, "CuPy refuses copies from the host in a capture"
         stream.add(partial(ctypes.memmove, self.ptr, address, nbytes))
 
+    def copy_from_device_async(self, source: Array, nbytes: int, stream: Stream) -> None:
+        assert THREAD.device == self.device == source.device, "an array of another device"
+        stream.add(partial(ctypes.memmove, self.ptr, source.ptr, nbytes))
+
     def copy_to_host_async(self, address: int, nbytes: int) -> None:
         self.enqueue(lambda: ctypes.memmove(address, self.values.ctypes.data, nbytes))
 

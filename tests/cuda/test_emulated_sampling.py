@@ -36,17 +36,21 @@ def sampling(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(folder, "sampling", THREADS=THREADS, BITS=BITS)
 
 
-def drawn(program: Path, logits: Floats, rows: Sequence[Row | None]) -> list[int]:
-    """Return the tokens, or errors; no count is left behind."""
-    asked = asked_by(rows)
-    given = (len(array) for array in (asked.ids, asked.biases, asked.words))
+def drawn(
+    program: Path, logits: Floats, rows: Sequence[Row | None], newest: Sequence[int] = ()
+) -> list[int]:
+    """Return the tokens, or errors, in whose place ids are 0; no count is left behind."""
+    asked, newest = asked_by(rows), np.array(newest, np.int32)
+    given = (len(array) for array in (asked.ids, asked.biases, asked.words, newest))
     numbers = [len(asked.records), *logits.shape, *given]
     out = subprocess.run(
         [str(program), *map(str, numbers)], stdout=subprocess.PIPE, check=True, timeout=300,
-        input=b"".join(array.tobytes() for array in (*asked, logits)),
+        input=b"".join(array.tobytes() for array in (*asked, logits, newest)),
     ).stdout  # fmt: skip
-    *tokens, counts = np.frombuffer(out, np.int32).tolist()
+    *both, counts = np.frombuffer(out, np.int32).tolist()
     assert counts == 0
+    tokens, ids = both[: len(rows)], both[len(rows) :]
+    assert ids == [0 if token in ERRORS else token for token in tokens]
     return tokens
 
 
@@ -112,6 +116,24 @@ def test_any_row_draws_what_numpy_draws(sampling: Path, vocab_size: int) -> None
     assert_drawn_as_numpy_does(sampling, logits, [None, *asked[1:30], None, *asked[31:]])
 
 
+def test_the_newest_token_may_be_on_the_device_alone(sampling: Path) -> None:
+    """What stands in its place among the generated ones counts for nothing."""
+    rng = np.random.default_rng(9)
+    logits = np.stack([logits_of(rng, number % 4, 37) for number in range(60)])
+    asked = [row_of(rng, 37) for _ in logits]
+    newest = rng.integers(37, size=len(asked)).tolist()
+    known = [with_newest(row, id) for row, id in zip(asked, newest, strict=True)]
+    assert drawn(sampling, logits, asked, newest) == drawn(sampling, logits, known)
+    assert drawn(sampling, logits, asked) != drawn(sampling, logits, known)
+
+
+def with_newest(row: Row, token_id: int) -> Row:
+    """Return the row with this id as the last of its generated ones, if it has any."""
+    generated = row.generated.copy()
+    generated[-1:] = token_id
+    return row._replace(generated=generated)
+
+
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9])
 def test_equal_tokens_are_cut_where_numpy_cuts_them(sampling: Path, top_p: float) -> None:
     """Of those with the lowest ids, so each must be drawn by some position, and no other."""
@@ -137,6 +159,7 @@ def test_the_device_gets_what_rows_ask_and_the_host_gets_ids(
     rows = [row_of(rng, 37)._replace(logprobs=2 if i == 0 else None) for i in range(3)]
     logits = rng.standard_normal((3, 37)).astype(np.float32)
     launches: list[str] = []
+    newest_of_launches: list[Any] = []
 
     def kernel(stem: str, name: str) -> Any:
         parameters = re.search(rf"{name}\(([^)]*)\)", (SOURCES / f"{stem}.cu").read_text())
@@ -144,7 +167,8 @@ def test_the_device_gets_what_rows_ask_and_the_host_gets_ids(
         def launch(grid: Any, threads: int, *arguments: Any) -> None:
             assert parameters is not None
             assert len(parameters[1].split(",")) == len(arguments)
-            given, vocab_size, *asked, changed, counts, token_ids = arguments
+            given, vocab_size, *asked, newest, changed, counts, token_ids, ids = arguments
+            newest_of_launches.append(newest)
             assert (grid, vocab_size) == ((3,), 37)
             assert changed.shape == counts.shape == (3, 37)
 
@@ -154,6 +178,7 @@ def test_the_device_gets_what_rows_ask_and_the_host_gets_ids(
                     assert there.values.tobytes()[: array.nbytes] == array.tobytes()
                 assert not counts.values.any()
                 token_ids.values[:] = [5, -1, -2]
+                ids.values[:] = [5, 0, 0]
                 launches.append(name)
 
             given.enqueue(work)
@@ -171,6 +196,13 @@ def test_the_device_gets_what_rows_ask_and_the_host_gets_ids(
             NotANumber(rows[1].position, NOT_FINITE), NotANumber(rows[2].position, ALL_EXCLUDED),
         ]  # fmt: skip
         assert sampler.draw(there[:0], []) == []
+        first = sampler.begin(there, rows)
+        second = sampler.begin(there, rows, first.token_ids)
+        assert memory.to_host(second.token_ids).tolist() == [5, 0, 0]
+        assert second.end() == first.end() == [drawn, *failed]
+        assert newest_of_launches == [None, None, first.token_ids]
+        with pytest.raises(ValueError, match="3 rows for 2 rows of ids"):
+            sampler.begin(there, rows, first.token_ids[:2])
         with pytest.raises(ValueError, match="2 rows for 3 rows of logits"):
             sampler.draw(there, rows[:2])
-    assert launches == ["draw_tokens"]
+    assert launches == ["draw_tokens"] * 3

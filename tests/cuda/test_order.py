@@ -172,6 +172,27 @@ def test_replays_that_have_not_begun_keep_their_ids_and_results_apart(replay_of:
     replay.close()
 
 
+def test_replays_take_ids_that_the_host_never_sees(replay_of: Any) -> None:
+    """Each takes what the last one has left, in a stream of its own, before any has begun."""
+    batch = Batch.of_sequences([[2], [3]])
+    replay = replay_of(batch)
+    memory, runs = replay._memory, [replay]
+    with ExitStack() as streams:
+        for _ in range(4):
+            streams.enter_context(memory.stream())
+            runs.append(runs[-1](batch) if runs[-1] is replay else replay.with_ids(batch, runs[-1]))
+            made = memory.mark()
+            streams.enter_context(memory.stream())
+            memory.wait(made)
+        arriving = [memory.start_to_host(run) for run in runs[1:]]
+    assert [copy.wait().tolist() for copy in arriving] == [
+        [2 * 10**turn, 3 * 10**turn] for turn in range(1, 5)
+    ]
+    with pytest.raises(ValueError, match=r"\(1,\) ids for a batch of 2 tokens"):
+        replay.with_ids(batch, runs[1][:1])
+    replay.close()
+
+
 def test_a_block_runs_on_its_device_from_any_thread() -> None:
     with late_cupy.loaded("blocks.on_device") as (module,):
         block = module.OnDevice(lambda *inputs: (THREAD.device, *inputs), 1)

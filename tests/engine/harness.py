@@ -15,7 +15,7 @@ from lfm2kit.backend import HOST, Context, Memory
 from lfm2kit.batch import Batch
 from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.engine.constraints import Allowed
-from lfm2kit.engine.drawing import Drawn, NotANumber, Row
+from lfm2kit.engine.drawing import Drawn, NotANumber, Row, Sampler
 from lfm2kit.engine.engine import Engine
 from lfm2kit.engine.followed import Followed
 from lfm2kit.engine.masks import Patience
@@ -178,7 +178,14 @@ def generated(engine: Engine, *requests: Request) -> list[list[int]]:
     return [tokens_of(events, id) for id in ids]
 
 
-def alone(model: LFM2, request: Request, seed: int, ids: Sequence[int], begin: int) -> list[int]:
+def alone(
+    model: LFM2,
+    request: Request,
+    seed: int,
+    ids: Sequence[int],
+    begin: int,
+    sampler: Sampler | None = None,
+) -> list[int]:
     """Return the tokens from place `begin` of `ids` on that single forwards choose.
 
     One forward over the whole sequence gives all of its rows: each choice is the right one after
@@ -187,7 +194,8 @@ def alone(model: LFM2, request: Request, seed: int, ids: Sequence[int], begin: i
     places = range(begin, len(ids))
     rows = np.array(places, np.int32) - np.int32(1)
     logits = model.logits(replace(Batch.of_sequences([ids]), logits_rows=rows))
-    drawn = KeyedSampler().draw(logits, [_row(request, seed, ids, place) for place in places])
+    sampler = sampler or KeyedSampler()
+    drawn = sampler.draw(logits, [_row(request, seed, ids, place) for place in places])
     return [one.token_id for one in drawn if isinstance(one, Drawn)]
 
 

@@ -190,9 +190,9 @@ class Failing:
         return getattr(self._model, name)
 
     @contextmanager
-    def logits_at_home(self, batch: Any, state: Any) -> Iterator[Any]:
+    def logits_at_home(self, batch: Any, *others: Any) -> Iterator[Any]:
         is_bad = self.is_on and (batch.token_ids == 49).any()
-        with self._model.logits_at_home(batch, state) as there:
+        with self._model.logits_at_home(batch, *others) as there:
             if is_bad and self.error is not None:
                 raise self.error
             logits = self._model.home.to_host(there).copy()

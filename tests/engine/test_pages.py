@@ -34,7 +34,9 @@ class Told:
 
     def begin(self, ids: Ids) -> list[int] | None:
         """Return the pages of a sequence, whose whole ones are computed at once."""
+        has_room = self.pages.has_room(ids, len(ids))
         beginning = self.pages.begin(ids)
+        assert has_room == (beginning is not None)
         if beginning is None:
             return None
         pages, tokens = beginning

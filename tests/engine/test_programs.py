@@ -20,6 +20,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from lfm2kit.engine.drawing import Sampler
+from lfm2kit.engine.engine import Engine
 from lfm2kit.engine.guesses import RepeatedText
 from lfm2kit.engine.requests import CANCELLED, LENGTH, STOP, Event, Request
 from lfm2kit.engine.sampling import Sampling
@@ -29,6 +31,7 @@ from tests.engine.harness import (
     MOST_STEPS,
     PAGE_TOKENS,
     VOCABULARY,
+    KeyedSampler,
     Thirds,
     alone,
     engine_of,
@@ -53,14 +56,18 @@ class Programs(RuleBasedStateMachine):
     """A machine that does what callers of an engine do."""
 
     backend = "reference"
+    judge: Sampler = KeyedSampler()
 
     @initialize(pages=st.integers(3, 7), budget=st.sampled_from([1, 3, 16, 100]))
     def begin(self, pages: int, budget: int) -> None:
-        self.model = model_of(self.backend)
-        self.engine = engine_of(self.model, pages, budget=budget)
+        self.engine = self.new_engine(pages, budget)
         self.known: dict[tuple[int, int], Known] = {}
         self.ended: dict[tuple[int, int], str | None] = {}
         self.scored: dict[int, list[Scored]] = {}  # tokens of prompts, by request
+
+    def new_engine(self, pages: int, budget: int) -> Engine:
+        self.model = model_of(self.backend)
+        return engine_of(self.model, pages, budget=budget)
 
     @precondition(lambda self: len(self.live) < MOST_LIVE)
     @rule(
@@ -151,7 +158,8 @@ class Programs(RuleBasedStateMachine):
 
     def _judge(self, known: Known, end: str | None) -> None:
         new = known.ids[known.begin :]
-        assert new == alone(self.model, known.request, known.seed, known.ids, known.begin)
+        same = known.request, known.seed, known.ids, known.begin
+        assert new == alone(self.model, *same, self.judge)
         stops = [token in known.request.stop_ids for token in new]
         assert not any(stops[:-1])
         if end != CANCELLED:
@@ -178,8 +186,8 @@ def test_many_more_sequences_have_the_tokens_that_they_have_alone(backend: str) 
     run(backend, examples=400)
 
 
-def run(backend: str, examples: int) -> None:
-    machine: Any = type("Programs", (Programs,), {"backend": backend})
+def run(backend: str, examples: int, programs: type[Programs] = Programs) -> None:
+    machine: Any = type("Programs", (programs,), {"backend": backend})
     run_state_machine_as_test(
         machine,
         settings=settings(

@@ -66,7 +66,7 @@ class Broken:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def logits(self, batch: Any, state: Any) -> Any:
+    def logits(self, batch: Any, state: Any, token_ids: Any = None) -> Any:
         raise OSError("no device")
 
     logits_at_home = logits

@@ -135,8 +135,8 @@ def test_nan_in_a_prompt_ends_that_request_alone_and_names_the_position() -> Non
             return getattr(self._model, name)
 
         @contextmanager
-        def logits_at_home(self, batch: Batch, state: Any) -> Iterator[Any]:
-            with self._model.logits_at_home(batch, state) as logits:
+        def logits_at_home(self, batch: Batch, *others: Any) -> Iterator[Any]:
+            with self._model.logits_at_home(batch, *others) as logits:
                 logits[batch.token_ids[batch.logits_rows] == 49] = np.nan
                 yield logits
 

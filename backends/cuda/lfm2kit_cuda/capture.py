@@ -52,10 +52,22 @@ class Replay:
         The graph has one set of arrays, so it starts when its last run has ended, in whatever
         stream that was.
         """
+        return self._run(batch, None)
+
+    def with_ids(self, batch: Batch, token_ids: cupy.ndarray) -> Array:
+        """Return the logits of a host batch whose ids only the device has."""
+        if token_ids.shape != (batch.tokens,):  # the copy does not look where they end
+            raise ValueError(f"{token_ids.shape} ids for a batch of {batch.tokens} tokens")
+        return self._run(batch, token_ids)
+
+    def _run(self, batch: Batch, token_ids: cupy.ndarray | None) -> Array:
         with self._lock, on_device(self._memory.device):
             stream = cupy.cuda.get_current_stream()
             stream.wait_event(self._done)
             self._staging.send(batch.packed(), self._arrays, stream)
+            if token_ids is not None:  # they come first in `packed`
+                there = self._arrays[: batch.tokens].data
+                there.copy_from_device_async(token_ids.data, token_ids.nbytes, stream)
             try:
                 with ExitStack() as launching:
                     for part in self._parts:

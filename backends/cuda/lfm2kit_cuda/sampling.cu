@@ -284,12 +284,14 @@ __device__ inline void exclude(float* changed, int vocab, const Asked& row, cons
 }
 
 //   ids, biases, words  of all rows; see Asked
+//   newest_r            null, or the ids that take the place of the last generated ones
 //   changed_rv, counts_rv  to work in; all counts are 0 before and after
 //   token_r             the ids that are drawn, or errors; nothing for a row that asks nothing
+//   id_r                the same, but id 0 in place of errors
 extern "C" __global__ void __launch_bounds__(kThreads)
-    draw_tokens(const float* logits_rv, int vocab, const Asked* asked_r, const int* ids,
-                const float* biases, const u32* words, float* changed_rv, int* counts_rv,
-                int* token_r) {
+    draw_tokens(const float* logits_rv, int vocab, const Asked* asked_r, int* ids, const float* biases,
+                const u32* words, const int* newest_r, float* changed_rv, int* counts_rv, int* token_r,
+                int* id_r) {
   wait_for_previous();
   let_next_start();
   Asked row = asked_r[blockIdx.x];
@@ -297,6 +299,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const float* logits = logits_rv + first;
   float* changed = changed_rv + first;
   ids += row.first_id, biases += row.first_bias, words += row.first_word;
+  if (newest_r && row.generated && threadIdx.x == 0)  // others read it behind a barrier
+    ids[row.prompt + row.generated - 1] = newest_r[row.row];
   u64 is_bad = 0;
   for (int i = threadIdx.x; i < vocab; i += kThreads) {
     float logit = logits[i];
@@ -304,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     is_bad |= !(logit <= kLargest);
   }
   if (most_of_all(is_bad)) {
-    if (threadIdx.x == 0) token_r[row.row] = -1;
+    if (threadIdx.x == 0) token_r[row.row] = -1, id_r[row.row] = 0;
     return;
   }
   penalise(logits, changed, counts_rv + first, row, ids, biases);
@@ -326,5 +330,5 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     kept.least = row.min_p;
     token = drawn(scores, kept, bits_of_draw(row.seed, row.position));
   }
-  if (threadIdx.x == 0) token_r[row.row] = token;
+  if (threadIdx.x == 0) token_r[row.row] = token, id_r[row.row] = max(token, 0);
 }

@@ -17,6 +17,8 @@ from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.memory import CudaMemory
 from lfm2kit_cuda.upload import upload
 
+Result = Drawn | NotANumber | None
+
 WHY = {-1: NOT_FINITE, -2: ALL_EXCLUDED}  # what the kernel writes instead of an id
 
 
@@ -30,34 +32,77 @@ class Sampler:
         self._memory = memory
         self._scratch: _Scratch | None = None
 
-    def draw(
-        self, logits: cupy.ndarray, rows: Sequence[Row | None]
-    ) -> list[Drawn | NotANumber | None]:
+    def draw(self, logits: cupy.ndarray, rows: Sequence[Row | None]) -> list[Result]:
+        return self.begin(logits, rows).end()
+
+    def begin(
+        self,
+        logits: cupy.ndarray,
+        rows: Sequence[Row | None],
+        newest: cupy.ndarray | None = None,
+    ) -> Drawing:
         with on_device(self._memory.device):
             logits = cupy.ascontiguousarray(logits)
-            token_ids = self._memory.to_host(self._drawn(logits, rows)).tolist()
-            drawn = zip(logits, token_ids, rows, strict=True)
-            return [row and self._result(own, token_id, row) for own, token_id, row in drawn]
+            if len(logits) != len(rows):  # the kernel does not look where the rows end
+                raise ValueError(f"{len(rows)} rows for {len(logits)} rows of logits")
+            if newest is not None and len(newest) != len(rows):
+                raise ValueError(f"{len(rows)} rows for {len(newest)} rows of ids")
+            if self._scratch is None or not self._scratch.holds(logits.shape):
+                self._scratch = _Scratch(logits.shape)
+            drawn = _drawn(self._scratch, logits, rows, newest)
+            return Drawing(self._memory, drawn, logits, rows, (newest, self._scratch))
 
-    def _drawn(self, logits: cupy.ndarray, rows: Sequence[Row | None]) -> cupy.ndarray:
-        if len(logits) != len(rows):  # the kernel does not look where the rows end
-            raise ValueError(f"{len(rows)} rows for {len(logits)} rows of logits")
-        if self._scratch is None or not self._scratch.holds(logits.shape):
-            self._scratch = _Scratch(logits.shape)
-        token_ids = cupy.empty(len(rows), np.int32)
-        if asking := len(rows) - rows.count(None):
-            load_kernel("sampling", "draw_tokens")(
-                (asking,), SAMPLING.THREADS, logits, logits.shape[1], *_uploaded(rows),
-                self._scratch.changed, self._scratch.counts, token_ids,
-            )  # fmt: skip
-        return token_ids
 
-    def _result(self, logits: cupy.ndarray, token_id: int, row: Row) -> Drawn | NotANumber:
+def _drawn(
+    scratch: _Scratch,
+    logits: cupy.ndarray,
+    rows: Sequence[Row | None],
+    newest: cupy.ndarray | None,
+) -> cupy.ndarray:
+    """Return the ids twice: with errors among them, and with ids in place of these."""
+    token_ids = cupy.empty((2, len(rows)), np.int32)
+    if asking := len(rows) - rows.count(None):
+        load_kernel("sampling", "draw_tokens")(
+            (asking,), SAMPLING.THREADS, logits, logits.shape[1], *_uploaded(rows), newest,
+            scratch.changed, scratch.counts, token_ids[0], token_ids[1],
+        )  # fmt: skip
+    return token_ids
+
+
+class Drawing:
+    """Tokens on their way to the host.
+
+    What another stream has made, and the kernel uses, is kept until they are there.
+    """
+
+    def __init__(
+        self,
+        memory: CudaMemory,
+        drawn: cupy.ndarray,
+        logits: cupy.ndarray,
+        rows: Sequence[Row | None],
+        kept: object,
+    ) -> None:
+        self._arriving = memory.start_to_host(drawn[0])
+        self.token_ids = drawn[1]
+        self._memory = memory
+        self._logits = logits
+        self._rows = rows
+        self._kept = kept
+
+    def end(self) -> list[Result]:
+        with on_device(self._memory.device):
+            token_ids = self._arriving.wait().tolist()
+            drawn = enumerate(zip(token_ids, self._rows, strict=True))
+            return [row and self._result(i, token_id, row) for i, (token_id, row) in drawn]
+
+    def _result(self, i: int, token_id: int, row: Row) -> Drawn | NotANumber:
         if token_id < 0:
             return NotANumber(row.position, WHY[token_id])
         if row.logprobs is None:
             return Drawn(token_id)
-        return Drawn(token_id, *logprobs(self._memory.to_host(logits), token_id, row.logprobs))
+        logits = self._memory.to_host(self._logits[i])
+        return Drawn(token_id, *logprobs(logits, token_id, row.logprobs))
 
 
 class _Scratch:

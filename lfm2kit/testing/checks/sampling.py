@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.backend import Memory, Samples
-from lfm2kit.engine.drawing import Drawn, NotANumber, NumPySampler, Row, Sampler
+from lfm2kit.engine.drawing import Drawn, DrawsAhead, NotANumber, NumPySampler, Row, Sampler
 from lfm2kit.engine.sampling import Sampling
 from lfm2kit.specs import LMHead
 from lfm2kit.testing.cases import CASES
@@ -81,6 +81,52 @@ def sampled_tokens_depend_on_their_row_alone(trial: Trial) -> None:
         raise CheckFailed(f"among others: {together}, alone: {alone}")
 
 
+@check
+def tokens_drawn_ahead(trial: Trial) -> None:
+    """Drawings that begin one after the other have the tokens of drawings that are waited for.
+
+    Rows count the token of the drawing before, whose id has not been read.
+    """
+    sampler, memory = _sampler(trial)
+    if not isinstance(sampler, DrawsAhead):
+        raise Skipped("its sampler does not draw ahead")
+    for size in SIZES:
+        logits = [np.stack([_logits(trial.rng, size) for _ in range(ROWS)]) for _ in range(3)]
+        asked = [[None, *(_row(trial.rng, size) for _ in range(ROWS - 1))] for _ in range(3)]
+        there = [memory.from_host(one) for one in logits]
+        drawings = [sampler.begin(there[0], asked[0])]
+        for one, rows in zip(there[1:], asked[1:], strict=True):
+            drawings.append(sampler.begin(one, rows, drawings[-1].token_ids))
+        found = [drawing.end() for drawing in drawings]
+        newest: Any = None
+        for which, drawing in enumerate(drawings):
+            rows = asked[which] if which == 0 else _after(asked[which], newest)
+            _judge(found[which], NumPySampler().draw(logits[which], rows), rows, size)
+            newest = memory.to_host(drawing.token_ids)
+            _judge_ids(newest, found[which], size)
+
+
+def _after(rows: Sequence[Row | None], newest: npt.NDArray[np.int32]) -> list[Row | None]:
+    """Return the rows with these ids as the last of their generated ones, if they have any."""
+    known = []
+    for row, token_id in zip(rows, newest, strict=True):
+        generated = np.zeros(0, np.int32) if row is None else row.generated.copy()
+        generated[-1:] = token_id
+        known.append(row and row._replace(generated=generated))
+    return known
+
+
+def _judge_ids(
+    token_ids: npt.NDArray[np.int32], drawn: Sequence[Drawn | NotANumber | None], size: int
+) -> None:
+    """Raise `CheckFailed` unless these are the ids that were drawn, or any that there are."""
+    for token_id, one in zip(token_ids.tolist(), drawn, strict=True):
+        if isinstance(one, Drawn) and token_id != one.token_id:
+            raise CheckFailed(f"token_ids has {token_id} for {one}")
+        if isinstance(one, NotANumber) and not 0 <= token_id < size:
+            raise CheckFailed(f"token_ids has {token_id} where no token can be drawn")
+
+
 def _sampler(trial: Trial) -> tuple[Sampler, Memory]:
     if not isinstance(trial.backend, Samples):
         raise Skipped("it has no sampler")
@@ -89,13 +135,19 @@ def _sampler(trial: Trial) -> tuple[Sampler, Memory]:
 
 
 def _compare(sampler: Sampler, memory: Memory, logits: Floats, rows: Sequence[Row | None]) -> None:
-    expected = NumPySampler().draw(logits, rows)
     found = _drawn(sampler, memory, logits, rows)
+    _judge(found, NumPySampler().draw(logits, rows), rows, logits.shape[1])
+
+
+def _judge(
+    found: Sequence[Drawn | NotANumber | None],
+    expected: Sequence[Drawn | NotANumber | None],
+    rows: Sequence[Row | None],
+    size: int,
+) -> None:
     for got, want, row in zip(found, expected, rows, strict=True):
         if not _agree(got, want):
-            raise CheckFailed(
-                f"vocabulary of {logits.shape[1]}: {got} instead of {want}, for {row}"
-            )
+            raise CheckFailed(f"vocabulary of {size}: {got} instead of {want}, for {row}")
 
 
 def _drawn(

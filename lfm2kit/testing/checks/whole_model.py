@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from lfm2kit import specs
 from lfm2kit.backend import Captures
 from lfm2kit.batch import Batch
+from lfm2kit.memory import Array, Memory, is_ordered
 from lfm2kit.model import LFM2
 from lfm2kit.state import ModelState, Room
 from lfm2kit.testing.cases import MODELS
@@ -140,6 +141,47 @@ def captured_steps(trial: Trial) -> None:
                 if turn:
                     back = 3 if turn == 6 else 0
                     seen[which] = [n + 1 - back for n in seen[which]]
+
+
+@check
+def steps_begun_ahead(trial: Trial) -> None:
+    """Steps whose ids are in the backend's memory have the bits of steps that are told them.
+
+    They are begun one after the other, and read afterwards.
+    """
+    for spec, model in _captured_models(trial):
+        state, plain = (model.new_state(Room(6, 64)) for _ in range(2))
+        lengths, pages = [5, 2, 62], [[4, -1], [1, -1], [0, 3]]
+        vocab = spec.embed_tokens.vocab_size
+        prompts = [trial.rng.integers(vocab, size=n) for n in lengths]
+        prefill = Batch.of_sequences(prompts, pages=pages)
+        model.logits(prefill, state)
+        _plain_step(model, prefill, plain)
+        begun, wanted = [], []
+        for turn in range(8):
+            ids, others = trial.rng.integers(vocab, size=(2, 3, 1)).astype(np.int32)
+            starts = [n + turn for n in lengths]
+            told, left = (
+                Batch.of_sequences(list(one), starts=starts, pages=pages) for one in (ids, others)
+            )
+            wanted.append(_plain_step(model, told, plain))
+            if turn < 2:  # the first of its form, and the one that is captured
+                assert_same(model.logits(told, state), wanted.pop(), "logits of a plain step")
+                continue
+            if not model.takes_ids(left, state):
+                raise Skipped("its replays take no ids of its memory")
+            there = model.home.from_host(ids.reshape(-1))
+            with model.logits_at_home(left, state, there) as logits:
+                begun.append((there, _reading(model.home, logits)))
+        for i, ((_, read), want) in enumerate(zip(begun, wanted, strict=True)):
+            assert_same(read(), want, f"logits of step {i}")
+
+
+def _reading(memory: Memory, array: Array) -> Callable[[], npt.NDArray[Any]]:
+    """Return what reads an array that may still be computed in the current stream."""
+    if is_ordered(memory):
+        return memory.start_to_host(array).wait
+    return lambda: memory.to_host(array)
 
 
 def _plain_step(model: LFM2, batch: Batch, state: ModelState) -> npt.NDArray[np.float32]:

@@ -1,8 +1,9 @@
 // Draws tokens with the kernel of sampling.cu on the host:
 //
-//     sampling ASKING ROWS VOCAB IDS BIASES WORDS < ASKED, IDS, BIASES, WORDS AND LOGITS
+//     sampling ASKING ROWS VOCAB IDS BIASES WORDS NEWEST < ASKED, IDS, BIASES, WORDS, LOGITS, NEWEST
 //
-// What comes out are the tokens, -100 for a row that asks nothing, and how many counts are not 0 then.
+// What comes out are the tokens, -100 for a row that asks nothing; the ids that take the place of errors;
+// and how many counts are not 0 then.
 #include "f32.h"
 
 inline u64 atomicAdd(u64* at, u64 more) { return std::atomic_ref<u64>(*at).fetch_add(more); }
@@ -19,12 +20,15 @@ int main(int, char** argv) {
   auto biases = read<float>(number(4));
   auto words = read<u32>(number(5));
   auto logits = read<float>(size_t(rows) * vocab);
+  auto newest = read<int>(number(6));
   std::vector<float> changed(logits.size(), __uint_as_float(0x7fc00000));
-  std::vector<int> counts(logits.size()), tokens(rows, -100);
+  std::vector<int> counts(logits.size()), tokens(rows, -100), valid(rows, -100);
   launch({u32(asking), 1, 1}, kThreads, kWarps, [] {}, [&] {
     draw_tokens(logits.data(), vocab, asked.data(), ids.data(), biases.data(), words.data(),
-                changed.data(), counts.data(), tokens.data());
+                newest.empty() ? nullptr : newest.data(), changed.data(), counts.data(), tokens.data(),
+                valid.data());
   });
+  tokens.insert(tokens.end(), valid.begin(), valid.end());
   tokens.push_back(int(logits.size() - std::count(counts.begin(), counts.end(), 0)));
   write(tokens);
 }
