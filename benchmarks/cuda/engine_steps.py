@@ -96,7 +96,7 @@ def prompts_of(model: LFM2, count: int, context: int) -> list[Any]:
 
 def engine_of(model: LFM2, count: int, context: int, steps: int, sampler: Sampler) -> Engine:
     """Return an engine whose sequences have their prompts, and go on for `steps` steps."""
-    engine = Engine(model, Room.of_sequences(count, context + steps), sampler=sampler)
+    engine = Engine(model, Room.of_sequences(count, context + steps), sampler=sampler, ahead=True)
     for seed, prompt in enumerate(prompts_of(model, count, context)):
         engine.add(Request(prompt, replace(SETTINGS, seed=seed)))
     begun: set[int] = set()
