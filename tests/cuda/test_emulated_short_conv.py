@@ -18,11 +18,11 @@ Float32 = npt.NDArray[np.float32]
 HIDDEN_SIZE = 8
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(1, 4), (3, 1), (3, 4), (4, 4)],
-    ids="kernel of {0[0]}, {0[1]} rows".format,
-)
+# Of the kernel, and how many rows a thread has.
+SIZES = (3, 1), (3, 4), *(pytest.param((n, 4), marks=pytest.mark.long) for n in (1, 4))
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=str)
 def conv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EmulatedConv:
     size, rows = request.param
     spec = specs.ShortConv(HIDDEN_SIZE, kernel_size=size)

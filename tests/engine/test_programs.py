@@ -177,7 +177,7 @@ class Programs(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sequences_have_the_tokens_that_they_have_alone(backend: str) -> None:
-    run(backend, examples=15)
+    run(backend, examples=10)
 
 
 @pytest.mark.long

@@ -50,7 +50,12 @@ case "$*" in
     [ -z "${TYPES_TAKE:-}" ] || exec sleep "$TYPES_TAKE"
     exit "${TYPES:-0}"
     ;;
-  "-m pytest "*) echo "tests: ${TESTS:-0}" && sleep "${TESTS_TAKE:-0}" && exit "${TESTS:-0}" ;;
+  "-m pytest "*)
+    echo "tests: ${TESTS:-0}"
+    [ -z "${TESTS_TAKE:-}" ] || exec sleep "$TESTS_TAKE"
+    sleep "${TESTS_END_AFTER:-0}"
+    exit "${TESTS:-0}"
+    ;;
 esac
 """
 UV = """#!/usr/bin/env bash
@@ -317,7 +322,7 @@ def test_only_a_check_of_everything_compiles_cuda_sources_beside_the_tests(
 def test_check_fails_if_types_or_tests_do_and_shows_the_types_last(
     types: int, tests: int, code: int, machine: Machine, check: Path
 ) -> None:
-    done = machine.run(script=check, TYPES=str(types), TESTS=str(tests), TESTS_TAKE="0.1")
+    done = machine.run(script=check, TYPES=str(types), TESTS=str(tests), TESTS_END_AFTER="0.1")
     assert done == (code, f"tests: {tests}\ntypes: {types}\n", done.err)
 
 
