@@ -410,7 +410,7 @@ def test_workers_that_sleep_hold_nobody_up_after_a_failure(
         call(device, crossing, rows)
     until(lambda: asleep(server) == [0, 1, 2])
     failure(device, bad)
-    assert asleep(server)[-2:] == [1, 2]
+    until(lambda: asleep(server)[-2:] == [1, 2])  # one that looked up meanwhile sleeps again
     monkeypatch.setattr(progress.THIS_PROCESS, "deadline", 1.0)
     call(device, shared, 900)
 
