@@ -100,7 +100,7 @@ class Emulated:
         )
         out = np.full(columns * extent, -1, np.int16)
         matrices = interleaved(gates, ups)
-        written = self._run("gated_few_wgmma", x, matrices, (out,), tiles, columns, extent)
+        written = self._run("gated_few_wgmma", x, matrices, (out,), tiles, columns)
         return in_rows(written.view(np.uint16), extent).view(np.float16)
 
     def _run(
@@ -111,7 +111,6 @@ class Emulated:
         outputs: tuple[npt.NDArray[Any] | None, ...],
         tiles: Tiles | None,
         columns: int,
-        *extent: int,
     ) -> npt.NDArray[np.uint8]:
         weights, x_extent = packed(rounded(matrices, F16)), padded(len(x), 16)
         most = tiles.tiles[:, 2].max() if tiles else len(x)
@@ -119,7 +118,7 @@ class Emulated:
         stages = 1 + (SHARED_BYTES - 2 * 2 * SLAB * 64) // stage
         numbers = (
             len(x), x_extent, weights.shape[2], weights.shape[1] * PANEL, columns, self.blocks,
-            min(stages, 5), stage, *extent,
+            min(stages, 5), stage,
         )  # fmt: skip
         given = in_slabs(rounded(x, F16), x_extent), weights, *outputs
         done = subprocess.run(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lfm2kit_cuda.constants import FEW_ROWS90
 from lfm2kit_cuda.requirements import why_unavailable
 
 from lfm2kit.backend import BF16, Tensor
@@ -65,6 +68,15 @@ def gemm(request: pytest.FixtureRequest) -> Any:
     return gemm
 
 
+def by_few(gemm: Any, call: Callable[[], Any]) -> Any:
+    """Return what `call` does where tiles of few rows have their own kernels."""
+    gemm.few_rows = FEW_ROWS90.MOST_ROWS
+    try:
+        return call()
+    finally:
+        gemm.few_rows = 0
+
+
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
@@ -88,10 +100,9 @@ def test_dense_rows(gemm: Any, rng: np.random.Generator, shape: tuple[int, int])
     for rows in ROWS:
         x = gemm.rounded(cupy.asarray(random(rng, rows, inputs)))
         for of in (bias, None):
-            got = gemm._few.linear("linear", cupy.float32, x, matrix, of, None)
-            assert_same(got, gemm.linear(x, matrix, of))
-            got = gemm._few.linear("linear_rounded", cupy.uint16, x, matrix, of, None)
-            assert_same(got, gemm.linear_rounded(x, matrix, of))
+            for linear in (gemm.linear, gemm.linear_rounded):
+                call = partial(linear, x, matrix, of)
+                assert_same(by_few(gemm, call), call())
 
 
 @pytest.mark.parametrize("shape", [(3584, 2048), (7168, 2048), (320, 128), (69, 107)], ids=str)
@@ -101,7 +112,8 @@ def test_gated(gemm: Any, rng: np.random.Generator, shape: tuple[int, int]) -> N
     w13 = gemm.pack_gated(tensors(rng, 1, *shape), tensors(rng, 1, *shape))
     for rows in ROWS:
         x = gemm.rounded(cupy.asarray(random(rng, rows, shape[1])))
-        got, want = gemm._few.gated(x, w13, None).array, gemm.gated(x, w13).array
+        call = partial(gemm.gated, x, w13)
+        got, want = by_few(gemm, call).array, call().array
         assert_same(got[:, :, :rows], want[:, :, :rows])
         assert_untouched(got[:, :, rows:])
 
@@ -136,9 +148,8 @@ def test_experts(gemm: Any, rng: np.random.Generator, tokens: int, tile_rows: in
     want = gemm.down(gated, w2, tiles)
     fews, its_place = grouped_by_expert(ids, everyone, experts, Few())  # type: ignore[arg-type]
     assert (place == its_place).all()
-    its_gated = gemm._few.gated(gemm._slabs(x, fews), w13, fews)
-    name = "linear" if want.dtype == cupy.float32 else "linear_rounded"
-    got = gemm._few.linear(name, want.dtype, its_gated, w2, None, fews.in_place())
+    its_gated = by_few(gemm, partial(gemm.gated, x, w13, fews))
+    got = by_few(gemm, partial(gemm.down, its_gated, w2, fews))
 
     slots = place.ravel()
     assert_same(its_gated.array[:, :, slots], gated.array[:, :, slots])

@@ -58,7 +58,7 @@ struct Lane {
 
   int team, member, lane;
   float *stages, *stage;        // of the team; the one that is read, and then filled again
-  const float *w, *a[kParts];   // what goes to the next stage; null where there is no row
+  const float *w, *a[kParts];   // what is copied into the next stage; a is null where a row is missing
   int a_left, stages_left;      // elements of a row, and stages, that were not copied yet
   int count;                    // stages of this range
 

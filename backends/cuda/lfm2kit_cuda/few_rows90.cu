@@ -249,12 +249,12 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
 LINEAR(linear_few_wgmma, F32)
 LINEAR(linear_rounded_few_wgmma, HALF)
 
-// out = silu(A @ w1.T) * (A @ w3.T) * GATED_SCALE, n channels in slabs of `out_extent` rows, where the
-// rows of W are one of w1, one of w3, and so on
+// out = silu(A @ w1.T) * (A @ w3.T) * GATED_SCALE, n channels in slabs of the same extent, where
+// the rows of W are one of w1, one of w3, and so on
 extern "C" __global__ void __launch_bounds__(kThreads)
     gated_few_wgmma(const HALF* a, const HALF* w_gpsrk, HALF* out, const int4* tiles,
                     const int* tile_count, int m, int extent, int steps, int width, int n,
-                    int blocks, int stages, int stage_bytes, int out_extent) {
+                    int blocks, int stages, int stage_bytes) {
   compute({a, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,
-          stage_bytes, GatedPair{out, n, out_extent});
+          stage_bytes, GatedPair{out, n, extent});
 }

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import cupy
 
-from lfm2kit_cuda.activations import Slabs, empty_slabs
+from lfm2kit_cuda.activations import Slabs
 from lfm2kit_cuda.constants import FEW_ROWS90, GEMM90, SLABS
 from lfm2kit_cuda.device import sm_count
 from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.products import Matrix, RowTiles, listed, padded
 
-BLOCK, MOST_BLOCKS, MOST_ROWS = FEW_ROWS90.BLOCK, FEW_ROWS90.MOST_BLOCKS, FEW_ROWS90.MOST_ROWS
+BLOCK, MOST_BLOCKS = FEW_ROWS90.BLOCK, FEW_ROWS90.MOST_BLOCKS
 THREADS = 128 + 32 * FEW_ROWS90.COPYING_WARPS
 STEP = GEMM90.STEP  # the rows that an instruction multiplies are a multiple of it
 ROW_BYTES = 2 * SLABS.SLAB  # of a row in a stage
@@ -21,55 +19,24 @@ BESIDE = 3  # blocks: what a tile takes beside its own
 SHARED_BYTES = 110 * 1024  # so that the next kernel's CTAs fit beside this one's
 
 
-class FewRows:
-    """The products of tiles of up to MOST_ROWS rows, with the bits of gemm90.cu.
-
-    `constants` are those that its sources are compiled with: HALF, MMA_TYPE, GATED_SCALE.
-    """
-
-    def __init__(self, constants: dict[str, int | str]) -> None:
-        self._constants = {key: constants[key] for key in ("HALF", "MMA_TYPE", "GATED_SCALE")}
-
-    def linear(
-        self,
-        name: str,
-        dtype: Any,
-        x: Slabs,
-        matrix: Matrix,
-        bias: cupy.ndarray | None,
-        tiles: RowTiles | None,
-    ) -> cupy.ndarray:
-        """Return x @ W.T + bias: [rows, columns]; the kernel `name` stores them as `dtype`."""
-        out = cupy.empty((tiles.rows if tiles else len(x), matrix.columns), dtype)
-        self._launch(name, x, matrix, (bias, out), tiles, matrix.columns)
-        return out
-
-    def gated(self, x: Slabs, matrix: Matrix, tiles: RowTiles | None) -> Slabs:
-        """Return silu(x @ w1.T) * (x @ w3.T); the kernel makes the padding too: silu(0) * 0."""
-        out = empty_slabs(tiles.rows if tiles else len(x), matrix.columns)
-        self._launch("gated", x, matrix, (out.array,), tiles, out.columns, out.extent)
-        return out
-
-    def _launch(
-        self,
-        name: str,
-        x: Slabs,
-        matrix: Matrix,
-        outputs: tuple[cupy.ndarray | None, ...],
-        tiles: RowTiles | None,
-        columns: int,
-        *extent: int,
-    ) -> None:
-        most = len(tiles.tiles) if tiles else min(1, len(x))
-        blocks = blocks_of_a_cta(matrix.width // BLOCK, most, sm_count())
-        rows = padded(tiles.tiling.rows if tiles else len(x), STEP)
-        ctas = most * -(-matrix.width // (BLOCK * blocks))
-        kernel = load_kernel("few_rows90", f"{name}_few_wgmma", SHARED_BYTES, **self._constants)
-        kernel(
-            (min(sm_count(), ctas),), THREADS, x.array, matrix.packed, *outputs,
-            *listed(tiles), len(x), x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns,
-            blocks, *stages(blocks, rows), *extent,
-        )  # fmt: skip
+def launch(
+    name: str,
+    x: Slabs,
+    matrix: Matrix,
+    outputs: tuple[cupy.ndarray | None, ...],
+    tiles: RowTiles | None,
+    columns: int,
+    constants: dict[str, int | str],
+) -> None:
+    """Do what a launch of gemm90.cu does, for tiles of up to MOST_ROWS rows: the same bits."""
+    most = len(tiles.tiles) if tiles else 1
+    blocks = blocks_of_a_cta(matrix.width // BLOCK, most, sm_count())
+    rows = padded(tiles.tiling.rows if tiles else len(x), STEP)
+    ctas = most * -(-matrix.width // (BLOCK * blocks))
+    load_kernel("few_rows90", f"{name}_few_wgmma", SHARED_BYTES, **constants)(
+        (min(sm_count(), ctas),), THREADS, x.array, matrix.packed, *outputs, *listed(tiles), len(x),
+        x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns, blocks, *stages(blocks, rows),
+    )  # fmt: skip
 
 
 def blocks_of_a_cta(blocks: int, tiles: int, sm_count: int) -> int:

@@ -14,10 +14,10 @@ import cupy
 
 from lfm2kit.backend import BF16, Tensor
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit_cuda import few_rows90
 from lfm2kit_cuda.activations import Rows, Slabs, slabs_bytes, split
 from lfm2kit_cuda.constants import ACTIVATIONS, FEW_ROWS90, GEMM90, SLABS
 from lfm2kit_cuda.device import sm_count
-from lfm2kit_cuda.few_rows90 import FewRows
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Ctas, Matrix, RowTiles, Tiling, listed, padded, readable
@@ -55,7 +55,6 @@ class HopperGemm(TensorCoreGemm):
     def __init__(self, activation: str) -> None:
         super().__init__(activation)
         self._ctas = CTAS
-        self._few = FewRows(self._constants)
         self._constants["TERMS"] = self.terms
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
@@ -86,27 +85,6 @@ class HopperGemm(TensorCoreGemm):
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
         return 2 * padded(shape[0], PANEL) * padded(shape[1], TILE_K)
 
-    def gated(self, x: Any, matrix: Matrix, tiles: RowTiles | None = None) -> Slabs:
-        if self._has_few_rows(x, tiles):
-            return self._few.gated(self._slabs(x, tiles), matrix, tiles)
-        return super().gated(x, matrix, tiles)
-
-    def _linear(
-        self,
-        name: str,
-        dtype: Any,
-        x: Any,
-        matrix: Matrix,
-        bias: cupy.ndarray | None,
-        tiles: RowTiles | None,
-    ) -> cupy.ndarray:
-        if self._has_few_rows(x, tiles):
-            return self._few.linear(name, dtype, self._slabs(x, tiles), matrix, bias, tiles)
-        return super()._linear(name, dtype, x, matrix, bias, tiles)
-
-    def _has_few_rows(self, x: Any, tiles: RowTiles | None) -> bool:
-        return 0 < (tiles.tiling.rows if tiles else len(x)) <= self.few_rows
-
     def _launch(
         self,
         name: str,
@@ -116,6 +94,9 @@ class HopperGemm(TensorCoreGemm):
         tiles: RowTiles | None,
         columns: int,
     ) -> None:
+        if 0 < (tiles.tiling.rows if tiles else len(x)) <= self.few_rows:
+            few_rows90.launch(name, x, matrix, outputs, tiles, columns, self._constants)
+            return
         if tiles is None:
             tile_rows, tile_columns = self._ctas.best(len(x), matrix.width)
             count = -(-len(x) // tile_rows)

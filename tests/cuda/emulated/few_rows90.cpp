@@ -39,7 +39,7 @@ int main(int argc, char** argv) {
     if (name == "linear_rounded_few_wgmma") linear(linear_rounded_few_wgmma, halves(3));
     if (name == "gated_few_wgmma")
       gated_few_wgmma(halves(0), halves(1), halves(2), tiles(3), ints(4), number(0), number(1),
-                number(2), number(3), number(4), number(5), number(6), number(7), number(8));
+                number(2), number(3), number(4), number(5), number(6), number(7));
   });
   const Bytes& output = arrays[name == "gated_few_wgmma" ? 2 : 3];
   std::fwrite(output.data(), 1, output.size(), stdout);
