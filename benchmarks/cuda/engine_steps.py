@@ -106,6 +106,8 @@ def engine_of(model: LFM2, count: int, context: int, steps: int, sampler: Sample
 
 
 def seconds_of(step: Callable[[], object], steps: int) -> float:
+    """Return the seconds of a step, after one that ends what has begun before."""
+    step()
     start = time.perf_counter()
     for _ in range(steps):
         step()
@@ -113,7 +115,7 @@ def seconds_of(step: Callable[[], object], steps: int) -> float:
 
 
 def row(model: LFM2, precision: str, n: int, options: argparse.Namespace) -> Iterator[object]:
-    steps = STEPS * (options.rounds + 1) + 2 * WARM_UP + options.rounds
+    steps = (STEPS + 1) * (options.rounds + 1) + 2 * WARM_UP
     steps += n * options.context // 512 + 1  # of prompts, meanwhile others go on
     sampler = model.new_sampler()
     ahead = engine_of(model, n, options.context, steps, sampler)

@@ -150,16 +150,18 @@ __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
   let_next_start();
 }
 
-typedef float Sums[MOST_BLOCKS / kWarps][kMostRows / 2];  // of a thread, as Wgmma holds them
+// The sums of a thread, as Wgmma holds them: of n rows, with `kInstructions` times four blocks.
+template <int n, int kInstructions>
+using Sums = float[kInstructions][n / 2];
 
 // Gives a stage of the ring back to the warp that copies.
 __device__ inline void release(const Ring& ring, int stage) {
   if (threadIdx.x % 32 == 0) barrier_arrive(ring.read + stage);
 }
 
-// sums = the products of all stages, of n rows with kInstructions times four blocks
+// sums = the products of all stages
 template <int n, int kInstructions>
-__device__ __forceinline__ void sum_stages(Sums& sums, Ring& ring, const Operands& of) {
+__device__ __forceinline__ void sum_stages(Sums<n, kInstructions>& sums, Ring& ring, const Operands& of) {
   Ring behind = ring;
   for (int s = 0; s < of.steps; ++s, ring.next()) {
     ring.wait_until_filled();
@@ -182,28 +184,37 @@ __device__ __forceinline__ void sum_stages(Sums& sums, Ring& ring, const Operand
   for (; behind.stage != ring.stage; behind.next()) release(ring, behind.stage);
 }
 
-template <int n>
-__device__ __forceinline__ void sum(Sums& sums, Ring& ring, const Operands& of) {
-  if (of.blocks > kWarps) sum_stages<n, 2>(sums, ring, of);
-  else sum_stages<n, 1>(sums, ring, of);
-}
-
 // Stores what a thread has of the blocks of its warp: two neighbouring columns of every fourth pair of rows.
-template <class Store>
-__device__ __forceinline__ void store_sums(const Sums& sums, const Tile& tile, const Operands& of,
-                                           const Store& store) {
+template <int n, int kInstructions, class Store>
+__device__ __forceinline__ void store_sums(const Sums<n, kInstructions>& sums, const Tile& tile,
+                                           const Operands& of, const Store& store) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int count = min(of.blocks, of.width / kBlock - tile.block);
 #pragma unroll
-  for (int i = 0; i < MOST_BLOCKS / kWarps; ++i) {
+  for (int i = 0; i < kInstructions; ++i) {
     if (warp + i * kWarps >= count) break;
     int column = column_of(tile.block + warp + i * kWarps) + lane / 4 * 4;
 #pragma unroll
-    for (int r = 0; r < kMostRows / 4; ++r) {
+    for (int r = 0; r < n / 4; ++r) {
       int row = r / 2 * kStep + lane % 4 * 2 + r % 2, at = r / 2 * 4 + r % 2;
       if (row < tile.rows) store(tile.row + row, column, sums[i][at], sums[i][at + 2]);
     }
   }
+}
+
+template <int n, int kInstructions, class Store>
+__device__ __forceinline__ void multiply_tile(Ring& ring, const Tile& tile, const Operands& of,
+                                              const Store& store) {
+  Sums<n, kInstructions> sums;
+  sum_stages<n, kInstructions>(sums, ring, of);
+  store_sums<n, kInstructions>(sums, tile, of, store);
+}
+
+template <int n, class Store>
+__device__ __forceinline__ void multiply_tile(Ring& ring, const Tile& tile, const Operands& of,
+                                              const Store& store) {
+  if (of.blocks > kWarps) multiply_tile<n, 2>(ring, tile, of, store);
+  else multiply_tile<n, 1>(ring, tile, of, store);
 }
 
 template <class Store>
@@ -213,10 +224,8 @@ __device__ __forceinline__ void multiply_tiles(Ring ring, const Operands& of, co
   Tile tile = uniform(tile_at(index, of));
   while (tile.rows >= 0) {
     Tile next = tile_at(index += gridDim.x, of);  // early: it takes two reads from memory
-    Sums sums;
-    if (tile.rows > kStep) sum<kMostRows>(sums, ring, of);
-    else sum<kStep>(sums, ring, of);
-    store_sums(sums, tile, of, store);
+    if (tile.rows > kStep) multiply_tile<kMostRows>(ring, tile, of, store);
+    else multiply_tile<kStep>(ring, tile, of, store);
     tile = uniform(next);
   }
 }
