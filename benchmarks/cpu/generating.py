@@ -102,7 +102,7 @@ def _rounds(model: LFM2, n: int, steps: int) -> Iterator[Round]:
     language, rng = Language(model.folder, model.spec), np.random.default_rng(0)
     room = Room.of_sequences(n, PROMPT + steps + 1)
     sampler = TimedSampler(model)
-    engine, timed = Engine(model, room, ahead=True), Engine(model, room, sampler=sampler)
+    engine, timed = Engine(model, room), Engine(model, room, sampler=sampler)
     writer = Writer(model, language, context=PROMPT + steps + 1, sequences=n)
 
     def requests() -> list[Request]:

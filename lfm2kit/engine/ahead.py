@@ -39,7 +39,7 @@ class Failed(NamedTuple):
 class Ahead:
     """The step of an engine that has begun, if there is one."""
 
-    def __init__(self, steps: Steps, sampler: Sampler | None, scheduler: Scheduler) -> None:
+    def __init__(self, steps: Steps, sampler: Sampler, scheduler: Scheduler) -> None:
         self._steps = steps
         self._scheduler = scheduler
         is_ahead = isinstance(sampler, DrawsAhead) and steps.may_be_left

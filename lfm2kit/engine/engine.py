@@ -45,8 +45,8 @@ class Engine:
     The state has `room`, or room for `sequences` of up to `context` tokens, or for what half of the
     free memory holds (`lfm2kit.engine.room`).  A step computes up to `budget` tokens.  The masks of
     constrained requests have `patience`.  Rank 0 of a `job` has the engine, while the others
-    `lfm2kit.engine.steps.follow` it.  `ahead` lets a step begin before the tokens of the last one
-    are read, where the model and the sampler can (decision 0045).
+    `lfm2kit.engine.steps.follow` it.  A step begins before the tokens of the last one are read,
+    where the model and the sampler can (decision 0045).
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class Engine:
         sampler: Sampler | None = None,
         patience: Patience | None = None,
         job: Transport | None = None,
-        ahead: bool = False,
     ) -> None:
         check_whole("budget", budget, 1)
         self._steps = Steps(model, room or room_for(model, context, sequences), job)
@@ -71,7 +70,7 @@ class Engine:
         self._sampler: Sampler = sampler or model.new_sampler()
         self._masks = Masks(model.spec.embed_tokens.vocab_size, patience or Patience())
         self._scheduler = Scheduler(self.room, budget)
-        self._ahead = Ahead(self._steps, self._sampler if ahead else None, self._scheduler)
+        self._ahead = Ahead(self._steps, self._sampler, self._scheduler)
         self._live: dict[int, list[Sequence]] = {}  # sequences by the id of their request
         self._events: list[Event] = []  # that no step has returned yet
         self._ids, self._ages = count(), count()
@@ -162,7 +161,7 @@ class Engine:
         """Compute the next tokens of sequences; return what there is to tell since the last step.
 
         If the forward fails, the sequences of the step end with its error.  If it is interrupted,
-        they are put back.  With `ahead` the next step may have begun when this returns.
+        they are put back.  The next step may have begun when this returns.
         """
         self._check_open()
         if begun := self._ahead.chunks:

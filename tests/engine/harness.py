@@ -118,11 +118,7 @@ class ThirdsText:
 
 def engine_of(model: LFM2, pages: int, **options: Any) -> Engine:
     """Return an engine with a small room, in whose state, in the host's memory, is only NaN."""
-    options = {
-        "patience": ALL_THE_TIME,
-        "sampler": KeyedSampler(model.home),
-        "ahead": True,
-    } | options
+    options = {"patience": ALL_THE_TIME, "sampler": KeyedSampler(model.home)} | options
     engine = Engine(model, Room(pages, PAGE_TOKENS), **options)
     if model.home.name == HOST.name:  # else nothing says when it would be written
         Poison(engine)
