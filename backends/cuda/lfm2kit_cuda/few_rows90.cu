@@ -1,44 +1,40 @@
-// out = A @ W.T of few rows on Hopper: the sums of gemm90.cu, with its instruction, its order and so its
-// bits.  Few rows take as long as reading W does, so what counts is that all SMs read, and that many
-// bytes are on their way all the time.  HALF is BF16 or F16.
+// out = A @ W.T of few rows on Hopper.  They take as long as reading W does, so what counts is that all SMs
+// read, that many bytes are on their way all the time, and that no sum waits longer for its next
+// product than it must.  HALF is BF16 or F16.
 //
 //   a         rows of activations in slabs (slabs.cuh)
+//   source    null, or the row of `a` that each row of the result has
 //   w_gpsrk   matrices packed by `panel` in packing.cu: [groups][width / 256][steps][256][64]
 //   tiles     (group, first row, rows, the group's first tile | its tiles << 16) of up to kMostRows
 //             rows; without a list, all m rows, group 0
 //
 // A panel has sixteen blocks of 16 columns, of which a slab's 2 KB are consecutive.  A CTA takes 1 to 8
 // blocks of a tile (`blocks`), with all k.  Some warps copy a stage of 64 k each, one after the other, and a
-// warpgroup multiplies.
-//
-// The instruction always multiplies 64 rows of W, one block for each warp.  Where there are fewer
-// blocks, it reads what lies behind them in shared memory, and those sums are not stored.
+// warp for each block multiplies with mma.sync, which has the bits of gemm90.cu's wgmma.
 #include "dependent.cuh"
 #include "epilogue90.cuh"
+#include "mma.cuh"
 #include "ring.cuh"
 #include "slabs.cuh"
 #include "uniform.cuh"
-#include "wgmma.cuh"
 
-constexpr int kTileK = kSlabK, kRowBytes = kTileK * 2;
+constexpr int kTileK = kSlabK, kRowBytes = kTileK * 2, kWarp = 32;
 constexpr int kBlock = BLOCK, kBlocks = PANEL / kBlock, kBlockBytes = kBlock * kRowBytes;
-constexpr int kMultiplying = 128, kWarps = kMultiplying / 32, kCopyingWarps = COPYING_WARPS;
-constexpr int kThreads = kMultiplying + 32 * kCopyingWarps;
-static_assert(PANEL == 256 && BLOCK == 16, "`column_of`, a warp's 16 rows");
+constexpr int kCopyingWarps = COPYING_WARPS, kMostThreads = kWarp * (kCopyingWarps + MOST_BLOCKS);
+static_assert(PANEL == 256 && BLOCK == 16, "`column_of`, and the rows that an instruction multiplies");
 constexpr int kMostRows = MOST_ROWS, kStep = 8;
-constexpr int kPending = 2;  // stages that the tensor cores may still be reading
-static_assert(kMostRows == 2 * kStep, "`compute` has a loop for each number of rows");
-static_assert(MOST_BLOCKS == 2 * kWarps, "and for each number of instructions");
+static_assert(kMostRows == 2 * kStep, "`multiply_tiles` has a loop for each number of rows");
 
 extern __shared__ __align__(1024) float shared[];        // the ring's stages
 __shared__ u64 filled[kMostStages], read_by[kMostStages];  // their barriers
 
 struct Operands {
   const HALF* a;
+  const int* source;
   const HALF* w_gpsrk;
   const int4* tiles;
   const int* tile_count;
-  int m, extent, steps, width;  // rows of activations, and of a slab; stages in all of k
+  int m, extent, steps, width;  // rows of the result, and of a slab of `a`; stages in all of k
   int blocks;
 };
 
@@ -68,153 +64,204 @@ __device__ inline int column_of(int block) {
   return block / kBlocks * PANEL + half * 128 + warp * 32 + pair * 2;
 }
 
-// The weights of a tile, of which each lane copies a block.
-struct Weights {
-  const char* from;
-  int count;  // of blocks
+// What each lane copies of a stage: the first two weights of the tile's blocks, which may lie in two
+// panels, the others its rows of activations, one all of them if they are consecutive.  Rows beyond the
+// last are whatever lay there, and their sums are not stored.
+constexpr int kCopyWeights = 2;  // lanes
 
-  __device__ __forceinline__ Weights(const Tile& tile, const Operands& of) {
-    int all = of.width / kBlock, block = tile.block + threadIdx.x % 32;
-    size_t panel = size_t(tile.group) * (all / kBlocks) + block / kBlocks;
-    from = reinterpret_cast<const char*>(of.w_gpsrk) +
-           (panel * of.steps * kBlocks + block % kBlocks) * kBlockBytes;
-    count = min(of.blocks, all - tile.block);
+struct Copies {
+  const char* from;
+  size_t stride;  // bytes from a stage's to the next one's
+  int to, bytes;  // in a stage; no bytes: nothing to copy
+  int weights, activations;  // bytes that all lanes copy
+
+  __device__ __forceinline__ Copies(const Tile& tile, const Operands& of) {
+    int lane = threadIdx.x % kWarp, all = of.width / kBlock;
+    weights = min(of.blocks, all - tile.block) * kBlockBytes;
+    activations = max(tile.rows, 0) * kRowBytes;
+    if (lane < kCopyWeights) {
+      int panel = tile.block / kBlocks, block = tile.block % kBlocks;
+      int until_end = min(weights, (kBlocks - block) * kBlockBytes);
+      if (lane == 1) ++panel, block = 0;
+      size_t before = size_t(tile.group) * (all / kBlocks) + panel;
+      from = reinterpret_cast<const char*>(of.w_gpsrk) +
+             (before * of.steps * kBlocks + block) * kBlockBytes;
+      stride = kBlocks * kBlockBytes;
+      to = lane == 0 ? 0 : until_end;
+      bytes = lane == 0 ? until_end : weights - until_end;
+    } else {
+      int mine = lane - kCopyWeights, count = of.source ? tile.rows : 1;
+      int row = tile.row + (of.source ? min(mine, count - 1) : 0);
+      if (of.source) row = of.source[row];
+      from = reinterpret_cast<const char*>(of.a) + size_t(row) * kRowBytes;
+      stride = size_t(of.extent) * kRowBytes;
+      bytes = mine >= count ? 0 : of.source ? kRowBytes : activations;
+      to = of.blocks * kBlockBytes + mine * kRowBytes;
+    }
   }
 
-  // Starts the copy of step s to the ring's stage.
-  __device__ __forceinline__ void copy(const Ring& ring, int s) const {
-    int lane = threadIdx.x % 32;
-    u64* its = ring.filled + ring.stage;
-    if (lane == 0) barrier_promise(its, count * kBlockBytes);
-    if (lane < count)
-      copy_bulk(ring.at() + lane * kBlockBytes, from + size_t(s) * kBlocks * kBlockBytes,
-                kBlockBytes, its);
+  // Starts the copies of the lanes of [begin, end) for step s to the ring's stage.
+  __device__ __forceinline__ void start(const Ring& ring, int s, int begin, int end) const {
+    int lane = threadIdx.x % kWarp;
+    if (lane >= begin && lane < end && bytes)
+      copy_bulk(ring.at() + to, from + s * stride, bytes, ring.filled + ring.stage);
   }
 };
-
-// The activations of a tile.  Rows beyond the last are whatever lay there, and their sums are not stored.
-struct Activations {
-  const char* from;
-  size_t slab;
-  int bytes;
-
-  __device__ __forceinline__ Activations(const Tile& tile, const Operands& of)
-      : from(reinterpret_cast<const char*>(of.a) + size_t(tile.row) * kRowBytes),
-        slab(size_t(of.extent) * kRowBytes),
-        bytes(min(tile.rows > kStep ? kMostRows : kStep, of.extent - tile.row) * kRowBytes) {}
-
-  // Starts the copy of step s to the ring's stage, which waits for nothing else.
-  __device__ __forceinline__ void copy(const Ring& ring, const Operands& of, int s) const {
-    if (threadIdx.x % 32) return;
-    u64* its = ring.filled + ring.stage;
-    barrier_promise(its, bytes);
-    copy_bulk(ring.at() + of.blocks * kBlockBytes, from + s * slab, bytes, its);
-    barrier_arrive(its);
-  }
-};
-
-// Whether this warp copies the CTA's nth stage, counted over all of its tiles: then it has waited for a
-// stage less than a turn of the ring before, and takes no phase of a barrier for another.
-__device__ __forceinline__ bool is_mine(int n) {
-  return n % kCopyingWarps == int(threadIdx.x - kMultiplying) / 32;
-}
 
 // Copies the first weights of a dense layer, which may be read before the kernel ahead of this one has ended:
 // they were packed at load, at least one kernel before it.  Returns the number of stages that are copied.
-__device__ inline int copy_first_weights(Ring ring, const Operands& of) {
+__device__ inline int copy_first_weights(Ring ring, int first, const Operands& of) {
   if (of.tiles) return 0;
   int stages = min(ring.count, of.steps);
-  Weights weights(tile_at(blockIdx.x, of), of);
-  for (int s = 0; s < stages; ++s, ring.next())
-    if (is_mine(s)) weights.copy(ring, s);
+  Copies copies({0, 0, 0, int(blockIdx.x) * of.blocks}, of);
+  for (int s = first; s < stages; s += kCopyingWarps, ring.skip(kCopyingWarps)) {
+    if (threadIdx.x % kWarp == 0) barrier_promise(ring.filled + ring.stage, copies.weights);
+    copies.start(ring, s, 0, kCopyWeights);
+  }
   return stages;
 }
 
-// Fills the ring's stages with the operands of this CTA's tiles.
+// Fills the ring's stages with the operands of this CTA's tiles.  Of all stages that follow each other, a
+// warp copies every kCopyingWarps-th one.  So it has waited for a stage less than a turn of the ring
+// before, and takes no phase of a barrier for another.
 __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
-  int ahead = copy_first_weights(ring, of), n = 0;
+  int s = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  ring.skip(s);
+  int ahead = copy_first_weights(ring, s, of);
   wait_for_previous();
   for (int index = blockIdx.x;; index += gridDim.x, ahead = 0) {
     Tile tile = tile_at(index, of);
     if (tile.rows < 0) break;
-    Weights weights(tile, of);
-    Activations activations(tile, of);
-    for (int s = 0; s < of.steps; ++s, ++n, ring.next()) {
-      if (!is_mine(n)) continue;
+    Copies copies(tile, of);
+    for (; s < of.steps; s += kCopyingWarps, ring.skip(kCopyingWarps)) {
+      bool has_weights = s < ahead;
       __syncwarp();  // a lane that copies nothing must not fall behind by two turns of the ring
       ring.wait_until_read();
-      if (s >= ahead) weights.copy(ring, s);
-      activations.copy(ring, of, s);
+      if (lane == 0)
+        barrier_arrive_promising(ring.filled + ring.stage,
+                                 (has_weights ? 0 : copies.weights) + copies.activations);
+      copies.start(ring, s, has_weights ? kCopyWeights : 0, kWarp);
     }
+    s -= of.steps;
   }
   let_next_start();
 }
 
-// The sums of a thread, as Wgmma holds them: of n rows, with `kInstructions` times four blocks.
-template <int n, int kInstructions>
-using Sums = float[kInstructions][n / 2];
+// Where a lane finds its part of the operands in a stage, for read_matrices: 16 rows of weights, and
+// rows of activations, whose chunks are swizzled by the rows that they were in `a`.
+template <int n>
+struct Places {
+  u32 weights, activations[n / kStep];  // of the first two or four chunks; others differ by xor
 
-// Gives a stage of the ring back to the warp that copies.
-__device__ inline void release(const Ring& ring, int stage) {
-  if (threadIdx.x % 32 == 0) barrier_arrive(ring.read + stage);
-}
-
-// sums = the products of all stages
-template <int n, int kInstructions>
-__device__ __forceinline__ void sum_stages(Sums<n, kInstructions>& sums, Ring& ring, const Operands& of) {
-  Ring behind = ring;
-  for (int s = 0; s < of.steps; ++s, ring.next()) {
-    ring.wait_until_filled();
-    u64 w = matrix_descriptor(shared_address(ring.at()));
-    u64 a = matrix_descriptor(shared_address(ring.at() + of.blocks * kBlockBytes));
-    wgmma_begin();
+  __device__ __forceinline__ Places(const Tile& tile, const Operands& of, int block) {
+    int lane = threadIdx.x % kWarp, row = lane % kBlock;
+    weights = block * kBlockBytes + row * kRowBytes + (lane / 16 ^ row % 8) * 16;
 #pragma unroll
-    for (int step = 0; step < kTileK / 16; ++step)
-#pragma unroll
-      for (int i = 0; i < kInstructions; ++i)
-        Wgmma<n>::multiply(sums[i], w + i * kWarps * kBlockBytes / 16 + step * 2, a + step * 2,
-                           step > 0 || s > 0);
-    wgmma_commit();
-    wgmma_wait<kPending>();
-    if (s >= kPending) release(ring, behind.stage), behind.next();
-  }
-  wgmma_wait<0>();
-#pragma unroll
-  for (int i = 0; i < kInstructions; ++i) wgmma_end<n / 2>(sums[i]);
-  for (; behind.stage != ring.stage; behind.next()) release(ring, behind.stage);
-}
-
-// Stores what a thread has of the blocks of its warp: two neighbouring columns of every fourth pair of rows.
-template <int n, int kInstructions, class Store>
-__device__ __forceinline__ void store_sums(const Sums<n, kInstructions>& sums, const Tile& tile,
-                                           const Operands& of, const Store& store) {
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int count = min(of.blocks, of.width / kBlock - tile.block);
-#pragma unroll
-  for (int i = 0; i < kInstructions; ++i) {
-    if (warp + i * kWarps >= count) break;
-    int column = column_of(tile.block + warp + i * kWarps) + lane / 4 * 4;
-#pragma unroll
-    for (int r = 0; r < n / 4; ++r) {
-      int row = r / 2 * kStep + lane % 4 * 2 + r % 2, at = r / 2 * 4 + r % 2;
-      if (row < tile.rows) store(tile.row + row, column, sums[i][at], sums[i][at + 2]);
+    for (int i = 0; i < n / kStep; ++i) {
+      int row = i * kStep + lane % 8;
+      int source = of.source ? of.source[tile.row + min(row, tile.rows - 1)] : row;
+      activations[i] = of.blocks * kBlockBytes + row * kRowBytes + (lane / 8 ^ source % 8) * 16;
     }
   }
+};
+
+// What a lane has of the operands of a stage.
+template <int n>
+struct Operand {
+  u32 w[kTileK / 16][4], a[kTileK / 32][n / kStep][4];
+
+  // Reads what belongs to 32 k.
+  __device__ __forceinline__ void read(const Ring& ring, const Places<n>& places, int half) {
+    u32 stage = shared_address(ring.at());
+#pragma unroll
+    for (int i = 0; i < n / kStep; ++i)
+      read_matrices(a[half][i], stage + (places.activations[i] ^ half * 64));
+#pragma unroll
+    for (int k = 2 * half; k < 2 * half + 2; ++k)
+      read_matrices(w[k], stage + (places.weights ^ k * 32));
+  }
+
+  // sums += the products of 16 k
+  __device__ __forceinline__ void multiply(float (&sums)[n / 2], int k) const {
+#pragma unroll
+    for (int i = 0; i < n / kStep; ++i)
+      ::multiply(sums + i * 4, w[k], a[k / 2][i][k % 2 * 2], a[k / 2][i][k % 2 * 2 + 1]);
+  }
+};
+
+// Gives a stage of the ring back to the warp that copies.
+__device__ __forceinline__ void release(const Ring& ring) {
+  __syncwarp();
+  if (threadIdx.x % kWarp == 0) barrier_arrive(ring.read + ring.stage);
 }
 
-template <int n, int kInstructions, class Store>
-__device__ __forceinline__ void multiply_tile(Ring& ring, const Tile& tile, const Operands& of,
-                                              const Store& store) {
-  Sums<n, kInstructions> sums;
-  sum_stages<n, kInstructions>(sums, ring, of);
-  store_sums<n, kInstructions>(sums, tile, of, store);
+// sums += the products of a stage, and reads the operands of the next one.  A warp issues in order, so
+// what else there is to do stands where a product waits for the one before.
+template <int n>
+__device__ __forceinline__ void multiply_stage(float (&sums)[n / 2], const Operand<n>& now,
+                                               Operand<n>& next, Ring& ring,
+                                               const Places<n>& places) {
+  Ring behind = ring;
+  ring.next();
+  now.multiply(sums, 0);
+  ring.wait_until_filled();
+  now.multiply(sums, 1);
+  next.read(ring, places, 0);
+  now.multiply(sums, 2);
+  next.read(ring, places, 1);
+  now.multiply(sums, 3);
+  release(behind);
+}
+
+template <int n>
+__device__ __forceinline__ void multiply_last_stage(float (&sums)[n / 2], const Operand<n>& now,
+                                                    Ring& ring) {
+#pragma unroll
+  for (int k = 0; k < kTileK / 16; ++k) now.multiply(sums, k);
+  release(ring);
+  ring.next();
+}
+static_assert(kTileK == 4 * 16, "`multiply_stage`");
+
+// sums = the products of all stages
+template <int n>
+__device__ __forceinline__ void sum_stages(float (&sums)[n / 2], Ring& ring, const Operands& of,
+                                           const Places<n>& places) {
+  Operand<n> even, odd;
+  ring.wait_until_filled();
+  even.read(ring, places, 0);
+  even.read(ring, places, 1);
+  for (int s = 2; s < of.steps; s += 2) {
+    multiply_stage<n>(sums, even, odd, ring, places);
+    multiply_stage<n>(sums, odd, even, ring, places);
+  }
+  if (of.steps % 2) {
+    multiply_last_stage<n>(sums, even, ring);
+  } else {
+    multiply_stage<n>(sums, even, odd, ring, places);
+    multiply_last_stage<n>(sums, odd, ring);
+  }
+}
+
+// Stores what a lane has of its warp's block: two neighbouring columns of every fourth pair of rows.
+template <int n, class Store>
+__device__ __forceinline__ void store_sums(const float (&sums)[n / 2], const Tile& tile, int block,
+                                           const Store& store) {
+  int lane = threadIdx.x % kWarp, column = column_of(tile.block + block) + lane / 4 * 4;
+#pragma unroll
+  for (int r = 0; r < n / 4; ++r) {
+    int row = r / 2 * kStep + lane % 4 * 2 + r % 2, at = r / 2 * 4 + r % 2;
+    if (row < tile.rows) store(tile.row + row, column, sums[at], sums[at + 2]);
+  }
 }
 
 template <int n, class Store>
 __device__ __forceinline__ void multiply_tile(Ring& ring, const Tile& tile, const Operands& of,
                                               const Store& store) {
-  if (of.blocks > kWarps) multiply_tile<n, 2>(ring, tile, of, store);
-  else multiply_tile<n, 1>(ring, tile, of, store);
+  int block = threadIdx.x / kWarp - kCopyingWarps;
+  float sums[n / 2] = {};
+  sum_stages<n>(sums, ring, of, Places<n>(tile, of, block));
+  if (tile.block + block < of.width / kBlock) store_sums<n>(sums, tile, block, store);
 }
 
 template <class Store>
@@ -236,34 +283,34 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
       barrier_init(filled + i, 1);
-      barrier_init(read_by + i, kWarps);
+      barrier_init(read_by + i, of.blocks);
     }
     fence_stores();
   }
   __syncthreads();
   Ring ring{reinterpret_cast<char*>(shared), filled, read_by, stages, stage_bytes};
-  if (threadIdx.x < kMultiplying) multiply_tiles(ring, of, store);
-  else copy_tiles(ring, of);
+  if (threadIdx.x < kWarp * kCopyingWarps) copy_tiles(ring, of);
+  else multiply_tiles(ring, of, store);
 }
 
 // out_mn = A @ W.T + bias_n (null for none), as `Stored`
 #define LINEAR(name, Stored)                                                                     \
-  extern "C" __global__ void __launch_bounds__(kThreads)                                         \
-      name(const HALF* a, const HALF* w_gpsrk, const float* bias_n, Stored* out_mn,              \
-           const int4* tiles, const int* tile_count, int m, int extent, int steps, int width,    \
-           int n, int blocks, int stages, int stage_bytes) {                                     \
-    compute({a, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,            \
+  extern "C" __global__ void __launch_bounds__(kMostThreads)                                     \
+      name(const HALF* a, const int* source, const HALF* w_gpsrk, const float* bias_n,           \
+           Stored* out_mn, const int4* tiles, const int* tile_count, int m, int extent,          \
+           int steps, int width, int n, int blocks, int stages, int stage_bytes) {               \
+    compute({a, source, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,    \
             stage_bytes, LinearPair<Stored>{bias_n, out_mn, n});                                 \
   }
-LINEAR(linear_few_wgmma, F32)
-LINEAR(linear_rounded_few_wgmma, HALF)
+LINEAR(linear_few_mma, F32)
+LINEAR(linear_rounded_few_mma, HALF)
 
-// out = silu(A @ w1.T) * (A @ w3.T) * GATED_SCALE, n channels in slabs of the same extent, where
-// the rows of W are one of w1, one of w3, and so on
-extern "C" __global__ void __launch_bounds__(kThreads)
-    gated_few_wgmma(const HALF* a, const HALF* w_gpsrk, HALF* out, const int4* tiles,
-                    const int* tile_count, int m, int extent, int steps, int width, int n,
-                    int blocks, int stages, int stage_bytes) {
-  compute({a, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,
-          stage_bytes, GatedPair{out, n, extent});
+// out = silu(A @ w1.T) * (A @ w3.T) * GATED_SCALE, n channels in slabs of `out_extent` rows, where the
+// rows of W are one of w1, one of w3, and so on
+extern "C" __global__ void __launch_bounds__(kMostThreads)
+    gated_few_mma(const HALF* a, const int* source, const HALF* w_gpsrk, HALF* out,
+                  const int4* tiles, const int* tile_count, int m, int extent, int steps,
+                  int width, int n, int blocks, int stages, int stage_bytes, int out_extent) {
+  compute({a, source, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,
+          stage_bytes, GatedPair{out, n, out_extent});
 }

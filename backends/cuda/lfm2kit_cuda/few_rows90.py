@@ -10,11 +10,11 @@ from lfm2kit_cuda.device import sm_count
 from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.products import Matrix, RowTiles, listed, padded
 
-BLOCK, MOST_BLOCKS = FEW_ROWS90.BLOCK, FEW_ROWS90.MOST_BLOCKS
-THREADS = 128 + 32 * FEW_ROWS90.COPYING_WARPS
+BLOCK, MOST_BLOCKS, COPYING_WARPS = (
+    FEW_ROWS90.BLOCK, FEW_ROWS90.MOST_BLOCKS, FEW_ROWS90.COPYING_WARPS,
+)  # fmt: skip
 STEP = GEMM90.STEP  # the rows that an instruction multiplies are a multiple of it
 ROW_BYTES = 2 * SLABS.SLAB  # of a row in a stage
-MULTIPLIED = 64  # rows of weights that an instruction reads
 BESIDE = 3  # blocks: what a tile takes beside its own
 SHARED_BYTES = 110 * 1024  # so that the next kernel's CTAs fit beside this one's
 
@@ -28,14 +28,20 @@ def launch(
     columns: int,
     constants: dict[str, int | str],
 ) -> None:
-    """Do what a launch of gemm90.cu does, for tiles of up to MOST_ROWS rows: the same bits."""
+    """Do what a launch of gemm90.cu does, for tiles of up to MOST_ROWS rows: the same bits.
+
+    Of tiles with a source, x has the rows that it says.
+    """
     most = len(tiles.tiles) if tiles else 1
     blocks = blocks_of_a_cta(matrix.width // BLOCK, most, sm_count())
     rows = padded(tiles.tiling.rows if tiles else len(x), STEP)
-    ctas = most * -(-matrix.width // (BLOCK * blocks))
-    load_kernel("few_rows90", f"{name}_few_wgmma", SHARED_BYTES, **constants)(
-        (min(sm_count(), ctas),), THREADS, x.array, matrix.packed, *outputs, *listed(tiles), len(x),
-        x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns, blocks, *stages(blocks, rows),
+    ctas, threads = most * -(-matrix.width // (BLOCK * blocks)), 32 * (COPYING_WARPS + blocks)
+    source = tiles.source if tiles else None
+    extents = [out.shape[-2] for out in outputs if name == "gated" and out is not None]
+    load_kernel("few_rows90", f"{name}_few_mma", SHARED_BYTES, **constants)(
+        (min(sm_count(), ctas),), threads, x.array, source, matrix.packed, *outputs,
+        *listed(tiles), len(x), x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns,
+        blocks, *stages(blocks, rows), *extents,
     )  # fmt: skip
 
 
@@ -55,9 +61,7 @@ def blocks_of_a_cta(blocks: int, tiles: int, sm_count: int) -> int:
 def stages(blocks: int, rows: int) -> tuple[int, int]:
     """Return the number of stages, and the bytes of one, that fit into SHARED_BYTES.
 
-    The last one is followed by what the instructions read beyond its blocks.  There are more than
-    COPYING_WARPS.
+    There are no fewer than COPYING_WARPS.
     """
     stage = ROW_BYTES * (BLOCK * blocks + rows)
-    last = max(stage, ROW_BYTES * padded(BLOCK * blocks, MULTIPLIED))
-    return min(FEW_ROWS90.MOST_STAGES, 1 + (SHARED_BYTES - last) // stage), stage
+    return min(FEW_ROWS90.MOST_STAGES, SHARED_BYTES // stage), stage

@@ -15,7 +15,7 @@ from lfm2kit.rewrites import StreamedExperts
 from lfm2kit.specs import Spec
 from lfm2kit_cuda.blocks.feed_forward import ALIGNMENT
 from lfm2kit_cuda.blocks.router import SPLITS
-from lfm2kit_cuda.products import Arithmetic, padded, read_format
+from lfm2kit_cuda.products import Arithmetic, Listed, padded, read_format
 
 
 class Figures:
@@ -116,7 +116,7 @@ class Figures:
         arranged = (self._gemm.arranged_bytes(tokens, *product) for product in (first, second))
         return max(next(arranged), kept + next(arranged))
 
-    def _gated(self, rows: int, hidden: int, inner: int, tiles: int | None = None) -> int:
+    def _gated(self, rows: int, hidden: int, inner: int, tiles: Listed | None = None) -> int:
         """Return what SwiGLU's product takes: its input arranged, and its result."""
         width = 2 * padded(inner, self._gemm.run)
         arranged = self._gemm.arranged_bytes(rows, hidden, width, tiles)
@@ -127,8 +127,9 @@ class Figures:
         if not pairs or not groups:
             return 0
         slots = padded(pairs + (ALIGNMENT - 1) * min(pairs, groups), ALIGNMENT)
-        tiles = min(pairs, pairs // self._gemm.tiling(pairs, groups).rows + groups)
-        lists = 4 * (slots + pairs) + 16 * tiles
+        tiling = self._gemm.tiling(pairs, groups)
+        tiles = Listed(tiling, min(pairs, pairs // tiling.rows + groups))
+        lists = 4 * (slots + pairs) + 16 * tiles.most
         h, inner = spec.hidden_size, spec.intermediate_size
         gated = self._gemm.gated_bytes(slots, inner, tiles)
         outputs = self._down * slots * h

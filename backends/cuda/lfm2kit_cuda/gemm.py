@@ -15,7 +15,7 @@ from lfm2kit_cuda.constants import GEMM, HEIGHTS, PANELS
 from lfm2kit_cuda.device import current_device, most_shared_bytes, sm_count
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.launching import in_layers
-from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, listed, padded, readable
+from lfm2kit_cuda.products import Listed, Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
 WIDTH, RUN, STEP = GEMM.WIDTH, GEMM.RUN, GEMM.STEP
@@ -73,12 +73,18 @@ class Gemm:
     def rounded_bytes(self, rows: int, columns: int) -> int:
         return 0
 
-    def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
-        most = _dense_tiles(rows, padded(width, WIDTH), sm_count()) if tiles is None else tiles
-        return 4 * most * padded(inputs, STEP) * TALLEST
+    def arranged_bytes(
+        self, rows: int, inputs: int, width: int, tiles: Listed | None = None
+    ) -> int:
+        if _are_few(rows, padded(width, WIDTH), tiles):
+            return 0
+        return _panels_bytes(rows, inputs, width, tiles)
 
-    def gated_bytes(self, rows: int, columns: int, tiles: int | None = None) -> int:
-        return self.arranged_bytes(rows, columns, 2 * padded(columns, RUN), tiles)
+    def gated_bytes(self, rows: int, columns: int, tiles: Listed | None = None) -> int:
+        width = padded(2 * padded(columns, RUN), WIDTH)
+        if _are_few(rows, width, tiles):
+            return 4 * rows * padded(columns, STEP)
+        return _panels_bytes(rows, columns, width, tiles)
 
     def linear(
         self,
@@ -87,7 +93,7 @@ class Gemm:
         bias: cupy.ndarray | None = None,
         tiles: RowTiles | None = None,
     ) -> cupy.ndarray:
-        if isinstance(x, Rows) and _are_few(x, matrix, tiles):
+        if isinstance(x, Rows) and _are_few(len(x), matrix.width, tiles):
             return few_rows.linear(x, matrix, bias, tiles)
         panels = x if isinstance(x, Panels) else _arranged(x, matrix, tiles)
         out = cupy.empty((panels.rows, matrix.columns), cupy.float32)
@@ -97,7 +103,7 @@ class Gemm:
     linear_rounded = linear
 
     def gated(self, x: Rows, matrix: Matrix, tiles: RowTiles | None = None) -> Rows | Panels:
-        if _are_few(x, matrix, tiles):
+        if _are_few(len(x), matrix.width, tiles):
             return few_rows.gated(x, matrix, tiles)
         panels, columns = _arranged(x, matrix, tiles), padded(matrix.columns, STEP)
         shape = (len(panels.array), columns, TALLEST)
@@ -109,10 +115,16 @@ class Gemm:
         return self.linear(x, matrix, tiles=tiles.in_place())
 
 
-def _are_few(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> bool:
+def _are_few(rows: int, width: int, tiles: RowTiles | Listed | None) -> bool:
+    """Return whether rows, or those of tiles, are multiplied as they are, by few_rows.cu."""
     if tiles is not None:
         return not tiles.tiling.by_height
-    return few_rows.are_few(len(x), matrix.width)
+    return few_rows.are_few(rows, width)
+
+
+def _panels_bytes(rows: int, inputs: int, width: int, tiles: Listed | None) -> int:
+    most = tiles.most if tiles else _dense_tiles(rows, padded(width, WIDTH), sm_count())
+    return 4 * most * padded(inputs, STEP) * TALLEST
 
 
 def _arranged(x: Rows, matrix: Matrix, tiles: RowTiles | None) -> Panels:

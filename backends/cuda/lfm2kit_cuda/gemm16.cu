@@ -11,31 +11,10 @@
 // w3, and so on: a thread's sums of both belong together.
 #include "async_copy.cuh"
 #include "layers.cuh"
+#include "mma.cuh"
 #include "tile16.cuh"
 
 constexpr int kTileN = TILE_COLUMNS, kWarps = kThreads / 32, kCtas = 2;
-
-__device__ inline void read_matrices(u32 (&to)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(address));
-}
-
-// acc[16 x 8] += a[16 x 16] @ b[8 x 16].T
-__device__ inline void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-  for (int half = 0; half < 2; ++half)
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." MMA_TYPE "." MMA_TYPE
-                 ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-                 : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(half ? b1 : b0));
-#endif
-}
 
 // kM times 16 rows per warp, kWarpsM x (8 / kWarpsM) warps.
 template <int kM, int kWarpsM>

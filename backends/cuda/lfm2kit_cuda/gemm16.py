@@ -26,7 +26,7 @@ from lfm2kit_cuda.constants import GEMM16, SLABS
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.launching import in_layers
-from lfm2kit_cuda.products import Ctas, Matrix, RowTiles, Tiling, listed, padded, readable
+from lfm2kit_cuda.products import Ctas, Listed, Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
 THREADS, TILE_COLUMNS = GEMM16.THREADS, GEMM16.TILE_COLUMNS
@@ -107,10 +107,12 @@ class TensorCoreGemm:
     def rounded_bytes(self, rows: int, columns: int) -> int:
         return slabs_bytes(rows, columns)
 
-    def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
-        return 0 if tiles is None else slabs_bytes(rows, inputs)
+    def arranged_bytes(
+        self, rows: int, inputs: int, width: int, tiles: Listed | None = None
+    ) -> int:
+        return 0 if tiles is None or self._looks_up(tiles) else slabs_bytes(rows, inputs)
 
-    def gated_bytes(self, rows: int, columns: int, tiles: int | None = None) -> int:
+    def gated_bytes(self, rows: int, columns: int, tiles: Listed | None = None) -> int:
         return slabs_bytes(rows, columns, self.terms)
 
     def linear(
@@ -133,7 +135,8 @@ class TensorCoreGemm:
 
     def gated(self, x: Any, matrix: Matrix, tiles: RowTiles | None = None) -> Slabs:
         slabs = self._slabs(x, tiles)
-        out = empty_slabs(len(slabs), matrix.columns, len(slabs.array))
+        rows = tiles.rows if tiles else len(slabs)
+        out = empty_slabs(rows, matrix.columns, len(slabs.array))
         # The kernel makes the padding too: silu(0) * 0.
         self._launch("gated", slabs, matrix, (out.array,), tiles, out.columns)
         return out
@@ -153,17 +156,21 @@ class TensorCoreGemm:
         tiles: RowTiles | None,
     ) -> cupy.ndarray:
         slabs = self._slabs(x, tiles)
-        out = cupy.empty((len(slabs), matrix.columns), dtype)
+        out = cupy.empty((tiles.rows if tiles else len(slabs), matrix.columns), dtype)
         self._launch(name, slabs, matrix, (bias, out), tiles, matrix.columns)
         return out
 
     def _slabs(self, x: Any, tiles: RowTiles | None) -> Slabs:
-        """Return the activations in the order of the tiles."""
-        source = None if tiles is None else tiles.source
+        """Return the activations in the order of the tiles, unless kernels look them up."""
+        source = None if tiles is None or self._looks_up(tiles) else tiles.source
         if isinstance(x, Rows):
             return placed(x.array, source)
         slabs: Slabs = x
         return slabs if source is None else gathered(slabs, source)
+
+    def _looks_up(self, tiles: RowTiles | Listed) -> bool:
+        """Return whether kernels take the rows of tiles from where their source says."""
+        return False
 
     def _launch(
         self,

@@ -20,7 +20,7 @@ from lfm2kit_cuda.constants import ACTIVATIONS, FEW_ROWS90, GEMM90, SLABS
 from lfm2kit_cuda.device import sm_count
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Ctas, Matrix, RowTiles, Tiling, listed, padded, readable
+from lfm2kit_cuda.products import Ctas, Listed, Matrix, RowTiles, Tiling, listed, padded, readable
 from lfm2kit_cuda.upload import upload
 
 PANEL, STEP = GEMM90.PANEL, GEMM90.STEP
@@ -84,6 +84,9 @@ class HopperGemm(TensorCoreGemm):
 
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
         return 2 * padded(shape[0], PANEL) * padded(shape[1], TILE_K)
+
+    def _looks_up(self, tiles: RowTiles | Listed) -> bool:
+        return tiles.tiling.rows <= self.few_rows
 
     def _launch(
         self,
@@ -157,7 +160,9 @@ class ThreeTermGemm(HopperGemm):
     def rounded_bytes(self, rows: int, columns: int) -> int:
         return 0
 
-    def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
+    def arranged_bytes(
+        self, rows: int, inputs: int, width: int, tiles: Listed | None = None
+    ) -> int:
         return slabs_bytes(rows, inputs, self.terms)
 
     linear_rounded = TensorCoreGemm.linear

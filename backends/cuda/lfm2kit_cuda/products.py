@@ -35,6 +35,13 @@ class Tiling(NamedTuple):
     by_height: bool = False  # the highest are listed first: see experts.cu
 
 
+class Listed(NamedTuple):
+    """What is known of a list of tiles before the device makes it."""
+
+    tiling: Tiling
+    most: int  # tiles
+
+
 @dataclass(frozen=True, slots=True)
 class RowTiles:
     """The rows of each group, as `group_by_expert` lists them."""
@@ -110,14 +117,16 @@ class Arithmetic(Protocol):
         """Return the bytes that `rounded` allocates."""
         ...
 
-    def arranged_bytes(self, rows: int, inputs: int, width: int, tiles: int | None = None) -> int:
+    def arranged_bytes(
+        self, rows: int, inputs: int, width: int, tiles: Listed | None = None
+    ) -> int:
         """Return the bytes that a product takes to arrange its input, only while it runs.
 
-        `width` is the packed rows of the matrix, `tiles` the length of a list of tiles.
+        `width` is the packed rows of the matrix.
         """
         ...
 
-    def gated_bytes(self, rows: int, columns: int, tiles: int | None = None) -> int:
+    def gated_bytes(self, rows: int, columns: int, tiles: Listed | None = None) -> int:
         """Return the bytes of what `gated` returns."""
         ...
 

@@ -18,9 +18,15 @@ inline Counter& counter(u64* barrier) { return *reinterpret_cast<Counter*>(barri
 
 inline void barrier_init(u64* barrier, int arrivals) { counter(barrier) = {u8(arrivals), 0, 0, 0}; }
 
+inline void fence_stores() {}
+
 inline void barrier_arrive(u64* barrier) { ++counter(barrier).arrived, counter(barrier).look(); }
 
 inline void barrier_promise(u64* barrier, int bytes) { counter(barrier).bytes += bytes; }
+
+inline void barrier_arrive_promising(u64* barrier, int bytes) {
+  barrier_promise(barrier, bytes), barrier_arrive(barrier);
+}
 
 inline void barrier_wait(u64* barrier, u32 parity) {
   for (int turns = 0; counter(barrier).completed % 2 == parity; let_another_go_on())

@@ -11,10 +11,22 @@ __device__ inline void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// What ordinary stores wrote to shared memory is seen by copies and matrix instructions after this.
+__device__ inline void fence_stores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Announces bytes to come to the phase that is under way.
 __device__ inline void barrier_promise(u64* barrier, int bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(
                    shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Arrives, and announces bytes to come to the same phase.
+__device__ inline void barrier_arrive_promising(u64* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }

@@ -15,7 +15,9 @@ struct Ring {
   __device__ char* at() const { return stages + stage * bytes; }
   __device__ void wait_until_filled() const { barrier_wait(filled + stage, parity); }
   __device__ void wait_until_read() const { barrier_wait(read + stage, parity ^ 1); }
-  __device__ void next() {
-    if (++stage == count) stage = 0, parity ^= 1;
+  __device__ void next() { skip(1); }
+  __device__ void skip(int stages) {  // no more than there are
+    stage += stages;
+    if (stage >= count) stage -= count, parity ^= 1;
   }
 };

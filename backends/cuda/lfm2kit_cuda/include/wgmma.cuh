@@ -10,11 +10,6 @@ __device__ inline u64 matrix_descriptor(u32 address) {
   return u64(address >> 4 & 0x3fff) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
-// What ordinary stores wrote to shared memory is seen by copies and matrix instructions after this.
-__device__ inline void fence_stores() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // Between the last ordinary access to the sums and the first instruction that adds to them.
 __device__ inline void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() {
