@@ -118,7 +118,6 @@ def batch_of(chunks: Iterable[Chunk]) -> Batch:
 
     It wants logits where a token is drawn: of the last token of a sequence, and of guesses; and of
     tokens that score a prompt.
-    If the sizes of steps are to be rounded, so that fewer forms are captured, this is the place.
     """
     chunks = list(chunks)
     starts = [chunk.sequence.computed for chunk in chunks]
@@ -173,8 +172,11 @@ def scores_of(logits: Floats, chunks: Iterable[Chunk]) -> Iterator[Scores]:
 
 
 def _table(rows: list[list[int]]) -> Int32:
-    """Return lists of pages as one table, padded with -1; a batch takes longer to make one."""
-    width = max(map(len, rows))
+    """Return lists of pages as one table, padded with -1; a batch takes longer to make one.
+
+    Its width is a power of two, so that a captured step serves sequences that take more pages.
+    """
+    width = 1 << (max(map(len, rows)) - 1).bit_length()
     return np.array([[*pages, *repeat(-1, width - len(pages))] for pages in rows], np.int32)
 
 

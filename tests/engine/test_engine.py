@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lfm2kit.batch import Batch
 from lfm2kit.engine.engine import Engine
 from lfm2kit.engine.requests import CANCELLED, FAILED, LENGTH, STOP, Event, Request
 from lfm2kit.engine.sampling import Sampling
@@ -64,6 +66,24 @@ def test_the_default_sampler_gives_the_same_text_alone_and_among_others(backend:
         together = generated(engine, *requests)
         apart = [generated(engine, request)[0] for request in requests]
     assert together == apart
+
+
+def test_steps_of_a_longer_and_longer_sequence_have_few_forms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    widths, logits_at_home = [], LFM2.logits_at_home
+
+    def noted(model: LFM2, batch: Batch, *others: Any) -> Any:
+        widths.append(batch.pages.shape[1])
+        return logits_at_home(model, batch, *others)
+
+    monkeypatch.setattr(LFM2, "logits_at_home", noted)
+    with engine_of(model_of("reference"), 5) as engine:
+        generated(engine, Request(prompt_of(1), GREEDY, max_tokens=4 * PAGE_TOKENS + 2))
+    assert [len(list(same)) for _, same in groupby(widths)] == [
+        PAGE_TOKENS, PAGE_TOKENS, 2 * PAGE_TOKENS, 2,
+    ]  # fmt: skip
+    assert sorted(set(widths)) == [1, 2, 4, 8]
 
 
 def test_a_stop_id_ends_a_sequence_and_is_not_drawn_before_the_least_length() -> None:
