@@ -26,17 +26,58 @@ __device__ inline size_t kept_row(const int* pages, int position, int page_token
   return page * WINDOW + position % page_tokens % WINDOW;
 }
 
+// Where a row is in its sequence, and the rows of u before it that the state has.
+struct Row {
+  int position;
+  size_t kept;  // where the state keeps it
+  bool has[kPast];
+  Vector past[kPast];  // past[j] is kPast - j rows before
+};
+
+// Returns a row; nothing of the past without a state, in one forward over whole sequences.
+__device__ __forceinline__ Row row_at(int row, int channel, const int* positions_t,
+                                      const int* cu_seqlens_s, const int* pages_sw,
+                                      const float* past_pwh, int sequences, int width,
+                                      int page_tokens, int h) {
+  Row its = {positions_t[row]};
+  if (!past_pwh) return its;
+  int sequence = sequence_of(row, cu_seqlens_s, sequences), first = cu_seqlens_s[sequence];
+  const int* pages = pages_sw + size_t(sequence) * width;
+  its.kept = kept_row(pages, its.position, page_tokens);
+#pragma unroll
+  for (int j = 0; j < kPast; ++j) {
+    int before = kPast - j;
+    its.has[j] = row - before < first && its.position >= before;
+    if (its.has[j])
+      its.past[j] = load(past_pwh + kept_row(pages, its.position - before, page_tokens) * h + channel);
+  }
+  return its;
+}
+
 // out[t] = C[t] * (sum_j taps_jh[j] * u[t - kPast + j] + bias_h), in the row's own sequence.
 // A thread per kRows rows and VECTOR channels; of the rows before them it computes u anew, or reads
 // it from the state (null in one forward over whole sequences) where they come before the chunk.
 // If it also `keeps` rows, chunks are no longer than a state can go back: then what it writes
 // replaces nothing that another thread reads.
+//
+// What the batch and the state hold is read before the kernel ahead has ended, the projection: what
+// wrote it had ended before that one began.
 extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
                                     const float* bias_h, const int* positions_t,
                                     const int* cu_seqlens_s, const int* pages_sw,
                                     float* past_pwh, INNER* out, int keeps, int sequences,
                                     int width, int page_tokens, int tokens, int h, int extent) {
   int row0 = blockIdx.x * kRows, channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
+  Row rows[kRows] = {};
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    if (row0 + i < tokens && channel < h)
+      rows[i] = row_at(row0 + i, channel, positions_t, cu_seqlens_s, pages_sw, past_pwh, sequences,
+                       width, page_tokens, h);
+  Vector taps[KERNEL_SIZE] = {};
+#pragma unroll
+  for (int j = 0; j < KERNEL_SIZE; ++j)
+    if (channel < h) taps[j] = load(taps_jh + j * h + channel);
   wait_for_previous();
   let_next_start();
   if (channel >= h) return;
@@ -53,25 +94,16 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
   for (int i = 0; i < kRows; ++i) {
     int row = row0 + i;
     if (row >= tokens) return;
-    int position = positions_t[row], first = 0;
-    const int* pages = nullptr;
-    if (past_pwh) {
-      int sequence = sequence_of(row, cu_seqlens_s, sequences);
-      first = cu_seqlens_s[sequence];
-      pages = pages_sw + size_t(sequence) * width;
-    }
-    if (keeps)
-      store(past_pwh + kept_row(pages, position, page_tokens) * h + channel, u[i + kPast]);
+    const Row& its = rows[i];
+    if (keeps) store(past_pwh + its.kept * h + channel, u[i + kPast]);
     Vector y = {};
 #pragma unroll
     for (int j = 0; j < KERNEL_SIZE; ++j) {
-      int before = kPast - j;
-      if (position < before) continue;
-      Vector tap = load(taps_jh + j * h + channel), its = u[i + j];
-      if (pages && row - before < first)
-        its = load(past_pwh + kept_row(pages, position - before, page_tokens) * h + channel);
+      if (its.position < kPast - j) continue;
+      Vector x = u[i + j];
+      if (j < kPast && its.has[j]) x = its.past[j];
 #pragma unroll
-      for (int v = 0; v < VECTOR; ++v) y.of[v] = fmaf(tap.of[v], its.of[v], y.of[v]);
+      for (int v = 0; v < VECTOR; ++v) y.of[v] = fmaf(taps[j].of[v], x.of[v], y.of[v]);
     }
 #pragma unroll
     for (int v = 0; v < VECTOR; ++v) {

@@ -2,8 +2,9 @@
 // before it still runs, so that what comes before a CTA's first load takes no time of its own.
 //
 // A source that includes this header promises that every CTA of each of its kernels calls
-// `wait_for_previous` before it reads or writes what another kernel reads or writes; before the
-// call there is nothing to touch but weights.  `kernels.py` launches such a source's kernels early.
+// `wait_for_previous` before it writes, and before it reads what the kernel ahead may write.  Before the
+// call it may read weights, and what was written before that kernel began: it has waited for all
+// before it when it lets this one start.  `kernels.py` launches such a source's kernels early.
 #pragma once
 
 __device__ __forceinline__ void wait_for_previous() {
