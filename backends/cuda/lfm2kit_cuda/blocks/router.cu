@@ -1,6 +1,6 @@
 // The router: scores = sigmoid(gate x), the TAKEN best of EXPERTS by score + bias, their weights.
 // A whole router is `logits` and `choose_by_sums`, its scores alone are `logits` and `score`, and its
-// choice alone is `choose`.
+// choice alone is `choose`.  For few tokens, grouping.cu chooses and groups at once.
 // t tokens, h hidden_size, e = EXPERTS, k = TAKEN.  Float32 in every precision.
 //
 // HIDDEN is cut into kSplits x kWarps pieces of kPiece: `logits` sums each piece on its own, in
