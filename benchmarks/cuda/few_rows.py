@@ -20,7 +20,7 @@ import cupy
 import numpy as np
 from lfm2kit_cuda import few_rows
 from lfm2kit_cuda.arithmetic import arithmetic
-from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+from lfm2kit_cuda.blocks.grouping import grouped_by_expert
 from lfm2kit_cuda.gemm90 import HopperGemm
 
 from lfm2kit.backend import BF16, Backend, Captures, Context, Measures, Tensor

@@ -18,7 +18,7 @@ import cupy
 import numpy as np
 import torch
 from lfm2kit_cuda.arithmetic import arithmetic
-from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+from lfm2kit_cuda.blocks.grouping import grouped_by_expert
 
 from lfm2kit.backend import BF16, Tensor
 

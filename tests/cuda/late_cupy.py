@@ -168,6 +168,7 @@ class Array:
     def __init__(self, values: Any) -> None:
         self.values = values
         self.shape, self.dtype, self.nbytes = values.shape, values.dtype, values.nbytes
+        self.size = values.size
         self.device = THREAD.device
         self.data = self
         self.ptr = values.ctypes.data
@@ -288,7 +289,7 @@ def _modules() -> dict[str, Any]:
     cupy, cupyx = ModuleType("cupy"), ModuleType("cupyx")
     vars(cupy).update(
         cuda=cuda, ndarray=Array, empty=empty, zeros=zeros, ascontiguousarray=lambda a: a,
-        uint8=np.uint8, uint16=np.uint16,
+        uint8=np.uint8, uint16=np.uint16, int32=np.int32, float32=np.float32,
     )  # fmt: skip
     vars(cupyx).update(empty_pinned=np.empty)
     function = ModuleType("cupy.cuda.function")

@@ -90,6 +90,8 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("blocks/router", {"HIDDEN": 2048, "VECTOR": 4, "EXPERTS": 32, "TAKEN": 1}, ALL),
     ("blocks/router", {"HIDDEN": 4, "VECTOR": 4, "EXPERTS": 32, "TAKEN": 4}, ALL),
     ("blocks/router", {"HIDDEN": 13, "VECTOR": 1, "EXPERTS": 33, "TAKEN": 8}, ALL),
+    ("blocks/grouping", {"EXPERTS": 32, "TAKEN": 4}, ALL),
+    ("blocks/grouping", {"EXPERTS": 256, "TAKEN": 8}, ALL),
     ("blocks/experts", {"VECTOR": 4, "TAKEN": 4}, ALL),
     ("blocks/experts", {"VECTOR": 1, "TAKEN": 1}, ALL),
 ]

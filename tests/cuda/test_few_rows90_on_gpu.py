@@ -123,7 +123,7 @@ def test_gated(gemm: Any, rng: np.random.Generator, shape: tuple[int, int]) -> N
 def test_experts(gemm: Any, rng: np.random.Generator, tokens: int, tile_rows: int) -> None:
     """A few experts get more rows than a tile has, and some get none."""
     import cupy
-    from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+    from lfm2kit_cuda.blocks.grouping import grouped_by_expert
     from lfm2kit_cuda.products import Tiling
 
     class Few:

@@ -107,7 +107,7 @@ def test_experts(
 ) -> None:
     """A few experts get more rows than a tile has, and some get none."""
     import cupy
-    from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+    from lfm2kit_cuda.blocks.grouping import grouped_by_expert
 
     experts, hidden, inner = 32, 2048, 1792
     w13 = gemm.pack_gated(

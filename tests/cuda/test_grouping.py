@@ -111,7 +111,7 @@ def test_grouping_on_the_device(
     tiling: tuple[int, int, bool],
 ) -> None:
     import cupy
-    from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+    from lfm2kit_cuda.blocks.grouping import grouped_by_expert
     from lfm2kit_cuda.products import Tiling
 
     ids = random_ids(tokens, taken, local, favourites, nobodys)

@@ -95,7 +95,7 @@ def test_linear_rounded(precision: str, rows: int, shape: tuple[int, int]) -> No
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_linear_rounded_of_experts(precision: str, columns: int) -> None:
     import cupy
-    from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+    from lfm2kit_cuda.blocks.grouping import grouped_by_expert
     from lfm2kit_cuda.gemm16 import TensorCoreGemm
 
     newest, rng = hopper(precision), np.random.default_rng(columns)
@@ -122,7 +122,7 @@ def test_what_f16_does_not_hold_becomes_its_largest() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp32x3"])
 def test_experts_rows_are_gathered(precision: str, tokens: int, favourites: float) -> None:
     import cupy
-    from lfm2kit_cuda.blocks.feed_forward import grouped_by_expert
+    from lfm2kit_cuda.blocks.grouping import grouped_by_expert
 
     gemm, rng, experts, taken = hopper(precision), np.random.default_rng(tokens), 5, 2
     weights, x = matrices(rng, experts, 300, 136), random(rng, tokens, 136)

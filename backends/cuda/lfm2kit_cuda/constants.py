@@ -109,6 +109,13 @@ class Experts(NamedTuple):
     ALIGNMENT: int = 8  # an expert's first slot is a multiple of it
 
 
+class Grouping(NamedTuple):
+    """The constants of grouping.cu, beside the router's sums and the experts' slots."""
+
+    MOST_TOKENS: int = 32  # a warp for each
+    MOST_EXPERTS: int = 256  # whose scores a warp's registers hold
+
+
 class Channel(NamedTuple):
     """channel.cu, and host_layout.py: vectors of 16 bytes, and words of `control`."""
 
@@ -156,7 +163,8 @@ SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90, FEW_ROWS90 = (
     Slabs(), Heights(), Gemm(), Panels(), Gemm16(), Gemm90(), FewRows90(),
 )  # fmt: skip
 ACTIVATIONS, ROWS, ATTENTION = Activations(), Rows(), Attention()
-ROUTER, EXPERTS, CHANNEL, CEILINGS = Router(), Experts(), Channel(), Ceilings()
+ROUTER, EXPERTS, GROUPING = Router(), Experts(), Grouping()
+CHANNEL, CEILINGS = Channel(), Ceilings()
 PICKING, SAMPLING, EXCHANGE = Picking(), Sampling(), Exchange()
 
 OF_SOURCES: dict[str, dict[str, int]] = {
@@ -186,5 +194,11 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "blocks/rotation": {},
     "blocks/attention": {**SLABS._asdict(), **ATTENTION._asdict()},
     "blocks/router": ROUTER._asdict(),
+    "blocks/grouping": {
+        **GROUPING._asdict(),
+        "SPLITS": ROUTER.SPLITS,
+        "PANEL": ROUTER.PANEL,
+        "ALIGNMENT": EXPERTS.ALIGNMENT,
+    },
     "blocks/experts": EXPERTS._asdict(),
 }

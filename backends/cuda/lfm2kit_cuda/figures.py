@@ -13,7 +13,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Weights
 from lfm2kit.rewrites import StreamedExperts
 from lfm2kit.specs import Spec
-from lfm2kit_cuda.blocks.feed_forward import ALIGNMENT
+from lfm2kit_cuda.blocks.grouping import ALIGNMENT, are_grouped_at_once
 from lfm2kit_cuda.blocks.router import SPLITS
 from lfm2kit_cuda.products import Arithmetic, Listed, padded, read_format
 
@@ -93,9 +93,15 @@ class Figures:
         if isinstance(spec, specs.Experts):
             return self._experts(spec, tokens)
         assert isinstance(spec, specs.SparseMoe)
+        return self._sparse_moe(spec, tokens)
+
+    def _sparse_moe(self, spec: specs.SparseMoe, tokens: int) -> int:
+        """Return what the sums of logits take beside the choice, or later the experts beside it."""
         routing = 8 * tokens * spec.router.num_experts_per_tok  # ids and weights
-        experts = routing + self._experts(spec.experts, tokens)
-        return max(self.scratch(spec.router, tokens), experts)
+        sums = self.scratch(spec.router, tokens)
+        if are_grouped_at_once(spec, tokens):
+            sums += self._lists(spec.experts, tokens)
+        return routing + max(sums, self._experts(spec.experts, tokens))
 
     def _attention(self, spec: specs.Attention, tokens: int) -> int:
         h, heads = spec.hidden_size, spec.num_attention_heads * spec.head_dim
@@ -126,14 +132,23 @@ class Figures:
         pairs, groups = tokens * spec.num_experts_per_tok, len(spec.local_experts)
         if not pairs or not groups:
             return 0
-        slots = padded(pairs + (ALIGNMENT - 1) * min(pairs, groups), ALIGNMENT)
-        tiling = self._gemm.tiling(pairs, groups)
-        tiles = Listed(tiling, min(pairs, pairs // tiling.rows + groups))
-        lists = 4 * (slots + pairs) + 16 * tiles.most
+        slots, tiles = self._slots_and_tiles(pairs, groups)
         h, inner = spec.hidden_size, spec.intermediate_size
         gated = self._gemm.gated_bytes(slots, inner, tiles)
         outputs = self._down * slots * h
-        return lists + max(self._gated(slots, h, inner, tiles), gated + outputs)
+        products = max(self._gated(slots, h, inner, tiles), gated + outputs)
+        return self._lists(spec, tokens) + products
+
+    def _lists(self, spec: specs.Experts, tokens: int) -> int:
+        """Return the bytes of the lists that pairs are grouped by expert with."""
+        pairs = tokens * spec.num_experts_per_tok
+        slots, tiles = self._slots_and_tiles(pairs, len(spec.local_experts))
+        return 4 * (slots + pairs) + 16 * tiles.most
+
+    def _slots_and_tiles(self, pairs: int, groups: int) -> tuple[int, Listed]:
+        slots = padded(pairs + (ALIGNMENT - 1) * min(pairs, groups), ALIGNMENT)
+        tiling = self._gemm.tiling(pairs, groups)
+        return slots, Listed(tiling, min(pairs, pairs // tiling.rows + groups))
 
     def _streamed(self, spec: StreamedExperts, tokens: int) -> int:
         """Return what the largest portion needs, beside the sum of those before and its own."""

@@ -40,6 +40,7 @@ inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline int atomicAdd(int* at, int more) { return std::atomic_ref<int>(*at).fetch_add(more); }
+inline u32 atomicOr(u32* at, u32 bits) { return std::atomic_ref<u32>(*at).fetch_or(bits); }
 using std::max;
 using std::min;
 

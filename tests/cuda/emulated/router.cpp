@@ -13,11 +13,11 @@
 #define __shared__ static
 #include "blocks/router.cu"
 
-struct Chosen {
+struct Choice {
   std::vector<int> ids;
   std::vector<float> weights;
 
-  explicit Chosen(int tokens) : ids(size_t(tokens) * TAKEN, -1), weights(ids.size()) {}
+  explicit Choice(int tokens) : ids(size_t(tokens) * TAKEN, -1), weights(ids.size()) {}
 
   void write() const {
     std::fwrite(ids.data(), 4, ids.size(), stdout);
@@ -35,7 +35,7 @@ int main(int, char** argv) {
   auto run = [=](u32 panels, auto kernel) {
     launch({rows, panels, 1}, kChoosingRows * kWarp, kChoosingRows, [] {}, kernel);
   };
-  Chosen together(tokens), apart(tokens);
+  Choice together(tokens), apart(tokens);
   std::vector<float> scores(size_t(tokens) * EXPERTS, std::numeric_limits<float>::infinity());
   run(1, [&] {
     choose_by_sums(sums.data(), bias.data(), together.ids.data(), together.weights.data(), tokens,

@@ -1,7 +1,7 @@
 // Around the grouped products of the experts: grouping (token, k) pairs by expert, and the
 // weighted sum over k.  t tokens, h hidden_size, p pairs = tokens * TAKEN, l local experts.
 #include "dependent.cuh"
-#include "even_tiles.cuh"
+#include "expert_tiles.cuh"
 #include "types.cuh"
 #include "vector.cuh"
 
@@ -9,34 +9,13 @@ constexpr int kWarp = 32, kThreads = GROUP_THREADS, kWarps = kThreads / kWarp;
 constexpr int kIds = 4;        // that a lane asks for at once
 constexpr int kNoPair = -2;  // in the place of an expert's id; -1 is in no block's experts
 constexpr int kForeign = -(1 << 30);  // more negative than any count is large
-constexpr int kAlignment = ALIGNMENT;  // an expert's first slot is a multiple of it, as products want it
-
-__device__ inline int slots_of(int rows) { return (rows + kAlignment - 1) / kAlignment * kAlignment; }
-
-// An expert's tiles, as few as tile_rows allows.  Those listed together are of a kind: all of them,
-// or by height `tall` ones of one and `low` ones of the kind below.
-struct Tiles {
-  EvenTiles even;
-  int kind, tall, low;
-
-  __device__ Tiles(int rows, int tile_rows, int step, bool by_height)
-      : even(even_tiles(rows, (rows + tile_rows - 1) / tile_rows, step)) {
-    kind = by_height ? even.height / step : 0;
-    low = by_height ? even.count - even.tall : 0;
-    tall = even.count - low;
-  }
-
-  // How many are listed before tiles of `kind` of another expert, which this one precedes or not.
-  __device__ int listed_before(int its_kind, bool precedes) const {
-    return tall * (kind + precedes > its_kind) + low * (kind - 1 + precedes > its_kind);
-  }
-};
 
 // Of every id; negative where the expert is not local.  Behind them, the ids of the local experts.
 extern __shared__ int counts_e[];
 
 struct Grouping {  // shared by the threads of `group_by_expert`
-  int before_w[kWarps], slot0, tall0, low0, all_tiles;
+  int before_w[kWarps];
+  Before before;
 };
 __shared__ Grouping grouping;
 
@@ -49,23 +28,20 @@ __device__ inline void read_ids(const int* expert_ids_p, int p0, int end, int (&
 }
 
 // Sorts the pairs by expert, in order within each, and lists the tiles of rows.  There is a CTA
-// for each local expert, and it counts all pairs.  Experts with many rows have their tiles first, so that the
-// longest work starts first; among equals, the lower id comes first.  By height, the highest tiles come
-// first: a CTA that takes every nth tile then gets its share of each height.
+// for each local expert, and it counts all pairs.
 //   experts_l       the ids of the local experts, all below `experts`; all else is by local number
 //   source_p[slot]  the token whose row a slot holds; -1 for none, of `slots`
 //   place_p[pair]   the slot of a pair; -1 if its expert is not local
-//   tiles           (expert, first slot, slots, the expert's first tile of the kind | its tiles of the
-//                   kind << 16) each; *tile_count of them
+//   tiles           as list_tiles lists them, in the order of Before; *tile_count of them
 extern "C" __global__ void __launch_bounds__(kThreads)
     group_by_expert(const int* expert_ids_p, int pairs, const int* experts_l, int experts,
                     int* source_p, int slots, int* place_p, int4* tiles, int* tile_count,
                     int tile_rows, int step, int by_height) {
-  auto& [before_w, slot0, tall0, low0, all_tiles] = grouping;
+  auto& [before_w, before] = grouping;
   int* ids_l = counts_e + experts;
   int expert = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int e = threadIdx.x; e < experts; e += kThreads) counts_e[e] = kForeign;
-  if (threadIdx.x == 0) slot0 = tall0 = low0 = all_tiles = 0;
+  if (threadIdx.x == 0) before = {};
   __syncthreads();
   for (int e = threadIdx.x; e < gridDim.x; e += kThreads) counts_e[ids_l[e] = experts_l[e]] = 0;
   __syncthreads();
@@ -87,20 +63,18 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   if (lane == 0) before_w[warp] = mine;
   __syncthreads();
-  int rows = counts_e[its_id];
-  Tiles of_expert(rows, tile_rows, step, by_height);
+  ExpertTiles its(counts_e[its_id], tile_rows, step, by_height);
   for (int e = threadIdx.x; e < gridDim.x; e += kThreads) {
-    int its = counts_e[ids_l[e]];
-    Tiles its_tiles(its, tile_rows, step, by_height);
-    bool precedes = its > rows || (its == rows && e < expert);
-    if (e < expert) atomicAdd(&slot0, slots_of(its));
-    atomicAdd(&tall0, its_tiles.listed_before(of_expert.kind, precedes));
-    atomicAdd(&low0, its_tiles.listed_before(of_expert.kind - 1, precedes));
-    atomicAdd(&all_tiles, its_tiles.even.count);
+    Before part = {};
+    part.count(ExpertTiles(counts_e[ids_l[e]], tile_rows, step, by_height), e, its, expert);
+    atomicAdd(&before.slots, part.slots);
+    atomicAdd(&before.tall, part.tall);
+    atomicAdd(&before.low, part.low);
+    atomicAdd(&before.all_tiles, part.all_tiles);
   }
   __syncthreads();
 
-  int slot = slot0;
+  int slot = before.slots;
   for (int w = 0; w < warp; ++w) slot += before_w[w];
   for (int p0 = begin; p0 < end; p0 += kIds * kWarp) {
     int ids[kIds];
@@ -120,16 +94,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  int end_slot = expert == gridDim.x - 1 ? slots : slot0 + slots_of(rows);
-  for (int i = slot0 + rows + threadIdx.x; i < end_slot; i += kThreads) source_p[i] = -1;
-  for (int i = threadIdx.x; i < of_expert.even.count; i += kThreads) {
-    bool is_low = i >= of_expert.tall;
-    int first = is_low ? low0 : tall0, before = is_low ? of_expert.tall : 0;
-    int of_kind = is_low ? of_expert.low : of_expert.tall;
-    tiles[first + i - before] = make_int4(expert, slot0 + of_expert.even.first_row(i),
-                                          of_expert.even.rows_of(i), first | of_kind << 16);
-  }
-  if (expert == 0 && threadIdx.x == 0) *tile_count = all_tiles;
+  int end_slot = expert == gridDim.x - 1 ? slots : before.slots + its.slots;
+  for (int i = before.slots + its.even.rows + threadIdx.x; i < end_slot; i += kThreads)
+    source_p[i] = -1;
+  list_tiles(its, before, expert, tiles, threadIdx.x, kThreads);
+  if (expert == 0 && threadIdx.x == 0) *tile_count = before.all_tiles;
 }
 
 // delta_th[t] = sum_k weights_p[t, k] * outputs_ph[place_p[t, k]]: each product rounded, added in

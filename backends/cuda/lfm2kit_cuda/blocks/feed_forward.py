@@ -10,14 +10,18 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Block, Weights
-from lfm2kit_cuda.blocks.router import Router
-from lfm2kit_cuda.constants import EXPERTS
+from lfm2kit_cuda.blocks.grouping import (
+    Groups,
+    are_grouped_at_once,
+    chosen_and_grouped,
+    grouped_by_expert,
+)
+from lfm2kit_cuda.blocks.router import Choice, Router
 from lfm2kit_cuda.kernels import Kernel, load_kernel
-from lfm2kit_cuda.products import Activations, Arithmetic, Matrix, RowTiles, padded
+from lfm2kit_cuda.products import Activations, Arithmetic, Matrix
 from lfm2kit_cuda.upload import upload
 
-GROUP_THREADS, COMBINE_THREADS = EXPERTS.GROUP_THREADS, 512
-ALIGNMENT = EXPERTS.ALIGNMENT
+COMBINE_THREADS = 512
 COMBINED = {np.float32: "F32", np.uint16: "BF16"}  # what `down` returns
 
 
@@ -63,14 +67,19 @@ class Experts:
         self, rounded: Any, expert_ids: cupy.ndarray, expert_weights: cupy.ndarray
     ) -> cupy.ndarray:
         """Do what a call does, with an input that is rounded already."""
-        h, (tokens, taken) = self.spec.hidden_size, expert_ids.shape
-        if not self.spec.local_experts:
-            return cupy.zeros((tokens, h), cupy.float32)  # no pair is of a local expert
-        tiles, place = grouped_by_expert(expert_ids, self.local, self.spec.num_experts, self.gemm)
+        s = self.spec
+        if not s.local_experts:  # no pair is of a local expert
+            return cupy.zeros((len(expert_ids), s.hidden_size), cupy.float32)
+        groups = grouped_by_expert(expert_ids, self.local, s.num_experts, self.gemm)
+        return self.of_groups(rounded, groups, expert_weights)
+
+    def of_groups(self, rounded: Any, groups: Groups, expert_weights: cupy.ndarray) -> cupy.ndarray:
+        """Do what `of` does, with pairs that are grouped already."""
+        h, (tokens, taken), (tiles, place) = self.spec.hidden_size, expert_weights.shape, groups
         with self.matrices() as (w13, w2):
             outputs = self.gemm.down(self.gemm.gated(rounded, w13, tiles), w2, tiles)
         delta = cupy.empty((tokens, h), cupy.float32)
-        combine = _kernel(f"combine_{COMBINED[outputs.dtype.type]}", taken, h)
+        combine = _combine(taken, h, outputs.dtype)
         combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, h)
         return delta
 
@@ -85,39 +94,27 @@ class SparseMoe:
         gemm: Arithmetic,
         choice: Block | None = None,
     ) -> None:
+        self.spec = spec
+        self.gemm = gemm
         self.router = Router(spec.router, weights, gemm, choice)
         self.experts = Experts(spec.experts, weights, gemm)
 
     def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
-        return self.experts(x, *self.router(x))
+        return self.of(Activations(x, self.gemm.rounded(x)))
 
     def of(self, inputs: Activations) -> cupy.ndarray:
         """Do what a call does, with an input that is rounded already."""
-        return self.experts.of(inputs.rounded, *self.router(inputs.x))
+        x, choice = inputs.x, self.router.choice
+        assert x is not None
+        if not (isinstance(choice, Choice) and are_grouped_at_once(self.spec, len(x))):
+            return self.experts.of(inputs.rounded, *self.router(x))
+        (_, expert_weights), groups = chosen_and_grouped(
+            choice, self.router.scores.sums(x), self.experts.local, self.gemm
+        )
+        return self.experts.of_groups(inputs.rounded, groups, expert_weights)
 
 
-def grouped_by_expert(
-    expert_ids: cupy.ndarray, local: cupy.ndarray, experts: int, gemm: Arithmetic
-) -> tuple[RowTiles, cupy.ndarray]:
-    """Sort the (token, k) pairs by expert.
-
-    Return the tiles of their rows, and the slot of each pair, int32 [pairs]: -1 if its expert is
-    not local.  `local` int32 are the ids of the experts that are here, of `experts` in all.
-    """
-    pairs, taken = expert_ids.size, expert_ids.shape[1]
-    slots = padded(pairs + (ALIGNMENT - 1) * min(pairs, len(local)), ALIGNMENT)
-    source, place = cupy.empty(slots, cupy.int32), cupy.empty(pairs, cupy.int32)
-    tiling = gemm.tiling(pairs, len(local))
-    tiles = cupy.empty((min(pairs, pairs // tiling.rows + len(local)), 4), cupy.int32)
-    count = cupy.empty(1, cupy.int32)
-    group = _kernel("group_by_expert", taken, shared_bytes=4 * (experts + len(local)))
-    group(
-        (len(local) if pairs else 0,), GROUP_THREADS, expert_ids, pairs, local, experts,
-        source, slots, place, tiles, count, *tiling,
-    )  # fmt: skip
-    return RowTiles(slots, tiling, tiles, count, source), place
-
-
-def _kernel(name: str, taken: int, hidden_size: int = 4, shared_bytes: int = 0) -> Kernel:
+def _combine(taken: int, hidden_size: int, dtype: np.dtype[Any]) -> Kernel:
     vector = 4 if hidden_size % 4 == 0 else 1
-    return load_kernel("blocks/experts", name, shared_bytes, VECTOR=vector, TAKEN=taken)
+    name = f"combine_{COMBINED[dtype.type]}"
+    return load_kernel("blocks/experts", name, VECTOR=vector, TAKEN=taken)

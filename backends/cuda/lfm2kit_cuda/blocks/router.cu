@@ -1,23 +1,20 @@
 // The router: scores = sigmoid(gate x), the TAKEN best of EXPERTS by score + bias, their weights.
 // A whole router is `logits` and `choose_by_sums`, its scores alone are `logits` and `score`, and its
-// choice alone is `choose`.
+// choice alone is `choose`.  For few tokens, grouping.cu chooses and groups at once.
 // t tokens, h hidden_size, e = EXPERTS, k = TAKEN.  Float32 in every precision.
 //
 // HIDDEN is cut into kSplits x kWarps pieces of kPiece: `logits` sums each piece on its own, in
 // order, and adds a CTA's pieces in order; `score_of` adds the CTAs' sums in order.  So a row's
 // bits depend neither on the rows beside it nor on how many there are.
 #include "async_copy.cuh"
+#include "choice.cuh"
 #include "dependent.cuh"
-#include "reduce.cuh"
 
-constexpr int kSplits = SPLITS, kWarps = WARPS, kRows = ROWS, kChoosingRows = CHOOSING_ROWS;
+constexpr int kWarps = WARPS, kRows = ROWS, kChoosingRows = CHOOSING_ROWS;
 constexpr int kMostStep = MOST_STEP;
 constexpr int kAtLeast = (HIDDEN + kSplits * kWarps * 4 - 1) / (kSplits * kWarps * 4) * 4;
 constexpr int kStep = kAtLeast < kMostStep ? kAtLeast : kMostStep;
 constexpr int kPiece = (kAtLeast + kStep - 1) / kStep * kStep;
-constexpr int kPanel = PANEL;  // experts of a CTA
-static_assert(kPanel == kWarp, "a lane has one expert of a panel");
-constexpr int kPanels = (EXPERTS + kPanel - 1) / kPanel;
 constexpr int kRowX = kMostStep + 4;  // puts four rows in different banks
 constexpr int kLaneRows = kRows / 4;
 
@@ -106,20 +103,6 @@ extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
   }
 }
 
-// The sigmoid in double, rounded once: exactly 1 or 0 where float has nothing between.
-__device__ inline float sigmoid(float logit) { return float(1 / (1 + exp(-double(logit)))); }
-
-// The score of a row's expert, from the sums of its logit; 0 where there is no such expert.
-__device__ inline float score_of(const float* sums_ste, int tokens, int row, int expert) {
-  float sums[kSplits], logit = 0;
-#pragma unroll
-  for (int s = 0; s < kSplits; ++s)
-    sums[s] = expert < EXPERTS ? sums_ste[(size_t(s) * tokens + row) * EXPERTS + expert] : 0;
-#pragma unroll
-  for (int s = 0; s < kSplits; ++s) logit += sums[s];
-  return sigmoid(logit);
-}
-
 // CTAs are (rows, panel); a warp has a row, its lanes the experts of a panel.
 extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
     score(const float* sums_ste, float* scores_te, int tokens) {
@@ -131,64 +114,7 @@ extern "C" __global__ void __launch_bounds__(kChoosingRows* kWarp)
     scores_te[size_t(row) * EXPERTS + expert] = score_of(sums_ste, tokens, row, expert);
 }
 
-// An integer that is larger for a larger float, and never 0.
-__device__ inline u32 rank_of(float x) {
-  u32 bits = __float_as_uint(x + 0.0f);  // no -0
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// Chooses the experts of a row, with a warp: lane e has the experts e, e + 32, ...  Where a score is NaN, which has no
-// order, the bias selects alone, and the weights are NaN.
-__device__ inline void choose_of_row(const float (&score)[kPanels], const float* bias_e,
-                                     int* expert_ids_k, float* expert_weights_k, int normalise,
-                                     float scaling) {
-  int lane = threadIdx.x % kWarp;
-  u32 rank[kPanels];  // 0 where there is no expert, or it is taken
-  bool is_nan = false;
-#pragma unroll
-  for (int p = 0; p < kPanels; ++p) is_nan |= score[p] != score[p];
-  is_nan = __any_sync(~0u, is_nan);
-#pragma unroll
-  for (int p = 0; p < kPanels; ++p) {
-    int expert = lane + p * kWarp;
-    float biased = is_nan ? 0 : score[p];
-    if (bias_e && expert < EXPERTS) biased += bias_e[expert];
-    rank[p] = expert < EXPERTS ? rank_of(biased) : 0;
-  }
-  int ids[TAKEN];
-  float weights[TAKEN], total = 0;
-#pragma unroll
-  for (int k = 0; k < TAKEN; ++k) {
-    u32 mine = 0;
-#pragma unroll
-    for (int p = 0; p < kPanels; ++p) mine = max(mine, rank[p]);
-    u32 best = warp_max(mine);
-    ids[k] = EXPERTS;
-    float weight = 0;
-#pragma unroll
-    for (int p = kPanels - 1; p >= 0; --p) {  // the lowest id among equals
-      u32 equals = __ballot_sync(~0u, rank[p] == best);
-      if (!equals) continue;
-      ids[k] = __ffs(equals) - 1 + p * kWarp;
-      weight = score[p];
-    }
-    weights[k] = __shfl_sync(~0u, weight, ids[k] % kWarp);
-    total += weights[k];
-#pragma unroll
-    for (int p = 0; p < kPanels; ++p)
-      if (lane + p * kWarp == ids[k]) rank[p] = 0;
-  }
-  if (lane > 0) return;
-#pragma unroll
-  for (int k = 0; k < TAKEN; ++k) {
-    float weight = normalise ? weights[k] / (total + 1e-6f) : weights[k];
-    expert_ids_k[k] = ids[k];
-    expert_weights_k[k] = is_nan ? __int_as_float(0x7fc00000) : weight * scaling;
-  }
-}
-
-// Chooses the experts of each row, whose scores are score_at(row, expert), 0 where there is no such
-// expert; a warp has a row.
+// Chooses the experts of each row; a warp has a row.
 template <class ScoreAt>
 __device__ inline void choose_of_rows(const float* bias_e, int* expert_ids_tk,
                                       float* expert_weights_tk, int tokens, int normalise,
@@ -197,11 +123,8 @@ __device__ inline void choose_of_rows(const float* bias_e, int* expert_ids_tk,
   wait_for_previous();
   let_next_start();
   if (row >= tokens) return;
-  float score[kPanels];
-#pragma unroll
-  for (int p = 0; p < kPanels; ++p) score[p] = score_at(row, threadIdx.x % kWarp + p * kWarp);
-  choose_of_row(score, bias_e, expert_ids_tk + size_t(row) * TAKEN,
-                expert_weights_tk + size_t(row) * TAKEN, normalise, scaling);
+  Chosen chosen = choose_of_row(row, bias_e, normalise, scaling, score_at);
+  if (threadIdx.x % kWarp == 0) chosen.store(row, expert_ids_tk, expert_weights_tk);
 }
 
 // From the sums of logits.

@@ -58,14 +58,18 @@ class Choice:
         """Do what a call does, with what `Scores.sums` returned."""
         return self._call(self.choose_by_sums, sums, sums.shape[1])
 
+    def empty(self, tokens: int) -> Routing:
+        """Return arrays for the choice of `tokens` tokens."""
+        shape = tokens, self.spec.num_experts_per_tok
+        return cupy.empty(shape, cupy.int32), cupy.empty(shape, cupy.float32)
+
     def _call(self, kernel: Kernel, given: cupy.ndarray, tokens: int) -> Routing:
-        s, shape = self.spec, (tokens, self.spec.num_experts_per_tok)
-        ids, weights = cupy.empty(shape, cupy.int32), cupy.empty(shape, cupy.float32)
+        s, routing = self.spec, self.empty(tokens)
         kernel(
-            (-(-tokens // CHOOSING_ROWS),), 32 * CHOOSING_ROWS, given, self.bias, ids, weights,
+            (-(-tokens // CHOOSING_ROWS),), 32 * CHOOSING_ROWS, given, self.bias, *routing,
             tokens, s.norm_topk_prob, s.routed_scaling_factor,
         )  # fmt: skip
-        return ids, weights
+        return routing
 
 
 class Router:

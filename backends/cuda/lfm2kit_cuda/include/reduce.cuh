@@ -21,6 +21,15 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
+__device__ inline int warp_sum(int x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(~0u, x);
+#else
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+#endif
+}
+
 __device__ inline unsigned warp_max(unsigned x) {
 #if __CUDA_ARCH__ >= 800
   return __reduce_max_sync(~0u, x);
