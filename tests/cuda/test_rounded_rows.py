@@ -42,25 +42,27 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loaded]:
 
 @pytest.mark.parametrize("row_format", [BF16, F16], ids=str)
 @pytest.mark.parametrize("has_source", [False, True])
+@pytest.mark.parametrize("tile_rows", [16, 24])
 def test_rounded_rows_are_placed_and_float32_is_rounded(
-    loaded: Loaded, row_format: Format, has_source: bool
+    loaded: Loaded, row_format: Format, has_source: bool, tile_rows: int
 ) -> None:
+    """On Hopper, kernels of few rows look up what the others have gathered before."""
     source = late_cupy.empty(24, np.int32) if has_source else None
-    tiles = SimpleNamespace(source=source)
-    for gemm in (
-        loaded.gemm16.TensorCoreGemm(row_format.name),
-        loaded.gemm90.HopperGemm(row_format.name),
+    tiles = SimpleNamespace(source=source, tiling=SimpleNamespace(rows=tile_rows))
+    for gemm, gathers in (
+        (loaded.gemm16.TensorCoreGemm(row_format.name), has_source),
+        (loaded.gemm90.HopperGemm(row_format.name), has_source and tile_rows > 16),
     ):
         for dtype, kernels in (
             (row_format.block, ["place_rows"]),
-            (np.dtype(np.float32), [f"round_{row_format}", *(["gather"] * has_source)]),
+            (np.dtype(np.float32), [f"round_{row_format}", *(["gather"] * gathers)]),
         ):
             loaded.launched.clear()
             rounded = gemm.rounded(late_cupy.empty((17, 64), dtype))
             assert len(rounded) == 17
             slabs = gemm._slabs(rounded, tiles)
             assert loaded.launched == kernels
-            assert len(slabs) == (24 if has_source else 17)
+            assert len(slabs) == (24 if gathers else 17)
 
 
 @pytest.mark.parametrize(
