@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,11 @@ class CardBackend(AddingBackend):
         return SCRATCH * tokens
 
 
+class NamedCard(CardBackend):
+    def hardware(self) -> dict[str, str]:
+        return {"device": "an abacus"}
+
+
 class StreamingCard(CardBackend):
     def why_unsupported(self, spec: Spec) -> str | None:
         return None if isinstance(spec, StreamedExperts) else super().why_unsupported(spec)
@@ -122,9 +128,10 @@ def setup(
     tokens: int = TOKENS,
     checkpoint: Checkpoint = RANDOM,
     grouping: Grouping | None = None,
+    card: type[CardBackend] = CardBackend,
     **options: Any,
 ) -> Setup:
-    plugins = with_backends(card=CardBackend, streaming=StreamingCard, silent=Silent)
+    plugins = with_backends(card=card, streaming=StreamingCard, silent=Silent)
     asked = Options(backend=plan, **options)
     return set_up(checkpoint, asked, plugins=plugins, world=world, tokens=tokens, grouping=grouping)
 
@@ -592,14 +599,11 @@ def test_rates_that_are_kept_for_this_machine_place_experts_and_the_notes_say_it
     ],
 )
 def test_without_such_rates_the_simple_rule_holds_and_a_note_says_why(
-    spoil: Any, says: str, kept: Path, monkeypatch: pytest.MonkeyPatch
+    spoil: Any, says: str, kept: Path
 ) -> None:
     write_rates(kept, "card")
-    monkeypatch.setattr(
-        CardBackend, "hardware", lambda self: {"device": "an abacus"}, raising=False
-    )
     spoil(kept)
-    found = setup(gpu_memory=limit(3))
+    found = setup(card=NamedCard, gpu_memory=limit(3))
     assert found.sharing is None
     assert {spec.resident for spec in splits(found)} == {EXPERTS.local_experts[:3]}
     (note,) = (note for note in found.notes() if note.startswith("experts are placed without"))
@@ -673,17 +677,13 @@ def test_rates_of_one_layer_do_not_stand_for_layers_that_are_not_like_it(
 
 
 @pytest.mark.usefixtures("reference_is_preferred")
-def test_rates_that_were_measured_elsewhere_are_named_with_what_differs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_rates_that_were_measured_elsewhere_are_named_with_what_differs(tmp_path: Path) -> None:
     """They are used: a plan for another machine is a use of them."""
-    monkeypatch.setattr(
-        CardBackend, "hardware", lambda self: {"device": "an abacus"}, raising=False
-    )
     rates = write_rates(tmp_path / "rates.json", "card", device="a loom", cores="77", cuda="9")
     cores = kept_rates.described(Context())["cores"]
+    fitted = partial(setup, card=NamedCard, gpu_memory=limit(3), rates=rates)
     for options in ({}, {"streamed_experts": 0}):
-        found = setup(gpu_memory=limit(3), rates=rates, **options)
+        found = fitted(**options)
         assert found.sharing is not None
         (note,) = (note for note in found.notes() if str(rates) in note)
         assert note == (
@@ -692,7 +692,7 @@ def test_rates_that_were_measured_elsewhere_are_named_with_what_differs(
         )
     assert not [note for note in setup(gpu_memory="1TB", rates=rates).notes() if "rates" in note]
     write_rates(rates, "card", device="an abacus")
-    assert not [note for note in setup(gpu_memory=limit(3), rates=rates).notes() if "rates" in note]
+    assert not [note for note in fitted().notes() if "rates" in note]
 
 
 @pytest.mark.usefixtures("reference_is_preferred")
