@@ -105,13 +105,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // the order of k from the first, so that expert parallelism, which adds elsewhere, has these bits.
 // A pair whose expert is not local counts as -0, which changes no bit of a sum; without any other
 // pair the sum is +0.
-// A CTA per token; it asks for all that it reads before it uses the first.
+// A CTA per token; it asks for all that it reads before it uses the first.  Places and weights are read
+// before the kernel ahead has ended, the last product: they are older.
 template <class Stored>
 __device__ void combine(const Stored* outputs_ph, const int* place_p, const float* weights_p,
                         float* delta_th, int h) {
   size_t token = blockIdx.x;
-  wait_for_previous();
-  let_next_start();
   const Stored* from[TAKEN];
   float weight[TAKEN];
   bool is_there[TAKEN], is_any_there = false;
@@ -123,6 +122,8 @@ __device__ void combine(const Stored* outputs_ph, const int* place_p, const floa
     from[k] = outputs_ph + size_t(max(place, 0)) * h;  // without a place: read and not used
     weight[k] = weights_p[token * TAKEN + k];
   }
+  wait_for_previous();
+  let_next_start();
   for (int i = threadIdx.x * VECTOR; i < h; i += blockDim.x * VECTOR) {
     Vector outputs[TAKEN], sum;
 #pragma unroll
