@@ -117,7 +117,8 @@ class Emulated:
         most = tiles.tiles[:, 2].max() if tiles else len(x)
         stage = 2 * SLAB * (BLOCK * self.blocks + padded(most, STEP))
         numbers = (
-            len(x), x_extent, weights.shape[2], weights.shape[1] * PANEL, columns, self.blocks,
+            len(tiles.tiles) + 1 if tiles else 1, len(x), x_extent, weights.shape[2],
+            weights.shape[1] * PANEL, columns, self.blocks,
             min(SHARED_BYTES // stage, 5), stage, *extents,
         )  # fmt: skip
         source = tiles.source if tiles and len(x) != len(tiles.source) else None

@@ -220,8 +220,9 @@ __device__ __forceinline__ void compute(const Operands& with) {
   Tile tile{0, first, min(kRows, with.m - first)};
   if (with.tiles) {
     wait_for_previous();
-    if (int(blockIdx.y) >= *with.tile_count) return;
-    int4 listed = with.tiles[blockIdx.y];
+    int count = *with.tile_count;
+    int4 listed = with.tiles[blockIdx.y];  // which does not wait for the count: the list is as long as the grid
+    if (int(blockIdx.y) >= count) return;
     tile = {listed.x, listed.y, listed.z};
     lane.w += size_t(tile.group) * with.width * with.k;
   }

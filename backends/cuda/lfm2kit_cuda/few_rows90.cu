@@ -34,6 +34,7 @@ struct Operands {
   const HALF* w_gpsrk;
   const int4* tiles;
   const int* tile_count;
+  int most;                     // tiles of the list
   int m, extent, steps, width;  // rows of the result, and of a slab of `a`; stages in all of k
   int blocks;
 };
@@ -42,16 +43,19 @@ struct Tile {
   int group, row, rows, block;  // rows < 0: there is none
 };
 
-// The tiles of a group follow each other for each range of columns, so that its weights are read from
-// memory once.
-__device__ inline Tile tile_at(int index, const Operands& of) {
+// How many tiles there are, each of which has all ranges of columns.
+__device__ inline int tiles_of(const Operands& of) { return of.tiles ? *of.tile_count : 1; }
+
+// Returns the index-th tile and range of columns of `count` tiles.  The tiles of a group follow each other
+// for each range, so that its weights are read from memory once.  No load waits for the count.
+__device__ inline Tile tile_at(int index, int count, const Operands& of) {
   int ranges = (of.width / kBlock + of.blocks - 1) / of.blocks;
-  if (index >= (of.tiles ? *of.tile_count : 1) * ranges) return {0, 0, -1, 0};
-  if (!of.tiles) return {0, 0, of.m, index * of.blocks};
-  int siblings = of.tiles[index / ranges].w, first = siblings & 0xffff, count = siblings >> 16;
-  int turn = index - first * ranges;
-  int4 listed = of.tiles[first + turn % count];
-  return {listed.x, listed.y, listed.z, turn / count * of.blocks};
+  bool is_there = index < count * ranges;
+  if (!of.tiles) return {0, 0, is_there ? of.m : -1, index * of.blocks};
+  int4 listed = of.tiles[min(index / ranges, of.most - 1)];
+  int first = listed.w & 0xffff, siblings = listed.w >> 16, turn = index - first * ranges;
+  if (is_there && siblings > 1) listed = of.tiles[first + turn % siblings];
+  return {listed.x, listed.y, is_there ? listed.z : -1, turn / max(siblings, 1) * of.blocks};
 }
 
 __device__ inline Tile uniform(const Tile& tile) {
@@ -64,59 +68,58 @@ __device__ inline int column_of(int block) {
   return block / kBlocks * PANEL + half * 128 + warp * 32 + pair * 2;
 }
 
-// What each lane copies of a stage: the first two weights of the tile's blocks, which may lie in two
-// panels, the others its rows of activations, one all of them if they are consecutive.  Rows beyond the
-// last are whatever lay there, and their sums are not stored.
-constexpr int kCopyWeights = 2;  // lanes
-
-struct Copies {
+// What a lane copies of each stage of a tile.
+struct Piece {
   const char* from;
   size_t stride;  // bytes from a stage's to the next one's
-  int to, bytes;  // in a stage; no bytes: nothing to copy
-  int weights, activations;  // bytes that all lanes copy
+  int to, bytes;  // in a stage; no bytes: there is nothing to copy
 
-  __device__ __forceinline__ Copies(const Tile& tile, const Operands& of) {
-    int lane = threadIdx.x % kWarp, all = of.width / kBlock;
-    weights = min(of.blocks, all - tile.block) * kBlockBytes;
-    activations = max(tile.rows, 0) * kRowBytes;
-    if (lane < kCopyWeights) {
-      int panel = tile.block / kBlocks, block = tile.block % kBlocks;
-      int until_end = min(weights, (kBlocks - block) * kBlockBytes);
-      if (lane == 1) ++panel, block = 0;
-      size_t before = size_t(tile.group) * (all / kBlocks) + panel;
-      from = reinterpret_cast<const char*>(of.w_gpsrk) +
-             (before * of.steps * kBlocks + block) * kBlockBytes;
-      stride = kBlocks * kBlockBytes;
-      to = lane == 0 ? 0 : until_end;
-      bytes = lane == 0 ? until_end : weights - until_end;
-    } else {
-      int mine = lane - kCopyWeights, count = of.source ? tile.rows : 1;
-      int row = tile.row + (of.source ? min(mine, count - 1) : 0);
-      if (of.source) row = of.source[row];
-      from = reinterpret_cast<const char*>(of.a) + size_t(row) * kRowBytes;
-      stride = size_t(of.extent) * kRowBytes;
-      bytes = mine >= count ? 0 : of.source ? kRowBytes : activations;
-      to = of.blocks * kBlockBytes + mine * kRowBytes;
-    }
-  }
-
-  // Starts the copies of the lanes of [begin, end) for step s to the ring's stage.
-  __device__ __forceinline__ void start(const Ring& ring, int s, int begin, int end) const {
-    int lane = threadIdx.x % kWarp;
-    if (lane >= begin && lane < end && bytes)
-      copy_bulk(ring.at() + to, from + s * stride, bytes, ring.filled + ring.stage);
+  // Starts the copy for step s to the ring's stage.
+  __device__ __forceinline__ void start(const Ring& ring, int s) const {
+    if (bytes) copy_bulk(ring.at() + to, from + s * stride, bytes, ring.filled + ring.stage);
   }
 };
 
-// Copies the first weights of a dense layer, which may be read before the kernel ahead of this one has ended:
-// they were packed at load, at least one kernel before it.  Returns the number of stages that are copied.
-__device__ inline int copy_first_weights(Ring ring, int first, const Operands& of) {
-  if (of.tiles) return 0;
-  int stages = min(ring.count, of.steps);
-  Copies copies({0, 0, 0, int(blockIdx.x) * of.blocks}, of);
+constexpr int kCopyWeights = 2;  // lanes; the others copy activations
+
+__device__ inline int weights_bytes(const Tile& tile, const Operands& of) {
+  return min(of.blocks, of.width / kBlock - tile.block) * kBlockBytes;
+}
+
+// The weights of a tile's blocks, which may lie in two panels; nothing for other lanes.
+__device__ __forceinline__ Piece weights_of(const Tile& tile, const Operands& of) {
+  int lane = threadIdx.x % kWarp, panels = of.width / PANEL;
+  int panel = tile.block / kBlocks, block = tile.block % kBlocks;
+  int all = weights_bytes(tile, of), until_end = min(all, (kBlocks - block) * kBlockBytes);
+  if (lane > 0) ++panel, block = 0;
+  size_t before = size_t(tile.group) * panels + panel;
+  const char* from = reinterpret_cast<const char*>(of.w_gpsrk) +
+                     (before * of.steps * kBlocks + block) * kBlockBytes;
+  int bytes = lane == 0 ? until_end : lane < kCopyWeights ? all - until_end : 0;
+  return {from, kBlocks * kBlockBytes, lane == 0 ? 0 : until_end, bytes};
+}
+
+// The activations of a tile: one lane copies consecutive rows, or each its own; nothing for the lanes
+// of weights.  Behind the rows is whatever lay there, and its sums are not stored.
+__device__ __forceinline__ Piece activations_of(const Tile& tile, const Operands& of) {
+  int lane = threadIdx.x % kWarp - kCopyWeights, count = of.source ? tile.rows : 1;
+  bool has_one = lane >= 0 && lane < count;
+  int row = tile.row + (has_one && of.source ? lane : 0);
+  if (of.source) row = of.source[row];
+  const char* from = reinterpret_cast<const char*>(of.a) + size_t(row) * kRowBytes;
+  int bytes = !has_one ? 0 : of.source ? kRowBytes : tile.rows * kRowBytes;
+  return {from, size_t(of.extent) * kRowBytes, of.blocks * kBlockBytes + lane * kRowBytes, bytes};
+}
+
+// Copies the first weights of a CTA, before anything is known of its rows; begins with stage `first`.
+// Returns the number of stages.
+__device__ inline int copy_first_weights(Ring ring, int first, const Tile& tile,
+                                         const Operands& of) {
+  int stages = min(ring.count, of.steps), bytes = weights_bytes(tile, of);
+  Piece weights = weights_of(tile, of);
   for (int s = first; s < stages; s += kCopyingWarps, ring.skip(kCopyingWarps)) {
-    if (threadIdx.x % kWarp == 0) barrier_promise(ring.filled + ring.stage, copies.weights);
-    copies.start(ring, s, 0, kCopyWeights);
+    if (threadIdx.x % kWarp == 0) barrier_promise(ring.filled + ring.stage, bytes);
+    weights.start(ring, s);
   }
   return stages;
 }
@@ -124,23 +127,29 @@ __device__ inline int copy_first_weights(Ring ring, int first, const Operands& o
 // Fills the ring's stages with the operands of this CTA's tiles.  Of all stages that follow each other, a
 // warp copies every kCopyingWarps-th one.  So it has waited for a stage less than a turn of the ring
 // before, and takes no phase of a barrier for another.
+//
+// The weights of a dense layer may be read before the kernel ahead of this one has ended: they were packed
+// at load, at least one kernel before it.
 __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
-  int s = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  int s = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, index = blockIdx.x;
   ring.skip(s);
-  int ahead = copy_first_weights(ring, s, of);
-  wait_for_previous();
-  for (int index = blockIdx.x;; index += gridDim.x, ahead = 0) {
-    Tile tile = tile_at(index, of);
-    if (tile.rows < 0) break;
-    Copies copies(tile, of);
+  if (of.tiles) wait_for_previous();
+  int tiles = tiles_of(of);
+  Tile tile = tile_at(index, tiles, of);
+  int ahead = tile.rows < 0 ? 0 : copy_first_weights(ring, s, tile, of);
+  if (!of.tiles) wait_for_previous();
+  for (; tile.rows >= 0; ahead = 0) {
+    Piece weights = weights_of(tile, of), piece = activations_of(tile, of);
+    if (lane < kCopyWeights) piece = weights;
+    int of_weights = weights_bytes(tile, of), of_rows = tile.rows * kRowBytes;
+    tile = tile_at(index += gridDim.x, tiles, of);  // early: it takes reads from memory
     for (; s < of.steps; s += kCopyingWarps, ring.skip(kCopyingWarps)) {
       bool has_weights = s < ahead;
       __syncwarp();  // a lane that copies nothing must not fall behind by two turns of the ring
       ring.wait_until_read();
       if (lane == 0)
-        barrier_arrive_promising(ring.filled + ring.stage,
-                                 (has_weights ? 0 : copies.weights) + copies.activations);
-      copies.start(ring, s, has_weights ? kCopyWeights : 0, kWarp);
+        barrier_arrive_promising(ring.filled + ring.stage, (has_weights ? 0 : of_weights) + of_rows);
+      if (lane >= kCopyWeights || !has_weights) piece.start(ring, s);
     }
     s -= of.steps;
   }
@@ -267,10 +276,10 @@ __device__ __forceinline__ void multiply_tile(Ring& ring, const Tile& tile, cons
 template <class Store>
 __device__ __forceinline__ void multiply_tiles(Ring ring, const Operands& of, const Store& store) {
   wait_for_previous();
-  int index = blockIdx.x;
-  Tile tile = uniform(tile_at(index, of));
+  int index = blockIdx.x, tiles = tiles_of(of);
+  Tile tile = uniform(tile_at(index, tiles, of));
   while (tile.rows >= 0) {
-    Tile next = tile_at(index += gridDim.x, of);  // early: it takes two reads from memory
+    Tile next = tile_at(index += gridDim.x, tiles, of);
     if (tile.rows > kStep) multiply_tile<kMostRows>(ring, tile, of, store);
     else multiply_tile<kStep>(ring, tile, of, store);
     tile = uniform(next);
@@ -297,10 +306,10 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
 #define LINEAR(name, Stored)                                                                     \
   extern "C" __global__ void __launch_bounds__(kMostThreads)                                     \
       name(const HALF* a, const int* source, const HALF* w_gpsrk, const float* bias_n,           \
-           Stored* out_mn, const int4* tiles, const int* tile_count, int m, int extent,          \
+           Stored* out_mn, const int4* tiles, const int* tile_count, int most, int m, int extent,\
            int steps, int width, int n, int blocks, int stages, int stage_bytes) {               \
-    compute({a, source, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,    \
-            stage_bytes, LinearPair<Stored>{bias_n, out_mn, n});                                 \
+    compute({a, source, w_gpsrk, tiles, tile_count, most, m, extent, steps, width, blocks},      \
+            stages, stage_bytes, LinearPair<Stored>{bias_n, out_mn, n});                                 \
   }
 LINEAR(linear_few_mma, F32)
 LINEAR(linear_rounded_few_mma, HALF)
@@ -309,8 +318,8 @@ LINEAR(linear_rounded_few_mma, HALF)
 // rows of W are one of w1, one of w3, and so on
 extern "C" __global__ void __launch_bounds__(kMostThreads)
     gated_few_mma(const HALF* a, const int* source, const HALF* w_gpsrk, HALF* out,
-                  const int4* tiles, const int* tile_count, int m, int extent, int steps,
+                  const int4* tiles, const int* tile_count, int most, int m, int extent, int steps,
                   int width, int n, int blocks, int stages, int stage_bytes, int out_extent) {
-  compute({a, source, w_gpsrk, tiles, tile_count, m, extent, steps, width, blocks}, stages,
+  compute({a, source, w_gpsrk, tiles, tile_count, most, m, extent, steps, width, blocks}, stages,
           stage_bytes, GatedPair{out, n, out_extent});
 }

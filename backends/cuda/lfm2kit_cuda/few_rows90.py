@@ -40,7 +40,7 @@ def launch(
     extents = [out.shape[-2] for out in outputs if name == "gated" and out is not None]
     load_kernel("few_rows90", f"{name}_few_mma", SHARED_BYTES, **constants)(
         (min(sm_count(), ctas),), threads, x.array, source, matrix.packed, *outputs,
-        *listed(tiles), len(x), x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns,
+        *listed(tiles), most, len(x), x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns,
         blocks, *stages(blocks, rows), *extents,
     )  # fmt: skip
 
