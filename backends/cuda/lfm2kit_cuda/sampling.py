@@ -12,7 +12,7 @@ from lfm2kit.engine.asked import asked_by
 from lfm2kit.engine.drawing import ALL_EXCLUDED, NOT_FINITE, Drawn, NotANumber, Row
 from lfm2kit.engine.logprobs import logprobs
 from lfm2kit_cuda.constants import SAMPLING
-from lfm2kit_cuda.device import on_device
+from lfm2kit_cuda.device import compute_capability, on_device
 from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.memory import CudaMemory
 from lfm2kit_cuda.upload import upload
@@ -20,6 +20,7 @@ from lfm2kit_cuda.upload import upload
 Result = Drawn | NotANumber | None
 
 WHY = {-1: NOT_FINITE, -2: ALL_EXCLUDED}  # what the kernel writes instead of an id
+CLUSTERS = (9, 0)  # the first chips that have them
 
 
 class Sampler:
@@ -62,8 +63,9 @@ def _drawn(
     """Return the ids twice: with errors among them, and with ids in place of these."""
     token_ids = cupy.empty((2, len(rows)), np.int32)
     if asking := len(rows) - rows.count(None):
-        load_kernel("sampling", "draw_tokens")(
-            (asking,), SAMPLING.THREADS, logits, logits.shape[1], *_uploaded(rows), newest,
+        ctas = SAMPLING.CTAS if compute_capability() >= CLUSTERS else 1
+        load_kernel("sampling", "draw_tokens", CTAS=ctas)(
+            (asking * ctas,), SAMPLING.THREADS, logits, logits.shape[1], *_uploaded(rows), newest,
             scratch.changed, scratch.counts, token_ids[0], token_ids[1],
         )  # fmt: skip
     return token_ids

@@ -6,10 +6,9 @@
 // and how many counts are not 0 then.
 #include "f32.h"
 
-inline u64 atomicAdd(u64* at, u64 more) { return std::atomic_ref<u64>(*at).fetch_add(more); }
+inline u32 atomicAdd(u32* at, u32 more) { return std::atomic_ref<u32>(*at).fetch_add(more); }
 inline int atomicExch(int* at, int value) { return std::atomic_ref<int>(*at).exchange(value); }
 
-#define __shared__ static  // CTAs run one after the other
 #include "sampling.cu"
 
 int main(int, char** argv) {
@@ -27,7 +26,7 @@ int main(int, char** argv) {
     draw_tokens(logits.data(), vocab, asked.data(), ids.data(), biases.data(), words.data(),
                 newest.empty() ? nullptr : newest.data(), changed.data(), counts.data(), tokens.data(),
                 valid.data());
-  });
+  }, kCtas);
   tokens.insert(tokens.end(), valid.begin(), valid.end());
   tokens.push_back(int(logits.size() - std::count(counts.begin(), counts.end(), 0)));
   write(tokens);
