@@ -157,30 +157,32 @@ __device__ inline const Asked& prepared(Cta* cta, const Asked* asked) {
   return *copy;
 }
 
-//   ids, biases, words  of all rows; see Asked
+//   asked_words         an Asked of each row that asks, then the ids, biases and masks of all rows, which
+//                       begin at the words `first_id`, `first_bias` and `first_word`
 //   newest_r            null, or the ids that take the place of the last generated ones
 //   changed_rv, counts_rv  to work in; all counts are 0 before and after
 //   token_r             the ids that are drawn, or errors; nothing for a row that asks nothing
 //   id_r                the same, but id 0 in place of errors
 extern "C" __global__ void CLUSTER_OF(kCtas) __launch_bounds__(kThreads, 2)
-    draw_tokens(const float* logits_rv, int vocab, const Asked* asked_r, int* ids, const float* biases,
-                const u32* words, const int* newest_r, float* changed_rv, int* counts_rv, int* token_r,
+    draw_tokens(const float* logits_rv, int vocab, u32* asked_words, int first_id, int first_bias,
+                int first_word, const int* newest_r, float* changed_rv, int* counts_rv, int* token_r,
                 int* id_r) {
   Cta* cta = memory_of_cta<Cta>();
   wait_for_previous();
   let_next_start();
-  const Asked& asked = prepared(cta, asked_r + cluster_index());
+  const Asked& asked = prepared(cta, reinterpret_cast<Asked*>(asked_words) + cluster_index());
   size_t first = size_t(asked.row) * vocab;
   const float* logits = logits_rv + first;
   Row row = row_of(cta, vocab, changed_rv + first);
-  ids += asked.first_id;
+  int* ids = reinterpret_cast<int*>(asked_words) + first_id + asked.first_id;
+  const float* biases = reinterpret_cast<float*>(asked_words) + first_bias + asked.first_bias;
   if (newest_r && asked.generated && threadIdx.x == 0)  // in each CTA; others read it behind a barrier
     ids[asked.prompt + asked.generated - 1] = newest_r[asked.row];
   bool is_bad = copied(row, logits);
   __syncthreads();
   penalise(row, logits, counts_rv + first, asked, ids);
-  bias(row, asked, ids + asked.prompt + asked.generated, biases + asked.first_bias);
-  u64 best = scored(row, asked, words + asked.first_word);
+  bias(row, asked, ids + asked.prompt + asked.generated, biases);
+  u64 best = scored(row, asked, asked_words + first_word + asked.first_word);
   int token = token_of(row, asked, most_of_all(cta, kBest, is_bad ? kBad : best));
   if (token != kNone) token_r[asked.row] = token, id_r[asked.row] = max(token, 0);
   synchronize_cluster();  // others read this CTA's memory
