@@ -31,21 +31,27 @@ static_assert(kAskedWords <= kThreads, "a thread copies a word of what a row ask
 struct Weights {
   const Row& row;
   Kept kept;
-  double min_p, lowest;  // below the best
+  double min_p;
+  u32 from;  // ranks below it have no weight; rounding moves a score by half a rank
 
   __device__ Weights(const Row& row, const Kept& kept, double min_p)
-      : row(row), kept(kept), min_p(min_p), lowest(kLeast) {
-    if (min_p > 0.0) lowest = max(kLeast, log(min_p) - kMargin);
+      : row(row), kept(kept), min_p(min_p) {
+    double below = min_p > 0.0 ? max(kLeast, log(min_p)) : kLeast;
+    from = max(kept.border, rank_of(float(row.best + below - kMargin)) - 1);
   }
   __device__ u64 of(float score) {
     u32 rank = rank_of(score);
-    u32 equal = __ballot_sync(~0u, rank == kept.border), before = equal & ((1u << lane()) - 1);
-    bool is_first = kept.before + __popc(before) < kept.equal;
-    kept.before += __popc(equal);
-    double below = row.below_best(score);
-    if (rank < kept.border || (rank == kept.border && !is_first) || below < lowest) return 0;
-    double weight = exp(below);
+    if (is_cut(rank == kept.border) || rank < from) return 0;
+    double weight = exp(row.below_best(score));
     return weight < min_p ? 0 : u64(rint(weight * kWhole));
+  }
+  // Whether a score equals the border, and those with lower ids are enough.
+  __device__ bool is_cut(bool is_equal) {
+    if (kept.equal == kAllEqual) return false;
+    u32 equal = __ballot_sync(~0u, is_equal), before = equal & ((1u << lane()) - 1);
+    bool are_enough = kept.before + __popc(before) >= kept.equal;
+    kept.before += __popc(equal);
+    return is_equal && are_enough;
   }
 };
 
@@ -135,15 +141,16 @@ __device__ inline bool copied(const Row& row, const float* logits) {
 // its id, so that of equal ones the lowest id is the best.  It is 0 if there is none.
 __device__ inline u64 scored(const Row& row, const Asked& asked, const u32* words) {
   float temperature = asked.temperature == 0.0 ? 1.0f : float(asked.temperature);
-  u64 best = 0;
+  float best = Row::nothing();
+  int best_id = 0;
   each<4>(row.scores, row.of_warp, lane(), 32, [&](int i, float logit) {
     bool is_there = logit >= -kLargest;
     if (asked.is_masked) is_there &= i / 32 < asked.words && words[i / 32] >> i % 32 & 1;
     float score = is_there ? __fdiv_rn(logit, temperature) : Row::nothing();
     row.scores[i] = score;
-    if (is_there) best = max(best, u64(rank_of(score)) << 32 | ~u32(i));
+    if (score > best) best = score, best_id = i;
   });
-  return best;
+  return best == Row::nothing() ? 0 : u64(rank_of(best)) << 32 | ~u32(best_id);
 }
 
 // Returns what a row asks, in shared memory; all sums are 0 then.

@@ -42,9 +42,8 @@ __device__ Border border_of(const Row& row, int filter, u32 from, Count count, P
     int shift = kBits * digit;
     u64* sums = row.cta->sums[filter][digit];
     row.each_score([&](float score) {
-      u32 rank = rank_of(score);
-      if (rank >= from && u64(rank) >> (shift + kBits) == border.rank)
-        add(&sums[rank >> shift & (kBins - 1)], count(score));
+      u32 rank = rank_of(score), digits = rank >> shift;
+      if (rank >= from && digits >> kBits == border.rank) add(&sums[digits & (kBins - 1)], count(score));
     });
     synchronize_cluster();
     u64 own = 0, total;  // of this thread's bin, and of all
