@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.engine.drawing import NumPySampler
+from lfm2kit.engine.drawing import NumPySampler, Row
 from lfm2kit.engine.sampling import Sampling
-from tests.cuda.test_emulated_sampling import NO_IDS, Row, logits_of, row_of
+from tests.cuda.test_emulated_sampling import NO_IDS, Floats, logits_of, row_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +18,7 @@ pytestmark = [
 ROWS = 100
 
 
-def assert_drawn_as_numpy_does(logits: np.ndarray, rows: list[Row]) -> None:
+def assert_drawn_as_numpy_does(logits: Floats, rows: list[Row]) -> None:
     from lfm2kit_cuda.memory import memory_of
     from lfm2kit_cuda.sampling import Sampler
 

@@ -153,13 +153,21 @@ __device__ inline u64 scored(const Row& row, const Asked& asked, const u32* word
   return best == Row::nothing() ? 0 : u64(rank_of(best)) << 32 | ~u32(best_id);
 }
 
-// Returns what a row asks, in shared memory; all sums are 0 then.
-__device__ inline const Asked& prepared(Cta* cta, const Asked* asked) {
+// Prepares what all CTAs of a cluster add and send to.
+__device__ inline Cta* prepared() {
+  Cta* cta = memory_of_cta<Cta>();
+  int i = threadIdx.x, sent = i < kTold ? kParts : kCtas * kBins;
+  if (i < kBarriers) expect(&cta->barriers[i], sent * int(sizeof(u64)));
+  if (i < kBins) cta->sums[0][cta_of_cluster()][i] = cta->sums[1][cta_of_cluster()][i] = 0;
+  synchronize_cluster();
+  return cta;
+}
+
+// Returns a copy in shared memory.
+__device__ inline const Asked& copy_of(const Asked* asked) {
   Asked* copy = memory_of_cta<Asked>();
   const u64* words = reinterpret_cast<const u64*>(asked);
   if (threadIdx.x < kAskedWords) reinterpret_cast<u64*>(copy)[threadIdx.x] = words[threadIdx.x];
-  u64* sums = &cta->sums[0][0][0];
-  for (int i = threadIdx.x; i < kFilters * kDigits * kBins; i += kThreads) sums[i] = 0;
   __syncthreads();
   return *copy;
 }
@@ -174,10 +182,10 @@ extern "C" __global__ void CLUSTER_OF(kCtas) __launch_bounds__(kThreads, 2)
     draw_tokens(const float* logits_rv, int vocab, u32* asked_words, int first_id, int first_bias,
                 int first_word, const int* newest_r, float* changed_rv, int* counts_rv, int* token_r,
                 int* id_r) {
-  Cta* cta = memory_of_cta<Cta>();
+  Cta* cta = prepared();
   wait_for_previous();
   let_next_start();
-  const Asked& asked = prepared(cta, reinterpret_cast<Asked*>(asked_words) + cluster_index());
+  const Asked& asked = copy_of(reinterpret_cast<Asked*>(asked_words) + cluster_index());
   size_t first = size_t(asked.row) * vocab;
   const float* logits = logits_rv + first;
   Row row = row_of(cta, vocab, changed_rv + first);
@@ -190,7 +198,6 @@ extern "C" __global__ void CLUSTER_OF(kCtas) __launch_bounds__(kThreads, 2)
   penalise(row, logits, counts_rv + first, asked, ids);
   bias(row, asked, ids + asked.prompt + asked.generated, biases);
   u64 best = scored(row, asked, asked_words + first_word + asked.first_word);
-  int token = token_of(row, asked, most_of_all(cta, kBest, is_bad ? kBad : best));
+  int token = token_of(row, asked, most_of_all(cta, kBest, row.part, is_bad ? kBad : best));
   if (token != kNone) token_r[asked.row] = token, id_r[asked.row] = max(token, 0);
-  synchronize_cluster();  // others read this CTA's memory
 }

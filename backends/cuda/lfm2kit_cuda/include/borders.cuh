@@ -31,6 +31,22 @@ __device__ inline void narrow(Border* border, Cta* cta, u64 own, u64 sum, IsBeyo
   border->below += cta->found.below, border->own = cta->found.own;
 }
 
+// Returns the sum of this thread's bin over all CTAs.  `turn` counts digits, of which two take turns.
+__device__ inline u64 sum_of_bin(Cta* cta, int turn) {
+  u64(*sums)[kBins] = cta->sums[turn % 2];
+  u64 *own = &sums[cta_of_cluster()][threadIdx.x], *barrier = &cta->barriers[kTold + turn], sum = 0;
+  bool has_bin = threadIdx.x < kBins;
+  __syncthreads();  // all that this CTA adds is in its bins
+  if (has_bin)
+#pragma unroll 1
+    for (int other = 0; other < kCtas; ++other) send(other, own, *own, barrier);
+  wait_for_sent(barrier);
+  if (!has_bin) return 0;
+  for (int other = 0; other < kCtas; ++other) sum += sums[other][threadIdx.x];
+  *own = 0;  // for the next digit but one
+  return sum;
+}
+
 // `passes` says of a sum, which grows, whether it is beyond the bound, given the sum of all; 0 is not.
 // If none is, the border is the largest score.  Only scores of at least `from` are looked at.
 template <class Count, class Passes>
@@ -40,15 +56,13 @@ __device__ Border border_of(const Row& row, int filter, u32 from, Count count, P
 #pragma unroll 1
   for (int digit = kDigits - 1; digit >= 0; --digit) {
     int shift = kBits * digit;
-    u64* sums = row.cta->sums[filter][digit];
+    int turn = filter * kDigits + digit;
+    u64* sums = row.cta->sums[turn % 2][cta_of_cluster()];
     row.each_score([&](float score) {
       u32 rank = rank_of(score), digits = rank >> shift;
       if (rank >= from && digits >> kBits == border.rank) add(&sums[digits & (kBins - 1)], count(score));
     });
-    synchronize_cluster();
-    u64 own = 0, total;  // of this thread's bin, and of all
-    for (int cta = 0; cta < kCtas && threadIdx.x < kBins; ++cta)
-      own += memory_of(row.cta, cta)->sums[filter][digit][threadIdx.x];
+    u64 own = sum_of_bin(row.cta, turn), total;
     u64 up_to = sum_up_to_thread(row.cta, own, &total);
     if (digit == kDigits - 1) all = total;
     narrow(&border, row.cta, own, up_to, [&](u64 sum) {

@@ -11,8 +11,12 @@ constexpr int kBits = BITS, kBins = 1 << kBits, kDigits = 32 / kBits;  // of a d
 static_assert(kBins <= kThreads && 32 % kBits == 0, "a thread has a bin of the sums");
 constexpr u32 kLowestRank = 0x00800000u;  // of a finite score
 
+static_assert(kCtas <= 32, "a lane sends to each CTA");
+
 enum { kBest, kTotal, kEqual, kWeight, kTold };  // what a warp tells
 enum { kTopK, kTopP, kFilters };                 // that look for a border
+constexpr int kBarriers = kTold + kFilters * kDigits;
+static_assert(kBarriers <= kThreads, "a thread prepares a barrier");
 
 // Where the sums of what scores count for, in ascending order, pass a bound.
 struct Border {
@@ -22,8 +26,9 @@ struct Border {
 
 // The shared memory of a CTA.
 struct Cta {
-  u64 told[kTold][kWarps];
-  u64 sums[kFilters][kDigits][kBins];
+  u64 told[kTold][kParts];    // by all warps
+  u64 sums[2][kCtas][kBins];  // of all CTAs; two digits take turns
+  u64 barriers[kBarriers];    // of what is told, and of the sums of each digit
   u64 sums_of_warps[kWarps];
   Border found;  // within a digit
 };
@@ -61,29 +66,25 @@ __device__ inline u64 sum_up_to_thread(Cta* cta, u64 mine, u64* total) {
   return sum;
 }
 
-// Tells all warps of the cluster what lane 0 of this one has; each number is told once.
+// All warps of a cluster tell each other a number.  Returns those of all parts.
 template <class T>
-__device__ inline void tell(Cta* cta, int what, T mine) {
+__device__ inline const T* told_by_all(Cta* cta, int what, int part, T mine) {
   static_assert(sizeof(T) == sizeof(u64), "it is told in 64 bits");
-  if (lane() == 0) reinterpret_cast<T*>(cta->told[what])[warp()] = mine;
-  synchronize_cluster();
-}
-
-// Returns what the warp of a part has told.
-template <class T>
-__device__ inline T told_by(const Cta* cta, int what, int part) {
-  return reinterpret_cast<const T*>(memory_of(cta, part / kWarps)->told[what])[part % kWarps];
+  u64* told = cta->told[what];
+  if (lane() < kCtas) send(lane(), &told[part], reinterpret_cast<u64&>(mine), &cta->barriers[what]);
+  wait_for_sent(&cta->barriers[what]);
+  return reinterpret_cast<const T*>(told);
 }
 
 // Returns the most of what all lanes of a cluster have.
-__device__ inline u64 most_of_all(Cta* cta, int what, u64 mine) {
+__device__ inline u64 most_of_all(Cta* cta, int what, int part, u64 mine) {
   auto most_of_warp = [](u64 most) {
     for (int offset = 16; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(~0u, most, offset));
     return most;
   };
-  tell(cta, what, most_of_warp(mine));
+  const u64* told = told_by_all(cta, what, part, most_of_warp(mine));
   u64 most = 0;
-  for (int part = lane(); part < kParts; part += 32) most = max(most, told_by<u64>(cta, what, part));
+  for (int other = lane(); other < kParts; other += 32) most = max(most, told[other]);
   return most_of_warp(most);
 }
 
@@ -97,11 +98,10 @@ struct Sums {
 template <class T>
 __device__ inline Sums<T> sums_of_all(Cta* cta, int what, int part, T mine) {
   T own = sum_of_warp(mine), before = 0, all = 0;
-  tell(cta, what, own);
+  const T* told = told_by_all(cta, what, part, own);
   for (int other = lane(); other < kParts; other += 32) {
-    T told = told_by<T>(cta, what, other);
-    if (other < part) before += told;
-    all += told;
+    if (other < part) before += told[other];
+    all += told[other];
   }
   return {own, sum_of_warp(before), sum_of_warp(all)};
 }
@@ -149,7 +149,7 @@ struct Row {
   __device__ double below_best(float score) const { return double(score) - double(best); }
   __device__ static float nothing() { return __uint_as_float(0xff800000u); }
 
-  // Calls use(n, ids[n]) for those ids that this CTA has; then its threads wait for each other.
+  // Calls use(n, ids[n]) for the ids that this CTA has; then its threads wait for each other.
   template <class Use>
   __device__ void each_id(const int* ids, int begin, int end, Use use) const {
     each<4>(ids, {begin, end}, threadIdx.x, kThreads, [&](int n, int id) {
