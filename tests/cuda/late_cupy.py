@@ -176,6 +176,10 @@ class Array:
     def __len__(self) -> int:
         return len(self.values)
 
+    def __add__(self, nbytes: int) -> Array:
+        """Return the memory from a byte on."""
+        return Array(self.values.reshape(-1).view(np.uint8)[nbytes:])
+
     def __getitem__(self, part: slice) -> Array:
         return Array(self.values[part])
 

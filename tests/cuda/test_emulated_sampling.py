@@ -22,7 +22,7 @@ from lfm2kit.engine.sampling import Sampling
 from tests.cuda import late_cupy
 from tests.cuda.emulated_operators import compiled
 
-THREADS, BITS = 32, 4
+SMALL = {"CTAS": 2, "THREADS": 64, "BITS": 4}
 ERRORS = {-1: NOT_FINITE, -2: ALL_EXCLUDED}
 NOTHING = -100  # as in emulated/sampling.cpp
 NO_IDS = np.zeros(0, np.int32)
@@ -32,8 +32,7 @@ Floats = npt.NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def sampling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sampling")
-    return compiled(folder, "sampling", THREADS=THREADS, BITS=BITS)
+    return compiled(tmp_path_factory.mktemp("sampling"), "sampling", **SMALL)
 
 
 def drawn(
@@ -41,7 +40,7 @@ def drawn(
 ) -> list[int]:
     """Return the tokens, or errors, in whose place ids are 0; no count is left behind."""
     asked, newest = asked_by(rows), np.array(newest, np.int32)
-    given = (len(array) for array in (asked.ids, asked.biases, asked.words, newest))
+    given = (array.nbytes // 4 for array in (*asked, newest))
     numbers = [len(asked.records), *logits.shape, *given]
     out = subprocess.run(
         [str(program), *map(str, numbers)], stdout=subprocess.PIPE, check=True, timeout=300,
@@ -116,10 +115,25 @@ def test_any_row_draws_what_numpy_draws(sampling: Path, vocab_size: int) -> None
     assert_drawn_as_numpy_does(sampling, logits, [None, *asked[1:30], None, *asked[31:]])
 
 
+@pytest.mark.long
+def test_a_cluster_of_the_size_on_a_gpu_draws_what_numpy_draws(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5001)
+    logits = np.stack([logits_of(rng, number % 4, 5001) for number in range(12)])
+    asked = [row_of(rng, 5001) for _ in logits]
+    assert_drawn_as_numpy_does(compiled(tmp_path, "sampling"), logits, asked)
+
+
+def test_a_vocabulary_may_be_smaller_than_a_cluster(sampling: Path) -> None:
+    for vocab_size in (1, 2, 33):
+        asked = Sampling(top_k=1, top_p=0.5), Sampling(), Sampling(temperature=0)
+        rows = [Row(one, 3, 4, NO_IDS, np.zeros(2, np.int32)) for one in asked]
+        assert_drawn_as_numpy_does(sampling, np.eye(3, vocab_size, dtype=np.float32), rows)
+
+
 def test_the_newest_token_may_be_on_the_device_alone(sampling: Path) -> None:
     """What stands in its place among the generated ones counts for nothing."""
     rng = np.random.default_rng(9)
-    logits = np.stack([logits_of(rng, number % 4, 37) for number in range(60)])
+    logits = np.stack([logits_of(rng, number % 4, 37) for number in range(30)])
     asked = [row_of(rng, 37) for _ in logits]
     newest = rng.integers(37, size=len(asked)).tolist()
     known = [with_newest(row, id) for row, id in zip(asked, newest, strict=True)]
@@ -161,21 +175,21 @@ def test_the_device_gets_what_rows_ask_and_the_host_gets_ids(
     launches: list[str] = []
     newest_of_launches: list[Any] = []
 
-    def kernel(stem: str, name: str) -> Any:
+    def kernel(stem: str, name: str, CTAS: int) -> Any:
         parameters = re.search(rf"{name}\(([^)]*)\)", (SOURCES / f"{stem}.cu").read_text())
 
         def launch(grid: Any, threads: int, *arguments: Any) -> None:
             assert parameters is not None
             assert len(parameters[1].split(",")) == len(arguments)
-            given, vocab_size, *asked, newest, changed, counts, token_ids, ids = arguments
+            given, vocab_size, there, *starts, newest, changed, counts, token_ids, ids = arguments
             newest_of_launches.append(newest)
-            assert (grid, vocab_size) == ((3,), 37)
+            assert (grid, vocab_size) == ((3 * CTAS,), 37)
             assert changed.shape == counts.shape == (3, 37)
 
             def work() -> None:
                 np.testing.assert_array_equal(given.values, logits)
-                for there, array in zip(asked, asked_by(rows), strict=True):
-                    assert there.values.tobytes()[: array.nbytes] == array.tobytes()
+                for start, array in zip([0, *starts], asked_by(rows), strict=True):
+                    assert there.values[start:].tobytes()[: array.nbytes] == array.tobytes()
                 assert not counts.values.any()
                 token_ids.values[:] = [5, -1, -2]
                 ids.values[:] = [5, 0, 0]

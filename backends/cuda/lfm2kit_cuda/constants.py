@@ -138,6 +138,7 @@ class Picking(NamedTuple):
 class Sampling(NamedTuple):
     """sampling.cu."""
 
+    CTAS: int = 8  # of a row's cluster; on chips without clusters a row has one CTA
     THREADS: int = 512
     BITS: int = 8  # of a digit of a score's rank
     LARGEST: str = f"{LARGEST}f"

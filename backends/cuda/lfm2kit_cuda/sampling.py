@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import cupy
 import numpy as np
-import numpy.typing as npt
 
 from lfm2kit.engine.asked import asked_by
 from lfm2kit.engine.drawing import ALL_EXCLUDED, NOT_FINITE, Drawn, NotANumber, Row
 from lfm2kit.engine.logprobs import logprobs
 from lfm2kit_cuda.constants import SAMPLING
-from lfm2kit_cuda.device import on_device
+from lfm2kit_cuda.device import compute_capability, on_device
 from lfm2kit_cuda.kernels import load_kernel
 from lfm2kit_cuda.memory import CudaMemory
 from lfm2kit_cuda.upload import upload
@@ -20,6 +20,7 @@ from lfm2kit_cuda.upload import upload
 Result = Drawn | NotANumber | None
 
 WHY = {-1: NOT_FINITE, -2: ALL_EXCLUDED}  # what the kernel writes instead of an id
+CLUSTERS = (9, 0)  # the first chips that have them
 
 
 class Sampler:
@@ -49,8 +50,9 @@ class Sampler:
                 raise ValueError(f"{len(rows)} rows for {len(newest)} rows of ids")
             if self._scratch is None or not self._scratch.holds(logits.shape):
                 self._scratch = _Scratch(logits.shape)
-            drawn = _drawn(self._scratch, logits, rows, newest)
-            return Drawing(self._memory, drawn, logits, rows, (newest, self._scratch))
+            tokens, token_ids = _drawn(self._scratch, logits, rows, newest)
+            kept = newest, self._scratch
+            return Drawing(self._memory, tokens, token_ids, logits, rows, kept)
 
 
 def _drawn(
@@ -58,15 +60,16 @@ def _drawn(
     logits: cupy.ndarray,
     rows: Sequence[Row | None],
     newest: cupy.ndarray | None,
-) -> cupy.ndarray:
+) -> tuple[cupy.ndarray, cupy.ndarray]:
     """Return the ids twice: with errors among them, and with ids in place of these."""
-    token_ids = cupy.empty((2, len(rows)), np.int32)
+    tokens, token_ids = cupy.empty(len(rows), np.int32), cupy.empty(len(rows), np.int32)
     if asking := len(rows) - rows.count(None):
-        load_kernel("sampling", "draw_tokens")(
-            (asking,), SAMPLING.THREADS, logits, logits.shape[1], *_uploaded(rows), newest,
-            scratch.changed, scratch.counts, token_ids[0], token_ids[1],
+        ctas = SAMPLING.CTAS if compute_capability() >= CLUSTERS else 1
+        load_kernel("sampling", "draw_tokens", CTAS=ctas)(
+            (asking * ctas,), SAMPLING.THREADS, logits, logits.shape[1], *_uploaded(rows), newest,
+            scratch.changed, scratch.counts, tokens, token_ids,
         )  # fmt: skip
-    return token_ids
+    return tokens, token_ids
 
 
 class Drawing:
@@ -78,13 +81,14 @@ class Drawing:
     def __init__(
         self,
         memory: CudaMemory,
-        drawn: cupy.ndarray,
+        tokens: cupy.ndarray,
+        token_ids: cupy.ndarray,
         logits: cupy.ndarray,
         rows: Sequence[Row | None],
         kept: object,
     ) -> None:
-        self._arriving = memory.start_to_host(drawn[0])
-        self.token_ids = drawn[1]
+        self._arriving = memory.start_to_host(tokens)
+        self.token_ids = token_ids
         self._memory = memory
         self._logits = logits
         self._rows = rows
@@ -117,18 +121,8 @@ class _Scratch:
         return len(self.changed) >= shape[0] and self.changed.shape[1] == shape[1]
 
 
-def _uploaded(rows: Sequence[Row | None]) -> list[cupy.ndarray]:
-    """Return the arrays of `asked_by` on the device, from one copy."""
-    arrays = [np.ascontiguousarray(array).view(np.uint8) for array in asked_by(rows)]
-    sizes = [_padded(len(array)) for array in arrays]
-    together: npt.NDArray[np.uint8] = np.zeros(sum(sizes), np.uint8)
-    starts = np.cumsum([0, *sizes[:-1]]).tolist()
-    for array, start in zip(arrays, starts, strict=True):
-        together[start : start + len(array)] = array
-    there = upload(together)
-    return [there[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-
-
-def _padded(nbytes: int) -> int:
-    """Return at least `nbytes`, as a multiple of what every element's address must be."""
-    return -(-max(nbytes, 1) // 8) * 8
+def _uploaded(rows: Sequence[Row | None]) -> tuple[cupy.ndarray, int, int, int]:
+    """Return what rows ask as one array of words, and where their ids, biases and masks begin."""
+    arrays = [array.view(np.uint32) for array in asked_by(rows)]
+    ids, biases, masks = accumulate(map(len, arrays[:-1]))
+    return upload(np.concatenate(arrays)), ids, biases, masks

@@ -32,21 +32,22 @@ class InPieces:
     def __init__(self, device: int) -> None:
         self.lock = Lock()
         self._buffers = [cupyx.empty_pinned(BUFFER_BYTES, np.uint8) for _ in range(BUFFERS)]
+        self._addresses = [buffer.ctypes.data for buffer in self._buffers]
         self._sent = [cupy.cuda.Event(disable_timing=True) for _ in range(BUFFERS)]
         self._threads = _threads(BUFFERS, device)
         self._turn = 0
 
-    def copy(self, source: Bytes, target: cupy.ndarray) -> None:
-        pieces = _slices(len(source), BUFFER_BYTES)
-        if len(pieces) == 1:
-            self._send(self._fill(self._next(), source), target)
+    def copy(self, source: Bytes, target: cupy.cuda.MemoryPointer) -> None:
+        if len(source) <= BUFFER_BYTES:
+            self._send(self._fill(self._next(), source), target, len(source))
             return
+        pieces = _slices(len(source), BUFFER_BYTES)
         filled: list[Future[int]] = []
         try:
             for i, piece in enumerate(pieces):
                 for ahead in pieces[len(filled) : i + BUFFERS]:
                     filled.append(self._threads.submit(self._fill, self._next(), source[ahead]))
-                self._send(filled[i].result(), target[piece])
+                self._send(filled[i].result(), target + piece.start, piece.stop - piece.start)
         finally:
             wait(filled)  # after an interrupt too: the next copy gets these buffers
 
@@ -59,8 +60,8 @@ class InPieces:
         np.copyto(self._buffers[buffer][: len(piece)], piece)
         return buffer
 
-    def _send(self, buffer: int, target: cupy.ndarray) -> None:
-        target.data.copy_from_host_async(self._buffers[buffer].ctypes.data, target.nbytes)
+    def _send(self, buffer: int, target: cupy.cuda.MemoryPointer, nbytes: int) -> None:
+        target.copy_from_host_async(self._addresses[buffer], nbytes)
         self._sent[buffer].record()
 
 
@@ -77,7 +78,7 @@ class InParts:
         self._sent = cupy.cuda.Event(disable_timing=True)
         self._threads = _threads(PARTS - 1, device)
 
-    def copy(self, source: Bytes, target: cupy.ndarray) -> None:
+    def copy(self, source: Bytes, target: cupy.cuda.MemoryPointer) -> None:
         first, *rest = _slices(len(source), -(-len(source) // PARTS))
         self._sent.synchronize()
         filled = [self._threads.submit(self._fill, part, source) for part in rest]
@@ -94,9 +95,9 @@ class InParts:
     def _fill(self, part: slice, source: Bytes) -> None:
         np.copyto(self._buffer[part], source[part])
 
-    def _send(self, part: slice, target: cupy.ndarray) -> None:
-        to = target[part]
-        to.data.copy_from_host_async(self._buffer.ctypes.data + part.start, to.nbytes)
+    def _send(self, part: slice, target: cupy.cuda.MemoryPointer) -> None:
+        source = self._buffer.ctypes.data + part.start
+        (target + part.start).copy_from_host_async(source, part.stop - part.start)
 
 
 def _threads(count: int, device: int) -> ThreadPoolExecutor:
@@ -121,7 +122,7 @@ def upload(array: npt.NDArray[Any]) -> cupy.ndarray:
         with _making:
             way = kind(current_device())
         with way.lock:
-            way.copy(source, copy.reshape(-1).view(cupy.uint8))
+            way.copy(source, copy.data)
     return copy
 
 

@@ -1,5 +1,6 @@
 // What kernels take from CUDA C++, on a host: the threads of a CTA take turns.  CTAs run one
-// after another, so the shared memory of a CTA is memory of the program.
+// after another, so the shared memory of a CTA is memory of the program.  The threads of a cluster
+// (cluster.cuh) take turns together.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -45,7 +46,8 @@ using std::max;
 using std::min;
 
 inline Index blockIdx, blockDim, gridDim;
-#define threadIdx (Index{u32(running()), 0, 0})
+inline int cta_of_cluster() { return running() / int(blockDim.x); }
+#define threadIdx (Index{u32(running()) % blockDim.x, 0, 0})
 
 // Addresses in shared memory count from the beginning of what a launch asks for.
 extern __align__(128) float shared[];
@@ -57,24 +59,26 @@ inline void* __cvta_shared_to_generic(size_t address) {
 }
 
 struct Barriers {
-  Barrier of_cta;
-  std::vector<Barrier> of_groups;
+  Barrier of_cluster;
+  std::vector<Barrier> of_ctas, of_groups;
 };
 inline Barriers barriers;  // of the launch
 
-inline void __syncthreads() { wait_at(barriers.of_cta); }
+inline void __syncthreads() { wait_at(barriers.of_ctas[cta_of_cluster()]); }
 
-// Runs a kernel; `prepare` is called before each CTA.
+// Runs a kernel in a grid of clusters; `prepare` is called before each cluster.
 template <class Prepare, class Kernel>
-void launch(Index grid, int threads, int groups, Prepare prepare, Kernel kernel) {
-  barriers = {{threads}, std::vector<Barrier>(groups, {threads / groups})};
+void launch(Index grid, int threads, int groups, Prepare prepare, Kernel kernel, int ctas = 1) {
+  barriers = {{threads * ctas},
+              std::vector<Barrier>(ctas, {threads}),
+              std::vector<Barrier>(groups * ctas, {threads / groups})};
   gridDim = grid, blockDim = {u32(threads), 1, 1};
-  take_turns(threads, [&](int thread) {
+  take_turns(threads * ctas, [&](int thread) {
     for (u32 i = 0; i < grid.x * grid.y * grid.z; ++i) {
-      __syncthreads();
+      wait_at(barriers.of_cluster);
       if (thread == 0)
         blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y}, shuffle_turns(), prepare();
-      __syncthreads();
+      wait_at(barriers.of_cluster);
       kernel();
     }
   });

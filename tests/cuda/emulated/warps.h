@@ -4,19 +4,20 @@
 
 #include "device.h"
 
-constexpr int kMostWarps = 32;
-inline u32 told[kMostWarps][32];
+constexpr int kMostWarps = 128;  // of a cluster
+inline u64 told[kMostWarps][32];
 
-inline void __syncwarp() { wait_at(barriers.of_groups[threadIdx.x / 32]); }
+inline int warp_of_cluster() { return running() / 32; }
+inline void __syncwarp() { wait_at(barriers.of_groups[warp_of_cluster()]); }
 
-// What `read` makes of the words that all lanes have told.
+// What `read` makes of what all lanes have told, of 4 or 8 bytes.
 template <class T, class Read>
 inline auto exchanged(T mine, Read read) {
-  static_assert(sizeof(T) == sizeof(u32));
-  u32* words = told[threadIdx.x / 32];
-  words[threadIdx.x % 32] = std::bit_cast<u32>(mine);
+  static_assert(sizeof(T) <= sizeof(u64));
+  T* values = reinterpret_cast<T*>(told[warp_of_cluster()]);
+  values[threadIdx.x % 32] = mine;
   __syncwarp();
-  auto result = read(words);
+  auto result = read(values);
   __syncwarp();
   return result;
 }
@@ -33,7 +34,12 @@ inline bool __any_sync(u32 lanes, bool mine) { return __ballot_sync(lanes, mine)
 
 template <class T>
 inline T __shfl_sync(u32, T mine, int lane) {
-  return exchanged(mine, [=](const u32* words) { return std::bit_cast<T>(words[lane]); });
+  return exchanged(mine, [=](const T* values) { return values[lane]; });
+}
+
+template <class T>
+inline T __shfl_up_sync(u32 lanes, T mine, int offset) {
+  return __shfl_sync(lanes, mine, max(int(threadIdx.x % 32) - offset, 0));
 }
 
 template <class T>
