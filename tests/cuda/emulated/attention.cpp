@@ -54,7 +54,9 @@ int main(int, char** argv) {
   size_t kept = size_t(pages) * page_tokens * kKeys;
   auto keys = read_inner(kept), values = read_inner(kept);
   INNER *kept_keys = pages ? keys.data() : nullptr, *kept_values = pages ? values.data() : nullptr;
-  launch({tokens, 1, 1}, kRotateThreads, kRotateThreads / kWarp, [] {}, [&] {
+  constexpr u32 kRotateWarps = kRotateThreads / kWarp, kWarpsOfRow = HEADS + 2 * KV_HEADS;
+  Index grid{tokens, (kWarpsOfRow + kRotateWarps - 1) / kRotateWarps, 1};
+  launch(grid, kRotateThreads, kRotateWarps, [] {}, [&] {
     norm_and_rotate(qkv.data(), q_weight.data(), k_weight.data(), inverse.data(), positions.data(),
                     ends.data(), table.data(), kept_keys, kept_values, sequences, width,
                     page_tokens, kEps);

@@ -72,9 +72,11 @@ class Attention:
         s, of_sequences = self.spec, (batch.positions, batch.cu_seqlens, batch.pages)
         keys, values = (state.keys, state.values) if state else (None, None)
         table = batch.sequences, batch.pages.shape[1], 0 if keys is None else keys.shape[1]
+        warps = s.num_attention_heads + 2 * s.num_key_value_heads  # for each row
         self.norm_and_rotate(
-            (batch.tokens,), ROTATE_THREADS, qkv, self.q_layernorm, self.k_layernorm, self.inverse,
-            *of_sequences, keys, values, *table, s.norm_eps,
+            (batch.tokens, -(-32 * warps // ROTATE_THREADS)), ROTATE_THREADS, qkv,
+            self.q_layernorm, self.k_layernorm, self.inverse, *of_sequences, keys, values, *table,
+            s.norm_eps,
         )  # fmt: skip
         heads = self.gemm.empty(batch.tokens, s.num_attention_heads * s.head_dim)
         given, kv_heads = (qkv, keys, values, *of_sequences), s.num_key_value_heads
