@@ -50,7 +50,6 @@ class Attention:
         }  # fmt: skip
         self.norm_and_rotate = load_kernel("blocks/rotation", "norm_and_rotate", 0, **constants)
         sizes = layout(spec, self.dtype.itemsize, most_shared_bytes())
-        self.part_threads = 32 * sizes.PART_WARPS
         self.attend, self.attend_parts = (
             load_kernel("blocks/attention", name, shared_bytes, **constants, **sizes._asdict())
             for name, shared_bytes in (
@@ -85,7 +84,7 @@ class Attention:
         if state and parts:
             grid = batch.tokens, ctas_of_row(batch, kv_heads, parts, sm_count()), kv_heads
             shared = state.parts, state.arrived
-            self.attend_parts(grid, self.part_threads, *given, *shared, *to, parts, scale)
+            self.attend_parts(grid, ATTEND_THREADS, *given, *shared, *to, parts, scale)
         else:
             y, layers = in_layers(batch.sequences)
             grid = -(-batch.max_seqlen // self.rows), y, layers * kv_heads
