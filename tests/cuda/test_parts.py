@@ -43,10 +43,17 @@ def test_a_long_context_is_shared_beside_short_ones() -> None:
     assert parts_of(batch_of([1] * 7, 32_768), 128, parts_shape(SPEC, room)[0]) == 128
 
 
-def test_prompts_and_single_parts_are_not_shared() -> None:
-    for lengths, context in (([MOST_ROWS + 1], 4096), ([1], PART_KEYS), ([1] * 65, 4096)):
+def test_prompts_are_not_shared_nor_what_has_no_room() -> None:
+    for lengths, context in (([MOST_ROWS + 1], 4096), ([1] * 65, 4096)):
         assert parts_of(batch_of(lengths, context), 128, LEAST_KEPT) == 0
     assert parts_of(batch_of([MOST_ROWS], 4096), 128, LEAST_KEPT) == 16
+
+
+def test_a_single_part_is_that_of_a_step() -> None:
+    """Of several rows each would read the same keys again, and a state is what has parts."""
+    assert parts_of(batch_of([1] * 2000, PART_KEYS), 128, LEAST_KEPT) == 1
+    assert parts_of(batch_of([1, 2], PART_KEYS), 128, LEAST_KEPT) == 0
+    assert parts_of(batch_of([1], 1), 0, LEAST_KEPT) == 0
 
 
 def test_a_room_without_pages_takes_nothing() -> None:

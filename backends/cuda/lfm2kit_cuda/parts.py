@@ -42,13 +42,14 @@ def arrived_shape(spec: specs.Attention, room: Room) -> Shape:
 
 
 def parts_of(batch: Batch, page_tokens: int, kept: int) -> int:
-    """Return the most parts that a row's CTAs share, or 0 if a CTA takes all keys of its rows.
+    """Return the most parts that a row's CTAs sum, or 0 if a CTA takes all keys of several rows.
 
     It depends on the batch's form alone, because the grid of a captured step stays as it is.
     """
     parts = -(-batch.pages.shape[1] * page_tokens // PART_KEYS)
-    is_shared = parts > 1 and batch.max_seqlen <= MOST_ROWS and batch.tokens * parts <= kept
-    return parts if is_shared else 0
+    if parts > 1:
+        return parts if batch.max_seqlen <= MOST_ROWS and batch.tokens * parts <= kept else 0
+    return parts if batch.max_seqlen == 1 else 0  # of one part nothing is kept
 
 
 def ctas_of_row(batch: Batch, kv_heads: int, parts: int, sms: int) -> int:
