@@ -115,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   else attend_pairs<kPairsOfWarp>(whole, tiles, positions_r, pairs, heads, scale);
 }
 
-// The other way, for few rows with many keys: CTAs share a row's parts.  The warps of a CTA sum one part
-// after the other together (team_sums.cuh), and the CTA that is done last adds the parts.
+// The other way, for few rows with many keys: CTAs share a row's parts.  The warps of a CTA sum one
+// part after the other together (team_sums.cuh), and the CTA that is done last adds the parts.
 struct Shared {
   Tile span[kSpanTiles];
   Team team;

@@ -63,8 +63,8 @@ __device__ inline void norm_and_rotate_head(Lane<INNER>& head, const Factors& fa
 }
 
 // Norms and rotates in place in qkv; with a state, keys and values go to their place in their page
-// instead.  A warp has a head, so that no load waits for another head's; weights are loaded first, since
-// they may come from far.
+// instead.  A warp has a head, so that no load waits for another head's.  Weights are loaded first,
+// since they may come from far.
 extern "C" __global__ void norm_and_rotate(INNER* qkv_t, const float* q_weight_d,
                                            const float* k_weight_d, const float* inverse,
                                            const int* positions_t, const int* cu_seqlens_s,

@@ -88,12 +88,12 @@ struct Pairs {
   __device__ const float* query(int p) const { return queries[min(first + p * step, last)]; }
 };
 
-// score[p] = query of pair p . key of this lane.
-template <int kMine>
+// score[p] = query of pair p . key of this lane.  kUnrolled elements are one run of instructions.
+template <int kUnrolled, int kMine>
 __device__ inline void score_keys(const Tile& tile, const Pairs<kMine>& pairs,
                                   float (&score)[kMine]) {
   int lane = threadIdx.x % kWarp;
-#pragma unroll(kPiece < 8 ? 4 : 2)
+#pragma unroll(kUnrolled / kPiece)
   for (int d = 0; d < HEAD_DIM; d += kPiece) {
     WidePiece key = widened(&tile.keys[lane][d]);
 #pragma unroll
@@ -105,8 +105,8 @@ __device__ inline void score_keys(const Tile& tile, const Pairs<kMine>& pairs,
   }
 }
 
-// Adds the weighted values of a tile.  Where not all pairs see all of its keys, those that do not see
-// one must add nothing: not 0 times a value, which may not be finite.
+// Adds the weighted values of a tile, kUnrolled of them in one run.  Where not all pairs see all keys,
+// those that do not see one must add nothing: not 0 times a value, which may not be finite.
 template <bool kAllSee, int kUnrolled, int kMine>
 __device__ inline void add_values(const Tile& tile, const Weights& weights, Sums<kMine>& sums,
                                   const int (&seen)[kMine]) {
@@ -153,7 +153,7 @@ __device__ inline void add_tile(const Tile& tile, const Pairs<kMine>& pairs, Sum
                                 const int (&seen)[kMine], float scale) {
   int lane = threadIdx.x % kWarp, least_seen = kTile;
   float score[kMine] = {}, highest[kMine], weight[kMine], fade[kMine];
-  score_keys(tile, pairs, score);
+  score_keys<16>(tile, pairs, score);
 #pragma unroll
   for (int p = 0; p < kMine; ++p) highest[p] = score[p] = scaled_score(score[p], seen[p], scale);
   warp_maxima(highest);

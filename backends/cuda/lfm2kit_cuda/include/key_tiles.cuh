@@ -35,8 +35,8 @@ struct alignas(16) Tile {
   INNER keys[kTile][HEAD_DIM + kPiece], values[kTile][HEAD_DIM];
 };
 
-// Which pieces of a tile's keys or values this thread copies: `piece`, and those kThreads further on, of
-// every kStep-th row from `first` on.
+// Which pieces of a tile's keys or values this thread copies: `piece`, and those kThreads further on,
+// of every kStep-th row from `first` on.
 struct Share {
   static constexpr int kStep = kPieces < kThreads ? kThreads / kPieces : 1;
 
@@ -129,14 +129,17 @@ class Spans {
   __device__ Spans(Tile* tiles, const Past& past, const Pages& pages)
       : tiles(tiles), past(past.from(share)), pages(pages) {}
 
-  // From here on copies are of the span that begins at key0; the sequence has `context` keys.
+  // From here on copies are of the span that begins at key0; the sequence has `context` keys.  The
+  // page's number is not looked at before keys are copied: it may come from far.
   __device__ void seek(int key0, int context) {
-    int key = key0 + threadIdx.x % kWarp * kTile;
-    row = key < context ? pages.row_of(key) : 0;
+    int key = key0 + threadIdx.x % kWarp * kTile, number = key / pages.page_tokens;
+    in_page = key - number * pages.page_tokens;
+    page = key < context ? pages.numbers[number] : 0;
     left = context - key0;
   }
 
-  __device__ void copy_keys() const {
+  __device__ void copy_keys() {
+    row = page * pages.page_tokens + in_page;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
       share.copy(tiles[t].keys, past.keys + offset(t), past.stride, left - t * kTile);
@@ -163,6 +166,6 @@ class Spans {
   Tile* tiles;
   Past past;  // from this thread's first piece on
   Pages pages;
-  int row;   // lane t of each warp has the row of tile t
-  int left;  // keys of the sequence from the span's first on
+  int page, in_page, row;  // lane t of each warp has those of tile t
+  int left;                // keys of the sequence from the span's first on
 };

@@ -33,7 +33,7 @@ __device__ inline void score_span(Team& team, const Tile* span, int keys) {
     int t = i % kSpanTiles, first = i / kSpanTiles * kScored;
     if (t * kTile >= keys) continue;
     float score[kScored] = {};
-    score_keys(span[t], Pairs<kScored>{team.queries, first, 1, kGroup - 1, {}}, score);
+    score_keys<64>(span[t], Pairs<kScored>{team.queries, first, 1, kGroup - 1, {}}, score);
 #pragma unroll
     for (int p = 0; p < kScored; ++p)
       team.scores[first + p][t * kTile + threadIdx.x % kWarp] = score[p];
