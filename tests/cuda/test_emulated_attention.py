@@ -29,20 +29,21 @@ from tests.cuda.emulated_operators import (
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-WIDE = specs.Attention(256, 4, 1, 64, rope_theta=100.0, norm_eps=1e-5)  # read 16 bytes at once
+WIDE = specs.Attention(320, 5, 1, 64, rope_theta=100.0, norm_eps=1e-5)  # read 16 bytes at once
 ITEMSIZE, SHARED_BYTES = {"F32": 4, "BF16": 2}, 227 * 1024
 CONTEXTS = (1, EMULATED_PART - 1, EMULATED_PART, EMULATED_PART + 1, 105)  # the last: of 4 parts
 
 
 def attention_of(
-    folder: Path, spec: specs.Attention, inner: str, fault: tuple[str, str] | None = None
+    folder: Path, spec: specs.Attention, inner: str, part: int = EMULATED_PART, span: int = 8
 ) -> EmulatedAttention:
+    """Return attention for parts of `part` keys, with spans of up to `span` tiles."""
     sizes = {
         "HEADS": spec.num_attention_heads, "KV_HEADS": spec.num_key_value_heads,
-        "HEAD_DIM": spec.head_dim, "INNER": inner, "PART_KEYS": EMULATED_PART,
+        "HEAD_DIM": spec.head_dim, "INNER": inner, "PART_KEYS": part,
     }  # fmt: skip
-    chip = layout(spec, ITEMSIZE[inner], SHARED_BYTES)._asdict()
-    return EmulatedAttention(compiled(folder, "blocks/attention", fault, **sizes, **chip), spec)
+    chip = layout(spec, ITEMSIZE[inner], SHARED_BYTES)._replace(SPAN_TILES=span)._asdict()
+    return EmulatedAttention(compiled(folder, "blocks/attention", **sizes, **chip), spec)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def of_parts(
     """Return attention with heads that are read word by word, or 16 bytes at once."""
     if request.param == "small heads":
         return attention
-    return attention_of(tmp_path_factory.mktemp("attention-wide"), WIDE, request.param)
+    return attention_of(tmp_path_factory.mktemp("attention-wide"), WIDE, request.param, 128, 2)
 
 
 def rows(count: int, seed: int = 0, spec: specs.Attention = ATTENTION) -> Float32:
@@ -164,16 +165,47 @@ def test_ctas_that_share_the_parts_of_a_row_have_the_bits_of_a_prompt(
 
 
 def test_more_parts_than_a_warp_has_lanes(attention: EmulatedAttention) -> None:
-    """The keys and values before the new row are any numbers: no prompt has made them."""
-    context, rng = 35 * EMULATED_PART + 1, np.random.default_rng(3)
-    state = attention.new_state(Room(context // 64 + 1, 64))
-    state.arrays = [rng.standard_normal(array.shape, np.float32) for array in state.arrays]
-    pages = np.arange(len(state.arrays[0]), dtype=np.int32)[None]
-    batch = Batch.of_sequences([np.zeros(1, np.int32)], starts=[context - 1], pages=pages)
-    alone, shared = (
-        replace(attention, ctas=ctas)(rows(1), batch, deepcopy(state)) for ctas in (0, 3)
+    assert_steps_have_the_bits_of_one_cta(attention, [67 * EMULATED_PART + 1], [3])
+
+
+def test_parts_end_anywhere_in_a_span(of_parts: EmulatedAttention) -> None:
+    """The wide heads have parts of two spans, and warps with two heads or one."""
+    contexts = [1, 31, 33, 64, 65, 97, 127, 128, 129, 3 * 128 + 45]
+    assert_steps_have_the_bits_of_one_cta(of_parts, contexts, [1, 3])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("heads", "part", "span"), [(1, 64, 8), (3, 128, 2), (4, 256, 8), (5, 64, 1), (8, 128, 4)]
+)
+def test_warps_share_any_number_of_heads(tmp_path: Path, heads: int, part: int, span: int) -> None:
+    spec = specs.Attention(12, heads, 1, 4, rope_theta=100.0, norm_eps=1e-5)
+    contexts = [1, 31, part - 1, part, part + 1, 3 * part + 45]
+    team = attention_of(tmp_path, spec, "F32", part, span)
+    assert_steps_have_the_bits_of_one_cta(team, contexts, [1, 3])
+
+
+def assert_steps_have_the_bits_of_one_cta(
+    attention: EmulatedAttention, contexts: list[int], numbers_of_ctas: list[int]
+) -> None:
+    """Compare rows that follow any numbers that BF16 has: no prompt has made what is kept."""
+    count, width, rng = len(contexts), max(contexts) // 64 + 1, np.random.default_rng(3)
+    state = attention.new_state(Room(count * width, 64))
+    state.arrays = [
+        rng.integers(-128, 129, array.shape).astype(np.float32) / 64 for array in state.arrays
+    ]
+    batch = Batch.of_sequences(
+        [np.zeros(1, np.int32)] * count,
+        starts=[context - 1 for context in contexts],
+        pages=np.arange(count * width, dtype=np.int32).reshape(count, width),
     )
-    assert_same(shared, alone, "36 parts")
+    new = rows(count, spec=attention.spec)
+    want, *got = (
+        replace(attention, ctas=ctas)(new, batch, deepcopy(state)) for ctas in (0, *numbers_of_ctas)
+    )
+    assert np.isfinite(want).all()
+    for ctas, result in zip(numbers_of_ctas, got, strict=True):
+        assert_same(result, want, f"{ctas} CTAs")
 
 
 def test_several_new_rows_have_the_bits_of_a_prompt(attention: EmulatedAttention) -> None:

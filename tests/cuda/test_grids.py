@@ -184,18 +184,15 @@ def test_small_batches_have_one_layer(device: Device) -> None:
 def test_few_rows_with_many_keys_are_shared_by_as_many_ctas_as_fill_the_device(
     device: Device, context: int
 ) -> None:
-    """What a step is captured with is the width of the table; one part needs no sharing."""
+    """What a step is captured with is the width of the table."""
     attention = next(s.operator for s in MODEL.layers if isinstance(s.operator, specs.Attention))
     block, width = device.block(attention, "fp32"), context // 64
     pages = np.arange(width, dtype=np.int32)[None]
     batch = Batch.of_sequences([np.zeros(1, np.int32)], starts=[context - 1], pages=pages)
     block(*inputs_of(attention, batch, block))
     kv_heads, parts = attention.num_key_value_heads, -(-context // PART_KEYS)
-    if parts == 1:
-        assert device.grids["attend"] == [(1, 1, kv_heads)]
-    else:
-        ctas = min(parts, -(-CTAS_OF_SM * device.sms() // kv_heads))
-        assert device.grids["attend_parts"] == [(1, ctas, kv_heads)]
+    ctas = min(parts, -(-CTAS_OF_SM * device.sms() // kv_heads))
+    assert device.grids["attend_parts"] == [(1, ctas, kv_heads)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 65535, 65536, 70_000, 131_070, 131_071, 10**7])

@@ -43,10 +43,17 @@ def test_a_long_context_is_shared_beside_short_ones() -> None:
     assert parts_of(batch_of([1] * 7, 32_768), 128, parts_shape(SPEC, room)[0]) == 128
 
 
-def test_prompts_and_single_parts_are_not_shared() -> None:
-    for lengths, context in (([MOST_ROWS + 1], 4096), ([1], PART_KEYS), ([1] * 65, 4096)):
+def test_prompts_are_not_shared_nor_what_has_no_room() -> None:
+    for lengths, context in (([MOST_ROWS + 1], 4096), ([1] * 65, 4096)):
         assert parts_of(batch_of(lengths, context), 128, LEAST_KEPT) == 0
     assert parts_of(batch_of([MOST_ROWS], 4096), 128, LEAST_KEPT) == 16
+
+
+def test_a_single_part_is_that_of_a_step() -> None:
+    """Of several rows each would read the same keys again, and a state is what has parts."""
+    assert parts_of(batch_of([1] * 2000, PART_KEYS), 128, LEAST_KEPT) == 1
+    assert parts_of(batch_of([1, 2], PART_KEYS), 128, LEAST_KEPT) == 0
+    assert parts_of(batch_of([1], 1), 0, LEAST_KEPT) == 0
 
 
 def test_a_room_without_pages_takes_nothing() -> None:
@@ -54,20 +61,24 @@ def test_a_room_without_pages_takes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "parts", "ctas"), [(1, 128, 33), (1, 2, 2), (16, 128, 3), (64, 32, 1)]
+    ("rows", "parts", "ctas"), [(1, 128, 50), (1, 2, 2), (16, 128, 4), (64, 32, 1)]
 )
 def test_ctas_fill_the_device(rows: int, parts: int, ctas: int) -> None:
     assert ctas_of_row(batch_of([1] * rows, 8192), 8, parts, sms=132) == ctas
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
-def test_every_chip_has_room_for_stages(itemsize: int, kilobytes: int) -> None:
-    sizes = layout(SPEC, itemsize, 1024 * kilobytes)
-    assert max(sizes.WHOLE_BYTES, sizes.PARTS_BYTES) <= 1024 * kilobytes
-    if (itemsize, kilobytes) == (
-        2,
-        227,
-    ):  # two CTAs of a Hopper's SM, with 1 KB each for the system
-        assert (sizes.PART_WARPS, sizes.PART_STAGES) == (4, 3)
-        assert 2 * (sizes.PARTS_BYTES + 1024) <= 228 * 1024
+@pytest.mark.parametrize(
+    ("kilobytes", "itemsize", "span"),
+    [(64, 2, 2), (64, 4, 1), (99, 2, 2), (163, 2, 4), (227, 2, 8), (227, 4, 4)],
+)
+def test_every_chip_has_room_for_three_ctas(kilobytes: int, itemsize: int, span: int) -> None:
+    whole, parts, tiles = layout(SPEC, itemsize, 1024 * kilobytes)
+    assert tiles == span
+    assert whole <= 1024 * kilobytes
+    assert 3 * (parts + 1024) <= 1024 * (kilobytes + 1)  # of each, 1 KB is reserved
+
+
+def test_a_head_that_is_too_large_for_three_ctas_has_one() -> None:
+    _, parts, tiles = layout(specs.Attention(2048, 16, 2, 256, 1e6, 1e-5), 2, 1024 * 64)
+    assert tiles == 1
+    assert parts <= 1024 * 64

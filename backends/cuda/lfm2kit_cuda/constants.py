@@ -89,6 +89,7 @@ class Attention(NamedTuple):
     ATTEND_THREADS: int = 128
     PART_KEYS: int = 256  # that are summed on their own, from multiples of it on
     MOST_ROWS: int = 16  # (row, head) pairs of a CTA, unless a group of heads is larger
+    CTAS_OF_SM: int = 3  # that share parts
 
 
 class Router(NamedTuple):

@@ -12,10 +12,11 @@ from lfm2kit import specs
 from lfm2kit.backend import Batch, Room
 from lfm2kit_cuda.constants import ATTENTION
 
-PART_KEYS, TILE = ATTENTION.PART_KEYS, 32
+PART_KEYS, CTAS_OF_SM, TILE = ATTENTION.PART_KEYS, ATTENTION.CTAS_OF_SM, 32
 MOST_ROWS = 16  # of a sequence that go through its keys one by one; more share what they read
+SPANS = (8, 4, 2, 1)  # tiles
+RESERVED_BYTES = 1024  # of shared memory for each CTA
 LEAST_KEPT = 1024  # sums of parts that a state has room for: a long sequence beside short ones
-CTAS_OF_SM = 2
 
 Shape = tuple[int, ...]
 
@@ -25,8 +26,7 @@ class Layout(NamedTuple):
 
     WHOLE_BYTES: int  # of shared memory
     PARTS_BYTES: int
-    PART_WARPS: int
-    PART_STAGES: int
+    SPAN_TILES: int  # of a part that are in shared memory at once
 
 
 def parts_shape(spec: specs.Attention, room: Room) -> Shape:
@@ -42,13 +42,14 @@ def arrived_shape(spec: specs.Attention, room: Room) -> Shape:
 
 
 def parts_of(batch: Batch, page_tokens: int, kept: int) -> int:
-    """Return the most parts that a row's CTAs share, or 0 if a CTA takes all keys of its rows.
+    """Return the most parts that a row's CTAs sum, or 0 if a CTA takes all keys of several rows.
 
     It depends on the batch's form alone, because the grid of a captured step stays as it is.
     """
     parts = -(-batch.pages.shape[1] * page_tokens // PART_KEYS)
-    is_shared = parts > 1 and batch.max_seqlen <= MOST_ROWS and batch.tokens * parts <= kept
-    return parts if is_shared else 0
+    if parts > 1:
+        return parts if batch.max_seqlen <= MOST_ROWS and batch.tokens * parts <= kept else 0
+    return parts if batch.max_seqlen == 1 else 0  # of one part nothing is kept
 
 
 def ctas_of_row(batch: Batch, kv_heads: int, parts: int, sms: int) -> int:
@@ -57,23 +58,20 @@ def ctas_of_row(batch: Batch, kv_heads: int, parts: int, sms: int) -> int:
 
 
 def layout(spec: specs.Attention, itemsize: int, most_shared_bytes: int) -> Layout:
-    """Return what kernels are compiled for: stages and warps as shared memory has room for them."""
+    """Return what kernels are compiled for: spans as shared memory has room for them."""
     group = spec.num_attention_heads // spec.num_key_value_heads
     piece = 16 if spec.head_dim * itemsize % 16 == 0 else 4
     tile = -(-TILE * (2 * spec.head_dim * itemsize + piece) // 16) * 16
-    pairs, whole_warps = (
-        max(1, ATTENTION.MOST_ROWS // group) * group,
-        ATTENTION.ATTEND_THREADS // 32,
-    )
+    pairs, warps = max(1, ATTENTION.MOST_ROWS // group) * group, ATTENTION.ATTEND_THREADS // 32
 
-    def shared(stages: int, queries: int, warps: int, of_warp: int) -> int:
-        """Return the bytes of stages, of queries, of the weights of a tile, and of a last word."""
-        return stages * tile + 4 * (queries * spec.head_dim + warps * TILE * of_warp) + 64
+    def shared(tiles: int, queries: int, weighed: int) -> int:
+        """Return the bytes of tiles, queries, each warp's weights of some tiles, and a word."""
+        weights = weighed * TILE * -(-queries // warps) * warps
+        return tiles * tile + 4 * (queries * spec.head_dim + weights) + 64
 
-    whole = shared(2, pairs, whole_warps, -(-pairs // whole_warps))
-    choices = [(4, 3), (4, 2), (2, 2), (1, 2)]
-    warps, stages = next(
-        (c for c in choices if shared(c[0] * c[1], group, c[0], group) <= most_shared_bytes),
-        choices[-1],
-    )
-    return Layout(whole, shared(warps * stages, group, warps, group), warps, stages)
+    def is_roomy(span: int) -> bool:
+        bytes_of_sm = most_shared_bytes + RESERVED_BYTES
+        return CTAS_OF_SM * (shared(span, group, span) + RESERVED_BYTES) <= bytes_of_sm
+
+    span = next(filter(is_roomy, SPANS), SPANS[-1])
+    return Layout(shared(2, pairs, 1), shared(span, group, span), span)

@@ -54,7 +54,9 @@ int main(int, char** argv) {
   size_t kept = size_t(pages) * page_tokens * kKeys;
   auto keys = read_inner(kept), values = read_inner(kept);
   INNER *kept_keys = pages ? keys.data() : nullptr, *kept_values = pages ? values.data() : nullptr;
-  launch({tokens, 1, 1}, kRotateThreads, kRotateThreads / kWarp, [] {}, [&] {
+  constexpr u32 kRotateWarps = kRotateThreads / kWarp, kWarpsOfRow = HEADS + 2 * KV_HEADS;
+  Index grid{tokens, (kWarpsOfRow + kRotateWarps - 1) / kRotateWarps, 1};
+  launch(grid, kRotateThreads, kRotateWarps, [] {}, [&] {
     norm_and_rotate(qkv.data(), q_weight.data(), k_weight.data(), inverse.data(), positions.data(),
                     ends.data(), table.data(), kept_keys, kept_values, sequences, width,
                     page_tokens, kEps);
@@ -63,9 +65,10 @@ int main(int, char** argv) {
   std::vector<INNER> heads(size_t(tokens) * ((kQueries + kSlabK - 1) / kSlabK * kSlabK));
   float scale = 1 / std::sqrt(float(HEAD_DIM));
   if (most_parts) {
-    std::vector<float> parts(size_t(tokens) * HEADS * most_parts * kKeptFloats, kNan);
+    std::vector<Kept> parts(size_t(tokens) * HEADS * most_parts);
+    std::fill_n(reinterpret_cast<float*>(parts.data()), parts.size() * sizeof(Kept) / 4, kNan);
     std::vector<u32> arrived(tokens * KV_HEADS);
-    launch({tokens, u32(number(9)), KV_HEADS}, kPartThreads, PART_WARPS, spoil_shared, [&] {
+    launch({tokens, u32(number(9)), KV_HEADS}, kThreads, kWarps, spoil_shared, [&] {
       attend_parts(qkv.data(), kept_keys, kept_values, positions.data(), ends.data(), table.data(),
                    parts.data(), arrived.data(), heads.data(), extent, sequences, width,
                    page_tokens, most_parts, scale);

@@ -6,9 +6,11 @@
 #include <cstdlib>
 
 struct F32 {
+  static constexpr int kPerWord = 1;
   float value;
   static float to_float(F32 x) { return x.value; }
   static F32 from_float(float x) { return F32{x}; }
+  static void widen(u32 word, float* to) { *to = __uint_as_float(word); }
 };
 
 template <class T>

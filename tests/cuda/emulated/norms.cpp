@@ -45,9 +45,9 @@ int main(int, char** argv) {
   else
     launch({u32(count), 1, 1}, kWarp, 1, [] {}, [&] {
       size_t at = size_t(blockIdx.x) * HEAD_DIM;
-      heads::norm_and_rotate_head(reinterpret_cast<F32*>(given.data() + at),
-                                  reinterpret_cast<F32*>(out.data() + at), weight.data(),
-                                  weight.data(), 0, eps);
+      heads::Lane<F32> head(reinterpret_cast<F32*>(given.data() + at));
+      heads::norm_and_rotate_head(head, {weight.data(), weight.data()}, 0, eps);
+      head.store(reinterpret_cast<F32*>(out.data() + at));
     });
   std::fwrite(out.data(), sizeof(float), out.size(), stdout);
 }

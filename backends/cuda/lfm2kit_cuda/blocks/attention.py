@@ -50,7 +50,6 @@ class Attention:
         }  # fmt: skip
         self.norm_and_rotate = load_kernel("blocks/rotation", "norm_and_rotate", 0, **constants)
         sizes = layout(spec, self.dtype.itemsize, most_shared_bytes())
-        self.part_threads = 32 * sizes.PART_WARPS
         self.attend, self.attend_parts = (
             load_kernel("blocks/attention", name, shared_bytes, **constants, **sizes._asdict())
             for name, shared_bytes in (
@@ -72,9 +71,11 @@ class Attention:
         s, of_sequences = self.spec, (batch.positions, batch.cu_seqlens, batch.pages)
         keys, values = (state.keys, state.values) if state else (None, None)
         table = batch.sequences, batch.pages.shape[1], 0 if keys is None else keys.shape[1]
+        warps = s.num_attention_heads + 2 * s.num_key_value_heads  # for each row
         self.norm_and_rotate(
-            (batch.tokens,), ROTATE_THREADS, qkv, self.q_layernorm, self.k_layernorm, self.inverse,
-            *of_sequences, keys, values, *table, s.norm_eps,
+            (batch.tokens, -(-32 * warps // ROTATE_THREADS)), ROTATE_THREADS, qkv,
+            self.q_layernorm, self.k_layernorm, self.inverse, *of_sequences, keys, values, *table,
+            s.norm_eps,
         )  # fmt: skip
         heads = self.gemm.empty(batch.tokens, s.num_attention_heads * s.head_dim)
         given, kv_heads = (qkv, keys, values, *of_sequences), s.num_key_value_heads
@@ -83,7 +84,7 @@ class Attention:
         if state and parts:
             grid = batch.tokens, ctas_of_row(batch, kv_heads, parts, sm_count()), kv_heads
             shared = state.parts, state.arrived
-            self.attend_parts(grid, self.part_threads, *given, *shared, *to, parts, scale)
+            self.attend_parts(grid, ATTEND_THREADS, *given, *shared, *to, parts, scale)
         else:
             y, layers = in_layers(batch.sequences)
             grid = -(-batch.max_seqlen // self.rows), y, layers * kv_heads

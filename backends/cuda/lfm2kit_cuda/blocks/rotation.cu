@@ -8,58 +8,82 @@
 #include "sequences.cuh"
 #include "types.cuh"
 
-constexpr int kHalf = HEAD_DIM / 2;
+constexpr int kHalf = HEAD_DIM / 2, kOfLane = (kHalf + kWarp - 1) / kWarp;
 
-// x -> x / rms(x) * weight, then (a, b) -> (a cos - b sin, b cos + a sin) by halves, to `to`.
-// A warp per head; lane i holds the pairs i, i + 32, ... of the head.
-__device__ void norm_and_rotate_head(const INNER* from, INNER* to, const float* weight,
-                                     const float* inverse, float position, float eps) {
-  constexpr int kOfLane = (kHalf + kWarp - 1) / kWarp;
-  int lane = threadIdx.x % kWarp;
-  float a[kOfLane], b[kOfLane], squares = 0;
+// The p-th pair of this lane is that of elements `pair` and `pair` + kHalf; from kHalf on there is none.
+__device__ inline int pair_of_lane(int p) { return threadIdx.x % kWarp + p * kWarp; }
+
+// What a lane has of a head, or of the weights for one.
+template <class Stored>
+struct Lane {
+  Stored a[kOfLane] = {}, b[kOfLane] = {};
+
+  __device__ explicit Lane(const Stored* head) {
+#pragma unroll
+    for (int p = 0; p < kOfLane; ++p)
+      if (int i = pair_of_lane(p); i < kHalf) a[p] = head[i], b[p] = head[i + kHalf];
+  }
+
+  __device__ void store(Stored* head) const {
+#pragma unroll
+    for (int p = 0; p < kOfLane; ++p)
+      if (int i = pair_of_lane(p); i < kHalf) head[i] = a[p], head[i + kHalf] = b[p];
+  }
+};
+
+// What a lane multiplies its pairs with: the norm's weights, and the angles of one position.
+struct Factors {
+  Lane<float> weight;
+  float angle[kOfLane] = {};
+
+  __device__ Factors(const float* weight_d, const float* inverse) : weight(weight_d) {
+#pragma unroll
+    for (int p = 0; p < kOfLane; ++p)
+      if (int i = pair_of_lane(p); i < kHalf) angle[p] = inverse[i];
+  }
+};
+
+// x -> x / rms(x) * weight, then (a, b) -> (a cos - b sin, b cos + a sin) by halves, with a warp.
+__device__ inline void norm_and_rotate_head(Lane<INNER>& head, const Factors& factors,
+                                            float position, float eps) {
+  float a[kOfLane], b[kOfLane], sin[kOfLane], cos[kOfLane], squares = 0;
 #pragma unroll
   for (int p = 0; p < kOfLane; ++p) {
-    int i = lane + p * kWarp;
-    a[p] = i < kHalf ? INNER::to_float(from[i]) : 0;
-    b[p] = i < kHalf ? INNER::to_float(from[i + kHalf]) : 0;
+    sincosf(position * factors.angle[p], &sin[p], &cos[p]);
+    a[p] = INNER::to_float(head.a[p]), b[p] = INNER::to_float(head.b[p]);
     squares = fmaf(b[p], b[p], fmaf(a[p], a[p], squares));
   }
   float scale = inverse_rms(warp_sum(squares), HEAD_DIM, eps);
 #pragma unroll
   for (int p = 0; p < kOfLane; ++p) {
-    int i = lane + p * kWarp;
-    if (i >= kHalf) continue;
-    float sin, cos;
-    sincosf(position * inverse[i], &sin, &cos);
-    float x = a[p] * scale * weight[i], y = b[p] * scale * weight[i + kHalf];
-    to[i] = INNER::from_float(x * cos - y * sin);
-    to[i + kHalf] = INNER::from_float(y * cos + x * sin);
+    float x = a[p] * scale * factors.weight.a[p], y = b[p] * scale * factors.weight.b[p];
+    head.a[p] = INNER::from_float(fmaf(x, cos[p], -__fmul_rn(y, sin[p])));
+    head.b[p] = INNER::from_float(fmaf(x, sin[p], __fmul_rn(y, cos[p])));
   }
 }
 
 // Norms and rotates in place in qkv; with a state, keys and values go to their place in their page
-// instead.  A CTA has a row, and each of its warps takes some of the heads.
+// instead.  A warp has a head, so that no load waits for another head's.  Weights are loaded first,
+// since they may come from far.
 extern "C" __global__ void norm_and_rotate(INNER* qkv_t, const float* q_weight_d,
                                            const float* k_weight_d, const float* inverse,
                                            const int* positions_t, const int* cu_seqlens_s,
                                            const int* pages_sw, INNER* keys, INNER* values,
                                            int sequences, int width, int page_tokens, float eps) {
+  int row = blockIdx.x, head = (blockIdx.y * blockDim.x + threadIdx.x) / kWarp;
+  bool is_query = head < HEADS, is_value = head >= HEADS + KV_HEADS;
+  Factors factors(is_query ? q_weight_d : k_weight_d, inverse);
   wait_for_previous();
   let_next_start();
-  int row = blockIdx.x, position = positions_t[row];
-  INNER* qkv = qkv_t + size_t(row) * kRow;
-  INNER *new_keys = qkv + kQueries, *new_values = new_keys + kKeys;
-  if (keys) {
+  if (head >= HEADS + 2 * KV_HEADS || is_value && !keys) return;
+  INNER* to = qkv_t + size_t(row) * kRow + head * HEAD_DIM;
+  Lane<INNER> mine(to);
+  int position = positions_t[row];
+  if (keys && !is_query) {
     const int* pages = pages_sw + size_t(sequence_of(row, cu_seqlens_s, sequences)) * width;
-    size_t page = pages[position / page_tokens];
-    size_t at = (page * page_tokens + position % page_tokens) * kKeys;
-    for (int i = threadIdx.x; i < kKeys; i += blockDim.x) values[at + i] = new_values[i];
-    new_keys = keys + at;
+    size_t kept = size_t(pages[position / page_tokens]) * page_tokens + position % page_tokens;
+    to = (is_value ? values : keys) + kept * kKeys + (head - HEADS) % KV_HEADS * HEAD_DIM;
   }
-  for (int head = threadIdx.x / kWarp; head < HEADS + KV_HEADS; head += blockDim.x / kWarp) {
-    bool is_query = head < HEADS;
-    INNER* from = qkv + head * HEAD_DIM;
-    INNER* to = is_query ? from : new_keys + (head - HEADS) * HEAD_DIM;
-    norm_and_rotate_head(from, to, is_query ? q_weight_d : k_weight_d, inverse, position, eps);
-  }
+  if (!is_value) norm_and_rotate_head(mine, factors, position, eps);
+  mine.store(to);
 }

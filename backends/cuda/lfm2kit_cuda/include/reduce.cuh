@@ -15,10 +15,21 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-__device__ inline float warp_max(float x) {
+// Sums and maxima of several values, which do not wait for each other.
+template <int kValues>
+__device__ inline void warp_sums(float (&x)[kValues]) {
+#pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2)
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
-  return x;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) x[i] += __shfl_xor_sync(~0u, x[i], offset);
+}
+
+template <int kValues>
+__device__ inline void warp_maxima(float (&x)[kValues]) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(~0u, x[i], offset));
 }
 
 __device__ inline int warp_sum(int x) {

@@ -5,7 +5,8 @@
 // is in a step of decoding, of a row for each sequence: a search takes several loads, each after the other.
 __device__ inline int sequence_of(int row, const int* cu_seqlens_s, int sequences) {
   int low = 0, high = sequences, likely = min(row, sequences - 1);
-  if (cu_seqlens_s[likely] <= row && row < cu_seqlens_s[likely + 1]) return likely;
+  int begin = cu_seqlens_s[likely], end = cu_seqlens_s[likely + 1];
+  if (begin <= row && row < end) return likely;
   while (high - low > 1) {
     int middle = (low + high) / 2;
     if (cu_seqlens_s[middle] <= row) low = middle; else high = middle;

@@ -8,12 +8,16 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 struct F32 {
+  static constexpr int kPerWord = 1;
   float value;
   __device__ static float to_float(F32 x) { return x.value; }
   __device__ static F32 from_float(float x) { return F32{x}; }
+  // The values of the elements of a word.
+  __device__ static void widen(u32 word, float* to) { *to = __uint_as_float(word); }
 };
 
 struct BF16 {
+  static constexpr int kPerWord = 2;
   u16 bits;
   __device__ static float to_float(BF16 x) { return __uint_as_float(u32(x.bits) << 16); }
   __device__ static BF16 from_float(float x) {  // to nearest even; a NaN stays one
@@ -26,9 +30,13 @@ struct BF16 {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(y), "f"(x));
     return bits;
   }
+  __device__ static void widen(u32 word, float* to) {
+    to[0] = __uint_as_float(word << 16), to[1] = __uint_as_float(word & 0xffff0000u);
+  }
 };
 
 struct F16 {
+  static constexpr int kPerWord = 2;
   u16 bits;
   __device__ static float to_float(F16 x) {
     float value;
@@ -44,5 +52,8 @@ struct F16 {
   }
   __device__ static u32 both(float x, float y) {
     return u32(from_float(x).bits) | u32(from_float(y).bits) << 16;
+  }
+  __device__ static void widen(u32 word, float* to) {
+    to[0] = to_float(F16{u16(word)}), to[1] = to_float(F16{u16(word >> 16)});
   }
 };
