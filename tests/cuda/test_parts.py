@@ -37,6 +37,14 @@ def test_a_state_has_room_for_a_row_of_each_of_its_sequences(sequences: int, con
     assert parts_of(batch, 128, kept) == -(-context // PART_KEYS)
 
 
+def test_a_table_that_is_rounded_up_has_room_too() -> None:
+    """As engines do, to the next power of two."""
+    ids, pages = [np.zeros(1, np.int32)] * 64, np.arange(64 * 64).reshape(64, 64)
+    batch = Batch.of_sequences(ids, starts=[33 * 128 - 1] * 64, pages=pages)
+    kept, *_ = parts_shape(SPEC, Room.of_sequences(64, 33 * 128))
+    assert parts_of(batch, 128, kept) == 32
+
+
 def test_a_long_context_is_shared_beside_short_ones() -> None:
     """The table is as wide as the longest sequence needs, which the room need not hold twice."""
     room = Room.of_sequences(1, 33_000)

@@ -30,8 +30,12 @@ class Layout(NamedTuple):
 
 
 def parts_shape(spec: specs.Attention, room: Room) -> Shape:
-    """Return the shape of what a state has room for: the sums of parts, with maximum and total."""
-    parts = -(-room.pages * room.page_tokens // PART_KEYS)
+    """Return the shape of what a state has room for: the sums of parts, with maximum and total.
+
+    A row has room for as many parts as its batch's table of pages is wide, which engines round up
+    to a power of two.
+    """
+    parts = -(-2 * room.pages * room.page_tokens // PART_KEYS)
     kept = max(LEAST_KEPT, parts) if room.pages else 0
     return kept, spec.num_attention_heads, spec.head_dim + 2
 
