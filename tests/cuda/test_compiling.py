@@ -81,6 +81,7 @@ KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("blocks/short_conv", {**CONV, "ROWS": 4, "INNER": "F32"}, ALL),
     ("blocks/short_conv", {**CONV, "ROWS": 1, "INNER": "BF16"}, ALL),
     ("blocks/short_conv", {**CONV, "ROWS": 4, "INNER": "F16", "VECTOR": 1}, ALL),
+    ("blocks/short_conv", {**CONV, "KERNEL_SIZE": 1, "WINDOW": 16, "ROWS": 4, "INNER": "F32"}, ALL),
     ("blocks/rotation", {**HEADS, "INNER": "F32"}, ALL),
     ("blocks/rotation", ODD_HEADS, ALL),
     ("blocks/attention", {**HEADS, "INNER": "F32", **layout_of(64, 4, 227)}, ("sm_90a", "sm_100")),

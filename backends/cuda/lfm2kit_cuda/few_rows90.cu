@@ -80,23 +80,21 @@ struct Piece {
   }
 };
 
-constexpr int kCopyWeights = 2;  // lanes; the others copy activations
+constexpr int kCopyWeights = MOST_BLOCKS;  // lanes; the others copy activations
+static_assert(kCopyWeights + kMostRows <= kWarp, "a lane for each block and each row");
 
 __device__ inline int weights_bytes(const Tile& tile, const Operands& of) {
   return min(of.blocks, of.width / kBlock - tile.block) * kBlockBytes;
 }
 
-// The weights of a tile's blocks, which may lie in two panels; nothing for other lanes.
+// The weights of a block of a tile; nothing for other lanes.
 __device__ __forceinline__ Piece weights_of(const Tile& tile, const Operands& of) {
-  int lane = threadIdx.x % kWarp, panels = of.width / PANEL;
-  int panel = tile.block / kBlocks, block = tile.block % kBlocks;
-  int all = weights_bytes(tile, of), until_end = min(all, (kBlocks - block) * kBlockBytes);
-  if (lane > 0) ++panel, block = 0;
-  size_t before = size_t(tile.group) * panels + panel;
+  int lane = threadIdx.x % kWarp, all = of.width / kBlock, block = tile.block + lane;
+  size_t panel = size_t(tile.group) * (all / kBlocks) + block / kBlocks;
   const char* from = reinterpret_cast<const char*>(of.w_gpsrk) +
-                     (before * of.steps * kBlocks + block) * kBlockBytes;
-  int bytes = lane == 0 ? until_end : lane < kCopyWeights ? all - until_end : 0;
-  return {from, kBlocks * kBlockBytes, lane == 0 ? 0 : until_end, bytes};
+                     (panel * of.steps * kBlocks + block % kBlocks) * kBlockBytes;
+  bool has_one = lane < min(of.blocks, all - tile.block);
+  return {from, kBlocks * kBlockBytes, lane * kBlockBytes, has_one ? kBlockBytes : 0};
 }
 
 // The activations of a tile: one lane copies consecutive rows, or each its own; nothing for the lanes

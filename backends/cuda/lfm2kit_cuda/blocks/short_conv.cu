@@ -30,8 +30,8 @@ __device__ inline size_t kept_row(const int* pages, int position, int page_token
 struct Row {
   int position;
   size_t kept;  // where the state keeps it
-  bool has[kPast];
-  Vector past[kPast];  // past[j] is kPast - j rows before
+  bool has[KERNEL_SIZE];      // never the row itself
+  Vector past[KERNEL_SIZE];  // past[j] is kPast - j rows before
 };
 
 // Returns a row; nothing of the past without a state, in one forward over whole sequences.
@@ -101,7 +101,7 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
     for (int j = 0; j < KERNEL_SIZE; ++j) {
       if (its.position < kPast - j) continue;
       Vector x = u[i + j];
-      if (j < kPast && its.has[j]) x = its.past[j];
+      if (its.has[j]) x = its.past[j];
 #pragma unroll
       for (int v = 0; v < VECTOR; ++v) y.of[v] = fmaf(taps[j].of[v], x.of[v], y.of[v]);
     }
