@@ -24,9 +24,11 @@ HALVES = {
     "bf16": {"HALF": "BF16", "MMA_TYPE": '"bf16"', "GATED_SCALE": "1.0f"},
     "fp16": {"HALF": "F16", "MMA_TYPE": '"f16"', "GATED_SCALE": "0.015625f"},
 }
-# Threads of gemm90 and few_rows90 part before they wait: those that copy, those that multiply.
+# Threads of these part before they wait: those that copy, those that multiply.
+PARTED = ("gemm90", "few_rows90")
 # few_rows waits before it reads a list of tiles, and without one after it has asked for weights.
-WAYS = {"gemm90": 2, "few_rows90": 2, "few_rows": 2}
+WAYS = dict.fromkeys((*PARTED, "few_rows"), 2)
+WAIT, LET_NEXT_START = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 LOW = {"MOST_ROWS": 32, "MOST_ROWS_OF_TERMS": 32}  # of gemm90's tiles
 PLAINLY = {"F16": ("sm_75",), "BF16": ("sm_80", "sm_100")}  # gemm16's chips
 CONV = {"KERNEL_SIZE": 3, "WINDOW": 18, "VECTOR": 4}
@@ -199,7 +201,10 @@ def test_kernels_compile_and_wait_for_the_one_before_if_they_are_launched_early(
         kernels = kernels_in(ptx.decode())
         assert kernels
         for kernel, body in kernels.items():
-            assert body.count("griddepcontrol.wait") >= WAYS.get(stem, 1), kernel
+            assert body.count(WAIT) >= WAYS.get(stem, 1), kernel
+            if LET_NEXT_START in body:
+                last_wait = body.index(WAIT) if stem in PARTED else body.rindex(WAIT)
+                assert last_wait < body.index(LET_NEXT_START), kernel
 
 
 @pytest.mark.parametrize(("stem", "constants", "architecture"), PLAIN_CASES)

@@ -227,8 +227,8 @@ __device__ __forceinline__ void compute(const Operands& with) {
     lane.w += size_t(tile.group) * with.width * with.k;
   }
   lane.copy_first_w();
-  let_next_start();
   if (!with.tiles) wait_for_previous();
+  let_next_start();
   lane.find_rows(with, tile);
   lane.copy_first_a();
   lane.sum_rows(tile.rows - lane.member * kRowsOfWarp);

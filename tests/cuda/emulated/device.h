@@ -37,6 +37,10 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline u32 __float_as_uint(float x) { return std::bit_cast<u32>(x); }
 inline float __uint_as_float(u32 bits) { return std::bit_cast<float>(bits); }
 inline float __int_as_float(u32 bits) { return std::bit_cast<float>(bits); }
+template <class T>
+inline T __ldcg(const T* at) {
+  return *at;
+}
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }

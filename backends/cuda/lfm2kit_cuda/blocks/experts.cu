@@ -116,11 +116,11 @@ __device__ void combine(const Stored* outputs_ph, const int* place_p, const floa
   bool is_there[TAKEN], is_any_there = false;
 #pragma unroll
   for (int k = 0; k < TAKEN; ++k) {
-    int place = place_p[token * TAKEN + k];
+    int place = early(place_p + token * TAKEN + k);
     is_there[k] = place >= 0;
     is_any_there |= is_there[k];
     from[k] = outputs_ph + size_t(max(place, 0)) * h;  // without a place: read and not used
-    weight[k] = weights_p[token * TAKEN + k];
+    weight[k] = early(weights_p + token * TAKEN + k);
   }
   wait_for_previous();
   let_next_start();

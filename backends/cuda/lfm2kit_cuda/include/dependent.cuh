@@ -3,14 +3,22 @@
 //
 // A source that includes this header promises that every CTA of each of its kernels calls
 // `wait_for_previous` before it writes, and before it reads what the kernel ahead may write.  Before the
-// call it may read weights, and what was written before that kernel began: it has waited for all
-// before it when it lets this one start.  `kernels.py` launches such a source's kernels early.
+// call it may read weights, and by `early` what was written before that kernel began.  All kernels
+// call `wait_for_previous` before `let_next_start`, so what is older than the kernel ahead is complete.
+// `kernels.py` launches such a source's kernels early.
 #pragma once
 
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Reads what is older than the kernel ahead, before the wait: not from the L1 cache, which may hold what
+// lay there before.
+template <class T>
+__device__ __forceinline__ T early(const T* at) {
+  return __ldcg(at);
 }
 
 // From here on the next kernel's CTAs may be placed, once every CTA has come here or ended.  A
