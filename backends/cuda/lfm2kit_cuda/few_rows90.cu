@@ -140,7 +140,6 @@ __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
     Piece weights = weights_of(tile, of), piece = activations_of(tile, of);
     if (lane < kCopyWeights) piece = weights;
     int of_weights = weights_bytes(tile, of), of_rows = tile.rows * kRowBytes;
-    tile = tile_at(index += gridDim.x, tiles, of);  // early: it takes reads from memory
     for (; s < of.steps; s += kCopyingWarps, ring.skip(kCopyingWarps)) {
       bool has_weights = s < ahead;
       __syncwarp();  // a lane that copies nothing must not fall behind by two turns of the ring
@@ -150,6 +149,8 @@ __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
       if (lane >= kCopyWeights || !has_weights) piece.start(ring, s);
     }
     s -= of.steps;
+    // Not before the copies: they would wait for the list, which the warps that multiply have read by now.
+    tile = tile_at(index += gridDim.x, tiles, of);
   }
   let_next_start();
 }
