@@ -83,7 +83,11 @@ __device__ __forceinline__ void send(int cta, u64* to, u64 value, u64* barrier) 
 // Waits until all has arrived that is sent to this barrier.
 __device__ __forceinline__ void wait_for_sent(u64* barrier) {
 #if __CUDA_ARCH__ >= 900
-  barrier_wait(barrier, 0);
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again; }" ::"r"(shared_address(barrier))
+      : "memory");
 #else
   __syncthreads();
 #endif
