@@ -48,11 +48,11 @@ def test_a_table_that_is_rounded_up_has_room_too() -> None:
 def test_a_long_context_is_shared_beside_short_ones() -> None:
     """The table is as wide as the longest sequence needs, which the room need not hold twice."""
     room = Room.of_sequences(1, 33_000)
-    assert parts_of(batch_of([1] * 7, 32_768), 128, parts_shape(SPEC, room)[0]) == 128
+    assert parts_of(batch_of([1] * 15, 32_768), 128, parts_shape(SPEC, room)[0]) == 128
 
 
 def test_prompts_are_not_shared_nor_what_has_no_room() -> None:
-    for lengths, context in (([MOST_ROWS + 1], 4096), ([1] * 65, 4096)):
+    for lengths, context in (([MOST_ROWS + 1], 4096), ([1] * 129, 4096)):
         assert parts_of(batch_of(lengths, context), 128, LEAST_KEPT) == 0
     assert parts_of(batch_of([MOST_ROWS], 4096), 128, LEAST_KEPT) == 16
 

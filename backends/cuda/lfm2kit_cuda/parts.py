@@ -16,7 +16,7 @@ PART_KEYS, CTAS_OF_SM, TILE = ATTENTION.PART_KEYS, ATTENTION.CTAS_OF_SM, 32
 MOST_ROWS = 16  # of a sequence that go through its keys one by one; more share what they read
 SPANS = (8, 4, 2, 1)  # tiles
 RESERVED_BYTES = 1024  # of shared memory for each CTA
-LEAST_KEPT = 1024  # sums of parts that a state has room for: a long sequence beside short ones
+LEAST_KEPT = 2048  # sums of parts that a state has room for: a long sequence beside short ones
 
 Shape = tuple[int, ...]
 
