@@ -78,20 +78,20 @@ __device__ __forceinline__ Row row_at(int row, int channel, const int* positions
 // If it also `keeps` rows, chunks are no longer than a state can go back: then what it writes
 // replaces nothing that another thread reads.
 //
-// What the batch and the state hold is read before the kernel ahead has ended, the projection: what
-// wrote it had ended before that one began.
+// In a step, what the batch and the state hold is read before the kernel ahead has ended, the
+// projection: what wrote it had ended before that one began.  Several rows would take too many registers.
 extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
                                     const float* bias_h, const int* positions_t,
                                     const int* cu_seqlens_s, const int* pages_sw,
                                     float* past_pwh, INNER* out, int keeps, int sequences,
                                     int width, int page_tokens, int tokens, int h, int extent) {
   int row0 = blockIdx.x * kRows, channel = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
-  Row rows[kRows] = {};
-#pragma unroll
-  for (int i = 0; i < kRows; ++i)
-    if (row0 + i < tokens && channel < h)
-      rows[i] = row_at(row0 + i, channel, positions_t, cu_seqlens_s, pages_sw, past_pwh, sequences,
-                       width, page_tokens, h);
+  auto find = [=](int row) {
+    return row_at(row, channel, positions_t, cu_seqlens_s, pages_sw, past_pwh, sequences, width,
+                  page_tokens, h);
+  };
+  Row found = {};
+  if (kRows == 1 && row0 < tokens && channel < h) found = find(row0);
   Vector taps[KERNEL_SIZE] = {};
 #pragma unroll
   for (int j = 0; j < KERNEL_SIZE; ++j)
@@ -112,7 +112,7 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
   for (int i = 0; i < kRows; ++i) {
     int row = row0 + i;
     if (row >= tokens) return;
-    const Row& its = rows[i];
+    Row its = kRows == 1 ? found : find(row);
     if (keeps) store(past_pwh + its.kept * h + channel, u[i + kPast]);
     Vector y = {};
 #pragma unroll
