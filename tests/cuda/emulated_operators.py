@@ -6,7 +6,6 @@ them.  Every state is full of NaN before, and what a call must leave alone is lo
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
 from lfm2kit_cuda.paging import keys_shape, most_pages, rows_shape
 
 from lfm2kit import specs
 from lfm2kit.batch import Batch
 from lfm2kit.state import STEP_BACK, Room
-from tests.cuda.test_emulated import COMPILER, has_cpp20
+from tests.cuda.emulating import compiled_program, sources_in
 
 Float32 = npt.NDArray[np.float32]
 
@@ -51,21 +49,13 @@ def compiled(
     A `fault` has a part of the source, and what is put in its place.
     """
     name = Path(stem).name
-    if COMPILER is None or not has_cpp20(folder):
-        pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
-    sources = shutil.copytree(INCLUDE, folder / "sources")
-    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+    sources = sources_in(folder)
     (sources / "halves.h").write_text(halves(), encoding="utf-8")
     if fault is not None:
         source = (SOURCES / f"{stem}.cu").read_text(encoding="utf-8")
         assert source.count(fault[0]) == 1, f"{stem}.cu has no such part: {fault[0]}"
         (sources / f"{name}.cu").write_text(source.replace(*fault), encoding="utf-8")
-    subprocess.run(
-        [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-         *definitions(stem, constants),
-         str(sources / f"{name}.cpp"), "-o", str(folder / name)], check=True,
-    )  # fmt: skip
-    return folder / name
+    return compiled_program(sources, name, definitions(stem, constants))
 
 
 def halves() -> str:

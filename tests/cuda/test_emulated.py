@@ -8,7 +8,6 @@ full of NaN before, and every element of it is looked at.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cpu_simd import gemm as cpu_simd
 from lfm2kit_cpu_simd import packing
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
+from lfm2kit_cuda.compiling import definitions
 from lfm2kit_cuda.constants import GEMM, HEIGHTS, PANELS
 
 from lfm2kit.weights import Tensor
 from tests.cpu_simd.twins import HAS_FMA, assert_same_bits
+from tests.cuda.emulating import compiled_program, sources_in
 from tests.cuda.test_grouping import even, grouped
 
-COMPILER = shutil.which("g++")
 HOPPER, AMPERE, TURING = (16, 4), (8, 2), (4, 2)  # k of a stage, and rows added at once: gemm.py
 WIDTH, RUN, STEP, PART = GEMM.WIDTH, GEMM.RUN, GEMM.STEP, PANELS.PART
 TALLEST, LOWEST, HEIGHT_STEP = HEIGHTS.TALLEST, HEIGHTS.LOWEST, HEIGHTS.HEIGHT_STEP
@@ -230,44 +229,20 @@ def of_one_group(rows: int) -> Ints:
     return np.zeros(rows, np.int32)
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    """Return other numbers in every run; the seed is shown if a test fails."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated]:
     """Return a kernel by its sizes, compiled from headers of which some are replaced."""
-    if COMPILER is None:
-        pytest.skip("there is no g++ to compile kernels for the CPU with")
     folder = tmp_path_factory.mktemp("emulated")
-    sources = shutil.copytree(INCLUDE, folder / "sources")
-    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+    sources = sources_in(folder)
 
     @cache
     def compiled(sizes: tuple[int, int] = HOPPER) -> Emulated:
         constants = {"TILE_K": sizes[0], "PASS": sizes[1]}
         program = folder / "-".join(map(str, ("products", *constants.values())))
-        includes = (f"-I{sources}", f"-I{SOURCES}")
-        subprocess.run(
-            [str(COMPILER), "-std=c++20", "-O1", "-pthread", *includes,
-             *{*definitions("gemm", constants), *definitions("panels", {})},
-             str(sources / "products.cpp"), "-o", str(program)], check=True,
-        )  # fmt: skip
-        return Emulated(program)
+        defined = [*definitions("gemm", constants), *definitions("panels", {})]
+        return Emulated(compiled_program(sources, "products", defined, program))
 
-    if not has_cpp20(folder):
-        pytest.skip("g++ here has no C++20 to compile kernels for the CPU with")
     return compiled
-
-
-def has_cpp20(folder: Path) -> bool:
-    command = [str(COMPILER), "-std=c++20", "-fsyntax-only", "-xc++", "-"]
-    source = b"#include <atomic>\nint x; std::atomic_ref<int> one(x);"
-    return subprocess.run(command, input=source, stderr=subprocess.PIPE, cwd=folder).returncode == 0
 
 
 def test_panels(emulated: Callable[..., Emulated], rng: np.random.Generator) -> None:

@@ -6,19 +6,17 @@ before, so that what it should have written and did not is seen, and what it sho
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from lfm2kit_cpu_simd.blocks.feed_forward import _combine
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
+from lfm2kit_cuda.compiling import definitions
 
-from tests.cuda.test_emulated import COMPILER, has_cpp20
+from tests.cuda.emulating import compiled_program, sources_in
 from tests.cuda.test_grouping import grouped
 
 Float32 = npt.NDArray[np.float32]
@@ -34,19 +32,12 @@ TILINGS = [(48, 8, True), (16, 16, False)]  # rows, step, by height
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
     """Compile the kernels for a number of experts that each token takes."""
     folder = tmp_path_factory.mktemp("experts")
-    if COMPILER is None or not has_cpp20(folder):
-        pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
-    sources = shutil.copytree(INCLUDE, folder / "sources")
-    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+    sources = sources_in(folder)
 
     @cache
     def compiled(taken: int) -> Run:
-        program = folder / f"experts-{taken}"
-        subprocess.run(
-            [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-             *definitions("blocks/experts", {"VECTOR": 4, "TAKEN": taken}),
-             str(sources / "experts.cpp"), "-o", str(program)], check=True,
-        )  # fmt: skip
+        defined = definitions("blocks/experts", {"VECTOR": 4, "TAKEN": taken})
+        program = compiled_program(sources, "experts", defined, folder / f"experts-{taken}")
 
         def run(name: str, *numbers: int, arrays: tuple[npt.NDArray[np.generic], ...]) -> Ints:
             done = subprocess.run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,18 +13,17 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cpu_simd import gemm as cpu_simd
 from lfm2kit_cpu_simd import packing
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
+from lfm2kit_cuda.compiling import definitions
 from lfm2kit_cuda.constants import GEMM
 
 from lfm2kit.weights import Tensor
 from tests.cpu_simd.twins import HAS_FMA, assert_same_bits
+from tests.cuda.emulating import compiled_program, sources_in
 from tests.cuda.test_emulated import (
-    COMPILER,
     MARGIN,
     Float32,
     Tiles,
     framed,
-    has_cpp20,
     listed,
     normal,
     pack,
@@ -101,30 +99,16 @@ class Emulated:
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated]:
     """Return the kernels by the rows of a tile and the floats of a copy."""
     folder = tmp_path_factory.mktemp("few_rows")
-    if COMPILER is None or not has_cpp20(folder):
-        pytest.skip("kernels for the CPU need a g++ that knows C++20")
-    sources = shutil.copytree(INCLUDE, folder / "sources")
-    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+    sources = sources_in(folder)
 
     @cache
     def compiled(rows: int, vector: int) -> Emulated:
         constants = {"ROWS": rows, "TEAM": max(1, rows // 4), "STAGES": STAGES, "VECTOR": vector}
         program = folder / "-".join(map(str, constants.values()))
-        subprocess.run(
-            [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-             *definitions("few_rows", constants), str(sources / "few_rows.cpp"),
-             "-o", str(program)], check=True,
-        )  # fmt: skip
+        compiled_program(sources, "few_rows", definitions("few_rows", constants), program)
         return Emulated(program, rows, vector)
 
     return compiled
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
 
 
 def tensor(matrix: Float32) -> Tensor:

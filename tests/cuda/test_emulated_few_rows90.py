@@ -139,13 +139,6 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Emulat
     return lambda blocks: Emulated(program, blocks)
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 def swiglu(x: Float32, gates: Float32, ups: Float32) -> Float32:
     gate = (x @ gates.T).astype(np.float64)
     wanted: Float32 = (gate / (1 + np.exp(-gate)) * (x @ ups.T) / 64).astype(np.float32)

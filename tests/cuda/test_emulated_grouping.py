@@ -5,7 +5,6 @@ It leaves the bits of `choose_by_sums`, and the lists of `group_by_expert`'s twi
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
+from lfm2kit_cuda.compiling import definitions
 from lfm2kit_cuda.constants import EXPERTS, GROUPING, ROUTER
 
-from tests.cuda.test_emulated import COMPILER, has_cpp20
+from tests.cuda.emulating import compiled_program, sources_in
 from tests.cuda.test_emulated_experts import POISON, written
 from tests.cuda.test_grouping import grouped
 
@@ -49,33 +48,19 @@ class Routed(NamedTuple):
 Route = Callable[[Float32, Float32, Sequence[int], tuple[int, int, bool]], Routed]
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    """Return other numbers in every run; the seed is shown if a test fails."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 @pytest.fixture(scope="module")
 def routing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Route]:
     """Compile the kernels for a number of experts, and of those that a token takes."""
     folder = tmp_path_factory.mktemp("grouping")
-    if COMPILER is None or not has_cpp20(folder):
-        pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
-    sources = shutil.copytree(INCLUDE, folder / "sources")
-    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+    sources = sources_in(folder)
 
     @cache
     def compiled(experts: int, taken: int) -> Route:
-        program = folder / f"grouping-{experts}-{taken}"
         constants = {"HIDDEN": 16, "VECTOR": 4, "EXPERTS": experts, "TAKEN": taken}
-        defined = {*definitions("blocks/router", constants), *definitions("blocks/grouping", {})}
-        subprocess.run(
-            [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-             *defined,
-             str(sources / "grouping.cpp"), "-o", str(program)], check=True,
-        )  # fmt: skip
+        defined = [*definitions("blocks/router", constants), *definitions("blocks/grouping", {})]
+        program = compiled_program(
+            sources, "grouping", defined, folder / f"grouping-{experts}-{taken}"
+        )
         return lambda *case: routed(program, taken, *case)
 
     return compiled

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
+from lfm2kit_cuda.compiling import definitions
 
-from tests.cuda.test_emulated import COMPILER, has_cpp20
+from tests.cuda.emulating import compiled_program, sources_in
 
 SIZES = {"rows": 20, "heads": 6}
 EPS = 1e-5
@@ -19,20 +18,13 @@ EPS = 1e-5
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("norms")
-    if COMPILER is None or not has_cpp20(folder):
-        pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
-    sources = shutil.copytree(INCLUDE, folder / "sources")
-    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+    sources = sources_in(folder)
     constants = {
         "HIDDEN": SIZES["rows"], "VECTOR": 4, "OUT": "F32",
         "HEADS": 2, "KV_HEADS": 1, "HEAD_DIM": SIZES["heads"], "INNER": "F32",
     }  # fmt: skip
-    subprocess.run(
-        [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-         *{*definitions("blocks/rows", constants), *definitions("blocks/rotation", constants)},
-         str(sources / "norms.cpp"), "-o", str(folder / "norms")], check=True,
-    )  # fmt: skip
-    return folder / "norms"
+    defined = [*definitions("blocks/rows", constants), *definitions("blocks/rotation", constants)]
+    return compiled_program(sources, "norms", defined)
 
 
 @pytest.mark.parametrize("what", SIZES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from functools import cache
@@ -11,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from lfm2kit_cuda.compiling import INCLUDE, SOURCES, definitions
+from lfm2kit_cuda.compiling import definitions
 from lfm2kit_cuda.constants import ROUTER
 
-from tests.cuda.test_emulated import COMPILER, has_cpp20
+from tests.cuda.emulating import compiled_program, sources_in
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -30,20 +29,13 @@ SCALING = 1.5
 def router(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Route]:
     """Compile the kernels for a number of experts, and of those that a token takes."""
     folder = tmp_path_factory.mktemp("router")
-    if COMPILER is None or not has_cpp20(folder):
-        pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
-    sources = shutil.copytree(INCLUDE, folder / "sources")
-    shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
+    sources = sources_in(folder)
 
     @cache
     def compiled(experts: int, taken: int) -> Route:
-        program = folder / f"router-{experts}-{taken}"
         constants = {"HIDDEN": 16, "VECTOR": 4, "EXPERTS": experts, "TAKEN": taken}
-        subprocess.run(
-            [str(COMPILER), "-std=c++20", "-O1", "-pthread", f"-I{sources}", f"-I{SOURCES}",
-             *definitions("blocks/router", constants),
-             str(sources / "router.cpp"), "-o", str(program)], check=True,
-        )  # fmt: skip
+        defined = definitions("blocks/router", constants)
+        program = compiled_program(sources, "router", defined, folder / f"router-{experts}-{taken}")
         return lambda logits, bias: routed(program, taken, logits, bias)
 
     return compiled

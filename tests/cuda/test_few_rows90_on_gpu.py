@@ -50,13 +50,6 @@ def assert_untouched(array: Any) -> None:
     assert (bits(array) == poison(array)).all()
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 @pytest.fixture(params=["bf16", "fp16"])
 def gemm(request: pytest.FixtureRequest) -> Any:
     from lfm2kit_cuda import arithmetic, device

@@ -34,13 +34,6 @@ def assert_same_bits(got: Any, want: Any) -> None:
 
 
 @pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
 def gemm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the FP32 product; what it allocates holds NaN, so that nothing is left unwritten."""
     import cupy

@@ -28,14 +28,6 @@ MOST = GROUPING.MOST_TOKENS
 TILINGS = [(8, 8, False), (4, 1, False), (48, 8, True), (128, 128, False)]
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    """Return other numbers in every run; the seed is shown if a test fails."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 def random_sums(rng: np.random.Generator, tokens: int, experts: int) -> Any:
     """Return sums of logits, of which some rows are all alike, have a NaN, or are saturated."""
     sums = rng.standard_normal((ROUTER.SPLITS, tokens, experts)).astype(np.float32) / 4

@@ -61,14 +61,6 @@ def backend(name: str) -> Any:
     return installed_plugins().creator(Context())(name)
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    """Return other numbers in every run; the seed is shown if a test fails."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 @pytest.mark.parametrize("spec", BLOCKS, ids=str)
 def test_a_block_has_the_bits_of_cpu_simd(rng: np.random.Generator, spec: Any) -> None:
     weights = random_weights(spec, rng)
