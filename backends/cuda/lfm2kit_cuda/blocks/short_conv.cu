@@ -20,24 +20,6 @@ __device__ inline Vector gated_input(const INNER* bcx_t3h, size_t row, int h, in
   return u;
 }
 
-template <int kVector>
-struct Several {
-  using Type = float;
-};
-template <>
-struct Several<4> {
-  using Type = float4;
-};
-
-// VECTOR channels of a row that is kept.
-__device__ inline Vector load_early(const float* at) {
-  using Words = Several<VECTOR>::Type;
-  static_assert(sizeof(Words) == sizeof(Vector), "the lengths of vector.cuh");
-  Vector u;
-  *reinterpret_cast<Words*>(&u) = early(reinterpret_cast<const Words*>(at));
-  return u;
-}
-
 // Where the row of u of a position is kept.
 __device__ inline size_t kept_row(const int* pages, int position, int page_tokens) {
   size_t page = early(pages + position / page_tokens);
@@ -67,7 +49,8 @@ __device__ __forceinline__ Row row_at(int row, int channel, const int* positions
     int before = kPast - j;
     its.has[j] = row - before < first && its.position >= before;
     if (its.has[j])
-      its.past[j] = load_early(past_pwh + kept_row(pages, its.position - before, page_tokens) * h + channel);
+      its.past[j] = early(reinterpret_cast<const Vector*>(
+          past_pwh + kept_row(pages, its.position - before, page_tokens) * h + channel));
   }
   return its;
 }

@@ -18,7 +18,14 @@ __device__ __forceinline__ void wait_for_previous() {
 // lay there before.
 template <class T>
 __device__ __forceinline__ T early(const T* at) {
-  return __ldcg(at);
+  if constexpr (sizeof(T) == sizeof(uint4)) {
+    uint4 words = __ldcg(reinterpret_cast<const uint4*>(at));
+    return reinterpret_cast<const T&>(words);
+  } else {
+    static_assert(sizeof(T) == sizeof(unsigned), "a word or four");
+    unsigned word = __ldcg(reinterpret_cast<const unsigned*>(at));
+    return reinterpret_cast<const T&>(word);
+  }
 }
 
 // From here on the next kernel's CTAs may be placed, once every CTA has come here or ended.  A
