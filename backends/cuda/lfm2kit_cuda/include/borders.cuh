@@ -13,7 +13,7 @@ struct Kept {
   u64 equal, before;  // how many in the parts before this one equal the border
 };
 
-// Adds to a sum in shared memory, as two words: there is no instruction for 64 bits.
+// Adds to a sum in shared memory, as two words: an addition of 64 bits would be a loop.
 __device__ inline void add(u64* sum, u64 more) {
   u32* words = reinterpret_cast<u32*>(sum);
   u32 low = u32(more), high = u32(more >> 32);

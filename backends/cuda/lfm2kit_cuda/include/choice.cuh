@@ -1,5 +1,6 @@
 // The choice of a row's experts, by a warp: lane e has the experts e, e + 32, ... of EXPERTS.
 #pragma once
+#include "rank.cuh"
 #include "reduce.cuh"
 #include "types.cuh"
 
@@ -20,12 +21,6 @@ __device__ inline float score_of(const float* sums_ste, int tokens, int row, int
 #pragma unroll
   for (int s = 0; s < kSplits; ++s) logit += sums[s];
   return sigmoid(logit);
-}
-
-// An integer that is larger for a larger float, and never 0.
-__device__ inline u32 rank_of(float x) {
-  u32 bits = __float_as_uint(x + 0.0f);  // no -0
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
 // The experts of a row and their weights, in every lane.

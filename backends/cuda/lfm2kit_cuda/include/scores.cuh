@@ -4,6 +4,7 @@
 // Scores are compared by ranks: whole numbers in the same order.
 #pragma once
 #include "cluster.cuh"
+#include "rank.cuh"
 
 constexpr int kCtas = CTAS, kThreads = THREADS, kWarps = kThreads / 32;
 constexpr int kParts = kCtas * kWarps;                                 // of a row
@@ -125,12 +126,6 @@ __device__ inline void each(const T* from, Range range, int first, int step, Use
     for (int n = 0; n < kAhead; ++n)
       if (i + n * step < range.end) use(i + n * step, values[n]);
   }
-}
-
-// Returns a number that is larger for a larger float; 0 and -0 have the same.
-__device__ inline u32 rank_of(float x) {
-  u32 bits = __float_as_uint(__fadd_rn(x, 0.0f));
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
 __device__ inline float score_of(u32 rank) {
