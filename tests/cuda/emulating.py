@@ -17,7 +17,7 @@ USES_CPP20 = b"#include <atomic>\nint x; std::atomic_ref<int> one(x);"
 def sources_in(folder: Path) -> Path:
     """Return a folder of the kernels' headers, of which some are replaced by those for the CPU.
 
-    Skip the test if there is no compiler for them.
+    Skip the test if g++ is missing or does not know C++20.
     """
     if COMPILER is None or not _has_cpp20(folder):
         pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")

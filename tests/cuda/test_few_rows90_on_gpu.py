@@ -7,29 +7,20 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from lfm2kit_cuda.constants import FEW_ROWS90
 from lfm2kit_cuda.requirements import why_unavailable
 
-from lfm2kit.backend import BF16, Tensor
+from tests.cuda import few_row_inputs
+from tests.cuda.few_row_inputs import SHAPES, random, uneven_choice
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
 ]
 
-Float32 = npt.NDArray[np.float32]
-SHAPES = ((6144, 2048), (2048, 2048), (2048, 7168), (65536, 2048), (101, 69), (33, 300))  # out, in
 ROWS = (*range(1, 9), 9, 16)
-
-
-def random(rng: np.random.Generator, *shape: int) -> Float32:
-    return rng.standard_normal(shape, dtype=np.float32)
-
-
-def tensors(rng: np.random.Generator, groups: int, *shape: int) -> list[Tensor]:
-    return [Tensor.of_array("w", random(rng, *shape) / 16).stored_as(BF16) for _ in range(groups)]
+tensors = partial(few_row_inputs.tensors, scale=1 / 16)
 
 
 def bits(array: Any) -> Any:
@@ -130,9 +121,7 @@ def test_experts(gemm: Any, rng: np.random.Generator, tokens: int, tile_rows: in
         tensors(rng, experts, inner, hidden), tensors(rng, experts, inner, hidden)
     )
     w2 = gemm.pack_down(tensors(rng, experts, hidden, inner))
-    chances = rng.random(experts) ** 3
-    order = (rng.random((tokens, experts)) * chances).argsort(axis=1)
-    ids = cupy.asarray(np.ascontiguousarray(order[:, -4:], np.int32))
+    ids = cupy.asarray(uneven_choice(rng, tokens, experts))
     everyone = cupy.arange(experts, dtype=cupy.int32)
     x = gemm.rounded(cupy.asarray(random(rng, tokens, hidden)))
 

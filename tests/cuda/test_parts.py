@@ -58,7 +58,7 @@ def test_prompts_are_not_shared_nor_what_has_no_room() -> None:
 
 
 def test_a_single_part_is_that_of_a_step() -> None:
-    """Of several rows each would read the same keys again, and a state is what has parts."""
+    """Several rows would each read the same keys again, and without a state there are no parts."""
     assert parts_of(batch_of([1] * 2000, PART_KEYS), 128, LEAST_KEPT) == 1
     assert parts_of(batch_of([1, 2], PART_KEYS), 128, LEAST_KEPT) == 0
     assert parts_of(batch_of([1], 1), 0, LEAST_KEPT) == 0

@@ -5,37 +5,16 @@
 //
 // All are 4 bytes an element and as the kernels take them.  What comes out is what they write, each
 // array with some elements behind it that are to stay as they are.
-#include "warps.h"
+#include "f32.h"
+#include "poison.h"
 
-#include <cstdio>
-#include <cstdlib>
-
-struct F32 {
-  float value;
-  static float to_float(F32 x) { return x.value; }
-  static F32 from_float(float x) { return F32{x}; }
-};
 using BF16 = F32;
 
 #define __shared__  // at namespace scope
 #include "blocks/experts.cu"
 
-constexpr int kMostExperts = 64, kMargin = 64;
+constexpr int kMostExperts = 64;
 int counts_e[2 * kMostExperts];
-
-template <class T>
-std::vector<T> read(size_t count) {
-  std::vector<T> array(count);
-  if (std::fread(array.data(), sizeof(T), count, stdin) != count) std::exit(1);
-  return array;
-}
-
-// What no kernel writes; as a float, a NaN.
-std::vector<int> poisoned(size_t count) { return std::vector<int>(count + kMargin, -77777); }
-
-void write(const std::vector<int>& array) {
-  std::fwrite(array.data(), sizeof(int), array.size(), stdout);
-}
 
 int main(int, char** argv) {
   auto number = [=](int i) { return std::atoi(argv[2 + i]); };

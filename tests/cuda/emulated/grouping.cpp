@@ -4,26 +4,12 @@
 //
 // All are 4 bytes an element and as the kernels take them.  What comes out is what the first one writes and
 // then what the second one does, each array with some elements behind it that are to stay as they are.
-#include "warps.h"
-
-#include <cstdio>
-#include <cstdlib>
+#include "f32.h"
+#include "poison.h"
 
 #define __shared__ static
 #include "blocks/router.cu"
 #include "blocks/grouping.cu"
-
-constexpr int kMargin = 64;
-
-template <class T>
-std::vector<T> read(size_t count) {
-  std::vector<T> array(count);
-  if (std::fread(array.data(), sizeof(T), count, stdin) != count) std::exit(1);
-  return array;
-}
-
-// What no kernel writes; as a float, a NaN.
-std::vector<int> poisoned(size_t count) { return std::vector<int>(count + kMargin, -77777); }
 
 float* floats(std::vector<int>& array) { return reinterpret_cast<float*>(array.data()); }
 
@@ -48,5 +34,5 @@ int main(int, char** argv) {
                      number(5), number(6));
   });
   for (auto* array : {&ids, &weights, &its_ids, &its_weights, &source, &place, &tiles, &count})
-    std::fwrite(array->data(), sizeof(int), array->size(), stdout);
+    write(*array);
 }

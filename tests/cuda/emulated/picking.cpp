@@ -5,10 +5,7 @@
 // All elements have 4 bytes, and a Word is one of them.  What comes out is the number of rows picked,
 // each row's place, the rows picked of A and B, and A put back, each with some elements behind it
 // that are to stay as they are.
-#include "warps.h"
-
-#include <cstdio>
-#include <cstdlib>
+#include "f32.h"
 
 #define __shared__ static  // in a function; CTAs run one after the other
 #include "picking.cu"
@@ -16,22 +13,10 @@
 constexpr int kMargin = 64;
 
 template <class T>
-std::vector<T> read(size_t count) {
-  std::vector<T> array(count);
-  if (std::fread(array.data(), sizeof(T), count, stdin) != count) std::exit(1);
-  return array;
-}
-
-template <class T>
 std::vector<T> poisoned(size_t count) {
   std::vector<T> array(count + kMargin);
   std::memset(static_cast<void*>(array.data()), 0xa5, array.size() * sizeof(T));
   return array;
-}
-
-template <class T>
-void write(const std::vector<T>& array) {
-  std::fwrite(array.data(), sizeof(T), array.size(), stdout);
 }
 
 int main(int, char** argv) {
