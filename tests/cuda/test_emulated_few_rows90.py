@@ -204,14 +204,26 @@ def few_rows90() -> Iterator[Any]:
         yield module
 
 
+@pytest.mark.parametrize("ctas", [132, 133])
 @pytest.mark.parametrize("rows", [8, 16])
 @pytest.mark.parametrize("blocks", range(1, FEW_ROWS90.MOST_BLOCKS + 1))
 def test_stages_fit_and_each_warp_that_copies_has_one(
-    few_rows90: Any, blocks: int, rows: int
+    few_rows90: Any, blocks: int, rows: int, ctas: int
 ) -> None:
-    count, stage = few_rows90.stages(blocks, rows)
-    assert count * stage <= few_rows90.SHARED_BYTES
+    shared_bytes = few_rows90.shared_bytes(ctas, 1, sm_count=132)
+    count, stage = few_rows90.stages(blocks, rows, shared_bytes)
+    assert count * stage <= shared_bytes
     assert count >= FEW_ROWS90.COPYING_WARPS, "a warp would take one phase of a barrier for another"
+
+
+@pytest.mark.parametrize(
+    ("ctas", "tiles", "most"), [(132, 1, 2), (133, 1, 1), (128, 4, 2), (128, 8, 1)]
+)
+def test_ctas_that_may_end_at_different_times_share_no_multiprocessor(
+    few_rows90: Any, ctas: int, tiles: int, most: int
+) -> None:
+    of_an_sm = 228 * 1024  # a Hopper's
+    assert of_an_sm // few_rows90.shared_bytes(ctas, tiles, sm_count=132) == most
 
 
 @pytest.mark.parametrize(

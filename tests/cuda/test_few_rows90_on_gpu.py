@@ -89,6 +89,18 @@ def test_dense_rows(gemm: Any, rng: np.random.Generator, shape: tuple[int, int])
                 assert_same(by_few(gemm, call), call())
 
 
+def test_a_kernel_is_launched_with_much_and_with_little_shared_memory(
+    gemm: Any, rng: np.random.Generator
+) -> None:
+    """CTAs with several tiles take more of it; what a kernel may take is kept for all launches."""
+    import cupy
+
+    x = gemm.rounded(cupy.asarray(random(rng, 5, 64)))
+    for columns in (40000, 320, 40000):
+        call = partial(gemm.linear, x, gemm.pack(tensors(rng, 1, columns, 64)))
+        assert_same(by_few(gemm, call), call())
+
+
 @pytest.mark.parametrize("shape", [(3584, 2048), (7168, 2048), (320, 128), (69, 107)], ids=str)
 def test_gated(gemm: Any, rng: np.random.Generator, shape: tuple[int, int]) -> None:
     import cupy

@@ -296,7 +296,9 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
     fence_stores();
   }
   __syncthreads();
-  Ring ring{reinterpret_cast<char*>(shared), filled, read_by, stages, stage_bytes};
+  // In registers: a shared array's address would be computed at each use, from a register that is slow to read.
+  Ring ring{uniform(reinterpret_cast<char*>(shared)), uniform(filled), uniform(read_by), stages,
+            stage_bytes};
   if (threadIdx.x < kWarp * kCopyingWarps) copy_tiles(ring, of);
   else multiply_tiles(ring, of, store);
 }

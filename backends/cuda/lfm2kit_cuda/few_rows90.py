@@ -16,7 +16,9 @@ BLOCK, MOST_BLOCKS, COPYING_WARPS = (
 STEP = GEMM90.STEP  # the rows that an instruction multiplies are a multiple of it
 ROW_BYTES = 2 * SLABS.SLAB  # of a row in a stage
 BESIDE = 3  # blocks: what a tile takes beside its own
-SHARED_BYTES = 110 * 1024  # so that the next kernel's CTAs fit beside this one's
+# Of a CTA: the next kernel's fit beside this one's, or it has its SM to itself.
+BESIDE_OTHERS, ALONE = 110 * 1024, 220 * 1024
+EVEN_TILES = 4  # of a list, up to which all CTAs end together: those of one token
 
 
 def launch(
@@ -38,10 +40,11 @@ def launch(
     ctas, threads = most * -(-matrix.width // (BLOCK * blocks)), 32 * (COPYING_WARPS + blocks)
     source = tiles.source if tiles else None
     extents = [out.shape[-2] for out in outputs if name == "gated" and out is not None]
-    load_kernel("few_rows90", f"{name}_few_mma", SHARED_BYTES, **constants)(
+    shared = shared_bytes(ctas, most, sm_count())
+    load_kernel("few_rows90", f"{name}_few_mma", shared, **constants)(
         (min(sm_count(), ctas),), threads, x.array, source, matrix.packed, *outputs,
         *listed(tiles), most, len(x), x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns,
-        blocks, *stages(blocks, rows), *extents,
+        blocks, *stages(blocks, rows, shared), *extents,
     )  # fmt: skip
 
 
@@ -58,10 +61,20 @@ def blocks_of_a_cta(blocks: int, tiles: int, sm_count: int) -> int:
     return min(range(1, MOST_BLOCKS + 1), key=busiest)
 
 
-def stages(blocks: int, rows: int) -> tuple[int, int]:
-    """Return the number of stages, and the bytes of one, that fit into SHARED_BYTES.
+def shared_bytes(ctas: int, tiles: int, sm_count: int) -> int:
+    """Return the bytes of shared memory of a CTA of a product of `tiles` tiles.
+
+    Where CTAs end at different times, the next kernel's, two of which fit on an SM, would crowd on
+    the first SMs that are left, and share one SM's reading until the end.  So each takes an SM if
+    it has several tiles, or follows a kernel that may have had: that of w1 and w3, with its list.
+    """
+    return BESIDE_OTHERS if ctas <= sm_count and tiles <= EVEN_TILES else ALONE
+
+
+def stages(blocks: int, rows: int, shared_bytes: int) -> tuple[int, int]:
+    """Return the number of stages, and the bytes of one, that fit into so many bytes.
 
     There are no fewer than COPYING_WARPS.
     """
     stage = ROW_BYTES * (BLOCK * blocks + rows)
-    return min(FEW_ROWS90.MOST_STAGES, SHARED_BYTES // stage), stage
+    return min(FEW_ROWS90.MOST_STAGES, shared_bytes // stage), stage

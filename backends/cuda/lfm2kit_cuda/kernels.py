@@ -34,7 +34,7 @@ class Kernel:
 
     def __init__(self, function: Function, shared_bytes: int = 0, *, early: bool = False) -> None:
         if shared_bytes > SHARED_BYTES_BY_DEFAULT:
-            driver.funcSetAttribute(function.ptr, SHARED_BYTES_ATTRIBUTE, shared_bytes)
+            _allow(function, shared_bytes)
         self._function = function  # keeps the module loaded
         self._launch = Launch(function.ptr, shared_bytes, early=early)
 
@@ -60,6 +60,12 @@ def _loaded(device: int, stem: str, name: str, shared_bytes: int, constants: Con
         function = _module(device, stem, constants).get_function(name)
         early = waits_for_previous(stem) and can_launch_early()
         return Kernel(function, shared_bytes, early=early)
+
+
+def _allow(function: Function, shared_bytes: int) -> None:
+    """Let launches of this function take so many bytes; others may take no fewer than before."""
+    if shared_bytes > driver.funcGetAttribute(SHARED_BYTES_ATTRIBUTE, function.ptr):
+        driver.funcSetAttribute(function.ptr, SHARED_BYTES_ATTRIBUTE, shared_bytes)
 
 
 @cache

@@ -7,8 +7,8 @@
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 template <class T>
-__device__ __forceinline__ const T* uniform(const T* at) {
+__device__ __forceinline__ T* uniform(T* at) {
   u64 address = reinterpret_cast<u64>(at);
   u32 low = uniform(int(address)), high = uniform(int(address >> 32));
-  return reinterpret_cast<const T*>(u64(high) << 32 | low);
+  return reinterpret_cast<T*>(u64(high) << 32 | low);
 }
