@@ -83,7 +83,8 @@ class Emulated:
         dense = len(x), -(-len(x) // self.rows)
         rows, most = (len(tiles.source), len(tiles.tiles) + 1) if tiles else dense
         output = np.full(rows * columns + MARGIN, np.nan, np.float32)
-        numbers = len(x), x.shape[1], packed.shape[2], width(packed), columns
+        are_known = int(source is None)
+        numbers = are_known, len(x), x.shape[1], packed.shape[2], width(packed), columns
         grid = width(packed) // (64 if name == "gated_few" else 32), most
         given = (x, source, packed, *more, output, *listed(tiles))
         done = subprocess.run(

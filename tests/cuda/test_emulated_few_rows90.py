@@ -116,15 +116,16 @@ class Emulated:
         weights, x_extent = packed(rounded(matrices, F16)), padded(len(x), 16)
         most = tiles.tiles[:, 2].max() if tiles else len(x)
         stage = 2 * SLAB * (BLOCK * self.blocks + padded(most, STEP))
+        source = tiles.source if tiles and len(x) != len(tiles.source) else None
+        are_known = source is None
         numbers = (
-            len(tiles.tiles) + 1 if tiles else 1, len(x), x_extent, weights.shape[2],
-            weights.shape[1] * PANEL, columns, self.blocks,
+            are_known, len(tiles.tiles) + 1 if tiles else 1, len(x), x_extent, weights.shape[2],
+            weights.shape[1] * PANEL, columns, self.blocks, True,
             min(SHARED_BYTES // stage, 5), stage, *extents,
         )  # fmt: skip
-        source = tiles.source if tiles and len(x) != len(tiles.source) else None
         given = in_slabs(rounded(x, F16), x_extent), source, weights, *outputs
         done = subprocess.run(
-            [str(self.program), name, *map(str, (3, *numbers))],
+            [str(self.program), name, *map(str, map(int, (3, *numbers)))],
             input=b"".join(map(framed, (*given, *listed(tiles)))), stdout=subprocess.PIPE,
             check=True, timeout=100,
         )  # fmt: skip

@@ -127,3 +127,13 @@ def test_a_choice_that_lies_elsewhere_stays_there(loaded: Loaded) -> None:
 
     kernels = ["logits", "score", "elsewhere", "group_by_expert", "combine_F32"]
     assert launched(loaded, MOE, 1, choice) == kernels
+
+
+def test_a_product_asks_early_only_for_weights_of_tiles_that_an_older_kernel_listed(
+    loaded: Loaded,
+) -> None:
+    products = loaded.products
+    tiles = products.RowTiles(8, products.Tiling(8, 8), None, None, None)
+    assert not products.are_known(tiles), "the kernel ahead may be the one that lists them"
+    assert products.are_known(tiles.in_place())
+    assert products.are_known(None), "the weights of a dense layer"

@@ -34,6 +34,7 @@ struct Operands {
   float* out;
   const int4* tiles;
   const int* tile_count;
+  int are_known;  // the tiles, before the kernel ahead of this one has ended
   int m, inputs, k, width, n;
 };
 
@@ -218,17 +219,17 @@ __device__ __forceinline__ void compute(const Operands& with) {
   Lane<Epilogue::kUnits> lane(with);
   int first = blockIdx.y * kRows;
   Tile tile{0, first, min(kRows, with.m - first)};
+  if (!with.are_known) wait_for_previous();
   if (with.tiles) {
-    wait_for_previous();
-    int count = *with.tile_count;
-    int4 listed = with.tiles[blockIdx.y];  // which does not wait for the count: the list is as long as the grid
-    if (int(blockIdx.y) >= count) return;
-    tile = {listed.x, listed.y, listed.z};
+    int count = early(with.tile_count);
+    int4 listed = early(with.tiles + blockIdx.y);  // not after the count: the list is as long as the grid
+    tile = {listed.x, listed.y, int(blockIdx.y) < count ? listed.z : -1};
     lane.w += size_t(tile.group) * with.width * with.k;
   }
-  lane.copy_first_w();
-  if (!with.tiles) wait_for_previous();
+  if (tile.rows >= 0) lane.copy_first_w();
+  wait_for_previous();
   let_next_start();
+  if (tile.rows < 0) return;
   lane.find_rows(with, tile);
   lane.copy_first_a();
   lane.sum_rows(tile.rows - lane.member * kRowsOfWarp);
@@ -242,13 +243,16 @@ __device__ __forceinline__ void compute(const Operands& with) {
 
 extern "C" __global__ void __launch_bounds__(32 * kRanges * kTeam)
     linear_few(const float* a, const int* source, const float* w_gpkc, const float* bias_n,
-               float* out_mn, const int4* tiles, const int* tile_count, int m, int inputs, int k,
-               int width, int n) {
-  compute<Linear>({a, source, w_gpkc, bias_n, out_mn, tiles, tile_count, m, inputs, k, width, n});
+               float* out_mn, const int4* tiles, const int* tile_count, int are_known, int m,
+               int inputs, int k, int width, int n) {
+  compute<Linear>({a, source, w_gpkc, bias_n, out_mn, tiles, tile_count, are_known, m, inputs, k,
+                   width, n});
 }
 
 extern "C" __global__ void __launch_bounds__(32 * kRanges * 2 * kTeam)
     gated_few(const float* a, const int* source, const float* w_gpkc, float* out_mn,
-              const int4* tiles, const int* tile_count, int m, int inputs, int k, int width, int n) {
-  compute<Gated>({a, source, w_gpkc, nullptr, out_mn, tiles, tile_count, m, inputs, k, width, n});
+              const int4* tiles, const int* tile_count, int are_known, int m, int inputs, int k,
+              int width, int n) {
+  compute<Gated>({a, source, w_gpkc, nullptr, out_mn, tiles, tile_count, are_known, m, inputs, k,
+                  width, n});
 }

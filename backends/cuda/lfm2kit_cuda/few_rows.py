@@ -8,7 +8,7 @@ from lfm2kit_cuda.activations import Rows
 from lfm2kit_cuda.constants import GEMM
 from lfm2kit_cuda.device import compute_capability, most_shared_bytes, sm_count
 from lfm2kit_cuda.kernels import load_kernel
-from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, listed, padded
+from lfm2kit_cuda.products import Matrix, RowTiles, Tiling, are_known, listed, padded
 
 COPIES_ALONE = (8, 0)  # from here on copies into shared memory run beside the arithmetic
 MOST_ROWS, ROWS_OF_WARP = 16, 8  # of a tile
@@ -73,7 +73,7 @@ def _launch(
     vector = 4 if x.extent % 4 == 0 else 1
     load_kernel("few_rows", name, nbytes, ROWS=rows, TEAM=team, STAGES=stages, VECTOR=vector)(
         grid, 32 * team * teams, x.array, tiles.source if tiles else None, matrix.packed, *outputs,
-        *listed(tiles), len(x), x.extent, matrix.inputs, matrix.width, columns,
+        *listed(tiles), are_known(tiles), len(x), x.extent, matrix.inputs, matrix.width, columns,
     )  # fmt: skip
 
 

@@ -34,9 +34,11 @@ struct Operands {
   const HALF* w_gpsrk;
   const int4* tiles;
   const int* tile_count;
+  int are_known;                // the tiles, before the kernel ahead of this one has ended
   int most;                     // tiles of the list
   int m, extent, steps, width;  // rows of the result, and of a slab of `a`; stages in all of k
   int blocks;
+  int is_alone;  // a CTA on its SM
 };
 
 struct Tile {
@@ -44,7 +46,9 @@ struct Tile {
 };
 
 // How many tiles there are, each of which has all ranges of columns.
-__device__ inline int tiles_of(const Operands& of) { return of.tiles ? *of.tile_count : 1; }
+__device__ inline int tiles_of(const Operands& of) {
+  return of.tiles ? early(of.tile_count) : 1;
+}
 
 // Returns the index-th tile and range of columns of `count` tiles.  The tiles of a group follow each other
 // for each range, so that its weights are read from memory once.  No load waits for the count.
@@ -52,9 +56,9 @@ __device__ inline Tile tile_at(int index, int count, const Operands& of) {
   int ranges = (of.width / kBlock + of.blocks - 1) / of.blocks;
   bool is_there = index < count * ranges;
   if (!of.tiles) return {0, 0, is_there ? of.m : -1, index * of.blocks};
-  int4 listed = of.tiles[min(index / ranges, of.most - 1)];
+  int4 listed = early(of.tiles + min(index / ranges, of.most - 1));
   int first = listed.w & 0xffff, siblings = listed.w >> 16, turn = index - first * ranges;
-  if (is_there && siblings > 1) listed = of.tiles[first + turn % siblings];
+  if (is_there && siblings > 1) listed = early(of.tiles + first + turn % siblings);
   return {listed.x, listed.y, is_there ? listed.z : -1, turn / max(siblings, 1) * of.blocks};
 }
 
@@ -126,16 +130,19 @@ __device__ inline int copy_first_weights(Ring ring, int first, const Tile& tile,
 // warp copies every kCopyingWarps-th one.  So it has waited for a stage less than a turn of the ring
 // before, and takes no phase of a barrier for another.
 //
-// The weights of a dense layer may be read before the kernel ahead of this one has ended: they were packed
-// at load, at least one kernel before it.
+// Weights may be read before the kernel ahead of this one has ended: they were packed at load, at least one
+// kernel before it.  Where the next kernel is a product of the same tiles, and there is room for its CTAs only
+// where one of this kernel has ended, it starts there, and does that.
+template <bool is_gated>
 __device__ __forceinline__ void copy_tiles(Ring ring, const Operands& of) {
   int s = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, index = blockIdx.x;
   ring.skip(s);
-  if (of.tiles) wait_for_previous();
+  if (!of.are_known) wait_for_previous();
   int tiles = tiles_of(of);
   Tile tile = tile_at(index, tiles, of);
   int ahead = tile.rows < 0 ? 0 : copy_first_weights(ring, s, tile, of);
-  if (!of.tiles) wait_for_previous();
+  wait_for_previous();
+  if (is_gated && of.tiles && of.is_alone) let_next_start();
   for (; tile.rows >= 0; ahead = 0) {
     Piece weights = weights_of(tile, of), piece = activations_of(tile, of);
     if (lane < kCopyWeights) piece = weights;
@@ -274,9 +281,10 @@ __device__ __forceinline__ void multiply_tile(Ring& ring, const Tile& tile, cons
 
 template <class Store>
 __device__ __forceinline__ void multiply_tiles(Ring ring, const Operands& of, const Store& store) {
-  wait_for_previous();
+  if (!of.are_known) wait_for_previous();
   int index = blockIdx.x, tiles = tiles_of(of);
   Tile tile = uniform(tile_at(index, tiles, of));
+  wait_for_previous();
   while (tile.rows >= 0) {
     Tile next = tile_at(index += gridDim.x, tiles, of);
     if (tile.rows > kStep) multiply_tile<kMostRows>(ring, tile, of, store);
@@ -299,7 +307,7 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
   // In registers: a shared array's address would be computed at each use, from a register that is slow to read.
   Ring ring{uniform(reinterpret_cast<char*>(shared)), uniform(filled), uniform(read_by), stages,
             stage_bytes};
-  if (threadIdx.x < kWarp * kCopyingWarps) copy_tiles(ring, of);
+  if (threadIdx.x < kWarp * kCopyingWarps) copy_tiles<Store::kIsGated>(ring, of);
   else multiply_tiles(ring, of, store);
 }
 
@@ -307,10 +315,12 @@ __device__ __forceinline__ void compute(const Operands& of, int stages, int stag
 #define LINEAR(name, Stored)                                                                     \
   extern "C" __global__ void __launch_bounds__(kMostThreads)                                     \
       name(const HALF* a, const int* source, const HALF* w_gpsrk, const float* bias_n,           \
-           Stored* out_mn, const int4* tiles, const int* tile_count, int most, int m, int extent,\
-           int steps, int width, int n, int blocks, int stages, int stage_bytes) {               \
-    compute({a, source, w_gpsrk, tiles, tile_count, most, m, extent, steps, width, blocks},      \
-            stages, stage_bytes, LinearPair<Stored>{bias_n, out_mn, n});                                 \
+           Stored* out_mn, const int4* tiles, const int* tile_count, int are_known, int most,    \
+           int m, int extent, int steps, int width, int n, int blocks, int is_alone, int stages, \
+           int stage_bytes) {                                                                    \
+    compute({a, source, w_gpsrk, tiles, tile_count, are_known, most, m, extent, steps, width,    \
+             blocks, is_alone},                                                                  \
+            stages, stage_bytes, LinearPair<Stored>{bias_n, out_mn, n});                         \
   }
 LINEAR(linear_few_mma, F32)
 LINEAR(linear_rounded_few_mma, HALF)
@@ -319,8 +329,10 @@ LINEAR(linear_rounded_few_mma, HALF)
 // rows of W are one of w1, one of w3, and so on
 extern "C" __global__ void __launch_bounds__(kMostThreads)
     gated_few_mma(const HALF* a, const int* source, const HALF* w_gpsrk, HALF* out,
-                  const int4* tiles, const int* tile_count, int most, int m, int extent, int steps,
-                  int width, int n, int blocks, int stages, int stage_bytes, int out_extent) {
-  compute({a, source, w_gpsrk, tiles, tile_count, most, m, extent, steps, width, blocks}, stages,
-          stage_bytes, GatedPair{out, n, out_extent});
+                  const int4* tiles, const int* tile_count, int are_known, int most, int m,
+                  int extent, int steps, int width, int n, int blocks, int is_alone, int stages,
+                  int stage_bytes, int out_extent) {
+  compute({a, source, w_gpsrk, tiles, tile_count, are_known, most, m, extent, steps, width, blocks,
+           is_alone},
+          stages, stage_bytes, GatedPair{out, n, out_extent});
 }

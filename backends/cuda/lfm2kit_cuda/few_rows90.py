@@ -8,7 +8,7 @@ from lfm2kit_cuda.activations import Slabs
 from lfm2kit_cuda.constants import FEW_ROWS90, GEMM90, SLABS
 from lfm2kit_cuda.device import sm_count
 from lfm2kit_cuda.kernels import load_kernel
-from lfm2kit_cuda.products import Matrix, RowTiles, listed, padded
+from lfm2kit_cuda.products import Matrix, RowTiles, are_known, listed, padded
 
 BLOCK, MOST_BLOCKS, COPYING_WARPS = (
     FEW_ROWS90.BLOCK, FEW_ROWS90.MOST_BLOCKS, FEW_ROWS90.COPYING_WARPS,
@@ -43,8 +43,8 @@ def launch(
     shared = shared_bytes(ctas, most, sm_count())
     load_kernel("few_rows90", f"{name}_few_mma", shared, **constants)(
         (min(sm_count(), ctas),), threads, x.array, source, matrix.packed, *outputs,
-        *listed(tiles), most, len(x), x.extent, matrix.inputs // SLABS.SLAB, matrix.width, columns,
-        blocks, *stages(blocks, rows, shared), *extents,
+        *listed(tiles), are_known(tiles), most, len(x), x.extent, matrix.inputs // SLABS.SLAB,
+        matrix.width, columns, blocks, shared == ALONE, *stages(blocks, rows, shared), *extents,
     )  # fmt: skip
 
 

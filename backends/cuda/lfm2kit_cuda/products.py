@@ -51,10 +51,14 @@ class RowTiles:
     tiles: cupy.ndarray  # int32 [most, 4]
     count: cupy.ndarray  # int32 [1]
     source: cupy.ndarray | None  # int32 [rows]: the row of x that each is, < 0: none; None: its own
+    are_older: bool = False  # than the kernel ahead of a product, which then need not wait for them
 
     def in_place(self) -> RowTiles:
-        """Return the tiles of the same rows, for an x that is sorted already."""
-        return replace(self, source=None)
+        """Return the tiles of the same rows, for the result of a product of these tiles.
+
+        The next product reads it: so that first product, or a later kernel, is ahead of it.
+        """
+        return replace(self, source=None, are_older=True)
 
 
 class Activations(NamedTuple):
@@ -196,6 +200,11 @@ class Ctas:
 def listed(tiles: RowTiles | None) -> tuple[cupy.ndarray | None, cupy.ndarray | None]:
     """Return the arguments for a list of tiles: the list and its length, or None for both."""
     return (tiles.tiles, tiles.count) if tiles else (None, None)
+
+
+def are_known(tiles: RowTiles | None) -> bool:
+    """Return whether a product knows its weights before the kernel ahead of it has ended."""
+    return tiles is None or tiles.are_older
 
 
 def padded(size: int, multiple: int) -> int:

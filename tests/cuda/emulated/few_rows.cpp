@@ -35,10 +35,10 @@ int main(int argc, char** argv) {
   launch(grid, 32 * kTeam * teams, teams, poison, [&] {
     if (is_gated)
       gated_few(floats(0), ints(1), floats(2), floats(3), tiles(4), ints(5), number(0), number(1),
-                number(2), number(3), number(4));
+                number(2), number(3), number(4), number(5));
     else
       linear_few(floats(0), ints(1), floats(2), floats(3), floats(4), tiles(5), ints(6), number(0),
-                 number(1), number(2), number(3), number(4));
+                 number(1), number(2), number(3), number(4), number(5));
   });
   std::vector<char>& output = arrays[is_gated ? 3 : 4];
   std::fwrite(output.data(), 1, output.size(), stdout);

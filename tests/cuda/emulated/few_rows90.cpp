@@ -33,16 +33,16 @@ int main(int argc, char** argv) {
   auto linear = [&](auto kernel, auto* out) {
     kernel(halves(0), ints(1), halves(2), static_cast<float*>(at(3)), out, tiles(5), ints(6),
            number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7),
-           number(8));
+           number(8), number(9), number(10));
   };
-  int warps = kCopyingWarps + number(6);
+  int warps = kCopyingWarps + number(7);
   launch({u32(std::atoi(argv[2])), 1, 1}, warps * kWarp, warps, poison, [&] {
     if (name == "linear_few_mma") linear(linear_few_mma, static_cast<F32*>(at(4)));
     if (name == "linear_rounded_few_mma") linear(linear_rounded_few_mma, halves(4));
     if (name == "gated_few_mma")
       gated_few_mma(halves(0), ints(1), halves(2), halves(3), tiles(4), ints(5), number(0),
                     number(1), number(2), number(3), number(4), number(5), number(6), number(7),
-                    number(8), number(9));
+                    number(8), number(9), number(10), number(11));
   });
   const Bytes& output = arrays[name == "gated_few_mma" ? 3 : 4];
   std::fwrite(output.data(), 1, output.size(), stdout);

@@ -96,6 +96,7 @@ struct Gated {
 
 template <class Stored>
 struct LinearPair {
+  static constexpr bool kIsGated = false;
   const float* bias_n;
   Stored* out_mn;
   int n;
@@ -112,6 +113,7 @@ struct LinearPair {
 };
 
 struct GatedPair {
+  static constexpr bool kIsGated = true;
   HALF* out;
   int n, extent;
 
