@@ -72,7 +72,7 @@ def shared_bytes(ctas: int, tiles: int, sm_count: int) -> int:
 
 
 def stages(blocks: int, rows: int, shared_bytes: int) -> tuple[int, int]:
-    """Return the number of stages, and the bytes of one, that fit into so many bytes.
+    """Return the number of stages, and the bytes of one, that fit into this many bytes.
 
     There are no fewer than COPYING_WARPS.
     """

@@ -63,7 +63,7 @@ def _loaded(device: int, stem: str, name: str, shared_bytes: int, constants: Con
 
 
 def _allow(function: Function, shared_bytes: int) -> None:
-    """Let launches of this function take so many bytes; others may take no fewer than before."""
+    """Let launches of this function take this many bytes; others may take no fewer than before."""
     if shared_bytes > driver.funcGetAttribute(SHARED_BYTES_ATTRIBUTE, function.ptr):
         driver.funcSetAttribute(function.ptr, SHARED_BYTES_ATTRIBUTE, shared_bytes)
 
