@@ -83,8 +83,12 @@ CASES: dict[str, tuple[Spec, ...]] = {
     "layer": tuple(_layers()),
 }
 
-# The sizes of LFM2-8B-A1B, where reductions are long.
+# The widths of LFM2-8B-A1B, where reductions are long.  Experts of both widths at once would cost
+# seconds; large ids of a vocabulary have a check of their own.
 REAL_WIDTHS: tuple[Spec, ...] = (
+    specs.Embedding(37, 2048),
+    specs.LastRows(2048),
+    specs.LMHead(37, 2048),
     specs.RMSNorm(2048, EPS),
     specs.ShortConv(2048, 3),
     specs.Attention(2048, 32, 8, 64, 1e6, EPS),

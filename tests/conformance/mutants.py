@@ -116,6 +116,23 @@ class IdsIn16Bits(Around):
         return self.block(batch.unchecked(token_ids=ids))
 
 
+class ReadsSomeColumns(Around):
+    """A head that keeps a row of 1,024 values on chip, and never sees the rest of x."""
+
+    def __call__(self, x):
+        return self.block(np.where(np.arange(x.shape[1]) < 1024, x, np.float32(0)))
+
+
+class WritesSomeColumns(Around):
+    """A copy by one thread for each column, of which a block of a launch has 1,024."""
+
+    def __call__(self, *inputs):
+        result = self.block(*inputs)
+        for array in result if isinstance(result, tuple) else (result,):
+            array[:, 1024:] = 0
+        return result
+
+
 # What a result is
 
 
@@ -262,6 +279,7 @@ def norms_stored_as_matrices(spec: specs.Attention, weights: Weights) -> Block:
 
 CONV, ATTENTION, MLP = specs.ShortConv, specs.Attention, specs.MLP
 EMBEDDING, ROWS, EXPERTS = specs.Embedding, specs.LastRows, specs.Experts
+HEAD = specs.LMHead
 
 # Name of the mutant: the backend, and the checks that must fail.
 MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
@@ -287,6 +305,7 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         ("sequences-of-equal-length",),
     ),
     "embed_ids_in_int16": (around(EMBEDDING, IdsIn16Bits), ("ids-beyond-32767",)),
+    "embed_of_1024_columns": (around(EMBEDDING, WritesSomeColumns), ("real-widths",)),
     "empty_batch_with_state": (
         around(ATTENTION, broken.EmptyBatchCrashes),
         ("state-of-an-empty-batch",),
@@ -295,6 +314,8 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         BrokenBackend({EXPERTS: broken.ExpertsStopAt1024Columns}),
         ("real-widths",),
     ),
+    "head_of_1024_columns": (around(HEAD, ReadsSomeColumns), ("real-widths",)),
+    "last_rows_of_1024_columns": (around(ROWS, WritesSomeColumns), ("real-widths",)),
     "last_rows_none_wanted": (around(ROWS, NoRowWantedRaises), ("last-rows-twice-or-none",)),
     "logits_rows_twice": (around(ROWS, RowsWantedOnce), ("last-rows-twice-or-none",)),
     "mlp_other_bits_from_256_rows": (around(MLP, OtherBitsFrom256Rows), ("rows-among-300",)),
