@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -55,7 +55,11 @@ class Trial:
             raise Skipped(f"no {first.kind} block: {why_not_built(self.backend, first)}")
         return found
 
-    def _widened(self, candidates: list[S]) -> list[S]:
+    def takes_any(self, candidates: Sequence[Spec]) -> bool:
+        """Return whether the backend builds a candidate, as it is or widened."""
+        return bool(self.built(candidates) or self._widened(candidates))
+
+    def _widened(self, candidates: Sequence[S]) -> list[S]:
         """Return the candidates of the first of WIDTHS at which the backend builds any."""
         wider = ([widened(spec, width) for spec in candidates] for width in WIDTHS)
         return next((list(dict.fromkeys(found)) for w in wider if (found := self.built(w))), [])

@@ -277,6 +277,18 @@ def norms_stored_as_matrices(spec: specs.Attention, weights: Weights) -> Block:
     return attention.Attention(spec, Weights(misread))
 
 
+# Which specs are built
+
+
+class OnlyTheReleasesMLP(BrokenBackend):
+    """Its kernel is written for the sizes of LFM2-8B-A1B, and none of the suite's is among them."""
+
+    def why_unsupported(self, spec):
+        if isinstance(spec, specs.MLP) and spec != specs.MLP(2048, 7168):
+            return "its kernel takes 2048 by 7168"
+        return super().why_unsupported(spec)
+
+
 CONV, ATTENTION, MLP = specs.ShortConv, specs.Attention, specs.MLP
 EMBEDDING, ROWS, EXPERTS = specs.Embedding, specs.LastRows, specs.Experts
 HEAD = specs.LMHead
@@ -319,6 +331,7 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "last_rows_none_wanted": (around(ROWS, NoRowWantedRaises), ("last-rows-twice-or-none",)),
     "logits_rows_twice": (around(ROWS, RowsWantedOnce), ("last-rows-twice-or-none",)),
     "mlp_other_bits_from_256_rows": (around(MLP, OtherBitsFrom256Rows), ("rows-among-300",)),
+    "mlp_of_the_release_alone": (OnlyTheReleasesMLP({}), ("every-kind-built-is-judged",)),
     "mlp_large_batch_path_wrong": (
         BrokenBackend({MLP: broken.OtherKernelForManyRows}),
         ("mlp",),

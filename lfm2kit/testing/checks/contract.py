@@ -11,7 +11,9 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.backend import Adds, Bounded, MemoryFigures
 from lfm2kit.batch import Batch
+from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
 from lfm2kit.specs import Spec
+from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import Result, assert_same, each
 from lfm2kit.testing.random_inputs import random_inputs
@@ -39,6 +41,26 @@ def unknown_spec_is_refused(trial: Trial) -> None:
     reason = trial.backend.why_unsupported(_Unheard())
     if not isinstance(reason, str) or not reason:
         raise CheckFailed(f"why_unsupported returned {reason!r} for a spec that nobody builds")
+
+
+@check
+def every_kind_built_is_judged(trial: Trial) -> None:
+    """Of each kind that the backend builds for LFM2-8B-A1B, it builds one that the suite judges.
+
+    A backend whose kernels take the release's sizes alone would pass, with its checks skipped.
+    """
+    release = model_spec(LFM2_8B_A1B, tied=True)
+    unjudged = {
+        spec.kind: spec
+        for spec in dict.fromkeys(_tree(release))
+        if spec.kind in CASES and trial.built([spec]) and not trial.takes_any(CASES[spec.kind])
+    }
+    if unjudged:
+        first = next(iter(unjudged.values()))
+        raise CheckFailed(
+            f"no check judges {', '.join(unjudged)}: it builds {first}, "
+            f"but no {first.kind} of a small or of a usual width"
+        )
 
 
 @check
@@ -163,6 +185,13 @@ def results_belong_to_the_caller(trial: Trial) -> None:
             kept.append((spec, block, result, block.to_host(result)))
     for spec, block, result, was in kept:
         assert_same(block.to_host(result), was, f"{spec}: a result after later calls")
+
+
+def _tree(spec: Spec) -> Iterator[Spec]:
+    """Yield a spec, its parts and theirs."""
+    yield spec
+    for part in spec.parts():
+        yield from _tree(part.spec)
 
 
 def _require_finite(result: Result, what: str) -> None:
