@@ -108,6 +108,35 @@ class EqualLengthsLeak(short_conv.ShortConv):
         return super().__call__(x, batch, state)
 
 
+class OnePastForAll(short_conv.ShortConv):
+    """Chunks of one length are convolved as one array of sequences, all after the first one's past.
+
+    A broadcast of shape [1, kernel_size - 1, hidden_size] fits, and nobody notices.
+    """
+
+    def __call__(self, x, batch, state):
+        lengths = np.diff(batch.cu_seqlens)
+        self.is_even = len(lengths) > 1 and lengths.min() == lengths.max() > 1
+        self.first = None
+        return super().__call__(x, batch, state)
+
+    def _past(self, state, pages, start):
+        past = super()._past(state, pages, start)
+        if not self.is_even or start == 0:
+            return past
+        self.first = past if self.first is None else self.first
+        return self.first
+
+
+class LaunchOf65535Rows(Around):
+    """A row for each block of a launch, of which there are 65,535: later rows stay unwritten."""
+
+    def __call__(self, x):
+        result = self.block(x)
+        result[65_535:] = 0
+        return result
+
+
 class IdsIn16Bits(Around):
     """Token ids are read as int16; the release has 65,536 of them."""
 
@@ -316,6 +345,10 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         BrokenBackend({CONV: EqualLengthsLeak}),
         ("sequences-of-equal-length",),
     ),
+    "conv_one_past_for_all": (
+        BrokenBackend({CONV: OnePastForAll}),
+        ("sequences-of-equal-length",),
+    ),
     "embed_ids_in_int16": (around(EMBEDDING, IdsIn16Bits), ("ids-beyond-32767",)),
     "embed_of_1024_columns": (around(EMBEDDING, WritesSomeColumns), ("real-widths",)),
     "empty_batch_with_state": (
@@ -331,6 +364,7 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "last_rows_none_wanted": (around(ROWS, NoRowWantedRaises), ("last-rows-twice-or-none",)),
     "logits_rows_twice": (around(ROWS, RowsWantedOnce), ("last-rows-twice-or-none",)),
     "mlp_other_bits_from_256_rows": (around(MLP, OtherBitsFrom256Rows), ("rows-among-300",)),
+    "mlp_launch_of_65535_rows": (around(MLP, LaunchOf65535Rows), ("rows-among-100000",)),
     "mlp_of_the_release_alone": (OnlyTheReleasesMLP({}), ("every-kind-built-is-judged",)),
     "mlp_large_batch_path_wrong": (
         BrokenBackend({MLP: broken.OtherKernelForManyRows}),

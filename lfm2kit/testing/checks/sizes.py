@@ -25,6 +25,7 @@ BOTH_WIDTHS = (*OPERATORS, *WIDE_OPERATORS)
 BY_ROW = ("norm", "mlp", "scores", "choice", "router", "experts", "moe", "head")
 
 MANY = 300  # rows, tokens or sequences: more than 256, and no multiple of a tile
+HUGE = 100_000
 VOCABULARY = 70_001
 LARGE_IDS = (0, 1, 32767, 32768, 65535, 65536, VOCABULARY - 1)
 Vocabulary = specs.Embedding | specs.LMHead
@@ -41,6 +42,23 @@ def rows_among_300(trial: Trial) -> None:
             one = slice(row, row + 1)
             alone = block(*(array[one] for array in inputs))
             assert_same(alone, rows_of(together, one), f"{spec}: row {row} alone and among {MANY}")
+
+
+@check
+def rows_among_100000(trial: Trial) -> None:
+    """A row among 100,000 has the bits that it has alone, also the 65,536th and the last.
+
+    Grids of some devices end at 65,535, and offsets in 16 bits begin anew there.  A server's
+    prefill has as many rows.
+    """
+    for spec in trial.first_of_kinds([kind for kind in BY_ROW if kind != "moe"]):
+        block = trial.build(spec, trial.random_weights(spec))
+        inputs = random_inputs(spec, trial.rng, HUGE, lengths=[HUGE])
+        together = block(*inputs)
+        for row in (0, 65_535, 65_536, HUGE - 1):
+            one = slice(row, row + 1)
+            alone = block(*(array[one] for array in inputs))
+            assert_same(alone, rows_of(together, one), f"{spec}: row {row} alone and among {HUGE}")
 
 
 @check
@@ -72,6 +90,20 @@ def sequences_of_equal_length(trial: Trial) -> None:
             assert_same(block(np.concatenate(rows), batch, None), alone, what)
             session = Session(spec, block, trial.rng, Room(4, PAGE_TOKENS))
             assert_same(joined(session.feed(*enumerate(rows))), alone, f"{what}, with a state")
+            if length == 5:
+                _judge_next_chunks(trial, spec, block, session, rows)
+
+
+def _judge_next_chunks(
+    trial: Trial, spec: Spec, block: HostBlock, session: Session, before: Sequence[Float32]
+) -> None:
+    """Judge a second call with as many rows of every sequence, each of which has a past."""
+    rows = [random_rows(trial.rng, len(x), spec.hidden_size) for x in before]  # type: ignore[attr-defined]
+    got = joined(session.feed(*enumerate(rows)))
+    pairs = zip(before, rows, strict=True)
+    whole = [one_shot(spec, block, np.concatenate(pair)) for pair in pairs]
+    want = joined([rows_of(one, slice(len(before[0]), None)) for one in whole])
+    assert_same(got, want, f"{spec}: next chunks of one length of four sequences")
 
 
 @check
