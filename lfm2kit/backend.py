@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from lfm2kit.batch import Batch, Form
+from lfm2kit.batch_rules import PADDING
 from lfm2kit.crossing import (
     ArrayForm,
     Call,
@@ -62,6 +63,7 @@ __all__ = [
     "FP32",
     "FP32_GRADE",
     "HOST",
+    "PADDING",
     "SIXTEEN_BIT",
     "STEP_BACK",
     "Adds",
@@ -118,6 +120,7 @@ __all__ = [
     "Spec",
     "State",
     "TakesIds",
+    "TakesPadding",
     "Tensor",
     "Weights",
     "first_call",
@@ -405,8 +408,9 @@ class TakesIds(Protocol):
     def with_ids(self, batch: Batch, token_ids: Array) -> Array:
         """Return the logits of a host batch whose ids are those in `token_ids`.
 
-        They are an int32 array [tokens] of the backend's memory, all within the vocabulary, and
-        ready for what is enqueued in the current stream.  The batch's own ids mean nothing.
+        They are an int32 array [tokens] of the backend's memory, within the vocabulary but for
+        padding rows, and ready for what is enqueued in the current stream.  The batch's own ids
+        mean nothing.
         """
         ...
 
@@ -429,6 +433,24 @@ class Captures(Protocol):
         of their arrays, ids, positions and pages included: see `Batch.packed` and `Batch.unpacked`.
         Raise MemoryError if there is no room; the core then closes other replays and tries once
         more.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesPadding(Protocol):
+    """Capability: a backend whose blocks take batches that end in padding rows (see `Batch`).
+
+    An engine then rounds the number of sequences in a captured step up, so that steps of few sizes
+    are captured.  Blocks that are given no batch take padding rows as any others.
+    """
+
+    def takes_padding(self, spec: Spec) -> bool:
+        """Return whether the block of a spec that is called with a batch takes padding rows.
+
+        An `Embedding` then returns zeros in them, whatever their ids.  Operators read and write no
+        page for them, and return any finite numbers if they are given such.  No bit of another row
+        changes.
         """
         ...
 

@@ -1,7 +1,7 @@
 """Which rows of the flat `[tokens, hidden_size]` tensors belong to which sequence.
 
-There is no padding and no ambient context: a block that needs to know about sequences is
-given a `Batch`.  The known ShortConv bugs of other libraries are all implicit batch state.
+There is no ambient context: a block that needs to know about sequences is given a `Batch`.  The
+known ShortConv bugs of other libraries are all implicit batch state.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.batch_rules import ARRAYS, MOST_CONTEXT, check, check_pages, integers
+from lfm2kit.batch_rules import ARRAYS, MOST_CONTEXT, PADDING, check, check_pages, integers
 from lfm2kit.memory import HOST, Mark, Memory, is_ordered
 
 Make = Callable[["Batch"], "Batch"]
@@ -38,12 +38,16 @@ class Batch:
     that starts at position p > 0 goes on after the p tokens that its pages hold.  Token t of a
     sequence lies in page `pages[sequence, t // page_tokens]`, at place `t % page_tokens`.
 
+    A batch may end in padding rows, which stand for no token, if the model's blocks take them (see
+    `lfm2kit.backend.TakesPadding`).  Each counts as a sequence, at position -1 and without pages.
+
     Raise ValueError, when it is made on the host, if a field is not as described here.  The arrays
     are not copied and not checked again, so they must not change.
     """
 
     token_ids: Any  # int32 [tokens]
-    positions: Any  # int32 [tokens], of each row in its own sequence: consecutive, below 2^24
+    # int32 [tokens], of each row in its own sequence: consecutive, below 2^24; -1 of padding rows
+    positions: Any
     cu_seqlens: Any  # int32 [sequences + 1], row where each sequence starts; the last is `tokens`
     pages: Any  # int32 [sequences, width], -1 beyond a sequence's pages; width 0 without a state
     logits_rows: Any  # int32 [logits], the rows whose logits are wanted, in any order
@@ -125,6 +129,43 @@ class Batch:
             views={},
             makes={},
             copied=None,
+        )
+
+    def padded(self, tokens: int) -> Batch:
+        """Return this host batch with padding rows behind its own, so that it has `tokens` rows.
+
+        It is this batch, if that has as many.  Logits of padding come last.  Raise ValueError if
+        the batch has more rows than that.
+        """
+        count = tokens - self.tokens
+        if count < 0:
+            raise ValueError(f"the batch has {self.tokens} rows, which is more than {tokens}")
+        if count == 0:
+            return self
+        rows = np.arange(self.tokens, tokens, dtype=np.int32)
+        no_page = np.full((count, self.pages.shape[1]), -1, np.int32)
+        return self.unchecked(
+            token_ids=np.concatenate([self.token_ids, np.zeros(count, np.int32)]),
+            positions=np.concatenate([self.positions, np.full(count, PADDING, np.int32)]),
+            cu_seqlens=np.concatenate([self.cu_seqlens, rows + np.int32(1)]),
+            pages=np.concatenate([self.pages, no_page]),
+            logits_rows=np.concatenate([self.logits_rows, rows]),
+            max_seqlen=max(self.max_seqlen, 1),
+        )
+
+    def without_padding(self) -> Batch:
+        """Return this host batch without its padding rows: itself, if it has none."""
+        count = int(np.count_nonzero(self.positions == PADDING))
+        if not count:
+            return self
+        tokens, sequences = self.tokens - count, self.sequences - count
+        return self.unchecked(
+            token_ids=self.token_ids[:tokens],
+            positions=self.positions[:tokens],
+            cu_seqlens=self.cu_seqlens[: sequences + 1],
+            pages=self.pages[:sequences],
+            logits_rows=self.logits_rows[self.logits_rows < tokens],
+            max_seqlen=self.max_seqlen if tokens else 0,
         )
 
     def on(self, memory: Memory) -> Batch:

@@ -19,6 +19,7 @@ Int32 = npt.NDArray[np.int32]
 
 INT32 = np.dtype(np.int32)
 MOST_CONTEXT = 2**24  # tokens of a sequence: float32 represents larger positions inexactly
+PADDING = -1  # the position of a row that stands for no token
 ARRAYS = ("token_ids", "positions", "cu_seqlens", "pages", "logits_rows")
 
 
@@ -59,17 +60,37 @@ def check_sequences(batch: Batch) -> None:
 
 
 def check_positions(batch: Batch) -> None:
-    """Check that `positions` rise by one within a sequence, from 0 to MOST_CONTEXT - 1."""
+    """Check that `positions` rise by one within a sequence, from 0 to MOST_CONTEXT - 1.
+
+    Those of padding rows, which come last, are -1.
+    """
     positions = batch.positions
     if len(positions) != batch.tokens:
         raise ValueError(f"there are {len(positions)} positions for {batch.tokens} tokens")
-    if len(positions) and positions.view(np.uint32).max() >= MOST_CONTEXT:
-        raise ValueError(f"a position is negative, or beyond {MOST_CONTEXT - 1}")
+    if are_outside(positions):
+        padding = int(np.count_nonzero(positions == PADDING))
+        if are_outside(positions[: batch.tokens - padding]):
+            raise ValueError(f"a position is negative, or beyond {MOST_CONTEXT - 1}")
+        check_padding(batch, padding)
     if batch.tokens > batch.sequences:
         steps = positions[1:] - positions[:-1]
         steps[batch.cu_seqlens[1:-1] - 1] = 1  # between two sequences any step is right
         if not (steps == 1).all():
             raise ValueError("positions within a sequence are not consecutive")
+
+
+def are_outside(positions: Int32) -> bool:
+    return len(positions) > 0 and bool(positions.view(np.uint32).max() >= MOST_CONTEXT)
+
+
+def check_padding(batch: Batch, count: int) -> None:
+    """Check that each of the last `count` rows is a sequence of its own, without pages."""
+    first = batch.tokens - count
+    is_alone = count <= batch.sequences and batch.cu_seqlens[-count - 1] == first
+    if not is_alone or (batch.pages[-count:] != -1).any():
+        raise ValueError(
+            "a padding row, at position -1, is not a sequence of its own without pages"
+        )
 
 
 def check_pages(pages: Int32) -> None:

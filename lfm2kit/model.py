@@ -32,6 +32,7 @@ from lfm2kit.backend import (
     TakesIds,
 )
 from lfm2kit.batch import Batch, Make
+from lfm2kit.batch_rules import PADDING
 from lfm2kit.building import out_of_memory
 from lfm2kit.building.joins import Join, Joins
 from lfm2kit.building.placement import Placed
@@ -142,6 +143,7 @@ class LFM2:
     home: Memory
     backend: Backend  # the plan's default
     may_capture: bool = True
+    takes_padding: bool = False  # whether its batches may end in padding rows
     servers: Sequence[Server] = ()  # of crossings: each forward runs inside their contexts
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)  # with other ranks, by block
     offers: Sequence[ExchangeOffer] = ()  # by which the exchanges were made
@@ -231,13 +233,15 @@ class LFM2:
         """
         host = batch.on(HOST)
         self._check_ids(host)
+        self._check_padding(host)
         with out_of_memory.in_a_forward(self.forward, host), self._lock:
+            held = host.without_padding()
             with self.running(host.tokens) as agreed:
-                self._begin(host, state)
+                self._begin(held, state)
                 with self._run(host, state, agreed, token_ids) as logits:
                     yield logits
             if state is not None:  # not before the servers have said that nothing has failed
-                state.ledger.complete(host)
+                state.ledger.complete(held)
 
     def new_state(self, room: Room) -> ModelState:
         """Return an empty state with `room.pages` pages of `room.page_tokens` tokens.
@@ -346,6 +350,10 @@ class LFM2:
                 f"token id {token_ids[row]} in row {row}, which is of sequence {sequence}, lies "
                 f"outside the vocabulary of {size}"
             )
+
+    def _check_padding(self, batch: Batch) -> None:
+        if batch.tokens and batch.positions[-1] == PADDING and not self.takes_padding:
+            raise ValueError("the batch ends in padding rows, which the model's blocks do not take")
 
     def _begin(self, host: Batch, state: ModelState | None) -> None:
         """Raise ValueError or TypeError if the batch cannot go on from the state, or from none."""

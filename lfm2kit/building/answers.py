@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lfm2kit.backend import Backend, Bounded, Ceilings, ReadsRows, Room, Weights
+from lfm2kit.backend import Backend, Bounded, Ceilings, ReadsRows, Room, TakesPadding, Weights
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import F32, PLAIN, Format
 from lfm2kit.memory import Memory
@@ -86,6 +86,13 @@ class Answers(NamedTuple):
         answer: Format = self._of(spec, "row_format", lambda one: one in PLAIN, words, spec)
         return answer
 
+    def takes_padding(self, spec: Spec) -> bool:
+        """Return False if the backend does not say."""
+        if not isinstance(self.backend, TakesPadding):
+            return False
+        answer: bool = self._of(spec, "takes_padding", _is_bool, "True or False", spec)
+        return answer
+
     def notes(self) -> Sequence[str]:
         answer: Sequence[str] = self._of(None, "notes", _are_texts, "a list of texts")
         return answer
@@ -145,6 +152,10 @@ def _size(who: str, ask: Callable[[], Any]) -> int:
 
 def _is_reason(answer: Any) -> bool:
     return answer is None or isinstance(answer, str)
+
+
+def _is_bool(answer: Any) -> bool:
+    return isinstance(answer, bool)
 
 
 def _is_memory(answer: Any) -> bool:

@@ -12,6 +12,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, BuildsAround, Crosses, Crossing, Server
 from lfm2kit.building import out_of_memory
 from lfm2kit.building.capacity import check_state
+from lfm2kit.building.padding import takes_padding
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import checked
 from lfm2kit.engine.samplers import sampler_for
@@ -113,6 +114,7 @@ def build_model(
         home=placed.outer,
         backend=builder.create(default_backend),
         may_capture=builder.may_capture,
+        takes_padding=takes_padding(placed, builder.create),
         check_room=partial(check_state, builder.create, placed, builder.ranks),
         folder=folder,
         new_sampler=sampler_for(placed, builder.create),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as List
 from contextlib import suppress
+from itertools import repeat
 from typing import Any, NamedTuple
 
 from lfm2kit.batch import Batch
@@ -58,7 +59,7 @@ class Ahead:
         if self._sampler is None or not all(map(_needs_tokens_alone, chunks)):
             return False
         rows = [chunk.sequence.row() for chunk in chunks]
-        self._begun = self._begin(chunks, batch_of(chunks), rows)
+        self._begun = self._begin(chunks, self._steps.sized(batch_of(chunks)), rows)
         return True
 
     def read(self) -> list[tuple[Chunk, Drawn | NotANumber]]:
@@ -69,7 +70,7 @@ class Ahead:
         begun = self._begun
         assert begun is not None, "no step has begun"
         self._begun = self._after(begun)
-        pairs = zip(begun.chunks, begun.drawing.end(), strict=True)
+        pairs = zip(begun.chunks, begun.drawing.end(), strict=False)  # padding rows come last
         return [(chunk, token) for chunk, token in pairs if chunk.sequence.pages]
 
     def drop(self) -> None:
@@ -84,7 +85,10 @@ class Ahead:
         if isinstance(begun.drawing, Failed):
             return None
         chunks = self._scheduler.plan_after(begun.chunks)
-        if not chunks or not self._steps.takes_ids(batch := batch_after(chunks)):
+        if not chunks:
+            return None
+        batch = self._steps.sized(batch_after(chunks))
+        if not self._steps.takes_ids(batch):
             return None
         rows = [chunk.sequence.row(guessed=UNKNOWN) for chunk in chunks]
         try:
@@ -95,8 +99,9 @@ class Ahead:
     def _begin(
         self, chunks: List[Chunk], batch: Batch, rows: List[Row], newest: Array | None = None
     ) -> Begun:
+        asked = [*rows, *repeat(None, len(batch.logits_rows) - len(rows))]
         with self._steps.logits(batch, newest) as logits:
-            return Begun(chunks, self._sampler.begin(logits, rows, newest))
+            return Begun(chunks, self._sampler.begin(logits, asked, newest))
 
 
 def _needs_tokens_alone(chunk: Chunk) -> bool:

@@ -12,7 +12,7 @@ A sequence's tokens do not depend on what else is in its steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import chain, count
+from itertools import chain, count, repeat
 from types import TracebackType
 
 import numpy as np
@@ -224,7 +224,7 @@ class Engine:
             return
         last = [chunk.sequence for chunk in chunks if chunk.is_last]
         self._masks.begin(chunk.sequence for chunk in chunks)
-        with self._steps.logits(batch_of(chunks)) as logits:
+        with self._steps.logits(self._steps.sized(batch_of(chunks))) as logits:
             following = self._masks.collect(last)  # while the forward still runs, where it can
             drawn = self._drawn(logits, chunks, following)
             scores = self._steps.scores(logits, chunks)
@@ -251,7 +251,9 @@ class Engine:
     ) -> dict[Sequence, list[Drawn | NotANumber]]:
         """Return the tokens of those sequences that may have one; more if guesses are right."""
         asked = [rows_of(chunk, following.get(chunk.sequence)) for chunk in chunks]
-        drawn = iter(self._sampler.draw(logits, list(chain.from_iterable(asked))))
+        flat = list(chain.from_iterable(asked))
+        flat += repeat(None, logits.shape[0] - len(flat))  # of padding rows nothing is drawn
+        drawn = iter(self._sampler.draw(logits, flat))
         found = {}
         for chunk, rows in zip(chunks, asked, strict=True):
             if tokens := tokens_of(chunk, drawn, rows):

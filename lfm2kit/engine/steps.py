@@ -19,6 +19,7 @@ from lfm2kit.batch import Batch, Form
 from lfm2kit.engine.room import room_for
 from lfm2kit.engine.scheduler import Chunk
 from lfm2kit.engine.sequence import UNKNOWN, Sequence
+from lfm2kit.engine.sizes import size_for
 from lfm2kit.memory import Array
 from lfm2kit.model import LFM2
 from lfm2kit.progress import step
@@ -51,6 +52,7 @@ class Steps:
         self.room = room if self._job is None else agreed(self._job, room)
         self._model = model
         self._state: ModelState | None = model.new_state(self.room)
+        self._pads = self._job is None and model.is_captured and model.takes_padding
         if self._job is not None:
             step(*WAITING)
 
@@ -67,6 +69,17 @@ class Steps:
     def takes_ids(self, batch: Batch) -> bool:
         """Return whether a batch may have ids that only the model's memory has."""
         return self._state is not None and self._model.takes_ids(batch, self._state)
+
+    def sized(self, batch: Batch) -> Batch:
+        """Return the batch with padding rows, so that steps of decoding are captured in few sizes.
+
+        Prompts get them as well, because the next step takes ids for as many rows as were drawn.
+        Batches that have not one row of logits for each sequence are returned as they are, and so
+        are those of models that capture nothing.
+        """
+        if not self._pads or batch.sequences != len(batch.logits_rows):
+            return batch
+        return batch.padded(batch.tokens + size_for(batch.sequences) - batch.sequences)
 
     @contextmanager
     def logits(self, batch: Batch, token_ids: Array | None = None) -> Iterator[Array]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Room, Weights
+from lfm2kit.backend import PADDING, Batch, Room, Weights
 from lfm2kit.reference.linear import Float32, Float64, linear, rms_norm
 
 
@@ -26,12 +26,14 @@ class Attention:
         q = self._rotated(self._heads(x, "q"), "q", batch.positions)
         k = self._rotated(self._heads(x, "k"), "k", batch.positions)
         v = self._heads(x, "v")
-        heads = np.empty_like(q)
+        heads = np.zeros_like(q)
         for i, pages in enumerate(batch.pages):
             rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
+            positions = batch.positions[rows]
+            if positions[0] == PADDING:
+                continue
             keys, values = k[rows], v[rows]
             if state is not None:
-                positions = batch.positions[rows]
                 keys, values = (
                     _extended(cache, pages, positions, new)
                     for cache, new in zip(state, (keys, values), strict=True)

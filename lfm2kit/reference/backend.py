@@ -40,6 +40,9 @@ class ReferenceBackend:
         block: Block = BLOCKS[type(spec)](spec, weights)
         return block
 
+    def takes_padding(self, spec: Spec) -> bool:
+        return True
+
     def kept_bytes(self, spec: Spec, weights: Weights) -> int:
         """Return the bytes of a convolution's taps: all else stays a view of the checkpoint."""
         shapes = spec.parameters().values()

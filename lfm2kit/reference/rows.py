@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Weights
+from lfm2kit.backend import PADDING, Batch, Weights
 from lfm2kit.reference.linear import Float32, float64, linear, rms_norm
 
 
@@ -14,7 +14,10 @@ class Embedding:
         self.weight = weights["weight"]
 
     def __call__(self, batch: Batch) -> Float32:
-        return np.array(self.weight[batch.token_ids].float32())
+        is_padding = batch.positions == PADDING  # such a row's id means nothing
+        hidden = np.array(self.weight[np.where(is_padding, 0, batch.token_ids)].float32())
+        hidden[is_padding] = 0
+        return hidden
 
 
 class RMSNorm:

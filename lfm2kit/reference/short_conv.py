@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
-from lfm2kit.backend import Batch, Room, Weights
+from lfm2kit.backend import PADDING, Batch, Room, Weights
 from lfm2kit.reference.linear import Float32, Float64, float64, linear
 from lfm2kit.state import STEP_BACK
 
@@ -45,10 +45,12 @@ class ShortConv:
     def __call__(self, x: Float32, batch: Batch, state: State | None) -> Float32:
         B, C, X = np.split(self._linear(x, "in_proj"), 3, axis=1)
         u = B * X
-        y = np.empty_like(u)
+        y = np.zeros_like(u)
         for i, pages in enumerate(batch.pages):
             rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
             positions = batch.positions[rows]
+            if positions[0] == PADDING:
+                continue
             past = self._past(state, pages, positions[0])
             y[rows] = self._convolve(np.concatenate([past, u[rows]]))
             if state is not None:

@@ -24,6 +24,7 @@ from lfm2kit.backend import (
     Spec,
     Weights,
 )
+from lfm2kit.batch import Batch
 from lfm2kit.batch_rules import ARRAYS
 from lfm2kit.formats import rounded
 from lfm2kit.model import RoutedExperts
@@ -959,6 +960,28 @@ class BakesInTheState(BrokenBackend):
     def capture(self, step, batch):
         step = self.steps.setdefault(batch.form, step)
         return BakedIn(step, batch, ARRAYS)
+
+
+class TakesPaddingForTokens(BrokenBackend):
+    """Says that its blocks take padding rows; one kind gives them to the reference as tokens."""
+
+    def __init__(self, kind: type[Spec]) -> None:
+        super().__init__({kind: lambda spec, weights: _OfTokens(BLOCKS[kind](spec, weights))})
+
+    def takes_padding(self, spec: Spec) -> bool:
+        return True
+
+
+class _OfTokens(Around):
+    def __call__(self, *inputs):
+        return self.block(*map(self._of_tokens, inputs))
+
+    @staticmethod
+    def _of_tokens(value):
+        if not isinstance(value, Batch):
+            return value
+        ids, positions = np.maximum(value.token_ids, 0), np.maximum(value.positions, 0)
+        return value.unchecked(token_ids=ids % 8, positions=positions)
 
 
 class CannotBeClosed(BrokenBackend):

@@ -65,6 +65,7 @@ class Replay:
 
     def __init__(self, step: Callable[[Batch], Any], batch: Batch, memory: DeviceMemory) -> None:
         self.memory = memory
+        self.form = batch.form
         self.numbers = DeviceArray(batch.packed().shape)
         there = batch.unpacked(memory, self.numbers)
         self.replay = memory.recorded(lambda: step(there))

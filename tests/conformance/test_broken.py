@@ -44,6 +44,13 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         late.SharesArguments(),
         ("threads-do-not-disturb-each-other",),
     ),
+    **{
+        f"padding for tokens in {kind.__name__}": (
+            broken.TakesPaddingForTokens(kind),
+            ("padding-rows",),
+        )
+        for kind in (specs.Embedding, CONV, ATTENTION)
+    },
     "softmax router": (
         BrokenBackend({ROUTER: broken.SoftmaxRouter}),
         ("router-sigmoid-not-softmax", "router", "sparse-moe", "whole-model"),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lfm2kit import batch as module
-from lfm2kit.batch import Batch
-from lfm2kit.batch_rules import MOST_CONTEXT
+from lfm2kit.batch import Batch, Form
+from lfm2kit.batch_rules import ARRAYS, MOST_CONTEXT, check
 from tests.core.test_model import Elsewhere
 
 
@@ -49,6 +49,8 @@ def two_sequences(**changes: Any) -> Batch:
         ("positions", int32(5, 6, 7, 1, 1), "not consecutive"),
         ("positions", int32(-1, 0, 1, 0, 1), "negative"),
         ("positions", int32(-(2**31), 6, 7, 0, 1), "negative"),
+        ("positions", int32(5, 6, 7, 0, -1), "a padding row, at position -1, is not a sequence of"),
+        ("positions", int32(5, 6, 7, -1, -1), "is not a sequence of its own without pages"),
         ("positions", MOST_CONTEXT - 2 + int32(0, 1, 2, 0, 1), "beyond 16777215"),
         ("positions", int32(2**31 - 2, 2**31 - 1, -(2**31), 0, 1), "negative, or beyond"),
         ("cu_seqlens", int32(0, 3, 4), "does not rise"),
@@ -257,3 +259,35 @@ def test_what_is_packed_comes_back_from_a_copy_of_it() -> None:
     first = captured.derived("first", lambda host: pytest.fail("it is there"))
     assert first.logits_rows.tolist() == [3]
     assert first.memory.name == captured.memory.name == "elsewhere"
+
+
+def test_padding_rows_come_last_and_go_again() -> None:
+    batch = two_sequences()
+    padded = batch.padded(8)
+    check(padded)
+    assert padded.form == Form(tokens=8, sequences=5, logits=6, width=2, max_seqlen=3)
+    assert padded.positions.tolist() == [5, 6, 7, 0, 1, -1, -1, -1]
+    assert padded.pages[2:].tolist() == [[-1, -1]] * 3
+    assert padded.logits_rows.tolist() == [4, 2, 4, 5, 6, 7]
+    again = padded.without_padding()
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(again, name), getattr(batch, name), strict=True)
+    assert again.form == batch.form
+    assert batch.without_padding() is batch.padded(5) is batch
+    nothing = Batch.of_sequences([])
+    check(nothing.padded(2))
+    assert nothing.padded(2).without_padding().form == nothing.form
+    with pytest.raises(ValueError, match="the batch has 5 rows, which is more than 4"):
+        batch.padded(4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("pages", [[2, 1], [0, -1], [3, -1]]), ("cu_seqlens", [0, 2, 5, 6]), ("positions", -1)],
+)
+def test_wrong_padding_is_an_error(field: str, value: Any) -> None:
+    padded = two_sequences().padded(6)
+    if field == "positions":
+        value = [5, 6, 7, -1, 0, -1]
+    with pytest.raises(ValueError, match=r"negative|padding row|consecutive"):
+        replace(padded, **{field: np.array(value, np.int32)})
