@@ -226,6 +226,23 @@ def test_parts_are_added_to_what_attention_is(of_parts: EmulatedAttention) -> No
     np.testing.assert_allclose(got, expected(qkv, spec), rtol=error, atol=scale)
 
 
+@pytest.mark.parametrize("ctas", [0, 1, 3])
+def test_padding_rows_are_zeros_and_touch_no_page(attention: EmulatedAttention, ctas: int) -> None:
+    qkvs = [rows(n, n) for n in CONTEXTS]
+    state, pages = filled(attention, [qkv[:-1] for qkv in qkvs])
+    attention = replace(attention, ctas=ctas)
+    starts = [len(qkv) - 1 for qkv in qkvs]
+    step = Batch.of_sequences([np.zeros(1, np.int32)] * len(qkvs), starts=starts, pages=pages)
+    new = np.concatenate([*(qkv[-1:] for qkv in qkvs), rows(3)])
+    padded_state = deepcopy(state)
+    want = attention(new[: step.tokens], step, state)
+    got = attention(new, step.padded(len(new)), padded_state)
+    assert_same(got[: step.tokens], want, "beside padding rows")
+    assert not got[step.tokens :].any()
+    for array, wanted in zip(padded_state.arrays, state.arrays, strict=True):
+        np.testing.assert_array_equal(array, wanted)
+
+
 def filled(
     attention: EmulatedAttention, qkvs: list[Float32], wider: int = 3
 ) -> tuple[Kept, npt.NDArray[np.int32]]:

@@ -1,6 +1,7 @@
 """Few tokens are chosen and grouped in one kernel, on the CPU, where CUDA threads take turns.
 
-It leaves the bits of `choose_by_sums`, and the lists of `group_by_expert`'s twin.
+It leaves the bits of `choose_by_sums`, but no expert to rows of zeros, and the lists of
+`group_by_expert`'s twin.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SIZES = [  # experts, taken
 ]
 TILINGS = [(8, 8, False), (4, 1, False), (48, 8, True), (16, 8, True), (3, 1, True)]
 MOST = GROUPING.MOST_TOKENS
+HIDDEN = 520  # more than is read of a row at once
 
 
 class Routed(NamedTuple):
@@ -45,7 +47,7 @@ class Routed(NamedTuple):
     count: Ints
 
 
-Route = Callable[[Float32, Float32, Sequence[int], tuple[int, int, bool]], Routed]
+Route = Callable[[Float32, Float32, Float32, Sequence[int], tuple[int, int, bool]], Routed]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def routing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Ro
 
     @cache
     def compiled(experts: int, taken: int) -> Route:
-        constants = {"HIDDEN": 16, "VECTOR": 4, "EXPERTS": experts, "TAKEN": taken}
+        constants = {"HIDDEN": HIDDEN, "VECTOR": 4, "EXPERTS": experts, "TAKEN": taken}
         defined = [*definitions("blocks/router", constants), *definitions("blocks/grouping", {})]
         program = compiled_program(
             sources, "grouping", defined, folder / f"grouping-{experts}-{taken}"
@@ -69,6 +71,7 @@ def routing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Ro
 def routed(
     program: Path,
     taken: int,
+    x: Float32,
     sums: Float32,
     bias: Float32,
     local: Sequence[int],
@@ -79,7 +82,7 @@ def routed(
     slots *= EXPERTS.ALIGNMENT
     most = pairs // tiling[0] + len(local)
     numbers = sums.shape[1], len(local), slots, most, *map(int, tiling), 1, 1.5
-    arrays = sums, bias, np.array(local, np.int32)
+    arrays = x, sums, bias, np.array(local, np.int32)
     done = subprocess.run(
         [str(program), *map(str, numbers)], check=True, timeout=100, stdout=subprocess.PIPE,
         input=b"".join(array.tobytes() for array in arrays),
@@ -99,6 +102,16 @@ def random_sums(rng: np.random.Generator, tokens: int, experts: int) -> Float32:
     return sums
 
 
+def random_rows(rng: np.random.Generator, tokens: int) -> Float32:
+    """Return rows of which some are zeros, or zeros but for one element."""
+    x = rng.standard_normal((tokens, HIDDEN)).astype(np.float32)
+    kinds = rng.integers(0, 5, tokens)
+    x[kinds < 3] = 0
+    x[kinds == 0] *= np.float32(-1)
+    x[kinds == 1, rng.choice([0, 511, 512, HIDDEN - 1])] = rng.choice([1e-40, np.nan])
+    return x
+
+
 def random_local(rng: np.random.Generator, experts: int) -> Sequence[int]:
     """Return all experts, or any of them in any order."""
     is_all = rng.random() < 0.5
@@ -114,14 +127,17 @@ def test_few_tokens_are_chosen_and_grouped_at_once(
     experts, taken = sizes
     for i, tokens in enumerate((1, 2, MOST, *rng.integers(3, MOST, 2))):
         sums, local = random_sums(rng, tokens, experts), random_local(rng, experts)
+        x = random_rows(rng, tokens)
         bias = rng.standard_normal(experts).astype(np.float32) * np.float32(
             rng.choice([0, 0.05, 3])
         )
         tiling = TILINGS[i % len(TILINGS)]
-        got = routing(*sizes)(sums, bias, local, tiling)
-        assert np.array_equal(got.its_ids, got.ids)
+        got = routing(*sizes)(x, sums, bias, local, tiling)
+        is_zero = (x == 0).all(axis=1, keepdims=True)
+        ids = np.where(is_zero, np.int32(-1), got.ids.reshape(-1, taken))
+        assert np.array_equal(got.its_ids, ids.reshape(-1))
         assert np.array_equal(got.its_weights, got.weights)
-        source, place, tiles = grouped(got.ids.reshape(-1, taken), local, *tiling)
+        source, place, tiles = grouped(ids, local, *tiling)
         assert np.array_equal(got.source[: len(source)], source)
         assert (got.source[len(source) :] == -1).all()
         assert np.array_equal(got.place, place)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from lfm2kit import specs
+from lfm2kit.batch import Batch
 from lfm2kit.state import STEP_BACK, Room
 from lfm2kit.testing.compare import assert_same
 from lfm2kit.testing.sessions import Session, one_shot
@@ -102,3 +103,17 @@ def test_forks_leave_the_shared_page_alone(conv: EmulatedConv) -> None:
         before = len(bcx) if name == "one" else shared
         want = whole(conv, np.concatenate([bcx[:before], ends[name]]))
         assert_same(result, want[before:], name)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 20, 1)])
+def test_padding_rows_are_zeros_and_touch_no_page(
+    conv: EmulatedConv, lengths: tuple[int, ...]
+) -> None:
+    state, padded_state = (conv.new_state(Room(3, 64)) for _ in range(2))
+    ids = [np.zeros(n, np.int32) for n in lengths]
+    batch = Batch.of_sequences(ids, pages=[[2], [0], [1]])
+    padded, bcx = batch.padded(batch.tokens + 2), rows(batch.tokens + 2)
+    want, got = conv(bcx[: batch.tokens], batch, state), conv(bcx, padded, padded_state)
+    assert_same(got[: batch.tokens], want, "beside padding rows")
+    assert not got[batch.tokens :].any()
+    np.testing.assert_array_equal(padded_state.arrays[0], state.arrays[0])

@@ -49,8 +49,9 @@ def check(choice: Any, sums: Any, local: Sequence[int], gemm: Any) -> None:
     import cupy
     from lfm2kit_cuda.blocks.grouping import chosen_and_grouped, grouped_by_expert
 
+    x = cupy.ones((sums.shape[1], 8), np.float32)
     sums, here = cupy.asarray(sums), cupy.asarray(np.array(local, np.int32))
-    routing, groups = chosen_and_grouped(choice, sums, here, gemm)
+    routing, groups = chosen_and_grouped(choice, x, sums, here, gemm)
     want = choice.by_sums(sums)
     wanted = grouped_by_expert(want[0], here, sums.shape[2], gemm)
     assert_same(routing[0], want[0])

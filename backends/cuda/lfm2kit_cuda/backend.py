@@ -172,6 +172,9 @@ class CudaBackend:
         known = all(type(part.spec) in PARTS for part in layer.parts())
         return None if known else "its feed-forward is not one of ours"
 
+    def takes_padding(self, spec: Spec) -> bool:
+        return type(spec) in BLOCKS
+
     def capture(self, step: Callable[[Batch], Array], batch: Batch) -> Replay:
         try:
             return Replay(step, batch, self._memory)

@@ -1,6 +1,6 @@
 // Runs `choose_by_sums` of router.cu, and then `choose_and_group` of grouping.cu, on the host:
 //
-//     grouping TOKENS LOCAL SLOTS MOST TILE_ROWS STEP BY_HEIGHT NORMALISE SCALING < SUMS, BIAS AND LOCAL IDS
+//     grouping TOKENS LOCAL SLOTS MOST TILE_ROWS STEP BY_HEIGHT NORMALISE SCALING < X, SUMS, BIAS AND LOCAL IDS
 //
 // All are 4 bytes an element and as the kernels take them.  What comes out is what the first one writes and
 // then what the second one does, each array with some elements behind it that are to stay as they are.
@@ -17,6 +17,7 @@ int main(int, char** argv) {
   auto number = [=](int i) { return std::atoi(argv[1 + i]); };
   int tokens = number(0), local = number(1), slots = number(2), normalise = number(7);
   float scaling = float(std::atof(argv[9]));
+  auto x = read<float>(size_t(tokens) * HIDDEN);
   auto sums = read<float>(size_t(kSplits) * tokens * EXPERTS), bias = read<float>(EXPERTS);
   auto local_ids = read<int>(local);
   auto ids = poisoned(size_t(tokens) * TAKEN), weights = ids, its_ids = ids, its_weights = ids;
@@ -28,7 +29,7 @@ int main(int, char** argv) {
   });
   auto prepare = [] { std::memset(static_cast<void*>(&grouping), 0x55, sizeof grouping); };
   launch({1, 1, 1}, MOST_TOKENS * kWarp, MOST_TOKENS, prepare, [&] {
-    choose_and_group(sums.data(), bias.data(), its_ids.data(), floats(its_weights), tokens,
+    choose_and_group(x.data(), HIDDEN, sums.data(), bias.data(), its_ids.data(), floats(its_weights), tokens,
                      normalise, scaling, local_ids.data(), local, source.data(), slots,
                      place.data(), reinterpret_cast<int4*>(tiles.data()), count.data(), number(4),
                      number(5), number(6));

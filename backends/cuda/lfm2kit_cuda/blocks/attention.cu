@@ -51,6 +51,12 @@ struct Heads {
       if (::element(i) < HEAD_DIM)
         *activation_at(all, to_row, first + ::element(i), extent) = INNER::from_float(of[i] / total);
   }
+
+  // Stores zeros for a padding row, with a CTA.
+  __device__ void clear() const {
+    const float zeros[kDims] = {};
+    for (int pair = threadIdx.x / kWarp; pair < kGroup; pair += kWarps) store(pair, zeros, 1);
+  }
 };
 
 // One way: a CTA takes up to kRows rows of a sequence with the query heads of one key head, and goes
@@ -105,12 +111,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   int first = cu_seqlens_s[sequence], end = cu_seqlens_s[sequence + 1];
   int row0 = first + blockIdx.x * kRows;
   if (row0 >= end) return;
+  Heads heads{out, row0, kv_head * kGroup * HEAD_DIM, extent};
+  const int* positions_r = positions_t + row0;
+  if (positions_r[0] < 0) return heads.clear();
   int pairs = min(kRows, end - row0) * kGroup;
   load_queries(whole.queries, qkv_t, row0, kv_head, pairs);
   Pages pages{keys ? pages_sw + size_t(sequence) * width : nullptr, page_tokens};
   Tiles tiles(whole.stages, past_of(qkv_t, keys, values, first, kv_head), pages);
-  Heads heads{out, row0, kv_head * kGroup * HEAD_DIM, extent};
-  const int* positions_r = positions_t + row0;
   if (pairs <= kWarps) attend_pairs<1>(whole, tiles, positions_r, pairs, heads, scale);
   else attend_pairs<kPairsOfWarp>(whole, tiles, positions_r, pairs, heads, scale);
 }
@@ -179,6 +186,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, CTAS_OF_SM)
   int row = blockIdx.x, kv_head = blockIdx.z;
   int context = positions_t[row] + 1, sequence = sequence_of(row, cu_seqlens_s, sequences);
   int count = (context + kPartKeys - 1) / kPartKeys;
+  Heads heads{out, row, kv_head * kGroup * HEAD_DIM, extent};
+  if (context == 0 && blockIdx.y == 0) heads.clear();
   if (blockIdx.y >= count) return;
   Past past{keys + kv_head * HEAD_DIM, values + kv_head * HEAD_DIM, kKeys};
   Spans<kSpanTiles> spans(mine.span, past, {pages_sw + size_t(sequence) * width, page_tokens});
@@ -186,7 +195,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, CTAS_OF_SM)
   spans.seek(course.key0(0), context);
   spans.copy_keys();
   load_queries(mine.team.queries, qkv_t, row, kv_head, kGroup);
-  Heads heads{out, row, kv_head * kGroup * HEAD_DIM, extent};
   Kept* kept_hp = parts_rhp + size_t(row * HEADS + kv_head * kGroup) * most_parts;
   sum_parts(mine, spans, course, context, scale, [&](int part, const TeamSums& sums) {
 #pragma unroll

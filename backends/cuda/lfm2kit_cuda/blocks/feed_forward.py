@@ -109,7 +109,7 @@ class SparseMoe:
         if not (isinstance(choice, Choice) and are_grouped_at_once(self.spec, len(x))):
             return self.experts.of(inputs.rounded, *self.router(x))
         (_, expert_weights), groups = chosen_and_grouped(
-            choice, self.router.scores.sums(x), self.experts.local, self.gemm
+            choice, x, self.router.scores.sums(x), self.experts.local, self.gemm
         )
         return self.experts.of_groups(inputs.rounded, groups, expert_weights)
 

@@ -39,21 +39,37 @@ __device__ inline void list_all_tiles(int local, int4* tiles, int* tile_count) {
   }
 }
 
+// Whether all of a row of x is zero, as padding rows are: then experts add +0 to it, whichever they are,
+// so it takes none, and none is read for it.  A warp has the row; one piece says no of nearly all others.
+__device__ inline bool is_zero(const float* x_th, int row, int h) {
+  constexpr int kPieces = 16;
+  const u32* words = reinterpret_cast<const u32*>(x_th) + size_t(row) * h;
+  for (int begin = 0; begin < h; begin += kPieces * kWarp) {
+    bool is_any = false;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p)
+      if (int i = begin + p * kWarp + threadIdx.x % kWarp; i < h)
+        is_any |= early(words + i) << 1 != 0;  // without the sign
+    if (__any_sync(~0u, is_any)) return false;
+  }
+  return true;
+}
+
 // Stores the places of a row's pairs, and where they come from.
 __device__ inline void place_row(int row, const Chosen& chosen, int* source_p, int* place_tk) {
 #pragma unroll
   for (int k = 0; k < TAKEN; ++k) {
-    int id = chosen.ids[k], slot0 = grouping.slot0_e[id];
+    int id = chosen.ids[k], slot0 = id < 0 ? -1 : grouping.slot0_e[id];
     int place = slot0 < 0 ? -1 : slot0 + __popc(grouping.rows_e[id] & ((1u << row) - 1));
     place_tk[row * TAKEN + k] = place;
     if (place >= 0) source_p[place] = row;
   }
 }
 
-// Arguments are those of `choose_by_sums`, and from experts_l on those of `group_by_expert`, where
-// `local` is the number of its CTAs.  A warp has a row.
+// Arguments are x, those of `choose_by_sums`, and from experts_l on those of `group_by_expert`, where
+// `local` is the number of its CTAs.  Rows of zeros have the ids -1.  A warp has a row.
 extern "C" __global__ void __launch_bounds__(MOST_TOKENS* kWarp)
-    choose_and_group(const float* sums_ste, const float* bias_e, int* expert_ids_tk,
+    choose_and_group(const float* x_th, int h, const float* sums_ste, const float* bias_e, int* expert_ids_tk,
                      float* expert_weights_tk, int tokens, int normalise, float scaling,
                      const int* experts_l, int local, int* source_p, int slots, int* place_tk,
                      int4* tiles, int* tile_count, int tile_rows, int step, int by_height) {
@@ -64,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(MOST_TOKENS* kWarp)
     rows_e[e] = 0, slot0_e[e] = -1;
     if (e < local) ids_l[e] = experts_l[e];
   }
+  bool is_nobodys = row < tokens && is_zero(x_th, row, h);
   __syncthreads();
   wait_for_previous();
   let_next_start();
@@ -73,9 +90,10 @@ extern "C" __global__ void __launch_bounds__(MOST_TOKENS* kWarp)
     chosen = choose_of_row(row, bias_e, normalise, scaling, [=](int row, int expert) {
       return score_of(sums_ste, tokens, row, expert);
     });
+    for (int k = 0; is_nobodys && k < TAKEN; ++k) chosen.ids[k] = -1;
     if (is_first) chosen.store(row, expert_ids_tk, expert_weights_tk);
 #pragma unroll
-    for (int k = 0; is_first && k < TAKEN; ++k) atomicOr(&rows_e[chosen.ids[k]], 1u << row);
+    for (int k = 0; is_first && !is_nobodys && k < TAKEN; ++k) atomicOr(&rows_e[chosen.ids[k]], 1u << row);
   }
   __syncthreads();
   for (int l = threadIdx.x; l < local; l += blockDim.x)

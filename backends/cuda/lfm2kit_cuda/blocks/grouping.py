@@ -27,15 +27,18 @@ def are_grouped_at_once(spec: specs.SparseMoe, tokens: int) -> bool:
 
 
 def chosen_and_grouped(
-    choice: Choice, sums: cupy.ndarray, local: cupy.ndarray, gemm: Arithmetic
+    choice: Choice, x: cupy.ndarray, sums: cupy.ndarray, local: cupy.ndarray, gemm: Arithmetic
 ) -> tuple[Routing, Groups]:
-    """Return what `choice.by_sums` and then `grouped_by_expert` return, for few tokens."""
+    """Return what `choice.by_sums` and then `grouped_by_expert` return, for few tokens.
+
+    Rows of x that are zeros have the expert ids -1 instead: experts add +0 to them in any case.
+    """
     s, tokens = choice.spec, sums.shape[1]
     experts, taken = s.num_experts, s.num_experts_per_tok
     routing, groups = choice.empty(tokens), _empty_groups(tokens * taken, local, gemm)
     load_kernel("blocks/grouping", "choose_and_group", EXPERTS=experts, TAKEN=taken)(
-        (1,), 32 * GROUPING.MOST_TOKENS, sums, choice.bias, *routing, tokens, s.norm_topk_prob,
-        s.routed_scaling_factor, local, len(local), *_arguments(groups),
+        (1,), 32 * GROUPING.MOST_TOKENS, x, x.shape[1], sums, choice.bias, *routing, tokens,
+        s.norm_topk_prob, s.routed_scaling_factor, local, len(local), *_arguments(groups),
     )  # fmt: skip
     return routing, groups
 

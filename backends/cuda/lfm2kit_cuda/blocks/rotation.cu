@@ -79,6 +79,7 @@ extern "C" __global__ void norm_and_rotate(INNER* qkv_t, const float* q_weight_d
   INNER* to = qkv_t + size_t(row) * kRow + head * HEAD_DIM;
   Lane<INNER> mine(to);
   int position = positions_t[row];
+  if (position < 0) return;  // a padding row
   if (keys && !is_query) {
     const int* pages = pages_sw + size_t(sequence_of(row, cu_seqlens_s, sequences)) * width;
     size_t kept = size_t(pages[position / page_tokens]) * page_tokens + position % page_tokens;

@@ -5,20 +5,24 @@
 #include "types.cuh"
 #include "vector.cuh"
 
-// out_th[t] = table_vh[token_ids_t[t]], widened; a CTA per token.
+// out_th[t] = table_vh[token_ids_t[t]], widened; zeros in padding rows, whose ids may be any numbers.
+// A CTA per token.
 template <class Stored>
-__device__ void embed(const Stored* table_vh, const int* token_ids_t, float* out_th, int h) {
+__device__ void embed(const Stored* table_vh, const int* token_ids_t, const int* positions_t,
+                      float* out_th, int h) {
   wait_for_previous();
   let_next_start();
-  const Stored* row = table_vh + size_t(token_ids_t[blockIdx.x]) * h;
+  bool is_padding = positions_t[blockIdx.x] < 0;
+  const Stored* row = table_vh + size_t(is_padding ? 0 : token_ids_t[blockIdx.x]) * h;
   float* out = out_th + size_t(blockIdx.x) * h;
-  for (int i = threadIdx.x; i < h; i += blockDim.x) out[i] = Stored::to_float(row[i]);
+  for (int i = threadIdx.x; i < h; i += blockDim.x)
+    out[i] = is_padding ? 0 : Stored::to_float(row[i]);
 }
 
 #define EMBED(Stored)                                                                             \
   extern "C" __global__ void embed_##Stored(const Stored* table_vh, const int* token_ids_t,       \
-                                            float* out_th, int h) {                               \
-    embed(table_vh, token_ids_t, out_th, h);                                                      \
+                                            const int* positions_t, float* out_th, int h) {       \
+    embed(table_vh, token_ids_t, positions_t, out_th, h);                                         \
   }
 EMBED(F32)
 EMBED(BF16)

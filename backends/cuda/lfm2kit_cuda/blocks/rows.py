@@ -24,7 +24,8 @@ class Embedding:
 
     def __call__(self, batch: Batch) -> cupy.ndarray:
         hidden = cupy.empty((batch.tokens, self.table.shape[1]), cupy.float32)
-        arguments = self.table, batch.token_ids, hidden, self.table.shape[1]
+        of_rows = batch.token_ids, batch.positions
+        arguments = self.table, *of_rows, hidden, self.table.shape[1]
         self.kernel((batch.tokens,), THREADS, *arguments)
         return hidden
 

@@ -59,7 +59,7 @@ __device__ __forceinline__ Row row_at(int row, int channel, const int* positions
 // A thread per kRows rows and VECTOR channels; of the rows before them it computes u anew, or reads
 // it from the state (null in one forward over whole sequences) where they come before the chunk.
 // If it also `keeps` rows, chunks are no longer than a state can go back: then what it writes
-// replaces nothing that another thread reads.
+// replaces nothing that another thread reads.  Padding rows, at position -1, see nothing, and are not kept.
 //
 // In a step, what the batch and the state hold is read before the kernel ahead has ended, the
 // projection: what wrote it had ended before that one began.  Several rows would take too many registers.
@@ -96,7 +96,7 @@ extern "C" __global__ void convolve(const INNER* bcx_t3h, const float* taps_jh,
     int row = row0 + i;
     if (row >= tokens) return;
     Row its = kRows == 1 ? found : find(row);
-    if (keeps) store(past_pwh + its.kept * h + channel, u[i + kPast]);
+    if (keeps && its.position >= 0) store(past_pwh + its.kept * h + channel, u[i + kPast]);
     Vector y = {};
 #pragma unroll
     for (int j = 0; j < KERNEL_SIZE; ++j) {
