@@ -16,6 +16,7 @@ from lfm2kit_cuda.parts import (
 
 from lfm2kit import specs
 from lfm2kit.batch import Batch
+from lfm2kit.engine.sizes import size_for
 from lfm2kit.state import Room
 
 SPEC = specs.Attention(2048, 32, 8, 64, 1e6, 1e-5)
@@ -37,12 +38,13 @@ def test_a_state_has_room_for_a_row_of_each_of_its_sequences(sequences: int, con
     assert parts_of(batch, 128, kept) == -(-context // PART_KEYS)
 
 
-def test_a_table_that_is_rounded_up_has_room_too() -> None:
-    """As engines do, to the next power of two."""
-    ids, pages = [np.zeros(1, np.int32)] * 64, np.arange(64 * 64).reshape(64, 64)
-    batch = Batch.of_sequences(ids, starts=[33 * 128 - 1] * 64, pages=pages)
-    kept, *_ = parts_shape(SPEC, Room.of_sequences(64, 33 * 128))
-    assert parts_of(batch, 128, kept) == 32
+@pytest.mark.parametrize("sequences", [64, 65, 97])
+def test_a_table_and_rows_that_are_rounded_up_have_room_too(sequences: int) -> None:
+    """As engines do, to the next power of two and the next size."""
+    ids, pages = [np.zeros(1, np.int32)] * sequences, np.arange(sequences * 64).reshape(-1, 64)
+    batch = Batch.of_sequences(ids, starts=[33 * 128 - 1] * sequences, pages=pages)
+    kept, *_ = parts_shape(SPEC, Room.of_sequences(sequences, 33 * 128))
+    assert parts_of(batch.padded(size_for(sequences)), 128, kept) == 32
 
 
 def test_a_long_context_is_shared_beside_short_ones() -> None:

@@ -33,9 +33,9 @@ def parts_shape(spec: specs.Attention, room: Room) -> Shape:
     """Return the shape of what a state has room for: the sums of parts, with maximum and total.
 
     A row has room for as many parts as its batch's table of pages is wide, which engines round up
-    to a power of two.
+    to a power of two; and they round the number of rows up, by less than half from 16 on.
     """
-    parts = -(-2 * room.pages * room.page_tokens // PART_KEYS)
+    parts = -(-3 * room.pages * room.page_tokens // PART_KEYS)
     kept = max(LEAST_KEPT, parts) if room.pages else 0
     return kept, spec.num_attention_heads, spec.head_dim + 2
 
