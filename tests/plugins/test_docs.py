@@ -115,6 +115,9 @@ def test_every_command_of_the_first_part_works(command: str, smallest: Path) -> 
 
 @pytest.mark.parametrize("command", ["lfm2kit backends check mine", *commands(REST)])
 def test_every_command_of_the_second_part_works(command: str, grown: Path) -> None:
+    if command == "lfm2kit runs":
+        done = run("lfm2kit run --backend reference -n 1", grown)
+        assert done.returncode == 0, done.stdout + done.stderr
     done = run(command, grown)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -127,6 +130,14 @@ def test_the_grown_plugin_runs_all_its_blocks_in_both_memories(grown: Path) -> N
     blocks = json.loads(run(f"lfm2kit plan --backend {plan} --json -", grown).stdout)["blocks"]
     copies = {block["block"]: block["copy"] for block in blocks if block["copy"]}
     assert copies == {"lm_head": "host <-> lfm2kit_mine"}
+
+
+def test_the_command_of_the_page_says_what_is_missing(grown: Path) -> None:
+    (grown / "runs.jsonl").unlink(missing_ok=True)
+    done = run("lfm2kit runs", grown)
+    assert done.returncode == 2
+    says = "there is no runs.jsonl here; make it with `lfm2kit run`"
+    assert done.stderr == f"lfm2kit: error: {says}\n"
 
 
 def test_importing_the_grown_plugin_imports_none_of_its_work(grown: Path) -> None:
