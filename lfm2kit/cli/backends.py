@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.table import Column
 
 from lfm2kit.backend import Context
-from lfm2kit.building.options import Options
+from lfm2kit.building.options import About, Options
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.cli.console import Report, progress, show_table
 from lfm2kit.cli.help import PlainCommand, PlainGroup
-from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, spread
+from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, flags, spread
+from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.text import indented
 
 # The options that say which model is set up; a check makes its own.
@@ -29,6 +31,10 @@ OF_A_MODEL = (
     "rewrites",
     "seed",
 )
+
+SeedOption = Annotated[
+    int, flags("seed", About("Draw other random inputs than those of 0.", least=0))
+]
 
 backends = typer.Typer(cls=PlainGroup, help="List the installed backends, or check one.")
 
@@ -53,24 +59,49 @@ def list_backends(json: JsonOption = None) -> None:
 @backends.command("check", cls=PlainCommand)
 @spread
 def check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The backend to check.")],
     options: Annotated[Options, Without(OF_A_MODEL)],
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The backend to check.")
+    ] = None,
     only: Annotated[
         str | None, typer.Option(metavar="ID,...", help="Run only these checks. \\[default: all]")
+    ] = None,
+    seed: SeedOption = 0,
+    is_list: Annotated[bool, typer.Option("--list", help="List the checks; run none.")] = False,
+    explain: Annotated[
+        str | None, typer.Option(metavar="ID", help="Say what a check guards; run none.")
     ] = None,
     json: JsonOption = None,
 ) -> None:
     """Run the conformance suite on a backend, and exit with code 1 if it fails."""
-    from lfm2kit.cli.verdicts import conclude
-    from lfm2kit.testing.runner import run_checks, selected
+    from lfm2kit.cli.suite import explain_check, show_checks
 
     report = Report(json)
     plugins = installed_plugins()
-    plugins.backend(name)
-    ids = selected(None if only is None else only.split(","))
-    with progress(f"checking {name}", len(ids), "checks") as advance:
+    if name is not None:
+        plugins.backend(name)
+    if is_list:
+        show_checks(report)
+    elif explain is not None:
+        explain_check(report, explain)
+    elif name is None:
+        raise Lfm2kitError(f"no backend is named; {choices('', plugins.backends)}")
+    else:
         context = Context(options.precision, options.threads)
-        results = run_checks(name, plugins, context, only=ids, done=lambda _: advance(1))
+        _judge(report, name, context, None if only is None else only.split(","), seed)
+
+
+def _judge(
+    report: Report, name: str, context: Context, only: Sequence[str] | None, seed: int
+) -> None:
+    from lfm2kit.cli.verdicts import conclude
+    from lfm2kit.testing.runner import run_checks, selected
+
+    ids = selected(only)
+    with progress(f"checking {name}", len(ids), "checks") as advance:
+        results = run_checks(
+            name, installed_plugins(), context, ids, seed=seed, done=lambda _: advance(1)
+        )
     conclude(report, "backend", name, results)
 
 

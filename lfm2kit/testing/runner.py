@@ -52,12 +52,14 @@ def run_checks(
     context: Context,
     only: Iterable[str] | None = None,
     *,
+    seed: int = 0,
     expected_failures: Mapping[str, str] | None = None,
     done: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Return the result of every check (or of those in `only`) for an installed backend.
 
-    `expected_failures` maps check ids to reasons: such a check must fail.  `done` is called after
+    Another `seed` draws other random inputs.  `expected_failures` maps check ids to reasons: such a
+    check must fail.  `done` is called after
     each check.  Raise `Lfm2kitError` if the backend is not there, cannot run, or lacks the
     precision, and for an unknown id; what a check raises is its result.
     """
@@ -68,21 +70,25 @@ def run_checks(
     precision = plugins.precision(backend_name, context.precision)
     results = []
     for name in ids:
-        result = judged(name, backend, precision, expected.get(name))
+        result = judged(name, backend, precision, expected.get(name), seed)
         done(result)
         results.append(result)
     return results
 
 
 def judged(
-    name: str, backend: Backend, precision: Precision = FP32, expected: str | None = None
+    name: str,
+    backend: Backend,
+    precision: Precision = FP32,
+    expected: str | None = None,
+    seed: int = 0,
 ) -> Result:
     """Return the result of one check; `expected` is why it is expected to fail."""
     start = time.perf_counter()
     verdict: Verdict = "passed"
     detail = ""
     try:
-        run_check(name, backend, precision)
+        run_check(name, backend, precision, seed)
     except Skipped as reason:
         verdict, detail = "skipped", str(reason)
     except CheckFailed as failure:
@@ -97,8 +103,8 @@ def judged(
     return Result(name, verdict, detail, time.perf_counter() - start)
 
 
-def run_check(name: str, backend: Backend, precision: Precision = FP32) -> None:
-    """Run one check with the same random numbers every time; raise what the check raises."""
-    rng = np.random.default_rng(seed_of(name))
+def run_check(name: str, backend: Backend, precision: Precision = FP32, seed: int = 0) -> None:
+    """Run one check, with the same random numbers for a seed every time; raise what it raises."""
+    rng = np.random.default_rng(seed_of(name) + seed)
     with np.errstate(all="ignore"):  # NaN and infinities are what some checks are about
         CHECKS[name].run(Trial(backend, ReferenceBackend(), rng, precision))

@@ -27,6 +27,10 @@ from lfm2kit.measuring.timing import Timing
 from lfm2kit.memory import HostMemory
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.state import Room
+from lfm2kit.testing.checks import CHECKS
+from lfm2kit.testing.checks.registry import Check
+from lfm2kit.testing.random_weights import seed_of
+from lfm2kit.testing.trial import Trial
 
 TINY = EMBEDDED / "tiny"
 VOCABULARY = open_checkpoint(TINY).spec.lm_head.vocab_size
@@ -450,6 +454,34 @@ def test_backends_check_judges_and_names_what_there_is(cli: Cli) -> None:
     assert "2 passed, 0 failed, 0 skipped" in done.out
     fails(cli("backends", "check", "refrence"), "refrence", "reference")
     fails(cli("backends", "check", "reference", "--only", "mpl"), "mpl", "mlp")
+
+
+def test_backends_check_lists_and_explains_its_checks(cli: Cli) -> None:
+    done = cli("backends", "check", "--list")
+    assert done.code == 0
+    rows = json.loads(cli("backends", "check", "--list", "--json", "-").out)["checks"]
+    assert [row["id"] for row in rows] == list(CHECKS)
+    assert all(row["id"] in done.out and row["summary"] in done.out for row in rows)
+    done = cli("backends", "check", "--explain", "zero-rows")
+    assert CHECKS["zero-rows"].documentation in done.out
+    assert "lfm2kit backends check NAME --only zero-rows" in done.out
+    fails(cli("backends", "check", "--explain", "zero-row"), "zero-row", "zero-rows")
+    fails(cli("backends", "check"), "no backend is named", "reference")
+    fails(cli("backends", "check", "refrence", "--list"), "refrence", "reference")
+
+
+def test_another_seed_draws_other_inputs(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def look(trial: Trial) -> None:
+        drawn.append(int(trial.rng.integers(2**31)))
+
+    monkeypatch.setitem(CHECKS, "mlp", Check("mlp", look))
+    for seed in ("0", "1", "1"):
+        assert cli("backends", "check", "reference", "--only", "mlp", "--seed", seed).code == 0
+    assert drawn[0] != drawn[1] == drawn[2]
+    assert drawn[0] == np.random.default_rng(seed_of("mlp")).integers(2**31), "0 is the default's"
+    fails(cli("backends", "check", "reference", "--seed", "-1"), "--seed", "-1")
 
 
 def test_env_names_versions_and_backends(cli: Cli) -> None:
