@@ -15,11 +15,13 @@ WITH_BATCH = (specs.Embedding, specs.ShortConv, specs.Attention, specs.Layer, sp
 def takes_padding(placed: Placed, create: Callable[[str], Backend]) -> bool:
     """Return whether all blocks that are called with a batch take padding rows.
 
-    Ranks agree on the rows of a forward, and a rewrite's blocks may mean others by a batch's rows.
+    Ranks agree on the rows of a forward, a rewrite's blocks may mean others by a batch's rows, and
+    a block that is crossed to, on the host, would compute these rows.
     """
     is_own = all(type(one.spec).__module__ == specs.__name__ for one in placed.tree())
     return (
         is_own
+        and all(one.crosser is None for one in placed.tree())
         and not placed.offers()
         and all(
             Answers(create(leaf.backend), leaf.backend, leaf.name).takes_padding(leaf.spec)

@@ -80,6 +80,8 @@ def check(
     plugins = installed_plugins()
     if name is not None:
         plugins.backend(name)
+    if is_list and explain is not None:
+        raise Lfm2kitError("--list and --explain do not go together")
     if is_list:
         show_checks(report)
     elif explain is not None:
@@ -102,7 +104,7 @@ def _judge(
         results = run_checks(
             name, installed_plugins(), context, ids, seed=seed, done=lambda _: advance(1)
         )
-    conclude(report, "backend", name, results)
+    conclude(report, "backend", name, results, seed=seed)
 
 
 def _description(plugins: Plugins) -> dict[str, Any]:

@@ -13,9 +13,12 @@ from lfm2kit.errors import WRONG_RESULT
 from lfm2kit.testing.runner import Result
 
 
-def conclude(report: Report, kind: str, name: str, results: Sequence[Result]) -> None:
+def conclude(
+    report: Report, kind: str, name: str, results: Sequence[Result], **options: object
+) -> None:
     """Print a table of the verdicts on the backend or transport `name`, and write the document.
 
+    The document has the options with which the checks can be repeated.
     Exit with code 1 if a check failed.
     """
     if report.target != "-":
@@ -30,7 +33,7 @@ def conclude(report: Report, kind: str, name: str, results: Sequence[Result]) ->
     failed = [result.id for result in results if result.verdict == "failed"]
     counts = {v: sum(r.verdict == v for r in results) for v in ("passed", "failed", "skipped")}
     report.line(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    report.fields = {kind: name, **counts, "results": [r._asdict() for r in results]}
+    report.fields = {kind: name, **options, **counts, "results": [r._asdict() for r in results]}
     with only_said(when=bool(failed)):
         report.write()
     if failed:

@@ -70,7 +70,8 @@ class Ahead:
         begun = self._begun
         assert begun is not None, "no step has begun"
         self._begun = self._after(begun)
-        pairs = zip(begun.chunks, begun.drawing.end(), strict=False)  # padding rows come last
+        drawn = begun.drawing.end()[: len(begun.chunks)]  # padding rows come last
+        pairs = zip(begun.chunks, drawn, strict=True)
         return [(chunk, token) for chunk, token in pairs if chunk.sequence.pages]
 
     def drop(self) -> None:

@@ -224,9 +224,11 @@ class Engine:
             return
         last = [chunk.sequence for chunk in chunks if chunk.is_last]
         self._masks.begin(chunk.sequence for chunk in chunks)
-        with self._steps.logits(self._steps.sized(batch_of(chunks))) as logits:
+        batch = batch_of(chunks)
+        sized = self._steps.sized(batch)
+        with self._steps.logits(sized) as logits:
             following = self._masks.collect(last)  # while the forward still runs, where it can
-            drawn = self._drawn(logits, chunks, following)
+            drawn = self._drawn(logits, chunks, following, sized.tokens - batch.tokens)
             scores = self._steps.scores(logits, chunks)
         told = {one: self._appended(one, tokens) for one, tokens in drawn.items()}
         late = set(last) - following.keys()
@@ -247,16 +249,19 @@ class Engine:
                 self._end_constrained(sequence, next)
 
     def _drawn(
-        self, logits: Array, chunks: list[Chunk], following: dict[Sequence, Next]
+        self,
+        logits: Array,
+        chunks: list[Chunk],
+        following: dict[Sequence, Next],
+        padding: int,
     ) -> dict[Sequence, list[Drawn | NotANumber]]:
         """Return the tokens of those sequences that may have one; more if guesses are right."""
         asked = [rows_of(chunk, following.get(chunk.sequence)) for chunk in chunks]
-        flat = list(chain.from_iterable(asked))
-        flat += repeat(None, logits.shape[0] - len(flat))  # of padding rows nothing is drawn
-        drawn = iter(self._sampler.draw(logits, flat))
+        rows = [*chain.from_iterable(asked), *repeat(None, padding)]
+        drawn = iter(self._sampler.draw(logits, rows))
         found = {}
-        for chunk, rows in zip(chunks, asked, strict=True):
-            if tokens := tokens_of(chunk, drawn, rows):
+        for chunk, its_rows in zip(chunks, asked, strict=True):
+            if tokens := tokens_of(chunk, drawn, its_rows):
                 found[chunk.sequence] = tokens
                 chunk.sequence.told(len(chunk.guesses), len(tokens) - 1)
         return found

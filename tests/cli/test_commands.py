@@ -466,6 +466,7 @@ def test_backends_check_lists_and_explains_its_checks(cli: Cli) -> None:
     assert CHECKS["zero-rows"].documentation in done.out
     assert "lfm2kit backends check NAME --only zero-rows" in done.out
     fails(cli("backends", "check", "--explain", "zero-row"), "zero-row", "zero-rows")
+    fails(cli("backends", "check", "--list", "--explain", "mlp"), "--list and --explain")
     fails(cli("backends", "check"), "no backend is named", "reference")
     fails(cli("backends", "check", "refrence", "--list"), "refrence", "reference")
 
@@ -480,6 +481,8 @@ def test_another_seed_draws_other_inputs(cli: Cli, monkeypatch: pytest.MonkeyPat
     for seed in ("0", "1", "1"):
         assert cli("backends", "check", "reference", "--only", "mlp", "--seed", seed).code == 0
     assert drawn[0] != drawn[1] == drawn[2]
+    again = cli("backends", "check", "reference", "--only", "mlp", "--seed", "1", "--json", "-")
+    assert json.loads(again.out)["seed"] == 1
     assert drawn[0] == np.random.default_rng(seed_of("mlp")).integers(2**31), "0 is the default's"
     fails(cli("backends", "check", "reference", "--seed", "-1"), "--seed", "-1")
 

@@ -111,6 +111,18 @@ def test_a_forward_with_crossings_is_captured(expected: Any) -> None:
     )
 
 
+def test_padding_rows_do_not_cross(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host would compute them, and read experts for them."""
+
+    def promise(self: CapturingBackend, spec: Spec) -> bool:
+        return True
+
+    monkeypatch.setattr(CapturingBackend, "takes_padding", promise, raising=False)
+    plain = build(small_spec(), "captured", {"captured": CapturingBackend()})
+    assert plain.takes_padding
+    assert not crossing_model()[0].takes_padding
+
+
 def test_the_server_serves_during_forwards_only() -> None:
     model, backend = crossing_model()
     assert (backend.server.forwards, backend.server.is_serving) == (0, False)
