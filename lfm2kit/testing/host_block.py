@@ -12,26 +12,50 @@ from lfm2kit.batch import Batch
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.model import JOINS
 from lfm2kit.specs import Spec
+from lfm2kit.testing.guards import (
+    GuardedTensors,
+    arrays_of_arguments,
+    guarded,
+    guarded_batch,
+    require_whole_margins,
+)
 from lfm2kit.weights import Weights
 
 
 class HostBlock:
-    """A block that works in `memory`; arguments are copied to it, and results back at once."""
+    """A block that works in `memory`; arguments are copied to it, and results back at once.
 
-    def __init__(self, spec: Spec, block: Block, memory: Memory) -> None:
+    The copies lie between margins, and so may the `weights` of which the block was built.
+    """
+
+    def __init__(
+        self, spec: Spec, block: Block, memory: Memory, weights: GuardedTensors | None = None
+    ) -> None:
         self.block = block
         self.memory = memory
-        self._has_state = spec.has_state
+        self._spec = spec
+        self._weights = weights or GuardedTensors({})
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.to_host(self.block(*self.to_memory(inputs)))
+        return self.to_host(self.compute(*self.to_memory(inputs)))
+
+    def compute(self, *moved: Any) -> Any:
+        """Return what the block does of arguments that `to_memory` returned, as it is.
+
+        Raise `CheckFailed` if the block writes beside one of them, or of its weights.
+        """
+        result = self.block(*moved)
+        require_whole_margins(self._weights.arrays(), str(self._spec))
+        if self.memory.name == HOST.name:
+            require_whole_margins(arrays_of_arguments(moved), str(self._spec))
+        return result
 
     def new_state(self, room: Room) -> State:
         return self.block.new_state(room)  # type: ignore[attr-defined]
 
     def to_memory(self, inputs: Sequence[Any]) -> list[Any]:
         """Return the arguments copied to the block's memory; a state is already there."""
-        moved, state = (inputs[:-1], inputs[-1:]) if self._has_state else (inputs, ())
+        moved, state = (inputs[:-1], inputs[-1:]) if self._spec.has_state else (inputs, ())
         return [*map(self._moved, moved), *state]
 
     def to_host(self, result: Array | tuple[Array, ...]) -> Any:
@@ -43,8 +67,9 @@ class HostBlock:
         if value is None:
             return None
         if isinstance(value, Batch):
-            return value.on(self.memory)
-        return self.memory.from_host(value.copy())
+            is_here = self.memory.name == HOST.name
+            return guarded_batch(value) if is_here else value.on(self.memory)
+        return self.memory.from_host(guarded(value))
 
 
 def why_not_built(backend: Backend, spec: Spec) -> str | None:
@@ -58,7 +83,9 @@ def why_not_built(backend: Backend, spec: Spec) -> str | None:
 def host_block(backend: Backend, spec: Spec, weights: Weights) -> HostBlock:
     """Return the block of `spec`, built whole or joined of its parts as the core would."""
     if backend.why_unsupported(spec) is None:
-        return HostBlock(spec, backend.build(spec, weights), backend.memory(spec))
+        tensors = GuardedTensors(weights)
+        block = backend.build(spec, Weights(tensors))
+        return HostBlock(spec, block, backend.memory(spec), tensors)
     parts = {
         part.role: host_block(backend, part.spec, weights.scope(part.scope))
         for part in spec.parts()

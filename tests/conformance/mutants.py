@@ -245,6 +245,68 @@ class ViewOfTheTable(rows.Embedding):
         return self.table[batch.token_ids]
 
 
+# What lies beside an array
+
+
+def beside(array: Any, first: int, size: int) -> Any:
+    """Return `size` elements of an array's type from index `first` on, within its allocation.
+
+    None where its allocation ends before: the tests' own memory must stay whole.
+    """
+    owner = array.base
+    if not isinstance(owner, np.ndarray) or array.dtype != np.float32:
+        return None
+    start = array.ctypes.data - owner.ctypes.data + 4 * first
+    if start < 0 or start + 4 * size > owner.nbytes:
+        return None
+    return np.ndarray(size, np.float32, owner.reshape(-1).view(np.uint8), start)
+
+
+class WritesBehindX(Around):
+    """Uses the rest of a tile as scratch, where x has fewer rows."""
+
+    def __call__(self, x):
+        result = self.block(x)
+        if (rest := beside(x, x.size, 4)) is not None:
+            rest[:] = 0
+        return result
+
+
+class WritesBeforeTheWeight:
+    """Notes something before a table, as an allocator of its own would."""
+
+    def __init__(self, spec, weights):
+        self.block = rows.Embedding(spec, weights)
+        self.table = weights["weight"].data
+
+    def __call__(self, batch):
+        if (header := beside(self.table, -1, 1)) is not None:
+            header[:] = 1
+        return self.block(batch)
+
+
+class ReadsBehindX(Around):
+    """Multiplies what is beyond the last row by 0, which is right for any number but NaN."""
+
+    def __call__(self, x):
+        result = self.block(x)
+        rest = beside(x, x.size, 4)
+        return result if rest is None else result + np.float32(0) * rest.sum()
+
+
+class FillsOneRowMore(Around):
+    """Fills whole tiles of rows."""
+
+    def __call__(self, x):
+        return self.block(x)
+
+    def fill(self, results, x):
+        (result,) = results
+        result[:] = self.block(x)
+        if (rest := beside(result, result.size, 4)) is not None:
+            rest[:] = 0
+
+
 # A state as an argument
 
 
@@ -332,6 +394,16 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "biases_read_as_raw_bits": (
         BrokenBackend({CONV: broken.RawBitsOfBiases}),
         ("bf16-and-f16-weights",),
+    ),
+    "beyond_x_read": (around(MLP, ReadsBehindX), ("mlp", "outputs-finite")),
+    "beyond_x_written": (around(MLP, WritesBehindX), ("mlp", "inputs-not-written")),
+    "before_a_weight_written": (
+        BrokenBackend({EMBEDDING: WritesBeforeTheWeight}),
+        ("embedding", "inputs-not-written"),
+    ),
+    "beyond_a_filled_result": (
+        around(MLP, FillsOneRowMore),
+        ("filled-results-have-the-same-bits",),
     ),
     "capture_replays_old_ids": (
         broken.BakesIn("token_ids"),

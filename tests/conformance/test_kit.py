@@ -22,6 +22,7 @@ from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS, random_weights
 from lfm2kit.testing.cases import CASES, WIDTHS, widened
 from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.guards import MARGIN, guarded, require_whole_margins
 from lfm2kit.testing.host_block import why_not_built
 from lfm2kit.testing.near_ties import selection_gaps
 from lfm2kit.testing.random_weights import stored_as
@@ -159,6 +160,19 @@ def test_comparison_refuses_another_shape() -> None:
         assert_close(np.ones((1, 4)), np.ones((3, 4)), 1.0, "x")
     with pytest.raises(CheckFailed, match="returned 2 arrays, expected 1"):
         assert_same((np.ones(1), np.ones(1)), np.ones(1), "x")
+
+
+def test_a_guarded_array_lies_between_margins_of_nan() -> None:
+    array = guarded(np.arange(6, dtype=np.float32).reshape(2, 3))
+    around = array.base[: MARGIN + 24 + MARGIN].view(np.float32)
+    assert np.array_equal(array, [[0, 1, 2], [3, 4, 5]])
+    assert np.isnan(around[[*range(16), *range(-16, 0)]]).all()
+    require_whole_margins([("x", array)], "a block")
+    for index, side in ((15, "before"), (22, "behind")):
+        was, around[index] = around[index], 0
+        with pytest.raises(CheckFailed, match=f"just {side} x"):
+            require_whole_margins([("x", array)], "a block")
+        around[index] = was
 
 
 def test_random_weights_hide_nothing() -> None:

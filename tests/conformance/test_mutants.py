@@ -47,6 +47,19 @@ def test_what_a_result_is_stands_in_a_sentence(mutant: str, words: str) -> None:
     assert words in detail
 
 
+@pytest.mark.parametrize(
+    ("mutant", "words"),
+    [
+        ("beyond_x_written", "it wrote outside of its arrays, just behind argument 0"),
+        ("before_a_weight_written", "it wrote outside of its arrays, just before weight 'weight'"),
+        ("beyond_a_filled_result", "it wrote outside of its arrays, just behind result 0"),
+    ],
+)
+def test_the_array_and_the_side_of_a_write_stand_in_a_sentence(mutant: str, words: str) -> None:
+    backend, names = MUTANTS[mutant]
+    assert all(detail.endswith(words) for detail in failures(backend, *names).values())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("mutant", MISSED)
 def test_a_missed_mutant_is_missed_by_every_check(mutant: str) -> None:

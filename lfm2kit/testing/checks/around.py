@@ -12,6 +12,7 @@ from lfm2kit.specs import Part, Spec
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_close
+from lfm2kit.testing.guards import GuardedTensors
 from lfm2kit.testing.host_block import HostBlock, host_block
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.testing.random_inputs import random_inputs
@@ -38,7 +39,9 @@ def built_around_parts(trial: Trial) -> None:
         given = _Counted(trial.build_reference(part.spec, others))
         memory = backend.memory(spec)
         parts = {part.role: Seam(given, HOST, memory, state_of=given)}
-        block = HostBlock(spec, backend.build_around(spec, weights, parts), memory)
+        tensors = GuardedTensors(weights)
+        built = backend.build_around(spec, Weights(tensors), parts)
+        block = HostBlock(spec, built, memory, tensors)
         mixed = {f"{part.scope}.{name}".strip("."): tensor for name, tensor in others.items()}
         watch = GapWatch(trial.reference)
         reference = host_block(watch, spec, Weights({**weights, **mixed}))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Adds, Bounded, MemoryFigures
-from lfm2kit.batch import Batch
 from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
 from lfm2kit.specs import Spec
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import Result, assert_same, each
+from lfm2kit.testing.guards import arrays_of_arguments
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.sessions import calls
 from lfm2kit.testing.trial import Trial
@@ -163,10 +162,10 @@ def inputs_not_written(trial: Trial) -> None:
     for spec in trial.first_of_kinds():
         block = trial.build(spec, trial.random_weights(spec))
         for inputs in calls(spec, block, trial.rng):
-            before = [(name, array.copy()) for name, array in _arrays(inputs)]
+            before = [(name, array.copy()) for name, array in arrays_of_arguments(inputs)]
             moved = block.to_memory(inputs)
-            block.to_host(block.block(*moved))
-            for (name, was), (_, array) in zip(before, _arrays(moved), strict=True):
+            block.to_host(block.compute(*moved))
+            for (name, was), (_, array) in zip(before, arrays_of_arguments(moved), strict=True):
                 if name != "argument 0" or not isinstance(spec, specs.RMSNorm | specs.Layer):
                     assert_same(block.to_host(array), was, f"{spec}: {name} after the call")
 
@@ -181,7 +180,7 @@ def results_belong_to_the_caller(trial: Trial) -> None:
     for spec in [s for s in trial.first_of_kinds() for _ in range(2)]:  # two blocks of each kind
         block = trial.build(spec, trial.random_weights(spec))
         for rows in (17, 17, 5, 17):
-            result = block.block(*block.to_memory(random_inputs(spec, trial.rng, rows)))
+            result = block.compute(*block.to_memory(random_inputs(spec, trial.rng, rows)))
             kept.append((spec, block, result, block.to_host(result)))
     for spec, block, result, was in kept:
         assert_same(block.to_host(result), was, f"{spec}: a result after later calls")
@@ -199,14 +198,3 @@ def _require_finite(result: Result, what: str) -> None:
         if not np.all(np.isfinite(array)):
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
             raise CheckFailed(f"{what}: {array[first]} at {list(first)}")
-
-
-def _arrays(inputs: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the arrays among the arguments of a block, and those of its batch; not its state."""
-    for i, value in enumerate(inputs):
-        if isinstance(value, Batch):
-            names = ("token_ids", "positions", "cu_seqlens", "pages", "logits_rows")
-            yield from ((f"batch.{name}", getattr(value, name)) for name in names)
-            return  # what follows a batch is the state
-        if value is not None:
-            yield f"argument {i}", value

@@ -183,7 +183,7 @@ def streamed_experts_are_their_own(trial: Trial) -> None:
             for rows in (1, 17, 129):
                 inputs = random_inputs(spec, trial.rng, rows)
                 moved = blocks[0].to_memory(inputs)
-                results = [[b.block(*moved) for b in blocks] for _ in range(3)]
+                results = [[b.compute(*moved) for b in blocks] for _ in range(3)]
                 for i, (part, block) in enumerate(zip(parts, blocks, strict=True)):
                     what = f"{streamed[i]} at {rows} rows"
                     want = trial.build_reference(part, weights[i])(*inputs)

@@ -43,7 +43,7 @@ def copies_to_the_host_keep_their_order(trial: Trial) -> None:
         inputs = random_inputs(spec, trial.rng, 17)
         hidden, delta = block.to_memory(inputs)
         copy = memory.start_to_host(hidden)
-        block.block(hidden, delta)  # may write `hidden`
+        block.compute(hidden, delta)  # may write `hidden`
         assert_same(copy.wait(), inputs[0], f"{spec}: a copy from before a call that writes")
 
 
@@ -58,7 +58,7 @@ def results_cross_streams(trial: Trial) -> None:
             copied = memory.mark()
             with memory.stream():  # inside, so that it is another one
                 memory.wait(copied)
-                result = block.block(*moved)
+                result = block.compute(*moved)
                 done = memory.mark()
             memory.wait(done)
             assert_same(block.to_host(result), want, f"{spec}: a result of another stream")
@@ -102,7 +102,7 @@ def marks_measure_time(trial: Trial) -> None:
             moved = block.to_memory(random_inputs(spec, trial.rng, 17))
             marks = [memory.mark()]
             for _ in range(2):
-                block.block(*moved)
+                block.compute(*moved)
                 marks.append(memory.mark())
             first, second, both = (
                 marks[b].seconds_since(marks[a]) for a, b in ((0, 1), (1, 2), (0, 2))

@@ -16,6 +16,7 @@ from lfm2kit.specs import Spec
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_same, each
+from lfm2kit.testing.guards import arrays_of_arguments, guarded, require_whole_margins
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.sessions import calls
@@ -36,7 +37,7 @@ def results_are_plain_arrays(trial: Trial) -> None:
         block, reference = trial.pair(spec)
         ours, theirs = (calls(spec, one, np.random.default_rng(3)) for one in (block, reference))
         for inputs, same_inputs in zip(ours, theirs, strict=True):
-            result = block.block(*block.to_memory(inputs))
+            result = block.compute(*block.to_memory(inputs))
             want = reference(*same_inputs)
             if _count(result) != _count(want):
                 raise CheckFailed(f"{spec}: returned {_described(result)}, not {_described(want)}")
@@ -74,7 +75,7 @@ def results_are_new_arrays(trial: Trial) -> None:
         for inputs in calls(spec, block, trial.rng):
             want = block(*inputs)
             moved = block.to_memory(inputs)
-            result = each(block.block(*moved))
+            result = each(block.compute(*moved))
             if not all(hasattr(array, "fill") for array in result):
                 continue
             if block.memory.name == HOST.name:
@@ -99,9 +100,13 @@ def filled_results_have_the_same_bits(trial: Trial) -> None:
             if isinstance(spec, specs.Experts):
                 inputs[1][0] = -1  # nobody's: the first row is zero
             want = each(block(*inputs))
-            results = [np.full_like(array, POISON[array.dtype.kind]) for array in want]
-            block.block.fill(results, *(value.copy() for value in inputs))
-            assert_same(tuple(results), tuple(want), f"{spec}: what fill wrote, {rows} rows")
+            poison = [np.full_like(array, POISON[array.dtype.kind]) for array in want]
+            results, moved = list(map(guarded, poison)), block.to_memory(inputs)
+            block.block.fill(results, *moved)
+            what = f"{spec}: what fill wrote, {rows} rows"
+            assert_same(tuple(results), tuple(want), what)
+            require_whole_margins(arrays_of_arguments(moved), what)
+            require_whole_margins(((f"result {i}", r) for i, r in enumerate(results)), what)
     if not filling:
         raise Skipped("no block can write its results into given arrays")
 
