@@ -320,6 +320,14 @@ class WritesItsInputWithAState(Around):
         return delta
 
 
+class AddsZeroInPlace(Around):
+    """Makes 0 of every -0 in its argument: no value changes, but bits do."""
+
+    def __call__(self, x):
+        x += np.float32(0)
+        return self.block(x)
+
+
 class ScratchInTheLastState(Around):
     """Without a state it computes in the pages of the last one that it was given."""
 
@@ -477,6 +485,7 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         around(CONV, ScratchInTheLastState),
         ("state-belongs-to-its-caller",),
     ),
+    "writes_equal_values": (around(MLP, AddsZeroInPlace), ("inputs-not-written",)),
     "writes_input_when_decoding": (
         around(CONV, WritesItsInputWithAState),
         ("inputs-not-written",),

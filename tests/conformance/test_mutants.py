@@ -38,10 +38,11 @@ def test_the_named_checks_catch_the_mutant(mutant: str) -> None:
         ("out_fortran_order", "float32 [17, 24], not C-contiguous: its strides are (4, 68)"),
         ("out_has_gaps", "float32 [17, 24], not C-contiguous: its strides are (192, 4)"),
         ("out_lacks_a_row", "returned float32 [16, 24], not float32 [17, 24]"),
+        ("writes_equal_values", "argument 0 after the call: equal values, but not the same bits"),
         ("out_is_view_of_argument", "a result shares memory with argument 0"),
     ],
 )
-def test_what_a_result_is_stands_in_a_sentence(mutant: str, words: str) -> None:
+def test_what_is_wrong_stands_in_a_sentence(mutant: str, words: str) -> None:
     backend, (name,) = MUTANTS[mutant]
     (detail,) = failures(backend, name).values()
     assert words in detail

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
 from lfm2kit.specs import Spec
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import Result, assert_same, each
+from lfm2kit.testing.compare import HostArray, Result, assert_same, each
 from lfm2kit.testing.guards import arrays_of_arguments
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.sessions import calls
@@ -154,7 +155,7 @@ def outputs_finite(trial: Trial) -> None:
 
 @check
 def inputs_not_written(trial: Trial) -> None:
-    """A block writes none of its arguments but the state; only RMSNorm may write `hidden`.
+    """A block changes no bit of its arguments but the state; only RMSNorm may write `hidden`.
 
     Arguments are other blocks' results, or the batch, which every layer reads.  Calls with a state
     take other paths than those without: a prefill and a step are looked at, too.
@@ -162,12 +163,13 @@ def inputs_not_written(trial: Trial) -> None:
     for spec in trial.first_of_kinds():
         block = trial.build(spec, trial.random_weights(spec))
         for inputs in calls(spec, block, trial.rng):
+            _place_negative_zeros(inputs)
             before = [(name, array.copy()) for name, array in arrays_of_arguments(inputs)]
             moved = block.to_memory(inputs)
             block.to_host(block.compute(*moved))
             for (name, was), (_, array) in zip(before, arrays_of_arguments(moved), strict=True):
                 if name != "argument 0" or not isinstance(spec, specs.RMSNorm | specs.Layer):
-                    assert_same(block.to_host(array), was, f"{spec}: {name} after the call")
+                    _require_unwritten(block.to_host(array), was, f"{spec}: {name} after the call")
 
 
 @check
@@ -191,6 +193,19 @@ def _tree(spec: Spec) -> Iterator[Spec]:
     yield spec
     for part in spec.parts():
         yield from _tree(part.spec)
+
+
+def _place_negative_zeros(inputs: Iterable[Any]) -> None:
+    """Put a -0 into every float argument, which is equal to the 0 that a sum makes of it."""
+    for _, array in arrays_of_arguments(inputs):
+        if array.dtype.kind == "f":
+            array[0, 0] = -0.0
+
+
+def _require_unwritten(array: HostArray, was: HostArray, what: str) -> None:
+    assert_same(array, was, what)
+    if array.tobytes() != was.tobytes():
+        raise CheckFailed(f"{what}: equal values, but not the same bits; 0 for -0, for example")
 
 
 def _require_finite(result: Result, what: str) -> None:
