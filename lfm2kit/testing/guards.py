@@ -38,15 +38,19 @@ def guarded_batch(batch: Batch) -> Batch:
 
 
 class GuardedTensors(Mapping[str, Tensor]):
-    """Read-only copies of tensors between margins, each made when it is first read."""
+    """Read-only copies of tensors between margins, each made when it is first read.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    Skewed ones lie one element beyond an aligned address.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], is_skewed: bool = False) -> None:
         self._tensors = tensors
+        self._is_skewed = is_skewed
         self._copies: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._copies:
-            self._copies[name] = _guarded_tensor(self._tensors[name])
+            self._copies[name] = _guarded_tensor(self._tensors[name], self._is_skewed)
         return self._copies[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -61,8 +65,8 @@ class GuardedTensors(Mapping[str, Tensor]):
             yield from ((f"weight '{name}'", array) for array in tensor.arrays)
 
 
-def _guarded_tensor(tensor: Tensor) -> Tensor:
-    data, *beside = map(guarded, tensor.arrays)
+def _guarded_tensor(tensor: Tensor, is_skewed: bool) -> Tensor:
+    data, *beside = (guarded(array, is_skewed * array.itemsize) for array in tensor.arrays)
     for array in (data, *beside):
         array.flags.writeable = False
     return Tensor(tensor.name, tensor.format, tensor.shape, data, tuple(beside))

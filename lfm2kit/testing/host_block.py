@@ -80,14 +80,19 @@ def why_not_built(backend: Backend, spec: Spec) -> str | None:
     return next((r for part in spec.parts() if (r := why_not_built(backend, part.spec))), None)
 
 
-def host_block(backend: Backend, spec: Spec, weights: Weights) -> HostBlock:
-    """Return the block of `spec`, built whole or joined of its parts as the core would."""
+def host_block(
+    backend: Backend, spec: Spec, weights: Weights, is_skewed: bool = False
+) -> HostBlock:
+    """Return the block of `spec`, built whole or joined of its parts as the core would.
+
+    Its weights lie at aligned addresses, or one element beyond such.
+    """
     if backend.why_unsupported(spec) is None:
-        tensors = GuardedTensors(weights)
+        tensors = GuardedTensors(weights, is_skewed)
         block = backend.build(spec, Weights(tensors))
         return HostBlock(spec, block, backend.memory(spec), tensors)
     parts = {
-        part.role: host_block(backend, part.spec, weights.scope(part.scope))
+        part.role: host_block(backend, part.spec, weights.scope(part.scope), is_skewed)
         for part in spec.parts()
     }
     return HostBlock(spec, JOINS[type(spec)](HOST).make(spec, **parts), HOST)

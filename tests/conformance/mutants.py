@@ -307,6 +307,18 @@ class FillsOneRowMore(Around):
             rest[:] = 0
 
 
+class RoundsAddressesDown(Around):
+    """Loads rows of the table in whole vectors of 16 bytes, from where the last of them began."""
+
+    def __init__(self, spec, weights):
+        super().__init__(rows.Embedding(spec, weights))
+        self.skipped = weights["weight"].data.ctypes.data % 16
+
+    def __call__(self, batch):
+        result = self.block(batch)
+        return np.roll(result, 1, axis=1) if self.skipped else result
+
+
 # A state as an argument
 
 
@@ -428,6 +440,10 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "conv_one_past_for_all": (
         BrokenBackend({CONV: OnePastForAll}),
         ("sequences-of-equal-length",),
+    ),
+    "embed_at_aligned_addresses": (
+        BrokenBackend({EMBEDDING: RoundsAddressesDown}),
+        ("weights-at-any-address",),
     ),
     "embed_ids_in_int16": (around(EMBEDDING, IdsIn16Bits), ("ids-beyond-32767",)),
     "embed_of_1024_columns": (around(EMBEDDING, WritesSomeColumns), ("real-widths",)),

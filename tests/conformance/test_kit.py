@@ -22,7 +22,7 @@ from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS, random_weights
 from lfm2kit.testing.cases import CASES, WIDTHS, widened
 from lfm2kit.testing.compare import assert_close, assert_same
-from lfm2kit.testing.guards import MARGIN, guarded, require_whole_margins
+from lfm2kit.testing.guards import MARGIN, GuardedTensors, guarded, require_whole_margins
 from lfm2kit.testing.host_block import why_not_built
 from lfm2kit.testing.near_ties import selection_gaps
 from lfm2kit.testing.random_weights import stored_as
@@ -173,6 +173,16 @@ def test_a_guarded_array_lies_between_margins_of_nan() -> None:
         with pytest.raises(CheckFailed, match=f"just {side} x"):
             require_whole_margins([("x", array)], "a block")
         around[index] = was
+
+
+@pytest.mark.parametrize(("format", "size"), [(F32, 4), (BF16, 2), (F16, 2)])
+def test_skewed_weights_lie_at_a_multiple_of_their_elements_alone(format: Any, size: int) -> None:
+    weights = stored_as(random_weights(specs.MLP(24, 40), 0), format)
+    for is_skewed in (False, True):
+        tensor = GuardedTensors(weights, is_skewed)["w1.weight"]
+        assert tensor.data.ctypes.data % 16 == size * is_skewed
+        assert not tensor.data.flags.writeable
+        assert np.array_equal(tensor.data, weights["w1.weight"].data)
 
 
 def test_random_weights_hide_nothing() -> None:

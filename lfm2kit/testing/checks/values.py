@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lfm2kit.formats import BF16, F16
+from lfm2kit.formats import BF16, F16, F32
 from lfm2kit.precisions import FP32_GRADE
 from lfm2kit.specs import ShortConv, Spec
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS
@@ -206,6 +206,22 @@ def weights_of_several_types(trial: Trial) -> None:
                 mixed = _stored_in_part(weights, narrow)
                 what = f"{spec} of BF16 {sorted(narrow)} and F32 weights"
                 _judge_weights(trial, spec, mixed, (17,), what)
+
+
+@check
+def weights_at_any_address(trial: Trial) -> None:
+    """Weights that lie at a multiple of their elements' size, and of no more, give the same bits.
+
+    In a file that is mapped, a tensor begins wherever the one before it ends.
+    """
+    for spec in [*trial.first_of_kinds(), *trial.built(WITH_BIASES)]:
+        random, inputs = trial.random_weights(spec), random_inputs(spec, trial.rng, 17)
+        for format in (F32, BF16, F16):
+            weights = stored_as(random, format)
+            skewed = host_block(trial.backend, spec, weights, is_skewed=True)
+            want = trial.build(spec, weights)(*inputs)
+            what = f"{spec} of {format} weights, one element beyond an aligned address"
+            assert_same(skewed(*inputs), want, what)
 
 
 def _stored_in_part(weights: Weights, narrow: Container[str]) -> Weights:
