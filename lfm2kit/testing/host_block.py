@@ -54,9 +54,13 @@ class HostBlock:
         return self.block.new_state(room)  # type: ignore[attr-defined]
 
     def to_memory(self, inputs: Sequence[Any]) -> list[Any]:
-        """Return the arguments copied to the block's memory; a state is already there."""
-        moved, state = (inputs[:-1], inputs[-1:]) if self._spec.has_state else (inputs, ())
-        return [*map(self._moved, moved), *state]
+        """Return the arguments copied to the block's memory, but for a state, which is there.
+
+        A state follows the batch.
+        """
+        batches = [i for i, value in enumerate(inputs) if isinstance(value, Batch)]
+        end = batches[0] + 1 if batches else len(inputs)
+        return [*map(self._moved, inputs[:end]), *inputs[end:]]
 
     def to_host(self, result: Array | tuple[Array, ...]) -> Any:
         if isinstance(result, tuple):
