@@ -85,18 +85,30 @@ def why_not_built(backend: Backend, spec: Spec) -> str | None:
 
 
 def host_block(
-    backend: Backend, spec: Spec, weights: Weights, is_skewed: bool = False
+    backend: Backend,
+    spec: Spec,
+    weights: Weights,
+    *,
+    is_guarded: bool = True,
+    is_skewed: bool = False,
 ) -> HostBlock:
     """Return the block of `spec`, built whole or joined of its parts as the core would.
 
-    Its weights lie at aligned addresses, or one element beyond such.
+    If it is guarded, its weights are copies between margins, at aligned addresses or one element
+    beyond such.
     """
     if backend.why_unsupported(spec) is None:
-        tensors = GuardedTensors(weights, is_skewed)
-        block = backend.build(spec, Weights(tensors))
+        tensors = GuardedTensors(weights, is_skewed) if is_guarded else None
+        block = backend.build(spec, weights if tensors is None else Weights(tensors))
         return HostBlock(spec, block, backend.memory(spec), tensors)
     parts = {
-        part.role: host_block(backend, part.spec, weights.scope(part.scope), is_skewed)
+        part.role: host_block(
+            backend,
+            part.spec,
+            weights.scope(part.scope),
+            is_guarded=is_guarded,
+            is_skewed=is_skewed,
+        )
         for part in spec.parts()
     }
     return HostBlock(spec, JOINS[type(spec)](HOST).make(spec, **parts), HOST)

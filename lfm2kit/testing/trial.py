@@ -78,7 +78,7 @@ class Trial:
         return host_block(self.backend, spec, weights)
 
     def build_reference(self, spec: Spec, weights: Weights) -> HostBlock:
-        return host_block(self.reference, spec, weights)
+        return host_block(self.reference, spec, weights, is_guarded=False)
 
     def random_weights(self, spec: Spec) -> Weights:
         """Return random weights that the precision takes."""
