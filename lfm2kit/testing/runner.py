@@ -59,9 +59,9 @@ def run_checks(
     """Return the result of every check (or of those in `only`) for an installed backend.
 
     Another `seed` draws other random inputs.  `expected_failures` maps check ids to reasons: such a
-    check must fail.  `done` is called after
-    each check.  Raise `Lfm2kitError` if the backend is not there, cannot run, or lacks the
-    precision, and for an unknown id; what a check raises is its result.
+    check must fail.  `done` is called after each check.  Raise `Lfm2kitError` if the backend is not
+    there, cannot run, or lacks the precision, and for an unknown id; what a check raises is its
+    result.
     """
     ids = selected(only)
     expected = dict(expected_failures or {})

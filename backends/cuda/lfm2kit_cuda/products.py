@@ -54,9 +54,9 @@ class RowTiles:
     are_older: bool = False  # than the kernel ahead of a product, which then need not wait for them
 
     def in_place(self) -> RowTiles:
-        """Return the tiles of the same rows, for the result of a product of these tiles.
+        """Return the tiles for a product whose x is the result of a product of these tiles.
 
-        The next product reads it: so that first product, or a later kernel, is ahead of it.
+        That product, or a kernel after it, runs ahead of the next one.  So the list is older.
         """
         return replace(self, source=None, are_older=True)
 

@@ -45,7 +45,7 @@ def unknown_spec_is_refused(trial: Trial) -> None:
 
 @check
 def every_kind_built_is_judged(trial: Trial) -> None:
-    """Of each kind that the backend builds for LFM2-8B-A1B, it builds one that the suite judges.
+    """The suite judges a block of each kind that the backend builds for LFM2-8B-A1B.
 
     A backend whose kernels take the release's sizes alone would pass, with its checks skipped.
     """

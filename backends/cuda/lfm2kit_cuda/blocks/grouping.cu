@@ -69,10 +69,11 @@ __device__ inline void place_row(int row, const Chosen& chosen, int* source_p, i
 // Arguments are x, those of `choose_by_sums`, and from experts_l on those of `group_by_expert`, where
 // `local` is the number of its CTAs.  Rows of zeros have the ids -1.  A warp has a row.
 extern "C" __global__ void __launch_bounds__(MOST_TOKENS* kWarp)
-    choose_and_group(const float* x_th, int h, const float* sums_ste, const float* bias_e, int* expert_ids_tk,
-                     float* expert_weights_tk, int tokens, int normalise, float scaling,
-                     const int* experts_l, int local, int* source_p, int slots, int* place_tk,
-                     int4* tiles, int* tile_count, int tile_rows, int step, int by_height) {
+    choose_and_group(const float* x_th, int h, const float* sums_ste, const float* bias_e,
+                     int* expert_ids_tk, float* expert_weights_tk, int tokens, int normalise,
+                     float scaling, const int* experts_l, int local, int* source_p, int slots,
+                     int* place_tk, int4* tiles, int* tile_count, int tile_rows, int step,
+                     int by_height) {
   auto& [rows_e, slot0_e, ids_l, tiles_l] = grouping;
   int row = threadIdx.x / kWarp;
   bool is_first = threadIdx.x % kWarp == 0;
@@ -93,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(MOST_TOKENS* kWarp)
     for (int k = 0; is_nobodys && k < TAKEN; ++k) chosen.ids[k] = -1;
     if (is_first) chosen.store(row, expert_ids_tk, expert_weights_tk);
 #pragma unroll
-    for (int k = 0; is_first && !is_nobodys && k < TAKEN; ++k) atomicOr(&rows_e[chosen.ids[k]], 1u << row);
+    for (int k = 0; is_first && !is_nobodys && k < TAKEN; ++k)
+      atomicOr(&rows_e[chosen.ids[k]], 1u << row);
   }
   __syncthreads();
   for (int l = threadIdx.x; l < local; l += blockDim.x)
