@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -129,9 +129,10 @@ def setup(
     checkpoint: Checkpoint = RANDOM,
     grouping: Grouping | None = None,
     card: type[CardBackend] = CardBackend,
+    streaming: type[StreamingCard] | None = None,
     **options: Any,
 ) -> Setup:
-    plugins = with_backends(card=card, streaming=StreamingCard, silent=Silent)
+    plugins = with_backends(card=card, streaming=streaming or StreamingCard, silent=Silent)
     asked = Options(backend=plan, **options)
     return set_up(checkpoint, asked, plugins=plugins, world=world, tokens=tokens, grouping=grouping)
 
@@ -769,12 +770,19 @@ def test_ranks_that_split_different_shares_have_the_plan_that_was_asked_for_in_c
 
 
 @pytest.mark.usefixtures("reference_is_preferred")
-def test_all_rows_travel_where_no_backend_calls_the_host(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_all_rows_travel_where_no_backend_calls_the_host(tmp_path: Path) -> None:
     """Even if the memory could pick some."""
+
+    class PickingCard(Card):
+        def picker(self, wanted: Collection[int]) -> Any:
+            raise AssertionError("nobody picks rows")
+
+    class PickingBackend(StreamingCard):
+        def __init__(self) -> None:
+            super().__init__()
+            self.there = PickingCard("elsewhere, a card")
+
     rates = write_rates(tmp_path / "rates.json", "streaming", host=1e13, link=1e6)
     asked = {"gpu_memory": limit(15), "rates": rates, "streamed_experts": 0}
     plain = setup("streaming", **asked).sharing
-    monkeypatch.setattr(Card, "picker", lambda self, wanted: None, raising=False)
-    assert setup("streaming", **asked).sharing == plain
+    assert setup("streaming", streaming=PickingBackend, **asked).sharing == plain

@@ -20,7 +20,7 @@ from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.cli import app
 from lfm2kit.cli.ranks import agreed
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.memory import HostMemory
+from lfm2kit.memory import HOST
 from lfm2kit.ranks.agreement import Fact, Facts, compared
 from lfm2kit.transport import World
 from tests.checkpoint.typed import Cli
@@ -118,7 +118,7 @@ def test_what_may_differ_between_nodes_is_not_compared(facts_of: FactsOf, tmp_pa
 def test_ranks_never_share_a_memory_that_one_rank_uses_alone(
     facts_of: FactsOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HostMemory, "unit", lambda memory: "the one GPU", raising=False)
+    monkeypatch.setattr(HOST, "unit", lambda: "the one GPU", raising=False)
     refusal = compared([facts_of(), facts_of()])
     assert refusal is not None
     assert refusal.sentence.startswith("ranks 0, 1 would share the one GPU; give each rank")

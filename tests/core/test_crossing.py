@@ -111,16 +111,20 @@ def test_a_forward_with_crossings_is_captured(expected: Any) -> None:
     )
 
 
-def test_padding_rows_do_not_cross(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_rows_do_not_cross() -> None:
     """The host would compute them, and read experts for them."""
 
-    def promise(self: CapturingBackend, spec: Spec) -> bool:
-        return True
+    class PaddedBackend(CapturingBackend):
+        def takes_padding(self, spec: Spec) -> bool:
+            return True
 
-    monkeypatch.setattr(CapturingBackend, "takes_padding", promise, raising=False)
-    plain = build(small_spec(), "captured", {"captured": CapturingBackend()})
+    class PaddedCrossingBackend(PaddedBackend, CrossingBackend):
+        pass
+
+    plain = build(small_spec(), "captured", {"captured": PaddedBackend()})
+    crossing = build(small_spec(), "crossing", {"crossing": PaddedCrossingBackend()})
     assert plain.takes_padding
-    assert not crossing_model()[0].takes_padding
+    assert not crossing.takes_padding
 
 
 def test_the_server_serves_during_forwards_only() -> None:

@@ -43,7 +43,7 @@ from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import StreamedExperts
 from tests.conformance.late import LateBackend
 from tests.core.rounding import RoundingBackend
-from tests.core.test_model import CapturingBackend, DeviceBackend
+from tests.core.test_model import CapturingBackend, DeviceBackend, Elsewhere
 from tests.random_model import RANDOM
 
 PRECISIONS = (FP32, Precision("half", FP32_GRADE))
@@ -254,11 +254,13 @@ def test_the_host_is_measured_in_the_precision_of_the_plans_item() -> None:
     }
 
 
-def test_a_device_is_named_by_its_memory_if_its_backend_does_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_device_is_named_by_its_memory_if_its_backend_does_not() -> None:
+    class Loom(Elsewhere):
+        def unit(self) -> str:
+            return "the loom"
+
     backend = DeviceBackend()
-    monkeypatch.setattr(type(backend.there), "unit", lambda memory: "the loom", raising=False)
+    backend.there = Loom()
     there = setup("far", far=backend)
     measured, _ = calibrated(there, measurable(there))
     assert by_name(measured)["far"].hardware == {"device": "the loom"}
