@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,12 +11,33 @@ from lfm2kit.formats import Format
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """The accuracy that a precision promises, by which results are judged right or wrong."""
+    """The accuracy that a precision promises, by which results are judged right or wrong.
+
+    A block's error has two parts, and each has its limit.  `block_error` limits what its kernels
+    add: the largest difference from the reference with the same weights, relative to the largest
+    value of the result.  Those are the weights in the formats that the backend keeps them in, if it
+    tells them (`lfm2kit.backend.KeepsFormats`), and as they are stored otherwise.
+
+    `block_nmse` limits what rounding the weights adds: the normalised mean square error,
+    sum((got - want)^2) / sum(want^2), where the reference has the weights as they are stored.  With
+    None, `block_error` holds for these as well.
+    """
 
     name: str
-    block_error: float  # of one block, relative to its result's largest value
+    block_error: float
     judged_by: Literal["logits", "top-1"]  # what `run -v` compares with the answers
     logit_error: float = 1e-3  # |logit - answer| above this is a mismatch, which `-v` reports
+    block_nmse: float | None = None
+
+    @property
+    def coarseness(self) -> tuple[bool, float, float]:
+        """Return a key that is larger for a grade that promises less about the logits."""
+        return self.judged_by == "top-1", self.logit_error, max(self.block_error, self.rounding)
+
+    @property
+    def rounding(self) -> float:
+        """Return the root of `block_nmse`: the error of rounded weights, relative to the result."""
+        return math.sqrt(self.block_nmse or 0)
 
 
 FP32_GRADE = Grade("FP32", 2e-5, "logits")  # some hundred roundings of float32

@@ -117,6 +117,9 @@ FIELDS: dict[type[Any], dict[str, _Kind]] = {
         "block_error": NUMBER,
         "judged_by": _Kind(lambda value: value in ("logits", "top-1"), "'logits' or 'top-1'"),
         "logit_error": NUMBER,
+        "block_nmse": _Kind(
+            lambda value: value is None or _is_number(value), "a number of 0 or more, or None"
+        ),
     },
 }
 

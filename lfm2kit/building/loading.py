@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class Setup:
     def grade(self) -> Grade:
         """Return the coarsest grade of the precisions in use, by which the logits are judged."""
         grades = (precision.grade for precision in self._precisions(self.placed))
-        return max(grades, key=lambda grade: grade.block_error)
+        return max(grades, key=attrgetter("coarseness"))
 
     def _precisions(self, placed: Placed) -> Iterator[Precision]:
         items = dict.fromkeys(leaf.backend for leaf in placed.leaves() if leaf.backend is not None)

@@ -6,7 +6,6 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,6 @@ from lfm2kit.measuring import samples
 from lfm2kit.measuring.running import Timed, run_samples
 from lfm2kit.measuring.validate import Verdict, not_finite, nothing_to_compare, validate
 from lfm2kit.model import LFM2
-from lfm2kit.precisions import Grade
 from lfm2kit.specs import Work
 from lfm2kit.transport import Transport
 
@@ -48,7 +46,7 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     if timed.logits is None:
         return True
     steps.step("validating and writing", steps.longest(Work(0, 2 * timed.logits.nbytes)))
-    verdict = judge(timed.logits, prepared.answers, prepared.setup.grade)
+    verdict = judge(timed.logits, prepared, request.tolerance)
     problem = not_finite(timed.logits)
     prepared.report.fields["finite"] = problem is None
     is_good = problem is None and (verdict is None or verdict.is_valid)
@@ -156,14 +154,16 @@ def run_timed(
         )
 
 
-def judge(logits: npt.NDArray[np.float32], answers: Path | None, grade: Grade) -> Verdict | None:
-    if answers is None:
+def judge(
+    logits: npt.NDArray[np.float32], prepared: Prepared, tolerance: float | None
+) -> Verdict | None:
+    if prepared.answers is None:
         return None
     try:
-        expected = samples.read_answers(answers)
+        expected = samples.read_answers(prepared.answers)
     except samples.BadAnswersError as error:
         return nothing_to_compare(len(logits), str(error))
-    return validate(logits, expected, grade)
+    return validate(logits, expected, prepared.setup.grade, tolerance)
 
 
 def conclude(timed: Timed, n: int, verdict: Verdict | None, report: Report) -> None:

@@ -62,6 +62,12 @@ class Request:
     answers: Path | None = option(
         None, "File of expected logits.", words="answers.bin beside the model", metavar="FILE"
     )
+    tolerance: float | None = option(
+        None,
+        "With -v, the largest difference of a logit from its answer.",
+        words="as the precision's grade says",
+        metavar="X",
+    )
     outputs: Path | None = option(
         None, "Where to write the logits.", words="nowhere", metavar="FILE"
     )
@@ -100,6 +106,7 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
         check_outputs(request, report, checkpoint)
     token_ids = token_ids_of(request, checkpoint)
     answers = answers_of(request, checkpoint)
+    check_tolerance(request)
     recorder = None if request.record_load is None else LoadRecorder()
     batch_size = request.batch_size or default_batch_size(token_ids.shape[1])
     of_a_rank = -(-len(token_ids) // world.size)
@@ -242,6 +249,16 @@ def answers_of(request: Request, checkpoint: Checkpoint) -> Path | None:
         raise Lfm2kitError(f"-v needs answers, and {answers} does not exist; give --answers FILE")
     check_regular(answers)
     return answers
+
+
+def check_tolerance(request: Request) -> None:
+    """Raise `Lfm2kitError` unless a tolerance is a positive number, and `-v` judges by it."""
+    if request.tolerance is None:
+        return
+    if not 0 < request.tolerance < np.inf:
+        raise Lfm2kitError(f"--tolerance {request.tolerance:g}: expected a number above 0")
+    if not request.validate:
+        raise Lfm2kitError(f"--tolerance {request.tolerance:g} needs -v, which is not given")
 
 
 # Options that may differ between ranks, or whose results are compared: nodes may have other paths.

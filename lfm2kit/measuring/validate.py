@@ -46,6 +46,7 @@ class Verdict:
     judged_by: str  # "logits" or "top-1"
     tolerance: float  # of |output - answer|
     problem: str | None = None  # why there was nothing to compare
+    instead_of: str | None = None  # the grade's own judgement, if a tolerance was asked for
 
     @property
     def is_valid(self) -> bool:
@@ -58,7 +59,8 @@ class Verdict:
         """Yield the lines that graders search for, word for word, and then further details."""
         accuracy = 100 * self.top1_matches / max(self.samples, 1)
         yield f"Top-1 Prediction Accuracy: {accuracy:g}% ({self.top1_matches}/{self.samples})"
-        yield "VALID" if self.is_valid else "INVALID"
+        asked = f" ({self.tolerance:g} allowed {self.instead_of})" if self.instead_of else ""
+        yield ("VALID" if self.is_valid else "INVALID") + asked
         if self.problem is not None:
             yield self.problem
         if self.first is not None:
@@ -69,12 +71,16 @@ class Verdict:
 
 
 def validate(
-    outputs: npt.NDArray[np.float32], answers: npt.NDArray[np.float32], grade: Grade
+    outputs: npt.NDArray[np.float32],
+    answers: npt.NDArray[np.float32],
+    grade: Grade,
+    tolerance: float | None = None,
 ) -> Verdict:
     """Compare outputs [n, vocab] with the first n answers [at least n, vocab].
 
     FP32's grade is judged by every logit and by top-1, that of 16 bits by top-1 alone, as in the
-    assignment.  The verdict reports their differences as well.
+    assignment.  The verdict reports their differences as well.  With a `tolerance`, every logit is
+    judged by it instead, whatever the grade.
     """
     samples = len(outputs)
     if len(answers) < samples:
@@ -85,7 +91,8 @@ def validate(
     answers = answers[:samples]
     with np.errstate(invalid="ignore"):  # inf - inf: NaN, which counts as wrong
         difference = np.abs(outputs.astype(np.float64) - answers)
-    wrong = ~(difference <= grade.logit_error)  # true for NaN as well
+    allowed = grade.logit_error if tolerance is None else tolerance
+    wrong = ~(difference <= allowed)  # true for NaN as well
     flat = np.flatnonzero(wrong)
     return Verdict(
         samples=samples,
@@ -94,9 +101,15 @@ def validate(
         mismatches=len(flat),
         first=_mismatch(int(flat[0]), outputs, answers) if len(flat) else None,
         max_difference=float(difference.max(initial=0)),
-        judged_by=grade.judged_by,
-        tolerance=grade.logit_error,
+        judged_by=grade.judged_by if tolerance is None else "logits",
+        tolerance=allowed,
+        instead_of=None if tolerance is None else _own_judgement(grade),
     )
+
+
+def _own_judgement(grade: Grade) -> str:
+    by = f"the {grade.logit_error:g}" if grade.judged_by == "logits" else "top-1 alone"
+    return f"instead of {by} of the grade {grade.name}"
 
 
 def not_finite(logits: npt.NDArray[np.float32]) -> str | None:

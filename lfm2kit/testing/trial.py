@@ -13,6 +13,7 @@ from lfm2kit.precisions import FP32, FP32_GRADE, Precision
 from lfm2kit.specs import Spec
 from lfm2kit.testing.cases import CASES, WIDTHS, widened
 from lfm2kit.testing.host_block import HostBlock, host_block, why_not_built
+from lfm2kit.testing.kept_weights import as_kept
 from lfm2kit.testing.near_ties import NEAR_TIE
 from lfm2kit.testing.random_weights import random_weights, with_values_of
 from lfm2kit.testing.verdicts import Skipped
@@ -36,9 +37,14 @@ class Trial:
         return self.precision.grade.block_error
 
     @property
+    def is_exact(self) -> bool:
+        """Return whether blocks compute as exactly as in float32, however weights are rounded."""
+        return self.tolerance <= FP32_GRADE.block_error
+
+    @property
     def near_tie(self) -> float:
         """Return the gap between two scores of a router below which either choice is right."""
-        return NEAR_TIE if self.precision.grade == FP32_GRADE else self.tolerance
+        return NEAR_TIE if self.is_exact else self.tolerance
 
     def supported(self, candidates: Iterable[S]) -> list[S]:
         """Return those that the backend builds; raise `Skipped` with its reason if there are none.
@@ -77,8 +83,12 @@ class Trial:
     def build(self, spec: Spec, weights: Weights) -> HostBlock:
         return host_block(self.backend, spec, weights)
 
-    def build_reference(self, spec: Spec, weights: Weights) -> HostBlock:
-        return host_block(self.reference, spec, weights, is_guarded=False)
+    def build_reference(
+        self, spec: Spec, weights: Weights, reference: Backend | None = None
+    ) -> HostBlock:
+        """Return the reference's block of the weights with the values that the backend keeps."""
+        kept = as_kept(self.backend, spec, weights)
+        return host_block(reference or self.reference, spec, kept, is_guarded=False)
 
     def random_weights(self, spec: Spec) -> Weights:
         """Return random weights that the precision takes."""

@@ -313,6 +313,21 @@ def test_a_precision_in_the_plan_is_judged_by_its_grade(cli: Cli) -> None:
         assert fields["backend"] == plan
 
 
+def test_a_tolerance_is_named_in_the_verdict(cli: Cli) -> None:
+    run = ("run", "-n", 5, "-b", "cpu_simd:bf16")
+    loose = cli(*run, "-v", "--tolerance", 1)
+    assert loose.code == 0
+    instead = "VALID (1 allowed instead of top-1 alone of the grade BF16 weights)"
+    assert instead in loose.out.splitlines()
+    strict = cli(*run, "-v", "--tolerance", "1e-9")
+    assert (strict.code, "INVALID (1e-09 allowed" in strict.out) == (1, True)
+    useless = cli(*run, "--tolerance", 1)
+    assert (useless.code, "--tolerance 1 needs -v" in useless.err) == (2, True)
+    for wrong in ("0", "-1", "nan", "inf"):
+        refused = cli(*run, "-v", "--tolerance", wrong)
+        assert (refused.code, "expected a number above 0" in refused.err) == (2, True)
+
+
 def test_plan_shows_what_becomes_of_stored_weights(cli: Cli) -> None:
     """Tiny is stored in BF16, all of it."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lfm2kit import specs
-from lfm2kit.backend import Backend
+from lfm2kit.backend import BF16, Backend
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
 from tests.conformance import ahead, broken, crossing, late, samplers
@@ -16,6 +16,7 @@ from tests.conformance.broken import BrokenBackend, around
 from tests.conformance.crossing import CrossingBackend, DeviceBackend, device_with
 from tests.conformance.late import LateBackend
 from tests.conformance.mutants import MUTANTS
+from tests.conformance.rounded import RoundedBackend
 from tests.conformance.samplers import Sampling
 
 ROUTER, EXPERTS, MLP, NORM = specs.Router, specs.Experts, specs.MLP, specs.RMSNorm
@@ -446,6 +447,7 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         ("tokens-drawn-ahead",),
     ),
     "a replay of ids that mean nothing": (ahead.TakesItsOwnIds(), ("steps-begun-ahead",)),
+    "weights in fewer bits than the precision says": (RoundedBackend(BF16), ("rounded-weights",)),
     "a replay with old numbers of trips": (
         device_with(crossing.SendsOneNumber),
         ("channels-carry-every-trip",),

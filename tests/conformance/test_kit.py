@@ -17,7 +17,7 @@ from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context,
 from lfm2kit.building.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F16, F32
-from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Precision
+from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Grade, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS, random_weights
 from lfm2kit.testing.cases import CASES, WIDTHS, widened
@@ -31,6 +31,7 @@ from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 from tests.conformance import broken
 from tests.conformance.broken import BrokenBackend
+from tests.conformance.rounded import RoundedBackend, SilentlyRounded
 
 HALF = Precision("fp16", SIXTEEN_BIT)
 
@@ -135,6 +136,23 @@ def test_rounding_to_16_bits_passes_in_a_16_bit_precision_only() -> None:
     for name in ("norm", "lm-head", "layer"):
         assert judged(name, backend).verdict == "failed"
         assert judged(name, backend, HALF).verdict == "passed"
+
+
+def test_kernels_are_judged_apart_from_the_rounding_that_a_backend_tells() -> None:
+    exact = Precision("bf16", Grade("exact kernels", FP32_GRADE.block_error, "top-1", 1.0, 1e-4))
+    for name in ("mlp", "experts", "lm-head", "layer", "whole-model", "rounded-weights"):
+        assert judged(name, RoundedBackend(BF16), exact).verdict == "passed"
+    assert judged("mlp", SilentlyRounded(BF16), exact).verdict == "failed"
+    assert judged("mlp", SilentlyRounded(BF16), HALF).verdict == "passed"
+
+
+def test_rounding_is_judged_by_the_mean_square_error_of_the_grade() -> None:
+    for limit, verdict in ((1e-4, "passed"), (1e-7, "failed")):
+        grade = Grade("exact kernels", FP32_GRADE.block_error, "top-1", block_nmse=limit)
+        result = judged("rounded-weights", RoundedBackend(BF16), Precision("bf16", grade))
+        assert result.verdict == verdict
+    assert "the normalised mean square error is" in result.detail
+    assert "allowed is 1e-07" in result.detail
 
 
 def test_the_router_is_judged_in_fp32_at_every_precision() -> None:

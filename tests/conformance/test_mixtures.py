@@ -73,7 +73,7 @@ def judge(mixture: Mixture, setup: Setup, logits: Floats) -> None:
     """Compare with the reference's logits, but for sequences that a near tie has turned round."""
     expected, gaps = reference(mixture)
     is_fp32 = setup.grade.judged_by == "logits"
-    block_error = setup.grade.block_error
+    block_error = max(setup.grade.block_error, setup.grade.rounding)
     within = FP32 if is_fp32 else GROWTH * block_error * np.abs(expected).max()
     is_off = ~(np.abs(logits - expected).max(axis=1) <= within)
     is_tie = gaps < (NEAR_TIE if is_fp32 else block_error)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lfm2kit_cpu_simd import BF16_WEIGHTS, F16_WEIGHTS
 
 from lfm2kit.batch import Batch
 from lfm2kit.building.loading import Setup, set_up
@@ -13,7 +14,7 @@ from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.convert import source_of, write_checkpoint
 from lfm2kit.formats import BF16, F16, Format
-from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT
+from lfm2kit.precisions import FP32_GRADE
 
 CHECKPOINT = Path(__file__).parents[1] / "oracle" / "router_bias_and_normalisation"  # F32
 BATCH = Batch.of_sequences([range(9), range(20, 24)])
@@ -57,10 +58,10 @@ def test_an_item_of_a_plan_has_a_precision_of_its_own() -> None:
     ("precision", "plan", "grade"),
     [
         ("fp32", "cpu_simd", FP32_GRADE),
-        ("bf16", "cpu_simd", SIXTEEN_BIT),
-        ("fp32", "cpu_simd,0.mlp=cpu_simd:fp16", SIXTEEN_BIT),
+        ("bf16", "cpu_simd", BF16_WEIGHTS),
+        ("fp32", "cpu_simd,0.mlp=cpu_simd:fp16", F16_WEIGHTS),
         ("fp16", "cpu_simd:fp32,attn=reference:fp32", FP32_GRADE),
-        ("fp32", "auto:bf16,attn=reference", SIXTEEN_BIT),
+        ("fp32", "auto:bf16,attn=reference", BF16_WEIGHTS),
     ],
 )
 def test_results_are_judged_by_the_coarsest_grade_in_use(

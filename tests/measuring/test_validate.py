@@ -76,6 +76,16 @@ def test_fewer_answers_than_samples_and_another_width_are_invalid(answers: Float
     assert not validate(answers, answers[:, :39], FP32_GRADE).is_valid
 
 
+def test_a_tolerance_that_is_asked_for_judges_every_logit_and_is_named(answers: Floats) -> None:
+    outputs = answers + np.float32(0.01)
+    for grade, own in ((FP32_GRADE, "the 0.001 of the grade FP32"), (SIXTEEN_BIT, "top-1 alone")):
+        verdict = validate(outputs, answers, grade, tolerance=0.02)
+        assert verdict.is_valid
+        line = list(verdict.lines())[1]
+        assert line.startswith(f"VALID (0.02 allowed instead of {own}")
+        assert not validate(outputs, answers, grade, tolerance=0.005).is_valid
+
+
 def test_a_grade_of_a_plugins_own_says_what_is_judged(answers: Floats) -> None:
     coarse = Grade("coarse", 0.1, "logits", logit_error=0.5)
     verdict = validate(answers + np.float32(0.4), answers, coarse)

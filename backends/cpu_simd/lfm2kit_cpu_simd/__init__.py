@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import lfm2kit
-from lfm2kit.backend import FP32, SIXTEEN_BIT, Backend, BackendPlugin, Context, Precision
+from lfm2kit.backend import FP32, FP32_GRADE, Backend, BackendPlugin, Context, Grade, Precision
+
+# Matrices are rounded, and kernels multiply what is left of them in float32.
+BF16_WEIGHTS = Grade("BF16 weights", FP32_GRADE.block_error, "top-1", block_nmse=1e-4)
+F16_WEIGHTS = Grade("F16 weights", FP32_GRADE.block_error, "top-1", block_nmse=2e-6)
 
 
 def _create(context: Context) -> Backend:
@@ -30,6 +34,6 @@ def lfm2kit_backends() -> Iterator[BackendPlugin]:
         create=_create,
         api_version=1,
         why_unavailable=_why_unavailable,
-        precisions=(FP32, Precision("bf16", SIXTEEN_BIT), Precision("fp16", SIXTEEN_BIT)),
+        precisions=(FP32, Precision("bf16", BF16_WEIGHTS), Precision("fp16", F16_WEIGHTS)),
         preference=50,
     )

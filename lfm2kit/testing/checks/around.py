@@ -13,7 +13,7 @@ from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_close
 from lfm2kit.testing.guards import GuardedTensors
-from lfm2kit.testing.host_block import HostBlock, host_block
+from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.trial import Trial
@@ -44,7 +44,7 @@ def built_around_parts(trial: Trial) -> None:
         block = HostBlock(spec, built, memory, tensors)
         mixed = {f"{part.scope}.{name}".strip("."): tensor for name, tensor in others.items()}
         watch = GapWatch(trial.reference)
-        reference = host_block(watch, spec, Weights({**weights, **mixed}))
+        reference = trial.build_reference(spec, Weights({**weights, **mixed}), watch)
         for rows in (0, 1, 17):
             inputs = random_inputs(spec, trial.rng, rows)
             watch.gaps.clear()

@@ -18,6 +18,7 @@ from lfm2kit.state import ModelState, Room
 from lfm2kit.testing.cases import MODELS
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.kept_weights import as_kept
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.testing.tiny_model import build_tiny_model, plan_for, recorded_run
 from lfm2kit.testing.trial import Trial
@@ -216,10 +217,21 @@ def _without_near_ties(
     for _ in range(DRAWS):
         weights, batch = trial.random_weights(spec), _random_batch(trial, spec)
         watch = GapWatch(trial.reference)
-        logits = build_tiny_model(spec, weights, watch, None).logits(batch)
+        logits = build_tiny_model(*_as_kept(trial, spec, weights), watch, None).logits(batch)
         if all(np.all(gaps > 10 * trial.near_tie) for gaps in watch.gaps):
             return weights, batch, logits.copy()
     raise Skipped(f"in {DRAWS} draws a router was always near a tie in {trial.precision.name}")
+
+
+def _as_kept(trial: Trial, spec: specs.Model, weights: Weights) -> tuple[specs.Model, Weights]:
+    """Return the model and its weights with the values that the backend keeps.
+
+    The head has a matrix of its own: a backend may keep that of the embedding in another format.
+    """
+    shared = weights["embed_tokens.weight"]
+    untied = replace(spec, tie_word_embeddings=False)
+    apart = Weights({"lm_head.weight": shared, **weights})
+    return untied, as_kept(trial.backend, untied, apart)
 
 
 def _random_batch(trial: Trial, spec: specs.Model, lengths: Sequence[int] = LENGTHS) -> Batch:
@@ -233,7 +245,7 @@ def _sequences(batch: Batch) -> list[Any]:
 
 def _first_difference(trial: Trial, spec: specs.Model, weights: Weights, batch: Batch) -> str:
     got = recorded_run(spec, weights, trial.reference, trial.backend, batch)
-    want = recorded_run(spec, weights, trial.reference, None, batch)
+    want = recorded_run(*_as_kept(trial, spec, weights), trial.reference, None, batch)
     for name in (n for n in got if n in want):
         within = 5 * trial.tolerance
         try:
