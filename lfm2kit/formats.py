@@ -29,8 +29,9 @@ class Format:
     `beside` are the arrays that the tensor keeps beside its data, such as scales, with the same
     leading dimensions.
 
-    `pack(values)` rounds float32 values to such data, to nearest, ties to even.  It raises
-    OverflowError where a finite value has no finite neighbour.  A format without it is only read.
+    `pack(values)` rounds float32 values to such data, to nearest, ties to even; with arrays beside,
+    it returns a tuple of the data and these.  It raises OverflowError where a finite value has no
+    finite neighbour.  A format without it is only read.
 
     Raise TypeError for a field of another type, and for blocks of less than one value.
     """
@@ -39,7 +40,7 @@ class Format:
     block_values: int
     block: np.dtype[Any]
     unpack: Callable[..., Float32]
-    pack: Callable[[Float32], Blocks] | None = None
+    pack: Callable[[Float32], Blocks | tuple[Blocks, ...]] | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)  # of all fields it would take half a microsecond at every product

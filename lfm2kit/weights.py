@@ -120,9 +120,11 @@ class Tensor:
         if format.pack is None:
             raise Lfm2kitError(f"tensor '{self.name}': {format} can be read, but not written")
         try:
-            return Tensor.of_array(self.name, format.pack(self.float32()), format)
+            packed = format.pack(self.float32())
         except OverflowError as error:
             raise Lfm2kitError(f"tensor '{self.name}' has {error}") from None
+        data, *beside = packed if isinstance(packed, tuple) else (packed,)
+        return Tensor(self.name, format, self.shape, data, tuple(beside))
 
 
 def _form(values: Any) -> str:

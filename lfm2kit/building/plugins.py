@@ -212,7 +212,11 @@ class Plugins:
             if precision.name == wanted:
                 return precision
         there = ", ".join(precision.name for precision in plugin.precisions)
-        raise Lfm2kitError(f"backend '{plugin.name}' has no precision {wanted}; available: {there}")
+        own = f"{plugin.name}:{plugin.precisions[0].name}"
+        hint = "" if ":" in item else f"; to name one for this backend alone, write {own}"
+        raise Lfm2kitError(
+            f"backend '{plugin.name}' has no precision {wanted}; available: {there}{hint}"
+        )
 
     def auto(self, precision: str = "fp32") -> str:
         """Return the name that `auto` stands for in a plan: the most preferred that can run."""

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lfm2kit_int8 import WEIGHTS, quantise
+from lfm2kit_int8.__main__ import quantise
+from lfm2kit_int8.reader import WEIGHTS
 
 from lfm2kit.building.loading import find_model
 from lfm2kit.building.plugins import installed_plugins

@@ -178,7 +178,8 @@ def test_the_rewrite_of_the_page_keeps_the_bits() -> None:
 
 
 def test_the_reader_of_the_page_reads_what_the_plugin_for_int8_makes(tmp_path: Path) -> None:
-    from lfm2kit_int8 import open_folder, quantise
+    from lfm2kit_int8 import open_folder
+    from lfm2kit_int8.__main__ import quantise
 
     quantise(find_model("tiny"), tmp_path / "model")
     expected = open_folder(tmp_path / "model")

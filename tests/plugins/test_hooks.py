@@ -134,6 +134,8 @@ def test_lfm2kit_backends_are_created_once_in_each_precision(load: Load) -> None
     assert made == ["inner fp32", "inner int4"]
     with pytest.raises(lfm2kit.Lfm2kitError, match="'inner' has no precision fp8; available: fp32"):
         create("inner:fp8")
+    with pytest.raises(lfm2kit.Lfm2kitError, match=r"no precision fp8; .*, write inner:fp32"):
+        load(lfm2kit_backends).creator(Context("fp8"))("inner")
 
 
 def test_lfm2kit_transports_are_found_by_name(load: Load) -> None:

@@ -103,7 +103,7 @@ def test_wheels_hold_their_package_and_nothing_of_the_checkout_around_it(
     assert tops == {
         "lfm2kit": {"lfm2kit", "lfm2kit-0.1.0.dist-info"},
         "lfm2kit-blas": {"lfm2kit_blas", "lfm2kit_blas-0.1.0.dist-info"},
-        "lfm2kit-int8": {"lfm2kit_int8.py", "lfm2kit_int8-0.1.0.dist-info"},
+        "lfm2kit-int8": {"lfm2kit_int8", "lfm2kit_int8-0.1.0.dist-info"},
         "lfm2kit-slices": {"lfm2kit_slices.py", "lfm2kit_slices-0.1.0.dist-info"},
         "lfm2kit-trace": {"lfm2kit_trace.py", "lfm2kit_trace-0.1.0.dist-info"},
     }
@@ -114,7 +114,7 @@ def test_the_installed_core_is_used_and_the_plugins_are_found(installed: Install
     assert Path(where).is_relative_to(installed.programs.parent)
     listed = json.loads(installed.succeeds("lfm2kit", "backends", "--json", "-"))
     backends = {row["name"]: row for row in listed["backends"]}
-    assert set(backends) == {"reference", "blas"}
+    assert set(backends) == {"reference", "blas", "int8"}
     assert backends["blas"]["distribution"] == "lfm2kit-blas 0.1.0"
     assert backends["blas"]["cannot_run"] is None
     assert listed["broken"] == []

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lfm2kit_int8 import CONFIG, WEIGHTS, open_folder, quantise, recognises, rounded
+from lfm2kit_int8.__main__ import quantise
+from lfm2kit_int8.backend import Int8Backend
+from lfm2kit_int8.formats import I8, rounded
+from lfm2kit_int8.reader import CONFIG, WEIGHTS, open_folder, recognises
 
-import lfm2kit
+import lfm2kit.testing
 from lfm2kit.backend import Batch
 from lfm2kit.building.loading import find_model, load_model
+from lfm2kit.specs import MLP
 
 TINY = find_model("tiny")
+
+
+@lfm2kit.testing.parametrize_backend_checks("int8", precision="q8")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+def test_experts_of_int8_beside_other_blocks_say_nearly_the_same() -> None:
+    batch = Batch.of_sequences([[1, 2, 3], [4, 5, 6, 7]])
+    plans = ("reference,experts=int8:q8", "reference")
+    got, want = (load_model(TINY, plan).logits(batch).copy() for plan in plans)
+    assert 0.95 < np.corrcoef(got.ravel(), want.ravel())[0, 1] < 1
+
+
+def test_int8_matrices_of_a_checkpoint_are_multiplied_as_they_are_stored(folder: Path) -> None:
+    weights = open_folder(folder).weights.scope("layers.0.feed_forward")
+    block = Int8Backend().build(MLP(256, 384), weights)
+    assert np.shares_memory(block.w1.data, weights["w1.weight"].data)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +49,9 @@ def test_matrices_lose_half_a_step_of_their_scale_at_most() -> None:
     values = np.random.default_rng(0).standard_normal((5, 40)).astype(np.float32)
     values[3] = 0
     data, scales = rounded(values)
-    assert (data.dtype, data.shape, scales.dtype) == (np.int8, (5, 40), np.float32)
+    assert data.dtype == np.int8
+    assert data.shape == (5, 40)
+    assert scales.dtype == np.float32
     error = np.abs(data * scales[:, None] - values)
     assert np.all(error <= 0.501 * scales[:, None])
 
@@ -63,11 +88,9 @@ def test_the_model_runs_and_says_nearly_the_same(folder: Path) -> None:
 
 
 def test_a_matrix_without_its_scales_is_named(folder: Path, tmp_path: Path) -> None:
-    from lfm2kit_int8 import format_of_rows
-
     from lfm2kit.checkpoint import read_safetensors, write_safetensors
 
-    stored = read_safetensors(folder / WEIGHTS, {"I8": format_of_rows()})
+    stored = read_safetensors(folder / WEIGHTS, {"I8": I8})
     del stored["embed_tokens.weight_scale"]
     entries = [(name, tensor.format, tensor.shape) for name, tensor in stored.items()]
     (tmp_path / CONFIG).write_text((folder / CONFIG).read_text())
