@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.crew import CREW
-from lfm2kit_cpu_simd.gemm import ROWS_AT_ONCE, STRETCH, following_panel, grouped, linear
+from lfm2kit_cpu_simd.gemm import ROWS_AT_ONCE, STRETCH, group_of, grouped, linear
 from lfm2kit_cpu_simd.machine import NR, STORAGES
 from lfm2kit_cpu_simd.packing import HALF, pack, pack_gated
 from lfm2kit_cpu_simd.tile import MR, SHARED_FROM, lane_order
@@ -151,15 +151,16 @@ def test_two_threads_give_the_bits_of_one(storage: str, columns: int) -> None:
     np.testing.assert_array_equal(*got)
 
 
-@pytest.mark.parametrize(("count", "threads"), [(1, 1), (1, 2), (3, 1), (3, 2), (2, 4)])
-def test_what_is_fetched_ahead_is_a_panel_that_the_thread_takes(count: int, threads: int) -> None:
-    last = following_panel(1, count - 1, count, 2, threads, False)
-    assert last == 2 * count - 1  # nothing follows
-    for panel in range(count):
-        again = following_panel(0, panel, count, 2, threads, True)
-        assert 0 <= again < count
-        assert (again - panel - threads) % count == 0
-        assert following_panel(0, panel, count, 2, threads, False) < 2 * count
+def test_every_panel_of_every_band_is_one_task() -> None:
+    offsets, count = np.cumsum([0, 3, 0, ROWS_AT_ONCE + 1, 0, 1, 0]), 5
+    bands = [1, 0, 2, 0, 1, 0]
+    tasks = [(group, before) for group, n in enumerate(bands) for before in range(n * count)]
+    for start in (0, 7):  # from the task's own place on, or from the beginning
+        group, before = group_of(start, 0, 0, offsets, count)
+        for task, (of_group, within) in list(enumerate(tasks))[start:]:
+            group, before = group_of(task, group, before, offsets, count)
+            assert (group, task - before) == (of_group, within)
+    assert group_of(len(tasks), 0, 0, offsets, count)[0] == len(bands)
 
 
 @pytest.mark.parametrize("storage", STORAGES)

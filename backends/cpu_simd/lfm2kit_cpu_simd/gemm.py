@@ -1,8 +1,9 @@
 """Grouped matrix products over packed weights: one driver for dense layers, experts and head.
 
 Rows come sorted by group (an expert, or all rows for a dense layer), and are cut into bands that
-stay in the second-level cache.  A task is a band and a panel; thread i has the tasks i, i + the
-number of threads, and so on.  A panel is cut into stretches of k that stay in the first-level cache
+stay in the second-level cache.  A task is a band and a panel.  Threads take the tasks in turn, each
+the next one as soon as it has begun one: cores that others share, or that wake late, do fewer.  A
+panel is cut into stretches of k that stay in the first-level cache
 while all rows of the band use them.  Meanwhile the next stretch is fetched, a few cache lines at a
 time.
 """
@@ -18,6 +19,7 @@ from numba import types
 
 from lfm2kit_cpu_simd.buffers import BUFFERS
 from lfm2kit_cpu_simd.chains import chain_bounds
+from lfm2kit_cpu_simd.claiming import claimed
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.elementwise import silu
@@ -147,19 +149,25 @@ def _multiply(
 
 
 @numba.njit(inline="always")
-def following_panel(
-    group: Any, panel: Any, count: Any, groups: Any, threads: Any, is_again: Any
-) -> Any:
-    """Return the panel to fetch while this one is multiplied, counted over all groups.
+def bands_of(rows: Any) -> Any:
+    """Return into how many bands the rows of a group are cut."""
+    return -(-rows // ROWS_AT_ONCE)
 
-    It is the panel of the thread's next task.  After the group's last panel this is one of the
-    group's first panels, for the next band (`is_again`), or else one of the next group's.  After
-    the last task it is this panel.
+
+@numba.njit(inline="always")
+def group_of(task: Any, group: Any, before: Any, offsets: Any, count: Any) -> Any:
+    """Return the group of a task and the number of tasks before that group's.
+
+    The search begins at a `group`, which has `before` tasks before it.  Each group has `count`
+    panels.  After the last task, the group is the number of groups.
     """
-    this = group * count + panel
-    if is_again:
-        return group * count + (panel + threads) % count
-    return this + threads if this + threads < groups * count else this
+    while group < offsets.shape[0] - 1:
+        tasks = bands_of(offsets[group + 1] - offsets[group]) * count
+        if task < before + tasks:
+            break
+        before += tasks
+        group += 1
+    return group, before
 
 
 @kernel(
@@ -181,7 +189,9 @@ def _grouped(
     threads: Any,
 ) -> None:
     size, groups = itemsize * NR * x.shape[1], offsets.shape[0] - 1
-    for thread in numba.prange(threads):
+    counter = np.empty(1, np.int64)
+    counter[0] = 0
+    for _ in numba.prange(threads):
         memory = np.empty((2 * ROWS_AT_ONCE + STRETCH) * NR + CACHE_LINE // 4, np.float32)
         # Both begin on a cache line: a vector across two takes twice as long.  They are used as
         # arrays to the end, because Numba may free one of which only the address is used.
@@ -190,16 +200,19 @@ def _grouped(
         sums = aligned[: 2 * ROWS_AT_ONCE * NR].reshape((2 * ROWS_AT_ONCE, NR))
         wide = aligned[2 * ROWS_AT_ONCE * NR :]
         bounds = chain_bounds(x.shape[1])
-        tasks = 0
-        for group in range(groups):
+        task = claimed(counter)
+        group, before = group_of(task, 0, 0, offsets, count)
+        while group < groups:
+            following = claimed(counter)  # now, to fetch its panel meanwhile
+            next_group, next_before = group_of(following, group, before, offsets, count)
             first, rows = offsets[group], offsets[group + 1] - offsets[group]
-            bands = -(-rows // ROWS_AT_ONCE)
-            for band in range(bands):
-                begin, end = rows * band // bands, rows * (band + 1) // bands
-                for panel in range((thread - tasks) % threads, count, threads):
-                    at = panels_at + (group * count + panel) * size
-                    place = following_panel(group, panel, count, groups, threads, band + 1 < bands)
-                    _multiply(x, bounds, first + begin, end - begin, at,
-                              panels_at + place * size, itemsize, table, shared_from, sums,
-                              wide, panel, is_gated, bias, out)  # fmt: skip
-                tasks += count
+            band, panel = (task - before) // count, (task - before) % count
+            begin, end = rows * band // bands_of(rows), rows * (band + 1) // bands_of(rows)
+            at = panels_at + (group * count + panel) * size
+            ahead = at  # after the last task
+            if next_group < groups:
+                next_panel = (following - next_before) % count
+                ahead = panels_at + (next_group * count + next_panel) * size
+            _multiply(x, bounds, first + begin, end - begin, at, ahead, itemsize, table,
+                      shared_from, sums, wide, panel, is_gated, bias, out)  # fmt: skip
+            task, group, before = following, next_group, next_before
