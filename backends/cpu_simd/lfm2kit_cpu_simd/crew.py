@@ -15,7 +15,9 @@ from lfm2kit.measuring.timing import waits
 from lfm2kit_cpu_simd.threads import CORES, end_team  # imported first: it sets how threads wait
 
 WINDOW = 0.02  # seconds between two looks: several time slices of the processes on a core
-CROWDED = 0.15  # a thread is given up if one waits for a core for this share of a window
+# One of n threads is given up, which costs an nth of the speed, if one waits for a core for this
+# part of an nth of a window: the others may have to wait as long.
+CROWDED = 0.8
 PATIENCE = 0.25, 4.0  # seconds until a thread is added again: at first, and at most
 
 
@@ -65,14 +67,14 @@ class Crew(threading.local):
         end_team()
 
     def _look(self) -> None:
-        share = self._share_of_waiting()
+        is_crowded = self._share_of_waiting() >= CROWDED / max(2, self._size)
         lasted = self._looked - self._changed >= self._patience
-        if share >= CROWDED and self._size > 1:
+        if is_crowded and self._size > 1:
             self._patience = min(2 * self._patience, PATIENCE[1])
             self._resize(self._size - 1)
-        elif share < CROWDED and lasted and self._size < self._most:
+        elif not is_crowded and lasted and self._size < self._most:
             self._resize(self._size + 1)
-        elif share < CROWDED and lasted:  # nobody has come back
+        elif not is_crowded and lasted:  # nobody has come back
             self._patience = PATIENCE[0]
 
     def _resize(self, size: int) -> None:
