@@ -14,7 +14,8 @@ from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.cli.console import Report, progress, show_table
 from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, flags, spread
-from lfm2kit.errors import Lfm2kitError, choices
+from lfm2kit.errors import Lfm2kitError, Option, choices
+from lfm2kit.precisions import FP32
 from lfm2kit.text import indented
 
 # The options that say which model is set up; a check makes its own.
@@ -104,7 +105,14 @@ def _judge(
         results = run_checks(
             name, installed_plugins(), context, ids, seed=seed, done=lambda _: advance(1)
         )
-    conclude(report, "backend", name, results, seed=seed)
+    conclude(report, "backend", name, results, _again(context, seed), seed=seed)
+
+
+def _again(context: Context, seed: int) -> list[Option]:
+    """Return the options with which a check draws the same inputs for the same backend."""
+    defaults = {"precision": FP32.name, "threads": None, "seed": 0}
+    given = {"precision": context.precision, "threads": context.threads, "seed": seed}
+    return [Option(n, value) for n, value in given.items() if value != defaults[n]]
 
 
 def _description(plugins: Plugins) -> dict[str, Any]:

@@ -45,8 +45,13 @@ def _say(name: tuple[str, str], between: str, sentence: str) -> None:
 
 
 def show_traceback(error: BaseException) -> None:
-    """Print the traceback of `error` on stderr, indented (`lfm2kit.text.indented`)."""
-    for line in indented("".join(traceback.format_exception(error))):
+    """Print the traceback of `error` on stderr."""
+    show_details("".join(traceback.format_exception(error)))
+
+
+def show_details(text: str) -> None:
+    """Print a longer text on stderr, indented (`lfm2kit.text.indented`)."""
+    for line in indented(text):
         err.print(Text(line))
 
 

@@ -18,7 +18,7 @@ from lfm2kit.cli.console import Report, progress
 from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.cli.options import JsonOption, flags
 from lfm2kit.cli.ranks import ending_all_ranks
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.specs import Experts, leaves
 from lfm2kit.transport import World
@@ -77,7 +77,8 @@ def check(
             result = judged(one, partial(launcher.launch, ranks, arguments))
             results.append(_with_place(result, memory))
             advance(1)
-    conclude(report, "transport", name, results)
+    given = [Option("ranks", ranks)] + ([Option("backend", backend)] if backend is not None else [])
+    conclude(report, "transport", name, results, given)
 
 
 def _with_place(result: Result, memory: Memory) -> Result:

@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
-from lfm2kit.cli.console import Report, only_said, show_table
-from lfm2kit.errors import WRONG_RESULT
+from lfm2kit.cli.console import Report, only_said, show_details, show_table
+from lfm2kit.cli.flags import flag
+from lfm2kit.errors import TRACEBACK, WRONG_RESULT, Option
 from lfm2kit.testing.runner import Result
 
 
 def conclude(
-    report: Report, kind: str, name: str, results: Sequence[Result], **options: object
+    report: Report,
+    kind: str,
+    name: str,
+    results: Sequence[Result],
+    again: Sequence[Option] = (),
+    **options: object,
 ) -> None:
     """Print a table of the verdicts on the backend or transport `name`, and write the document.
 
-    The document has the options with which the checks can be repeated.
+    With the options `again` the command does the same again; the document has `options`.
     Exit with code 1 if a check failed.
     """
     if report.target != "-":
         show_table(
-            [(result.id, result.verdict, result.detail) for result in results],
+            [(result.id, result.verdict, _said(result)) for result in results],
             Column("check", no_wrap=True),  # to be copied into --only
             Column("verdict", no_wrap=True),
             Column("detail"),
             title=f"conformance of '{name}'",
             box=SIMPLE_HEAD,
         )
-    failed = [result.id for result in results if result.verdict == "failed"]
+    failed = [result for result in results if result.verdict == "failed"]
     counts = {v: sum(r.verdict == v for r in results) for v in ("passed", "failed", "skipped")}
     report.line(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    if failed:
+        only = Option("only", ",".join(result.id for result in failed))
+        words = [f"lfm2kit {kind}s check {name}", *map(flag, (only, *again))]
+        report.line(f"to repeat what failed: {' '.join(words)}")
+    _show_tracebacks(report, failed)
     report.fields = {kind: name, **options, **counts, "results": [r._asdict() for r in results]}
     with only_said(when=bool(failed)):
         report.write()
     if failed:
         raise typer.Exit(WRONG_RESULT)
+
+
+def _said(result: Result) -> str:
+    return "; ".join(filter(None, (result.detail, *result.notes)))
+
+
+def _show_tracebacks(report: Report, failed: Sequence[Result]) -> None:
+    """Print the tracebacks of failures on stderr if they are asked for, or how to ask."""
+    tracebacks = [result.traceback for result in failed if result.traceback]
+    if os.environ.get(TRACEBACK):
+        for one in tracebacks:
+            show_details(one)
+    elif tracebacks:
+        report.line(f"with tracebacks: {TRACEBACK}=1")

@@ -22,7 +22,8 @@ def assert_close(
     The arrays of a tuple are compared one by one; integers must be equal.  Of each array only
     `rows` are compared.
     """
-    for name, array, expected in _pairs(got, want, what, rows):
+    for name, whole, all_expected in _pairs(got, want, what):
+        array, expected = whole[rows], all_expected[rows]
         largest = float(np.max(np.abs(expected), initial=0))
         is_exact = np.issubdtype(expected.dtype, np.integer)
         limit = 0.0 if is_exact else within * max(largest, 1e-6)
@@ -30,7 +31,7 @@ def assert_close(
             error = np.abs(array.astype(np.float64) - expected)
         if not np.all(error <= limit):  # false for NaN as well
             raise CheckFailed(
-                f"{name}: {_worst(error, array, expected)}; allowed is {limit:.2g}, "
+                f"{name}: {_worst(error, array, expected, rows)}; allowed is {limit:.2g}, "
                 f"{np.sum(~(error <= limit))} of {error.size} values are off"
             )
 
@@ -56,9 +57,7 @@ def rows_of(result: Result, rows: Any) -> Result:
     return tuple(array[rows] for array in result) if isinstance(result, tuple) else result[rows]
 
 
-def _pairs(
-    got: Result, want: Result, what: str, rows: Any = slice(None)
-) -> Iterator[tuple[str, HostArray, HostArray]]:
+def _pairs(got: Result, want: Result, what: str) -> Iterator[tuple[str, HostArray, HostArray]]:
     arrays, expected = each(got), each(want)
     if len(arrays) != len(expected):
         raise CheckFailed(f"{what}: returned {len(arrays)} arrays, expected {len(expected)}")
@@ -66,13 +65,19 @@ def _pairs(
     for name, one, other in zip(names, arrays, expected, strict=True):
         if one.shape != other.shape:
             raise CheckFailed(f"{name}: shape {one.shape}, expected {other.shape}")
-        yield name, one[rows], other[rows]
+        yield name, one, other
 
 
-def _worst(error: npt.NDArray[np.float64], got: HostArray, want: HostArray) -> str:
-    """Return the largest error (the first NaN, if there is one) and where it is."""
+def _worst(
+    error: npt.NDArray[np.float64], got: HostArray, want: HostArray, rows: Any = slice(None)
+) -> str:
+    """Return the largest error (the first NaN, if there is one) and where it is.
+
+    What is compared are `rows` of larger arrays, and the place is one in these.
+    """
     where = np.unravel_index(int(np.argmax(error)), error.shape)
-    at = ", ".join(str(int(i)) for i in where)
+    first = where[:1] if isinstance(rows, slice) else (rows[where[0]],)
+    at = ", ".join(str(int(i)) for i in (*first, *where[1:]))
     return (
         f"max abs error {error[where]:.3g} at [{at}]: got {got[where]:.8g}, want {want[where]:.8g}"
     )

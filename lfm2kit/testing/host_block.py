@@ -12,6 +12,7 @@ from lfm2kit.batch import Batch
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.model import JOINS
 from lfm2kit.specs import Spec
+from lfm2kit.testing.call_log import CallLog
 from lfm2kit.testing.guards import (
     GuardedTensors,
     arrays_of_arguments,
@@ -25,16 +26,25 @@ from lfm2kit.weights import Weights
 class HostBlock:
     """A block that works in `memory`; arguments are copied to it, and results back at once.
 
-    The copies lie between margins, and so may the `weights` of which the block was built.
+    The copies lie between margins, and so may the `weights` of which the block was built.  Calls
+    are noted in `log`.
     """
 
     def __init__(
-        self, spec: Spec, block: Block, memory: Memory, weights: GuardedTensors | None = None
+        self,
+        spec: Spec,
+        block: Block,
+        memory: Memory,
+        weights: GuardedTensors | None = None,
+        log: CallLog | None = None,
     ) -> None:
         self.block = block
         self.memory = memory
         self._spec = spec
         self._weights = weights or GuardedTensors({})
+        self._log = log or CallLog()
+        self._calls = 0
+        self._inputs: Sequence[Any] = ()  # the newest that were moved
 
     def __call__(self, *inputs: Any) -> Any:
         return self.to_host(self.compute(*self.to_memory(inputs)))
@@ -44,6 +54,8 @@ class HostBlock:
 
         Raise `CheckFailed` if the block writes beside one of them, or of its weights.
         """
+        self._calls += 1
+        self._log.called(self._spec, self._calls, self._inputs)
         result = self.block(*moved)
         require_whole_margins(self._weights.arrays(), str(self._spec))
         if self.memory.name == HOST.name:
@@ -58,6 +70,7 @@ class HostBlock:
 
         A state follows the batch.
         """
+        self._inputs = inputs
         batches = [i for i, value in enumerate(inputs) if isinstance(value, Batch)]
         end = batches[0] + 1 if batches else len(inputs)
         return [*map(self._moved, inputs[:end]), *inputs[end:]]
@@ -91,16 +104,19 @@ def host_block(
     *,
     is_guarded: bool = True,
     is_skewed: bool = False,
+    log: CallLog | None = None,
 ) -> HostBlock:
     """Return the block of `spec`, built whole or joined of its parts as the core would.
 
     If it is guarded, its weights are copies between margins, at aligned addresses or one element
-    beyond such.
+    beyond such.  Its building and its calls, but not those of its parts, are noted in `log`.
     """
+    if log is not None:
+        log.built(spec)
     if backend.why_unsupported(spec) is None:
         tensors = GuardedTensors(weights, is_skewed) if is_guarded else None
         block = backend.build(spec, weights if tensors is None else Weights(tensors))
-        return HostBlock(spec, block, backend.memory(spec), tensors)
+        return HostBlock(spec, block, backend.memory(spec), tensors, log)
     parts = {
         part.role: host_block(
             backend,
@@ -111,4 +127,4 @@ def host_block(
         )
         for part in spec.parts()
     }
-    return HostBlock(spec, JOINS[type(spec)](HOST).make(spec, **parts), HOST)
+    return HostBlock(spec, JOINS[type(spec)](HOST).make(spec, **parts), HOST, log=log)

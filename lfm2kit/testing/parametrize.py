@@ -11,6 +11,7 @@ from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.precisions import Precision
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.runner import run_check, selected
+from lfm2kit.testing.tracebacks import hide_frames
 from lfm2kit.testing.verdicts import Skipped
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def backend_cases(
 
     expected = expected_failures or {}
     selected(expected)
+    hide_frames()
     create = _created_once(backend, precision)
     marks = {name: pytest.mark.xfail(reason=why, strict=True) for name, why in expected.items()}
     return [

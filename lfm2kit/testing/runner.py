@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from lfm2kit.precisions import FP32, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.random_weights import seed_of
+from lfm2kit.testing.tracebacks import place_of
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed, Skipped
 
@@ -28,6 +30,8 @@ class Result(NamedTuple):
     verdict: Verdict
     detail: str  # one line: the failure, why it was skipped, or what was checked
     seconds: float
+    notes: tuple[str, ...] = ()  # of a failure: where in the backend's code, and in which call
+    traceback: str = ""  # of a failure
 
     @property
     def is_failure(self) -> bool:
@@ -86,25 +90,48 @@ def judged(
     """Return the result of one check; `expected` is why it is expected to fail."""
     start = time.perf_counter()
     verdict: Verdict = "passed"
-    detail = ""
+    detail, details = "", ""
+    notes: tuple[str, ...] = ()
     try:
         run_check(name, backend, precision, seed)
     except Skipped as reason:
         verdict, detail = "skipped", str(reason)
-    except CheckFailed as failure:
-        verdict, detail = "failed", str(failure)
     except Exception as error:  # whatever a backend raises is a verdict on it
-        first_line = (str(error).splitlines() or [""])[0]
-        verdict, detail = "failed", f"{type(error).__name__}: {first_line}"
+        verdict, detail, notes = "failed", _said(error), tuple(error.__notes__)
+        details = "".join(traceback.format_exception(error))
     if expected is not None and verdict == "failed":
         verdict, detail = "expected-failure", expected
     elif expected is not None and verdict == "passed":
         verdict, detail = "unexpected-pass", f"expected to fail: {expected}"
-    return Result(name, verdict, detail, time.perf_counter() - start)
+    return Result(name, verdict, detail, time.perf_counter() - start, notes, details)
 
 
 def run_check(name: str, backend: Backend, precision: Precision = FP32, seed: int = 0) -> None:
-    """Run one check, with the same random numbers for a seed every time; raise what it raises."""
+    """Run one check, with the same random numbers for a seed every time; raise what it raises.
+
+    What is raised has notes: where in the backend's code it was, and which call was the last.
+    """
     rng = np.random.default_rng(seed_of(name) + seed)
-    with np.errstate(all="ignore"):  # NaN and infinities are what some checks are about
-        CHECKS[name].run(Trial(backend, ReferenceBackend(), rng, precision))
+    trial = Trial(backend, ReferenceBackend(), rng, precision)
+    try:
+        with np.errstate(all="ignore"):  # NaN and infinities are what some checks are about
+            CHECKS[name].run(trial)
+    except Skipped:
+        raise
+    except Exception as error:
+        error.__notes__ = list(_notes(error, trial))
+        raise
+
+
+def _notes(error: Exception, trial: Trial) -> Iterator[str]:
+    if not isinstance(error, CheckFailed) and (place := place_of(error)) is not None:
+        yield f"raised at {place}"
+    if (note := trial.log.note()) is not None:
+        yield note
+
+
+def _said(error: Exception) -> str:
+    """Return the message of a failed check, or the first line of another error with its type."""
+    if isinstance(error, CheckFailed):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

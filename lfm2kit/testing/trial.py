@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from lfm2kit.backend import Backend
 from lfm2kit.precisions import FP32, FP32_GRADE, Precision
 from lfm2kit.specs import Spec
+from lfm2kit.testing.call_log import CallLog
 from lfm2kit.testing.cases import CASES, WIDTHS, widened
 from lfm2kit.testing.host_block import HostBlock, host_block, why_not_built
 from lfm2kit.testing.kept_weights import as_kept
@@ -30,6 +31,7 @@ class Trial:
     reference: Backend
     rng: np.random.Generator
     precision: Precision = FP32
+    log: CallLog = field(default_factory=CallLog)  # of the calls of the backend's blocks
 
     @property
     def tolerance(self) -> float:
@@ -81,7 +83,7 @@ class Trial:
         return [first[kind] for kind in kinds if kind in first]
 
     def build(self, spec: Spec, weights: Weights) -> HostBlock:
-        return host_block(self.backend, spec, weights)
+        return host_block(self.backend, spec, weights, log=self.log)
 
     def build_reference(
         self, spec: Spec, weights: Weights, reference: Backend | None = None
