@@ -15,6 +15,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lfm2kit-backend", metavar="NAME", help="The installed backend to judge.")
     group.addoption("--lfm2kit-precision", metavar="NAME", default="fp32", help="[default: fp32]")
     group.addoption(
+        "--lfm2kit-examples",
+        metavar="N",
+        type=int,
+        help="Random examples of each kind of block. [default: 30; 0 without hypothesis]",
+    )
+    group.addoption("--lfm2kit-seed", metavar="N", type=int, default=0, help="[default: 0]")
+    group.addoption(
         "--lfm2kit-expected-failures",
         metavar="FILE",
         help='A TOML file of lines  check-id = "reason":  checks that must fail.',

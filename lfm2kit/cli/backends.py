@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -11,11 +10,11 @@ from rich.table import Column
 from lfm2kit.backend import Context
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.plugins import Plugins, installed_plugins
-from lfm2kit.cli.console import Report, progress, show_table
+from lfm2kit.cli.asked import Asked
+from lfm2kit.cli.console import Report, show_table
 from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, flags, spread
-from lfm2kit.errors import Lfm2kitError, Option, choices
-from lfm2kit.precisions import FP32
+from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.text import indented
 
 # The options that say which model is set up; a check makes its own.
@@ -35,6 +34,18 @@ OF_A_MODEL = (
 
 SeedOption = Annotated[
     int, flags("seed", About("Draw other random inputs than those of 0.", least=0))
+]
+
+ExamplesOption = Annotated[
+    int | None,
+    flags(
+        "examples",
+        About(
+            "Draw N random examples of each kind of block.",
+            "30, or 0 where hypothesis is not installed",
+            least=0,
+        ),
+    ),
 ]
 
 backends = typer.Typer(cls=PlainGroup, help="List the installed backends, or check one.")
@@ -68,6 +79,7 @@ def check(
         str | None, typer.Option(metavar="ID,...", help="Run only these checks. \\[default: all]")
     ] = None,
     seed: SeedOption = 0,
+    examples: ExamplesOption = None,
     is_list: Annotated[bool, typer.Option("--list", help="List the checks; run none.")] = False,
     explain: Annotated[
         str | None, typer.Option(metavar="ID", help="Say what a check guards; run none.")
@@ -75,7 +87,7 @@ def check(
     json: JsonOption = None,
 ) -> None:
     """Run the conformance suite on a backend, and exit with code 1 if it fails."""
-    from lfm2kit.cli.suite import explain_check, show_checks
+    from lfm2kit.cli.suite import explain_check, judge, show_checks
 
     report = Report(json)
     plugins = installed_plugins()
@@ -91,28 +103,7 @@ def check(
         raise Lfm2kitError(f"no backend is named; {choices('', plugins.backends)}")
     else:
         context = Context(options.precision, options.threads)
-        _judge(report, name, context, None if only is None else only.split(","), seed)
-
-
-def _judge(
-    report: Report, name: str, context: Context, only: Sequence[str] | None, seed: int
-) -> None:
-    from lfm2kit.cli.verdicts import conclude
-    from lfm2kit.testing.runner import run_checks, selected
-
-    ids = selected(only)
-    with progress(f"checking {name}", len(ids), "checks") as advance:
-        results = run_checks(
-            name, installed_plugins(), context, ids, seed=seed, done=lambda _: advance(1)
-        )
-    conclude(report, "backend", name, results, _again(context, seed), seed=seed)
-
-
-def _again(context: Context, seed: int) -> list[Option]:
-    """Return the options with which a check draws the same inputs for the same backend."""
-    defaults = {"precision": FP32.name, "threads": None, "seed": 0}
-    given = {"precision": context.precision, "threads": context.threads, "seed": seed}
-    return [Option(n, value) for n, value in given.items() if value != defaults[n]]
+        judge(report, name, context, Asked(only, seed, examples))
 
 
 def _description(plugins: Plugins) -> dict[str, Any]:

@@ -1,12 +1,43 @@
-"""What the checks of the conformance suite are: their list, and what each of them guards."""
+"""The conformance suite on a backend; the list of its checks, and what each of them guards."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.table import Column
 
-from lfm2kit.cli.console import Report, show_table
+from lfm2kit.backend import Context
+from lfm2kit.building.plugins import installed_plugins
+from lfm2kit.cli.asked import Asked
+from lfm2kit.cli.console import Report, progress, show_table
+from lfm2kit.cli.verdicts import conclude
 from lfm2kit.testing.checks import CHECKS
-from lfm2kit.testing.runner import selected
+from lfm2kit.testing.runner import run_checks, selected
+from lfm2kit.testing.scope import Scope, examples_here
+
+
+def judge(report: Report, name: str, context: Context, asked: Asked) -> None:
+    """Run the checks on a backend, show the verdicts, and exit with code 1 if one fails."""
+    ids = selected(None if asked.only is None else asked.only.split(","))
+    scope = Scope(asked.seed, examples_here(asked.examples))
+    plugins = installed_plugins()
+    with progress(f"checking {name}", len(ids), "checks") as advance, _keeping_nothing(scope):
+        results = run_checks(name, plugins, context, ids, scope=scope, done=lambda _: advance(1))
+    made = {"seed": scope.seed, "examples": scope.examples}
+    conclude(report, "backend", name, results, asked.again(context), **made)
+
+
+@contextmanager
+def _keeping_nothing(scope: Scope) -> Iterator[None]:
+    """Leave no file of hypothesis behind, where it is used."""
+    if not scope.examples:
+        yield
+        return
+    from lfm2kit.testing.draws import keeping_nothing
+
+    with keeping_nothing():
+        yield
 
 
 def show_checks(report: Report) -> None:

@@ -11,6 +11,7 @@ from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.precisions import Precision
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.runner import run_check, selected
+from lfm2kit.testing.scope import DEFAULT_SCOPE, Scope, examples_here
 from lfm2kit.testing.tracebacks import hide_frames
 from lfm2kit.testing.verdicts import Skipped
 
@@ -21,16 +22,19 @@ if TYPE_CHECKING:
 class BackendCheck:
     """A check of a backend, to be called in a test; the first call creates the backend."""
 
-    def __init__(self, name: str, create: Callable[[], tuple[Backend, Precision]]) -> None:
+    def __init__(
+        self, name: str, create: Callable[[], tuple[Backend, Precision]], scope: Scope
+    ) -> None:
         self.id = name
         self._create = create
+        self._scope = scope
 
     def __call__(self) -> None:
         """Raise `CheckFailed`, or skip the test where the backend builds no such block."""
         import pytest
 
         try:
-            run_check(self.id, *self._create())
+            run_check(self.id, *self._create(), self._scope)
         except Skipped as reason:
             pytest.skip(str(reason))
 
@@ -39,6 +43,9 @@ def parametrize_backend_checks(
     backend: str,
     expected_failures: Mapping[str, str] | None = None,
     precision: str = "fp32",
+    *,
+    examples: int | None = None,
+    seed: int = 0,
 ) -> pytest.MarkDecorator:
     """Return a decorator that makes a case for every check of an installed backend:
 
@@ -47,15 +54,22 @@ def parametrize_backend_checks(
             check()
 
     `expected_failures` maps check ids to reasons.  Such a check must fail: its passing is an
-    error, so that the list stays true.  Raise `Lfm2kitError` for an unknown id.
+    error, so that the list stays true.  `examples` is the number of random ones of each kind of
+    block, and another `seed` draws other inputs.  Raise `Lfm2kitError` for an unknown id, and if
+    `examples` are asked for where hypothesis is not installed.
     """
     import pytest
 
-    return pytest.mark.parametrize("check", backend_cases(backend, expected_failures, precision))
+    scope = Scope(seed, examples_here(examples))
+    cases = backend_cases(backend, expected_failures, precision, scope)
+    return pytest.mark.parametrize("check", cases)
 
 
 def backend_cases(
-    backend: str, expected_failures: Mapping[str, str] | None = None, precision: str = "fp32"
+    backend: str,
+    expected_failures: Mapping[str, str] | None = None,
+    precision: str = "fp32",
+    scope: Scope = DEFAULT_SCOPE,
 ) -> list[Any]:
     """Return the cases of `parametrize_backend_checks`, with the ids of the checks."""
     import pytest
@@ -66,7 +80,7 @@ def backend_cases(
     create = _created_once(backend, precision)
     marks = {name: pytest.mark.xfail(reason=why, strict=True) for name, why in expected.items()}
     return [
-        pytest.param(BackendCheck(name, create), id=name, marks=marks.get(name, ()))
+        pytest.param(BackendCheck(name, create, scope), id=name, marks=marks.get(name, ()))
         for name in CHECKS
     ]
 

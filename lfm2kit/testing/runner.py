@@ -16,6 +16,7 @@ from lfm2kit.precisions import FP32, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.random_weights import seed_of
+from lfm2kit.testing.scope import DEFAULT_SCOPE, Scope
 from lfm2kit.testing.tracebacks import place_of
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed, Skipped
@@ -56,13 +57,13 @@ def run_checks(
     context: Context,
     only: Iterable[str] | None = None,
     *,
-    seed: int = 0,
+    scope: Scope = DEFAULT_SCOPE,
     expected_failures: Mapping[str, str] | None = None,
     done: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Return the result of every check (or of those in `only`) for an installed backend.
 
-    Another `seed` draws other random inputs.  `expected_failures` maps check ids to reasons: such a
+    `scope` says what they look at.  `expected_failures` maps check ids to reasons: such a
     check must fail.  `done` is called after each check.  Raise `Lfm2kitError` if the backend is not
     there, cannot run, or lacks the precision, and for an unknown id; what a check raises is its
     result.
@@ -74,7 +75,7 @@ def run_checks(
     precision = plugins.precision(backend_name, context.precision)
     results = []
     for name in ids:
-        result = judged(name, backend, precision, expected.get(name), seed)
+        result = judged(name, backend, precision, expected.get(name), scope)
         done(result)
         results.append(result)
     return results
@@ -85,7 +86,7 @@ def judged(
     backend: Backend,
     precision: Precision = FP32,
     expected: str | None = None,
-    seed: int = 0,
+    scope: Scope = DEFAULT_SCOPE,
 ) -> Result:
     """Return the result of one check; `expected` is why it is expected to fail."""
     start = time.perf_counter()
@@ -93,7 +94,7 @@ def judged(
     detail, details = "", ""
     notes: tuple[str, ...] = ()
     try:
-        run_check(name, backend, precision, seed)
+        run_check(name, backend, precision, scope)
     except Skipped as reason:
         verdict, detail = "skipped", str(reason)
     except Exception as error:  # whatever a backend raises is a verdict on it
@@ -106,13 +107,15 @@ def judged(
     return Result(name, verdict, detail, time.perf_counter() - start, notes, details)
 
 
-def run_check(name: str, backend: Backend, precision: Precision = FP32, seed: int = 0) -> None:
+def run_check(
+    name: str, backend: Backend, precision: Precision = FP32, scope: Scope = DEFAULT_SCOPE
+) -> None:
     """Run one check, with the same random numbers for a seed every time; raise what it raises.
 
     What is raised has notes: where in the backend's code it was, and which call was the last.
     """
-    rng = np.random.default_rng(seed_of(name) + seed)
-    trial = Trial(backend, ReferenceBackend(), rng, precision)
+    rng = np.random.default_rng(seed_of(name) + scope.seed)
+    trial = Trial(backend, ReferenceBackend(), rng, precision, scope)
     try:
         with np.errstate(all="ignore"):  # NaN and infinities are what some checks are about
             CHECKS[name].run(trial)

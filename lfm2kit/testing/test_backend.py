@@ -10,8 +10,9 @@ import pytest
 
 from lfm2kit.backend import Context
 from lfm2kit.building.plugins import installed_plugins
-from lfm2kit.errors import Lfm2kitError
+from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.testing.parametrize import backend_cases
+from lfm2kit.testing.scope import Scope, examples_here
 
 USAGE = "which backend? pytest --pyargs lfm2kit.testing --lfm2kit-backend NAME"
 
@@ -25,14 +26,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         precision = config.getoption("--lfm2kit-precision")
         installed_plugins().creator(Context(precision))(backend)  # refuses now, not in every test
         expected = _expected_failures(config.getoption("--lfm2kit-expected-failures"))
-        cases = backend_cases(backend, expected, precision)
+        scope = Scope(
+            config.getoption("--lfm2kit-seed"),
+            examples_here(config.getoption("--lfm2kit-examples")),
+        )
+        cases = backend_cases(backend, expected, precision, scope)
     except Lfm2kitError as error:
-        raise pytest.UsageError(str(error)) from None
+        raise pytest.UsageError(error.sentence(_option)) from None
     metafunc.parametrize("check", cases)
 
 
 def test_backend(check: Callable[[], None]) -> None:
     check()
+
+
+def _option(option: Option) -> str:
+    return f"--lfm2kit-{option.name} {option.value}"
 
 
 def _expected_failures(file: str | None) -> dict[str, str]:

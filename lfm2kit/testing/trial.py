@@ -17,6 +17,7 @@ from lfm2kit.testing.host_block import HostBlock, host_block, why_not_built
 from lfm2kit.testing.kept_weights import as_kept
 from lfm2kit.testing.near_ties import NEAR_TIE
 from lfm2kit.testing.random_weights import random_weights, with_values_of
+from lfm2kit.testing.scope import DEFAULT_SCOPE, Scope
 from lfm2kit.testing.verdicts import Skipped
 from lfm2kit.weights import Weights
 
@@ -31,6 +32,7 @@ class Trial:
     reference: Backend
     rng: np.random.Generator
     precision: Precision = FP32
+    scope: Scope = DEFAULT_SCOPE
     log: CallLog = field(default_factory=CallLog)  # of the calls of the backend's blocks
 
     @property
@@ -62,6 +64,10 @@ class Trial:
             first = next(iter(by_kind.values()))[0]
             raise Skipped(f"no {first.kind} block: {why_not_built(self.backend, first)}")
         return found
+
+    def fitted(self, spec: S) -> S | None:
+        """Return the spec, or it widened, if the backend builds that; else None."""
+        return next(iter(self.built([spec]) or self._widened([spec])), None)
 
     def takes_any(self, candidates: Sequence[Spec]) -> bool:
         """Return whether the backend builds a candidate, as it is or widened."""

@@ -39,7 +39,7 @@ from lfm2kit.model import JOINS
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Places, SplitExperts, StreamedExperts
 from lfm2kit.rewrites.experts_split import experts_split
-from lfm2kit.testing import random_weights
+from lfm2kit.testing import draws, random_weights
 from lfm2kit.testing.device import DeviceMemory
 from lfm2kit.transport import Transport
 from tests.conformance.crossing import DeviceBackend
@@ -304,7 +304,7 @@ def budgets(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def sequences(draw: st.DrawFn) -> Sequence[Sequence[int]]:
-    lengths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=8))
+    lengths = draw(draws.lengths(20, 8))
     ids = np.random.default_rng(draw(st.integers(0, 9))).integers(VOCABULARY, size=sum(lengths))
     ends = np.cumsum(lengths)
     return [ids[end - n : end].tolist() for n, end in zip(lengths, ends, strict=True)]

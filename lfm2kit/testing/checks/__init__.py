@@ -21,6 +21,7 @@ from lfm2kit.testing.checks import (  # noqa: I001 (the order in which they run)
     picking,
     sampling,
     whole_model,
+    examples,
 )
 from lfm2kit.testing.checks.registry import CHECKS, Check
 
@@ -32,6 +33,7 @@ __all__ = [
     "channels",
     "contract",
     "crossings",
+    "examples",
     "feed_forward",
     "non_finite",
     "order",

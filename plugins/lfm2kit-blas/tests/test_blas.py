@@ -39,6 +39,8 @@ BITS_OF_STATES = (
         "rows-among-300": ROWS_SEEN,
         "rows-among-100000": ROWS_SEEN,
         "whole-model-batch-independence": ROWS_SEEN,
+        "random-calls": ROWS_SEEN,
+        "random-programs": ROWS_SEEN,
         "experts-split-by-slot-bitwise": f"{ROWS_SEEN}; an expert gets fewer of them a slot",
         **dict.fromkeys(BITS_OF_STATES, f"{ROWS_SEEN}; a chunk has fewer"),
     },

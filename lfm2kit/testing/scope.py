@@ -1,0 +1,33 @@
+"""What a run of the suite looks at, beside what a check says itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from lfm2kit.errors import Lfm2kitError, Option
+
+EXAMPLES = 30  # of each kind of block, and as many programs: 5 s of a core's time for cpu_simd
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The choices of whoever runs the suite."""
+
+    seed: int = 0  # another one draws other inputs
+    examples: int = 0  # random ones of each kind of block, for the checks of random examples
+
+
+DEFAULT_SCOPE = Scope()
+
+
+def examples_here(asked: int | None = None) -> int:
+    """Return the number of random examples: as many as are asked for, or what is usual here.
+
+    Without hypothesis there are none; raise `Lfm2kitError` if some are asked for.
+    """
+    has_hypothesis = find_spec("hypothesis") is not None
+    if asked and not has_hypothesis:
+        how = "needs the package hypothesis; type: pip install 'lfm2kit[testing]'"
+        raise Lfm2kitError(Option("examples", asked), f": {how}")
+    return (EXAMPLES if asked is None else asked) if has_hypothesis else 0
