@@ -76,7 +76,12 @@ def check(
         str | None, typer.Argument(metavar="NAME", help="The backend to check.")
     ] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="ID,...", help="Run only these checks. \\[default: all]")
+        str | None,
+        typer.Option(
+            metavar="ID|SPEC,...",
+            help="Run only these checks, or look only at blocks such as "
+            "'experts()' or 'attn(head_dim=6)'. \\[default: all]",
+        ),
     ] = None,
     seed: SeedOption = 0,
     examples: ExamplesOption = None,

@@ -13,19 +13,21 @@ from lfm2kit.cli.asked import Asked
 from lfm2kit.cli.console import Report, progress, show_table
 from lfm2kit.cli.verdicts import conclude
 from lfm2kit.testing.checks import CHECKS
-from lfm2kit.testing.runner import run_checks, selected
-from lfm2kit.testing.scope import Scope, examples_here
+from lfm2kit.testing.runner import run_checks
+from lfm2kit.testing.scope import OUT_OF_SCOPE, Scope, examples_here
+from lfm2kit.testing.selection import selected, selection
 
 
 def judge(report: Report, name: str, context: Context, asked: Asked) -> None:
     """Run the checks on a backend, show the verdicts, and exit with code 1 if one fails."""
-    ids = selected(None if asked.only is None else asked.only.split(","))
-    scope = Scope(asked.seed, examples_here(asked.examples))
+    ids, patterns = selection(asked.only)
+    scope = Scope(asked.seed, examples_here(asked.examples), patterns)
     plugins = installed_plugins()
     with progress(f"checking {name}", len(ids), "checks") as advance, _keeping_nothing(scope):
         results = run_checks(name, plugins, context, ids, scope=scope, done=lambda _: advance(1))
-    made = {"seed": scope.seed, "examples": scope.examples}
-    conclude(report, "backend", name, results, asked.again(context), **made)
+    shown = [result for result in results if result.detail != OUT_OF_SCOPE]
+    made = {"seed": scope.seed, "examples": scope.examples, "blocks": list(map(str, patterns))}
+    conclude(report, "backend", name, shown, asked.again(context), only=patterns, **made)
 
 
 @contextmanager

@@ -21,11 +21,13 @@ def conclude(
     name: str,
     results: Sequence[Result],
     again: Sequence[Option] = (),
+    only: Sequence[object] = (),
     **options: object,
 ) -> None:
     """Print a table of the verdicts on the backend or transport `name`, and write the document.
 
-    With the options `again` the command does the same again; the document has `options`.
+    With the options `again`, and with `only` beside ids, the command does the same again; the
+    document has `options`.
     Exit with code 1 if a check failed.
     """
     if report.target != "-":
@@ -41,8 +43,8 @@ def conclude(
     counts = {v: sum(r.verdict == v for r in results) for v in ("passed", "failed", "skipped")}
     report.line(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     if failed:
-        only = Option("only", ",".join(result.id for result in failed))
-        words = [f"lfm2kit {kind}s check {name}", *map(flag, (only, *again))]
+        some = Option("only", ",".join([*(result.id for result in failed), *map(str, only)]))
+        words = [f"lfm2kit {kind}s check {name}", *map(flag, (some, *again))]
         report.line(f"to repeat what failed: {' '.join(words)}")
     _show_tracebacks(report, failed)
     report.fields = {kind: name, **options, **counts, "results": [r._asdict() for r in results]}

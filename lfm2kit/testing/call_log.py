@@ -21,6 +21,7 @@ class CallLog:
     spec: Spec | None = None
     number: int = 0  # of the calls of its block, from 1; 0: it was built, and not called yet
     inputs: Sequence[Any] = ()
+    has_looked: bool = False  # whether the check has asked which blocks there are
 
     def built(self, spec: Spec) -> None:
         self.spec, self.number, self.inputs = spec, 0, ()

@@ -10,8 +10,9 @@ from lfm2kit.backend import Backend, Context
 from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.precisions import Precision
 from lfm2kit.testing.checks import CHECKS
-from lfm2kit.testing.runner import run_check, selected
+from lfm2kit.testing.runner import run_check
 from lfm2kit.testing.scope import DEFAULT_SCOPE, Scope, examples_here
+from lfm2kit.testing.selection import selected
 from lfm2kit.testing.tracebacks import hide_frames
 from lfm2kit.testing.verdicts import Skipped
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from lfm2kit.backend import Backend, Context
 from lfm2kit.building.plugins import Plugins
-from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.precisions import FP32, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.random_weights import seed_of
-from lfm2kit.testing.scope import DEFAULT_SCOPE, Scope
+from lfm2kit.testing.scope import DEFAULT_SCOPE, OUT_OF_SCOPE, Scope
+from lfm2kit.testing.selection import selected
 from lfm2kit.testing.tracebacks import place_of
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed, Skipped
@@ -38,17 +38,6 @@ class Result(NamedTuple):
     def is_failure(self) -> bool:
         """Return whether the backend as a whole fails by this: an unexpected pass counts."""
         return self.verdict in ("failed", "unexpected-pass")
-
-
-def selected(only: Iterable[str] | None) -> list[str]:
-    """Return the ids of the checks to run, in order; raise `Lfm2kitError` for an unknown id."""
-    if only is None:
-        return list(CHECKS)
-    wanted = {name.strip() for name in only}
-    for name in sorted(wanted):
-        if name not in CHECKS:
-            raise Lfm2kitError(f"unknown check '{name}'; {choices(name, CHECKS)}")
-    return [name for name in CHECKS if name in wanted]
 
 
 def run_checks(
@@ -113,21 +102,29 @@ def run_check(
     """Run one check, with the same random numbers for a seed every time; raise what it raises.
 
     What is raised has notes: where in the backend's code it was, and which call was the last.
+    Raise `Skipped` whatever a check says that looks at no block of the scope.
     """
     rng = np.random.default_rng(seed_of(name) + scope.seed)
     trial = Trial(backend, ReferenceBackend(), rng, precision, scope)
+    error = _raised(name, trial)
+    if scope.patterns and not trial.log.has_looked:
+        raise Skipped(OUT_OF_SCOPE)
+    if error is not None:
+        raise error
+
+
+def _raised(name: str, trial: Trial) -> Exception | None:
     try:
         with np.errstate(all="ignore"):  # NaN and infinities are what some checks are about
             CHECKS[name].run(trial)
-    except Skipped:
-        raise
     except Exception as error:
         error.__notes__ = list(_notes(error, trial))
-        raise
+        return error
+    return None
 
 
 def _notes(error: Exception, trial: Trial) -> Iterator[str]:
-    if not isinstance(error, CheckFailed) and (place := place_of(error)) is not None:
+    if not isinstance(error, CheckFailed | Skipped) and (place := place_of(error)) is not None:
         yield f"raised at {place}"
     if (note := trial.log.note()) is not None:
         yield note

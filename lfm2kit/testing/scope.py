@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from lfm2kit.errors import Lfm2kitError, Option
+from lfm2kit.specs import Spec
+from lfm2kit.testing.patterns import Pattern
 
+OUT_OF_SCOPE = "it looks at no block of those that are asked for"
 EXAMPLES = 30  # of each kind of block, and as many programs: 5 s of a core's time for cpu_simd
 
 
@@ -16,6 +19,11 @@ class Scope:
 
     seed: int = 0  # another one draws other inputs
     examples: int = 0  # random ones of each kind of block, for the checks of random examples
+    patterns: tuple[Pattern, ...] = ()  # of the blocks that are looked at; (): of all
+
+    def has(self, spec: Spec) -> bool:
+        """Return whether the blocks of this spec are looked at."""
+        return not self.patterns or any(pattern.fits(spec) for pattern in self.patterns)
 
 
 DEFAULT_SCOPE = Scope()

@@ -17,7 +17,7 @@ from lfm2kit.testing.host_block import HostBlock, host_block, why_not_built
 from lfm2kit.testing.kept_weights import as_kept
 from lfm2kit.testing.near_ties import NEAR_TIE
 from lfm2kit.testing.random_weights import random_weights, with_values_of
-from lfm2kit.testing.scope import DEFAULT_SCOPE, Scope
+from lfm2kit.testing.scope import DEFAULT_SCOPE, OUT_OF_SCOPE, Scope
 from lfm2kit.testing.verdicts import Skipped
 from lfm2kit.weights import Weights
 
@@ -57,9 +57,12 @@ class Trial:
         release's widths alone, and is then judged by those.
         """
         by_kind: dict[str, list[S]] = {}
-        for spec in candidates:
+        for spec in filter(self.scope.has, candidates):
             by_kind.setdefault(spec.kind, []).append(spec)
-        found = [s for one in by_kind.values() for s in self.built(one) or self._widened(one)]
+        if not by_kind:
+            raise Skipped(OUT_OF_SCOPE)
+        self.log.has_looked = True
+        found = [s for one in by_kind.values() for s in self._built(one) or self._widened(one)]
         if not found:
             first = next(iter(by_kind.values()))[0]
             raise Skipped(f"no {first.kind} block: {why_not_built(self.backend, first)}")
@@ -67,19 +70,24 @@ class Trial:
 
     def fitted(self, spec: S) -> S | None:
         """Return the spec, or it widened, if the backend builds that; else None."""
-        return next(iter(self.built([spec]) or self._widened([spec])), None)
+        some = [spec] if self.scope.has(spec) else []
+        return next(iter(self._built(some) or self._widened(some)), None)
 
     def takes_any(self, candidates: Sequence[Spec]) -> bool:
         """Return whether the backend builds a candidate, as it is or widened."""
-        return bool(self.built(candidates) or self._widened(candidates))
+        some = list(filter(self.scope.has, candidates))
+        return bool(self._built(some) or self._widened(some))
 
     def _widened(self, candidates: Sequence[S]) -> list[S]:
         """Return the candidates of the first of WIDTHS at which the backend builds any."""
         wider = ([widened(spec, width) for spec in candidates] for width in WIDTHS)
-        return next((list(dict.fromkeys(found)) for w in wider if (found := self.built(w))), [])
+        return next((list(dict.fromkeys(found)) for w in wider if (found := self._built(w))), [])
 
     def built(self, candidates: Iterable[S]) -> list[S]:
         """Return those that the backend builds, whole or all their parts; perhaps none."""
+        return self._built(filter(self.scope.has, candidates))
+
+    def _built(self, candidates: Iterable[S]) -> list[S]:
         return [spec for spec in candidates if why_not_built(self.backend, spec) is None]
 
     def first_of_kinds(self, kinds: Iterable[str] = CASES) -> list[Spec]:

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from lfm2kit import specs
 from lfm2kit.reference import feed_forward
+from lfm2kit.testing.selection import selection
 from tests.checkpoint.typed import Cli
 
 CHECK = ("backends", "check", "reference")
@@ -45,3 +47,55 @@ def test_a_failure_shows_its_traceback_if_it_is_asked_for(
     (result,) = json.loads(done.out)["results"]
     assert "no registers" in result["traceback"]
     assert result["notes"][0].startswith("raised at ")
+
+
+def test_only_takes_blocks_beside_checks(cli: Cli) -> None:
+    done = cli(*CHECK, "--only", "repeatable,zero-rows,whole-model,attn(head_dim=6),norm()")
+    assert (done.code, "2 passed, 0 failed, 0 skipped" in done.out) == (0, True), done
+    assert "whole-model" not in done.out  # it looks at no block alone
+
+
+@pytest.mark.usefixtures("broken")
+def test_blocks_are_named_when_a_failure_is_to_be_repeated(cli: Cli) -> None:
+    only = "repeatable,norm(),mlp(intermediate_size=40)"
+    done = cli(*CHECK, "--only", only, "--json", "-")
+    (result,) = json.loads(done.out)["results"]
+    assert result["notes"][1] == f"last call: number 1 of {specs.MLP(24, 40)}, 33 rows"
+    assert f"check reference --only '{only}'\n" in done.err
+    assert cli(*CHECK, "--only", "repeatable,norm()").code == 0
+
+
+@pytest.mark.parametrize(
+    ("only", "fitting"),
+    [
+        ("mlp()", specs.MLP(3, 5)),
+        ("MLP(hidden_size=24, intermediate_size=40)", specs.MLP(24, 40)),
+        ("moe(router=router(num_experts=5))", specs.SparseMoe(
+            specs.Router(24, 5, 3, True, True, 1.5), specs.Experts(24, 12, 5, 3, (0, 1, 2, 3, 4)))),
+        ("experts(local_experts=(0,1,2,3,4), hidden_size=24)",
+         specs.Experts(24, 12, 5, 3, (0, 1, 2, 3, 4))),
+        ("norm(eps=1e-05)", specs.RMSNorm(24, 1e-5)),
+    ],
+)  # fmt: skip
+def test_a_pattern_fits_what_it_says(only: str, fitting: specs.Spec) -> None:
+    (pattern,) = selection(only).patterns
+    assert pattern.fits(fitting)
+    assert not pattern.fits(specs.ShortConv(24, 3))
+    assert selection(str(pattern)).patterns == (pattern,)
+
+
+@pytest.mark.parametrize(
+    ("only", "words"),
+    [
+        ("mlp(hidden=24)", ("MLP has no field 'hidden'", "Did you mean 'hidden_size'")),
+        ("mpl()", ("unknown kind of block 'mpl'", "Did you mean 'mlp'")),
+        ("mlp(24)", ("--only 'mlp(24)'", "KIND(FIELD=VALUE,...)")),
+        ("mlp(", ("--only 'mlp('", "KIND(FIELD=VALUE,...)")),
+        ("mlp(hidden_size=x)", ("KIND(FIELD=VALUE,...)",)),
+        ("mlp(**{})", ("MLP has no field 'None'",)),
+        ("conv", ("unknown check 'conv'; the blocks of this kind are conv()",)),
+        ("mlp(hidden_size=7)", ("no block of the suite is mlp(hidden_size=7)", "MLP(hidden_size")),
+    ],
+)
+def test_what_selects_nothing_is_refused(cli: Cli, only: str, words: tuple[str, ...]) -> None:
+    cli(*CHECK, "--only", only).assert_fails(*words)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from lfm2kit.building.loading import EMBEDDED
+from lfm2kit.cli import suite
 from lfm2kit.measuring import samples
 from lfm2kit.outputs import files
 from lfm2kit.testing import runner
@@ -87,7 +88,7 @@ def test_a_backend_that_fails_fails_even_where_the_report_cannot_be_written(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = runner.Result("rows", "failed", "wrong", 0.0)
-    monkeypatch.setattr(runner, "run_checks", lambda *_, **__: [failed])
+    monkeypatch.setattr(suite, "run_checks", lambda *_, **__: [failed])
     done = cli("backends", "check", "reference", "--json", "/dev/full")
     assert (done.code, done.err.count("\n")) == (1, 1)
     assert "/dev/full: No space left" in done.err

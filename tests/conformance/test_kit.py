@@ -26,7 +26,8 @@ from lfm2kit.testing.guards import MARGIN, GuardedTensors, guarded, require_whol
 from lfm2kit.testing.host_block import why_not_built
 from lfm2kit.testing.near_ties import selection_gaps
 from lfm2kit.testing.random_weights import stored_as
-from lfm2kit.testing.runner import Result, judged, run_checks, selected
+from lfm2kit.testing.runner import Result, judged, run_checks
+from lfm2kit.testing.selection import selected
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 from tests.conformance import broken
