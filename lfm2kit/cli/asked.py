@@ -15,14 +15,10 @@ class Asked(NamedTuple):
     only: str | None = None
     seed: int = 0
     examples: int | None = None
+    model: str | None = None
 
     def again(self, context: Context) -> list[Option]:
         """Return the options with which a check draws the same inputs for the same backend."""
-        defaults = {"precision": FP32.name, "threads": None, "seed": 0, "examples": None}
-        given = {
-            "precision": context.precision,
-            "threads": context.threads,
-            "seed": self.seed,
-            "examples": self.examples,
-        }
-        return [Option(n, value) for n, value in given.items() if value != defaults[n]]
+        given = {"precision": context.precision, "threads": context.threads, **self._asdict()}
+        usual = {"precision": FP32.name, "threads": None, **Asked(self.only)._asdict()}
+        return [Option(n, value) for n, value in given.items() if value != usual[n]]

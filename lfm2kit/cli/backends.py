@@ -42,8 +42,21 @@ ExamplesOption = Annotated[
         "examples",
         About(
             "Draw N random examples of each kind of block.",
-            "30, or 0 where hypothesis is not installed",
+            "30; 0 with --model, and where hypothesis is not installed",
             least=0,
+        ),
+    ),
+]
+
+ModelOption = Annotated[
+    str | None,
+    flags(
+        "model",
+        About(
+            "Judge blocks of this model's widths: one that `lfm2kit specs` takes. A layer has few "
+            "experts then.",
+            "small and odd widths, and those of LFM2-8B-A1B",
+            metavar="MODEL",
         ),
     ),
 ]
@@ -85,6 +98,7 @@ def check(
     ] = None,
     seed: SeedOption = 0,
     examples: ExamplesOption = None,
+    model: ModelOption = None,
     is_list: Annotated[bool, typer.Option("--list", help="List the checks; run none.")] = False,
     explain: Annotated[
         str | None, typer.Option(metavar="ID", help="Say what a check guards; run none.")
@@ -108,7 +122,7 @@ def check(
         raise Lfm2kitError(f"no backend is named; {choices('', plugins.backends)}")
     else:
         context = Context(options.precision, options.threads)
-        judge(report, name, context, Asked(only, seed, examples))
+        judge(report, name, context, Asked(only, seed, examples, model))
 
 
 def _description(plugins: Plugins) -> dict[str, Any]:

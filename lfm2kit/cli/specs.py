@@ -25,16 +25,17 @@ def specs(
     ],
 ) -> None:
     """Print a model as specs in TOML, to run by --model FILE.toml --random-inputs 16."""
-    print(spec_text(_spec(model)), end="")
+    print(spec_text(described(model)), end="")
 
 
-def _spec(model: str) -> layers.Model:
+def described(model: str) -> layers.Model:
+    """Return the specs of a model: as --model takes it, a config.json, or a known one."""
     if model in KNOWN:
-        return _described(parse_config(KNOWN[model]))
+        return _of_config(parse_config(KNOWN[model]))
     if model.endswith(".json"):
-        return _described(read_config(Path(model)))
+        return _of_config(read_config(Path(model)))
     return open_model(Options(model=model)).spec
 
 
-def _described(config: ModelConfig) -> layers.Model:
+def _of_config(config: ModelConfig) -> layers.Model:
     return model_spec(config, tied=config.tie_word_embeddings is not False)

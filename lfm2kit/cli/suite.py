@@ -4,30 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.table import Column
 
 from lfm2kit.backend import Context
 from lfm2kit.building.plugins import installed_plugins
+from lfm2kit.checkpoint.names import CONFIG
 from lfm2kit.cli.asked import Asked
 from lfm2kit.cli.console import Report, progress, show_table
+from lfm2kit.cli.specs import described
 from lfm2kit.cli.verdicts import conclude
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.runner import run_checks
 from lfm2kit.testing.scope import OUT_OF_SCOPE, Scope, examples_here
 from lfm2kit.testing.selection import selected, selection
+from lfm2kit.testing.widths import Widths
 
 
 def judge(report: Report, name: str, context: Context, asked: Asked) -> None:
     """Run the checks on a backend, show the verdicts, and exit with code 1 if one fails."""
-    ids, patterns = selection(asked.only)
-    scope = Scope(asked.seed, examples_here(asked.examples), patterns)
+    widths = None if asked.model is None else _widths(asked.model)
+    ids, patterns = selection(asked.only, widths)
+    asked_examples = 0 if asked.examples is None and widths is not None else asked.examples
+    scope = Scope(asked.seed, examples_here(asked_examples), patterns, widths)
     plugins = installed_plugins()
     with progress(f"checking {name}", len(ids), "checks") as advance, _keeping_nothing(scope):
         results = run_checks(name, plugins, context, ids, scope=scope, done=lambda _: advance(1))
     shown = [result for result in results if result.detail != OUT_OF_SCOPE]
-    made = {"seed": scope.seed, "examples": scope.examples, "blocks": list(map(str, patterns))}
+    made = {
+        "seed": scope.seed,
+        "examples": scope.examples,
+        "blocks": list(map(str, patterns)),
+        "model": asked.model,
+    }
     conclude(report, "backend", name, shown, asked.again(context), only=patterns, **made)
+
+
+def _widths(model: str) -> Widths:
+    """Return the widths of a model, of which a folder needs no weights."""
+    config = Path(model) / CONFIG
+    return Widths.of_model(described(str(config) if config.is_file() else model))
 
 
 @contextmanager

@@ -7,13 +7,13 @@ published models made narrow, for backends that take only multiples of something
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
 from itertools import product
 from typing import TypeVar
 
 from lfm2kit import specs
 from lfm2kit.checkpoint.config import ATTENTION, CONV, ModelConfig, model_spec
 from lfm2kit.specs import Spec
+from lfm2kit.testing.widths import Widths, resized
 
 S = TypeVar("S", bound=Spec)
 
@@ -105,14 +105,7 @@ WIDTHS = (256, 512, 1024, 2048)
 
 def widened(spec: S, width: int) -> S:
     """Return `spec` with `width` for its own widths, and heads of 64 as in the release."""
-    sizes = {"hidden_size": width, "intermediate_size": width}
-    if isinstance(spec, specs.Attention):
-        heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 256}
-        sizes |= {**heads, "head_dim": 64}
-    values = {field.name: getattr(spec, field.name) for field in fields(spec)}  # type: ignore[arg-type]
-    parts = {n: widened(v, width) for n, v in values.items() if isinstance(v, Spec)}
-    changed = {name: sizes[name] for name in values.keys() & sizes.keys()}
-    return replace(spec, **parts, **changed)  # type: ignore[type-var]
+    return resized(spec, Widths.of(width))
 
 
 def _config(hidden: int, head_dim: int, experts: int, taken: int) -> ModelConfig:

@@ -21,6 +21,8 @@ from lfm2kit.specs import Spec
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.patterns import Pattern
+from lfm2kit.testing.scope import Scope
+from lfm2kit.testing.widths import Widths
 
 TYPES: dict[str, type[Spec]] = {kind: type(some[0]) for kind, some in CASES.items()}
 NAMES = TYPES | {kind.__name__: kind for kind in TYPES.values()}
@@ -46,13 +48,16 @@ def selected(only: Iterable[str] | None) -> list[str]:
     return [name for name in CHECKS if name in wanted]
 
 
-def selection(only: str | None) -> Selection:
-    """Return what a text selects; raise `Lfm2kitError` if it is wrong, or fits nothing."""
+def selection(only: str | None, widths: Widths | None = None) -> Selection:
+    """Return what a text selects; raise `Lfm2kitError` if it is wrong, or fits nothing.
+
+    Blocks are those of the suite, or they in other `widths`.
+    """
     items = [] if only is None else list(_items(only))
     ids = [item for item in items if "(" not in item and ")" not in item]
     patterns = tuple(_pattern(item) for item in items if item not in ids)
     for pattern in patterns:
-        _require_some(pattern)
+        _require_some(pattern, widths)
     return Selection(selected(ids if ids else None), patterns)
 
 
@@ -93,9 +98,10 @@ def _value(node: ast.expr) -> Any:
     return _read(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
 
 
-def _require_some(pattern: Pattern) -> None:
+def _require_some(pattern: Pattern, widths: Widths | None) -> None:
     """Raise `Lfm2kitError` if the suite has no such block."""
-    there = [*CASES[pattern.type.kind], *(s for s in REAL_WIDTHS if type(s) is pattern.type)]
+    cases = [*CASES[pattern.type.kind], *(s for s in REAL_WIDTHS if type(s) is pattern.type)]
+    there = Scope(widths=widths).candidates(cases)
     if not any(map(pattern.fits, there)):
         available = "; ".join(map(str, there))
         raise Lfm2kitError(f"no block of the suite is {pattern}; available: {available}")

@@ -57,7 +57,7 @@ class Trial:
         release's widths alone, and is then judged by those.
         """
         by_kind: dict[str, list[S]] = {}
-        for spec in filter(self.scope.has, candidates):
+        for spec in self.scope.candidates(candidates):
             by_kind.setdefault(spec.kind, []).append(spec)
         if not by_kind:
             raise Skipped(OUT_OF_SCOPE)
@@ -70,22 +70,27 @@ class Trial:
 
     def fitted(self, spec: S) -> S | None:
         """Return the spec, or it widened, if the backend builds that; else None."""
-        some = [spec] if self.scope.has(spec) else []
+        some = self.scope.candidates([spec])
         return next(iter(self._built(some) or self._widened(some)), None)
 
     def takes_any(self, candidates: Sequence[Spec]) -> bool:
         """Return whether the backend builds a candidate, as it is or widened."""
-        some = list(filter(self.scope.has, candidates))
+        some = self.scope.candidates(candidates)
         return bool(self._built(some) or self._widened(some))
 
     def _widened(self, candidates: Sequence[S]) -> list[S]:
-        """Return the candidates of the first of WIDTHS at which the backend builds any."""
+        """Return the candidates of the first of WIDTHS at which the backend builds any.
+
+        A scope that has widths of its own has no others.
+        """
+        if self.scope.widths is not None:
+            return []
         wider = ([widened(spec, width) for spec in candidates] for width in WIDTHS)
         return next((list(dict.fromkeys(found)) for w in wider if (found := self._built(w))), [])
 
     def built(self, candidates: Iterable[S]) -> list[S]:
         """Return those that the backend builds, whole or all their parts; perhaps none."""
-        return self._built(filter(self.scope.has, candidates))
+        return self._built(self.scope.candidates(candidates))
 
     def _built(self, candidates: Iterable[S]) -> list[S]:
         return [spec for spec in candidates if why_not_built(self.backend, spec) is None]

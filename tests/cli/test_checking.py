@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from lfm2kit import specs
+from lfm2kit.building.loading import EMBEDDED
+from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.reference import feed_forward
+from lfm2kit.testing.cases import WIDE_MOE
 from lfm2kit.testing.selection import selection
+from lfm2kit.testing.widths import Widths, resized
 from tests.checkpoint.typed import Cli
 
 CHECK = ("backends", "check", "reference")
@@ -99,3 +106,39 @@ def test_a_pattern_fits_what_it_says(only: str, fitting: specs.Spec) -> None:
 )
 def test_what_selects_nothing_is_refused(cli: Cli, only: str, words: tuple[str, ...]) -> None:
     cli(*CHECK, "--only", only).assert_fails(*words)
+
+
+def test_a_model_gives_blocks_their_widths(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = open_checkpoint(EMBEDDED / "tiny").spec
+    widths = {(leaf.hidden_size, leaf.intermediate_size)
+              for leaf in specs.leaves(spec) if isinstance(leaf, specs.MLP)}  # fmt: skip
+    ids = "mlp,attention,short-conv,sparse-moe,layer,state-decode-batch,experts-local-ids"
+    config = tmp_path / "config.json"
+    shutil.copy(EMBEDDED / "tiny" / "config.json", config)
+    assert "7 passed" in cli(*CHECK, "--model", tmp_path, "--only", ids).out
+    monkeypatch.setattr(feed_forward.MLP, "__call__", fails)
+    done = cli(
+        *CHECK, "--model", config, "--only", f"mlp,mlp(hidden_size={spec.lm_head.hidden_size})"
+    )
+    ((hidden, inner),) = widths
+    assert f"last call: number 1 of {specs.MLP(hidden, inner)}, 0 rows" in done.out
+    assert f"--model {config}\n" in done.out
+    cli(*CHECK, "--model", "tiny", "--only", "mlp(hidden_size=24)").assert_fails(
+        "no block of the suite is mlp(hidden_size=24)", str(specs.MLP(hidden, inner))
+    )
+    cli(*CHECK, "--model", "tinny").assert_fails("tinny", "tiny")
+
+
+def test_of_a_models_widths_there_are_few_experts_and_rows(cli: Cli) -> None:
+    done = cli(*CHECK, "--model", "tiny", "--only", "rows-among-100000,random-calls")
+    assert "2 skipped" in done.out
+    assert "take gigabytes" in done.out
+    widths = Widths.of_model(open_checkpoint(EMBEDDED / "tiny").spec)
+    for spec in (WIDE_MOE, replace(WIDE_MOE.experts, local_experts=(31, 7, 30))):
+        wide = resized(spec, widths)
+        experts = wide.experts if isinstance(wide, specs.SparseMoe) else wide
+        assert isinstance(experts, specs.Experts)
+        assert experts.num_experts == 5
+        assert experts.local_experts
