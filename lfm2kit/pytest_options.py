@@ -30,4 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     name = config.getoption("--lfm2kit-backend")
-    return f"lfm2kit backend on trial: {name}" if name else None
+    if not name:
+        return None
+    from lfm2kit.testing.version import SUITE_VERSION
+
+    return f"lfm2kit backend on trial: {name}, by version {SUITE_VERSION} of the suite"

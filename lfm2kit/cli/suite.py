@@ -19,6 +19,7 @@ from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.runner import run_checks
 from lfm2kit.testing.scope import OUT_OF_SCOPE, Scope, examples_here
 from lfm2kit.testing.selection import selected, selection
+from lfm2kit.testing.version import SUITE_VERSION
 from lfm2kit.testing.widths import Widths
 
 
@@ -33,6 +34,7 @@ def judge(report: Report, name: str, context: Context, asked: Asked) -> None:
         results = run_checks(name, plugins, context, ids, scope=scope, done=lambda _: advance(1))
     shown = [result for result in results if result.detail != OUT_OF_SCOPE]
     made = {
+        "suite_version": SUITE_VERSION,
         "seed": scope.seed,
         "examples": scope.examples,
         "blocks": list(map(str, patterns)),

@@ -14,6 +14,7 @@
     run_ranks(3, rank)                                           ranks as threads of one process
 
 The checks are the functions of `lfm2kit.testing.checks`; their docstrings say what they guard.
+docs/testing.md lists them, and describes all options.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from lfm2kit.testing.threads import ThreadTransport, run_ranks
 from lfm2kit.testing.transports import check_exchange, check_transport
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed, Skipped
+from lfm2kit.testing.version import SUITE_VERSION
 
 __all__ = [
     "CHECKS",
+    "SUITE_VERSION",
     "Check",
     "CheckFailed",
     "DeviceMemory",

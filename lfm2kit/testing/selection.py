@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from lfm2kit.errors import Lfm2kitError, choices
+from lfm2kit.errors import Lfm2kitError, Option, choices
 from lfm2kit.specs import Spec
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS
 from lfm2kit.testing.checks import CHECKS
@@ -76,7 +76,7 @@ def _pattern(text: str) -> Pattern:
     try:
         return _read(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise Lfm2kitError(f"--only '{text}': {FORM}") from None
+        raise Lfm2kitError(Option("only", text), f": {FORM}") from None
 
 
 def _read(node: ast.expr) -> Pattern:
