@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
@@ -11,11 +12,13 @@ from lfm2kit.backend import Context
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.cli.asked import Asked
-from lfm2kit.cli.console import Report, show_table
+from lfm2kit.cli.console import STDOUT, Report, show_table
 from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, flags, spread
 from lfm2kit.errors import Lfm2kitError, choices
 from lfm2kit.text import indented
+
+ABOUT = {field.name: field.metadata["about"] for field in fields(Options)}
 
 # The options that say which model is set up; a check makes its own.
 OF_A_MODEL = (
@@ -36,6 +39,7 @@ SeedOption = Annotated[
     int, flags("seed", About("Draw other random inputs than those of 0.", least=0))
 ]
 
+ThreadsOption = Annotated[int | None, flags("threads", ABOUT["threads"])]
 ExamplesOption = Annotated[
     int | None,
     flags(
@@ -123,6 +127,30 @@ def check(
     else:
         context = Context(options.precision, options.threads)
         judge(report, name, context, Asked(only, seed, examples, model))
+
+
+@backends.command("matrix", cls=PlainCommand)
+def matrix(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The backend to describe.")],
+    precision: Annotated[
+        str | None,
+        flags("precision", About("Only this precision.", "all that it has", metavar="NAME")),
+    ] = None,
+    threads: ThreadsOption = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, to be published.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Run the suite in each precision, and show which blocks are built, judged, or failed."""
+    from lfm2kit.cli.matrix import show_matrix
+
+    report = Report(json)
+    if markdown and json == STDOUT:
+        raise Lfm2kitError("--markdown and --json - do not go together: both go to stdout")
+    plugin = installed_plugins().backend(name)
+    names = [one.name for one in plugin.precisions] if precision is None else [precision]
+    show_matrix(report, name, [Context(one, threads) for one in names], markdown)
 
 
 def _description(plugins: Plugins) -> dict[str, Any]:

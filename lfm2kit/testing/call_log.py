@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,10 @@ class CallLog:
     number: int = 0  # of the calls of its block, from 1; 0: it was built, and not called yet
     inputs: Sequence[Any] = ()
     has_looked: bool = False  # whether the check has asked which blocks there are
+    specs: list[Spec] = field(default_factory=list)  # of all blocks, in the order of building
 
     def built(self, spec: Spec) -> None:
+        self.specs.append(spec)
         self.spec, self.number, self.inputs = spec, 0, ()
 
     def called(self, spec: Spec, number: int, inputs: Sequence[Any]) -> None:

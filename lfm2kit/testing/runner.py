@@ -13,6 +13,7 @@ from lfm2kit.backend import Backend, Context
 from lfm2kit.building.plugins import Plugins
 from lfm2kit.precisions import FP32, Precision
 from lfm2kit.reference.backend import ReferenceBackend
+from lfm2kit.testing.call_log import CallLog
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.random_weights import seed_of
 from lfm2kit.testing.scope import DEFAULT_SCOPE, OUT_OF_SCOPE, Scope
@@ -77,14 +78,18 @@ def judged(
     precision: Precision = FP32,
     expected: str | None = None,
     scope: Scope = DEFAULT_SCOPE,
+    log: CallLog | None = None,
 ) -> Result:
-    """Return the result of one check; `expected` is why it is expected to fail."""
+    """Return the result of one check; `expected` is why it is expected to fail.
+
+    What blocks it builds and calls is noted in `log`.
+    """
     start = time.perf_counter()
     verdict: Verdict = "passed"
     detail, details = "", ""
     notes: tuple[str, ...] = ()
     try:
-        run_check(name, backend, precision, scope)
+        run_check(name, backend, precision, scope, log)
     except Skipped as reason:
         verdict, detail = "skipped", str(reason)
     except Exception as error:  # whatever a backend raises is a verdict on it
@@ -98,7 +103,11 @@ def judged(
 
 
 def run_check(
-    name: str, backend: Backend, precision: Precision = FP32, scope: Scope = DEFAULT_SCOPE
+    name: str,
+    backend: Backend,
+    precision: Precision = FP32,
+    scope: Scope = DEFAULT_SCOPE,
+    log: CallLog | None = None,
 ) -> None:
     """Run one check, with the same random numbers for a seed every time; raise what it raises.
 
@@ -108,7 +117,7 @@ def run_check(
     if scope.widths is not None and name in TOO_LARGE:
         raise Skipped("of a model's widths its arrays would take gigabytes")
     rng = np.random.default_rng(seed_of(name) + scope.seed)
-    trial = Trial(backend, ReferenceBackend(), rng, precision, scope)
+    trial = Trial(backend, ReferenceBackend(), rng, precision, scope, log or CallLog())
     error = _raised(name, trial)
     if scope.patterns and not trial.log.has_looked:
         raise Skipped(OUT_OF_SCOPE)

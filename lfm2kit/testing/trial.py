@@ -65,7 +65,7 @@ class Trial:
         found = [s for one in by_kind.values() for s in self._built(one) or self._widened(one)]
         if not found:
             first = next(iter(by_kind.values()))[0]
-            raise Skipped(f"no {first.kind} block: {why_not_built(self.backend, first)}")
+            raise Skipped(f"no {first.kind} block: {self._why_not(first)}")
         return found
 
     def fitted(self, spec: S) -> S | None:
@@ -93,7 +93,16 @@ class Trial:
         return self._built(self.scope.candidates(candidates))
 
     def _built(self, candidates: Iterable[S]) -> list[S]:
-        return [spec for spec in candidates if why_not_built(self.backend, spec) is None]
+        return [spec for spec in candidates if self._why_not(spec) is None]
+
+    def _why_not(self, spec: Spec) -> str | None:
+        """Return why a block is not judged.
+
+        In a model's widths, blocks that the core would join are judged by their parts alone.
+        """
+        if self.scope.widths is not None:
+            return self.backend.why_unsupported(spec)
+        return why_not_built(self.backend, spec)
 
     def first_of_kinds(self, kinds: Iterable[str] = CASES) -> list[Spec]:
         """Return one spec of each of these kinds that the backend builds."""
