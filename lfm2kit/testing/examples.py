@@ -12,7 +12,7 @@ from lfm2kit import specs
 from lfm2kit.batch import Batch
 from lfm2kit.specs import Spec
 from lfm2kit.testing.compare import Result, assert_close, assert_same, rows_of
-from lfm2kit.testing.host_block import HostBlock, host_block
+from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.testing.programs import ROOM, Fed, Program, Run
 from lfm2kit.testing.random_inputs import random_inputs, random_rows
@@ -28,7 +28,7 @@ def judge_call(trial: Trial, spec: Spec, lengths: Sequence[int], seed: int) -> N
     rng = np.random.default_rng(seed)
     weights = trial.as_taken(random_weights(spec, rng))
     watch = GapWatch(trial.reference)
-    block, reference = trial.build(spec, weights), host_block(watch, spec, weights)
+    block, reference = trial.build(spec, weights), trial.build_reference(spec, weights, watch)
     usual = reference(*random_inputs(spec, rng, USUAL))
     inputs = random_inputs(spec, rng, sum(lengths), lengths=lengths)
     watch.gaps.clear()
