@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,15 @@ class Overlap:
     def document(self) -> dict[str, Any]:
         """Return the fields for the JSON of a run."""
         return {"asked": self.asked, "is_on": self.is_on, "why": self.why, "share": self.share}
+
+    @contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Leave it undecided by forwards until the context is left, which are too short to tell."""
+        is_on, self.is_on = self.is_on, bool(self.is_on)
+        try:
+            yield
+        finally:
+            self.is_on = is_on
 
     def note(self, computing: float, exchanging: float) -> None:
         """Take the seconds of a layer of the first forward; the last layer's decide.

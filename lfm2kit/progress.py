@@ -8,10 +8,14 @@ the job if a step takes longer than allowed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lfm2kit.backend import Block, CallsNatively, Fills
+from lfm2kit.batch import Batch
 from lfm2kit.specs import Spec, Work
+
+if TYPE_CHECKING:
+    from lfm2kit.building.placement import Placed
 
 DEADLINE = 60.0  # seconds that a step may take, unless it asks for more
 COMPILING = 600.0  # seconds that one kernel may take to compile on a busy machine
@@ -67,6 +71,14 @@ def allow(seconds: Mapping[str, float]) -> None:
     """Set how long the steps of these names may take, if that is above the deadline."""
     deadline = THIS_PROCESS.deadline
     THIS_PROCESS.allowed.update((name, s) for name, s in seconds.items() if s > deadline)
+
+
+def allow_forward(blocks: Iterable[Placed], batch: Batch, ranks: int = 1) -> None:
+    """Give each block the time that `batch` takes on the slowest machine.
+
+    One of several ranks may get every token of all of them, and share its cores with them.
+    """
+    allow({block.name: ranks * longest(block.spec.work(batch)) for block in blocks})
 
 
 def longest_of(names: Iterable[str]) -> float:

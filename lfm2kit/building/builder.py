@@ -14,7 +14,7 @@ from lfm2kit.building import out_of_memory
 from lfm2kit.building.capacity import check_state
 from lfm2kit.building.padding import takes_padding
 from lfm2kit.building.placement import Placed
-from lfm2kit.building.results import checked
+from lfm2kit.building.results import Checked, checked
 from lfm2kit.engine.samplers import sampler_for
 from lfm2kit.model import LFM2
 from lfm2kit.overlapped import OFF, overlapping
@@ -40,6 +40,8 @@ class Builder:
     # are called by themselves, and every seam waits.
     servers: list[Server] | None = None
     exchanging: dict[str, Exchanging] = field(default_factory=dict)  # filled with joined blocks
+    checked: list[Checked] = field(default_factory=list)  # filled with what backends have built
+    distribution: Callable[[str], str] = lambda item: ""  # that a plan's item comes from
 
     def build(self, placed: Placed) -> Any:
         """Return the block of `placed`, ready to be called from the memory around it."""
@@ -56,7 +58,9 @@ class Builder:
             placed.spec.check_values(weights)
             with out_of_memory.building(placed, weights):
                 built = _built(self.create(placed.backend), placed.spec, weights, blocks)
-            block = checked(placed, built)
+            block = checked(placed, built, self.distribution(placed.backend))
+            if isinstance(block, Checked):
+                self.checked.append(block)
             self.built(placed)
         return self._seamed(placed, block)
 

@@ -22,11 +22,13 @@ from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
 from lfm2kit.building.dividing import choices as choices_of_groups
 from lfm2kit.building.fitting import TOKENS, fitted
+from lfm2kit.building.inspecting import fault_in_a_forward
 from lfm2kit.building.load import Load, load_of
 from lfm2kit.building.options import FREE, Options
 from lfm2kit.building.placement import Placed, Placer
 from lfm2kit.building.plan import AUTO, HOST_EXPERTS, Plan
 from lfm2kit.building.plugins import Plugins, installed_plugins
+from lfm2kit.building.results import Checked
 from lfm2kit.building.sharing import Sharing
 from lfm2kit.building.wrappers import Wrappers
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +45,7 @@ from lfm2kit.precisions import Grade, Precision
 from lfm2kit.progress import Wrap, telling
 from lfm2kit.ranks.balancing import check_replicas, owners_by
 from lfm2kit.ranks.groups import EP, Grouping, each_alone, first_fitting
-from lfm2kit.ranks.joining import Again, check_alike, refuse_copies, settled_alike
+from lfm2kit.ranks.joining import Again, check_alike, fail_together, refuse_copies, settled_alike
 from lfm2kit.rewrites import Places, Rewrite, chosen, rewritten
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS, experts_split
 from lfm2kit.rewrites.hidden_states import HiddenStates
@@ -152,18 +154,32 @@ class Setup:
     ) -> LFM2:
         """Build the model for forwards of `tokens` tokens; call `built` after each block.
 
-        Raise `Lfm2kitError` if a memory is too small, before any of it is allocated.
+        Raise `Lfm2kitError` if a memory is too small, before any of it is allocated, and if a block
+        returns something wrong in the forward that `check` asks for.
         """
         self._check_memory(self.placed, tokens)
+        builder = self.builder(built)
         with self.checkpoint.files_of("", self.placed.spec).reading_exactly():
-            return build_model(
+            model = build_model(
                 self.placed,
-                self.builder(built),
+                builder,
                 self.plan.default,
                 self.among,
                 self.options.overlap,
                 self.checkpoint.folder,
             )
+        if self.options.check:
+            self._check_results(model, builder.checked)
+        return model
+
+    def _check_results(self, model: LFM2, blocks: Sequence[Checked]) -> None:
+        """Raise `Lfm2kitError`, on every rank of a job, if a block returns something wrong."""
+        ranks = 1 if self.transport is None else self.transport.world.size
+        fault = fault_in_a_forward(model, blocks, self.checkpoint.values, ranks)
+        if self.transport is not None:
+            fail_together(self.transport, fault)
+        elif fault is not None:
+            raise Lfm2kitError(fault)
 
     def build_block(self, placed: Placed, *, tokens: int) -> Block:
         """Build one block of the model for calls of `tokens` rows; raise as `build` does."""
@@ -285,6 +301,7 @@ class Setup:
             before,
             self.wrappers.survive_capture,
             self.context.local_ranks,
+            distribution=self.plugins.distribution,
         )
 
     def stored_bytes(self, placed: Placed) -> int:
@@ -507,7 +524,10 @@ def load_model(
     if transport is None or transport.world.rank == 0:
         for remark in setup.remarks():
             warnings.warn(remark, stacklevel=2)
-    return setup.build()
+    loaded = setup.build()
+    if hidden_states is not None:
+        hidden_states.clear()  # of what `check` has run
+    return loaded
 
 
 def _check_names(options: Iterable[str], plugins: Plugins) -> None:

@@ -31,6 +31,10 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
@@ -56,6 +60,7 @@ EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "overlap": (lambda value: value in OVERLAP, f"{', '.join(OVERLAP[:-1])} or {OVERLAP[-1]}"),
     "exchange": (lambda value: value in EXCHANGE, f"{', '.join(EXCHANGE[:-1])} or {EXCHANGE[-1]}"),
     "rewrites": (_are_names, "a tuple of names, such as ('NAME',)"),
+    "check": (_is_bool, "True or False"),
 }
 
 
@@ -173,6 +178,10 @@ class Options:
     )
     rewrites: tuple[str, ...] = option(
         (), "Rewrites of the model, in the order of their names here."
+    )
+    check: bool = option(
+        False,
+        "Look at all that blocks return, once, in a short forward before the first one.",
     )
     seed: int | None = option(
         None,

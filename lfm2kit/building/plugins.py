@@ -202,6 +202,10 @@ class Plugins:
             )
         return installed.plugin
 
+    def distribution(self, item: str) -> str:
+        """Return the distribution that the backend of a plan's item comes from."""
+        return self.backends[item.partition(":")[0]].distribution
+
     def precision(self, item: str, otherwise: str) -> Precision:
         """Return the precision of a plan's item: its own (`NAME:bf16`), or else that of this name.
 

@@ -2,13 +2,15 @@
 
 A block is looked at when it is built, and its results at each call that is not a replay: a kernel
 that is given too few rows, or rows of a shorter type, would read beyond them.  A forward may be as
-short as a third of a millisecond, so a right result must be recognised at once.
+short as a third of a millisecond, so a right result must be recognised at once; `inspecting` looks
+at all that takes longer.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from reprlib import repr as brief  # of what a backend returned, however long it is
@@ -83,21 +85,23 @@ RETURNED: Mapping[type[Spec], Returned] = {
 }
 
 
-def checked(placed: Placed, block: Block) -> Block:
+def checked(placed: Placed, block: Block, distribution: str = "") -> Block:
     """Return `block`, which `placed.backend` has built, as one that checks its results.
 
-    Raise `Lfm2kitError` if it cannot be called as its spec says, or lacks `new_state`.  Blocks of
-    specs that a plugin defines are returned as they are.
+    `distribution` is where the backend comes from, for errors.  Raise `Lfm2kitError` if the block
+    cannot be called as its spec says, or lacks `new_state`.  Blocks of specs that a plugin defines
+    are returned as they are.
     """
     if type(placed.spec) not in RETURNED:
         return block
-    _check_call(placed, "", block, ARGUMENTS[type(placed.spec)])
+    who = said_of(placed, distribution)
+    _check_call(who, "", block, ARGUMENTS[type(placed.spec)])
     if placed.spec.has_state:
         if not isinstance(block, Operator):
-            raise Lfm2kitError(f"{said_of(placed)} has no method new_state(room)")
-        _check_call(placed, "new_state", block.new_state, 1)
+            raise Lfm2kitError(f"{who} has no method new_state(room)")
+        _check_call(who, "new_state", block.new_state, 1)
     has_two = len(RETURNED[type(placed.spec)].dtypes) == 2
-    return CheckedPair(placed, block) if has_two else CheckedArray(placed, block)
+    return CheckedPair(placed, block, who) if has_two else CheckedArray(placed, block, who)
 
 
 def check_replay(backend: object, replay: Any) -> None:
@@ -110,17 +114,18 @@ def check_replay(backend: object, replay: Any) -> None:
         )
 
 
-def said_of(placed: Placed) -> str:
+def said_of(placed: Placed, distribution: str = "") -> str:
     """Return how an error names a block: its place, spec and backend."""
-    kind = type(placed.spec).__name__
-    return f"{placed.name or 'the model'}: the {kind} block of backend '{placed.backend}'"
+    kind, of = type(placed.spec).__name__, f" of {distribution}" if distribution else ""
+    return f"{placed.name or 'the model'}: the {kind} block of backend '{placed.backend}'{of}"
 
 
 class Checked:
     """A block of a backend that raises `Lfm2kitError` where its result is not as its spec says."""
 
-    def __init__(self, placed: Placed, block: Block) -> None:
-        self._placed = placed
+    def __init__(self, placed: Placed, block: Block, who: str) -> None:
+        self.placed = placed
+        self.who = who  # an error's subject
         self._spec = placed.spec
         self._block = block
         returned = RETURNED[type(placed.spec)]
@@ -135,9 +140,31 @@ class Checked:
         if isinstance(block, Begins):
             self.begin = self._begin
 
+    @contextmanager
+    def called_through(self, around: Callable[[Checked, Block], Block]) -> Iterator[None]:
+        """Let each call pass through `around(self, block)` until the context is left."""
+        block, self._block = self._block, around(self, self._block)
+        try:
+            yield
+        finally:
+            self._block = block
+
+    def forms(self, *inputs: Any) -> tuple[tuple[Shape, np.dtype[Any]], ...]:
+        """Return the shape and the type of each array that a call with these inputs returns."""
+        shape = self._shape(self._spec, *inputs)
+        return tuple((shape, dtype) for dtype in self._dtypes)
+
+    def check(self, result: Any, *inputs: Any) -> None:
+        """Raise `Lfm2kitError` unless `result` is as it must be after a call with `inputs`."""
+        self._check(result, self._shape(self._spec, *inputs))
+
     def _begin(self, *inputs: Any) -> Pending:
         pending = self._block.begin(*inputs)  # type: ignore[attr-defined]
-        return _Begun(pending, partial(self._check, shape=self._shape(self._spec, *inputs)))
+        return Ending(pending, partial(self._returned, shape=self._shape(self._spec, *inputs)))
+
+    def _returned(self, result: Any, shape: Shape) -> Any:
+        self._check(result, shape)
+        return result
 
     def _check(self, result: Any, shape: Shape) -> None:
         """Raise `Lfm2kitError` unless `result` is as it must be.
@@ -155,22 +182,18 @@ class Checked:
             expected = _arrays(shapes, self._dtypes)
         else:
             return
-        raise Lfm2kitError(
-            f"{said_of(self._placed)} returned {returned}, but must return {expected}"
-        )
+        raise Lfm2kitError(f"{self.who} returned {returned}, but must return {expected}")
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
-    """A call of a block that has begun, whose result is checked when it has ended."""
+class Ending:
+    """A call of a block that has begun; its result goes through `look` when it has ended."""
 
     pending: Pending
-    check: Callable[[Any], None]
+    look: Callable[[Any], Any]
 
     def end(self) -> Any:
-        result = self.pending.end()
-        self.check(result)
-        return result
+        return self.look(self.pending.end())
 
 
 class CheckedArray(Checked):
@@ -226,7 +249,7 @@ def _arrays(shapes: tuple[Any, ...], dtypes: Sequence[Any] = ()) -> str:
     return f"{many} {' and '.join(texts)}".rstrip()
 
 
-def _check_call(placed: Placed, method: str, call: Any, count: int) -> None:
+def _check_call(who: str, method: str, call: Any, count: int) -> None:
     """Raise `Lfm2kitError` if `call`, a block or its method, does not take `count` arguments."""
     try:
         inspect.signature(call).bind(*[None] * count)
@@ -235,5 +258,5 @@ def _check_call(placed: Placed, method: str, call: Any, count: int) -> None:
     except TypeError as error:
         called = f"{method}(room)" if method else f"its {count} arguments"
         raise Lfm2kitError(
-            f"{said_of(placed)} cannot be called with {called}, as its contract says: {error}"
+            f"{who} cannot be called with {called}, as its contract says: {error}"
         ) from None

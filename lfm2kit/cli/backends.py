@@ -33,6 +33,7 @@ OF_A_MODEL = (
     *OF_RANKS,
     "rewrites",
     "seed",
+    "check",
 )
 
 SeedOption = Annotated[

@@ -63,6 +63,7 @@ OF_A_PLACEMENT = (
     "load",
     *OF_RANKS,
     "rewrites",
+    "check",
 )
 
 

@@ -39,6 +39,8 @@ def perform(request: Request, prepared: Prepared, transport: Transport | None) -
     model = built(prepared.setup, tokens, is_first)
     if request.warmup:
         _warm_up(model, prepared, transport)
+    if prepared.recorder is not None:
+        prepared.recorder.clear()  # of what ran before the clock
     timed = run_timed(model, prepared, transport, is_first)
     prepared.report.fields["overlap"] = model.overlap.document()
     prepared.report.fields["exchange"] = exchange_of(prepared.setup)
@@ -66,8 +68,6 @@ def _warm_up(model: LFM2, prepared: Prepared, transport: Transport | None) -> No
     warm = prepared.inputs[: ranks * prepared.batch_size]
     for _ in range(2 if model.is_captured else 1):
         run_samples(model, warm, prepared.batch_size, transport=transport)
-    if prepared.recorder is not None:
-        prepared.recorder.clear()
 
 
 def introduce(request: Request, prepared: Prepared, transport: Transport | None) -> None:

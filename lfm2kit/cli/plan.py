@@ -45,7 +45,7 @@ SIMULATE = (
 
 @spread
 def plan(
-    options: Annotated[Options, Without(("seed",))],
+    options: Annotated[Options, Without(("seed", "check"))],
     ranks: Annotated[
         int,
         flags("ranks", About("Show what each of N ranks holds, without starting any.", least=1)),

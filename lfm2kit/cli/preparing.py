@@ -23,7 +23,7 @@ from lfm2kit.checkpoint.file_kinds import check_regular, is_of_this_process
 from lfm2kit.cli.console import Report
 from lfm2kit.cli.flags import flag
 from lfm2kit.cli.options import JSON, RANKS, TRANSPORT, files_of, open_model
-from lfm2kit.cli.ranks import check_size, settled_together
+from lfm2kit.cli.ranks import check_size
 from lfm2kit.cli.rewrite_options import settled as settled_rewrites
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.measuring import samples
@@ -32,7 +32,7 @@ from lfm2kit.outputs.files import check_target
 from lfm2kit.outputs.targets import check_apart
 from lfm2kit.ranks import fingerprints
 from lfm2kit.ranks.agreement import Fact, Facts
-from lfm2kit.ranks.joining import facts_of_content
+from lfm2kit.ranks.joining import facts_of_content, settled_alike
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.transport import Transport, World
@@ -46,7 +46,9 @@ class Request:
 
     options: Options
     n: int | None = option(None, "Number of samples to run.", words="all, up to 128", least=1)
-    validate: bool = option(False, "Compare the outputs with the answers.")
+    validate: bool = option(
+        False, "Compare the outputs with the answers; look at all that blocks return, as --check."
+    )
     warmup: bool = option(
         False, "Run a batch before the timed run; twice if the second one is captured."
     )
@@ -113,7 +115,7 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
     tokens = min(batch_size, of_a_rank) * token_ids.shape[1]
     setup = set_up(
         checkpoint,
-        request.options,
+        replace(request.options, check=request.options.check or request.validate),
         world=world,
         transport=transport,
         rewrites=[] if recorder is None else [recorder.rewrite()],
@@ -133,7 +135,7 @@ def settled(prepared: Prepared, transport: Transport | None) -> Prepared:
     """Return the run that every rank can do together; every rank of a job calls this."""
     if transport is None:
         return prepared
-    return replace(prepared, setup=settled_together(transport, prepared.setup))
+    return replace(prepared, setup=settled_alike(transport, prepared.setup))
 
 
 def check_shared(request: Request) -> None:

@@ -20,7 +20,7 @@ from lfm2kit.cli.options import files_of, open_model
 from lfm2kit.cli.paces import Readying
 from lfm2kit.cli.performing import built
 from lfm2kit.cli.preparing import place_of
-from lfm2kit.cli.ranks import check_size, facts_of_setup, settled_together
+from lfm2kit.cli.ranks import check_size, facts_of_setup
 from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.engine.engine import BUDGET
 from lfm2kit.engine.requests import Request
@@ -33,6 +33,7 @@ from lfm2kit.generating.options import Generation, drawn_seed
 from lfm2kit.generating.writer import Writer
 from lfm2kit.progress import step
 from lfm2kit.ranks.agreement import Fact, Facts
+from lfm2kit.ranks.joining import settled_alike
 from lfm2kit.transport import Transport
 
 
@@ -53,7 +54,7 @@ class Prepared(NamedTuple):
         """Return what every rank can do together; every rank of a job calls this."""
         if self.job is None:
             return self
-        return self._replace(setup=settled_together(self.job, self.setup))
+        return self._replace(setup=settled_alike(self.job, self.setup))
 
 
 Answering = Callable[[Prepared], None]

@@ -22,7 +22,7 @@ from lfm2kit.cli.help import PlainCommand
 from lfm2kit.cli.rewrite_options import settled
 from lfm2kit.errors import BUG, TRACEBACK, TRACEBACK_HINT, USER_ERROR, Lfm2kitError, Option
 from lfm2kit.ranks.agreement import Fact, Facts, JointError, Refusal, agree
-from lfm2kit.ranks.joining import connected, facts_of, settled_alike
+from lfm2kit.ranks.joining import connected, facts_of
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT, Started, started
 from lfm2kit.ranks.reasons import reason
 from lfm2kit.text import indented
@@ -144,15 +144,6 @@ def facts_of_setup(setup: Setup) -> Facts:
     return facts
 
 
-def settled_together(job: Transport, setup: Setup) -> Setup:
-    """Return the set-up that every rank can use, or end all ranks with one line; see `joining`."""
-    try:
-        return settled_alike(job, setup)
-    except JointError as error:
-        _settle(job, Refusal(told(error)))
-        raise
-
-
 def _refusal(error: Exception) -> Refusal:
     """Return the report of a rank on which `error` was raised."""
     exit_code, sentence, details = _reason(error)
@@ -232,10 +223,11 @@ def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
     """Report this rank's end to the job; a failure ends all ranks.
 
     The others would wait for a rank that has failed.  A rank that ends without reporting counts as
-    failed.
+    failed.  What every rank raises is said once.
     """
     try:
-        yield
+        with _told_once(transport):
+            yield
     except typer.Exit as error:
         if transport is not None:
             transport.finish(error.exit_code)
@@ -246,6 +238,17 @@ def ending_all_ranks(transport: Transport | None) -> Iterator[None]:
         raise
     if transport is not None:
         transport.finish(0)
+
+
+@contextmanager
+def _told_once(job: Transport | None) -> Iterator[None]:
+    """End every rank with one line where all of them raise the same error."""
+    try:
+        yield
+    except JointError as error:
+        assert job is not None, "only the ranks of a job raise it"
+        _settle(job, Refusal(told(error)))
+        raise
 
 
 def _reason(error: BaseException) -> tuple[int, str, str]:

@@ -96,7 +96,8 @@ def _words(options: Options) -> Iterator[str]:
     for one in fields(Options):
         value = getattr(options, one.name)
         if one.name not in APART and value != one.default:
-            yield from (f"--{one.name.replace('_', '-')}", str(value))
+            yield f"--{one.name.replace('_', '-')}"
+            yield from [] if value is True else [str(value)]
     for name in options.rewrites:
         yield from option_of(name).split(maxsplit=1)
 

@@ -29,16 +29,16 @@ from lfm2kit.cli.ranks import (
     joined_job,
     leave_to_ranks,
     refuse_options,
-    settled_together,
 )
 from lfm2kit.measuring.bench import random_batch
+from lfm2kit.ranks.joining import settled_alike
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.transport import Transport
 
 
 @partial(spread, refused=refuse_options)
 def warmup(
-    options: Annotated[Options, Without(("seed",))],
+    options: Annotated[Options, Without(("seed", "check"))],
     ranks: RanksOption = None,
     transport: TransportOption = DEFAULT_TRANSPORT,
     independent: IndependentOption = False,
@@ -56,7 +56,7 @@ def warmup(
         setup = agreed(job, prepare, facts_of_setup)
         leave_to_ranks(job, transport, ranks)
         if job is not None:
-            setup = settled_together(job, setup)
+            setup = settled_alike(job, setup)
         for note in setup.notes() if is_first else ():
             remark(note)
         built = setup.build()

@@ -53,7 +53,8 @@ def run_samples(
     largest = -(-len(inputs) // world.size)  # samples of the rank that has most
     exchanged.begin(model)
     if transport is not None:
-        _allow_the_longest(model, inputs[: min(largest, batch_size)], world)
+        batch = Batch.of_sequences(list(inputs[: min(largest, batch_size)]))
+        progress.allow_forward(model.placed.leaves(), batch, world.size)
     gather = Gather(transport, len(inputs), model.spec.lm_head.vocab_size)
     start = _now(transport)
     for i in range(-(-largest // batch_size)):
@@ -66,16 +67,6 @@ def run_samples(
         return Timed(logits, seconds)
     groups = groups or [range(world.size)]
     return Timed(logits, seconds, exchanged.ended(model, transport, gather.sent, groups))
-
-
-def _allow_the_longest(model: LFM2, inputs: npt.NDArray[np.int32], world: World) -> None:
-    """Give each block the time that its largest batch takes on the slowest machine.
-
-    A rank may get every token of all ranks, and share its cores with them.
-    """
-    batch = Batch.of_sequences(list(inputs))
-    leaves = model.placed.leaves()
-    progress.allow({b.name: world.size * progress.longest(b.spec.work(batch)) for b in leaves})
 
 
 def _now(transport: Transport | None) -> float:

@@ -88,6 +88,13 @@ def check_alike(job: Transport, setup: Setup) -> None:
         raise Lfm2kitError(refusal.sentence)
 
 
+def fail_together(job: Transport, fault: str | None) -> None:
+    """Raise `JointError` on every rank if one has a fault; every rank calls this."""
+    refusal = agree(job, {} if fault is None else Refusal(fault))
+    if refusal is not None:
+        raise JointError(refusal.sentence)
+
+
 class Again(Protocol):
     """What makes a set-up once more, in other groups or with tokens that go through the host."""
 

@@ -64,6 +64,10 @@ class HiddenStates:
         """
         return {layer: hidden() + delta() for layer, (hidden, delta) in self._newest.items()}
 
+    def clear(self) -> None:
+        """Forget the forwards up to now."""
+        self._newest, self._coming = {}, {}
+
     def rewrite(self) -> Rewrite:
         """Return the rewrite that makes a model's layers show their results here."""
         return Rewrite(

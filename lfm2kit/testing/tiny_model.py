@@ -12,12 +12,14 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend, Block
 from lfm2kit.batch import Batch
 from lfm2kit.building.builder import Builder, build_model
+from lfm2kit.building.inspecting import fault_in_a_forward
 from lfm2kit.building.placement import Placed, Placer
 from lfm2kit.building.plan import Plan, Rule
 from lfm2kit.model import JOINS, LFM2
 from lfm2kit.specs import Spec
 from lfm2kit.testing.compare import each
 from lfm2kit.testing.host_block import why_not_built
+from lfm2kit.testing.verdicts import CheckFailed
 from lfm2kit.weights import Weights
 
 REFERENCE, ON_TRIAL = "reference", "on trial"
@@ -45,9 +47,15 @@ class Recorder:
 def build_tiny_model(
     spec: specs.Model, weights: Weights, reference: Backend, on_trial: Backend | None
 ) -> LFM2:
-    """Return the model with `on_trial` for all that it builds and the reference for the rest."""
+    """Return the model with `on_trial` for all that it builds and the reference for the rest.
+
+    Raise `CheckFailed` if one of its blocks returns something wrong in a forward of its own.
+    """
     placed, builder, default = _placed(spec, weights, reference, on_trial)
-    return build_model(placed, builder, default)
+    model = build_model(placed, builder, default)
+    if (fault := fault_in_a_forward(model, builder.checked, weights)) is not None:
+        raise CheckFailed(fault)
+    return model
 
 
 def recorded_run(

@@ -31,7 +31,7 @@ from tests.random_model import RANDOM
         ({"trim": True}, "'trim' is a rewrite; type rewrites=('trim',)"),
         (
             {"preciison": "bf16"},
-            "unknown option 'preciison'; available: backend, ep_size, exchange, gpu_memory, load",
+            "unknown option 'preciison'; available: backend, check, ep_size, exchange, gpu",
         ),
         ({"rewrites": "trim"}, "rewrites='trim': expected a tuple of names, such as ('NAME',)"),
         ({"rewrites": 7}, "rewrites=7: expected a tuple of names"),
@@ -84,8 +84,8 @@ def test_a_plan_as_text_and_as_a_file_are_both_named() -> None:
 def test_every_option_is_a_flag_with_its_help(command: str, cli: Cli) -> None:
     words = " ".join(cli(command, "--help").out.replace("│", " ").split())
     for option in fields(Options):
-        if option.name == "seed" and command != "run":
-            continue  # what they show or compile has nothing random
+        if option.name in ("seed", "check") and command != "run":
+            continue  # what they show or compile is neither random nor looked at
         if option.name == "rewrites":
             assert "--trim" in words
             assert "--rewrite" in words

@@ -13,13 +13,15 @@ from lfm2kit_hybrid.backend import HybridBackend
 
 from lfm2kit import specs
 from lfm2kit.backend import Batch, Block, Context, Spec, Weights
+from lfm2kit.building.inspecting import fault_in_a_forward
+from lfm2kit.building.results import Checked
 from lfm2kit.model import LFM2
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Places
 from lfm2kit.rewrites.experts_split import experts_split
 from lfm2kit.testing.device import DeviceMemory
 from tests.conformance.crossing import DeviceBackend
-from tests.core.small import build, small_spec
+from tests.core.small import build, random_weights, small_spec
 from tests.core.test_model import SEQUENCES
 
 PLACES = {2: Places((0, 3), (4,)), 3: Places((1,), (2, 0))}
@@ -32,11 +34,11 @@ def hybrid(gpu: DeviceBackend) -> HybridBackend:
     return HybridBackend(Context(create_backend=backends.__getitem__))
 
 
-def model_of(plan: str, gpu: DeviceBackend | None = None, host: Any = None) -> LFM2:
+def model_of(plan: str, gpu: DeviceBackend | None = None, host: Any = None, **builder: Any) -> LFM2:
     gpu = gpu or DeviceBackend(DeviceMemory(1e-4))
     there = {"hybrid": hybrid(gpu), "device": gpu, "cpu_simd": CpuSimdBackend(Context())}
     backends = {**there, "host": host or ReferenceBackend()}
-    return build(small_spec(), plan, backends, rewrites=[experts_split(PLACES)])
+    return build(small_spec(), plan, backends, rewrites=[experts_split(PLACES)], **builder)
 
 
 @pytest.mark.parametrize("default", ["hybrid", "device"])
@@ -59,6 +61,22 @@ def test_experts_of_cpu_simd_are_called_in_the_midst_of_the_devices_work() -> No
     np.testing.assert_allclose(first, whole, rtol=0, atol=2e-5)
     for _ in range(5):
         np.testing.assert_array_equal(model.logits(BATCH), first)
+
+
+def test_a_host_part_that_is_crossed_to_is_looked_at_before_the_first_forward() -> None:
+    def found(host: Any) -> str | None:
+        blocks: list[Checked] = []
+        model = model_of("hybrid,host_experts=host", host=host, checked=blocks)
+        return fault_in_a_forward(model, blocks, random_weights(small_spec()))
+
+    class WrongOrder(ReferenceBackend):
+        def build(self, spec: Spec, weights: Weights) -> Block:
+            block = super().build(spec, weights)
+            return lambda *inputs: np.asfortranarray(block(*inputs))
+
+    assert found(CpuSimdBackend(Context())) is None
+    says = "layers.2.feed_forward.experts.host: the Experts block of backend 'host' returned a resu"
+    assert (found(WrongOrder()) or "").startswith(says)
 
 
 def test_a_sample_has_the_same_bits_alone_in_a_batch_and_permuted() -> None:
