@@ -11,6 +11,7 @@ from rich.table import Column
 
 from lfm2kit.backend import KeepsFormats
 from lfm2kit.building.capacity import Needed, answers_of, memories, size
+from lfm2kit.building.copies import copies_of
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.placement import Placed
@@ -111,13 +112,15 @@ def plan(
     if ranks > 1:
         vocab_size = checkpoint.spec.lm_head.vocab_size
         totals[0] = _with_logits(totals[0], gathered_bytes(samples, vocab_size))
+    copies = copies_of(setup.placed)
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
         "precision": setup.precision_of(setup.placed),
         "blocks": rows,
         "totals": totals[rank],
-        "copies": setup.placed.copies(),
+        "copies": copies.total,
+        "copied": copies._asdict(),
         "waits": dict(_waits(setup.placed)),
         "rank": rank,
         "ranks": ranks,
@@ -243,6 +246,16 @@ def _waits(placed: Placed) -> Iterator[tuple[str, str]]:
             yield one.name, one.why_not_crossed
 
 
+def _copied(model: Placed) -> str:
+    """Say how many arrays a forward copies, and what they are."""
+    copies = copies_of(model)
+    of_blocks = f"{copies.around} around {model.copies()} blocks"
+    parts = f" ({of_blocks}, {copies.batch} of the batch, {copies.logits} of the logits)"
+    return (
+        f"arrays copied between memories in a forward: {copies.total}{parts * bool(copies.total)}"
+    )
+
+
 def _copy(placed: Placed) -> str | None:
     return f"{placed.outer.name} <-> {placed.memory.name}" if placed.is_copied else None
 
@@ -313,7 +326,7 @@ def _show(report: Report, setup: Setup, tokens: int, room: Room) -> None:
         report.line(f"{bound.name}: {size(bound.free)} free of {size(bound.limit)}")
     if (shortage := report.fields["shortage"]) is not None:
         report.line(shortage)
-    report.line(f"copies between memories in a forward: {setup.placed.copies()}")
+    report.line(_copied(setup.placed))
     waits = {name: f"waits for its copies: {why}" for name, why in fields["waits"].items()}
     for line in _grouped(waits):
         report.line(line)

@@ -374,12 +374,15 @@ def test_plan_shows_a_ranks_share_without_a_job(
     experts = "layers.2.feed_forward.experts"
     assert whole[experts] == 4 * mine[experts]
     assert whole["layers.2.feed_forward.router"] == mine["layers.2.feed_forward.router"]
-    assert (alone["copies"], share["copies"]) == (0, 18)  # around each MoE, its router, its experts
+    assert alone["copied"] == {"around": 0, "batch": 5, "logits": 1}
+    assert share["copied"]["around"] == 6 * (2 + 3 + 4)  # each MoE, its router, its experts
+    assert share["copies"] == 6 * (2 + 3 + 4) + 6
     reasons = Counter(share["waits"].values())
     none_calls = "no backend of the plan calls blocks of another memory"
     assert reasons == {"it consists of several blocks": 6, none_calls: 12}
     shown = cli("plan", "-m", random_folder, "-b", "reference", "--ranks", 4, "--tokens", 9).out
     assert f"layers.7.feed_forward.experts (12 blocks): waits for its copies: {none_calls}" in shown
+    assert "forward: 60 (54 around 18 blocks, 5 of the batch, 1 of the logits)" in shown
     assert "reference, rank 0 of 4" in shown
     assert "layers.2.feed_forward to layers.7.feed_forward (6 blocks): this rank holds" in shown
     fails(cli("plan", "--ranks", 4, "--rank", 4), "--rank 4: ranks are 0 to 3; give --ranks 5")
