@@ -1,4 +1,4 @@
-"""Reads numbers of bytes as people write them: 24GiB, 20GB."""
+"""Reads and writes numbers of bytes as people do: 24GiB, 20GB."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def parse_bytes(text: str) -> int:
     if not 1 <= count <= MOST:
         raise ValueError(f"{text!r} is out of bounds")
     return int(count)
+
+
+def size(count: float) -> str:
+    """Format a number of bytes for people, in a unit that shows it: "512 MB", "46.9 GB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:  # what is more would be rounded to 1e+03
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lfm2kit.backend import Backend, BuildsOperators, MemoryFigures, PinsMemory, Room, Weights
 from lfm2kit.building.answers import Answers, exchange_bytes_of, free_bytes_of
+from lfm2kit.building.byte_counts import size
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import HOST, Bounded, Memory
@@ -182,12 +183,3 @@ def check_room(what_takes: str, nbytes: int, *advice: str | Option) -> None:
             f"({tightest_limit().name}); ",
             *advice,
         )
-
-
-def size(count: float) -> str:
-    """Format a number of bytes for people: "512 MB", "46.9 GB"."""
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

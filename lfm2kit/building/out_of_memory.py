@@ -12,7 +12,8 @@ from traceback import walk_tb
 from typing import Any
 
 from lfm2kit.batch import Batch
-from lfm2kit.building.capacity import FEWER_SEQUENCES, size
+from lfm2kit.building.byte_counts import size
+from lfm2kit.building.capacity import FEWER_SEQUENCES
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.state import Room

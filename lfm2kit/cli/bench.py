@@ -271,7 +271,7 @@ def _tell_ceilings(ceilings: Mapping[str, Ceilings], defaults: Mapping[str, str]
     for plan, (flops, read) in ceilings.items():
         remark(
             f"{plan}: this machine's ceilings, measured in this run by {defaults[plan]}: "
-            f"{flops / 1e9:.0f} GFLOP/s FMA, {read / 1e9:.1f} GB/s read"
+            f"{flops / 1e9:.3g} GFLOP/s FMA, {read / 1e9:.3g} GB/s read"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
-from lfm2kit.building.capacity import size
+from lfm2kit.building.byte_counts import size
 from lfm2kit.building.curves import Curve
 from lfm2kit.building.kept_rates import LONGEST_TURN, turn, with_kept
 from lfm2kit.building.loading import Setup, set_up
@@ -218,5 +218,5 @@ def _facts(side: Side) -> Iterator[str]:
         yield f"{1e3 * side.expert_bytes / side.link.from_host:.3g} ms to send one"
     if side.ceilings is not None:
         flops, read = side.ceilings.flops / 1e9, side.ceilings.bytes / 1e9
-        yield f"at best {flops:.0f} GFLOP/s and {read:.3g} GB/s read"
+        yield f"at best {flops:.3g} GFLOP/s and {read:.3g} GB/s read"
     yield from (f"{name} {text}" for name, text in side.hardware.items())

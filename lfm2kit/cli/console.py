@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from lfm2kit.building.byte_counts import size
 from lfm2kit.checkpoint import check_no_part
 from lfm2kit.cli.flags import told
 from lfm2kit.errors import Lfm2kitError
@@ -28,6 +29,7 @@ from lfm2kit.text import LONGEST, indented, printable, shortened
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 STDOUT = "-"
+BYTES = "bytes"  # the unit of progress that is shown in kB, MB or GB
 
 
 def complain(sentence: str) -> None:
@@ -142,9 +144,12 @@ def _without_nan(value: Any) -> Any:
 
 @contextmanager
 def progress(
-    title: str, total: int, unit: str, scale: float = 1, *, visible: bool = True
+    title: str, total: int, unit: str, *, visible: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a progress bar, which is shown only on a terminal."""
+    """Yield a function that advances a progress bar, which is shown only on a terminal.
+
+    `unit` is what is counted, in the plural, or `BYTES`.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -158,7 +163,10 @@ def progress(
         def advance(amount: int) -> None:
             done = bar.tasks[task].completed + amount
             rate = done / max(bar.tasks[task].elapsed or 0, 1e-9)
-            text = f"{done / scale:.3g}/{total / scale:.3g} {unit}, {rate / scale:.3g} {unit}/s"
+            if unit == BYTES:
+                text = f"{size(done)} of {size(total)}, {size(rate)}/s"
+            else:
+                text = f"{done}/{total} {unit}, {rate:.3g} {unit}/s"
             bar.update(task, advance=amount, amount=text)
 
         yield advance

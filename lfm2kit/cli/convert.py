@@ -17,7 +17,7 @@ from lfm2kit.checkpoint.convert import Source, source_of, write_checkpoint
 from lfm2kit.checkpoint.documents import read_json
 from lfm2kit.checkpoint.place import Origin
 from lfm2kit.checkpoint.synth import KNOWN, random_source
-from lfm2kit.cli.console import progress, remark
+from lfm2kit.cli.console import BYTES, progress, remark
 from lfm2kit.cli.options import flags, open_model, typed_path
 from lfm2kit.cli.ranks import refuse_copies
 from lfm2kit.errors import Lfm2kitError
@@ -79,7 +79,7 @@ def convert(
         raise Lfm2kitError(f"--seed {seed} needs --random, which is not given")
     weights = _random(source, seed or 0) if random else _opened(source)
     stored = None if dtype is None else FORMATS[dtype]
-    with progress("writing", _size(weights, stored, target), "GB", 1e9) as advance:
+    with progress("writing", _size(weights, stored, target), BYTES) as advance:
         write_checkpoint(weights, target, stored, overwrite=overwrite, note=remark, done=advance)
     remark(f"wrote {target}")
     _say_what_is_missing(weights.origin, target)

@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, distributions, version
 from typing import Any
 
-from lfm2kit.building.capacity import size
+from lfm2kit.building.byte_counts import size
 from lfm2kit.building.options import BACKEND_VARIABLE
 from lfm2kit.building.plugins import ALLOW_LIST, installed_plugins
 from lfm2kit.cli.console import Report

@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any
 
+from lfm2kit.building.byte_counts import size
 from lfm2kit.cli.performing import peak_memory
 from lfm2kit.kernel_cache import KernelCache
 from lfm2kit.process.start import STARTED
@@ -71,4 +72,4 @@ class Pace:
         if self._last and self._first is not None:
             rate = self.tokens / self._last
             said += f", {rate:.4g} tokens/s, the first after {self._first:.3g} s"
-        return f"{said}; peak memory {peak_memory() / 1e9:.3g} GB"
+        return f"{said}; peak memory {size(peak_memory())}"

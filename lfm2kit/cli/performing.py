@@ -12,11 +12,20 @@ import numpy.typing as npt
 
 from lfm2kit import progress as steps
 from lfm2kit.backend import Captures
+from lfm2kit.building.byte_counts import size
 from lfm2kit.building.load import Load
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.plugins import Plugins
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import Report, complain, only_said, progress, remark, write_document
+from lfm2kit.cli.console import (
+    BYTES,
+    Report,
+    complain,
+    only_said,
+    progress,
+    remark,
+    write_document,
+)
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.preparing import Prepared, Request, passed_over
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
@@ -130,7 +139,7 @@ def weights_of(checkpoint: Checkpoint) -> str:
 def built(setup: Setup, tokens: int, is_first: bool = True) -> LFM2:
     """Build the model for forwards of `tokens` tokens, with a bar over the bytes of its weights."""
     total = sum(setup.stored_bytes(leaf) for leaf in setup.placed.leaves())
-    with progress("loading", total, "GB", 1e9, visible=is_first) as advance:
+    with progress("loading", total, BYTES, visible=is_first) as advance:
         return setup.build(lambda leaf: advance(setup.stored_bytes(leaf)), tokens=tokens)
 
 
@@ -171,7 +180,7 @@ def conclude(timed: Timed, n: int, verdict: Verdict | None, report: Report) -> N
     seconds = timed.seconds
     report.line(f"Elapsed time: {seconds:f} (sec)")
     report.line(f"Throughput: {n / seconds:f} (samples/sec)")
-    report.line(f"Peak memory: {peak_memory() / 1e9:.3g} GB")
+    report.line(f"Peak memory: {size(peak_memory())}")
     report.fields |= {
         "seconds": seconds,
         "samples_per_second": n / seconds,

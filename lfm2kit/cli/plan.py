@@ -10,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.backend import KeepsFormats
-from lfm2kit.building.capacity import Needed, answers_of, memories, size
+from lfm2kit.building.byte_counts import size
+from lfm2kit.building.capacity import Needed, answers_of, memories
 from lfm2kit.building.copies import copies_of
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.options import About, Options
@@ -249,11 +250,10 @@ def _waits(placed: Placed) -> Iterator[tuple[str, str]]:
 def _copied(model: Placed) -> str:
     """Say how many arrays a forward copies, and what they are."""
     copies = copies_of(model)
+    said = f"arrays copied between memories in a forward: {copies.total}"
     of_blocks = f"{copies.around} around {model.copies()} blocks"
     parts = f" ({of_blocks}, {copies.batch} of the batch, {copies.logits} of the logits)"
-    return (
-        f"arrays copied between memories in a forward: {copies.total}{parts * bool(copies.total)}"
-    )
+    return said + parts if copies.total else said
 
 
 def _copy(placed: Placed) -> str | None:

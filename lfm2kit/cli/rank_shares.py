@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit import specs
-from lfm2kit.building.capacity import size
+from lfm2kit.building.byte_counts import size
 from lfm2kit.building.loading import Setup
 from lfm2kit.cli.console import show_table
 from lfm2kit.ranks.shares import distinct

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
 from lfm2kit.backend import Context
-from lfm2kit.building.capacity import size
+from lfm2kit.building.byte_counts import size
 from lfm2kit.building.kept_rates import described, differences, read_kept
 from lfm2kit.building.load import load_of
 from lfm2kit.building.options import Options

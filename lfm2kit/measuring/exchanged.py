@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lfm2kit.building.byte_counts import size
 from lfm2kit.model import LFM2
 from lfm2kit.ranks.agreement import on_first
 from lfm2kit.ranks.balancing import max_over_mean
@@ -41,7 +42,7 @@ class Exchanged:
     def line(self, seconds: float) -> str:
         """Return a summary of a run of `seconds`."""
         sent = [self._bytes(rank) for rank in self.ranks]
-        said = f"Ranks: {sum(sent) / len(sent) / 1e6:.3g} MB sent by each on average"
+        said = f"Ranks: {size(sum(sent) / len(sent))} sent by each on average"
         imbalance = self.imbalance()
         if imbalance is not None:
             said += f", rows max/mean {imbalance:.2f}"

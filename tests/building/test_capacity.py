@@ -9,7 +9,7 @@ import pytest
 from lfm2kit import specs
 from lfm2kit.backend import BackendPlugin, Block, Context, Spec, Weights
 from lfm2kit.batch import Batch
-from lfm2kit.building.capacity import size
+from lfm2kit.building.byte_counts import size
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
@@ -220,7 +220,7 @@ def test_each_memory_must_have_room_for_its_own_part_of_a_state(monkeypatch: Any
     Card.free = 1 << 28
     model.check_room(room)
     monkeypatch.setattr(HostMemory, "free_bytes", lambda self, ranks=1: 1000 // ranks)
-    with pytest.raises(Lfm2kitError, match=r"memory 'host' is too small: .* 1 KB are free"):
+    with pytest.raises(Lfm2kitError, match=r"memory 'host' is too small: .* 1 kB are free"):
         model.new_state(room)
 
 

@@ -215,7 +215,7 @@ def test_too_little_without_any_expert_says_what_is_missing() -> None:
     found = setup(gpu_memory="100kB")
     shortage = str(found.shortage())
     assert shortage.startswith("memory 'elsewhere, a card' is too small: the model needs ")
-    assert "100 KB are free" in shortage
+    assert "100 kB are free" in shortage
 
 
 def test_streamed_experts_take_slots_and_the_host_has_the_rest() -> None:

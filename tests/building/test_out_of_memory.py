@@ -26,7 +26,7 @@ def test_memory_that_runs_out_while_building_names_the_block_and_the_bytes(
     monkeypatch.setattr(ReferenceBackend, "build", out_of_memory)
     with pytest.raises(Lfm2kitError) as told:
         set_up(RANDOM, Options(backend="reference")).build()
-    assert "to build embed_tokens, whose weights take 262 KB" in str(told.value)
+    assert "to build embed_tokens, whose weights take 262 kB" in str(told.value)
     assert "Unable to allocate 2.00 EiB" in str(told.value)
 
 

@@ -27,7 +27,7 @@ from tests.generating.folders import loaded, model_folder
 
 PROMPT = "It is a truth"
 READY = r"ready after \S+ s \(imports \S+ s, kernels \S+ s, weights \S+ s\)\n"
-FIGURES = r"12 tokens, \S+ tokens/s, the first after \S+ s; peak memory \S+ GB, seed 1\n$"
+FIGURES = r"12 tokens, \S+ tokens/s, the first after \S+ s; peak memory \S+ [MG]B, seed 1\n$"
 
 
 @pytest.fixture(scope="module")

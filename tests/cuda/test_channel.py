@@ -170,7 +170,7 @@ def test_memory_that_the_system_does_not_pin_is_a_memory_error(
     channel.call([form(4)], [form(4)], 1)
     monkeypatch.setattr(cuda, "PinnedMemory", refuse)
     channel.call([form(8)], [form(8)], 1)
-    with pytest.raises(MemoryError, match=r"does not pin 3\.00 GB more"):
+    with pytest.raises(MemoryError, match=r"does not pin 3\.0 GB more"):
         channel.call([form(500_000_000)], [form(250_000_000)], 1)
 
 

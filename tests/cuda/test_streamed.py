@@ -162,7 +162,7 @@ def test_pinned_memory_that_the_system_refuses_is_a_memory_error(
 
     pinned = modules.streamed.empty_pinned.__globals__
     monkeypatch.setattr(pinned["cupy"].cuda, "PinnedMemory", refuse)
-    with pytest.raises(MemoryError, match=r"does not pin 3\.00 GB more"):
+    with pytest.raises(MemoryError, match=r"does not pin 3\.0 GB more"):
         modules.streamed.empty_pinned(3_000_000_000)
     RefusedError.status = 1
     with pytest.raises(RefusedError):

@@ -101,7 +101,7 @@ def test_a_model_without_experts_sends_its_logits_alone() -> None:
     document = exchanged.document(1.0)
     assert (document["layers"], document["rows_max_over_mean"]) == ([], None)
     assert document["bytes"] == [0, 400, 400]
-    assert exchanged.line(1.0) == "Ranks: 0.000267 MB sent by each on average"
+    assert exchanged.line(1.0) == "Ranks: 267 B sent by each on average"
 
 
 def test_a_process_alone_reports_nothing() -> None:

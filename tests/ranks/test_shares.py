@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from lfm2kit import specs
-from lfm2kit.building.capacity import size
+from lfm2kit.building.byte_counts import size
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import Plugins

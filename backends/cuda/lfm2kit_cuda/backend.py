@@ -21,6 +21,7 @@ from lfm2kit.backend import (
     Spec,
     Weights,
 )
+from lfm2kit.building.byte_counts import size
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.rewrites import StreamedExperts
 from lfm2kit_cuda.arithmetic import arithmetic
@@ -185,13 +186,12 @@ class CudaBackend:
         return Replay(step, batch, self._memory)
 
     def _out_of_memory(self, spec: Spec, weights: Weights) -> Lfm2kitError:
-        free, total = (size / 1e9 for size in cupy.cuda.runtime.memGetInfo())
-        needed = 1e-9 * self.kept_bytes(spec, weights)
+        free, total = map(size, cupy.cuda.runtime.memGetInfo())
+        needed = size(self.kept_bytes(spec, weights))
         is_fp32 = self._gemm.activation == "F32"
         return Lfm2kitError(
-            f"the GPU's memory does not hold the model: {free:.1f} of {total:.1f} GB are left, and "
-            f"a block of kind '{spec.kind}' needs {needed:.1f} GB; "
-            "try ",
+            f"the GPU's memory does not hold the model: {free} of {total} are left, and "
+            f"a block of kind '{spec.kind}' needs {needed}; try ",
             *((Option("precision", "bf16"), ", or ") if is_fp32 else ()),
             Option("n_cpu_moe"),
             ", which keeps the experts of some layers on the CPU",

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from threading import RLock
 from weakref import WeakValueDictionary
 
+from lfm2kit.building.byte_counts import size
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import Memory
 from lfm2kit.progress import COMPILING, THIS_PROCESS, longest_of
@@ -132,9 +133,9 @@ class Meeting:
         try:
             self._mailboxes = Mailboxes(self._transport, needed)
         except PeerError as error:
-            megabytes = 1e-6 * needed.nbytes(self.world.size)
+            nbytes = size(needed.nbytes(self.world.size))
             raise Lfm2kitError(
-                f"{error}; the exchange between GPUs needs {megabytes:.0f} MB on each, for "
+                f"{error}; the exchange between GPUs needs {nbytes} on each, for "
                 f"{self.slots} tokens of each rank; try fewer tokens at once, or ",
                 Option("exchange", "host"),
             ) from None

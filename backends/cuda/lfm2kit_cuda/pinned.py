@@ -8,6 +8,8 @@ import cupy
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.building.byte_counts import size
+
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, which CuPy does not export
 
 
@@ -35,5 +37,5 @@ def empty_pinned(nbytes: int) -> npt.NDArray[np.uint8]:
     except cupy.cuda.runtime.CUDARuntimeError as error:
         if error.status != OUT_OF_MEMORY:
             raise
-        raise MemoryError(f"the system does not pin {1e-9 * nbytes:.2f} GB more") from None
+        raise MemoryError(f"the system does not pin {size(nbytes)} more") from None
     return np.frombuffer(cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes)
