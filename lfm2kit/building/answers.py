@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lfm2kit.building.placement import Placed
 
 Holds = Callable[[Any], bool]
+A_SIZE = "a whole number (int) of 0 or more"
 
 
 class Answers(NamedTuple):
@@ -110,7 +111,7 @@ class Answers(NamedTuple):
         return answer
 
     def _bytes(self, spec: Spec, method: str, *arguments: Any) -> int:
-        return int(self._of(spec, method, _is_size, "a whole number of 0 or more", *arguments))
+        return int(self._of(spec, method, _is_size, A_SIZE, *arguments))
 
     def _of(self, spec: Spec | None, method: str, holds: Holds, words: str, *arguments: Any) -> Any:
         what = "" if spec is None else f" for {self.place or 'a block'}, a {type(spec).__name__}"
@@ -119,8 +120,13 @@ class Answers(NamedTuple):
             answer = getattr(self.backend, method)(*arguments)
             is_right = holds(answer)
         if not is_right:
-            raise Lfm2kitError(f"{who} returned {brief(answer)}{what}, but must return {words}")
+            raise Lfm2kitError(f"{who} returned {came(answer)}{what}, but must return {words}")
         return answer
+
+
+def came(answer: Any) -> str:
+    """Return a value with its type, in words: "0.5 (float)"."""
+    return "None" if answer is None else f"{brief(answer)} ({type(answer).__name__})"
 
 
 def free_bytes_of(memory: Bounded) -> int:
@@ -144,9 +150,7 @@ def _size(who: str, ask: Callable[[], Any]) -> int:
     with blaming(who):
         answer = ask()
     if not _is_size(answer):
-        raise Lfm2kitError(
-            f"{who} returned {brief(answer)}, but must return a whole number of 0 or more"
-        )
+        raise Lfm2kitError(f"{who} returned {came(answer)}, but must return {A_SIZE}")
     return int(answer)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from reprlib import repr as brief
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -28,7 +27,7 @@ from lfm2kit.backend import (
     Precision,
     Room,
 )
-from lfm2kit.building.answers import Answers
+from lfm2kit.building.answers import Answers, came
 from lfm2kit.building.capacity import free_bytes
 from lfm2kit.building.kept_rates import hardware_of
 from lfm2kit.building.loading import Setup, set_up
@@ -183,7 +182,7 @@ def test_what_is_created_is_a_backend(yielding: Yielding, made: Any) -> None:
 
 # ---- what backends answer ----
 
-WHOLE = "a whole number of 0 or more"
+WHOLE = r"a whole number \(int\) of 0 or more"
 REASON = "a text or None"
 NONSENSE: list[tuple[str, Any, str]] = [
     ("why_unsupported", 42, REASON),
@@ -191,6 +190,8 @@ NONSENSE: list[tuple[str, Any, str]] = [
     ("memory", None, "a Memory"),
     ("memory", "host", "a Memory"),
     ("kept_bytes", None, WHOLE),
+    ("kept_bytes", 4096.0, WHOLE),
+    ("scratch_bytes", np.float32(7), WHOLE),
     ("kept_bytes", -1, WHOLE),
     ("scratch_bytes", "7", WHOLE),
     ("state_bytes", 0.5, WHOLE),
@@ -260,9 +261,7 @@ def test_a_backend_that_keeps_to_the_contract_is_asked_all(yielding: Yielding) -
 def test_an_answer_that_the_contract_does_not_know_is_named(
     yielding: Yielding, method: str, answer: Any, words: str
 ) -> None:
-    sentence = (
-        rf"{method} of backend 'bb' returned .*{re.escape(brief(answer))}.*, but must return "
-    )
+    sentence = rf"{method} of backend 'bb' returned {re.escape(came(answer))}.*, but must return "
     with pytest.raises(lfm2kit.Lfm2kitError, match=sentence + words) as raised:
         asked_all(yielding, **{method: lambda *arguments: answer})
     assert "\n" not in str(raised.value)
@@ -278,6 +277,15 @@ def test_a_backend_that_raises_when_asked_is_named(
         asked_all(yielding, **{method: raises(error)})
 
 
+def test_an_answer_is_shown_with_its_type(yielding: Yielding) -> None:
+    shown = {0.5: "0.5 (float)", "7": "'7' (str)", True: "True (bool)", None: "None"}
+    assert {answer: came(answer) for answer in shown} == shown
+    says = "state_bytes of backend 'bb' returned 0.5 (float) for layers.0.operator, a ShortConv, "
+    with pytest.raises(lfm2kit.Lfm2kitError) as raised:
+        asked_all(yielding, state_bytes=lambda *arguments: 0.5)
+    assert str(raised.value) == f"{says}but must return a whole number (int) of 0 or more"
+
+
 def test_a_backend_that_does_not_say_what_it_builds_around_is_named() -> None:
     class Around(Answering):
         def why_not_around(self, spec: Spec, parts: Any) -> Any:
@@ -285,7 +293,7 @@ def test_a_backend_that_does_not_say_what_it_builds_around_is_named() -> None:
 
     layer = RANDOM.spec.layers[2]
     asked = Answers(Around(), "bb", "layers.2")
-    sentence = "why_not_around of backend 'bb' returned 42 for layers.2, a Layer, but must return"
+    sentence = "why_not_around of backend 'bb' returned 42 .int. for layers.2, a Layer, but must"
     with pytest.raises(lfm2kit.Lfm2kitError, match=sentence):
         asked.why_not_around(layer, ["feed_forward.router.choice"])
 
