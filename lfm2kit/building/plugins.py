@@ -56,6 +56,8 @@ COMMANDS = frozenset(
         "warmup",
     ]
 )
+# Hooks that are not asked when a plugin is loaded, or that may yield more in a job.
+LATER = frozenset(["lfm2kit_block_wrapper", "lfm2kit_run_ended", "lfm2kit_rewrites"])
 METHODS = ("why_unsupported", "memory", "build")  # that every backend has
 ALLOW_LIST = "LFM2KIT_PLUGINS"  # comma-separated entry-point names; "none" for none
 
@@ -118,6 +120,15 @@ class InstalledReader:
         return blaming(f"{path}: {self}", f"; {LEAVE_OUT}")
 
 
+@dataclass(frozen=True, slots=True)
+class SilentPlugin:
+    """An installed plugin that was loaded, but adds nothing, and why."""
+
+    name: str
+    distribution: str
+    reason: str
+
+
 class Plugins:
     """The additions of all installed plugins: backends, transports, readers, rewrites and so on."""
 
@@ -129,6 +140,7 @@ class Plugins:
         self._owners = dict.fromkeys(COMMANDS, "lfm2kit")  # of commands
         self.loaded: list[EntryPoint] = []
         self.broken: list[BrokenPlugin] = []
+        self.silent: list[SilentPlugin] = []
         self._managers: list[tuple[str, pluggy.PluginManager]] = []
         self._rewriters: dict[str, str] = {}  # the plugin that announces each rewrite
         for entry in entries:
@@ -149,6 +161,8 @@ class Plugins:
             rewrites = _announced_rewrites(manager, World(), None)
             commands = [c for some in manager.hook.lfm2kit_commands() for c in some]
             self._announce(backends, transports, readers, rewrites, commands, distribution)
+            if not any((backends, transports, readers, rewrites, commands)):
+                self._note_silent(entry.name, distribution, manager)
             self._rewriters |= {rewrite.name: entry.name for rewrite in rewrites}
             self._managers.append((entry.name, manager))
             self.loaded.append(entry)
@@ -159,6 +173,15 @@ class Plugins:
             self.broken.append(
                 BrokenPlugin(entry.name, distribution, reason, traceback.format_exc())
             )
+
+    def _note_silent(self, name: str, distribution: str, manager: pluggy.PluginManager) -> None:
+        """Note a plugin that has yielded nothing, unless it may act later."""
+        hooks = {caller.name for caller in manager.get_hookcallers(manager.get_plugin(name)) or ()}
+        if hooks & LATER:
+            return
+        nothing = "none of its functions is marked with @lfm2kit.hookimpl"
+        reason = f"{' and '.join(sorted(hooks))} yielded nothing" if hooks else nothing
+        self.silent.append(SilentPlugin(name, distribution, reason))
 
     def _announce(
         self,
@@ -297,9 +320,12 @@ class Plugins:
         return create
 
     def skipped(self) -> str:
-        """Return what to add where something is not there: the plugins that were set aside."""
-        said = ", ".join(f"'{broken.name}' ({broken.reason})" for broken in self.broken)
-        return f"; skipped as broken: plugin {said}; see lfm2kit backends" if said else ""
+        """Return what to add where something is not there: plugins that add nothing."""
+        broken = ", ".join(f"'{one.name}' ({one.reason})" for one in self.broken)
+        silent = ", ".join(f"'{one.name}' ({one.reason})" for one in self.silent)
+        said = f"; skipped as broken: plugin {broken}" if broken else ""
+        said += f"; without any addition: plugin {silent}" if silent else ""
+        return f"{said}; see lfm2kit backends" if said else ""
 
     def owner(self, command: str) -> str:
         """Return the distribution that a command comes from."""

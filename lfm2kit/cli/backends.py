@@ -186,6 +186,10 @@ def _description(plugins: Plugins) -> dict[str, Any]:
         "commands": [
             {"name": name, "distribution": plugins.owner(name)} for name in sorted(plugins.commands)
         ],
+        "silent": [
+            {"name": one.name, "distribution": one.distribution, "reason": one.reason}
+            for one in plugins.silent
+        ],
         "broken": [
             {
                 "name": broken.name,
@@ -214,6 +218,8 @@ def _show(report: Report) -> None:
         report.line(f"rewrite {row['name']}: {row['summary']}")
     for row in report.fields["commands"]:
         report.line(f"command {row['name']}: {row['distribution']}")
+    for row in report.fields["silent"]:
+        report.line(f"plugin '{row['name']}' ({row['distribution']}) adds nothing: {row['reason']}")
     for row in report.fields["broken"]:
         report.line()
         report.line(f"plugin '{row['name']}' ({row['distribution']}) skipped: {row['reason']}")

@@ -77,6 +77,24 @@ GREETS = """
     def lfm2kit_commands():
         yield lfm2kit.Command("hello", hello)
 """
+YIELDS_NOTHING = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_backends():
+        return []
+
+    @lfm2kit.hookimpl
+    def lfm2kit_commands():
+        yield from ()
+"""
+ACTS_LATER = """
+    import lfm2kit
+
+    @lfm2kit.hookimpl
+    def lfm2kit_run_ended(record):
+        pass
+"""
 UNMARKED = """
     def lfm2kit_backends():
         return []
@@ -140,6 +158,29 @@ def test_a_broken_plugin_is_listed_with_its_traceback_and_harms_no_other(
     assert broken["traceback"].startswith("Traceback")
     assert {"mine", "reference"} <= set(listed["backends"])
     assert "odd" not in listed["backends"]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("", "none of its functions is marked with @lfm2kit.hookimpl"),
+        (YIELDS_NOTHING, "lfm2kit_backends and lfm2kit_commands yielded nothing"),
+    ],
+)
+def test_a_plugin_that_adds_nothing_is_named(tmp_path: Path, source: str, reason: str) -> None:
+    install(tmp_path, "odd", source)
+    install(tmp_path, "later", ACTS_LATER)
+    row = {"name": "odd", "distribution": "lfm2kit-odd 1.0", "reason": reason}
+    listed = listing(tmp_path)
+    assert (listed["silent"], listed["broken"]) == ({"odd": row}, {})
+    done = lfm2kit(tmp_path, "backends", "check", "odd")
+    assert (done.returncode, done.stdout) == (2, "")
+    says = f"; without any addition: plugin 'odd' ({reason}); see lfm2kit backends\n"
+    assert done.stderr.endswith(says)
+    assert (
+        f"plugin 'odd' (lfm2kit-odd 1.0) adds nothing: {reason}"
+        in lfm2kit(tmp_path, "backends").stdout
+    )
 
 
 def test_a_misspelt_hook_is_named_with_the_nearest_one(tmp_path: Path) -> None:
