@@ -12,7 +12,7 @@ rows.  No result may depend on which other rows are in the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from reprlib import repr as brief  # of what a caller gives, however long it is
 from typing import ClassVar, NamedTuple
@@ -75,6 +75,13 @@ class Spec:
         for part in self.parts():
             total += part.spec.work(batch, itemsize)
         return total
+
+    def derives(self) -> Hashable:
+        """Return the key of a derived batch that the parts get; None: they get the block's own.
+
+        `lfm2kit plan` counts the copies of such batches.
+        """
+        return None
 
     def note(self) -> str | None:
         """Return what `lfm2kit plan` says about this spec in one line; None for nothing."""

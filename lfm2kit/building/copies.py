@@ -8,7 +8,6 @@ from typing import NamedTuple
 from lfm2kit.batch_rules import ARRAYS
 from lfm2kit.building.placement import Placed
 from lfm2kit.memory import HOST
-from lfm2kit.rewrites.trim import TrimmedLayer
 
 
 class _Arrays(NamedTuple):
@@ -72,9 +71,8 @@ def _batches(placed: Placed, key: Hashable = None) -> Iterator[tuple[str, Hashab
     """Yield the memories in which blocks get a batch: the model's, or what one is derived by."""
     if OF_KIND.get(placed.spec.kind, OTHERS).takes_batch:
         yield placed.memory.name, key
-    if isinstance(placed.spec, TrimmedLayer):
-        reaches = placed.spec.reach_in, placed.spec.reach_out
-        key = key if reaches == (None, None) else reaches  # then it keeps all rows
+    if (derived := placed.spec.derives()) is not None:
+        key = derived
         yield placed.memory.name, key
     for _, part in placed.parts:
         yield from _batches(part, key)

@@ -8,6 +8,7 @@ the core joins it of the parts that every backend has, and the logits keep their
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NoReturn
@@ -57,6 +58,10 @@ class TrimmedLayer(Spec):
             seen = kept if part.role in ("ffn_norm", "feed_forward") else rows
             total += part.spec.work(seen, itemsize)
         return total
+
+    def derives(self) -> Hashable:
+        reaches = self.reach_in, self.reach_out
+        return None if reaches == (None, None) else (rows_of, *reaches)
 
     def note(self) -> str:
         return f"{self.rows_out} of a sample's rows go on after its operator"
