@@ -145,7 +145,7 @@ class Setup:
         rewrites = (*self.rewrites, experts_split(places, slots, experts_per_slot))
         model, joins = rewritten(self.checkpoint.spec, JOINS, rewrites)
         plan = self._with_host_parts(i for i, layer in places.items() if layer.host)
-        placed = Placer(plan, self.create, joins, self.plugins.backends).place(model)
+        placed = Placer(plan, self.create, joins, self.plugins.by_preference()).place(model)
         wrappers = Wrappers.of(placed, self.plugins)
         return replace(self, plan=plan, placed=placed, rewrites=rewrites, wrappers=wrappers)
 
@@ -423,7 +423,7 @@ def _set_up(
     applied = (*chosen(options.rewrites, there, plugins.skipped()), *rewrites)
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
     of_whole = plan if options.gpu_memory is None else plan.for_whole_experts()
-    placed = Placer(of_whole, create, joins, plugins.backends).place(model)
+    placed = Placer(of_whole, create, joins, plugins.by_preference()).place(model)
     wrappers = Wrappers.of(placed, plugins)
     whole = Setup(
         checkpoint,

@@ -7,14 +7,15 @@ joins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lfm2kit import specs
 from lfm2kit.backend import Backend, BuildsAround, Crosses
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.joins import Join, Joins
+from lfm2kit.building.lacking import Lacking, in_words, plan_without
 from lfm2kit.building.plan import Plan
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.formats import F32, Format
@@ -94,10 +95,6 @@ class _Where(NamedTuple):
     kind: str | None = None
 
 
-class _LackingError(Exception):
-    """A backend lacks a block that the plan gives it: the block's name, its spec, and why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Placer:
     """A placer of specs by `plan`; `create` gives backends, `installed` names them for errors."""
@@ -105,16 +102,22 @@ class Placer:
     plan: Plan
     create: Callable[[str], Backend]
     joins: Joins
-    installed: Iterable[str] = ()
+    installed: Iterable[str] = ()  # the most preferred first
+    _lacking: list[Lacking] = field(default_factory=list, init=False, repr=False)
 
     def place(self, model: specs.Model) -> Placed:
-        """Return the whole model's tree; raise `Lfm2kitError` if a backend lacks its block."""
+        """Return the whole model's tree; raise `Lfm2kitError` if backends lack their blocks."""
+        placed, lacking = self.placed_and_lacking(model)
+        if lacking:
+            raise self._unsupported(model, lacking)
+        return placed
+
+    def placed_and_lacking(self, model: specs.Model) -> tuple[Placed, Sequence[Lacking]]:
+        """Return the whole model's tree, and the blocks in it that their backends do not build."""
         self.plan.check(model)
+        self._lacking.clear()
         home = self._ask(self.plan.default).memory(model.embed_tokens)
-        try:
-            return self._place("", "", model, _Where(), home)
-        except _LackingError as lacking:
-            raise self._unsupported(model, *lacking.args) from None
+        return self._place("", "", model, _Where(), home), tuple(self._lacking)
 
     def _place(self, name: str, scope: str, spec: Spec, where: _Where, outer: Memory) -> Placed:
         backend = self._one_backend(spec, where)
@@ -125,7 +128,9 @@ class Placer:
                 crosser, reason = self._crosser(name, spec, memory, outer)
                 return Placed(name, scope, spec, memory, outer, backend, (), None, crosser, reason)
             if type(spec) not in self.joins:
-                raise _LackingError(name, spec, backend, reason)
+                kind = where.kind or spec.kind
+                self._lacking.append(Lacking(name, spec, kind, where.layer, backend, reason))
+                return Placed(name, scope, spec, outer, outer, backend)
         around = self._around(name, scope, spec, where, outer)
         if around is not None:
             return around
@@ -249,33 +254,41 @@ class Placer:
             "rewrite has no join for it; give all of it to one backend that builds it whole"
         )
 
-    def _unsupported(
-        self, model: Spec, name: str, spec: Spec, backend: str, reason: str
-    ) -> Lfm2kitError:
-        others = ", ".join(self._supporting(spec)) or "no installed backend"
-        return Lfm2kitError(
-            f"{name}: backend '{backend}' has no {type(spec).__name__} block ({reason}); "
-            f"{others} can build it. Try ",
-            Option("backend", self._plan_with_another(model, spec, backend)),
+    def _unsupported(self, model: specs.Model, lacking: Sequence[Lacking]) -> Lfm2kitError:
+        them = "it" if len(lacking) == 1 else "them"
+        able = (n for n in self.installed if all(self._can_build(n, one.spec) for one in lacking))
+        who = ", ".join(able) or "no installed backend"
+        plan = plan_without(
+            self.plan,
+            lacking,
+            _assigned(model, self.plan),
+            self.installed,
+            self._can_build,
+            lambda plan: replace(self, plan=plan)._can_place(model),
         )
+        advice = () if plan is None else (". Try ", Option("backend", str(plan)))
+        return Lfm2kitError(f"{in_words(lacking)}; {who} can build {them}", *advice)
 
-    def _plan_with_another(self, model: Spec, spec: Spec, backend: str) -> str:
-        """Return a plan in which a backend NAME builds all that the plan's default one lacks."""
-        leaves = {leaf.kind: leaf for leaf in specs.leaves(model)}
-        why_not = self._ask(backend).why_unsupported
-        built = [kind for kind, leaf in leaves.items() if why_not(leaf) is None]
-        if backend != self.plan.default or len(leaves) - len(built) == 1:
-            return f"{self.plan},{spec.kind}=NAME"
-        own = (f"{kind}={backend}" for kind in built)
-        return ",".join(["NAME", *own, *map(str, self.plan.rules)])
+    def _can_place(self, model: specs.Model) -> bool:
+        try:
+            return not self.placed_and_lacking(model)[1]
+        except Exception:
+            return False  # a backend that cannot run here, or is broken: no help to name it
 
-    def _supporting(self, spec: Spec) -> Iterator[str]:
-        for name in self.installed:
-            try:
-                if self._ask(name).why_unsupported(spec) is None:
-                    yield name
-            except Exception:
-                continue  # it cannot run here, or is broken: no help to name it
+    def _can_build(self, name: str, spec: Spec) -> bool:
+        try:
+            return self._ask(name).why_unsupported(spec) is None
+        except Exception:
+            return False
+
+
+def _assigned(model: specs.Model, plan: Plan) -> dict[str, dict[int | None, str]]:
+    """Return the backend of each block of the model by its kind and its layer."""
+    assigned: dict[str, dict[int | None, str]] = {}
+    for part, where in _numbered(model, _Where()):
+        for kind, _ in specs.leaves_by_kind(part.spec, part.kind):
+            assigned.setdefault(kind, {})[where.layer] = plan.backend_for(where.layer, kind)
+    return assigned
 
 
 def _inside(spec: Spec) -> Iterator[Spec]:

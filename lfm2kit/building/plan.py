@@ -27,7 +27,8 @@ AUTO = "auto"  # in a plan: the best backend of this machine
 
 # Experts of a layer that is split, see `lfm2kit.rewrites.experts_split`.
 STREAMED_EXPERTS, HOST_EXPERTS = "streamed_experts", "host_experts"
-EXPERTS = frozenset({"experts", STREAMED_EXPERTS, HOST_EXPERTS})
+PARTS_OF_EXPERTS = frozenset({STREAMED_EXPERTS, HOST_EXPERTS})
+EXPERTS = PARTS_OF_EXPERTS | {"experts"}
 
 # What a kind in a plan stands for: a block's own kind, or a group of them.
 KINDS: dict[str, frozenset[str]] = {
@@ -125,7 +126,7 @@ class Plan:
 
     def for_whole_experts(self) -> Plan:
         """Return the same plan without rules for parts that only split experts have."""
-        rules = (r for r in self.rules if r.kind not in (STREAMED_EXPERTS, HOST_EXPERTS))
+        rules = (r for r in self.rules if r.kind not in PARTS_OF_EXPERTS)
         return replace(self, rules=tuple(rules))
 
     def with_host_experts(self, layers: Iterable[int], on_host: Callable[[str], str]) -> Plan:

@@ -268,6 +268,10 @@ class Plugins:
         ]
         return [p.name for p in sorted(able, key=lambda plugin: -plugin.preference)]
 
+    def by_preference(self) -> list[str]:
+        """Return the names of all backends, the most preferred first."""
+        return sorted(self.backends, key=lambda name: -self.backends[name].plugin.preference)
+
     def rewrites(
         self,
         world: World | None = None,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lfm2kit import specs
+from lfm2kit.batch import Batch
+from lfm2kit.building.placement import Placer
 from lfm2kit.building.plan import KINDS, Plan
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.model import JOINS
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import Spec
 from tests.core.small import build, small_spec
@@ -173,15 +179,65 @@ class NoHead(ReferenceBackend):
 @pytest.mark.parametrize(
     ("plan", "advice"),
     [
-        ("few", "NAME,mlp=few,head=few"),
-        ("few,0.conv=reference", "NAME,mlp=few,head=few,0.conv=reference"),
-        ("most", "most,head=NAME"),
-        ("reference,conv=few", "reference,conv=few,conv=NAME"),
+        ("few", "reference,mlp=few,head=few"),
+        ("few,0.conv=reference", "reference,mlp=few,head=few"),
+        ("few,moe=most", "reference,mlp=few,moe=most,head=few"),
+        ("few,router=most", "reference,mlp=few,router=most,head=few"),
+        ("most", "most,head=reference"),
+        ("most,0-1.mlp=few,2.conv=few", "most,mlp=few,head=reference"),
+        ("most,1.mlp=few", "most,1.mlp=few,head=reference"),
+        ("reference,conv=few", "reference"),
+        ("reference,3=few", "reference"),
     ],
 )
 def test_the_advice_for_a_partial_backend_covers_all_that_it_lacks(plan: str, advice: str) -> None:
     backends = {"few": MlpAndHead(), "most": NoHead()}
     with pytest.raises(Lfm2kitError) as raised:
         build(small_spec(), plan, backends)
-    assert str(raised.value).endswith(f"Try backend='{advice}'")
-    build(small_spec(), advice.replace("NAME", "reference"), backends)
+    hint = str(raised.value).partition(". Try backend=")[2].strip("'")
+    assert hint == advice
+    logits = build(small_spec(), hint, backends).logits(Batch.of_sequences([[3, 1, 4]]))
+    assert np.isfinite(logits).all()
+
+
+def test_all_blocks_that_backends_lack_are_said_at_once_in_few_words() -> None:
+    backends = {"few": MlpAndHead(), "most": NoHead()}
+    with pytest.raises(Lfm2kitError) as raised:
+        build(small_spec(), "few,moe=most,head=most", backends)
+    assert str(raised.value) == (
+        "backend 'few' lacks embed, norm of layers 0-3 and embedding_norm, conv of layers 0, 2, "
+        "attn of layers 1, 3, rows (it builds MLP and LMHead); backend 'most' lacks head "
+        "(no head); reference can build them. "
+        "Try backend='reference,mlp=few,moe=most,head=few'"
+    )
+
+
+def test_layers_that_a_backend_builds_stay_with_it() -> None:
+    class SomeConvs(ReferenceBackend):
+        def why_unsupported(self, spec: Spec) -> str | None:
+            is_long = isinstance(spec, specs.ShortConv) and spec.kernel_size > 3
+            return "its kernel has 3 taps" if is_long else super().why_unsupported(spec)
+
+    spec = small_spec()
+    layers = list(spec.layers)
+    conv = replace(layers[2].operator, kernel_size=4)  # type: ignore[attr-defined]
+    layers[2] = replace(layers[2], operator=conv)  # type: ignore[type-var]
+    spec = replace(spec, layers=tuple(layers))
+    for plan, hint in (
+        ("some", "some,2.conv=reference"),
+        ("reference,conv=some", "reference,0.conv=some"),
+    ):
+        with pytest.raises(Lfm2kitError) as raised:
+            build(spec, plan, {"some": SomeConvs()})
+        said = "layers.2.operator: backend 'some' has no ShortConv block (its kernel has 3 taps); "
+        assert str(raised.value) == f"{said}reference can build it. Try backend='{hint}'"
+
+
+def test_what_nobody_builds_has_no_advice() -> None:
+    placer = Placer(Plan.parse("most"), {"most": NoHead()}.__getitem__, JOINS, ["most"])
+    with pytest.raises(Lfm2kitError) as raised:
+        placer.place(small_spec())
+    says = (
+        "lm_head: backend 'most' has no LMHead block (no head); no installed backend can build it"
+    )
+    assert str(raised.value) == says

@@ -378,8 +378,12 @@ def test_a_missing_block_says_who_has_it() -> None:
         def why_unsupported(self, spec: Spec) -> str | None:
             return "it has none"
 
-    with pytest.raises(Lfm2kitError, match=r"layers\.2\.feed_forward\.router.*reference can build"):
+    says = r"scores of layers 2-3, choice of layers 2-3, .* \(it has none\); reference can build th"
+    with pytest.raises(Lfm2kitError, match=says):
         build(small_spec(), "reference,moe=nothing", {"nothing": Nothing()})
+    says = r"layers\.2\.feed_forward\.router\.scores: backend 'nothing' has no Scores block"
+    with pytest.raises(Lfm2kitError, match=says):
+        build(small_spec(), "reference,2.scores=nothing", {"nothing": Nothing()})
 
 
 @pytest.mark.parametrize("token", [-1, 50])
