@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import pytest
 from lfm2kit import batch as module
 from lfm2kit.batch import Batch, Form
 from lfm2kit.batch_rules import ARRAYS, MOST_CONTEXT, check
+from lfm2kit.memory import Memory
+from lfm2kit.testing.device import DeviceMemory
 from tests.core.test_model import Elsewhere
 
 
@@ -165,6 +167,49 @@ def test_a_changed_batch_shares_no_view_with_the_one_before(was_moved: bool) -> 
     changed = replace(batch, logits_rows=int32(0))
     assert batch.on(there).logits_rows.values.tolist() == [2]
     assert changed.on(there).logits_rows.values.tolist() == [0]
+
+
+KEPT = [field.name for field in fields(Batch) if not field.init]
+
+
+def used(memory: Memory) -> tuple[Batch, Batch]:
+    """Return a batch and its copy in a memory, each with all that it keeps for later."""
+    batch = two_sequences()
+    there = batch.on(memory)
+    there.derived(("first",), lambda host: host.unchecked(logits_rows=int32(0)))
+    return batch, there
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_changed_batch_keeps_nothing_that_was_kept_of_the_one_before(name: str) -> None:
+    memory = DeviceMemory()
+    batch, there = used(memory)
+    before = [getattr(one, name) for one in (batch, there)]
+    assert before[1], "only a copy has a mark"
+    for one in (replace(batch, logits_rows=int32(0)), replace(there, memory=memory)):
+        assert not getattr(one, name)
+    assert [getattr(one, name) for one in (batch, there)] == before
+
+
+def test_what_a_changed_batch_derives_follows_from_its_own_rows() -> None:
+    def last(host: Batch) -> Batch:
+        return host.unchecked(logits_rows=host.logits_rows[-1:])
+
+    memory = DeviceMemory()
+    batch = two_sequences()
+    assert memory.to_host(batch.on(memory).derived(("last",), last).logits_rows).tolist() == [4]
+    changed = replace(batch, logits_rows=int32(1, 0))
+    assert memory.to_host(changed.on(memory).derived(("last",), last).logits_rows).tolist() == [0]
+    assert [one.logits_rows.tolist() for one in changed.family()] == [[1, 0], [0]]
+
+
+def test_a_length_that_no_longer_fits_a_changed_batch_is_refused() -> None:
+    batch = two_sequences()
+    ends, positions = int32(0, 1, 5), int32(5, 0, 1, 2, 3)
+    with pytest.raises(ValueError, match="max_seqlen is 3, but must be the int 4"):
+        replace(batch, cu_seqlens=ends, positions=positions)
+    changed = replace(batch, cu_seqlens=ends, positions=positions, max_seqlen=4)
+    assert changed.form.max_seqlen == 4
 
 
 def test_a_batch_moves_from_one_memory_to_another_without_being_copied_to_the_host() -> None:
