@@ -44,13 +44,21 @@ def assert_close(
 
 
 def assert_same(got: Result, want: Result, what: str) -> None:
-    """Raise `CheckFailed` unless `got` has the values of `want`, to the last bit."""
+    """Raise `CheckFailed` unless `got` has the type and the bits of `want`.
+
+    So -0 is not 0.  One NaN is as good as another: a processor may choose its bits.
+    """
     for name, array, expected in _pairs(got, want, what):
-        if not np.array_equal(array, expected):
-            error = np.abs(array.astype(np.float64) - expected)
+        if array.dtype != expected.dtype:
+            raise CheckFailed(f"{name}: {array.dtype}, expected {expected.dtype}")
+        differ = _bits(array) != _bits(expected)
+        if differ.any():
+            with np.errstate(invalid="ignore"):
+                error = np.abs(array.astype(np.float64) - expected)
+            worst = _worst(np.where(differ, error, -1.0), array, expected)
             raise CheckFailed(
-                f"{name}: not the same bits: {_worst(error, array, expected)}, "
-                f"{np.sum(array != expected)} of {error.size} values differ"
+                f"{name}: not the same bits: {worst}, "
+                f"{np.sum(differ)} of {differ.size} values differ"
             )
 
 
@@ -73,6 +81,15 @@ def _pairs(got: Result, want: Result, what: str) -> Iterator[tuple[str, HostArra
         if one.shape != other.shape:
             raise CheckFailed(f"{name}: shape {one.shape}, expected {other.shape}")
         yield name, one, other
+
+
+def _bits(array: HostArray) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """Return the bits of each value as a whole number, those of each NaN as the same one."""
+    array = np.array(array, order="C")
+    if array.dtype.kind == "f":
+        array[np.isnan(array)] = np.nan
+    bits: npt.NDArray[np.unsignedinteger[Any]] = array.view(f"u{array.itemsize}")
+    return bits
 
 
 def _worst(
