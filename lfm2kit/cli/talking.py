@@ -15,6 +15,7 @@ from lfm2kit import bounds
 from lfm2kit.cli.console import complain, remark
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.speaking import Voice
+from lfm2kit.cli.text_input import readable
 from lfm2kit.engine.room import TooLongError
 from lfm2kit.errors import USER_ERROR, Lfm2kitError
 from lfm2kit.generating.conversation import Conversation
@@ -147,9 +148,14 @@ def _complaining() -> Iterator[None]:
         complain(told(error))
 
 
+def _next_line() -> bytes:
+    with readable():
+        return sys.stdin.buffer.readline(bounds.TEXT + 1)
+
+
 def _piped() -> Iterator[str]:
     """Yield the lines of a stdin that is not a terminal."""
-    while line := sys.stdin.buffer.readline(bounds.TEXT + 1):
+    while line := _next_line():
         if len(line) > bounds.TEXT:
             raise Lfm2kitError(f"stdin: a line has more than the {bounds.TEXT} bytes that are read")
         try:
