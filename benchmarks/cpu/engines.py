@@ -61,7 +61,7 @@ class Lfm2kit:
         return steps
 
     def block(self, kind: str, samples: int) -> Call:
-        from lfm2kit.measuring.bench import single_blocks
+        from lfm2kit.measuring.single_blocks import single_blocks
 
         if (kind, samples) not in self._blocks:
             for timed in single_blocks(self._setup, kind, BLOCK_SAMPLES, [SEQ_LEN], BLOCK_SEED):
@@ -134,7 +134,7 @@ def _long(ids: Ids) -> Any:
 
 
 def _block_input(samples: int, hidden_size: int) -> npt.NDArray[np.float32]:
-    """Return the activations that `lfm2kit.measuring.bench.single_blocks` draws."""
+    """Return the activations that `lfm2kit.measuring.single_blocks` draws."""
     rng = np.random.default_rng(BLOCK_SEED)
     for n in BLOCK_SAMPLES[: BLOCK_SAMPLES.index(samples) + 1]:
         x = rng.standard_normal((n * SEQ_LEN, hidden_size), dtype=np.float32)

@@ -8,6 +8,8 @@ from itertools import chain, groupby
 from typing import NamedTuple
 
 from lfm2kit import specs
+from lfm2kit.backend import Backend
+from lfm2kit.building.answers import Answers
 from lfm2kit.building.plan import PARTS_OF_EXPERTS, Plan, Rule
 from lfm2kit.rewrites import ids_in_words
 from lfm2kit.specs import Spec
@@ -26,6 +28,14 @@ class Lacking(NamedTuple):
     layer: int | None  # None: outside the layers
     backend: str
     reason: str
+
+
+def can_build(create: Callable[[str], Backend], name: str, spec: Spec) -> bool:
+    """Return whether a backend builds a spec; one that cannot run here, or is broken, does not."""
+    try:
+        return Answers(create(name), name).why_unsupported(spec) is None
+    except Exception:
+        return False
 
 
 def in_words(lacking: Sequence[Lacking]) -> str:

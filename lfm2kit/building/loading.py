@@ -23,6 +23,7 @@ from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
 from lfm2kit.building.dividing import choices as choices_of_groups
 from lfm2kit.building.fitting import TOKENS, fitted
 from lfm2kit.building.inspecting import fault_in_a_forward
+from lfm2kit.building.lacking import Lacking
 from lfm2kit.building.load import Load, load_of
 from lfm2kit.building.options import FREE, Options
 from lfm2kit.building.placement import Placed, Placer
@@ -98,6 +99,7 @@ class Setup:
     # Why tokens travel through the host, where the options would let them travel past it.
     through_host: str | None = None
     choices: tuple[Grouping, ...] = ()  # smaller groups first
+    lacking: Sequence[Lacking] = ()  # blocks in `placed` that cannot be built, where some may be
 
     @property
     def group(self) -> tuple[int, ...]:
@@ -157,6 +159,7 @@ class Setup:
         Raise `Lfm2kitError` if a memory is too small, before any of it is allocated, and if a block
         returns something wrong in the forward that `check` asks for.
         """
+        assert not self.lacking, "only blocks that somebody builds are built alone"
         self._check_memory(self.placed, tokens)
         builder = self.builder(built)
         with self.checkpoint.files_of("", self.placed.spec).reading_exactly():
@@ -181,10 +184,18 @@ class Setup:
         elif fault is not None:
             raise Lfm2kitError(fault)
 
-    def build_block(self, placed: Placed, *, tokens: int) -> Block:
-        """Build one block of the model for calls of `tokens` rows; raise as `build` does."""
+    def build_block(
+        self, placed: Placed, *, tokens: int, checked: list[Checked] | None = None
+    ) -> Block:
+        """Build one block of the model for calls of `tokens` rows; raise as `build` does.
+
+        `checked` is filled with the blocks of backends in it.
+        """
         self._check_memory(placed, tokens)
-        block: Block = self.builder().build(placed)
+        builder = self.builder()
+        block: Block = builder.build(placed)
+        if checked is not None:
+            checked.extend(builder.checked)
         return block
 
     def precision_of(self, placed: Placed) -> str:
@@ -325,6 +336,7 @@ def set_up(
     tokens: int | None = None,
     grouping: Grouping | None = None,
     through_host: str | None = None,
+    may_lack: bool = False,
 ) -> Setup:
     """Place every block; raise `Lfm2kitError` if the plan, a backend or the machine forbids it.
 
@@ -338,6 +350,8 @@ def set_up(
 
     With a `transport` the model is this rank's share.  A `world` alone gives the share of that
     rank, to be planned but not built.  Tokens travel through the host if `through_host` says why.
+    If blocks `may_lack`, for whoever builds some of them alone, `Setup.lacking` names those that
+    the plan gives to backends that do not build them.
     """
     options.check_limited("rates")
     plugins = plugins or installed_plugins()
@@ -360,6 +374,7 @@ def set_up(
             most,
             load,
             through_host,
+            may_lack and options.gpu_memory is None,  # a split needs the sizes of all blocks
         )
 
     def placed_alone() -> Placed:
@@ -406,6 +421,7 @@ def _set_up(
     tokens: int,
     load: Load | None,
     through_host: str | None,
+    may_lack: bool,
 ) -> Setup:
     """Place every block, with the experts of each layer shared out inside the given groups."""
     context = Context(options.precision, options.threads, world.local_size, world.local_rank)
@@ -423,7 +439,8 @@ def _set_up(
     applied = (*chosen(options.rewrites, there, plugins.skipped()), *rewrites)
     model, joins = rewritten(checkpoint.spec, JOINS, applied)
     of_whole = plan if options.gpu_memory is None else plan.for_whole_experts()
-    placed = Placer(of_whole, create, joins, plugins.by_preference()).place(model)
+    placer = Placer(of_whole, create, joins, plugins.by_preference())
+    placed, lacking = placer.placed_and_lacking(model) if may_lack else (placer.place(model), ())
     wrappers = Wrappers.of(placed, plugins)
     whole = Setup(
         checkpoint,
@@ -452,6 +469,7 @@ def _set_up(
         ),
         load=load,
         through_host=through_host,
+        lacking=lacking,
     )
     return whole if options.gpu_memory is None else fitted(whole, tokens)
 

@@ -15,7 +15,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend, BuildsAround, Crosses
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.joins import Join, Joins
-from lfm2kit.building.lacking import Lacking, in_words, plan_without
+from lfm2kit.building.lacking import Lacking, can_build, in_words, plan_without
 from lfm2kit.building.plan import Plan
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.formats import F32, Format
@@ -276,10 +276,7 @@ class Placer:
             return False  # a backend that cannot run here, or is broken: no help to name it
 
     def _can_build(self, name: str, spec: Spec) -> bool:
-        try:
-            return self._ask(name).why_unsupported(spec) is None
-        except Exception:
-            return False
+        return can_build(self.create, name, spec)
 
 
 def _assigned(model: specs.Model, plan: Plan) -> dict[str, dict[int | None, str]]:

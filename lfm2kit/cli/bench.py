@@ -35,11 +35,11 @@ from lfm2kit.measuring.bench import (
     forwards,
     measure,
     measured_ceilings,
-    single_blocks,
 )
 from lfm2kit.measuring.decoding import most_tokens
 from lfm2kit.measuring.given_texts import GUESSES, LEAST_CONTEXT, NONE
 from lfm2kit.measuring.scaling import Job
+from lfm2kit.measuring.single_blocks import single_blocks
 from lfm2kit.memory import HOST
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 from lfm2kit.text import printable
@@ -50,9 +50,20 @@ TOO_MUCH_WAITING = 0.25
 
 
 class Block(enum.StrEnum):
+    embed = "embed"
+    norm = "norm"
     conv = "conv"
     attn = "attn"
+    mlp = "mlp"
+    scores = "scores"
+    choice = "choice"
+    router = "router"
+    experts = "experts"
     moe = "moe"
+    rows = "rows"
+    head = "head"
+    layer = "layer"
+    model = "model"
 
 
 class Form(enum.StrEnum):
@@ -82,7 +93,8 @@ def bench(
         list[Block] | None,
         typer.Option(
             metavar="|".join(Block),
-            help="Measure this block instead of the whole model; repeat the option for several.",
+            help="Measure this block alone, of a backend that need not build others; repeat the "
+            "option for several.",
         ),
     ] = None,
     decode: Annotated[
@@ -148,7 +160,10 @@ def bench(
         if getattr(options, name) != Options.__dataclass_fields__[name].default:
             raise Lfm2kitError(f"--{name.replace('_', '-')} needs --ranks, such as --ranks 1,2,4")
     checkpoint, seed = open_model(options), options.seed or 0
-    setups = [set_up(checkpoint, replace(options, backend=plan)) for plan in plans]
+    may_lack = bool(block) and Block.model not in block  # what is not measured need not be built
+    setups = [
+        set_up(checkpoint, replace(options, backend=plan), may_lack=may_lack) for plan in plans
+    ]
     if decode:
         check_state("--decode", setups[0].rewrites)
     for setup in setups:
@@ -231,11 +246,12 @@ def _forwards(
     blocks: Sequence[Block], samples: Sequence[int], lengths: Sequence[int], seed: int, setup: Setup
 ) -> Iterator[Contender]:
     """Yield the forwards of the blocks, or of the whole model without any."""
-    if not blocks:
-        model = setup.build(tokens=max(samples) * max(lengths))
-        yield from forwards(setup, model, samples, lengths, seed)
-    for block in dict.fromkeys(b.value for b in blocks):
-        yield from single_blocks(setup, block, samples, lengths, seed)
+    for block in dict.fromkeys(blocks) or [Block.model]:
+        if block is Block.model:
+            model = setup.build(tokens=max(samples) * max(lengths))
+            yield from forwards(setup, model, samples, lengths, seed)
+        else:
+            yield from single_blocks(setup, block.value, samples, lengths, seed)
 
 
 def _row(

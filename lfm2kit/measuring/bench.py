@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lfm2kit import specs
 from lfm2kit.backend import Ceilings, Measures
@@ -41,7 +41,7 @@ class Contender:
     samples: int
     tokens: int
     work: Work
-    call: Callable[[], npt.NDArray[np.float32]]  # returns what it has computed
+    call: Callable[[], Any]  # returns what it has computed: an array, or a tuple
     speculate: str | None = None  # what guesses the tokens that are decoded, if any are
 
 
@@ -93,7 +93,8 @@ def measure(
         for _ in range(WARM_UPS):
             result = contender.call()
             done()
-        are_finite.append(bool(np.all(np.isfinite(result))))
+        arrays = result if isinstance(result, tuple) else (result,)
+        are_finite.append(all(np.isfinite(array).all() for array in arrays))
     taken: list[list[Timing]] = [[] for _ in contenders]
     for _ in range(repetitions):
         for contender, timings in zip(contenders, taken, strict=True):
@@ -131,7 +132,7 @@ def forwards(
             test=f"{name} {n}x{seq_len}",
             samples=n,
             tokens=n * seq_len,
-            work=model.spec.work(batch, _itemsize(setup, model.placed)),
+            work=model.spec.work(batch, itemsize(setup, model.placed)),
             call=lambda batch=batch: model.logits(batch),  # type: ignore[misc]
         )
 
@@ -153,7 +154,7 @@ def decodings(
     _check_room(model, max(sequences), max(contexts) + steps * max(map(most_rows, guesses)))
     for n, context, speculate in product(sequences, contexts, guesses):
         decoder = Decoder(model, n, context, steps, seed, speculate)
-        weights = model.spec.work(decoder.next_batch(), _itemsize(setup, model.placed))
+        weights = model.spec.work(decoder.next_batch(), itemsize(setup, model.placed))
         decoder.step()
         yield Contender(
             backend=str(setup.plan),
@@ -175,58 +176,6 @@ def _check_room(model: LFM2, sequences: int, tokens: int) -> None:
         Room.of_sequences(sequences, tokens)
     except ValueError as error:
         raise Lfm2kitError(f"{sequences} sequences of {tokens} tokens: {error}") from None
-
-
-def single_blocks(
-    setup: Setup, kind: str, samples: Sequence[int], lengths: Sequence[int], seed: int
-) -> Iterator[Contender]:
-    """Yield the model's first block of `kind`, host array in, host array out."""
-    placed = _first(setup, kind)
-    home = setup.placed.outer
-    block = setup.build_block(placed, tokens=max(samples) * max(lengths))
-    rng = np.random.default_rng(seed)
-    for n, seq_len in product(samples, lengths):
-        batch = random_batch(n, seq_len, setup.checkpoint.spec.embed_tokens.vocab_size, seed)
-        hidden_size = setup.checkpoint.spec.embed_tokens.hidden_size
-        x = rng.standard_normal((batch.tokens, hidden_size), dtype=np.float32)
-        rest = (batch.on(home), None) if kind in ("conv", "attn") else ()
-        yield Contender(
-            backend=str(setup.plan),
-            precision=setup.precision_of(placed),
-            test=f"{kind} {n}x{seq_len}",
-            samples=n,
-            tokens=n * seq_len,
-            work=placed.spec.work(batch, _itemsize(setup, placed)),
-            call=lambda x=x, rest=rest: home.to_host(block(home.from_host(x), *rest)),  # type: ignore[misc]
-        )
-
-
-def _first(setup: Setup, kind: str) -> Placed:
-    """Return the first block of `kind`: joined by the core, built whole, or part of another."""
-    found = next((p for p in _walk(setup, setup.placed) if p.spec.kind == kind), None)
-    if found is None:
-        there = sorted({leaf.kind for leaf in specs.leaves(setup.placed.spec)})
-        raise Lfm2kitError(
-            f"the plan builds no block of kind {kind}; available: {', '.join(there)}"
-        )
-    return found
-
-
-def _walk(setup: Setup, placed: Placed) -> Iterator[Placed]:
-    """Yield `placed` and its parts, also those that a block built whole could be built of."""
-    yield placed
-    for _, part in placed.parts:
-        yield from _walk(setup, part)
-    if placed.backend is None:
-        return
-    backend = setup.create(placed.backend)
-    for role, scope, spec, _ in placed.spec.parts():
-        name, scope = f"{placed.name}.{role}", ".".join(filter(None, (placed.scope, scope)))
-        asked = Answers(backend, placed.backend, name)
-        if asked.why_unsupported(spec) is None:
-            memory = asked.memory(spec)
-            alone = replace(placed, name=name, scope=scope, spec=spec, memory=memory, parts=())
-            yield from _walk(setup, alone)
 
 
 def _state_read(setup: Setup, placed: Placed, context: int) -> float:
@@ -252,6 +201,6 @@ def _pages_read(spec: Spec, context: int, room: Room) -> float:
     return 0.0
 
 
-def _itemsize(setup: Setup, placed: Placed) -> float:
+def itemsize(setup: Setup, placed: Placed) -> float:
     """Return the bytes per weight element as stored."""
     return setup.stored_bytes(placed) / max(placed.spec.weight_elements(), 1)

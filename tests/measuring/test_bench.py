@@ -1,4 +1,4 @@
-"""What `bench` measures: a single block, wherever the plan has put it; and the time it waited."""
+"""What `bench` measures: decoding, the least work of it, and the time that a thread waited."""
 
 from __future__ import annotations
 
@@ -10,47 +10,17 @@ import numpy as np
 import pytest
 
 from lfm2kit import specs
-from lfm2kit.backend import BackendPlugin, Block, Ceilings, Spec, Weights
+from lfm2kit.backend import Ceilings
 from lfm2kit.batch import Batch
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
-from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.engine.guesses import RepeatedText
 from lfm2kit.measuring import decoding, given_texts
-from lfm2kit.measuring.bench import Contender, Measured, decodings, single_blocks
+from lfm2kit.measuring.bench import Contender, Measured, decodings
 from lfm2kit.measuring.timing import Timing
-from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import Work
 from lfm2kit.state import STEP_BACK, Room
-from lfm2kit.testing.host_block import host_block
 from tests.random_model import RANDOM
-
-
-class WholeLayers(ReferenceBackend):
-    """A backend that builds the reference's layers whole, and their parts alone too."""
-
-    def why_unsupported(self, spec: Spec) -> str | None:
-        return None if isinstance(spec, specs.Layer) else super().why_unsupported(spec)
-
-    def build(self, spec: Spec, weights: Weights) -> Block:
-        if isinstance(spec, specs.Layer):
-            return host_block(ReferenceBackend(), spec, weights)
-        return super().build(spec, weights)
-
-
-def result_of(backend: str, kind: str) -> Any:
-    plugins = installed_plugins()
-    whole = BackendPlugin("whole", "whole layers", lambda context: WholeLayers(), 1)
-    plugins.backends["whole"] = InstalledBackend(whole, "this test")
-    setup = set_up(RANDOM, Options(backend=backend), plugins=plugins)
-    (contender,) = single_blocks(setup, kind, [2], [16], seed=0)
-    return contender.call()
-
-
-@pytest.mark.parametrize("kind", ["conv", "attn", "mlp"])
-def test_a_block_of_a_layer_that_is_built_whole_is_measured_alone(kind: str) -> None:
-    got, want = result_of("whole", kind), result_of("reference", kind)
-    assert np.array_equal(np.asarray(got), np.asarray(want))
 
 
 def test_decoding_goes_on_from_a_context_that_is_computed_in_chunks(
