@@ -160,7 +160,8 @@ def bench(
         if getattr(options, name) != Options.__dataclass_fields__[name].default:
             raise Lfm2kitError(f"--{name.replace('_', '-')} needs --ranks, such as --ranks 1,2,4")
     checkpoint, seed = open_model(options), options.seed or 0
-    may_lack = bool(block) and Block.model not in block  # what is not measured need not be built
+    # What is not measured need not be built.
+    may_lack = block is not None and Block.model not in block
     setups = [
         set_up(checkpoint, replace(options, backend=plan), may_lack=may_lack) for plan in plans
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from lfm2kit import specs
 from lfm2kit.backend import BackendPlugin, Block, Context, Spec, Weights
 from lfm2kit.batch import Batch
+from lfm2kit.building.answers import came
 from lfm2kit.building.byte_counts import size
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
@@ -179,7 +181,8 @@ def test_an_exchange_whose_size_is_no_number_of_bytes_is_named(wrong: Any) -> No
         def exchange_in(self, memory: Memory) -> ExchangeOffer:
             return ExchangeOffer(memory, pytest.fail, scratch_bytes=lambda *_: wrong)
 
-    says = rf"exchange_bytes of the join of layers\.2\.feed_forward returned {wrong}, but must"
+    returned = re.escape(came(wrong))
+    says = rf"exchange_bytes of the join of layers\.2\.feed_forward returned {returned}, but must"
     with pytest.raises(Lfm2kitError, match=says):
         card(transport=Wrong()).shortage(1)
 
@@ -253,6 +256,7 @@ def test_a_size_that_is_not_a_number_of_bytes_is_named(
 ) -> None:
     monkeypatch.setattr(CardBackend, method, lambda *arguments: wrong)
     Card.free = 1 << 40
-    says = rf"{method} of backend 'card' returned {wrong} for \S+, a \w+, but must return a whole"
+    returned = re.escape(came(wrong))
+    says = rf"{method} of backend 'card' returned {returned} for \S+, a \w+, but must return"
     with pytest.raises(Lfm2kitError, match=says):
         card().build()

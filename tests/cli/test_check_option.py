@@ -52,10 +52,10 @@ MINE = """
             create = lambda context, change=change: Mine(change)
             yield lfm2kit.BackendPlugin(name, "an MLP", create, api_version=1)
 """
-BLOCK = "layers.0.feed_forward: the MLP block of backend '{}' of lfm2kit-mine 1.0 returned "
+BLOCK = "layers.0.feed_forward: the MLP block of backend '{}' of lfm2kit-results 1.0 returned "
 SAYS = {
     "forgets": "None, but must return an array [17, 256]",
-    "foreign": "a result that is a lfm2kit_mine.Tensor, but arrays of memory 'host' are numpy.nda",
+    "foreign": "a result that is a lfm2kit_results.Tensor, but arrays of memory 'host' are ",
     "fortran": "a result that is not C-contiguous",
     "unwritten": "a result that holds nan at [0, 0]",
 }
@@ -69,7 +69,7 @@ COMMANDS: tuple[tuple[object, ...], ...] = (
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    install(tmp_path, "mine", MINE)
+    install(tmp_path, "results", MINE)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 

@@ -168,7 +168,7 @@ MINE = """
 def test_the_command_asks_a_backend_for_no_more_than_it_measures(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(tmp_path, "mine", MINE)
+    install(tmp_path, "alone", MINE)
     monkeypatch.syspath_prepend(tmp_path)
     few = ("bench", "-n", 2, "-r", 1, "-b", "mine", "-o", "json")
     done = cli(*few, "--block", "mlp", "--check")
