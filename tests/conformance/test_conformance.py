@@ -14,6 +14,7 @@ from lfm2kit.building.plugins import GROUP, installed_plugins
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.parametrize import backend_cases
 from lfm2kit.testing.scope import Scope
+from tests.conformance.installed import item_of
 
 SCOPE = Scope(examples=5)  # many more are drawn by `lfm2kit backends check`
 # Backends that break the contract knowingly, and where.
@@ -45,7 +46,8 @@ def cases() -> Iterator[Any]:
         if (reason := installed.why_not) is not None:
             yield pytest.param(None, id=name, marks=pytest.mark.skip(reason))
             continue
-        for case in backend_cases(name, EXPECTED_FAILURES.get(name), scope=SCOPE):
+        item = item_of(name, installed)
+        for case in backend_cases(item, EXPECTED_FAILURES.get(name), scope=SCOPE):
             yield pytest.param(*case.values, id=f"{name}-{case.id}", marks=case.marks)
 
 

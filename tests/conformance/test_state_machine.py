@@ -22,6 +22,7 @@ from lfm2kit.testing import draws, random_weights
 from lfm2kit.testing.programs import ROOM, Fed, Program, Run
 from lfm2kit.testing.sessions import Pages
 from lfm2kit.testing.tiny_model import build_tiny_model
+from tests.conformance.installed import item_of
 from tests.core.small import small_spec
 
 VOCABULARY = 50
@@ -32,7 +33,7 @@ SPEC = small_spec(
 )  # fmt: skip
 ROUNDS_BY_BATCH = {"blas"}  # its products round by how many rows there are, as its README says
 PLUGINS = installed_plugins()
-BACKENDS = [name for name, backend in PLUGINS.backends.items() if backend.why_not is None]
+BACKENDS = [item_of(name, b) for name, b in PLUGINS.backends.items() if b.why_not is None]
 
 
 @cache
