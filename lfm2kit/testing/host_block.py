@@ -20,14 +20,15 @@ from lfm2kit.testing.guards import (
     guarded_batch,
     require_whole_margins,
 )
+from lfm2kit.testing.raw_results import overwrite, require_new, require_plain
 from lfm2kit.weights import Weights
 
 
 class HostBlock:
     """A block that works in `memory`; arguments are copied to it, and results back at once.
 
-    The copies lie between margins, and so may the `weights` of which the block was built.  Calls
-    are noted in `log`.
+    The copies lie between margins, and so may the `weights` of which the block was built.  What was
+    copied back is overwritten: no later call may show it.  Calls are noted in `log`.
     """
 
     def __init__(
@@ -47,12 +48,16 @@ class HostBlock:
         self._inputs: Sequence[Any] = ()  # the newest that were moved
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.to_host(self.compute(*self.to_memory(inputs)))
+        result = self.compute(*self.to_memory(inputs))
+        copy = self.to_host(result)
+        overwrite(result)
+        return copy
 
     def compute(self, *moved: Any) -> Any:
         """Return what the block does of arguments that `to_memory` returned, as it is.
 
-        Raise `CheckFailed` if the block writes beside one of them, or of its weights.
+        Raise `CheckFailed` if the block writes beside one of them, or of its weights, and for a
+        result on the host that is not plain, or not new.
         """
         self._calls += 1
         self._log.called(self._spec, self._calls, self._inputs)
@@ -60,6 +65,8 @@ class HostBlock:
         require_whole_margins(self._weights.arrays(), str(self._spec))
         if self.memory.name == HOST.name:
             require_whole_margins(arrays_of_arguments(moved), str(self._spec))
+            require_plain(result, str(self._spec))
+            require_new(self._spec, result, moved)
         return result
 
     def new_state(self, room: Room) -> State:

@@ -115,18 +115,19 @@ class Session:
 
 
 def calls(spec: Spec, block: HostBlock, rng: np.random.Generator) -> Iterator[tuple[Any, ...]]:
-    """Yield arguments of calls of 1 and of 17 rows; of operators and layers with a state, too.
+    """Yield arguments of calls of 1, 17 and 130 rows; of operators and layers with a state, too.
 
-    Those with a state are to be made in order: a prefill of two sequences, then a step of both.
+    Those with a state are to be made in order: a prefill of two sequences, then a step of both, and
+    of one of them beside a prefill of another.
     """
-    for rows in (1, 17):
+    for rows in (1, 17, 130):
         yield random_inputs(spec, rng, rows)
     if not spec.has_state:
         return
-    state = block.new_state(Room(2, PAGE_TOKENS))
-    for starts, lengths in (([0, 0], [5, 3]), ([5, 3], [1, 1])):
+    state = block.new_state(Room(4, PAGE_TOKENS))
+    for starts, lengths in (([0, 0], [5, 3]), ([5, 3], [1, 1]), ([6, 0], [1, 70])):
         ids = [np.zeros(n, np.int32) for n in lengths]
-        batch = Batch.of_sequences(ids, starts=starts, pages=[[1], [0]])
+        batch = Batch.of_sequences(ids, starts=starts, pages=[[1, -1], [2, 0]])
         *arrays, _, _ = random_inputs(spec, rng, batch.tokens)
         yield *arrays, batch, state
 

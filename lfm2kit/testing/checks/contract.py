@@ -157,8 +157,9 @@ def outputs_finite(trial: Trial) -> None:
 def inputs_not_written(trial: Trial) -> None:
     """A block changes no bit of its arguments but the state; only RMSNorm may write `hidden`.
 
-    Arguments are other blocks' results, or the batch, which every layer reads.  Calls with a state
-    take other paths than those without: a prefill and a step are looked at, too.
+    It may leave the sum there, and nothing else.  Arguments are other blocks' results, or the
+    batch, which every layer reads.  Calls with a state take other paths than those without: a
+    prefill and a step are looked at, too.
     """
     for spec in trial.first_of_kinds():
         block = trial.build(spec, trial.random_weights(spec))
@@ -166,10 +167,13 @@ def inputs_not_written(trial: Trial) -> None:
             _place_negative_zeros(inputs)
             before = [(name, array.copy()) for name, array in arrays_of_arguments(inputs)]
             moved = block.to_memory(inputs)
-            block.to_host(block.compute(*moved))
+            result = block.to_host(block.compute(*moved))
             for (name, was), (_, array) in zip(before, arrays_of_arguments(moved), strict=True):
-                if name != "argument 0" or not isinstance(spec, specs.RMSNorm | specs.Layer):
+                is_hidden = name == "argument 0" and isinstance(spec, specs.RMSNorm | specs.Layer)
+                if not is_hidden:
                     _require_unwritten(block.to_host(array), was, f"{spec}: {name} after the call")
+                elif isinstance(spec, specs.RMSNorm):
+                    _require_hidden(block.to_host(array), was, result[0], str(spec))
 
 
 @check
@@ -177,12 +181,13 @@ def results_belong_to_the_caller(trial: Trial) -> None:
     """A later call of the same block, or of another one, changes no result.
 
     Two batches may be on their way at once; a layer's `hidden` is read again after its operator.
+    With a state as without.
     """
     kept = []
     for spec in [s for s in trial.first_of_kinds() for _ in range(2)]:  # two blocks of each kind
         block = trial.build(spec, trial.random_weights(spec))
-        for rows in (17, 17, 5, 17):
-            result = block.compute(*block.to_memory(random_inputs(spec, trial.rng, rows)))
+        for inputs in [one for _ in range(3) for one in calls(spec, block, trial.rng)]:
+            result = block.compute(*block.to_memory(inputs))
             kept.append((spec, block, result, block.to_host(result)))
     for spec, block, result, was in kept:
         assert_same(block.to_host(result), was, f"{spec}: a result after later calls")
@@ -206,6 +211,12 @@ def _require_unwritten(array: HostArray, was: HostArray, what: str) -> None:
     assert_same(array, was, what)
     if array.tobytes() != was.tobytes():
         raise CheckFailed(f"{what}: equal values, but not the same bits; 0 for -0, for example")
+
+
+def _require_hidden(array: HostArray, was: HostArray, total: HostArray, what: str) -> None:
+    """Raise `CheckFailed` unless `hidden` is as it was, or has the sum in it."""
+    if array.tobytes() not in (was.tobytes(), total.tobytes()):
+        raise CheckFailed(f"{what}: it wrote into hidden what is not the sum that it returned")
 
 
 def _require_finite(result: Result, what: str) -> None:

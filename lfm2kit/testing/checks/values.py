@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from dataclasses import replace
+from reprlib import repr as brief
 
 import numpy as np
 
+from lfm2kit.batch import Batch
 from lfm2kit.formats import BF16, F16, F32
 from lfm2kit.specs import ShortConv, Spec
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS
@@ -26,15 +28,21 @@ ROWS = (0, 1, 2, 15, 16, 17, 33, 129)
 
 @check
 def embedding(trial: Trial) -> None:
-    """The embedding's rows are the table's, bit for bit if blocks are as exact as in float32."""
+    """The embedding's rows are the table's, bit for bit if blocks are as exact as in float32.
+
+    Also of ids that follow each other, which are a slice of the table, and of one id again and
+    again; and after a caller has written into such results.
+    """
     for spec in trial.supported(CASES["embed"]):
         block, reference = trial.pair(spec)
-        for rows in ROWS:
-            inputs = random_inputs(spec, trial.rng, rows)
-            got, want = block(*inputs), reference(*inputs)
+        random = [random_inputs(spec, trial.rng, rows)[0] for rows in ROWS]
+        chosen = [Batch.of_sequences([ids]) for ids in ([5, 6, 7, 8], [*range(20)], [3] * 5) * 2]
+        for batch in [*random, *chosen]:
+            got, want = block(batch), reference(batch)
+            what = f"{spec} of ids {brief(batch.token_ids.tolist())}"
             if trial.is_exact:
-                assert_same(got, want, f"{spec} at {rows} rows")
-            assert_close(got, want, trial.tolerance, f"{spec} at {rows} rows")
+                assert_same(got, want, what)
+            assert_close(got, want, trial.tolerance, what)
 
 
 @check
