@@ -100,9 +100,9 @@ class Session:
         result = _call(self._spec, self._block, x, batch, self._state)
         return [rows_of(result, slice(a, b)) for a, b in pairwise(batch.cu_seqlens)]
 
-    def feed_nothing(self) -> None:
-        """Make one call without any sequence."""
-        empty = Batch.of_sequences([], pages=[])
+    def feed_nothing(self, columns: int) -> None:
+        """Make one call without any sequence, with a page table of some columns."""
+        empty = Batch.of_sequences([], pages=np.empty((0, columns), np.int32))
         size = getattr(self._spec, "hidden_size", None) or self._spec.operator_norm.hidden_size  # type: ignore[attr-defined]
         x = np.zeros((0, size), np.float32)
         _call(self._spec, self._block, x, empty, self._state)
@@ -147,6 +147,7 @@ def joined(results: Sequence[Result]) -> Result:
 def _call(spec: Spec, block: HostBlock, x: Float32, batch: Batch, state: Any) -> Result:
     inputs = (x, None) if isinstance(spec, Layer) else (x,)
     result: Result = block(*inputs, batch, state)
-    if any(len(array) != batch.tokens for array in each(result)):
-        raise CheckFailed(f"{spec}: {batch.tokens} rows in, {len(each(result)[0])} out")
+    for array in each(result):
+        if array.shape != x.shape:
+            raise CheckFailed(f"{spec}: {list(x.shape)} in, {list(array.shape)} out")
     return result

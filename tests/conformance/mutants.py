@@ -15,7 +15,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Weights
 from lfm2kit.reference import attention, rows, short_conv
 from lfm2kit.weights import Tensor
-from tests.conformance import broken, faulty_results
+from tests.conformance import broken, faulty_results, faulty_states
 from tests.conformance.broken import Around, BrokenBackend, around
 
 # Sizes beyond those of a short test
@@ -407,6 +407,7 @@ HEAD = specs.LMHead
 # Name of the mutant: the backend, and the checks that must fail.
 MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     **faulty_results.MUTANTS,
+    **faulty_states.MUTANTS,
     "attn_first_32_sequences": (around(ATTENTION, FirstSequences), ("many-sequences",)),
     "attn_split_decode_not_rescaled": (
         BrokenBackend({ATTENTION: SplitDecodeNotRescaled}),
