@@ -15,7 +15,7 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Weights
 from lfm2kit.reference import attention, rows, short_conv
 from lfm2kit.weights import Tensor
-from tests.conformance import broken, faulty_results, faulty_states
+from tests.conformance import broken, faulty_capabilities, faulty_results, faulty_states
 from tests.conformance.broken import Around, BrokenBackend, around
 
 # Sizes beyond those of a short test
@@ -408,6 +408,7 @@ HEAD = specs.LMHead
 MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     **faulty_results.MUTANTS,
     **faulty_states.MUTANTS,
+    **faulty_capabilities.MUTANTS,
     "attn_first_32_sequences": (around(ATTENTION, FirstSequences), ("many-sequences",)),
     "attn_split_decode_not_rescaled": (
         BrokenBackend({ATTENTION: SplitDecodeNotRescaled}),

@@ -9,6 +9,7 @@ import pytest
 from lfm2kit.backend import Backend
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
+from tests.conformance.faulty_capabilities import SOUND
 from tests.conformance.mutants import MISSED, MUTANTS
 
 # These raise where their check looks; another one that raises is caught by accident.
@@ -64,6 +65,18 @@ def test_what_is_wrong_stands_in_a_sentence(mutant: str, words: str) -> None:
 def test_the_array_and_the_side_of_a_write_stand_in_a_sentence(mutant: str, words: str) -> None:
     backend, names = MUTANTS[mutant]
     assert all(detail.endswith(words) for detail in failures(backend, *names).values())
+
+
+@pytest.mark.parametrize(
+    ("sound", "check"),
+    [
+        ("begins", "begun-calls-have-the-blocks-bits"),
+        ("native", "native-calls-have-the-blocks-bits"),
+        ("captures", "replays-do-not-disturb-each-other"),
+    ],
+)
+def test_the_sound_backend_that_mutants_are_made_of_passes(sound: str, check: str) -> None:
+    assert judged(check, SOUND[sound]).verdict == "passed"
 
 
 @pytest.mark.long

@@ -20,6 +20,7 @@ from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_close, assert_same
 from lfm2kit.testing.kept_weights import as_kept
 from lfm2kit.testing.near_ties import GapWatch
+from lfm2kit.testing.raw_results import overwrite
 from lfm2kit.testing.tiny_model import build_tiny_model, plan_for, recorded_run
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed, Skipped
@@ -105,14 +106,53 @@ def captured_forward(trial: Trial) -> None:
         batches.insert(1, replace(batches[0], logits_rows=wanted))
         assert len({batch.form for batch in batches}) == 1
         for batch in batches * 2:
-            with model.running():
-                plain = np.array(model.home.to_host(model.forward(batch.on(model.home))))
+            plain = _plain(model, batch)
             assert_same(model.logits(batch), plain, "logits of a captured forward")
         assert isinstance(trial.backend, Captures)
         replay = trial.backend.capture(model.forward, batches[0])
         if type(replay.nbytes) is not int or replay.nbytes < 0:
             raise CheckFailed(f"a replay's nbytes is {replay.nbytes!r}")
         replay.close()
+
+
+@check
+def replays_do_not_disturb_each_other(trial: Trial) -> None:
+    """A replay's logits are the caller's own, and one that is closed leaves the others whole.
+
+    Two forms of as many tokens and sequences, with other rows wanted, are replayed in turn.  Their
+    logits are read after all of them.
+    """
+    for spec, model in _captured_models(trial):
+        backend = trial.backend
+        assert isinstance(backend, Captures)
+        some, others = (
+            [_random_batch(trial, spec, lengths) for _ in range(3)]
+            for lengths in ((5, 1, 8, 2), (4, 4, 4, 4))
+        )
+        others = [replace(b, logits_rows=np.arange(9, dtype=np.int32)) for b in others]
+        batches = [batch for pair in zip(some, others, strict=True) for batch in pair]
+        wanted = [_plain(model, batch) for batch in batches]
+        with model.running():
+            pair = [backend.capture(model.forward, batch) for batch in batches[:2]]
+            logits = [pair[i % 2](batch) for i, batch in enumerate(batches)]
+            for got, want in zip(logits, wanted, strict=True):
+                assert_same(_here(model, got), want, "logits of a replay after later ones")
+            for got in logits:
+                overwrite(got)
+            pair[0].close()
+            found = [_here(model, pair[1](batch)) for batch in others]
+            for got, want in zip(found, wanted[1::2], strict=True):
+                assert_same(got, want, "logits of a replay after another one was closed")
+            pair[1].close()
+
+
+def _plain(model: LFM2, batch: Batch) -> npt.NDArray[np.float32]:
+    with model.running():
+        return _here(model, model.forward(batch.on(model.home)))
+
+
+def _here(model: LFM2, logits: Array) -> npt.NDArray[np.float32]:
+    return np.array(model.home.to_host(logits))
 
 
 @check
