@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, permutations
 
 import numpy as np
 import numpy.typing as npt
 
-from lfm2kit.formats import Format
+from lfm2kit.formats import BF16, F16, Format
 from lfm2kit.specs import Shape, Spec
 from lfm2kit.weights import Tensor, Weights
 
 Float32 = npt.NDArray[np.float32]
+
+# Values that are drawn for a tensor, and then come again: a prime, so that no two rows are equal.
+PERIOD = 1_048_573
 
 
 def random_weights(spec: Spec, rng: np.random.Generator | int = 0) -> Weights:
@@ -42,11 +47,33 @@ def stored_as(weights: Weights, format: Format) -> Weights:
 
 
 def in_int8(weights: Weights) -> Weights:
-    """Return the weights, all matrices in a format that no backend knows: int8, a scale per row.
+    """Return the weights in a format that no backend knows: int8, a scale per row.
 
     The scales are powers of two, so that BF16 holds the values.
     """
-    return Weights({n: _in_int8(t) if len(t.shape) == 2 else t for n, t in weights.items()})
+    return Weights({n: _in_int8(t) for n, t in weights.items()})
+
+
+def mixtures(weights: Weights) -> Iterator[Weights]:
+    """Yield the weights stored in four formats, F32, BF16, F16 and one that no backend knows.
+
+    Any two tensors are stored in any two different formats in one of the mixtures: written in base
+    4, their numbers differ in a digit, and the even permutations of four put any pair of digits at
+    any pair of formats.
+    """
+    stored = [weights, *(_all_stored_as(weights, f) for f in (BF16, F16)), in_int8(weights)]
+    for place in range(len(np.base_repr(len(weights) - 1, 4)) if weights else 0):
+        for order in filter(_is_even, permutations(range(4))):
+            digits = {name: i // 4**place % 4 for i, name in enumerate(weights)}
+            yield Weights({n: stored[order[digit]][n] for n, digit in digits.items()})
+
+
+def _is_even(order: Sequence[int]) -> bool:
+    return sum(a > b for a, b in combinations(order, 2)) % 2 == 0
+
+
+def _all_stored_as(weights: Weights, format: Format) -> Weights:
+    return Weights({n: _stored(t, format) for n, t in weights.items()})
 
 
 def with_values_of(weights: Weights, format: Format) -> Weights:
@@ -60,7 +87,8 @@ def seed_of(name: str) -> int:
 
 
 def _values(name: str, shape: Shape, rng: np.random.Generator) -> Float32:
-    values = rng.standard_normal(shape, dtype=np.float32)
+    size = math.prod(shape)
+    values = np.resize(rng.standard_normal(min(size, PERIOD), dtype=np.float32), shape)
     if "norm" in name or (len(shape) == 1 and name == "weight"):
         values = 1 + 0.2 * values
     elif name.endswith("expert_bias"):
@@ -71,7 +99,7 @@ def _values(name: str, shape: Shape, rng: np.random.Generator) -> Float32:
         values *= np.linspace(0.4, 1.2, shape[-1])
     else:
         values *= shape[-1] ** -0.5 * (0.6 if name.endswith("w3.weight") else 1.0)
-    return values.astype(np.float32)
+    return np.asarray(values, np.float32)
 
 
 def _rounded(name: str, tensor: Tensor, format: Format) -> Float32:
@@ -88,9 +116,9 @@ INT8 = Format("int8 and a scale per row", 1, np.dtype(np.int8), _scaled)
 
 def _in_int8(tensor: Tensor) -> Tensor:
     values = tensor.float32()
-    largest = np.max(np.abs(values), axis=1, initial=np.finfo(np.float32).tiny)
-    scales = np.exp2(np.ceil(np.log2(largest / 127))).astype(np.float32)
-    data = np.rint(values / scales[:, None]).astype(np.int8)
+    largest = np.max(np.abs(values), axis=-1, initial=np.finfo(np.float32).tiny)
+    scales = np.asarray(np.exp2(np.ceil(np.log2(largest / 127))), np.float32)
+    data = np.rint(values / scales[..., None]).astype(np.int8)
     return Tensor(tensor.name, INT8, tensor.shape, data, (scales,))
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.formats import F32, Format
 from lfm2kit.specs import Router
 from lfm2kit.testing.compare import assert_close, rows_of
 from lfm2kit.testing.near_ties import NEAR_TIE, selection_gaps
 from lfm2kit.testing.random_inputs import random_rows
-from lfm2kit.testing.random_weights import frozen_weights
+from lfm2kit.testing.random_weights import frozen_weights, stored_as
 from lfm2kit.testing.trial import Trial
 
 WITHIN = 2e-5  # of the largest weight, in every precision: the router is always float32
@@ -44,10 +45,12 @@ def judge_logits(
     what: str,
     bias: npt.NDArray[Any] | None = None,
     within: float = WITHIN,
+    stored: Format = F32,
 ) -> None:
     """Compare rows with exactly these logits [rows, num_experts], however a block adds.
 
-    Row r is 1 at r and 0 elsewhere, the gate's columns are the logits.
+    Row r is 1 at r and 0 elsewhere, the gate's columns are the logits; it is `stored` in a format
+    that holds them, and the bias in F32.
     """
     gate: npt.NDArray[Any] = np.zeros((spec.num_experts, spec.hidden_size), np.float32)
     gate[:, : len(logits)] = logits.T
@@ -55,7 +58,7 @@ def judge_logits(
     if spec.use_expert_bias:
         bias = np.zeros(spec.num_experts) if bias is None else bias
         arrays["expert_bias"] = bias.astype(np.float32)
-    block, reference = trial.pair(spec, frozen_weights(arrays))
+    block, reference = trial.pair(spec, stored_as(frozen_weights(arrays), stored))
     x = np.eye(len(logits), spec.hidden_size, dtype=np.float32)
     got, want = block(x), reference(x)
     for row in range(len(x)):  # apart: tiny weights are not to be measured by another row's

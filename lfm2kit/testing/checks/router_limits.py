@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lfm2kit.formats import BF16, F16, F32
 from lfm2kit.testing.cases import ROUTERS
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_close, assert_same, rows_of
@@ -75,13 +76,16 @@ def router_is_float32(trial: Trial) -> None:
     """Logits, scores and bias keep float32's resolution in every precision.
 
     Differences of 2^-12 decide here, which BF16, F16 and TF32 round away.  Elsewhere the bias was
-    cast to BF16 (vllm#47797, Megatron-LM#1482) or the logits were (vllm#54048).
+    cast to BF16 (vllm#47797, Megatron-LM#1482) or the logits were (vllm#54048).  The bias is F32
+    beside a gate of 16 bits, too, as in published checkpoints.
     """
     for spec in routers(trial, use_expert_bias=True):
         steps = np.arange(spec.num_experts) * 2.0**-12
         judge_logits(trial, spec, (1 + steps)[None], "of logits 2^-12 apart")
         level = np.ones((1, spec.num_experts))
-        judge_logits(trial, spec, level, "of biases 2^-12 apart", 0.5 + steps)
+        for stored in (F32, BF16, F16):
+            what = f"of biases 2^-12 apart, with a gate in {stored}"
+            judge_logits(trial, spec, level, what, 0.5 + steps, stored=stored)
 
 
 @check
