@@ -1,6 +1,7 @@
 """Arrays between margins, by which a block that goes beyond its arguments or weights shows itself.
 
-What it reads there is NaN, and no number that happens to do; what it writes there is seen.
+What it reads there is NaN, and no number that happens to do, or a 1 among integers: wrong, but an
+index that crashes nothing.  What it writes there is seen.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from lfm2kit.weights import Tensor
 Named = tuple[str, Any]
 
 MARGIN = 64  # bytes on either side, a vector of the widest CPU
-PATTERN = b"\xed\x7f" * MARGIN  # NaN in float16, bfloat16 and float32; no id, and no row
+NAN = b"\xed\x7f" * MARGIN  # in float16, bfloat16 and float32
+ONES = np.ones(MARGIN, np.int32).tobytes()
 
 
 def guarded(array: npt.NDArray[Any], skew: int = 0) -> npt.NDArray[Any]:
     """Return a copy of `array` between margins, `skew` bytes beyond an aligned address."""
     margin = MARGIN + skew
     owner = np.empty(array.nbytes + 2 * margin, np.uint8)
-    owner[:margin] = owner[owner.nbytes - margin :] = np.frombuffer(PATTERN, np.uint8, margin)
+    beside = np.frombuffer(_pattern(array), np.uint8, margin)
+    owner[:margin] = owner[owner.nbytes - margin :] = beside
     copy: npt.NDArray[Any] = np.ndarray(array.shape, array.dtype, owner, margin)
     copy[...] = array
     return copy
+
+
+def _pattern(array: npt.NDArray[Any]) -> bytes:
+    return ONES if array.dtype == np.int32 else NAN
 
 
 def guarded_batch(batch: Batch) -> Batch:
@@ -88,5 +95,5 @@ def require_whole_margins(arrays: Iterable[Named], what: str) -> None:
         owner = array.base
         margin = (owner.nbytes - array.nbytes) // 2
         for side, beside in (("before", owner[:margin]), ("behind", owner[-margin:])):
-            if beside.tobytes() != PATTERN[:margin]:
+            if beside.tobytes() != _pattern(array)[:margin]:
                 raise CheckFailed(f"{what}: it wrote outside of its arrays, just {side} {name}")

@@ -15,7 +15,14 @@ from lfm2kit import specs
 from lfm2kit.backend import Backend, Block, Weights
 from lfm2kit.reference import attention, rows, short_conv
 from lfm2kit.weights import Tensor
-from tests.conformance import broken, faulty_capabilities, faulty_results, faulty_states
+from tests.conformance import (
+    broken,
+    faulty_capabilities,
+    faulty_edges,
+    faulty_results,
+    faulty_states,
+    faulty_storage,
+)
 from tests.conformance.broken import Around, BrokenBackend, around
 
 # Sizes beyond those of a short test
@@ -47,6 +54,10 @@ class First512Sequences(FirstSequences):
     places = 512
 
 
+class First2048Sequences(FirstSequences):
+    places = 2048
+
+
 class SplitDecodeNotRescaled(attention.Attention):
     """A step over more than 128 tokens is computed in two parts, which are added unweighted.
 
@@ -73,6 +84,10 @@ class RopeTableOf65536(RopeTable):
     size = 65536
 
 
+class RopeTableOf262144(RopeTable):
+    size = 262144
+
+
 class TilesWithoutHalo(short_conv.ShortConv):
     """The convolution runs in tiles, whose first rows see zeros before them.
 
@@ -92,6 +107,10 @@ class TilesWithoutHalo(short_conv.ShortConv):
 
 class LargeTilesWithoutHalo(TilesWithoutHalo):
     tile = 1024
+
+
+class HugeTilesWithoutHalo(TilesWithoutHalo):
+    tile = 4096
 
 
 class EqualLengthsLeak(short_conv.ShortConv):
@@ -409,10 +428,16 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     **faulty_results.MUTANTS,
     **faulty_states.MUTANTS,
     **faulty_capabilities.MUTANTS,
+    **faulty_edges.MUTANTS,
+    **faulty_storage.MUTANTS,
     "attn_first_32_sequences": (around(ATTENTION, FirstSequences), ("many-sequences",)),
     "attn_split_decode_not_rescaled": (
         BrokenBackend({ATTENTION: SplitDecodeNotRescaled}),
         ("state-decode-after-600-tokens",),
+    ),
+    "attn_first_512_sequences": (
+        around(ATTENTION, First512Sequences),
+        ("sequences-beyond-1024",),
     ),
     "biases_read_as_raw_bits": (
         BrokenBackend({CONV: broken.RawBitsOfBiases}),
@@ -435,6 +460,10 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "conv_no_halo_between_tiles": (
         BrokenBackend({CONV: TilesWithoutHalo}),
         ("sequences-of-300-tokens", "state-chunked-equals-one-shot"),
+    ),
+    "conv_no_halo_between_tiles_of_1024": (
+        BrokenBackend({CONV: LargeTilesWithoutHalo}),
+        ("convolutions-of-3000-tokens",),
     ),
     "conv_uniform_batches_leak": (
         BrokenBackend({CONV: EqualLengthsLeak}),
@@ -491,6 +520,10 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         BrokenBackend({ATTENTION: RopeTable}),
         ("state-positions-beyond-32768",),
     ),
+    "rope_table_of_65536": (
+        BrokenBackend({ATTENTION: RopeTableOf65536}),
+        ("state-positions-beyond-32768",),
+    ),
     "router_topk_by_argpartition": (
         BrokenBackend({specs.Router: broken.FewerThanAllTaken}),
         ("router-shape-grid",),
@@ -513,16 +546,16 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
 
 # Backends that no check catches, and why.
 MISSED: dict[str, tuple[Backend, str]] = {
-    "attn_first_512_sequences": (
-        around(ATTENTION, First512Sequences),
-        "no batch has more than 300 sequences; each more costs the reference 0.1 ms in every call",
+    "attn_first_2048_sequences": (
+        around(ATTENTION, First2048Sequences),
+        "no batch has more than 1030 sequences; each more costs the reference 0.1 ms in every call",
     ),
-    "conv_no_halo_between_tiles_of_1024": (
-        BrokenBackend({CONV: LargeTilesWithoutHalo}),
-        "no sequence that ShortConv is given has more than 603 tokens",
+    "conv_no_halo_between_tiles_of_4096": (
+        BrokenBackend({CONV: HugeTilesWithoutHalo}),
+        "no sequence that ShortConv is given has more than 3000 tokens",
     ),
-    "rope_table_of_65536": (
-        BrokenBackend({ATTENTION: RopeTableOf65536}),
-        "no position lies beyond 32,772; as many keys take the reference half a second",
+    "rope_table_of_262144": (
+        BrokenBackend({ATTENTION: RopeTableOf262144}),
+        "no position lies beyond 131,072; twice as many keys take the reference half a second",
     ),
 }

@@ -16,6 +16,8 @@ from tests.conformance.mutants import MISSED, MUTANTS
 CRASHES = {
     "empty_batch_with_state",
     "empty_table_of_pages",
+    "choice_by_argpartition",
+    "nobody_is_counted",
     "last_rows_none_wanted",
     "router_topk_by_argpartition",
 }

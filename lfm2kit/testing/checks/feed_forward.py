@@ -46,17 +46,41 @@ def moe_empty_expert(trial: Trial) -> None:
     """Experts may get no row, one row, or every row.
 
     With few rows most experts are empty in every batch; a kernel launched for one must do nothing.
+    Many rows of one expert may be more than a buffer of a fixed size holds.
     """
     for spec in _experts(trial):
         block, reference = trial.pair(spec)
         for ids in ([0], [spec.num_experts - 1], [1, spec.num_experts - 1]):
-            x = random_rows(trial.rng, 17, spec.hidden_size)
-            expert_ids = np.tile(np.array(ids, dtype=np.int32), (17, 1))
-            expert_ids[3, 0] = 2  # one expert of a single row
-            weights = trial.rng.uniform(0.1, 1, expert_ids.shape).astype(np.float32)
-            inputs = (x, expert_ids, weights)
-            what = f"{spec}, all rows but one to experts {ids}"
-            assert_close(block(*inputs), reference(*inputs), trial.tolerance, what)
+            for rows in (17, 300):
+                x = random_rows(trial.rng, rows, spec.hidden_size)
+                expert_ids = np.tile(np.array(ids, dtype=np.int32), (rows, 1))
+                expert_ids[3, 0] = 2  # one expert of a single row
+                weights = trial.rng.uniform(0.1, 1, expert_ids.shape).astype(np.float32)
+                inputs = (x, expert_ids, weights)
+                what = f"{spec}, all of {rows} rows but one to experts {ids}"
+                assert_close(block(*inputs), reference(*inputs), trial.tolerance, what)
+
+
+@check
+def experts_of_any_number(trial: Trial) -> None:
+    """A row may have more ids than `num_experts_per_tok`, those of all experts, and one id twice.
+
+    The ids' shape counts, and the sum is over places, not over experts.
+    """
+    for spec in _experts(trial):
+        block, reference = trial.pair(spec)
+        for k in (spec.num_experts_per_tok + 1, spec.num_experts):
+            for rows in (1, 17):
+                x = random_rows(trial.rng, rows, spec.hidden_size)
+                order = trial.rng.random((rows, spec.num_experts)).argsort(axis=1)[:, :k]
+                ids = order.astype(np.int32)
+                weights = trial.rng.uniform(0.1, 1, ids.shape).astype(np.float32)
+                twice = ids.copy()
+                twice[:, -1] = ids[:, 0]
+                for some in (ids, twice):
+                    what = f"{spec} at {rows} rows of {k} ids"
+                    got, want = block(x, some, weights), reference(x, some, weights)
+                    assert_close(got, want, trial.tolerance, what)
 
 
 @check
@@ -87,6 +111,8 @@ def experts_none_local(trial: Trial) -> None:
             for ids in (np.full_like(others, -1), others):
                 got = block(x, ids, weights)
                 assert_same(got, np.zeros_like(x), f"{spec} with no local experts")
+                if np.signbit(got).any():
+                    raise CheckFailed(f"{spec} with no local experts: -0 instead of +0")
 
 
 @check

@@ -16,6 +16,7 @@ from lfm2kit.testing.compare import assert_close, assert_same, each, rows_of
 from lfm2kit.testing.random_inputs import random_batch, random_inputs, random_rows
 from lfm2kit.testing.random_weights import frozen_weights
 from lfm2kit.testing.router_cases import WITHIN, routers
+from lfm2kit.testing.sessions import Session, joined, one_shot
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 from lfm2kit.weights import Weights
@@ -25,13 +26,15 @@ Float32 = npt.NDArray[np.float32]
 
 LENGTHS, ROW = (6, 11), 9  # the row lies in the second sequence
 ROWS = sum(LENGTHS)
+STEPS = ((0, 5), (5, 6), (6, 7), (7, 9))  # of nine rows
 
 
 @check
 def non_finite_values_reach_the_result(trial: Trial) -> None:
     """A NaN or an infinity in a row makes its result NaN or infinite; other sequences keep theirs.
 
-    Maxima, clamps and comparisons lose NaN, and a wrong model then looks right.
+    Maxima, clamps and comparisons lose NaN, and a wrong model then looks right.  The last column,
+    which may be apart from whole vectors, counts as the first.
     """
     kinds = [kind for kind in CASES if kind not in ("embed", "rows")]
     for spec in trial.first_of_kinds(kinds):
@@ -39,14 +42,38 @@ def non_finite_values_reach_the_result(trial: Trial) -> None:
         inputs = _of_two_sequences(trial, spec)
         clean = rows_of(block(*inputs), slice(0, LENGTHS[0]))
         is_router = isinstance(spec, Scores | Choice | Router)  # a sigmoid of infinity is finite
-        for value in (np.nan,) if is_router else (np.nan, np.inf, -np.inf):
+        values = [(np.nan, 0), (np.nan, -1), (np.inf, -1), (-np.inf, 0)]
+        for value, column in values[: 2 if is_router else None]:
             for position, array in _floats(inputs):
                 spoilt = [*inputs]
-                spoilt[position] = _with(array, value)
+                spoilt[position] = _with(array, value, column)
                 result = block(*spoilt)
-                what = f"{spec} with {value} in row {ROW} of argument {position}"
+                what = f"{spec} with {value} in row {ROW}, column {column} of argument {position}"
                 _require_not_finite(each(rows_of(result, ROW)), what)
                 assert_same(rows_of(result, slice(0, LENGTHS[0])), clean, f"{what}: other rows")
+
+
+@check
+def non_finite_values_stay_in_their_sequence(trial: Trial) -> None:
+    """A NaN in a step reaches that sequence's later steps, by its state, and no other sequence.
+
+    So does one in a prompt: all rows after it see it.
+    """
+    for spec in trial.first_of_kinds(("conv", "attn")):
+        assert isinstance(spec, specs.ShortConv | specs.Attention)
+        block = trial.build(spec, trial.random_weights(spec))
+        rows = [random_rows(trial.rng, 9, spec.hidden_size) for _ in range(2)]
+        clean = one_shot(spec, block, rows[0])
+        for first in (2, 5, 6):  # of the prompt, of the first step, of the second one
+            spoilt = _with(rows[1], np.nan, -1, first)
+            session = Session(spec, block, trial.rng)
+            fed = [session.feed((0, rows[0][a:b]), (1, spoilt[a:b])) for a, b in STEPS]
+            what = f"{spec} with NaN in row {first} of the other sequence, in steps"
+            assert_same(joined([one for one, _ in fed]), clean, what)
+            after = joined([other for _, other in fed])
+            seen = slice(first, first + 2)  # a kernel of three taps sees as many
+            if np.isfinite(rows_of(after, seen)).all(axis=1).any():
+                raise CheckFailed(f"{spec}: a NaN in row {first} is lost in a later row")
 
 
 @check
@@ -120,9 +147,9 @@ def _floats(inputs: list[Any]) -> Iterator[tuple[int, Float32]]:
             yield position, value
 
 
-def _with(array: Float32, value: float) -> Float32:
+def _with(array: Float32, value: float, column: int, row: int = ROW) -> Float32:
     spoilt = array.copy()
-    spoilt[ROW, 0] = value
+    spoilt[row, column] = value
     return spoilt
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from lfm2kit.specs import Router
+from lfm2kit.specs import Choice, Router
 from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_same
-from lfm2kit.testing.random_inputs import random_rows
-from lfm2kit.testing.router_cases import judge_logits, judge_rows, routers
+from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.near_ties import NEAR_TIE, choice_gaps
+from lfm2kit.testing.random_inputs import random_inputs, random_rows
+from lfm2kit.testing.router_cases import WITHIN, judge_logits, judge_rows, routers
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import Skipped
 
@@ -74,6 +75,17 @@ def router_shape_grid(trial: Trial) -> None:
     candidates = [Router(h, e, k, True, True, 1.5) for h in (24, 128) for e, k in grid]
     for spec in trial.supported(candidates):
         judge_rows(trial, spec, 9)
+    for choice in trial.built(dict.fromkeys(spec.choice for spec in candidates)):
+        _judge_choice(trial, choice)
+
+
+def _judge_choice(trial: Trial, spec: Choice) -> None:
+    """Compare a choice alone, of random scores, except where they are near a tie."""
+    weights = trial.random_weights(spec)
+    block, reference = trial.pair(spec, weights)
+    (scores,) = random_inputs(spec, trial.rng, 9)
+    clear = np.flatnonzero(choice_gaps(spec, weights, scores) > NEAR_TIE)
+    assert_close(block(scores), reference(scores), WITHIN, str(spec), clear)
 
 
 @check

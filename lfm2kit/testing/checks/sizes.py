@@ -25,6 +25,7 @@ BOTH_WIDTHS = (*OPERATORS, *WIDE_OPERATORS)
 BY_ROW = ("norm", "mlp", "scores", "choice", "router", "experts", "moe", "head")
 
 MANY = 300  # rows, tokens or sequences: more than 256, and no multiple of a tile
+CROWD = 1030  # sequences: more than the largest block of threads, and no multiple of a tile
 HUGE = 100_000
 VOCABULARY = 70_001
 LARGE_IDS = (0, 1, 32767, 32768, 65535, 65536, VOCABULARY - 1)
@@ -59,6 +60,10 @@ def rows_among_100000(trial: Trial) -> None:
             one = slice(row, row + 1)
             alone = block(*(array[one] for array in inputs))
             assert_same(alone, rows_of(together, one), f"{spec}: row {row} alone and among {HUGE}")
+    for spec in trial.first_of_kinds(("embed", "rows")):
+        block, reference = trial.pair(spec)
+        inputs = random_inputs(spec, trial.rng, HUGE, lengths=[HUGE])
+        assert_close(block(*inputs), reference(*inputs), trial.tolerance, f"{spec} of {HUGE} rows")
 
 
 @check
@@ -71,6 +76,38 @@ def sequences_of_300_tokens(trial: Trial) -> None:
             inputs = x, random_batch(trial.rng, lengths), None
             what = f"{spec}, sequences of {lengths} tokens"
             assert_close(block(*inputs), reference(*inputs), trial.tolerance, what)
+
+
+@check
+def convolutions_of_3000_tokens(trial: Trial) -> None:
+    """A long sequence of ShortConv sees its own rows across the edges of tiles of 1,024 and 2,048.
+
+    The one behind it in memory does not.
+    """
+    for spec in trial.first_of_kinds(("conv",)):
+        assert isinstance(spec, specs.ShortConv)
+        block, reference = trial.pair(spec)
+        lengths = [3000, 40]
+        x = random_rows(trial.rng, sum(lengths), spec.hidden_size)
+        inputs = x, random_batch(trial.rng, lengths), None
+        what = f"{spec}, sequences of {lengths} tokens"
+        assert_close(block(*inputs), reference(*inputs), trial.tolerance, what)
+
+
+@check
+def sequences_beyond_1024(trial: Trial) -> None:
+    """The last ones of 1,030 sequences have the bits of each alone, without and with a state."""
+    for spec in trial.first_of_kinds(("conv", "attn")):
+        assert isinstance(spec, specs.ShortConv | specs.Attention)
+        block = trial.build(spec, trial.random_weights(spec))
+        x = random_rows(trial.rng, CROWD, spec.hidden_size)
+        together = block(x, random_batch(trial.rng, [1] * CROWD), None)
+        session = Session(spec, block, trial.rng, Room(CROWD, PAGE_TOKENS))
+        with_a_state = session.feed(*enumerate(x[:, None]))
+        for row in (0, 1023, 1024, CROWD - 1):
+            alone = one_shot(spec, block, x[row : row + 1])
+            for got in (together[row : row + 1], with_a_state[row]):
+                assert_same(got, alone, f"{spec}: sequence {row} alone and among {CROWD}")
 
 
 @check
