@@ -17,7 +17,7 @@ from lfm2kit.weights import Tensor, Weights
 Float32 = npt.NDArray[np.float32]
 
 # Values that are drawn for a tensor, and then come again: a prime, so that no two rows are equal.
-PERIOD = 1_048_573
+PERIOD = 131_071
 
 
 def random_weights(spec: Spec, rng: np.random.Generator | int = 0) -> Weights:

@@ -73,6 +73,10 @@ class Trial:
         some = self.scope.candidates([spec])
         return next(iter(self._built(some) or self._widened(some)), None)
 
+    def is_joined(self, spec: Spec) -> bool:
+        """Return whether the core joins a spec of parts, each of which has its turn in a check."""
+        return self.backend.why_unsupported(spec) is not None
+
     def takes_any(self, candidates: Sequence[Spec]) -> bool:
         """Return whether the backend builds a candidate, as it is or widened."""
         some = self.scope.candidates(candidates)

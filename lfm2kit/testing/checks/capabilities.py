@@ -35,7 +35,6 @@ from lfm2kit.testing.compare import assert_same, each
 from lfm2kit.testing.guards import arrays_of_arguments, guarded, require_whole_margins
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_inputs
-from lfm2kit.testing.random_weights import random_weights
 from lfm2kit.testing.raw_results import POISON
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed, Skipped
@@ -191,7 +190,7 @@ def _call_natively(native: Any, inputs: Any, results: Any, rows: int, parts: int
 
 
 def _told(ask: Callable[..., Any], *asked: Any) -> Any:
-    """Return an answer; raise `CheckFailed` with what the core says of one that is none."""
+    """Return an answer; raise `CheckFailed` with the words of the core, if it refuses it."""
     try:
         return ask(*asked)
     except Lfm2kitError as error:
@@ -220,4 +219,4 @@ def _built_whole(trial: Trial, which: int = 0) -> list[Spec]:
 
 def _blocks(trial: Trial) -> Iterator[tuple[Spec, HostBlock]]:
     for spec in trial.first_of_kinds():
-        yield spec, trial.build(spec, random_weights(spec, trial.rng))
+        yield spec, trial.build(spec, trial.random_weights(spec))

@@ -12,11 +12,12 @@ from lfm2kit import specs
 from lfm2kit.specs import Choice, Router, Scores
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_close, assert_same, each, rows_of
+from lfm2kit.testing.compare import Result, assert_close, assert_same, each, rows_of
+from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_batch, random_inputs, random_rows
 from lfm2kit.testing.random_weights import frozen_weights
 from lfm2kit.testing.router_cases import WITHIN, routers
-from lfm2kit.testing.sessions import Session, joined, one_shot
+from lfm2kit.testing.sessions import Session, joined
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 from lfm2kit.weights import Weights
@@ -63,17 +64,22 @@ def non_finite_values_stay_in_their_sequence(trial: Trial) -> None:
         assert isinstance(spec, specs.ShortConv | specs.Attention)
         block = trial.build(spec, trial.random_weights(spec))
         rows = [random_rows(trial.rng, 9, spec.hidden_size) for _ in range(2)]
-        clean = one_shot(spec, block, rows[0])
+        clean, _ = _in_steps(spec, block, *rows)
         for first in (2, 5, 6):  # of the prompt, of the first step, of the second one
             spoilt = _with(rows[1], np.nan, -1, first)
-            session = Session(spec, block, trial.rng)
-            fed = [session.feed((0, rows[0][a:b]), (1, spoilt[a:b])) for a, b in STEPS]
+            beside, after = _in_steps(spec, block, rows[0], spoilt)
             what = f"{spec} with NaN in row {first} of the other sequence, in steps"
-            assert_same(joined([one for one, _ in fed]), clean, what)
-            after = joined([other for _, other in fed])
+            assert_same(beside, clean, what)
             seen = slice(first, first + 2)  # a kernel of three taps sees as many
             if np.isfinite(rows_of(after, seen)).all(axis=1).any():
                 raise CheckFailed(f"{spec}: a NaN in row {first} is lost in a later row")
+
+
+def _in_steps(spec: specs.Spec, block: HostBlock, x: Float32, y: Float32) -> tuple[Result, Result]:
+    """Return the results of two sequences that are fed beside each other."""
+    session = Session(spec, block, np.random.default_rng(1))
+    fed = [session.feed((0, x[a:b]), (1, y[a:b])) for a, b in STEPS]
+    return joined([one for one, _ in fed]), joined([other for _, other in fed])
 
 
 @check

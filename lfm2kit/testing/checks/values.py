@@ -205,6 +205,8 @@ def weights_of_several_types(trial: Trial) -> None:
     two tensors are in any two of F32, BF16, F16 and an unknown format in one of the mixtures.
     """
     for spec in [*trial.first_of_kinds(), *trial.built(WITH_BIASES)]:
+        if trial.is_joined(spec):
+            continue
         for mixed in mixtures(trial.random_weights(spec)):
             stored = {name: str(mixed[name].format) for name in spec.parameters()}
             _judge_weights(trial, spec, mixed, (5,), f"{spec} of weights in {stored}")

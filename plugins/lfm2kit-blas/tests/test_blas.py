@@ -22,6 +22,7 @@ from lfm2kit.testing.runner import judged
 ROWS_SEEN = "BLAS picks its kernel, and with it the order of a sum, by the number of rows"
 BITS_OF_STATES = (
     "state-chunked-equals-one-shot",
+    "sequences-beyond-1024",
     "sequences-of-equal-length",
     "state-decode-after-600-tokens",
     "state-page-sizes",
