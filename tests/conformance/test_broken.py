@@ -485,7 +485,8 @@ def test_the_named_checks_catch_the_defect(defect: str) -> None:
 
 def test_every_check_catches_something() -> None:
     caught = {name for _, names in [*DEFECTS.values(), *MUTANTS.values()] for name in names}
-    assert sorted(set(CHECKS) - caught) == []
+    of_examples = {"random-calls", "random-programs"}  # see test_examples
+    assert sorted(set(CHECKS) - caught - of_examples) == []
 
 
 def test_the_first_layer_to_differ_is_named() -> None:
