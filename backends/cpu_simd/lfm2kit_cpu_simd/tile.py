@@ -378,20 +378,28 @@ def call_tile(
 
 @intrinsic
 def call_tile_of_one_chain(
-    typingctx: Any, address: Any, x: Any, stride: Any, panel: Any, k: Any, out: Any
+    typingctx: Any,
+    address: Any,
+    x: Any,
+    stride: Any,
+    panel: Any,
+    k: Any,
+    out: Any,
+    lines: Any,
+    ahead: Any,
 ) -> Any:
-    """Call an entry of a table for a product of k terms in one chain; nothing is fetched ahead."""
-    signature = types.void(*[types.intp] * 6)
+    """Call an entry of a table for a product of k terms in one chain."""
+    signature = types.void(*[types.intp] * 8)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        address, x, stride, panel, k, out = args
+        address, x, stride, panel, k, out, lines, ahead = args
         zero = ir.Constant(k.type, 0)
         memory = cgutils.alloca_once(builder, k.type, 2)
         builder.store(zero, memory)
         builder.store(k, builder.gep(memory, [ir.Constant(k.type, 1)]))
         bounds = builder.ptrtoint(memory, k.type)
         unused = zero
-        _call(builder, address, [x, panel, out, zero, stride, zero, k, bounds, unused, unused])
+        _call(builder, address, [x, panel, out, lines, stride, zero, k, bounds, ahead, unused])
         return context.get_dummy_value()
 
     return signature, codegen

@@ -30,11 +30,15 @@ from lfm2kit_cpu_simd.elementwise import exp
 from lfm2kit_cpu_simd.gemm import Float32
 from lfm2kit_cpu_simd.machine import NR
 from lfm2kit_cpu_simd.signatures import FLOAT, IDS, IDS_2D, INT, ROWS, ROWS_OUT, TABLE
-from lfm2kit_cpu_simd.tile import ALONE, MR, TABLES, call_tile_of_one_chain
+from lfm2kit_cpu_simd.tile import ALONE, CACHE_LINE, MR, TABLES, UNROLL, call_tile_of_one_chain
 
 ROWS_AT_ONCE = 4 * MR  # of queries: their scores stay in the second-level cache
 # Panels of 1024 tokens.  Sums of sums: one chain over a long context would round worse.
 SUMMED = 1024 // NR
+# A head's panels do not lie beside each other, so each is asked for AHEAD panels before its turn:
+# as many cache lines with every UNROLL steps of k as a panel of float32 has.
+AHEAD, LINES = 4, UNROLL * 4 * NR // CACHE_LINE
+PART = 4 * NR * NR  # bytes of a panel's values in NR columns
 
 KEYS, VALUES = types.float32[:, :, :, ::1], types.float32[:, :, :, :, ::1]
 KEYS_READ = types.Array(types.float32, 4, "C", readonly=True)
@@ -170,29 +174,32 @@ def _score(
     scores[: count * rows] = 0
     for i in range(count):
         at = keys[panels[i], head].ctypes.data
+        ahead = keys[panels[min(i + AHEAD, count - 1)], head].ctypes.data
         for r in range(0, rows, MR):
             m = min(MR, rows - r)
+            lines = LINES if r == 0 and i + AHEAD < count else 0
             call_tile_of_one_chain(
                 table[ALONE, m], queries[r].ctypes.data, head_dim, at, head_dim,
-                scores[i * rows + r].ctypes.data,
+                scores[i * rows + r].ctypes.data, lines, ahead,
             )  # fmt: skip
 
 
 @numba.njit(inline="always")
 def _move(sums: Any, others: Any) -> None:
-    """Add sums [MR, NR] to others, and make them zero."""
-    for i in range(MR):
-        for j in range(NR):
-            others[i, j] += sums[i, j]
-            sums[i, j] = 0
+    """Add sums [parts, MR, NR] to others, and make them zero."""
+    for part in range(sums.shape[0]):
+        for i in range(MR):
+            for j in range(NR):
+                others[part, i, j] += sums[part, i, j]
+                sums[part, i, j] = 0
 
 
 @numba.njit(inline="always")
 def _weigh(
     scores: Any, r: Any, m: Any, rows: Any, seen: Any, values: Any, panels: Any, count: Any,
-    head: Any, part: Any, table: Any, sums: Any, earlier: Any,
+    head: Any, table: Any, sums: Any, earlier: Any,
 ) -> None:  # fmt: skip
-    """Sum the columns `part` of values, weighed by rows r to r + m of scores, into sums [m, NR].
+    """Sum the values, weighed by rows r to r + m of scores, into sums [parts, m, NR].
 
     `earlier` is zero before and after.
     """
@@ -200,11 +207,15 @@ def _weigh(
     for i in range(count):
         if i and i % SUMMED == 0:
             _move(sums, earlier)
-        at = values[panels[i], head, part].ctypes.data
+        at = values[panels[i], head].ctypes.data
+        ahead = values[panels[min(i + AHEAD, count - 1)], head].ctypes.data
+        lines = LINES if r == 0 and i + AHEAD < count else 0
         k = max(0, min(NR, seen - i * NR))
-        call_tile_of_one_chain(
-            table[ALONE, m], scores[i * rows + r].ctypes.data, NR, at, k, sums.ctypes.data
-        )
+        for part in range(sums.shape[0]):
+            call_tile_of_one_chain(
+                table[ALONE, m], scores[i * rows + r].ctypes.data, NR, at + part * PART, k,
+                sums[part].ctypes.data, lines, ahead + part * PART,
+            )  # fmt: skip
     if count > SUMMED:
         _move(earlier, sums)
 
@@ -236,19 +247,16 @@ def _attend_rows(
         totals[r] = _softmax(scores, r, rows, count, positions[begin + r // group] + 1, scale)
     height = MR
     while True:
-        for part in range(values.shape[2]):
-            for r in range(0, rows, height):
-                m = min(height, rows - r)
-                if height == 1:
-                    seen = positions[begin + r // group] + 1
-                _weigh(
-                    scores, r, m, rows, seen, values, panels, count, head, part, table, sums,
-                    earlier,
-                )  # fmt: skip
+        for r in range(0, rows, height):
+            m = min(height, rows - r)
+            if height == 1:
+                seen = positions[begin + r // group] + 1
+            _weigh(scores, r, m, rows, seen, values, panels, count, head, table, sums, earlier)
+            for part in range(sums.shape[0]):
                 for i in range(m):
                     at = (head * group + (r + i) % group) * head_dim + part * NR
                     for j in range(min(NR, head_dim - part * NR)):
-                        out[begin + (r + i) // group, at + j] = sums[i, j] / totals[r + i]
+                        out[begin + (r + i) // group, at + j] = sums[part, i, j] / totals[r + i]
         # The last row sees all values.  One that is not finite spoils the rows before it too, by 0
         # times it.  Then all is done again, row by row, with only the values that a row sees.
         at = head * group * head_dim
@@ -289,7 +297,9 @@ def _attend(
         scores = np.empty((most, NR), np.float32)
         queries = np.empty((tokens * group, head_dim), np.float32)
         totals = np.empty(tokens * group, np.float32)
-        sums, earlier = np.empty((MR, NR), np.float32), np.zeros((MR, NR), np.float32)
+        parts = values.shape[2]
+        sums = np.empty((parts, MR, NR), np.float32)
+        earlier = np.zeros((parts, MR, NR), np.float32)
         panels = np.empty(first_panels.shape[1] * panels_per_page, np.int64)
         task = 0
         for sequence in range(first_panels.shape[0]):
