@@ -457,6 +457,7 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
 
 # These raise, each where its check looks; whatever else raises is a mistake in the defect itself.
 CRASHES = {
+    "arguments shared by threads",
     "bias always asked for",
     "empty expert crashes",
     "experts of others are refused",

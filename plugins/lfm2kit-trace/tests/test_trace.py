@@ -30,7 +30,7 @@ def test_without_the_variable_no_block_is_wrapped(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_trace_has_every_call_and_parts_lie_inside_their_whole(tmp_path: Path) -> None:
-    done = run(str(tmp_path / "trace.json"), "--batch-size", "1", "-v")
+    done = run(str(tmp_path / "trace.json"), "--batch-size", "1")
     assert done.returncode == 0, done.stderr
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [event["args"]["name"] for event in events if event["ph"] == "M"]
