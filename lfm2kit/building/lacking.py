@@ -92,8 +92,10 @@ def plan_without(
 ) -> Plan | None:
     """Return a plan of few rules that `can_place`, in which others of `names` get what is lacking.
 
+    Return None if there is no such plan.
+
     `assigned` is what `plan` says.  All other blocks keep their backends, and rules for parts that
-    experts may have later stay.  None: there is no such plan.
+    experts may have later stay.
     """
     wanted = {kind: dict(places) for kind, places in assigned.items()}
     for one in lacking:

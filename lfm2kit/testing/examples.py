@@ -17,7 +17,7 @@ from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.testing.programs import ROOM, Fed, Program, Run
 from lfm2kit.testing.random_inputs import random_inputs, random_rows
 from lfm2kit.testing.random_weights import random_weights
-from lfm2kit.testing.sessions import Float32, Session, joined, one_shot
+from lfm2kit.testing.sessions import Float32, Session, hidden_size_of, joined, one_shot
 from lfm2kit.testing.trial import Trial
 
 USUAL = 33  # rows of another call, by which an error is measured
@@ -67,8 +67,7 @@ class _Sequences:
     def __init__(self, trial: Trial, spec: Spec, seed: int) -> None:
         self._trial = trial
         self._spec = spec
-        operator = spec.operator if isinstance(spec, specs.Layer) else spec
-        self._size: int = operator.hidden_size  # type: ignore[attr-defined]
+        self._size = hidden_size_of(spec)
         rng = np.random.default_rng(seed)
         weights = trial.as_taken(random_weights(spec, rng))
         self._block, self._reference = trial.pair(spec, weights)

@@ -103,7 +103,7 @@ class Session:
     def feed_nothing(self, columns: int) -> None:
         """Make one call without any sequence, with a page table of some columns."""
         empty = Batch.of_sequences([], pages=np.empty((0, columns), np.int32))
-        x = np.zeros((0, _hidden_size(self._spec)), np.float32)
+        x = np.zeros((0, hidden_size_of(self._spec)), np.float32)
         _call(self._spec, self._block, x, empty, self._state)
 
     def feed_in_chunks(self, name: Hashable, x: Float32, lengths: Sequence[int]) -> Result:
@@ -146,14 +146,15 @@ def joined(results: Sequence[Result]) -> Result:
 def _call(spec: Spec, block: HostBlock, x: Float32, batch: Batch, state: Any) -> Result:
     inputs = (x, None) if isinstance(spec, Layer) else (x,)
     result: Result = block(*inputs, batch, state)
-    wanted = (batch.tokens, _hidden_size(spec))
+    wanted = (batch.tokens, hidden_size_of(spec))
     for array in each(result):
         if array.shape != wanted:
             raise CheckFailed(f"{spec} returned {list(array.shape)}, expected {list(wanted)}")
     return result
 
 
-def _hidden_size(spec: Spec) -> int:
+def hidden_size_of(spec: Spec) -> int:
+    """Return the width of the rows that an operator or a layer takes."""
     operator = spec.operator if isinstance(spec, Layer) else spec
     size: int = operator.hidden_size  # type: ignore[attr-defined]
     return size

@@ -72,7 +72,7 @@ def weights_are_described_unread(trial: Trial) -> None:
 
 @check
 def kept_bytes_are_kept(trial: Trial) -> None:
-    """`kept_bytes` is no more than what a block keeps, and no less, as far as can be seen.
+    """`kept_bytes` is neither more nor less than what a block keeps, as far as the suite sees it.
 
     On the host it is compared with the arrays that are there after `build`, some of which may be
     buffers.  More than is kept refuses a model that fits.

@@ -72,10 +72,7 @@ def sequences_of_300_tokens(trial: Trial) -> None:
     for spec in trial.supported(BOTH_WIDTHS):
         block, reference = trial.pair(spec)
         for lengths in ([MANY], [MANY - 1, 7, 140]):
-            x = random_rows(trial.rng, sum(lengths), spec.hidden_size)
-            inputs = x, random_batch(trial.rng, lengths), None
-            what = f"{spec}, sequences of {lengths} tokens"
-            assert_close(block(*inputs), reference(*inputs), trial.tolerance, what)
+            _judge_sequences(trial, spec, block, reference, lengths)
 
 
 @check
@@ -86,12 +83,21 @@ def convolutions_of_3000_tokens(trial: Trial) -> None:
     """
     for spec in trial.first_of_kinds(("conv",)):
         assert isinstance(spec, specs.ShortConv)
-        block, reference = trial.pair(spec)
-        lengths = [3000, 40]
-        x = random_rows(trial.rng, sum(lengths), spec.hidden_size)
-        inputs = x, random_batch(trial.rng, lengths), None
-        what = f"{spec}, sequences of {lengths} tokens"
-        assert_close(block(*inputs), reference(*inputs), trial.tolerance, what)
+        _judge_sequences(trial, spec, *trial.pair(spec), [3000, 40])
+
+
+def _judge_sequences(
+    trial: Trial,
+    spec: specs.ShortConv | specs.Attention,
+    block: HostBlock,
+    reference: HostBlock,
+    lengths: Sequence[int],
+) -> None:
+    """Judge one call of an operator, without a state, for sequences of these lengths."""
+    x = random_rows(trial.rng, sum(lengths), spec.hidden_size)
+    inputs = x, random_batch(trial.rng, lengths), None
+    what = f"{spec}, sequences of {lengths} tokens"
+    assert_close(block(*inputs), reference(*inputs), trial.tolerance, what)
 
 
 @check

@@ -300,7 +300,7 @@ def state_belongs_to_its_caller(trial: Trial) -> None:
 def state_of_an_empty_batch(trial: Trial) -> None:
     """A call without any sequence is possible with a state too, and changes nothing.
 
-    Its page table may have columns, in which there is no page.
+    Its page table may have columns, which hold no page.
     """
     for spec, block, _ in _operators(trial):
         session = Session(spec, block, trial.rng)
