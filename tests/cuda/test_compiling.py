@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from lfm2kit_cuda import compiling, nvrtc, parts
 from lfm2kit_cuda.compiling import SOURCES, architecture_name, compile_source, waits_for_previous
+from lfm2kit_cuda.constants import EXPERTS
 
 from lfm2kit import progress, specs
 from lfm2kit.errors import Lfm2kitError
@@ -227,6 +228,14 @@ def kernels_in(text: str) -> dict[str, str]:
     """Return the body of each kernel by name."""
     parts = re.split(r"\.entry (\w+)\(", text)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_the_registers_hold_the_sum_of_any_number_of_experts(made: list[Made]) -> None:
+    """A launch fails if its threads want more registers than there are: a bound makes them fit."""
+    compile_source("blocks/experts", "sm_90a", {"VECTOR": 1, "TAKEN": 33})
+    kernels = kernels_in(made[0].ptx)
+    for kernel in ("combine_F32", "combine_BF16"):
+        assert f".maxntid {EXPERTS.COMBINE_THREADS}" in kernels[kernel]
 
 
 def test_older_chips_have_nothing_to_wait_with(made: list[Made]) -> None:

@@ -107,6 +107,7 @@ class Experts(NamedTuple):
     """The constants of experts.cu."""
 
     GROUP_THREADS: int = 1024
+    COMBINE_THREADS: int = 512
     ALIGNMENT: int = 8  # an expert's first slot is a multiple of it
 
 

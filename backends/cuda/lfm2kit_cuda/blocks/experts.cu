@@ -106,7 +106,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 // A pair whose expert is not local counts as -0, which changes no bit of a sum; without any other
 // pair the sum is +0.
 // A CTA per token; it asks for all that it reads before it uses the first.  Places and weights are read
-// before the kernel ahead has ended, the last product: they are older.
+// before the kernel ahead has ended, the last product: they are older.  The bound on its threads
+// lets a row have any number of experts: those that the registers do not hold go to memory.
 template <class Stored>
 __device__ void combine(const Stored* outputs_ph, const int* place_p, const float* weights_p,
                         float* delta_th, int h) {
@@ -142,8 +143,9 @@ __device__ void combine(const Stored* outputs_ph, const int* place_p, const floa
 }
 
 #define COMBINE(Stored)                                                                          \
-  extern "C" __global__ void combine_##Stored(const Stored* outputs_ph, const int* place_p,      \
-                                              const float* weights_p, float* delta_th, int h) {  \
+  extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)                                  \
+      combine_##Stored(const Stored* outputs_ph, const int* place_p, const float* weights_p,     \
+                       float* delta_th, int h) {                                                 \
     combine(outputs_ph, place_p, weights_p, delta_th, h);                                        \
   }
 COMBINE(F32)

@@ -17,11 +17,11 @@ from lfm2kit_cuda.blocks.grouping import (
     grouped_by_expert,
 )
 from lfm2kit_cuda.blocks.router import Choice, Router
+from lfm2kit_cuda.constants import EXPERTS
 from lfm2kit_cuda.kernels import Kernel, load_kernel
 from lfm2kit_cuda.products import Activations, Arithmetic, Matrix
 from lfm2kit_cuda.upload import upload
 
-COMBINE_THREADS = 512
 COMBINED = {np.float32: "F32", np.uint16: "BF16"}  # what `down` returns
 
 
@@ -80,7 +80,7 @@ class Experts:
             outputs = self.gemm.down(self.gemm.gated(rounded, w13, tiles), w2, tiles)
         delta = cupy.empty((tokens, h), cupy.float32)
         combine = _combine(taken, h, outputs.dtype)
-        combine((tokens,), COMBINE_THREADS, outputs, place, expert_weights, delta, h)
+        combine((tokens,), EXPERTS.COMBINE_THREADS, outputs, place, expert_weights, delta, h)
         return delta
 
 
