@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lfm2kit.checkpoint.readers import CheckpointReader
     from lfm2kit.errors import Lfm2kitError
     from lfm2kit.hookspecs import Command, Wrapper, hookimpl
-    from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade, Precision
+    from lfm2kit.precisions import BF16_GRADE, FP16_GRADE, FP32_GRADE, Grade, Precision
     from lfm2kit.ranks.joining import joined_job
     from lfm2kit.rewrites import Rewrite
     from lfm2kit.rewrites.hidden_states import HiddenStates
@@ -27,6 +27,8 @@ else:
         "Batch": "batch",
         "CheckpointReader": "checkpoint.readers",
         "Command": "hookspecs",
+        "BF16_GRADE": "precisions",
+        "FP16_GRADE": "precisions",
         "FP32_GRADE": "precisions",
         "Grade": "precisions",
         "HiddenStates": "rewrites.hidden_states",
@@ -34,7 +36,6 @@ else:
         "Precision": "precisions",
         "Rewrite": "rewrites",
         "Room": "state",
-        "SIXTEEN_BIT": "precisions",
         "TransportPlugin": "transport",
         "Wrapper": "hookspecs",
         "hookimpl": "hookspecs",
@@ -57,8 +58,9 @@ else:
 
 __all__ = [
     "API_VERSION",
+    "BF16_GRADE",
+    "FP16_GRADE",
     "FP32_GRADE",
-    "SIXTEEN_BIT",
     "BackendPlugin",
     "Batch",
     "CheckpointReader",

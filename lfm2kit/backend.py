@@ -45,7 +45,7 @@ from lfm2kit.memory import (
     Ordered,
 )
 from lfm2kit.pending import Begins, Over, Pending
-from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Grade, Precision
+from lfm2kit.precisions import BF16_GRADE, FP16_GRADE, FP32, FP32_GRADE, Grade, Precision
 from lfm2kit.specs import Spec
 from lfm2kit.state import STEP_BACK, Room, State
 from lfm2kit.weights import Tensor, Weights
@@ -58,13 +58,14 @@ API_VERSION = 1
 __all__ = [
     "API_VERSION",
     "BF16",
+    "BF16_GRADE",
     "F16",
     "F32",
+    "FP16_GRADE",
     "FP32",
     "FP32_GRADE",
     "HOST",
     "PADDING",
-    "SIXTEEN_BIT",
     "STEP_BACK",
     "Adds",
     "Array",

@@ -145,7 +145,7 @@ def _check_precisions(backend: BackendPlugin) -> None:
         ):
             raise TypeError(
                 f"backend '{backend.name}' announces the precision {precision!r}; "
-                "write Precision('bf16', SIXTEEN_BIT)"
+                "write Precision('bf16', BF16_GRADE)"
             )
         whose = f"backend '{backend.name}' announces the precision '{precision.name}', whose"
         _check_fields(whose, precision)

@@ -17,7 +17,7 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.memory import HostMemory, Memory
-from lfm2kit.precisions import FP32, SIXTEEN_BIT, Precision
+from lfm2kit.precisions import BF16_GRADE, FP32, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.state import Room
 from lfm2kit.transport import ExchangeOffer, World
@@ -25,7 +25,7 @@ from tests.core.test_model import DeviceBackend, Elsewhere
 from tests.random_model import RANDOM
 
 PACKED = {"fp32": 4, "bf16": 2}  # bytes of an element
-PRECISIONS = (FP32, Precision("bf16", SIXTEEN_BIT))
+PRECISIONS = (FP32, Precision("bf16", BF16_GRADE))
 
 
 class Card(Elsewhere):

@@ -17,7 +17,7 @@ from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Block, Context,
 from lfm2kit.building.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16, F16, F32
-from lfm2kit.precisions import FP32, FP32_GRADE, SIXTEEN_BIT, Grade, Precision
+from lfm2kit.precisions import BF16_GRADE, FP16_GRADE, FP32, FP32_GRADE, Grade, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS, random_weights
 from lfm2kit.testing.cases import CASES, WIDTHS, widened
@@ -34,7 +34,7 @@ from tests.conformance import broken
 from tests.conformance.broken import BrokenBackend
 from tests.conformance.rounded import RoundedBackend, SilentlyRounded
 
-HALF = Precision("fp16", SIXTEEN_BIT)
+HALF = Precision("fp16", FP16_GRADE)
 
 
 def plugins_with(backend: Backend) -> Plugins:
@@ -144,7 +144,14 @@ def test_kernels_are_judged_apart_from_the_rounding_that_a_backend_tells() -> No
     for name in ("mlp", "experts", "lm-head", "layer", "whole-model", "rounded-weights"):
         assert judged(name, RoundedBackend(BF16), exact).verdict == "passed"
     assert judged("mlp", SilentlyRounded(BF16), exact).verdict == "failed"
-    assert judged("mlp", SilentlyRounded(BF16), HALF).verdict == "passed"
+
+
+def test_the_grade_of_fp16_tells_its_rounding_from_that_of_bf16() -> None:
+    bf16 = Precision("bf16", BF16_GRADE)
+    for name in ("mlp", "short-conv", "experts", "layer"):
+        assert judged(name, SilentlyRounded(F16), HALF).verdict == "passed"
+        assert judged(name, SilentlyRounded(BF16), HALF).verdict == "failed"
+        assert judged(name, SilentlyRounded(BF16), bf16).verdict == "passed"
 
 
 def test_rounding_is_judged_by_the_mean_square_error_of_the_grade() -> None:

@@ -12,7 +12,6 @@ from lfm2kit_cuda.requirements import why_unavailable
 from lfm2kit.backend import Context, Room
 from lfm2kit.batch import Batch
 from lfm2kit.building.plugins import installed_plugins
-from lfm2kit.precisions import SIXTEEN_BIT
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing import CHECKS
 from lfm2kit.testing.cases import WIDE_MOE, WIDE_OPERATORS
@@ -88,7 +87,8 @@ def test_saturated_experts_have_results_beyond_f16(precision: str) -> None:
     want = host_block(ReferenceBackend(), spec, weights)(*inputs)
     got = host_block(backend(precision), spec, weights)(*inputs)
     assert want.min() > 4 * 65504  # of four experts, whose weights are at most 1
-    assert_close(got, want, SIXTEEN_BIT.block_error, precision)
+    grade = installed_plugins().precision("cuda", precision).grade
+    assert_close(got, want, grade.block_error, precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from lfm2kit.measuring.validate import validate
-from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade
+from lfm2kit.precisions import BF16_GRADE, FP32_GRADE, Grade
 
 Floats = npt.NDArray[np.float32]
 
@@ -41,7 +41,7 @@ def test_a_difference_at_half_the_tolerance_is_valid(answers: Floats) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("grade", [FP32_GRADE, SIXTEEN_BIT])
+@pytest.mark.parametrize("grade", [FP32_GRADE, BF16_GRADE])
 def test_what_is_not_finite_is_invalid(answers: Floats, value: float, grade: Grade) -> None:
     outputs = answers.copy()
     outputs[3, int(answers[3].argmin())] = value
@@ -55,11 +55,11 @@ def test_infinity_in_both_is_no_match(answers: Floats) -> None:
 
 def test_16_bit_precisions_are_judged_by_top_1_alone(answers: Floats) -> None:
     outputs = answers + np.float32(0.01)
-    verdict = validate(outputs, answers, SIXTEEN_BIT)
+    verdict = validate(outputs, answers, BF16_GRADE)
     assert verdict.is_valid
     assert verdict.mismatches == outputs.size
     outputs[0, answers[0].argmin()] = 99
-    assert not validate(outputs, answers, SIXTEEN_BIT).is_valid
+    assert not validate(outputs, answers, BF16_GRADE).is_valid
 
 
 def test_a_wrong_top_1_within_the_tolerance_is_invalid() -> None:
@@ -78,7 +78,7 @@ def test_fewer_answers_than_samples_and_another_width_are_invalid(answers: Float
 
 def test_a_tolerance_that_is_asked_for_judges_every_logit_and_is_named(answers: Floats) -> None:
     outputs = answers + np.float32(0.01)
-    for grade, own in ((FP32_GRADE, "the 0.001 of the grade FP32"), (SIXTEEN_BIT, "top-1 alone")):
+    for grade, own in ((FP32_GRADE, "the 0.001 of the grade FP32"), (BF16_GRADE, "top-1 alone")):
         verdict = validate(outputs, answers, grade, tolerance=0.02)
         assert verdict.is_valid
         line = list(verdict.lines())[1]

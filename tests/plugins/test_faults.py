@@ -40,7 +40,7 @@ from lfm2kit.checkpoint.readers import CheckpointReader
 from lfm2kit.cli.plan import _row
 from lfm2kit.formats import Format
 from lfm2kit.measuring.bench import measured_ceilings
-from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Grade
+from lfm2kit.precisions import BF16_GRADE, FP32_GRADE, Grade
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Join
 from lfm2kit.specs import MLP, Layer, Model, Part, Spec
@@ -135,7 +135,7 @@ GRADE_OF_TEXT = Grade("odd", "much", "logits")
         ),
         (
             "lfm2kit_backends",
-            a_backend(precisions=(Precision(5, SIXTEEN_BIT),)),
+            a_backend(precisions=(Precision(5, BF16_GRADE),)),
             "announces the precision Precision(name=5",
         ),
         ("lfm2kit_transports", TransportPlugin("t", "", None), "launcher is None, not a Launcher"),

@@ -26,7 +26,7 @@ from lfm2kit.checkpoint import Checkpoint, map_file, open_checkpoint
 from lfm2kit.checkpoint.readers import CheckpointReader
 from lfm2kit.cli import app
 from lfm2kit.errors import Option
-from lfm2kit.precisions import FP32_GRADE, SIXTEEN_BIT, Precision
+from lfm2kit.precisions import BF16_GRADE, FP16_GRADE, FP32_GRADE, Precision
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import MLP, LMHead, Spec
 from lfm2kit.transport import Transport, World
@@ -102,7 +102,7 @@ def test_lfm2kit_backends_are_picked_by_auto_only_if_preferred_and_able(load: Lo
         yield announced("never", 0)
         yield announced("fast", 5)
         yield announced("faster", 9, why_unavailable=lambda: "no such chip")
-        yield announced("half", 7, precisions=(Precision("fp16", SIXTEEN_BIT),))
+        yield announced("half", 7, precisions=(Precision("fp16", FP16_GRADE),))
 
     plugins = load(lfm2kit_backends)
     assert plugins.auto() == "fast"
@@ -119,7 +119,7 @@ def test_lfm2kit_backends_are_created_once_in_each_precision(load: Load) -> None
 
     @lfm2kit.hookimpl
     def lfm2kit_backends() -> Iterator[BackendPlugin]:
-        both = (Precision("fp32", FP32_GRADE), Precision("int4", SIXTEEN_BIT))
+        both = (Precision("fp32", FP32_GRADE), Precision("int4", BF16_GRADE))
 
         def inner(context: Context) -> Any:
             made.append(f"inner {context.precision}")

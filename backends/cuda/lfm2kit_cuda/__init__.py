@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import lfm2kit
 from lfm2kit.backend import (
     BF16,
+    BF16_GRADE,
+    FP16_GRADE,
     FP32,
     FP32_GRADE,
-    SIXTEEN_BIT,
     Backend,
     BackendPlugin,
     Context,
@@ -39,8 +40,8 @@ def lfm2kit_backends() -> Iterator[BackendPlugin]:
         why_unavailable=_why_unavailable,
         precisions=(
             FP32,
-            Precision("bf16", SIXTEEN_BIT),
-            Precision("fp16", SIXTEEN_BIT),
+            Precision("bf16", BF16_GRADE),
+            Precision("fp16", FP16_GRADE),
             Precision("fp32x3", FP32_GRADE, weights=BF16),
         ),
         preference=100,

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import lfm2kit
-from lfm2kit.backend import FP32, SIXTEEN_BIT, Backend, BackendPlugin, Context, Precision
+from lfm2kit.backend import (
+    BF16_GRADE,
+    FP16_GRADE,
+    FP32,
+    Backend,
+    BackendPlugin,
+    Context,
+    Precision,
+)
 
 
 def _create(context: Context) -> Backend:
@@ -21,5 +29,5 @@ def lfm2kit_backends() -> Iterator[BackendPlugin]:
         summary="GPU blocks, with the choice of experts on the CPU",
         create=_create,
         api_version=1,
-        precisions=(FP32, Precision("bf16", SIXTEEN_BIT), Precision("fp16", SIXTEEN_BIT)),
+        precisions=(FP32, Precision("bf16", BF16_GRADE), Precision("fp16", FP16_GRADE)),
     )
