@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from full_size import RandomTensors, build
-from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
+from transformers_model import transformers_model
 
 from lfm2kit.backend import BF16
 from lfm2kit.building.plan import Plan
@@ -26,37 +26,6 @@ from lfm2kit.measuring.bench import random_batch
 
 TOLERANCE = 1e-3
 Float32 = npt.NDArray[np.float32]
-
-
-def transformers_model(tensors: RandomTensors) -> Lfm2MoeForCausalLM:
-    names = (
-        "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads "
-        "num_key_value_heads num_dense_layers num_experts num_experts_per_tok norm_topk_prob "
-        "use_expert_bias routed_scaling_factor conv_L_cache conv_bias norm_eps"
-    )
-    config = Lfm2MoeConfig(
-        **{name: getattr(C, name) for name in names.split()},
-        num_hidden_layers=C.num_hidden_layers,
-        tie_word_embeddings=True,
-        layer_types=list(C.layer_types),
-        rope_parameters={"rope_type": "default", "rope_theta": C.rope_theta},
-    )
-    with torch.device("cuda"):
-        model = Lfm2MoeForCausalLM(config)
-    for name, weight in model.state_dict().items():
-        weight.copy_(_value(tensors, name.removeprefix("model.")))
-    return model.eval()
-
-
-def _value(tensors: RandomTensors, name: str) -> torch.Tensor:
-    scope, _, last = name.rpartition(".")
-    experts = [f"{scope}.{e}" for e in range(C.num_experts)]
-    if last == "gate_up_proj":
-        return torch.stack([torch.cat([_value(tensors, f"{e}.{w}.weight") for w in ("w1", "w3")])
-                            for e in experts])  # fmt: skip
-    if last == "down_proj":
-        return torch.stack([_value(tensors, f"{e}.w2.weight") for e in experts])
-    return torch.tensor(tensors["embed_tokens.weight" if scope == "lm_head" else name].float32())
 
 
 def main() -> None:
