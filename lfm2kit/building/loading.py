@@ -152,10 +152,15 @@ class Setup:
         return replace(self, plan=plan, placed=placed, rewrites=rewrites, wrappers=wrappers)
 
     def build(
-        self, built: Callable[[Placed], None] = lambda placed: None, *, tokens: int = 0
+        self,
+        built: Callable[[Placed], None] = lambda placed: None,
+        *,
+        tokens: int = 0,
+        checked: list[Checked] | None = None,
     ) -> LFM2:
         """Build the model for forwards of `tokens` tokens; call `built` after each block.
 
+        `checked` is filled with the blocks of backends in it.
         Raise `Lfm2kitError` if a memory is too small, before any of it is allocated, and if a block
         returns something wrong in the forward that `check` asks for.
         """
@@ -173,6 +178,8 @@ class Setup:
             )
         if self.options.check:
             self._check_results(model, builder.checked)
+        if checked is not None:
+            checked.extend(builder.checked)
         return model
 
     def _check_results(self, model: LFM2, blocks: Sequence[Checked]) -> None:

@@ -22,6 +22,7 @@ from lfm2kit.cli.run import run
 from lfm2kit.cli.specs import specs
 from lfm2kit.cli.tokenize import tokenize
 from lfm2kit.cli.transports import transports
+from lfm2kit.cli.verify import verify
 from lfm2kit.cli.warmup import warmup
 
 app = typer.Typer(
@@ -39,7 +40,7 @@ for ranked in (run, warmup, calibrate, generate):
 app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
 app.add_typer(transports, name="transports")
-for command in (chat, bench, convert, specs, tokenize, env):
+for command in (chat, bench, verify, convert, specs, tokenize, env):
     app.command(cls=PlainCommand)(command)
 
 
