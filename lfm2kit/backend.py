@@ -43,6 +43,7 @@ from lfm2kit.memory import (
     Mark,
     Memory,
     Ordered,
+    Timed,
 )
 from lfm2kit.pending import Begins, Over, Pending
 from lfm2kit.precisions import BF16_GRADE, FP16_GRADE, FP32, FP32_GRADE, Grade, Precision
@@ -122,7 +123,9 @@ __all__ = [
     "State",
     "TakesIds",
     "TakesPadding",
+    "TellsParts",
     "Tensor",
+    "Timed",
     "Weights",
     "first_call",
 ]
@@ -266,6 +269,22 @@ class Crosses(Protocol):
         """Return `block` as one that takes and returns arrays of `outer`.
 
         `name` is the block's name in the model, for errors.
+        """
+        ...
+
+
+@runtime_checkable
+class TellsParts(Protocol):
+    """Capability of a block that computes several parts: it tells when it is done with each.
+
+    With it `lfm2kit profile` shows where the time of a whole layer goes.
+    """
+
+    def tell_parts(self, passed: Callable[[str], None] | None) -> None:
+        """Call `passed` in each later call, after a part's work is done or enqueued.
+
+        It gets the part's path of roles, such as "operator" or "feed_forward.router".  Parts that
+        one kernel computes together are told together, as the last of them.  None: call nothing.
         """
         ...
 

@@ -135,6 +135,22 @@ class Ordered(Memory, Protocol):
 
 
 @runtime_checkable
+class Timed(Protocol):
+    """Capability of an ordered memory: marks that tell the time of captured work as well.
+
+    With it `lfm2kit profile` looks into a captured forward.
+    """
+
+    def timed_mark(self) -> Mark:
+        """Return a mark after all that is enqueued in the current stream, for `seconds_since` only.
+
+        If a forward is being captured, each replay of it reaches the mark anew, and the mark tells
+        of the newest replay that has ended.
+        """
+        ...
+
+
+@runtime_checkable
 class Exclusive(Protocol):
     """Capability: a memory that one rank of a job uses alone, as a GPU's.
 

@@ -44,6 +44,8 @@ COMMANDS = frozenset(
         "backends",
         "bench",
         "calibrate",
+        "profile",
+        "verify",
         "chat",
         "convert",
         "env",

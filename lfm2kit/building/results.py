@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import Block, CallsNatively, Fills, Operator
+from lfm2kit.backend import Block, CallsNatively, Fills, Operator, TellsParts
 from lfm2kit.building.placement import Placed
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.pending import Begins, Pending
@@ -139,6 +139,8 @@ class Checked:
             self.fill = block.fill
         if isinstance(block, Begins):
             self.begin = self._begin
+        if isinstance(block, TellsParts):
+            self.tell_parts = block.tell_parts
 
     @contextmanager
     def called_through(self, around: Callable[[Checked, Block], Block]) -> Iterator[None]:

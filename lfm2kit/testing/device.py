@@ -219,6 +219,8 @@ class DeviceMemory:
         self.enqueue(event.reach)
         return event
 
+    timed_mark = mark  # what is recorded marks its place in each replay
+
     def wait(self, mark: Mark) -> None:
         assert isinstance(mark, _Event), "a mark of another memory"
         if mark.stream is not self._stream():

@@ -9,8 +9,8 @@ import numpy as np
 
 from lfm2kit.backend import Batch
 from lfm2kit.engine.drawing import Drawn, NumPySampler, Row, Sampler
-from lfm2kit.memory import Array
-from lfm2kit.testing.device import DeviceArray, DeviceMemory
+from lfm2kit.memory import Array, Mark
+from lfm2kit.testing.device import DeviceArray, DeviceMemory, _Event
 from tests.conformance.crossing import DeviceBackend, Replay
 
 
@@ -96,3 +96,24 @@ class TakesItsOwnIds(DeviceBackend):
 class _OfItsOwnIds(Replay):
     def with_ids(self, batch: Batch, token_ids: DeviceArray) -> DeviceArray:
         return self(batch)
+
+
+class TimedOnce(DrawsAhead):
+    """Its marks know the first time that they were reached, and no later one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = KeepsTheFirstTime()
+
+
+class KeepsTheFirstTime(DeviceMemory):
+    def timed_mark(self) -> Mark:
+        event = ReachedOnce(self._stream())
+        self.enqueue(event.reach)
+        return event
+
+
+class ReachedOnce(_Event):
+    def reach(self) -> None:
+        if not self._is_reached.is_set():
+            super().reach()

@@ -33,6 +33,10 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         ("results-cross-streams",),
     ),
     "marks measure backwards": (LateBackend(late.MeasuresBackwards()), ("marks-measure-time",)),
+    "marks of the first replay": (
+        ahead.TimedOnce(),
+        ("timed-marks-tell-of-the-newest-replay",),
+    ),
     "copies when asked for": (
         LateBackend(late.CopiesWhenAsked()),
         ("copies-to-the-host-keep-their-order",),

@@ -17,6 +17,7 @@ ORDER = (
     "threads-do-not-disturb-each-other",
     "marks-measure-time",
 )
+TIMED = ("timed-marks-tell-of-the-newest-replay",)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -47,7 +48,7 @@ def test_a_simple_server_passes(name: str) -> None:
 CAPTURED = ("captured-forward", "captured-steps", "steps-begun-ahead", "tokens-drawn-ahead")
 
 
-@pytest.mark.parametrize("name", [*ORDER, *CHANNELS, *CAPTURED])
+@pytest.mark.parametrize("name", [*ORDER, *TIMED, *CHANNELS, *CAPTURED])
 def test_a_device_that_is_a_thread_passes(name: str) -> None:
     result = judged(name, DrawsAhead())
     assert result.verdict == "passed", result.detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from collections.abc import Collection, Iterator
@@ -13,6 +14,7 @@ import cupy
 import cupyx
 import numpy as np
 import numpy.typing as npt
+from cupy.cuda import driver
 
 from lfm2kit.memory import Arriving, Mark
 from lfm2kit.transport import ExchangeOffer, Transport
@@ -25,6 +27,7 @@ from lfm2kit_cuda.picking import Picker
 from lfm2kit_cuda.sums import add
 from lfm2kit_cuda.upload import upload
 
+EXTERNAL = 1  # CU_EVENT_RECORD_EXTERNAL: a captured event is recorded by each launch of the graph
 SHARED = "LFM2KIT_CUDA_SHARED"  # set: several ranks may use one GPU, for tests of the exchange
 
 
@@ -105,6 +108,10 @@ class CudaMemory:
         with on_device(self.device):
             return _Event()
 
+    def timed_mark(self) -> Mark:
+        with on_device(self.device):
+            return _TimedEvent()
+
     def wait(self, mark: Mark) -> None:
         assert isinstance(mark, _Event), "a mark of another memory"
         with on_device(self.device):
@@ -131,6 +138,9 @@ class _Event:
         self._device = current_device()
         self._stream = cupy.cuda.get_current_stream()
         self._event = cupy.cuda.Event()
+        self._record()
+
+    def _record(self) -> None:
         self._event.record(self._stream)
 
     def seconds_since(self, earlier: Mark) -> float:
@@ -146,6 +156,17 @@ class _Event:
         """
         if stream != self._stream or current_device() != self._device:
             stream.wait_event(self._event)
+
+
+class _TimedEvent(_Event):
+    """A place in the current stream, which is also told in replays if the stream is captured."""
+
+    def _record(self) -> None:
+        is_captured = self._stream.is_capturing()
+        flags = EXTERNAL if is_captured else 0
+        status = _record_with_flags()(self._event.ptr, self._stream.ptr, flags)
+        if status:
+            raise driver.CUDADriverError(status)
 
 
 class _Copy:
@@ -181,6 +202,13 @@ def _wait_for(event: cupy.cuda.Event, device: int, *kept: Any) -> None:
     """Wait for an event of a device; what is kept is kept until then."""
     with on_device(device):
         event.synchronize()
+
+
+@cache
+def _record_with_flags() -> Any:
+    record = ctypes.CDLL("libcuda.so.1").cuEventRecordWithFlags
+    record.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+    return record
 
 
 @cache

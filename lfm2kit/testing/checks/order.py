@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from threading import Barrier
 from typing import Any
 
 import numpy as np
 
 from lfm2kit import specs
+from lfm2kit.backend import Block, Captures
 from lfm2kit.batch import Batch
-from lfm2kit.memory import Ordered, is_ordered
+from lfm2kit.memory import Mark, Ordered, Timed, is_ordered
 from lfm2kit.specs import Spec
 from lfm2kit.testing.checks.registry import check
 from lfm2kit.testing.compare import assert_same
@@ -21,6 +23,7 @@ from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed, Skipped
 
 CALLS = 8  # of each thread
+LONGEST = 60.0  # seconds that a call of a check may take
 
 
 @check
@@ -111,6 +114,51 @@ def marks_measure_time(trial: Trial) -> None:
             raise CheckFailed(f"{spec}: the calls took {first}, {second} and {both} s together")
         if abs(first + second - both) > 1e-3 + 0.01 * both:
             raise CheckFailed(f"{spec}: {first} s and {second} s are not {both} s together")
+
+
+@check
+def timed_marks_tell_of_the_newest_replay(trial: Trial) -> None:
+    """A `timed_mark` measures time, and in a captured forward each replay reaches it anew."""
+    timed = [memory for memory in _ordered(trial) if isinstance(memory, Timed)]
+    if not timed:
+        raise Skipped("its memory has no timed marks")
+    for memory in timed:
+        with memory.stream():
+            marks = [memory.timed_mark() for _ in range(3)]
+        _judge_seconds("marks of an idle stream", *pairwise(marks))
+    if isinstance(trial.backend, Captures):
+        for _, block, ordered in _blocks(trial, specs.Embedding):
+            if isinstance(ordered, Timed):
+                _judge_replayed_marks(trial.backend, block.block, ordered)
+
+
+def _judge_replayed_marks(backend: Captures, embedding: Block, memory: Any) -> None:
+    marks: list[Mark] = []
+
+    def step(batch: Batch) -> Any:
+        marks[:] = [memory.timed_mark()]
+        hidden = embedding(batch)
+        marks.append(memory.timed_mark())
+        return hidden
+
+    batch = Batch.of_sequences([[1, 2, 3]])
+    memory.to_host(step(batch.on(memory)))
+    replay = backend.capture(step, batch)
+    with memory.stream():
+        for _ in range(2):
+            before = memory.timed_mark()
+            memory.to_host(replay(batch))
+            first, last = marks
+            _judge_seconds("a mark of a replay and one before it", (before, first), (before, last))
+            _judge_seconds("two marks of a replay", (first, last))
+    replay.close()
+
+
+def _judge_seconds(what: str, *pairs: tuple[Mark, Mark]) -> None:
+    for earlier, later in pairs:
+        seconds = later.seconds_since(earlier)
+        if not (isinstance(seconds, float) and 0 <= seconds < LONGEST):
+            raise CheckFailed(f"{what}: {seconds} s lie between them")
 
 
 def _at_once(

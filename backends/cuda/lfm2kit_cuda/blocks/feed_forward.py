@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -98,6 +99,10 @@ class SparseMoe:
         self.gemm = gemm
         self.router = Router(spec.router, weights, gemm, choice)
         self.experts = Experts(spec.experts, weights, gemm)
+        self._passed: Callable[[str], None] = unheard
+
+    def tell_parts(self, passed: Callable[[str], None] | None) -> None:
+        self._passed = passed or unheard
 
     def __call__(self, x: cupy.ndarray) -> cupy.ndarray:
         return self.of(Activations(x, self.gemm.rounded(x)))
@@ -107,11 +112,21 @@ class SparseMoe:
         x, choice = inputs.x, self.router.choice
         assert x is not None
         if not (isinstance(choice, Choice) and are_grouped_at_once(self.spec, len(x))):
-            return self.experts.of(inputs.rounded, *self.router(x))
-        (_, expert_weights), groups = chosen_and_grouped(
-            choice, x, self.router.scores.sums(x), self.experts.local, self.gemm
-        )
-        return self.experts.of_groups(inputs.rounded, groups, expert_weights)
+            chosen = self.router(x)
+            self._passed("router")
+            delta = self.experts.of(inputs.rounded, *chosen)
+        else:
+            (_, expert_weights), groups = chosen_and_grouped(
+                choice, x, self.router.scores.sums(x), self.experts.local, self.gemm
+            )
+            self._passed("router")
+            delta = self.experts.of_groups(inputs.rounded, groups, expert_weights)
+        self._passed("experts")
+        return delta
+
+
+def unheard(part: str) -> None:
+    """Be told of a part by a block whose parts nobody wants to hear of."""
 
 
 def _combine(taken: int, hidden_size: int, dtype: np.dtype[Any]) -> Kernel:

@@ -6,7 +6,7 @@ from typing import Any
 
 import cupy
 
-from lfm2kit.backend import Block, Operator, State
+from lfm2kit.backend import Block, Operator, State, TellsParts
 from lfm2kit_cuda.device import on_device
 
 
@@ -19,6 +19,8 @@ class OnDevice:
         if isinstance(block, Operator):
             self._operator = block
             self.new_state = self._new_state
+        if isinstance(block, TellsParts):
+            self.tell_parts = block.tell_parts
 
     def __call__(self, *inputs: Any) -> Any:
         with on_device(self._device):

@@ -1,0 +1,110 @@
+"""What spans amount to: seconds of each block and kind, beside the least that its work takes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lfm2kit.backend import Ceilings
+from lfm2kit.batch import Batch
+from lfm2kit.building.loading import Setup
+from lfm2kit.building.placement import Placed
+from lfm2kit.measuring.bench import itemsize
+from lfm2kit.profiling.forwards import Profile
+from lfm2kit.profiling.marks import Span
+from lfm2kit.specs import Spec, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A block, or a part that it tells, and the median of its seconds in a forward."""
+
+    name: str  # "layers.3.operator"
+    kind: str
+    backend: str
+    memory: str
+    seconds: float
+    work: Work
+
+    @property
+    def layer(self) -> int | None:
+        words = self.name.split(".")
+        return int(words[1]) if words[0] == "layers" else None
+
+    def roofline(self, ceilings: Ceilings | None) -> float | None:
+        """Return the share of what the ceilings allow: the least time over the time it took."""
+        if ceilings is None or self.seconds == 0:
+            return None
+        least = max(self.work.flops / ceilings.flops, self.work.bytes / ceilings.bytes)
+        return least / self.seconds
+
+
+def parts_of(setup: Setup, profile: Profile, batch: Batch) -> list[Part]:
+    """Return the blocks of a profile in the order of the forward, or their parts if they tell."""
+    leaves = {leaf.name: leaf for leaf in setup.placed.leaves()}
+    order = {name: i for i, name in enumerate(leaves)}
+    told = {span.block for forward in profile.spans for span in forward if span.part}
+    taken: dict[tuple[str, str, str], list[float]] = {}
+    for forward in profile.spans:
+        for key, seconds in _summed(forward, told).items():
+            taken.setdefault(key, []).append(seconds)
+    return [
+        _part(setup, leaves[block], part, memory, statistics.median(seconds), batch)
+        for (block, part, memory), seconds in sorted(taken.items(), key=lambda i: order[i[0][0]])
+    ]
+
+
+def _summed(spans: Iterable[Span], told: set[str]) -> dict[tuple[str, str, str], float]:
+    """Return the seconds of one forward by block, part and memory."""
+    found: dict[tuple[str, str, str], float] = {}
+    for span in spans:
+        if bool(span.part) == (span.block in told):
+            key = span.block, span.part, span.memory
+            found[key] = found.get(key, 0.0) + span.seconds
+    return found
+
+
+def _part(
+    setup: Setup, placed: Placed, path: str, memory: str, seconds: float, batch: Batch
+) -> Part:
+    spec = _spec_at(placed.spec, path)
+    work = spec.work(batch, itemsize(setup, placed))
+    name = f"{placed.name}.{path}" if path else placed.name
+    return Part(name, spec.kind, placed.backend or "", memory, seconds, work)
+
+
+def _spec_at(spec: Spec, path: str) -> Spec:
+    """Return the spec of a part by its path of roles; the whole one if there is none."""
+    for role in filter(None, path.split(".")):
+        inner = next((part.spec for part in spec.parts() if part.role == role), None)
+        if inner is None:
+            return spec
+        spec = inner
+    return spec
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """All blocks of a kind that one backend builds."""
+
+    kind: str
+    backend: str
+    blocks: int
+    seconds: float
+    work: Work
+    roofline: float | None
+
+
+def totals(parts: Sequence[Part], ceilings: Ceilings | None) -> Iterator[Total]:
+    """Yield the kinds of blocks, the one that takes longest first."""
+    groups: dict[tuple[str, str], list[Part]] = {}
+    for part in parts:
+        groups.setdefault((part.kind, part.backend), []).append(part)
+    for (kind, backend), some in sorted(
+        groups.items(), key=lambda item: -sum(part.seconds for part in item[1])
+    ):
+        seconds = sum(part.seconds for part in some)
+        work = sum((part.work for part in some), Work(0, 0))
+        whole = Part(kind, kind, backend, some[0].memory, seconds, work)
+        yield Total(kind, backend, len(some), seconds, work, whole.roofline(ceilings))
