@@ -39,8 +39,18 @@ def profile(
     ] = None,
     html: Annotated[
         Path | None,
-        flags("html", About("Write a page with pictures.", metavar="FILE"), is_path=True),
+        flags(
+            "html",
+            About("Write a page with pictures; tokens are counted by expert.", metavar="FILE"),
+            is_path=True,
+        ),
     ] = None,
+    errors: Annotated[
+        bool,
+        typer.Option(
+            "--errors", help="Also compare each block with the reference's, as lfm2kit verify does."
+        ),
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Measure each block inside a forward, and say where its time goes."""
@@ -55,7 +65,7 @@ def profile(
     for name, path in (("--trace", trace), ("--html", html)):
         if path is not None:
             check_target(name, path)
-    asked = profiling.Asked(n, seq_len, decode, repetitions)
+    asked = profiling.Asked(n, seq_len, decode, repetitions, html is not None, errors)
     found = profiling.measured(checkpoint, options, asked)
     profiling.show(report, found)
     profiling.deliver(report, found, trace, html)

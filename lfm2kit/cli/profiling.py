@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from rich.table import Column
 
 from lfm2kit.backend import Ceilings
 from lfm2kit.batch import Batch
+from lfm2kit.building.kept_rates import described
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.results import Checked
@@ -20,11 +22,22 @@ from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import STDOUT, Report, progress, remark, show_table, write_document
 from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.measuring.bench import WARM_UPS, measured_ceilings, random_batch
+from lfm2kit.outputs.files import replaced
 from lfm2kit.profiling.figures import Part, Total, parts_of, totals
 from lfm2kit.profiling.forwards import MOST_OVERHEAD, Profile, Prompt, profiled
+from lfm2kit.profiling.loads import expert_loads
+from lfm2kit.profiling.page.heat import heat
+from lfm2kit.profiling.page.ladder import ladder
+from lfm2kit.profiling.page.page import page
+from lfm2kit.profiling.page.roofline import roofline
+from lfm2kit.profiling.page.strip import strip
+from lfm2kit.profiling.page.timeline import timeline
 from lfm2kit.profiling.trace_events import trace_events
 from lfm2kit.state import Room
+from lfm2kit.verifying import REFERENCE
+from lfm2kit.verifying.verification import Verification, verify_against
 
+COMPARED = 4  # samples whose blocks are compared with the reference's
 KIND_COLUMNS = (
     "kind", "backend", "blocks", "ms", "% of all", "GFLOP/s", "GB/s", "% of roofline",
 )  # fmt: skip
@@ -37,6 +50,8 @@ class Asked(NamedTuple):
     seq_len: int
     decode: bool
     repetitions: int
+    loads: bool = False  # whether tokens are counted by expert
+    errors: bool = False
 
     @property
     def test(self) -> str:
@@ -53,6 +68,8 @@ class Found(NamedTuple):
     profile: Profile
     ceilings: Ceilings | None
     parts: Sequence[Part]
+    loads: Mapping[int, Sequence[int]]  # tokens by layer and expert, if they were counted
+    errors: Verification | None
 
     @property
     def totals(self) -> list[Total]:
@@ -72,14 +89,29 @@ def measured(checkpoint: Checkpoint, options: Options, asked: Asked) -> Found:
         check_state("--decode", setup.rewrites)
     for note in setup.notes():
         remark(note)
-    checked: list[Checked] = []
-    model = setup.build(tokens=tokens, checked=checked)
     prompt = _prompt(checkpoint, asked)
-    total = 2 * (WARM_UPS + asked.repetitions)
-    with progress("measuring", total, "forwards") as advance, np.errstate(all="ignore"):
-        profile = profiled(model, checked, prompt, asked.repetitions, lambda: advance(1))
+    with np.errstate(all="ignore"):
+        profile = _profile(setup, prompt, asked)
+        loads = expert_loads(checkpoint, options, prompt) if asked.loads else {}
+        errors = _errors(setup, prompt) if asked.errors else None
     parts = parts_of(setup, profile, prompt.batch)
-    return Found(setup, asked, profile, measured_ceilings(setup), parts)
+    return Found(setup, asked, profile, measured_ceilings(setup), parts, loads, errors)
+
+
+def _profile(setup: Setup, prompt: Prompt, asked: Asked) -> Profile:
+    """Return the profile of a model that is built for it, and gone when this returns."""
+    checked: list[Checked] = []
+    model = setup.build(tokens=asked.n * asked.seq_len, checked=checked)
+    total = 2 * (WARM_UPS + asked.repetitions)
+    with progress("measuring", total, "forwards") as advance:
+        return profiled(model, checked, prompt, asked.repetitions, lambda: advance(1))
+
+
+def _errors(setup: Setup, prompt: Prompt) -> Verification:
+    """Compare each block with the reference's, on the first samples of what is measured."""
+    batch = prompt.batch if prompt.before is None else prompt.before
+    samples = np.array(batch.token_ids).reshape(batch.sequences, -1)[:COMPARED]
+    return verify_against(setup, samples, REFERENCE)
 
 
 def _prompt(checkpoint: Checkpoint, asked: Asked) -> Prompt:
@@ -178,7 +210,42 @@ def deliver(report: Report, found: Found, trace: Path | None, html: Path | None)
     report.fields = _fields(found)
     if trace is not None:
         write_document(trace, trace_events(found.profile, found.parts))
+    if html is not None:
+        with replaced(html, remark) as file:
+            file.write(_page(found, report).encode())
     report.write()
+
+
+def _page(found: Found, report: Report) -> str:
+    """Return the page with the pictures of what was measured."""
+    kinds = {part.name: part.kind for part in found.parts}
+    pictures = [strip(found.parts), timeline(found.profile.timeline, kinds)]
+    if found.ceilings is not None:
+        pictures.insert(1, roofline(found.totals, found.ceilings))
+    if found.loads:
+        pictures.append(heat(found.loads))
+    if found.errors is not None:
+        pictures.append(ladder(found.errors))
+    return page(f"{found.setup.plan}: {found.asked.test}", _facts(found), pictures, report.record())
+
+
+def _facts(found: Found) -> dict[str, str]:
+    setup, profile = found.setup, found.profile
+    return {
+        "model": str(setup.checkpoint.path),
+        "precision": setup.precision_of(setup.placed),
+        "time": f"{1e3 * profile.seconds:.4g} ms, the median of {len(profile.plain)} forwards",
+        "marks": _of_marks(profile),
+        **_in_short(described(setup.context)),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def _in_short(machine: Mapping[str, str]) -> dict[str, str]:
+    """Return what there is of a machine, with the versions of lfm2kit and plugins in one line."""
+    versions = {name: said for name, said in machine.items() if name.startswith("lfm2kit")}
+    others = {name: said for name, said in machine.items() if name not in versions}
+    return others | {"versions": ", ".join(f"{name} {said}" for name, said in versions.items())}
 
 
 def _fields(found: Found) -> dict[str, Any]:
@@ -193,6 +260,7 @@ def _fields(found: Found) -> dict[str, Any]:
         "overhead": profile.overhead,
         "groups": profile.groups,
         "ceilings": None if found.ceilings is None else found.ceilings._asdict(),
+        "expert_loads": {str(layer): list(load) for layer, load in found.loads.items()},
         "parts": [_part(part, found.ceilings) for part in found.parts],
         "kinds": [asdict(total) | {"work": total.work._asdict()} for total in found.totals],
     }

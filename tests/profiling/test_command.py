@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,54 @@ def test_bad_input_is_one_line(
     given: tuple[str, ...], says: str, cli: Cli, random_folder: Path
 ) -> None:
     cli("profile", "-b", "reference", "-m", random_folder, *given).assert_fails(says)
+
+
+class Elements(HTMLParser):
+    """Notes the elements of a page that are never closed, and what it would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.titles: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["h2"]:
+            self.titles.append(data)
+
+
+def test_a_page_has_every_picture_and_loads_nothing(
+    cli: Cli, random_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "page.html"
+    done = cli(
+        *FORWARD[:2], "cpu_simd", *FORWARD[3:], "-m", random_folder, "--html", file, "--errors"
+    )
+    assert done.code == 0, done.err
+    text, page = file.read_text(encoding="utf-8"), Elements()
+    page.feed(text)
+    assert page.titles == ["Layers", "Roofline", "Time line", "Experts", "Errors"]
+    assert (page.open, page.loads) == ([], [])
+    embedded = text.partition('id="record">')[2].partition("</script>")[0]
+    loads = json.loads(embedded)["expert_loads"]
+    assert {layer: sum(load) for layer, load in loads.items()} == {
+        str(layer): 2 * 4 * 4
+        for layer in range(2, 8)  # samples, tokens, experts of each
+    }
+
+
+def test_a_name_with_markup_is_text_in_the_page(
+    cli: Cli, random_folder: Path, tmp_path: Path
+) -> None:
+    folder, file = tmp_path / "<script>alert(1)<", tmp_path / "page.html"
+    folder.symlink_to(random_folder)
+    assert cli(*FORWARD, "-m", folder, "--html", file).code == 0
+    assert "<script>alert" not in file.read_text(encoding="utf-8")
