@@ -16,6 +16,7 @@ from lfm2kit.testing.checks.capabilities import NATIVE
 from tests.conformance.broken import Around, BakedIn, BrokenBackend, around
 
 MLP, CHOICE, EMBEDDING = specs.MLP, specs.Choice, specs.Embedding
+ROUTER = specs.Router
 
 
 # What is said before anything is built
@@ -218,6 +219,61 @@ def _arrays(pointers: int, shape: tuple[int, ...], *types: Any) -> list[Any]:
     ]
 
 
+# Parts that are told
+
+
+class Tells(Around):
+    """A router that tells its parts."""
+
+    passed: Any = None
+    parts = ("scores", "choice")
+
+    def tell_parts(self, passed: Any) -> None:
+        self.passed = passed
+
+    def __call__(self, x: Any) -> Any:
+        result = self.block(x)
+        for part in self.parts if self.passed is not None else ():
+            self.passed(part)
+        return result
+
+
+class TellsByTheWeights(Tells):
+    parts = ("gate", "expert_bias")
+
+
+class TellsBackwards(Tells):
+    parts = ("choice", "scores")
+
+
+class TellsTwice(Tells):
+    parts = ("scores", "scores", "choice")
+
+
+class TellsNothing(Tells):
+    parts = ()
+
+
+class TellsForEver(Tells):
+    def tell_parts(self, passed: Any) -> None:
+        self.passed = passed or self.passed
+
+
+class TellsOneCall(Tells):
+    def __call__(self, x: Any) -> Any:
+        result = super().__call__(x)
+        self.passed = None
+        return result
+
+
+class OtherBitsWhenTelling(Tells):
+    """Computes the scores in another order to know when they are done."""
+
+    def __call__(self, x: Any) -> Any:
+        ids, weights = super().__call__(x)
+        return ids, weights if self.passed is None else np.nextafter(weights, np.float32(2))
+
+
 # Replays
 
 
@@ -352,6 +408,7 @@ UNREAD, KEPT, FACTS = (
     "facts-about-the-machine",
 )
 BEGUN, NATIVELY = "begun-calls-have-the-blocks-bits", "native-calls-have-the-blocks-bits"
+TOLD = "parts-are-told-by-their-paths"
 REPLAYS = "replays-do-not-disturb-each-other"
 
 MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
@@ -390,6 +447,13 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "begun_with_other_bits": (around(MLP, OtherBitsWhenBegun), (BEGUN,)),
     "native_in_parts_of_equal_size": (around(CHOICE, NativePartsOfEqualSize), (NATIVELY,)),
     "native_at_the_beginning": (around(CHOICE, NativeFirstPart), (NATIVELY,)),
+    "parts_told_by_weights": (around(ROUTER, TellsByTheWeights), (TOLD,)),
+    "parts_told_backwards": (around(ROUTER, TellsBackwards), (TOLD,)),
+    "parts_told_twice": (around(ROUTER, TellsTwice), (TOLD,)),
+    "parts_never_told": (around(ROUTER, TellsNothing), (TOLD,)),
+    "parts_told_for_ever": (around(ROUTER, TellsForEver), (TOLD,)),
+    "parts_told_in_one_call": (around(ROUTER, TellsOneCall), (TOLD,)),
+    "other_bits_when_telling": (around(ROUTER, OtherBitsWhenTelling), (TOLD,)),
     "replays_into_one_array": (ReplaysIntoOneArray(), (REPLAYS,)),
     "replays_share_an_array": (ReplaysShareAnArray(), (REPLAYS,)),
     "replays_closed_together": (CloseFreesAll(), (REPLAYS,)),
@@ -402,5 +466,6 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
 SOUND: dict[str, Backend] = {
     "begins": around(MLP, Begun),
     "native": around(CHOICE, Native),
+    "tells": around(ROUTER, Tells),
     "captures": Captures(),
 }

@@ -74,6 +74,7 @@ def test_the_array_and_the_side_of_a_write_stand_in_a_sentence(mutant: str, word
     [
         ("begins", "begun-calls-have-the-blocks-bits"),
         ("native", "native-calls-have-the-blocks-bits"),
+        ("tells", "parts-are-told-by-their-paths"),
         ("captures", "replays-do-not-disturb-each-other"),
     ],
 )

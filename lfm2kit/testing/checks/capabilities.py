@@ -24,6 +24,7 @@ from lfm2kit.backend import (
     Near,
     PinsMemory,
     ReadsRows,
+    TellsParts,
 )
 from lfm2kit.building.answers import Answers
 from lfm2kit.errors import Lfm2kitError
@@ -158,6 +159,56 @@ def begun_calls_have_the_blocks_bits(trial: Trial) -> None:
                 assert_same(block.to_host(result), wanted[i], what)
     if not beginning:
         raise Skipped("no block can be begun")
+
+
+@check
+def parts_are_told_by_their_paths(trial: Trial) -> None:
+    """A block with `tell_parts` tells its parts' paths of roles in order, in each call, until None.
+
+    No part is told twice in a call, nor one within another that is told.  A result has the same
+    bits whether parts are told or not.
+    """
+    telling = 0
+    for spec, block in _blocks(trial):
+        if not isinstance(block.block, TellsParts):
+            continue
+        telling += 1
+        inputs = random_inputs(spec, trial.rng, 7)
+        want, told = block(*inputs), list[str]()
+        block.block.tell_parts(told.append)
+        for _ in range(2):
+            told.clear()
+            assert_same(block(*inputs), want, f"{spec}: a call whose parts are told")
+            _judge_told(spec, told)
+        block.block.tell_parts(None)
+        told.clear()
+        block(*inputs)
+        if told:
+            raise CheckFailed(f"{spec}: after tell_parts(None) it told {told[0]!r}")
+    if not telling:
+        raise Skipped("no block tells its parts")
+
+
+def _judge_told(spec: Spec, told: list[str]) -> None:
+    """Raise `CheckFailed` unless these are the parts that a block may tell in one call."""
+    known = list(_paths(spec))
+    if not told:
+        raise CheckFailed(f"{spec}: it has tell_parts, but told no part in a call")
+    for path in told:
+        if path not in known:
+            raise CheckFailed(f"{spec}: it told {path!r}; its parts are {', '.join(known)}")
+    places = [known.index(path) for path in told]
+    nested = [path for path in told if any(other.startswith(f"{path}.") for other in told)]
+    if places != sorted(set(places)) or nested:
+        raise CheckFailed(f"{spec}: it told {', '.join(told)}, in another order than they come in")
+
+
+def _paths(spec: Spec) -> Iterator[str]:
+    """Yield the paths of roles of all parts, each before the parts within it."""
+    for part in spec.parts():
+        yield part.role
+        for path in _paths(part.spec):
+            yield f"{part.role}.{path}"
 
 
 @check
