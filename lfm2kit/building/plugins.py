@@ -1,7 +1,7 @@
 """Finds the installed plugins, and creates backends by name.  The only user of pluggy's manager.
 
-A plugin that cannot be imported or announces nonsense is kept as a `BrokenPlugin`, listed by
-`lfm2kit backends` with its traceback, and harms nothing else.
+A plugin that cannot be imported or announces nonsense is set aside, listed by `lfm2kit plugins`
+with its traceback, and harms nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import pluggy
 from lfm2kit import hookspecs
 from lfm2kit.backend import API_VERSION, Backend, BackendPlugin, Context
 from lfm2kit.building.announced import check_announced, check_hooks
+from lfm2kit.building.installed import InstalledPlugin
 from lfm2kit.checkpoint.readers import CheckpointReader
 from lfm2kit.errors import LEAVE_OUT, Lfm2kitError, choices
 from lfm2kit.hookspecs import Command, Wrapper
@@ -51,6 +52,7 @@ COMMANDS = frozenset(
         "env",
         "generate",
         "plan",
+        "plugins",
         "run",
         "specs",
         "tokenize",
@@ -62,16 +64,6 @@ COMMANDS = frozenset(
 LATER = frozenset(["lfm2kit_block_wrapper", "lfm2kit_run_ended", "lfm2kit_rewrites"])
 METHODS = ("why_unsupported", "memory", "build")  # that every backend has
 ALLOW_LIST = "LFM2KIT_PLUGINS"  # comma-separated entry-point names; "none" for none
-
-
-@dataclass(frozen=True, slots=True)
-class BrokenPlugin:
-    """An installed plugin that could not be loaded, and why."""
-
-    name: str
-    distribution: str
-    reason: str  # one line
-    details: str  # the traceback, where there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +114,6 @@ class InstalledReader:
         return blaming(f"{path}: {self}", f"; {LEAVE_OUT}")
 
 
-@dataclass(frozen=True, slots=True)
-class SilentPlugin:
-    """An installed plugin that was loaded, but adds nothing, and why."""
-
-    name: str
-    distribution: str
-    reason: str
-
-
 class Plugins:
     """The additions of all installed plugins: backends, transports, readers, rewrites and so on."""
 
@@ -140,50 +123,57 @@ class Plugins:
         self.readers: dict[str, InstalledReader] = {}
         self.commands: dict[str, Command] = {}
         self._owners = dict.fromkeys(COMMANDS, "lfm2kit")  # of commands
-        self.loaded: list[EntryPoint] = []
-        self.broken: list[BrokenPlugin] = []
-        self.silent: list[SilentPlugin] = []
+        self.installed: list[InstalledPlugin] = []
         self._managers: list[tuple[str, pluggy.PluginManager]] = []
         self._rewriters: dict[str, str] = {}  # the plugin that announces each rewrite
         for entry in entries:
             self._load(entry)
 
+    @property
+    def loaded(self) -> list[InstalledPlugin]:
+        return [one for one in self.installed if one.traceback is None]
+
+    @property
+    def broken(self) -> list[InstalledPlugin]:
+        """Return the plugins that could not be loaded."""
+        return [one for one in self.installed if one.traceback is not None]
+
+    @property
+    def silent(self) -> list[InstalledPlugin]:
+        """Return the plugins that were loaded, but add nothing."""
+        return [one for one in self.loaded if one.reason is not None]
+
     def _load(self, entry: EntryPoint) -> None:
-        """Load one plugin in a manager of its own, so that its faults do not affect the others."""
-        distribution = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
         try:
-            manager = pluggy.PluginManager("lfm2kit")
-            manager.add_hookspecs(hookspecs)
-            plugin = entry.load()
-            manager.register(plugin, entry.name)
-            check_hooks(plugin)
-            backends = [b for some in manager.hook.lfm2kit_backends() for b in some]
-            transports = [t for some in manager.hook.lfm2kit_transports() for t in some]
-            readers = [r for some in manager.hook.lfm2kit_checkpoints() for r in some]
-            rewrites = _announced_rewrites(manager, World(), None)
-            commands = [c for some in manager.hook.lfm2kit_commands() for c in some]
-            self._announce(backends, transports, readers, rewrites, commands, distribution)
-            if not any((backends, transports, readers, rewrites, commands)):
-                self._note_silent(entry.name, distribution, manager)
-            self._rewriters |= {rewrite.name: entry.name for rewrite in rewrites}
-            self._managers.append((entry.name, manager))
-            self.loaded.append(entry)
+            self.installed.append(self._loaded(entry))
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as error:  # a plugin may well raise SystemExit
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.broken.append(
-                BrokenPlugin(entry.name, distribution, reason, traceback.format_exc())
-            )
+            broken = InstalledPlugin(entry, reason=reason, traceback=traceback.format_exc())
+            self.installed.append(broken)
 
-    def _note_silent(self, name: str, distribution: str, manager: pluggy.PluginManager) -> None:
-        """Note a plugin that has yielded nothing, unless it may act later."""
-        hooks = {caller.name for caller in manager.get_hookcallers(manager.get_plugin(name)) or ()}
-        if hooks & LATER:
-            return
-        nothing = "none of its functions is marked with @lfm2kit.hookimpl"
-        reason = f"{' and '.join(sorted(hooks))} yielded nothing" if hooks else nothing
-        self.silent.append(SilentPlugin(name, distribution, reason))
+    def _loaded(self, entry: EntryPoint) -> InstalledPlugin:
+        """Load one plugin in a manager of its own, so that its faults do not affect the others."""
+        manager = pluggy.PluginManager("lfm2kit")
+        manager.add_hookspecs(hookspecs)
+        plugin = entry.load()
+        manager.register(plugin, entry.name)
+        check_hooks(plugin)
+        backends = [b for some in manager.hook.lfm2kit_backends() for b in some]
+        transports = [t for some in manager.hook.lfm2kit_transports() for t in some]
+        readers = [r for some in manager.hook.lfm2kit_checkpoints() for r in some]
+        rewrites = _announced_rewrites(manager, World(), None)
+        commands = [c for some in manager.hook.lfm2kit_commands() for c in some]
+        distribution = InstalledPlugin(entry).distribution
+        self._announce(backends, transports, readers, rewrites, commands, distribution)
+        self._rewriters |= {rewrite.name: entry.name for rewrite in rewrites}
+        self._managers.append((entry.name, manager))
+        hooks = sorted(caller.name for caller in manager.get_hookcallers(plugin) or ())
+        announced = (*backends, *transports, *readers, *rewrites, *commands)
+        return InstalledPlugin(
+            entry, tuple(hooks), announced, None if announced else _why_silent(hooks)
+        )
 
     def _announce(
         self,
@@ -331,7 +321,7 @@ class Plugins:
         silent = ", ".join(f"'{one.name}' ({one.reason})" for one in self.silent)
         said = f"; skipped as broken: plugin {broken}" if broken else ""
         said += f"; without any addition: plugin {silent}" if silent else ""
-        return f"{said}; see lfm2kit backends" if said else ""
+        return f"{said}; see lfm2kit plugins" if said else ""
 
     def owner(self, command: str) -> str:
         """Return the distribution that a command comes from."""
@@ -370,6 +360,13 @@ def installed_plugins() -> Plugins:
     return Plugins(list(_allowed(os.environ.get(ALLOW_LIST))))
 
 
+def left_out() -> list[InstalledPlugin]:
+    """Return the plugins that the allow-list leaves out, which are not imported."""
+    allowed = list(_allowed(os.environ.get(ALLOW_LIST)))
+    reason = f"{ALLOW_LIST} does not name it"
+    return [InstalledPlugin(one, reason=reason) for one in _installed() if one not in allowed]
+
+
 def find_transport(name: str) -> TransportPlugin:
     """Load the plugin of the transport `name`, and no other plugin, and return the transport.
 
@@ -406,6 +403,15 @@ def _allowed(allow_list: str | None) -> Iterator[EntryPoint]:
             f"{ALLOW_LIST} names '{asked}'; {choices(asked, [e.name for e in entries])}"
         )
     yield from (entry for entry in entries if entry.name in names)
+
+
+def _why_silent(hooks: list[str]) -> str | None:
+    """Return why a plugin with these hooks, which have yielded nothing, is not used at all."""
+    if LATER.intersection(hooks):
+        return None
+    if not hooks:
+        return "none of its functions is marked with @lfm2kit.hookimpl"
+    return f"{' and '.join(hooks)} yielded nothing"
 
 
 def _announced_rewrites(manager: Any, world: World, transport: Transport | None) -> list[Any]:

@@ -26,6 +26,6 @@ class CheckpointReader:
     """
 
     name: str
-    summary: str  # one line for `lfm2kit backends`
+    summary: str  # one line for `lfm2kit plugins`
     recognises: Callable[[Path], bool]
     open: Callable[[Path], Checkpoint]

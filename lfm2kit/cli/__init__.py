@@ -17,6 +17,7 @@ from lfm2kit.cli.generate import generate
 from lfm2kit.cli.help import PlainCommand
 from lfm2kit.cli.plan import plan
 from lfm2kit.cli.plugin_commands import CONTEXT, Commands
+from lfm2kit.cli.plugins import plugins
 from lfm2kit.cli.profile import profile
 from lfm2kit.cli.ranks import RanksCommand
 from lfm2kit.cli.run import run
@@ -41,7 +42,7 @@ for ranked in (run, warmup, calibrate, generate):
 app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
 app.add_typer(transports, name="transports")
-for command in (chat, bench, profile, verify, convert, specs, tokenize, env):
+for command in (chat, bench, profile, verify, convert, specs, tokenize, plugins, env):
     app.command(cls=PlainCommand)(command)
 
 

@@ -10,13 +10,12 @@ from rich.table import Column
 
 from lfm2kit.backend import Context
 from lfm2kit.building.options import About, Options
-from lfm2kit.building.plugins import Plugins, installed_plugins
+from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.cli.asked import Asked
 from lfm2kit.cli.console import STDOUT, Report, show_table
 from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, flags, spread
 from lfm2kit.errors import Lfm2kitError, choices
-from lfm2kit.text import indented
 
 ABOUT = {field.name: field.metadata["about"] for field in fields(Options)}
 
@@ -77,12 +76,14 @@ def _default(context: typer.Context, json: JsonOption = None) -> None:
 
 @backends.command("list", cls=PlainCommand)
 def list_backends(json: JsonOption = None) -> None:
-    """List everything that plugins add, and why plugins could not be loaded."""
+    """List the backends that plugins add, and whether each can run here."""
     plugins = installed_plugins()
     report = Report(json)
-    report.fields = _description(plugins)
-    if json != "-":
-        _show(report)
+    report.fields = {"backends": [_description(*item) for item in sorted(plugins.backends.items())]}
+    if json != STDOUT:
+        _show(report.fields["backends"])
+    for unused in (*plugins.broken, *plugins.silent):
+        report.line(f"plugin '{unused.name}' is not used; see lfm2kit plugins")
     report.write()
 
 
@@ -154,74 +155,22 @@ def matrix(
     show_matrix(report, name, [Context(one, threads) for one in names], markdown)
 
 
-def _description(plugins: Plugins) -> dict[str, Any]:
+def _description(name: str, installed: InstalledBackend) -> dict[str, Any]:
     return {
-        "backends": [
-            {
-                "name": name,
-                "summary": installed.plugin.summary,
-                "distribution": installed.distribution,
-                "api_version": installed.plugin.api_version,
-                "precisions": [precision.name for precision in installed.plugin.precisions],
-                "cannot_run": installed.why_not,
-            }
-            for name, installed in sorted(plugins.backends.items())
-        ],
-        "transports": [
-            {"name": name, "summary": transport.summary}
-            for name, transport in sorted(plugins.transports.items())
-        ],
-        "readers": [
-            {
-                "name": name,
-                "summary": reader.plugin.summary,
-                "distribution": reader.distribution,
-            }
-            for name, reader in sorted(plugins.readers.items())
-        ],
-        "rewrites": [
-            {"name": name, "summary": rewrite.summary, "automatic": rewrite.is_automatic}
-            for name, rewrite in plugins.rewrites().items()
-        ],
-        "commands": [
-            {"name": name, "distribution": plugins.owner(name)} for name in sorted(plugins.commands)
-        ],
-        "silent": [
-            {"name": one.name, "distribution": one.distribution, "reason": one.reason}
-            for one in plugins.silent
-        ],
-        "broken": [
-            {
-                "name": broken.name,
-                "distribution": broken.distribution,
-                "reason": broken.reason,
-                "traceback": broken.details,
-            }
-            for broken in plugins.broken
-        ],
+        "name": name,
+        "summary": installed.plugin.summary,
+        "distribution": installed.distribution,
+        "api_version": installed.plugin.api_version,
+        "precisions": [precision.name for precision in installed.plugin.precisions],
+        "cannot_run": installed.why_not,
     }
 
 
-def _show(report: Report) -> None:
+def _show(backends: list[dict[str, Any]]) -> None:
     headings = ("backend", "what it is", "from", "precisions", "here")
     rows = [
         (row["name"], row["summary"], row["distribution"], ", ".join(row["precisions"]), here)
-        for row in report.fields["backends"]
+        for row in backends
         for here in [row["cannot_run"] or "ready"]
     ]
     show_table(rows, *(Column(heading, overflow="fold") for heading in headings))
-    for row in report.fields["transports"]:
-        report.line(f"transport {row['name']}: {row['summary']}")
-    for row in report.fields["readers"]:
-        report.line(f"reader {row['name']}: {row['summary']} (from {row['distribution']})")
-    for row in report.fields["rewrites"]:
-        report.line(f"rewrite {row['name']}: {row['summary']}")
-    for row in report.fields["commands"]:
-        report.line(f"command {row['name']}: {row['distribution']}")
-    for row in report.fields["silent"]:
-        report.line(f"plugin '{row['name']}' ({row['distribution']}) adds nothing: {row['reason']}")
-    for row in report.fields["broken"]:
-        report.line()
-        report.line(f"plugin '{row['name']}' ({row['distribution']}) skipped: {row['reason']}")
-        for line in indented(row["traceback"]):
-            report.line(line)

@@ -75,7 +75,7 @@ JSON = About("Also write the result as JSON; - means stdout.", metavar="FILE|-")
 JsonOption = Annotated[str | None, flags("json", JSON)]
 RANKS = About("Number of processes that share samples and experts.", least=1)
 RanksOption = Annotated[int | None, flags("ranks", RANKS)]
-TRANSPORT = About("How ranks exchange data, as `lfm2kit backends` lists it.", metavar="NAME")
+TRANSPORT = About("How ranks exchange data, as `lfm2kit plugins` lists it.", metavar="NAME")
 TransportOption = Annotated[str, flags("transport", TRANSPORT)]
 IndependentOption = Annotated[
     bool,

@@ -24,7 +24,7 @@ def chosen(values: dict[str, Any]) -> tuple[str, ...]:
     flags = [name for name in FLAGS if values.pop(_parameter(name))]
     others = values.pop("rewrite") or []
     if "" in others:
-        raise Lfm2kitError("--rewrite '': expected a name; `lfm2kit backends` lists them")
+        raise Lfm2kitError("--rewrite '': expected a name; `lfm2kit plugins` lists them")
     return (*flags, *others)
 
 
@@ -52,7 +52,7 @@ def settled(rewrites: Iterable[str]) -> dict[str, object]:
 def parameters() -> list[inspect.Parameter]:
     """Return the parameters that Typer makes these options of."""
     flags = [_option(name, bool, False, summary) for name, summary in FLAGS.items()]
-    summary = "A plugin's rewrite, as `lfm2kit backends` lists it; repeat the option for several."
+    summary = "A plugin's rewrite, as `lfm2kit plugins` lists it; repeat the option for several."
     return [*flags, _option("rewrite", list[str] | None, None, summary, metavar="NAME")]
 
 

@@ -31,7 +31,7 @@ EXCHANGE = "exchange"  # the check that depends on a memory
 transports = typer.Typer(cls=PlainGroup, help="Check a transport.", no_args_is_help=True)
 
 NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="The transport, as `lfm2kit backends` lists it.")
+    str, typer.Argument(metavar="NAME", help="The transport, as `lfm2kit plugins` lists it.")
 ]
 RanksOption = Annotated[int, flags("ranks", About("Number of ranks of each job.", least=1))]
 BackendOption = Annotated[

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, version
+from importlib.metadata import Distribution, PackageNotFoundError, version
 from pathlib import Path
 
 import lfm2kit
@@ -50,12 +50,12 @@ def of_memories(placed: Placed) -> Facts:
 def of_code(plugins: Plugins) -> Facts:
     """Return versions and contents of lfm2kit and plugins, and the versions of dependencies."""
     facts = {"lfm2kit": _package("lfm2kit", f"lfm2kit {lfm2kit.__version__}")}
-    for entry in plugins.loaded:
-        facts[f"plugin {entry.name}"] = _package(entry.module, _distribution(entry))
+    for plugin in plugins.loaded:
+        facts[f"plugin {plugin.name}"] = _package(plugin.entry.module, plugin.distribution)
     for broken in plugins.broken:
-        facts[f"plugin {broken.name}"] = Fact("broken", broken.reason)
+        facts[f"plugin {broken.name}"] = Fact("broken", broken.reason or "")
     facts["Python"] = Fact(f"{platform.python_version()} on {platform.machine()}", sys.executable)
-    distributions = [entry.dist for entry in plugins.loaded if entry.dist is not None]
+    distributions = [one.entry.dist for one in plugins.loaded if one.entry.dist is not None]
     return facts | {name: Fact(_version(name)) for name in sorted(_requirements(distributions))}
 
 
@@ -145,10 +145,6 @@ def _sources(folder: Path) -> Iterator[Path]:
 def _contents(path: Path) -> Iterator[bytes]:
     size = path.stat().st_size
     yield path.read_bytes() if size <= WHOLE_FILE else str(size).encode()
-
-
-def _distribution(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
 
 
 def _requirements(distributions: Iterable[Distribution]) -> set[str]:

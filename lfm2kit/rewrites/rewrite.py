@@ -24,7 +24,7 @@ class Rewrite:
     """
 
     name: str  # as in `--rewrite NAME`
-    summary: str  # one line for the help of the command line, and for `lfm2kit backends`
+    summary: str  # one line for the help of the command line, and for `lfm2kit plugins`
     apply: Callable[[specs.Model], specs.Model]
     joins: Joins = field(default_factory=dict)
     has_state: bool = True  # whether a sequence can go on after a forward of the rewritten model

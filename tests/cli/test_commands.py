@@ -392,7 +392,7 @@ def test_a_rewrite_that_is_not_there_is_named(cli: Cli) -> None:
     for command in ("run", "plan", "bench"):
         fails(cli(command, "--rewrite", "trin"), "unknown rewrite 'trin'", "'trim'")
     fails(cli("plan", "--trim", "--rewrite", "trim"), "rewrite 'trim' is given twice")
-    assert "rewrite trim: Leave out rows" in cli("backends").out
+    fails(cli("plan", "--rewrite", ""), "`lfm2kit plugins` lists them")
 
 
 @pytest.fixture
@@ -462,7 +462,6 @@ def test_a_plan_file_says_the_same_as_text(cli: Cli, tmp_path: Path) -> None:
 def test_backends_lists_what_can_run_here(cli: Cli) -> None:
     fields = json.loads(cli("backends", "--json", "-").out)
     assert {"reference", "cpu_simd", "hybrid"} <= {row["name"] for row in fields["backends"]}
-    assert fields["broken"] == []
     assert "cpu_simd" in cli("backends", "list").out
 
 

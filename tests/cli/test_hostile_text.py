@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+from lfm2kit.building.installed import InstalledPlugin
 from lfm2kit.building.loading import EMBEDDED
-from lfm2kit.building.plugins import BrokenPlugin, Plugins
+from lfm2kit.building.plugins import GROUP, Plugins
 from tests.checkpoint.typed import Cli, Typed
 
 NAMES = ["x\nVALID", "\x1b[2J\x1b]0;title\x07", "\u202eDILAV\u2066", "[red]:smile:[/]", "n" * 200]
@@ -90,11 +92,14 @@ def test_the_texts_of_plugins_are_not_printed_raw(
 ) -> None:
     plugins = Plugins([])
     text = "odd\nVALID\x1b[2J"
-    plugins.broken.append(BrokenPlugin(text, text, text, f"Traceback:\n  raise\n{text}"))
-    monkeypatch.setattr(sys.modules["lfm2kit.cli.backends"], "installed_plugins", lambda: plugins)
-    done = cli("backends")
-    assert_harmless(done, valid=0)
-    assert "  VALID\\x1b[2J" in done.out.split("\n")
+    entry, details = EntryPoint(text, text, GROUP), f"Traceback:\n  raise\n{text}"
+    plugins.installed.append(InstalledPlugin(entry, reason=text, traceback=details))
+    for module in ("backends", "plugins"):
+        monkeypatch.setattr(
+            sys.modules[f"lfm2kit.cli.{module}"], "installed_plugins", lambda: plugins
+        )
+        assert_harmless(done := cli(module), valid=0)
+    assert "    VALID\\x1b[2J" in done.out.split("\n")
 
 
 def test_the_exception_of_a_bug_is_not_printed_raw(

@@ -24,7 +24,7 @@ for backend in ("cpu_simd", "hybrid", "auto", "cuda"):
     with suppress(Lfm2kitError):  # there may be no GPU
         app(["plan", "--backend", backend, "--json", "-"], standalone_mode=False)
         print(backend, "was planned", file=sys.stderr)
-for command in (["backends"], ["env"], ["--help"], ["run", "--help"]):
+for command in (["backends"], ["plugins"], ["env"], ["--help"], ["run", "--help"]):
     app(command, standalone_mode=False)
     print(*command, "ended", file=sys.stderr)
 

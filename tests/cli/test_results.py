@@ -98,7 +98,7 @@ def test_a_backend_that_fails_fails_even_where_the_report_cannot_be_written(
 @pytest.mark.parametrize(
     "words",
     [RUN, ["plan"], ["env"], ["backends", "list"], ["backends", "check", "reference"], ["warmup"],
-     ["transports", "check", "mpi"], ["calibrate"]],
+     ["plugins"], ["transports", "check", "mpi"], ["calibrate"]],
     ids=" ".join,
 )  # fmt: skip
 def test_a_full_device_is_refused_before_any_work(cli: Cli, words: list[str]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,17 @@ def lfm2kit(
 
 
 def listing(site: Path, **variables: str) -> dict[str, Any]:
-    """Return what `lfm2kit backends` says, each list as a dict by name."""
-    done = lfm2kit(site, "backends", "--json", "-", **variables)
+    """Return what `lfm2kit plugins` says of each plugin, by its name."""
+    done = lfm2kit(site, "plugins", "--json", "-", **variables)
     assert done.returncode == 0, done.stderr
-    fields = json.loads(done.stdout)
-    return {what: {row["name"]: row for row in rows} for what, rows in fields.items()}
+    return {row["name"]: row for row in json.loads(done.stdout)["plugins"]}
+
+
+def added(listed: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return all that the listed plugins add of one kind, by its name, each with its plugin."""
+    return {
+        one["name"]: {**one, "plugin": row["name"]}
+        for row in listed.values()
+        for one in row["adds"]
+        if one["kind"] == kind
+    }

@@ -18,7 +18,7 @@ import pytest
 from lfm2kit.batch import Batch
 from lfm2kit.building.loading import find_model
 from tests.core.small import build, small_spec
-from tests.plugins.distributions import environment, install_project
+from tests.plugins.distributions import added, environment, install_project, listing
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 GROWING = "## Growing it"
@@ -210,11 +210,10 @@ def test_the_reader_of_the_page_reads_what_the_plugin_for_int8_makes(tmp_path: P
 
 
 def test_what_the_examples_of_the_last_part_bring_is_found(grown: Path) -> None:
-    done = run("lfm2kit backends --json -", grown)
-    found = json.loads(done.stdout)
-    assert not found["broken"]
-    assert "halves" in {row["name"] for row in found["rewrites"]}
-    assert "mine_int8" in {row["name"] for row in found["readers"]}
+    found = listing(grown / "site")
+    assert not [row["name"] for row in found.values() if row["not_used"]]
+    assert "halves" in added(found, "rewrite")
+    assert "mine_int8" in added(found, "reader")
 
 
 def test_every_link_within_the_page_has_its_heading() -> None:

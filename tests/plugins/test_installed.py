@@ -117,7 +117,11 @@ def test_the_installed_core_is_used_and_the_plugins_are_found(installed: Install
     assert set(backends) == {"reference", "blas", "int8"}
     assert backends["blas"]["distribution"] == "lfm2kit-blas 0.1.0"
     assert backends["blas"]["cannot_run"] is None
-    assert listed["broken"] == []
+    plugins = json.loads(installed.succeeds("lfm2kit", "plugins", "--json", "-"))["plugins"]
+    assert [row["name"] for row in plugins if row["not_used"]] == []
+    assert {row["editable"] for row in plugins} == {False}
+    (packages,) = {row["folder"] for row in plugins}
+    assert Path(packages).is_relative_to(installed.programs.parent)
 
 
 @pytest.mark.parametrize(

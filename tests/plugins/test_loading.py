@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -13,7 +14,7 @@ from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import GROUP, Plugins
 from lfm2kit.errors import Lfm2kitError
-from tests.plugins.distributions import announcing, environment, install, lfm2kit, listing
+from tests.plugins.distributions import added, announcing, environment, install, lfm2kit, listing
 from tests.random_model import RANDOM
 
 ABSENT_IMPORT = "import a_module_that_is_not_there"
@@ -121,12 +122,26 @@ OLD_API = """
 
 def test_a_backend_is_found_by_its_entry_point_and_runs(tmp_path: Path) -> None:
     install(tmp_path, "mine", announcing("mine"))
-    listed = listing(tmp_path)
-    assert listed["backends"]["mine"]["distribution"] == "lfm2kit-mine 1.0"
-    assert listed["backends"]["mine"]["cannot_run"] is None
-    assert listed["broken"] == {}
+    row = listing(tmp_path)["mine"]
+    assert (row["package"], row["version"]) == ("lfm2kit-mine", "1.0")
+    assert (row["folder"], row["editable"]) == (str(tmp_path), False)
+    assert (row["hooks"], row["not_used"]) == (["lfm2kit_backends"], None)
+    summary = {"kind": "backend", "name": "mine", "summary": "a twin of reference"}
+    assert row["adds"] == [{**summary, "api_version": 1, "cannot_run": None}]
     run = lfm2kit(tmp_path, "run", "--backend", "mine", "-n", "2", "-v")
     assert (run.returncode, "\nVALID\n" in run.stdout) == (0, True), run.stderr
+
+
+def test_an_editable_plugin_is_in_its_project_and_not_in_the_environment(tmp_path: Path) -> None:
+    install(tmp_path, "mine", announcing("mine"))
+    origin = {"url": (tmp_path / "a project").as_uri(), "dir_info": {"editable": True}}
+    written = tmp_path / "lfm2kit_mine-1.0.dist-info" / "direct_url.json"
+    written.write_text(json.dumps(origin))
+    row = listing(tmp_path)["mine"]
+    assert (row["folder"], row["editable"]) == (str(tmp_path / "a project"), True)
+    written.write_text("[]")
+    row = listing(tmp_path)["mine"]
+    assert (row["folder"], row["editable"]) == (str(tmp_path), False)
 
 
 @pytest.mark.parametrize(
@@ -150,14 +165,14 @@ def test_a_broken_plugin_is_listed_with_its_traceback_and_harms_no_other(
     install(tmp_path, "odd", source)
     install(tmp_path, "mine", announcing("mine"))
     listed = listing(tmp_path)
-    assert list(listed["broken"]) == ["odd"]
-    broken = listed["broken"]["odd"]
-    assert reason in broken["reason"]
-    assert "\n" not in broken["reason"]
-    assert broken["distribution"] == "lfm2kit-odd 1.0"
+    assert [name for name, row in listed.items() if row["not_used"]] == ["odd"]
+    broken = listed["odd"]
+    assert reason in broken["not_used"]
+    assert "\n" not in broken["not_used"]
+    assert (broken["package"], broken["version"]) == ("lfm2kit-odd", "1.0")
     assert broken["traceback"].startswith("Traceback")
-    assert {"mine", "reference"} <= set(listed["backends"])
-    assert "odd" not in listed["backends"]
+    assert broken["adds"] == []
+    assert {"mine", "reference"} <= set(added(listed, "backend"))
 
 
 @pytest.mark.parametrize(
@@ -170,33 +185,32 @@ def test_a_broken_plugin_is_listed_with_its_traceback_and_harms_no_other(
 def test_a_plugin_that_adds_nothing_is_named(tmp_path: Path, source: str, reason: str) -> None:
     install(tmp_path, "odd", source)
     install(tmp_path, "later", ACTS_LATER)
-    row = {"name": "odd", "distribution": "lfm2kit-odd 1.0", "reason": reason}
-    listed = listing(tmp_path)
-    assert (listed["silent"], listed["broken"]) == ({"odd": row}, {})
+    rows = listing(tmp_path).values()
+    unused = [(row["name"], row["not_used"], row["traceback"]) for row in rows if row["not_used"]]
+    assert unused == [("odd", reason, None)]
     done = lfm2kit(tmp_path, "backends", "check", "odd")
     assert (done.returncode, done.stdout) == (2, "")
-    says = f"; without any addition: plugin 'odd' ({reason}); see lfm2kit backends\n"
+    says = f"; without any addition: plugin 'odd' ({reason}); see lfm2kit plugins\n"
     assert done.stderr.endswith(says)
-    assert (
-        f"plugin 'odd' (lfm2kit-odd 1.0) adds nothing: {reason}"
-        in lfm2kit(tmp_path, "backends").stdout
-    )
+    assert f"  not used: {reason}\n" in lfm2kit(tmp_path, "plugins").stdout
+    says = "plugin 'odd' is not used; see lfm2kit plugins\n"
+    assert lfm2kit(tmp_path, "backends").stdout.endswith(says)
 
 
 def test_a_misspelt_hook_is_named_with_the_nearest_one(tmp_path: Path) -> None:
     install(tmp_path, "odd", MISSPELT)
-    reason = listing(tmp_path)["broken"]["odd"]["reason"]
+    reason = listing(tmp_path)["odd"]["not_used"]
     assert "Did you mean 'lfm2kit_backends'?" in reason
 
 
 def test_a_wrong_argument_name_is_shown_in_the_traceback(tmp_path: Path) -> None:
     install(tmp_path, "odd", WRONG_ARGUMENT)
-    assert "spek" in listing(tmp_path)["broken"]["odd"]["traceback"]
+    assert "spek" in listing(tmp_path)["odd"]["traceback"]
 
 
 def test_another_api_version_is_listed_with_both_numbers_and_never_created(tmp_path: Path) -> None:
     install(tmp_path, "odd", OLD_API)
-    row = listing(tmp_path)["backends"]["odd"]
+    row = added(listing(tmp_path), "backend")["odd"]
     assert row["api_version"] == 99
     assert "99" in row["cannot_run"]
     assert "this lfm2kit has 1" in row["cannot_run"]
@@ -228,8 +242,8 @@ def test_of_two_backends_of_one_name_the_second_is_refused_and_the_first_named(
     install(tmp_path, "one", announcing("same"))
     install(tmp_path, "two", announcing("same"))
     listed = listing(tmp_path)
-    assert listed["backends"]["same"]["distribution"] == "lfm2kit-one 1.0"
-    assert "'same', which is lfm2kit-one 1.0's" in listed["broken"]["two"]["reason"]
+    assert added(listed, "backend")["same"]["plugin"] == "one"
+    assert "'same', which is lfm2kit-one 1.0's" in listed["two"]["not_used"]
 
 
 def test_of_two_commands_of_one_name_the_second_is_refused_and_the_first_runs(
@@ -240,15 +254,15 @@ def test_of_two_commands_of_one_name_the_second_is_refused_and_the_first_runs(
     done = lfm2kit(tmp_path, "hello", "you")
     assert (done.returncode, done.stdout) == (0, "hello you from one\n"), done.stderr
     listed = listing(tmp_path)
-    assert listed["commands"]["hello"]["distribution"] == "lfm2kit-one 1.0"
-    assert "'hello', which is lfm2kit-one 1.0's" in listed["broken"]["two"]["reason"]
+    assert added(listed, "command")["hello"]["plugin"] == "one"
+    assert "'hello', which is lfm2kit-one 1.0's" in listed["two"]["not_used"]
 
 
 def test_no_plugin_can_take_the_name_of_a_backend_of_ours(tmp_path: Path) -> None:
     install(tmp_path, "zealous", announcing("reference"))
     listed = listing(tmp_path)
-    assert listed["backends"]["reference"]["distribution"].startswith("lfm2kit ")
-    assert "zealous" in listed["broken"]
+    assert added(listed, "backend")["reference"]["plugin"] == "reference"
+    assert "'reference', which is lfm2kit " in listed["zealous"]["not_used"]
 
 
 @pytest.mark.parametrize(
@@ -266,8 +280,9 @@ def test_the_allow_list_alone_says_what_is_loaded(
     install(tmp_path, "mine", announcing("mine"))
     install(tmp_path, "odd", EXITS)
     listed = listing(tmp_path, LFM2KIT_PLUGINS=allowed)
-    assert set(listed["backends"]) == expected
-    assert listed["broken"] == {}
+    assert {name for name, row in listed.items() if row["not_used"] is None} == expected
+    assert set(added(listed, "backend")) == expected
+    assert listed["odd"]["not_used"] == "LFM2KIT_PLUGINS does not name it"
 
 
 def test_an_unknown_name_in_the_allow_list_is_an_error_with_the_nearest(tmp_path: Path) -> None:

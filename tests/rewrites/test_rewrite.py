@@ -82,7 +82,7 @@ def lfm2kit_rewrites() -> Iterator[Rewrite]:
 
 def plugins_of(monkeypatch: pytest.MonkeyPatch, *hooks: Any) -> Plugins:
     """Return the plugins `extra_0`, `extra_1`, ... with one hook each, beside the reference."""
-    entries = [entry for entry in installed_plugins().loaded if entry.name == "reference"]
+    entries = [one.entry for one in installed_plugins().loaded if one.name == "reference"]
     for i, hook in enumerate(hooks):
         module = ModuleType(f"extra_{i}")
         module.lfm2kit_rewrites = hook  # type: ignore[attr-defined]
