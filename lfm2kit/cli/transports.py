@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,7 +59,7 @@ def check(
 ) -> None:
     """Start a job for each check of a transport, and exit with code 1 if one fails."""
     from lfm2kit.cli.verdicts import conclude
-    from lfm2kit.testing.jobs import JOB_CHECKS, judged, selected
+    from lfm2kit.testing.jobs import run_job_check, selected
 
     report = Report(json)
     launcher = find_transport(name).launcher
@@ -68,13 +67,10 @@ def check(
     if (size := launcher.world_size()) is not None:
         raise Lfm2kitError(f"this is a rank of a job of {size}; the checks start jobs themselves")
     memory = _memory_of(backend, World())
-    words = ["--ranks", str(ranks), *(["--backend", backend] if backend is not None else [])]
     results = []
     with progress(f"checking {name}", len(ids), "checks") as advance:
         for one in ids:
-            steps.set_deadline(JOB_CHECKS[one].deadline)
-            arguments = ["transports", "rank", name, one, *words]
-            result = judged(one, partial(launcher.launch, ranks, arguments))
+            result = run_job_check(one, name, launcher, ranks, backend)
             results.append(_with_place(result, memory))
             advance(1)
     given = [Option("ranks", ranks)] + ([Option("backend", backend)] if backend is not None else [])
@@ -96,8 +92,8 @@ def _with_place(result: Result, memory: Memory) -> Result:
 def rank(
     name: NameArgument,
     check_id: Annotated[str, typer.Argument(metavar="ID", help="The check.")],
-    ranks: RanksOption = 2,
-    backend: BackendOption = None,
+    ranks: Annotated[int, typer.Argument(metavar="RANKS")],
+    backend: Annotated[str | None, typer.Argument(metavar="BACKEND")] = None,
 ) -> None:
     """Do the part of one rank in a check; `lfm2kit transports check` starts it."""
     from lfm2kit.testing.jobs import JOB_CHECKS, exit_code_of, joined, run_on_rank, selected

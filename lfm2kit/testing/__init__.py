@@ -8,6 +8,7 @@
         check()
 
     lfm2kit transports check mine                                the same for a transport
+    @lfm2kit.testing.parametrize_transport_checks("mine")
 
     DeviceMemory(delay=1e-4)                                     a device that is a thread
     check_transport(transport)                                   on every rank of a job
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from lfm2kit.testing.checks import CHECKS, Check
 from lfm2kit.testing.device import DeviceMemory
-from lfm2kit.testing.parametrize import parametrize_backend_checks
+from lfm2kit.testing.parametrize import parametrize_backend_checks, parametrize_transport_checks
 from lfm2kit.testing.random_inputs import random_batch, random_inputs
 from lfm2kit.testing.random_weights import random_weights
 from lfm2kit.testing.runner import Result, run_checks
@@ -44,6 +45,7 @@ __all__ = [
     "check_exchange",
     "check_transport",
     "parametrize_backend_checks",
+    "parametrize_transport_checks",
     "random_batch",
     "random_inputs",
     "random_weights",

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
@@ -80,6 +81,20 @@ def judged(name: str, launch: Callable[[], int], patience: float = PATIENCE) -> 
         first_line = (str(error).splitlines() or [""])[0]
         verdict, detail = "failed", f"launch raised {type(error).__name__}: {first_line}"
     return Result(name, verdict, detail, time.perf_counter() - start)
+
+
+def run_job_check(
+    name: str, transport: str, launcher: Launcher, ranks: int, backend: str | None = None
+) -> Result:
+    """Return the result of a check, in a job of `ranks` ranks of this command line."""
+    before = progress.THIS_PROCESS.deadline
+    progress.set_deadline(JOB_CHECKS[name].deadline)
+    words = ["transports", "rank", transport, name, str(ranks)]
+    arguments = words if backend is None else [*words, backend]
+    try:
+        return judged(name, partial(launcher.launch, ranks, arguments))
+    finally:
+        progress.set_deadline(before)
 
 
 def run_on_rank(name: str, transport: Transport, memory: Memory = HOST) -> None:

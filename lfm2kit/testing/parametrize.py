@@ -1,20 +1,21 @@
-"""The checks as pytest cases, for the tests of whoever writes a backend."""
+"""The checks as pytest cases, for the tests of whoever writes a backend or a transport."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from lfm2kit.backend import Backend, Context
-from lfm2kit.building.plugins import installed_plugins
+from lfm2kit.building.plugins import find_transport, installed_plugins
 from lfm2kit.precisions import Precision
 from lfm2kit.testing.checks import CHECKS
+from lfm2kit.testing.jobs import JOB_CHECKS, run_job_check
 from lfm2kit.testing.runner import run_check
 from lfm2kit.testing.scope import DEFAULT_SCOPE, Scope, examples_here
 from lfm2kit.testing.selection import selected
 from lfm2kit.testing.tracebacks import hide_frames
-from lfm2kit.testing.verdicts import Skipped
+from lfm2kit.testing.verdicts import CheckFailed, Skipped
 
 if TYPE_CHECKING:
     import pytest
@@ -95,3 +96,24 @@ def _created_once(name: str, precision: str) -> Callable[[], tuple[Backend, Prec
         return plugins.creator(Context(precision))(name), plugins.precision(name, precision)
 
     return create
+
+
+def parametrize_transport_checks(transport: str, ranks: int = 2) -> pytest.MarkDecorator:
+    """Return a decorator that makes a case for every check of an installed transport:
+
+        @lfm2kit.testing.parametrize_transport_checks("mine")
+        def test_transport(check):
+            check()
+
+    Each starts a job of `ranks` ranks, as `lfm2kit transports check` does.
+    """
+    import pytest
+
+    cases = [pytest.param(partial(_check_job, one, transport, ranks), id=one) for one in JOB_CHECKS]
+    return pytest.mark.parametrize("check", cases)
+
+
+def _check_job(name: str, transport: str, ranks: int) -> None:
+    result = run_job_check(name, transport, find_transport(transport).launcher, ranks)
+    if result.verdict == "failed":
+        raise CheckFailed(result.detail)
