@@ -14,6 +14,7 @@ from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.cli.asked import Asked
 from lfm2kit.cli.console import STDOUT, Report, show_table
 from lfm2kit.cli.help import PlainCommand, PlainGroup
+from lfm2kit.cli.new_package import IntoOption, show_package
 from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, flags, spread
 from lfm2kit.errors import Lfm2kitError, choices
 
@@ -65,7 +66,7 @@ ModelOption = Annotated[
     ),
 ]
 
-backends = typer.Typer(cls=PlainGroup, help="List the installed backends, or check one.")
+backends = typer.Typer(cls=PlainGroup, help="List the installed backends, check one, or begin one.")
 
 
 @backends.callback(invoke_without_command=True)
@@ -153,6 +154,22 @@ def matrix(
     plugin = installed_plugins().backend(name)
     names = [one.name for one in plugin.precisions] if precision is None else [precision]
     show_matrix(report, name, [Context(one, threads) for one in names], markdown)
+
+
+@backends.command("new", cls=PlainCommand)
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name of your backend.")],
+    into: IntoOption = None,
+) -> None:
+    """Begin a package with a backend of your own, which passes the conformance suite."""
+    from lfm2kit.authoring.package import new_package
+
+    show_package(
+        new_package("backend", name, into),
+        f"the backend '{name}', which builds dense feed-forwards and experts",
+        f"lfm2kit backends check {name}",
+        f"lfm2kit run --backend reference,mlp={name},experts={name} -v",
+    )
 
 
 def _description(name: str, installed: InstalledBackend) -> dict[str, Any]:

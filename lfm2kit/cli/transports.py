@@ -15,6 +15,7 @@ from lfm2kit.building.plugins import find_transport, installed_plugins
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.cli.console import Report, progress
 from lfm2kit.cli.help import PlainCommand, PlainGroup
+from lfm2kit.cli.new_package import IntoOption, show_package
 from lfm2kit.cli.options import JsonOption, flags
 from lfm2kit.cli.ranks import ending_all_ranks
 from lfm2kit.errors import Lfm2kitError, Option
@@ -27,7 +28,9 @@ if TYPE_CHECKING:  # the conformance suite takes a while to import
 
 EXCHANGE = "exchange"  # the check that depends on a memory
 
-transports = typer.Typer(cls=PlainGroup, help="Check a transport.", no_args_is_help=True)
+transports = typer.Typer(
+    cls=PlainGroup, help="Check a transport or begin one.", no_args_is_help=True
+)
 
 NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="The transport, as `lfm2kit plugins` lists it.")
@@ -40,11 +43,6 @@ BackendOption = Annotated[
         About("Check the exchange in this backend's memory.", "in the host's", metavar="NAME"),
     ),
 ]
-
-
-@transports.callback()
-def _group() -> None:
-    """Keep `check` a command of a group, although it is the only one to be listed."""
 
 
 @transports.command("check", cls=PlainCommand)
@@ -86,6 +84,22 @@ def _with_place(result: Result, memory: Memory) -> Result:
     else:
         where = f"in the memory '{memory.name}'"
     return result._replace(detail=where)
+
+
+@transports.command("new", cls=PlainCommand)
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name of your transport.")],
+    into: IntoOption = None,
+) -> None:
+    """Begin a package with a transport of your own, which passes all checks."""
+    from lfm2kit.authoring.package import new_package
+
+    show_package(
+        new_package("transport", name, into),
+        f"the transport '{name}', which connects ranks on one machine",
+        f"lfm2kit transports check {name}",
+        f"lfm2kit run --transport {name} --ranks 2 -v",
+    )
 
 
 @transports.command("rank", cls=PlainCommand, hidden=True)

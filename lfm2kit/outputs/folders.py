@@ -50,6 +50,29 @@ def replaced_folder(path: Path, note: Note = warnings.warn) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder that becomes `path` when the block ends well, and is removed if not.
+
+    Raise `Lfm2kitError` if it cannot be written, or if there is something at `path`.
+    """
+    if os.path.lexists(path):
+        raise Lfm2kitError(f"{path} is there already; remove it, or name another folder")
+    remove_leftovers(path)
+    partial = beside(path, "partial")
+    try:
+        partial.mkdir()
+        with held(partial):
+            yield partial
+            _sync_all(partial)
+            partial.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        raise Lfm2kitError(f"{path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def remove_leftovers_of_folder(path: Path) -> None:
     """Remove the partial folders that killed runs left beside `path` and inside it."""
     remove_leftovers(path)

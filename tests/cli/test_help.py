@@ -19,8 +19,10 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
 
 
 @pytest.mark.parametrize(
-    "words", ["", *sorted(COMMANDS), "backends list", "backends check", "transports check"]
-)
+    "words",
+    ["", *sorted(COMMANDS), *(f"backends {one}" for one in ("list", "check", "new")),
+     "transports check", "transports new"],
+)  # fmt: skip
 def test_flags_and_options_show_what_to_type(
     words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,19 +1,16 @@
-"""What a user has: wheels of lfm2kit and of two plugins, in an environment without the checkout."""
+"""What a user has: wheels of lfm2kit and of plugins, in an environment without the checkout."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
-import subprocess
-import sys
 import zipfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
+from tests.plugins.clean_environment import Installed
 from tests.plugins.distributions import build_wheel
 
 pytestmark = pytest.mark.wheels
@@ -21,33 +18,7 @@ pytestmark = pytest.mark.wheels
 ROOT = Path(__file__).parents[2]
 NAMES = ("lfm2kit-blas", "lfm2kit-int8", "lfm2kit-slices", "lfm2kit-trace")
 PROJECTS = {name: ROOT / "plugins" / name for name in NAMES}
-
-
-class Installed:
-    """An environment's programs, run from an empty folder."""
-
-    def __init__(self, environment: Path, folder: Path) -> None:
-        self.programs = environment / "bin"
-        self.folder = folder
-
-    def run(
-        self, program: str, *arguments: str, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("LFM2KIT_", "PYTHON"))}
-        return subprocess.run(
-            [str(self.programs / program), *arguments],
-            cwd=self.folder,
-            env={**clean, **variables},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-
-    def succeeds(self, program: str, *arguments: str, **variables: str) -> str:
-        """Check that a command succeeds, and return its stdout."""
-        done = self.run(program, *arguments, **variables)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+BEGUN = {"backend": "my-backend", "transport": "post"}  # with `lfm2kit backends new my-backend`
 
 
 @pytest.fixture(scope="module")
@@ -60,37 +31,15 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def installed(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """Install the wheels, and what they need from this environment instead of an index."""
-    environment = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
-    (packages,) = environment.glob("lib/python*/site-packages")
-    for distribution in needed("lfm2kit[testing]"):
-        tops = {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}
-        for top in tops:
-            (packages / top).symlink_to(distribution.locate_file(top))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", environment]
-    own = ["install", "--quiet", "--no-deps", "--no-index", *wheels.values()]
-    for command in (own, ["check"]):
-        done = subprocess.run([*pip, *command], capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return Installed(environment, tmp_path_factory.mktemp("empty"))
-
-
-def needed(requirement: str) -> list[metadata.Distribution]:
-    """Return the installed distributions that one needs, directly or not."""
-    found: dict[str, metadata.Distribution] = {}
-
-    def add_needs(of: Requirement) -> None:
-        for line in metadata.distribution(of.name).requires or ():
-            one = Requirement(line)
-            extras = {"", *of.extras}
-            is_wanted = one.marker is None or any(one.marker.evaluate({"extra": e}) for e in extras)
-            if is_wanted and one.name not in found:
-                found[one.name] = metadata.distribution(one.name)
-                add_needs(one)
-
-    add_needs(Requirement(requirement))
-    return list(found.values())
+    """Install the wheels, and those of the packages that the installed lfm2kit begins."""
+    folder = tmp_path_factory.mktemp("empty")
+    installed = Installed(tmp_path_factory.mktemp("environment"), folder)
+    installed.install(wheels.values())
+    for kind, name in BEGUN.items():
+        installed.succeeds("lfm2kit", f"{kind}s", "new", name)
+    into = tmp_path_factory.mktemp("begun")
+    installed.install([build_wheel(folder / f"lfm2kit-{name}", into) for name in BEGUN.values()])
+    return installed
 
 
 def test_wheels_hold_their_package_and_nothing_of_the_checkout_around_it(
@@ -114,7 +63,7 @@ def test_the_installed_core_is_used_and_the_plugins_are_found(installed: Install
     assert Path(where).is_relative_to(installed.programs.parent)
     listed = json.loads(installed.succeeds("lfm2kit", "backends", "--json", "-"))
     backends = {row["name"]: row for row in listed["backends"]}
-    assert set(backends) == {"reference", "blas", "int8"}
+    assert set(backends) == {"reference", "blas", "int8", "my-backend"}
     assert backends["blas"]["distribution"] == "lfm2kit-blas 0.1.0"
     assert backends["blas"]["cannot_run"] is None
     plugins = json.loads(installed.succeeds("lfm2kit", "plugins", "--json", "-"))["plugins"]
@@ -148,6 +97,29 @@ def test_a_plugins_own_tests_pass_without_its_checkout(installed: Installed, nam
     tests = installed.folder / name
     shutil.copytree(PROJECTS[name] / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
     installed.succeeds("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+
+
+def test_a_backend_that_was_begun_passes_the_whole_suite(installed: Installed) -> None:
+    """As its own tests, which find the package installed and not in its folder."""
+    project = installed.folder / "lfm2kit-my-backend"
+    said = installed.succeeds("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=project)
+    assert re.search("[1-9][0-9] passed, [0-9]+ skipped in", said)
+
+
+def test_a_backend_that_was_begun_runs_beside_another_one(installed: Installed) -> None:
+    plan = "reference,mlp=my-backend,experts=my-backend"
+    assert "\nVALID\n" in installed.succeeds("lfm2kit", "run", "--backend", plan, "-n", "8", "-v")
+
+
+def test_a_transport_that_was_begun_passes_all_checks(installed: Installed) -> None:
+    project = installed.folder / "lfm2kit-post"
+    said = installed.succeeds("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=project)
+    assert "7 passed" in said
+
+
+def test_a_transport_that_was_begun_connects_ranks_that_share_experts(installed: Installed) -> None:
+    run = ("run", "--transport", "post", "--ranks", "2", "-n", "8", "-v")
+    assert "\nVALID\n" in installed.succeeds("lfm2kit", *run)
 
 
 def test_a_rewrite_is_chosen_by_its_name(installed: Installed) -> None:

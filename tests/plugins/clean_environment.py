@@ -1,0 +1,76 @@
+"""An environment of its own, into which wheels are installed, as a user has it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+
+class Installed:
+    """An environment's programs, run from an empty folder."""
+
+    def __init__(self, environment: Path, folder: Path) -> None:
+        """Make an environment that has what lfm2kit needs, from this one instead of an index."""
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True
+        )
+        (packages,) = environment.glob("lib/python*/site-packages")
+        for distribution in needed("lfm2kit[testing]"):
+            tops = {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}
+            for top in tops:
+                (packages / top).symlink_to(distribution.locate_file(top))
+        self.programs = environment / "bin"
+        self.folder = folder
+
+    def install(self, wheels: Iterable[Path]) -> None:
+        """Install wheels, and check that nothing is missing that they need."""
+        environment = str(self.programs.parent)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", environment]
+        own = ["install", "--quiet", "--no-deps", "--no-index", *map(str, wheels)]
+        for command in (own, ["check"]):
+            done = subprocess.run([*pip, *command], capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(
+        self, program: str, *arguments: str, cwd: Path | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("LFM2KIT_", "PYTHON"))}
+        return subprocess.run(
+            [str(self.programs / program), *arguments],
+            cwd=cwd or self.folder,
+            env={**clean, **variables},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def succeeds(
+        self, program: str, *arguments: str, cwd: Path | None = None, **variables: str
+    ) -> str:
+        """Check that a command succeeds, and return its stdout."""
+        done = self.run(program, *arguments, cwd=cwd, **variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+def needed(requirement: str) -> list[metadata.Distribution]:
+    """Return the installed distributions that one needs, directly or not."""
+    found: dict[str, metadata.Distribution] = {}
+
+    def add_needs(of: Requirement) -> None:
+        for line in metadata.distribution(of.name).requires or ():
+            one = Requirement(line)
+            extras = {"", *of.extras}
+            is_wanted = one.marker is None or any(one.marker.evaluate({"extra": e}) for e in extras)
+            if is_wanted and one.name not in found:
+                found[one.name] = metadata.distribution(one.name)
+                add_needs(one)
+
+    add_needs(Requirement(requirement))
+    return list(found.values())
