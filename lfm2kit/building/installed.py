@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.parse import unquote, urlsplit
 
 from lfm2kit.backend import BackendPlugin
 from lfm2kit.checkpoint.readers import CheckpointReader
@@ -65,7 +64,7 @@ def editable_folder(distribution: Distribution) -> Path | None:
     try:
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         if origin["dir_info"]["editable"]:
-            return Path(url2pathname(urlsplit(origin["url"]).path))
+            return Path(unquote(urlsplit(origin["url"]).path))
     except (ValueError, KeyError, TypeError):
         pass
     return None

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -463,6 +464,21 @@ def test_backends_lists_what_can_run_here(cli: Cli) -> None:
     fields = json.loads(cli("backends", "--json", "-").out)
     assert {"reference", "cpu_simd", "hybrid"} <= {row["name"] for row in fields["backends"]}
     assert "cpu_simd" in cli("backends", "list").out
+
+
+def test_plugins_says_of_each_where_it_is_what_it_adds_and_why_it_is_not_used(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LFM2KIT_PLUGINS", "reference,cuda")
+    monkeypatch.setattr("lfm2kit_cuda.requirements.why_unavailable", lambda: "no driver")
+    said = cli("plugins").out
+    place = rf"lfm2kit {version('lfm2kit')}, (editable|installed) in /.*"
+    adds = r"  hooks: lfm2kit_backends\n  backend reference \(API 1\): plain NumPy in float64.*\n"
+    assert re.search(rf"^reference: {place}\n{adds}", said, re.MULTILINE)
+    assert "on an NVIDIA GPU (cannot run here: no driver)\n" in said
+    assert re.search(
+        r"^blas: .*\n  not used: LFM2KIT_PLUGINS does not name it\n", said, re.MULTILINE
+    )
 
 
 def test_backends_check_judges_and_names_what_there_is(cli: Cli) -> None:

@@ -24,7 +24,8 @@ for backend in ("cpu_simd", "hybrid", "auto", "cuda"):
     with suppress(Lfm2kitError):  # there may be no GPU
         app(["plan", "--backend", backend, "--json", "-"], standalone_mode=False)
         print(backend, "was planned", file=sys.stderr)
-for command in (["backends"], ["plugins"], ["env"], ["--help"], ["run", "--help"]):
+new = ["backends", "new", "mine", "--into", sys.argv[1]]
+for command in (["backends"], new, ["plugins"], ["env"], ["--help"], ["run", "--help"]):
     app(command, standalone_mode=False)
     print(*command, "ended", file=sys.stderr)
 
@@ -37,7 +38,7 @@ print(sorted(with_kernels & {name.split(".")[1] for name in sys.modules if "cpu_
 
 def test_plan_backends_env_and_help_read_no_weights_and_compile_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", COMMANDS],
+        [sys.executable, "-c", COMMANDS, str(tmp_path / "mine")],
         env={**os.environ, "LFM2KIT_CACHE_DIR": str(tmp_path / "cache")},
         capture_output=True,
         text=True,

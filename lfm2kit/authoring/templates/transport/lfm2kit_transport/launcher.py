@@ -23,9 +23,10 @@ class SwitchLauncher:
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
         from .switch import run_job
 
-        cores = os.cpu_count() or 1
-        if ranks > MOST_PER_CORE * cores:
-            raise Lfm2kitError(Option("ranks", ranks), f": there are {cores} cores")
+        most = MOST_PER_CORE * (os.cpu_count() or 1)
+        if ranks > most:
+            said = f": this machine has cores for {most}"
+            raise Lfm2kitError(Option("ranks", ranks), said)
         return run_job(ranks, rank_command(arguments), JOB)
 
     def connect(self) -> Transport:
