@@ -241,11 +241,8 @@ class Plugins:
         """Return the name that `auto` stands for in a plan: the most preferred that can run."""
         ready = self.ready(precision)
         if not ready:
-            limit = (
-                f"{ALLOW_LIST} is {os.environ[ALLOW_LIST]}; " if ALLOW_LIST in os.environ else ""
-            )
             raise Lfm2kitError(
-                f"no backend for precision {precision} can run here; {limit}see lfm2kit backends"
+                f"no backend for precision {precision} can run here{_limit()}; see lfm2kit backends"
             )
         return ready[0]
 
@@ -316,11 +313,12 @@ class Plugins:
         return create
 
     def skipped(self) -> str:
-        """Return what to add where something is not there: plugins that add nothing."""
+        """Return what to add where something is not there: plugins that are not used."""
         broken = ", ".join(f"'{one.name}' ({one.reason})" for one in self.broken)
         silent = ", ".join(f"'{one.name}' ({one.reason})" for one in self.silent)
         said = f"; skipped as broken: plugin {broken}" if broken else ""
         said += f"; without any addition: plugin {silent}" if silent else ""
+        said += _limit()
         return f"{said}; see lfm2kit plugins" if said else ""
 
     def owner(self, command: str) -> str:
@@ -403,6 +401,11 @@ def _allowed(allow_list: str | None) -> Iterator[EntryPoint]:
             f"{ALLOW_LIST} names '{asked}'; {choices(asked, [e.name for e in entries])}"
         )
     yield from (entry for entry in entries if entry.name in names)
+
+
+def _limit() -> str:
+    """Return what to add where a plugin may be missing, if not all of them are loaded."""
+    return f"; {ALLOW_LIST} is {os.environ[ALLOW_LIST]}" if ALLOW_LIST in os.environ else ""
 
 
 def _why_silent(hooks: list[str]) -> str | None:

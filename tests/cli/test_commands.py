@@ -471,6 +471,7 @@ def test_plugins_says_of_each_where_it_is_what_it_adds_and_why_it_is_not_used(
 ) -> None:
     monkeypatch.setenv("LFM2KIT_PLUGINS", "reference,cuda")
     monkeypatch.setattr("lfm2kit_cuda.requirements.why_unavailable", lambda: "no driver")
+    fails(cli("run", "-b", "blas"), "unknown backend 'blas'", "LFM2KIT_PLUGINS is reference,cuda")
     said = cli("plugins").out
     place = rf"lfm2kit {version('lfm2kit')}, (editable|installed) in /.*"
     adds = r"  hooks: lfm2kit_backends\n  backend reference \(API 1\): plain NumPy in float64.*\n"
