@@ -47,6 +47,7 @@ from lfm2kit.memory import (
 )
 from lfm2kit.pending import Begins, Over, Pending
 from lfm2kit.precisions import BF16_GRADE, FP16_GRADE, FP32, FP32_GRADE, Grade, Precision
+from lfm2kit.promises import Promise
 from lfm2kit.specs import Spec
 from lfm2kit.state import STEP_BACK, Room, State
 from lfm2kit.weights import Tensor, Weights
@@ -113,6 +114,7 @@ __all__ = [
     "PicksRows",
     "PinsMemory",
     "Precision",
+    "Promise",
     "ReadsRows",
     "Replay",
     "Room",
@@ -211,6 +213,7 @@ class BackendPlugin:
     why_unavailable: Callable[[], str | None] = lambda: None  # why it cannot run on this machine
     precisions: Sequence[Precision] = (FP32,)
     preference: int = 0  # `auto` takes the highest that can run; 0 is never taken
+    not_promised: Mapping[Promise, str] = field(default_factory=dict)  # and why, in a few words
 
 
 @runtime_checkable

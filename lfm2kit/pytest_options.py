@@ -1,4 +1,4 @@
-"""The pytest plugin: which backend `pytest --pyargs lfm2kit.testing` judges.
+"""The pytest plugin: which backend `pytest --pyargs lfm2kit.testing` judges, and its verdicts.
 
 A plugin rather than a conftest.py: pytest finds the conftest of a package given by `--pyargs` only
 after it has read the command line, too late for an option.  Outside `lfm2kit.testing`, and light,
@@ -8,6 +8,8 @@ because every pytest of an environment loads it.
 from __future__ import annotations
 
 import pytest
+
+NOT_PROMISED = "not promised"  # how the reason of such a check begins
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,3 +37,12 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     from lfm2kit.testing.version import SUITE_VERSION
 
     return f"lfm2kit backend on trial: {name}, by version {SUITE_VERSION} of the suite"
+
+
+@pytest.hookimpl(tryfirst=True)  # before the one that counts every expected failure
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Count the checks of promises that a backend takes back apart from other expected failures."""
+    reason = getattr(report, "wasxfail", "").removeprefix("reason: ")  # as some versions say
+    if not reason.startswith(f"{NOT_PROMISED}: "):
+        return None
+    return NOT_PROMISED, "n", NOT_PROMISED.upper()

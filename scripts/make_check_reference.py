@@ -34,7 +34,8 @@ def _lines() -> Iterator[str]:
 
 
 def _item(check: Check) -> str:
-    return _filled(f"- `{check.id}`: {check.documentation}", indent="  ")
+    promise = "" if check.promise is None else f" Guards `{check.promise.name}`."
+    return _filled(f"- `{check.id}`: {check.documentation}{promise}", indent="  ")
 
 
 def _filled(text: str, indent: str = "") -> str:

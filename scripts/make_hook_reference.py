@@ -24,6 +24,7 @@ from lfm2kit import (
     pending,
     precisions,
     progress,
+    promises,
     rewrites,
     specs,
     state,
@@ -47,6 +48,7 @@ SECTIONS: tuple[tuple[str, ModuleType, ModuleType], ...] = (
     ("Hooks", hookspecs, lfm2kit),
     ("What a backend is", backend, backend),
     ("Precisions and grades", precisions, backend),
+    ("Promises about bits", promises, backend),
     ("What the blocks compute", specs, specs),
     ("What a block knows of sequences", batch, backend),
     ("What a model remembers of sequences", state, state),
@@ -108,13 +110,18 @@ def _outline(node: Definition, lines: list[str]) -> Iterator[str]:
         yield from _source(node.body[0], lines)
     if isinstance(node, ast.ClassDef):
         yield ""
+        fields = ast.Assign if _is_enum(node) else ast.AnnAssign
         for part in node.body[1 if documented else 0 :]:
-            yield from _member(part, lines)
+            yield from _member(part, fields, lines)
 
 
-def _member(node: ast.stmt, lines: list[str]) -> Iterator[str]:
+def _is_enum(node: ast.ClassDef) -> bool:
+    return any(isinstance(base, ast.Name) and base.id == "Enum" for base in node.bases)
+
+
+def _member(node: ast.stmt, fields: type[ast.stmt], lines: list[str]) -> Iterator[str]:
     """Yield the lines of a field with its comment, or of a public method after an empty line."""
-    if isinstance(node, ast.AnnAssign):
+    if isinstance(node, fields):
         yield from _source(node, lines)
     elif isinstance(node, ast.FunctionDef) and _is_public(node.name):
         yield from ("", *_outline(node, lines))

@@ -14,6 +14,7 @@ from lfm2kit.errors import choices
 from lfm2kit.formats import Format
 from lfm2kit.hookspecs import Command
 from lfm2kit.precisions import Grade, Precision
+from lfm2kit.promises import Promise
 from lfm2kit.rewrites import Rewrite
 from lfm2kit.transport import TransportPlugin
 
@@ -70,6 +71,13 @@ def _are_joins(value: Any) -> bool:
     )
 
 
+def _are_reasons(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(promise, Promise) and isinstance(reason, str) and len(reason.splitlines()) == 1
+        for promise, reason in value.items()
+    )
+
+
 class _Kind:
     """A test of a value, and what it asks for, in words."""
 
@@ -95,6 +103,11 @@ FIELDS: dict[type[Any], dict[str, _Kind]] = {
             "a tuple of one or more precisions",
         ),
         "preference": WHOLE,
+        "not_promised": _Kind(
+            _are_reasons,
+            "a mapping of promises to reasons of one line, such as "
+            "{Promise.BATCH_INVARIANCE: 'sums depend on the number of rows'}",
+        ),
     },
     TransportPlugin: {"summary": TEXT, "launcher": _Kind(_is_launcher, "a Launcher")},
     CheckpointReader: {"summary": TEXT, "recognises": FUNCTION, "open": FUNCTION},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import groupby
 
@@ -14,6 +14,7 @@ from lfm2kit.backend import Context
 from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.cli.console import Report, only_said, progress, show_table
 from lfm2kit.errors import WRONG_RESULT
+from lfm2kit.promises import Promise
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.matrix import COLUMNS, Cell, support_matrix
 from lfm2kit.testing.version import SUITE_VERSION
@@ -24,17 +25,20 @@ HEADINGS = ("kind", *COLUMNS)
 def show_matrix(report: Report, name: str, contexts: Sequence[Context], markdown: bool) -> None:
     """Print the matrix, or write it as a document; exit with code 1 if a check failed."""
     checks = len(contexts) * len(CHECKS)
+    plugins = installed_plugins()
+    reasons = {p.name: reason for p, reason in plugins.backend(name).not_promised.items()}
     with progress(f"checking {name}", checks, "checks") as advance:
-        cells = support_matrix(name, installed_plugins(), contexts, done=lambda _: advance(1))
+        cells = support_matrix(name, plugins, contexts, done=lambda _: advance(1))
     if markdown:
-        for line in _markdown(name, cells):
+        for line in _markdown(name, cells, reasons):
             report.line(line)
     elif report.target != "-":
-        _show(report, name, cells)
+        _show(report, name, cells, reasons)
     report.fields = {
         "backend": name,
         "lfm2kit": version("lfm2kit"),
         "suite_version": SUITE_VERSION,
+        "taken_back": reasons,
         "blocks": [cell._asdict() for cell in cells],
     }
     has_failed = any(cell.state == "failed" for cell in cells)
@@ -44,7 +48,7 @@ def show_matrix(report: Report, name: str, contexts: Sequence[Context], markdown
         raise typer.Exit(WRONG_RESULT)
 
 
-def _show(report: Report, name: str, cells: Sequence[Cell]) -> None:
+def _show(report: Report, name: str, cells: Sequence[Cell], reasons: Mapping[str, str]) -> None:
     for precision, some in groupby(cells, lambda cell: cell.precision):
         there = list(some)
         columns = [Column(heading, no_wrap=True) for heading in HEADINGS]
@@ -52,12 +56,15 @@ def _show(report: Report, name: str, cells: Sequence[Cell]) -> None:
         show_table(_rows(there), *columns, title=title, box=SIMPLE_HEAD)
         for line in _details(there):
             report.line(line)
-    report.line(_made(name))
+    for line in (*_not_promised(reasons), _made(name)):
+        report.line(line)
 
 
-def _markdown(name: str, cells: Sequence[Cell]) -> Iterator[str]:
+def _markdown(name: str, cells: Sequence[Cell], reasons: Mapping[str, str]) -> Iterator[str]:
     yield from (f"# What `{name}` builds", "")
     yield f"{_made(name)}  A column is a range of `hidden_size`."
+    for line in _not_promised(reasons):
+        yield from ("", line)
     for precision, some in groupby(cells, lambda cell: cell.precision):
         there = list(some)
         yield from ("", f"## {precision}", "")
@@ -85,6 +92,11 @@ def _details(cells: Sequence[Cell]) -> Iterator[str]:
     for (state, detail), kinds in found.items():
         where = ", ".join(f"{kind} {'/'.join(widths)}" for kind, widths in kinds.items())
         yield f"{where}: {state}: {detail}"
+
+
+def _not_promised(reasons: Mapping[str, str]) -> Iterator[str]:
+    for promise, reason in reasons.items():
+        yield f"not promised: {promise}, that {Promise[promise].value}: {reason}"
 
 
 def _made(name: str) -> str:

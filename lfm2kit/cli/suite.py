@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from lfm2kit.cli.asked import Asked
 from lfm2kit.cli.console import Report, progress, show_table
 from lfm2kit.cli.specs import described
 from lfm2kit.cli.verdicts import conclude
+from lfm2kit.promises import Promise
 from lfm2kit.testing.checks import CHECKS
-from lfm2kit.testing.runner import run_checks
+from lfm2kit.testing.runner import Result, run_checks
 from lfm2kit.testing.scope import OUT_OF_SCOPE, Scope, examples_here
 from lfm2kit.testing.selection import selected, selection
 from lfm2kit.testing.version import SUITE_VERSION
@@ -33,14 +34,27 @@ def judge(report: Report, name: str, context: Context, asked: Asked) -> None:
     with progress(f"checking {name}", len(ids), "checks") as advance, _keeping_nothing(scope):
         results = run_checks(name, plugins, context, ids, scope=scope, done=lambda _: advance(1))
     shown = [result for result in results if result.detail != OUT_OF_SCOPE]
-    made = {
+    made: dict[str, object] = {
         "suite_version": SUITE_VERSION,
         "seed": scope.seed,
         "examples": scope.examples,
         "blocks": list(map(str, patterns)),
         "model": asked.model,
     }
-    conclude(report, "backend", name, shown, asked.again(context), only=patterns, **made)
+    taken_back = plugins.backend(name).not_promised
+    notes = list(_kept_all_the_same(taken_back, results))
+    made["not_promised"] = sum(result.verdict == "not-promised" for result in results)
+    made["taken_back"] = {promise.name: reason for promise, reason in taken_back.items()}
+    conclude(report, "backend", name, shown, asked.again(context), patterns, notes, **made)
+
+
+def _kept_all_the_same(taken_back: Iterable[Promise], results: Sequence[Result]) -> Iterator[str]:
+    """Yield a note on each promise that is taken back, but holds wherever it was looked at."""
+    for promise in taken_back:
+        seen = [r for r in results if r.promise == promise.name and r.verdict == "not-promised"]
+        if seen and not any(result.differs for result in seen):
+            cases = sum(result.cases for result in seen)
+            yield f"{promise.name} holds in all {cases} cases: it could be promised"
 
 
 def _widths(model: str) -> Widths:
@@ -79,6 +93,9 @@ def explain_check(report: Report, name: str) -> None:
     check = CHECKS[known]
     report.line(f"{check.id}: {check.documentation}")
     report.line()
+    if check.promise is not None:
+        report.line(f"It guards {check.promise.name}: {check.promise.value}.")
     report.line(f"To run it alone: lfm2kit backends check NAME --only {check.id}")
-    report.fields = {"id": check.id, "documentation": check.documentation}
+    promise = None if check.promise is None else check.promise.name
+    report.fields = {"id": check.id, "documentation": check.documentation, "promise": promise}
     report.write()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 
 import typer
@@ -14,6 +15,8 @@ from lfm2kit.cli.flags import flag
 from lfm2kit.errors import TRACEBACK, WRONG_RESULT, Option
 from lfm2kit.testing.runner import Result
 
+ALWAYS_COUNTED = ("passed", "failed", "skipped")
+
 
 def conclude(
     report: Report,
@@ -22,12 +25,13 @@ def conclude(
     results: Sequence[Result],
     again: Sequence[Option] = (),
     only: Sequence[object] = (),
+    notes: Sequence[str] = (),
     **options: object,
 ) -> None:
     """Print a table of the verdicts on the backend or transport `name`, and write the document.
 
     With the options `again`, and with `only` beside ids, the command does the same again; the
-    document has `options`.
+    document has the `notes` and the `options`.
     Exit with code 1 if a check failed.
     """
     if report.target != "-":
@@ -40,14 +44,23 @@ def conclude(
             box=SIMPLE_HEAD,
         )
     failed = [result for result in results if result.verdict == "failed"]
-    counts = {v: sum(r.verdict == v for r in results) for v in ("passed", "failed", "skipped")}
-    report.line(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    counts = {v: sum(r.verdict == v for r in results) for v in ALWAYS_COUNTED}
+    others = Counter(r.verdict.replace("-", " ") for r in results if r.verdict not in counts)
+    report.line(", ".join(f"{count} {verdict}" for verdict, count in (counts | others).items()))
+    for note in notes:
+        report.line(note)
     if failed:
         some = Option("only", ",".join([*(result.id for result in failed), *map(str, only)]))
         words = [f"lfm2kit {kind}s check {name}", *map(flag, (some, *again))]
         report.line(f"to repeat what failed: {' '.join(words)}")
     _show_tracebacks(report, failed)
-    report.fields = {kind: name, **options, **counts, "results": [r._asdict() for r in results]}
+    report.fields = {
+        kind: name,
+        **options,
+        **counts,
+        "notes": notes,
+        "results": [r._asdict() for r in results],
+    }
     with only_said(when=bool(failed)):
         report.write()
     if failed:

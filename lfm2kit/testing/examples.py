@@ -11,9 +11,9 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.batch import Batch
 from lfm2kit.specs import Spec
-from lfm2kit.testing.compare import Result, assert_close, assert_same, rows_of
+from lfm2kit.testing.compare import Result, assert_close, rows_of
 from lfm2kit.testing.host_block import HostBlock
-from lfm2kit.testing.near_ties import GapWatch
+from lfm2kit.testing.near_ties import GapWatch, Rows, rows_among
 from lfm2kit.testing.programs import ROOM, Fed, Program, Run
 from lfm2kit.testing.random_inputs import random_inputs, random_rows
 from lfm2kit.testing.random_weights import random_weights
@@ -37,16 +37,30 @@ def judge_call(trial: Trial, spec: Spec, lengths: Sequence[int], seed: int) -> N
     clear = watch.clear_rows(trial.near_tie)
     assert_close(got, want, tolerance(trial, spec), what, clear, usual)
     if not isinstance(spec, specs.LastRows):
-        _judge_each_alone(block, inputs, lengths, got, what)
+        _judge_each_alone(trial, block, inputs, lengths, got, what, clear, usual)
 
 
 def _judge_each_alone(
-    block: HostBlock, inputs: Sequence[Any], lengths: Sequence[int], got: Result, what: str
+    trial: Trial,
+    block: HostBlock,
+    inputs: Sequence[Any],
+    lengths: Sequence[int],
+    got: Result,
+    what: str,
+    clear: Rows,
+    usual: Result,
 ) -> None:
     for i, (start, end) in enumerate(pairwise(accumulate(lengths, initial=0))):
         rows = slice(start, end)
         alone = block(*(_part(value, rows) for value in inputs))
-        assert_same(alone, rows_of(got, rows), f"{what}: sequence {i} alone and among others")
+        trial.assert_same(
+            alone,
+            rows_of(got, rows),
+            f"{what}: sequence {i} alone and among others",
+            2,
+            rows=rows_among(clear, start, end),
+            usual=usual,
+        )
 
 
 def _part(value: Any, rows: slice) -> Any:
@@ -96,7 +110,8 @@ class _Sequences:
         within = tolerance(self._trial, self._spec)
         assert_close(got, want, within, what, usual=self._usual)
         alone = rows_of(one_shot(self._spec, self._block, values), rows)
-        assert_same(got, alone, f"{what}: in chunks and in one call")
+        what = f"{what}: in chunks and in one call"
+        self._trial.assert_same(got, alone, what, 2, usual=self._usual)
 
 
 def tolerance(trial: Trial, spec: Spec) -> float:

@@ -16,7 +16,7 @@ from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.host_block import why_not_built
 from lfm2kit.testing.runner import Result, judged
 
-State = Literal["judged", "failed", "built", "not built"]
+State = Literal["judged", "in part", "failed", "built", "not built"]
 
 SMALL, MIDDLE = "1-63", "64-255"
 COLUMNS = (SMALL, MIDDLE, *map(str, WIDTHS))  # of hidden_size
@@ -29,19 +29,23 @@ class Cell(NamedTuple):
     kind: str
     width: str  # one of COLUMNS
     state: State
-    detail: str  # why it is not built, or which checks fail
+    detail: str  # why it is not built, which checks fail, or what is not promised
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The specs of blocks that checks have looked at, and the checks that fail by each."""
+    """The specs of blocks that checks have looked at, and what came of it."""
 
     judged: set[Spec] = field(default_factory=set)
+    not_promised: dict[Spec, list[str]] = field(default_factory=dict)  # names of promises
     failed: dict[Spec, list[str]] = field(default_factory=dict)
 
     def add(self, result: Result, log: CallLog) -> None:
         """Add what a check has built: its failure is that of the block it names, or the last."""
         self.judged.update(log.specs)
+        if result.verdict == "not-promised" and result.promise is not None:
+            for spec in log.specs:
+                self.not_promised.setdefault(spec, []).append(result.promise)
         if result.verdict == "failed" and log.specs:
             said = [spec for spec in log.specs if result.detail.startswith(str(spec))]
             self.failed.setdefault([*log.specs, *said][-1], []).append(result.id)
@@ -60,24 +64,18 @@ def support_matrix(
     `Lfm2kitError` if the backend cannot run, or lacks a precision.
     """
     cells: list[Cell] = []
+    not_promised = plugins.backend(name).not_promised
     for context in contexts:
         backend = plugins.creator(context)(name)
         precision = plugins.precision(name, context.precision)
-        seen = _seen(backend, precision, ids or list(CHECKS), done)
+        seen = _Seen()
+        for check in ids or CHECKS:
+            log = CallLog()
+            result = judged(check, backend, precision, log=log, not_promised=not_promised)
+            seen.add(result, log)
+            done(result)
         cells += _cells(backend, precision, seen)
     return cells
-
-
-def _seen(
-    backend: Backend, precision: Precision, ids: Sequence[str], done: Callable[[Result], None]
-) -> _Seen:
-    seen = _Seen()
-    for name in ids:
-        log = CallLog()
-        result = judged(name, backend, precision, log=log)
-        seen.add(result, log)
-        done(result)
-    return seen
 
 
 def _cells(backend: Backend, precision: Precision, seen: _Seen) -> Iterator[Cell]:
@@ -94,6 +92,10 @@ def _state(backend: Backend, some: Sequence[Spec], seen: _Seen) -> tuple[State, 
     if len(reasons) == len(some):
         return "not built", reasons[0]
     missing = f"{len(reasons)} of {len(some)} are not built: {reasons[0]}" if reasons else ""
+    taken_back = dict.fromkeys(p for spec in some for p in seen.not_promised.get(spec, ()))
+    if taken_back:
+        said = f"not promised: {', '.join(taken_back)}"
+        return "in part", "; ".join(filter(None, (said, missing)))
     return "judged" if seen.judged.intersection(some) else "built", missing
 
 

@@ -44,6 +44,13 @@ def choice_gaps(spec: specs.Choice, weights: Weights, scores: npt.NDArray[Any]) 
     return gaps
 
 
+def rows_among(clear: Rows, start: int, end: int) -> Rows:
+    """Return those of the `clear` rows that are in a range, counted from its start."""
+    if isinstance(clear, slice):
+        return clear
+    return clear[(start <= clear) & (clear < end)] - start
+
+
 class GapWatch:
     """A backend that notes how close the routers it builds come to a tie."""
 

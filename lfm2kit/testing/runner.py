@@ -12,18 +12,23 @@ import numpy as np
 from lfm2kit.backend import Backend, Context
 from lfm2kit.building.plugins import Plugins
 from lfm2kit.precisions import FP32, Precision
+from lfm2kit.promises import Promise
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing.call_log import CallLog
 from lfm2kit.testing.checks import CHECKS
+from lfm2kit.testing.guarding import Guarding
 from lfm2kit.testing.random_weights import seed_of
 from lfm2kit.testing.scope import DEFAULT_SCOPE, OUT_OF_SCOPE, Scope
 from lfm2kit.testing.selection import selected
 from lfm2kit.testing.tracebacks import place_of
 from lfm2kit.testing.trial import Trial
-from lfm2kit.testing.verdicts import CheckFailed, Skipped
+from lfm2kit.testing.verdicts import CheckFailed, NotPromised, Skipped
 
 TOO_LARGE = ("rows-among-100000", "ids-beyond-32767")  # for the widths of models
-Verdict = Literal["passed", "failed", "skipped", "expected-failure", "unexpected-pass"]
+Verdict = Literal[
+    "passed", "failed", "skipped", "not-promised", "expected-failure", "unexpected-pass"
+]
+NO_REASONS: Mapping[Promise, str] = {}
 
 
 class Result(NamedTuple):
@@ -35,6 +40,9 @@ class Result(NamedTuple):
     seconds: float
     notes: tuple[str, ...] = ()  # of a failure: where in the backend's code, and in which call
     traceback: str = ""  # of a failure
+    promise: str | None = None  # that the check guards
+    cases: int = 0  # in which its bits were compared
+    differs: bool = False  # whether they were others than a promise says that is taken back
 
     @property
     def is_failure(self) -> bool:
@@ -64,9 +72,11 @@ def run_checks(
     selected(expected)
     backend = plugins.creator(context)(backend_name)
     precision = plugins.precision(backend_name, context.precision)
+    taken_back = plugins.backend(backend_name).not_promised
     results = []
     for name in ids:
-        result = judged(name, backend, precision, expected.get(name), scope)
+        why = expected.get(name)
+        result = judged(name, backend, precision, why, scope, not_promised=taken_back)
         done(result)
         results.append(result)
     return results
@@ -79,19 +89,24 @@ def judged(
     expected: str | None = None,
     scope: Scope = DEFAULT_SCOPE,
     log: CallLog | None = None,
+    not_promised: Mapping[Promise, str] = NO_REASONS,
 ) -> Result:
     """Return the result of one check; `expected` is why it is expected to fail.
 
-    What blocks it builds and calls is noted in `log`.
+    The backend takes back what is `not_promised`.  What blocks it builds and calls is noted in
+    `log`.
     """
     start = time.perf_counter()
+    guarding = Guarding(CHECKS[name].promise, not_promised)
     verdict: Verdict = "passed"
     detail, details = "", ""
     notes: tuple[str, ...] = ()
     try:
-        run_check(name, backend, precision, scope, log)
+        run_check(name, backend, precision, scope, log, guarding)
     except Skipped as reason:
         verdict, detail = "skipped", str(reason)
+    except NotPromised as reason:
+        verdict, detail = "not-promised", str(reason)
     except Exception as error:  # whatever a backend raises is a verdict on it
         verdict, detail, notes = "failed", _said(error), tuple(error.__notes__)
         details = "".join(traceback.format_exception(error))
@@ -99,7 +114,10 @@ def judged(
         verdict, detail = "expected-failure", expected
     elif expected is not None and verdict == "passed":
         verdict, detail = "unexpected-pass", f"expected to fail: {expected}"
-    return Result(name, verdict, detail, time.perf_counter() - start, notes, details)
+    seconds = time.perf_counter() - start
+    promise = None if guarding.promise is None else guarding.promise.name
+    seen = promise, guarding.cases, guarding.difference is not None
+    return Result(name, verdict, detail, seconds, notes, details, *seen)
 
 
 def run_check(
@@ -108,21 +126,25 @@ def run_check(
     precision: Precision = FP32,
     scope: Scope = DEFAULT_SCOPE,
     log: CallLog | None = None,
+    guarding: Guarding | None = None,
 ) -> None:
     """Run one check, with the same random numbers for a seed every time; raise what it raises.
 
     What is raised has notes: where in the backend's code it was, and which call was the last.
-    Raise `Skipped` whatever a check says that looks at no block of the scope.
+    Raise `Skipped` whatever a check says that looks at no block of the scope, and `NotPromised` if
+    the check guards a promise that the backend takes back, and all else is right.
     """
     if scope.widths is not None and name in TOO_LARGE:
         raise Skipped("of a model's widths its arrays would take gigabytes")
     rng = np.random.default_rng(seed_of(name) + scope.seed)
-    trial = Trial(backend, ReferenceBackend(), rng, precision, scope, log or CallLog())
+    guarding = guarding or Guarding(CHECKS[name].promise)
+    trial = Trial(backend, ReferenceBackend(), rng, precision, scope, log or CallLog(), guarding)
     error = _raised(name, trial)
     if scope.patterns and not trial.log.has_looked:
         raise Skipped(OUT_OF_SCOPE)
     if error is not None:
         raise error
+    guarding.conclude()
 
 
 def _raised(name: str, trial: Trial) -> Exception | None:

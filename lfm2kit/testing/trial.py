@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lfm2kit.backend import Backend
 from lfm2kit.precisions import FP32, FP32_GRADE, Precision
+from lfm2kit.promises import Promise
 from lfm2kit.specs import Spec
 from lfm2kit.testing.call_log import CallLog
 from lfm2kit.testing.cases import CASES, WIDTHS, widened
+from lfm2kit.testing.compare import Result
+from lfm2kit.testing.guarding import Guarding
 from lfm2kit.testing.host_block import HostBlock, host_block, why_not_built
 from lfm2kit.testing.kept_weights import as_kept
 from lfm2kit.testing.near_ties import NEAR_TIE
@@ -34,6 +37,7 @@ class Trial:
     precision: Precision = FP32
     scope: Scope = DEFAULT_SCOPE
     log: CallLog = field(default_factory=CallLog)  # of the calls of the backend's blocks
+    guarding: Guarding = field(default_factory=Guarding)  # of the check's promise
 
     @property
     def tolerance(self) -> float:
@@ -49,6 +53,25 @@ class Trial:
     def near_tie(self) -> float:
         """Return the gap between two scores of a router below which either choice is right."""
         return NEAR_TIE if self.is_exact else self.tolerance
+
+    def assert_same(
+        self, got: Result, want: Result, what: str, growth: float = 1, **judged: Any
+    ) -> None:
+        """Compare two results of the backend by the promise that the check guards.
+
+        If the backend takes it back, they may be `growth` times as far from each other as two
+        results of a block that are right; `judged` are other arguments of `assert_close`.
+        """
+        self.guarding.assert_same(got, want, what, 2 * growth * self.tolerance, **judged)
+
+    @property
+    def is_strict(self) -> bool:
+        """Return whether the promise that the check guards, if it does, is made."""
+        return self.guarding.reason is None
+
+    def promises(self, promise: Promise) -> bool:
+        """Return whether the backend makes a promise."""
+        return promise.why_not(self.guarding.not_promised) is None
 
     def supported(self, candidates: Iterable[S]) -> list[S]:
         """Return those that the backend builds; raise `Skipped` with its reason if there are none.

@@ -9,3 +9,7 @@ class CheckFailed(AssertionError):  # noqa: N818 (a verdict, not an error)
 
 class Skipped(Exception):  # noqa: N818 (a verdict, not an error)
     """A check of blocks that the backend does not build; the message is the backend's reason."""
+
+
+class NotPromised(Exception):  # noqa: N818 (a verdict, not an error)
+    """A check of a promise that the backend takes back; the message begins with its reason."""

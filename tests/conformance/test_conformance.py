@@ -17,28 +17,6 @@ from lfm2kit.testing.scope import Scope
 from tests.conformance.installed import item_of
 
 SCOPE = Scope(examples=5)  # many more are drawn by `lfm2kit backends check`
-# Backends that break the contract knowingly, and where.
-BLAS_SUMS = "BLAS sums in another order where there are other rows"  # see also its own tests
-EXPECTED_FAILURES = {
-    "blas": {
-        "batch-independence": BLAS_SUMS,
-        "experts-split-by-slot-bitwise": BLAS_SUMS,
-        "whole-model-batch-independence": BLAS_SUMS,
-        "random-calls": BLAS_SUMS,
-        "random-programs": BLAS_SUMS,
-        "rows-among-300": BLAS_SUMS,
-        "rows-among-100000": BLAS_SUMS,
-        "sequences-beyond-1024": BLAS_SUMS,
-        "sequences-of-equal-length": BLAS_SUMS,
-        "state-chunked-equals-one-shot": BLAS_SUMS,
-        "state-decode-after-600-tokens": BLAS_SUMS,
-        "state-page-sizes": BLAS_SUMS,
-        "state-forks-share-pages": BLAS_SUMS,
-        "state-steps-back": BLAS_SUMS,
-        "state-belongs-to-its-caller": BLAS_SUMS,
-        "state-of-an-empty-batch": BLAS_SUMS,
-    },
-}
 
 
 def cases() -> Iterator[Any]:
@@ -48,7 +26,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(None, id=name, marks=pytest.mark.skip(reason))
             continue
         item = item_of(name, installed)
-        for case in backend_cases(item, EXPECTED_FAILURES.get(name), scope=SCOPE):
+        for case in backend_cases(item, scope=SCOPE):
             yield pytest.param(*case.values, id=f"{name}-{case.id}", marks=case.marks)
 
 

@@ -14,9 +14,10 @@ import pytest
 from lfm2kit import specs
 from lfm2kit.reference import feed_forward
 from lfm2kit.reference.backend import ReferenceBackend
-from lfm2kit.testing import draws
+from lfm2kit.testing import CHECKS, draws
 from lfm2kit.testing.cases import CASES
 from lfm2kit.testing.examples import judge_call
+from lfm2kit.testing.guarding import Guarding
 from lfm2kit.testing.programs import ROOM, Program, Run
 from lfm2kit.testing.runner import Result, judged
 from lfm2kit.testing.scope import EXAMPLES, Scope, examples_here
@@ -122,7 +123,9 @@ def test_programs_do_all_that_users_do() -> None:
 
 def test_errors_are_measured_by_what_is_usual() -> None:
     """A row that is nearly 0 by chance may be off by what other rows may be off."""
-    trial = Trial(ReferenceBackend(), ReferenceBackend(), np.random.default_rng(0))
+    guarding = Guarding(CHECKS["random-calls"].promise)
+    rng = np.random.default_rng(0)
+    trial = Trial(ReferenceBackend(), ReferenceBackend(), rng, guarding=guarding)
     for seed in range(200):
         judge_call(trial, specs.LMHead(3, 3), [1], seed)
 

@@ -25,6 +25,7 @@ from lfm2kit.backend import (
     Context,
     HostMemory,
     Precision,
+    Promise,
     Room,
 )
 from lfm2kit.building.answers import Answers, came
@@ -109,6 +110,18 @@ GRADE_OF_TEXT = Grade("odd", "much", "logits")
         ("lfm2kit_backends", a_backend(summary=None), "summary is None, not a text"),
         ("lfm2kit_backends", a_backend(create=None), "create is None, not a function"),
         ("lfm2kit_backends", a_backend(why_unavailable="no"), "is 'no', not a function"),
+        (
+            "lfm2kit_backends",
+            a_backend(not_promised={"BATCH_INVARIANCE": "it sums otherwise"}),
+            "not_promised is {'BATCH_INVARIANCE': 'it sums otherwise'}, not a mapping of promises",
+        ),
+        (
+            "lfm2kit_backends",
+            a_backend(not_promised={Promise.REPEATABILITY: None}),
+            "None}, not a mapping of promises to reasons",
+        ),
+        ("lfm2kit_backends", a_backend(not_promised={Promise.REPEATABILITY: ""}), "to reasons of"),
+        ("lfm2kit_backends", a_backend(not_promised=[Promise.REPEATABILITY]), "not a mapping of"),
         ("lfm2kit_backends", a_backend(precisions=()), "precisions is (), not a tuple of one or"),
         ("lfm2kit_backends", a_backend(precisions=iter([FP32])), "not a tuple of one or more"),
         ("lfm2kit_backends", a_backend(precisions=None), "precisions is None, not a tuple"),

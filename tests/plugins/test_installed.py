@@ -80,12 +80,13 @@ def test_the_embedded_model_is_valid(installed: Installed, plan: str) -> None:
     assert "\nVALID\n" in installed.succeeds("lfm2kit", "run", "--backend", plan, "-n", "8", "-v")
 
 
-def test_the_suite_can_be_run_and_its_verdict_is_the_exit_code(installed: Installed) -> None:
+def test_the_suite_can_be_run_and_what_is_not_promised_is_no_failure(installed: Installed) -> None:
     check = ("backends", "check", "blas", "--json", "-", "--only")
     passed = installed.run("lfm2kit", *check, "mlp,zero-rows")
     assert (passed.returncode, json.loads(passed.stdout)["passed"]) == (0, 2), passed.stderr
-    failed = installed.run("lfm2kit", *check, "batch-independence")
-    assert (failed.returncode, json.loads(failed.stdout)["failed"]) == (1, 1), failed.stderr
+    done = installed.run("lfm2kit", *check, "batch-independence")
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["failed"], document["not_promised"]) == (0, 0, 1), done.stderr
 
 
 LONG = ("lfm2kit-blas", "lfm2kit-trace")  # whose tests take longest

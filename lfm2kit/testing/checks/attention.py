@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
+from lfm2kit.promises import Promise
 from lfm2kit.testing.cases import CASES
-from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.checks.registry import check, guards
+from lfm2kit.testing.compare import assert_close
 from lfm2kit.testing.random_inputs import random_batch, random_inputs, random_rows
 from lfm2kit.testing.random_weights import frozen_weights
 from lfm2kit.testing.trial import Trial
@@ -75,7 +76,7 @@ def attention_large_scores(trial: Trial) -> None:
     _judge_layernorm(trial, lambda size: np.full(size, 8.0), 10 * trial.tolerance)
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def attention_is_causal(trial: Trial) -> None:
     """A row's result has the same bits whatever stands in the rows after it, NaN even.
 
@@ -89,7 +90,9 @@ def attention_is_causal(trial: Trial) -> None:
             others = random_rows(trial.rng, 33 - first, spec.hidden_size, 50.0)
             for rows in (others, np.full_like(others, np.nan), np.full_like(others, np.inf)):
                 changed = np.concatenate([x[:first], rows])
-                assert_same(block(changed, batch, None)[:first], want, f"{spec}, from row {first}")
+                trial.assert_same(
+                    block(changed, batch, None)[:first], want, f"{spec}, from row {first}"
+                )
 
 
 def _attentions(trial: Trial) -> list[specs.Attention]:

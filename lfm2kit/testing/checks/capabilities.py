@@ -28,11 +28,12 @@ from lfm2kit.backend import (
 )
 from lfm2kit.building.answers import Answers
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.promises import Promise
 from lfm2kit.specs import Spec
 from lfm2kit.testing.allocations import traced_array_bytes, tracing
 from lfm2kit.testing.cases import CASES
-from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_same, each
+from lfm2kit.testing.checks.registry import check, guards
+from lfm2kit.testing.compare import each
 from lfm2kit.testing.guards import arrays_of_arguments, guarded, require_whole_margins
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_inputs
@@ -138,7 +139,7 @@ def rows_are_rounded_for_experts_alone(trial: Trial) -> None:
             raise CheckFailed(f"{spec}: row_format is {row_format}, but its rows do not travel")
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def begun_calls_have_the_blocks_bits(trial: Trial) -> None:
     """`begin(*inputs).end()` has the bits of a call, also where calls are begun beside each other.
 
@@ -156,12 +157,12 @@ def begun_calls_have_the_blocks_bits(trial: Trial) -> None:
             ended = [(i, begun[i].end()) for i in range(len(begun))[::step]]
             for i, result in ended:
                 what = f"{spec}: a call of {len(inputs[i][0])} rows that was begun"
-                assert_same(block.to_host(result), wanted[i], what)
+                trial.assert_same(block.to_host(result), wanted[i], what)
     if not beginning:
         raise Skipped("no block can be begun")
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def parts_are_told_by_their_paths(trial: Trial) -> None:
     """A block with `tell_parts` tells its parts' paths of roles in order, in each call, until None.
 
@@ -178,7 +179,7 @@ def parts_are_told_by_their_paths(trial: Trial) -> None:
         block.block.tell_parts(told.append)
         for _ in range(2):
             told.clear()
-            assert_same(block(*inputs), want, f"{spec}: a call whose parts are told")
+            trial.assert_same(block(*inputs), want, f"{spec}: a call whose parts are told")
             _judge_told(spec, told)
         block.block.tell_parts(None)
         told.clear()
@@ -211,7 +212,7 @@ def _paths(spec: Spec) -> Iterator[str]:
             yield f"{part.role}.{path}"
 
 
-@check
+@guards(Promise.BATCH_INVARIANCE)
 def native_calls_have_the_blocks_bits(trial: Trial) -> None:
     """A block as machine code fills its results with the bits of a call, in any parts and order."""
     found = [one for one in _blocks(trial) if isinstance(one[1].block, CallsNatively)]
@@ -227,7 +228,7 @@ def native_calls_have_the_blocks_bits(trial: Trial) -> None:
             results = [guarded(np.full_like(one, POISON[one.dtype.kind])) for one in want]
             _call_natively(native, moved, results, rows, parts)
             what = f"{spec}: {rows} rows as machine code in {parts} parts"
-            assert_same(tuple(results), want, what)
+            trial.assert_same(tuple(results), want, what)
             require_whole_margins(arrays_of_arguments(moved), what)
             require_whole_margins(((f"result {i}", r) for i, r in enumerate(results)), what)
 

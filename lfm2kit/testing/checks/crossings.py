@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from lfm2kit import specs
 from lfm2kit.backend import HOST, Block, Crosses, Crossing
+from lfm2kit.promises import Promise
 from lfm2kit.seam import begun
 from lfm2kit.specs import Spec
 from lfm2kit.testing.cases import CASES
-from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_same
+from lfm2kit.testing.checks.registry import guards
 from lfm2kit.testing.device import DeviceArray, DeviceMemory
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.trial import Trial
@@ -37,7 +37,7 @@ class Crossed(NamedTuple):
     crossing: Crossing
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def crossings_have_the_blocks_bits(trial: Trial) -> None:
     """A crossing returns what its block returns, whatever was called before.
 
@@ -56,10 +56,10 @@ def crossings_have_the_blocks_bits(trial: Trial) -> None:
                 found = [[_to_host(device, result) for result in results] for results in got]
             for values, results in zip(inputs, found, strict=True):
                 for one, result, name in zip(pair, results, NAMES, strict=True):
-                    assert_same(result, one.block(*values), f"{name}: {spec} of {rows} rows")
+                    trial.assert_same(result, one.block(*values), f"{name}: {spec} of {rows} rows")
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def crossings_can_be_replayed(trial: Trial) -> None:
     """Recorded calls of crossings, replayed, return what the blocks make of new arguments."""
     device = DeviceMemory(DELAY)
@@ -79,10 +79,12 @@ def crossings_can_be_replayed(trial: Trial) -> None:
                         device.enqueue(partial(source.take, array))
                     found = [_to_host(device, result) for result in replay()]
                 for one, result in zip(pair * 2, found, strict=True):
-                    assert_same(result, one.block(*inputs), f"{spec} of {rows} rows, replayed")
+                    trial.assert_same(
+                        result, one.block(*inputs), f"{spec} of {rows} rows, replayed"
+                    )
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def crossings_fail_by_name(trial: Trial) -> None:
     """A block that raises or is too late ends its forward with its name; the next one is right.
 
@@ -98,19 +100,19 @@ def crossings_fail_by_name(trial: Trial) -> None:
         }
         for name, fault in faults.items():
             faulty = _faulty(trial, device, spec, name, crossed.block, fault)
-            _judge_calls(device, crossed, inputs)
+            _judge_calls(trial, device, crossed, inputs)
             _call(device, faulty, inputs)  # the first call is not at fault
             said = _failure(_call, device, faulty, inputs)
             if said is None or name not in str(said):
                 raise CheckFailed(f"a block at fault, {name}, was reported as: {said}")
-            _judge_calls(device, crossed, inputs)
+            _judge_calls(trial, device, crossed, inputs)
         slowly = partial(time.sleep, SHORT / 2)
         slow = _faulty(trial, device, spec, "layers.4.slow", crossed.block, slowly)
         _call(device, slow, inputs)
         said = _failure(_call, device, slow, inputs, _raise)
         if not isinstance(said, PlantedError):
             raise CheckFailed(f"a forward that raised an error of its own ended with: {said}")
-        _judge_calls(device, crossed, inputs)
+        _judge_calls(trial, device, crossed, inputs)
 
 
 class PlantedError(Exception):
@@ -201,10 +203,10 @@ def _call(
         return _to_host(device, result)
 
 
-def _judge_calls(device: DeviceMemory, crossed: Crossed, inputs: Any) -> None:
+def _judge_calls(trial: Trial, device: DeviceMemory, crossed: Crossed, inputs: Any) -> None:
     for _ in range(2):
         result = _call(device, crossed, inputs)
-        assert_same(result, crossed.block(*inputs), "a block beside one at fault")
+        trial.assert_same(result, crossed.block(*inputs), "a block beside one at fault")
 
 
 def _failure(call: Callable[..., object], *arguments: Any) -> Exception | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from lfm2kit.promises import Promise
 from lfm2kit.testing.cases import CASES
-from lfm2kit.testing.checks.registry import check
+from lfm2kit.testing.checks.registry import guards
 from lfm2kit.testing.examples import judge_call, judge_program
 from lfm2kit.testing.random_weights import seed_of
 from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import Skipped
 
 
-@check
+@guards(Promise.BATCH_INVARIANCE)
 def random_calls(trial: Trial) -> None:
     """Blocks of random sizes have right values, for sequences of random lengths.
 
@@ -27,7 +28,7 @@ def random_calls(trial: Trial) -> None:
         draws.search(drawn, lambda one: judge_call(trial, *one), trial.scope.examples, seed)
 
 
-@check
+@guards(Promise.CHUNK_INVARIANCE)
 def random_programs(trial: Trial) -> None:
     """Random sequences grow, fork, step back and end in any order, with the bits of each alone.
 

@@ -10,9 +10,10 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.backend import F32, ReadsRows
 from lfm2kit.formats import rounded
+from lfm2kit.promises import Promise
 from lfm2kit.rewrites import StreamedExperts
 from lfm2kit.testing.cases import CASES
-from lfm2kit.testing.checks.registry import check
+from lfm2kit.testing.checks.registry import check, guards
 from lfm2kit.testing.compare import assert_close, assert_same
 from lfm2kit.testing.random_inputs import random_inputs, random_rows
 from lfm2kit.testing.random_weights import frozen_weights
@@ -139,7 +140,7 @@ def experts_nobody_adds_nothing(trial: Trial) -> None:
                 raise CheckFailed(f"{part} at {rows} rows: a row of -1 alone is not +0")
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def experts_of_others_add_nothing(trial: Trial) -> None:
     """Ids of experts that another block has are as -1, to the bit.
 
@@ -159,10 +160,12 @@ def experts_of_others_add_nothing(trial: Trial) -> None:
                 want = block(x, masked, weights)
                 assert_close(want, reference(x, masked, weights), trial.tolerance, f"{part}")
                 got = block(x, ids, np.where(is_local, weights, np.float32(np.nan)))
-                assert_same(got, want, f"{part} at {rows} rows, with ids of others and -1 for them")
+                trial.assert_same(
+                    got, want, f"{part} at {rows} rows, with ids of others and -1 for them"
+                )
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def experts_read_rounded_rows(trial: Trial) -> None:
     """Experts whose `row_format` has 16 bits give the same bits for rows that are rounded already.
 
@@ -183,14 +186,11 @@ def experts_read_rounded_rows(trial: Trial) -> None:
             x[::5] = np.resize(edges, x[::5].shape)
             want = block(x, ids, weights)
             got = block(rounded(x, row_format), ids, weights)
-            if got.shape != want.shape or got.tobytes() != want.tobytes():
-                raise CheckFailed(
-                    f"{spec} at {rows} rows: rows in {row_format} give other bits than the float32 "
-                    "that they were rounded from"
-                )
+            what = f"{spec} at {rows} rows: rows in {row_format}, and as they were in float32"
+            trial.assert_same(got, want, what)
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def streamed_experts_are_their_own(trial: Trial) -> None:
     """Blocks of `StreamedExperts` share slots, and each call finds its block's own experts there.
 
@@ -216,10 +216,10 @@ def streamed_experts_are_their_own(trial: Trial) -> None:
                     first, *others = (block.to_host(forward[i]) for forward in results)
                     assert_close(first, want, trial.tolerance, what)
                     for other in others:
-                        assert_same(other, first, f"{what}, called again")
+                        trial.assert_same(other, first, f"{what}, called again")
 
 
-@check
+@guards(Promise.SPLIT_INVARIANCE)
 def experts_split_by_slot_bitwise(trial: Trial) -> None:
     """The sum over k has the same bits when each slot is computed apart and added in NumPy.
 
@@ -238,7 +238,9 @@ def experts_split_by_slot_bitwise(trial: Trial) -> None:
                 for k in range(1, ids.shape[1]):
                     one = some[:, k : k + 1].copy(), weights[:, k : k + 1].copy()
                     total = total + block(x, *one)
-                assert_same(whole, total, f"{spec} at {rows} rows, one call and its slots added")
+                trial.assert_same(
+                    whole, total, f"{spec} at {rows} rows, one call and its slots added"
+                )
 
 
 def _whole_and_streamed(trial: Trial) -> list[specs.Experts | StreamedExperts]:

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2kit import specs
+from lfm2kit.promises import Promise
 from lfm2kit.specs import Choice, Router, Scores
 from lfm2kit.testing.cases import CASES
-from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import Result, assert_close, assert_same, each, rows_of
+from lfm2kit.testing.checks.registry import check, guards
+from lfm2kit.testing.compare import Result, assert_close, each, rows_of
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_batch, random_inputs, random_rows
 from lfm2kit.testing.random_weights import frozen_weights
@@ -30,7 +31,7 @@ ROWS = sum(LENGTHS)
 STEPS = ((0, 5), (5, 6), (6, 7), (7, 9))  # of nine rows
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def non_finite_values_reach_the_result(trial: Trial) -> None:
     """A NaN or an infinity in a row makes its result NaN or infinite; other sequences keep theirs.
 
@@ -51,10 +52,12 @@ def non_finite_values_reach_the_result(trial: Trial) -> None:
                 result = block(*spoilt)
                 what = f"{spec} with {value} in row {ROW}, column {column} of argument {position}"
                 _require_not_finite(each(rows_of(result, ROW)), what)
-                assert_same(rows_of(result, slice(0, LENGTHS[0])), clean, f"{what}: other rows")
+                trial.assert_same(
+                    rows_of(result, slice(0, LENGTHS[0])), clean, f"{what}: other rows"
+                )
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def non_finite_values_stay_in_their_sequence(trial: Trial) -> None:
     """A NaN in a step reaches that sequence's later steps, by its state, and no other sequence.
 
@@ -69,7 +72,7 @@ def non_finite_values_stay_in_their_sequence(trial: Trial) -> None:
             spoilt = _with(rows[1], np.nan, -1, first)
             beside, after = _in_steps(spec, block, rows[0], spoilt)
             what = f"{spec} with NaN in row {first} of the other sequence, in steps"
-            assert_same(beside, clean, what)
+            trial.assert_same(beside, clean, what)
             seen = slice(first, first + 2)  # a kernel of three taps sees as many
             if np.isfinite(rows_of(after, seen)).all(axis=1).any():
                 raise CheckFailed(f"{spec}: a NaN in row {first} is lost in a later row")
@@ -101,7 +104,7 @@ def overflows_are_not_hidden(trial: Trial) -> None:
             assert_close(right_or_not_finite, expected, trial.tolerance, what)
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def router_nan_scores(trial: Trial) -> None:
     """A row with a NaN score has NaN weights, and distinct experts that its bias allows.
 
@@ -120,7 +123,7 @@ def router_nan_scores(trial: Trial) -> None:
         if not np.all(np.isnan(weights[spoilt])):
             raise CheckFailed(f"{spec}: weights {weights[spoilt]} of rows whose scores are NaN")
         what = f"{spec}, rows beside those with NaN scores"
-        assert_same((ids[~spoilt], weights[~spoilt]), rows_of(clean, ~spoilt), what)
+        trial.assert_same((ids[~spoilt], weights[~spoilt]), rows_of(clean, ~spoilt), what)
 
 
 @check

@@ -14,8 +14,9 @@ from lfm2kit import specs
 from lfm2kit.backend import Block, Captures
 from lfm2kit.batch import Batch
 from lfm2kit.memory import Mark, Ordered, Timed, is_ordered
+from lfm2kit.promises import Promise
 from lfm2kit.specs import Spec
-from lfm2kit.testing.checks.registry import check
+from lfm2kit.testing.checks.registry import check, guards
 from lfm2kit.testing.compare import assert_same
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_inputs
@@ -50,7 +51,7 @@ def copies_to_the_host_keep_their_order(trial: Trial) -> None:
         assert_same(copy.wait(), inputs[0], f"{spec}: a copy from before a call that writes")
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def results_cross_streams(trial: Trial) -> None:
     """What a block returns in one stream is ready in another one that waits for a mark after it."""
     for spec, block, memory in _blocks(trial):
@@ -64,7 +65,7 @@ def results_cross_streams(trial: Trial) -> None:
                 result = block.compute(*moved)
                 done = memory.mark()
             memory.wait(done)
-            assert_same(block.to_host(result), want, f"{spec}: a result of another stream")
+            trial.assert_same(block.to_host(result), want, f"{spec}: a result of another stream")
             memory.wait(memory.mark())  # of its own: nothing to wait for
 
 
@@ -81,7 +82,7 @@ def batches_cross_streams(trial: Trial) -> None:
                     assert_same(there, getattr(batch, name), f"{name} of a batch of another stream")
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def threads_do_not_disturb_each_other(trial: Trial) -> None:
     """Two threads that call blocks in streams of their own get the bits of each one alone.
 
@@ -94,7 +95,7 @@ def threads_do_not_disturb_each_other(trial: Trial) -> None:
             want = [one(*values) for one, values in zip(pair, inputs, strict=True)]
             for got in _at_once(memory, pair, inputs):
                 for result, expected in zip(got, want, strict=True):
-                    assert_same(result, expected, f"{spec}: a result beside another thread's")
+                    trial.assert_same(result, expected, f"{spec}: a result beside another thread's")
 
 
 @check

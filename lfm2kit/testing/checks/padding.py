@@ -8,12 +8,13 @@ import numpy.typing as npt
 from lfm2kit import specs
 from lfm2kit.backend import PADDING, TakesPadding
 from lfm2kit.batch import Batch
+from lfm2kit.promises import Promise
 from lfm2kit.specs import Spec
 from lfm2kit.state import Room
 from lfm2kit.testing.cases import CASES
-from lfm2kit.testing.checks.registry import check
+from lfm2kit.testing.checks.registry import guards
 from lfm2kit.testing.checks.state import OPERATORS
-from lfm2kit.testing.compare import assert_same, each
+from lfm2kit.testing.compare import each
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_rows
 from lfm2kit.testing.trial import Trial
@@ -23,7 +24,7 @@ LENGTHS, TABLE = [5, 2, 55], [[4, -1], [1, -1], [5, 0]]  # NumPy takes page -1 f
 ROWS = 8  # of a step, with padding
 
 
-@check
+@guards(Promise.BATCH_INVARIANCE)
 def padding_rows(trial: Trial) -> None:
     """Padding rows change no bit of other rows and no page, and hold finite numbers.
 
@@ -47,7 +48,7 @@ def _check_embedding(trial: Trial, spec: specs.Embedding, block: HostBlock) -> N
     is_padding = padded.positions == PADDING
     garbage = np.where(is_padding, np.int32(2**31 - 1), padded.token_ids)
     got = block(padded.unchecked(token_ids=garbage))
-    assert_same(got[~is_padding], block(batch), f"{spec}, beside padding rows")
+    trial.assert_same(got[~is_padding], block(batch), f"{spec}, beside padding rows")
     if got[is_padding].any():
         raise CheckFailed(f"{spec}: padding rows are not zeros")
 
@@ -67,7 +68,7 @@ def _check_operator(trial: Trial, spec: Spec, block: HostBlock) -> None:
         want = _called(spec, block, x[: batch.tokens], batch, plain)
         for array, wanted in zip(_called(spec, block, x, more, padded), want, strict=True):
             what = f"{spec}, chunks of {lengths} rows beside padding rows"
-            assert_same(array[: batch.tokens], wanted, what)
+            trial.assert_same(array[: batch.tokens], wanted, what)
             if not np.isfinite(array[batch.tokens :]).all():
                 raise CheckFailed(f"{spec}: padding rows are not finite")
         starts += np.array(lengths, np.int32)

@@ -6,15 +6,22 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lfm2kit.promises import Promise
 from lfm2kit.testing.trial import Trial
+
+Run = Callable[[Trial], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check: `run` returns if the backend passes, or raises `CheckFailed` or `Skipped`."""
+    """A check: `run` returns if the backend passes, or raises `CheckFailed` or `Skipped`.
+
+    It may guard a promise, by `Trial.assert_same`.
+    """
 
     id: str
-    run: Callable[[Trial], None]
+    run: Run
+    promise: Promise | None = None
 
     @property
     def summary(self) -> str:
@@ -29,9 +36,18 @@ class Check:
 CHECKS: dict[str, Check] = {}
 
 
-def check(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
+def check(function: Run) -> Run:
     """Enter a function into the table: `zero_rows` as "zero-rows"."""
+    return _entered(function, None)
+
+
+def guards(promise: Promise) -> Callable[[Run], Run]:
+    """Return a decorator that enters a check of a promise."""
+    return lambda function: _entered(function, promise)
+
+
+def _entered(function: Run, promise: Promise | None) -> Run:
     name = function.__name__.strip("_").replace("_", "-")
     assert name not in CHECKS, f"two checks are called {name}"
-    CHECKS[name] = Check(name, function)
+    CHECKS[name] = Check(name, function, promise)
     return function

@@ -11,9 +11,10 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.backend import Fills
+from lfm2kit.promises import Promise
 from lfm2kit.testing.cases import CASES
-from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_same, each
+from lfm2kit.testing.checks.registry import check, guards
+from lfm2kit.testing.compare import each
 from lfm2kit.testing.guards import arrays_of_arguments, guarded, require_whole_margins
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_inputs
@@ -58,7 +59,7 @@ def _require_form(block: HostBlock, got: Any, expected: Any, what: str) -> None:
         raise CheckFailed(f"{what}: returned {described(host)}, not C-contiguous")
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def results_are_new_arrays(trial: Trial) -> None:
     """A result shares no memory with an argument, a weight or another result, and can be written.
 
@@ -71,19 +72,23 @@ def results_are_new_arrays(trial: Trial) -> None:
         for inputs in calls(spec, block, trial.rng):
             want = block(*inputs)  # which is overwritten at once
             what = f"{spec}, the same call after a result was overwritten"
-            assert_same(block(*inputs), want, what)
+            trial.assert_same(block(*inputs), want, what)
             if not isinstance(spec, specs.RMSNorm | specs.Layer):
-                _judge_the_same_arguments(block, inputs, want, f"{what}, with the same arrays")
+                _judge_the_same_arguments(
+                    trial, block, inputs, want, f"{what}, with the same arrays"
+                )
 
 
-def _judge_the_same_arguments(block: HostBlock, inputs: Any, want: Any, what: str) -> None:
+def _judge_the_same_arguments(
+    trial: Trial, block: HostBlock, inputs: Any, want: Any, what: str
+) -> None:
     """Call twice with the very same arrays, by which a block may recognise a call."""
     moved = block.to_memory(inputs)
     overwrite(block.compute(*moved))
-    assert_same(block.to_host(block.compute(*moved)), want, what)
+    trial.assert_same(block.to_host(block.compute(*moved)), want, what)
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def filled_results_have_the_same_bits(trial: Trial) -> None:
     """`fill` writes all of the results of a call, with its bits, whatever was there before."""
     filling = 0
@@ -101,7 +106,7 @@ def filled_results_have_the_same_bits(trial: Trial) -> None:
             results, moved = list(map(guarded, poison)), block.to_memory(inputs)
             block.block.fill(results, *moved)
             what = f"{spec}: what fill wrote, {rows} rows"
-            assert_same(tuple(results), tuple(want), what)
+            trial.assert_same(tuple(results), tuple(want), what)
             require_whole_margins(arrays_of_arguments(moved), what)
             require_whole_margins(((f"result {i}", r) for i, r in enumerate(results)), what)
     if not filling:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from lfm2kit.promises import Promise
 from lfm2kit.specs import Choice, Router
-from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.checks.registry import check, guards
+from lfm2kit.testing.compare import assert_close
 from lfm2kit.testing.near_ties import NEAR_TIE, choice_gaps
 from lfm2kit.testing.random_inputs import random_inputs, random_rows
 from lfm2kit.testing.router_cases import WITHIN, judge_logits, judge_rows, routers
@@ -88,7 +89,7 @@ def _judge_choice(trial: Trial, spec: Choice) -> None:
     assert_close(block(scores), reference(scores), WITHIN, str(spec), clear)
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def router_apart_equals_together(trial: Trial) -> None:
     """A router that is built whole has the bits of its scores and its choice built apart.
 
@@ -103,7 +104,7 @@ def router_apart_equals_together(trial: Trial) -> None:
         for rows in (0, 1, 17, 33):
             x = random_rows(trial.rng, rows, spec.hidden_size)
             what = f"{spec} at {rows} rows, whole and as scores and choice"
-            assert_same(router(x), choice(scores(x)), what)
+            trial.assert_same(router(x), choice(scores(x)), what)
 
 
 def _judge(trial: Trial, **changes: Any) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from lfm2kit.formats import BF16, F16, F32
+from lfm2kit.promises import Promise
 from lfm2kit.testing.cases import ROUTERS
-from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import assert_close, assert_same, rows_of
+from lfm2kit.testing.checks.registry import check, guards
+from lfm2kit.testing.compare import assert_close, rows_of
 from lfm2kit.testing.random_inputs import random_rows
 from lfm2kit.testing.router_cases import WITHIN, judge_logits, routers
 from lfm2kit.testing.trial import Trial
@@ -88,7 +89,7 @@ def router_is_float32(trial: Trial) -> None:
             judge_logits(trial, spec, level, what, 0.5 + steps, stored=stored)
 
 
-@check
+@guards(Promise.BATCH_INVARIANCE)
 def router_ids_independent_of_batch_size(trial: Trial) -> None:
     """The same rows are routed alike, to the last bit, in batches of 1, 8, 9, 33 and 128 rows.
 
@@ -102,4 +103,4 @@ def router_ids_independent_of_batch_size(trial: Trial) -> None:
             for start in (0, 128 - count):
                 rows = slice(start, start + count)
                 what = f"{spec}: rows {start} to {start + count - 1} alone and among 128"
-                assert_same(block(x[rows]), rows_of(whole, rows), what)
+                trial.assert_same(block(x[rows]), rows_of(whole, rows), what)

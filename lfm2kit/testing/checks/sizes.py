@@ -11,11 +11,12 @@ import numpy as np
 
 from lfm2kit import specs
 from lfm2kit.batch import Batch
+from lfm2kit.promises import Promise
 from lfm2kit.specs import Spec
 from lfm2kit.state import Room
 from lfm2kit.testing.cases import CASES, OPERATORS, WIDE_OPERATORS
-from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import Result, assert_close, assert_same, rows_of
+from lfm2kit.testing.checks.registry import check, guards
+from lfm2kit.testing.compare import Result, assert_close, rows_of
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_batch, random_inputs, random_rows
 from lfm2kit.testing.sessions import PAGE_TOKENS, Float32, Session, joined, one_shot
@@ -32,7 +33,7 @@ LARGE_IDS = (0, 1, 32767, 32768, 65535, 65536, VOCABULARY - 1)
 Vocabulary = specs.Embedding | specs.LMHead
 
 
-@check
+@guards(Promise.BATCH_INVARIANCE)
 def rows_among_300(trial: Trial) -> None:
     """A row among 300 has the bits that it has alone, also the first, the last and the 257th."""
     for spec in trial.supported([spec for kind in BY_ROW for spec in CASES[kind]]):
@@ -42,10 +43,12 @@ def rows_among_300(trial: Trial) -> None:
         for row in (0, 255, 256, MANY - 1):
             one = slice(row, row + 1)
             alone = block(*(array[one] for array in inputs))
-            assert_same(alone, rows_of(together, one), f"{spec}: row {row} alone and among {MANY}")
+            trial.assert_same(
+                alone, rows_of(together, one), f"{spec}: row {row} alone and among {MANY}"
+            )
 
 
-@check
+@guards(Promise.BATCH_INVARIANCE)
 def rows_among_100000(trial: Trial) -> None:
     """A row among 100,000 has the bits that it has alone, also the 65,536th and the last.
 
@@ -59,7 +62,9 @@ def rows_among_100000(trial: Trial) -> None:
         for row in (0, 65_535, 65_536, HUGE - 1):
             one = slice(row, row + 1)
             alone = block(*(array[one] for array in inputs))
-            assert_same(alone, rows_of(together, one), f"{spec}: row {row} alone and among {HUGE}")
+            trial.assert_same(
+                alone, rows_of(together, one), f"{spec}: row {row} alone and among {HUGE}"
+            )
     for spec in trial.first_of_kinds(("embed", "rows")):
         block, reference = trial.pair(spec)
         inputs = random_inputs(spec, trial.rng, HUGE, lengths=[HUGE])
@@ -100,7 +105,7 @@ def _judge_sequences(
     assert_close(block(*inputs), reference(*inputs), trial.tolerance, what)
 
 
-@check
+@guards(Promise.BATCH_INVARIANCE)
 def sequences_beyond_1024(trial: Trial) -> None:
     """The last ones of 1,030 sequences have the bits of each alone, without and with a state."""
     for spec in trial.first_of_kinds(("conv", "attn")):
@@ -111,12 +116,13 @@ def sequences_beyond_1024(trial: Trial) -> None:
         session = Session(spec, block, trial.rng, Room(CROWD, PAGE_TOKENS))
         with_a_state = session.feed(*enumerate(x[:, None]))
         for row in (0, 1023, 1024, CROWD - 1):
-            alone = one_shot(spec, block, x[row : row + 1])
-            for got in (together[row : row + 1], with_a_state[row]):
-                assert_same(got, alone, f"{spec}: sequence {row} alone and among {CROWD}")
+            one, what = x[row : row + 1], f"{spec}: sequence {row} alone and among {CROWD}"
+            trial.assert_same(together[row : row + 1], one_shot(spec, block, one), what)
+            (alone,) = Session(spec, block, trial.rng).feed(("alone", one))
+            trial.assert_same(with_a_state[row], alone, f"{what}, with a state")
 
 
-@check
+@guards(Promise.BATCH_INVARIANCE)
 def sequences_of_equal_length(trial: Trial) -> None:
     """Four sequences of one length have the bits of each alone, without and with a state.
 
@@ -130,23 +136,25 @@ def sequences_of_equal_length(trial: Trial) -> None:
             alone = joined([one_shot(spec, block, x) for x in rows])
             what = f"{spec}: four sequences of {length} tokens and each alone"
             batch = random_batch(trial.rng, [length] * 4)
-            assert_same(block(np.concatenate(rows), batch, None), alone, what)
-            session = Session(spec, block, trial.rng, Room(4, PAGE_TOKENS))
-            assert_same(joined(session.feed(*enumerate(rows))), alone, f"{what}, with a state")
+            trial.assert_same(block(np.concatenate(rows), batch, None), alone, what)
+            together = Session(spec, block, trial.rng, Room(4, PAGE_TOKENS))
+            apart = [Session(spec, block, trial.rng, Room(2, PAGE_TOKENS)) for _ in rows]
+            _judge_fed(trial, together, apart, rows, f"{what}, with a state")
             if length == 5:
-                _judge_next_chunks(trial, spec, block, session, rows)
+                rows = [random_rows(trial.rng, length, spec.hidden_size) for _ in range(4)]
+                _judge_fed(trial, together, apart, rows, f"{what}, the next ones")
 
 
-def _judge_next_chunks(
-    trial: Trial, spec: Spec, block: HostBlock, session: Session, before: Sequence[Float32]
+def _judge_fed(
+    trial: Trial,
+    together: Session,
+    apart: Sequence[Session],
+    rows: Sequence[Float32],
+    what: str,
 ) -> None:
-    """Judge a second call with as many rows of every sequence, each of which has a past."""
-    rows = [random_rows(trial.rng, len(x), spec.hidden_size) for x in before]  # type: ignore[attr-defined]
-    got = joined(session.feed(*enumerate(rows)))
-    pairs = zip(before, rows, strict=True)
-    whole = [one_shot(spec, block, np.concatenate(pair)) for pair in pairs]
-    want = joined([rows_of(one, slice(len(before[0]), None)) for one in whole])
-    assert_same(got, want, f"{spec}: next chunks of one length of four sequences")
+    """Judge one call with the next rows of sequences, which are fed to states of their own, too."""
+    alone = joined([one.feed((0, x))[0] for one, x in zip(apart, rows, strict=True)])
+    trial.assert_same(joined(together.feed(*enumerate(rows))), alone, what)
 
 
 @check

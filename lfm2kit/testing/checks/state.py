@@ -11,13 +11,14 @@ import numpy as np
 from lfm2kit import specs
 from lfm2kit.backend import HOST, BuildsOperators
 from lfm2kit.batch import Batch
+from lfm2kit.promises import Promise
 from lfm2kit.specs import Spec
 from lfm2kit.state import STEP_BACK, Room
 from lfm2kit.testing import cases
 from lfm2kit.testing.allocations import traced_array_bytes, tracing
 from lfm2kit.testing.cases import CASES
-from lfm2kit.testing.checks.registry import check
-from lfm2kit.testing.compare import Result, assert_close, assert_same, rows_of
+from lfm2kit.testing.checks.registry import check, guards
+from lfm2kit.testing.compare import Result, assert_close, rows_of
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.random_inputs import random_rows
 from lfm2kit.testing.sessions import PAGE_TOKENS, Float32, Session, joined, one_shot
@@ -102,7 +103,7 @@ def state_fresh_at_position_zero(trial: Trial) -> None:
                 assert_close(got, want, trial.tolerance, what)
 
 
-@check
+@guards(Promise.CHUNK_INVARIANCE)
 def state_chunked_equals_one_shot(trial: Trial) -> None:
     """A sequence in chunks of 1, 2, 3, 5, 16 has the bits of one call, also beyond a page.
 
@@ -116,10 +117,10 @@ def state_chunked_equals_one_shot(trial: Trial) -> None:
         for lengths in (*map(_chunks_of, (1, 2, 3, 5, 16)), [PAGE_TOKENS, 7], [1, 70], [70, 1]):
             session = Session(spec, block, trial.rng, Room(2, PAGE_TOKENS))
             got = session.feed_in_chunks("one", x, lengths)
-            assert_same(got, want, f"{spec} in chunks of {lengths}")
+            trial.assert_same(got, want, f"{spec} in chunks of {lengths}")
 
 
-@check
+@guards(Promise.CHUNK_INVARIANCE)
 def state_page_sizes(trial: Trial) -> None:
     """The size of pages changes no bit."""
     for spec, block, _ in _operators(trial):
@@ -128,7 +129,7 @@ def state_page_sizes(trial: Trial) -> None:
         for page_tokens in (64, 128, 192):
             session = Session(spec, block, trial.rng, Room(5, page_tokens))
             got = session.feed_in_chunks("one", x, [60, 1, 3, 70, 16])
-            assert_same(got, want, f"{spec} in pages of {page_tokens} tokens")
+            trial.assert_same(got, want, f"{spec} in pages of {page_tokens} tokens")
 
 
 @check
@@ -163,7 +164,7 @@ def state_prefill_beside_decode(trial: Trial) -> None:
         feeder.judge("in mixed batches")
 
 
-@check
+@guards(Promise.REPEATABILITY)
 def state_pages_do_not_leak(trial: Trial) -> None:
     """What other sequences are fed, even NaN, changes no bit of a sequence's results."""
     for spec, block, _ in _operators(trial):
@@ -174,7 +175,7 @@ def state_pages_do_not_leak(trial: Trial) -> None:
             _fed_between(Session(spec, block, np.random.default_rng(1), Room(6, PAGE_TOKENS)), x, y)
             for y in between
         )
-        assert_same(of_nan, of_values, f"{spec}, between sequences of NaN and of values")
+        trial.assert_same(of_nan, of_values, f"{spec}, between sequences of NaN and of values")
 
 
 def _fed_between(session: Session, x: Float32, others: Float32) -> Result:
@@ -190,7 +191,7 @@ def _fed_between(session: Session, x: Float32, others: Float32) -> Result:
     return joined(parts)
 
 
-@check
+@guards(Promise.CHUNK_INVARIANCE)
 def state_forks_share_pages(trial: Trial) -> None:
     """Two sequences that share the whole pages of a beginning equal two separate ones."""
     for spec, block, _ in _operators(trial):
@@ -207,10 +208,12 @@ def state_forks_share_pages(trial: Trial) -> None:
         for name, before in (("one", beginning), ("other", beginning[:whole])):
             want = one_shot(spec, block, np.concatenate([before, ends[name]]))
             got = joined(results[name])
-            assert_same(got, rows_of(want, slice(len(before), None)), f"{spec}, fork '{name}'")
+            trial.assert_same(
+                got, rows_of(want, slice(len(before), None)), f"{spec}, fork '{name}'"
+            )
 
 
-@check
+@guards(Promise.CHUNK_INVARIANCE)
 def state_steps_back(trial: Trial) -> None:
     """A sequence may take back up to 16 tokens, and go on with others, across a page's end too."""
     for spec, block, _ in _operators(trial):
@@ -224,7 +227,7 @@ def state_steps_back(trial: Trial) -> None:
                 session.pages.step_back("one", back)
                 got = session.feed_in_chunks("one", y, lengths)
                 what = f"{spec}, {back} tokens back from {fed}, then chunks of {lengths}"
-                assert_same(got, want, what)
+                trial.assert_same(got, want, what)
 
 
 @check
@@ -257,7 +260,7 @@ def _judge_far(trial: Trial, spec: Spec, position: int, count: int) -> None:
     assert_close(got, want, 4 * trial.tolerance, f"{spec} at position {position}")
 
 
-@check
+@guards(Promise.CHUNK_INVARIANCE)
 def state_decode_after_600_tokens(trial: Trial) -> None:
     """Steps after 600 tokens have the bits of one call over all of them.
 
@@ -268,12 +271,12 @@ def state_decode_after_600_tokens(trial: Trial) -> None:
         x = _rows(trial, spec, 603)
         session = Session(spec, block, trial.rng)
         got = session.feed_in_chunks("one", x, [600, 1, 2])
-        assert_same(got, one_shot(spec, block, x), f"{spec}, 600 tokens, then a step")
+        trial.assert_same(got, one_shot(spec, block, x), f"{spec}, 600 tokens, then a step")
         want = one_shot(spec, reference, x)
         assert_close(got, want, trial.tolerance, f"{spec}, 600 tokens, then a step")
 
 
-@check
+@guards(Promise.CHUNK_INVARIANCE)
 def state_belongs_to_its_caller(trial: Trial) -> None:
     """A block keeps nothing of its own: two states of one block do not know each other.
 
@@ -293,10 +296,10 @@ def state_belongs_to_its_caller(trial: Trial) -> None:
                 part.append(session.feed(("s", x[a:b]))[0])
                 one_shot(spec, block, between[:count])
         for one, x, part in zip(blocks, rows, parts, strict=True):
-            assert_same(joined(part), one_shot(spec, one, x), f"{spec} with two states")
+            trial.assert_same(joined(part), one_shot(spec, one, x), f"{spec} with two states")
 
 
-@check
+@guards(Promise.CHUNK_INVARIANCE)
 def state_of_an_empty_batch(trial: Trial) -> None:
     """A call without any sequence is possible with a state too, and changes nothing.
 
@@ -310,7 +313,7 @@ def state_of_an_empty_batch(trial: Trial) -> None:
             session.feed_nothing(columns)
             parts.append(session.feed(("one", rows))[0])
         want = one_shot(spec, block, x)
-        assert_same(joined(parts), want, f"{spec}, an empty batch between two chunks")
+        trial.assert_same(joined(parts), want, f"{spec}, an empty batch between two chunks")
 
 
 @check

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import lfm2kit
-from lfm2kit.backend import Backend, BackendPlugin, Context
+from lfm2kit.backend import Backend, BackendPlugin, Context, Promise
 
 
 def _create(context: Context) -> Backend:
@@ -22,4 +22,8 @@ def lfm2kit_backends() -> Iterator[BackendPlugin]:
         create=_create,
         api_version=1,
         preference=0,  # not batch invariant, so never what `auto` stands for
+        not_promised={
+            Promise.BATCH_INVARIANCE: "BLAS picks its kernel, and with it the order of a sum, by "
+            "the number of rows"
+        },
     )

@@ -12,40 +12,21 @@ from lfm2kit_blas.backend import BlasBackend, Floats, Linear
 from lfm2kit_blas.backend import ShortConv as ShortConvBlock
 
 import lfm2kit.testing
-from lfm2kit.backend import Context, Room, Weights
+from lfm2kit.backend import Context, Promise, Room, Weights
 from lfm2kit.formats import BF16
 from lfm2kit.specs import MLP, Experts, LMHead, ShortConv, Spec
+from lfm2kit.testing import CHECKS
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import random_weights
 from lfm2kit.testing.runner import judged
+from lfm2kit.testing.scope import Scope
 
-ROWS_SEEN = "BLAS picks its kernel, and with it the order of a sum, by the number of rows"
-BITS_OF_STATES = (
-    "state-chunked-equals-one-shot",
-    "sequences-beyond-1024",
-    "sequences-of-equal-length",
-    "state-decode-after-600-tokens",
-    "state-page-sizes",
-    "state-forks-share-pages",
-    "state-steps-back",
-    "state-belongs-to-its-caller",
-    "state-of-an-empty-batch",
-)
+BITS_OF_STATES = [
+    check.id for check in CHECKS.values() if check.promise is Promise.CHUNK_INVARIANCE
+]
 
 
-@lfm2kit.testing.parametrize_backend_checks(
-    "blas",
-    expected_failures={
-        "batch-independence": ROWS_SEEN,
-        "rows-among-300": ROWS_SEEN,
-        "rows-among-100000": ROWS_SEEN,
-        "whole-model-batch-independence": ROWS_SEEN,
-        "random-calls": ROWS_SEEN,
-        "random-programs": ROWS_SEEN,
-        "experts-split-by-slot-bitwise": f"{ROWS_SEEN}; an expert gets fewer of them a slot",
-        **dict.fromkeys(BITS_OF_STATES, f"{ROWS_SEEN}; a chunk has fewer"),
-    },
-)
+@lfm2kit.testing.parametrize_backend_checks("blas")
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
@@ -60,7 +41,7 @@ def test_states_keep_the_bits_where_products_do_not_depend_on_other_rows(
         return y if self.bias is None else y + self.bias
 
     monkeypatch.setattr(Linear, "__call__", row_by_row)
-    assert judged(check, BlasBackend(Context())).verdict == "passed"
+    assert judged(check, BlasBackend(Context()), scope=Scope(examples=3)).verdict == "passed"
 
 
 def test_auto_never_picks_it() -> None:
