@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm2kit import specs
-from lfm2kit.backend import Backend, Block, Context, Explains
+from lfm2kit.backend import Backend, BackendPlugin, Block, Context, Explains, Promise
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
@@ -123,8 +123,25 @@ class Setup:
             backend = self.create(name)
             if isinstance(backend, Explains):
                 yield from (f"{name}: {note}" for note in Answers(backend, name).notes())
+        yield from self.not_promised()
         if can_capture(self.create(self.plan.default), self.placed):
             yield from self.wrappers.why_not_captured()
+
+    def not_promised(self) -> Iterator[str]:
+        """Yield what the backends of the plan do not promise of a result's bits, and why."""
+        for plugin in self._plugins_of_plan():
+            for promise, reason in plugin.not_promised.items():
+                yield f"{plugin.name} does not promise that {promise.value}: {reason}"
+
+    def why_not(self, promise: Promise) -> Iterator[str]:
+        """Yield which backend of the plan does not keep a promise, and why, for each that does."""
+        for plugin in self._plugins_of_plan():
+            if (reason := promise.why_not(plugin.not_promised)) is not None:
+                yield f"{plugin.name} does not promise that {promise.value}: {reason}"
+
+    def _plugins_of_plan(self) -> list[BackendPlugin]:
+        names = {item.partition(":")[0] for item in self.plan.backends()}
+        return [self.plugins.backend(name) for name in sorted(names)]
 
     def host_item(self, layer: int) -> str:
         """Return the plan's item for the host's part of a layer's experts, if they are split."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from math import inf
 from pathlib import Path
@@ -32,6 +32,7 @@ from lfm2kit.generating.language import Language
 from lfm2kit.generating.options import Generation, drawn_seed
 from lfm2kit.generating.writer import Writer
 from lfm2kit.progress import step
+from lfm2kit.promises import Promise
 from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.ranks.joining import settled_alike
 from lfm2kit.transport import Transport
@@ -125,7 +126,7 @@ def writer_of(prepared: Prepared, context: int | None, sequences: int | None) ->
     The other ranks of a job call `follow_writer` meanwhile.
     """
     setup, report, job = prepared.setup, prepared.report, prepared.job
-    for note in (notes := list(setup.notes())):
+    for note in (notes := [*setup.notes(), *_guesses_that_count(prepared)]):
         remark(note)
     readying = Readying()
     model = built(setup, BUDGET)
@@ -150,6 +151,15 @@ def writer_of(prepared: Prepared, context: int | None, sequences: int | None) ->
         "notes": notes,
     }
     return writer
+
+
+def _guesses_that_count(prepared: Prepared) -> Iterator[str]:
+    """Yield why guesses may change tokens, where a backend does not promise what they rely on."""
+    if (speculate := prepared.generation.speculate) is None:
+        return
+    asked = flag(Option("speculate", speculate))
+    for why in prepared.setup.why_not(Promise.CHUNK_INVARIANCE):
+        yield f"{asked}: tokens may differ from those of plain decoding, because {why}"
 
 
 def follow_writer(prepared: Prepared) -> None:

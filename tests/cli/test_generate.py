@@ -58,6 +58,19 @@ def test_the_text_goes_to_stdout_and_the_figures_to_stderr(
     assert re.search(READY + "(.*\n)*.*" + FIGURES, done.err)
 
 
+def test_a_backend_that_promises_no_bits_is_named_where_a_guess_may_change_a_token(
+    cli: Cli, folder: Path
+) -> None:
+    words = ("generate", PROMPT, "-m", folder, "-b", "reference,mlp=blas", "--max-tokens", 2)
+    done = cli(*words, "--speculate", "ngram")
+    said = "blas does not promise that a row has the same bits whatever other rows are in the call"
+    assert (done.code, f"{said}: BLAS picks its kernel" in done.err) == (0, True)
+    because = "--speculate ngram: tokens may differ from those of plain decoding, because blas does"
+    assert because in done.err
+    plain = cli(*words)
+    assert ("--speculate" in plain.err, said in plain.err) == (False, True)
+
+
 def test_options_reach_the_engine(generate: Callable[..., Typed], folder: Path) -> None:
     done = generate(PROMPT, "--temperature", "0", "--chat", "--system", "Be brief.")
     expected = text_of(folder, PROMPT, temperature=0, chat=True, system="Be brief.")

@@ -52,7 +52,6 @@ SPEC = small_spec(
     layer_types=["conv", "full_attention", "conv", "full_attention", "conv", "conv"],
     num_hidden_layers=6,
 )
-ROUNDS_BY_BATCH = "blas"  # its products round by how many rows there are, as its README says
 HAS_SIXTEEN_BITS = ("cpu_simd", "hybrid")
 CHOICE = "feed_forward.router.choice"
 
@@ -212,10 +211,6 @@ class Mixture:
     gpu_memory: str | None = None  # instead of places
     streamed_experts: int | None = None
     seed: int = 0
-
-    @property
-    def rounds_by_batch(self) -> bool:
-        return ROUNDS_BY_BATCH in self.plan
 
     def set_up(self, where: Plugins, transport: Transport | None = None) -> Setup:
         """Return the set-up with the backends there; raise `Lfm2kitError` if it has none."""
