@@ -84,6 +84,24 @@ def test_a_backend_of_one_block_passes_with_skips() -> None:
     assert by_id["whole-model"].verdict == "passed"
 
 
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [
+        (specs.MLP, "rows-among-100000"),
+        (specs.Embedding, "rows-among-100000"),
+        (specs.ShortConv, "state-positions-beyond-32768"),
+    ],
+)
+def test_a_check_of_several_kinds_judges_the_only_one_that_is_built(
+    kind: type[Spec], check: str
+) -> None:
+    class OneKind(ReferenceBackend):
+        def why_unsupported(self, spec: Spec) -> str | None:
+            return None if isinstance(spec, kind) else "it builds one kind"
+
+    assert judged(check, OneKind()).verdict == "passed"
+
+
 @pytest.mark.long
 def test_a_backend_of_wide_kernels_is_judged_by_every_check() -> None:
     verdicts = {name: judged(name, broken.MultiplesOf256({}), FP32).verdict for name in CHECKS}
