@@ -7,6 +7,7 @@ name, the method, the spec that it was asked about and what it returned.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from reprlib import repr as brief  # of what a backend returns, however long it is
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -100,7 +101,7 @@ class Answers(NamedTuple):
 
     def ceilings(self) -> Ceilings:
         answer: Ceilings = self._of(
-            None, "ceilings", _are_ceilings, "Ceilings of two numbers above 0"
+            None, "ceilings", _are_ceilings, "Ceilings of two finite numbers above 0"
         )
         return answer
 
@@ -185,5 +186,5 @@ def _maps_texts(answer: Any) -> bool:
 def _are_ceilings(answer: Any) -> bool:
     numbers = (int, float, np.number)
     return isinstance(answer, Ceilings) and all(
-        isinstance(one, numbers) and not isinstance(one, bool) and one > 0 for one in answer
+        isinstance(one, numbers) and not isinstance(one, bool) and 0 < one < inf for one in answer
     )

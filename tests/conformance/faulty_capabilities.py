@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 
 from lfm2kit import specs
-from lfm2kit.backend import BF16, F16, F32, Backend, HostMemory, Memory, NativeCall, Spec, Weights
+from lfm2kit.backend import (
+    BF16,
+    F16,
+    F32,
+    Backend,
+    Ceilings,
+    HostMemory,
+    Memory,
+    NativeCall,
+    Spec,
+    Weights,
+)
 from lfm2kit.batch_rules import ARRAYS
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.testing.checks.capabilities import NATIVE
@@ -56,6 +67,10 @@ def formats_of_a_checkpoint(spec: Spec, weights: Weights) -> Any:
 
 def bytes_of_all_values(spec: Spec, weights: Weights) -> int:
     return sum(weights.float32(name).nbytes for name in spec.parameters())
+
+
+def measures_nothing() -> Ceilings:
+    raise ZeroDivisionError("the clock has not moved")
 
 
 def bytes_of_nothing(spec: Spec, tokens: int) -> int:
@@ -402,6 +417,7 @@ class _LeavesPadding(Around):
         return delta
 
 
+CEILINGS = "ceilings-are-those-of-a-machine"
 UNREAD, KEPT, FACTS = (
     "weights-are-described-unread",
     "kept-bytes-are-kept",
@@ -432,6 +448,13 @@ MUTANTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "hardware_of_numbers": (Says(hardware=lambda: {"device": 0}), (FACTS,)),
     "hardware_without_a_name": (Says(hardware=dict), (FACTS,)),
     "hardware_that_changes": (ChangesItsHardware({}), (FACTS,)),
+    "ceilings_without_names": (Says(ceilings=lambda: (1e12, 1e10)), (CEILINGS,)),
+    "ceilings_of_nothing": (Says(ceilings=lambda: Ceilings(0.0, 1e10)), (CEILINGS,)),
+    "ceilings_below_0": (Says(ceilings=lambda: Ceilings(1e12, -1.0)), (CEILINGS,)),
+    "ceilings_that_are_nan": (Says(ceilings=lambda: Ceilings(np.nan, 1e10)), (CEILINGS,)),
+    "ceilings_without_end": (Says(ceilings=lambda: Ceilings(1e12, np.inf)), (CEILINGS,)),
+    "ceilings_in_billions": (Says(ceilings=lambda: Ceilings(94.3, 12.3)), (CEILINGS,)),
+    "ceilings_that_raise": (Says(ceilings=measures_nothing), (CEILINGS,)),
     "unit_that_changes": (LivesIn(OfManyUnits()), (FACTS,)),
     "cores_below_0": (LivesIn(NearNoCore()), (FACTS,)),
     "row_format_of_mlps": (

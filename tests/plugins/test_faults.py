@@ -219,9 +219,10 @@ NONSENSE: list[tuple[str, Any, str]] = [
     ("notes", [1], "a list of texts"),
     ("hardware", None, "a mapping of texts to texts"),
     ("hardware", {"device": 5}, "a mapping of texts to texts"),
-    ("ceilings", None, "Ceilings of two numbers above 0"),
-    ("ceilings", Ceilings(0, 1.0), "Ceilings of two numbers above 0"),
-    ("ceilings", (1.0, 1.0), "Ceilings of two numbers above 0"),
+    ("ceilings", None, "Ceilings of two finite numbers above 0"),
+    ("ceilings", Ceilings(0, 1.0), "Ceilings of two finite numbers above 0"),
+    ("ceilings", Ceilings(1e12, np.inf), "Ceilings of two finite numbers above 0"),
+    ("ceilings", (1.0, 1.0), "Ceilings of two finite numbers above 0"),
 ]
 
 

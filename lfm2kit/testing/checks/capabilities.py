@@ -18,6 +18,7 @@ from lfm2kit.backend import (
     Explains,
     Format,
     KeepsFormats,
+    Measures,
     Memory,
     MemoryFigures,
     NamesHardware,
@@ -43,6 +44,7 @@ from lfm2kit.testing.verdicts import CheckFailed, Skipped
 from lfm2kit.weights import Tensor, Weights
 
 SLACK = 4096  # bytes
+SLOWEST, FASTEST = 1e6, 1e18  # of machines, in operations or bytes per second
 
 NATIVE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3)
 
@@ -125,6 +127,20 @@ def _judge_memory(memory: Memory) -> None:
         cores = list(memory.near_cores())
         if not all(isinstance(core, int) and core >= 0 for core in cores):
             raise CheckFailed(f"near_cores are {cores}")
+
+
+@check
+def ceilings_are_those_of_a_machine(trial: Trial) -> None:
+    """`ceilings` are figures that a machine can have, of each second and not in billions.
+
+    Efficiency is counted in them, and rates that place experts are kept with them.
+    """
+    if not isinstance(trial.backend, Measures):
+        raise Skipped("it measures no ceilings")
+    ceilings = _told(Answers(trial.backend, "on trial").ceilings)
+    for name, figure in ceilings._asdict().items():
+        if not SLOWEST <= figure <= FASTEST:
+            raise CheckFailed(f"ceilings.{name} is {figure:g}, which no machine does in a second")
 
 
 @check
