@@ -94,7 +94,7 @@ REAL_WIDTHS: tuple[Spec, ...] = (
     specs.Attention(2048, 32, 8, 64, 1e6, EPS),
     specs.MLP(2048, 1792),
     specs.Router(2048, 32, 4, True, True, 1.0),
-    experts(2048, 1792, 4, 2),
+    experts(2048, 1792, 2, 2),
 )
 
 

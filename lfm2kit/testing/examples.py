@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ from lfm2kit.testing.random_weights import random_weights
 from lfm2kit.testing.sessions import Float32, Session, hidden_size_of, joined, one_shot
 from lfm2kit.testing.trial import Trial
 
-USUAL = 33  # rows of another call, by which an error is measured
+USUAL = 33  # rows
 
 
 def judge_call(trial: Trial, spec: Spec, lengths: Sequence[int], seed: int) -> None:
@@ -29,12 +30,11 @@ def judge_call(trial: Trial, spec: Spec, lengths: Sequence[int], seed: int) -> N
     weights = trial.as_taken(random_weights(spec, rng))
     watch = GapWatch(trial.reference)
     block, reference = trial.build(spec, weights), trial.build_reference(spec, weights, watch)
-    usual = reference(*random_inputs(spec, rng, USUAL))
     inputs = random_inputs(spec, rng, sum(lengths), lengths=lengths)
-    watch.gaps.clear()
     got, want = block(*inputs), reference(*inputs)
     what = f"{spec}, sequences of {list(lengths)} rows (seed {seed})"
     clear = watch.clear_rows(trial.near_tie)
+    usual = partial(_usual, spec, reference, seed)
     assert_close(got, want, tolerance(trial, spec), what, clear, usual)
     if not isinstance(spec, specs.LastRows):
         _judge_each_alone(trial, block, inputs, lengths, got, what, clear, usual)
@@ -48,7 +48,7 @@ def _judge_each_alone(
     got: Result,
     what: str,
     clear: Rows,
-    usual: Result,
+    usual: Callable[[], Result],
 ) -> None:
     for i, (start, end) in enumerate(pairwise(accumulate(lengths, initial=0))):
         rows = slice(start, end)
@@ -61,6 +61,12 @@ def _judge_each_alone(
             rows=rows_among(clear, start, end),
             usual=usual,
         )
+
+
+def _usual(spec: Spec, reference: HostBlock, seed: int) -> Result:
+    """Return the result of another call, by which an error is measured."""
+    result: Result = reference(*random_inputs(spec, np.random.default_rng([seed, 1]), USUAL))
+    return result
 
 
 def _part(value: Any, rows: slice) -> Any:
@@ -85,7 +91,7 @@ class _Sequences:
         rng = np.random.default_rng(seed)
         weights = trial.as_taken(random_weights(spec, rng))
         self._block, self._reference = trial.pair(spec, weights)
-        self._usual = one_shot(spec, self._reference, self.draw(rng, USUAL))
+        self._usual = partial(_usual, spec, self._reference, seed)
         self._session = Session(spec, self._block, rng, ROOM)
         self.pages = self._session.pages
         self.feed = self._session.feed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ Int32 = npt.NDArray[np.int32]
 
 def random_rows(rng: np.random.Generator, rows: int, size: int, scale: float = 1.0) -> Float32:
     """Return float32 [rows, size], N(0, scale)."""
-    return (scale * rng.standard_normal((rows, size))).astype(np.float32)
+    values = rng.standard_normal((rows, size), dtype=np.float32)
+    return values if scale == 1 else values * np.float32(scale)
 
 
 def random_lengths(rng: np.random.Generator, rows: int) -> list[int]:
@@ -97,6 +99,34 @@ def random_inputs(
         case specs.MLP() | specs.Scores() | specs.Router() | specs.LMHead():
             return (random_rows(rng, rows, spec.hidden_size, scale),)
     raise TypeError(f"no inputs are known for a {type(spec).__name__}")
+
+
+def first_lengths(lengths: Sequence[int], rows: int) -> list[int]:
+    """Return the lengths of sequences of which the first `rows` rows alone are there."""
+    ends = np.minimum(np.cumsum(lengths), rows)
+    return [int(n) for n in np.diff(ends, prepend=0) if n]
+
+
+def first_rows(inputs: Sequence[Any], count: int) -> list[Any]:
+    """Return the arguments of the same call for the first `count` rows."""
+    return [_first(value, count) for value in inputs]
+
+
+def rows_of_first(spec: Spec, inputs: Sequence[Any], count: int) -> Any:
+    """Return which rows of a call's result are those of the call for the first `count` rows."""
+    if isinstance(spec, specs.LastRows):
+        return np.flatnonzero(inputs[2].logits_rows < count)
+    return slice(count)
+
+
+def _first(value: Any, count: int) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, Batch):
+        return value[:count]
+    ends = np.cumsum([0, *first_lengths(np.diff(value.cu_seqlens).tolist(), count)])
+    batch = Batch.of_sequences([value.token_ids[a:b] for a, b in pairwise(ends)])
+    return replace(batch, logits_rows=value.logits_rows[value.logits_rows < count])
 
 
 def _hidden_and_delta(

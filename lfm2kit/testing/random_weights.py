@@ -87,19 +87,19 @@ def seed_of(name: str) -> int:
 
 
 def _values(name: str, shape: Shape, rng: np.random.Generator) -> Float32:
-    size = math.prod(shape)
-    values = np.resize(rng.standard_normal(min(size, PERIOD), dtype=np.float32), shape)
+    values = rng.standard_normal(min(math.prod(shape), PERIOD), dtype=np.float32)
     if "norm" in name or (len(shape) == 1 and name == "weight"):
         values = 1 + 0.2 * values
     elif name.endswith("expert_bias"):
         values *= 0.3
     elif name.endswith("bias"):
         values *= 0.5
-    elif name.endswith("conv.weight"):
-        values *= np.linspace(0.4, 1.2, shape[-1])
-    else:
+    elif not name.endswith("conv.weight"):
         values *= shape[-1] ** -0.5 * (0.6 if name.endswith("w3.weight") else 1.0)
-    return np.asarray(values, np.float32)
+    whole: Float32 = np.resize(values, shape)
+    if name.endswith("conv.weight"):
+        whole *= np.linspace(0.4, 1.2, shape[-1], dtype=np.float32)
+    return whole
 
 
 def _rounded(name: str, tensor: Tensor, format: Format) -> Float32:

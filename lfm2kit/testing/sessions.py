@@ -29,6 +29,7 @@ class Pages:
         self.room = room
         self._rng = rng
         self._users = dict.fromkeys(range(room.pages), 0)
+        self._free = list(range(room.pages))
         self.tables: dict[Hashable, list[int]] = {}
         self.tokens: dict[Hashable, int] = {}
 
@@ -37,11 +38,16 @@ class Pages:
         start = self.tokens.get(name, 0)
         table = self.tables.setdefault(name, [])
         while len(table) < self.room.pages_of(start + tokens):
-            free = [page for page, users in self._users.items() if not users]
-            table.append(int(self._rng.choice(free)))
-            self._users[table[-1]] = 1
+            table.append(self._take())
         self.tokens[name] = start + tokens
         return start, table
+
+    def _take(self) -> int:
+        """Take a free page; of a fresh room the last one, for which NumPy takes -1, too."""
+        is_fresh = len(self._free) == self.room.pages
+        page = self._free.pop(-1 if is_fresh else self._rng.integers(len(self._free)))
+        self._users[page] = 1
+        return page
 
     def step_back(self, name: Hashable, tokens: int) -> None:
         """Take back a sequence's last tokens; pages that it no longer needs are free again."""
@@ -70,6 +76,8 @@ class Pages:
     def _give_back(self, name: Hashable, keep: int) -> None:
         for page in self.tables[name][keep:]:
             self._users[page] -= 1
+            if not self._users[page]:
+                self._free.append(page)
         del self.tables[name][keep:]
 
 

@@ -60,7 +60,7 @@ def test_an_error_while_building_is_no_call() -> None:
 def test_a_wrong_result_says_which_sequences_and_pages_it_was_about() -> None:
     backend = BrokenBackend({specs.ShortConv: broken.ConvStateNotReset})
     (call,) = judged("state-fresh-at-position-zero", backend).notes
-    said = f"{CONV}, 6 rows, lengths [6], starts [0], pages [[1]], with a state"
+    said = f"{CONV}, 6 rows, lengths [6], starts [0], pages [[0]], with a state"
     assert call == f"last call: number 2 of {said}"
 
 

@@ -221,7 +221,7 @@ def state_steps_back(trial: Trial) -> None:
             x, y = _rows(trial, spec, fed), _rows(trial, spec, 20)
             whole = one_shot(spec, block, np.concatenate([x[: fed - back], y]))
             want = rows_of(whole, slice(fed - back, None))
-            for lengths in ([1] * 8 + [12], [3] * 6 + [2], [20]):
+            for lengths in ([1] * 8 + [12], [3, 3, 14], [20]):
                 session = Session(spec, block, trial.rng, Room(3, PAGE_TOKENS))
                 session.feed(("one", x))
                 session.pages.step_back("one", back)
@@ -237,7 +237,7 @@ def state_positions_beyond_32768(trial: Trial) -> None:
     Every column names one page, so that no forward over all those tokens is needed.  One attention
     goes on from 131,072, beyond the release's context.
     """
-    built = trial.supported(OPERATORS)
+    built = trial.supported((*cases.OPERATORS, *cases.WIDE_OPERATORS, *DENSE_LAYERS))
     for spec in built:
         if not trial.is_joined(spec):
             _judge_far(trial, spec, 32_768, 2)

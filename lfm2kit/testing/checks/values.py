@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from reprlib import repr as brief
 
 import numpy as np
@@ -14,10 +15,15 @@ from lfm2kit.promises import Promise
 from lfm2kit.specs import Choice, Layer, Router, Scores, ShortConv, Spec
 from lfm2kit.testing.cases import CASES, REAL_WIDTHS
 from lfm2kit.testing.checks.registry import check, guards
-from lfm2kit.testing.compare import assert_close, assert_same
+from lfm2kit.testing.compare import assert_close, assert_same, rows_of
 from lfm2kit.testing.host_block import host_block
-from lfm2kit.testing.near_ties import NEAR_TIE, GapWatch
-from lfm2kit.testing.random_inputs import random_inputs
+from lfm2kit.testing.near_ties import NEAR_TIE, GapWatch, rows_among
+from lfm2kit.testing.random_inputs import (
+    first_lengths,
+    first_rows,
+    random_inputs,
+    rows_of_first,
+)
 from lfm2kit.testing.random_weights import in_int8, mixtures, stored_as
 from lfm2kit.testing.router_cases import WITHIN
 from lfm2kit.testing.trial import Trial
@@ -25,6 +31,7 @@ from lfm2kit.weights import Weights
 
 WITH_BIASES = [s for s in CASES["conv"] if isinstance(s, ShortConv) and s.bias]
 ROWS = (0, 1, 2, 15, 16, 17, 33, 129)
+RAGGED = (1, 4, 9, 2, 17, 96)  # lengths of sequences
 
 
 @check
@@ -229,7 +236,7 @@ def weights_at_any_address(trial: Trial) -> None:
             trial.assert_same(skewed(*inputs), want, what)
 
 
-def _judge(trial: Trial, candidates: Iterable[Spec], rows: Iterable[int] = ROWS) -> None:
+def _judge(trial: Trial, candidates: Iterable[Spec], rows: Sequence[int] = ROWS) -> None:
     for spec in trial.supported(candidates):
         _judge_weights(trial, spec, trial.random_weights(spec), rows, str(spec))
 
@@ -238,20 +245,24 @@ def _judge_weights(
     trial: Trial,
     spec: Spec,
     weights: Weights,
-    rows: Iterable[int],
+    rows: Sequence[int],
     what: str,
 ) -> None:
     """Call with several numbers of rows, compared where no router is near a tie.
 
-    A router computes in float32 in every precision, of what it is given: only a layer gives it what
-    another block has rounded.
+    They are the first ones of the same rows, because no row's result depends on later ones: so the
+    reference, which is slow, is called once.  A router computes in float32 in every precision, of
+    what it is given: only a layer gives it what another block has rounded.
     """
     within = WITHIN if isinstance(spec, Scores | Choice | Router) else trial.tolerance
     watch = GapWatch(trial.reference)
     block, reference = trial.build(spec, weights), trial.build_reference(spec, weights, watch)
+    lengths = first_lengths(RAGGED, max(rows))
+    inputs = random_inputs(spec, trial.rng, max(rows), lengths=lengths)
+    whole = cache(partial(reference, *inputs))
+    margin = trial.near_tie if isinstance(spec, Layer) else NEAR_TIE
     for count in rows:
-        inputs = random_inputs(spec, trial.rng, count)
-        watch.gaps.clear()
-        got, want = block(*inputs), reference(*inputs)
-        clear = watch.clear_rows(trial.near_tie if isinstance(spec, Layer) else NEAR_TIE)
+        got = block(*first_rows(inputs, count))
+        want = rows_of(whole(), rows_of_first(spec, inputs, count))
+        clear = rows_among(watch.clear_rows(margin), 0, count)
         assert_close(got, want, within, f"{what} at {count} rows", clear)
