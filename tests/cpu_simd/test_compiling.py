@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import llvmlite.binding as llvm
 import numba
 import pytest
 from lfm2kit_cpu_simd import compiling
+from lfm2kit_cpu_simd.chains import CHAINS
 from lfm2kit_cpu_simd.compile_steps import tell_compile_steps
 from lfm2kit_cpu_simd.compiling import announced, c_function, fingerprint, kernel
 from lfm2kit_cpu_simd.interrupts import remembered_interrupts
 from lfm2kit_cpu_simd.machine import STORAGES
+from lfm2kit_cpu_simd.one_row import PRODUCT, OneRow
 from lfm2kit_cpu_simd.tile import TILE, Emitter
 from llvmlite import ir
 from numba import types
@@ -325,16 +328,16 @@ def test_a_changed_source_has_other_kernels(
     assert fingerprint.__wrapped__("lfm2kit_hybrid") == before
 
 
-def assembly(triple: str, cpu: str, vl: int, nv: int, storage: str, leaves: bool) -> str:
-    """Return the tile, compiled for another machine."""
+def assembly(triple: str, cpu: str, arguments: int, emit: Callable[..., None]) -> str:
+    """Return what is emitted, as a function with that number of arguments, for another machine."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     module = ir.Module()
     module.triple = triple
     index = ir.IntType(64)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [index] * len(TILE.args)), "tile")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [index] * arguments), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
-    Emitter(storage, 6, vl, nv, leaves=leaves).emit(builder, *function.args)
+    emit(builder, *function.args)
     builder.ret_void()
     target = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
     return target.emit_assembly(llvm.parse_assembly(str(module)))
@@ -363,9 +366,20 @@ def test_the_tile_lowers_to_fused_multiply_adds_and_calls_nothing(
     storage: str,
     leaves: bool,
 ) -> None:
-    text = assembly(triple, cpu, vl, nv, storage, leaves)
+    emitter = Emitter(storage, 6, vl, nv, leaves=leaves)
+    text = assembly(triple, cpu, len(TILE.args), emitter.emit)
     assert text.count(multiply_add) >= 6 * nv
     assert call not in text
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_one_row_keeps_the_sums_of_all_chains_in_registers(storage: str) -> None:
+    emit = OneRow(storage, 8, 2).emit_product
+    text = assembly("x86_64-unknown-linux-gnu", "haswell", len(PRODUCT.args), emit)
+    in_one_step = max(re.split(r"^\.LBB", text, flags=re.M), key=lambda part: part.count("vfmadd"))
+    assert in_one_step.count("vfmadd") == 2 * CHAINS
+    assert not re.search(r"ymm\d+.*\(%rsp\)|\(%rsp\).*ymm", text)
+    assert "\tcall" not in text
 
 
 def test_each_kernel_that_is_compiled_is_a_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,17 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(storage: str, threa
         np.testing.assert_array_equal(linear(x[:rows], panels, NR + 5), alone[:rows])
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("k", [160, 161, 192, 193, 257, 383, 2049])  # five chains, then six
+def test_a_row_alone_has_the_bits_that_it_has_beside_another(storage: str, k: int) -> None:
+    rng = np.random.default_rng(k)
+    (w,) = matrices(rng, 1, (NR + 5, k), storage)
+    panels = pack([[w]])
+    x = rng.standard_normal((2, k)).astype(np.float32)
+    alone = np.concatenate([linear(row, panels, NR + 5) for row in (x[:1], x[1:])])
+    np.testing.assert_array_equal(alone, linear(x, panels, NR + 5))
+
+
 @pytest.mark.parametrize("columns", [NR - 1, 3 * NR])  # fewer panels than threads, and more
 @pytest.mark.parametrize("storage", STORAGES)
 def test_two_threads_give_the_bits_of_one(storage: str, columns: int) -> None:

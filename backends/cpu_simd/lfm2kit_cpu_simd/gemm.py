@@ -18,12 +18,13 @@ import numpy.typing as npt
 from numba import types
 
 from lfm2kit_cpu_simd.buffers import BUFFERS
-from lfm2kit_cpu_simd.chains import chain_bounds
+from lfm2kit_cpu_simd.chains import CHAINS, chain_bounds
 from lfm2kit_cpu_simd.claiming import claimed
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.elementwise import silu
 from lfm2kit_cpu_simd.machine import NR
+from lfm2kit_cpu_simd.one_row import ONE_ROW, call_one_row
 from lfm2kit_cpu_simd.packing import HALF, Panels
 from lfm2kit_cpu_simd.signatures import BOOL, INT, OFFSETS, ROWS, ROWS_OUT, TABLE, VECTOR
 from lfm2kit_cpu_simd.tile import (
@@ -80,7 +81,7 @@ def grouped(
     data, storage = panels.data, panels.storage
     _grouped(
         x, offsets, panels.address, data.shape[1], data.itemsize, TABLES[storage],
-        SHARED_FROM[storage], panels.is_gated, bias, out, CREW.size(),
+        SHARED_FROM[storage], ONE_ROW[storage], panels.is_gated, bias, out, CREW.size(),
     )  # fmt: skip
     return out
 
@@ -107,8 +108,8 @@ def _finish(
 @numba.njit(inline="always")
 def _multiply(
     x: Any, bounds: Any, row: Any, rows: Any, weights: Any, following: Any, itemsize: Any,
-    table: Any, shared_from: Any, sums: Any, wide: Any, panel: Any, is_gated: Any, bias: Any,
-    out: Any,
+    table: Any, shared_from: Any, one_row: Any, sums: Any, wide: Any, panel: Any, is_gated: Any,
+    bias: Any, out: Any,
 ) -> None:  # fmt: skip
     """Multiply `rows` rows of x, from `row` on, by the panel at address `weights`, into `out`.
 
@@ -116,6 +117,12 @@ def _multiply(
     tile computes.
     """
     k = x.shape[1]
+    if rows == 1 and one_row and bounds.shape[0] > CHAINS:
+        sums[0] = 0
+        x_at = x.ctypes.data + 4 * row * k
+        call_one_row(one_row, x_at, weights, sums.ctypes.data, bounds.ctypes.data)
+        _finish(sums, 0, 1, row, panel, is_gated, bias, out)
+        return
     row_bytes = NR * itemsize
     tiles = -(-rows // MR)
     lines = -(-UNROLL * row_bytes // (CACHE_LINE * tiles))
@@ -171,7 +178,7 @@ def group_of(task: Any, group: Any, before: Any, offsets: Any, count: Any) -> An
 
 
 @kernel(
-    types.void(ROWS, OFFSETS, INT, INT, INT, TABLE, INT, BOOL, VECTOR, ROWS_OUT, INT),
+    types.void(ROWS, OFFSETS, INT, INT, INT, TABLE, INT, INT, BOOL, VECTOR, ROWS_OUT, INT),
     parallel=True,
     error_model="numpy",  # a check for division by zero would keep silu from being vectorised
 )
@@ -183,6 +190,7 @@ def _grouped(
     itemsize: Any,
     table: Any,
     shared_from: Any,
+    one_row: Any,
     is_gated: Any,
     bias: Any,
     out: Any,
@@ -214,5 +222,5 @@ def _grouped(
                 next_panel = (following - next_before) % count
                 ahead = panels_at + (next_group * count + next_panel) * size
             _multiply(x, bounds, first + begin, end - begin, at, ahead, itemsize, table,
-                      shared_from, sums, wide, panel, is_gated, bias, out)  # fmt: skip
+                      shared_from, one_row, sums, wide, panel, is_gated, bias, out)  # fmt: skip
             task, group, before = following, next_group, next_before

@@ -124,9 +124,7 @@ class Emitter:
         ahead: Any,
         wide: Any,
     ) -> None:
-        self.builder = b
-        fma = ir.FunctionType(self.vector, [self.vector] * 3)
-        self.fmuladd = cgutils.get_or_insert_function(b.module, fma, f"llvm.fmuladd.v{self.vl}f32")
+        self.begin(b)
         depth = b.sub(last, first)
         chain = b.add(out_at, self._constant(4 * ROWS_AT_ONCE * self.nv * self.vl))
         row_bytes = b.mul(stride, self._constant(4))
@@ -164,6 +162,11 @@ class Emitter:
             return end, following
 
         self._pieces(depth, bounds, piece)
+
+    def begin(self, b: Any) -> None:
+        self.builder = b
+        fma = ir.FunctionType(self.vector, [self.vector] * 3)
+        self.fmuladd = cgutils.get_or_insert_function(b.module, fma, f"llvm.fmuladd.v{self.vl}f32")
 
     def _pieces(self, depth: Any, bounds: Any, piece: Any) -> None:
         """Emit `k = 0; while k < depth: k, bounds = piece(k, bounds)`."""
@@ -370,7 +373,7 @@ def call_tile(
     signature = types.void(types.intp, *ARGUMENTS)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _call(builder, args[0], args[1:])
+        call_address(builder, args[0], args[1:])
         return context.get_dummy_value()
 
     return signature, codegen
@@ -399,13 +402,14 @@ def call_tile_of_one_chain(
         builder.store(k, builder.gep(memory, [ir.Constant(k.type, 1)]))
         bounds = builder.ptrtoint(memory, k.type)
         unused = zero
-        _call(builder, address, [x, panel, out, lines, stride, zero, k, bounds, ahead, unused])
+        arguments = [x, panel, out, lines, stride, zero, k, bounds, ahead, unused]
+        call_address(builder, address, arguments)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _call(builder: Any, address: Any, arguments: Sequence[Any]) -> None:
-    """Emit the call of a tile."""
+def call_address(builder: Any, address: Any, arguments: Sequence[Any]) -> None:
+    """Emit the call of a function whose address is kept."""
     function = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(builder.inttoptr(address, function.as_pointer()), arguments)
