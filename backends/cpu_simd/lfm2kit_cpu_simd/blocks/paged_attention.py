@@ -24,6 +24,7 @@ from numba import types
 from lfm2kit import specs
 from lfm2kit.backend import F32, Batch, Room
 from lfm2kit_cpu_simd.buffers import BUFFERS
+from lfm2kit_cpu_simd.claiming import claimed
 from lfm2kit_cpu_simd.compiling import kernel
 from lfm2kit_cpu_simd.crew import CREW
 from lfm2kit_cpu_simd.elementwise import exp
@@ -284,7 +285,10 @@ def _attend(
     out: Any,
     threads: Any,
 ) -> None:
-    """Compute all heads.  A task is a key head's query heads, of some tokens of a sequence."""
+    """Compute all heads.  A task is a key head's query heads, of some tokens of a sequence.
+
+    Threads take the tasks in turn: cores that others share, or that wake late, do fewer.
+    """
     kv_heads, head_dim = keys.shape[1], keys.shape[2]
     group = out.shape[1] // head_dim // kv_heads
     tokens = max(1, ROWS_AT_ONCE // group)
@@ -293,7 +297,9 @@ def _attend(
         last = cu_seqlens[sequence + 1] - 1
         rows = min(tokens, last + 1 - cu_seqlens[sequence]) * group
         most = max(most, rows * (positions[last] // NR + 1))
-    for thread in numba.prange(threads):
+    counter = np.empty(1, np.int64)
+    counter[0] = 0
+    for _ in numba.prange(threads):
         scores = np.empty((most, NR), np.float32)
         queries = np.empty((tokens * group, head_dim), np.float32)
         totals = np.empty(tokens * group, np.float32)
@@ -301,18 +307,18 @@ def _attend(
         sums = np.empty((parts, MR, NR), np.float32)
         earlier = np.zeros((parts, MR, NR), np.float32)
         panels = np.empty(first_panels.shape[1] * panels_per_page, np.int64)
-        task = 0
+        task, mine = 0, claimed(counter)
         for sequence in range(first_panels.shape[0]):
             last = positions[cu_seqlens[sequence + 1] - 1]
             for i in range(last // NR + 1):
                 panels[i] = _panel(first_panels[sequence], panels_per_page, i)
             for head in range(kv_heads):
                 for begin in range(cu_seqlens[sequence], cu_seqlens[sequence + 1], tokens):
+                    if task == mine:
+                        end = min(begin + tokens, cu_seqlens[sequence + 1])
+                        _attend_rows(
+                            qkv, begin, end, positions, head, group, keys, values, panels, scale,
+                            table, queries, scores, totals, sums, earlier, out,
+                        )  # fmt: skip
+                        mine = claimed(counter)
                     task += 1
-                    if task % threads != thread:
-                        continue
-                    end = min(begin + tokens, cu_seqlens[sequence + 1])
-                    _attend_rows(
-                        qkv, begin, end, positions, head, group, keys, values, panels, scale,
-                        table, queries, scores, totals, sums, earlier, out,
-                    )  # fmt: skip
