@@ -145,15 +145,29 @@ def _remember(
 
 
 @numba.njit(inline="always")
-def _softmax(scores: Any, row: Any, rows: Any, count: Any, seen: Any, scale: Any) -> Any:
+def _most(scores: Any, row: Any, rows: Any, seen: Any, lanes: Any) -> Any:
+    """Return the largest of the first `seen` scores of row `row`, first lane by lane."""
+    lanes[:] = -np.inf
+    for i in range(seen // NR):
+        for j in range(NR):
+            lanes[j] = max(lanes[j], scores[i * rows + row, j])
+    for j in range(seen % NR):
+        lanes[j] = max(lanes[j], scores[seen // NR * rows + row, j])
+    most = np.float32(-np.inf)
+    for j in range(NR):
+        most = max(most, lanes[j])
+    return most
+
+
+@numba.njit(inline="always")
+def _softmax(
+    scores: Any, row: Any, rows: Any, count: Any, seen: Any, scale: Any, lanes: Any
+) -> Any:
     """Make e^(score - most) of row `row` of the scores of `count` panels, and 0 from `seen` on.
 
     Return their sum.
     """
-    most = np.float32(-np.inf)
-    for i in range(count):
-        for j in range(min(NR, seen - i * NR)):
-            most = max(most, scores[i * rows + row, j])
+    most = _most(scores, row, rows, seen, lanes)
     total, part = np.float32(0), np.float32(0)
     for i in range(count):
         if i % SUMMED == 0:
@@ -232,8 +246,8 @@ def _is_finite(row: Any) -> Any:
 @numba.njit(inline="always")
 def _attend_rows(
     qkv: Any, begin: Any, end: Any, positions: Any, head: Any, group: Any, keys: Any, values: Any,
-    panels: Any, scale: Any, table: Any, queries: Any, scores: Any, totals: Any, sums: Any,
-    earlier: Any, out: Any,
+    panels: Any, scale: Any, table: Any, queries: Any, scores: Any, lanes: Any, totals: Any,
+    sums: Any, earlier: Any, out: Any,
 ) -> None:  # fmt: skip
     """Compute the query heads that share key head `head`, of rows begin to end of a sequence."""
     head_dim, rows = keys.shape[2], (end - begin) * group
@@ -245,7 +259,8 @@ def _attend_rows(
     count = -(-seen // NR)
     _score(queries, rows, keys, panels, count, head, table, scores)
     for r in range(rows):
-        totals[r] = _softmax(scores, r, rows, count, positions[begin + r // group] + 1, scale)
+        seen_by_row = positions[begin + r // group] + 1
+        totals[r] = _softmax(scores, r, rows, count, seen_by_row, scale, lanes)
     height = MR
     while True:
         for r in range(0, rows, height):
@@ -302,6 +317,7 @@ def _attend(
     for _ in numba.prange(threads):
         scores = np.empty((most, NR), np.float32)
         queries = np.empty((tokens * group, head_dim), np.float32)
+        lanes = np.empty(NR, np.float32)
         totals = np.empty(tokens * group, np.float32)
         parts = values.shape[2]
         sums = np.empty((parts, MR, NR), np.float32)
@@ -318,7 +334,7 @@ def _attend(
                         end = min(begin + tokens, cu_seqlens[sequence + 1])
                         _attend_rows(
                             qkv, begin, end, positions, head, group, keys, values, panels, scale,
-                            table, queries, scores, totals, sums, earlier, out,
+                            table, queries, scores, lanes, totals, sums, earlier, out,
                         )  # fmt: skip
                         mine = claimed(counter)
                     task += 1
