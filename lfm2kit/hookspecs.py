@@ -147,9 +147,11 @@ def lfm2kit_run_ended(record: Mapping[str, Any]) -> None:
     `record` is what `--json` writes.  Called on rank 0 alone, with a copy for each plugin.  An
     exception loses nothing: it is shown, and changes the exit code of a good run alone.
 
+        from lfm2kit.records import values
+
         @lfm2kit.hookimpl
         def lfm2kit_run_ended(record):
-            print(record["samples_per_second"])
+            print(record["backend"], *values(record, "throughput"))
     """
     raise NotImplementedError
 

@@ -24,6 +24,8 @@ from typing import Any
 
 from lfm2kit_mpi.launcher import find_mpiexec
 
+from lfm2kit.records import values
+
 HERE = Path(__file__).resolve().parent
 NETWORK = HERE.parents[1] / "scripts" / "network.py"
 DATA = Path(os.environ.get("LFM2KIT_BENCH_DATA", HERE.parent / ".data"))
@@ -57,7 +59,8 @@ def run(model: Path, n: int, rate: str) -> list[float]:
     options = f"--ranks {RUNNING} --threads 1 -n {n} --random-inputs {LENGTH} -w --json -"
     options += " --parallel ep --overlap off"
     given = ["--model", str(model), "--backend", "cpu_simd", *options.split()]
-    return [on_nodes(RUNNING, rate, sys.executable, "-m", "lfm2kit", "run", *given)["seconds"]]
+    record = on_nodes(RUNNING, rate, sys.executable, "-m", "lfm2kit", "run", *given)
+    return values(record, "time")
 
 
 def alternately(

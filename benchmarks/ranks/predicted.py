@@ -35,6 +35,7 @@ from lfm2kit.measuring import samples
 from lfm2kit.measuring.running import run_samples
 from lfm2kit.measuring.scaling import parts_of
 from lfm2kit.ranks.groups import Grouping
+from lfm2kit.records import values
 from lfm2kit.simulating.jobs import Job, Layout
 from lfm2kit.simulating.routing import RoutingRecorder
 
@@ -139,7 +140,7 @@ def cases(asked: argparse.Namespace) -> Iterator[Case]:
 
 def row(case: Case, predicted: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Return a row of the table."""
-    seconds = [run["seconds"] for run in runs]
+    seconds = [values(run, "time")[0] for run in runs]
     median = statistics.median(seconds)
     parts = [of_run for run in runs if (of_run := parts_of(run)) is not None]
     compute, exchange, waiting = (statistics.median(of) for of in zip(*parts, strict=True))

@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import distributions
 from pathlib import Path
 
-import numpy as np
-
-from lfm2kit.backend import Context, Exclusive, Memory, NamesHardware
-from lfm2kit.building.answers import Answers
+from lfm2kit.backend import Context
 from lfm2kit.building.rates import MADE_BY, Calibration, Experts, read_calibration
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.kernel_cache import (
@@ -29,35 +24,12 @@ from lfm2kit.kernel_cache import (
     make_folder,
     root_folder,
 )
-from lfm2kit.process import machine
+from lfm2kit.records.machine import described
 
 FOLDER = "rates"
 NO_NAME = "a device without a name"
 UNKNOWN = "unknown"  # a name that one of two descriptions does not have
 LONGEST_TURN = 180.0  # seconds that another calibration is waited for; it takes less than a minute
-
-
-def described(context: Context) -> dict[str, str]:
-    """Return the names and versions that the rates of the host depend on."""
-    ours = {d.name: d.version for d in distributions() if (d.name or "").startswith("lfm2kit")}
-    ranks = {"ranks": str(context.local_ranks)} if context.local_ranks > 1 else {}
-    return {
-        "processor": machine.processor(),
-        "cores": str(machine.cores()),
-        "threads": str(context.threads or "all"),
-        **ranks,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        **dict(sorted(ours.items())),
-    }
-
-
-def hardware_of(asked: Answers, memory: Memory) -> dict[str, str]:
-    """Return what a backend says of its device, or what its memory is called."""
-    if isinstance(asked.backend, NamesHardware):
-        return dict(asked.hardware())
-    return {"device": memory.unit()} if isinstance(memory, Exclusive) else {}
 
 
 def kept_file(described: Mapping[str, str]) -> Path:

@@ -11,17 +11,12 @@ from lfm2kit import specs
 from lfm2kit.backend import F32, HOST, Ceilings, Crosses, Memory, PicksRows
 from lfm2kit.batch import Batch
 from lfm2kit.building.answers import Answers
-from lfm2kit.building.kept_rates import (
-    check_hardware,
-    described,
-    differences,
-    hardware_of,
-    read_kept,
-)
+from lfm2kit.building.kept_rates import check_hardware, differences, read_kept
 from lfm2kit.building.overlap import NO_SLOTS, Slots
 from lfm2kit.building.rates import Calibration, Experts, Rates, read_calibration
 from lfm2kit.building.sharing import Budget, Place, Sharing, Trip, predicted, shared_out
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.records.machine import described, hardware_of
 from lfm2kit.rewrites.parted_experts import SplitExperts
 
 if TYPE_CHECKING:

@@ -21,6 +21,8 @@ BETWEEN = "---"  # the line between several answers
 class One:
     """A prompt, which is asked alone."""
 
+    kind = "lfm2kit generate"
+
     def __init__(self, prompt: str) -> None:
         self._prompt = prompt
 
@@ -77,5 +79,6 @@ def _answer(request: Request, prepared: Prepared) -> None:
             voice.line()
             answer.check()
     remark(f"{pace.line()}, seed {prepared.seed}")
-    report.fields |= fields_of(request, answers, prepared.language.tokenizer) | pace.fields()
+    report.fields |= fields_of(request, answers, prepared.language.tokenizer)
+    pace.report(report)
     report.write()

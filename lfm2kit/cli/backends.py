@@ -12,10 +12,11 @@ from lfm2kit.backend import Context
 from lfm2kit.building.options import About, Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.cli.asked import Asked
-from lfm2kit.cli.console import STDOUT, Report, show_table
+from lfm2kit.cli.console import STDOUT, show_table
 from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.cli.new_package import IntoOption, show_package
 from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, flags, spread
+from lfm2kit.cli.report import Report
 from lfm2kit.errors import Lfm2kitError, choices
 
 ABOUT = {field.name: field.metadata["about"] for field in fields(Options)}
@@ -79,7 +80,7 @@ def _default(context: typer.Context, json: JsonOption = None) -> None:
 def list_backends(json: JsonOption = None) -> None:
     """List the backends that plugins add, and whether each can run here."""
     plugins = installed_plugins()
-    report = Report(json)
+    report = Report(json, "lfm2kit backends list")
     report.fields = {"backends": [_description(*item) for item in sorted(plugins.backends.items())]}
     if json != STDOUT:
         _show(report.fields["backends"])
@@ -115,7 +116,8 @@ def check(
     """Run the conformance suite on a backend, and exit with code 1 if it fails."""
     from lfm2kit.cli.suite import explain_check, judge, show_checks
 
-    report = Report(json)
+    which = " --list" if is_list else " --explain" if explain is not None else ""
+    report = Report(json, f"lfm2kit backends check{which}")
     plugins = installed_plugins()
     if name is not None:
         plugins.backend(name)
@@ -148,7 +150,7 @@ def matrix(
     """Run the suite in each precision, and show which blocks are built, judged, or failed."""
     from lfm2kit.cli.matrix import show_matrix
 
-    report = Report(json)
+    report = Report(json, "lfm2kit backends matrix")
     if markdown and json == STDOUT:
         raise Lfm2kitError("--markdown and --json - do not go together: both go to stdout")
     plugin = installed_plugins().backend(name)

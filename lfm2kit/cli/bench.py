@@ -22,9 +22,19 @@ from lfm2kit.building.options import BACKEND_VARIABLE, About, Options
 from lfm2kit.building.plan import AUTO
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli import scaling
-from lfm2kit.cli.console import Report, complain, progress, remark
-from lfm2kit.cli.options import OF_RANKS, TransportOption, Without, flags, open_model, spread
+from lfm2kit.cli.console import STDOUT, complain, progress, remark
+from lfm2kit.cli.options import (
+    OF_RANKS,
+    JsonOption,
+    TransportOption,
+    Without,
+    files_of,
+    flags,
+    open_model,
+    spread,
+)
 from lfm2kit.cli.ranks import refuse_copies
+from lfm2kit.cli.report import Report
 from lfm2kit.cli.rewrite_options import check_state, option_of
 from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.measuring.bench import (
@@ -42,6 +52,7 @@ from lfm2kit.measuring.scaling import Job
 from lfm2kit.measuring.single_blocks import single_blocks
 from lfm2kit.memory import HOST
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
+from lfm2kit.records.machine import machine_of
 from lfm2kit.text import printable
 
 # A share of a call's time.  On idle cores calls waited for 0.09 of their time at most; with one
@@ -68,8 +79,42 @@ class Block(enum.StrEnum):
 
 class Form(enum.StrEnum):
     md = "md"
-    json = "json"
     csv = "csv"
+
+
+class _Table:
+    """The rows of a table, which go to stdout, and to a record."""
+
+    def __init__(self, report: Report, form: Form) -> None:
+        if form is Form.csv and report.target == STDOUT:
+            raise Lfm2kitError("-o csv and --json - do not go together: both go to stdout")
+        self.report = report
+        self._form = form
+
+    def put(
+        self,
+        rows: Sequence[dict[str, Any]],
+        seconds: Mapping[str, Sequence[float]],
+        in_texts: Callable[[dict[str, Any]], dict[str, str]],
+    ) -> None:
+        """Print the table, and write the record, in which each row names a figure of `seconds`."""
+        if self.report.target != STDOUT:
+            self._print([in_texts(row) for row in rows])
+        self.report.fields = {"results": list(rows)}
+        for name, values in seconds.items():
+            self.report.figure(name, "s", values, "lower")
+        self.report.write()
+
+    def _print(self, rows: Sequence[dict[str, str]]) -> None:
+        table = [list(rows[0]), *([printable(text) for text in row.values()] for row in rows)]
+        if self._form is Form.csv:
+            csv.writer(sys.stdout).writerows(table)
+            return
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        table.insert(1, ["-" * width for width in widths])
+        for line in table:
+            cells = (text.ljust(width) for text, width in zip(line, widths, strict=True))
+            print("| " + " | ".join(cells) + " |")
 
 
 @spread
@@ -133,6 +178,7 @@ def bench(
     output: Annotated[
         Form, typer.Option("-o", "--output", metavar="|".join(Form), help="Format of the table.")
     ] = Form.md,
+    json: JsonOption = None,
 ) -> None:
     """Measure a model or its blocks, and compare the medians with this machine's ceilings."""
     refuse_copies()
@@ -154,12 +200,15 @@ def bench(
         if len(lengths) > 1:
             raise Lfm2kitError(f"--seq-len {seq_len}: with --ranks it takes one number")
         jobs = [Job(plan, size, n) for plan in plans for n in samples for size in sizes]
-        _bench_jobs(options, jobs, lengths[0], repetitions, transport, output)
+        table = _Table(Report(json, "lfm2kit bench --ranks"), output)
+        _bench_jobs(table, options, jobs, lengths[0], repetitions, transport)
         return
     for name in OF_RANKS:
         if getattr(options, name) != Options.__dataclass_fields__[name].default:
             raise Lfm2kitError(f"--{name.replace('_', '-')} needs --ranks, such as --ranks 1,2,4")
+    table = _Table(Report(json, "lfm2kit bench"), output)
     checkpoint, seed = open_model(options), options.seed or 0
+    table.report.check_apart(files_of(checkpoint, options))
     # What is not measured need not be built.
     may_lack = block is not None and Block.model not in block
     setups = [
@@ -175,14 +224,23 @@ def bench(
     else:
         contenders_of = partial(_forwards, block or [], samples, lengths, seed)
     with np.errstate(all="ignore"):  # what is not finite is told once, at the end
-        contenders = [contender for setup in setups for contender in contenders_of(setup)]
+        named = {
+            _named(plan, plans, contender.test): contender
+            for plan, setup in zip(plans, setups, strict=True)
+            for contender in contenders_of(setup)
+        }
         ceilings = {str(s.plan): c for s in setups if (c := measured_ceilings(s)) is not None}
-        total = (WARM_UPS + repetitions) * len(contenders)
+        total = (WARM_UPS + repetitions) * len(named)
         with progress("measuring", total, "calls") as advance:
-            measured = measure(contenders, repetitions, ceilings, lambda: advance(1))
+            measured = measure([*named.values()], repetitions, ceilings, lambda: advance(1))
     defaults = {str(setup.plan): setup.plan.default for setup in setups}
-    rows = [_row(checkpoint, m, options, defaults[m.contender.backend]) for m in measured]
-    _print(rows, _texts, output)
+    figures = dict(zip(named, measured, strict=True))
+    rows = [
+        {"figure": name, **_row(checkpoint, m, options, defaults[m.contender.backend])}
+        for name, m in figures.items()
+    ]
+    table.report.machine = machine_of(*setups)
+    table.put(rows, {name: m.seconds for name, m in figures.items()}, _texts)
     _warn_of_waiting(measured, setups)
     _tell_ceilings(ceilings, defaults)
     _tell_guesses(measured)
@@ -192,23 +250,39 @@ def bench(
 
 
 def _bench_jobs(
+    table: _Table,
     options: Options,
     jobs: Sequence[Job],
     seq_len: int,
     repetitions: int,
     transport: str,
-    output: Form,
 ) -> None:
     """Measure jobs, and print a table of them."""
     checkpoint = open_model(options)
+    table.report.check_apart(files_of(checkpoint, options))
     measured = scaling.scaled(options, jobs, seq_len, repetitions, transport)
     for note in scaling.notes(measured):
         remark(note)
     rows = scaling.rows(checkpoint, options, measured, seq_len)
-    _print(rows, scaling.texts, output)
+    plans = list(dict.fromkeys(job.plan for job in jobs))
+    names = [
+        _named(job.plan, plans, f"{row['test']} on {row['ranks']} ranks")
+        for job, row in zip(jobs, rows, strict=True)
+    ]
+    table.report.machine = scaling.machine_of(options, measured)
+    table.put(
+        [{"figure": name, **row} for name, row in zip(names, rows, strict=True)],
+        {name: one.seconds for name, one in zip(names, measured, strict=True)},
+        scaling.texts,
+    )
     _end_where_not_finite(
         {f"{row['backend']}: {row['test']} on {row['ranks']} ranks": row["finite"] for row in rows}
     )
+
+
+def _named(plan: str, plans: Sequence[str], test: str) -> str:
+    """Return a row's name, which names its plan among several alone: plans can be compared, too."""
+    return test if len(plans) == 1 else f"{plan}: {test}"
 
 
 def _default_plan() -> str:
@@ -277,7 +351,6 @@ def _row(
         "roofline": measured.roofline,
         "memory_share": measured.memory_share,
         "ceilings": ceilings and {**ceilings._asdict(), "measured_by": default},
-        "seconds": measured.seconds,
         "waiting": measured.waiting,
         "finite": measured.is_finite,
     }
@@ -352,27 +425,6 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f}"
-
-
-def _print(
-    rows: Sequence[dict[str, Any]],
-    in_texts: Callable[[dict[str, Any]], dict[str, str]],
-    form: Form,
-) -> None:
-    if form is Form.json:
-        report = Report("-")
-        report.fields = {"results": list(rows)}
-        report.write()
-        return
-    texts = [in_texts(row) for row in rows]
-    table = [list(texts[0]), *([printable(t) for t in row.values()] for row in texts)]
-    if form is Form.csv:
-        csv.writer(sys.stdout).writerows(table)
-        return
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(1, ["-" * width for width in widths])
-    for line in table:
-        print("| " + " | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + " |")
 
 
 def _whole_numbers(option: str, text: str, example: str) -> list[int]:

@@ -20,7 +20,7 @@ from lfm2kit.building.rank_rates import ExchangeKey
 from lfm2kit.building.rates import Calibration, Side
 from lfm2kit.checkpoint import check_no_part
 from lfm2kit.cli.bench import TOO_MUCH_WAITING
-from lfm2kit.cli.console import STDOUT, Report, progress, remark, show_table, write_document
+from lfm2kit.cli.console import STDOUT, progress, remark, show_table, write_document
 from lfm2kit.cli.flags import flag
 from lfm2kit.cli.options import (
     OF_RANKS,
@@ -43,6 +43,7 @@ from lfm2kit.cli.ranks import (
     leave_to_ranks,
     refuse_options,
 )
+from lfm2kit.cli.report import Output
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.measuring.calibration import Measurable, calibrated, measurable, steps
 from lfm2kit.outputs.files import check_target
@@ -98,7 +99,7 @@ def calibrate(
 class _Prepared(NamedTuple):
     """What is to be measured, and where the result goes."""
 
-    report: Report
+    report: Output
     setup: Setup
     there: list[Measurable]
 
@@ -115,7 +116,7 @@ def _prepared(
     if job is not None or (ranks or 1) > 1:
         check_same_file({**shared_paths(options, json), "--output": output})
     world = place_of(job, ranks)
-    report = Report(json if world.rank == 0 else None)
+    report = Output(json if world.rank == 0 else None)
     checkpoint = open_model(options)
     if world.rank == 0:
         if output is not None:
@@ -139,7 +140,6 @@ def _measure(prepared: _Prepared, output: Path | None, *, is_first: bool) -> Non
         total = steps(setup, there)
         with progress("measuring", total, "steps") as advance:
             calibration, waited = calibrated(setup, there, lambda: advance(1))
-        report.fields = calibration.document()
         try:
             if report.target != STDOUT:
                 _show(report, calibration)
@@ -152,15 +152,15 @@ def _measure(prepared: _Prepared, output: Path | None, *, is_first: bool) -> Non
         )
 
 
-def _deliver(report: Report, calibration: Calibration, output: Path | None) -> None:
+def _deliver(report: Output, calibration: Calibration, output: Path | None) -> None:
     if output is not None:
-        write_document(output, report.fields)
+        write_document(output, calibration.document())
     else:
         _keep(report, calibration)
-    report.write()
+    report.put(calibration.document())
 
 
-def _keep(report: Report, calibration: Calibration) -> None:
+def _keep(report: Output, calibration: Calibration) -> None:
     try:
         path, kept = with_kept(calibration)
         write_document(path, kept.document())
@@ -171,7 +171,7 @@ def _keep(report: Report, calibration: Calibration) -> None:
         remark(f"the rates are not kept: {error}; --output names another file")
 
 
-def _show(report: Report, calibration: Calibration) -> None:
+def _show(report: Output, calibration: Calibration) -> None:
     sides = calibration.sides
     of_experts = {str(side.experts): side.product for side in sides}
     _show_curves(report, "ms for one expert, by rows", "experts", of_experts)
@@ -192,7 +192,7 @@ def _between(key: ExchangeKey) -> str:
     return f"{key.ranks} ranks on {machines}"
 
 
-def _show_curves(report: Report, title: str, heading: str, curves: Mapping[str, Curve]) -> None:
+def _show_curves(report: Output, title: str, heading: str, curves: Mapping[str, Curve]) -> None:
     """Print a row for each curve, and a column for each size at which one was measured."""
     sizes = sorted({size for curve in curves.values() for size in curve.sizes})
     report.line(title)

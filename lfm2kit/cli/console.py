@@ -19,11 +19,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lfm2kit.building.byte_counts import size
-from lfm2kit.checkpoint import check_no_part
 from lfm2kit.cli.flags import told
 from lfm2kit.errors import Lfm2kitError
-from lfm2kit.outputs.files import check_target, replaced
-from lfm2kit.outputs.targets import check_apart
+from lfm2kit.outputs.files import replaced
 from lfm2kit.text import LONGEST, indented, printable, shortened
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -67,58 +65,16 @@ def show_table(
     Console(width=None if sys.stdout.isatty() else 10_000, highlight=False).print(table)
 
 
-class Report:
-    """A command's result: lines for people, and a JSON document where `--json` asks for one.
-
-    With `--json -` stdout holds the document alone, and the lines go to stderr.
-    """
-
-    def __init__(self, target: str | None) -> None:
-        self.target = target
-        self.fields: dict[str, Any] = {}
-        if target == "":
-            raise Lfm2kitError(f"--json '': the path is empty; give one, or {STDOUT} for stdout")
-        if self.path is not None:
-            check_target("--json", self.path)
-            check_no_part("--json", self.path)
-        self.check_apart({})
-
-    @property
-    def path(self) -> Path | None:
-        """Return the file that the document goes to."""
-        return None if self.target in (None, STDOUT) else Path(self.target)
-
-    def check_apart(self, reads: Mapping[str, Iterable[Path]]) -> None:
-        """Raise `Lfm2kitError` if the document would take the place of a file that is read."""
-        check_apart({"--json": self.path}, reads)
-
-    def line(self, text: str = "") -> None:
-        """Print `text` as one line."""
-        stream = sys.stderr if self.target == STDOUT else sys.stdout
-        print(printable(text), file=stream, flush=True)
-
-    def record(self) -> Any:
-        """Return the fields as they are in the document: NaN and infinities are None."""
-        return _without_nan(self.fields)
-
-    def write(self) -> None:
-        """Write the document in ASCII; NaN and infinities, which JSON lacks, become null."""
-        if self.target == STDOUT:
-            print(_json(self.record()))
-        elif self.path is not None:
-            write_document(self.path, self.record())
-
-
 def write_document(path: Path, fields: Mapping[str, Any]) -> None:
     """Write a JSON document in ASCII; raise `Lfm2kitError` if it cannot be written.
 
     A path that is not UTF-8 has surrogates, from which `os.fsencode` restores its bytes.
     """
     with replaced(path, remark) as file:
-        file.write(_json(fields).encode() + b"\n")
+        file.write(as_json(fields).encode() + b"\n")
 
 
-def _json(fields: Mapping[str, Any]) -> str:
+def as_json(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2).replace("\x7f", "\\u007f")
 
 
@@ -131,15 +87,6 @@ def only_said(when: bool) -> Iterator[None]:
         if not when:
             raise
         complain(told(error))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    is_nan = isinstance(value, float) and not abs(value) < float("inf")
-    return None if is_nan else value
 
 
 @contextmanager

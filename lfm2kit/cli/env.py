@@ -6,16 +6,17 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lfm2kit.building.byte_counts import size
 from lfm2kit.building.options import BACKEND_VARIABLE
 from lfm2kit.building.plugins import ALLOW_LIST, installed_plugins
-from lfm2kit.cli.console import Report
 from lfm2kit.cli.options import JsonOption
+from lfm2kit.cli.report import Report
 from lfm2kit.kernel_cache import VARIABLE as CACHE_FOLDER
 from lfm2kit.process import cgroups, machine
+from lfm2kit.records.machine import versions
 
 PACKAGES = ("numpy", "numba", "llvmlite", "cupy-cuda12x", "cupy-cuda13x", "mpi4py", "pluggy")
 VARIABLES = (
@@ -30,7 +31,7 @@ VARIABLES = (
 
 def env(json: JsonOption = None) -> None:
     """Show versions, machine and plugins, for a bug report."""
-    report = Report(json)
+    report = Report(json, "lfm2kit env")
     report.fields = _environment()
     for key, value in report.fields.items():
         report.line(f"{key + ':':12} {_text(value)}")
@@ -39,9 +40,8 @@ def env(json: JsonOption = None) -> None:
 
 def _environment() -> dict[str, Any]:
     plugins = installed_plugins()
-    ours = {d.name: d.version for d in distributions() if (d.name or "").startswith("lfm2kit")}
     return {
-        **dict(sorted(ours.items())),
+        **versions(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": machine.processor(),

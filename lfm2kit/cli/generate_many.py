@@ -28,6 +28,8 @@ from lfm2kit.outputs.targets import check_apart
 class Many:
     """A file of prompts, of which those are answered that have no answer in `output` yet."""
 
+    kind = "lfm2kit generate --file"
+
     def __init__(self, prompts: Path, output: Path, *, keep_going: bool) -> None:
         self._prompts = prompts
         self._output = output
@@ -66,7 +68,7 @@ class Many:
             failed += self._answer_left(prepared, left, answers, pace)
         answers.put_in_order()
         report.fields |= {"prompts": len(asked), "kept": len(answers.kept), "failed": failed}
-        report.fields |= pace.fields()
+        pace.report(report)
         remark(f"{len(left)} prompts, {pace.line()}, seed {prepared.seed}")
         report.write()
         if failed:

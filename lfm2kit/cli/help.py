@@ -1,4 +1,7 @@
-"""Commands and groups whose `--help` shows a flag by its name alone, without the type "bool"."""
+"""Commands and groups whose `--help` shows a flag by its name alone, without the type "bool".
+
+They also keep what they were given, for the records of commands.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from lfm2kit.cli import given
 
-class _PlainFlags:
+
+class _Plain:
     """A mixin for Typer's commands and groups."""
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -17,10 +22,14 @@ class _PlainFlags:
                 one.metavar = ""
         return params
 
+    def invoke(self, ctx: Any) -> Any:
+        with given.to(ctx):
+            return super().invoke(ctx)  # type: ignore[misc]
 
-class PlainCommand(_PlainFlags, TyperCommand):
+
+class PlainCommand(_Plain, TyperCommand):
     """A command of lfm2kit or of a plugin."""
 
 
-class PlainGroup(_PlainFlags, TyperGroup):
+class PlainGroup(_Plain, TyperGroup):
     """A group of such commands."""

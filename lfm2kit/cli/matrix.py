@@ -12,9 +12,11 @@ from rich.table import Column
 
 from lfm2kit.backend import Context
 from lfm2kit.building.plugins import installed_plugins
-from lfm2kit.cli.console import Report, only_said, progress, show_table
+from lfm2kit.cli.console import only_said, progress, show_table
+from lfm2kit.cli.report import Report
 from lfm2kit.errors import WRONG_RESULT
 from lfm2kit.promises import Promise
+from lfm2kit.records.machine import machine_with
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.matrix import COLUMNS, Cell, support_matrix
 from lfm2kit.testing.version import SUITE_VERSION
@@ -34,9 +36,9 @@ def show_matrix(report: Report, name: str, contexts: Sequence[Context], markdown
             report.line(line)
     elif report.target != "-":
         _show(report, name, cells, reasons)
+    report.machine = machine_with(contexts[0], plugins, name)
     report.fields = {
         "backend": name,
-        "lfm2kit": version("lfm2kit"),
         "suite_version": SUITE_VERSION,
         "taken_back": reasons,
         "blocks": [cell._asdict() for cell in cells],

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from lfm2kit.building.options import About
-from lfm2kit.cli.console import Report
 from lfm2kit.cli.options import flags
+from lfm2kit.cli.report import Output
 
 INTO = About("Write the package into this new folder.", "lfm2kit-NAME", metavar="FOLDER")
 IntoOption = Annotated[Path | None, flags("into", INTO, is_path=True)]
@@ -16,7 +16,7 @@ IntoOption = Annotated[Path | None, flags("into", INTO, is_path=True)]
 
 def show_package(folder: Path, what: str, *commands: str) -> None:
     """Say what a package in `folder` has, and what to type next."""
-    report = Report(None)
+    report = Output(None)
     report.line(f"{folder} has a package with {what}. Next:")
     report.line()
     for command in (f"cd {shlex.quote(str(folder))}", "pip install -e '.[test]'", *commands):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from time import perf_counter
-from typing import Any
 
 from lfm2kit.building.byte_counts import size
 from lfm2kit.cli.performing import peak_memory
+from lfm2kit.cli.report import Report
 from lfm2kit.kernel_cache import KernelCache
 from lfm2kit.process.start import STARTED
 
@@ -29,6 +29,11 @@ class Readying:
             "kernels": kernels,
             "weights": perf_counter() - self._start - kernels,
         }
+
+    def report(self, report: Report) -> None:
+        """Add the times to a record."""
+        for name, seconds in self.seconds.items():
+            report.figure(f"ready: {name}", "s", [seconds], "lower")
 
     def line(self) -> str:
         """Return the times in words."""
@@ -56,15 +61,14 @@ class Pace:
             self._last = perf_counter() - self._start
             self._first = self._last if self._first is None else self._first
 
-    def fields(self) -> dict[str, Any]:
-        """Return the figures as a record has them; seconds begin when the prompt is given."""
-        return {
-            "tokens": self.tokens,
-            "seconds": self._last,
-            "first_token_seconds": self._first,
-            "tokens_per_second": self.tokens / self._last if self._last else None,
-            "peak_memory_bytes": peak_memory(),
-        }
+    def report(self, report: Report) -> None:
+        """Add the figures to a record; its times begin when the prompts are given."""
+        report.figure("time", "s", [self._last or None], "lower")
+        report.figure("first token", "s", [self._first], "lower")
+        rate = self.tokens / self._last if self._last else None
+        report.figure("throughput", "tokens/s", [rate], "higher")
+        report.figure("tokens", "tokens", [self.tokens])
+        report.figure("peak memory", "B", [peak_memory()], "lower")
 
     def line(self) -> str:
         """Return the figures in words."""

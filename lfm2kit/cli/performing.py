@@ -17,22 +17,16 @@ from lfm2kit.building.load import Load
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.plugins import Plugins
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import (
-    BYTES,
-    Report,
-    complain,
-    only_said,
-    progress,
-    remark,
-    write_document,
-)
+from lfm2kit.cli.console import BYTES, complain, only_said, progress, remark, write_document
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.preparing import Prepared, Request, passed_over
+from lfm2kit.cli.report import Report
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
 from lfm2kit.measuring import samples
 from lfm2kit.measuring.running import Timed, run_samples
 from lfm2kit.measuring.validate import Verdict, not_finite, nothing_to_compare, validate
 from lfm2kit.model import LFM2
+from lfm2kit.records.machine import machine_of
 from lfm2kit.specs import Work
 from lfm2kit.transport import Transport
 
@@ -86,6 +80,7 @@ def introduce(request: Request, prepared: Prepared, transport: Transport | None)
     size = prepared.checkpoint.spec.weight_elements()
     ranks = transport.world.size if transport is not None else 1
     chosen = "" if str(prepared.plan) == str(prepared.setup.plan) else f" ({prepared.plan})"
+    report.machine = machine_of(prepared.setup)
     report.fields |= {
         "model": str(prepared.checkpoint.path),
         "parameters": size,
@@ -181,18 +176,18 @@ def conclude(timed: Timed, n: int, verdict: Verdict | None, report: Report) -> N
     report.line(f"Elapsed time: {seconds:f} (sec)")
     report.line(f"Throughput: {n / seconds:f} (samples/sec)")
     report.line(f"Peak memory: {size(peak_memory())}")
-    report.fields |= {
-        "seconds": seconds,
-        "samples_per_second": n / seconds,
-        "peak_memory_bytes": peak_memory(),
-    }
+    report.figure("time", "s", [seconds], "lower")
+    report.figure("throughput", "samples/s", [n / seconds], "higher")
+    report.figure("peak memory", "B", [peak_memory()], "lower")
     if timed.exchanged is not None:
         report.line(timed.exchanged.line(seconds))
-        report.fields["exchanged"] = timed.exchanged.document(seconds)
+        report.fields["exchanged"] = exchanged = timed.exchanged.document(seconds)
+        report.figure("sent by all ranks", "B", [sum(exchanged["bytes"])])
     if verdict is not None:
         for line in verdict.lines():
             report.line(line)
         report.fields["validation"] = asdict(verdict) | {"valid": verdict.is_valid}
+        report.figure("largest difference", "", [verdict.max_difference])
 
 
 def recorded(prepared: Prepared, transport: Transport | None) -> Load | None:

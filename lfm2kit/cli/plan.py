@@ -18,11 +18,12 @@ from lfm2kit.building.options import About, Options
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.sharing import Sharing
 from lfm2kit.cli import rank_loads, rank_shares
-from lfm2kit.cli.console import Report, show_table
+from lfm2kit.cli.console import show_table
 from lfm2kit.cli.flags import told
 from lfm2kit.cli.options import JsonOption, Without, files_of, flags, open_model, spread
 from lfm2kit.cli.preparing import MOST_BY_DEFAULT
 from lfm2kit.cli.ranks import refuse_copies
+from lfm2kit.cli.report import Report
 from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.cli.simulating import simulate as simulated
 from lfm2kit.errors import Lfm2kitError
@@ -32,6 +33,7 @@ from lfm2kit.memory import HOST
 from lfm2kit.overlapped import OFF
 from lfm2kit.process.machine import memory_limits
 from lfm2kit.ranks.shares import distinct, shares
+from lfm2kit.records.machine import machine_of
 from lfm2kit.simulating.request import EXAMPLE
 from lfm2kit.state import Room
 
@@ -95,7 +97,7 @@ def plan(
         )
         simulated(simulate, options, json)
         return
-    report = Report(json)
+    report = Report(json, "lfm2kit plan")
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
     if rank >= ranks:
@@ -113,15 +115,14 @@ def plan(
     if ranks > 1:
         vocab_size = checkpoint.spec.lm_head.vocab_size
         totals[0] = _with_logits(totals[0], gathered_bytes(samples, vocab_size))
-    copies = copies_of(setup.placed)
+    report.machine = machine_of(setup)
     report.fields = {
         "model": str(checkpoint.path),
         "plan": str(setup.plan),
         "precision": setup.precision_of(setup.placed),
         "blocks": rows,
         "totals": totals[rank],
-        "copies": copies.total,
-        "copied": copies._asdict(),
+        "copied": copies_of(setup.placed)._asdict(),
         "waits": dict(_waits(setup.placed)),
         "rank": rank,
         "ranks": ranks,
@@ -138,9 +139,20 @@ def plan(
         "shortage": _shortage(of_ranks, tokens, room),
         "notes": [*setup.notes(), *_without_state(sequences, room)],
     }
+    _add_figures(report, setup)
     if json != "-":
         _show(report, setup, tokens, room)
     report.write()
+
+
+def _add_figures(report: Report, setup: Setup) -> None:
+    """Add the bytes in each memory of the rank that is shown, the copies, and what is predicted."""
+    for memory, total in report.fields["totals"].items():
+        for kind in ("weight", *Needed._fields, "logits"):
+            report.figure(f"{memory}: {kind}", "B", [total[f"{kind}_bytes"]])
+    report.figure("copied arrays", "arrays", [copies_of(setup.placed).total])
+    if setup.sharing is not None:
+        report.figure("predicted time", "s", [setup.sharing.seconds])
 
 
 def _check_simulated(**given: int) -> None:

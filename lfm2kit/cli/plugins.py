@@ -8,8 +8,8 @@ from lfm2kit.backend import API_VERSION, BackendPlugin
 from lfm2kit.building.installed import Announced, InstalledPlugin
 from lfm2kit.building.plugins import Plugins, installed_plugins, left_out
 from lfm2kit.checkpoint.readers import CheckpointReader
-from lfm2kit.cli.console import Report
 from lfm2kit.cli.options import JsonOption
+from lfm2kit.cli.report import Report
 from lfm2kit.hookspecs import Command
 from lfm2kit.rewrites import Rewrite
 from lfm2kit.text import indented
@@ -26,7 +26,7 @@ KINDS = {
 
 def plugins(json: JsonOption = None) -> None:
     """List the installed plugins: their packages, what they add, and why one is not used."""
-    installed, report = installed_plugins(), Report(json)
+    installed, report = installed_plugins(), Report(json, "lfm2kit plugins")
     found = sorted([*installed.installed, *left_out()], key=lambda one: one.name)
     report.fields = {
         "api_version": API_VERSION,

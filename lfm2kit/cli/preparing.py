@@ -20,10 +20,10 @@ from lfm2kit.building.options import Options, option
 from lfm2kit.building.plan import Plan
 from lfm2kit.checkpoint import Checkpoint, check_no_part
 from lfm2kit.checkpoint.file_kinds import check_regular, is_of_this_process
-from lfm2kit.cli.console import Report
 from lfm2kit.cli.flags import flag
 from lfm2kit.cli.options import JSON, RANKS, TRANSPORT, files_of, open_model
 from lfm2kit.cli.ranks import check_size
+from lfm2kit.cli.report import Report
 from lfm2kit.cli.rewrite_options import settled as settled_rewrites
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.measuring import samples
@@ -101,7 +101,7 @@ def prepare(request: Request, transport: Transport | None) -> Prepared:
     check_size(transport, request.ranks)
     if transport is not None or (request.ranks or 1) > 1:
         check_shared(request)
-    report = Report(request.json if world.rank == 0 else None)
+    report = Report(request.json if world.rank == 0 else None, "lfm2kit run")
     plan = request.options.chosen_plan()
     checkpoint = open_model(request.options)
     if world.rank == 0:  # it alone writes, perhaps where the others' machines have no folder

@@ -14,13 +14,14 @@ from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.chat.tokenizer import Tokenizer
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import Report, remark
+from lfm2kit.cli.console import remark
 from lfm2kit.cli.flags import flag
 from lfm2kit.cli.options import files_of, open_model
 from lfm2kit.cli.paces import Readying
 from lfm2kit.cli.performing import built
 from lfm2kit.cli.preparing import place_of
 from lfm2kit.cli.ranks import check_size, facts_of_setup
+from lfm2kit.cli.report import Report
 from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.engine.engine import BUDGET
 from lfm2kit.engine.requests import Request
@@ -35,6 +36,7 @@ from lfm2kit.progress import step
 from lfm2kit.promises import Promise
 from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.ranks.joining import settled_alike
+from lfm2kit.records.machine import machine_of
 from lfm2kit.transport import Transport
 
 
@@ -59,10 +61,13 @@ class Prepared(NamedTuple):
 
 
 Answering = Callable[[Prepared], None]
+CHAT = "lfm2kit chat"  # which writes no record
 
 
 class Question(Protocol):
     """What is asked of a model: one prompt, or many."""
+
+    kind: str  # of the record of what comes of it
 
     def reads(self) -> dict[str, list[Path]]:
         """Return the files of prompts that are read, by what they are called."""
@@ -89,7 +94,8 @@ def prepare(
     """
     check_size(job, ranks)
     is_first = job is None or job.world.rank == 0
-    report = Report(json if is_first else None)
+    kind = CHAT if question is None else question.kind
+    report = Report(json if is_first else None, kind)
     checkpoint = open_model(options)
     of_question = {} if question is None else question.reads()
     reads = files_of(checkpoint, options) | reads | of_question
@@ -147,9 +153,10 @@ def writer_of(prepared: Prepared, context: int | None, sequences: int | None) ->
         "ranks": setup.world.size,
         "seed": prepared.seed,
         "room": writer.room,
-        "ready_seconds": readying.seconds,
         "notes": notes,
     }
+    report.machine = machine_of(setup)
+    readying.report(report)
     return writer
 
 

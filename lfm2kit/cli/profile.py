@@ -9,9 +9,9 @@ import typer
 
 from lfm2kit import bounds
 from lfm2kit.building.options import About, Options
-from lfm2kit.cli.console import Report
 from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, files_of, flags, open_model, spread
 from lfm2kit.cli.ranks import refuse_copies
+from lfm2kit.cli.report import Report
 from lfm2kit.outputs.files import check_target
 from lfm2kit.outputs.targets import check_apart
 
@@ -58,7 +58,7 @@ def profile(
 
     refuse_copies()
     bounds.check_tokens(n, seq_len)
-    report = Report(json)
+    report = Report(json, "lfm2kit profile")
     checkpoint = open_model(options)
     outputs = {"--json": report.path, "--trace": trace, "--html": html}
     check_apart(outputs, files_of(checkpoint, options))

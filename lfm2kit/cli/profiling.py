@@ -14,12 +14,12 @@ from rich.table import Column
 
 from lfm2kit.backend import Ceilings
 from lfm2kit.batch import Batch
-from lfm2kit.building.kept_rates import described
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.results import Checked
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import STDOUT, Report, progress, remark, show_table, write_document
+from lfm2kit.cli.console import STDOUT, progress, remark, show_table, write_document
+from lfm2kit.cli.report import Report
 from lfm2kit.cli.rewrite_options import check_state
 from lfm2kit.measuring.bench import WARM_UPS, measured_ceilings, random_batch
 from lfm2kit.outputs.files import replaced
@@ -33,6 +33,7 @@ from lfm2kit.profiling.page.roofline import roofline
 from lfm2kit.profiling.page.strip import strip
 from lfm2kit.profiling.page.timeline import timeline
 from lfm2kit.profiling.trace_events import trace_events
+from lfm2kit.records.machine import described, machine_of, versions
 from lfm2kit.state import Room
 from lfm2kit.verifying import REFERENCE
 from lfm2kit.verifying.verification import Verification, verify_against
@@ -207,7 +208,7 @@ def _percent(share: float) -> str:
 
 def deliver(report: Report, found: Found, trace: Path | None, html: Path | None) -> None:
     """Write the document, the trace and the page that were asked for."""
-    report.fields = _fields(found)
+    _record(report, found)
     if trace is not None:
         write_document(trace, trace_events(found.profile, found.parts))
     if html is not None:
@@ -243,21 +244,20 @@ def _facts(found: Found) -> dict[str, str]:
 
 def _in_short(machine: Mapping[str, str]) -> dict[str, str]:
     """Return what there is of a machine, with the versions of lfm2kit and plugins in one line."""
-    versions = {name: said for name, said in machine.items() if name.startswith("lfm2kit")}
-    others = {name: said for name, said in machine.items() if name not in versions}
-    return others | {"versions": ", ".join(f"{name} {said}" for name, said in versions.items())}
+    others = {name: said for name, said in machine.items() if name not in versions()}
+    return others | {"versions": ", ".join(f"{name} {said}" for name, said in versions().items())}
 
 
-def _fields(found: Found) -> dict[str, Any]:
+def _record(report: Report, found: Found) -> None:
     setup, profile = found.setup, found.profile
-    return {
+    report.machine = machine_of(setup)
+    report.figure("time", "s", profile.plain, "lower")
+    report.figure("time with marks", "s", profile.marked, "lower")
+    report.fields = {
         "model": str(setup.checkpoint.path),
         "backend": str(setup.plan),
         "precision": setup.precision_of(setup.placed),
         "test": found.asked.test,
-        "seconds": profile.plain,
-        "seconds_with_marks": profile.marked,
-        "overhead": profile.overhead,
         "groups": profile.groups,
         "ceilings": None if found.ceilings is None else found.ceilings._asdict(),
         "expert_loads": {str(layer): list(load) for layer, load in found.loads.items()},

@@ -10,7 +10,8 @@ from rich.table import Column
 
 from lfm2kit import specs
 from lfm2kit.building.loading import Setup
-from lfm2kit.cli.console import Report, show_table
+from lfm2kit.cli.console import show_table
+from lfm2kit.cli.report import Report
 from lfm2kit.ranks.balancing import expected_rows, max_over_mean
 from lfm2kit.rewrites import owners_by_layer
 from lfm2kit.rewrites.ids_in_words import ranges

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from lfm2kit.backend import Context
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import find_transport
 from lfm2kit.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from lfm2kit.cli.console import complain, progress
 from lfm2kit.cli.rewrite_options import option_of
 from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.measuring.scaling import Job, Record, Scaled, measure, speed_up
+from lfm2kit.records.machine import described
 from lfm2kit.transport import rank_command
 
 APART = ("backend", "rewrites")  # options of a job that are not passed on as they are
@@ -64,11 +66,21 @@ def rows(
             "deviation": one.spread / one.median,
             "speed_up": speed_up(one, measured),
             "parts": None if one.parts is None else one.parts._asdict(),
-            "seconds": one.seconds,
             "finite": one.is_finite,
         }
         for one in measured
     ]
+
+
+def machine_of(options: Options, measured: Sequence[Scaled]) -> dict[str, Any]:
+    """Return the machine of a record: this one, and the devices that the jobs have named."""
+    devices = {
+        name: named
+        for one in measured
+        for name, named in one.records[0]["machine"].get("devices", {}).items()
+    }
+    here = described(Context(options.precision, options.threads))
+    return {**here, **({"devices": devices} if devices else {})}
 
 
 def texts(row: dict[str, Any]) -> dict[str, str]:

@@ -10,17 +10,19 @@ from rich.table import Column
 
 from lfm2kit.backend import Context
 from lfm2kit.building.byte_counts import size
-from lfm2kit.building.kept_rates import described, differences, read_kept
+from lfm2kit.building.kept_rates import differences, read_kept
 from lfm2kit.building.load import load_of
 from lfm2kit.building.options import Options
 from lfm2kit.building.plan import AUTO
 from lfm2kit.building.rates import MADE_BY, Calibration, read_calibration
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import STDOUT, Report, progress, show_table
+from lfm2kit.cli.console import STDOUT, progress, show_table
 from lfm2kit.cli.options import files_of, open_model
+from lfm2kit.cli.report import Report
 from lfm2kit.cli.rewrite_options import option_of
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.ranks.balancing import check_replicas
+from lfm2kit.records.machine import described
 from lfm2kit.simulating.comparing import Compared, Simulated, Simulation
 from lfm2kit.simulating.model_rates import Found, ModelRates, found
 from lfm2kit.simulating.network import network, past_host
@@ -56,7 +58,7 @@ class _Rates(NamedTuple):
 def simulate(text: str, options: Options, json: str | None) -> None:
     """Predict the jobs of a request, show them, and write the report."""
     _check(options)
-    request, report = parsed(text), Report(json)
+    request, report = parsed(text), Report(json, "lfm2kit plan --simulate")
     checkpoint = open_model(options)
     report.check_apart(files_of(checkpoint, options))
     rates = _rates(options, request)
@@ -67,14 +69,17 @@ def simulate(text: str, options: Options, json: str | None) -> None:
         compared = list(simulation.compared(advance))
     report.fields = {
         "model": str(checkpoint.path),
-        "predicted": True,
         "rates": rates.name,
-        "machine": dict(rates.calibration.machine),
+        "rates_of": dict(rates.calibration.machine),
         "backend": there.backend,
         "precision": precision,
         "notes": list(_notes(rates, simulation)),
         "jobs": [_fields(one, job) for one in compared for job in one.jobs],
     }
+    for one in compared:
+        for job in one.jobs:
+            name = f"{job.ranks} ranks, n={job.n}, {job.name}"
+            report.figure(f"{name}: predicted time", "s", [job.predicted.seconds])
     if json != STDOUT:
         _show(report, compared)
     report.write()

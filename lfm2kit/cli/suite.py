@@ -12,10 +12,12 @@ from lfm2kit.backend import Context
 from lfm2kit.building.plugins import installed_plugins
 from lfm2kit.checkpoint.names import CONFIG
 from lfm2kit.cli.asked import Asked
-from lfm2kit.cli.console import Report, progress, show_table
+from lfm2kit.cli.console import progress, show_table
+from lfm2kit.cli.report import Report
 from lfm2kit.cli.specs import described
 from lfm2kit.cli.verdicts import conclude
 from lfm2kit.promises import Promise
+from lfm2kit.records.machine import machine_with
 from lfm2kit.testing.checks import CHECKS
 from lfm2kit.testing.runner import Result, run_checks
 from lfm2kit.testing.scope import OUT_OF_SCOPE, Scope, examples_here
@@ -41,6 +43,7 @@ def judge(report: Report, name: str, context: Context, asked: Asked) -> None:
         "blocks": list(map(str, patterns)),
         "model": asked.model,
     }
+    report.machine = machine_with(context, plugins, name)
     taken_back = plugins.backend(name).not_promised
     notes = list(_kept_all_the_same(taken_back, results))
     made["not_promised"] = sum(result.verdict == "not-promised" for result in results)

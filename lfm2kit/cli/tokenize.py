@@ -11,8 +11,8 @@ from lfm2kit.building.loading import find_model
 from lfm2kit.building.options import About, Options
 from lfm2kit.checkpoint.config import read_config
 from lfm2kit.checkpoint.names import CONFIG
-from lfm2kit.cli.console import Report
 from lfm2kit.cli.options import JsonOption, flags
+from lfm2kit.cli.report import Report
 from lfm2kit.cli.text_input import text_of
 
 if TYPE_CHECKING:
@@ -33,10 +33,11 @@ def tokenize(
     json: JsonOption = None,
 ) -> None:
     """Show the token ids of a text, as the model's tokenizer makes them."""
-    report = Report(json)
+    report = Report(json, "lfm2kit tokenize")
     tokenizer = _tokenizer_of(find_model(model))
     ids = _ids(tokenizer, text_of(text), special=special, chat=chat)
     report.fields = {"ids": ids, "tokens": [_described(tokenizer, number) for number in ids]}
+    report.figure("tokens", "tokens", [len(ids)])
     for number in ids:
         report.line(f"{number:>8}  {_shown(tokenizer.token_bytes(number))}")
     report.write()

@@ -13,11 +13,12 @@ from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.building.options import About
 from lfm2kit.building.plugins import find_transport, installed_plugins
 from lfm2kit.checkpoint import open_checkpoint
-from lfm2kit.cli.console import Report, progress
+from lfm2kit.cli.console import progress
 from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.cli.new_package import IntoOption, show_package
 from lfm2kit.cli.options import JsonOption, flags
 from lfm2kit.cli.ranks import ending_all_ranks
+from lfm2kit.cli.report import Report
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.specs import Experts, leaves
@@ -59,7 +60,7 @@ def check(
     from lfm2kit.cli.verdicts import conclude
     from lfm2kit.testing.jobs import run_job_check, selected
 
-    report = Report(json)
+    report = Report(json, "lfm2kit transports check")
     launcher = find_transport(name).launcher
     ids = selected(None if only is None else only.split(","))
     if (size := launcher.world_size()) is not None:

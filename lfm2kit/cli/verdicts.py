@@ -10,8 +10,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Column
 
-from lfm2kit.cli.console import Report, only_said, show_details, show_table
+from lfm2kit.cli.console import only_said, show_details, show_table
 from lfm2kit.cli.flags import flag
+from lfm2kit.cli.report import Report
 from lfm2kit.errors import TRACEBACK, WRONG_RESULT, Option
 from lfm2kit.testing.runner import Result
 

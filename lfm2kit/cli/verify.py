@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 from lfm2kit.building.options import About, Options
-from lfm2kit.cli.console import Report
 from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, files_of, flags, open_model, spread
 from lfm2kit.cli.preparing import Request, token_ids_of
 from lfm2kit.cli.ranks import refuse_copies
+from lfm2kit.cli.report import Report
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.outputs.files import check_target
 from lfm2kit.outputs.targets import check_apart
@@ -66,7 +66,8 @@ def verify(
     from lfm2kit.cli import verifying
 
     refuse_copies()
-    report = Report(json)
+    which = "" if write_trace is None else " --write-trace"
+    report = Report(json, f"lfm2kit verify{which}")
     checkpoint = open_model(options)
     trace = Path(against) if against.endswith(ENDING) else None
     reads = files_of(checkpoint, options) | {"the trace": [] if trace is None else [trace]}

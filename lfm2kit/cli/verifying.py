@@ -16,10 +16,12 @@ from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plan import KINDS
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import STDOUT, Report, only_said, progress, remark, show_table
+from lfm2kit.cli.console import STDOUT, only_said, progress, remark, show_table
 from lfm2kit.cli.flags import flag
+from lfm2kit.cli.report import Report
 from lfm2kit.errors import WRONG_RESULT, Option
 from lfm2kit.precisions import FP32
+from lfm2kit.records.machine import machine_of
 from lfm2kit.verifying import REFERENCE
 from lfm2kit.verifying.differences import Difference
 from lfm2kit.verifying.forced import CALLS, FORWARD
@@ -60,6 +62,7 @@ def write(report: Report, checkpoint: Checkpoint, options: Options, ids: Ids, pa
     report.line(
         f"{path}: what {layers} layers of {setup.plan} give for {n} samples of {seq_len} tokens"
     )
+    report.machine = machine_of(setup)
     report.fields = {
         "model": str(checkpoint.path),
         "backend": str(setup.plan),
@@ -95,6 +98,8 @@ def _verified(setup: Setup, ids: npt.NDArray[np.int32], against: str) -> Verific
 
 
 def _record(report: Report, setup: Setup, against: str, found: Verification) -> None:
+    report.machine = machine_of(setup)
+    report.figure("largest error", "", [found.nearest.error])
     report.fields = {
         "model": str(setup.checkpoint.path),
         "backend": str(setup.plan),

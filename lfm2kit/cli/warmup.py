@@ -8,7 +8,7 @@ from typing import Annotated
 
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
-from lfm2kit.cli.console import Report, remark
+from lfm2kit.cli.console import remark
 from lfm2kit.cli.options import (
     IndependentOption,
     JsonOption,
@@ -30,9 +30,11 @@ from lfm2kit.cli.ranks import (
     leave_to_ranks,
     refuse_options,
 )
+from lfm2kit.cli.report import Report
 from lfm2kit.measuring.bench import random_batch
 from lfm2kit.ranks.joining import settled_alike
 from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
+from lfm2kit.records.machine import machine_of
 from lfm2kit.transport import Transport
 
 
@@ -49,7 +51,7 @@ def warmup(
     check_independent(ranks, independent)
     job = None if independent else joined_job(transport)
     is_first = job is None or job.world.rank == 0
-    report = Report(json if is_first else None)
+    report = Report(json if is_first else None, "lfm2kit warmup")
     with ending_all_ranks(job):
         # On each machine one rank compiles a kernel, while the others wait for it.
         prepare = partial(_prepared, options, json, report, job, ranks)
@@ -90,6 +92,7 @@ def _conclude(setup: Setup, seconds: float, report: Report) -> None:
         "backend": str(setup.plan),
         "precision": setup.precision_of(setup.placed),
         "ranks": ranks,
-        "seconds": seconds,
     }
+    report.machine = machine_of(setup)
+    report.figure("time", "s", [seconds], "lower")
     report.write()

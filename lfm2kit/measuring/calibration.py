@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ from lfm2kit.backend import Captures, Measures
 from lfm2kit.building import rates
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.curves import Curve
-from lfm2kit.building.kept_rates import described, hardware_of
 from lfm2kit.building.loading import Setup, in_host_memory
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.rank_rates import ExchangeRates
@@ -40,6 +38,7 @@ from lfm2kit.measuring.past_host import past_host_rates
 from lfm2kit.measuring.together import Stopwatch
 from lfm2kit.memory import HOST, own_stream
 from lfm2kit.ranks.joining import Alone
+from lfm2kit.records.machine import described, hardware_of, now
 from lfm2kit.rewrites import StreamedExperts
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
 from lfm2kit.specs import Spec
@@ -99,7 +98,7 @@ def calibrated(
         waited = max(waited, watch.waited)
     hidden_size = setup.checkpoint.spec.embed_tokens.hidden_size
     calibration = Calibration(
-        datetime.now(UTC).isoformat(timespec="seconds"),
+        now(),
         described(setup.context),
         setup.checkpoint.path.name,
         tuple(sides),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lfm2kit.measuring.exchanged import OPERATIONS
 from lfm2kit.measuring.timing import Repeated
+from lfm2kit.records.figures import values
 
 Record = Mapping[str, Any]  # what `lfm2kit run --json` writes
 
@@ -38,7 +39,7 @@ class Scaled(Repeated):
 
     @property
     def seconds(self) -> list[float]:
-        return [float(record["seconds"]) for record in self.records]
+        return [values(record, "time")[0] for record in self.records]
 
     @property
     def parts(self) -> Parts | None:
@@ -68,7 +69,7 @@ def speed_up(scaled: Scaled, among: Sequence[Scaled]) -> float:
 
 def parts_of(record: Record) -> Parts | None:
     """Return where the time of a run went, on average over its ranks; None if it is not known."""
-    seconds = float(record["seconds"])
+    (seconds,) = values(record, "time")
     if record["ranks"] == 1:
         return Parts(seconds, 0.0, 0.0)
     exchanged = record.get("exchanged")

@@ -151,25 +151,33 @@ def _thread_name(memory: str, tid: int) -> dict[str, Any]:
 
 def trace_summary(file: Path, blocks: bool = False) -> None:
     """Print the calls, seconds and share of each kind of block in a trace, or of each block."""
-    events, record = _read(file)
-    for key in ("model", "backend", "precision", "ranks", "samples_per_second"):
-        if key in record:
-            print(printable(f"{key + ':':19} {record[key]}"))
+    events, shown = _read(file)
+    for key, value in shown.items():
+        print(printable(f"{key + ':':19} {value}"))
     for line in _totals(events, "name" if blocks else "cat"):
         print(printable(line))
 
 
 def _read(file: Path) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
-    """Return the calls in a trace's file, and the record of its run."""
+    """Return the calls in a trace's file, and what its summary says of the run."""
     try:
         document = json.loads(file.read_text())
         events = [event for event in document["traceEvents"] if event["ph"] == "X"]
         _totals(events, "cat")
-        return events, dict(document.get("otherData", {}))
+        return events, dict(_shown(document.get("otherData", {})))
     except OSError as error:
         raise lfm2kit.Lfm2kitError(f"{file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise lfm2kit.Lfm2kitError(f"{file}: not a trace that {VARIABLE} wrote") from None
+
+
+def _shown(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key in ("model", "backend", "precision", "ranks"):
+        if key in record:
+            yield key, record[key]
+    for figure in record.get("figures", []):
+        if figure["name"] == "throughput":
+            yield figure["unit"], *figure["values"]
 
 
 def _totals(events: Iterable[Mapping[str, Any]], key: str) -> list[str]:

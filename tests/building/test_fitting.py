@@ -42,6 +42,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import BF16
 from lfm2kit.memory import HostMemory
 from lfm2kit.ranks.groups import Grouping
+from lfm2kit.records.machine import described
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import replaced
 from lfm2kit.rewrites.experts_split import EXPERTS_PER_SLOT, SLOTS
@@ -396,7 +397,7 @@ def write_rates(
         return Side(key, memory, ONE, curve, way, ceilings, hardware)
 
     sides = side("reference", host, "host", None), side(plan, 1e13, "card", Link(link, link))
-    measured_on = kept_rates.described(Context()) | machine
+    measured_on = described(Context()) | machine
     calibration = Calibration("2030-01-01T00:00:00+00:00", measured_on, "tiny", sides)
     path.write_text(json.dumps(calibration.document()))
     return path
@@ -417,7 +418,7 @@ def write_load(path: Path) -> Path:
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return the file in which this machine's rates would be kept."""
     monkeypatch.setattr(kept_rates, "root_folder", lambda: tmp_path / "cache")
-    path = kept_rates.kept_file(kept_rates.described(Context()))
+    path = kept_rates.kept_file(described(Context()))
     path.parent.mkdir(parents=True)
     return path
 
@@ -681,7 +682,7 @@ def test_rates_of_one_layer_do_not_stand_for_layers_that_are_not_like_it(
 def test_rates_that_were_measured_elsewhere_are_named_with_what_differs(tmp_path: Path) -> None:
     """They are used: a plan for another machine is a use of them."""
     rates = write_rates(tmp_path / "rates.json", "card", device="a loom", cores="77", cuda="9")
-    cores = kept_rates.described(Context())["cores"]
+    cores = described(Context())["cores"]
     fitted = partial(setup, card=NamedCard, gpu_memory=limit(3), rates=rates)
     for options in ({}, {"streamed_experts": 0}):
         found = fitted(**options)
@@ -718,7 +719,7 @@ def test_a_run_says_it_once_and_in_its_record(
 
 def test_what_is_kept_is_of_the_threads_and_ranks_that_compute() -> None:
     contexts = [Context(), Context(threads=2), Context(local_ranks=2)]
-    assert len({kept_rates.kept_file(kept_rates.described(one)) for one in contexts}) == 3
+    assert len({kept_rates.kept_file(described(one)) for one in contexts}) == 3
 
 
 def test_the_plan_says_what_is_predicted(

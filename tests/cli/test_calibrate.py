@@ -18,7 +18,7 @@ from lfm2kit.backend import Context
 from lfm2kit.building import kept_rates
 from lfm2kit.building.rates import Calibration, read_calibration
 from lfm2kit.checkpoint.spec_files import spec_text
-from lfm2kit.cli.console import Report
+from lfm2kit.cli.report import Output
 from lfm2kit.measuring import block_times, calibration, exchange_times, together
 from lfm2kit.process.streams import READER_GONE, ReaderGone
 from tests.checkpoint.typed import Cli
@@ -99,7 +99,7 @@ def test_rates_are_kept_even_if_nobody_reads_the_table(
     def gone(*arguments: object) -> None:
         raise ReaderGone
 
-    monkeypatch.setattr(Report, "line", gone)
+    monkeypatch.setattr(Output, "line", gone)
     rates, document = tmp_path / "rates.json", tmp_path / "document.json"
     calibrate = ("calibrate", "-b", "reference")
     assert cli(*calibrate, "--output", rates, "--json", document).code == READER_GONE

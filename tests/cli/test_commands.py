@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.measuring import samples
 from lfm2kit.measuring.timing import Timing
 from lfm2kit.memory import HostMemory
+from lfm2kit.records import values
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.state import Room
 from lfm2kit.testing.checks import CHECKS
@@ -103,7 +105,7 @@ def test_the_precision_shown_is_the_one_that_computes(cli: Cli, plan: str, preci
 
 def test_a_block_is_measured_in_the_precision_that_computes_it(cli: Cli) -> None:
     plan = "cpu_simd,moe=cpu_simd:bf16"
-    done = cli("bench", "-b", plan, "-n", 1, "-r", 1, "--block", "moe", "-o", "json")
+    done = cli("bench", "-b", plan, "-n", 1, "-r", 1, "--block", "moe", "--json", "-")
     assert [row["precision"] for row in json.loads(done.out)["results"]] == ["bf16"]
 
 
@@ -377,7 +379,7 @@ def test_plan_shows_a_ranks_share_without_a_job(
     assert whole["layers.2.feed_forward.router"] == mine["layers.2.feed_forward.router"]
     assert alone["copied"] == {"around": 0, "batch": 5, "logits": 1}
     assert share["copied"]["around"] == 6 * (2 + 3 + 4)  # each MoE, its router, its experts
-    assert share["copies"] == 6 * (2 + 3 + 4) + 6
+    assert values(share, "copied arrays") == [6 * (2 + 3 + 4) + 6]
     reasons = Counter(share["waits"].values())
     none_calls = "no backend of the plan calls blocks of another memory"
     assert reasons == {"it consists of several blocks": 6, none_calls: 12}
@@ -457,6 +459,9 @@ def test_a_plan_file_says_the_same_as_text(cli: Cli, tmp_path: Path) -> None:
     from_text = json.loads(cli("plan", "--backend", "cpu_simd,attn=reference", "--json", "-").out)
     for moving in ("free_bytes", "host_limits"):  # what this machine has left just now
         assert from_file.pop(moving).keys() == from_text.pop(moving).keys()
+    assert from_file.pop("options") == {"--plan": str(path)}
+    assert from_text.pop("options") == {"--backend": "cpu_simd,attn=reference"}
+    assert from_file.pop("date") <= from_text.pop("date")
     assert from_file == from_text
 
 
@@ -550,10 +555,12 @@ def test_bench_prints_a_row_per_backend_and_size(cli: Cli, form: str) -> None:
 
 @pytest.mark.parametrize("block", ["conv", "attn", "moe"])
 def test_bench_measures_single_blocks_against_the_roofline(cli: Cli, block: str) -> None:
-    done = cli("bench", "--block", block, "-n", "2", "-r", 3, "-b", "cpu_simd", "-o", "json")
-    (row,) = json.loads(done.out)["results"]
-    assert row["test"] == f"{block} 2x16"
-    assert len(row["seconds"]) == 3
+    done = cli("bench", "--block", block, "-n", "2", "-r", 3, "-b", "cpu_simd", "--json", "-")
+    record = json.loads(done.out)
+    (row,) = record["results"]
+    assert row["test"] == row["figure"] == f"{block} 2x16"
+    assert median(values(record, row["figure"])) == row["median_seconds"]
+    assert len(values(record, row["figure"])) == 3
     assert row["roofline"] >= row["memory_share"] > 0
     read = row["memory_share"] * row["ceilings"]["bytes"]
     assert row["gbytes_per_second"] * 1e9 == pytest.approx(read)
@@ -563,7 +570,7 @@ def test_bench_measures_single_blocks_against_the_roofline(cli: Cli, block: str)
 
 def test_bench_decodes_one_token_after_another(cli: Cli) -> None:
     lists = ("-n", "1,3", "--seq-len", "2,5")
-    done = cli("bench", "--decode", *lists, "-r", 2, "-b", "reference", "-o", "json")
+    done = cli("bench", "--decode", *lists, "-r", 2, "-b", "reference", "--json", "-")
     rows = json.loads(done.out)["results"]
     tests = ["decode 1 @ 2", "decode 1 @ 5", "decode 3 @ 2", "decode 3 @ 5"]
     assert [row["test"] for row in rows] == tests
@@ -579,7 +586,7 @@ def test_bench_decodes_one_token_after_another(cli: Cli) -> None:
 
 def test_bench_decodes_with_guesses_and_without(cli: Cli) -> None:
     lists = ("-n", 2, "--seq-len", "16,17", "--speculate", "none,ngram,none")
-    done = cli("bench", "--decode", *lists, "-r", 1, "-b", "reference", "-o", "json")
+    done = cli("bench", "--decode", *lists, "-r", 1, "-b", "reference", "--json", "-")
     rows = json.loads(done.out)["results"]
     assert [row["test"] for row in rows] == [
         "decode 2 @ 16", "decode 2 @ 16 ngram", "decode 2 @ 17", "decode 2 @ 17 ngram",
@@ -593,14 +600,14 @@ def test_bench_decodes_with_guesses_and_without(cli: Cli) -> None:
 
 
 def test_bench_measures_samples_of_several_lengths(cli: Cli) -> None:
-    done = cli("bench", "-n", "2", "--seq-len", "3,1", "-r", 1, "-b", "reference", "-o", "json")
+    done = cli("bench", "-n", "2", "--seq-len", "3,1", "-r", 1, "-b", "reference", "--json", "-")
     assert [row["test"] for row in json.loads(done.out)["results"]] == ["model 2x3", "model 2x1"]
 
 
 def test_bench_measures_a_trimmed_model_by_the_work_that_is_left(
     cli: Cli, random_folder: Path
 ) -> None:
-    arguments = ("bench", "-m", random_folder, "-n", "2", "-r", 2, "-b", "cpu_simd", "-o", "json")
+    arguments = ("bench", "-m", random_folder, "-n", "2", "-r", 2, "-b", "cpu_simd", "--json", "-")
     (whole,) = json.loads(cli(*arguments).out)["results"]
     (trimmed,) = json.loads(cli(*arguments, "--trim").out)["results"]
     assert (whole["test"], trimmed["test"]) == ("model 2x16", "model+trim 2x16")
@@ -624,7 +631,7 @@ def test_bench_warns_once_where_threads_of_cpu_blocks_waited_for_a_core(
 ) -> None:
     monkeypatch.setattr("lfm2kit.measuring.bench.timed", lambda call: Timing(1, waited))
     monkeypatch.setattr(ReferenceBackend, "memory", lambda self, spec: other_memory(memory))
-    done = cli("bench", "-n", "1,3", "-b", "reference", "-o", "json")
+    done = cli("bench", "-n", "1,3", "-b", "reference", "--json", "-")
     assert [row["waiting"] for row in json.loads(done.out)["results"]] == [waited, waited]
     warnings = [line for line in done.err.splitlines() if "warning:" in line]
     assert len(warnings) == warned

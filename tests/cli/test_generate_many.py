@@ -16,6 +16,7 @@ from lfm2kit.engine.engine import Engine
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.generating.answer_file import AnswerFile
 from lfm2kit.generating.writer import Writer
+from lfm2kit.records import values
 from tests.checkpoint.typed import Cli, Typed
 from tests.generating.folders import loaded, model_folder
 
@@ -92,7 +93,7 @@ def test_answers_are_in_the_order_of_the_prompts(
     assert {line["seed"] for line in lines} == {1}
     fields = json.loads((tmp_path / "report.json").read_text())
     assert (fields["prompts"], fields["kept"], fields["failed"]) == (3, 0, 0)
-    assert fields["tokens"] == 14
+    assert values(fields, "tokens") == [14]
     assert "3 prompts, 14 tokens" in done.err
 
 

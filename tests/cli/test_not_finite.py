@@ -66,7 +66,7 @@ def test_a_sound_run_is_finite_in_its_report(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [(), ("--decode",)])
 def test_a_benchmark_says_so_after_its_table(cli: Cli, spoilt: Path, mode: tuple[str, ...]) -> None:
-    options = ("-b", "reference", "-n", "1,2", "--seq-len", 2, "-r", 1, "-o", "json")
+    options = ("-b", "reference", "-n", "1,2", "--seq-len", 2, "-r", 1, "--json", "-")
     done = cli("bench", "--model", spoilt, *options, *mode)
     judge(done, "the results are not finite in 2 of 2 rows (reference: ")
     assert [row["finite"] for row in json.loads(done.out)["results"]] == [False, False]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lfm2kit.cli import scaling
+from lfm2kit.records import values
 from tests.checkpoint.typed import Cli
 
 
@@ -21,7 +22,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         lines.append(list(arguments))
         ranks = int(arguments[arguments.index("--ranks") + 1])
         made = {"backend": "reference", "precision": "fp32", "notes": ["slow"], "ranks": ranks}
-        return made | {"groups": [[0]], "seconds": 1.0 / ranks, "finite": ranks < 4}
+        time = {"name": "time", "unit": "s", "better": "lower", "values": [1.0 / ranks]}
+        made |= {"machine": {"devices": {"loom": {"device": "L1"}}}, "figures": [time]}
+        return made | {"groups": [[0]], "finite": ranks < 4}
 
     monkeypatch.setattr(scaling, "_record", end)
     return lines
@@ -38,10 +41,14 @@ def test_each_job_runs_what_was_asked_for(cli: Cli, started: list[list[str]]) ->
 
 
 def test_jobs_are_interleaved_and_compared(cli: Cli, started: list[list[str]]) -> None:
-    done = cli("bench", "--ranks", "1,2", "-n", "8,16", "-r", 2, "-b", "reference", "-o", "json")
+    done = cli("bench", "--ranks", "1,2", "-n", "8,16", "-r", 2, "-b", "reference", "--json", "-")
     assert done.code == 0
     assert [line[line.index("--ranks") + 1] for line in started] == ["1", "2"] * 4
-    rows = json.loads(done.out)["results"]
+    record = json.loads(done.out)
+    rows = record["results"]
+    assert [row["figure"] for row in rows] == [figure["name"] for figure in record["figures"]]
+    assert values(record, "model 16x16 on 2 ranks") == [0.5, 0.5]
+    assert record["machine"]["devices"] == {"loom": {"device": "L1"}}
     assert [row["speed_up"] for row in rows] == [1.0, 2.0, 1.0, 2.0]
     assert [row["test"] for row in rows] == ["model 8x16"] * 2 + ["model 16x16"] * 2
     assert rows[0]["parts"] == {"compute": 1.0, "exchange": 0.0, "waiting": 0.0}
@@ -51,11 +58,11 @@ def test_jobs_are_interleaved_and_compared(cli: Cli, started: list[list[str]]) -
 
 def test_what_is_repeated_is_measured_once(cli: Cli, started: list[list[str]]) -> None:
     twice = ["-b", "reference", "-b", "reference", "-n", "8,16,8"]
-    done = cli("bench", "--ranks", "2,1,2", *twice, "-r", 1, "-o", "json")
+    done = cli("bench", "--ranks", "2,1,2", *twice, "-r", 1, "--json", "-")
     assert [line[line.index("--ranks") + 1] for line in started] == ["2", "1"] * 2
     assert len(json.loads(done.out)["results"]) == 4
     blocks = ("--block", "conv", "--block", "conv")
-    done = cli("bench", *blocks, *twice, "-r", 1, "--seq-len", 1, "-o", "json")
+    done = cli("bench", *blocks, *twice, "-r", 1, "--seq-len", 1, "--json", "-")
     assert len(json.loads(done.out)["results"]) == 2
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lfm2kit.building.loading import EMBEDDED
-from lfm2kit.cli.console import Report
+from lfm2kit.cli.report import Report
 from lfm2kit.measuring import samples
 from lfm2kit.process.streams import StdoutFailed
 from tests.checkpoint.typed import Cli
@@ -144,5 +144,5 @@ def test_a_pipe_that_does_not_block_gets_everything() -> None:
     with subprocess.Popen([*LFM2KIT, *PLAN, "--json", "-"], stdout=writer) as job:
         os.close(writer)
         with open(reader) as read:
-            assert json.load(read)["copies"] == 0
+            assert json.load(read)["kind"] == "lfm2kit plan"
     assert job.returncode == 0

@@ -68,7 +68,7 @@ def test_the_command_shows_and_writes_it(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 0
     assert "blocks of 'reference' in fp32, by hidden_size" in done.out
     document = json.loads((tmp_path / "matrix.json").read_text())
-    assert {"lfm2kit", "suite_version", "backend"} < set(document)
+    assert {"machine", "suite_version", "backend"} < set(document)
     assert {"precision", "kind", "width", "state", "detail"} == set(document["blocks"][0])
     states = {(row["kind"], row["width"]): row["state"] for row in document["blocks"]}
     assert (states["mlp", "1-63"], states["norm", "1-63"]) == ("judged", "built")

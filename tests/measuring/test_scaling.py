@@ -12,7 +12,8 @@ from lfm2kit.measuring.scaling import Job, Parts, Scaled, measure, parts_of, spe
 
 def record(seconds: float, ranks: int = 1, **more: Any) -> dict[str, Any]:
     groups = [list(range(ranks))]
-    return {"seconds": seconds, "ranks": ranks, "groups": groups, "finite": True, **more}
+    figures = [{"name": "time", "unit": "s", "better": "lower", "values": [seconds]}]
+    return {"figures": figures, "ranks": ranks, "groups": groups, "finite": True, **more}
 
 
 def exchanged(layers: int, seconds: Sequence[float], waited: Sequence[float]) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_the_command_asks_a_backend_for_no_more_than_it_measures(
 ) -> None:
     install(tmp_path, "alone", MINE)
     monkeypatch.syspath_prepend(tmp_path)
-    few = ("bench", "-n", 2, "-r", 1, "-b", "mine", "-o", "json")
+    few = ("bench", "-n", 2, "-r", 1, "-b", "mine", "--json", "-")
     done = cli(*few, "--block", "mlp", "--check")
     assert [row["test"] for row in json.loads(done.out)["results"]] == ["mlp 2x16"]
     fails(cli(*few, "--block", "mlp", "--block", "norm"), "has no RMSNorm block", "try --backend ")

@@ -303,7 +303,9 @@ def test_a_check_inside_a_job_is_refused_in_one_line() -> None:
 
 
 def test_a_benchmark_of_ranks_says_where_their_time_went() -> None:
-    done = lfm2kit("bench", "--ranks", "1,2", "-n", "4", "-r", "1", "-b", "reference", "-o", "json")
+    done = lfm2kit(
+        "bench", "--ranks", "1,2", "-n", "4", "-r", "1", "-b", "reference", "--json", "-"
+    )
     assert done.returncode == 0, done.stderr
     alone, both = json.loads(done.stdout)["results"]
     assert (alone["ranks"], both["ranks"]) == (1, 2)

@@ -30,7 +30,6 @@ from lfm2kit.backend import (
 )
 from lfm2kit.building.answers import Answers, came
 from lfm2kit.building.capacity import free_bytes
-from lfm2kit.building.kept_rates import hardware_of
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.placement import Placed
@@ -42,6 +41,7 @@ from lfm2kit.cli.plan import _row
 from lfm2kit.formats import Format
 from lfm2kit.measuring.bench import measured_ceilings
 from lfm2kit.precisions import BF16_GRADE, FP32_GRADE, Grade
+from lfm2kit.records.machine import hardware_of
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.rewrites import Join
 from lfm2kit.specs import MLP, Layer, Model, Part, Spec

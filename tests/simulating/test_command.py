@@ -15,6 +15,7 @@ from lfm2kit.building import kept_rates
 from lfm2kit.building.load import Load, unused
 from lfm2kit.building.rank_rates import ExchangeKey, ExchangeRates
 from lfm2kit.cli.console import write_document
+from lfm2kit.records.machine import described
 from tests.checkpoint.typed import Cli, Typed
 from tests.random_model import RANDOM
 from tests.simulating.rates import FAST, calibration
@@ -44,9 +45,10 @@ def test_the_document_has_every_job_and_says_that_it_is_a_prediction(
     done = plan("--rates", rates, "--simulate", ASKED, "--json", document)
     assert done.code == 0, done.err
     fields = json.loads(document.read_text())
-    assert fields["predicted"] is True
+    assert fields["kind"] == "lfm2kit plan --simulate"
+    assert {one["name"].rpartition(": ")[2] for one in fields["figures"]} == {"predicted time"}
     assert (fields["backend"], fields["precision"]) == ("loom", "fp32")
-    assert fields["machine"] == {"processor": "a loom"}
+    assert fields["rates_of"] == {"processor": "a loom"}
     jobs = [(job["ranks"], job["n"], job["layout"]) for job in fields["jobs"]]
     two, four = ("dp", "ep"), ("dp", "ep", "ep in a machine, dp between")
     layouts = {1: ("one rank",), 2: two, 4: four}
@@ -76,7 +78,7 @@ def test_without_a_file_the_rates_that_are_kept_are_used(
     )
     four = ("--simulate", "ranks=1..8,per-node=4,n=1")
     plan(*four).assert_fails("with --ranks 4; or give the file of a calibration")
-    measured = calibration(machine=kept_rates.described(kept_rates.Context("fp32", None, 1)))
+    measured = calibration(machine=described(kept_rates.Context("fp32", None, 1)))
     path, kept = kept_rates.with_kept(measured)
     write_document(path, kept.document())
     done = plan(*simulate)
@@ -95,7 +97,7 @@ def test_rates_of_experts_in_another_format_are_used_only_where_there_are_no_oth
         rates.write_text(json.dumps({**document, "sides": sides}))
         done = plan("--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
         assert done.code == 0, done.err
-        return json.loads(done.out)
+        return {k: v for k, v in json.loads(done.out).items() if k != "date"}
 
     both, same, others = simulated(other, side), simulated(side), simulated(other)
     assert both == same
@@ -119,7 +121,7 @@ def test_rates_of_blocks_in_another_format_are_used_only_where_there_are_no_othe
         rates.write_text(json.dumps({**document, "blocks": [*mlps, *others]}))
         done = plan("--rates", rates, "--simulate", "ranks=1,n=1", "--json", "-")
         assert done.code == 0, done.err
-        return json.loads(done.out)
+        return {k: v for k, v in json.loads(done.out).items() if k != "date"}
 
     both, same, only_other = simulated(float32, mlp), simulated(mlp), simulated(float32)
     assert both == same
