@@ -41,7 +41,7 @@ def env(json: JsonOption = None) -> None:
 def _environment() -> dict[str, Any]:
     plugins = installed_plugins()
     return {
-        **versions(),
+        "installed": versions(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": machine.processor(),

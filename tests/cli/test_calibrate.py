@@ -23,6 +23,7 @@ from lfm2kit.measuring import block_times, calibration, exchange_times, together
 from lfm2kit.process.streams import READER_GONE, ReaderGone
 from tests.checkpoint.typed import Cli
 from tests.core.small import small_spec
+from tests.records.validating import faults
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,7 @@ def test_the_file_and_the_document_say_what_the_table_shows(cli: Cli, tmp_path: 
     assert done.code == 0, done.err
     measured = read_calibration(rates)
     assert json.loads(document.read_text()) == json.loads(rates.read_text())
+    assert faults(json.loads(rates.read_text())) == []
     assert [side.experts.backend for side in measured.sides] == ["cpu_simd", "reference"]
     for side in measured.sides:
         assert side.product.sizes == calibration.ROWS

@@ -27,6 +27,7 @@ from lfm2kit.simulating.routing import Routing, RoutingRecorder
 from lfm2kit.transport import ExchangeCounts
 from tests.core.small import small_spec
 from tests.mpi.test_faults import LETS_ANYONE_RUN
+from tests.records.validating import faults
 
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
 
@@ -119,6 +120,7 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
+    assert faults(record) == []
     assert (record["ranks"], record["groups"]) == (ranks, groups)
     for layer in record["exchanged"]["layers"]:
         assert sum(layer["rows_by_expert"]) == sum(layer["rows_by_rank"]) == 21 * 16 * 4
@@ -286,6 +288,11 @@ def test_what_c_libraries_print_stays_out_of_the_result(is_ours: bool) -> None:
     assert json.loads(done.stdout)["ranks"] == 2
 
 
+def test_the_record_of_a_transports_check_is_as_its_schema_says() -> None:
+    done = lfm2kit("transports", "check", "mpi", "--only", "places", "--json", "-")
+    assert (done.returncode, faults(json.loads(done.stdout))) == (0, [])
+
+
 @pytest.mark.long
 def test_the_transport_passes_its_own_conformance_check() -> None:
     ids = ["exchange", "exit-code", "abort"]
@@ -307,7 +314,9 @@ def test_a_benchmark_of_ranks_says_where_their_time_went() -> None:
         "bench", "--ranks", "1,2", "-n", "4", "-r", "1", "-b", "reference", "--json", "-"
     )
     assert done.returncode == 0, done.stderr
-    alone, both = json.loads(done.stdout)["results"]
+    record = json.loads(done.stdout)
+    assert faults(record) == []
+    alone, both = record["results"]
     assert (alone["ranks"], both["ranks"]) == (1, 2)
     assert sum(both["parts"].values()) == pytest.approx(both["median_seconds"])
     assert both["parts"]["exchange"] > 0 == alone["parts"]["exchange"]

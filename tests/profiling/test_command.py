@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lfm2kit.records import values
 from tests.checkpoint.typed import Cli
+from tests.records.validating import faults
 
 FORWARD = ("profile", "-b", "reference", "-n", "2", "--seq-len", "4", "-r", "2")
 
@@ -20,6 +22,9 @@ def test_a_profile_is_shown_and_written(cli: Cli, random_folder: Path, tmp_path:
     assert "reference: a forward of 2 samples of 4 tokens takes" in done.out
     assert "between blocks" in done.out
     written = json.loads(record.read_text(encoding="utf-8"))
+    assert faults(written) == []
+    forwards = 2 * written["groups"]
+    assert len(values(written, "time")) == len(values(written, "time with marks")) == forwards
     assert len(written["parts"]) == 42
     assert written["parts"][3]["name"] == "layers.0.ffn_norm"
     assert {kind["kind"] for kind in written["kinds"]} >= {"experts", "router", "attn"}
@@ -83,6 +88,7 @@ def test_a_page_has_every_picture_and_loads_nothing(
     assert page.titles == ["Layers", "Roofline", "Time line", "Experts", "Errors"]
     assert (page.open, page.loads) == ([], [])
     embedded = text.partition('id="record">')[2].partition("</script>")[0]
+    assert faults(json.loads(embedded)) == []
     loads = json.loads(embedded)["expert_loads"]
     assert {layer: sum(load) for layer, load in loads.items()} == {
         str(layer): 2 * 4 * 4

@@ -113,6 +113,14 @@ def test_a_figure_that_is_not_there_is_named() -> None:
         values(record, "tine")
 
 
+LOOM = {"device": "a loom"}
+
+
+class OnALoom(ReferenceBackend):
+    def hardware(self) -> dict[str, str]:
+        return LOOM
+
+
 COMMANDS = (
     ("plan", "--backend", "reference"),
     ("run", "--backend", "reference", "-n", 1),
@@ -125,9 +133,8 @@ COMMANDS = (
 def test_the_machine_has_the_devices_that_backends_name(
     command: tuple[object, ...], cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    named = {"device": "a loom"}
-    monkeypatch.setattr(ReferenceBackend, "hardware", lambda self: named, raising=False)
+    monkeypatch.setattr("lfm2kit.reference.backend.ReferenceBackend", OnALoom)
     done = cli(*command, "--threads", 1, "--json", "-")
     machine = json.loads(done.out)["machine"]
-    assert machine == {**described(Context("fp32", 1)), "devices": {"reference": named}}
+    assert machine == {**described(Context("fp32", 1)), "devices": {"reference": LOOM}}
     assert machine["threads"] == "1"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoint.typed import Cli
+from tests.records.validating import faults
 
 SAMPLES = ("--random-inputs", "5", "-n", "2")
 
@@ -30,6 +31,7 @@ def test_equal_backends_end_well(cli: Cli, random_folder: Path, tmp_path: Path) 
         "EQUAL: every block is as near to that of 'reference'"
     )
     written = json.loads(record.read_text(encoding="utf-8"))
+    assert faults(written) == []
     assert written["first"] is None
     assert len(written["blocks"]) == 3 * 36
 
@@ -51,7 +53,10 @@ def test_a_layer_that_a_trace_has_otherwise_is_named(
     arrays = traced(cli, random_folder, file)
     arrays["layers.3"][7, 5] += 0.01
     np.savez(file, **arrays)
-    done = cli("verify", "--model", str(random_folder), "--against", str(file))
+    record = tmp_path / "record.json"
+    words = ("--against", str(file), "--json", str(record))
+    done = cli("verify", "--model", str(random_folder), *words)
+    assert faults(json.loads(record.read_text(encoding="utf-8"))) == []
     assert done.code == 1
     assert "DIFFERENT: layers.3, the layer block of backend 'cpu_simd'" in done.out
     assert "sample 1, token 2, column 5" in done.out
