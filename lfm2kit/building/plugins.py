@@ -46,6 +46,7 @@ COMMANDS = frozenset(
         "bench",
         "calibrate",
         "chat",
+        "compare",
         "convert",
         "env",
         "generate",

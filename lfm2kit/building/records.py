@@ -6,7 +6,7 @@ one line that names the file and the field.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from reprlib import repr as brief  # of what a file says, however long it is
 from typing import Any, TypeVar
@@ -61,15 +61,24 @@ class Record:
     def rates(self, key: str) -> tuple[float, ...]:
         return tuple(map(float, self._list(key, A_RATE, _is_rate)))
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        return tuple(map(float, self._list(key, "a number", _is_number)))
+
+    def choice(self, key: str, among: Collection[str]) -> str:
+        """Return one of some texts."""
+        expected = f"one of {', '.join(among)}"
+        return str(self._checked(key, expected, lambda value: value in among))
+
     def records(self, key: str) -> list[Record]:
         items = self._list(key, "an object", lambda value: isinstance(value, dict))
         return [Record(f"{self.where}{key}[{i}].", item) for i, item in enumerate(items)]
 
+    def fields(self, key: str) -> dict[str, Any]:
+        """Return an object as it is in the file."""
+        return dict(self._checked(key, "an object", lambda value: isinstance(value, dict)))
+
     def record(self, key: str) -> Record:
-        return Record(
-            f"{self.where}{key}.",
-            self._checked(key, "an object", lambda value: isinstance(value, dict)),
-        )
+        return Record(f"{self.where}{key}.", self.fields(key))
 
     def done(self) -> None:
         """Raise `Lfm2kitError` for a field that nobody has asked for."""
@@ -120,5 +129,8 @@ def _is_whole(value: Any, least: int, most: int) -> bool:
 
 
 def _is_rate(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and LEAST <= value <= MOST
+    return _is_number(value) and LEAST <= value <= MOST
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

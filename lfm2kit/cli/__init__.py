@@ -11,6 +11,7 @@ from lfm2kit.cli.backends import backends
 from lfm2kit.cli.bench import bench
 from lfm2kit.cli.calibrate import calibrate
 from lfm2kit.cli.chat import chat
+from lfm2kit.cli.compare import compare
 from lfm2kit.cli.convert import convert
 from lfm2kit.cli.env import env
 from lfm2kit.cli.generate import generate
@@ -42,7 +43,7 @@ for ranked in (run, warmup, calibrate, generate):
 app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
 app.add_typer(transports, name="transports")
-for command in (chat, bench, profile, verify, convert, specs, tokenize, plugins, env):
+for command in (chat, bench, compare, profile, verify, convert, specs, tokenize, plugins, env):
     app.command(cls=PlainCommand)(command)
 
 

@@ -62,6 +62,7 @@ COMMANDS: dict[str, list[tuple[object, ...]]] = {
     "lfm2kit verify --write-trace": [
         ("verify", *ON, "-m", "random", "--random-inputs", 2, "-n", 1, "--write-trace", "t.npz")
     ],
+    "lfm2kit compare": [("compare", "a.json", "b.json")],
 }
 
 
