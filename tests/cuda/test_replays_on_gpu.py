@@ -40,9 +40,12 @@ def used_bytes() -> int:
     return int(total - free)
 
 
-@pytest.mark.skipif(
+ALONE = pytest.mark.skipif(
     "PYTEST_XDIST_WORKER" in os.environ, reason="tests beside this one take the same GPU's memory"
 )
+
+
+@ALONE
 def test_5000_shapes_end_with_bounded_memory_and_right_results() -> None:
     model, rng = build_random("cuda"), np.random.default_rng(0)
     lengths = list(product(range(1, 72), range(1, 72)))
@@ -59,6 +62,7 @@ def test_5000_shapes_end_with_bounded_memory_and_right_results() -> None:
     assert model._replays.nbytes == 0
 
 
+@ALONE
 def test_a_closed_replay_gives_its_memory_back() -> None:
     model = build_random("cuda")
     batch = Batch.of_sequences([np.arange(512)] * 64)
