@@ -19,7 +19,7 @@ from lfm2kit.rewrites import Rewrite
 from lfm2kit.transport import TransportPlugin
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-RESERVED = {AUTO}
+RESERVED = {AUTO, "none"}  # words that options and variables give a meaning
 
 
 def check_hooks(plugin: Any) -> None:

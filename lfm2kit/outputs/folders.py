@@ -57,7 +57,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raise `Lfm2kitError` if it cannot be written, or if there is something at `path`.
     """
     if os.path.lexists(path):
-        raise Lfm2kitError(f"{path} is there already; remove it, or name another folder")
+        raise Lfm2kitError(f"{path} is there already; name another folder")
     remove_leftovers(path)
     partial = beside(path, "partial")
     try:

@@ -18,14 +18,15 @@ MOST_PER_CORE = 8  # ranks
 class SwitchLauncher:
     def world_size(self) -> int | None:
         """Return the number of ranks of this process's job; None outside any job."""
-        return int(os.environ[JOB].split()[1]) if JOB in os.environ else None
+        words = os.environ.get(JOB, "").split()
+        return int(words[1]) if len(words) > 1 and words[1].isdigit() else None
 
     def launch(self, ranks: int, arguments: Sequence[str]) -> int:
         from .switch import run_job
 
         most = MOST_PER_CORE * (os.cpu_count() or 1)
         if ranks > most:
-            said = f": this machine has cores for {most}"
+            said = f": at most {most}, {MOST_PER_CORE} for each core of this machine"
             raise Lfm2kitError(Option("ranks", ranks), said)
         return run_job(ranks, rank_command(arguments), JOB)
 
