@@ -29,7 +29,6 @@ def verify(
             "against",
             About(
                 "The backend to compare with, as a plan names it, such as cuda:fp32, or a trace.",
-                REFERENCE,
                 metavar=f"BACKEND|FILE{ENDING}",
             ),
         ),
@@ -63,36 +62,54 @@ def verify(
     json: JsonOption = None,
 ) -> None:
     """Compare every block with another backend's, and name the first one that differs."""
+    refuse_copies()
+    request = Request(options=options, n=n, inputs=inputs, random_inputs=random_inputs)
+    if write_trace is not None:
+        _write_trace(request, json, write_trace, against)
+    elif against.endswith(ENDING):
+        _compare_with_trace(request, json, Path(against))
+    else:
+        _compare(request, json, against)
+
+
+def _write_trace(request: Request, json: str | None, file: Path, against: str) -> None:
     from lfm2kit.cli import verifying
 
-    refuse_copies()
-    which = "" if write_trace is None else " --write-trace"
-    report = Report(json, f"lfm2kit verify{which}")
-    checkpoint = open_model(options)
-    trace = Path(against) if against.endswith(ENDING) else None
-    reads = files_of(checkpoint, options) | {"the trace": [] if trace is None else [trace]}
-    check_apart({"--json": report.path, "--write-trace": write_trace}, reads)
-    request = Request(options=options, n=n, inputs=inputs, random_inputs=random_inputs)
-    if trace is not None:
-        _check_alone(request, trace, write_trace)
-        verifying.against_trace(report, checkpoint, options, trace)
-        return
-    ids = token_ids_of(replace(request, n=n or SAMPLES), checkpoint)
-    if write_trace is None:
-        verifying.against_backend(report, checkpoint, options, ids, against)
-        return
-    check_target("--write-trace", write_trace)
-    verifying.write(report, checkpoint, options, ids, write_trace)
+    if against != REFERENCE:
+        raise Lfm2kitError(f"--against {against}: with --write-trace nothing is compared")
+    if file.suffix != ENDING:
+        raise Lfm2kitError(f"--write-trace {file}: call it {file.name}{ENDING}, as NumPy does")
+    check_target("--write-trace", file)
+    report = Report(json, "lfm2kit verify --write-trace")
+    checkpoint = open_model(request.options)
+    outputs = {"--json": report.path, "--write-trace": file}
+    check_apart(outputs, files_of(checkpoint, request.options))
+    ids = token_ids_of(replace(request, n=request.n or SAMPLES), checkpoint)
+    verifying.write(report, checkpoint, request.options, ids, file)
 
 
-def _check_alone(request: Request, trace: Path, write_trace: Path | None) -> None:
-    """Raise `Lfm2kitError` for samples beside a trace, which has its own, and for a second one."""
+def _compare_with_trace(request: Request, json: str | None, trace: Path) -> None:
+    from lfm2kit.cli import verifying
+
     given = {
         "-n": request.n,
         "--inputs": request.inputs,
         "--random-inputs": request.random_inputs,
-        "--write-trace": write_trace,
     }
     for name, value in given.items():
         if value is not None:
             raise Lfm2kitError(f"{name} {value}: the trace {trace} has its own samples")
+    report = Report(json, "lfm2kit verify")
+    checkpoint = open_model(request.options)
+    report.check_apart(files_of(checkpoint, request.options) | {"the trace": [trace]})
+    verifying.against_trace(report, checkpoint, request, trace)
+
+
+def _compare(request: Request, json: str | None, against: str) -> None:
+    from lfm2kit.cli import verifying
+
+    report = Report(json, "lfm2kit verify")
+    checkpoint = open_model(request.options)
+    report.check_apart(files_of(checkpoint, request.options))
+    asked = replace(request, n=request.n or SAMPLES)
+    verifying.against_backend(report, checkpoint, asked, token_ids_of(asked, checkpoint), against)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,10 @@ from lfm2kit.building.plan import KINDS
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import STDOUT, only_said, progress, remark, show_table
 from lfm2kit.cli.flags import flag
+from lfm2kit.cli.preparing import Request
 from lfm2kit.cli.report import Report
-from lfm2kit.errors import WRONG_RESULT, Option
+from lfm2kit.cli.rewrite_options import option_of
+from lfm2kit.errors import WRONG_RESULT, Lfm2kitError, Option
 from lfm2kit.precisions import FP32
 from lfm2kit.records.machine import machine_of
 from lfm2kit.verifying import REFERENCE
@@ -32,26 +35,38 @@ from lfm2kit.verifying.verification import Verification, verify_against
 Ids = npt.NDArray[np.int32]
 
 
+class Compared(NamedTuple):
+    """What was asked, and what was found."""
+
+    setup: Setup
+    request: Request
+    against: str
+    shape: tuple[int, ...]  # of the samples: n, seq_len
+    found: Verification
+
+
 def against_backend(
-    report: Report, checkpoint: Checkpoint, options: Options, ids: Ids, against: str
+    report: Report, checkpoint: Checkpoint, request: Request, ids: Ids, against: str
 ) -> None:
     """Compare each block with one of the backend `against`; exit with code 1 if one differs."""
-    setup = set_up(checkpoint, options, tokens=ids.size)
-    if against != REFERENCE:
+    setup = set_up(checkpoint, request.options, tokens=ids.size)
+    if against.partition(":")[0] != REFERENCE:
         setup.create(against)
     for note in setup.notes():
         remark(note)
     forwards = len(CALLS if ids.shape[1] > 1 else CALLS[:1]) + 1
     with progress("comparing", forwards, "forwards") as advance:
         found = verify_against(setup, ids, against, done=lambda: advance(1))
-    _conclude(report, setup, against, found, ids.shape)
+    _conclude(report, Compared(setup, request, against, ids.shape, found))
 
 
-def against_trace(report: Report, checkpoint: Checkpoint, options: Options, path: Path) -> None:
+def against_trace(report: Report, checkpoint: Checkpoint, request: Request, path: Path) -> None:
     """Compare each layer with what a trace has of it; exit with code 1 if one differs."""
     trace = read_trace(path, checkpoint.spec)
-    setup, found = verify_against_trace(checkpoint, options, trace)
-    _conclude(report, setup, str(path), found, trace.token_ids.shape)
+    for name in request.options.rewrites:
+        raise Lfm2kitError(f"{option_of(name)}: a trace has all rows; leave it out")
+    setup, found = verify_against_trace(checkpoint, request.options, trace)
+    _conclude(report, Compared(setup, request, str(path), trace.token_ids.shape, found))
 
 
 def write(report: Report, checkpoint: Checkpoint, options: Options, ids: Ids, path: Path) -> None:
@@ -74,37 +89,38 @@ def write(report: Report, checkpoint: Checkpoint, options: Options, ids: Ids, pa
     report.write()
 
 
-def _conclude(
-    report: Report, setup: Setup, against: str, found: Verification, shape: tuple[int, ...]
-) -> None:
+def _conclude(report: Report, compared: Compared) -> None:
     """Show and write what was found, and exit with code 1 if a block differs."""
-    first = found.first
+    found = compared.found
     if report.target != STDOUT:
-        _show_blocks(found, f"{setup.plan} beside {against}")
-    lines = [_equal(found, against)] if first is None else _different(setup, found, first, shape)
-    for line in (*lines, *_not_compared(found, against)):
+        _show_blocks(found, f"{compared.setup.plan} beside {compared.against}")
+    for line in verdict(found, compared.against, compared.shape):
         report.line(line)
-    _record(report, setup, against, found)
-    with only_said(when=first is not None):
+    if found.first is not None:
+        for line in _next_commands(compared, found.first):
+            report.line(line)
+    _record(report, compared)
+    with only_said(when=found.first is not None):
         report.write()
-    if first is not None:
+    if found.first is not None:
         raise typer.Exit(WRONG_RESULT)
 
 
-def _verified(setup: Setup, ids: npt.NDArray[np.int32], against: str) -> Verification:
-    forwards = len(CALLS if ids.shape[1] > 1 else CALLS[:1]) + 1
-    with progress("comparing", forwards, "forwards") as advance:
-        return verify_against(setup, ids, against, done=lambda: advance(1))
+def verdict(found: Verification, against: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """Yield lines: whether a block differs, which one and where, and what was not compared."""
+    yield from [_equal(found, against)] if found.first is None else _different(found, shape)
+    yield from _not_compared(found, against)
 
 
-def _record(report: Report, setup: Setup, against: str, found: Verification) -> None:
+def _record(report: Report, compared: Compared) -> None:
+    setup, found = compared.setup, compared.found
     report.machine = machine_of(setup)
     report.figure("largest error", "", [found.nearest.error])
     report.fields = {
         "model": str(setup.checkpoint.path),
         "backend": str(setup.plan),
         "precision": setup.precision_of(setup.placed),
-        "against": against,
+        "against": compared.against,
         "blocks": [asdict(one) for one in found.differences],
         "drift": dict(found.drift),
         "not_compared": dict(found.alone),
@@ -139,18 +155,22 @@ def _row(one: Difference, drift: float | None) -> list[str]:
 
 
 def _equal(found: Verification, against: str) -> str:
-    """Say that nothing differs, and how much of what is allowed was needed."""
+    """Say that nothing differs, and which block comes nearest to its limit."""
+    names = {one.block for one in found.differences} - set(found.undecided)
+    there = len(names) + len(found.undecided) + len(found.alone)
+    count = f"{len(names)} of {there}" if len(names) < there else f"all {there}"
     one = found.nearest
     return (
-        f"EQUAL: every block is as near to that of '{against}' as its precision promises; the "
-        f"largest error is {one.error:.1e} of {one.allowed:.0e} that are allowed, of {one.block}"
+        f"EQUAL: {count} blocks are as near to those of '{against}' as its precision promises; "
+        f"{one.block} comes nearest to its limit: its error is {one.error:.1e}, and "
+        f"{one.allowed:.0e} is allowed"
     )
 
 
-def _different(
-    setup: Setup, found: Verification, first: Difference, shape: tuple[int, ...]
-) -> Iterator[str]:
-    """Yield lines: what differs first, where, what of it, and what to type next."""
+def _different(found: Verification, shape: tuple[int, ...]) -> Iterator[str]:
+    """Yield lines: what differs first, where, and what of it."""
+    first = found.first
+    assert first is not None
     yield (
         f"DIFFERENT: {first.block}, the {first.kind} block of backend '{first.backend}', is the "
         f"first that differs, in a {first.call}: {first.place(shape)} is {first.got:.7g} and "
@@ -158,39 +178,57 @@ def _different(
         f"{first.allowed:.0e}"
     )
     if first.call != FORWARD:
-        yield "without a state it is right: look at its new_state, and at what it keeps of a prompt"
+        yield f"in a forward of whole samples it is right, and wrong in a {first.call} with a state"
     for part in found.parts:
         how = "is right" if part.is_within else f"differs by {part.error:.1e}"
         yield f"  {part.block}, built alone, {how}"
     if found.parts and all(part.is_within for part in found.parts):
         yield "each part is right alone, so what joins them inside the block is not"
-    if first.near_ties:
-        yield (
-            f"{first.near_ties} more rows were left out: a router is so near a tie there that "
-            "either choice is right"
-        )
-    yield from _next_commands(setup, found, first)
 
 
 def _not_compared(found: Verification, against: str) -> Iterator[str]:
-    """Yield a line if there are blocks that the other side does not build."""
-    if found.alone:
-        names, (why, *_) = list(found.alone), found.alone.values()
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield f"not compared: {names[0]}{more}, which '{against}' does not build: {why}"
+    """Yield what was left out: blocks that the other side lacks, and those near ties."""
+    whys: dict[str, list[str]] = {}
+    for name, why in found.alone.items():
+        whys.setdefault(why, []).append(name)
+    for why, names in whys.items():
+        yield f"not compared: {_in_short(names)}, which '{against}' does not build: {why}"
+    if found.undecided:
+        yield (
+            f"not compared: {_in_short(found.undecided)}: a router is near a tie in each of its "
+            "rows, and may choose either way; give more samples"
+        )
+    if rows := sum(one.near_ties for one in found.differences if not one.is_undecided):
+        yield f"{rows} rows were left out: a router is near a tie there, and may choose either way"
 
 
-def _next_commands(setup: Setup, found: Verification, first: Difference) -> Iterator[str]:
-    worst = next((part for part in found.parts if not part.is_within), first)
+def _in_short(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _next_commands(compared: Compared, first: Difference) -> Iterator[str]:
+    """Yield what to type to see more, with the options of this command."""
+    setup, request = compared.setup, compared.request
+    worst = next((part for part in compared.found.parts if not part.is_within), first)
     name, _, own = first.backend.partition(":")
     precision = own or setup.context.precision
-    options = [
-        *([Option("precision", precision)] if precision != FP32.name else []),
-        Option("only", f"{worst.kind}()"),
-    ]
+    others = [Option("precision", precision)] if precision != FP32.name else []
+    options = [*others, Option("only", f"{worst.kind}()")]
     yield f"next: lfm2kit backends check {name} {' '.join(map(flag, options))}"
     plan = f"{setup.plan},{_rule(worst)}={REFERENCE}:{FP32.name}"
-    yield f"or, to see the blocks behind it: lfm2kit verify {flag(Option('backend', plan))}"
+    samples = {name: getattr(request, name) for name in ("n", "inputs", "random_inputs")}
+    given = {"backend": plan, **_given(request.options), **samples, "against": compared.against}
+    usual = {"against": REFERENCE, "n": None}
+    options = [Option(k, v) for k, v in given.items() if v is not None and v != usual.get(k)]
+    yield f"or, to see the blocks behind it: lfm2kit verify {' '.join(map(flag, options))}"
+
+
+def _given(options: Options) -> dict[str, Any]:
+    """Return the options of a model that are not as usual, but for its plan, by name."""
+    usual = Options()
+    names = ("model", "precision", "threads", "n_cpu_moe", "gpu_memory", "seed")
+    pairs = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in pairs.items() if value != getattr(usual, name)}
 
 
 def _rule(one: Difference) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy.typing as npt
 
 from lfm2kit.testing.compare import each
 
-Rows = slice | npt.NDArray[np.intp]
+Clear = npt.NDArray[np.bool_]
+Errors = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +41,53 @@ class Difference:
     def is_within(self) -> bool:
         return self.error <= self.allowed
 
+    @property
+    def is_undecided(self) -> bool:
+        """Return whether no row can be judged, because a router is near a tie in each."""
+        return self.rows == 0 and self.near_ties > 0
+
     def place(self, samples: tuple[int, ...]) -> str:
         """Return where it is, in a forward over samples [n, seq_len]: a token, and a column."""
         n, seq_len = samples
-        count = self.rows + self.near_ties
-        length = count // n  # 1 in a step, and of the rows whose logits are wanted
-        token = self.row % length if length > 1 else seq_len - 1
+        tokens = {"prompt": seq_len - 1, "step": 1}.get(self.call, seq_len)  # of each sample
+        first = seq_len - 1 if self.call == "step" else 0
+        if self.rows + self.near_ties == n:  # the last token's row of each sample
+            sample, token = self.row, first + tokens - 1
+        else:
+            sample, token = self.row // tokens, first + self.row % tokens
         array = f" of its result {self.result}" if self.result else ""
-        return f"sample {self.row // length}, token {token}, column {self.column}{array}"
+        return f"sample {sample}, token {token}, column {self.column}{array}"
 
 
-def farthest(got: Any, want: Any, rows: Rows) -> dict[str, Any]:
-    """Return the fields of a `Difference` that say where the results differ most."""
-    found = [_of_array(i, *pair, rows) for i, pair in enumerate(zip(each(got), each(want)))]  # noqa: B905
-    return max(found, key=lambda fields: fields["error"])
+def farthest(
+    got: Any, want: Any, allowed: float = np.inf, is_clear: Clear | None = None
+) -> dict[str, Any]:
+    """Return the fields of a `Difference` that say where the results differ most.
+
+    A row that differs by more than is allowed counts as a near tie where `is_clear`, bool [rows],
+    is false: a router may have chosen either way there.
+    """
+    errors = [_errors(*pair) for pair in zip(each(got), each(want), strict=True)]
+    worst = np.max([error.max(axis=1, initial=0) for error in errors], axis=0)
+    left_out = np.zeros(len(worst), bool) if is_clear is None else (worst > allowed) & ~is_clear
+    rows = np.flatnonzero(~left_out)
+    found = [_of_array(i, *pair, rows) for i, pair in enumerate(_arrays(got, want, errors))]
+    counts = {"rows": len(rows), "near_ties": int(left_out.sum())}
+    return max(found, key=lambda fields: fields["error"]) | counts
 
 
-def _of_array(i: int, got: npt.NDArray[Any], want: npt.NDArray[Any], rows: Rows) -> dict[str, Any]:
-    numbers = np.arange(len(want))[rows]
-    error = _errors(got[rows], want[rows])
-    if error.size == 0:
+def _arrays(got: Any, want: Any, errors: list[Errors]) -> Iterator[tuple[Any, Any, Errors]]:
+    yield from zip(each(got), each(want), errors, strict=True)
+
+
+def _of_array(i: int, got: Any, want: Any, errors: Errors, rows: Any) -> dict[str, Any]:
+    some = errors[rows]
+    if some.size == 0:
         return {"error": 0.0, "result": i}
-    at = np.unravel_index(int(np.argmax(error)), error.shape)
-    row, column = int(numbers[at[0]]), int(at[1])
+    at = np.unravel_index(int(np.argmax(some)), some.shape)
+    row, column = int(rows[at[0]]), int(at[1])
     return {
-        "error": float(error[at]),
+        "error": float(some[at]),
         "result": i,
         "row": row,
         "column": column,
@@ -72,14 +96,14 @@ def _of_array(i: int, got: npt.NDArray[Any], want: npt.NDArray[Any], rows: Rows)
     }
 
 
-def _errors(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _errors(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> Errors:
     """Return the error of each value, relative to the largest of `want` that is finite."""
     if want.dtype.kind != "f":
         return np.where(got == want, 0.0, np.inf)
     finite = np.isfinite(want)
     largest = max(float(np.max(np.abs(want), where=finite, initial=0)), 1e-30)
     with np.errstate(invalid="ignore", over="ignore"):
-        error: npt.NDArray[np.float64] = np.abs(got.astype(np.float64) - want) / largest
+        error: Errors = np.abs(got.astype(np.float64) - want) / largest
     same = (got == want) | (np.isnan(got) & np.isnan(want))
     error[~np.isfinite(error)] = np.inf
     error[same] = 0.0

@@ -33,15 +33,15 @@ class Call(NamedTuple):
     room: Room
 
 
-def calls(model: LFM2, ids: npt.NDArray[np.int32]) -> list[Call]:
+def calls(model: LFM2, ids: npt.NDArray[np.int32], *, has_state: bool = True) -> list[Call]:
     """Return a forward of samples [n, seq_len], and the same as a prompt and a step after it.
 
-    Samples of one token are a forward alone.
+    Samples of one token, and models without a state, have the forward alone.
     """
     n, seq_len = ids.shape
     room = Room.of_sequences(n, seq_len)
     whole_samples = Call(FORWARD, Batch.of_sequences(list(ids)), None, room)
-    if seq_len < 2:
+    if seq_len < 2 or not has_state:
         return [whole_samples]
     pages = np.arange(room.pages, dtype=np.int32).reshape(n, -1)
     prompt = Batch.of_sequences(list(ids[:, :-1]), pages=pages)
@@ -103,9 +103,7 @@ class Forced:
             placed.backend or "",
             call.name,
             allowed=answer.allowed,
-            rows=len(answer.rows),
-            near_ties=len(each(answer.result)[0]) - len(answer.rows),
-            **farthest(result, answer.result, answer.rows),
+            **farthest(result, answer.result, answer.allowed, answer.is_clear),
         )
         self.differences.append(difference)
         if self.first is None and not difference.is_within:
@@ -171,7 +169,7 @@ def drift(
 
     def note(name: str, arrays: Sequence[npt.NDArray[Any]]) -> None:
         got, want = last_rows(tuple(arrays), call.batch), wanted[call.name, name]
-        found[name] = farthest(got, want, slice(None))["error"]
+        found[name] = farthest(got, want)["error"]
 
     run_through(model, blocks, around, call)
     return found

@@ -15,8 +15,8 @@ from lfm2kit.testing.compare import each
 from lfm2kit.testing.host_block import HostBlock
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.verifying.differences import Difference, farthest
-from lfm2kit.verifying.forced import First
-from lfm2kit.verifying.near_ties import allowed_error, clear_rows
+from lfm2kit.verifying.forced import FORWARD, First
+from lfm2kit.verifying.near_ties import allowed_error, is_clear
 from lfm2kit.verifying.twins import twin, whole
 from lfm2kit.weights import Weights
 
@@ -57,11 +57,9 @@ def _difference(
 ) -> Difference:
     got = HostBlock(spec, backend.build(spec, weights), backend.memory(spec))(*inputs)
     allowed = allowed_error(spec, error)
-    rows = clear_rows(watch, spec, allowed, len(each(want)[0]))
-    return Difference(
-        name, spec.kind, placed.backend or "", "forward", allowed=allowed, rows=len(rows),
-        near_ties=len(each(want)[0]) - len(rows), **farthest(got, want, rows),
-    )  # fmt: skip
+    clear = is_clear(watch, allowed, len(each(want)[0]))
+    fields = farthest(got, want, allowed, clear)
+    return Difference(name, spec.kind, placed.backend or "", FORWARD, allowed=allowed, **fields)
 
 
 class _Recorder:

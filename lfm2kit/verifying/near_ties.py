@@ -1,4 +1,4 @@
-"""Which rows of a block cannot be compared, because a router in it may choose either way."""
+"""Where a router in a block may choose either way, so that a difference is not a fault."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def allowed_error(spec: Spec, error: float) -> float:
     return FP32_GRADE.block_error if isinstance(spec, OF_A_ROUTER) else error
 
 
-def clear_rows(watch: GapWatch, spec: Spec, allowed: float, rows: int) -> npt.NDArray[np.intp]:
-    """Return the rows that no router in the newest call of a block took near a tie.
+def is_clear(watch: GapWatch, allowed: float, rows: int) -> npt.NDArray[np.bool_]:
+    """Return for each row whether no router in the newest call of a block was near a tie there.
 
-    The rows of a block with routers inside are those of its routers.
+    The rows of a block with routers inside are those of its routers.  NaN is not a near tie.
     """
     margin = NEAR_TIE if allowed <= FP32_GRADE.block_error else allowed
-    gaps = [one for one in watch.gaps if len(one) == rows]
-    if not gaps:
-        return np.arange(rows)
-    return np.flatnonzero(np.min(gaps, axis=0) > margin)
+    clear = np.ones(rows, bool)
+    for gaps in watch.gaps:
+        if len(gaps) == rows:
+            clear &= ~(gaps <= margin)
+    return clear

@@ -23,7 +23,7 @@ from lfm2kit.specs import Model, Part, Spec
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.verifying.differences import Difference, farthest
 from lfm2kit.verifying.forced import FORWARD
-from lfm2kit.verifying.near_ties import clear_rows
+from lfm2kit.verifying.near_ties import is_clear
 from lfm2kit.verifying.traces import Float32, Trace
 from lfm2kit.verifying.twins import twin
 from lfm2kit.verifying.verification import Verification
@@ -179,23 +179,17 @@ class _Comparer:
         return Verification(found, {})
 
     def _difference(self, placed: Placed, got: Any, want: Float32, allowed: float) -> Difference:
-        rows: npt.NDArray[np.intp] = np.arange(len(want))
-        fields = farthest(got, want, rows)
+        fields = farthest(got, want)
         if isinstance(placed.spec, TracedLayer) and fields["error"] > allowed:
-            rows = self._clear_rows(placed, placed.spec, allowed)
-            fields = farthest(got, want, rows)
-        backends = dict.fromkeys(str(leaf.backend) for leaf in placed.leaves())
-        return Difference(
-            placed.name, placed.spec.kind, " and ".join(backends), FORWARD, allowed=allowed,
-            rows=len(rows), near_ties=len(want) - len(rows), **fields,
-        )  # fmt: skip
+            fields = farthest(got, want, allowed, self._is_clear(placed, placed.spec, allowed))
+        backends = " and ".join(dict.fromkeys(str(leaf.backend) for leaf in placed.leaves()))
+        kind = placed.spec.kind
+        return Difference(placed.name, kind, backends, FORWARD, allowed=allowed, **fields)
 
-    def _clear_rows(
-        self, placed: Placed, spec: TracedLayer, allowed: float
-    ) -> npt.NDArray[np.intp]:
-        """Return the rows at which no router of a layer is near a tie, as the reference has it."""
+    def _is_clear(self, placed: Placed, spec: TracedLayer, allowed: float) -> npt.NDArray[np.bool_]:
+        """Return for each row whether the reference has no router near a tie there."""
         watch = GapWatch(ReferenceBackend())
         block = twin(watch, placed.name, spec.layer, self._checkpoint.values.scope(placed.scope))
         batch = Batch.of_sequences(list(self._trace.token_ids))
         block(self._before(spec.number).copy(), None, batch.on(HOST), None)
-        return clear_rows(watch, spec, allowed, batch.tokens)
+        return is_clear(watch, allowed, batch.tokens)

@@ -11,7 +11,6 @@ A program that knows nothing of lfm2kit writes one with `numpy.savez`.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,10 @@ def read_trace(path: Path, model: specs.Model) -> Trace:
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = ids.min() if ids.min() < 0 else ids.max()
         raise Lfm2kitError(f"{path}: token id {wrong}; the model's are from 0 to {vocab_size - 1}")
-    rows = ids.size, hidden_size
+    rows, layers = (ids.size, hidden_size), [f"layers.{i}" for i in range(len(model.layers))]
+    if unknown := arrays.keys() - {IDS, EMBEDDED, LOGITS, *layers}:
+        known = f"the model has {len(layers)} layers"
+        raise Lfm2kitError(f"{path}: '{min(unknown)}' is not of this model's trace; {known}")
     return Trace(
         ids.astype(np.int32),
         _floats(path, arrays, EMBEDDED, rows),
@@ -72,7 +74,7 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy's reader, and those below it, raise what they like
         said = " ".join(str(error).split())
         raise Lfm2kitError(f"{path}: not a file of NumPy arrays ({said[:200]})") from None
 
@@ -89,7 +91,11 @@ def _floats(path: Path, arrays: Mapping[str, Any], name: str, shape: tuple[int, 
         raise Lfm2kitError(
             f"{path}: '{name}' is {_form(array)}; the model's is floats {list(shape)}"
         )
-    return np.ascontiguousarray(array, np.float32)
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(values).all():
+        raise Lfm2kitError(f"{path}: '{name}' holds NaN or infinities, beside which nothing shows")
+    return values
 
 
 def _form(array: npt.NDArray[Any]) -> str:

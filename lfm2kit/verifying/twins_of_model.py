@@ -18,7 +18,7 @@ from lfm2kit.testing.host_block import why_not_built
 from lfm2kit.testing.kept_weights import as_kept
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.verifying import REFERENCE
-from lfm2kit.verifying.near_ties import allowed_error, clear_rows
+from lfm2kit.verifying.near_ties import allowed_error, is_clear
 from lfm2kit.verifying.twins import twin, whole
 
 
@@ -26,7 +26,7 @@ class Answer(NamedTuple):
     """What a twin returned, and what may be demanded of the block beside it."""
 
     result: Any
-    rows: npt.NDArray[np.intp]  # that can be compared
+    is_clear: npt.NDArray[np.bool_]  # of each row: no router is near a tie there
     allowed: float
 
 
@@ -38,9 +38,9 @@ class Twins:
 
     def __init__(self, setup: Setup, against: str) -> None:
         self._setup = setup
-        self._is_reference = against == REFERENCE
+        self._is_reference = against.partition(":")[0] == REFERENCE
         self._backend: Backend = ReferenceBackend() if self._is_reference else setup.create(against)
-        self._error = 0.0 if self._is_reference else _error_of(setup, against)
+        self._error = 0.0 if self._is_reference else _error_of(setup, against, is_stored=True)
         self._made: dict[str, _Twin] = {}
 
     def why_none(self, placed: Placed) -> str | None:
@@ -50,7 +50,7 @@ class Twins:
     def answer(self, placed: Placed, inputs: Sequence[Any], room: Room) -> Answer:
         """Return what the twin of a block returns for these arguments, which lie on the host.
 
-        A state among them is the block's own, and stands for one of the twin's.
+        If there is a state among them, it is the block's; the twin keeps its own beside it.
         """
         if placed.name not in self._made:
             self._made[placed.name] = self._make(placed)
@@ -58,8 +58,7 @@ class Twins:
         error = _error_of(self._setup, placed.backend or "") + self._error
         allowed = allowed_error(spec, error)
         result = made.call(inputs, room)
-        rows = clear_rows(made.watch, spec, allowed, len(each(result)[0]))
-        return Answer(result, rows, allowed)
+        return Answer(result, is_clear(made.watch, allowed, len(each(result)[0])), allowed)
 
     def weights(self, placed: Placed) -> Any:
         """Return a block's weights with the values that its backend keeps."""
@@ -108,5 +107,7 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def _error_of(setup: Setup, item: str) -> float:
-    return setup.plugins.precision(item, setup.context.precision).grade.block_error
+def _error_of(setup: Setup, item: str, *, is_stored: bool = False) -> float:
+    """Return what a backend's grade allows; with its rounding, if its weights are as stored."""
+    grade = setup.plugins.precision(item, setup.context.precision).grade
+    return grade.block_error + (grade.rounding if is_stored else 0)

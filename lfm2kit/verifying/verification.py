@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import Checked
+from lfm2kit.errors import Lfm2kitError
 from lfm2kit.verifying.differences import Difference
 from lfm2kit.verifying.forced import Forced, calls, drift
 from lfm2kit.verifying.narrowing import parts_that_differ
@@ -42,6 +43,11 @@ class Verification:
         yield from worst.values()
 
     @property
+    def undecided(self) -> list[str]:
+        """Return the blocks of which no row could be judged in some call, by their names."""
+        return list(dict.fromkeys(one.block for one in self.differences if one.is_undecided))
+
+    @property
     def nearest(self) -> Difference:
         """Return the block that comes nearest to what is allowed, or is farthest beyond it."""
         return max(self.differences, key=lambda one: one.error / one.allowed)
@@ -57,13 +63,17 @@ def verify_against(
     """Compare the blocks of a set-up with those of the plan's item `against`.
 
     `ids` are samples [n, seq_len]; `built` is called after each block is built, and `done` after
-    each of the four forwards (two, for samples of one token).
+    each forward: four, or two for samples of one token and for models without a state.
     """
     checked: list[Checked] = []
     model = setup.build(built, tokens=ids.size, checked=checked)
     twins = Twins(setup, against)
     forced = Forced(model, checked, twins)
-    forwards = calls(model, ids)
+    if not forced.compared:
+        why = next(iter(forced.alone.values()))
+        raise Lfm2kitError(f"'{against}' builds no block of this model: {why}")
+    has_state = all(rewrite.has_state for rewrite in setup.rewrites)
+    forwards = calls(model, ids, has_state=has_state)
     for call in forwards:
         forced.run(call)
         done()

@@ -28,7 +28,7 @@ def test_equal_backends_end_well(cli: Cli, random_folder: Path, tmp_path: Path) 
     done = cli("verify", "--model", str(random_folder), *SAMPLES, "--json", str(record))
     assert done.code == 0
     assert done.out.splitlines()[-1].startswith(
-        "EQUAL: every block is as near to that of 'reference'"
+        "EQUAL: all 36 blocks are as near to those of 'reference'"
     )
     written = json.loads(record.read_text(encoding="utf-8"))
     assert faults(written) == []
@@ -60,6 +60,8 @@ def test_a_layer_that_a_trace_has_otherwise_is_named(
     assert done.code == 1
     assert "DIFFERENT: layers.3, the layer block of backend 'cpu_simd'" in done.out
     assert "sample 1, token 2, column 5" in done.out
+    again = f"lfm2kit verify --backend cpu_simd,3=reference:fp32 --model {random_folder} --against"
+    assert again in done.out
 
 
 LAYERS = tuple(f"layers.{i}" for i in range(8))
@@ -70,6 +72,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a layer short": (
         {"layers.3": np.zeros((3, 128), np.float32)},
         "'layers.3' is float32",
+    ),
+    "not a number": (
+        {"layers.3": np.full((10, 128), np.nan, np.float32)},
+        "'layers.3' holds NaN or infinities",
+    ),
+    "a layer more": (
+        {"layers.8": np.zeros((10, 128), np.float32)},
+        "'layers.8' is not of this model's trace; the model has 8 layers",
     ),
     "no logits": ({"logits": None}, "there is no array 'logits'"),
 }
@@ -90,7 +100,11 @@ def test_a_trace_that_does_not_fit_is_one_line(
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "not a file of NumPy arrays"), (b"PK\x03\x04 cut", "not a file of NumPy arrays")],
+    [
+        (b"", "not a file of NumPy arrays"),
+        (b"PK\x03\x04 cut", "not a file of NumPy arrays"),
+        (b"\x93NUMPY\x01\x00", "not a file of NumPy arrays"),
+    ],
 )
 def test_a_file_that_is_no_trace_is_one_line(
     content: bytes, says: str, cli: Cli, random_folder: Path, tmp_path: Path
@@ -116,14 +130,16 @@ def test_objects_in_a_trace_are_not_unpickled(
         (("--against", "referense"), "Did you mean 'reference'?"),
         (("--against", "nowhere.npz"), "nowhere.npz: No such file"),
         (("--against", "t.npz", "-n", "3"), "-n 3: the trace t.npz has its own samples"),
-        (("--against", "t.npz", "--write-trace", "u.npz"), "has its own samples"),
-        (("--write-trace", "no/such/folder"), "no/such"),
+        (("--against", "cpu_simd", "--write-trace", "u.npz"), "nothing is compared"),
+        (("--write-trace", "no/such/folder.npz"), "no/such"),
+        (("--write-trace", "trace.txt"), "call it trace.txt.npz"),
         (("--random-inputs", "0"), "--random-inputs 0"),
     ],
 )
 def test_bad_input_is_one_line(
     given: tuple[str, ...], says: str, cli: Cli, random_folder: Path
 ) -> None:
-    samples = () if given[1].endswith("npz") or "--random-inputs" in given else SAMPLES
+    has_none = given[0] == "--against" and given[1].endswith("npz")
+    samples = () if has_none or "--random-inputs" in given else SAMPLES
     done = cli("verify", "--model", str(random_folder), *samples, *given)
     done.assert_fails(says)
