@@ -54,7 +54,7 @@ def profile(
     json: JsonOption = None,
 ) -> None:
     """Measure each block inside a forward, and say where its time goes."""
-    from lfm2kit.cli import profiling
+    from lfm2kit.cli import profile_outputs, profile_tables, profiling
 
     refuse_copies()
     bounds.check_tokens(n, seq_len)
@@ -67,5 +67,5 @@ def profile(
             check_target(name, path)
     asked = profiling.Asked(n, seq_len, decode, repetitions, html is not None, errors)
     found = profiling.measured(checkpoint, options, asked)
-    profiling.show(report, found)
-    profiling.deliver(report, found, trace, html)
+    profile_tables.show(report, found)
+    profile_outputs.deliver(report, found, trace, html)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
 from lfm2kit.batch import Batch
@@ -15,6 +15,7 @@ from lfm2kit.model import LFM2
 from lfm2kit.profiling.marks import Marks, Span, marked
 from lfm2kit.state import ModelState, Room
 
+Stage = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 MOST_OVERHEAD = 0.03  # with more, marks are put into one layer after the other
 
 
@@ -22,7 +23,7 @@ MOST_OVERHEAD = 0.03  # with more, marks are put into one layer after the other
 class Prompt:
     """What is measured: a forward of a batch, or a step from a state of these sequences.
 
-    A step is the same one each time: a sequence may step back.
+    Each repetition does the same step again, because a sequence may step back.
     """
 
     batch: Batch
@@ -55,28 +56,36 @@ class Profile:
         return statistics.median(marked / plain for marked, plain in pairs) - 1
 
 
+@contextmanager
+def unseen(what: str, forwards: int) -> Iterator[Callable[[], None]]:
+    """Show nothing of a stage."""
+    yield lambda: None
+
+
 def profiled(
     model: LFM2,
     blocks: Sequence[Checked],
     prompt: Prompt,
     repetitions: int,
-    done: Callable[[], None] = lambda: None,
+    stage: Stage = unseen,
 ) -> Profile:
     """Measure forwards of a model, whose blocks are given, `repetitions` times each way.
 
-    `done` is called after each forward, of which there are 2 * (WARM_UPS + repetitions) for each
-    group of blocks with marks at the same time: all, or the blocks of one layer if marks in all
-    would cost more than MOST_OVERHEAD.
+    The first stage has marks in all blocks; if they cost more than MOST_OVERHEAD, a second one has
+    them in one layer after the other.  `stage` is called with the name of each and the number of
+    its forwards, and gives what is called after each of these.
     """
-    whole = Profile()
-    _measure(model, blocks, prompt, repetitions, whole, done)
+    whole, of_a_group = Profile(), 2 * (WARM_UPS + repetitions)
+    with stage("measuring", of_a_group) as done:
+        _measure(model, blocks, prompt, repetitions, whole, done)
     whole.timeline = whole.spans[-1]
     if whole.overhead <= MOST_OVERHEAD:
         return whole
-    apart = Profile(groups=0, timeline=whole.timeline)
-    for group in _by_layer(blocks):
-        _measure(model, group, prompt, repetitions, apart, done)
-        apart.groups += 1
+    groups = _by_layer(blocks)
+    apart = Profile(groups=len(groups), timeline=whole.timeline)
+    with stage("measuring layer by layer", len(groups) * of_a_group) as done:
+        for group in groups:
+            _measure(model, group, prompt, repetitions, apart, done)
     return apart if apart.overhead < whole.overhead else whole
 
 

@@ -44,7 +44,8 @@ def test_a_step_is_named(cli: Cli, random_folder: Path) -> None:
         (("-r", "0"), "--repetitions 0"),
         (("--trace", "no/such/trace.json"), "--trace no/such"),
         (("--trace", "same.json", "--json", "same.json"), "same.json"),
-        (("--rewrite", "trim", "--decode"), "--decode"),
+        (("--trim", "--decode"), "--decode"),
+        (("--trim", "--html", "page.html"), "leave out --trim"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -87,9 +88,12 @@ def test_a_page_has_every_picture_and_loads_nothing(
     page.feed(text)
     assert page.titles == ["Layers", "Roofline", "Time line", "Experts", "Errors"]
     assert (page.open, page.loads) == ([], [])
+    assert "EQUAL: all 36 blocks are as near" in done.out
     embedded = text.partition('id="record">')[2].partition("</script>")[0]
     assert faults(json.loads(embedded)) == []
-    loads = json.loads(embedded)["expert_loads"]
+    record = json.loads(embedded)
+    assert len(record["errors"]) == 36
+    loads = record["expert_loads"]
     assert {layer: sum(load) for layer, load in loads.items()} == {
         str(layer): 2 * 4 * 4
         for layer in range(2, 8)  # samples, tokens, experts of each

@@ -1,0 +1,97 @@
+"""Writes what `lfm2kit profile` has measured: the record, a trace, and a page with pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lfm2kit.backend import Ceilings
+from lfm2kit.cli.console import remark, write_document
+from lfm2kit.cli.profile_tables import of_marks
+from lfm2kit.cli.profiling import Found
+from lfm2kit.cli.report import Report
+from lfm2kit.outputs.files import replaced
+from lfm2kit.profiling.figures import Part
+from lfm2kit.profiling.page.heat import heat
+from lfm2kit.profiling.page.ladder import ladder
+from lfm2kit.profiling.page.page import page
+from lfm2kit.profiling.page.roofline import roofline
+from lfm2kit.profiling.page.strip import strip
+from lfm2kit.profiling.page.timeline import timeline
+from lfm2kit.profiling.trace_events import trace_events
+from lfm2kit.records.machine import described, machine_of, versions
+from lfm2kit.verifying.verification import Verification
+
+
+def deliver(report: Report, found: Found, trace: Path | None, html: Path | None) -> None:
+    """Write the document, the trace and the page that were asked for."""
+    _record(report, found)
+    if trace is not None:
+        write_document(trace, trace_events(found.profile, found.parts))
+    if html is not None:
+        with replaced(html, remark) as file:
+            file.write(_page(found, report).encode())
+    report.write()
+
+
+def _page(found: Found, report: Report) -> str:
+    """Return the page with the pictures of what was measured."""
+    kinds = {part.name: part.kind for part in found.parts}
+    pictures = [strip(found.parts), timeline(found.profile.timeline, kinds)]
+    if found.ceilings is not None:
+        pictures.insert(1, roofline(found.totals, found.ceilings))
+    if found.loads:
+        pictures.append(heat(found.loads))
+    if found.errors is not None:
+        pictures.append(ladder(found.errors))
+    return page(f"{found.setup.plan}: {found.asked.test}", _facts(found), pictures, report.record())
+
+
+def _facts(found: Found) -> dict[str, str]:
+    setup, profile = found.setup, found.profile
+    return {
+        "model": str(setup.checkpoint.path),
+        "precision": setup.precision_of(setup.placed),
+        "time": f"{1e3 * profile.seconds:.4g} ms, the median of {len(profile.plain)} forwards",
+        "marks": of_marks(profile),
+        **_in_short(described(setup.context)),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def _in_short(machine: Mapping[str, str]) -> dict[str, str]:
+    """Return what there is of a machine, with the versions of lfm2kit and plugins in one line."""
+    others = {name: said for name, said in machine.items() if name not in versions()}
+    return others | {"versions": ", ".join(f"{name} {said}" for name, said in versions().items())}
+
+
+def _record(report: Report, found: Found) -> None:
+    setup, profile = found.setup, found.profile
+    report.machine = machine_of(setup)
+    report.figure("time", "s", profile.plain, "lower")
+    report.figure("time with marks", "s", profile.marked, "lower")
+    report.fields = {
+        "model": str(setup.checkpoint.path),
+        "backend": str(setup.plan),
+        "precision": setup.precision_of(setup.placed),
+        "test": found.asked.test,
+        "groups": profile.groups,
+        "ceilings": None if found.ceilings is None else found.ceilings._asdict(),
+        "expert_loads": {str(layer): list(load) for layer, load in found.loads.items()},
+        "parts": [_part(part, found.ceilings) for part in found.parts],
+        "errors": None if found.errors is None else _errors(found.errors),
+        "kinds": [asdict(total) | {"work": total.work._asdict()} for total in found.totals],
+    }
+
+
+def _errors(found: Verification) -> list[dict[str, Any]]:
+    """Return the largest error of each block, and its drift."""
+    return [asdict(one) | {"drift": found.drift.get(one.block)} for one in found.worst_calls()]
+
+
+def _part(part: Part, ceilings: Ceilings | None) -> dict[str, Any]:
+    work = part.work._asdict()
+    return asdict(part) | {"layer": part.layer, "work": work, "roofline": part.roofline(ceilings)}
