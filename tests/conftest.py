@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,14 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Give the device what a test's arrays took: workers, and jobs that they start, share it."""
+    if item.get_closest_marker("gpu") and (cupy := sys.modules.get("cupy")) is not None:
+        gc.collect()
+        cupy.get_default_memory_pool().free_all_blocks()
 
 
 @pytest.hookimpl(optionalhook=True)
