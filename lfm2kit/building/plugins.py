@@ -50,6 +50,7 @@ COMMANDS = frozenset(
         "convert",
         "env",
         "generate",
+        "grade",
         "plan",
         "plugins",
         "profile",

@@ -15,6 +15,7 @@ from lfm2kit.cli.compare import compare
 from lfm2kit.cli.convert import convert
 from lfm2kit.cli.env import env
 from lfm2kit.cli.generate import generate
+from lfm2kit.cli.grade import grade
 from lfm2kit.cli.help import PlainCommand
 from lfm2kit.cli.plan import plan
 from lfm2kit.cli.plugin_commands import CONTEXT, Commands
@@ -43,7 +44,19 @@ for ranked in (run, warmup, calibrate, generate):
 app.command(cls=PlainCommand)(plan)
 app.add_typer(backends, name="backends")
 app.add_typer(transports, name="transports")
-for command in (chat, bench, compare, profile, verify, convert, specs, tokenize, plugins, env):
+for command in (
+    chat,
+    bench,
+    compare,
+    profile,
+    verify,
+    grade,
+    convert,
+    specs,
+    tokenize,
+    plugins,
+    env,
+):
     app.command(cls=PlainCommand)(command)
 
 

@@ -24,11 +24,25 @@ from lfm2kit.memory import Memory
 Result = npt.NDArray[Any] | tuple[npt.NDArray[Any], ...]
 
 
+Draw = Callable[[np.random.Generator, tuple[int, ...]], npt.NDArray[np.float32]]
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return float32 values of mean 0 and std 1."""
+    return rng.standard_normal(shape, np.float32)
+
+
 def single_blocks(
-    setup: Setup, kind: str, samples: Sequence[int], lengths: Sequence[int], seed: int
+    setup: Setup,
+    kind: str,
+    samples: Sequence[int],
+    lengths: Sequence[int],
+    seed: int,
+    draw: Draw = normal,
 ) -> Iterator[Contender]:
     """Yield the model's first block of `kind`, host arrays in, host arrays out.
 
+    `draw` gives the values of its inputs.
     With the option `check` its results are looked at in a call of their own.  Raise `Lfm2kitError`
     for what is wrong with them, and if the plan builds no such block.
     """
@@ -39,7 +53,7 @@ def single_blocks(
     embed = setup.checkpoint.spec.embed_tokens
     for n, seq_len in product(samples, lengths):
         batch = random_batch(n, seq_len, embed.vocab_size, seed)
-        inputs = _inputs(placed.spec, batch, rng, embed.hidden_size)
+        inputs = _inputs(placed.spec, batch, rng, embed.hidden_size, draw)
         call = _call(block, placed.outer, inputs)
         if setup.options.check:
             _check(setup, built, call)
@@ -75,12 +89,14 @@ def _call(block: Callable[..., Any], outer: Memory, inputs: Sequence[Any]) -> Ca
     return call
 
 
-def _inputs(spec: Any, batch: Batch, rng: np.random.Generator, hidden_size: int) -> tuple[Any, ...]:
+def _inputs(
+    spec: Any, batch: Batch, rng: np.random.Generator, hidden_size: int, draw: Draw
+) -> tuple[Any, ...]:
     """Return the arguments of a block of `spec`, as it gets them in a forward of `batch`."""
     tokens = batch.tokens
 
     def x(rows: int = tokens, columns: int = hidden_size) -> npt.NDArray[np.float32]:
-        return rng.standard_normal((rows, columns), dtype=np.float32)
+        return draw(rng, (rows, columns))
 
     match spec.kind:
         case "embed":

@@ -68,6 +68,7 @@ COMMANDS: dict[str, list[tuple[object, ...]]] = {
 
 ELSEWHERE = {
     "lfm2kit rates": "cli/test_calibrate.py",
+    "lfm2kit grade": "grading/test_grade.py",
     "lfm2kit profile": "profiling/test_command.py",
     "lfm2kit verify": "verifying/test_command.py",
     "lfm2kit bench --ranks": "mpi/test_jobs.py",

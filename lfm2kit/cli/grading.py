@@ -1,0 +1,136 @@
+"""Measures, shows and writes what `lfm2kit grade` is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Column
+
+from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.building.options import Options
+from lfm2kit.checkpoint import Checkpoint
+from lfm2kit.cli.console import STDOUT, progress, remark, show_table
+from lfm2kit.cli.report import Report
+from lfm2kit.grading.grading import Graded, check_precision, grade
+from lfm2kit.grading.report import markdown as in_markdown
+from lfm2kit.grading.report import sentences, tables
+from lfm2kit.measuring.validate import Verdict
+from lfm2kit.outputs.files import replaced
+from lfm2kit.profiling.page.bars import bars
+from lfm2kit.profiling.page.page import page
+from lfm2kit.profiling.page.picture import Picture
+from lfm2kit.records.machine import described, machine_of
+
+__all__ = ["check_precision", "deliver", "measured"]
+
+
+def measured(checkpoint: Checkpoint, options: Options, repetitions: int) -> Graded:
+    """Grade a plan, with a bar for each stage."""
+    with np.errstate(all="ignore"):
+        return grade(checkpoint, options, repetitions, _stage)
+
+
+@contextmanager
+def _stage(what: str, calls: int) -> Iterator[Callable[[], None]]:
+    with progress(what, calls, "calls") as advance:
+        yield lambda: advance(1)
+
+
+def deliver(
+    report: Report,
+    checkpoint: Checkpoint,
+    options: Options,
+    graded: Graded,
+    markdown: Path | None,
+    html: Path | None,
+) -> None:
+    """Show the report, and write it where it was asked for."""
+    setup = set_up(checkpoint, options)
+    title, facts = f"lfm2kit grade: {setup.plan}", _facts(setup)
+    _show(report, graded)
+    _record(report, setup, graded)
+    if markdown is not None:
+        _write(markdown, in_markdown(title, facts, graded))
+    if html is not None:
+        facts |= {f"{i}.": said for i, said in enumerate(sentences(graded), 1)}
+        _write(html, page(title, facts, list(_pictures(graded)), report.record()))
+    report.write()
+
+
+def _write(path: Path, text: str) -> None:
+    with replaced(path, remark) as file:
+        file.write(text.encode())
+
+
+def _show(report: Report, graded: Graded) -> None:
+    for title, columns, rows in tables(graded) if report.target != STDOUT else ():
+        show_table(rows, *map(Column, columns), title=title, box=SIMPLE_HEAD)
+    for line in sentences(graded):
+        report.line(line)
+
+
+def _facts(setup: Setup) -> dict[str, str]:
+    return {
+        "model": str(setup.checkpoint.path),
+        "plan": str(setup.plan),
+        **described(setup.context),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def _pictures(graded: Graded) -> Iterator[Picture]:
+    about = {
+        "Blocks": "Points, of 10 for each block; they grow linearly up to the threshold.",
+        "The whole model": "Samples per second, token ids in and logits out.",
+        "What optimisations buy": "How many times as fast the model is with each of them.",
+    }
+    numbers = {
+        "Blocks": [(f"{b.kind}, {b.values}", b.points) for b in graded.blocks],
+        "The whole model": [
+            (f"{one.name}, {one.samples}", one.samples_per_second)
+            for one in (*graded.speeds, *([graded.half] if graded.half else []))
+        ],
+        "What optimisations buy": [(one.name, one.ratio) for one in graded.bought],
+    }
+    for title, columns, rows in tables(graded):
+        yield bars(title, about[title], numbers[title], columns, rows)
+
+
+def _record(report: Report, setup: Setup, graded: Graded) -> None:
+    report.machine = machine_of(setup)
+    for block in graded.blocks:
+        report.figure(f"{block.kind}, {block.values}", "s", block.seconds, "lower")
+    for one in (*graded.speeds, *([graded.half] if graded.half else [])):
+        report.figure(f"{one.name}, {one.samples} samples", "s", one.seconds, "lower")
+    report.fields = {
+        "model": str(setup.checkpoint.path),
+        "backend": str(setup.plan),
+        "blocks": [_without_seconds(one._asdict()) for one in graded.blocks],
+        "speeds": [_without_seconds(one._asdict()) for one in graded.speeds],
+        "best": graded.best.samples,
+        "verdict": _verdict(graded.verdict),
+        "fp16": None if graded.half is None else _without_seconds(graded.half._asdict()),
+        "fp16_verdict": _verdict(graded.half_verdict),
+        "fp16_factor": graded.factor,
+        "analysis": graded.analysis,
+        "bought": [one._asdict() for one in graded.bought],
+        "not_measured": graded.not_measured,
+    }
+
+
+def _without_seconds(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields but for the repetitions, which are figures."""
+    return {name: value for name, value in fields.items() if name != "seconds"}
+
+
+def _verdict(verdict: Verdict | str) -> str:
+    """Return VALID or INVALID, or why there is no verdict."""
+    if isinstance(verdict, str):
+        return verdict
+    return "VALID" if verdict.is_valid else "INVALID"

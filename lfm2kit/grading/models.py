@@ -1,0 +1,115 @@
+"""The whole model: its speed at each number of samples, FP16 beside FP32, and what switches buy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from lfm2kit.backend import Ceilings
+from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.errors import Lfm2kitError
+from lfm2kit.grading.apart import apart
+from lfm2kit.measuring import samples
+from lfm2kit.measuring.bench import Contender, forwards
+from lfm2kit.measuring.running import default_batch_size, run_samples
+from lfm2kit.measuring.validate import Verdict, validate
+from lfm2kit.model import LFM2
+from lfm2kit.specs import Layer, Work
+
+COUNTS = (16, 32, 64, 128)  # samples among which the assignment lets one choose
+SEQ_LEN = 16
+FP16, TWICE = "fp16", 2.0
+SMALL = 50e6  # weights of a model that the reference computes in seconds
+KINDS = ("conv", "attn", "mlp", "moe", "norm", "head")
+
+
+class Built(NamedTuple):
+    """A model that is ready to be timed."""
+
+    name: str
+    setup: Setup
+    model: LFM2
+
+    def contender(self, n: int) -> Contender:
+        (one,) = forwards(self.setup, self.model, [n], [SEQ_LEN], seed=n)
+        return one
+
+
+def built(name: str, setup: Setup) -> Built:
+    tokens = max(COUNTS) * SEQ_LEN
+    return Built(name, setup, setup.build(tokens=tokens))
+
+
+def validated(one: Built, n: int) -> Verdict | str:
+    """Compare the logits of the model's own samples with its answers; a sentence if it has none."""
+    checkpoint = one.setup.checkpoint
+    files = [checkpoint.beside(f"{name}.bin") for name in ("inputs", "answers")]
+    if not all(file.exists() for file in files):
+        return f"not validated: there is no {files[0].name} and {files[1].name} beside the model"
+    ids = samples.read_inputs(files[0])
+    if len(ids) < n:
+        return f"not validated: {files[0].name} has {len(ids)} samples"
+    logits = run_samples(one.model, np.array(ids[:n]), default_batch_size(ids.shape[1])).logits
+    assert logits is not None, "there are no other ranks"
+    return validate(logits, samples.read_answers(files[1]), one.setup.grade)
+
+
+def in_precision(setup: Setup, precision: str) -> Setup | None:
+    """Return the same set-up in another precision, if all backends of its plan have it."""
+    options = replace(setup.options, precision=precision)
+    try:
+        return set_up(setup.checkpoint, options, tokens=max(COUNTS) * SEQ_LEN)
+    except Lfm2kitError:
+        return None
+
+
+class Limit(NamedTuple):
+    """The least that a forward takes, and the unit that limits it."""
+
+    unit: str
+    seconds: float
+
+    @classmethod
+    def of(cls, work: Work, ceilings: Ceilings) -> Limit:
+        computing, reading = work.flops / ceilings.flops, work.bytes / ceilings.bytes
+        unit = "computing" if computing > reading else "reading memory"
+        return cls(unit, max(computing, reading))
+
+
+class Switch(NamedTuple):
+    """An optimisation, and the model without it, or with it where it is not on by itself."""
+
+    name: str
+    how: str
+    built: Built
+
+
+def switches(one: Built) -> Iterator[Switch]:
+    """Yield what can be switched for a model, each built when it is asked for."""
+    setup, checkpoint = one.setup, one.setup.checkpoint
+    if one.model.is_captured:
+        plain = Built("not captured", setup, replace(one.model, may_capture=False))
+        yield Switch("a graph of the whole forward", "without", plain)
+    if any(isinstance(leaf.spec, Layer) for leaf in setup.placed.leaves()):
+        parted = built("in parts", set_up(checkpoint, setup.options, rewrites=[apart()]))
+        yield Switch("layers that are built whole", "each part on its own", parted)
+    if "trim" in setup.plugins.rewrites() and not setup.options.rewrites:
+        trimmed = replace(setup.options, rewrites=("trim",))
+        yield Switch(
+            "leaving out rows that no logit needs",
+            "--trim",
+            built("trim", set_up(checkpoint, trimmed)),
+        )
+    if checkpoint.spec.weight_elements() <= SMALL:
+        yield from _references(setup)
+
+
+def _references(setup: Setup) -> Iterator[Switch]:
+    """Yield the plan with one kind of block after the other from the reference."""
+    for kind in KINDS:
+        options = replace(setup.options, backend=f"{setup.plan},{kind}=reference:fp32")
+        how = f"{kind}=reference"
+        yield Switch(f"kernels for {kind}", how, built(how, set_up(setup.checkpoint, options)))

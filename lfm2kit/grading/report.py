@@ -1,0 +1,70 @@
+"""The report in Markdown: tables of what was measured, and what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from lfm2kit.grading.grading import Graded
+from lfm2kit.measuring.validate import Verdict
+
+
+def tables(graded: Graded) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
+    """Yield the tables of a report: a title, headings, and rows."""
+    yield (
+        "Blocks",
+        ("block", "values", "tokens/s", "threshold", "points", "error", ""),
+        [
+            (b.kind, b.values, f"{b.tokens_per_second:.0f}", f"{b.threshold:.0f}",
+             f"{b.points:.1f} of 10", f"{b.error:.1e}", "VALID" if b.is_valid else "INVALID")
+            for b in graded.blocks
+        ],
+    )  # fmt: skip
+    rows = [(one.name, str(one.samples), f"{one.samples_per_second:.1f}") for one in graded.speeds]
+    if graded.half is not None:
+        half = graded.half
+        rows.append((half.name, str(half.samples), f"{half.samples_per_second:.1f}"))
+    yield "The whole model", ("precision", "samples at once", "samples/s"), [*rows]
+    if graded.bought:
+        yield (
+            "What optimisations buy",
+            ("optimisation", "compared with", "times as fast"),
+            [(one.name, one.how, f"{one.ratio:.2f}") for one in graded.bought],
+        )
+
+
+def sentences(graded: Graded) -> Iterator[str]:
+    """Yield what tables do not say: verdicts, FP16's factor and its reason, what is missing."""
+    best = graded.best
+    yield (
+        f"best: {best.samples_per_second:.1f} samples/s with {best.samples} at once, "
+        f"{_said(graded.verdict)}"
+    )
+    if graded.factor is not None:
+        enough = "" if graded.factor >= 2 else ", less than twice: "
+        yield (
+            f"FP16 is {graded.factor:.2f} times as fast as FP32, {_said(graded.half_verdict)}"
+            f"{enough}{'; '.join(graded.analysis)}"
+        )
+    for one in graded.not_measured:
+        yield f"not measured: {one}"
+
+
+def _said(verdict: Verdict | str) -> str:
+    if isinstance(verdict, str):
+        return verdict
+    if not verdict.is_valid:
+        return "INVALID"
+    return f"VALID (top-1 {verdict.top1_matches} of {verdict.samples})"
+
+
+def markdown(title: str, facts: Mapping[str, str], graded: Graded) -> str:
+    """Return the whole report: what was graded and where, its tables and sentences."""
+    lines = [f"# {title}", "", *(f"- {name}: {said}" for name, said in facts.items()), ""]
+    for heading, columns, rows in tables(graded):
+        lines += [f"## {heading}", "", _row(columns), "|---" * len(columns) + "|"]
+        lines += [*map(_row, rows), ""]
+    return "\n".join([*lines, *(f"- {one}" for one in sentences(graded)), ""])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
