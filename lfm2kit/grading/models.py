@@ -22,6 +22,7 @@ from lfm2kit.specs import Layer, Work
 COUNTS = (16, 32, 64, 128)  # samples among which the assignment lets one choose
 SEQ_LEN = 16
 FP16, TWICE = "fp16", 2.0
+TRIM = "trim"  # the rewrite
 SMALL = 50e6  # weights of a model that the reference computes in seconds
 KINDS = ("conv", "attn", "mlp", "moe", "norm", "head")
 
@@ -96,12 +97,12 @@ def switches(one: Built) -> Iterator[Switch]:
     if any(isinstance(leaf.spec, Layer) for leaf in setup.placed.leaves()):
         parted = built("in parts", set_up(checkpoint, setup.options, rewrites=[apart()]))
         yield Switch("layers that are built whole", "each part on its own", parted)
-    if "trim" in setup.plugins.rewrites() and not setup.options.rewrites:
-        trimmed = replace(setup.options, rewrites=("trim",))
+    if TRIM in setup.plugins.rewrites() and not setup.options.rewrites:
+        trimmed = replace(setup.options, rewrites=(TRIM,))
         yield Switch(
             "leaving out rows that no logit needs",
-            "--trim",
-            built("trim", set_up(checkpoint, trimmed)),
+            TRIM,
+            built(TRIM, set_up(checkpoint, trimmed)),
         )
     if checkpoint.spec.weight_elements() <= SMALL:
         yield from _references(setup)
