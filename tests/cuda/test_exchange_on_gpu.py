@@ -24,6 +24,7 @@ pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution o
 
 from lfm2kit_mpi.launcher import find_mpiexec, flags_for, version_of
 
+from tests.cuda.alone import ALONE
 from tests.random_model import CONFIG, write_random_model
 
 pytestmark = [
@@ -296,6 +297,7 @@ OUT_OF_MEMORY = """
 """
 
 
+@ALONE
 def test_a_gpu_without_memory_for_the_exchange_ends_the_job_in_one_line(
     visible: list[dict[str, str]], model: Path
 ) -> None:

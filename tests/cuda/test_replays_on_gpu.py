@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -18,6 +17,7 @@ from lfm2kit.formats import F32
 from lfm2kit.model import LFM2
 from lfm2kit.replays import MOST
 from lfm2kit.weights import Weights
+from tests.cuda.alone import ALONE
 from tests.random_model import RANDOM, build_random
 
 pytestmark = [
@@ -38,11 +38,6 @@ def used_bytes() -> int:
 
     free, total = cupy.cuda.runtime.memGetInfo()
     return int(total - free)
-
-
-ALONE = pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="tests beside this one take the same GPU's memory"
-)
 
 
 @ALONE
