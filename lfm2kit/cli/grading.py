@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,10 @@ from lfm2kit.grading.report import sentences, tables
 from lfm2kit.measuring.validate import Verdict
 from lfm2kit.outputs.files import replaced
 from lfm2kit.profiling.page.bars import bars
+from lfm2kit.profiling.page.facts import facts_of
 from lfm2kit.profiling.page.page import page
 from lfm2kit.profiling.page.picture import Picture
-from lfm2kit.records.machine import described, machine_of
+from lfm2kit.records.machine import machine_of
 
 __all__ = ["check_precision", "deliver", "measured"]
 
@@ -79,8 +79,7 @@ def _facts(setup: Setup) -> dict[str, str]:
     return {
         "model": str(setup.checkpoint.path),
         "plan": str(setup.plan),
-        **described(setup.context),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        **facts_of(setup.context),
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from lfm2kit.cli.profiling import Found
 from lfm2kit.cli.report import Report
 from lfm2kit.outputs.files import replaced
 from lfm2kit.profiling.figures import Part
+from lfm2kit.profiling.page.facts import facts_of
 from lfm2kit.profiling.page.heat import heat
 from lfm2kit.profiling.page.ladder import ladder
 from lfm2kit.profiling.page.page import page
@@ -22,7 +21,7 @@ from lfm2kit.profiling.page.roofline import roofline
 from lfm2kit.profiling.page.strip import strip
 from lfm2kit.profiling.page.timeline import timeline
 from lfm2kit.profiling.trace_events import trace_events
-from lfm2kit.records.machine import described, machine_of, versions
+from lfm2kit.records.machine import machine_of
 from lfm2kit.verifying.verification import Verification
 
 
@@ -57,15 +56,8 @@ def _facts(found: Found) -> dict[str, str]:
         "precision": setup.precision_of(setup.placed),
         "time": f"{1e3 * profile.seconds:.4g} ms, the median of {len(profile.plain)} forwards",
         "marks": of_marks(profile),
-        **_in_short(described(setup.context)),
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        **facts_of(setup.context),
     }
-
-
-def _in_short(machine: Mapping[str, str]) -> dict[str, str]:
-    """Return what there is of a machine, with the versions of lfm2kit and plugins in one line."""
-    others = {name: said for name, said in machine.items() if name not in versions()}
-    return others | {"versions": ", ".join(f"{name} {said}" for name, said in versions().items())}
 
 
 def _record(report: Report, found: Found) -> None:

@@ -23,7 +23,8 @@ def bars(
     for i, (name, number) in enumerate(numbers):
         y, width = i * ROW, (WIDTH - LEFT - 90) * number / most
         shapes.append(text(LEFT - 6, y + 13, name, text_anchor="end"))
-        shapes.append(rect(LEFT, y + 2, width, ROW - 6, f"{name}: {number:.4g}", class_="within"))
-        shapes.append(text(LEFT + width + 5, y + 13, f"{number:.4g}", class_="quiet"))
+        said = f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+        shapes.append(rect(LEFT, y + 2, width, ROW - 6, f"{name}: {said}", class_="within"))
+        shapes.append(text(LEFT + width + 5, y + 13, said, class_="quiet"))
     svg = picture(WIDTH, ROW * len(numbers) + 4, title, shapes)
     return Picture(title, about, svg, headings, rows)
