@@ -12,7 +12,7 @@ from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed
 from lfm2kit.measuring.bench import itemsize
 from lfm2kit.profiling.forwards import Profile
-from lfm2kit.profiling.marks import Span
+from lfm2kit.profiling.marks import Span, finest
 from lfm2kit.specs import Spec, Work
 
 
@@ -44,10 +44,9 @@ def parts_of(setup: Setup, profile: Profile, batch: Batch) -> list[Part]:
     """Return the blocks of a profile in the order of the forward, or their parts if they tell."""
     leaves = {leaf.name: leaf for leaf in setup.placed.leaves()}
     order = {name: i for i, name in enumerate(leaves)}
-    told = {span.block for forward in profile.spans for span in forward if span.part}
     taken: dict[tuple[str, str, str], list[float]] = {}
     for forward in profile.spans:
-        for key, seconds in _summed(forward, told).items():
+        for key, seconds in _summed(forward).items():
             taken.setdefault(key, []).append(seconds)
     return [
         _part(setup, leaves[block], part, memory, statistics.median(seconds), batch)
@@ -55,13 +54,12 @@ def parts_of(setup: Setup, profile: Profile, batch: Batch) -> list[Part]:
     ]
 
 
-def _summed(spans: Iterable[Span], told: set[str]) -> dict[tuple[str, str, str], float]:
+def _summed(spans: Iterable[Span]) -> dict[tuple[str, str, str], float]:
     """Return the seconds of one forward by block, part and memory."""
     found: dict[tuple[str, str, str], float] = {}
-    for span in spans:
-        if bool(span.part) == (span.block in told):
-            key = span.block, span.part, span.memory
-            found[key] = found.get(key, 0.0) + span.seconds
+    for span in finest(spans):
+        key = span.block, span.part, span.memory
+        found[key] = found.get(key, 0.0) + span.seconds
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,6 +40,18 @@ class Span(NamedTuple):
     memory: str
     begin: float  # seconds since the first mark of its memory
     seconds: float
+
+    @property
+    def name(self) -> str:
+        """Return the block's name in the model, or the part's."""
+        return f"{self.block}.{self.part}" if self.part else self.block
+
+
+def finest(spans: Iterable[Span]) -> list[Span]:
+    """Return the parts of blocks that tell them, and the other blocks."""
+    spans = list(spans)
+    told = {span.block for span in spans if span.part}
+    return [span for span in spans if bool(span.part) == (span.block in told)]
 
 
 class Marks:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lfm2kit.profiling.figures import Part
 from lfm2kit.profiling.forwards import Profile
+from lfm2kit.profiling.marks import Span
 
 
 def trace_events(profile: Profile, parts: Sequence[Part]) -> dict[str, Any]:
@@ -26,8 +27,8 @@ def trace_events(profile: Profile, parts: Sequence[Part]) -> dict[str, Any]:
     events = [
         {
             "ph": "X",
-            "name": (name := f"{span.block}.{span.part}" if span.part else span.block),
-            "cat": kinds.get(name, "block"),
+            "name": span.name,
+            "cat": kinds.get(span.name, "block"),
             "pid": 1,
             "tid": rows[_row(span)],
             "ts": 1e6 * span.begin,
@@ -38,5 +39,5 @@ def trace_events(profile: Profile, parts: Sequence[Part]) -> dict[str, Any]:
     return {"traceEvents": [*names, *events], "displayTimeUnit": "ns"}
 
 
-def _row(span: Any) -> str:
-    return f"{span.memory}, parts" if span.part else str(span.memory)
+def _row(span: Span) -> str:
+    return f"{span.memory}, parts" if span.part else span.memory

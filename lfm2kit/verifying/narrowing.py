@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from lfm2kit.backend import Backend, Block
 from lfm2kit.building.placement import Placed
 from lfm2kit.reference.backend import ReferenceBackend
@@ -17,7 +15,7 @@ from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.verifying.differences import Difference, farthest
 from lfm2kit.verifying.forced import FORWARD, First
 from lfm2kit.verifying.near_ties import allowed_error, is_clear
-from lfm2kit.verifying.twins import twin, whole
+from lfm2kit.verifying.twins import copied, twin, whole
 from lfm2kit.weights import Weights
 
 
@@ -78,15 +76,11 @@ class _Recorded:
         self.new_state = getattr(block, "new_state", None)
 
     def __call__(self, *inputs: Any) -> Any:
-        copies = [_copied(value) for value in inputs]
+        copies = [copied(value) for value in inputs]
         result = self._block(*inputs)
-        copy = tuple(map(_copied, result)) if isinstance(result, tuple) else _copied(result)
+        copy = tuple(map(copied, result)) if isinstance(result, tuple) else copied(result)
         self._recorder.calls.append((self._name, self._spec, copies, copy))
         return result
-
-
-def _copied(value: Any) -> Any:
-    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _scope_of(spec: Spec, path: str) -> str:

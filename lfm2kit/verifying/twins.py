@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from lfm2kit.backend import Backend, Block
 from lfm2kit.memory import HOST
 from lfm2kit.model import JOINS
@@ -39,6 +41,11 @@ def twin(
         for part in spec.parts()
     }
     return around(name, spec, JOINS[type(spec)](HOST).make(spec, **parts))
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of an array, which a norm may write to; other values as they are."""
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def whole(spec: Spec) -> Spec:

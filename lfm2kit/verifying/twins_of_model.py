@@ -19,7 +19,7 @@ from lfm2kit.testing.kept_weights import as_kept
 from lfm2kit.testing.near_ties import GapWatch
 from lfm2kit.verifying import REFERENCE
 from lfm2kit.verifying.near_ties import allowed_error, is_clear
-from lfm2kit.verifying.twins import twin, whole
+from lfm2kit.verifying.twins import copied, twin, whole
 
 
 class Answer(NamedTuple):
@@ -90,7 +90,7 @@ class _Twin:
         state = inputs[-1] if self._has_state else None
         for block, its in zip(self._blocks, self._states_for(state, room), strict=True):
             others = (*inputs[:-1], its) if self._has_state else inputs
-            result = block(*map(_copied, others))
+            result = block(*map(copied, others))
         return result
 
     def _states_for(self, state: Any, room: Room) -> list[Any]:
@@ -100,11 +100,6 @@ class _Twin:
             made = [block.new_state(room) for block in self._blocks]  # type: ignore[attr-defined]
             self._states[id(state)] = state, made
         return self._states[id(state)][1]
-
-
-def _copied(value: Any) -> Any:
-    """Return a copy of an array: a norm may write its argument."""
-    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _error_of(setup: Setup, item: str, *, is_stored: bool = False) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lfm2kit.profiling.marks import Span
+from lfm2kit.profiling.marks import Span, finest
 from lfm2kit.profiling.page import colours
 from lfm2kit.profiling.page.picture import Picture, duration, legend
 from lfm2kit.profiling.page.svg import line, picture, rect, text
@@ -14,17 +14,16 @@ WIDTH, LEFT, TRACK, TOP = 900, 110, 40, 34
 
 def timeline(spans: Sequence[Span], kinds: Mapping[str, str]) -> Picture:
     """Return the picture: a track for each memory; `kinds` are those of blocks, by name."""
-    told = {span.block for span in spans if span.part}
-    shown = [span for span in spans if bool(span.part) == (span.block in told)]
+    shown = finest(spans)
     memories = list(dict.fromkeys(span.memory for span in shown))
     end = max(span.begin + span.seconds for span in shown)
-    names = {span: f"{span.block}.{span.part}" if span.part else span.block for span in shown}
-    of = colours.of_kinds(kinds.get(name, "block") for name in names.values())
+    of = colours.of_kinds(kinds.get(span.name, "block") for span in shown)
     scale = (WIDTH - LEFT - 40) / end
     shapes = legend(of, 16)
     for i, memory in enumerate(memories):
         shapes.append(text(LEFT - 6, TOP + i * TRACK + 18, memory, text_anchor="end"))
-    for span, name in names.items():
+    for span in shown:
+        name = span.name
         y = TOP + memories.index(span.memory) * TRACK
         tip = f"{name}: {duration(span.seconds)}, from {duration(span.begin)} on"
         fill = of[kinds.get(name, "block")]
@@ -39,7 +38,7 @@ def timeline(spans: Sequence[Span], kinds: Mapping[str, str]) -> Picture:
         "with its first block.",
         picture(WIDTH, bottom + 24, "Time line of one forward", shapes),
         ("block", "memory", "from, us", "microseconds"),
-        [(n, s.memory, f"{1e6 * s.begin:.1f}", f"{1e6 * s.seconds:.1f}") for s, n in names.items()],
+        [(s.name, s.memory, f"{1e6 * s.begin:.1f}", f"{1e6 * s.seconds:.1f}") for s in shown],
     )
 
 
