@@ -16,7 +16,6 @@ from lfm2kit.grading.models import (
     COUNTS,
     FP16,
     SEQ_LEN,
-    TRIM,
     TWICE,
     Built,
     Limit,
@@ -163,8 +162,7 @@ def _bought(one: Built, n: int, repetitions: int, stage: Stage) -> Iterator[Boug
         with stage(switch.how, 2 * (WARM_UPS + repetitions)) as done:
             with_it, other = measure(contenders, repetitions, {}, done)
         ratio = other.median / with_it.median
-        is_added = switch.how == TRIM
-        yield Bought(switch.name, switch.how, 1 / ratio if is_added else ratio)
+        yield Bought(switch.name, switch.how, 1 / ratio if switch.is_added else ratio)
 
 
 def check_precision(options: Options) -> None:

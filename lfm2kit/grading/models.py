@@ -22,7 +22,6 @@ from lfm2kit.specs import Layer, Work
 COUNTS = (16, 32, 64, 128)  # samples among which the assignment lets one choose
 SEQ_LEN = 16
 FP16, TWICE = "fp16", 2.0
-TRIM = "trim"  # the rewrite
 SMALL = 50e6  # weights of a model that the reference computes in seconds
 KINDS = ("conv", "attn", "mlp", "moe", "norm", "head")
 
@@ -86,6 +85,7 @@ class Switch(NamedTuple):
     name: str
     how: str
     built: Built
+    is_added: bool = False  # whether the model is without it otherwise
 
 
 def switches(one: Built) -> Iterator[Switch]:
@@ -97,15 +97,19 @@ def switches(one: Built) -> Iterator[Switch]:
     if any(isinstance(leaf.spec, Layer) for leaf in setup.placed.leaves()):
         parted = built("in parts", set_up(checkpoint, setup.options, rewrites=[apart()]))
         yield Switch("layers that are built whole", "each part on its own", parted)
-    if TRIM in setup.plugins.rewrites() and not setup.options.rewrites:
-        trimmed = replace(setup.options, rewrites=(TRIM,))
-        yield Switch(
-            "leaving out rows that no logit needs",
-            TRIM,
-            built(TRIM, set_up(checkpoint, trimmed)),
-        )
+    yield from _rewritten(setup)
     if checkpoint.spec.weight_elements() <= SMALL:
         yield from _references(setup)
+
+
+def _rewritten(setup: Setup) -> Iterator[Switch]:
+    """Yield the model after each rewrite that is not applied already."""
+    for name, rewrite in setup.plugins.rewrites().items():
+        if rewrite.is_automatic or name in setup.options.rewrites:
+            continue
+        options = replace(setup.options, rewrites=(*setup.options.rewrites, name))
+        other = built(name, set_up(setup.checkpoint, options))
+        yield Switch(rewrite.summary.rstrip("."), f"rewrite {name}", other, is_added=True)
 
 
 def _references(setup: Setup) -> Iterator[Switch]:

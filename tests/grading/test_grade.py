@@ -94,7 +94,7 @@ def test_a_plan_is_graded_and_reported(cli: Cli, tmp_path: Path, small: None) ->
     assert faults(record) == []
     assert [block["kind"] for block in record["blocks"]] == ["conv", "attn", "moe"] * 2
     assert [one["samples"] for one in record["speeds"]] == [2, 4]
-    assert {one["how"] for one in record["bought"]} >= {"trim", "moe=reference"}
+    assert {one["how"] for one in record["bought"]} >= {"rewrite trim", "moe=reference"}
     assert (record["verdict"], record["fp16_verdict"]) == ("VALID", "VALID")
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| conv | as the assignment's |" in report
