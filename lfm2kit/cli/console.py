@@ -117,3 +117,10 @@ def progress(
             bar.update(task, advance=amount, amount=text)
 
         yield advance
+
+
+@contextmanager
+def stage(title: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
+    """Yield a function that counts one more of `total` in a progress bar."""
+    with progress(title, total, unit) as advance:
+        yield lambda: advance(1)

@@ -36,7 +36,6 @@ def grade(
     from lfm2kit.cli import grading
 
     refuse_copies()
-    grading.check_precision(options)
     report = Report(json, "lfm2kit grade")
     checkpoint = open_model(options)
     outputs = {"--markdown": markdown, "--html": html}
@@ -44,7 +43,7 @@ def grade(
     for name, path in outputs.items():
         if path is not None:
             check_target(name, path)
-    graded = grading.measured(checkpoint, options, repetitions)
-    grading.deliver(report, checkpoint, options, graded, markdown, html)
+    setup, graded = grading.measured(checkpoint, options, repetitions)
+    grading.deliver(report, setup, graded, markdown, html)
     if not graded.is_valid:
         raise typer.Exit(WRONG_RESULT)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from rich.table import Column
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import STDOUT, progress, remark, show_table
+from lfm2kit.cli.console import STDOUT, remark, show_table, stage
 from lfm2kit.cli.report import Report
 from lfm2kit.grading.grading import Graded, check_precision, grade
+from lfm2kit.grading.models import COUNTS, SEQ_LEN
 from lfm2kit.grading.report import markdown as in_markdown
 from lfm2kit.grading.report import sentences, tables
 from lfm2kit.measuring.validate import Verdict
@@ -27,31 +28,19 @@ from lfm2kit.profiling.page.page import page
 from lfm2kit.profiling.page.picture import Picture
 from lfm2kit.records.machine import machine_of
 
-__all__ = ["check_precision", "deliver", "measured"]
 
-
-def measured(checkpoint: Checkpoint, options: Options, repetitions: int) -> Graded:
+def measured(checkpoint: Checkpoint, options: Options, repetitions: int) -> tuple[Setup, Graded]:
     """Grade a plan, with a bar for each stage."""
+    check_precision(options)
+    setup = set_up(checkpoint, options, tokens=max(COUNTS) * SEQ_LEN)
     with np.errstate(all="ignore"):
-        return grade(checkpoint, options, repetitions, _stage)
-
-
-@contextmanager
-def _stage(what: str, calls: int) -> Iterator[Callable[[], None]]:
-    with progress(what, calls, "calls") as advance:
-        yield lambda: advance(1)
+        return setup, grade(setup, repetitions, partial(stage, unit="calls"))
 
 
 def deliver(
-    report: Report,
-    checkpoint: Checkpoint,
-    options: Options,
-    graded: Graded,
-    markdown: Path | None,
-    html: Path | None,
+    report: Report, setup: Setup, graded: Graded, markdown: Path | None, html: Path | None
 ) -> None:
     """Show the report, and write it where it was asked for."""
-    setup = set_up(checkpoint, options)
     title, facts = f"lfm2kit grade: {setup.plan}", _facts(setup)
     _show(report, graded)
     _record(report, setup, graded)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.results import Checked
 from lfm2kit.checkpoint import Checkpoint
-from lfm2kit.cli.console import progress, remark
+from lfm2kit.cli.console import remark, stage
 from lfm2kit.cli.rewrite_options import check_state, option_of
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring.bench import measured_ceilings, random_batch
@@ -94,14 +94,7 @@ def _profile(setup: Setup, prompt: Prompt, asked: Asked) -> Profile:
     """Return the profile of a model that is built for it, and gone when this returns."""
     checked: list[Checked] = []
     model = setup.build(tokens=asked.n * asked.seq_len, checked=checked)
-    return profiled(model, checked, prompt, asked.repetitions, _stage)
-
-
-@contextmanager
-def _stage(what: str, forwards: int) -> Iterator[Callable[[], None]]:
-    """Show a bar for a stage of the measurement."""
-    with progress(what, forwards, "forwards") as advance:
-        yield lambda: advance(1)
+    return profiled(model, checked, prompt, asked.repetitions, partial(stage, unit="forwards"))
 
 
 def _errors(setup: Setup, prompt: Prompt) -> Verification:

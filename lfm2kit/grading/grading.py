@@ -7,24 +7,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lfm2kit.building.loading import set_up
+from lfm2kit.building.loading import Setup
 from lfm2kit.building.options import Options
-from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.grading.blocks import TESTS, VALUES, block_setup, contender, error_of
 from lfm2kit.grading.models import (
     COUNTS,
     FP16,
-    SEQ_LEN,
     TWICE,
     Built,
-    Limit,
     built,
     in_precision,
     switches,
     validated,
 )
-from lfm2kit.measuring.bench import WARM_UPS, Measured, measure, measured_ceilings
+from lfm2kit.measuring.bench import WARM_UPS, Limit, Measured, measure, measured_ceilings
 from lfm2kit.measuring.validate import Verdict
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
@@ -81,11 +78,11 @@ class Graded:
         return max(self.speeds, key=lambda one: one.samples_per_second)
 
 
-def grade(checkpoint: Checkpoint, options: Options, repetitions: int, stage: Stage) -> Graded:
+def grade(setup: Setup, repetitions: int, stage: Stage) -> Graded:
     """Measure blocks and model; `stage` gives what is called after each timed call of a stage."""
     graded = Graded()
-    graded.blocks = list(_blocks(options, repetitions, stage))
-    one = built("fp32", set_up(checkpoint, options, tokens=max(COUNTS) * SEQ_LEN))
+    graded.blocks = list(_blocks(setup.options, repetitions, stage))
+    one = built("fp32", setup)
     graded.speeds = [_speed(one.name, n, found) for n, found in _at_each(one, repetitions, stage)]
     best = graded.best.samples
     graded.verdict = validated(one, best)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lfm2kit.backend import Ceilings
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.grading.apart import apart
@@ -17,7 +16,7 @@ from lfm2kit.measuring.bench import Contender, forwards
 from lfm2kit.measuring.running import default_batch_size, run_samples
 from lfm2kit.measuring.validate import Verdict, validate
 from lfm2kit.model import LFM2
-from lfm2kit.specs import Layer, Work
+from lfm2kit.specs import Layer
 
 COUNTS = (16, 32, 64, 128)  # samples among which the assignment lets one choose
 SEQ_LEN = 16
@@ -64,19 +63,6 @@ def in_precision(setup: Setup, precision: str) -> Setup | None:
         return set_up(setup.checkpoint, options, tokens=max(COUNTS) * SEQ_LEN)
     except Lfm2kitError:
         return None
-
-
-class Limit(NamedTuple):
-    """The least that a forward takes, and the unit that limits it."""
-
-    unit: str
-    seconds: float
-
-    @classmethod
-    def of(cls, work: Work, ceilings: Ceilings) -> Limit:
-        computing, reading = work.flops / ceilings.flops, work.bytes / ceilings.bytes
-        unit = "computing" if computing > reading else "reading memory"
-        return cls(unit, max(computing, reading))
 
 
 class Switch(NamedTuple):

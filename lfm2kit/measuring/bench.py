@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,26 @@ from lfm2kit.specs import Spec, Work
 from lfm2kit.state import STEP_BACK, Room
 
 WARM_UPS = 2  # calls of each contender before it is timed: the second one captures
+
+
+class Limit(NamedTuple):
+    """The least seconds that work takes, and the unit that limits it."""
+
+    unit: str
+    seconds: float
+
+    @classmethod
+    def of(cls, work: Work, ceilings: Ceilings) -> Limit:
+        computing, reading = work.flops / ceilings.flops, work.bytes / ceilings.bytes
+        unit = "computing" if computing > reading else "reading memory"
+        return cls(unit, max(computing, reading))
+
+
+def roofline(work: Work, seconds: float, ceilings: Ceilings | None) -> float | None:
+    """Return the share of what the ceilings allow for work that took so long; 1 is the limit."""
+    if ceilings is None or seconds == 0:
+        return None
+    return Limit.of(work, ceilings).seconds / seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +87,7 @@ class Measured(Repeated):
     @property
     def roofline(self) -> float | None:
         """Return the share of what the measured ceilings allow; 1 is the machine's limit."""
-        if self.ceilings is None:
-            return None
-        work = self.contender.work
-        least = max(work.flops / self.ceilings.flops, work.bytes / self.ceilings.bytes)
-        return least / self.median
+        return roofline(self.contender.work, self.median, self.ceilings)
 
     @property
     def memory_share(self) -> float | None:

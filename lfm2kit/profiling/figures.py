@@ -10,7 +10,7 @@ from lfm2kit.backend import Ceilings
 from lfm2kit.batch import Batch
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed
-from lfm2kit.measuring.bench import itemsize
+from lfm2kit.measuring.bench import itemsize, roofline
 from lfm2kit.profiling.forwards import Profile
 from lfm2kit.profiling.marks import Span, finest
 from lfm2kit.specs import Spec, Work
@@ -34,10 +34,7 @@ class Part:
 
     def roofline(self, ceilings: Ceilings | None) -> float | None:
         """Return the share of what the ceilings allow: the least time over the time it took."""
-        if ceilings is None or self.seconds == 0:
-            return None
-        least = max(self.work.flops / ceilings.flops, self.work.bytes / ceilings.bytes)
-        return least / self.seconds
+        return roofline(self.work, self.seconds, ceilings)
 
 
 def parts_of(setup: Setup, profile: Profile, batch: Batch) -> list[Part]:
@@ -104,5 +101,5 @@ def totals(parts: Sequence[Part], ceilings: Ceilings | None) -> Iterator[Total]:
     ):
         seconds = sum(part.seconds for part in some)
         work = sum((part.work for part in some), Work(0, 0))
-        whole = Part(kind, kind, backend, some[0].memory, seconds, work)
-        yield Total(kind, backend, len(some), seconds, work, whole.roofline(ceilings))
+        share = roofline(work, seconds, ceilings)
+        yield Total(kind, backend, len(some), seconds, work, share)

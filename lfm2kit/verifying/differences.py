@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +70,10 @@ def farthest(
     worst = np.max([error.max(axis=1, initial=0) for error in errors], axis=0)
     left_out = np.zeros(len(worst), bool) if is_clear is None else (worst > allowed) & ~is_clear
     rows = np.flatnonzero(~left_out)
-    found = [_of_array(i, *pair, rows) for i, pair in enumerate(_arrays(got, want, errors))]
+    arrays = zip(each(got), each(want), errors, strict=True)
+    found = [_of_array(i, *of_array, rows) for i, of_array in enumerate(arrays)]
     counts = {"rows": len(rows), "near_ties": int(left_out.sum())}
     return max(found, key=lambda fields: fields["error"]) | counts
-
-
-def _arrays(got: Any, want: Any, errors: list[Errors]) -> Iterator[tuple[Any, Any, Errors]]:
-    yield from zip(each(got), each(want), errors, strict=True)
 
 
 def _of_array(i: int, got: Any, want: Any, errors: Errors, rows: Any) -> dict[str, Any]:

@@ -66,12 +66,11 @@ def run_through(
 
 
 class First(NamedTuple):
-    """The first block that differs: its arguments and what its twin returned, on the host."""
+    """The call of the first block that differs, and its arguments on the host."""
 
     checked: Checked
     call: Call
     inputs: Sequence[Any]
-    want: Any
 
 
 class Forced:
@@ -107,7 +106,7 @@ class Forced:
         )
         self.differences.append(difference)
         if self.first is None and not difference.is_within:
-            self.first = First(checked, call, inputs, answer.result)
+            self.first = First(checked, call, inputs)
         self.wanted[call.name, placed.name] = last_rows(answer.result, call.batch)
         return answer.result
 

@@ -17,7 +17,7 @@ from lfm2kit.checkpoint.synth import LFM2_8B
 from lfm2kit.grading import blocks, models
 from lfm2kit.grading.apart import ApartLayer, apart
 from lfm2kit.grading.blocks import TESTS, VALUES, BlockTest, Drawn, block_setup, error_of
-from lfm2kit.grading.models import Limit
+from lfm2kit.measuring.bench import Limit
 from lfm2kit.specs import Work
 from tests.checkpoint.typed import Cli
 from tests.random_model import RANDOM
