@@ -24,7 +24,6 @@ from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli import scaling
 from lfm2kit.cli.console import STDOUT, complain, progress, remark
 from lfm2kit.cli.options import (
-    OF_RANKS,
     JsonOption,
     TransportOption,
     Without,
@@ -203,9 +202,7 @@ def bench(
         table = _Table(Report(json, "lfm2kit bench --ranks"), output)
         _bench_jobs(table, options, jobs, lengths[0], repetitions, transport)
         return
-    for name in OF_RANKS:
-        if getattr(options, name) != Options.__dataclass_fields__[name].default:
-            raise Lfm2kitError(f"--{name.replace('_', '-')} needs --ranks, such as --ranks 1,2,4")
+    scaling.check_of_ranks(options, ranks)
     table = _Table(Report(json, "lfm2kit bench"), output)
     checkpoint, seed = open_model(options), options.seed or 0
     table.report.check_apart(files_of(checkpoint, options))

@@ -16,10 +16,12 @@ from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import STDOUT, remark, show_table, stage
 from lfm2kit.cli.report import Report
-from lfm2kit.grading.grading import Graded, check_precision, grade
+from lfm2kit.cli.scaling import alone, is_job_valid, scaled
+from lfm2kit.grading.grading import Bought, Graded, OfRanks, Speed, check_precision, grade
 from lfm2kit.grading.models import COUNTS, SEQ_LEN
 from lfm2kit.grading.report import markdown as in_markdown
 from lfm2kit.grading.report import sentences, tables
+from lfm2kit.measuring.scaling import Job
 from lfm2kit.measuring.validate import Verdict
 from lfm2kit.outputs.files import replaced
 from lfm2kit.profiling.page.bars import bars
@@ -28,13 +30,36 @@ from lfm2kit.profiling.page.page import page
 from lfm2kit.profiling.page.picture import Picture
 from lfm2kit.records.machine import machine_of
 
+JOBS = 3  # repetitions of a job, each of which reads the model anew
 
-def measured(checkpoint: Checkpoint, options: Options, repetitions: int) -> tuple[Setup, Graded]:
+
+def measured(
+    checkpoint: Checkpoint, options: Options, repetitions: int, ranks: int | None, transport: str
+) -> tuple[Setup, Graded]:
     """Grade a plan, with a bar for each stage."""
     check_precision(options)
-    setup = set_up(checkpoint, options, tokens=max(COUNTS) * SEQ_LEN)
+    setup = set_up(checkpoint, alone(options), tokens=max(COUNTS) * SEQ_LEN)
     with np.errstate(all="ignore"):
-        return setup, grade(setup, repetitions, partial(stage, unit="calls"))
+        graded = grade(setup, repetitions, partial(stage, unit="calls"))
+    if ranks is None:
+        graded.not_measured.append("several ranks beside one: that takes --ranks, such as 2")
+    else:
+        grade_ranks(graded, options, str(setup.plan), ranks, transport, repetitions)
+    return setup, graded
+
+
+def grade_ranks(
+    graded: Graded, options: Options, plan: str, ranks: int, transport: str, repetitions: int
+) -> None:
+    """Measure jobs of one rank and of several in turn, at the number of samples that is best."""
+    n = graded.best.samples
+    jobs = [Job(plan, size, n) for size in (1, ranks)]
+    one, several = scaled(options, jobs, SEQ_LEN, min(repetitions, JOBS), transport)
+    has_answers = isinstance(graded.verdict, Verdict)
+    is_valid = is_job_valid(options, several.job, transport) if has_answers else None
+    speed = Speed(f"fp32, {ranks} ranks", n, n / several.median, several.seconds)
+    graded.of_ranks = OfRanks(ranks, speed, is_valid)
+    graded.bought.append(Bought(f"{ranks} ranks", "one rank", one.median / several.median))
 
 
 def deliver(
@@ -76,14 +101,15 @@ def _pictures(graded: Graded) -> Iterator[Picture]:
     about = {
         "Blocks": "Points, of 10 for each block; they grow linearly up to the threshold.",
         "The whole model": "Samples per second, token ids in and logits out.",
+        "FP16 by kind of block": "How many times as fast FP16 is, inside whole forwards.",
         "What optimisations buy": "How many times as fast the model is with each of them.",
     }
     numbers = {
         "Blocks": [(f"{b.kind}, {b.values}", b.points) for b in graded.blocks],
         "The whole model": [
-            (f"{one.name}, {one.samples}", one.samples_per_second)
-            for one in (*graded.speeds, *([graded.half] if graded.half else []))
+            (f"{one.name}, {one.samples}", one.samples_per_second) for one in graded.measured_speeds
         ],
+        "FP16 by kind of block": [(one.kind, one.factor) for one in graded.kinds],
         "What optimisations buy": [(one.name, one.ratio) for one in graded.bought],
     }
     for title, columns, rows in tables(graded):
@@ -94,7 +120,7 @@ def _record(report: Report, setup: Setup, graded: Graded) -> None:
     report.machine = machine_of(setup)
     for block in graded.blocks:
         report.figure(f"{block.kind}, {block.values}", "s", block.seconds, "lower")
-    for one in (*graded.speeds, *([graded.half] if graded.half else [])):
+    for one in graded.measured_speeds:
         report.figure(f"{one.name}, {one.samples} samples", "s", one.seconds, "lower")
     report.fields = {
         "model": str(setup.checkpoint.path),
@@ -106,10 +132,19 @@ def _record(report: Report, setup: Setup, graded: Graded) -> None:
         "fp16": None if graded.half is None else _without_seconds(graded.half._asdict()),
         "fp16_verdict": _verdict(graded.half_verdict),
         "fp16_factor": graded.factor,
+        "fp16_kinds": [one._asdict() for one in graded.kinds],
         "analysis": graded.analysis,
+        "of_ranks": _of_ranks(graded.of_ranks),
         "bought": [one._asdict() for one in graded.bought],
         "not_measured": graded.not_measured,
     }
+
+
+def _of_ranks(found: OfRanks | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    speed = _without_seconds(found.speed._asdict())
+    return {"ranks": found.ranks, "is_valid": found.is_valid, **speed}
 
 
 def _without_seconds(fields: dict[str, Any]) -> dict[str, Any]:

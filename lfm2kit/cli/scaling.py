@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import typer
@@ -15,6 +15,7 @@ from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import find_transport
 from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.cli.console import complain, progress
+from lfm2kit.cli.options import OF_RANKS
 from lfm2kit.cli.rewrite_options import option_of
 from lfm2kit.errors import WRONG_RESULT, Lfm2kitError
 from lfm2kit.measuring.scaling import Job, Record, Scaled, measure, speed_up
@@ -40,6 +41,27 @@ def scaled(
             return record
 
         return measure(jobs, repetitions, run)
+
+
+def is_job_valid(options: Options, job: Job, transport: str) -> bool:
+    """Run a job on the model's own samples, and return whether its answers are right."""
+    words = [*_words(options), "--transport", transport, *_words_of(job), "--validate"]
+    return bool(_record(["run", *words])["validation"]["valid"])
+
+
+def alone(options: Options) -> Options:
+    """Return the options without those of jobs, for what one process does."""
+    defaults: dict[str, Any] = {
+        one.name: one.default for one in fields(Options) if one.name in OF_RANKS
+    }
+    return replace(options, **defaults)
+
+
+def check_of_ranks(options: Options, ranks: object) -> None:
+    """Raise `Lfm2kitError` for options of jobs if no number of ranks is given."""
+    for one in fields(Options) if ranks is None else ():
+        if one.name in OF_RANKS and getattr(options, one.name) != one.default:
+            raise Lfm2kitError(f"--{one.name.replace('_', '-')} needs --ranks, such as --ranks 2")
 
 
 def notes(measured: Sequence[Scaled]) -> Iterator[str]:

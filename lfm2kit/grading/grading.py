@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lfm2kit.backend import Ceilings
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.options import Options
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.grading.blocks import TESTS, VALUES, block_setup, contender, error_of
+from lfm2kit.grading.kinds import KindGrade, by_kind, reasons
 from lfm2kit.grading.models import (
     COUNTS,
     FP16,
@@ -23,8 +24,7 @@ from lfm2kit.grading.models import (
 )
 from lfm2kit.measuring.bench import WARM_UPS, Limit, Measured, measure, measured_ceilings
 from lfm2kit.measuring.validate import Verdict
-
-Stage = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+from lfm2kit.profiling.forwards import Stage
 
 
 class BlockGrade(NamedTuple):
@@ -55,6 +55,14 @@ class Bought(NamedTuple):
     ratio: float
 
 
+class OfRanks(NamedTuple):
+    """A job of several ranks, measured beside one of a single rank."""
+
+    ranks: int
+    speed: Speed
+    is_valid: bool | None  # None: there are no answers to be validated by
+
+
 @dataclass(slots=True)
 class Graded:
     blocks: list[BlockGrade] = field(default_factory=list)
@@ -63,7 +71,9 @@ class Graded:
     half: Speed | None = None  # FP16 at the best number
     half_verdict: Verdict | str = ""
     factor: float | None = None  # of FP16's speed to FP32's
+    kinds: list[KindGrade] = field(default_factory=list)  # FP16 beside FP32
     analysis: list[str] = field(default_factory=list)  # why FP16 is less than twice as fast
+    of_ranks: OfRanks | None = None
     bought: list[Bought] = field(default_factory=list)
     not_measured: list[str] = field(default_factory=list)
 
@@ -71,7 +81,14 @@ class Graded:
     def is_valid(self) -> bool:
         """Return whether nothing that was validated is wrong."""
         verdicts = [one for one in (self.verdict, self.half_verdict) if isinstance(one, Verdict)]
-        return all(b.is_valid for b in self.blocks) and all(one.is_valid for one in verdicts)
+        of_ranks = self.of_ranks is None or self.of_ranks.is_valid is not False
+        return of_ranks and all([b.is_valid for b in self.blocks] + [v.is_valid for v in verdicts])
+
+    @property
+    def measured_speeds(self) -> list[Speed]:
+        """Return the speeds of the whole model in each precision and on several ranks."""
+        others = [self.half, self.of_ranks and self.of_ranks.speed]
+        return [*self.speeds, *(one for one in others if one is not None)]
 
     @property
     def best(self) -> Speed:
@@ -88,7 +105,6 @@ def grade(setup: Setup, repetitions: int, stage: Stage) -> Graded:
     graded.verdict = validated(one, best)
     _grade_half(graded, one, best, repetitions, stage)
     graded.bought = list(_bought(one, best, repetitions, stage))
-    graded.not_measured.append("several ranks beside one: lfm2kit bench compares them")
     return graded
 
 
@@ -135,13 +151,15 @@ def _grade_half(graded: Graded, one: Built, n: int, repetitions: int, stage: Sta
         whole, other = measure([one.contender(n), half.contender(n)], repetitions, {}, done)
     graded.half, graded.factor = _speed(FP16, n, other), whole.median / other.median
     graded.half_verdict = validated(half, n)
+    ceilings = measured_ceilings(half.setup)
+    graded.kinds = by_kind(one, half, n, repetitions, ceilings, stage)
     if graded.factor < TWICE:
-        graded.analysis = [*_limit(one, whole), *_limit(half, other)]
+        whole_limit = _limit(one, whole, measured_ceilings(one.setup))
+        graded.analysis = [*whole_limit, *_limit(half, other, ceilings), *reasons(graded.kinds)]
 
 
-def _limit(one: Built, found: Measured) -> Iterator[str]:
+def _limit(one: Built, found: Measured, ceilings: Ceilings | None) -> Iterator[str]:
     """Say how near a forward is to what its work takes at the measured ceilings."""
-    ceilings = measured_ceilings(one.setup)
     if ceilings is None:
         return
     least = Limit.of(found.contender.work, ceilings)

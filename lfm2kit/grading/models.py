@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from lfm2kit.building.loading import Setup, set_up
+from lfm2kit.building.results import Checked
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.grading.apart import apart
 from lfm2kit.measuring import samples
@@ -31,6 +32,7 @@ class Built(NamedTuple):
     name: str
     setup: Setup
     model: LFM2
+    blocks: Sequence[Checked]  # of the model, by which it can be profiled
 
     def contender(self, n: int) -> Contender:
         (one,) = forwards(self.setup, self.model, [n], [SEQ_LEN], seed=n)
@@ -38,8 +40,8 @@ class Built(NamedTuple):
 
 
 def built(name: str, setup: Setup) -> Built:
-    tokens = max(COUNTS) * SEQ_LEN
-    return Built(name, setup, setup.build(tokens=tokens))
+    tokens, blocks = max(COUNTS) * SEQ_LEN, list[Checked]()
+    return Built(name, setup, setup.build(tokens=tokens, checked=blocks), blocks)
 
 
 def validated(one: Built, n: int) -> Verdict | str:
@@ -78,7 +80,7 @@ def switches(one: Built) -> Iterator[Switch]:
     """Yield what can be switched for a model, each built when it is asked for."""
     setup, checkpoint = one.setup, one.setup.checkpoint
     if one.model.is_captured:
-        plain = Built("not captured", setup, replace(one.model, may_capture=False))
+        plain = one._replace(name="not captured", model=replace(one.model, may_capture=False))
         yield Switch("a graph of the whole forward", "without", plain)
     if any(isinstance(leaf.spec, Layer) for leaf in setup.placed.leaves()):
         parted = built("in parts", set_up(checkpoint, setup.options, rewrites=[apart()]))

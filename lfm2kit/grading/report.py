@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from lfm2kit.grading.grading import Graded
+from lfm2kit.grading.grading import Graded, OfRanks
+from lfm2kit.grading.kinds import KindGrade
 from lfm2kit.measuring.validate import Verdict
 
 
@@ -19,17 +20,32 @@ def tables(graded: Graded) -> Iterator[tuple[str, Sequence[str], list[Sequence[s
             for b in graded.blocks
         ],
     )  # fmt: skip
-    rows = [(one.name, str(one.samples), f"{one.samples_per_second:.1f}") for one in graded.speeds]
-    if graded.half is not None:
-        half = graded.half
-        rows.append((half.name, str(half.samples), f"{half.samples_per_second:.1f}"))
-    yield "The whole model", ("precision", "samples at once", "samples/s"), [*rows]
+    yield (
+        "The whole model",
+        ("precision", "samples at once", "samples/s"),
+        [
+            (one.name, str(one.samples), f"{one.samples_per_second:.1f}")
+            for one in graded.measured_speeds
+        ],
+    )
+    if graded.kinds:
+        yield (
+            "FP16 by kind of block",
+            ("block", "backend", "FP32 ms", "FP16 ms", "times as fast", "limit", "% of limit"),
+            [_kind(one) for one in graded.kinds],
+        )
     if graded.bought:
         yield (
             "What optimisations buy",
             ("optimisation", "compared with", "times as fast"),
             [(one.name, one.how, f"{one.ratio:.2f}") for one in graded.bought],
         )
+
+
+def _kind(one: KindGrade) -> Sequence[str]:
+    reached = "-" if one.roofline is None else f"{one.roofline:.0%}"
+    seconds = (f"{1e3 * each:.3g}" for each in (one.seconds, one.half_seconds))
+    return one.kind, one.backend, *seconds, f"{one.factor:.2f}", one.limit or "-", reached
 
 
 def sentences(graded: Graded) -> Iterator[str]:
@@ -40,11 +56,12 @@ def sentences(graded: Graded) -> Iterator[str]:
         f"{_said(graded.verdict)}"
     )
     if graded.factor is not None:
-        enough = "" if graded.factor >= 2 else ", less than twice: "
-        yield (
-            f"FP16 is {graded.factor:.2f} times as fast as FP32, {_said(graded.half_verdict)}"
-            f"{enough}{'; '.join(graded.analysis)}"
-        )
+        factor, said = f"{graded.factor:.2f} times as fast as FP32", _said(graded.half_verdict)
+        yield f"FP16 is {factor}, {said}"
+    for one in graded.analysis:
+        yield f"why FP16 is less than twice as fast: {one}"
+    if graded.of_ranks is not None:
+        yield _said_of_ranks(graded.of_ranks)
     for one in graded.not_measured:
         yield f"not measured: {one}"
 
@@ -55,6 +72,11 @@ def _said(verdict: Verdict | str) -> str:
     if not verdict.is_valid:
         return "INVALID"
     return f"VALID (top-1 {verdict.top1_matches} of {verdict.samples})"
+
+
+def _said_of_ranks(found: OfRanks) -> str:
+    said = {True: "VALID", False: "INVALID", None: "not validated"}[found.is_valid]
+    return f"{found.ranks} ranks: {found.speed.samples_per_second:.1f} samples/s, {said}"
 
 
 def markdown(title: str, facts: Mapping[str, str], graded: Graded) -> str:

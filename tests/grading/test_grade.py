@@ -14,10 +14,14 @@ from lfm2kit.batch import Batch
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.checkpoint.synth import LFM2_8B
+from lfm2kit.cli.grading import grade_ranks
 from lfm2kit.grading import blocks, models
 from lfm2kit.grading.apart import ApartLayer, apart
 from lfm2kit.grading.blocks import TESTS, VALUES, BlockTest, Drawn, block_setup, error_of
+from lfm2kit.grading.grading import Graded, Speed
+from lfm2kit.grading.kinds import KindGrade, reasons
 from lfm2kit.measuring.bench import Limit
+from lfm2kit.measuring.validate import Verdict
 from lfm2kit.specs import Work
 from tests.checkpoint.typed import Cli
 from tests.random_model import RANDOM
@@ -96,12 +100,40 @@ def test_a_plan_is_graded_and_reported(cli: Cli, tmp_path: Path, small: None) ->
     assert [one["samples"] for one in record["speeds"]] == [2, 4]
     assert {one["how"] for one in record["bought"]} >= {"rewrite trim", "moe=reference"}
     assert (record["verdict"], record["fp16_verdict"]) == ("VALID", "VALID")
+    assert {one["kind"] for one in record["fp16_kinds"]} >= {"conv", "attn", "mlp", "moe", "head"}
+    assert "not measured: several ranks beside one: that takes --ranks, such as 2" in done.out
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| conv | as the assignment's |" in report
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for title in ("Blocks", "The whole model", "What optimisations buy"):
+    for title in ("Blocks", "The whole model", "FP16 by kind of block", "What optimisations buy"):
         assert f"## {title}" in report
         assert f"<h2>{title}</h2>" in page
+
+
+def kind(name: str, seconds: float, half: float) -> KindGrade:
+    return KindGrade(name, "some", seconds, half, "computing", 0.75)
+
+
+def test_the_kinds_that_keep_fp16_below_twice_are_told_and_no_others() -> None:
+    kinds = [kind("moe", 9.0, 6.0), kind("conv", 7.0, 3.5), kind("mlp", 0.5, 0.5)]
+    assert list(reasons(kinds)) == [
+        "moe takes 60% of FP16's time and is 1.50 times as fast as in FP32 "
+        "(computing limits it, and it reaches 75% of that limit)"
+    ]
+
+
+@pytest.mark.mpi
+def test_ranks_are_measured_beside_one() -> None:
+    verdict = Verdict(2, 0, 2, 0, None, 0.0, "logits", 1e-3)
+    one = Graded(speeds=[Speed("fp32", 2, 1.0, [2.0])], verdict=verdict)
+    grade_ranks(one, Options(), "cpu_simd", 2, "mpi", repetitions=1)
+    assert one.of_ranks is not None
+    assert (one.of_ranks.ranks, one.of_ranks.is_valid, one.is_valid) == (2, True, True)
+    assert [(bought.name, bought.how) for bought in one.bought] == [("2 ranks", "one rank")]
+
+
+def test_options_of_jobs_need_ranks(cli: Cli) -> None:
+    cli("grade", "--parallel", "ep").assert_fails("--parallel needs --ranks, such as --ranks 2")
 
 
 def test_what_cannot_be_measured_is_said(
