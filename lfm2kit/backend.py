@@ -379,7 +379,7 @@ class ReadsRows(Protocol):
 class Ceilings(NamedTuple):
     """The most that the machine achieves, as measured."""
 
-    flops: float  # per second, fused multiply-add in float32
+    flops: float  # per second, of the unit that multiplies weights in the backend's precision
     bytes: float  # per second, reading memory too large for any cache
 
 

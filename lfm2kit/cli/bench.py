@@ -358,7 +358,7 @@ def _tell_ceilings(ceilings: Mapping[str, Ceilings], defaults: Mapping[str, str]
     for plan, (flops, read) in ceilings.items():
         remark(
             f"{plan}: this machine's ceilings, measured in this run by {defaults[plan]}: "
-            f"{flops / 1e9:.3g} GFLOP/s FMA, {read / 1e9:.3g} GB/s read"
+            f"{flops / 1e9:.3g} GFLOP/s, {read / 1e9:.3g} GB/s read"
         )
 
 

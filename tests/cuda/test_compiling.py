@@ -49,6 +49,10 @@ def layout_of(
 KERNELS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("packing", {}, ALL),
     ("ceilings", {}, ALL),
+    ("ceilings16", HALVES["fp16"], ALL),
+    ("ceilings16", HALVES["bf16"], FROM_SM_80),
+    ("ceilings90", HALVES["bf16"], ("sm_90a",)),
+    ("ceilings90", HALVES["fp16"], ("sm_90a",)),
     ("after_copies", {}, ALL),
     ("sums", {"VECTOR": 4}, ALL),
     ("sums", {"VECTOR": 1}, ALL),

@@ -118,10 +118,16 @@ def test_in_16_bits_whole_layers_take_a_choice_from_the_cpu(plan: str) -> None:
     assert np.abs(apart.logits(batch) - expected).max() <= TOLERANCE
 
 
-def test_ceilings_are_those_of_a_gpu() -> None:
-    ceilings = backend("fp32").ceilings()
-    assert 1e12 < ceilings.flops < 1e15
-    assert 1e11 < ceilings.bytes < 1e14
+def test_ceilings_are_those_of_a_gpu_and_of_the_precision() -> None:
+    """Tensor cores do many times as much as FMA, which no forward in 16 bits may pass."""
+    ceilings = {name: backend(name).ceilings() for name in ("fp32", "bf16", "fp16", "fp32x3")}
+    print(ceilings)
+    assert all(1e11 < one.bytes < 1e14 for one in ceilings.values())
+    flops = {name: one.flops for name, one in ceilings.items()}
+    assert 1e12 < flops["fp32"] < 2e14
+    assert 4 < flops["bf16"] / flops["fp32"] < 64
+    assert flops["fp16"] == pytest.approx(flops["bf16"], rel=0.2)
+    assert flops["fp32x3"] == pytest.approx(flops["bf16"] / 3, rel=0.2)
 
 
 def random_samples(rng: np.random.Generator, *lengths: int) -> list[Any]:

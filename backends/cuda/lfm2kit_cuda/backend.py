@@ -34,7 +34,7 @@ from lfm2kit_cuda.blocks.rows import Embedding, LastRows, LMHead, RMSNorm
 from lfm2kit_cuda.blocks.short_conv import ShortConv
 from lfm2kit_cuda.blocks.streamed import StreamedExperts as Streamed
 from lfm2kit_cuda.capture import Replay
-from lfm2kit_cuda.ceilings import measure_ceilings
+from lfm2kit_cuda.ceilings import bytes_per_second
 from lfm2kit_cuda.choosing import hardware
 from lfm2kit_cuda.device import choose_device, on_device
 from lfm2kit_cuda.figures import Figures
@@ -161,7 +161,7 @@ class CudaBackend:
 
     def ceilings(self) -> Ceilings:
         with self._memory.stream():
-            return measure_ceilings()
+            return Ceilings(self._gemm.flops_per_second(), bytes_per_second())
 
     def hardware(self) -> dict[str, str]:
         return {**hardware(self._memory.device), "CuPy": cupy.__version__}

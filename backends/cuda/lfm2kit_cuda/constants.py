@@ -157,9 +157,9 @@ class Exchange(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """The constants of ceilings.cu."""
+    """The constants of ceilings.cu and ceilings16.cu."""
 
-    CHAINS: int = 16  # of multiply-adds in a thread
+    CHAINS: int = 16  # of multiply-adds in a thread, or of products in a warp
 
 
 SLABS, HEIGHTS, GEMM, PANELS, GEMM16, GEMM90, FEW_ROWS90 = (
@@ -190,6 +190,8 @@ OF_SOURCES: dict[str, dict[str, int]] = {
     "exchange": EXCHANGE._asdict(),
     "peers": {"THREADS": EXCHANGE.THREADS},
     "ceilings": CEILINGS._asdict(),
+    "ceilings16": CEILINGS._asdict(),
+    "ceilings90": {},
     "sums": {},
     "after_copies": {},
     "blocks/rows": {**SLABS._asdict(), **ROWS._asdict()},

@@ -11,6 +11,7 @@ import cupy
 from lfm2kit.backend import F32, Tensor
 from lfm2kit_cuda import few_rows
 from lfm2kit_cuda.activations import Rows
+from lfm2kit_cuda.ceilings import float32_flops
 from lfm2kit_cuda.constants import GEMM, HEIGHTS, PANELS
 from lfm2kit_cuda.device import current_device, most_shared_bytes, sm_count
 from lfm2kit_cuda.kernels import Kernel, load_kernel
@@ -36,6 +37,9 @@ class Panels:
 
 class Gemm:
     activation, packed_format, run = "F32", F32, RUN
+
+    def flops_per_second(self) -> float:
+        return float32_flops()
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
         return few_rows.tiling(pairs, groups) or Tiling(TALLEST, HEIGHT_STEP, by_height=True)

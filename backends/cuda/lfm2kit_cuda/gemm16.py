@@ -22,6 +22,7 @@ from lfm2kit_cuda.activations import (
     slabs_bytes,
     zero_slabs,
 )
+from lfm2kit_cuda.ceilings import tensor_core_flops
 from lfm2kit_cuda.constants import GEMM16, SLABS
 from lfm2kit_cuda.device import compute_capability
 from lfm2kit_cuda.kernels import Kernel, load_kernel
@@ -66,6 +67,9 @@ class TensorCoreGemm:
             "MMA_TYPE": f'"{activation.lower()}"',
             "GATED_SCALE": f"{self._scale}f",
         }
+
+    def flops_per_second(self) -> float:
+        return tensor_core_flops(str(self._constants["MMA_TYPE"]))
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
         return Tiling(TILE_ROWS, step=TILE_ROWS)

@@ -16,6 +16,7 @@ from lfm2kit.backend import BF16, Tensor
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit_cuda import few_rows90
 from lfm2kit_cuda.activations import Rows, Slabs, slabs_bytes, split
+from lfm2kit_cuda.ceilings import hopper_flops
 from lfm2kit_cuda.constants import ACTIVATIONS, FEW_ROWS90, GEMM90, SLABS
 from lfm2kit_cuda.device import sm_count
 from lfm2kit_cuda.gemm16 import TensorCoreGemm
@@ -56,6 +57,9 @@ class HopperGemm(TensorCoreGemm):
         super().__init__(activation)
         self._ctas = CTAS
         self._constants["TERMS"] = self.terms
+
+    def flops_per_second(self) -> float:
+        return hopper_flops(str(self._constants["MMA_TYPE"])) / self.terms
 
     def tiling(self, pairs: int, groups: int) -> Tiling:
         """Return tiles that hold the rows of most experts if routing is even.

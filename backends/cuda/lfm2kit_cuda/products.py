@@ -79,6 +79,10 @@ class Arithmetic(Protocol):
     activation: str  # the type that products read, and of what blocks store: F32, BF16 or F16
     run: int  # rows of w1 before the same number of w3, in a packed matrix
 
+    def flops_per_second(self) -> float:
+        """Measure what the unit that multiplies does at best, of what a product has to do."""
+        ...
+
     def tiling(self, pairs: int, groups: int) -> Tiling:
         """Return the tiling of `pairs` rows in groups whose sizes only the device knows."""
         ...
