@@ -17,6 +17,7 @@ from lfm2kit.chat.plain_text import PlainText
 from lfm2kit.chat.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from lfm2kit.checkpoint.documents import read_bounded
 from lfm2kit.checkpoint.hub_cache import name_of, to_download
+from lfm2kit.checkpoint.names import CONFIG
 from lfm2kit.errors import Lfm2kitError
 
 if TYPE_CHECKING:
@@ -143,9 +144,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     path = folder / FILE
     if not path.exists():
-        name = name_of(folder)
-        advice = "copy it beside the model" if name is None else f"type '{to_download(name)}'"
-        raise Lfm2kitError(f"{folder} has no {FILE}, which text needs; {advice}")
+        raise Lfm2kitError(f"{folder} has no {FILE}, which text needs; {_advice(folder)}")
     config = read_tokenizer_config(folder)
     inner = _parsed(path, read_bounded(path, bounds.TOKENIZER))
     inner.no_truncation()
@@ -154,6 +153,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         _add_tokens(inner, config)
         _set_ends(inner, config)
     return Tokenizer(path, inner, config)
+
+
+def _advice(folder: Path) -> str:
+    """Say where to take a tokenizer from; repositories of GGUF files alone have none."""
+    name = name_of(folder)
+    is_whole = (folder / CONFIG).exists()
+    return f"type '{to_download(name)}'" if name and is_whole else "copy it beside the model"
 
 
 def _parsed(path: Path, content: bytes) -> tokenizers.Tokenizer:

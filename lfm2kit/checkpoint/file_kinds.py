@@ -38,8 +38,8 @@ NO_PICKLES = (
 
 # The first bytes of files in other formats, and what to say about them.
 SIGNS: dict[bytes, str] = {
-    b"GGUF": "this is a GGUF file (llama.cpp's), which lfm2kit does not read; "
-    "give the Hugging Face folder that it was made from",
+    b"GGUF": "this is a GGUF file (llama.cpp's), which lfm2kit reads with the plugin lfm2kit-gguf; "
+    "install that, or give the Hugging Face folder that the file was made from",
     b"GGML": "this is a GGML file, which lfm2kit does not read; give a Hugging Face folder",
     b"version https://git-lfs": "this is a Git LFS pointer, not the file; "
     "type 'git lfs pull' in its repository",

@@ -30,7 +30,11 @@ SIGNS: Sequence[tuple[str, str]] = (
     ("*.safetensors", f"the weights are not called {SINGLE}; rename the file, or give it"),
     ("pytorch_model*.bin", f"the weights are pickles (PyTorch's), {NO_PICKLES}"),
     ("*.pth", f"the weights are pickles (PyTorch's), {NO_PICKLES}"),
-    ("*.gguf", "there is only GGUF, which lfm2kit does not read; give the Hugging Face folder"),
+    (
+        "*.gguf",
+        "there is only GGUF, of which lfm2kit reads a file with the plugin lfm2kit-gguf; give the "
+        "file, or the Hugging Face folder",
+    ),
     ("*.onnx", "there is only ONNX, which lfm2kit does not read; give the Hugging Face folder"),
     ("*.h5", "the weights are TensorFlow's, which lfm2kit does not read; give safetensors"),
 )

@@ -23,6 +23,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the current folder, with a whole model in `model` and nothing else."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))  # whatever this machine has
+    monkeypatch.setenv("LFM2KIT_PLUGINS", "reference")  # and whichever readers are installed
     shutil.copytree(EMBEDDED / "tiny", "model")
     return Path(".")
 
@@ -271,8 +272,8 @@ def folder_around_the_model(here: Path) -> str:
 
 
 ROWS: dict[Callable[[Path], str], list[str]] = {
-    gguf: ["a.gguf", "GGUF", "Hugging Face folder"],
-    folder_of_gguf: ["quantised", "GGUF", "Hugging Face folder"],
+    gguf: ["a.gguf", "GGUF", "the plugin lfm2kit-gguf", "Hugging Face folder"],
+    folder_of_gguf: ["quantised", "GGUF", "the plugin lfm2kit-gguf", "Hugging Face folder"],
     pytorch_model: ["pytorch_model.bin", "pickles", "save_pretrained"],
     folder_of_pytorch_model: ["model", "pickles", "save_pretrained"],
     git_lfs_pointer: [SINGLE, "Git LFS pointer", "git lfs pull"],

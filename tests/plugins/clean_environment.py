@@ -15,13 +15,13 @@ from packaging.requirements import Requirement
 class Installed:
     """An environment's programs, run from an empty folder."""
 
-    def __init__(self, environment: Path, folder: Path) -> None:
-        """Make an environment that has what lfm2kit needs, from this one instead of an index."""
+    def __init__(self, environment: Path, folder: Path, *needs: str) -> None:
+        """Make an environment that has what these need, from this one instead of an index."""
         subprocess.run(
             [sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True
         )
         (packages,) = environment.glob("lib/python*/site-packages")
-        for distribution in needed("lfm2kit[testing]"):
+        for distribution in needed(*needs):
             tops = {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}
             for top in tops:
                 (packages / top).symlink_to(distribution.locate_file(top))
@@ -59,8 +59,8 @@ class Installed:
         return done.stdout
 
 
-def needed(requirement: str) -> list[metadata.Distribution]:
-    """Return the installed distributions that one needs, directly or not."""
+def needed(*requirements: str) -> list[metadata.Distribution]:
+    """Return the installed distributions that these need, directly or not, without our own."""
     found: dict[str, metadata.Distribution] = {}
 
     def add_needs(of: Requirement) -> None:
@@ -68,9 +68,12 @@ def needed(requirement: str) -> list[metadata.Distribution]:
             one = Requirement(line)
             extras = {"", *of.extras}
             is_wanted = one.marker is None or any(one.marker.evaluate({"extra": e}) for e in extras)
+            is_own = one.name.startswith("lfm2kit")
             if is_wanted and one.name not in found:
-                found[one.name] = metadata.distribution(one.name)
+                if not is_own:
+                    found[one.name] = metadata.distribution(one.name)
                 add_needs(one)
 
-    add_needs(Requirement(requirement))
+    for requirement in requirements:
+        add_needs(Requirement(requirement))
     return list(found.values())

@@ -16,7 +16,7 @@ from tests.plugins.distributions import build_wheel
 pytestmark = pytest.mark.wheels
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("lfm2kit-blas", "lfm2kit-int8", "lfm2kit-slices", "lfm2kit-trace")
+NAMES = ("lfm2kit-blas", "lfm2kit-gguf", "lfm2kit-int8", "lfm2kit-slices", "lfm2kit-trace")
 PROJECTS = {name: ROOT / "plugins" / name for name in NAMES}
 BEGUN = {"backend": "my-backend", "transport": "post"}  # with `lfm2kit backends new my-backend`
 
@@ -33,7 +33,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def installed(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
     """Install the wheels, and those of the packages that the installed lfm2kit begins."""
     folder = tmp_path_factory.mktemp("empty")
-    installed = Installed(tmp_path_factory.mktemp("environment"), folder)
+    environment = tmp_path_factory.mktemp("environment")
+    installed = Installed(environment, folder, "lfm2kit[testing]", *NAMES)
     installed.install(wheels.values())
     for kind, name in BEGUN.items():
         installed.succeeds("lfm2kit", f"{kind}s", "new", name)
@@ -52,6 +53,7 @@ def test_wheels_hold_their_package_and_nothing_of_the_checkout_around_it(
     assert tops == {
         "lfm2kit": {"lfm2kit", "lfm2kit-0.1.0.dist-info"},
         "lfm2kit-blas": {"lfm2kit_blas", "lfm2kit_blas-0.1.0.dist-info"},
+        "lfm2kit-gguf": {"lfm2kit_gguf", "lfm2kit_gguf-0.1.0.dist-info"},
         "lfm2kit-int8": {"lfm2kit_int8", "lfm2kit_int8-0.1.0.dist-info"},
         "lfm2kit-slices": {"lfm2kit_slices.py", "lfm2kit_slices-0.1.0.dist-info"},
         "lfm2kit-trace": {"lfm2kit_trace.py", "lfm2kit_trace-0.1.0.dist-info"},
