@@ -87,5 +87,5 @@ def test_without_its_plugin_the_folder_is_a_quantised_one(
 def test_readers_are_listed(cli: Cli) -> None:
     rows = json.loads(cli("plugins", "--json", "-").out)["plugins"]
     added = [one["name"] for row in rows for one in row["adds"] if one["kind"] == "reader"]
-    assert added == ["int8"]
+    assert added == ["gguf", "int8"]
     assert "reader int8: matrices in int8, with a scale for each row" in cli("plugins").out

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 class Installed:
@@ -68,10 +69,10 @@ def needed(*requirements: str) -> list[metadata.Distribution]:
             one = Requirement(line)
             extras = {"", *of.extras}
             is_wanted = one.marker is None or any(one.marker.evaluate({"extra": e}) for e in extras)
-            is_own = one.name.startswith("lfm2kit")
-            if is_wanted and one.name not in found:
-                if not is_own:
-                    found[one.name] = metadata.distribution(one.name)
+            name = canonicalize_name(one.name)  # which not all write in the same way
+            if is_wanted and name not in found:
+                if not name.startswith("lfm2kit"):
+                    found[name] = metadata.distribution(name)
                 add_needs(one)
 
     for requirement in requirements:

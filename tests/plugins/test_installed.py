@@ -16,7 +16,14 @@ from tests.plugins.distributions import build_wheel
 pytestmark = pytest.mark.wheels
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("lfm2kit-blas", "lfm2kit-gguf", "lfm2kit-int8", "lfm2kit-slices", "lfm2kit-trace")
+NAMES = (
+    "lfm2kit-blas",
+    "lfm2kit-gguf",
+    "lfm2kit-int8",
+    "lfm2kit-perplexity",
+    "lfm2kit-slices",
+    "lfm2kit-trace",
+)
 PROJECTS = {name: ROOT / "plugins" / name for name in NAMES}
 BEGUN = {"backend": "my-backend", "transport": "post"}  # with `lfm2kit backends new my-backend`
 
@@ -55,6 +62,7 @@ def test_wheels_hold_their_package_and_nothing_of_the_checkout_around_it(
         "lfm2kit-blas": {"lfm2kit_blas", "lfm2kit_blas-0.1.0.dist-info"},
         "lfm2kit-gguf": {"lfm2kit_gguf", "lfm2kit_gguf-0.1.0.dist-info"},
         "lfm2kit-int8": {"lfm2kit_int8", "lfm2kit_int8-0.1.0.dist-info"},
+        "lfm2kit-perplexity": {"lfm2kit_perplexity", "lfm2kit_perplexity-0.1.0.dist-info"},
         "lfm2kit-slices": {"lfm2kit_slices.py", "lfm2kit_slices-0.1.0.dist-info"},
         "lfm2kit-trace": {"lfm2kit_trace.py", "lfm2kit_trace-0.1.0.dist-info"},
     }
@@ -148,6 +156,26 @@ def test_a_format_of_a_plugin_is_planned_and_run(installed: Installed, tmp_path:
     for model in (int8, plain):
         installed.succeeds("lfm2kit", *run, "-m", model, "--outputs", f"{model}.bin")
     assert Path(f"{int8}.bin").read_bytes() == Path(f"{plain}.bin").read_bytes()
+
+
+def test_a_plan_is_compared_with_another_one_on_a_text(
+    installed: Installed, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It is a truth")
+    plans = ("-b", "reference,experts=int8:q8", "--against", "reference", "--json", "-")
+    record = json.loads(installed.succeeds("lfm2kit", "perplexity", str(text), *plans))
+    figures = {figure["name"]: figure["values"][0] for figure in record["figures"]}
+    assert 0 < figures["mean KL divergence"] < 0.1
+
+
+def test_a_damaged_gguf_file_is_one_line(installed: Installed, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF" + bytes(range(100)))
+    done = installed.run("lfm2kit", "plan", "-m", str(damaged))
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{damaged}: the library gguf cannot read it" in line
 
 
 def test_the_trace_is_written_and_summed_up(installed: Installed, tmp_path: Path) -> None:
