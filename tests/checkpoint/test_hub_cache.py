@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lfm2kit.building.loading import find_model, load_model
+from lfm2kit.chat.tokenizer import load_tokenizer
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.hub_cache import NAME, cache_folder, name_of
 from lfm2kit.checkpoint.names import CONFIG, INDEX, SINGLE
@@ -170,3 +171,10 @@ def test_a_snapshot_without_a_tokenizer_is_to_be_downloaded_and_not_copied_to(
     assert name_of(snapshot) == LFM2
     assert name_of(snapshot.parent) is None
     assert name_of(hub / "models--a" / "snapshots" / COMMIT) is None
+
+
+def test_a_repository_of_gguf_files_alone_has_no_tokenizer_to_download(hub: Path) -> None:
+    snapshot = cache(hub)
+    (snapshot / CONFIG).unlink()
+    with pytest.raises(Lfm2kitError, match="which text needs; copy it beside the model"):
+        load_tokenizer(snapshot)

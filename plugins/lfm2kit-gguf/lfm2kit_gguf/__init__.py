@@ -15,10 +15,11 @@ SIGN = b"GGUF"  # the first bytes of every such file
 
 
 def recognises(path: Path) -> bool:
-    if not path.is_file():
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(SIGN)) == SIGN
+    except OSError:  # a folder, or a file that may not be read: lfm2kit says so
         return False
-    with open(path, "rb") as file:
-        return file.read(len(SIGN)) == SIGN
 
 
 def open_file(path: Path) -> Checkpoint:

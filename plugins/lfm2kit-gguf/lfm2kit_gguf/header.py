@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFReader, GGUFValueType, ReaderField
 
+from lfm2kit import bounds
 from lfm2kit.errors import Lfm2kitError
 
 MOST_BYTES = 2**25  # of a header: a vocabulary of 128000 tokens takes a fifth of that
 MOST_ITEMS = 2**20  # of a list of texts
+MOST_COUNTED = {"GGUF.kv_count": 10_000, "GGUF.tensor_count": bounds.TENSORS}
 DAMAGES = (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError)
 
 
@@ -58,6 +60,14 @@ class Header(GGUFReader):
         except DAMAGES as error:
             said = error.args[0] if isinstance(error, KeyError) else error  # without quotes
             raise Lfm2kitError(f"{self.path}: the library gguf cannot read it: {said}") from None
+
+    def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
+        """Keep a field, of which the first say how many keys and tensors there are."""
+        most = MOST_COUNTED.get(field.name)
+        if most is not None and (count := int(field.parts[0][0])) > most:
+            what = field.name.removeprefix("GGUF.")
+            raise Lfm2kitError(f"{self.path}: its {what} is {count}; lfm2kit takes up to {most}")
+        return super()._push_field(field, skip_sum)
 
     def _get(
         self, offset: int, dtype: Any, count: int = 1, override_order: Any = None

@@ -375,6 +375,15 @@ def test_lists_without_end_and_other_byte_orders_are_refused_at_once(tmp_path: P
     assert "version 9" in refusal(path)
 
 
+@pytest.mark.parametrize(("counts", "said"), [((0, 2**40), "kv_count"), ((2**40, 0), "tensor_")])
+def test_counts_without_end_are_refused_at_once(
+    tmp_path: Path, counts: tuple[int, int], said: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + bytes(4000))
+    assert re.search(f"its {said}.* is {2**40}; lfm2kit takes up to", refusal(path))
+
+
 def test_headers_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(header, "MOST_BYTES", 200)
     assert refusal(write(tmp_path / "model.gguf")).endswith("does not end within 200 bytes")
