@@ -39,6 +39,8 @@ OPTIONAL_KEYS = {
     "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
 }
+# Keys that say the same as `head_dim`, if they are there.
+HEAD_DIMS = ("attention.value_length", "rope.dimension_count")
 # What no key of llama.cpp says of these architectures.
 ALWAYS = {
     "conv_bias": False,
@@ -80,9 +82,11 @@ def config_of(header: Header, vocab_size: int) -> ModelConfig:
     keys.check_fixed()
     fields = {"vocab_size": vocab_size} | keys.fields()
     try:
-        return parse_config(ALWAYS | fields | {"model_type": TYPES[architecture]})
+        config = parse_config(ALWAYS | fields | {"model_type": TYPES[architecture]})
     except Lfm2kitError as error:
         raise Lfm2kitError(f"{header.path}: ", *error.args) from None
+    keys.check_heads(config.head_dim)
+    return config
 
 
 class Keys:
@@ -95,12 +99,19 @@ class Keys:
     def check_fixed(self) -> None:
         """Raise `Lfm2kitError` for a value that would need another model than lfm2kit has."""
         for key, fixed in FIXED.items():
-            if (value := self._get(key)) not in fixed.values:
-                name = f"{self._architecture}.{key}"
-                raise Lfm2kitError(
-                    f"{self._header.path}: {name} is {brief(value)}; "
-                    f"lfm2kit supports only {fixed.what}"
-                )
+            self._check(key, fixed.values, fixed.what)
+
+    def check_heads(self, head_dim: int) -> None:
+        """Raise `Lfm2kitError` if values have another width than keys, or RoPE leaves some out."""
+        for key in HEAD_DIMS:
+            self._check(key, (head_dim, None), f"{head_dim}, the width of a head")
+
+    def _check(self, key: str, values: tuple[Any, ...], what: str) -> None:
+        if (value := self._get(key)) not in values:
+            name = f"{self._architecture}.{key}"
+            raise Lfm2kitError(
+                f"{self._header.path}: {name} is {brief(value)}; lfm2kit supports only {what}"
+            )
 
     def fields(self) -> dict[str, Any]:
         """Return what a config.json would say."""

@@ -338,6 +338,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "expert_count": (8, r"has shape \[4, 32, 64\]; expected \[8, rows, columns\]"),
     "expert_gating_func": (1, "supports only experts that are scored by a sigmoid"),
     "vocab_size": (97, r"shape \[96, 64\], but the model needs \[97, 64\]"),
+    "attention.value_length": (8, "supports only 16, the width of a head"),
+    "rope.dimension_count": (8, "supports only 16, the width of a head"),
     "attention.causal": (False, "supports only causal attention"),
 }
 
