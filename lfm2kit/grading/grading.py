@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,9 +17,11 @@ from lfm2kit.grading.models import (
     FP16,
     TWICE,
     Built,
+    Switch,
     built,
     in_precision,
     switches,
+    switches_of_form,
     validated,
 )
 from lfm2kit.measuring.bench import WARM_UPS, Limit, Measured, measure, measured_ceilings
@@ -104,7 +106,7 @@ def grade(setup: Setup, repetitions: int, stage: Stage) -> Graded:
     best = graded.best.samples
     graded.verdict = validated(one, best)
     _grade_half(graded, one, best, repetitions, stage)
-    graded.bought = list(_bought(one, best, repetitions, stage))
+    graded.bought += _bought(one, switches(one), best, repetitions, stage)
     return graded
 
 
@@ -153,6 +155,7 @@ def _grade_half(graded: Graded, one: Built, n: int, repetitions: int, stage: Sta
     graded.half_verdict = validated(half, n)
     ceilings = measured_ceilings(half.setup)
     graded.kinds = by_kind(one, half, n, repetitions, ceilings, stage)
+    graded.bought += _bought(half, switches_of_form(half), n, repetitions, stage)
     if graded.factor < TWICE:
         whole_limit = _limit(one, whole, measured_ceilings(one.setup))
         graded.analysis = [*whole_limit, *_limit(half, other, ceilings), *reasons(graded.kinds)]
@@ -170,11 +173,13 @@ def _limit(one: Built, found: Measured, ceilings: Ceilings | None) -> Iterator[s
     )
 
 
-def _bought(one: Built, n: int, repetitions: int, stage: Stage) -> Iterator[Bought]:
+def _bought(
+    one: Built, some: Iterable[Switch], n: int, repetitions: int, stage: Stage
+) -> Iterator[Bought]:
     """Yield what each switch buys, the model with and without it taking turns."""
-    for switch in switches(one):
+    for switch in some:
         contenders = [one.contender(n), switch.built.contender(n)]
-        with stage(switch.how, 2 * (WARM_UPS + repetitions)) as done:
+        with stage(switch.name, 2 * (WARM_UPS + repetitions)) as done:
             with_it, other = measure(contenders, repetitions, {}, done)
         ratio = other.median / with_it.median
         yield Bought(switch.name, switch.how, 1 / ratio if switch.is_added else ratio)

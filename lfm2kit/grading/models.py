@@ -78,16 +78,21 @@ class Switch(NamedTuple):
 
 def switches(one: Built) -> Iterator[Switch]:
     """Yield what can be switched for a model, each built when it is asked for."""
-    setup, checkpoint = one.setup, one.setup.checkpoint
+    yield from switches_of_form(one)
+    yield from _rewritten(one.setup)
+    if one.setup.checkpoint.spec.weight_elements() <= SMALL:
+        yield from _references(one.setup)
+
+
+def switches_of_form(one: Built) -> Iterator[Switch]:
+    """Yield what a backend does with a model beyond computing its blocks one by one."""
+    setup = one.setup
     if one.model.is_captured:
         plain = one._replace(name="not captured", model=replace(one.model, may_capture=False))
-        yield Switch("a graph of the whole forward", "without", plain)
+        yield Switch(f"{one.name}: a graph of the whole forward", "without", plain)
     if any(isinstance(leaf.spec, Layer) for leaf in setup.placed.leaves()):
-        parted = built("in parts", set_up(checkpoint, setup.options, rewrites=[apart()]))
-        yield Switch("layers that are built whole", "each part on its own", parted)
-    yield from _rewritten(setup)
-    if checkpoint.spec.weight_elements() <= SMALL:
-        yield from _references(setup)
+        parted = built("in parts", set_up(setup.checkpoint, setup.options, rewrites=[apart()]))
+        yield Switch(f"{one.name}: layers built whole", "each part on its own", parted)
 
 
 def _rewritten(setup: Setup) -> Iterator[Switch]:
@@ -97,7 +102,7 @@ def _rewritten(setup: Setup) -> Iterator[Switch]:
             continue
         options = replace(setup.options, rewrites=(*setup.options.rewrites, name))
         other = built(name, set_up(setup.checkpoint, options))
-        yield Switch(rewrite.summary.rstrip("."), f"rewrite {name}", other, is_added=True)
+        yield Switch(f"rewrite {name}", "without", other, is_added=True)
 
 
 def _references(setup: Setup) -> Iterator[Switch]:

@@ -69,9 +69,8 @@ def sentences(graded: Graded) -> Iterator[str]:
 def _said(verdict: Verdict | str) -> str:
     if isinstance(verdict, str):
         return verdict
-    if not verdict.is_valid:
-        return "INVALID"
-    return f"VALID (top-1 {verdict.top1_matches} of {verdict.samples})"
+    word = "VALID" if verdict.is_valid else "INVALID"
+    return f"{word} (top-1 {verdict.top1_matches} of {verdict.samples})"
 
 
 def _said_of_ranks(found: OfRanks) -> str:
