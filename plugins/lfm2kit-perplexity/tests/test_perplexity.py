@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lfm2kit_perplexity import perplexity
+from lfm2kit_perplexity.options import perplexity
 from lfm2kit_perplexity.scoring import score, windows_at_once
 from lfm2kit_perplexity.windows import Window, batch_of, windows
 
