@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 QUANTISED = {"quantization_config": {"quant_method": "int8-by-rows"}}  # in config.json
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SCALE = "_scale"  # what is appended to a matrix's name for its scales
 
 
 def recognises(path: Path) -> bool:
@@ -41,9 +42,7 @@ def open_folder(folder: Path) -> Checkpoint:
 
 def _with_scales(stored: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors; the scales, which the file has as tensors, are beside their matrices."""
-    scales = {
-        name: f"{name}_scale" for name, tensor in stored.items() if tensor.format.name == "I8"
-    }
+    scales = {name: name + SCALE for name, tensor in stored.items() if tensor.format.name == "I8"}
     for name, scale in scales.items():
         if scale not in stored:
             raise Lfm2kitError(f"tensor '{name}' is int8, but there is no '{scale}'")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lfm2kit_int8.__main__ import quantise
+from lfm2kit_int8.__main__ import main, quantise
 from lfm2kit_int8.backend import Int8Backend
 from lfm2kit_int8.formats import I8, rounded
 from lfm2kit_int8.reader import CONFIG, WEIGHTS, open_folder, recognises
@@ -85,6 +85,40 @@ def test_the_model_runs_and_says_nearly_the_same(folder: Path) -> None:
     batch = Batch.of_sequences([[1, 2, 3], [4, 5, 6, 7]])
     got, want = (load_model(path, "reference").logits(batch).copy() for path in (folder, TINY))
     assert 0.95 < np.corrcoef(got.ravel(), want.ravel())[0, 1] < 1
+
+
+@pytest.mark.parametrize(
+    ("model", "new", "what"),
+    [
+        ("nowhere", "new", "nowhere has no config.json"),
+        ("tiny", ".", "is there, or cannot be made; name a new folder"),
+        ("tiny", "no/folder", "is there, or cannot be made; name a new folder"),
+        ("broken", "new", "config.json"),
+    ],
+)
+def test_what_cannot_be_rounded_is_named_in_one_line_and_nothing_is_written(
+    model: str,
+    new: str,
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / CONFIG).write_text("{")
+    source = TINY if model == "tiny" else tmp_path / model
+    monkeypatch.setattr("sys.argv", ["lfm2kit_int8", str(source), str(tmp_path / new)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert what in line
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_tokenizer_goes_along(folder: Path) -> None:
+    assert (folder / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+    assert not folder.with_name("model.partial").exists()
 
 
 def test_a_matrix_without_its_scales_is_named(folder: Path, tmp_path: Path) -> None:
