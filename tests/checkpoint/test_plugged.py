@@ -69,6 +69,18 @@ def test_plan_says_what_becomes_of_each_block(int8: Path, cli: Cli) -> None:
     assert 3.8 < kept / stored < 4
 
 
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_int8_experts_decode_beside_cpu_simd_without_copies(
+    int8: Path, cli: Cli, is_rounded: bool
+) -> None:
+    model = ("-m", int8 if is_rounded else "tiny", "-b", "cpu_simd,experts=int8:q8")
+    planned = json.loads(cli("plan", *model, "--json", "-").out)
+    assert planned["copied"] == {"around": 0, "batch": 0, "logits": 0}
+    said = cli("generate", "It is a truth", *model, "--max-tokens", 6, "--temperature", 0)
+    assert said.code == 0, said.err
+    assert len(said.out.split()) > 1
+
+
 def test_files_of_a_plugins_reader_are_protected(int8: Path, cli: Cli) -> None:
     run = ("run", "-m", int8, "--random-inputs", 3, "-n", 1)
     cli(*run, "--outputs", int8 / WEIGHTS).assert_fails(WEIGHTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import lfm2kit
 from lfm2kit.backend import FP32_GRADE, Backend, BackendPlugin, Context, Grade, Precision
@@ -15,7 +16,11 @@ Q8 = Precision("q8", Grade("8-bit weights", FP32_GRADE.block_error, "top-1", blo
 def _create(context: Context) -> Backend:
     from lfm2kit_int8.backend import Int8Backend
 
-    return Int8Backend()
+    return Int8Backend(context)
+
+
+def _why_unavailable() -> str | None:
+    return None if find_spec("numba") else "numba is not installed; pip install numba"
 
 
 @lfm2kit.hookimpl
@@ -28,8 +33,9 @@ def lfm2kit_checkpoints() -> Iterator[lfm2kit.CheckpointReader]:
 def lfm2kit_backends() -> Iterator[BackendPlugin]:
     yield BackendPlugin(
         name="int8",
-        summary="feed-forwards of int8 weights, in NumPy: a quarter of the memory, and slow",
+        summary="feed-forwards of int8 weights, in Numba",
         create=_create,
         api_version=1,
+        why_unavailable=_why_unavailable,
         precisions=(Q8,),
     )
