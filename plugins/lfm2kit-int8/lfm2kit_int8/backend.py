@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import import_module
 
 import numba
@@ -9,6 +10,7 @@ import numba
 from lfm2kit.backend import HOST, Block, Context, Format, Memory, Spec, Weights
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.specs import MLP, Experts
+from lfm2kit_int8.compiling import announced
 from lfm2kit_int8.formats import I8
 from lfm2kit_int8.packing import packed_bytes
 
@@ -21,6 +23,7 @@ class Int8Backend:
                 Option("threads", context.threads),
                 f": this process may use {most} (cores of its affinity mask, or NUMBA_NUM_THREADS)",
             )
+        self._is_first = context.local_rank == 0  # one rank of each machine prints that it compiles
         self._most_threads = context.threads or max(1, most // context.local_ranks)
 
     def why_unsupported(self, spec: Spec) -> str | None:
@@ -31,7 +34,8 @@ class Int8Backend:
 
     def build(self, spec: Spec, weights: Weights) -> Block:
         """Build a block; the first one compiles the kernels, unless they are kept."""
-        blocks = import_module("lfm2kit_int8.feed_forward")
+        with announced() if self._is_first else nullcontext():
+            blocks = import_module("lfm2kit_int8.feed_forward")
         block: Block = getattr(blocks, type(spec).__name__)(spec, weights, self._threads)
         return block
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 import numpy as np
+from numba.core import event
 from numba.core.caching import NullCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
@@ -57,6 +59,27 @@ def c_function(signature: Any) -> Callable[[Callable[..., Any]], CFunc]:
         return result
 
     return compiled
+
+
+class Announcer(event.Listener):
+    """A listener that prints a line when the first kernel is compiled."""
+
+    def __init__(self) -> None:
+        self._has_said = False
+
+    def on_start(self, event: event.Event) -> None:
+        if not self._has_said:
+            KERNELS.say("compiling kernels for this CPU ...")
+        self._has_said = True
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+def announced() -> AbstractContextManager[Any]:
+    """Have a line printed if kernels are compiled meanwhile, and are not taken from the cache."""
+    listening: AbstractContextManager[Any] = event.install_listener("numba:compile", Announcer())
+    return listening
 
 
 class Kept(NullCache):
