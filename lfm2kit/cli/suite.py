@@ -94,7 +94,8 @@ def explain_check(report: Report, name: str) -> None:
     """
     (known,) = selected([name])
     check = CHECKS[known]
-    report.line(f"{check.id}: {check.documentation}")
+    for line in f"{check.id}: {check.documentation}".splitlines():
+        report.line(line)
     report.line()
     if check.promise is not None:
         report.line(f"It guards {check.promise.name}: {check.promise.value}.")

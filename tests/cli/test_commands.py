@@ -504,6 +504,10 @@ def test_backends_check_lists_and_explains_its_checks(cli: Cli) -> None:
     done = cli("backends", "check", "--explain", "zero-rows")
     assert CHECKS["zero-rows"].documentation in done.out
     assert "lfm2kit backends check NAME --only zero-rows" in done.out
+    paragraphs = CHECKS["mlp-w1-is-the-gate"].documentation.split("\n\n")
+    assert len(paragraphs) > 1
+    done = cli("backends", "check", "--explain", "mlp-w1-is-the-gate")
+    assert done.out.split("\n\n")[1] == paragraphs[1]
     fails(cli("backends", "check", "--explain", "zero-row"), "zero-row", "zero-rows")
     fails(cli("backends", "check", "--list", "--explain", "mlp"), "--list and --explain")
     fails(cli("backends", "check"), "no backend is named", "reference")
