@@ -16,7 +16,7 @@ from lfm2kit.batch import Batch
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import MLP
 from tests.core.small import random_weights
-from tests.plugins.test_docs import SMALLEST, fences, files
+from tests.plugins.pages import fences, files, page
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,8 +110,8 @@ def test_the_backend_of_15_minutes_builds_an_mlp() -> None:
     np.testing.assert_allclose(block(x), expected, rtol=1e-5)
 
 
-def test_the_project_of_15_minutes_is_that_of_the_page_on_plugins() -> None:
-    assert files(PAGE)["pyproject.toml"] == SMALLEST["pyproject.toml"]
+def test_the_project_of_15_minutes_is_that_of_the_tutorial() -> None:
+    assert files(PAGE)["pyproject.toml"] == files(page("tutorial.md"))["pyproject.toml"]
 
 
 @pytest.mark.parametrize("page", OTHER_PAGES, ids=lambda page: page.parent.name)
