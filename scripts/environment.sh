@@ -54,7 +54,7 @@ list_packages() {
     packages+=(-e ".[dev]" -e "./backends/cuda[nvrtc]" -e ./plugins/lfm2kit-blas)
     packages+=(-e ./plugins/lfm2kit-gguf -e ./plugins/lfm2kit-perplexity)
     packages+=(-e ./plugins/lfm2kit-int8 -e ./plugins/lfm2kit-nccl -e ./plugins/lfm2kit-slices)
-    packages+=(-e ./plugins/lfm2kit-trace)
+    packages+=(-e "./plugins/lfm2kit-trace[nvtx]")
   fi
 }
 

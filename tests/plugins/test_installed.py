@@ -64,7 +64,7 @@ def test_wheels_hold_their_package_and_nothing_of_the_checkout_around_it(
         "lfm2kit-int8": {"lfm2kit_int8", "lfm2kit_int8-0.1.0.dist-info"},
         "lfm2kit-perplexity": {"lfm2kit_perplexity", "lfm2kit_perplexity-0.1.0.dist-info"},
         "lfm2kit-slices": {"lfm2kit_slices.py", "lfm2kit_slices-0.1.0.dist-info"},
-        "lfm2kit-trace": {"lfm2kit_trace.py", "lfm2kit_trace-0.1.0.dist-info"},
+        "lfm2kit-trace": {"lfm2kit_trace", "lfm2kit_trace-0.1.0.dist-info"},
     }
 
 
