@@ -51,15 +51,17 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return installed(tmp_path_factory.mktemp("grown"), GROWN)
 
 
-def run(command: str, project: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line of the page, with this interpreter's `lfm2kit` and `pytest`."""
+def run(
+    command: str, project: Path, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a line of the page in a folder, or else that of the project, with this interpreter."""
     words = shlex.split(command)
     variables = [
         words.pop(0).split("=", 1) for word in list(words) if re.match(r"[A-Z_0-9]+=", word)
     ]
     return subprocess.run(
         [sys.executable, "-m", *words],
-        cwd=project,
+        cwd=folder or project,
         env=environment(project / "site", **dict(variables)),
         capture_output=True,
         text=True,
@@ -73,15 +75,24 @@ def test_pip_can_install_what_the_page_installs(grown: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "command", [line for line in typed(PAGE) if not line.startswith(INSTALLING)]
-)
+BEGINNING = [line for line in typed(PAGE) if line.startswith("lfm2kit backends new ")]
+COMMANDS = [line for line in typed(PAGE) if not line.startswith(INSTALLING)]
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in BEGINNING])
 def test_every_command_of_the_page_works(command: str, grown: Path) -> None:
     if command == "lfm2kit runs":
         done = run("lfm2kit run --backend reference -n 1", grown)
         assert done.returncode == 0, done.stdout + done.stderr
     done = run(command, grown)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_package_can_be_begun_as_the_page_says(grown: Path, tmp_path: Path) -> None:
+    (command,) = BEGINNING
+    done = run(command, grown, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [folder.name for folder in tmp_path.iterdir()] == ["lfm2kit-another"]
 
 
 def test_the_grown_plugin_runs_all_its_blocks_in_both_memories(grown: Path) -> None:
