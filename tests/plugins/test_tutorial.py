@@ -235,4 +235,4 @@ def test_what_the_page_types_on_a_gpu_works(tmp_path: Path) -> None:
         done = run(command, tmp_path)
         print(f"$ {command}\n{done.stdout}{done.stderr}")
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "arrays copied between memories in a forward: 0" in done.stdout
+    assert "(0 around 0 blocks, " in done.stdout  # nothing is copied between the two backends
