@@ -114,6 +114,7 @@ __all__ = [
     "PicksRows",
     "PinsMemory",
     "Precision",
+    "PreventsCapture",
     "Promise",
     "ReadsRows",
     "Replay",
@@ -456,6 +457,23 @@ class Captures(Protocol):
         of their arrays, ids, positions and pages included: see `Batch.packed` and `Batch.unpacked`.
         Raise MemoryError if there is no room; the core then closes other replays and tries once
         more.
+        """
+        ...
+
+
+@runtime_checkable
+class PreventsCapture(Protocol):
+    """Capability: a backend with blocks whose calls cannot be recorded, whoever records them.
+
+    The recording backend shares their memory, and is often another one.  Examples are a block that
+    looks at numbers on the host, and one whose arrays come from a pool that does not know of the
+    recording.  A model with such a block is not captured, and `lfm2kit plan` says why.
+    """
+
+    def why_not_captured(self, spec: Spec) -> str | None:
+        """Return None if a replay does all that a call of the block does, else the reason.
+
+        It is not asked about blocks that a crossing calls: their calls are not recorded.
         """
         ...
 

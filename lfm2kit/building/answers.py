@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lfm2kit.backend import Backend, Bounded, Ceilings, ReadsRows, Room, TakesPadding, Weights
+from lfm2kit.backend import (
+    Backend,
+    Bounded,
+    Ceilings,
+    PreventsCapture,
+    ReadsRows,
+    Room,
+    TakesPadding,
+    Weights,
+)
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.formats import F32, PLAIN, Format
 from lfm2kit.memory import Memory
@@ -48,6 +57,13 @@ class Answers(NamedTuple):
         answer: str | None = self._of(
             spec, "why_not_crossed", _is_reason, "a text or None", spec, memory, outer
         )
+        return answer
+
+    def why_not_captured(self, spec: Spec) -> str | None:
+        """Return None if the backend does not say."""
+        if not isinstance(self.backend, PreventsCapture):
+            return None
+        answer: str | None = self._of(spec, "why_not_captured", _is_reason, "a text or None", spec)
         return answer
 
     def memory(self, spec: Spec) -> Memory:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm2kit import specs
-from lfm2kit.backend import Backend, BackendPlugin, Block, Context, Explains, Promise
+from lfm2kit.backend import Backend, BackendPlugin, Block, Captures, Context, Explains, Promise
 from lfm2kit.building.answers import Answers
 from lfm2kit.building.builder import Builder, build_model
 from lfm2kit.building.capacity import FEWER_SEQUENCES, NO_ROOM, Sizes
@@ -124,8 +124,11 @@ class Setup:
             if isinstance(backend, Explains):
                 yield from (f"{name}: {note}" for note in Answers(backend, name).notes())
         yield from self.not_promised()
-        if can_capture(self.create(self.plan.default), self.placed):
+        default = self.create(self.plan.default)
+        if can_capture(default, self.placed):
             yield from self.wrappers.why_not_captured()
+        elif isinstance(default, Captures):
+            yield from self.placed.objections()
 
     def not_promised(self) -> Iterator[str]:
         """Yield what the backends of the plan do not promise of a result's bits, and why."""

@@ -45,6 +45,7 @@ class Placed:
     join: Join | None = None  # of the parts
     crosser: str | None = None  # the backend that calls it from `outer`, captured or not
     why_no_crosser: str | None = None  # of a block without parts that lives elsewhere
+    why_not_captured: str | None = None  # its backend's reason, if no crossing calls it
 
     @property
     def is_copied(self) -> bool:
@@ -80,12 +81,23 @@ class Placed:
 
     @property
     def is_capturable(self) -> bool:
-        """Return whether a forward can be captured: no copy is waited for, no join objects."""
+        """Return whether a forward can be captured: no copy is waited for, nobody objects."""
         return not any(
             (placed.is_copied and placed.crosser is None)
+            or placed.why_not_captured is not None
             or (placed.join is not None and not placed.join.is_capturable)
             for placed in self.tree()
         )
+
+    def objections(self) -> Iterator[str]:
+        """Yield a sentence for each backend and reason that prevent a capture."""
+        names: dict[tuple[str | None, str], list[str]] = {}
+        for leaf in self.leaves():
+            if leaf.why_not_captured is not None:
+                names.setdefault((leaf.backend, leaf.why_not_captured), []).append(leaf.name)
+        for (backend, reason), (first, *others) in names.items():
+            more = f" and {len(others)} more" if others else ""
+            yield f"not captured: {backend} builds {first or 'the model'}{more}: {reason}"
 
 
 class _Where(NamedTuple):
@@ -126,7 +138,8 @@ class Placer:
             if reason is None:
                 memory = self._ask(backend, name).memory(spec)
                 crosser, reason = self._crosser(name, spec, memory, outer)
-                return Placed(name, scope, spec, memory, outer, backend, (), None, crosser, reason)
+                built = Placed(name, scope, spec, memory, outer, backend, (), None, crosser, reason)
+                return self._captured_or_not(built)
             if type(spec) not in self.joins:
                 kind = where.kind or spec.kind
                 self._lacking.append(Lacking(name, spec, kind, where.layer, backend, reason))
@@ -185,8 +198,17 @@ class Placer:
                     (role, self._place(*_part_place(name, scope, part, where), memory))
                     for role, part in apart.items()
                 )
-                return Placed(name, scope, spec, memory, outer, backend, parts)
+                built = Placed(name, scope, spec, memory, outer, backend, parts)
+                return self._captured_or_not(built)
         return None
+
+    def _captured_or_not(self, built: Placed) -> Placed:
+        """Return the block that a backend builds, with its reason if it prevents a capture."""
+        assert built.backend is not None
+        if built.crosser is not None:
+            return built
+        reason = self._ask(built.backend, built.name).why_not_captured(built.spec)
+        return built if reason is None else replace(built, why_not_captured=reason)
 
     def _crosser(
         self, name: str, spec: Spec, memory: Memory, outer: Memory

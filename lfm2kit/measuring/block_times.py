@@ -76,8 +76,9 @@ def recorder(setup: Setup, placed: Placed) -> Captures | None:
     """Return who records calls of a block; None if they are made one by one in a forward too."""
     assert placed.backend is not None  # a leaf's always is
     backend = setup.create(placed.backend)
-    works_there = placed.memory.name != HOST.name
-    return backend if isinstance(backend, Captures) and works_there else None
+    if placed.memory.name == HOST.name or placed.why_not_captured is not None:
+        return None
+    return backend if isinstance(backend, Captures) else None
 
 
 def seconds_of(

@@ -288,6 +288,26 @@ def test_a_model_in_wrappers_that_survive_capture_is_captured(load: Load) -> Non
     assert is_captured(setup)
 
 
+class Objecting(ReferenceBackend):
+    """A backend whose dense feed-forwards do something that a replay would not do."""
+
+    def why_not_captured(self, spec: Spec) -> str | None:
+        return "it counts calls" if isinstance(spec, MLP) else None
+
+
+@pytest.mark.parametrize("plan", ["capturing,ffn=objecting", "capturing,norm=objecting"])
+def test_a_model_is_captured_unless_a_backend_objects(load: Load, plan: str) -> None:
+    plugins = load()
+    for name, backend in {"capturing": Capturing, "objecting": Objecting}.items():
+        plugin = BackendPlugin(name, "", lambda context, backend=backend: backend(), 1)
+        plugins.backends[name] = InstalledBackend(plugin, "this test")
+    setup = set_up(RANDOM, Options(backend=plan), plugins=plugins)
+    objects = "ffn=" in plan
+    sentence = "not captured: objecting builds layers.0.feed_forward and 1 more: it counts calls"
+    assert list(setup.notes()) == [sentence] * objects
+    assert is_captured(setup) is not objects
+
+
 def test_where_nothing_is_captured_a_wrapper_prevents_nothing(load: Load) -> None:
     plugins = load(transparent(False))
     reference = installed_plugins().backends["reference"]

@@ -270,7 +270,8 @@ def _captured_models(trial: Trial) -> Iterator[tuple[specs.Model, LFM2]]:
         weights, _ = _random_model(trial, spec)
         model = build_tiny_model(spec, weights, trial.reference, trial.backend)
         if not model.placed.is_capturable or model.backend is not trial.backend:
-            raise Skipped("it does not build the whole of a model in one memory, or crosses others")
+            parts = "it does not build the whole of a model in one memory, or crosses others"
+            raise Skipped(next(model.placed.objections(), parts))
         yield spec, model
 
 
