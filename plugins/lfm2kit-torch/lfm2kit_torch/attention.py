@@ -71,11 +71,18 @@ class Attention:
         is_future = is_future.triu(context - tokens + 1)
         # Doubles, because over 100,000 keys the roundings of float32 sums show.
         weights = scores.masked_fill(is_future, -torch.inf).softmax(-1, dtype=torch.float64)
-        # A weight of 0 would not hide a later value that is not finite: 0 * NaN is NaN.
-        is_finite = v.isfinite()
-        heads = torch.einsum("vgqk,kvd->qvgd", weights, v.where(is_finite, 0).double()).float()
-        is_spoilt = (~is_finite).cumsum(0)[-tokens:] > 0
-        return heads.masked_fill(is_spoilt[:, :, None], torch.nan).flatten(1, 2)
+        return _weighed(weights, v).flatten(1, 2)
+
+
+def _weighed(weights: Tensor, v: Tensor) -> Tensor:
+    """Return the values' weighted sums, NaN where a row sees one that is not finite.
+
+    A weight of 0 would not hide it from the rows before: 0 * NaN is NaN.
+    """
+    finite = v.where(v.isfinite(), 0).double()
+    heads = torch.einsum("vgqk,kvd->qvgd", weights, finite).float()
+    zeros = (0 * v).cumsum(0)  # but NaN from the first value on that is not finite
+    return heads + zeros[-len(heads) :, :, None]
 
 
 def _thetas(spec: specs.Attention) -> npt.NDArray[np.float32]:

@@ -48,4 +48,4 @@ class Host:
 
     def notes(self) -> list[str]:
         threads = torch.get_num_threads()
-        return [f"PyTorch {torch.__version__} has {threads} threads of its own"]
+        return [f"PyTorch {torch.__version__}, threads of its own: {threads}"]
