@@ -127,6 +127,7 @@ __all__ = [
     "TakesIds",
     "TakesPadding",
     "TellsParts",
+    "TellsWaits",
     "Tensor",
     "Timed",
     "Weights",
@@ -289,6 +290,25 @@ class TellsParts(Protocol):
 
         It gets the part's path of roles, such as "operator" or "feed_forward.router".  Parts that
         one kernel computes together are told together, as the last of them.  None: call nothing.
+        """
+        ...
+
+
+@runtime_checkable
+class TellsWaits(Protocol):
+    """Capability of a crossing, or of an exchange between ranks: it tells when it waits.
+
+    With it `lfm2kit profile` shows waits apart from work.
+    """
+
+    def tell_waits(self, told: Callable[[bool], None] | None) -> None:
+        """Call `told(False)` before each wait of a later call, and `told(True)` after it.
+
+        A crossing waits for the answer to a trip, and an exchange for what other ranks send: the
+        less is done between the two calls beside waiting, the better.  In an ordered memory, each
+        comes once what lies before it is enqueued.  All ranks of an exchange tell as many waits.
+        The first call of a crossing with arguments of new shapes need not tell.  None: call
+        nothing.
         """
         ...
 

@@ -42,6 +42,8 @@ class Crossing(Protocol):
     A call enqueues the trip in the outer memory's current stream and returns without waiting, so
     that it can be captured.  The first call with arguments of new shapes may wait.
 
+    A crossing may tell when it waits (`lfm2kit.backend.TellsWaits`).
+
     A crossing may also have `begin` (see `lfm2kit.pending`), which enqueues the sending; `end` then
     enqueues the wait for the answer.  What is enqueued between the two runs beside the block.  If
     another crossing of the same channel is called between them, the wait is enqueued before its

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -76,8 +76,10 @@ class Round:
         buffers: Buffers,
         counts: ExchangeCounts,
         row_format: Format = F32,
+        told: Callable[[bool], None] | None = None,
     ) -> None:
         self._transport = transport
+        self._told = told  # of waits
         self._buffers = buffers
         self._counts = counts
         self._format = row_format
@@ -217,7 +219,7 @@ class Round:
         return received
 
     def _waiting(self, sent: Sent) -> AbstractContextManager[None]:
-        return sent.waiting()
+        return sent.waiting(self._told)
 
 
 class RoundBeside(Round):

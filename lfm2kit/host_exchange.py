@@ -105,12 +105,13 @@ class HostExchange:
         self._undivided = undivided(traffic, transport.world.rank)
         self._counts = self._no_counts()
         self._round: Round | None = None  # that `dispatch` has begun
+        self._told: Callable[[bool], None] | None = None  # of waits
 
     def dispatch(self, x: Floats, expert_ids: Int32, expert_weights: Floats) -> Rows:
         tokens = Message(x, expert_ids, expert_weights)
-        self._round = here = Round(
-            self._transport, tokens, self._buffers, self._counts, self._traffic.row_format
-        )
+        counts, row_format = self._counts, self._traffic.row_format
+        here = Round(self._transport, tokens, self._buffers, counts, row_format, self._told)
+        self._round = here
         here.divide(self._undivided)
         here.swap_counts()
         here.send_tokens(0)
@@ -121,6 +122,9 @@ class HostExchange:
         assert here is not None, "dispatch comes first"
         here.send_products(0, products)
         return here.delta()
+
+    def tell_waits(self, told: Callable[[bool], None] | None) -> None:
+        self._told = told
 
     def counted(self) -> ExchangeCounts:
         counts, self._counts = self._counts, self._no_counts()
@@ -151,11 +155,11 @@ class ExchangeInPieces(HostExchange):
         coming = [begin(partial(here.send_tokens, piece)) for piece in range(PIECES)]
         returning = []
         for piece, tokens_of_piece in enumerate(coming):
-            with counts.dispatch.waiting():
+            with counts.dispatch.waiting(self._told):
                 tokens_of_piece.end()
             products = experts(*here.rows(piece))
             returning.append(begin(partial(here.send_products, piece, products)))
-        with counts.combine.waiting():
+        with counts.combine.waiting(self._told):
             for products_of_piece in returning:
                 products_of_piece.end()
         return here.delta()

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from lfm2kit.backend import Block, Crossing, Operator, Over, Pending, Room, State
+from lfm2kit.backend import (
+    Block,
+    Crossing,
+    Operator,
+    Over,
+    Pending,
+    Room,
+    State,
+    TellsWaits,
+)
 from lfm2kit.batch import Batch
 from lfm2kit.memory import Memory, is_ordered
 
@@ -33,6 +42,14 @@ class Seam:
         self.outer = outer
         self.crossing = crossing
         self.operator = state_of if isinstance(state_of, Operator) else None
+        self._told: Callable[[bool], None] | None = None  # of waits
+
+    def tell_waits(self, told: Callable[[bool], None] | None) -> None:
+        """Tell as the crossing does; without one, all that `end` does is a wait for copies."""
+        if self.crossing is None:
+            self._told = told
+        elif isinstance(self.crossing, TellsWaits):
+            self.crossing.tell_waits(told)
 
     def __call__(self, *inputs: Any) -> Any:
         return self.begin(*inputs).end()
@@ -50,10 +67,13 @@ class Seam:
 
     def finish(self, started: Sequence[Any], state: Sequence[State]) -> Any:
         """Call the block once its inputs have arrived; return its results in `outer`."""
+        if self._told is not None:
+            self._told(False)
         result = self.block(*(_arrived(value, self.memory) for value in started), *state)
-        if isinstance(result, tuple):
-            return tuple(self._moved_out(result))
-        return self._moved_out([result])[0]
+        moved = self._moved_out(result if isinstance(result, tuple) else [result])
+        if self._told is not None:
+            self._told(True)
+        return tuple(moved) if isinstance(result, tuple) else moved[0]
 
     def new_state(self, room: Room) -> State:
         assert self.operator is not None, "only operators have a state"

@@ -196,6 +196,8 @@ class Rows(NamedTuple):
 class Exchange(Protocol):
     """An exchange carries one MoE layer's tokens to their experts' ranks, and the products back.
 
+    It may tell when it waits (`lfm2kit.backend.TellsWaits`).
+
     All arrays lie in its memory.  Every rank calls `dispatch` and then `combine`, layer by layer,
     with no tokens if need be.  Like a block it may return before its result is
     there, if the memory orders the work that is enqueued in it.
@@ -328,11 +330,15 @@ class Sent:
     seconds: float = 0.0
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the seconds that the caller spends inside."""
+    def waiting(self, told: Callable[[bool], None] | None = None) -> Iterator[None]:
+        """Count the seconds that the caller spends inside, and tell of both ends."""
+        if told is not None:
+            told(False)
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
+        if told is not None:
+            told(True)
 
     def add(self, counts: Sequence[int], row_bytes: int, header_bytes: int = 0) -> None:
         """Count a call that sends `counts` rows of `row_bytes`, headers included, to the others."""

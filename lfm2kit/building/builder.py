@@ -15,6 +15,7 @@ from lfm2kit.building.capacity import check_state
 from lfm2kit.building.padding import takes_padding
 from lfm2kit.building.placement import Placed
 from lfm2kit.building.results import Checked, checked
+from lfm2kit.building.waits import Waits
 from lfm2kit.engine.samplers import sampler_for
 from lfm2kit.model import LFM2
 from lfm2kit.overlapped import OFF, overlapping
@@ -41,6 +42,7 @@ class Builder:
     servers: list[Server] | None = None
     exchanging: dict[str, Exchanging] = field(default_factory=dict)  # filled with joined blocks
     checked: list[Checked] = field(default_factory=list)  # filled with what backends have built
+    waits: list[Waits] = field(default_factory=list)  # filled with where the model may wait
     distribution: Callable[[str], str] = lambda item: ""  # that a plan's item comes from
 
     def build(self, placed: Placed) -> Any:
@@ -51,6 +53,7 @@ class Builder:
             block = placed.join.make(placed.spec, **blocks)
             if isinstance(block, Exchanging):
                 self.exchanging[placed.name] = block
+                self.waits.append(Waits(placed.name, placed.memory, block))
         else:
             self.before(placed)
             weights = self.weights.scope(placed.scope)
@@ -69,7 +72,10 @@ class Builder:
         if wrapped is block and not placed.is_copied:
             return block
         crossing = self._crossing(placed, wrapped)
-        return Seam(wrapped, placed.memory, placed.outer, state_of=block, crossing=crossing)
+        seam = Seam(wrapped, placed.memory, placed.outer, state_of=block, crossing=crossing)
+        if placed.is_copied:
+            self.waits.append(Waits(placed.name, placed.outer, seam))
+        return seam
 
     def _crossing(self, placed: Placed, block: Block) -> Crossing | None:
         """Return the crossing of a block that is called from another memory, if there is one."""

@@ -31,6 +31,7 @@ from lfm2kit.building.plan import AUTO, HOST_EXPERTS, Plan
 from lfm2kit.building.plugins import Plugins, installed_plugins
 from lfm2kit.building.results import Checked
 from lfm2kit.building.sharing import Sharing
+from lfm2kit.building.waits import Waits
 from lfm2kit.building.wrappers import Wrappers
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.foreign import why_absent
@@ -177,10 +178,11 @@ class Setup:
         *,
         tokens: int = 0,
         checked: list[Checked] | None = None,
+        waits: list[Waits] | None = None,
     ) -> LFM2:
         """Build the model for forwards of `tokens` tokens; call `built` after each block.
 
-        `checked` is filled with the blocks of backends in it.
+        `checked` is filled with the blocks of backends in it, and `waits` with where it may wait.
         Raise `Lfm2kitError` if a memory is too small, before any of it is allocated, and if a block
         returns something wrong in the forward that `check` asks for.
         """
@@ -200,6 +202,8 @@ class Setup:
             self._check_results(model, builder.checked)
         if checked is not None:
             checked.extend(builder.checked)
+        if waits is not None:
+            waits.extend(builder.waits)
         return model
 
     def _check_results(self, model: LFM2, blocks: Sequence[Checked]) -> None:

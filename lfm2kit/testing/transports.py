@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lfm2kit.backend import TellsWaits
 from lfm2kit.formats import BF16, F16, F32, rounded
 from lfm2kit.host_exchange import offered
 from lfm2kit.memory import HOST, Memory
@@ -29,6 +30,7 @@ from lfm2kit.transport import (
     WorksInPieces,
     World,
     evenly,
+    everyones,
     held_by,
     held_once,
 )
@@ -194,18 +196,33 @@ def check_exchange(transport: Transport, memory: Memory = HOST) -> None:
     tokens; ids of -1 are nobody's.  A rank gets rows for its experts from those ranks alone whose
     tokens it computes.  An exchange that `WorksInPieces` gives each expert all of its rows at once.
     For experts that read 16 bits, rows are float32, or rounded as `lfm2kit.formats.rounded` does.
+    If it `TellsWaits`, every rank tells as many, each with its begin and its end.
     """
     size = transport.world.size
     offer = offered(transport, memory)
     if (why_not := offer.why_not()) is not None:
         raise CheckFailed(f"this rank cannot use the exchange: {why_not}")
     for number, traffic in enumerate(_layers(size)):
-        exchange = offer.create(traffic)
+        exchange, told = offer.create(traffic), list[bool]()
         for call in range(3):  # whatever an exchange keeps from a call must not reach the next
+            told.clear()
+            if isinstance(exchange, TellsWaits):
+                exchange.tell_waits(told.append if call == 1 else None)
             tokens = [_tokens([number, call, rank], traffic) for rank in range(size)]
             for exchanged in _ways(exchange):
                 with offer.around(len(tokens[transport.world.rank].x)):
                     _check_one(transport, offer.memory, exchange, exchanged, traffic, tokens)
+            if isinstance(exchange, TellsWaits):
+                _check_told(transport, told, is_heard=call == 1)
+
+
+def _check_told(transport: Transport, told: Sequence[bool], *, is_heard: bool) -> None:
+    """Check what an exchange has told of the waits in all calls with the same tokens."""
+    count = len(told) // 2
+    _require(list(told) == [False, True] * count, "a wait was told that began or ended twice")
+    counts = everyones(transport, count).tolist()
+    _require(len(set(counts)) == 1, f"the ranks told {counts} waits, which must be as many")
+    _require(is_heard or not told, f"{count} waits were told after tell_waits(None)")
 
 
 def _ways(exchange: Exchange) -> Iterator[Callable[..., Any]]:

@@ -204,6 +204,34 @@ class SendsBesideAnotherTrip(SimpleCrossing):
         return SimpleNamespace(end=end)
 
 
+class TellsBehindTheWait(SimpleCrossing):
+    """Tells that a wait begins when it is over."""
+
+    def tell_waits(self, told: Any) -> None:
+        def both(is_over: bool) -> None:
+            for one in (False, True) if is_over else ():
+                told(one)
+
+        super().tell_waits(told and both)
+
+
+class TellsAheadOfTheWait(SimpleCrossing):
+    """Tells that a wait is over when it begins."""
+
+    def tell_waits(self, told: Any) -> None:
+        def both(is_over: bool) -> None:
+            for one in () if is_over else (False, True):
+                told(one)
+
+        super().tell_waits(told and both)
+
+
+class TellsWaitsForEver(SimpleCrossing):
+    def tell_waits(self, told: Any) -> None:
+        if told is not None:
+            super().tell_waits(told)
+
+
 # Devices whose channels are wrong in one way each.
 
 

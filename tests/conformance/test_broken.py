@@ -366,6 +366,18 @@ DEFECTS: dict[str, tuple[Backend, tuple[str, ...]]] = {
         CrossingBackend(made=crossing.SendsBesideAnotherTrip),
         ("crossings-have-the-blocks-bits",),
     ),
+    "a wait told behind it": (
+        CrossingBackend(made=crossing.TellsBehindTheWait),
+        ("crossings-tell-their-waits",),
+    ),
+    "a wait told ahead of it": (
+        CrossingBackend(made=crossing.TellsAheadOfTheWait),
+        ("crossings-tell-their-waits",),
+    ),
+    "waits told for ever": (
+        CrossingBackend(made=crossing.TellsWaitsForEver),
+        ("crossings-tell-their-waits",),
+    ),
     "a wait left out": (device_with(crossing.WaitsForNothing), ("channels-carry-every-trip",)),
     "a worker's share left out": (
         device_with(crossing.WaitsForTheFirstWorker),

@@ -31,6 +31,7 @@ CROSSINGS = (
     "crossings-have-the-blocks-bits",
     "crossings-can-be-replayed",
     "crossings-fail-by-name",
+    "crossings-tell-their-waits",
 )
 CHANNELS = (
     "channels-carry-every-trip",

@@ -314,6 +314,26 @@ class Dropping(ExchangeInPieces):
         return np.r_[delta, delta[-1:]]
 
 
+class TellingOneMore(HostExchange):
+    """Tells a wait that the other ranks do not have."""
+
+    def tell_waits(self, told: Any) -> None:
+        super().tell_waits(told)
+        if told is not None and self._transport.world.rank == 1:
+            told(False)
+            told(True)
+
+
+class TellingForEver(HostExchange):
+    def tell_waits(self, told: Any) -> None:
+        super().tell_waits(told or self._told)
+
+
+class TellingNoEnd(HostExchange):
+    def tell_waits(self, told: Any) -> None:
+        super().tell_waits(told and (lambda is_over: told(False)))
+
+
 def offering(create: type[HostExchange]) -> type[ThreadTransport]:
     class Offering(ThreadTransport):
         def exchange_in(self, memory: Memory) -> ExchangeOffer | None:
@@ -342,6 +362,9 @@ def offering(create: type[HostExchange]) -> type[ThreadTransport]:
         (Widening, "rows came with other bits than those of their tokens in BF16"),
         (Splitting, r"the experts \[.*\] were called several times"),
         (Dropping, "which are this rank's to compute"),
+        (TellingOneMore, r"the ranks told \[\d+, \d+, \d+\] waits"),
+        (TellingForEver, r"waits were told after tell_waits\(None\)"),
+        (TellingNoEnd, "a wait was told that began or ended twice"),
     ],
 )
 def test_a_broken_exchange_is_caught(broken: Any, says: str) -> None:

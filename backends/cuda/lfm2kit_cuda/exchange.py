@@ -8,6 +8,8 @@ without a token or an expert are padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import cupy
@@ -38,6 +40,7 @@ class PeerExchange:
         self._traffic = traffic
         self._home: cupy.ndarray | None = None  # the ids of the tokens that are under way
         self._ids: cupy.ndarray | None = None  # and of the rows that came
+        self._told: Callable[[bool], None] | None = None  # of waits
         owners = np.array(traffic.owners[meeting.world.rank], np.int32)
         with on_device(meeting.device):
             self._owners = upload(owners)
@@ -54,6 +57,10 @@ class PeerExchange:
     def combine(self, products: cupy.ndarray) -> cupy.ndarray:
         with on_device(self._meeting.device):
             return self._combined(cupy.ascontiguousarray(products))
+
+    def tell_waits(self, told: Callable[[bool], None] | None) -> None:
+        """Tell of the kernels that wait, which also put what comes in order."""
+        self._told = told
 
     def counted(self) -> ExchangeCounts:
         with on_device(self._meeting.device):
@@ -81,10 +88,11 @@ class PeerExchange:
             (_ctas(tokens),), EXCHANGE.THREADS, *given, *self._place(), boxes.state,
             self._statistics,
         )  # fmt: skip
-        self._kernel("take_rows")(
-            (_ctas(slots), ranks), EXCHANGE.THREADS, *given, *self._place(), slots, *rows,
-            self._number, boxes.state, boxes.control, self._statistics,
-        )  # fmt: skip
+        with self._waiting():
+            self._kernel("take_rows")(
+                (_ctas(slots), ranks), EXCHANGE.THREADS, *given, *self._place(), slots, *rows,
+                self._number, boxes.state, boxes.control, self._statistics,
+            )  # fmt: skip
         self._home, self._ids = ids, rows.expert_ids
         return rows
 
@@ -98,12 +106,21 @@ class PeerExchange:
             (_ctas(slots * k), meeting.world.size), EXCHANGE.THREADS, products, ids,
             *self._place(), slots, boxes.state, self._statistics,
         )  # fmt: skip
-        self._kernel("add_products")(
-            (_ctas(tokens),), EXCHANGE.THREADS, products, home, tokens, self._owners,
-            *self._place(), slots, delta, self._number, boxes.state, boxes.control,
-            self._statistics,
-        )  # fmt: skip
+        with self._waiting():
+            self._kernel("add_products")(
+                (_ctas(tokens),), EXCHANGE.THREADS, products, home, tokens, self._owners,
+                *self._place(), slots, delta, self._number, boxes.state, boxes.control,
+                self._statistics,
+            )  # fmt: skip
         return delta
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        if self._told is not None:
+            self._told(False)
+        yield
+        if self._told is not None:
+            self._told(True)
 
     def _place(self) -> tuple[cupy.ndarray | int, ...]:
         """Return the arguments by which kernels find a place in the mailboxes."""

@@ -123,13 +123,21 @@ class Server:
         return call
 
     def send(
-        self, call: Call, is_tuple: bool, inputs: Sequence[Any], count: Array | None = None
+        self,
+        call: Call,
+        is_tuple: bool,
+        inputs: Sequence[Any],
+        count: Array | None = None,
+        told: Callable[[bool], None] | None = None,
     ) -> Pending:
-        """Enqueue a trip, after the answer to the one before: both would lie in the same bytes."""
+        """Enqueue a trip, after the answer to the one before: both would lie in the same bytes.
+
+        `told` is told of the wait for the answer.
+        """
         if (before := self._newest()) is not None:
             before.receive()
         call.send(*inputs, count=count)
-        trip = _Trip(call, is_tuple, count)
+        trip = _Trip(call, is_tuple, count, told)
         self._newest = weakref.ref(trip)
         return trip
 
@@ -137,17 +145,29 @@ class Server:
 class _Trip:
     """A trip that has been sent."""
 
-    def __init__(self, call: Call, is_tuple: bool, count: Array | None) -> None:
+    def __init__(
+        self,
+        call: Call,
+        is_tuple: bool,
+        count: Array | None,
+        told: Callable[[bool], None] | None,
+    ) -> None:
         self._call: Call | None = call  # None: the wait for its answer has been enqueued
+        self._told = told
         self._is_tuple = is_tuple  # the result
         self._count = count  # of the rows that are sent; None: all
         self._results: tuple[Any, ...] = ()
 
     def receive(self) -> None:
         """Enqueue the wait for the answer, unless that has been done."""
-        if self._call is not None:
-            call, self._call = self._call, None
-            self._results = call.receive(self._count)
+        if self._call is None:
+            return
+        call, self._call = self._call, None
+        if self._told is not None:
+            self._told(False)
+        self._results = call.receive(self._count)
+        if self._told is not None:
+            self._told(True)
 
     def end(self) -> Any:
         self.receive()
@@ -185,6 +205,10 @@ class HostCrossing:
         self._block = block
         self._outer = outer
         self._calls: dict[Shapes, tuple[Call, bool]] = {}  # and whether the result is a tuple
+        self._told: Callable[[bool], None] | None = None  # of waits
+
+    def tell_waits(self, told: Callable[[bool], None] | None) -> None:
+        self._told = told
 
     def __call__(self, *inputs: Any) -> Any:
         return self.begin(*inputs).end()
@@ -195,9 +219,9 @@ class HostCrossing:
         if shapes not in self._calls:
             return Over(self._first(shapes, inputs))
         if self._picker is None:
-            return self.server.send(*self._calls[shapes], inputs)
+            return self.server.send(*self._calls[shapes], inputs, told=self._told)
         picked = self._picker(inputs, inputs[1])
-        trip = self.server.send(*self._calls[shapes], picked.arrays, picked.count)
+        trip = self.server.send(*self._calls[shapes], picked.arrays, picked.count, self._told)
         return _PutBack(trip, picked)
 
     def _first(self, shapes: Shapes, inputs: Sequence[Any]) -> Any:

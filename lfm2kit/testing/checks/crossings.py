@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import Event
 from typing import Any, NamedTuple
 
 from lfm2kit import specs
-from lfm2kit.backend import HOST, Block, Crosses, Crossing
+from lfm2kit.backend import HOST, Block, Crosses, Crossing, TellsWaits
 from lfm2kit.promises import Promise
 from lfm2kit.seam import begun
 from lfm2kit.specs import Spec
@@ -26,6 +27,8 @@ from lfm2kit.testing.verdicts import CheckFailed, Skipped
 
 DELAY = 1e-4  # seconds, at most, before each piece of work
 SHORT = 0.2  # seconds that a wait takes that ends without an answer
+PATIENCE = 2.0  # seconds until the device must have reached the begin of a wait
+BEGUN, ANSWERED, OVER = "begun", "answered", "over"
 FORWARDS = 6
 NAMES = ("layers.2.crossed", "layers.3.crossed")
 
@@ -113,6 +116,52 @@ def crossings_fail_by_name(trial: Trial) -> None:
         if not isinstance(said, PlantedError):
             raise CheckFailed(f"a forward that raised an error of its own ended with: {said}")
         _judge_calls(trial, device, crossed, inputs)
+
+
+@guards(Promise.REPEATABILITY)
+def crossings_tell_their_waits(trial: Trial) -> None:
+    """A crossing with `tell_waits` tells a wait for each answer, in each call, until None.
+
+    The wait has begun before the block answers, and is told to be over behind the answer.  Results
+    have the same bits.
+    """
+    device, telling = DeviceMemory(DELAY), 0
+    for spec in _crossed_specs(trial, device):
+        name, inputs = "layers.2.patient", random_inputs(spec, trial.rng, 5)
+        has_begun, moments = Event(), list[str]()
+        block = _crossed(trial, device, spec, name).block
+        patient = _faulty(trial, device, spec, name, block, partial(_await, has_begun, moments))
+        if not isinstance(patient.crossing, TellsWaits):
+            continue
+        telling += 1
+        _call(device, patient, inputs)  # shows the forms
+        patient.crossing.tell_waits(partial(_note_wait, device, has_begun, moments))
+        result = _call(device, patient, inputs)
+        trial.assert_same(result, block(*inputs), f"{spec}: a call whose wait is told")
+        if moments != [BEGUN, ANSWERED, OVER]:
+            raise CheckFailed(f"{spec}: of a wait came, in this order: {', '.join(moments)}")
+        patient.crossing.tell_waits(None)
+        _call(device, patient, inputs)
+        if moments[3:] != [ANSWERED]:
+            raise CheckFailed(f"{spec}: after tell_waits(None) it told {', '.join(moments[3:])}")
+    if not telling:
+        raise Skipped("no crossing has `tell_waits`")
+
+
+def _note_wait(device: DeviceMemory, has_begun: Event, moments: list[str], is_over: bool) -> None:
+    """Let the device note one end of a wait, in the order of its work."""
+
+    def note() -> None:
+        moments.append(OVER if is_over else BEGUN)
+        has_begun.set()
+
+    device.enqueue(note)
+
+
+def _await(has_begun: Event, moments: list[str]) -> None:
+    """Wait until the device has noted that a wait has begun, but not for ever."""
+    has_begun.wait(PATIENCE)
+    moments.append(ANSWERED)
 
 
 class PlantedError(Exception):
