@@ -136,7 +136,8 @@ class Checked:
         if isinstance(block, CallsNatively):  # its results' shapes are the caller's
             self.native = block.native
         if isinstance(block, Fills):
-            self.fill = block.fill
+            self._fill = block.fill
+            self.fill = self._filled
         if isinstance(block, Begins):
             self.begin = self._begin
         if isinstance(block, TellsParts):
@@ -144,12 +145,22 @@ class Checked:
 
     @contextmanager
     def called_through(self, around: Callable[[Checked, Block], Block]) -> Iterator[None]:
-        """Let each call pass through `around(self, block)` until the context is left."""
+        """Let each call pass through `around(self, block)` until the context is left.
+
+        So do calls of `fill`, if what `around` returns has it.
+        """
         block, self._block = self._block, around(self, self._block)
+        if isinstance(block, Fills):
+            self._fill = getattr(self._block, "fill", block.fill)
         try:
             yield
         finally:
             self._block = block
+            if isinstance(block, Fills):
+                self._fill = block.fill
+
+    def _filled(self, results: Sequence[Any], *inputs: Any) -> None:
+        self._fill(results, *inputs)
 
     def forms(self, *inputs: Any) -> tuple[tuple[Shape, np.dtype[Any]], ...]:
         """Return the shape and the type of each array that a call with these inputs returns."""

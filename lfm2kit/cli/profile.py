@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,16 +10,28 @@ import typer
 
 from lfm2kit import bounds
 from lfm2kit.building.options import About, Options
-from lfm2kit.cli.options import OF_RANKS, JsonOption, Without, files_of, flags, open_model, spread
-from lfm2kit.cli.ranks import refuse_copies
-from lfm2kit.cli.report import Report
-from lfm2kit.outputs.files import check_target
-from lfm2kit.outputs.targets import check_apart
+from lfm2kit.cli.options import (
+    IndependentOption,
+    JsonOption,
+    RanksOption,
+    TransportOption,
+    flags,
+    spread,
+)
+from lfm2kit.cli.ranks import (
+    agreed,
+    check_independent,
+    ending_all_ranks,
+    joined_job,
+    leave_to_ranks,
+    refuse_options,
+)
+from lfm2kit.ranks.launchers import DEFAULT_TRANSPORT
 
 
-@spread
+@partial(spread, refused=refuse_options)
 def profile(
-    options: Annotated[Options, Without(OF_RANKS)],
+    options: Options,
     n: Annotated[int, flags("n", About("Samples in a forward.", least=1))] = 16,
     seq_len: Annotated[
         int, flags("seq_len", About("Tokens in a sample, or before the step.", least=1))
@@ -51,21 +64,24 @@ def profile(
             "--errors", help="Also compare each block with the reference's, as lfm2kit verify does."
         ),
     ] = False,
+    ranks: RanksOption = None,
+    transport: TransportOption = DEFAULT_TRANSPORT,
+    independent: IndependentOption = False,
     json: JsonOption = None,
 ) -> None:
     """Measure each block inside a forward, and say where its time goes."""
     from lfm2kit.cli import profile_outputs, profile_tables, profiling
 
-    refuse_copies()
-    bounds.check_tokens(n, seq_len)
-    report = Report(json, "lfm2kit profile")
-    checkpoint = open_model(options)
-    outputs = {"--json": report.path, "--trace": trace, "--html": html}
-    check_apart(outputs, files_of(checkpoint, options))
-    for name, path in (("--trace", trace), ("--html", html)):
-        if path is not None:
-            check_target(name, path)
-    asked = profiling.Asked(n, seq_len, decode, repetitions, html is not None, errors)
-    found = profiling.measured(checkpoint, options, asked)
-    profile_tables.show(report, found)
-    profile_outputs.deliver(report, found, trace, html)
+    check_independent(ranks, independent)
+    job = None if independent else joined_job(transport)
+    with ending_all_ranks(job):
+        bounds.check_tokens(n, seq_len)
+        asked = profiling.Asked(n, seq_len, decode, repetitions, errors, trace, html, json)
+        prepared = agreed(
+            job, lambda: profiling.prepared(options, asked, job, ranks), profiling.facts_of
+        )
+        leave_to_ranks(job, transport, ranks)
+        found = profiling.measured(prepared, job)
+        if found is not None:
+            profile_tables.show(prepared.report, found)
+            profile_outputs.deliver(prepared.report, found)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from lfm2kit.backend import Ceilings
@@ -17,19 +17,22 @@ from lfm2kit.profiling.page.facts import facts_of
 from lfm2kit.profiling.page.heat import heat
 from lfm2kit.profiling.page.ladder import ladder
 from lfm2kit.profiling.page.page import page
+from lfm2kit.profiling.page.rank_bars import rank_bars
 from lfm2kit.profiling.page.roofline import roofline
 from lfm2kit.profiling.page.strip import strip
 from lfm2kit.profiling.page.timeline import timeline
+from lfm2kit.profiling.ranks import OfRank
 from lfm2kit.profiling.trace_events import trace_events
 from lfm2kit.records.machine import machine_of
 from lfm2kit.verifying.verification import Verification
 
 
-def deliver(report: Report, found: Found, trace: Path | None, html: Path | None) -> None:
+def deliver(report: Report, found: Found) -> None:
     """Write the document, the trace and the page that were asked for."""
     _record(report, found)
+    trace, html = found.asked.trace, found.asked.html
     if trace is not None:
-        write_document(trace, trace_events(found.profile, found.parts))
+        write_document(trace, trace_events(found.ranks))
     if html is not None:
         with replaced(html, remark) as file:
             file.write(_page(found, report).encode())
@@ -38,15 +41,16 @@ def deliver(report: Report, found: Found, trace: Path | None, html: Path | None)
 
 def _page(found: Found, report: Report) -> str:
     """Return the page with the pictures of what was measured."""
-    kinds = {part.name: part.kind for part in found.parts}
-    pictures = [strip(found.parts), timeline(found.profile.timeline, kinds)]
+    pictures = [strip(found.parts), timeline(found.ranks)]
+    if len(found.ranks) > 1:
+        pictures.insert(1, rank_bars(found.ranks))
     if found.ceilings is not None:
         pictures.insert(1, roofline(found.totals, found.ceilings))
     if found.loads:
         pictures.append(heat(found.loads))
     if found.errors is not None:
         pictures.append(ladder(found.errors))
-    return page(f"{found.setup.plan}: {found.asked.test}", _facts(found), pictures, report.record())
+    return page(f"{found.setup.plan}: {found.test}", _facts(found), pictures, report.record())
 
 
 def _facts(found: Found) -> dict[str, str]:
@@ -69,13 +73,38 @@ def _record(report: Report, found: Found) -> None:
         "model": str(setup.checkpoint.path),
         "backend": str(setup.plan),
         "precision": setup.precision_of(setup.placed),
-        "test": found.asked.test,
+        "test": found.test,
         "groups": profile.groups,
         "ceilings": None if found.ceilings is None else found.ceilings._asdict(),
-        "expert_loads": {str(layer): list(load) for layer, load in found.loads.items()},
+        "expert_loads": _by_layer(found.loads.experts),
+        "rank_loads": _by_layer(found.loads.ranks),
+        "experts_of_ranks": _by_layer(found.loads.owners),
+        "ranks": [_rank(one) for one in found.ranks],
         "parts": [_part(part, found.ceilings) for part in found.parts],
         "errors": None if found.errors is None else _errors(found.errors),
         "kinds": [asdict(total) | {"work": total.work._asdict()} for total in found.totals],
+    }
+
+
+def _by_layer(numbers: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
+    return {str(layer): list(some) for layer, some in numbers.items()}
+
+
+def _rank(one: OfRank) -> dict[str, Any]:
+    return {
+        "rank": one.rank,
+        "machine": one.machine,
+        "samples": one.samples,
+        "blocks": one.blocks,
+        "exchange": one.exchange,
+        "waits": one.waits,
+        "between": one.between,
+        "clock_ahead": one.ahead.seconds,
+        "clock_error": one.ahead.error,
+        "parts": [
+            {"name": part.name, "kind": part.kind, "memory": part.memory, "seconds": part.seconds}
+            for part in one.parts
+        ],
     }
 
 

@@ -13,6 +13,7 @@ from lfm2kit.cli.report import Report
 from lfm2kit.cli.verifying import verdict
 from lfm2kit.profiling.figures import Part, Total
 from lfm2kit.profiling.forwards import MOST_OVERHEAD, Profile
+from lfm2kit.profiling.ranks import OfRank, slowest
 from lfm2kit.verifying import REFERENCE
 
 KIND_COLUMNS = (
@@ -24,10 +25,12 @@ def show(report: Report, found: Found) -> None:
     """Print where the time goes: by kind of block, and by layer."""
     profile, setup = found.profile, found.setup
     milliseconds = 1e3 * profile.seconds
-    report.line(f"{setup.plan}: {found.asked.test} takes {milliseconds:.4g} ms")
+    report.line(f"{setup.plan}: {found.test} takes {milliseconds:.4g} ms")
     if report.target != STDOUT:
         _show_kinds(found)
         _show_layers(found)
+        if len(found.ranks) > 1:
+            _show_ranks(found)
     report.line(of_marks(profile))
     if found.errors is not None:
         for line in verdict(found.errors, REFERENCE, found.samples):
@@ -42,29 +45,55 @@ def of_marks(profile: Profile) -> str:
 
 
 def _show_kinds(found: Found) -> None:
-    """Print a row for each kind of block.
+    """Print a row for each kind of block: an average rank's, and the slowest one's time of it.
 
     What lies between blocks is unknown where it is less than the noise, or where memories overlap.
     """
-    whole = found.profile.seconds
-    rest = whole - found.inside
+    whole, ranks = found.profile.seconds, found.ranks
+    rest = whole - sum(total.seconds for total in found.totals)
     between = [f"{1e3 * rest:.4g}", _percent(rest / whole)] if rest >= 0 else ["-", "-"]
     rows = [_kind_row(total, whole) for total in found.totals]
     rows.append(["between blocks", "", "", *between, "", "", ""])
-    show_table(rows, *map(Column, KIND_COLUMNS), box=SIMPLE_HEAD)
+    columns = list(KIND_COLUMNS)
+    if len(ranks) > 1:
+        longest = slowest(ranks)
+        columns.append("slowest, ms")
+        for row, total in zip(rows, found.totals, strict=False):
+            row.append(_milliseconds(longest.get((total.kind, total.backend), 0.0)))
+    show_table(rows, *map(Column, columns), box=SIMPLE_HEAD)
 
 
 def _kind_row(total: Total, whole: float) -> list[str]:
+    rates = (total.work.flops, total.work.bytes) if total.backend and total.seconds else ()
     return [
         total.kind,
         total.backend,
         str(total.blocks),
-        f"{1e3 * total.seconds:.4g}",
+        _milliseconds(total.seconds),
         _percent(total.seconds / whole),
-        f"{total.work.flops / total.seconds / 1e9:.4g}",
-        f"{total.work.bytes / total.seconds / 1e9:.4g}",
+        *([f"{one / total.seconds / 1e9:.4g}" for one in rates] or ["-", "-"]),
         "-" if total.roofline is None else _percent(total.roofline),
     ]
+
+
+def _show_ranks(found: Found) -> None:
+    """Print a row for each rank, in milliseconds of a forward, until the rank has ended."""
+    show_table(
+        (
+            [str(one.rank), str(one.samples), *map(_milliseconds, _times(one))]
+            for one in found.ranks
+        ),
+        *map(Column, ("rank", "samples", "ms", "blocks", "exchange", "waits", "between")),
+        box=SIMPLE_HEAD,
+    )
+
+
+def _times(rank: OfRank) -> tuple[float, ...]:
+    return rank.seconds, rank.blocks, rank.exchange, rank.waits, max(rank.between, 0.0)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g}"
 
 
 def _show_layers(found: Found) -> None:

@@ -12,13 +12,16 @@ from lfm2kit.building.loading import Setup
 from lfm2kit.building.placement import Placed
 from lfm2kit.measuring.bench import itemsize, roofline
 from lfm2kit.profiling.forwards import Profile
-from lfm2kit.profiling.marks import Span, finest
+from lfm2kit.profiling.marks import Span, What, finest
 from lfm2kit.specs import Spec, Work
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A block, or a part that it tells, and the median of its seconds in a forward."""
+    """A block, or a part that it tells, and the median of its seconds in a forward.
+
+    Without a backend it is what the core does around blocks; specs count no work for that.
+    """
 
     name: str  # "layers.3.operator"
     kind: str
@@ -34,39 +37,49 @@ class Part:
 
     def roofline(self, ceilings: Ceilings | None) -> float | None:
         """Return the share of what the ceilings allow: the least time over the time it took."""
-        return roofline(self.work, self.seconds, ceilings)
+        return roofline(self.work, self.seconds, ceilings) if self.backend else None
 
 
 def parts_of(setup: Setup, profile: Profile, batch: Batch) -> list[Part]:
-    """Return the blocks of a profile in the order of the forward, or their parts if they tell."""
+    """Return the blocks of a profile in the order of the forward, or their parts if they tell.
+
+    What the core does around blocks comes behind them: exchanges between ranks, and waits.
+    """
     leaves = {leaf.name: leaf for leaf in setup.placed.leaves()}
-    order = {name: i for i, name in enumerate(leaves)}
-    taken: dict[tuple[str, str, str], list[float]] = {}
+    taken: dict[tuple[What, str], list[float]] = {}
     for forward in profile.spans:
         for key, seconds in _summed(forward).items():
             taken.setdefault(key, []).append(seconds)
+    order = {key: _order(key[0], list(leaves)) for key in taken}
     return [
-        _part(setup, leaves[block], part, memory, statistics.median(seconds), batch)
-        for (block, part, memory), seconds in sorted(taken.items(), key=lambda i: order[i[0][0]])
+        _part(setup, leaves.get(what.block), what, memory, statistics.median(seconds), batch)
+        for (what, memory), seconds in sorted(taken.items(), key=lambda one: order[one[0]])
     ]
 
 
-def _summed(spans: Iterable[Span]) -> dict[tuple[str, str, str], float]:
-    """Return the seconds of one forward by block, part and memory."""
-    found: dict[tuple[str, str, str], float] = {}
+def _order(what: What, leaves: Sequence[str]) -> int:
+    """Return the place of a block's last leaf: exchanges and waits are of joined blocks as well."""
+    inside = (i for i, name in enumerate(leaves) if f"{name}.".startswith(f"{what.block}."))
+    return max(inside, default=len(leaves))
+
+
+def _summed(spans: Iterable[Span]) -> dict[tuple[What, str], float]:
+    """Return the seconds of one forward by what takes them, and the memory."""
+    found: dict[tuple[What, str], float] = {}
     for span in finest(spans):
-        key = span.block, span.part, span.memory
-        found[key] = found.get(key, 0.0) + span.seconds
+        key = span.what, span.memory
+        found[key] = found.get(key, 0.0) + span.own
     return found
 
 
 def _part(
-    setup: Setup, placed: Placed, path: str, memory: str, seconds: float, batch: Batch
+    setup: Setup, placed: Placed | None, what: What, memory: str, seconds: float, batch: Batch
 ) -> Part:
-    spec = _spec_at(placed.spec, path)
+    if what.kind or placed is None:
+        return Part(what.name, what.kind, "", memory, seconds, Work(0, 0))
+    spec = _spec_at(placed.spec, what.part)
     work = spec.work(batch, itemsize(setup, placed))
-    name = f"{placed.name}.{path}" if path else placed.name
-    return Part(name, spec.kind, placed.backend or "", memory, seconds, work)
+    return Part(what.name, spec.kind, placed.backend or "", memory, seconds, work)
 
 
 def _spec_at(spec: Spec, path: str) -> Spec:
@@ -101,5 +114,5 @@ def totals(parts: Sequence[Part], ceilings: Ceilings | None) -> Iterator[Total]:
     ):
         seconds = sum(part.seconds for part in some)
         work = sum((part.work for part in some), Work(0, 0))
-        share = roofline(work, seconds, ceilings)
+        share = roofline(work, seconds, ceilings) if backend else None
         yield Total(kind, backend, len(some), seconds, work, share)

@@ -1,16 +1,16 @@
-"""Notes when each block of a forward begins and ends, by the clock of its memory."""
+"""Moments of a forward, each by the clock of its memory, and the spans between them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from lfm2kit.backend import Begins, Block, Pending, TellsParts
-from lfm2kit.building.results import Checked, Ending
 from lfm2kit.memory import Mark, Memory, Timed, is_ordered
+
+WAIT = "wait for "  # how the kinds of waits begin
 
 
 class HostMark(NamedTuple):
@@ -23,35 +23,47 @@ class HostMark(NamedTuple):
         return self.seconds - earlier.seconds
 
 
-class Noted(NamedTuple):
-    """A moment in a forward: a block, or a part of it, begins or has ended."""
+class What(NamedTuple):
+    """What a span is of."""
 
-    block: str
-    part: str  # "" for the block itself
+    block: str  # its name in the model
+    part: str = ""  # that the block tells: "router"
+    kind: str = ""  # of what the core does around blocks: "exchange", "wait for host"
+
+    @property
+    def name(self) -> str:
+        """Return a name in the model, which nothing else of a forward has."""
+        last = "wait" if self.kind.startswith(WAIT) else self.kind
+        return ".".join(filter(None, (self.block, self.part, last)))
+
+
+class Noted(NamedTuple):
+    """A moment in a forward: something begins or has ended."""
+
+    what: What
     is_end: bool
     mark: Mark
 
 
 class Span(NamedTuple):
-    """A block, or a part of one, in one forward."""
+    """A block, a part of one, or what the core does around it, in one forward."""
 
-    block: str
-    part: str
+    what: What
     memory: str
-    begin: float  # seconds since the first mark of its memory
+    begin: float  # seconds since the forward began
     seconds: float
+    own: float  # seconds without the spans that lie within
 
     @property
     def name(self) -> str:
-        """Return the block's name in the model, or the part's."""
-        return f"{self.block}.{self.part}" if self.part else self.block
+        return self.what.name
 
 
 def finest(spans: Iterable[Span]) -> list[Span]:
-    """Return the parts of blocks that tell them, and the other blocks."""
+    """Return the parts of blocks that tell them, and all spans of others."""
     spans = list(spans)
-    told = {span.block for span in spans if span.part}
-    return [span for span in spans if bool(span.part) == (span.block in told)]
+    told = {span.what.block for span in spans if span.what.part}
+    return [s for s in spans if s.what.kind or bool(s.what.part) == (s.what.block in told)]
 
 
 class Marks:
@@ -60,39 +72,30 @@ class Marks:
     A replay calls no blocks, and reaches the marks that were noted when it was captured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memories: Iterable[Memory]) -> None:
+        self._memories = list({memory.name: memory for memory in memories}.values())
         self._noted: dict[str, list[Noted]] = {}
         self._coming: dict[str, list[Noted]] = {}
+        self._begins: dict[str, Mark] = {}
+        self.begin = 0.0  # of the newest forward, on the host's clock
 
     @contextmanager
     def of_a_forward(self) -> Iterator[None]:
         """Take what is noted until the context is left in place of what was noted before."""
         self._coming = {}
+        self._begins = {memory.name: _mark_of(memory) for memory in self._memories}
+        self.begin = time.perf_counter()
         yield
-        self._noted |= self._coming
+        replayed = {m.name: self._noted.get(m.name, []) for m in self._memories if is_ordered(m)}
+        self._noted = replayed | self._coming
 
-    def note(self, memory: Memory, block: str, part: str, *, is_end: bool) -> None:
-        mark = _mark_of(memory)
-        self._coming.setdefault(memory.name, []).append(Noted(block, part, is_end, mark))
+    def note(self, memory: Memory, what: What, *, is_end: bool) -> None:
+        self._coming.setdefault(memory.name, []).append(Noted(what, is_end, _mark_of(memory)))
 
     def spans(self) -> Iterator[Span]:
-        """Yield the spans of the newest forward, which has ended.
-
-        A part lasts from the mark before it, of its block or of the part before, to its own.
-        """
+        """Yield the spans of the newest forward, which has ended, in the order of their ends."""
         for memory, noted in self._noted.items():
-            first = noted[0].mark
-            begun: dict[str, Mark] = {}
-            last = first
-            for block, part, is_end, mark in noted:
-                if not is_end:
-                    begun[block] = mark
-                else:
-                    begin = last if part else begun.pop(block)
-                    yield Span(
-                        block, part, memory, begin.seconds_since(first), mark.seconds_since(begin)
-                    )
-                last = mark
+            yield from _spans(memory, self._begins[memory], noted)
 
 
 def _mark_of(memory: Memory) -> Mark:
@@ -101,43 +104,41 @@ def _mark_of(memory: Memory) -> Mark:
     return memory.timed_mark() if isinstance(memory, Timed) else memory.mark()
 
 
-@contextmanager
-def marked(blocks: Sequence[Checked], marks: Marks) -> Iterator[None]:
-    """Note the calls of these blocks, and of their parts that they tell, in `marks`."""
-    with ExitStack() as stack:
-        for block in blocks:
-            placed = block.placed
-            stack.enter_context(block.called_through(partial(_Marked, marks)))
-            if isinstance(block, TellsParts):
-                block.tell_parts(partial(_part_passed, marks, placed.memory, placed.name))
-                stack.callback(block.tell_parts, None)
-        yield
+@dataclass(slots=True)
+class _Open:
+    """A span that has begun."""
+
+    what: What
+    begin: Mark
+    inside: float = 0.0  # seconds of the spans within
+    told: float = 0.0  # of `inside`, those within parts that were told
+    last: Mark | None = None  # the end of the part before
+
+    def ended(self, what: What, memory: str, forward: Mark, end: Mark) -> Span:
+        """Return the span of the whole, or of the part that is told now."""
+        begin = (self.last or self.begin) if what.part else self.begin
+        inside = self.inside - self.told if what.part else self.inside
+        if what.part:
+            self.last, self.told = end, self.inside
+        seconds = end.seconds_since(begin)
+        return Span(what, memory, begin.seconds_since(forward), seconds, max(seconds - inside, 0.0))
 
 
-def _part_passed(marks: Marks, memory: Memory, block: str, part: str) -> None:
-    marks.note(memory, block, part, is_end=True)
+def _spans(memory: str, forward: Mark, noted: Sequence[Noted]) -> Iterator[Span]:
+    """Yield the spans of one memory.
 
-
-class _Marked:
-    """A block whose calls are noted."""
-
-    def __init__(self, marks: Marks, checked: Checked, block: Block) -> None:
-        placed = checked.placed
-        self._block = block
-        self._note: Callable[..., None] = partial(marks.note, placed.memory, placed.name, "")
-        if isinstance(block, Begins):
-            self.begin = self._begin
-
-    def __call__(self, *inputs: Any) -> Any:
-        self._note(is_end=False)
-        result = self._block(*inputs)
-        self._note(is_end=True)
-        return result
-
-    def _begin(self, *inputs: Any) -> Pending:
-        self._note(is_end=False)
-        return Ending(self._block.begin(*inputs), self._ended)  # type: ignore[attr-defined]
-
-    def _ended(self, result: Any) -> Any:
-        self._note(is_end=True)
-        return result
+    A part lasts from its block's begin, or from the end of the part before, to its own end.
+    """
+    begun: list[_Open] = []
+    for what, is_end, mark in noted:
+        if not is_end:
+            begun.append(_Open(what, mark))
+            continue
+        whole = what._replace(part="")
+        place = max(i for i, one in enumerate(begun) if one.what == whole)
+        span = begun[place].ended(what, memory, forward, mark)
+        if not what.part:
+            del begun[place]
+            if place:
+                begun[place - 1].inside += span.seconds
+        yield span

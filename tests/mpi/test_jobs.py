@@ -134,6 +134,25 @@ def test_the_logits_of_several_ranks_have_the_bits_of_one(
     np.testing.assert_array_equal(samples.read_answers(path), expected)
 
 
+def test_a_profile_tells_what_ranks_wait_for_each_other(tmp_path: Path) -> None:
+    html, trace = tmp_path / "page.html", tmp_path / "trace.json"
+    done = lfm2kit(
+        "profile", "--ranks", "2", "-b", "reference", "-n", "3", "--seq-len", "4", "-r", "2",
+        "--html", str(html), "--trace", str(trace), "--json", "-",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "a forward of 3 samples of 4 tokens on 2 ranks takes" in done.stderr
+    record = json.loads(done.stdout)
+    assert faults(record) == []
+    assert [(one["rank"], one["samples"]) for one in record["ranks"]] == [(0, 1), (1, 2)]
+    assert {kind["kind"] for kind in record["kinds"]} >= {"exchange", "sending", "wait for ranks"}
+    for layer, rows in record["rank_loads"].items():
+        assert sum(rows) == sum(record["expert_loads"][layer]) == 3 * 4 * 4
+    pids = {event["pid"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert pids == {1, 2}
+    assert "rank 1, host" in html.read_text(encoding="utf-8")
+
+
 def by_rank(layer: dict[str, Any]) -> list[list[int]]:
     names = ("messages", "rows", "bytes", "header_bytes")
     legs = [layer[leg][name] for leg in ("counts", "dispatch", "combine") for name in names]

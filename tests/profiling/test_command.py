@@ -46,6 +46,13 @@ def test_a_step_is_named(cli: Cli, random_folder: Path) -> None:
         (("--trace", "same.json", "--json", "same.json"), "same.json"),
         (("--trim", "--decode"), "--decode"),
         (("--trim", "--html", "page.html"), "leave out --trim"),
+        (("--ranks", "0"), "--ranks 0"),
+        (("--ranks", "2", "--errors"), "--errors compares the blocks of one process"),
+        (("--ranks", "2", "--decode", "-n", "1"), "give -n 2 or more"),
+        (("--ranks", "2", "--ep-size", "3"), "2 ranks cannot form groups of 3"),
+        (("--ranks", "2", "--independent"), "--independent runs alone"),
+        (("--ranks", "2", "--html", "/dev/stdout"), "--html /dev/stdout"),
+        (("--ranks", "2", "--transport", "pigeon"), "unknown transport 'pigeon'"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -16,11 +16,14 @@ from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import InstalledBackend, installed_plugins
 from lfm2kit.building.results import Checked
+from lfm2kit.building.waits import Waits
 from lfm2kit.measuring.bench import random_batch
 from lfm2kit.profiling import forwards
 from lfm2kit.profiling.figures import parts_of, totals
 from lfm2kit.profiling.forwards import Profile, Prompt, profiled
+from lfm2kit.profiling.ranks import gathered
 from lfm2kit.profiling.trace_events import trace_events
+from lfm2kit.ranks.joining import Alone
 from lfm2kit.reference.backend import ReferenceBackend
 from lfm2kit.specs import Spec
 from lfm2kit.state import Room
@@ -47,9 +50,9 @@ def setup_of(backend: Any) -> Setup:
 
 
 def profile_of(setup: Setup, prompt: Prompt = Prompt(BATCH)) -> Profile:  # noqa: B008
-    checked: list[Checked] = []
-    model = setup.build(checked=checked)
-    return profiled(model, checked, prompt, repetitions=2)
+    checked, waits = list[Checked](), list[Waits]()
+    model = setup.build(checked=checked, waits=waits)
+    return profiled(model, [*checked, *waits], prompt, repetitions=2)
 
 
 class Sleeps(ReferenceBackend):
@@ -144,7 +147,7 @@ def test_replays_are_measured_although_they_call_no_block() -> None:
     setup = setup_of(backend)
     profile = profile_of(setup)
     first, second = profile.spans
-    assert [span.block for span in first] == [span.block for span in second]
+    assert [span.name for span in first] == [span.name for span in second]
     assert {span.memory for span in first} == {backend.device.name}
     assert [s.seconds for s in first] != [s.seconds for s in second]
     assert all(span.seconds >= 0 for span in (*first, *second))
@@ -183,9 +186,9 @@ def test_marks_that_cost_too_much_go_into_one_layer_after_the_other(
 def test_a_trace_has_each_block_of_the_last_forward_in_order() -> None:
     setup = setup_of(ReferenceBackend())
     profile = profile_of(setup)
-    document = trace_events(profile, parts_of(setup, profile, BATCH))
-    name, *events = document["traceEvents"]
-    assert (name["ph"], name["args"]["name"]) == ("M", "host")
+    ranks = gathered(Alone(), profile, parts_of(setup, profile, BATCH), BATCH.sequences, None)
+    rank, memory, *events = trace_events(ranks)["traceEvents"]
+    assert [one["args"]["name"] for one in (rank, memory)] == ["rank 0", "host"]
     assert [event["name"] for event in events[:2]] == ["embed_tokens", "layers.0.operator_norm"]
     ends = [event["ts"] + event["dur"] for event in events]
     begins = [event["ts"] for event in events]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lfm2kit.profiling.page.picture import Picture
+from lfm2kit.profiling.page.picture import WIDTH, Picture
 from lfm2kit.profiling.page.svg import picture, rect, text
 
-WIDTH, LEFT, ROW = 900, 240, 20
+LEFT, ROW = 240, 20
 
 
 def bars(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from math import isfinite, log10
 
-from lfm2kit.profiling.page.picture import Picture
+from lfm2kit.profiling.page.picture import WIDTH, Picture
 from lfm2kit.profiling.page.svg import element, line, picture, rect, text
 from lfm2kit.verifying.verification import Verification
 
-WIDTH, LEFT, RIGHT, ROW, TOP = 900, 190, 20, 14, 34
+LEFT, RIGHT, ROW, TOP = 190, 20, 14, 34
 LEAST, MOST = 1e-9, 1.0
 
 

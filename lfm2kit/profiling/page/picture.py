@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from lfm2kit.profiling.page.svg import element, rect, text
 
+WIDTH = 900  # of all pictures
+BEGIN = 60.0  # of a legend's lines
+
 
 class Picture(NamedTuple):
     title: str
@@ -40,10 +43,16 @@ def duration(seconds: float) -> str:
     return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
 
 
-def legend(colours: dict[str, str], y: float) -> list[str]:
-    """Return the shapes of a legend, from left to right."""
-    shapes, x = [], 60.0
+def legend(colours: dict[str, str]) -> tuple[list[str], float]:
+    """Return the shapes of a legend, from left to right in as many lines as need be.
+
+    With them comes the place below.
+    """
+    shapes, x, y = list[str](), BEGIN, 16.0
     for name, colour in colours.items():
+        width = 26 + 7.0 * len(name)
+        if x + width > WIDTH:
+            x, y = BEGIN, y + 18
         shapes += [rect(x, y - 9, 10, 10, fill=colour), text(x + 14, y, name)]
-        x += 26 + 7.0 * len(name)
-    return shapes
+        x += width
+    return shapes, y + 18

@@ -11,10 +11,10 @@ from math import ceil, floor, log10
 from lfm2kit.backend import Ceilings
 from lfm2kit.profiling.figures import Total
 from lfm2kit.profiling.page import colours
-from lfm2kit.profiling.page.picture import Picture
+from lfm2kit.profiling.page.picture import WIDTH, Picture
 from lfm2kit.profiling.page.svg import element, line, picture, text
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 420, 70, 20, 26, 44
+HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 70, 20, 26, 44
 
 
 class _Axis:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from lfm2kit.profiling.figures import Part
 from lfm2kit.profiling.page import colours
-from lfm2kit.profiling.page.picture import Picture, duration, legend
+from lfm2kit.profiling.page.picture import WIDTH, Picture, duration, legend
 from lfm2kit.profiling.page.svg import picture, rect, text
 
-WIDTH, LEFT, ROW, TOP = 900, 110, 18, 34
+LEFT, ROW = 110, 18
 
 
 def strip(parts: Sequence[Part]) -> Picture:
@@ -19,10 +19,10 @@ def strip(parts: Sequence[Part]) -> Picture:
         bars.setdefault(part.name if part.layer is None else f"layer {part.layer}", []).append(part)
     longest = max(sum(part.seconds for part in bar) for bar in bars.values())
     of = colours.of_kinds(part.kind for part in parts)
-    shapes = legend(of, 16)
+    shapes, top = legend(of)
     for i, (name, bar) in enumerate(bars.items()):
-        shapes += _bar(TOP + i * ROW, name, bar, (WIDTH - LEFT - 70) / longest, of)
-    height = TOP + ROW * len(bars) + 6
+        shapes += _bar(top + i * ROW, name, bar, (WIDTH - LEFT - 70) / longest, of)
+    height = top + ROW * len(bars) + 6
     return Picture(
         "Layers",
         "The time of each layer by its parts, and of the blocks around the layers. Point at a part "

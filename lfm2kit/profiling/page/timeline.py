@@ -1,44 +1,84 @@
-"""The time line: when each block runs in each memory, in one forward."""
+"""The time line: when each block runs in each memory of each rank, in one forward."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from lfm2kit.profiling.marks import Span, finest
 from lfm2kit.profiling.page import colours
-from lfm2kit.profiling.page.picture import Picture, duration, legend
+from lfm2kit.profiling.page.picture import WIDTH, Picture, duration, legend
 from lfm2kit.profiling.page.svg import line, picture, rect, text
+from lfm2kit.profiling.ranks import OfRank
 
-WIDTH, LEFT, TRACK, TOP = 900, 110, 40, 34
+LEFT, TRACK = 110, 30
+MOST_RANKS = 16  # that are drawn
 
 
-def timeline(spans: Sequence[Span], kinds: Mapping[str, str]) -> Picture:
-    """Return the picture: a track for each memory; `kinds` are those of blocks, by name."""
-    shown = finest(spans)
-    memories = list(dict.fromkeys(span.memory for span in shown))
-    end = max(span.begin + span.seconds for span in shown)
-    of = colours.of_kinds(kinds.get(span.name, "block") for span in shown)
+class _Track(NamedTuple):
+    """What one memory of one rank does."""
+
+    name: str
+    spans: Sequence[Span]
+
+
+def timeline(ranks: Sequence[OfRank]) -> Picture:
+    """Return the picture: a track for each memory of each rank, up to MOST_RANKS ranks."""
+    tracks = [track for one in ranks[:MOST_RANKS] for track in _tracks(one, len(ranks))]
+    kinds = {part.name: part.kind for one in ranks for part in one.parts}
+    end = max(span.begin + span.seconds for track in tracks for span in track.spans)
+    of = colours.of_kinds(kinds.get(span.name, "block") for track in tracks for span in track.spans)
     scale = (WIDTH - LEFT - 40) / end
-    shapes = legend(of, 16)
-    for i, memory in enumerate(memories):
-        shapes.append(text(LEFT - 6, TOP + i * TRACK + 18, memory, text_anchor="end"))
-    for span in shown:
-        name = span.name
-        y = TOP + memories.index(span.memory) * TRACK
-        tip = f"{name}: {duration(span.seconds)}, from {duration(span.begin)} on"
-        fill = of[kinds.get(name, "block")]
-        x, width = LEFT + span.begin * scale, max(span.seconds * scale, 0.5)
-        shapes.append(rect(x, y, width, TRACK - 12, tip, fill=fill))
-    bottom = TOP + len(memories) * TRACK
+    shapes, top = legend(of)
+    for i, track in enumerate(tracks):
+        y = top + i * TRACK
+        shapes.append(text(LEFT - 6, y + 15, track.name, text_anchor="end"))
+        # What lies within a span is drawn over it.
+        for span in sorted(track.spans, key=lambda span: -span.seconds):
+            shapes.append(_bar(span, y, scale, of[kinds.get(span.name, "block")]))
+    bottom = top + len(tracks) * TRACK
     shapes += [line(LEFT, bottom, WIDTH - 20, bottom, class_="grid"), *_ticks(end, scale, bottom)]
     return Picture(
         "Time line",
-        "One forward with marks in all blocks: what is empty between two blocks is spent outside "
-        "of both, such as waiting for another memory. Each memory has its own clock, which begins "
-        "with its first block.",
+        f"One forward with marks in all blocks. {_clocks(ranks)}What is empty between two blocks "
+        "belongs to neither, such as Python on the host. In the memory of a device, time counts "
+        "from a mark that the idle device reaches as the forward begins.",
         picture(WIDTH, bottom + 24, "Time line of one forward", shapes),
-        ("block", "memory", "from, us", "microseconds"),
-        [(s.name, s.memory, f"{1e6 * s.begin:.1f}", f"{1e6 * s.seconds:.1f}") for s in shown],
+        ("block", "of", "from, us", "microseconds"),
+        [
+            (s.name, track.name, f"{1e6 * s.begin:.1f}", f"{1e6 * s.seconds:.1f}")
+            for track in tracks
+            for s in track.spans
+        ],
+    )
+
+
+def _tracks(one: OfRank, ranks: int) -> list[_Track]:
+    shown = finest(one.spans)
+    rank = f"rank {one.rank}, " if ranks > 1 else ""
+    return [
+        _Track(f"{rank}{memory}", [span for span in shown if span.memory == memory])
+        for memory in dict.fromkeys(span.memory for span in shown)
+    ]
+
+
+def _bar(span: Span, y: float, scale: float, fill: str) -> str:
+    tip = f"{span.name}: {duration(span.seconds)}, from {duration(span.begin)} on"
+    x, width = LEFT + span.begin * scale, max(span.seconds * scale, 0.5)
+    return rect(x, y, width, TRACK - 8, tip, fill=fill)
+
+
+def _clocks(ranks: Sequence[OfRank]) -> str:
+    """Say how the ranks' clocks were compared."""
+    if len(ranks) == 1:
+        return ""
+    only = f" The first {MOST_RANKS} ranks are drawn." if len(ranks) > MOST_RANKS else ""
+    error = max(one.ahead.error for one in ranks)
+    if not error:
+        return f"All ranks have the clock of one machine.{only} "
+    return (
+        "The machines' clocks were compared by barriers, and may be wrong by "
+        f"{duration(error)}.{only} "
     )
 
 
