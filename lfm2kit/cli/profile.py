@@ -64,6 +64,14 @@ def profile(
             "--errors", help="Also compare each block with the reference's, as lfm2kit verify does."
         ),
     ] = False,
+    scaling: Annotated[
+        Path | None,
+        flags(
+            "scaling",
+            About("Show a record of lfm2kit bench --ranks as a curve.", metavar="FILE"),
+            is_path=True,
+        ),
+    ] = None,
     ranks: RanksOption = None,
     transport: TransportOption = DEFAULT_TRANSPORT,
     independent: IndependentOption = False,
@@ -76,7 +84,8 @@ def profile(
     job = None if independent else joined_job(transport)
     with ending_all_ranks(job):
         bounds.check_tokens(n, seq_len)
-        asked = profiling.Asked(n, seq_len, decode, repetitions, errors, trace, html, json)
+        files = profiling.Files(trace, html, scaling, json)
+        asked = profiling.Asked(n, seq_len, decode, repetitions, errors, files)
         prepared = agreed(
             job, lambda: profiling.prepared(options, asked, job, ranks), profiling.facts_of
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,9 +19,11 @@ from lfm2kit.profiling.page.ladder import ladder
 from lfm2kit.profiling.page.page import page
 from lfm2kit.profiling.page.rank_bars import rank_bars
 from lfm2kit.profiling.page.roofline import roofline
+from lfm2kit.profiling.page.scaling import scaling
 from lfm2kit.profiling.page.strip import strip
 from lfm2kit.profiling.page.timeline import timeline
 from lfm2kit.profiling.ranks import OfRank
+from lfm2kit.profiling.scaling import Curve
 from lfm2kit.profiling.trace_events import trace_events
 from lfm2kit.records.machine import machine_of
 from lfm2kit.verifying.verification import Verification
@@ -30,7 +32,7 @@ from lfm2kit.verifying.verification import Verification
 def deliver(report: Report, found: Found) -> None:
     """Write the document, the trace and the page that were asked for."""
     _record(report, found)
-    trace, html = found.asked.trace, found.asked.html
+    trace, html = found.asked.files.trace, found.asked.files.html
     if trace is not None:
         write_document(trace, trace_events(found.ranks))
     if html is not None:
@@ -48,6 +50,8 @@ def _page(found: Found, report: Report) -> str:
         pictures.insert(1, roofline(found.totals, found.ceilings))
     if found.loads:
         pictures.append(heat(found.loads))
+    if found.curves:
+        pictures.append(scaling(found.curves))
     if found.errors is not None:
         pictures.append(ladder(found.errors))
     return page(f"{found.setup.plan}: {found.test}", _facts(found), pictures, report.record())
@@ -81,6 +85,7 @@ def _record(report: Report, found: Found) -> None:
         "experts_of_ranks": _by_layer(found.loads.owners),
         "ranks": [_rank(one) for one in found.ranks],
         "parts": [_part(part, found.ceilings) for part in found.parts],
+        "scaling": [point for curve in found.curves for point in _points(curve)],
         "errors": None if found.errors is None else _errors(found.errors),
         "kinds": [asdict(total) | {"work": total.work._asdict()} for total in found.totals],
     }
@@ -106,6 +111,17 @@ def _rank(one: OfRank) -> dict[str, Any]:
             for part in one.parts
         ],
     }
+
+
+def _points(curve: Curve) -> Iterator[dict[str, Any]]:
+    for point in curve.points:
+        yield {
+            "test": curve.name,
+            "ranks": point.ranks,
+            "samples_per_second": point.throughput,
+            "ideal": curve.ideal(point),
+            "efficiency": curve.efficiency(point),
+        }
 
 
 def _errors(found: Verification) -> list[dict[str, Any]]:

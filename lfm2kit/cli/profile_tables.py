@@ -13,6 +13,8 @@ from lfm2kit.cli.report import Report
 from lfm2kit.cli.verifying import verdict
 from lfm2kit.profiling.figures import Part, Total
 from lfm2kit.profiling.forwards import MOST_OVERHEAD, Profile
+from lfm2kit.profiling.page.scaling import COLUMNS
+from lfm2kit.profiling.page.scaling import rows as rows_of
 from lfm2kit.profiling.ranks import OfRank, slowest
 from lfm2kit.verifying import REFERENCE
 
@@ -31,6 +33,8 @@ def show(report: Report, found: Found) -> None:
         _show_layers(found)
         if len(found.ranks) > 1:
             _show_ranks(found)
+        if found.curves:
+            _show_scaling(found)
     report.line(of_marks(profile))
     if found.errors is not None:
         for line in verdict(found.errors, REFERENCE, found.samples):
@@ -86,6 +90,12 @@ def _show_ranks(found: Found) -> None:
         *map(Column, ("rank", "samples", "ms", "blocks", "exchange", "waits", "between")),
         box=SIMPLE_HEAD,
     )
+
+
+def _show_scaling(found: Found) -> None:
+    """Print a row for each number of ranks of a record."""
+    some = (row for curve in found.curves for row in rows_of(curve))
+    show_table(some, *map(Column, COLUMNS), box=SIMPLE_HEAD)
 
 
 def _times(rank: OfRank) -> tuple[float, ...]:

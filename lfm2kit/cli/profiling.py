@@ -31,6 +31,7 @@ from lfm2kit.profiling.figures import Part, Total, parts_of, totals
 from lfm2kit.profiling.forwards import Job, Profile, Prompt, profiled, unseen
 from lfm2kit.profiling.loads import Loads, expert_loads
 from lfm2kit.profiling.ranks import OfRank, gathered, mean_ceilings, of_an_average_rank
+from lfm2kit.profiling.scaling import Curve, curves_in
 from lfm2kit.ranks.agreement import Fact, Facts
 from lfm2kit.ranks.joining import Alone, settled_alike
 from lfm2kit.state import Room
@@ -41,17 +42,24 @@ from lfm2kit.verifying.verification import Verification, verify_against
 COMPARED = 4  # samples whose blocks are compared with the reference's
 
 
+class Files(NamedTuple):
+    """What is to be written, and a record that is to be shown."""
+
+    trace: Path | None = None
+    html: Path | None = None  # for which tokens are counted by expert
+    scaling: Path | None = None
+    json: str | None = None
+
+
 class Asked(NamedTuple):
-    """What is to be measured, and which files are to be written."""
+    """What is to be measured."""
 
     n: int
     seq_len: int
     decode: bool
     repetitions: int
     errors: bool
-    trace: Path | None = None
-    html: Path | None = None  # for which tokens are counted by expert
-    json: str | None = None
+    files: Files = Files()
 
     def test(self, ranks: int) -> str:
         """Return what is measured, in words."""
@@ -67,6 +75,7 @@ class Prepared(NamedTuple):
     report: Report
     asked: Asked
     setup: Setup
+    curves: Sequence[Curve] = ()  # of a record
 
 
 class Found(NamedTuple):
@@ -78,6 +87,7 @@ class Found(NamedTuple):
     ranks: Sequence[OfRank]
     loads: Loads  # if they were counted
     errors: Verification | None
+    curves: Sequence[Curve] = ()
 
     @property
     def test(self) -> str:
@@ -108,28 +118,37 @@ def prepared(options: Options, asked: Asked, job: Transport | None, ranks: int |
     world = place_of(job, ranks)
     if world.size > 1:
         _check_ranks(options, asked, world.size)
-    report = Report(asked.json if world.rank == 0 else None, "lfm2kit profile")
-    checkpoint = open_model(options)
-    if world.rank == 0:
-        outputs = {"--json": report.path, "--trace": asked.trace, "--html": asked.html}
-        check_apart(outputs, files_of(checkpoint, options))
-        for name, path in (("--trace", asked.trace), ("--html", asked.html)):
-            if path is not None:
-                check_target(name, path)
-                check_no_part(name, path)
+    files = asked.files
+    report = Report(files.json if world.rank == 0 else None, "lfm2kit profile")
+    checkpoint, curves = open_model(options), list[Curve]()
+    if world.rank == 0:  # it alone reads and writes these, perhaps where others have no folder
+        _check_outputs(report, files, files_of(checkpoint, options))
+        curves = [] if files.scaling is None else curves_in(files.scaling)
     tokens = len(share(asked.n, world.size, world.size - 1)) * asked.seq_len
     setup = set_up(checkpoint, options, world=world, transport=job, tokens=tokens)
     if asked.decode:
         check_state("--decode", setup.rewrites)
-    if asked.html is not None:
+    if files.html is not None:
         _check_rows(setup)
-    return Prepared(report, asked, setup)
+    return Prepared(report, asked, setup, curves)
+
+
+def _check_outputs(report: Report, files: Files, reads: dict[str, list[Path]]) -> None:
+    """Raise `Lfm2kitError` if a file cannot be written, or would replace one that is read."""
+    outputs = {"--trace": files.trace, "--html": files.html}
+    read = [] if files.scaling is None else [files.scaling]
+    check_apart({"--json": report.path, **outputs}, {**reads, "the record": read})
+    for name, path in outputs.items():
+        if path is not None:
+            check_target(name, path)
+            check_no_part(name, path)
 
 
 def _check_ranks(options: Options, asked: Asked, ranks: int) -> None:
     """Raise `Lfm2kitError` for what several ranks cannot measure."""
-    outputs = {"--trace": asked.trace, "--html": asked.html}
-    check_same_file({**shared_paths(options, asked.json), **outputs})
+    files = asked.files
+    named = {"--trace": files.trace, "--html": files.html, "--scaling": files.scaling}
+    check_same_file({**shared_paths(options, files.json), **named})
     if asked.errors:
         raise Lfm2kitError("--errors compares the blocks of one process; leave out --ranks")
     if asked.decode and asked.n < ranks:
@@ -152,7 +171,11 @@ def facts_of(prepared: Prepared) -> Facts:
     """Return what all ranks must have in common before they read weights."""
     asked = prepared.asked
     sizes = {"-n": asked.n, "--seq-len": asked.seq_len, "--repetitions": asked.repetitions}
-    given = {"--decode": asked.decode, "--errors": asked.errors, "--html": asked.html is not None}
+    given = {
+        "--decode": asked.decode,
+        "--errors": asked.errors,
+        "--html": asked.files.html is not None,
+    }
     return {
         **{name: Fact(str(value)) for name, value in sizes.items()},
         **{name: Fact("given" if is_given else "not given") for name, is_given in given.items()},
@@ -171,12 +194,14 @@ def measured(prepared: Prepared, job: Transport | None) -> Found | None:
     prompt = _prompt(setup, asked)
     with np.errstate(all="ignore"):
         profile = _profile(setup, prompt, asked, Job(ranks, setup.among))
-        loads = Loads() if asked.html is None else expert_loads(setup, prompt)
+        loads = Loads() if asked.files.html is None else expert_loads(setup, prompt)
         errors = _errors(setup, prompt) if asked.errors else None
     ranks.barrier()  # so that all measure at the same time
     ceilings, parts = measured_ceilings(setup), parts_of(setup, profile, prompt.batch)
     told = gathered(ranks, profile, parts, prompt.batch.sequences, ceilings)
-    return Found(setup, asked, profile, told, loads, errors) if told else None
+    if not told:
+        return None
+    return Found(setup, asked, profile, told, loads, errors, prepared.curves)
 
 
 def _profile(setup: Setup, prompt: Prompt, asked: Asked, job: Job) -> Profile:

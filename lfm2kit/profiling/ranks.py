@@ -18,7 +18,7 @@ from lfm2kit.ranks.agreement import on_first
 from lfm2kit.specs import Work
 from lfm2kit.transport import Transport
 
-ENDING = What("the last rank", kind=OF_RANKS)
+ENDING = What("end", kind=OF_RANKS)
 
 
 class OfRank(NamedTuple):

@@ -25,6 +25,7 @@ svg .quiet, .quiet { fill: var(--quiet); color: var(--quiet); } svg .small { fon
 svg .grid { stroke: var(--line); } svg .roof { stroke: var(--roof); stroke-width: 2; }
 svg .heat { fill: var(--heat); } svg .within { fill: #0072b2; } svg .beyond { fill: var(--roof); }
 svg .ring { fill: none; stroke: var(--ink); }
+svg .ideal { stroke: var(--quiet); stroke-dasharray: 5 4; }
 svg .border { stroke: var(--ink); stroke-width: 2; }
 details div { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; }
 th, td { padding: 0.15rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left; }

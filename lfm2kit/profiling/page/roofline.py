@@ -6,31 +6,16 @@ Model: Williams, Waterman and Patterson, "Roofline", Communications of the ACM 5
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, floor, log10
 
 from lfm2kit.backend import Ceilings
 from lfm2kit.profiling.figures import Total
 from lfm2kit.profiling.page import colours
+from lfm2kit.profiling.page.axis import Axis
 from lfm2kit.profiling.page.picture import WIDTH, Picture
 from lfm2kit.profiling.page.svg import element, line, picture, text
 
+NAME, LINE = 60, 13  # the room of a name
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 70, 20, 26, 44
-
-
-class _Axis:
-    """A logarithmic axis of whole decades."""
-
-    def __init__(self, values: Sequence[float], begin: float, end: float) -> None:
-        self.first, self.last = floor(log10(min(values))), ceil(log10(max(values)))
-        self.last = max(self.last, self.first + 1)
-        self._begin, self._end = begin, end
-
-    def at(self, value: float) -> float:
-        share = (log10(value) - self.first) / (self.last - self.first)
-        return self._begin + share * (self._end - self._begin)
-
-    def decades(self) -> list[float]:
-        return [10.0**i for i in range(self.first, self.last + 1)]
 
 
 def roofline(totals: Sequence[Total], ceilings: Ceilings) -> Picture:
@@ -39,15 +24,15 @@ def roofline(totals: Sequence[Total], ceilings: Ceilings) -> Picture:
     intensity = [one.work.flops / one.work.bytes for one in dots]
     reached = [one.work.flops / one.seconds for one in dots]
     ridge = ceilings.flops / ceilings.bytes
-    x = _Axis([*intensity, ridge, 2 * ridge], LEFT, WIDTH - RIGHT)
-    y = _Axis([*reached, ceilings.flops], HEIGHT - BOTTOM, TOP)
+    x = Axis([*intensity, ridge, 2 * ridge], LEFT, WIDTH - RIGHT)
+    y = Axis([*reached, ceilings.flops], HEIGHT - BOTTOM, TOP)
     of = colours.of_kinds(total.kind for total in totals)
     shapes = [*_grid(x, y), *_roof(x, y, ceilings)]
-    for total, flops_of_byte, flops in zip(dots, intensity, reached, strict=True):
-        at = x.at(flops_of_byte), y.at(flops)
+    places = [(x.at(i), y.at(f)) for i, f in zip(intensity, reached, strict=True)]
+    for total, flops, at, label in zip(dots, reached, places, _labels(places), strict=True):
         tip = element("title", f"{total.kind}: {flops / 1e9:.4g} GFLOP/s")
         shapes.append(element("circle", tip, cx=at[0], cy=at[1], r=6, fill=of[total.kind]))
-        shapes.append(text(at[0] + 9, at[1] + 4, total.kind))
+        shapes.append(text(*label, total.kind))
     return Picture(
         "Roofline",
         "What each kind of block reaches beside the ceilings that were measured in this run: "
@@ -68,13 +53,24 @@ def roofline(totals: Sequence[Total], ceilings: Ceilings) -> Picture:
     )
 
 
-def _grid(x: _Axis, y: _Axis) -> list[str]:
+def _labels(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the place of each dot's name beside it, below the names that are already there."""
+    placed: list[tuple[float, float]] = []
+    for dot_x, dot_y in dots:
+        x, y = dot_x + 9, dot_y + 4
+        while any(abs(x - other) < NAME and abs(y - its) < LINE for other, its in placed):
+            y += 1
+        placed.append((x, y))
+    return placed
+
+
+def _grid(x: Axis, y: Axis) -> list[str]:
     shapes = []
-    for value in x.decades():
+    for value in x.powers():
         at = x.at(value)
         shapes.append(line(at, TOP, at, HEIGHT - BOTTOM, class_="grid"))
         shapes.append(text(at, HEIGHT - BOTTOM + 16, f"{value:g}", text_anchor="middle"))
-    for value in y.decades():
+    for value in y.powers():
         at = y.at(value)
         shapes.append(line(LEFT, at, WIDTH - RIGHT, at, class_="grid"))
         shapes.append(text(LEFT - 6, at + 4, f"{value / 1e9:g}", text_anchor="end"))
@@ -83,7 +79,7 @@ def _grid(x: _Axis, y: _Axis) -> list[str]:
     return [*shapes, text(8, TOP - 8, "GFLOP/s")]
 
 
-def _roof(x: _Axis, y: _Axis, ceilings: Ceilings) -> list[str]:
+def _roof(x: Axis, y: Axis, ceilings: Ceilings) -> list[str]:
     ridge = ceilings.flops / ceilings.bytes
     first, last = 10.0**x.first, 10.0**x.last
     begin = max(first, 10.0**y.first / ceilings.bytes)
