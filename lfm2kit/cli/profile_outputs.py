@@ -82,6 +82,7 @@ def _record(report: Report, found: Found) -> None:
         "ceilings": None if found.ceilings is None else found.ceilings._asdict(),
         "expert_loads": _by_layer(found.loads.experts),
         "rank_loads": _by_layer(found.loads.ranks),
+        "rows_max_over_mean": found.loads.max_over_mean,
         "experts_of_ranks": _by_layer(found.loads.owners),
         "ranks": [_rank(one) for one in found.ranks],
         "parts": [_part(part, found.ceilings) for part in found.parts],

@@ -35,6 +35,8 @@ def show(report: Report, found: Found) -> None:
             _show_ranks(found)
         if found.curves:
             _show_scaling(found)
+    if found.loads.max_over_mean is not None:
+        report.line(f"rows of experts, max/mean over ranks: {found.loads.max_over_mean:.2f}")
     report.line(of_marks(profile))
     if found.errors is not None:
         for line in verdict(found.errors, REFERENCE, found.samples):

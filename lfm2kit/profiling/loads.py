@@ -11,6 +11,7 @@ from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.measuring import exchanged
 from lfm2kit.measuring.exchanged import Exchanged
 from lfm2kit.profiling.forwards import Prompt
+from lfm2kit.ranks.balancing import max_over_mean
 from lfm2kit.rewrites import owners_by_layer
 from lfm2kit.rewrites.recorded_load import LoadRecorder
 from lfm2kit.transport import Sent
@@ -25,6 +26,11 @@ class Loads(NamedTuple):
 
     def __bool__(self) -> bool:
         return bool(self.experts)
+
+    @property
+    def max_over_mean(self) -> float | None:
+        """Return the rows of each layer's busiest rank over those of an average one."""
+        return max_over_mean(self.ranks.values())
 
 
 def expert_loads(setup: Setup, prompt: Prompt) -> Loads:

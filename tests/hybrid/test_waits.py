@@ -22,7 +22,7 @@ from tests.conformance.crossing import DeviceBackend
 from tests.core.small import build, small_spec
 from tests.core.test_model import SEQUENCES
 
-LONG = 0.02  # seconds
+LONG = 0.05  # seconds
 BATCH = Batch.of_sequences(SEQUENCES)
 
 
@@ -71,7 +71,7 @@ def test_the_device_waits_for_the_host_where_it_chooses(
         assert list(waited) == [
             f"layers.{layer}.feed_forward.router.choice.wait" for layer in (2, 3)
         ]
-        assert all(span.seconds >= LONG / 2 for span in waited.values())
+        assert all(span.seconds >= LONG / 5 for span in waited.values())
         chosen = [span for span in spans if span.memory == "host"]
         assert [f"{span.name}.wait" for span in chosen] == list(waited)
         assert all(span.seconds >= LONG for span in chosen)

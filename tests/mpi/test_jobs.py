@@ -148,6 +148,7 @@ def test_a_profile_tells_what_ranks_wait_for_each_other(tmp_path: Path) -> None:
     assert {kind["kind"] for kind in record["kinds"]} >= {"exchange", "sending", "wait for ranks"}
     for layer, rows in record["rank_loads"].items():
         assert sum(rows) == sum(record["expert_loads"][layer]) == 3 * 4 * 4
+    assert 1 <= record["rows_max_over_mean"] <= 2
     pids = {event["pid"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert pids == {1, 2}
     assert "rank 1, host" in html.read_text(encoding="utf-8")

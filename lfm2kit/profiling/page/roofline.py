@@ -15,7 +15,7 @@ from lfm2kit.profiling.page.picture import WIDTH, Picture
 from lfm2kit.profiling.page.svg import element, line, picture, text
 
 NAME, LINE = 60, 13  # the room of a name
-HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 70, 20, 26, 44
+HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 70, 60, 26, 44
 
 
 def roofline(totals: Sequence[Total], ceilings: Ceilings) -> Picture:

@@ -23,8 +23,8 @@ def scaling(curves: Sequence[Curve]) -> Picture:
     of = {curve.name: PALETTE[i % len(PALETTE)] for i, curve in enumerate(curves)}
     shapes, top = legend(of)
     x = Axis([point.ranks for point in points], LEFT, WIDTH - RIGHT, base=2)
-    y = Axis([*ideals, *(point.throughput for point in points)], HEIGHT - BOTTOM, top + 10)
-    shapes += _grid(x, y, top + 10)
+    y = Axis([*ideals, *(point.throughput for point in points)], HEIGHT - BOTTOM, top + 18)
+    shapes += _grid(x, y, top + 18)
     for curve in curves:
         shapes += _curve(curve, x, y, of[curve.name])
     return Picture(
@@ -54,7 +54,7 @@ def _grid(x: Axis, y: Axis, top: float) -> Iterator[str]:
         yield line(LEFT, at, WIDTH - RIGHT, at, class_="grid")
         yield text(LEFT - 6, at + 4, f"{throughput:g}", text_anchor="end")
     yield text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "ranks", text_anchor="middle")
-    yield text(8, top - 6, "samples/s")
+    yield text(8, top - 14, "samples/s")
 
 
 def _curve(curve: Curve, x: Axis, y: Axis, colour: str) -> Iterator[str]:
