@@ -199,7 +199,7 @@ def bench(
         if len(lengths) > 1:
             raise Lfm2kitError(f"--seq-len {seq_len}: with --ranks it takes one number")
         jobs = [Job(plan, size, n) for plan in plans for n in samples for size in sizes]
-        table = _Table(Report(json, "lfm2kit bench --ranks"), output)
+        table = _Table(Report(json, scaling.KIND), output)
         _bench_jobs(table, options, jobs, lengths[0], repetitions, transport)
         return
     scaling.check_of_ranks(options, ranks)

@@ -23,6 +23,7 @@ from lfm2kit.cli.preparing import check_same_file, place_of, shared_paths
 from lfm2kit.cli.ranks import check_size, facts_of_setup
 from lfm2kit.cli.report import Report
 from lfm2kit.cli.rewrite_options import check_state, option_of
+from lfm2kit.cli.scaling import KIND
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.measuring.bench import measured_ceilings
 from lfm2kit.outputs.files import check_target
@@ -123,7 +124,7 @@ def prepared(options: Options, asked: Asked, job: Transport | None, ranks: int |
     checkpoint, curves = open_model(options), list[Curve]()
     if world.rank == 0:  # it alone reads and writes these, perhaps where others have no folder
         _check_outputs(report, files, files_of(checkpoint, options))
-        curves = [] if files.scaling is None else curves_in(files.scaling)
+        curves = [] if files.scaling is None else curves_in(files.scaling, KIND)
     tokens = len(share(asked.n, world.size, world.size - 1)) * asked.seq_len
     setup = set_up(checkpoint, options, world=world, transport=job, tokens=tokens)
     if asked.decode:

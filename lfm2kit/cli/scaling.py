@@ -22,6 +22,7 @@ from lfm2kit.measuring.scaling import Job, Record, Scaled, measure, speed_up
 from lfm2kit.records.machine import described
 from lfm2kit.transport import rank_command
 
+KIND = "lfm2kit bench --ranks"  # of the record
 APART = ("backend", "rewrites")  # options of a job that are not passed on as they are
 
 

@@ -10,7 +10,7 @@ from lfm2kit.bounds import COUNT
 from lfm2kit.building.records import read_record
 from lfm2kit.errors import Lfm2kitError
 
-KIND, VERSION = "lfm2kit bench --ranks", 1
+VERSION = 1  # of the record
 MADE_BY = "make one with lfm2kit bench, whose help says how to compare numbers of ranks"
 
 
@@ -36,10 +36,10 @@ class Curve(NamedTuple):
         return point.throughput / self.ideal(point)
 
 
-def curves_in(path: Path) -> list[Curve]:
+def curves_in(path: Path, kind: str) -> list[Curve]:
     """Return the curves in a record; raise `Lfm2kitError` for a file that is not of this kind."""
     found: dict[str, dict[int, Point]] = {}
-    for row in read_record(path, KIND, VERSION, MADE_BY).records("results"):
+    for row in read_record(path, kind, VERSION, MADE_BY).records("results"):
         name = f"{row.text('backend')}: {row.text('test')}"
         point = Point(row.whole("ranks", 1, COUNT), row.rate("samples_per_second"))
         found.setdefault(name, {})[point.ranks] = point

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lfm2kit.cli.scaling import KIND
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.profiling.page.axis import Axis
 from lfm2kit.profiling.page.scaling import scaling
@@ -18,7 +19,7 @@ from tests.records.validating import faults
 JOBS = ((4, 8, 30.0), (1, 8, 10.0), (2, 8, 15.0), (1, 16, 12.0))  # ranks, samples, samples/s
 
 
-def record(path: Path, jobs: Any = JOBS, kind: str = "lfm2kit bench --ranks") -> Path:
+def record(path: Path, jobs: Any = JOBS, kind: str = KIND) -> Path:
     rows = [
         {"backend": "reference", "test": f"model {n}x16", "ranks": ranks, "samples_per_second": s}
         for ranks, n, s in jobs
@@ -28,7 +29,7 @@ def record(path: Path, jobs: Any = JOBS, kind: str = "lfm2kit bench --ranks") ->
 
 
 def test_what_does_the_same_is_one_curve(tmp_path: Path) -> None:
-    first, second = curves_in(record(tmp_path / "bench.json"))
+    first, second = curves_in(record(tmp_path / "bench.json"), KIND)
     assert first == Curve("reference: model 8x16", [Point(1, 10.0), Point(2, 15.0), Point(4, 30.0)])
     assert [first.ideal(point) for point in first.points] == [10.0, 20.0, 40.0]
     assert [first.efficiency(point) for point in first.points] == [1.0, 0.75, 0.75]
@@ -38,7 +39,7 @@ def test_what_does_the_same_is_one_curve(tmp_path: Path) -> None:
 def test_the_picture_has_a_dot_for_each_job_and_an_ideal_line_for_each_curve(
     tmp_path: Path,
 ) -> None:
-    picture = scaling(curves_in(record(tmp_path / "bench.json")))
+    picture = scaling(curves_in(record(tmp_path / "bench.json"), KIND))
     assert picture.svg.count("<circle") == len(picture.rows) == 4
     assert picture.svg.count('class="ideal"') == 2
     assert picture.rows[1] == ("reference: model 8x16", "2", "15", "20", "75")
@@ -55,9 +56,9 @@ def test_an_axis_ends_at_the_powers_around_its_values(base: int, top: float) -> 
     ("jobs", "kind", "says"),
     [
         (JOBS, "lfm2kit bench", "'kind' is 'lfm2kit bench', not 'lfm2kit bench --ranks'"),
-        (JOBS[:1], "lfm2kit bench --ranks", "it compares no numbers of ranks"),
-        ([("2", 8, 1.0)], "lfm2kit bench --ranks", "results[0].ranks is '2'; expected a whole"),
-        ([(2, 8, -1.0)], "lfm2kit bench --ranks", "results[0].samples_per_second is -1.0"),
+        (JOBS[:1], KIND, "it compares no numbers of ranks"),
+        ([("2", 8, 1.0)], KIND, "results[0].ranks is '2'; expected a whole"),
+        ([(2, 8, -1.0)], KIND, "results[0].samples_per_second is -1.0"),
     ],
 )
 def test_a_file_of_something_else_is_one_line(
@@ -65,7 +66,7 @@ def test_a_file_of_something_else_is_one_line(
 ) -> None:
     path = record(tmp_path / "bench.json", jobs, kind)
     with pytest.raises(Lfm2kitError) as raised:
-        curves_in(path)
+        curves_in(path, KIND)
     assert says in str(raised.value)
 
 
