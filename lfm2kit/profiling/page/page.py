@@ -10,6 +10,7 @@ from typing import Any
 from lfm2kit.profiling.page.picture import Picture
 from lfm2kit.profiling.page.svg import element
 
+# A picture that is wider than the screen has a shadow where there is more of it.
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --quiet: #666; --line: #ddd;
         --roof: #b00020; --heat: #b35900; }
@@ -19,7 +20,12 @@ STYLE = """
 body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--paper);
        color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-figure { margin: 0; overflow-x: auto; } svg { width: 100%; min-width: 40rem; height: auto; }
+figure { margin: 0; overflow-x: auto; background:
+  linear-gradient(to right, var(--paper) 30%, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 30%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to right, var(--quiet), transparent) left / 0.7rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--quiet), transparent) right / 0.7rem 100% no-repeat scroll; }
+svg { width: 100%; min-width: 40rem; height: auto; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 svg .quiet, .quiet { fill: var(--quiet); color: var(--quiet); } svg .small { font-size: 10px; }
 svg .grid { stroke: var(--line); } svg .roof { stroke: var(--roof); stroke-width: 2; }
