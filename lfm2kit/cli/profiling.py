@@ -151,7 +151,9 @@ def _check_ranks(options: Options, asked: Asked, ranks: int) -> None:
     named = {"--trace": files.trace, "--html": files.html, "--scaling": files.scaling}
     check_same_file({**shared_paths(options, files.json), **named})
     if asked.errors:
-        raise Lfm2kitError("--errors compares the blocks of one process; leave out --ranks")
+        raise Lfm2kitError(
+            f"--errors compares the blocks of one process, not of {ranks} ranks; leave it out"
+        )
     if asked.decode and asked.n < ranks:
         raise Lfm2kitError(
             f"-n {asked.n}: with --decode each of {ranks} ranks has a sequence; give -n {ranks} "
