@@ -109,7 +109,7 @@ class Generation:
     system: str | None = option(None, "The system message of a chat.", words="none", metavar="TEXT")
     special: bool = option(False, "Take special tokens in the prompt for tokens.")
     think: str = option(
-        SHOW, "Whether to show thoughts, which are between <think> tags.", metavar="|".join(THINK)
+        SHOW, "Whether to show thoughts, which are between `<think>` tags.", metavar="|".join(THINK)
     )
     context: int | None = option(
         None,
