@@ -77,7 +77,7 @@ def page() -> str:
 def _section(title: str, module: ModuleType, public: ModuleType) -> str:
     parts = [f"## {title}: {public.__name__}", inspect.getdoc(module) or ""]
     for thing in _definitions(module):
-        parts += [f"### {thing.__name__}", f"```python\n{_stub(thing)}\n```"]
+        parts += [f"### {thing.__name__}", f"```python\n{outlined(thing)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,7 +91,7 @@ def _is_of(thing: type, module: ModuleType) -> bool:
     return thing.__module__ == module.__name__
 
 
-def _stub(thing: Any) -> str:
+def outlined(thing: Any) -> str:
     """Return a definition's head, docstring, fields and methods, without the methods' bodies."""
     source = textwrap.dedent(inspect.getsource(thing))
     (node,) = ast.parse(source).body
