@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CONFIG = "zensical.toml"
 PAGES, SITE = Path("build/pages"), Path("build/site")  # as the config has them
+DECISIONS = Path("docs/decisions")
 PATTERNS = (
     "README.md",
     "CONTRIBUTING.md",
@@ -40,6 +41,23 @@ def lay_out(folder: Path) -> None:
     for page in pages():
         (folder / page).parent.mkdir(parents=True, exist_ok=True)
         (folder / page).symlink_to(ROOT / page)
+    list_decisions(folder / DECISIONS)
+
+
+def list_decisions(folder: Path) -> None:
+    """Put a list of the decisions, which GitHub shows by itself, below what introduces them."""
+    index = folder / "README.md"
+    said = index.read_text(encoding="utf-8")
+    titles = {page.name: title(page) for page in sorted(folder.glob("[0-9]*.md"))}
+    listed = "\n".join(f"- [{title}]({name})" for name, title in titles.items())
+    index.unlink()  # the link, and not what it leads to
+    index.write_text(f"{said}\n{listed}\n", encoding="utf-8")
+
+
+def title(page: Path) -> str:
+    """Return the heading of a page."""
+    with page.open(encoding="utf-8") as lines:
+        return next(lines).removeprefix("# ").strip()
 
 
 def build(into: Path = ROOT) -> int:

@@ -49,7 +49,7 @@ def _listed(prefix: str, commands: dict[str, Any]) -> Iterator[str]:
     for name, command in commands.items():
         typed = f"{prefix} {name}"
         yield f"- [`{typed}`](#{typed.replace(' ', '-')}): {_first_paragraph(command.help)}"
-        yield from (f"  {line}" for line in _listed(typed, getattr(command, "commands", {})))
+        yield from (f"    {line}" for line in _listed(typed, getattr(command, "commands", {})))
 
 
 def _first_paragraph(text: str) -> str:

@@ -95,6 +95,13 @@ def test_every_page_is_in_the_navigation(site: Path) -> None:
     assert [str(path.relative_to(site)) for path in html(site) if path not in shown] == []
 
 
+def test_the_page_of_decisions_lists_each_of_them(site: Path) -> None:
+    folder = site / "docs" / "decisions"
+    written = sorted(ROOT.glob("docs/decisions/[0-9]*.md"))
+    listed = [link for link in page(folder / "index.html").links if link[0].isdigit()]
+    assert listed == [f"{path.stem}.html" for path in written]
+
+
 @pytest.mark.parametrize("mistake", ["[x](no.md)", "[x](index.md#no)", "![x](no.svg)"])
 def test_a_dead_link_is_found(mistake: str, site: Path) -> None:
     """By the last line of defence, which needs no build."""
