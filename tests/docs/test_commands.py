@@ -40,8 +40,8 @@ SHORTER = {
 STDIN = {"chat": "Who are you?\n/exit\n", "prompt.txt": "It is", "question.txt": "Who?"}
 # A backend of the reader's that judges itself: one that builds all blocks, and one that builds few.
 MINE = {"check": "reference", "matrix": "blas", "verify": "reference"}
-TOO_LARGE = re.compile(r"\b(cuda|hybrid|nccl)\b|^lfm2kit convert lfm2-8b-a1b|training/")
-MEASURES_LONG = re.compile(r"lfm2kit (grade|profile)|backends matrix|(experts|layer)\(")
+TOO_LARGE = re.compile(r"\b(cuda|hybrid|nccl)\b|lfm2kit (grade|convert lfm2-8b-a1b)|training/")
+MEASURES_LONG = re.compile(r"lfm2kit profile|backends matrix|(experts|layer)\(")
 INSTALLED = "docs/plugins.md"
 
 ALL = {page: found for page in pages() if (found := commands(page))}
@@ -54,7 +54,7 @@ def elsewhere(command: Command) -> bool:
 
 
 def is_too_large(command: Command) -> bool:
-    """Return whether a command needs a GPU, several machines, or what takes hours to make."""
+    """Return whether a command needs a GPU, several machines, or much time or space."""
     if "--simulate" in command.words:
         return not {"rates.json", "two.json"}.isdisjoint(command.words)  # measured by ranks
     is_started = re.search("mpirun|network|NODES", command.before)
