@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import typer
+from lfm2kit_int8.__main__ import quantise
 
 from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.cli import app
@@ -28,8 +29,8 @@ from tests.docs.pages import ROOT, Command, commands, pages
 from tests.random_model import CONFIG
 
 # What a page calls a model, and what runs here in its place.
-WITH_TEXT = ("FOLDER", "MODEL", "LFM2-8B-A1B")
-WITHOUT_TEXT = ("NEW_FOLDER", "8b", "wide-6", "wide-6-BF16")
+WITH_TEXT = ("FOLDER", "MODEL", "LFM2-8B-A1B", "LFM2-8B-A1B-Q4_K_M.gguf")
+WITHOUT_TEXT = ("8b", "wide-6", "wide-6-BF16")
 # Typed behind a command to make it short: of an option that is given twice, the last counts.
 SHORTER = {
     "bench": ("-r", "5", "-n", "1,2"),  # five are needed to know the noise
@@ -39,9 +40,9 @@ SHORTER = {
 }
 STDIN = {"chat": "Who are you?\n/exit\n", "prompt.txt": "It is", "question.txt": "Who?"}
 # A backend of the reader's that judges itself: one that builds all blocks, and one that builds few.
-MINE = {"check": "reference", "matrix": "blas", "verify": "reference"}
+MINE = {"check": "reference", "matrix": "blas", "verify": "cpu_simd"}
 TOO_LARGE = re.compile(r"\b(cuda|hybrid|nccl)\b|lfm2kit (grade|convert lfm2-8b-a1b)|training/")
-MEASURES_LONG = re.compile(r"lfm2kit profile|backends matrix|(experts|layer)\(")
+MEASURES_LONG = re.compile(r"lfm2kit profile|backends matrix|(experts|layer|MLP)\(")
 INSTALLED = "docs/plugins.md"
 
 ALL = {page: found for page in pages() if (found := commands(page))}
@@ -127,6 +128,7 @@ def folder(tmp_path: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch)
             (tmp_path / name).symlink_to(model)
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "It is"}\n')
+    (tmp_path / "book.txt").write_text("It is a truth universally acknowledged.\n")
     return tmp_path
 
 
@@ -155,15 +157,23 @@ def alone(typed: list[str]) -> list[str]:
     return typed[:at] + typed[at + 2 :]
 
 
+def prepare(page: str, folder: Path, cli: Cli) -> None:
+    """Make what a page's reader has made by other programs than lfm2kit."""
+    match page:
+        case "docs/performance-ranks.md":
+            (folder / "config.json").write_text(json.dumps(CONFIG))
+            (folder / "model.toml").write_text(cli("specs", "MODEL").out)
+        case "docs/testing.md":
+            cli("verify", "--model", "MODEL", "-b", "reference", "--write-trace", "one.npz")
+        case "plugins/lfm2kit-int8/README.md":
+            quantise(folder / "MODEL", folder / "NEW_FOLDER")
+
+
 @pytest.mark.parametrize("page", HERE)
 def test_the_commands_of_a_page_run(
     page: str, folder: Path, quickly: None, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if page == "docs/performance-ranks.md":
-        (folder / "config.json").write_text(json.dumps(CONFIG))
-        (folder / "model.toml").write_text(cli("specs", "MODEL").out)
-    if page == "docs/testing.md":
-        cli("verify", "--model", "MODEL", "-b", "reference", "--write-trace", "one.npz")
+    prepare(page, folder, cli)
     for command in HERE[page]:
         text = STDIN.get(command.stdin or command.name, "<|im_start|>user")
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
@@ -188,7 +198,7 @@ def started(command: Command) -> Typed:
 @pytest.mark.parametrize("command", LONG, ids=str)
 def test_a_command_that_takes_long_runs(command: Command, folder: Path, cli: Cli) -> None:
     (folder / "model.toml").write_text(cli("specs", "MODEL").out)
-    cli("convert", "NEW_FOLDER", "m.bin")
+    cli("convert", "wide-6", "m.bin")
     cli("run", "-m", "model.toml" if "model.toml" in command.words else "tiny",
         "--random-inputs", "8", "-n", "2", "--record-load", "load.json")  # fmt: skip
     done = started(command)
