@@ -41,21 +41,23 @@ SHORTER = {
 STDIN = {"chat": "Who are you?\n/exit\n", "prompt.txt": "It is", "question.txt": "Who?"}
 # A backend of the reader's that judges itself: one that builds all blocks, and one that builds few.
 MINE = {"check": "reference", "matrix": "blas", "verify": "cpu_simd"}
-TOO_LARGE = re.compile(r"\b(cuda|hybrid|nccl)\b|lfm2kit (grade|convert lfm2-8b-a1b)|training/")
+TOO_LARGE = re.compile(
+    r"\b(cuda|hybrid|nccl|torch)\b|lfm2kit (grade|convert lfm2-8b-a1b)|training/"
+)
 MEASURES_LONG = re.compile(r"lfm2kit profile|backends matrix|(experts|layer|MLP)\(")
-INSTALLED = "docs/plugins.md"
+INSTALLED = ("docs/plugins.md", "docs/tutorial.md")
 
 ALL = {page: found for page in pages() if (found := commands(page))}
 
 
 def elsewhere(command: Command) -> bool:
-    """Return whether tests/plugins/test_docs.py runs a command, which has the reader's backend."""
+    """Return whether a test in tests/plugins runs a command, with the package of the reader."""
     is_suite = command.words[1:] == ("check", "mine")
-    return command.page == INSTALLED or is_suite or "mlp=mine" in str(command)
+    return command.page in INSTALLED or is_suite or "mlp=mine" in str(command)
 
 
 def is_too_large(command: Command) -> bool:
-    """Return whether a command needs a GPU, several machines, or much time or space."""
+    """Return whether a command needs a GPU, PyTorch, several machines, or much time or space."""
     if "--simulate" in command.words:
         return not {"rates.json", "two.json"}.isdisjoint(command.words)  # measured by ranks
     is_started = re.search("mpirun|network|NODES", command.before)
@@ -110,7 +112,7 @@ def idle(found: list[Any]) -> None:
 @pytest.mark.parametrize("page", ALL)
 def test_the_commands_of_a_page_can_be_typed(page: str, grammar: Any) -> None:
     for command in ALL[page]:
-        if page != INSTALLED or command.name not in ("runs", "sums"):  # which that page makes
+        if page not in INSTALLED or command.name not in ("runs", "sums"):  # which that page makes
             grammar.main(list(command.words), "lfm2kit", standalone_mode=False)
 
 
@@ -167,6 +169,7 @@ def prepare(page: str, folder: Path, cli: Cli) -> None:
             cli("verify", "--model", "MODEL", "-b", "reference", "--write-trace", "one.npz")
         case "plugins/lfm2kit-int8/README.md":
             quantise(folder / "MODEL", folder / "NEW_FOLDER")
+            (folder / "wide.toml").write_text(cli("specs", "MODEL").out)
 
 
 @pytest.mark.parametrize("page", HERE)
