@@ -33,7 +33,7 @@ WITH_TEXT = ("FOLDER", "MODEL", "LFM2-8B-A1B", "LFM2-8B-A1B-Q4_K_M.gguf")
 WITHOUT_TEXT = ("8b", "wide-6", "wide-6-BF16")
 # Typed behind a command to make it short: of an option that is given twice, the last counts.
 SHORTER = {
-    "bench": ("-r", "5", "-n", "1,2"),  # five are needed to know the noise
+    "bench": ("-n", "1", "-r", "2"),
     "chat": ("--max-tokens", "8"),
     "generate": ("--max-tokens", "8"),
     "run": ("-n", "4", "--threads", "1"),
@@ -148,7 +148,8 @@ def words(command: Command) -> list[str]:
     ours = next((ours for name, ours in MINE.items() if name in command.words), "mine")
     typed = [word.replace("~/", "").replace("32768", "64") for word in command.words]
     named = [ours if word == "mine" else word for word in typed]
-    return [*named, *SHORTER.get(command.name, ())]
+    enough = ("-r", "5") if "--json" in typed and command.name == "bench" else ()  # for the noise
+    return [*named, *SHORTER.get(command.name, ()), *enough]
 
 
 def alone(typed: list[str]) -> list[str]:
