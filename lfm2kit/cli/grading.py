@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lfm2kit.cli.console import STDOUT, remark, show_table, stage
 from lfm2kit.cli.report import Report
 from lfm2kit.cli.scaling import alone, is_job_valid, scaled
 from lfm2kit.grading.grading import Bought, Graded, OfRanks, Speed, check_precision, grade
-from lfm2kit.grading.models import COUNTS, SEQ_LEN
+from lfm2kit.grading.models import COUNTS, SEQ_LEN, why_not_validated
 from lfm2kit.grading.report import markdown as in_markdown
 from lfm2kit.grading.report import sentences, tables
 from lfm2kit.measuring.scaling import Job
@@ -36,30 +37,37 @@ JOBS = 3  # repetitions of a job, each of which reads the model anew
 def measured(
     checkpoint: Checkpoint, options: Options, repetitions: int, ranks: int | None, transport: str
 ) -> tuple[Setup, Graded]:
-    """Grade a plan, with a bar for each stage."""
+    """Grade a plan, with a bar for each stage.
+
+    Jobs come first: this process then takes no memory of a device that they need as well, and what
+    they refuse is said before anything is measured.
+    """
     check_precision(options)
     setup = set_up(checkpoint, alone(options), tokens=max(COUNTS) * SEQ_LEN)
+    several = None if ranks is None else graded_ranks(setup, options, ranks, transport, repetitions)
     with np.errstate(all="ignore"):
         graded = grade(setup, repetitions, partial(stage, unit="calls"))
-    if ranks is None:
-        graded.not_measured.append("several ranks beside one: that takes --ranks, such as 2")
+    if several is None:
+        graded.not_measured.append("several ranks beside one: give --ranks 2")
     else:
-        grade_ranks(graded, options, str(setup.plan), ranks, transport, repetitions)
+        graded.of_ranks, bought = several
+        graded.bought.append(bought)
     return setup, graded
 
 
-def grade_ranks(
-    graded: Graded, options: Options, plan: str, ranks: int, transport: str, repetitions: int
-) -> None:
-    """Measure jobs of one rank and of several in turn, at the number of samples that is best."""
-    n = graded.best.samples
-    jobs = [Job(plan, size, n) for size in (1, ranks)]
+def graded_ranks(
+    setup: Setup, options: Options, ranks: int, transport: str, repetitions: int
+) -> tuple[OfRanks, Bought]:
+    """Measure jobs of one rank and of several in turn, at the most samples."""
+    n, options = max(COUNTS), replace(options, plan=None, n_cpu_moe=0)  # which the plan contains
+    jobs = [Job(str(setup.plan), size, n) for size in (1, ranks)]
     one, several = scaled(options, jobs, SEQ_LEN, min(repetitions, JOBS), transport)
-    has_answers = isinstance(graded.verdict, Verdict)
-    is_valid = is_job_valid(options, several.job, transport) if has_answers else None
+    is_valid = None if several.is_finite else False
+    if several.is_finite and why_not_validated(setup.checkpoint, n) is None:
+        is_valid = is_job_valid(options, several.job, transport)
     speed = Speed(f"fp32, {ranks} ranks", n, n / several.median, several.seconds)
-    graded.of_ranks = OfRanks(ranks, speed, is_valid)
-    graded.bought.append(Bought(f"{ranks} ranks", "one rank", one.median / several.median))
+    bought = Bought(f"{ranks} ranks", "one rank", one.median / several.median)
+    return OfRanks(ranks, speed, is_valid), bought
 
 
 def deliver(

@@ -51,9 +51,13 @@ def is_job_valid(options: Options, job: Job, transport: str) -> bool:
 
 
 def alone(options: Options) -> Options:
-    """Return the options without those of jobs, for what one process does."""
+    """Return the options without those of jobs, for what one process does.
+
+    A load places the experts of ranks, and in one process only those within a limit of memory.
+    """
+    names = (*OF_RANKS, "load") if options.gpu_memory is None else OF_RANKS
     defaults: dict[str, Any] = {
-        one.name: one.default for one in fields(Options) if one.name in OF_RANKS
+        one.name: one.default for one in fields(Options) if one.name in names
     }
     return replace(options, **defaults)
 

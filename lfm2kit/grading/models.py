@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lfm2kit.building.loading import Setup, set_up
 from lfm2kit.building.results import Checked
+from lfm2kit.checkpoint import Checkpoint
 from lfm2kit.errors import Lfm2kitError
 from lfm2kit.grading.apart import apart
 from lfm2kit.measuring import samples
@@ -47,15 +49,27 @@ def built(name: str, setup: Setup) -> Built:
 def validated(one: Built, n: int) -> Verdict | str:
     """Compare the logits of the model's own samples with its answers; a sentence if it has none."""
     checkpoint = one.setup.checkpoint
-    files = [checkpoint.beside(f"{name}.bin") for name in ("inputs", "answers")]
-    if not all(file.exists() for file in files):
-        return f"not validated: there is no {files[0].name} and {files[1].name} beside the model"
-    ids = samples.read_inputs(files[0])
-    if len(ids) < n:
-        return f"not validated: {files[0].name} has {len(ids)} samples"
+    if (why_not := why_not_validated(checkpoint, n)) is not None:
+        return why_not
+    inputs, answers = _own_samples(checkpoint)
+    ids = samples.read_inputs(inputs)
     logits = run_samples(one.model, np.array(ids[:n]), default_batch_size(ids.shape[1])).logits
     assert logits is not None, "there are no other ranks"
-    return validate(logits, samples.read_answers(files[1]), one.setup.grade)
+    return validate(logits, samples.read_answers(answers), one.setup.grade)
+
+
+def why_not_validated(checkpoint: Checkpoint, n: int) -> str | None:
+    """Return None if a model has `n` samples and their answers beside it, else a sentence."""
+    inputs, answers = _own_samples(checkpoint)
+    if not (inputs.exists() and answers.exists()):
+        return f"not validated: there is no {inputs.name} and {answers.name} beside the model"
+    if (there := len(samples.read_inputs(inputs))) < n:
+        return f"not validated: {inputs.name} has {there} samples"
+    return None
+
+
+def _own_samples(checkpoint: Checkpoint) -> tuple[Path, Path]:
+    return checkpoint.beside("inputs.bin"), checkpoint.beside("answers.bin")
 
 
 def in_precision(setup: Setup, precision: str) -> Setup | None:

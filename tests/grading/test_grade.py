@@ -11,17 +11,17 @@ import pytest
 
 from lfm2kit.backend import Ceilings
 from lfm2kit.batch import Batch
-from lfm2kit.building.loading import set_up
+from lfm2kit.building.loading import EMBEDDED, set_up
 from lfm2kit.building.options import Options
+from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.synth import LFM2_8B
-from lfm2kit.cli.grading import grade_ranks
+from lfm2kit.cli.grading import graded_ranks
+from lfm2kit.cli.scaling import alone
 from lfm2kit.grading import blocks, models
 from lfm2kit.grading.apart import ApartLayer, apart
 from lfm2kit.grading.blocks import TESTS, VALUES, BlockTest, Drawn, block_setup, error_of
-from lfm2kit.grading.grading import Graded, Speed
 from lfm2kit.grading.kinds import KindGrade, reasons
 from lfm2kit.measuring.bench import Limit
-from lfm2kit.measuring.validate import Verdict
 from lfm2kit.specs import Work
 from tests.checkpoint.typed import Cli
 from tests.random_model import RANDOM
@@ -101,7 +101,7 @@ def test_a_plan_is_graded_and_reported(cli: Cli, tmp_path: Path, small: None) ->
     assert {one["name"] for one in record["bought"]} >= {"rewrite trim", "kernels for moe"}
     assert (record["verdict"], record["fp16_verdict"]) == ("VALID", "VALID")
     assert {one["kind"] for one in record["fp16_kinds"]} >= {"conv", "attn", "mlp", "moe", "head"}
-    assert "not measured: several ranks beside one: that takes --ranks, such as 2" in done.out
+    assert "not measured: several ranks beside one: give --ranks 2" in done.out
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| conv | as the assignment's |" in report
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -123,13 +123,32 @@ def test_the_kinds_that_keep_fp16_below_twice_are_told_and_no_others() -> None:
 
 
 @pytest.mark.mpi
-def test_ranks_are_measured_beside_one() -> None:
-    verdict = Verdict(2, 0, 2, 0, None, 0.0, "logits", 1e-3)
-    one = Graded(speeds=[Speed("fp32", 2, 1.0, [2.0])], verdict=verdict)
-    grade_ranks(one, Options(), "cpu_simd", 2, "mpi", repetitions=1)
-    assert one.of_ranks is not None
-    assert (one.of_ranks.ranks, one.of_ranks.is_valid, one.is_valid) == (2, True, True)
-    assert [(bought.name, bought.how) for bought in one.bought] == [("2 ranks", "one rank")]
+@pytest.mark.parametrize("given", [Options(backend="cpu_simd", n_cpu_moe=1), "plan"])
+def test_ranks_are_measured_beside_one(
+    given: Options | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lfm2kit.cli.grading.COUNTS", (2, 4))
+    if given == "plan":
+        (tmp_path / "plan.toml").write_text('default = "cpu_simd"\n')
+        given = Options(plan=tmp_path / "plan.toml")
+    assert isinstance(given, Options)
+    setup = set_up(open_checkpoint(EMBEDDED / "tiny"), given)
+    several, bought = graded_ranks(setup, given, 2, "mpi", repetitions=1)
+    assert (several.ranks, several.speed.samples, several.is_valid) == (2, 4, True)
+    assert (bought.name, bought.how) == ("2 ranks", "one rank")
+
+
+def test_what_jobs_refuse_is_said_before_anything_is_measured(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lfm2kit.cli.grading.grade", None)
+    cli("grade", "--ranks", 2, "--transport", "pigeon").assert_fails("unknown transport 'pigeon'")
+
+
+def test_one_process_places_no_experts_by_a_load() -> None:
+    assert alone(Options(load=Path("load.json"), replicate_experts=2)) == Options()
+    limited = Options(load=Path("load.json"), gpu_memory="1GiB")
+    assert alone(limited) == limited
 
 
 def test_options_of_jobs_need_ranks(cli: Cli) -> None:
