@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ INDENTED = re.compile(r"^ {4,}(\S.*)$", re.MULTILINE)
 CONTINUED = re.compile(r"\\\n\s*")
 # What may stand before a command: a variable, what starts ranks, or Docker's word.
 STARTED = r"(?:[A-Z_0-9]+=\S+ |mpirun .*? |scripts/network\.py .* -- |RUN )*"
+MKDIR = re.compile(r"mkdir (\S+)")
 COMMAND = re.compile(rf"({STARTED})(?:\S*/)?(lfm2kit|run\.sh)(?: (.*))?")
 
 
@@ -27,6 +28,7 @@ class Command(NamedTuple):
     words: tuple[str, ...]  # behind `lfm2kit`
     stdin: str | None = None  # the files of `<` and `>`
     stdout: str | None = None
+    folders: tuple[str, ...] = ()  # that are made for it, since the command before
 
     @property
     def name(self) -> str:
@@ -51,8 +53,17 @@ def commands(page: str) -> list[Command]:
     """Return a page's commands, in its order."""
     text = (ROOT / page).read_text(encoding="utf-8")
     lines = CONTINUED.sub("", "\n".join(_typed(text))).splitlines()
-    parts = [part for line in lines for part in line.split(" && ")]
-    return [_command(page, *found.groups("")) for p in parts if (found := COMMAND.fullmatch(p))]
+    return list(_commands(page, (part for line in lines for part in line.split(" && "))))
+
+
+def _commands(page: str, parts: Iterable[str]) -> Iterator[Command]:
+    folders: list[str] = []
+    for part in parts:
+        if made := MKDIR.fullmatch(part):
+            folders.append(made[1])
+        elif found := COMMAND.fullmatch(part):
+            yield _command(page, *found.groups(""))._replace(folders=tuple(folders))
+            folders.clear()
 
 
 def _typed(text: str) -> Iterator[str]:

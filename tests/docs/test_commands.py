@@ -179,14 +179,20 @@ def test_the_commands_of_a_page_run(
 ) -> None:
     prepare(page, folder, cli)
     for command in HERE[page]:
+        make_folders(command, folder)
         text = STDIN.get(command.stdin or command.name, "<|im_start|>user")
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
         done = started(command) if "=" in command.before else cli(*alone(words(command)))
         might_be_slower = "--fail-on-slower" in command.words  # which exit code 1 says
         assert done.code in (0, int(might_be_slower)), (str(command), done.err)
         if command.stdout is not None:
-            (folder / command.stdout).parent.mkdir(exist_ok=True)
             (folder / command.stdout).write_text(done.out)
+
+
+def make_folders(command: Command, folder: Path) -> None:
+    """Make the folders that the page makes, as a reader does whose folder is empty."""
+    for made in command.folders:
+        (folder / made).mkdir()
 
 
 def started(command: Command) -> Typed:
