@@ -114,6 +114,16 @@ def test_the_project_of_15_minutes_is_that_of_the_tutorial() -> None:
     assert files(PAGE)["pyproject.toml"] == files(page("tutorial.md"))["pyproject.toml"]
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [(PAGE, r"^\| `(lfm2kit-\w+)` \|"), (page("plugins.md"), r"^- `(lfm2kit-\w+)`:")],
+    ids=("README.md", "plugins.md"),
+)
+def test_every_complete_example_is_listed(text: str, line: str) -> None:
+    there = sorted(path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml"))
+    assert re.findall(line, text, re.MULTILINE) == there
+
+
 @pytest.mark.parametrize("page", OTHER_PAGES, ids=lambda page: page.parent.name)
 def test_what_a_readme_installs_is_the_folder_that_it_lies_in(page: Path) -> None:
     """Nothing is on an index by its name yet."""
