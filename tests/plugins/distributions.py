@@ -46,7 +46,8 @@ def install_project(project: Path, site: Path, wheels: Path) -> None:
 
 def build_wheel(project: Path, into: Path) -> Path:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(into)]
-    subprocess.run(command, cwd=project, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     return max(into.glob("*.whl"), key=os.path.getmtime)
 
 
