@@ -396,11 +396,18 @@ class Experts(Spec):
 
         Those of a router choose fewer different ones: its scores favour some.
         """
-        pairs = batch.tokens * self.num_experts_per_tok
+        return self.work_among(1, batch.tokens, itemsize)
+
+    def work_among(self, ranks: int, tokens: int, itemsize: float = 4) -> Work:
+        """Return the mean work of one of `ranks` that share out all experts, and have `tokens`.
+
+        Any of these tokens may choose the local experts, but each rank has its part of the rows.
+        """
+        pairs = tokens * self.num_experts_per_tok
         one = self.expert.weight_elements()
-        unread = (1 - self.num_experts_per_tok / self.num_experts) ** batch.tokens
+        unread = (1 - self.num_experts_per_tok / self.num_experts) ** tokens
         read = (1 - unread) * len(self.local_experts) * one * itemsize
-        return Work(2 * one * pairs, read + 8 * batch.tokens * self.hidden_size)
+        return Work(2 * one * pairs / ranks, read + 8 * tokens * self.hidden_size / ranks)
 
 
 @dataclass(frozen=True, slots=True)

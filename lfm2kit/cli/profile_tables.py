@@ -83,13 +83,13 @@ def _kind_row(total: Total, whole: float) -> list[str]:
 
 
 def _show_ranks(found: Found) -> None:
-    """Print a row for each rank, in milliseconds of a forward, until the rank has ended."""
+    """Print a row for each rank: what takes the milliseconds until the last rank has ended."""
     show_table(
         (
             [str(one.rank), str(one.samples), *map(_milliseconds, _times(one))]
             for one in found.ranks
         ),
-        *map(Column, ("rank", "samples", "ms", "blocks", "exchange", "waits", "between")),
+        *map(Column, ("rank", "samples", "blocks", "exchange", "waits", "between")),
         box=SIMPLE_HEAD,
     )
 
@@ -101,7 +101,7 @@ def _show_scaling(found: Found) -> None:
 
 
 def _times(rank: OfRank) -> tuple[float, ...]:
-    return rank.seconds, rank.blocks, rank.exchange, rank.waits, max(rank.between, 0.0)
+    return rank.blocks, rank.exchange, rank.waits, max(rank.between, 0.0)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from lfm2kit import specs
 from lfm2kit.backend import Ceilings
 from lfm2kit.batch import Batch
 from lfm2kit.building.loading import Setup
@@ -14,6 +16,7 @@ from lfm2kit.measuring.bench import itemsize, roofline
 from lfm2kit.profiling.forwards import Profile
 from lfm2kit.profiling.marks import Span, What, finest
 from lfm2kit.specs import Spec, Work
+from lfm2kit.transport import everyones
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,9 @@ def parts_of(setup: Setup, profile: Profile, batch: Batch) -> list[Part]:
     """Return the blocks of a profile in the order of the forward, or their parts if they tell.
 
     What the core does around blocks comes behind them: exchanges between ranks, and waits.
+    Every rank of a group that shares experts calls this with its own batch.
     """
+    given = _Given.of(setup, batch)
     leaves = {leaf.name: leaf for leaf in setup.placed.leaves()}
     taken: dict[tuple[What, str], list[float]] = {}
     for forward in profile.spans:
@@ -52,9 +57,35 @@ def parts_of(setup: Setup, profile: Profile, batch: Batch) -> list[Part]:
             taken.setdefault(key, []).append(seconds)
     order = {key: _order(key[0], list(leaves)) for key in taken}
     return [
-        _part(setup, leaves.get(what.block), what, memory, statistics.median(seconds), batch)
+        _part(setup, leaves.get(what.block), what, memory, statistics.median(seconds), given)
         for (what, memory), seconds in sorted(taken.items(), key=lambda one: order[one[0]])
     ]
+
+
+class _Given(NamedTuple):
+    """What blocks work on: a rank's batch, and the tokens of all ranks that share its experts."""
+
+    batch: Batch
+    ranks: int
+    tokens: int
+
+    @classmethod
+    def of(cls, setup: Setup, batch: Batch) -> _Given:
+        if setup.among is None:
+            return cls(batch, 1, batch.tokens)
+        tokens = everyones(setup.among, batch.tokens)
+        return cls(batch, len(tokens), int(tokens.sum()))
+
+    def work(self, spec: Spec, itemsize: float) -> Work:
+        experts, *others = specs.leaves(spec)
+        if others or not isinstance(experts, specs.Experts) or _is_whole(experts):
+            return spec.work(self.batch, itemsize)
+        return experts.work_among(self.ranks, self.tokens, itemsize)
+
+
+def _is_whole(experts: specs.Experts) -> bool:
+    """Return whether all experts are here, so that no token of another rank comes."""
+    return len(experts.local_experts) == experts.num_experts
 
 
 def _order(what: What, leaves: Sequence[str]) -> int:
@@ -73,12 +104,12 @@ def _summed(spans: Iterable[Span]) -> dict[tuple[What, str], float]:
 
 
 def _part(
-    setup: Setup, placed: Placed | None, what: What, memory: str, seconds: float, batch: Batch
+    setup: Setup, placed: Placed | None, what: What, memory: str, seconds: float, given: _Given
 ) -> Part:
     if what.kind or placed is None:
         return Part(what.name, what.kind, "", memory, seconds, Work(0, 0))
     spec = _spec_at(placed.spec, what.part)
-    work = spec.work(batch, itemsize(setup, placed))
+    work = given.work(spec, itemsize(setup, placed))
     return Part(what.name, spec.kind, placed.backend or "", memory, seconds, work)
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lfm2kit import specs
 from lfm2kit.building.load import Load
 from lfm2kit.building.loading import Setup, set_up
-from lfm2kit.measuring import exchanged
-from lfm2kit.measuring.exchanged import Exchanged
 from lfm2kit.profiling.forwards import Prompt
+from lfm2kit.ranks.agreement import on_first
 from lfm2kit.ranks.balancing import max_over_mean
 from lfm2kit.rewrites import owners_by_layer
 from lfm2kit.rewrites.recorded_load import LoadRecorder
-from lfm2kit.transport import Sent
+from lfm2kit.transport import Owners
 
 
 class Loads(NamedTuple):
@@ -42,22 +42,24 @@ def expert_loads(setup: Setup, prompt: Prompt) -> Loads:
     if not any(isinstance(leaf, specs.Experts) for leaf in specs.leaves(setup.checkpoint.spec)):
         return Loads()
     recorder = LoadRecorder()
-    told = _counted(setup, prompt, recorder)
+    _record(setup, prompt, recorder)
     load = recorder.load(setup.checkpoint.path.name, setup.checkpoint.spec, setup.transport)
-    if load is None:
+    told = [] if setup.transport is None else on_first(setup.transport, _computing(setup))
+    if load is None or told is None:
         return Loads()
     experts = {layer.layer: layer.counts for layer in load.layers}
-    if setup.transport is None:
+    if len(told) < 2:
         return Loads(experts)
-    return Loads(experts, _rows(load, told), _owners(setup))
+    return Loads(experts, _rows(load, [json.loads(one) for one in told]), _owners(setup))
 
 
-def _counted(setup: Setup, prompt: Prompt, recorder: LoadRecorder) -> Exchanged | None:
-    """Do the forward with a recorder, and return what the ranks exchanged."""
+def _record(setup: Setup, prompt: Prompt, recorder: LoadRecorder) -> None:
+    """Do the forward with a recorder."""
     tokens = max(batch.tokens for batch in (prompt.batch, prompt.before) if batch is not None)
     model = set_up(
         setup.checkpoint,
         setup.options,
+        plugins=setup.plugins,
         world=setup.world,
         transport=setup.transport,
         rewrites=[recorder.rewrite()],
@@ -69,21 +71,42 @@ def _counted(setup: Setup, prompt: Prompt, recorder: LoadRecorder) -> Exchanged 
     if prompt.before is not None:
         model.logits(prompt.before, state)
         recorder.clear()
-    exchanged.begin(model)
     model.logits(prompt.batch, state)
-    if setup.transport is None:
-        return None
-    return exchanged.ended(model, setup.transport, Sent(), setup.grouping.groups)
 
 
-def _rows(load: Load, told: Exchanged | None) -> dict[int, Sequence[int]]:
-    """Return the rows of each rank: those that came, or those of its own tokens if none travel."""
-    rows = {layer.layer: [sum(counts) for counts in layer.by_rank] for layer in load.layers}
-    layers = [] if told is None else told.document(1.0)["layers"]
-    return rows | {int(one["layer"].split(".")[1]): one["rows_by_rank"] for one in layers}
+def _computing(setup: Setup) -> str:
+    """Tell which rank of the job computes each expert for this rank's tokens, by layer.
+
+    A rank that is alone in its group has no layers here, because it computes all of them itself.
+    """
+    group = setup.group
+    mine = group.index(setup.world.rank)
+    layers = _owners_by_layer(setup)
+    return json.dumps(
+        {layer: [group[owner] for owner in owners[mine]] for layer, owners in layers.items()}
+    )
+
+
+def _rows(load: Load, computing: Sequence[Mapping[str, Sequence[int]]]) -> dict[int, list[int]]:
+    """Return the rows that each rank computed, of what each rank has told with `_computing`.
+
+    They follow from the experts that tokens chose: not every exchange counts what comes.
+    """
+    rows = {layer.layer: [0] * len(computing) for layer in load.layers}
+    for layer in load.layers:
+        for rank, counts in enumerate(layer.by_rank):
+            owners = computing[rank].get(str(layer.layer), [rank] * len(counts))
+            for owner, count in zip(owners, counts, strict=True):
+                rows[layer.layer][owner] += count
+    return rows
 
 
 def _owners(setup: Setup) -> dict[int, Sequence[int]]:
+    group = setup.group
+    layers = _owners_by_layer(setup)
+    return {layer: [group[rank] for rank in owners[0]] for layer, owners in layers.items()}
+
+
+def _owners_by_layer(setup: Setup) -> dict[int, Owners]:
     assert isinstance(setup.placed.spec, specs.Model)
-    group, owners = setup.group, owners_by_layer(setup.placed.spec)
-    return {layer: [group[rank] for rank in one[0]] for layer, one in owners.items()}
+    return owners_by_layer(setup.placed.spec)

@@ -32,7 +32,7 @@ class What(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return a name in the model, which nothing else of a forward has."""
+        """Return a name in the model; waits at one place for different things have the same."""
         last = "wait" if self.kind.startswith(WAIT) else self.kind
         return ".".join(filter(None, (self.block, self.part, last)))
 

@@ -53,6 +53,11 @@ class OfRank(NamedTuple):
         """Return the seconds that belong to none of these; below 0 where memories overlap."""
         return self.seconds - self.blocks - self._of_core
 
+    def kinds(self) -> dict[Span, str]:
+        """Return the kind of each span: what the core does has its own, and a block its spec's."""
+        specs = {part.name: part.kind for part in self.parts if part.backend}
+        return {span: span.what.kind or specs.get(span.name, "block") for span in self.spans}
+
     @property
     def _of_core(self) -> float:
         return sum(part.seconds for part in self.parts if not part.backend)

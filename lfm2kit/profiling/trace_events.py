@@ -22,7 +22,7 @@ def trace_events(ranks: Sequence[OfRank]) -> dict[str, Any]:
 
 
 def _events(one: OfRank) -> Iterator[dict[str, Any]]:
-    kinds = {part.name: part.kind for part in one.parts}
+    kinds = one.kinds()
     rows = {row: i for i, row in enumerate(sorted({_row(span) for span in one.spans}), 1)}
     yield _name("process_name", f"rank {one.rank}", one.rank, 0)
     yield from (_name("thread_name", row, one.rank, i) for row, i in rows.items())
@@ -30,7 +30,7 @@ def _events(one: OfRank) -> Iterator[dict[str, Any]]:
         yield {
             "ph": "X",
             "name": span.name,
-            "cat": kinds.get(span.name, "block"),
+            "cat": kinds[span],
             "pid": one.rank + 1,
             "tid": rows[_row(span)],
             "ts": 1e6 * span.begin,

@@ -13,27 +13,32 @@ from lfm2kit.backend import API_VERSION, BackendPlugin, Block
 from lfm2kit.batch import Batch
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
-from lfm2kit.building.plugins import InstalledBackend, installed_plugins
+from lfm2kit.building.plugins import InstalledBackend, Plugins, installed_plugins
 from lfm2kit.building.results import Checked
 from lfm2kit.building.waits import Waits
 from lfm2kit.cli.profiling import Asked, Found, Prepared, measured
 from lfm2kit.cli.report import Report
 from lfm2kit.errors import Lfm2kitError
+from lfm2kit.exchange_round import Buffers
+from lfm2kit.host_exchange import HostExchange
 from lfm2kit.measuring.bench import random_batch
+from lfm2kit.memory import HOST, Memory
 from lfm2kit.profiling import forwards
 from lfm2kit.profiling.clocks import Ahead, clocks_of
-from lfm2kit.profiling.figures import parts_of, totals
+from lfm2kit.profiling.figures import Part, parts_of, totals
 from lfm2kit.profiling.forwards import Job, Profile, Prompt, profiled
 from lfm2kit.profiling.loads import expert_loads
 from lfm2kit.profiling.marks import Span, What
 from lfm2kit.profiling.page.heat import heat
+from lfm2kit.profiling.page.strip import strip
 from lfm2kit.profiling.page.timeline import timeline
-from lfm2kit.profiling.ranks import OfRank, gathered, of_an_average_rank
+from lfm2kit.profiling.ranks import ENDING, OfRank, gathered, of_an_average_rank
 from lfm2kit.profiling.sending import OF_RANKS, waits_apart
 from lfm2kit.profiling.trace_events import trace_events
 from lfm2kit.reference.backend import ReferenceBackend
-from lfm2kit.specs import Spec
+from lfm2kit.specs import Spec, Work
 from lfm2kit.testing import ThreadTransport, run_ranks
+from lfm2kit.transport import ExchangeOffer
 from lfm2kit.weights import Weights
 from tests.random_model import RANDOM
 
@@ -59,14 +64,19 @@ def with_slow_experts(transport: ThreadTransport) -> list[OfRank]:
     return profiles(transport, SlowExperts() if transport.world.rank == 1 else ReferenceBackend())
 
 
-def profiles(
-    transport: ThreadTransport, backend: ReferenceBackend, overlap: str = "off"
-) -> list[OfRank]:
+def plugins_with(backend: ReferenceBackend) -> Plugins:
+    """Return what is installed, and this backend as "mine"."""
     plugins = installed_plugins()
     mine = BackendPlugin("mine", "a test's", lambda context: backend, API_VERSION)
     plugins.backends["mine"] = InstalledBackend(mine, "this test")
+    return plugins
+
+
+def profiles(
+    transport: ThreadTransport, backend: ReferenceBackend, overlap: str = "off"
+) -> list[OfRank]:
     options = Options(backend="mine", overlap=overlap)
-    setup = set_up(RANDOM, options, plugins=plugins, transport=transport)
+    setup = set_up(RANDOM, options, plugins=plugins_with(backend), transport=transport)
     checked, waits = list[Checked](), list[Waits]()
     model = setup.build(checked=checked, waits=waits)
     batch = random_batch(1, 4, 1024, seed=transport.world.rank)
@@ -94,9 +104,14 @@ def test_a_rank_waits_for_the_slow_experts_of_another_one(ranks: list[OfRank]) -
     assert first.waits >= LONG  # much less than it is: a busy machine may be slow itself
 
 
-def test_what_a_rank_does_and_waits_for_adds_up_to_the_forward(ranks: list[OfRank]) -> None:
+def test_no_second_of_a_rank_counts_twice(ranks: list[OfRank]) -> None:
+    """There is one forward with marks, in one memory: parts and spans are of the same one."""
     for one in ranks:
-        assert one.blocks + one.exchange + one.waits + one.between == pytest.approx(one.seconds)
+        begin = min(span.begin for span in one.spans)
+        end = max(span.begin + span.seconds for span in one.spans)
+        (after,) = (part.seconds for part in one.parts if part.name == ENDING.name)
+        assert one.blocks + one.exchange + one.waits - after <= (end - begin) * (1 + 1e-9)
+        assert one.blocks + one.exchange + one.waits >= LONG * len(LAYERS)
         kinds = {part.name.rpartition(".")[2]: part.kind for part in one.parts if not part.backend}
         assert kinds == {"exchange": "exchange", "sending": "sending", "wait": "wait for ranks"}
 
@@ -133,6 +148,38 @@ def test_spans_are_shown_by_the_clock_of_rank_0() -> None:
     assert timeline(first).about.count("may be wrong by 100 ms") == 1
 
 
+def test_waits_at_one_place_for_different_things_keep_their_kinds() -> None:
+    """A crossing and an exchange may be at the same block."""
+    experts, whats = "layers.2.feed_forward", ("wait for host", OF_RANKS)
+    spans = [Span(What(experts, kind=kind), "gpu", i, 1.0, 1.0) for i, kind in enumerate(whats)]
+    spans.append(Span(What(experts), "gpu", 2.0, 1.0, 1.0))
+    parts = [Part(s.name, s.what.kind, "", "gpu", 1.0, Work(0, 0)) for s in spans[:2]]
+    parts.append(Part(experts, "moe", "mine", "gpu", 1.0, Work(0, 0)))
+    one = OfRank(0, 0, 1, 3.0, parts, spans, Ahead(), None)
+    assert [row[2] for row in timeline([one]).rows] == [*whats, "moe"]
+    events = [event for event in trace_events([one])["traceEvents"] if event["ph"] == "X"]
+    assert [event["cat"] for event in events] == [*whats, "moe"]
+    svg = strip(parts).svg
+    assert f"{experts}.wait (wait for host): " in svg
+    assert f"{experts} (moe, mine): " in svg
+
+
+def test_experts_of_a_rank_work_for_the_tokens_of_its_group() -> None:
+    """Two ranks have 1 and 3 tokens; each takes 4 of 16 experts, 8 of which are here, in bf16."""
+    name = "layers.2.feed_forward.experts"
+    profile = Profile(spans=[[Span(What(name), "host", 0.0, 1.0, 1.0)]])
+
+    def rank(transport: ThreadTransport) -> list[Part]:
+        setup = set_up(RANDOM, Options(backend="reference"), transport=transport)
+        return parts_of(setup, profile, random_batch(1, 1 + 2 * transport.world.rank, 1024, seed=0))
+
+    one, tokens = 3 * 128 * 48, 4
+    read = 8 * (1 - 0.75**tokens)
+    for (part,) in run_ranks(2, rank):
+        assert part.work.flops == 2 * one * tokens * 4 / 2
+        assert part.work.bytes == pytest.approx(2 * one * read + 8 * 128 * tokens / 2)
+
+
 def test_pieces_that_overlap_are_told_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwards, "MOST_OVERHEAD", np.inf)
 
@@ -140,8 +187,8 @@ def test_pieces_that_overlap_are_told_as_well(monkeypatch: pytest.MonkeyPatch) -
         return profiles(transport, ReferenceBackend(), overlap="on")
 
     first, _ = run_ranks(2, rank)
-    assert all(one.exchange > 0 for one in first)
-    assert any(one.waits > 0 for one in first)
+    for one in first:
+        assert {part.kind for part in one.parts} >= {"exchange", "sending", OF_RANKS}
 
 
 def test_a_step_is_measured_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,3 +269,49 @@ def test_the_heat_map_says_which_rank_computed_how_much(parallel: str, owners: b
     picture = heat(loads)
     assert picture.svg.count('class="border"') == owners * len(LAYERS)
     assert picture.headings[2] == "of ranks"
+
+
+class CountsRows(ReferenceBackend):
+    """Notes how many rows its experts are given, call by call."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def build(self, spec: Spec, weights: Weights) -> Block:
+        block = super().build(spec, weights)
+        if not isinstance(spec, specs.Experts):
+            return block
+
+        def counting(x: Any, ids: Any, weights: Any) -> Any:
+            self.rows.append(int(np.count_nonzero(ids >= 0)))
+            return block(x, ids, weights)
+
+        return counting
+
+
+class Uncounted(ThreadTransport):
+    """Has an exchange that counts nothing."""
+
+    def exchange_in(self, memory: Memory) -> ExchangeOffer | None:
+        class Exchange(HostExchange):
+            counted = None  # type: ignore[assignment]
+
+        return ExchangeOffer(HOST, lambda traffic: Exchange(self, traffic, buffers=Buffers()))
+
+
+@pytest.mark.parametrize("make", [ThreadTransport, Uncounted])
+def test_rows_are_those_that_experts_are_given(make: type[ThreadTransport]) -> None:
+    """Ranks 0 and 1 share experts; rank 2 is alone on its machine, and computes its own rows."""
+
+    def rank(transport: ThreadTransport) -> Any:
+        backend, number = CountsRows(), transport.world.rank
+        options, plugins = Options(backend="mine"), plugins_with(backend)
+        setup = set_up(RANDOM, options, plugins=plugins, transport=transport)
+        assert [len(group) for group in setup.grouping.groups] == [2, 1]
+        loads = expert_loads(setup, Prompt(random_batch(1, 3 + number, 1024, seed=number)))
+        return loads, backend.rows
+
+    (loads, first), *others = run_ranks(3, rank, make=make, nodes=[0, 0, 1])
+    came = zip(first, *(rows for _, rows in others), strict=True)
+    assert loads.ranks == dict(zip(LAYERS, map(list, came), strict=True))
+    assert first != others[0][1]

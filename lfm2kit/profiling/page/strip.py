@@ -36,7 +36,8 @@ def strip(parts: Sequence[Part]) -> Picture:
 def _bar(y: float, name: str, bar: Sequence[Part], scale: float, of: dict[str, str]) -> list[str]:
     shapes, x = [text(LEFT - 6, y + 11, name, text_anchor="end")], float(LEFT)
     for part in bar:
-        tip = f"{part.name} ({part.kind}, {part.backend}): {duration(part.seconds)}"
+        of_what = ", ".join(filter(None, (part.kind, part.backend)))
+        tip = f"{part.name} ({of_what}): {duration(part.seconds)}"
         width = part.seconds * scale
         shapes.append(rect(x, y, width, ROW - 4, tip, fill=of[part.kind], class_="bar"))
         x += width

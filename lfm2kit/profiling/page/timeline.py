@@ -19,23 +19,22 @@ class _Track(NamedTuple):
     """What one memory of one rank does."""
 
     name: str
-    spans: Sequence[Span]
+    spans: Sequence[tuple[Span, str]]  # each with its kind
 
 
 def timeline(ranks: Sequence[OfRank]) -> Picture:
     """Return the picture: a track for each memory of each rank, up to MOST_RANKS ranks."""
     tracks = [track for one in ranks[:MOST_RANKS] for track in _tracks(one, len(ranks))]
-    kinds = {part.name: part.kind for one in ranks for part in one.parts}
-    end = max(span.begin + span.seconds for track in tracks for span in track.spans)
-    of = colours.of_kinds(kinds.get(span.name, "block") for track in tracks for span in track.spans)
+    end = max(span.begin + span.seconds for track in tracks for span, _ in track.spans)
+    of = colours.of_kinds(kind for track in tracks for _, kind in track.spans)
     scale = (WIDTH - LEFT - 40) / end
     shapes, top = legend(of)
     for i, track in enumerate(tracks):
         y = top + i * TRACK
         shapes.append(text(LEFT - 6, y + 15, track.name, text_anchor="end"))
         # What lies within a span is drawn over it.
-        for span in sorted(track.spans, key=lambda span: -span.seconds):
-            shapes.append(_bar(span, y, scale, of[kinds.get(span.name, "block")]))
+        for span, kind in sorted(track.spans, key=lambda shown: -shown[0].seconds):
+            shapes.append(_bar(span, kind, y, scale, of[kind]))
     bottom = top + len(tracks) * TRACK
     shapes += [line(LEFT, bottom, WIDTH - 20, bottom, class_="grid"), *_ticks(end, scale, bottom)]
     return Picture(
@@ -44,26 +43,26 @@ def timeline(ranks: Sequence[OfRank]) -> Picture:
         "belongs to neither, such as Python on the host. In the memory of a device, time counts "
         "from a mark that the idle device reaches as the forward begins.",
         picture(WIDTH, bottom + 24, "Time line of one forward", shapes),
-        ("block", "of", "from, us", "microseconds"),
+        ("block", "of", "kind", "from, us", "microseconds"),
         [
-            (s.name, track.name, f"{1e6 * s.begin:.1f}", f"{1e6 * s.seconds:.1f}")
+            (s.name, track.name, kind, f"{1e6 * s.begin:.1f}", f"{1e6 * s.seconds:.1f}")
             for track in tracks
-            for s in track.spans
+            for s, kind in track.spans
         ],
     )
 
 
 def _tracks(one: OfRank, ranks: int) -> list[_Track]:
-    shown = finest(one.spans)
+    shown, kinds = finest(one.spans), one.kinds()
     rank = f"rank {one.rank}, " if ranks > 1 else ""
     return [
-        _Track(f"{rank}{memory}", [span for span in shown if span.memory == memory])
+        _Track(f"{rank}{memory}", [(span, kinds[span]) for span in shown if span.memory == memory])
         for memory in dict.fromkeys(span.memory for span in shown)
     ]
 
 
-def _bar(span: Span, y: float, scale: float, fill: str) -> str:
-    tip = f"{span.name}: {duration(span.seconds)}, from {duration(span.begin)} on"
+def _bar(span: Span, kind: str, y: float, scale: float, fill: str) -> str:
+    tip = f"{span.name} ({kind}): {duration(span.seconds)}, from {duration(span.begin)} on"
     x, width = LEFT + span.begin * scale, max(span.seconds * scale, 0.5)
     return rect(x, y, width, TRACK - 8, tip, fill=fill)
 
