@@ -196,7 +196,7 @@ def check_exchange(transport: Transport, memory: Memory = HOST) -> None:
     tokens; ids of -1 are nobody's.  A rank gets rows for its experts from those ranks alone whose
     tokens it computes.  An exchange that `WorksInPieces` gives each expert all of its rows at once.
     For experts that read 16 bits, rows are float32, or rounded as `lfm2kit.formats.rounded` does.
-    If it `TellsWaits`, every rank tells as many, each with its begin and its end.
+    If it `TellsWaits`, every rank tells as many, at least one, each with its begin and its end.
     """
     size = transport.world.size
     offer = offered(transport, memory)
@@ -222,6 +222,7 @@ def _check_told(transport: Transport, told: Sequence[bool], *, is_heard: bool) -
     _require(list(told) == [False, True] * count, "a wait was told that began or ended twice")
     counts = everyones(transport, count).tolist()
     _require(len(set(counts)) == 1, f"the ranks told {counts} waits, which must be as many")
+    _require(not is_heard or count > 0, "no wait was told, though every call has some")
     _require(is_heard or not told, f"{count} waits were told after tell_waits(None)")
 
 

@@ -324,6 +324,11 @@ class TellingOneMore(HostExchange):
             told(True)
 
 
+class TellingNothing(HostExchange):
+    def tell_waits(self, told: Any) -> None:
+        pass
+
+
 class TellingForEver(HostExchange):
     def tell_waits(self, told: Any) -> None:
         super().tell_waits(told or self._told)
@@ -363,6 +368,7 @@ def offering(create: type[HostExchange]) -> type[ThreadTransport]:
         (Splitting, r"the experts \[.*\] were called several times"),
         (Dropping, "which are this rank's to compute"),
         (TellingOneMore, r"the ranks told \[\d+, \d+, \d+\] waits"),
+        (TellingNothing, "no wait was told"),
         (TellingForEver, r"waits were told after tell_waits\(None\)"),
         (TellingNoEnd, "a wait was told that began or ended twice"),
     ],
