@@ -117,3 +117,15 @@ def test_no_text_has_a_banned_phrase() -> None:
     texts = {file: (ROOT / file).read_text() for file in files if file != own}
     found = [f"{file}: {said}" for file, text in texts.items() for said in phrases(text)]
     assert not found, "\n".join(found)
+
+
+def test_decisions_have_headings_with_their_numbers() -> None:
+    pages = [ROOT / file for file in written(".md") if re.match(r"docs/decisions/\d", file)]
+    assert pages
+    headings = {page.name: page.read_text().partition("\n")[0] for page in pages}
+    wrong = {
+        name: heading
+        for name, heading in headings.items()
+        if not re.fullmatch(rf"# {name[:4]}: \S.*[^.]", heading)
+    }
+    assert not wrong, wrong
