@@ -15,6 +15,9 @@ from lfm2kit_torch.batches import Sequence, TensorBatch, page_and_place
 from lfm2kit_torch.device import Device
 from lfm2kit_torch.linear import Linear, rms_norm, stored
 
+SCORES = 1 << 22  # of a piece of queries in all heads, at most, if it has more than one query
+SCORE_BYTES = 4 + 8 + 8  # a score, and softmax's argument and result in doubles
+
 
 class State(NamedTuple):
     keys: Tensor  # [pages, page_tokens, kv_heads, head_dim]
@@ -62,15 +65,26 @@ class Attention:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend with q [tokens, heads, head_dim] to k and v [context, kv_heads, head_dim].
 
-        The last of them are the tokens' own.
+        The last of them are the tokens' own.  Scores are computed for a piece of the queries at a
+        time: those of a long prompt would take gigabytes.
         """
+        tokens, past = len(q), len(k) - len(q)
+        rows = max(1, SCORES // (self.spec.num_attention_heads * len(k)))
+        heads = torch.empty_like(q)
+        for begin in range(0, tokens, rows):
+            end = min(begin + rows, tokens)
+            seen = slice(past + end)
+            heads[begin:end] = self._attend_at_once(q[begin:end], k[seen], v[seen])
+        return heads
+
+    def _attend_at_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens, context = len(q), len(k)
         q = q.unflatten(1, (self.spec.num_key_value_heads, -1))  # v: kv_heads, g: their queries
         scores = torch.einsum("qvgd,kvd->vgqk", q, k) * self.spec.head_dim**-0.5
         is_future = torch.ones(tokens, context, dtype=torch.bool, device=q.device)
         is_future = is_future.triu(context - tokens + 1)
         # Doubles, because over 100,000 keys the roundings of float32 sums show.
-        weights = scores.masked_fill(is_future, -torch.inf).softmax(-1, dtype=torch.float64)
+        weights = scores.masked_fill_(is_future, -torch.inf).softmax(-1, dtype=torch.float64)
         return _weighed(weights, v).flatten(1, 2)
 
 
@@ -98,6 +112,14 @@ def _extended(cache: Tensor, one: Sequence, new: Tensor) -> Tensor:
     end = one.start + len(new)
     used = one.pages[: -(-end // page_tokens)]
     return cache[used].flatten(0, 1)[:end]
+
+
+def scratch_bytes(spec: specs.Attention, tokens: int) -> int:
+    """Count what one sequence of `tokens` tokens needs: q and its result, k, v, and the scores."""
+    heads = 2 * (spec.num_attention_heads + spec.num_key_value_heads)
+    per_query = spec.num_attention_heads * tokens
+    scores = max(per_query, min(SCORES, per_query * tokens))
+    return 4 * tokens * heads * spec.head_dim + SCORE_BYTES * scores
 
 
 def state_shape(spec: specs.Attention, room: Room) -> tuple[int, int, int, int]:

@@ -92,8 +92,16 @@ class TorchBackend:
         return {name: own if own in TYPES else F32 for name, own in formats.items()}
 
     def scratch_bytes(self, spec: Spec, tokens: int) -> int:
-        """Count the arrays that a block has at once between its products."""
-        return 4 * tokens * _floats_per_row(spec)
+        """Count the arrays that a block has at once, and the largest matrix as widened.
+
+        Only matrices of 16 bits are widened in a call, but the formats are not known here.
+        """
+        if isinstance(spec, specs.Embedding) or tokens == 0:
+            return 0
+        widened = 4 * max((math.prod(shape) for shape in spec.parameters().values()), default=0)
+        if isinstance(spec, specs.Attention):
+            return widened + attention.scratch_bytes(spec, tokens)
+        return widened + 4 * tokens * _floats_per_row(spec)
 
     def state_bytes(self, spec: Spec, room: Room) -> int:
         if isinstance(spec, specs.ShortConv):
@@ -109,9 +117,6 @@ def _floats_per_row(spec: Spec) -> int:
     match spec:
         case specs.ShortConv():
             return 5 * spec.hidden_size  # B, C, X, u and y
-        case specs.Attention():
-            heads = spec.num_attention_heads + 2 * spec.num_key_value_heads
-            return heads * spec.head_dim  # q, k and v
         case specs.MLP():
             return 2 * spec.intermediate_size  # gate and up
         case specs.Experts():

@@ -16,7 +16,7 @@ from lfm2kit.errors import Lfm2kitError
 
 LIBRARIES = {"cpu": "mkldnn", "cuda": "cuda"}  # which multiply, by the type of a device
 EXACT = ("none", "ieee")  # "none": nobody has set it
-OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"  # sets it from outside the process
+OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"  # if it is 1, it sets that of "cuda" to TF32
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # a RuntimeError like any other
 
 
@@ -42,7 +42,8 @@ def _require_float32(device: str) -> None:
     set_to = getattr(torch.backends, library).matmul.fp32_precision
     if set_to not in EXACT:
         setting = f"torch.backends.{library}.matmul.fp32_precision"
-        cure = f"unset {OVERRIDE}" if os.environ.get(OVERRIDE) else f"type {setting} = 'ieee'"
+        is_overridden = device == "cuda" and os.environ.get(OVERRIDE) == "1"
+        cure = f"unset {OVERRIDE}" if is_overridden else f"type {setting} = 'ieee'"
         raise Lfm2kitError(f"{setting} is {set_to!r}, but fp32 needs products in float32; {cure}")
     if torch.is_autocast_enabled(device):
         raise Lfm2kitError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 
 from lfm2kit.backend import HOST, Array, Context
+from lfm2kit.process.machine import cores
 from lfm2kit_torch.exact import in_float32
 
 
@@ -19,13 +19,12 @@ class Host:
     def __init__(self, context: Context) -> None:
         """Set PyTorch's number of threads, which is the process's, if it is asked for.
 
-        Ranks that share a machine divide its cores.
+        Ranks that share a machine divide its cores, or those that a container may use.
         """
         if context.threads is not None:
             torch.set_num_threads(context.threads)
         elif context.local_ranks > 1:
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // context.local_ranks))
+            torch.set_num_threads(max(1, cores() // context.local_ranks))
 
     def building(self) -> AbstractContextManager[None]:
         return in_float32("cpu")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,17 @@ pytest.importorskip("lfm2kit_torch", reason="the plugin is not installed")
 
 import lfm2kit_torch
 import torch
+from lfm2kit_torch import attention
 from lfm2kit_torch.backend import TorchBackend
+from lfm2kit_torch.exact import LIBRARIES, in_float32
 from lfm2kit_torch.host import Host
 from lfm2kit_torch.linear import stored
+from torch.profiler import profile
 
 import lfm2kit
 import lfm2kit.testing
-from lfm2kit.backend import BF16, F16, F32, Context, Format, Room, Weights
-from lfm2kit.specs import MLP, Attention, Choice, LMHead, RMSNorm, ShortConv, Spec
+from lfm2kit.backend import BF16, F16, F32, Batch, Context, Format, Room, Weights
+from lfm2kit.specs import MLP, Attention, Choice, Experts, LMHead, RMSNorm, ShortConv, Spec
 from lfm2kit.testing.random_inputs import random_inputs
 from lfm2kit.testing.random_weights import random_weights
 
@@ -53,6 +58,7 @@ def _as_it_was() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
     torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 def test_auto_never_picks_them() -> None:
@@ -74,6 +80,18 @@ def test_it_works_between_blocks_of_another_backend() -> None:
         mixed = lfm2kit.load_model("tiny", "reference,moe=torch,conv=torch")
     logits = lfm2kit.load_model("tiny", "reference").logits(batch)
     np.testing.assert_allclose(mixed.logits(batch), logits, atol=1e-4)
+
+
+def test_pieces_of_queries_have_the_results_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = attention.Attention(ATTENTION, random_weights(ATTENTION), Host(Context()))
+    rng, shapes = np.random.default_rng(0), ((5, 4, 6), (9, 2, 6), (9, 2, 6))
+    q, k, v = (torch.from_numpy(rng.normal(size=shape)).float() for shape in shapes)
+    v[7] = torch.nan  # the last two rows see it
+    at_once = block._attend(q, k, v)
+    assert at_once.isfinite().all((1, 2)).tolist() == [True, True, True, False, False]
+    for queries in (1, 2, 3):
+        monkeypatch.setattr(attention, "SCORES", queries * ATTENTION.num_attention_heads * len(k))
+        torch.testing.assert_close(block._attend(q, k, v), at_once, equal_nan=True)
 
 
 # ---- Without a copy ----
@@ -137,6 +155,23 @@ def test_products_in_fewer_bits_are_refused(setting: Any, said: str) -> None:
         block(np.ones((3, 8), np.float32))
 
 
+@pytest.mark.parametrize(
+    ("device", "override", "cure"),
+    [
+        ("cuda", "1", "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+        ("cuda", "0", r"type torch\.backends\.cuda\.matmul\.fp32_precision = 'ieee'"),
+        ("cpu", "1", r"type torch\.backends\.mkldnn\.matmul\.fp32_precision = 'ieee'"),
+    ],
+)
+def test_the_cure_is_the_variable_only_if_that_has_set_it(
+    device: str, override: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", override)
+    getattr(torch.backends, LIBRARIES[device]).matmul.fp32_precision = "tf32"
+    with pytest.raises(lfm2kit.Lfm2kitError, match=f"; {cure}$"), in_float32(device):
+        pass
+
+
 @pytest.mark.parametrize("spec", [MLP(24, 40), Choice(8, 2, True, True, 1.5), RMSNorm(24, 1e-5)])
 def test_another_default_type_changes_nothing(spec: Spec) -> None:
     before = called(spec)
@@ -162,6 +197,12 @@ def test_pytorchs_threads_are_set_only_if_that_is_asked_for(context: Context, th
     assert torch.get_num_threads() == threads
 
 
+def test_ranks_divide_the_cores_that_a_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2kit_torch.host.cores", lambda: 6)
+    backend(Context(local_ranks=2))
+    assert torch.get_num_threads() == 3
+
+
 # ---- Memory ----
 
 
@@ -169,6 +210,41 @@ def test_too_little_memory_is_pythons_error() -> None:
     said = "you tried to allocate 1407"
     with pytest.raises(MemoryError, match=said), Host(Context()).computing():
         torch.empty(1 << 45)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ShortConv(64, 3),
+        Attention(64, 4, 2, 16, 1e4, 1e-5),  # all at once
+        Attention(64, 16, 2, 16, 1e4, 1e-5),  # in pieces
+        MLP(64, 96),
+        Experts(64, 32, 32, 4, tuple(range(32))),
+        LMHead(5000, 640),
+    ],
+    ids=str,
+)
+def test_a_call_needs_the_memory_that_the_backend_says(spec: Spec, tmp_path: Path) -> None:
+    rows, weights = 1024, random_weights(spec)
+    stored = Weights({name: weights[name].stored_as(BF16) for name in spec.parameters()})
+    block = backend().build(spec, stored)
+    given = random_inputs(spec, np.random.default_rng(0), rows)
+    one = Batch.of_sequences([[1] * rows])
+    with profile(profile_memory=True) as profiled:
+        result: Any = block(*(one if isinstance(array, Batch) else array for array in given))
+    peak = peak_bytes(profiled, tmp_path / "trace.json") - result.nbytes
+    said = backend().scratch_bytes(spec, rows)
+    assert said <= peak < 2 * said
+
+
+def peak_bytes(profiled: profile, path: Path) -> int:
+    """Return the most bytes that were allocated at once, beyond those before the first ones."""
+    profiled.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    memory = [event for event in events if event.get("name") == "[memory]"]
+    memory.sort(key=lambda event: event["ts"])
+    totals = [event["args"]["Total Allocated"] for event in memory]
+    return int(max(totals) - totals[0] + memory[0]["args"]["Bytes"])
 
 
 @pytest.mark.parametrize("room", [Room(0), Room(3, 128)])
