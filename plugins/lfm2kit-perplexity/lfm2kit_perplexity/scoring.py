@@ -20,7 +20,7 @@ from lfm2kit_perplexity.windows import Int32, Window, batch_of
 
 Float64 = npt.NDArray[np.float64]
 
-MOST_LOGITS = 2**25  # float32 at once: 128 MiB
+MOST_LOGITS = 2**25  # of windows that are computed together; one alone may have more
 ROWS = 16  # of logits that are float64 at once
 
 
@@ -35,9 +35,14 @@ class Scores:
 
 
 def windows_at_once(some: Sequence[Window], vocab_size: int) -> int:
-    """Return how many windows may be computed together: at least one."""
+    """Return how many windows may be computed together: at least one, whatever its logits take."""
     rows = max(one.end - one.first for one in some)
     return max(1, MOST_LOGITS // (rows * vocab_size))
+
+
+def logits_bytes(rows: int, vocab_size: int) -> int:
+    """Return the bytes of a model's logits, in float32."""
+    return 4 * rows * vocab_size
 
 
 def score(

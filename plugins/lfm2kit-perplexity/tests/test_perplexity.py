@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 from lfm2kit_perplexity.options import perplexity
 from lfm2kit_perplexity.scoring import score, windows_at_once
+from lfm2kit_perplexity.text import Text
 from lfm2kit_perplexity.windows import Window, batch_of, windows
+from lfm2kit_perplexity.work import Work
 
 import lfm2kit
-from lfm2kit.building.loading import find_model
+from lfm2kit.backend import HOST
+from lfm2kit.building.loading import Setup, find_model, set_up
+from lfm2kit.building.options import Options
 from lfm2kit.chat.tokenizer import load_tokenizer
+from lfm2kit.cli.options import open_model
 from lfm2kit.model import LFM2
 
 TINY = find_model("tiny")
@@ -106,6 +111,17 @@ def test_as_many_windows_are_computed_together_as_have_room_for_their_logits() -
     assert windows_at_once([Window(0, 1, 512), Window(256, 512, 768)], 65536) == 1
     assert windows_at_once([Window(0, 1, 257)], 2048) == 64
     assert windows_at_once([Window(0, 1, 2**20)], 2**16) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 99])
+@pytest.mark.parametrize("stride", [1, 3, 6])
+def test_no_batch_is_larger_than_the_first(stride: int, at_once: int) -> None:
+    some = list(windows(40, 7, stride))
+    work = Work(Text(np.arange(40, dtype=np.int32), 40), 7, stride, some, at_once)
+    groups = [some[i : i + at_once] for i in range(0, len(some), at_once)]
+    batches = [batch_of(work.text.ids, group) for group in groups]
+    assert work.most_tokens == max(len(batch.token_ids) for batch in batches)
+    assert work.most_rows == max(len(batch.logits_rows) for batch in batches)
 
 
 class Says:
@@ -233,3 +249,57 @@ def test_models_of_other_vocabularies_are_not_compared(text: Path, tmp_path: Pat
     (tmp_path / "small.toml").write_text(SMALL)
     with pytest.raises(lfm2kit.Lfm2kitError, match=r"tiny has 2048 tokens, .*small\.toml 64"):
         perplexity(text, backend="reference", against_model=str(tmp_path / "small.toml"))
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Return a folder of the same model."""
+    return Path(shutil.copytree(TINY, tmp_path / "other"))
+
+
+def test_models_of_other_tokenizers_are_not_compared(
+    text: Path, other: Path, ids: np.ndarray
+) -> None:
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    names = {number: name for name, number in vocabulary.items()}
+    one, another = names[ids[3]], names[max(names)]
+    vocabulary[one], vocabulary[another] = vocabulary[another], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    place = ids.tolist().index(ids[3])
+    with pytest.raises(lfm2kit.Lfm2kitError, match=rf"different tokens of it, from token {place} "):
+        perplexity(text, backend="reference", against_model=str(other))
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_models_of_the_same_tokenizer_or_of_none_are_compared(
+    text: Path, other: Path, has_tokenizer: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not has_tokenizer:
+        (other / "tokenizer.json").unlink()
+    perplexity(text, backend="reference", against_model=str(other))
+    assert "mean KL divergence:  0.000000" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_refused_before_it_is_built(
+    text: Path, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models, and the logits of a batch, count together."""
+    options = Options(model="tiny", backend="reference")
+    setup = set_up(open_model(options), options)
+    of_one = setup.sizes.needed(setup.placed, "host", len(ids))
+    kept, logits = of_one.kept, 4 * (len(ids) - 1) * setup.checkpoint.spec.embed_tokens.vocab_size
+
+    monkeypatch.setattr(Setup, "build", None)
+
+    def refusal(free: int) -> str:
+        monkeypatch.setattr(type(HOST), "free_bytes", lambda self, ranks=1: free)
+        with pytest.raises(lfm2kit.Lfm2kitError) as caught:
+            perplexity(text, backend="reference", against="reference")
+        return str(caught.value)
+
+    assert "the model needs" in refusal(kept - 1)
+    assert "the comparison of two models needs" in refusal(2 * kept - 1)
+    too_small = refusal(2 * kept + of_one.scratch + 2 * logits - 1)
+    assert f"scoring {len(ids)} tokens at once needs" in too_small
+    assert too_small.endswith("give a smaller window")
