@@ -60,6 +60,7 @@ class Fixed(NamedTuple):
 
 FIXED: Mapping[str, Fixed] = {
     "expert_gating_func": Fixed((SIGMOID, None), "experts that are scored by a sigmoid"),
+    "expert_weights_norm": Fixed((True, None), "experts whose weights add up to 1"),
     "expert_weights_scale": Fixed((1.0, 0.0, None), "experts that are not scaled"),
     "rope.scaling.type": Fixed(("none", None), "RoPE that is not scaled"),
     "attention.causal": Fixed((True, None), "causal attention"),

@@ -28,7 +28,7 @@ class Header(GGUFReader):
     """The header of the file at `path`.
 
     Raise `Lfm2kitError` for a file that ends too early, for one that is not GGUF in this machine's
-    byte order, and for whatever else the library cannot parse.
+    byte order, for whatever else the library cannot parse, and for one that cannot be read at all.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,6 +60,8 @@ class Header(GGUFReader):
         except DAMAGES as error:
             said = error.args[0] if isinstance(error, KeyError) else error  # without quotes
             raise Lfm2kitError(f"{self.path}: the library gguf cannot read it: {said}") from None
+        except OSError as error:
+            raise Lfm2kitError(f"{self.path}: {error.strerror or error}") from None
 
     def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
         """Keep a field, of which the first say how many keys and tensors there are."""

@@ -266,6 +266,17 @@ def test_a_missing_part_is_named(parts: list[Path]) -> None:
         open_file(parts[0])
 
 
+def test_a_part_that_cannot_be_read_is_one_line(
+    parts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests may run as root, who may read everything: here the part is a folder when it is read."""
+    parts[1].unlink()
+    parts[1].mkdir()
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    with pytest.raises(lfm2kit.Lfm2kitError, match=f"^{parts[1]}: Is a directory$"):
+        open_file(parts[0])
+
+
 def test_a_part_of_another_place_is_refused(parts: list[Path]) -> None:
     parts[2].write_bytes(parts[1].read_bytes())
     with pytest.raises(lfm2kit.Lfm2kitError, match=f"^{parts[2]}: not part 3 of 3"):
@@ -337,6 +348,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "embedding_length": (0, "hidden_size is 0; expected a whole number"),
     "expert_count": (8, r"has shape \[4, 32, 64\]; expected \[8, rows, columns\]"),
     "expert_gating_func": (1, "supports only experts that are scored by a sigmoid"),
+    "expert_weights_norm": (False, "supports only experts whose weights add up to 1"),
     "vocab_size": (97, r"shape \[96, 64\], but the model needs \[97, 64\]"),
     "attention.value_length": (8, "supports only 16, the width of a head"),
     "rope.dimension_count": (8, "supports only 16, the width of a head"),
