@@ -227,6 +227,7 @@ def called(program: Path, x: Any, *matrices: Any) -> Any:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 def test_what_the_page_types_on_a_gpu_works(tmp_path: Path) -> None:
     write(tmp_path, SECTIONS)
     lines = re.findall(r"^    (lfm2kit .*mine_cuda.*)$", CUDA, re.MULTILINE)
