@@ -123,17 +123,12 @@ def test_the_kinds_that_keep_fp16_below_twice_are_told_and_no_others() -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("given", [Options(backend="cpu_simd", n_cpu_moe=1), "plan"])
-def test_ranks_are_measured_beside_one(
-    given: Options | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_are_measured_beside_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lfm2kit.cli.grading.COUNTS", (2, 4))
-    if given == "plan":
-        (tmp_path / "plan.toml").write_text('default = "cpu_simd"\n')
-        given = Options(plan=tmp_path / "plan.toml")
-    assert isinstance(given, Options)
-    setup = set_up(open_checkpoint(EMBEDDED / "tiny"), given)
-    several, bought = graded_ranks(setup, given, 2, "mpi", repetitions=1)
+    (tmp_path / "plan.toml").write_text('default = "cpu_simd"\n')
+    options = Options(plan=tmp_path / "plan.toml")
+    setup = set_up(open_checkpoint(EMBEDDED / "tiny"), options)
+    several, bought = graded_ranks(setup, options, 2, "mpi", repetitions=1)
     assert (several.ranks, several.speed.samples, several.is_valid) == (2, 4, True)
     assert (bought.name, bought.how) == ("2 ranks", "one rank")
 
