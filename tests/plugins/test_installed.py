@@ -25,15 +25,14 @@ NAMES = (
     "lfm2kit-trace",
 )
 PROJECTS = {name: ROOT / "plugins" / name for name in NAMES}
+BESIDE = {"lfm2kit": ROOT, "lfm2kit-cpu-simd": ROOT / "backends" / "cpu_simd"}  # plugins need them
 BEGUN = {"backend": "my-backend", "transport": "post"}  # with `lfm2kit backends new my-backend`
 
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     into = tmp_path_factory.mktemp("wheels")
-    return {
-        name: build_wheel(project, into) for name, project in {"lfm2kit": ROOT, **PROJECTS}.items()
-    }
+    return {name: build_wheel(project, into) for name, project in {**BESIDE, **PROJECTS}.items()}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +59,7 @@ def test_wheels_hold_their_package_and_nothing_of_the_checkout_around_it(
     assert tops == {
         "lfm2kit": {"lfm2kit", "lfm2kit-0.1.0.dist-info"},
         "lfm2kit-blas": {"lfm2kit_blas", "lfm2kit_blas-0.1.0.dist-info"},
+        "lfm2kit-cpu-simd": {"lfm2kit_cpu_simd", "lfm2kit_cpu_simd-0.1.0.dist-info"},
         "lfm2kit-gguf": {"lfm2kit_gguf", "lfm2kit_gguf-0.1.0.dist-info"},
         "lfm2kit-int8": {"lfm2kit_int8", "lfm2kit_int8-0.1.0.dist-info"},
         "lfm2kit-perplexity": {"lfm2kit_perplexity", "lfm2kit_perplexity-0.1.0.dist-info"},
@@ -73,7 +73,7 @@ def test_the_installed_core_is_used_and_the_plugins_are_found(installed: Install
     assert Path(where).is_relative_to(installed.programs.parent)
     listed = json.loads(installed.succeeds("lfm2kit", "backends", "--json", "-"))
     backends = {row["name"]: row for row in listed["backends"]}
-    assert set(backends) == {"reference", "blas", "int8", "my-backend"}
+    assert set(backends) == {"reference", "blas", "cpu_simd", "int8", "my-backend"}
     assert backends["blas"]["distribution"] == "lfm2kit-blas 0.1.0"
     assert backends["blas"]["cannot_run"] is None
     plugins = json.loads(installed.succeeds("lfm2kit", "plugins", "--json", "-"))["plugins"]

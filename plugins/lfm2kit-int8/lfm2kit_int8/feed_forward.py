@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,34 +19,32 @@ Int32 = npt.NDArray[np.int32]
 class FeedForwards:
     """Dense feed-forwards, of which each gets some of the rows."""
 
-    def __init__(self, weights: Sequence[Weights], threads: Callable[[], int]) -> None:
-        self._threads = threads
+    def __init__(self, weights: Sequence[Weights]) -> None:
         self._w13 = pack([(one["w1.weight"], one["w3.weight"]) for one in weights])
         self._w2 = pack([(one["w2.weight"],) for one in weights])
 
     def __call__(self, x: Float32, rows: Int64, offsets: Int64) -> Float32:
         """Return what number g makes of x[rows[offsets[g] : offsets[g + 1]]], for all g."""
-        threads = self._threads()
-        inner = product(x, rows, offsets, self._w13, threads)
-        return product(inner, np.arange(len(rows)), offsets, self._w2, threads)
+        inner = product(x, rows, offsets, self._w13)
+        return product(inner, np.arange(len(rows)), offsets, self._w2)
 
 
 class MLP:
-    def __init__(self, spec: specs.MLP, weights: Weights, threads: Callable[[], int]) -> None:
-        self._feed_forward = FeedForwards([weights], threads)
+    def __init__(self, spec: specs.MLP, weights: Weights) -> None:
+        self._feed_forward = FeedForwards([weights])
 
     def __call__(self, x: Float32) -> Float32:
         return self._feed_forward(x, np.arange(len(x)), np.array([0, len(x)]))
 
 
 class Experts:
-    def __init__(self, spec: specs.Experts, weights: Weights, threads: Callable[[], int]) -> None:
+    def __init__(self, spec: specs.Experts, weights: Weights) -> None:
         local = spec.local_experts
         self._count = len(local)
         self._numbers = np.full(spec.num_experts + 1, -1)  # the last one is that of the id -1
         self._numbers[list(local)] = np.arange(len(local))
         if local:
-            self._experts = FeedForwards([weights.scope(f"experts.{e}") for e in local], threads)
+            self._experts = FeedForwards([weights.scope(f"experts.{e}") for e in local])
 
     def __call__(self, x: Float32, expert_ids: Int32, expert_weights: Float32) -> Float32:
         delta = np.empty_like(x)

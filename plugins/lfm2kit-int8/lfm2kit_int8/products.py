@@ -12,11 +12,12 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+from lfm2kit_cpu_simd.compiling import kernel
+from lfm2kit_cpu_simd.crew import CREW
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from lfm2kit_int8.compiling import kernel
 from lfm2kit_int8.formats import Float32
 from lfm2kit_int8.packing import BLOCK, LINE, PANELS, ROWS, Panels
 from lfm2kit_int8.tile import MOST_ROWS, TILES, call_tile
@@ -28,15 +29,24 @@ INDICES, INDICES_2D = (types.Array(INT, n, "C", readonly=True) for n in (1, 2))
 MATRIX, SCALES = (types.Array(types.float32, n, "C", readonly=True) for n in (2, 3))
 
 
-def product(x: Float32, rows: Int64, offsets: Int64, panels: Panels, threads: int) -> Float32:
+def product(x: Float32, rows: Int64, offsets: Int64, panels: Panels) -> Float32:
     """Return [len(rows), columns]: rows offsets[g] to offsets[g + 1] are of group g's matrix.
 
     Row i is the product of x[rows[i]], and silu(x @ w1.T) * (x @ w3.T) if the panels are gated.
     """
     out = np.empty((len(rows), panels.columns), np.float32)
-    address = panels.data.ctypes.data
+    address, threads = panels.data.ctypes.data, CREW.size()
     _product(x, rows, offsets, address, panels.scales, panels.is_gated, TILES, out, threads)
     return out
+
+
+def combine(products: Float32, places: Int64, weights: Float32, delta: Float32) -> None:
+    """Compute delta[row], the sum over k, in order, of weights[row, k] * products[places[row, k]].
+
+    At a place of -1 there is none.  Terms are rounded before they are added, as elsewhere.
+    """
+    CREW.size()  # sets the number of threads
+    _combine(products, places, weights, delta)
 
 
 @intrinsic
@@ -62,6 +72,25 @@ def _finish(sums: Any, scales: Any, is_gated: Any, out: Any) -> None:
             out[i, c] = y
 
 
+@numba.njit(inline="always")
+def _multiply(
+    x: Any, rows: Any, panels_at: Any, scales: Any, is_gated: Any, tiles: Any, out: Any
+) -> None:
+    """Multiply x[rows] by a block, in parts of nearly the same number of rows."""
+    xs, sums = np.empty(MOST_ROWS, np.int64), np.empty((MOST_ROWS, BLOCK), np.float32)
+    count, k = rows.shape[0], x.shape[1]
+    panel_bytes = -(-k // LINE) * ROWS * LINE
+    parts = -(-count // MOST_ROWS)
+    for part in range(parts):
+        at, after = count * part // parts, count * (part + 1) // parts
+        for i in range(after - at):
+            xs[i] = x.ctypes.data + 4 * k * rows[at + i]
+        for panel in range(min(PANELS, out.shape[1])):
+            panel_at, sums_at = panels_at + panel * panel_bytes, sums.ctypes.data + 4 * panel
+            call_tile(tiles[after - at], xs.ctypes.data, panel_at, k, sums_at)
+        _finish(sums, scales, is_gated, out[at:after])
+
+
 @kernel(
     types.void(MATRIX, INDICES, INDICES, INT, SCALES, BOOL, INDICES, OUT, INT),
     parallel=True,
@@ -71,37 +100,22 @@ def _product(
     x: Any, rows: Any, offsets: Any, panels_at: Any, scales: Any, is_gated: Any, tiles: Any,
     out: Any, threads: Any,
 ) -> None:  # fmt: skip
-    k = x.shape[1]
-    panel_bytes = -(-k // LINE) * ROWS * LINE
     groups, blocks = scales.shape[:2]
     width = BLOCK // 2 if is_gated else BLOCK
+    block_bytes = -(-x.shape[1] // LINE) * BLOCK * LINE
     counter = np.zeros(1, np.int64)
     for _ in numba.prange(threads):
-        xs, sums = np.empty(MOST_ROWS, np.int64), np.empty((MOST_ROWS, BLOCK), np.float32)
         task = _claimed(counter)
         while task < groups * blocks:
             group, block = task // blocks, task % blocks
-            begin, end = block * width, min(out.shape[1], (block + 1) * width)
-            first, count = offsets[group], offsets[group + 1] - offsets[group]
-            parts = -(-count // MOST_ROWS)
-            for part in range(parts):  # of nearly the same number of rows
-                at, after = first + count * part // parts, first + count * (part + 1) // parts
-                for i in range(after - at):
-                    xs[i] = x.ctypes.data + 4 * k * rows[at + i]
-                for panel in range(min(PANELS, end - begin)):
-                    panel_at = panels_at + (task * PANELS + panel) * panel_bytes
-                    sums_at = sums.ctypes.data + 4 * panel
-                    call_tile(tiles[after - at], xs.ctypes.data, panel_at, k, sums_at)
-                _finish(sums, scales[group, block], is_gated, out[at:after, begin:end])
+            begin, end, at = offsets[group], offsets[group + 1], panels_at + task * block_bytes
+            part = out[begin:end, block * width : (block + 1) * width]
+            _multiply(x, rows[begin:end], at, scales[group, block], is_gated, tiles, part)
             task = _claimed(counter)
 
 
 @kernel(types.void(MATRIX, INDICES_2D, MATRIX, OUT), parallel=True)
-def combine(products: Any, places: Any, weights: Any, delta: Any) -> None:
-    """Compute delta[row], the sum over k, in order, of weights[row, k] * products[places[row, k]].
-
-    At a place of -1 there is none.  Terms are rounded before they are added, as elsewhere.
-    """
+def _combine(products: Any, places: Any, weights: Any, delta: Any) -> None:
     for row in numba.prange(delta.shape[0]):
         is_first = True
         for k in range(places.shape[1]):

@@ -17,12 +17,12 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
+from lfm2kit_cpu_simd.compiling import c_function
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lfm2kit_int8.compiling import c_function
 from lfm2kit_int8.packing import BLOCK, LINE, PANELS, ROWS
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
 from lfm2kit_int8.backend import Int8Backend
-from lfm2kit_int8.feed_forward import MLP, Experts
+from lfm2kit_int8.feed_forward import Experts
 from lfm2kit_int8.formats import I8
 from lfm2kit_int8.packing import pack
 from lfm2kit_int8.products import product
@@ -85,7 +89,7 @@ def test_products_astride_the_edges_of_tiles(
     panels, x = pack(groups), rows_of(2 * MOST_ROWS + 2, k)
     offsets, order = np.array([0, len(x) - 1, len(x)]), RNG.permutation(len(x))
     with poisoned(monkeypatch):
-        got = product(x, order, offsets, panels, 2)
+        got = product(x, order, offsets, panels)
     for number, tensors in enumerate(groups):
         chosen = slice(*offsets[number : number + 2])
         first, *other = (x[order[chosen]] @ t.float32().astype(float).T for t in tensors)
@@ -182,19 +186,49 @@ def test_a_row_has_its_bits_alone_and_among_any_number_of_others() -> None:
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     spec = specs.MLP(70, 200)
     weights, x = weights_of(spec), rows_of(9, 70)
-    one, two = (MLP(spec, weights, lambda n=n: n)(x) for n in (1, 2))  # type: ignore[misc]
-    np.testing.assert_array_equal(one, two)
+    before, results = numba.get_num_threads(), []
+    for most in (1, numba.config.NUMBA_NUM_THREADS):
+        backend = Int8Backend(Context(threads=most))
+        assert numba.get_num_threads() == most
+        results.append(backend.build(spec, weights)(x))
+    Int8Backend(Context(threads=before))
+    np.testing.assert_array_equal(*results)
 
 
-def test_threads_are_as_many_as_are_asked_for_and_no_more_than_numba_allows() -> None:
-    most, before = numba.config.NUMBA_NUM_THREADS, numba.get_num_threads()
-    numba.set_num_threads(most)
-    assert Int8Backend(Context())._threads() == most
-    assert Int8Backend(Context(threads=1))._threads() == 1
-    assert Int8Backend(Context(local_ranks=2 * most))._threads() == 1
-    numba.set_num_threads(1)
-    assert Int8Backend(Context())._threads() == 1
-    numba.set_num_threads(before)
+# Prints how many threads the blocks of each context have started.
+THREADS = """
+import os
+import numba
+import numpy as np
+from lfm2kit.backend import Context
+from lfm2kit.specs import Experts
+from lfm2kit.testing import random_inputs, random_weights
+from lfm2kit_cpu_simd.crew import CREW
+from lfm2kit_int8.backend import Int8Backend
+CREW._waits = dict  # other processes do not count here
+spec = Experts(64, 64, 4, 2, (0, 1, 2, 3))
+weights, inputs = random_weights(spec), random_inputs(spec, np.random.default_rng(0), 200)
+for context in (Context(threads=1), Context(local_ranks=5000), Context(threads=2)):
+    block = Int8Backend(context).build(spec, weights)
+    before = len(os.listdir("/proc/self/task"))
+    block(*inputs)
+    print(len(os.listdir("/proc/self/task")) - before if numba.threading_layer() == "omp" else "?")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux counts them so")
+def test_kernels_run_on_as_many_threads_as_are_asked_for() -> None:
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True
+    )
+    if "?" in done.stdout:
+        pytest.skip("this machine has no OpenMP, and other threads are started in advance")
+    assert done.stdout.split() == ["0", "0", "1"], done.stderr
+
+
+def test_more_threads_than_numba_has_are_refused() -> None:
+    most = numba.config.NUMBA_NUM_THREADS
     with pytest.raises(lfm2kit.Lfm2kitError, match=f"this process may use {most}"):
         Int8Backend(Context(threads=most + 1))
 
@@ -205,7 +239,7 @@ def test_float_weights_are_rounded_and_int8_ones_are_taken_as_they_are() -> None
     values = Tensor.of_array("w", stored.float32())
     eye, all_rows = np.eye(70, dtype=np.float32), np.arange(70)
     for tensor, kept in ((stored, stored), (values, values.stored_as(I8))):
-        got = product(eye, all_rows, np.array([0, 70]), pack([[tensor]]), 1)
+        got = product(eye, all_rows, np.array([0, 70]), pack([[tensor]]))
         np.testing.assert_array_equal(got.T, kept.float32())
 
 
