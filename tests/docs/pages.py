@@ -78,6 +78,8 @@ def _typed(text: str) -> Iterator[str]:
 
 def _command(page: str, before: str, program: str, typed: str) -> Command:
     words = shlex.split(typed, comments=True)
+    if program == "run.sh":
+        words[:1] = ["grade"] if words[:1] == ["--grade"] else ["run", *words[:1]]
     streams = {}
     for sign in "<>":
         if sign in words:
@@ -87,7 +89,7 @@ def _command(page: str, before: str, program: str, typed: str) -> Command:
     return Command(
         page,
         before,
-        ("run",) * (program == "run.sh") + tuple(words),
+        tuple(words),
         streams.get("<"),
         streams.get(">"),
     )

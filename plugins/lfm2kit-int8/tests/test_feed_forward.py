@@ -105,7 +105,7 @@ def test_tiles_of_other_cpus(vl: int, m: int) -> None:
     xs = np.array([row.ctypes.data for row in x])
     sums = np.full((m, 4, 16), np.nan, np.float32)
     tile.ctypes(xs.ctypes.data, panels.data.ctypes.data, 150, sums.ctypes.data)
-    np.testing.assert_allclose(sums[:, :, 0], x @ w.data.astype(np.float32).T, rtol=1e-4)
+    assert_close(sums[:, :, 0], x.astype(float) @ w.data.T)
 
 
 @pytest.mark.parametrize("rows", [0, 1, MOST_ROWS, MOST_ROWS + 1, 17])
