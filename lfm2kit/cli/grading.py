@@ -23,7 +23,7 @@ from lfm2kit.grading.models import COUNTS, SEQ_LEN, why_not_validated
 from lfm2kit.grading.report import markdown as in_markdown
 from lfm2kit.grading.report import sentences, tables
 from lfm2kit.measuring.scaling import Job
-from lfm2kit.measuring.validate import Verdict
+from lfm2kit.measuring.validate import Verdict, word
 from lfm2kit.outputs.files import replaced
 from lfm2kit.profiling.page.bars import bars
 from lfm2kit.profiling.page.facts import facts_of
@@ -161,7 +161,5 @@ def _without_seconds(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _verdict(verdict: Verdict | str) -> str:
-    """Return VALID or INVALID, or why there is no verdict."""
-    if isinstance(verdict, str):
-        return verdict
-    return "VALID" if verdict.is_valid else "INVALID"
+    """Return the word for a verdict, or why there is none."""
+    return verdict if isinstance(verdict, str) else word(is_valid=verdict.is_valid)

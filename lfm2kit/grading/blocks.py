@@ -100,12 +100,16 @@ def block_setup(options: Options, values: Values) -> Setup:
     return set_up(checkpoint, options, may_lack=True)
 
 
-def error_of(setup: Setup, test: BlockTest, values: Values) -> float:
+def reference_setup(options: Options, values: Values) -> Setup:
+    """Return the same two layers, built by the reference."""
+    return block_setup(replace(options, backend="reference"), values)
+
+
+def error_of(setup: Setup, reference: Setup, test: BlockTest, values: Values) -> float:
     """Return the largest error of a block beside the reference's, on one sample.
 
     It is relative to the largest value.
     """
-    reference = block_setup(replace(setup.options, backend="reference"), values)
     one = test._replace(samples=1)
     got, want = (contender(each, one, values).call() for each in (setup, reference))
     return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))

@@ -10,7 +10,7 @@ from lfm2kit.backend import Ceilings
 from lfm2kit.building.loading import Setup
 from lfm2kit.building.options import Options
 from lfm2kit.errors import Lfm2kitError, Option
-from lfm2kit.grading.blocks import TESTS, VALUES, block_setup, contender, error_of
+from lfm2kit.grading.blocks import TESTS, VALUES, block_setup, contender, error_of, reference_setup
 from lfm2kit.grading.kinds import KindGrade, by_kind, reasons
 from lfm2kit.grading.models import (
     COUNTS,
@@ -112,12 +112,12 @@ def grade(setup: Setup, repetitions: int, stage: Stage) -> Graded:
 
 def _blocks(options: Options, repetitions: int, stage: Stage) -> Iterator[BlockGrade]:
     for values in VALUES:
-        setup = block_setup(options, values)
+        setup, reference = block_setup(options, values), reference_setup(options, values)
         for test in TESTS:
             with stage(f"{test.kind}, {values.name}", WARM_UPS + repetitions) as done:
                 (found,) = measure([contender(setup, test, values)], repetitions, {}, done)
             speed = found.contender.tokens / found.median
-            error = error_of(setup, test, values)
+            error = error_of(setup, reference, test, values)
             is_valid = error <= setup.grade.block_error
             points = test.points(speed) if is_valid else 0.0
             yield BlockGrade(

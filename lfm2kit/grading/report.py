@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lfm2kit.grading.grading import Graded, OfRanks
 from lfm2kit.grading.kinds import KindGrade
-from lfm2kit.measuring.validate import Verdict
+from lfm2kit.measuring.validate import Verdict, word
 
 
 def tables(graded: Graded) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
@@ -16,7 +16,7 @@ def tables(graded: Graded) -> Iterator[tuple[str, Sequence[str], list[Sequence[s
         ("block", "values", "tokens/s", "threshold", "points", "error", ""),
         [
             (b.kind, b.values, f"{b.tokens_per_second:.0f}", f"{b.threshold:.0f}",
-             f"{b.points:.1f} of 10", f"{b.error:.1e}", "VALID" if b.is_valid else "INVALID")
+             f"{b.points:.1f} of 10", f"{b.error:.1e}", word(is_valid=b.is_valid))
             for b in graded.blocks
         ],
     )  # fmt: skip
@@ -69,12 +69,12 @@ def sentences(graded: Graded) -> Iterator[str]:
 def _said(verdict: Verdict | str) -> str:
     if isinstance(verdict, str):
         return verdict
-    word = "VALID" if verdict.is_valid else "INVALID"
-    return f"{word} (top-1 {verdict.top1_matches} of {verdict.samples})"
+    said = word(is_valid=verdict.is_valid)
+    return f"{said} (top-1 {verdict.top1_matches} of {verdict.samples})"
 
 
 def _said_of_ranks(found: OfRanks) -> str:
-    said = {True: "VALID", False: "INVALID", None: "not validated"}[found.is_valid]
+    said = "not validated" if found.is_valid is None else word(is_valid=found.is_valid)
     return f"{found.ranks} ranks: {found.speed.samples_per_second:.1f} samples/s, {said}"
 
 

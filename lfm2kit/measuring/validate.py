@@ -16,6 +16,11 @@ import numpy.typing as npt
 from lfm2kit.precisions import Grade
 
 
+def word(*, is_valid: bool) -> str:
+    """Return the word for a verdict, for which graders search."""
+    return "VALID" if is_valid else "INVALID"
+
+
 @dataclass(frozen=True, slots=True)
 class Mismatch:
     """One logit that differs too much."""
@@ -60,7 +65,7 @@ class Verdict:
         accuracy = 100 * self.top1_matches / max(self.samples, 1)
         yield f"Top-1 Prediction Accuracy: {accuracy:g}% ({self.top1_matches}/{self.samples})"
         asked = f" ({self.tolerance:g} allowed {self.instead_of})" if self.instead_of else ""
-        yield ("VALID" if self.is_valid else "INVALID") + asked
+        yield word(is_valid=self.is_valid) + asked
         if self.problem is not None:
             yield self.problem
         if self.first is not None:

@@ -19,7 +19,15 @@ from lfm2kit.cli.grading import graded_ranks
 from lfm2kit.cli.scaling import alone
 from lfm2kit.grading import blocks, models
 from lfm2kit.grading.apart import ApartLayer, apart
-from lfm2kit.grading.blocks import TESTS, VALUES, BlockTest, Drawn, block_setup, error_of
+from lfm2kit.grading.blocks import (
+    TESTS,
+    VALUES,
+    BlockTest,
+    Drawn,
+    block_setup,
+    error_of,
+    reference_setup,
+)
 from lfm2kit.grading.kinds import KindGrade, reasons
 from lfm2kit.measuring.bench import Limit
 from lfm2kit.specs import Work
@@ -67,7 +75,9 @@ def test_weights_of_different_names_differ_and_stay() -> None:
 @pytest.mark.parametrize("values", VALUES, ids=lambda values: values.name)
 @pytest.mark.parametrize("test", TESTS, ids=lambda test: test.kind)
 def test_a_block_is_as_the_references(test: BlockTest, values: Any, small: None) -> None:
-    assert error_of(block_setup(Options(backend="cpu_simd"), values), test, values) < 2e-5
+    options = Options(backend="cpu_simd")
+    setups = block_setup(options, values), reference_setup(options, values)
+    assert error_of(*setups, test, values) < 2e-5
 
 
 def test_layers_in_parts_have_the_logits_of_whole_ones() -> None:
@@ -164,7 +174,7 @@ def test_a_wrong_block_has_no_points_and_ends_with_code_1(
     cli: Cli, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "KINDS", ())
-    monkeypatch.setattr("lfm2kit.grading.grading.error_of", lambda setup, test, values: 0.5)
+    monkeypatch.setattr("lfm2kit.grading.grading.error_of", lambda *asked: 0.5)
     done = graded(cli, tmp_path, "-b", "reference")
     assert done.code == 1
     assert done.out.count("INVALID") >= 6
