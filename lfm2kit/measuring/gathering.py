@@ -22,42 +22,56 @@ class Gather:
 
     def __init__(self, transport: Transport | None, samples: int, vocab_size: int) -> None:
         aside = transport.aside("gather") if isinstance(transport, WorksAside) else None
-        self._transport = transport if aside is None else aside
+        self._transport = transport
+        self._beside = transport if aside is None else aside
         self._begin = _at_once if aside is None else aside.begin
         self._begun: list[Pending] = []
         world = World() if transport is None else transport.world
         self._shares = [share(samples, world.size, rank) for rank in range(world.size)]
-        self._logits = np.empty((samples if world.rank == 0 else 0, vocab_size), np.float32)
-        self._is_first = world.rank == 0
+        self._shape = samples if world.rank == 0 else 0, vocab_size
+        self._logits: Floats | None = None  # of several batches
         self.sent = Sent()
 
     def begin(self, rows: slice, logits: Floats) -> None:
         """Begin to gather the logits of a batch, which consists of these `rows` of each share."""
-        parts = [part[rows] for part in self._shares]
+        if self._logits is None:
+            self._logits = np.empty(self._shape, np.float32)
         with self.sent.waiting():
-            self._begun.append(self._begin(partial(self._gather, parts, logits)))
+            self._begun.append(self._begin(partial(self._gather, self._beside, rows, logits)))
 
-    def end(self) -> Floats | None:
-        """Return all samples' logits on rank 0, once they have come; None elsewhere."""
+    def end(self, rows: slice, logits: Floats) -> Floats | None:
+        """Gather the last batch, and return all samples' logits on rank 0; None elsewhere.
+
+        Nothing is computed meanwhile, so the transport may wait as it is fastest.
+        """
         with self.sent.waiting():
             for batch in self._begun:
                 batch.end()
-        return self._logits if self._is_first else None
+            last = self._gathered(self._transport, rows, logits)
+            if last is None or self._logits is None:
+                return last  # of a single batch, which are those of all samples in order
+            self._keep(rows, last)
+        return self._logits
 
-    def _gather(self, parts: list[range], logits: Floats) -> None:
-        if self._transport is None:
-            self._keep(parts, logits)
-            return
-        everyones = self._transport.gather(logits, [len(part) for part in parts])
+    def _gather(self, transport: Transport | None, rows: slice, logits: Floats) -> None:
+        everyones = self._gathered(transport, rows, logits)
+        if everyones is not None:
+            self._keep(rows, everyones)
+
+    def _gathered(self, transport: Transport | None, rows: slice, logits: Floats) -> Floats | None:
+        """Return the logits of a batch of all ranks on rank 0, and None elsewhere."""
+        if transport is None:
+            return logits
+        everyones = transport.gather(logits, [len(part[rows]) for part in self._shares])
         if everyones is None:
             self.sent.add([len(logits)], logits.itemsize * logits.shape[1])
-        else:
-            self._keep(parts, everyones)
+        return everyones
 
-    def _keep(self, parts: list[range], logits: Floats) -> None:
-        """Put the logits of these samples, one part after the other, in their places."""
+    def _keep(self, rows: slice, logits: Floats) -> None:
+        """Put the logits of a batch, one rank's after the other, in their places."""
+        assert self._logits is not None, "there are several batches"
         start = 0
-        for part in parts:
+        for part in (one[rows] for one in self._shares):
             self._logits[part.start : part.stop] = logits[start : start + len(part)]
             start += len(part)
 
@@ -65,8 +79,8 @@ class Gather:
 def gathered_bytes(samples: int, vocab_size: int) -> int:
     """Return the bytes of logits that rank 0 of several holds, at the most, to gather them.
 
-    They are those of all samples, and once more as they come: in one batch, or in several that are
-    on their way at once.
+    They are those of all samples, and once more as they come, in several batches that are on their
+    way at once.
     """
     return 2 * samples * vocab_size * np.dtype(np.float32).itemsize
 

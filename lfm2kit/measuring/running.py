@@ -43,8 +43,8 @@ def run_samples(
 ) -> Timed:
     """Return the last token's logits of each sample of `inputs` int32 [n, seq_len], and the time.
 
-    The samples are shared out over the ranks of `transport`, which exchange tokens inside `groups`,
-    or with all others; every rank makes the same number of
+    There is at least one sample.  The samples are shared out over the ranks of `transport`, which
+    exchange tokens inside `groups`, or with all others; every rank makes the same number of
     forwards, some perhaps of no samples, because they exchange tokens in each.
     """
     world = transport.world if transport is not None else World()
@@ -56,12 +56,17 @@ def run_samples(
         batch = Batch.of_sequences(list(inputs[: min(largest, batch_size)]))
         progress.allow_forward(model.placed.leaves(), batch, world.size)
     gather = Gather(transport, len(inputs), model.spec.lm_head.vocab_size)
-    start = _now(transport)
-    for i in range(-(-largest // batch_size)):
-        rows = slice(i * batch_size, (i + 1) * batch_size)
-        gather.begin(rows, model.logits(Batch.of_sequences(list(mine[rows]))))
+
+    def logits_of(rows: slice) -> npt.NDArray[np.float32]:
+        logits = model.logits(Batch.of_sequences(list(mine[rows])))
         done(len(mine[rows]))
-    logits = gather.end()
+        return logits
+
+    *earlier, last = (slice(i, i + batch_size) for i in range(0, largest, batch_size))
+    start = _now(transport)
+    for rows in earlier:
+        gather.begin(rows, logits_of(rows))
+    logits = gather.end(last, logits_of(last))
     seconds = _now(transport) - start
     if transport is None:
         return Timed(logits, seconds)
