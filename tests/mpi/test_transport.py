@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("lfm2kit_mpi", reason="the MPI transport is a distribution of its own")
 
+from lfm2kit_mpi.job import ON_EXIT_CODES
 from lfm2kit_mpi.launcher import MpiLauncher, find_mpiexec, flags_for
 from lfm2kit_mpi.library import fits
 
@@ -34,6 +35,7 @@ def run_mpi(ranks: int, script: str, tmp_path: Path) -> subprocess.CompletedProc
 
 PROLOGUE = """
 import numpy as np
+from lfm2kit_mpi.job import ON_EXIT_CODES
 from lfm2kit_mpi.launcher import MpiLauncher
 transport = MpiLauncher().connect()
 world = transport.world
@@ -198,3 +200,30 @@ def test_a_rank_whose_mpi_cannot_join_ends_in_one_line(
     done = subprocess.run(command, capture_output=True, text=True, timeout=A_WHILE, env=environment)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert says in done.stderr
+
+
+OPEN_MPI_ON_AN_EXIT_CODE = """\
+--------------------------------------------------------------------------
+Primary job  terminated normally, but 1 process returned
+a non-zero exit code. Per user-direction, the job has been aborted.
+--------------------------------------------------------------------------
+--------------------------------------------------------------------------
+mpiexec detected that one or more processes exited with non-zero status, thus causing
+the job to be terminated. The first process to do so was:
+
+  Process name: [[28273,1],0]
+  Exit code:    2
+--------------------------------------------------------------------------
+"""
+A_WARNING = """\
+--------------------------------------------------------------------------
+WARNING: There was an error initializing an OpenFabrics device.
+--------------------------------------------------------------------------
+"""
+
+
+@pytest.mark.parametrize("others", ["", A_WARNING])
+def test_what_open_mpi_says_of_an_exit_code_is_left_out_and_its_warnings_are_not(
+    others: str,
+) -> None:
+    assert ON_EXIT_CODES.sub("", others + OPEN_MPI_ON_AN_EXIT_CODE + others) == others + others

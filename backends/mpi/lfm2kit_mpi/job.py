@@ -29,6 +29,9 @@ STDIN = "LFM2KIT_MPI_STDIN"  # for rank 0: which process has the stdin of the jo
 HUB = "LFM2KIT_MPI_HUB"  # for the ranks: where the hub listens, and the job's key
 TO_SAY_WHY = 1.0  # seconds for mpiexec to say which signal ended a rank
 TO_END = 2.0  # seconds for a job's processes to end when told to
+LINES = r"(?:(?!-{70}).*\n)*"
+# What Open MPI says, between lines of dashes, of a rank that ended by itself and has said why.
+ON_EXIT_CODES = re.compile(rf"^-{{70,}}\n{LINES}?.*non-zero{LINES}-{{70,}}\n", re.MULTILINE)
 
 
 def run_job(command: Sequence[str], ranks: int) -> int:
@@ -43,7 +46,8 @@ def run_job(command: Sequence[str], ranks: int) -> int:
         # Outside of asyncio, whose way of ending tasks an interrupt would cut short.
         with _started(command, {HUB: told}, said) as job:
             exit_code = asyncio.run(_watched(hub, listener, job, said))
-        if words := _words_of(said):  # warnings of mpiexec and of C libraries
+        # Warnings of mpiexec and of C libraries.
+        if words := ON_EXIT_CODES.sub("", _words_of(said)):
             print(words, end="", file=sys.stderr, flush=True)
         return exit_code
 
