@@ -22,6 +22,7 @@ from lfm2kit.cli.report import Report
 from lfm2kit.cli.rewrite_options import option_of
 from lfm2kit.errors import Lfm2kitError, Option
 from lfm2kit.ranks.balancing import check_replicas
+from lfm2kit.ranks.groups import check_ep_size
 from lfm2kit.records.machine import described
 from lfm2kit.simulating.comparing import Compared, Simulated, Simulation
 from lfm2kit.simulating.model_rates import Found, ModelRates, found
@@ -35,7 +36,6 @@ NOT_SIMULATED = (
     "gpu_memory",
     "streamed_experts",
     "parallel",
-    "ep_size",
     "overlap",
     "exchange",
     "rewrites",
@@ -156,7 +156,10 @@ def _simulation(
         None if side is None else past_host(there.calibration, side.memory, request.per_node),
         None if side is None or side.link is None else side.link.to_host,
     )
-    return Simulation(checkpoint.spec, request, machine, load, options.replicate_experts)
+    replicas, ep_size = options.replicate_experts, options.ep_size
+    if ep_size is not None and all(ranks % ep_size for ranks in request.ranks):
+        check_ep_size(ep_size, max(request.ranks))
+    return Simulation(checkpoint.spec, request, machine, load, replicas, ep_size)
 
 
 def _fields(compared: Compared, job: Simulated) -> dict[str, Any]:

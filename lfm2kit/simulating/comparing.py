@@ -80,6 +80,7 @@ class Simulation:
     machine: Machine
     load: Load | None
     replicas: int = 0
+    ep_size: int | None = None  # of groups that are compared as well, where ranks can form them
 
     @property
     def work(self) -> int:
@@ -87,7 +88,7 @@ class Simulation:
         request, of_rank = self.request, 0
         for ranks in request.ranks:
             forwards = sum(-(-n // (ranks * self._batch_size)) for n in request.n)
-            of_rank += len(layouts(self._nodes(ranks))) * forwards * ranks
+            of_rank += len(self._layouts(ranks)) * forwards * ranks
         return of_rank * len(self.machine.rates.layers)
 
     def compared(self, done: Done = nothing) -> Iterator[Compared]:
@@ -97,15 +98,17 @@ class Simulation:
                 yield Compared(list(self._jobs(ranks, n, done)))
 
     def _jobs(self, ranks: int, n: int, done: Done) -> Iterator[Simulated]:
-        nodes = self._nodes(ranks)
         vocab_size = self.model.lm_head.vocab_size
-        for name, grouping in layouts(nodes).items():
-            layout = Layout(nodes, grouping, self._batch_size)
+        for name, grouping in self._layouts(ranks).items():
+            layout = Layout(self._nodes(ranks), grouping, self._batch_size)
             job = Job.of(self.model, layout, n, self._owners_of, self.machine.rates.row_formats)
             predicted = predict(job, self._routing, self.machine, vocab_size, done)
             memory = self.request.memory
             fits = memory is None or predicted.kept_bytes <= memory
             yield Simulated(ranks, n, name, predicted, fits)
+
+    def _layouts(self, ranks: int) -> Mapping[str, Grouping]:
+        return layouts(self._nodes(ranks), self.ep_size)
 
     def _nodes(self, ranks: int) -> list[int]:
         return [rank // self.request.per_node for rank in range(ranks)]
@@ -126,17 +129,24 @@ class Simulation:
         return drawn(self.model, self.load, max(self.request.n), self.request.tokens)
 
 
-def layouts(nodes: Sequence[int]) -> Mapping[str, Grouping]:
-    """Return the different layouts of ranks on these machines, [ranks], by name."""
+def layouts(nodes: Sequence[int], ep_size: int | None = None) -> Mapping[str, Grouping]:
+    """Return the different layouts of ranks on these machines, [ranks], by name.
+
+    Groups of `ep_size` ranks are among them if the ranks can form them.
+    """
     world = World.of_all(nodes)[0]
     if world.size == 1:
         return {ONE: groupings(DP, None, world, None)[0]}
-    found = {
-        DP: groupings(DP, None, world, None)[0],
-        EP: groupings(EP, world.size, world, None)[0],
-    }
-    on_nodes = groupings(EP, None, world, None)[0]
-    return found if on_nodes in found.values() else {**found, EP_IN_NODE: on_nodes}
+    asked: dict[str, tuple[str, int | None]]
+    asked = {DP: (DP, None), EP: (EP, world.size), EP_IN_NODE: (EP, None)}
+    if ep_size is not None and world.size % ep_size == 0:
+        asked[f"ep in groups of {ep_size}"] = EP, ep_size
+    found: dict[str, Grouping] = {}
+    for name, (parallel, size) in asked.items():
+        grouping = groupings(parallel, size, world, None)[0]
+        if grouping not in found.values():
+            found[name] = grouping
+    return found
 
 
 def _more(best: Parts, other: Parts) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -72,11 +73,15 @@ class Network(NamedTuple):
 def past_host(calibration: Calibration, memory: str, ranks: int) -> Curve | None:
     """Return the seconds of a layer's exchange between devices of one machine, if it was measured.
 
-    They are those among about as many ranks as are on a machine, by the bytes to each other one.
+    They are those among about as many ranks as are on a machine, by the bytes that a rank sends to
+    all others: its own links to the switch carry these, to however many ranks they go.
     """
     there = (one for one in calibration.exchanges if one.key[1:] == (1, memory))
     nearest = min(there, key=lambda one: abs(one.key.ranks - ranks), default=None)
-    return None if nearest is None or memory == HOST.name else nearest.call
+    if nearest is None or memory == HOST.name:
+        return None
+    others = nearest.key.ranks - 1
+    return replace(nearest.call, sizes=tuple(others * size for size in nearest.call.sizes))
 
 
 def network(request: Request, calibration: Calibration, rates: str) -> Network:

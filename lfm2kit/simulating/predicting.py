@@ -56,8 +56,8 @@ class Machine:
     network: Network
     copies: float  # bytes per second
     overlap: float = 0.0  # share of an exchange that is hidden where there is enough to compute
-    # The seconds of a layer's exchange within a machine, by the bytes to each other rank, if its
-    # tokens travel between devices; they are copied meanwhile.
+    # The seconds of a layer's exchange within a machine, by the bytes that a rank sends to all
+    # others, if its tokens travel between devices; they are copied meanwhile.
     past_host: Curve | None = None
     to_host: float | None = None  # bytes per second of logits from a device
 
@@ -165,7 +165,7 @@ class _Clock:
     def _past_host(self, call: Curve, experts: Spent, sendings: Sendings) -> None:
         """Add the experts, and an exchange between devices around them, half before and after."""
         dispatched, back = sendings.bytes()
-        sent = (dispatched + back).sum(axis=1) / np.maximum(1, sendings.peers)
+        sent = (dispatched + back).sum(axis=1)
         seconds = self._of_group(call.at(sent) * (np.array(sendings.peers) > 0))
         self._travel(seconds / 2)
         self.compute(experts)

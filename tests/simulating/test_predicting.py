@@ -16,7 +16,7 @@ from lfm2kit.errors import Lfm2kitError
 from lfm2kit.simulating.comparing import EP_IN_NODE, ONE, Compared, Simulation, layouts
 from lfm2kit.simulating.jobs import Job, Layout
 from lfm2kit.simulating.model_rates import ModelRates, found
-from lfm2kit.simulating.network import Link, network
+from lfm2kit.simulating.network import Link, network, past_host
 from lfm2kit.simulating.predicting import Limit, Machine, Predicted, predict
 from lfm2kit.simulating.request import Request, parsed
 from lfm2kit.simulating.routing import drawn
@@ -272,6 +272,21 @@ def test_layouts_are_the_different_ones() -> None:
     assert list(found_) == ["dp", "ep", EP_IN_NODE]
     assert found_[EP_IN_NODE].groups == ((0, 1), (2, 3))
     assert layouts([0, 0, 0, 0, 1, 1])[EP_IN_NODE].groups == ((0, 1, 2, 3), (4, 5))
+
+
+def test_groups_of_a_size_that_is_asked_for_are_compared_where_ranks_can_form_them() -> None:
+    in_pairs = layouts([0, 0, 0, 0], 2)
+    assert list(in_pairs) == ["dp", "ep", "ep in groups of 2"]
+    assert in_pairs["ep in groups of 2"].groups == ((0, 1), (2, 3))
+    assert list(layouts([0, 0, 0], 2)) == list(layouts([0, 0], 2)) == ["dp", "ep"]
+
+
+def test_an_exchange_between_devices_is_known_by_what_a_rank_sends_to_all_others() -> None:
+    """Of four ranks that send each other 10 bytes, each sends 30."""
+    here = ExchangeRates(ExchangeKey(4, 1, "loom:0"), Curve((10, 20), (1e-3, 2e-3)))
+    found_ = past_host(calibration(exchanges=(here,)), "loom:0", 2)
+    assert found_ == Curve((30, 60), (1e-3, 2e-3))
+    assert past_host(calibration(exchanges=(here,)), "host", 2) is None
 
 
 def test_the_fastest_layout_that_fits_wins_and_the_reason_is_given() -> None:
