@@ -152,11 +152,16 @@ def test_the_environment_says_whether_this_is_a_job(
         ("HYDRA build details", 1, 4, ""),
         ("HYDRA build details", 4, 4, "-ppn 1"),
         ("HYDRA build details", 4, 6, "-ppn 2"),
-        ("mpirun (Open MPI) 5.0.9", None, 4, "--oversubscribe"),
-        ("mpirun (Open MPI) 5.0.9", 4, 6, "--oversubscribe --map-by ppr:2:node"),
+        ("mpirun (Open MPI) 5.0.9", None, 4, "--oversubscribe --bind-to none"),
+        (
+            "mpirun (Open MPI) 5.0.9",
+            4,
+            6,
+            "--oversubscribe --bind-to none --map-by ppr:2:node",
+        ),
     ],
 )
-def test_ranks_are_spread_evenly_over_an_allocation(
+def test_ranks_are_spread_evenly_over_an_allocation_and_not_bound_to_a_core(
     version: str, nodes: int | None, ranks: int, flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

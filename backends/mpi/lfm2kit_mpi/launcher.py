@@ -84,14 +84,16 @@ def version_of(mpiexec: str) -> str:
 def flags_for(version: str, ranks: int) -> list[str]:
     """Return the options of the mpiexec that says `version` of itself.
 
-    Open MPI refuses root, and more ranks than cores, unless told.  In an allocation of several
-    nodes, every mpiexec would fill one node after the other as far as their slots go.
+    Open MPI refuses root, and more ranks than cores, unless told, and binds each of two ranks to
+    one core, where all of its threads would run.  In an allocation of several nodes, every mpiexec
+    would fill one node after the other as far as their slots go.
     """
     on_each = -(-ranks // _nodes())
     if "Open MPI" not in version and "OpenRTE" not in version:
         return ["-ppn", str(on_each)] if _nodes() > 1 else []
     spread = ["--map-by", f"ppr:{on_each}:node"] if _nodes() > 1 else []
-    return ["--oversubscribe", *spread, *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return ["--oversubscribe", "--bind-to", "none", *spread, *root]
 
 
 def _nodes() -> int:
