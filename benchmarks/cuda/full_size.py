@@ -34,11 +34,17 @@ STORED_AS = {"F32": F32, "BF16": BF16}
 
 
 class RandomTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, stored as `format`: norms of ones, matrices of std 0.02."""
+    """A checkpoint's tensors by name, stored as `format`: norms of ones, matrices of std 0.02.
 
-    def __init__(self, shapes: Mapping[str, specs.Shape], format: Format) -> None:
+    With a larger `bias_std`, that of the experts' bias, tokens choose some experts more often.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, specs.Shape], format: Format, bias_std: float = 0.05
+    ) -> None:
         self._shapes = shapes
         self._format = format
+        self._bias = np.float32(bias_std / 0.02)
         self._pool = 0.02 * np.random.default_rng(0).standard_normal(POOL, dtype=np.float32)
         self._stored = self._pool
         if format == BF16:
@@ -50,7 +56,8 @@ class RandomTensors(Mapping[str, Tensor]):
             return Tensor.of_array(name, np.ones(shape, np.float32))
         size = int(np.prod(shape))
         if name.endswith("expert_bias"):
-            return Tensor.of_array(name, 2.5 * self._view(self._pool, name, size).reshape(shape))
+            bias = self._bias * self._view(self._pool, name, size)
+            return Tensor.of_array(name, bias.reshape(shape))
         if name == "embed_tokens.weight":
             parts = [np.roll(self._stored, i) for i in range(-(-size // POOL))]  # no row twice
             table = np.concatenate(parts)[:size].reshape(shape)

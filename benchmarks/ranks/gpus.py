@@ -5,15 +5,18 @@
 
 It starts a job of its own, in which every model is LFM2-8B-A1B at full size with random weights.
 Prints Markdown: the samples/s of n samples of 16 tokens, of all ranks together, as medians of
-forwards from barrier to barrier without the gather of logits, and whether the logits have the bits
-of one GPU alone.  Then the dispatch and combine of one layer alone, of 22 in a graph, in us.
+forwards from barrier to barrier, until each rank has its logits and until rank 0 has all of them,
+and whether the logits have the bits of one GPU alone.  Then the dispatch and combine of one layer
+alone, of 22 in a graph, in us.
 
 | kind | |
 |---|---|
 | alone | one GPU, all samples |
 | dp | all experts on each rank |
 | ep | experts shared out, tokens travel between GPUs |
+| pairs | experts shared out in groups of two ranks |
 | host | experts shared out, tokens travel through the host |
+| hybrid | the same, and the CPU chooses the experts |
 | nccl | experts shared out, tokens travel over NCCL, if plugins/lfm2kit-nccl is installed |
 
 The last table says which of them `--parallel auto` takes.
@@ -34,7 +37,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from lfm2kit_mpi.launcher import MpiLauncher, find_mpiexec, flags_for, version_of
+from lfm2kit_mpi.launcher import MpiLauncher, on_ranks
 
 from lfm2kit.batch import Batch
 from lfm2kit.building.loading import find_model, set_up
@@ -56,7 +59,9 @@ HIDDEN_SIZE, K, EXPERTS = 2048, 4, 32
 OPTIONS: dict[str, dict[str, Any]] = {
     "dp": {"parallel": "dp"},
     "ep": {"parallel": "ep", "exchange": "device"},
+    "pairs": {"parallel": "ep", "exchange": "device", "ep_size": 2},
     "host": {"parallel": "ep", "exchange": "host"},
+    "hybrid": {"parallel": "ep", "exchange": "host", "backend": "hybrid"},
     "nccl": {"parallel": "ep", "exchange": "device"},
 }
 
@@ -80,10 +85,12 @@ class Ranks:
     def built(self, kind: str, precision: str) -> LFM2 | None:
         """Return this rank's model; None on a rank that stands by."""
         common: dict[str, Any] = {"backend": self.arguments.backend, "precision": precision}
+        if self.arguments.trim:
+            common["rewrites"] = ["trim"]
         if kind == "alone":
             alone = set_up(self.checkpoint, Options(**common))
             return alone.build() if self.rank == 0 else None
-        options, transport = Options(**common, **OPTIONS[kind]), self.over[kind]
+        options, transport = Options(**(common | OPTIONS[kind])), self.over[kind]
         setup = set_up(self.checkpoint, options, transport=transport)
         return settled_alike(transport, setup).build()
 
@@ -103,8 +110,8 @@ def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
     if arguments.model is not None:
         return open_checkpoint(find_model(arguments.model))
     spec = model_spec(LFM2_8B_A1B, tied=True)
-    weights = Weights(RandomTensors(spec.parameters(), STORED_AS["BF16"]))
-    return Checkpoint(Path("random"), spec, weights, None)
+    tensors = RandomTensors(spec.parameters(), STORED_AS["BF16"], arguments.bias_std)
+    return Checkpoint(Path("random"), spec, Weights(tensors), None)
 
 
 def batches(ranks: Ranks, n: int) -> tuple[Batch, Batch]:
@@ -119,18 +126,20 @@ def _logits(model: LFM2 | None, batch: Batch) -> Any:
     return None if model is None else model.logits(batch)
 
 
-def measured(ranks: Ranks, kind: str, precision: str) -> Iterator[tuple[int, float, Any]]:
-    """Yield each n with the samples/s and all logits, on rank 0."""
+def measured(ranks: Ranks, kind: str, precision: str) -> Iterator[tuple[int, list[float], Any]]:
+    """Yield each n with the samples/s without and with the gather, and all logits, on rank 0."""
     model = ranks.built(kind, precision)
     for n in map(int, ranks.arguments.n.split(",")):
         everything, mine = batches(ranks, n)
-        batch = everything if kind == "alone" else mine
-        call = partial(_logits, model, batch)
-        seconds = ranks.seconds(call)
-        logits = call()
-        if kind != "alone" and logits is not None:
-            logits = ranks.transport.gather(logits)
-        yield n, n / seconds, logits
+        ways = [partial(_logits, model, everything if kind == "alone" else mine)]
+        if kind != "alone":
+            ways.append(partial(_gathered, ranks, model, mine))
+        yield n, [n / ranks.seconds(call) for call in ways], ways[-1]()
+
+
+def _gathered(ranks: Ranks, model: LFM2 | None, batch: Batch) -> Any:
+    assert model is not None, "every rank has one"
+    return ranks.transport.gather(model.logits(batch))
 
 
 def layer_alone(ranks: Ranks, kind: str, memory: Memory, tokens: int) -> float | None:
@@ -170,21 +179,28 @@ def layer_alone(ranks: Ranks, kind: str, memory: Memory, tokens: int) -> float |
 
 def kinds_of(ranks: Ranks) -> list[str]:
     wanted = ranks.arguments.kinds.split(",")
-    is_there = ranks.over["nccl"] is not ranks.transport
-    return [kind for kind in wanted if kind != "nccl" or is_there]
+    left_out = {"nccl"} if ranks.over["nccl"] is ranks.transport else set()
+    if ranks.size % 2 or ranks.size == 2:
+        left_out.add("pairs")
+    return [kind for kind in wanted if kind not in left_out]
 
 
 def of_models(ranks: Ranks) -> None:
-    ranks.say("| precision | n | kind | samples/s | bits |\n|---|---|---|---|---|")
+    trimmed = ", trimmed" if ranks.arguments.trim else ""
+    ranks.say(
+        "| precision | n | kind | samples/s | with the gather | bits |\n|---|---|---|---|---|---|"
+    )
     for precision in ranks.arguments.precisions.split(","):
         expected: dict[int, Any] = {}
         for kind in ["alone", *kinds_of(ranks)]:
-            for n, rate, logits in measured(ranks, kind, precision):
+            for n, rates, logits in measured(ranks, kind, precision):
                 if ranks.rank > 0:
                     continue
                 expected.setdefault(n, logits)
                 bits = "same" if np.array_equal(expected[n], logits) else "**other**"
-                ranks.say(f"| {precision} | {n} | {kind} | {rate:.0f} | {bits} |")
+                without, gathered = rates[0], rates[-1]
+                cells = f"{precision}{trimmed}", n, kind, f"{without:.0f}", f"{gathered:.0f}", bits
+                ranks.say(f"| {' | '.join(map(str, cells))} |")
 
 
 def of_a_layer(ranks: Ranks) -> None:
@@ -219,18 +235,20 @@ def main() -> None:
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--kinds", default=",".join(OPTIONS), help="beside one GPU alone")
     parser.add_argument("-r", "--repetitions", type=int, default=20)
+    parser.add_argument("--bias-std", type=float, default=0.05, help="of the routers")
+    parser.add_argument("--trim", action="store_true", help="leave out rows of no logit")
+    parser.add_argument("--only-bits", action="store_true", help="time no layer and name no choice")
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--model", help="a checkpoint instead of the full size")
     arguments = parser.parse_args()
     if MpiLauncher().world_size() is None:
-        mpiexec = find_mpiexec()
-        job = [mpiexec, *flags_for(version_of(mpiexec), arguments.ranks), "-n"]
-        command = [*job, str(arguments.ranks), sys.executable, *sys.argv]
+        command = on_ranks(arguments.ranks, [sys.executable, *sys.argv])
         sys.exit(subprocess.run(command, check=False).returncode)
     ranks = Ranks(arguments)
     of_models(ranks)
-    of_a_layer(ranks)
-    of_auto(ranks)
+    if not arguments.only_bits:
+        of_a_layer(ranks)
+        of_auto(ranks)
     ranks.transport.finish(0)
 
 

@@ -32,12 +32,14 @@ from lfm2kit.building.loading import EMBEDDED, set_up
 from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.measuring import samples
+from lfm2kit.measuring.exchanged import OPERATIONS
 from lfm2kit.measuring.running import run_samples
 from lfm2kit.measuring.scaling import parts_of
 from lfm2kit.ranks.groups import Grouping
 from lfm2kit.records import values
 from lfm2kit.simulating.jobs import Job, Layout
 from lfm2kit.simulating.routing import RoutingRecorder
+from lfm2kit.transport import Sent
 
 NETWORK = Path(__file__).resolve().parents[2] / "scripts" / "network.py"
 HERE, NO_LIMIT = "here", "none"
@@ -170,38 +172,57 @@ def compare_times(asked: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
-def compare_bytes(numbers: list[int]) -> bool:
-    """Return whether real ranks have sent what follows from the routing, in each number of them."""
+def compare_bytes(asked: argparse.Namespace) -> bool:
+    """Return whether real ranks have sent what follows from the routing, in each number of them.
+
+    Between devices, messages and their headers are the exchange's own, and only rows are compared.
+    """
     tiny, n = open_checkpoint(EMBEDDED / "tiny", []), 21
     recorder = RoutingRecorder()
     model = set_up(tiny, Options(backend="cpu_simd"), rewrites=[recorder.rewrite()]).build()
     ids = samples.read_inputs(EMBEDDED / "tiny" / "inputs.bin")[:n]
     run_samples(model, ids, n)
     routing, are_equal = recorder.routing(ids.shape[1]), True
-    for ranks in numbers:
-        how = f"--threads 1 --overlap off --parallel ep --ranks {ranks} --json -"
-        run = ["run", "-n", str(n), "--backend", "cpu_simd", *how.split()]
+    names = ("rows", "bytes of rows") if asked.exchange == "device" else ("messages", "bytes")
+    for ranks in map(int, asked.bytes.split(",")):
+        how = f"--threads 1 --overlap off --parallel ep --exchange {asked.exchange} --ranks {ranks}"
+        run = ["run", "-n", str(n), "--backend", asked.backend, *how.split(), "--json", "-"]
         done = subprocess.run(_lfm2kit(run), stdout=subprocess.PIPE, check=True)
         exchanged = json.loads(done.stdout)["exchanged"]
-        layout = Layout([0] * ranks, Grouping((tuple(range(ranks)),)), n)
-        job = Job.of(tiny.spec, layout, n)
-        for name in ("messages", "bytes"):
-            legs = [
-                layer[leg][name]
-                for layer in exchanged["layers"]
-                for leg in ("counts", "dispatch", "combine")
-            ]
-            real = [sum(of_rank) for of_rank in zip(*legs, exchanged["gather"][name], strict=True)]
-            counts = [[getattr(leg, name) for leg in _legs(of)] for of in job.counts(routing)]
+        job = Job.of(tiny.spec, Layout([0] * ranks, Grouping((tuple(range(ranks)),)), n), n)
+        for name in names:
+            real = _sent(exchanged, name)
+            counts = [[_of(leg, name) for leg in _legs(of)] for of in job.counts(routing)]
             gathered = job.gathered(tiny.spec.lm_head.vocab_size)
-            mine = [sum(c) + getattr(g, name) for c, g in zip(counts, gathered, strict=True)]
+            mine = [sum(c) + _of(g, name) for c, g in zip(counts, gathered, strict=True)]
             verdict = "equal" if real == mine else f"DIFFERENT: {mine}"
             are_equal = are_equal and real == mine
             print(f"{ranks} ranks, {name} by rank: {real}: {verdict}")
     return are_equal
 
 
-def _legs(layers: Any) -> Iterator[Any]:
+def _sent(exchanged: dict[str, Any], name: str) -> list[int]:
+    """Return what a run says that each rank has sent, logits included."""
+    legs = [layer[operation] for layer in exchanged["layers"] for operation in OPERATIONS]
+    legs.append(exchanged["gather"])
+    return [
+        sum(_of(Sent(**{key: leg[key][rank] for key in leg}), name) for leg in legs)
+        for rank in range(len(exchanged["bytes"]))
+    ]
+
+
+def _of(sent: Sent, name: str) -> int:
+    """Return a count; numbers of rows that will come are headers, and no rows themselves."""
+    bytes_of_rows = sent.bytes - sent.header_bytes
+    return {
+        "messages": sent.messages,
+        "bytes": sent.bytes,
+        "rows": sent.rows if bytes_of_rows else 0,
+        "bytes of rows": bytes_of_rows,
+    }[name]
+
+
+def _legs(layers: Any) -> Iterator[Sent]:
     for counts in layers.values():
         yield from (counts.counts, counts.dispatch, counts.combine)
 
@@ -215,6 +236,7 @@ def main() -> None:
     parser.add_argument("--out", help="a folder for what is calibrated and run")
     parser.add_argument("--backend", default="cpu_simd")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--exchange", default="host", help="of --bytes: host or device")
     parser.add_argument("--threads", type=int, default=1, help="of a rank; 0: all")
     parser.add_argument("--ranks", default="1,2")
     parser.add_argument("--links", default="none,1gbit,200mbit")
@@ -225,7 +247,7 @@ def main() -> None:
     parser.add_argument("--only", help="cases that have all of these, such as 2,200mbit")
     asked = parser.parse_args()
     if asked.bytes is not None:
-        sys.exit(not compare_bytes([int(number) for number in asked.bytes.split(",")]))
+        sys.exit(not compare_bytes(asked))
     if asked.model is None or asked.out is None:
         parser.error("give --model and --out, or --bytes")
     compare_times(asked)

@@ -2,7 +2,8 @@
 
     python -m pytest -m gpu tests/cuda/test_exchange_on_gpu.py
 
-Two ranks share one GPU, which `LFM2KIT_CUDA_SHARED` allows, or have one each where there are two.
+Two ranks share one GPU, which `LFM2KIT_CUDA_SHARED` allows.  Where there are several, as many ranks
+as these have one each.
 On a shared GPU the ranks' kernels take turns, so an exchange takes milliseconds there.
 """
 
@@ -45,16 +46,17 @@ def devices() -> int:
     return int(cupy.cuda.runtime.getDeviceCount())
 
 
-@pytest.fixture(params=["one GPU for both", "a GPU each", "each sees its own GPU alone"])
+@pytest.fixture(params=["one GPU for two", "a GPU each", "each sees its own GPU alone"])
 def visible(request: pytest.FixtureRequest) -> list[dict[str, str]]:
-    """Return what two ranks see, as variables of each."""
-    if request.param == "one GPU for both":
+    """Return what ranks see, as variables of each."""
+    if request.param == "one GPU for two":
         return [SHARED] * 2
     if devices() < 2:
         pytest.skip("it takes two GPUs")
+    numbers = list(map(str, range(devices())))
     if request.param == "a GPU each":
-        return [{"CUDA_VISIBLE_DEVICES": "0,1"}] * 2
-    return [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(numbers)}] * len(numbers)
+    return [{"CUDA_VISIBLE_DEVICES": number} for number in numbers]
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +112,13 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
      ("-n", "13", "--random-inputs", "31", "--batch-size", "4")],
     ids=["captured", "a rank without tokens", "trimmed", "odd lengths"],
 )  # fmt: skip
-def test_two_ranks_have_the_bits_of_one(
+def test_ranks_have_the_bits_of_one(
     visible: list[dict[str, str]], precision: str, arguments: tuple[str, ...], runs: Runs
 ) -> None:
     words = ("--precision", precision, *arguments)
     one = runs.alone(*words)
-    two, record = runs.outputs_of(visible, *words, "--exchange", "device")
-    assert one == two
+    several, record = runs.outputs_of(visible, *words, "--exchange", "device")
+    assert one == several
     assert record["exchange"]["memory"].startswith("lfm2kit_cuda:")
     assert not [note for note in record["notes"] if "captured" in note]
     assert_rows_have_the_bytes_of(precision, record)
@@ -162,7 +164,7 @@ def test_two_ranks_over_nccl_have_the_bits_of_one(
 def test_the_exchange_keeps_the_contract(visible: list[dict[str, str]]) -> None:
     if visible[0] != visible[1]:
         pytest.skip("the check gives all ranks the same variables")
-    check = ["transports", "check", "mpi", "--ranks", "2", "--backend", "cuda"]
+    check = ["transports", "check", "mpi", "--ranks", str(len(visible)), "--backend", "cuda"]
     done = subprocess.run(
         [sys.executable, "-m", "lfm2kit", *check],
         capture_output=True, text=True, timeout=A_WHILE, env={**os.environ, **visible[0]},
@@ -189,9 +191,9 @@ MANY_FORMS = """
     sizes = [(5, 1), (0, 3), (16, 16), (1, 0), (5, 1), (40, 100), (5, 1), (16, 16)]
     for turn in range(4):
         for of_ranks in sizes:
-            lengths = [1 + int(n) for n in rng.integers(0, 6, of_ranks[rank])]
+            lengths = [1 + int(n) for n in rng.integers(0, 6, of_ranks[rank % 2])]
             if turn % 2:
-                lengths = [4] * of_ranks[rank]
+                lengths = [4] * of_ranks[rank % 2]
             batch = Batch.of_sequences([rng.integers(0, 1000, n).tolist() for n in lengths])
             for _ in range(3):
                 assert model.logits(batch).tobytes() == alone.logits(batch).tobytes()
@@ -213,7 +215,7 @@ def test_forwards_of_any_forms_have_the_bits_of_a_model_alone(
 ) -> None:
     done = program(visible, model, MANY_FORMS, precision)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all have the same bits") == 2
+    assert done.stdout.count("all have the same bits") == len(visible)
 
 
 def assert_a_new_job_runs(visible: list[dict[str, str]]) -> None:
@@ -253,7 +255,8 @@ def test_a_rank_that_never_comes_is_named_with_the_layer(
     done = program(visible, model, NEVER_COMES)
     said = re.search(r"after ([\d.]+) s: (.*)", done.stdout)
     assert said is not None, done.stdout + done.stderr
-    assert said[2].startswith("layers.2.feed_forward: rank 1 of the 2 that share experts has sent")
+    who = f"layers.2.feed_forward: rank 1 of the {len(visible)} that share experts"
+    assert said[2].startswith(f"{who} has sent")
     assert 3 < float(said[1]) < 20
     assert time.monotonic() - start < 120
     assert_a_new_job_runs(visible)
@@ -282,6 +285,26 @@ def test_a_rank_that_is_gone_ends_the_job_and_a_new_one_runs(
     assert time.monotonic() - start < 150
     assert "rank 1" in done.stderr
     assert_a_new_job_runs(visible)
+
+
+def free_memory() -> list[int]:
+    """Return the free bytes of each GPU."""
+    of_each = "[cupy.cuda.Device(i).mem_info[0] for i in range(cupy.cuda.runtime.getDeviceCount())]"
+    told = subprocess.run(
+        [sys.executable, "-c", f"import cupy; print({of_each})"],
+        capture_output=True, text=True, timeout=A_WHILE, check=True,
+    )  # fmt: skip
+    return [int(number) for number in json.loads(told.stdout)]
+
+
+@ALONE
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])
+def test_after_a_fault_every_gpu_has_its_memory_back(
+    visible: list[dict[str, str]], end: str, model: Path
+) -> None:
+    before = free_memory()
+    assert program(visible, model, GOES.replace("SIGNAL", end)).returncode != 0
+    assert free_memory() == pytest.approx(before, abs=64 << 20)
 
 
 OUT_OF_MEMORY = """
