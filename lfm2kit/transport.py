@@ -169,6 +169,23 @@ class WorksAside(Transport, Protocol):
         ...
 
 
+@runtime_checkable
+class SharesMemory(Transport, Protocol):
+    """Capability: a transport whose ranks can have memory in common.
+
+    Without it, logits are sent to rank 0 by `gather`.
+    """
+
+    def shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any] | None:
+        """Return a new array that all ranks have in common; None, on all of them, if there is none.
+
+        Every rank calls this with the same arguments.  What a rank has written before a `barrier`,
+        others read after it.  The array holds anything at first.  It lasts as long as a rank keeps
+        it, and nothing of it is left when all ranks have ended, however they ended.
+        """
+        ...
+
+
 class Traffic(NamedTuple):
     """The data that travels between ranks in one MoE layer.
 

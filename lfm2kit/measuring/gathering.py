@@ -1,21 +1,75 @@
-"""Brings the logits of all ranks to rank 0: those of a batch while the next one is computed."""
+"""Brings the logits of all ranks to rank 0: through memory in common, or by messages.
+
+Messages of a batch are sent while the next one is computed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lfm2kit.pending import Over, Pending
-from lfm2kit.transport import Sent, Transport, WorksAside, World, share
+from lfm2kit.transport import Sent, SharesMemory, Transport, WorksAside, World, share
 
 Floats = npt.NDArray[np.float32]
 
 
-class Gather:
-    """The gather of the logits of `samples` samples, which ranks share out in order.
+class Gather(Protocol):
+    """The gather of the logits of some samples, which ranks share out in order."""
+
+    sent: Sent  # by this rank
+
+    def begin(self, rows: slice, logits: Floats) -> None:
+        """Begin to gather the logits of a batch, which consists of these `rows` of each share."""
+        ...
+
+    def end(self, rows: slice, logits: Floats) -> Floats | None:
+        """Gather the last batch, and return all samples' logits on rank 0; None elsewhere."""
+        ...
+
+
+def gather_over(transport: Transport | None, samples: int, vocab_size: int) -> Gather:
+    """Return the gather of the logits of `samples` samples; every rank calls this."""
+    shape = samples, vocab_size
+    if isinstance(transport, SharesMemory) and transport.world.size > 1:
+        common = transport.shared(shape, np.float32)
+        if common is not None:
+            return GatherInCommon(transport, common)
+    return GatherOfMessages(transport, samples, vocab_size)
+
+
+class GatherInCommon:
+    """A gather in memory that all ranks have in common: each writes its logits in their places."""
+
+    def __init__(self, transport: Transport, logits: Floats) -> None:
+        self._transport, self._logits = transport, logits
+        self._mine = share(len(logits), transport.world.size, transport.world.rank)
+        self._write(slice(None), np.float32(0))  # so that its pages are there when time counts
+        self.sent = Sent()
+
+    def begin(self, rows: slice, logits: Floats) -> None:
+        with self.sent.waiting():
+            self._write(rows, logits)
+            if self._transport.world.rank > 0:
+                self.sent.add([len(logits)], logits.itemsize * logits.shape[1])
+
+    def end(self, rows: slice, logits: Floats) -> Floats | None:
+        self.begin(rows, logits)
+        with self.sent.waiting():
+            self._transport.barrier()
+        return self._logits if self._transport.world.rank == 0 else None
+
+    def _write(self, rows: slice, logits: Floats | np.float32) -> None:
+        part = self._mine[rows]
+        self._logits[part.start : part.stop] = logits
+
+
+class GatherOfMessages:
+    """A gather by the transport's collective, where ranks have no memory in common.
 
     Where a transport does not work aside, each batch waits until its logits have come.
     """
@@ -33,17 +87,13 @@ class Gather:
         self.sent = Sent()
 
     def begin(self, rows: slice, logits: Floats) -> None:
-        """Begin to gather the logits of a batch, which consists of these `rows` of each share."""
         if self._logits is None:
             self._logits = np.empty(self._shape, np.float32)
         with self.sent.waiting():
             self._begun.append(self._begin(partial(self._gather, self._beside, rows, logits)))
 
     def end(self, rows: slice, logits: Floats) -> Floats | None:
-        """Gather the last batch, and return all samples' logits on rank 0; None elsewhere.
-
-        Nothing is computed meanwhile, so the transport may wait as it is fastest.
-        """
+        """Do it by the transport's blocking collective, because nothing is computed meanwhile."""
         with self.sent.waiting():
             for batch in self._begun:
                 batch.end()

@@ -13,7 +13,7 @@ from lfm2kit import progress
 from lfm2kit.batch import Batch
 from lfm2kit.measuring import exchanged
 from lfm2kit.measuring.exchanged import Exchanged
-from lfm2kit.measuring.gathering import Gather
+from lfm2kit.measuring.gathering import gather_over
 from lfm2kit.model import LFM2
 from lfm2kit.transport import Transport, World, share
 
@@ -55,7 +55,7 @@ def run_samples(
     if transport is not None:
         batch = Batch.of_sequences(list(inputs[: min(largest, batch_size)]))
         progress.allow_forward(model.placed.leaves(), batch, world.size)
-    gather = Gather(transport, len(inputs), model.spec.lm_head.vocab_size)
+    gather = gather_over(transport, len(inputs), model.spec.lm_head.vocab_size)
 
     def logits_of(rows: slice) -> npt.NDArray[np.float32]:
         logits = model.logits(Batch.of_sequences(list(mine[rows])))

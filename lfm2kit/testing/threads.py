@@ -101,6 +101,13 @@ class ThreadTransport:
         _check_expected("gather: counts", counts, [len(part) for part in everyone])
         return np.concatenate(everyone) if self.world.rank == 0 else None
 
+    def shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any] | None:
+        """Return memory of this process, as `SharesMemory` asks; None between machines."""
+        if len(set(self.world.nodes)) > 1:
+            return None
+        of_the_first: npt.NDArray[Any] = self.everyones(np.empty(shape, dtype), "shared")[0]
+        return of_the_first
+
     def barrier(self) -> None:
         self.everyones(None, "barrier")
 

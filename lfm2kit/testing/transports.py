@@ -24,6 +24,7 @@ from lfm2kit.transport import (
     Exchange,
     FormsGroups,
     Owners,
+    SharesMemory,
     Traffic,
     Transport,
     WorksAside,
@@ -56,13 +57,15 @@ EDGES = np.array(
 def check_transport(transport: Transport) -> None:
     """Check that rows of any type reach the rank they are sent to, in the order of the ranks.
 
-    If the transport `FormsGroups`, its groups are checked in the same way, and if it `WorksAside`,
-    calls beside the caller's work.
+    If the transport `FormsGroups`, its groups are checked in the same way, if it `WorksAside`,
+    calls beside the caller's work, and if it `SharesMemory`, what ranks have in common.
     """
     _check_operations(transport)
     _check_aside(transport)
     if isinstance(transport, FormsGroups):
         _check_groups(transport)
+    if isinstance(transport, SharesMemory):
+        _check_shared(transport)
 
 
 def _check_operations(transport: Transport) -> None:
@@ -103,6 +106,25 @@ def _exchange_and_note(transport: Transport, number: int, made: list[int]) -> in
     _check_all_to_all(transport, np.dtype(dtype), shape)
     made.append(number)
     return number
+
+
+def _check_shared(transport: SharesMemory) -> None:
+    """Check that every rank reads what the others wrote, and that each array is a new one."""
+    rank, size = transport.world.rank, transport.world.size
+    arrays = [transport.shared((size, 3), "<i4") for _ in range(2)]
+    have = everyones(transport, [float(array is not None) for array in arrays])
+    _require(bool((have == have[0, 0]).all()), "some ranks have memory in common, and others none")
+    for number, array in enumerate(arrays):
+        if array is not None:
+            array[rank] = 10 * rank + number
+    transport.barrier()
+    for number, array in enumerate(arrays):
+        if array is not None:
+            expected = np.repeat(10 * np.arange(size)[:, None] + number, 3, axis=1)
+            same_form = (array.shape, array.dtype) == ((size, 3), np.dtype("<i4"))
+            _require(same_form, f"the array is {array.dtype} {list(array.shape)}")
+            _require(bool((array == expected).all()), "ranks do not read what others have written")
+    transport.barrier()
 
 
 def _check_groups(transport: FormsGroups) -> None:

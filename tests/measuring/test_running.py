@@ -14,12 +14,17 @@ from lfm2kit.backend import Block, Spec
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import installed_plugins
-from lfm2kit.measuring.gathering import Gather, gathered_bytes
+from lfm2kit.measuring.gathering import (
+    GatherInCommon,
+    GatherOfMessages,
+    gather_over,
+    gathered_bytes,
+)
 from lfm2kit.measuring.running import default_batch_size, run_samples
 from lfm2kit.progress import Progress
 from lfm2kit.rewrites.experts_over_ranks import experts_over_ranks
 from lfm2kit.testing import ThreadTransport, run_ranks
-from lfm2kit.transport import World
+from lfm2kit.transport import World, share
 from tests.core.small import build, small_spec
 from tests.random_model import RANDOM
 
@@ -34,9 +39,16 @@ def inputs_of(samples: int) -> Any:
     return np.random.default_rng(samples).integers(50, size=(samples, 6), dtype=np.int32)
 
 
+class Sending(ThreadTransport):
+    """A transport of ranks that have no memory in common."""
+
+    shared = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("make", [ThreadTransport, Sending])
 @pytest.mark.parametrize(("ranks", "samples", "batch_size"), [(2, 5, 2), (3, 8, 8), (4, 2, 1)])
 def test_several_ranks_give_the_bits_of_one_in_the_order_of_the_samples(
-    ranks: int, samples: int, batch_size: int
+    ranks: int, samples: int, batch_size: int, make: Any
 ) -> None:
     spec, inputs = small_spec(), inputs_of(samples)
     alone = run_samples(build(spec), inputs, default_batch_size(6)).logits
@@ -47,15 +59,15 @@ def test_several_ranks_give_the_bits_of_one_in_the_order_of_the_samples(
         timed = run_samples(model, inputs, batch_size, transport=transport, done=run.append)
         return timed.logits, run
 
-    (first, _), *others = results = run_ranks(ranks, rank)
+    (first, _), *others = results = run_ranks(ranks, rank, make=make)
     assert np.array_equal(first, alone)
     assert [logits for logits, _ in others] == [None] * (ranks - 1)
     assert sum(sum(run) for _, run in results) == samples
     assert len({len(run) for _, run in results}) == 1, "ranks made different numbers of forwards"
 
 
-class Busy(ThreadTransport):
-    """A transport of ranks that cannot do two things at a time."""
+class Busy(Sending):
+    """A transport of ranks that cannot do two things at a time either."""
 
     def aside(self, purpose: str) -> Any:
         return None
@@ -72,10 +84,26 @@ def test_without_a_transport_that_works_aside_logits_are_gathered_too() -> None:
     assert np.array_equal(run_ranks(2, rank, make=Busy)[0], alone)
 
 
+def test_ranks_of_several_machines_send_their_logits() -> None:
+    def rank(transport: ThreadTransport) -> Any:
+        gather = gather_over(transport, 3, 4)
+        mine = share(3, 2, transport.world.rank)
+        everyones = gather.end(slice(None), np.full((len(mine), 4), mine.start, np.float32))
+        return type(gather), gather.sent.bytes, None if everyones is None else everyones[:, 0]
+
+    (kind, sent, logits), (_, others_sent, nothing) = run_ranks(2, rank, nodes=[0, 1])
+    (in_common, *same), _ = run_ranks(2, rank)
+    assert (kind, in_common) == (GatherOfMessages, GatherInCommon)
+    assert (sent, others_sent, nothing) == (0, 2 * 4 * 4, None)
+    assert logits.tolist() == [0, 1, 1]
+    assert same[0] == 0
+    assert same[1].tolist() == [0, 1, 1]
+
+
 def test_logits_of_a_batch_travel_while_the_next_one_is_computed() -> None:
     """Those of the first batch arrive when the second one has been computed in part."""
 
-    class Late(ThreadTransport):
+    class Late(Sending):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.computed = threading.Event()
@@ -137,7 +165,7 @@ def test_rank_0_gathers_in_the_memory_that_is_said(batch: int, times: int) -> No
     mine = np.zeros((samples // 4, vocab_size), np.float32)
     tracemalloc.start()
     try:
-        gather = Gather(OfFour(), samples, vocab_size)  # type: ignore[arg-type]
+        gather = GatherOfMessages(OfFour(), samples, vocab_size)  # type: ignore[arg-type]
         if batch < len(mine):
             gather.begin(slice(0, batch), mine[:batch])
         last = slice(batch, len(mine)) if batch < len(mine) else slice(0, batch)

@@ -207,6 +207,33 @@ def test_a_rank_whose_mpi_cannot_join_ends_in_one_line(
     assert says in done.stderr
 
 
+NOTHING_IN_COMMON = {
+    "the first rank gets no memory": "common_array._made = lambda nbytes: None",
+    "it is not the first rank's memory": """
+of = common_array.Place.of
+common_array.Place.of = lambda descriptor: of(descriptor)._replace(number=1)
+""",
+    "one rank cannot see it": """
+import os
+if world.rank == 1:
+    open_ = os.open
+    os.open = lambda path, *flags: open_("/nowhere" if "/fd/" in str(path) else path, *flags)
+""",
+}
+
+
+@pytest.mark.parametrize("why", NOTHING_IN_COMMON)
+def test_ranks_agree_that_they_have_no_memory_in_common(why: str, tmp_path: Path) -> None:
+    script = f"""
+from lfm2kit_mpi import common_array
+{NOTHING_IN_COMMON[why]}
+assert transport.shared((2, 3), np.float32) is None
+print("agreed")
+"""
+    done = run_mpi(2, script, tmp_path)
+    assert done.stdout.count("agreed") == 2, done.stderr
+
+
 OPEN_MPI_ON_AN_EXIT_CODE = """\
 --------------------------------------------------------------------------
 Primary job  terminated normally, but 1 process returned

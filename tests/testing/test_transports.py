@@ -91,6 +91,57 @@ def test_a_broken_transport_is_caught(broken: Any, says: str) -> None:
         run_ranks(3, check_transport, make=broken)
 
 
+class Apart(ThreadTransport):
+    """Gives each rank memory of its own."""
+
+    def shared(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return np.empty(shape, dtype)
+
+
+class Again(ThreadTransport):
+    """Gives the same memory each time."""
+
+    def shared(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        self.kept = getattr(self, "kept", None) or [super().shared(shape, dtype)]
+        return self.kept[0]
+
+
+class ToSome(ThreadTransport):
+    """Gives the last rank nothing."""
+
+    def shared(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        array = super().shared(shape, dtype)
+        return None if self.world.rank + 1 == self.world.size else array
+
+
+class Flat(ThreadTransport):
+    """Gives memory of another form."""
+
+    def shared(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return super().shared((shape[0], shape[1] + 1), dtype)
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (Apart, "ranks do not read what others have written"),
+        (Again, "ranks do not read what others have written"),
+        (ToSome, "some ranks have memory in common, and others none"),
+        (Flat, r"the array is int32 \[3, 4\]"),
+    ],
+)
+def test_memory_that_ranks_do_not_have_in_common_is_caught(broken: Any, says: str) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        run_ranks(3, check_transport, make=broken)
+
+
+def test_a_transport_need_not_share_memory() -> None:
+    class Plain(ThreadTransport):
+        shared = None  # type: ignore[assignment]
+
+    run_ranks(2, check_transport, make=Plain)
+
+
 class Whole(ThreadTransport):
     """Gives all ranks where some are asked for."""
 

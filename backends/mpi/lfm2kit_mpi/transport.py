@@ -19,6 +19,7 @@ from mpi4py import MPI
 from lfm2kit.aside import Begun, InOrder
 from lfm2kit.pending import Pending
 from lfm2kit.transport import World
+from lfm2kit_mpi.common_array import common_array
 from lfm2kit_mpi.shared_memory import drop_names
 from lfm2kit_mpi.watch import Watch
 
@@ -139,6 +140,12 @@ class MpiTransport:
         received = np.zeros(self.world.size, np.int32)
         self.comm.Gather(np.array([count], np.int32), received)
         return [int(count) for count in received]
+
+    def shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any] | None:
+        if len(set(self.world.nodes)) > 1:
+            return None
+        with self._inside("shared"):
+            return common_array(self.comm, shape, dtype)
 
     def barrier(self) -> None:
         with self.watch.waiting_in("barrier"):

@@ -9,7 +9,15 @@ import numpy.typing as npt
 from lfm2kit_mpi.launcher import MpiLauncher
 
 from lfm2kit.memory import Memory
-from lfm2kit.transport import Aside, ExchangeOffer, FormsGroups, Transport, WorksAside, World
+from lfm2kit.transport import (
+    Aside,
+    ExchangeOffer,
+    FormsGroups,
+    SharesMemory,
+    Transport,
+    WorksAside,
+    World,
+)
 from lfm2kit_nccl.exchange import Meeting
 
 OF_CUDA = "lfm2kit_cuda:"  # begins the names of memories whose arrays are CuPy's
@@ -61,6 +69,10 @@ class NcclTransport:
         self, rows: npt.NDArray[Any], counts: Sequence[int] | None = None
     ) -> npt.NDArray[Any] | None:
         return self._transport.gather(rows, counts)
+
+    def shared(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any] | None:
+        assert isinstance(self._transport, SharesMemory)  # as MPI's does
+        return self._transport.shared(shape, dtype)
 
     def barrier(self) -> None:
         self._transport.barrier()
