@@ -45,6 +45,7 @@ from lfm2kit.building.options import Options
 from lfm2kit.checkpoint import Checkpoint, open_checkpoint
 from lfm2kit.checkpoint.config import LFM2_8B_A1B, model_spec
 from lfm2kit.host_exchange import offered
+from lfm2kit.measuring.gathering import Gather, gather_over
 from lfm2kit.memory import HOST, Memory
 from lfm2kit.model import LFM2
 from lfm2kit.ranks.joining import settled_alike
@@ -114,10 +115,13 @@ def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
     return Checkpoint(Path("random"), spec, Weights(tensors), None)
 
 
+def vocab_size_of(ranks: Ranks) -> int:
+    return ranks.checkpoint.spec.embed_tokens.vocab_size
+
+
 def batches(ranks: Ranks, n: int) -> tuple[Batch, Batch]:
     """Return all samples, and this rank's."""
-    vocab_size = ranks.checkpoint.spec.embed_tokens.vocab_size
-    ids = np.random.default_rng(n).integers(0, vocab_size, (n, LENGTH)).tolist()
+    ids = np.random.default_rng(n).integers(0, vocab_size_of(ranks), (n, LENGTH)).tolist()
     mine = share(n, ranks.size, ranks.rank)
     return Batch.of_sequences(ids), Batch.of_sequences(ids[mine.start : mine.stop])
 
@@ -133,13 +137,14 @@ def measured(ranks: Ranks, kind: str, precision: str) -> Iterator[tuple[int, lis
         everything, mine = batches(ranks, n)
         ways = [partial(_logits, model, everything if kind == "alone" else mine)]
         if kind != "alone":
-            ways.append(partial(_gathered, ranks, model, mine))
+            gather = gather_over(ranks.transport, n, vocab_size_of(ranks))
+            ways.append(partial(_gathered, gather, model, mine))
         yield n, [n / ranks.seconds(call) for call in ways], ways[-1]()
 
 
-def _gathered(ranks: Ranks, model: LFM2 | None, batch: Batch) -> Any:
+def _gathered(gather: Gather, model: LFM2 | None, batch: Batch) -> Any:
     assert model is not None, "every rank has one"
-    return ranks.transport.gather(model.logits(batch))
+    return gather.end(slice(None), model.logits(batch))
 
 
 def layer_alone(ranks: Ranks, kind: str, memory: Memory, tokens: int) -> float | None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gpus import LENGTH, Ranks, batches
+from gpus import LENGTH, Ranks, batches, vocab_size_of
 from lfm2kit_mpi.launcher import MpiLauncher, on_ranks
 
 from lfm2kit.batch import Batch
@@ -61,16 +61,12 @@ def record_load(ranks: Ranks, path: Path) -> None:
         options = Options(backend=asked.backend, precision=asked.precision)
         model = set_up(checkpoint, options, rewrites=[recorder.rewrite()]).build()
         size = asked.n, LENGTH
-        ids = np.random.default_rng(asked.n + 1).integers(0, vocab_size(ranks), size)
+        ids = np.random.default_rng(asked.n + 1).integers(0, vocab_size_of(ranks), size)
         model.logits(Batch.of_sequences(ids.tolist()))
         load = recorder.load("random", checkpoint.spec, None)
         assert load is not None, "this is the first rank"
         path.write_text(json.dumps(load.document()))
     ranks.transport.barrier()
-
-
-def vocab_size(ranks: Ranks) -> int:
-    return ranks.checkpoint.spec.embed_tokens.vocab_size
 
 
 def measured(ranks: Ranks, kind: dict[str, Any]) -> Measured | None:
