@@ -260,6 +260,13 @@ def test_what_limits_is_named(text: str, rates: Calibration, limit: Limit) -> No
     assert predictions(text, rates)["ep"].limit is limit
 
 
+def test_on_one_machine_a_rank_copies_its_logits_to_where_rank_0_reads_them() -> None:
+    """Of 7 samples one rank has 3, and the other one 4."""
+    near = calibration(copies=1e6, exchanges=(ExchangeRates(ExchangeKey(2, 1), FAST),))
+    here = predictions("ranks=2,n=7,per-node=2", near)["dp"]
+    assert here.parts.gather == pytest.approx(4 * VOCAB * 4 / 1e6)
+
+
 def test_a_gather_can_be_what_limits() -> None:
     parts = predictions("ranks=2,n=32,link=8Mbit", free())
     assert parts["dp"].limit is Limit.GATHER
