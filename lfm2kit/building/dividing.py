@@ -1,8 +1,8 @@
 """Decides between ranks that share experts and ranks that each hold all of them.
 
 Experts that are shared out are read by one rank each, and others' tokens come to them.  That pays
-where a forward brings few rows to an expert, because a product then takes as long as reading its
-weights.  docs/decisions/0041-auto.md has the measurements.
+where a rank's own tokens bring few rows to an expert, because a product of these takes as long as
+reading its weights.  docs/decisions/0041-auto.md has the measurements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lfm2kit.ranks.groups import AUTO, Grouping, each_alone, groupings
 from lfm2kit.specs import Model, SparseMoe
 from lfm2kit.transport import Transport, World
 
-MANY_ROWS = 64  # of an expert in a forward, from which sharing it out no longer pays
+FEW_ROWS = 32  # of an expert, of a rank's own tokens: up to so many, sharing it out pays
 
 
 def choices(
@@ -38,7 +38,7 @@ def choices(
     group = shared[0].of(world.rank)
     if tokens is None or len(group) == 1 or _asks_to_share(options):
         return shared
-    if rows_of_an_expert(model, tokens * len(group)) < MANY_ROWS or not _is_apart(placed_alone()):
+    if rows_of_an_expert(model, tokens) <= FEW_ROWS or not _is_apart(placed_alone()):
         return shared
     return [each_alone(world), *shared]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lfm2kit.building.dividing import MANY_ROWS, rows_of_an_expert
+from lfm2kit.building.dividing import FEW_ROWS, rows_of_an_expert
 from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.memory import HostMemory
@@ -19,7 +19,8 @@ from lfm2kit.transport import World
 from tests.random_model import RANDOM
 
 TOGETHER, ALONE = ((0, 1),), ((0,), (1,))
-MANY = MANY_ROWS * 16 // 4 // 2  # tokens of each of two ranks: 4 of 16 experts for a token
+FEW = FEW_ROWS * 16 // 4  # tokens of a rank, each of which chooses 4 of 16 experts
+MANY = FEW + 1
 
 
 class DeviceMemory(HostMemory):
@@ -36,16 +37,22 @@ def groups_of(tokens: int | None, nodes: tuple[int, ...] = (0, 0), **asked: Any)
     return set_up(RANDOM, options, world=World.of(0, nodes), tokens=tokens).grouping.groups
 
 
-def test_rows_of_an_expert_are_those_of_all_ranks() -> None:
-    assert rows_of_an_expert(RANDOM.spec, 2 * MANY) == MANY_ROWS
+def test_rows_of_an_expert_are_those_of_tokens_that_choose_evenly() -> None:
+    assert rows_of_an_expert(RANDOM.spec, FEW) == FEW_ROWS
 
 
 @pytest.mark.usefixtures("on_devices")
 def test_devices_share_experts_that_have_few_rows() -> None:
-    assert groups_of(MANY - 1) == TOGETHER
+    assert groups_of(FEW) == TOGETHER
     assert groups_of(MANY) == ALONE
     assert groups_of(None) == TOGETHER
-    assert groups_of(MANY // 2, nodes=(0, 0, 1, 1)) == ((0, 1), (2, 3))
+
+
+@pytest.mark.usefixtures("on_devices")
+def test_it_is_a_ranks_own_rows_that_count_however_many_ranks_there_are() -> None:
+    assert groups_of(FEW, nodes=(0, 0, 0, 0)) == ((0, 1, 2, 3),)
+    assert groups_of(MANY, nodes=(0, 0, 0, 0)) == ((0,), (1,), (2,), (3,))
+    assert groups_of(FEW, nodes=(0, 0, 1, 1)) == ((0, 1), (2, 3))
     assert groups_of(MANY, nodes=(0, 0, 1, 1)) == ((0,), (1,), (2,), (3,))
 
 
@@ -62,7 +69,7 @@ def test_ranks_that_are_asked_to_share_do(asked: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("on_devices")
 def test_a_plan_for_all_ranks_divides_experts_as_a_job_does() -> None:
     options = Options(backend="reference")
-    for tokens, groups in ((MANY - 1, TOGETHER), (MANY, ALONE)):
+    for tokens, groups in ((FEW, TOGETHER), (MANY, ALONE)):
         assert shares(RANDOM, options, [0, 0], tokens)[0].grouping.groups == groups
 
 
