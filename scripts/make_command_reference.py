@@ -28,7 +28,8 @@ LIST = re.compile(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n")  # of a group, in shorte
 
 def page() -> str:
     """Return the whole page, the same for the same source."""
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
+    group.build_own()
     context = typer.Context(group, info_name="lfm2kit")
     commands = visible(group)
     sections = (_section(command, context) for command in commands.values())

@@ -1,6 +1,7 @@
 """The commands of plugins, beside lfm2kit's own.
 
-Plugins are imported only if none of lfm2kit's commands is meant, or all are listed.
+Plugins are imported only if none of lfm2kit's commands is meant, or all are listed; of lfm2kit's,
+only the one that is meant.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import typer
 
 from lfm2kit.building.plugins import Plugins, installed_plugins
+from lfm2kit.cli import own_commands
 from lfm2kit.cli.console import complain
 from lfm2kit.cli.help import PlainCommand, PlainGroup
 from lfm2kit.errors import TRACEBACK_HINT, Lfm2kitError
@@ -25,9 +27,21 @@ class Commands(PlainGroup):
     """The group of lfm2kit's commands and those of plugins."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in self.commands:
+        if cmd_name in own_commands.NAMES:
+            self._build(cmd_name)
+        elif cmd_name not in self.commands:
+            self.build_own()  # the nearest name may be one of them
             self._add(installed_plugins())
         return super().get_command(ctx, cmd_name)
+
+    def build_own(self) -> None:
+        """Build all commands of lfm2kit, in the order of its help."""
+        for name in own_commands.NAMES:
+            self._build(name)
+
+    def _build(self, name: str) -> None:
+        if name not in self.commands:
+            self.commands[name] = own_commands.built(name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         try:
@@ -38,6 +52,7 @@ class Commands(PlainGroup):
             raise
 
     def list_commands(self, ctx: Any) -> list[str]:
+        self.build_own()
         with suppress(Lfm2kitError):  # a wrong list of plugins prevents no help
             self._add(installed_plugins())
         return super().list_commands(ctx)

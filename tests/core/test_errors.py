@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +85,7 @@ def test_no_message_of_the_library_names_a_flag_of_the_command_line() -> None:
         assert not said, (path, said)
 
 
+@cache
 def option_names() -> set[str]:
     """Return the names of all options of the command line that have more than a letter."""
     import typer
@@ -94,9 +97,9 @@ def option_names() -> set[str]:
         for inner in getattr(command, "commands", {}).values():
             yield from names(inner)
 
-    found = {
-        name.removeprefix("--").replace("-", "_") for name in names(typer.main.get_command(app))
-    }  # type: ignore[arg-type]
+    group: Any = typer.main.get_command(app)
+    group.build_own()
+    found = {name.removeprefix("--").replace("-", "_") for name in names(group)}
     return found - {"help", "version"}
 
 

@@ -24,7 +24,7 @@ from lfm2kit.building.plugins import COMMANDS, InstalledBackend, Plugins, instal
 from lfm2kit.building.wrappers import Wrappers
 from lfm2kit.checkpoint import Checkpoint, map_file, open_checkpoint
 from lfm2kit.checkpoint.readers import CheckpointReader
-from lfm2kit.cli import app
+from lfm2kit.cli import own_commands
 from lfm2kit.errors import Option
 from lfm2kit.precisions import BF16_GRADE, FP16_GRADE, FP32_GRADE, Precision
 from lfm2kit.reference.backend import ReferenceBackend
@@ -416,8 +416,9 @@ def test_no_plugin_is_loaded_for_a_command_of_lfm2kit(
 
 
 def test_the_names_of_lfm2kits_commands_are_those_of_the_command_line() -> None:
-    names = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
-    assert names | {group.name for group in app.registered_groups} == COMMANDS
+    assert set(own_commands.NAMES) == COMMANDS
+    for name in COMMANDS:
+        assert own_commands.built(name).name == name
 
 
 # ---- the end of a run ----
