@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -42,7 +43,7 @@ class InstalledPlugin:
     @property
     def distribution(self) -> str:
         """Return package and version, as in "lfm2kit-blas 0.1.0"."""
-        return f"{self.package} {self.version}".rstrip()
+        return _named(self.entry.dist) if self.entry.dist else self.package
 
     @property
     def folder(self) -> Path | None:
@@ -54,6 +55,12 @@ class InstalledPlugin:
     @property
     def is_editable(self) -> bool:
         return self.entry.dist is not None and editable_folder(self.entry.dist) is not None
+
+
+@cache  # it parses a long file
+def _named(distribution: Distribution) -> str:
+    found = distribution.metadata
+    return f"{found['Name']} {found['Version']}".rstrip()
 
 
 def editable_folder(distribution: Distribution) -> Path | None:

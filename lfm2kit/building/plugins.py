@@ -7,12 +7,13 @@ with its traceback, and harms nothing else.
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from reprlib import repr as brief  # of what a plugin returned, however long it is
@@ -388,7 +389,21 @@ def find_transport(name: str) -> TransportPlugin:
 
 
 def _installed() -> list[EntryPoint]:
+    """Return the entry points of plugins; look again only after a folder of them has changed."""
+    return _found(tuple((folder, _changed(folder)) for folder in sys.path))
+
+
+@lru_cache(1)
+def _found(folders: tuple[tuple[str, int | None], ...]) -> list[EntryPoint]:
     return sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+
+
+def _changed(folder: str) -> int | None:
+    """Return when something was installed into `folder`, or removed; None without a folder."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return None
 
 
 def _allowed(allow_list: str | None) -> Iterator[EntryPoint]:
