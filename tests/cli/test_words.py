@@ -17,6 +17,7 @@ from lfm2kit.__main__ import main
 from lfm2kit.building.loading import EMBEDDED
 from lfm2kit.checkpoint import open_checkpoint
 from lfm2kit.checkpoint.convert import source_of, write_checkpoint
+from tests.checkpoint.typed import Cli
 
 LFM2KIT = [sys.executable, "-m", "lfm2kit"]
 RUN = ["run", "-b", "reference", "-n", "1"]
@@ -35,10 +36,11 @@ def lfm2kit(
     )
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
-    for word in words:
-        assert word in done.stderr
+@pytest.fixture
+def here(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
+    """Run commands in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return cli
 
 
 @pytest.mark.parametrize(
@@ -57,57 +59,55 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     ],
 )
 def test_wrong_words_are_one_line_that_names_them(
-    words: list[str], expected: list[str], tmp_path: Path
+    words: list[str], expected: list[str], here: Cli, tmp_path: Path
 ) -> None:
-    assert_refused(lfm2kit(*words, cwd=tmp_path), *expected)
+    here(*words).assert_fails(*expected)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_without_inputs_says_how_to_give_some(tmp_path: Path) -> None:
-    write_checkpoint(source_of(open_checkpoint(EMBEDDED / "tiny")), tmp_path / "model")
-    refused = lfm2kit(*RUN, "-m", tmp_path / "model")
-    assert_refused(refused, "inputs.bin", "--inputs FILE", "--random-inputs 16")
-    done = lfm2kit(*RUN, "-m", tmp_path / "model", "--random-inputs", 5)
-    assert (done.returncode, "1 of 5 tokens" in done.stdout) == (0, True), done.stderr
+def test_a_model_without_inputs_says_how_to_give_some(here: Cli) -> None:
+    write_checkpoint(source_of(open_checkpoint(EMBEDDED / "tiny")), Path("model"))
+    refused = here(*RUN, "-m", "model")
+    refused.assert_fails("inputs.bin", "--inputs FILE", "--random-inputs 16")
+    done = here(*RUN, "-m", "model", "--random-inputs", 5)
+    assert (done.code, "1 of 5 tokens" in done.out) == (0, True), done.err
 
 
-def test_an_embedded_model_is_not_hidden_by_a_folder_of_its_name(tmp_path: Path) -> None:
-    (tmp_path / "tiny").mkdir()
-    assert lfm2kit(*RUN, cwd=tmp_path).returncode == 0
-    assert_refused(lfm2kit(*RUN, "-m", "./tiny", cwd=tmp_path), "tiny")
+def test_an_embedded_model_is_not_hidden_by_a_folder_of_its_name(here: Cli) -> None:
+    Path("tiny").mkdir()
+    assert here(*RUN).code == 0
+    here(*RUN, "-m", "./tiny").assert_fails("tiny")
 
 
 @pytest.mark.parametrize("option", ["--outputs", "--json"])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "inputs.bin"])
-def test_no_result_takes_the_place_of_a_checkpoints_file(
-    option: str, name: str, tmp_path: Path
-) -> None:
+def test_no_result_takes_the_place_of_a_checkpoints_file(option: str, name: str, here: Cli) -> None:
     source = EMBEDDED / "tiny" / name
-    (tmp_path / name).write_bytes(source.read_bytes())
-    assert_refused(lfm2kit(*RUN, option, name, cwd=tmp_path), option, name)
-    assert (tmp_path / name).read_bytes() == source.read_bytes()
+    Path(name).write_bytes(source.read_bytes())
+    here(*RUN, option, name).assert_fails(option, name)
+    assert Path(name).read_bytes() == source.read_bytes()
 
 
-def test_outputs_and_json_are_two_files(tmp_path: Path) -> None:
-    assert_refused(lfm2kit(*RUN, "--outputs", "x", "--json", "./x", cwd=tmp_path), "--json")
+def test_outputs_and_json_are_two_files(here: Cli) -> None:
+    here(*RUN, "--outputs", "x", "--json", "./x").assert_fails("--json")
 
 
 @pytest.mark.parametrize("option", ["--outputs", "--json"])
-def test_a_device_stays_one_and_a_link_too(option: str, tmp_path: Path) -> None:
+def test_a_device_stays_one_and_a_link_too(option: str, cli: Cli, tmp_path: Path) -> None:
     device, link = tmp_path / "device", tmp_path / "link"
     device.symlink_to("/dev/null")
     link.symlink_to("real")
     for target in (device, link):
-        assert lfm2kit(*RUN, option, target).returncode == 0
+        assert cli(*RUN, option, target).code == 0
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     assert link.is_symlink()
     assert (tmp_path / "real").stat().st_size > 0
 
 
-def test_a_full_device_is_one_line(tmp_path: Path) -> None:
-    done = lfm2kit(*RUN, "--outputs", "/dev/full")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "No space left" in done.stderr
+def test_a_full_device_is_one_line(cli: Cli) -> None:
+    done = cli(*RUN, "--outputs", "/dev/full")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "No space left" in done.err
     assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import invalidate_caches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,7 @@ from lfm2kit.building.loading import set_up
 from lfm2kit.building.options import Options
 from lfm2kit.building.plugins import GROUP, Plugins
 from lfm2kit.errors import Lfm2kitError
+from tests.checkpoint.typed import Cli, Typed
 from tests.plugins.distributions import added, announcing, environment, install, lfm2kit, listing
 from tests.random_model import RANDOM
 
@@ -132,15 +136,49 @@ def test_a_backend_is_found_by_its_entry_point_and_runs(tmp_path: Path) -> None:
     assert (run.returncode, "\nVALID\n" in run.stdout) == (0, True), run.stderr
 
 
-def test_an_editable_plugin_is_in_its_project_and_not_in_the_environment(tmp_path: Path) -> None:
+class Here:
+    """A runner of commands in this process, which finds the distributions in a folder."""
+
+    def __init__(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cli = cli
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, *words: str, **variables: str) -> Typed:
+        invalidate_caches()
+        with self.monkeypatch.context() as during:
+            for name, value in variables.items():
+                during.setenv(name, value)
+            return self.cli(*words)
+
+    def listing(self, **variables: str) -> dict[str, Any]:
+        """Return what `lfm2kit plugins` says of each plugin, by its name."""
+        done = self("plugins", "--json", "-", **variables)
+        assert done.code == 0, done.err
+        return {row["name"]: row for row in json.loads(done.out)["plugins"]}
+
+
+@pytest.fixture
+def here(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
+    """Find what is in `tmp_path`, and forget afterwards what was imported from there."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield Here(cli, monkeypatch)
+    for name in {one for one in sys.modules if one.startswith("lfm2kit_")} - before:
+        if Path(str(sys.modules[name].__file__)).is_relative_to(tmp_path):
+            del sys.modules[name]
+
+
+def test_an_editable_plugin_is_in_its_project_and_not_in_the_environment(
+    tmp_path: Path, here: Here
+) -> None:
     install(tmp_path, "mine", announcing("mine"))
     origin = {"url": (tmp_path / "a project").as_uri(), "dir_info": {"editable": True}}
     written = tmp_path / "lfm2kit_mine-1.0.dist-info" / "direct_url.json"
     written.write_text(json.dumps(origin))
-    row = listing(tmp_path)["mine"]
+    row = here.listing()["mine"]
     assert (row["folder"], row["editable"]) == (str(tmp_path / "a project"), True)
     written.write_text("[]")
-    row = listing(tmp_path)["mine"]
+    row = here.listing()["mine"]
     assert (row["folder"], row["editable"]) == (str(tmp_path), False)
 
 
@@ -160,11 +198,11 @@ def test_an_editable_plugin_is_in_its_project_and_not_in_the_environment(tmp_pat
     ],
 )
 def test_a_broken_plugin_is_listed_with_its_traceback_and_harms_no_other(
-    tmp_path: Path, source: str, reason: str
+    tmp_path: Path, here: Here, source: str, reason: str
 ) -> None:
     install(tmp_path, "odd", source)
     install(tmp_path, "mine", announcing("mine"))
-    listed = listing(tmp_path)
+    listed = here.listing()
     assert [name for name, row in listed.items() if row["not_used"]] == ["odd"]
     broken = listed["odd"]
     assert reason in broken["not_used"]
@@ -182,84 +220,90 @@ def test_a_broken_plugin_is_listed_with_its_traceback_and_harms_no_other(
         (YIELDS_NOTHING, "lfm2kit_backends and lfm2kit_commands yielded nothing"),
     ],
 )
-def test_a_plugin_that_adds_nothing_is_named(tmp_path: Path, source: str, reason: str) -> None:
+def test_a_plugin_that_adds_nothing_is_named(
+    tmp_path: Path, here: Here, source: str, reason: str
+) -> None:
     install(tmp_path, "odd", source)
     install(tmp_path, "later", ACTS_LATER)
-    rows = listing(tmp_path).values()
+    rows = here.listing().values()
     unused = [(row["name"], row["not_used"], row["traceback"]) for row in rows if row["not_used"]]
     assert unused == [("odd", reason, None)]
-    done = lfm2kit(tmp_path, "backends", "check", "odd")
-    assert (done.returncode, done.stdout) == (2, "")
+    done = here("backends", "check", "odd")
+    assert (done.code, done.out) == (2, "")
     says = f"; without any addition: plugin 'odd' ({reason}); see lfm2kit plugins\n"
-    assert done.stderr.endswith(says)
+    assert done.err.endswith(says)
     says = "plugin 'odd' is not used; see lfm2kit plugins\n"
-    assert lfm2kit(tmp_path, "backends").stdout.endswith(says)
+    assert here("backends").out.endswith(says)
 
 
-def test_a_misspelt_hook_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+def test_a_misspelt_hook_is_named_with_the_nearest_one(tmp_path: Path, here: Here) -> None:
     install(tmp_path, "odd", MISSPELT)
-    reason = listing(tmp_path)["odd"]["not_used"]
+    reason = here.listing()["odd"]["not_used"]
     assert "Did you mean 'lfm2kit_backends'?" in reason
 
 
-def test_a_wrong_argument_name_is_shown_in_the_traceback(tmp_path: Path) -> None:
+def test_a_wrong_argument_name_is_shown_in_the_traceback(tmp_path: Path, here: Here) -> None:
     install(tmp_path, "odd", WRONG_ARGUMENT)
-    assert "spek" in listing(tmp_path)["odd"]["traceback"]
+    assert "spek" in here.listing()["odd"]["traceback"]
 
 
-def test_another_api_version_is_listed_with_both_numbers_and_never_created(tmp_path: Path) -> None:
+def test_another_api_version_is_listed_with_both_numbers_and_never_created(
+    tmp_path: Path, here: Here
+) -> None:
     install(tmp_path, "odd", OLD_API)
-    row = added(listing(tmp_path), "backend")["odd"]
+    row = added(here.listing(), "backend")["odd"]
     assert row["api_version"] == 99
     assert "99" in row["cannot_run"]
     assert "this lfm2kit has 1" in row["cannot_run"]
-    run = lfm2kit(tmp_path, "run", "--backend", "odd", "-n", "1")
-    assert run.returncode == 2
-    assert "backend API 99" in run.stderr
-    assert "Traceback" not in run.stderr
+    run = here("run", "--backend", "odd", "-n", "1")
+    assert run.code == 2
+    assert "backend API 99" in run.err
+    assert "Traceback" not in run.err
 
 
 @pytest.mark.parametrize(
     "error", ["TypeError('no such chip')", "SystemExit('no licence')", "ImportError('no driver')"]
 )
 def test_a_backend_that_cannot_be_created_is_one_line_and_a_traceback_on_request(
-    tmp_path: Path, error: str
+    tmp_path: Path, here: Here, error: str
 ) -> None:
     install(tmp_path, "odd", FAILS_WHEN_CREATED.format(error=error))
-    run = lfm2kit(tmp_path, "run", "--backend", "odd", "-n", "1")
+    run = here("run", "--backend", "odd", "-n", "1")
     kind = error.partition("(")[0]
-    assert run.returncode == 2
-    assert f"create() of backend 'odd' of lfm2kit-odd 1.0 raised {kind}: no" in run.stderr
-    assert run.stderr.count("\n") == 1
-    traced = lfm2kit(tmp_path, "run", "--backend", "odd", "-n", "1", LFM2KIT_TRACEBACK="1")
-    assert (traced.returncode, "in create" in traced.stderr) == (2, True)
+    assert run.code == 2
+    assert f"create() of backend 'odd' of lfm2kit-odd 1.0 raised {kind}: no" in run.err
+    assert run.err.count("\n") == 1
+    traced = here("run", "--backend", "odd", "-n", "1", LFM2KIT_TRACEBACK="1")
+    assert (traced.code, "in create" in traced.err) == (2, True)
 
 
 def test_of_two_backends_of_one_name_the_second_is_refused_and_the_first_named(
     tmp_path: Path,
+    here: Here,
 ) -> None:
     install(tmp_path, "one", announcing("same"))
     install(tmp_path, "two", announcing("same"))
-    listed = listing(tmp_path)
+    listed = here.listing()
     assert added(listed, "backend")["same"]["plugin"] == "one"
     assert "'same', which is lfm2kit-one 1.0's" in listed["two"]["not_used"]
 
 
 def test_of_two_commands_of_one_name_the_second_is_refused_and_the_first_runs(
     tmp_path: Path,
+    here: Here,
 ) -> None:
     install(tmp_path, "one", GREETS.format(name="one"))
     install(tmp_path, "two", GREETS.format(name="two"))
-    done = lfm2kit(tmp_path, "hello", "you")
-    assert (done.returncode, done.stdout) == (0, "hello you from one\n"), done.stderr
-    listed = listing(tmp_path)
+    done = here("hello", "you")
+    assert (done.code, done.out) == (0, "hello you from one\n"), done.err
+    listed = here.listing()
     assert added(listed, "command")["hello"]["plugin"] == "one"
     assert "'hello', which is lfm2kit-one 1.0's" in listed["two"]["not_used"]
 
 
-def test_no_plugin_can_take_the_name_of_a_backend_of_ours(tmp_path: Path) -> None:
+def test_no_plugin_can_take_the_name_of_a_backend_of_ours(tmp_path: Path, here: Here) -> None:
     install(tmp_path, "zealous", announcing("reference"))
-    listed = listing(tmp_path)
+    listed = here.listing()
     assert added(listed, "backend")["reference"]["plugin"] == "reference"
     assert "'reference', which is lfm2kit " in listed["zealous"]["not_used"]
 
@@ -274,23 +318,25 @@ def test_no_plugin_can_take_the_name_of_a_backend_of_ours(tmp_path: Path) -> Non
     ],
 )
 def test_the_allow_list_alone_says_what_is_loaded(
-    tmp_path: Path, allowed: str, expected: set[str]
+    tmp_path: Path, here: Here, allowed: str, expected: set[str]
 ) -> None:
     install(tmp_path, "mine", announcing("mine"))
     install(tmp_path, "odd", EXITS)
-    listed = listing(tmp_path, LFM2KIT_PLUGINS=allowed)
+    listed = here.listing(LFM2KIT_PLUGINS=allowed)
     assert {name for name, row in listed.items() if row["not_used"] is None} == expected
     assert set(added(listed, "backend")) == expected
     assert listed["odd"]["not_used"] == "LFM2KIT_PLUGINS does not name it"
 
 
-def test_an_unknown_name_in_the_allow_list_is_an_error_with_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_name_in_the_allow_list_is_an_error_with_the_nearest(
+    tmp_path: Path, here: Here
+) -> None:
     install(tmp_path, "mine", announcing("mine"))
-    done = lfm2kit(tmp_path, "backends", LFM2KIT_PLUGINS="reference,mien")
-    assert done.returncode == 2
-    assert "LFM2KIT_PLUGINS names 'mien'" in done.stderr
-    assert "Did you mean 'mine'?" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = here("backends", LFM2KIT_PLUGINS="reference,mien")
+    assert done.code == 2
+    assert "LFM2KIT_PLUGINS names 'mien'" in done.err
+    assert "Did you mean 'mine'?" in done.err
+    assert "Traceback" not in done.err
 
 
 def test_listing_plugins_imports_no_compiler_no_device_and_no_mpi(tmp_path: Path) -> None:
