@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def sources_in(folder: Path) -> Path:
 
     Skip the test if g++ is missing or does not know C++20.
     """
-    if COMPILER is None or not _has_cpp20(folder):
+    if COMPILER is None or not _has_cpp20():
         pytest.skip("there is no g++ with C++20 to compile kernels for the CPU with")
     sources = shutil.copytree(INCLUDE, folder / "sources")
     return shutil.copytree(Path(__file__).parent / "emulated", sources, dirs_exist_ok=True)
@@ -37,7 +38,8 @@ def compiled_program(
     return program
 
 
-def _has_cpp20(folder: Path) -> bool:
+@cache
+def _has_cpp20() -> bool:
     command = [str(COMPILER), "-std=c++20", "-fsyntax-only", "-xc++", "-"]
-    done = subprocess.run(command, input=USES_CPP20, stderr=subprocess.PIPE, cwd=folder)
+    done = subprocess.run(command, input=USES_CPP20, stderr=subprocess.PIPE)
     return done.returncode == 0
