@@ -16,6 +16,7 @@ from lfm2kit.testing.parametrize import backend_cases
 from lfm2kit.testing.scope import Scope
 from tests.conformance.installed import item_of
 
+BY_THEIR_OWN_TESTS = {"blas"}  # are judged each time, in the same precision and by more examples
 SCOPE = Scope(examples=5)  # many more are drawn by `lfm2kit backends check`
 
 
@@ -27,7 +28,8 @@ def cases() -> Iterator[Any]:
             continue
         item = item_of(name, installed)
         for case in backend_cases(item, scope=SCOPE):
-            yield pytest.param(*case.values, id=f"{name}-{case.id}", marks=case.marks)
+            marks = [*case.marks, *[pytest.mark.long] * (name in BY_THEIR_OWN_TESTS)]
+            yield pytest.param(*case.values, id=f"{name}-{case.id}", marks=marks)
 
 
 @pytest.mark.parametrize("check", list(cases()))

@@ -32,6 +32,7 @@ from lfm2kit.testing.trial import Trial
 from lfm2kit.testing.verdicts import CheckFailed
 from tests.conformance import broken
 from tests.conformance.broken import BrokenBackend
+from tests.conformance.each_check import each_check
 from tests.conformance.rounded import RoundedBackend, SilentlyRounded
 
 HALF = Precision("fp16", FP16_GRADE)
@@ -344,7 +345,7 @@ class BF16Values(ReferenceBackend):
         return super().build(spec, weights)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", list(each_check()))
 def test_fp32x3_is_given_weights_that_bf16_holds(name: str) -> None:
     result = judged(name, BF16Values(), Precision("fp32x3", FP32_GRADE, BF16))
     assert result.verdict in ("passed", "skipped"), result.detail

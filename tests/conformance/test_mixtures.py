@@ -179,7 +179,7 @@ def check_steps(mixture: Mixture, model: LFM2, whole: Floats) -> None:
     np.testing.assert_array_equal(got, whole[[i for i, _ in longer]])
 
 
-@drawn(20)
+@drawn(10)
 @given(
     st.one_of(mixtures(NAMES, have_budgets=True), crossed_mixtures(have_budgets=True)),
     st.sampled_from([True, True, False]),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lfm2kit.testing import CHECKS
 from lfm2kit.testing.runner import judged
 from tests.conformance.ahead import DrawsAhead
 from tests.conformance.crossing import CrossingBackend
+from tests.conformance.each_check import each_check
 from tests.conformance.late import LateBackend
 
 ORDER = (
@@ -20,7 +20,7 @@ ORDER = (
 TIMED = ("timed-marks-tell-of-the-newest-replay",)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", list(each_check()))
 def test_a_memory_that_works_as_late_as_it_may_passes(name: str) -> None:
     result = judged(name, LateBackend())
     assert result.verdict == ("passed" if name in ORDER else result.verdict), result.detail
