@@ -135,7 +135,7 @@ def test_the_kinds_that_keep_fp16_below_twice_are_told_and_no_others() -> None:
 @pytest.mark.mpi
 def test_ranks_are_measured_beside_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lfm2kit.cli.grading.COUNTS", (2, 4))
-    (tmp_path / "plan.toml").write_text('default = "cpu_simd"\n')
+    (tmp_path / "plan.toml").write_text('default = "reference"\n')
     options = Options(plan=tmp_path / "plan.toml")
     setup = set_up(open_checkpoint(EMBEDDED / "tiny"), options)
     several, bought = graded_ranks(setup, options, 2, "mpi", repetitions=1)

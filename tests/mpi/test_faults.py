@@ -124,7 +124,8 @@ class Case(NamedTuple):
 
 
 # The likes of these are tested each time: ranks that are killed, raise, end, or say nothing.
-LONG = {Case(fault, True) for fault in ("abort", "segfault", "out-of-memory", "exits", "loops")}
+LIKE_OTHERS = "abort segfault out-of-memory exits loops raises-in-build holds-the-lock"
+LONG = {Case(fault, True) for fault in LIKE_OTHERS.split()}
 LONG |= {Case(fault, False) for fault in ("segfault", "users-error", "stopped")}
 
 
@@ -215,20 +216,13 @@ def test_a_fault_in_one_group_ends_the_job_with_one_line_that_names_the_rank(
     assert_named(fault, ended_in_a_group[fault])
 
 
-IN_AN_OVERLAP = ["raises", "loops"]
-
-
-@pytest.fixture(scope="module")
-def ended_in_an_overlap(plugin: str) -> dict[str, Ended]:
-    """Run jobs in which tokens of each rank travel when one of them fails."""
-    return ended_late(IN_AN_OVERLAP, plugin, "-n", "8", "--ranks", "2", "--overlap", "on")
-
-
-@pytest.mark.parametrize("fault", IN_AN_OVERLAP)
+@pytest.mark.parametrize("fault", ["raises", pytest.param("loops", marks=pytest.mark.long)])
 def test_a_fault_while_tokens_travel_ends_the_job_with_one_line_that_names_the_rank(
-    fault: str, ended_in_an_overlap: dict[str, Ended]
+    fault: str, plugin: str
 ) -> None:
-    assert_named(fault, ended_in_an_overlap[fault])
+    """The tokens of each rank travel when one of them fails."""
+    ended = ended_late([fault], plugin, "-n", "8", "--ranks", "2", "--overlap", "on")
+    assert_named(fault, ended[fault])
 
 
 @pytest.mark.long

@@ -99,7 +99,8 @@ def test_the_suite_can_be_run_and_what_is_not_promised_is_no_failure(installed: 
     assert (done.returncode, document["failed"], document["not_promised"]) == (0, 0, 1), done.stderr
 
 
-LONG = ("lfm2kit-blas", "lfm2kit-perplexity", "lfm2kit-trace")  # whose tests take longest
+# Whose tests take longest.
+LONG = ("lfm2kit-blas", "lfm2kit-int8", "lfm2kit-perplexity", "lfm2kit-trace")
 OWN_TESTS = [pytest.param(one, marks=[pytest.mark.long] * (one in LONG)) for one in PROJECTS]
 
 

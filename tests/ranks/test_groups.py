@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +67,24 @@ def alone() -> list[Any]:
     return [model.logits(Batch.of_sequences([one])) for one in SEQUENCES]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "asked",
-    [{}, {"parallel": "ep"}, {"parallel": "dp"}, {"ep_size": 2}, {"ep_size": 4}],
-    ids=["auto", "ep", "dp", "groups of 2", "groups of 4"],
-)
+ASKED: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "ep": {"parallel": "ep"},
+    "dp": {"parallel": "dp"},
+    "groups of 2": {"ep_size": 2},
+    "groups of 4": {"ep_size": 4},
+}
+
+
+def layouts_and_groupings() -> Iterator[Any]:
+    """Yield every pair; sixteen ranks take longest, and each time form the most groups alone."""
+    for layout, asked in product(LAYOUTS, ASKED):
+        is_long = layout == "4 x 4" and asked != "groups of 2"
+        marks = [pytest.mark.long] * is_long
+        yield pytest.param(layout, ASKED[asked], id=f"{asked}-{layout}", marks=marks)
+
+
+@pytest.mark.parametrize(("layout", "asked"), list(layouts_and_groupings()))
 def test_in_every_layout_and_grouping_a_rank_has_the_bits_of_one_process(
     layout: str, asked: dict[str, Any], alone: list[Any]
 ) -> None:
