@@ -46,7 +46,11 @@ def test_a_full_disk_under_stdout_is_one_line_and_exit_code_2(words: list[str]) 
     assert (done.returncode, done.stderr) == (2, FULL)
 
 
-@pytest.mark.parametrize("words", [RUN, PLAN, ["--help"], ["specs", "tiny"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [RUN, ["--help"], ["specs", "tiny"], pytest.param(PLAN, marks=pytest.mark.long)],
+    ids=" ".join,
+)
 def test_a_closed_stdout_is_one_line_and_exit_code_2(words: list[str]) -> None:
     done = shell('"$@" >&-', *words)
     assert (done.returncode, done.stderr) == (2, CLOSED)
@@ -113,7 +117,9 @@ def test_a_remark_that_nobody_reads_ends_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "model.bin").exists()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
+@pytest.mark.parametrize(
+    "encoding", ["latin-1", "ascii:strict", pytest.param("ascii", marks=pytest.mark.long)]
+)
 def test_a_terminal_of_few_characters_gets_others_in_their_place(
     encoding: str, tmp_path: Path
 ) -> None:
