@@ -216,7 +216,7 @@ def test_a_fault_in_one_group_ends_the_job_with_one_line_that_names_the_rank(
     assert_named(fault, ended_in_a_group[fault])
 
 
-@pytest.mark.parametrize("fault", ["raises", pytest.param("loops", marks=pytest.mark.long)])
+@pytest.mark.parametrize("fault", ["loops", pytest.param("raises", marks=pytest.mark.long)])
 def test_a_fault_while_tokens_travel_ends_the_job_with_one_line_that_names_the_rank(
     fault: str, plugin: str
 ) -> None:
