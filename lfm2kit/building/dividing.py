@@ -18,7 +18,7 @@ from lfm2kit.ranks.groups import AUTO, Grouping, each_alone, groupings
 from lfm2kit.specs import Model, SparseMoe
 from lfm2kit.transport import Transport, World
 
-FEW_ROWS = 32  # of an expert, of a rank's own tokens: up to so many, sharing it out pays
+FEW_ROWS = 32  # of an expert, of a rank's own tokens: sharing it out pays up to this many
 
 
 def choices(

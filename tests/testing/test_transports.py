@@ -91,14 +91,20 @@ def test_a_broken_transport_is_caught(broken: Any, says: str) -> None:
         run_ranks(3, check_transport, make=broken)
 
 
-class Apart(ThreadTransport):
+class WithoutGroups(ThreadTransport):
+    """Forms no groups, whose checks take longest."""
+
+    group = None  # type: ignore[assignment]
+
+
+class Apart(WithoutGroups):
     """Gives each rank memory of its own."""
 
     def shared(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return np.empty(shape, dtype)
 
 
-class Again(ThreadTransport):
+class Again(WithoutGroups):
     """Gives the same memory each time."""
 
     def shared(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -106,7 +112,7 @@ class Again(ThreadTransport):
         return self.kept[0]
 
 
-class ToSome(ThreadTransport):
+class ToSome(WithoutGroups):
     """Gives the last rank nothing."""
 
     def shared(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -114,7 +120,7 @@ class ToSome(ThreadTransport):
         return None if self.world.rank + 1 == self.world.size else array
 
 
-class Flat(ThreadTransport):
+class Flat(WithoutGroups):
     """Gives memory of another form."""
 
     def shared(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -136,7 +142,7 @@ def test_memory_that_ranks_do_not_have_in_common_is_caught(broken: Any, says: st
 
 
 def test_a_transport_need_not_share_memory() -> None:
-    class Plain(ThreadTransport):
+    class Plain(WithoutGroups):
         shared = None  # type: ignore[assignment]
 
     run_ranks(2, check_transport, make=Plain)
