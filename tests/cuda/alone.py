@@ -1,4 +1,4 @@
-"""The mark of tests that take, or measure, the memory of a whole GPU."""
+"""The mark of tests that take the memory of a whole GPU, or measure its memory or speed."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import pytest
 
 ALONE = pytest.mark.skipif(
     "PYTEST_XDIST_WORKER" in os.environ,
-    reason="tests beside this one take the same GPU's memory; run it without -n",
+    reason="tests beside this one use the same GPU; run it without -n",
 )

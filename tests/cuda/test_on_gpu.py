@@ -22,6 +22,7 @@ from lfm2kit.testing.random_weights import frozen_weights, random_weights
 from lfm2kit.testing.runner import run_check
 from lfm2kit.testing.verdicts import Skipped
 from tests.conformance.test_oracle import CASES, expected, setup
+from tests.cuda.alone import ALONE
 from tests.random_model import build_random
 
 pytestmark = [
@@ -118,19 +119,17 @@ def test_in_16_bits_whole_layers_take_a_choice_from_the_cpu(plan: str) -> None:
     assert np.abs(apart.logits(batch) - expected).max() <= TOLERANCE
 
 
+@ALONE
 def test_ceilings_are_those_of_a_gpu_and_of_the_precision() -> None:
-    """Tensor cores do many times as much as FMA, which no forward in 16 bits may pass.
-
-    Other tests compute on this GPU at the same time, so only what is many times off is wrong.
-    """
+    """Tensor cores do many times as much as FMA, which no forward in 16 bits may pass."""
     ceilings = {name: backend(name).ceilings() for name in ("fp32", "bf16", "fp16", "fp32x3")}
     print(ceilings)
     assert all(1e11 < one.bytes < 1e14 for one in ceilings.values())
     flops = {name: one.flops for name, one in ceilings.items()}
     assert 1e12 < flops["fp32"] < 2e14
     assert 4 < flops["bf16"] / flops["fp32"] < 64
-    assert 1 / 4 < flops["fp16"] / flops["bf16"] < 4
-    assert 1 / 12 < flops["fp32x3"] / flops["bf16"] < 4 / 3
+    assert flops["fp16"] == pytest.approx(flops["bf16"], rel=0.2)
+    assert flops["fp32x3"] == pytest.approx(flops["bf16"] / 3, rel=0.2)
 
 
 def random_samples(rng: np.random.Generator, *lengths: int) -> list[Any]:
