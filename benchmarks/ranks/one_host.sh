@@ -57,8 +57,6 @@ planner() {
     lfm2kit plan "${how[@]}" --rates "$rates" --load "$load" --ep-size 2 --simulate \
       "ranks=1/$ranks,per-node=$ranks,n=16/32/64/128,tokens=16,placement=order" \
       --json "$out/planned-$precision.json"
-    lfm2kit plan "${how[@]}" --rates "$rates" --load "$load" --ep-size 2 --simulate \
-      "ranks=1/$ranks,per-node=$ranks,n=16/32/64/128,tokens=16,placement=order"
   done
 }
 
