@@ -43,7 +43,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run([*pip, *oldest(), *OF_TESTS], capture_output=True, text=True, timeout=900)
     if "No matching distribution" in done.stderr:
-        pytest.skip("there is no index that has these versions")
+        pytest.skip("no package index offers these versions")
     assert done.returncode == 0, done.stderr
     ours = [word for folder in PROJECTS for word in ("--editable", str(folder))]
     subprocess.run([*pip, "--no-deps", *ours], check=True, timeout=900)

@@ -261,7 +261,7 @@ def test_what_limits_is_named(text: str, rates: Calibration, limit: Limit) -> No
 
 
 def test_on_one_machine_a_rank_copies_its_logits_to_where_rank_0_reads_them() -> None:
-    """Of 7 samples one rank has 3, and the other one 4."""
+    """One rank has 3 of the 7 samples, and the other has 4."""
     near = calibration(copies=1e6, exchanges=(ExchangeRates(ExchangeKey(2, 1), FAST),))
     here = predictions("ranks=2,n=7,per-node=2", near)["dp"]
     assert here.parts.gather == pytest.approx(4 * VOCAB * 4 / 1e6)
@@ -289,7 +289,7 @@ def test_groups_of_a_size_that_is_asked_for_are_compared_where_ranks_can_form_th
 
 
 def test_an_exchange_between_devices_is_known_by_what_a_rank_sends_to_all_others() -> None:
-    """Of four ranks that send each other 10 bytes, each sends 30."""
+    """Each of four ranks sends 10 bytes to every other rank, which is 30 bytes in all."""
     here = ExchangeRates(ExchangeKey(4, 1, "loom:0"), Curve((10, 20), (1e-3, 2e-3)))
     found_ = past_host(calibration(exchanges=(here,)), "loom:0", 2)
     assert found_ == Curve((30, 60), (1e-3, 2e-3))
